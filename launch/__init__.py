@@ -1,0 +1,1 @@
+"""The command line: thin click commands, one declared configuration, and the service unit."""

@@ -1,0 +1,1 @@
+"""The parent process: devices, placement, supervision, scheduling and the step loop. Imports no torch."""

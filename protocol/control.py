@@ -1,0 +1,206 @@
+"""Messages between the orchestrator and its workers.
+
+Life of a worker: it reads its `WorkerSpec` from standard input, joins the group and loads (`LoadProgress`), reports
+what memory is left (`Loaded`), is told the size of the KV pool (`AllocateCache`), says `Ready`, then executes one
+`StepPlan` after another until `Shutdown`. A worker that fails says `WorkerFailure` with its traceback and exits.
+
+Every message carries the epoch of the worker group; messages of another epoch are ignored.
+"""
+
+from dataclasses import dataclass
+
+from mgpu.protocol.codec import Codec
+from mgpu.protocol.model import Dtype, ModelFacts, ModelSource
+from mgpu.protocol.placement import PlacementPlan, Transport
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """All that one worker is told. RANK, LOCAL_RANK and WORLD_SIZE come from the environment (torchrun's contract)."""
+
+    epoch: int
+    plan: PlacementPlan
+    model: ModelSource
+    facts: ModelFacts
+    device: str
+    """``cpu``, ``cuda`` (LOCAL_RANK picks the visible device) or ``cuda:N``."""
+    dtype: Dtype
+    endpoint: str
+    """ipc endpoint of this worker's DEALER pair; the orchestrator binds, the worker connects."""
+    rendezvous: str
+    """``file://…`` for one machine; empty: MASTER_ADDR and MASTER_PORT of an outside launcher."""
+    transport: Transport
+    """How activations and partial sums move between ranks: nccl, gloo or shared-memory inside a stage."""
+    stage_transport: Transport
+    """How activations cross a stage boundary: nccl, gloo, peer (CUDA IPC) or pinned (shared pinned host memory)."""
+    shared_fd: int
+    """Inherited memfd of ``shared_bytes`` for shared-memory transports, the same file in every rank; -1: none."""
+    shared_bytes: int
+    num_threads: int
+    """CPU threads of torch in this worker; 0: leave torch's default."""
+    block_size: int
+    """Tokens per KV block."""
+    max_rows: int
+    """Most requests that are running at once; rows are numbered [0, max_rows)."""
+    max_batch_tokens: int
+    """Most tokens in one step."""
+    max_seq_len: int
+    """Most tokens (prompt and output) of one request."""
+    memory_fraction: float
+    """Share of the device's memory that weights, activations and KV cache may take together (CUDA)."""
+    kv_bytes: int
+    """Size of this rank's KV pool; 0: measure what is free (CUDA) or use the CPU default."""
+    seed: int
+    """Seed of the random weights of ``load_format`` dummy."""
+    timeout_s: float
+    """Longest wait for a peer rank before the worker gives up."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    epoch: int
+    rank: int
+    phase: str
+    """spawn, rendezvous, weights, cache or warmup."""
+    done_bytes: int
+    total_bytes: int
+    elapsed_s: float
+    """Seconds since the phase began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Weights are in place. ``num_blocks`` is how many KV blocks this rank could hold."""
+
+    epoch: int
+    rank: int
+    num_blocks: int
+    block_bytes: int
+    weight_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AllocateCache:
+    """Allocate the pool: the same number of blocks on every rank, the minimum of what they reported."""
+
+    epoch: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    epoch: int
+    rank: int
+    phase_s: dict[str, float]
+    """Seconds per phase, in order."""
+    loaded_bytes: int
+    """Bytes read from disk by this rank."""
+    notes: list[str]
+    """Lines for the start-up log, such as the one about staging through host memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """How one row's next token is chosen. Neutral values switch a rule off (see protocol/messages.py for ranges)."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    """64 bits; with the position of the token it determines the randomness."""
+    logit_bias: list[tuple[int, float]] | None = None
+    num_logprobs: int = -1
+    """-1: none; 0: of the chosen token; N: of the N likeliest too."""
+    banned_until: int = 0
+    """``banned_ids`` cannot be chosen for positions below this one (min_tokens)."""
+    banned_ids: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """A request takes a row: all of its known tokens (prompt, then emitted), its blocks and its sampling."""
+
+    row: int
+    token_ids: bytes
+    """Little-endian int32."""
+    prompt_len: int
+    """The first tokens that are prompt; penalties on presence and frequency count only what follows."""
+    block_ids: list[int]
+    sampling: RowSampling
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step, the same bytes to every worker. Workers keep rows between steps, so only changes are sent.
+
+    Order of effects: ``free_rows``, ``new_rows``, appended blocks, then compute. ``rows``, ``starts``, ``counts`` and
+    ``samples`` are columns of one table: row r computes positions [start, start + count) and, where its ``samples``
+    is 1, chooses the token at position start + count, which the worker writes into the row itself (the next
+    plan may use it before the orchestrator has seen it). Steps run in order; a block freed by one plan may be given
+    to another row by the next.
+    With S pipeline stages, a row that sampled in step n is not planned again before step n + S.
+    """
+
+    epoch: int
+    step: int
+    free_rows: list[int]
+    new_rows: list[NewRow]
+    block_rows: list[int]
+    block_ids: list[int]
+    """Appended blocks, pairwise: ``block_ids[i]`` is appended to row ``block_rows[i]``."""
+    rows: list[int]
+    starts: list[int]
+    counts: list[int]
+    samples: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities of the model's raw distribution at one position."""
+
+    chosen: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the output rank sampled: one token per row whose ``samples`` was 1, in plan order."""
+
+    epoch: int
+    step: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None
+    """Parallel to ``token_ids``; None when no row asked."""
+    compute_us: int
+    """From reading the plan to having the tokens, in the worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Finish the step in hand, release the device, exit 0."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailure:
+    """The worker cannot go on; it exits non-zero after this."""
+
+    epoch: int
+    rank: int
+    phase: str
+    message: str
+    """One line that a user can act on."""
+    traceback: str
+    at_s: float
+    """CLOCK_MONOTONIC of the failure, to order failures of several ranks."""
+
+
+CONTROL = Codec(WorkerSpec, LoadProgress, Loaded, AllocateCache, Ready, StepPlan, StepResult, Shutdown, WorkerFailure)
+"""Encoder and decoder of everything on a worker's socket and on its standard input."""

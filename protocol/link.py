@@ -1,0 +1,122 @@
+"""Messages between the gateway process and the engine in the orchestrator; one `Outputs` per engine step."""
+
+from dataclasses import dataclass
+
+from mgpu.protocol.codec import Codec
+from mgpu.protocol.control import RowSampling, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySpec:
+    """All that the gateway process is told, on its standard input (kept open: end of file = parent gone)."""
+
+    runtime_dir: str
+    bind: str
+    """Front endpoint: ``ipc://…`` or ``tcp://127.0.0.1:PORT``."""
+    link: str
+    """ipc endpoint of the DEALER pair to the engine; the engine binds, the gateway connects."""
+    model_path: str
+    model_format: str
+    """safetensors or gguf: where the tokenizer and chat template are."""
+    model_name: str
+    vocab_size: int
+    eos_token_ids: list[int]
+    max_request_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayReady:
+    """The front channel is bound. ``endpoint`` is what clients connect to (a tcp port 0 is resolved)."""
+
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayFailure:
+    message: str
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Limits and state, sent when the engine becomes ready and whenever the state changes."""
+
+    state: str
+    """starting, ready, draining or stopped."""
+    max_seq_len: int
+    kv_tokens: int
+    """Tokens that the KV pool holds."""
+    layout: str
+    """The layout table of the start-up log, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """One sequence to generate. The gateway has checked every number and expanded ``n``."""
+
+    request_id: int
+    """Chosen by the gateway, never reused."""
+    token_ids: bytes
+    """Little-endian int32, at least one token."""
+    max_tokens: int
+    stop_token_ids: list[int]
+    """End-of-sequence ids included unless the request ignores them."""
+    sampling: RowSampling
+    cache_salt: bytes
+    """Prefix blocks are shared only between requests of the same salt."""
+    priority: int
+    """Lower runs first; equal priorities in order of arrival."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Drop a sequence; ``reason`` becomes its finish reason. An unknown id is ignored."""
+
+    request_id: int
+    reason: str
+    """cancelled, or stop when the gateway found a stop string."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatsQuery:
+    query_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatsReply:
+    query_id: int
+    counters: dict[str, float]
+    """running, waiting, kv_blocks_total, kv_blocks_used, prompt_tokens, generated_tokens, steps, preemptions,
+    prefix_hit_tokens, last_step_age_s, uptime_s, …"""
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Tokens and endings of one engine step, as parallel columns.
+
+    ``finish[i]`` is empty while the sequence goes on, else stop, length, cancelled or error. Every submitted sequence
+    gets exactly one non-empty ``finish``.
+    """
+
+    request_ids: list[int]
+    token_ids: list[list[int]]
+    logprobs: list[list[TokenLogprobs]]
+    """Per sequence, parallel to its new tokens; empty when not asked for."""
+    finish: list[str]
+    errors: list[str]
+    """Per sequence: the text for the client when ``finish`` is error, else empty."""
+    cached_tokens: list[int]
+    """Per sequence: prompt tokens taken from the prefix cache; meaningful with the first token."""
+
+
+LINK = Codec(
+    GatewaySpec,
+    GatewayReady,
+    GatewayFailure,
+    EngineInfo,
+    Submit,
+    Cancel,
+    StatsQuery,
+    StatsReply,
+    Outputs,
+)

@@ -1,0 +1,71 @@
+"""What the planner and the workers must know of a model, whatever file format it came from."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+CheckpointFormat = Literal["safetensors", "gguf"]
+LoadFormat = Literal["auto", "dummy"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+"""Family names used inside mgpu; checkpoint.py maps Hugging Face and GGUF names to them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Scaling of rotary frequencies: ``linear`` divides all of them by ``factor``; ``llama3`` is Llama 3.1's
+    wavelength-dependent rule (its four parameters are config.json's ``rope_scaling`` values)."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Shape and arithmetic of a decoder-only transformer. All sizes are counts of elements, not bytes."""
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_local_theta: float | None
+    """Theta of the sliding-window layers where it differs (Gemma 3), else None."""
+    rope_scaling: RopeScaling | None
+    """Applies to full-attention layers only where ``rope_local_theta`` is set."""
+    sliding_window: int | None
+    sliding_layers: tuple[bool, ...]
+    """One flag per layer: True where attention sees only the last ``sliding_window`` positions."""
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_embeddings: bool
+    activation: Literal["silu", "gelu_tanh"]
+    embedding_scale: float
+    """Factor on the embedding output: sqrt(hidden_size) for Gemma, else 1."""
+    attention_scale: float
+    """Factor on query-key products: head_dim ** -0.5, or query_pre_attn_scalar ** -0.5."""
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    checkpoint_dtype: Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where the bytes are. ``path`` is the model folder, or the file for GGUF."""
+
+    path: str
+    format: CheckpointFormat
+    load_format: LoadFormat = "auto"

@@ -1,0 +1,109 @@
+"""Say which layers live on which devices.
+
+A plan is a tuple of stages. Tensor parallelism is one stage with N devices, layer mapping is N stages
+with one device each, a hybrid is both: one type for all of them. Ranks are numbered stage by stage.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["cpu", "single", "tensor-parallel", "layer-mapped", "hybrid"]
+Transport = Literal["none", "nccl", "gloo", "shared-memory", "peer", "pinned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Layers ``[first_layer, end_layer)`` split tensor-parallel over ``devices`` (visible ordinals)."""
+
+    first_layer: int
+    end_layer: int
+    devices: tuple[int, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return self.end_layer - self.first_layer
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Where one rank stands in a plan."""
+
+    rank: int
+    stage_index: int
+    tp_rank: int
+    tp_size: int
+    device: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementPlan:
+    """The layout of one model: contiguous stages in layer order."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def world_size(self) -> int:
+        return sum(len(stage.devices) for stage in self.stages)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stages)
+
+    def place_of(self, rank: int) -> RankPlace:
+        """Find a rank's stage and its position inside the stage. IndexError when there is no such rank."""
+        first = 0
+        for index, stage in enumerate(self.stages):
+            if first <= rank < first + len(stage.devices):
+                tp_rank = rank - first
+                return RankPlace(rank, index, tp_rank, len(stage.devices), stage.devices[tp_rank])
+            first += len(stage.devices)
+        raise IndexError(f"rank {rank} is outside a plan of {self.world_size} ranks")
+
+    def ranks_of_stage(self, stage_index: int) -> range:
+        first = sum(len(stage.devices) for stage in self.stages[:stage_index])
+        return range(first, first + len(self.stages[stage_index].devices))
+
+    @property
+    def output_rank(self) -> int:
+        """The rank that reports sampled tokens: the first of the last stage."""
+        return self.ranks_of_stage(self.num_stages - 1)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShard:
+    """Half-open ranges of query and KV heads that one tensor-parallel rank computes.
+
+    ``kv_replicas`` > 1 means that this many consecutive ranks hold the same KV head.
+    """
+
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+    kv_replicas: int
+
+    @property
+    def num_q(self) -> int:
+        return self.q_stop - self.q_start
+
+    @property
+    def num_kv(self) -> int:
+        return self.kv_stop - self.kv_start
+
+
+def head_shard(num_q_heads: int, num_kv_heads: int, tp_rank: int, tp_size: int) -> HeadShard:
+    """Give the heads of one rank; the sizes must already be known to divide (see the planner).
+
+    With at most as many ranks as KV heads each rank owns ``num_kv_heads / tp_size`` of them. With more
+    ranks, each KV head is held by ``tp_size / num_kv_heads`` consecutive ranks.
+    """
+    num_q = num_q_heads // tp_size
+    replicas = max(1, tp_size // num_kv_heads)
+    num_kv = max(1, num_kv_heads // tp_size)
+    kv_start = tp_rank // replicas * num_kv
+    return HeadShard(tp_rank * num_q, (tp_rank + 1) * num_q, kv_start, kv_start + num_kv, replicas)
+
+
+def padded_vocab(vocab_size: int, tp_size: int) -> int:
+    """Round the vocabulary up so that every rank holds the same number of rows."""
+    return -(-vocab_size // tp_size) * tp_size

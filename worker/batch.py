@@ -1,0 +1,43 @@
+"""The tensors of one step, as the model sees them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# T tokens of the step, R rows (requests) in it, S rows that sample, B blocks of the longest table
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """A batch of R rows whose tokens are concatenated; all tensors on the worker's device.
+
+    Row r owns tokens ``query_starts[r]:query_starts[r + 1]``; they are its last tokens, so that after this step
+    its context has ``context_lens[r]`` tokens, the new ones included.
+    """
+
+    token_ids: Tensor
+    """int64 [T]; meaningful on the first stage only."""
+    positions: Tensor
+    """int64 [T]: position of each token in its request."""
+    slots: Tensor
+    """int64 [T]: where its key and value go: block * block_size + offset."""
+    query_starts: Tensor
+    """int32 [R + 1]."""
+    context_lens: Tensor
+    """int32 [R]."""
+    block_tables: Tensor
+    """int32 [R, B]; entries past a row's context are arbitrary valid block numbers."""
+    logit_rows: Tensor
+    """int64 [S]: index into T of the last token of every row that samples."""
+    query_lens_host: list[int]
+    """Tokens per row, on the host."""
+    context_lens_host: list[int]
+    """``context_lens`` on the host, so that nothing waits for the device."""
+
+    @property
+    def max_query_len(self) -> int:
+        return max(self.query_lens_host)
+
+    @property
+    def max_context_len(self) -> int:
+        return max(self.context_lens_host)
