@@ -1,0 +1,128 @@
+"""Read what a model is and where its tensors lie, from file headers alone. Shared by planner and loader; stdlib only.
+
+Files come from strangers: nothing is trusted, everything that is wrong raises `CheckpointError` with file and numbers.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mgpu.protocol.checkpoint_config import read_config_facts
+from mgpu.protocol.checkpoint_fields import CheckpointError, checked_file, read_json_object
+from mgpu.protocol.checkpoint_gguf import read_gguf_checkpoint
+from mgpu.protocol.checkpoint_tensors import TensorEntry, check_tensors, dummy_tensors, expected_tensors
+from mgpu.protocol.model import CheckpointFormat, LoadFormat, ModelFacts, ModelSource
+from mgpu.protocol.safetensors_header import read_safetensors
+
+__all__ = ["Checkpoint", "CheckpointError", "TensorEntry", "expected_tensors", "read_checkpoint"]
+
+_INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model on disk: its facts and every tensor that it needs, under Hugging Face names."""
+
+    source: ModelSource
+    facts: ModelFacts
+    tensors: dict[str, TensorEntry]
+
+
+def read_checkpoint(path: str | Path, load_format: LoadFormat = "auto") -> Checkpoint:
+    """Read a model folder or a ``.gguf`` file. ``dummy`` asks for config.json only; its tensors have no file.
+
+    CheckpointError for everything wrong with the files.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _finish(path, "safetensors", load_format, read_config_facts(path), None)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if not path.is_file() or path.suffix.lower() != ".gguf":
+        raise CheckpointError(f"{path}: neither a model folder nor a .gguf file{_pickle_hint([path])}")
+    facts, tensors = read_gguf_checkpoint(path)
+    return _finish(path, "gguf", load_format, facts, tensors)
+
+
+def _finish(
+    path: Path,
+    kind: CheckpointFormat,
+    load_format: LoadFormat,
+    facts: ModelFacts,
+    found: dict[str, TensorEntry] | None,
+) -> Checkpoint:
+    source = ModelSource(str(path.absolute()), kind, load_format)
+    if load_format == "dummy":
+        return Checkpoint(source, facts, dummy_tensors(facts))
+    stored = _read_folder(path) if found is None else found
+    check_tensors(str(path), facts, stored)
+    return Checkpoint(source, facts, {name: stored[name] for name in expected_tensors(facts)})
+
+
+def _read_folder(folder: Path) -> dict[str, TensorEntry]:
+    """Read the headers of all shards; tensors keep their names but for a multimodal prefix."""
+    if (folder / _INDEX).exists():
+        weight_map = _read_index(folder)
+        shards = list(dict.fromkeys(weight_map.values()))
+    else:
+        weight_map, shards = {}, _find_shards(folder)
+    tensors: dict[str, TensorEntry] = {}
+    for shard in shards:
+        for name, entry in read_safetensors(checked_file(folder, shard)).items():
+            if weight_map.get(name, shard) != shard:
+                raise CheckpointError(
+                    f"{folder / shard}: holds tensor {name!r}, which the index puts in {weight_map[name]!r}"
+                )
+            text_name = _text_name(name)
+            if text_name in tensors:
+                raise CheckpointError(f"{entry.file}: tensor {name!r} is also in {tensors[text_name].file}")
+            tensors[text_name] = TensorEntry(
+                text_name, entry.dtype, entry.shape, entry.file, entry.offset, entry.nbytes
+            )
+    lost = [name for name in weight_map if _text_name(name) not in tensors]
+    if lost:
+        raise CheckpointError(f"{folder / weight_map[lost[0]]}: lacks tensor {lost[0]!r}, which the index puts there")
+    return tensors
+
+
+def _text_name(name: str) -> str:
+    """Give the name that a text-only model would use; Gemma 3's multimodal checkpoints wrap it in two ways."""
+    for prefix, plain in (("language_model.", ""), ("model.language_model.", "model.")):
+        if name.startswith(prefix):
+            return plain + name[len(prefix) :]
+    return name
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    path = checked_file(folder, _INDEX)
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+    return {name: str(shard) for name, shard in weight_map.items()}
+
+
+def _find_shards(folder: Path) -> list[str]:
+    """Name the weight files of a folder without index: one file, or a complete set of numbered ones."""
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    names = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors")
+    names = [name for name in names if not name.startswith("consolidated")] or names
+    if not names:
+        raise CheckpointError(f"{folder}: no .safetensors weights{_pickle_hint(list(folder.iterdir()))}")
+    totals = {int(match[1]) for name in names if (match := re.search(r"-of-(\d{1,6})\.safetensors$", name))}
+    if totals and totals != {len(names)}:
+        raise CheckpointError(
+            f"{folder}: {len(names)} weight files, but their names say {max(totals)}; some are missing"
+        )
+    return names
+
+
+def _pickle_hint(paths: list[Path]) -> str:
+    pickled = sorted(path.name for path in paths if path.suffix.lower() in _PICKLES)
+    if not pickled:
+        return ""
+    return (
+        f"; {pickled[0]!r} is a pickle, which can run code and is never read. Convert it once where you trust it: "
+        "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)` with transformers"
+    )

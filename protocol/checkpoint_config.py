@@ -1,0 +1,211 @@
+"""Turn config.json of a Hugging Face folder into `ModelFacts`, with the defaults of the transformers library."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mgpu.protocol.checkpoint_fields import CheckpointError, Fields, checked_file, read_json_object
+from mgpu.protocol.checkpoint_rope import read_rope
+from mgpu.protocol.model import ARCHITECTURES, Dtype, ModelFacts
+
+MAX_HIDDEN, MAX_LAYERS, MAX_HEADS, MAX_VOCAB, MAX_POSITION = 1 << 18, 4096, 4096, 1 << 24, 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Class defaults of a transformers configuration; None: the key must be present (or follows another)."""
+
+    num_kv_heads: int | None
+    head_dim: int | None
+    max_position: int
+    tie: bool
+    bos: int | None
+    eos: tuple[int, ...]
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_layers: int | None = None
+    num_q_heads: int | None = None
+    vocab_size: int | None = None
+
+
+_FAMILIES = {
+    "llama": _Family(None, None, 2048, False, 1, (2,)),
+    "mistral": _Family(8, None, 131072, False, 1, (2,)),
+    "qwen2": _Family(32, None, 32768, False, None, ()),
+    "qwen3": _Family(32, 128, 32768, False, None, ()),
+    "gemma3": _Family(4, 256, 131072, True, 2, (1,), 2304, 9216, 26, 8, 262208),
+}
+_CLASSES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",
+}
+_MODEL_TYPES = {name: name for name in ARCHITECTURES} | {"gemma3_text": "gemma3"}
+
+
+def read_config_facts(folder: Path) -> ModelFacts:
+    """Read config.json and, for its stop tokens, generation_config.json. CheckpointError when unusable."""
+    path = checked_file(folder, "config.json")
+    outer = Fields(str(path), read_json_object(path))
+    family = _family_of(outer)
+    fields = outer.nested("text_config") if family == "gemma3" else None
+    return _facts(family, outer, fields or outer, _generation_eos(folder))
+
+
+def _family_of(fields: Fields) -> str:
+    classes = fields.list_of("architectures", str)
+    name = str(classes[0]) if classes else fields.text("model_type", "")
+    family = _CLASSES.get(name) if classes else _MODEL_TYPES.get(name)
+    if family is None:
+        shown = repr(name[:80]) if name else "not named (no `architectures`, no `model_type`)"
+        raise CheckpointError(
+            f"{fields.source}: the architecture is {shown}; supported architectures: {', '.join(_CLASSES)}"
+        )
+    return family
+
+
+def _generation_eos(folder: Path) -> tuple[int, ...]:
+    if not (folder / "generation_config.json").is_file():
+        return ()
+    path = checked_file(folder, "generation_config.json")
+    return Fields(str(path), read_json_object(path)).token_ids("eos_token_id")
+
+
+def _facts(family: str, outer: Fields, fields: Fields, generation_eos: tuple[int, ...]) -> ModelFacts:
+    _refuse_unsupported(outer)
+    _refuse_unsupported(fields)
+    base = _FAMILIES[family]
+    hidden = fields.integer("hidden_size", base.hidden_size, high=MAX_HIDDEN)
+    num_layers = fields.integer("num_hidden_layers", base.num_layers, high=MAX_LAYERS)
+    num_q_heads = fields.integer("num_attention_heads", base.num_q_heads, high=MAX_HEADS)
+    head_dim = _head_dim(fields, base, hidden, num_q_heads)
+    max_position = fields.integer("max_position_embeddings", base.max_position, high=MAX_POSITION)
+    rope = read_rope(fields, family, max_position)
+    window, sliding = _sliding(fields, family, num_layers)
+    biased = fields.boolean("attention_bias", False) and family != "mistral"
+    eos = generation_eos + (fields.token_ids("eos_token_id") or outer.token_ids("eos_token_id") or base.eos)
+    return ModelFacts(
+        architecture=family,
+        hidden_size=hidden,
+        intermediate_size=fields.integer("intermediate_size", base.intermediate_size, high=8 * MAX_HIDDEN),
+        num_layers=num_layers,
+        num_q_heads=num_q_heads,
+        num_kv_heads=_num_kv_heads(fields, base, num_q_heads),
+        head_dim=head_dim,
+        vocab_size=fields.integer("vocab_size", base.vocab_size, high=MAX_VOCAB),
+        max_position=max_position,
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=rope.theta,
+        rope_local_theta=rope.local_theta,
+        rope_scaling=rope.scaling,
+        sliding_window=window,
+        sliding_layers=sliding,
+        qkv_bias=biased or family == "qwen2",
+        output_bias=biased and family != "qwen2",
+        mlp_bias=family == "llama" and fields.boolean("mlp_bias", False),
+        qk_norm=family in ("qwen3", "gemma3"),
+        tie_embeddings=_tied(outer, fields, base),
+        activation=_activation(fields, family),
+        embedding_scale=hidden**0.5 if family == "gemma3" else 1.0,
+        attention_scale=_attention_scale(fields, family, head_dim),
+        bos_token_id=next(iter(fields.token_ids("bos_token_id")), base.bos),
+        eos_token_ids=tuple(dict.fromkeys(eos)),
+        checkpoint_dtype=_dtype(outer, fields),
+    )
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    if (quantization := fields.nested("quantization_config")) is not None:
+        method = quantization.text("quant_method", "unknown")
+        raise CheckpointError(
+            f"{fields.source}: the checkpoint is already quantized ({method[:40]}), which is not supported; "
+            "use the original weights, or a GGUF file"
+        )
+    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
+        if fields.has(key):
+            raise fields.error(key, "is set, which is not supported")
+    if fields.boolean("use_bidirectional_attention", False):
+        raise fields.error("use_bidirectional_attention", "is true: not a model that generates text")
+
+
+def _head_dim(fields: Fields, base: _Family, hidden: int, num_q_heads: int) -> int:
+    default = base.head_dim or hidden // num_q_heads
+    if not fields.has("head_dim") and base.head_dim is None and hidden % num_q_heads:
+        raise fields.error("hidden_size", f"is {hidden}, not a multiple of the {num_q_heads} attention heads")
+    head_dim = fields.integer("head_dim", default, high=4096)
+    if head_dim % 2:
+        raise fields.error("head_dim", f"is {head_dim}; rotary embeddings need an even number")
+    return head_dim
+
+
+def _num_kv_heads(fields: Fields, base: _Family, num_q_heads: int) -> int:
+    # An explicit null means "as many as query heads"; an absent key means the class default.
+    default = num_q_heads if fields.declares("num_key_value_heads") else base.num_kv_heads or num_q_heads
+    num_kv_heads = fields.integer("num_key_value_heads", default, high=MAX_HEADS)
+    if num_q_heads % num_kv_heads:
+        raise fields.error("num_key_value_heads", f"is {num_kv_heads}, which does not divide {num_q_heads} query heads")
+    return num_kv_heads
+
+
+def _sliding(fields: Fields, family: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """Give the window and which layers use it; (None, all False) without one."""
+    none = None, (False,) * num_layers
+    if family == "llama" or (fields.declares("sliding_window") and not fields.has("sliding_window")):
+        return none
+    if family in ("qwen2", "qwen3") and not fields.boolean("use_sliding_window", False):
+        return none
+    window = fields.integer("sliding_window", 4096)
+    types = fields.list_of("layer_types", str, num_layers) if family != "mistral" else None
+    if types is not None:
+        return window, tuple(_is_sliding(fields, kind) for kind in types)
+    if family == "mistral":
+        return window, (True,) * num_layers
+    if family == "gemma3":
+        pattern = fields.integer("sliding_window_pattern", 6)
+        return window, tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
+    first = fields.integer("max_window_layers", 28, low=0)
+    return window, tuple(layer >= first for layer in range(num_layers))
+
+
+def _is_sliding(fields: Fields, kind: object) -> bool:
+    if kind not in ("sliding_attention", "full_attention"):
+        raise fields.error("layer_types", f"has {str(kind)[:40]!r}; supported: sliding_attention, full_attention")
+    return kind == "sliding_attention"
+
+
+def _tied(outer: Fields, fields: Fields, base: _Family) -> bool:
+    holder = outer if outer.has("tie_word_embeddings") else fields
+    return holder.boolean("tie_word_embeddings", base.tie)
+
+
+def _activation(fields: Fields, family: str) -> Literal["silu", "gelu_tanh"]:
+    if family == "gemma3":
+        key, expected = "hidden_activation", "gelu_pytorch_tanh"
+    else:
+        key, expected = "hidden_act", "silu"
+    if (name := fields.text(key, expected)) != expected:
+        raise fields.error(key, f"is {name[:40]!r}; {family} is supported with {expected!r}")
+    return "gelu_tanh" if family == "gemma3" else "silu"
+
+
+def _attention_scale(fields: Fields, family: str, head_dim: int) -> float:
+    return float((fields.number("query_pre_attn_scalar", 256.0) if family == "gemma3" else head_dim) ** -0.5)
+
+
+def _dtype(outer: Fields, fields: Fields) -> Dtype:
+    for holder in (outer, fields):
+        for key in ("dtype", "torch_dtype"):
+            if not holder.has(key):
+                continue
+            name = holder.text(key).removeprefix("torch.")
+            if name == "float32":
+                return "float32"
+            if name == "float16":
+                return "float16"
+            if name == "bfloat16":
+                return "bfloat16"
+            raise holder.error(key, f"is {name[:40]!r}; supported: float32, float16, bfloat16")
+    return "float32"

@@ -1,0 +1,195 @@
+"""Turn the header of a GGUF file into `ModelFacts` and tensors under their Hugging Face names."""
+
+import struct
+from pathlib import Path
+
+from mgpu.protocol.checkpoint_config import MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_POSITION, MAX_VOCAB
+from mgpu.protocol.checkpoint_fields import CheckpointError, Fields
+from mgpu.protocol.checkpoint_tensors import TensorEntry
+from mgpu.protocol.gguf import GgufHeader, GgufTensor, read_gguf
+from mgpu.protocol.model import Dtype, ModelFacts, RopeScaling
+
+_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def read_gguf_checkpoint(path: Path) -> tuple[ModelFacts, dict[str, TensorEntry]]:
+    """Read facts and tensor index of a GGUF model; CheckpointError when it is not one that can be served."""
+    header = read_gguf(path, with_arrays=False)
+    fields = Fields(str(path), header.metadata)
+    architecture = fields.text("general.architecture")
+    if architecture not in _GGUF_ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: the architecture is {architecture[:80]!r}; "
+            f"supported in GGUF files: {', '.join(_GGUF_ARCHITECTURES)}"
+        )
+    facts = _facts(path, architecture, header)
+    return facts, {entry.name: entry for entry in _entries(path, architecture, header)}
+
+
+def _entries(path: Path, architecture: str, header: GgufHeader) -> list[TensorEntry]:
+    found = ((hugging_face_name(architecture, tensor.name), tensor) for tensor in header.tensors.values())
+    return [
+        TensorEntry(name, tensor.dtype, tensor.shape, str(path), tensor.offset, tensor.nbytes)
+        for name, tensor in found
+        if name is not None
+    ]
+
+
+def hugging_face_name(architecture: str, name: str) -> str | None:
+    """Translate a GGUF tensor name; None for tensors that carry no weights of ours."""
+    if name in _TOP_NAMES:
+        return _TOP_NAMES[name]
+    parts = name.split(".")
+    if len(parts) != 4 or parts[0] != "blk" or parts[3] not in ("weight", "bias"):
+        return None
+    if parts[2] == "ffn_norm":
+        middle = "pre_feedforward_layernorm" if architecture == "gemma3" else "post_attention_layernorm"
+    elif parts[2] == "post_attention_norm":
+        middle = "post_attention_layernorm"
+    elif parts[2] in _LAYER_NAMES:
+        middle = _LAYER_NAMES[parts[2]]
+    else:
+        return None
+    return f"model.layers.{parts[1]}.{middle}.{parts[3]}"
+
+
+def _facts(path: Path, architecture: str, header: GgufHeader) -> ModelFacts:
+    fields = Fields(str(path), header.metadata, architecture + ".")
+    hidden = fields.integer("embedding_length", high=MAX_HIDDEN)
+    num_layers = fields.integer("block_count", high=MAX_LAYERS)
+    num_q_heads = fields.integer("attention.head_count", high=MAX_HEADS)
+    num_kv_heads = fields.integer("attention.head_count_kv", num_q_heads, high=MAX_HEADS)
+    if num_q_heads % num_kv_heads:
+        raise fields.error("attention.head_count_kv", f"is {num_kv_heads}, which does not divide {num_q_heads}")
+    head_dim = _head_dim(fields, hidden, num_q_heads)
+    gemma = architecture == "gemma3"
+    window, sliding = _sliding(fields, gemma, num_layers)
+    tokenizer = Fields(str(path), header.metadata, "tokenizer.ggml.")
+    tensors = header.tensors
+    return ModelFacts(
+        architecture=architecture,
+        hidden_size=hidden,
+        intermediate_size=fields.integer("feed_forward_length", high=8 * MAX_HIDDEN),
+        num_layers=num_layers,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=_vocab_size(path, tensors),
+        max_position=fields.integer("context_length", 4096, high=MAX_POSITION),
+        rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", 1e-6),
+        rope_theta=fields.number("rope.freq_base", 1e6 if gemma else 1e4),
+        rope_local_theta=fields.number("rope.freq_base_swa", 1e4) if gemma else None,
+        rope_scaling=_rope_scaling(path, fields, tensors.get(_ROPE_FACTORS)),
+        sliding_window=window,
+        sliding_layers=sliding,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_down.bias" in tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+        tie_embeddings="output.weight" not in tensors,
+        activation="gelu_tanh" if gemma else "silu",
+        embedding_scale=hidden**0.5 if gemma else 1.0,
+        attention_scale=_attention_scale(gemma, num_layers, hidden, num_q_heads, head_dim),
+        bos_token_id=next(iter(tokenizer.token_ids("bos_token_id")), None),
+        eos_token_ids=_eos(tokenizer),
+        checkpoint_dtype=_dtype(tensors),
+    )
+
+
+def _head_dim(fields: Fields, hidden: int, num_q_heads: int) -> int:
+    if not fields.has("attention.key_length") and hidden % num_q_heads:
+        raise fields.error("embedding_length", f"is {hidden}, not a multiple of the {num_q_heads} attention heads")
+    head_dim = fields.integer("attention.key_length", hidden // num_q_heads, high=4096)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (other := fields.integer(key, head_dim)) != head_dim:
+            raise fields.error(key, f"is {other}, unlike the head size {head_dim}, which is not supported")
+    if head_dim % 2:
+        raise fields.error("attention.key_length", f"is {head_dim}; rotary embeddings need an even number")
+    return head_dim
+
+
+def _vocab_size(path: Path, tensors: dict[str, GgufTensor]) -> int:
+    """The embedding says it: the token list may be shorter, and `vocab_size` is often absent."""
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{path}: the tensor 'token_embd.weight' is missing or not a matrix")
+    if embedding.shape[0] > MAX_VOCAB:
+        raise CheckpointError(f"{path}: a vocabulary of {embedding.shape[0]} is more than the {MAX_VOCAB} allowed")
+    return embedding.shape[0]
+
+
+def _sliding(fields: Fields, gemma: bool, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    if not gemma or not fields.has("attention.sliding_window"):
+        return None, (False,) * num_layers
+    window = fields.integer("attention.sliding_window")
+    pattern = fields.raw("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        flags = fields.list_of("attention.sliding_window_pattern", bool, num_layers)
+        return window, tuple(bool(flag) for flag in flags or ())
+    period = fields.integer("attention.sliding_window_pattern", 6)
+    return window, tuple((layer + 1) % period != 0 for layer in range(num_layers))
+
+
+def _rope_scaling(path: Path, fields: Fields, factors: GgufTensor | None) -> RopeScaling | None:
+    if factors is not None:
+        return _llama3_scaling(path, factors)
+    kind = fields.text("rope.scaling.type", "none")
+    if kind == "linear":
+        return RopeScaling("linear", fields.number("rope.scaling.factor"))
+    if kind != "none":
+        raise fields.error("rope.scaling.type", f"is {kind[:40]!r}; supported: none, linear")
+    return None
+
+
+def _llama3_scaling(path: Path, factors: GgufTensor) -> RopeScaling:
+    """Recover Llama 3.1's rule from the stored divisors: the lowest frequencies are divided by the whole factor.
+
+    The other three parameters are the same in every Llama 3.1, 3.2 and 3.3.
+    """
+    if factors.dtype != "F32" or factors.nbytes > 1 << 16:
+        raise CheckpointError(f"{path}: tensor {factors.name!r} of {factors.dtype} {factors.shape} is not usable")
+    with open(path, "rb") as file:
+        file.seek(factors.offset)
+        values = struct.unpack(f"<{factors.nbytes // 4}f", file.read(factors.nbytes))
+    factor = max(values)
+    if not 1.0 <= factor <= 1e6 or min(values) < 1.0:
+        raise CheckpointError(f"{path}: tensor {factors.name!r} has divisors from {min(values)} to {factor}")
+    return RopeScaling("llama3", factor, 1.0, 4.0, 8192)
+
+
+def _attention_scale(gemma: bool, num_layers: int, hidden: int, num_q_heads: int, head_dim: int) -> float:
+    # GGUF has no query_pre_attn_scalar; only the 62-layer Gemma 3 27B deviates from the head size.
+    width = hidden // num_q_heads if gemma and num_layers == 62 else head_dim
+    return float(width**-0.5)
+
+
+def _eos(tokenizer: Fields) -> tuple[int, ...]:
+    ids = [token for key in ("eos_token_id", "eot_token_id", "eom_token_id") for token in tokenizer.token_ids(key)]
+    return tuple(dict.fromkeys(ids))
+
+
+def _dtype(tensors: dict[str, GgufTensor]) -> Dtype:
+    """Name the float type of the weights; quantized ones are meant to be computed in bfloat16."""
+    kinds = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) == 2}
+    if kinds == {"F32"}:
+        return "float32"
+    return "float16" if kinds and kinds <= {"F16", "F32"} else "bfloat16"

@@ -1,0 +1,112 @@
+"""Name the tensors that a model must have, and where each one lies."""
+
+import math
+from dataclasses import dataclass
+
+from mgpu.protocol.checkpoint_fields import CheckpointError
+from mgpu.protocol.model import ModelFacts
+
+LOADABLE_DTYPES = frozenset(
+    {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One stored tensor under its Hugging Face name; ``shape`` is row-major (out, in), ``offset`` is in ``file``.
+
+    ``dtype`` is the safetensors name (F32, F16, BF16) or the GGUF type (Q4_1, …). ``file`` is empty for a
+    synthesized (dummy) tensor.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+
+def expected_tensors(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+    """Give every tensor of the model with its whole (unsplit) shape, in layer order."""
+    hidden = facts.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (facts.vocab_size, hidden)}
+    for layer in range(facts.num_layers):
+        shapes |= layer_tensors(facts, layer)
+    shapes["model.norm.weight"] = (hidden,)
+    if not facts.tie_embeddings:
+        shapes["lm_head.weight"] = (facts.vocab_size, hidden)
+    return shapes
+
+
+def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
+    """Give the tensors of one decoder layer."""
+    head = f"model.layers.{layer}."
+    attention, mlp = head + "self_attn.", head + "mlp."
+    hidden, inner = facts.hidden_size, facts.intermediate_size
+    q_size, kv_size = facts.num_q_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        attention + "q_proj.weight": (q_size, hidden),
+        attention + "k_proj.weight": (kv_size, hidden),
+        attention + "v_proj.weight": (kv_size, hidden),
+        attention + "o_proj.weight": (hidden, q_size),
+        mlp + "gate_proj.weight": (inner, hidden),
+        mlp + "up_proj.weight": (inner, hidden),
+        mlp + "down_proj.weight": (hidden, inner),
+    }
+    if facts.qkv_bias:
+        shapes |= {attention + f"{part}_proj.bias": (size,) for part, size in _qkv_sizes(q_size, kv_size)}
+    if facts.output_bias:
+        shapes[attention + "o_proj.bias"] = (hidden,)
+    if facts.mlp_bias:
+        shapes |= {mlp + "gate_proj.bias": (inner,), mlp + "up_proj.bias": (inner,), mlp + "down_proj.bias": (hidden,)}
+    if facts.qk_norm:
+        shapes |= {attention + "q_norm.weight": (facts.head_dim,), attention + "k_norm.weight": (facts.head_dim,)}
+    return shapes | {head + name + ".weight": (hidden,) for name in layer_norms(facts)}
+
+
+def _qkv_sizes(q_size: int, kv_size: int) -> tuple[tuple[str, int], ...]:
+    return ("q", q_size), ("k", kv_size), ("v", kv_size)
+
+
+def layer_norms(facts: ModelFacts) -> tuple[str, ...]:
+    """Name the norms around the two halves of a layer; Gemma 3 has one on each side of both."""
+    if facts.architecture == "gemma3":
+        return (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        )
+    return "input_layernorm", "post_attention_layernorm"
+
+
+def check_tensors(source: str, facts: ModelFacts, tensors: dict[str, TensorEntry]) -> None:
+    """Refuse a checkpoint that lacks a tensor, or has one of the wrong shape or an unsupported type."""
+    expected = expected_tensors(facts)
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"{source}: {len(missing)} of {len(expected)} tensors are missing: {', '.join(missing[:3])}{more}"
+        )
+    for name, shape in expected.items():
+        entry = tensors[name]
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, the configuration asks for {list(shape)}"
+            )
+        if entry.dtype not in LOADABLE_DTYPES:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} is stored as {entry.dtype}; "
+                f"supported: {', '.join(sorted(LOADABLE_DTYPES))}"
+            )
+
+
+def dummy_tensors(facts: ModelFacts) -> dict[str, TensorEntry]:
+    """Make entries without a file, for a model whose weights are to be random."""
+    dtype, width = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}[facts.checkpoint_dtype]
+    return {
+        name: TensorEntry(name, dtype, shape, "", 0, math.prod(shape) * width)
+        for name, shape in expected_tensors(facts).items()
+    }

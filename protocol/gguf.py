@@ -1,0 +1,262 @@
+"""Read the header of a GGUF file: metadata and where its tensors lie. Stdlib only; no tensor bytes are touched.
+
+Every count and size is checked against the size of the file before anything is allocated.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mgpu.protocol.checkpoint_fields import CheckpointError, file_size
+
+GGUF_TYPES: dict[int, tuple[str, int, int]] = {
+    # ggml type number: name, elements per block, bytes per block
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    30: ("BF16", 1, 2),
+}
+_UNSUPPORTED_TYPES = {
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+}  # fmt: skip
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_SMALL_ARRAY = 4096
+"""Arrays up to this length are built even when big ones are skipped: per-layer numbers, stop ids."""
+_MAX_KEY_BYTES = 65535
+_MAX_NESTING = 4
+_CHUNK = 1 << 20
+_MAX_HEADER_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor: ``shape`` is row-major (GGUF stores it reversed), ``offset`` counts from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    metadata: dict[str, object]
+    """Values as int, float, bool, str or lists of them. Skipped arrays are absent."""
+    tensors: dict[str, GgufTensor]
+
+
+def read_gguf(path: str | Path, with_arrays: bool) -> GgufHeader:
+    """Read a GGUF header. ``with_arrays=False`` skips big arrays (vocabulary, merges) instead of building them.
+
+    CheckpointError for anything that is not a whole, consistent GGUF file.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            return _read(_Cursor(path, file, file_size(path)), with_arrays)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+class _Cursor:
+    """Position in a file whose reads are checked against its size and buffered."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path = path
+        self.size = size
+        self.position = 0
+        self._file = file
+        self._buffer = bytearray()
+
+    def error(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {problem}")
+
+    @property
+    def remaining(self) -> int:
+        return self.size - self.position
+
+    def take(self, count: int) -> int:
+        """Advance over ``count`` bytes and give where they start in the buffer."""
+        start, end = self.position, self.position + count
+        if end > len(self._buffer):
+            self._fill(end)
+        self.position = end
+        return start
+
+    def _fill(self, end: int) -> None:
+        if end > min(self.size, _MAX_HEADER_BYTES):
+            raise self.error(f"truncated or corrupt GGUF: the header needs byte {end}, the file has {self.size}")
+        missing = max(end - len(self._buffer), _CHUNK)
+        self._buffer += self._file.read(missing)
+        if end > len(self._buffer):
+            raise self.error(f"truncated while reading: {len(self._buffer)} of {self.size} bytes")
+
+    def unpack(self, layout: struct.Struct) -> tuple[object, ...]:
+        start = self.take(layout.size)
+        return layout.unpack_from(self._buffer, start)
+
+    def u32(self) -> int:
+        start = self.take(4)
+        return int.from_bytes(self._buffer[start : start + 4], "little")
+
+    def u64(self) -> int:
+        start = self.take(8)
+        return int.from_bytes(self._buffer[start : start + 8], "little")
+
+    def data(self, count: int) -> bytes:
+        start = self.take(count)
+        return bytes(self._buffer[start : start + count])
+
+    def string(self) -> str:
+        # Vocabularies may hold tokens that are not UTF-8; they are shown, never used as keys.
+        return self.data(self.u64()).decode("utf-8", "replace")
+
+    def key(self) -> str:
+        length = self.u64()
+        if length > _MAX_KEY_BYTES:
+            raise self.error(f"a name of {length} bytes at byte {self.position}; at most {_MAX_KEY_BYTES}")
+        try:
+            return self.data(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error(f"a name before byte {self.position} is not UTF-8") from error
+
+    def check_count(self, count: int, least_bytes: int, what: str) -> None:
+        if count * least_bytes > self.remaining:
+            raise self.error(f"claims {count} {what}, but only {self.remaining} bytes follow")
+
+
+def _read(cursor: _Cursor, with_arrays: bool) -> GgufHeader:
+    if cursor.size < 24 or cursor.data(4) != b"GGUF":
+        raise cursor.error("not a GGUF file (it does not begin with GGUF)")
+    version = cursor.u32()
+    if version not in (2, 3):
+        raise cursor.error(f"GGUF version {version} is not supported (2 and 3 are; big-endian files are not)")
+    num_tensors, num_pairs = cursor.u64(), cursor.u64()
+    cursor.check_count(num_pairs, 13, "metadata entries")
+    metadata = _read_metadata(cursor, num_pairs, with_arrays)
+    cursor.check_count(num_tensors, 24, "tensors")
+    infos = [_read_tensor_info(cursor) for _ in range(num_tensors)]
+    return GgufHeader(metadata, _place_tensors(cursor, infos, _alignment(cursor, metadata)))
+
+
+def _read_metadata(cursor: _Cursor, count: int, with_arrays: bool) -> dict[str, object]:
+    metadata: dict[str, object] = {}
+    seen: set[str] = set()
+    for _ in range(count):
+        key = cursor.key()
+        if key in seen:
+            raise cursor.error(f"metadata key {key!r} occurs twice")
+        seen.add(key)
+        kind = cursor.u32()
+        value = _read_array(cursor, with_arrays, 1) if kind == _ARRAY else _read_value(cursor, kind)
+        if value is not None:
+            metadata[key] = value
+    return metadata
+
+
+def _read_value(cursor: _Cursor, kind: int) -> object:
+    if kind == _STRING:
+        return cursor.string()
+    code = _SCALARS.get(kind)
+    if code is None:
+        raise cursor.error(f"unknown metadata type {kind} at byte {cursor.position}")
+    return cursor.unpack(struct.Struct("<" + code))[0]
+
+
+def _read_array(cursor: _Cursor, with_arrays: bool, depth: int) -> list[object] | None:
+    """Read an array, or step over it and give None when it is big and not wanted."""
+    kind, count = cursor.u32(), cursor.u64()
+    keep = with_arrays or count <= _SMALL_ARRAY
+    if kind == _STRING:
+        cursor.check_count(count, 8, "strings")
+        if keep:
+            return [cursor.string() for _ in range(count)]
+        for _ in range(count):
+            cursor.take(cursor.u64())
+        return None
+    if kind == _ARRAY:
+        if depth == _MAX_NESTING:
+            raise cursor.error(f"arrays nested deeper than {_MAX_NESTING}")
+        cursor.check_count(count, 12, "arrays")
+        return [_read_array(cursor, with_arrays, depth + 1) for _ in range(count)]
+    code = _SCALARS.get(kind)
+    if code is None:
+        raise cursor.error(f"unknown metadata type {kind} at byte {cursor.position}")
+    width = struct.calcsize("<" + code)
+    cursor.check_count(count, width, "numbers")
+    if keep:
+        return list(cursor.unpack(struct.Struct(f"<{count}{code}")))
+    cursor.take(count * width)
+    return None
+
+
+def _read_tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name = cursor.key()
+    num_dims = cursor.u32()
+    if not 1 <= num_dims <= 4:
+        raise cursor.error(f"tensor {name!r} has {num_dims} dimensions, expected 1 to 4")
+    dims = tuple(cursor.u64() for _ in range(num_dims))
+    return name, dims[::-1], cursor.u32(), cursor.u64()
+
+
+def _alignment(cursor: _Cursor, metadata: dict[str, object]) -> int:
+    value = metadata.get("general.alignment", 32)
+    if not isinstance(value, int) or not 8 <= value <= 1 << 20 or value & (value - 1):
+        raise cursor.error(f"general.alignment is {value!r}, expected a power of two between 8 and {1 << 20}")
+    return value
+
+
+def _place_tensors(
+    cursor: _Cursor, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: int
+) -> dict[str, GgufTensor]:
+    data_start = -(-cursor.position // alignment) * alignment
+    tensors: dict[str, GgufTensor] = {}
+    for name, shape, type_number, offset in infos:
+        if name in tensors:
+            raise cursor.error(f"tensor {name!r} occurs twice")
+        dtype, nbytes = _tensor_bytes(cursor, name, shape, type_number)
+        if offset % alignment:
+            raise cursor.error(f"tensor {name!r} starts at offset {offset}, not a multiple of {alignment}")
+        if data_start + offset + nbytes > cursor.size:
+            raise cursor.error(
+                f"truncated: tensor {name!r} ends at byte {data_start + offset + nbytes}, the file has {cursor.size}"
+            )
+        tensors[name] = GgufTensor(name, dtype, shape, data_start + offset, nbytes)
+    _check_overlap(cursor, tensors)
+    return tensors
+
+
+def _tensor_bytes(cursor: _Cursor, name: str, shape: tuple[int, ...], type_number: int) -> tuple[str, int]:
+    if type_number not in GGUF_TYPES:
+        known = ", ".join(type_name for type_name, _, _ in GGUF_TYPES.values())
+        stored = _UNSUPPORTED_TYPES.get(type_number, f"number {type_number}")
+        raise cursor.error(f"tensor {name!r} has the unsupported GGUF type {stored}; supported types: {known}")
+    dtype, block, block_bytes = GGUF_TYPES[type_number]
+    if min(shape) < 1:
+        raise cursor.error(f"tensor {name!r} has shape {shape}")
+    if shape[-1] % block:
+        raise cursor.error(f"tensor {name!r} of type {dtype} has rows of {shape[-1]}, not a multiple of {block}")
+    return dtype, math.prod(shape) // block * block_bytes
+
+
+def _check_overlap(cursor: _Cursor, tensors: dict[str, GgufTensor]) -> None:
+    end, before = 0, ""
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+        if tensor.offset < end:
+            raise cursor.error(f"tensors {before!r} and {tensor.name!r} overlap at byte {tensor.offset}")
+        end, before = tensor.offset + tensor.nbytes, tensor.name
