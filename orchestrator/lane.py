@@ -1,0 +1,65 @@
+"""Requests that decode in lockstep: each step of a lane gives every member one token.
+
+The columns of the step plan are kept between steps, and a member is looked at only when it is due: when it needs
+another block or when all of its tokens are planned. So a step costs what changed, not how many are running.
+"""
+
+from mgpu.orchestrator.sequence import Sequence
+
+
+class Lane:
+    """Members and their plan columns. A pipeline of S stages has S lanes that take turns."""
+
+    def __init__(self, block_size: int) -> None:
+        self.members: list[Sequence] = []
+        self.rows: list[int] = []
+        self.starts: list[int] = []
+        """Position that the next step computes, parallel to ``members``; it chooses the token after it."""
+        self._block_size = block_size
+        self._tick = 0
+        self._due: dict[int, list[Sequence]] = {}
+
+    def add(self, seq: Sequence, start: int) -> None:
+        """Let a request decode here; its token at ``start`` is known to the workers and not computed yet."""
+        seq.lane, seq.slot = self, len(self.members)
+        self.members.append(seq)
+        self.rows.append(seq.row)
+        self.starts.append(start)
+        self.remind(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Take a member out and tell it how far it got; the last member moves to its slot."""
+        slot = seq.slot
+        seq.num_computed = self.starts[slot]
+        seq.lane, seq.slot, seq.due_tick = None, -1, -1
+        last, row, start = self.members.pop(), self.rows.pop(), self.starts.pop()
+        if last is not seq:
+            self.members[slot], self.rows[slot], self.starts[slot] = last, row, start
+            last.slot = slot
+
+    def due(self) -> list[Sequence]:
+        """Give the members to look at before this step, oldest first; forget their reminders."""
+        tick = self._tick
+        due = [seq for seq in self._due.pop(tick, ()) if seq.lane is self and seq.due_tick == tick]
+        for seq in due:
+            seq.due_tick = -1
+        return sorted(due, key=lambda seq: seq.order) if len(due) > 1 else due
+
+    def remind(self, seq: Sequence) -> None:
+        """Set when a member must be looked at again."""
+        start = self.starts[seq.slot]
+        until_block = len(seq.blocks) * self._block_size - start
+        until_last = seq.max_len - 2 - start
+        seq.due_tick = self._tick + min(until_block, until_last)
+        self._due.setdefault(seq.due_tick, []).append(seq)
+
+    def needs_block(self, seq: Sequence) -> bool:
+        return self.starts[seq.slot] == len(seq.blocks) * self._block_size
+
+    def is_planned_to_the_end(self, seq: Sequence) -> bool:
+        return self.starts[seq.slot] + 1 >= seq.max_len
+
+    def advance(self) -> None:
+        """Move every member one position on: the step that computes ``starts`` is planned."""
+        self.starts = [start + 1 for start in self.starts]
+        self._tick += 1

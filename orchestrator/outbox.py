@@ -1,0 +1,61 @@
+"""Collect what one engine step has to tell the gateway, as the columns of one message."""
+
+from mgpu.orchestrator.sequence import Sequence
+from mgpu.protocol.control import TokenLogprobs
+from mgpu.protocol.link import Outputs
+
+
+class Outbox:
+    """Columns of the next `Outputs`."""
+
+    def __init__(self) -> None:
+        self._columns = Outputs([], [], [], [], [], [])
+
+    def add(
+        self,
+        seq: Sequence,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs],
+        finish: str = "",
+        error: str = "",
+    ) -> None:
+        self.add_plain(seq.request_id, token_ids, logprobs, finish, error, seq.cached_tokens)
+
+    def add_plain(
+        self,
+        request_id: int,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs],
+        finish: str,
+        error: str,
+        cached_tokens: int,
+    ) -> None:
+        columns = self._columns
+        columns.request_ids.append(request_id)
+        columns.token_ids.append(token_ids)
+        columns.logprobs.append(logprobs)
+        columns.finish.append(finish)
+        columns.errors.append(error)
+        columns.cached_tokens.append(cached_tokens)
+
+    def refuse(self, request_id: int, error: str) -> None:
+        """End a request that never became a sequence."""
+        self.add_plain(request_id, [], [], "error", error, 0)
+
+    def add_tokens(self, seqs: list[Sequence], token_ids: list[int], finish: list[str]) -> None:
+        """Add one token to each of many sequences that did not ask for logprobs."""
+        columns = self._columns
+        columns.request_ids.extend([seq.request_id for seq in seqs])
+        columns.token_ids.extend([[token] for token in token_ids])
+        columns.logprobs.extend([[] for _ in seqs])
+        columns.finish.extend(finish)
+        columns.errors.extend([""] * len(seqs))
+        columns.cached_tokens.extend([seq.cached_tokens for seq in seqs])
+
+    def take(self) -> Outputs | None:
+        """Hand over what was collected; None when there is nothing to tell."""
+        columns = self._columns
+        if not columns.request_ids:
+            return None
+        self._columns = Outputs([], [], [], [], [], [])
+        return columns

@@ -1,0 +1,375 @@
+"""Decide what every step computes: continuous batching over a paged KV cache, for a pipeline of any depth.
+
+Pure bookkeeping on integers: no clock, no socket, no torch. Tokens in flight are unknown here, so the scheduler plans
+ahead of them: it never plans more than ``max_tokens``, and what arrives after a stop is discarded.
+
+A step decodes the requests of one lane (see lane.py) and fills the rest of its token budget with prefill; a budget
+larger than the number of rows keeps either from starving the other.
+"""
+
+import heapq
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from mgpu.orchestrator.admission import Limits, RequestRefused, checked_sequence
+from mgpu.orchestrator.block_manager import BlockManager, extend_block_keys
+from mgpu.orchestrator.lane import Lane
+from mgpu.orchestrator.outbox import Outbox
+from mgpu.orchestrator.sequence import Sequence
+from mgpu.protocol.control import StepPlan, StepResult
+from mgpu.protocol.link import Outputs, Submit
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """A published step whose tokens have not arrived: who gets them, in order."""
+
+    step: int
+    sampled: list[Sequence]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    generated_tokens: int = 0
+    discarded_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+
+
+class Scheduler:
+    """All live requests and the steps in flight. One call per event; every request ends in exactly one output."""
+
+    def __init__(self, limits: Limits, epoch: int = 0) -> None:
+        self.limits = limits
+        self.counters = Counters()
+        self.blocks = BlockManager(limits.num_blocks)
+        self._epoch = epoch
+        self._live: dict[int, Sequence] = {}
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._admitted: dict[int, Sequence] = {}
+        self._prefilling: list[Sequence] = []
+        self._lanes = [Lane(limits.block_size) for _ in range(limits.num_stages)]
+        self._in_flight: deque[StepRecord] = deque()
+        self._next_step = 0
+        self._arrivals = 0
+        self._free_rows = list(range(limits.max_rows - 1, -1, -1))
+        self._rows_to_free: list[int] = []
+        self._leaving: deque[tuple[int, int, Sequence]] = deque()
+        """(step, row, sequence): the row is free, and a preempted sequence waits again, when ``step`` has arrived."""
+        self._blocked: tuple[int, Sequence] | None = None
+        """(releases, sequence): the first in line did not fit, and will not before another block is released."""
+        self._outbox = Outbox()
+
+    # -- what the engine asks ------------------------------------------------------------------------------------------
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._admitted)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def take_outputs(self) -> Outputs | None:
+        """Hand over what happened since the last call; None when nothing did."""
+        return self._outbox.take()
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request; one that can never run is answered with an error now."""
+        if submit.request_id in self._live:
+            return  # its one ending must stay one; the gateway never reuses an id
+        try:
+            seq = checked_sequence(submit, self._arrivals, self.limits)
+        except RequestRefused as refusal:
+            self._outbox.refuse(submit.request_id, str(refusal))
+            return
+        self._arrivals += 1
+        self._live[seq.request_id] = seq
+        heapq.heappush(self._waiting, (seq.order, seq))
+
+    def cancel(self, request_id: int, reason: str) -> None:
+        """End a request now, wherever it stands; unknown ids are ignored."""
+        seq = self._live.get(request_id)
+        if seq is not None:
+            self._finish(seq)
+            self._outbox.add(seq, [], [], reason)
+
+    def fail_all(self, error: str) -> None:
+        """End every live request with an error."""
+        for seq in list(self._live.values()):
+            self._finish(seq)
+            self._outbox.add(seq, [], [], "error", error)
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step. None when the pipeline is full or there is nothing to compute.
+
+        Step numbers skip the turns of lanes that have nothing to do.
+        """
+        for step in range(self._next_step, self._next_step + len(self._lanes)):
+            if self._in_flight and step - self._in_flight[0].step > len(self._lanes):
+                return None
+            plan = self._plan_step(step)
+            if plan.rows:
+                self._next_step = step + 1
+                self._rows_to_free = []
+                self.counters.steps += 1
+                return plan
+        return None
+
+    def apply(self, result: StepResult) -> None:
+        """Take in the tokens of the oldest step in flight. ValueError when the result belongs to another step."""
+        if result.epoch != self._epoch:
+            return
+        record = self._in_flight[0] if self._in_flight else None
+        if record is None or record.step != result.step or len(record.sampled) != len(result.token_ids):
+            raise ValueError(f"result of step {result.step} does not fit the step in flight: {record}")
+        self._in_flight.popleft()
+        if result.logprobs is None:
+            self._apply_tokens(record.sampled, result.token_ids)
+        else:
+            self._apply_with_logprobs(record.sampled, result)
+        self._release_rows_until(record.step)
+
+    # -- planning ------------------------------------------------------------------------------------------------------
+
+    def _plan_step(self, step: int) -> StepPlan:
+        lane = self._lanes[step % len(self._lanes)]
+        plan = StepPlan(self._epoch, step, self._rows_to_free, [], [], [], [], [], [], [])
+        self._even_out(step % len(self._lanes))
+        sampled = self._plan_decode(lane, plan)
+        prefilled = self._plan_prefill(lane, plan, sampled)
+        if plan.rows:
+            self._in_flight.append(StepRecord(step, sampled))
+        for seq in prefilled:  # only now: a block can be reused from the next step on
+            self._register_blocks(seq)
+        return plan
+
+    def _even_out(self, index: int) -> None:
+        """Hand what this lane has above its share to the next lane, whose turn comes one step later."""
+        if len(self._lanes) == 1:
+            return
+        lane, following = self._lanes[index], self._lanes[(index + 1) % len(self._lanes)]
+        share = -(-sum(len(each.members) for each in self._lanes) // len(self._lanes))
+        while len(lane.members) > share:
+            seq = lane.members[-1]
+            lane.remove(seq)
+            following.add(seq, seq.num_computed)
+
+    def _plan_decode(self, lane: Lane, plan: StepPlan) -> list[Sequence]:
+        due = lane.due()
+        for seq in due:
+            if seq.lane is lane and lane.needs_block(seq):
+                self._register_blocks(seq)
+                self._grow(seq, plan)
+        count = len(lane.members)
+        if not count:
+            return []
+        plan.rows.extend(lane.rows)
+        plan.starts.extend(lane.starts)
+        plan.counts.extend([1] * count)
+        plan.samples.extend([1] * count)
+        sampled = lane.members.copy()
+        lane.advance()
+        for seq in due:
+            if seq.lane is lane:
+                if lane.is_planned_to_the_end(seq):
+                    lane.remove(seq)
+                else:
+                    lane.remind(seq)
+        return sampled
+
+    def _grow(self, seq: Sequence, plan: StepPlan) -> None:
+        """Give a decoding request its next block, at the expense of the youngest if there is none."""
+        while not self.blocks.num_free:
+            victim = max(self._admitted.values(), key=lambda each: each.order)
+            self._preempt(victim)
+            if victim is seq:
+                return
+        block = self.blocks.allocate(1)[0]
+        seq.blocks.append(block)
+        plan.block_rows.append(seq.row)
+        plan.block_ids.append(block)
+
+    def _plan_prefill(self, lane: Lane, plan: StepPlan, sampled: list[Sequence]) -> list[Sequence]:
+        """Spend the rest of the token budget on prompts, admitted ones first. Gives those that got a share."""
+        budget = self.limits.max_batch_tokens - len(plan.rows)
+        touched: list[Sequence] = []
+        for seq in self._prefilling:
+            if not budget:
+                break
+            budget -= self._plan_chunk(seq, budget, plan)
+            touched.append(seq)
+        while budget and (admitted := self._admit_next()) is not None:
+            plan.new_rows.append(admitted.to_new_row())
+            insort(self._prefilling, admitted, key=lambda each: each.order)
+            budget -= self._plan_chunk(admitted, budget, plan)
+            touched.append(admitted)
+        for seq in touched:
+            if seq.num_computed == len(seq.tokens):
+                sampled.append(seq)
+                self._prefilling.remove(seq)
+                if len(seq.tokens) + 1 < seq.max_len:
+                    lane.add(seq, seq.num_computed)
+        return touched
+
+    def _plan_chunk(self, seq: Sequence, budget: int, plan: StepPlan) -> int:
+        start = seq.num_computed
+        count = min(budget, len(seq.tokens) - start)
+        seq.num_computed = start + count
+        plan.rows.append(seq.row)
+        plan.starts.append(start)
+        plan.counts.append(count)
+        plan.samples.append(int(seq.num_computed == len(seq.tokens)))
+        return count
+
+    def _admit_next(self) -> Sequence | None:
+        """Give a row and blocks to the first in line. None when it must wait; nobody overtakes it."""
+        waiting = self._waiting
+        while waiting and waiting[0][1].finished:
+            heapq.heappop(waiting)
+        if not waiting or not self._free_rows or self._blocked == (self.blocks.releases, waiting[0][1]):
+            return None
+        seq = waiting[0][1]
+        if not self._take_blocks(seq):
+            self._blocked = (self.blocks.releases, seq)
+            return None
+        heapq.heappop(waiting)
+        seq.row = self._free_rows.pop()
+        self._admitted[seq.request_id] = seq
+        return seq
+
+    def _take_blocks(self, seq: Sequence) -> bool:
+        """Take blocks for all known tokens, reused ones where they exist. False, and nothing taken, if too few."""
+        size = self.limits.block_size
+        reused: list[int] = []
+        if self.limits.prefix_cache:
+            # The last token is always computed: its logits are what the request wants.
+            num_reusable = (len(seq.tokens) - 1) // size
+            extend_block_keys(seq.block_keys, seq.tokens, size, num_reusable, seq.cache_salt)
+            reused = self.blocks.find(seq.block_keys[:num_reusable])
+        needed = -(-len(seq.tokens) // size) - len(reused)
+        # One block per running request stays free, so that the newcomer is not preempted right away.
+        if needed + len(self._admitted) > self.blocks.num_free - self.blocks.num_idle(reused):
+            return False
+        self.blocks.take(reused)
+        seq.blocks = reused + self.blocks.allocate(needed)
+        seq.num_computed = len(reused) * size
+        seq.num_registered = len(reused)
+        if not seq.was_admitted:
+            seq.was_admitted = True
+            seq.cached_tokens = seq.num_computed
+            self.counters.prompt_tokens += seq.prompt_len
+            self.counters.prefix_hit_tokens += seq.num_computed
+        return True
+
+    def _register_blocks(self, seq: Sequence) -> None:
+        """Offer the full blocks of known, computed tokens for reuse."""
+        if not self.limits.prefix_cache:
+            return
+        computed = seq.num_computed if seq.lane is None else seq.lane.starts[seq.slot]
+        num_full = min(computed, len(seq.tokens)) // self.limits.block_size
+        if num_full > seq.num_registered:
+            extend_block_keys(seq.block_keys, seq.tokens, self.limits.block_size, num_full, seq.cache_salt)
+            for index in range(seq.num_registered, num_full):
+                self.blocks.register(seq.blocks[index], seq.block_keys[index])
+            seq.num_registered = num_full
+
+    # -- leaving -------------------------------------------------------------------------------------------------------
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take row and blocks away; it runs again from its known tokens when those in flight have arrived."""
+        self._leave_workers(seq)
+        self.counters.preemptions += 1
+
+    def _finish(self, seq: Sequence) -> None:
+        seq.finished = True
+        del self._live[seq.request_id]
+        self.counters.finished += 1
+        if seq.row >= 0:
+            self._leave_workers(seq)
+
+    def _leave_workers(self, seq: Sequence) -> None:
+        if seq.lane is not None:
+            seq.lane.remove(seq)
+        elif seq in self._prefilling:
+            self._prefilling.remove(seq)
+        self._register_blocks(seq)
+        self.blocks.release(seq.blocks)
+        seq.blocks = []
+        del self._admitted[seq.request_id]
+        self._rows_to_free.append(seq.row)
+        # The row is not given away while a token for it is under way: it would land in the next owner's row.
+        self._leaving.append((self._next_step - 1, seq.row, seq))
+        seq.row = -1
+        if not self._in_flight:
+            self._release_rows_until(self._next_step)
+
+    def _release_rows_until(self, step: int) -> None:
+        while self._leaving and self._leaving[0][0] <= step:
+            _, row, seq = self._leaving.popleft()
+            self._free_rows.append(row)
+            if not seq.finished:
+                heapq.heappush(self._waiting, (seq.order, seq))
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def _apply_tokens(self, sampled: list[Sequence], token_ids: list[int]) -> None:
+        """Append one token per sequence and end those that are done; the path of every ordinary step."""
+        seqs: list[Sequence] = []
+        tokens: list[int] = []
+        finish: list[str] = []
+        for seq, token in zip(sampled, token_ids, strict=True):
+            if seq.finished:
+                continue
+            seqs.append(seq)
+            tokens.append(token)
+            seq.tokens.append(token)
+            if token in seq.stop_ids or len(seq.tokens) >= seq.max_len:
+                finish.append(self._end(seq, token))
+            else:
+                finish.append("")
+        self._count_tokens(len(sampled), len(seqs))
+        self._outbox.add_tokens(seqs, tokens, finish)
+
+    def _apply_with_logprobs(self, sampled: list[Sequence], result: StepResult) -> None:
+        assert result.logprobs is not None
+        kept = 0
+        for seq, token, logprobs in zip(sampled, result.token_ids, result.logprobs, strict=True):
+            if seq.finished:
+                continue
+            kept += 1
+            seq.tokens.append(token)
+            done = token in seq.stop_ids or len(seq.tokens) >= seq.max_len
+            finish = self._end(seq, token) if done else ""
+            self._outbox.add(seq, [token], [] if logprobs is None else [logprobs], finish)
+        self._count_tokens(len(sampled), kept)
+
+    def _end(self, seq: Sequence, token: int) -> str:
+        self._finish(seq)
+        return "stop" if token in seq.stop_ids else "length"
+
+    def _count_tokens(self, arrived: int, kept: int) -> None:
+        self.counters.generated_tokens += kept
+        self.counters.discarded_tokens += arrived - kept
+
+    # -- proofs --------------------------------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Prove that blocks and rows add up. AssertionError if not; cheap enough for an idle moment."""
+        self.blocks.check_integrity(seq.blocks for seq in self._admitted.values())
+        rows = [*self._free_rows, *(row for _, row, _ in self._leaving), *(s.row for s in self._admitted.values())]
+        assert sorted(rows) == list(range(self.limits.max_rows)), "rows do not add up"
+        if not self._live:
+            assert self.blocks.num_free == self.limits.num_blocks, "blocks are held by nobody"

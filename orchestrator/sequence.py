@@ -1,0 +1,76 @@
+"""Everything known of one request while it lives: enough to start it again from nothing on another worker group."""
+
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mgpu.protocol.control import NewRow, RowSampling
+from mgpu.protocol.link import Submit
+
+if TYPE_CHECKING:
+    from mgpu.orchestrator.lane import Lane
+
+
+def decode_token_ids(data: bytes) -> "array[int]":
+    """Unpack little-endian int32 token ids. ValueError when the length is not a multiple of four."""
+    tokens = array("i")
+    tokens.frombytes(data)
+    return tokens
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request: what the client asked for, what was emitted, and where it stands on the workers.
+
+    To replay it, prefill ``tokens`` (prompt and all emitted tokens) and go on: the randomness of a token depends on
+    ``sampling.seed`` and its position only.
+    """
+
+    request_id: int
+    tokens: "array[int]"
+    """Prompt, then every emitted token."""
+    prompt_len: int
+    max_len: int
+    """Most tokens, prompt included; no step is planned that would choose a token past it."""
+    stop_ids: frozenset[int]
+    sampling: RowSampling
+    cache_salt: bytes
+    order: tuple[int, int]
+    """(priority, arrival): the smaller runs first and is preempted last."""
+
+    row: int = -1
+    """Row on the workers; -1 while it waits."""
+    blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    """Keys of its first full blocks, as far as they were needed."""
+    num_registered: int = 0
+    """Leading blocks that were offered for reuse under their keys."""
+    num_computed: int = 0
+    """Tokens whose keys and values a published plan computes; while it decodes, its lane knows better."""
+    lane: "Lane | None" = None
+    slot: int = -1
+    """Index in the lane's columns."""
+    due_tick: int = -1
+    """When the lane must look at it again: it needs a block or has all its tokens planned."""
+    cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache when it first ran."""
+    was_admitted: bool = False
+    finished: bool = False
+
+    @classmethod
+    def from_submit(cls, submit: Submit, arrival: int, max_len: int) -> "Sequence":
+        tokens = decode_token_ids(submit.token_ids)
+        return cls(
+            request_id=submit.request_id,
+            tokens=tokens,
+            prompt_len=len(tokens),
+            max_len=max_len,
+            stop_ids=frozenset(submit.stop_token_ids),
+            sampling=submit.sampling,
+            cache_salt=submit.cache_salt,
+            order=(submit.priority, arrival),
+        )
+
+    def to_new_row(self) -> NewRow:
+        """Describe the request to the workers as it stands now."""
+        return NewRow(self.row, self.tokens.tobytes(), self.prompt_len, list(self.blocks), self.sampling)

@@ -1,0 +1,371 @@
+"""The scheduler against a model that notices every mistake in blocks, rows, positions and steps."""
+
+import random
+from array import array
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+from fake_model import FakeModel, solo_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mgpu.orchestrator.admission import Limits
+from mgpu.orchestrator.scheduler import Scheduler
+from mgpu.protocol.control import RowSampling, StepPlan, StepResult
+from mgpu.protocol.link import Submit
+
+
+def limits(**changes: int | bool) -> Limits:
+    values: dict[str, int | bool] = {
+        "num_blocks": 64,
+        "block_size": 4,
+        "max_rows": 8,
+        "max_batch_tokens": 32,
+        "max_seq_len": 256,
+        **changes,
+    }
+    return Limits(**values)  # type: ignore[arg-type]
+
+
+def submit_of(
+    request_id: int,
+    prompt: list[int],
+    max_tokens: int,
+    stop_ids: tuple[int, ...] = (),
+    priority: int = 0,
+    salt: bytes = b"",
+) -> Submit:
+    ids = array("i", prompt).tobytes()
+    return Submit(request_id, ids, max_tokens, list(stop_ids), RowSampling(), salt, priority)
+
+
+class Harness:
+    """A scheduler, the fake model behind a pipeline of ``num_stages``, and what came out per request."""
+
+    def __init__(self, **changes: int | bool) -> None:
+        self.limits = limits(**changes)
+        self.scheduler = Scheduler(self.limits)
+        self.model = FakeModel(self.limits.num_blocks, self.limits.block_size, self.limits.num_stages)
+        self.results: deque[StepResult] = deque()
+        self.plans: list[StepPlan] = []
+        self.tokens: dict[int, list[int]] = {}
+        self.finish: dict[int, str] = {}
+        self.errors: dict[int, str] = {}
+        self.cached: dict[int, int] = {}
+
+    def submit(self, request_id: int, prompt: list[int], max_tokens: int, **more: object) -> None:
+        self.scheduler.submit(submit_of(request_id, prompt, max_tokens, **more))  # type: ignore[arg-type]
+        self.collect()
+
+    def cancel(self, request_id: int, reason: str = "cancelled") -> None:
+        self.scheduler.cancel(request_id, reason)
+        self.collect()
+
+    def publish(self) -> bool:
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return False
+        assert sum(plan.counts) <= self.limits.max_batch_tokens
+        self.plans.append(plan)
+        self.results.append(StepResult(0, plan.step, self.model.execute(plan), None, 0))
+        return True
+
+    def gather(self) -> bool:
+        if not self.results:
+            return False
+        self.scheduler.apply(self.results.popleft())
+        self.collect()
+        return True
+
+    def collect(self) -> None:
+        outputs = self.scheduler.take_outputs()
+        if outputs is None:
+            return
+        columns = (outputs.request_ids, outputs.token_ids, outputs.finish, outputs.errors, outputs.cached_tokens)
+        for request_id, tokens, finish, error, cached in zip(*columns, strict=True):
+            assert request_id not in self.finish, "an output after the ending"
+            self.tokens.setdefault(request_id, []).extend(tokens)
+            self.cached.setdefault(request_id, cached)
+            if finish:
+                self.finish[request_id] = finish
+                self.errors[request_id] = error
+
+    def run(self, until: Callable[[], bool] = lambda: False, max_steps: int = 20_000) -> None:
+        """Keep the pipeline full until everything is finished."""
+        for _ in range(max_steps):
+            if until():
+                return
+            while self.publish():
+                pass
+            if not self.gather():
+                assert not self.scheduler.num_live, "live requests, but nothing to do"
+                self.scheduler.check_integrity()
+                return
+        raise AssertionError(f"no end after {max_steps} steps")
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    return [random.Random(seed * 1000 + i).randrange(1000) for i in range(length)]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_requests_of_mixed_lengths_equal_their_solo_runs(stages: int) -> None:
+    harness = Harness(num_stages=stages, num_blocks=400)
+    lengths = [(1, 1), (3, 20), (4, 4), (5, 40), (33, 7), (100, 30), (31, 1), (64, 64), (12, 90), (200, 56), (2, 3)]
+    for i, (prompt_len, max_tokens) in enumerate(lengths):
+        harness.submit(i, prompt_of(i, prompt_len), max_tokens)
+    harness.run()
+    for i, (prompt_len, max_tokens) in enumerate(lengths):
+        assert harness.tokens[i] == solo_tokens(prompt_of(i, prompt_len), max_tokens)
+        assert harness.finish[i] == "length"
+
+
+def test_stop_token_ends_the_request_and_is_emitted_once() -> None:
+    prompt = prompt_of(1, 5)
+    stop = solo_tokens(prompt, 10)[6]
+    harness = Harness()
+    harness.submit(1, prompt, 50, stop_ids=(stop,))
+    harness.run()
+    assert harness.tokens[1] == solo_tokens(prompt, 50, (stop,))
+    assert harness.finish[1] == "stop"
+    assert harness.scheduler.counters.discarded_tokens == 1
+
+
+def test_max_tokens_is_never_planned_past() -> None:
+    harness = Harness()
+    harness.submit(1, prompt_of(1, 5), 7)
+    harness.run()
+    assert sum(sum(plan.samples) for plan in harness.plans) == 7
+    assert harness.scheduler.counters.discarded_tokens == 0
+
+
+def test_max_tokens_zero_means_up_to_the_context() -> None:
+    harness = Harness(max_seq_len=40)
+    harness.submit(1, prompt_of(1, 30), 0)
+    harness.run()
+    assert len(harness.tokens[1]) == 10
+    assert harness.finish[1] == "length"
+
+
+def test_next_step_is_published_before_the_tokens_of_the_last_one_arrive() -> None:
+    harness = Harness()
+    harness.submit(1, prompt_of(1, 5), 7)
+    assert harness.publish()
+    assert harness.publish()
+    assert not harness.publish(), "two steps are in flight with one stage"
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_rows_spread_over_the_lanes_of_a_pipeline(stages: int) -> None:
+    harness = Harness(num_stages=stages, max_rows=16, max_batch_tokens=64)
+    for i in range(8):
+        harness.submit(i, prompt_of(i, 3), 40)
+    harness.run(until=lambda: len(harness.plans) > 6 * stages)
+    sizes = [len(plan.rows) for plan in harness.plans[-stages:]]
+    assert sizes == [8 // stages] * stages
+    assert harness.scheduler.num_in_flight in (stages, stages + 1)
+
+
+def test_prompts_are_prefilled_in_chunks_beside_decoding() -> None:
+    harness = Harness(max_batch_tokens=16, num_blocks=100)
+    harness.submit(1, prompt_of(1, 4), 30)
+    harness.run(until=lambda: len(harness.tokens.get(1, [])) > 2)
+    before = len(harness.plans)
+    harness.submit(2, prompt_of(2, 100), 3)
+    harness.run(until=lambda: 2 in harness.tokens)
+    mixed = [plan for plan in harness.plans[before:] if len(plan.rows) == 2]
+    assert len(mixed) >= 7
+    assert all(sum(plan.counts) <= 16 for plan in mixed)
+    harness.run()
+    assert harness.tokens[2] == solo_tokens(prompt_of(2, 100), 3)
+
+
+def test_first_come_first_served_within_a_priority() -> None:
+    harness = Harness(max_rows=1)
+    for i, priority in enumerate([1, 1, 0, 1, 0]):
+        harness.submit(i, prompt_of(i, 3), 2, priority=priority)
+    harness.run()
+    assert list(harness.finish) == [2, 4, 0, 1, 3]
+
+
+def test_equal_prompts_reuse_full_blocks_but_compute_the_last_token() -> None:
+    harness = Harness()
+    prompt = prompt_of(1, 16)
+    harness.submit(1, prompt, 3)
+    harness.run()
+    computed = harness.model.computed_tokens
+    harness.submit(2, prompt, 3)
+    harness.run()
+    assert harness.cached == {1: 0, 2: 12}
+    assert harness.model.computed_tokens - computed == 4 + 2
+    assert harness.tokens[2] == harness.tokens[1]
+
+
+def test_the_next_turn_of_a_chat_reuses_prompt_and_answer() -> None:
+    harness = Harness()
+    prompt = prompt_of(1, 16)
+    harness.submit(1, prompt, 9)
+    harness.run()
+    harness.submit(2, prompt + harness.tokens[1] + prompt_of(2, 3), 3)
+    harness.run()
+    assert harness.cached[2] == 24
+
+
+def test_other_salts_do_not_share_blocks() -> None:
+    harness = Harness()
+    prompt = prompt_of(1, 16)
+    harness.submit(1, prompt, 3, salt=b"a")
+    harness.run()
+    harness.submit(2, prompt, 3, salt=b"b")
+    harness.run()
+    assert harness.cached[2] == 0
+
+
+def test_prefix_cache_can_be_switched_off() -> None:
+    harness = Harness(prefix_cache=False)
+    for i in range(2):
+        harness.submit(i, prompt_of(1, 16), 3)
+        harness.run()
+    assert harness.cached[1] == 0
+
+
+def test_running_out_of_blocks_preempts_the_youngest_and_changes_no_token() -> None:
+    harness = Harness(num_blocks=12)
+    for i in range(4):
+        harness.submit(i, prompt_of(i, 6), 30)
+    harness.run()
+    assert harness.scheduler.counters.preemptions > 0
+    for i in range(4):
+        assert harness.tokens[i] == solo_tokens(prompt_of(i, 6), 30)
+    assert next(iter(harness.finish)) == 0, "the oldest always progresses"
+
+
+def test_a_request_as_large_as_the_pool_runs() -> None:
+    harness = Harness(num_blocks=4)
+    harness.submit(1, prompt_of(1, 10), 7)
+    harness.submit(2, prompt_of(2, 10), 7)
+    harness.run()
+    assert harness.tokens == {i: solo_tokens(prompt_of(i, 10), 7) for i in (1, 2)}
+
+
+def test_requests_that_never_fit_are_refused_with_the_numbers() -> None:
+    harness = Harness(num_blocks=16, max_seq_len=50)
+    harness.submit(1, prompt_of(1, 40), 11)
+    assert "40 tokens + max_tokens 11 = 51 exceeds the context of 50 tokens; ask for at most 10" in harness.errors[1]
+    harness = Harness(num_blocks=4, max_seq_len=50)
+    harness.submit(1, prompt_of(1, 17), 0)
+    assert "exceeds the KV cache of 16 tokens (4 blocks of 4); shorten the prompt to at most 16" in harness.errors[1]
+
+
+@pytest.mark.parametrize("data", [b"", b"123"])
+def test_prompts_that_are_not_token_ids_are_refused(data: bytes) -> None:
+    harness = Harness()
+    harness.scheduler.submit(Submit(1, data, 1, [], RowSampling(), b"", 0))
+    harness.collect()
+    assert harness.finish == {1: "error"}
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    harness = Harness(vocab_size=1000)
+    harness.submit(1, [3, 1000], 1)
+    harness.submit(2, [-1], 1)
+    assert harness.errors[1] == harness.errors[2] == "token ids must be between 0 and 999"
+
+
+def test_cancelling_anywhere_frees_everything() -> None:
+    harness = Harness(max_rows=2, max_batch_tokens=8)
+    harness.submit(1, prompt_of(1, 4), 50)
+    harness.run(until=lambda: 1 in harness.tokens)
+    harness.submit(2, prompt_of(2, 60), 50)
+    harness.publish()
+    harness.submit(3, prompt_of(3, 4), 50)
+    for request_id in (1, 2, 3, 99):
+        harness.cancel(request_id)
+    harness.run()
+    assert harness.finish == {1: "cancelled", 2: "cancelled", 3: "cancelled"}
+
+
+def test_a_row_is_not_reused_while_its_token_is_under_way() -> None:
+    harness = Harness(max_rows=1)
+    harness.submit(1, prompt_of(1, 4), 50)
+    harness.submit(2, prompt_of(2, 4), 50)
+    harness.publish()
+    harness.cancel(1)
+    assert not harness.publish()
+    harness.gather()
+    assert harness.publish()
+
+
+def test_a_result_of_another_step_is_an_error_and_of_another_epoch_ignored() -> None:
+    harness = Harness()
+    harness.submit(1, prompt_of(1, 4), 5)
+    harness.publish()
+    harness.scheduler.apply(StepResult(7, 0, [1], None, 0))
+    with pytest.raises(ValueError, match="step 5 does not fit"):
+        harness.scheduler.apply(StepResult(0, 5, [1], None, 0))
+
+
+def test_batch_budget_must_exceed_rows() -> None:
+    with pytest.raises(ValueError, match="max_batch_tokens 8 must exceed max_rows 8"):
+        limits(max_batch_tokens=8)
+
+
+request_shapes = st.tuples(
+    st.integers(0, 3),  # prompts of one group share a prefix
+    st.integers(1, 40),
+    st.integers(1, 24),
+    st.integers(0, 1),  # priority
+    st.sampled_from([(), (7,), tuple(range(0, 1000, 13))]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes=st.lists(request_shapes, min_size=1, max_size=14),
+    stages=st.integers(1, 3),
+    num_blocks=st.integers(17, 40),
+    max_rows=st.integers(1, 6),
+    budget=st.integers(1, 20),
+    seed=st.integers(0, 2**32),
+)
+def test_any_schedule_gives_solo_tokens_and_returns_every_block(
+    shapes: list[tuple[int, int, int, int, tuple[int, ...]]],
+    stages: int,
+    num_blocks: int,
+    max_rows: int,
+    budget: int,
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    harness = Harness(
+        num_stages=stages, num_blocks=num_blocks, max_rows=max_rows, max_batch_tokens=max_rows + budget, max_seq_len=64
+    )
+    cancelled: set[int] = set()
+    pending = list(enumerate(shapes))
+    while pending or harness.scheduler.num_live:
+        match rng.randrange(8):
+            case 0 if pending:
+                request_id, (group, prompt_len, max_tokens, priority, stops) = pending.pop(0)
+                harness.submit(request_id, prompt_of(group, prompt_len), max_tokens, stop_ids=stops, priority=priority)
+            case 1 if rng.randrange(4) == 0:
+                victim = rng.randrange(len(shapes))
+                if victim in harness.scheduler._live:
+                    cancelled.add(victim)
+                    harness.cancel(victim)
+            case 2 | 3 | 4:
+                harness.publish()
+            case _:
+                if not harness.gather() and not pending:
+                    assert harness.publish() or not harness.scheduler.num_live, "stuck"
+        harness.scheduler.check_integrity()
+    harness.run()
+    assert len(harness.finish) == len(shapes), "every request ends exactly once"
+    for request_id, (group, prompt_len, max_tokens, _, stops) in enumerate(shapes):
+        solo = solo_tokens(prompt_of(group, prompt_len), max_tokens, stops)
+        if request_id in cancelled:
+            assert harness.finish[request_id] == "cancelled"
+            assert harness.tokens[request_id] == solo[: len(harness.tokens[request_id])]
+        else:
+            assert harness.tokens[request_id] == solo
+            assert harness.finish[request_id] == ("stop" if solo[-1] in stops else "length")
