@@ -1,0 +1,70 @@
+"""Build a stage of any supported model, and give it weights."""
+
+import zlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mgpu.protocol.checkpoint import Checkpoint
+from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.placement import RankPlace
+from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.layers.linear import Linear
+from mgpu.worker.layers.norm import RMSNorm
+from mgpu.worker.layers.vocab import VocabParallel
+from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.models.gemma3 import Gemma3Layer
+from mgpu.worker.models.llama import LlamaLayer
+from mgpu.worker.models.stage import BuildContext, DecoderStage
+
+__all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "load_weights"]
+
+
+def build_stage(
+    facts: ModelFacts,
+    place: RankPlace,
+    layers: range,
+    group: TensorParallelGroup,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DecoderStage:
+    """Allocate one rank's part of a model on its device, with undefined weights."""
+    assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
+    context = BuildContext(facts, group, dtype, device)
+    if facts.architecture == "gemma3":
+        return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
+    return DecoderStage(context, layers, LlamaLayer)
+
+
+@torch.inference_mode()
+def load_weights(stage: DecoderStage, checkpoint: Checkpoint, progress: Callable[[int], None]) -> int:
+    """Read this rank's bytes of every weight; ``progress`` is told of bytes as they come. Give their sum.
+
+    Needs little memory beside the stage's own. CheckpointError when a tensor cannot be read.
+    """
+    with WeightReader(checkpoint, progress) as reader:
+        stage.load(reader)
+    _finalize(stage)
+    return reader.bytes_read
+
+
+@torch.inference_mode()
+def init_dummy_weights(stage: DecoderStage, seed: int) -> None:
+    """Fill the weights with noise of a sensible scale, in place; the same for the same seed and layout."""
+    for name, module in stage.named_modules():
+        if isinstance(module, (Linear, RMSNorm, VocabParallel)):
+            generator = torch.Generator(_device_of(module))
+            generator.manual_seed((seed << 32 | zlib.crc32(name.encode())) & (2**63 - 1))
+            module.init_dummy(generator)
+    _finalize(stage)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _finalize(stage: DecoderStage) -> None:
+    for module in stage.modules():
+        if isinstance(module, Linear):
+            module.finalize()

@@ -1,0 +1,72 @@
+"""Self-attention: q, k and v are column parallel by heads, the output projection is row parallel.
+
+Each rank computes its own query heads with the KV heads that they need; where there are more ranks than KV heads,
+consecutive ranks hold copies of one.
+"""
+
+# T tokens, D model dim, H query heads of this rank, J KV heads of this rank, K head dim
+
+import torch
+from torch import Tensor, nn
+
+from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.placement import head_shard
+from mgpu.worker.attention import AttentionSpec, StepAttention
+from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.kv_cache import LayerCache
+from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_slices
+from mgpu.worker.layers.norm import RMSNorm
+from mgpu.worker.layers.rotary import Rotation, rotate
+from mgpu.worker.loaders.reader import WeightReader
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache, with optional biases and per-head norms of q and k."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        group: TensorParallelGroup,
+        window: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        norms_unit_offset: bool = False,
+    ) -> None:
+        super().__init__()
+        heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
+        self.head_dim = facts.head_dim
+        self.num_q, self.num_kv = heads.num_q, heads.num_kv
+        self.spec = AttentionSpec(scale=facts.attention_scale, window=window)
+        slices = qkv_slices(heads, facts.head_dim)
+        self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, dtype, device)
+        self.out = RowParallelLinear(slices[0].rows, facts.hidden_size, facts.output_bias, group, dtype, device)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if facts.qk_norm:
+            self.q_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
+            self.k_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, attention: StepAttention, cache: LayerCache) -> Tensor:
+        qkv_TAK = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        q_THK, k_TJK, v_TJK = self._rotated(qkv_TAK, rotation)
+        heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
+        out_TD: Tensor = self.out(heads_THK.reshape(x_TD.shape[0], -1))
+        return out_TD
+
+    def _rotated(self, qkv_TAK: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Split the stacked heads; rotate q and k, together where nothing comes between."""
+        num_qk = self.num_q + self.num_kv
+        v_TJK = qkv_TAK[:, num_qk:]
+        if self.q_norm is None or self.k_norm is None:
+            qk = rotate(qkv_TAK[:, :num_qk], rotation)
+            return qk[:, : self.num_q], qk[:, self.num_q :], v_TJK
+        q_THK = rotate(self.q_norm(qkv_TAK[:, : self.num_q]), rotation)
+        k_TJK = rotate(self.k_norm(qkv_TAK[:, self.num_q : num_qk]), rotation)
+        return q_THK, k_TJK, v_TJK
+
+    def load(self, reader: WeightReader, prefix: str) -> None:
+        self.qkv.load(reader, prefix)
+        self.out.load(reader, f"{prefix}.o_proj")
+        if self.q_norm is not None and self.k_norm is not None:
+            self.q_norm.load(reader, f"{prefix}.q_norm")
+            self.k_norm.load(reader, f"{prefix}.k_norm")

@@ -1,0 +1,58 @@
+"""Multiply by a weight on the CPU at the speed of memory.
+
+For few rows a linear layer only streams its weight. On two cores, ``F.linear`` does that at 8 to 11 GB/s in fp32,
+oneDNN's own entry at 20 GB/s; with eight rows a weight packed into oneDNN's layout keeps 21 GB/s where a plain one
+falls to 13.
+The entries are private to torch, so they are used only after a numeric check against ``F.linear``.
+"""
+
+import logging
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+PACKED_FOR_ROWS = 64
+"""oneDNN lays a weight out for an expected number of rows. Any number works; 64 was fastest for 1 to 512 rows."""
+
+
+def matmul(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Give ``x @ weight.T + bias``. A weight on the CPU may be one that `pack` returned."""
+    if weight_OI.device.type == "cpu" and _onednn_usable(weight_OI.dtype):
+        y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+        return y_TO
+    return F.linear(x_TI, weight_OI, bias_O)
+
+
+def pack(weight_OI: Tensor) -> Tensor:
+    """Copy a CPU weight into oneDNN's layout; give any other weight back as it is.
+
+    The result is opaque: only `matmul` can read it.
+    """
+    if weight_OI.device.type != "cpu" or not _onednn_usable(weight_OI.dtype):
+        return weight_OI
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR_ROWS)
+    return packed
+
+
+@cache
+def _onednn_usable(dtype: torch.dtype) -> bool:
+    """Try both private entries once per dtype; any error or wrong number means `F.linear` from then on."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 64, generator=generator).to(dtype)
+    weight = torch.randn(48, 64, generator=generator).to(dtype)
+    bias = torch.randn(48, generator=generator).to(dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+        results = [torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "") for w in (weight, packed)]
+    except (AttributeError, RuntimeError, TypeError) as error:
+        log.info("oneDNN linear is not available for %s, using F.linear: %s", dtype, str(error).splitlines()[0])
+        return False
+    expected = F.linear(x, weight, bias)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.25
+    return all(torch.allclose(result, expected, rtol=tolerance, atol=tolerance) for result in results)

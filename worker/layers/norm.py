@@ -1,0 +1,46 @@
+"""Root-mean-square normalization. Not sharded: every rank holds the whole vector."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mgpu.worker.loaders.reader import WeightReader
+
+
+class RMSNorm(nn.Module):
+    """Scale the last dimension to unit root mean square, then by a weight.
+
+    With ``unit_offset`` (Gemma) the checkpoint stores the weight minus 1, and the weight is kept and applied in
+    float32, since 1 + w does not survive bfloat16.
+    """
+
+    def __init__(
+        self, size: int, eps: float, dtype: torch.dtype, device: torch.device, unit_offset: bool = False
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.unit_offset = unit_offset
+        self.shape = (size,)
+        self.weight = nn.Parameter(
+            torch.ones(size, dtype=torch.float32 if unit_offset else dtype, device=device), requires_grad=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.shape, self.weight, self.eps).to(x.dtype)
+
+    def add_and_norm(self, residual_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
+        """Add ``delta`` to ``residual`` in place and give the normalized sum: the seam for a fused kernel."""
+        if delta_TD is not None:
+            residual_TD.add_(delta_TD)
+        normed_TD: Tensor = self(residual_TD)
+        return normed_TD
+
+    def load(self, reader: WeightReader, name: str) -> None:
+        reader.fill_rows(self.weight, f"{name}.weight")
+        if self.unit_offset and not reader.norms_include_one:
+            self.weight.add_(1.0)
+
+    def init_dummy(self, generator: torch.Generator) -> None:
+        self.weight.fill_(1.0)

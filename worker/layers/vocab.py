@@ -1,0 +1,58 @@
+"""Token embedding and language-model head, split over the ranks by vocabulary rows.
+
+The vocabulary is padded so that every rank holds the same number of rows; padding rows are zero and their logits -inf.
+"""
+
+# T tokens, S rows that sample, D model dim, W vocabulary rows of this rank
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mgpu.protocol.placement import padded_vocab
+from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.layers.cpu_matmul import matmul
+from mgpu.worker.loaders.reader import WeightReader
+
+
+class VocabParallel(nn.Module):
+    """One rank's rows of a [vocabulary, D] matrix, as embedding, as head, or as both when they are tied."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, group: TensorParallelGroup, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        rows = padded_vocab(vocab_size, group.size) // group.size
+        self.group = group
+        self.start = rows * group.rank
+        self.num_valid = max(0, min(rows, vocab_size - self.start))
+        self.weight: Tensor = nn.Parameter(
+            torch.empty((rows, hidden_size), dtype=dtype, device=device), requires_grad=False
+        )
+
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """Look the tokens up: each rank gives its own rows and zeros, the sum over ranks is the embedding."""
+        if self.group.size == 1:
+            return F.embedding(token_ids_T, self.weight)
+        local_T = token_ids_T - self.start
+        is_mine_T = (local_T >= 0) & (local_T < self.num_valid)
+        x_TD = F.embedding(local_T.where(is_mine_T, 0), self.weight)
+        # where, not a product: the row that stands in for a foreign token may hold anything.
+        return self.group.all_reduce(x_TD.where(is_mine_T.unsqueeze(1), 0.0))
+
+    def logits(self, x_SD: Tensor) -> Tensor:
+        """Give this rank's logits [S, W] in float32."""
+        logits_SW = matmul(x_SD, self.weight).float()
+        if self.num_valid < logits_SW.shape[1]:
+            logits_SW[:, self.num_valid :] = -torch.inf
+        return logits_SW
+
+    def load(self, reader: WeightReader, name: str) -> None:
+        """Read this rank's rows; zero the padding."""
+        if self.num_valid:
+            reader.fill_rows(self.weight[: self.num_valid], f"{name}.weight", self.start)
+        self.weight[self.num_valid :].zero_()
+
+    def init_dummy(self, generator: torch.Generator) -> None:
+        self.weight.normal_(0.0, self.weight.shape[1] ** -0.5, generator=generator)
+        self.weight[self.num_valid :].zero_()

@@ -1,0 +1,153 @@
+"""Read one rank's slices of a checkpoint, whatever the file format.
+
+Both formats store a matrix row by row in blocks of elements: one element for plain types, 32 or 256 for GGUF's
+quantized ones. So a range of rows is one contiguous read, and a range of columns is one short read per row of the
+blocks that cover it. ``pread`` rather than ``mmap``: a file that shrinks is a clear error, not a SIGBUS.
+"""
+
+import os
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from mgpu.worker.loaders.blocks import BlockType, block_type
+
+CHUNK_BYTES = 16 << 20
+"""Most file bytes decoded at once, so that loading needs little memory beside the shard itself."""
+
+Progress = Callable[[int], None]
+
+
+class WeightReader:
+    """Fills tensors from a checkpoint and counts the bytes it read. Use as a context manager; it owns its files."""
+
+    def __init__(self, checkpoint: Checkpoint, progress: Progress) -> None:
+        facts = checkpoint.facts
+        is_gguf = checkpoint.source.format == "gguf"
+        self.norms_include_one = is_gguf and facts.architecture == "gemma3"
+        """True where the file's Gemma norm weights already have the 1 added that the model adds."""
+        # llama.cpp stores the q and k rows of llama-family models with the two rotary halves of a head interleaved.
+        self._interleaved_head_dim = facts.head_dim if is_gguf and facts.architecture in ("llama", "mistral") else 0
+        self._tensors = checkpoint.tensors
+        self._progress = progress
+        self._files: dict[str, int] = {}
+        self.bytes_read = 0
+
+    def __enter__(self) -> "WeightReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def fill_rows(self, dest: Tensor, name: str, start: int = 0) -> None:
+        """Copy rows ``[start, start + len(dest))`` of a tensor into ``dest``, converting to its dtype.
+
+        A vector counts as a column of single values. CheckpointError when the tensor is absent, has another shape or
+        does not hold finite numbers, or when its file is too short.
+        """
+        entry = self._entry(name)
+        width = entry.shape[1] if len(entry.shape) == 2 else 1
+        if dest.shape[1:] != entry.shape[1:] or not 0 <= start <= entry.shape[0] - len(dest):
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(entry.shape)}; rows {start} to {start + len(dest)} of width "
+                f"{list(dest.shape[1:])} were expected"
+            )
+        blocks = self._block_type(entry)
+        # A vector of a plain type is read as one row, so that its elements stay contiguous.
+        if len(entry.shape) == 1:
+            self._fill(dest.unsqueeze(0), entry, blocks, first_row=0, first_column=start, row_width=entry.shape[0])
+        else:
+            self._fill(dest, entry, blocks, first_row=start, first_column=0, row_width=width)
+        if self._interleaved_head_dim and ("q_proj." in name or "k_proj." in name):
+            _deinterleave(dest, self._interleaved_head_dim)
+
+    def fill_columns(self, dest: Tensor, name: str, start: int = 0) -> None:
+        """Copy columns ``[start, start + dest.shape[1])`` of a matrix into ``dest``. Errors as in `fill_rows`."""
+        entry = self._entry(name)
+        if len(entry.shape) != 2 or entry.shape[0] != dest.shape[0] or not 0 <= start <= entry.shape[1] - dest.shape[1]:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(entry.shape)}; columns {start} to {start + dest.shape[1]} of "
+                f"{dest.shape[0]} rows were expected"
+            )
+        self._fill(dest, entry, self._block_type(entry), first_row=0, first_column=start, row_width=entry.shape[1])
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self._tensors:
+            raise CheckpointError(f"tensor {name!r} is missing from the checkpoint")
+        return self._tensors[name]
+
+    def _block_type(self, entry: TensorEntry) -> BlockType:
+        try:
+            return block_type(entry.dtype)
+        except KeyError as error:
+            raise CheckpointError(f"tensor {entry.name!r} has type {entry.dtype}, which mgpu cannot read") from error
+
+    def _fill(
+        self, dest: Tensor, entry: TensorEntry, blocks: BlockType, first_row: int, first_column: int, row_width: int
+    ) -> None:
+        """Fill ``dest`` [rows, columns] from the covering blocks, a chunk of rows at a time."""
+        rows, columns = dest.shape
+        first_block = first_column // blocks.elements
+        end_block = -(-(first_column + columns) // blocks.elements)
+        row_bytes = row_width // blocks.elements * blocks.bytes
+        slice_bytes = (end_block - first_block) * blocks.bytes
+        offset = entry.offset + first_row * row_bytes + first_block * blocks.bytes
+        skip = first_column - first_block * blocks.elements
+        chunk_rows = max(1, CHUNK_BYTES // max(1, slice_bytes))
+        for top in range(0, rows, chunk_rows):
+            count = min(chunk_rows, rows - top)
+            raw = self._read_rows(entry, offset + top * row_bytes, count, slice_bytes, row_bytes)
+            values = blocks.decode(raw.view(count, slice_bytes))
+            piece = dest[top : top + count]
+            piece.copy_(values[:, skip : skip + columns])
+            if not torch.isfinite(piece.sum(dtype=torch.float32)):
+                raise CheckpointError(
+                    f"tensor {entry.name!r} in {entry.file} holds NaN or infinity: the file is corrupt"
+                )
+            self.bytes_read += len(raw)
+            self._progress(len(raw))
+
+    def _read_rows(self, entry: TensorEntry, offset: int, rows: int, slice_bytes: int, row_bytes: int) -> Tensor:
+        """Read ``slice_bytes`` of each of ``rows`` rows that are ``row_bytes`` apart, as one uint8 vector."""
+        buffer = bytearray(rows * slice_bytes)
+        view = memoryview(buffer)
+        fd = self._file(entry)
+        if slice_bytes == row_bytes:
+            self._read_into(fd, view, offset, entry)
+        else:
+            for row in range(rows):
+                self._read_into(fd, view[row * slice_bytes : (row + 1) * slice_bytes], offset + row * row_bytes, entry)
+        return torch.frombuffer(buffer, dtype=torch.uint8)
+
+    def _read_into(self, fd: int, view: memoryview, offset: int, entry: TensorEntry) -> None:
+        done = 0
+        while done < len(view):
+            count = os.preadv(fd, [view[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{entry.file} ends inside tensor {entry.name!r}: the file is truncated")
+            done += count
+
+    def _file(self, entry: TensorEntry) -> int:
+        path = str(entry.file)
+        if path not in self._files:
+            try:
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(f"cannot open {path} for tensor {entry.name!r}: {error.strerror}") from error
+        return self._files[path]
+
+
+def _deinterleave(rows: Tensor, head_dim: int) -> None:
+    """Undo llama.cpp's rotary order in place: rows 0, 2, 4, … of each head become its first half."""
+    heads = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
+    rows.copy_(heads.transpose(1, 2).reshape(rows.shape))

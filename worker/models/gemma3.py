@@ -1,0 +1,51 @@
+"""Gemma 3 text: norms on both sides of attention and feed-forward, weights stored minus one, q and k normalized."""
+
+# T tokens, D model dim
+
+from torch import Tensor, nn
+
+from mgpu.worker.attention import StepAttention
+from mgpu.worker.kv_cache import LayerCache
+from mgpu.worker.layers.attention import Attention
+from mgpu.worker.layers.mlp import GatedMLP
+from mgpu.worker.layers.rotary import Rotation
+from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.models.stage import BuildContext
+
+
+class Gemma3Layer(nn.Module):
+    """The output of each half is normalized before it joins the residual stream."""
+
+    def __init__(self, context: BuildContext, layer: int) -> None:
+        super().__init__()
+        facts, group, dtype, device = context.facts, context.group, context.dtype, context.device
+        self.input_norm = context.norm(unit_offset=True)
+        self.attention = Attention(facts, group, context.window_of(layer), dtype, device, norms_unit_offset=True)
+        self.attention_out_norm = context.norm(unit_offset=True)
+        self.mlp_norm = context.norm(unit_offset=True)
+        self.mlp = GatedMLP(
+            facts.hidden_size, facts.intermediate_size, facts.activation, facts.mlp_bias, group, dtype, device
+        )
+        self.mlp_out_norm = context.norm(unit_offset=True)
+
+    def forward(
+        self,
+        delta_TD: Tensor | None,
+        residual_TD: Tensor,
+        rotation: Rotation,
+        attention: StepAttention,
+        cache: LayerCache,
+    ) -> Tensor:
+        x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
+        x_TD = self.attention_out_norm(self.attention(x_TD, rotation, attention, cache))
+        x_TD = self.mlp_norm.add_and_norm(residual_TD, x_TD)
+        out_TD: Tensor = self.mlp_out_norm(self.mlp(x_TD))
+        return out_TD
+
+    def load(self, reader: WeightReader, prefix: str) -> None:
+        self.input_norm.load(reader, f"{prefix}.input_layernorm")
+        self.attention.load(reader, f"{prefix}.self_attn")
+        self.attention_out_norm.load(reader, f"{prefix}.post_attention_layernorm")
+        self.mlp_norm.load(reader, f"{prefix}.pre_feedforward_layernorm")
+        self.mlp.load(reader, f"{prefix}.mlp")
+        self.mlp_out_norm.load(reader, f"{prefix}.post_feedforward_layernorm")

@@ -1,0 +1,47 @@
+"""Llama 2 and 3, SmolLM2, Mistral: norm before attention and before the feed-forward network."""
+
+# T tokens, D model dim
+
+from torch import Tensor, nn
+
+from mgpu.worker.attention import StepAttention
+from mgpu.worker.kv_cache import LayerCache
+from mgpu.worker.layers.attention import Attention
+from mgpu.worker.layers.mlp import GatedMLP
+from mgpu.worker.layers.rotary import Rotation
+from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.models.stage import BuildContext
+
+
+class LlamaLayer(nn.Module):
+    """Biases and the norms of q and k are as the model's facts say, so Qwen is wired the same way."""
+
+    def __init__(self, context: BuildContext, layer: int) -> None:
+        super().__init__()
+        facts, group, dtype, device = context.facts, context.group, context.dtype, context.device
+        self.input_norm = context.norm()
+        self.attention = Attention(facts, group, context.window_of(layer), dtype, device)
+        self.mlp_norm = context.norm()
+        self.mlp = GatedMLP(
+            facts.hidden_size, facts.intermediate_size, facts.activation, facts.mlp_bias, group, dtype, device
+        )
+
+    def forward(
+        self,
+        delta_TD: Tensor | None,
+        residual_TD: Tensor,
+        rotation: Rotation,
+        attention: StepAttention,
+        cache: LayerCache,
+    ) -> Tensor:
+        x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
+        x_TD = self.attention(x_TD, rotation, attention, cache)
+        x_TD = self.mlp_norm.add_and_norm(residual_TD, x_TD)
+        out_TD: Tensor = self.mlp(x_TD)
+        return out_TD
+
+    def load(self, reader: WeightReader, prefix: str) -> None:
+        self.input_norm.load(reader, f"{prefix}.input_layernorm")
+        self.attention.load(reader, f"{prefix}.self_attn")
+        self.mlp_norm.load(reader, f"{prefix}.post_attention_layernorm")
+        self.mlp.load(reader, f"{prefix}.mlp")

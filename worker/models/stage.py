@@ -1,0 +1,134 @@
+"""The part of a decoder that one rank computes: some layers, and at the ends the embedding and the head."""
+
+# T tokens, S rows that sample, D model dim
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mgpu.protocol.model import ModelFacts
+from mgpu.worker.attention import StepAttention, select_backend
+from mgpu.worker.batch import StepBatch
+from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.kv_cache import KvCache, LayerCache
+from mgpu.worker.layers.norm import RMSNorm
+from mgpu.worker.layers.rotary import RotaryEmbedding, Rotation
+from mgpu.worker.layers.vocab import VocabParallel
+from mgpu.worker.loaders.reader import WeightReader
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """What every module of a stage is built from."""
+
+    facts: ModelFacts
+    group: TensorParallelGroup
+    dtype: torch.dtype
+    device: torch.device
+
+    def window_of(self, layer: int) -> int | None:
+        return self.facts.sliding_window if self.facts.sliding_layers[layer] else None
+
+    def norm(self, unit_offset: bool = False) -> RMSNorm:
+        """Make a norm over the model dimension."""
+        return RMSNorm(self.facts.hidden_size, self.facts.rms_norm_eps, self.dtype, self.device, unit_offset)
+
+
+class DecoderLayer(Protocol):
+    """One layer of a family. The residual stream is updated in place; the last ``delta`` is still to be added."""
+
+    def __call__(
+        self,
+        delta_TD: Tensor | None,
+        residual_TD: Tensor,
+        rotation: Rotation,
+        attention: StepAttention,
+        cache: LayerCache,
+    ) -> Tensor:
+        """Add ``delta`` to ``residual``, compute the layer, give its own delta."""
+        ...
+
+    def load(self, reader: WeightReader, prefix: str) -> None: ...
+
+
+class LayerFactory(Protocol):
+    def __call__(self, context: BuildContext, layer: int) -> DecoderLayer: ...
+
+
+class DecoderStage(nn.Module):
+    """Layers ``layers`` of a model on one rank; the embedding if it has the first, norm and head if it has the last."""
+
+    def __init__(
+        self, context: BuildContext, layers: range, make_layer: LayerFactory, norms_unit_offset: bool = False
+    ) -> None:
+        super().__init__()
+        facts = context.facts
+        self.facts = facts
+        self.layer_range = layers
+        self.dtype = context.dtype
+        self.is_first = layers.start == 0
+        self.is_last = layers.stop == facts.num_layers
+        self.embedding_scale = float(torch.tensor(facts.embedding_scale, dtype=context.dtype))
+        self.layers = nn.ModuleList(make_layer(context, index) for index in layers)  # type: ignore[misc]
+        self.norm = context.norm(norms_unit_offset) if self.is_last else None
+        self._build_vocab(context)
+        self._is_sliding = [facts.sliding_layers[index] for index in layers]
+        self._rotary = _rotary_embeddings(facts, context.device)
+        self._attention_backend = select_backend(context.device)
+
+    def _build_vocab(self, context: BuildContext) -> None:
+        facts = context.facts
+
+        def build() -> VocabParallel:
+            return VocabParallel(facts.vocab_size, facts.hidden_size, context.group, context.dtype, context.device)
+
+        self.embedding = build() if self.is_first else None
+        self.head: VocabParallel | None = None
+        if self.is_last:
+            self.head = self.embedding if self.embedding is not None and facts.tie_embeddings else build()
+
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """Give the first layer's input [T, D]."""
+        assert self.embedding is not None, "only the first stage has the embedding"
+        x_TD = self.embedding.embed(token_ids_T)
+        return x_TD if self.embedding_scale == 1.0 else x_TD.mul_(self.embedding_scale)
+
+    def run_layers(self, x_TD: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
+        """Run this stage's layers; ``x`` is overwritten, the result is what the next stage or `logits` takes."""
+        attention = self._attention_backend(batch, cache.block_size)
+        rotations = {sliding: self._rotary[sliding](batch.positions, self.dtype) for sliding in set(self._is_sliding)}
+        delta_TD: Tensor | None = None
+        for layer, sliding, layer_cache in zip(self.layers, self._is_sliding, cache.layers, strict=True):
+            delta_TD = layer(delta_TD, x_TD, rotations[sliding], attention, layer_cache)
+        return x_TD if delta_TD is None else x_TD.add_(delta_TD)
+
+    def logits(self, x_SD: Tensor) -> Tensor:
+        """Give this rank's part of the logits, float32 [S, padded vocabulary / ranks]; the final norm is inside."""
+        assert self.norm is not None, "only the last stage has the norm and the head"
+        assert self.head is not None
+        return self.head.logits(self.norm(x_SD))
+
+    def load(self, reader: WeightReader) -> None:
+        """Fill every weight from the checkpoint, in the order of the files."""
+        if self.embedding is not None:
+            self.embedding.load(reader, "model.embed_tokens")
+        for index, layer in self._numbered_layers():
+            layer.load(reader, f"model.layers.{index}")
+        if self.norm is not None and self.head is not None:
+            self.norm.load(reader, "model.norm")
+            if self.head is not self.embedding:
+                self.head.load(reader, "model.embed_tokens" if self.facts.tie_embeddings else "lm_head")
+
+    def _numbered_layers(self) -> Iterator[tuple[int, DecoderLayer]]:
+        return zip(self.layer_range, self.layers, strict=True)  # type: ignore[arg-type]
+
+
+def _rotary_embeddings(facts: ModelFacts, device: torch.device) -> dict[bool, RotaryEmbedding]:
+    """Make the rotary embedding of full (False) and sliding (True) layers; they differ in Gemma 3 only."""
+    full = RotaryEmbedding(facts.head_dim, facts.rope_theta, facts.rope_scaling, device)
+    if facts.rope_local_theta is None:
+        return {False: full, True: full}
+    return {False: full, True: RotaryEmbedding(facts.head_dim, facts.rope_local_theta, None, device)}
