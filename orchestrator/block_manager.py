@@ -100,7 +100,7 @@ class BlockManager:
             self._keys[block] = key
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Prove that counts equal the given block tables and that every block is in one place. AssertionError if not."""
+        """Prove that counts equal the block tables and every block is in one place. AssertionError if not."""
         expected = [0] * self.num_blocks
         for table in tables:
             for block in table:

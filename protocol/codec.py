@@ -22,14 +22,11 @@ class CodecError(ValueError):
 Decoder = Callable[[object], Any]
 
 
-def _plain(value: object) -> object:
-    if is_dataclass(value) and not isinstance(value, type):
-        return [_plain(getattr(value, name)) for name in _field_names(type(value))]
-    if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float, str, bytes)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
+def _fields_of(value: object) -> list[object]:
+    """Give what msgpack packs in place of a dataclass; it calls this for every object that it does not know."""
+    if not is_dataclass(value) or isinstance(value, type):
+        raise TypeError(f"{type(value).__name__} cannot be part of a message")
+    return [getattr(value, name) for name in _field_names(type(value))]
 
 
 @cache
@@ -113,9 +110,8 @@ class Codec:
 
     def encode(self, message: object) -> bytes:
         """Pack one message. KeyError when its class is not part of this codec."""
-        body = _plain(message)
-        assert isinstance(body, list)
-        packed: bytes = msgpack.packb([self._tags[type(message)], *body], use_bin_type=True)
+        body = [self._tags[type(message)], *_fields_of(message)]
+        packed: bytes = msgpack.packb(body, default=_fields_of, use_bin_type=True)
         return packed
 
     def decode(self, data: bytes) -> Any:
