@@ -1,0 +1,51 @@
+# The two commands of the README are `make demo` and `make test`; the others are for work on mgpu itself.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu check format bench-cpu clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+demo: $(VENV)/installed ## Serve the built-in model, stream one answer, stop everything
+	@$(BIN)/mgpu-launch demo
+
+test: $(VENV)/installed-dev ## Run the whole test suite, end-to-end tests on the real model included
+	@$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/installed-dev ## Run the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m "gpu or multigpu"
+
+check: $(VENV)/installed-dev ## Format, lint, types, tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest
+
+format: $(VENV)/installed-dev ## Rewrite the sources in the project's format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench-cpu: $(VENV)/installed-dev ## Compare decode speed on the CPU with Hugging Face transformers
+	@$(BIN)/python bench/cpu_decode.py
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "mgpu needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing mgpu into $(VENV) (the first time takes a minute or two)"
+	@$(PIP) install -c constraints.txt -e '.[gguf]'
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing mgpu and its test tools into $(VENV) (the first time takes a minute or two)"
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/installed
+
+clean: ## Remove the virtual environment and all caches
+	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

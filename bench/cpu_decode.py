@@ -1,0 +1,130 @@
+"""Decode speed of SmolLM2-135M in fp32 on the CPU: mgpu through its ZeroMQ client, beside transformers.
+
+Both sides are timed in the same way: a batch of N prompts of 128 tokens is answered once with 1 and once with 128
+tokens; 127 N tokens over the difference of the two times is the decode rate. The sides take turns, so that a machine
+whose speed drifts treats them alike.
+
+    python bench/cpu_decode.py [--rounds 3] [--streams 1 8] [--json FILE]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import machine
+from server import running_server
+
+PROMPT_TOKENS = 128
+NEW_TOKENS = 128
+
+
+def prompts(streams: int) -> list[list[int]]:
+    """Distinct prompts, so that no side can share work between streams."""
+    return [[1 + (7919 * (stream + 1) + 104729 * i) % 40000 for i in range(PROMPT_TOKENS)] for stream in range(streams)]
+
+
+def decode_rate(answer: Callable[[list[list[int]], int], None], streams: int) -> float:
+    """Tokens per second of all streams together."""
+
+    def seconds(new_tokens: int) -> float:
+        start = time.perf_counter()
+        answer(prompts(streams), new_tokens)
+        return time.perf_counter() - start
+
+    short = min(seconds(1) for _ in range(2))
+    return streams * (NEW_TOKENS - 1) / (seconds(NEW_TOKENS) - short)
+
+
+def measure_mgpu(streams: list[int], rounds: int) -> dict[int, list[float]]:
+    from mgpu import Client
+
+    with running_server("-m", "demo", "--device", "cpu", "--no-prefix-cache") as endpoint:
+
+        def answer(batch: list[list[int]], new_tokens: int) -> None:
+            def one(ids: list[int]) -> None:
+                with Client(endpoint, timeout_s=600) as client:
+                    done = client.generate(ids, max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+                    assert len(done.token_ids) == new_tokens
+
+            threads = [threading.Thread(target=one, args=(ids,)) for ids in batch]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        answer(prompts(1), 8)
+        return {n: [decode_rate(answer, n) for _ in range(rounds)] for n in streams}
+
+
+def measure_transformers(streams: list[int], rounds: int) -> dict[int, list[float]]:
+    """Run in a process of its own: the model must not share the cores with anything."""
+    command = [sys.executable, __file__, "--transformers", "--rounds", str(rounds), "--streams", *map(str, streams)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=3600).stdout
+    return {int(n): rates for n, rates in json.loads(output.splitlines()[-1]).items()}
+
+
+def transformers_process(streams: list[int], rounds: int) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mgpu.orchestrator.model_store import resolve_model
+
+    path = Path(resolve_model("demo").path)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+    def answer(batch: list[list[int]], new_tokens: int) -> None:
+        ids = torch.tensor(batch)
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        assert out.shape[1] == PROMPT_TOKENS + new_tokens
+
+    answer(prompts(1), 8)
+    print(json.dumps({n: [decode_rate(answer, n) for _ in range(rounds)] for n in streams}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--transformers", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.transformers:
+        transformers_process(options.streams, options.rounds)
+        return
+    facts = machine.describe("transformers")
+    print(machine.heading(facts))
+    rates: dict[str, dict[int, list[float]]] = {"mgpu": {}, "transformers": {}}
+    for _ in range(options.rounds):
+        for name, measure in (("transformers", measure_transformers), ("mgpu", measure_mgpu)):
+            for n, values in measure(options.streams, 1).items():
+                rates[name].setdefault(n, []).extend(values)
+    print(f"{'streams':>8} {'transformers tok/s':>26} {'mgpu tok/s':>26} {'ratio':>7}")
+    for n in options.streams:
+        theirs, ours = rates["transformers"][n], rates["mgpu"][n]
+        ratio = statistics.median(ours) / statistics.median(theirs)
+        print(f"{n:>8} {_spread(theirs):>26} {_spread(ours):>26} {ratio:>6.2f}x")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": facts, "tokens_per_s": rates}, indent=1))
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
+
+
+if __name__ == "__main__":
+    main()

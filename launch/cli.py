@@ -1,0 +1,64 @@
+"""The command ``mgpu-launch``. Commands import what they need when they run, so that ``--help`` is instant."""
+
+import importlib
+import sys
+
+import click
+
+from mgpu.orchestrator.errors import UserError
+
+EXIT_USAGE = 64
+"""A mistake on the command line; systemd does not restart after it."""
+
+COMMANDS = {
+    "serve": "mgpu.launch.serve:serve_command",
+    "plan": "mgpu.launch.plan:plan_command",
+    "generate": "mgpu.launch.generate:generate_command",
+    "chat": "mgpu.launch.chat:chat_command",
+    "status": "mgpu.launch.status:status_command",
+    "config": "mgpu.launch.show_config:config_command",
+    "demo": "mgpu.launch.demo:demo_command",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module only when the command is named or listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="mgpu", prog_name="mgpu-launch")
+def cli() -> None:
+    """Serve one large language model on all GPUs of this machine."""
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one message and a non-zero status, never in a traceback."""
+    try:
+        status = cli.main(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The configuration of `serve`, declared once: flags, environment names, TOML keys and help all come from here.
+
+Precedence: flag, then ``MGPU_*`` environment variable, then the TOML file of ``--config``, then the default.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from mgpu.orchestrator.errors import UserError
+
+OTHER_VARIABLES = frozenset(
+    {"MGPU_ENDPOINT", "MGPU_NO_NCCL", "MGPU_CACHE", "MGPU_RUNTIME_DIR", "MGPU_CONFIG", "MGPU_LOG_LEVEL"}
+)
+"""Variables that start with MGPU_ and are read elsewhere."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class ConfigError(UserError):
+    """A configuration value that cannot be used; the text names the option and what would be accepted."""
+
+
+class Bytes(int):
+    """A number of bytes, written like ``2GiB``."""
+
+
+def parse_bytes(text: str) -> Bytes:
+    """Read ``123``, ``512MiB``, ``1.5 GB``. ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{text!r} is not a size; write for example 512MiB or 2GiB")
+    return Bytes(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _option(default: Any, text: str, *flags: str, minimum: float | None = None, maximum: float | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "flags": flags, "minimum": minimum, "maximum": maximum})
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Every option of ``mgpu-launch serve``."""
+
+    model: str = _option(
+        "", "Model folder (Hugging Face format), .gguf file, hub id, or 'demo' for the small built-in one.", "-m"
+    )
+    device: Literal["auto", "cuda", "cpu"] = _option("auto", "Where to run; auto takes all visible GPUs, else the CPU.")
+    workers: int = _option(
+        0, "Worker processes on the CPU (0: one), or on shared GPUs with --oversubscribe.", minimum=0
+    )
+    tp: int = _option(0, "Tensor-parallel size: use the first N visible GPUs (0: all of them).", minimum=0)
+    device_layers: str = _option(
+        "", 'Manual layer mapping, ordered ordinal:count pairs: "0:32;1:32"; a stage of several: "0+1:32".', "-n"
+    )
+    oversubscribe: bool = _option(False, "Let several workers share one GPU (for tests; slow).")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Arithmetic: auto is bfloat16 on GPUs and float32 on the CPU."
+    )
+    load_format: Literal["auto", "dummy"] = _option("auto", "'dummy' makes random weights from config.json alone.")
+    max_seq_len: int = _option(0, "Longest prompt plus output, in tokens (0: what the model allows).", minimum=0)
+    max_rows: int = _option(256, "Most requests that run at once.", minimum=1, maximum=4096)
+    max_batch_tokens: int = _option(
+        0, "Most tokens in one step (0: 2048 on GPUs, 512 on the CPU).", minimum=0, maximum=1 << 20
+    )
+    block_size: int = _option(16, "Tokens per KV-cache block.", minimum=1, maximum=256)
+    memory_fraction: float = _option(
+        0.9, "Share of each GPU's memory for weights, activations and KV cache.", minimum=0.05, maximum=0.99
+    )
+    kv_memory: Bytes = _option(Bytes(0), "KV-cache bytes per worker, such as 2GiB (0: what fits).")
+    prefix_cache: bool = _option(True, "Reuse the KV cache of prompts that begin alike.")
+    bind: str = _option("", "Front endpoint: tcp://127.0.0.1:PORT, or empty for a private ipc socket.")
+    served_name: str = _option("", "Model name that clients see (empty: from --model).")
+    drain_timeout: float = _option(30.0, "Seconds that running requests get after SIGTERM.", minimum=0, maximum=86400)
+    worker_timeout: float = _option(
+        120.0, "Seconds that a worker waits for its peers before it gives up.", minimum=1, maximum=86400
+    )
+    seed: int = _option(0, "Seed of dummy weights.", minimum=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """One option as flags, environment and files spell it."""
+
+    name: str
+    type: type
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+    short_flags: tuple[str, ...]
+    minimum: float | None
+    maximum: float | None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "MGPU_" + self.name.upper()
+
+
+def declared_options() -> tuple[Declared, ...]:
+    """List the options in the order of the class."""
+    hints = get_type_hints(ServeConfig)
+    return tuple(
+        Declared(
+            name=item.name,
+            type=str if get_origin(hints[item.name]) is Literal else hints[item.name],
+            choices=get_args(hints[item.name]) if get_origin(hints[item.name]) is Literal else (),
+            default=item.default,
+            help=item.metadata["help"],
+            short_flags=item.metadata["flags"],
+            minimum=item.metadata["minimum"],
+            maximum=item.metadata["maximum"],
+        )
+        for item in fields(ServeConfig)
+    )
+
+
+def load_config(
+    flags: Mapping[str, object], environ: Mapping[str, str], file: Path | None
+) -> tuple[ServeConfig, dict[str, str]]:
+    """Merge flags, environment and file. Gives the configuration and, per option, where its value came from.
+
+    ``flags`` holds only what the user typed. ConfigError names the option, the value and what is allowed.
+    """
+    options = {option.name: option for option in declared_options()}
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(options, "default")
+    for origin, layer in (
+        (str(file), _file_values(file, options)),
+        ("environment", _environment_values(environ, options)),
+        ("command line", flags),
+    ):
+        for name, value in layer.items():
+            values[name] = _checked(options[name], value, origin)
+            origins[name] = options[name].variable if origin == "environment" else origin
+    return ServeConfig(**values), origins
+
+
+def _file_values(file: Path | None, options: Mapping[str, Declared]) -> dict[str, object]:
+    if file is None:
+        return {}
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration file {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    values = {key.replace("-", "_"): value for key, value in table.items()}
+    for key in values:
+        if key not in options:
+            raise ConfigError(f"{file}: unknown key {key!r}{_nearest(key, options)}")
+    return values
+
+
+def _environment_values(environ: Mapping[str, str], options: Mapping[str, Declared]) -> dict[str, object]:
+    by_variable = {option.variable: name for name, option in options.items()}
+    values: dict[str, object] = {}
+    for variable, text in environ.items():
+        if variable in by_variable:
+            values[by_variable[variable]] = text
+        elif variable.startswith("MGPU_") and variable not in OTHER_VARIABLES:
+            known = by_variable.keys() | OTHER_VARIABLES
+            raise ConfigError(f"unknown environment variable {variable}{_nearest(variable, known)}")
+    return values
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _checked(option: Declared, value: object, origin: str) -> object:
+    where = f"{option.flag} ({origin})" if origin != "command line" else option.flag
+    converted = _converted(option, value, where)
+    if option.choices and converted not in option.choices:
+        raise ConfigError(f"{where} is {value!r}; choose one of {', '.join(option.choices)}")
+    if isinstance(converted, (int, float)) and not isinstance(converted, bool):
+        low, high = option.minimum, option.maximum
+        if converted != converted or (low is not None and converted < low) or (high is not None and converted > high):
+            raise ConfigError(f"{where} is {value!r}; it must be {_range_text(low, high)}")
+    return converted
+
+
+def _range_text(low: float | None, high: float | None) -> str:
+    if high is None:
+        return f"at least {low:g}"
+    return f"between {low:g} and {high:g}"
+
+
+def _converted(option: Declared, value: object, where: str) -> object:
+    if option.type is Bytes:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return Bytes(value)
+        return parse_bytes(str(value))
+    if option.type is bool:
+        return _to_bool(value, where)
+    if option.type is str and not isinstance(value, str):
+        raise ConfigError(f"{where} is {value!r}; it must be text in quotes")
+    try:
+        if isinstance(value, bool) or (option.type is int and isinstance(value, float)):
+            raise ValueError
+        return option.type(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where} is {value!r}; it must be of type {option.type.__name__}") from None
+
+
+def _to_bool(value: object, where: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off"):
+        return False
+    raise ConfigError(f"{where} is {value!r}; write true or false")

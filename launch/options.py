@@ -1,0 +1,51 @@
+"""Click options made from the declared configuration."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mgpu.launch.config import Bytes, Declared, ServeConfig, declared_options, load_config
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def config_options(command: F) -> F:
+    """Add ``--config`` and one flag per option. Flags that were not typed arrive as None."""
+    for option in reversed(declared_options()):
+        command = click.option(*_names(option), option.name, **_settings(option))(command)
+    file_option = click.option(
+        "--config",
+        "config_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        envvar="MGPU_CONFIG",
+        help="TOML file with any of the options below.",
+    )
+    return file_option(command)
+
+
+def _names(option: Declared) -> list[str]:
+    if option.type is bool:
+        return [f"{option.flag}/--no-{option.flag.removeprefix('--')}"]
+    return [*option.short_flags, option.flag]
+
+
+def _settings(option: Declared) -> dict[str, Any]:
+    default = f" [default: {option.default}]" if option.default not in ("", 0, False) else ""
+    settings: dict[str, Any] = {"default": None, "help": option.help + default}
+    if option.type is not bool:
+        settings["metavar"] = "|".join(option.choices) or _metavar(option)
+        settings["type"] = str
+    return settings
+
+
+def _metavar(option: Declared) -> str:
+    return {int: "N", float: "X", Bytes: "SIZE"}.get(option.type, "TEXT")
+
+
+def read_config(config_file: Path | None, flags: dict[str, Any]) -> tuple[ServeConfig, dict[str, str]]:
+    """Merge what was typed with environment and file; see `load_config`."""
+    typed = {name: value for name, value in flags.items() if value is not None}
+    return load_config(typed, os.environ, config_file)
