@@ -70,7 +70,9 @@ class ServeConfig:
     memory_fraction: float = _option(
         0.9, "Share of each GPU's memory for weights, activations and KV cache.", minimum=0.05, maximum=0.99
     )
-    kv_memory: Bytes = _option(Bytes(0), "KV-cache bytes per worker, such as 2GiB (0: what fits).")
+    kv_memory: Bytes = _option(  # noqa: RUF009 (a field like the others)
+        Bytes(0), "KV-cache bytes per worker, such as 2GiB (0: what fits)."
+    )
     prefix_cache: bool = _option(True, "Reuse the KV cache of prompts that begin alike.")
     bind: str = _option("", "Front endpoint: tcp://127.0.0.1:PORT, or empty for a private ipc socket.")
     served_name: str = _option("", "Model name that clients see (empty: from --model).")
