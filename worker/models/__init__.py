@@ -55,7 +55,8 @@ def init_dummy_weights(stage: DecoderStage, seed: int) -> None:
     for name, module in stage.named_modules():
         if isinstance(module, (Linear, RMSNorm, VocabParallel)):
             generator = torch.Generator(_device_of(module))
-            generator.manual_seed((seed << 32 | zlib.crc32(name.encode())) & (2**63 - 1))
+            # The CPU generator looks at 32 bits of a seed only, so both parts must be mixed into them.
+            generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             module.init_dummy(generator)
     _finalize(stage)
 

@@ -1,0 +1,126 @@
+"""Drive the stages of a model without an engine."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from rank_threads import ThreadGroup, run_ranks
+from torch import Tensor
+
+from mgpu.protocol.checkpoint import Checkpoint
+from mgpu.protocol.placement import RankPlace, head_shard
+from mgpu.worker.batch import StepBatch
+from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.models import DecoderStage, build_stage, init_dummy_weights, load_weights
+
+
+@dataclass
+class Row:
+    """One request of a batch: its blocks, and how many of its tokens are in the cache."""
+
+    blocks: list[int]
+    done: int = 0
+
+
+def make_batch(rows: list[tuple[Row, list[int]]], block_size: int, all_logits: bool = False) -> StepBatch:
+    """Lay new tokens of some rows out as a step, and count them as done."""
+    token_ids, positions, slots, starts, contexts = [], [], [], [0], []
+    for row, new_ids in rows:
+        places = range(row.done, row.done + len(new_ids))
+        token_ids += new_ids
+        positions += places
+        slots += [row.blocks[place // block_size] * block_size + place % block_size for place in places]
+        row.done += len(new_ids)
+        starts.append(len(token_ids))
+        contexts.append(row.done)
+    width = max(len(row.blocks) for row, _ in rows)
+    tables = [row.blocks + [0] * (width - len(row.blocks)) for row, _ in rows]
+    return StepBatch(
+        token_ids=torch.tensor(token_ids),
+        positions=torch.tensor(positions),
+        slots=torch.tensor(slots),
+        query_starts=torch.tensor(starts, dtype=torch.int32),
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        block_tables=torch.tensor(tables, dtype=torch.int32),
+        logit_rows=torch.arange(len(token_ids)) if all_logits else torch.tensor(starts[1:]) - 1,
+        query_lens_host=[len(new_ids) for _, new_ids in rows],
+        context_lens_host=contexts,
+    )
+
+
+@dataclass
+class Stages:
+    """All stages of one tensor-parallel rank, run one after the other."""
+
+    checkpoint: Checkpoint
+    group: ThreadGroup
+    splits: list[range]
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    num_blocks: int = 32
+    block_size: int = 4
+    dummy_seed: int | None = None
+    """Random weights instead of the checkpoint's."""
+    stages: list[DecoderStage] = field(init=False)
+    caches: list[KvCache] = field(init=False)
+    bytes_read: int = 0
+
+    def __post_init__(self) -> None:
+        facts = self.checkpoint.facts
+        heads = head_shard(facts.num_q_heads, facts.num_kv_heads, self.group.rank, self.group.size)
+        self.stages, self.caches = [], []
+        for index, layers in enumerate(self.splits):
+            place = RankPlace(self.group.rank, index, self.group.rank, self.group.size, 0)
+            stage = build_stage(facts, place, layers, self.group, self.dtype, self.device)
+            self._fill(stage)
+            shape = (len(layers), self.num_blocks, self.block_size, heads.num_kv, facts.head_dim)
+            cache = KvCache(*shape, self.dtype, self.device)
+            for layer in cache.layers:
+                layer.k_NBJK.fill_(torch.nan)
+                layer.v_NBJK.fill_(torch.nan)
+            self.stages.append(stage)
+            self.caches.append(cache)
+
+    def _fill(self, stage: DecoderStage) -> None:
+        if self.dummy_seed is None:
+            self.bytes_read += load_weights(stage, self.checkpoint, lambda count: None)
+        else:
+            init_dummy_weights(stage, self.dummy_seed)
+
+    def step(self, batch: StepBatch) -> Tensor:
+        """Run one step through all stages; the whole vocabulary's logits of the sampling rows."""
+        x_TD = self.stages[0].embed(batch.token_ids)
+        for stage, cache in zip(self.stages, self.caches, strict=True):
+            x_TD = stage.run_layers(x_TD, batch, cache)
+        logits = self.group.all_gather(self.stages[-1].logits(x_TD[batch.logit_rows]))
+        vocab_size = self.checkpoint.facts.vocab_size
+        assert (logits[:, vocab_size:] == -torch.inf).all()
+        return logits[:, :vocab_size]
+
+
+def logits_in_chunks(
+    checkpoint: Checkpoint,
+    token_ids: list[int],
+    chunks: list[int],
+    tp_size: int = 1,
+    num_stages: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Give the logits of every token when one request is computed ``chunks`` tokens at a time."""
+    assert sum(chunks) == len(token_ids)
+    total = checkpoint.facts.num_layers
+    bounds = [total * index // num_stages for index in range(num_stages + 1)]
+
+    def work(group: ThreadGroup) -> Tensor:
+        stages = Stages(checkpoint, group, [range(*pair) for pair in pairwise(bounds)], dtype)
+        row = Row(list(range(stages.num_blocks))[::-1])  # a table that is not the identity
+        parts, first = [], 0
+        for count in chunks:
+            batch = make_batch([(row, token_ids[first : first + count])], stages.block_size, all_logits=True)
+            parts.append(stages.step(batch))
+            first += count
+        return torch.cat(parts)
+
+    results = run_ranks(tp_size, work)
+    assert all(torch.equal(result, results[0]) for result in results)
+    return results[0]

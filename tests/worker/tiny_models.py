@@ -1,0 +1,91 @@
+"""Random models of every family, made and judged by transformers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TINY = {
+    "vocab_size": 101,  # divides by no number of ranks
+    "hidden_size": 64,
+    "intermediate_size": 94,  # divides by 2 but not by 4
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def tiny_config(family: str) -> object:
+    """Give a transformers configuration of a family, small but with all of the family's peculiarities."""
+    import transformers as hf
+
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    gemma_rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+    }
+    pattern = ["sliding_attention", "sliding_attention", "full_attention"]
+    configs = {
+        "llama": lambda: hf.LlamaConfig(**TINY, tie_word_embeddings=False),
+        "llama3-rope": lambda: hf.LlamaConfig(**TINY, rope_parameters=llama3, tie_word_embeddings=True),
+        "llama-linear-bias": lambda: hf.LlamaConfig(
+            **TINY, rope_parameters=linear, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+        ),
+        "mistral-window": lambda: hf.MistralConfig(**TINY, sliding_window=7, tie_word_embeddings=False),
+        "qwen2": lambda: hf.Qwen2Config(**TINY, tie_word_embeddings=True),
+        "qwen3": lambda: hf.Qwen3Config(**TINY, head_dim=32, tie_word_embeddings=False),
+        "gemma3": lambda: hf.Gemma3TextConfig(
+            **(TINY | {"num_key_value_heads": 1}),
+            head_dim=32,
+            query_pre_attn_scalar=24,
+            sliding_window=7,
+            layer_types=pattern,
+            rope_parameters=gemma_rope,
+            tie_word_embeddings=True,
+        ),
+    }
+    return configs[family]()
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A random model on disk, and what transformers makes of one prompt."""
+
+    folder: Path
+    prompt_ids: list[int]
+    output_ids: list[int]
+    logits: Tensor
+    """Of prompt and output, [T, vocabulary], float32."""
+
+
+@torch.inference_mode()
+def make_tiny_model(family: str, folder: Path) -> TinyModel:
+    """Save a random model and record what transformers computes with it."""
+    import transformers as hf
+
+    hf.set_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager").float().eval()
+    for name, parameter in model.named_parameters():
+        # The defaults, zero biases and unit norms, would hide mistakes; larger weights tell tokens apart.
+        parameter.normal_(0.0, 0.3 if name.endswith(("norm.weight", "bias")) else 0.1)
+        if name.endswith("norm.weight") and family != "gemma3":
+            parameter.add_(1.0)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    prompt_ids = torch.randint(3, TINY["vocab_size"], (24,)).tolist()
+    ids = list(prompt_ids)
+    for _ in range(8):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return TinyModel(folder, prompt_ids, ids[len(prompt_ids) :], model(torch.tensor([ids])).logits[0])
