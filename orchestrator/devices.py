@@ -1,0 +1,222 @@
+"""Say what devices there are to place a model on: real GPUs, CPU workers, or a machine that the user describes."""
+
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from mgpu.orchestrator.errors import DeviceError
+from mgpu.orchestrator.nvml import Gpu, Link, Nvml, NvmlSession
+from mgpu.orchestrator.visible import visible_gpus
+
+DeviceChoice = Literal["auto", "cuda", "cpu"]
+
+DESCRIBED_BYTES = 80 << 30
+"""Memory of each GPU of a machine described by a count alone."""
+MAX_WORKERS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """One device that a worker can have. ``ordinal`` is the number that users type."""
+
+    ordinal: int
+    kind: Literal["cpu", "cuda"]
+    name: str
+    total_bytes: int
+    free_bytes: int
+    uuid: str = ""
+    pci: str = ""
+    selector: str = ""
+    """What names this device in CUDA_VISIBLE_DEVICES: its index in PCI bus order, or a MIG UUID."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The visible devices and how they reach each other."""
+
+    devices: tuple[DeviceInfo, ...]
+    links: tuple[tuple[Link, ...], ...]
+    nccl: bool
+    nccl_problem: str = ""
+    """Why NCCL cannot be used."""
+    shared_memory: bool = False
+    """Whether CPU workers can add up in shared memory (its protocol relies on x86-64's store order)."""
+    notes: tuple[str, ...] = ()
+    """Lines for the start-up log."""
+
+    @property
+    def kind(self) -> Literal["cpu", "cuda"]:
+        return self.devices[0].kind
+
+    def peers(self, first: int, second: int) -> bool:
+        """Tell whether two devices, by ordinal, can reach each other's memory."""
+        return self.links[first][second] != "none" and self.links[second][first] != "none"
+
+
+def find_machine(
+    device: DeviceChoice = "auto",
+    workers: int | None = None,
+    oversubscribe: bool = False,
+    environ: Mapping[str, str] = os.environ,
+    nvml: Nvml | None = None,
+) -> Machine:
+    """Look at this machine. ``workers`` is how many CPU workers, or GPU workers with ``oversubscribe``, are wanted.
+
+    ``auto`` takes the visible GPUs, else the CPU. DeviceError when what the user asked for is not there.
+    """
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
+        raise DeviceError(f"--workers {workers}: it must be between 1 and {MAX_WORKERS}")
+    if device == "cpu":
+        return cpu_machine(workers or 1)
+    machine, problem = _gpu_machine(environ, nvml)
+    if machine is None:
+        if device == "cuda":
+            raise DeviceError(f"--device cuda: no GPU is visible ({problem}); --device cpu runs without one")
+        return cpu_machine(workers or 1, (f"no GPU is visible ({problem}): running on the CPU",))
+    if oversubscribe:
+        return oversubscribed(machine, workers or len(machine.devices))
+    if workers is not None and workers != len(machine.devices):
+        raise DeviceError(
+            f"--workers {workers}: there is one worker per GPU, and {len(machine.devices)} are visible. Use --tp N for "
+            "the first N GPUs, --oversubscribe to share them, or --device cpu"
+        )
+    return machine
+
+
+def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine | None, str]:
+    """Give the machine of visible GPUs, or None and why there are none."""
+    variable = environ.get("CUDA_VISIBLE_DEVICES")
+    with NvmlSession(nvml) as session:
+        inventory = session.inventory()
+        if not inventory.gpus:
+            return None, inventory.problem
+        gpus = visible_gpus(inventory.gpus, variable)
+        if not gpus:
+            return None, f"CUDA_VISIBLE_DEVICES={variable} hides {len(inventory.gpus)}"
+        devices = tuple(_device(ordinal, gpu) for ordinal, gpu in enumerate(gpus))
+        problem = nccl_problem(environ, any(gpu.mig for gpu in gpus))
+        return Machine(devices, session.links(gpus), not problem, problem), ""
+
+
+def _device(ordinal: int, gpu: Gpu) -> DeviceInfo:
+    selector = gpu.uuid if gpu.mig else str(gpu.index)
+    return DeviceInfo(ordinal, "cuda", gpu.name, gpu.total_bytes, gpu.free_bytes, gpu.uuid, gpu.pci, selector)
+
+
+def nccl_problem(environ: Mapping[str, str], mig: bool = False) -> str:
+    """Say why NCCL must not be used; empty when it may."""
+    if environ.get("MGPU_NO_NCCL") == "1":
+        return "MGPU_NO_NCCL=1"
+    if mig:
+        return "NCCL does not connect MIG instances"
+    return ""
+
+
+def cpu_machine(workers: int, notes: tuple[str, ...] = ()) -> Machine:
+    """Give N workers that share the cores and the memory of this machine."""
+    total, free = _host_memory()
+    devices = tuple(
+        DeviceInfo(ordinal, "cpu", f"CPU worker {ordinal}", total // workers, free // workers)
+        for ordinal in range(workers)
+    )
+    links: tuple[tuple[Link, ...], ...] = tuple(
+        tuple("self" if a == b else "none" for b in range(workers)) for a in range(workers)
+    )
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return Machine(devices, links, False, "NCCL needs GPUs", x86, notes)
+
+
+def _host_memory() -> tuple[int, int]:
+    """Give total and available bytes, within the limit of this process's control group if there is one."""
+    memory = psutil.virtual_memory()
+    total, free = int(memory.total), int(memory.available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return total, free
+    if limit.isdecimal() and int(limit) < total:
+        return int(limit), max(0, min(free, int(limit) - used))
+    return total, free
+
+
+def described_machine(text: str, environ: Mapping[str, str] = os.environ) -> Machine:
+    """Build a machine from ``4`` (GPUs of 80 GiB) or ``141GiB,80GiB``, all linked by NVLink and empty."""
+    if re.fullmatch(r"\s*[0-9]{1,5}\s*", text):
+        count = int(text)
+        if not 0 <= count <= MAX_WORKERS:
+            raise DeviceError(f"--gpus {count}: it must be between 0 and {MAX_WORKERS}")
+        sizes = [DESCRIBED_BYTES] * count
+    else:
+        sizes = [_parse_size(part, text) for part in text.split(",")]
+    if not sizes:
+        return cpu_machine(1, ("no GPU is described: running on the CPU",))
+    devices = tuple(
+        DeviceInfo(i, "cuda", "described GPU", size, size, f"described-{i}", "", str(i)) for i, size in enumerate(sizes)
+    )
+    links: tuple[tuple[Link, ...], ...] = tuple(
+        tuple("self" if a == b else "nvlink" for b in range(len(sizes))) for a in range(len(sizes))
+    )
+    problem = nccl_problem(environ)
+    note = "a described machine: empty GPUs, NVLink between all of them"
+    return Machine(devices, links, not problem, problem, notes=(note,))
+
+
+def _parse_size(part: str, text: str) -> int:
+    match = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([KMGT]i?)?B?\s*", part, re.IGNORECASE)
+    if match is None:
+        raise DeviceError(f'--gpus {text[:80]!r}: write a count such as "4", or sizes such as "141GiB,80GiB"')
+    unit = (match[2] or "").upper()
+    scale = 1 if not unit else (1024 if unit.endswith("I") else 1000) ** ("KMGT".index(unit[0]) + 1)
+    size = int(float(match[1]) * scale)
+    if not 1 << 20 <= size <= 1 << 50:
+        raise DeviceError(f"--gpus {text[:80]!r}: {part.strip()} is not a plausible GPU memory size")
+    return size
+
+
+def oversubscribed(machine: Machine, workers: int) -> Machine:
+    """Give each of N workers a share of a GPU, round-robin; only sensible for tests."""
+    count = len(machine.devices)
+    sharers = [len(range(first, workers, count)) for first in range(count)]
+    devices = tuple(
+        replace(
+            (shared := machine.devices[i % count]),
+            ordinal=i,
+            total_bytes=shared.total_bytes // sharers[i % count],
+            free_bytes=shared.free_bytes // sharers[i % count],
+        )
+        for i in range(workers)
+    )
+    links = tuple(tuple(machine.links[a % count][b % count] for b in range(workers)) for a in range(workers))
+    if workers <= count:
+        return replace(machine, devices=devices, links=links)
+    note = f"{workers} workers share {count} GPU{'s' if count > 1 else ''} (--oversubscribe): expect it to be slow"
+    problem = "NCCL refuses two ranks on one GPU"
+    return Machine(devices, links, False, problem, machine.shared_memory, (*machine.notes, note))
+
+
+def worker_environment(machine: Machine, ordinal: int) -> tuple[dict[str, str], str]:
+    """Give a worker's environment additions and what it is to use: ``cpu`` or ``cuda:N`` under that environment.
+
+    All workers see the same GPUs in the same order, so that peers can map each other's memory. A process can use only
+    one MIG instance, so it sees that one alone.
+    """
+    device = machine.devices[ordinal]
+    if device.kind == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}, "cpu"
+    uuids = list(dict.fromkeys(other.uuid for other in machine.devices))
+    if device.uuid.startswith("MIG-"):
+        uuids = [device.uuid]
+    environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
+    return environment, f"cuda:{uuids.index(device.uuid)}"
+
+
+def selectors(devices: Sequence[DeviceInfo]) -> str:
+    """Give the value of CUDA_VISIBLE_DEVICES that makes exactly these devices visible."""
+    return ",".join(device.selector for device in devices)

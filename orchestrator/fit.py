@@ -1,0 +1,205 @@
+"""Check that a placement fits into the memory of its devices, and say how many tokens of KV cache are left."""
+
+from dataclasses import dataclass, replace
+
+from mgpu.orchestrator.devices import DeviceInfo, Machine
+from mgpu.orchestrator.errors import PlacementError
+from mgpu.orchestrator.memory import (
+    CPU_POOL_BYTES,
+    CUDA_FIXED_BYTES,
+    NCCL_BYTES,
+    StepSize,
+    kv_token_bytes,
+    rank_weight_bytes,
+    step_bytes,
+)
+from mgpu.orchestrator.split import compatible_sizes
+from mgpu.orchestrator.wish import Wish
+from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.placement import HeadShard, PlacementPlan, Stage, head_shard
+
+LEAST_TOKENS = 512
+"""A pool below this is refused rather than served with hardly any context (unless the model's own is shorter)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """A placement on a machine, about to be measured."""
+
+    facts: ModelFacts
+    machine: Machine
+    placement: PlacementPlan
+    wish: Wish
+    dtype_bytes: int
+    nccl: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RankRow:
+    """What one rank holds. Bytes are in the type that the model is served in."""
+
+    rank: int
+    device: DeviceInfo
+    stage_index: int
+    first_layer: int
+    end_layer: int
+    heads: HeadShard
+    weight_bytes: int
+    reserve_bytes: int
+    """Estimate of everything that is neither weights nor KV cache."""
+    budget_bytes: int
+    """What the worker may use in all."""
+    kv_token_bytes: int
+    kv_tokens: int
+    """Tokens that this rank alone could hold, in whole blocks."""
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.kv_tokens * self.kv_token_bytes
+
+    def needs(self, tokens: int) -> int:
+        """Give the bytes that the rank needs in all for a KV pool of some tokens."""
+        return self.weight_bytes + self.reserve_bytes + tokens * self.kv_token_bytes
+
+
+def device_budget(device: DeviceInfo, wish: Wish) -> int:
+    """Give the bytes of a device that its worker may use."""
+    return min(int(device.total_bytes * wish.memory_fraction), device.free_bytes)
+
+
+def weight_capacity(device: DeviceInfo, wish: Wish) -> int:
+    """Give what layers, embedding and KV cache may take of a device, to balance layers by."""
+    return device_budget(device, wish) - _fixed_bytes(device)
+
+
+def rank_rows(sizing: Sizing) -> tuple[RankRow, ...]:
+    """Do the arithmetic of every rank; nothing is refused here."""
+    rows = tuple(_row(sizing, rank) for rank in range(sizing.placement.world_size))
+    if sizing.machine.kind == "cuda" or sizing.wish.kv_memory:
+        return rows
+    # Workers on the CPU share one memory: the default pool is bounded as a whole.
+    tokens = _whole_blocks(CPU_POOL_BYTES // sum(row.kv_token_bytes for row in rows), sizing.wish)
+    return tuple(replace(row, kv_tokens=min(row.kv_tokens, tokens)) for row in rows)
+
+
+def _row(sizing: Sizing, rank: int) -> RankRow:
+    facts, wish = sizing.facts, sizing.wish
+    place = sizing.placement.place_of(rank)
+    stage, device = sizing.placement.stages[place.stage_index], sizing.machine.devices[place.device]
+    weights = rank_weight_bytes(facts, sizing.placement, place, sizing.dtype_bytes)
+    reserve = _reserve_bytes(sizing, rank)
+    budget = device_budget(device, wish)
+    per_token = kv_token_bytes(facts, stage.num_layers, place.tp_size, sizing.dtype_bytes)
+    pool = wish.kv_memory or max(0, budget - weights - reserve)
+    return RankRow(
+        rank=rank,
+        device=device,
+        stage_index=place.stage_index,
+        first_layer=stage.first_layer,
+        end_layer=stage.end_layer,
+        heads=head_shard(facts.num_q_heads, facts.num_kv_heads, place.tp_rank, place.tp_size),
+        weight_bytes=weights,
+        reserve_bytes=reserve,
+        budget_bytes=budget,
+        kv_token_bytes=per_token,
+        kv_tokens=_whole_blocks(pool // per_token, wish),
+    )
+
+
+def _reserve_bytes(sizing: Sizing, rank: int) -> int:
+    place = sizing.placement.place_of(rank)
+    last = place.stage_index == sizing.placement.num_stages - 1
+    size = StepSize(sizing.wish.max_batch_tokens, sizing.wish.max_rows)
+    step = step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, size)
+    return step + _fixed_bytes(sizing.machine.devices[place.device]) + (NCCL_BYTES if sizing.nccl else 0)
+
+
+def _fixed_bytes(device: DeviceInfo) -> int:
+    return CUDA_FIXED_BYTES if device.kind == "cuda" else 0
+
+
+def _whole_blocks(tokens: int, wish: Wish) -> int:
+    return tokens // wish.block_size * wish.block_size
+
+
+def fit_tokens(sizing: Sizing, rows: tuple[RankRow, ...]) -> tuple[int, int]:
+    """Give the tokens of the KV pool and the longest request. PlacementError when the model or the wish does not fit.
+
+    Without a wished length, requests may be as long as the model and the pool allow.
+    """
+    asked, context = sizing.wish.max_seq_len, sizing.facts.max_position
+    if asked is not None and not 1 <= asked <= context:
+        raise PlacementError(f"--max-seq-len {asked}: the context of this model is 1 to {context} tokens")
+    least = _up_to_blocks(asked or min(LEAST_TOKENS, context), sizing.wish)
+    tight = max(rows, key=lambda row: row.needs(0) + sizing.wish.kv_memory - row.budget_bytes)
+    if tight.needs(0) + sizing.wish.kv_memory > tight.budget_bytes:
+        raise _too_big(sizing, tight, least)
+    tokens = min(row.kv_tokens for row in rows)
+    if tokens < least:
+        raise _too_long(sizing, min(rows, key=lambda row: row.kv_tokens), least)
+    return tokens, asked or min(context, tokens)
+
+
+def _up_to_blocks(tokens: int, wish: Wish) -> int:
+    return -(-tokens // wish.block_size) * wish.block_size
+
+
+def _too_big(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
+    """Say that weights alone, or with the asked KV memory, exceed a device."""
+    needed = row.needs(0) + sizing.wish.kv_memory
+    pool = f" + {gib(sizing.wish.kv_memory)} of --kv-memory" if sizing.wish.kv_memory else ""
+    return PlacementError(
+        f"the model does not fit: {_where(row)} has {gib(row.budget_bytes)} to use, and rank {row.rank} needs "
+        f"{gib(needed)} ({gib(row.weight_bytes)} of weights + {gib(row.reserve_bytes)} to compute{pool}). "
+        f"{_ways_out(sizing, tokens)}"
+    )
+
+
+def _too_long(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
+    """Say that the KV cache has no room for one request."""
+    asked = sizing.wish.max_seq_len
+    left = gib(sizing.wish.kv_memory or max(0, row.budget_bytes - row.needs(0)))
+    text = (
+        f"{tokens} tokens of KV cache{f' (--max-seq-len {asked})' if asked else ''} do not fit: {_where(row)} has "
+        f"{left} left beside {gib(row.weight_bytes)} of weights, which is {row.kv_tokens} tokens of "
+        f"{row.kv_token_bytes / 1024:.1f} KiB; {gib(tokens * row.kv_token_bytes)} are needed. "
+    )
+    shorter = f"Use --max-seq-len {row.kv_tokens} or less. " if asked and row.kv_tokens else ""
+    return PlacementError(text + shorter + _ways_out(sizing, tokens))
+
+
+def _where(row: RankRow) -> str:
+    if row.device.kind == "cpu":
+        return row.device.name
+    memory = f"{gib(row.device.free_bytes)} free of {gib(row.device.total_bytes)}"
+    return f"GPU {row.device.ordinal} ({row.device.name}, {memory})"
+
+
+def _ways_out(sizing: Sizing, tokens: int) -> str:
+    if sizing.wish.kv_memory:
+        return "Lower --kv-memory, or leave it out"
+    if sizing.machine.kind == "cpu":
+        half = "" if sizing.dtype_bytes == 2 else "; --dtype bfloat16 halves that"
+        return f"It would need a machine with more memory{half}"
+    size = _size_that_fits(sizing, tokens)
+    if size is None:
+        return "No number of such GPUs would hold it; use larger GPUs"
+    return f"{size} GPUs of this size would hold it, split tensor-parallel"
+
+
+def _size_that_fits(sizing: Sizing, tokens: int) -> int | None:
+    """Find the smallest tensor-parallel size whose ranks fit the smallest of the devices in use."""
+    used = [sizing.machine.devices[device] for stage in sizing.placement.stages for device in stage.devices]
+    smallest = min(used, key=lambda device: device_budget(device, sizing.wish))
+    for size in compatible_sizes(sizing.facts):
+        placement = PlacementPlan((Stage(0, sizing.facts.num_layers, tuple(range(size))),))
+        machine = replace(sizing.machine, devices=(smallest,) * size)
+        row = _row(replace(sizing, machine=machine, placement=placement, nccl=size > 1), 0)
+        if row.needs(tokens) <= row.budget_bytes:
+            return size
+    return None
+
+
+def gib(nbytes: int) -> str:
+    """Write bytes the way people read memory sizes."""
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 100 << 20 else f"{nbytes / 2**20:.1f} MiB"

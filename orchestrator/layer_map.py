@@ -1,0 +1,120 @@
+"""Divide the layers of a model over devices: by the map that the user typed, or balanced by bytes."""
+
+import bisect
+import re
+from collections.abc import Sequence
+
+from mgpu.orchestrator.errors import PlacementError
+from mgpu.orchestrator.split import compatible_sizes, listed, split_problems
+from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.placement import PlacementPlan, Stage
+
+_PAIR = re.compile(r"\s*([0-9]{1,6}(?:\s*\+\s*[0-9]{1,6})*)\s*:\s*([0-9]{1,9})\s*")
+
+
+def parse_layer_map(text: str, facts: ModelFacts, num_devices: int, noun: str) -> PlacementPlan:
+    """Read ``"0:32;1:32"``; ``"0+1:16;2+3:16"`` splits each range tensor-parallel over several devices.
+
+    PlacementError with the numbers when the format is wrong, an ordinal is not visible or named twice, a count is
+    below 1, the sum is not the number of layers, or a stage cannot be split over its devices.
+    """
+    stages: list[Stage] = []
+    first, seen = 0, set[int]()
+    for pair in text.split(";"):
+        match = _PAIR.fullmatch(pair)
+        if match is None:
+            raise _format_error(text, pair, facts, num_devices)
+        ordinals, count = tuple(map(int, match[1].split("+"))), int(match[2])
+        for ordinal in ordinals:
+            _check_ordinal(text, ordinal, seen, num_devices, noun)
+            seen.add(ordinal)
+        if count < 1:
+            raise PlacementError(f'-n "{text}": device {match[1]} gets {count} layers; every range needs at least 1')
+        _check_stage_split(text, facts, ordinals)
+        stages.append(Stage(first, first + count, ordinals))
+        first += count
+    if first != facts.num_layers:
+        raise _sum_error(text, first, facts, stages)
+    return PlacementPlan(tuple(stages))
+
+
+def map_text(plan: PlacementPlan) -> str:
+    """Write a plan the way that ``-n`` reads it."""
+    return ";".join(f"{'+'.join(map(str, stage.devices))}:{stage.num_layers}" for stage in plan.stages)
+
+
+def _format_error(text: str, pair: str, facts: ModelFacts, num_devices: int) -> PlacementError:
+    example = map_text(even_stages(facts.num_layers, list(range(min(num_devices, 2, facts.num_layers)))))
+    return PlacementError(
+        f'-n "{text[:200]}": {pair[:40]!r} is not an ordinal:count pair; write pairs separated by semicolons, such as '
+        f'-n "{example}" (the model has {facts.num_layers} layers)'
+    )
+
+
+def _check_ordinal(text: str, ordinal: int, seen: set[int], num_devices: int, noun: str) -> None:
+    if ordinal >= num_devices:
+        visible = "0" if num_devices == 1 else f"0 to {num_devices - 1}"
+        raise PlacementError(f'-n "{text}": {noun} {ordinal} is not visible; visible ordinals: {visible}')
+    if ordinal in seen:
+        raise PlacementError(f'-n "{text}": {noun} {ordinal} is named twice; each may have one range of layers')
+
+
+def _check_stage_split(text: str, facts: ModelFacts, ordinals: tuple[int, ...]) -> None:
+    if problems := split_problems(facts, len(ordinals)):
+        raise PlacementError(
+            f'-n "{text}": a stage of {len(ordinals)} devices cannot split this model: {"; ".join(problems)}; '
+            f"compatible sizes: {listed(compatible_sizes(facts))}"
+        )
+
+
+def _sum_error(text: str, total: int, facts: ModelFacts, stages: list[Stage]) -> PlacementError:
+    layers = facts.num_layers
+    problem = f'-n "{text}": the counts add up to {total}, but the model has {layers} layers'
+    if (last := stages[-1].num_layers + layers - total) >= 1:
+        fixed = (*stages[:-1], Stage(0, last, stages[-1].devices))
+        problem += f'; for example -n "{map_text(PlacementPlan(fixed))}"'
+    return PlacementError(problem)
+
+
+def even_stages(num_layers: int, ordinals: Sequence[int]) -> PlacementPlan:
+    """Divide layers into ranges whose lengths differ by at most one, longer ones first."""
+    short, longer = divmod(num_layers, len(ordinals))
+    return _stages([short + (i < longer) for i in range(len(ordinals))], ordinals)
+
+
+def _stages(counts: Sequence[int], ordinals: Sequence[int]) -> PlacementPlan:
+    stages, first = [], 0
+    for ordinal, count in zip(ordinals, counts, strict=True):
+        stages.append(Stage(first, first + count, (ordinal,)))
+        first += count
+    return PlacementPlan(tuple(stages))
+
+
+def balanced_stages(
+    num_layers: int, ordinals: Sequence[int], capacities: Sequence[int], layer_bytes: int, extras: Sequence[int]
+) -> PlacementPlan:
+    """Divide layers so that the fullest device, relative to its capacity, is as little full as possible.
+
+    ``capacities`` and ``extras`` (what a device holds besides layers: embedding, LM head) are bytes per device. Every
+    device gets at least one layer, so there must not be more devices than layers.
+    """
+    assert 1 <= len(ordinals) <= num_layers
+    limits = [max(1, capacity) for capacity in capacities]
+
+    def fullness(device: int, count: int) -> float:
+        return (count * layer_bytes + extras[device]) / limits[device]
+
+    def most_layers(device: int, ratio: float) -> int:
+        # bisect, not a division: the count must agree with `fullness` to the last bit
+        return bisect.bisect_right(range(num_layers + 1), ratio, key=lambda count: fullness(device, count)) - 1
+
+    devices = range(len(ordinals))
+    least = max(fullness(device, 1) for device in devices)
+    ratios = sorted({least} | {fullness(d, c) for d in devices for c in range(2, num_layers + 1)} - {0.0})
+    ratios = [ratio for ratio in ratios if ratio >= least]
+    index = bisect.bisect_left(ratios, num_layers, key=lambda ratio: sum(most_layers(d, ratio) for d in devices))
+    counts = [most_layers(device, ratios[index]) for device in devices]
+    while sum(counts) > num_layers:
+        fullest = max((d for d in devices if counts[d] > 1), key=lambda d: (fullness(d, counts[d]), d))
+        counts[fullest] -= 1
+    return _stages(counts, ordinals)

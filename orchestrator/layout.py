@@ -1,0 +1,133 @@
+"""Print a plan as the table that `serve` logs and `plan` shows, and as JSON."""
+
+from collections.abc import Sequence
+
+from mgpu.orchestrator.fit import RankRow, gib
+from mgpu.orchestrator.planner import Plan
+from mgpu.protocol.placement import Mode
+
+_TITLES: dict[Mode, str] = {
+    "cpu": "one worker on the CPU",
+    "single": "whole model on one GPU",
+    "tensor-parallel": "tensor-parallel",
+    "layer-mapped": "layer-mapped",
+    "hybrid": "layer-mapped stages, tensor-parallel inside",
+}
+_COLUMNS = ("rank", "device", "memory free/total", "layers", "q heads", "KV heads", "weights", "KV cache", "KV tokens")
+_LINK_NAMES = {"self": "-", "nvlink": "NVL", "pcie": "PCI", "none": "no"}
+
+
+def layout_text(plan: Plan) -> str:
+    """Give mode and reason, one row per rank, what the KV cache holds, and the peer-access matrix of several GPUs."""
+    lines = [_headline(plan), *_table(_COLUMNS, [_cells(plan, row) for row in plan.rows])]
+    lines.append(
+        f"KV cache: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
+        f"{plan.max_seq_len:,}{_shortened(plan)}"
+    )
+    if plan.placement.world_size > 1:
+        lines.append(_transport_line(plan))
+    if plan.machine.kind == "cuda" and len(plan.machine.devices) > 1:
+        lines += _matrix(plan)
+    return "\n".join(lines + [f"note: {note}" for note in plan.notes])
+
+
+def _headline(plan: Plan) -> str:
+    title, count = _TITLES[plan.mode], plan.placement.world_size
+    if count > 1:
+        title += f" over {count} {'GPUs' if plan.machine.kind == 'cuda' else 'CPU workers'}"
+    return f"layout: {title} in {plan.dtype} ({plan.reason})"
+
+
+def _shortened(plan: Plan) -> str:
+    if plan.max_seq_len == plan.facts.max_position:
+        return ""
+    return f" (the model allows {plan.facts.max_position:,})"
+
+
+def _cells(plan: Plan, row: RankRow) -> tuple[str, ...]:
+    device, heads = row.device, row.heads
+    held = f"own [{heads.kv_start}, {heads.kv_stop})"
+    if heads.kv_replicas > 1:
+        held = f"[{heads.kv_start}, {heads.kv_stop}) on {heads.kv_replicas} ranks"
+    return (
+        str(row.rank),
+        device.name if device.kind == "cpu" else f"cuda[{device.ordinal}] {device.name}",
+        f"{device.free_bytes / 2**30:.1f}/{device.total_bytes / 2**30:.1f} GiB",
+        f"[{row.first_layer}, {row.end_layer})",
+        f"{heads.num_q} [{heads.q_start}, {heads.q_stop})",
+        f"{heads.num_kv} {held}",
+        gib(row.weight_bytes),
+        gib(row.kv_bytes),
+        f"{row.kv_tokens:,}",
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (columns, *rows)
+    ]
+
+
+def _transport_line(plan: Plan) -> str:
+    parts = []
+    if plan.transport != "none":
+        parts.append(f"partial sums by {plan.transport}")
+    if plan.stage_transport != "none":
+        parts.append(f"activations between stages by {plan.stage_transport}")
+    return "transport: " + ", ".join(parts)
+
+
+def _matrix(plan: Plan) -> list[str]:
+    ordinals = [str(device.ordinal) for device in plan.machine.devices]
+    rows = [
+        [ordinal, *map(_LINK_NAMES.__getitem__, row)] for ordinal, row in zip(ordinals, plan.machine.links, strict=True)
+    ]
+    return _table(["P2P", *ordinals], rows)
+
+
+def layout_json(plan: Plan) -> dict[str, object]:
+    """Give the same as plain data. Sizes are bytes, ranges half-open."""
+    return {
+        "mode": plan.mode,
+        "reason": plan.reason,
+        "dtype": plan.dtype,
+        "transport": plan.transport,
+        "stage_transport": plan.stage_transport,
+        "num_layers": plan.facts.num_layers,
+        "kv_tokens": plan.kv_tokens,
+        "max_seq_len": plan.max_seq_len,
+        "max_position": plan.facts.max_position,
+        "concurrency": round(plan.concurrency, 3),
+        "stages": [
+            {"layers": [stage.first_layer, stage.end_layer], "devices": list(stage.devices)}
+            for stage in plan.placement.stages
+        ],
+        "ranks": [_rank_json(row) for row in plan.rows],
+        "p2p": [list(row) for row in plan.machine.links],
+        "notes": list(plan.notes),
+    }
+
+
+def _rank_json(row: RankRow) -> dict[str, object]:
+    device, heads = row.device, row.heads
+    return {
+        "rank": row.rank,
+        "stage": row.stage_index,
+        "device": device.ordinal,
+        "kind": device.kind,
+        "name": device.name,
+        "uuid": device.uuid,
+        "total_bytes": device.total_bytes,
+        "free_bytes": device.free_bytes,
+        "layers": [row.first_layer, row.end_layer],
+        "q_heads": [heads.q_start, heads.q_stop],
+        "kv_heads": [heads.kv_start, heads.kv_stop],
+        "kv_replicas": heads.kv_replicas,
+        "weight_bytes": row.weight_bytes,
+        "reserve_bytes": row.reserve_bytes,
+        "kv_bytes": row.kv_bytes,
+        "kv_token_bytes": row.kv_token_bytes,
+        "kv_tokens": row.kv_tokens,
+    }

@@ -1,0 +1,84 @@
+"""Compute what each rank holds, in bytes, from the shapes of the model alone."""
+
+import math
+from dataclasses import dataclass
+
+from mgpu.protocol.checkpoint_tensors import layer_tensors
+from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.placement import PlacementPlan, RankPlace, head_shard, padded_vocab
+
+CUDA_FIXED_BYTES = 700 << 20
+"""Estimate of a worker's CUDA context, cuBLAS workspaces and allocator slack; the worker measures the truth."""
+NCCL_BYTES = 300 << 20
+"""Estimate of NCCL's channel buffers for the communicators of one worker."""
+CPU_POOL_BYTES = 4 << 30
+"""KV cache of all CPU workers together, unless told otherwise: memory is only taken as blocks are written."""
+
+_COLUMN_SPLIT = ("q_proj", "gate_proj", "up_proj")
+_KV_SPLIT = ("k_proj", "v_proj")
+_ROW_SPLIT = ("o_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """What bounds the memory of one step."""
+
+    max_batch_tokens: int
+    max_rows: int
+
+
+def layer_elements(facts: ModelFacts, tp_size: int) -> int:
+    """Count the weights of one layer (they all have the same shapes) on one of ``tp_size`` ranks."""
+    return sum(_share(facts, name, math.prod(shape), tp_size) for name, shape in layer_tensors(facts, 0).items())
+
+
+def _share(facts: ModelFacts, name: str, elements: int, tp_size: int) -> int:
+    """Give a rank's part of one tensor; norms, and biases that are added after the sum, are whole on every rank."""
+    module, kind = name.split(".")[-2:]
+    if module in _COLUMN_SPLIT or (module in _ROW_SPLIT and kind == "weight"):
+        return elements // tp_size
+    if module in _KV_SPLIT:
+        held = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size).num_kv
+        return elements // facts.num_kv_heads * held
+    return elements
+
+
+def vocab_elements(facts: ModelFacts, tp_size: int) -> int:
+    """Count a rank's rows of the embedding, or of the LM head, with padding."""
+    return padded_vocab(facts.vocab_size, tp_size) // tp_size * facts.hidden_size
+
+
+def edge_elements(facts: ModelFacts, tp_size: int, first: bool, last: bool) -> int:
+    """Count what a stage holds besides its layers: embedding on the first, final norm and LM head on the last.
+
+    A tied LM head is the embedding itself where one stage has both, and a copy where they are apart.
+    """
+    tables = int(first) + int(last) - int(first and last and facts.tie_embeddings)
+    return tables * vocab_elements(facts, tp_size) + (facts.hidden_size if last else 0)
+
+
+def rank_weight_bytes(facts: ModelFacts, plan: PlacementPlan, place: RankPlace, dtype_bytes: int) -> int:
+    """Give the bytes of all weights that one rank of a plan holds."""
+    stage = plan.stages[place.stage_index]
+    layers = stage.num_layers * layer_elements(facts, place.tp_size)
+    first, last = place.stage_index == 0, place.stage_index == plan.num_stages - 1
+    return (layers + edge_elements(facts, place.tp_size, first, last)) * dtype_bytes
+
+
+def kv_token_bytes(facts: ModelFacts, num_layers: int, tp_size: int, dtype_bytes: int) -> int:
+    """Give the KV-cache bytes of one token on a rank that holds ``num_layers`` layers."""
+    held = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size).num_kv
+    return 2 * num_layers * held * facts.head_dim * dtype_bytes
+
+
+def step_bytes(facts: ModelFacts, tp_size: int, last: bool, dtype_bytes: int, size: StepSize) -> int:
+    """Estimate the largest activations of one step on a rank.
+
+    Residual stream, its norm and a partial sum; QKV and attention output; gate, up and their product; on the last
+    stage float32 logits of every row, three times over for sampling.
+    """
+    tokens = size.max_batch_tokens
+    qkv = (2 * facts.num_q_heads + 2 * max(facts.num_kv_heads, tp_size)) * facts.head_dim // tp_size
+    width = 4 * facts.hidden_size + qkv + 3 * facts.intermediate_size // tp_size
+    logits = 3 * 4 * size.max_rows * padded_vocab(facts.vocab_size, tp_size) // tp_size if last else 0
+    return tokens * width * dtype_bytes + logits

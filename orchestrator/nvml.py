@@ -1,0 +1,176 @@
+"""Ask the NVIDIA driver which GPUs there are, without creating a CUDA context."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal, Protocol, cast
+
+from mgpu.orchestrator.errors import DeviceError
+
+Link = Literal["self", "nvlink", "pcie", "none"]
+"""How one GPU reaches another's memory; ``none``: only through the host."""
+
+_P2P_READ, _P2P_WRITE, _P2P_NVLINK = 0, 1, 2
+_P2P_OK = 0
+
+
+class _Memory(Protocol):
+    @property
+    def total(self) -> int: ...
+    @property
+    def free(self) -> int: ...
+
+
+class _Pci(Protocol):
+    @property
+    def busId(self) -> str | bytes: ...
+
+
+class Nvml(Protocol):
+    """The part of the pynvml module that is used here; tests pass a fake."""
+
+    NVMLError: type[Exception]
+
+    def nvmlInit(self) -> None: ...
+    def nvmlShutdown(self) -> None: ...
+    def nvmlDeviceGetCount(self) -> int: ...
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> object: ...
+    def nvmlDeviceGetName(self, handle: object) -> str | bytes: ...
+    def nvmlDeviceGetUUID(self, handle: object) -> str | bytes: ...
+    def nvmlDeviceGetPciInfo(self, handle: object) -> _Pci: ...
+    def nvmlDeviceGetMemoryInfo(self, handle: object) -> _Memory: ...
+    def nvmlDeviceGetP2PStatus(self, first: object, second: object, index: int) -> int: ...
+    def nvmlDeviceGetMigMode(self, handle: object) -> Sequence[int]: ...
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: object) -> int: ...
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: object, index: int) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU, or one MIG instance of a GPU. ``index`` is its number in PCI bus order, -1 for a MIG instance."""
+
+    index: int
+    name: str
+    uuid: str
+    pci: str
+    total_bytes: int
+    free_bytes: int
+    handle: object
+    mig: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """All GPUs in PCI bus order, MIG instances after their parents; ``problem`` says why there are none."""
+
+    gpus: tuple[Gpu, ...]
+    problem: str = ""
+
+
+class NvmlSession:
+    """NVML between ``nvmlInit`` and ``nvmlShutdown``, as a context manager. Without library or driver: no GPUs."""
+
+    def __init__(self, nvml: Nvml | None = None) -> None:
+        self._nvml = nvml
+        self._problem = ""
+
+    def __enter__(self) -> "NvmlSession":
+        if self._nvml is None:
+            self._nvml = _import_nvml()
+        if self._nvml is None:
+            self._problem = "the Python package nvidia-ml-py is not installed"
+            return self
+        try:
+            self._nvml.nvmlInit()
+        except self._nvml.NVMLError as error:
+            self._nvml, self._problem = None, f"NVML: {error}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._nvml is not None:
+            self._nvml.nvmlShutdown()
+
+    def inventory(self) -> Inventory:
+        """List every GPU. DeviceError when one is there but does not answer."""
+        nvml = self._nvml
+        if nvml is None:
+            return Inventory((), self._problem)
+        try:
+            gpus = [_query(nvml, nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(nvml.nvmlDeviceGetCount())]
+        except nvml.NVMLError as error:
+            raise DeviceError(f"a GPU does not answer the driver: {error}; `nvidia-smi` shows which one") from error
+        gpus.sort(key=lambda gpu: gpu.pci)
+        found: list[Gpu] = []
+        for index, gpu in enumerate(gpus):
+            found.append(_numbered(gpu, index))
+            found.extend(_mig_instances(nvml, gpu))
+        return Inventory(tuple(found), "" if found else "the driver lists no GPU")
+
+    def links(self, gpus: Sequence[Gpu]) -> tuple[tuple[Link, ...], ...]:
+        """Give the peer-access matrix of some GPUs of the inventory."""
+        return tuple(tuple(self._link(first, second) for second in gpus) for first in gpus)
+
+    def _link(self, first: Gpu, second: Gpu) -> Link:
+        if first.uuid == second.uuid:
+            return "self"
+        if first.mig or second.mig or self._nvml is None:
+            return "none"  # MIG instances cannot reach each other
+        if self._status(first, second, _P2P_READ) and self._status(first, second, _P2P_WRITE):
+            return "nvlink" if self._status(first, second, _P2P_NVLINK) else "pcie"
+        return "none"
+
+    def _status(self, first: Gpu, second: Gpu, index: int) -> bool:
+        assert self._nvml is not None
+        try:
+            return self._nvml.nvmlDeviceGetP2PStatus(first.handle, second.handle, index) == _P2P_OK
+        except self._nvml.NVMLError:  # old drivers do not know the question: the way through the host always works
+            return False
+
+
+def _import_nvml() -> Nvml | None:
+    try:
+        module: ModuleType = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    return cast(Nvml, module)
+
+
+def _query(nvml: Nvml, handle: object) -> Gpu:
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return Gpu(
+        index=-1,
+        name=_text(nvml.nvmlDeviceGetName(handle)),
+        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        pci=_text(nvml.nvmlDeviceGetPciInfo(handle).busId).upper(),
+        total_bytes=int(memory.total),
+        free_bytes=int(memory.free),
+        handle=handle,
+    )
+
+
+def _numbered(gpu: Gpu, index: int) -> Gpu:
+    return Gpu(index, gpu.name, gpu.uuid, gpu.pci, gpu.total_bytes, gpu.free_bytes, gpu.handle)
+
+
+def _mig_instances(nvml: Nvml, parent: Gpu) -> list[Gpu]:
+    """List the MIG instances of a GPU; none where MIG is off or unknown."""
+    instances = []
+    try:
+        if not nvml.nvmlDeviceGetMigMode(parent.handle)[0]:
+            return []
+        for slot in range(nvml.nvmlDeviceGetMaxMigDeviceCount(parent.handle)):
+            try:
+                handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(parent.handle, slot)
+            except nvml.NVMLError:  # an empty slot
+                continue
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            name, uuid = _text(nvml.nvmlDeviceGetName(handle)), _text(nvml.nvmlDeviceGetUUID(handle))
+            instances.append(Gpu(-1, name, uuid, parent.pci, int(memory.total), int(memory.free), handle, mig=True))
+    except nvml.NVMLError:  # consumer cards answer "not supported"
+        return []
+    return instances
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,248 @@
+"""Choose the layout of a model on a machine: a pure function, checked in full before any process is started."""
+
+from dataclasses import dataclass
+
+from mgpu.orchestrator.devices import DeviceInfo, Machine, selectors
+from mgpu.orchestrator.errors import PlacementError
+from mgpu.orchestrator.fit import RankRow, Sizing, fit_tokens, rank_rows, weight_capacity
+from mgpu.orchestrator.layer_map import balanced_stages, even_stages, map_text, parse_layer_map
+from mgpu.orchestrator.memory import edge_elements, layer_elements
+from mgpu.orchestrator.split import compatible_sizes, listed, split_problems
+from mgpu.orchestrator.wish import Wish
+from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts
+from mgpu.protocol.placement import Mode, PlacementPlan, Stage, Transport
+
+__all__ = ["Plan", "RankRow", "Wish", "plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A chosen layout with its arithmetic: what `serve` starts and what the layout table shows."""
+
+    facts: ModelFacts
+    machine: Machine
+    placement: PlacementPlan
+    mode: Mode
+    reason: str
+    transport: Transport
+    stage_transport: Transport
+    dtype: Dtype
+    rows: tuple[RankRow, ...]
+    """One per rank."""
+    kv_tokens: int
+    """Tokens that the KV pool holds: the least over the ranks, in whole blocks."""
+    max_seq_len: int
+    kv_memory: int
+    """KV bytes per worker that the user fixed; 0: none."""
+    notes: tuple[str, ...]
+    """Lines for the start-up log."""
+
+    @property
+    def concurrency(self) -> float:
+        """How many requests of full length the KV pool holds."""
+        return self.kv_tokens / self.max_seq_len
+
+    def worker_kv_bytes(self, rank: int) -> int:
+        """Give ``WorkerSpec.kv_bytes`` of a rank: 0 on CUDA, where the worker measures, unless the user fixed it."""
+        row = self.rows[rank]
+        if row.device.kind == "cuda" and not self.kv_memory:
+            return 0
+        return self.kv_tokens * row.kv_token_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    placement: PlacementPlan
+    reason: str
+
+
+def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
+    """Choose stages, transports and sizes. PlacementError, with the numbers and what to type, when it cannot be."""
+    choice = _choose(facts, machine, wish)
+    placement = choice.placement
+    mode = _mode(placement, machine)
+    dtype = _dtype(machine, wish)
+    transport, stage_transport = _transports(placement, machine)
+    nccl = "nccl" in (transport, stage_transport)
+    sizing = Sizing(facts, machine, placement, wish, DTYPE_BYTES[dtype], nccl)
+    rows = rank_rows(sizing)
+    kv_tokens, max_seq_len = fit_tokens(sizing, rows)
+    return Plan(
+        facts=facts,
+        machine=machine,
+        placement=placement,
+        mode=mode,
+        reason=choice.reason,
+        transport=transport,
+        stage_transport=stage_transport,
+        dtype=dtype,
+        rows=rows,
+        kv_tokens=kv_tokens,
+        max_seq_len=max_seq_len,
+        kv_memory=wish.kv_memory,
+        notes=(*machine.notes, *_notes(machine, placement, transport, stage_transport, rows)),
+    )
+
+
+def _dtype(machine: Machine, wish: Wish) -> Dtype:
+    return wish.dtype or ("bfloat16" if machine.kind == "cuda" else "float32")
+
+
+def _choose(facts: ModelFacts, machine: Machine, wish: Wish) -> _Choice:
+    """Apply the selection table of the documentation: a typed map, a typed size, else by what is visible."""
+    if wish.device_layers is not None:
+        return _choose_map(facts, machine, wish, wish.device_layers)
+    if wish.tp is not None:
+        return _choose_size(facts, machine, wish.tp)
+    count = len(machine.devices)
+    if count == 1:
+        return _Choice(_one_stage(facts, 1), "one CPU worker" if machine.kind == "cpu" else "one GPU is visible")
+    if machine.kind == "cuda" and not machine.nccl:
+        return _choose_balanced(facts, machine, wish, machine.nccl_problem)
+    sizes = compatible_sizes(facts)
+    if sizes == (1,):
+        reason = f"the model has no tensor-parallel size above 1 ({facts.num_q_heads} query heads)"
+        return _choose_balanced(facts, machine, wish, reason)
+    if count not in sizes:
+        raise _split_error(facts, machine, count, f"{count} {_noun(machine, count)}")
+    return _Choice(_one_stage(facts, count), _split_reason(facts, machine, count))
+
+
+def _noun(machine: Machine, count: int) -> str:
+    word = "GPU" if machine.kind == "cuda" else "CPU worker"
+    return word if count == 1 else word + "s"
+
+
+def _one_stage(facts: ModelFacts, size: int) -> PlacementPlan:
+    return PlacementPlan((Stage(0, facts.num_layers, tuple(range(size))),))
+
+
+def _split_reason(facts: ModelFacts, machine: Machine, size: int) -> str:
+    parts = f"{facts.num_q_heads} query heads, {facts.num_kv_heads} KV heads and MLP width {facts.intermediate_size}"
+    usable = "NCCL is usable and " if machine.nccl else ""
+    return f"{usable}{parts} split over {size}"
+
+
+def _choose_map(facts: ModelFacts, machine: Machine, wish: Wish, text: str) -> _Choice:
+    if wish.tp is not None:
+        raise PlacementError(
+            f'-n "{text}" and --tp {wish.tp} contradict each other: a layer map already says which devices are used. '
+            f'Drop one of them, or write a hybrid such as -n "0+1:{facts.num_layers}"'
+        )
+    placement = parse_layer_map(text, facts, len(machine.devices), _noun(machine, 1))
+    return _Choice(placement, f'-n "{text}"')
+
+
+def _choose_size(facts: ModelFacts, machine: Machine, size: int) -> _Choice:
+    count = len(machine.devices)
+    if not 1 <= size <= count:
+        more = f"--workers {size}" if machine.kind == "cpu" else "CUDA_VISIBLE_DEVICES with more of them"
+        way_out = f"use --tp 1 to {count}" + (f", or {more}" if size > count else "")
+        raise PlacementError(f"--tp {size}: {count} {_noun(machine, count)} can be used; {way_out}")
+    if size not in compatible_sizes(facts):
+        raise _split_error(facts, machine, size, f"--tp {size}: {size} {_noun(machine, size)}")
+    return _Choice(_one_stage(facts, size), f"--tp {size}")
+
+
+def _split_error(facts: ModelFacts, machine: Machine, size: int, subject: str) -> PlacementError:
+    sizes = compatible_sizes(facts)
+    best = max(fitting for fitting in sizes if fitting <= size)
+    use = f"--workers {best}"
+    if machine.kind == "cuda":
+        use = f"CUDA_VISIBLE_DEVICES={selectors(machine.devices[:best])}"
+    text = (
+        f"{subject} cannot split this model: {'; '.join(split_problems(facts, size))}. "
+        f"Compatible sizes: {listed(sizes)}. Use {use} (or --tp {best})"
+    )
+    if 2 <= size <= facts.num_layers:
+        text += f', or give each its own layers: -n "{map_text(even_stages(facts.num_layers, range(size)))}"'
+    return PlacementError(text)
+
+
+def _choose_balanced(facts: ModelFacts, machine: Machine, wish: Wish, reason: str) -> _Choice:
+    count, layers = len(machine.devices), facts.num_layers
+    if count > layers:
+        use = f"--workers {layers}"
+        if machine.kind == "cuda":
+            use = f"CUDA_VISIBLE_DEVICES={selectors(machine.devices[:layers])}"
+        raise PlacementError(
+            f"{count} {_noun(machine, count)} cannot share {layers} layers, and layer mapping is needed ({reason}). "
+            f"Use at most {layers}: {use}"
+        )
+    edges = [edge_elements(facts, 1, i == 0, i == count - 1) for i in range(count)]
+    dtype_bytes = DTYPE_BYTES[_dtype(machine, wish)]
+    placement = balanced_stages(
+        layers,
+        range(count),
+        [weight_capacity(device, wish) for device in machine.devices],
+        layer_elements(facts, 1) * dtype_bytes,
+        [elements * dtype_bytes for elements in edges],
+    )
+    return _Choice(placement, reason)
+
+
+def _mode(placement: PlacementPlan, machine: Machine) -> Mode:
+    widest = max(len(stage.devices) for stage in placement.stages)
+    if placement.world_size == 1:
+        return "cpu" if machine.kind == "cpu" else "single"
+    if placement.num_stages == 1:
+        return "tensor-parallel"
+    return "layer-mapped" if widest == 1 else "hybrid"
+
+
+def _transports(placement: PlacementPlan, machine: Machine) -> tuple[Transport, Transport]:
+    """Say how partial sums move inside stages, and activations between them."""
+    splits = any(len(stage.devices) > 1 for stage in placement.stages)
+    crosses = placement.num_stages > 1
+    if machine.kind == "cpu":
+        way: Transport = "shared-memory" if machine.shared_memory else "gloo"
+        return way if splits else "none", way if crosses else "none"
+    if machine.nccl:
+        return "nccl" if splits else "none", "nccl" if crosses else "none"
+    boundary: Transport = "pinned" if staged_pairs(placement, machine) else "peer"
+    return "gloo" if splits else "none", boundary if crosses else "none"
+
+
+def boundary_pairs(placement: PlacementPlan) -> list[tuple[int, int]]:
+    """List the pairs of devices between which activations move: rank j of a stage feeds every rank i, i % size = j."""
+    pairs = []
+    for before, after in zip(placement.stages, placement.stages[1:], strict=False):
+        pairs += [(before.devices[i % len(before.devices)], device) for i, device in enumerate(after.devices)]
+    return pairs
+
+
+def staged_pairs(placement: PlacementPlan, machine: Machine) -> list[tuple[int, int]]:
+    """List the pairs that cannot reach each other's memory."""
+    return [pair for pair in boundary_pairs(placement) if not machine.peers(*pair)]
+
+
+def _notes(
+    machine: Machine,
+    placement: PlacementPlan,
+    transport: Transport,
+    stage_transport: Transport,
+    rows: tuple[RankRow, ...],
+) -> list[str]:
+    notes = []
+    if stage_transport == "pinned":
+        pairs = ", ".join(f"{a} and {b}" for a, b in staged_pairs(placement, machine))
+        notes.append(f"no peer access between GPUs {pairs}: activations are staged through pinned host memory")
+    if transport == "gloo" and machine.kind == "cuda":
+        notes.append(f"partial sums go over the host (gloo), which is slow: {machine.nccl_problem}")
+    used = {device for stage in placement.stages for device in stage.devices}
+    if idle := [device for device in machine.devices if device.ordinal not in used]:
+        notes.append(f"not used: {_noun(machine, len(idle))} {', '.join(str(device.ordinal) for device in idle)}")
+    if machine.kind == "cuda" and len(placement.stages) == 1 and len(rows) > 1:
+        notes += _uneven_note([row.device for row in rows])
+    return notes
+
+
+def _uneven_note(devices: list[DeviceInfo]) -> list[str]:
+    least = min(devices, key=lambda device: device.free_bytes)
+    most = max(devices, key=lambda device: device.free_bytes)
+    if least.free_bytes >= 0.9 * most.free_bytes:
+        return []
+    return [
+        f"GPU {least.ordinal} has {least.free_bytes / 2**30:.1f} GiB free and GPU {most.ordinal} "
+        f"{most.free_bytes / 2**30:.1f}: the smallest bounds the KV cache of all. -n maps layers unevenly"
+    ]

@@ -1,0 +1,31 @@
+"""Decide into how many tensor-parallel ranks a model can be split."""
+
+from mgpu.protocol.model import ModelFacts
+
+
+def compatible_sizes(facts: ModelFacts) -> tuple[int, ...]:
+    """List every tensor-parallel size that the model allows, from 1 to its number of query heads."""
+    return tuple(size for size in range(1, facts.num_q_heads + 1) if not split_problems(facts, size))
+
+
+def split_problems(facts: ModelFacts, size: int) -> list[str]:
+    """Say which parts of the model ``size`` ranks cannot share equally; empty when it is a compatible size.
+
+    The vocabulary never stands in the way (it is padded), nor do quantization blocks (rows are read as needed and
+    dequantized). More ranks than KV heads are fine when each head can be held by the same number of ranks.
+    """
+    q_heads, kv_heads, width = facts.num_q_heads, facts.num_kv_heads, facts.intermediate_size
+    problems = []
+    if q_heads % size:
+        problems.append(f"{q_heads} query heads % {size} = {q_heads % size}")
+    if size <= kv_heads and kv_heads % size:
+        problems.append(f"{kv_heads} KV heads % {size} = {kv_heads % size}")
+    if size > kv_heads and size % kv_heads:
+        problems.append(f"{size} ranks % {kv_heads} KV heads = {size % kv_heads}")
+    if width % size:
+        problems.append(f"MLP width {width} % {size} = {width % size}")
+    return problems
+
+
+def listed(sizes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, sizes))

@@ -1,0 +1,37 @@
+"""What the user asked of the layout."""
+
+from dataclasses import dataclass
+
+from mgpu.protocol.model import Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Flags that decide the layout; None where nothing was asked."""
+
+    tp: int | None = None
+    device_layers: str | None = None
+    dtype: Dtype | None = None
+    """None: bfloat16 on CUDA, float32 on the CPU."""
+    max_seq_len: int | None = None
+    """None: as long as the model and the KV pool allow."""
+    memory_fraction: float = 0.9
+    """Share of each device's memory that weights, activations and KV cache may take together."""
+    kv_memory: int = 0
+    """KV bytes per worker; 0: what fits."""
+    block_size: int = 16
+    max_rows: int = 256
+    max_batch_tokens: int = 2048
+
+
+def implied_workers(wish: Wish) -> int | None:
+    """Give how many workers the wish itself speaks of, for machines that can have any number; None: no number."""
+    if wish.tp is not None:
+        return wish.tp
+    ordinals = [
+        int(part)
+        for pair in (wish.device_layers or "").split(";")
+        for part in pair.split(":")[0].split("+")
+        if part.strip().isdecimal() and len(part.strip()) <= 6
+    ]
+    return max(ordinals) + 1 if ordinals else None
