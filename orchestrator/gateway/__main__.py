@@ -1,0 +1,89 @@
+"""`python -m mgpu.orchestrator.gateway`: the gateway process. Its spec comes on standard input, which stays open."""
+
+import ctypes
+import logging
+import os
+import select
+import shutil
+import signal
+import sys
+import traceback
+
+import zmq
+
+from mgpu.orchestrator.gateway.front import Front
+from mgpu.orchestrator.gateway.gateway import Gateway
+from mgpu.protocol.link import LINK, GatewayFailure, GatewaySpec
+
+_PR_SET_PDEATHSIG = 1
+_MAX_SPEC_BYTES = 1 << 20
+LINK_LINGER_MS = 1000
+
+
+def main() -> int:
+    """Run until the parent closes standard input or SIGTERM comes; 1 after a failure, which the parent is told."""
+    logging.basicConfig(level=logging.INFO, format="gateway: %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
+    parent = os.getppid()
+    _die_with_parent()
+    spec = _read_spec(sys.stdin.fileno())
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    link = context.socket(zmq.DEALER)
+    link.setsockopt(zmq.LINGER, LINK_LINGER_MS)
+    link.setsockopt(zmq.SNDHWM, 0)
+    link.setsockopt(zmq.RCVHWM, 0)
+    link.connect(spec.link)
+    try:
+        _serve(spec, context, link)
+    except Exception as error:  # the process edge: whatever happened, the parent is told why
+        traceback.print_exc()
+        link.send(LINK.encode(GatewayFailure(str(error) or type(error).__name__, traceback.format_exc())))
+        return 1
+    finally:
+        link.close()
+        context.term()
+        if os.getppid() != parent or _is_at_end(sys.stdin.fileno()):  # nobody else is left to clean up
+            shutil.rmtree(spec.runtime_dir, ignore_errors=True)
+    return 0
+
+
+def _serve(spec: GatewaySpec, context: "zmq.Context[zmq.Socket[bytes]]", link: "zmq.Socket[bytes]") -> None:
+    front = Front(context, spec.bind, spec.max_request_bytes)
+    gateway = Gateway(spec, link, front, sys.stdin.fileno())
+    signal.signal(signal.SIGTERM, lambda *_: gateway.stop())
+    gateway.run()
+
+
+def _die_with_parent() -> None:
+    """Ask for SIGTERM when the parent dies, in case something else keeps its end of our standard input open."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _read_spec(fd: int) -> GatewaySpec:
+    size = int.from_bytes(_read_exactly(fd, 4), "little")
+    if size > _MAX_SPEC_BYTES:
+        raise SystemExit(
+            f"the spec on standard input claims {size} bytes; this command is started by mgpu-launch serve"
+        )
+    spec = LINK.decode(_read_exactly(fd, size))
+    if not isinstance(spec, GatewaySpec):
+        raise SystemExit("standard input must hold a GatewaySpec; this command is started by mgpu-launch serve")
+    return spec
+
+
+def _read_exactly(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        chunk = os.read(fd, size - len(data))
+        if not chunk:
+            raise SystemExit("standard input ended before the spec; this command is started by mgpu-launch serve")
+        data += chunk
+    return data
+
+
+def _is_at_end(fd: int) -> bool:
+    return bool(select.select([fd], [], [], 0)[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

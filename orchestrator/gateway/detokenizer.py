@@ -1,0 +1,105 @@
+"""Turn tokens into text one by one: whole characters only, and nothing past a stop string."""
+
+import codecs
+import re
+from collections.abc import Callable, Sequence
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def byte_level_table() -> dict[str, int]:
+    """Map each character of a byte-level vocabulary to its byte (GPT-2's bytes_to_unicode, inverted)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return table | {chr(0x100 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = byte_level_table()
+
+
+def byte_level_bytes(piece: str) -> bytes:
+    """Give the bytes of a byte-level token; characters outside the alphabet stand for themselves."""
+    try:
+        return bytes([_BYTE_LEVEL[character] for character in piece])
+    except KeyError:
+        return piece.encode()
+
+
+def sentence_piece_bytes(piece: str) -> bytes:
+    """Give the bytes of a SentencePiece token: ``▁`` is a space, ``<0x0A>`` a byte."""
+    byte = _BYTE_TOKEN.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+
+class StopSearch:
+    """Pass text through up to the first stop string, holding back what may be the beginning of one.
+
+    Of several stop strings the one that is complete first counts, whatever the pieces that the text arrives in.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Give the text that is safe to show. Nothing more after ``found``."""
+        if not self._stops or self.found:
+            return "" if self.found else text
+        text = self._held + text
+        cut = self._first_complete(text)
+        if cut is not None:
+            self.found, self._held = True, ""
+            return text[:cut]
+        keep = self._possible_start(text)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def flush(self) -> str:
+        """Give what was held back: the text has ended, so it began no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_complete(self, text: str) -> int | None:
+        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        return min(ends)[1] if ends else None
+
+    def _possible_start(self, text: str) -> int:
+        longest = max(map(len, self._stops)) - 1
+        for start in range(max(0, len(text) - longest), len(text)):
+            tail = text[start:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return start
+        return len(text)
+
+
+class Detokenizer:
+    """Text of one choice. Each token costs its own bytes only, however long the text already is."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes], stops: Sequence[str] = (), min_tokens: int = 0) -> None:
+        """``bytes_of`` gives a token's bytes, none for a token that is not shown. Stop strings are looked for in the
+        text after the first ``min_tokens`` tokens."""
+        self._bytes_of = bytes_of
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._search = StopSearch(stops)
+        self._exempt = min_tokens
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has been found."""
+        return self._search.found
+
+    def push(self, token_id: int) -> str:
+        """Give the text that this token completes."""
+        text = self._utf8.decode(self._bytes_of(token_id))
+        if self._exempt > 0:
+            self._exempt -= 1
+            return text
+        return self._search.push(text) if text else ""
+
+    def flush(self) -> str:
+        """Give what was held back; bytes that never became a character are U+FFFD."""
+        if self.stopped:
+            return ""
+        return self._search.push(self._utf8.decode(b"", final=True)) + self._search.flush()

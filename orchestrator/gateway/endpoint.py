@@ -1,0 +1,83 @@
+"""Bind the front channel where it is safe to: a private ipc socket, or TCP on the loopback."""
+
+import fcntl
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+MAX_IPC_PATH_BYTES = 107
+
+
+class BindError(RuntimeError):
+    """The front endpoint cannot be bound; the text says what to use instead."""
+
+
+def bind(socket: "zmq.Socket[Any]", endpoint: str) -> tuple[str, int]:
+    """Bind ``socket`` and give the endpoint for clients (a TCP port 0 is resolved) and the lock to hold, or -1.
+
+    The lock is an open file descriptor; the endpoint is ours for as long as it stays open.
+    """
+    if endpoint.startswith("ipc://"):
+        lock = _lock_ipc(endpoint.removeprefix("ipc://"))
+        old_mask = os.umask(0o077)
+        try:
+            _bind(socket, endpoint)
+        except BindError:
+            os.close(lock)
+            raise
+        finally:
+            os.umask(old_mask)
+        return endpoint, lock
+    if endpoint.startswith("tcp://"):
+        _check_loopback(endpoint)
+        _bind(socket, endpoint)
+        return str(socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0"), -1
+    raise BindError(f"cannot bind {endpoint!r}: use ipc:///path/to/socket or tcp://127.0.0.1:PORT")
+
+
+def _bind(socket: "zmq.Socket[Any]", endpoint: str) -> None:
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        raise BindError(f"cannot bind {endpoint}: {error}") from None
+
+
+def _lock_ipc(path: str) -> int:
+    """Take the lock beside a socket file. libzmq would let a second server steal a live ipc endpoint silently."""
+    size = len(os.fsencode(path))
+    if not path.startswith("/"):
+        raise BindError(f"cannot bind ipc://{path}: the path must be absolute, such as ipc:///run/mgpu/front.sock")
+    if size > MAX_IPC_PATH_BYTES:
+        raise BindError(
+            f"the socket path {path} has {size} bytes, the system allows {MAX_IPC_PATH_BYTES}; use a shorter one"
+        )
+    if not Path(path).parent.is_dir():
+        raise BindError(f"cannot bind ipc://{path}: the folder {Path(path).parent} does not exist")
+    if os.path.lexists(path) and not Path(path).is_socket():
+        raise BindError(f"cannot bind ipc://{path}: a file that is not a socket is there already")
+    try:
+        lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise BindError(f"cannot bind ipc://{path}: {path}.lock: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise BindError(f"another server is listening on ipc://{path}; choose another --bind") from None
+    return lock
+
+
+def _check_loopback(endpoint: str) -> None:
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise BindError(
+            f"refusing to bind {endpoint}: the channel is neither encrypted nor authenticated, so tcp is for the "
+            "loopback only; use tcp://127.0.0.1:PORT, and a tunnel such as ssh -L from other machines"
+        )

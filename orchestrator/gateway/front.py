@@ -1,0 +1,114 @@
+"""The public socket: receive hostile frames, send without ever waiting, notice clients that vanish or do not read."""
+
+import os
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import zmq
+
+from mgpu.orchestrator.gateway import zap
+from mgpu.orchestrator.gateway.endpoint import bind
+from mgpu.protocol import wire
+
+MAX_BACKLOG_BYTES = 4 << 20
+"""Per client, beyond what its pipe holds (the HWM)."""
+
+Loss = Literal["gone", "slow"]
+
+
+@dataclass(slots=True)
+class _Backlog:
+    messages: deque[list[bytes]] = field(default_factory=deque)
+    size: int = 0
+
+
+class Front:
+    """ROUTER of the front channel, its ZAP handler and the messages that wait for slow readers."""
+
+    def __init__(self, context: "zmq.Context[Any]", endpoint: str, max_bytes: int) -> None:
+        """Bind ``endpoint``; BindError when that is impossible or not allowed."""
+        self.doorkeeper = zap.Doorkeeper(context)
+        self.socket = context.socket(zmq.ROUTER)
+        wire.set_server_options(self.socket, max_bytes)
+        self.socket.setsockopt(zmq.ZAP_DOMAIN, zap.DOMAIN)
+        self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        self._max_bytes = max_bytes
+        self._backlogs: dict[bytes, _Backlog] = {}
+        self._lost: dict[bytes, Loss] = {}
+        try:
+            self.endpoint, self._lock = bind(self.socket, endpoint)
+        except BaseException:
+            self.close_sockets()
+            raise
+
+    @property
+    def has_backlog(self) -> bool:
+        return bool(self._backlogs)
+
+    def receive(self) -> tuple[bytes, list[bytes]] | None:
+        """Take one message: routing id and at most ``wire.MAX_FRAMES`` + 1 frames. None when none waits."""
+        try:
+            client = self.socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        frames: list[bytes] = []
+        while self.socket.getsockopt(zmq.RCVMORE):
+            frame = self.socket.recv(zmq.NOBLOCK, copy=False)
+            if len(frames) <= wire.MAX_FRAMES:  # the rest is read, since it has arrived, and dropped
+                frames.append(frame.bytes)
+        return client, frames
+
+    def unpack(self, frames: list[bytes]) -> dict[object, object]:
+        """Decode what `receive` gave. WireError for anything that is not a message."""
+        return wire.unpack(frames, self._max_bytes)
+
+    def send(self, client: bytes, values: Mapping[str, object]) -> None:
+        """Send one message or keep it for later; never waits, never raises. See `take_lost`."""
+        message = [client, *wire.pack(values)]
+        backlog = self._backlogs.get(client)
+        if backlog is None:
+            if self._try_send(message):
+                return
+            backlog = self._backlogs.setdefault(client, _Backlog())
+        backlog.messages.append(message)
+        backlog.size += len(message[-1])
+        if backlog.size > MAX_BACKLOG_BYTES:
+            del self._backlogs[client]
+            self._lost[client] = "slow"
+
+    def flush(self) -> None:
+        """Try again to send what slow readers have not taken."""
+        for client, backlog in list(self._backlogs.items()):
+            while backlog.messages and self._try_send(backlog.messages[0]):
+                backlog.size -= len(backlog.messages.popleft()[-1])
+            if not backlog.messages or self._lost.get(client) == "gone":
+                del self._backlogs[client]
+
+    def take_lost(self) -> dict[bytes, Loss]:
+        """Give the clients that were found gone, or too slow to be kept, since the last call."""
+        lost, self._lost = self._lost, {}
+        return lost
+
+    def _try_send(self, message: list[bytes]) -> bool:
+        """Send without waiting; False when the client's pipe is full. A vanished client counts as sent."""
+        try:
+            self.socket.send_multipart(message, zmq.NOBLOCK, copy=True)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._lost[message[0]] = "gone"
+        return True
+
+    def close_sockets(self) -> None:
+        self.socket.close()
+        self.doorkeeper.close()
+
+    def close(self) -> None:
+        """Close the socket, letting libzmq flush for a moment, and free the endpoint."""
+        self.close_sockets()
+        if self._lock >= 0:
+            os.close(self._lock)

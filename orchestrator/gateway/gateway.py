@@ -1,0 +1,388 @@
+"""The gateway's loop: clients on one side, the engine on the other, text in between.
+
+Life of a request: decoded and checked here (or refused), tokenized, admitted as one sequence per choice; then every
+engine step brings tokens, which become text and go out; it ends in one `Finished` or `Failed`, whatever happens.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, cast
+
+import zmq
+
+from mgpu.orchestrator.gateway.admission import Refusal, admit, check_load, check_model, check_state
+from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
+from mgpu.orchestrator.gateway.detokenizer import Detokenizer
+from mgpu.orchestrator.gateway.front import Front
+from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
+from mgpu.orchestrator.gateway.jobs import Jobs
+from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
+from mgpu.orchestrator.gateway.tokenizer import TextCodec, load_codec
+from mgpu.protocol.link import (
+    LINK,
+    Cancel,
+    EngineInfo,
+    GatewayReady,
+    GatewaySpec,
+    Outputs,
+    StatsQuery,
+    StatsReply,
+    Submit,
+)
+from mgpu.protocol.messages import (
+    CancelRequest,
+    Failed,
+    Generate,
+    Health,
+    Keepalive,
+    Models,
+    Query,
+    ServerMessage,
+    Stats,
+    parse_client_message,
+    to_map,
+)
+from mgpu.protocol.model import CheckpointFormat
+from mgpu.protocol.schema import FieldError, int32_bytes
+from mgpu.protocol.wire import WireError
+
+TICK_S = 0.25
+KEEPALIVE_S = 1.0
+BACKLOG_RETRY_MS = 20
+STATS_TIMEOUT_S = 2.0
+INLINE_CHARS = 4096
+"""Longer prompts are tokenized in a thread."""
+MESSAGES_PER_TURN = 64
+"""Client messages handled before the engine's are looked at again."""
+
+log = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Owns all state of the process; one thread. ``run`` returns after ``stop`` or when the parent is gone."""
+
+    def __init__(self, spec: GatewaySpec, link: "zmq.Socket[Any]", front: Front, parent_fd: int) -> None:
+        self._spec = spec
+        self._link = link
+        self._front = front
+        self._jobs = Jobs()
+        self._parent_fd = parent_fd
+        self._codec: TextCodec | None = None
+        self._is_loaded = False
+        self._info: EngineInfo | None = None
+        self._table = RequestTable()
+        self._next_sequence = 1
+        self._queries: dict[int, tuple[bytes, int, float]] = {}
+        self._next_query = 1
+        self._started_s = time.monotonic()
+        self._next_tick_s = 0.0
+        self._running = True
+        self._failure: BaseException | None = None
+
+    # ------------------------------------------------------------------ loop
+
+    def run(self) -> None:
+        """Load the tokenizer, say `GatewayReady`, then serve. Raises what made loading fail."""
+        poller = zmq.Poller()
+        for source in (self._link, self._front.socket, self._front.doorkeeper.socket, self._jobs.fd, self._parent_fd):
+            poller.register(source, zmq.POLLIN)
+        self._jobs.start(self._load, self._loaded)
+        while self._running:
+            ready = dict(poller.poll(self._wait_ms()))
+            if self._parent_fd in ready:  # nothing follows the spec, so readable means end of file
+                self.stop()
+            self._front.doorkeeper.answer()
+            self._jobs.finish()
+            self._read_link()
+            self._read_front()
+            self._tick()
+        self._close()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Leave the loop; safe in a signal handler."""
+        self._running = False
+        self._jobs.wake()
+
+    def _wait_ms(self) -> int | None:
+        if self._front.has_backlog:
+            return BACKLOG_RETRY_MS
+        if not len(self._table) and not self._queries:
+            return None
+        return max(0, int((self._next_tick_s - time.monotonic()) * 1000) + 1)
+
+    def _load(self) -> TextCodec | None:
+        return load_codec(self._spec.model_path, cast("CheckpointFormat", self._spec.model_format))
+
+    def _loaded(self, future: "Future[TextCodec | None]") -> None:
+        self._failure = future.exception()
+        if self._failure is not None:
+            self.stop()
+            return
+        self._codec, self._is_loaded = future.result(), True
+        self._link.send(LINK.encode(GatewayReady(self._front.endpoint)))
+
+    def _close(self) -> None:
+        for request in self._table:
+            self._fail(request, Refusal("stopped", "the server has stopped"))
+        self._front.flush()
+        self._front.close()
+        self._jobs.close()
+
+    # ---------------------------------------------------------------- engine
+
+    def _read_link(self) -> None:
+        while True:
+            try:
+                data = self._link.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            message = LINK.decode(data)
+            if isinstance(message, Outputs):
+                self._on_outputs(message)
+            elif isinstance(message, EngineInfo):
+                self._on_info(message)
+            elif isinstance(message, StatsReply):
+                self._on_stats(message)
+
+    def _on_info(self, info: EngineInfo) -> None:
+        self._info = info
+        if info.state == "stopped":
+            for request in self._table:
+                self._fail(request, Refusal("stopped", "the server has stopped"))
+
+    def _on_outputs(self, outputs: Outputs) -> None:
+        now = time.monotonic()
+        for at, sequence_id in enumerate(outputs.request_ids):
+            found = self._table.by_sequence(sequence_id)
+            if found is None:
+                continue  # its request ended here while the engine was still at it
+            request, choice = found
+            if choice.num_tokens == 0 and choice.index == 0:
+                request.cached_tokens = outputs.cached_tokens[at]
+            if outputs.finish[at] == "error":
+                self._fail(request, Refusal("engine_error", outputs.errors[at] or "the engine failed"))
+                continue
+            choice.absorb(outputs.token_ids[at], outputs.logprobs[at] if outputs.logprobs else (), outputs.finish[at])
+            self._after_step(request, choice, engine_goes_on=not outputs.finish[at], now=now)
+
+    def _after_step(self, request: Request, choice: ChoiceState, engine_goes_on: bool, now: float) -> None:
+        if choice.finish_reason is not None:
+            self._table.end_choice(choice)
+            if engine_goes_on:
+                self._send_engine(Cancel(choice.sequence_id, "stop"))
+        if request.wants_message(choice):
+            request.last_sent_s = now
+            self._send(request.client, choice.drain(request.id))
+        if request.done:
+            self._table.remove(request)
+            self._send(request.client, request.finished())
+
+    def _on_stats(self, reply: StatsReply) -> None:
+        waiting = self._queries.pop(reply.query_id, None)
+        if waiting is not None:
+            own = {"gateway_requests": float(len(self._table)), "gateway_sequences": float(self._table.num_sequences)}
+            self._send(waiting[0], Stats(waiting[1], {**reply.counters, **own}))
+
+    def _send_engine(self, message: Submit | Cancel | StatsQuery) -> None:
+        self._link.send(LINK.encode(message))
+
+    # --------------------------------------------------------------- clients
+
+    def _read_front(self) -> None:
+        self._front.flush()
+        for _ in range(MESSAGES_PER_TURN):
+            received = self._front.receive()
+            if received is None:
+                break
+            self._on_client(*received)
+        self._drop_lost()
+
+    def _on_client(self, client: bytes, frames: list[bytes]) -> None:
+        request_id = None
+        try:
+            data = self._front.unpack(frames)
+            request_id = _id_of(data)
+            message = parse_client_message(data)
+            if isinstance(message, Generate):
+                self._on_generate(client, message)
+            elif isinstance(message, CancelRequest):
+                self._on_cancel(client, message)
+            else:
+                self._on_query(client, message)
+        except WireError as error:
+            self._send(client, Failed(None, error.code, str(error)))
+        except (FieldError, TokenizerError, ChatTemplateError) as error:
+            self._refuse(client, request_id, Refusal("bad_request", str(error)))
+        except Refusal as error:
+            self._refuse(client, request_id, error)
+        except Exception:  # the border to clients: our own bug must cost one request, not the server
+            log.exception("a client's message could not be handled")
+            self._refuse(client, request_id, Refusal("engine_error", "internal error in the gateway"))
+
+    def _refuse(self, client: bytes, request_id: int | None, refusal: Refusal) -> None:
+        """Answer a message that starts nothing; when its id is in flight, the answer must not end that request."""
+        text = str(refusal)
+        if request_id is not None and self._table.get(client, request_id) is not None:
+            request_id, text = None, f"request {request_id}: {text}"
+        self._send(client, Failed(request_id, refusal.code, text, refusal.retry_after_s))
+
+    def _on_generate(self, client: bytes, message: Generate) -> None:
+        if self._table.get(client, message.id) is not None:
+            raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
+        check_model(message, self._spec.model_name)
+        check_state(self._info if self._is_loaded else None)
+        check_load(self._table.num_of_client(client), self._table.num_sequences + message.n - 1)
+        now = time.monotonic()
+        deadline = None if message.timeout_s is None else now + message.timeout_s
+        request = Request(client, message, last_sent_s=now, deadline_s=deadline)
+        if message.prompt_ids is not None:
+            self._admit(request, message.prompt_ids)
+        else:
+            self._encode(request)
+
+    def _encode(self, request: Request) -> None:
+        codec, message = self._codec, request.spec
+        if codec is None:
+            raise Refusal("bad_request", "the model's folder has no tokenizer; send prompt_ids")
+        if message.prompt is not None and len(message.prompt) <= INLINE_CHARS:
+            self._admit(request, int32_bytes(codec.encode(message.prompt)))
+            return
+        self._table.add(request)
+        self._jobs.start(_encoding(codec, message), lambda future: self._encoded(request, future))
+
+    def _encoded(self, request: Request, future: "Future[list[int]]") -> None:
+        if self._table.get(request.client, request.id) is not request:
+            return  # cancelled meanwhile
+        self._table.remove(request)
+        error = future.exception()
+        if error is not None:
+            if not isinstance(error, (TokenizerError, ChatTemplateError)):
+                log.error("a prompt could not be tokenized", exc_info=error)
+            self._refuse(request.client, request.id, Refusal("bad_request", str(error)[:500]))
+            return
+        try:
+            self._admit(request, int32_bytes(future.result()))
+        except Refusal as refusal:
+            self._refuse(request.client, request.id, refusal)
+
+    def _admit(self, request: Request, prompt: bytes) -> None:
+        accepted, submits = admit(request.spec, prompt, self._spec, check_state(self._info), self._next_sequence)
+        self._next_sequence += len(submits)
+        request.prompt_tokens = accepted.prompt_tokens
+        self._table.add(request)
+        self._table.start(request, [self._choice(request.spec, at, submit) for at, submit in enumerate(submits)])
+        self._send(request.client, accepted)
+        for submit in submits:
+            self._send_engine(submit)
+
+    def _choice(self, spec: Generate, index: int, submit: Submit) -> ChoiceState:
+        codec, text = self._codec, None
+        if codec is not None:
+            bytes_of = codec.shown_bytes if spec.skip_special_tokens else codec.all_bytes
+            text = Detokenizer(bytes_of, spec.stop, spec.min_tokens)
+        return ChoiceState(index, submit.request_id, frozenset(submit.stop_token_ids), codec, text)
+
+    def _on_cancel(self, client: bytes, message: CancelRequest) -> None:
+        request = self._table.get(client, message.id)
+        if request is None:
+            return
+        self._drop_sequences(request, "cancelled")
+        for choice in request.choices:
+            if choice.finish_reason is None:
+                choice.end_early("cancelled")
+                self._send(client, choice.drain(request.id))
+        self._table.remove(request)
+        self._send(client, request.finished())
+
+    def _on_query(self, client: bytes, query: Query) -> None:
+        info, spec = self._info, self._spec
+        if query.kind == "health":
+            self._send(client, self._health(query.id))
+        elif query.kind == "models":
+            chat = self._codec is not None and self._codec.has_chat_template
+            max_seq_len = info.max_seq_len if info else 0
+            model = {"name": spec.model_name, "max_seq_len": max_seq_len, "vocab_size": spec.vocab_size, "chat": chat}
+            self._send(client, Models(query.id, [model]))
+        else:
+            self._queries[self._next_query] = (client, query.id, time.monotonic() + STATS_TIMEOUT_S)
+            self._send_engine(StatsQuery(self._next_query))
+            self._next_query += 1
+
+    def _health(self, query_id: int) -> Health:
+        info = (self._info if self._is_loaded else None) or EngineInfo("starting", 0, 0, "")
+        uptime_s = round(time.monotonic() - self._started_s, 3)
+        return Health(
+            query_id,
+            info.state,
+            self._spec.model_name,
+            info.max_seq_len,
+            info.kv_tokens,
+            len(self._table),
+            uptime_s,
+            info.layout,
+        )
+
+    # ---------------------------------------------------------------- ending
+
+    def _fail(self, request: Request, refusal: Refusal) -> None:
+        """End a request that was accepted."""
+        self._drop_sequences(request, "cancelled")
+        self._table.remove(request)
+        self._send(request.client, Failed(request.id, refusal.code, str(refusal), refusal.retry_after_s))
+
+    def _drop_sequences(self, request: Request, reason: str) -> None:
+        for choice in request.choices:
+            if choice.finish_reason is None:
+                self._send_engine(Cancel(choice.sequence_id, reason))
+
+    def _drop_lost(self) -> None:
+        for client, loss in self._front.take_lost().items():
+            requests = self._table.of_client(client)
+            log.info("client %s is %s; %d requests end", client.hex(), loss, len(requests))
+            for request in requests:
+                self._drop_sequences(request, "cancelled")
+                self._table.remove(request)
+            if loss == "slow":
+                text = "messages were not read fast enough; everything in flight on this connection has ended"
+                self._send(client, Failed(None, "slow_reader", text))
+
+    def _tick(self) -> None:
+        """Keep waiting clients informed and end what is over time."""
+        now = time.monotonic()
+        if now < self._next_tick_s:
+            return
+        self._next_tick_s = now + TICK_S
+        for request in self._table:
+            if request.deadline_s is not None and now >= request.deadline_s:
+                text = f"not finished within timeout_s {request.spec.timeout_s:g}"
+                self._fail(request, Refusal("deadline_exceeded", text))
+            elif now - request.last_sent_s >= KEEPALIVE_S:
+                request.last_sent_s = now
+                self._send(request.client, Keepalive(request.id))
+        for query_id, (client, request_id, deadline_s) in list(self._queries.items()):
+            if now >= deadline_s:
+                del self._queries[query_id]
+                text = f"the engine did not answer within {STATS_TIMEOUT_S:g} s"
+                self._send(client, Failed(request_id, "not_ready", text))
+        self._drop_lost()
+
+    def _send(self, client: bytes, message: ServerMessage) -> None:
+        self._front.send(client, to_map(message))
+
+
+def _id_of(data: dict[object, object]) -> int | None:
+    """Give the id of a message that may be wrong in everything else."""
+    value = data.get("id")
+    return value if type(value) is int and 0 <= value < 2**63 else None
+
+
+def _encoding(codec: TextCodec, message: Generate) -> Callable[[], list[int]]:
+    if message.prompt is not None:
+        prompt = message.prompt
+        return lambda: codec.encode(prompt)
+    messages = message.messages or ()
+    return lambda: codec.encode_chat(messages, message.template_options)

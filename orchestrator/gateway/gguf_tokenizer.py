@@ -1,0 +1,158 @@
+"""Build a `tokenizers.Tokenizer` from the vocabulary inside a GGUF file.
+
+Two models cover the supported families: ``gpt2`` (byte-level BPE with its merges listed) and ``llama`` (SentencePiece
+BPE, whose merges follow from the scores). The pre-tokenizer, which GGUF only names, must be the very one that
+the model was trained with; an unknown name is refused rather than approximated.
+"""
+
+from collections.abc import Mapping
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""``tokenizer.ggml.token_type``."""
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3")
+PRE_TOKENIZERS = ("default", "gpt-2", "smollm", *_LLAMA3_NAMES, "qwen2", "deepseek-r1-qwen", "tekken")
+
+
+class TokenizerError(ValueError):
+    """The model's tokenizer cannot be used."""
+
+
+def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
+    """Build the tokenizer that the metadata of a GGUF file describes. TokenizerError when it is not supported."""
+    tokens = _strings(metadata, "tokens")
+    kinds = _integers(metadata, "token_type", len(tokens))
+    model = metadata.get("tokenizer.ggml.model")
+    if model == "gpt2":
+        tokenizer = _byte_level(metadata, tokens)
+    elif model == "llama":
+        tokenizer = _sentence_piece(metadata, tokens, kinds)
+    else:
+        raise TokenizerError(f"tokenizer model {model!r} is not supported (gpt2 and llama are); send token ids instead")
+    _add_special_tokens(tokenizer, tokens, kinds)
+    _add_bos(tokenizer, metadata, tokens)
+    return tokenizer
+
+
+def _strings(metadata: Mapping[str, object], key: str) -> list[str]:
+    value = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(value, list) or not value or not isinstance(value[0], str):
+        raise TokenizerError(f"the GGUF file has no list tokenizer.ggml.{key}")
+    return value
+
+
+def _integers(metadata: Mapping[str, object], key: str, length: int) -> list[int]:
+    value = metadata.get(f"tokenizer.ggml.{key}", [NORMAL] * length)
+    if not isinstance(value, list) or len(value) != length:
+        raise TokenizerError(f"tokenizer.ggml.{key} must have {length} entries, one per token")
+    return value
+
+
+def _byte_level(metadata: Mapping[str, object], tokens: list[str]) -> Tokenizer:
+    pre = str(metadata.get("tokenizer.ggml.pre", "default"))
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise TokenizerError(
+            f"pre-tokenizer {pre!r} is not supported (supported: {known}); "
+            "use the model's Hugging Face folder, which has a tokenizer.json, or send token ids"
+        )
+    merges = [_pair(merge) for merge in _strings(metadata, "merges")]
+    ignore_merges = pre in _LLAMA3_NAMES or pre == "tekken"
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=ignore_merges))
+    if pre in ("qwen2", "deepseek-r1-qwen"):
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_pre_tokenizers(pre))
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right
+
+
+def _pre_tokenizers(pre: str) -> list[pre_tokenizers.PreTokenizer]:
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre in ("default", "gpt-2"):
+        return [plain]
+    if pre == "smollm":
+        return [pre_tokenizers.Digits(individual_digits=True), plain]
+    pattern = _TEKKEN if pre == "tekken" else _LLAMA3 if pre in _LLAMA3_NAMES else _QWEN2
+    return [
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+def _sentence_piece(metadata: Mapping[str, object], tokens: list[str], kinds: list[int]) -> Tokenizer:
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise TokenizerError(f"tokenizer.ggml.scores must have {len(tokens)} entries, one per token")
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
+    if unknown is None:
+        unknown = _token_at(metadata, "unknown", tokens)
+    merges = _merges_of(tokens, kinds, scores)
+    model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        steps.insert(0, normalizers.Prepend("▁"))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _merges_of(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
+    """List the merges that a SentencePiece vocabulary implies, best score first.
+
+    SentencePiece always joins the adjacent pair whose union scores highest; so every way to cut a piece into two
+    pieces is a merge with the rank of that piece (as transformers derives them).
+    """
+    ranks = {token: number for number, token in enumerate(tokens) if kinds[number] == NORMAL}
+    ordered = sorted(ranks, key=lambda token: -scores[ranks[token]])  # stable: equal scores keep the order of ids
+    merges: list[tuple[str, str]] = []
+    for token in ordered:
+        if len(token) > 1:
+            cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
+            pairs = [cut for cut in cuts if cut[0] in ranks and cut[1] in ranks]
+            if len(pairs) > 1:
+                pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+            merges += pairs
+    return merges
+
+
+def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
+    """Control tokens are special (skipped in text); user-defined ones are matched before merging but shown."""
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNKNOWN)]
+    shown = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in shown])
+
+
+def _add_bos(tokenizer: Tokenizer, metadata: Mapping[str, object], tokens: list[str]) -> None:
+    pre = metadata.get("tokenizer.ggml.pre")
+    usual = metadata.get("tokenizer.ggml.model") == "llama" or pre in _LLAMA3_NAMES
+    if metadata.get("tokenizer.ggml.add_bos_token", usual):
+        bos = _token_at(metadata, "bos", tokens)
+        if bos is not None:
+            number = tokenizer.token_to_id(bos)
+            tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+
+
+def _token_at(metadata: Mapping[str, object], name: str, tokens: list[str]) -> str | None:
+    number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None

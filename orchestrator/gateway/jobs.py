@@ -1,0 +1,43 @@
+"""Work that would stop the poll loop, done in a few threads: loading the tokenizer, encoding long prompts."""
+
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+
+class Jobs:
+    """A thread pool whose results wake a poller. ``fd`` is readable when `finish` or `wake` has something to do."""
+
+    def __init__(self, num_threads: int = 2) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="gateway-job")
+        self._finished: deque[tuple[Callable[[Future[Any]], None], Future[Any]]] = deque()
+
+    def start(self, work: Callable[[], object], then: Callable[[Future[Any]], None]) -> None:
+        """Run ``work`` in a thread; `finish` calls ``then`` with its future in the loop's own thread."""
+
+        def done(future: Future[Any]) -> None:
+            self._finished.append((then, future))
+            self.wake()
+
+        self._pool.submit(work).add_done_callback(done)
+
+    def wake(self) -> None:
+        """Make ``fd`` readable; safe in threads and signal handlers."""
+        os.eventfd_write(self.fd, 1)
+
+    def finish(self) -> None:
+        """Hand over all results that have arrived."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return
+        while self._finished:
+            then, future = self._finished.popleft()
+            then(future)
+
+    def close(self) -> None:
+        """Drop waiting work; what is running ends by itself with the process."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,160 @@
+"""The model's text side: encode prompts, render chats, give the bytes of a token."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from mgpu.orchestrator.gateway.chat_template import ChatTemplate, ChatTemplateError
+from mgpu.orchestrator.gateway.detokenizer import byte_level_bytes, sentence_piece_bytes
+from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError, build_tokenizer
+from mgpu.protocol.gguf import read_gguf
+from mgpu.protocol.model import CheckpointFormat
+
+_SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
+_MAX_CONFIG_BYTES = 64 << 20
+
+
+class TextCodec:
+    """Tokenizer and chat template of one model. Encoding is safe in several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None, special_tokens: Mapping[str, str]) -> None:
+        """``special_tokens`` maps bos_token, eos_token, … to their text, for the template."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
+        self._template_source = template
+        self._template: ChatTemplate | None = None
+        self._to_bytes = byte_level_bytes if _is_byte_level(tokenizer) else sentence_piece_bytes
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = {number: token.content.encode() for number, token in added.items()}
+        self._special = frozenset(number for number, token in added.items() if token.special)
+        self.shown_bytes = lru_cache(maxsize=1 << 18)(self._shown_bytes)
+        self.all_bytes = lru_cache(maxsize=1 << 18)(self._all_bytes)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template_source is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Give the token ids of ``text``; with the beginning-of-sequence token where the model wants one."""
+        try:
+            # Only the batch call releases the interpreter lock, so that a long prompt does not stop the poll loop.
+            [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        except Exception as error:  # the Rust side raises bare Exception
+            raise TokenizerError(f"the text cannot be tokenized: {str(error)[:200]}") from None
+        return list(encoding.ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None) -> list[int]:
+        """Render ``messages`` with the template and encode them. ChatTemplateError when there is none or it refuses."""
+        if self._template_source is None:
+            raise ChatTemplateError("the model has no chat template; send a prompt instead of messages")
+        if self._template is None:
+            self._template = ChatTemplate(self._template_source, self._special_tokens)
+        # The template writes the special tokens itself.
+        return self.encode(self._template.render(messages, options), add_special_tokens=False)
+
+    def text_of(self, token_id: int) -> str:
+        """Give one token as text on its own; bytes that are no character are U+FFFD."""
+        return self.all_bytes(token_id).decode(errors="replace")
+
+    def _shown_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id in self._special else self._all_bytes(token_id)
+
+    def _all_bytes(self, token_id: int) -> bytes:
+        added = self._added.get(token_id)
+        if added is not None:
+            return added
+        piece = self._tokenizer.id_to_token(token_id)
+        return b"" if piece is None else self._to_bytes(piece)  # ids of vocabulary padding have no piece
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    kinds = _decoder_kinds(json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else None)
+    if "ByteLevel" in kinds:
+        return True
+    if kinds & {"ByteFallback", "Metaspace", "Replace"}:
+        return False
+    raise TokenizerError(f"the tokenizer's decoder ({', '.join(sorted(kinds)) or 'none'}) is not supported")
+
+
+def _decoder_kinds(state: object) -> set[str]:
+    if not isinstance(state, dict):
+        return set()
+    inner = [_decoder_kinds(item) for item in state.get("decoders", [])]
+    return {str(state.get("type"))}.union(*inner)
+
+
+def load_codec(path: str, model_format: CheckpointFormat) -> TextCodec | None:
+    """Load the tokenizer beside the weights; None when the folder has none. TokenizerError when it is unusable."""
+    if model_format == "gguf":
+        return _from_gguf(path)
+    folder = Path(path)
+    file = folder / "tokenizer.json"
+    return _from_folder(folder, file) if file.exists() else None
+
+
+def _from_gguf(path: str) -> TextCodec:
+    metadata = read_gguf(path, with_arrays=True).metadata
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    special: dict[str, str] = {}
+    for name, key in zip(_SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True):
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(tokens, list) and isinstance(number, int) and 0 <= number < len(tokens):
+            special[f"{name}_token"] = tokens[number]
+    template = metadata.get("tokenizer.chat_template")
+    return TextCodec(build_tokenizer(metadata), template if isinstance(template, str) else None, special)
+
+
+def _from_folder(folder: Path, file: Path) -> TextCodec:
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust side raises bare Exception for whatever is wrong with the file
+        raise TokenizerError(f"{file}: not a usable tokenizer: {str(error)[:200]}") from None
+    config = _read_json(folder / "tokenizer_config.json")
+    special = {
+        f"{name}_token": text
+        for name in _SPECIAL_NAMES
+        if (text := _token_text(config.get(f"{name}_token"))) is not None
+    }
+    return TextCodec(tokenizer, _template_of(folder, config), special)
+
+
+def _token_text(value: object) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _template_of(folder: Path, config: Mapping[str, object]) -> str | None:
+    """Find the template as transformers does: chat_template.jinja, chat_template.json, tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return _read_text(file)
+    value = _read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
+
+
+def _read_json(file: Path) -> dict[str, object]:
+    if not file.exists():
+        return {}
+    try:
+        value = json.loads(_read_text(file))
+    except ValueError as error:
+        raise TokenizerError(f"{file}: not JSON: {error}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _read_text(file: Path) -> str:
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise TokenizerError(f"{file}: larger than {_MAX_CONFIG_BYTES} bytes")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{file}: not UTF-8: {error}") from None

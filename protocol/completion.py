@@ -1,0 +1,253 @@
+"""What a client gets back, and the bookkeeping between messages and pieces that both clients share."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Unpack
+
+from mgpu.protocol.messages import (
+    Accepted,
+    Failed,
+    Finished,
+    GenerateOptions,
+    ServerMessage,
+    Tokens,
+    parse_client_message,
+)
+from mgpu.protocol.schema import FieldError, TokenIds
+
+START_HINT = "start one with: mgpu-launch serve -m MODEL"
+
+
+class MgpuError(Exception):
+    """Anything that goes wrong in the client."""
+
+
+class RequestFailed(MgpuError):
+    """The server, or a check before sending, refused or ended a request. ``code`` is one of messages.FailureCode."""
+
+    def __init__(self, code: str, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+class ServerUnreachable(MgpuError):
+    """There is no server, or it went away."""
+
+
+class DeadlineExceeded(MgpuError):
+    """The request took longer than its ``timeout_s``; it has been cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    """All choices together."""
+    cached_tokens: int
+    """Prompt tokens whose keys and values were reused."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of one generated token, and of the likeliest ones at its position."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, float, str], ...]
+    """(token id, log-probability, text), likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What arrived at once for one choice while streaming. ``text`` may lag behind ``token_ids``."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: str | None
+    """stop, length or cancelled, in the last piece of a choice."""
+    usage: Usage | None
+    """In the last piece of the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChoice:
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer. ``text``, ``token_ids``, ``logprobs`` and ``finish_reason`` are those of the first choice."""
+
+    choices: tuple[CompletionChoice, ...]
+    usage: Usage
+    model: str
+    seed: int
+    """Give it again to get the same answer."""
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.choices[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        return self.choices[0].logprobs
+
+    @property
+    def finish_reason(self) -> str:
+        return self.choices[0].finish_reason
+
+
+@dataclass(slots=True)
+class _Parts:
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Answer:
+    """One request as its client sees it: takes messages, gives pieces and in the end the completion. No I/O."""
+
+    def __init__(self, request_id: int, num_choices: int, wants_logprobs: bool) -> None:
+        self.id = request_id
+        self.pieces: deque[Piece] = deque()
+        """Pieces that are not yet taken."""
+        self.done = False
+        """A terminal message has come."""
+        self.error: MgpuError | None = None
+        self.accepted: Accepted | None = None
+        self._finished: Finished | None = None
+        self._held: Piece | None = None
+        self._wants_logprobs = wants_logprobs
+        self._parts = [_Parts() for _ in range(num_choices)]
+        self._ended: set[int] = set()
+
+    def take(self, message: ServerMessage) -> None:
+        """Note a message of this request."""
+        if isinstance(message, Tokens):
+            self._release(None)
+            self._hold(message)
+        elif isinstance(message, Finished):
+            self._finish(message)
+        elif isinstance(message, Failed):
+            self.fail(_error_of(message))
+        elif isinstance(message, Accepted):
+            self.accepted = message
+        else:
+            self._release(None)
+
+    def fail(self, error: MgpuError) -> None:
+        """End the request with an error; pieces that came before can still be taken."""
+        self._release(None)
+        self.error, self.done = error, True
+
+    def _hold(self, message: Tokens) -> None:
+        """Keep the last piece of a choice until the next message: if that is the terminal one, it brings the usage."""
+        if not 0 <= message.index < len(self._parts):
+            raise FieldError(f"the server sent choice {message.index} of {len(self._parts)}")
+        logprobs = _logprobs(message) if self._wants_logprobs else None
+        parts = self._parts[message.index]
+        parts.text.append(message.text)
+        parts.token_ids += message.token_ids
+        parts.logprobs += logprobs or ()
+        piece = Piece(message.index, message.text, tuple(message.token_ids), logprobs, message.finish_reason, None)
+        if message.finish_reason is None:
+            self.pieces.append(piece)
+        else:
+            self._ended.add(message.index)
+            self._held = piece
+
+    def _release(self, usage: Usage | None) -> None:
+        piece, self._held = self._held, None
+        if piece is not None:
+            self.pieces.append(
+                Piece(piece.index, piece.text, piece.token_ids, piece.logprobs, piece.finish_reason, usage)
+            )
+
+    def _finish(self, message: Finished) -> None:
+        for index, reason in enumerate(message.finish_reasons):
+            if index not in self._ended:  # cancelled before its first token
+                self._release(None)
+                self._held = Piece(index, "", (), () if self._wants_logprobs else None, reason, None)
+        self._release(_usage(message))
+        self._finished, self.done = message, True
+
+    def completion(self) -> Completion:
+        """Put the whole answer together. MgpuError, the one that ended it, when there is none."""
+        if self.error is not None:
+            raise self.error
+        if self._finished is None:
+            raise MgpuError("the answer is not complete yet")
+        reasons = self._finished.finish_reasons
+        choices = [self._choice(index, reasons[index]) for index in range(len(self._parts))]
+        accepted = self.accepted or Accepted(self.id, "", self._finished.prompt_tokens, 0, 0)
+        return Completion(tuple(choices), _usage(self._finished), accepted.model, accepted.seed)
+
+    def _choice(self, index: int, reason: str) -> CompletionChoice:
+        parts = self._parts[index]
+        logprobs = tuple(parts.logprobs) if self._wants_logprobs else None
+        return CompletionChoice(index, "".join(parts.text), tuple(parts.token_ids), logprobs, reason)
+
+
+def _usage(message: Finished) -> Usage:
+    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
+
+
+def _error_of(message: Failed) -> MgpuError:
+    if message.code == "deadline_exceeded":
+        return DeadlineExceeded(message.message)
+    return RequestFailed(message.code, message.message, message.retry_after_s)
+
+
+def _logprobs(message: Tokens) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(token_id, entry["text"], entry["logprob"], tuple((a, b, c) for a, b, c in entry["top"]))
+        for token_id, entry in zip(message.token_ids, message.logprobs or (), strict=False)
+    )
+
+
+def generate_map(
+    request_id: int, prompt: str | Sequence[int], stream: bool, **options: Unpack[GenerateOptions]
+) -> dict[str, object]:
+    """Build and check the generate message for a prompt of text or token ids. RequestFailed says what is wrong."""
+    if isinstance(prompt, str):
+        return _checked(request_id, {"prompt": prompt}, stream, options)
+    try:
+        ids = TokenIds().parse("prompt", list(prompt))
+    except FieldError as error:
+        raise RequestFailed("bad_request", str(error)) from None
+    return _checked(request_id, {"prompt_ids": ids}, stream, options)
+
+
+def chat_map(
+    request_id: int, messages: Sequence[Mapping[str, str]], stream: bool, **options: Unpack[GenerateOptions]
+) -> dict[str, object]:
+    """Build and check the generate message for chat turns. RequestFailed says what is wrong."""
+    turns = [dict(message) if isinstance(message, Mapping) else message for message in messages]
+    return _checked(request_id, {"messages": turns}, stream, options)
+
+
+def _checked(request_id: int, what: dict[str, object], stream: bool, options: Mapping[str, Any]) -> dict[str, object]:
+    values = {"type": "generate", "id": request_id, **what, "stream": stream, **options}
+    stop, bias = values.get("stop"), values.get("logit_bias")
+    if isinstance(stop, str):
+        values["stop"] = [stop]
+    if isinstance(bias, Mapping):
+        values["logit_bias"] = [[token_id, value] for token_id, value in bias.items()]
+    try:
+        parse_client_message(values)
+    except FieldError as error:
+        raise RequestFailed("bad_request", str(error)) from None
+    return {name: value for name, value in values.items() if value is not None}

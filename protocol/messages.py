@@ -1,0 +1,326 @@
+"""Messages of the front channel, client ↔ gateway: named maps that any language can build (docs/protocol.md).
+
+Every request ends in exactly one `Finished` or `Failed` (or in its reply, for the queries). Numbers are bounded in one
+place, the tables below; the client checks with them before it sends and the gateway when it receives.
+"""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Literal, TypedDict, cast
+
+from mgpu.protocol.schema import (
+    INT32_MAX,
+    Choice,
+    FieldError,
+    Flag,
+    Integer,
+    Number,
+    Pairs,
+    Record,
+    Rule,
+    Sequence,
+    Text,
+    TokenIds,
+    parse_fields,
+)
+
+FinishReason = Literal["stop", "length", "cancelled"]
+FailureCode = Literal[
+    "bad_request",
+    "bad_version",
+    "duplicate_id",
+    "unknown_model",
+    "not_ready",
+    "draining",
+    "overloaded",
+    "slow_reader",
+    "deadline_exceeded",
+    "engine_error",
+    "stopped",
+]
+QueryKind = Literal["health", "stats", "models"]
+
+MAX_CHOICES = 16
+REQUEST_ID = Integer(0, 2**63 - 1)
+MAX_TEXT_CHARS = 2**27 - 1
+"""Bound of one string; the frame size is the tighter one."""
+
+ROLE = Choice(("system", "developer", "user", "assistant", "tool"))
+CHAT_MESSAGE = Record({"role": ROLE, "content": Text(MAX_TEXT_CHARS)})
+TEMPLATE_OPTIONS = Record(
+    {"enable_thinking": Flag(), "thinking": Flag(), "reasoning_effort": Text(32), "date_string": Text(64)},
+    optional=True,
+)
+
+GENERATE_RULES: dict[str, Rule] = {
+    "id": REQUEST_ID,
+    "prompt": Text(MAX_TEXT_CHARS, 1),
+    "prompt_ids": TokenIds(),
+    "messages": Sequence(CHAT_MESSAGE, 2048, 1),
+    "template_options": TEMPLATE_OPTIONS,
+    "model": Text(512, 1),
+    "stream": Flag(),
+    "n": Integer(1, MAX_CHOICES),
+    "max_tokens": Integer(1, INT32_MAX),
+    "min_tokens": Integer(0, INT32_MAX),
+    "temperature": Number(0, 100),
+    "top_k": Integer(-1, INT32_MAX),
+    "top_p": Number(0, 1, low_open=True),
+    "min_p": Number(0, 1),
+    "repetition_penalty": Number(0, 10, low_open=True),
+    "presence_penalty": Number(-2, 2),
+    "frequency_penalty": Number(-2, 2),
+    "seed": Integer(0, 2**64 - 1),
+    "logit_bias": Pairs(Number(-100, 100), 1024),
+    "logprobs": Integer(0, 20),
+    "stop": Sequence(Text(256, 1), 16),
+    "stop_token_ids": Sequence(Integer(0, INT32_MAX), 64),
+    "ignore_eos": Flag(),
+    "skip_special_tokens": Flag(),
+    "priority": Integer(-1000, 1000),
+    "cache_salt": Text(256),
+    "timeout_s": Number(0, 86400, low_open=True),
+}
+QUERY_RULES: dict[str, Rule] = {"id": REQUEST_ID}
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of the client's generate, stream, chat and stream_chat; the fields of `Generate`."""
+
+    model: str
+    n: int
+    max_tokens: int | None
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    logit_bias: Mapping[int, float]
+    logprobs: int | None
+    stop: str | list[str] | tuple[str, ...]
+    stop_token_ids: list[int] | tuple[int, ...]
+    ignore_eos: bool
+    skip_special_tokens: bool
+    priority: int
+    cache_salt: str
+    timeout_s: float
+    template_options: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Ask for ``n`` continuations of exactly one of ``prompt``, ``prompt_ids`` and ``messages``."""
+
+    id: int
+    """Chosen by the client; unique among its own requests in flight."""
+    prompt: str | None = None
+    prompt_ids: bytes | None = None
+    """Little-endian int32."""
+    messages: tuple[dict[str, str], ...] | None = None
+    """Chat turns with role and content, rendered by the model's own template."""
+    template_options: dict[str, object] | None = None
+    model: str | None = None
+    stream: bool = False
+    """False: one `Tokens` per choice, at its end."""
+    n: int = 1
+    max_tokens: int | None = None
+    """None: as many as the context still holds."""
+    min_tokens: int = 0
+    """No end-of-sequence, stop token or stop string before this many tokens."""
+    temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    """0 or -1: off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    """None: the gateway draws one and tells it in `Accepted`."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    """None: none; 0: of the chosen token; N: of the N likeliest too."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    priority: int = 0
+    cache_salt: str = ""
+    """Prefixes are shared only between requests of the same salt."""
+    timeout_s: float | None = None
+    """The gateway ends the request with deadline_exceeded after this many seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequest:
+    """End a request of this connection; an unknown id is ignored, since it may just have finished."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Ask for health, stats or models."""
+
+    kind: QueryKind
+    id: int
+
+
+ClientMessage = Generate | CancelRequest | Query
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    id: int
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New tokens of one choice. ``text`` may lag behind ``token_ids``: it never ends inside a character or within what
+    may become a stop string."""
+
+    id: int
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[str, Any]] | None = None
+    """Parallel to ``token_ids``: logprob, and top as [token id, logprob, text] triples."""
+    finish_reason: str | None = None
+    """Set in the last message of the choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request is over, all of its choices have ended."""
+
+    id: int
+    finish_reasons: list[str]
+    """One per choice."""
+    prompt_tokens: int
+    completion_tokens: int
+    """All choices together."""
+    cached_tokens: int
+    """Prompt tokens of the first choice that came from the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request is over without a result. ``id`` is None when the cause cannot be tied to one request."""
+
+    id: int | None
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Keepalive:
+    """The request is alive though nothing else was sent for about a second."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    id: int
+    state: str
+    """starting, ready, draining or stopped."""
+    model: str
+    max_seq_len: int
+    kv_tokens: int
+    in_flight: int
+    """Requests of all clients."""
+    uptime_s: float
+    layout: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    id: int
+    counters: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    id: int
+    models: list[dict[str, Any]]
+    """name, max_seq_len, vocab_size, chat (whether it has a chat template)."""
+
+
+ServerMessage = Accepted | Tokens | Finished | Failed | Keepalive | Health | Stats | Models
+
+SERVER_TYPES: dict[str, type[Any]] = {
+    cls.__name__.lower(): cls for cls in (Accepted, Tokens, Finished, Failed, Keepalive, Health, Stats, Models)
+}
+
+
+def parse_client_message(data: Mapping[object, object]) -> ClientMessage:
+    """Check a decoded map against the tables. FieldError says which field, its value and what is allowed."""
+    kind = data.get("type")
+    rest = {name: value for name, value in data.items() if name != "type"}
+    if kind == "generate":
+        return _parse_generate(rest)
+    if not isinstance(kind, str) or kind not in ("cancel", "health", "stats", "models"):
+        Choice(("generate", "cancel", "health", "stats", "models")).parse("type", kind)
+    parsed = parse_fields(rest, QUERY_RULES)
+    request_id = cast("int", _required_id(parsed))
+    return CancelRequest(request_id) if kind == "cancel" else Query(cast("QueryKind", kind), request_id)
+
+
+def _required_id(parsed: dict[str, object]) -> object:
+    if "id" not in parsed:
+        raise FieldError(f"id is missing; it must be {REQUEST_ID.allowed}")
+    return parsed["id"]
+
+
+def _parse_generate(data: Mapping[object, object]) -> Generate:
+    parsed = parse_fields(data, GENERATE_RULES)
+    _required_id(parsed)
+    request = Generate(**cast("dict[str, Any]", parsed))
+    given = [name for name in ("prompt", "prompt_ids", "messages") if name in parsed]
+    if len(given) != 1:
+        raise FieldError(f"give exactly one of prompt, prompt_ids and messages, got {' and '.join(given) or 'none'}")
+    if request.template_options and request.messages is None:
+        raise FieldError("template_options only apply to messages")
+    if request.max_tokens is not None and request.min_tokens > request.max_tokens:
+        raise FieldError(f"min_tokens ({request.min_tokens}) is above max_tokens ({request.max_tokens})")
+    return request
+
+
+def to_map(message: ServerMessage) -> dict[str, object]:
+    """Give the named map of a server message; fields that are None are left out."""
+    values: dict[str, object] = {"type": type(message).__name__.lower()}
+    for name in _names(type(message)):
+        value = getattr(message, name)
+        if value is not None:
+            values[name] = value
+    return values
+
+
+@cache
+def _names(cls: Hashable) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cast("type[Any]", cls)))
+
+
+def parse_server_message(data: Mapping[object, object]) -> ServerMessage:
+    """Build a server message from its map; fields that this version does not know are skipped. FieldError otherwise."""
+    cls = SERVER_TYPES.get(str(data.get("type")))
+    if cls is None:
+        raise FieldError(f"unknown message type {str(data.get('type'))[:40]!r}")
+    known = {name: data[name] for name in _names(cls) if name in data}
+    if cls is Failed:
+        known.setdefault("id", None)
+    try:
+        return cast("ServerMessage", cls(**known))
+    except TypeError as error:
+        raise FieldError(f"incomplete {cls.__name__.lower()} message: {error}") from None

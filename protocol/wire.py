@@ -1,0 +1,124 @@
+"""Framing, limits and socket options of the front channel.
+
+A message is two frames, ``b"mgpu1"`` and one MessagePack map. The version frame is compared before anything is
+decoded; the limits below hold for what a hostile peer may send.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import msgpack
+import zmq
+
+VERSION = b"mgpu1"
+MAX_FRAMES = 4
+"""Frames of one message that are looked at; a longer message is refused unread."""
+MAX_FRAME_BYTES = 1 << 20
+MAX_ARRAY_ITEMS = 1 << 16
+MAX_MAP_ITEMS = 64
+MAX_CONTAINERS = 1 << 13
+"""Arrays and maps in a client's message: a megabyte of tiny arrays would otherwise take a third of a second."""
+MAX_REPLY_BYTES = 16 << 20
+MAX_REPLY_CONTAINERS = 1 << 18
+"""A server's message is larger: log-probabilities of 20 candidates for hundreds of tokens."""
+
+HEARTBEAT_INTERVAL_MS = 5_000
+HEARTBEAT_TIMEOUT_MS = 15_000
+HANDSHAKE_TIMEOUT_MS = 3_000
+
+
+class WireError(ValueError):
+    """Frames that are not a message of this protocol. ``code`` is what the peer is told."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def pack(values: Mapping[str, object]) -> list[bytes]:
+    """Give the frames of one message. ValueError for what MessagePack cannot hold (lone surrogates, huge integers)."""
+    try:
+        return [VERSION, cast("bytes", msgpack.packb(values, use_bin_type=True))]
+    except (OverflowError, UnicodeEncodeError, TypeError) as error:
+        raise ValueError(f"cannot be sent: {error}") from None
+
+
+def unpack(
+    frames: list[bytes], max_bytes: int = MAX_FRAME_BYTES, max_containers: int = MAX_CONTAINERS
+) -> dict[object, object]:
+    """Decode one message within the limits. WireError for anything else, whatever the bytes are."""
+    if not frames or frames[0] != VERSION:
+        raise WireError("bad_version", f"the first frame must be {VERSION.decode()!r}, got {_head(frames)}")
+    if len(frames) != 2:
+        raise WireError("bad_request", f"a message is 2 frames, version and map, got {_count(frames)}")
+    if len(frames[1]) > max_bytes:
+        raise WireError("bad_request", f"the message has {len(frames[1])} bytes, the limit is {max_bytes}")
+    data = _decode(frames[1], max_containers)
+    if not isinstance(data, dict):
+        raise WireError("bad_request", f"a message is a MessagePack map, got {type(data).__name__}")
+    return data
+
+
+def _decode(body: bytes, max_containers: int) -> object:
+    containers = 0
+
+    def count(value: Any) -> Any:
+        nonlocal containers
+        containers += 1
+        if containers > max_containers:
+            raise ValueError(f"more than {max_containers} arrays and maps")
+        return value
+
+    try:
+        return msgpack.unpackb(
+            body,
+            raw=False,
+            strict_map_key=True,
+            list_hook=count,
+            object_hook=count,
+            max_array_len=MAX_ARRAY_ITEMS,
+            max_map_len=MAX_MAP_ITEMS,
+            max_ext_len=0,
+        )
+    except Exception as error:  # hostile bytes: msgpack raises half a dozen unrelated classes for them
+        detail = str(error)[:120] or type(error).__name__
+        raise WireError(
+            "bad_request", f"the second frame is not one MessagePack map within the limits: {detail}"
+        ) from None
+
+
+def _head(frames: list[bytes]) -> str:
+    return ascii(frames[0][:16].decode("latin-1")) if frames else "no frame"
+
+
+def _count(frames: list[bytes]) -> str:
+    return f"{len(frames)}" if len(frames) <= MAX_FRAMES else f"more than {MAX_FRAMES}"
+
+
+def set_common_options(socket: "zmq.Socket[Any]") -> None:
+    """Set what both ends need: heartbeats, a short handshake, a bounded wait on close."""
+    socket.setsockopt(zmq.LINGER, 500)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
+
+
+def set_server_options(socket: "zmq.Socket[Any]", max_bytes: int) -> None:
+    """Prepare the gateway's ROUTER: a vanished peer is an error, an impostor's routing id is refused."""
+    set_common_options(socket)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+    socket.setsockopt(zmq.SNDHWM, 1000)
+    socket.setsockopt(zmq.RCVHWM, 1000)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+
+
+def set_client_options(socket: "zmq.Socket[Any]") -> None:
+    """Prepare a client's DEALER: nothing is queued for a server that is not there."""
+    set_common_options(socket)
+    socket.setsockopt(zmq.IMMEDIATE, 1)
+    socket.setsockopt(zmq.SNDHWM, 1000)
+    socket.setsockopt(zmq.RCVHWM, 10_000)
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
