@@ -1,11 +1,25 @@
 """Talk to the other ranks: partial sums inside a stage, activations between stages, sampled tokens back to the first.
 
-The only file that names torch.distributed. Every wait has the deadline of the spec and raises `PeerLost`.
+The only file that names torch.distributed, and even that only where a plan uses nccl or gloo: ranks of one machine
+that use shared memory open no port at all. Every wait has the deadline of the spec and raises `PeerLost`.
 """
 
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous as meet
+
+from mgpu.worker.errors import PeerLost
+
+UNREAD_SENDS = 4
+"""Messages that may be under way to one receiver: enough for the feedback that an idle first stage leaves unread."""
 
 
 class TensorParallelGroup(Protocol):
@@ -37,3 +51,126 @@ class SingleRank:
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x
+
+
+class DistGroup:
+    """Tensor-parallel group over torch.distributed: gloo for CPU tensors, NCCL for CUDA ones."""
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self._group = group
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype is not torch.float32:
+            return self.all_reduce(x.float()).to(x.dtype)  # partial sums must not be rounded on the way
+        x = x.contiguous()
+        with _peer_errors("an all-reduce"):
+            dist.all_reduce(x, group=self._group)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        with _peer_errors("an all-gather"):
+            dist.all_gather(parts, x, group=self._group)
+        return torch.cat(parts, dim=-1)
+
+
+class ThroughHost:
+    """CUDA tensors in a group that only takes CPU ones: several workers on one GPU, or GPUs without NCCL."""
+
+    def __init__(self, inner: TensorParallelGroup) -> None:
+        self.rank = inner.rank
+        self.size = inner.size
+        self._inner = inner
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x.copy_(self._inner.all_reduce(x.cpu()))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return self._inner.all_gather(x.cpu()).to(x.device)
+
+
+class DryRun:
+    """A group whose calls can be made without the other ranks, to measure the memory that a step takes."""
+
+    def __init__(self, inner: TensorParallelGroup) -> None:
+        self.rank = inner.rank
+        self.size = inner.size
+        self.alone = False
+        self._inner = inner
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x if self.alone else self._inner.all_reduce(x)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.cat([x] * self.size, dim=-1) if self.alone else self._inner.all_gather(x)
+
+
+class DistChannel:
+    """`Channel` over torch.distributed. ``device`` is where messages live, ``wire`` what the backend takes."""
+
+    def __init__(self, peer: int, tag: int, device: torch.device, wire: torch.device) -> None:
+        self._peer = peer
+        self._tag = tag
+        self._device = device
+        self._wire = wire
+        self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def send(self, x: Tensor) -> None:
+        """Start sending and go on; wait only for what was sent `UNREAD_SENDS` messages ago."""
+        copy = x.to(self._wire, copy=True).contiguous()
+        with _peer_errors(f"rank {self._peer} to read"):
+            work = dist.isend(copy, self._peer, tag=self._tag)
+            assert work is not None
+            self._under_way.append((work, copy))
+            if len(self._under_way) > UNREAD_SENDS:
+                self._under_way.popleft()[0].wait()
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        out = torch.empty(tuple(shape), dtype=dtype, device=self._wire)
+        with _peer_errors(f"rank {self._peer} to send"):
+            dist.recv(out, self._peer, tag=self._tag)
+        return out.to(self._device)
+
+
+@contextmanager
+def _peer_errors(what: str) -> Iterator[None]:
+    """Name what a collective waited for; the backends raise plain RuntimeErrors for lost and silent peers alike."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"lost a peer while waiting for {what}: {str(error).splitlines()[0]}") from error
+
+
+def start_process_group(
+    rendezvous: str, rank: int, world_size: int, *, nccl_device: torch.device | None, start_s: float, timeout_s: float
+) -> None:
+    """Join the default group once all ranks are there: ``start_s`` bounds the meeting, ``timeout_s`` what follows.
+
+    ``rendezvous`` is a ``file://`` URL, or empty for MASTER_ADDR and MASTER_PORT. NCCL where ``nccl_device`` is given
+    (CPU tensors then still go by gloo), else gloo alone.
+    """
+    if rendezvous:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")  # one machine: nothing may listen on a network
+        os.environ.setdefault("NCCL_RAS_ENABLE", "0")
+    with _peer_errors("all ranks to start"):
+        meeting = meet(rendezvous or "env://", rank, world_size, timeout=timedelta(seconds=start_s))
+        store, _, _ = next(meeting)
+        store.set(f"here/{rank}", b"1")
+        store.wait([f"here/{peer}" for peer in range(world_size)], timedelta(seconds=start_s))
+        dist.init_process_group(
+            "gloo" if nccl_device is None else "cpu:gloo,cuda:nccl",
+            store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=nccl_device,
+        )
+
+
+def new_groups(rank_sets: Sequence[Sequence[int]], timeout_s: float) -> list[dist.ProcessGroup]:
+    """Make one group per set of ranks; every rank of the world must call this with the same sets."""
+    return [dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s)) for ranks in rank_sets]

@@ -1,0 +1,220 @@
+"""Real worker processes, led by a test in the place of the orchestrator."""
+
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import zmq
+
+from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.control import (
+    CONTROL,
+    AllocateCache,
+    Loaded,
+    LoadProgress,
+    NewRow,
+    Ready,
+    RowSampling,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    WorkerFailure,
+    WorkerSpec,
+)
+from mgpu.protocol.model import DTYPE_BYTES
+from mgpu.protocol.placement import PlacementPlan, Stage
+from mgpu.protocol.shared_layout import shared_layout
+
+DEADLINE_S = 60.0
+BLOCK_SIZE = 16
+
+
+def make_plan(num_layers: int, sizes: Sequence[int]) -> PlacementPlan:
+    """Split layers evenly into stages of ``sizes`` ranks."""
+    bounds = [num_layers * index // len(sizes) for index in range(len(sizes) + 1)]
+    stages, first = [], 0
+    for index, size in enumerate(sizes):
+        stages.append(Stage(bounds[index], bounds[index + 1], tuple(range(first, first + size))))
+        first += size
+    return PlacementPlan(tuple(stages))
+
+
+def make_spec(model: Path, sizes: Sequence[int], transport: str = "shared-memory", **changes: object) -> WorkerSpec:
+    """Give a CPU spec without endpoint, rendezvous and memfd, which `Workers` fills in."""
+    checkpoint = read_checkpoint(model)
+    spec = WorkerSpec(
+        epoch=7,
+        plan=make_plan(checkpoint.facts.num_layers, sizes),
+        model=checkpoint.source,
+        facts=checkpoint.facts,
+        device="cpu",
+        dtype="float32",
+        endpoint="",
+        rendezvous="",
+        transport=transport,
+        stage_transport=transport,
+        shared_fd=-1,
+        shared_bytes=0,
+        num_threads=1,
+        block_size=BLOCK_SIZE,
+        max_rows=8,
+        max_batch_tokens=256,
+        max_seq_len=128,
+        memory_fraction=0.9,
+        kv_bytes=16 << 20,
+        seed=1,
+        timeout_s=30.0,
+    )
+    return replace(spec, **changes)
+
+
+def frame(data: bytes) -> bytes:
+    return struct.pack("<I", len(data)) + data
+
+
+def launch(arguments: list[str], rank: int, world_size: int, fds: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
+    """Start one worker with torchrun's environment."""
+    names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mgpu.worker", *arguments],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | names,
+        pass_fds=fds,
+    )
+
+
+@dataclass
+class Workers:
+    """All workers of one spec, with a socket to each."""
+
+    spec: WorkerSpec
+    folder: Path
+    processes: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
+    sockets: list[zmq.Socket[bytes]] = field(default_factory=list)
+    seen: list[object] = field(default_factory=list)
+    failures: list[WorkerFailure] = field(default_factory=list)
+    num_blocks: int = 0
+
+    def start(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        fd = self._share()
+        for rank in range(self.spec.plan.world_size):
+            socket = context.socket(zmq.DEALER)
+            socket.setsockopt(zmq.LINGER, 0)
+            endpoint = f"ipc://{self.folder}/w{rank}"
+            socket.bind(endpoint)
+            self.sockets.append(socket)
+            process = launch([], rank, self.spec.plan.world_size, [fd] if fd >= 0 else [])
+            self.processes.append(process)
+            assert process.stdin is not None
+            process.stdin.write(frame(CONTROL.encode(replace(self.spec, endpoint=endpoint))))
+            process.stdin.flush()
+        if fd >= 0:
+            os.close(fd)
+
+    def _share(self) -> int:
+        spec = self.spec
+        if spec.plan.world_size == 1:
+            return -1
+        if spec.transport == "gloo":
+            self.spec = replace(spec, rendezvous=f"file://{self.folder}/group")
+            return -1
+        layout = shared_layout(
+            spec.plan, spec.max_batch_tokens, spec.max_rows, spec.facts.hidden_size, DTYPE_BYTES[spec.dtype]
+        )
+        fd = os.memfd_create("mgpu-test")
+        os.ftruncate(fd, layout.total_bytes)
+        self.spec = replace(spec, shared_fd=fd, shared_bytes=layout.total_bytes)
+        return fd
+
+    def receive(self, rank: int) -> object:
+        """Give a rank's next message, kept in `seen`."""
+        if not self.sockets[rank].poll(int(DEADLINE_S * 1000)):
+            raise TimeoutError(f"rank {rank} is silent; exit status {self.processes[rank].poll()}")
+        message = CONTROL.decode(self.sockets[rank].recv())
+        self.seen.append(message)
+        if isinstance(message, WorkerFailure):
+            self.failures.append(message)
+        return message
+
+    def expect(self, rank: int, kind: type) -> object:
+        """Skip progress and give the next message, which must be of ``kind``."""
+        while isinstance(message := self.receive(rank), LoadProgress) and kind is not LoadProgress:
+            pass
+        assert isinstance(message, kind), message
+        return message
+
+    def send(self, message: object, ranks: Sequence[int] | None = None) -> None:
+        for rank in range(len(self.sockets)) if ranks is None else ranks:
+            self.sockets[rank].send(CONTROL.encode(message))
+
+    def make_ready(self) -> None:
+        """Lead all workers to readiness, with the smallest pool that any of them reports."""
+        loaded = [self.expect(rank, Loaded) for rank in range(len(self.sockets))]
+        self.num_blocks = min(message.num_blocks for message in loaded if isinstance(message, Loaded))
+        self.send(AllocateCache(self.spec.epoch, self.num_blocks))
+        for rank in range(len(self.sockets)):
+            self.expect(rank, Ready)
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Have one step executed and give its tokens."""
+        self.send(plan)
+        result = self.expect(self.spec.plan.output_rank, StepResult)
+        assert isinstance(result, StepResult)
+        assert result.step == plan.step
+        return result
+
+    def generate(
+        self, prompt_ids: list[int], count: int, sampling: RowSampling | None = None, first_step: int = 1
+    ) -> list[int]:
+        """Run one request alone, row 0, blocks in descending order."""
+        blocks = [*range(self.num_blocks - 1, -1, -1)][: -(-(len(prompt_ids) + count) // BLOCK_SIZE)]
+        ids = b"".join(struct.pack("<i", id_) for id_ in prompt_ids)
+        row = NewRow(0, ids, len(prompt_ids), blocks, sampling or RowSampling())
+        epoch, stages, output = self.spec.epoch, self.spec.plan.num_stages, []
+        for index in range(count):
+            start = len(prompt_ids) + index - 1 if index else 0
+            length = 1 if index else len(prompt_ids)
+            new_rows = [] if index else [row]
+            step = first_step + index * stages
+            output += self.step(StepPlan(epoch, step, [], new_rows, [], [], [0], [start], [length], [1])).token_ids
+        self.send(StepPlan(epoch, first_step + count * stages, [0], [], [], [], [], [], [], []))
+        return output
+
+    def shut_down(self) -> None:
+        self.send(Shutdown(self.spec.epoch))
+        assert self.wait_all() == [0] * len(self.processes)
+
+    def wait_all(self, deadline_s: float = DEADLINE_S) -> list[int]:
+        ends_s = time.monotonic() + deadline_s
+        return [process.wait(max(0.0, ends_s - time.monotonic())) for process in self.processes]
+
+
+@contextmanager
+def running(spec: WorkerSpec, folder: Path) -> Iterator[Workers]:
+    """Start the workers of a spec; none survives the block."""
+    workers = Workers(spec, folder)
+    with zmq.Context() as context:
+        try:
+            workers.start(context)
+            yield workers
+        finally:
+            for process in workers.processes:
+                process.kill()
+                process.communicate()
+            for socket in workers.sockets:
+                socket.close()
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
+    """Poll a condition that nothing announces."""
+    ends_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < ends_s, "deadline"
+        time.sleep(0.01)

@@ -1,0 +1,67 @@
+"""Entry of one worker process: ``python -m mgpu.worker``.
+
+The environment is torchrun's: RANK, LOCAL_RANK, WORLD_SIZE, and MASTER_ADDR, MASTER_PORT where the spec names no
+rendezvous file. The spec comes on standard input (4 bytes of little-endian length, then the message), which
+the parent keeps open: its end ends the worker.
+
+Under torchrun, Slurm or the like use ``--spec FILE``: the bare message in a file, where ``{rank}`` in the path stands
+for RANK; standard input is then not looked at.
+"""
+
+import argparse
+import faulthandler
+import os
+import signal
+import sys
+
+from mgpu.worker import lifeline
+from mgpu.worker.errors import BadSpec
+
+EXIT_FAILED = 1
+EXIT_BAD_SPEC = 2
+
+
+def main() -> int:
+    """Run one worker. The exit status is 0 after an orderly shutdown."""
+    arguments = _parser().parse_args()
+    faulthandler.enable()
+    # Ctrl-C goes to the whole foreground group; the orchestrator decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        if arguments.spec:
+            spec = lifeline.read_spec_from_file(arguments.spec.replace("{rank}", os.environ.get("RANK", "")))
+        else:
+            lifeline.die_with_parent()
+            spec = lifeline.read_spec_from_stdin()
+            lifeline.exit_when_stdin_ends()
+        rank = _rank(spec.plan.world_size)
+    except BadSpec as error:
+        print(f"mgpu worker: {error}", file=sys.stderr)
+        return EXIT_BAD_SPEC
+    # Only now the seconds of importing torch: a parent that is already gone must not wait for them.
+    from mgpu.worker.process import run_worker
+
+    if not run_worker(spec, rank):
+        sys.stderr.flush()
+        os._exit(EXIT_FAILED)  # no clean-up that waits for lost peers
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mgpu.worker", description="One worker of mgpu.")
+    parser.add_argument("--spec", metavar="FILE", help="read the spec from a file, not from standard input")
+    return parser
+
+
+def _rank(world_size: int) -> int:
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError) as error:
+        raise BadSpec("RANK and WORLD_SIZE must be set to numbers, as torchrun does") from error
+    if size != world_size or not 0 <= rank < size:
+        raise BadSpec(f"RANK={rank} and WORLD_SIZE={size} do not fit a plan of {world_size} ranks")
+    return rank
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The worker's end of its pair with the orchestrator."""
+
+import zmq
+
+from mgpu.protocol.codec import CodecError
+from mgpu.protocol.control import CONTROL, AllocateCache, Shutdown, StepPlan
+from mgpu.worker.errors import BadPlan
+
+_LINGER_MS = 2000
+"""Time for a last message to leave: the one that says why this worker ends."""
+
+Order = AllocateCache | StepPlan | Shutdown
+
+
+class ControlSocket:
+    """A DEALER of one thread. It owns its context; `close` it."""
+
+    def __init__(self, endpoint: str, epoch: int) -> None:
+        self._epoch = epoch
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.connect(endpoint)
+
+    def send(self, message: object) -> None:
+        self._socket.send(CONTROL.encode(message))
+
+    def receive(self, timeout_ms: int) -> Order | None:
+        """Give the next order of this epoch, or None when none came in time. 0 looks without waiting.
+
+        Orders of another epoch are dropped: they are meant for the group that was here before. BadPlan for bytes
+        that are no order at all.
+        """
+        while timeout_ms == 0 or self._socket.poll(timeout_ms):
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            order = _decode(data)
+            if order.epoch == self._epoch:
+                return order
+        return None
+
+    def close(self) -> None:
+        """Let what was sent leave, for two seconds at most."""
+        self._context.destroy(linger=_LINGER_MS)
+
+
+def _decode(data: bytes) -> Order:
+    try:
+        message = CONTROL.decode(data)
+    except CodecError as error:
+        raise BadPlan(f"the orchestrator sent no message: {error}") from error
+    if not isinstance(message, AllocateCache | StepPlan | Shutdown):
+        raise BadPlan(f"the orchestrator sent a {type(message).__name__}, which is for it to read")
+    return message

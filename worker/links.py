@@ -1,0 +1,187 @@
+"""Connect one rank to the others as its spec says.
+
+Rank j of a stage sends to every rank i of the next stage with ``i % size == j``: activations are the same on all ranks
+of a stage, so stages of different sizes fit together. Sampled tokens go from the last stage to the first alike.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.control import WorkerSpec
+from mgpu.protocol.model import DTYPE_BYTES
+from mgpu.protocol.placement import Transport
+from mgpu.protocol.shared_layout import MailboxRegion, SharedLayout, shared_layout
+from mgpu.worker.collectives import (
+    DistChannel,
+    DistGroup,
+    DryRun,
+    SingleRank,
+    TensorParallelGroup,
+    ThroughHost,
+    new_groups,
+    start_process_group,
+)
+from mgpu.worker.errors import BadSpec
+from mgpu.worker.mailbox import Channel, HostMailbox
+from mgpu.worker.peer_mailbox import PeerReceiver, PeerSender
+from mgpu.worker.shared_memory import SharedMemoryGroup, SharedSegment
+
+START_TIMEOUT_S = 180.0
+"""Least time for all ranks to import torch and meet: many of them may share few cores."""
+_TOKENS_TAG = 1
+
+
+@dataclass(slots=True)
+class Links:
+    """What one rank says to others. Messages of one link arrive in the order of steps."""
+
+    group: DryRun
+    upstream: Channel | None
+    downstream: tuple[Channel, ...]
+    tokens_from: Channel | None
+    tokens_to: tuple[Channel, ...]
+    segment: SharedSegment | None
+    notes: list[str]
+    """Lines for the start-up log."""
+
+    def send(self, x_TD: Tensor) -> None:
+        """Pass activations to the ranks of the next stage that read from this one."""
+        for channel in self.downstream:
+            channel.send(x_TD)
+
+    def recv(self, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+        """Take activations of the previous stage, [T, D]."""
+        assert self.upstream is not None, "the first stage embeds tokens"
+        return self.upstream.recv((num_tokens, hidden_size), dtype)
+
+    def send_tokens(self, ids_S: Tensor) -> None:
+        """Pass sampled tokens, int32 [S], from the last stage to the first."""
+        for channel in self.tokens_to:
+            channel.send(ids_S)
+
+    def recv_tokens(self, count: int) -> Tensor:
+        assert self.tokens_from is not None, "only the first stage of several is told tokens"
+        return self.tokens_from.recv((count,), torch.int32)
+
+    def report_failure(self) -> None:
+        """Let peers that wait for this rank know, where there is a way."""
+        if self.segment is not None:
+            self.segment.report_failure()
+
+
+def connect(spec: WorkerSpec, rank: int, device: torch.device) -> Links:
+    """Meet the other ranks and open this rank's links. PeerLost when one does not come."""
+    world_size = spec.plan.world_size
+    if world_size == 1:
+        return Links(DryRun(SingleRank()), None, (), None, (), None, [])
+    return _Connector(spec, rank, device).links()
+
+
+class _Connector:
+    """What the links of one rank are made of; used once, at the start."""
+
+    def __init__(self, spec: WorkerSpec, rank: int, device: torch.device) -> None:
+        self.spec = spec
+        self.place = spec.plan.place_of(rank)
+        self.device = device
+        self.notes: list[str] = []
+        self.layout = layout_of(spec) if spec.shared_fd >= 0 else None
+        self.segment = _open_segment(spec, self.layout, rank) if self.layout is not None else None
+
+    def links(self) -> Links:
+        start_s = max(START_TIMEOUT_S, self.spec.timeout_s)
+        stage, last = self.place.stage_index, self.spec.plan.num_stages - 1
+        group = self._group(start_s)
+        if self.segment is not None:
+            self.segment.barrier(self.spec.plan.world_size, start_s)
+        return Links(
+            group=DryRun(group),
+            upstream=self._activations(stage - 1, stage)[0] if stage > 0 else None,
+            downstream=self._activations(stage, stage + 1) if stage < last else (),
+            tokens_from=self._tokens(last)[0] if stage == 0 < last else None,
+            tokens_to=self._tokens(last) if stage == last > 0 else (),
+            segment=self.segment,
+            notes=self.notes,
+        )
+
+    def _group(self, start_s: float) -> TensorParallelGroup:
+        """Join torch.distributed if any transport needs it, then give this stage's group."""
+        spec, place = self.spec, self.place
+        transports = {spec.transport, spec.stage_transport} & {"gloo", "nccl"}
+        if transports:
+            start_process_group(
+                spec.rendezvous,
+                place.rank,
+                spec.plan.world_size,
+                nccl_device=self.device if "nccl" in transports else None,
+                start_s=start_s,
+                timeout_s=spec.timeout_s,
+            )
+        ranks = [spec.plan.ranks_of_stage(index) for index in range(spec.plan.num_stages)]
+        if spec.transport in ("gloo", "nccl") and max(map(len, ranks)) > 1:
+            own = new_groups(ranks, spec.timeout_s)[place.stage_index]
+            group: TensorParallelGroup = DistGroup(own, place.tp_rank, place.tp_size)
+            through_host = spec.transport == "gloo"
+        elif place.tp_size > 1:
+            if spec.transport != "shared-memory" or self.segment is None or self.layout is None:
+                raise BadSpec(
+                    f"a stage of {place.tp_size} ranks cannot use transport {spec.transport!r} without a memfd"
+                )
+            region = self.layout.reduce[place.stage_index]
+            group = SharedMemoryGroup(self.segment, region, place.tp_rank, ranks[place.stage_index])
+            through_host = True
+        else:
+            return SingleRank()
+        return ThroughHost(group) if through_host and self.device.type == "cuda" else group
+
+    def _activations(self, sender: int, receiver: int) -> tuple[Channel, ...]:
+        regions = self.layout.activations[sender] if self.layout is not None else None
+        return self._channels(sender, receiver, regions, self.spec.stage_transport, tag=0)
+
+    def _tokens(self, last: int) -> tuple[Channel, ...]:
+        # Token ids are few and the host wants them anyway: always shared memory where there is any.
+        if self.layout is not None:
+            return self._channels(last, 0, self.layout.feedback, "shared-memory", tag=_TOKENS_TAG)
+        return self._channels(last, 0, None, "gloo", tag=_TOKENS_TAG)
+
+    def _channels(
+        self, sender: int, receiver: int, regions: Sequence[MailboxRegion] | None, transport: Transport, tag: int
+    ) -> tuple[Channel, ...]:
+        """Open this rank's ends between two stages: one as a receiver, none or several as a sender."""
+        senders, receivers = self.spec.plan.ranks_of_stage(sender), self.spec.plan.ranks_of_stage(receiver)
+        sends = self.place.stage_index == sender
+        pairs = [(senders[j % len(senders)], peer, j) for j, peer in enumerate(receivers)]
+        mine = [pair for pair in pairs if pair[0 if sends else 1] == self.place.rank]
+        return tuple(
+            self._channel(pair[1 if sends else 0], regions[pair[2]] if regions else None, transport, tag, sends)
+            for pair in mine
+        )
+
+    def _channel(self, peer: int, region: MailboxRegion | None, transport: Transport, tag: int, sends: bool) -> Channel:
+        if transport in ("gloo", "nccl"):
+            wire = self.device if transport == "nccl" else torch.device("cpu")
+            return DistChannel(peer, tag, self.device, wire)
+        if region is None or self.segment is None:
+            raise BadSpec(f"stage transport {transport!r} needs the memfd that only one machine's ranks can share")
+        name = f"rank {peer}"
+        if transport == "peer" and self.device.type == "cuda":
+            return (PeerSender if sends else PeerReceiver)(self.segment, region, self.device, name)
+        if sends and tag != _TOKENS_TAG and self.device.type == "cuda":
+            self.notes.append(f"activations from rank {self.place.rank} to rank {peer} go through pinned host memory")
+        return HostMailbox(self.segment, region, self.device, name)
+
+
+def layout_of(spec: WorkerSpec) -> SharedLayout:
+    """Give the layout of the shared file, as the orchestrator computed it."""
+    return shared_layout(
+        spec.plan, spec.max_batch_tokens, spec.max_rows, spec.facts.hidden_size, DTYPE_BYTES[spec.dtype]
+    )
+
+
+def _open_segment(spec: WorkerSpec, layout: SharedLayout, rank: int) -> SharedSegment:
+    if spec.shared_bytes < layout.total_bytes:
+        raise BadSpec(f"the shared file has {spec.shared_bytes} bytes; the plan needs {layout.total_bytes}")
+    return SharedSegment(spec.shared_fd, layout, rank, spec.timeout_s)

@@ -1,0 +1,62 @@
+"""How much of a device the KV pool may take."""
+
+from collections.abc import Callable
+
+import torch
+
+from mgpu.protocol.control import WorkerSpec
+from mgpu.worker.errors import OutOfMemory
+
+_CPU_POOL_BYTES = 2 << 30
+_CPU_SHARE = 0.25
+
+
+def pool_blocks(spec: WorkerSpec, pool_bytes: int, block_bytes: int) -> int:
+    """Give the blocks that fit, but no more than all rows at full length need. OutOfMemory when not one fits."""
+    most = spec.max_rows * -(-(spec.max_seq_len + 1) // spec.block_size)
+    blocks = min(most, pool_bytes // block_bytes)
+    if blocks < 1:
+        raise OutOfMemory(
+            f"{pool_bytes / 2**20:.0f} MiB are left for the KV cache and one block of {spec.block_size} tokens takes "
+            f"{block_bytes / 2**20:.2f} MiB; use more GPUs, --quant, or a larger --memory-fraction"
+        )
+    return blocks
+
+
+def cpu_pool_bytes(spec: WorkerSpec) -> int:
+    """Give the pool of one of several workers that share a machine's memory."""
+    return spec.kv_bytes or min(_CPU_POOL_BYTES, int(_CPU_SHARE * _available_bytes() / spec.plan.world_size))
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo names no MemAvailable")
+
+
+def cuda_pool_bytes(spec: WorkerSpec, device: torch.device, ordinal: int, worst_step: Callable[[], None]) -> int:
+    """Measure what is left of a GPU once weights are there and the largest step has had its activations.
+
+    ``ordinal`` is the plan's number of the device; workers that the plan puts on the same one share what is left.
+    """
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    worst_step()
+    torch.cuda.synchronize(device)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    if spec.kv_bytes:
+        return spec.kv_bytes
+    free, total = torch.cuda.mem_get_info(device)
+    sharers = sum(stage.devices.count(ordinal) for stage in spec.plan.stages)
+    left = int((spec.memory_fraction * total - (total - free)) / sharers) - activations
+    if left <= 0:
+        raise OutOfMemory(
+            f"{device}: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB are taken by weights and others, a "
+            f"step of {spec.max_batch_tokens} tokens needs {activations / 2**30:.1f} GiB more, and memory fraction "
+            f"{spec.memory_fraction:g} leaves nothing for the KV cache; use more GPUs, --quant, fewer tokens per step "
+            "or a larger --memory-fraction"
+        )
+    return left

@@ -1,0 +1,115 @@
+"""Execute step plans: tokens in, layers, tokens out, with what comes from and goes to other stages in between."""
+
+# T tokens of the step, S rows that sample, D model dim
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.placement import RankPlace, padded_vocab
+from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.links import Links
+from mgpu.worker.models import DecoderStage
+from mgpu.worker.rows import RowTable, SampleRequest
+from mgpu.worker.sampler import Sampled, Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """Tokens that the last stage chooses and the first one still has to be told."""
+
+    step: int
+    request: SampleRequest
+    tenants: list[int]
+    """Who had the rows then: a row may have gone to another request meanwhile."""
+
+
+class ModelRunner:
+    """One rank's model, cache and rows. The same plans in the same order on every rank give the same state."""
+
+    def __init__(
+        self,
+        stage: DecoderStage,
+        cache: KvCache,
+        rows: RowTable,
+        links: Links,
+        facts: ModelFacts,
+        place: RankPlace,
+        num_stages: int,
+    ) -> None:
+        self._stage = stage
+        self._cache = cache
+        self._rows = rows
+        self._links = links
+        self._hidden_size = facts.hidden_size
+        self._num_stages = num_stages
+        self._is_first = place.stage_index == 0
+        self._is_last = place.stage_index == num_stages - 1
+        self._sampler = Sampler(rows, links.group, padded_vocab(facts.vocab_size, place.tp_size) // place.tp_size)
+        self._awaited: deque[_Awaited] = deque()
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Sampled | None:
+        """Execute one step; gives the chosen tokens on the last stage if any row samples. BadPlan, PeerLost."""
+        self._take_tokens(plan.step - self._num_stages)
+        self._rows.apply(plan)
+        if not plan.rows:
+            return None
+        batch, request = self._rows.batch(plan)
+        if self._is_first:
+            x_TD = self._stage.embed(batch.token_ids)
+        else:
+            x_TD = self._links.recv(len(batch.positions), self._hidden_size, self._stage.dtype)
+        x_TD = self._stage.run_layers(x_TD, batch, self._cache)
+        if not self._is_last:
+            self._links.send(x_TD)
+            self._await_tokens(plan.step, request)
+            return None
+        return self._choose(x_TD[batch.logit_rows], request) if request is not None else None
+
+    def _choose(self, x_SD: Tensor, request: SampleRequest) -> Sampled:
+        sampled = self._sampler.sample(self._stage.logits(x_SD), request)
+        self._rows.write_sampled(request, sampled.ids_S)
+        self._links.send_tokens(sampled.ids_S)
+        return sampled
+
+    def _await_tokens(self, step: int, request: SampleRequest | None) -> None:
+        if self._is_first and request is not None:
+            tenants = [self._rows.tenants[row] for row in request.rows]
+            self._awaited.append(_Awaited(step, request, tenants))
+
+    def _take_tokens(self, last_step: int) -> None:
+        """Write the tokens of all steps up to ``last_step``: no row that this plan names waits for a later one."""
+        while self._awaited and self._awaited[0].step <= last_step:
+            awaited = self._awaited.popleft()
+            ids_S = self._links.recv_tokens(len(awaited.request.rows))
+            self._rows.write_sampled(*self._still_there(awaited, ids_S))
+
+    def _still_there(self, awaited: _Awaited, ids_S: Tensor) -> tuple[SampleRequest, Tensor]:
+        """Leave out the rows that were freed and given to other requests since."""
+        request, tenants = awaited.request, self._rows.tenants
+        kept = [i for i, row in enumerate(request.rows) if tenants[row] == awaited.tenants[i]]
+        if len(kept) == len(request.rows):
+            return request, ids_S
+        (kept_N,) = self._rows.to_device([kept])
+        return request.pick(kept, kept_N), ids_S[kept_N]
+
+    def warm_up(self, num_tokens: int, epoch: int) -> None:
+        """Run a prefill and two decoding steps on row 0, as all ranks do together, and forget them."""
+        block_size = self._rows.block_size
+        row = NewRow(
+            row=0,
+            token_ids=bytes(4 * num_tokens),
+            prompt_len=num_tokens,
+            block_ids=list(range(-(-(num_tokens + 2) // block_size))),
+            sampling=RowSampling(temperature=1.0, top_p=0.9),
+        )
+        for index in range(3):
+            step = (index - 3) * self._num_stages  # before step 0, as far apart as a row's steps must be
+            start, count = (0, num_tokens) if index == 0 else (num_tokens + index - 1, 1)
+            self.run(StepPlan(epoch, step, [], [] if index else [row], [], [], [0], [start], [count], [1]))
+        self.run(StepPlan(epoch, 0, [0], [], [], [], [], [], [], []))

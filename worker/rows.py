@@ -1,0 +1,183 @@
+"""Keep what a request is between steps: its tokens, its blocks and its sampling.
+
+Rows live on the device, so that a plan carries only changes, and the token that a step samples is there for the next
+step before anybody has read it back.
+"""
+
+# T tokens of the step, R rows in it, S rows that sample, B blocks of the longest table
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.worker.batch import StepBatch
+from mgpu.worker.errors import BadPlan
+
+_NO_SAMPLING = RowSampling()
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """Which rows choose a token in a step, and for which positions; parallel columns, on the host and the device."""
+
+    rows: list[int]
+    positions: list[int]
+    """Position of the token that is chosen."""
+    rows_S: Tensor
+    """int64 [S]."""
+    positions_S: Tensor
+    """int64 [S]."""
+
+    def pick(self, indices: list[int], indices_N: Tensor) -> "SampleRequest":
+        """Give some of the rows; ``indices_N`` are the same indices on the device."""
+        return SampleRequest(
+            [self.rows[i] for i in indices],
+            [self.positions[i] for i in indices],
+            self.rows_S[indices_N],
+            self.positions_S[indices_N],
+        )
+
+
+class RowTable:
+    """State of all rows of one worker.
+
+    ``tokens`` is int32 [max_rows, max_seq_len + 1]: a request that reached its full length may be sampled once more
+    before its end is known, and that token needs a place. ``blocks`` is int32 [max_rows, blocks of the longest].
+    """
+
+    def __init__(self, max_rows: int, max_seq_len: int, block_size: int, num_blocks: int, device: torch.device) -> None:
+        self.device = device
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        width = max_seq_len + 1
+        self.tokens = torch.zeros((max_rows, width), dtype=torch.int32, device=device)
+        self.blocks = torch.zeros((max_rows, -(-width // block_size)), dtype=torch.int32, device=device)
+        self.sampling = [_NO_SAMPLING] * max_rows
+        self.tenants = [0] * max_rows
+        """Counts the requests that had a row, so that late news of an earlier one can be told apart."""
+        self.prompt_lens = [0] * max_rows
+        self._block_counts = [0] * max_rows
+        self.seeds = torch.zeros((max_rows, 2), dtype=torch.int32, device=device)
+        self.temperatures = torch.zeros(max_rows, dtype=torch.float32, device=device)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Free, fill and extend rows as the plan says. BadPlan when it names rows or blocks that cannot be."""
+        for row in plan.free_rows:
+            self.sampling[row] = _NO_SAMPLING
+            self._block_counts[row] = 0
+        for new in plan.new_rows:
+            self._fill(new)
+        if plan.block_rows:
+            self._append(plan.block_rows, plan.block_ids)
+
+    def _fill(self, new: NewRow) -> None:
+        ids = int32_tensor(new.token_ids)
+        if len(ids) > self.tokens.shape[1] or len(new.block_ids) > self.blocks.shape[1]:
+            raise BadPlan(
+                f"row {new.row} with {len(ids)} tokens and {len(new.block_ids)} blocks; "
+                f"a row holds {self.tokens.shape[1]} and {self.blocks.shape[1]}"
+            )
+        self._check_blocks(new.block_ids)
+        self.tokens[new.row, : len(ids)] = self._upload(ids)
+        self.blocks[new.row, : len(new.block_ids)] = self._upload(torch.tensor(new.block_ids, dtype=torch.int32))
+        self._block_counts[new.row] = len(new.block_ids)
+        self.prompt_lens[new.row] = new.prompt_len
+        self.sampling[new.row] = new.sampling
+        self.tenants[new.row] += 1
+        seed = new.sampling.seed & 0xFFFF_FFFF_FFFF_FFFF
+        self.seeds[new.row] = self._upload(int32_tensor(seed.to_bytes(8, "little")))
+        self.temperatures[new.row] = new.sampling.temperature
+
+    def _append(self, rows: list[int], block_ids: list[int]) -> None:
+        self._check_blocks(block_ids)
+        places = []
+        for row in rows:
+            places.append(self._block_counts[row])
+            self._block_counts[row] += 1
+        if max(places) >= self.blocks.shape[1]:
+            raise BadPlan(f"a row was given more than {self.blocks.shape[1]} blocks")
+        index = self.to_device([rows, places, block_ids])
+        self.blocks[index[0], index[1]] = index[2].to(torch.int32)
+
+    def _check_blocks(self, block_ids: list[int]) -> None:
+        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self.num_blocks:
+            raise BadPlan(f"blocks {min(block_ids)}..{max(block_ids)} in a pool of {self.num_blocks}")
+
+    def batch(self, plan: StepPlan) -> tuple[StepBatch, SampleRequest | None]:
+        """Build the tensors of a step; one copy to the device, whatever the number of rows."""
+        contexts = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
+        self._check_contexts(plan, contexts)
+        ends: list[int] = []
+        total = 0
+        for count in plan.counts:
+            total += count
+            ends.append(total)
+        sampling = [i for i, samples in enumerate(plan.samples) if samples]
+        sampled_rows = [plan.rows[i] for i in sampling]
+        positions = [contexts[i] for i in sampling]
+        logit_rows = [ends[i] - 1 for i in sampling]
+        columns = [plan.rows, plan.starts, plan.counts, ends, contexts, logit_rows, sampled_rows, positions]
+        rows_R, starts_R, counts_R, ends_R, contexts_R, logit_rows_S, rows_S, positions_S = self.to_device(columns)
+
+        if total == len(plan.rows):  # one token per row: decoding
+            token_rows_T, positions_T = rows_R, starts_R
+        else:
+            token_rows_T, positions_T = _spread(rows_R, starts_R, counts_R, ends_R, total)
+        blocks_T = self.blocks[token_rows_T, positions_T // self.block_size].long()
+        longest = -(-max(contexts) // self.block_size)
+        batch = StepBatch(
+            token_ids=self.tokens[token_rows_T, positions_T].long(),
+            positions=positions_T,
+            slots=blocks_T * self.block_size + positions_T % self.block_size,
+            query_starts=torch.cat([ends_R.new_zeros(1), ends_R]).to(torch.int32),
+            context_lens=contexts_R.to(torch.int32),
+            block_tables=self.blocks[rows_R, :longest],
+            logit_rows=logit_rows_S,
+            query_lens_host=plan.counts,
+            context_lens_host=contexts,
+        )
+        request = SampleRequest(sampled_rows, positions, rows_S, positions_S) if sampling else None
+        return batch, request
+
+    def _check_contexts(self, plan: StepPlan, contexts: list[int]) -> None:
+        if not plan.rows or min(plan.counts) < 1 or min(plan.starts) < 0:
+            raise BadPlan("a step needs rows, each with a position and at least one token")
+        for row, context in zip(plan.rows, contexts, strict=True):
+            if context > self._block_counts[row] * self.block_size or context >= self.tokens.shape[1]:
+                raise BadPlan(
+                    f"row {row} reaches {context} tokens with {self._block_counts[row]} blocks "
+                    f"of {self.block_size} and room for {self.tokens.shape[1] - 1}"
+                )
+
+    def write_sampled(self, request: SampleRequest, ids_S: Tensor) -> None:
+        """Put chosen tokens, int32 [S], where the next step of their rows reads them."""
+        self.tokens[request.rows_S, request.positions_S] = ids_S
+
+    def to_device(self, columns: list[list[int]]) -> tuple[Tensor, ...]:
+        """Copy columns of integers in one go; gives int64 tensors of the same lengths."""
+        flat = self._upload(torch.tensor([value for column in columns for value in column], dtype=torch.int64))
+        return torch.split(flat, [len(column) for column in columns])
+
+    def _upload(self, values: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
+
+
+def int32_tensor(data: bytes) -> Tensor:
+    """Read little-endian int32; x86 and ARM are little-endian, others are refused at import of this module."""
+    return torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
+
+
+def _spread(rows_R: Tensor, starts_R: Tensor, counts_R: Tensor, ends_R: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Give row and position of each of the step's T tokens."""
+    owner_T = torch.repeat_interleave(counts_R, output_size=total)
+    offset_R = starts_R - (ends_R - counts_R)
+    return rows_R[owner_T], torch.arange(total, device=rows_R.device) + offset_R[owner_T]
+
+
+if sys.byteorder != "little":
+    raise ImportError("mgpu's messages are little-endian")

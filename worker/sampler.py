@@ -1,0 +1,160 @@
+"""Choose the next token of every row that samples, the same one on every rank of the stage.
+
+Logits stay split by vocabulary: greedy rows and rows with a temperature alone exchange one (value, id) pair per rank.
+Only rows with top_k, top_p, min_p or log-probabilities gather their logits.
+"""
+
+# S rows that sample, V tokens (of this rank's slice, or all where a comment says so), F rows that need all logits
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.control import RowSampling, TokenLogprobs
+from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.rows import RowTable, SampleRequest
+from mgpu.worker.sampling_filters import has_filters, thresholds
+from mgpu.worker.sampling_noise import gumbel, row_keys, token_factors
+from mgpu.worker.sampling_rules import apply_rules, has_rules
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them would overflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobTensors:
+    """Log-probabilities of the rows that asked, still on the device; ``wanted`` are their counts of top tokens."""
+
+    indices: list[int]
+    wanted: list[int]
+    chosen_F: Tensor
+    top_ids_FN: Tensor
+    top_FN: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Tokens of one step in plan order, int32 [S] on the device."""
+
+    ids_S: Tensor
+    logprobs: LogprobTensors | None
+
+    def logprob_list(self) -> list[TokenLogprobs | None] | None:
+        """Read the log-probabilities back, parallel to the tokens; None when nobody asked."""
+        if self.logprobs is None:
+            return None
+        asked = self.logprobs
+        rows: list[TokenLogprobs | None] = [None] * len(self.ids_S)
+        chosen, top_ids, top = asked.chosen_F.tolist(), asked.top_ids_FN.tolist(), asked.top_FN.tolist()
+        for i, (index, count) in enumerate(zip(asked.indices, asked.wanted, strict=True)):
+            rows[index] = TokenLogprobs(chosen[i], top_ids[i][:count], top[i][:count])
+        return rows
+
+
+class Sampler:
+    """Sampler of one rank of the last stage; ``slice_size`` logits of each row are its own."""
+
+    def __init__(self, rows: RowTable, group: TensorParallelGroup, slice_size: int) -> None:
+        self._rows = rows
+        self._group = group
+        self._first_id = group.rank * slice_size
+        self._slice = token_factors(self._first_id, slice_size, rows.device)
+        self._all = self._slice if group.size == 1 else token_factors(0, slice_size * group.size, rows.device)
+
+    def sample(self, logits_SV: Tensor, request: SampleRequest) -> Sampled:
+        """Choose from this rank's fp32 logits [S, V], which may be overwritten."""
+        sampling = [self._rows.sampling[row] for row in request.rows]
+        whole = [i for i, row in enumerate(sampling) if _needs_all_logits(row)]
+        if not whole:
+            return Sampled(self._choose_split(logits_SV, request, sampling), None)
+        if len(whole) == len(sampling):
+            return self._choose_whole(logits_SV, request, sampling)
+        return self._choose_mixed(logits_SV, request, sampling, whole)
+
+    def _choose_mixed(
+        self, logits_SV: Tensor, request: SampleRequest, sampling: list[RowSampling], whole: list[int]
+    ) -> Sampled:
+        split = sorted(set(range(len(sampling))) - set(whole))
+        whole_F, split_S = self._rows.to_device([whole, split])
+        part = self._choose_whole(logits_SV[whole_F], request.pick(whole, whole_F), [sampling[i] for i in whole])
+        ids_S = torch.empty(len(sampling), dtype=torch.int32, device=logits_SV.device)
+        ids_S[whole_F] = part.ids_S
+        ids_S[split_S] = self._choose_split(
+            logits_SV[split_S], request.pick(split, split_S), [sampling[i] for i in split]
+        )
+        if part.logprobs is None:
+            return Sampled(ids_S, None)
+        asked = part.logprobs
+        indices = [whole[i] for i in asked.indices]
+        return Sampled(ids_S, LogprobTensors(indices, asked.wanted, asked.chosen_F, asked.top_ids_FN, asked.top_FN))
+
+    def _choose_split(self, logits_SV: Tensor, request: SampleRequest, sampling: list[RowSampling]) -> Tensor:
+        """Choose with each rank's slice alone, then take the best of the ranks; equal values: the lowest id."""
+        self._apply_rules(logits_SV, self._first_id, request, sampling)
+        z_SV = self._with_noise(logits_SV, self._slice, request, sampling, filtered=False)
+        local_S = z_SV.argmax(-1)
+        if self._group.size == 1:
+            return local_S.to(torch.int32)
+        best_S = z_SV.gather(-1, local_S[:, None])[:, 0]
+        # One message: the value's bits beside the id.
+        pair_S2 = torch.stack([best_S.view(torch.int32), (local_S + self._first_id).to(torch.int32)], dim=-1)
+        pairs_SR2 = self._group.all_gather(pair_S2).view(len(pair_S2), self._group.size, 2)
+        winner_S = pairs_SR2[:, :, 0].contiguous().view(torch.float32).argmax(-1)
+        return pairs_SR2[:, :, 1].gather(-1, winner_S[:, None])[:, 0]
+
+    def _choose_whole(self, logits_FV: Tensor, request: SampleRequest, sampling: list[RowSampling]) -> Sampled:
+        """Choose with the logits of all ranks, on every rank alike."""
+        raw_FV = self._group.all_gather(logits_FV)
+        asked = [i for i, row in enumerate(sampling) if row.num_logprobs >= 0]
+        z_FV = raw_FV.clone() if asked else raw_FV
+        self._apply_rules(z_FV, 0, request, sampling)
+        z_FV = self._with_noise(z_FV, self._all, request, sampling, filtered=True)
+        ids_F = z_FV.argmax(-1)
+        logprobs = self._logprobs(raw_FV, ids_F, asked, sampling) if asked else None
+        return Sampled(ids_F.to(torch.int32), logprobs)
+
+    def _apply_rules(
+        self, logits_SV: Tensor, first_id: int, request: SampleRequest, sampling: list[RowSampling]
+    ) -> None:
+        for i, row in enumerate(sampling):
+            if has_rules(row):
+                number = request.rows[i]
+                tokens_L = self._rows.tokens[number, : request.positions[i]]
+                apply_rules(logits_SV[i], first_id, row, tokens_L, self._rows.prompt_lens[number])
+
+    def _with_noise(
+        self, logits_SV: Tensor, factors_V: Tensor, request: SampleRequest, sampling: list[RowSampling], filtered: bool
+    ) -> Tensor:
+        """Scale, filter and add noise where a row has a temperature; greedy rows stay as they are."""
+        drawn = [i for i, row in enumerate(sampling) if row.temperature >= GREEDY_BELOW]
+        if not drawn:
+            return logits_SV
+        if len(drawn) == len(sampling):
+            return self._draw(logits_SV, factors_V, request, sampling, filtered)
+        (drawn_N,) = self._rows.to_device([drawn])
+        picked = request.pick(drawn, drawn_N)
+        logits_SV[drawn_N] = self._draw(logits_SV[drawn_N], factors_V, picked, [sampling[i] for i in drawn], filtered)
+        return logits_SV
+
+    def _draw(
+        self, logits_SV: Tensor, factors_V: Tensor, request: SampleRequest, sampling: list[RowSampling], filtered: bool
+    ) -> Tensor:
+        z_SV = logits_SV / self._rows.temperatures[request.rows_S][:, None]
+        if filtered and any(map(has_filters, sampling)):
+            z_SV.masked_fill_(z_SV < thresholds(z_SV, sampling)[:, None], -torch.inf)
+        keys_S = row_keys(self._rows.seeds[request.rows_S], request.positions_S)
+        return z_SV.add_(gumbel(keys_S, factors_V))
+
+    def _logprobs(self, raw_FV: Tensor, ids_F: Tensor, asked: list[int], sampling: list[RowSampling]) -> LogprobTensors:
+        (asked_N,) = self._rows.to_device([asked])
+        raw_NV, ids_N = raw_FV[asked_N], ids_F[asked_N]
+        total_N1 = raw_NV.logsumexp(-1, keepdim=True)
+        wanted = [min(sampling[i].num_logprobs, raw_NV.shape[1]) for i in asked]
+        top = torch.topk(raw_NV, max(wanted))
+        chosen_N = (raw_NV.gather(-1, ids_N[:, None]) - total_N1)[:, 0]
+        return LogprobTensors(asked, wanted, chosen_N, top.indices, top.values - total_N1)
+
+
+def _needs_all_logits(sampling: RowSampling) -> bool:
+    return sampling.num_logprobs >= 0 or (sampling.temperature >= GREEDY_BELOW and has_filters(sampling))

@@ -1,0 +1,62 @@
+"""Change logits before a token is chosen: bias, penalties, banned ids. In place, on any slice of the vocabulary."""
+
+# V tokens of a vocabulary slice, L tokens of a request so far
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.control import RowSampling
+
+
+def has_rules(sampling: RowSampling) -> bool:
+    """Say whether a row's logits are ever changed."""
+    return bool(sampling.logit_bias) or bool(sampling.banned_ids) or _has_penalties(sampling)
+
+
+def _has_penalties(sampling: RowSampling) -> bool:
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+
+
+def apply_rules(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L: Tensor, prompt_len: int) -> None:
+    """Apply a row's rules to its logits for the ids from ``first_id`` on.
+
+    ``tokens_L`` are all tokens before the one to choose; its length is that one's position.
+    """
+    if sampling.logit_bias:
+        _add_bias(logits_V, first_id, sampling.logit_bias)
+    if _has_penalties(sampling):
+        _penalize(logits_V, first_id, sampling, tokens_L, prompt_len)
+    if sampling.banned_ids and len(tokens_L) < sampling.banned_until:
+        banned = _local(sampling.banned_ids, first_id, len(logits_V))
+        logits_V[torch.tensor(banned, dtype=torch.int64, device=logits_V.device)] = -torch.inf
+
+
+def _local(ids: Iterable[int], first_id: int, count: int) -> list[int]:
+    return [id_ - first_id for id_ in ids if first_id <= id_ < first_id + count]
+
+
+def _add_bias(logits_V: Tensor, first_id: int, bias: list[tuple[int, float]]) -> None:
+    for id_, value in bias:
+        if first_id <= id_ < first_id + len(logits_V):
+            logits_V[id_ - first_id] += value
+
+
+def _penalize(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L: Tensor, prompt_len: int) -> None:
+    if sampling.repetition_penalty != 1.0:
+        seen_V = _counts(tokens_L, first_id, len(logits_V)) > 0
+        factor = sampling.repetition_penalty
+        penalized_V = torch.where(logits_V > 0, logits_V / factor, logits_V * factor)
+        logits_V.copy_(torch.where(seen_V, penalized_V, logits_V))
+    if sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0:
+        counts_V = _counts(tokens_L[prompt_len:], first_id, len(logits_V))
+        logits_V -= sampling.frequency_penalty * counts_V + sampling.presence_penalty * (counts_V > 0)
+
+
+def _counts(tokens_L: Tensor, first_id: int, count: int) -> Tensor:
+    """Count each id of the slice, fp32 [V]; ids of other slices go to a column that is cut off."""
+    local_L = tokens_L.long() - first_id
+    local_L = torch.where((local_L >= 0) & (local_L < count), local_L, count)
+    counts = torch.zeros(count + 1, dtype=torch.float32, device=tokens_L.device)
+    return counts.index_add_(0, local_L, torch.ones_like(local_L, dtype=torch.float32))[:count]

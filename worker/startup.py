@@ -1,0 +1,146 @@
+"""What a worker does before its first step: weights, measure, cache."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
+from mgpu.protocol.control import Loaded, RowSampling, WorkerSpec
+from mgpu.protocol.placement import RankPlace, head_shard
+from mgpu.worker.batch import StepBatch
+from mgpu.worker.kv_cache import KvCache, block_bytes
+from mgpu.worker.links import Links
+from mgpu.worker.memory import cpu_pool_bytes, cuda_pool_bytes, pool_blocks
+from mgpu.worker.model_runner import ModelRunner
+from mgpu.worker.models import DecoderStage, build_stage, init_dummy_weights, load_weights
+from mgpu.worker.rows import RowTable, SampleRequest
+from mgpu.worker.sampler import Sampler
+
+Progress = Callable[[int, int], None]
+"""Told of bytes done and bytes in all."""
+
+
+class StartUp:
+    """One rank's way to a `ModelRunner`."""
+
+    def __init__(self, spec: WorkerSpec, place: RankPlace, device: torch.device, links: Links) -> None:
+        self._spec = spec
+        self._place = place
+        self._device = device
+        self._links = links
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._own = spec.plan.stages[place.stage_index]
+        facts = spec.facts
+        self._kv_heads = head_shard(facts.num_q_heads, facts.num_kv_heads, place.tp_rank, place.tp_size).num_kv
+
+    def load(self, progress: Progress) -> tuple[DecoderStage, int]:
+        """Build this rank's stage and give it weights; the second value is the bytes read from disk."""
+        spec, layers = self._spec, range(self._own.first_layer, self._own.end_layer)
+        stage = build_stage(spec.facts, self._place, layers, self._links.group, self._dtype, self._device)
+        if spec.model.load_format == "dummy":
+            init_dummy_weights(stage, spec.seed)
+            return stage, 0
+        checkpoint = read_checkpoint(spec.model.path, spec.model.load_format)
+        total = bytes_to_read(checkpoint, stage, self._place.tp_size)
+        done = 0
+
+        def add(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(min(done, total), total)
+
+        return stage, load_weights(stage, checkpoint, add)
+
+    def measure(self, stage: DecoderStage) -> Loaded:
+        """Find out how many blocks this rank could hold. OutOfMemory when not one."""
+        spec = self._spec
+        per_block = block_bytes(self._own.num_layers, spec.block_size, self._kv_heads, spec.facts.head_dim, self._dtype)
+        if self._device.type == "cuda":
+            pool = cuda_pool_bytes(spec, self._device, self._place.device, lambda: self._worst_step(stage))
+        else:
+            pool = cpu_pool_bytes(spec)
+        blocks = pool_blocks(spec, pool, per_block)
+        return Loaded(spec.epoch, self._place.rank, blocks, per_block, weight_bytes(stage), pool)
+
+    def allocate(self, stage: DecoderStage, num_blocks: int) -> ModelRunner:
+        """Allocate the pool and the rows."""
+        rows = self._rows(num_blocks)
+        cache = self._cache(num_blocks)
+        return ModelRunner(stage, cache, rows, self._links, self._spec.facts, self._place, self._spec.plan.num_stages)
+
+    def _rows(self, num_blocks: int) -> RowTable:
+        spec = self._spec
+        return RowTable(spec.max_rows, spec.max_seq_len, spec.block_size, num_blocks, self._device)
+
+    def _cache(self, num_blocks: int) -> KvCache:
+        return KvCache(
+            self._own.num_layers,
+            num_blocks,
+            self._spec.block_size,
+            self._kv_heads,
+            self._spec.facts.head_dim,
+            self._dtype,
+            self._device,
+        )
+
+    @torch.inference_mode()
+    def _worst_step(self, stage: DecoderStage) -> None:
+        """Run the largest step there can be, without the other ranks, on a pool of one block."""
+        self._links.group.alone = True
+        rows, cache = self._rows(1), self._cache(1)
+        batch = self._largest_batch()
+        shape = (len(batch.token_ids), self._spec.facts.hidden_size)
+        if stage.is_first:
+            x_TD = stage.embed(batch.token_ids)
+        else:
+            x_TD = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        x_TD = stage.run_layers(x_TD, batch, cache)
+        if stage.is_last:
+            self._sample_most(rows, stage.logits(x_TD[: self._spec.max_rows]))
+        self._links.group.alone = False
+
+    def _sample_most(self, rows: RowTable, logits_SV: Tensor) -> None:
+        count = len(logits_SV)
+        rows.sampling = [RowSampling(temperature=1.0, top_p=0.9, num_logprobs=1)] * self._spec.max_rows
+        numbers = torch.arange(count, device=self._device)
+        Sampler(rows, self._links.group, logits_SV.shape[1]).sample(
+            logits_SV, SampleRequest([*range(count)], [1] * count, numbers, torch.ones_like(numbers))
+        )
+
+    def _largest_batch(self) -> StepBatch:
+        spec, device = self._spec, self._device
+        counts = [spec.max_seq_len] * (spec.max_batch_tokens // spec.max_seq_len)
+        if rest := spec.max_batch_tokens % spec.max_seq_len:
+            counts.append(rest)
+        positions = torch.cat([torch.arange(count, device=device) for count in counts])
+        ends = torch.tensor([0, *counts], device=device).cumsum(0)
+        blocks = -(-max(counts) // spec.block_size)
+        return StepBatch(
+            token_ids=torch.zeros_like(positions),
+            positions=positions,
+            slots=positions % spec.block_size,
+            query_starts=ends.to(torch.int32),
+            context_lens=torch.tensor(counts, dtype=torch.int32, device=device),
+            block_tables=torch.zeros((len(counts), blocks), dtype=torch.int32, device=device),
+            logit_rows=ends[1:] - 1,
+            query_lens_host=counts,
+            context_lens_host=counts,
+        )
+
+
+def weight_bytes(stage: DecoderStage) -> int:
+    """Give the memory of a stage's weights; tied ones count once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in [*stage.parameters(), *stage.buffers()]}
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+
+
+def bytes_to_read(checkpoint: Checkpoint, stage: DecoderStage, tp_size: int) -> int:
+    """Estimate what one rank reads, for a progress bar: its layers' bytes over the ranks of its stage."""
+    prefixes = [f"model.layers.{index}." for index in stage.layer_range]
+    if stage.is_first or stage.facts.tie_embeddings:
+        prefixes.append("model.embed_tokens.")
+    if stage.is_last:
+        prefixes += ["model.norm.", "lm_head."]
+    wanted = tuple(prefixes)
+    return sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name.startswith(wanted)) // tp_size
