@@ -42,12 +42,15 @@ class Plan:
         """How many requests of full length the KV pool holds."""
         return self.kv_tokens / self.max_seq_len
 
-    def worker_kv_bytes(self, rank: int) -> int:
-        """Give ``WorkerSpec.kv_bytes`` of a rank: 0 on CUDA, where the worker measures, unless the user fixed it."""
-        row = self.rows[rank]
-        if row.device.kind == "cuda" and not self.kv_memory:
+    @property
+    def worker_kv_bytes(self) -> int:
+        """Give ``WorkerSpec.kv_bytes`` of every rank: 0 on CUDA, where workers measure, unless the user fixed it.
+
+        The rank with most bytes per token bounds the pool, and reaches ``kv_tokens`` with exactly this.
+        """
+        if self.machine.kind == "cuda" and not self.kv_memory:
             return 0
-        return self.kv_tokens * row.kv_token_bytes
+        return self.kv_tokens * max(row.kv_token_bytes for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)

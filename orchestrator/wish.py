@@ -21,7 +21,8 @@ class Wish:
     """KV bytes per worker; 0: what fits."""
     block_size: int = 16
     max_rows: int = 256
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int = 0
+    """Most tokens in one step; 0: what suits the device."""
 
 
 def implied_workers(wish: Wish) -> int | None:

@@ -1,0 +1,89 @@
+"""``mgpu-launch plan``: the layout that `serve` would choose, for this machine or a described one, without a GPU."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from mgpu.launch.config import ServeConfig
+from mgpu.launch.options import config_options, read_config
+from mgpu.orchestrator.devices import Machine, described_machine, find_machine
+from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.layout import layout_json, layout_text
+from mgpu.orchestrator.model_store import ResolvedModel, read_model, read_model_to_plan, resolve_model
+from mgpu.orchestrator.planner import Plan, Wish, plan
+from mgpu.orchestrator.wish import implied_workers
+from mgpu.protocol.checkpoint import Checkpoint
+from mgpu.protocol.model import Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A model that has been found, read and placed, with nothing started yet."""
+
+    model: ResolvedModel
+    checkpoint: Checkpoint
+    plan: Plan
+
+
+def wish_of(config: ServeConfig) -> Wish:
+    """Translate options, in which 0 and empty mean "not asked"."""
+    return Wish(
+        tp=config.tp or None,
+        device_layers=config.device_layers or None,
+        dtype=_dtype_of(config.dtype),
+        max_seq_len=config.max_seq_len or None,
+        memory_fraction=config.memory_fraction,
+        kv_memory=int(config.kv_memory),
+        block_size=config.block_size,
+        max_rows=config.max_rows,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+
+
+def _dtype_of(name: str) -> Dtype | None:
+    return next((dtype for dtype in get_args(Dtype) if dtype == name), None)
+
+
+def machine_of(config: ServeConfig, wish: Wish) -> Machine:
+    """Find the devices that the options speak of; a size or map also says how many CPU workers there are."""
+    workers = config.workers or None
+    if workers is None and (config.device == "cpu" or config.oversubscribe):
+        workers = implied_workers(wish)
+    return find_machine(config.device, workers, config.oversubscribe)
+
+
+def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, gpus: str = "") -> PlannedModel:
+    """Place a model as the options say. UserError, with the numbers and what to type, when that cannot be."""
+    wish = wish_of(config)
+    machine = described_machine(gpus) if gpus else machine_of(config, wish)
+    return PlannedModel(model, checkpoint, plan(checkpoint.facts, machine, wish))
+
+
+def prepare(config: ServeConfig) -> PlannedModel:
+    """Do for `serve` what comes before the first process: find the model, read its headers, place it."""
+    model = resolve_model(config.model, report=lambda line: click.echo(line, err=True))
+    return plan_model(model, read_model(model, config.load_format), config)
+
+
+@click.command("plan")
+@config_options
+@click.option("--gpus", default="", metavar="N|SIZES", help='Describe a machine: "4" (of 80 GiB) or "141GiB,80GiB".')
+@click.option("--json", "as_json", is_flag=True, help="Print the layout as JSON.")
+def plan_command(config_file: Path | None, gpus: str, as_json: bool, **flags: Any) -> None:
+    """Show how a model would be laid out, without starting anything.
+
+    Takes the options of serve. A model folder that holds only config.json is enough.
+    """
+    config, _ = read_config(config_file, flags)
+    if gpus and (config.device == "cpu" or config.workers):
+        raise UserError("--gpus describes GPUs; it cannot be combined with --device cpu or --workers")
+    model = resolve_model(config.model, config_only=True, report=lambda line: click.echo(line, err=True))
+    planned = plan_model(model, read_model_to_plan(model), config, gpus)
+    if as_json:
+        click.echo(json.dumps({"model": model.name, **layout_json(planned.plan)}, indent=2))
+    else:
+        click.echo(f"model: {model.name}")
+        click.echo(layout_text(planned.plan))

