@@ -69,7 +69,8 @@ def resolve_model(
             raise ModelError(f"{name}: a file that is not .gguf; {FORMS}")
         return ResolvedModel(str(path.absolute()), "gguf", path.stem)
     if name == "demo":
-        return ResolvedModel(str(demo_model_path(cache_root(environ), report).absolute()), "gguf", DEMO_NAME)
+        file = demo_model_path(cache_root(environ), report, verify=not config_only)
+        return ResolvedModel(str(file.absolute()), "gguf", DEMO_NAME)
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(".gguf"):
         return ResolvedModel(_fetch_from_hub(name, config_only, report), "safetensors", name)
     raise ModelError(f"{name}: no such file or folder; {FORMS}")

@@ -34,7 +34,13 @@ def read_checkpoint(path: str | Path, load_format: LoadFormat = "auto") -> Check
 
     CheckpointError for everything wrong with the files.
     """
-    path = Path(path)
+    try:
+        return _read(Path(path), load_format)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
     if path.is_dir():
         return _finish(path, "safetensors", load_format, read_config_facts(path), None)
     if not path.exists():

@@ -1,10 +1,11 @@
 """Turn the header of a GGUF file into `ModelFacts` and tensors under their Hugging Face names."""
 
+import re
 import struct
 from pathlib import Path
 
 from mgpu.protocol.checkpoint_config import MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_POSITION, MAX_VOCAB
-from mgpu.protocol.checkpoint_fields import CheckpointError, Fields
+from mgpu.protocol.checkpoint_fields import CheckpointError, Fields, checked_file
 from mgpu.protocol.checkpoint_tensors import TensorEntry
 from mgpu.protocol.gguf import GgufHeader, GgufTensor, read_gguf
 from mgpu.protocol.model import Dtype, ModelFacts, RopeScaling
@@ -26,6 +27,11 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+_COMMON_NORMS = {"ffn_norm": "post_attention_layernorm"}
+_GEMMA_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -35,23 +41,45 @@ def read_gguf_checkpoint(path: Path) -> tuple[ModelFacts, dict[str, TensorEntry]
     """Read facts and tensor index of a GGUF model; CheckpointError when it is not one that can be served."""
     header = read_gguf(path, with_arrays=False)
     fields = Fields(str(path), header.metadata)
+    others = _other_parts(path, fields)
     architecture = fields.text("general.architecture")
     if architecture not in _GGUF_ARCHITECTURES:
         raise CheckpointError(
             f"{path}: the architecture is {architecture[:80]!r}; "
             f"supported in GGUF files: {', '.join(_GGUF_ARCHITECTURES)}"
         )
-    facts = _facts(path, architecture, header)
-    return facts, {entry.name: entry for entry in _entries(path, architecture, header)}
+    located = {name: (path, tensor) for name, tensor in header.tensors.items()}
+    for part in others:
+        for name, tensor in read_gguf(part, with_arrays=False).tensors.items():
+            if name in located:
+                raise CheckpointError(f"{part}: tensor {name!r} is also in {located[name][0]}")
+            located[name] = part, tensor
+    tensors = {name: tensor for name, (_, tensor) in located.items()}
+    rope_file = located[_ROPE_FACTORS][0] if _ROPE_FACTORS in located else path
+    facts = _facts(path, architecture, GgufHeader(header.metadata, tensors), rope_file)
+    return facts, _entries(architecture, located)
 
 
-def _entries(path: Path, architecture: str, header: GgufHeader) -> list[TensorEntry]:
-    found = ((hugging_face_name(architecture, tensor.name), tensor) for tensor in header.tensors.values())
-    return [
-        TensorEntry(name, tensor.dtype, tensor.shape, str(path), tensor.offset, tensor.nbytes)
-        for name, tensor in found
-        if name is not None
-    ]
+def _entries(architecture: str, located: dict[str, tuple[Path, GgufTensor]]) -> dict[str, TensorEntry]:
+    entries = {}
+    for file, tensor in located.values():
+        name = hugging_face_name(architecture, tensor.name)
+        if name is not None:
+            entries[name] = TensorEntry(name, tensor.dtype, tensor.shape, str(file), tensor.offset, tensor.nbytes)
+    return entries
+
+
+def _other_parts(path: Path, fields: Fields) -> list[Path]:
+    """Name the further files of a model that is split over several; ``path`` must be the first of them."""
+    count = fields.integer("split.count", 1, low=0, high=9999)
+    if count <= 1:
+        return []
+    match = re.fullmatch(r"(.*)-00001-of-([0-9]{5})\.gguf", path.name)
+    if match is None or int(match[2]) != count:
+        raise CheckpointError(
+            f"{path}: one of {count} parts of a model; name the first, which ends in -00001-of-{count:05}.gguf"
+        )
+    return [checked_file(path.parent, f"{match[1]}-{part:05}-of-{count:05}.gguf") for part in range(2, count + 1)]
 
 
 def hugging_face_name(architecture: str, name: str) -> str | None:
@@ -61,18 +89,12 @@ def hugging_face_name(architecture: str, name: str) -> str | None:
     parts = name.split(".")
     if len(parts) != 4 or parts[0] != "blk" or parts[3] not in ("weight", "bias"):
         return None
-    if parts[2] == "ffn_norm":
-        middle = "pre_feedforward_layernorm" if architecture == "gemma3" else "post_attention_layernorm"
-    elif parts[2] == "post_attention_norm":
-        middle = "post_attention_layernorm"
-    elif parts[2] in _LAYER_NAMES:
-        middle = _LAYER_NAMES[parts[2]]
-    else:
-        return None
-    return f"model.layers.{parts[1]}.{middle}.{parts[3]}"
+    names = _LAYER_NAMES | (_GEMMA_NORMS if architecture == "gemma3" else _COMMON_NORMS)
+    # A part that nobody knows keeps its name, so that it is noticed instead of left out.
+    return f"model.layers.{parts[1]}.{names.get(parts[2], parts[2])}.{parts[3]}"
 
 
-def _facts(path: Path, architecture: str, header: GgufHeader) -> ModelFacts:
+def _facts(path: Path, architecture: str, header: GgufHeader, rope_file: Path) -> ModelFacts:
     fields = Fields(str(path), header.metadata, architecture + ".")
     hidden = fields.integer("embedding_length", high=MAX_HIDDEN)
     num_layers = fields.integer("block_count", high=MAX_LAYERS)
@@ -98,7 +120,7 @@ def _facts(path: Path, architecture: str, header: GgufHeader) -> ModelFacts:
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", 1e-6),
         rope_theta=fields.number("rope.freq_base", 1e6 if gemma else 1e4),
         rope_local_theta=fields.number("rope.freq_base_swa", 1e4) if gemma else None,
-        rope_scaling=_rope_scaling(path, fields, tensors.get(_ROPE_FACTORS)),
+        rope_scaling=_rope_scaling(rope_file, fields, tensors.get(_ROPE_FACTORS)),
         sliding_window=window,
         sliding_layers=sliding,
         qkv_bias="blk.0.attn_q.bias" in tensors,

@@ -10,6 +10,9 @@ LOADABLE_DTYPES = frozenset(
     {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"},
 )
 
+_IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn_rot_embd.weight")
+"""Constants that old checkpoints store although they follow from the configuration."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
@@ -101,6 +104,24 @@ def check_tensors(source: str, facts: ModelFacts, tensors: dict[str, TensorEntry
                 f"{entry.file}: tensor {name!r} is stored as {entry.dtype}; "
                 f"supported: {', '.join(sorted(LOADABLE_DTYPES))}"
             )
+
+    _check_no_others(source, facts, expected, tensors)
+
+
+def _check_no_others(
+    source: str, facts: ModelFacts, expected: dict[str, tuple[int, ...]], tensors: dict[str, TensorEntry]
+) -> None:
+    """Refuse weights inside layers that the family does not have: leaving them out would give wrong answers."""
+    extra = [
+        name
+        for name in tensors
+        if name not in expected and name.startswith("model.layers.") and not name.endswith(_IGNORED_ENDINGS)
+    ]
+    if extra:
+        raise CheckpointError(
+            f"{source}: {len(extra)} tensors do not belong to a {facts.architecture} model of {facts.num_layers} "
+            f"layers: {', '.join(map(repr, extra[:3]))}"
+        )
 
 
 def dummy_tensors(facts: ModelFacts) -> dict[str, TensorEntry]:
