@@ -1,0 +1,31 @@
+"""Fixtures around a real gateway process; helpers are modules beside this file."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gateway_process import GatewayProcess, make_model_folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="module")
+def shared_gateway(model_folder: Path) -> Iterator[GatewayProcess]:
+    with GatewayProcess(model_folder) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def gateway(shared_gateway: GatewayProcess) -> Iterator[GatewayProcess]:
+    """A gateway that others have used; it must still be alive and idle afterwards."""
+    shared_gateway.engine.reset()
+    yield shared_gateway
+    shared_gateway.engine.reset()
+    assert shared_gateway.process.poll() is None

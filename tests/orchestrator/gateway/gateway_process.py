@@ -1,0 +1,262 @@
+"""A real gateway process, a scripted engine on its link, and a model folder whose tokens are single bytes."""
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import zmq
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from mgpu.orchestrator.gateway.detokenizer import byte_level_table
+from mgpu.protocol.control import TokenLogprobs
+from mgpu.protocol.link import (
+    LINK,
+    Cancel,
+    EngineInfo,
+    GatewayFailure,
+    GatewayReady,
+    GatewaySpec,
+    Outputs,
+    StatsQuery,
+    StatsReply,
+    Submit,
+)
+from mgpu.protocol.schema import int32_array
+
+BOS, EOS, START, END = 256, 257, 258, 259
+VOCAB_SIZE = 300
+MODEL_NAME = "tiny"
+DEADLINE_S = 20.0
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'tool' %}"
+    "{{ raise_exception('no tools here') }}{% endif %}"
+    "<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+Script = Callable[[Submit], Iterator[int]]
+
+
+def make_model_folder(folder: Path, template: str | None = TEMPLATE) -> Path:
+    """Write tokenizer.json and tokenizer_config.json of a byte-level tokenizer: byte b has id b."""
+    vocabulary = dict(byte_level_table())
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = ["<s>", "</s>", "<|start|>", "<|end|>"]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def echo(submit: Submit) -> Iterator[int]:
+    """Generate the prompt, without a leading BOS, over and over."""
+    ids = [token for token in int32_array(submit.token_ids) if token != BOS]
+    while True:
+        yield from ids
+
+
+def says(text: str | bytes, then: int | None = EOS) -> Script:
+    """Generate the bytes of a text, then the end-of-sequence token."""
+    data = text.encode() if isinstance(text, str) else text
+
+    def script(submit: Submit) -> Iterator[int]:
+        yield from data
+        while then is not None:
+            yield then
+
+    return script
+
+
+@dataclass(slots=True)
+class _Running:
+    submit: Submit
+    tokens: Iterator[int]
+    count: int = 0
+
+
+@dataclass(slots=True)
+class FakeEngine:
+    """The engine's end of the link in a thread: one token per running sequence and step, as the script says."""
+
+    endpoint: str
+    script: Script = echo
+    submits: list[Submit] = field(default_factory=list)
+    cancels: list[Cancel] = field(default_factory=list)
+    messages: "queue.Queue[object]" = field(default_factory=queue.Queue)
+    """GatewayReady and GatewayFailure."""
+    going: threading.Event = field(default_factory=threading.Event)
+    """Cleared: no step is made."""
+    answers_stats: bool = True
+    error: str = ""
+    """Set: the next step ends every sequence with this error."""
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _outbox: "queue.Queue[object]" = field(default_factory=queue.Queue)
+    _running: dict[int, _Running] = field(default_factory=dict)
+    _stopping: bool = False
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self.going.set()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        assert self._thread is not None
+        self._thread.join(DEADLINE_S)
+
+    def tell(self, message: object) -> None:
+        self._outbox.put(message)
+
+    def state(self, state: str, max_seq_len: int = 512, kv_tokens: int = 4096) -> None:
+        self.tell(EngineInfo(state, max_seq_len, kv_tokens, "layout: one fake engine"))
+
+    def reset(self) -> None:
+        self.script, self.error, self.answers_stats = echo, "", True
+        self.going.set()
+        self.wait(lambda: not self._running)
+        self.submits.clear()
+        self.cancels.clear()
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(condition, DEADLINE_S), "the engine did not get there in time"
+
+    def _loop(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        link = context.socket(zmq.DEALER)
+        link.setsockopt(zmq.LINGER, 0)
+        link.setsockopt(zmq.SNDHWM, 0)
+        link.bind(self.endpoint)
+        while not self._stopping:
+            link.poll(1 if self._running and self.going.is_set() else 5)
+            self._read(link)
+            while not self._outbox.empty():
+                link.send(LINK.encode(self._outbox.get()))
+            if self.going.is_set() and self._running:
+                link.send(LINK.encode(self._step()))
+            with self._changed:
+                self._changed.notify_all()
+        link.close()
+        context.term()
+
+    def _read(self, link: "zmq.Socket[bytes]") -> None:
+        while link.poll(0):
+            message = LINK.decode(link.recv())
+            if isinstance(message, Submit):
+                self.submits.append(message)
+                self._running[message.request_id] = _Running(message, self.script(message))
+            elif isinstance(message, Cancel):
+                self.cancels.append(message)
+                if self._running.pop(message.request_id, None) is not None:
+                    link.send(LINK.encode(Outputs([message.request_id], [[]], [[]], [message.reason], [""], [0])))
+            elif isinstance(message, StatsQuery):
+                if self.answers_stats:
+                    link.send(LINK.encode(StatsReply(message.query_id, {"running": float(len(self._running))})))
+            else:
+                self.messages.put(message)
+
+    def _step(self) -> Outputs:
+        outputs = Outputs([], [], [], [], [], [])
+        for request_id, running in list(self._running.items()):
+            token, submit = next(running.tokens), running.submit
+            running.count += 1
+            finish = "stop" if token in submit.stop_token_ids else "length" if running.count == submit.max_tokens else ""
+            finish = "error" if self.error else finish
+            count = submit.sampling.num_logprobs
+            logprob = TokenLogprobs(-0.5, list(range(count)), [-1.0 - at for at in range(count)])
+            outputs.request_ids.append(request_id)
+            outputs.token_ids.append([token])
+            outputs.logprobs.append([logprob] if count >= 0 else [])
+            outputs.finish.append(finish)
+            outputs.errors.append(self.error)
+            outputs.cached_tokens.append(3)
+            if finish:
+                del self._running[request_id]
+        return outputs
+
+
+class GatewayProcess:
+    """Start `python -m mgpu.orchestrator.gateway` as the orchestrator does. A context manager."""
+
+    def __init__(self, model: Path, *, bind: str | None = None, ready: bool = True, **spec: Any) -> None:
+        self.runtime_dir = Path(tempfile.mkdtemp(prefix="mgpu-test-"))
+        self.engine = FakeEngine(f"ipc://{self.runtime_dir}/link")
+        self.engine.start()
+        values: dict[str, Any] = {
+            "runtime_dir": str(self.runtime_dir),
+            "bind": bind or f"ipc://{self.runtime_dir}/front",
+            "link": self.engine.endpoint,
+            "model_path": str(model),
+            "model_format": "safetensors",
+            "model_name": MODEL_NAME,
+            "vocab_size": VOCAB_SIZE,
+            "eos_token_ids": [EOS],
+            "max_request_bytes": 1 << 20,
+            **spec,
+        }
+        data = LINK.encode(GatewaySpec(**values))
+        command = [sys.executable, "-m", "mgpu.orchestrator.gateway"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert self.process.stdin is not None
+        self.process.stdin.write(len(data).to_bytes(4, "little") + data)
+        self.process.stdin.flush()
+        try:
+            self.first = self.engine.messages.get(timeout=DEADLINE_S)
+        except BaseException:
+            self.close()
+            raise
+        self.endpoint = self.first.endpoint if isinstance(self.first, GatewayReady) else ""
+        if ready:
+            assert not isinstance(self.first, GatewayFailure), self.first
+            self.engine.state("ready")
+            self.wait_for_state("ready")
+
+    def wait_for_state(self, state: str) -> None:
+        """Ask for health, as a client would, until the gateway has heard from the engine."""
+        from mgpu.protocol.client import Client
+
+        deadline = time.monotonic() + DEADLINE_S
+        with Client(self.endpoint) as client:
+            while client.health().state != state:
+                assert time.monotonic() < deadline
+
+    def resident_bytes(self) -> int:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def close(self) -> str:
+        """Close its standard input, as a dying parent does, and give what it wrote to standard error."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        assert self.process.stderr is not None
+        try:
+            self.process.wait(DEADLINE_S)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            text = self.process.stderr.read().decode()
+            self.process.stderr.close()
+            self.engine.stop()
+            shutil.rmtree(self.runtime_dir, ignore_errors=True)
+        return text
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
