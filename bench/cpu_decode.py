@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import machine
-from server import running_server
+
+from mgpu.launch.server_process import running_server
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 128

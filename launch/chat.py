@@ -1,0 +1,85 @@
+"""``mgpu-launch chat``: talk to the running server. Ctrl-C ends the answer, not the program."""
+
+import time
+from typing import Any
+
+import click
+
+from mgpu.launch.talk import as_user_error, given, print_pieces, talk_options
+from mgpu.protocol.client import Client
+from mgpu.protocol.completion import MgpuError, Piece, RequestFailed
+
+
+@click.command("chat")
+@talk_options
+@click.option("--system", default="", help="A system message before the first turn.")
+def chat_command(
+    endpoint: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    timeout: float,
+    system: str,
+) -> None:
+    """Chat with the model. Ctrl-C ends an answer; Ctrl-D leaves."""
+    options = given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    try:
+        with Client(endpoint, timeout_s=timeout) as client:
+            model = client.models()[0]["name"]
+            click.secho(f"{model} — Ctrl-C ends an answer, Ctrl-D leaves, /new starts over", dim=True, err=True)
+            converse(client, system, options)
+    except MgpuError as error:
+        raise as_user_error(error) from error
+
+
+def converse(client: Client, system: str, options: dict[str, Any]) -> None:
+    """Read a line, stream the answer, remember both; until end of input."""
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    while True:
+        line = _read_line()
+        if line is None:
+            return
+        if line.strip() == "/new":
+            messages = list(opening)
+        elif line.strip():
+            messages.append({"role": "user", "content": line})
+            messages.append({"role": "assistant", "content": answer(client, messages, options)})
+
+
+def _read_line() -> str | None:
+    """Give the next line; None at the end of input. Ctrl-C at the prompt only clears the line."""
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            click.echo()
+            return None
+        except KeyboardInterrupt:
+            click.echo()
+
+
+def answer(client: Client, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
+    """Stream one answer to the screen and give its text; what came before Ctrl-C or a failure counts as the answer."""
+    said: list[str] = []
+
+    def remembered(piece: Piece) -> Piece:
+        said.append(piece.text)
+        return piece
+
+    start_s = time.monotonic()
+    try:
+        with client.stream_chat(messages, **options) as pieces:
+            usage = print_pieces(map(remembered, pieces))
+    except KeyboardInterrupt:
+        click.secho(" [stopped]", dim=True, err=True)
+    except RequestFailed as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+    else:
+        click.echo()
+        if usage is not None:
+            rate = usage.completion_tokens / (time.monotonic() - start_s)
+            click.secho(f"[{usage.completion_tokens} tokens, {rate:.1f} tokens/s]", dim=True, err=True)
+    return "".join(said)

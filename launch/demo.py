@@ -1,0 +1,56 @@
+"""``mgpu-launch demo``: serve the built-in model, stream one answer, stop everything. The first thing people run."""
+
+import time
+from pathlib import Path
+
+import click
+
+from mgpu.launch.server_process import ServerDied, ServerProcess
+from mgpu.launch.talk import ServerError, as_user_error, print_pieces
+from mgpu.orchestrator.devices import find_machine
+from mgpu.orchestrator.model_store import resolve_model
+
+QUESTION = "Give me three tips for writing clear code."
+CPU_WORKERS = 3
+"""The model has 3 KV heads, so that it splits over three workers even on two cores."""
+
+
+@click.command("demo")
+@click.option("--question", default=QUESTION, show_default=True)
+@click.option("--max-tokens", default=160, show_default=True)
+def demo_command(question: str, max_tokens: int) -> None:
+    """Serve the built-in model on all GPUs (else on three CPU workers), stream one answer, stop."""
+    model = resolve_model("demo", report=lambda line: click.echo(line, err=True))
+    arguments = ["-m", str(Path(model.path)), "--served-name", "SmolLM2-135M-Instruct", "--max-seq-len", "2048"]
+    machine = find_machine("auto")
+    if machine.kind == "cpu":
+        arguments += ["--device", "cpu", "--workers", str(CPU_WORKERS)]
+    elif 9 % len(machine.devices):
+        arguments += ["--tp", "1"]  # 9 query heads split over 1, 3 or 9 GPUs
+    click.secho(f"$ mgpu-launch serve {' '.join(arguments)}", bold=True)
+    try:
+        with ServerProcess(*arguments, quiet=False) as server:
+            ask(server.wait_ready(), question, max_tokens)
+            server.stop()
+    except ServerDied as error:
+        raise ServerError(str(error)) from error
+    click.secho("everything stopped", bold=True)
+
+
+def ask(endpoint: str, question: str, max_tokens: int) -> None:
+    """Stream one chat answer to the screen, then say how fast it came."""
+    from mgpu.protocol.client import Client
+    from mgpu.protocol.completion import MgpuError
+
+    click.secho(f"\n> {question}", bold=True)
+    start_s = time.monotonic()
+    try:
+        with Client(endpoint) as client:
+            messages = [{"role": "user", "content": question}]
+            usage = print_pieces(client.stream_chat(messages, max_tokens=max_tokens))
+    except MgpuError as error:
+        raise as_user_error(error) from error
+    seconds = time.monotonic() - start_s
+    assert usage is not None
+    rate = usage.completion_tokens / seconds
+    click.secho(f"\n\n{usage.completion_tokens} tokens in {seconds:.1f} s: {rate:.1f} tokens/s\n", bold=True)

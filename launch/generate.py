@@ -1,0 +1,36 @@
+"""``mgpu-launch generate "prompt"``: continue a text with the running server."""
+
+import click
+
+from mgpu.launch.talk import as_user_error, given, print_pieces, talk_options
+
+
+@click.command("generate")
+@click.argument("prompt")
+@talk_options
+@click.option("--stop", multiple=True, help="End the answer before this text; may be repeated.")
+def generate_command(
+    prompt: str,
+    endpoint: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    timeout: float,
+    stop: tuple[str, ...],
+) -> None:
+    """Continue PROMPT and print the text as it arrives; "-" reads the prompt from standard input."""
+    from mgpu.protocol.client import Client
+    from mgpu.protocol.completion import MgpuError
+
+    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    options = given(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=list(stop) or None
+    )
+    try:
+        with Client(endpoint, timeout_s=timeout) as client, client.stream(text, **options) as pieces:
+            print_pieces(pieces)
+    except MgpuError as error:
+        raise as_user_error(error) from error
+    click.echo()

@@ -1,0 +1,71 @@
+"""``mgpu-launch serve``: place the model, start the workers, serve until a signal."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mgpu.launch.config import ServeConfig
+from mgpu.launch.options import config_options, read_config
+from mgpu.launch.plan import PlannedModel, prepare
+from mgpu.orchestrator.devices import worker_environment
+from mgpu.orchestrator.layout import layout_text
+from mgpu.orchestrator.server_config import ServerConfig
+
+
+@click.command("serve")
+@config_options
+def serve_command(config_file: Path | None, **flags: Any) -> None:
+    """Serve a model until Ctrl-C or SIGTERM.
+
+    Running requests are finished first; a second Ctrl-C stops at once.
+    """
+    from mgpu.orchestrator.server import Server
+    from mgpu.orchestrator.signals import end_process
+
+    config, _ = read_config(config_file, flags)
+    configure_logging()
+    end_process(Server(server_config(config, prepare(config))).run())
+
+
+def configure_logging() -> None:
+    """Log to standard error with the time; ``MGPU_LOG_LEVEL`` sets how much."""
+    level = os.environ.get("MGPU_LOG_LEVEL", "INFO").upper()
+    logging.basicConfig(
+        level=level if level in logging.getLevelNamesMapping() else "INFO",
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+
+
+def server_config(config: ServeConfig, planned: PlannedModel) -> ServerConfig:
+    """Translate options and layout into what the server runs with."""
+    plan, checkpoint = planned.plan, planned.checkpoint
+    ordinals = [device for stage in plan.placement.stages for device in stage.devices]
+    placed = [worker_environment(plan.machine, ordinal) for ordinal in ordinals]
+    return ServerConfig(
+        source=checkpoint.source,
+        facts=checkpoint.facts,
+        plan=plan.placement,
+        layout_table=layout_text(plan),
+        model_name=config.served_name or planned.model.name,
+        device_kind=plan.machine.kind,
+        dtype=plan.dtype,
+        transport=plan.transport,
+        stage_transport=plan.stage_transport,
+        bind=config.bind,
+        block_size=config.block_size,
+        max_rows=config.max_rows,
+        max_batch_tokens=config.max_batch_tokens,
+        max_seq_len=plan.max_seq_len,
+        memory_fraction=config.memory_fraction,
+        kv_bytes=int(config.kv_memory),
+        prefix_cache=config.prefix_cache,
+        drain_timeout_s=config.drain_timeout,
+        worker_timeout_s=config.worker_timeout,
+        seed=config.seed,
+        worker_envs=tuple(environment for environment, _ in placed),
+        worker_devices=tuple(device for _, device in placed),
+    )

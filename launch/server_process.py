@@ -1,0 +1,103 @@
+"""Run ``mgpu-launch serve`` as a child for as long as a block of code needs it: the demo, benchmarks, tests."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mgpu.protocol.runtime import BASE_VARIABLE, running_servers
+
+STOP_S = 45.0
+
+
+class ServerDied(Exception):
+    """The server ended, or was not ready in time. ``output`` is what it logged, if that was captured."""
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(f"{message}\n{output}" if output else message)
+        self.output = output
+
+
+class ServerProcess:
+    """A server in a process group of its own, with a private runtime directory."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        log: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        quiet: bool = True,
+    ) -> None:
+        """Start ``mgpu-launch serve`` with ``arguments``; its log goes to ``log``, else nowhere or to the screen."""
+        self._base = tempfile.TemporaryDirectory(prefix="mgpu-")
+        self.environ = {**os.environ, **(environ or {}), BASE_VARIABLE: self._base.name}
+        self._log_path = log or Path(self._base.name) / "log"
+        self._log = self._log_path.open("w") if quiet else None
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mgpu.launch.cli", "serve", *arguments],
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+        )
+
+    @property
+    def runtime_base(self) -> Path:
+        """The folder that holds the server's runtime directory."""
+        return Path(self._base.name)
+
+    def output(self) -> str:
+        """Give what the server logged so far."""
+        return self._log_path.read_text(errors="replace") if self._log else ""
+
+    def wait_ready(self, timeout_s: float = 300.0) -> str:
+        """Give the endpoint once the server is ready. ServerDied when it ends first, or after ``timeout_s``."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            if servers := running_servers(self.environ):
+                return servers[0].endpoint
+            try:
+                status = self.process.wait(0.02)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() > deadline_s:
+                    raise ServerDied(f"the server was not ready after {timeout_s:g} s", self.output()) from None
+            else:
+                raise ServerDied(f"the server ended with status {status} before it was ready", self.output())
+
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = STOP_S) -> int:
+        """Signal the server and wait for its end; gives its exit status (minus the signal, if that ended it)."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+    def close(self) -> None:
+        """Stop the server if it still runs, by force if need be, and remove its files."""
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.stop()
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait(STOP_S)
+            if self._log:
+                self._log.close()
+            self._base.cleanup()
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def running_server(*arguments: str, timeout_s: float = 300.0) -> Iterator[str]:
+    """Give the endpoint of a server that runs inside the block."""
+    with ServerProcess(*arguments) as server:
+        yield server.wait_ready(timeout_s)

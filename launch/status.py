@@ -1,0 +1,31 @@
+"""``mgpu-launch status``: what the running server says of itself; the exit status suits probes."""
+
+import json
+from dataclasses import asdict
+
+import click
+
+from mgpu.launch.talk import ServerError, as_user_error
+
+
+@click.command("status")
+@click.option("--endpoint", help="Server to ask (default: MGPU_ENDPOINT, else the one on this machine).")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def status_command(endpoint: str | None, as_json: bool) -> None:
+    """Show the state of the running server. Exit status 0 when it is ready, 69 otherwise."""
+    from mgpu.protocol.client import Client
+    from mgpu.protocol.completion import MgpuError
+
+    try:
+        with Client(endpoint) as client:
+            health, stats, models = client.health(), client.stats(), client.models()
+    except MgpuError as error:
+        raise as_user_error(error) from error
+    facts = asdict(health)
+    if as_json:
+        click.echo(json.dumps({"health": facts, "stats": stats, "models": models}, indent=2))
+    else:
+        click.echo("\n".join(f"{name:<24} {value}" for name, value in facts.items() if name not in ("id", "layout")))
+        click.echo("\n".join(f"{name:<24} {value:,.6g}" for name, value in stats.items()))
+    if health.state != "ready":
+        raise ServerError(f"the server is {health.state}, not ready")

@@ -1,0 +1,54 @@
+"""Options and printing that ``generate`` and ``chat`` share."""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+
+from mgpu.orchestrator.errors import UserError
+from mgpu.protocol.completion import MgpuError, Piece, Usage
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ServerError(UserError):
+    """The server is missing, or refused or ended the request."""
+
+    exit_code = 69
+
+
+def talk_options(command: F) -> F:
+    """Add the endpoint and the sampling options; those not given arrive as None."""
+    for names, settings in reversed(
+        [
+            (("--endpoint",), {"help": "Server to use (default: MGPU_ENDPOINT, else the one on this machine)."}),
+            (("--max-tokens",), {"type": int, "help": "Longest answer, in tokens."}),
+            (("--temperature",), {"type": float, "help": "0 is greedy. [default: 0]"}),
+            (("--top-p",), {"type": float, "help": "Sample from the likeliest tokens of this total probability."}),
+            (("--top-k",), {"type": int, "help": "Sample from this many likeliest tokens."}),
+            (("--seed",), {"type": int, "help": "Same seed, same answer."}),
+            (("--timeout",), {"type": float, "default": 600.0, "show_default": True, "help": "Seconds per answer."}),
+        ]
+    ):
+        command = click.option(*names, **settings)(command)  # type: ignore[arg-type]
+    return command
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Keep the options that the user typed."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def print_pieces(pieces: Iterable[Piece]) -> Usage | None:
+    """Write the text as it arrives; give the usage that the last piece brings."""
+    usage = None
+    for piece in pieces:
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+        usage = piece.usage or usage
+    return usage
+
+
+def as_user_error(error: MgpuError) -> ServerError:
+    return ServerError(str(error))
