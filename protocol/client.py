@@ -22,6 +22,7 @@ from mgpu.protocol.completion import (
     DeadlineExceeded,
     MgpuError,
     Piece,
+    answer_to,
     chat_map,
     generate_map,
 )
@@ -167,12 +168,10 @@ class Client:
         return options
 
     def _begin(self, values: dict[str, object]) -> CompletionStream:
-        timeout_s, request_id, num_choices = values["timeout_s"], values["id"], values.get("n", 1)
+        timeout_s = values["timeout_s"]
         assert isinstance(timeout_s, (int, float))
-        assert isinstance(request_id, int)
-        assert isinstance(num_choices, int)
         self._connect(CONNECT_TIMEOUT_S)
-        answer = Answer(request_id, num_choices, values.get("logprobs") is not None)
+        answer = answer_to(values)
         self._connection.send(values)
         self._connection.answers[answer.id] = answer
         return CompletionStream(self, answer, time.monotonic() + timeout_s)
@@ -180,18 +179,20 @@ class Client:
     def _wait_for(self, answer: Answer, deadline_s: float) -> None:
         """Read until ``answer`` has a piece or has ended. DeadlineExceeded, after cancelling it, when time is over."""
         self._check_usable()
-        heard_s = time.monotonic()
+        started_s = time.monotonic()
         while not answer.pieces and not answer.done:
             now = time.monotonic()
-            if now >= deadline_s:
+            silence_s = max(started_s, answer.heard_s) + self._silence_timeout_s
+            if now >= min(deadline_s, silence_s):
                 self._cancel(answer)
-                raise DeadlineExceeded("the answer was not complete within timeout_s; the request has been cancelled")
-            if now - heard_s >= self._silence_timeout_s:
-                self._cancel(answer)
-                raise self._connection.unreachable(f"has been silent for {self._silence_timeout_s:g} s")
-            self._poll(min(deadline_s, heard_s + self._silence_timeout_s) - now)
-            if self._connection.receive():
-                heard_s = time.monotonic()
+                raise self._too_late(now >= deadline_s)
+            self._poll(min(deadline_s, silence_s) - now)
+            self._connection.receive()
+
+    def _too_late(self, over_deadline: bool) -> MgpuError:
+        if over_deadline:
+            return DeadlineExceeded("the answer was not complete within timeout_s; the request has been cancelled")
+        return self._connection.unreachable(f"has been silent for {self._silence_timeout_s:g} s")
 
     def _query(self, kind: QueryKind, reply_type: type[R]) -> R:
         request_id = self._next_id()

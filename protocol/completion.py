@@ -1,7 +1,8 @@
 """What a client gets back, and the bookkeeping between messages and pieces that both clients share."""
 
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -128,6 +129,10 @@ class Answer:
         """A terminal message has come."""
         self.error: MgpuError | None = None
         self.accepted: Accepted | None = None
+        self.heard_s = time.monotonic()
+        """When the server last said anything about this request."""
+        self.notify: Callable[[], None] = _nothing
+        """Called after every message and failure."""
         self._finished: Finished | None = None
         self._held: Piece | None = None
         self._wants_logprobs = wants_logprobs
@@ -136,6 +141,7 @@ class Answer:
 
     def take(self, message: ServerMessage) -> None:
         """Note a message of this request."""
+        self.heard_s = time.monotonic()
         if isinstance(message, Tokens):
             self._release(None)
             self._hold(message)
@@ -147,11 +153,13 @@ class Answer:
             self.accepted = message
         else:
             self._release(None)
+        self.notify()
 
     def fail(self, error: MgpuError) -> None:
         """End the request with an error; pieces that came before can still be taken."""
         self._release(None)
         self.error, self.done = error, True
+        self.notify()
 
     def _hold(self, message: Tokens) -> None:
         """Keep the last piece of a choice until the next message: if that is the terminal one, it brings the usage."""
@@ -201,6 +209,10 @@ class Answer:
         return CompletionChoice(index, "".join(parts.text), tuple(parts.token_ids), logprobs, reason)
 
 
+def _nothing() -> None:
+    """Be the listener of an answer that nobody waits for."""
+
+
 def _usage(message: Finished) -> Usage:
     return Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
 
@@ -216,6 +228,14 @@ def _logprobs(message: Tokens) -> tuple[TokenLogprob, ...]:
         TokenLogprob(token_id, entry["text"], entry["logprob"], tuple((a, b, c) for a, b, c in entry["top"]))
         for token_id, entry in zip(message.token_ids, message.logprobs or (), strict=False)
     )
+
+
+def answer_to(values: Mapping[str, object]) -> Answer:
+    """Prepare for the answer to a checked generate message."""
+    request_id, num_choices = values["id"], values.get("n", 1)
+    assert isinstance(request_id, int)
+    assert isinstance(num_choices, int)
+    return Answer(request_id, num_choices, values.get("logprobs") is not None)
 
 
 def generate_map(

@@ -28,4 +28,5 @@ def gateway(shared_gateway: GatewayProcess) -> Iterator[GatewayProcess]:
     shared_gateway.engine.reset()
     yield shared_gateway
     shared_gateway.engine.reset()
+    shared_gateway.set_info()
     assert shared_gateway.process.poll() is None

@@ -17,6 +17,7 @@ from typing import Any, Self
 import zmq
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from mgpu import Client
 from mgpu.orchestrator.gateway.detokenizer import byte_level_table
 from mgpu.protocol.control import TokenLogprobs
 from mgpu.protocol.link import (
@@ -122,9 +123,6 @@ class FakeEngine:
     def tell(self, message: object) -> None:
         self._outbox.put(message)
 
-    def state(self, state: str, max_seq_len: int = 512, kv_tokens: int = 4096) -> None:
-        self.tell(EngineInfo(state, max_seq_len, kv_tokens, "layout: one fake engine"))
-
     def reset(self) -> None:
         self.script, self.error, self.answers_stats = echo, "", True
         self.going.set()
@@ -175,7 +173,9 @@ class FakeEngine:
         for request_id, running in list(self._running.items()):
             token, submit = next(running.tokens), running.submit
             running.count += 1
-            finish = "stop" if token in submit.stop_token_ids else "length" if running.count == submit.max_tokens else ""
+            finish = (
+                "stop" if token in submit.stop_token_ids else "length" if running.count == submit.max_tokens else ""
+            )
             finish = "error" if self.error else finish
             count = submit.sampling.num_logprobs
             logprob = TokenLogprobs(-0.5, list(range(count)), [-1.0 - at for at in range(count)])
@@ -223,16 +223,14 @@ class GatewayProcess:
         self.endpoint = self.first.endpoint if isinstance(self.first, GatewayReady) else ""
         if ready:
             assert not isinstance(self.first, GatewayFailure), self.first
-            self.engine.state("ready")
-            self.wait_for_state("ready")
+            self.set_info()
 
-    def wait_for_state(self, state: str) -> None:
-        """Ask for health, as a client would, until the gateway has heard from the engine."""
-        from mgpu.protocol.client import Client
-
+    def set_info(self, state: str = "ready", max_seq_len: int = 512, kv_tokens: int = 4096) -> None:
+        """Let the engine report its state, and wait until a client can see it."""
+        self.engine.tell(EngineInfo(state, max_seq_len, kv_tokens, "layout: one fake engine"))
         deadline = time.monotonic() + DEADLINE_S
         with Client(self.endpoint) as client:
-            while client.health().state != state:
+            while (health := client.health()) and (health.state, health.kv_tokens) != (state, kv_tokens):
                 assert time.monotonic() < deadline
 
     def resident_bytes(self) -> int:
