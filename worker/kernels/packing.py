@@ -1,0 +1,85 @@
+"""Storage of quantized weights for `quantized_gemm`: plain torch, so that loaders can pack slice by slice.
+
+The input channels of a row are cut into blocks of 32 words of 32 bits. Part i of word j in a block holds channel
+``i * 32 + j`` of the block (4 parts of 8 bits: 128 channels; 8 parts of 4 bits: 256), so that one kernel register
+pair widens to what the tensor core wants and the activations of a part are contiguous. K is padded with zeros to whole
+blocks.
+"""
+
+# N output channels, K input channels, B blocks, P parts of a word, G groups
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+WORDS = 32
+"""Words of a block."""
+
+WeightKind = Literal["int8", "fp8", "int4"]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A quantized matrix [N, K]: ``words`` int32 [N, padded K / channels per word], contiguous.
+
+    ``scales`` is float32 [1, N] for int8 and fp8 (one per output channel), [G, N] for int4: one per output channel and
+    ``group`` input channels.
+    """
+
+    kind: WeightKind
+    words: Tensor
+    scales: Tensor
+    k: int
+    group: int
+    """Input channels that share a scale: 32, 64 or 128 for int4; 0: all of them."""
+
+
+def pack_int8(q_NK: Tensor, scales_N: Tensor) -> PackedWeight:
+    """Pack int8 values in [-128, 127]."""
+    return PackedWeight("int8", _to_words(q_NK, 8), scales_N.float().reshape(1, -1), q_NK.shape[1], 0)
+
+
+def pack_fp8(q_NK: Tensor, scales_N: Tensor) -> PackedWeight:
+    """Pack float8_e4m3fn values for products with wider activations."""
+    return PackedWeight("fp8", _to_words(q_NK.view(torch.uint8), 8), scales_N.float().reshape(1, -1), q_NK.shape[1], 0)
+
+
+def pack_int4(q_NK: Tensor, scales_NG: Tensor, group: int) -> PackedWeight:
+    """Pack integers in [-8, 7] (any integer type) with a scale per ``group`` input channels."""
+    if group not in (32, 64, 128):
+        raise ValueError(f"int4 groups are 32, 64 or 128 input channels, not {group}")
+    return PackedWeight("int4", _to_words(q_NK + 8, 4), scales_NG.float().T.contiguous(), q_NK.shape[1], group)
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Unpack to [N, K]: the reference of the kernels, and good enough for a prefill's one pass."""
+    bits = 4 if weight.kind == "int4" else 8
+    q_NK = _from_words(weight.words, bits)[:, : weight.k]
+    if weight.kind == "int4":
+        values = q_NK.to(torch.float32) - 8
+        scales_NK = weight.scales.T.repeat_interleave(weight.group, dim=1)[:, : weight.k]
+        return (values * scales_NK).to(dtype)
+    stored = q_NK.to(torch.uint8).view(torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn)
+    return (stored.to(torch.float32) * weight.scales.T).to(dtype)
+
+
+def _to_words(q_NK: Tensor, bits: int) -> Tensor:
+    parts = 32 // bits
+    n, k = q_NK.shape
+    blocks = -(-k // (WORDS * parts))
+    padded = torch.full((n, blocks * WORDS * parts), 8 if bits == 4 else 0, dtype=torch.int32, device=q_NK.device)
+    padded[:, :k] = q_NK.to(torch.int32) & ((1 << bits) - 1)
+    parts_NBPW = padded.view(n, blocks, parts, WORDS)
+    words_NBW = torch.zeros(n, blocks, WORDS, dtype=torch.int32, device=q_NK.device)
+    for part in range(parts):
+        words_NBW |= parts_NBPW[:, :, part] << (bits * part)
+    return words_NBW.view(n, blocks * WORDS)
+
+
+def _from_words(words: Tensor, bits: int) -> Tensor:
+    parts = 32 // bits
+    words_NBW = words.view(words.shape[0], -1, WORDS)
+    parts_NBPW = torch.stack([(words_NBW >> (bits * part)) & ((1 << bits) - 1) for part in range(parts)], dim=2)
+    return parts_NBPW.view(words.shape[0], -1)

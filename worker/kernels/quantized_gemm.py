@@ -1,0 +1,170 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Decode products with packed int8, fp8 or int4 weights and activations as they are (weight-only quantization).
+
+Like `small_gemm`, but words of four or eight weights are widened in registers (see `packing` for the layout), each part
+being one operand of the tensor core.
+"""
+
+# M rows of activations, N output channels, K input channels
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mgpu.worker.kernels.packing import WORDS, PackedWeight
+from mgpu.worker.kernels.runtime import (
+    HOPPER_SMS,
+    INTERPRETED,
+    Workspace,
+    ceil_div,
+    default_workspace,
+    launch_options,
+    overlaps_launches,
+    wait_for_inputs,
+)
+from mgpu.worker.kernels.small_gemm import MAX_ROWS, Tiling, add_partials, prefetch_rows
+from mgpu.worker.kernels.widen import widen_words
+
+_KINDS = {"int8": 0, "fp8": 1, "int4": 2}
+
+
+@triton.jit
+def _quantized_gemm_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    bias_ptr,
+    y_ptr,
+    partial_ptr,
+    counter_ptr,
+    M,
+    N,
+    K,
+    words_per_row,
+    blocks_per_split,
+    x_stride,
+    y_stride,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    PARTS: tl.constexpr = 8 if KIND == 2 else 4
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, 32)
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    begin = split * blocks_per_split
+    end = tl.minimum(begin + blocks_per_split, words_per_row // 32)
+    if PREFETCH > 0:
+        prefetch_rows(w_ptr, tile * BLOCK_N, N, words_per_row * 4, begin * 128, (end - begin) * 128, BLOCK_N, PREFETCH)
+    wait_for_inputs(OVERLAP)
+
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    last_group = tl.cdiv(K, GROUP) - 1 if GROUP > 0 else 0
+    for block in range(begin, end):
+        words = tl.load(w_ptr + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
+        parts = widen_words(words, KIND, dtype, ASSEMBLY)
+        group_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for part in tl.static_range(PARTS):
+            k = (block * PARTS + part) * 32 + j
+            x_mask = m[None, :] < M
+            if not EVEN_K:
+                x_mask &= k[:, None] < K
+            x = tl.load(x_ptr + m[None, :] * x_stride + k[:, None], mask=x_mask, other=0.0)
+            if GROUP == 0:
+                acc = tl.dot(parts[part], x, acc, input_precision="ieee")
+            else:
+                group_sum = tl.dot(parts[part], x, group_sum, input_precision="ieee")
+                if (part + 1) * 32 % GROUP == 0:
+                    # Groups past the last one are padding: their sums are zero.
+                    group = tl.minimum((block * PARTS + part) * 32 // GROUP, last_group)
+                    acc += group_sum * tl.load(scale_ptr + group * N + rows)[:, None]
+                    group_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+
+    writes = True
+    if SPLITS > 1:
+        offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+        acc, writes = add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
+    if GROUP == 0:
+        acc *= tl.load(scale_ptr + rows)[:, None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+    tl.store(
+        y_ptr + m[None, :] * y_stride + n[:, None],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=(m[None, :] < M) & (n[:, None] < N) & writes,
+    )
+
+
+def choose_tiling(n: int, blocks: int) -> Tiling:
+    """Pick tiles so that all programs run at once (see docs/kernels.md)."""
+    splits = 1
+    while splits < 8 and ceil_div(n, 64) * splits * 2 <= 4 * HOPPER_SMS and blocks >= splits * 2 * 2:
+        splits *= 2
+    return Tiling(64, 32, splits)
+
+
+def quantized_gemm(
+    x_MK: Tensor,
+    weight: PackedWeight,
+    *,
+    bias_N: Tensor | None = None,
+    out_MN: Tensor | None = None,
+    tiling: Tiling | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """Multiply up to `MAX_ROWS` rows by the dequantized weight's transpose, accumulated in float32.
+
+    ``x_MK`` has contiguous rows; the result has the type of ``out_MN``, by default that of ``x_MK``.
+    """
+    rows, k = x_MK.shape
+    n, words_per_row = weight.words.shape
+    if not 1 <= rows <= MAX_ROWS or k != weight.k:
+        raise ValueError(f"quantized_gemm takes 1 to {MAX_ROWS} rows of {weight.k}, got {rows} of {k}")
+    blocks = words_per_row // WORDS
+    tiling = tiling or choose_tiling(n, blocks)
+    if out_MN is None:
+        out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
+    block_m = max(16, triton.next_power_of_2(rows))
+    tiles = ceil_div(n, tiling.block_n)
+    workspace = workspace or default_workspace(x_MK.device)
+    if tiling.splits > 1:
+        workspace.require(tiles * tiling.splits * tiling.block_n * block_m, tiles)
+    overlap = overlaps_launches(x_MK.device)
+    _quantized_gemm_kernel[(tiles, tiling.splits)](
+        x_MK,
+        weight.words,
+        weight.scales,
+        bias_N,
+        out_MN,
+        workspace.partials,
+        workspace.counters,
+        rows,
+        n,
+        k,
+        words_per_row,
+        ceil_div(blocks, tiling.splits),
+        x_MK.stride(0),
+        out_MN.stride(0),
+        _KINDS[weight.kind],
+        weight.group,
+        tiling.splits,
+        block_m,
+        tiling.block_n,
+        k == words_per_row * (8 if weight.kind == "int4" else 4),
+        tiling.prefetch_pieces if overlap else 0,
+        overlap,
+        not INTERPRETED,
+        **launch_options(x_MK.device, tiling.num_warps, tiling.num_stages),
+    )
+    return out_MN

@@ -1,0 +1,43 @@
+"""What the kernels compute, in plain torch and float32: the oracle of their tests and of ``bench/kernels.py``."""
+
+# T tokens, R rows, H query heads, J KV heads, G = H / J, K head dim, N blocks, B tokens per block, D model dim
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def paged_attention(
+    q_THK: Tensor,
+    k_NBJK: Tensor,
+    v_NBJK: Tensor,
+    block_tables_RP: Tensor,
+    context_lens: list[int],
+    query_starts: list[int],
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attend with the last ``query_starts[r + 1] - query_starts[r]`` tokens of each row; float32 [T, H, K]."""
+    out_THK = torch.zeros(q_THK.shape, dtype=torch.float32, device=q_THK.device)
+    for row, context in enumerate(context_lens):
+        begin, end = query_starts[row], query_starts[row + 1]
+        if begin == end or context == 0:
+            continue
+        slots = _slots(block_tables_RP[row], context, k_NBJK.shape[1])
+        k_SJK, v_SJK = (cache.flatten(0, 1)[slots].float() for cache in (k_NBJK, v_NBJK))
+        group = q_THK.shape[1] // k_SJK.shape[1]
+        k_HSK, v_HSK = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k_SJK, v_SJK))
+        scores_HQS = (q_THK[begin:end].float().transpose(0, 1) @ k_HSK.transpose(1, 2)) * scale
+        keys_S = torch.arange(context, device=q_THK.device)
+        queries_Q1 = torch.arange(context - (end - begin), context, device=q_THK.device)[:, None]
+        visible_QS = keys_S <= queries_Q1
+        if window is not None:
+            visible_QS &= keys_S > queries_Q1 - window
+        weights_HQS = scores_HQS.masked_fill(~visible_QS, -torch.inf).softmax(-1)
+        out_THK[begin:end] = (weights_HQS @ v_HSK).transpose(0, 1)
+    return out_THK
+
+
+def _slots(table_P: Tensor, context: int, block_size: int) -> Tensor:
+    places_S = torch.arange(context, device=table_P.device)
+    return table_P.long()[places_S // block_size] * block_size + places_S % block_size

@@ -1,0 +1,81 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-call"
+"""What all kernels share: launch options, the scratch of split reductions, programmatic dependent launch."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+"""True in Triton's interpreter (TRITON_INTERPRET=1 before the first import): no inline assembly, no launch options."""
+
+HOPPER_SMS = 132
+"""Multiprocessors of an H100 or H200: what the choice tables were measured with."""
+
+
+@cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Tell whether kernels may start before their predecessor ends (programmatic dependent launch, Hopper on)."""
+    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(device: torch.device, num_warps: int, num_stages: int = 2) -> dict[str, int | bool]:
+    """Return launch keywords; a kernel launched with them must call `wait_for_inputs` in every program."""
+    if INTERPRETED:
+        return {}
+    options: dict[str, int | bool] = {"num_warps": num_warps, "num_stages": num_stages}
+    if overlaps_launches(device):
+        options["launch_pdl"] = True
+    return options
+
+
+@triton.jit
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """Let the next kernel start, then wait until all earlier kernels are done and their writes visible.
+
+    Every kernel of the chain must wait, also in programs with nothing to do: the next kernel relies on
+    "my predecessor is done" meaning "all before it are done".
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Scratch of kernels that split a reduction over programs. One stream at a time may use it.
+
+    The counters are zero between launches: the last program of each reduction resets its own.
+    """
+
+    partials: Tensor
+    """float32 [n]."""
+    counters: Tensor
+    """int32 [m]."""
+
+    @staticmethod
+    def create(device: torch.device, num_floats: int = 1 << 23, num_counters: int = 1 << 14) -> "Workspace":
+        """Allocate; the defaults (32 MiB) serve 256 rows of attention and every projection of a 70B model."""
+        partials = torch.empty(num_floats, dtype=torch.float32, device=device)
+        return Workspace(partials, torch.zeros(num_counters, dtype=torch.int32, device=device))
+
+    def require(self, num_floats: int, num_counters: int) -> None:
+        """Raise ValueError with the numbers when the scratch is too small."""
+        if num_floats > self.partials.numel() or num_counters > self.counters.numel():
+            raise ValueError(
+                f"kernel scratch holds {self.partials.numel()} floats and {self.counters.numel()} counters, "
+                f"needs {num_floats} and {num_counters}: create a larger Workspace"
+            )
+
+
+@cache
+def default_workspace(device: torch.device) -> Workspace:
+    """Return the scratch that callers on ``device`` share when they pass none."""
+    return Workspace.create(device)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

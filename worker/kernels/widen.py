@@ -1,0 +1,124 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Packed weights to bfloat16 in registers: two elements per instruction, no conversion instruction.
+
+A word is an int32 with four 8-bit or eight 4-bit weights; part i of neighbouring words j and j + 1 becomes one pair of
+bfloat16, which is what the tensor core's operand registers hold. Triton's own conversions need 5–9 instructions per
+weight where these need 2 (8 bits) or 1.5 (4 bits); at 4.3 TB/s one SM has to widen 19 int8 or 37 int4 weights per clock
+with 128 issue slots. All three are exact.
+"""
+
+import triton
+import triton.language as tl
+
+INT8 = 0
+E4M3 = 1
+INT4 = 2
+
+# bfloat16 0x4300 is 128 and its neighbours are 1 apart, so 0x4300 | v is 128 + v for v < 128. With b the top bit,
+# int8 = (128 + low 7 bits) - (128 + 128 * b).  fma with -1 is a subtraction that Ampere has too.
+_INT8_ASM = tl.constexpr(
+    "{ .reg .b32 t, a, b, c; mov.b32 c, 0xBF80BF80;"
+    + "".join(
+        f"""
+    prmt.b32 t, $4, $5, {selector};
+    lop3.b32 a, t, 0x007f007f, 0x43004300, 0xEA;
+    lop3.b32 b, t, 0x00800080, 0x43004300, 0xEA;
+    fma.rn.bf16x2 ${part}, b, c, a;"""
+        for part, selector in enumerate(("0x7440", "0x7551", "0x7662", "0x7773"))
+    )
+    + "}"
+)
+
+# e4m3's exponent and mantissa, moved to bfloat16's, are the value times 2^-120, its subnormals included.
+_E4M3_ASM = tl.constexpr(
+    "{ .reg .b32 t, a, c, z; mov.b32 c, 0x7B807B80; mov.b32 z, 0x80008000;"
+    + "".join(
+        f"""
+    prmt.b32 t, $4, $5, {selector};
+    shr.u32 a, t, 4;
+    and.b32 a, a, 0x07f007f0;
+    lop3.b32 a, t, 0x80008000, a, 0xEA;
+    fma.rn.bf16x2 ${part}, a, c, z;"""
+        for part, selector in enumerate(("0x4404", "0x5515", "0x6626", "0x7737"))
+    )
+    + "}"
+)
+
+# A nibble holds q + 8: (128 + nibble) - 136.
+_INT4_ASM = tl.constexpr(
+    "{ .reg .b32 t, a, c, d; mov.b32 c, 0xC308C308; mov.b32 d, 0x3F803F80;"
+    + "".join(
+        f"""
+    prmt.b32 t, $8, $9, {selector};
+    lop3.b32 a, t, 0x000f000f, 0x43004300, 0xEA;
+    fma.rn.bf16x2 ${2 * part}, a, d, c;
+    shr.u32 t, t, 4;
+    lop3.b32 a, t, 0x000f000f, 0x43004300, 0xEA;
+    fma.rn.bf16x2 ${2 * part + 1}, a, d, c;"""
+        for part, selector in enumerate(("0x7440", "0x7551", "0x7662", "0x7773"))
+    )
+    + "}"
+)
+
+
+@triton.jit
+def _widen_slowly(words, PART: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    if KIND == 2:
+        value = (((words >> (4 * PART)) & 0xF) - 8).to(DTYPE)
+    elif KIND == 1:
+        value = ((words >> (8 * PART)) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32).to(DTYPE)
+    else:
+        value = ((words << (24 - 8 * PART)) >> 24).to(DTYPE)
+    return value
+
+
+@triton.jit
+def widen_words(words, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Give the four (int8, e4m3) or eight (int4) parts of each word as a tuple, lowest bits first."""
+    if ASSEMBLY and DTYPE == tl.bfloat16:
+        if KIND == 2:
+            parts = tl.inline_asm_elementwise(
+                _INT4_ASM,
+                "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
+                [words],
+                dtype=(
+                    tl.bfloat16,
+                    tl.bfloat16,
+                    tl.bfloat16,
+                    tl.bfloat16,
+                    tl.bfloat16,
+                    tl.bfloat16,
+                    tl.bfloat16,
+                    tl.bfloat16,
+                ),
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            parts = tl.inline_asm_elementwise(
+                _E4M3_ASM if KIND == 1 else _INT8_ASM,
+                "=r,=r,=r,=r,r,r",
+                [words],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
+            )
+    elif KIND == 2:
+        parts = (
+            _widen_slowly(words, 0, KIND, DTYPE),
+            _widen_slowly(words, 1, KIND, DTYPE),
+            _widen_slowly(words, 2, KIND, DTYPE),
+            _widen_slowly(words, 3, KIND, DTYPE),
+            _widen_slowly(words, 4, KIND, DTYPE),
+            _widen_slowly(words, 5, KIND, DTYPE),
+            _widen_slowly(words, 6, KIND, DTYPE),
+            _widen_slowly(words, 7, KIND, DTYPE),
+        )
+    else:
+        parts = (
+            _widen_slowly(words, 0, KIND, DTYPE),
+            _widen_slowly(words, 1, KIND, DTYPE),
+            _widen_slowly(words, 2, KIND, DTYPE),
+            _widen_slowly(words, 3, KIND, DTYPE),
+        )
+    return parts
