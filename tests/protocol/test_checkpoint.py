@@ -1,0 +1,348 @@
+"""Model folders: shards and index, and everything that a broken or hostile folder may hold."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from model_files import LLAMA_CONFIG, safetensors_bytes, write_config, write_index, write_llama_folder
+
+from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
+from mgpu.protocol.checkpoint_fields import MAX_JSON_BYTES
+from mgpu.protocol.codec import Codec
+from mgpu.protocol.model import LoadFormat, ModelFacts
+from mgpu.protocol.safetensors_header import MAX_HEADER_BYTES
+
+
+def refusal(folder: Path, load_format: LoadFormat = "auto") -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(folder, load_format)
+    assert str(folder) in str(caught.value)
+    assert len(str(caught.value)) < 2000
+    return str(caught.value)
+
+
+def is_complete(checkpoint: Checkpoint) -> bool:
+    expected = expected_tensors(checkpoint.facts)
+    return {name: entry.shape for name, entry in checkpoint.tensors.items()} == expected
+
+
+def test_a_folder_with_one_file_is_read(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path)
+    checkpoint = read_checkpoint(str(tmp_path))
+    assert is_complete(checkpoint)
+    assert (checkpoint.source.path, checkpoint.source.format) == (str(tmp_path), "safetensors")
+    entry = checkpoint.tensors["model.layers.1.self_attn.k_proj.weight"]
+    assert (entry.dtype, entry.shape, entry.nbytes) == ("F32", (32, 64), 32 * 64 * 4)
+    assert entry.file == str(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_shards_are_read_with_and_without_an_index(tmp_path: Path, with_index: bool) -> None:
+    write_llama_folder(tmp_path, num_shards=3)
+    if not with_index:
+        (tmp_path / "model.safetensors.index.json").unlink()
+    checkpoint = read_checkpoint(tmp_path)
+    assert is_complete(checkpoint)
+    assert len({entry.file for entry in checkpoint.tensors.values()}) == 3
+
+
+def test_entries_point_at_the_tensors_bytes(tmp_path: Path) -> None:
+    write_config(tmp_path, LLAMA_CONFIG)
+    shapes = expected_tensors(read_checkpoint(tmp_path, "dummy").facts)
+    data = bytearray(safetensors_bytes(shapes))
+    data[-4:] = struct.pack("<f", 7.5)  # the last element of the last tensor
+    (tmp_path / "model.safetensors").write_bytes(data)
+    entry = read_checkpoint(tmp_path).tensors[list(shapes)[-1]]
+    with open(entry.file, "rb") as file:
+        file.seek(entry.offset)
+        values = file.read(entry.nbytes)
+    assert struct.unpack("<f", values[-4:]) == (7.5,)
+    assert not any(values[:-4])
+
+
+def test_dummy_needs_only_the_configuration(tmp_path: Path) -> None:
+    write_config(tmp_path, LLAMA_CONFIG | {"torch_dtype": "bfloat16"})
+    checkpoint = read_checkpoint(tmp_path, "dummy")
+    assert is_complete(checkpoint)
+    assert checkpoint.source.load_format == "dummy"
+    entry = checkpoint.tensors["lm_head.weight"]
+    assert (entry.dtype, entry.file, entry.nbytes) == ("BF16", "", 100 * 64 * 2)
+
+
+def test_weights_that_follow_from_the_configuration_are_ignored(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path)
+    extra = safetensors_bytes({"model.layers.0.self_attn.rotary_emb.inv_freq": (8,), "vision.patch": (2,)})
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(extra)
+    assert is_complete(read_checkpoint(tmp_path))
+
+
+def test_the_original_consolidated_copy_of_the_weights_is_not_read_twice(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path, num_shards=2)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "consolidated.safetensors").write_bytes(b"whatever")
+    assert is_complete(read_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_multimodal_model_is_found(tmp_path: Path, prefix: str) -> None:
+    text = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 50, "model_type": "gemma3_text",
+    }  # fmt: skip
+    write_config(
+        tmp_path,
+        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text},
+    )
+    names = expected_tensors(read_checkpoint(tmp_path, "dummy").facts)
+    wrapped = {prefix + name.removeprefix("model."): shape for name, shape in names.items()}
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(wrapped | {"vision_tower.x.weight": (3, 3)}))
+    assert is_complete(read_checkpoint(tmp_path))
+
+
+# What may be wrong with a folder
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert "no such file or folder" in refusal(tmp_path / "absent")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert "config.json" in refusal(tmp_path)
+
+
+def test_a_configuration_without_weights(tmp_path: Path) -> None:
+    write_config(tmp_path, LLAMA_CONFIG)
+    assert "no .safetensors weights" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
+def test_pickles_are_refused_with_a_way_to_convert_them(tmp_path: Path, name: str) -> None:
+    write_config(tmp_path, LLAMA_CONFIG)
+    (tmp_path / name).write_bytes(b"\x80\x04")
+    message = refusal(tmp_path)
+    assert name in message
+    assert "pickle" in message
+    assert "save_pretrained" in message
+
+
+def test_a_file_that_is_neither_folder_nor_gguf(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"\x80\x04")
+    assert "pickle" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "", "a\\b", "a\0b"]
+)
+def test_an_index_that_names_a_file_elsewhere(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_llama_folder(folder)
+    (tmp_path / "outside.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    shapes = expected_tensors(read_checkpoint(folder).facts)
+    write_index(folder, dict.fromkeys(shapes, name))
+    assert "not a plain file name" in refusal(folder)
+
+
+def test_a_shard_that_links_out_of_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_llama_folder(folder)
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    assert "outside the model folder" in refusal(folder)
+
+
+def test_links_into_the_blobs_of_the_same_hub_cache_entry_are_followed(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--org--m" / "snapshots" / "abc", tmp_path / "models--org--m" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    write_llama_folder(snapshot)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).rename(blobs / name)
+        (snapshot / name).symlink_to(Path("../../blobs") / name)
+    assert is_complete(read_checkpoint(snapshot))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_special_files_are_not_opened(tmp_path: Path, name: str) -> None:
+    write_llama_folder(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert "not a regular file" in refusal(tmp_path)
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path, num_shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors" in refusal(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    message = refusal(tmp_path)
+    assert "2 weight files" in message
+    assert "3" in message
+
+
+@pytest.mark.parametrize("cut", [1, 100, 5000])
+def test_a_truncated_shard_names_the_file_and_both_sizes(tmp_path: Path, cut: int) -> None:
+    write_llama_folder(tmp_path, num_shards=2)
+    path = tmp_path / "model-00002-of-00002.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-cut])
+    message = refusal(tmp_path)
+    assert path.name in message
+    assert str(len(data)) in message
+    assert str(len(data) - cut) in message
+
+
+def test_trailing_bytes(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path)
+    with open(tmp_path / "model.safetensors", "ab") as file:
+        file.write(b"x")
+    assert "trailing" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", bytes(8), b"PK\x03\x04" + bytes(100)])
+def test_files_that_are_not_safetensors(tmp_path: Path, content: bytes) -> None:
+    write_llama_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert "model.safetensors" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("length", [1 << 20, 1 << 62, (1 << 64) - 1, MAX_HEADER_BYTES + 1])
+def test_absurd_header_lengths(tmp_path: Path, length: int) -> None:
+    write_llama_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", length) + bytes(1000))
+    assert str(length) in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header", [b"[]", b"null", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":1,"a":2}', b'{"t":' + b"9" * 5000 + b"}"]
+)
+def test_headers_that_are_not_an_object(tmp_path: Path, header: bytes) -> None:
+    write_llama_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    refusal(tmp_path)
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"dtype": "F13"}, "unknown dtype"),
+        ({"dtype": ["F32"]}, "unknown dtype"),
+        ({"shape": [65]}, "needs 260 bytes"),
+        ({"shape": [1 << 61, 1 << 61]}, "needs"),
+        ({"shape": [-64]}, "no usable shape"),
+        ({"shape": "64"}, "no usable shape"),
+        ({"shape": [64.0]}, "no usable shape"),
+        ({"shape": [1] * 1000}, "no usable shape"),
+        ({"data_offsets": [0, 256]}, "overlaps"),
+        ({"data_offsets": [256, 0]}, "no usable byte range"),
+        ({"data_offsets": [-256, 0]}, "no usable byte range"),
+        ({"data_offsets": [1 << 60, (1 << 60) + 256]}, "gap"),
+        ({"data_offsets": [0]}, "no usable byte range"),
+        ({"data_offsets": None}, "no usable byte range"),
+        (5, "not described by an object"),
+    ],
+)
+def test_wrong_descriptions_of_a_tensor(tmp_path: Path, change: object, expected: str) -> None:
+    write_llama_folder(tmp_path)
+    shapes = expected_tensors(read_checkpoint(tmp_path).facts)
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(shapes, changes={NORM: change}))
+    message = refusal(tmp_path)
+    assert expected in message
+    assert "model.safetensors" in message
+
+
+def rewrite(folder: Path, change: Mapping[str, tuple[int, ...] | None], dtype: str = "F32") -> None:
+    """Write the folder's weights again with other shapes; None leaves a tensor out."""
+    shapes = expected_tensors(read_checkpoint(folder, "dummy").facts) | change
+    kept = {name: shape for name, shape in shapes.items() if shape is not None}
+    (folder / "model.safetensors").write_bytes(safetensors_bytes(kept, dtype))
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path)
+    rewrite(tmp_path, {"model.layers.1.mlp.up_proj.weight": None})
+    assert "model.layers.1.mlp.up_proj.weight" in refusal(tmp_path)
+
+
+def test_a_wrong_shape_is_named_with_the_expected_one(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path)
+    rewrite(tmp_path, {"model.layers.1.mlp.up_proj.weight": (64, 96)})
+    message = refusal(tmp_path)
+    assert "[64, 96]" in message
+    assert "[96, 64]" in message
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight"])
+def test_weights_that_the_family_does_not_have_are_not_left_out_silently(tmp_path: Path, name: str) -> None:
+    write_llama_folder(tmp_path)
+    rewrite(tmp_path, {name: (64,)})
+    assert name in refusal(tmp_path)
+
+
+def test_types_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path)
+    rewrite(tmp_path, {}, dtype="F8_E4M3")
+    message = refusal(tmp_path)
+    assert "F8_E4M3" in message
+    assert "BF16" in message
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(safetensors_bytes({NORM: (64,)}))
+    message = refusal(tmp_path)
+    assert NORM in message
+    assert "also in" in message
+
+
+def test_an_index_that_contradicts_its_shards(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path, num_shards=2)
+    path = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"]
+    shards = sorted(set(weight_map.values()))
+    other = shards[1] if weight_map[NORM] == shards[0] else shards[0]
+    write_index(tmp_path, weight_map | {NORM: other})
+    assert NORM in refusal(tmp_path)
+    write_index(tmp_path, weight_map | {"model.extra.weight": shards[0]})
+    assert "model.extra.weight" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["x"]}}', "{", ""]
+)
+def test_an_index_of_the_wrong_form(tmp_path: Path, content: str) -> None:
+    write_llama_folder(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in refusal(tmp_path)
+
+
+def test_a_configuration_of_many_megabytes(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path)
+    with open(tmp_path / "config.json", "ab") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    assert str(MAX_JSON_BYTES + 1) in refusal(tmp_path)
+
+
+def test_facts_survive_the_way_to_a_worker(tmp_path: Path) -> None:
+    write_config(tmp_path, LLAMA_CONFIG)
+    facts = read_checkpoint(tmp_path, "dummy").facts
+    codec = Codec(ModelFacts)
+    assert codec.decode(codec.encode(facts)) == facts
+
+
+def test_expected_tensors_count_every_weight_once(tmp_path: Path) -> None:
+    write_config(tmp_path, LLAMA_CONFIG)
+    facts = read_checkpoint(tmp_path, "dummy").facts
+    per_layer = 64 * 64 * 2 + 32 * 64 * 2 + 96 * 64 * 3 + 2 * 64
+    assert sum(map(math.prod, expected_tensors(facts).values())) == 2 * per_layer + 64 + 2 * 100 * 64
