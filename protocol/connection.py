@@ -47,7 +47,7 @@ class Connection:
         """Why connecting cannot succeed, once that is known."""
         self._context: zmq.Context[Any] = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
-        wire.set_client_options(self.socket)
+        wire.set_client_options(self.socket, endpoint)
         self.monitor = self.socket.get_monitor_socket(_EVENTS)
         self.answers: dict[int, Answer] = {}
         self._replies: dict[int, Reply | MgpuError] = {}

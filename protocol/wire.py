@@ -114,9 +114,10 @@ def set_server_options(socket: "zmq.Socket[Any]", max_bytes: int) -> None:
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
 
 
-def set_client_options(socket: "zmq.Socket[Any]") -> None:
+def set_client_options(socket: "zmq.Socket[Any]", endpoint: str) -> None:
     """Prepare a client's DEALER: nothing is queued for a server that is not there."""
     set_common_options(socket)
+    socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.SNDHWM, 1000)
     socket.setsockopt(zmq.RCVHWM, 10_000)

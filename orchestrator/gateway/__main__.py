@@ -13,6 +13,7 @@ import zmq
 
 from mgpu.orchestrator.gateway.front import Front
 from mgpu.orchestrator.gateway.gateway import Gateway
+from mgpu.orchestrator.gateway.jobs import Jobs
 from mgpu.protocol.link import LINK, GatewayFailure, GatewaySpec
 
 _PR_SET_PDEATHSIG = 1
@@ -49,7 +50,11 @@ def main() -> int:
 
 def _serve(spec: GatewaySpec, context: "zmq.Context[zmq.Socket[bytes]]", link: "zmq.Socket[bytes]") -> None:
     front = Front(context, spec.bind, spec.max_request_bytes)
-    gateway = Gateway(spec, link, front, sys.stdin.fileno())
+    jobs = Jobs()
+    gateway = Gateway(spec, link, front, jobs, sys.stdin.fileno())
+    # Python runs a handler only between two of its own steps; a signal just before the loop starts to wait would be
+    # noticed at the next message. The descriptor is written by the C handler and ends the wait.
+    signal.set_wakeup_fd(jobs.wake_fd, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: gateway.stop())
     gateway.run()
 

@@ -63,11 +63,14 @@ log = logging.getLogger(__name__)
 class Gateway:
     """Owns all state of the process; one thread. ``run`` returns after ``stop`` or when the parent is gone."""
 
-    def __init__(self, spec: GatewaySpec, link: "zmq.Socket[Any]", front: Front, parent_fd: int) -> None:
+    def __init__(
+        self, spec: GatewaySpec, link: "zmq.Socket[Any]", front: Front, jobs: Jobs, parent_fd: int
+    ) -> None:
+        """``parent_fd`` becomes readable when the parent is gone. ``front`` and ``jobs`` are closed at the end."""
         self._spec = spec
         self._link = link
         self._front = front
-        self._jobs = Jobs()
+        self._jobs = jobs
         self._parent_fd = parent_fd
         self._codec: TextCodec | None = None
         self._is_loaded = False
@@ -103,9 +106,8 @@ class Gateway:
             raise self._failure
 
     def stop(self) -> None:
-        """Leave the loop; safe in a signal handler."""
+        """Leave the loop after this turn."""
         self._running = False
-        self._jobs.wake()
 
     def _wait_ms(self) -> int | None:
         if self._front.has_backlog:

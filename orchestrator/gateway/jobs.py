@@ -1,5 +1,6 @@
 """Work that would stop the poll loop, done in a few threads: loading the tokenizer, encoding long prompts."""
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable
@@ -8,10 +9,11 @@ from typing import Any
 
 
 class Jobs:
-    """A thread pool whose results wake a poller. ``fd`` is readable when `finish` or `wake` has something to do."""
+    """A thread pool whose results wake a poller: ``fd`` is readable when `finish` has something to do."""
 
     def __init__(self, num_threads: int = 2) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.fd, self.wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        """Anything written to ``wake_fd`` makes ``fd`` readable (signal.set_wakeup_fd writes there)."""
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="gateway-job")
         self._finished: deque[tuple[Callable[[Future[Any]], None], Future[Any]]] = deque()
 
@@ -20,20 +22,15 @@ class Jobs:
 
         def done(future: Future[Any]) -> None:
             self._finished.append((then, future))
-            self.wake()
+            with contextlib.suppress(BlockingIOError):  # a full pipe is readable, which is all that is wanted
+                os.write(self.wake_fd, b"\0")
 
         self._pool.submit(work).add_done_callback(done)
 
-    def wake(self) -> None:
-        """Make ``fd`` readable; safe in threads and signal handlers."""
-        os.eventfd_write(self.fd, 1)
-
     def finish(self) -> None:
         """Hand over all results that have arrived."""
-        try:
-            os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.fd, 4096)
         while self._finished:
             then, future = self._finished.popleft()
             then(future)

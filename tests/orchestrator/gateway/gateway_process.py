@@ -1,5 +1,6 @@
 """A real gateway process, a scripted engine on its link, and a model folder whose tokens are single bytes."""
 
+import contextlib
 import json
 import os
 import queue
@@ -119,6 +120,7 @@ class FakeEngine:
         self._stopping = True
         assert self._thread is not None
         self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
 
     def tell(self, message: object) -> None:
         self._outbox.put(message)
@@ -144,9 +146,9 @@ class FakeEngine:
             link.poll(1 if self._running and self.going.is_set() else 5)
             self._read(link)
             while not self._outbox.empty():
-                link.send(LINK.encode(self._outbox.get()))
+                self._send(link, self._outbox.get())
             if self.going.is_set() and self._running:
-                link.send(LINK.encode(self._step()))
+                self._send(link, self._step())
             with self._changed:
                 self._changed.notify_all()
         link.close()
@@ -161,12 +163,16 @@ class FakeEngine:
             elif isinstance(message, Cancel):
                 self.cancels.append(message)
                 if self._running.pop(message.request_id, None) is not None:
-                    link.send(LINK.encode(Outputs([message.request_id], [[]], [[]], [message.reason], [""], [0])))
+                    self._send(link, Outputs([message.request_id], [[]], [[]], [message.reason], [""], [0]))
             elif isinstance(message, StatsQuery):
                 if self.answers_stats:
-                    link.send(LINK.encode(StatsReply(message.query_id, {"running": float(len(self._running))})))
+                    self._send(link, StatsReply(message.query_id, {"running": float(len(self._running))}))
             else:
                 self.messages.put(message)
+
+    def _send(self, link: "zmq.Socket[bytes]", message: object) -> None:
+        with contextlib.suppress(zmq.Again):  # a gateway that is gone takes nothing
+            link.send(LINK.encode(message), zmq.NOBLOCK)
 
     def _step(self) -> Outputs:
         outputs = Outputs([], [], [], [], [], [])
@@ -217,13 +223,13 @@ class GatewayProcess:
         self.process.stdin.flush()
         try:
             self.first = self.engine.messages.get(timeout=DEADLINE_S)
+            self.endpoint = self.first.endpoint if isinstance(self.first, GatewayReady) else ""
+            if ready:
+                assert not isinstance(self.first, GatewayFailure), self.first
+                self.set_info()
         except BaseException:
             self.close()
             raise
-        self.endpoint = self.first.endpoint if isinstance(self.first, GatewayReady) else ""
-        if ready:
-            assert not isinstance(self.first, GatewayFailure), self.first
-            self.set_info()
 
     def set_info(self, state: str = "ready", max_seq_len: int = 512, kv_tokens: int = 4096) -> None:
         """Let the engine report its state, and wait until a client can see it."""

@@ -1,0 +1,180 @@
+"""Start, end and endpoint of the gateway process."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import zmq
+from gateway_process import DEADLINE_S, GatewayProcess
+
+from mgpu import Client, RequestFailed
+from mgpu.protocol.link import GatewayFailure, GatewayReady
+
+
+def test_before_the_engine_is_ready_health_answers_and_requests_are_told_to_wait(model_folder: Path) -> None:
+    with GatewayProcess(model_folder, ready=False) as gateway, Client(gateway.endpoint) as client:
+        assert client.health().state == "starting"
+        with pytest.raises(RequestFailed) as caught:
+            client.generate([1])
+        assert (caught.value.code, caught.value.retry_after_s) == ("not_ready", 1.0)
+
+
+def test_the_socket_is_private(model_folder: Path) -> None:
+    with GatewayProcess(model_folder, ready=False) as gateway:
+        assert os.stat(gateway.endpoint.removeprefix("ipc://")).st_mode & 0o077 == 0
+
+
+def test_end_of_standard_input_fails_what_runs_and_removes_the_runtime_folder(model_folder: Path) -> None:
+    with GatewayProcess(model_folder) as gateway, Client(gateway.endpoint) as client:
+        gateway.engine.going.clear()
+        stream = client.stream([1])
+        gateway.engine.wait(lambda: len(gateway.engine.submits) == 1)
+        assert gateway.process.stdin is not None
+        gateway.process.stdin.close()
+        with pytest.raises(RequestFailed) as caught:
+            next(stream)
+        assert caught.value.code == "stopped"
+        assert gateway.process.wait(DEADLINE_S) == 0
+        assert not gateway.runtime_dir.exists()
+
+
+def test_sigint_is_left_to_the_parent_and_sigterm_stops(model_folder: Path) -> None:
+    with GatewayProcess(model_folder) as gateway:
+        gateway.process.send_signal(signal.SIGINT)
+        with Client(gateway.endpoint) as client:
+            assert client.generate([1], max_tokens=1).token_ids == (1,)
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(DEADLINE_S) == 0
+        assert gateway.runtime_dir.exists()  # the parent lives and cleans up itself
+
+
+def test_a_second_server_cannot_take_a_live_endpoint(model_folder: Path) -> None:
+    with GatewayProcess(model_folder) as first:
+        with GatewayProcess(model_folder, bind=first.endpoint, ready=False) as second:
+            assert isinstance(second.first, GatewayFailure)
+            assert "another server is listening" in second.first.message
+            assert second.process.wait(DEADLINE_S) == 1
+        with Client(first.endpoint) as client:
+            assert client.generate([1], max_tokens=1).token_ids == (1,)
+
+
+def test_a_socket_file_that_a_dead_server_left_is_replaced(model_folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="mgpu-test-") as folder:
+        endpoint = f"ipc://{folder}/front"
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(f"{folder}/front")
+        with GatewayProcess(model_folder, bind=endpoint) as gateway, Client(endpoint) as client:
+            assert client.generate([1], max_tokens=1).token_ids == (1,)
+            assert gateway.endpoint == endpoint
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_tcp_on_the_loopback_resolves_port_zero(model_folder: Path, host: str) -> None:
+    if host == "[::1]" and not _has_ipv6():
+        pytest.skip("this machine has no IPv6 loopback")
+    with GatewayProcess(model_folder, bind=f"tcp://{host}:0") as gateway, Client(gateway.endpoint) as client:
+        assert int(gateway.endpoint.rpartition(":")[2]) > 0
+        assert client.generate([1], max_tokens=1).token_ids == (1,)
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def test_a_forged_zmtp1_greeting_on_tcp_is_not_delivered(model_folder: Path) -> None:
+    with GatewayProcess(model_folder, bind="tcp://127.0.0.1:0") as gateway:
+        port = int(gateway.endpoint.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as raw:
+            raw.sendall(b"\x01\x00\x0d\x00hello-forged")
+            received = _until_closed(raw)
+        assert b"mgpu1" not in received  # a delivered message would have been answered with bad_version
+        with Client(gateway.endpoint) as client:
+            assert client.generate([1], max_tokens=1).token_ids == (1,)
+
+
+def _until_closed(raw: socket.socket) -> bytes:
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := raw.recv(4096):
+            received += chunk
+    return received
+
+
+@pytest.mark.parametrize(
+    ("bind", "words"),
+    [
+        ("tcp://0.0.0.0:5000", "loopback"),
+        ("tcp://*:5000", "loopback"),
+        ("tcp://example.org:5000", "loopback"),
+        ("ipc://relative/path", "absolute"),
+        ("ipc:///" + "x" * 120, "107"),
+        ("ipc:///no-such-folder-here/front", "does not exist"),
+        ("ipc:///dev/null", "not a socket"),
+        ("udp://127.0.0.1:1", "use ipc://"),
+    ],
+)
+def test_an_unsuitable_endpoint_is_refused_with_the_way_out(model_folder: Path, bind: str, words: str) -> None:
+    with GatewayProcess(model_folder, bind=bind, ready=False) as gateway:
+        assert isinstance(gateway.first, GatewayFailure)
+        assert words in gateway.first.message
+        assert gateway.process.wait(DEADLINE_S) == 1
+
+
+def test_an_unusable_tokenizer_ends_the_process_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with GatewayProcess(tmp_path, ready=False) as gateway:
+        assert isinstance(gateway.first, GatewayFailure)
+        assert "tokenizer.json" in gateway.first.message
+        assert gateway.process.wait(DEADLINE_S) == 1
+
+
+def test_without_a_tokenizer_ids_still_work_and_text_is_refused(tmp_path: Path) -> None:
+    with GatewayProcess(tmp_path) as gateway, Client(gateway.endpoint) as client:
+        assert isinstance(gateway.first, GatewayReady)
+        done = client.generate([1, 2], max_tokens=2, logprobs=1)
+        assert (done.token_ids, done.text) == ((1, 2), "")
+        with pytest.raises(RequestFailed, match="no tokenizer"):
+            client.generate("text")
+
+
+def test_a_wrong_start_says_who_starts_this_command() -> None:
+    command = [sys.executable, "-m", "mgpu.orchestrator.gateway"]
+    done = subprocess.run(command, input=b"\x00", capture_output=True, timeout=DEADLINE_S, check=False)
+    assert done.returncode == 1
+    assert b"mgpu-launch serve" in done.stderr
+
+
+def test_two_gateways_do_not_disturb_each_other(model_folder: Path) -> None:
+    with GatewayProcess(model_folder) as one, GatewayProcess(model_folder) as two:
+        with Client(one.endpoint) as first, Client(two.endpoint) as second:
+            assert first.generate([1], max_tokens=1).token_ids == (1,)
+            assert second.generate([2], max_tokens=1).token_ids == (2,)
+        assert [len(each.engine.submits) for each in (one, two)] == [1, 1]
+
+
+def test_a_peer_with_the_routing_id_of_another_gets_nothing(model_folder: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with GatewayProcess(model_folder) as gateway:
+        sockets = [context.socket(zmq.DEALER) for _ in range(2)]
+        for each in sockets:
+            each.setsockopt(zmq.LINGER, 0)
+            each.setsockopt(zmq.ROUTING_ID, b"same")
+            each.connect(gateway.endpoint)
+            each.send_multipart([b"nonsense"])
+            each.poll(500)
+        assert sockets[0].poll(0)
+        assert not sockets[1].poll(0)
+        for each in sockets:
+            each.close()
+    context.term()
