@@ -99,6 +99,11 @@ class Scheduler:
         self._live[seq.request_id] = seq
         heapq.heappush(self._waiting, (seq.order, seq))
 
+    def refuse(self, request_id: int, error: str) -> None:
+        """Answer a request that will not be queued, with its one ending."""
+        if request_id not in self._live:
+            self._outbox.refuse(request_id, error)
+
     def cancel(self, request_id: int, reason: str) -> None:
         """End a request now, wherever it stands; unknown ids are ignored."""
         seq = self._live.get(request_id)

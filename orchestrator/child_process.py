@@ -1,0 +1,86 @@
+"""Start one child, tell it its spec, notice its death, and make sure that it ends."""
+
+import contextlib
+import os
+import select
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+
+_LARGEST_SPEC = 60_000
+"""Bytes that fit into an empty pipe, so that writing them never waits for the child."""
+
+
+class ChildProcess:
+    """A process of its own session whose standard input stays open: end of file tells it that the parent is gone.
+
+    Start it from the main thread: the child asks the kernel to be killed when the thread that made it ends.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        spec: bytes,
+        env: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        if len(spec) > _LARGEST_SPEC:
+            raise ValueError(f"the spec of {name} has {len(spec)} bytes, at most {_LARGEST_SPEC} fit")
+        self.name = name
+        # Its own session: Ctrl-C reaches the parent only. Standard output may be a pipe of the user's: keep it clean.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=2, env=dict(env), pass_fds=tuple(pass_fds), start_new_session=True
+        )
+        self.pid = self._process.pid
+        self.pidfd = os.pidfd_open(self.pid)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # died already; its pidfd says so
+            self._process.stdin.write(struct.pack("<I", len(spec)) + spec)
+            self._process.stdin.flush()
+
+    def exit_status(self) -> int | None:
+        """Give the exit code, negative for a signal, or None while it runs. The process stays to be reaped."""
+        if self._process.returncode is not None:
+            return self._process.returncode
+        found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is None:
+            return None
+        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+    def close_stdin(self) -> None:
+        """Let the child see end of file, its sign to stop."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def wait(self, deadline_s: float) -> bool:
+        """Wait for its end until CLOCK_MONOTONIC ``deadline_s``; say whether it ended."""
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return bool(poller.poll(max(0.0, deadline_s - time.monotonic()) * 1000))
+
+    def reap(self) -> None:
+        """Kill what is left of its session and take its exit status; a second call does nothing."""
+        if self._process.returncode is not None:
+            return
+        # Before the leader is reaped its process group id cannot belong to anyone else.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.close_stdin()
+        self._process.wait()
+        os.close(self.pidfd)
+
+
+def describe_exit(status: int) -> str:
+    """Say in words how a process ended."""
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = "an unknown signal"
+    hint = "; the kernel does that when memory runs out (see dmesg)" if -status == signal.SIGKILL else ""
+    return f"was killed by signal {-status} ({name}){hint}"

@@ -1,0 +1,194 @@
+"""The step loop: what clients want goes in, steps go out to the workers, tokens come back."""
+
+import logging
+import time
+from collections import deque
+from typing import Any
+
+import zmq
+
+from mgpu.orchestrator.gateway_link import GatewayLink
+from mgpu.orchestrator.scheduler import Scheduler
+from mgpu.orchestrator.signals import StopSignals
+from mgpu.orchestrator.stats import EngineStats
+from mgpu.orchestrator.supervisor import WorkerGroup
+from mgpu.protocol.control import CONTROL
+from mgpu.protocol.link import Cancel, EngineInfo, StatsQuery, StatsReply, Submit
+
+log = logging.getLogger(__name__)
+
+MESSAGES_PER_STEP = 256
+"""Most gateway messages taken in between two steps, so that a flood of them does not hold up the workers."""
+LOOK_INTERVAL_S = 0.01
+"""How often signals and processes are looked at while results keep coming without a wait."""
+PARK_S = 1.0
+"""Longest sleep; every deadline is checked at least this often."""
+
+
+class WorkersHung(Exception):
+    """No result for longer than a step may take."""
+
+
+class Engine:
+    """Connects scheduler, workers and gateway; runs in the main thread, without asyncio."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        workers: WorkerGroup,
+        gateway: GatewayLink,
+        signals: StopSignals,
+        info: EngineInfo,
+        *,
+        spin_s: float,
+        step_timeout_s: float,
+        drain_timeout_s: float,
+    ) -> None:
+        self.stats = EngineStats()
+        self._scheduler = scheduler
+        self._workers = workers
+        self._gateway = gateway
+        self._signals = signals
+        self._info = info
+        self._spin_s = spin_s
+        self._step_timeout_s = step_timeout_s
+        self._drain_timeout_s = drain_timeout_s
+        self._drain_deadline_s: float | None = None
+        self._published_s: deque[float] = deque()
+        self._last_result_s = self._last_look_s = time.monotonic()
+        self._poller = zmq.Poller()
+        for source in (signals.fd, gateway.socket, gateway.process.pidfd, *workers.sockets):
+            self._poller.register(source, zmq.POLLIN)
+        for process in workers.processes:
+            self._poller.register(process.pidfd, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Serve until a signal came and the running requests are done, or out of time, or a second signal came.
+
+        WorkerLost, GatewayLost or WorkersHung when serving cannot go on.
+        """
+        while not self._is_over():
+            self._drain_inbox()
+            self._publish_steps()
+            self._gather_results()
+            self._emit()
+
+    def end_requests(self, error: str) -> None:
+        """Give every request that is still alive its one ending."""
+        self._scheduler.fail_all(error)
+        self._emit()
+
+    # -- the four parts of a step --------------------------------------------------------------------------------------
+
+    def _drain_inbox(self) -> None:
+        for message in self._gateway.receive(MESSAGES_PER_STEP):
+            if isinstance(message, Submit):
+                self._on_submit(message)
+            elif isinstance(message, Cancel):
+                self._scheduler.cancel(message.request_id, message.reason)
+            elif isinstance(message, StatsQuery):
+                age_s = time.monotonic() - self._last_result_s
+                counters = self.stats.counters(self._scheduler, age_s)
+                self._gateway.send(StatsReply(message.query_id, counters))
+
+    def _publish_steps(self) -> None:
+        """Fill the pipeline: the next step is out before the tokens of the last one are back."""
+        while True:
+            began = time.perf_counter()
+            plan = self._scheduler.schedule()
+            if plan is None:
+                return
+            planned = time.perf_counter()
+            self._workers.publish(CONTROL.encode(plan))
+            self._published_s.append(time.monotonic())
+            self.stats.schedule_us.add((planned - began) * 1e6)
+            self.stats.publish_us.add((time.perf_counter() - planned) * 1e6)
+
+    def _gather_results(self) -> None:
+        """Apply the results that are there; if there are none, wait for one or for anything else to do."""
+        result = self._workers.try_result() or self._spin()
+        if result is None:
+            self._look_around(self._park_s())
+            result = self._workers.try_result()
+        elif time.monotonic() - self._last_look_s > LOOK_INTERVAL_S:
+            self._look_around(0.0)
+        while result is not None:
+            self._apply(result)
+            result = self._workers.try_result()
+        self._check_progress()
+
+    def _emit(self) -> None:
+        outputs = self._scheduler.take_outputs()
+        if outputs is not None:
+            self._gateway.send(outputs)
+
+    # -- details -------------------------------------------------------------------------------------------------------
+
+    def _on_submit(self, submit: Submit) -> None:
+        if self._drain_deadline_s is not None:
+            self._scheduler.refuse(submit.request_id, "the server is finishing its last requests before it stops")
+            return
+        try:
+            self._scheduler.submit(submit)
+        except Exception:  # whatever is wrong with one request must not end the others
+            log.exception("request %d could not be taken in", submit.request_id)
+            self._scheduler.refuse(submit.request_id, "internal error: the request could not be taken in")
+
+    def _apply(self, result: Any) -> None:
+        began = time.perf_counter()
+        self._scheduler.apply(result)
+        self._last_result_s = time.monotonic()
+        if self._published_s:
+            self.stats.step_us.add((self._last_result_s - self._published_s.popleft()) * 1e6)
+        self.stats.compute_us.add(result.compute_us)
+        self.stats.apply_us.add((time.perf_counter() - began) * 1e6)
+
+    def _spin(self) -> Any:
+        """On GPUs, try again for a moment: a sleep and a wake-up cost more than a short step leaves room for."""
+        if not self._spin_s or not self._published_s:
+            return None
+        until = time.monotonic() + self._spin_s
+        while time.monotonic() < until:
+            if (result := self._workers.try_result()) is not None:
+                return result
+        return None
+
+    def _park_s(self) -> float:
+        if self._drain_deadline_s is None:
+            return PARK_S
+        return min(PARK_S, max(0.0, self._drain_deadline_s - time.monotonic()))
+
+    def _look_around(self, timeout_s: float) -> None:
+        """Sleep until something happens, and see to all that is neither a result nor a gateway message."""
+        ready = dict(self._poller.poll(int(timeout_s * 1000)))
+        self._last_look_s = time.monotonic()
+        if self._signals.fd in ready:
+            self._signals.clear()
+        if self._gateway.process.pidfd in ready:
+            self._gateway.check_alive()
+        if any(process.pidfd in ready for process in self._workers.processes):
+            self._workers.check_deaths()
+        if any(socket in ready for socket in self._workers.sockets):
+            self._workers.read_all()
+
+    def _check_progress(self) -> None:
+        if not self._published_s:
+            return
+        waited_s = time.monotonic() - max(self._last_result_s, self._published_s[0])
+        if waited_s > self._step_timeout_s:
+            raise WorkersHung(f"no result for {waited_s:.0f} s, longer than step_timeout_s {self._step_timeout_s:g}")
+
+    def _is_over(self) -> bool:
+        signals = self._signals.received
+        if not signals:
+            return False
+        if self._drain_deadline_s is None:
+            self._begin_drain()
+        assert self._drain_deadline_s is not None
+        return len(signals) > 1 or not self._scheduler.num_live or time.monotonic() >= self._drain_deadline_s
+
+    def _begin_drain(self) -> None:
+        log.info("stopping: %d requests get up to %g s to finish", self._scheduler.num_live, self._drain_timeout_s)
+        self._drain_deadline_s = time.monotonic() + self._drain_timeout_s
+        info = self._info
+        self._gateway.send(EngineInfo("draining", info.max_seq_len, info.kv_tokens, info.layout))

@@ -1,0 +1,95 @@
+"""The orchestrator's end of the gateway: start the process, exchange link messages, notice its end."""
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import zmq
+
+from mgpu.orchestrator.child_process import ChildProcess, describe_exit
+from mgpu.orchestrator.runtime_dir import RuntimeDir
+from mgpu.orchestrator.server_config import ServerConfig
+from mgpu.protocol.codec import CodecError
+from mgpu.protocol.link import LINK, GatewayFailure, GatewayReady, GatewaySpec
+
+FRONT_NAME = "front.sock"
+OUTBOX_LIMIT = 100_000
+"""Messages that may wait for the gateway; one is sent per step, so a gateway this far behind is stuck."""
+FAREWELL_S = 0.5
+"""Time in which the gateway may leave by itself after it was told that the engine has stopped."""
+
+
+class GatewayLost(Exception):
+    """The gateway process failed, died or got stuck."""
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(f"the gateway failed: {message}")
+        self.traceback = traceback
+
+
+class GatewayLink:
+    """One gateway process and the socket to it, from construction to `stop`."""
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", runtime: RuntimeDir, config: ServerConfig) -> None:
+        self.endpoint = ""
+        """Where clients connect, once the gateway is ready."""
+        link = runtime.ipc("link")
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDHWM, OUTBOX_LIMIT)
+        self.socket.setsockopt(zmq.RCVHWM, 0)  # the gateway bounds what clients may queue
+        self.socket.bind(link)
+        spec = GatewaySpec(
+            runtime_dir=str(runtime.path),
+            bind=config.bind or runtime.ipc(FRONT_NAME),
+            link=link,
+            model_path=config.source.path,
+            model_format=config.source.format,
+            model_name=config.model_name,
+            vocab_size=config.facts.vocab_size,
+            eos_token_ids=list(config.facts.eos_token_ids),
+            max_request_bytes=config.max_request_bytes,
+        )
+        self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)
+
+    def send(self, message: object) -> None:
+        """Queue one message. GatewayLost when the gateway no longer reads."""
+        try:
+            self.socket.send(LINK.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            raise GatewayLost(f"it has left {OUTBOX_LIMIT} messages unread") from None
+
+    def receive(self, limit: int) -> Iterator[Any]:
+        """Give up to ``limit`` messages that are there. GatewayLost when one of them reports a failure."""
+        for _ in range(limit):
+            try:
+                message = LINK.decode(self.socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            except CodecError as error:
+                raise GatewayLost(f"it sent what is no message: {error}") from error
+            if isinstance(message, GatewayFailure):
+                raise GatewayLost(message.message, message.traceback)
+            if isinstance(message, GatewayReady):
+                self.endpoint = message.endpoint
+            else:
+                yield message
+
+    def check_alive(self) -> None:
+        """GatewayLost when the process has ended, with its last words if it left any."""
+        status = self.process.exit_status()
+        if status is None:
+            return
+        while self.socket.poll(20):
+            for _ in self.receive(1):
+                pass
+        raise GatewayLost(f"the process {describe_exit(status)}")
+
+    def stop(self, deadline_s: float) -> None:
+        """Wait for it to leave, tell it by end of file, kill it at CLOCK_MONOTONIC ``deadline_s``; reap it."""
+        if not self.process.wait(min(time.monotonic() + FAREWELL_S, deadline_s)):
+            self.process.close_stdin()
+            self.process.wait(deadline_s)
+        self.process.reap()
+        self.socket.close(linger=0)

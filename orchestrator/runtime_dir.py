@@ -1,0 +1,102 @@
+"""Own the private folder of one server: sockets, the rendezvous file, and what lets clients find it."""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from mgpu.orchestrator.errors import UserError
+from mgpu.protocol.runtime import BASE_VARIABLE, LOCK_NAME, base_dirs, is_locked, server_dirs
+
+IPC_PATH_MAX = 107
+"""Longest path of a unix socket, in bytes (sockaddr_un)."""
+_LONGEST_NAME = "worker-9999"
+_LOCK_WAIT_S = 2.0
+
+
+class RuntimeDirError(UserError):
+    """There is no folder in which a server may put its sockets."""
+
+
+class RuntimeDir:
+    """A folder of mode 0700 with a held lock, from construction to `close`."""
+
+    def __init__(self, environ: Mapping[str, str] | None = None) -> None:
+        self.base = choose_base(environ)
+        sweep(self.base)
+        name = secrets.token_hex(4)
+        self.path = self.base / name
+        # Locked under a name that nobody sweeps, then renamed: no other server can take it for a left-over.
+        hidden = self.base / f".{name}"
+        hidden.mkdir(mode=0o700)
+        self._lock_fd = _locked(hidden / LOCK_NAME)
+        hidden.rename(self.path)
+
+    def ipc(self, name: str) -> str:
+        """Give the endpoint of a socket in this folder."""
+        return f"ipc://{self.path / name}"
+
+    def close(self) -> None:
+        """Remove the folder and all in it; a second call does nothing."""
+        if self._lock_fd >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+
+def choose_base(environ: Mapping[str, str] | None = None) -> Path:
+    """Give the first base folder that is, or can be made, private. RuntimeDirError names what is wrong with each."""
+    problems: list[str] = []
+    for base in base_dirs(environ):
+        problem = _problem_of(base)
+        if problem is None:
+            return base
+        problems.append(f"{base}: {problem}")
+    listed = "; ".join(problems)
+    raise RuntimeDirError(f"no private folder for the server's sockets ({listed}). Set {BASE_VARIABLE}=/short/path")
+
+
+def _problem_of(base: Path) -> str | None:
+    length = len(os.fsencode(base / "01234567" / _LONGEST_NAME))
+    if length > IPC_PATH_MAX:
+        return f"socket paths would have {length} bytes, the system allows {IPC_PATH_MAX}"
+    try:
+        base.mkdir(mode=0o700, exist_ok=True)
+        found = base.lstat()
+    except OSError as error:
+        return error.strerror or str(error)
+    if not stat.S_ISDIR(found.st_mode):
+        return "not a folder"
+    if found.st_uid != os.geteuid():
+        return f"owned by user {found.st_uid}, not by {os.geteuid()}"
+    if found.st_mode & 0o022:
+        return f"others may write to it (mode {stat.S_IMODE(found.st_mode):04o}; chmod 700 it)"
+    return None if os.access(base, os.W_OK | os.X_OK) else "not writable"
+
+
+def sweep(base: Path) -> list[Path]:
+    """Remove the folders of servers that no longer live, and give them. Their lock tells, not their process id."""
+    removed: list[Path] = []
+    for folder in server_dirs(base):
+        if not is_locked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder)
+    return removed
+
+
+def _locked(path: Path) -> int:
+    """Create and lock a file. A client that looks for servers may hold its lock for a moment, so try again."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        time.sleep(0.01)
+    os.close(fd)
+    raise RuntimeDirError(f"{path} stays locked by another process")

@@ -1,0 +1,224 @@
+"""One server: start-up, main loop, shutdown, from top to bottom."""
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import zmq
+
+from mgpu import __version__
+from mgpu.orchestrator.admission import Limits
+from mgpu.orchestrator.engine import Engine, WorkersHung
+from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
+from mgpu.orchestrator.runtime_dir import RuntimeDir
+from mgpu.orchestrator.scheduler import Scheduler
+from mgpu.orchestrator.server_config import ServerConfig
+from mgpu.orchestrator.signals import StopSignals
+from mgpu.orchestrator.startup_log import ProgressBar, phase_seconds, ready_line
+from mgpu.orchestrator.supervisor import WorkerGroup, WorkerLost
+from mgpu.protocol.link import EngineInfo
+from mgpu.protocol.runtime import RunningServer, write_server
+
+log = logging.getLogger(__name__)
+
+GPU_SPIN_S = 0.002
+POLL_S = 0.25
+
+
+class StartTimeout(Exception):
+    """Nothing moved for too long while the server started."""
+
+
+class _Stopped(Exception):
+    """A signal came before the server was ready."""
+
+
+class Server:
+    """Everything that one `mgpu-launch serve` starts. `run` blocks until it is over and leaves nothing behind."""
+
+    def __init__(self, config: ServerConfig, on_ready: Callable[[str], None] | None = None) -> None:
+        """``on_ready`` is called once, with the endpoint for clients."""
+        Limits(1, config.block_size, config.max_rows, config.batch_tokens, config.seq_len)  # refuses what cannot work
+        self._config = config
+        self._on_ready = on_ready
+        self._began_s = time.monotonic()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._signals = StopSignals()
+        self._runtime: RuntimeDir | None = None
+        self._gateway: GatewayLink | None = None
+        self._workers: WorkerGroup | None = None
+        self._engine: Engine | None = None
+        self._gateway_greeted = False
+        """It can be sent to only after it has been heard of."""
+        self._info = EngineInfo("starting", config.seq_len, 0, config.layout_table)
+
+    def run(self) -> int:
+        """Serve until a signal or a failure. Gives the exit status: 0, 1, or minus the signal (see `end_process`).
+
+        Call it from the main thread. UserError when there is no place for the sockets.
+        """
+        failure = ""
+        with self._signals:
+            try:
+                self._start()
+                assert self._engine is not None
+                self._engine.run()
+            except _Stopped:
+                log.info("stopped while starting")
+            except (WorkerLost, GatewayLost, WorkersHung, StartTimeout) as cause:
+                failure = str(cause)
+                log.error("%s\n%s", failure, getattr(cause, "traceback", ""))
+            finally:
+                self._shut_down(failure)
+        if failure:
+            return 1
+        return -self._signals.received[0] if self._signals.received else 0
+
+    # -- start-up ------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        config = self._config
+        self._runtime = RuntimeDir()
+        self._gateway = GatewayLink(self._context, self._runtime, config)
+        self._workers = WorkerGroup(self._context, self._runtime, config)
+        self._workers.start()
+        log.info("starting %d worker(s) for %s", config.plan.world_size, config.model_name)
+        num_blocks = self._load_workers(self._workers)
+        self._wait_until(lambda: bool(self._gateway and self._gateway.endpoint), "the gateway to be ready")
+        self._open(num_blocks)
+
+    def _load_workers(self, workers: WorkerGroup) -> int:
+        """Lead the workers from their start to `Ready`; gives the size of the pool in blocks."""
+        world_size = self._config.plan.world_size
+        bar = ProgressBar()
+        try:
+            self._wait_until(
+                lambda: len(workers.loaded) == world_size,
+                "all workers to load",
+                lambda: bar.show(workers.progress.values(), world_size),
+            )
+        finally:
+            bar.close()
+        num_blocks = workers.allocate_cache()
+        self._wait_until(lambda: len(workers.ready) == world_size, "all workers to be ready")
+        return num_blocks
+
+    def _wait_until(self, done: Callable[[], bool], what: str, each_time: Callable[[], None] = lambda: None) -> None:
+        """Take in messages until ``done``. StartTimeout when nothing comes for long; any failure ends it at once."""
+        assert self._workers is not None
+        assert self._gateway is not None
+        poller = zmq.Poller()
+        for source in (self._signals.fd, self._gateway.socket, *self._workers.sockets):
+            poller.register(source, zmq.POLLIN)
+        for process in (self._gateway.process, *self._workers.processes):
+            poller.register(process.pidfd, zmq.POLLIN)
+        last_news_s = time.monotonic()
+        while not done():
+            if poller.poll(int(POLL_S * 1000)):
+                last_news_s = time.monotonic()
+            elif time.monotonic() - last_news_s > self._config.start_timeout_s:
+                raise StartTimeout(f"waited {self._config.start_timeout_s:g} s for {what}")
+            self._take_news(self._workers, self._gateway)
+            each_time()
+
+    def _take_news(self, workers: WorkerGroup, gateway: GatewayLink) -> None:
+        if self._signals.received:
+            raise _Stopped
+        workers.read_all()
+        workers.check_deaths()
+        for message in gateway.receive(limit=64):
+            log.warning("ignored %s: the engine is not ready", type(message).__name__)
+        if gateway.endpoint and not self._gateway_greeted:
+            self._gateway_greeted = True
+            gateway.send(self._info)
+        gateway.check_alive()
+
+    def _open(self, num_blocks: int) -> None:
+        """Become ready: build the engine, tell the gateway, the log and whoever looks for servers."""
+        assert self._workers is not None
+        assert self._gateway is not None
+        assert self._runtime is not None
+        config = self._config
+        limits = Limits(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_rows=config.max_rows,
+            max_batch_tokens=config.batch_tokens,
+            max_seq_len=min(config.seq_len, num_blocks * config.block_size),
+            num_stages=config.plan.num_stages,
+            vocab_size=config.facts.vocab_size,
+            prefix_cache=config.prefix_cache,
+        )
+        self._info = EngineInfo("ready", limits.max_seq_len, limits.kv_tokens, config.layout_table)
+        self._engine = Engine(
+            Scheduler(limits),
+            self._workers,
+            self._gateway,
+            self._signals,
+            self._info,
+            spin_s=GPU_SPIN_S if config.device_kind == "cuda" else 0.0,
+            step_timeout_s=config.step_timeout_s,
+            drain_timeout_s=config.drain_timeout_s,
+        )
+        endpoint = self._gateway.endpoint
+        self._log_ready(limits, self._workers, endpoint)
+        self._gateway.send(self._info)
+        write_server(self._runtime.path, RunningServer(endpoint, os.getpid(), config.model_name, __version__))
+        # What exists now stays: the collector need not look at it again between steps.
+        gc.collect()
+        gc.freeze()
+        if self._on_ready is not None:
+            self._on_ready(endpoint)
+
+    def _log_ready(self, limits: Limits, workers: WorkerGroup, endpoint: str) -> None:
+        for rank in sorted(workers.ready):
+            for note in workers.ready[rank].notes:
+                log.info("worker %d: %s", rank, note)
+        total_s = time.monotonic() - self._began_s
+        phases = phase_seconds(workers.ready.values())
+        spawn_s = max(0.0, total_s - sum(phases.values()))
+        loaded_bytes = sum(ready.loaded_bytes for ready in workers.ready.values())
+        log.info("%s", ready_line(total_s, {"spawn": spawn_s, **phases}, loaded_bytes))
+        log.info("%s", self._config.layout_table)
+        if limits.max_seq_len < self._config.seq_len:
+            log.warning(
+                "the KV cache holds %d tokens, so requests are limited to that instead of %d",
+                limits.kv_tokens,
+                self._config.seq_len,
+            )
+        log.info(
+            "KV cache: %d tokens in %d blocks, %.1f requests at the full context of %d tokens",
+            limits.kv_tokens,
+            limits.num_blocks,
+            limits.kv_tokens / limits.max_seq_len,
+            limits.max_seq_len,
+        )
+        log.info("listening on %s", endpoint)
+
+    # -- shutdown ------------------------------------------------------------------------------------------------------
+
+    def _shut_down(self, failure: str) -> None:
+        """End requests, then processes, within one shared deadline; then remove every file. Never raises for a peer."""
+        deadline_s = time.monotonic() + self._config.stop_timeout_s
+        self._say_goodbye(f"the server failed: {failure}" if failure else "the server stopped before this was finished")
+        if self._workers is not None:
+            self._workers.stop(deadline_s)
+        if self._gateway is not None:
+            self._gateway.stop(max(deadline_s, time.monotonic() + 1.0))
+        if self._runtime is not None:
+            self._runtime.close()
+        self._context.destroy(linger=0)
+        log.info("stopped")
+
+    def _say_goodbye(self, error: str) -> None:
+        if self._gateway is None or not self._gateway_greeted:
+            return
+        try:
+            if self._engine is not None:
+                self._engine.end_requests(error)
+            info = self._info
+            self._gateway.send(EngineInfo("stopped", info.max_seq_len, info.kv_tokens, info.layout))
+        except GatewayLost as lost:
+            log.warning("clients could not be told: %s", lost)

@@ -1,0 +1,88 @@
+"""What one server needs to know, decided before anything is started."""
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts, ModelSource
+from mgpu.protocol.placement import PlacementPlan, Transport
+from mgpu.protocol.shared_layout import shared_layout
+
+WORKER_COMMAND = (sys.executable, "-m", "mgpu.worker")
+GATEWAY_COMMAND = (sys.executable, "-m", "mgpu.orchestrator.gateway")
+_DEFAULT_BATCH_TOKENS = {"cuda": 2048, "cpu": 512}
+_SHARED = ("shared-memory", "peer", "pinned")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """A model, its layout and the limits of one server. 0 means: choose (see the properties)."""
+
+    source: ModelSource
+    facts: ModelFacts
+    plan: PlacementPlan
+    layout_table: str
+    """For people: the start-up log and the API show it."""
+    model_name: str
+    device_kind: Literal["cpu", "cuda"]
+    dtype: Dtype
+    transport: Transport
+    stage_transport: Transport
+    bind: str = ""
+    """Front endpoint; empty: an ipc socket in the private runtime directory."""
+    block_size: int = 16
+    max_rows: int = 256
+    max_batch_tokens: int = 0
+    max_seq_len: int = 0
+    memory_fraction: float = 0.9
+    kv_bytes: int = 0
+    prefix_cache: bool = True
+    num_threads: int = 0
+    """CPU threads per worker."""
+    drain_timeout_s: float = 30.0
+    start_timeout_s: float = 1800.0
+    """Longest start-up without any progress."""
+    worker_timeout_s: float = 120.0
+    step_timeout_s: float = 600.0
+    """Longest time for one step before the workers count as hung."""
+    stop_timeout_s: float = 10.0
+    seed: int = 0
+    max_request_bytes: int = 1 << 20
+    worker_envs: tuple[dict[str, str], ...] = ()
+    """Per rank: added to the worker's environment, such as CUDA_VISIBLE_DEVICES; empty: nothing."""
+    worker_devices: tuple[str, ...] = ()
+    """Per rank: the device under that environment, ``cpu`` or ``cuda:N``; empty: the plan's ordinals."""
+    worker_command: tuple[str, ...] = WORKER_COMMAND
+    gateway_command: tuple[str, ...] = GATEWAY_COMMAND
+
+    @property
+    def batch_tokens(self) -> int:
+        """Most tokens in one step: as configured, else what suits the device."""
+        return self.max_batch_tokens or max(_DEFAULT_BATCH_TOKENS[self.device_kind], 2 * self.max_rows)
+
+    @property
+    def seq_len(self) -> int:
+        """Longest prompt plus output: as configured, else what the model was trained for."""
+        return self.max_seq_len or self.facts.max_position
+
+    @property
+    def threads_per_worker(self) -> int:
+        """As configured; else the cores shared out on the CPU, and torch's default (0) beside GPUs."""
+        if self.num_threads or self.device_kind != "cpu":
+            return self.num_threads
+        return max(1, len(os.sched_getaffinity(0)) // self.plan.world_size)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Size of the memory that all ranks map; 0 when the transports need none."""
+        if self.plan.world_size == 1 or not {self.transport, self.stage_transport} & set(_SHARED):
+            return 0
+        dtype_bytes = DTYPE_BYTES[self.dtype]
+        layout = shared_layout(self.plan, self.batch_tokens, self.max_rows, self.facts.hidden_size, dtype_bytes)
+        return layout.total_bytes
+
+    def device_of(self, rank: int) -> str:
+        if self.worker_devices:
+            return self.worker_devices[rank]
+        return "cpu" if self.device_kind == "cpu" else f"cuda:{self.plan.place_of(rank).device}"

@@ -1,0 +1,85 @@
+"""Show how loading goes and what came of it."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable
+
+from mgpu.protocol.control import LoadProgress, Ready
+
+log = logging.getLogger(__name__)
+
+PLAIN_INTERVAL_S = 5.0
+BAR_INTERVAL_S = 0.1
+_BAR_WIDTH = 32
+
+
+class ProgressBar:
+    """One line for all ranks: redrawn in place on a terminal, a log line every few seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stderr.isatty()
+        self._interval_s = BAR_INTERVAL_S if self._on_terminal else PLAIN_INTERVAL_S
+        self._last_s = time.monotonic()
+        self._drawn = False
+
+    def show(self, progress: Iterable[LoadProgress], world_size: int) -> None:
+        """Draw the sum over ranks of the weights phase, not more often than anyone can read."""
+        now = time.monotonic()
+        if now - self._last_s < self._interval_s:
+            return
+        text = _progress_text([each for each in progress if each.phase == "weights"], world_size)
+        if not text:
+            return
+        self._last_s = now
+        if self._on_terminal:
+            self._drawn = True
+            sys.stderr.write(f"\r\x1b[K{text}")
+            sys.stderr.flush()
+        else:
+            log.info("%s", text)
+
+    def close(self) -> None:
+        """Clear the line."""
+        if self._drawn:
+            self._drawn = False
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def _progress_text(progress: list[LoadProgress], world_size: int) -> str:
+    done, total = sum(each.done_bytes for each in progress), sum(each.total_bytes for each in progress)
+    if not total:
+        return ""
+    share = done / total * len(progress) / world_size  # ranks that have not begun count as empty
+    elapsed_s = max(each.elapsed_s for each in progress)
+    speed = f", {done / elapsed_s / 1e9:.2f} GB/s" if elapsed_s > 0 else ""
+    bar = "#" * int(share * _BAR_WIDTH)
+    return f"loading [{bar:<{_BAR_WIDTH}}] {share:4.0%}  {format_bytes(done)} of {format_bytes(total)}{speed}"
+
+
+def phase_seconds(ready: Iterable[Ready]) -> dict[str, float]:
+    """Give the seconds of each phase on the slowest rank."""
+    slowest: dict[str, float] = {}
+    for each in ready:
+        for phase, seconds in each.phase_s.items():
+            slowest[phase] = max(slowest.get(phase, 0.0), seconds)
+    return slowest
+
+
+def ready_line(total_s: float, phases: dict[str, float], loaded_bytes: int) -> str:
+    """Put the whole start-up into one line: seconds in all and per phase, bytes and speed of the weights."""
+    parts = []
+    for phase, seconds in phases.items():
+        part = f"{phase} {seconds:.1f}"
+        if phase == "weights" and loaded_bytes and seconds > 0:
+            part += f" ({format_bytes(loaded_bytes)}, {loaded_bytes / seconds / 1e9:.2f} GB/s)"
+        parts.append(part)
+    return f"ready in {total_s:.1f} s  [{' | '.join(parts)}]"
+
+
+def format_bytes(count: int) -> str:
+    """Write bytes in decimal units, as disks and transfer speeds are."""
+    if count < 1_000_000_000:
+        return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:.2f} GB"

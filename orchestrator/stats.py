@@ -1,0 +1,74 @@
+"""Count and time what the engine does, for the stats query."""
+
+import time
+from bisect import bisect_left
+
+from mgpu.orchestrator.scheduler import Scheduler
+
+_SMOOTHING = 0.02
+STEP_BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+class Average:
+    """Exponential moving average, over about the last fifty values."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def add(self, value: float) -> None:
+        self.value += (value - self.value) * (_SMOOTHING if self.value else 1.0)
+
+
+class StepTime(Average):
+    """Average and cumulative histogram of the time from publishing a step to its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buckets = [0] * (len(STEP_BUCKETS_MS) + 1)
+
+    def add(self, value: float) -> None:
+        super().add(value)
+        self.buckets[bisect_left(STEP_BUCKETS_MS, value / 1000)] += 1
+
+
+class EngineStats:
+    """Averages in µs; everything else is counted where it happens."""
+
+    def __init__(self) -> None:
+        self.schedule_us = Average()
+        self.publish_us = Average()
+        self.apply_us = Average()
+        self.compute_us = Average()
+        self.step_us = StepTime()
+        self._started_s = time.monotonic()
+
+    def counters(self, scheduler: Scheduler, last_step_age_s: float) -> dict[str, float]:
+        """Give every counter under the name that clients see."""
+        totals, blocks = scheduler.counters, scheduler.blocks
+        values: dict[str, float] = {
+            "running": scheduler.num_running,
+            "waiting": scheduler.num_live - scheduler.num_running,
+            "steps_in_flight": scheduler.num_in_flight,
+            "last_step_age_s": last_step_age_s,
+            "kv_blocks_total": blocks.num_blocks,
+            "kv_blocks_used": blocks.num_blocks - blocks.num_free,
+            "prompt_tokens": totals.prompt_tokens,
+            "prefix_hit_tokens": totals.prefix_hit_tokens,
+            "generated_tokens": totals.generated_tokens,
+            "discarded_tokens": totals.discarded_tokens,
+            "finished": totals.finished,
+            "preemptions": totals.preemptions,
+            "steps": totals.steps,
+            "restarts": 0,
+            "uptime_s": time.monotonic() - self._started_s,
+            "schedule_us": self.schedule_us.value,
+            "publish_us": self.publish_us.value,
+            "apply_us": self.apply_us.value,
+            "compute_us": self.compute_us.value,
+            "step_us": self.step_us.value,
+        }
+        count = 0
+        for bound, steps in zip((*STEP_BUCKETS_MS, "inf"), self.step_us.buckets, strict=True):
+            count += steps
+            values[f"step_ms_le_{bound}"] = count
+        return {name: float(value) for name, value in values.items()}

@@ -1,0 +1,277 @@
+"""The worker group: start its processes, lead them through loading, notice the first failure, stop them all.
+
+The group lives and dies as one. When several ranks fail, the earliest failure is the cause: the others mostly report
+that a peer is gone.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+
+import zmq
+
+from mgpu.orchestrator.child_process import ChildProcess, describe_exit
+from mgpu.orchestrator.runtime_dir import RuntimeDir
+from mgpu.orchestrator.server_config import ServerConfig
+from mgpu.protocol.codec import CodecError
+from mgpu.protocol.control import (
+    CONTROL,
+    AllocateCache,
+    Loaded,
+    LoadProgress,
+    Ready,
+    Shutdown,
+    StepResult,
+    WorkerFailure,
+    WorkerSpec,
+)
+
+ZmqContext = zmq.Context[zmq.Socket[bytes]]
+ZmqSocket = zmq.Socket[bytes]
+
+SILENT_DEATH_HEAD_START_S = 0.5
+"""A peer may notice a broken connection before this process notices the death, so deaths count as this much earlier."""
+GRACE_S = 1.0
+"""How long to wait for other ranks' reports after the first sign of failure."""
+
+
+class WorkerLost(Exception):
+    """A worker failed or died; this is the earliest failure of the group."""
+
+    def __init__(self, rank: int, phase: str, message: str, traceback: str, at_s: float) -> None:
+        super().__init__(f"worker {rank} failed in phase {phase}: {message}")
+        self.rank = rank
+        self.phase = phase
+        self.traceback = traceback
+        """As the worker printed it; empty when it died without a word."""
+        self.at_s = at_s
+        """CLOCK_MONOTONIC of the failure."""
+
+
+class WorkerGroup:
+    """All workers of one epoch, from `start` to `stop`. Use from the main thread only."""
+
+    def __init__(self, context: ZmqContext, runtime: RuntimeDir, config: ServerConfig, epoch: int = 0) -> None:
+        self.loaded: dict[int, Loaded] = {}
+        self.ready: dict[int, Ready] = {}
+        self.progress: dict[int, LoadProgress] = {}
+        self.sockets: list[ZmqSocket] = []
+        self.processes: list[ChildProcess] = []
+        self._context = context
+        self._runtime = runtime
+        self._config = config
+        self._epoch = epoch
+        self._failures: list[WorkerLost] = []
+        self._output_rank = config.plan.output_rank
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Spawn every rank with its spec. The shared memory has no name: it vanishes with the last process."""
+        shared_bytes = self._config.shared_bytes
+        shared_fd = os.memfd_create(f"mgpu-{self._epoch}") if shared_bytes else -1
+        try:
+            if shared_fd >= 0:
+                os.ftruncate(shared_fd, shared_bytes)
+            for rank in range(self._config.plan.world_size):
+                self._spawn(rank, shared_fd)
+        finally:
+            if shared_fd >= 0:
+                os.close(shared_fd)
+
+    def _spawn(self, rank: int, shared_fd: int) -> None:
+        endpoint = self._runtime.ipc(f"worker-{self._epoch}-{rank}")
+        socket = self._context.socket(zmq.DEALER)
+        self.sockets.append(socket)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)  # at most a few steps are in flight; the pipeline's depth is the bound
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.bind(endpoint)
+        self.processes.append(
+            ChildProcess(
+                f"worker {rank}",
+                self._config.worker_command,
+                CONTROL.encode(self._spec(endpoint, shared_fd, rank)),
+                self._environment(rank),
+                (shared_fd,) if shared_fd >= 0 else (),
+            )
+        )
+
+    def _spec(self, endpoint: str, shared_fd: int, rank: int) -> WorkerSpec:
+        config = self._config
+        return WorkerSpec(
+            epoch=self._epoch,
+            plan=config.plan,
+            model=config.source,
+            facts=config.facts,
+            device=config.device_of(rank),
+            dtype=config.dtype,
+            endpoint=endpoint,
+            rendezvous=f"file://{self._runtime.path / f'rendezvous-{self._epoch}'}",
+            transport=config.transport,
+            stage_transport=config.stage_transport,
+            shared_fd=shared_fd,
+            shared_bytes=config.shared_bytes if shared_fd >= 0 else 0,
+            num_threads=config.threads_per_worker,
+            block_size=config.block_size,
+            max_rows=config.max_rows,
+            max_batch_tokens=config.batch_tokens,
+            max_seq_len=config.seq_len,
+            memory_fraction=config.memory_fraction,
+            kv_bytes=config.kv_bytes,
+            seed=config.seed,
+            timeout_s=config.worker_timeout_s,
+        )
+
+    def _environment(self, rank: int) -> dict[str, str]:
+        """Give a worker torchrun's variables, minus those of an address: the group meets in a file."""
+        env = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
+        world = str(self._config.plan.world_size)
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        if self._config.device_kind == "cuda":
+            env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # ordinals as the planner and nvidia-smi count them
+        if self._config.threads_per_worker:
+            env["OMP_NUM_THREADS"] = str(self._config.threads_per_worker)
+        return env | (self._config.worker_envs[rank] if self._config.worker_envs else {})
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def publish(self, data: bytes) -> None:
+        """Send the same bytes to every rank. WorkerLost when one is not there to take them."""
+        for rank, socket in enumerate(self.sockets):
+            try:
+                socket.send(data, zmq.NOBLOCK)
+            except zmq.Again:
+                raise self._unreachable(rank) from None
+
+    def allocate_cache(self) -> int:
+        """Tell all ranks the pool size that each of them can hold, the minimum of what they reported; give it."""
+        num_blocks = min(loaded.num_blocks for loaded in self.loaded.values())
+        self.publish(CONTROL.encode(AllocateCache(self._epoch, num_blocks)))
+        return num_blocks
+
+    def try_result(self) -> StepResult | None:
+        """Give the next step's result if it is there. WorkerLost if the output rank reports a failure instead."""
+        message = self._receive(self._output_rank)
+        if message is None or isinstance(message, StepResult):
+            return message
+        self._take(message)
+        return None
+
+    def read_all(self) -> None:
+        """Take in what the workers said about loading and failing. WorkerLost with the earliest failure.
+
+        Results of steps are left for `try_result`: the output rank says nothing else once it is ready.
+        """
+        for rank in range(len(self.sockets)):
+            if rank == self._output_rank and rank in self.ready:
+                continue
+            while (message := self._receive(rank)) is not None:
+                self._take(message)
+
+    def check_deaths(self) -> None:
+        """WorkerLost when a worker ended, whatever its status: none ends before it is told to."""
+        if self._note_deaths():
+            raise self._earliest_failure()
+
+    def _receive(self, rank: int) -> object | None:
+        try:
+            message = CONTROL.decode(self.sockets[rank].recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+        except CodecError as error:
+            raise self._lost(rank, "steps", f"sent what is no message: {error}") from error
+        return message if message.epoch == self._epoch else None
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, WorkerFailure):
+            self._note_failure(message)
+            raise self._earliest_failure()
+        if isinstance(message, LoadProgress):
+            self.progress[message.rank] = message
+        elif isinstance(message, Loaded):
+            self.loaded[message.rank] = message
+        elif isinstance(message, Ready):
+            self.ready[message.rank] = message
+
+    # -- failure -------------------------------------------------------------------------------------------------------
+
+    def phase_of(self, rank: int) -> str:
+        """Name what a rank was doing when it was last heard of."""
+        if rank in self.ready:
+            return "steps"
+        return self.progress[rank].phase if rank in self.progress else "spawn"
+
+    def _lost(self, rank: int, phase: str, message: str) -> WorkerLost:
+        return WorkerLost(rank, phase, message, "", time.monotonic())
+
+    def _unreachable(self, rank: int) -> WorkerLost:
+        """Explain why a rank's connection is gone: its process ends with it, or did something worse."""
+        if self.processes[rank].wait(time.monotonic() + GRACE_S):
+            self._note_deaths()
+        else:
+            self._failures.append(self._lost(rank, self.phase_of(rank), "it closed its connection"))
+        return self._earliest_failure()
+
+    def _note_failure(self, failure: WorkerFailure) -> None:
+        lost = WorkerLost(failure.rank, failure.phase, failure.message, failure.traceback, failure.at_s)
+        self._failures.append(lost)
+
+    def _note_deaths(self) -> bool:
+        """Note the workers that ended without saying why; say whether any worker ended."""
+        explained = {failure.rank for failure in self._failures}
+        died = False
+        for rank, process in enumerate(self.processes):
+            status = process.exit_status()
+            if status is None:
+                continue
+            died = True
+            if rank not in explained:
+                for failure in self._failure_messages(rank):
+                    self._note_failure(failure)
+                    break
+                else:
+                    at_s = time.monotonic() - SILENT_DEATH_HEAD_START_S
+                    message = f"the process {describe_exit(status)}"
+                    self._failures.append(WorkerLost(rank, self.phase_of(rank), message, "", at_s))
+        return died
+
+    def _failure_messages(self, rank: int) -> Iterator[WorkerFailure]:
+        """Read what a dead worker had sent; anything but a failure does not matter any more."""
+        while self.sockets[rank].poll(20):
+            message = self._receive(rank)
+            if isinstance(message, WorkerFailure):
+                yield message
+
+    def _earliest_failure(self) -> WorkerLost:
+        """Wait shortly for the other ranks' reports, then give the earliest."""
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline:
+            self._note_deaths()
+            explained = {failure.rank for failure in self._failures}
+            silent = [rank for rank in range(len(self.sockets)) if rank not in explained]
+            if not silent:
+                break
+            for rank in silent:
+                for failure in self._failure_messages(rank):
+                    self._note_failure(failure)
+        return min(self._failures, key=lambda failure: failure.at_s)
+
+    # -- stop ----------------------------------------------------------------------------------------------------------
+
+    def stop(self, deadline_s: float) -> None:
+        """Tell every worker to leave, wait until CLOCK_MONOTONIC ``deadline_s`` for all, kill the rest, reap them.
+
+        A worker that loads reads no messages, so one that has not become ready is not waited for.
+        """
+        if len(self.ready) == len(self.processes) and not self._failures:
+            with contextlib.suppress(WorkerLost):  # one that is gone already need not be told
+                self.publish(CONTROL.encode(Shutdown(self._epoch)))
+            for process in self.processes:
+                process.wait(deadline_s)
+        for process in self.processes:
+            process.reap()
+        for socket in self.sockets:
+            socket.close(linger=0)
+        self.processes, self.sockets = [], []

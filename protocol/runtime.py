@@ -1,0 +1,104 @@
+"""Find the servers that run on this machine, through the files they leave in their runtime directories.
+
+Every server owns a folder of mode 0700 with a random name below a base folder: ``lock``, which it holds locked for as
+long as it lives, its ipc sockets, and ``server.json``, written when it is ready.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+LOCK_NAME = "lock"
+INFO_NAME = "server.json"
+SERVER_DIR_PATTERN = re.compile(r"[0-9a-f]{8}")
+BASE_VARIABLE = "MGPU_RUNTIME_DIR"
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """What a client must know to use a server, as its ``server.json`` says."""
+
+    endpoint: str
+    pid: int
+    model: str
+    version: str
+
+
+def base_dirs(environ: Mapping[str, str] | None = None) -> list[Path]:
+    """List the folders that hold servers' runtime directories, the preferred first; they need not exist.
+
+    ``MGPU_RUNTIME_DIR`` alone if it is set; else systemd's ``RUNTIME_DIRECTORY``, ``$XDG_RUNTIME_DIR/mgpu``,
+    ``/run/mgpu`` and ``mgpu-<uid>`` in the folder for temporary files.
+    """
+    environ = os.environ if environ is None else environ
+    if explicit := environ.get(BASE_VARIABLE):
+        return [Path(explicit)]
+    bases = [Path(part) for part in environ.get("RUNTIME_DIRECTORY", "").split(":") if part]
+    if session := environ.get("XDG_RUNTIME_DIR"):
+        bases.append(Path(session) / "mgpu")
+    return [*bases, Path("/run/mgpu"), Path(tempfile.gettempdir()) / f"mgpu-{os.geteuid()}"]
+
+
+def running_servers(environ: Mapping[str, str] | None = None) -> list[RunningServer]:
+    """List the servers that are ready on this machine and readable to this user, the most recent first.
+
+    Only folders of this user, or of root, are trusted.
+    """
+    found: list[tuple[float, RunningServer]] = []
+    for base in dict.fromkeys(base_dirs(environ)):
+        for folder in server_dirs(base):
+            server = _read_server(folder)
+            if server is not None and is_locked(folder):
+                found.append(((folder / INFO_NAME).stat().st_mtime, server))
+    return [server for _, server in sorted(found, key=lambda item: -item[0])]
+
+
+def server_dirs(base: Path) -> list[Path]:
+    """List the runtime directories below a base that this user or root owns; empty when it cannot be read."""
+    try:
+        entries = [Path(entry) for entry in os.scandir(base) if entry.is_dir(follow_symlinks=False)]
+        return [
+            entry
+            for entry in entries
+            if SERVER_DIR_PATTERN.fullmatch(entry.name) and entry.lstat().st_uid in (0, os.geteuid())
+        ]
+    except OSError:
+        return []
+
+
+def is_locked(folder: Path) -> bool:
+    """Say whether the server that made this folder still lives: the kernel drops its lock with the process."""
+    try:
+        fd = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def write_server(folder: Path, server: RunningServer) -> None:
+    """Announce a ready server; readers never see half a file."""
+    partial = folder / f".{INFO_NAME}"
+    partial.write_text(json.dumps(asdict(server)), encoding="utf-8")
+    partial.replace(folder / INFO_NAME)
+
+
+def _read_server(folder: Path) -> RunningServer | None:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / INFO_NAME).read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found.get("pid"), int):
+            texts = [found.get(name) for name in ("endpoint", "model", "version")]
+            if all(isinstance(text, str) for text in texts):
+                return RunningServer(found["endpoint"], found["pid"], found["model"], found["version"])
+    return None

@@ -1,0 +1,51 @@
+"""A gateway process that only relays: link messages to and from the test, which binds FAKE_GATEWAY."""
+
+import os
+import shutil
+import signal
+import sys
+
+import zmq
+
+from mgpu.protocol.link import LINK, EngineInfo, GatewayFailure, GatewayReady, GatewaySpec
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    size = int.from_bytes(sys.stdin.buffer.read(4), "little")
+    spec = LINK.decode(sys.stdin.buffer.read(size))
+    assert isinstance(spec, GatewaySpec)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    link, test = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
+    for socket, endpoint in ((link, spec.link), (test, os.environ["FAKE_GATEWAY"])):
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.connect(endpoint)
+    link.send(LINK.encode(GatewayReady(spec.bind)))
+    poller = zmq.Poller()
+    for source in (link, test, 0):
+        poller.register(source, zmq.POLLIN)
+    while True:
+        ready = dict(poller.poll())
+        if link in ready:
+            data = link.recv()
+            test.send(data)
+            message = LINK.decode(data)
+            if isinstance(message, EngineInfo) and message.state == "stopped":
+                break
+        if test in ready:
+            data = test.recv()
+            if data == b"die":
+                os._exit(9)
+            if data == b"fail":
+                link.send(LINK.encode(GatewayFailure("told to fail", "Traceback of the gateway")))
+            else:
+                link.send(data)
+        if 0 in ready:
+            shutil.rmtree(spec.runtime_dir, ignore_errors=True)
+            break
+    context.destroy(linger=1000)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

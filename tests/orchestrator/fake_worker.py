@@ -1,0 +1,128 @@
+"""A worker process without torch: speaks CONTROL, executes plans on the fake model, fails on demand.
+
+FAKE_WORKER in the environment is a JSON map: ``num_blocks`` per rank; ``fail``: "exit", "sigkill", "raise" or "hang", at
+``fail_rank`` in ``fail_phase`` ("weights" or "steps", there at step ``fail_step``).
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import zmq
+from fake_model import FakeModel
+
+from mgpu.protocol.control import (
+    CONTROL,
+    AllocateCache,
+    Loaded,
+    LoadProgress,
+    Ready,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+    WorkerFailure,
+    WorkerSpec,
+)
+
+OPTIONS: dict[str, Any] = json.loads(os.environ.get("FAKE_WORKER", "{}"))
+RANK = int(os.environ["RANK"])
+
+
+class InjectedFailure(Exception):
+    pass
+
+
+def read_spec() -> WorkerSpec:
+    size = int.from_bytes(sys.stdin.buffer.read(4), "little")
+    spec = CONTROL.decode(sys.stdin.buffer.read(size))
+    assert isinstance(spec, WorkerSpec)
+    return spec
+
+
+def leave_at_end_of_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(3)
+
+
+def fail_if_asked(phase: str, step: int = 0) -> None:
+    if OPTIONS.get("fail_phase") != phase or OPTIONS.get("fail_rank", 0) != RANK or step < OPTIONS.get("fail_step", 0):
+        return
+    match OPTIONS["fail"]:
+        case "sigkill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            os._exit(7)
+        case "hang":
+            threading.Event().wait(600)
+        case _:
+            raise InjectedFailure(f"rank {RANK} was told to fail")
+
+
+class FakeWorker:
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.phase = "spawn"
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 1000)
+        self.socket.connect(spec.endpoint)
+        if spec.shared_fd >= 0:
+            assert os.fstat(spec.shared_fd).st_size == spec.shared_bytes
+
+    def send(self, message: object) -> None:
+        self.socket.send(CONTROL.encode(message))
+
+    def run(self) -> None:
+        spec = self.spec
+        for phase in ("rendezvous", "weights"):
+            self.phase = phase
+            self.send(LoadProgress(spec.epoch, RANK, phase, 50, 100, 0.1))
+            fail_if_asked(phase)
+        num_blocks = OPTIONS.get("num_blocks", [64] * spec.plan.world_size)[RANK]
+        self.send(Loaded(spec.epoch, RANK, num_blocks, 1024, 100, 1 << 20))
+        allocate = CONTROL.decode(self.socket.recv())
+        assert isinstance(allocate, AllocateCache)
+        self.model = FakeModel(allocate.num_blocks, spec.block_size, spec.plan.num_stages)
+        phases = {"rendezvous": 0.1, "weights": 0.5, "cache": 0.0, "warmup": 0.1}
+        self.send(Ready(spec.epoch, RANK, phases, 100, [f"note of rank {RANK}"]))
+        self.phase = "steps"
+        while not isinstance(message := CONTROL.decode(self.socket.recv()), Shutdown):
+            self.step(message)
+
+    def step(self, plan: StepPlan) -> None:
+        fail_if_asked("steps", plan.step)
+        tokens = self.model.execute(plan)
+        if "step_s" in OPTIONS:
+            time.sleep(OPTIONS["step_s"])
+        if RANK == self.spec.plan.output_rank:
+            wants = OPTIONS.get("logprobs")
+            logprobs = [TokenLogprobs(-0.5, [token], [-0.5]) for token in tokens] if wants else None
+            self.send(StepResult(self.spec.epoch, plan.step, tokens, logprobs, 10))  # type: ignore[arg-type]
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    spec = read_spec()
+    threading.Thread(target=leave_at_end_of_stdin, daemon=True).start()
+    worker = FakeWorker(spec)
+    try:
+        worker.run()
+    except InjectedFailure as error:
+        at_s = time.monotonic()
+        text = "Traceback (most recent call last):\n  InjectedFailure"
+        worker.send(WorkerFailure(spec.epoch, RANK, worker.phase, str(error), text, at_s))
+        return 1
+    finally:
+        worker.socket.close()
+        worker.context.term()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

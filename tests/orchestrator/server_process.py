@@ -1,0 +1,178 @@
+"""Run a whole server in its own process with fake workers and a fake gateway, and speak to it as its gateway."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import zmq
+
+from mgpu.orchestrator.server import Server
+from mgpu.orchestrator.server_config import ServerConfig
+from mgpu.orchestrator.signals import end_process
+from mgpu.protocol.control import RowSampling
+from mgpu.protocol.link import LINK, Cancel, EngineInfo, Outputs, StatsQuery, StatsReply, Submit
+from mgpu.protocol.model import ModelFacts, ModelSource
+from mgpu.protocol.placement import PlacementPlan, Stage
+
+HERE = Path(__file__).parent
+DEADLINE_S = 10.0
+
+
+def facts() -> ModelFacts:
+    return ModelFacts(
+        architecture="llama",
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=4,
+        num_q_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+        vocab_size=1000,
+        max_position=256,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_local_theta=None,
+        rope_scaling=None,
+        sliding_window=None,
+        sliding_layers=(False,) * 4,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        tie_embeddings=True,
+        activation="silu",
+        embedding_scale=1.0,
+        attention_scale=0.25,
+        bos_token_id=None,
+        eos_token_ids=(2,),
+        checkpoint_dtype="float32",
+    )
+
+
+def plan_of(num_stages: int, ranks_per_stage: int) -> PlacementPlan:
+    layers = 4 // num_stages
+    return PlacementPlan(
+        tuple(Stage(i * layers, (i + 1) * layers, tuple(range(ranks_per_stage))) for i in range(num_stages))
+    )
+
+
+def config(num_stages: int = 1, ranks_per_stage: int = 1, **changes: Any) -> ServerConfig:
+    values: dict[str, Any] = {
+        "source": ModelSource("/nowhere", "safetensors"),
+        "facts": facts(),
+        "plan": plan_of(num_stages, ranks_per_stage),
+        "layout_table": "layout of the test",
+        "model_name": "fake",
+        "device_kind": "cpu",
+        "dtype": "float32",
+        "transport": "shared-memory",
+        "stage_transport": "shared-memory",
+        "block_size": 4,
+        "max_rows": 16,
+        "max_batch_tokens": 64,
+        "stop_timeout_s": 3.0,
+        "worker_command": (sys.executable, str(HERE / "fake_worker.py")),
+        "gateway_command": (sys.executable, str(HERE / "fake_gateway.py")),
+        **changes,
+    }
+    return ServerConfig(**values)
+
+
+class ServerProcess:
+    """A running server, its log, and the gateway's socket. ``finish`` collects one ending per request."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]", process: "subprocess.Popen[bytes]", log: Path) -> None:
+        self.socket = socket
+        self.process = process
+        self.log_path = log
+        self.infos: list[EngineInfo] = []
+        self.stats: list[StatsReply] = []
+        self.tokens: dict[int, list[int]] = {}
+        self.finish: dict[int, str] = {}
+        self.errors: dict[int, str] = {}
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def submit(self, request_id: int, prompt: list[int], max_tokens: int, stop_ids: tuple[int, ...] = ()) -> None:
+        ids = array("i", prompt).tobytes()
+        self.send(Submit(request_id, ids, max_tokens, list(stop_ids), RowSampling(), b"", 0))
+
+    def send(self, message: Submit | Cancel | StatsQuery) -> None:
+        self.socket.send(LINK.encode(message))
+
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not done():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not self.socket.poll(int(left_s * 1000)):
+                raise AssertionError(f"waited in vain; the server's log:\n{self.log}")
+            self._take(LINK.decode(self.socket.recv()))
+
+    def wait_ready(self) -> None:
+        self.wait_for(lambda: any(info.state == "ready" for info in self.infos))
+
+    def wait_exit(self) -> int:
+        status = self.process.wait(DEADLINE_S)
+        while self.socket.poll(100):
+            self._take(LINK.decode(self.socket.recv()))
+        return status
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, EngineInfo):
+            self.infos.append(message)
+        elif isinstance(message, StatsReply):
+            self.stats.append(message)
+        elif isinstance(message, Outputs):
+            columns = (message.request_ids, message.token_ids, message.finish, message.errors)
+            for request_id, tokens, finish, error in zip(*columns, strict=True):
+                assert request_id not in self.finish, "an output after the ending"
+                self.tokens.setdefault(request_id, []).extend(tokens)
+                if finish:
+                    self.finish[request_id] = finish
+                    self.errors[request_id] = error
+
+
+@contextlib.contextmanager
+def running_server(folder: Path, options: dict[str, Any] | None = None, **changes: Any) -> Iterator[ServerProcess]:
+    """Start a server with ``config(**changes)`` and the fake workers' ``options``; kill what is left at the end."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.bind(f"ipc://{folder}/test")
+    log = folder / "log"
+    env = {
+        **os.environ,
+        "MGPU_RUNTIME_DIR": str(folder / "run"),
+        "FAKE_GATEWAY": f"ipc://{folder}/test",
+        "FAKE_WORKER": json.dumps(options or {}),
+    }
+    arguments = json.dumps(changes)
+    with log.open("wb") as stream:
+        process = subprocess.Popen([sys.executable, __file__, arguments], env=env, stderr=stream, cwd=HERE)
+    server = ServerProcess(socket, process, log)
+    try:
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait(DEADLINE_S)
+        context.destroy(linger=0)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    end_process(Server(config(**json.loads(sys.argv[1]))).run())

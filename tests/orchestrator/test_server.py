@@ -1,0 +1,229 @@
+"""Whole servers in their own processes: start, serve, drain, fail, and leave nothing behind."""
+
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_model import solo_tokens
+from server_process import ServerProcess, running_server
+
+from mgpu.protocol.link import Cancel, StatsQuery
+from mgpu.protocol.runtime import running_servers
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path: unix sockets have at most 107 bytes."""
+    path = Path(tempfile.mkdtemp(prefix="mgpu"))
+    yield path
+    shutil.rmtree(path)
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1000) for _ in range(length)]
+
+
+def assert_nothing_is_left(folder: Path, children: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert list((folder / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize(("num_stages", "ranks_per_stage"), [(1, 1), (1, 2), (2, 1)])
+def test_requests_equal_their_solo_runs(folder: Path, num_stages: int, ranks_per_stage: int) -> None:
+    with running_server(folder, num_stages=num_stages, ranks_per_stage=ranks_per_stage) as server:
+        server.wait_ready()
+        shapes = {i: (1 + 7 * i % 50, 1 + 11 * i % 40) for i in range(24)}
+        for i, (prompt_len, max_tokens) in shapes.items():
+            server.submit(i, prompt_of(i, prompt_len), max_tokens)
+        server.send(Cancel(5, "cancelled"))
+        server.wait_for(lambda: len(server.finish) == len(shapes))
+        for i, (prompt_len, max_tokens) in shapes.items():
+            solo = solo_tokens(prompt_of(i, prompt_len), max_tokens)
+            if server.finish[i] == "cancelled":
+                assert i == 5
+            else:
+                assert server.tokens[i] == solo
+        server.send(StatsQuery(1))
+        server.wait_for(lambda: bool(server.stats))
+        counters = server.stats[0].counters
+        assert counters["running"] == counters["waiting"] == counters["kv_blocks_used"] == 0
+        assert counters["generated_tokens"] >= sum(len(tokens) for tokens in server.tokens.values())
+        children = server.children()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_exit() == -signal.SIGTERM
+        assert [info.state for info in server.infos] == ["starting", "ready", "draining", "stopped"]
+        assert_nothing_is_left(folder, children)
+
+
+def test_the_pool_is_the_smallest_of_all_ranks(folder: Path) -> None:
+    with running_server(folder, {"num_blocks": [50, 30]}, ranks_per_stage=2) as server:
+        server.wait_ready()
+        assert server.infos[-1].kv_tokens == 120
+        assert server.infos[-1].max_seq_len == 120
+        assert "requests are limited to that instead of 256" in server.log
+
+
+def test_a_ready_server_can_be_found_and_a_stopped_one_cannot(folder: Path) -> None:
+    environ = {"MGPU_RUNTIME_DIR": str(folder / "run")}
+    with running_server(folder) as server:
+        server.wait_ready()
+        deadline = time.monotonic() + 5
+        while not (found := running_servers(environ)) and time.monotonic() < deadline:
+            os.sched_yield()
+        assert [(each.pid, each.model) for each in found] == [(server.process.pid, "fake")]
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_exit()
+    assert running_servers(environ) == []
+
+
+def test_two_servers_share_a_machine(folder: Path) -> None:
+    other = Path(tempfile.mkdtemp(prefix="mgpu"))
+    with running_server(folder) as first, running_server(other) as second:
+        for server in (first, second):
+            server.wait_ready()
+            server.submit(1, [1, 2, 3], 5)
+        for server in (first, second):
+            server.wait_for(lambda server=server: 1 in server.finish)  # type: ignore[misc]
+            assert server.tokens[1] == solo_tokens([1, 2, 3], 5)
+    shutil.rmtree(other)
+
+
+def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(folder: Path) -> None:
+    with running_server(folder, {"step_s": 0.01}) as server:
+        server.wait_ready()
+        server.submit(1, [1, 2, 3], 60)
+        server.wait_for(lambda: 1 in server.tokens)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for(lambda: server.infos[-1].state == "draining")
+        server.submit(2, [1, 2, 3], 60)
+        assert server.wait_exit() == -signal.SIGTERM
+        assert server.tokens[1] == solo_tokens([1, 2, 3], 60)
+        assert server.finish == {1: "length", 2: "error"}
+        assert "finishing its last requests" in server.errors[2]
+
+
+def test_drain_timeout_ends_what_still_runs(folder: Path) -> None:
+    with running_server(folder, {"step_s": 0.02}, drain_timeout_s=0.2) as server:
+        server.wait_ready()
+        server.submit(1, [1, 2, 3], 200)
+        server.wait_for(lambda: 1 in server.tokens)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_exit() == -signal.SIGTERM
+        assert server.finish == {1: "error"}
+        assert "stopped before this was finished" in server.errors[1]
+
+
+def test_second_sigint_stops_at_once(folder: Path) -> None:
+    with running_server(folder, {"step_s": 0.02}) as server:
+        server.wait_ready()
+        server.submit(1, [1, 2, 3], 200)
+        server.wait_for(lambda: 1 in server.tokens)
+        children = server.children()
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for(lambda: server.infos[-1].state == "draining")
+        server.process.send_signal(signal.SIGINT)
+        assert server.wait_exit() == -signal.SIGINT
+        assert server.finish == {1: "error"}
+        assert_nothing_is_left(folder, children)
+
+
+def test_a_signal_while_loading_stops_the_start(folder: Path) -> None:
+    with running_server(folder, {"fail": "hang", "fail_phase": "weights"}) as server:
+        server.wait_for(lambda: bool(server.infos))
+        children = server.children()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_exit() == -signal.SIGTERM
+        assert_nothing_is_left(folder, children)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raise", "worker 1 failed in phase {}: rank 1 was told to fail\nTraceback"),
+        ("exit", "worker 1 failed in phase {}: the process exited with status 7"),
+        ("sigkill", "worker 1 failed in phase {}: the process was killed by signal 9 (SIGKILL)"),
+    ],
+)
+def test_a_failing_worker_ends_the_server_with_its_cause(folder: Path, how: str, message: str) -> None:
+    options = {"fail": how, "fail_rank": 1, "fail_phase": "steps", "fail_step": 5, "step_s": 0.005}
+    with running_server(folder, options, ranks_per_stage=3) as server:
+        server.wait_ready()
+        children = server.children()
+        for i in range(4):
+            server.submit(i, prompt_of(i, 4), 100)
+        assert server.wait_exit() == 1
+        assert message.format("steps") in server.log
+        assert server.finish == dict.fromkeys(range(4), "error")
+        assert all("worker 1 failed" in error for error in server.errors.values())
+        assert_nothing_is_left(folder, children)
+
+
+def test_a_worker_that_fails_while_loading_ends_the_start(folder: Path) -> None:
+    with running_server(folder, {"fail": "raise", "fail_phase": "weights"}) as server:
+        assert server.wait_exit() == 1
+        assert "worker 0 failed in phase weights: rank 0 was told to fail" in server.log
+
+
+def test_the_earliest_failure_is_reported(folder: Path) -> None:
+    options = {"fail": "sigkill", "fail_rank": 2, "fail_phase": "steps", "fail_step": 3}
+    with running_server(folder, options, ranks_per_stage=3) as server:
+        server.wait_ready()
+        server.submit(1, [1, 2, 3], 100)
+        assert server.wait_exit() == 1
+        assert server.log.count("failed in phase") == 1
+        assert "worker 2 failed" in server.log
+
+
+@pytest.mark.parametrize(("order", "message"), [(b"die", "exited with status 9"), (b"fail", "told to fail")])
+def test_a_gateway_that_ends_ends_the_server(folder: Path, order: bytes, message: str) -> None:
+    with running_server(folder) as server:
+        server.wait_ready()
+        children = server.children()
+        server.socket.send(order)
+        assert server.wait_exit() == 1
+        assert f"the gateway failed: {'the process ' if order == b'die' else ''}{message}" in server.log
+        assert_nothing_is_left(folder, children)
+
+
+def test_a_hung_worker_ends_the_server(folder: Path) -> None:
+    options = {"fail": "hang", "fail_phase": "steps", "fail_step": 2}
+    with running_server(folder, options, step_timeout_s=0.3, stop_timeout_s=0.5) as server:
+        server.wait_ready()
+        server.submit(1, [1, 2, 3], 100)
+        assert server.wait_exit() == 1
+        assert "no result for" in server.log
+        assert server.finish == {1: "error"}
+
+
+def test_sigkill_of_the_parent_leaves_nothing(folder: Path) -> None:
+    with running_server(folder, {"step_s": 0.01}, ranks_per_stage=2) as server:
+        server.wait_ready()
+        server.submit(1, [1, 2, 3], 200)
+        server.wait_for(lambda: 1 in server.tokens)
+        children = server.children()
+        assert len(children) == 3
+        server.process.kill()
+        server.wait_exit()
+        assert_nothing_is_left(folder, children)
+
+
+def cpu_seconds(server: ServerProcess) -> float:
+    times = psutil.Process(server.process.pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def test_an_idle_server_uses_less_than_one_percent_of_a_core(folder: Path) -> None:
+    with running_server(folder) as server:
+        server.wait_ready()
+        before = cpu_seconds(server)
+        assert not server.socket.poll(2000)
+        assert cpu_seconds(server) - before <= 0.02
