@@ -22,7 +22,7 @@ def visible_gpus(gpus: Sequence[Gpu], variable: str | None) -> list[Gpu]:
         return []
     chosen: list[Gpu] = []
     for entry in variable.split(","):
-        gpu = _resolve(gpus, entry.strip(), variable)
+        gpu = _usable(gpus, _resolve(gpus, entry.strip(), variable))
         if any(gpu.uuid == other.uuid for other in chosen):
             raise DeviceError(f"CUDA_VISIBLE_DEVICES={variable} names {gpu.name} ({gpu.uuid}) twice")
         chosen.append(gpu)
@@ -30,16 +30,21 @@ def visible_gpus(gpus: Sequence[Gpu], variable: str | None) -> list[Gpu]:
 
 
 def _all(gpus: Sequence[Gpu]) -> list[Gpu]:
-    """Without a choice CUDA offers whole GPUs; one that is cut into MIG instances cannot be used as a whole."""
+    """Without a choice CUDA offers whole GPUs, and where there is none, one MIG instance."""
     cut = {gpu.pci for gpu in gpus if gpu.mig}
-    whole = [gpu for gpu in gpus if not gpu.mig and gpu.pci not in cut]
+    whole = [gpu for gpu in gpus if gpu.pci not in cut]
     return whole or [gpu for gpu in gpus if gpu.mig][:1]
+
+
+def _usable(gpus: Sequence[Gpu], gpu: Gpu) -> Gpu:
+    """Give a GPU itself, or its first MIG instance: CUDA cannot use one that is cut up as a whole."""
+    return next((other for other in gpus if other.mig and other.pci == gpu.pci and not gpu.mig), gpu)
 
 
 def _resolve(gpus: Sequence[Gpu], entry: str, variable: str) -> Gpu:
     if re.fullmatch(r"[0-9]{1,9}", entry):
         matches = [gpu for gpu in gpus if gpu.index == int(entry)]
-    elif re.fullmatch(r"(GPU|MIG)-.+", entry):
+    elif re.fullmatch(r"(GPU|MIG)-.+", entry, re.IGNORECASE):
         matches = [gpu for gpu in gpus if gpu.uuid.lower().startswith(entry.lower())]
     else:
         raise _error(gpus, variable, f"{entry[:60]!r} is neither an index nor a GPU UUID")

@@ -1,0 +1,116 @@
+"""`mgpu-launch plan` from the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+QWEN3_32B = {
+    "architectures": ["Qwen3ForCausalLM"], "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    "max_position_embeddings": 40960, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("Qwen3-32B")
+    (folder / "config.json").write_text(json.dumps(QWEN3_32B))
+    return str(folder)
+
+
+def launch(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MGPU_", "CUDA_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "mgpu.launch.cli", "plan", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=kept | environ,
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "title"),
+    [(1, "whole model on one GPU"), (2, "tensor-parallel over 2"), (4, "over 4"), (8, "over 8"), (16, "on 2 ranks")],
+)
+def test_described_machines(model: str, count: int, title: str) -> None:
+    done = launch("-m", model, "--gpus", str(count))
+    assert done.returncode == 0, done.stderr
+    assert title in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_refusals_are_one_line_with_a_status(model: str, count: int) -> None:
+    done = launch("-m", model, "--gpus", str(count))
+    assert done.returncode == 78
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "1, 2, 4, 8, 16, 32, 64" in done.stderr
+    assert "CUDA_VISIBLE_DEVICES=0,1" in done.stderr
+
+
+def test_json(model: str) -> None:
+    data = json.loads(launch("-m", model, "--gpus", "141GiB,80GiB", "-n", "0:40;1:24", "--json").stdout)
+    assert data["mode"] == "layer-mapped"
+    assert [rank["layers"] for rank in data["ranks"]] == [[0, 40], [40, 64]]
+    assert data["ranks"][0]["total_bytes"] == 141 << 30
+
+
+def test_the_nccl_switch(model: str) -> None:
+    assert "layer-mapped over 2 GPUs" in launch("-m", model, "--gpus", "2", MGPU_NO_NCCL="1").stdout
+
+
+def test_options_may_come_from_the_environment(model: str) -> None:
+    assert "(--tp 2)" in launch("--gpus", "4", MGPU_MODEL=model, MGPU_TP="2").stdout
+
+
+def test_cpu_workers(tmp_path: Path) -> None:
+    config = QWEN3_32B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = ("-m", str(tmp_path), "--device", "cpu")
+    assert "one worker on the CPU" in launch(*args).stdout
+    assert "tensor-parallel over 4 CPU workers" in launch(*args, "--workers", "4").stdout
+    assert "tensor-parallel over 2 CPU workers" in launch(*args, "--tp", "2").stdout
+    assert "layer-mapped over 3 CPU workers" in launch(*args, "-n", "0:1;2:2;1:1").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--gpus", "4", "-n", "0:32"], "64 layers"),
+        (["--gpus", "4", "-n", "0:32;1:32", "--tp", "2"], "contradict"),
+        (["--gpus", "4", "--max-seq-len", "99999"], "40960"),
+        (["--gpus", "4", "--workers", "2"], "--gpus"),
+        (["--gpus", "many"], "141GiB,80GiB"),
+        (["--gpus", "24GiB"], "4 GPUs of this size"),
+        (["--device", "cuda"], "--device cpu"),
+    ],
+)
+def test_mistakes_end_without_a_traceback(model: str, args: list[str], expected: str) -> None:
+    done = launch("-m", model, *args, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode not in (0, 1)
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("args", [["--tp", "two"], ["--no-such-option"], ["extra"]])
+def test_wrong_usage_has_another_status(model: str, args: list[str]) -> None:
+    done = launch("-m", model, *args)
+    assert done.returncode in (64, 78)
+    assert "Traceback" not in done.stderr
+
+
+def test_planning_imports_neither_torch_nor_the_driver(model: str) -> None:
+    code = (
+        "import sys\n"
+        "from mgpu.launch.plan import plan_command\n"
+        f"plan_command(['-m', {model!r}, '--gpus', '2'], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'numpy', 'pynvml', 'zmq', 'tokenizers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

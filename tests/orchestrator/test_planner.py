@@ -1,0 +1,563 @@
+"""The layout of every model on every machine: the selection table, and every refusal with its way out."""
+
+import itertools
+import re
+
+import pytest
+from machines import GIB, QWEN3_32B, SMOLLM2, TINY, cpus, gpus, make_facts
+
+from mgpu.orchestrator.devices import Machine, oversubscribed
+from mgpu.orchestrator.errors import PlacementError
+from mgpu.orchestrator.planner import Plan, Wish, plan
+from mgpu.orchestrator.split import compatible_sizes
+from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.placement import Mode, PlacementPlan, Stage
+
+NO_KV_CARE = Wish(max_seq_len=16)
+
+
+def shape(result: Plan) -> str:
+    """Write the stages the way -n does."""
+    return ";".join(f"{'+'.join(map(str, s.devices))}:{s.num_layers}" for s in result.placement.stages)
+
+
+def refusal(facts: ModelFacts, machine: Machine, wish: Wish = Wish()) -> str:  # noqa: B008 (frozen)
+    with pytest.raises(PlacementError) as caught:
+        plan(facts, machine, wish)
+    return str(caught.value)
+
+
+def outcome(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan | str:
+    """Give the plan, or the text of the refusal."""
+    try:
+        return plan(facts, machine, wish)
+    except PlacementError as error:
+        return str(error)
+
+
+# Which sizes a model allows
+
+LLAMA_70B = make_facts(q=64, kv=8, layers=80, hidden=8192, width=28672, vocab=128256, context=131072)
+LLAMA_8B = make_facts(q=32, kv=8, layers=32, hidden=4096, width=14336, vocab=128256, context=131072)
+LLAMA2_7B = make_facts(q=32, kv=32, layers=32, hidden=4096, width=11008, vocab=32000, context=4096)
+QWEN25_05B = make_facts(q=14, kv=2, layers=24, hidden=896, width=4864, head_dim=64, context=32768, tied=True)
+QWEN25_7B = make_facts(q=28, kv=4, layers=28, hidden=3584, width=18944, vocab=152064, context=32768)
+GEMMA3_270M = make_facts(
+    q=4, kv=1, layers=18, hidden=640, width=2048, head_dim=256, vocab=262144, tied=True, architecture="gemma3"
+)
+ONE_HEAD = make_facts(q=1, kv=1, layers=6, hidden=64, width=128, head_dim=64, vocab=100, context=128)
+
+
+@pytest.mark.parametrize(
+    ("facts", "sizes"),
+    [
+        (QWEN3_32B, (1, 2, 4, 8, 16, 32, 64)),
+        (LLAMA_70B, (1, 2, 4, 8, 16, 32, 64)),
+        (LLAMA_8B, (1, 2, 4, 8, 16, 32)),
+        (LLAMA2_7B, (1, 2, 4, 8, 16, 32)),
+        (QWEN25_05B, (1, 2)),  # 14 query heads, but 7 and 14 do not divide the MLP width of 4864
+        (QWEN25_7B, (1, 2, 4)),  # 28 ranks would fit the heads, 18944 is not a multiple of 7
+        (SMOLLM2, (1, 3)),
+        (GEMMA3_270M, (1, 2, 4)),
+        (ONE_HEAD, (1,)),
+        (make_facts(q=6, kv=6, width=6 * 64), (1, 2, 3, 6)),
+        (make_facts(q=12, kv=4, width=12 * 64), (1, 2, 4, 12)),
+        (make_facts(q=24, kv=3, width=24 * 64), (1, 3, 6, 12, 24)),
+    ],
+)
+def test_compatible_sizes(facts: ModelFacts, sizes: tuple[int, ...]) -> None:
+    assert compatible_sizes(facts) == sizes
+
+
+# The selection table
+
+
+@pytest.mark.parametrize(
+    ("facts", "machine", "mode", "layout"),
+    [
+        (QWEN3_32B, gpus(80), "single", "0:64"),
+        (QWEN3_32B, gpus(80, nccl=False), "single", "0:64"),
+        (QWEN3_32B, gpus(80, 80), "tensor-parallel", "0+1:64"),
+        (QWEN3_32B, gpus(*[80] * 4), "tensor-parallel", "0+1+2+3:64"),
+        (QWEN3_32B, gpus(*[80] * 8), "tensor-parallel", "0+1+2+3+4+5+6+7:64"),
+        (QWEN3_32B, gpus(80, 80, nccl=False), "layer-mapped", "0:32;1:32"),
+        (QWEN3_32B, gpus(80, 80, 80, nccl=False), "layer-mapped", "0:21;1:22;2:21"),
+        (ONE_HEAD, gpus(8, 8), "layer-mapped", "0:3;1:3"),
+        (ONE_HEAD, cpus(2), "layer-mapped", "0:3;1:3"),
+        (SMOLLM2, cpus(1), "cpu", "0:30"),
+        (SMOLLM2, cpus(3), "tensor-parallel", "0+1+2:30"),
+        (GEMMA3_270M, cpus(2), "tensor-parallel", "0+1:18"),
+        (GEMMA3_270M, cpus(4), "tensor-parallel", "0+1+2+3:18"),
+    ],
+)
+def test_default_selection(facts: ModelFacts, machine: Machine, mode: Mode, layout: str) -> None:
+    result = plan(facts, machine, NO_KV_CARE)
+    assert (result.mode, shape(result)) == (mode, layout)
+
+
+@pytest.mark.parametrize(
+    ("count", "outcome"),
+    [(1, "single"), (2, "split"), (3, "refused"), (4, "split"), (6, "refused"), (8, "split"), (16, "replicated")],
+)
+def test_qwen3_32b_on_any_number_of_gpus(count: int, outcome: str) -> None:
+    machine = gpus(*[80] * count)
+    if outcome == "refused":
+        message = refusal(QWEN3_32B, machine)
+        assert f"{count} GPUs" in message
+        assert "64 query heads" in message
+        assert "8 KV heads" in message
+        assert "1, 2, 4, 8, 16, 32, 64" in message
+        best = 2 if count == 3 else 4
+        assert f"CUDA_VISIBLE_DEVICES={','.join(map(str, range(best)))} " in message
+        assert f"--tp {best}" in message
+        return
+    result = plan(QWEN3_32B, machine, Wish())
+    assert result.mode == ("single" if outcome == "single" else "tensor-parallel")
+    assert [row.heads.num_q for row in result.rows] == [64 // count] * count
+    assert [row.heads.num_kv for row in result.rows] == [max(1, 8 // count)] * count
+    assert [row.heads.kv_replicas for row in result.rows] == [2 if count == 16 else 1] * count
+    if count == 16:
+        assert [row.heads.kv_start for row in result.rows] == [rank // 2 for rank in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("facts", "machine", "reason"),
+    [
+        (QWEN3_32B, gpus(80), "one GPU"),
+        (QWEN3_32B, gpus(80, 80), "NCCL is usable and 64 query heads, 8 KV heads"),
+        (QWEN3_32B, gpus(80, 80, nccl=False), "MGPU_NO_NCCL=1"),
+        (ONE_HEAD, gpus(8, 8), "no tensor-parallel size above 1"),
+        (SMOLLM2, cpus(1), "one CPU worker"),
+        (SMOLLM2, cpus(3), "9 query heads, 3 KV heads"),
+    ],
+)
+def test_the_reason_says_why(facts: ModelFacts, machine: Machine, reason: str) -> None:
+    assert reason in plan(facts, machine, NO_KV_CARE).reason
+
+
+# Sizes that do not fit
+
+
+def test_the_visible_count_is_never_lowered_silently() -> None:
+    message = refusal(SMOLLM2, gpus(8, 8))
+    assert "2 GPUs cannot split" in message
+    assert "9 query heads % 2 = 1" in message
+    assert "3 KV heads % 2 = 1" in message
+    assert "Compatible sizes: 1, 3." in message
+    assert "CUDA_VISIBLE_DEVICES=0 " in message
+
+
+def test_the_error_names_gpus_the_way_that_the_driver_does() -> None:
+    message = refusal(QWEN3_32B, gpus(80, 80, 80, selectors=["4", "6", "7"]))
+    assert "CUDA_VISIBLE_DEVICES=4,6 " in message
+
+
+def test_the_error_offers_a_layer_map_that_works() -> None:
+    machine = gpus(80, 80, 80)
+    match = re.search(r'-n "([^"]+)"', refusal(QWEN3_32B, machine))
+    assert match is not None
+    assert plan(QWEN3_32B, machine, Wish(device_layers=match[1])).mode == "layer-mapped"
+
+
+@pytest.mark.parametrize(("count", "best"), [(2, 1), (4, 3), (9, 3)])
+def test_cpu_workers_are_told_how_many_would_work(count: int, best: int) -> None:
+    message = refusal(SMOLLM2, cpus(count))
+    assert f"{count} CPU workers" in message
+    assert f"--workers {best} " in message
+    assert "CUDA" not in message
+
+
+def test_only_the_mlp_width_may_stand_in_the_way() -> None:
+    message = refusal(SMOLLM2, cpus(9))
+    assert "MLP width 1536 % 9 = 6" in message
+    assert "query heads %" not in message
+
+
+def test_a_vocabulary_that_does_not_divide_is_padded() -> None:
+    facts = make_facts(q=4, kv=2, layers=2, hidden=64, width=128, head_dim=16, vocab=103, context=64)
+    rows = plan(facts, cpus(4), Wish()).rows
+    assert len({row.weight_bytes for row in rows}) == 1
+
+
+# --tp
+
+
+@pytest.mark.parametrize(("size", "mode", "layout"), [(1, "single", "0:64"), (2, "tensor-parallel", "0+1:64")])
+def test_tp_takes_the_first_gpus(size: int, mode: Mode, layout: str) -> None:
+    result = plan(QWEN3_32B, gpus(80, 80, 80), Wish(tp=size))
+    assert (result.mode, shape(result), result.reason) == (mode, layout, f"--tp {size}")
+    assert any("not used" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("size", [-1, 4, 100])
+def test_tp_beyond_the_visible_gpus_is_refused(size: int) -> None:
+    message = refusal(QWEN3_32B, gpus(80, 80), Wish(tp=size))
+    assert f"--tp {size}" in message
+    assert "2 GPUs" in message
+
+
+def test_tp_of_a_size_that_does_not_fit_lists_the_sizes() -> None:
+    message = refusal(QWEN3_32B, gpus(80, 80, 80), Wish(tp=3))
+    assert "Compatible sizes: 1, 2, 4, 8, 16, 32, 64." in message
+    assert "--tp 2" in message
+
+
+def test_tp_without_nccl_goes_over_the_host_and_says_so() -> None:
+    result = plan(QWEN3_32B, gpus(80, 80, nccl=False), Wish(tp=2))
+    assert (result.mode, result.transport) == ("tensor-parallel", "gloo")
+    assert any("gloo" in note and "MGPU_NO_NCCL=1" in note for note in result.notes)
+
+
+# -n
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "layout"),
+    [
+        ("0:32;1:32", "layer-mapped", "0:32;1:32"),
+        ("1:64", "single", "1:64"),
+        ("0:44;1:20", "layer-mapped", "0:44;1:20"),
+        ("2:1;0:62;1:1", "layer-mapped", "2:1;0:62;1:1"),
+        (" 0 : 32 ; 1 : 32 ", "layer-mapped", "0:32;1:32"),
+        ("0+1:64", "tensor-parallel", "0+1:64"),
+        ("0+1:16;2+3:48", "hybrid", "0+1:16;2+3:48"),
+        ("3 + 0:16;2:48", "hybrid", "3+0:16;2:48"),
+        ("0+1+2+3:64", "tensor-parallel", "0+1+2+3:64"),
+    ],
+)
+@pytest.mark.parametrize("nccl", [True, False])
+def test_a_typed_map_wins(text: str, mode: Mode, layout: str, nccl: bool) -> None:
+    result = plan(QWEN3_32B, gpus(*[141] * 4, nccl=nccl), Wish(device_layers=text))
+    assert (result.mode, shape(result), result.reason) == (mode, layout, f'-n "{text}"')
+
+
+def test_layers_follow_the_order_of_the_pairs() -> None:
+    stages = plan(QWEN3_32B, gpus(141, 141, 141), Wish(device_layers="2:10;0:50;1:4")).placement.stages
+    assert stages == (Stage(0, 10, (2,)), Stage(10, 60, (0,)), Stage(60, 64, (1,)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", ";", "0", "0:", ":64", "0:64;", ";0:64", "0:32,1:32", "0:32;;1:32", "0-32", "a:64", "0:b", "0:6.4", "0:-64",
+        "-1:64", "0:64:1", "0+:64", "+0:64",
+        "0++1:64", "0;1", "0:0x40", "\u0660:64", "0:" + "9" * 40, "0:64\n;", "cuda0:64",
+    ],
+)  # fmt: skip
+def test_a_map_of_the_wrong_form_shows_the_right_one(text: str) -> None:
+    message = refusal(QWEN3_32B, gpus(80, 80), Wish(device_layers=text))
+    assert "ordinal:count" in message
+    assert '-n "0:32;1:32"' in message
+    assert "64 layers" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("2:64", ["GPU 2 is not visible", "0 to 1"]),
+        ("0:32;7:32", ["GPU 7 is not visible"]),
+        ("0:32;0:32", ["GPU 0 is named twice"]),
+        ("0+0:64", ["GPU 0 is named twice"]),
+        ("0:0;1:64", ["0 layers", "at least 1"]),
+        ("0:32;1:31", ["add up to 63", "64 layers", '-n "0:32;1:32"']),
+        ("0:64;1:1", ["add up to 65", "64 layers"]),
+        ("0:1", ["add up to 1", "64 layers"]),
+    ],
+)
+def test_a_map_that_cannot_be_says_why_with_the_numbers(text: str, parts: list[str]) -> None:
+    message = refusal(QWEN3_32B, gpus(80, 80), Wish(device_layers=text))
+    for part in [text, *parts]:
+        assert part in message
+
+
+def test_a_stage_that_cannot_be_split_lists_the_sizes() -> None:
+    message = refusal(QWEN3_32B, gpus(*[80] * 4), Wish(device_layers="0+1+2:32;3:32"))
+    assert "64 query heads % 3 = 1" in message
+    assert "1, 2, 4, 8" in message
+
+
+@pytest.mark.parametrize("text", ["0:32;1:32", "nonsense"])
+def test_a_map_and_tp_contradict_each_other(text: str) -> None:
+    message = refusal(QWEN3_32B, gpus(80, 80), Wish(device_layers=text, tp=2))
+    assert "contradict" in message
+
+
+def test_cpu_workers_can_be_mapped() -> None:
+    result = plan(SMOLLM2, cpus(4), Wish(device_layers="0:2;1:10;3:17;2:1"))
+    assert (result.mode, shape(result)) == ("layer-mapped", "0:2;1:10;3:17;2:1")
+    assert "CPU worker 4 is not visible" in refusal(SMOLLM2, cpus(4), Wish(device_layers="4:30"))
+
+
+# Transports
+
+
+@pytest.mark.parametrize(
+    ("machine", "layers", "expected"),
+    [
+        (gpus(80), None, ("none", "none")),
+        (gpus(80, 80), None, ("nccl", "none")),
+        (gpus(80, 80), "0:4;1:4", ("none", "nccl")),
+        (gpus(*[80] * 4), "0+1:4;2+3:4", ("nccl", "nccl")),
+        (gpus(80, 80, nccl=False), None, ("none", "peer")),
+        (gpus(80, 80, nccl=False, link="pcie"), None, ("none", "peer")),
+        (gpus(80, 80, nccl=False, link="none"), None, ("none", "pinned")),
+        (gpus(*[80] * 4, nccl=False, link="none"), "0+1:4;2+3:4", ("gloo", "pinned")),
+        (oversubscribed(gpus(80), 2), None, ("none", "peer")),
+        (oversubscribed(gpus(80), 2), "0+1:8", ("gloo", "none")),
+        (oversubscribed(gpus(80), 2), "0:4;1:4", ("none", "peer")),
+        (cpus(1), None, ("none", "none")),
+        (cpus(2), None, ("shared-memory", "none")),
+        (cpus(2), "0:4;1:4", ("none", "shared-memory")),
+        (cpus(2, shared_memory=False), None, ("gloo", "none")),
+        (cpus(2, shared_memory=False), "0:4;1:4", ("none", "gloo")),
+        (cpus(4), "0+1:4;2+3:4", ("shared-memory", "shared-memory")),
+    ],
+)
+def test_transports(machine: Machine, layers: str | None, expected: tuple[str, str]) -> None:
+    result = plan(TINY, machine, Wish(device_layers=layers))
+    assert (result.transport, result.stage_transport) == expected
+
+
+def test_staging_through_the_host_is_said_once_naming_the_pairs() -> None:
+    result = plan(TINY, gpus(80, 80, 80, nccl=False, link="none"), Wish())
+    staged = [note for note in result.notes if "pinned host memory" in note]
+    assert len(staged) == 1
+    assert "0 and 1, 1 and 2" in staged[0]
+    direct = plan(TINY, gpus(80, 80, 80, nccl=False), Wish())
+    assert not any("pinned" in note for note in direct.notes)
+
+
+def test_pairs_that_never_talk_do_not_matter() -> None:
+    machine = gpus(80, 80, 80, nccl=False)
+    rows = [list(row) for row in machine.links]
+    rows[0][2] = rows[2][0] = "none"
+    islands = Machine(machine.devices, tuple(map(tuple, rows)), False, "MGPU_NO_NCCL=1")
+    assert plan(TINY, islands, Wish()).stage_transport == "peer"
+    assert plan(TINY, islands, Wish(device_layers="0:3;2:3;1:2")).stage_transport == "pinned"
+
+
+# Automatic layer mapping
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize(
+    "facts", [QWEN3_32B, LLAMA_70B, SMOLLM2, GEMMA3_270M, TINY], ids=lambda facts: str(facts.vocab_size)
+)
+def test_equal_gpus_are_filled_as_evenly_as_whole_layers_allow(facts: ModelFacts, count: int) -> None:
+    result = plan(facts, gpus(*[80] * count, nccl=False), NO_KV_CARE)
+    stages = result.placement.stages
+    assert [stage.devices for stage in stages] == [(device,) for device in range(count)]
+    assert stages[0].first_layer == 0
+    assert stages[-1].end_layer == facts.num_layers
+    assert all(before.end_layer == after.first_layer for before, after in itertools.pairwise(stages))
+    assert all(stage.num_layers >= 1 for stage in stages)
+
+
+def best_fullness(facts: ModelFacts, machine: Machine) -> float:
+    """Try every division of the layers."""
+    count, layers = len(machine.devices), facts.num_layers
+    return min(
+        fullness(facts, machine, [b - a for a, b in itertools.pairwise([0, *cuts, layers])])
+        for cuts in itertools.combinations(range(1, layers), count - 1)
+    )
+
+
+def fullness(facts: ModelFacts, machine: Machine, counts: list[int]) -> float:
+    text = ";".join(f"{device}:{count}" for device, count in enumerate(counts))
+    rows = plan(facts, machine, Wish(device_layers=text, max_seq_len=16)).rows
+    return max(row.weight_bytes / (row.budget_bytes - (700 << 20)) for row in rows)
+
+
+@pytest.mark.parametrize("free", [(8, 8), (12, 4), (4, 12), (8, 8, 8), (16, 4, 8), (4, 4, 16, 8)])
+@pytest.mark.parametrize("facts", [GEMMA3_270M, TINY], ids=["gemma", "tiny"])
+def test_no_other_division_has_a_less_full_fullest_gpu(facts: ModelFacts, free: tuple[float, ...]) -> None:
+    machine = gpus(*free, nccl=False)
+    counts = [stage.num_layers for stage in plan(facts, machine, NO_KV_CARE).placement.stages]
+    assert fullness(facts, machine, counts) == pytest.approx(best_fullness(facts, machine))
+
+
+def test_unequal_gpus_get_layers_by_their_free_memory() -> None:
+    stages = plan(QWEN3_32B, gpus(141, 80, nccl=False), Wish()).placement.stages
+    assert 1.6 < stages[0].num_layers / stages[1].num_layers < 1.9
+    busy = plan(QWEN3_32B, gpus(80, 40, nccl=False, total_gib=80), Wish()).placement.stages
+    assert busy[0].num_layers > 1.5 * busy[1].num_layers
+
+
+def test_a_large_vocabulary_counts_on_the_first_and_the_last_stage() -> None:
+    counts = [stage.num_layers for stage in plan(GEMMA3_270M, gpus(8, 8, 8, nccl=False), NO_KV_CARE).placement.stages]
+    assert counts[1] > counts[0]
+    assert counts[1] > counts[2]
+
+
+def test_more_gpus_than_layers_is_an_error_with_the_way_out() -> None:
+    message = refusal(TINY, gpus(*[8] * 9, nccl=False, selectors=list("012345678")))
+    assert "9 GPUs" in message
+    assert "8 layers" in message
+    assert "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7" in message
+
+
+# Memory
+
+
+def test_weights_of_all_ranks_add_up_to_the_model() -> None:
+    whole = plan(LLAMA2_7B, gpus(80), Wish()).rows[0].weight_bytes
+    assert whole == 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096)
+    split = plan(LLAMA2_7B, gpus(*[80] * 4), Wish()).rows
+    norms = 2 * (32 * 2 * 4096 + 4096)
+    assert sum(row.weight_bytes for row in split) == whole + 3 * norms
+    mapped = plan(LLAMA2_7B, gpus(*[80] * 4, nccl=False), Wish()).rows
+    assert sum(row.weight_bytes for row in mapped) == whole
+
+
+def test_a_tied_embedding_is_held_twice_when_its_stages_are_apart() -> None:
+    whole = plan(SMOLLM2, cpus(1), Wish()).rows[0].weight_bytes
+    mapped = plan(SMOLLM2, cpus(3), Wish(device_layers="0:10;1:10;2:10")).rows
+    assert sum(row.weight_bytes for row in mapped) == whole + 49152 * 576 * 4
+
+
+def test_replicated_kv_heads_cost_memory_on_every_rank() -> None:
+    eight, sixteen = (plan(QWEN3_32B, gpus(*[80] * count), Wish()).rows[0] for count in (8, 16))
+    assert eight.kv_token_bytes == sixteen.kv_token_bytes == 2 * 64 * 128 * 2
+
+
+def test_kv_bytes_follow_heads_layers_and_type() -> None:
+    row = plan(QWEN3_32B, gpus(80, 80), Wish()).rows[0]
+    assert row.kv_token_bytes == 2 * 64 * 4 * 128 * 2
+    assert row.kv_tokens % 16 == 0
+    assert row.weight_bytes + row.reserve_bytes + row.kv_bytes <= 0.9 * 80 * GIB
+    assert row.weight_bytes + row.reserve_bytes + row.kv_bytes > 0.89 * 80 * GIB
+    assert plan(SMOLLM2, cpus(1), Wish()).rows[0].kv_token_bytes == 2 * 30 * 3 * 64 * 4
+
+
+def test_the_pool_is_the_least_over_the_ranks() -> None:
+    result = plan(QWEN3_32B, gpus(141, 80), Wish())
+    assert result.kv_tokens == result.rows[1].kv_tokens < result.rows[0].kv_tokens
+    assert any("smallest bounds" in note for note in result.notes)
+
+
+def test_requests_are_as_long_as_model_and_pool_allow() -> None:
+    assert plan(QWEN3_32B, gpus(80, 80), Wish()).max_seq_len == 40960
+    tight = plan(QWEN3_32B, gpus(80), Wish())
+    assert tight.max_seq_len == tight.kv_tokens < 40960
+    assert plan(QWEN3_32B, gpus(80, 80), Wish(max_seq_len=1000)).max_seq_len == 1000
+
+
+def test_concurrency_at_full_context() -> None:
+    result = plan(QWEN3_32B, gpus(80, 80), Wish(max_seq_len=10_000))
+    assert result.concurrency == result.kv_tokens / 10_000
+
+
+@pytest.mark.parametrize("length", [0, -5, 40961])
+def test_lengths_beyond_the_context_are_refused(length: int) -> None:
+    message = refusal(QWEN3_32B, gpus(80), Wish(max_seq_len=length))
+    assert str(length) in message
+    assert "40960" in message
+
+
+def test_a_model_that_does_not_fit_says_what_would() -> None:
+    message = refusal(QWEN3_32B, gpus(24))
+    assert "24.0 GiB free of 24.0 GiB" in message
+    assert "61.0 GiB of weights" in message
+    assert "4 GPUs of this size would hold it" in message
+
+
+def test_a_length_that_does_not_fit_says_what_would() -> None:
+    message = refusal(QWEN3_32B, gpus(80), Wish(max_seq_len=40960))
+    possible = re.search(r"--max-seq-len (\d+) or less", message)
+    assert possible is not None
+    assert plan(QWEN3_32B, gpus(80), Wish(max_seq_len=int(possible[1]))).max_seq_len == int(possible[1])
+    assert "2 GPUs of this size would hold it" in message
+
+
+def test_a_busy_gpu_is_named() -> None:
+    message = refusal(QWEN3_32B, gpus(80, 10, total_gib=80))
+    assert "GPU 1 (Test GPU, 10.0 GiB free of 80.0 GiB)" in message
+
+
+def test_no_number_of_tiny_gpus_holds_a_large_model() -> None:
+    assert "larger GPUs" in refusal(QWEN3_32B, gpus(1))
+
+
+def test_a_cpu_without_enough_memory_is_refused() -> None:
+    message = refusal(LLAMA_8B, cpus(1, gib_each=16))
+    assert "16.0 GiB" not in message.split("needs")[1]
+    assert "bfloat16" in message
+
+
+def test_a_fixed_kv_pool_is_taken_as_it_is() -> None:
+    result = plan(SMOLLM2, cpus(3), Wish(kv_memory=64 << 20))
+    per_token = 2 * 30 * 1 * 64 * 4
+    assert result.kv_tokens == (64 << 20) // per_token // 16 * 16
+    assert result.worker_kv_bytes == result.kv_tokens * per_token
+    message = refusal(SMOLLM2, cpus(1), Wish(kv_memory=100 * GIB))
+    assert "100.0 GiB of --kv-memory" in message
+
+
+def test_workers_on_gpus_measure_their_pool_themselves() -> None:
+    assert plan(QWEN3_32B, gpus(80, 80), Wish()).worker_kv_bytes == 0
+    fixed = plan(QWEN3_32B, gpus(80, 80), Wish(kv_memory=4 * GIB))
+    assert 0 < fixed.worker_kv_bytes <= 4 * GIB
+
+
+def test_cpu_workers_share_a_bounded_pool() -> None:
+    for machine in (cpus(1, gib_each=64), cpus(3, gib_each=64)):
+        result = plan(SMOLLM2, machine, Wish())
+        assert sum(row.kv_token_bytes * result.kv_tokens for row in result.rows) <= 4 * GIB
+    uneven = plan(SMOLLM2, cpus(2, gib_each=64), Wish(device_layers="0:25;1:5"))
+    assert uneven.worker_kv_bytes == uneven.kv_tokens * uneven.rows[0].kv_token_bytes
+
+
+@pytest.mark.parametrize(
+    ("machine", "wish", "expected"),
+    [
+        (gpus(80, 80), Wish(), "bfloat16"),
+        (gpus(80, 80), Wish(dtype="float16"), "float16"),
+        (cpus(2), Wish(), "float32"),
+        (cpus(2), Wish(dtype="bfloat16"), "bfloat16"),
+    ],
+)
+def test_the_type_follows_the_device_unless_asked(machine: Machine, wish: Wish, expected: str) -> None:
+    assert plan(TINY, machine, wish).dtype == expected
+
+
+# Every combination
+
+
+@pytest.mark.parametrize("nccl", [True, False])
+@pytest.mark.parametrize("count", range(1, 17))
+@pytest.mark.parametrize(
+    "facts", [QWEN3_32B, LLAMA_8B, QWEN25_05B, SMOLLM2, GEMMA3_270M, TINY, ONE_HEAD], ids=lambda f: f"{f.num_q_heads}q"
+)
+def test_any_machine_gives_a_whole_valid_plan_or_an_error(facts: ModelFacts, count: int, nccl: bool) -> None:
+    machine = gpus(*[80] * count, nccl=nccl)
+    result = outcome(facts, machine, Wish())
+    if isinstance(result, str):
+        assert str(count) in result
+        assert "CUDA_VISIBLE_DEVICES=" in result
+        return
+    placement = result.placement
+    assert placement.world_size == count == len(result.rows)
+    assert sum(stage.num_layers for stage in placement.stages) == facts.num_layers
+    assert sorted(device for stage in placement.stages for device in stage.devices) == list(range(count))
+    for stage in placement.stages:
+        assert len(stage.devices) in compatible_sizes(facts)
+    for row in result.rows:
+        assert row.device.ordinal == placement.place_of(row.rank).device
+        assert row.heads.num_q * (len(placement.stages[row.stage_index].devices)) == facts.num_q_heads
+    assert result.kv_tokens >= result.max_seq_len > 0
+
+
+def test_the_printed_way_out_of_every_refusal_works() -> None:
+    for count in range(2, 33):
+        result = outcome(QWEN3_32B, gpus(*[80] * count), Wish())
+        if isinstance(result, str):
+            match = re.search(r"CUDA_VISIBLE_DEVICES=([0-9,]+)", result)
+            assert match is not None
+            fitting = len(match[1].split(","))
+            assert plan(QWEN3_32B, gpus(*[80] * fitting), Wish()).placement.world_size == fitting
+            assert plan(QWEN3_32B, gpus(*[80] * count), Wish(tp=fitting)).placement.world_size == fitting
+
+
+def test_a_plan_is_a_pure_function() -> None:
+    assert plan(QWEN3_32B, gpus(80, 80), Wish()) == plan(QWEN3_32B, gpus(80, 80), Wish())
+    assert isinstance(plan(TINY, cpus(2), Wish()).placement, PlacementPlan)
