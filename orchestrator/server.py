@@ -189,7 +189,7 @@ class Server:
                 self._config.seq_len,
             )
         log.info(
-            "KV cache: %d tokens in %d blocks, %.1f requests at the full context of %d tokens",
+            "KV cache allocated: %d tokens in %d blocks, %.1f requests at the full context of %d tokens",
             limits.kv_tokens,
             limits.num_blocks,
             limits.kv_tokens / limits.max_seq_len,

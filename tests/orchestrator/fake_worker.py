@@ -1,7 +1,7 @@
 """A worker process without torch: speaks CONTROL, executes plans on the fake model, fails on demand.
 
-FAKE_WORKER in the environment is a JSON map: ``num_blocks`` per rank; ``fail``: "exit", "sigkill", "raise" or "hang", at
-``fail_rank`` in ``fail_phase`` ("weights" or "steps", there at step ``fail_step``).
+FAKE_WORKER in the environment is a JSON map: ``num_blocks`` per rank; ``step_s``: seconds per step; ``fail``: "exit",
+"sigkill", "raise" or "hang", at ``fail_rank`` in ``fail_phase`` ("weights" or "steps", there at step ``fail_step``).
 """
 
 import json
@@ -100,7 +100,7 @@ class FakeWorker:
         tokens = self.model.execute(plan)
         if "step_s" in OPTIONS:
             time.sleep(OPTIONS["step_s"])
-        if RANK == self.spec.plan.output_rank:
+        if self.spec.plan.output_rank == RANK:
             wants = OPTIONS.get("logprobs")
             logprobs = [TokenLogprobs(-0.5, [token], [-0.5]) for token in tokens] if wants else None
             self.send(StepResult(self.spec.epoch, plan.step, tokens, logprobs, 10))  # type: ignore[arg-type]
