@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import click
 
@@ -64,7 +64,8 @@ def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig
 
 def prepare(config: ServeConfig) -> PlannedModel:
     """Do for `serve` what comes before the first process: find the model, read its headers, place it."""
-    model = resolve_model(config.model, report=lambda line: click.echo(line, err=True))
+    part: Literal["all", "no weights"] = "no weights" if config.load_format == "dummy" else "all"
+    model = resolve_model(config.model, part=part, report=lambda line: click.echo(line, err=True))
     return plan_model(model, read_model(model, config.load_format), config)
 
 
@@ -80,7 +81,7 @@ def plan_command(config_file: Path | None, gpus: str, as_json: bool, **flags: An
     config, _ = read_config(config_file, flags)
     if gpus and (config.device == "cpu" or config.workers):
         raise UserError("--gpus describes GPUs; it cannot be combined with --device cpu or --workers")
-    model = resolve_model(config.model, config_only=True, report=lambda line: click.echo(line, err=True))
+    model = resolve_model(config.model, part="config", report=lambda line: click.echo(line, err=True))
     planned = plan_model(model, read_model_to_plan(model), config, gpus)
     if as_json:
         click.echo(json.dumps({"model": model.name, **layout_json(planned.plan)}, indent=2))

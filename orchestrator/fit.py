@@ -6,6 +6,7 @@ from mgpu.orchestrator.devices import DeviceInfo, Machine
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.memory import (
     CPU_POOL_BYTES,
+    CPU_POOL_SHARE,
     CUDA_FIXED_BYTES,
     NCCL_BYTES,
     StepSize,
@@ -65,8 +66,11 @@ class RankRow:
 
 
 def device_budget(device: DeviceInfo, wish: Wish) -> int:
-    """Give the bytes of a device that its worker may use."""
-    return min(int(device.total_bytes * wish.memory_fraction), device.free_bytes)
+    """Give the bytes of a device that its worker may use: of a GPU, its share less what others hold already."""
+    share = int(device.total_bytes * wish.memory_fraction)
+    if device.kind == "cpu":
+        return min(share, device.free_bytes)
+    return max(0, share - (device.total_bytes - device.free_bytes))
 
 
 def weight_capacity(device: DeviceInfo, wish: Wish) -> int:
@@ -76,12 +80,7 @@ def weight_capacity(device: DeviceInfo, wish: Wish) -> int:
 
 def rank_rows(sizing: Sizing) -> tuple[RankRow, ...]:
     """Do the arithmetic of every rank; nothing is refused here."""
-    rows = tuple(_row(sizing, rank) for rank in range(sizing.placement.world_size))
-    if sizing.machine.kind == "cuda" or sizing.wish.kv_memory:
-        return rows
-    # Workers on the CPU share one memory: the default pool is bounded as a whole.
-    tokens = _whole_blocks(CPU_POOL_BYTES // sum(row.kv_token_bytes for row in rows), sizing.wish)
-    return tuple(replace(row, kv_tokens=min(row.kv_tokens, tokens)) for row in rows)
+    return tuple(_row(sizing, rank) for rank in range(sizing.placement.world_size))
 
 
 def _row(sizing: Sizing, rank: int) -> RankRow:
@@ -92,7 +91,9 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
     reserve = _reserve_bytes(sizing, rank)
     budget = device_budget(device, wish)
     per_token = kv_token_bytes(facts, stage.num_layers, place.tp_size, sizing.dtype_bytes)
-    pool = wish.kv_memory or max(0, budget - weights - reserve)
+    pool = wish.kv_memory or _pool_bytes(device, budget - weights - reserve)
+    # More than all rows at full length is of no use.
+    most = wish.max_rows * _up_to_blocks((wish.max_seq_len or facts.max_position) + 1, wish)
     return RankRow(
         rank=rank,
         device=device,
@@ -104,8 +105,15 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
         reserve_bytes=reserve,
         budget_bytes=budget,
         kv_token_bytes=per_token,
-        kv_tokens=_whole_blocks(pool // per_token, wish),
+        kv_tokens=min(_whole_blocks(pool // per_token, wish), most),
     )
+
+
+def _pool_bytes(device: DeviceInfo, left: int) -> int:
+    """Give the KV pool where the user fixed none: all that is left of a GPU, a modest share of the host's memory."""
+    if device.kind == "cpu":
+        left = min(left, CPU_POOL_BYTES, int(CPU_POOL_SHARE * device.free_bytes))
+    return max(0, left)
 
 
 def _reserve_bytes(sizing: Sizing, rank: int) -> int:

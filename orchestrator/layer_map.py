@@ -54,7 +54,8 @@ def _format_error(text: str, pair: str, facts: ModelFacts, num_devices: int) -> 
 def _check_ordinal(text: str, ordinal: int, seen: set[int], num_devices: int, noun: str) -> None:
     if ordinal >= num_devices:
         visible = "0" if num_devices == 1 else f"0 to {num_devices - 1}"
-        raise PlacementError(f'-n "{text}": {noun} {ordinal} is not visible; visible ordinals: {visible}')
+        more = f"; --workers {ordinal + 1} makes more" if noun.startswith("CPU") else ""
+        raise PlacementError(f'-n "{text}": {noun} {ordinal} is not visible; visible ordinals: {visible}{more}')
     if ordinal in seen:
         raise PlacementError(f'-n "{text}": {noun} {ordinal} is named twice; each may have one range of layers')
 

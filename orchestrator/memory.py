@@ -11,8 +11,9 @@ CUDA_FIXED_BYTES = 700 << 20
 """Estimate of a worker's CUDA context, cuBLAS workspaces and allocator slack; the worker measures the truth."""
 NCCL_BYTES = 300 << 20
 """Estimate of NCCL's channel buffers for the communicators of one worker."""
-CPU_POOL_BYTES = 4 << 30
-"""KV cache of all CPU workers together, unless told otherwise: memory is only taken as blocks are written."""
+CPU_POOL_BYTES = 2 << 30
+CPU_POOL_SHARE = 0.25
+"""KV cache of a CPU worker, unless told otherwise: the lesser of this size and this share of the free memory."""
 
 _COLUMN_SPLIT = ("q_proj", "gate_proj", "up_proj")
 _KV_SPLIT = ("k_proj", "v_proj")

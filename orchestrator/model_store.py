@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mgpu.orchestrator.demo_model import DEMO_NAME, demo_model_path
 from mgpu.orchestrator.errors import ModelError
@@ -17,16 +18,19 @@ FORMS = (
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _CONFIG_FILES = ("config.json", "generation_config.json")
-_MODEL_FILES = (
-    *_CONFIG_FILES,
-    "*.safetensors",
-    "model.safetensors.index.json",
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
 )
+_WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
+_FILES = {
+    "config": _CONFIG_FILES,
+    "no weights": _CONFIG_FILES + _TOKENIZER_FILES,
+    "all": _CONFIG_FILES + _TOKENIZER_FILES + _WEIGHT_FILES,
+}
 _UNWANTED_FILES = ("*/*", "consolidated*")
 
 
@@ -51,13 +55,14 @@ def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
 def resolve_model(
     name: str,
     *,
-    config_only: bool = False,
+    part: Literal["all", "no weights", "config"] = "all",
     report: Callable[[str], None] = lambda line: None,
     environ: Mapping[str, str] = os.environ,
 ) -> ResolvedModel:
     """Find a model, fetching it when it is the demo or a hub id. ModelError says which forms there are.
 
-    ``config_only`` fetches no weights of a hub model: enough to plan. ``report`` is told before anything is fetched.
+    ``part`` says what of a hub model is needed: for dummy weights and for planning less is fetched. ``report`` is told
+    before anything is fetched.
     """
     if not name.strip():
         raise ModelError(f"no model is named; {FORMS}")
@@ -69,23 +74,22 @@ def resolve_model(
             raise ModelError(f"{name}: a file that is not .gguf; {FORMS}")
         return ResolvedModel(str(path.absolute()), "gguf", path.stem)
     if name == "demo":
-        file = demo_model_path(cache_root(environ), report, verify=not config_only)
+        file = demo_model_path(cache_root(environ), report, verify=part != "config")
         return ResolvedModel(str(file.absolute()), "gguf", DEMO_NAME)
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(".gguf"):
-        return ResolvedModel(_fetch_from_hub(name, config_only, report), "safetensors", name)
+        return ResolvedModel(_fetch_from_hub(name, _FILES[part], report), "safetensors", name)
     raise ModelError(f"{name}: no such file or folder; {FORMS}")
 
 
-def _fetch_from_hub(name: str, config_only: bool, report: Callable[[str], None]) -> str:
+def _fetch_from_hub(name: str, patterns: Sequence[str], report: Callable[[str], None]) -> str:
     """Give the snapshot folder of a hub model, using the local cache first. Never fetches code or pickles."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ModelError(f"{name}: no such folder, and without the package huggingface_hub no hub: {FORMS}") from error
     report(f"looking up {name} in the hub cache, else downloading it")
-    patterns = list(_CONFIG_FILES if config_only else _MODEL_FILES)
     try:
-        return str(snapshot_download(name, allow_patterns=patterns, ignore_patterns=list(_UNWANTED_FILES)))
+        return str(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(_UNWANTED_FILES)))
     except (
         OSError,
         ValueError,

@@ -1,6 +1,6 @@
 """Choose the layout of a model on a machine: a pure function, checked in full before any process is started."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.devices import DeviceInfo, Machine, selectors
 from mgpu.orchestrator.errors import PlacementError
@@ -73,7 +73,7 @@ def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
     return Plan(
         facts=facts,
         machine=machine,
-        placement=placement,
+        placement=_on_real_devices(placement, machine),
         mode=mode,
         reason=choice.reason,
         transport=transport,
@@ -84,6 +84,19 @@ def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
         max_seq_len=max_seq_len,
         kv_memory=wish.kv_memory,
         notes=(*machine.notes, *_notes(machine, placement, transport, stage_transport, rows)),
+    )
+
+
+def _on_real_devices(placement: PlacementPlan, machine: Machine) -> PlacementPlan:
+    """Name a shared GPU by one ordinal in all its ranks, so that its workers know how many they are."""
+    if machine.kind == "cpu":
+        return placement
+    first = {device.uuid: device.ordinal for device in reversed(machine.devices)}
+    return PlacementPlan(
+        tuple(
+            replace(stage, devices=tuple(first[machine.devices[device].uuid] for device in stage.devices))
+            for stage in placement.stages
+        )
     )
 
 
@@ -140,7 +153,7 @@ def _choose_size(facts: ModelFacts, machine: Machine, size: int) -> _Choice:
     count = len(machine.devices)
     if not 1 <= size <= count:
         more = f"--workers {size}" if machine.kind == "cpu" else "CUDA_VISIBLE_DEVICES with more of them"
-        way_out = f"use --tp 1 to {count}" + (f", or {more}" if size > count else "")
+        way_out = f"use --tp 1{f' to {count}' if count > 1 else ''}" + (f", or {more}" if size > count else "")
         raise PlacementError(f"--tp {size}: {count} {_noun(machine, count)} can be used; {way_out}")
     if size not in compatible_sizes(facts):
         raise _split_error(facts, machine, size, f"--tp {size}: {size} {_noun(machine, size)}")

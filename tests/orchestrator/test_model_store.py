@@ -143,7 +143,7 @@ def test_only_weights_configuration_and_tokenizer_are_asked_for(
         sorted(wanted | unwanted), allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
     assert set(kept) == wanted
-    resolve_model("org/model", config_only=True)
+    resolve_model("org/model", part="config")
     assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
 
 

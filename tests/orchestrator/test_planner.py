@@ -499,10 +499,11 @@ def test_workers_on_gpus_measure_their_pool_themselves() -> None:
     assert 0 < fixed.worker_kv_bytes <= 4 * GIB
 
 
-def test_cpu_workers_share_a_bounded_pool() -> None:
-    for machine in (cpus(1, gib_each=64), cpus(3, gib_each=64)):
-        result = plan(SMOLLM2, machine, Wish())
-        assert sum(row.kv_token_bytes * result.kv_tokens for row in result.rows) <= 4 * GIB
+def test_cpu_workers_take_a_modest_pool() -> None:
+    for row in plan(SMOLLM2, cpus(3, gib_each=64), Wish()).rows:
+        assert 1.9 * GIB < row.kv_bytes <= 2 * GIB
+    for row in plan(SMOLLM2, cpus(3, gib_each=4), Wish()).rows:
+        assert 0.9 * GIB < row.kv_bytes <= GIB
     uneven = plan(SMOLLM2, cpus(2, gib_each=64), Wish(device_layers="0:25;1:5"))
     assert uneven.worker_kv_bytes == uneven.kv_tokens * uneven.rows[0].kv_token_bytes
 
@@ -518,6 +519,22 @@ def test_cpu_workers_share_a_bounded_pool() -> None:
 )
 def test_the_type_follows_the_device_unless_asked(machine: Machine, wish: Wish, expected: str) -> None:
     assert plan(TINY, machine, wish).dtype == expected
+
+
+def test_the_pool_is_never_larger_than_all_requests_could_use() -> None:
+    result = plan(TINY, gpus(80), Wish(max_rows=4, max_seq_len=100))
+    assert result.kv_tokens == 4 * 112
+
+
+def test_what_others_hold_of_a_gpu_is_not_counted_twice() -> None:
+    idle, busy = plan(TINY, gpus(80), Wish()).rows[0], plan(TINY, gpus(60, total_gib=80), Wish()).rows[0]
+    assert idle.budget_bytes - busy.budget_bytes == 20 * GIB
+
+
+def test_workers_that_share_a_gpu_are_planned_on_one_ordinal() -> None:
+    result = plan(TINY, oversubscribed(gpus(80, 80), 4), Wish(device_layers="0+1:4;2+3:4"))
+    assert result.placement.stages == (Stage(0, 4, (0, 1)), Stage(4, 8, (0, 1)))
+    assert [row.budget_bytes for row in result.rows] == [36 * GIB] * 4
 
 
 # Every combination
