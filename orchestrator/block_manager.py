@@ -29,8 +29,6 @@ class BlockManager:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.releases = 0
-        """Grows whenever a block becomes free: a request that did not fit need not be tried before."""
         self._holders = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._by_key: dict[bytes, int] = {}
@@ -91,7 +89,6 @@ class BlockManager:
                     self._blank.append(block)
                 else:
                     self._reusable[block] = None
-        self.releases += len(blocks)
 
     def register(self, block: int, key: bytes) -> None:
         """Offer a full block for reuse. Where the key is known already, the older block stays the one to reuse."""

@@ -13,10 +13,10 @@ from collections import deque
 from dataclasses import dataclass
 
 from mgpu.orchestrator.admission import Limits, RequestRefused, checked_sequence
-from mgpu.orchestrator.block_manager import BlockManager, extend_block_keys
 from mgpu.orchestrator.lane import Lane
 from mgpu.orchestrator.outbox import Outbox
 from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.sequence_blocks import SequenceBlocks
 from mgpu.protocol.control import StepPlan, StepResult
 from mgpu.protocol.link import Outputs, Submit
 
@@ -48,7 +48,7 @@ class Scheduler:
     def __init__(self, limits: Limits, epoch: int = 0) -> None:
         self.limits = limits
         self.counters = Counters()
-        self.blocks = BlockManager(limits.num_blocks)
+        self.blocks = SequenceBlocks(limits.num_blocks, limits.block_size, limits.prefix_cache)
         self._epoch = epoch
         self._live: dict[int, Sequence] = {}
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
@@ -63,7 +63,7 @@ class Scheduler:
         self._leaving: deque[tuple[int, int, Sequence]] = deque()
         """(step, row, sequence): the row is free, and a preempted sequence waits again, when ``step`` has arrived."""
         self._blocked: tuple[int, Sequence] | None = None
-        """(releases, sequence): the first in line did not fit, and will not before another block is released."""
+        """(changes, sequence): the first in line had to wait, and will have to until the blocks change."""
         self._outbox = Outbox()
 
     # -- what the engine asks ------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class Scheduler:
         if plan.rows:
             self._in_flight.append(StepRecord(step, sampled))
         for seq in prefilled:  # only now: a block can be reused from the next step on
-            self._register_blocks(seq)
+            self.blocks.offer(seq)
         return plan
 
     def _even_out(self, index: int) -> None:
@@ -176,7 +176,7 @@ class Scheduler:
         due = lane.due()
         for seq in due:
             if seq.lane is lane and lane.needs_block(seq):
-                self._register_blocks(seq)
+                self.blocks.offer(seq)
                 self._grow(seq, plan)
         count = len(lane.members)
         if not count:
@@ -197,13 +197,11 @@ class Scheduler:
 
     def _grow(self, seq: Sequence, plan: StepPlan) -> None:
         """Give a decoding request its next block, at the expense of the youngest if there is none."""
-        while not self.blocks.num_free:
+        while (block := self.blocks.grow(seq)) is None:
             victim = max(self._admitted.values(), key=lambda each: each.order)
             self._preempt(victim)
             if victim is seq:
                 return
-        block = self.blocks.allocate(1)[0]
-        seq.blocks.append(block)
         plan.block_rows.append(seq.row)
         plan.block_ids.append(block)
 
@@ -244,52 +242,22 @@ class Scheduler:
         waiting = self._waiting
         while waiting and waiting[0][1].finished:
             heapq.heappop(waiting)
-        if not waiting or not self._free_rows or self._blocked == (self.blocks.releases, waiting[0][1]):
+        if not waiting or not self._free_rows or self._blocked == (self.blocks.changes, waiting[0][1]):
             return None
         seq = waiting[0][1]
-        if not self._take_blocks(seq):
-            self._blocked = (self.blocks.releases, seq)
-            return None
-        heapq.heappop(waiting)
-        seq.row = self._free_rows.pop()
-        self._admitted[seq.request_id] = seq
-        return seq
-
-    def _take_blocks(self, seq: Sequence) -> bool:
-        """Take blocks for all known tokens, reused ones where they exist. False, and nothing taken, if too few."""
-        size = self.limits.block_size
-        reused: list[int] = []
-        if self.limits.prefix_cache:
-            # The last token is always computed: its logits are what the request wants.
-            num_reusable = (len(seq.tokens) - 1) // size
-            extend_block_keys(seq.block_keys, seq.tokens, size, num_reusable, seq.cache_salt)
-            reused = self.blocks.find(seq.block_keys[:num_reusable])
-        needed = -(-len(seq.tokens) // size) - len(reused)
         # One block per running request stays free, so that the newcomer is not preempted right away.
-        if needed + len(self._admitted) > self.blocks.num_free - self.blocks.num_idle(reused):
-            return False
-        self.blocks.take(reused)
-        seq.blocks = reused + self.blocks.allocate(needed)
-        seq.num_computed = len(reused) * size
-        seq.num_registered = len(reused)
+        if not self.blocks.take(seq, reserve=len(self._admitted)):
+            self._blocked = (self.blocks.changes, seq)
+            return None
         if not seq.was_admitted:
             seq.was_admitted = True
             seq.cached_tokens = seq.num_computed
             self.counters.prompt_tokens += seq.prompt_len
             self.counters.prefix_hit_tokens += seq.num_computed
-        return True
-
-    def _register_blocks(self, seq: Sequence) -> None:
-        """Offer the full blocks of known, computed tokens for reuse."""
-        if not self.limits.prefix_cache:
-            return
-        computed = seq.num_computed if seq.lane is None else seq.lane.starts[seq.slot]
-        num_full = min(computed, len(seq.tokens)) // self.limits.block_size
-        if num_full > seq.num_registered:
-            extend_block_keys(seq.block_keys, seq.tokens, self.limits.block_size, num_full, seq.cache_salt)
-            for index in range(seq.num_registered, num_full):
-                self.blocks.register(seq.blocks[index], seq.block_keys[index])
-            seq.num_registered = num_full
+        heapq.heappop(waiting)
+        seq.row = self._free_rows.pop()
+        self._admitted[seq.request_id] = seq
+        return seq
 
     # -- leaving -------------------------------------------------------------------------------------------------------
 
@@ -310,9 +278,7 @@ class Scheduler:
             seq.lane.remove(seq)
         elif seq in self._prefilling:
             self._prefilling.remove(seq)
-        self._register_blocks(seq)
-        self.blocks.release(seq.blocks)
-        seq.blocks = []
+        self.blocks.release(seq)
         del self._admitted[seq.request_id]
         self._rows_to_free.append(seq.row)
         # The row is not given away while a token for it is under way: it would land in the next owner's row.
@@ -373,8 +339,8 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Prove that blocks and rows add up. AssertionError if not; cheap enough for an idle moment."""
-        self.blocks.check_integrity(seq.blocks for seq in self._admitted.values())
+        self.blocks.pool.check_integrity(seq.blocks for seq in self._admitted.values())
         rows = [*self._free_rows, *(row for _, row, _ in self._leaving), *(s.row for s in self._admitted.values())]
         assert sorted(rows) == list(range(self.limits.max_rows)), "rows do not add up"
         if not self._live:
-            assert self.blocks.num_free == self.limits.num_blocks, "blocks are held by nobody"
+            assert self.blocks.pool.num_free == self.limits.num_blocks, "blocks are held by nobody"

@@ -38,11 +38,9 @@ class _Stopped(Exception):
 class Server:
     """Everything that one `mgpu-launch serve` starts. `run` blocks until it is over and leaves nothing behind."""
 
-    def __init__(self, config: ServerConfig, on_ready: Callable[[str], None] | None = None) -> None:
-        """``on_ready`` is called once, with the endpoint for clients."""
+    def __init__(self, config: ServerConfig) -> None:
         Limits(1, config.block_size, config.max_rows, config.batch_tokens, config.seq_len)  # refuses what cannot work
         self._config = config
-        self._on_ready = on_ready
         self._began_s = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._signals = StopSignals()
@@ -169,8 +167,6 @@ class Server:
         # What exists now stays: the collector need not look at it again between steps.
         gc.collect()
         gc.freeze()
-        if self._on_ready is not None:
-            self._on_ready(endpoint)
 
     def _log_ready(self, limits: Limits, workers: WorkerGroup, endpoint: str) -> None:
         for rank in sorted(workers.ready):

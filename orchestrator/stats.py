@@ -44,7 +44,7 @@ class EngineStats:
 
     def counters(self, scheduler: Scheduler, last_step_age_s: float) -> dict[str, float]:
         """Give every counter under the name that clients see."""
-        totals, blocks = scheduler.counters, scheduler.blocks
+        totals, blocks = scheduler.counters, scheduler.blocks.pool
         values: dict[str, float] = {
             "running": scheduler.num_running,
             "waiting": scheduler.num_live - scheduler.num_running,

@@ -10,7 +10,7 @@ from fake_model import FakeModel, solo_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgpu.orchestrator.admission import Limits
+from mgpu.orchestrator.admission import Limits, LimitsError
 from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.protocol.control import RowSampling, StepPlan, StepResult
 from mgpu.protocol.link import Submit
@@ -202,6 +202,28 @@ def test_equal_prompts_reuse_full_blocks_but_compute_the_last_token() -> None:
     assert harness.tokens[2] == harness.tokens[1]
 
 
+def test_requests_of_one_prompt_at_the_same_time_compute_it_once() -> None:
+    harness = Harness()
+    prompt = prompt_of(1, 18)
+    for i in range(4):
+        harness.submit(i, prompt, 3)
+    harness.run()
+    assert harness.cached == {0: 0, 1: 16, 2: 16, 3: 16}
+    assert harness.model.computed_tokens == 18 + 3 * 2 + 4 * 2
+    assert all(harness.tokens[i] == solo_tokens(prompt, 3) for i in range(4))
+
+
+def test_a_cancelled_prefill_does_not_hold_up_those_that_waited_for_its_blocks() -> None:
+    harness = Harness(max_batch_tokens=12)
+    prompt = prompt_of(1, 40)
+    harness.submit(1, prompt, 3)
+    harness.submit(2, prompt, 3)
+    harness.publish()
+    harness.cancel(1)
+    harness.run()
+    assert harness.tokens[2] == solo_tokens(prompt, 3)
+
+
 def test_the_next_turn_of_a_chat_reuses_prompt_and_answer() -> None:
     harness = Harness()
     prompt = prompt_of(1, 16)
@@ -307,7 +329,7 @@ def test_a_result_of_another_step_is_an_error_and_of_another_epoch_ignored() -> 
 
 
 def test_batch_budget_must_exceed_rows() -> None:
-    with pytest.raises(ValueError, match="max_batch_tokens 8 must exceed max_rows 8"):
+    with pytest.raises(LimitsError, match="max_batch_tokens 8 must exceed max_rows 8"):
         limits(max_batch_tokens=8)
 
 

@@ -1,0 +1,71 @@
+"""Give requests their blocks: reuse what is computed already, offer what they compute, grow while they decode."""
+
+from mgpu.orchestrator.block_manager import BlockManager, extend_block_keys
+from mgpu.orchestrator.sequence import Sequence
+
+
+class SequenceBlocks:
+    """The block tables of all requests on top of one pool."""
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool) -> None:
+        self.pool = BlockManager(num_blocks)
+        self.changes = 0
+        """Grows when blocks are released or offered: a request that could not be served need not be tried before."""
+        self._block_size = block_size
+        self._prefix_cache = prefix_cache
+        self._promised: set[bytes] = set()
+        """Keys of prompt blocks that running requests are about to compute."""
+
+    def take(self, seq: Sequence, reserve: int) -> bool:
+        """Take blocks for all known tokens of a request, reused ones where they exist.
+
+        False, and nothing taken, when fewer than ``reserve`` blocks would stay free, or when another request is
+        computing the block that this one would compute next: waiting for it is cheaper.
+        """
+        size, num_tokens = self._block_size, len(seq.tokens)
+        # The last token is always computed: its logits are what the request wants.
+        num_reusable = (num_tokens - 1) // size if self._prefix_cache else 0
+        extend_block_keys(seq.block_keys, seq.tokens, size, num_reusable, seq.cache_salt)
+        reused = self.pool.find(seq.block_keys[:num_reusable])
+        if len(reused) < num_reusable and seq.block_keys[len(reused)] in self._promised:
+            return False
+        needed = -(-num_tokens // size) - len(reused)
+        if needed + reserve > self.pool.num_free - self.pool.num_idle(reused):
+            return False
+        self.pool.take(reused)
+        seq.blocks = reused + self.pool.allocate(needed)
+        seq.num_computed = len(reused) * size
+        seq.num_registered = len(reused)
+        self._promised.update(seq.block_keys[len(reused) : num_reusable])
+        return True
+
+    def grow(self, seq: Sequence) -> int | None:
+        """Append one block to a request's table and give it; None when none is free."""
+        if not self.pool.num_free:
+            return None
+        (block,) = self.pool.allocate(1)
+        seq.blocks.append(block)
+        return block
+
+    def offer(self, seq: Sequence) -> None:
+        """Let others reuse the full blocks of a request whose tokens are known and computed by published plans."""
+        if not self._prefix_cache:
+            return
+        computed = seq.num_computed if seq.lane is None else seq.lane.starts[seq.slot]
+        num_full = min(computed, len(seq.tokens)) // self._block_size
+        if num_full <= seq.num_registered:
+            return
+        extend_block_keys(seq.block_keys, seq.tokens, self._block_size, num_full, seq.cache_salt)
+        for index in range(seq.num_registered, num_full):
+            self.pool.register(seq.blocks[index], seq.block_keys[index])
+        self._promised.difference_update(seq.block_keys[seq.num_registered : num_full])
+        seq.num_registered = num_full
+        self.changes += 1
+
+    def release(self, seq: Sequence) -> None:
+        """Take a request's blocks away; what it offered stays reusable until the space is needed."""
+        self.offer(seq)
+        self._promised.difference_update(seq.block_keys[seq.num_registered : len(seq.blocks)])
+        self.pool.release(seq.blocks)
+        seq.blocks = []
+        self.changes += 1
