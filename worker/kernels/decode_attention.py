@@ -42,7 +42,7 @@ class DecodeTiling:
     stretch: int = 128
     """Fewest tokens worth a program of their own, a multiple of ``block_n``."""
     num_warps: int = 4
-    num_stages: int = 4
+    num_stages: int = 5
 
 
 @triton.jit
@@ -51,6 +51,7 @@ def _attend(
     k_ptr,
     v_ptr,
     table_ptr,
+    first,
     begin,
     end,
     scale,
@@ -61,15 +62,21 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Give (weighted values, running maximum, sum of weights) over the tokens [begin, end) of one KV head."""
+    """Give (weighted values, running maximum, sum of weights) over the tokens [begin, end) of one KV head.
+
+    ``begin`` is a multiple of BLOCK_N; tokens before ``first`` are left out.
+    """
     d = tl.arange(0, HEAD_DIM)
     acc = tl.zeros([GROUP_PAD, HEAD_DIM], tl.float32)
     peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        valid = n < end
-        page = tl.load(table_ptr + n // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+        valid = (n < end) & (n >= first)
+        if BLOCK_SIZE % BLOCK_N == 0:  # the tile is in one page
+            page = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
+        else:
+            page = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
         offsets = (page * block_stride + (n % BLOCK_SIZE) * token_stride)[:, None] + d[None, :]
         # Masked, not merely ignored: what is past the context may be NaN, and 0 * NaN is NaN.
         k = tl.load(k_ptr + offsets, mask=valid[:, None], other=0.0)
@@ -165,8 +172,9 @@ def _decode_kernel(
     context = tl.load(lens_ptr + row)
     first = tl.maximum(context - window, 0)
     # Stretches are whole tiles; a row without context (padding of a graph) has one, empty, and yields zeros.
-    stretch = tl.maximum(tl.cdiv(tl.cdiv(context - first, SPLITS), BLOCK_N) * BLOCK_N, STRETCH)
-    count = tl.maximum(tl.cdiv(context - first, stretch), 1)
+    aligned = first // BLOCK_N * BLOCK_N
+    stretch = tl.maximum(tl.cdiv(tl.cdiv(context - aligned, SPLITS), BLOCK_N) * BLOCK_N, STRETCH)
+    count = tl.maximum(tl.cdiv(context - aligned, stretch), 1)
     if split >= count:
         return
 
@@ -181,12 +189,13 @@ def _decode_kernel(
     )
     if is_fp8:
         q = q.to(tl.float16)  # e4m3 widens to float16 in one instruction, to bfloat16 in several
-    begin = first + split * stretch
+    begin = aligned + split * stretch
     acc, peak, total = _attend(
         q,
         k_ptr + head * head_stride,
         v_ptr + head * head_stride,
         tables_ptr + row.to(tl.int64) * table_stride,
+        first,
         begin,
         tl.minimum(begin + stretch, context),
         scale,

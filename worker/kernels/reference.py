@@ -41,3 +41,21 @@ def paged_attention(
 def _slots(table_P: Tensor, context: int, block_size: int) -> Tensor:
     places_S = torch.arange(context, device=table_P.device)
     return table_P.long()[places_S // block_size] * block_size + places_S % block_size
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Normalize rows in float32."""
+    return F.rms_norm(x_TD.float(), (x_TD.shape[1],), weight_D.float(), eps)
+
+
+def gated_activation(gate_up_TF2: Tensor, is_silu: bool) -> Tensor:
+    """Give act(gate) * up in float32."""
+    gate_TF, up_TF = gate_up_TF2.float().chunk(2, dim=-1)
+    return (F.silu(gate_TF) if is_silu else F.gelu(gate_TF, approximate="tanh")) * up_TF
+
+
+def rotate(x_TAK: Tensor, cos_sin_TK: Tensor) -> Tensor:
+    """Rotate pairs (i, i + K / 2) of every head in float32; ``cos_sin_TK`` holds each token's cos, then sin."""
+    cos_T1F, sin_T1F = cos_sin_TK.float()[:, None].chunk(2, dim=-1)
+    low, high = x_TAK.float().chunk(2, dim=-1)
+    return torch.cat([low * cos_T1F - high * sin_T1F, high * cos_T1F + low * sin_T1F], dim=-1)

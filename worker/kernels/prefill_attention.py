@@ -1,0 +1,267 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Causal attention of chunks of new tokens over the paged KV cache (flash attention, rows of unequal length).
+
+One program takes BLOCK_M consecutive queries of one row and one query head. The grid is an upper bound that depends on
+the number of tokens and rows alone; each program finds its row from the query starts. Late queries come first: they
+have the most keys, so the long programs do not end up last.
+"""
+
+# T tokens, R rows, H query heads, J KV heads, G = H / J, K head dim, N blocks, B tokens per block, P pages
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTiling:
+    """Queries and keys per step of a program: see `choose_tiling`."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    bulk: bool = True
+    """Load through tensor maps where a step's keys lie in one page."""
+
+
+@triton.jit
+def _find_row(tile, starts_ptr, num_rows, BLOCK_M: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Give the row that owns a tile. Row r's tiles begin at (start_r - start_0) // BLOCK_M + r: enough for each."""
+    base = tl.load(starts_ptr)
+    row = -1
+    for first in range(0, num_rows, AT_ONCE):
+        r = first + tl.arange(0, AT_ONCE)
+        start = tl.load(starts_ptr + r, mask=r < num_rows, other=0) - base
+        row += tl.sum(((start // BLOCK_M + r <= tile) & (r < num_rows)).to(tl.int32), 0)
+    return row
+
+
+@triton.jit
+def _attend_tiles(
+    acc,
+    peak,
+    total,
+    q,
+    k_ref,
+    v_ref,
+    table_ptr,
+    kv_head,
+    begin,
+    end,
+    positions,
+    context,
+    scale,
+    window,
+    block_stride,
+    token_stride,
+    head_stride,
+    MASKED: tl.constexpr,
+    BULK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Continue the running softmax over the keys [begin, end) of one KV head; both are multiples of BLOCK_N.
+
+    ``k_ref`` and ``v_ref`` are pointers, or with BULK tensor-map descriptors of [slots, J * K].
+    """
+    d = tl.arange(0, HEAD_DIM)
+    offset = tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        n = start + offset
+        if BLOCK_SIZE % BLOCK_N == 0:  # the tile is in one page
+            page = tl.load(table_ptr + start // BLOCK_SIZE)
+            if BULK:
+                slot = page * BLOCK_SIZE + start % BLOCK_SIZE
+                k = tl.trans(k_ref.load([slot, kv_head * HEAD_DIM]))
+                v = v_ref.load([slot, kv_head * HEAD_DIM])
+            else:
+                slots = page.to(tl.int64) * block_stride + (start % BLOCK_SIZE + offset) * token_stride
+        else:
+            page = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < context, other=0)
+            slots = page.to(tl.int64) * block_stride + (n % BLOCK_SIZE) * token_stride
+        # What is past the context may be NaN, and 0 * NaN is NaN: such values must not be multiplied.
+        if BULK:
+            if MASKED:
+                v = tl.where((n < context)[:, None], v, 0.0)
+        else:
+            k_ptrs = k_ref + kv_head * head_stride + slots[None, :] + d[:, None]
+            v_ptrs = v_ref + kv_head * head_stride + slots[:, None] + d[None, :]
+            if MASKED:
+                k = tl.load(k_ptrs, mask=(n < context)[None, :], other=0.0)
+                v = tl.load(v_ptrs, mask=(n < context)[:, None], other=0.0)
+            else:
+                k = tl.load(k_ptrs)
+                v = tl.load(v_ptrs)
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
+        if MASKED:
+            visible = (n[None, :] <= positions[:, None]) & (n[None, :] > positions[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+        # A tile may hide all of its keys from a query (window): then the peak stays -inf, and exp2 must not see NaN.
+        known = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+        weights = tl.exp2(scores * scale - known[:, None])
+        shrink = tl.exp2(peak - known)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+        peak = new_peak
+    return acc, peak, total
+
+
+@triton.jit
+def _prefill_kernel(
+    q_ptr,
+    k_ref,
+    v_ref,
+    tables_ptr,
+    lens_ptr,
+    starts_ptr,
+    out_ptr,
+    num_rows,
+    scale,
+    v_scale,
+    window,
+    table_stride,
+    q_stride,
+    out_stride,
+    block_stride,
+    token_stride,
+    head_stride,
+    WINDOWED: tl.constexpr,
+    BULK: tl.constexpr,
+    FP8: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    wait_for_inputs(OVERLAP)
+    row = _find_row(tile, starts_ptr, num_rows, BLOCK_M, AT_ONCE)
+    start = tl.load(starts_ptr + row)
+    count = tl.load(starts_ptr + row + 1) - start
+    first = (tile - ((start - tl.load(starts_ptr)) // BLOCK_M + row)) * BLOCK_M
+    if first >= count:
+        return
+
+    m = first + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, HEAD_DIM)
+    tokens = (start + tl.minimum(m, count - 1)).to(tl.int64)
+    q = tl.load(q_ptr + tokens[:, None] * q_stride + head * HEAD_DIM + d[None, :])
+    if FP8:
+        q = q.to(tl.float16)  # e4m3 widens to float16 in one instruction, to bfloat16 in several
+    context = tl.load(lens_ptr + row)
+    positions = context - count + m
+    # Queries past the row's last one compute garbage that is not stored; their keys end where the last one's do.
+    end = tl.minimum(context - count + first + BLOCK_M, context)
+    first_position = context - count + first
+    kv_head = head // GROUP
+    table_ptr = tables_ptr + row.to(tl.int64) * table_stride
+
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if WINDOWED:
+        masked_from = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+    else:
+        masked_from = (first_position + 1) // BLOCK_N * BLOCK_N
+        acc, peak, total = _attend_tiles(
+            acc, peak, total, q, k_ref, v_ref, table_ptr, kv_head, 0, masked_from, positions, context, scale, window,
+            block_stride, token_stride, head_stride, False, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+        )  # fmt: skip
+    acc, peak, total = _attend_tiles(
+        acc, peak, total, q, k_ref, v_ref, table_ptr, kv_head, masked_from, end, positions, context, scale, window,
+        block_stride, token_stride, head_stride, True, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+    )  # fmt: skip
+    out = acc * (v_scale / total)[:, None]
+    offsets = (start + m).to(tl.int64)[:, None] * out_stride + head * HEAD_DIM + d[None, :]
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=(m < count)[:, None])
+
+
+def choose_tiling(dim: int) -> PrefillTiling:
+    """Pick tiles by head size (see docs/kernels.md)."""
+    if dim <= 64:
+        return PrefillTiling(128, 128, 8, 3)
+    if dim <= 128:
+        return PrefillTiling(128, 64, 8, 3)
+    return PrefillTiling(64, 64, 8, 2)
+
+
+def _slot_rows(cache_NBJK: Tensor, block_n: int) -> TensorDescriptor:
+    """Describe the cache as a matrix with a row per slot, read in tiles of one head's keys."""
+    slots_by_heads = cache_NBJK.flatten(2).flatten(0, 1)
+    return TensorDescriptor.from_tensor(slots_by_heads, [block_n, cache_NBJK.shape[3]])
+
+
+def prefill_attention(
+    q_THK: Tensor,
+    k_NBJK: Tensor,
+    v_NBJK: Tensor,
+    block_tables_RP: Tensor,
+    context_lens_R: Tensor,
+    query_starts: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    tiling: PrefillTiling | None = None,
+    out_THK: Tensor | None = None,
+) -> Tensor:
+    """Attend from the last tokens of each row (already in the cache) to the row's context before and including them.
+
+    Row r's queries are ``q_THK[query_starts[r]:query_starts[r + 1]]``, int32 [R + 1]; the first start need not be 0, so
+    that a mixed batch can leave its one-token rows to `decode_attention`. Only those queries are written. Types,
+    strides, ``window`` and scales are as in `decode_attention`.
+    """
+    tokens, num_q, dim = q_THK.shape
+    rows = context_lens_R.shape[0]
+    if out_THK is None:
+        out_THK = torch.empty(tokens, num_q, dim, dtype=q_THK.dtype, device=q_THK.device)
+    tiling = tiling or choose_tiling(dim)
+    bulk = tiling.bulk and k_NBJK.shape[1] % tiling.block_n == 0 and k_NBJK.is_contiguous()
+    _prefill_kernel[(num_q, ceil_div(tokens, tiling.block_m) + rows)](
+        q_THK,
+        _slot_rows(k_NBJK, tiling.block_n) if bulk else k_NBJK,
+        _slot_rows(v_NBJK, tiling.block_n) if bulk else v_NBJK,
+        block_tables_RP,
+        context_lens_R,
+        query_starts,
+        out_THK,
+        rows,
+        scale * k_scale * LOG2_E,
+        v_scale,
+        window or 1 << 30,
+        block_tables_RP.stride(0),
+        q_THK.stride(0),
+        out_THK.stride(0),
+        k_NBJK.stride(0),
+        k_NBJK.stride(1),
+        k_NBJK.stride(2),
+        window is not None,
+        bulk,
+        k_NBJK.dtype == torch.float8_e4m3fn,
+        num_q // k_NBJK.shape[2],
+        dim,
+        k_NBJK.shape[1],
+        tiling.block_m,
+        tiling.block_n,
+        min(256, triton.next_power_of_2(rows)),
+        overlaps_launches(q_THK.device),
+        **launch_options(q_THK.device, tiling.num_warps, tiling.num_stages),
+    )
+    return out_THK

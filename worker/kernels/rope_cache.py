@@ -1,0 +1,152 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""What comes between the QKV product and attention, in one pass: optional head norms, rotation, write to the KV cache."""
+
+# T tokens, H query heads, J KV heads, A = H + 2 J heads of the packed product, K head dim, N blocks, B tokens per block
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+
+HEADS_PER_PROGRAM = 16
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMSNorm of each query and key head before rotation (Qwen3, Gemma 3); weights [K]."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
+
+@triton.jit
+def _rope_cache_kernel(
+    qkv_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    slots_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    eps,
+    k_inverse_scale,
+    v_inverse_scale,
+    qkv_stride,
+    cos_sin_stride,
+    block_stride,
+    token_stride,
+    head_stride,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    i = tl.arange(0, HALF)
+    is_query = head < Q_HEADS
+    is_key = (head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS)
+    is_value = (head >= Q_HEADS + KV_HEADS) & (head < Q_HEADS + 2 * KV_HEADS)
+    exists = (head < Q_HEADS + 2 * KV_HEADS)[:, None]
+    wait_for_inputs(OVERLAP)
+
+    position = tl.load(positions_ptr + token)
+    slot = tl.load(slots_ptr + token)
+    cos = tl.load(cos_sin_ptr + position * cos_sin_stride + i).to(tl.float32)[None, :]
+    sin = tl.load(cos_sin_ptr + position * cos_sin_stride + HALF + i).to(tl.float32)[None, :]
+    source = qkv_ptr + token * qkv_stride + head[:, None] * HEAD_DIM + i[None, :]
+    low = tl.load(source, mask=exists, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF, mask=exists, other=0.0).to(tl.float32)
+    turned_low, turned_high = low, high
+    if q_weight_ptr is not None:
+        factor = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM + eps)[:, None]
+        q_low = tl.load(q_weight_ptr + i).to(tl.float32)[None, :]
+        q_high = tl.load(q_weight_ptr + HALF + i).to(tl.float32)[None, :]
+        k_low = tl.load(k_weight_ptr + i).to(tl.float32)[None, :]
+        k_high = tl.load(k_weight_ptr + HALF + i).to(tl.float32)[None, :]
+        turned_low = low * factor * tl.where(is_query[:, None], q_low, k_low)
+        turned_high = high * factor * tl.where(is_query[:, None], q_high, k_high)
+    new_low = turned_low * cos - turned_high * sin
+    new_high = turned_high * cos + turned_low * sin
+
+    q_out = q_ptr + token * (Q_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + i[None, :]
+    tl.store(q_out, new_low.to(q_ptr.dtype.element_ty), mask=is_query[:, None])
+    tl.store(q_out + HALF, new_high.to(q_ptr.dtype.element_ty), mask=is_query[:, None])
+    # Tokens that only fill up a graph's batch have slot -1 and are not stored.
+    place = (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * token_stride
+    dtype = k_ptr.dtype.element_ty
+    if dtype == tl.float8e4nv:  # saturate: a plain conversion of larger values would give NaN
+        new_low = tl.clamp(new_low * k_inverse_scale, -448.0, 448.0)
+        new_high = tl.clamp(new_high * k_inverse_scale, -448.0, 448.0)
+        low = tl.clamp(low * v_inverse_scale, -448.0, 448.0)
+        high = tl.clamp(high * v_inverse_scale, -448.0, 448.0)
+    k_out = k_ptr + place + (head - Q_HEADS)[:, None] * head_stride + i[None, :]
+    k_mask = (is_key & (slot >= 0))[:, None]
+    tl.store(k_out, new_low.to(dtype), mask=k_mask)
+    tl.store(k_out + HALF, new_high.to(dtype), mask=k_mask)
+    v_out = v_ptr + place + (head - Q_HEADS - KV_HEADS)[:, None] * head_stride + i[None, :]
+    v_mask = (is_value & (slot >= 0))[:, None]
+    tl.store(v_out, low.to(dtype), mask=v_mask)
+    tl.store(v_out + HALF, high.to(dtype), mask=v_mask)
+
+
+def rope_and_cache(
+    qkv_TAK: Tensor,
+    cos_sin_PK: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    k_NBJK: Tensor,
+    v_NBJK: Tensor,
+    *,
+    norms: HeadNorms | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """Write rotated keys and the values to their slots and give rotated queries [T, H, K].
+
+    ``qkv_TAK``: query, key, value heads of each token, contiguous within a token. ``cos_sin_PK``: for each position
+    cos of the K / 2 angles, then sin, any float type. Tokens with slot -1 are not stored. A float8 cache gets the
+    values divided by the scales, saturating.
+    """
+    tokens, heads, dim = qkv_TAK.shape
+    block_size, num_kv = k_NBJK.shape[1], k_NBJK.shape[2]
+    num_q = heads - 2 * num_kv
+    q_THK = torch.empty(tokens, num_q, dim, dtype=qkv_TAK.dtype, device=qkv_TAK.device)
+    per_program = min(HEADS_PER_PROGRAM, triton.next_power_of_2(heads))
+    _rope_cache_kernel[(tokens, ceil_div(heads, per_program))](
+        qkv_TAK,
+        cos_sin_PK,
+        positions_T,
+        slots_T,
+        norms.q_weight if norms else None,
+        norms.k_weight if norms else None,
+        q_THK,
+        k_NBJK,
+        v_NBJK,
+        norms.eps if norms else 0.0,
+        1.0 / k_scale,
+        1.0 / v_scale,
+        qkv_TAK.stride(0),
+        cos_sin_PK.stride(0),
+        k_NBJK.stride(0),
+        k_NBJK.stride(1),
+        k_NBJK.stride(2),
+        num_q,
+        num_kv,
+        dim,
+        block_size,
+        per_program,
+        overlaps_launches(qkv_TAK.device),
+        **launch_options(qkv_TAK.device, 4),
+    )
+    return q_THK

@@ -1,0 +1,170 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Choose tokens from one rank's slice of the vocabulary: greedy, or by Gumbel noise for rows with a temperature.
+
+The noise is the one of `mgpu.worker.sampling_noise` (see its docstring): it depends on (seed, position, global token
+id) alone, so ranks and layouts agree. Two kernels: the best of each stretch of the vocabulary, then the best of those.
+Equal values go to the lowest id.
+"""
+
+# S rows that sample, V tokens of this rank's slice, C stretches
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+
+STRETCH = 4096
+"""Logits per program."""
+GREEDY_BELOW = 1e-5
+
+
+@triton.jit
+def _mix(h):
+    """Scramble 32 bits (murmur3's finalizer)."""
+    h ^= h >> 16
+    h *= 0x85EBCA6B
+    h ^= h >> 13
+    h *= 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _minus_log1p_minus(v):
+    """Give -log(1 - v) without losing the small v, which are the winners of the draw."""
+    series = v * (1.0 + v * (0.5 + v * (0.3333333333 + v * (0.25 + v * 0.2))))
+    return tl.where(v < 0.03125, series, -tl.log(1.0 - v))
+
+
+@triton.jit
+def _first_best(value_a, id_a, value_b, id_b):
+    """Order by value, then by lower id."""
+    takes_a = (value_a > value_b) | ((value_a == value_b) & (id_a < id_b))
+    return tl.where(takes_a, value_a, value_b), tl.where(takes_a, id_a, id_b)
+
+
+@triton.jit
+def _stretch_kernel(
+    logits_ptr,
+    temperatures_ptr,
+    seeds_ptr,
+    rows_ptr,
+    positions_ptr,
+    best_ptr,
+    ids_ptr,
+    V,
+    first_id,
+    logits_stride,
+    BLOCK: tl.constexpr,
+    GREEDY: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row = tl.program_id(0)
+    stretch = tl.program_id(1)
+    local = stretch * BLOCK + tl.arange(0, BLOCK)
+    wait_for_inputs(OVERLAP)
+    scores = tl.load(logits_ptr + row.to(tl.int64) * logits_stride + local, mask=local < V, other=float("-inf"))
+    scores = scores.to(tl.float32)
+    token = first_id + local
+    if not GREEDY:
+        owner = tl.load(rows_ptr + row)
+        temperature = tl.load(temperatures_ptr + owner)
+        if temperature >= 1e-5:
+            low = tl.load(seeds_ptr + owner * 2).to(tl.uint32, bitcast=True)
+            high = tl.load(seeds_ptr + owner * 2 + 1).to(tl.uint32, bitcast=True)
+            key = _mix(_mix(_mix(low + 0x9E3779B9) ^ high) ^ tl.load(positions_ptr + row).to(tl.uint32))
+            bits = _mix(key ^ (token.to(tl.uint32) * 0x9E3779B1))
+            v = (bits >> 1).to(tl.int32).to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
+            scores = scores / temperature - tl.log(_minus_log1p_minus(tl.minimum(v, 0.9999999403953552)))
+    best, chosen = tl.reduce((scores, token), 0, _first_best)
+    place = row * tl.num_programs(1) + stretch
+    tl.store(best_ptr + place, best)
+    tl.store(ids_ptr + place, chosen)
+
+
+@triton.jit
+def _pick_kernel(
+    best_ptr,
+    ids_ptr,
+    rows_ptr,
+    positions_ptr,
+    value_out_ptr,
+    id_out_ptr,
+    tokens_ptr,
+    tokens_stride,
+    COUNT,
+    PADDED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row = tl.program_id(0)
+    c = tl.arange(0, PADDED)
+    wait_for_inputs(OVERLAP)
+    values = tl.load(best_ptr + row * COUNT + c, mask=c < COUNT, other=float("-inf"))
+    ids = tl.load(ids_ptr + row * COUNT + c, mask=c < COUNT, other=2147483647)
+    best, chosen = tl.reduce((values, ids), 0, _first_best)
+    tl.store(value_out_ptr + row, best)
+    tl.store(id_out_ptr + row, chosen)
+    if tokens_ptr is not None:
+        owner = tl.load(rows_ptr + row).to(tl.int64)
+        tl.store(tokens_ptr + owner * tokens_stride + tl.load(positions_ptr + row), chosen)
+
+
+def sample(
+    logits_SV: Tensor,
+    *,
+    first_id: int = 0,
+    rows_S: Tensor | None = None,
+    positions_S: Tensor | None = None,
+    temperatures: Tensor | None = None,
+    seeds: Tensor | None = None,
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Give the best score, float32 [S], and its global token id, int32 [S], within this rank's slice.
+
+    ``temperatures`` float32 and ``seeds`` int32 [.., 2] belong to persistent rows; ``rows_S`` says which those are and
+    ``positions_S`` for which position each token is chosen. Without temperatures all rows are greedy. With ``tokens``,
+    int32 [rows, positions], the choice is also written there, where the next step reads it (one rank only: others
+    have better candidates).
+    """
+    count, vocab = logits_SV.shape
+    if temperatures is not None and (rows_S is None or positions_S is None or seeds is None):
+        raise ValueError("rows with temperatures need rows_S, positions_S and seeds too")
+    device = logits_SV.device
+    stretches = ceil_div(vocab, STRETCH)
+    best = torch.empty(count, stretches, dtype=torch.float32, device=device)
+    ids = torch.empty(count, stretches, dtype=torch.int32, device=device)
+    overlap = overlaps_launches(device)
+    _stretch_kernel[(count, stretches)](
+        logits_SV,
+        temperatures,
+        seeds,
+        rows_S,
+        positions_S,
+        best,
+        ids,
+        vocab,
+        first_id,
+        logits_SV.stride(0),
+        STRETCH,
+        temperatures is None,
+        overlap,
+        **launch_options(device, 8),
+    )
+    value_S = torch.empty(count, dtype=torch.float32, device=device)
+    id_S = torch.empty(count, dtype=torch.int32, device=device)
+    _pick_kernel[(count,)](
+        best,
+        ids,
+        rows_S,
+        positions_S,
+        value_S,
+        id_S,
+        tokens,
+        0 if tokens is None else tokens.stride(0),
+        stretches,
+        triton.next_power_of_2(stretches),
+        overlap,
+        **launch_options(device, 1),
+    )
+    return value_S, id_S

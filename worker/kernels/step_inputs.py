@@ -1,0 +1,107 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Inputs of a decode step from the persistent rows, in one kernel: only the list of rows comes from the host."""
+
+# R rows of the (padded) batch, W width of the token table, P pages of a row
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, wait_for_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """Buffers that a captured graph reads; rows past the batch get token 0, position 0, slot -1 and context 0."""
+
+    token_ids: Tensor
+    """int64 [R]."""
+    positions: Tensor
+    """int64 [R]."""
+    slots: Tensor
+    """int64 [R]."""
+    context_lens: Tensor
+    """int32 [R]."""
+    block_tables: Tensor
+    """int32 [R, P]."""
+
+    @staticmethod
+    def create(rows: int, pages: int, device: torch.device) -> "DecodeInputs":
+        return DecodeInputs(
+            torch.zeros(rows, dtype=torch.int64, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+            torch.full((rows,), -1, dtype=torch.int64, device=device),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.zeros((rows, pages), dtype=torch.int32, device=device),
+        )
+
+
+@triton.jit
+def _inputs_kernel(
+    rows_ptr,
+    starts_ptr,
+    count_ptr,
+    tokens_ptr,
+    blocks_ptr,
+    token_ids_ptr,
+    positions_ptr,
+    slots_ptr,
+    lens_ptr,
+    tables_ptr,
+    PAGES,
+    tokens_stride,
+    blocks_stride,
+    BLOCK_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    r = tl.program_id(0)
+    wait_for_inputs(OVERLAP)
+    active = r < tl.load(count_ptr)
+    row = tl.load(rows_ptr + r, mask=active, other=0).to(tl.int64)
+    position = tl.load(starts_ptr + r, mask=active, other=0).to(tl.int64)
+    token = tl.load(tokens_ptr + row * tokens_stride + position, mask=active, other=0)
+    block = tl.load(blocks_ptr + row * blocks_stride + position // BLOCK_SIZE, mask=active, other=0).to(tl.int64)
+    tl.store(token_ids_ptr + r, token.to(tl.int64))
+    tl.store(positions_ptr + r, position)
+    tl.store(slots_ptr + r, tl.where(active, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
+    tl.store(lens_ptr + r, tl.where(active, position + 1, 0).to(tl.int32))
+    used = tl.where(active, position // BLOCK_SIZE + 1, 0).to(tl.int32)
+    for first in range(0, used, CHUNK):
+        page = first + tl.arange(0, CHUNK)
+        blocks = tl.load(blocks_ptr + row * blocks_stride + page, mask=page < used, other=0)
+        tl.store(tables_ptr + r.to(tl.int64) * PAGES + page, blocks, mask=page < used)
+
+
+def prepare_decode(
+    rows_R: Tensor, starts_R: Tensor, count: Tensor, tokens: Tensor, blocks: Tensor, block_size: int, out: DecodeInputs
+) -> None:
+    """Fill ``out`` for rows that each compute one token.
+
+    ``rows_R`` and ``starts_R`` (int32 or int64 [R]) name the rows and the positions of their next tokens; the first
+    ``count`` (int32 or int64 [1], on the device) are meant. ``tokens`` int32 [rows, W] and ``blocks`` int32 [rows, P]
+    are the persistent state. Pages of ``out.block_tables`` past a row's context are left as they are.
+    """
+    rows, pages = out.block_tables.shape
+    _inputs_kernel[(rows,)](
+        rows_R,
+        starts_R,
+        count,
+        tokens,
+        blocks,
+        out.token_ids,
+        out.positions,
+        out.slots,
+        out.context_lens,
+        out.block_tables,
+        pages,
+        tokens.stride(0),
+        blocks.stride(0),
+        block_size,
+        256,
+        overlaps_launches(out.token_ids.device),
+        **launch_options(out.token_ids.device, 4),
+    )
