@@ -79,8 +79,8 @@ def plan_command(config_file: Path | None, gpus: str, as_json: bool, **flags: An
     Takes the options of serve. A model folder that holds only config.json is enough.
     """
     config, _ = read_config(config_file, flags)
-    if gpus and (config.device == "cpu" or config.workers):
-        raise UserError("--gpus describes GPUs; it cannot be combined with --device cpu or --workers")
+    if gpus and (config.device == "cpu" or config.workers or config.oversubscribe):
+        raise UserError("--gpus describes GPUs; drop --device cpu, --workers and --oversubscribe")
     model = resolve_model(config.model, part="config", report=lambda line: click.echo(line, err=True))
     planned = plan_model(model, read_model_to_plan(model), config, gpus)
     if as_json:

@@ -1,5 +1,6 @@
 """Turn the header of a GGUF file into `ModelFacts` and tensors under their Hugging Face names."""
 
+import math
 import re
 import struct
 from pathlib import Path
@@ -96,6 +97,9 @@ def hugging_face_name(architecture: str, name: str) -> str | None:
 
 def _facts(path: Path, architecture: str, header: GgufHeader, rope_file: Path) -> ModelFacts:
     fields = Fields(str(path), header.metadata, architecture + ".")
+    for key in ("expert_count", "final_logit_softcapping", "attn_logit_softcapping"):
+        if fields.raw(key):
+            raise fields.error(key, f"is {fields.raw(key)!r}, which is not supported")
     hidden = fields.integer("embedding_length", high=MAX_HIDDEN)
     num_layers = fields.integer("block_count", high=MAX_LAYERS)
     num_q_heads = fields.integer("attention.head_count", high=MAX_HEADS)
@@ -120,7 +124,7 @@ def _facts(path: Path, architecture: str, header: GgufHeader, rope_file: Path) -
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", 1e-6),
         rope_theta=fields.number("rope.freq_base", 1e6 if gemma else 1e4),
         rope_local_theta=fields.number("rope.freq_base_swa", 1e4) if gemma else None,
-        rope_scaling=_rope_scaling(rope_file, fields, tensors.get(_ROPE_FACTORS)),
+        rope_scaling=_rope_scaling(rope_file, fields, tensors.get(_ROPE_FACTORS), head_dim),
         sliding_window=window,
         sliding_layers=sliding,
         qkv_bias="blk.0.attn_q.bias" in tensors,
@@ -171,9 +175,9 @@ def _sliding(fields: Fields, gemma: bool, num_layers: int) -> tuple[int | None, 
     return window, tuple((layer + 1) % period != 0 for layer in range(num_layers))
 
 
-def _rope_scaling(path: Path, fields: Fields, factors: GgufTensor | None) -> RopeScaling | None:
+def _rope_scaling(path: Path, fields: Fields, factors: GgufTensor | None, head_dim: int) -> RopeScaling | None:
     if factors is not None:
-        return _llama3_scaling(path, factors)
+        return _llama3_scaling(path, factors, fields.number("rope.freq_base", 1e4), head_dim)
     kind = fields.text("rope.scaling.type", "none")
     if kind == "linear":
         return RopeScaling("linear", fields.number("rope.scaling.factor"))
@@ -182,20 +186,40 @@ def _rope_scaling(path: Path, fields: Fields, factors: GgufTensor | None) -> Rop
     return None
 
 
-def _llama3_scaling(path: Path, factors: GgufTensor) -> RopeScaling:
+def _llama3_scaling(path: Path, factors: GgufTensor, theta: float, head_dim: int) -> RopeScaling:
     """Recover Llama 3.1's rule from the stored divisors: the lowest frequencies are divided by the whole factor.
 
-    The other three parameters are the same in every Llama 3.1, 3.2 and 3.3.
+    The other three parameters are the same in every Llama 3.1, 3.2 and 3.3; other rules are refused.
     """
-    if factors.dtype != "F32" or factors.nbytes > 1 << 16:
-        raise CheckpointError(f"{path}: tensor {factors.name!r} of {factors.dtype} {factors.shape} is not usable")
+    if factors.dtype != "F32" or factors.shape != (head_dim // 2,):
+        raise CheckpointError(
+            f"{path}: tensor {factors.name!r} is {factors.dtype} {list(factors.shape)} instead of F32 [{head_dim // 2}]"
+        )
     with open(path, "rb") as file:
         file.seek(factors.offset)
-        values = struct.unpack(f"<{factors.nbytes // 4}f", file.read(factors.nbytes))
-    factor = max(values)
-    if not 1.0 <= factor <= 1e6 or min(values) < 1.0:
-        raise CheckpointError(f"{path}: tensor {factors.name!r} has divisors from {min(values)} to {factor}")
-    return RopeScaling("llama3", factor, 1.0, 4.0, 8192)
+        values = struct.unpack(f"<{head_dim // 2}f", file.read(factors.nbytes))
+    scaling = RopeScaling("llama3", max(values), 1.0, 4.0, 8192)
+    expected = llama3_divisors(scaling, theta, head_dim) if 1.0 <= scaling.factor <= 1e6 else []
+    if len(expected) != len(values) or not all(map(_close, values, expected)):
+        raise CheckpointError(
+            f"{path}: tensor {factors.name!r} does not follow Llama 3.1's rule, the only one supported"
+        )
+    return scaling
+
+
+def _close(value: float, expected: float) -> bool:
+    return abs(value - expected) <= 0.01 * expected
+
+
+def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> list[float]:
+    """Give what Llama 3.1's rule divides each rotary frequency by."""
+    divisors = []
+    for index in range(head_dim // 2):
+        turns = scaling.original_max_position / (2 * math.pi * theta ** (2 * index / head_dim))
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        smooth = min(1.0, max(0.0, (turns - scaling.low_freq_factor) / span))
+        divisors.append(1 / ((1 - smooth) / scaling.factor + smooth))
+    return divisors
 
 
 def _attention_scale(gemma: bool, num_layers: int, hidden: int, num_q_heads: int, head_dim: int) -> float:

@@ -39,7 +39,8 @@ _SMALL_ARRAY = 4096
 _MAX_KEY_BYTES = 65535
 _MAX_NESTING = 4
 _CHUNK = 1 << 20
-_MAX_HEADER_BYTES = 1 << 30
+_MAX_HEADER_BYTES = 256 << 20
+"""Ten times the largest vocabulary in use."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from model_files import (
 )
 
 from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
+from mgpu.protocol.checkpoint_gguf import llama3_divisors
 from mgpu.protocol.model import RopeScaling
 
 
@@ -66,20 +67,52 @@ def test_stop_tokens_of_all_kinds(tmp_path: Path) -> None:
     assert read(tmp_path, changes).facts.eos_token_ids == (2, 9)
 
 
+def with_factors(folder: Path, factors: list[float]) -> Checkpoint:
+    data = struct.pack(f"<{len(factors)}f", *factors)
+    tensors = llama_gguf_tensors() | {"rope_freqs.weight": ((len(factors),), 0, data)}
+    path = folder / "model.gguf"
+    path.write_bytes(gguf_bytes(LLAMA_METADATA, tensors))
+    return read_checkpoint(path)
+
+
+LLAMA3 = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+
+
 def test_rope_factors_give_the_llama3_rule(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    factors = struct.pack("<8f", 1, 1, 1, 1.5, 4, 32, 32, 32)
-    path.write_bytes(gguf_bytes(LLAMA_METADATA, llama_gguf_tensors() | {"rope_freqs.weight": ((8,), 0, factors)}))
-    assert read_checkpoint(path).facts.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    factors = llama3_divisors(LLAMA3, 1e4, 16)
+    assert factors[0] == 1.0
+    assert 1.0 < factors[6] < 32.0
+    assert factors[7] == 32.0
+    scaling = with_factors(tmp_path, factors).facts.rope_scaling
+    assert scaling is not None
+    assert scaling.factor == pytest.approx(32.0)
+    assert scaling.original_max_position == 8192
 
 
-@pytest.mark.parametrize("worst", [float("nan"), 0.5, -1.0, 1e9])
-def test_absurd_rope_factors_are_refused(tmp_path: Path, worst: float) -> None:
-    path = tmp_path / "model.gguf"
-    factors = struct.pack("<8f", worst, *[2.0] * 7)
-    path.write_bytes(gguf_bytes(LLAMA_METADATA, llama_gguf_tensors() | {"rope_freqs.weight": ((8,), 0, factors)}))
+def test_llama3_divisors_agree_with_transformers() -> None:
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    from transformers import LlamaConfig
+
+    parameters = {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_theta": 5e5,
+    }  # fmt: skip
+    config = LlamaConfig(head_dim=64, max_position_embeddings=131072, rope_parameters=parameters)
+    scaled, _ = rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = [5e5 ** (-2 * index / 64) for index in range(32)]
+    divisors = [frequency / float(after) for frequency, after in zip(plain, scaled, strict=True)]
+    assert llama3_divisors(LLAMA3, 5e5, 64) == pytest.approx(divisors, rel=1e-4)
+
+
+@pytest.mark.parametrize("worst", [float("nan"), 0.5, -1.0, 1e9, 2.0])
+def test_rope_factors_of_another_rule_are_refused(tmp_path: Path, worst: float) -> None:
     with pytest.raises(CheckpointError, match="rope_freqs"):
-        read_checkpoint(path)
+        with_factors(tmp_path, [worst, *llama3_divisors(LLAMA3, 1e4, 16)[1:]])
+
+
+def test_rope_factors_of_another_length_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"\[4\] instead of F32 \[8\]"):
+        with_factors(tmp_path, [1.0] * 4)
 
 
 def test_linear_scaling(tmp_path: Path) -> None:
@@ -127,6 +160,8 @@ def test_unsupported_architectures_list_the_supported_ones(tmp_path: Path, archi
         ("llama.rope.dimension_count", u32(8)),
         ("llama.rope.freq_base", f32(float("nan"))),
         ("llama.rope.scaling.type", string("yarn")),
+        ("llama.expert_count", u32(8)),
+        ("llama.final_logit_softcapping", f32(30.0)),
         ("tokenizer.ggml.eos_token_id", string("</s>")),
     ],
 )
