@@ -15,16 +15,26 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+FEWEST_ROWS = 3
+"""One and two rows are padded to this many: a packed weight then streams at 30 GB/s instead of 20."""
 PACKED_FOR_ROWS = 64
 """oneDNN lays a weight out for an expected number of rows. Any number works; 64 was fastest for 1 to 512 rows."""
 
 
 def matmul(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Give ``x @ weight.T + bias``. A weight on the CPU may be one that `pack` returned."""
-    if weight_OI.device.type == "cpu" and _onednn_usable(weight_OI.dtype):
-        y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
-        return y_TO
-    return F.linear(x_TI, weight_OI, bias_O)
+    if weight_OI.device.type != "cpu" or not _onednn_usable(weight_OI.dtype):
+        return F.linear(x_TI, weight_OI, bias_O)
+    rows = x_TI.shape[0]
+    if rows < FEWEST_ROWS:
+        # Rows of zeros cost nothing beside the weight, and keep oneDNN off its slow matrix-vector path.
+        return _onednn(F.pad(x_TI, (0, 0, 0, FEWEST_ROWS - rows)), weight_OI, bias_O)[:rows]
+    return _onednn(x_TI, weight_OI, bias_O)
+
+
+def _onednn(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+    return y_TO
 
 
 def pack(weight_OI: Tensor) -> Tensor:
