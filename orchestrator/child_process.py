@@ -56,11 +56,17 @@ class ChildProcess:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
 
-    def wait(self, deadline_s: float) -> bool:
-        """Wait for its end until CLOCK_MONOTONIC ``deadline_s``; say whether it ended."""
+    def wait(self, deadline_s: float, interrupt_fd: int = -1) -> bool:
+        """Wait for its end until CLOCK_MONOTONIC ``deadline_s`` or until ``interrupt_fd`` is readable.
+
+        Says whether it ended.
+        """
         poller = select.poll()
         poller.register(self.pidfd, select.POLLIN)
-        return bool(poller.poll(max(0.0, deadline_s - time.monotonic()) * 1000))
+        if interrupt_fd >= 0:
+            poller.register(interrupt_fd, select.POLLIN)
+        ready = poller.poll(max(0.0, deadline_s - time.monotonic()) * 1000)
+        return any(fd == self.pidfd for fd, _ in ready)
 
     def reap(self) -> None:
         """Kill what is left of its session and take its exit status; a second call does nothing."""

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections import deque
-from typing import Any
 
 import zmq
 
@@ -12,7 +11,7 @@ from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.stats import EngineStats
 from mgpu.orchestrator.supervisor import WorkerGroup
-from mgpu.protocol.control import CONTROL
+from mgpu.protocol.control import CONTROL, StepResult
 from mgpu.protocol.link import Cancel, EngineInfo, StatsQuery, StatsReply, Submit
 
 log = logging.getLogger(__name__)
@@ -134,7 +133,7 @@ class Engine:
             log.exception("request %d could not be taken in", submit.request_id)
             self._scheduler.refuse(submit.request_id, "internal error: the request could not be taken in")
 
-    def _apply(self, result: Any) -> None:
+    def _apply(self, result: StepResult) -> None:
         began = time.perf_counter()
         self._scheduler.apply(result)
         self._last_result_s = time.monotonic()
@@ -143,7 +142,7 @@ class Engine:
         self.stats.compute_us.add(result.compute_us)
         self.stats.apply_us.add((time.perf_counter() - began) * 1e6)
 
-    def _spin(self) -> Any:
+    def _spin(self) -> StepResult | None:
         """On GPUs, try again for a moment: a sleep and a wake-up cost more than a short step leaves room for."""
         if not self._spin_s or not self._published_s:
             return None

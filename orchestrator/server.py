@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 GPU_SPIN_S = 0.002
 POLL_S = 0.25
+FAILED_STOP_S = 1.0
+"""What healthy ranks get to leave by themselves after a failure."""
+GATEWAY_STOP_S = 2.0
+"""What the gateway gets at least: it has the last words for every client."""
 
 
 class StartTimeout(Exception):
@@ -197,12 +201,14 @@ class Server:
 
     def _shut_down(self, failure: str) -> None:
         """End requests, then processes, within one shared deadline; then remove every file. Never raises for a peer."""
-        deadline_s = time.monotonic() + self._config.stop_timeout_s
+        self._signals.clear()  # readable from now on: one more signal, so stop at once
+        patience_s = FAILED_STOP_S if failure else self._config.stop_timeout_s
+        deadline_s = time.monotonic() + (0.0 if len(self._signals.received) > 1 else patience_s)
         self._say_goodbye(f"the server failed: {failure}" if failure else "the server stopped before this was finished")
         if self._workers is not None:
-            self._workers.stop(deadline_s)
+            self._workers.stop(deadline_s, self._signals.fd)
         if self._gateway is not None:
-            self._gateway.stop(max(deadline_s, time.monotonic() + 1.0))
+            self._gateway.stop(max(deadline_s, time.monotonic() + GATEWAY_STOP_S))
         if self._runtime is not None:
             self._runtime.close()
         self._context.destroy(linger=0)

@@ -260,16 +260,17 @@ class WorkerGroup:
 
     # -- stop ----------------------------------------------------------------------------------------------------------
 
-    def stop(self, deadline_s: float) -> None:
-        """Tell every worker to leave, wait until CLOCK_MONOTONIC ``deadline_s`` for all, kill the rest, reap them.
+    def stop(self, deadline_s: float, hurry_fd: int = -1) -> None:
+        """Tell every worker to leave, wait for all of them, kill the rest, reap them.
 
+        The wait ends at CLOCK_MONOTONIC ``deadline_s`` or when ``hurry_fd`` is readable.
         A worker that loads reads no messages, so one that has not become ready is not waited for.
         """
         if len(self.ready) == len(self.processes) and not self._failures:
             with contextlib.suppress(WorkerLost):  # one that is gone already need not be told
                 self.publish(CONTROL.encode(Shutdown(self._epoch)))
             for process in self.processes:
-                process.wait(deadline_s)
+                process.wait(deadline_s, hurry_fd)
         for process in self.processes:
             process.reap()
         for socket in self.sockets:

@@ -1,0 +1,93 @@
+"""Children: their spec, their death, their end."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from mgpu.orchestrator.child_process import ChildProcess, describe_exit
+
+READ_SPEC = "import sys; n = int.from_bytes(sys.stdin.buffer.read(4), 'little'); spec = sys.stdin.buffer.read(n); "
+
+
+@pytest.fixture
+def children() -> Iterator[list[ChildProcess]]:
+    started: list[ChildProcess] = []
+    yield started
+    for child in started:
+        child.reap()
+
+
+def start(children: list[ChildProcess], code: str, spec: bytes = b"spec") -> ChildProcess:
+    children.append(ChildProcess("test", [sys.executable, "-c", READ_SPEC + code], spec, os.environ))
+    return children[-1]
+
+
+def soon() -> float:
+    return time.monotonic() + 10
+
+
+def test_a_child_reads_its_spec_and_its_exit_code_is_seen(children: list[ChildProcess]) -> None:
+    child = start(children, "sys.exit(5 if spec == b'spec' else 6)")
+    assert child.wait(soon())
+    assert child.exit_status() == 5
+    assert child.exit_status() == 5, "looking does not reap"
+    child.reap()
+    assert child.exit_status() == 5
+
+
+def test_a_child_sees_end_of_file_when_standard_input_is_closed(children: list[ChildProcess]) -> None:
+    child = start(children, "sys.exit(3 if sys.stdin.buffer.read() == b'' else 4)")
+    assert not child.wait(time.monotonic())
+    child.close_stdin()
+    assert child.wait(soon())
+    assert child.exit_status() == 3
+
+
+def test_death_by_signal_is_told_from_exit(children: list[ChildProcess]) -> None:
+    child = start(children, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert child.wait(soon())
+    assert child.exit_status() == -signal.SIGKILL
+
+
+def test_a_child_that_dies_before_reading_does_not_disturb_the_parent(children: list[ChildProcess]) -> None:
+    children.append(ChildProcess("test", [sys.executable, "-c", "0"], b"x" * 50_000, os.environ))
+    assert children[0].wait(soon())
+    assert children[0].exit_status() == 0
+
+
+def test_a_wait_ends_when_the_interrupt_is_readable(children: list[ChildProcess]) -> None:
+    child = start(children, "sys.stdin.buffer.read()")
+    reader, writer = os.pipe()
+    os.write(writer, b"!")
+    assert not child.wait(soon(), reader)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_reaping_kills_grandchildren_of_the_same_session(children: list[ChildProcess]) -> None:
+    code = "import os, subprocess; p = subprocess.Popen(['sleep', '100']); sys.stdin.buffer.read()"
+    child = start(children, code)
+    deadline = soon()
+    while not (grandchildren := psutil.Process(child.pid).children()) and time.monotonic() < deadline:
+        os.sched_yield()
+    child.reap()
+    _, alive = psutil.wait_procs(grandchildren, timeout=10)
+    assert grandchildren
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_spec_that_could_block_the_parent_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 60000"):
+        ChildProcess("test", ["true"], b"x" * 60_001, os.environ)
+
+
+def test_exits_are_described_in_words() -> None:
+    assert describe_exit(3) == "exited with status 3"
+    assert describe_exit(-11) == "was killed by signal 11 (SIGSEGV)"
+    assert "memory runs out" in describe_exit(-9)
+    assert "an unknown signal" in describe_exit(-200)

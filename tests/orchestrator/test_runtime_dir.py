@@ -1,0 +1,131 @@
+"""The private folder of a server, and how others find it."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mgpu.orchestrator.runtime_dir import IPC_PATH_MAX, RuntimeDir, RuntimeDirError, sweep
+from mgpu.protocol.runtime import INFO_NAME, RunningServer, base_dirs, is_locked, running_servers, write_server
+
+SERVER = RunningServer("ipc:///x/front.sock", 1234, "tiny", "0.1.0")
+
+
+@pytest.fixture
+def base() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="mgpu"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def environ(base: Path) -> dict[str, str]:
+    return {"MGPU_RUNTIME_DIR": str(base)}
+
+
+def test_folder_is_private_locked_and_gone_after_close(base: Path) -> None:
+    runtime = RuntimeDir(environ(base))
+    assert stat.S_IMODE(runtime.path.lstat().st_mode) == 0o700
+    assert is_locked(runtime.path)
+    assert runtime.ipc("link") == f"ipc://{runtime.path}/link"
+    runtime.close()
+    runtime.close()
+    assert list(base.iterdir()) == []
+
+
+def test_servers_do_not_share_a_folder(base: Path) -> None:
+    first, second = RuntimeDir(environ(base)), RuntimeDir(environ(base))
+    assert first.path != second.path
+    assert first.path.exists(), "the start of the second did not sweep the first away"
+    first.close()
+    second.close()
+
+
+def test_folders_of_dead_servers_are_swept_by_the_next_start(base: Path) -> None:
+    code = "import os; from mgpu.orchestrator.runtime_dir import RuntimeDir; RuntimeDir(); os._exit(0)"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **environ(base)}, check=True, timeout=30)
+    (stale,) = base.iterdir()
+    assert not is_locked(stale)
+    runtime = RuntimeDir(environ(base))
+    assert not stale.exists()
+    runtime.close()
+
+
+def test_sweep_leaves_other_files_alone(base: Path) -> None:
+    (base / "notes").mkdir()
+    (base / "0123abcd").symlink_to(base / "notes")
+    assert sweep(base) == []
+    assert (base / "notes").exists()
+
+
+def test_ready_servers_are_found_with_the_most_recent_first(base: Path) -> None:
+    first, second = RuntimeDir(environ(base)), RuntimeDir(environ(base))
+    assert running_servers(environ(base)) == []
+    for runtime, at_s, name in ((first, 1000, "old"), (second, 2000, "new")):
+        write_server(runtime.path, RunningServer("ipc:///x", 1, name, "0"))
+        os.utime(runtime.path / INFO_NAME, (at_s, at_s))
+    assert [server.model for server in running_servers(environ(base))] == ["new", "old"]
+    second.close()
+    assert [server.model for server in running_servers(environ(base))] == ["old"]
+    first.close()
+
+
+def test_a_server_file_without_a_live_server_is_not_found(base: Path) -> None:
+    folder = base / "0123abcd"
+    folder.mkdir(mode=0o700)
+    write_server(folder, SERVER)
+    assert running_servers(environ(base)) == []
+    (folder / "lock").touch()
+    assert running_servers(environ(base)) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", '{"pid": "1", "endpoint": "x", "model": "m", "version": "0"}', "\xff"]
+)
+def test_a_broken_server_file_is_skipped(base: Path, text: str) -> None:
+    runtime = RuntimeDir(environ(base))
+    (runtime.path / INFO_NAME).write_bytes(text.encode("latin-1"))
+    assert running_servers(environ(base)) == []
+    runtime.close()
+
+
+def test_too_long_a_path_is_an_error_with_the_numbers(base: Path) -> None:
+    long = base / ("x" * 100)
+    with pytest.raises(RuntimeDirError, match=rf"bytes, the system allows {IPC_PATH_MAX}.*Set MGPU_RUNTIME_DIR="):
+        RuntimeDir(environ(long))
+
+
+def test_a_folder_that_others_may_write_to_is_refused(base: Path) -> None:
+    base.chmod(0o777)
+    with pytest.raises(RuntimeDirError, match="others may write to it"):
+        RuntimeDir(environ(base))
+
+
+def test_a_link_in_place_of_the_folder_is_refused(base: Path) -> None:
+    link = base / "link"
+    link.symlink_to(base)
+    with pytest.raises(RuntimeDirError, match="not a folder"):
+        RuntimeDir(environ(link))
+
+
+def test_a_file_in_place_of_the_folder_is_refused(base: Path) -> None:
+    (base / "file").touch()
+    with pytest.raises(RuntimeDirError, match="File exists"):
+        RuntimeDir(environ(base / "file"))
+
+
+def test_bases_follow_the_session_and_the_service_manager() -> None:
+    temporary = Path(tempfile.gettempdir()) / f"mgpu-{os.geteuid()}"
+    assert base_dirs({"MGPU_RUNTIME_DIR": "/a", "XDG_RUNTIME_DIR": "/b"}) == [Path("/a")]
+    assert base_dirs({"RUNTIME_DIRECTORY": "/run/x", "XDG_RUNTIME_DIR": "/b"}) == [
+        Path("/run/x"),
+        Path("/b/mgpu"),
+        Path("/run/mgpu"),
+        temporary,
+    ]
+    assert base_dirs({}) == [Path("/run/mgpu"), temporary]
