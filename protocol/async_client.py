@@ -162,12 +162,7 @@ class AsyncClient:
     async def close(self) -> None:
         """End everything in flight and close the socket; a second call does nothing."""
         self._closed = True
-        connection, self._open = self._open, None
-        if connection is not None and self._loop is not None:
-            for socket in (connection.socket, connection.monitor):
-                self._loop.remove_reader(int(socket.getsockopt(zmq.FD)))
-            connection.fail_all(MgpuError("the client is closed"))
-            connection.close()
+        self._disconnect()
 
     async def __aenter__(self) -> Self:
         await self._connection()
@@ -186,6 +181,13 @@ class AsyncClient:
         options.setdefault("timeout_s", self._timeout_s)
         return options
 
+    def _disconnect(self) -> None:
+        connection, self._open = self._open, None
+        if connection is not None and self._loop is not None:
+            for socket in (connection.socket, connection.monitor):
+                self._loop.remove_reader(int(socket.getsockopt(zmq.FD)))
+            connection.close()
+
     async def _connection(self) -> Connection:
         """Give the connection once its handshake is through. ServerUnreachable when that takes too long."""
         connection = self._opened()
@@ -193,8 +195,10 @@ class AsyncClient:
         while not connection.connected:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or connection.refused is not None:
-                limit = f"{self._connect_timeout_s:g} s"
-                raise connection.refused or connection.unreachable(f"did not answer within {limit}")
+                what = f"did not answer within {self._connect_timeout_s:g} s"
+                error = connection.refused or connection.unreachable(what)
+                self._disconnect()  # the next call tries again
+                raise error
             await self._wait_for_progress(left_s)
         return connection
 
@@ -250,8 +254,7 @@ class AsyncClient:
             return
         answer.done = True
         if connection.answers.pop(answer.id, None) is not None:
-            with contextlib.suppress(MgpuError):  # an unreachable server has nothing left to cancel
-                connection.send({"type": "cancel", "id": answer.id})
+            connection.cancel(answer.id)
             self._read()
 
     def _too_late(self, over_deadline: bool) -> MgpuError:

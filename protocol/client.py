@@ -7,7 +7,6 @@ Everything streams on one socket, so that any number of answers can be read in t
 A client belongs to the thread that made it; use one client per thread, or AsyncClient.
 """
 
-import contextlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,7 +145,6 @@ class Client:
         """End everything in flight and close the socket; a second call does nothing."""
         if not self._closed:
             self._closed = True
-            self._connection.fail_all(MgpuError("the client is closed"))
             self._connection.close()
 
     def __enter__(self) -> Self:
@@ -228,8 +226,7 @@ class Client:
             return
         answer.done = True
         if self._connection.answers.pop(answer.id, None) is not None:
-            with contextlib.suppress(MgpuError):  # an unreachable server has nothing left to cancel
-                self._connection.send({"type": "cancel", "id": answer.id})
+            self._connection.cancel(answer.id)
 
     def _check_usable(self) -> None:
         if self._closed:

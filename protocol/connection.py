@@ -1,5 +1,6 @@
 """One client's socket and its open requests, without any waiting: shared by the sync and the asyncio client."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from mgpu.protocol import wire
 from mgpu.protocol.completion import START_HINT, Answer, MgpuError, RequestFailed, ServerUnreachable
-from mgpu.protocol.messages import Failed, Health, Models, ServerMessage, Stats, parse_server_message
+from mgpu.protocol.messages import Accepted, Failed, Health, Models, ServerMessage, Stats, parse_server_message
 from mgpu.protocol.runtime import running_servers
 from mgpu.protocol.schema import FieldError
 
@@ -82,7 +83,8 @@ class Connection:
 
     def receive(self) -> bool:
         """Handle every message and event that has arrived; tell whether there was any."""
-        got = False
+        events = self._read_monitor()
+        got = bool(events)
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -90,7 +92,10 @@ class Connection:
                 break
             got = True
             self._dispatch(frames)
-        return self._read_monitor() or got
+        # Only now: what a server says before it closes the connection counts.
+        for event in events:
+            self._on_event(event)
+        return got
 
     def _dispatch(self, frames: list[bytes]) -> None:
         try:
@@ -113,20 +118,24 @@ class Connection:
             self._replies[message.id] = message
         elif isinstance(message, Failed):
             self._replies[message.id] = RequestFailed(message.code, message.message, message.retry_after_s)
+        elif isinstance(message, Accepted):
+            # Sent just as the connection broke, given up, and delivered to the next server all the same.
+            self.cancel(message.id)
 
-    def _read_monitor(self) -> bool:
-        got = False
+    def _read_monitor(self) -> list[int]:
+        events: list[int] = []
         while True:
             try:
-                event = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))["event"]
+                events.append(parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))["event"])
             except zmq.Again:
-                return got
-            got = True
-            self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                self.refused = ServerUnreachable(f"the server at {self.endpoint} belongs to another user")
-            elif event == zmq.EVENT_DISCONNECTED:
-                self.fail_all(self.unreachable("closed the connection"))
+                return events
+
+    def _on_event(self, event: int) -> None:
+        self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self.refused = ServerUnreachable(f"the server at {self.endpoint} belongs to another user")
+        elif event == zmq.EVENT_DISCONNECTED:
+            self.fail_all(self.unreachable("closed the connection"))
 
     def fail_all(self, error: MgpuError) -> None:
         """End everything in flight with ``error``."""
@@ -144,8 +153,16 @@ class Connection:
     def unreachable(self, what: str) -> ServerUnreachable:
         return ServerUnreachable(f"the server at {self.endpoint} {what}; is it running? If not, {START_HINT}")
 
+    def cancel(self, request_id: int) -> None:
+        """Tell the server to end a request; an unreachable one has nothing left to end."""
+        with contextlib.suppress(MgpuError):
+            self.send({"type": "cancel", "id": request_id})
+
     def close(self) -> None:
-        """Close the sockets; the server notices and ends what is in flight."""
+        """Cancel what is in flight and close the sockets, waiting at most LINGER."""
+        for request_id in list(self.answers):
+            self.cancel(request_id)
+        self.fail_all(MgpuError("the client is closed"))
         self.socket.disable_monitor()
         self.monitor.close(linger=0)
         self.socket.close()

@@ -115,10 +115,13 @@ def set_server_options(socket: "zmq.Socket[Any]", max_bytes: int) -> None:
 
 
 def set_client_options(socket: "zmq.Socket[Any]", endpoint: str) -> None:
-    """Prepare a client's DEALER: nothing is queued for a server that is not there."""
+    """Prepare a client's DEALER.
+
+    Not ZMQ_IMMEDIATE: with it libzmq drops what has arrived but is not yet read when the server closes the connection,
+    such as the reason why it does. The client sends only while its monitor says that it is connected.
+    """
     set_common_options(socket)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
-    socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.SNDHWM, 1000)
     socket.setsockopt(zmq.RCVHWM, 10_000)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)

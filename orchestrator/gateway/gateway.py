@@ -18,6 +18,7 @@ from mgpu.orchestrator.gateway.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.front import Front
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.jobs import Jobs
+from mgpu.orchestrator.gateway.queries import PendingStats, health, models
 from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
 from mgpu.orchestrator.gateway.tokenizer import TextCodec, load_codec
 from mgpu.protocol.link import (
@@ -35,12 +36,9 @@ from mgpu.protocol.messages import (
     CancelRequest,
     Failed,
     Generate,
-    Health,
     Keepalive,
-    Models,
     Query,
     ServerMessage,
-    Stats,
     parse_client_message,
     to_map,
 )
@@ -51,7 +49,6 @@ from mgpu.protocol.wire import WireError
 TICK_S = 0.25
 KEEPALIVE_S = 1.0
 BACKLOG_RETRY_MS = 20
-STATS_TIMEOUT_S = 2.0
 INLINE_CHARS = 4096
 """Longer prompts are tokenized in a thread."""
 MESSAGES_PER_TURN = 64
@@ -63,9 +60,7 @@ log = logging.getLogger(__name__)
 class Gateway:
     """Owns all state of the process; one thread. ``run`` returns after ``stop`` or when the parent is gone."""
 
-    def __init__(
-        self, spec: GatewaySpec, link: "zmq.Socket[Any]", front: Front, jobs: Jobs, parent_fd: int
-    ) -> None:
+    def __init__(self, spec: GatewaySpec, link: "zmq.Socket[Any]", front: Front, jobs: Jobs, parent_fd: int) -> None:
         """``parent_fd`` becomes readable when the parent is gone. ``front`` and ``jobs`` are closed at the end."""
         self._spec = spec
         self._link = link
@@ -77,8 +72,7 @@ class Gateway:
         self._info: EngineInfo | None = None
         self._table = RequestTable()
         self._next_sequence = 1
-        self._queries: dict[int, tuple[bytes, int, float]] = {}
-        self._next_query = 1
+        self._stats = PendingStats()
         self._started_s = time.monotonic()
         self._next_tick_s = 0.0
         self._running = True
@@ -109,10 +103,15 @@ class Gateway:
         """Leave the loop after this turn."""
         self._running = False
 
+    @property
+    def _usable_info(self) -> EngineInfo | None:
+        """The engine's state, once the tokenizer is there too."""
+        return self._info if self._is_loaded else None
+
     def _wait_ms(self) -> int | None:
         if self._front.has_backlog:
             return BACKLOG_RETRY_MS
-        if not len(self._table) and not self._queries:
+        if not len(self._table) and not self._stats:
             return None
         return max(0, int((self._next_tick_s - time.monotonic()) * 1000) + 1)
 
@@ -184,10 +183,9 @@ class Gateway:
             self._send(request.client, request.finished())
 
     def _on_stats(self, reply: StatsReply) -> None:
-        waiting = self._queries.pop(reply.query_id, None)
-        if waiting is not None:
-            own = {"gateway_requests": float(len(self._table)), "gateway_sequences": float(self._table.num_sequences)}
-            self._send(waiting[0], Stats(waiting[1], {**reply.counters, **own}))
+        answer = self._stats.answer(reply, self._table)
+        if answer is not None:
+            self._send(*answer)
 
     def _send_engine(self, message: Submit | Cancel | StatsQuery) -> None:
         self._link.send(LINK.encode(message))
@@ -236,7 +234,7 @@ class Gateway:
         if self._table.get(client, message.id) is not None:
             raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
         check_model(message, self._spec.model_name)
-        check_state(self._info if self._is_loaded else None)
+        check_state(self._usable_info)
         check_load(self._table.num_of_client(client), self._table.num_sequences + message.n - 1)
         now = time.monotonic()
         deadline = None if message.timeout_s is None else now + message.timeout_s
@@ -301,32 +299,12 @@ class Gateway:
         self._send(client, request.finished())
 
     def _on_query(self, client: bytes, query: Query) -> None:
-        info, spec = self._info, self._spec
         if query.kind == "health":
-            self._send(client, self._health(query.id))
+            self._send(client, health(query.id, self._spec, self._usable_info, len(self._table), self._started_s))
         elif query.kind == "models":
-            chat = self._codec is not None and self._codec.has_chat_template
-            max_seq_len = info.max_seq_len if info else 0
-            model = {"name": spec.model_name, "max_seq_len": max_seq_len, "vocab_size": spec.vocab_size, "chat": chat}
-            self._send(client, Models(query.id, [model]))
+            self._send(client, models(query.id, self._spec, self._usable_info, self._codec))
         else:
-            self._queries[self._next_query] = (client, query.id, time.monotonic() + STATS_TIMEOUT_S)
-            self._send_engine(StatsQuery(self._next_query))
-            self._next_query += 1
-
-    def _health(self, query_id: int) -> Health:
-        info = (self._info if self._is_loaded else None) or EngineInfo("starting", 0, 0, "")
-        uptime_s = round(time.monotonic() - self._started_s, 3)
-        return Health(
-            query_id,
-            info.state,
-            self._spec.model_name,
-            info.max_seq_len,
-            info.kv_tokens,
-            len(self._table),
-            uptime_s,
-            info.layout,
-        )
+            self._send_engine(StatsQuery(self._stats.ask(client, query.id)))
 
     # ---------------------------------------------------------------- ending
 
@@ -365,11 +343,8 @@ class Gateway:
             elif now - request.last_sent_s >= KEEPALIVE_S:
                 request.last_sent_s = now
                 self._send(request.client, Keepalive(request.id))
-        for query_id, (client, request_id, deadline_s) in list(self._queries.items()):
-            if now >= deadline_s:
-                del self._queries[query_id]
-                text = f"the engine did not answer within {STATS_TIMEOUT_S:g} s"
-                self._send(client, Failed(request_id, "not_ready", text))
+        for client, failed in self._stats.take_overdue(now):
+            self._send(client, failed)
         self._drop_lost()
 
     def _send(self, client: bytes, message: ServerMessage) -> None:

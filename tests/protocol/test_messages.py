@@ -1,0 +1,155 @@
+"""The tables that bound every field of the front channel."""
+
+import math
+import struct
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from mgpu.protocol.messages import (
+    GENERATE_RULES,
+    CancelRequest,
+    Failed,
+    Finished,
+    Generate,
+    GenerateOptions,
+    Query,
+    Tokens,
+    parse_client_message,
+    parse_server_message,
+    to_map,
+)
+from mgpu.protocol.schema import FieldError, shown
+
+
+def generate(**changes: Any) -> Generate:
+    message = parse_client_message({"type": "generate", "id": 1, "prompt": "x", **changes})
+    assert isinstance(message, Generate)
+    return message
+
+
+def test_every_field_has_a_rule_and_every_option_is_a_field() -> None:
+    names = {field.name for field in fields(Generate)}
+    assert names == set(GENERATE_RULES)
+    assert set(GenerateOptions.__annotations__) == names - {"id", "prompt", "prompt_ids", "messages", "stream"}
+
+
+def test_defaults_pass_their_own_rules() -> None:
+    for name, rule in GENERATE_RULES.items():
+        default = next(field.default for field in fields(Generate) if field.name == name)
+        if default is not None and name != "id":
+            assert rule.parse(name, default) == default
+
+
+BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
+    ("temperature", [0, 0.5, 100], [-0.1, 100.1, math.nan, math.inf, -math.inf, 1e308, "1", True, [1]]),
+    ("top_p", [1e-9, 1], [0, -1, 1.01, math.nan]),
+    ("min_p", [0, 1], [-0.01, 1.01, math.nan]),
+    ("top_k", [-1, 0, 2**31 - 1], [-2, 2**31, 1.0, True]),
+    ("repetition_penalty", [0.01, 10], [0, -1, 10.1, 1e308]),
+    ("presence_penalty", [-2, 2], [-2.1, 2.1, 1e308]),
+    ("frequency_penalty", [-2, 2], [-2.1, 2.1]),
+    ("seed", [0, 2**64 - 1], [-1, 2**64, "1", 1.5]),
+    ("n", [1, 16], [0, 17, 10**9, -1, True]),
+    ("logprobs", [0, 20], [-1, 21, 10**6]),
+    ("max_tokens", [1, 2**31 - 1], [0, -1, 2**63, 1.5]),
+    ("min_tokens", [0, 5], [-1, 2**31]),
+    ("stop", [[], ["a"], ["x" * 256] * 16], ["abc", [""], ["x" * 257], ["a"] * 17, [1], {"a": 1}]),
+    ("stop_token_ids", [[], [0, 5]], [[-1], [2**31], [1] * 65, ["1"], [True]]),
+    ("logit_bias", [[], [[5, -100], [6, 100]]], [[[5, -101]], [[5, math.nan]], [[-1, 0]], [[5]], {"5": 1}]),
+    ("logit_bias", [[[at, 0] for at in range(1024)]], [[[5, 1], [5, 2]], [[at, 0] for at in range(1025)], [5, 6]]),
+    ("priority", [-1000, 1000], [-1001, 1001, 0.5]),
+    ("cache_salt", ["", "x" * 256], ["x" * 257, b"x", 5]),
+    ("timeout_s", [0.1, 86400], [0, -1, 86401, math.inf, math.nan]),
+    ("stream", [True, False], [0, 1, "yes"]),
+    ("ignore_eos", [True, False], [1]),
+    ("model", ["m"], ["", "x" * 513, 5]),
+    ("prompt", ["x"], ["", 5, b"x", "a\ud800b"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), BOUNDS, ids=[name for name, *_ in BOUNDS])
+def test_values_within_bounds_pass_and_others_are_named(name: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        generate(**{name: value, **({"max_tokens": 100} if name == "min_tokens" else {})})
+    for value in bad:
+        with pytest.raises(FieldError, match=name):
+            generate(**{name: value})
+
+
+def test_an_error_has_the_value_and_what_is_allowed() -> None:
+    with pytest.raises(FieldError, match=r"temperature must be a number from 0 to 100, got -3"):
+        generate(temperature=-3)
+    with pytest.raises(FieldError, match=r"seed must be an integer from 0 to 2\^64 - 1, got -1"):
+        generate(seed=-1)
+    with pytest.raises(FieldError, match=r"top_p must be a number above 0, at most 1, got 0"):
+        generate(top_p=0)
+
+
+@pytest.mark.parametrize("name", ["temprature", "topp", "max_token", "stopp"])
+def test_an_unknown_field_names_its_nearest_relative(name: str) -> None:
+    with pytest.raises(FieldError, match=r"unknown field .*did you mean (temperature|top_p|max_tokens|stop)\?"):
+        generate(**{name: 1})
+
+
+def test_hostile_values_are_described_in_a_few_characters() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    for value in ("x" * 10**6, 10**4000, nested, {"a": nested}, b"x" * 10**6, ["y" * 100] * 10**4, "\ud800\x1b[31m"):
+        text = shown(value)
+        assert len(text) <= 60
+        assert text.isprintable()
+
+
+def test_fields_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(FieldError, match="exactly one of prompt, prompt_ids and messages, got prompt and prompt_ids"):
+        generate(prompt_ids=[1])
+    with pytest.raises(FieldError, match=r"min_tokens \(5\) is above max_tokens \(4\)"):
+        generate(min_tokens=5, max_tokens=4)
+    with pytest.raises(FieldError, match="template_options only apply to messages"):
+        generate(template_options={"enable_thinking": True})
+
+
+def test_ids_are_the_same_as_an_array_or_as_a_bin() -> None:
+    packed = struct.pack("<3i", 1, 2, 70000)
+    for given in ([1, 2, 70000], packed):
+        message = parse_client_message({"type": "generate", "id": 1, "prompt_ids": given})
+        assert isinstance(message, Generate)
+        assert message.prompt_ids == packed
+
+
+@pytest.mark.parametrize(
+    "ids", [[], b"", b"12345", [1.0], [True], ["1"], [-1], [2**31], struct.pack("<i", -5), "ids", None]
+)
+def test_wrong_ids_are_refused(ids: object) -> None:
+    with pytest.raises(FieldError, match="prompt_ids"):
+        parse_client_message({"type": "generate", "id": 1, "prompt_ids": ids})
+
+
+def test_nil_means_the_default() -> None:
+    assert generate(seed=None, temperature=None, stop=None) == generate()
+
+
+def test_queries_and_cancel_need_an_id_only() -> None:
+    assert parse_client_message({"type": "cancel", "id": 5}) == CancelRequest(5)
+    assert parse_client_message({"type": "stats", "id": 0}) == Query("stats", 0)
+    with pytest.raises(FieldError, match="id is missing"):
+        parse_client_message({"type": "health"})
+    with pytest.raises(FieldError, match="type must be one of generate, cancel, health, stats, models"):
+        parse_client_message({"id": 1})
+
+
+def test_server_messages_survive_their_map_and_skip_what_is_new() -> None:
+    messages = [
+        Tokens(1, 0, "é", [5, 6], None, "stop"),
+        Finished(1, ["stop"], 2, 3, 0),
+        Failed(None, "overloaded", "later", 1.5),
+    ]
+    for message in messages:
+        values: dict[Any, Any] = {**to_map(message), "added_in_a_later_version": 1}
+        assert parse_server_message(values) == message
+    for wrong in ({"type": "surprise"}, {"type": "tokens", "id": 1}, {}):
+        with pytest.raises(FieldError):
+            parse_server_message(wrong)

@@ -1,0 +1,69 @@
+"""Framing and limits of the front channel."""
+
+import contextlib
+import os
+import time
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mgpu.protocol.wire import MAX_FRAME_BYTES, VERSION, WireError, pack, unpack
+
+
+def test_a_message_survives_packing() -> None:
+    values = {
+        "type": "generate",
+        "id": 1,
+        "prompt": "é€😀",
+        "prompt_ids": b"\x01\x00",
+        "nothing": None,
+        "x": [1.5, True],
+    }
+    assert unpack(pack(values)) == values
+
+
+@pytest.mark.parametrize("value", ["\ud800", 2**64, object()])
+def test_what_cannot_be_packed_is_a_value_error(value: object) -> None:
+    with pytest.raises(ValueError, match="cannot be sent"):
+        pack({"x": value})
+
+
+@pytest.mark.parametrize(
+    ("frames", "code", "words"),
+    [
+        ([], "bad_version", "no frame"),
+        ([b""], "bad_version", "mgpu1"),
+        ([b"mgpu0", b"\x80"], "bad_version", "mgpu0"),
+        ([VERSION], "bad_request", "got 1"),
+        ([VERSION, b"\x80", b"\x80"], "bad_request", "got 3"),
+        ([VERSION] * 6, "bad_request", "more than 4"),
+        ([VERSION, b"\x90"], "bad_request", "list"),
+        ([VERSION, bytes(MAX_FRAME_BYTES + 1)], "bad_request", f"{MAX_FRAME_BYTES + 1} bytes"),
+    ],
+)
+def test_wrong_frames_are_told_what_is_expected(frames: list[bytes], code: str, words: str) -> None:
+    with pytest.raises(WireError, match=words) as caught:
+        unpack(frames)
+    assert caught.value.code == code
+
+
+def test_a_megabyte_of_tiny_arrays_is_refused_quickly() -> None:
+    body = msgpack.packb({"x": [[[] for _ in range(1000)] for _ in range(900)]})
+    started = time.process_time()
+    with pytest.raises(WireError, match="arrays and maps"):
+        unpack([VERSION, body])
+    assert time.process_time() - started < 0.1
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_map_or_a_wire_error(body: bytes) -> None:
+    with contextlib.suppress(WireError):
+        assert isinstance(unpack([VERSION, body]), dict)
+
+
+def test_random_megabytes_are_wire_errors() -> None:
+    for _ in range(20):
+        with pytest.raises(WireError):
+            unpack([VERSION, os.urandom(MAX_FRAME_BYTES)])
