@@ -17,7 +17,7 @@ FRONT_NAME = "front.sock"
 OUTBOX_LIMIT = 100_000
 """Messages that may wait for the gateway; one is sent per step, so a gateway this far behind is stuck."""
 FAREWELL_S = 0.5
-"""Time in which the gateway may leave by itself after it was told that the engine has stopped."""
+"""Time that the gateway gets to read the last message before end of file tells it to leave."""
 
 
 class GatewayLost(Exception):
@@ -34,6 +34,7 @@ class GatewayLink:
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", runtime: RuntimeDir, config: ServerConfig) -> None:
         self.endpoint = ""
         """Where clients connect, once the gateway is ready."""
+        self._last_sent_s = 0.0
         link = runtime.ipc("link")
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
@@ -55,6 +56,7 @@ class GatewayLink:
 
     def send(self, message: object) -> None:
         """Queue one message. GatewayLost when the gateway no longer reads."""
+        self._last_sent_s = time.monotonic()
         try:
             self.socket.send(LINK.encode(message), zmq.NOBLOCK)
         except zmq.Again:
@@ -87,8 +89,8 @@ class GatewayLink:
         raise GatewayLost(f"the process {describe_exit(status)}")
 
     def stop(self, deadline_s: float) -> None:
-        """Wait for it to leave, tell it by end of file, kill it at CLOCK_MONOTONIC ``deadline_s``; reap it."""
-        if not self.process.wait(min(time.monotonic() + FAREWELL_S, deadline_s)):
+        """Let it read what was sent, end its input, kill it at CLOCK_MONOTONIC ``deadline_s``; reap it."""
+        if not self.process.wait(min(self._last_sent_s + FAREWELL_S, deadline_s)):
             self.process.close_stdin()
             self.process.wait(deadline_s)
         self.process.reap()
