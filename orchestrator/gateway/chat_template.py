@@ -22,6 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 8 << 20
 TIME_LIMIT_S = 2.0
+MAX_REPEATED = 1 << 16
+"""Most characters or items that ``*`` may make of a text or list."""
 _WIDE_FORMAT = re.compile(r"\d{4}|\*")
 
 
@@ -45,7 +47,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "%"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*" and max(_repeated(left, right), _repeated(right, left)) > MAX_OUTPUT_CHARS:
+        if operator == "*" and max(_repeated(left, right), _repeated(right, left)) > MAX_REPEATED:
             raise ChatTemplateError("the chat template repeats a text or list too often")
         if operator == "**" and not (isinstance(right, (int, float)) and abs(right) <= 64):
             raise ChatTemplateError("the chat template uses ** with an exponent above 64")

@@ -32,6 +32,15 @@ class TokenizerError(ValueError):
 
 def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     """Build the tokenizer that the metadata of a GGUF file describes. TokenizerError when it is not supported."""
+    try:
+        return _build(metadata)
+    except TokenizerError:
+        raise
+    except Exception as error:  # the Rust side raises bare Exception for a vocabulary that contradicts itself
+        raise TokenizerError(f"the tokenizer in the GGUF file is not usable: {str(error)[:200]}") from None
+
+
+def _build(metadata: Mapping[str, object]) -> Tokenizer:
     tokens = _strings(metadata, "tokens")
     kinds = _integers(metadata, "token_type", len(tokens))
     model = metadata.get("tokenizer.ggml.model")

@@ -1,0 +1,98 @@
+"""Chat templates: the field's conventions, in a sandbox with limits."""
+
+import sys
+import time
+
+import pytest
+
+from mgpu.orchestrator.gateway.chat_template import ChatTemplate, ChatTemplateError
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+def render(source: str, **options: object) -> str:
+    return ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}, time_limit_s=0.5).render(USER, options)
+
+
+def test_conventions_of_the_field_hold() -> None:
+    source = (
+        "{{ bos_token }}\n"
+        "{% for message in messages %}\n"
+        "    {% if loop.index > 1 %}{% continue %}{% endif %}\n"
+        "{{ message['role'] + ': ' + message.content | trim }}\n"
+        "{% generation %}x{% endgeneration %}\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+        "{% if tools is none %}!{% endif %}"
+    )
+    assert render(source) == "<s>\nuser: hi\nx>!"
+    assert render("{{ {'a': '<é>'} | tojson }}") == '{"a": "<é>"}'
+    assert render("{{ '=' * 3 }}{{ '%d' % 5 }}{{ 2 ** 3 }}") == "===58"
+    assert len(render("{{ strftime_now('%Y') }}")) == 4
+
+
+def test_options_reach_the_template() -> None:
+    assert (
+        render("{% if enable_thinking is defined and not enable_thinking %}off{% endif %}", enable_thinking=False)
+        == "off"
+    )
+
+
+def test_the_templates_own_complaint_is_told() -> None:
+    with pytest.raises(ChatTemplateError, match="roles must alternate"):
+        render("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ChatTemplateError, match="refuses these messages"):
+        render("{{ messages[5].content }}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{% set s = namespace.__init__ %}{{ s.__globals__ }}",
+        "{{ '%s' | attr('__class__') }}{{ x | attr('__class__') }}",
+    ],
+)
+def test_code_cannot_be_reached(source: str) -> None:
+    try:
+        text = render(source)
+    except ChatTemplateError:
+        return
+    assert "class" not in text
+    assert "uid=" not in text
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+        "{{ 'a' * 300000000 }}",
+        "{{ ['a' * 1000] * 1000000 }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{% for a in range(9000) %}{{ 'a' * 1000 }}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_templates_that_never_end_or_grow_are_stopped(source: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ChatTemplateError):
+        render(source)
+    assert time.monotonic() - started < 5
+
+
+def test_the_callers_trace_function_is_restored() -> None:
+    before = sys.gettrace()
+    render("x")
+    assert sys.gettrace() is before
+
+
+def test_a_template_that_is_none_is_refused_when_it_is_compiled() -> None:
+    with pytest.raises(ChatTemplateError, match="not valid"):
+        ChatTemplate("{% if %}", {})
+    with pytest.raises(ChatTemplateError, match="characters"):
+        ChatTemplate("x" * (1 << 21), {})

@@ -1,0 +1,195 @@
+"""Tokenizers from GGUF files and from Hugging Face folders."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mgpu.orchestrator.gateway.detokenizer import Detokenizer, byte_level_table
+from mgpu.orchestrator.gateway.gguf_tokenizer import PRE_TOKENIZERS, TokenizerError, build_tokenizer
+from mgpu.orchestrator.gateway.tokenizer import TextCodec, load_codec
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+MODELS = ["smollm2-135m-instruct", "gemma-3-270m"]
+TEXTS = [
+    "Hello, world!",
+    "  leading and   inner    spaces  ",
+    "tabs\tand\nnewlines\r\n\n\n  mixed \t\n",
+    "def f(x):\n    return {'a': [1, 2.5e-3, 0xFF], \"b\": x ** 2}  # comment\n",
+    "Ünïcödé ñandú Ελληνικά кириллица עברית العربية हिन्दी ไทย",
+    "日本語 中文 한국어 — “quotes” … ﬁ",
+    "😀👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 a\u0308",
+    "1234567890 3.14159 2026-01-01 12:34:56",
+    "don't can't I'll we've it's 'quoted'",
+    "\x00\x01\x7f\u200b\ufeff\U0010ffff",
+    "https://example.org/a?b=c&d=%20#frag <html><b>x</b></html>",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+]
+
+
+def cached_model(name: str) -> str:
+    cache = os.environ.get("MGPU_CACHE")
+    base = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mgpu"
+    path = base / "models" / json.loads((GOLDEN / f"{name}.json").read_text())["gguf"]
+    if not path.exists():
+        pytest.skip(f"{path} is not in the cache (`make demo` fetches the default model)")
+    return str(path)
+
+
+_codecs: dict[str, TextCodec] = {}
+
+
+@pytest.fixture
+def codec_of() -> Callable[[str], TextCodec]:
+    """Load the tokenizer of a real model; each once per session."""
+
+    def load(name: str) -> TextCodec:
+        if name not in _codecs:
+            codec = load_codec(cached_model(name), "gguf")
+            assert codec is not None
+            _codecs[name] = codec
+        return _codecs[name]
+
+    return load
+
+
+def text_of(codec: TextCodec, ids: list[int]) -> str:
+    detokenizer = Detokenizer(codec.all_bytes)
+    return "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_real_models_tokenize_and_detokenize_as_the_golden_file_says(
+    codec_of: Callable[[str], TextCodec], name: str
+) -> None:
+    codec = codec_of(name)
+    for prompt in json.loads((GOLDEN / f"{name}.json").read_text())["prompts"]:
+        assert codec.encode(prompt["prompt"]) == prompt["prompt_ids"]
+        assert text_of(codec, prompt["output_ids"]) == prompt["output_text"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_text_survives_encoding_and_decoding(codec_of: Callable[[str], TextCodec], name: str, text: str) -> None:
+    codec = codec_of(name)
+    assert text_of(codec, codec.encode(text, add_special_tokens=False)) == text
+
+
+def test_the_default_models_chat_template_is_rendered(codec_of: Callable[[str], TextCodec]) -> None:
+    codec = codec_of("smollm2-135m-instruct")
+    ids = codec.encode_chat([{"role": "user", "content": "Hi"}], None)
+    text = text_of(codec, ids)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert ids[0] == 1  # <|im_start|> as one token
+
+
+def test_the_default_models_tokenizer_loads_at_once() -> None:
+    path = cached_model("smollm2-135m-instruct")
+    load_codec(path, "gguf")
+    started = time.process_time()
+    load_codec(path, "gguf")
+    assert time.process_time() - started < 1.0  # about 0.2 s on an idle core
+
+
+def byte_level(pre: str, **extra: object) -> dict[str, Any]:
+    tokens = [*byte_level_table(), "Ġa", "12", "<|x|>"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 258 + [3],
+        "tokenizer.ggml.merges": ["Ġ a", "1 2"],
+        **extra,
+    }
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_every_pre_tokenizer_keeps_all_bytes(pre: str) -> None:
+    metadata = byte_level(pre, **{"tokenizer.ggml.bos_token_id": 258, "tokenizer.ggml.add_bos_token": False})
+    codec = TextCodec(build_tokenizer(metadata), None, {})
+    for text in TEXTS:
+        if "qwen" not in pre or "\u0301" not in text:  # Qwen composes characters (NFC), as its own tokenizer does
+            assert text_of(codec, codec.encode(text)) == text
+
+
+def test_digits_are_split_as_the_model_was_trained() -> None:
+    def digits(pre: str) -> list[str | None]:
+        metadata = byte_level(pre, **{"tokenizer.ggml.add_bos_token": False})
+        tokenizer = build_tokenizer(metadata)
+        return [tokenizer.id_to_token(number) for number in tokenizer.encode("1212").ids]
+
+    assert digits("gpt-2") == ["12", "12"]
+    assert digits("llama-bpe") == ["12", "1", "2"]  # groups of three
+    assert digits("smollm") == digits("qwen2") == digits("tekken") == ["1", "2", "1", "2"]
+
+
+def test_bos_follows_the_file_else_the_kind_of_model() -> None:
+    bos = {"tokenizer.ggml.bos_token_id": 258}
+    assert build_tokenizer(byte_level("gpt-2", **bos)).encode("x").ids[0] != 258
+    assert build_tokenizer(byte_level("llama-bpe", **bos)).encode("x").ids[0] == 258
+    flag = {"tokenizer.ggml.add_bos_token": True}
+    assert build_tokenizer(byte_level("gpt-2", **bos, **flag)).encode("x").ids[0] == 258
+
+
+def sentence_piece(space_prefix: bool) -> dict[str, Any]:
+    pieces = ["<unk>", "<s>", "▁", "a", "b", "▁a", "ab", "▁ab", "\n\n", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    scores = [0.0, 0.0, -9.0, -8.0, -7.0, -3.0, -2.0, -1.0, -1000.0, *[0.0] * 256]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": [2, 3, 1, 1, 1, 1, 1, 1, 4, *[6] * 256],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": space_prefix,
+    }
+
+
+def test_sentence_piece_merges_follow_the_scores_and_bytes_are_the_fallback() -> None:
+    tokenizer = build_tokenizer(sentence_piece(space_prefix=False))
+    assert tokenizer.encode("ab ab").tokens == ["<s>", "ab", "▁ab"]
+    assert tokenizer.encode("é\n\n").tokens == ["<s>", "<0xC3>", "<0xA9>", "\n\n"]
+    assert build_tokenizer(sentence_piece(space_prefix=True)).encode("ab").tokens == ["<s>", "▁ab"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer.ggml.pre": "unheard-of"}, "supported: default"),
+        ({"tokenizer.ggml.model": "t5"}, "send token ids"),
+        ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.token_type": [1]}, "259 entries"),
+        ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.merges": ["Ġ nonsense"]}, "nonsense"),
+    ],
+)
+def test_an_unusable_vocabulary_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(TokenizerError, match=words):
+        build_tokenizer({**byte_level("gpt-2"), **change})
+
+
+def test_a_folder_is_read_as_transformers_does(model_folder: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model_folder / name).read_bytes())
+    codec = load_codec(str(tmp_path), "safetensors")
+    assert codec is not None
+    assert codec.encode("hé") == [256, *"hé".encode()]
+    assert codec.shown_bytes(257) == b""
+    assert codec.all_bytes(257) == b"</s>"
+    assert codec.all_bytes(290) == b""  # padding of the vocabulary
+    assert codec.text_of(0xE2) == "\ufffd"
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}X")
+    newer = load_codec(str(tmp_path), "safetensors")
+    assert newer is not None
+    assert newer.encode_chat([{"role": "user", "content": "x"}], None) == [256, ord("X")]
+
+
+def test_a_folder_without_tokenizer_has_none_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    assert load_codec(str(tmp_path), "safetensors") is None
+    (tmp_path / "tokenizer.json").write_text('{"version": 1}')
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        load_codec(str(tmp_path), "safetensors")
