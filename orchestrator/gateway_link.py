@@ -35,12 +35,11 @@ class GatewayLink:
         self.endpoint = ""
         """Where clients connect, once the gateway is ready."""
         self._last_sent_s = 0.0
-        link = runtime.ipc("link")
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, OUTBOX_LIMIT)
         self.socket.setsockopt(zmq.RCVHWM, 0)  # the gateway bounds what clients may queue
-        self.socket.bind(link)
+        link = runtime.bind(self.socket, "link")
         spec = GatewaySpec(
             runtime_dir=str(runtime.path),
             bind=config.bind or runtime.ipc(FRONT_NAME),

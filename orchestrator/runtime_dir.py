@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import zmq
+
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.runtime import BASE_VARIABLE, LOCK_NAME, base_dirs, is_locked, server_dirs
 
@@ -40,6 +42,16 @@ class RuntimeDir:
     def ipc(self, name: str) -> str:
         """Give the endpoint of a socket in this folder."""
         return f"ipc://{self.path / name}"
+
+    def bind(self, socket: "zmq.Socket[bytes]", name: str) -> str:
+        """Bind a socket that only this user can connect to; gives its endpoint."""
+        endpoint = self.ipc(name)
+        old_mask = os.umask(0o077)
+        try:
+            socket.bind(endpoint)
+        finally:
+            os.umask(old_mask)
+        return endpoint
 
     def close(self) -> None:
         """Remove the folder and all in it; a second call does nothing."""

@@ -272,6 +272,9 @@ class Scheduler:
         self.counters.finished += 1
         if seq.row >= 0:
             self._leave_workers(seq)
+        elif len(self._waiting) > 2 * len(self._live) + 64:  # mostly endings: do not keep their prompts in memory
+            self._waiting = [entry for entry in self._waiting if not entry[1].finished]
+            heapq.heapify(self._waiting)
 
     def _leave_workers(self, seq: Sequence) -> None:
         if seq.lane is not None:

@@ -11,6 +11,7 @@ import zmq
 from mgpu import __version__
 from mgpu.orchestrator.admission import Limits
 from mgpu.orchestrator.engine import Engine, WorkersHung
+from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.scheduler import Scheduler
@@ -72,6 +73,11 @@ class Server:
             except (WorkerLost, GatewayLost, WorkersHung, StartTimeout) as cause:
                 failure = str(cause)
                 log.error("%s\n%s", failure, getattr(cause, "traceback", ""))
+            except UserError:
+                raise
+            except Exception as bug:  # the process edge: whatever broke, clients get their endings and nothing stays
+                failure = f"internal error: {bug!r}"
+                log.exception("the server ends: %s", failure)
             finally:
                 self._shut_down(failure)
         if failure:
@@ -166,8 +172,8 @@ class Server:
         )
         endpoint = self._gateway.endpoint
         self._log_ready(limits, self._workers, endpoint)
-        self._gateway.send(self._info)
         write_server(self._runtime.path, RunningServer(endpoint, os.getpid(), config.model_name, __version__))
+        self._gateway.send(self._info)
         # What exists now stays: the collector need not look at it again between steps.
         gc.collect()
         gc.freeze()

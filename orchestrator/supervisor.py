@@ -81,13 +81,12 @@ class WorkerGroup:
                 os.close(shared_fd)
 
     def _spawn(self, rank: int, shared_fd: int) -> None:
-        endpoint = self._runtime.ipc(f"worker-{self._epoch}-{rank}")
         socket = self._context.socket(zmq.DEALER)
         self.sockets.append(socket)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)  # at most a few steps are in flight; the pipeline's depth is the bound
         socket.setsockopt(zmq.RCVHWM, 0)
-        socket.bind(endpoint)
+        endpoint = self._runtime.bind(socket, f"worker-{self._epoch}-{rank}")
         self.processes.append(
             ChildProcess(
                 f"worker {rank}",

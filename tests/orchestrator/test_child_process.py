@@ -70,11 +70,15 @@ def test_a_wait_ends_when_the_interrupt_is_readable(children: list[ChildProcess]
 
 
 def test_reaping_kills_grandchildren_of_the_same_session(children: list[ChildProcess]) -> None:
-    code = "import os, subprocess; p = subprocess.Popen(['sleep', '100']); sys.stdin.buffer.read()"
-    child = start(children, code)
-    deadline = soon()
-    while not (grandchildren := psutil.Process(child.pid).children()) and time.monotonic() < deadline:
-        os.sched_yield()
+    reader, writer = os.pipe()
+    code = f"import os, subprocess; subprocess.Popen(['sleep', '100']); os.write({writer}, b'!'); sys.stdin.read()"
+    command = [sys.executable, "-c", READ_SPEC + code]
+    child = ChildProcess("test", command, b"", os.environ, pass_fds=[writer])
+    children.append(child)
+    os.close(writer)
+    assert os.read(reader, 1) == b"!"
+    os.close(reader)
+    grandchildren = psutil.Process(child.pid).children()
     child.reap()
     _, alive = psutil.wait_procs(grandchildren, timeout=10)
     assert grandchildren

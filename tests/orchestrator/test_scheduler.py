@@ -308,6 +308,17 @@ def test_cancelling_anywhere_frees_everything() -> None:
     assert harness.finish == {1: "cancelled", 2: "cancelled", 3: "cancelled"}
 
 
+def test_cancelled_requests_do_not_pile_up_behind_a_full_server() -> None:
+    harness = Harness(max_rows=1)
+    harness.submit(0, prompt_of(1, 4), 50)
+    harness.publish()
+    for request_id in range(1, 500):
+        harness.submit(request_id, prompt_of(1, 4), 50)
+        harness.cancel(request_id)
+    assert len(harness.scheduler._waiting) < 100
+    harness.run()
+
+
 def test_a_row_is_not_reused_while_its_token_is_under_way() -> None:
     harness = Harness(max_rows=1)
     harness.submit(1, prompt_of(1, 4), 50)

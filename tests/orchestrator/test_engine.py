@@ -1,0 +1,110 @@
+"""The step loop with real processes around it: what one request can and cannot do to the others."""
+
+import random
+import shutil
+import signal
+import tempfile
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_model import solo_tokens
+from server_process import ServerProcess, running_server
+
+from mgpu.protocol.control import RowSampling
+from mgpu.protocol.link import LINK, Cancel, Outputs, StatsQuery, Submit
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    folder = Path(tempfile.mkdtemp(prefix="mgpu"))
+    with running_server(folder, {"logprobs": True}) as server:
+        server.wait_ready()
+        yield server
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_exit() == -signal.SIGTERM
+        assert "Traceback" not in server.log
+    shutil.rmtree(folder)
+
+
+def check_still_serves(server: ServerProcess, request_id: int) -> None:
+    server.submit(request_id, [1, 2, 3], 5)
+    server.wait_for(lambda: request_id in server.finish)
+    assert server.tokens[request_id] == solo_tokens([1, 2, 3], 5)
+
+
+@pytest.mark.parametrize(
+    ("data", "max_tokens", "error"),
+    [
+        (b"", 1, "not a list of int32"),
+        (b"\0" * 7, 1, "not a list of int32"),
+        (array("i", [1000]).tobytes(), 1, "between 0 and 999"),
+        (array("i", [-5]).tobytes(), 1, "between 0 and 999"),
+        (array("i", [1] * 250).tobytes(), 7, "exceeds the context of 256 tokens; ask for at most 6"),
+        (array("i", [1] * 256).tobytes(), 0, "shorten the prompt to at most 255"),
+        (array("i", [1]).tobytes(), -1, "must not be negative"),
+    ],
+)
+def test_a_request_that_cannot_run_is_refused_and_the_next_is_served(
+    server: ServerProcess, data: bytes, max_tokens: int, error: str
+) -> None:
+    request_id = 1000 + len(server.finish)
+    server.send(Submit(request_id, data, max_tokens, [], RowSampling(), b"", 0))
+    server.wait_for(lambda: request_id in server.finish)
+    assert server.finish[request_id] == "error"
+    assert error in server.errors[request_id]
+    check_still_serves(server, request_id + 100_000)
+
+
+def test_a_request_id_in_use_is_not_started_twice(server: ServerProcess) -> None:
+    for _ in range(2):
+        server.submit(1, [4, 5], 50)
+    check_still_serves(server, 2)
+    server.wait_for(lambda: 1 in server.finish)
+    assert server.tokens[1] == solo_tokens([4, 5], 50)
+
+
+def test_cancelling_gives_the_reason_as_the_ending(server: ServerProcess) -> None:
+    server.send(Cancel(12345, "cancelled"))
+    server.submit(10, [1], 200)
+    server.wait_for(lambda: 10 in server.tokens)
+    server.send(Cancel(10, "stop"))
+    server.wait_for(lambda: 10 in server.finish)
+    assert server.finish[10] == "stop"
+    assert server.tokens[10] == solo_tokens([1], len(server.tokens[10]))
+
+
+def test_a_flood_of_requests_with_cancels_ends_each_of_them_once(server: ServerProcess) -> None:
+    rng = random.Random(5)
+    ids = range(5000, 5200)
+    prompts = {i: [rng.randrange(1000) for _ in range(rng.randrange(1, 60))] for i in ids}
+    lengths = {i: rng.randrange(1, 60) for i in ids}
+    for i in ids:
+        server.submit(i, prompts[i], lengths[i])
+        if i % 3 == 0:
+            server.send(Cancel(rng.randrange(5000, i + 1), "cancelled"))
+    server.wait_for(lambda: all(i in server.finish for i in ids))
+    for i in ids:
+        solo = solo_tokens(prompts[i], lengths[i])
+        assert server.tokens[i] == solo[: len(server.tokens[i])]
+        assert server.finish[i] == "cancelled" or server.tokens[i] == solo
+    server.stats.clear()
+    server.send(StatsQuery(9))
+    server.wait_for(lambda: bool(server.stats))
+    assert server.stats[0].query_id == 9
+    counters = server.stats[0].counters
+    assert counters["running"] == counters["waiting"] == counters["kv_blocks_used"] == 0
+
+
+def test_logprobs_travel_with_their_tokens(server: ServerProcess) -> None:
+    server.submit(20, [1, 2, 3], 3)
+    seen: list[tuple[list[int], list[int]]] = []
+    while 20 not in server.finish:
+        assert server.socket.poll(10_000)
+        message = LINK.decode(server.socket.recv())
+        server._take(message)
+        if isinstance(message, Outputs):
+            for tokens, logprobs in zip(message.token_ids, message.logprobs, strict=True):
+                seen.append((tokens, [each.top_ids[0] for each in logprobs]))
+    assert [tokens for tokens, _ in seen] == [top for _, top in seen] == [[t] for t in solo_tokens([1, 2, 3], 3)]
