@@ -19,7 +19,6 @@ from torch import Tensor
 from mgpu.worker.kernels.runtime import (
     HOPPER_SMS,
     Workspace,
-    ceil_div,
     default_workspace,
     launch_options,
     overlaps_launches,
@@ -134,7 +133,7 @@ def _combine(
     tl.store(out_ptr + g[:, None] * HEAD_DIM + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(g < GROUP)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "table_stride", "stats_offset", "splits"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -153,7 +152,7 @@ def _decode_kernel(
     token_stride,
     head_stride,
     stats_offset,
-    SPLITS: tl.constexpr,
+    splits,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     HEADS: tl.constexpr,
@@ -173,7 +172,7 @@ def _decode_kernel(
     first = tl.maximum(context - window, 0)
     # Stretches are whole tiles; a row without context (padding of a graph) has one, empty, and yields zeros.
     aligned = first // BLOCK_N * BLOCK_N
-    stretch = tl.maximum(tl.cdiv(tl.cdiv(context - aligned, SPLITS), BLOCK_N) * BLOCK_N, STRETCH)
+    stretch = tl.maximum(tl.cdiv(tl.cdiv(context - aligned, splits), BLOCK_N) * BLOCK_N, STRETCH)
     count = tl.maximum(tl.cdiv(context - aligned, stretch), 1)
     if split >= count:
         return
@@ -209,12 +208,12 @@ def _decode_kernel(
 
     out_ptr += row.to(tl.int64) * (num_heads * GROUP * HEAD_DIM) + head * (GROUP * HEAD_DIM)
     tile = g[:, None] * HEAD_DIM + d[None, :]
-    if SPLITS == 1 or count == 1:
+    if count == 1:
         out = acc * (v_scale / tl.where(total > 0.0, total, 1.0))[:, None]
         tl.store(out_ptr + tile, out.to(out_ptr.dtype.element_ty), mask=(g < GROUP)[:, None])
     else:
         pair = row * num_heads + head
-        slot = pair * SPLITS + split
+        slot = pair * splits + split
         stat_ptr = partial_ptr + stats_offset
         tl.store(partial_ptr + slot.to(tl.int64) * (GROUP * HEAD_DIM) + tile, acc, mask=(g < GROUP)[:, None])
         tl.store(stat_ptr + (slot * GROUP + g) * 2, peak, mask=g < GROUP)
@@ -222,7 +221,7 @@ def _decode_kernel(
         tl.debug_barrier()  # all threads' stores precede the release below
         arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
         if arrived == count - 1:
-            first_slot = pair * SPLITS
+            first_slot = pair * splits
             _combine(
                 out_ptr,
                 partial_ptr + first_slot.to(tl.int64) * (GROUP * HEAD_DIM),
@@ -304,7 +303,7 @@ def decode_attention(
         block_size,
         tiling.block_n,
         tiling.stretch,
-        min(COMBINE, splits),
+        COMBINE,
         overlaps_launches(q_RHK.device),
         **launch_options(q_RHK.device, tiling.num_warps, tiling.num_stages),
     )

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""RMSNorm, alone or fused with the residual add before it, optionally quantizing its result to float8 for the next product.
+"""RMSNorm, alone or fused with the residual add before it; for float8 products it can quantize its result too.
 
 One program per row, the row in registers: each element is read once and written once.
 """

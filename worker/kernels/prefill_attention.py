@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
 
 LOG2_E = 1.4426950408889634
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ def _attend_tiles(
     return acc, peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "window", "table_stride"])
 def _prefill_kernel(
     q_ptr,
     k_ref,
@@ -260,7 +261,7 @@ def prefill_attention(
         k_NBJK.shape[1],
         tiling.block_m,
         tiling.block_n,
-        min(256, triton.next_power_of_2(rows)),
+        ROWS_AT_ONCE,
         overlaps_launches(q_THK.device),
         **launch_options(q_THK.device, tiling.num_warps, tiling.num_stages),
     )

@@ -29,7 +29,7 @@ from mgpu.worker.kernels.widen import widen_words
 _KINDS = {"int8": 0, "fp8": 1, "int4": 2}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks_per_split"])
 def _quantized_gemm_kernel(
     x_ptr,
     w_ptr,

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""What comes between the QKV product and attention, in one pass: optional head norms, rotation, write to the KV cache."""
+"""What comes between the QKV product and attention in one pass: head norms, rotation, write to the KV cache."""
 
 # T tokens, H query heads, J KV heads, A = H + 2 J heads of the packed product, K head dim, N blocks, B tokens per block
 

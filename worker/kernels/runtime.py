@@ -1,4 +1,4 @@
-# mypy: disable-error-code="untyped-decorator,no-untyped-call"
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """What all kernels share: launch options, the scratch of split reductions, programmatic dependent launch."""
 
 from dataclasses import dataclass

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgpu.worker.kernels.runtime import (
     HOPPER_SMS,
@@ -41,6 +42,9 @@ class Tiling:
     num_warps: int = 4
     num_stages: int = 4
     prefetch: bool = True
+    """Ask for the weights in L2 while the previous kernel still runs."""
+    bulk: bool = False
+    """Load the weights through a tensor map."""
 
     @property
     def prefetch_pieces(self) -> int:
@@ -84,10 +88,11 @@ def add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS: tl
     return acc, is_last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "k_per_split"])
 def _gemm_kernel(
     x_ptr,
     w_ptr,
+    w_map,
     x_scale_ptr,
     w_scale_ptr,
     bias_ptr,
@@ -126,14 +131,17 @@ def _gemm_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k0 in range(k_begin, k_end, BLOCK_K):
         ks = k0 + k
-        w_ptrs = w_ptr + rows[:, None] * K + ks[None, :]
         x_ptrs = x_ptr + m[None, :] * x_stride + ks[:, None]
-        if EVEN_K:
-            w = tl.load(w_ptrs, eviction_policy="evict_first")
-            x = tl.load(x_ptrs, mask=m[None, :] < M, other=0.0)
+        x_mask = m[None, :] < M
+        if not EVEN_K:
+            x_mask &= ks[:, None] < k_end
+        if w_map is not None:
+            w = w_map.load([tile * BLOCK_N, k0])  # past the matrix: zeros
+        elif EVEN_K:
+            w = tl.load(w_ptr + rows[:, None] * K + ks[None, :], eviction_policy="evict_first")
         else:
-            w = tl.load(w_ptrs, mask=ks[None, :] < k_end, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptrs, mask=(m[None, :] < M) & (ks[:, None] < k_end), other=0.0)
+            w = tl.load(w_ptr + rows[:, None] * K + ks[None, :], mask=ks[None, :] < k_end, other=0.0)
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
         acc = tl.dot(w, x, acc, input_precision="ieee")
 
     writes = True
@@ -197,6 +205,7 @@ def small_gemm(
     _gemm_kernel[(tiles, tiling.splits)](
         x_MK,
         w_NK,
+        TensorDescriptor.from_tensor(w_NK, [tiling.block_n, tiling.block_k]) if tiling.bulk else None,
         x_scale_M,
         w_scale_N,
         bias_N,

@@ -10,10 +10,6 @@ with 128 issue slots. All three are exact.
 import triton
 import triton.language as tl
 
-INT8 = 0
-E4M3 = 1
-INT4 = 2
-
 # bfloat16 0x4300 is 128 and its neighbours are 1 apart, so 0x4300 | v is 128 + v for v < 128. With b the top bit,
 # int8 = (128 + low 7 bits) - (128 + 128 * b).  fma with -1 is a subtraction that Ampere has too.
 _INT8_ASM = tl.constexpr(
@@ -75,7 +71,7 @@ def _widen_slowly(words, PART: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.const
 @triton.jit
 def widen_words(words, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Give the four (int8, e4m3) or eight (int4) parts of each word as a tuple, lowest bits first."""
-    if ASSEMBLY and DTYPE == tl.bfloat16:
+    if ASSEMBLY and tl.bfloat16 == DTYPE:
         if KIND == 2:
             parts = tl.inline_asm_elementwise(
                 _INT4_ASM,

@@ -1,0 +1,147 @@
+"""Timing and parallel compilation for ``bench/kernels.py`` and ``bench/tune_kernels.py``."""
+
+import importlib
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+
+READ_TBPS = 4.3
+"""Measured read bandwidth of an H200, TB/s: what shares are shares of."""
+L2_BYTES = 60 << 20
+
+Launch = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the results. ``error`` is ||out - ref|| / ||ref||; ``other_us`` is torch's own way."""
+
+    name: str
+    us: float
+    bytes: float = 0.0
+    flops: float = 0.0
+    error: float = float("nan")
+    other_us: float = float("nan")
+
+    def line(self) -> str:
+        tbps = self.bytes / self.us * 1e-6
+        tflops = self.flops / self.us * 1e-6
+        return (
+            f"{self.name:<58} {self.us:9.2f} us {tbps:6.2f} TB/s {tbps / READ_TBPS:6.1%} {tflops:7.1f} TFLOP/s"
+            f"  err {self.error:.1e}  torch {self.other_us:9.2f} us"
+        )
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    out, reference = out.float(), reference.float()
+    return float((out - reference).norm() / reference.norm())
+
+
+def graph_us(launches: Sequence[Launch], replays: int = 7) -> float:
+    """Capture the launches in a CUDA graph and give the median microseconds of one of them.
+
+    Launches that read large inputs should rotate among several, together larger than the L2 cache.
+    """
+    launches[0]()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(launches))
+    return statistics.median(times)
+
+
+KERNEL_MODULES = tuple(
+    f"mgpu.worker.kernels.{name}"
+    for name in (
+        "activation",
+        "decode_attention",
+        "norm",
+        "prefill_attention",
+        "quantized_gemm",
+        "rope_cache",
+        "sample",
+        "small_gemm",
+        "step_inputs",
+    )
+)
+
+
+def set_overlap(enabled: bool) -> None:
+    """Launch all kernels with or without programmatic dependent launch from now on."""
+
+    def options(device: torch.device, num_warps: int, num_stages: int = 2) -> dict[str, int | bool]:
+        plain: dict[str, int | bool] = {"num_warps": num_warps, "num_stages": num_stages}
+        return {**plain, "launch_pdl": True} if enabled else plain
+
+    for name in KERNEL_MODULES:
+        module = importlib.import_module(name)
+        vars(module).update(overlaps_launches=lambda device: enabled, launch_options=options)
+
+
+class _NoDevice:
+    """Stands in for the CUDA driver, so that kernels compile for Hopper without touching a device."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def compile_only() -> None:
+    """Turn every kernel launch of this process into a compilation for Hopper."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(_NoDevice())
+    run = JITFunction.run
+
+    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    JITFunction.run = warm_up
+    torch.set_num_threads(1)
+
+
+Job = tuple[Callable[..., object], tuple[Any, ...]]
+
+
+def compile_job(job: Job, overlap: bool = True) -> str | None:
+    """Call ``function(cpu, *arguments)``; give the error as text."""
+    function, arguments = job
+    set_overlap(overlap)
+    try:
+        function(torch.device("cpu"), *arguments)
+    except Exception as error:  # a variant that does not compile is a result, not a failure
+        return f"{function.__name__}{arguments}: {type(error).__name__}: {str(error)[-300:]}"
+    return None
+
+
+def compile_all(jobs: Sequence[Job], without_overlap: Sequence[Job] = ()) -> list[str]:
+    """Fill Triton's cache from processes in which launches only compile; give the errors."""
+    workers = max(1, (os.cpu_count() or 2) - 1)
+    with ProcessPoolExecutor(workers, get_context("spawn"), compile_only) as pool:
+        pending = [pool.submit(compile_job, job, True) for job in jobs]
+        pending += [pool.submit(compile_job, job, False) for job in without_overlap]
+        return [error for future in pending if (error := future.result())]
