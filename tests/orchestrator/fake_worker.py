@@ -1,7 +1,8 @@
 """A worker process without torch: speaks CONTROL, executes plans on the fake model, fails on demand.
 
 FAKE_WORKER in the environment is a JSON map: ``num_blocks`` per rank; ``step_s``: seconds per step; ``fail``: "exit",
-"sigkill", "raise" or "hang", at ``fail_rank`` in ``fail_phase`` ("weights" or "steps", there at step ``fail_step``).
+"sigkill", "raise" or "hang", at ``fail_rank`` in ``fail_phase`` ("weights" or "steps", there at step ``fail_step``);
+``peers_fail``: the other ranks raise at that step, 50 ms later, as if a collective had lost its peer.
 """
 
 import json
@@ -51,7 +52,12 @@ def leave_at_end_of_stdin() -> None:
 
 
 def fail_if_asked(phase: str, step: int = 0) -> None:
-    if OPTIONS.get("fail_phase") != phase or OPTIONS.get("fail_rank", 0) != RANK or step < OPTIONS.get("fail_step", 0):
+    if OPTIONS.get("fail_phase") != phase or step < OPTIONS.get("fail_step", 0):
+        return
+    if OPTIONS.get("fail_rank", 0) != RANK:
+        if OPTIONS.get("peers_fail"):
+            time.sleep(0.05)
+            raise InjectedFailure(f"rank {RANK} lost its peer")
         return
     match OPTIONS["fail"]:
         case "sigkill":

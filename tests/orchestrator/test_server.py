@@ -168,8 +168,9 @@ def test_a_worker_that_fails_while_loading_ends_the_start(folder: Path) -> None:
         assert "worker 0 failed in phase weights: rank 0 was told to fail" in server.log
 
 
-def test_the_earliest_failure_is_reported(folder: Path) -> None:
-    options = {"fail": "sigkill", "fail_rank": 2, "fail_phase": "steps", "fail_step": 3}
+@pytest.mark.parametrize("how", ["sigkill", "exit", "raise"])
+def test_the_earliest_failure_is_reported_not_those_that_follow_from_it(folder: Path, how: str) -> None:
+    options = {"fail": how, "fail_rank": 2, "fail_phase": "steps", "fail_step": 3, "peers_fail": True}
     with running_server(folder, options, ranks_per_stage=3) as server:
         server.wait_ready()
         server.submit(1, [1, 2, 3], 100)
