@@ -94,6 +94,7 @@ class Client:
         answers within ``connect_timeout_s``.
         """
         self._timeout_s = timeout_s
+        self._connect_timeout_s = connect_timeout_s
         self._silence_timeout_s = silence_timeout_s
         self._thread = threading.get_ident()
         self._closed = False
@@ -102,7 +103,7 @@ class Client:
         self._poller.register(self._connection.socket, zmq.POLLIN)
         self._poller.register(self._connection.monitor, zmq.POLLIN)
         try:
-            self._connect(connect_timeout_s)
+            self._connect()
         except BaseException:
             self.close()
             raise
@@ -168,7 +169,7 @@ class Client:
     def _begin(self, values: dict[str, object]) -> CompletionStream:
         timeout_s = values["timeout_s"]
         assert isinstance(timeout_s, (int, float))
-        self._connect(CONNECT_TIMEOUT_S)
+        self._connect()
         answer = answer_to(values)
         self._connection.send(values)
         self._connection.answers[answer.id] = answer
@@ -194,7 +195,7 @@ class Client:
 
     def _query(self, kind: QueryKind, reply_type: type[R]) -> R:
         request_id = self._next_id()
-        self._connect(CONNECT_TIMEOUT_S)
+        self._connect()
         self._connection.send({"type": kind, "id": request_id})
         deadline_s = time.monotonic() + QUERY_TIMEOUT_S
         while True:
@@ -207,8 +208,9 @@ class Client:
             self._poll(left_s)
             self._connection.receive()
 
-    def _connect(self, timeout_s: float) -> None:
-        """Wait until the handshake is through. ServerUnreachable when it is not within ``timeout_s``."""
+    def _connect(self) -> None:
+        """Wait until the handshake is through, also again after a disconnection. ServerUnreachable when it is not."""
+        timeout_s = self._connect_timeout_s
         deadline_s = time.monotonic() + timeout_s
         self._connection.receive()
         while not self._connection.connected:

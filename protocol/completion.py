@@ -197,7 +197,7 @@ class Answer:
         if self.error is not None:
             raise self.error
         if self._finished is None:
-            raise MgpuError("the answer is not complete yet")
+            raise MgpuError("the answer is not complete: its stream was closed, or has not ended yet")
         reasons = self._finished.finish_reasons
         choices = [self._choice(index, reasons[index]) for index in range(len(self._parts))]
         accepted = self.accepted or Accepted(self.id, "", self._finished.prompt_tokens, 0, 0)

@@ -71,10 +71,10 @@ class Connection:
             frames = wire.pack(values)
         except ValueError as error:
             raise RequestFailed("bad_request", str(error)) from None
-        if len(frames[1]) > wire.MAX_FRAME_BYTES:
+        if len(frames[1]) > wire.FROM_CLIENT.frame_bytes:
             raise RequestFailed(
                 "bad_request",
-                f"the request has {len(frames[1])} bytes, the limit is {wire.MAX_FRAME_BYTES}",
+                f"the request has {len(frames[1])} bytes, the limit is {wire.FROM_CLIENT.frame_bytes}",
             )
         try:
             self.socket.send_multipart(frames, zmq.NOBLOCK)
@@ -99,7 +99,7 @@ class Connection:
 
     def _dispatch(self, frames: list[bytes]) -> None:
         try:
-            message = parse_server_message(wire.unpack(frames, wire.MAX_REPLY_BYTES, wire.MAX_REPLY_CONTAINERS))
+            message = parse_server_message(wire.unpack(frames, wire.FROM_SERVER))
             self._deliver(message)
         except (wire.WireError, FieldError) as error:
             self.fail_all(MgpuError(f"the server at {self.endpoint} does not speak this protocol: {error}"))

@@ -5,6 +5,7 @@ decoded; the limits below hold for what a hostile peer may send.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import msgpack
@@ -13,14 +14,22 @@ import zmq
 VERSION = b"mgpu1"
 MAX_FRAMES = 4
 """Frames of one message that are looked at; a longer message is refused unread."""
-MAX_FRAME_BYTES = 1 << 20
-MAX_ARRAY_ITEMS = 1 << 16
-MAX_MAP_ITEMS = 64
-MAX_CONTAINERS = 1 << 13
-"""Arrays and maps in a client's message: a megabyte of tiny arrays would otherwise take a third of a second."""
-MAX_REPLY_BYTES = 16 << 20
-MAX_REPLY_CONTAINERS = 1 << 18
-"""A server's message is larger: log-probabilities of 20 candidates for hundreds of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one message may hold."""
+
+    frame_bytes: int
+    array_items: int
+    map_items: int
+    containers: int
+    """Arrays and maps together: a megabyte of tiny arrays would otherwise take a third of a second to decode."""
+
+
+FROM_CLIENT = Limits(frame_bytes=1 << 20, array_items=1 << 16, map_items=64, containers=1 << 13)
+FROM_SERVER = Limits(frame_bytes=16 << 20, array_items=1 << 16, map_items=1 << 12, containers=1 << 18)
+"""Larger: log-probabilities of 20 candidates for hundreds of tokens."""
 
 HEARTBEAT_INTERVAL_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
@@ -43,30 +52,28 @@ def pack(values: Mapping[str, object]) -> list[bytes]:
         raise ValueError(f"cannot be sent: {error}") from None
 
 
-def unpack(
-    frames: list[bytes], max_bytes: int = MAX_FRAME_BYTES, max_containers: int = MAX_CONTAINERS
-) -> dict[object, object]:
+def unpack(frames: list[bytes], limits: Limits = FROM_CLIENT) -> dict[object, object]:
     """Decode one message within the limits. WireError for anything else, whatever the bytes are."""
     if not frames or frames[0] != VERSION:
         raise WireError("bad_version", f"the first frame must be {VERSION.decode()!r}, got {_head(frames)}")
     if len(frames) != 2:
         raise WireError("bad_request", f"a message is 2 frames, version and map, got {_count(frames)}")
-    if len(frames[1]) > max_bytes:
-        raise WireError("bad_request", f"the message has {len(frames[1])} bytes, the limit is {max_bytes}")
-    data = _decode(frames[1], max_containers)
+    if len(frames[1]) > limits.frame_bytes:
+        raise WireError("bad_request", f"the message has {len(frames[1])} bytes, the limit is {limits.frame_bytes}")
+    data = _decode(frames[1], limits)
     if not isinstance(data, dict):
         raise WireError("bad_request", f"a message is a MessagePack map, got {type(data).__name__}")
     return data
 
 
-def _decode(body: bytes, max_containers: int) -> object:
+def _decode(body: bytes, limits: Limits) -> object:
     containers = 0
 
     def count(value: Any) -> Any:
         nonlocal containers
         containers += 1
-        if containers > max_containers:
-            raise ValueError(f"more than {max_containers} arrays and maps")
+        if containers > limits.containers:
+            raise ValueError(f"more than {limits.containers} arrays and maps")
         return value
 
     try:
@@ -76,8 +83,8 @@ def _decode(body: bytes, max_containers: int) -> object:
             strict_map_key=True,
             list_hook=count,
             object_hook=count,
-            max_array_len=MAX_ARRAY_ITEMS,
-            max_map_len=MAX_MAP_ITEMS,
+            max_array_len=limits.array_items,
+            max_map_len=limits.map_items,
             max_ext_len=0,
         )
     except Exception as error:  # hostile bytes: msgpack raises half a dozen unrelated classes for them

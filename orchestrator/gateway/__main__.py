@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import resource
 import select
 import shutil
 import signal
@@ -17,6 +18,9 @@ from mgpu.orchestrator.gateway.jobs import Jobs
 from mgpu.protocol.link import LINK, GatewayFailure, GatewaySpec
 
 _PR_SET_PDEATHSIG = 1
+_PARENT_DEATH_S = 0.5
+"""The death signal comes when the parent's first thread is gone, somewhat before the parent itself is."""
+_MANY_FILES = 1 << 16
 _MAX_SPEC_BYTES = 1 << 20
 LINK_LINGER_MS = 1000
 
@@ -25,8 +29,9 @@ def main() -> int:
     """Run until the parent closes standard input or SIGTERM comes; 1 after a failure, which the parent is told."""
     logging.basicConfig(level=logging.INFO, format="gateway: %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
-    parent = os.getppid()
+    parent_fds = [sys.stdin.fileno(), os.pidfd_open(os.getppid())]
     _die_with_parent()
+    _allow_many_connections()
     spec = _read_spec(sys.stdin.fileno())
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link = context.socket(zmq.DEALER)
@@ -35,7 +40,7 @@ def main() -> int:
     link.setsockopt(zmq.RCVHWM, 0)
     link.connect(spec.link)
     try:
-        _serve(spec, context, link)
+        _serve(spec, context, link, parent_fds)
     except Exception as error:  # the process edge: whatever happened, the parent is told why
         traceback.print_exc()
         link.send(LINK.encode(GatewayFailure(str(error) or type(error).__name__, traceback.format_exc())))
@@ -43,25 +48,39 @@ def main() -> int:
     finally:
         link.close()
         context.term()
-        if os.getppid() != parent or _is_at_end(sys.stdin.fileno()):  # nobody else is left to clean up
+        if select.select(parent_fds, [], [], _PARENT_DEATH_S)[0]:  # nobody else is left to clean up
             shutil.rmtree(spec.runtime_dir, ignore_errors=True)
     return 0
 
 
-def _serve(spec: GatewaySpec, context: "zmq.Context[zmq.Socket[bytes]]", link: "zmq.Socket[bytes]") -> None:
+def _serve(
+    spec: GatewaySpec, context: "zmq.Context[zmq.Socket[bytes]]", link: "zmq.Socket[bytes]", parent_fds: list[int]
+) -> None:
     front = Front(context, spec.bind, spec.max_request_bytes)
     jobs = Jobs()
-    gateway = Gateway(spec, link, front, jobs, sys.stdin.fileno())
+    gateway = Gateway(spec, link, front, jobs, parent_fds)
     # Python runs a handler only between two of its own steps; a signal just before the loop starts to wait would be
     # noticed at the next message. The descriptor is written by the C handler and ends the wait.
     signal.set_wakeup_fd(jobs.wake_fd, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: gateway.stop())
     gateway.run()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # we are leaving; the kernel sends one for each thread of the parent
 
 
 def _die_with_parent() -> None:
     """Ask for SIGTERM when the parent dies, in case something else keeps its end of our standard input open."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _allow_many_connections() -> None:
+    """Use all file descriptors that the system allows.
+
+    libzmq (4.3.5, ipc_listener.cpp) aborts the process when accepting a connection fails with EMFILE, so the soft limit
+    of usually 1024 must not be what a few hundred clients run into.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    soft = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _read_spec(fd: int) -> GatewaySpec:
@@ -84,10 +103,6 @@ def _read_exactly(fd: int, size: int) -> bytes:
             raise SystemExit("standard input ended before the spec; this command is started by mgpu-launch serve")
         data += chunk
     return data
-
-
-def _is_at_end(fd: int) -> bool:
-    return bool(select.select([fd], [], [], 0)[0])
 
 
 if __name__ == "__main__":

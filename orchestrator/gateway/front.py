@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import zmq
@@ -34,7 +34,7 @@ class Front:
         wire.set_server_options(self.socket, max_bytes)
         self.socket.setsockopt(zmq.ZAP_DOMAIN, zap.DOMAIN)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
-        self._max_bytes = max_bytes
+        self._limits = replace(wire.FROM_CLIENT, frame_bytes=max_bytes)
         self._backlogs: dict[bytes, _Backlog] = {}
         self._lost: dict[bytes, Loss] = {}
         try:
@@ -62,7 +62,7 @@ class Front:
 
     def unpack(self, frames: list[bytes]) -> dict[object, object]:
         """Decode what `receive` gave. WireError for anything that is not a message."""
-        return wire.unpack(frames, self._max_bytes)
+        return wire.unpack(frames, self._limits)
 
     def send(self, client: bytes, values: Mapping[str, object]) -> None:
         """Send one message or keep it for later; never waits, never raises. See `take_lost`."""

@@ -6,7 +6,7 @@ engine step brings tokens, which become text and go out; it ends in one `Finishe
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -60,13 +60,15 @@ log = logging.getLogger(__name__)
 class Gateway:
     """Owns all state of the process; one thread. ``run`` returns after ``stop`` or when the parent is gone."""
 
-    def __init__(self, spec: GatewaySpec, link: "zmq.Socket[Any]", front: Front, jobs: Jobs, parent_fd: int) -> None:
-        """``parent_fd`` becomes readable when the parent is gone. ``front`` and ``jobs`` are closed at the end."""
+    def __init__(
+        self, spec: GatewaySpec, link: "zmq.Socket[Any]", front: Front, jobs: Jobs, parent_fds: Sequence[int]
+    ) -> None:
+        """``parent_fds`` become readable when the parent is gone. ``front`` and ``jobs`` are closed at the end."""
         self._spec = spec
         self._link = link
         self._front = front
         self._jobs = jobs
-        self._parent_fd = parent_fd
+        self._parent_fds = tuple(parent_fds)
         self._codec: TextCodec | None = None
         self._is_loaded = False
         self._info: EngineInfo | None = None
@@ -83,12 +85,14 @@ class Gateway:
     def run(self) -> None:
         """Load the tokenizer, say `GatewayReady`, then serve. Raises what made loading fail."""
         poller = zmq.Poller()
-        for source in (self._link, self._front.socket, self._front.doorkeeper.socket, self._jobs.fd, self._parent_fd):
-            poller.register(source, zmq.POLLIN)
+        for socket in (self._link, self._front.socket, self._front.doorkeeper.socket):
+            poller.register(socket, zmq.POLLIN)
+        for fd in (self._jobs.fd, *self._parent_fds):
+            poller.register(fd, zmq.POLLIN)
         self._jobs.start(self._load, self._loaded)
         while self._running:
             ready = dict(poller.poll(self._wait_ms()))
-            if self._parent_fd in ready:  # nothing follows the spec, so readable means end of file
+            if not ready.keys().isdisjoint(self._parent_fds):
                 self.stop()
             self._front.doorkeeper.answer()
             self._jobs.finish()

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgpu.protocol.wire import MAX_FRAME_BYTES, VERSION, WireError, pack, unpack
+from mgpu.protocol.wire import FROM_CLIENT, VERSION, WireError, pack, unpack
+
+MAX_FRAME_BYTES = FROM_CLIENT.frame_bytes
 
 
 def test_a_message_survives_packing() -> None:

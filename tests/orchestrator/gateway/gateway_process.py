@@ -199,7 +199,10 @@ class FakeEngine:
 class GatewayProcess:
     """Start `python -m mgpu.orchestrator.gateway` as the orchestrator does. A context manager."""
 
-    def __init__(self, model: Path, *, bind: str | None = None, ready: bool = True, **spec: Any) -> None:
+    def __init__(
+        self, model: Path, *, bind: str | None = None, ready: bool = True, before: str = "", **spec: Any
+    ) -> None:
+        """``before`` is shell code, such as a ulimit; ``spec`` overrides fields of the GatewaySpec."""
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="mgpu-test-"))
         self.engine = FakeEngine(f"ipc://{self.runtime_dir}/link")
         self.engine.start()
@@ -216,7 +219,7 @@ class GatewayProcess:
             **spec,
         }
         data = LINK.encode(GatewaySpec(**values))
-        command = [sys.executable, "-m", "mgpu.orchestrator.gateway"]
+        command = ["sh", "-c", f'{before} exec "$0" -m mgpu.orchestrator.gateway', sys.executable]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         assert self.process.stdin is not None
         self.process.stdin.write(len(data).to_bytes(4, "little") + data)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -178,3 +179,43 @@ def test_a_peer_with_the_routing_id_of_another_gets_nothing(model_folder: Path) 
         for each in sockets:
             each.close()
     context.term()
+
+
+def test_more_half_open_connections_than_the_usual_limit_of_files_do_no_harm(model_folder: Path) -> None:
+    with GatewayProcess(model_folder, before="ulimit -S -n 256;") as gateway:
+        path = gateway.endpoint.removeprefix("ipc://")
+        idle = [socket.socket(socket.AF_UNIX) for _ in range(400)]
+        for each in idle:
+            each.connect(path)
+            each.sendall(b"\xff\0\0\0\0\0\0\0\1\x7f")  # the first half of a greeting
+        with Client(gateway.endpoint) as client:
+            assert client.generate([1], max_tokens=1).token_ids == (1,)
+        for each in idle:
+            each.close()
+
+
+def test_a_parent_killed_outright_leaves_neither_process_nor_folder(tmp_path: Path, model_folder: Path) -> None:
+    """Even when another process holds the other end of the gateway's standard input, so that it never ends."""
+    source = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import subprocess
+from gateway_process import GatewayProcess
+gateway = GatewayProcess(Path({str(model_folder)!r}))
+holder = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                          pass_fds=[gateway.process.stdin.fileno()])
+print(gateway.process.pid, holder.pid, gateway.runtime_dir, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        gateway_pid, holder_pid, runtime_dir = parent.stdout.readline().split()
+        ended = os.pidfd_open(int(gateway_pid))
+        parent.kill()
+    try:
+        assert select.select([ended], [], [], DEADLINE_S)[0], "the gateway outlives its parent"
+        assert not Path(runtime_dir).exists(), list(Path(runtime_dir).iterdir())
+    finally:
+        os.close(ended)
+        os.kill(int(holder_pid), signal.SIGKILL)
