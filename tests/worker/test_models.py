@@ -106,7 +106,12 @@ def test_tied_embedding_is_held_once_when_the_stage_has_both_ends(tiny_model: Ma
     assert first.head is None
     assert last.embedding is None
     assert last.head is not None
-    torch.testing.assert_close(last.head.weight, whole.head.weight)
+    x_SD = torch.randn(3, 64)
+    torch.testing.assert_close(last.head.logits(x_SD), whole.head.logits(x_SD))
+    matrix_bytes = 4 * 101 * 64
+    layers_bytes = 3 * 4 * (64 * (64 + 2 * 32) + 64 + 2 * 32 + 64 * 64 + 3 * 64 * 94 + 2 * 64)
+    assert whole.weight_bytes() <= layers_bytes + 4 * 64 + 2 * matrix_bytes
+    assert first.weight_bytes() + last.weight_bytes() == layers_bytes + 4 * 64 + 2 * matrix_bytes
 
 
 def test_dummy_weights_are_reproducible_and_give_finite_logits(tiny_model: MakeModel) -> None:

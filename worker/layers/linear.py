@@ -52,6 +52,11 @@ class Linear(nn.Module):
             del self.weight
             self.weight = packed
 
+    def weight_bytes(self) -> int:
+        """Give the memory of weight and bias."""
+        held = self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+        return held * self.weight.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class RowSlice:

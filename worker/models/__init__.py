@@ -10,13 +10,10 @@ from mgpu.protocol.checkpoint import Checkpoint
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import RankPlace
 from mgpu.worker.collectives import TensorParallelGroup
-from mgpu.worker.layers.linear import Linear
-from mgpu.worker.layers.norm import RMSNorm
-from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.gemma3 import Gemma3Layer
 from mgpu.worker.models.llama import LlamaLayer
-from mgpu.worker.models.stage import BuildContext, DecoderStage
+from mgpu.worker.models.stage import WEIGHT_HOLDERS, BuildContext, DecoderStage
 
 __all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "load_weights"]
 
@@ -45,7 +42,7 @@ def load_weights(stage: DecoderStage, checkpoint: Checkpoint, progress: Callable
     """
     with WeightReader(checkpoint, progress) as reader:
         stage.load(reader)
-    _finalize(stage)
+    stage.finalize()
     return reader.bytes_read
 
 
@@ -53,19 +50,13 @@ def load_weights(stage: DecoderStage, checkpoint: Checkpoint, progress: Callable
 def init_dummy_weights(stage: DecoderStage, seed: int) -> None:
     """Fill the weights with noise of a sensible scale, in place; the same for the same seed and layout."""
     for name, module in stage.named_modules():
-        if isinstance(module, (Linear, RMSNorm, VocabParallel)):
+        if isinstance(module, WEIGHT_HOLDERS):
             generator = torch.Generator(_device_of(module))
             # The CPU generator looks at 32 bits of a seed only, so both parts must be mixed into them.
             generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             module.init_dummy(generator)
-    _finalize(stage)
+    stage.finalize()
 
 
 def _device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def _finalize(stage: DecoderStage) -> None:
-    for module in stage.modules():
-        if isinstance(module, Linear):
-            module.finalize()

@@ -14,10 +14,14 @@ from mgpu.worker.attention import StepAttention, select_backend
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kv_cache import KvCache, LayerCache
+from mgpu.worker.layers.linear import Linear
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.rotary import RotaryEmbedding, Rotation
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
+
+WEIGHT_HOLDERS = (Linear, RMSNorm, VocabParallel)
+"""The modules that own weights; all others are wiring."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ class DecoderStage(nn.Module):
 
     def run_layers(self, x_TD: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
         """Run this stage's layers; ``x`` is overwritten, the result is what the next stage or `logits` takes."""
-        attention = self._attention_backend(batch, cache.block_size)
+        attention = self._attention_backend.begin_step(batch, cache.block_size)
         rotations = {sliding: self._rotary[sliding](batch.positions, self.dtype) for sliding in set(self._is_sliding)}
         delta_TD: Tensor | None = None
         for layer, sliding, layer_cache in zip(self.layers, self._is_sliding, cache.layers, strict=True):
@@ -121,6 +125,18 @@ class DecoderStage(nn.Module):
             self.norm.load(reader, "model.norm")
             if self.head is not self.embedding:
                 self.head.load(reader, "model.embed_tokens" if self.facts.tie_embeddings else "lm_head")
+
+    def finalize(self) -> None:
+        """Repack all weights for the device; called once, when they are loaded."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.finalize()
+        if self.head is not None:
+            self.head.finalize_head(is_embedding_too=self.head is self.embedding)
+
+    def weight_bytes(self) -> int:
+        """Give the memory of all weights, packed ones included; a tied matrix counts once."""
+        return sum(module.weight_bytes() for module in self.modules() if isinstance(module, WEIGHT_HOLDERS))
 
     def _numbered_layers(self) -> Iterator[tuple[int, DecoderLayer]]:
         return zip(self.layer_range, self.layers, strict=True)  # type: ignore[arg-type]

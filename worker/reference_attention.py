@@ -1,0 +1,195 @@
+"""Attention in plain torch, for every device and dtype: gather what each row sees, then torch's fused attention.
+
+Rows with one new token (decoding) are computed together, the query heads of a KV head being the queries of one call.
+Rows with more (prefill) are computed one by one. Keys are never copied once per query head.
+"""
+
+# T tokens, R rows of one decoding group, H query heads, J KV heads, G = H / J query heads per KV head, K head dim,
+# S longest context that the rows see, Q new tokens of one prefill row, N slots of the cache
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgpu.worker.attention import AttentionSpec
+from mgpu.worker.batch import StepBatch
+from mgpu.worker.kv_cache import LayerCache
+
+_SHORT_CONTEXT = 256
+"""Rows with contexts up to this length are padded alike; longer ones only to those less than twice theirs."""
+
+
+class ReferenceBackend:
+    """Keeps the memory that contexts are gathered into: fresh pages for each layer cost more than the gathering."""
+
+    def __init__(self) -> None:
+        self._scratch: dict[str, Tensor] = {}
+
+    def begin_step(self, batch: StepBatch, block_size: int) -> "ReferenceStep":
+        return ReferenceStep(self, batch, block_size)
+
+    def gather(self, store_NJK: Tensor, slots: Tensor, purpose: str) -> Tensor:
+        """Copy slots of a cache into this purpose's scratch memory, valid until the next call for it."""
+        shape = (len(slots), *store_NJK.shape[1:])
+        size = shape[0] * shape[1] * shape[2]
+        scratch = self._scratch.get(purpose)
+        if scratch is None or scratch.numel() < size or scratch.dtype != store_NJK.dtype:
+            scratch = store_NJK.new_empty(size + size // 2)
+            self._scratch[purpose] = scratch
+        return torch.index_select(store_NJK, 0, slots, out=scratch[:size].view(shape))
+
+
+@dataclass(slots=True)
+class _View:
+    """What a group of rows sees of the cache in the layers of one window."""
+
+    slots: Tensor | None
+    """int64 [R * S]; None: exactly the new tokens of the (prefill) row.
+
+    Places past a row's context repeat its last token, so that nothing unwritten is ever read.
+    """
+    mask: Tensor | None
+    """[R, 1, 1, S], added to the scores, or for prefill bool [Q, S]. None: everything, or for prefill causal."""
+
+
+@dataclass(slots=True)
+class _DecodeGroup:
+    rows: list[int]
+    tokens: Tensor | None
+    """int64 [R]: the rows' tokens; None where they are all tokens of the step, in order."""
+    views: dict[int | None, _View] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _PrefillRow:
+    row: int
+    start: int
+    end: int
+    context_len: int
+    views: dict[int | None, _View] = field(default_factory=dict)
+
+
+class ReferenceStep:
+    """One step. Views depend on the window only, so the first layer of each window makes them for the others."""
+
+    def __init__(self, backend: ReferenceBackend, batch: StepBatch, block_size: int) -> None:
+        self._backend = backend
+        self._batch = batch
+        self._block_size = block_size
+        self._device = batch.slots.device
+        self._prefill: list[_PrefillRow] = []
+        decode_tokens: dict[int, int] = {}
+        start = 0
+        for row, count in enumerate(batch.query_lens_host):
+            if count == 1:
+                decode_tokens[row] = start
+            elif count > 1:
+                self._prefill.append(_PrefillRow(row, start, start + count, batch.context_lens_host[row]))
+            start += count
+        self._decode = self._group_by_length(decode_tokens)
+
+    def _group_by_length(self, decode_tokens: dict[int, int]) -> list[_DecodeGroup]:
+        by_length: defaultdict[int, list[int]] = defaultdict(list)
+        for row in decode_tokens:
+            by_length[max(_SHORT_CONTEXT, self._batch.context_lens_host[row] - 1).bit_length()].append(row)
+        if len(by_length) == 1 and not self._prefill:
+            return [_DecodeGroup(list(decode_tokens), None)]
+        return [
+            _DecodeGroup(rows, torch.tensor([decode_tokens[row] for row in rows], device=self._device))
+            for rows in by_length.values()
+        ]
+
+    def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
+        stores = cache.k_NBJK.flatten(0, 1), cache.v_NBJK.flatten(0, 1)
+        stores[0].index_copy_(0, self._batch.slots, k_TJK)
+        stores[1].index_copy_(0, self._batch.slots, v_TJK)
+        if len(self._decode) == 1 and self._decode[0].tokens is None:
+            return self._attend_decode(self._decode[0], q_THK, stores, spec)
+        out_THK = torch.empty_like(q_THK, memory_format=torch.contiguous_format)
+        for group in self._decode:
+            assert group.tokens is not None
+            out_RHK = self._attend_decode(group, q_THK.index_select(0, group.tokens), stores, spec)
+            out_THK.index_copy_(0, group.tokens, out_RHK)
+        for row in self._prefill:
+            new = slice(row.start, row.end)
+            out_THK[new] = self._attend_prefill(row, q_THK[new], (k_TJK[new], v_TJK[new]), stores, spec)
+        return out_THK
+
+    def _attend_decode(
+        self, group: _DecodeGroup, q_RHK: Tensor, stores: tuple[Tensor, Tensor], spec: AttentionSpec
+    ) -> Tensor:
+        if spec.window not in group.views:
+            group.views[spec.window] = self._decode_view(group, spec.window, q_RHK.dtype)
+        view = group.views[spec.window]
+        assert view.slots is not None
+        rows, num_q, dim = q_RHK.shape
+        num_kv = stores[0].shape[1]
+        k_RJSK = self._backend.gather(stores[0], view.slots, "k").view(rows, -1, num_kv, dim).transpose(1, 2)
+        v_RJSK = self._backend.gather(stores[1], view.slots, "v").view(rows, -1, num_kv, dim).transpose(1, 2)
+        q_RJGK = q_RHK.reshape(rows, num_kv, num_q // num_kv, dim)
+        out_RJGK = F.scaled_dot_product_attention(q_RJGK, k_RJSK, v_RJSK, attn_mask=view.mask, scale=spec.scale)
+        return out_RJGK.reshape(rows, num_q, dim)
+
+    def _decode_view(self, group: _DecodeGroup, window: int | None, dtype: torch.dtype) -> _View:
+        lens = [self._batch.context_lens_host[row] for row in group.rows]
+        seen = [min(count, window) if window is not None else count for count in lens]
+        tables_RB = self._batch.block_tables
+        if group.tokens is not None:
+            tables_RB = tables_RB[torch.tensor(group.rows, device=self._device)]
+        ends_R1 = torch.tensor(lens, device=self._device).unsqueeze(1)
+        starts_R1 = ends_R1 - torch.tensor(seen, device=self._device).unsqueeze(1)
+        places_RS = starts_R1 + torch.arange(max(seen), device=self._device)
+        slots_RS = self._slots(places_RS.minimum(ends_R1 - 1), tables_RB)
+        if min(seen) == max(seen):
+            return _View(slots_RS.flatten(), None)
+        mask_RS = torch.zeros(places_RS.shape, dtype=dtype, device=self._device)
+        mask_RS.masked_fill_(places_RS >= ends_R1, -torch.inf)
+        return _View(slots_RS.flatten(), mask_RS[:, None, None, :])
+
+    def _attend_prefill(
+        self,
+        row: _PrefillRow,
+        q_QHK: Tensor,
+        new: tuple[Tensor, Tensor],
+        stores: tuple[Tensor, Tensor],
+        spec: AttentionSpec,
+    ) -> Tensor:
+        if spec.window not in row.views:
+            row.views[spec.window] = self._prefill_view(row, spec.window)
+        view = row.views[spec.window]
+        k_SJK, v_SJK = new
+        if view.slots is not None:
+            k_SJK = self._backend.gather(stores[0], view.slots, "k")
+            v_SJK = self._backend.gather(stores[1], view.slots, "v")
+        num_kv = k_SJK.shape[1]
+        groups = q_QHK.shape[1] // num_kv
+        q_JGQK = q_QHK.view(len(q_QHK), num_kv, groups, -1).permute(1, 2, 0, 3)
+        k_JGSK = k_SJK.transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
+        v_JGSK = v_SJK.transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
+        out_JGQK = F.scaled_dot_product_attention(
+            q_JGQK, k_JGSK, v_JGSK, attn_mask=view.mask, is_causal=view.mask is None, scale=spec.scale
+        )
+        return out_JGQK.permute(2, 0, 1, 3).reshape(q_QHK.shape)
+
+    def _prefill_view(self, row: _PrefillRow, window: int | None) -> _View:
+        first_query = row.context_len - (row.end - row.start)
+        if first_query == 0 and (window is None or row.context_len <= window):
+            return _View(None, None)
+        first_key = max(0, first_query - window + 1) if window is not None else 0
+        keys_1S = torch.arange(first_key, row.context_len, device=self._device).unsqueeze(0)
+        queries_Q1 = torch.arange(first_query, row.context_len, device=self._device).unsqueeze(1)
+        mask_QS = keys_1S <= queries_Q1
+        if window is not None:
+            mask_QS &= keys_1S > queries_Q1 - window
+        if first_query == 0:
+            return _View(None, mask_QS)
+        table_1B = self._batch.block_tables[row.row : row.row + 1]
+        return _View(self._slots(keys_1S, table_1B).flatten(), mask_QS)
+
+    def _slots(self, places_RS: Tensor, tables_RB: Tensor) -> Tensor:
+        """Turn positions in each row's context into slots of the cache."""
+        blocks_RS = tables_RB.long().gather(1, places_RS // self._block_size)
+        return blocks_RS * self._block_size + places_RS % self._block_size
