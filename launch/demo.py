@@ -25,8 +25,8 @@ def demo_command(question: str, max_tokens: int) -> None:
     machine = find_machine("auto")
     if machine.kind == "cpu":
         arguments += ["--device", "cpu", "--workers", str(CPU_WORKERS)]
-    elif 9 % len(machine.devices):
-        arguments += ["--tp", "1"]  # 9 query heads split over 1, 3 or 9 GPUs
+    elif len(machine.devices) not in (1, 3, 9):
+        arguments += ["--tp", "1"]  # 9 query heads and 3 KV heads split over 1, 3 or 9 GPUs
     click.secho(f"$ mgpu-launch serve {' '.join(arguments)}", bold=True)
     try:
         with ServerProcess(*arguments, quiet=False) as server:

@@ -61,7 +61,7 @@ def server_config(config: ServeConfig, planned: PlannedModel) -> ServerConfig:
         max_batch_tokens=config.max_batch_tokens,
         max_seq_len=plan.max_seq_len,
         memory_fraction=config.memory_fraction,
-        kv_bytes=int(config.kv_memory),
+        kv_bytes=plan.worker_kv_bytes,
         prefix_cache=config.prefix_cache,
         drain_timeout_s=config.drain_timeout,
         worker_timeout_s=config.worker_timeout,

@@ -15,9 +15,8 @@ CPU_POOL_BYTES = 2 << 30
 CPU_POOL_SHARE = 0.25
 """KV cache of a CPU worker, unless told otherwise: the lesser of this size and this share of the free memory."""
 
-_COLUMN_SPLIT = ("q_proj", "gate_proj", "up_proj")
 _KV_SPLIT = ("k_proj", "v_proj")
-_ROW_SPLIT = ("o_proj", "down_proj")
+_MLP_SPLIT = ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +33,14 @@ def layer_elements(facts: ModelFacts, tp_size: int) -> int:
 
 
 def _share(facts: ModelFacts, name: str, elements: int, tp_size: int) -> int:
-    """Give a rank's part of one tensor; norms, and biases that are added after the sum, are whole on every rank."""
+    """Give a rank's part of one tensor, the largest where shares differ.
+
+    Norms, and biases that are added after the sum, are whole on every rank.
+    """
     module, kind = name.split(".")[-2:]
-    if module in _COLUMN_SPLIT or (module in _ROW_SPLIT and kind == "weight"):
+    if module in _MLP_SPLIT or (module == "down_proj" and kind == "weight"):
+        return elements // facts.intermediate_size * -(-facts.intermediate_size // tp_size)
+    if module == "q_proj" or (module == "o_proj" and kind == "weight"):
         return elements // tp_size
     if module in _KV_SPLIT:
         held = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size).num_kv

@@ -55,9 +55,9 @@ ONE_HEAD = make_facts(q=1, kv=1, layers=6, hidden=64, width=128, head_dim=64, vo
         (LLAMA_70B, (1, 2, 4, 8, 16, 32, 64)),
         (LLAMA_8B, (1, 2, 4, 8, 16, 32)),
         (LLAMA2_7B, (1, 2, 4, 8, 16, 32)),
-        (QWEN25_05B, (1, 2)),  # 14 query heads, but 7 and 14 do not divide the MLP width of 4864
-        (QWEN25_7B, (1, 2, 4)),  # 28 ranks would fit the heads, 18944 is not a multiple of 7
-        (SMOLLM2, (1, 3)),
+        (QWEN25_05B, (1, 2, 14)),  # 7 ranks do not share 2 KV heads; 14 shares of the MLP differ by a column
+        (QWEN25_7B, (1, 2, 4, 28)),
+        (SMOLLM2, (1, 3, 9)),
         (GEMMA3_270M, (1, 2, 4)),
         (ONE_HEAD, (1,)),
         (make_facts(q=6, kv=6, width=6 * 64), (1, 2, 3, 6)),
@@ -143,7 +143,7 @@ def test_the_visible_count_is_never_lowered_silently() -> None:
     assert "2 GPUs cannot split" in message
     assert "9 query heads % 2 = 1" in message
     assert "3 KV heads % 2 = 1" in message
-    assert "Compatible sizes: 1, 3." in message
+    assert "Compatible sizes: 1, 3, 9." in message
     assert "CUDA_VISIBLE_DEVICES=0 " in message
 
 
@@ -159,7 +159,7 @@ def test_the_error_offers_a_layer_map_that_works() -> None:
     assert plan(QWEN3_32B, machine, Wish(device_layers=match[1])).mode == "layer-mapped"
 
 
-@pytest.mark.parametrize(("count", "best"), [(2, 1), (4, 3), (9, 3)])
+@pytest.mark.parametrize(("count", "best"), [(2, 1), (4, 3), (8, 3)])
 def test_cpu_workers_are_told_how_many_would_work(count: int, best: int) -> None:
     message = refusal(SMOLLM2, cpus(count))
     assert f"{count} CPU workers" in message
@@ -167,10 +167,15 @@ def test_cpu_workers_are_told_how_many_would_work(count: int, best: int) -> None
     assert "CUDA" not in message
 
 
-def test_only_the_mlp_width_may_stand_in_the_way() -> None:
-    message = refusal(SMOLLM2, cpus(9))
-    assert "MLP width 1536 % 9 = 6" in message
-    assert "query heads %" not in message
+def test_an_mlp_width_that_does_not_divide_is_split_unevenly() -> None:
+    rows = plan(SMOLLM2, cpus(9), Wish()).rows
+    assert len(rows) == 9
+    assert {row.heads.num_q for row in rows} == {1}
+
+
+def test_an_mlp_narrower_than_the_ranks_is_refused() -> None:
+    message = refusal(make_facts(q=8, kv=8, layers=2, hidden=64, width=4, head_dim=8, vocab=100, context=64), cpus(8))
+    assert "MLP width 4 < 8 ranks" in message
 
 
 def test_a_vocabulary_that_does_not_divide_is_padded() -> None:

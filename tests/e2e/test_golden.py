@@ -1,0 +1,42 @@
+"""Greedy tokens through the whole server equal the reference, in fp32, on every kind of layout."""
+
+import pytest
+from golden_prompts import golden
+
+from mgpu import Client
+from mgpu.launch.server_process import running_server
+
+SMOLLM2_LAYOUTS = {
+    "one worker": ["--workers", "1"],
+    "tensor-parallel over 3": ["--workers", "3"],
+    "layer-mapped over 2, uneven": ["-n", "0:11;1:19"],
+    "layer-mapped over 4, uneven": ["-n", "0:3;1:10;2:9;3:8"],
+    "two stages of three": ["-n", "0+1+2:13;3+4+5:17"],
+}
+GEMMA3_LAYOUTS = {
+    "one worker": ["--workers", "1"],
+    "KV head on two ranks": ["--workers", "2"],
+    "KV head on four ranks": ["--workers", "4"],
+}
+
+
+def assert_golden(path: str, name: str, arguments: list[str]) -> None:
+    with (
+        running_server("-m", path, "--device", "cpu", "--max-seq-len", "512", *arguments) as endpoint,
+        Client(endpoint) as client,
+    ):
+        for prompt in golden(name):
+            answer = client.generate(prompt["prompt_ids"], max_tokens=32, ignore_eos=True, logprobs=0)
+            assert list(answer.token_ids) == prompt["output_ids"], prompt["name"]
+            assert answer.logprobs is not None
+            assert [entry.logprob for entry in answer.logprobs] == pytest.approx(prompt["output_logprobs"], abs=2e-3)
+
+
+@pytest.mark.parametrize("layout", SMOLLM2_LAYOUTS)
+def test_smollm2_gives_the_golden_tokens(smollm2: str, layout: str) -> None:
+    assert_golden(smollm2, "smollm2-135m-instruct", SMOLLM2_LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", GEMMA3_LAYOUTS)
+def test_gemma3_gives_the_golden_tokens(gemma3: str, layout: str) -> None:
+    assert_golden(gemma3, "gemma-3-270m", GEMMA3_LAYOUTS[layout])
