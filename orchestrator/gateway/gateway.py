@@ -51,8 +51,9 @@ KEEPALIVE_S = 1.0
 BACKLOG_RETRY_MS = 20
 INLINE_CHARS = 4096
 """Longer prompts are tokenized in a thread."""
+STEPS_PER_TURN = 8
 MESSAGES_PER_TURN = 64
-"""Client messages handled before the engine's are looked at again."""
+"""Engine steps, and client messages, handled before the other side is looked at again: neither may starve the other."""
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class Gateway:
     # ---------------------------------------------------------------- engine
 
     def _read_link(self) -> None:
-        while True:
+        for _ in range(STEPS_PER_TURN):
             try:
                 data = self._link.recv(zmq.NOBLOCK)
             except zmq.Again:

@@ -125,6 +125,9 @@ class FakeEngine:
     def tell(self, message: object) -> None:
         self._outbox.put(message)
 
+    def wait_until_told(self) -> None:
+        self.wait(self._outbox.empty)
+
     def reset(self) -> None:
         self.script, self.error, self.answers_stats = echo, "", True
         self.going.set()

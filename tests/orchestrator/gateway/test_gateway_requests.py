@@ -7,6 +7,7 @@ from gateway_process import BOS, EOS, GatewayProcess, says
 
 from mgpu import Client, DeadlineExceeded, RequestFailed
 from mgpu.orchestrator.gateway.admission import seed_of_choice
+from mgpu.protocol.link import EngineInfo, Outputs
 from mgpu.protocol.schema import int32_array
 
 
@@ -244,3 +245,14 @@ def test_an_engine_that_does_not_answer_stats_is_reported(gateway: GatewayProces
     gateway.engine.answers_stats = False
     with Client(gateway.endpoint) as client, pytest.raises(RequestFailed, match="did not answer"):
         client.stats()
+
+
+def test_clients_are_heard_while_the_engine_has_much_to_say(gateway: GatewayProcess) -> None:
+    many = list(range(10**6, 10**6 + 500))
+    step = Outputs(many, [[1]] * 500, [[]] * 500, [""] * 500, [""] * 500, [0] * 500)
+    for _ in range(4000):
+        gateway.engine.tell(step)
+    gateway.engine.tell(EngineInfo("draining", 512, 4096, ""))
+    with Client(gateway.endpoint) as client:
+        assert client.health().state == "ready"  # answered before the last word of the engine is read
+    gateway.engine.wait_until_told()
