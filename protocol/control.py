@@ -170,7 +170,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the output rank sampled: one token per row whose ``samples`` was 1, in plan order."""
+    """What the output rank sampled: one token per row whose ``samples`` was 1, in plan order.
+
+    Sent for every plan that has rows, also when none of them samples: results pace the orchestrator.
+    """
 
     epoch: int
     step: int

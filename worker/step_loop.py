@@ -24,10 +24,10 @@ _PARK_MS = 1000
 
 @dataclass(slots=True)
 class _InFlight:
-    """A launched step whose tokens are on their way to the host."""
+    """A launched step whose tokens are on their way to the host; ``sampled`` is None if it only prefilled."""
 
     plan: StepPlan
-    sampled: Sampled
+    sampled: Sampled | None
     began_s: float
     ids_host: Tensor
     done: torch.cuda.Event | None
@@ -40,7 +40,7 @@ class _InFlight:
         if self.done is not None:
             self.done.synchronize()
         token_ids: list[int] = self.ids_host.tolist()
-        logprobs = self.sampled.logprob_list()
+        logprobs = self.sampled.logprob_list() if self.sampled is not None else None
         compute_us = int((time.monotonic() - self.began_s) * 1e6)
         return StepResult(self.plan.epoch, self.plan.step, token_ids, logprobs, compute_us)
 
@@ -71,13 +71,19 @@ class StepLoop:
         began_s = time.monotonic()
         self._send_results(keep=MAX_IN_FLIGHT - 1)
         sampled = self._runner.run(plan)
-        if sampled is not None and self._reports:
+        # Steps that only prefill are reported too: results are what paces the orchestrator.
+        if plan.rows and self._reports:
             self._in_flight.append(self._read_back(plan, sampled, began_s))
         if not self._on_gpu:
             self._send_results(keep=0)
 
-    def _read_back(self, plan: StepPlan, sampled: Sampled, began_s: float) -> _InFlight:
+    def _read_back(self, plan: StepPlan, sampled: Sampled | None, began_s: float) -> _InFlight:
         """Start copying the tokens to the host beside the next step's work."""
+        if sampled is None:
+            done = torch.cuda.Event() if self._on_gpu else None  # type: ignore[no-untyped-call]
+            if done is not None:
+                done.record()
+            return _InFlight(plan, None, began_s, torch.empty(0, dtype=torch.int32), done)
         if self._copies is None:
             return _InFlight(plan, sampled, began_s, sampled.ids_S, None)
         ids_host = torch.empty(sampled.ids_S.shape, dtype=sampled.ids_S.dtype, pin_memory=True)
