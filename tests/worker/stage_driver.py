@@ -22,7 +22,12 @@ class Row:
     done: int = 0
 
 
-def make_batch(rows: list[tuple[Row, list[int]]], block_size: int, all_logits: bool = False) -> StepBatch:
+CPU = torch.device("cpu")
+
+
+def make_batch(
+    rows: list[tuple[Row, list[int]]], block_size: int, all_logits: bool = False, device: torch.device = CPU
+) -> StepBatch:
     """Lay new tokens of some rows out as a step, and count them as done."""
     token_ids, positions, slots, starts, contexts = [], [], [], [0], []
     for row, new_ids in rows:
@@ -35,14 +40,15 @@ def make_batch(rows: list[tuple[Row, list[int]]], block_size: int, all_logits: b
         contexts.append(row.done)
     width = max(len(row.blocks) for row, _ in rows)
     tables = [row.blocks + [0] * (width - len(row.blocks)) for row, _ in rows]
+    ends = [start - 1 for start in starts[1:]]
     return StepBatch(
-        token_ids=torch.tensor(token_ids),
-        positions=torch.tensor(positions),
-        slots=torch.tensor(slots),
-        query_starts=torch.tensor(starts, dtype=torch.int32),
-        context_lens=torch.tensor(contexts, dtype=torch.int32),
-        block_tables=torch.tensor(tables, dtype=torch.int32),
-        logit_rows=torch.arange(len(token_ids)) if all_logits else torch.tensor(starts[1:]) - 1,
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        slots=torch.tensor(slots, device=device),
+        query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+        block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
+        logit_rows=torch.tensor(range(len(token_ids)) if all_logits else ends, device=device),
         query_lens_host=[len(new_ids) for _, new_ids in rows],
         context_lens_host=contexts,
     )
@@ -56,7 +62,7 @@ class Stages:
     group: ThreadGroup
     splits: list[range]
     dtype: torch.dtype = torch.float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = CPU
     num_blocks: int = 32
     block_size: int = 4
     dummy_seed: int | None = None
@@ -105,6 +111,7 @@ def logits_in_chunks(
     tp_size: int = 1,
     num_stages: int = 1,
     dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
 ) -> Tensor:
     """Give the logits of every token when one request is computed ``chunks`` tokens at a time."""
     assert sum(chunks) == len(token_ids)
@@ -112,12 +119,12 @@ def logits_in_chunks(
     bounds = [total * index // num_stages for index in range(num_stages + 1)]
 
     def work(group: ThreadGroup) -> Tensor:
-        stages = Stages(checkpoint, group, [range(*pair) for pair in pairwise(bounds)], dtype)
+        stages = Stages(checkpoint, group, [range(*pair) for pair in pairwise(bounds)], dtype, device)
         row = Row(list(range(stages.num_blocks))[::-1])  # a table that is not the identity
         parts, first = [], 0
         for count in chunks:
-            batch = make_batch([(row, token_ids[first : first + count])], stages.block_size, all_logits=True)
-            parts.append(stages.step(batch))
+            batch = make_batch([(row, token_ids[first : first + count])], stages.block_size, True, device)
+            parts.append(stages.step(batch).cpu())
             first += count
         return torch.cat(parts)
 

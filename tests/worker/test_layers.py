@@ -1,0 +1,110 @@
+"""What layers promise beside what whole models show."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rank_threads import ThreadGroup, run_ranks
+from torch import Tensor
+
+from mgpu.protocol.placement import head_shard, padded_vocab
+from mgpu.worker.layers import cpu_matmul
+from mgpu.worker.layers.linear import even_range, qkv_slices
+from mgpu.worker.layers.norm import RMSNorm
+from mgpu.worker.layers.vocab import VocabParallel
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 70])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (7, 5), (33, 130)])
+def test_packed_and_plain_weights_give_the_product(inputs: int, outputs: int, rows: int) -> None:
+    x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    for held in (weight, cpu_matmul.pack(weight)):
+        torch.testing.assert_close(cpu_matmul.matmul(x, held), F.linear(x, weight), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(cpu_matmul.matmul(x, held, bias), F.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+
+
+def test_strided_inputs_give_the_product() -> None:
+    x, weight = torch.randn(5, 80)[:, 10:74], torch.randn(96, 64)
+    torch.testing.assert_close(cpu_matmul.matmul(x, cpu_matmul.pack(weight)), F.linear(x, weight), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def _fresh_check() -> object:
+    cpu_matmul._onednn_usable.cache_clear()
+    yield
+    cpu_matmul._onednn_usable.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_check")
+@pytest.mark.parametrize("fault", ["absent", "wrong numbers"])
+def test_a_faulty_private_operator_is_not_used(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    class Faulty:
+        @staticmethod
+        def _reorder_linear_weight(weight: Tensor, rows: int) -> Tensor:
+            return weight
+
+        @staticmethod
+        def _linear_pointwise(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+            if fault == "absent":
+                raise AttributeError("no such operator")
+            return x.new_ones(len(x), len(weight))
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Faulty)
+    x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    assert cpu_matmul.pack(weight) is weight
+    assert torch.equal(cpu_matmul.matmul(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
+def test_even_ranges_cover_everything_once_and_differ_by_one(size: int) -> None:
+    ranges = [even_range(32, rank, size) for rank in range(size)]
+    assert [item for part in ranges for item in part] == list(range(32))
+    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+
+
+def test_ranks_beyond_the_kv_heads_read_the_same_kv_rows() -> None:
+    slices = [qkv_slices(head_shard(8, 2, rank, 4), 16) for rank in range(4)]
+    assert [part[0].rows for part in slices] == [range(32 * rank, 32 * rank + 32) for rank in range(4)]
+    assert [part[1].rows for part in slices] == [range(16), range(16), range(16, 32), range(16, 32)]
+    assert all(part[1].rows == part[2].rows for part in slices)
+
+
+@pytest.mark.parametrize(("vocab_size", "ranks"), [(10, 4), (5, 4), (8, 2)])
+def test_vocabulary_shards_embed_and_score_like_the_whole_matrix(vocab_size: int, ranks: int) -> None:
+    matrix = torch.randn(vocab_size, 6)
+    ids, x = torch.arange(vocab_size), torch.randn(3, 6)
+
+    def work(group: ThreadGroup) -> tuple[Tensor, Tensor]:
+        part = VocabParallel(vocab_size, 6, group, torch.float32, CPU)
+        part.weight.fill_(torch.nan)  # padding rows must not matter
+        part.weight[: part.num_valid] = matrix[part.start : part.start + part.num_valid]
+        return part.embed(ids), group.all_gather(part.logits(x))
+
+    for embedded, logits in run_ranks(ranks, work):
+        assert torch.equal(embedded, matrix)
+        assert logits.shape == (3, padded_vocab(vocab_size, ranks))
+        torch.testing.assert_close(logits[:, :vocab_size], x @ matrix.T)
+        assert (logits[:, vocab_size:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_norm_equals_its_formula(unit_offset: bool, dtype: torch.dtype) -> None:
+    norm = RMSNorm(24, 1e-3, dtype, CPU, unit_offset)
+    norm.weight.normal_()
+    x = (torch.randn(2, 3, 24) * 0.05).to(dtype)
+    x[0, 0] = 0.0
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight.double()
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(norm(x).double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_add_and_norm_updates_the_residual_in_place() -> None:
+    norm = RMSNorm(8, 1e-6, torch.float32, CPU)
+    residual, delta = torch.randn(3, 8), torch.randn(3, 8)
+    expected = residual + delta
+    normed = norm.add_and_norm(residual, delta)
+    assert torch.equal(residual, expected)
+    torch.testing.assert_close(normed, F.rms_norm(expected, (8,), eps=1e-6))
