@@ -267,7 +267,7 @@ def _checked(request_id: int, what: dict[str, object], stream: bool, options: Ma
     if isinstance(bias, Mapping):
         values["logit_bias"] = [[token_id, value] for token_id, value in bias.items()]
     try:
-        parse_client_message(values)
+        parse_client_message(dict(values.items()))
     except FieldError as error:
         raise RequestFailed("bad_request", str(error)) from None
     return {name: value for name, value in values.items() if value is not None}

@@ -4,9 +4,8 @@ Every request ends in exactly one `Finished` or `Failed` (or in its reply, for t
 place, the tables below; the client checks with them before it sends and the gateway when it receives.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any, Literal, TypedDict, cast
 
 from mgpu.protocol.schema import (
@@ -262,6 +261,7 @@ ServerMessage = Accepted | Tokens | Finished | Failed | Keepalive | Health | Sta
 SERVER_TYPES: dict[str, type[Any]] = {
     cls.__name__.lower(): cls for cls in (Accepted, Tokens, Finished, Failed, Keepalive, Health, Stats, Models)
 }
+_FIELDS = {kind: tuple(field.name for field in fields(cls)) for kind, cls in SERVER_TYPES.items()}
 
 
 def parse_client_message(data: Mapping[object, object]) -> ClientMessage:
@@ -299,25 +299,22 @@ def _parse_generate(data: Mapping[object, object]) -> Generate:
 
 def to_map(message: ServerMessage) -> dict[str, object]:
     """Give the named map of a server message; fields that are None are left out."""
-    values: dict[str, object] = {"type": type(message).__name__.lower()}
-    for name in _names(type(message)):
+    kind = type(message).__name__.lower()
+    values: dict[str, object] = {"type": kind}
+    for name in _FIELDS[kind]:
         value = getattr(message, name)
         if value is not None:
             values[name] = value
     return values
 
 
-@cache
-def _names(cls: Hashable) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(cast("type[Any]", cls)))
-
-
 def parse_server_message(data: Mapping[object, object]) -> ServerMessage:
     """Build a server message from its map; fields that this version does not know are skipped. FieldError otherwise."""
-    cls = SERVER_TYPES.get(str(data.get("type")))
+    kind = str(data.get("type"))
+    cls = SERVER_TYPES.get(kind)
     if cls is None:
-        raise FieldError(f"unknown message type {str(data.get('type'))[:40]!r}")
-    known = {name: data[name] for name in _names(cls) if name in data}
+        raise FieldError(f"unknown message type {kind[:40]!r}")
+    known = {name: data[name] for name in _FIELDS[kind] if name in data}
     if cls is Failed:
         known.setdefault("id", None)
     try:
