@@ -1,6 +1,6 @@
 """All kernels of one Llama-3.1-8B decode step in order, on random weights: what the kernels cost together."""
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.decode_attention import decode_attention
+from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.norm import add_rms_norm, rms_norm
 from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.kernels.sample import sample
-from mgpu.worker.kernels.small_gemm import choose_tiling, small_gemm
+from mgpu.worker.kernels.small_gemm import Tiling, small_gemm
 
 HIDDEN, WIDTH, HEADS, KV_HEADS, DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256
 BLOCK_SIZE = 16
@@ -23,6 +24,9 @@ SHAPES = (
     (2 * WIDTH, HIDDEN),
     (HIDDEN, WIDTH),
 )
+
+Tilings = Mapping[tuple[int, int], Tiling | GemvTiling | None]
+"""By shape of the weight; no entry or None: the library."""
 
 
 class DecodeChain:
@@ -59,34 +63,57 @@ class DecodeChain:
         self.embedded = torch.randn(rows, HIDDEN, device=device).to(torch.bfloat16)
         self.workspace = Workspace.create(device)
 
-    def matmul(self, x: Tensor, w: Tensor, prefetch: bool, library: bool) -> Tensor:
-        if library:
-            return F.linear(x, w)
-        tiling = dataclasses.replace(choose_tiling(*w.shape, 2), prefetch=prefetch)
-        return small_gemm(x, w, tiling=tiling, workspace=self.workspace)
+    def matmul(self, x: Tensor, w: Tensor, tilings: Tilings | None) -> Tensor:
+        """Multiply by the library, or by the kernel whose tiling is given for the weight's shape."""
+        tiling = (tilings or {}).get((w.shape[0], w.shape[1]))
+        if isinstance(tiling, GemvTiling):
+            return gemv(x, w, tiling=tiling)
+        if isinstance(tiling, Tiling):
+            return small_gemm(x, w, tiling=tiling, workspace=self.workspace)
+        return F.linear(x, w)
 
-    def step(self, rows: int, prefetch: bool = True, library: bool = False) -> Tensor:
+    def attention(self, qkv: Tensor, layer: int) -> Tensor:
+        rows = qkv.shape[0]
+        k, v = self.caches[layer]
+        q = rope_and_cache(qkv.view(rows, -1, DIM), self.cos_sin, self.positions[:rows], self.slots[:rows], k, v)
+        heads = decode_attention(
+            q, k, v, self.tables[:rows], self.lens[:rows], scale=DIM**-0.5, workspace=self.workspace
+        )
+        return heads.view(rows, -1)
+
+    def step(self, rows: int, tilings: Tilings | None = None) -> Tensor:
         """Run one step for the first ``rows`` rows and give the chosen tokens."""
         residual = self.embedded[:rows].clone()
         x = rms_norm(residual, self.norm, 1e-5)
-        for (qkv_w, out_w, gate_up_w, down_w), (k, v) in zip(self.layers, self.caches, strict=True):
-            qkv = self.matmul(x, qkv_w, prefetch, library).view(rows, -1, DIM)
-            q = rope_and_cache(qkv, self.cos_sin, self.positions[:rows], self.slots[:rows], k, v)
-            heads = decode_attention(
-                q, k, v, self.tables[:rows], self.lens[:rows], scale=DIM**-0.5, workspace=self.workspace
-            )
-            delta = self.matmul(heads.view(rows, -1), out_w, prefetch, library)
-            x = add_rms_norm(residual, delta, self.norm, 1e-5)
-            hidden = gated_activation(self.matmul(x, gate_up_w, prefetch, library), "silu")
-            delta = self.matmul(hidden, down_w, prefetch, library)
-            x = add_rms_norm(residual, delta, self.norm, 1e-5)
-        return sample(self.matmul(x, self.head, prefetch, library))[1]
+        for layer, (qkv_w, out_w, gate_up_w, down_w) in enumerate(self.layers):
+            heads = self.attention(self.matmul(x, qkv_w, tilings), layer)
+            x = add_rms_norm(residual, self.matmul(heads, out_w, tilings), self.norm, 1e-5)
+            hidden = gated_activation(self.matmul(x, gate_up_w, tilings), "silu")
+            x = add_rms_norm(residual, self.matmul(hidden, down_w, tilings), self.norm, 1e-5)
+        return sample(self.matmul(x, self.head, tilings))[1]
+
+    def folded_step(self, tilings: Tilings) -> Tensor:
+        """Run one step for one row with norms, gate and residual folded into the products."""
+        residual = self.embedded[:1].clone()
+        options = [tilings.get(shape) for shape in SHAPES]
+        qkv_t, out_t, gate_up_t, down_t = (t if isinstance(t, GemvTiling) else None for t in options)
+        for layer, (qkv_w, out_w, gate_up_w, down_w) in enumerate(self.layers):
+            heads = self.attention(gemv(residual, qkv_w, gain_K=self.norm, eps=1e-5, tiling=qkv_t), layer)
+            gemv(heads, out_w, residual_1N=residual, out_1N=residual, tiling=out_t)
+            hidden = gemv(residual, gate_up_w, gain_K=self.norm, eps=1e-5, gate="silu", tiling=gate_up_t)
+            gemv(hidden, down_w, residual_1N=residual, out_1N=residual, tiling=down_t)
+        return sample(gemv(residual, self.head, gain_K=self.norm, eps=1e-5, tiling=qkv_t))[1]
 
 
-def _compile(device: torch.device, rows: int, prefetch: bool) -> None:
-    DecodeChain(device, 16, 128, 1).step(rows, prefetch)
+def _compile(device: torch.device, rows: int) -> None:
+    chain = DecodeChain(device, 16, 128, 1)
+    for tiling in (Tiling(64, 128, 1), GemvTiling(8, 512, 2)):
+        if rows == 1 or isinstance(tiling, Tiling):
+            chain.step(rows, dict.fromkeys(SHAPES, tiling))
+    if rows == 1:
+        chain.folded_step(dict.fromkeys(SHAPES, GemvTiling(8, 512, 2)))
 
 
 def chain_jobs() -> list[tuple[Any, tuple[Any, ...]]]:
-    """Give what `compile_all` needs for the kernels of a step."""
-    return [(_compile, (rows, prefetch)) for rows in (1, 8) for prefetch in (True, False)]
+    """Give what `compile_all` needs for the kernels of a step, other than its products."""
+    return [(_compile, (rows,)) for rows in (1, 16)]

@@ -6,10 +6,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 READ_TBPS = 4.3
@@ -17,6 +19,7 @@ READ_TBPS = 4.3
 L2_BYTES = 60 << 20
 
 Launch = Callable[[], object]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,39 @@ def graph_us(launches: Sequence[Launch], replays: int = 7) -> float:
     return statistics.median(times)
 
 
+def views(pool: Tensor, n: int, k: int, most: int = 8) -> list[Tensor]:
+    """Cut matrices from the pool, to rotate among."""
+    count = min(most, pool.numel() // (n * k))
+    return [pool[i * n * k : (i + 1) * n * k].view(n, k) for i in range(count)]
+
+
+def rotate(weights: Sequence[Item], launch: Callable[[Item], Tensor], least: int = 12) -> list[Callable[[], Tensor]]:
+    """Give at least ``least`` launches that take turns with the inputs."""
+    count = len(weights)
+    return [partial(launch, weights[i % count]) for i in range(max(least, count))]
+
+
+def make_cache(rows: int, context: int, block_size: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give keys, values and block tables of full rows over 8 KV heads, pages in random order."""
+    pages = -(-context // block_size)
+    k, v = (torch.randn((rows * pages + 1, block_size, 8, dim), device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return k, v, torch.randperm(rows * pages, device="cuda").to(torch.int32).view(rows, pages)
+
+
+def sdpa_row(rows: int, context: int, backend: str) -> Row:
+    """Time torch's dense causal attention with one backend."""
+    q, k, v = (torch.randn(rows, 32, context, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
+        us = graph_us([lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)] * 2, 3)
+    return Row(f"sdpa {backend} r{rows} c{context} d128", us, 0, 2.0 * context * context * 128 * 32 * rows)
+
+
 KERNEL_MODULES = tuple(
     f"mgpu.worker.kernels.{name}"
     for name in (
         "activation",
         "decode_attention",
+        "gemv",
         "norm",
         "prefill_attention",
         "quantized_gemm",

@@ -1,27 +1,42 @@
 # ruff: noqa: B023 - closures are called within the iteration that makes them
 """Time tilings of the kernels: where the choice tables in ``worker/kernels`` come from.
 
-Needs a Hopper GPU: ``PYTHONPATH=src python bench/tune_kernels.py OUT_DIRECTORY``.
+Needs a Hopper GPU: ``PYTHONPATH=src python bench/tune_kernels.py OUT_DIRECTORY``. All variants are compiled first, in
+parallel; each is checked against its reference before it is timed.
 """
 
+import dataclasses
 import itertools
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from decode_chain import SHAPES as CHAIN_SHAPES
 from decode_chain import DecodeChain, chain_jobs
-from kernel_timing import Row, compile_all, graph_us, relative_error, set_overlap
+from kernel_timing import (
+    Row,
+    compile_all,
+    graph_us,
+    make_cache,
+    relative_error,
+    rotate,
+    sdpa_row,
+    set_overlap,
+    views,
+)
 from torch import Tensor
 
 from mgpu.worker.kernels.decode_attention import DecodeTiling, decode_attention
+from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.packing import PackedWeight, dequantize
 from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.quantized_gemm import quantized_gemm
-from mgpu.worker.kernels.reference import paged_attention
+from mgpu.worker.kernels.reference import gated_activation, paged_attention
 from mgpu.worker.kernels.runtime import Workspace, default_workspace
 from mgpu.worker.kernels.small_gemm import Tiling, small_gemm
 
@@ -29,25 +44,86 @@ SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "dow
 BF16 = torch.bfloat16
 
 
+def short(tiling: Any) -> str:
+    values = (getattr(tiling, field.name) for field in dataclasses.fields(tiling))
+    return ",".join(str(int(value) if isinstance(value, bool) else value) for value in values)
+
+
+class Results:
+    """Rows and errors so far, written after every part, so that a cut-off run keeps them."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.rows, self.errors = out, list[Row](), list[str]()
+
+    def measure(self, name: str, launches: list[Callable[[], Tensor]], expected: Tensor, **facts: float) -> None:
+        """Check the first launch, then time all of them."""
+        try:
+            got = launches[0]()
+            error = relative_error(got[: expected.shape[0]], expected)
+            self.rows.append(Row(name, graph_us(launches, 5), error=error, **facts))
+        except Exception as failure:  # a variant that does not fit is a result too
+            self.errors.append(f"{name}: {type(failure).__name__}: {str(failure)[:200]}")
+
+    def best(self, prefix: str) -> str | None:
+        """Give the tiling with the least time among rows called ``prefix`` + tiling."""
+        rows = [row for row in self.rows if row.name.startswith(prefix) and row.error < 0.01]
+        return min(rows, key=lambda row: row.us).name.removeprefix(prefix) if rows else None
+
+    def save(self) -> None:
+        (self.out / "tune.txt").write_text("\n".join([*self.errors, *(row.line() for row in self.rows)]) + "\n")
+        (self.out / "tune.json").write_text(json.dumps([[r.name, r.us, r.error, r.other_us] for r in self.rows]))
+
+
+# ------------------------------------------------------------------------------------------------ variants
+
+
 def gemm_tilings() -> list[Tiling]:
-    tilings = []
-    for (bn, bk, stages), bulk, splits in itertools.product(
-        [(64, 64, 4), (64, 64, 8), (64, 128, 3), (64, 128, 4), (64, 128, 6), (64, 256, 3), (128, 64, 4), (128, 128, 3)],
-        (False, True),
-        (1, 2, 4, 8),
-    ):
-        tilings.append(Tiling(bn, bk, splits, 4, stages, True, bulk))
-    tilings += [Tiling(64, 128, splits, 4, 4, False) for splits in (1, 2, 4, 8)]
-    tilings += [Tiling(32, 128, splits, 4, stages) for splits in (1, 2, 4) for stages in (4, 8)]
-    tilings += [Tiling(128, 128, splits, 8, 3) for splits in (1, 2, 4)]
+    wide = [(64, 64, 8), (64, 128, 3), (64, 128, 4), (64, 128, 6), (64, 256, 3), (128, 64, 6), (128, 128, 3)]
+    tilings = [Tiling(*s[:2], n, 4, s[2], False, bulk) for s in wide for n in (1, 2, 4, 8) for bulk in (False, True)]
+    narrow = [(16, 256, 1, 6), (16, 256, 2, 8), (16, 512, 2, 4), (32, 128, 2, 8), (32, 128, 4, 8), (32, 256, 2, 6)]
+    narrow += [(32, 256, 4, 4), (32, 256, 4, 6), (64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3)]
+    for (bn, bk, warps, stages), splits, bulk in itertools.product(narrow, (1, 2, 4), (False, True)):
+        tilings.append(Tiling(bn, bk, splits, warps, stages, True, bulk))
     return tilings
 
 
 def quantized_tilings() -> list[Tiling]:
-    return [
-        Tiling(bn, 32, splits, 4, stages, prefetch)
-        for bn, stages, splits, prefetch in itertools.product((64, 128), (3, 5, 8), (1, 2, 4, 8), (True,))
-    ] + [Tiling(64, 32, splits, 4, 5, False) for splits in (1, 4)]
+    shapes = [(64, 4, 3, False), (64, 4, 5, False), (64, 4, 8, False), (64, 2, 5, True), (64, 4, 5, True)]
+    shapes += [(32, 1, 5, True), (32, 2, 5, True), (32, 2, 8, True), (32, 4, 8, True), (16, 1, 8, True)]
+    shapes += [(128, 4, 4, False), (128, 4, 4, True), (128, 8, 4, False)]
+    return [Tiling(bn, 32, n, warps, stages, narrow) for bn, warps, stages, narrow in shapes for n in (1, 2, 4, 8)]
+
+
+def gemv_tilings() -> list[GemvTiling]:
+    shapes = [(4, 256, 1), (8, 256, 1), (2, 512, 1), (4, 512, 1), (2, 1024, 1), (4, 512, 2), (8, 512, 2), (2, 1024, 2)]
+    shapes += [(4, 1024, 2), (4, 1024, 4), (8, 1024, 4), (2, 2048, 4), (4, 2048, 4), (4, 2048, 8), (8, 2048, 8)]
+    return [GemvTiling(*shape, ahead) for shape in shapes for ahead in (False, True)]
+
+
+def decode_tilings() -> list[tuple[int, DecodeTiling]]:
+    shapes = [(64, 2, 3), (64, 2, 5), (64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 5), (32, 2, 5), (128, 8, 3)]
+    return [(bs, DecodeTiling(1, bn, 128, warps, n)) for bs in (16, 32, 64) for bn, warps, n in shapes]
+
+
+def prefill_tilings() -> list[tuple[int, int, PrefillTiling]]:
+    tilings = [(16, 128, PrefillTiling(128, 128, 8, 3)), (16, 128, PrefillTiling(64, 64, 4, 3))]
+    tilings += [(16, 128, PrefillTiling(64, 64, 4, 5)), (32, 128, PrefillTiling(64, 64, 4, 3))]
+    for dim, registers in ((128, None), (128, 128), (64, None), (64, 128)):
+        for m, n, warps, stages in ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)):
+            tilings.append((64, dim, PrefillTiling(m, n, warps, stages, True, False, registers)))
+    for m, n, warps, stages in ((64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 3)):
+        tilings.append((64, 128, PrefillTiling(m, n, warps, stages, True, True)))
+    tilings.append((64, 128, PrefillTiling(64, 32, 4, 3)))
+    tilings.append((64, 128, PrefillTiling(64, 64, 4, 2, True, False, 168)))
+    tilings += [(128, 128, PrefillTiling(64, 128, 4, 2)), (128, 128, PrefillTiling(128, 128, 8, 2))]
+    tilings += [(128, 128, PrefillTiling(64, 128, 4, 1)), (128, 128, PrefillTiling(128, 128, 8, 3))]
+    tilings += [(64, 64, PrefillTiling(128, 64, 4, 2)), (64, 64, PrefillTiling(128, 64, 8, 2, True, True))]
+    tilings += [(64, 64, PrefillTiling(64, 64, 4, 3, True, True)), (64, 256, PrefillTiling(128, 64, 8, 2))]
+    tilings += [(64, 256, PrefillTiling(128, 32, 8, 2)), (64, 256, PrefillTiling(128, 32, 8, 3))]
+    return tilings
+
+
+# ------------------------------------------------------------------------------------------------ compilation
 
 
 def workspace(device: torch.device) -> Workspace:
@@ -59,38 +135,35 @@ def run_gemm(device: torch.device, tiling: Tiling, rows: int = 4) -> None:
     small_gemm(x, w, tiling=tiling, workspace=workspace(device))
 
 
-def empty_packed(kind: str, n: int, k: int, group: int, device: torch.device) -> PackedWeight:
-    words = torch.empty(n, k // (8 if kind == "int4" else 4), dtype=torch.int32, device=device)
-    return PackedWeight(kind, words, torch.empty(k // group if group else 1, n, device=device), k, group)  # type: ignore[arg-type]
-
-
-def run_quantized(device: torch.device, kind: str, group: int, tiling: Tiling) -> None:
-    x = torch.empty(4, 4096, dtype=BF16, device=device)
-    quantized_gemm(x, empty_packed(kind, 4096, 4096, group, device), tiling=tiling, workspace=workspace(device))
-
-
 def run_gemm_fp8(device: torch.device, tiling: Tiling) -> None:
     x, w = (torch.empty(n, 4096, dtype=torch.float8_e4m3fn, device=device) for n in (4, 4096))
     x_scale, w_scale = (torch.empty(n, device=device) for n in (4, 4096))
     small_gemm(x, w, x_scale_M=x_scale, w_scale_N=w_scale, tiling=tiling, workspace=workspace(device))
 
 
-def wide_tilings() -> list[Tiling]:
-    """For 17 to 64 rows."""
-    sizes = ((64, 64, 4), (64, 128, 3), (64, 128, 4), (128, 64, 4), (128, 128, 3))
-    return [Tiling(bn, bk, splits, 4, stages) for (bn, bk, stages), splits in itertools.product(sizes, (1, 2, 4))]
+def run_gemv(device: torch.device, tiling: GemvTiling, folded: int) -> None:
+    x, w = torch.empty(1, 4096, dtype=BF16, device=device), torch.empty(4096, 4096, dtype=BF16, device=device)
+    if folded == 0:
+        gemv(x, w, tiling=tiling)
+    elif folded == 1:
+        gemv(x, w, gain_K=x[0], eps=1e-5, tiling=tiling)
+        gemv(x, w, residual_1N=x, tiling=tiling)
+    else:
+        gemv(x, w, gain_K=x[0], eps=1e-5, gate="silu", tiling=tiling)
 
 
-def fp8_tilings() -> list[Tiling]:
-    sizes = ((64, 128, 4), (64, 256, 4), (128, 128, 4))
-    return [Tiling(bn, bk, splits, 4, stages) for (bn, bk, stages), splits in itertools.product(sizes, (1, 2, 4))]
+def run_quantized(device: torch.device, kind: str, group: int, tiling: Tiling, rows: int = 4) -> None:
+    words = torch.empty(4096, 4096 // (8 if kind == "int4" else 4), dtype=torch.int32, device=device)
+    scales = torch.empty(4096 // group if group else 1, 4096, device=device)
+    weight = PackedWeight(kind, words, scales, 4096, group)  # type: ignore[arg-type]
+    x = torch.empty(rows, 4096, dtype=BF16, device=device)
+    quantized_gemm(x, weight, tiling=tiling, workspace=workspace(device))
 
 
 def run_decode(device: torch.device, block_size: int, dim: int, dtype: torch.dtype, tiling: DecodeTiling) -> None:
     cache = torch.empty(16, block_size, 8, dim, dtype=dtype, device=device)
     q = torch.empty(4, 32, dim, dtype=BF16, device=device)
-    tables = torch.empty(4, 64, dtype=torch.int32, device=device)
-    lens = torch.empty(4, dtype=torch.int32, device=device)
+    tables, lens = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((4, 64), (4,)))
     decode_attention(q, cache, cache, tables, lens, scale=0.1, tiling=tiling, workspace=workspace(device))
 
 
@@ -102,258 +175,219 @@ def run_prefill(device: torch.device, block_size: int, dim: int, tiling: Prefill
     prefill_attention(q, cache, cache, tables, lens, starts, scale=0.1, tiling=tiling)
 
 
-def decode_tilings() -> list[tuple[int, DecodeTiling]]:
-    plain = itertools.product((16, 64), (32, 64, 128), (3, 5, 7), (4,))
-    wide = [*itertools.product((16, 64), (128,), (3, 5), (8,)), *itertools.product((16, 64), (32, 64), (3, 5), (2,))]
-    return [(bs, DecodeTiling(1, bn, 128, warps, stages)) for bs, bn, stages, warps in (*plain, *wide)]
+WIDE = [Tiling(64, 32, splits, 4, 5) for splits in (1, 2, 4)]
+FP8 = [Tiling(64, bk, splits, 4, n) for bk, n in ((128, 6), (256, 4), (256, 6)) for splits in (1, 2, 4)]
+FP8_DECODE = [
+    DecodeTiling(1, bn, 128, w, n) for bn, w, n in ((64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 5), (64, 2, 5))
+]
+KINDS = (("int8", 0), ("int4", 128))
 
 
-def prefill_tilings() -> list[tuple[int, int, PrefillTiling]]:
-    tilings = [(16, 128, PrefillTiling(128, bn, 8, stages, False)) for bn, stages in ((64, 3), (64, 5), (128, 3))]
-    for bulk in (False, True):
-        tilings += [(64, 128, PrefillTiling(128, 64, 8, stages, bulk)) for stages in (2, 3, 4)]
-        tilings += [(64, 128, PrefillTiling(64, 64, 4, stages, bulk)) for stages in (2, 3)]
-        tilings += [(128, 128, PrefillTiling(128, 128, 8, stages, bulk)) for stages in (2, 3)]
-        tilings += [(64, 64, PrefillTiling(128, 64, 8, 3, bulk)), (128, 64, PrefillTiling(128, 128, 8, 3, bulk))]
-        tilings += [(64, 256, PrefillTiling(128, 64, 8, 2, bulk)), (64, 256, PrefillTiling(64, 64, 4, 2, bulk))]
-    tilings += [(16, 64, PrefillTiling(128, 64, 4, 3, False)), (16, 256, PrefillTiling(64, 32, 4, 3, False))]
-    return tilings
+def all_jobs() -> Iterator[Any]:
+    yield from chain_jobs()
+    yield from ((run_prefill, variant) for variant in prefill_tilings())
+    yield from ((run_decode, (bs, 128, BF16, tiling)) for bs, tiling in decode_tilings())
+    yield from ((run_decode, (bs, 128, torch.float8_e4m3fn, t)) for bs in (16, 64) for t in FP8_DECODE)
+    yield from ((run_gemv, (tiling, folded)) for tiling in gemv_tilings() for folded in (0, 1, 2))
+    yield from ((run_quantized, (*kind, tiling)) for kind in KINDS for tiling in quantized_tilings())
+    yield from ((run_quantized, (*kind, tiling, rows)) for kind in KINDS for tiling in WIDE for rows in (32, 64))
+    yield from ((run_gemm_fp8, (tiling,)) for tiling in FP8)
+    yield from (
+        (run_gemm, (tiling, rows)) for tiling in gemm_tilings() for rows in ((4, 16) if tiling.narrow else (16,))
+    )
 
 
-def time_gemms(results: list[Row]) -> None:
+# ------------------------------------------------------------------------------------------------ timing
+
+
+def time_gemms(results: Results) -> None:
     pool = torch.randn(3 * 10**8, device="cuda", dtype=torch.float32).mul_(0.02).to(BF16)
     for name, (n, k) in SHAPES.items():
-        count = min(8, pool.numel() // (n * k))
-        weights = [pool[i * n * k : (i + 1) * n * k].view(n, k) for i in range(count)]
-        launches = max(16, count)
-        for rows in (1, 16):
+        weights = views(pool, n, k)
+        for rows in (1, 8, 16):
             x = torch.randn(rows, k, device="cuda", dtype=BF16)
-            reference = x.float() @ weights[0].float().T
-            cublas = graph_us([lambda w=weights[i % count]: F.linear(x, w) for i in range(launches)])  # type: ignore[misc]
-            for tiling in gemm_tilings() if rows == 1 else gemm_tilings()[::3]:
-                error = relative_error(small_gemm(x, weights[0], tiling=tiling), reference)
-                us = graph_us(
-                    [lambda w=weights[i % count]: small_gemm(x, w, tiling=tiling) for i in range(launches)]  # type: ignore[misc]
-                )
-                results.append(
-                    Row(f"gemm {name} m{rows} {short(tiling)}", us, 2.0 * n * k, 2.0 * rows * n * k, error, cublas)
-                )
+            expected = x.float() @ weights[0].float().T
+            cublas = graph_us(rotate(weights, lambda w: F.linear(x, w)))
+            facts = {"bytes": 2.0 * n * k, "flops": 2.0 * rows * n * k, "other_us": cublas}
+            for tiling, budget in itertools.product(gemm_tilings(), (0, 16384)):
+                if rows == 8 and (not tiling.narrow or budget):
+                    continue
+                if rows == 16 and budget and not tiling.bulk:
+                    continue
+                tiling = dataclasses.replace(tiling, prefetch_bytes=budget)
+                launches = rotate(weights, lambda w: small_gemm(x, w, tiling=tiling))
+                results.measure(f"gemm {name} m{rows} {short(tiling)}", launches, expected, **facts)
+            if rows == 1:
+                time_gemv(results, name, weights, x, cublas)
 
 
-def time_wide_gemms(results: list[Row]) -> None:
-    pool = torch.randn(3 * 10**8, device="cuda", dtype=torch.float32).mul_(0.02).to(BF16)
-    for (name, (n, k)), rows in itertools.product(SHAPES.items(), (32, 64)):
-        count = min(8, pool.numel() // (n * k))
-        weights = [pool[i * n * k : (i + 1) * n * k].view(n, k) for i in range(count)]
-        x = torch.randn(rows, k, device="cuda", dtype=BF16)
-        reference = x.float() @ weights[0].float().T
-        cublas = graph_us([lambda w=w: F.linear(x, w) for w in weights * 2])  # type: ignore[misc]
-        for tiling in wide_tilings():
-            error = relative_error(small_gemm(x, weights[0], tiling=tiling), reference)
-            us = graph_us([lambda w=w: small_gemm(x, w, tiling=tiling) for w in weights * 2])  # type: ignore[misc]
-            results.append(
-                Row(f"gemm {name} m{rows} {short(tiling)}", us, 2.0 * n * k, 2.0 * rows * n * k, error, cublas)
-            )
+def time_gemv(results: Results, name: str, weights: list[Tensor], x: Tensor, cublas: float) -> None:
+    n, k = weights[0].shape
+    facts = {"bytes": 2.0 * n * k, "flops": 2.0 * n * k, "other_us": cublas}
+    gain = torch.rand(k, device="cuda").to(BF16)
+    residual = torch.randn(1, n, device="cuda").to(BF16)
+    for tiling in gemv_tilings():
+        expected = x.float() @ weights[0].float().T
+        launches = rotate(weights, lambda w: gemv(x, w, tiling=tiling))
+        results.measure(f"gemv {name} m1 {short(tiling)}", launches, expected, **facts)
+        normed = F.rms_norm(x.float(), (k,), gain.float(), 1e-5) @ weights[0].float().T
+        if name == "gate_up":
+            launches = rotate(weights, lambda w: gemv(x, w, gain_K=gain, eps=1e-5, gate="silu", tiling=tiling))
+            expected = gated_activation(normed, True)
+        elif name == "qkv":
+            launches = rotate(weights, lambda w: gemv(x, w, gain_K=gain, eps=1e-5, tiling=tiling))
+            expected = normed
+        else:
+            launches = rotate(weights, lambda w: gemv(x, w, residual_1N=residual, tiling=tiling))
+            expected = expected + residual.float()
+        results.measure(f"gemv-folded {name} m1 {short(tiling)}", launches, expected, **facts)
 
 
-def time_fp8_gemms(results: list[Row]) -> None:
+def time_fp8_gemms(results: Results) -> None:
     pool = torch.randn(6 * 10**8, device="cuda", dtype=BF16).to(torch.float8_e4m3fn)
     for name, (n, k) in SHAPES.items():
-        count = min(12, pool.numel() // (n * k))
-        weights = [pool[i * n * k : (i + 1) * n * k].view(n, k) for i in range(count)]
+        weights = views(pool, n, k, 12)
         x = torch.randn(4, k, device="cuda", dtype=BF16).to(torch.float8_e4m3fn)
-        one, ones = torch.rand(4, device="cuda"), torch.rand(n, device="cuda")
-        reference = (x.float() @ weights[0].float().T) * one[:, None] * ones
-        for tiling in fp8_tilings():
-
-            def launch(w: Tensor) -> Tensor:
-                return small_gemm(x, w, x_scale_M=one, w_scale_N=ones, tiling=tiling)
-
-            error = relative_error(launch(weights[0]), reference)
-            us = graph_us([lambda w=w: launch(w) for w in weights * 2])  # type: ignore[misc]
-            results.append(Row(f"fp8 {name} m4 {short(tiling)}", us, 1.0 * n * k, 2.0 * 4 * n * k, error))
+        x_scale, w_scale = torch.rand(4, device="cuda"), torch.rand(n, device="cuda")
+        expected = (x.float() @ weights[0].float().T) * x_scale[:, None] * w_scale
+        for tiling in FP8:
+            launches = rotate(weights, lambda w: small_gemm(x, w, x_scale_M=x_scale, w_scale_N=w_scale, tiling=tiling))
+            results.measure(f"fp8 {name} m4 {short(tiling)}", launches, expected, bytes=1.0 * n * k)
 
 
-def short(tiling: Any) -> str:
-    return ",".join(f"{getattr(tiling, name)}" for name in tiling.__slots__)
-
-
-def time_quantized(results: list[Row]) -> None:
+def time_quantized(results: Results) -> None:
     pool = torch.randint(-(2**31), 2**31 - 1, (15 * 10**7,), device="cuda", dtype=torch.int32)
-    for kind, group in (("int8", 0), ("int4", 128)):
-        for name, (n, k) in SHAPES.items():
-            size = n * k // (8 if kind == "int4" else 4)
-            count = min(16, pool.numel() // size)
-            scales = torch.rand(k // group if group else 1, n, device="cuda")
-            weights = [
-                PackedWeight(kind, pool[i * size : (i + 1) * size].view(n, -1), scales, k, group)  # type: ignore[arg-type]
-                for i in range(count)
-            ]
-            x = torch.randn(1, k, device="cuda", dtype=BF16)
-            reference = x.float() @ dequantize(weights[0], torch.float32).T
-            for tiling in quantized_tilings():
-                error = relative_error(quantized_gemm(x, weights[0], tiling=tiling), reference)
-                us = graph_us(
-                    [lambda w=weights[i % count]: quantized_gemm(x, w, tiling=tiling) for i in range(max(16, count))]  # type: ignore[misc]
-                )
-                results.append(Row(f"{kind} {name} m1 {short(tiling)}", us, 4.0 * size, 2.0 * n * k, error))
-
-
-def make_cache(
-    rows: int, context: int, block_size: int, dim: int, heads_first: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    pages = -(-context // block_size)
-    shape = (rows * pages + 1, 8, block_size, dim) if heads_first else (rows * pages + 1, block_size, 8, dim)
-    k, v = (torch.randn(shape, device="cuda", dtype=BF16) for _ in range(2))
-    if heads_first:
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-    tables = torch.randperm(rows * pages, device="cuda").to(torch.int32).view(rows, pages)
-    return k, v, tables
-
-
-def time_decode(results: list[Row]) -> None:
-    for rows, context, all_splits in (
-        (1, 128, (1, 4)),
-        (1, 1024, (4, 8, 16, 32)),
-        (1, 8192, (16, 32, 64)),
-        (8, 1024, (2, 4, 8)),
-        (64, 1024, (1, 2, 4)),
-        (256, 1024, (1, 2)),
-    ):
-        sets = max(1, min(8, (256 << 20) // (rows * context * 4096)))
-        for block_size in (16, 64, -64):
-            caches = [make_cache(rows, context, abs(block_size), 128, block_size < 0) for _ in range(sets)]
-            q = torch.randn(rows, 32, 128, device="cuda", dtype=BF16)
-            lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
-            few = min(rows, 4)
-            reference = paged_attention(
-                q[:few], *caches[0][:2], caches[0][2], [context] * few, list(range(few + 1)), 128**-0.5
-            )
-            for splits, (bs, base) in itertools.product(all_splits, decode_tilings()):
-                if bs != abs(block_size) or (block_size < 0 and (base.block_n, base.num_warps) != (64, 4)):
+    for (kind, group), (name, (n, k)) in itertools.product(KINDS, SHAPES.items()):
+        per_word = 8 if kind == "int4" else 4
+        scales = torch.rand(k // group if group else 1, n, device="cuda")
+        weights = [
+            PackedWeight(kind, words, scales, k, group)  # type: ignore[arg-type]
+            for words in views(pool, n, k // per_word, 16)
+        ]
+        dense = dequantize(weights[0], torch.float32)
+        for rows in (1, 16, 32, 64):
+            x = torch.randn(rows, k, device="cuda", dtype=BF16)
+            expected = x.float() @ dense.T
+            for tiling, budget in itertools.product(WIDE if rows > 16 else quantized_tilings(), (0, 8192)):
+                if (rows > 1 and budget) or (rows == 16 and tiling.narrow):
                     continue
-                tiling = DecodeTiling(splits, base.block_n, 128, base.num_warps, base.num_stages)
+                tiling = dataclasses.replace(tiling, prefetch_bytes=budget)
+                launches = rotate(weights, lambda w: quantized_gemm(x, w, tiling=tiling))
+                facts = {"bytes": 4.0 * weights[0].words.numel(), "flops": 2.0 * rows * n * k}
+                results.measure(f"{kind} {name} m{rows} {short(tiling)}", launches, expected, **facts)
 
-                def launch(i: int, tiling: DecodeTiling = tiling) -> Tensor:
-                    k, v, tables = caches[i % sets]
-                    return decode_attention(q, k, v, tables, lens, scale=128**-0.5, tiling=tiling)
 
-                error = relative_error(launch(0)[:few], reference)
-                us = graph_us([lambda i=i: launch(i) for i in range(max(4, sets))], 5)  # type: ignore[misc]
-                name = f"decode r{rows} c{context} bs{block_size} {short(tiling)}"
-                results.append(Row(name, us, rows * context * 4096.0, 0, error))
+def time_decode(results: Results) -> None:
+    cases = ((1, 128, (1,)), (1, 1024, (8,)), (1, 8192, (16, 32)), (8, 1024, (2, 4, 8)))
+    cases += ((64, 128, (1,)), (64, 1024, (1, 2)), (256, 1024, (1,)))  # type: ignore[assignment]
+    for (rows, context, all_splits), block_size in itertools.product(cases, (16, 32, 64)):
+        sets = max(1, min(8, (256 << 20) // (rows * context * 4096)))
+        caches = [make_cache(rows, context, block_size, 128) for _ in range(sets)]
+        q = torch.randn(rows, 32, 128, device="cuda", dtype=BF16)
+        lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+        few = min(rows, 4)
+        expected = paged_attention(q[:few], *caches[0], [context] * few, list(range(few + 1)), 128**-0.5)
+        for splits, (bs, base) in itertools.product(all_splits, decode_tilings()):
+            for stretch in (128, 256) if rows <= 8 else (128,):
+                if bs != block_size:
+                    continue
+                tiling = dataclasses.replace(base, splits=splits, stretch=stretch)
+                launches = rotate(caches, lambda c: decode_attention(q, *c, lens, scale=128**-0.5, tiling=tiling), 4)
+                name = f"decode r{rows} c{context} bs{bs} {short(tiling)}"
+                results.measure(name, launches, expected, bytes=rows * context * 4096.0)
     time_decode_fp8(results)
 
 
-def fp8_decode_tilings() -> list[tuple[int, DecodeTiling]]:
-    return [(bs, DecodeTiling(1, bn, 128, 4, n)) for bs, bn, n in itertools.product((16, 64), (64, 128), (3, 5))]
-
-
-def time_decode_fp8(results: list[Row]) -> None:
-    rows, context = 64, 1024
-    for bs, tiling in fp8_decode_tilings():
-        k, v, tables = make_cache(rows, context, bs, 128)
+def time_decode_fp8(results: Results) -> None:
+    for rows, block_size in itertools.product((64, 256), (16, 64)):
+        k, v, tables = make_cache(rows, 1024, block_size, 128)
         k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
         q = torch.randn(rows, 32, 128, device="cuda", dtype=BF16)
-        lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
-
-        def launch() -> Tensor:
-            return decode_attention(q, k, v, tables, lens, scale=128**-0.5, tiling=tiling)
-
-        reference = paged_attention(q[:4], k.float(), v.float(), tables, [context] * 4, [0, 1, 2, 3, 4], 128**-0.5)
-        error = relative_error(launch()[:4], reference)
-        us = graph_us([launch] * 4)
-        results.append(
-            Row(f"decode fp8 r{rows} c{context} bs{bs} {short(tiling)}", us, rows * context * 2048.0, 0, error)
-        )
+        lens = torch.full((rows,), 1024, device="cuda", dtype=torch.int32)
+        expected = paged_attention(q[:4], k.float(), v.float(), tables, [1024] * 4, [0, 1, 2, 3, 4], 128**-0.5)
+        for tiling in FP8_DECODE:
+            launches = [lambda: decode_attention(q, k, v, tables, lens, scale=128**-0.5, tiling=tiling)] * 4
+            name = f"decode fp8 r{rows} c1024 bs{block_size} {short(tiling)}"
+            results.measure(name, launches, expected, bytes=rows * 1024 * 2048.0)
 
 
-def time_prefill(results: list[Row]) -> None:
+def time_prefill(results: Results) -> None:
     for rows, context in ((1, 8192), (32, 1024)):
         for block_size, dim, tiling in prefill_tilings():
             k, v, tables = make_cache(rows, context, block_size, dim)
             q = torch.randn(rows * context, 32, dim, device="cuda", dtype=BF16)
             lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
             starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * context
-
-            def launch(tiling: PrefillTiling = tiling) -> Tensor:
-                return prefill_attention(q, k, v, tables, lens, starts, scale=dim**-0.5, tiling=tiling)
-
-            dense_k, dense_v = (
-                x[tables[0].long()].flatten(0, 1)[:context].transpose(0, 1).repeat_interleave(4, 0)[None]
-                for x in (k, v)
-            )
+            dense = (x[tables[0].long()].flatten(0, 1)[:context].transpose(0, 1) for x in (k, v))
+            dense_k, dense_v = (x.repeat_interleave(4, 0)[None] for x in dense)
             q_row = q[:context].transpose(0, 1)[None]
-            reference = F.scaled_dot_product_attention(q_row, dense_k, dense_v, is_causal=True)[0].transpose(0, 1)
-            error = relative_error(launch()[:context], reference)
-            us = graph_us([launch, launch], 3)
+            expected = F.scaled_dot_product_attention(q_row, dense_k, dense_v, is_causal=True)[0].transpose(0, 1)
+            launches = [lambda: prefill_attention(q, k, v, tables, lens, starts, scale=dim**-0.5, tiling=tiling)] * 2
             flops = 2.0 * context * context * dim * 32 * rows
-            results.append(
-                Row(f"prefill r{rows} c{context} bs{block_size} d{dim} {short(tiling)}", us, 0, flops, error)
+            results.measure(
+                f"prefill r{rows} c{context} bs{block_size} d{dim} {short(tiling)}", launches, expected, flops=flops
             )
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
-            results.append(sdpa_row(rows, context, backend))
+            results.rows.append(sdpa_row(rows, context, backend))
 
 
-def sdpa_row(rows: int, context: int, backend: str) -> Row:
-    q, k, v = (torch.randn(rows, 32, context, 128, device="cuda", dtype=BF16) for _ in range(3))
-    with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
-        us = graph_us([lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)] * 2, 3)
-    return Row(f"sdpa {backend} r{rows} c{context} d128", us, 0, 2.0 * context * context * 128 * 32 * rows)
+def parse(kind: type, text: str | None) -> Any:
+    """Turn `short`'s text back into a tiling."""
+    if text is None:
+        return None
+    values = [int(value) for value in text.split(",")]
+    flags = {field.name for field in dataclasses.fields(kind) if field.type in (bool, "bool")}
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{n: bool(v) if n in flags else v for n, v in zip(names, values, strict=True)})
 
 
-def time_chain(results: list[Row]) -> None:
+def time_chain(results: Results) -> None:
+    """Time whole decode steps: cuBLAS, then the best product of each shape, with and without overlap."""
     chain = DecodeChain(torch.device("cuda"), rows=16, context=128, layers=32)
-    set_overlap(False)
-    expected = chain.step(8, False).tolist()
-    for rows, overlap, prefetch, library in itertools.product((1, 8), (True, False), (True, False), (False, True)):
-        if (not overlap or library) and prefetch:
-            continue
+    names = dict(zip(CHAIN_SHAPES, SHAPES, strict=True))
+    set_overlap(True)
+    expected = chain.step(16).tolist()
+    for rows, overlap in itertools.product((1, 8, 16), (True, False)):
         set_overlap(overlap)
-        chosen: list[Tensor] = []
-        us = graph_us([lambda: chosen.append(chain.step(rows, prefetch, library))], 9)
-        same = chosen[-1].tolist() == expected[:rows]
-        name = f"8B step r{rows} overlap={overlap} prefetch={prefetch} cublas={library} same={same}"
-        results.append(Row(name, us, chain.weight_bytes))
+        tilings = {shape: parse(Tiling, results.best(f"gemm {name} m{rows} ")) for shape, name in names.items()}
+        steps: dict[str, Callable[[], Tensor]] = {
+            "cublas": lambda: chain.step(rows),
+            "gemm": lambda: chain.step(rows, tilings),
+        }
+        if rows == 1:
+            folded = {
+                shape: parse(GemvTiling, results.best(f"gemv-folded {name} m1 ")) for shape, name in names.items()
+            }
+            plain = {shape: parse(GemvTiling, results.best(f"gemv {name} m1 ")) for shape, name in names.items()}
+            steps["gemv"] = lambda: chain.step(1, plain)
+            steps["gemv folded"] = lambda: chain.folded_step(folded)
+        for name, step in steps.items():
+            chosen: list[Tensor] = []
+            try:
+                us = graph_us([lambda: chosen.append(step())], 9)
+            except Exception as failure:
+                results.errors.append(f"chain {name}: {failure}")
+                continue
+            same = sum(a == b for a, b in zip(chosen[-1].tolist(), expected, strict=False))
+            results.rows.append(Row(f"8B step r{rows} overlap={overlap} {name} same={same}", us, chain.weight_bytes))
     set_overlap(True)
 
 
-def overlap_works() -> bool:
-    """Tell whether launches that overlap can be captured here at all."""
-    try:
-        run_gemm(torch.device("cuda"), Tiling(64, 128, 1))
-        graph_us([lambda: run_gemm(torch.device("cuda"), Tiling(64, 128, 1))] * 2)
-    except RuntimeError as error:
-        print(f"no overlap: {error}", flush=True)
-        return False
-    return True
-
-
 def main() -> None:
-    out = Path(sys.argv[1])
+    results = Results(Path(sys.argv[1]))
     begin = time.monotonic()
-    jobs: list[Any] = [*chain_jobs(), *((run_prefill, tiling) for tiling in prefill_tilings())]
-    jobs += [(run_decode, (bs, 128, BF16, tiling)) for bs, tiling in decode_tilings()]
-    jobs += [(run_decode, (bs, 128, torch.float8_e4m3fn, tiling)) for bs, tiling in fp8_decode_tilings()]
-    jobs += [(run_gemm, (tiling, rows)) for tiling in wide_tilings() for rows in (32, 64)]
-    jobs += [(run_gemm_fp8, (tiling,)) for tiling in fp8_tilings()]
-    jobs += [(run_gemm, (tiling,)) for tiling in gemm_tilings()]
-    jobs += [
-        (run_quantized, (*kind, tiling)) for kind in (("int8", 0), ("int4", 128)) for tiling in quantized_tilings()
-    ]
-    errors = compile_all(jobs, chain_jobs())
-    print(f"compiled {len(jobs)} variants, {len(errors)} failed, {time.monotonic() - begin:.1f} s", flush=True)
-    set_overlap(overlap_works())
-    results: list[Row] = []
-    for part in (time_chain, time_gemms, time_wide_gemms, time_fp8_gemms, time_quantized, time_decode, time_prefill):
+    jobs = list(all_jobs())
+    results.errors += compile_all(jobs, chain_jobs())
+    print(f"compiled {len(jobs)} variants, {len(results.errors)} failed, {time.monotonic() - begin:.1f} s", flush=True)
+    set_overlap(True)
+    for part in (time_gemms, time_chain, time_quantized, time_decode, time_prefill, time_fp8_gemms):
         part_begin = time.monotonic()
         try:
             part(results)
-        except Exception as error:  # keep what the other parts measured
-            errors.append(f"{part.__name__}: {type(error).__name__}: {error}")
-        print(f"{part.__name__}: {time.monotonic() - part_begin:.1f} s, {len(results)} rows", flush=True)
-        (out / "tune.txt").write_text("\n".join([*errors, *(row.line() for row in results)]) + "\n")
-    (out / "tune.json").write_text(json.dumps([[row.name, row.us, row.error, row.other_us] for row in results]))
+        except Exception as error:  # keep what the other parts measure
+            results.errors.append(f"{part.__name__}: {type(error).__name__}: {error}")
+        results.save()
+        print(f"{part.__name__}: {time.monotonic() - part_begin:.1f} s, {len(results.rows)} rows", flush=True)
 
 
 if __name__ == "__main__":

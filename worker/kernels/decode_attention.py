@@ -18,12 +18,14 @@ from torch import Tensor
 
 from mgpu.worker.kernels.runtime import (
     HOPPER_SMS,
+    INTERPRETED,
     Workspace,
     default_workspace,
     launch_options,
     overlaps_launches,
     wait_for_inputs,
 )
+from mgpu.worker.kernels.widen import widen_fp8_pairs
 
 LOG2_E = 1.4426950408889634
 COMBINE = 8
@@ -90,6 +92,55 @@ def _attend(
         acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
         peak = new_peak
     return acc, peak, total
+
+
+@triton.jit
+def _attend_pairs(
+    q_even,
+    q_odd,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    first,
+    begin,
+    end,
+    scale,
+    block_stride,
+    token_stride,
+    GROUP_PAD: tl.constexpr,
+    HALF_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Like `_attend` for a cache of int16 words with two e4m3 values; even and odd dimensions are apart."""
+    d = tl.arange(0, HALF_DIM)
+    acc_even = tl.zeros([GROUP_PAD, HALF_DIM], tl.float32)
+    acc_odd = tl.zeros([GROUP_PAD, HALF_DIM], tl.float32)
+    peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        valid = (n < end) & (n >= first)
+        if BLOCK_SIZE % BLOCK_N == 0:
+            page = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
+        else:
+            page = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
+        offsets = (page * block_stride + (n % BLOCK_SIZE) * token_stride)[:, None] + d[None, :]
+        k_even, k_odd = widen_fp8_pairs(tl.trans(tl.load(k_ptr + offsets, mask=valid[:, None], other=0)), ASSEMBLY)
+        scores = tl.dot(q_even, k_even, input_precision="ieee")
+        scores = tl.dot(q_odd, k_odd, scores, input_precision="ieee") * scale
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weights, 1)
+        v_even, v_odd = widen_fp8_pairs(tl.load(v_ptr + offsets, mask=valid[:, None], other=0), ASSEMBLY)
+        weights = weights.to(tl.float16)
+        acc_even = tl.dot(weights, v_even, acc_even * shrink[:, None], input_precision="ieee")
+        acc_odd = tl.dot(weights, v_odd, acc_odd * shrink[:, None], input_precision="ieee")
+        peak = new_peak
+    return acc_even, acc_odd, peak, total
 
 
 @triton.jit
@@ -161,7 +212,9 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     STRETCH: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    FP8: tl.constexpr,
     OVERLAP: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -178,44 +231,44 @@ def _decode_kernel(
         return
 
     g = tl.arange(0, GROUP_PAD)
-    d = tl.arange(0, HEAD_DIM)
-    heads = head * GROUP + g
-    is_fp8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
-    q = tl.load(
-        q_ptr + row.to(tl.int64) * q_row_stride + heads[:, None] * HEAD_DIM + d[None, :],
-        mask=(g < GROUP)[:, None],
-        other=0.0,
-    )
-    if is_fp8:
-        q = q.to(tl.float16)  # e4m3 widens to float16 in one instruction, to bfloat16 in several
+    real = (g < GROUP)[:, None]
+    # Dimensions of a tile: all, or with FP8 the even ones, each followed by an odd one.
+    STEP: tl.constexpr = 2 if FP8 else 1
+    d = tl.arange(0, HEAD_DIM // STEP)
+    tile = g[:, None] * HEAD_DIM + (d * STEP)[None, :]
+    q_ptrs = q_ptr + row.to(tl.int64) * q_row_stride + head * (GROUP * HEAD_DIM) + tile
+    k_ptr += head * head_stride
+    v_ptr += head * head_stride
+    table_ptr = tables_ptr + row.to(tl.int64) * table_stride
     begin = aligned + split * stretch
-    acc, peak, total = _attend(
-        q,
-        k_ptr + head * head_stride,
-        v_ptr + head * head_stride,
-        tables_ptr + row.to(tl.int64) * table_stride,
-        first,
-        begin,
-        tl.minimum(begin + stretch, context),
-        scale,
-        block_stride,
-        token_stride,
-        GROUP_PAD,
-        HEAD_DIM,
-        BLOCK_SIZE,
-        BLOCK_N,
-    )
+    end = tl.minimum(begin + stretch, context)
+    q = tl.load(q_ptrs, mask=real, other=0.0)
+    if FP8:
+        q_odd = tl.load(q_ptrs + 1, mask=real, other=0.0).to(tl.float16)
+        acc, acc_odd, peak, total = _attend_pairs(
+            q.to(tl.float16), q_odd, k_ptr, v_ptr, table_ptr, first, begin, end, scale, block_stride, token_stride,
+            GROUP_PAD, HEAD_DIM // 2, BLOCK_SIZE, BLOCK_N, ASSEMBLY,
+        )  # fmt: skip
+    else:
+        acc, peak, total = _attend(
+            q, k_ptr, v_ptr, table_ptr, first, begin, end, scale, block_stride, token_stride,
+            GROUP_PAD, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+        )  # fmt: skip
 
     out_ptr += row.to(tl.int64) * (num_heads * GROUP * HEAD_DIM) + head * (GROUP * HEAD_DIM)
-    tile = g[:, None] * HEAD_DIM + d[None, :]
     if count == 1:
-        out = acc * (v_scale / tl.where(total > 0.0, total, 1.0))[:, None]
-        tl.store(out_ptr + tile, out.to(out_ptr.dtype.element_ty), mask=(g < GROUP)[:, None])
+        factor = (v_scale / tl.where(total > 0.0, total, 1.0))[:, None]
+        tl.store(out_ptr + tile, (acc * factor).to(out_ptr.dtype.element_ty), mask=real)
+        if FP8:
+            tl.store(out_ptr + tile + 1, (acc_odd * factor).to(out_ptr.dtype.element_ty), mask=real)
     else:
         pair = row * num_heads + head
         slot = pair * splits + split
         stat_ptr = partial_ptr + stats_offset
-        tl.store(partial_ptr + slot.to(tl.int64) * (GROUP * HEAD_DIM) + tile, acc, mask=(g < GROUP)[:, None])
+        acc_ptr = partial_ptr + slot.to(tl.int64) * (GROUP * HEAD_DIM) + tile
+        tl.store(acc_ptr, acc, mask=real)
+        if FP8:
+            tl.store(acc_ptr + 1, acc_odd, mask=real)
         tl.store(stat_ptr + (slot * GROUP + g) * 2, peak, mask=g < GROUP)
         tl.store(stat_ptr + (slot * GROUP + g) * 2 + 1, total, mask=g < GROUP)
         tl.debug_barrier()  # all threads' stores precede the release below
@@ -274,6 +327,9 @@ def decode_attention(
     tiling = tiling or choose_tiling(rows, num_kv, dim)
     splits = tiling.splits
     workspace = workspace or default_workspace(q_RHK.device)
+    is_fp8 = k_NBJK.dtype == torch.float8_e4m3fn
+    if is_fp8:
+        k_NBJK, v_NBJK = k_NBJK.view(torch.int16), v_NBJK.view(torch.int16)
     slots = rows * num_kv * splits
     if splits > 1:
         workspace.require(slots * group * (dim + 2), rows * num_kv)
@@ -304,7 +360,9 @@ def decode_attention(
         tiling.block_n,
         tiling.stretch,
         COMBINE,
+        is_fp8,
         overlaps_launches(q_RHK.device),
+        not INTERPRETED,
         **launch_options(q_RHK.device, tiling.num_warps, tiling.num_stages),
     )
     return out_RHK

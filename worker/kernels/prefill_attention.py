@@ -31,7 +31,11 @@ class PrefillTiling:
     num_warps: int
     num_stages: int
     bulk: bool = True
-    """Load through tensor maps where a step's keys lie in one page."""
+    """Load through tensor maps where a tile's keys lie in one page."""
+    paired: bool = False
+    """Take two tiles of keys per step."""
+    max_registers: int | None = None
+    """Cap per thread, so that a second program fits on the SM and computes while this one waits."""
 
 
 @triton.jit
@@ -44,6 +48,66 @@ def _find_row(tile, starts_ptr, num_rows, BLOCK_M: tl.constexpr, AT_ONCE: tl.con
         start = tl.load(starts_ptr + r, mask=r < num_rows, other=0) - base
         row += tl.sum(((start // BLOCK_M + r <= tile) & (r < num_rows)).to(tl.int32), 0)
     return row
+
+
+@triton.jit
+def _load_tile(
+    k_ref,
+    v_ref,
+    table_ptr,
+    kv_head,
+    start,
+    context,
+    block_stride,
+    token_stride,
+    head_stride,
+    MASKED: tl.constexpr,
+    BULK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Give K^T [HEAD_DIM, BLOCK_N] and V [BLOCK_N, HEAD_DIM] of the keys from ``start``.
+
+    What is past the context may be NaN, and 0 * NaN is NaN: with MASKED such values of V are zero.
+    """
+    offset = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, HEAD_DIM)
+    n = start + offset
+    if BLOCK_SIZE % BLOCK_N == 0:  # the tile is in one page
+        index = start // BLOCK_SIZE
+        if MASKED:
+            index = tl.minimum(index, (context - 1) // BLOCK_SIZE)
+        page = tl.load(table_ptr + index)
+    else:
+        page = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < context, other=0)
+    if BULK:
+        slot = page * BLOCK_SIZE + start % BLOCK_SIZE
+        k = tl.trans(k_ref.load([slot, kv_head * HEAD_DIM]))
+        v = v_ref.load([slot, kv_head * HEAD_DIM])
+        if MASKED:
+            v = tl.where((n < context)[:, None], v, 0.0)
+    else:
+        slots = page.to(tl.int64) * block_stride + (n % BLOCK_SIZE) * token_stride + kv_head * head_stride
+        k_ptrs = k_ref + slots[None, :] + d[:, None]
+        v_ptrs = v_ref + slots[:, None] + d[None, :]
+        if MASKED:
+            k = tl.load(k_ptrs, mask=(n < context)[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=(n < context)[:, None], other=0.0)
+        else:
+            k = tl.load(k_ptrs)
+            v = tl.load(v_ptrs)
+    return k, v
+
+
+@triton.jit
+def _scores(q, k, start, positions, window, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
+    if MASKED:
+        n = start + tl.arange(0, BLOCK_N)
+        visible = (n[None, :] <= positions[:, None]) & (n[None, :] > positions[:, None] - window)
+        scores = tl.where(visible, scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -67,54 +131,41 @@ def _attend_tiles(
     head_stride,
     MASKED: tl.constexpr,
     BULK: tl.constexpr,
+    PAIRED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Continue the running softmax over the keys [begin, end) of one KV head; both are multiples of BLOCK_N.
+    """Continue the running softmax over the keys [begin, end) of one KV head; both are multiples of a step's keys.
 
-    ``k_ref`` and ``v_ref`` are pointers, or with BULK tensor-map descriptors of [slots, J * K].
+    ``k_ref`` and ``v_ref`` are pointers, or with BULK tensor-map descriptors of [slots, J * K]. A step takes BLOCK_N
+    keys, with PAIRED twice as many: two tiles that need not be in one page share one rescaling.
     """
-    d = tl.arange(0, HEAD_DIM)
-    offset = tl.arange(0, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
-        n = start + offset
-        if BLOCK_SIZE % BLOCK_N == 0:  # the tile is in one page
-            page = tl.load(table_ptr + start // BLOCK_SIZE)
-            if BULK:
-                slot = page * BLOCK_SIZE + start % BLOCK_SIZE
-                k = tl.trans(k_ref.load([slot, kv_head * HEAD_DIM]))
-                v = v_ref.load([slot, kv_head * HEAD_DIM])
-            else:
-                slots = page.to(tl.int64) * block_stride + (start % BLOCK_SIZE + offset) * token_stride
-        else:
-            page = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < context, other=0)
-            slots = page.to(tl.int64) * block_stride + (n % BLOCK_SIZE) * token_stride
-        # What is past the context may be NaN, and 0 * NaN is NaN: such values must not be multiplied.
-        if BULK:
-            if MASKED:
-                v = tl.where((n < context)[:, None], v, 0.0)
-        else:
-            k_ptrs = k_ref + kv_head * head_stride + slots[None, :] + d[:, None]
-            v_ptrs = v_ref + kv_head * head_stride + slots[:, None] + d[None, :]
-            if MASKED:
-                k = tl.load(k_ptrs, mask=(n < context)[None, :], other=0.0)
-                v = tl.load(v_ptrs, mask=(n < context)[:, None], other=0.0)
-            else:
-                k = tl.load(k_ptrs)
-                v = tl.load(v_ptrs)
-        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
-        if MASKED:
-            visible = (n[None, :] <= positions[:, None]) & (n[None, :] > positions[:, None] - window)
-            scores = tl.where(visible, scores, float("-inf"))
+    STEP: tl.constexpr = BLOCK_N * 2 if PAIRED else BLOCK_N
+    for start in range(begin, end, STEP):
+        k, v = _load_tile(
+            k_ref, v_ref, table_ptr, kv_head, start, context, block_stride, token_stride, head_stride,
+            MASKED, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+        )  # fmt: skip
+        scores = _scores(q, k, start, positions, window, MASKED, BLOCK_N)
         new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-        # A tile may hide all of its keys from a query (window): then the peak stays -inf, and exp2 must not see NaN.
+        if PAIRED:
+            k_2, v_2 = _load_tile(
+                k_ref, v_ref, table_ptr, kv_head, start + BLOCK_N, context, block_stride, token_stride, head_stride,
+                MASKED, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+            )  # fmt: skip
+            scores_2 = _scores(q, k_2, start + BLOCK_N, positions, window, MASKED, BLOCK_N)
+            new_peak = tl.maximum(new_peak, tl.max(scores_2, 1) * scale)
+        # A step may hide all of its keys from a query (window): then the peak stays -inf, and exp2 must not see NaN.
         known = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-        weights = tl.exp2(scores * scale - known[:, None])
         shrink = tl.exp2(peak - known)
+        weights = tl.exp2(scores * scale - known[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+        if PAIRED:
+            weights = tl.exp2(scores_2 * scale - known[:, None])
+            total += tl.sum(weights, 1)
+            acc = tl.dot(weights.to(q.dtype), v_2.to(q.dtype), acc, input_precision="ieee")
         peak = new_peak
     return acc, peak, total
 
@@ -140,6 +191,7 @@ def _prefill_kernel(
     head_stride,
     WINDOWED: tl.constexpr,
     BULK: tl.constexpr,
+    PAIRED: tl.constexpr,
     FP8: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -176,30 +228,33 @@ def _prefill_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    STEP: tl.constexpr = BLOCK_N * 2 if PAIRED else BLOCK_N
     if WINDOWED:
-        masked_from = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+        masked_from = tl.maximum(first_position - window + 1, 0) // STEP * STEP
     else:
-        masked_from = (first_position + 1) // BLOCK_N * BLOCK_N
+        masked_from = (first_position + 1) // STEP * STEP
         acc, peak, total = _attend_tiles(
             acc, peak, total, q, k_ref, v_ref, table_ptr, kv_head, 0, masked_from, positions, context, scale, window,
-            block_stride, token_stride, head_stride, False, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+            block_stride, token_stride, head_stride, False, BULK, PAIRED, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
         )  # fmt: skip
     acc, peak, total = _attend_tiles(
         acc, peak, total, q, k_ref, v_ref, table_ptr, kv_head, masked_from, end, positions, context, scale, window,
-        block_stride, token_stride, head_stride, True, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+        block_stride, token_stride, head_stride, True, BULK, PAIRED, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
     )  # fmt: skip
     out = acc * (v_scale / total)[:, None]
     offsets = (start + m).to(tl.int64)[:, None] * out_stride + head * HEAD_DIM + d[None, :]
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=(m < count)[:, None])
 
 
-def choose_tiling(dim: int) -> PrefillTiling:
-    """Pick tiles by head size (see docs/kernels.md)."""
+def choose_tiling(dim: int, element_bytes: int) -> PrefillTiling:
+    """Pick tiles by head size (see docs/kernels.md); float32 is for correctness, so its tiles are merely small."""
+    if element_bytes > 2:
+        return PrefillTiling(32, 16, 4, 2)
     if dim <= 64:
-        return PrefillTiling(128, 128, 8, 3)
-    if dim <= 128:
         return PrefillTiling(128, 64, 8, 3)
-    return PrefillTiling(64, 64, 8, 2)
+    if dim <= 128:
+        return PrefillTiling(64, 64, 4, 2)
+    return PrefillTiling(128, 64, 8, 2)
 
 
 def _slot_rows(cache_NBJK: Tensor, block_n: int) -> TensorDescriptor:
@@ -233,7 +288,7 @@ def prefill_attention(
     rows = context_lens_R.shape[0]
     if out_THK is None:
         out_THK = torch.empty(tokens, num_q, dim, dtype=q_THK.dtype, device=q_THK.device)
-    tiling = tiling or choose_tiling(dim)
+    tiling = tiling or choose_tiling(dim, q_THK.element_size())
     bulk = tiling.bulk and k_NBJK.shape[1] % tiling.block_n == 0 and k_NBJK.is_contiguous()
     _prefill_kernel[(num_q, ceil_div(tokens, tiling.block_m) + rows)](
         q_THK,
@@ -255,6 +310,7 @@ def prefill_attention(
         k_NBJK.stride(2),
         window is not None,
         bulk,
+        tiling.paired,
         k_NBJK.dtype == torch.float8_e4m3fn,
         num_q // k_NBJK.shape[2],
         dim,
@@ -263,6 +319,7 @@ def prefill_attention(
         tiling.block_n,
         ROWS_AT_ONCE,
         overlaps_launches(q_THK.device),
+        maxnreg=tiling.max_registers,
         **launch_options(q_THK.device, tiling.num_warps, tiling.num_stages),
     )
     return out_THK

@@ -29,7 +29,7 @@ from mgpu.worker.kernels.widen import widen_words
 _KINDS = {"int8": 0, "fp8": 1, "int4": 2}
 
 
-@triton.jit(do_not_specialize=["M", "blocks_per_split"])
+@triton.jit(do_not_specialize=["M", "blocks_per_split", "prefetch_bytes"])
 def _quantized_gemm_kernel(
     x_ptr,
     w_ptr,
@@ -43,6 +43,7 @@ def _quantized_gemm_kernel(
     K,
     words_per_row,
     blocks_per_split,
+    prefetch_bytes,
     x_stride,
     y_stride,
     KIND: tl.constexpr,
@@ -51,7 +52,6 @@ def _quantized_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
@@ -64,8 +64,10 @@ def _quantized_gemm_kernel(
     rows = tl.minimum(n, N - 1).to(tl.int64)
     begin = split * blocks_per_split
     end = tl.minimum(begin + blocks_per_split, words_per_row // 32)
-    if PREFETCH > 0:
-        prefetch_rows(w_ptr, tile * BLOCK_N, N, words_per_row * 4, begin * 128, (end - begin) * 128, BLOCK_N, PREFETCH)
+    if OVERLAP:
+        if prefetch_bytes > 0:
+            size = tl.minimum(prefetch_bytes, (end - begin) * 128)
+            prefetch_rows(w_ptr, tile * BLOCK_N, N, words_per_row * 4, begin * 128, size, BLOCK_N)
     wait_for_inputs(OVERLAP)
 
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -135,7 +137,8 @@ def quantized_gemm(
     tiling = tiling or choose_tiling(n, blocks)
     if out_MN is None:
         out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
-    block_m = max(16, triton.next_power_of_2(rows))
+    block_m = tiling.block_m(rows)
+    blocks_per_split = ceil_div(blocks, tiling.splits)
     tiles = ceil_div(n, tiling.block_n)
     workspace = workspace or default_workspace(x_MK.device)
     if tiling.splits > 1:
@@ -153,7 +156,8 @@ def quantized_gemm(
         n,
         k,
         words_per_row,
-        ceil_div(blocks, tiling.splits),
+        blocks_per_split,
+        tiling.prefetch_per_row(blocks_per_split * WORDS * 4),
         x_MK.stride(0),
         out_MN.stride(0),
         _KINDS[weight.kind],
@@ -162,7 +166,6 @@ def quantized_gemm(
         block_m,
         tiling.block_n,
         k == words_per_row * (8 if weight.kind == "int4" else 4),
-        tiling.prefetch_pieces if overlap else 0,
         overlap,
         not INTERPRETED,
         **launch_options(x_MK.device, tiling.num_warps, tiling.num_stages),

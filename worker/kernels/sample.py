@@ -38,10 +38,10 @@ def _minus_log1p_minus(v):
 
 
 @triton.jit
-def _first_best(value_a, id_a, value_b, id_b):
-    """Order by value, then by lower id."""
-    takes_a = (value_a > value_b) | ((value_a == value_b) & (id_a < id_b))
-    return tl.where(takes_a, value_a, value_b), tl.where(takes_a, id_a, id_b)
+def _first_best(scores, ids):
+    """Give the largest score and the lowest id that has it."""
+    best = tl.max(scores, 0)
+    return best, tl.min(tl.where(scores == best, ids, 2147483647), 0)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _stretch_kernel(
             bits = _mix(key ^ (token.to(tl.uint32) * 0x9E3779B1))
             v = (bits >> 1).to(tl.int32).to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
             scores = scores / temperature - tl.log(_minus_log1p_minus(tl.minimum(v, 0.9999999403953552)))
-    best, chosen = tl.reduce((scores, token), 0, _first_best)
+    best, chosen = _first_best(scores, token)
     place = row * tl.num_programs(1) + stretch
     tl.store(best_ptr + place, best)
     tl.store(ids_ptr + place, chosen)
@@ -94,6 +94,7 @@ def _pick_kernel(
     tokens_ptr,
     tokens_stride,
     COUNT,
+    last_id,
     PADDED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -102,7 +103,8 @@ def _pick_kernel(
     wait_for_inputs(OVERLAP)
     values = tl.load(best_ptr + row * COUNT + c, mask=c < COUNT, other=float("-inf"))
     ids = tl.load(ids_ptr + row * COUNT + c, mask=c < COUNT, other=2147483647)
-    best, chosen = tl.reduce((values, ids), 0, _first_best)
+    best, chosen = _first_best(values, ids)
+    chosen = tl.minimum(chosen, last_id)  # logits that are all NaN: some token that exists
     tl.store(value_out_ptr + row, best)
     tl.store(id_out_ptr + row, chosen)
     if tokens_ptr is not None:
@@ -163,6 +165,7 @@ def sample(
         tokens,
         0 if tokens is None else tokens.stride(0),
         stretches,
+        first_id + vocab - 1,
         triton.next_power_of_2(stretches),
         overlap,
         **launch_options(device, 1),

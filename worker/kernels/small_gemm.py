@@ -41,31 +41,31 @@ class Tiling:
     splits: int
     num_warps: int = 4
     num_stages: int = 4
-    prefetch: bool = True
-    """Ask for the weights in L2 while the previous kernel still runs."""
+    narrow: bool = False
+    """Pad to 8 rows, not 16, where there are no more; this keeps the product off the 64-wide tensor-core instruction."""
     bulk: bool = False
     """Load the weights through a tensor map."""
+    prefetch_bytes: int = 0
+    """Weights per program to ask for while the previous kernel still runs. All programs' together must fit in L2."""
 
-    @property
-    def prefetch_pieces(self) -> int:
-        """Prefetch requests per weight row, such that every thread makes one; 0: none."""
-        return max(1, 32 * self.num_warps // self.block_n) if self.prefetch else 0
+    def block_m(self, rows: int) -> int:
+        """Rows of the padded tile."""
+        return max(8 if self.narrow else 16, triton.next_power_of_2(rows))
+
+    def prefetch_per_row(self, row_bytes: int) -> int:
+        """Bytes to prefetch of each weight row, given how many the program reads of it."""
+        return min(self.prefetch_bytes // self.block_n, row_bytes) & ~15
 
 
 @triton.jit
-def prefetch_rows(w_ptr, first_row, N, row_bytes, begin_byte, num_bytes, ROWS: tl.constexpr, PIECES: tl.constexpr):
-    """Ask for ``num_bytes`` of each weight row in L2: weights depend on no earlier kernel, so this precedes the wait.
-
-    PIECES requests per row; ROWS * PIECES is the number of threads, so that none is repeated.
-    """
-    lane = tl.arange(0, ROWS * PIECES)
-    row = tl.minimum(first_row + lane // PIECES, N - 1).to(tl.int64)
-    size = (num_bytes // PIECES) & ~15
-    address = w_ptr.to(tl.int64) + row * row_bytes + begin_byte + (lane % PIECES) * size
+def prefetch_rows(w_ptr, first_row, N, row_bytes, begin_byte, num_bytes, ROWS: tl.constexpr):
+    """Ask for ``num_bytes`` of each weight row in L2: weights depend on no earlier kernel, so this precedes the wait."""
+    row = tl.minimum(first_row + tl.arange(0, ROWS), N - 1).to(tl.int64)
+    address = w_ptr.to(tl.int64) + row * row_bytes + begin_byte
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; // $0",
         "=r,l,r",
-        [address, tl.zeros_like(lane) + size],
+        [address, tl.zeros([ROWS], tl.int32) + num_bytes],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -88,7 +88,7 @@ def add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS: tl
     return acc, is_last
 
 
-@triton.jit(do_not_specialize=["M", "k_per_split"])
+@triton.jit(do_not_specialize=["M", "k_per_split", "prefetch_bytes"])
 def _gemm_kernel(
     x_ptr,
     w_ptr,
@@ -103,6 +103,7 @@ def _gemm_kernel(
     N,
     K,
     k_per_split,
+    prefetch_bytes,
     x_stride,
     y_stride,
     SPLITS: tl.constexpr,
@@ -110,7 +111,6 @@ def _gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -121,11 +121,11 @@ def _gemm_kernel(
     rows = tl.minimum(n, N - 1).to(tl.int64)
     k_begin = split * k_per_split
     k_end = tl.minimum(k_begin + k_per_split, K)
-    if PREFETCH > 0:
-        BYTES: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
-        prefetch_rows(
-            w_ptr, tile * BLOCK_N, N, K * BYTES, k_begin * BYTES, (k_end - k_begin) * BYTES, BLOCK_N, PREFETCH
-        )
+    if OVERLAP:
+        if prefetch_bytes > 0:
+            BYTES: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+            size = tl.minimum(prefetch_bytes, (k_end - k_begin) * BYTES)
+            prefetch_rows(w_ptr, tile * BLOCK_N, N, K * BYTES, k_begin * BYTES, size, BLOCK_N)
     wait_for_inputs(OVERLAP)
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -138,7 +138,7 @@ def _gemm_kernel(
         if w_map is not None:
             w = w_map.load([tile * BLOCK_N, k0])  # past the matrix: zeros
         elif EVEN_K:
-            w = tl.load(w_ptr + rows[:, None] * K + ks[None, :], eviction_policy="evict_first")
+            w = tl.load(w_ptr + rows[:, None] * K + ks[None, :])
         else:
             w = tl.load(w_ptr + rows[:, None] * K + ks[None, :], mask=ks[None, :] < k_end, other=0.0)
         x = tl.load(x_ptrs, mask=x_mask, other=0.0)
@@ -195,7 +195,7 @@ def small_gemm(
     if out_MN is None:
         dtype = torch.bfloat16 if x_MK.dtype.itemsize == 1 else x_MK.dtype
         out_MN = torch.empty(rows, n, dtype=dtype, device=x_MK.device)
-    block_m = max(16, triton.next_power_of_2(rows))
+    block_m = tiling.block_m(rows)
     tiles = ceil_div(n, tiling.block_n)
     k_per_split = ceil_div(ceil_div(k, tiling.splits), tiling.block_k) * tiling.block_k
     workspace = workspace or default_workspace(x_MK.device)
@@ -216,6 +216,7 @@ def small_gemm(
         n,
         k,
         k_per_split,
+        tiling.prefetch_per_row(k_per_split * w_NK.element_size()) if k % 16 == 0 else 0,
         x_MK.stride(0),
         out_MN.stride(0),
         tiling.splits,
@@ -223,7 +224,6 @@ def small_gemm(
         tiling.block_n,
         tiling.block_k,
         k % tiling.block_k == 0,
-        tiling.prefetch_pieces if overlap and k % 8 == 0 else 0,
         overlap,
         **launch_options(x_MK.device, tiling.num_warps, tiling.num_stages),
     )

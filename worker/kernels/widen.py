@@ -118,3 +118,31 @@ def widen_words(words, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.con
             _widen_slowly(words, 3, KIND, DTYPE),
         )
     return parts
+
+
+# Two e4m3 values per 16-bit lane, in two neighbouring lanes: (even, even) and (odd, odd) as float16 pairs.
+_E4M3_PAIRS_ASM = tl.constexpr("""{
+    .reg .b16 low, high;
+    .reg .b32 a, b;
+    mov.b32 {low, high}, $2;
+    cvt.rn.f16x2.e4m3x2 a, low;
+    cvt.rn.f16x2.e4m3x2 b, high;
+    prmt.b32 $0, a, b, 0x5410;
+    prmt.b32 $1, a, b, 0x7632;
+}""")
+
+
+@triton.jit
+def widen_fp8_pairs(pairs, ASSEMBLY: tl.constexpr):
+    """Give (even, odd) float16 elements of int16 words that hold two e4m3 values each.
+
+    Words, because operands of 16 bits can be transposed on their way from shared memory and bytes cannot.
+    """
+    if ASSEMBLY:
+        even, odd = tl.inline_asm_elementwise(
+            _E4M3_PAIRS_ASM, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        even = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        odd = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return even, odd

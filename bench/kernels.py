@@ -1,0 +1,189 @@
+# ruff: noqa: B023 - closures are called within the iteration that makes them
+"""Time every kernel with its own choice of tiling: achieved bandwidth or arithmetic, error, and torch's alternative.
+
+Needs a Hopper GPU: ``PYTHONPATH=src python bench/kernels.py [OUT_FILE]``. Inputs are random, launches rotate among
+buffers larger than the L2 cache and are replayed from a CUDA graph; times are medians. Shapes are Llama-3.1-8B's.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from decode_chain import DecodeChain
+from decode_chain import SHAPES as CHAIN_SHAPES
+from kernel_timing import Row, graph_us, make_cache, relative_error, rotate, sdpa_row, views
+from torch import Tensor
+
+from mgpu.worker.kernels import gemv as gemv_module
+from mgpu.worker.kernels import reference, small_gemm
+from mgpu.worker.kernels.activation import gated_activation
+from mgpu.worker.kernels.decode_attention import decode_attention
+from mgpu.worker.kernels.gemv import gemv
+from mgpu.worker.kernels.norm import add_rms_norm
+from mgpu.worker.kernels.packing import PackedWeight, dequantize
+from mgpu.worker.kernels.prefill_attention import prefill_attention
+from mgpu.worker.kernels.quantized_gemm import quantized_gemm
+from mgpu.worker.kernels.rope_cache import rope_and_cache
+from mgpu.worker.kernels.sample import sample
+from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
+
+SHAPES = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "head": (128256, 4096),
+}
+BF16 = torch.bfloat16
+
+
+def random_pool(count: int) -> Tensor:
+    return torch.randn(count, device="cuda", dtype=torch.float32).mul_(0.02).to(BF16)
+
+
+def products() -> Iterator[Row]:
+    pool = random_pool(6 * 10**8)
+    for name, (n, k) in SHAPES.items():
+        weights = views(pool, n, k)
+        facts = {"bytes": 2.0 * n * k}
+        for rows in (1, 2, 4, 8, 16):
+            x = torch.randn(rows, k, device="cuda").to(BF16)
+            expected = x.float() @ weights[0].float().T
+            other = graph_us(rotate(weights, lambda w: F.linear(x, w)))
+            error = relative_error(small_gemm.small_gemm(x, weights[0]), expected)
+            us = graph_us(rotate(weights, lambda w: small_gemm.small_gemm(x, w)))
+            yield Row(f"small_gemm {name} m{rows}", us, error=error, other_us=other, flops=2.0 * rows * n * k, **facts)
+            if rows == 1:
+                error = relative_error(gemv(x, weights[0]), expected)
+                us = graph_us(rotate(weights, lambda w: gemv(x, w)))
+                yield Row(f"gemv {name}", us, error=error, other_us=other, **facts)
+
+
+def quantized_products() -> Iterator[Row]:
+    pool = torch.randint(-(2**31), 2**31 - 1, (15 * 10**7,), device="cuda", dtype=torch.int32)
+    for kind, group in (("int8", 0), ("fp8", 0), ("int4", 128)):
+        # A random byte may be float8's NaN (0x7F), so clear one bit of each.
+        words_pool = pool & 0x3F3F3F3F if kind == "fp8" else pool
+        for name, (n, k) in SHAPES.items():
+            scales = torch.rand(k // group if group else 1, n, device="cuda")
+            parts = views(words_pool, n, k // (8 if kind == "int4" else 4), 16)
+            weights = [PackedWeight(kind, words, scales, k, group) for words in parts]  # type: ignore[arg-type]
+            dense = dequantize(weights[0], torch.float32) if name != "head" else None
+            for rows in (1, 8, 16):
+                x = torch.randn(rows, k, device="cuda").to(BF16)
+                got = quantized_gemm(x, weights[0])
+                error = relative_error(got, x.float() @ dense.T) if dense is not None else float("nan")
+                us = graph_us(rotate(weights, lambda w: quantized_gemm(x, w)))
+                yield Row(f"quantized {kind} {name} m{rows}", us, bytes=4.0 * parts[0].numel(), error=error)
+
+
+def decode_attentions() -> Iterator[Row]:
+    for (rows, context), block_size, dtype in itertools.product(
+        ((1, 128), (1, 1024), (1, 8192), (8, 1024), (64, 1024), (256, 1024)), (16, 64), (BF16, torch.float8_e4m3fn)
+    ):
+        sets = max(1, min(8, (256 << 20) // (rows * context * 4096)))
+        caches = [make_cache(rows, context, block_size, 128) for _ in range(sets)]
+        caches = [(k.to(dtype), v.to(dtype), tables) for k, v, tables in caches]
+        q = torch.randn(rows, 32, 128, device="cuda").to(BF16)
+        lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+        few = min(rows, 4)
+        k, v, tables = caches[0]
+        expected = reference.paged_attention(
+            q[:few], k.float(), v.float(), tables, [context] * few, list(range(few + 1)), 128**-0.5
+        )
+        error = relative_error(decode_attention(q, *caches[0], lens, scale=128**-0.5)[:few], expected)
+        us = graph_us(rotate(caches, lambda cache: decode_attention(q, *cache, lens, scale=128**-0.5), 4))
+        moved = rows * context * 2.0 * 8 * 128 * k.element_size()
+        yield Row(f"decode r{rows} c{context} bs{block_size} {str(dtype)[6:]}", us, moved, error=error)
+
+
+def prefill_attentions() -> Iterator[Row]:
+    for (rows, context), (block_size, dim) in itertools.product(
+        ((1, 8192), (32, 1024)), ((16, 128), (64, 128), (64, 64), (64, 256))
+    ):
+        k, v, tables = make_cache(rows, context, block_size, dim)
+        q = torch.randn(rows * context, 32, dim, device="cuda").to(BF16)
+        lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+        starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * context
+        us = graph_us([lambda: prefill_attention(q, k, v, tables, lens, starts, scale=dim**-0.5)] * 2, 3)
+        short = min(context, 1024)
+        got = prefill_attention(
+            q[:short], k, v, tables[:1], lens[:1].clamp(max=short), starts[:2].clamp(max=short), scale=dim**-0.5
+        )
+        expected = reference.paged_attention(q[:short], k, v, tables[:1], [short], [0, short], dim**-0.5)
+        other = sdpa_row(rows, context, "CUDNN_ATTENTION").us if dim == 128 else float("nan")
+        flops = 2.0 * context * context * dim * 32 * rows
+        name = f"prefill r{rows} c{context} bs{block_size} d{dim}"
+        yield Row(name, us, flops=flops, error=relative_error(got, expected), other_us=other)
+
+
+def layers() -> Iterator[Row]:
+    weight = torch.rand(4096, device="cuda").to(BF16)
+    for tokens in (1, 64, 8192):
+        x, residual = (torch.randn(tokens, 4096, device="cuda").to(BF16) for _ in range(2))
+        us = graph_us([lambda: add_rms_norm(residual, x, weight, 1e-5)] * 20)
+        expected = reference.rms_norm(residual + x, weight, 1e-5)
+        error = relative_error(add_rms_norm(residual.clone(), x, weight, 1e-5), expected)
+        other = graph_us([lambda: F.rms_norm(residual.add_(x), (4096,), weight, 1e-5)] * 20)
+        yield Row(f"add_rms_norm t{tokens}", us, tokens * 4096 * 8.0, error=error, other_us=other)
+
+        wide = torch.randn(tokens, 28672, device="cuda").to(BF16)
+        us = graph_us([lambda: gated_activation(wide, "silu")] * 20)
+        error = relative_error(gated_activation(wide, "silu"), reference.gated_activation(wide, True))
+        other = graph_us([lambda: F.silu(wide[:, :14336]).mul_(wide[:, 14336:])] * 20)
+        yield Row(f"gated_activation t{tokens}", us, tokens * 14336 * 6.0, error=error, other_us=other)
+
+        k, v, _ = make_cache(1, max(tokens, 1024), 16, 128)
+        qkv = torch.randn(tokens, 48, 128, device="cuda").to(BF16)
+        cos_sin = torch.rand(max(tokens, 1024), 128, device="cuda")
+        places = torch.arange(tokens, device="cuda")
+        us = graph_us([lambda: rope_and_cache(qkv, cos_sin, places, places, k, v)] * 20)
+        expected = reference.rotate(qkv[:, :32], cos_sin[places])
+        error = relative_error(rope_and_cache(qkv, cos_sin, places, places, k, v), expected)
+        yield Row(f"rope_and_cache t{tokens}", us, tokens * 48 * 128 * 4.0, error=error)
+
+
+def sampling() -> Iterator[Row]:
+    for rows in (1, 64, 256):
+        logits = torch.randn(rows, 128256, device="cuda")
+        index = torch.arange(rows, device="cuda")
+        temperatures = torch.ones(rows, device="cuda")
+        seeds = torch.randint(-(2**31), 2**31 - 1, (rows, 2), dtype=torch.int32, device="cuda")
+        moved, other = logits.numel() * 4.0, graph_us([lambda: logits.argmax(-1)] * 10)
+        wrong = float((sample(logits)[1].long() != logits.argmax(-1)).sum())
+        yield Row(f"sample greedy s{rows}", graph_us([lambda: sample(logits)] * 10), moved, error=wrong, other_us=other)
+        options = {"rows_S": index, "positions_S": index, "temperatures": temperatures, "seeds": seeds}
+        yield Row(f"sample drawn s{rows}", graph_us([lambda: sample(logits, **options)] * 10), moved)
+        inputs = DecodeInputs.create(rows, 512, torch.device("cuda"))
+        tokens, blocks = (torch.zeros(rows, n, dtype=torch.int32, device="cuda") for n in (8192, 512))
+        count = torch.tensor([rows], device="cuda")
+        us = graph_us([lambda: prepare_decode(index, index, count, tokens, blocks, 16, inputs)] * 10)
+        yield Row(f"prepare_decode r{rows}", us)
+
+
+def steps() -> Iterator[Row]:
+    """Whole decode steps of Llama-3.1-8B at 128 tokens of context: the kernels, and with cuBLAS for the products."""
+    chain = DecodeChain(torch.device("cuda"), rows=16, context=128, layers=32)
+    tilings = {shape: small_gemm.choose_tiling(*shape, 2) for shape in CHAIN_SHAPES}
+    for rows in (1, 8, 16):
+        other = graph_us([lambda: chain.step(rows)], 9)
+        yield Row(f"step r{rows}", graph_us([lambda: chain.step(rows, tilings)], 9), chain.weight_bytes, other_us=other)
+    folded = {shape: gemv_module.choose_tiling(*shape, False) for shape in CHAIN_SHAPES}
+    yield Row("step r1 folded", graph_us([lambda: chain.folded_step(folded)], 9), chain.weight_bytes)
+
+
+def main() -> None:
+    lines = []
+    for part in (products, quantized_products, decode_attentions, prefill_attentions, layers, sampling, steps):
+        for row in part():
+            lines.append(row.line())
+            print(lines[-1], flush=True)
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

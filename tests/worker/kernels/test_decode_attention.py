@@ -1,0 +1,125 @@
+import pytest
+import torch
+from kernel_checks import paged_cache, relative_error, tolerance
+
+from mgpu.worker.kernels.decode_attention import DecodeTiling, choose_tiling, decode_attention
+from mgpu.worker.kernels.reference import paged_attention
+from mgpu.worker.kernels.runtime import Workspace
+
+CASES = [
+    # context lengths, block size, KV heads, group, head dim, window, splits
+    ([1, 70, 33], 16, 2, 1, 64, None, 1),
+    ([130, 5], 32, 1, 4, 128, None, 4),
+    ([65, 64, 63], 64, 1, 8, 64, None, 2),
+    ([200], 16, 1, 3, 64, 50, 4),
+    ([20, 90], 16, 1, 2, 256, 40, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("lens", "block_size", "kv_heads", "group", "dim", "window", "splits"), CASES)
+def test_decode_attention_equals_reference(
+    device: torch.device,
+    dtype: torch.dtype,
+    lens: list[int],
+    block_size: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    window: int | None,
+    splits: int,
+) -> None:
+    cache = paged_cache(lens, block_size, kv_heads, dim, dtype, device)
+    q = torch.randn(len(lens), kv_heads * group, dim, device=device).to(dtype)
+    starts = list(range(len(lens) + 1))
+    expected = paged_attention(q, cache.k, cache.v, cache.tables, lens, starts, dim**-0.5, window)
+    got = decode_attention(
+        q,
+        cache.k,
+        cache.v,
+        cache.tables,
+        cache.lens,
+        scale=dim**-0.5,
+        window=window,
+        tiling=DecodeTiling(splits, 32, 32),
+    )
+    assert relative_error(got, expected) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_decode_attention_reads_a_float8_cache(device: torch.device, splits: int) -> None:
+    cache = paged_cache([150, 40], 16, 2, 64, torch.float8_e4m3fn, device)
+    q = torch.randn(2, 4, 64, device=device).to(torch.bfloat16)
+    k, v = cache.k.float() * 0.5, cache.v.float() * 2.0
+    expected = paged_attention(q, k, v, cache.tables, cache.context_lens, [0, 1, 2], 0.125)
+    got = decode_attention(
+        q,
+        cache.k,
+        cache.v,
+        cache.tables,
+        cache.lens,
+        scale=0.125,
+        k_scale=0.5,
+        v_scale=2.0,
+        tiling=DecodeTiling(splits, 32, 32),
+    )
+    assert relative_error(got, expected) < tolerance(torch.bfloat16)
+
+
+def test_rows_without_context_give_zeros(device: torch.device) -> None:
+    cache = paged_cache([0, 10], 16, 1, 64, torch.float32, device)
+    got = decode_attention(
+        torch.randn(2, 2, 64, device=device), cache.k, cache.v, cache.tables, cache.lens, scale=0.125
+    )
+    assert not got[0].any()
+    assert got[1].isfinite().all()
+
+
+def test_queries_may_be_a_view_of_the_packed_product(device: torch.device) -> None:
+    cache = paged_cache([30], 16, 1, 64, torch.float32, device)
+    packed = torch.randn(1, 4, 64, device=device)
+    options = (cache.k, cache.v, cache.tables, cache.lens)
+    from_view = decode_attention(packed[:, :2], *options, scale=0.125)
+    from_copy = decode_attention(packed[:, :2].contiguous(), *options, scale=0.125)
+    assert torch.equal(from_view, from_copy)
+
+
+def test_counters_are_zero_again_after_a_split_reduction(device: torch.device) -> None:
+    workspace = Workspace.create(device, 1 << 14, 16)
+    cache = paged_cache([100], 16, 1, 64, torch.float32, device)
+    q = torch.randn(1, 2, 64, device=device)
+    results = [
+        decode_attention(
+            q,
+            cache.k,
+            cache.v,
+            cache.tables,
+            cache.lens,
+            scale=0.125,
+            tiling=DecodeTiling(4, 32, 32),
+            workspace=workspace,
+        )
+        for _ in range(2)
+    ]
+    assert not workspace.counters.any()
+    assert torch.equal(*results)
+
+
+def test_a_workspace_that_is_too_small_is_refused_with_the_numbers(device: torch.device) -> None:
+    cache = paged_cache([100], 16, 1, 64, torch.float32, device)
+    with pytest.raises(ValueError, match="holds 8 floats and 1 counters, needs 528 and 1"):
+        decode_attention(
+            torch.randn(1, 2, 64, device=device),
+            cache.k,
+            cache.v,
+            cache.tables,
+            cache.lens,
+            scale=0.125,
+            tiling=DecodeTiling(4, 32),
+            workspace=Workspace.create(device, 8, 1),
+        )
+
+
+def test_tiling_depends_on_the_batch_alone_and_fills_the_device() -> None:
+    assert choose_tiling(1, 8, 128).splits > 1
+    assert choose_tiling(256, 8, 128).splits == 1
