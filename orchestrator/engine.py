@@ -187,7 +187,8 @@ class Engine:
         return len(signals) > 1 or not self._scheduler.num_live or time.monotonic() >= self._drain_deadline_s
 
     def _begin_drain(self) -> None:
-        log.info("stopping: %d requests get up to %g s to finish", self._scheduler.num_live, self._drain_timeout_s)
+        if num_live := self._scheduler.num_live:
+            log.info("stopping: %d requests get up to %g s to finish", num_live, self._drain_timeout_s)
         self._drain_deadline_s = time.monotonic() + self._drain_timeout_s
         info = self._info
         self._gateway.send(EngineInfo("draining", info.max_seq_len, info.kv_tokens, info.layout))

@@ -1,5 +1,6 @@
 """One server: start-up, main loop, shutdown, from top to bottom."""
 
+import contextlib
 import gc
 import logging
 import os
@@ -72,7 +73,7 @@ class Server:
                 log.info("stopped while starting")
             except (WorkerLost, GatewayLost, WorkersHung, StartTimeout) as cause:
                 failure = str(cause)
-                log.error("%s\n%s", failure, getattr(cause, "traceback", ""))
+                log.error("%s", "\n".join(filter(None, (failure, getattr(cause, "traceback", "")))))
             except UserError:
                 raise
             except Exception as bug:  # the process edge: whatever broke, clients get their endings and nothing stays
@@ -210,15 +211,17 @@ class Server:
         self._signals.clear()  # readable from now on: one more signal, so stop at once
         patience_s = FAILED_STOP_S if failure else self._config.stop_timeout_s
         deadline_s = time.monotonic() + (0.0 if len(self._signals.received) > 1 else patience_s)
-        self._say_goodbye(f"the server failed: {failure}" if failure else "the server stopped before this was finished")
-        if self._workers is not None:
-            self._workers.stop(deadline_s, self._signals.fd)
-        if self._gateway is not None:
-            self._gateway.stop(max(deadline_s, time.monotonic() + GATEWAY_STOP_S))
-        if self._runtime is not None:
-            self._runtime.close()
-        self._context.destroy(linger=0)
-        log.info("stopped")
+        error = f"the server failed: {failure}" if failure else "the server stopped before this was finished"
+        with contextlib.ExitStack() as cleanup:  # from the last line up, and all of it whatever fails on the way
+            cleanup.callback(log.info, "stopped")
+            cleanup.callback(self._context.destroy, linger=0)
+            if self._runtime is not None:
+                cleanup.callback(self._runtime.close)
+            if self._gateway is not None:
+                cleanup.callback(self._gateway.stop, max(deadline_s, time.monotonic() + GATEWAY_STOP_S))
+            if self._workers is not None:
+                cleanup.callback(self._workers.stop, deadline_s, self._signals.fd)
+            self._say_goodbye(error)
 
     def _say_goodbye(self, error: str) -> None:
         if self._gateway is None or not self._gateway_greeted:

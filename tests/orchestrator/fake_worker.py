@@ -1,8 +1,8 @@
 """A worker process without torch: speaks CONTROL, executes plans on the fake model, fails on demand.
 
 FAKE_WORKER in the environment is a JSON map: ``num_blocks`` per rank; ``step_s``: seconds per step; ``fail``: "exit",
-"sigkill", "raise" or "hang", at ``fail_rank`` in ``fail_phase`` ("weights" or "steps", there at step ``fail_step``);
-``peers_fail``: the other ranks raise at that step, 50 ms later, as if a collective had lost its peer.
+"sigkill", "raise", "garbage" or "hang", at ``fail_rank`` in ``fail_phase`` ("weights" or "steps", there at step
+``fail_step``); ``peers_fail``: the other ranks raise at that step, 50 ms later, as if a collective had lost its peer.
 """
 
 import json
@@ -64,6 +64,8 @@ def fail_if_asked(phase: str, step: int = 0) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "exit":
             os._exit(7)
+        case "garbage":
+            pass  # see FakeWorker.step
         case "hang":
             threading.Event().wait(600)
         case _:
@@ -109,6 +111,8 @@ class FakeWorker:
         if self.spec.plan.output_rank == RANK:
             wants = OPTIONS.get("logprobs")
             logprobs = [TokenLogprobs(-0.5, [token], [-0.5]) for token in tokens] if wants else None
+            if OPTIONS.get("fail") == "garbage" and plan.step >= OPTIONS["fail_step"]:
+                tokens = [*tokens, 1]
             self.send(StepResult(self.spec.epoch, plan.step, tokens, logprobs, 10))  # type: ignore[arg-type]
 
 

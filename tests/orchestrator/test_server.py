@@ -190,6 +190,17 @@ def test_a_gateway_that_ends_ends_the_server(folder: Path, order: bytes, message
         assert_nothing_is_left(folder, children)
 
 
+def test_a_result_that_cannot_be_ends_the_server_in_order(folder: Path) -> None:
+    with running_server(folder, {"fail": "garbage", "fail_phase": "steps", "fail_step": 3}) as server:
+        server.wait_ready()
+        children = server.children()
+        server.submit(1, [1, 2, 3], 100)
+        assert server.wait_exit() == 1
+        assert "internal error: ValueError('result of step 3 does not fit" in server.log
+        assert server.finish == {1: "error"}
+        assert_nothing_is_left(folder, children)
+
+
 def test_a_hung_worker_ends_the_server(folder: Path) -> None:
     options = {"fail": "hang", "fail_phase": "steps", "fail_step": 2}
     with running_server(folder, options, step_timeout_s=0.3, stop_timeout_s=0.5) as server:
