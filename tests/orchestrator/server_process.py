@@ -25,7 +25,7 @@ from mgpu.protocol.model import ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Stage
 
 HERE = Path(__file__).parent
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 
 
 def facts() -> ModelFacts:
