@@ -157,6 +157,15 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, dtype: str) -> 
         reader.fill_rows(torch.empty(ROWS, COLUMNS), "t")
 
 
+def test_values_that_do_not_fit_the_dtype_are_refused(tmp_path: Path) -> None:
+    data = torch.full((ROWS, COLUMNS), 1e6).numpy().tobytes()
+    with (
+        reader_of(write_tensor(tmp_path, data, "F32")) as reader,
+        pytest.raises(CheckpointError, match=r"does not fit torch\.float16; use bfloat16 or float32"),
+    ):
+        reader.fill_rows(torch.empty(ROWS, COLUMNS, dtype=torch.float16), "t")
+
+
 def test_a_file_that_shrank_is_refused(tmp_path: Path) -> None:
     data, _ = stored_matrix("F16")
     checkpoint = write_tensor(tmp_path, data, "F16")

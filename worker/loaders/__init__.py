@@ -1,0 +1,1 @@
+"""Read a rank's own bytes of a checkpoint and decode them."""

@@ -110,10 +110,7 @@ class WeightReader:
             values = blocks.decode(raw.view(count, slice_bytes))
             piece = dest[top : top + count]
             piece.copy_(values[:, skip : skip + columns])
-            if not torch.isfinite(piece.sum(dtype=torch.float32)):
-                raise CheckpointError(
-                    f"tensor {entry.name!r} in {entry.file} holds NaN or infinity: the file is corrupt"
-                )
+            _check_finite(piece, values, entry)
             self.bytes_read += len(raw)
             self._progress(len(raw))
 
@@ -145,6 +142,17 @@ class WeightReader:
             except OSError as error:
                 raise CheckpointError(f"cannot open {path} for tensor {entry.name!r}: {error.strerror}") from error
         return self._files[path]
+
+
+def _check_finite(piece: Tensor, values: Tensor, entry: TensorEntry) -> None:
+    """Refuse NaN and infinity; one sum finds either without a temporary as large as the tensor."""
+    if torch.isfinite(piece.sum(dtype=torch.float32)):
+        return
+    if torch.isfinite(values.sum(dtype=torch.float32)):
+        raise CheckpointError(
+            f"tensor {entry.name!r} in {entry.file} does not fit {piece.dtype}; use bfloat16 or float32"
+        )
+    raise CheckpointError(f"tensor {entry.name!r} in {entry.file} holds NaN or infinity: the file is corrupt")
 
 
 def _deinterleave(rows: Tensor, head_dim: int) -> None:
