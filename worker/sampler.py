@@ -15,7 +15,7 @@ from mgpu.protocol.control import RowSampling, TokenLogprobs
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.rows import RowTable, SampleRequest
 from mgpu.worker.sampling_filters import has_filters, thresholds
-from mgpu.worker.sampling_noise import gumbel, row_keys, token_factors
+from mgpu.worker.sampling_noise import add_gumbel, row_keys, token_factors
 from mgpu.worker.sampling_rules import apply_rules, has_rules
 
 GREEDY_BELOW = 1e-5
@@ -144,7 +144,7 @@ class Sampler:
         if filtered and any(map(has_filters, sampling)):
             z_SV.masked_fill_(z_SV < thresholds(z_SV, sampling)[:, None], -torch.inf)
         keys_S = row_keys(self._rows.seeds[request.rows_S], request.positions_S)
-        return z_SV.add_(gumbel(keys_S, factors_V))
+        return add_gumbel(z_SV, keys_S, factors_V)
 
     def _logprobs(self, raw_FV: Tensor, ids_F: Tensor, asked: list[int], sampling: list[RowSampling]) -> LogprobTensors:
         (asked_N,) = self._rows.to_device([asked])

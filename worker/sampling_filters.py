@@ -57,7 +57,7 @@ def _nucleus(z_FV: Tensor, top_k_F: Tensor, top_p_F: Tensor, depth: int) -> Tens
     reached_FC = (values_FC - total_F[:, None]).double().exp().cumsum(-1) >= top_p_F[:, None].double()
     open_F = ~reached_FC.any(-1)
     if depth < z_FV.shape[1] and z_FV.device.type == "cpu" and bool((open_F & (top_k_F == 0) & (top_p_F < 1.0)).any()):
-        return _nucleus(z_FV, top_k_F, top_p_F, z_FV.shape[1])
+        return _nucleus(z_FV, top_k_F, top_p_F, min(depth * 8, z_FV.shape[1]))
     last_F = torch.where(open_F | (top_p_F >= 1.0), kept_FC.sum(-1) - 1, reached_FC.int().argmax(-1))
     threshold_F = values_FC.gather(-1, last_F[:, None])[:, 0]
     limited_F = (top_k_F > 0) | (top_p_F < 1.0)

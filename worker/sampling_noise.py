@@ -28,6 +28,8 @@ _SEED_OFFSET = _signed(0x9E3779B9)
 _TOKEN_FACTOR = _signed(0x9E3779B1)
 _MIX_1 = _signed(0x85EBCA6B)
 _MIX_2 = _signed(0xC2B2AE35)
+_CPU_CHUNK = 1 << 16
+_GPU_CHUNK = 1 << 24
 
 
 def row_keys(seeds_S2: Tensor, positions_S: Tensor) -> Tensor:
@@ -47,6 +49,14 @@ def gumbel(keys_S: Tensor, factors_V: Tensor) -> Tensor:
     bits_SV = _mix(keys_S[:, None] ^ factors_V)
     v_SV = ((bits_SV >> 1) & 0x7FFFFFFF).to(torch.float32).mul_(2.0**-31).add_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return v_SV.neg_().log1p_().neg_().log_().neg_()
+
+
+def add_gumbel(z_SV: Tensor, keys_S: Tensor, factors_V: Tensor) -> Tensor:
+    """Add standard Gumbel noise in place, some rows at a time: on CPU what stays in the cache, else bounded memory."""
+    step = max(1, (_CPU_CHUNK if z_SV.device.type == "cpu" else _GPU_CHUNK) // max(1, len(factors_V)))
+    for start in range(0, len(z_SV), step):
+        z_SV[start : start + step] += gumbel(keys_S[start : start + step], factors_V)
+    return z_SV
 
 
 def _mix(h: Tensor) -> Tensor:
