@@ -105,6 +105,7 @@ KERNEL_MODULES = tuple(
         "norm",
         "prefill_attention",
         "quantized_gemm",
+        "quantized_gemv",
         "rope_cache",
         "sample",
         "small_gemm",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from decode_chain import DecodeChain
 from decode_chain import SHAPES as CHAIN_SHAPES
+from decode_chain import DecodeChain
 from kernel_timing import Row, graph_us, make_cache, relative_error, rotate, sdpa_row, views
 from torch import Tensor
 

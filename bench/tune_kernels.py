@@ -36,6 +36,7 @@ from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.packing import PackedWeight, dequantize
 from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.quantized_gemm import quantized_gemm
+from mgpu.worker.kernels.quantized_gemv import quantized_gemv
 from mgpu.worker.kernels.reference import gated_activation, paged_attention
 from mgpu.worker.kernels.runtime import Workspace, default_workspace
 from mgpu.worker.kernels.small_gemm import Tiling, small_gemm
@@ -100,6 +101,11 @@ def gemv_tilings() -> list[GemvTiling]:
     return [GemvTiling(*shape, ahead) for shape in shapes for ahead in (False, True)]
 
 
+def quantized_gemv_tilings() -> list[GemvTiling]:
+    """A step is 4 words per thread, so that the activations have the weights' layout."""
+    return [GemvTiling(n, 128 * w, w, ahead) for n in (2, 4, 8, 16) for w in (1, 2, 4) for ahead in (False, True)]
+
+
 def decode_tilings() -> list[tuple[int, DecodeTiling]]:
     shapes = [(64, 2, 3), (64, 2, 5), (64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 5), (32, 2, 5), (128, 8, 3)]
     return [(bs, DecodeTiling(1, bn, 128, warps, n)) for bs in (16, 32, 64) for bn, warps, n in shapes]
@@ -160,6 +166,13 @@ def run_quantized(device: torch.device, kind: str, group: int, tiling: Tiling, r
     quantized_gemm(x, weight, tiling=tiling, workspace=workspace(device))
 
 
+def run_quantized_gemv(device: torch.device, kind: str, group: int, tiling: GemvTiling) -> None:
+    words = torch.empty(4096, 4096 // (8 if kind == "int4" else 4), dtype=torch.int32, device=device)
+    scales = torch.empty(4096 // group if group else 1, 4096, device=device)
+    weight = PackedWeight(kind, words, scales, 4096, group)  # type: ignore[arg-type]
+    quantized_gemv(torch.empty(1, 4096, dtype=BF16, device=device), weight, tiling=tiling)
+
+
 def run_decode(device: torch.device, block_size: int, dim: int, dtype: torch.dtype, tiling: DecodeTiling) -> None:
     cache = torch.empty(16, block_size, 8, dim, dtype=dtype, device=device)
     q = torch.empty(4, 32, dim, dtype=BF16, device=device)
@@ -191,6 +204,7 @@ def all_jobs() -> Iterator[Any]:
     yield from ((run_gemv, (tiling, folded)) for tiling in gemv_tilings() for folded in (0, 1, 2))
     yield from ((run_quantized, (*kind, tiling)) for kind in KINDS for tiling in quantized_tilings())
     yield from ((run_quantized, (*kind, tiling, rows)) for kind in KINDS for tiling in WIDE for rows in (32, 64))
+    yield from ((run_quantized_gemv, (*kind, tiling)) for kind in KINDS for tiling in quantized_gemv_tilings())
     yield from ((run_gemm_fp8, (tiling,)) for tiling in FP8)
     yield from (
         (run_gemm, (tiling, rows)) for tiling in gemm_tilings() for rows in ((4, 16) if tiling.narrow else (16,))
@@ -275,6 +289,9 @@ def time_quantized(results: Results) -> None:
                 launches = rotate(weights, lambda w: quantized_gemm(x, w, tiling=tiling))
                 facts = {"bytes": 4.0 * weights[0].words.numel(), "flops": 2.0 * rows * n * k}
                 results.measure(f"{kind} {name} m{rows} {short(tiling)}", launches, expected, **facts)
+            for gemv_tiling in quantized_gemv_tilings() if rows == 1 else ():
+                launches = rotate(weights, lambda w: quantized_gemv(x, w, tiling=gemv_tiling))
+                results.measure(f"{kind}-gemv {name} m1 {short(gemv_tiling)}", launches, expected, **facts)
 
 
 def time_decode(results: Results) -> None:

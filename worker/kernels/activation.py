@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 BLOCK = 2048
 
@@ -57,7 +57,7 @@ def gated_activation(gate_up_TF2: Tensor, activation: Literal["silu", "gelu_tanh
     """Give act(gate) * up, [T, F], from rows that hold gate [F], then up [F]."""
     tokens, width = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
     out_TF = torch.empty(tokens, width, dtype=gate_up_TF2.dtype, device=gate_up_TF2.device)
-    block = min(BLOCK, triton.next_power_of_2(width))
+    block = min(BLOCK, power_of_2(width))
     _gated_kernel[(tokens, ceil_div(width, block))](
         gate_up_TF2,
         out_TF,
@@ -76,7 +76,7 @@ def gated_activation_fp8(gate_up_TF2: Tensor, activation: Literal["silu", "gelu_
     tokens, width = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
     out_TF = torch.empty(tokens, width, dtype=torch.float8_e4m3fn, device=gate_up_TF2.device)
     scale_T = torch.empty(tokens, dtype=torch.float32, device=gate_up_TF2.device)
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     _gated_fp8_kernel[(tokens,)](
         gate_up_TF2,
         out_TF,

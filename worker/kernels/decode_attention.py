@@ -23,6 +23,7 @@ from mgpu.worker.kernels.runtime import (
     default_workspace,
     launch_options,
     overlaps_launches,
+    power_of_2,
     wait_for_inputs,
 )
 from mgpu.worker.kernels.widen import widen_fp8_pairs
@@ -321,7 +322,7 @@ def decode_attention(
     rows, num_q, dim = q_RHK.shape
     block_size, num_kv = k_NBJK.shape[1], k_NBJK.shape[2]
     group = num_q // num_kv
-    heads = triton.next_power_of_2(group)
+    heads = power_of_2(group)
     if out_RHK is None:
         out_RHK = torch.empty(rows, num_q, dim, dtype=q_RHK.dtype, device=q_RHK.device)
     tiling = tiling or choose_tiling(rows, num_kv, dim)

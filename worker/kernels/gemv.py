@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 Activation = Literal["silu", "gelu_tanh"]
 _GATES: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
@@ -37,7 +37,7 @@ class GemvTiling:
 @triton.jit
 def _load_weights(w_ptr, rows, ks, K, k_end, EVEN_K: tl.constexpr, CHECKED: tl.constexpr):
     ptrs = w_ptr + rows[:, None] * K + ks[None, :]
-    if CHECKED or not EVEN_K:
+    if CHECKED or not EVEN_K:  # noqa: SIM108 - compile-time condition
         w = tl.load(ptrs, mask=ks[None, :] < k_end, other=0.0)
     else:
         w = tl.load(ptrs)
@@ -84,7 +84,7 @@ def _gemv_kernel(
             w = _load_weights(w_ptr, rows, ks, K, K, EVEN_K, False)
             if GATE > 0:
                 up = _load_weights(up_ptr, rows, ks, K, K, EVEN_K, False)
-        if EVEN_K:
+        if EVEN_K:  # noqa: SIM108 - compile-time condition
             x = tl.load(x_ptr + ks).to(tl.float32)
         else:
             x = tl.load(x_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
@@ -151,7 +151,7 @@ def gemv(
     tiling = tiling or choose_tiling(n, k, gate is not None)
     if out_1N is None:
         out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
-    block_k = min(tiling.block_k, triton.next_power_of_2(k))
+    block_k = min(tiling.block_k, power_of_2(k))
     _gemv_kernel[(ceil_div(n, tiling.block_n),)](
         x_1K,
         w_NK,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 E4M3_MAX = 448.0
 
@@ -65,7 +65,7 @@ def _launch(
     tokens, dim = x_TD.shape
     dtype = x_TD.dtype if scale_T is None else torch.float8_e4m3fn
     out_TD = torch.empty(tokens, dim, dtype=dtype, device=x_TD.device)
-    block = triton.next_power_of_2(dim)
+    block = power_of_2(dim)
     _norm_kernel[(tokens,)](
         x_TD,
         residual_TD,

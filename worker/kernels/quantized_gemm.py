@@ -64,7 +64,7 @@ def _quantized_gemm_kernel(
     rows = tl.minimum(n, N - 1).to(tl.int64)
     begin = split * blocks_per_split
     end = tl.minimum(begin + blocks_per_split, words_per_row // 32)
-    if OVERLAP:
+    if OVERLAP:  # noqa: SIM102 - compile-time condition
         if prefetch_bytes > 0:
             size = tl.minimum(prefetch_bytes, (end - begin) * 128)
             prefetch_rows(w_ptr, tile * BLOCK_N, N, words_per_row * 4, begin * 128, size, BLOCK_N)

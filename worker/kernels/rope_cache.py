@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 HEADS_PER_PROGRAM = 16
 
@@ -122,7 +122,7 @@ def rope_and_cache(
     block_size, num_kv = k_NBJK.shape[1], k_NBJK.shape[2]
     num_q = heads - 2 * num_kv
     q_THK = torch.empty(tokens, num_q, dim, dtype=qkv_TAK.dtype, device=qkv_TAK.device)
-    per_program = min(HEADS_PER_PROGRAM, triton.next_power_of_2(heads))
+    per_program = min(HEADS_PER_PROGRAM, power_of_2(heads))
     _rope_cache_kernel[(tokens, ceil_div(heads, per_program))](
         qkv_TAK,
         cos_sin_PK,

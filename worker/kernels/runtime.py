@@ -79,3 +79,8 @@ def default_workspace(device: torch.device) -> Workspace:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """Give the smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()

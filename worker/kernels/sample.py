@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 STRETCH = 4096
 """Logits per program."""
@@ -166,7 +166,7 @@ def sample(
         0 if tokens is None else tokens.stride(0),
         stretches,
         first_id + vocab - 1,
-        triton.next_power_of_2(stretches),
+        power_of_2(stretches),
         overlap,
         **launch_options(device, 1),
     )

@@ -25,6 +25,7 @@ from mgpu.worker.kernels.runtime import (
     default_workspace,
     launch_options,
     overlaps_launches,
+    power_of_2,
     wait_for_inputs,
 )
 
@@ -42,7 +43,7 @@ class Tiling:
     num_warps: int = 4
     num_stages: int = 4
     narrow: bool = False
-    """Pad to 8 rows, not 16, where there are no more; this keeps the product off the 64-wide tensor-core instruction."""
+    """Pad to 8 rows, not 16, where there are no more. Such tiles use the 16-wide tensor-core instruction."""
     bulk: bool = False
     """Load the weights through a tensor map."""
     prefetch_bytes: int = 0
@@ -50,7 +51,7 @@ class Tiling:
 
     def block_m(self, rows: int) -> int:
         """Rows of the padded tile."""
-        return max(8 if self.narrow else 16, triton.next_power_of_2(rows))
+        return max(8 if self.narrow else 16, power_of_2(rows))
 
     def prefetch_per_row(self, row_bytes: int) -> int:
         """Bytes to prefetch of each weight row, given how many the program reads of it."""
@@ -59,7 +60,7 @@ class Tiling:
 
 @triton.jit
 def prefetch_rows(w_ptr, first_row, N, row_bytes, begin_byte, num_bytes, ROWS: tl.constexpr):
-    """Ask for ``num_bytes`` of each weight row in L2: weights depend on no earlier kernel, so this precedes the wait."""
+    """Ask for ``num_bytes`` of each weight row in L2; weights depend on no kernel, so this precedes the wait."""
     row = tl.minimum(first_row + tl.arange(0, ROWS), N - 1).to(tl.int64)
     address = w_ptr.to(tl.int64) + row * row_bytes + begin_byte
     tl.inline_asm_elementwise(
@@ -121,7 +122,7 @@ def _gemm_kernel(
     rows = tl.minimum(n, N - 1).to(tl.int64)
     k_begin = split * k_per_split
     k_end = tl.minimum(k_begin + k_per_split, K)
-    if OVERLAP:
+    if OVERLAP:  # noqa: SIM102 - compile-time condition
         if prefetch_bytes > 0:
             BYTES: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
             size = tl.minimum(prefetch_bytes, (k_end - k_begin) * BYTES)

@@ -146,3 +146,63 @@ def widen_fp8_pairs(pairs, ASSEMBLY: tl.constexpr):
         even = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
         odd = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
     return even, odd
+
+
+# float32 0x4B000000 is 2^23 and its neighbours are 1 apart; the bytes hold q + 128 after the exclusive or.
+_INT8_FLOATS_ASM = tl.constexpr("""{
+    .reg .b32 t, u;
+    xor.b32 t, $4, 0x80808080;
+    prmt.b32 u, t, 0x4B000000, 0x7540; sub.f32 $0, u, 0f4B000080;
+    prmt.b32 u, t, 0x4B000000, 0x7541; sub.f32 $1, u, 0f4B000080;
+    prmt.b32 u, t, 0x4B000000, 0x7542; sub.f32 $2, u, 0f4B000080;
+    prmt.b32 u, t, 0x4B000000, 0x7543; sub.f32 $3, u, 0f4B000080;
+}""")
+
+# float32 0x43000000 is 128; bit 16 of its neighbours counts ones.
+_INT4_FLOATS_ASM = tl.constexpr("""{
+    .reg .b32 low, high;
+    and.b32 low, $8, 0x0F0F0F0F;
+    shr.u32 high, $8, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 $0, low, 0x43000000, 0x7044;
+    prmt.b32 $1, high, 0x43000000, 0x7044;
+    prmt.b32 $2, low, 0x43000000, 0x7144;
+    prmt.b32 $3, high, 0x43000000, 0x7144;
+    prmt.b32 $4, low, 0x43000000, 0x7244;
+    prmt.b32 $5, high, 0x43000000, 0x7244;
+    prmt.b32 $6, low, 0x43000000, 0x7344;
+    prmt.b32 $7, high, 0x43000000, 0x7344;
+}""")
+
+INT4_BIAS = tl.constexpr(136.0)
+"""What `widen_to_floats` leaves added to int4 weights: cheaper to subtract once from a sum."""
+
+
+@triton.jit
+def widen_to_floats(words, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Give the parts of each word as float32: int8 as they are, int4 with `INT4_BIAS` added."""
+    if KIND == 2:
+        if ASSEMBLY:
+            parts = tl.inline_asm_elementwise(
+                _INT4_FLOATS_ASM,
+                "=r,=r,=r,=r,=r,=r,=r,=r,r",
+                [words],
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            p0, p1, p2, p3, p4, p5, p6, p7 = widen_words(words, KIND, tl.float32, False)
+            parts = (p0 + 136.0, p1 + 136.0, p2 + 136.0, p3 + 136.0, p4 + 136.0, p5 + 136.0, p6 + 136.0, p7 + 136.0)
+    elif ASSEMBLY:
+        parts = tl.inline_asm_elementwise(
+            _INT8_FLOATS_ASM,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        parts = widen_words(words, KIND, tl.float32, False)
+    return parts

@@ -9,6 +9,7 @@ from torch import Tensor
 from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.packing import PackedWeight, dequantize, pack_fp8, pack_int4, pack_int8
 from mgpu.worker.kernels.quantized_gemm import quantized_gemm
+from mgpu.worker.kernels.quantized_gemv import quantized_gemv
 from mgpu.worker.kernels.reference import gated_activation
 from mgpu.worker.kernels.small_gemm import MAX_ROWS, Tiling, small_gemm
 
@@ -94,6 +95,18 @@ def test_quantized_gemm_equals_product_with_dequantized_weight(
     x, bias = draw(rows, k, device=device, dtype=dtype), draw(n, device=device, dtype=dtype)
     got = quantized_gemm(x, weight, bias_N=bias, tiling=tiling)
     assert relative_error(got, F.linear(x.float(), values, bias.float())) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "int4-32", "int4-64", "int4-128"])
+@pytest.mark.parametrize(("n", "k", "ahead"), [(70, 256, True), (9, 1088, False)])
+def test_quantized_gemv_equals_product_with_dequantized_weight(
+    device: torch.device, dtype: torch.dtype, kind: str, n: int, k: int, ahead: bool
+) -> None:
+    weight, values = random_weight(kind, n, k, device)
+    x, bias = draw(1, k, device=device, dtype=dtype), draw(n, device=device, dtype=dtype)
+    got = quantized_gemv(x, weight, bias_N=bias, tiling=GemvTiling(8, 128, 1, ahead))
+    assert relative_error(got, F.linear(x.float(), values, bias.float())) < 3 * tolerance(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,128 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Matrix-vector products of a single decode row with packed int8 or int4 weights: `gemv` for `packing`'s words."""
+
+# N output channels, K input channels
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mgpu.worker.kernels.gemv import GemvTiling
+from mgpu.worker.kernels.packing import WORDS, PackedWeight
+from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.widen import widen_to_floats
+
+_KINDS = {"int8": 0, "int4": 2}
+
+
+@triton.jit
+def _quantized_gemv_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    bias_ptr,
+    y_ptr,
+    N,
+    K,
+    words_per_row,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    PARTS: tl.constexpr = 8 if KIND == 2 else 4
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    column = tl.arange(0, BLOCK_W)
+    w_ptrs = w_ptr + rows[:, None] * words_per_row + column[None, :]
+    words = tl.load(w_ptrs, mask=(column < words_per_row)[None, :], other=0)
+    wait_for_inputs(OVERLAP)
+
+    acc = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+    last_group = tl.cdiv(K, GROUP) - 1 if GROUP > 0 else 0
+    for first in range(0, words_per_row, BLOCK_W):
+        c = first + column
+        if AHEAD:
+            next_words = tl.load(w_ptrs + first + BLOCK_W, mask=(c + BLOCK_W < words_per_row)[None, :], other=0)
+        elif first > 0:
+            words = tl.load(w_ptrs + first, mask=(c < words_per_row)[None, :], other=0)
+        parts = widen_to_floats(words, KIND, ASSEMBLY)
+        group_sum = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+        x_sum = tl.zeros([BLOCK_W], tl.float32)
+        for part in tl.static_range(PARTS):
+            k = (c // 32 * PARTS + part) * 32 + c % 32
+            if EVEN_K:
+                x = tl.load(x_ptr + k).to(tl.float32)
+            else:
+                x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            if GROUP == 0:
+                acc += parts[part] * x[None, :]
+            else:
+                group_sum += parts[part] * x[None, :]
+                x_sum += x
+                if (part + 1) * 32 % GROUP == 0:
+                    group = tl.minimum((c // 32 * PARTS + part) * 32 // GROUP, last_group)
+                    scale = tl.load(scale_ptr + group[None, :] * N + rows[:, None])
+                    acc += scale * (group_sum - 136.0 * x_sum[None, :])
+                    group_sum = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+                    x_sum = tl.zeros([BLOCK_W], tl.float32)
+        if AHEAD:
+            words = next_words
+
+    y = tl.sum(acc, 1)
+    if GROUP == 0:
+        y *= tl.load(scale_ptr + rows)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + rows).to(tl.float32)
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+def choose_tiling(weight: PackedWeight) -> GemvTiling:
+    """Pick tiles (see docs/kernels.md); ``block_k`` counts words here."""
+    del weight
+    return GemvTiling(4, 256, 2)
+
+
+def quantized_gemv(
+    x_1K: Tensor,
+    weight: PackedWeight,
+    *,
+    bias_N: Tensor | None = None,
+    out_1N: Tensor | None = None,
+    tiling: GemvTiling | None = None,
+) -> Tensor:
+    """Multiply one row by the dequantized int8 or int4 weight's transpose in float32."""
+    k = x_1K.shape[-1]
+    n, words_per_row = weight.words.shape
+    if weight.kind not in _KINDS or k != weight.k:
+        raise ValueError(f"quantized_gemv takes int8 and int4 weights of {k} channels, got {weight.kind} of {weight.k}")
+    tiling = tiling or choose_tiling(weight)
+    if out_1N is None:
+        out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
+    per_word = 8 if weight.kind == "int4" else 4
+    even = k == words_per_row * per_word and words_per_row % tiling.block_k == 0
+    _quantized_gemv_kernel[(ceil_div(n, tiling.block_n),)](
+        x_1K,
+        weight.words,
+        weight.scales,
+        bias_N,
+        out_1N,
+        n,
+        k,
+        words_per_row,
+        _KINDS[weight.kind],
+        weight.group,
+        tiling.block_n,
+        max(tiling.block_k, WORDS),
+        even,
+        tiling.ahead,
+        overlaps_launches(x_1K.device),
+        not INTERPRETED,
+        **launch_options(x_1K.device, tiling.num_warps, 1),
+    )
+    return out_1N
