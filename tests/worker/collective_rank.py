@@ -1,0 +1,161 @@
+"""One rank of a test of the collectives: ``python collective_rank.py CASE SIZES TRANSPORT RANK FD FOLDER TIMEOUT``.
+
+Prints ``ok`` and a digest of everything it received, or the name of the error that ended it.
+"""
+
+import hashlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from fake_orchestrator import make_plan
+from torch import Tensor
+
+from mgpu.protocol.control import WorkerSpec
+from mgpu.protocol.model import ModelFacts, ModelSource
+from mgpu.worker.errors import PeerLost
+from mgpu.worker.links import Links, connect, layout_of
+
+HIDDEN = 48
+TOKENS = 6000  # one message of it is larger than a slot
+
+
+def facts() -> ModelFacts:
+    return ModelFacts(
+        architecture="llama",
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_layers=4,
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=12,
+        vocab_size=100,
+        max_position=64,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_local_theta=None,
+        rope_scaling=None,
+        sliding_window=None,
+        sliding_layers=(False,) * 4,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        tie_embeddings=True,
+        activation="silu",
+        embedding_scale=1.0,
+        attention_scale=1.0,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        checkpoint_dtype="float32",
+    )
+
+
+def spec_of(sizes: list[int], transport: str, fd: int, folder: Path, timeout_s: float) -> WorkerSpec:
+    spec = WorkerSpec(
+        epoch=1,
+        plan=make_plan(4, sizes),
+        model=ModelSource("", "safetensors"),
+        facts=facts(),
+        device="cpu",
+        dtype="float32",
+        endpoint="",
+        rendezvous=f"file://{folder}/group",
+        transport=transport,
+        stage_transport=transport,
+        shared_fd=fd,
+        shared_bytes=0,
+        num_threads=1,
+        block_size=16,
+        max_rows=64,
+        max_batch_tokens=TOKENS,
+        max_seq_len=128,
+        memory_fraction=0.9,
+        kv_bytes=0,
+        seed=0,
+        timeout_s=timeout_s,
+    )
+    return replace(spec, shared_bytes=layout_of(spec).total_bytes)
+
+
+def values(rank: int, turn: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Give what a rank contributes in a turn; every rank can compute everybody's."""
+    generator = torch.Generator().manual_seed(1000 * turn + rank)
+    if dtype is torch.int32:
+        return torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, dtype=dtype)
+    return (torch.randn(shape, generator=generator) * 10).to(dtype)
+
+
+def check_reduce(links: Links, digest: "hashlib._Hash") -> None:
+    shapes: list[tuple[int, ...]] = [(1, HIDDEN), (7, HIDDEN), (TOKENS, HIDDEN), (3, 2, 5), (1,)]
+    group = links.group
+    for turn in range(30):
+        shape = shapes[turn % len(shapes)]
+        dtype = torch.bfloat16 if turn % 7 == 3 else torch.float32
+        parts = [values(rank, turn, shape, dtype) for rank in range(group.size)]
+        found = group.all_reduce(parts[group.rank].clone())
+        exact = torch.stack(parts).double().sum(0)
+        tolerance = 0.2 if dtype is torch.bfloat16 else 1e-4
+        torch.testing.assert_close(found.double(), exact, atol=tolerance, rtol=0.01)
+        assert found.dtype is dtype
+        digest.update(found.view(torch.uint8).numpy().tobytes())
+
+
+def check_gather(links: Links, digest: "hashlib._Hash") -> None:
+    group = links.group
+    for turn, (shape, dtype) in enumerate(
+        [((3, 5), torch.float32), ((4, 2), torch.int32), ((2, 3, 4), torch.bfloat16), ((40, 9000), torch.float32)]
+    ):
+        parts = [values(rank, turn, shape, dtype) for rank in range(group.size)]
+        found = group.all_gather(parts[group.rank])
+        assert torch.equal(found, torch.cat(parts, dim=-1))
+        digest.update(found.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def check_pipeline(links: Links, digest: "hashlib._Hash") -> None:
+    """Pass activations down and tokens back, several steps ahead of the reader."""
+    turns = range(9)
+    for turn in turns:
+        shape = (1 + turn % 4 * 1000, HIDDEN)
+        if links.upstream is None:
+            x = values(0, turn, shape, torch.float32)
+        else:
+            x = links.recv(*shape, torch.float32)
+            assert torch.equal(x, values(0, turn, shape, torch.float32))
+        links.send(x)
+        x.zero_()  # a sent tensor is the sender's again
+        links.send_tokens(torch.arange(turn + 1, dtype=torch.int32) * 3)
+        if links.tokens_from is not None and turn >= 2:
+            tokens = links.recv_tokens(turn - 1)
+            assert tokens.tolist() == [3 * index for index in range(turn - 1)]
+    digest.update(b"pipeline")
+
+
+def main() -> None:
+    case, sizes, transport, rank, fd, folder, timeout_s = sys.argv[1:]
+    torch.set_num_threads(1)
+    spec = spec_of([int(size) for size in sizes.split(",")], transport, int(fd), Path(folder), float(timeout_s))
+    links = connect(spec, int(rank), torch.device("cpu"))
+    digest = hashlib.sha256()
+    try:
+        if case == "exchange":
+            check_reduce(links, digest)
+            check_gather(links, digest)
+            check_pipeline(links, digest)
+        elif rank == "1":
+            if case == "failing":
+                links.report_failure()
+        elif links.downstream:
+            for _ in range(8):
+                links.send(torch.ones(1, HIDDEN))
+        else:
+            links.group.all_reduce(torch.ones(1, HIDDEN))
+    except PeerLost as error:
+        print(f"PeerLost {error}")
+        return
+    print(f"ok {digest.hexdigest()}")
+
+
+if __name__ == "__main__":
+    main()

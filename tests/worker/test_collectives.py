@@ -1,0 +1,135 @@
+"""Ranks as real processes add up, gather and pass on; and notice when one of them is gone."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from collective_rank import spec_of
+
+from mgpu.worker.collectives import DryRun, SingleRank, ThroughHost
+from mgpu.worker.errors import BadSpec
+from mgpu.worker.links import connect, layout_of
+
+PROGRAM = Path(__file__).with_name("collective_rank.py")
+DEADLINE_S = 90.0
+
+
+@contextmanager
+def ranks(
+    case: str, sizes: list[int], transport: str, folder: Path, timeout_s: float = 60.0
+) -> "Iterator[list[subprocess.Popen[str]]]":
+    """Start one process per rank; none survives the block."""
+    spec = spec_of(sizes, transport, 0, folder, timeout_s)
+    fd = os.memfd_create("mgpu-test")
+    os.ftruncate(fd, spec.shared_bytes)
+    shared = str(fd) if transport == "shared-memory" else "-1"
+    plan = ",".join(map(str, sizes))
+    processes = []
+    try:
+        for rank in range(spec.plan.world_size):
+            command = [sys.executable, str(PROGRAM), case, plan, transport, str(rank), shared, str(folder)]
+            processes.append(
+                subprocess.Popen([*command, str(timeout_s)], pass_fds=[fd], stdout=subprocess.PIPE, text=True)
+            )
+        yield processes
+    finally:
+        os.close(fd)
+        for process in processes:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def outputs(processes: "list[subprocess.Popen[str]]") -> list[str]:
+    return [process.communicate(timeout=DEADLINE_S)[0].strip() for process in processes]
+
+
+@pytest.mark.parametrize("sizes", [[3], [2, 1, 2]], ids=str)
+def test_shared_memory_exchanges_the_same_bits(sizes: list[int], tmp_path: Path) -> None:
+    check_exchange(sizes, "shared-memory", tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [[2, 1]], ids=str)
+def test_gloo_exchanges_the_same_bits(sizes: list[int], tmp_path: Path) -> None:
+    check_exchange(sizes, "gloo", tmp_path)
+
+
+def check_exchange(sizes: list[int], transport: str, folder: Path) -> None:
+    with ranks("exchange", sizes, transport, folder) as processes:
+        found = outputs(processes)
+    assert all(each.startswith("ok ") for each in found), found
+    first = 0
+    for size in sizes:
+        assert len(set(found[first : first + size])) == 1, "ranks of one stage differ"
+        first += size
+
+
+@pytest.mark.parametrize(
+    ("transport", "sizes"), [("shared-memory", [2]), ("shared-memory", [1, 1]), ("gloo", [2])], ids=str
+)
+def test_a_silent_peer_is_an_error_at_the_deadline(transport: str, sizes: list[int], tmp_path: Path) -> None:
+    with ranks("absent", sizes, transport, tmp_path, timeout_s=1.0) as processes:
+        waiting, gone = outputs(processes)
+    assert gone.startswith("ok")
+    assert waiting.startswith("PeerLost")
+
+
+def test_a_peer_that_reports_its_failure_is_not_waited_for(tmp_path: Path) -> None:
+    began_s = time.monotonic()
+    with ranks("failing", [2], "shared-memory", tmp_path, timeout_s=DEADLINE_S) as processes:
+        waiting, _ = outputs(processes)
+    assert waiting == "PeerLost rank 1 failed while rank 0 waited for rank 1 in a collective"
+    assert time.monotonic() - began_s < DEADLINE_S / 2
+
+
+def test_a_single_rank_needs_no_one(tmp_path: Path) -> None:
+    links = connect(spec_of([1], "none", -1, tmp_path, 1.0), 0, torch.device("cpu"))
+    x = torch.ones(2, 3)
+    assert links.group.all_reduce(x) is x
+    assert links.group.all_gather(x) is x
+
+
+def test_ranks_without_shared_memory_or_group_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSpec, match="cannot use transport 'none'"):
+        connect(spec_of([2], "none", -1, tmp_path, 1.0), 0, torch.device("cpu"))
+    with pytest.raises(BadSpec, match="needs the memfd"):
+        connect(spec_of([1, 1], "pinned", -1, tmp_path, 1.0), 0, torch.device("cpu"))
+
+
+def test_a_dry_run_keeps_shapes_without_the_other_ranks() -> None:
+    group = DryRun(SingleRank())
+    group.size, group.alone = 3, True
+    assert group.all_reduce(torch.ones(2, 4)).shape == (2, 4)
+    assert group.all_gather(torch.ones(2, 4)).shape == (2, 12)
+
+
+def test_staging_through_the_host_gives_the_group_s_result() -> None:
+    group = ThroughHost(SingleRank())
+    x = torch.ones(2, 3)
+    assert torch.equal(group.all_reduce(x), torch.ones(2, 3))
+    assert torch.equal(group.all_gather(x), x)
+
+
+def test_regions_of_the_shared_file_do_not_overlap(tmp_path: Path) -> None:
+    layout = layout_of(spec_of([2, 1, 3], "shared-memory", 0, tmp_path, 1.0))
+    taken = [(layout.failed, 64), (layout.barrier, 6 * 64)]
+    for region in layout.reduce:
+        taken += [(region.counters, 64 * region.size), (region.slots, 2 * region.size * region.slot_bytes)]
+    for mailbox in [*layout.feedback, *(box for boxes in layout.activations for box in boxes)]:
+        taken += [(mailbox.sent, 64), (mailbox.received, 64), (mailbox.handle, 1024)]
+        taken.append((mailbox.slots, mailbox.depth * mailbox.slot_bytes))
+    taken.sort()
+    for (start, nbytes), (after, _) in pairwise(taken):
+        assert start + nbytes <= after
+    assert taken[-1][0] + taken[-1][1] <= layout.total_bytes
+    assert len(layout.activations[0]) == 1
+    assert len(layout.activations[1]) == 3
+    assert len(layout.feedback) == 2
