@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from mgpu.orchestrator.errors import UserError
 
 OTHER_VARIABLES = frozenset(
-    {"MGPU_ENDPOINT", "MGPU_NO_NCCL", "MGPU_CACHE", "MGPU_RUNTIME_DIR", "MGPU_CONFIG", "MGPU_LOG_LEVEL"}
+    {"MGPU_ENDPOINT", "MGPU_NO_NCCL", "MGPU_NO_P2P", "MGPU_CACHE", "MGPU_RUNTIME_DIR", "MGPU_CONFIG", "MGPU_LOG_LEVEL"}
 )
 """Variables that start with MGPU_ and are read elsewhere."""
 

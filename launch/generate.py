@@ -1,5 +1,7 @@
 """``mgpu-launch generate "prompt"``: continue a text with the running server."""
 
+import sys
+
 import click
 
 from mgpu.launch.talk import as_user_error, given, print_pieces, talk_options
@@ -24,7 +26,7 @@ def generate_command(
     from mgpu.protocol.client import Client
     from mgpu.protocol.completion import MgpuError
 
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     options = given(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=list(stop) or None
     )

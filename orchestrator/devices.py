@@ -101,7 +101,10 @@ def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine
             return None, f"CUDA_VISIBLE_DEVICES={variable} hides {len(inventory.gpus)}"
         devices = tuple(_device(ordinal, gpu) for ordinal, gpu in enumerate(gpus))
         problem = nccl_problem(environ, any(gpu.mig for gpu in gpus))
-        return Machine(devices, session.links(gpus), not problem, problem), ""
+        links = session.links(gpus)
+    if environ.get("MGPU_NO_P2P") == "1":
+        links = tuple(tuple("none" for _ in row) for row in links)
+    return Machine(devices, links, not problem, problem), ""
 
 
 def _device(ordinal: int, gpu: Gpu) -> DeviceInfo:

@@ -11,8 +11,9 @@ def compatible_sizes(facts: ModelFacts) -> tuple[int, ...]:
 def split_problems(facts: ModelFacts, size: int) -> list[str]:
     """Say which parts of the model ``size`` ranks cannot share; empty when it is a compatible size.
 
-    The MLP's width may split into shares that differ by one column. The vocabulary never stands in the way (it is padded), nor do quantization blocks (rows are read as needed and
-    dequantized). More ranks than KV heads are fine when each head can be held by the same number of ranks.
+    Shares of the MLP's width may differ by one column. The vocabulary never stands in the way (it is padded), nor do
+    quantization blocks (rows are read as needed and dequantized). More ranks than KV heads are fine when each head can
+    be held by the same number of ranks.
     """
     q_heads, kv_heads, width = facts.num_q_heads, facts.num_kv_heads, facts.intermediate_size
     problems = []

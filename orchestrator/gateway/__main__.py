@@ -12,8 +12,10 @@ import traceback
 
 import zmq
 
+from mgpu.orchestrator.gateway.endpoint import BindError
 from mgpu.orchestrator.gateway.front import Front
 from mgpu.orchestrator.gateway.gateway import Gateway
+from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.jobs import Jobs
 from mgpu.protocol.link import LINK, GatewayFailure, GatewaySpec
 
@@ -41,8 +43,10 @@ def main() -> int:
     link.connect(spec.link)
     try:
         _serve(spec, context, link, parent_fds)
+    except (BindError, TokenizerError) as error:  # the user can mend it; where it was noticed would only distract
+        link.send(LINK.encode(GatewayFailure(str(error), "")))
+        return 1
     except Exception as error:  # the process edge: whatever happened, the parent is told why
-        traceback.print_exc()
         link.send(LINK.encode(GatewayFailure(str(error) or type(error).__name__, traceback.format_exc())))
         return 1
     finally:

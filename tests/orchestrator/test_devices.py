@@ -163,6 +163,11 @@ def test_nccl_can_be_switched_off(value: str | None, usable: bool) -> None:
     assert ("MGPU_NO_NCCL=1" in machine.nccl_problem) is not usable
 
 
+def test_peer_access_can_be_switched_off() -> None:
+    machine = find_machine(environ={"MGPU_NO_P2P": "1"}, nvml=four_gpus())
+    assert not any(machine.peers(a, b) for a in range(4) for b in range(4))
+
+
 def mig_machine() -> FakeNvml:
     parts = [FakeGpu(f"MIG-{i}", "01:00", "MIG 1g.10gb", FakeMemory(10 * GIB, 10 * GIB)) for i in range(2)]
     return FakeNvml([FakeGpu("GPU-0", "01:00", mig=parts), FakeGpu("GPU-1", "02:00")])

@@ -1,0 +1,88 @@
+"""Many streams at once: what survives equals its solo run, and every block comes back."""
+
+import random
+import time
+from dataclasses import dataclass
+
+from mgpu import Client
+from mgpu.protocol.client import CompletionStream
+
+STREAMS = 64
+DRAIN_S = 20.0
+
+
+@dataclass
+class Job:
+    prompt: list[int]
+    max_tokens: int
+    cancel_after: int | None
+    """Tokens after which the client leaves; None: stays to the end."""
+
+
+def make_jobs(seed: int) -> list[Job]:
+    """Draw prompts of 1 to 120 tokens, some of them beginning alike, and answers of 2 to 20 tokens."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(3, 40000) for _ in range(40)]
+    jobs = []
+    for number in range(STREAMS):
+        prompt = [rng.randrange(3, 40000) for _ in range(rng.choice([1, 5, 17, 33, 80]))]
+        if number % 4 == 0:
+            prompt = shared + prompt
+        length = rng.randrange(2, 21)
+        jobs.append(Job(prompt, length, rng.randrange(0, length) if number % 5 == 0 else None))
+    return jobs
+
+
+def run_together(client: Client, jobs: list[Job]) -> dict[int, list[int]]:
+    """Run all jobs interleaved on one client; give the tokens of those that were not cancelled."""
+    tokens: dict[int, list[int]] = {number: [] for number in range(len(jobs))}
+    open_streams: dict[int, CompletionStream] = {
+        number: client.stream(job.prompt, max_tokens=job.max_tokens, ignore_eos=True) for number, job in enumerate(jobs)
+    }
+    while open_streams:
+        for number, stream in list(open_streams.items()):
+            limit = jobs[number].cancel_after
+            if limit is not None and len(tokens[number]) >= limit:
+                stream.close()
+                del open_streams[number]
+                continue
+            piece = next(stream, None)
+            if piece is None:
+                del open_streams[number]
+            else:
+                tokens[number] += piece.token_ids
+    return {number: tokens[number] for number, job in enumerate(jobs) if job.cancel_after is None}
+
+
+def wait_for_idle(client: Client) -> dict[str, float]:
+    """Wait until nothing runs; gives the counters."""
+    deadline_s = time.monotonic() + DRAIN_S
+    while True:
+        stats = client.stats()
+        if not stats["running"] and not stats["waiting"]:
+            return stats
+        assert time.monotonic() < deadline_s, stats
+
+
+def test_64_streams_with_cancellations_equal_their_solo_runs(endpoint: str) -> None:
+    jobs = make_jobs(seed=20261124)
+    with Client(endpoint) as client:
+        together = run_together(client, jobs)
+        assert len(together) == sum(job.cancel_after is None for job in jobs)
+        stats = wait_for_idle(client)
+        assert stats["kv_blocks_used"] == 0
+        for number, token_ids in together.items():
+            job = jobs[number]
+            solo = client.generate(job.prompt, max_tokens=job.max_tokens, ignore_eos=True, cache_salt="solo")
+            assert token_ids == list(solo.token_ids), f"job {number}: {job}"
+
+
+def test_seeded_sampling_does_not_depend_on_the_company(endpoint: str) -> None:
+    options = {"max_tokens": 12, "temperature": 0.9, "top_p": 0.95, "seed": 1234, "ignore_eos": True}
+    with Client(endpoint) as client:
+        solo = client.generate("Once upon a time", **options)
+        crowd = [client.stream([7 + i, 300 + i], max_tokens=12, temperature=1.0, seed=i) for i in range(6)]
+        among_others = client.generate("Once upon a time", **options)
+        for stream in crowd:
+            stream.completion()
+    assert among_others.token_ids == solo.token_ids

@@ -1,0 +1,169 @@
+"""Start, stop and sudden deaths of real servers: true exit statuses, the cause on the screen, nothing left behind."""
+
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from mgpu import Client
+from mgpu.launch.server_process import ServerDied, ServerProcess
+from mgpu.protocol.completion import MgpuError, RequestFailed
+
+LEFT_BEHIND_S = 2.0
+END_S = 30.0
+
+
+def start(model: str, *arguments: str) -> ServerProcess:
+    return ServerProcess("-m", model, "--device", "cpu", "--max-seq-len", "512", *arguments)
+
+
+def family_of(server: ServerProcess) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def workers_of(server: ServerProcess) -> list[psutil.Process]:
+    return [child for child in family_of(server) if child.cmdline()[-1] == "mgpu.worker"]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Poll a condition that no event announces: what the kernel has cleaned up."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """A zombie is gone too: it waits for whoever adopted it, and holds nothing."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def assert_nothing_left(server: ServerProcess, family: list[psutil.Process], timeout_s: float = LEFT_BEHIND_S) -> None:
+    assert wait_until(lambda: not any(map(is_alive, family)), timeout_s), family
+    left = lambda: [path for path in server.runtime_base.rglob("*") if path.name != "log"]  # noqa: E731
+    assert wait_until(lambda: not left(), timeout_s), left()
+
+
+def test_sigterm_finishes_the_running_request_first(smollm2: str) -> None:
+    with start(smollm2) as server, Client(server.wait_ready()) as client:
+        family = family_of(server)
+        stream = client.stream("The first ten prime numbers are", max_tokens=40, ignore_eos=True)
+        first = next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        pieces = [first, *stream]
+        assert sum(len(piece.token_ids) for piece in pieces) == 40
+        assert pieces[-1].finish_reason == "length"
+        assert server.process.wait(END_S) in (0, -signal.SIGTERM)
+        assert_nothing_left(server, family)
+
+
+def test_a_draining_server_refuses_new_requests(smollm2: str) -> None:
+    with start(smollm2) as server, Client(server.wait_ready()) as client:
+        stream = client.stream("Count:", max_tokens=60, ignore_eos=True)
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        assert wait_until(lambda: client.health().state == "draining", 5.0)
+        with pytest.raises(RequestFailed) as refused:
+            client.generate("too late", max_tokens=1)
+        assert refused.value.code == "draining"
+        assert stream.completion().finish_reason == "length"
+
+
+def test_a_second_sigint_stops_at_once(smollm2: str) -> None:
+    with start(smollm2) as server, Client(server.wait_ready()) as client:
+        family = family_of(server)
+        stream = client.stream("Tell me a long story.", max_tokens=400, ignore_eos=True)
+        next(stream)
+        server.process.send_signal(signal.SIGINT)
+        assert wait_until(lambda: "stopping" in server.output(), 5.0)
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(MgpuError):
+            list(stream)
+        assert server.process.wait(END_S) == -signal.SIGINT
+        assert_nothing_left(server, family)
+
+
+def test_sigkill_of_the_parent_leaves_nothing(smollm2: str) -> None:
+    with start(smollm2, "--workers", "3") as server, Client(server.wait_ready()) as client:
+        family = family_of(server)
+        assert len(family) == 4  # three workers and the gateway
+        stream = client.stream("Tell me a long story.", max_tokens=400, ignore_eos=True)
+        next(stream)
+        server.process.kill()
+        server.process.wait(END_S)
+        assert_nothing_left(server, family)
+
+
+def test_sigkill_of_the_parent_while_it_loads_leaves_nothing(smollm2: str) -> None:
+    with start(smollm2, "--workers", "3") as server:
+        assert wait_until(lambda: len(workers_of(server)) == 3, 10.0)
+        family = family_of(server)
+        server.process.kill()
+        server.process.wait(END_S)
+        assert_nothing_left(server, family)
+
+
+def test_two_servers_do_not_disturb_each_other(smollm2: str) -> None:
+    prompt, options = "The capital of France is", {"max_tokens": 8, "ignore_eos": True}
+    with start(smollm2) as one, start(smollm2, "--workers", "3") as two:
+        with Client(one.wait_ready()) as first, Client(two.wait_ready()) as second:
+            answers = [client.stream(prompt, **options) for client in (first, second)]
+            texts = {stream.completion().text for stream in answers}
+        assert len(texts) == 1
+        one.stop()
+        with Client(two.wait_ready()) as second:
+            assert {second.generate(prompt, **options).text} == texts
+
+
+def test_a_server_listens_on_loopback_tcp_when_asked(smollm2: str) -> None:
+    with start(smollm2, "--bind", "tcp://127.0.0.1:0") as server:
+        endpoint = server.wait_ready()
+        assert endpoint.startswith("tcp://127.0.0.1:")
+        with Client(endpoint) as client:
+            assert client.generate("Hello", max_tokens=2, ignore_eos=True).usage.completion_tokens == 2
+        listening = [
+            connection.laddr
+            for process in (psutil.Process(server.process.pid), *family_of(server))
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert [f"tcp://{address.ip}:{address.port}" for address in listening] == [endpoint]
+
+
+def test_a_taken_port_is_an_error_that_names_it(smollm2: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        bind = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with start(smollm2, "--bind", bind) as server:
+            with pytest.raises(ServerDied) as ended:
+                server.wait_ready()
+            assert server.process.returncode > 0
+    assert bind in ended.value.output
+    assert "Traceback" not in ended.value.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "2"], "2 CPU workers cannot split"),
+        (["-n", "0:10;1:10"], "30"),
+        (["-n", "0:x"], "0:x"),
+        (["--dtype", "int3"], "--dtype"),
+        (["--max-seq-len", "-4"], "--max-seq-len"),
+        (["--bind", "tcp://0.0.0.0:5555"], "0.0.0.0"),
+    ],
+)
+def test_a_users_mistake_ends_in_one_message(smollm2: str, arguments: list[str], message: str) -> None:
+    with ServerProcess("-m", smollm2, "--device", "cpu", *arguments) as server:
+        with pytest.raises(ServerDied) as ended:
+            server.wait_ready(60)
+        assert server.process.returncode > 0
+    assert message in ended.value.output
+    assert "Traceback" not in ended.value.output
