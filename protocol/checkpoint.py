@@ -129,6 +129,6 @@ def _pickle_hint(paths: list[Path]) -> str:
     if not pickled:
         return ""
     return (
-        f"; {pickled[0]!r} is a format that can run code when it is read, so it never is. Convert it once where you trust it: "
+        f"; {pickled[0]!r} can run code when it is read, so it never is. Convert it once where you trust it: "
         "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)` with transformers"
     )

@@ -126,14 +126,14 @@ def test_pickles_are_refused_with_a_way_to_convert_them(tmp_path: Path, name: st
     (tmp_path / name).write_bytes(b"\x80\x04")
     message = refusal(tmp_path)
     assert name in message
-    assert "pickle" in message
+    assert "can run code" in message
     assert "save_pretrained" in message
 
 
 def test_a_file_that_is_neither_folder_nor_gguf(tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
     path.write_bytes(b"\x80\x04")
-    assert "pickle" in refusal(path)
+    assert "can run code" in refusal(path)
 
 
 @pytest.mark.parametrize(
