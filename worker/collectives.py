@@ -7,7 +7,7 @@ that use shared memory open no port at all. Every wait has the deadline of the s
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Protocol
 
@@ -174,3 +174,15 @@ def start_process_group(
 def new_groups(rank_sets: Sequence[Sequence[int]], timeout_s: float) -> list[dist.ProcessGroup]:
     """Make one group per set of ranks; every rank of the world must call this with the same sets."""
     return [dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s)) for ranks in rank_sets]
+
+
+def leave_process_group() -> None:
+    """Wait until all ranks are leaving, then leave; nothing to do for ranks that never joined.
+
+    A rank that just went would reset connections that still hold data for its peers.
+    """
+    if not dist.is_initialized():
+        return
+    with suppress(PeerLost), _peer_errors("all ranks to leave"):
+        dist.all_reduce(torch.zeros(1))
+        dist.destroy_process_group()

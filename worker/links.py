@@ -21,6 +21,7 @@ from mgpu.worker.collectives import (
     SingleRank,
     TensorParallelGroup,
     ThroughHost,
+    leave_process_group,
     new_groups,
     start_process_group,
 )
@@ -65,6 +66,10 @@ class Links:
     def recv_tokens(self, count: int) -> Tensor:
         assert self.tokens_from is not None, "only the first stage of several is told tokens"
         return self.tokens_from.recv((count,), torch.int32)
+
+    def close(self) -> None:
+        """Part from the other ranks in good order; all of them must come here."""
+        leave_process_group()
 
     def report_failure(self) -> None:
         """Let peers that wait for this rank know, where there is a way."""

@@ -79,6 +79,7 @@ class Worker:
         try:
             num_blocks = self._wait_for_allocation()
         except Stopped:
+            links.close()
             return
         with self._timed("cache"):
             runner = start_up.allocate(stage, num_blocks)
@@ -88,6 +89,7 @@ class Worker:
         self.control.send(Ready(spec.epoch, rank, self.phase_s, loaded_bytes, links.notes))
         self.phase = "steps"
         StepLoop(runner, self.control, self.device, reports=rank == spec.plan.output_rank).run()
+        links.close()
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks and the orchestrator what ended this one."""

@@ -61,7 +61,7 @@ class StartUp:
         else:
             pool = cpu_pool_bytes(spec)
         blocks = pool_blocks(spec, pool, per_block)
-        return Loaded(spec.epoch, self._place.rank, blocks, per_block, weight_bytes(stage), pool)
+        return Loaded(spec.epoch, self._place.rank, blocks, per_block, stage.weight_bytes(), pool)
 
     def allocate(self, stage: DecoderStage, num_blocks: int) -> ModelRunner:
         """Allocate the pool and the rows."""
@@ -127,12 +127,6 @@ class StartUp:
             query_lens_host=counts,
             context_lens_host=counts,
         )
-
-
-def weight_bytes(stage: DecoderStage) -> int:
-    """Give the memory of a stage's weights; tied ones count once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in [*stage.parameters(), *stage.buffers()]}
-    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
 
 
 def bytes_to_read(checkpoint: Checkpoint, stage: DecoderStage, tp_size: int) -> int:

@@ -143,6 +143,7 @@ def main() -> None:
             check_reduce(links, digest)
             check_gather(links, digest)
             check_pipeline(links, digest)
+            links.close()
         elif rank == "1":
             if case == "failing":
                 links.report_failure()
