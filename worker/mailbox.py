@@ -74,5 +74,6 @@ class HostMailbox:
 
 
 def _pin(memory: Tensor) -> None:
-    """Register pages with CUDA; where the driver refuses, copies still work, only slower."""
-    torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
+    """Register pages with CUDA. RuntimeError with CUDA's reason when it refuses."""
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(code)

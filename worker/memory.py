@@ -39,7 +39,7 @@ def _available_bytes() -> int:
 def cuda_pool_bytes(spec: WorkerSpec, device: torch.device, ordinal: int, worst_step: Callable[[], None]) -> int:
     """Measure what is left of a GPU once weights are there and the largest step has had its activations.
 
-    ``ordinal`` is the plan's number of the device; workers that the plan puts on the same one share what is left.
+    ``ordinal`` is the plan's number of the device. OutOfMemory when nothing is left.
     """
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -47,15 +47,19 @@ def cuda_pool_bytes(spec: WorkerSpec, device: torch.device, ordinal: int, worst_
     torch.cuda.synchronize(device)
     activations = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
-    if spec.kv_bytes:
-        return spec.kv_bytes
     free, total = torch.cuda.mem_get_info(device)
+    return spec.kv_bytes or left_for_pool(spec, ordinal, free, total, activations)
+
+
+def left_for_pool(spec: WorkerSpec, ordinal: int, free_bytes: int, total_bytes: int, activation_bytes: int) -> int:
+    """Give this rank's share of its device: ranks that the plan puts on the same one split what is left."""
     sharers = sum(stage.devices.count(ordinal) for stage in spec.plan.stages)
-    left = int((spec.memory_fraction * total - (total - free)) / sharers) - activations
+    used = total_bytes - free_bytes
+    left = int((spec.memory_fraction * total_bytes - used) / sharers) - activation_bytes
     if left <= 0:
         raise OutOfMemory(
-            f"{device}: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB are taken by weights and others, a "
-            f"step of {spec.max_batch_tokens} tokens needs {activations / 2**30:.1f} GiB more, and memory fraction "
+            f"GPU {ordinal}: weights and others take {used / 2**30:.1f} of {total_bytes / 2**30:.1f} GiB, a step of "
+            f"{spec.max_batch_tokens} tokens needs {activation_bytes / 2**30:.1f} GiB more, and memory fraction "
             f"{spec.memory_fraction:g} leaves nothing for the KV cache; use more GPUs, --quant, fewer tokens per step "
             "or a larger --memory-fraction"
         )

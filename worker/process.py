@@ -1,5 +1,6 @@
 """The life of one worker: meet the others, load, allocate, warm up, then execute plans until told to stop."""
 
+import gc
 import os
 import sys
 import time
@@ -86,6 +87,8 @@ class Worker:
         with self._timed("warmup"):
             room = min(spec.max_seq_len, num_blocks * spec.block_size)
             runner.warm_up(max(1, min(_WARM_UP_TOKENS, spec.max_batch_tokens, room - 2)), spec.epoch)
+            gc.collect()
+            gc.freeze()  # what is here now stays: no collection need look at it between steps
         self.control.send(Ready(spec.epoch, rank, self.phase_s, loaded_bytes, links.notes))
         self.phase = "steps"
         StepLoop(runner, self.control, self.device, reports=rank == spec.plan.output_rank).run()
@@ -139,7 +142,7 @@ def one_line(error: BaseException, device: torch.device) -> str:
             f"{device} is out of memory ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free): use more GPUs, --quant, "
             "a smaller --memory-fraction or fewer tokens per step"
         )
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's on CPU
         return "out of memory: use a smaller model, fewer workers or a smaller KV cache"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -57,7 +57,7 @@ class StartUp:
         spec = self._spec
         per_block = block_bytes(self._own.num_layers, spec.block_size, self._kv_heads, spec.facts.head_dim, self._dtype)
         if self._device.type == "cuda":
-            pool = cuda_pool_bytes(spec, self._device, self._place.device, lambda: self._worst_step(stage))
+            pool = cuda_pool_bytes(spec, self._device, self._place.device, lambda: self.run_worst_step(stage))
         else:
             pool = cpu_pool_bytes(spec)
         blocks = pool_blocks(spec, pool, per_block)
@@ -85,7 +85,7 @@ class StartUp:
         )
 
     @torch.inference_mode()
-    def _worst_step(self, stage: DecoderStage) -> None:
+    def run_worst_step(self, stage: DecoderStage) -> None:
         """Run the largest step there can be, without the other ranks, on a pool of one block."""
         self._links.group.alone = True
         rows, cache = self._rows(1), self._cache(1)
@@ -109,23 +109,26 @@ class StartUp:
         )
 
     def _largest_batch(self) -> StepBatch:
+        """Lay out rows as long as can be, of which the step computes the last tokens."""
         spec, device = self._spec, self._device
-        counts = [spec.max_seq_len] * (spec.max_batch_tokens // spec.max_seq_len)
-        if rest := spec.max_batch_tokens % spec.max_seq_len:
+        longest = spec.max_seq_len
+        counts = [longest] * (spec.max_batch_tokens // longest)
+        if rest := spec.max_batch_tokens % longest:
             counts.append(rest)
-        positions = torch.cat([torch.arange(count, device=device) for count in counts])
+        positions = torch.cat([torch.arange(longest - count, longest, device=device) for count in counts])
         ends = torch.tensor([0, *counts], device=device).cumsum(0)
-        blocks = -(-max(counts) // spec.block_size)
+        blocks = -(-longest // spec.block_size)
+        contexts = [longest] * len(counts)
         return StepBatch(
             token_ids=torch.zeros_like(positions),
             positions=positions,
             slots=positions % spec.block_size,
             query_starts=ends.to(torch.int32),
-            context_lens=torch.tensor(counts, dtype=torch.int32, device=device),
+            context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
             block_tables=torch.zeros((len(counts), blocks), dtype=torch.int32, device=device),
             logit_rows=ends[1:] - 1,
             query_lens_host=counts,
-            context_lens_host=counts,
+            context_lens_host=contexts,
         )
 
 

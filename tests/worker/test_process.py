@@ -128,11 +128,13 @@ def test_two_stages_keep_rows_apart_when_one_changes_hands(tiny_model: MakeModel
     blocks = [*range(-(-(len(prompt) + 4) // 16))]
     with running(make_spec(model.folder, [1, 1]), tmp_path) as workers:
         workers.make_ready()
-        workers.send(step_of(1, [0], [0], [4], new_rows=[new_row(0, [9, 8, 7, 6], [20])]))
+        last = len(prompt) - 1
+        others = [blocks[-1] + 1 + block for block in blocks]
+        workers.send(step_of(1, [0], [0], [last], new_rows=[new_row(0, prompt[:0:-1], others)]))
         row = new_row(0, prompt, blocks)
-        workers.send(step_of(2, [0], [0], [4], free_rows=[0], new_rows=[row], samples=[0]))
-        # Step 3 is the first that hears of step 1's token, for position 4 of what is now another request.
-        workers.send(step_of(3, [0], [4], [len(prompt) - 4]))
+        workers.send(step_of(2, [0], [0], [last], free_rows=[0], new_rows=[row], samples=[0]))
+        # Step 3 hears of step 1's token, for the last position of the prompt of what is now another request.
+        workers.send(step_of(3, [0], [last], [1]))
         for index in range(3):
             workers.send(step_of(5 + 2 * index, [0], [len(prompt) + index], [1]))
         results = [result_of(workers) for _ in range(6)]
