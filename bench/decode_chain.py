@@ -14,7 +14,6 @@ from mgpu.worker.kernels.norm import add_rms_norm, rms_norm
 from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.kernels.sample import sample
-from mgpu.worker.kernels.small_gemm import Tiling, small_gemm
 
 HIDDEN, WIDTH, HEADS, KV_HEADS, DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256
 BLOCK_SIZE = 16
@@ -25,8 +24,8 @@ SHAPES = (
     (HIDDEN, WIDTH),
 )
 
-Tilings = Mapping[tuple[int, int], Tiling | GemvTiling | None]
-"""By shape of the weight; no entry or None: the library."""
+Tilings = Mapping[tuple[int, int], GemvTiling | None]
+"""By shape of the weight; no entry or None: the kernel's own choice."""
 
 
 class DecodeChain:
@@ -64,13 +63,10 @@ class DecodeChain:
         self.workspace = Workspace.create(device)
 
     def matmul(self, x: Tensor, w: Tensor, tilings: Tilings | None) -> Tensor:
-        """Multiply by the library, or by the kernel whose tiling is given for the weight's shape."""
-        tiling = (tilings or {}).get((w.shape[0], w.shape[1]))
-        if isinstance(tiling, GemvTiling):
-            return gemv(x, w, tiling=tiling)
-        if isinstance(tiling, Tiling):
-            return small_gemm(x, w, tiling=tiling, workspace=self.workspace)
-        return F.linear(x, w)
+        """Multiply by the library, or for one row by the kernel when tilings are given, even empty ones."""
+        if tilings is None or x.shape[0] > 1:
+            return F.linear(x, w)
+        return gemv(x, w, tiling=tilings.get((w.shape[0], w.shape[1])))
 
     def attention(self, qkv: Tensor, layer: int) -> Tensor:
         rows = qkv.shape[0]
@@ -95,25 +91,22 @@ class DecodeChain:
     def folded_step(self, tilings: Tilings) -> Tensor:
         """Run one step for one row with norms, gate and residual folded into the products."""
         residual = self.embedded[:1].clone()
-        options = [tilings.get(shape) for shape in SHAPES]
-        qkv_t, out_t, gate_up_t, down_t = (t if isinstance(t, GemvTiling) else None for t in options)
+        qkv_t, out_t, gate_up_t, down_t = (tilings.get(shape) for shape in SHAPES)
         for layer, (qkv_w, out_w, gate_up_w, down_w) in enumerate(self.layers):
             heads = self.attention(gemv(residual, qkv_w, gain_K=self.norm, eps=1e-5, tiling=qkv_t), layer)
             gemv(heads, out_w, residual_1N=residual, out_1N=residual, tiling=out_t)
             hidden = gemv(residual, gate_up_w, gain_K=self.norm, eps=1e-5, gate="silu", tiling=gate_up_t)
             gemv(hidden, down_w, residual_1N=residual, out_1N=residual, tiling=down_t)
-        return sample(gemv(residual, self.head, gain_K=self.norm, eps=1e-5, tiling=qkv_t))[1]
+        return sample(gemv(residual, self.head, gain_K=self.norm, eps=1e-5))[1]
 
 
 def _compile(device: torch.device, rows: int) -> None:
     chain = DecodeChain(device, 16, 128, 1)
-    for tiling in (Tiling(64, 128, 1), GemvTiling(8, 512, 2)):
-        if rows == 1 or isinstance(tiling, Tiling):
-            chain.step(rows, dict.fromkeys(SHAPES, tiling))
+    chain.step(rows, {})
     if rows == 1:
-        chain.folded_step(dict.fromkeys(SHAPES, GemvTiling(8, 512, 2)))
+        chain.folded_step({})
 
 
 def chain_jobs() -> list[tuple[Any, tuple[Any, ...]]]:
-    """Give what `compile_all` needs for the kernels of a step, other than its products."""
+    """Give what `compile_all` needs for the kernels of a step."""
     return [(_compile, (rows,)) for rows in (1, 16)]

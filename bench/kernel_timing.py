@@ -101,6 +101,8 @@ KERNEL_MODULES = tuple(
     for name in (
         "activation",
         "decode_attention",
+        "dequantize",
+        "few_row_gemv",
         "gemv",
         "norm",
         "prefill_attention",
@@ -108,7 +110,6 @@ KERNEL_MODULES = tuple(
         "quantized_gemv",
         "rope_cache",
         "sample",
-        "small_gemm",
         "step_inputs",
     )
 )

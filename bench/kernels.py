@@ -12,20 +12,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from decode_chain import SHAPES as CHAIN_SHAPES
 from decode_chain import DecodeChain
 from kernel_timing import Row, graph_us, make_cache, relative_error, rotate, sdpa_row, views
 from torch import Tensor
 
-from mgpu.worker.kernels import gemv as gemv_module
-from mgpu.worker.kernels import reference, small_gemm
+from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.decode_attention import decode_attention
+from mgpu.worker.kernels.dequantize import dequantize_packed
+from mgpu.worker.kernels.few_row_gemv import few_row_gemv
 from mgpu.worker.kernels.gemv import gemv
 from mgpu.worker.kernels.norm import add_rms_norm
 from mgpu.worker.kernels.packing import PackedWeight, dequantize
 from mgpu.worker.kernels.prefill_attention import prefill_attention
-from mgpu.worker.kernels.quantized_gemm import quantized_gemm
+from mgpu.worker.kernels.products import quantized_matmul
 from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.sample import sample
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
@@ -46,38 +46,35 @@ def random_pool(count: int) -> Tensor:
 
 def products() -> Iterator[Row]:
     pool = random_pool(6 * 10**8)
-    for name, (n, k) in SHAPES.items():
+    for (name, (n, k)), rows in itertools.product(SHAPES.items(), (1, 2, 4, 8)):
         weights = views(pool, n, k)
-        facts = {"bytes": 2.0 * n * k}
-        for rows in (1, 2, 4, 8, 16):
-            x = torch.randn(rows, k, device="cuda").to(BF16)
-            expected = x.float() @ weights[0].float().T
-            other = graph_us(rotate(weights, lambda w: F.linear(x, w)))
-            error = relative_error(small_gemm.small_gemm(x, weights[0]), expected)
-            us = graph_us(rotate(weights, lambda w: small_gemm.small_gemm(x, w)))
-            yield Row(f"small_gemm {name} m{rows}", us, error=error, other_us=other, flops=2.0 * rows * n * k, **facts)
-            if rows == 1:
-                error = relative_error(gemv(x, weights[0]), expected)
-                us = graph_us(rotate(weights, lambda w: gemv(x, w)))
-                yield Row(f"gemv {name}", us, error=error, other_us=other, **facts)
+        x = torch.randn(rows, k, device="cuda").to(BF16)
+        expected = x.float() @ weights[0].float().T
+        other = graph_us(rotate(weights, lambda w: F.linear(x, w)))
+        kernel = gemv if rows == 1 else few_row_gemv
+        error = relative_error(kernel(x, weights[0]), expected)
+        us = graph_us(rotate(weights, lambda w: kernel(x, w)))
+        yield Row(f"{kernel.__name__} {name} m{rows}", us, 2.0 * n * k, error=error, other_us=other)
 
 
 def quantized_products() -> Iterator[Row]:
     pool = torch.randint(-(2**31), 2**31 - 1, (15 * 10**7,), device="cuda", dtype=torch.int32)
-    for kind, group in (("int8", 0), ("fp8", 0), ("int4", 128)):
-        # A random byte may be float8's NaN (0x7F), so clear one bit of each.
+    for (kind, group), (name, (n, k)) in itertools.product((("int8", 0), ("fp8", 0), ("int4", 128)), SHAPES.items()):
+        # A random byte may be float8's NaN (0x7F), so clear a bit of each.
         words_pool = pool & 0x3F3F3F3F if kind == "fp8" else pool
-        for name, (n, k) in SHAPES.items():
-            scales = torch.rand(k // group if group else 1, n, device="cuda")
-            parts = views(words_pool, n, k // (8 if kind == "int4" else 4), 16)
-            weights = [PackedWeight(kind, words, scales, k, group) for words in parts]  # type: ignore[arg-type]
-            dense = dequantize(weights[0], torch.float32) if name != "head" else None
-            for rows in (1, 8, 16):
-                x = torch.randn(rows, k, device="cuda").to(BF16)
-                got = quantized_gemm(x, weights[0])
-                error = relative_error(got, x.float() @ dense.T) if dense is not None else float("nan")
-                us = graph_us(rotate(weights, lambda w: quantized_gemm(x, w)))
-                yield Row(f"quantized {kind} {name} m{rows}", us, bytes=4.0 * parts[0].numel(), error=error)
+        scales = torch.rand(k // group if group else 1, n, device="cuda")
+        parts = views(words_pool, n, k // (8 if kind == "int4" else 4), 16)
+        weights = [PackedWeight(kind, words, scales, k, group) for words in parts]  # type: ignore[arg-type]
+        dense = dequantize_packed(weights[0], torch.float32)
+        for rows in (1, 2, 8, 16, 64):
+            x = torch.randn(rows, k, device="cuda").to(BF16)
+            error = relative_error(quantized_matmul(x, weights[0]), x.float() @ dense.T)
+            us = graph_us(rotate(weights, lambda w: quantized_matmul(x, w)))
+            yield Row(f"quantized {kind} {name} m{rows}", us, 4.0 * parts[0].numel(), error=error)
+        if name == "gate_up":
+            us = graph_us(rotate(weights, lambda w: dequantize_packed(w, BF16)))
+            error = relative_error(dense, dequantize(weights[0], torch.float32))
+            yield Row(f"dequantize {kind} {name}", us, 4.0 * parts[0].numel() + 2.0 * n * k, error=error)
 
 
 def decode_attentions() -> Iterator[Row]:
@@ -165,14 +162,13 @@ def sampling() -> Iterator[Row]:
 
 
 def steps() -> Iterator[Row]:
-    """Whole decode steps of Llama-3.1-8B at 128 tokens of context: the kernels, and with cuBLAS for the products."""
-    chain = DecodeChain(torch.device("cuda"), rows=16, context=128, layers=32)
-    tilings = {shape: small_gemm.choose_tiling(*shape, 2) for shape in CHAIN_SHAPES}
-    for rows in (1, 8, 16):
+    """Whole decode steps of Llama-3.1-8B at 128 tokens of context; torch: cuBLAS for the products."""
+    chain = DecodeChain(torch.device("cuda"), rows=64, context=128, layers=32)
+    for rows in (1, 8, 16, 64):
         other = graph_us([lambda: chain.step(rows)], 9)
-        yield Row(f"step r{rows}", graph_us([lambda: chain.step(rows, tilings)], 9), chain.weight_bytes, other_us=other)
-    folded = {shape: gemv_module.choose_tiling(*shape, False) for shape in CHAIN_SHAPES}
-    yield Row("step r1 folded", graph_us([lambda: chain.folded_step(folded)], 9), chain.weight_bytes)
+        us = graph_us([lambda: chain.step(rows, {})], 9) if rows == 1 else other
+        yield Row(f"step r{rows}", us, chain.weight_bytes, other_us=other)
+    yield Row("step r1 folded", graph_us([lambda: chain.folded_step({})], 9), chain.weight_bytes)
 
 
 def main() -> None:

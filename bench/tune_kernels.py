@@ -32,6 +32,7 @@ from kernel_timing import (
 from torch import Tensor
 
 from mgpu.worker.kernels.decode_attention import DecodeTiling, decode_attention
+from mgpu.worker.kernels.few_row_gemv import few_row_gemv
 from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.packing import PackedWeight, dequantize
 from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
@@ -39,7 +40,7 @@ from mgpu.worker.kernels.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.quantized_gemv import quantized_gemv
 from mgpu.worker.kernels.reference import gated_activation, paged_attention
 from mgpu.worker.kernels.runtime import Workspace, default_workspace
-from mgpu.worker.kernels.small_gemm import Tiling, small_gemm
+from mgpu.worker.kernels.split_k import Tiling
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 BF16 = torch.bfloat16
@@ -78,21 +79,25 @@ class Results:
 # ------------------------------------------------------------------------------------------------ variants
 
 
-def gemm_tilings() -> list[Tiling]:
-    wide = [(64, 64, 8), (64, 128, 3), (64, 128, 4), (64, 128, 6), (64, 256, 3), (128, 64, 6), (128, 128, 3)]
-    tilings = [Tiling(*s[:2], n, 4, s[2], False, bulk) for s in wide for n in (1, 2, 4, 8) for bulk in (False, True)]
-    narrow = [(16, 256, 1, 6), (16, 256, 2, 8), (16, 512, 2, 4), (32, 128, 2, 8), (32, 128, 4, 8), (32, 256, 2, 6)]
-    narrow += [(32, 256, 4, 4), (32, 256, 4, 6), (64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3)]
-    for (bn, bk, warps, stages), splits, bulk in itertools.product(narrow, (1, 2, 4), (False, True)):
-        tilings.append(Tiling(bn, bk, splits, warps, stages, True, bulk))
-    return tilings
-
-
 def quantized_tilings() -> list[Tiling]:
     shapes = [(64, 4, 3, False), (64, 4, 5, False), (64, 4, 8, False), (64, 2, 5, True), (64, 4, 5, True)]
     shapes += [(32, 1, 5, True), (32, 2, 5, True), (32, 2, 8, True), (32, 4, 8, True), (16, 1, 8, True)]
     shapes += [(128, 4, 4, False), (128, 4, 4, True), (128, 8, 4, False)]
-    return [Tiling(bn, 32, n, warps, stages, narrow) for bn, warps, stages, narrow in shapes for n in (1, 2, 4, 8)]
+    return [Tiling(bn, n, warps, stages, narrow) for bn, warps, stages, narrow in shapes for n in (1, 2, 4, 8)]
+
+
+def few_row_tilings() -> list[GemvTiling]:
+    shapes = [
+        (2, 1024, 4),
+        (4, 1024, 4),
+        (8, 1024, 4),
+        (2, 2048, 8),
+        (4, 512, 2),
+        (8, 512, 2),
+        (4, 256, 1),
+        (8, 256, 1),
+    ]
+    return [GemvTiling(*shape, False) for shape in shapes]
 
 
 def gemv_tilings() -> list[GemvTiling]:
@@ -136,17 +141,6 @@ def workspace(device: torch.device) -> Workspace:
     return Workspace.create(device) if device.type == "cpu" else default_workspace(device)
 
 
-def run_gemm(device: torch.device, tiling: Tiling, rows: int = 4) -> None:
-    x, w = torch.empty(rows, 4096, dtype=BF16, device=device), torch.empty(4096, 4096, dtype=BF16, device=device)
-    small_gemm(x, w, tiling=tiling, workspace=workspace(device))
-
-
-def run_gemm_fp8(device: torch.device, tiling: Tiling) -> None:
-    x, w = (torch.empty(n, 4096, dtype=torch.float8_e4m3fn, device=device) for n in (4, 4096))
-    x_scale, w_scale = (torch.empty(n, device=device) for n in (4, 4096))
-    small_gemm(x, w, x_scale_M=x_scale, w_scale_N=w_scale, tiling=tiling, workspace=workspace(device))
-
-
 def run_gemv(device: torch.device, tiling: GemvTiling, folded: int) -> None:
     x, w = torch.empty(1, 4096, dtype=BF16, device=device), torch.empty(4096, 4096, dtype=BF16, device=device)
     if folded == 0:
@@ -156,6 +150,11 @@ def run_gemv(device: torch.device, tiling: GemvTiling, folded: int) -> None:
         gemv(x, w, residual_1N=x, tiling=tiling)
     else:
         gemv(x, w, gain_K=x[0], eps=1e-5, gate="silu", tiling=tiling)
+
+
+def run_few_rows(device: torch.device, tiling: GemvTiling, rows: int) -> None:
+    x, w = torch.empty(rows, 4096, dtype=BF16, device=device), torch.empty(4096, 4096, dtype=BF16, device=device)
+    few_row_gemv(x, w, tiling=tiling)
 
 
 def run_quantized(device: torch.device, kind: str, group: int, tiling: Tiling, rows: int = 4) -> None:
@@ -188,8 +187,7 @@ def run_prefill(device: torch.device, block_size: int, dim: int, tiling: Prefill
     prefill_attention(q, cache, cache, tables, lens, starts, scale=0.1, tiling=tiling)
 
 
-WIDE = [Tiling(64, 32, splits, 4, 5) for splits in (1, 2, 4)]
-FP8 = [Tiling(64, bk, splits, 4, n) for bk, n in ((128, 6), (256, 4), (256, 6)) for splits in (1, 2, 4)]
+WIDE = [Tiling(64, splits) for splits in (1, 2, 4)]
 FP8_DECODE = [
     DecodeTiling(1, bn, 128, w, n) for bn, w, n in ((64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 5), (64, 2, 5))
 ]
@@ -205,34 +203,25 @@ def all_jobs() -> Iterator[Any]:
     yield from ((run_quantized, (*kind, tiling)) for kind in KINDS for tiling in quantized_tilings())
     yield from ((run_quantized, (*kind, tiling, rows)) for kind in KINDS for tiling in WIDE for rows in (32, 64))
     yield from ((run_quantized_gemv, (*kind, tiling)) for kind in KINDS for tiling in quantized_gemv_tilings())
-    yield from ((run_gemm_fp8, (tiling,)) for tiling in FP8)
-    yield from (
-        (run_gemm, (tiling, rows)) for tiling in gemm_tilings() for rows in ((4, 16) if tiling.narrow else (16,))
-    )
+    yield from ((run_few_rows, (tiling, rows)) for tiling in few_row_tilings() for rows in (2, 4, 8))
 
 
 # ------------------------------------------------------------------------------------------------ timing
 
 
-def time_gemms(results: Results) -> None:
+def time_products(results: Results) -> None:
     pool = torch.randn(3 * 10**8, device="cuda", dtype=torch.float32).mul_(0.02).to(BF16)
-    for name, (n, k) in SHAPES.items():
+    for (name, (n, k)), rows in itertools.product(SHAPES.items(), (1, 2, 4, 8)):
         weights = views(pool, n, k)
-        for rows in (1, 8, 16):
-            x = torch.randn(rows, k, device="cuda", dtype=BF16)
-            expected = x.float() @ weights[0].float().T
-            cublas = graph_us(rotate(weights, lambda w: F.linear(x, w)))
-            facts = {"bytes": 2.0 * n * k, "flops": 2.0 * rows * n * k, "other_us": cublas}
-            for tiling, budget in itertools.product(gemm_tilings(), (0, 16384)):
-                if rows == 8 and (not tiling.narrow or budget):
-                    continue
-                if rows == 16 and budget and not tiling.bulk:
-                    continue
-                tiling = dataclasses.replace(tiling, prefetch_bytes=budget)
-                launches = rotate(weights, lambda w: small_gemm(x, w, tiling=tiling))
-                results.measure(f"gemm {name} m{rows} {short(tiling)}", launches, expected, **facts)
-            if rows == 1:
-                time_gemv(results, name, weights, x, cublas)
+        x = torch.randn(rows, k, device="cuda", dtype=BF16)
+        expected = x.float() @ weights[0].float().T
+        cublas = graph_us(rotate(weights, lambda w: F.linear(x, w)))
+        facts = {"bytes": 2.0 * n * k, "flops": 2.0 * rows * n * k, "other_us": cublas}
+        for tiling in few_row_tilings() if rows > 1 else ():
+            launches = rotate(weights, lambda w: few_row_gemv(x, w, tiling=tiling))
+            results.measure(f"few_row_gemv {name} m{rows} {short(tiling)}", launches, expected, **facts)
+        if rows == 1:
+            time_gemv(results, name, weights, x, cublas)
 
 
 def time_gemv(results: Results, name: str, weights: list[Tensor], x: Tensor, cublas: float) -> None:
@@ -257,18 +246,6 @@ def time_gemv(results: Results, name: str, weights: list[Tensor], x: Tensor, cub
         results.measure(f"gemv-folded {name} m1 {short(tiling)}", launches, expected, **facts)
 
 
-def time_fp8_gemms(results: Results) -> None:
-    pool = torch.randn(6 * 10**8, device="cuda", dtype=BF16).to(torch.float8_e4m3fn)
-    for name, (n, k) in SHAPES.items():
-        weights = views(pool, n, k, 12)
-        x = torch.randn(4, k, device="cuda", dtype=BF16).to(torch.float8_e4m3fn)
-        x_scale, w_scale = torch.rand(4, device="cuda"), torch.rand(n, device="cuda")
-        expected = (x.float() @ weights[0].float().T) * x_scale[:, None] * w_scale
-        for tiling in FP8:
-            launches = rotate(weights, lambda w: small_gemm(x, w, x_scale_M=x_scale, w_scale_N=w_scale, tiling=tiling))
-            results.measure(f"fp8 {name} m4 {short(tiling)}", launches, expected, bytes=1.0 * n * k)
-
-
 def time_quantized(results: Results) -> None:
     pool = torch.randint(-(2**31), 2**31 - 1, (15 * 10**7,), device="cuda", dtype=torch.int32)
     for (kind, group), (name, (n, k)) in itertools.product(KINDS, SHAPES.items()):
@@ -282,12 +259,11 @@ def time_quantized(results: Results) -> None:
         for rows in (1, 16, 32, 64):
             x = torch.randn(rows, k, device="cuda", dtype=BF16)
             expected = x.float() @ dense.T
-            for tiling, budget in itertools.product(WIDE if rows > 16 else quantized_tilings(), (0, 8192)):
-                if (rows > 1 and budget) or (rows == 16 and tiling.narrow):
+            facts = {"bytes": 4.0 * weights[0].words.numel(), "flops": 2.0 * rows * n * k}
+            for tiling in WIDE if rows > 16 else quantized_tilings():
+                if rows == 16 and tiling.narrow:
                     continue
-                tiling = dataclasses.replace(tiling, prefetch_bytes=budget)
                 launches = rotate(weights, lambda w: quantized_gemm(x, w, tiling=tiling))
-                facts = {"bytes": 4.0 * weights[0].words.numel(), "flops": 2.0 * rows * n * k}
                 results.measure(f"{kind} {name} m{rows} {short(tiling)}", launches, expected, **facts)
             for gemv_tiling in quantized_gemv_tilings() if rows == 1 else ():
                 launches = rotate(weights, lambda w: quantized_gemv(x, w, tiling=gemv_tiling))
@@ -359,24 +335,20 @@ def parse(kind: type, text: str | None) -> Any:
 
 
 def time_chain(results: Results) -> None:
-    """Time whole decode steps: cuBLAS, then the best product of each shape, with and without overlap."""
+    """Time whole decode steps: cuBLAS, then for one row the best kernel of each shape, with and without overlap."""
     chain = DecodeChain(torch.device("cuda"), rows=16, context=128, layers=32)
     names = dict(zip(CHAIN_SHAPES, SHAPES, strict=True))
     set_overlap(True)
     expected = chain.step(16).tolist()
     for rows, overlap in itertools.product((1, 8, 16), (True, False)):
         set_overlap(overlap)
-        tilings = {shape: parse(Tiling, results.best(f"gemm {name} m{rows} ")) for shape, name in names.items()}
-        steps: dict[str, Callable[[], Tensor]] = {
-            "cublas": lambda: chain.step(rows),
-            "gemm": lambda: chain.step(rows, tilings),
-        }
+        steps: dict[str, Callable[[], Tensor]] = {"cublas": lambda: chain.step(rows)}
         if rows == 1:
+            best = {shape: parse(GemvTiling, results.best(f"gemv {name} m1 ")) for shape, name in names.items()}
             folded = {
                 shape: parse(GemvTiling, results.best(f"gemv-folded {name} m1 ")) for shape, name in names.items()
             }
-            plain = {shape: parse(GemvTiling, results.best(f"gemv {name} m1 ")) for shape, name in names.items()}
-            steps["gemv"] = lambda: chain.step(1, plain)
+            steps["gemv"] = lambda: chain.step(1, best)
             steps["gemv folded"] = lambda: chain.folded_step(folded)
         for name, step in steps.items():
             chosen: list[Tensor] = []
@@ -397,7 +369,7 @@ def main() -> None:
     results.errors += compile_all(jobs, chain_jobs())
     print(f"compiled {len(jobs)} variants, {len(results.errors)} failed, {time.monotonic() - begin:.1f} s", flush=True)
     set_overlap(True)
-    for part in (time_gemms, time_chain, time_quantized, time_decode, time_prefill, time_fp8_gemms):
+    for part in (time_products, time_chain, time_quantized, time_decode, time_prefill):
         part_begin = time.monotonic()
         try:
             part(results)

@@ -290,12 +290,21 @@ def _decode_kernel(
             tl.store(counter_ptr + pair, 0)
 
 
-def choose_tiling(rows: int, kv_heads: int, dim: int) -> DecodeTiling:
-    """Choose how many programs share a (row, KV head), from the size of the batch alone, so that graphs stay valid."""
+def choose_tiling(rows: int, kv_heads: int, dim: int, cache_dtype: torch.dtype) -> DecodeTiling:
+    """Choose by the size of the batch alone, so that graphs stay valid (see docs/kernels.md).
+
+    Few (row, KV head) pairs are split until each SM has one program with large tiles; many need no split, and small
+    tiles, of which several programs fit on an SM.
+    """
+    pairs = rows * kv_heads
     splits = 1
-    while splits < 32 and rows * kv_heads * splits * 2 <= 4 * HOPPER_SMS:
+    while splits < 64 and pairs * splits * 2 <= HOPPER_SMS:
         splits *= 2
-    return DecodeTiling(splits, 64 if dim <= 128 else 32)
+    if dim > 128 or cache_dtype.itemsize > 2:
+        return DecodeTiling(splits, 32)
+    if pairs <= HOPPER_SMS or cache_dtype.itemsize == 1:
+        return DecodeTiling(splits, 128)
+    return DecodeTiling(splits, 64, num_stages=3)
 
 
 def decode_attention(
@@ -325,7 +334,7 @@ def decode_attention(
     heads = power_of_2(group)
     if out_RHK is None:
         out_RHK = torch.empty(rows, num_q, dim, dtype=q_RHK.dtype, device=q_RHK.device)
-    tiling = tiling or choose_tiling(rows, num_kv, dim)
+    tiling = tiling or choose_tiling(rows, num_kv, dim, k_NBJK.dtype)
     splits = tiling.splits
     workspace = workspace or default_workspace(q_RHK.device)
     is_fp8 = k_NBJK.dtype == torch.float8_e4m3fn

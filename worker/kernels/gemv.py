@@ -3,8 +3,7 @@
 
 y = act(W @ normalize(x)) + residual. One row leaves the tensor cores idle whatever one does, so the weights go straight
 from memory to registers: no shared memory, no barrier until the final sum, many loads in flight. The first loads are
-issued before the wait for the previous kernel, since weights depend on none. Folding costs nothing here and saves
-three of nine kernels per layer.
+issued before the wait for the previous kernel, since weights depend on none.
 """
 
 # N output channels, K input channels
@@ -122,10 +121,15 @@ def _gemv_kernel(
     tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
-def choose_tiling(n: int, k: int, gated: bool) -> GemvTiling:
-    """Pick tiles (see docs/kernels.md)."""
-    del n, k
-    return GemvTiling(4 if gated else 8, 512, 4)
+def choose_tiling(n: int, k: int, normalized: bool, gated: bool) -> GemvTiling:
+    """Pick tiles (see docs/kernels.md). A step is 8 inputs per thread, so that x has the layout of the weights."""
+    if gated:
+        return GemvTiling(2, 1024, 2, False)
+    if normalized:
+        return GemvTiling(8, 512, 2, False)
+    if n > k and k % 2048 == 0:
+        return GemvTiling(2, 2048, 4, False)
+    return GemvTiling(2, 1024, 1, False)
 
 
 def gemv(
@@ -148,7 +152,7 @@ def gemv(
     """
     k = x_1K.shape[-1]
     n = w_NK.shape[0] // (2 if gate else 1)
-    tiling = tiling or choose_tiling(n, k, gate is not None)
+    tiling = tiling or choose_tiling(n, k, gain_K is not None, gate is not None)
     if out_1N is None:
         out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
     block_k = min(tiling.block_k, power_of_2(k))

@@ -246,15 +246,20 @@ def _prefill_kernel(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=(m < count)[:, None])
 
 
-def choose_tiling(dim: int, element_bytes: int) -> PrefillTiling:
-    """Pick tiles by head size (see docs/kernels.md); float32 is for correctness, so its tiles are merely small."""
-    if element_bytes > 2:
+def choose_tiling(dim: int, block_size: int, cache_dtype: torch.dtype) -> PrefillTiling:
+    """Pick tiles by head and page size (see docs/kernels.md).
+
+    Float32 is for correctness, so its tiles are merely small. Float8 tiles are widened in registers, so no cap there.
+    """
+    if cache_dtype.itemsize > 2:
         return PrefillTiling(32, 16, 4, 2)
     if dim <= 64:
-        return PrefillTiling(128, 64, 8, 3)
-    if dim <= 128:
+        return PrefillTiling(64, 64, 4, 3)
+    if dim > 128:
+        return PrefillTiling(128, 64, 8, 2) if block_size % 64 == 0 else PrefillTiling(64, 32, 4, 3)
+    if cache_dtype.itemsize == 1:
         return PrefillTiling(64, 64, 4, 2)
-    return PrefillTiling(128, 64, 8, 2)
+    return PrefillTiling(128, 64, 8, 2, max_registers=128) if block_size % 64 == 0 else PrefillTiling(128, 128, 8, 3)
 
 
 def _slot_rows(cache_NBJK: Tensor, block_n: int) -> TensorDescriptor:
@@ -288,7 +293,7 @@ def prefill_attention(
     rows = context_lens_R.shape[0]
     if out_THK is None:
         out_THK = torch.empty(tokens, num_q, dim, dtype=q_THK.dtype, device=q_THK.device)
-    tiling = tiling or choose_tiling(dim, q_THK.element_size())
+    tiling = tiling or choose_tiling(dim, k_NBJK.shape[1], k_NBJK.dtype)
     bulk = tiling.bulk and k_NBJK.shape[1] % tiling.block_n == 0 and k_NBJK.is_contiguous()
     _prefill_kernel[(num_q, ceil_div(tokens, tiling.block_m) + rows)](
         q_THK,

@@ -1,8 +1,9 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """Decode products with packed int8, fp8 or int4 weights and activations as they are (weight-only quantization).
 
-Like `small_gemm`, but words of four or eight weights are widened in registers (see `packing` for the layout), each part
-being one operand of the tensor core.
+Words of four or eight weights are widened in registers (see `packing` for the layout), each part being one operand of
+the tensor core: the weights the tall one, the activations the narrow one, padded to 16 rows. For a single row
+`quantized_gemv` is faster.
 """
 
 # M rows of activations, N output channels, K input channels
@@ -12,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.packing import WORDS, PackedWeight
+from mgpu.worker.kernels.packing import WORDS, PackedWeight, WeightKind
 from mgpu.worker.kernels.runtime import (
-    HOPPER_SMS,
     INTERPRETED,
     Workspace,
     ceil_div,
@@ -23,13 +23,15 @@ from mgpu.worker.kernels.runtime import (
     overlaps_launches,
     wait_for_inputs,
 )
-from mgpu.worker.kernels.small_gemm import MAX_ROWS, Tiling, add_partials, prefetch_rows
+from mgpu.worker.kernels.split_k import Tiling, add_partials
 from mgpu.worker.kernels.widen import widen_words
 
+MAX_ROWS = 64
+"""Beyond this, dequantizing once and a library product are faster."""
 _KINDS = {"int8": 0, "fp8": 1, "int4": 2}
 
 
-@triton.jit(do_not_specialize=["M", "blocks_per_split", "prefetch_bytes"])
+@triton.jit(do_not_specialize=["M", "blocks_per_split"])
 def _quantized_gemm_kernel(
     x_ptr,
     w_ptr,
@@ -43,7 +45,6 @@ def _quantized_gemm_kernel(
     K,
     words_per_row,
     blocks_per_split,
-    prefetch_bytes,
     x_stride,
     y_stride,
     KIND: tl.constexpr,
@@ -64,10 +65,6 @@ def _quantized_gemm_kernel(
     rows = tl.minimum(n, N - 1).to(tl.int64)
     begin = split * blocks_per_split
     end = tl.minimum(begin + blocks_per_split, words_per_row // 32)
-    if OVERLAP:  # noqa: SIM102 - compile-time condition
-        if prefetch_bytes > 0:
-            size = tl.minimum(prefetch_bytes, (end - begin) * 128)
-            prefetch_rows(w_ptr, tile * BLOCK_N, N, words_per_row * 4, begin * 128, size, BLOCK_N)
     wait_for_inputs(OVERLAP)
 
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -108,12 +105,15 @@ def _quantized_gemm_kernel(
     )
 
 
-def choose_tiling(n: int, blocks: int) -> Tiling:
-    """Pick tiles so that all programs run at once (see docs/kernels.md)."""
-    splits = 1
-    while splits < 8 and ceil_div(n, 64) * splits * 2 <= 4 * HOPPER_SMS and blocks >= splits * 2 * 2:
-        splits *= 2
-    return Tiling(64, 32, splits)
+def choose_tiling(kind: WeightKind, rows: int, n: int) -> Tiling:
+    """Pick tiles by the number of rows and of output channels (see docs/kernels.md)."""
+    if rows > 16:
+        # The activations of int4's 256 channels per step fill shared memory: fewer stages, so that two programs fit.
+        splits = 1 if n > 8192 else 2 if n > 4096 and rows > 32 else 4
+        return Tiling(64, splits, num_stages=3 if kind == "int4" else 5)
+    if n > 8192:
+        return Tiling(64, 2, num_stages=3)
+    return Tiling(64, 8, num_stages=5 if kind != "int4" and n <= 4096 else 3)
 
 
 def quantized_gemm(
@@ -134,7 +134,7 @@ def quantized_gemm(
     if not 1 <= rows <= MAX_ROWS or k != weight.k:
         raise ValueError(f"quantized_gemm takes 1 to {MAX_ROWS} rows of {weight.k}, got {rows} of {k}")
     blocks = words_per_row // WORDS
-    tiling = tiling or choose_tiling(n, blocks)
+    tiling = tiling or choose_tiling(weight.kind, rows, n)
     if out_MN is None:
         out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
     block_m = tiling.block_m(rows)
@@ -157,7 +157,6 @@ def quantized_gemm(
         k,
         words_per_row,
         blocks_per_split,
-        tiling.prefetch_per_row(blocks_per_split * WORDS * 4),
         x_MK.stride(0),
         out_MN.stride(0),
         _KINDS[weight.kind],

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""Matrix-vector products of a single decode row with packed int8 or int4 weights: `gemv` for `packing`'s words."""
+"""Matrix-vector products of a single decode row with packed int8, fp8 or int4 weights: `gemv` for `packing`'s words."""
 
 # N output channels, K input channels
 
@@ -13,7 +13,7 @@ from mgpu.worker.kernels.packing import WORDS, PackedWeight
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
 from mgpu.worker.kernels.widen import widen_to_floats
 
-_KINDS = {"int8": 0, "int4": 2}
+_KINDS = {"int8": 0, "fp8": 1, "int4": 2}
 
 
 @triton.jit
@@ -83,9 +83,11 @@ def _quantized_gemv_kernel(
 
 
 def choose_tiling(weight: PackedWeight) -> GemvTiling:
-    """Pick tiles (see docs/kernels.md); ``block_k`` counts words here."""
-    del weight
-    return GemvTiling(4, 256, 2)
+    """Pick tiles (see docs/kernels.md); ``block_k`` counts words here, four per thread."""
+    n = weight.words.shape[0]
+    if weight.kind == "int4":
+        return GemvTiling(8, 128, 1) if n > weight.k else GemvTiling(8, 256, 2, False)
+    return GemvTiling(4, 128, 1) if n > 4 * weight.k else GemvTiling(4, 512, 4)
 
 
 def quantized_gemv(
@@ -96,11 +98,11 @@ def quantized_gemv(
     out_1N: Tensor | None = None,
     tiling: GemvTiling | None = None,
 ) -> Tensor:
-    """Multiply one row by the dequantized int8 or int4 weight's transpose in float32."""
+    """Multiply one row by the dequantized weight's transpose in float32."""
     k = x_1K.shape[-1]
     n, words_per_row = weight.words.shape
-    if weight.kind not in _KINDS or k != weight.k:
-        raise ValueError(f"quantized_gemv takes int8 and int4 weights of {k} channels, got {weight.kind} of {weight.k}")
+    if x_1K.shape[0] != 1 or k != weight.k:
+        raise ValueError(f"quantized_gemv takes 1 row of {weight.k} channels, got {x_1K.shape[0]} of {k}")
     tiling = tiling or choose_tiling(weight)
     if out_1N is None:
         out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)

@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
+from mgpu.worker.kernels.runtime import (
+    INTERPRETED,
+    ceil_div,
+    launch_options,
+    overlaps_launches,
+    power_of_2,
+    wait_for_inputs,
+)
 
 STRETCH = 4096
 """Logits per program."""
@@ -31,10 +38,20 @@ def _mix(h):
 
 
 @triton.jit
-def _minus_log1p_minus(v):
+def _log(x, ASSEMBLY: tl.constexpr):
+    """Give log(x) in one instruction: absolute error 2^-22, where Triton's takes forty."""
+    if ASSEMBLY:
+        log2 = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        log2 = tl.log2(x)
+    return log2 * 0.6931471805599453
+
+
+@triton.jit
+def _minus_log1p_minus(v, ASSEMBLY: tl.constexpr):
     """Give -log(1 - v) without losing the small v, which are the winners of the draw."""
     series = v * (1.0 + v * (0.5 + v * (0.3333333333 + v * (0.25 + v * 0.2))))
-    return tl.where(v < 0.03125, series, -tl.log(1.0 - v))
+    return tl.where(v < 0.03125, series, -_log(1.0 - v, ASSEMBLY))
 
 
 @triton.jit
@@ -59,6 +76,7 @@ def _stretch_kernel(
     BLOCK: tl.constexpr,
     GREEDY: tl.constexpr,
     OVERLAP: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     row = tl.program_id(0)
     stretch = tl.program_id(1)
@@ -76,7 +94,9 @@ def _stretch_kernel(
             key = _mix(_mix(_mix(low + 0x9E3779B9) ^ high) ^ tl.load(positions_ptr + row).to(tl.uint32))
             bits = _mix(key ^ (token.to(tl.uint32) * 0x9E3779B1))
             v = (bits >> 1).to(tl.int32).to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
-            scores = scores / temperature - tl.log(_minus_log1p_minus(tl.minimum(v, 0.9999999403953552)))
+            scores = scores / temperature - _log(
+                _minus_log1p_minus(tl.minimum(v, 0.9999999403953552), ASSEMBLY), ASSEMBLY
+            )
     best, chosen = _first_best(scores, token)
     place = row * tl.num_programs(1) + stretch
     tl.store(best_ptr + place, best)
@@ -151,6 +171,7 @@ def sample(
         STRETCH,
         temperatures is None,
         overlap,
+        not INTERPRETED,
         **launch_options(device, 8),
     )
     value_S = torch.empty(count, dtype=torch.float32, device=device)

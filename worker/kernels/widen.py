@@ -158,6 +158,20 @@ _INT8_FLOATS_ASM = tl.constexpr("""{
     prmt.b32 u, t, 0x4B000000, 0x7543; sub.f32 $3, u, 0f4B000080;
 }""")
 
+_E4M3_FLOATS_ASM = tl.constexpr("""{
+    .reg .b16 a, b, h0, h1, h2, h3;
+    .reg .b32 low, high;
+    mov.b32 {a, b}, $4;
+    cvt.rn.f16x2.e4m3x2 low, a;
+    cvt.rn.f16x2.e4m3x2 high, b;
+    mov.b32 {h0, h1}, low;
+    mov.b32 {h2, h3}, high;
+    cvt.f32.f16 $0, h0;
+    cvt.f32.f16 $1, h1;
+    cvt.f32.f16 $2, h2;
+    cvt.f32.f16 $3, h3;
+}""")
+
 # float32 0x43000000 is 128; bit 16 of its neighbours counts ones.
 _INT4_FLOATS_ASM = tl.constexpr("""{
     .reg .b32 low, high;
@@ -180,7 +194,7 @@ INT4_BIAS = tl.constexpr(136.0)
 
 @triton.jit
 def widen_to_floats(words, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Give the parts of each word as float32: int8 as they are, int4 with `INT4_BIAS` added."""
+    """Give the parts of each word as float32: int8 and e4m3 as they are, int4 with `INT4_BIAS` added."""
     if KIND == 2:
         if ASSEMBLY:
             parts = tl.inline_asm_elementwise(
@@ -196,7 +210,7 @@ def widen_to_floats(words, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
             parts = (p0 + 136.0, p1 + 136.0, p2 + 136.0, p3 + 136.0, p4 + 136.0, p5 + 136.0, p6 + 136.0, p7 + 136.0)
     elif ASSEMBLY:
         parts = tl.inline_asm_elementwise(
-            _INT8_FLOATS_ASM,
+            _E4M3_FLOATS_ASM if KIND == 1 else _INT8_FLOATS_ASM,
             "=r,=r,=r,=r,r",
             [words],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32),

@@ -6,19 +6,15 @@ import torch.nn.functional as F
 from kernel_checks import relative_error, tolerance
 from torch import Tensor
 
+from mgpu.worker.kernels.dequantize import dequantize_packed
+from mgpu.worker.kernels.few_row_gemv import few_row_gemv
 from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.packing import PackedWeight, dequantize, pack_fp8, pack_int4, pack_int8
+from mgpu.worker.kernels.products import matmul, quantized_matmul
 from mgpu.worker.kernels.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.quantized_gemv import quantized_gemv
 from mgpu.worker.kernels.reference import gated_activation
-from mgpu.worker.kernels.small_gemm import MAX_ROWS, Tiling, small_gemm
-
-TILINGS = [
-    None,
-    Tiling(64, 64, 4),
-    Tiling(64, 128, 3, bulk=True),
-    Tiling(32, 64, 2, 2, narrow=True),
-]
+from mgpu.worker.kernels.split_k import Tiling
 
 
 def draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -26,36 +22,41 @@ def draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tiling", TILINGS)
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 70, 256), (5, 128, 320), (16, 64, 576)])
-def test_small_gemm_equals_linear(
-    device: torch.device, dtype: torch.dtype, tiling: Tiling | None, rows: int, n: int, k: int
-) -> None:
+@pytest.mark.parametrize(("rows", "n", "k"), [(2, 70, 256), (3, 33, 576), (8, 16, 128)])
+def test_few_row_gemv_equals_linear(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int) -> None:
     x, w, bias = (draw(*shape, device=device, dtype=dtype) for shape in ((rows, k), (n, k), (n,)))
-    got = small_gemm(x, w, bias_N=bias, tiling=tiling)
+    got = few_row_gemv(x, w, bias_N=bias, tiling=GemvTiling(4, 256, 1))
     assert relative_error(got, F.linear(x.float(), w.float(), bias.float())) < tolerance(dtype)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the interpreter has no float8 dot")
-def test_small_gemm_multiplies_float8_by_float8() -> None:
-    device = torch.device("cuda")
-    x, w = (draw(n, 256, device=device).to(torch.float8_e4m3fn) for n in (3, 96))
-    x_scale, w_scale = torch.rand(3, device=device), torch.rand(96, device=device)
-    got = small_gemm(x, w, x_scale_M=x_scale, w_scale_N=w_scale)
-    expected = (x.float() @ w.float().T) * x_scale[:, None] * w_scale
-    assert relative_error(got, expected) < 1e-2
-
-
 def test_split_products_are_repeatable(device: torch.device) -> None:
-    x, w = draw(3, 512, device=device), draw(64, 512, device=device)
-    first, second = (small_gemm(x, w, tiling=Tiling(64, 64, 4)) for _ in range(2))
+    weight, _ = random_weight("int8", 64, 1024, device)
+    x = draw(3, 1024, device=device)
+    first, second = (quantized_gemm(x, weight, tiling=Tiling(64, 4)) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_more_rows_than_the_kernel_takes_are_refused(device: torch.device) -> None:
-    with pytest.raises(ValueError, match=f"1 to {MAX_ROWS} rows"):
-        small_gemm(draw(MAX_ROWS + 1, 64, device=device), draw(8, 64, device=device))
+def test_more_rows_than_a_kernel_takes_are_refused(device: torch.device) -> None:
+    weight, _ = random_weight("int8", 64, 128, device)
+    with pytest.raises(ValueError, match="1 to 64 rows of 128, got 65 of 128"):
+        quantized_gemm(draw(65, 128, device=device), weight)
+    with pytest.raises(ValueError, match="1 to 8 rows, got 9"):
+        few_row_gemv(draw(9, 64, device=device), draw(8, 64, device=device))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 65])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4-64"])
+def test_quantized_matmul_serves_any_number_of_rows(device: torch.device, rows: int, kind: str) -> None:
+    weight, values = random_weight(kind, 40, 320, device)
+    x, bias = draw(rows, 320, device=device), draw(40, device=device)
+    got = quantized_matmul(x, weight, bias)
+    assert relative_error(got, F.linear(x, values, bias)) < 3e-5
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_matmul_serves_any_number_of_rows(device: torch.device, rows: int) -> None:
+    x, w, bias = (draw(*shape, device=device) for shape in ((rows, 320), (40, 320), (40,)))
+    assert relative_error(matmul(x, w, bias), F.linear(x, w, bias)) < tolerance(torch.float32)
 
 
 def random_weight(kind: str, n: int, k: int, device: torch.device) -> tuple[PackedWeight, Tensor]:
@@ -81,11 +82,13 @@ KINDS = ["int8", "fp8", "int4-32", "int4-64", "int4-128"]
 def test_packed_weights_dequantize_to_their_values(device: torch.device, kind: str, k: int) -> None:
     weight, values = random_weight(kind, 5, k, device)
     assert torch.equal(dequantize(weight, torch.float32), values)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(dequantize_packed(weight, dtype), values.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tiling", [None, Tiling(64, 32, 2), Tiling(32, 32, 1, 2, narrow=True)])
+@pytest.mark.parametrize("tiling", [None, Tiling(64, 2), Tiling(32, 1, 2, narrow=True)])
 def test_quantized_gemm_equals_product_with_dequantized_weight(
     device: torch.device, dtype: torch.dtype, kind: str, tiling: Tiling | None
 ) -> None:
@@ -98,7 +101,7 @@ def test_quantized_gemm_equals_product_with_dequantized_weight(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["int8", "int4-32", "int4-64", "int4-128"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4-32", "int4-64", "int4-128"])
 @pytest.mark.parametrize(("n", "k", "ahead"), [(70, 256, True), (9, 1088, False)])
 def test_quantized_gemv_equals_product_with_dequantized_weight(
     device: torch.device, dtype: torch.dtype, kind: str, n: int, k: int, ahead: bool

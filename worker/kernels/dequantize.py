@@ -1,0 +1,72 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Unpack a quantized weight on the device, for products of many rows by a library."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mgpu.worker.kernels.packing import WORDS, PackedWeight
+from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.widen import widen_words
+
+ROWS = 32
+"""Output channels per program."""
+_KINDS = {"int8": 0, "fp8": 1, "int4": 2}
+
+
+@triton.jit
+def _dequantize_kernel(
+    w_ptr,
+    scale_ptr,
+    out_ptr,
+    N,
+    K,
+    words_per_row,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    PARTS: tl.constexpr = 8 if KIND == 2 else 4
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(1)
+    j = tl.arange(0, 32)
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    wait_for_inputs(OVERLAP)  # also keeps ``out`` alive: an earlier product may still read it
+    words = tl.load(w_ptr + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    parts = widen_words(words, KIND, dtype, ASSEMBLY)
+    for part in tl.static_range(PARTS):
+        first = (block * PARTS + part) * 32
+        if GROUP > 0:
+            group = tl.minimum(first // GROUP, tl.cdiv(K, GROUP) - 1)
+            scale = tl.load(scale_ptr + group * N + rows)
+        else:
+            scale = tl.load(scale_ptr + rows)
+        value = (parts[part].to(tl.float32) * scale[:, None]).to(dtype)
+        k = first + j
+        tl.store(out_ptr + rows[:, None] * K + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
+
+
+def dequantize_packed(weight: PackedWeight, dtype: torch.dtype, out_NK: Tensor | None = None) -> Tensor:
+    """Give the weight [N, K] in ``dtype``; `packing.dequantize` is the reference."""
+    n, words_per_row = weight.words.shape
+    if out_NK is None:
+        out_NK = torch.empty(n, weight.k, dtype=dtype, device=weight.words.device)
+    _dequantize_kernel[(ceil_div(n, ROWS), words_per_row // WORDS)](
+        weight.words,
+        weight.scales,
+        out_NK,
+        n,
+        weight.k,
+        words_per_row,
+        _KINDS[weight.kind],
+        weight.group,
+        ROWS,
+        overlaps_launches(out_NK.device),
+        not INTERPRETED,
+        **launch_options(out_NK.device, 4),
+    )
+    return out_NK

@@ -1,0 +1,29 @@
+"""The fastest measured product for each number of rows: what linear layers on CUDA call."""
+
+# T tokens, I inputs, O outputs
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgpu.worker.kernels.dequantize import dequantize_packed
+from mgpu.worker.kernels.gemv import gemv
+from mgpu.worker.kernels.packing import PackedWeight
+from mgpu.worker.kernels.quantized_gemm import MAX_ROWS, quantized_gemm
+from mgpu.worker.kernels.quantized_gemv import quantized_gemv
+
+
+def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Multiply by w^T: own kernel for one row, else cuBLAS, which no kernel here beat from two rows on."""
+    if x_TI.shape[0] == 1:
+        return gemv(x_TI, w_OI, bias_N=bias_O)
+    return F.linear(x_TI, w_OI, bias_O)
+
+
+def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
+    """Multiply by the dequantized weight's transpose; many rows dequantize it once, into temporary memory."""
+    rows = x_TI.shape[0]
+    if rows == 1:
+        return quantized_gemv(x_TI, weight, bias_N=bias_O)
+    if rows <= MAX_ROWS:
+        return quantized_gemm(x_TI, weight, bias_N=bias_O)
+    return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
