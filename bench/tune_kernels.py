@@ -83,7 +83,7 @@ def quantized_tilings() -> list[Tiling]:
     shapes = [(64, 4, 3, False), (64, 4, 5, False), (64, 4, 8, False), (64, 2, 5, True), (64, 4, 5, True)]
     shapes += [(32, 1, 5, True), (32, 2, 5, True), (32, 2, 8, True), (32, 4, 8, True), (16, 1, 8, True)]
     shapes += [(128, 4, 4, False), (128, 4, 4, True), (128, 8, 4, False)]
-    return [Tiling(bn, n, warps, stages, narrow) for bn, warps, stages, narrow in shapes for n in (1, 2, 4, 8)]
+    return [Tiling(*s[:1], n, *s[1:], bulk) for s in shapes for n in (1, 2, 4, 8) for bulk in (False, True)]
 
 
 def few_row_tilings() -> list[GemvTiling]:
@@ -187,7 +187,7 @@ def run_prefill(device: torch.device, block_size: int, dim: int, tiling: Prefill
     prefill_attention(q, cache, cache, tables, lens, starts, scale=0.1, tiling=tiling)
 
 
-WIDE = [Tiling(64, splits) for splits in (1, 2, 4)]
+WIDE = [Tiling(64, splits, 4, n, False, bulk) for splits in (1, 2, 4) for n in (3, 5) for bulk in (False, True)]
 FP8_DECODE = [
     DecodeTiling(1, bn, 128, w, n) for bn, w, n in ((64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 5), (64, 2, 5))
 ]

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgpu.worker.kernels.packing import WORDS, PackedWeight, WeightKind
 from mgpu.worker.kernels.runtime import (
@@ -34,7 +35,7 @@ _KINDS = {"int8": 0, "fp8": 1, "int4": 2}
 @triton.jit(do_not_specialize=["M", "blocks_per_split"])
 def _quantized_gemm_kernel(
     x_ptr,
-    w_ptr,
+    w_ref,
     scale_ptr,
     bias_ptr,
     y_ptr,
@@ -53,6 +54,7 @@ def _quantized_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    BULK: tl.constexpr,
     OVERLAP: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
@@ -71,7 +73,10 @@ def _quantized_gemm_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     last_group = tl.cdiv(K, GROUP) - 1 if GROUP > 0 else 0
     for block in range(begin, end):
-        words = tl.load(w_ptr + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
+        if BULK:
+            words = w_ref.load([tile * BLOCK_N, block * 32])
+        else:
+            words = tl.load(w_ref + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
         parts = widen_words(words, KIND, dtype, ASSEMBLY)
         group_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(PARTS):
@@ -146,7 +151,7 @@ def quantized_gemm(
     overlap = overlaps_launches(x_MK.device)
     _quantized_gemm_kernel[(tiles, tiling.splits)](
         x_MK,
-        weight.words,
+        TensorDescriptor.from_tensor(weight.words, [tiling.block_n, WORDS]) if tiling.bulk else weight.words,
         weight.scales,
         bias_N,
         out_MN,
@@ -165,6 +170,7 @@ def quantized_gemm(
         block_m,
         tiling.block_n,
         k == words_per_row * (8 if weight.kind == "int4" else 4),
+        tiling.bulk,
         overlap,
         not INTERPRETED,
         **launch_options(x_MK.device, tiling.num_warps, tiling.num_stages),

@@ -23,6 +23,8 @@ class Tiling:
     num_stages: int = 5
     narrow: bool = False
     """Pad to 8 rows, not 16, where there are no more. Such tiles use the 16-wide tensor-core instruction."""
+    bulk: bool = False
+    """Load the weights through a tensor map."""
 
     def block_m(self, rows: int) -> int:
         """Rows of the padded tile."""

@@ -88,7 +88,7 @@ def test_packed_weights_dequantize_to_their_values(device: torch.device, kind: s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tiling", [None, Tiling(64, 2), Tiling(32, 1, 2, narrow=True)])
+@pytest.mark.parametrize("tiling", [None, Tiling(64, 2, bulk=True), Tiling(32, 1, 2, narrow=True)])
 def test_quantized_gemm_equals_product_with_dequantized_weight(
     device: torch.device, dtype: torch.dtype, kind: str, tiling: Tiling | None
 ) -> None:
