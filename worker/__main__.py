@@ -33,11 +33,12 @@ def main() -> int:
         else:
             lifeline.die_with_parent()
             spec = lifeline.read_spec_from_stdin()
-            lifeline.exit_when_stdin_ends()
         rank = _rank(spec.plan.world_size)
     except BadSpec as error:
         print(f"mgpu worker: {error}", file=sys.stderr)
         return EXIT_BAD_SPEC
+    if not arguments.spec:
+        lifeline.exit_when_stdin_ends()
     # Only now the seconds of importing torch: a parent that is already gone must not wait for them.
     from mgpu.worker.process import run_worker
 
