@@ -1,0 +1,184 @@
+"""``mgpu-launch install-service``: put the systemd unit where systemd finds it, made for this installation."""
+
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import click
+
+from mgpu.launch.config import load_config
+from mgpu.orchestrator.errors import UserError
+
+PACKAGED_LAUNCHER = "/usr/bin/mgpu-launch"
+"""What the shipped units start; replaced by the launcher of this installation."""
+HIDDEN = (Path("/home"), Path("/root"), Path("/run/user"))
+"""What ProtectHome=yes hides from the system service."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_UNIT_PATH = re.compile(r"/[\w/.+@-]+")
+
+
+class InstallError(UserError):
+    """The service cannot be installed as asked."""
+
+
+class NoPermission(InstallError):
+    """A folder may not be written to by this user."""
+
+    exit_code = 77
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceFile:
+    """One file to write. ``keep``: one that is there already belongs to the user."""
+
+    path: Path
+    text: str
+    keep: bool = False
+
+
+@click.command("install-service")
+@click.argument("name")
+@click.option("--user", is_flag=True, help="A service of this user, without root, instead of one of the system.")
+@click.option("--root", type=click.Path(path_type=Path, file_okay=False), help="Write below this folder instead of /.")
+@click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
+def install_service_command(name: str, user: bool, root: Path | None, dry_run: bool) -> None:
+    """Install the systemd unit mgpu@.service and a configuration for mgpu@NAME, and say what to type next.
+
+    An existing configuration is kept. Nothing is started.
+    """
+    launcher = find_launcher()
+    if not user and root is None:  # below another root lies what another machine will run
+        check_reachable([launcher, *installation_paths()])
+    config = config_dir(user, os.environ) / f"{checked_name(name)}.toml"
+    files = [at_root(file, root) for file in service_files(config, user, launcher)]
+    kept = [file for file in files if file.keep and is_there(file.path)]
+    for file in kept:
+        load_config({}, {}, file.path)  # ConfigError now rather than a service that does not start
+    for file in files:
+        if file in kept:
+            click.echo(f"kept {file.path}")
+        elif dry_run:
+            click.echo(f"would write {file.path}:\n\n{file.text}")
+        else:
+            write(file)
+            click.echo(f"wrote {file.path}")
+    click.echo("\nNext:\n" + "\n".join(f"  {line}" for line in next_commands(name, config, user, launcher)))
+
+
+def checked_name(name: str) -> str:
+    """Give the instance's name if it can name both a unit and a file."""
+    if not _NAME.fullmatch(name):
+        raise InstallError(f"{name!r} cannot name a service; use letters, digits, '_', '-' and '.', such as qwen3-32b")
+    return name
+
+
+def find_launcher() -> str:
+    """Give the absolute path of this installation's ``mgpu-launch``."""
+    launcher = Path(sys.executable).parent / "mgpu-launch"
+    if not os.access(launcher, os.X_OK):
+        raise InstallError(f"{launcher} is missing; install mgpu into this environment with pip")
+    if not _UNIT_PATH.fullmatch(str(launcher)):
+        raise InstallError(f"{launcher}: a unit file cannot name this path; install mgpu below one like /opt/mgpu")
+    return str(launcher)
+
+
+def installation_paths() -> list[str]:
+    """List what a process of this installation reads: the interpreter, its library, the package."""
+    return [os.path.realpath(sys.executable), sys.base_prefix, os.path.realpath(str(resources.files("mgpu.launch")))]
+
+
+def check_reachable(paths: Iterable[str]) -> None:
+    """InstallError when the system service, its own user in a sandbox, could not read one of these paths."""
+    way_out = "install it for the whole machine (python3 -m venv /opt/mgpu), or use --user"
+    for path in map(Path, paths):
+        for hidden in HIDDEN:
+            if path.is_relative_to(hidden):
+                raise InstallError(f"mgpu runs from {path}, and {hidden} is hidden from a system service: {way_out}")
+        for folder in (path, *path.parents):
+            if folder.is_dir() and not folder.stat().st_mode & stat.S_IXOTH:
+                mode = stat.S_IMODE(folder.stat().st_mode)
+                raise InstallError(f"mgpu runs from {path}, and {folder} is closed to others ({mode:04o}): {way_out}")
+
+
+def config_dir(user: bool, environ: Mapping[str, str]) -> Path:
+    """Give the folder that the unit's %E/mgpu stands for."""
+    return _user_config(environ) / "mgpu" if user else Path("/etc/mgpu")
+
+
+def _user_config(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+
+
+def service_files(config: Path, user: bool, launcher: str) -> Iterator[ServiceFile]:
+    """Give the files of a service, the configuration last."""
+    unit_dir = config.parent.parent / "systemd" / ("user" if user else "system")
+    unit = shipped("mgpu-user@.service" if user else "mgpu@.service")
+    yield ServiceFile(unit_dir / "mgpu@.service", unit.replace(PACKAGED_LAUNCHER, launcher))
+    if not user:
+        yield ServiceFile(Path("/etc/sysusers.d/mgpu.conf"), shipped("mgpu.sysusers.conf"))
+        yield ServiceFile(Path("/etc/tmpfiles.d/mgpu.conf"), shipped("mgpu.tmpfiles.conf"))
+    yield ServiceFile(config, shipped("example.toml"), keep=True)
+
+
+def shipped(name: str) -> str:
+    """Read one of the files in ``launch/systemd``."""
+    return (resources.files("mgpu.launch") / "systemd" / name).read_text(encoding="utf-8")
+
+
+def at_root(file: ServiceFile, root: Path | None) -> ServiceFile:
+    """Move a file below another root."""
+    if root is None:
+        return file
+    return ServiceFile(root.absolute() / file.path.relative_to("/"), file.text, file.keep)
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a file exists. NoPermission when this user may not know."""
+    try:
+        return path.exists()
+    except PermissionError as error:
+        raise _no_permission(path, "read") from error
+
+
+def write(file: ServiceFile) -> None:
+    """Write a file that all may read, whole or not at all. NoPermission names the folder."""
+    partial = file.path.with_name(f".{file.path.name}.new")
+    try:
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(file.text, encoding="utf-8")
+        partial.chmod(0o644)
+        partial.replace(file.path)
+    except PermissionError as error:
+        raise _no_permission(file.path, "write") from error
+    except OSError as error:
+        raise InstallError(f"cannot write {file.path}: {error.strerror}") from error
+
+
+def _no_permission(path: Path, verb: str) -> NoPermission:
+    return NoPermission(f"no permission to {verb} {path}: run it with sudo, or use --user for a service of your own")
+
+
+def next_commands(name: str, config: Path, user: bool, launcher: str) -> list[str]:
+    """Give what to type after the files are written."""
+    if user:
+        return [
+            f"$EDITOR {config}    # name the model",
+            f"{launcher} plan --config {config}    # does it fit?",
+            "systemctl --user daemon-reload",
+            f"systemctl --user enable --now mgpu@{name}",
+            f"systemctl --user status mgpu@{name}; journalctl --user -fu mgpu@{name}",
+            "loginctl enable-linger    # to keep it running when you log out",
+        ]
+    return [
+        "sudo systemd-sysusers mgpu.conf && sudo systemd-tmpfiles --create mgpu.conf",
+        f"sudoedit {config}    # name the model",
+        f"sudo -u mgpu {launcher} plan --config {config}    # does it fit, may the service read it?",
+        "sudo systemctl daemon-reload",
+        f"sudo systemctl enable --now mgpu@{name}",
+        f"systemctl status mgpu@{name}; journalctl -fu mgpu@{name}",
+    ]
