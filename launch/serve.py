@@ -22,12 +22,14 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
 
     Running requests are finished first; a second Ctrl-C stops at once.
     """
+    from mgpu.orchestrator.notify import Notifier
     from mgpu.orchestrator.server import Server
     from mgpu.orchestrator.signals import end_process
 
+    notifier = Notifier.from_environment(os.environ)
     config, _ = read_config(config_file, flags)
     configure_logging()
-    end_process(Server(server_config(config, prepare(config))).run())
+    end_process(Server(server_config(config, prepare(config)), notifier).run())
 
 
 def configure_logging() -> None:

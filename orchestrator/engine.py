@@ -7,6 +7,7 @@ from collections import deque
 import zmq
 
 from mgpu.orchestrator.gateway_link import GatewayLink
+from mgpu.orchestrator.notify import Notifier
 from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.stats import EngineStats
@@ -38,6 +39,7 @@ class Engine:
         gateway: GatewayLink,
         signals: StopSignals,
         info: EngineInfo,
+        notifier: Notifier,
         *,
         spin_s: float,
         step_timeout_s: float,
@@ -49,6 +51,7 @@ class Engine:
         self._gateway = gateway
         self._signals = signals
         self._info = info
+        self._notifier = notifier
         self._spin_s = spin_s
         self._step_timeout_s = step_timeout_s
         self._drain_timeout_s = drain_timeout_s
@@ -169,11 +172,17 @@ class Engine:
             self._workers.check_deaths()
         if any(socket in ready for socket in self._workers.sockets):
             self._workers.read_all()
+        running = self._scheduler.num_running
+        self._notifier.serving(running, self._scheduler.num_live - running, self._waited_s())
+
+    def _waited_s(self) -> float:
+        """Give how long the workers have been at the oldest step, 0 if they have none."""
+        if not self._published_s:
+            return 0.0
+        return time.monotonic() - max(self._last_result_s, self._published_s[0])
 
     def _check_progress(self) -> None:
-        if not self._published_s:
-            return
-        waited_s = time.monotonic() - max(self._last_result_s, self._published_s[0])
+        waited_s = self._waited_s()
         if waited_s > self._step_timeout_s:
             raise WorkersHung(f"no result for {waited_s:.0f} s, longer than step_timeout_s {self._step_timeout_s:g}")
 
@@ -190,5 +199,6 @@ class Engine:
         if num_live := self._scheduler.num_live:
             log.info("stopping: %d requests get up to %g s to finish", num_live, self._drain_timeout_s)
         self._drain_deadline_s = time.monotonic() + self._drain_timeout_s
+        self._notifier.stopping("finishing the last requests")
         info = self._info
         self._gateway.send(EngineInfo("draining", info.max_seq_len, info.kv_tokens, info.layout))

@@ -29,7 +29,7 @@ VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 class Notifier:
-    """One service's line to its manager. `loading` and `serving` may be called as often as one likes: they are cheap."""
+    """One service's line to its manager. `loading` and `serving` are cheap: call them as often as you like."""
 
     def __init__(
         self, address: str = "", watchdog_s: float = 0.0, clock_s: Callable[[], float] = time.monotonic

@@ -14,6 +14,7 @@ from mgpu.orchestrator.admission import Limits
 from mgpu.orchestrator.engine import Engine, WorkersHung
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
+from mgpu.orchestrator.notify import Notifier
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.server_config import ServerConfig
@@ -44,9 +45,10 @@ class _Stopped(Exception):
 class Server:
     """Everything that one `mgpu-launch serve` starts. `run` blocks until it is over and leaves nothing behind."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, notifier: Notifier | None = None) -> None:
         Limits(1, config.block_size, config.max_rows, config.batch_tokens, config.seq_len)  # refuses what cannot work
         self._config = config
+        self._notifier = notifier or Notifier()
         self._began_s = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._signals = StopSignals()
@@ -143,6 +145,7 @@ class Server:
             self._gateway_greeted = True
             gateway.send(self._info)
         gateway.check_alive()
+        self._notifier.loading(workers.progress.values(), self._config.plan.world_size)
 
     def _open(self, num_blocks: int) -> None:
         """Become ready: build the engine, tell the gateway, the log and whoever looks for servers."""
@@ -167,6 +170,7 @@ class Server:
             self._gateway,
             self._signals,
             self._info,
+            self._notifier,
             spin_s=GPU_SPIN_S if config.device_kind == "cuda" else 0.0,
             step_timeout_s=config.step_timeout_s,
             drain_timeout_s=config.drain_timeout_s,
@@ -175,6 +179,7 @@ class Server:
         self._log_ready(limits, self._workers, endpoint)
         write_server(self._runtime.path, RunningServer(endpoint, os.getpid(), config.model_name, __version__))
         self._gateway.send(self._info)
+        self._notifier.ready(f"serving {config.model_name} on {endpoint}")
         # What exists now stays: the collector need not look at it again between steps.
         gc.collect()
         gc.freeze()
@@ -208,6 +213,7 @@ class Server:
 
     def _shut_down(self, failure: str) -> None:
         """End requests, then processes, within one shared deadline; then remove every file. Never raises for a peer."""
+        self._notifier.stopping(f"failed: {failure}" if failure else "stopping the workers")
         self._signals.clear()  # readable from now on: one more signal, so stop at once
         patience_s = FAILED_STOP_S if failure else self._config.stop_timeout_s
         deadline_s = time.monotonic() + (0.0 if len(self._signals.received) > 1 else patience_s)

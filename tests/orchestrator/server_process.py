@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import zmq
 
+from mgpu.orchestrator.notify import Notifier
 from mgpu.orchestrator.server import Server
 from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.orchestrator.signals import end_process
@@ -175,4 +176,5 @@ def running_server(folder: Path, options: dict[str, Any] | None = None, **change
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    end_process(Server(config(**json.loads(sys.argv[1]))).run())
+    notifier = Notifier.from_environment(os.environ)
+    end_process(Server(config(**json.loads(sys.argv[1])), notifier).run())
