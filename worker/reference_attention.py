@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mgpu.worker.attention import AttentionSpec
 from mgpu.worker.batch import StepBatch
+from mgpu.worker.decode_mirror import MAX_BYTES, DecodeMirror, MirrorStep
 from mgpu.worker.kv_cache import LayerCache
 
 _SHORT_CONTEXT = 256
@@ -27,6 +28,7 @@ class ReferenceBackend:
 
     def __init__(self) -> None:
         self._scratch: dict[str, Tensor] = {}
+        self.mirror = DecodeMirror()
 
     def begin_step(self, batch: StepBatch, block_size: int) -> "ReferenceStep":
         return ReferenceStep(self, batch, block_size)
@@ -90,6 +92,23 @@ class ReferenceStep:
                 self._prefill.append(_PrefillRow(row, start, start + count, batch.context_lens_host[row]))
             start += count
         self._decode = self._group_by_length(decode_tokens)
+        self._mirror: MirrorStep | None = None
+        if self._is_plain_decode() and self._device.type == "cpu":
+            self._mirror = backend.mirror.begin_step(batch)
+        else:
+            backend.mirror.forget()
+
+    def _is_plain_decode(self) -> bool:
+        return not self._prefill and len(self._decode) == 1 and self._decode[0].tokens is None
+
+    def _can_mirror(self, k_TJK: Tensor, spec: AttentionSpec) -> bool:
+        """Only in float32 (torch sums float16 products less exactly than its attention does) and without a window."""
+        longest = max(self._batch.context_lens_host)
+        return (
+            k_TJK.dtype == torch.float32
+            and (spec.window is None or longest <= spec.window)
+            and longest * k_TJK.nbytes <= MAX_BYTES
+        )
 
     def _group_by_length(self, decode_tokens: dict[int, int]) -> list[_DecodeGroup]:
         by_length: defaultdict[int, list[int]] = defaultdict(list)
@@ -106,7 +125,11 @@ class ReferenceStep:
         stores = cache.k_NBJK.flatten(0, 1), cache.v_NBJK.flatten(0, 1)
         stores[0].index_copy_(0, self._batch.slots, k_TJK)
         stores[1].index_copy_(0, self._batch.slots, v_TJK)
-        if len(self._decode) == 1 and self._decode[0].tokens is None:
+        if self._is_plain_decode():
+            if self._mirror is not None and self._can_mirror(k_TJK, spec):
+                slots = self._view_of(self._decode[0], spec.window, q_THK.dtype).slots
+                assert slots is not None
+                return self._mirror.attend(q_THK, k_TJK, v_TJK, cache, spec.scale, slots)
             return self._attend_decode(self._decode[0], q_THK, stores, spec)
         out_THK = torch.empty_like(q_THK, memory_format=torch.contiguous_format)
         for group in self._decode:
@@ -121,9 +144,7 @@ class ReferenceStep:
     def _attend_decode(
         self, group: _DecodeGroup, q_RHK: Tensor, stores: tuple[Tensor, Tensor], spec: AttentionSpec
     ) -> Tensor:
-        if spec.window not in group.views:
-            group.views[spec.window] = self._decode_view(group, spec.window, q_RHK.dtype)
-        view = group.views[spec.window]
+        view = self._view_of(group, spec.window, q_RHK.dtype)
         assert view.slots is not None
         rows, num_q, dim = q_RHK.shape
         num_kv = stores[0].shape[1]
@@ -132,6 +153,11 @@ class ReferenceStep:
         q_RJGK = q_RHK.reshape(rows, num_kv, num_q // num_kv, dim)
         out_RJGK = F.scaled_dot_product_attention(q_RJGK, k_RJSK, v_RJSK, attn_mask=view.mask, scale=spec.scale)
         return out_RJGK.reshape(rows, num_q, dim)
+
+    def _view_of(self, group: _DecodeGroup, window: int | None, dtype: torch.dtype) -> _View:
+        if window not in group.views:
+            group.views[window] = self._decode_view(group, window, dtype)
+        return group.views[window]
 
     def _decode_view(self, group: _DecodeGroup, window: int | None, dtype: torch.dtype) -> _View:
         lens = [self._batch.context_lens_host[row] for row in group.rows]
