@@ -176,7 +176,8 @@ def _too_long(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
         f"{row.kv_token_bytes / 1024:.1f} KiB; {gib(tokens * row.kv_token_bytes)} are needed. "
     )
     shorter = f"Use --max-seq-len {row.kv_tokens} or less. " if asked and row.kv_tokens else ""
-    return PlacementError(text + shorter + _ways_out(sizing, tokens))
+    out = "Raise --kv-memory, or leave it out" if sizing.wish.kv_memory else _ways_out(sizing, tokens)
+    return PlacementError(text + shorter + out)
 
 
 def _where(row: RankRow) -> str:
