@@ -45,8 +45,10 @@ def converse(client: Client, system: str, options: dict[str, Any]) -> None:
         if line.strip() == "/new":
             messages = list(opening)
         elif line.strip():
-            messages.append({"role": "user", "content": line})
-            messages.append({"role": "assistant", "content": answer(client, messages, options)})
+            turn = {"role": "user", "content": line}
+            said = answer(client, [*messages, turn], options)
+            if said:  # a turn without an answer (refused, or stopped at once) is not part of the conversation
+                messages += [turn, {"role": "assistant", "content": said}]
 
 
 def _read_line() -> str | None:

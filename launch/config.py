@@ -153,10 +153,14 @@ def _file_values(file: Path | None, options: Mapping[str, Declared]) -> dict[str
         raise ConfigError(f"cannot read configuration file {file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
-    values = {key.replace("-", "_"): value for key, value in table.items()}
-    for key in values:
-        if key not in options:
-            raise ConfigError(f"{file}: unknown key {key!r}{_nearest(key, options)}")
+    values: dict[str, object] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in options:
+            raise ConfigError(f"{file}: unknown key {key!r}{_nearest(name, options)}")
+        if name in values:
+            raise ConfigError(f"{file}: {name} is set twice, with a hyphen and with an underscore")
+        values[name] = value
     return values
 
 
@@ -204,6 +208,8 @@ def _converted(option: Declared, value: object, where: str) -> object:
         return _to_bool(value, where)
     if option.type is str and not isinstance(value, str):
         raise ConfigError(f"{where} is {value!r}; it must be text in quotes")
+    if value == "" and not option.choices:
+        raise ConfigError(f"{where} is empty; give it a value or leave it out")
     try:
         if isinstance(value, bool) or (option.type is int and isinstance(value, float)):
             raise ValueError

@@ -58,6 +58,11 @@ def machine_of(config: ServeConfig, wish: Wish) -> Machine:
 def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, gpus: str = "") -> PlannedModel:
     """Place a model as the options say. UserError, with the numbers and what to type, when that cannot be."""
     wish = wish_of(config)
+    if config.max_batch_tokens and config.max_batch_tokens <= config.max_rows:
+        raise UserError(
+            f"--max-batch-tokens {config.max_batch_tokens} must exceed --max-rows {config.max_rows}: a step decodes up "
+            f"to {config.max_rows} requests and prefills with the rest"
+        )
     machine = described_machine(gpus) if gpus else machine_of(config, wish)
     return PlannedModel(model, checkpoint, plan(checkpoint.facts, machine, wish))
 

@@ -11,6 +11,7 @@ from mgpu.launch.config import ServeConfig
 from mgpu.launch.options import config_options, read_config
 from mgpu.launch.plan import PlannedModel, prepare
 from mgpu.orchestrator.devices import worker_environment
+from mgpu.orchestrator.gateway.endpoint import check_endpoint
 from mgpu.orchestrator.layout import layout_text
 from mgpu.orchestrator.server_config import ServerConfig
 
@@ -28,6 +29,8 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
 
     notifier = Notifier.from_environment(os.environ)
     config, _ = read_config(config_file, flags)
+    if config.bind:
+        check_endpoint(config.bind)
     configure_logging()
     end_process(Server(server_config(config, prepare(config)), notifier).run())
 

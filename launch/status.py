@@ -26,6 +26,6 @@ def status_command(endpoint: str | None, as_json: bool) -> None:
         click.echo(json.dumps({"health": facts, "stats": stats, "models": models}, indent=2))
     else:
         click.echo("\n".join(f"{name:<24} {value}" for name, value in facts.items() if name not in ("id", "layout")))
-        click.echo("\n".join(f"{name:<24} {value:,.6g}" for name, value in stats.items()))
+        click.echo("\n".join(f"{name:<24} {value:,.6g}" for name, value in stats.items() if name not in facts))
     if health.state != "ready":
         raise ServerError(f"the server is {health.state}, not ready")

@@ -1,5 +1,6 @@
 """Say what devices there are to place a model on: real GPUs, CPU workers, or a machine that the user describes."""
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -100,7 +101,7 @@ def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine
         if not gpus:
             return None, f"CUDA_VISIBLE_DEVICES={variable} hides {len(inventory.gpus)}"
         devices = tuple(_device(ordinal, gpu) for ordinal, gpu in enumerate(gpus))
-        problem = nccl_problem(environ, any(gpu.mig for gpu in gpus))
+        problem = nccl_problem(environ, any(gpu.mig for gpu in gpus)) or missing_nccl()
         links = session.links(gpus)
     if environ.get("MGPU_NO_P2P") == "1":
         links = tuple(tuple("none" for _ in row) for row in links)
@@ -118,6 +119,20 @@ def nccl_problem(environ: Mapping[str, str], mig: bool = False) -> str:
         return "MGPU_NO_NCCL=1"
     if mig:
         return "NCCL does not connect MIG instances"
+    return ""
+
+
+def missing_nccl() -> str:
+    """Say which NCCL package the installed torch asks for and lacks; empty when it has one or brings its own."""
+    try:
+        needs = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    for name in (re.split(r"[ ;<>=!~\[(]", need, maxsplit=1)[0] for need in needs if need.startswith("nvidia-nccl")):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return f"NCCL is not installed (torch asks for {name})"
     return ""
 
 

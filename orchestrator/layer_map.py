@@ -26,10 +26,13 @@ def parse_layer_map(text: str, facts: ModelFacts, num_devices: int, noun: str) -
             raise _format_error(text, pair, facts, num_devices)
         ordinals, count = tuple(map(int, match[1].split("+"))), int(match[2])
         for ordinal in ordinals:
-            _check_ordinal(text, ordinal, seen, num_devices, noun)
+            _check_ordinal(text, ordinal, seen, num_devices, noun, facts.num_layers)
             seen.add(ordinal)
         if count < 1:
-            raise PlacementError(f'-n "{text}": device {match[1]} gets {count} layers; every range needs at least 1')
+            raise PlacementError(
+                f'-n "{text}": device {match[1]} gets {count} layers; every range needs at least 1 of the '
+                f"{facts.num_layers} layers"
+            )
         _check_stage_split(text, facts, ordinals)
         stages.append(Stage(first, first + count, ordinals))
         first += count
@@ -51,13 +54,18 @@ def _format_error(text: str, pair: str, facts: ModelFacts, num_devices: int) -> 
     )
 
 
-def _check_ordinal(text: str, ordinal: int, seen: set[int], num_devices: int, noun: str) -> None:
+def _check_ordinal(text: str, ordinal: int, seen: set[int], num_devices: int, noun: str, layers: int) -> None:
     if ordinal >= num_devices:
         visible = "0" if num_devices == 1 else f"0 to {num_devices - 1}"
         more = f"; --workers {ordinal + 1} makes more" if noun.startswith("CPU") else ""
-        raise PlacementError(f'-n "{text}": {noun} {ordinal} is not visible; visible ordinals: {visible}{more}')
+        raise PlacementError(
+            f'-n "{text}": {noun} {ordinal} is not visible; visible ordinals: {visible}{more} '
+            f"(the model has {layers} layers)"
+        )
     if ordinal in seen:
-        raise PlacementError(f'-n "{text}": {noun} {ordinal} is named twice; each may have one range of layers')
+        raise PlacementError(
+            f'-n "{text}": {noun} {ordinal} is named twice; each may have one range of the {layers} layers'
+        )
 
 
 def _check_stage_split(text: str, facts: ModelFacts, ordinals: tuple[int, ...]) -> None:

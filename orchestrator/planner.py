@@ -153,8 +153,12 @@ def _choose_size(facts: ModelFacts, machine: Machine, size: int) -> _Choice:
     count = len(machine.devices)
     if not 1 <= size <= count:
         more = f"--workers {size}" if machine.kind == "cpu" else "CUDA_VISIBLE_DEVICES with more of them"
-        way_out = f"use --tp 1{f' to {count}' if count > 1 else ''}" + (f", or {more}" if size > count else "")
-        raise PlacementError(f"--tp {size}: {count} {_noun(machine, count)} can be used; {way_out}")
+        best = max(fitting for fitting in compatible_sizes(facts) if fitting <= count)
+        way_out = f"use --tp {best}" + (f", or {more}" if size > count else "")
+        raise PlacementError(
+            f"--tp {size}: {count} {_noun(machine, count)} can be used; {way_out} "
+            f"(compatible sizes: {listed(compatible_sizes(facts))})"
+        )
     if size not in compatible_sizes(facts):
         raise _split_error(facts, machine, size, f"--tp {size}: {size} {_noun(machine, size)}")
     return _Choice(_one_stage(facts, size), f"--tp {size}")

@@ -13,7 +13,15 @@ from pathlib import Path
 import zmq
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.runtime import BASE_VARIABLE, LOCK_NAME, base_dirs, is_locked, server_dirs
+from mgpu.protocol.runtime import (
+    BASE_VARIABLE,
+    LOCK_NAME,
+    RunningServer,
+    base_dirs,
+    is_locked,
+    server_dirs,
+    write_server,
+)
 
 IPC_PATH_MAX = 107
 """Longest path of a unix socket, in bytes (sockaddr_un)."""
@@ -35,9 +43,13 @@ class RuntimeDir:
         self.path = self.base / name
         # Locked under a name that nobody sweeps, then renamed: no other server can take it for a left-over.
         hidden = self.base / f".{name}"
-        hidden.mkdir(mode=0o700)
-        self._lock_fd = _locked(hidden / LOCK_NAME)
-        hidden.rename(self.path)
+        try:
+            hidden.mkdir(mode=0o700)
+            self._lock_fd = _locked(hidden / LOCK_NAME)
+            hidden.rename(self.path)
+        except OSError as error:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise RuntimeDirError(f"cannot make a folder in {self.base}: {error.strerror}") from error
 
     def ipc(self, name: str) -> str:
         """Give the endpoint of a socket in this folder."""
@@ -49,9 +61,18 @@ class RuntimeDir:
         old_mask = os.umask(0o077)
         try:
             socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise RuntimeDirError(f"cannot make a socket in {self.path}: {error}; is the file system full?") from error
         finally:
             os.umask(old_mask)
         return endpoint
+
+    def announce(self, server: RunningServer) -> None:
+        """Let clients find a ready server. RuntimeDirError when that cannot be written."""
+        try:
+            write_server(self.path, server)
+        except OSError as error:
+            raise RuntimeDirError(f"cannot write to {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Remove the folder and all in it; a second call does nothing."""

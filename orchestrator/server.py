@@ -22,7 +22,7 @@ from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.startup_log import ProgressBar, phase_seconds, ready_line
 from mgpu.orchestrator.supervisor import WorkerGroup, WorkerLost
 from mgpu.protocol.link import EngineInfo
-from mgpu.protocol.runtime import RunningServer, write_server
+from mgpu.protocol.runtime import RunningServer
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class Server:
         )
         endpoint = self._gateway.endpoint
         self._log_ready(limits, self._workers, endpoint)
-        write_server(self._runtime.path, RunningServer(endpoint, os.getpid(), config.model_name, __version__))
+        self._runtime.announce(RunningServer(endpoint, os.getpid(), config.model_name, __version__))
         self._gateway.send(self._info)
         self._notifier.ready(f"serving {config.model_name} on {endpoint}")
         # What exists now stays: the collector need not look at it again between steps.

@@ -1,5 +1,6 @@
 """Bind the front channel where it is safe to: a private ipc socket, or TCP on the loopback."""
 
+import contextlib
 import fcntl
 import ipaddress
 import os
@@ -8,18 +9,22 @@ from typing import Any
 
 import zmq
 
+from mgpu.orchestrator.errors import UserError
+
 MAX_IPC_PATH_BYTES = 107
+MAX_PORT = 65535
 
 
-class BindError(RuntimeError):
+class BindError(UserError):
     """The front endpoint cannot be bound; the text says what to use instead."""
 
 
 def bind(socket: "zmq.Socket[Any]", endpoint: str) -> tuple[str, int]:
     """Bind ``socket`` and give the endpoint for clients (a TCP port 0 is resolved) and the lock to hold, or -1.
 
-    The lock is an open file descriptor; the endpoint is ours for as long as it stays open.
+    The lock is an open file descriptor; the endpoint is ours for as long as it stays open (see `release`).
     """
+    check_endpoint(endpoint)
     if endpoint.startswith("ipc://"):
         lock = _lock_ipc(endpoint.removeprefix("ipc://"))
         old_mask = os.umask(0o077)
@@ -31,11 +36,29 @@ def bind(socket: "zmq.Socket[Any]", endpoint: str) -> tuple[str, int]:
         finally:
             os.umask(old_mask)
         return endpoint, lock
+    _bind(socket, endpoint)
+    return str(socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0"), -1
+
+
+def release(endpoint: str, lock: int) -> None:
+    """Remove an ipc endpoint's socket file and lock, then let go of it; call it when the socket is closed."""
+    if lock < 0:
+        return
+    path = endpoint.removeprefix("ipc://")
+    for leftover in (path, f"{path}.lock"):
+        with contextlib.suppress(OSError):
+            os.unlink(leftover)
+    os.close(lock)
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Refuse what could never be bound, or not safely. BindError says what to use instead."""
     if endpoint.startswith("tcp://"):
-        _check_loopback(endpoint)
-        _bind(socket, endpoint)
-        return str(socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0"), -1
-    raise BindError(f"cannot bind {endpoint!r}: use ipc:///path/to/socket or tcp://127.0.0.1:PORT")
+        _check_tcp(endpoint)
+    elif endpoint.startswith("ipc://"):
+        _check_ipc(endpoint.removeprefix("ipc://"))
+    else:
+        raise BindError(f"cannot bind {endpoint!r}: use ipc:///path/to/socket or tcp://127.0.0.1:PORT")
 
 
 def _bind(socket: "zmq.Socket[Any]", endpoint: str) -> None:
@@ -45,8 +68,7 @@ def _bind(socket: "zmq.Socket[Any]", endpoint: str) -> None:
         raise BindError(f"cannot bind {endpoint}: {error}") from None
 
 
-def _lock_ipc(path: str) -> int:
-    """Take the lock beside a socket file. libzmq would let a second server steal a live ipc endpoint silently."""
+def _check_ipc(path: str) -> None:
     size = len(os.fsencode(path))
     if not path.startswith("/"):
         raise BindError(f"cannot bind ipc://{path}: the path must be absolute, such as ipc:///run/mgpu/front.sock")
@@ -58,6 +80,10 @@ def _lock_ipc(path: str) -> int:
         raise BindError(f"cannot bind ipc://{path}: the folder {Path(path).parent} does not exist")
     if os.path.lexists(path) and not Path(path).is_socket():
         raise BindError(f"cannot bind ipc://{path}: a file that is not a socket is there already")
+
+
+def _lock_ipc(path: str) -> int:
+    """Take the lock beside a socket file. libzmq would let a second server steal a live ipc endpoint silently."""
     try:
         lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -70,8 +96,11 @@ def _lock_ipc(path: str) -> int:
     return lock
 
 
-def _check_loopback(endpoint: str) -> None:
-    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+def _check_tcp(endpoint: str) -> None:
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdecimal() or int(port) > MAX_PORT:
+        raise BindError(f"cannot bind {endpoint}: write tcp://127.0.0.1:PORT with a port from 0 (any) to {MAX_PORT}")
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,6 +1,5 @@
 """The public socket: receive hostile frames, send without ever waiting, notice clients that vanish or do not read."""
 
-import os
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +8,7 @@ from typing import Any, Literal
 import zmq
 
 from mgpu.orchestrator.gateway import zap
-from mgpu.orchestrator.gateway.endpoint import bind
+from mgpu.orchestrator.gateway.endpoint import bind, release
 from mgpu.protocol import wire
 
 MAX_BACKLOG_BYTES = 4 << 20
@@ -110,5 +109,4 @@ class Front:
     def close(self) -> None:
         """Close the socket, letting libzmq flush for a moment, and free the endpoint."""
         self.close_sockets()
-        if self._lock >= 0:
-            os.close(self._lock)
+        release(self.endpoint, self._lock)

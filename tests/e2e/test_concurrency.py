@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from mgpu import Client
+from mgpu.launch.server_process import running_server
 from mgpu.protocol.client import CompletionStream
 
 STREAMS = 64
@@ -75,6 +76,18 @@ def test_64_streams_with_cancellations_equal_their_solo_runs(endpoint: str) -> N
             job = jobs[number]
             solo = client.generate(job.prompt, max_tokens=job.max_tokens, ignore_eos=True, cache_salt="solo")
             assert token_ids == list(solo.token_ids), f"job {number}: {job}"
+
+
+def test_preempted_requests_equal_their_solo_runs(smollm2: str) -> None:
+    arguments = ["-m", smollm2, "--device", "cpu", "--max-seq-len", "128", "--kv-memory", "8MiB", "--no-prefix-cache"]
+    prompts = [[100 + 7 * stream + i for i in range(30 + stream)] for stream in range(6)]
+    with running_server(*arguments) as small, Client(small) as client:  # a pool of 176 tokens for 6 requests of 60
+        streams = [client.stream(ids, max_tokens=24, ignore_eos=True) for ids in prompts]
+        together = [stream.completion().token_ids for stream in streams]
+        stats = wait_for_idle(client)
+        assert stats["preemptions"] > 0
+        assert stats["kv_blocks_used"] == 0
+        assert together == [client.generate(ids, max_tokens=24, ignore_eos=True).token_ids for ids in prompts]
 
 
 def test_seeded_sampling_does_not_depend_on_the_company(endpoint: str) -> None:

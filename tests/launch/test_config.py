@@ -1,0 +1,82 @@
+"""One declaration, four sources: flags over environment over file over default."""
+
+from pathlib import Path
+
+import pytest
+
+from mgpu.launch.config import ConfigError, ServeConfig, declared_options, load_config, parse_bytes
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mgpu.toml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_beat_the_environment_which_beats_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, 'model = "from-file"\nmax-rows = 8\nblock_size = 32\n')
+    environ = {"MGPU_MODEL": "from-environment", "MGPU_MAX_ROWS": "9"}
+    config, origins = load_config({"model": "from-flag"}, environ, file)
+    assert (config.model, config.max_rows, config.block_size) == ("from-flag", 9, 32)
+    assert origins["model"] == "command line"
+    assert origins["max_rows"] == "MGPU_MAX_ROWS"
+    assert origins["block_size"] == str(file)
+    assert origins["tp"] == "default"
+
+
+def test_nothing_given_is_the_default() -> None:
+    assert load_config({}, {}, None)[0] == ServeConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max-seq-lens = 3", "unknown key 'max-seq-lens'; did you mean 'max_seq_len'?"),
+        ("max-rows = 3\nmax_rows = 4", "max_rows is set twice"),
+        ("max-rows = true", "must be of type int"),
+        ("max-rows = 0", "must be between 1 and 4096"),
+        ("memory-fraction = nan", "must be between 0.05 and 0.99"),
+        ("model = 3", "must be text in quotes"),
+        ('model = ""', "is empty"),
+        ('device = "tpu"', "choose one of auto, cuda, cpu"),
+        ('kv-memory = "2 apples"', "is not a size"),
+        ('prefix-cache = "maybe"', "write true or false"),
+        ("model = ", "is not valid TOML"),
+    ],
+)
+def test_a_bad_file_is_refused_with_what_would_work(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config({}, {}, write(tmp_path, text))
+    assert message in str(refused.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml"):
+        load_config({}, {}, tmp_path / "none.toml")
+
+
+def test_an_unknown_variable_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="MGPU_MODL; did you mean 'MGPU_MODEL'"):
+        load_config({}, {"MGPU_MODL": "x"}, None)
+
+
+def test_variables_that_are_read_elsewhere_pass() -> None:
+    load_config({}, {"MGPU_ENDPOINT": "ipc:///x", "MGPU_NO_NCCL": "1", "HOME": "/x"}, None)
+
+
+def test_a_typed_but_empty_map_is_never_ignored() -> None:
+    with pytest.raises(ConfigError, match="--device-layers is empty"):
+        load_config({"device_layers": ""}, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("12", 12), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), ("64mib", 64 << 20), ("7B", 7)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+def test_every_option_has_help_and_its_own_flag() -> None:
+    options = declared_options()
+    assert all(option.help for option in options)
+    assert len({option.flag for option in options}) == len(options)
