@@ -50,6 +50,11 @@ class ChildProcess:
             return None
         return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
+    def send_signal(self, number: int) -> None:
+        """Send it a signal; one that has ended gets none."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
     def close_stdin(self) -> None:
         """Let the child see end of file, its sign to stop."""
         assert self._process.stdin is not None

@@ -3,15 +3,18 @@
 import logging
 import time
 from collections import deque
+from dataclasses import replace
 
 import zmq
 
 from mgpu.orchestrator.gateway_link import GatewayLink
+from mgpu.orchestrator.hang import StepDeadline
 from mgpu.orchestrator.notify import Notifier
+from mgpu.orchestrator.recovery import WorkerRecovery, WorkersHung
 from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.stats import EngineStats
-from mgpu.orchestrator.supervisor import WorkerGroup
+from mgpu.orchestrator.supervisor import WorkerLost
 from mgpu.protocol.control import CONTROL, StepResult
 from mgpu.protocol.link import Cancel, EngineInfo, StatsQuery, StatsReply, Submit
 
@@ -25,54 +28,51 @@ PARK_S = 1.0
 """Longest sleep; every deadline is checked at least this often."""
 
 
-class WorkersHung(Exception):
-    """No result for longer than a step may take."""
-
-
 class Engine:
     """Connects scheduler, workers and gateway; runs in the main thread, without asyncio."""
 
     def __init__(
         self,
         scheduler: Scheduler,
-        workers: WorkerGroup,
+        recovery: WorkerRecovery,
         gateway: GatewayLink,
         signals: StopSignals,
         info: EngineInfo,
         notifier: Notifier,
         *,
         spin_s: float,
-        step_timeout_s: float,
+        hang_timeout_s: float,
         drain_timeout_s: float,
     ) -> None:
         self.stats = EngineStats()
         self._scheduler = scheduler
-        self._workers = workers
+        self._recovery = recovery
+        self._workers = recovery.group
         self._gateway = gateway
         self._signals = signals
         self._info = info
         self._notifier = notifier
         self._spin_s = spin_s
-        self._step_timeout_s = step_timeout_s
+        self._step_deadline = StepDeadline(hang_timeout_s)
         self._drain_timeout_s = drain_timeout_s
         self._drain_deadline_s: float | None = None
-        self._published_s: deque[float] = deque()
+        self._published: deque[tuple[float, int]] = deque()
+        """When each step in flight went out, and its tokens."""
         self._last_result_s = self._last_look_s = time.monotonic()
-        self._poller = zmq.Poller()
-        for source in (signals.fd, gateway.socket, gateway.process.pidfd, *workers.sockets):
-            self._poller.register(source, zmq.POLLIN)
-        for process in workers.processes:
-            self._poller.register(process.pidfd, zmq.POLLIN)
+        self._watch()
 
     def run(self) -> None:
         """Serve until a signal came and the running requests are done, or out of time, or a second signal came.
 
-        WorkerLost, GatewayLost or WorkersHung when serving cannot go on.
+        GatewayLost or TooManyRestarts when serving cannot go on.
         """
         while not self._is_over():
-            self._drain_inbox()
-            self._publish_steps()
-            self._gather_results()
+            try:
+                self._drain_inbox()
+                self._publish_steps()
+                self._gather_results()
+            except (WorkerLost, WorkersHung) as cause:
+                self._replace_workers(cause)
             self._emit()
 
     def end_requests(self, error: str) -> None:
@@ -89,25 +89,26 @@ class Engine:
             elif isinstance(message, Cancel):
                 self._scheduler.cancel(message.request_id, message.reason)
             elif isinstance(message, StatsQuery):
-                age_s = time.monotonic() - self._last_result_s
-                counters = self.stats.counters(self._scheduler, age_s)
-                self._gateway.send(StatsReply(message.query_id, counters))
+                self._gateway.send(StatsReply(message.query_id, self._counters()))
 
     def _publish_steps(self) -> None:
         """Fill the pipeline: the next step is out before the tokens of the last one are back."""
-        while True:
+        while self._recovery.is_ready:
             began = time.perf_counter()
             plan = self._scheduler.schedule()
             if plan is None:
                 return
             planned = time.perf_counter()
             self._workers.publish(CONTROL.encode(plan))
-            self._published_s.append(time.monotonic())
+            self._published.append((time.monotonic(), sum(plan.counts)))
             self.stats.schedule_us.add((planned - began) * 1e6)
             self.stats.publish_us.add((time.perf_counter() - planned) * 1e6)
 
     def _gather_results(self) -> None:
         """Apply the results that are there; if there are none, wait for one or for anything else to do."""
+        if not self._recovery.is_ready:
+            self._look_around(self._park_s())
+            return
         result = self._workers.try_result() or self._spin()
         if result is None:
             self._look_around(self._park_s())
@@ -138,16 +139,21 @@ class Engine:
 
     def _apply(self, result: StepResult) -> None:
         began = time.perf_counter()
-        self._scheduler.apply(result)
+        try:
+            self._scheduler.apply(result)
+        except ValueError as error:
+            raise self._workers.broken(str(error)) from error
         self._last_result_s = time.monotonic()
-        if self._published_s:
-            self.stats.step_us.add((self._last_result_s - self._published_s.popleft()) * 1e6)
+        if self._published:
+            published_s, num_tokens = self._published.popleft()
+            self.stats.step_us.add((self._last_result_s - published_s) * 1e6)
+            self._step_deadline.note(num_tokens, self._last_result_s - published_s)
         self.stats.compute_us.add(result.compute_us)
         self.stats.apply_us.add((time.perf_counter() - began) * 1e6)
 
     def _spin(self) -> StepResult | None:
         """On GPUs, try again for a moment: a sleep and a wake-up cost more than a short step leaves room for."""
-        if not self._spin_s or not self._published_s:
+        if not self._spin_s or not self._published:
             return None
         until = time.monotonic() + self._spin_s
         while time.monotonic() < until:
@@ -172,19 +178,70 @@ class Engine:
             self._workers.check_deaths()
         if any(socket in ready for socket in self._workers.sockets):
             self._workers.read_all()
+        if not self._recovery.is_ready:
+            self._await_workers()
         running = self._scheduler.num_running
         self._notifier.serving(running, self._scheduler.num_live - running, self._waited_s())
 
     def _waited_s(self) -> float:
         """Give how long the workers have been at the oldest step, 0 if they have none."""
-        if not self._published_s:
+        if not self._published:
             return 0.0
-        return time.monotonic() - max(self._last_result_s, self._published_s[0])
+        return time.monotonic() - max(self._last_result_s, self._published[0][0])
 
     def _check_progress(self) -> None:
-        waited_s = self._waited_s()
-        if waited_s > self._step_timeout_s:
-            raise WorkersHung(f"no result for {waited_s:.0f} s, longer than step_timeout_s {self._step_timeout_s:g}")
+        if not self._published:
+            return
+        waited_s, num_tokens = self._waited_s(), self._published[0][1]
+        if waited_s > (limit_s := self._step_deadline.seconds_for(num_tokens)):
+            step = f"a step of {num_tokens} tokens"
+            raise WorkersHung(
+                f"the workers hang: no result of {step} for {waited_s:.1f} s, longer than {limit_s:.1f} s"
+            )
+
+    # -- failures and endings ------------------------------------------------------------------------------------------
+
+    def _replace_workers(self, cause: Exception) -> None:
+        """Throw the worker group away and start another one; what ran waits until it is there."""
+        if self._recovery.is_ready:
+            log.warning("%d running requests wait for new workers", self._scheduler.num_running)
+            self._scheduler.forget_workers(str(cause))
+            self._published.clear()
+        self._recovery.begin(cause)
+        self._workers = self._recovery.group
+        self._watch()
+        self._tell_state()
+
+    def _await_workers(self) -> None:
+        """Lead the new workers on; when they are ready, everything is replayed."""
+        self._recovery.advance()
+        if not self._recovery.is_ready:
+            return
+        self._scheduler.resume(self._workers.epoch, self._recovery.num_blocks)
+        limits = self._scheduler.limits
+        self._info = replace(self._info, max_seq_len=limits.max_seq_len, kv_tokens=limits.kv_tokens)
+        self._tell_state()
+        log.info("recovered in %.2f s; %d requests go on", self._recovery.last_s, self._scheduler.num_live)
+
+    def _tell_state(self) -> None:
+        self._gateway.send(replace(self._info, state=self._state))
+
+    @property
+    def _state(self) -> str:
+        if self._drain_deadline_s is not None:
+            return "draining"
+        return "ready" if self._recovery.is_ready else "recovering"
+
+    def _watch(self) -> None:
+        """Poll what there is now."""
+        self._poller = zmq.Poller()
+        sources = (self._signals.fd, self._gateway.socket, self._gateway.process.pidfd, *self._workers.sockets)
+        for source in (*sources, *(process.pidfd for process in self._workers.processes)):
+            self._poller.register(source, zmq.POLLIN)
+
+    def _counters(self) -> dict[str, float]:
+        counters = self.stats.counters(self._scheduler, time.monotonic() - self._last_result_s)
+        return counters | {"restarts": float(self._recovery.limit.count), "last_recovery_s": self._recovery.last_s}
 
     def _is_over(self) -> bool:
         signals = self._signals.received
@@ -200,5 +257,4 @@ class Engine:
             log.info("stopping: %d requests get up to %g s to finish", num_live, self._drain_timeout_s)
         self._drain_deadline_s = time.monotonic() + self._drain_timeout_s
         self._notifier.stopping("finishing the last requests")
-        info = self._info
-        self._gateway.send(EngineInfo("draining", info.max_seq_len, info.kv_tokens, info.layout))
+        self._tell_state()

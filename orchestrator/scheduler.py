@@ -10,7 +10,7 @@ larger than the number of rows keeps either from starving the other.
 import heapq
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.admission import Limits, RequestRefused, checked_sequence
 from mgpu.orchestrator.lane import Lane
@@ -19,6 +19,9 @@ from mgpu.orchestrator.sequence import Sequence
 from mgpu.orchestrator.sequence_blocks import SequenceBlocks
 from mgpu.protocol.control import StepPlan, StepResult
 from mgpu.protocol.link import Outputs, Submit
+
+FATAL_CRASHES = 2
+"""A request that was running in so many crashes in a row is not replayed again."""
 
 
 @dataclass(slots=True)
@@ -39,6 +42,7 @@ class Counters:
     generated_tokens: int = 0
     discarded_tokens: int = 0
     preemptions: int = 0
+    replays: int = 0
     finished: int = 0
 
 
@@ -48,23 +52,28 @@ class Scheduler:
     def __init__(self, limits: Limits, epoch: int = 0) -> None:
         self.limits = limits
         self.counters = Counters()
-        self.blocks = SequenceBlocks(limits.num_blocks, limits.block_size, limits.prefix_cache)
         self._epoch = epoch
         self._live: dict[int, Sequence] = {}
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._next_step = 0
+        self._arrivals = 0
+        self._outbox = Outbox()
+        self._expect_new_workers()
+
+    def _expect_new_workers(self) -> None:
+        """Set everything that mirrors what the workers hold to what new ones hold: nothing."""
+        limits = self.limits
+        self.blocks = SequenceBlocks(limits.num_blocks, limits.block_size, limits.prefix_cache)
         self._admitted: dict[int, Sequence] = {}
         self._prefilling: list[Sequence] = []
         self._lanes = [Lane(limits.block_size) for _ in range(limits.num_stages)]
         self._in_flight: deque[StepRecord] = deque()
-        self._next_step = 0
-        self._arrivals = 0
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._rows_to_free: list[int] = []
         self._leaving: deque[tuple[int, int, Sequence]] = deque()
         """(step, row, sequence): the row is free, and a preempted sequence waits again, when ``step`` has arrived."""
         self._blocked: tuple[int, Sequence] | None = None
         """(changes, sequence): the first in line had to wait, and will have to until the blocks change."""
-        self._outbox = Outbox()
 
     # -- what the engine asks ------------------------------------------------------------------------------------------
 
@@ -114,8 +123,38 @@ class Scheduler:
     def fail_all(self, error: str) -> None:
         """End every live request with an error."""
         for seq in list(self._live.values()):
-            self._finish(seq)
-            self._outbox.add(seq, [], [], "error", error)
+            self._fail(seq, error)
+
+    def _fail(self, seq: Sequence, error: str) -> None:
+        self._finish(seq)
+        self._outbox.add(seq, [], [], "error", error)
+
+    def forget_workers(self, cause: str) -> None:
+        """Note that the workers are gone: every live request waits, to be replayed from its tokens.
+
+        One that was running in this crash and in the one before is failed: it may be what the workers die of.
+        """
+        for seq in self._live.values():
+            seq.crashes = seq.crashes + 1 if seq.row >= 0 else 0
+            self.counters.replays += seq.row >= 0
+            seq.forget_workers()
+        self._expect_new_workers()
+        self._waiting = [(seq.order, seq) for seq in self._live.values()]
+        heapq.heapify(self._waiting)
+        for seq in [seq for seq in self._live.values() if seq.crashes >= FATAL_CRASHES]:
+            self.counters.replays -= 1
+            self._fail(seq, f"the workers failed {seq.crashes} times in a row while they ran this request: {cause}")
+
+    def resume(self, epoch: int, num_blocks: int) -> None:
+        """Go on with new workers of another epoch, whose pool may be smaller; call after `forget_workers`."""
+        self._epoch = epoch
+        if num_blocks == self.limits.num_blocks:
+            return
+        room = num_blocks * self.limits.block_size
+        self.limits = replace(self.limits, num_blocks=num_blocks, max_seq_len=min(self.limits.max_seq_len, room))
+        self._expect_new_workers()
+        for seq in [seq for seq in self._live.values() if seq.max_len > room + 1]:
+            self._fail(seq, f"after a restart the KV cache holds only {room} tokens, this needs {seq.max_len - 1}")
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step. None when the pipeline is full or there is nothing to compute.

@@ -56,6 +56,8 @@ class Sequence:
     """Prompt tokens that came from the prefix cache when it first ran."""
     was_admitted: bool = False
     finished: bool = False
+    crashes: int = 0
+    """Consecutive crashes of the workers during which it was running."""
 
     @classmethod
     def from_submit(cls, submit: Submit, arrival: int, max_len: int) -> "Sequence":
@@ -70,6 +72,12 @@ class Sequence:
             cache_salt=submit.cache_salt,
             order=(submit.priority, arrival),
         )
+
+    def forget_workers(self) -> None:
+        """Stand as if it had never run: all that the workers held of it is gone, its tokens are not."""
+        self.row, self.slot, self.due_tick, self.lane = -1, -1, -1, None
+        self.blocks = []
+        self.num_registered = self.num_computed = 0
 
     def to_new_row(self) -> NewRow:
         """Describe the request to the workers as it stands now."""

@@ -11,10 +11,11 @@ import zmq
 
 from mgpu import __version__
 from mgpu.orchestrator.admission import Limits
-from mgpu.orchestrator.engine import Engine, WorkersHung
+from mgpu.orchestrator.engine import Engine
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
 from mgpu.orchestrator.notify import Notifier
+from mgpu.orchestrator.recovery import RestartLimit, TooManyRestarts, WorkerRecovery
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.server_config import ServerConfig
@@ -55,6 +56,7 @@ class Server:
         self._runtime: RuntimeDir | None = None
         self._gateway: GatewayLink | None = None
         self._workers: WorkerGroup | None = None
+        self._recovery: WorkerRecovery | None = None
         self._engine: Engine | None = None
         self._gateway_greeted = False
         """It can be sent to only after it has been heard of."""
@@ -73,7 +75,7 @@ class Server:
                 self._engine.run()
             except _Stopped:
                 log.info("stopped while starting")
-            except (WorkerLost, GatewayLost, WorkersHung, StartTimeout) as cause:
+            except (WorkerLost, GatewayLost, TooManyRestarts, StartTimeout) as cause:
                 failure = str(cause)
                 log.error("%s", "\n".join(filter(None, (failure, getattr(cause, "traceback", "")))))
             except UserError:
@@ -93,12 +95,17 @@ class Server:
         config = self._config
         self._runtime = RuntimeDir()
         self._gateway = GatewayLink(self._context, self._runtime, config)
-        self._workers = WorkerGroup(self._context, self._runtime, config)
-        self._workers.start()
+        self._workers = self._start_workers(epoch=0)
         log.info("starting %d worker(s) for %s", config.plan.world_size, config.model_name)
         num_blocks = self._load_workers(self._workers)
         self._wait_until(lambda: bool(self._gateway and self._gateway.endpoint), "the gateway to be ready")
         self._open(num_blocks)
+
+    def _start_workers(self, epoch: int) -> WorkerGroup:
+        assert self._runtime is not None
+        group = WorkerGroup(self._context, self._runtime, self._config, epoch)
+        group.start()
+        return group
 
     def _load_workers(self, workers: WorkerGroup) -> int:
         """Lead the workers from their start to `Ready`; gives the size of the pool in blocks."""
@@ -164,15 +171,19 @@ class Server:
             prefix_cache=config.prefix_cache,
         )
         self._info = EngineInfo("ready", limits.max_seq_len, limits.kv_tokens, config.layout_table)
+        restarts = RestartLimit(config.max_restarts, config.restart_window_s)
+        self._recovery = WorkerRecovery(
+            self._workers, self._start_workers, num_blocks, restarts, config.start_timeout_s
+        )
         self._engine = Engine(
             Scheduler(limits),
-            self._workers,
+            self._recovery,
             self._gateway,
             self._signals,
             self._info,
             self._notifier,
             spin_s=GPU_SPIN_S if config.device_kind == "cuda" else 0.0,
-            step_timeout_s=config.step_timeout_s,
+            hang_timeout_s=config.hang_timeout_s,
             drain_timeout_s=config.drain_timeout_s,
         )
         endpoint = self._gateway.endpoint
@@ -225,8 +236,9 @@ class Server:
                 cleanup.callback(self._runtime.close)
             if self._gateway is not None:
                 cleanup.callback(self._gateway.stop, max(deadline_s, time.monotonic() + GATEWAY_STOP_S))
-            if self._workers is not None:
-                cleanup.callback(self._workers.stop, deadline_s, self._signals.fd)
+            workers = self._workers if self._recovery is None else self._recovery.group
+            if workers is not None:
+                cleanup.callback(workers.stop, deadline_s, self._signals.fd)
             self._say_goodbye(error)
 
     def _say_goodbye(self, error: str) -> None:

@@ -44,8 +44,11 @@ class ServerConfig:
     start_timeout_s: float = 1800.0
     """Longest start-up without any progress."""
     worker_timeout_s: float = 120.0
-    step_timeout_s: float = 600.0
-    """Longest time for one step before the workers count as hung."""
+    hang_timeout_s: float = 10.0
+    """Least time that a step gets before the workers count as hung; see hang.py."""
+    max_restarts: int = 3
+    """Restarts of the workers, and of the gateway, within ``restart_window_s``; one more ends the server."""
+    restart_window_s: float = 600.0
     stop_timeout_s: float = 10.0
     seed: int = 0
     max_request_bytes: int = 1 << 20

@@ -59,7 +59,7 @@ class EngineStats:
             "finished": totals.finished,
             "preemptions": totals.preemptions,
             "steps": totals.steps,
-            "restarts": 0,
+            "replays": totals.replays,
             "uptime_s": time.monotonic() - self._started_s,
             "schedule_us": self.schedule_us.value,
             "publish_us": self.publish_us.value,

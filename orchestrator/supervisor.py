@@ -6,6 +6,7 @@ that a peer is gone.
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -34,6 +35,8 @@ SILENT_DEATH_HEAD_START_S = 0.5
 """A peer may notice a broken connection before this process notices the death, so deaths count as this much earlier."""
 GRACE_S = 1.0
 """How long to wait for other ranks' reports after the first sign of failure."""
+DUMP_S = 0.2
+"""What the ranks get to write their stacks: a signal handler in C does it, at once unless the process is stopped."""
 
 
 class WorkerLost(Exception):
@@ -61,7 +64,7 @@ class WorkerGroup:
         self._context = context
         self._runtime = runtime
         self._config = config
-        self._epoch = epoch
+        self.epoch = epoch
         self._failures: list[WorkerLost] = []
         self._output_rank = config.plan.output_rank
 
@@ -70,7 +73,7 @@ class WorkerGroup:
     def start(self) -> None:
         """Spawn every rank with its spec. The shared memory has no name: it vanishes with the last process."""
         shared_bytes = self._config.shared_bytes
-        shared_fd = os.memfd_create(f"mgpu-{self._epoch}") if shared_bytes else -1
+        shared_fd = os.memfd_create(f"mgpu-{self.epoch}") if shared_bytes else -1
         try:
             if shared_fd >= 0:
                 os.ftruncate(shared_fd, shared_bytes)
@@ -86,7 +89,7 @@ class WorkerGroup:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)  # at most a few steps are in flight; the pipeline's depth is the bound
         socket.setsockopt(zmq.RCVHWM, 0)
-        endpoint = self._runtime.bind(socket, f"worker-{self._epoch}-{rank}")
+        endpoint = self._runtime.bind(socket, f"worker-{self.epoch}-{rank}")
         self.processes.append(
             ChildProcess(
                 f"worker {rank}",
@@ -100,14 +103,14 @@ class WorkerGroup:
     def _spec(self, endpoint: str, shared_fd: int, rank: int) -> WorkerSpec:
         config = self._config
         return WorkerSpec(
-            epoch=self._epoch,
+            epoch=self.epoch,
             plan=config.plan,
             model=config.source,
             facts=config.facts,
             device=config.device_of(rank),
             dtype=config.dtype,
             endpoint=endpoint,
-            rendezvous=f"file://{self._runtime.path / f'rendezvous-{self._epoch}'}",
+            rendezvous=f"file://{self._runtime.path / f'rendezvous-{self.epoch}'}",
             transport=config.transport,
             stage_transport=config.stage_transport,
             shared_fd=shared_fd,
@@ -147,10 +150,11 @@ class WorkerGroup:
             except zmq.Again:
                 raise self._unreachable(rank) from None
 
-    def allocate_cache(self) -> int:
+    def allocate_cache(self, at_most: int | None = None) -> int:
         """Tell all ranks the pool size that each of them can hold, the minimum of what they reported; give it."""
         num_blocks = min(loaded.num_blocks for loaded in self.loaded.values())
-        self.publish(CONTROL.encode(AllocateCache(self._epoch, num_blocks)))
+        num_blocks = num_blocks if at_most is None else min(num_blocks, at_most)
+        self.publish(CONTROL.encode(AllocateCache(self.epoch, num_blocks)))
         return num_blocks
 
     def try_result(self) -> StepResult | None:
@@ -184,7 +188,7 @@ class WorkerGroup:
             return None
         except CodecError as error:
             raise self._lost(rank, "steps", f"sent what is no message: {error}") from error
-        return message if message.epoch == self._epoch else None
+        return message if message.epoch == self.epoch else None
 
     def _take(self, message: object) -> None:
         if isinstance(message, WorkerFailure):
@@ -204,6 +208,10 @@ class WorkerGroup:
         if rank in self.ready:
             return "steps"
         return self.progress[rank].phase if rank in self.progress else "spawn"
+
+    def broken(self, message: str) -> WorkerLost:
+        """Blame the output rank for a result that cannot be."""
+        return self._lost(self._output_rank, "steps", message)
 
     def _lost(self, rank: int, phase: str, message: str) -> WorkerLost:
         return WorkerLost(rank, phase, message, "", time.monotonic())
@@ -251,6 +259,8 @@ class WorkerGroup:
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline:
             self._note_deaths()
+            if any(status is not None and status < 0 for status in self._exit_statuses()):
+                break  # killed from outside: no other rank's failure can be the cause of that
             explained = {failure.rank for failure in self._failures}
             silent = [rank for rank in range(len(self.sockets)) if rank not in explained]
             if not silent:
@@ -259,6 +269,9 @@ class WorkerGroup:
                 for failure in self._failure_messages(rank):
                     self._note_failure(failure)
         return min(self._failures, key=lambda failure: failure.at_s)
+
+    def _exit_statuses(self) -> list[int | None]:
+        return [process.exit_status() for process in self.processes]
 
     # -- stop ----------------------------------------------------------------------------------------------------------
 
@@ -270,9 +283,23 @@ class WorkerGroup:
         """
         if len(self.ready) == len(self.processes) and not self._failures:
             with contextlib.suppress(WorkerLost):  # one that is gone already need not be told
-                self.publish(CONTROL.encode(Shutdown(self._epoch)))
+                self.publish(CONTROL.encode(Shutdown(self.epoch)))
             for process in self.processes:
                 process.wait(deadline_s, hurry_fd)
+        self._end()
+
+    def kill(self) -> None:
+        """End all ranks now: let each of them write where it is to standard error, kill it, reap it."""
+        for process in self.processes:
+            process.send_signal(signal.SIGUSR1)
+        deadline_s = time.monotonic() + DUMP_S
+        for process in self.processes:
+            process.wait(deadline_s)
+        for process in self.processes:  # all at once, so that none outlives another by long
+            process.send_signal(signal.SIGKILL)
+        self._end()
+
+    def _end(self) -> None:
         for process in self.processes:
             process.reap()
         for socket in self.sockets:

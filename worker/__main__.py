@@ -25,6 +25,7 @@ def main() -> int:
     """Run one worker. The exit status is 0 after an orderly shutdown."""
     arguments = _parser().parse_args()
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the orchestrator asks where a group that failed stands before it kills it
     # Ctrl-C goes to the whole foreground group; the orchestrator decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

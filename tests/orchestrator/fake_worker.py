@@ -2,15 +2,19 @@
 
 FAKE_WORKER in the environment is a JSON map: ``num_blocks`` per rank; ``step_s``: seconds per step; ``fail``: "exit",
 "sigkill", "raise", "garbage" or "hang", at ``fail_rank`` in ``fail_phase`` ("weights" or "steps", there at step
-``fail_step``); ``peers_fail``: the other ranks raise at that step, 50 ms later, as if a collective had lost its peer.
+``fail_step``) of every epoch in ``fail_epochs`` (all); ``peers_fail``: the other ranks raise at that step, 50 ms later,
+as if a collective had lost its peer; ``poison``: a token that no worker survives; ``stale``: send results of the epoch
+before too; ``late_blocks``: ``num_blocks`` of every later epoch; ``load_s``: seconds that weights take.
 """
 
+import faulthandler
 import json
 import os
 import signal
 import sys
 import threading
 import time
+from array import array
 from typing import Any
 
 import zmq
@@ -32,6 +36,7 @@ from mgpu.protocol.control import (
 
 OPTIONS: dict[str, Any] = json.loads(os.environ.get("FAKE_WORKER", "{}"))
 RANK = int(os.environ["RANK"])
+EPOCH = 0
 
 
 class InjectedFailure(Exception):
@@ -53,6 +58,8 @@ def leave_at_end_of_stdin() -> None:
 
 def fail_if_asked(phase: str, step: int = 0) -> None:
     if OPTIONS.get("fail_phase") != phase or step < OPTIONS.get("fail_step", 0):
+        return
+    if EPOCH not in OPTIONS.get("fail_epochs", [EPOCH]):
         return
     if OPTIONS.get("fail_rank", 0) != RANK:
         if OPTIONS.get("peers_fail"):
@@ -92,7 +99,9 @@ class FakeWorker:
             self.phase = phase
             self.send(LoadProgress(spec.epoch, RANK, phase, 50, 100, 0.1))
             fail_if_asked(phase)
-        num_blocks = OPTIONS.get("num_blocks", [64] * spec.plan.world_size)[RANK]
+        time.sleep(OPTIONS.get("load_s", 0.0))
+        blocks = OPTIONS.get("late_blocks" if spec.epoch and "late_blocks" in OPTIONS else "num_blocks")
+        num_blocks = (blocks or [64] * spec.plan.world_size)[RANK]
         self.send(Loaded(spec.epoch, RANK, num_blocks, 1024, 100, 1 << 20))
         allocate = CONTROL.decode(self.socket.recv())
         assert isinstance(allocate, AllocateCache)
@@ -105,20 +114,27 @@ class FakeWorker:
 
     def step(self, plan: StepPlan) -> None:
         fail_if_asked("steps", plan.step)
+        for row in plan.new_rows:
+            if OPTIONS.get("poison") in array("i", row.token_ids):
+                os._exit(11)
         tokens = self.model.execute(plan)
         if "step_s" in OPTIONS:
             time.sleep(OPTIONS["step_s"])
         if self.spec.plan.output_rank == RANK:
             wants = OPTIONS.get("logprobs")
             logprobs = [TokenLogprobs(-0.5, [token], [-0.5]) for token in tokens] if wants else None
-            if OPTIONS.get("fail") == "garbage" and plan.step >= OPTIONS["fail_step"]:
+            if OPTIONS.get("fail") == "garbage" and EPOCH == 0 and plan.step >= OPTIONS["fail_step"]:
                 tokens = [*tokens, 1]
+            if OPTIONS.get("stale"):
+                self.send(StepResult(EPOCH - 1, plan.step, [0] * len(tokens), None, 10))
             self.send(StepResult(self.spec.epoch, plan.step, tokens, logprobs, 10))  # type: ignore[arg-type]
 
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)
     spec = read_spec()
+    globals()["EPOCH"] = spec.epoch
     threading.Thread(target=leave_at_end_of_stdin, daemon=True).start()
     worker = FakeWorker(spec)
     try:

@@ -133,6 +133,17 @@ class ServerProcess:
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def workers(self) -> list[psutil.Process]:
+        """The worker processes by rank, as far as they run now."""
+        found = [child for child in self.children() if child.cmdline()[-1:] == [str(HERE / "fake_worker.py")]]
+        return sorted(found, key=lambda worker: int(worker.environ()["RANK"]))
+
+    def counters(self) -> dict[str, float]:
+        self.stats.clear()
+        self.send(StatsQuery(1))
+        self.wait_for(lambda: bool(self.stats))
+        return self.stats[0].counters
+
     def _take(self, message: object) -> None:
         if isinstance(message, EngineInfo):
             self.infos.append(message)

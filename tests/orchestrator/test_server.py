@@ -140,43 +140,10 @@ def test_a_signal_while_loading_stops_the_start(folder: Path) -> None:
         assert_nothing_is_left(folder, children)
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("raise", "worker 1 failed in phase {}: rank 1 was told to fail\nTraceback"),
-        ("exit", "worker 1 failed in phase {}: the process exited with status 7"),
-        ("sigkill", "worker 1 failed in phase {}: the process was killed by signal 9 (SIGKILL)"),
-    ],
-)
-def test_a_failing_worker_ends_the_server_with_its_cause(folder: Path, how: str, message: str) -> None:
-    options = {"fail": how, "fail_rank": 1, "fail_phase": "steps", "fail_step": 5, "step_s": 0.005}
-    with running_server(folder, options, ranks_per_stage=3) as server:
-        server.wait_ready()
-        children = server.children()
-        for i in range(4):
-            server.submit(i, prompt_of(i, 4), 100)
-        assert server.wait_exit() == 1
-        assert message.format("steps") in server.log
-        assert server.finish == dict.fromkeys(range(4), "error")
-        assert all("worker 1 failed" in error for error in server.errors.values())
-        assert_nothing_is_left(folder, children)
-
-
 def test_a_worker_that_fails_while_loading_ends_the_start(folder: Path) -> None:
     with running_server(folder, {"fail": "raise", "fail_phase": "weights"}) as server:
         assert server.wait_exit() == 1
         assert "worker 0 failed in phase weights: rank 0 was told to fail" in server.log
-
-
-@pytest.mark.parametrize("how", ["sigkill", "exit", "raise"])
-def test_the_earliest_failure_is_reported_not_those_that_follow_from_it(folder: Path, how: str) -> None:
-    options = {"fail": how, "fail_rank": 2, "fail_phase": "steps", "fail_step": 3, "peers_fail": True}
-    with running_server(folder, options, ranks_per_stage=3) as server:
-        server.wait_ready()
-        server.submit(1, [1, 2, 3], 100)
-        assert server.wait_exit() == 1
-        assert server.log.count("failed in phase") == 1
-        assert "worker 2 failed" in server.log
 
 
 @pytest.mark.parametrize(("order", "message"), [(b"die", "exited with status 9"), (b"fail", "told to fail")])
@@ -188,27 +155,6 @@ def test_a_gateway_that_ends_ends_the_server(folder: Path, order: bytes, message
         assert server.wait_exit() == 1
         assert f"the gateway failed: {'the process ' if order == b'die' else ''}{message}" in server.log
         assert_nothing_is_left(folder, children)
-
-
-def test_a_result_that_cannot_be_ends_the_server_in_order(folder: Path) -> None:
-    with running_server(folder, {"fail": "garbage", "fail_phase": "steps", "fail_step": 3}) as server:
-        server.wait_ready()
-        children = server.children()
-        server.submit(1, [1, 2, 3], 100)
-        assert server.wait_exit() == 1
-        assert "internal error: ValueError('result of step 3 does not fit" in server.log
-        assert server.finish == {1: "error"}
-        assert_nothing_is_left(folder, children)
-
-
-def test_a_hung_worker_ends_the_server(folder: Path) -> None:
-    options = {"fail": "hang", "fail_phase": "steps", "fail_step": 2}
-    with running_server(folder, options, step_timeout_s=0.3, stop_timeout_s=0.5) as server:
-        server.wait_ready()
-        server.submit(1, [1, 2, 3], 100)
-        assert server.wait_exit() == 1
-        assert "no result for" in server.log
-        assert server.finish == {1: "error"}
 
 
 def test_sigkill_of_the_parent_leaves_nothing(folder: Path) -> None:
