@@ -80,6 +80,12 @@ class ServeConfig:
     worker_timeout: float = _option(
         120.0, "Seconds that a worker waits for its peers before it gives up.", minimum=1, maximum=86400
     )
+    hang_timeout: float = _option(
+        10.0, "Least seconds without a result before the workers count as hung.", minimum=0.1, maximum=86400
+    )
+    max_restarts: int = _option(
+        3, "Restarts of failed processes within ten minutes before the server gives up.", minimum=0
+    )
     seed: int = _option(0, "Seed of dummy weights.", minimum=0)
 
 

@@ -70,6 +70,8 @@ def server_config(config: ServeConfig, planned: PlannedModel) -> ServerConfig:
         prefix_cache=config.prefix_cache,
         drain_timeout_s=config.drain_timeout,
         worker_timeout_s=config.worker_timeout,
+        hang_timeout_s=config.hang_timeout,
+        max_restarts=config.max_restarts,
         seed=config.seed,
         worker_envs=tuple(environment for environment, _ in placed),
         worker_devices=tuple(device for _, device in placed),

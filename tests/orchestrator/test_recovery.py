@@ -72,8 +72,8 @@ def test_requests_go_on_after_a_worker_failed(folder: Path, how: str, num_stages
         "fail_phase": "steps",
         "fail_step": 12,
         "fail_epochs": [0],
-        "stale": True,
     }
+    options |= {"stale": True, "step_s": 0.005}
     layout = {"num_stages": num_stages, "ranks_per_stage": ranks_per_stage, "hang_timeout_s": 0.3}
     with running_server(folder, options, **layout) as server:
         server.wait_ready()
@@ -141,7 +141,7 @@ def test_what_comes_while_the_workers_load_again_waits_for_them(folder: Path) ->
         server.send(Cancel(1000, "cancelled"))
         counters = server.counters()
         assert (counters["running"], counters["waiting"]) == (0, 5)
-        assert server.finish == {1000: "cancelled"}
+        server.wait_for(lambda: server.finish == {1000: "cancelled"})
         load.check()
 
 
