@@ -1,22 +1,34 @@
 """The step loop: what clients want goes in, steps go out to the workers, tokens come back."""
 
 import logging
+import math
 import time
 from collections import deque
 from dataclasses import replace
 
 import zmq
 
-from mgpu.orchestrator.gateway_link import GatewayLink
+from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
 from mgpu.orchestrator.hang import StepDeadline
+from mgpu.orchestrator.journal import Journal
 from mgpu.orchestrator.notify import Notifier
-from mgpu.orchestrator.recovery import WorkerRecovery, WorkersHung
+from mgpu.orchestrator.recovery import RestartLimit, WorkerRecovery, WorkersHung
 from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.stats import EngineStats
 from mgpu.orchestrator.supervisor import WorkerLost
 from mgpu.protocol.control import CONTROL, StepResult
-from mgpu.protocol.link import Cancel, EngineInfo, StatsQuery, StatsReply, Submit
+from mgpu.protocol.link import (
+    Cancel,
+    EngineInfo,
+    GatewayReady,
+    Resumable,
+    Resume,
+    Resumed,
+    StatsQuery,
+    StatsReply,
+    Submit,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +53,9 @@ class Engine:
         notifier: Notifier,
         *,
         spin_s: float,
+        gateway_restarts: RestartLimit,
         hang_timeout_s: float,
+        resume_timeout_s: float,
         drain_timeout_s: float,
     ) -> None:
         self.stats = EngineStats()
@@ -53,6 +67,11 @@ class Engine:
         self._info = info
         self._notifier = notifier
         self._spin_s = spin_s
+        self._journal = Journal()
+        self._gateway_restarts = gateway_restarts
+        self._resume_timeout_s = resume_timeout_s
+        self._claim_deadline_s: float | None = None
+        """Until when clients may come back after the gateway was lost."""
         self._step_deadline = StepDeadline(hang_timeout_s)
         self._drain_timeout_s = drain_timeout_s
         self._drain_deadline_s: float | None = None
@@ -64,16 +83,18 @@ class Engine:
     def run(self) -> None:
         """Serve until a signal came and the running requests are done, or out of time, or a second signal came.
 
-        GatewayLost or TooManyRestarts when serving cannot go on.
+        TooManyRestarts when serving cannot go on.
         """
         while not self._is_over():
             try:
                 self._drain_inbox()
                 self._publish_steps()
                 self._gather_results()
+                self._emit()
             except (WorkerLost, WorkersHung) as cause:
                 self._replace_workers(cause)
-            self._emit()
+            except GatewayLost as cause:
+                self._replace_gateway(cause)
 
     def end_requests(self, error: str) -> None:
         """Give every request that is still alive its one ending."""
@@ -84,12 +105,7 @@ class Engine:
 
     def _drain_inbox(self) -> None:
         for message in self._gateway.receive(MESSAGES_PER_STEP):
-            if isinstance(message, Submit):
-                self._on_submit(message)
-            elif isinstance(message, Cancel):
-                self._scheduler.cancel(message.request_id, message.reason)
-            elif isinstance(message, StatsQuery):
-                self._gateway.send(StatsReply(message.query_id, self._counters()))
+            self._on_message(message)
 
     def _publish_steps(self) -> None:
         """Fill the pipeline: the next step is out before the tokens of the last one are back."""
@@ -123,7 +139,34 @@ class Engine:
     def _emit(self) -> None:
         outputs = self._scheduler.take_outputs()
         if outputs is not None:
+            self._journal.note(outputs)
             self._gateway.send(outputs)
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _on_message(self, message: object) -> None:
+        if isinstance(message, Submit):
+            self._on_submit(message)
+        elif isinstance(message, Resumable):
+            self._on_resumable(message)
+        elif isinstance(message, Cancel):
+            self._scheduler.cancel(message.request_id, message.reason)
+        elif isinstance(message, StatsQuery):
+            self._gateway.send(StatsReply(message.query_id, self._counters()))
+        elif isinstance(message, Resume):
+            self._emit()  # what is said so far is part of the answer; what is said later continues it
+            self._gateway.send(Resumed(message.query_id, *self._journal.look_up(message.session, message.request_id)))
+        elif isinstance(message, GatewayReady):
+            self._on_new_gateway()
+
+    def _on_resumable(self, message: Resumable) -> None:
+        if not self._journal.open(message):
+            for submit in message.submits:
+                self._scheduler.refuse(submit.request_id, "a request of this session and id is running; resume it")
+            return
+        for submit in message.submits:
+            self._on_submit(submit)
+            self._journal.attach(submit.request_id, self._scheduler.find(submit.request_id))
 
     # -- details -------------------------------------------------------------------------------------------------------
 
@@ -174,6 +217,8 @@ class Engine:
             self._signals.clear()
         if self._gateway.process.pidfd in ready:
             self._gateway.check_alive()
+        self._drop_unclaimed()
+        self._journal.prune()
         if any(process.pidfd in ready for process in self._workers.processes):
             self._workers.check_deaths()
         if any(socket in ready for socket in self._workers.sockets):
@@ -223,6 +268,32 @@ class Engine:
         self._tell_state()
         log.info("recovered in %.2f s; %d requests go on", self._recovery.last_s, self._scheduler.num_live)
 
+    def _replace_gateway(self, cause: Exception) -> None:
+        """Start another gateway on the same endpoint; requests whose clients can resume them go on meanwhile."""
+        log.error("%s", "\n".join(filter(None, (str(cause), getattr(cause, "traceback", "")))))
+        self._gateway_restarts.note(cause)
+        for message in self._gateway.restart(replace(self._info, state=self._state)):
+            self._on_message(message)
+        for request_id in self._scheduler.live_ids():
+            if not self._journal.knows(request_id):
+                self._scheduler.cancel(request_id, "cancelled")
+        self._journal.lose_clients()
+        self._claim_deadline_s = None
+        self._watch()
+        log.warning("restart %d of the gateway", self._gateway_restarts.count)
+
+    def _on_new_gateway(self) -> None:
+        self._tell_state()
+        self._claim_deadline_s = time.monotonic() + self._resume_timeout_s
+        log.info("the gateway is back; clients may resume %d requests", self._scheduler.num_live)
+
+    def _drop_unclaimed(self) -> None:
+        """End what no client has come back for."""
+        if self._claim_deadline_s is not None and time.monotonic() > self._claim_deadline_s:
+            self._claim_deadline_s = None
+            for request_id in self._journal.unclaimed():
+                self._scheduler.cancel(request_id, "cancelled")
+
     def _tell_state(self) -> None:
         self._gateway.send(replace(self._info, state=self._state))
 
@@ -241,7 +312,13 @@ class Engine:
 
     def _counters(self) -> dict[str, float]:
         counters = self.stats.counters(self._scheduler, time.monotonic() - self._last_result_s)
-        return counters | {"restarts": float(self._recovery.limit.count), "last_recovery_s": self._recovery.last_s}
+        deadline_s = self._step_deadline.seconds_for(self._published[0][1]) if self._published else math.inf
+        return counters | {
+            "restarts": float(self._recovery.limit.count),
+            "last_recovery_s": self._recovery.last_s,
+            "gateway_restarts": float(self._gateway_restarts.count),
+            "stalled": float(self._waited_s() > deadline_s / 2),
+        }
 
     def _is_over(self) -> bool:
         signals = self._signals.received

@@ -1,5 +1,6 @@
 """The orchestrator's end of the gateway: start the process, exchange link messages, notice its end."""
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from mgpu.orchestrator.child_process import ChildProcess, describe_exit
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.protocol.codec import CodecError
-from mgpu.protocol.link import LINK, GatewayFailure, GatewayReady, GatewaySpec
+from mgpu.protocol.link import LINK, EngineInfo, GatewayFailure, GatewayReady, GatewaySpec
 
 FRONT_NAME = "front.sock"
+GENERATION_BITS = 40
+"""Sequences that one gateway may number."""
 OUTBOX_LIMIT = 100_000
 """Messages that may wait for the gateway; one is sent per step, so a gateway this far behind is stuck."""
 FAREWELL_S = 0.5
@@ -29,20 +32,30 @@ class GatewayLost(Exception):
 
 
 class GatewayLink:
-    """One gateway process and the socket to it, from construction to `stop`."""
+    """The gateway process and the socket to it, from construction to `stop`; `restart` replaces both."""
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", runtime: RuntimeDir, config: ServerConfig) -> None:
         self.endpoint = ""
-        """Where clients connect, once the gateway is ready."""
+        """Where clients connect, once the gateway is ready; another process serves the same."""
+        self.is_ready = False
+        self._context = context
+        self._runtime = runtime
+        self._config = config
+        self._generation = 0
+        self._unread: list[Any] = []
         self._last_sent_s = 0.0
-        self.socket = context.socket(zmq.DEALER)
+        self._start(None)
+
+    def _start(self, info: EngineInfo | None) -> None:
+        runtime, config = self._runtime, self._config
+        self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, OUTBOX_LIMIT)
         self.socket.setsockopt(zmq.RCVHWM, 0)  # the gateway bounds what clients may queue
-        link = runtime.bind(self.socket, "link")
+        link = runtime.bind(self.socket, f"link-{self._generation}")
         spec = GatewaySpec(
             runtime_dir=str(runtime.path),
-            bind=config.bind or runtime.ipc(FRONT_NAME),
+            bind=self.endpoint or config.bind or runtime.ipc(FRONT_NAME),
             link=link,
             model_path=config.source.path,
             model_format=config.source.format,
@@ -50,11 +63,15 @@ class GatewayLink:
             vocab_size=config.facts.vocab_size,
             eos_token_ids=list(config.facts.eos_token_ids),
             max_request_bytes=config.max_request_bytes,
+            first_sequence=(self._generation << GENERATION_BITS) + 1,
+            info=info,
         )
         self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)
 
     def send(self, message: object) -> None:
-        """Queue one message. GatewayLost when the gateway no longer reads."""
+        """Queue one message; a gateway that is not ready gets none. GatewayLost when it no longer reads."""
+        if not self.is_ready:
+            return
         self._last_sent_s = time.monotonic()
         try:
             self.socket.send(LINK.encode(message), zmq.NOBLOCK)
@@ -63,6 +80,11 @@ class GatewayLink:
 
     def receive(self, limit: int) -> Iterator[Any]:
         """Give up to ``limit`` messages that are there. GatewayLost when one of them reports a failure."""
+        while self._unread:
+            yield self._unread.pop(0)
+        yield from self._receive_new(limit)
+
+    def _receive_new(self, limit: int) -> Iterator[Any]:
         for _ in range(limit):
             try:
                 message = LINK.decode(self.socket.recv(zmq.NOBLOCK))
@@ -73,9 +95,8 @@ class GatewayLink:
             if isinstance(message, GatewayFailure):
                 raise GatewayLost(message.message, message.traceback)
             if isinstance(message, GatewayReady):
-                self.endpoint = message.endpoint
-            else:
-                yield message
+                self.endpoint, self.is_ready = message.endpoint, True
+            yield message
 
     def check_alive(self) -> None:
         """GatewayLost when the process has ended, with its last words if it left any."""
@@ -83,9 +104,20 @@ class GatewayLink:
         if status is None:
             return
         while self.socket.poll(20):
-            for _ in self.receive(1):
-                pass
+            self._unread.extend(self._receive_new(1))
         raise GatewayLost(f"the process {describe_exit(status)}")
+
+    def restart(self, info: EngineInfo) -> list[Any]:
+        """Replace the process by one that takes over its endpoint, and give what the old one had still sent."""
+        self.process.reap()
+        with contextlib.suppress(GatewayLost):
+            self._unread.extend(self._receive_new(OUTBOX_LIMIT))
+        last_messages, self._unread = self._unread, []
+        self.is_ready = False
+        self.socket.close(linger=0)
+        self._generation += 1
+        self._start(info)
+        return last_messages
 
     def stop(self, deadline_s: float) -> None:
         """Let it read what was sent, end its input, kill it at CLOCK_MONOTONIC ``deadline_s``; reap it."""

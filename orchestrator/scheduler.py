@@ -89,6 +89,13 @@ class Scheduler:
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
+    def find(self, request_id: int) -> Sequence | None:
+        """Give a live request."""
+        return self._live.get(request_id)
+
+    def live_ids(self) -> list[int]:
+        return list(self._live)
+
     def take_outputs(self) -> Outputs | None:
         """Hand over what happened since the last call; None when nothing did."""
         return self._outbox.take()

@@ -22,7 +22,7 @@ from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.startup_log import ProgressBar, phase_seconds, ready_line
 from mgpu.orchestrator.supervisor import WorkerGroup, WorkerLost
-from mgpu.protocol.link import EngineInfo
+from mgpu.protocol.link import EngineInfo, GatewayReady
 from mgpu.protocol.runtime import RunningServer
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,6 @@ class Server:
         self._workers: WorkerGroup | None = None
         self._recovery: WorkerRecovery | None = None
         self._engine: Engine | None = None
-        self._gateway_greeted = False
-        """It can be sent to only after it has been heard of."""
         self._info = EngineInfo("starting", config.seq_len, 0, config.layout_table)
 
     def run(self) -> int:
@@ -98,7 +96,7 @@ class Server:
         self._workers = self._start_workers(epoch=0)
         log.info("starting %d worker(s) for %s", config.plan.world_size, config.model_name)
         num_blocks = self._load_workers(self._workers)
-        self._wait_until(lambda: bool(self._gateway and self._gateway.endpoint), "the gateway to be ready")
+        self._wait_until(lambda: bool(self._gateway and self._gateway.is_ready), "the gateway to be ready")
         self._open(num_blocks)
 
     def _start_workers(self, epoch: int) -> WorkerGroup:
@@ -147,10 +145,10 @@ class Server:
         workers.read_all()
         workers.check_deaths()
         for message in gateway.receive(limit=64):
-            log.warning("ignored %s: the engine is not ready", type(message).__name__)
-        if gateway.endpoint and not self._gateway_greeted:
-            self._gateway_greeted = True
-            gateway.send(self._info)
+            if isinstance(message, GatewayReady):
+                gateway.send(self._info)
+            else:
+                log.warning("ignored %s: the engine is not ready", type(message).__name__)
         gateway.check_alive()
         self._notifier.loading(workers.progress.values(), self._config.plan.world_size)
 
@@ -183,7 +181,9 @@ class Server:
             self._info,
             self._notifier,
             spin_s=GPU_SPIN_S if config.device_kind == "cuda" else 0.0,
+            gateway_restarts=RestartLimit(config.max_restarts, config.restart_window_s),
             hang_timeout_s=config.hang_timeout_s,
+            resume_timeout_s=config.resume_timeout_s,
             drain_timeout_s=config.drain_timeout_s,
         )
         endpoint = self._gateway.endpoint
@@ -242,7 +242,7 @@ class Server:
             self._say_goodbye(error)
 
     def _say_goodbye(self, error: str) -> None:
-        if self._gateway is None or not self._gateway_greeted:
+        if self._gateway is None or not self._gateway.is_ready:
             return
         try:
             if self._engine is not None:

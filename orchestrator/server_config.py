@@ -49,6 +49,8 @@ class ServerConfig:
     max_restarts: int = 3
     """Restarts of the workers, and of the gateway, within ``restart_window_s``; one more ends the server."""
     restart_window_s: float = 600.0
+    resume_timeout_s: float = 30.0
+    """How long a new gateway waits for clients to come back before their requests end."""
     stop_timeout_s: float = 10.0
     seed: int = 0
     max_request_bytes: int = 1 << 20

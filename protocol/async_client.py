@@ -15,7 +15,7 @@ from typing import Self, TypeVar, Unpack
 
 import zmq
 
-from mgpu.protocol.client import CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S, QUERY_TIMEOUT_S, SILENCE_TIMEOUT_S
+from mgpu.protocol.client import CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S, LOOK_S, QUERY_TIMEOUT_S, SILENCE_TIMEOUT_S
 from mgpu.protocol.completion import (
     Answer,
     Completion,
@@ -100,7 +100,10 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
                 await self.aclose()
                 raise self._client._too_late(now >= self._deadline_s)
             self._event.clear()
-            await _wait_until(self._event, min(self._deadline_s, silence_s) - now)
+            left_s = min(self._deadline_s, silence_s) - now
+            await _wait_until(self._event, min(left_s, LOOK_S) if answer.is_adrift else left_s)
+            if answer.is_adrift:
+                self._client._read()
 
 
 class AsyncClient:
@@ -191,13 +194,15 @@ class AsyncClient:
     async def _connection(self) -> Connection:
         """Give the connection once its handshake is through. ServerUnreachable when that takes too long."""
         connection = self._opened()
-        deadline_s = time.monotonic() + self._connect_timeout_s
+        timeout_s = self.silence_timeout_s if connection.was_connected else self._connect_timeout_s
+        deadline_s = time.monotonic() + timeout_s
         while not connection.connected:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or connection.refused is not None:
-                what = f"did not answer within {self._connect_timeout_s:g} s"
+                what = f"did not answer within {timeout_s:g} s"
                 error = connection.refused or connection.unreachable(what)
-                self._disconnect()  # the next call tries again
+                if not connection.answers:
+                    self._disconnect()  # the next call tries again
                 raise error
             await self._wait_for_progress(left_s)
         return connection
@@ -222,12 +227,7 @@ class AsyncClient:
 
     async def _start(self, answer: Answer, values: dict[str, object]) -> None:
         connection = await self._connection()
-        connection.answers[answer.id] = answer
-        try:
-            connection.send(values)
-        except MgpuError:
-            connection.answers.pop(answer.id, None)
-            raise
+        connection.begin(answer, values)
         self._read()
 
     async def _query(self, kind: QueryKind, reply_type: type[R]) -> R:
@@ -260,7 +260,7 @@ class AsyncClient:
     def _too_late(self, over_deadline: bool) -> MgpuError:
         if over_deadline or self._open is None:
             return DeadlineExceeded("the answer was not complete within timeout_s; the request has been cancelled")
-        return self._open.unreachable(f"has been silent for {self.silence_timeout_s:g} s")
+        return self._open.silent(self.silence_timeout_s)
 
 
 async def _wait_until(event: asyncio.Event, seconds: float) -> None:

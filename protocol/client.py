@@ -33,6 +33,8 @@ QUERY_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 15.0
 """The server says something about every request each second; after this much silence it is taken for dead."""
 DEFAULT_TIMEOUT_S = 600.0
+LOOK_S = 0.25
+"""While the connection is lost: how often to look whether the server's folder is still there."""
 
 R = TypeVar("R", Health, Stats, Models)
 
@@ -78,7 +80,11 @@ class CompletionStream(Iterator[Piece]):
 
 
 class Client:
-    """A connection to one server. A context manager; `close` ends everything in flight."""
+    """A connection to one server. A context manager; `close` ends everything in flight.
+
+    A connection that is lost is made again, and answers go on where they were, within their deadline and as long as
+    the server comes back within ``silence_timeout_s``.
+    """
 
     def __init__(
         self,
@@ -171,8 +177,7 @@ class Client:
         assert isinstance(timeout_s, (int, float))
         self._connect()
         answer = answer_to(values)
-        self._connection.send(values)
-        self._connection.answers[answer.id] = answer
+        self._connection.begin(answer, values)
         return CompletionStream(self, answer, time.monotonic() + timeout_s)
 
     def _wait_for(self, answer: Answer, deadline_s: float) -> None:
@@ -185,13 +190,14 @@ class Client:
             if now >= min(deadline_s, silence_s):
                 self._cancel(answer)
                 raise self._too_late(now >= deadline_s)
-            self._poll(min(deadline_s, silence_s) - now)
+            left_s = min(deadline_s, silence_s) - now
+            self._poll(left_s if self._connection.connected else min(left_s, LOOK_S))
             self._connection.receive()
 
     def _too_late(self, over_deadline: bool) -> MgpuError:
         if over_deadline:
             return DeadlineExceeded("the answer was not complete within timeout_s; the request has been cancelled")
-        return self._connection.unreachable(f"has been silent for {self._silence_timeout_s:g} s")
+        return self._connection.silent(self._silence_timeout_s)
 
     def _query(self, kind: QueryKind, reply_type: type[R]) -> R:
         request_id = self._next_id()
@@ -210,7 +216,7 @@ class Client:
 
     def _connect(self) -> None:
         """Wait until the handshake is through, also again after a disconnection. ServerUnreachable when it is not."""
-        timeout_s = self._connect_timeout_s
+        timeout_s = self._silence_timeout_s if self._connection.was_connected else self._connect_timeout_s
         deadline_s = time.monotonic() + timeout_s
         self._connection.receive()
         while not self._connection.connected:

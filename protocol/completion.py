@@ -129,6 +129,11 @@ class Answer:
         """A terminal message has come."""
         self.error: MgpuError | None = None
         self.accepted: Accepted | None = None
+        self.request: Mapping[str, object] = {}
+        """The generate message, to be sent again if it never arrived."""
+        self.is_adrift = False
+        """Its connection was lost, and the server has not taken it up again."""
+        self.was_resumed = False
         self.heard_s = time.monotonic()
         """When the server last said anything about this request."""
         self.notify: Callable[[], None] = _nothing
@@ -161,6 +166,10 @@ class Answer:
         self.error, self.done = error, True
         self.notify()
 
+    def offsets(self) -> list[int]:
+        """Give what has arrived of each choice, as a `resume` message says it."""
+        return [-1 if index in self._ended else len(parts.token_ids) for index, parts in enumerate(self._parts)]
+
     def _hold(self, message: Tokens) -> None:
         """Keep the last piece of a choice until the next message: if that is the terminal one, it brings the usage."""
         if not 0 <= message.index < len(self._parts):
@@ -185,6 +194,9 @@ class Answer:
             )
 
     def _finish(self, message: Finished) -> None:
+        if self.was_resumed and "cancelled" in message.finish_reasons:
+            self.fail(ServerUnreachable("the connection was lost for so long that the server gave the request up"))
+            return
         for index, reason in enumerate(message.finish_reasons):
             if index not in self._ended:  # cancelled before its first token
                 self._release(None)

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -10,8 +12,17 @@ from zmq.utils.monitor import parse_monitor_message
 
 from mgpu.protocol import wire
 from mgpu.protocol.completion import START_HINT, Answer, MgpuError, RequestFailed, ServerUnreachable
-from mgpu.protocol.messages import Accepted, Failed, Health, Models, ServerMessage, Stats, parse_server_message
-from mgpu.protocol.runtime import running_servers
+from mgpu.protocol.messages import (
+    Accepted,
+    Failed,
+    Health,
+    Models,
+    Resumed,
+    ServerMessage,
+    Stats,
+    parse_server_message,
+)
+from mgpu.protocol.runtime import LOCK_NAME, is_locked, running_servers
 from mgpu.protocol.schema import FieldError
 
 ENDPOINT_VARIABLE = "MGPU_ENDPOINT"
@@ -44,6 +55,9 @@ class Connection:
         """Start connecting, which libzmq does in the background. ServerUnreachable for a malformed endpoint."""
         self.endpoint = endpoint
         self.connected = False
+        self.was_connected = False
+        self._session = secrets.token_hex(16)
+        """With a request's id, what the server knows it by on whatever connection; nobody else can name it."""
         self.refused: ServerUnreachable | None = None
         """Why connecting cannot succeed, once that is known."""
         self._context: zmq.Context[Any] = zmq.Context()
@@ -64,6 +78,16 @@ class Connection:
     def next_id(self) -> int:
         request_id, self._next_id = self._next_id, self._next_id + 1
         return request_id
+
+    def begin(self, answer: Answer, values: Mapping[str, object]) -> None:
+        """Send a generate message, in a form that can be resumed. Raises what `send` does."""
+        answer.request = {**values, "session": self._session}
+        self.answers[answer.id] = answer
+        try:
+            self.send(answer.request)
+        except MgpuError:
+            del self.answers[answer.id]
+            raise
 
     def send(self, values: Mapping[str, object]) -> None:
         """Send one message now. ServerUnreachable when no server is connected or it does not read."""
@@ -95,6 +119,8 @@ class Connection:
         # Only now: what a server says before it closes the connection counts.
         for event in events:
             self._on_event(event)
+        if not self.connected and self.answers and self._server_is_gone():
+            self.fail_all(self.unreachable("has ended"))
         return got
 
     def _dispatch(self, frames: list[bytes]) -> None:
@@ -110,17 +136,33 @@ class Connection:
             self.fail_all(RequestFailed(message.code, message.message, message.retry_after_s))
             return
         answer = self.answers.get(message.id)
-        if answer is not None:
+        if answer is not None and answer.is_adrift:
+            self._deliver_adrift(answer, message)
+        elif answer is not None:
             answer.take(message)
             if answer.done:
                 del self.answers[message.id]
         elif isinstance(message, (Health, Stats, Models)):
             self._replies[message.id] = message
-        elif isinstance(message, Failed):
+        elif isinstance(message, Failed) and message.code != "unknown_request":
             self._replies[message.id] = RequestFailed(message.code, message.message, message.retry_after_s)
         elif isinstance(message, Accepted):
             # Sent just as the connection broke, given up, and delivered to the next server all the same.
             self.cancel(message.id)
+
+    def _deliver_adrift(self, answer: Answer, message: ServerMessage) -> None:
+        """Take the answer to `resume`; what else comes was said before and will be said again."""
+        if isinstance(message, Resumed):
+            answer.is_adrift, answer.was_resumed = False, True
+            answer.take(message)
+        elif isinstance(message, Failed):
+            if message.code == "unknown_request" and answer.accepted is None:
+                answer.is_adrift = False
+                with contextlib.suppress(MgpuError):  # lost once more: the next connection asks again
+                    self.send(answer.request)
+            else:
+                answer.take(message)
+                del self.answers[answer.id]
 
     def _read_monitor(self) -> list[int]:
         events: list[int] = []
@@ -135,7 +177,24 @@ class Connection:
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self.refused = ServerUnreachable(f"the server at {self.endpoint} belongs to another user")
         elif event == zmq.EVENT_DISCONNECTED:
-            self.fail_all(self.unreachable("closed the connection"))
+            for answer in self.answers.values():
+                answer.is_adrift = True
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.was_connected = True
+            for answer in self.answers.values():
+                if answer.is_adrift:
+                    self._resume(answer)
+
+    def _resume(self, answer: Answer) -> None:
+        with contextlib.suppress(MgpuError):
+            self.send({"type": "resume", "id": answer.id, "session": self._session, "offsets": answer.offsets()})
+
+    def _server_is_gone(self) -> bool:
+        """Tell whether nobody will come back: the folder of an ipc socket has gone, or its server's lock is free."""
+        if not self.was_connected or not self.endpoint.startswith("ipc://"):
+            return False
+        folder = Path(self.endpoint.removeprefix("ipc://")).parent
+        return not folder.is_dir() or ((folder / LOCK_NAME).exists() and not is_locked(folder))
 
     def fail_all(self, error: MgpuError) -> None:
         """End everything in flight with ``error``."""
@@ -152,6 +211,12 @@ class Connection:
 
     def unreachable(self, what: str) -> ServerUnreachable:
         return ServerUnreachable(f"the server at {self.endpoint} {what}; is it running? If not, {START_HINT}")
+
+    def silent(self, seconds: float) -> ServerUnreachable:
+        """Say that nothing was heard for too long, and why that may be."""
+        if self.connected:
+            return self.unreachable(f"has been silent for {seconds:g} s")
+        return self.unreachable(f"closed the connection and did not come back within {seconds:g} s")
 
     def cancel(self, request_id: int) -> None:
         """Tell the server to end a request; an unreachable one has nothing left to end."""

@@ -22,6 +22,10 @@ class GatewaySpec:
     vocab_size: int
     eos_token_ids: list[int]
     max_request_bytes: int
+    first_sequence: int = 1
+    """Number of the first sequence: a gateway that replaces another must not use its numbers again."""
+    info: "EngineInfo | None" = None
+    """For a gateway that replaces another: the state of the engine, which goes on. It binds when it can serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class EngineInfo:
     """Limits and state, sent when the engine becomes ready and whenever the state changes."""
 
     state: str
-    """starting, ready, draining or stopped."""
+    """starting, ready, recovering (requests wait for new workers), draining or stopped."""
     max_seq_len: int
     kv_tokens: int
     """Tokens that the KV pool holds."""
@@ -66,6 +70,50 @@ class Submit:
     """Prefix blocks are shared only between requests of the same salt."""
     priority: int
     """Lower runs first; equal priorities in order of arrival."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumable:
+    """All sequences of a request that another gateway may have to go on with, in one message: all or none arrive."""
+
+    session: str
+    request_id: int
+    """The client's own names; together they are unique."""
+    context: bytes
+    """What the gateway needs to know of the request, for its own kind only."""
+    submits: list[Submit]
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Ask for everything about a request of that name; `Outputs` that follow the answer continue it."""
+
+    query_id: int
+    session: str
+    request_id: int
+
+
+@dataclass(slots=True)
+class SequenceRecord:
+    """One sequence so far."""
+
+    request_id: int
+    """The gateway's number, as in `Submit`."""
+    stop_token_ids: list[int]
+    token_ids: bytes
+    """All emitted tokens, little-endian int32."""
+    logprobs: list[TokenLogprobs]
+    finish: str
+    error: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    query_id: int
+    context: bytes
+    sequences: list[SequenceRecord]
+    """One per choice; empty when the request is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,4 +167,7 @@ LINK = Codec(
     StatsQuery,
     StatsReply,
     Outputs,
+    Resumable,
+    Resume,
+    Resumed,
 )

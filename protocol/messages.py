@@ -29,6 +29,7 @@ FailureCode = Literal[
     "bad_request",
     "bad_version",
     "duplicate_id",
+    "unknown_request",
     "unknown_model",
     "not_ready",
     "draining",
@@ -45,6 +46,7 @@ REQUEST_ID = Integer(0, 2**63 - 1)
 MAX_TEXT_CHARS = 2**27 - 1
 """Bound of one string; the frame size is the tighter one."""
 
+SESSION = Text(64, 16)
 ROLE = Choice(("system", "developer", "user", "assistant", "tool"))
 CHAT_MESSAGE = Record({"role": ROLE, "content": Text(MAX_TEXT_CHARS)})
 TEMPLATE_OPTIONS = Record(
@@ -80,6 +82,12 @@ GENERATE_RULES: dict[str, Rule] = {
     "priority": Integer(-1000, 1000),
     "cache_salt": Text(256),
     "timeout_s": Number(0, 86400, low_open=True),
+    "session": SESSION,
+}
+RESUME_RULES: dict[str, Rule] = {
+    "id": REQUEST_ID,
+    "session": SESSION,
+    "offsets": Sequence(Integer(-1, INT32_MAX), MAX_CHOICES, 1),
 }
 QUERY_RULES: dict[str, Rule] = {"id": REQUEST_ID}
 
@@ -154,6 +162,8 @@ class Generate:
     """Prefixes are shared only between requests of the same salt."""
     timeout_s: float | None = None
     """The gateway ends the request with deadline_exceeded after this many seconds."""
+    session: str | None = None
+    """The client's secret, the same in all its requests; without it a request ends with its connection's gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +174,16 @@ class CancelRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ResumeRequest:
+    """Go on with a request after the connection was lost, from where this client has read."""
+
+    id: int
+    session: str
+    offsets: tuple[int, ...]
+    """Per choice: tokens received, or -1 when its finish reason was."""
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """Ask for health, stats or models."""
 
@@ -171,7 +191,7 @@ class Query:
     id: int
 
 
-ClientMessage = Generate | CancelRequest | Query
+ClientMessage = Generate | ResumeRequest | CancelRequest | Query
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +201,13 @@ class Accepted:
     prompt_tokens: int
     max_tokens: int
     seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What follows continues the request from the offsets given; what came before it on the connection is void."""
+
+    id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +260,7 @@ class Keepalive:
 class Health:
     id: int
     state: str
-    """starting, ready, draining or stopped."""
+    """starting, ready, recovering, stalled, draining or stopped."""
     model: str
     max_seq_len: int
     kv_tokens: int
@@ -241,6 +268,16 @@ class Health:
     """Requests of all clients."""
     uptime_s: float
     layout: str
+    running: int = 0
+    """Sequences on the workers."""
+    waiting: int = 0
+    """Sequences in line for the workers."""
+    last_step_age_s: float = 0.0
+    """Since the workers last gave a result."""
+    restarts: int = 0
+    """Of the workers since the start."""
+    last_recovery_s: float = 0.0
+    """What the last of them took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,10 +293,10 @@ class Models:
     """name, max_seq_len, vocab_size, chat (whether it has a chat template)."""
 
 
-ServerMessage = Accepted | Tokens | Finished | Failed | Keepalive | Health | Stats | Models
+ServerMessage = Accepted | Resumed | Tokens | Finished | Failed | Keepalive | Health | Stats | Models
 
 SERVER_TYPES: dict[str, type[Any]] = {
-    cls.__name__.lower(): cls for cls in (Accepted, Tokens, Finished, Failed, Keepalive, Health, Stats, Models)
+    cls.__name__.lower(): cls for cls in (Accepted, Resumed, Tokens, Finished, Failed, Keepalive, Health, Stats, Models)
 }
 _FIELDS = {kind: tuple(field.name for field in fields(cls)) for kind, cls in SERVER_TYPES.items()}
 
@@ -270,8 +307,10 @@ def parse_client_message(data: Mapping[object, object]) -> ClientMessage:
     rest = {name: value for name, value in data.items() if name != "type"}
     if kind == "generate":
         return _parse_generate(rest)
+    if kind == "resume":
+        return _parse_resume(rest)
     if not isinstance(kind, str) or kind not in ("cancel", "health", "stats", "models"):
-        Choice(("generate", "cancel", "health", "stats", "models")).parse("type", kind)
+        Choice(("generate", "resume", "cancel", "health", "stats", "models")).parse("type", kind)
     parsed = parse_fields(rest, QUERY_RULES)
     request_id = cast("int", _required_id(parsed))
     return CancelRequest(request_id) if kind == "cancel" else Query(cast("QueryKind", kind), request_id)
@@ -281,6 +320,15 @@ def _required_id(parsed: dict[str, object]) -> object:
     if "id" not in parsed:
         raise FieldError(f"id is missing; it must be {REQUEST_ID.allowed}")
     return parsed["id"]
+
+
+def _parse_resume(data: Mapping[object, object]) -> ResumeRequest:
+    parsed = parse_fields(data, RESUME_RULES)
+    _required_id(parsed)
+    for name in ("session", "offsets"):
+        if name not in parsed:
+            raise FieldError(f"{name} is missing; it must be {RESUME_RULES[name].allowed}")
+    return ResumeRequest(**cast("dict[str, Any]", parsed))
 
 
 def _parse_generate(data: Mapping[object, object]) -> Generate:

@@ -14,7 +14,7 @@ import zmq
 
 from mgpu.orchestrator.gateway.endpoint import BindError
 from mgpu.orchestrator.gateway.front import Front
-from mgpu.orchestrator.gateway.gateway import Gateway
+from mgpu.orchestrator.gateway.gateway import Gateway, codec_of
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.jobs import Jobs
 from mgpu.protocol.link import LINK, GatewayFailure, GatewaySpec
@@ -32,6 +32,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="gateway: %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
     parent_fds = [sys.stdin.fileno(), os.pidfd_open(os.getppid())]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the gateway can stop in good order
     _die_with_parent()
     _allow_many_connections()
     spec = _read_spec(sys.stdin.fileno())
@@ -60,9 +61,13 @@ def main() -> int:
 def _serve(
     spec: GatewaySpec, context: "zmq.Context[zmq.Socket[bytes]]", link: "zmq.Socket[bytes]", parent_fds: list[int]
 ) -> None:
+    # A gateway that replaces another is connected to at once, so it must be able to serve at once.
+    codec = None if spec.info is None else codec_of(spec)
     front = Front(context, spec.bind, spec.max_request_bytes)
     jobs = Jobs()
     gateway = Gateway(spec, link, front, jobs, parent_fds)
+    if spec.info is not None:
+        gateway.use(codec)
     # Python runs a handler only between two of its own steps; a signal just before the loop starts to wait would be
     # noticed at the next message. The descriptor is written by the C handler and ends the wait.
     signal.set_wakeup_fd(jobs.wake_fd, warn_on_full_buffer=False)

@@ -27,7 +27,7 @@ class Refusal(Exception):
 
 def check_state(info: EngineInfo | None) -> EngineInfo:
     """Give the engine's limits if it takes requests. Refusal while it starts or drains."""
-    if info is not None and info.state == "ready":
+    if info is not None and info.state in ("ready", "recovering"):  # the engine queues while it recovers
         return info
     if info is None or info.state == "starting":
         raise Refusal("not_ready", "the server is still loading the model", RETRY_AFTER_S)

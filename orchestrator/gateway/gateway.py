@@ -6,20 +6,21 @@ engine step brings tokens, which become text and go out; it ends in one `Finishe
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
 import zmq
 
-from mgpu.orchestrator.gateway.admission import Refusal, admit, check_load, check_model, check_state
+from mgpu.orchestrator.gateway.admission import RETRY_AFTER_S, Refusal, admit, check_load, check_model, check_state
 from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.front import Front
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.jobs import Jobs
-from mgpu.orchestrator.gateway.queries import PendingStats, health, models
+from mgpu.orchestrator.gateway.queries import ENGINE_TIMEOUT_S, Question, Questions, health, models, stats
 from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
+from mgpu.orchestrator.gateway.resumption import Resumption, pack_context
 from mgpu.orchestrator.gateway.tokenizer import TextCodec, load_codec
 from mgpu.protocol.link import (
     LINK,
@@ -28,6 +29,9 @@ from mgpu.protocol.link import (
     GatewayReady,
     GatewaySpec,
     Outputs,
+    Resumable,
+    Resume,
+    Resumed,
     StatsQuery,
     StatsReply,
     Submit,
@@ -38,6 +42,7 @@ from mgpu.protocol.messages import (
     Generate,
     Keepalive,
     Query,
+    ResumeRequest,
     ServerMessage,
     parse_client_message,
     to_map,
@@ -72,10 +77,13 @@ class Gateway:
         self._parent_fds = tuple(parent_fds)
         self._codec: TextCodec | None = None
         self._is_loaded = False
-        self._info: EngineInfo | None = None
+        self._info = spec.info
         self._table = RequestTable()
-        self._next_sequence = 1
-        self._stats = PendingStats()
+        self._next_sequence = spec.first_sequence
+        self._questions = Questions()
+        self._resumption = Resumption(self._table, self._choice, self._send, self._send_engine)
+        self._counters: dict[str, float] = {}
+        """What the engine last said of itself."""
         self._started_s = time.monotonic()
         self._next_tick_s = 0.0
         self._running = True
@@ -90,7 +98,8 @@ class Gateway:
             poller.register(socket, zmq.POLLIN)
         for fd in (self._jobs.fd, *self._parent_fds):
             poller.register(fd, zmq.POLLIN)
-        self._jobs.start(self._load, self._loaded)
+        if not self._is_loaded:
+            self._jobs.start(self._load, self._loaded)
         while self._running:
             ready = dict(poller.poll(self._wait_ms()))
             if not ready.keys().isdisjoint(self._parent_fds):
@@ -116,19 +125,23 @@ class Gateway:
     def _wait_ms(self) -> int | None:
         if self._front.has_backlog:
             return BACKLOG_RETRY_MS
-        if not len(self._table) and not self._stats:
+        if not len(self._table) and not self._questions:
             return None
         return max(0, int((self._next_tick_s - time.monotonic()) * 1000) + 1)
 
     def _load(self) -> TextCodec | None:
-        return load_codec(self._spec.model_path, cast("CheckpointFormat", self._spec.model_format))
+        return codec_of(self._spec)
 
     def _loaded(self, future: "Future[TextCodec | None]") -> None:
         self._failure = future.exception()
         if self._failure is not None:
             self.stop()
             return
-        self._codec, self._is_loaded = future.result(), True
+        self.use(future.result())
+
+    def use(self, codec: TextCodec | None) -> None:
+        """Take the model's tokenizer, None when it has none, and tell the engine that clients are served."""
+        self._codec, self._is_loaded = codec, True
         self._link.send(LINK.encode(GatewayReady(self._front.endpoint)))
 
     def _close(self) -> None:
@@ -153,6 +166,10 @@ class Gateway:
                 self._on_info(message)
             elif isinstance(message, StatsReply):
                 self._on_stats(message)
+            elif isinstance(message, Resumed):
+                question = self._questions.take(message)
+                if question is not None:
+                    self._resumption.go_on(question.client, question.message, message)
 
     def _on_info(self, info: EngineInfo) -> None:
         self._info = info
@@ -188,11 +205,20 @@ class Gateway:
             self._send(request.client, request.finished())
 
     def _on_stats(self, reply: StatsReply) -> None:
-        answer = self._stats.answer(reply, self._table)
-        if answer is not None:
-            self._send(*answer)
+        self._counters = reply.counters
+        question = self._questions.take(reply)
+        if question is None:
+            return
+        query_id = question.message.id
+        if isinstance(question.message, Query) and question.message.kind == "health":
+            self._send_health(question.client, query_id, reply.counters)
+        else:
+            self._send(question.client, stats(query_id, reply.counters, self._table))
 
-    def _send_engine(self, message: Submit | Cancel | StatsQuery) -> None:
+    def _send_health(self, client: bytes, query_id: int, counters: Mapping[str, float]) -> None:
+        self._send(client, health(query_id, self._spec, self._usable_info, counters, len(self._table), self._started_s))
+
+    def _send_engine(self, message: Submit | Resumable | Resume | Cancel | StatsQuery) -> None:
         self._link.send(LINK.encode(message))
 
     # --------------------------------------------------------------- clients
@@ -214,6 +240,10 @@ class Gateway:
             message = parse_client_message(data)
             if isinstance(message, Generate):
                 self._on_generate(client, message)
+            elif isinstance(message, ResumeRequest):
+                if self._resumption.must_ask(client, message, len(self._questions)):
+                    number = self._questions.ask(client, message)
+                    self._send_engine(Resume(number, message.session, message.id))
             elif isinstance(message, CancelRequest):
                 self._on_cancel(client, message)
             else:
@@ -236,7 +266,8 @@ class Gateway:
         self._send(client, Failed(request_id, refusal.code, text, refusal.retry_after_s))
 
     def _on_generate(self, client: bytes, message: Generate) -> None:
-        if self._table.get(client, message.id) is not None:
+        known = self._table.get(client, message.id) or self._table.by_session(message.session, message.id)
+        if known is not None:
             raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
         check_model(message, self._spec.model_name)
         check_state(self._usable_info)
@@ -279,17 +310,27 @@ class Gateway:
         self._next_sequence += len(submits)
         request.prompt_tokens = accepted.prompt_tokens
         self._table.add(request)
-        self._table.start(request, [self._choice(request.spec, at, submit) for at, submit in enumerate(submits)])
+        self._table.start(
+            request,
+            [
+                self._choice(request.spec, at, submit.request_id, submit.stop_token_ids)
+                for at, submit in enumerate(submits)
+            ],
+        )
         self._send(request.client, accepted)
+        if request.spec.session is not None:
+            context = pack_context(request, accepted)
+            self._send_engine(Resumable(request.spec.session, request.id, context, submits))
+            return
         for submit in submits:
             self._send_engine(submit)
 
-    def _choice(self, spec: Generate, index: int, submit: Submit) -> ChoiceState:
+    def _choice(self, spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[int]) -> ChoiceState:
         codec, text = self._codec, None
         if codec is not None:
             bytes_of = codec.shown_bytes if spec.skip_special_tokens else codec.all_bytes
             text = Detokenizer(bytes_of, spec.stop, spec.min_tokens)
-        return ChoiceState(index, submit.request_id, frozenset(submit.stop_token_ids), codec, text)
+        return ChoiceState(index, sequence_id, frozenset(stop_ids), codec, text)
 
     def _on_cancel(self, client: bytes, message: CancelRequest) -> None:
         request = self._table.get(client, message.id)
@@ -304,12 +345,22 @@ class Gateway:
         self._send(client, request.finished())
 
     def _on_query(self, client: bytes, query: Query) -> None:
-        if query.kind == "health":
-            self._send(client, health(query.id, self._spec, self._usable_info, len(self._table), self._started_s))
-        elif query.kind == "models":
-            self._send(client, models(query.id, self._spec, self._usable_info, self._codec))
+        info = self._usable_info
+        if query.kind == "models":
+            self._send(client, models(query.id, self._spec, info, self._codec))
+        elif query.kind == "health" and (info is None or info.state in ("starting", "stopped")):
+            self._send_health(client, query.id, {})
         else:
-            self._send_engine(StatsQuery(self._stats.ask(client, query.id)))
+            self._send_engine(StatsQuery(self._questions.ask(client, query)))
+
+    def _give_up(self, question: Question) -> None:
+        """Answer for an engine that does not."""
+        client, message = question.client, question.message
+        if isinstance(message, Query) and message.kind == "health":
+            self._send_health(client, message.id, {**self._counters, "stalled": 1.0})
+        else:
+            text = f"the engine did not answer within {ENGINE_TIMEOUT_S:g} s"
+            self._send(client, Failed(message.id, "not_ready", text, RETRY_AFTER_S))
 
     # ---------------------------------------------------------------- ending
 
@@ -348,12 +399,17 @@ class Gateway:
             elif now - request.last_sent_s >= KEEPALIVE_S:
                 request.last_sent_s = now
                 self._send(request.client, Keepalive(request.id))
-        for client, failed in self._stats.take_overdue(now):
-            self._send(client, failed)
+        for question in self._questions.take_overdue(now):
+            self._give_up(question)
         self._drop_lost()
 
     def _send(self, client: bytes, message: ServerMessage) -> None:
         self._front.send(client, to_map(message))
+
+
+def codec_of(spec: GatewaySpec) -> TextCodec | None:
+    """Load the tokenizer; None when the model has none."""
+    return load_codec(spec.model_path, cast("CheckpointFormat", spec.model_format))
 
 
 def _id_of(data: dict[object, object]) -> int | None:

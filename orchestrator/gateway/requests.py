@@ -72,11 +72,15 @@ class ChoiceState:
     def _token_text(self, token_id: int) -> str:
         return "" if self.codec is None else self.codec.text_of(token_id)
 
+    def forget_held(self) -> None:
+        """Drop what was collected: the client has it."""
+        self.held_text, self.held_ids, self.held_logprobs = "", [], []
+
     def drain(self, request_id: int) -> Tokens:
         """Give what was collected since the last call."""
         logprobs = self.held_logprobs or None
         message = Tokens(request_id, self.index, self.held_text, self.held_ids, logprobs, self.finish_reason)
-        self.held_text, self.held_ids, self.held_logprobs = "", [], []
+        self.forget_held()
         return message
 
 
@@ -119,6 +123,7 @@ class RequestTable:
     def __init__(self) -> None:
         self._by_client: dict[bytes, dict[int, Request]] = {}
         self._by_sequence: dict[int, tuple[Request, ChoiceState]] = {}
+        self._by_session: dict[tuple[str, int], Request] = {}
         self._count = 0
 
     def __len__(self) -> int:
@@ -145,8 +150,14 @@ class RequestTable:
         """Find a choice that is still going on; None when its request has ended."""
         return self._by_sequence.get(sequence_id)
 
+    def by_session(self, session: str | None, request_id: int) -> Request | None:
+        """Find a request by its client's own names, whatever connection it came on."""
+        return None if session is None else self._by_session.get((session, request_id))
+
     def add(self, request: Request) -> None:
         self._by_client.setdefault(request.client, {})[request.id] = request
+        if request.spec.session is not None:
+            self._by_session[request.spec.session, request.id] = request
         self._count += 1
 
     def start(self, request: Request, choices: list[ChoiceState]) -> None:
@@ -164,6 +175,8 @@ class RequestTable:
         del requests[request.id]
         if not requests:
             del self._by_client[request.client]
+        if request.spec.session is not None:
+            self._by_session.pop((request.spec.session, request.id), None)
         self._count -= 1
         for choice in request.choices:
             self.end_choice(choice)

@@ -21,7 +21,18 @@ from mgpu.orchestrator.server import Server
 from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.orchestrator.signals import end_process
 from mgpu.protocol.control import RowSampling
-from mgpu.protocol.link import LINK, Cancel, EngineInfo, Outputs, StatsQuery, StatsReply, Submit
+from mgpu.protocol.link import (
+    LINK,
+    Cancel,
+    EngineInfo,
+    Outputs,
+    Resumable,
+    Resume,
+    Resumed,
+    StatsQuery,
+    StatsReply,
+    Submit,
+)
 from mgpu.protocol.model import ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Stage
 
@@ -98,6 +109,7 @@ class ServerProcess:
         self.log_path = log
         self.infos: list[EngineInfo] = []
         self.stats: list[StatsReply] = []
+        self.records: list[Resumed] = []
         self.tokens: dict[int, list[int]] = {}
         self.finish: dict[int, str] = {}
         self.errors: dict[int, str] = {}
@@ -110,7 +122,7 @@ class ServerProcess:
         ids = array("i", prompt).tobytes()
         self.send(Submit(request_id, ids, max_tokens, list(stop_ids), RowSampling(), b"", 0))
 
-    def send(self, message: Submit | Cancel | StatsQuery) -> None:
+    def send(self, message: Submit | Resumable | Resume | Cancel | StatsQuery) -> None:
         self.socket.send(LINK.encode(message))
 
     def wait_for(self, done: Callable[[], bool]) -> None:
@@ -135,8 +147,16 @@ class ServerProcess:
 
     def workers(self) -> list[psutil.Process]:
         """The worker processes by rank, as far as they run now."""
-        found = [child for child in self.children() if child.cmdline()[-1:] == [str(HERE / "fake_worker.py")]]
-        return sorted(found, key=lambda worker: int(worker.environ()["RANK"]))
+        return sorted(self.children_like("fake_worker.py"), key=lambda worker: int(worker.environ()["RANK"]))
+
+    def children_like(self, word: str) -> list[psutil.Process]:
+        """The children that live and have ``word`` in their command."""
+        found: list[psutil.Process] = []
+        for child in self.children():
+            with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+                if word in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
     def counters(self) -> dict[str, float]:
         self.stats.clear()
@@ -149,6 +169,8 @@ class ServerProcess:
             self.infos.append(message)
         elif isinstance(message, StatsReply):
             self.stats.append(message)
+        elif isinstance(message, Resumed):
+            self.records.append(message)
         elif isinstance(message, Outputs):
             columns = (message.request_ids, message.token_ids, message.finish, message.errors)
             for request_id, tokens, finish, error in zip(*columns, strict=True):

@@ -146,17 +146,6 @@ def test_a_worker_that_fails_while_loading_ends_the_start(folder: Path) -> None:
         assert "worker 0 failed in phase weights: rank 0 was told to fail" in server.log
 
 
-@pytest.mark.parametrize(("order", "message"), [(b"die", "exited with status 9"), (b"fail", "told to fail")])
-def test_a_gateway_that_ends_ends_the_server(folder: Path, order: bytes, message: str) -> None:
-    with running_server(folder) as server:
-        server.wait_ready()
-        children = server.children()
-        server.socket.send(order)
-        assert server.wait_exit() == 1
-        assert f"the gateway failed: {'the process ' if order == b'die' else ''}{message}" in server.log
-        assert_nothing_is_left(folder, children)
-
-
 def test_sigkill_of_the_parent_leaves_nothing(folder: Path) -> None:
     with running_server(folder, {"step_s": 0.01}, ranks_per_stage=2) as server:
         server.wait_ready()

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -202,9 +203,91 @@ def test_a_server_that_dies_fails_what_is_in_flight_at_once(tmp_path: Path) -> N
         gateway.engine.going.clear()
         stream = client.stream([1])
         gateway.engine.wait(lambda: len(gateway.engine.submits) == 1)
+        (gateway.runtime_dir / LOCK_NAME).touch()  # nobody holds it: the server itself has ended
         gateway.process.kill()
-        with pytest.raises(ServerUnreachable, match="closed the connection"):
+        with pytest.raises(ServerUnreachable, match="has ended"):
             next(stream)
+
+
+def test_a_gateway_that_does_not_come_back_is_given_up(tmp_path: Path) -> None:
+    with (
+        GatewayProcess(make_model_folder(tmp_path)) as gateway,
+        Client(gateway.endpoint, silence_timeout_s=0.5) as client,
+    ):
+        stream = client.stream([1], max_tokens=500)
+        next(stream)
+        gateway.process.kill()
+        with pytest.raises(ServerUnreachable, match="did not come back within"):
+            list(stream)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"max_tokens": 100},
+    {"max_tokens": 100, "n": 3, "logprobs": 1},
+    {"max_tokens": 100, "stop": ["cd" * 30 + "c!"]},
+    {"max_tokens": 480, "ignore_eos": True},
+]
+
+
+def test_streams_go_on_through_a_gateway_that_was_killed(tmp_path: Path) -> None:
+    with GatewayProcess(make_model_folder(tmp_path)) as gateway, Client(gateway.endpoint) as client:
+        gateway.engine.script = lambda submit: iter("é€cd".encode() * 200)
+        for moment in (0, 1, 2, 40, 90):
+            streams = [client.stream(list(b"ab"), seed=1, **options) for options in OPTIONS]
+            whole = client.stream(list(b"ab"), max_tokens=100, seed=1)
+            while moment and len(whole._answer.pieces) + sum(len(s._answer.pieces) for s in streams) < 4 * moment:
+                client._poll(1.0)
+                client._connection.receive()
+            gateway.kill()
+            gateway.replace()
+            expected = ("é€cd" * 200).encode()
+            for stream, options in zip(streams, OPTIONS, strict=True):
+                done = stream.completion()
+                for choice in done.choices:
+                    assert bytes(choice.token_ids) == expected[: options["max_tokens"]]
+                    assert choice.text == expected[: options["max_tokens"]].decode(errors="replace")
+                    assert choice.finish_reason == "length"
+                    if "logprobs" in options:
+                        assert choice.logprobs is not None
+                        assert [entry.token_id for entry in choice.logprobs] == list(choice.token_ids)
+                assert done.usage.completion_tokens == options["max_tokens"] * options.get("n", 1)
+                assert done.seed == 1
+            assert bytes(whole.completion().token_ids) == expected[:100]
+        assert len(gateway.engine.submits) == 5 * (len(OPTIONS) + 3)
+
+
+def test_a_stop_string_across_the_splice_is_found(tmp_path: Path) -> None:
+    with GatewayProcess(make_model_folder(tmp_path)) as gateway, Client(gateway.endpoint) as client:
+        gateway.engine.script = says("abcdef" * 50)
+        stream = client.stream([1], max_tokens=300, stop=["fabcdefX", "defabcdefabcdefabcdefabcdefabcdefY", "efab" * 9])
+        text = "".join(next(stream).text for _ in range(20))
+        gateway.kill()
+        gateway.replace()
+        text += "".join(piece.text for piece in stream)
+        assert text == "abcdef" * 50
+
+
+def test_a_request_sent_while_no_gateway_is_there_waits_for_the_next(tmp_path: Path) -> None:
+    with GatewayProcess(make_model_folder(tmp_path)) as gateway, Client(gateway.endpoint) as client:
+        assert client.generate([1], max_tokens=1).token_ids == (1,)
+        gateway.kill()
+        gateway.replace(wait=False)
+        assert client.generate([2], max_tokens=3).token_ids == (2, 2, 2)
+
+
+def test_async_answers_go_on_through_a_gateway_that_was_killed(tmp_path: Path) -> None:
+    async def use(gateway: GatewayProcess) -> None:
+        async with AsyncClient(gateway.endpoint) as client:
+            tasks = [asyncio.create_task(client.generate([at], max_tokens=200)) for at in range(16)]
+            async for _ in client.stream([99], max_tokens=5):
+                pass
+            gateway.kill()
+            gateway.replace()
+            answers = await asyncio.gather(*tasks)
+        assert [done.token_ids for done in answers] == [(at,) * 200 for at in range(16)]
+
+    with GatewayProcess(make_model_folder(tmp_path)) as gateway:
+        asyncio.run(use(gateway))
 
 
 def test_a_server_that_falls_silent_is_given_up(tmp_path: Path) -> None:

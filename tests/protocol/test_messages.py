@@ -15,6 +15,7 @@ from mgpu.protocol.messages import (
     Generate,
     GenerateOptions,
     Query,
+    ResumeRequest,
     Tokens,
     parse_client_message,
     parse_server_message,
@@ -32,7 +33,14 @@ def generate(**changes: Any) -> Generate:
 def test_every_field_has_a_rule_and_every_option_is_a_field() -> None:
     names = {field.name for field in fields(Generate)}
     assert names == set(GENERATE_RULES)
-    assert set(GenerateOptions.__annotations__) == names - {"id", "prompt", "prompt_ids", "messages", "stream"}
+    assert set(GenerateOptions.__annotations__) == names - {
+        "id",
+        "prompt",
+        "prompt_ids",
+        "messages",
+        "stream",
+        "session",
+    }
 
 
 def test_defaults_pass_their_own_rules() -> None:
@@ -137,8 +145,18 @@ def test_queries_and_cancel_need_an_id_only() -> None:
     assert parse_client_message({"type": "stats", "id": 0}) == Query("stats", 0)
     with pytest.raises(FieldError, match="id is missing"):
         parse_client_message({"type": "health"})
-    with pytest.raises(FieldError, match="type must be one of generate, cancel, health, stats, models"):
+    with pytest.raises(FieldError, match="type must be one of generate, resume, cancel, health, stats, models"):
         parse_client_message({"id": 1})
+
+
+def test_resuming_needs_a_session_that_cannot_be_guessed_and_an_offset_per_choice() -> None:
+    message = {"type": "resume", "id": 1, "session": "s" * 16, "offsets": [0, -1]}
+    assert parse_client_message(message) == ResumeRequest(1, "s" * 16, (0, -1))
+    for name, wrong in {"session": "short", "offsets": []}.items():
+        with pytest.raises(FieldError, match=f"{name} must be"):
+            parse_client_message({**message, name: wrong})
+        with pytest.raises(FieldError, match=f"{name} is missing"):
+            parse_client_message({key: value for key, value in message.items() if key != name})
 
 
 def test_server_messages_survive_their_map_and_skip_what_is_new() -> None:

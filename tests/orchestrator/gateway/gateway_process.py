@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,10 @@ from mgpu.protocol.link import (
     GatewayReady,
     GatewaySpec,
     Outputs,
+    Resumable,
+    Resume,
+    Resumed,
+    SequenceRecord,
     StatsQuery,
     StatsReply,
     Submit,
@@ -87,6 +91,7 @@ def says(text: str | bytes, then: int | None = EOS) -> Script:
 class _Running:
     submit: Submit
     tokens: Iterator[int]
+    record: SequenceRecord
     count: int = 0
 
 
@@ -108,6 +113,7 @@ class FakeEngine:
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _outbox: "queue.Queue[object]" = field(default_factory=queue.Queue)
     _running: dict[int, _Running] = field(default_factory=dict)
+    _records: dict[tuple[str, int], tuple[bytes, list[SequenceRecord]]] = field(default_factory=dict)
     _stopping: bool = False
     _thread: threading.Thread | None = None
 
@@ -160,18 +166,30 @@ class FakeEngine:
     def _read(self, link: "zmq.Socket[bytes]") -> None:
         while link.poll(0):
             message = LINK.decode(link.recv())
-            if isinstance(message, Submit):
-                self.submits.append(message)
-                self._running[message.request_id] = _Running(message, self.script(message))
+            if isinstance(message, Submit | Resumable):
+                self._begin(message)
+            elif isinstance(message, Resume):
+                found = self._records.get((message.session, message.request_id), (b"", []))
+                self._send(link, Resumed(message.query_id, *found))
             elif isinstance(message, Cancel):
                 self.cancels.append(message)
-                if self._running.pop(message.request_id, None) is not None:
+                if (running := self._running.pop(message.request_id, None)) is not None:
+                    running.record.finish = message.reason
                     self._send(link, Outputs([message.request_id], [[]], [[]], [message.reason], [""], [0]))
             elif isinstance(message, StatsQuery):
                 if self.answers_stats:
                     self._send(link, StatsReply(message.query_id, {"running": float(len(self._running))}))
             else:
                 self.messages.put(message)
+
+    def _begin(self, message: Submit | Resumable) -> None:
+        submits = [message] if isinstance(message, Submit) else message.submits
+        records = [SequenceRecord(each.request_id, each.stop_token_ids, b"", [], "", "", 3) for each in submits]
+        if isinstance(message, Resumable):
+            self._records[message.session, message.request_id] = (message.context, records)
+        for submit, record in zip(submits, records, strict=True):
+            self.submits.append(submit)
+            self._running[submit.request_id] = _Running(submit, self.script(submit), record)
 
     def _send(self, link: "zmq.Socket[bytes]", message: object) -> None:
         with contextlib.suppress(zmq.Again):  # a gateway that is gone takes nothing
@@ -194,6 +212,9 @@ class FakeEngine:
             outputs.finish.append(finish)
             outputs.errors.append(self.error)
             outputs.cached_tokens.append(3)
+            running.record.token_ids += token.to_bytes(4, "little")
+            running.record.logprobs += [logprob] if count >= 0 else []
+            running.record.finish, running.record.error = finish, self.error
             if finish:
                 del self._running[request_id]
         return outputs
@@ -221,21 +242,46 @@ class GatewayProcess:
             "max_request_bytes": 1 << 20,
             **spec,
         }
-        data = LINK.encode(GatewaySpec(**values))
-        command = ["sh", "-c", f'{before} exec "$0" -m mgpu.orchestrator.gateway', sys.executable]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert self.process.stdin is not None
-        self.process.stdin.write(len(data).to_bytes(4, "little") + data)
-        self.process.stdin.flush()
+        self._spec = GatewaySpec(**values)
+        self._before = before
+        self.process = self._start(self._spec)
         try:
-            self.first = self.engine.messages.get(timeout=DEADLINE_S)
-            self.endpoint = self.first.endpoint if isinstance(self.first, GatewayReady) else ""
-            if ready:
-                assert not isinstance(self.first, GatewayFailure), self.first
-                self.set_info()
+            self._wait_for_first_message(ready)
         except BaseException:
             self.close()
             raise
+
+    def _start(self, spec: GatewaySpec) -> "subprocess.Popen[bytes]":
+        data = LINK.encode(spec)
+        command = ["sh", "-c", f'{self._before} exec "$0" -m mgpu.orchestrator.gateway', sys.executable]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdin is not None
+        process.stdin.write(len(data).to_bytes(4, "little") + data)
+        process.stdin.flush()
+        return process
+
+    def _wait_for_first_message(self, ready: bool) -> None:
+        self.first = self.engine.messages.get(timeout=DEADLINE_S)
+        self.endpoint = self.first.endpoint if isinstance(self.first, GatewayReady) else ""
+        if ready:
+            assert not isinstance(self.first, GatewayFailure), self.first
+            self.set_info()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(DEADLINE_S)
+        for stream in (self.process.stdin, self.process.stderr):
+            assert stream is not None
+            stream.close()
+
+    def replace(self, wait: bool = True) -> None:
+        """Start another gateway on the same endpoint after `kill`."""
+        info = EngineInfo("ready", 512, 4096, "layout: one fake engine")
+        first_sequence = self._spec.first_sequence + (1 << 40)
+        self._spec = replace(self._spec, bind=self.endpoint, first_sequence=first_sequence, info=info)
+        self.process = self._start(self._spec)
+        if wait:
+            self._wait_for_first_message(ready=True)
 
     def set_info(self, state: str = "ready", max_seq_len: int = 512, kv_tokens: int = 4096) -> None:
         """Let the engine report its state, and wait until a client can see it."""

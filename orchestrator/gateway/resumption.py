@@ -1,0 +1,189 @@
+"""Go on with a request that another gateway, or another connection, began: from the engine's record of it."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mgpu.orchestrator.gateway.admission import Refusal, check_load
+from mgpu.orchestrator.gateway.requests import MAX_HELD_TOKENS, ChoiceState, Request, RequestTable
+from mgpu.protocol.codec import Codec
+from mgpu.protocol.link import Cancel, SequenceRecord
+from mgpu.protocol.link import Resumed as Answer
+from mgpu.protocol.messages import Accepted, Failed, FailureCode, Generate, Query, Resumed, ResumeRequest, ServerMessage
+from mgpu.protocol.schema import int32_array
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a gateway must know of a request to go on with it; the prompt is not part of that."""
+
+    accepted: Accepted
+    stream: bool
+    n: int
+    min_tokens: int
+    stop: tuple[str, ...]
+    skip_special_tokens: bool
+    timeout_s: float | None
+    deadline_s: float | None
+    """CLOCK_MONOTONIC, the same for all processes of a machine."""
+
+
+_CODEC = Codec(Context)
+
+
+def pack_context(request: Request, accepted: Accepted) -> bytes:
+    """Note what another gateway would need."""
+    spec = request.spec
+    return _CODEC.encode(
+        Context(
+            accepted,
+            spec.stream,
+            spec.n,
+            spec.min_tokens,
+            spec.stop,
+            spec.skip_special_tokens,
+            spec.timeout_s,
+            request.deadline_s,
+        )
+    )
+
+
+def restored_request(client: bytes, message: ResumeRequest, data: bytes, now: float) -> tuple[Request, Accepted]:
+    """Give the request as it was admitted, without its choices."""
+    context: Context = _CODEC.decode(data)
+    spec = Generate(
+        message.id,
+        stream=context.stream,
+        n=context.n,
+        min_tokens=context.min_tokens,
+        stop=context.stop,
+        skip_special_tokens=context.skip_special_tokens,
+        timeout_s=context.timeout_s,
+        session=message.session,
+    )
+    request = Request(client, spec, last_sent_s=now, deadline_s=context.deadline_s)
+    request.prompt_tokens = context.accepted.prompt_tokens
+    return request, context.accepted
+
+
+class Replay:
+    """The tokens of one choice again, in portions that fit a message: first what the client has, then the rest."""
+
+    def __init__(self, choice: ChoiceState, record: SequenceRecord) -> None:
+        self._choice = choice
+        self._record = record
+        self._tokens = list(int32_array(record.token_ids))
+        self._at = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the choice has ended, or all that there is has been absorbed."""
+        return self._choice.finish_reason is not None or (self._at == len(self._tokens) and not self._record.finish)
+
+    def skip(self, count: int) -> None:
+        """Absorb what the client has already, and forget its text."""
+        while self._at < count and self._choice.finish_reason is None:
+            self._absorb(min(count, self._at + MAX_HELD_TOKENS), "")
+        self._choice.forget_held()
+
+    def next_portion(self) -> None:
+        """Absorb some of the rest, and the ending when it is reached."""
+        end = min(len(self._tokens), self._at + MAX_HELD_TOKENS)
+        self._absorb(end, self._record.finish if end == len(self._tokens) else "")
+
+    def _absorb(self, end: int, finish: str) -> None:
+        logprobs = self._record.logprobs
+        self._choice.absorb(self._tokens[self._at : end], logprobs[self._at : end], finish)
+        self._at = end
+
+
+class Resumption:
+    """Take requests over for clients that come back."""
+
+    def __init__(
+        self,
+        table: RequestTable,
+        make_choice: Callable[[Generate, int, int, Sequence[int]], ChoiceState],
+        send: Callable[[bytes, ServerMessage], None],
+        send_engine: Callable[[Cancel], None],
+    ) -> None:
+        self._table = table
+        self._make_choice = make_choice
+        self._send = send
+        self._send_engine = send_engine
+
+    def must_ask(self, client: bytes, message: ResumeRequest, num_asked: int) -> bool:
+        """Detach the request from the connection it was on; say whether the engine's record of it is needed."""
+        request = self._table.by_session(message.session, message.id)
+        if request is None and self._table.get(client, message.id) is not None:
+            raise Refusal("duplicate_id", "another request with this id is in flight; choose another id")
+        check_load(self._table.num_of_client(client), self._table.num_sequences + num_asked)
+        if request is None:
+            return True
+        self._table.remove(request)
+        if request.choices:
+            return True
+        request.client = client  # its prompt is being tokenized: nothing has been said yet
+        self._table.add(request)
+        self._send(client, Resumed(message.id))
+        return False
+
+    def go_on(self, client: bytes, message: Query | ResumeRequest, record: Answer) -> None:
+        """Continue a request from the engine's record; what the engine says from now on continues that."""
+        assert isinstance(message, ResumeRequest)
+        refusal = self._refusal(client, message, record)
+        if refusal is not None:
+            self._send(client, refusal)
+            return
+        request, accepted = restored_request(client, message, record.context, time.monotonic())
+        request.cached_tokens = record.sequences[0].cached_tokens
+        choices = [
+            self._make_choice(request.spec, index, each.request_id, each.stop_token_ids)
+            for index, each in enumerate(record.sequences)
+        ]
+        self._table.add(request)
+        self._table.start(request, choices)
+        self._send(client, Resumed(request.id))
+        self._send(client, accepted)
+        for choice, sequence, offset in zip(choices, record.sequences, message.offsets, strict=True):
+            self._catch_up(request, choice, sequence, offset)
+        if request.done:
+            self._table.remove(request)
+            self._send(client, request.finished())
+
+    def _refusal(self, client: bytes, message: ResumeRequest, record: Answer) -> Failed | None:
+        def refuse(code: FailureCode, text: str) -> Failed:
+            return Failed(message.id, code, text)
+
+        if not record.sequences:
+            return refuse("unknown_request", "no such request is known: it never arrived, or it ended too long ago")
+        if self._table.get(client, message.id) is not None:
+            return Failed(None, "duplicate_id", f"request {message.id}: it is in flight already")
+        counts = [len(each.token_ids) // 4 for each in record.sequences]
+        if len(counts) != len(message.offsets) or any(map(int.__gt__, message.offsets, counts)):
+            text = f"offsets {list(message.offsets)} do not fit: the choices have {counts} tokens so far"
+            return refuse("bad_request", text)
+        errors = [each.error for each in record.sequences if each.finish == "error"]
+        return refuse("engine_error", errors[0] or "the engine failed") if errors else None
+
+    def _catch_up(self, request: Request, choice: ChoiceState, record: SequenceRecord, offset: int) -> None:
+        """Bring one choice to where the engine is, and send what the client does not have."""
+        replay = Replay(choice, record)
+        replay.skip(replay.num_tokens if offset < 0 else offset)
+        while not replay.is_over:
+            replay.next_portion()
+            if offset >= 0 and choice.finish_reason is None and request.wants_message(choice):
+                self._send(request.client, choice.drain(request.id))
+        if offset < 0:
+            choice.end_early("cancelled")
+            choice.forget_held()
+        elif request.wants_message(choice):
+            self._send(request.client, choice.drain(request.id))
+        if choice.finish_reason is not None:
+            self._table.end_choice(choice)
+            if not record.finish:
+                self._send_engine(Cancel(choice.sequence_id, "stop"))

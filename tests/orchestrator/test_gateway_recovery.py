@@ -1,0 +1,223 @@
+"""The gateway dies under a running server: the engine goes on, and clients get the rest of their answers, once."""
+
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_model import solo_tokens
+from server_process import DEADLINE_S, ServerProcess, running_server
+
+from mgpu import Client
+from mgpu.orchestrator.journal import KEEP_S, Journal
+from mgpu.protocol.control import RowSampling
+from mgpu.protocol.link import Outputs, Resumable, Resume, Submit
+from mgpu.protocol.runtime import running_servers
+
+REAL_GATEWAY = (sys.executable, "-m", "mgpu.orchestrator.gateway")
+SESSION = "0123456789abcdef"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path: unix sockets have at most 107 bytes."""
+    path = Path(tempfile.mkdtemp(prefix="mgpu"))
+    yield path
+    shutil.rmtree(path)
+
+
+def resumable(request_id: int, prompt: list[int], max_tokens: int) -> Resumable:
+    submit = Submit(request_id, array("i", prompt).tobytes(), max_tokens, [], RowSampling(), b"", 0)
+    return Resumable(SESSION, request_id, b"context", [submit])
+
+
+def lose_the_gateway(server: ServerProcess, order: bytes = b"die") -> None:
+    """Let it end, and wait until the next one is told that all is well."""
+    known = len(server.infos)
+    server.socket.send(order)
+    server.wait_for(lambda: [info.state for info in server.infos[known:]] == ["ready"])
+
+
+@pytest.mark.parametrize(
+    ("order", "message"), [(b"die", "the process exited with status 9"), (b"fail", "told to fail")]
+)
+def test_a_request_goes_on_while_the_gateway_is_replaced(folder: Path, order: bytes, message: str) -> None:
+    with running_server(folder, {"step_s": 0.002}) as server:
+        server.wait_ready()
+        server.send(resumable(1, [1, 2, 3], 200))
+        server.submit(2, [1, 2, 3], 200)
+        server.wait_for(lambda: 1 in server.tokens)
+        lose_the_gateway(server, order)
+        assert f"the gateway failed: {message}" in server.log
+        server.tokens.clear()
+        server.send(Resume(5, SESSION, 1))
+        server.wait_for(lambda: bool(server.records))
+        record = server.records[0]
+        assert (record.query_id, record.context) == (5, b"context")
+        known = array("i", record.sequences[0].token_ids).tolist()
+        server.tokens.clear()  # what came before the record is part of it
+        if not record.sequences[0].finish:
+            server.wait_for(lambda: 1 in server.finish)
+        assert known + server.tokens.get(1, []) == solo_tokens([1, 2, 3], 200)
+        counters = server.counters()
+        assert counters["gateway_restarts"] == 1
+        assert counters["restarts"] == counters["running"] == 0  # request 2 could not be resumed: it has ended
+        server.send(Resume(6, SESSION, 99))
+        server.wait_for(lambda: len(server.records) == 2)
+        assert server.records[1].sequences == []
+
+
+def test_requests_that_nobody_comes_back_for_end(folder: Path) -> None:
+    with running_server(folder, {"step_s": 0.02}, resume_timeout_s=0.3) as server:
+        server.wait_ready()
+        for request_id in (1, 2):
+            server.send(resumable(request_id, [1, 2, request_id], 240))
+        server.wait_for(lambda: server.tokens.keys() >= {1, 2})
+        lose_the_gateway(server)
+        server.send(Resume(5, SESSION, 2))
+        server.wait_for(lambda: server.finish.get(1) == "cancelled")
+        assert 2 not in server.finish
+        server.wait_for(lambda: server.finish.get(2) == "length")
+
+
+def test_a_gateway_that_fails_again_and_again_ends_the_server(folder: Path) -> None:
+    with running_server(folder, max_restarts=2) as server:
+        server.wait_ready()
+        children = server.children()
+        for _ in range(2):
+            lose_the_gateway(server)
+        server.socket.send(b"die")
+        assert server.wait_exit() == 1
+        assert "giving up after 2 restarts within 600 s" in server.log
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive
+
+
+def test_a_request_is_not_started_twice_under_one_name(folder: Path) -> None:
+    with running_server(folder, {"step_s": 0.002}) as server:
+        server.wait_ready()
+        server.send(resumable(1, [1, 2], 100))
+        again = resumable(2, [1, 2], 100)
+        server.send(Resumable(SESSION, 1, again.context, again.submits))
+        server.wait_for(lambda: 1 in server.finish)
+        assert server.finish[2] == "error"
+        assert "resume it" in server.errors[2]
+        assert server.tokens[1] == solo_tokens([1, 2], 100)
+        server.send(Resumable(SESSION, 1, b"", resumable(3, [5], 4).submits))  # it has ended: the name is free again
+        server.wait_for(lambda: 3 in server.finish)
+        assert server.tokens[3] == solo_tokens([5], 4)
+
+
+def endpoint_of(server: ServerProcess, folder: Path) -> str:
+    """Wait for a server with the real gateway."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not (found := running_servers({"MGPU_RUNTIME_DIR": str(folder / "run")})):
+        assert time.monotonic() < deadline_s, server.log
+        assert server.process.poll() is None, server.log
+        time.sleep(0.02)
+    return found[0].endpoint
+
+
+def gateway_of(server: ServerProcess) -> psutil.Process:
+    [found] = server.children_like("mgpu.orchestrator.gateway")
+    return found
+
+
+class Streams:
+    """16 clients, each in its thread, that stream one request after another and compare every token."""
+
+    def __init__(self, endpoint: str, seed: int) -> None:
+        self.done = 0
+        self.failures: list[str] = []
+        self._endpoint = endpoint
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(random.Random(seed + i),)) for i in range(16)]
+
+    def __enter__(self) -> "Streams":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(DEADLINE_S)
+        assert not any(thread.is_alive() for thread in self._threads)
+
+    def wait_for_more(self, count: int) -> None:
+        goal, deadline_s = self.done + count, time.monotonic() + DEADLINE_S
+        while self.done < goal and not self.failures:
+            assert time.monotonic() < deadline_s, "the streams stand still"
+            time.sleep(0.005)
+        assert self.failures == []
+
+    def _run(self, rng: random.Random) -> None:
+        with Client(self._endpoint) as client:
+            while not self._stop.is_set() and not self.failures:
+                prompt = [rng.randrange(1000) for _ in range(rng.randrange(1, 40))]
+                max_tokens = rng.randrange(1, 80)
+                try:
+                    pieces = list(client.stream(prompt, max_tokens=max_tokens, ignore_eos=True))
+                except Exception as error:
+                    self.failures.append(repr(error))
+                    return
+                tokens = [token for piece in pieces for token in piece.token_ids]
+                if tokens != solo_tokens(prompt, max_tokens):
+                    self.failures.append(f"{prompt} {max_tokens}: {tokens}")
+                self.done += 1
+
+
+def test_16_streams_survive_kills_of_the_gateway_and_the_workers(folder: Path) -> None:
+    options = {"step_s": 0.002, "num_blocks": [400, 400]}
+    with running_server(
+        folder, options, ranks_per_stage=2, gateway_command=REAL_GATEWAY, max_restarts=1000, max_rows=32
+    ) as server:
+        rng = random.Random(3)
+        with Streams(endpoint_of(server, folder), seed=11) as streams:
+            for number in range(8):
+                streams.wait_for_more(rng.randrange(1, 40))
+                gateway_of(server).kill()
+                if number % 4 == 3:
+                    server.workers()[rng.randrange(2)].kill()
+                streams.wait_for_more(40)
+        assert streams.failures == []
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(DEADLINE_S) == -signal.SIGTERM
+
+
+def journal_with(count: int, clock: list[float]) -> Journal:
+    journal = Journal(clock_s=lambda: clock[0])
+    for number in range(count):
+        assert journal.open(resumable(number, [1], 5))
+        journal.attach(number, None)
+        journal.note(Outputs([number], [[]], [[]], ["error"], ["refused"], [0]))
+    return journal
+
+
+def test_the_journal_keeps_the_ended_for_a_minute() -> None:
+    clock = [0.0]
+    journal = journal_with(10, clock)
+    assert journal.look_up(SESSION, 3)[1][0].error == "refused"
+    clock[0] = KEEP_S - 1
+    journal.prune()
+    assert len(journal) == 10
+    clock[0] = KEEP_S + 1
+    journal.prune()
+    assert len(journal) == 0
+    assert journal.look_up(SESSION, 3) == (b"", [])
+
+
+def test_the_journal_keeps_only_so_many_of_the_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgpu.orchestrator.journal.KEEP_REQUESTS", 5)
+    journal = journal_with(10, [0.0])
+    assert len(journal) == 5
+    assert journal.look_up(SESSION, 4) == (b"", [])
+    assert journal.look_up(SESSION, 5)[1]
