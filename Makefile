@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check format bench-cpu clean
+.PHONY: help demo test test-gpu check format bench-cpu chaos clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -31,6 +31,9 @@ format: $(VENV)/installed-dev ## Rewrite the sources in the project's format
 
 bench-cpu: $(VENV)/installed-dev ## Compare decode speed on the CPU with Hugging Face transformers
 	@$(BIN)/python bench/cpu_decode.py
+
+chaos: $(VENV)/installed-dev ## Break a real server under load and count what its clients lose (CHAOS="--kills 200 ...")
+	@$(BIN)/python bench/chaos.py --json bench/results/chaos.json $(CHAOS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -225,8 +225,11 @@ class Engine:
             self._workers.read_all()
         if not self._recovery.is_ready:
             self._await_workers()
-        running = self._scheduler.num_running
-        self._notifier.serving(running, self._scheduler.num_live - running, self._waited_s())
+        running, live = self._scheduler.num_running, self._scheduler.num_live
+        if self._recovery.is_ready:
+            self._notifier.serving(running, live - running, self._waited_s())
+        else:
+            self._notifier.recovering(live)
 
     def _waited_s(self) -> float:
         """Give how long the workers have been at the oldest step, 0 if they have none."""

@@ -95,6 +95,12 @@ class Notifier:
             text += f"; stalled, no step has finished for {waited_s:.0f} s"
         self._say(now_s, text, alive=not stalled)
 
+    def recovering(self, waiting: int) -> None:
+        """Report that the workers are loaded again; how often and how long that may go on is not for the manager."""
+        now_s = self._clock_s()
+        if self._is_due(now_s):
+            self._say(now_s, f"{self._title}: recovering, {waiting} waiting", alive=True)
+
     def reloading(self, status: str) -> None:
         """Report that the configuration is read again; `ready` must follow."""
         usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000

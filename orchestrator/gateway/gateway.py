@@ -6,19 +6,19 @@ engine step brings tokens, which become text and go out; it ends in one `Finishe
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
 import zmq
 
-from mgpu.orchestrator.gateway.admission import RETRY_AFTER_S, Refusal, admit, check_load, check_model, check_state
+from mgpu.orchestrator.gateway.admission import Refusal, admit, check_load, check_model, check_state
 from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.front import Front
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.jobs import Jobs
-from mgpu.orchestrator.gateway.queries import ENGINE_TIMEOUT_S, Question, Questions, health, models, stats
+from mgpu.orchestrator.gateway.queries import Queries
 from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
 from mgpu.orchestrator.gateway.resumption import Resumption, pack_context
 from mgpu.orchestrator.gateway.tokenizer import TextCodec, load_codec
@@ -41,7 +41,6 @@ from mgpu.protocol.messages import (
     Failed,
     Generate,
     Keepalive,
-    Query,
     ResumeRequest,
     ServerMessage,
     parse_client_message,
@@ -80,11 +79,8 @@ class Gateway:
         self._info = spec.info
         self._table = RequestTable()
         self._next_sequence = spec.first_sequence
-        self._questions = Questions()
+        self._queries = Queries(spec, self._table, self._send, self._send_engine)
         self._resumption = Resumption(self._table, self._choice, self._send, self._send_engine)
-        self._counters: dict[str, float] = {}
-        """What the engine last said of itself."""
-        self._started_s = time.monotonic()
         self._next_tick_s = 0.0
         self._running = True
         self._failure: BaseException | None = None
@@ -125,7 +121,7 @@ class Gateway:
     def _wait_ms(self) -> int | None:
         if self._front.has_backlog:
             return BACKLOG_RETRY_MS
-        if not len(self._table) and not self._questions:
+        if not len(self._table) and not self._queries:
             return None
         return max(0, int((self._next_tick_s - time.monotonic()) * 1000) + 1)
 
@@ -165,9 +161,9 @@ class Gateway:
             elif isinstance(message, EngineInfo):
                 self._on_info(message)
             elif isinstance(message, StatsReply):
-                self._on_stats(message)
+                self._queries.on_stats(message, self._usable_info)
             elif isinstance(message, Resumed):
-                question = self._questions.take(message)
+                question = self._queries.take(message)
                 if question is not None:
                     self._resumption.go_on(question.client, question.message, message)
 
@@ -204,20 +200,6 @@ class Gateway:
             self._table.remove(request)
             self._send(request.client, request.finished())
 
-    def _on_stats(self, reply: StatsReply) -> None:
-        self._counters = reply.counters
-        question = self._questions.take(reply)
-        if question is None:
-            return
-        query_id = question.message.id
-        if isinstance(question.message, Query) and question.message.kind == "health":
-            self._send_health(question.client, query_id, reply.counters)
-        else:
-            self._send(question.client, stats(query_id, reply.counters, self._table))
-
-    def _send_health(self, client: bytes, query_id: int, counters: Mapping[str, float]) -> None:
-        self._send(client, health(query_id, self._spec, self._usable_info, counters, len(self._table), self._started_s))
-
     def _send_engine(self, message: Submit | Resumable | Resume | Cancel | StatsQuery) -> None:
         self._link.send(LINK.encode(message))
 
@@ -241,13 +223,12 @@ class Gateway:
             if isinstance(message, Generate):
                 self._on_generate(client, message)
             elif isinstance(message, ResumeRequest):
-                if self._resumption.must_ask(client, message, len(self._questions)):
-                    number = self._questions.ask(client, message)
-                    self._send_engine(Resume(number, message.session, message.id))
+                if self._resumption.must_ask(client, message, len(self._queries)):
+                    self._queries.ask_for_record(client, message)
             elif isinstance(message, CancelRequest):
                 self._on_cancel(client, message)
             else:
-                self._on_query(client, message)
+                self._queries.on_query(client, message, self._usable_info, self._codec)
         except WireError as error:
             self._send(client, Failed(None, error.code, str(error)))
         except (FieldError, TokenizerError, ChatTemplateError) as error:
@@ -344,24 +325,6 @@ class Gateway:
         self._table.remove(request)
         self._send(client, request.finished())
 
-    def _on_query(self, client: bytes, query: Query) -> None:
-        info = self._usable_info
-        if query.kind == "models":
-            self._send(client, models(query.id, self._spec, info, self._codec))
-        elif query.kind == "health" and (info is None or info.state in ("starting", "stopped")):
-            self._send_health(client, query.id, {})
-        else:
-            self._send_engine(StatsQuery(self._questions.ask(client, query)))
-
-    def _give_up(self, question: Question) -> None:
-        """Answer for an engine that does not."""
-        client, message = question.client, question.message
-        if isinstance(message, Query) and message.kind == "health":
-            self._send_health(client, message.id, {**self._counters, "stalled": 1.0})
-        else:
-            text = f"the engine did not answer within {ENGINE_TIMEOUT_S:g} s"
-            self._send(client, Failed(message.id, "not_ready", text, RETRY_AFTER_S))
-
     # ---------------------------------------------------------------- ending
 
     def _fail(self, request: Request, refusal: Refusal) -> None:
@@ -399,8 +362,7 @@ class Gateway:
             elif now - request.last_sent_s >= KEEPALIVE_S:
                 request.last_sent_s = now
                 self._send(request.client, Keepalive(request.id))
-        for question in self._questions.take_overdue(now):
-            self._give_up(question)
+        self._queries.give_up_overdue(now, self._usable_info)
         self._drop_lost()
 
     def _send(self, client: bytes, message: ServerMessage) -> None:

@@ -1,15 +1,20 @@
 """Answers to health, models and stats; the engine is asked, and must not be waited for for ever."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mgpu.orchestrator.gateway.admission import RETRY_AFTER_S
 from mgpu.orchestrator.gateway.requests import RequestTable
 from mgpu.orchestrator.gateway.tokenizer import TextCodec
-from mgpu.protocol.link import EngineInfo, GatewaySpec, Resumed, StatsReply
-from mgpu.protocol.messages import Health, Models, Query, ResumeRequest, Stats
+from mgpu.protocol.link import EngineInfo, GatewaySpec, Resume, Resumed, StatsQuery, StatsReply
+from mgpu.protocol.messages import Failed, Health, Models, Query, ResumeRequest, ServerMessage, Stats
 
 ENGINE_TIMEOUT_S = 2.0
+RECORD_TIMEOUT_S = 10.0
+"""Longer: a client that resumes has waited already, and the engine may be busy with replacing its workers."""
+
+EngineQuestion = StatsQuery | Resume
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,32 +26,81 @@ class Question:
     overdue_s: float
 
 
-class Questions:
-    """Questions that the engine has not answered yet."""
+class Queries:
+    """Questions of clients, among them those that the engine has not answered yet."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        spec: GatewaySpec,
+        table: RequestTable,
+        send: Callable[[bytes, ServerMessage], None],
+        send_engine: Callable[[EngineQuestion], None],
+    ) -> None:
+        self._spec = spec
+        self._table = table
+        self._send = send
+        self._send_engine = send_engine
         self._waiting: dict[int, Question] = {}
         self._next = 1
+        self._counters: dict[str, float] = {}
+        """What the engine last said of itself."""
+        self._started_s = time.monotonic()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def ask(self, client: bytes, message: Query | ResumeRequest) -> int:
-        """Note a client's question and give the number under which the engine is asked."""
-        number, self._next = self._next, self._next + 1
-        self._waiting[number] = Question(client, message, time.monotonic() + ENGINE_TIMEOUT_S)
-        return number
+    def on_query(self, client: bytes, query: Query, info: EngineInfo | None, codec: TextCodec | None) -> None:
+        """Answer, or ask the engine first; ``info`` is None until it can take requests for the first time."""
+        if query.kind == "models":
+            self._send(client, models(query.id, self._spec, info, codec))
+        elif query.kind == "health" and (info is None or info.state in ("starting", "stopped")):
+            self._send_health(client, query.id, info, {})
+        else:
+            self._send_engine(StatsQuery(self._ask(client, query, ENGINE_TIMEOUT_S)))
+
+    def ask_for_record(self, client: bytes, message: ResumeRequest) -> None:
+        """Ask the engine for all that it knows of a request; `take` its answer."""
+        self._send_engine(Resume(self._ask(client, message, RECORD_TIMEOUT_S), message.session, message.id))
 
     def take(self, reply: StatsReply | Resumed) -> Question | None:
         """Give the question that is answered; None when it has been given up."""
         return self._waiting.pop(reply.query_id, None)
 
-    def take_overdue(self, now: float) -> list[Question]:
-        """Give up on what has waited too long."""
+    def on_stats(self, reply: StatsReply, info: EngineInfo | None) -> None:
+        """Pass the engine's counters on to who asked for them."""
+        self._counters = reply.counters
+        question = self.take(reply)
+        if question is None:
+            return
+        client, message = question.client, question.message
+        if isinstance(message, Query) and message.kind == "health":
+            self._send_health(client, message.id, info, reply.counters)
+        else:
+            self._send(client, stats(message.id, reply.counters, self._table))
+
+    def give_up_overdue(self, now: float, info: EngineInfo | None) -> None:
+        """Answer for an engine that does not."""
         overdue = {number: question for number, question in self._waiting.items() if now >= question.overdue_s}
-        for number in overdue:
+        for number, question in overdue.items():
             del self._waiting[number]
-        return list(overdue.values())
+            client, message = question.client, question.message
+            if isinstance(message, Query) and message.kind == "health":
+                self._send_health(client, message.id, info, {**self._counters, "stalled": 1.0})
+            else:
+                text = f"the engine did not answer within {ENGINE_TIMEOUT_S:g} s"
+                self._send(client, Failed(message.id, "not_ready", text, RETRY_AFTER_S))
+
+    def _ask(self, client: bytes, message: Query | ResumeRequest, timeout_s: float) -> int:
+        """Note a client's question and give the number under which the engine is asked."""
+        number, self._next = self._next, self._next + 1
+        self._waiting[number] = Question(client, message, time.monotonic() + timeout_s)
+        return number
+
+    def _send_health(
+        self, client: bytes, query_id: int, info: EngineInfo | None, counters: Mapping[str, float]
+    ) -> None:
+        in_flight = len(self._table)
+        self._send(client, health(query_id, self._spec, info, counters, in_flight, self._started_s))
 
 
 def stats(query_id: int, counters: Mapping[str, float], table: RequestTable) -> Stats:

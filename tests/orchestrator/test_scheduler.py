@@ -68,8 +68,16 @@ class Harness:
             return False
         assert sum(plan.counts) <= self.limits.max_batch_tokens
         self.plans.append(plan)
-        self.results.append(StepResult(0, plan.step, self.model.execute(plan), None, 0))
+        self.results.append(StepResult(plan.epoch, plan.step, self.model.execute(plan), None, 0))
         return True
+
+    def crash(self, epoch: int, num_blocks: int) -> None:
+        """Lose the workers with everything that is under way, and go on with new ones."""
+        self.scheduler.forget_workers("boom")
+        self.model = FakeModel(num_blocks, self.limits.block_size, self.limits.num_stages)
+        self.results.clear()
+        self.scheduler.resume(epoch, num_blocks)
+        self.collect()
 
     def gather(self) -> bool:
         if not self.results:
@@ -337,6 +345,43 @@ def test_a_result_of_another_step_is_an_error_and_of_another_epoch_ignored() -> 
     harness.scheduler.apply(StepResult(7, 0, [1], None, 0))
     with pytest.raises(ValueError, match="step 5 does not fit"):
         harness.scheduler.apply(StepResult(0, 5, [1], None, 0))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(8))
+def test_crashes_at_any_moment_lose_and_repeat_nothing(stages: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgpu.orchestrator.scheduler.FATAL_CRASHES", 100)
+    rng = random.Random(seed)
+    harness = Harness(num_stages=stages, num_blocks=60)
+    shapes = {i: (rng.randrange(1, 60), rng.randrange(1, 60)) for i in range(20)}
+    for i, (prompt_len, max_tokens) in shapes.items():
+        harness.submit(i, prompt_of(i, prompt_len), max_tokens)
+    for epoch in range(1, 12):
+        for _ in range(rng.randrange(0, 30)):
+            rng.choice([harness.publish, harness.publish, harness.gather])()
+        harness.crash(epoch, 60)
+        harness.scheduler.check_integrity()
+    harness.run()
+    for i, (prompt_len, max_tokens) in shapes.items():
+        assert harness.tokens[i] == solo_tokens(prompt_of(i, prompt_len), max_tokens)
+    assert set(harness.finish.values()) == {"length"}
+
+
+def test_a_request_that_waited_during_a_crash_is_innocent_of_it() -> None:
+    harness = Harness(max_rows=1)
+    for i in (1, 2):
+        harness.submit(i, prompt_of(i, 5), 10)
+    harness.publish()
+    harness.crash(1, 64)
+    harness.publish()
+    harness.crash(2, 64)  # 1 ran both times, 2 never
+    assert harness.finish == {1: "error"}
+    assert "failed 2 times in a row while they ran this request: boom" in harness.errors[1]
+    harness.publish()
+    harness.crash(3, 64)
+    harness.run()
+    assert harness.tokens[2] == solo_tokens(prompt_of(2, 5), 10)
+    assert harness.scheduler.counters.replays == 2
 
 
 def test_batch_budget_must_exceed_rows() -> None:

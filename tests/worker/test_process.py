@@ -115,8 +115,9 @@ def check_overlap(workers: Workers, model: TinyModel) -> None:
 
 
 def check_signals(workers: Workers) -> None:
-    """Ctrl-C reaches the whole foreground group; what it means is for the orchestrator to say."""
+    """Ctrl-C reaches the whole foreground group; the orchestrator says what it means. SIGUSR1 prints stacks."""
     workers.processes[0].send_signal(signal.SIGINT)
+    workers.processes[0].send_signal(signal.SIGUSR1)
     plan = step_of(200, [0, 1], [0, 0], [3, 2], new_rows=[new_row(0, [5, 6, 7], [0]), new_row(1, [8, 9], [1])])
     assert len(workers.step(replace(plan, free_rows=[2])).token_ids) == 2
 
