@@ -19,6 +19,8 @@ GENERATION_BITS = 40
 """Sequences that one gateway may number."""
 OUTBOX_LIMIT = 100_000
 """Messages that may wait for the gateway; one is sent per step, so a gateway this far behind is stuck."""
+DEATH_S = 0.2
+"""The connection of a process that dies is gone a moment before the process is."""
 FAREWELL_S = 0.5
 """Time that the gateway gets to read the last message before end of file tells it to leave."""
 
@@ -76,6 +78,8 @@ class GatewayLink:
         try:
             self.socket.send(LINK.encode(message), zmq.NOBLOCK)
         except zmq.Again:
+            self.process.wait(time.monotonic() + DEATH_S)
+            self.check_alive()
             raise GatewayLost(f"it has left {OUTBOX_LIMIT} messages unread") from None
 
     def receive(self, limit: int) -> Iterator[Any]:

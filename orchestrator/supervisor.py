@@ -65,6 +65,7 @@ class WorkerGroup:
         self._runtime = runtime
         self._config = config
         self.epoch = epoch
+        self._rendezvous = runtime.path / f"rendezvous-{epoch}"
         self._failures: list[WorkerLost] = []
         self._output_rank = config.plan.output_rank
 
@@ -110,7 +111,7 @@ class WorkerGroup:
             device=config.device_of(rank),
             dtype=config.dtype,
             endpoint=endpoint,
-            rendezvous=f"file://{self._runtime.path / f'rendezvous-{self.epoch}'}",
+            rendezvous=f"file://{self._rendezvous}",
             transport=config.transport,
             stage_transport=config.stage_transport,
             shared_fd=shared_fd,
@@ -298,6 +299,7 @@ class WorkerGroup:
         for process in self.processes:  # all at once, so that none outlives another by long
             process.send_signal(signal.SIGKILL)
         self._end()
+        self._rendezvous.unlink(missing_ok=True)
 
     def _end(self) -> None:
         for process in self.processes:

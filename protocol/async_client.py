@@ -204,7 +204,10 @@ class AsyncClient:
                 if not connection.answers:
                     self._disconnect()  # the next call tries again
                 raise error
-            await self._wait_for_progress(left_s)
+            if connection.server_is_gone():
+                raise connection.ended()
+            await self._wait_for_progress(min(left_s, LOOK_S))
+            self._read()
         return connection
 
     def _opened(self) -> Connection:

@@ -223,7 +223,9 @@ class Client:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or self._connection.refused is not None:
                 raise self._connection.refused or self._connection.unreachable(f"did not answer within {timeout_s:g} s")
-            self._poll(left_s)
+            if self._connection.server_is_gone():
+                raise self._connection.ended()
+            self._poll(min(left_s, LOOK_S))
             self._connection.receive()
 
     def _poll(self, seconds: float) -> None:

@@ -119,8 +119,8 @@ class Connection:
         # Only now: what a server says before it closes the connection counts.
         for event in events:
             self._on_event(event)
-        if not self.connected and self.answers and self._server_is_gone():
-            self.fail_all(self.unreachable("has ended"))
+        if not self.connected and self.answers and self.server_is_gone():
+            self.fail_all(self.ended())
         return got
 
     def _dispatch(self, frames: list[bytes]) -> None:
@@ -189,7 +189,7 @@ class Connection:
         with contextlib.suppress(MgpuError):
             self.send({"type": "resume", "id": answer.id, "session": self._session, "offsets": answer.offsets()})
 
-    def _server_is_gone(self) -> bool:
+    def server_is_gone(self) -> bool:
         """Tell whether nobody will come back: the folder of an ipc socket has gone, or its server's lock is free."""
         if not self.was_connected or not self.endpoint.startswith("ipc://"):
             return False
@@ -211,6 +211,9 @@ class Connection:
 
     def unreachable(self, what: str) -> ServerUnreachable:
         return ServerUnreachable(f"the server at {self.endpoint} {what}; is it running? If not, {START_HINT}")
+
+    def ended(self) -> ServerUnreachable:
+        return self.unreachable("has ended")
 
     def silent(self, seconds: float) -> ServerUnreachable:
         """Say that nothing was heard for too long, and why that may be."""

@@ -175,14 +175,15 @@ class Streams:
                 self.done += 1
 
 
-def test_16_streams_survive_kills_of_the_gateway_and_the_workers(folder: Path) -> None:
+@pytest.mark.parametrize(("bind", "kills"), [("", 8), ("tcp://127.0.0.1:0", 4)])
+def test_16_streams_survive_kills_of_the_gateway_and_the_workers(folder: Path, bind: str, kills: int) -> None:
     options = {"step_s": 0.002, "num_blocks": [400, 400]}
     with running_server(
-        folder, options, ranks_per_stage=2, gateway_command=REAL_GATEWAY, max_restarts=1000, max_rows=32
+        folder, options, ranks_per_stage=2, gateway_command=REAL_GATEWAY, max_restarts=1000, max_rows=32, bind=bind
     ) as server:
         rng = random.Random(3)
         with Streams(endpoint_of(server, folder), seed=11) as streams:
-            for number in range(8):
+            for number in range(kills):
                 streams.wait_for_more(rng.randrange(1, 40))
                 gateway_of(server).kill()
                 if number % 4 == 3:

@@ -1,0 +1,46 @@
+"""Real workers and the real gateway are killed under load: every answer equals its undisturbed run."""
+
+import time
+from collections.abc import Callable
+
+import psutil
+
+from mgpu import Client
+from mgpu.launch.server_process import ServerProcess
+
+LIMIT_S = 60.0
+
+
+def child(server: ServerProcess, module: str) -> psutil.Process:
+    children = psutil.Process(server.process.pid).children()
+    return next(each for each in children if each.cmdline()[-1] == module)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def test_answers_go_on_after_a_worker_and_then_the_gateway_is_killed(smollm2: str) -> None:
+    prompts = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "The first ten primes are"]
+    options = [{"max_tokens": 40, "ignore_eos": True, "temperature": 0.7 * (at % 2), "seed": at} for at in range(4)]
+    with (
+        ServerProcess("-m", smollm2, "--device", "cpu", "--workers", "3", "--max-seq-len", "512") as server,
+        Client(server.wait_ready(), silence_timeout_s=LIMIT_S) as client,
+    ):
+        undisturbed = [client.generate(prompt, **each) for prompt, each in zip(prompts, options, strict=True)]
+        for module in ("mgpu.worker", "mgpu.orchestrator.gateway"):
+            streams = [client.stream(prompt, **each) for prompt, each in zip(prompts, options, strict=True)]
+            firsts = [next(stream) for stream in streams]
+            child(server, module).kill()
+            for first, stream, expected in zip(firsts, streams, undisturbed, strict=True):
+                pieces = [first, *stream]
+                assert tuple(token for piece in pieces for token in piece.token_ids) == expected.token_ids
+                assert "".join(piece.text for piece in pieces) == expected.text
+        wait_until(lambda: client.health().state == "ready")
+        health, stats = client.health(), client.stats()
+        assert (health.restarts, stats["gateway_restarts"], stats["replays"]) == (1, 1, 4)
+        assert health.last_recovery_s > 0
+        assert stats["kv_blocks_used"] == 0
