@@ -4,6 +4,7 @@
 
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ from mgpu.worker.links import Links
 from mgpu.worker.models import DecoderStage
 from mgpu.worker.rows import RowTable, SampleRequest
 from mgpu.worker.sampler import Sampled, Sampler
+
+if TYPE_CHECKING:
+    from mgpu.worker.decode_graphs import DecodeGraphs
+
+_FIRST_GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Sizes of decode graphs that are there when the worker is ready; others are made when first needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +58,22 @@ class ModelRunner:
         self._is_last = place.stage_index == num_stages - 1
         self._sampler = Sampler(rows, links.group, padded_vocab(facts.vocab_size, place.tp_size) // place.tp_size)
         self._awaited: deque[_Awaited] = deque()
+        self._graphs = self._make_graphs(place) if num_stages == 1 else None
+
+    def _make_graphs(self, place: RankPlace) -> "DecodeGraphs | None":
+        """Decode by CUDA graphs where the whole model is here: what goes to other ranks cannot be captured safely."""
+        if place.tp_size > 1 or not self._stage.has_kernels:
+            return None
+        from mgpu.worker.decode_graphs import DecodeGraphs
+
+        return DecodeGraphs(self._stage, self._cache, self._rows, self._rows.max_rows)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sampled | None:
         """Execute one step; gives the chosen tokens on the last stage if any row samples. BadPlan, PeerLost."""
         self._take_tokens(plan.step - self._num_stages)
+        if self._graphs is not None and self._graphs.takes(plan):
+            return self._replay(self._graphs, plan)
         self._rows.apply(plan)
         if not plan.rows:
             return None
@@ -70,6 +88,18 @@ class ModelRunner:
             self._await_tokens(plan.step, request)
             return None
         return self._choose(x_TD[batch.logit_rows], request) if request is not None else None
+
+    def _replay(self, graphs: "DecodeGraphs", plan: StepPlan) -> Sampled:
+        """Execute a decode step by its graph, which also chooses the tokens of rows that need no more than noise."""
+        rows, count = self._rows, len(plan.rows)
+        output = graphs.run(plan, rows.apply_decode(plan))
+        if all(rows.is_simple[row] for row in plan.rows):
+            return Sampled(output.ids_R[:count].clone(), None)  # the next step overwrites the graph's own
+        positions = [start + 1 for start in plan.starts]
+        request = SampleRequest(plan.rows, positions, *rows.to_device([plan.rows, positions]))
+        sampled = self._sampler.sample(output.logits_RV[:count].float(), request)
+        rows.write_sampled(request, sampled.ids_S)
+        return sampled
 
     def _choose(self, x_SD: Tensor, request: SampleRequest) -> Sampled:
         sampled = self._sampler.sample(self._stage.logits(x_SD), request)
@@ -99,17 +129,17 @@ class ModelRunner:
         return request.pick(kept, kept_N), ids_S[kept_N]
 
     def warm_up(self, num_tokens: int, epoch: int) -> None:
-        """Run a prefill and two decoding steps on row 0, as all ranks do together, and forget them."""
+        """Run prefills and decoding steps on row 0, as all ranks do together, and forget them."""
         block_size = self._rows.block_size
-        row = NewRow(
-            row=0,
-            token_ids=bytes(4 * num_tokens),
-            prompt_len=num_tokens,
-            block_ids=list(range(-(-(num_tokens + 2) // block_size))),
-            sampling=RowSampling(temperature=1.0, top_p=0.9),
-        )
-        for index in range(3):
-            step = (index - 3) * self._num_stages  # before step 0, as far apart as a row's steps must be
-            start, count = (0, num_tokens) if index == 0 else (num_tokens + index - 1, 1)
-            self.run(StepPlan(epoch, step, [], [] if index else [row], [], [], [0], [start], [count], [1]))
+        blocks = list(range(-(-(num_tokens + 2) // block_size)))
+        samplings = (RowSampling(temperature=1.0), RowSampling(temperature=1.0, top_p=0.9))
+        step = -3 * len(samplings) * self._num_stages  # before step 0, as far apart as a row's steps must be
+        for sampling in samplings:
+            row = NewRow(0, bytes(4 * num_tokens), num_tokens, blocks, sampling)
+            for index in range(3):
+                start, count = (0, num_tokens) if index == 0 else (num_tokens + index - 1, 1)
+                self.run(StepPlan(epoch, step, [], [] if index else [row], [], [], [0], [start], [count], [1]))
+                step += self._num_stages
         self.run(StepPlan(epoch, 0, [0], [], [], [], [], [], [], []))
+        if self._graphs is not None:
+            self._graphs.prepare(tuple(size for size in _FIRST_GRAPHS if size < 2 * self._rows.max_rows))
