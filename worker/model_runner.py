@@ -12,6 +12,7 @@ from torch import Tensor
 from mgpu.protocol.control import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import RankPlace, padded_vocab
+from mgpu.worker.graphs import make_graphs
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.links import Links
 from mgpu.worker.models import DecoderStage
@@ -19,10 +20,7 @@ from mgpu.worker.rows import RowTable, SampleRequest
 from mgpu.worker.sampler import Sampled, Sampler
 
 if TYPE_CHECKING:
-    from mgpu.worker.decode_graphs import DecodeGraphs
-
-_FIRST_GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Sizes of decode graphs that are there when the worker is ready; others are made when first needed."""
+    from mgpu.worker.graph_pool import StepOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +56,14 @@ class ModelRunner:
         self._is_last = place.stage_index == num_stages - 1
         self._sampler = Sampler(rows, links.group, padded_vocab(facts.vocab_size, place.tp_size) // place.tp_size)
         self._awaited: deque[_Awaited] = deque()
-        self._graphs = self._make_graphs(place) if num_stages == 1 else None
-
-    def _make_graphs(self, place: RankPlace) -> "DecodeGraphs | None":
-        """Decode by CUDA graphs where the whole model is here: what goes to other ranks cannot be captured safely."""
-        if place.tp_size > 1 or not self._stage.has_kernels:
-            return None
-        from mgpu.worker.decode_graphs import DecodeGraphs
-
-        return DecodeGraphs(self._stage, self._cache, self._rows, self._rows.max_rows)
+        self._graphs = make_graphs(stage, cache, rows) if place.tp_size == num_stages == 1 else None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sampled | None:
         """Execute one step; gives the chosen tokens on the last stage if any row samples. BadPlan, PeerLost."""
         self._take_tokens(plan.step - self._num_stages)
-        if self._graphs is not None and self._graphs.takes(plan):
-            return self._replay(self._graphs, plan)
+        if self._graphs is not None and (output := self._graphs.run(plan)) is not None:
+            return self._choose_of(output, plan)
         self._rows.apply(plan)
         if not plan.rows:
             return None
@@ -89,15 +79,22 @@ class ModelRunner:
             return None
         return self._choose(x_TD[batch.logit_rows], request) if request is not None else None
 
-    def _replay(self, graphs: "DecodeGraphs", plan: StepPlan) -> Sampled:
-        """Execute a decode step by its graph, which also chooses the tokens of rows that need no more than noise."""
-        rows, count = self._rows, len(plan.rows)
-        output = graphs.run(plan, rows.apply_decode(plan))
-        if all(rows.is_simple[row] for row in plan.rows):
-            return Sampled(output.ids_R[:count].clone(), None)  # the next step overwrites the graph's own
-        positions = [start + 1 for start in plan.starts]
-        request = SampleRequest(plan.rows, positions, *rows.to_device([plan.rows, positions]))
-        sampled = self._sampler.sample(output.logits_RV[:count].float(), request)
+    def _choose_of(self, output: "StepOutput", plan: StepPlan) -> Sampled | None:
+        """Give the tokens that a graph chose, or choose them again for rows that need more than noise."""
+        rows = self._rows
+        sampling = [i for i, samples in enumerate(plan.samples) if samples]
+        if not sampling:
+            return None
+        numbers = [plan.rows[i] for i in sampling]
+        everyone = len(sampling) == len(plan.rows)
+        # The outputs are cut out by copies: the next step overwrites them.
+        if all(rows.is_simple[row] for row in numbers):
+            ids_R = output.ids_R
+            return Sampled(ids_R[: len(sampling)].clone() if everyone else ids_R[rows.to_device([sampling])[0]], None)
+        positions = [plan.starts[i] + plan.counts[i] for i in sampling]
+        sampling_S, rows_S, positions_S = rows.to_device([sampling, numbers, positions])
+        request = SampleRequest(numbers, positions, rows_S, positions_S)
+        sampled = self._sampler.sample(output.logits_RV[sampling_S].float(), request)
         rows.write_sampled(request, sampled.ids_S)
         return sampled
 
@@ -132,6 +129,7 @@ class ModelRunner:
         """Run prefills and decoding steps on row 0, as all ranks do together, and forget them."""
         block_size = self._rows.block_size
         blocks = list(range(-(-(num_tokens + 2) // block_size)))
+        graphs, self._graphs = self._graphs, None  # first what steps without a graph need
         samplings = (RowSampling(temperature=1.0), RowSampling(temperature=1.0, top_p=0.9))
         step = -3 * len(samplings) * self._num_stages  # before step 0, as far apart as a row's steps must be
         for sampling in samplings:
@@ -141,5 +139,6 @@ class ModelRunner:
                 self.run(StepPlan(epoch, step, [], [] if index else [row], [], [], [0], [start], [count], [1]))
                 step += self._num_stages
         self.run(StepPlan(epoch, 0, [0], [], [], [], [], [], [], []))
-        if self._graphs is not None:
-            self._graphs.prepare(tuple(size for size in _FIRST_GRAPHS if size < 2 * self._rows.max_rows))
+        self._graphs = graphs
+        if graphs is not None:
+            graphs.prepare()

@@ -93,7 +93,7 @@ class RowTable:
                 for row, index, block in zip(plan.block_rows, indices, plan.block_ids, strict=True):
                     fresh[index] = block
                     self._block_counts[row] += 1
-        self._check_contexts(plan, [start + 1 for start in plan.starts])
+        self.check(plan)
         return fresh
 
     def _fits_next(self, plan: StepPlan, row: int, index: int) -> bool:
@@ -143,8 +143,7 @@ class RowTable:
 
     def batch(self, plan: StepPlan) -> tuple[StepBatch, SampleRequest | None]:
         """Build the tensors of a step; one copy to the device, whatever the number of rows."""
-        contexts = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
-        self._check_contexts(plan, contexts)
+        contexts = self.check(plan)
         ends: list[int] = []
         total = 0
         for count in plan.counts:
@@ -177,7 +176,9 @@ class RowTable:
         request = SampleRequest(sampled_rows, positions, rows_S, positions_S) if sampling else None
         return batch, request
 
-    def _check_contexts(self, plan: StepPlan, contexts: list[int]) -> None:
+    def check(self, plan: StepPlan) -> list[int]:
+        """Give each row's context after the step. BadPlan where it has no room or no blocks for it."""
+        contexts = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
         if not plan.rows or min(plan.counts) < 1 or min(plan.starts) < 0:
             raise BadPlan("a step needs rows, each with a position and at least one token")
         for row, context in zip(plan.rows, contexts, strict=True):
@@ -186,6 +187,7 @@ class RowTable:
                     f"row {row} reaches {context} tokens with {self._block_counts[row]} blocks "
                     f"of {self.block_size} and room for {self.tokens.shape[1] - 1}"
                 )
+        return contexts
 
     def write_sampled(self, request: SampleRequest, ids_S: Tensor) -> None:
         """Put chosen tokens, int32 [S], where the next step of their rows reads them."""

@@ -124,7 +124,11 @@ class DecoderStage(nn.Module):
     def run_layers(self, x_TD: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
         """Run this stage's layers; ``x`` is overwritten, the result is what the next stage or `logits` takes."""
         attention = self._attention_backend.begin_step(batch, cache.block_size)
-        angles = self._angles(batch.positions)
+        return self.run_layers_with(x_TD, attention, batch.positions, cache)
+
+    def run_layers_with(self, x_TD: Tensor, attention: StepAttention, positions_T: Tensor, cache: KvCache) -> Tensor:
+        """Run the layers with attention that was prepared elsewhere."""
+        angles = self._angles(positions_T)
         delta_TD: Tensor | None = None
         for layer, sliding, layer_cache in zip(self.layers, self._is_sliding, cache.layers, strict=True):
             delta_TD = layer(delta_TD, x_TD, angles[sliding], attention, layer_cache)
