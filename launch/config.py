@@ -66,7 +66,7 @@ class ServeConfig:
     max_batch_tokens: int = _option(
         0, "Most tokens in one step (0: 2048 on GPUs, 512 on the CPU).", minimum=0, maximum=1 << 20
     )
-    block_size: int = _option(16, "Tokens per KV-cache block.", minimum=1, maximum=256)
+    block_size: int = _option(0, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", minimum=0, maximum=256)
     memory_fraction: float = _option(
         0.9, "Share of each GPU's memory for weights, activations and KV cache.", minimum=0.05, maximum=0.99
     )

@@ -14,6 +14,7 @@ from mgpu.orchestrator.devices import worker_environment
 from mgpu.orchestrator.gateway.endpoint import check_endpoint
 from mgpu.orchestrator.layout import layout_text
 from mgpu.orchestrator.server_config import ServerConfig
+from mgpu.orchestrator.wish import BLOCK_SIZE
 
 
 @click.command("serve")
@@ -61,7 +62,7 @@ def server_config(config: ServeConfig, planned: PlannedModel) -> ServerConfig:
         transport=plan.transport,
         stage_transport=plan.stage_transport,
         bind=config.bind,
-        block_size=config.block_size,
+        block_size=config.block_size or BLOCK_SIZE[plan.machine.kind],
         max_rows=config.max_rows,
         max_batch_tokens=config.max_batch_tokens,
         max_seq_len=plan.max_seq_len,

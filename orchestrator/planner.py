@@ -8,7 +8,7 @@ from mgpu.orchestrator.fit import RankRow, Sizing, fit_tokens, rank_rows, weight
 from mgpu.orchestrator.layer_map import balanced_stages, even_stages, map_text, parse_layer_map
 from mgpu.orchestrator.memory import edge_elements, layer_elements
 from mgpu.orchestrator.split import compatible_sizes, listed, split_problems
-from mgpu.orchestrator.wish import Wish
+from mgpu.orchestrator.wish import BLOCK_SIZE, Wish
 from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts
 from mgpu.protocol.placement import Mode, PlacementPlan, Stage, Transport
 
@@ -61,6 +61,7 @@ class _Choice:
 
 def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
     """Choose stages, transports and sizes. PlacementError, with the numbers and what to type, when it cannot be."""
+    wish = replace(wish, block_size=wish.block_size or BLOCK_SIZE[machine.kind])
     choice = _choose(facts, machine, wish)
     placement = choice.placement
     mode = _mode(placement, machine)

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from mgpu.protocol.model import Dtype
 
+BLOCK_SIZE = {"cuda": 64, "cpu": 16}
+"""Tokens per KV block where nothing was asked. Kernels are fastest with pages of 64 (see docs/kernels.md); shorter ones
+share more of prompts that begin alike."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wish:
@@ -20,6 +24,7 @@ class Wish:
     kv_memory: int = 0
     """KV bytes per worker; 0: what fits."""
     block_size: int = 16
+    """Tokens per KV block; 0: what suits the device."""
     max_rows: int = 256
     max_batch_tokens: int = 0
     """Most tokens in one step; 0: what suits the device."""

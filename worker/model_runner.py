@@ -4,6 +4,7 @@
 
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,11 +12,15 @@ from torch import Tensor
 from mgpu.protocol.control import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import RankPlace, padded_vocab
+from mgpu.worker.graphs import make_graphs
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.links import Links
 from mgpu.worker.models import DecoderStage
 from mgpu.worker.rows import RowTable, SampleRequest
 from mgpu.worker.sampler import Sampled, Sampler
+
+if TYPE_CHECKING:
+    from mgpu.worker.graph_pool import StepOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +56,14 @@ class ModelRunner:
         self._is_last = place.stage_index == num_stages - 1
         self._sampler = Sampler(rows, links.group, padded_vocab(facts.vocab_size, place.tp_size) // place.tp_size)
         self._awaited: deque[_Awaited] = deque()
+        self._graphs = make_graphs(stage, cache, rows) if place.tp_size == num_stages == 1 else None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sampled | None:
         """Execute one step; gives the chosen tokens on the last stage if any row samples. BadPlan, PeerLost."""
         self._take_tokens(plan.step - self._num_stages)
+        if self._graphs is not None and (output := self._graphs.run(plan)) is not None:
+            return self._choose_of(output, plan)
         self._rows.apply(plan)
         if not plan.rows:
             return None
@@ -70,6 +78,25 @@ class ModelRunner:
             self._await_tokens(plan.step, request)
             return None
         return self._choose(x_TD[batch.logit_rows], request) if request is not None else None
+
+    def _choose_of(self, output: "StepOutput", plan: StepPlan) -> Sampled | None:
+        """Give the tokens that a graph chose, or choose them again for rows that need more than noise."""
+        rows = self._rows
+        sampling = [i for i, samples in enumerate(plan.samples) if samples]
+        if not sampling:
+            return None
+        numbers = [plan.rows[i] for i in sampling]
+        everyone = len(sampling) == len(plan.rows)
+        # The outputs are cut out by copies: the next step overwrites them.
+        if all(rows.is_simple[row] for row in numbers):
+            ids_R = output.ids_R
+            return Sampled(ids_R[: len(sampling)].clone() if everyone else ids_R[rows.to_device([sampling])[0]], None)
+        positions = [plan.starts[i] + plan.counts[i] for i in sampling]
+        sampling_S, rows_S, positions_S = rows.to_device([sampling, numbers, positions])
+        request = SampleRequest(numbers, positions, rows_S, positions_S)
+        sampled = self._sampler.sample(output.logits_RV[sampling_S].float(), request)
+        rows.write_sampled(request, sampled.ids_S)
+        return sampled
 
     def _choose(self, x_SD: Tensor, request: SampleRequest) -> Sampled:
         sampled = self._sampler.sample(self._stage.logits(x_SD), request)
@@ -99,17 +126,19 @@ class ModelRunner:
         return request.pick(kept, kept_N), ids_S[kept_N]
 
     def warm_up(self, num_tokens: int, epoch: int) -> None:
-        """Run a prefill and two decoding steps on row 0, as all ranks do together, and forget them."""
+        """Run prefills and decoding steps on row 0, as all ranks do together, and forget them."""
         block_size = self._rows.block_size
-        row = NewRow(
-            row=0,
-            token_ids=bytes(4 * num_tokens),
-            prompt_len=num_tokens,
-            block_ids=list(range(-(-(num_tokens + 2) // block_size))),
-            sampling=RowSampling(temperature=1.0, top_p=0.9),
-        )
-        for index in range(3):
-            step = (index - 3) * self._num_stages  # before step 0, as far apart as a row's steps must be
-            start, count = (0, num_tokens) if index == 0 else (num_tokens + index - 1, 1)
-            self.run(StepPlan(epoch, step, [], [] if index else [row], [], [], [0], [start], [count], [1]))
+        blocks = list(range(-(-(num_tokens + 2) // block_size)))
+        graphs, self._graphs = self._graphs, None  # first what steps without a graph need
+        samplings = (RowSampling(temperature=1.0), RowSampling(temperature=1.0, top_p=0.9))
+        step = -3 * len(samplings) * self._num_stages  # before step 0, as far apart as a row's steps must be
+        for sampling in samplings:
+            row = NewRow(0, bytes(4 * num_tokens), num_tokens, blocks, sampling)
+            for index in range(3):
+                start, count = (0, num_tokens) if index == 0 else (num_tokens + index - 1, 1)
+                self.run(StepPlan(epoch, step, [], [] if index else [row], [], [], [0], [start], [count], [1]))
+                step += self._num_stages
         self.run(StepPlan(epoch, 0, [0], [], [], [], [], [], [], []))
+        self._graphs = graphs
+        if graphs is not None:
+            graphs.prepare()

@@ -26,6 +26,8 @@ _SHORT_CONTEXT = 256
 class ReferenceBackend:
     """Keeps the memory that contexts are gathered into: fresh pages for each layer cost more than the gathering."""
 
+    takes_packed = False
+
     def __init__(self) -> None:
         self._scratch: dict[str, Tensor] = {}
         self.mirror = DecodeMirror()
@@ -76,6 +78,8 @@ class _PrefillRow:
 
 class ReferenceStep:
     """One step. Views depend on the window only, so the first layer of each window makes them for the others."""
+
+    packed = None
 
     def __init__(self, backend: ReferenceBackend, batch: StepBatch, block_size: int) -> None:
         self._backend = backend

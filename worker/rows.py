@@ -15,6 +15,7 @@ from torch import Tensor
 from mgpu.protocol.control import NewRow, RowSampling, StepPlan
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.errors import BadPlan
+from mgpu.worker.sampling_rules import is_simple
 
 _NO_SAMPLING = RowSampling()
 
@@ -50,12 +51,15 @@ class RowTable:
 
     def __init__(self, max_rows: int, max_seq_len: int, block_size: int, num_blocks: int, device: torch.device) -> None:
         self.device = device
+        self.max_rows = max_rows
         self.block_size = block_size
         self.num_blocks = num_blocks
         width = max_seq_len + 1
         self.tokens = torch.zeros((max_rows, width), dtype=torch.int32, device=device)
         self.blocks = torch.zeros((max_rows, -(-width // block_size)), dtype=torch.int32, device=device)
         self.sampling = [_NO_SAMPLING] * max_rows
+        self.is_simple = [True] * max_rows
+        """Rows whose token is the arg-max of their own logits, with or without noise."""
         self.tenants = [0] * max_rows
         """Counts the requests that had a row, so that late news of an earlier one can be told apart."""
         self.prompt_lens = [0] * max_rows
@@ -65,13 +69,43 @@ class RowTable:
 
     def apply(self, plan: StepPlan) -> None:
         """Free, fill and extend rows as the plan says. BadPlan when it names rows or blocks that cannot be."""
+        self._change_tenants(plan)
+        if plan.block_rows:
+            self._append(plan.block_rows, plan.block_ids)
+
+    def apply_decode(self, plan: StepPlan) -> list[int]:
+        """Like `apply`, for a step in which every row computes one token: leave writing the blocks to the step.
+
+        Gives the block that each row of the plan has to append, -1 for none.
+        """
+        self._change_tenants(plan)
+        fresh = [-1] * len(plan.rows)
+        if plan.block_rows:
+            index_of = {row: index for index, row in enumerate(plan.rows)}
+            indices = [index_of.get(row, -1) for row in plan.block_rows]
+            once = len(index_of.keys() & set(plan.block_rows)) == len(plan.block_rows)
+            if not once or not all(
+                self._fits_next(plan, row, i) for row, i in zip(plan.block_rows, indices, strict=True)
+            ):
+                self._append(plan.block_rows, plan.block_ids)
+            else:
+                self._check_blocks(plan.block_ids)
+                for row, index, block in zip(plan.block_rows, indices, plan.block_ids, strict=True):
+                    fresh[index] = block
+                    self._block_counts[row] += 1
+        self.check(plan)
+        return fresh
+
+    def _fits_next(self, plan: StepPlan, row: int, index: int) -> bool:
+        """Say whether a row's appended block is the one that its next token goes to."""
+        return index >= 0 and plan.starts[index] == self._block_counts[row] * self.block_size
+
+    def _change_tenants(self, plan: StepPlan) -> None:
         for row in plan.free_rows:
             self.sampling[row] = _NO_SAMPLING
             self._block_counts[row] = 0
         for new in plan.new_rows:
             self._fill(new)
-        if plan.block_rows:
-            self._append(plan.block_rows, plan.block_ids)
 
     def _fill(self, new: NewRow) -> None:
         ids = int32_tensor(new.token_ids)
@@ -86,6 +120,7 @@ class RowTable:
         self._block_counts[new.row] = len(new.block_ids)
         self.prompt_lens[new.row] = new.prompt_len
         self.sampling[new.row] = new.sampling
+        self.is_simple[new.row] = is_simple(new.sampling)
         self.tenants[new.row] += 1
         seed = new.sampling.seed & 0xFFFF_FFFF_FFFF_FFFF
         self.seeds[new.row] = self._upload(int32_tensor(seed.to_bytes(8, "little")))
@@ -108,8 +143,7 @@ class RowTable:
 
     def batch(self, plan: StepPlan) -> tuple[StepBatch, SampleRequest | None]:
         """Build the tensors of a step; one copy to the device, whatever the number of rows."""
-        contexts = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
-        self._check_contexts(plan, contexts)
+        contexts = self.check(plan)
         ends: list[int] = []
         total = 0
         for count in plan.counts:
@@ -142,7 +176,9 @@ class RowTable:
         request = SampleRequest(sampled_rows, positions, rows_S, positions_S) if sampling else None
         return batch, request
 
-    def _check_contexts(self, plan: StepPlan, contexts: list[int]) -> None:
+    def check(self, plan: StepPlan) -> list[int]:
+        """Give each row's context after the step. BadPlan where it has no room or no blocks for it."""
+        contexts = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
         if not plan.rows or min(plan.counts) < 1 or min(plan.starts) < 0:
             raise BadPlan("a step needs rows, each with a position and at least one token")
         for row, context in zip(plan.rows, contexts, strict=True):
@@ -151,6 +187,7 @@ class RowTable:
                     f"row {row} reaches {context} tokens with {self._block_counts[row]} blocks "
                     f"of {self.block_size} and room for {self.tokens.shape[1] - 1}"
                 )
+        return contexts
 
     def write_sampled(self, request: SampleRequest, ids_S: Tensor) -> None:
         """Put chosen tokens, int32 [S], where the next step of their rows reads them."""

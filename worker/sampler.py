@@ -13,13 +13,11 @@ from torch import Tensor
 
 from mgpu.protocol.control import RowSampling, TokenLogprobs
 from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.kernel_use import aligned, uses_kernels
 from mgpu.worker.rows import RowTable, SampleRequest
 from mgpu.worker.sampling_filters import has_filters, thresholds
 from mgpu.worker.sampling_noise import add_gumbel, row_keys, token_factors
-from mgpu.worker.sampling_rules import apply_rules, has_rules
-
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing by them would overflow."""
+from mgpu.worker.sampling_rules import GREEDY_BELOW, apply_rules, has_rules, needs_all_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +56,7 @@ class Sampler:
     def __init__(self, rows: RowTable, group: TensorParallelGroup, slice_size: int) -> None:
         self._rows = rows
         self._group = group
+        self._uses_kernel = uses_kernels(rows.device)
         self._first_id = group.rank * slice_size
         self._slice = token_factors(self._first_id, slice_size, rows.device)
         self._all = self._slice if group.size == 1 else token_factors(0, slice_size * group.size, rows.device)
@@ -65,7 +64,7 @@ class Sampler:
     def sample(self, logits_SV: Tensor, request: SampleRequest) -> Sampled:
         """Choose from this rank's fp32 logits [S, V], which may be overwritten."""
         sampling = [self._rows.sampling[row] for row in request.rows]
-        whole = [i for i, row in enumerate(sampling) if _needs_all_logits(row)]
+        whole = [i for i, row in enumerate(sampling) if needs_all_logits(row)]
         if not whole:
             return Sampled(self._choose_split(logits_SV, request, sampling), None)
         if len(whole) == len(sampling):
@@ -92,16 +91,32 @@ class Sampler:
     def _choose_split(self, logits_SV: Tensor, request: SampleRequest, sampling: list[RowSampling]) -> Tensor:
         """Choose with each rank's slice alone, then take the best of the ranks; equal values: the lowest id."""
         self._apply_rules(logits_SV, self._first_id, request, sampling)
-        z_SV = self._with_noise(logits_SV, self._slice, request, sampling, filtered=False)
-        local_S = z_SV.argmax(-1)
+        best_S, ids_S = self._best(logits_SV, request, sampling)
         if self._group.size == 1:
-            return local_S.to(torch.int32)
-        best_S = z_SV.gather(-1, local_S[:, None])[:, 0]
+            return ids_S
         # One message: the value's bits beside the id.
-        pair_S2 = torch.stack([best_S.view(torch.int32), (local_S + self._first_id).to(torch.int32)], dim=-1)
+        pair_S2 = torch.stack([best_S.view(torch.int32), ids_S], dim=-1)
         pairs_SR2 = self._group.all_gather(pair_S2).view(len(pair_S2), self._group.size, 2)
         winner_S = pairs_SR2[:, :, 0].contiguous().view(torch.float32).argmax(-1)
         return pairs_SR2[:, :, 1].gather(-1, winner_S[:, None])[:, 0]
+
+    def _best(self, logits_SV: Tensor, request: SampleRequest, sampling: list[RowSampling]) -> tuple[Tensor, Tensor]:
+        """Give the largest of this rank's logits with noise, float32 [S], and its token, int32 [S]."""
+        if self._uses_kernel:
+            from mgpu.worker.kernels.sample import sample
+
+            return sample(
+                logits_SV,
+                first_id=self._first_id,
+                rows_S=aligned(request.rows_S),
+                positions_S=aligned(request.positions_S),
+                temperatures=self._rows.temperatures,
+                seeds=self._rows.seeds,
+            )
+        z_SV = self._with_noise(logits_SV, self._slice, request, sampling, filtered=False)
+        local_S = z_SV.argmax(-1)
+        best_S = z_SV.gather(-1, local_S[:, None])[:, 0]
+        return best_S, (local_S + self._first_id).to(torch.int32)
 
     def _choose_whole(self, logits_FV: Tensor, request: SampleRequest, sampling: list[RowSampling]) -> Sampled:
         """Choose with the logits of all ranks, on every rank alike."""
@@ -154,7 +169,3 @@ class Sampler:
         top = torch.topk(raw_NV, max(wanted))
         chosen_N = (raw_NV.gather(-1, ids_N[:, None]) - total_N1)[:, 0]
         return LogprobTensors(asked, wanted, chosen_N, top.indices, top.values - total_N1)
-
-
-def _needs_all_logits(sampling: RowSampling) -> bool:
-    return sampling.num_logprobs >= 0 or (sampling.temperature >= GREEDY_BELOW and has_filters(sampling))

@@ -8,11 +8,25 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.control import RowSampling
+from mgpu.worker.sampling_filters import has_filters
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them would overflow."""
 
 
 def has_rules(sampling: RowSampling) -> bool:
     """Say whether a row's logits are ever changed."""
     return bool(sampling.logit_bias) or bool(sampling.banned_ids) or _has_penalties(sampling)
+
+
+def needs_all_logits(sampling: RowSampling) -> bool:
+    """Say whether a row's token, or what is told of it, depends on more than the largest logits of each rank."""
+    return sampling.num_logprobs >= 0 or (sampling.temperature >= GREEDY_BELOW and has_filters(sampling))
+
+
+def is_simple(sampling: RowSampling) -> bool:
+    """Say whether a row's token is the arg-max of its logits, with or without noise."""
+    return not has_rules(sampling) and not needs_all_logits(sampling)
 
 
 def _has_penalties(sampling: RowSampling) -> bool:

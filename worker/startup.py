@@ -38,6 +38,7 @@ class StartUp:
         """Build this rank's stage and give it weights; the second value is the bytes read from disk."""
         spec, layers = self._spec, range(self._own.first_layer, self._own.end_layer)
         stage = build_stage(spec.facts, self._place, layers, self._links.group, self._dtype, self._device)
+        stage.max_positions = spec.max_seq_len + 1
         if spec.model.load_format == "dummy":
             init_dummy_weights(stage, spec.seed)
             return stage, 0
@@ -58,10 +59,18 @@ class StartUp:
         per_block = block_bytes(self._own.num_layers, spec.block_size, self._kv_heads, spec.facts.head_dim, self._dtype)
         if self._device.type == "cuda":
             pool = cuda_pool_bytes(spec, self._device, self._place.device, lambda: self.run_worst_step(stage))
+            if not spec.kv_bytes:
+                pool -= self._graph_bytes()
         else:
             pool = cpu_pool_bytes(spec)
         blocks = pool_blocks(spec, pool, per_block)
         return Loaded(spec.epoch, self._place.rank, blocks, per_block, stage.weight_bytes(), pool)
+
+    def _graph_bytes(self) -> int:
+        """Bound what the CUDA graphs of decode steps will hold: activations, logits, and the graphs themselves."""
+        facts = self._spec.facts
+        per_row = self._dtype.itemsize * (8 * facts.hidden_size + 4 * facts.intermediate_size + facts.vocab_size)
+        return 2 * self._spec.max_rows * per_row + (256 << 20)
 
     def allocate(self, stage: DecoderStage, num_blocks: int) -> ModelRunner:
         """Allocate the pool and the rows."""

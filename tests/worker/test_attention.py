@@ -7,7 +7,7 @@ import torch
 from stage_driver import Row, make_batch
 from torch import Tensor
 
-from mgpu.worker.attention import AttentionSpec, select_backend
+from mgpu.worker.attention import AttentionShape, AttentionSpec, select_backend
 from mgpu.worker.kv_cache import KvCache, block_bytes
 
 BLOCK = 4
@@ -52,7 +52,7 @@ def run_steps(
     histories: list[History], rows: list[Row], steps: list[dict[int, int]], cache: KvCache, spec: AttentionSpec
 ) -> None:
     """Run steps (row number to new tokens) and compare every output with the expected one."""
-    backend = select_backend(torch.device("cpu"))
+    backend = select_backend(torch.device("cpu"), AttentionShape(4, 2, 16, torch.float32, (None,)))
     for step in steps:
         spans = {row: (rows[row].done, rows[row].done + count) for row, count in step.items()}
         batch = make_batch([(rows[row], [0] * count) for row, count in step.items()], BLOCK)

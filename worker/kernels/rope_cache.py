@@ -3,25 +3,15 @@
 
 # T tokens, H query heads, J KV heads, A = H + 2 J heads of the packed product, K head dim, N blocks, B tokens per block
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.worker.attention import HeadNorms
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 HEADS_PER_PROGRAM = 16
-
-
-@dataclass(frozen=True, slots=True)
-class HeadNorms:
-    """RMSNorm of each query and key head before rotation (Qwen3, Gemma 3); weights [K]."""
-
-    q_weight: Tensor
-    k_weight: Tensor
-    eps: float
 
 
 @triton.jit

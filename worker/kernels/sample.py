@@ -129,7 +129,9 @@ def _pick_kernel(
     tl.store(id_out_ptr + row, chosen)
     if tokens_ptr is not None:
         owner = tl.load(rows_ptr + row).to(tl.int64)
-        tl.store(tokens_ptr + owner * tokens_stride + tl.load(positions_ptr + row), chosen)
+        position = tl.load(positions_ptr + row)
+        # No token is ever chosen for position 0: such rows only fill up a graph's batch.
+        tl.store(tokens_ptr + owner * tokens_stride + position, chosen, mask=position > 0)
 
 
 def sample(
@@ -147,7 +149,7 @@ def sample(
     ``temperatures`` float32 and ``seeds`` int32 [.., 2] belong to persistent rows; ``rows_S`` says which those are and
     ``positions_S`` for which position each token is chosen. Without temperatures all rows are greedy. With ``tokens``,
     int32 [rows, positions], the choice is also written there, where the next step reads it (one rank only: others
-    have better candidates).
+    have better candidates), except for position 0, which marks padding.
     """
     count, vocab = logits_SV.shape
     if temperatures is not None and (rows_S is None or positions_S is None or seeds is None):

@@ -44,6 +44,7 @@ def _inputs_kernel(
     rows_ptr,
     starts_ptr,
     count_ptr,
+    fresh_ptr,
     tokens_ptr,
     blocks_ptr,
     token_ids_ptr,
@@ -64,32 +65,47 @@ def _inputs_kernel(
     row = tl.load(rows_ptr + r, mask=active, other=0).to(tl.int64)
     position = tl.load(starts_ptr + r, mask=active, other=0).to(tl.int64)
     token = tl.load(tokens_ptr + row * tokens_stride + position, mask=active, other=0)
-    block = tl.load(blocks_ptr + row * blocks_stride + position // BLOCK_SIZE, mask=active, other=0).to(tl.int64)
+    current = position // BLOCK_SIZE
+    block = tl.load(blocks_ptr + row * blocks_stride + current, mask=active, other=0)
+    if fresh_ptr is not None:
+        fresh = tl.load(fresh_ptr + r, mask=active, other=-1).to(tl.int32)
+        block = tl.where(fresh >= 0, fresh, block)
+        tl.store(blocks_ptr + row * blocks_stride + current, block, mask=fresh >= 0)
     tl.store(token_ids_ptr + r, token.to(tl.int64))
     tl.store(positions_ptr + r, position)
-    tl.store(slots_ptr + r, tl.where(active, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
+    tl.store(slots_ptr + r, tl.where(active, block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE, -1))
     tl.store(lens_ptr + r, tl.where(active, position + 1, 0).to(tl.int32))
-    used = tl.where(active, position // BLOCK_SIZE + 1, 0).to(tl.int32)
+    used = tl.where(active, current + 1, 0).to(tl.int32)
     for first in range(0, used, CHUNK):
         page = first + tl.arange(0, CHUNK)
         blocks = tl.load(blocks_ptr + row * blocks_stride + page, mask=page < used, other=0)
+        blocks = tl.where(page == current, block, blocks)  # the store above may not be visible yet
         tl.store(tables_ptr + r.to(tl.int64) * PAGES + page, blocks, mask=page < used)
 
 
 def prepare_decode(
-    rows_R: Tensor, starts_R: Tensor, count: Tensor, tokens: Tensor, blocks: Tensor, block_size: int, out: DecodeInputs
+    rows_R: Tensor,
+    starts_R: Tensor,
+    count: Tensor,
+    tokens: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    out: DecodeInputs,
+    fresh_R: Tensor | None = None,
 ) -> None:
     """Fill ``out`` for rows that each compute one token.
 
     ``rows_R`` and ``starts_R`` (int32 or int64 [R]) name the rows and the positions of their next tokens; the first
     ``count`` (int32 or int64 [1], on the device) are meant. ``tokens`` int32 [rows, W] and ``blocks`` int32 [rows, P]
-    are the persistent state. Pages of ``out.block_tables`` past a row's context are left as they are.
+    are the persistent state. Pages of ``out.block_tables`` past a row's context are left as they are. ``fresh_R``: a
+    block to append to the row first, which the next token is in; -1: none.
     """
     rows, pages = out.block_tables.shape
     _inputs_kernel[(rows,)](
         rows_R,
         starts_R,
         count,
+        fresh_R,
         tokens,
         blocks,
         out.token_ids,

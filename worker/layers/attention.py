@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import head_shard
-from mgpu.worker.attention import AttentionSpec, StepAttention
+from mgpu.worker.attention import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_slices
 from mgpu.worker.layers.norm import RMSNorm
-from mgpu.worker.layers.rotary import Rotation, rotate
+from mgpu.worker.layers.rotary import Angles, Rotation, rotate
 from mgpu.worker.loaders.reader import WeightReader
 
 
@@ -46,12 +46,21 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
             self.k_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
 
-    def forward(self, x_TD: Tensor, rotation: Rotation, attention: StepAttention, cache: LayerCache) -> Tensor:
+    def forward(self, x_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache) -> Tensor:
         qkv_TAK = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
-        q_THK, k_TJK, v_TJK = self._rotated(qkv_TAK, rotation)
-        heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
+        if isinstance(angles, Tensor):
+            assert attention.packed is not None, "tables are for attention that rotates by itself"
+            heads_THK = attention.packed.attend_packed(qkv_TAK, angles, self._norms(), cache, self.spec)
+        else:
+            q_THK, k_TJK, v_TJK = self._rotated(qkv_TAK, angles)
+            heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
         out_TD: Tensor = self.out(heads_THK.reshape(x_TD.shape[0], -1))
         return out_TD
+
+    def _norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
     def _rotated(self, qkv_TAK: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Split the stacked heads; rotate q and k, together where nothing comes between."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mgpu.protocol.placement import HeadShard
 from mgpu.worker.collectives import TensorParallelGroup
-from mgpu.worker.layers.cpu_matmul import matmul, pack
+from mgpu.worker.layers.cpu_matmul import pack
+from mgpu.worker.layers.product import matmul
 from mgpu.worker.loaders.reader import WeightReader
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, even_range
 from mgpu.worker.loaders.reader import WeightReader
 
@@ -28,17 +29,26 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         mine = even_range(intermediate_size, group.rank, group.size)
-        self.is_silu = activation == "silu"
+        self.activation = activation
+        self._uses_kernel = uses_kernels(device)
         self.width = len(mine)
         slices = (RowSlice("gate_proj", mine), RowSlice("up_proj", mine))
         self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, dtype, device)
         self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_up(x_TD).split(self.width, dim=-1)
-        hidden_TF = F.silu(gate_TF) if self.is_silu else F.gelu(gate_TF, approximate="tanh")
-        out_TD: Tensor = self.down(hidden_TF.mul_(up_TF))
+        out_TD: Tensor = self.down(self._gated(self.gate_up(x_TD)))
         return out_TD
+
+    def _gated(self, gate_up_TF2: Tensor) -> Tensor:
+        """Give act(gate) * up, [T, F]."""
+        if self._uses_kernel:
+            from mgpu.worker.kernels.activation import gated_activation
+
+            return gated_activation(gate_up_TF2, self.activation)
+        gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
+        hidden_TF = F.silu(gate_TF) if self.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
+        return hidden_TF.mul_(up_TF)
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         self.gate_up.load(reader, prefix)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.loaders.reader import WeightReader
 
 
@@ -22,11 +23,16 @@ class RMSNorm(nn.Module):
         self.unit_offset = unit_offset
         self.shape = (size,)
         self._cpu_eps = torch.tensor(eps)
+        self._uses_kernel = uses_kernels(device)
         self.weight = nn.Parameter(
             torch.ones(size, dtype=torch.float32 if unit_offset else dtype, device=device), requires_grad=False
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._uses_kernel and x.dim() == 2:
+            from mgpu.worker.kernels.norm import rms_norm
+
+            return rms_norm(x, self.weight, self.eps)
         if x.dtype != self.weight.dtype:
             return F.rms_norm(x.float(), self.shape, self.weight, self.eps).to(x.dtype)
         if x.device.type == "cpu" and x.dtype == torch.float32:
@@ -40,7 +46,11 @@ class RMSNorm(nn.Module):
         return torch.mul(x, scale).mul_(self.weight)
 
     def add_and_norm(self, residual_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
-        """Add ``delta`` to ``residual`` in place and give the normalized sum: the seam for a fused kernel."""
+        """Add ``delta`` to ``residual`` in place and give the normalized sum."""
+        if self._uses_kernel and delta_TD is not None:
+            from mgpu.worker.kernels.norm import add_rms_norm
+
+            return add_rms_norm(residual_TD, delta_TD, self.weight, self.eps)
         if delta_TD is not None:
             residual_TD.add_(delta_TD)
         normed_TD: Tensor = self(residual_TD)

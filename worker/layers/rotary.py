@@ -1,6 +1,6 @@
 """Rotary position embedding: rotate pairs (i, i + K/2) of a head by an angle that grows with the position."""
 
-# T tokens, H heads of this rank, K head dim
+# T tokens, H heads of this rank, K head dim, P positions
 
 import math
 
@@ -11,6 +11,8 @@ from mgpu.protocol.model import RopeScaling
 
 Rotation = tuple[Tensor, Tensor]
 """cos and signed sin, [T, 1, K] each; the first half of sin is negative, so that rotating takes one roll."""
+Angles = Rotation | Tensor
+"""What a layer is given: the rotation of the step's tokens, or for kernels the table of all positions."""
 
 
 class RotaryEmbedding(nn.Module):
@@ -19,6 +21,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> None:
         super().__init__()
         self.inverse_frequencies = _scaled_frequencies(head_dim, theta, scaling).to(device)
+        self._table_PK = torch.empty((0, head_dim), device=device)
 
     def forward(self, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
         """Give cos and sin of the positions; the angles are computed in float32 for any dtype."""
@@ -29,6 +32,15 @@ class RotaryEmbedding(nn.Module):
             torch.cat((cos_T1F, cos_T1F), dim=-1).to(dtype),
             torch.cat((-sin_T1F, sin_T1F), dim=-1).to(dtype),
         )
+
+    def table(self, num_positions: int) -> Tensor:
+        """Give float32 [P, K]: for each position cos of the K / 2 angles, then sin. Made once, kept while it is long
+        enough."""
+        if len(self._table_PK) < num_positions:
+            positions_P1 = torch.arange(num_positions, device=self.inverse_frequencies.device).unsqueeze(1)
+            angles_PF = positions_P1.float() * self.inverse_frequencies
+            self._table_PK = torch.cat((angles_PF.cos(), angles_PF.sin()), dim=-1)
+        return self._table_PK
 
 
 def rotate(x_THK: Tensor, rotation: Rotation) -> Tensor:

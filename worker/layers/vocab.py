@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mgpu.protocol.placement import padded_vocab
 from mgpu.worker.collectives import TensorParallelGroup
-from mgpu.worker.layers.cpu_matmul import matmul, pack
+from mgpu.worker.layers.cpu_matmul import pack
+from mgpu.worker.layers.product import matmul
 from mgpu.worker.loaders.reader import WeightReader
 
 _TIED_COPY_BYTES = 256 << 20
@@ -45,8 +46,8 @@ class VocabParallel(nn.Module):
         return self.group.all_reduce(x_TD.where(is_mine_T.unsqueeze(1), 0.0))
 
     def logits(self, x_SD: Tensor) -> Tensor:
-        """Give this rank's logits [S, W] in float32."""
-        logits_SW = matmul(x_SD, self.weight if self.packed_head is None else self.packed_head).float()
+        """Give this rank's logits [S, W] in the model's dtype."""
+        logits_SW = matmul(x_SD, self.weight if self.packed_head is None else self.packed_head)
         if self.num_valid < logits_SW.shape[1]:
             logits_SW[:, self.num_valid :] = -torch.inf
         return logits_SW

@@ -8,7 +8,7 @@ from mgpu.worker.attention import StepAttention
 from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.mlp import GatedMLP
-from mgpu.worker.layers.rotary import Rotation
+from mgpu.worker.layers.rotary import Angles
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.stage import BuildContext
 
@@ -30,12 +30,12 @@ class LlamaLayer(nn.Module):
         self,
         delta_TD: Tensor | None,
         residual_TD: Tensor,
-        rotation: Rotation,
+        angles: Angles,
         attention: StepAttention,
         cache: LayerCache,
     ) -> Tensor:
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
-        x_TD = self.attention(x_TD, rotation, attention, cache)
+        x_TD = self.attention(x_TD, angles, attention, cache)
         x_TD = self.mlp_norm.add_and_norm(residual_TD, x_TD)
         out_TD: Tensor = self.mlp(x_TD)
         return out_TD

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mgpu.protocol.model import ModelFacts
-from mgpu.worker.attention import StepAttention, select_backend
+from mgpu.protocol.placement import head_shard
+from mgpu.worker.attention import AttentionShape, StepAttention, select_backend
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kv_cache import KvCache, LayerCache
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.layers.norm import RMSNorm
-from mgpu.worker.layers.rotary import RotaryEmbedding, Rotation
+from mgpu.worker.layers.rotary import Angles, RotaryEmbedding
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
 
@@ -48,7 +49,7 @@ class DecoderLayer(Protocol):
         self,
         delta_TD: Tensor | None,
         residual_TD: Tensor,
-        rotation: Rotation,
+        angles: Angles,
         attention: StepAttention,
         cache: LayerCache,
     ) -> Tensor:
@@ -73,6 +74,8 @@ class DecoderStage(nn.Module):
         self.facts = facts
         self.layer_range = layers
         self.dtype = context.dtype
+        self.max_positions = facts.max_position
+        """Positions that tables of angles hold; a server with shorter requests lowers it before the first step."""
         self.is_first = layers.start == 0
         self.is_last = layers.stop == facts.num_layers
         self.embedding_scale = float(torch.tensor(facts.embedding_scale, dtype=context.dtype))
@@ -81,7 +84,25 @@ class DecoderStage(nn.Module):
         self._build_vocab(context)
         self._is_sliding = [facts.sliding_layers[index] for index in layers]
         self._rotary = _rotary_embeddings(facts, context.device)
-        self._attention_backend = select_backend(context.device)
+        self._attention_backend = select_backend(context.device, self._attention_shape(context))
+
+    def _attention_shape(self, context: BuildContext) -> AttentionShape:
+        facts, group = self.facts, context.group
+        heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
+        windows = tuple({context.window_of(index): None for index in self.layer_range})
+        return AttentionShape(heads.num_q, heads.num_kv, facts.head_dim, context.dtype, windows)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether steps are made of kernels that read lengths and tables on the device, as CUDA graphs need."""
+        return self._attention_backend.takes_packed
+
+    def _angles(self, positions_T: Tensor) -> dict[bool, Angles]:
+        """Give what layers rotate by, for sliding (True) and full (False) attention as far as there are such layers."""
+        kinds = set(self._is_sliding)
+        if self._attention_backend.takes_packed:
+            return {kind: self._rotary[kind].table(self.max_positions) for kind in kinds}
+        return {kind: self._rotary[kind](positions_T, self.dtype) for kind in kinds}
 
     def _build_vocab(self, context: BuildContext) -> None:
         facts = context.facts
@@ -103,14 +124,22 @@ class DecoderStage(nn.Module):
     def run_layers(self, x_TD: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
         """Run this stage's layers; ``x`` is overwritten, the result is what the next stage or `logits` takes."""
         attention = self._attention_backend.begin_step(batch, cache.block_size)
-        rotations = {sliding: self._rotary[sliding](batch.positions, self.dtype) for sliding in set(self._is_sliding)}
+        return self.run_layers_with(x_TD, attention, batch.positions, cache)
+
+    def run_layers_with(self, x_TD: Tensor, attention: StepAttention, positions_T: Tensor, cache: KvCache) -> Tensor:
+        """Run the layers with attention that was prepared elsewhere."""
+        angles = self._angles(positions_T)
         delta_TD: Tensor | None = None
         for layer, sliding, layer_cache in zip(self.layers, self._is_sliding, cache.layers, strict=True):
-            delta_TD = layer(delta_TD, x_TD, rotations[sliding], attention, layer_cache)
+            delta_TD = layer(delta_TD, x_TD, angles[sliding], attention, layer_cache)
         return x_TD if delta_TD is None else x_TD.add_(delta_TD)
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Give this rank's part of the logits, float32 [S, padded vocabulary / ranks]; the final norm is inside."""
+        return self.raw_logits(x_SD).float()
+
+    def raw_logits(self, x_SD: Tensor) -> Tensor:
+        """Give the logits in the model's dtype, as the head computes them."""
         assert self.norm is not None, "only the last stage has the norm and the head"
         assert self.head is not None
         return self.head.logits(self.norm(x_SD))

@@ -4,10 +4,11 @@ import pytest
 import torch
 from kernel_checks import relative_error, tolerance
 
+from mgpu.worker.attention import HeadNorms
 from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.activation import gated_activation, gated_activation_fp8
 from mgpu.worker.kernels.norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
-from mgpu.worker.kernels.rope_cache import HeadNorms, rope_and_cache
+from mgpu.worker.kernels.rope_cache import rope_and_cache
 
 FLOAT8_ERROR = 0.04
 """Three bits of mantissa."""

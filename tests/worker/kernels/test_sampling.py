@@ -22,7 +22,7 @@ def test_drawn_tokens_equal_those_of_the_torch_sampler(device: torch.device) -> 
     temperatures = torch.tensor([0.0, 0.7, 1.3, 0.0, 2.0, 1.0], device=device)
     seeds = torch.randint(-(2**31), 2**31 - 1, (6, 2), dtype=torch.int32, device=device)
     rows = torch.tensor([4, 1, 3, 2, 5], device=device)
-    positions = torch.tensor([5, 100, 3, 77, 0], device=device)
+    positions = torch.tensor([5, 100, 3, 77, 1], device=device)
     tokens = torch.zeros(6, 200, dtype=torch.int32, device=device)
     values, ids = sample(
         logits,
@@ -39,6 +39,14 @@ def test_drawn_tokens_equal_those_of_the_torch_sampler(device: torch.device) -> 
     assert torch.equal(ids.long(), scores.argmax(-1) + 500)
     assert torch.allclose(values, scores.max(-1).values, atol=1e-5)
     assert torch.equal(tokens[rows, positions], ids)
+
+
+def test_rows_that_fill_up_a_batch_write_no_token(device: torch.device) -> None:
+    tokens = torch.full((2, 4), -1, dtype=torch.int32, device=device)
+    rows, positions = torch.tensor([1, 1], device=device), torch.tensor([2, 0], device=device)
+    sample(torch.randn(2, 50, device=device), rows_S=rows, positions_S=positions, tokens=tokens)
+    assert (tokens == -1).sum() == 7
+    assert tokens[1, 2] >= 0
 
 
 def test_temperatures_need_their_rows() -> None:
@@ -63,3 +71,16 @@ def test_decode_inputs_come_from_the_persistent_rows(device: torch.device) -> No
         assert torch.equal(inputs.block_tables[i, :count], blocks[rows[i], :count])
         assert (inputs.block_tables[i, count:] == -1).all()
     assert inputs.token_ids[3] == 0
+
+
+def test_fresh_blocks_are_appended_before_they_are_used(device: torch.device) -> None:
+    tokens = torch.zeros((4, 90), dtype=torch.int32, device=device)
+    blocks = torch.arange(24, dtype=torch.int32, device=device).view(4, 6)
+    rows, starts = torch.tensor([3, 1, 0], device=device), torch.tensor([32, 33, 7], device=device)
+    fresh = torch.tensor([77, -1, 88], device=device)
+    inputs = DecodeInputs.create(3, 6, device)
+    prepare_decode(rows, starts, torch.tensor([2], device=device), tokens, blocks, 16, inputs, fresh)
+    assert inputs.slots.tolist() == [77 * 16, 8 * 16 + 1, -1]
+    assert inputs.block_tables[:2, :3].tolist() == [[18, 19, 77], [6, 7, 8]]
+    assert blocks[3].tolist() == [18, 19, 77, 21, 22, 23]
+    assert blocks[:3].flatten().tolist() == list(range(18))

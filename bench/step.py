@@ -1,0 +1,125 @@
+"""Break one worker's step down on a GPU, without a server: time per step, kernels, and what the GPU waits.
+
+    python bench/step.py [--rows 1,8,64] [--context 128] [--top 12]
+
+Llama-3.1-8B in bfloat16 with random weights. ``step`` is the time per decode step with two in flight, as the worker
+runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is what the host does for one step.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import json
+
+import torch
+from decode import LLAMA_8B, numbers
+from machine import describe, heading
+
+from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.protocol.placement import RankPlace
+from mgpu.worker.collectives import DryRun, SingleRank
+from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.links import Links
+from mgpu.worker.model_runner import ModelRunner
+from mgpu.worker.models import build_stage, init_dummy_weights
+from mgpu.worker.rows import RowTable
+
+BLOCK, STEPS, MOST_ROWS = 64, 60, 256
+
+
+def make_runner(context: int) -> ModelRunner:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
+        facts = read_checkpoint(folder, "dummy").facts
+    device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), DryRun(SingleRank())
+    stage = build_stage(facts, place, range(facts.num_layers), group, torch.bfloat16, device)
+    stage.max_positions = longest = context + 4 * STEPS + BLOCK
+    init_dummy_weights(stage, 0)
+    blocks = MOST_ROWS * -(-(longest + 1) // BLOCK)
+    cache = KvCache(facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim, torch.bfloat16, device)
+    rows = RowTable(MOST_ROWS, longest, BLOCK, blocks, device)
+    links = Links(group, None, (), None, (), None, [])
+    return ModelRunner(stage, cache, rows, links, facts, place, 1)
+
+
+def fill(runner: ModelRunner, rows: int, context: int) -> float:
+    """Give every row a prompt; the milliseconds of the last one."""
+    blocks = -(-(context + 4 * STEPS + BLOCK) // BLOCK)
+    elapsed_s = 0.0
+    for row in range(rows):
+        ids = torch.randint(3, 1000, (context,), dtype=torch.int32).numpy().tobytes()
+        new = NewRow(row, ids, context, [*range(row * blocks, (row + 1) * blocks)], RowSampling())
+        torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        runner.run(StepPlan(0, 0, [row], [new], [], [], [row], [0], [context], [1]))
+        torch.cuda.synchronize()
+        elapsed_s = time.perf_counter() - began_s
+    return elapsed_s * 1e3
+
+
+def decode(runner: ModelRunner, rows: int, start: int, steps: int) -> tuple[float, float]:
+    """Give microseconds per step and of launching one."""
+    numbers_of_rows, ones = [*range(rows)], [1] * rows
+    launch_s = 0.0
+    torch.cuda.synchronize()
+    began_s = time.perf_counter()
+    for step in range(steps):
+        at_s = time.perf_counter()
+        runner.run(StepPlan(0, 0, [], [], [], [], numbers_of_rows, [start + step] * rows, ones, ones))
+        launch_s += time.perf_counter() - at_s if step < 3 else 0.0
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began_s) * 1e6 / steps, launch_s * 1e6 / 3
+
+
+def profile(runner: ModelRunner, rows: int, start: int, top: int) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA]) as found:
+        decode(runner, rows, start, 5)
+    spans = defaultdict(list)
+    for event in found.events():
+        spans[event.name].append(event.time_range.elapsed_us())
+    ranges = sorted((event.time_range.start, event.time_range.end) for event in found.events())
+    busy, last = 0.0, 0.0
+    for begin, end in ranges:
+        busy += max(0.0, end - max(begin, last))
+        last = max(last, end)
+    print(f"   busy {busy / 5:.0f} us of {(last - ranges[0][0]) / 5:.0f} per step (profiled)")
+    for name, times in sorted(spans.items(), key=lambda item: -sum(item[1]))[:top]:
+        print(f"   {sum(times) / 5:8.0f} us {len(times) // 5:5} x {sum(times) / len(times):7.1f}  {name[:90]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=numbers, default=[1, 8, 64])
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--top", type=int, default=12)
+    arguments = parser.parse_args()
+    print(heading(describe("triton")))
+    runner = make_runner(arguments.context)
+    began_s = time.perf_counter()
+    runner.warm_up(16, 0)
+    torch.cuda.synchronize()
+    print(f"warm-up {time.perf_counter() - began_s:.2f} s")
+    for rows in arguments.rows:
+        fill(runner, min(rows, 3), arguments.context)
+        prompt_ms = fill(runner, rows, arguments.context)
+        decode(runner, rows, arguments.context, 10)
+        step_us, launch_us = decode(runner, rows, arguments.context + 10, STEPS)
+        speed = rows / step_us * 1e6
+        print(
+            f"rows {rows}: prompt {prompt_ms:.2f} ms, step {step_us:.0f} us ({speed:.0f} tok/s), launch {launch_us:.0f} us"
+        )
+        profile(runner, rows, arguments.context + 80, arguments.top)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Decode steps as CUDA graphs: what a step does on the host is fill one small buffer and launch one graph.
+
+A graph serves all batches up to its size; the rows that fill it up read token 0 of no context and write nothing. It
+takes its inputs from the persistent rows, and leaves the chosen tokens in them for the next step.
+"""
+
+# R rows of the padded batch
+
+from array import array
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.control import StepPlan
+from mgpu.worker.batch import StepBatch
+from mgpu.worker.graph_pool import GraphPool, StepGraph, StepOutput, padded, whole_lines
+from mgpu.worker.kernels.sample import sample
+from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
+from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.models import DecoderStage
+from mgpu.worker.rows import RowTable
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
+"""Batches that graphs are made for; larger ones are multiples of the last."""
+_HEAD = 4
+"""Numbers before the columns of a staged step: the count of rows, and filling."""
+
+
+class DecodeGraphs:
+    """The graphs of a rank that has the whole model."""
+
+    def __init__(self, pool: GraphPool, stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
+        self._pool = pool
+        self._stage = stage
+        self._cache = cache
+        self._rows = rows
+        self._graphs: dict[int, StepGraph] = {}
+        most = graph_size(rows.max_rows)
+        self._inputs = DecodeInputs.create(most, rows.blocks.shape[1], rows.device)
+        self._starts_R = torch.arange(most + 1, dtype=torch.int32, device=rows.device)
+
+    def takes(self, plan: StepPlan) -> bool:
+        """Say whether every row of a plan computes and samples one token."""
+        return bool(plan.rows) and max(plan.counts) == 1 and min(plan.samples) == 1
+
+    def prepare(self, size: int) -> None:
+        """Make a graph ahead of its first use; the largest first, so that smaller ones fit into its memory."""
+        if size not in self._graphs:
+            self._graphs[size] = self._pool.capture(staged_length(size), lambda staged: self._forward(size, staged))
+
+    def run(self, plan: StepPlan, fresh: list[int]) -> StepOutput:
+        """Launch a step that `takes`; ``fresh`` is what `RowTable.apply_decode` gave."""
+        size = graph_size(len(plan.rows))
+        self.prepare(size)
+        column = whole_lines(size)
+        columns = padded(plan.rows, column) + padded(plan.starts, column) + padded(fresh, column)
+        return self._pool.replay(self._graphs[size], array("i", padded([len(plan.rows)], _HEAD) + columns))
+
+    def _forward(self, size: int, staged: Tensor) -> StepOutput:
+        rows, column = self._rows, whole_lines(size)
+        rows_R, starts_R, fresh_R = (staged[_HEAD + i * column :][:size] for i in range(3))
+        everything = self._inputs
+        inputs = DecodeInputs(
+            everything.token_ids[:size],
+            everything.positions[:size],
+            everything.slots[:size],
+            everything.context_lens[:size],
+            everything.block_tables[:size],
+        )
+        prepare_decode(rows_R, starts_R, staged[:1], rows.tokens, rows.blocks, rows.block_size, inputs, fresh_R)
+        x_RD = self._stage.embed(inputs.token_ids)
+        x_RD = self._stage.run_layers(x_RD, self._batch(inputs, size), self._cache)
+        logits_RV = self._stage.raw_logits(x_RD)
+        _, ids_R = sample(
+            logits_RV,
+            rows_S=rows_R,
+            positions_S=inputs.context_lens,  # the token that is chosen comes right after the context
+            temperatures=rows.temperatures,
+            seeds=rows.seeds,
+            tokens=rows.tokens,
+        )
+        return StepOutput(logits_RV, ids_R)
+
+    def _batch(self, inputs: DecodeInputs, size: int) -> StepBatch:
+        return StepBatch(
+            token_ids=inputs.token_ids,
+            positions=inputs.positions,
+            slots=inputs.slots,
+            query_starts=self._starts_R[: size + 1],
+            context_lens=inputs.context_lens,
+            block_tables=inputs.block_tables,
+            logit_rows=self._starts_R[:size],
+            query_lens_host=[1] * size,
+            context_lens_host=[1] * size,
+        )
+
+
+def graph_size(rows: int) -> int:
+    """Give the size of the graph that serves a batch."""
+    return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
+
+
+def staged_length(size: int) -> int:
+    """Give how many numbers a step of this size is staged in."""
+    return _HEAD + 3 * whole_lines(size)

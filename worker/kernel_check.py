@@ -1,0 +1,99 @@
+"""Try the attention kernels on a small random case before a worker relies on them.
+
+Compilers, drivers and GPUs differ, and what a broken kernel gives looks like an answer. What the check compiles is what
+the server runs, so it costs little.
+"""
+
+# T tokens, R rows, A packed heads, J KV heads, K head dim
+
+from functools import cache
+
+import torch
+
+from mgpu.worker.attention import AttentionShape, AttentionSpec
+from mgpu.worker.batch import StepBatch
+from mgpu.worker.kernels.reference import paged_attention, rotate
+from mgpu.worker.kernels.runtime import power_of_2
+from mgpu.worker.kv_cache import LayerCache
+from mgpu.worker.triton_attention import TritonBackend
+
+_BLOCK_SIZE = 64
+_CONTEXTS = (1, 150, 70, 200)
+_NEW_TOKENS = (1, 1, 70, 90)
+"""A first token, decoding, a whole prompt, and a chunk of one."""
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@cache
+def attention_problem(device: torch.device, shape: AttentionShape) -> str | None:
+    """Say what is wrong with the kernels for these heads; None when they agree with plain torch."""
+    if shape.head_dim < 16 or power_of_2(shape.head_dim) != shape.head_dim:
+        return f"kernels need a head size that is a power of two from 16 on, not {shape.head_dim}"
+    try:
+        errors = [_error(device, shape, window) for window in shape.windows]
+    except Exception as error:  # a compiler's or driver's failure may be of any type; plain torch still serves
+        return f"the kernels failed: {type(error).__name__}: {error}"
+    worst = max(errors)
+    if worst <= _TOLERANCE[shape.dtype]:
+        return None
+    return f"the kernels' result is off by {worst:.1e} of its norm"
+
+
+@torch.inference_mode()
+def _error(device: torch.device, shape: AttentionShape, window: int | None) -> float:
+    """Give the distance to plain torch over the norm of the result; infinity where it is not finite."""
+    generator = torch.Generator(device).manual_seed(0)
+    num_qk = shape.num_q + shape.num_kv
+    tokens, dim = sum(_NEW_TOKENS), shape.head_dim
+    pages = -(-max(_CONTEXTS) // _BLOCK_SIZE)
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator, device=device).to(shape.dtype)
+
+    qkv_TAK = draw(tokens, num_qk + shape.num_kv, dim)
+    cache_shape = (len(_CONTEXTS) * pages + 1, _BLOCK_SIZE, shape.num_kv, dim)
+    cache = LayerCache(draw(*cache_shape), draw(*cache_shape))
+    cache.k_NBJK[-1] = cache.v_NBJK[-1] = torch.nan
+    table_PK = torch.rand((max(_CONTEXTS), dim), generator=generator, device=device) * 2 - 1
+    batch = _batch(device, pages)
+    spec = AttentionSpec(dim**-0.5, window)
+    out_THK = TritonBackend().begin_step(batch, _BLOCK_SIZE).attend_packed(qkv_TAK, table_PK, None, cache, spec)
+
+    turned_THK = rotate(qkv_TAK[:, :num_qk], table_PK[batch.positions]).to(shape.dtype)
+    for store, new in ((cache.k_NBJK, turned_THK[:, shape.num_q :]), (cache.v_NBJK, qkv_TAK[:, num_qk:])):
+        store.flatten(0, 1)[batch.slots] = new
+    expected_THK = paged_attention(
+        turned_THK[:, : shape.num_q],
+        cache.k_NBJK,
+        cache.v_NBJK,
+        batch.block_tables,
+        list(_CONTEXTS),
+        batch.query_starts.tolist(),
+        spec.scale,
+        window,
+    )
+    error = float((out_THK.float() - expected_THK).norm() / expected_THK.norm())
+    return error if error == error else torch.inf
+
+
+def _batch(device: torch.device, pages: int) -> StepBatch:
+    """Lay the rows out over scattered blocks; the last block of the pool belongs to nobody and holds NaN."""
+    rows = len(_CONTEXTS)
+    tables_RP = torch.arange(rows * pages, dtype=torch.int32, device=device).flip(0).view(rows, pages).contiguous()
+    positions, slots = [], []
+    for row, (context, count) in enumerate(zip(_CONTEXTS, _NEW_TOKENS, strict=True)):
+        places = torch.arange(context - count, context, device=device)
+        positions.append(places)
+        slots.append(tables_RP[row].long()[places // _BLOCK_SIZE] * _BLOCK_SIZE + places % _BLOCK_SIZE)
+    starts = torch.tensor((0, *_NEW_TOKENS), device=device).cumsum(0)
+    return StepBatch(
+        token_ids=torch.cat(positions),
+        positions=torch.cat(positions),
+        slots=torch.cat(slots),
+        query_starts=starts.to(torch.int32),
+        context_lens=torch.tensor(_CONTEXTS, dtype=torch.int32, device=device),
+        block_tables=tables_RP,
+        logit_rows=starts[1:] - 1,
+        query_lens_host=list(_NEW_TOKENS),
+        context_lens_host=list(_CONTEXTS),
+    )

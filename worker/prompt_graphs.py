@@ -1,0 +1,117 @@
+"""Short steps with prompts in them as CUDA graphs: launching their kernels one by one takes longer than running them.
+
+Rows that decode beside the prompts come first. The decode kernel runs over all rows, with no context for those that
+have a prompt, and the prefill kernel over all of them, with no queries for those that decode.
+"""
+
+# T tokens of the padded step, R rows of it
+
+from array import array
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.control import StepPlan
+from mgpu.worker.graph_pool import GraphPool, StepGraph, StepOutput, padded
+from mgpu.worker.kernels.sample import sample
+from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.models import DecoderStage
+from mgpu.worker.rows import RowTable
+from mgpu.worker.triton_attention import PagedRows, TritonStep
+
+TOKENS = (64, 128, 192, 256, 384, 512)
+"""Sizes of steps that graphs are made for; longer ones keep the GPU busy while they are launched."""
+ROWS = (8, 64)
+_HEAD = 4
+_STARTS_PAD = 4
+
+Size = tuple[int, int, bool]
+"""Tokens, rows, and whether some rows decode."""
+
+
+class PromptGraphs:
+    """The graphs of a rank that has the whole model."""
+
+    def __init__(self, pool: GraphPool, stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
+        self._pool = pool
+        self._stage = stage
+        self._cache = cache
+        self._rows = rows
+        self._graphs: dict[Size, StepGraph] = {}
+
+    def takes(self, plan: StepPlan) -> bool:
+        """Say whether a step is small enough; one of decoding alone is not meant."""
+        return 0 < len(plan.rows) <= ROWS[-1] and sum(plan.counts) <= TOKENS[-1]
+
+    def prepare(self, size: Size) -> None:
+        """Make a graph ahead of its first use."""
+        if size not in self._graphs:
+            self._graphs[size] = self._pool.capture(_length(size), lambda staged: self._forward(size, staged))
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Launch a step that `takes`, after `RowTable.apply`; rows that do not sample get arbitrary ids."""
+        decoding = next((i for i, count in enumerate(plan.counts) if count > 1), len(plan.rows))
+        total, num_rows = sum(plan.counts), len(plan.rows)
+        tokens, rows = _first_fit(TOKENS, total), _first_fit(ROWS, num_rows)
+        size = tokens, rows, decoding > 0
+        self.prepare(size)
+        contexts = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
+        ends = list(accumulate(plan.counts))
+        token_rows = [row for row, count in zip(plan.rows, plan.counts, strict=True) for _ in range(count)]
+        positions = [p for start, end in zip(plan.starts, contexts, strict=True) for p in range(start, end)]
+        sampled = [context if samples else 0 for context, samples in zip(contexts, plan.samples, strict=True)]
+        values = [
+            *padded([total], _HEAD),
+            *padded(token_rows, tokens),
+            *padded(positions, tokens),
+            *padded(plan.rows, rows),
+            *padded(sampled, rows),
+            *padded([end - 1 for end in ends], rows),
+            *padded(contexts[:decoding], rows),
+            *padded([0] * decoding + contexts[decoding:], rows),
+            # Rows that decode have no queries here: theirs end where those of the first prompt begin.
+            *padded([decoding] * (decoding + 1) + ends[decoding:], rows + _STARTS_PAD, total),
+        ]
+        return self._pool.replay(self._graphs[size], array("i", values))
+
+    def _forward(self, size: Size, staged: Tensor) -> StepOutput:
+        tokens, num_rows, decodes = size
+        columns = torch.split(staged, [_HEAD, tokens, tokens, *[num_rows] * 5, num_rows + _STARTS_PAD])
+        head, token_rows_T, positions_T, rows_R, sampled_R, last_R, decode_lens_R, prompt_lens_R, starts = columns
+        rows = self._rows
+        token_rows_T, positions_T = token_rows_T.long(), positions_T.long()
+        blocks_T = rows.blocks[token_rows_T, positions_T // rows.block_size].long()
+        slots_T = blocks_T * rows.block_size + positions_T % rows.block_size
+        is_token_T = torch.arange(tokens, device=rows.device) < head[:1]
+        tables_RP = rows.blocks[rows_R.long()]
+        step = TritonStep(
+            positions_T,
+            slots_T.where(is_token_T, -1),
+            PagedRows(tables_RP, decode_lens_R) if decodes else None,
+            PagedRows(tables_RP, prompt_lens_R, starts[: num_rows + 1]),
+        )
+        x_TD = self._stage.embed(rows.tokens[token_rows_T, positions_T].long())
+        x_TD = self._stage.run_layers_with(x_TD, step, positions_T, self._cache)
+        logits_RV = self._stage.raw_logits(x_TD[last_R.long()])
+        _, ids_R = sample(
+            logits_RV,
+            rows_S=rows_R,
+            positions_S=sampled_R,
+            temperatures=rows.temperatures,
+            seeds=rows.seeds,
+            tokens=rows.tokens,
+        )
+        return StepOutput(logits_RV, ids_R)
+
+
+def _first_fit(sizes: tuple[int, ...], needed: int) -> int:
+    return next(size for size in sizes if size >= needed)
+
+
+def _length(size: Size) -> int:
+    tokens, num_rows, _ = size
+    return _HEAD + 2 * tokens + 6 * num_rows + _STARTS_PAD
+
+
+MOST_STAGED = _length((TOKENS[-1], ROWS[-1], True))

@@ -1,0 +1,102 @@
+"""Attention on Triton kernels: one kernel rotates and writes the cache, one serves decoding rows, one the others.
+
+A step's rows come with those of one new token first (the scheduler plans decoding before prefill); rows of one token
+behind a longer one are left to the prefill kernel, which takes any length.
+"""
+
+# T tokens, R rows, H query heads, A = H + 2 J packed heads, K head dim, P pages or positions
+
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from mgpu.worker.attention import AttentionSpec, HeadNorms
+from mgpu.worker.batch import StepBatch
+from mgpu.worker.kernel_use import aligned
+from mgpu.worker.kernels.decode_attention import decode_attention
+from mgpu.worker.kernels.prefill_attention import prefill_attention
+from mgpu.worker.kernels.rope_cache import rope_and_cache
+from mgpu.worker.kv_cache import LayerCache
+
+
+@dataclass(frozen=True, slots=True)
+class PagedRows:
+    """Rows that one kernel serves, at addresses that are multiples of 16."""
+
+    tables_RP: Tensor
+    """int32."""
+    lens_R: Tensor
+    """int32; 0: the row is not meant."""
+    starts: Tensor | None = None
+    """int32 [R + 1]: the rows' queries; None: row r has token r."""
+
+
+class TritonBackend:
+    """Has no state: what kernels share between steps is their scratch, one per device."""
+
+    takes_packed = True
+
+    def begin_step(self, batch: StepBatch, block_size: int) -> "TritonStep":
+        del block_size  # the cache's shape says it
+        decoding = sum(1 for _ in takewhile(lambda count: count == 1, batch.query_lens_host))
+        tables, lens = batch.block_tables, batch.context_lens
+        decode = PagedRows(aligned(tables[:decoding]), aligned(lens[:decoding])) if decoding else None
+        prompts = None
+        if decoding < len(batch.query_lens_host):
+            starts = aligned(batch.query_starts[decoding:])
+            prompts = PagedRows(aligned(tables[decoding:]), aligned(lens[decoding:]), starts)
+        return TritonStep(aligned(batch.positions), aligned(batch.slots), decode, prompts)
+
+
+class TritonStep:
+    """One step. Rows that decode have the first tokens; what prompts have is written after them."""
+
+    def __init__(
+        self, positions_T: Tensor, slots_T: Tensor, decode: PagedRows | None, prompts: PagedRows | None
+    ) -> None:
+        self._positions_T = positions_T
+        self._slots_T = slots_T
+        self._decode = decode
+        self._prompts = prompts
+
+    @property
+    def packed(self) -> "TritonStep":
+        return self
+
+    def attend_packed(
+        self, qkv_TAK: Tensor, table_PK: Tensor, norms: HeadNorms | None, cache: LayerCache, spec: AttentionSpec
+    ) -> Tensor:
+        k_NBJK, v_NBJK = cache.k_NBJK, cache.v_NBJK
+        q_THK = rope_and_cache(qkv_TAK, table_PK, self._positions_T, self._slots_T, k_NBJK, v_NBJK, norms=norms)
+        out_THK = torch.empty_like(q_THK)
+        if self._decode is not None:
+            count = len(self._decode.lens_R)
+            decode_attention(
+                q_THK[:count],
+                k_NBJK,
+                v_NBJK,
+                self._decode.tables_RP,
+                self._decode.lens_R,
+                scale=spec.scale,
+                window=spec.window,
+                out_RHK=out_THK[:count],
+            )
+        if self._prompts is not None:
+            assert self._prompts.starts is not None
+            prefill_attention(
+                q_THK,
+                k_NBJK,
+                v_NBJK,
+                self._prompts.tables_RP,
+                self._prompts.lens_R,
+                self._prompts.starts,
+                scale=spec.scale,
+                window=spec.window,
+                out_THK=out_THK,
+            )
+        return out_THK
+
+    def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
+        raise NotImplementedError("layers give kernels the packed product")
