@@ -116,7 +116,8 @@ def main() -> None:
         step_us, launch_us = decode(runner, rows, arguments.context + 10, STEPS)
         speed = rows / step_us * 1e6
         print(
-            f"rows {rows}: prompt {prompt_ms:.2f} ms, step {step_us:.0f} us ({speed:.0f} tok/s), launch {launch_us:.0f} us"
+            f"rows {rows}: prompt {prompt_ms:.2f} ms, step {step_us:.0f} us ({speed:.0f} tok/s), "
+            f"launch {launch_us:.0f} us"
         )
         profile(runner, rows, arguments.context + 80, arguments.top)
 
