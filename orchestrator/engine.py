@@ -1,5 +1,6 @@
 """The step loop: what clients want goes in, steps go out to the workers, tokens come back."""
 
+import contextlib
 import logging
 import math
 import time
@@ -65,6 +66,7 @@ class Engine:
         self._gateway = gateway
         self._signals = signals
         self._info = info
+        self._told_state = info.state
         self._notifier = notifier
         self._spin_s = spin_s
         self._journal = Journal()
@@ -91,10 +93,13 @@ class Engine:
                 self._publish_steps()
                 self._gather_results()
                 self._emit()
+                self._tell_state()
             except (WorkerLost, WorkersHung) as cause:
                 self._replace_workers(cause)
             except GatewayLost as cause:
                 self._replace_gateway(cause)
+        with contextlib.suppress(GatewayLost):  # no time for another one
+            self._tell_state()
 
     def end_requests(self, error: str) -> None:
         """Give every request that is still alive its one ending."""
@@ -258,7 +263,6 @@ class Engine:
         self._recovery.begin(cause)
         self._workers = self._recovery.group
         self._watch()
-        self._tell_state()
 
     def _await_workers(self) -> None:
         """Lead the new workers on; when they are ready, everything is replayed."""
@@ -268,7 +272,6 @@ class Engine:
         self._scheduler.resume(self._workers.epoch, self._recovery.num_blocks)
         limits = self._scheduler.limits
         self._info = replace(self._info, max_seq_len=limits.max_seq_len, kv_tokens=limits.kv_tokens)
-        self._tell_state()
         log.info("recovered in %.2f s; %d requests go on", self._recovery.last_s, self._scheduler.num_live)
 
     def _replace_gateway(self, cause: Exception) -> None:
@@ -286,7 +289,7 @@ class Engine:
         log.warning("restart %d of the gateway", self._gateway_restarts.count)
 
     def _on_new_gateway(self) -> None:
-        self._tell_state()
+        self._told_state = ""
         self._claim_deadline_s = time.monotonic() + self._resume_timeout_s
         log.info("the gateway is back; clients may resume %d requests", self._scheduler.num_live)
 
@@ -298,7 +301,11 @@ class Engine:
                 self._scheduler.cancel(request_id, "cancelled")
 
     def _tell_state(self) -> None:
-        self._gateway.send(replace(self._info, state=self._state))
+        """Tell the gateway when the state is another than it knows; only here, where its loss is dealt with."""
+        state = self._state
+        if state != self._told_state and self._gateway.is_ready:
+            self._gateway.send(replace(self._info, state=state))
+            self._told_state = state
 
     @property
     def _state(self) -> str:
@@ -337,4 +344,3 @@ class Engine:
             log.info("stopping: %d requests get up to %g s to finish", num_live, self._drain_timeout_s)
         self._drain_deadline_s = time.monotonic() + self._drain_timeout_s
         self._notifier.stopping("finishing the last requests")
-        self._tell_state()

@@ -156,8 +156,11 @@ class Connection:
             answer.is_adrift, answer.was_resumed = False, True
             answer.take(message)
         elif isinstance(message, Failed):
-            if message.code == "unknown_request" and answer.accepted is None:
+            if message.code == "unknown_request" and not any(answer.offsets()):
+                # It did not get as far as the engine. `accepted` may have come all the same; its seed was a promise.
                 answer.is_adrift = False
+                if answer.accepted is not None:
+                    answer.request = {**answer.request, "seed": answer.accepted.seed}
                 with contextlib.suppress(MgpuError):  # lost once more: the next connection asks again
                     self.send(answer.request)
             else:

@@ -298,13 +298,13 @@ class Gateway:
                 for at, submit in enumerate(submits)
             ],
         )
-        self._send(request.client, accepted)
         if request.spec.session is not None:
             context = pack_context(request, accepted)
             self._send_engine(Resumable(request.spec.session, request.id, context, submits))
-            return
-        for submit in submits:
-            self._send_engine(submit)
+        else:
+            for submit in submits:
+                self._send_engine(submit)
+        self._send(request.client, accepted)
 
     def _choice(self, spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[int]) -> ChoiceState:
         codec, text = self._codec, None

@@ -152,12 +152,12 @@ class Streams:
             thread.join(DEADLINE_S)
         assert not any(thread.is_alive() for thread in self._threads)
 
-    def wait_for_more(self, count: int) -> None:
+    def wait_for_more(self, count: int, server: ServerProcess) -> None:
         goal, deadline_s = self.done + count, time.monotonic() + DEADLINE_S
         while self.done < goal and not self.failures:
             assert time.monotonic() < deadline_s, "the streams stand still"
             time.sleep(0.005)
-        assert self.failures == []
+        assert self.failures == [], server.log
 
     def _run(self, rng: random.Random) -> None:
         with Client(self._endpoint) as client:
@@ -184,12 +184,12 @@ def test_16_streams_survive_kills_of_the_gateway_and_the_workers(folder: Path, b
         rng = random.Random(3)
         with Streams(endpoint_of(server, folder), seed=11) as streams:
             for number in range(kills):
-                streams.wait_for_more(rng.randrange(1, 40))
+                streams.wait_for_more(rng.randrange(1, 40), server)
                 gateway_of(server).kill()
                 if number % 4 == 3:
                     server.workers()[rng.randrange(2)].kill()
-                streams.wait_for_more(40)
-        assert streams.failures == []
+                streams.wait_for_more(40, server)
+        assert streams.failures == [], server.log
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(DEADLINE_S) == -signal.SIGTERM
 
