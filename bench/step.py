@@ -7,15 +7,16 @@ runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is wh
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-import json
 
 import torch
 from decode import LLAMA_8B, numbers
@@ -78,23 +79,25 @@ def decode(runner: ModelRunner, rows: int, start: int, steps: int) -> tuple[floa
     return (time.perf_counter() - began_s) * 1e6 / steps, launch_s * 1e6 / 3
 
 
-def profile(runner: ModelRunner, rows: int, start: int, top: int) -> None:
+def profile(what: Callable[[], object], times: int, top: int) -> None:
+    """Print the kernels of ``what``, which runs ``times`` steps."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     with record(activities=[ProfilerActivity.CUDA]) as found:
-        decode(runner, rows, start, 5)
+        what()
     spans = defaultdict(list)
-    for event in found.events():
+    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    for event in events:
         spans[event.name].append(event.time_range.elapsed_us())
-    ranges = sorted((event.time_range.start, event.time_range.end) for event in found.events())
+    ranges = sorted((event.time_range.start, event.time_range.end) for event in events)
     busy, last = 0.0, 0.0
     for begin, end in ranges:
         busy += max(0.0, end - max(begin, last))
         last = max(last, end)
-    print(f"   busy {busy / 5:.0f} us of {(last - ranges[0][0]) / 5:.0f} per step (profiled)")
-    for name, times in sorted(spans.items(), key=lambda item: -sum(item[1]))[:top]:
-        print(f"   {sum(times) / 5:8.0f} us {len(times) // 5:5} x {sum(times) / len(times):7.1f}  {name[:90]}")
+    print(f"   busy {busy / times:.0f} us of {(last - ranges[0][0]) / times:.0f} per step (profiled)")
+    for name, us in sorted(spans.items(), key=lambda item: -sum(item[1]))[:top]:
+        print(f"   {sum(us) / times:8.0f} us {len(us) // times:5} x {sum(us) / len(us):7.1f}  {name[:90]}")
 
 
 def main() -> None:
@@ -115,11 +118,11 @@ def main() -> None:
         decode(runner, rows, arguments.context, 10)
         step_us, launch_us = decode(runner, rows, arguments.context + 10, STEPS)
         speed = rows / step_us * 1e6
-        print(
-            f"rows {rows}: prompt {prompt_ms:.2f} ms, step {step_us:.0f} us ({speed:.0f} tok/s), "
-            f"launch {launch_us:.0f} us"
-        )
-        profile(runner, rows, arguments.context + 80, arguments.top)
+        print(f"rows {rows}: last prompt {prompt_ms:.2f} ms, launching a step {launch_us:.0f} us")
+        print(f"   step {step_us:.0f} us, {speed:.0f} tok/s")
+        profile(partial(decode, runner, rows, arguments.context + 80, 5), 5, arguments.top)
+    print("one prompt:")
+    profile(partial(fill, runner, 1, arguments.context), 1, arguments.top)
 
 
 if __name__ == "__main__":

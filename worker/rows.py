@@ -7,6 +7,7 @@ step before anybody has read it back.
 # T tokens of the step, R rows in it, S rows that sample, B blocks of the longest table
 
 import sys
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -115,16 +116,22 @@ class RowTable:
                 f"a row holds {self.tokens.shape[1]} and {self.blocks.shape[1]}"
             )
         self._check_blocks(new.block_ids)
-        self.tokens[new.row, : len(ids)] = self._upload(ids)
-        self.blocks[new.row, : len(new.block_ids)] = self._upload(torch.tensor(new.block_ids, dtype=torch.int32))
+        seed = (new.sampling.seed & 0xFFFF_FFFF_FFFF_FFFF).to_bytes(8, "little")
+        blocks, temperature = (
+            int32_tensor(array("i", new.block_ids).tobytes()),
+            torch.tensor([new.sampling.temperature]),
+        )
+        parts = [ids, blocks, int32_tensor(seed), temperature.view(torch.int32)]
+        on_device = self._upload(torch.cat(parts)).split([len(part) for part in parts])
+        self.tokens[new.row, : len(ids)] = on_device[0]
+        self.blocks[new.row, : len(blocks)] = on_device[1]
+        self.seeds[new.row] = on_device[2]
+        self.temperatures[new.row] = on_device[3].view(torch.float32)[0]
         self._block_counts[new.row] = len(new.block_ids)
         self.prompt_lens[new.row] = new.prompt_len
         self.sampling[new.row] = new.sampling
         self.is_simple[new.row] = is_simple(new.sampling)
         self.tenants[new.row] += 1
-        seed = new.sampling.seed & 0xFFFF_FFFF_FFFF_FFFF
-        self.seeds[new.row] = self._upload(int32_tensor(seed.to_bytes(8, "little")))
-        self.temperatures[new.row] = new.sampling.temperature
 
     def _append(self, rows: list[int], block_ids: list[int]) -> None:
         self._check_blocks(block_ids)
