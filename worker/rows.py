@@ -122,7 +122,7 @@ class RowTable:
             torch.tensor([new.sampling.temperature]),
         )
         parts = [ids, blocks, int32_tensor(seed), temperature.view(torch.int32)]
-        on_device = self._upload(torch.cat(parts)).split([len(part) for part in parts])
+        on_device = torch.split(self._upload(torch.cat(parts)), [len(part) for part in parts])
         self.tokens[new.row, : len(ids)] = on_device[0]
         self.blocks[new.row, : len(blocks)] = on_device[1]
         self.seeds[new.row] = on_device[2]
