@@ -132,3 +132,27 @@ def test_impossible_plans_are_refused(plan: StepPlan, complaint: str) -> None:
 def take(table: RowTable, plan: StepPlan) -> None:
     table.apply(plan)
     table.batch(plan)
+
+
+def test_a_decode_step_is_told_the_blocks_that_its_rows_need_next() -> None:
+    table = make_table()
+    table.apply(plan_of([], [], [], [], new=[row_of(1, [1, 2, 3, 4], [0]), row_of(3, [5, 6], [1])]))
+    assert table.apply_decode(plan_of([3, 1], [2, 4], [1, 1], [1, 1], appended=([1], [9]))) == [-1, 9]
+    assert table.apply_decode(plan_of([3, 1], [3, 5], [1, 1], [1, 1])) == [-1, -1]
+
+
+def test_blocks_that_a_decode_step_does_not_reach_are_written_at_once() -> None:
+    table = make_table()
+    table.apply(plan_of([], [], [], [], new=[row_of(1, [1, 2], [0])]))
+    plan = plan_of([1], [2], [1], [1], appended=([1, 1], [9, 5]))
+    assert table.apply_decode(plan) == [-1]
+    assert table.blocks[1, :3].tolist() == [0, 9, 5]
+
+
+def test_a_decode_step_is_refused_what_its_rows_have_no_room_for() -> None:
+    table = make_table()
+    table.apply(plan_of([], [], [], [], new=[row_of(1, [1, 2, 3, 4], [0])]))
+    with pytest.raises(BadPlan, match="row 1 reaches 5 tokens with 1 blocks"):
+        table.apply_decode(plan_of([1], [4], [1], [1]))
+    with pytest.raises(BadPlan, match=r"blocks 10\.\.10"):
+        table.apply_decode(plan_of([1], [4], [1], [1], appended=([1], [10])))

@@ -1,0 +1,39 @@
+"""The check that kernels must pass before a worker uses them: it passes here, and finds what is wrong."""
+
+import pytest
+import torch
+
+from mgpu.worker import kernel_check, triton_attention
+from mgpu.worker.attention import AttentionShape
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_kernels_pass_the_check(device: torch.device, window: int | None) -> None:
+    shape = AttentionShape(4, 2, 16, torch.float32, (window,))
+    assert kernel_check.attention_problem(device, shape) is None
+
+
+def test_a_head_size_that_kernels_cannot_have_is_named(device: torch.device) -> None:
+    problem = kernel_check.attention_problem(device, AttentionShape(4, 2, 96, torch.float32, (None,)))
+    assert problem is not None
+    assert "96" in problem
+
+
+@pytest.mark.parametrize("result", [1.0, torch.nan])
+def test_a_kernel_that_computes_something_else_is_found(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, result: float
+) -> None:
+    monkeypatch.setattr(triton_attention, "decode_attention", lambda *args, out_RHK, **options: out_RHK.fill_(result))
+    problem = kernel_check.attention_problem(device, AttentionShape(2, 1, 16, torch.float32, (None,)))
+    assert problem is not None
+    assert "off by" in problem
+
+
+def test_a_kernel_that_fails_is_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(triton_attention, "prefill_attention", fail)
+    problem = kernel_check.attention_problem(device, AttentionShape(2, 2, 16, torch.float32, (None,)))
+    assert problem is not None
+    assert "no such instruction" in problem
