@@ -3,9 +3,9 @@
     python bench/decode.py [--batches 1,8,64,256] [--contexts 128,1024] [--model FOLDER] [-- SERVE OPTIONS]
 
 Without ``--model``: Llama-3.1-8B in bfloat16 with random weights made in place. Every number is a median of
-``--repeat`` runs. A request's decode speed counts from the moment when all requests of the batch have their first
-token to the moment when the first one ends, so that all of them are decoding all that time. The limit of a step is
-every byte once, weights without the input embedding plus the keys and values of the contexts, over ``--tbps``.
+``--repeat`` runs. Decoding is counted for ``--seconds`` from the moment when all requests of the batch have their first
+token, and none ends meanwhile. ``context`` is the prompt; the limit of a step is every byte once, weights without the
+input embedding plus the keys and values of the contexts as they are in the middle of the count, over ``--tbps``.
 """
 
 import argparse
@@ -42,6 +42,7 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+MOST_NEW_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,29 +74,34 @@ class Bench:
         self._client = client
         self._vocab_size = vocab_size
         self._random = random.Random(0)
+        self._generated = client.stats()["generated_tokens"]
 
     def prompt(self, length: int) -> list[int]:
         return [self._random.randrange(3, self._vocab_size) for _ in range(length)]
 
-    def decode_rate(self, batch: int, context: int, new_tokens: int) -> float:
-        """Give tokens per second of a whole batch while all of it is decoding."""
+    def decode_rate(self, batch: int, context: int, seconds: float) -> tuple[float, float]:
+        """Give tokens per second while a whole batch decodes, and the mean context meanwhile.
+
+        Counted by the engine, between two looks at its counters: pieces that wait in the client would count twice as
+        fast. What is still to come then is cancelled.
+        """
         prompts = [self.prompt(context) for _ in range(batch)]
-        streams = [self._client.stream(ids, max_tokens=new_tokens, ignore_eos=True) for ids in prompts]
-        waiting, counted, began_s = set(range(batch)), 0, 0.0
-        while True:
-            for index, stream in enumerate(streams):
-                piece = next(stream, None)
-                if piece is None:
-                    elapsed_s = time.perf_counter() - began_s
-                    for each in streams:
-                        each.completion()
-                    return counted / elapsed_s
-                if not waiting:
-                    counted += len(piece.token_ids)
-                else:
-                    waiting.discard(index)
-                    if not waiting:
-                        began_s = time.perf_counter()
+        streams = [self._client.stream(ids, max_tokens=MOST_NEW_TOKENS, ignore_eos=True) for ids in prompts]
+        for stream in streams:
+            next(stream)
+        before, began_s = self._client.stats(), time.perf_counter()
+        time.sleep(seconds)
+        after, ended_s = self._client.stats(), time.perf_counter()
+        for stats in (before, after):
+            assert (stats["running"], stats["waiting"]) == (batch, 0), "not the whole batch was decoding"
+        for stream in streams:
+            stream.close()
+        while self._client.stats()["running"]:
+            time.sleep(0.01)
+        new_tokens = after["generated_tokens"] - before["generated_tokens"]
+        generated = (before["generated_tokens"] + after["generated_tokens"]) / 2 - self._generated
+        self._generated = self._client.stats()["generated_tokens"]
+        return new_tokens / (ended_s - began_s), context + generated / batch
 
     def first_token_ms(self, length: int) -> float:
         """Give the time from sending a prompt to its first token on an idle server."""
@@ -126,7 +132,7 @@ class Bench:
         return total / (time.perf_counter() - began_s)
 
 
-def step_bytes(facts: ModelFacts, batch: int, context: int, itemsize: int) -> float:
+def step_bytes(facts: ModelFacts, batch: int, context: float, itemsize: int) -> float:
     """Give what a decode step must read: all weights but the input embedding, and the contexts' keys and values."""
     width = (facts.num_q_heads + 2 * facts.num_kv_heads) * facts.head_dim
     layer = facts.hidden_size * (width + facts.num_q_heads * facts.head_dim + 3 * facts.intermediate_size)
@@ -140,9 +146,9 @@ def measure_decode(bench: Bench, facts: ModelFacts, itemsize: int, arguments: ar
     print(f"{'batch':>5} {'context':>8} {'tok/s':>10} {'limit':>10} {'share':>7}", flush=True)
     for context in arguments.contexts:
         for batch in arguments.batches:
-            bench.decode_rate(batch, context, 20)  # the first use of a batch size makes its graph
-            rate = statistics.median(bench.decode_rate(batch, context, 100) for _ in range(arguments.repeat))
-            middle = context + 50
+            bench.decode_rate(batch, context, 0.0)  # the first use of a batch size makes its graph
+            runs = [bench.decode_rate(batch, context, arguments.seconds) for _ in range(arguments.repeat)]
+            rate, middle = (statistics.median(values) for values in zip(*runs, strict=True))
             limit = batch * arguments.tbps * 1e12 / step_bytes(facts, batch, middle, itemsize)
             results.append(Decode(batch, context, rate, limit))
             print(results[-1].line(), flush=True)
@@ -185,6 +191,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contexts", type=numbers, default=[128, 1024])
     parser.add_argument("--prefill", type=shapes, default=[(32, 1024), (4, 8192)])
     parser.add_argument("--closed", type=shapes, default=[(256, 1024, 256)])
+    parser.add_argument("--seconds", type=float, default=1.5, help="how long decoding is counted")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--tbps", type=float, default=4.3, help="read bandwidth that shares are shares of")
     parser.add_argument("--json", type=Path)
