@@ -7,6 +7,7 @@ kept, one run of memory per row and KV head, and the products are two batched ma
 
 # R rows, J KV heads, G query heads per KV head, A = R * J, K head dim, S longest context, C capacity of the copy
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,9 +89,15 @@ class MirrorStep:
         self._mask_A1S: Tensor | None = None
 
     def attend(
-        self, q_RHK: Tensor, k_RJK: Tensor, v_RJK: Tensor, cache: LayerCache, scale: float, slots_RS: Tensor
+        self,
+        q_RHK: Tensor,
+        k_RJK: Tensor,
+        v_RJK: Tensor,
+        cache: LayerCache,
+        scale: float,
+        context_slots: Callable[[], Tensor],
     ) -> Tensor:
-        """Give [R, H, K]. ``slots_RS`` is where the contexts are in the cache, for a copy that must be made anew."""
+        """Give [R, H, K]. ``context_slots``, where the contexts are in the cache, is asked for a new copy only."""
         rows, num_kv, dim = k_RJK.shape
         copy, is_current = self._mirror.layer(cache, rows)
         for store_NBJK, new_RJK, held_RJCK in (
@@ -101,7 +108,8 @@ class MirrorStep:
                 places_A = self._new_places(num_kv, held_RJCK.shape[2])
                 held_RJCK.view(-1, dim).index_copy_(0, places_A, new_RJK.reshape(-1, dim))
             else:
-                context = store_NBJK.flatten(0, 1).index_select(0, slots_RS.flatten()).view(rows, -1, num_kv, dim)
+                store_NJK = store_NBJK.flatten(0, 1)
+                context = store_NJK.index_select(0, context_slots()).view(rows, -1, num_kv, dim)
                 held_RJCK[:, :, : self._longest] = context.transpose(1, 2)
         keys_ASK = copy.keys_RJCK.flatten(0, 1)[:, : self._longest]
         values_ASK = copy.values_RJCK.flatten(0, 1)[:, : self._longest]

@@ -105,6 +105,12 @@ class ReferenceStep:
     def _is_plain_decode(self) -> bool:
         return not self._prefill and len(self._decode) == 1 and self._decode[0].tokens is None
 
+    def _context_slots(self) -> Tensor:
+        """Give where the whole contexts of plain decode rows are, for a copy that must be made anew."""
+        slots = self._view_of(self._decode[0], None, torch.float32).slots
+        assert slots is not None
+        return slots
+
     def _can_mirror(self, k_TJK: Tensor, spec: AttentionSpec) -> bool:
         """Only in float32 (torch sums float16 products less exactly than its attention does) and without a window."""
         longest = max(self._batch.context_lens_host)
@@ -131,9 +137,7 @@ class ReferenceStep:
         stores[1].index_copy_(0, self._batch.slots, v_TJK)
         if self._is_plain_decode():
             if self._mirror is not None and self._can_mirror(k_TJK, spec):
-                slots = self._view_of(self._decode[0], spec.window, q_THK.dtype).slots
-                assert slots is not None
-                return self._mirror.attend(q_THK, k_TJK, v_TJK, cache, spec.scale, slots)
+                return self._mirror.attend(q_THK, k_TJK, v_TJK, cache, spec.scale, self._context_slots)
             return self._attend_decode(self._decode[0], q_THK, stores, spec)
         out_THK = torch.empty_like(q_THK, memory_format=torch.contiguous_format)
         for group in self._decode:
