@@ -14,6 +14,7 @@ from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.layout import layout_json, layout_text
 from mgpu.orchestrator.model_store import ResolvedModel, read_model, read_model_to_plan, resolve_model
 from mgpu.orchestrator.planner import Plan, Wish, plan
+from mgpu.orchestrator.step_size import batch_tokens, check_batch_tokens
 from mgpu.orchestrator.wish import implied_workers
 from mgpu.protocol.checkpoint import Checkpoint
 from mgpu.protocol.model import Dtype
@@ -58,12 +59,8 @@ def machine_of(config: ServeConfig, wish: Wish) -> Machine:
 def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, gpus: str = "") -> PlannedModel:
     """Place a model as the options say. UserError, with the numbers and what to type, when that cannot be."""
     wish = wish_of(config)
-    if config.max_batch_tokens and config.max_batch_tokens <= config.max_rows:
-        raise UserError(
-            f"--max-batch-tokens {config.max_batch_tokens} must exceed --max-rows {config.max_rows}: a step decodes up "
-            f"to {config.max_rows} requests and prefills with the rest"
-        )
     machine = described_machine(gpus) if gpus else machine_of(config, wish)
+    check_batch_tokens(batch_tokens(config.max_batch_tokens, config.max_rows, machine.kind), config.max_rows)
     return PlannedModel(model, checkpoint, plan(checkpoint.facts, machine, wish))
 
 

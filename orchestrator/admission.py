@@ -2,17 +2,13 @@
 
 from dataclasses import dataclass
 
-from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.step_size import check_batch_tokens
 from mgpu.protocol.link import Submit
 
 
 class RequestRefused(ValueError):
     """The request can never run on this server; the text tells the client why and what would."""
-
-
-class LimitsError(UserError):
-    """Limits that no scheduler can work with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +25,7 @@ class Limits:
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_batch_tokens <= self.max_rows:
-            raise LimitsError(
-                f"max_batch_tokens {self.max_batch_tokens} must exceed max_rows {self.max_rows}: a step decodes up to "
-                f"{self.max_rows} requests and prefills with the rest; lower --max-rows or raise --max-batch-tokens"
-            )
+        check_batch_tokens(self.max_batch_tokens, self.max_rows)
 
     @property
     def kv_tokens(self) -> int:

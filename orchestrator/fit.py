@@ -15,11 +15,11 @@ from mgpu.orchestrator.memory import (
     step_bytes,
 )
 from mgpu.orchestrator.split import compatible_sizes
+from mgpu.orchestrator.step_size import batch_tokens
 from mgpu.orchestrator.wish import Wish
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import HeadShard, PlacementPlan, Stage, head_shard
 
-BATCH_TOKENS = {"cuda": 2048, "cpu": 512}
 """Most tokens in one step where nothing was asked."""
 LEAST_TOKENS = 512
 """A pool below this is refused rather than served with hardly any context (unless the model's own is shorter)."""
@@ -119,7 +119,7 @@ def _pool_bytes(device: DeviceInfo, left: int) -> int:
 def _reserve_bytes(sizing: Sizing, rank: int) -> int:
     place = sizing.placement.place_of(rank)
     last = place.stage_index == sizing.placement.num_stages - 1
-    tokens = sizing.wish.max_batch_tokens or max(BATCH_TOKENS[sizing.machine.kind], 2 * sizing.wish.max_rows)
+    tokens = batch_tokens(sizing.wish.max_batch_tokens, sizing.wish.max_rows, sizing.machine.kind)
     size = StepSize(tokens, sizing.wish.max_rows)
     step = step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, size)
     return step + _fixed_bytes(sizing.machine.devices[place.device]) + (NCCL_BYTES if sizing.nccl else 0)

@@ -15,6 +15,7 @@ import zmq
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.runtime import (
     BASE_VARIABLE,
+    IPC_PATH_MAX,
     LOCK_NAME,
     RunningServer,
     base_dirs,
@@ -23,8 +24,6 @@ from mgpu.protocol.runtime import (
     write_server,
 )
 
-IPC_PATH_MAX = 107
-"""Longest path of a unix socket, in bytes (sockaddr_un)."""
 _LONGEST_NAME = "worker-9999"
 _LOCK_WAIT_S = 2.0
 

@@ -5,13 +5,13 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from mgpu.orchestrator.step_size import batch_tokens
 from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Transport
 from mgpu.protocol.shared_layout import shared_layout
 
 WORKER_COMMAND = (sys.executable, "-m", "mgpu.worker")
 GATEWAY_COMMAND = (sys.executable, "-m", "mgpu.orchestrator.gateway")
-_DEFAULT_BATCH_TOKENS = {"cuda": 2048, "cpu": 512}
 _SHARED = ("shared-memory", "peer", "pinned")
 
 
@@ -64,7 +64,7 @@ class ServerConfig:
     @property
     def batch_tokens(self) -> int:
         """Most tokens in one step: as configured, else what suits the device."""
-        return self.max_batch_tokens or max(_DEFAULT_BATCH_TOKENS[self.device_kind], 2 * self.max_rows)
+        return batch_tokens(self.max_batch_tokens, self.max_rows, self.device_kind)
 
     @property
     def seq_len(self) -> int:

@@ -18,6 +18,8 @@ LOCK_NAME = "lock"
 INFO_NAME = "server.json"
 SERVER_DIR_PATTERN = re.compile(r"[0-9a-f]{8}")
 BASE_VARIABLE = "MGPU_RUNTIME_DIR"
+IPC_PATH_MAX = 107
+"""Longest path of a unix socket, in bytes (sockaddr_un)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from typing import Any
 import zmq
 
 from mgpu.orchestrator.errors import UserError
+from mgpu.protocol.runtime import IPC_PATH_MAX
 
-MAX_IPC_PATH_BYTES = 107
 MAX_PORT = 65535
 
 
@@ -72,10 +72,8 @@ def _check_ipc(path: str) -> None:
     size = len(os.fsencode(path))
     if not path.startswith("/"):
         raise BindError(f"cannot bind ipc://{path}: the path must be absolute, such as ipc:///run/mgpu/front.sock")
-    if size > MAX_IPC_PATH_BYTES:
-        raise BindError(
-            f"the socket path {path} has {size} bytes, the system allows {MAX_IPC_PATH_BYTES}; use a shorter one"
-        )
+    if size > IPC_PATH_MAX:
+        raise BindError(f"the socket path {path} has {size} bytes, the system allows {IPC_PATH_MAX}; use a shorter one")
     if not Path(path).parent.is_dir():
         raise BindError(f"cannot bind ipc://{path}: the folder {Path(path).parent} does not exist")
     if os.path.lexists(path) and not Path(path).is_socket():

@@ -11,8 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.orchestrator.runtime_dir import IPC_PATH_MAX, RuntimeDir, RuntimeDirError, sweep
-from mgpu.protocol.runtime import INFO_NAME, RunningServer, base_dirs, is_locked, running_servers, write_server
+from mgpu.orchestrator.runtime_dir import RuntimeDir, RuntimeDirError, sweep
+from mgpu.protocol.runtime import (
+    INFO_NAME,
+    IPC_PATH_MAX,
+    RunningServer,
+    base_dirs,
+    is_locked,
+    running_servers,
+    write_server,
+)
 
 SERVER = RunningServer("ipc:///x/front.sock", 1234, "tiny", "0.1.0")
 

@@ -10,8 +10,9 @@ from fake_model import FakeModel, solo_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgpu.orchestrator.admission import Limits, LimitsError
+from mgpu.orchestrator.admission import Limits
 from mgpu.orchestrator.scheduler import Scheduler
+from mgpu.orchestrator.step_size import LimitsError
 from mgpu.protocol.control import RowSampling, StepPlan, StepResult
 from mgpu.protocol.link import Submit
 
