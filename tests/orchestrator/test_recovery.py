@@ -158,13 +158,13 @@ def test_a_death_while_loading_again_is_one_more_restart(folder: Path) -> None:
 
 
 def test_too_many_restarts_end_the_server_with_the_cause(folder: Path) -> None:
-    options = {"fail": "raise", "fail_phase": "weights", "fail_epochs": [1, 2, 3, 4]}
+    options = {"fail": "raise", "fail_phase": "weights", "fail_epochs": [1, 2, 3, 4], "step_s": 0.02}
     with running_server(folder, options, ranks_per_stage=2) as server:
         server.wait_ready()
         children = server.children()
+        server.submit(1, [1, 2], 200)
+        server.wait_for(lambda: 1 in server.tokens)
         server.workers()[1].kill()
-        server.wait_for(lambda: states(server)[-1] == "recovering")
-        server.submit(1, [1, 2], 5)
         assert server.wait_exit() == 1
         assert "giving up after 3 restarts within 600 s" in server.log
         assert "rank 0 was told to fail" in server.log
