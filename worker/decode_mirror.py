@@ -1,14 +1,21 @@
-"""Decode attention on the CPU without gathering: the rows' contexts stay copied out between steps.
+"""Decode attention on the CPU without gathering contexts, as two sums over rows of a table.
 
-Gathering a context from its pages reads and writes all of it, in every layer of every step, only to read it once more.
-While the same rows go on decoding, one token a step, the copy of the last step lacks just that token. So the copy is
-kept, one run of memory per row and KV head, and the products are two batched matrix multiplications over it.
+Gathering a context from its pages reads and writes all of it, in every layer of every step, only to read it once more;
+and products of so few rows run at a tenth of the CPU's speed in its matrix library. An embedding bag, the weighted sum
+of chosen rows of a table, is what attention is made of, and torch has a fast one:
+
+- the output of a head is the sum of its context's values, weighted by the probabilities. The table is the paged cache
+  itself, the rows are the context's slots;
+- the scores of a head are the sum over the head's dimensions of the keys' components there, weighted by the query's.
+  The table holds, for each dimension, the components of all keys of the context: a transposed copy, kept between steps
+  while the same rows go on decoding, one token a step, since the copy of the last step lacks just that token.
 """
 
-# R rows, J KV heads, G query heads per KV head, A = R * J, K head dim, S longest context, C capacity of the copy
+# R rows, J KV heads, H query heads, G = H / J, K head dim, S longest context, C capacity of the copy (tokens)
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,39 +26,49 @@ from mgpu.worker.kv_cache import LayerCache
 MAX_BYTES = 64 << 20
 """Largest copy of one layer's keys; longer or wider batches are gathered as before."""
 _GROWTH = 64
-"""Tokens of room beyond the longest context, so that the copy is not remade at every step."""
+"""Capacities are multiples of this, so that the copies are not made anew at every step."""
+
+
+class Heads(NamedTuple):
+    """The shape of one layer's attention."""
+
+    num_q: int
+    num_kv: int
+    dim: int
 
 
 @dataclass(slots=True)
-class _LayerCopy:
-    keys_RJCK: Tensor
-    values_RJCK: Tensor
+class _KeyCopy:
+    keys_RJKC: Tensor
     version: int
 
 
 class DecodeMirror:
-    """The copies of all layers, and which contexts they hold."""
+    """The copies of all layers' keys, and which contexts they hold."""
 
     def __init__(self) -> None:
-        self._copies: dict[int, _LayerCopy] = {}
+        self._copies: dict[int, _KeyCopy] = {}
         self._tables_RB: Tensor | None = None
         self._lens: list[int] = []
-        self._capacity = 0
         self._version = 0
         """Counts the times that all copies became out of date."""
+        self.capacity = 0
 
     def forget(self) -> None:
         """Note a step that wrote to the cache without this copy."""
         self._tables_RB = None
 
-    def begin_step(self, batch: StepBatch) -> "MirrorStep":
-        """Prepare a step in which every row has one new token."""
+    def begin_step(self, batch: StepBatch, context_slots: Callable[[], Tensor]) -> "MirrorStep":
+        """Prepare a step in which every row has one new token.
+
+        ``context_slots`` gives where the contexts are in the cache, [R * S]; places past a context repeat its last.
+        """
         lens = batch.context_lens_host
         if not self._continues(batch.block_tables, lens):
             self._version += 1
-            self._capacity = max(lens) + _GROWTH
+            self.capacity = -(-(max(lens) + 1) // _GROWTH) * _GROWTH
         self._tables_RB, self._lens = batch.block_tables.clone(), list(lens)
-        return MirrorStep(self, batch)
+        return MirrorStep(self, lens, context_slots)
 
     def _continues(self, tables_RB: Tensor, lens: list[int]) -> bool:
         """Say whether these are the rows of the last step, each with one more token.
@@ -59,78 +76,76 @@ class DecodeMirror:
         Blocks name the rows: other contents get into a row's blocks only by a step that is not its continuation.
         """
         before_RB = self._tables_RB
-        if before_RB is None or max(lens) > self._capacity or lens != [count + 1 for count in self._lens]:
+        if before_RB is None or max(lens) > self.capacity or lens != [count + 1 for count in self._lens]:
             return False
         width = min(before_RB.shape[1], tables_RB.shape[1])
         return torch.equal(before_RB[:, :width], tables_RB[:, :width])
 
-    def layer(self, cache: LayerCache, rows: int) -> tuple[_LayerCopy, bool]:
-        """Give a layer's copy, and whether it holds the contexts up to the last step."""
+    def keys(self, cache: LayerCache, rows: int) -> tuple[Tensor, bool]:
+        """Give a layer's copy [R, J, K, C], and whether it holds the contexts up to the last step."""
         copy = self._copies.get(id(cache))
         num_kv, dim = cache.k_NBJK.shape[2:]
-        shape = (rows, num_kv, self._capacity, dim)
-        if copy is None or copy.keys_RJCK.shape != shape:
-            # Zeros, since what lies past a context is multiplied by a probability of 0, and must not be NaN.
-            copy = _LayerCopy(cache.k_NBJK.new_zeros(shape), cache.v_NBJK.new_zeros(shape), -1)
-            self._copies[id(cache)] = copy
+        shape = (rows, num_kv, dim, self.capacity)
+        if copy is None or copy.keys_RJKC.shape != shape:
+            # Zeros: what lies past a context is masked, but it must be a number.
+            copy = self._copies[id(cache)] = _KeyCopy(cache.k_NBJK.new_zeros(shape), -1)
         is_current = copy.version == self._version
         copy.version = self._version
-        return copy, is_current
+        return copy.keys_RJKC, is_current
+
+
+class _Bags:
+    """Which rows of which table make up the scores and the outputs of one step, for layers of one shape."""
+
+    def __init__(self, heads: Heads, lens: list[int], slots_RS: Tensor, capacity: int) -> None:
+        rows, longest = slots_RS.shape
+        num_q, num_kv, dim = heads
+        shape = (rows * num_kv, num_q // num_kv)
+        pairs_A = torch.arange(rows * num_kv)
+        parts_AK = pairs_A.unsqueeze(1) * dim + torch.arange(dim)
+        self.key_rows = parts_AK.unsqueeze(1).expand(*shape, dim).reshape(-1)
+        self.key_starts = torch.arange(0, rows * num_q * dim, dim)
+        values_RJS = slots_RS.unsqueeze(1) * num_kv + torch.arange(num_kv).unsqueeze(1)
+        self.value_rows = values_RJS.view(-1, 1, longest).expand(*shape, longest).reshape(-1)
+        self.value_starts = torch.arange(0, rows * num_q * longest, longest)
+        newest_R = torch.tensor(lens) - 1
+        self.new_places = (parts_AK * capacity + newest_R.repeat_interleave(num_kv).unsqueeze(1)).view(rows, -1)
 
 
 class MirrorStep:
     """One step over the copies; the new tokens are in the paged cache already."""
 
-    def __init__(self, mirror: DecodeMirror, batch: StepBatch) -> None:
+    def __init__(self, mirror: DecodeMirror, lens: list[int], context_slots: Callable[[], Tensor]) -> None:
         self._mirror = mirror
-        self._lens = batch.context_lens_host
-        self._longest = max(self._lens)
-        self._places_A: Tensor | None = None
-        self._mask_A1S: Tensor | None = None
+        self._lens = lens
+        self._longest = max(lens)
+        self._slots_RS = context_slots().view(len(lens), -1)
+        self._bags: dict[Heads, _Bags] = {}
+        places_1S = torch.arange(self._longest).unsqueeze(0)
+        mask_RS = torch.zeros((len(lens), self._longest))
+        self._mask_R1S = mask_RS.masked_fill_(places_1S >= torch.tensor(lens).unsqueeze(1), -torch.inf).unsqueeze(1)
 
-    def attend(
-        self,
-        q_RHK: Tensor,
-        k_RJK: Tensor,
-        v_RJK: Tensor,
-        cache: LayerCache,
-        scale: float,
-        context_slots: Callable[[], Tensor],
-    ) -> Tensor:
-        """Give [R, H, K]. ``context_slots``, where the contexts are in the cache, is asked for a new copy only."""
+    def attend(self, q_RHK: Tensor, k_RJK: Tensor, cache: LayerCache, scale: float) -> Tensor:
+        """Give [R, H, K], float32."""
         rows, num_kv, dim = k_RJK.shape
-        copy, is_current = self._mirror.layer(cache, rows)
-        for store_NBJK, new_RJK, held_RJCK in (
-            (cache.k_NBJK, k_RJK, copy.keys_RJCK),
-            (cache.v_NBJK, v_RJK, copy.values_RJCK),
-        ):
-            if is_current:
-                places_A = self._new_places(num_kv, held_RJCK.shape[2])
-                held_RJCK.view(-1, dim).index_copy_(0, places_A, new_RJK.reshape(-1, dim))
-            else:
-                store_NJK = store_NBJK.flatten(0, 1)
-                context = store_NJK.index_select(0, context_slots()).view(rows, -1, num_kv, dim)
-                held_RJCK[:, :, : self._longest] = context.transpose(1, 2)
-        keys_ASK = copy.keys_RJCK.flatten(0, 1)[:, : self._longest]
-        values_ASK = copy.values_RJCK.flatten(0, 1)[:, : self._longest]
-        q_AGK = q_RHK.reshape(rows * num_kv, -1, dim)
-        scores_AGS = torch.baddbmm(self._mask(q_RHK.dtype, num_kv), q_AGK, keys_ASK.transpose(1, 2), alpha=scale)
-        return torch.bmm(scores_AGS.softmax(-1), values_ASK).view(q_RHK.shape)
+        heads = Heads(q_RHK.shape[1], num_kv, dim)
+        bags = self._bags.get(heads)
+        if bags is None:
+            bags = self._bags[heads] = _Bags(heads, self._lens, self._slots_RS, self._mirror.capacity)
+        keys_RJKC, is_current = self._mirror.keys(cache, rows)
+        if is_current:
+            keys_RJKC.put_(bags.new_places, k_RJK)
+        else:
+            context = cache.k_NJK.index_select(0, self._slots_RS.flatten()).view(rows, -1, num_kv, dim)
+            keys_RJKC[..., : self._longest] = context.permute(0, 2, 3, 1)
+        table = keys_RJKC.view(rows * num_kv * dim, -1)
+        scores = _sum_rows(table, bags.key_rows, bags.key_starts, q_RHK.reshape(-1))
+        scores_RHS = scores.view(rows, heads.num_q, -1)[..., : self._longest]
+        probabilities = torch.add(self._mask_R1S, scores_RHS, alpha=scale).softmax(-1)
+        values = cache.v_NJK.view(-1, dim)
+        return _sum_rows(values, bags.value_rows, bags.value_starts, probabilities.view(-1)).view(q_RHK.shape)
 
-    def _new_places(self, num_kv: int, capacity: int) -> Tensor:
-        """Index of each row's newest token, per KV head, in a copy seen as [R * J * C, K]."""
-        if self._places_A is None:
-            heads = torch.arange(len(self._lens) * num_kv) * capacity
-            newest = torch.tensor(self._lens).sub_(1).repeat_interleave(num_kv)
-            self._places_A = heads + newest
-        return self._places_A
 
-    def _mask(self, dtype: torch.dtype, num_kv: int) -> Tensor:
-        """Give what is added to the scores: 0, or -inf past a row's context."""
-        if self._mask_A1S is None:
-            places_1S = torch.arange(self._longest).unsqueeze(0)
-            lens_R1 = torch.tensor(self._lens).unsqueeze(1)
-            mask_RS = torch.zeros((len(self._lens), self._longest), dtype=dtype)
-            mask_RS.masked_fill_(places_1S >= lens_R1, -torch.inf)
-            self._mask_A1S = mask_RS.repeat_interleave(num_kv, 0).unsqueeze(1)
-        return self._mask_A1S
+def _sum_rows(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """Give a weighted sum of rows of ``table`` for each run of ``rows`` that begins at one of ``starts``."""
+    return torch.embedding_bag(table, rows, starts, False, 0, False, weights)[0]  # F's wrapper costs 4 us more

@@ -6,18 +6,19 @@ orchestrator decides which block belongs to whom; here is only the memory.
 
 # N blocks, B tokens per block, J KV heads of this rank, K head dim
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 
-@dataclass(slots=True)
 class LayerCache:
     """Keys and values of one layer, [N, B, J, K] each. Entries that were never written are arbitrary, even NaN."""
 
-    k_NBJK: Tensor
-    v_NBJK: Tensor
+    def __init__(self, k_NBJK: Tensor, v_NBJK: Tensor) -> None:
+        self.k_NBJK = k_NBJK
+        self.v_NBJK = v_NBJK
+        self.k_NJK = k_NBJK.flatten(0, 1)
+        """The same memory by slots, [N * B, J, K]."""
+        self.v_NJK = v_NBJK.flatten(0, 1)
 
 
 class KvCache:

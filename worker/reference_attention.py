@@ -86,6 +86,7 @@ class ReferenceStep:
         self._batch = batch
         self._block_size = block_size
         self._device = batch.slots.device
+        self._longest = max(batch.context_lens_host)
         self._prefill: list[_PrefillRow] = []
         decode_tokens: dict[int, int] = {}
         start = 0
@@ -98,7 +99,7 @@ class ReferenceStep:
         self._decode = self._group_by_length(decode_tokens)
         self._mirror: MirrorStep | None = None
         if self._is_plain_decode() and self._device.type == "cpu":
-            self._mirror = backend.mirror.begin_step(batch)
+            self._mirror = backend.mirror.begin_step(batch, self._context_slots)
         else:
             backend.mirror.forget()
 
@@ -106,18 +107,17 @@ class ReferenceStep:
         return not self._prefill and len(self._decode) == 1 and self._decode[0].tokens is None
 
     def _context_slots(self) -> Tensor:
-        """Give where the whole contexts of plain decode rows are, for a copy that must be made anew."""
+        """Give where the whole contexts of plain decode rows are."""
         slots = self._view_of(self._decode[0], None, torch.float32).slots
         assert slots is not None
         return slots
 
     def _can_mirror(self, k_TJK: Tensor, spec: AttentionSpec) -> bool:
         """Only in float32 (torch sums float16 products less exactly than its attention does) and without a window."""
-        longest = max(self._batch.context_lens_host)
         return (
             k_TJK.dtype == torch.float32
-            and (spec.window is None or longest <= spec.window)
-            and longest * k_TJK.nbytes <= MAX_BYTES
+            and (spec.window is None or self._longest <= spec.window)
+            and self._longest * k_TJK.nbytes <= MAX_BYTES
         )
 
     def _group_by_length(self, decode_tokens: dict[int, int]) -> list[_DecodeGroup]:
@@ -132,12 +132,12 @@ class ReferenceStep:
         ]
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
-        stores = cache.k_NBJK.flatten(0, 1), cache.v_NBJK.flatten(0, 1)
+        stores = cache.k_NJK, cache.v_NJK
         stores[0].index_copy_(0, self._batch.slots, k_TJK)
         stores[1].index_copy_(0, self._batch.slots, v_TJK)
+        if self._mirror is not None and self._can_mirror(k_TJK, spec):
+            return self._mirror.attend(q_THK, k_TJK, cache, spec.scale)
         if self._is_plain_decode():
-            if self._mirror is not None and self._can_mirror(k_TJK, spec):
-                return self._mirror.attend(q_THK, k_TJK, v_TJK, cache, spec.scale, self._context_slots)
             return self._attend_decode(self._decode[0], q_THK, stores, spec)
         out_THK = torch.empty_like(q_THK, memory_format=torch.contiguous_format)
         for group in self._decode:

@@ -7,7 +7,7 @@ consecutive ranks hold copies of one.
 # T tokens, D model dim, H query heads of this rank, J KV heads of this rank, K head dim
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import head_shard
@@ -15,12 +15,13 @@ from mgpu.worker.attention import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_slices
+from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.rotary import Angles, Rotation, rotate
 from mgpu.worker.loaders.reader import WeightReader
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Grouped-query attention over the paged cache, with optional biases and per-head norms of q and k."""
 
     def __init__(
@@ -32,7 +33,6 @@ class Attention(nn.Module):
         device: torch.device,
         norms_unit_offset: bool = False,
     ) -> None:
-        super().__init__()
         heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
         self.head_dim = facts.head_dim
         self.num_q, self.num_kv = heads.num_q, heads.num_kv
@@ -46,7 +46,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
             self.k_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
 
-    def forward(self, x_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache) -> Tensor:
+    def __call__(self, x_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache) -> Tensor:
         qkv_TAK = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables are for attention that rotates by itself"
@@ -54,8 +54,7 @@ class Attention(nn.Module):
         else:
             q_THK, k_TJK, v_TJK = self._rotated(qkv_TAK, angles)
             heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
-        out_TD: Tensor = self.out(heads_THK.reshape(x_TD.shape[0], -1))
-        return out_TD
+        return self.out(heads_THK.reshape(x_TD.shape[0], -1))
 
     def _norms(self) -> HeadNorms | None:
         if self.q_norm is None or self.k_norm is None:

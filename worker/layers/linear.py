@@ -10,11 +10,12 @@ A column-parallel layer followed by a row-parallel one needs a single all-reduce
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgpu.protocol.placement import HeadShard
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.layers.cpu_matmul import pack
+from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.product import matmul
 from mgpu.worker.loaders.reader import WeightReader
 
@@ -24,19 +25,14 @@ def even_range(total: int, rank: int, size: int) -> range:
     return range(total * rank // size, total * (rank + 1) // size)
 
 
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-
-class Linear(nn.Module):
+class Linear(Module):
     """Hold one rank's weight [O, I] and optional bias [O]."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.weight: Tensor = _parameter((outputs, inputs), dtype, device)
-        self.bias: Tensor | None = _parameter((outputs,), dtype, device) if bias else None
+        self.weight = torch.empty((outputs, inputs), dtype=dtype, device=device)
+        self.bias = torch.empty(outputs, dtype=dtype, device=device) if bias else None
 
-    def forward(self, x_TI: Tensor) -> Tensor:
+    def __call__(self, x_TI: Tensor) -> Tensor:
         return matmul(x_TI, self.weight, self.bias)
 
     def init_dummy(self, generator: torch.Generator) -> None:
@@ -47,11 +43,7 @@ class Linear(nn.Module):
 
     def finalize(self) -> None:
         """Repack the loaded weight for the device; called once, after loading."""
-        packed = pack(self.weight)
-        if packed is not self.weight:
-            # A packed weight is no parameter any more: it has no rows that could be loaded or looked at.
-            del self.weight
-            self.weight = packed
+        self.weight = pack(self.weight)
 
     def weight_bytes(self) -> int:
         """Give the memory of weight and bias."""
@@ -110,7 +102,7 @@ class RowParallelLinear(Linear):
         self.columns = columns
         self.group = group
 
-    def forward(self, x_TI: Tensor) -> Tensor:
+    def __call__(self, x_TI: Tensor) -> Tensor:
         if self.group.size == 1:
             return matmul(x_TI, self.weight, self.bias)
         y_TO = self.group.all_reduce(matmul(x_TI, self.weight))

@@ -6,15 +6,16 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, even_range
+from mgpu.worker.layers.module import Module
 from mgpu.worker.loaders.reader import WeightReader
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Module):
     """``down(act(gate(x)) * up(x))``, summed over the ranks."""
 
     def __init__(
@@ -27,7 +28,6 @@ class GatedMLP(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__()
         mine = even_range(intermediate_size, group.rank, group.size)
         self.activation = activation
         self._uses_kernel = uses_kernels(device)
@@ -36,9 +36,8 @@ class GatedMLP(nn.Module):
         self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, dtype, device)
         self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        out_TD: Tensor = self.down(self._gated(self.gate_up(x_TD)))
-        return out_TD
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self.down(self._gated(self.gate_up(x_TD)))
 
     def _gated(self, gate_up_TF2: Tensor) -> Tensor:
         """Give act(gate) * up, [T, F]."""

@@ -2,13 +2,14 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgpu.worker.kernel_use import uses_kernels
+from mgpu.worker.layers.module import Module
 from mgpu.worker.loaders.reader import WeightReader
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """Scale the last dimension to unit root mean square, then by a weight.
 
     With ``unit_offset`` (Gemma) the checkpoint stores the weight minus 1, and the weight is kept and applied in
@@ -18,17 +19,14 @@ class RMSNorm(nn.Module):
     def __init__(
         self, size: int, eps: float, dtype: torch.dtype, device: torch.device, unit_offset: bool = False
     ) -> None:
-        super().__init__()
         self.eps = eps
         self.unit_offset = unit_offset
         self.shape = (size,)
         self._cpu_eps = torch.tensor(eps)
         self._uses_kernel = uses_kernels(device)
-        self.weight = nn.Parameter(
-            torch.ones(size, dtype=torch.float32 if unit_offset else dtype, device=device), requires_grad=False
-        )
+        self.weight = torch.ones(size, dtype=torch.float32 if unit_offset else dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         if self._uses_kernel and x.dim() == 2:
             from mgpu.worker.kernels.norm import rms_norm
 

@@ -5,7 +5,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgpu.protocol.model import RopeScaling
 
@@ -15,15 +15,14 @@ Angles = Rotation | Tensor
 """What a layer is given: the rotation of the step's tokens, or for kernels the table of all positions."""
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding:
     """The angles of one kind of layer. Computed once per step, shared by all layers of that kind."""
 
     def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> None:
-        super().__init__()
         self.inverse_frequencies = _scaled_frequencies(head_dim, theta, scaling).to(device)
         self._table_PK = torch.empty((0, head_dim), device=device)
 
-    def forward(self, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
+    def __call__(self, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
         """Give cos and sin of the positions; the angles are computed in float32 for any dtype."""
         angles_T1F = (positions_T.unsqueeze(1).float() * self.inverse_frequencies).unsqueeze(1)
         sin_T1F = angles_T1F.sin()

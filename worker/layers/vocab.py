@@ -7,11 +7,12 @@ The vocabulary is padded so that every rank holds the same number of rows; paddi
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgpu.protocol.placement import padded_vocab
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.layers.cpu_matmul import pack
+from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.product import matmul
 from mgpu.worker.loaders.reader import WeightReader
 
@@ -19,21 +20,18 @@ _TIED_COPY_BYTES = 256 << 20
 """A tied head larger than this is not worth a second copy in the CPU's packed layout (5 % of a step of 8 rows)."""
 
 
-class VocabParallel(nn.Module):
+class VocabParallel(Module):
     """One rank's rows of a [vocabulary, D] matrix, as embedding, as head, or as both when they are tied."""
 
     def __init__(
         self, vocab_size: int, hidden_size: int, group: TensorParallelGroup, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__()
         rows = padded_vocab(vocab_size, group.size) // group.size
         self.group = group
         self.start = rows * group.rank
         self.num_valid = max(0, min(rows, vocab_size - self.start))
         self.packed_head: Tensor | None = None
-        self.weight: Tensor = nn.Parameter(
-            torch.empty((rows, hidden_size), dtype=dtype, device=device), requires_grad=False
-        )
+        self.weight = torch.empty((rows, hidden_size), dtype=dtype, device=device)
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """Look the tokens up: each rank gives its own rows and zeros, the sum over ranks is the embedding."""
@@ -71,7 +69,6 @@ class VocabParallel(nn.Module):
             return
         self.packed_head = packed
         if not is_embedding_too:
-            del self.weight
             self.weight = torch.empty(0, dtype=packed.dtype)
 
     def weight_bytes(self) -> int:

@@ -4,7 +4,6 @@ import zlib
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from mgpu.protocol.checkpoint import Checkpoint
 from mgpu.protocol.model import ModelFacts
@@ -51,12 +50,8 @@ def init_dummy_weights(stage: DecoderStage, seed: int) -> None:
     """Fill the weights with noise of a sensible scale, in place; the same for the same seed and layout."""
     for name, module in stage.named_modules():
         if isinstance(module, WEIGHT_HOLDERS):
-            generator = torch.Generator(_device_of(module))
+            generator = torch.Generator(module.weight.device)
             # The CPU generator looks at 32 bits of a seed only, so both parts must be mixed into them.
             generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             module.init_dummy(generator)
     stage.finalize()
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

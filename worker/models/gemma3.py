@@ -2,22 +2,22 @@
 
 # T tokens, D model dim
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgpu.worker.attention import StepAttention
 from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.mlp import GatedMLP
+from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.rotary import Angles
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.stage import BuildContext
 
 
-class Gemma3Layer(nn.Module):
+class Gemma3Layer(Module):
     """The output of each half is normalized before it joins the residual stream."""
 
     def __init__(self, context: BuildContext, layer: int) -> None:
-        super().__init__()
         facts, group, dtype, device = context.facts, context.group, context.dtype, context.device
         self.input_norm = context.norm(unit_offset=True)
         self.attention = Attention(facts, group, context.window_of(layer), dtype, device, norms_unit_offset=True)
@@ -28,7 +28,7 @@ class Gemma3Layer(nn.Module):
         )
         self.mlp_out_norm = context.norm(unit_offset=True)
 
-    def forward(
+    def __call__(
         self,
         delta_TD: Tensor | None,
         residual_TD: Tensor,
@@ -39,8 +39,7 @@ class Gemma3Layer(nn.Module):
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
         x_TD = self.attention_out_norm(self.attention(x_TD, angles, attention, cache))
         x_TD = self.mlp_norm.add_and_norm(residual_TD, x_TD)
-        out_TD: Tensor = self.mlp_out_norm(self.mlp(x_TD))
-        return out_TD
+        return self.mlp_out_norm(self.mlp(x_TD))
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         self.input_norm.load(reader, f"{prefix}.input_layernorm")

@@ -2,22 +2,22 @@
 
 # T tokens, D model dim
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgpu.worker.attention import StepAttention
 from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.mlp import GatedMLP
+from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.rotary import Angles
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.stage import BuildContext
 
 
-class LlamaLayer(nn.Module):
+class LlamaLayer(Module):
     """Biases and the norms of q and k are as the model's facts say, so Qwen is wired the same way."""
 
     def __init__(self, context: BuildContext, layer: int) -> None:
-        super().__init__()
         facts, group, dtype, device = context.facts, context.group, context.dtype, context.device
         self.input_norm = context.norm()
         self.attention = Attention(facts, group, context.window_of(layer), dtype, device)
@@ -26,7 +26,7 @@ class LlamaLayer(nn.Module):
             facts.hidden_size, facts.intermediate_size, facts.activation, facts.mlp_bias, group, dtype, device
         )
 
-    def forward(
+    def __call__(
         self,
         delta_TD: Tensor | None,
         residual_TD: Tensor,
@@ -37,8 +37,7 @@ class LlamaLayer(nn.Module):
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
         x_TD = self.attention(x_TD, angles, attention, cache)
         x_TD = self.mlp_norm.add_and_norm(residual_TD, x_TD)
-        out_TD: Tensor = self.mlp(x_TD)
-        return out_TD
+        return self.mlp(x_TD)
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         self.input_norm.load(reader, f"{prefix}.input_layernorm")

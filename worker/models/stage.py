@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import head_shard
@@ -16,6 +16,7 @@ from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kv_cache import KvCache, LayerCache
 from mgpu.worker.layers.linear import Linear
+from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.rotary import Angles, RotaryEmbedding
 from mgpu.worker.layers.vocab import VocabParallel
@@ -63,13 +64,12 @@ class LayerFactory(Protocol):
     def __call__(self, context: BuildContext, layer: int) -> DecoderLayer: ...
 
 
-class DecoderStage(nn.Module):
+class DecoderStage(Module):
     """Layers ``layers`` of a model on one rank; the embedding if it has the first, norm and head if it has the last."""
 
     def __init__(
         self, context: BuildContext, layers: range, make_layer: LayerFactory, norms_unit_offset: bool = False
     ) -> None:
-        super().__init__()
         facts = context.facts
         self.facts = facts
         self.layer_range = layers
@@ -79,7 +79,7 @@ class DecoderStage(nn.Module):
         self.is_first = layers.start == 0
         self.is_last = layers.stop == facts.num_layers
         self.embedding_scale = float(torch.tensor(facts.embedding_scale, dtype=context.dtype))
-        self.layers = nn.ModuleList(make_layer(context, index) for index in layers)  # type: ignore[misc]
+        self.layers = [make_layer(context, index) for index in layers]
         self.norm = context.norm(norms_unit_offset) if self.is_last else None
         self._build_vocab(context)
         self._is_sliding = [facts.sliding_layers[index] for index in layers]
@@ -157,7 +157,7 @@ class DecoderStage(nn.Module):
 
     def finalize(self) -> None:
         """Repack all weights for the device; called once, when they are loaded."""
-        for module in self.modules():
+        for _, module in self.named_modules():
             if isinstance(module, Linear):
                 module.finalize()
         if self.head is not None:
@@ -165,10 +165,10 @@ class DecoderStage(nn.Module):
 
     def weight_bytes(self) -> int:
         """Give the memory of all weights, packed ones included; a tied matrix counts once."""
-        return sum(module.weight_bytes() for module in self.modules() if isinstance(module, WEIGHT_HOLDERS))
+        return sum(module.weight_bytes() for _, module in self.named_modules() if isinstance(module, WEIGHT_HOLDERS))
 
     def _numbered_layers(self) -> Iterator[tuple[int, DecoderLayer]]:
-        return zip(self.layer_range, self.layers, strict=True)  # type: ignore[arg-type]
+        return zip(self.layer_range, self.layers, strict=True)
 
 
 def _rotary_embeddings(facts: ModelFacts, device: torch.device) -> dict[bool, RotaryEmbedding]:
