@@ -18,8 +18,18 @@ from mgpu.protocol.link import LINK, Cancel, Outputs, StatsQuery, Submit
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
+    yield from serving({"logprobs": True})
+
+
+@pytest.fixture(scope="module")
+def slow_server() -> Iterator[ServerProcess]:
+    """Requests of it are still running when the next message comes, however busy the machine is."""
+    yield from serving({"step_s": 0.01})
+
+
+def serving(options: dict[str, object]) -> Iterator[ServerProcess]:
     folder = Path(tempfile.mkdtemp(prefix="mgpu"))
-    with running_server(folder, {"logprobs": True}) as server:
+    with running_server(folder, options) as server:
         server.wait_ready()
         yield server
         server.process.send_signal(signal.SIGTERM)
@@ -57,7 +67,8 @@ def test_a_request_that_cannot_run_is_refused_and_the_next_is_served(
     check_still_serves(server, request_id + 100_000)
 
 
-def test_a_request_id_in_use_is_not_started_twice(server: ServerProcess) -> None:
+def test_a_request_id_in_use_is_not_started_twice(slow_server: ServerProcess) -> None:
+    server = slow_server
     for _ in range(2):
         server.submit(1, [4, 5], 50)
     check_still_serves(server, 2)
@@ -65,7 +76,8 @@ def test_a_request_id_in_use_is_not_started_twice(server: ServerProcess) -> None
     assert server.tokens[1] == solo_tokens([4, 5], 50)
 
 
-def test_cancelling_gives_the_reason_as_the_ending(server: ServerProcess) -> None:
+def test_cancelling_gives_the_reason_as_the_ending(slow_server: ServerProcess) -> None:
+    server = slow_server
     server.send(Cancel(12345, "cancelled"))
     server.submit(10, [1], 200)
     server.wait_for(lambda: 10 in server.tokens)
