@@ -26,12 +26,12 @@ class Job:
         return {"max_tokens": self.max_tokens, "ignore_eos": True, **sampled}
 
 
-def make_jobs(count: int, longest: int, seed: int = 4) -> list[Job]:
+def make_jobs(count: int, longest: int, seed: int = 4, vocab_size: int = 40000) -> list[Job]:
     """Draw prompts of 1 to 200 tokens and answers of up to ``longest``."""
     rng = random.Random(seed)
     return [
         Job(
-            tuple(rng.randrange(3, 40000) for _ in range(rng.choice([1, 7, 30, 60, 200]))),
+            tuple(rng.randrange(3, vocab_size) for _ in range(rng.choice([1, 7, 30, 60, 200]))),
             rng.randrange(longest // 2, longest + 1),
             number,
         )

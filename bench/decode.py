@@ -54,12 +54,12 @@ class Timing:
 
 
 class Bench:
-    """Asks one server; prompts are random, so that no prefix is ever reused."""
+    """Asks one server; prompts are random, so that no prefix is ever reused. A second one needs another ``seed``."""
 
-    def __init__(self, client: Client, vocab_size: int) -> None:
+    def __init__(self, client: Client, vocab_size: int, seed: int = 0) -> None:
         self._client = client
         self._vocab_size = vocab_size
-        self._random = random.Random(0)
+        self._random = random.Random(seed)
         self._generated = client.stats()["generated_tokens"]
 
     def prompt(self, length: int) -> list[int]:

@@ -17,13 +17,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import multi_gpu_all_reduce
 import multi_gpu_tokens
 from decode import numbers
 from machine import describe, heading
+from model_shapes import SHAPES
 from multi_gpu_box import Box, find_box
 from multi_gpu_report import Report
+from multi_gpu_speed import Speed
 
-SECTIONS = ("tokens",)
+SECTIONS = ("all-reduce", "tokens", "speed")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -35,6 +38,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=words, default=list(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
     parser.add_argument("--sizes", type=numbers, default=[1, 2, 4, 8], help="tensor-parallel sizes to measure")
+    parser.add_argument("--models", type=words, default=list(SHAPES), help="shapes to measure")
+    parser.add_argument(
+        "--page-cache", type=words, default=[], metavar="MODELS", help="write these shapes' weights, time their start"
+    )
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds after which nothing new is begun")
     parser.add_argument("--rehearse", action="store_true", help="CPU workers and small models; no verdicts on speed")
     parser.add_argument("--devices", type=int, default=4, help="how many CPU workers to rehearse with")
@@ -43,12 +50,23 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if unknown := set(arguments.only) - set(SECTIONS):
         parser.error(f"--only {', '.join(sorted(unknown))}: the sections are {', '.join(SECTIONS)}")
+    if unknown := (set(arguments.models) | set(arguments.page_cache)) - set(SHAPES):
+        parser.error(f"--models {', '.join(sorted(unknown))}: the shapes are {', '.join(SHAPES)}")
+    if arguments.rehearse:
+        arguments.page_cache = arguments.models
     return arguments
 
 
-def sections(box: Box, report: Report, folder: Path) -> dict[str, Callable[[], None]]:
+def sections(box: Box, report: Report, folder: Path, arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    def speed() -> None:
+        measured = Speed(box, report, folder / "speed", arguments.models, arguments.sizes)
+        measured.run()
+        measured.ready_from_page_cache(arguments.page_cache)
+
     return {
+        "all-reduce": lambda: multi_gpu_all_reduce.run(box, report),
         "tokens": lambda: multi_gpu_tokens.run(box, report, folder / "tokens"),
+        "speed": speed,
     }
 
 
@@ -60,7 +78,7 @@ def main() -> None:
     report = Report(describe("triton", "nvidia-nccl-cu12"), path, box.kind != "gpus", arguments.budget)
     print(heading(report.machine), report.heading(), sep="\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="mgpu-bench-") as folder:
-        for name, run in sections(box, report, Path(folder)).items():
+        for name, run in sections(box, report, Path(folder), arguments).items():
             if name in arguments.only:
                 with report.guard(name, "the section"):
                     run()

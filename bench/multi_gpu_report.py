@@ -27,7 +27,7 @@ class Row:
     """The number in ``found``, for programs."""
     unit: str = ""
     details: str = ""
-    """Traceback or log of what went wrong; in the JSON only."""
+    """More than fits the table, such as a traceback; in the JSON only."""
 
     def line(self) -> str:
         cells = (self.section, self.asked, self.wanted, self.found)
@@ -64,6 +64,10 @@ class Report:
     def check(self, section: str, asked: str, wanted: str, found: str, good: bool, details: str = "") -> None:
         self.add(Row(section, asked, wanted, found, "ok" if good else "FAIL", details="" if good else details))
 
+    def note(self, section: str, asked: str, found: str) -> None:
+        """Add something seen that nothing was expected of."""
+        self.add(Row(section, asked, "-", found, "rehearsed" if self.rehearsal else "measured"))
+
     def number(
         self,
         section: str,
@@ -73,13 +77,14 @@ class Report:
         *,
         least: float | None = None,
         most: float | None = None,
+        details: str = "",
     ) -> None:
         """Add a measured number, against what it must at least or at most be, if that is known."""
         met = (least is None or value >= least) and (most is None or value <= most)
         verdict: Verdict = "measured" if least is None and most is None else "met" if met else "missed"
         wanted = f">= {least:g} {unit}" if least is not None else f"<= {most:g} {unit}" if most is not None else "-"
         found = f"{value:,.1f} {unit}"
-        self.add(Row(section, asked, wanted, found, "rehearsed" if self.rehearsal else verdict, value, unit))
+        self.add(Row(section, asked, wanted, found, "rehearsed" if self.rehearsal else verdict, value, unit, details))
 
     def skip(self, section: str, asked: str, why: str, verdict: Verdict = "skipped", wanted: str = "-") -> None:
         self.add(Row(section, asked, wanted, why, verdict))
