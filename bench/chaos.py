@@ -23,7 +23,7 @@ import machine
 import msgpack
 import psutil
 import zmq
-from chaos_load import STANDSTILL_S, Streams, Tally, make_jobs, undisturbed
+from chaos_load import STANDSTILL_S, Standstill, Streams, Tally, make_jobs, undisturbed
 
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
@@ -102,7 +102,7 @@ class Server:
                 if health.restarts >= count and health.state == "ready":
                     return health.last_recovery_s
             time.sleep(0.02)
-        raise SystemExit(f"no recovery:\n{self.process.output()}")
+        raise Standstill(f"no recovery:\n{self.process.output()}")
 
 
 def kill_workers(server: Server, streams: Streams, count: int, moments: Sequence[str] = MOMENTS) -> Row:

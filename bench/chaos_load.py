@@ -13,6 +13,10 @@ STANDSTILL_S = 240.0
 """Longest wait for the streams to move on after a fault."""
 
 
+class Standstill(Exception):
+    """Nothing has moved for longer than a fault may last."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One request. Odd numbers are sampled, even ones greedy."""
@@ -123,7 +127,7 @@ class Streams:
         deadline_s = time.monotonic() + STANDSTILL_S
         while not done():
             if time.monotonic() > deadline_s:
-                raise SystemExit(f"the streams stand still: {self.tally}")
+                raise Standstill(f"the streams stand still: {self.tally}")
             time.sleep(0.005)
 
     def _run(self, number: int) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import multi_gpu_all_reduce
+import multi_gpu_faults
 import multi_gpu_tokens
 from decode import numbers
 from machine import describe, heading
@@ -26,7 +27,7 @@ from multi_gpu_box import Box, find_box
 from multi_gpu_report import Report
 from multi_gpu_speed import Speed
 
-SECTIONS = ("all-reduce", "tokens", "speed")
+SECTIONS = ("all-reduce", "tokens", "speed", "faults")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -67,6 +68,7 @@ def sections(box: Box, report: Report, folder: Path, arguments: argparse.Namespa
         "all-reduce": lambda: multi_gpu_all_reduce.run(box, report),
         "tokens": lambda: multi_gpu_tokens.run(box, report, folder / "tokens"),
         "speed": speed,
+        "faults": lambda: multi_gpu_faults.run(box, report, folder / "faults"),
     }
 
 
