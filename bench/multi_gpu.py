@@ -9,6 +9,7 @@ docs/multi-gpu.md says what the rows mean. The status is 1 when a row is FAIL or
 """
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -75,9 +76,12 @@ def sections(box: Box, report: Report, folder: Path, arguments: argparse.Namespa
 def main() -> None:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers end with the blocks they are in
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # without NVLink multicast, which not every host can give
     box = find_box(arguments.rehearse, arguments.devices, arguments.share)
     path = arguments.json or RESULTS / f"multi_gpu_{box.kind}_{box.size}.json"
-    report = Report(describe("triton", "nvidia-nccl-cu12"), path, box.kind != "gpus", arguments.budget)
+    report = Report(
+        describe("triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13"), path, box.kind != "gpus", arguments.budget
+    )
     print(heading(report.machine), report.heading(), sep="\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="mgpu-bench-") as folder:
         for name, run in sections(box, report, Path(folder), arguments).items():

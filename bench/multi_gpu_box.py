@@ -14,7 +14,7 @@ from mgpu.orchestrator.devices import Machine, find_machine, selectors
 from mgpu.orchestrator.nvml import NvmlSession
 
 Kind = Literal["gpus", "shared", "cpu"]
-START_S = 300.0
+START_S = 150.0
 PLAN_S = 60.0
 
 

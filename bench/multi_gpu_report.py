@@ -1,6 +1,7 @@
 """Collect the rows of `multi_gpu.py`: printed as they come, saved after each, so that no interruption loses any."""
 
 import json
+import re
 import time
 import traceback
 from collections.abc import Iterator
@@ -105,8 +106,7 @@ class Report:
         try:
             yield
         except Exception as error:
-            first = (str(error).strip() or "no message").splitlines()[0]
-            self.add(Row(section, asked, wanted, f"{type(error).__name__}: {first}", "FAIL", details=_text(error)))
+            self.add(Row(section, asked, wanted, _gist(error), "FAIL", details=_text(error)))
 
     def summary(self) -> str:
         counts: dict[str, int] = {}
@@ -117,6 +117,13 @@ class Report:
     @property
     def is_good(self) -> bool:
         return not any(row.verdict in BAD for row in self.rows)
+
+
+def _gist(error: BaseException) -> str:
+    """Give the first line of an error and, where it carries a log, the last line there that speaks of one."""
+    first, *rest = str(error).strip().splitlines() or ["no message"]
+    causes = [line.strip() for line in rest if re.search("error|failed|died", line, re.IGNORECASE)]
+    return f"{type(error).__name__}: {first}" + (f" [{causes[-1][:160]}]" if causes else "")
 
 
 def _text(error: BaseException) -> str:

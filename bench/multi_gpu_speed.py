@@ -29,8 +29,8 @@ DECODE_TARGETS = {
 """Tokens per second of one stream in bf16 on H200, by model and tensor-parallel size."""
 READY_TARGETS_S = {"70B": 40.0}
 """Seconds from start to ready, weights in the page cache."""
-TOGETHER_S = 120.0
-"""Longest wait of one server of several for the others to come to the same measurement."""
+SILENCE_S = 60.0
+"""Longest wait for a server to say something, or for other servers to come to the same measurement."""
 FORMATS = {"fp8": ("--quant", "fp8"), "int4": ("--quant", "4")}
 
 
@@ -139,42 +139,46 @@ class Speed:
         self, what: str, model: Model, endpoints: Sequence[str], batches: Sequence[int], target: float | None = None
     ) -> None:
         """Measure decoding, each server with its share of the batch, all at once."""
-        runs = self._decode_rates(model, endpoints, batches)
-        for index, batch in enumerate(batches):
-            rate = statistics.median(sum(rates) for rates in zip(*(run[index] for run in runs), strict=True))
-            least = target if batch == 1 else None
-            self.report.number(SECTION, f"{what}, decode, batch {batch}", rate, "tok/s", least=least)
+        for batch in batches:
+            asked = f"{what}, decode, batch {batch}"
+            with self.report.guard(SECTION, asked):
+                rate = self._decode_rate(model, endpoints, batch)
+                self.report.number(SECTION, asked, rate, "tok/s", least=target if batch == 1 else None)
 
-    def _decode_rates(self, model: Model, endpoints: Sequence[str], batches: Sequence[int]) -> list[list[list[float]]]:
-        """Give tokens per second by server, batch and repetition."""
-        effort, together = self.effort, threading.Barrier(len(endpoints))
+    def _decode_rate(self, model: Model, endpoints: Sequence[str], batch: int) -> float:
+        """Give tokens per second of all servers together, the median of the repetitions."""
+        effort, share, together = self.effort, batch // len(endpoints), threading.Barrier(len(endpoints))
 
-        def measure(endpoint: str) -> list[list[float]]:
-            with Client(endpoint, silence_timeout_s=60.0) as client:  # a client belongs to one thread
-                bench = Bench(client, model.vocab_size)
-                return [repeat(bench, batch // len(endpoints)) for batch in batches]
-
-        def repeat(bench: Bench, share: int) -> list[float]:
-            bench.decode_rate(share, effort.context, 0.0)  # the first use of a batch size makes its graph
-            rates = []
-            for _ in range(effort.repeat):
-                together.wait(TOGETHER_S)
-                rates.append(bench.decode_rate(share, effort.context, effort.seconds)[0])
-            return rates
+        def measure(endpoint: str) -> list[float]:
+            with ExitStack() as stack:
+                stack.callback(together.abort)  # whoever fails must not be waited for; at the end nobody waits
+                client = stack.enter_context(Client(endpoint, silence_timeout_s=SILENCE_S))  # of this thread alone
+                bench = Bench(client, model.vocab_size, seed=batch)
+                bench.decode_rate(share, effort.context, 0.0)  # the first use of a batch size makes its graph
+                rates = []
+                for _ in range(effort.repeat):
+                    together.wait(SILENCE_S)
+                    rates.append(bench.decode_rate(share, effort.context, effort.seconds)[0])
+                return rates
 
         with ThreadPoolExecutor(len(endpoints)) as pool:
-            return list(pool.map(measure, endpoints))
+            by_server = list(pool.map(measure, endpoints))
+        return statistics.median(sum(rates) for rates in zip(*by_server, strict=True))
 
     def _prefill(self, what: str, model: Model, endpoint: str) -> None:
         count, length = self.effort.prefill
-        with Client(endpoint, silence_timeout_s=60.0) as client:
-            bench = Bench(client, model.vocab_size, seed=1)
+        with Client(endpoint, silence_timeout_s=SILENCE_S) as client:
+            bench = Bench(client, model.vocab_size, seed=3)
             rates = [bench.prefill_rate(count, length) for _ in range(self.effort.repeat + 1)][1:]
         self.report.number(SECTION, f"{what}, prefill {count} x {length}", statistics.median(rates), "tok/s")
 
     def replicas(self, model: Model, count: int) -> None:
         """Measure as many whole models as there are devices, each with its share of the batch."""
-        what, places = f"{model.name} {count} replicas", [self.box.place([device]) for device in range(count)]
+        what = f"{model.name} {count} replicas"
+        if self.box.kind == "shared":
+            self.report.skip(SECTION, what, "each takes a whole GPU, and they share one")
+            return
+        places = [self.box.place([device]) for device in range(count)]
         if not self._can_run(what, places[0], model, ()):
             return
         with self.report.guard(SECTION, what), ExitStack() as stack:

@@ -70,7 +70,7 @@ def mapped_cases(box: Box) -> Iterator[Case]:
 
 def hybrid_cases(box: Box) -> Iterator[Case]:
     """Two stages of half the devices each."""
-    half = min(box.size, LAYERS) // 2
+    half = box.sizes[-1] // 2
     first, second = ("+".join(map(str, part)) for part in (range(half), range(half, 2 * half)))
     typed = ("-n", f"{first}:5;{second}:3")
     hybrid = Case(f"hybrid: 2 stages x {half}", box.first(2 * half), arguments=typed, mode="hybrid", transport="nccl")
@@ -152,7 +152,8 @@ def refusals(box: Box, report: Report, model: Path) -> None:
         report.skip(SECTION, asked, f"{box.size} devices")
     else:
         sizes, use = r"Compatible sizes: 1, 2, 4, 8\b", r"CUDA_VISIBLE_DEVICES=\S+ \(or --tp 2\)|--workers 2"
-        refuse(report, asked, box.first(3), model, (), (r"8 query heads % 3 = 2", sizes, use))
+        by_size = ("--tp", "3") if box.kind == "shared" else ()  # without NCCL they would be layer-mapped
+        refuse(report, asked, box.first(3), model, by_size, (r"8 query heads % 3 = 2", sizes, use))
     two = box.first(min(2, box.size))
     every = (
         ("a map of 7 of 8 layers", ("-n", "0:7"), ("add up to 7", "8 layers")),
