@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from all_reduce_rank import shared_bytes
 from machine import describe, heading
 
 from mgpu.orchestrator.devices import Machine, find_machine, worker_environment
@@ -51,7 +52,7 @@ def time_all_reduce(
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="mgpu-bench-") as folder:
         try:
-            os.ftruncate(fd, _shared_bytes(size))
+            os.ftruncate(fd, shared_bytes(size))
             for rank in range(size):
                 added, device = worker_environment(machine, rank)
                 command = [sys.executable, str(PROGRAM), backend, str(size), str(rank), str(fd), folder, device]
@@ -74,12 +75,6 @@ def time_all_reduce(
                 process.kill()
                 process.wait()
     return [AllReduceTime(nbytes, eager, graph) for nbytes, eager, graph in rows]
-
-
-def _shared_bytes(size: int) -> int:
-    from all_reduce_rank import layout_of, spec_of, torch
-
-    return layout_of(spec_of(size, -1, "", torch.device("cpu"))).total_bytes
 
 
 def _wait(processes: "Sequence[subprocess.Popen[bytes]]", folder: Path) -> None:

@@ -95,6 +95,11 @@ def eager_us(all_reduce: AllReduce, x: Tensor) -> float:
     return statistics.median(seconds[WARM_UP:]) * 1e6
 
 
+def shared_bytes(size: int) -> int:
+    """Say how large the file must be that all ranks map."""
+    return layout_of(spec_of(size, -1, "", torch.device("cpu"))).total_bytes
+
+
 def graph_us(all_reduce: AllReduce, x: Tensor) -> float:
     """Give the median time of a call among many in one CUDA graph, which is how decode steps would use it."""
     graph = torch.cuda.CUDAGraph()
@@ -103,13 +108,13 @@ def graph_us(all_reduce: AllReduce, x: Tensor) -> float:
             all_reduce(x)
     times = []
     for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize(x.device)
         times.append(begin.elapsed_time(end) * 1e3 / GRAPH_CALLS)
-    return statistics.median(times[WARM_UP:])
+    return float(statistics.median(times[WARM_UP:]))
 
 
 def check(all_reduce: AllReduce, rank: int, size: int, device: torch.device) -> None:

@@ -39,8 +39,8 @@ def words(text: str) -> list[str]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=words, default=list(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
-    parser.add_argument("--sizes", type=numbers, default=[1, 2, 4, 8], help="tensor-parallel sizes to measure")
-    parser.add_argument("--models", type=words, default=list(SHAPES), help="shapes to measure")
+    parser.add_argument("--sizes", type=numbers, help="tensor-parallel sizes to measure (default: 1,2,4,8)")
+    parser.add_argument("--models", type=words, help=f"shapes to measure (default: {','.join(SHAPES)})")
     parser.add_argument(
         "--page-cache", type=words, default=[], metavar="MODELS", help="write these shapes' weights, time their start"
     )
@@ -50,6 +50,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--share", type=int, default=0, metavar="N", help="N workers that share the GPUs")
     parser.add_argument("--json", type=Path, help="where to save the rows (default: in bench/results)")
     arguments = parser.parse_args()
+    # A rehearsal takes each path once: there is only one small shape's worth of time.
+    arguments.sizes = arguments.sizes or ([1, arguments.devices] if arguments.rehearse else [1, 2, 4, 8])
+    arguments.models = arguments.models or (["8B"] if arguments.rehearse else list(SHAPES))
     if unknown := set(arguments.only) - set(SECTIONS):
         parser.error(f"--only {', '.join(sorted(unknown))}: the sections are {', '.join(SECTIONS)}")
     if unknown := (set(arguments.models) | set(arguments.page_cache)) - set(SHAPES):

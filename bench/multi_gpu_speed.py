@@ -163,7 +163,7 @@ class Speed:
 
         with ThreadPoolExecutor(len(endpoints)) as pool:
             by_server = list(pool.map(measure, endpoints))
-        return statistics.median(sum(rates) for rates in zip(*by_server, strict=True))
+        return float(statistics.median(sum(rates) for rates in zip(*by_server, strict=True)))
 
     def _prefill(self, what: str, model: Model, endpoint: str) -> None:
         count, length = self.effort.prefill
