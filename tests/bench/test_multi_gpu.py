@@ -15,7 +15,7 @@ from multi_gpu_box import Box
 from multi_gpu_report import Report
 from multi_gpu_tokens import Case, cases
 
-from mgpu.orchestrator.devices import find_machine
+from mgpu.orchestrator.devices import Machine, find_machine
 from mgpu.orchestrator.planner import Plan, Wish, plan
 from mgpu.protocol.checkpoint import read_checkpoint
 
@@ -26,14 +26,13 @@ def driver(count: int) -> FakeNvml:
     return FakeNvml([FakeGpu(f"GPU-{i}", f"0000:{i:02}:00.0") for i in range(count)])
 
 
-def planned(case: Case, count: int, folder: Path) -> Plan:
-    """Plan a case as its command would, on a machine of so many GPUs."""
+def planned(case: Case, machine: Machine, folder: Path) -> Plan:
+    """Plan a case as its command would, on the devices that it sees."""
     options = dict(zip(case.arguments[::2], case.arguments[1::2], strict=True))
     tp = int(options["--tp"]) if "--tp" in options else None
     wish = Wish(tp=tp, device_layers=options.get("-n"), dtype="float32", max_seq_len=1024, kv_memory=64 << 20)
-    machine = find_machine("cuda", environ={**case.place.environ, **case.environ}, nvml=driver(count))
     facts = read_checkpoint(write_config(folder, MODELS[case.model]), "dummy").facts
-    return plan(facts, replace(machine, nccl=not case.environ, nccl_problem=""), wish)
+    return plan(facts, machine, wish)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -41,11 +40,22 @@ def test_every_case_has_the_layout_that_it_is_about(count: int, tmp_path: Path) 
     every = list(cases(Box("gpus", find_machine("cuda", environ={}, nvml=driver(count)))))
     assert len({case.what for case in every}) == len(every)
     for case in every:
-        found = planned(case, count, tmp_path / case.model)
+        environ = {**case.place.environ, **case.environ}
+        machine = find_machine("cuda", environ=environ, nvml=driver(count))
+        # Whether NCCL is installed here does not matter.
+        found = planned(case, replace(machine, nccl=not case.environ), tmp_path / case.model)
         assert case.mode in ("", found.mode), case.what
         assert case.transport in ("", found.transport), case.what
         assert case.stage_transport in ("", found.stage_transport), case.what
         assert case.uuids in ((), tuple(row.device.uuid for row in found.rows)), case.what
+
+
+def test_workers_that_share_a_gpu_have_the_same_kinds_of_layout(tmp_path: Path) -> None:
+    machine = find_machine("cuda", 4, oversubscribe=True, environ={}, nvml=driver(1))
+    for case in cases(Box("shared", machine)):
+        options = dict(zip(case.place.options[1::2], case.place.options[2::2], strict=True))
+        shared = find_machine("cuda", int(options["--workers"]), oversubscribe=True, environ={}, nvml=driver(1))
+        assert case.mode in ("", planned(case, shared, tmp_path / case.model).mode), case.what
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

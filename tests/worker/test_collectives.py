@@ -14,6 +14,7 @@ import pytest
 import torch
 from collective_rank import spec_of
 
+from mgpu.protocol.control import CONTROL
 from mgpu.worker.collectives import DryRun, SingleRank, ThroughHost
 from mgpu.worker.errors import BadSpec
 from mgpu.worker.links import connect, layout_of, pair_transport
@@ -107,6 +108,7 @@ def test_ranks_without_shared_memory_or_group_are_refused(tmp_path: Path) -> Non
 
 def test_only_pairs_without_peer_access_use_the_host(tmp_path: Path) -> None:
     spec = replace(spec_of([1, 1, 1], "peer", -1, tmp_path, 1.0), staged=((1, 2),))
+    spec = CONTROL.decode(CONTROL.encode(spec))
     assert pair_transport(spec, "peer", 0, 1) == "peer"
     assert pair_transport(spec, "peer", 1, 2) == "pinned"
     assert pair_transport(spec, "nccl", 1, 2) == "nccl"
