@@ -28,6 +28,8 @@ from multi_gpu_box import Box, find_box
 from multi_gpu_report import Report
 from multi_gpu_speed import Speed
 
+from mgpu.orchestrator.errors import DeviceError
+
 SECTIONS = ("all-reduce", "tokens", "speed", "faults")
 RESULTS = Path(__file__).parent / "results"
 
@@ -80,7 +82,10 @@ def main() -> None:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers end with the blocks they are in
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # without NVLink multicast, which not every host can give
-    box = find_box(arguments.rehearse, arguments.devices, arguments.share)
+    try:
+        box = find_box(arguments.rehearse, arguments.devices, arguments.share)
+    except DeviceError as error:
+        sys.exit(f"{error}; --rehearse runs the same code on CPU workers")
     path = arguments.json or RESULTS / f"multi_gpu_{box.kind}_{box.size}.json"
     report = Report(
         describe("triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13"), path, box.kind != "gpus", arguments.budget

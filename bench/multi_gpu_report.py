@@ -13,6 +13,7 @@ from typing import Literal
 Verdict = Literal["ok", "FAIL", "met", "missed", "measured", "rehearsed", "skipped", "not built"]
 BAD: tuple[Verdict, ...] = ("FAIL", "missed")
 _WIDTHS = (11, 54, 34, 34)
+_MOST = 140
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Row:
     """More than fits the table, such as a traceback; in the JSON only."""
 
     def line(self) -> str:
-        cells = (self.section, self.asked, self.wanted, self.found)
+        found = self.found if len(self.found) <= _MOST else self.found[: _MOST - 1] + "…"
+        cells = (self.section, self.asked, self.wanted, found)
         return " | ".join([*(cell.ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True)), self.verdict])
 
 
