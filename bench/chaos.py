@@ -14,7 +14,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ import machine
 import msgpack
 import psutil
 import zmq
-from chaos_load import STANDSTILL_S, Streams, Tally, make_jobs, undisturbed
+from chaos_load import STANDSTILL_S, Standstill, Streams, Tally, make_jobs, undisturbed
 
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
@@ -62,10 +62,10 @@ class Row:
 class Server:
     """A server whose processes can be found and hurt."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, *arguments: str, environ: Mapping[str, str] | None = None) -> None:
         self.process = ServerProcess(
-            "-m", options.model, "--device", "cpu", "--workers", str(options.workers), "--max-seq-len", "512",
-            "--max-restarts", "1000000", "--hang-timeout", str(HANG_S),
+            *arguments, "--max-seq-len", "512", "--max-restarts", "1000000", "--hang-timeout", str(HANG_S),
+            environ=environ,
         )  # fmt: skip
 
     def __enter__(self) -> "Server":
@@ -74,6 +74,10 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.process.close()
+
+    @classmethod
+    def on_cpu(cls, options: argparse.Namespace) -> "Server":
+        return cls("-m", options.model, "--device", "cpu", "--workers", str(options.workers))
 
     def children(self, module: str = "mgpu.") -> list[psutil.Process]:
         found: list[psutil.Process] = []
@@ -98,14 +102,14 @@ class Server:
                 if health.restarts >= count and health.state == "ready":
                     return health.last_recovery_s
             time.sleep(0.02)
-        raise SystemExit(f"no recovery:\n{self.process.output()}")
+        raise Standstill(f"no recovery:\n{self.process.output()}")
 
 
-def kill_workers(server: Server, streams: Streams, count: int) -> Row:
+def kill_workers(server: Server, streams: Streams, count: int, moments: Sequence[str] = MOMENTS) -> Row:
     """SIGKILL one rank after another, in turn while idle, in a prompt, while decoding and while loading."""
-    row = Row("SIGKILL of a worker: " + ", ".join(MOMENTS))
+    row = Row("SIGKILL of a worker: " + ", ".join(moments))
     with Client(server.endpoint, silence_timeout_s=60) as client:
-        for moment, rank in zip(itertools.islice(itertools.cycle(MOMENTS), count), itertools.count()):
+        for moment, rank in zip(itertools.islice(itertools.cycle(moments), count), itertools.count()):
             restarts = client.health().restarts
             if moment == "idle":
                 streams.pause()
@@ -165,11 +169,11 @@ def gateway_restarts(server: Server) -> float:
         return client.stats()["gateway_restarts"]
 
 
-def kill_parents(options: argparse.Namespace, count: int) -> Row:
+def kill_parents(make_server: Callable[[], Server], count: int) -> Row:
     """SIGKILL the parent: after two seconds nothing of the server may be left."""
     row = Row("SIGKILL of the parent")
     for _ in range(count):
-        with Server(options) as server, Client(server.endpoint) as client:
+        with make_server() as server, Client(server.endpoint) as client:
             family = server.children()
             streams = [client.stream([number + 3], max_tokens=400) for number in range(16)]
             next(streams[0])
@@ -190,7 +194,7 @@ def terminate(options: argparse.Namespace, count: int) -> Row:
     """SIGTERM with 64 streams: all of them finish, and the exit status is the signal's."""
     row = Row("SIGTERM with 64 streams")
     for _ in range(count):
-        with Server(options) as server, Client(server.endpoint) as client:
+        with Server.on_cpu(options) as server, Client(server.endpoint) as client:
             streams = [client.stream([number + 3], max_tokens=30, ignore_eos=True) for number in range(64)]
             next(streams[63])
             began_s = time.monotonic()
@@ -251,7 +255,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """Run everything that was asked for, one fault after another."""
     jobs = make_jobs(options.streams + 8, options.answer_tokens)
-    with Server(options) as server:
+    with Server.on_cpu(options) as server:
         expected = undisturbed(server.endpoint, jobs)
         faults: tuple[tuple[int, Callable[[Server, Streams, int], Row]], ...] = (
             (options.kills, kill_workers),
@@ -267,7 +271,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         if options.gone_clients:
             yield leave(server, options.gone_clients)
     if options.parent_kills:
-        yield kill_parents(options, options.parent_kills)
+        yield kill_parents(lambda: Server.on_cpu(options), options.parent_kills)
     if options.sigterms:
         yield terminate(options, options.sigterms)
 

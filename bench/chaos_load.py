@@ -13,6 +13,10 @@ STANDSTILL_S = 240.0
 """Longest wait for the streams to move on after a fault."""
 
 
+class Standstill(Exception):
+    """Nothing has moved for longer than a fault may last."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One request. Odd numbers are sampled, even ones greedy."""
@@ -26,12 +30,12 @@ class Job:
         return {"max_tokens": self.max_tokens, "ignore_eos": True, **sampled}
 
 
-def make_jobs(count: int, longest: int, seed: int = 4) -> list[Job]:
+def make_jobs(count: int, longest: int, seed: int = 4, vocab_size: int = 40000) -> list[Job]:
     """Draw prompts of 1 to 200 tokens and answers of up to ``longest``."""
     rng = random.Random(seed)
     return [
         Job(
-            tuple(rng.randrange(3, 40000) for _ in range(rng.choice([1, 7, 30, 60, 200]))),
+            tuple(rng.randrange(3, vocab_size) for _ in range(rng.choice([1, 7, 30, 60, 200]))),
             rng.randrange(longest // 2, longest + 1),
             number,
         )
@@ -123,7 +127,7 @@ class Streams:
         deadline_s = time.monotonic() + STANDSTILL_S
         while not done():
             if time.monotonic() > deadline_s:
-                raise SystemExit(f"the streams stand still: {self.tally}")
+                raise Standstill(f"the streams stand still: {self.tally}")
             time.sleep(0.005)
 
     def _run(self, number: int) -> None:

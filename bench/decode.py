@@ -21,27 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import describe, heading
+from model_shapes import LLAMA_8B, write_config
 
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.model import DTYPE_BYTES, ModelFacts
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 MOST_NEW_TOKENS = 2048
 
 
@@ -68,12 +54,12 @@ class Timing:
 
 
 class Bench:
-    """Asks one server; prompts are random, so that no prefix is ever reused."""
+    """Asks one server; prompts are random, so that no prefix is ever reused. A second one needs another ``seed``."""
 
-    def __init__(self, client: Client, vocab_size: int) -> None:
+    def __init__(self, client: Client, vocab_size: int, seed: int = 0) -> None:
         self._client = client
         self._vocab_size = vocab_size
-        self._random = random.Random(0)
+        self._random = random.Random(seed)
         self._generated = client.stats()["generated_tokens"]
 
     def prompt(self, length: int) -> list[int]:
@@ -205,7 +191,7 @@ def main() -> None:
     print(heading(facts_of_machine))
     with tempfile.TemporaryDirectory() as folder:
         if arguments.model is None:
-            (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
+            write_config(Path(folder), LLAMA_8B)
         model = arguments.model or folder
         load = [] if arguments.weights else ["--load-format", "dummy"]
         facts = read_checkpoint(model, "dummy").facts

@@ -7,7 +7,6 @@ runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is wh
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -19,8 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from decode import LLAMA_8B, numbers
+from decode import numbers
 from machine import describe, heading
+from model_shapes import LLAMA_8B, write_config
 
 from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.control import NewRow, RowSampling, StepPlan
@@ -37,8 +37,7 @@ BLOCK, STEPS, MOST_ROWS = 64, 60, 256
 
 def make_runner(context: int) -> ModelRunner:
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
-        facts = read_checkpoint(folder, "dummy").facts
+        facts = read_checkpoint(write_config(Path(folder), LLAMA_8B), "dummy").facts
     device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), DryRun(SingleRank())
     stage = build_stage(facts, place, range(facts.num_layers), group, torch.bfloat16, device)
     stage.max_positions = longest = context + 4 * STEPS + BLOCK

@@ -61,6 +61,7 @@ def server_config(config: ServeConfig, planned: PlannedModel) -> ServerConfig:
         dtype=plan.dtype,
         transport=plan.transport,
         stage_transport=plan.stage_transport,
+        staged=plan.staged,
         bind=config.bind,
         block_size=config.block_size or BLOCK_SIZE[plan.machine.kind],
         max_rows=config.max_rows,

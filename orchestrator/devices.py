@@ -13,7 +13,7 @@ import psutil
 
 from mgpu.orchestrator.errors import DeviceError
 from mgpu.orchestrator.nvml import Gpu, Link, Nvml, NvmlSession
-from mgpu.orchestrator.visible import visible_gpus
+from mgpu.orchestrator.visible import order_note, visible_gpus
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 
@@ -103,9 +103,10 @@ def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine
         devices = tuple(_device(ordinal, gpu) for ordinal, gpu in enumerate(gpus))
         problem = nccl_problem(environ, any(gpu.mig for gpu in gpus)) or missing_nccl()
         links = session.links(gpus)
+        note = order_note(inventory.gpus, variable)
     if environ.get("MGPU_NO_P2P") == "1":
         links = tuple(tuple("none" for _ in row) for row in links)
-    return Machine(devices, links, not problem, problem), ""
+    return Machine(devices, links, not problem, problem, notes=(note,) if note else ()), ""
 
 
 def _device(ordinal: int, gpu: Gpu) -> DeviceInfo:

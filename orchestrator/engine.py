@@ -157,6 +157,7 @@ class Engine:
         elif isinstance(message, Cancel):
             self._scheduler.cancel(message.request_id, message.reason)
         elif isinstance(message, StatsQuery):
+            self._tell_state()  # health shows both: a restart that is counted must not look as if it were over
             self._gateway.send(StatsReply(message.query_id, self._counters()))
         elif isinstance(message, Resume):
             self._emit()  # what is said so far is part of the answer; what is said later continues it
@@ -301,7 +302,7 @@ class Engine:
                 self._scheduler.cancel(request_id, "cancelled")
 
     def _tell_state(self) -> None:
-        """Tell the gateway when the state is another than it knows; only here, where its loss is dealt with."""
+        """Tell the gateway when the state is another than it knows. GatewayLost, which `run` deals with."""
         state = self._state
         if state != self._told_state and self._gateway.is_ready:
             self._gateway.send(replace(self._info, state=state))

@@ -76,6 +76,9 @@ def _transport_line(plan: Plan) -> str:
         parts.append(f"partial sums by {plan.transport}")
     if plan.stage_transport != "none":
         parts.append(f"activations between stages by {plan.stage_transport}")
+        if plan.stage_transport == "peer" and plan.staged:
+            pairs = ", ".join(f"{a} to {b}" for a, b in plan.staged)
+            parts.append(f"through pinned host memory from rank {pairs}")
     return "transport: " + ", ".join(parts)
 
 
@@ -95,6 +98,7 @@ def layout_json(plan: Plan) -> dict[str, object]:
         "dtype": plan.dtype,
         "transport": plan.transport,
         "stage_transport": plan.stage_transport,
+        "staged": [list(pair) for pair in plan.staged],
         "num_layers": plan.facts.num_layers,
         "kv_tokens": plan.kv_tokens,
         "max_seq_len": plan.max_seq_len,

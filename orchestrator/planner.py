@@ -26,6 +26,8 @@ class Plan:
     reason: str
     transport: Transport
     stage_transport: Transport
+    staged: tuple[tuple[int, int], ...]
+    """Sending and receiving ranks whose activations go through pinned host memory: no peer access."""
     dtype: Dtype
     rows: tuple[RankRow, ...]
     """One per rank."""
@@ -67,6 +69,7 @@ def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
     mode = _mode(placement, machine)
     dtype = _dtype(machine, wish)
     transport, stage_transport = _transports(placement, machine)
+    staged = staged_ranks(placement, machine) if stage_transport in ("peer", "pinned") else ()
     nccl = "nccl" in (transport, stage_transport)
     sizing = Sizing(facts, machine, placement, wish, DTYPE_BYTES[dtype], nccl)
     rows = rank_rows(sizing)
@@ -79,12 +82,13 @@ def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
         reason=choice.reason,
         transport=transport,
         stage_transport=stage_transport,
+        staged=staged,
         dtype=dtype,
         rows=rows,
         kv_tokens=kv_tokens,
         max_seq_len=max_seq_len,
         kv_memory=wish.kv_memory,
-        notes=(*machine.notes, *_notes(machine, placement, transport, stage_transport, rows)),
+        notes=(*machine.notes, *_notes(machine, placement, transport, staged, rows)),
     )
 
 
@@ -220,33 +224,37 @@ def _transports(placement: PlacementPlan, machine: Machine) -> tuple[Transport, 
         return way if splits else "none", way if crosses else "none"
     if machine.nccl:
         return "nccl" if splits else "none", "nccl" if crosses else "none"
-    boundary: Transport = "pinned" if staged_pairs(placement, machine) else "peer"
+    all_staged = len(staged_ranks(placement, machine)) == len(boundary_ranks(placement))
+    boundary: Transport = "pinned" if all_staged else "peer"
     return "gloo" if splits else "none", boundary if crosses else "none"
 
 
-def boundary_pairs(placement: PlacementPlan) -> list[tuple[int, int]]:
-    """List the pairs of devices between which activations move: rank j of a stage feeds every rank i, i % size = j."""
+def boundary_ranks(placement: PlacementPlan) -> list[tuple[int, int]]:
+    """List the ranks between which activations move: rank j of a stage feeds every rank i of the next, i % size = j."""
     pairs = []
-    for before, after in zip(placement.stages, placement.stages[1:], strict=False):
-        pairs += [(before.devices[i % len(before.devices)], device) for i, device in enumerate(after.devices)]
+    for index in range(placement.num_stages - 1):
+        senders, receivers = placement.ranks_of_stage(index), placement.ranks_of_stage(index + 1)
+        pairs += [(senders[i % len(senders)], rank) for i, rank in enumerate(receivers)]
     return pairs
 
 
-def staged_pairs(placement: PlacementPlan, machine: Machine) -> list[tuple[int, int]]:
-    """List the pairs that cannot reach each other's memory."""
-    return [pair for pair in boundary_pairs(placement) if not machine.peers(*pair)]
+def staged_ranks(placement: PlacementPlan, machine: Machine) -> tuple[tuple[int, int], ...]:
+    """List those of them whose devices cannot reach each other's memory."""
+    pairs = boundary_ranks(placement)
+    return tuple(pair for pair in pairs if not machine.peers(*(placement.place_of(rank).device for rank in pair)))
 
 
 def _notes(
     machine: Machine,
     placement: PlacementPlan,
     transport: Transport,
-    stage_transport: Transport,
+    staged: tuple[tuple[int, int], ...],
     rows: tuple[RankRow, ...],
 ) -> list[str]:
     notes = []
-    if stage_transport == "pinned":
-        pairs = ", ".join(f"{a} and {b}" for a, b in staged_pairs(placement, machine))
+    if staged:
+        devices = [tuple(placement.place_of(rank).device for rank in pair) for pair in staged]
+        pairs = ", ".join(f"{a} and {b}" for a, b in devices)
         notes.append(f"no peer access between GPUs {pairs}: activations are staged through pinned host memory")
     if transport == "gloo" and machine.kind == "cuda":
         notes.append(f"partial sums go over the host (gloo), which is slow: {machine.nccl_problem}")

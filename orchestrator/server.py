@@ -188,8 +188,8 @@ class Server:
         )
         endpoint = self._gateway.endpoint
         self._log_ready(limits, self._workers, endpoint)
+        self._gateway.send(self._info)  # before anyone can find the server, or a first request would be refused
         self._runtime.announce(RunningServer(endpoint, os.getpid(), config.model_name, __version__))
-        self._gateway.send(self._info)
         self._notifier.ready(f"serving {config.model_name} on {endpoint}")
         # What exists now stays: the collector need not look at it again between steps.
         gc.collect()

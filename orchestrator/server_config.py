@@ -29,6 +29,8 @@ class ServerConfig:
     dtype: Dtype
     transport: Transport
     stage_transport: Transport
+    staged: tuple[tuple[int, int], ...] = ()
+    """Sending and receiving ranks that ``peer`` does not connect: pinned host memory does."""
     bind: str = ""
     """Front endpoint; empty: an ipc socket in the private runtime directory."""
     block_size: int = 16

@@ -125,6 +125,7 @@ class WorkerGroup:
             kv_bytes=config.kv_bytes,
             seed=config.seed,
             timeout_s=config.worker_timeout_s,
+            staged=config.staged,
         )
 
     def _environment(self, rank: int) -> dict[str, str]:

@@ -11,7 +11,25 @@ NO_DEVICES = ("", "-1", "NoDevFiles")
 
 
 def visible_gpus(gpus: Sequence[Gpu], variable: str | None) -> list[Gpu]:
-    """Give the GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; None: unset, all of them.
+    """Give the GPUs that CUDA_VISIBLE_DEVICES leaves, in PCI bus order like ``gpus``; None: unset, all of them.
+
+    Ordinals count these, so that they are in the order of `nvidia-smi` whatever order the variable has.
+    """
+    named = {gpu.uuid for gpu in named_gpus(gpus, variable)}
+    return [gpu for gpu in gpus if gpu.uuid in named]
+
+
+def order_note(gpus: Sequence[Gpu], variable: str | None) -> str:
+    """Say which GPU each ordinal is where the variable names them in another order; else empty."""
+    visible = visible_gpus(gpus, variable)
+    if [gpu.uuid for gpu in visible] == [gpu.uuid for gpu in named_gpus(gpus, variable)]:
+        return ""
+    ordinals = ", ".join(f"{i} is {gpu.uuid if gpu.mig else f'GPU {gpu.index}'}" for i, gpu in enumerate(visible))
+    return f"CUDA_VISIBLE_DEVICES={variable} chooses GPUs but not their order, which is that of the PCI bus: {ordinals}"
+
+
+def named_gpus(gpus: Sequence[Gpu], variable: str | None) -> list[Gpu]:
+    """Give the GPUs that the variable names, in its order.
 
     Entries are indices in PCI bus order, UUIDs or unique beginnings of UUIDs (``GPU-…``, ``MIG-…``). CUDA silently
     stops at the first entry that it cannot resolve; here it is a DeviceError that names the entry.

@@ -54,6 +54,8 @@ class WorkerSpec:
     """Seed of the random weights of ``load_format`` dummy."""
     timeout_s: float
     """Longest wait for a peer rank before the worker gives up."""
+    staged: tuple[tuple[int, int], ...] = ()
+    """Sending and receiving ranks that ``stage_transport`` peer does not connect: they use pinned."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,8 +161,14 @@ class _Connector:
         pairs = [(senders[j % len(senders)], peer, j) for j, peer in enumerate(receivers)]
         mine = [pair for pair in pairs if pair[0 if sends else 1] == self.place.rank]
         return tuple(
-            self._channel(pair[1 if sends else 0], regions[pair[2]] if regions else None, transport, tag, sends)
-            for pair in mine
+            self._channel(
+                receiver if sends else sender,
+                regions[j] if regions else None,
+                pair_transport(self.spec, transport, sender, receiver),
+                tag,
+                sends,
+            )
+            for sender, receiver, j in mine
         )
 
     def _channel(self, peer: int, region: MailboxRegion | None, transport: Transport, tag: int, sends: bool) -> Channel:
@@ -177,6 +183,11 @@ class _Connector:
         if sends and tag != _TOKENS_TAG and self.device.type == "cuda":
             self.notes.append(f"activations from rank {self.place.rank} to rank {peer} go through pinned host memory")
         return HostMailbox(self.segment, region, self.device, name)
+
+
+def pair_transport(spec: WorkerSpec, transport: Transport, sender: int, receiver: int) -> Transport:
+    """Say how one pair of ranks talks: as their stages do, but through the host where their GPUs are no peers."""
+    return "pinned" if transport == "peer" and (sender, receiver) in spec.staged else transport
 
 
 def layout_of(spec: WorkerSpec) -> SharedLayout:

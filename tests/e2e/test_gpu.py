@@ -1,6 +1,5 @@
 """Real servers on a CUDA device: random models, since a machine with a GPU may have no network."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,7 +9,10 @@ from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 from mgpu.orchestrator.devices import find_machine
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "worker"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "worker"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+from model_shapes import LLAMA_8B, write_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,21 +20,6 @@ pytestmark = [
 ]
 
 PROMPTS = [[1 + (37 * i + 11 * n) % 97 for i in range(length)] for n, length in enumerate((3, 20, 65))]
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 
 
 def greedy_tokens(*arguments: str, new_tokens: int = 12) -> list[list[int]]:
@@ -83,6 +70,14 @@ def test_bf16_serves(tiny_folder: str) -> None:
 
 
 def test_an_8b_model_with_dummy_weights_serves(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
-    arguments = ["-m", str(tmp_path), "--load-format", "dummy", "--tp", "1", "--max-seq-len", "8192"]
+    arguments = [
+        "-m",
+        str(write_config(tmp_path, LLAMA_8B)),
+        "--load-format",
+        "dummy",
+        "--tp",
+        "1",
+        "--max-seq-len",
+        "8192",
+    ]
     assert all(len(ids) == 12 for ids in greedy_tokens(*arguments))

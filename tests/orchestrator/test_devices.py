@@ -58,20 +58,26 @@ def test_ordinals_follow_the_pci_bus_not_the_order_of_the_driver() -> None:
         ("0", [0]),
         ("1,3", [1, 3]),
         (" 1 , 3 ", [1, 3]),
-        ("3,1", [3, 1]),
+        ("3,1", [1, 3]),
         ("GPU-bb33-2", [2]),
         ("GPU-bb", [2]),
         ("gpu-BB", [2]),
         ("GPU-aa2,GPU-c", [1, 3]),
-        ("2,GPU-aa1", [2, 0]),
+        ("2,GPU-aa1", [0, 2]),
     ],
 )
-def test_visible_devices_are_chosen_in_the_order_of_the_list(visible: str, expected: list[int]) -> None:
+def test_visible_devices_are_chosen_and_keep_the_order_of_the_bus(visible: str, expected: list[int]) -> None:
     machine = found(visible)
     assert uuids(machine) == [UUIDS[index] for index in expected]
     assert [device.ordinal for device in machine.devices] == list(range(len(expected)))
     assert [device.selector for device in machine.devices] == [str(index) for index in expected]
     assert len(machine.links) == len(expected)
+
+
+def test_a_note_says_which_gpu_is_which_where_the_list_has_another_order() -> None:
+    assert found("1,3").notes == ()
+    (note,) = found("3,1").notes
+    assert "0 is GPU 1, 1 is GPU 3" in note
 
 
 @pytest.mark.parametrize("visible", ["", "-1", " ", "NoDevFiles"])
@@ -193,7 +199,7 @@ def test_workers_see_all_gpus_by_uuid_in_one_order() -> None:
     machine = found("3,1")
     for ordinal in range(2):
         environment, device = worker_environment(machine, ordinal)
-        assert environment == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": f"{UUIDS[3]},{UUIDS[1]}"}
+        assert environment == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": f"{UUIDS[1]},{UUIDS[3]}"}
         assert device == f"cuda:{ordinal}"
 
 

@@ -1,6 +1,7 @@
 """The layout table and its JSON form."""
 
 import json
+from dataclasses import replace
 
 from machines import QWEN3_32B, SMOLLM2, cpus, gpus
 
@@ -45,6 +46,17 @@ def test_the_peer_matrix_is_printed_for_several_gpus() -> None:
     assert lines[start + 1].split() == ["0", "-", "PCI"]
     assert lines[start + 2].split() == ["1", "PCI", "-"]
     assert "P2P" not in layout_text(plan(SMOLLM2, cpus(3), Wish()))
+
+
+def test_boundaries_that_go_through_the_host_are_told_from_the_direct_ones() -> None:
+    machine = gpus(80, 80, 80, nccl=False)
+    rows = [list(row) for row in machine.links]
+    rows[1][2] = rows[2][1] = "none"
+    mixed = plan(QWEN3_32B, replace(machine, links=tuple(map(tuple, rows))), Wish())
+    direct = "activations between stages by peer"
+    assert f"{direct}, through pinned host memory from rank 1 to 2" in layout_text(mixed)
+    assert layout_json(mixed)["staged"] == [[1, 2]]
+    assert f"{direct}\n" in layout_text(plan(QWEN3_32B, machine, Wish()))
 
 
 def test_notes_come_last() -> None:

@@ -338,7 +338,23 @@ def test_pairs_that_never_talk_do_not_matter() -> None:
     rows[0][2] = rows[2][0] = "none"
     islands = Machine(machine.devices, tuple(map(tuple, rows)), False, "MGPU_NO_NCCL=1")
     assert plan(TINY, islands, Wish()).stage_transport == "peer"
-    assert plan(TINY, islands, Wish(device_layers="0:3;2:3;1:2")).stage_transport == "pinned"
+
+
+def test_one_boundary_without_peer_access_leaves_the_others_direct() -> None:
+    machine = gpus(*[80] * 4, nccl=False)
+    rows = [list(row) for row in machine.links]
+    rows[0][2] = rows[2][0] = "none"
+    islands = Machine(machine.devices, tuple(map(tuple, rows)), False, "MGPU_NO_NCCL=1")
+    mapped = plan(TINY, islands, Wish(device_layers="0:3;2:3;1:2"))
+    assert (mapped.stage_transport, mapped.staged) == ("peer", ((0, 1),))
+    assert any("between GPUs 0 and 2:" in note for note in mapped.notes)
+    hybrid = plan(TINY, islands, Wish(device_layers="1+0:4;3+2:4"))
+    assert (hybrid.stage_transport, hybrid.staged) == ("peer", ((1, 3),))
+    direct = plan(TINY, islands, Wish())
+    assert (direct.stage_transport, direct.staged) == ("peer", ())
+    nowhere = plan(TINY, gpus(80, 80, nccl=False, link="none"), Wish())
+    assert (nowhere.stage_transport, nowhere.staged) == ("pinned", ((0, 1),))
+    assert plan(TINY, gpus(80, 80, link="none"), Wish(device_layers="0:4;1:4")).staged == ()  # NCCL finds its own way
 
 
 # Automatic layer mapping

@@ -93,6 +93,14 @@ def test_requests_go_on_after_a_worker_failed(folder: Path, how: str, num_stages
         assert server.wait_exit() == -signal.SIGTERM
 
 
+def test_a_counted_restart_is_never_told_before_the_state_that_goes_with_it(folder: Path) -> None:
+    with running_server(folder, {}, ranks_per_stage=1) as server:
+        server.wait_ready()
+        server.workers()[0].kill()
+        server.wait_for(lambda: server.counters()["restarts"] == 1)
+        assert "recovering" in states(server)
+
+
 def test_many_kills_at_any_moment_lose_nothing(folder: Path) -> None:
     rng = random.Random(7)
     with running_server(folder, {"step_s": 0.002}, ranks_per_stage=2, max_restarts=1000) as server:

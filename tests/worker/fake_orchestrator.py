@@ -78,14 +78,16 @@ def frame(data: bytes) -> bytes:
     return struct.pack("<I", len(data)) + data
 
 
-def launch(arguments: list[str], rank: int, world_size: int, fds: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
-    """Start one worker with torchrun's environment."""
+def launch(
+    arguments: list[str], rank: int, world_size: int, fds: Sequence[int] = (), **environ: str
+) -> "subprocess.Popen[bytes]":
+    """Start one worker with torchrun's environment, and what ``environ`` adds to it."""
     names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "mgpu.worker", *arguments],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | names,
+        env=os.environ | names | environ,
         pass_fds=fds,
     )
 
@@ -105,18 +107,31 @@ class Workers:
     def start(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         fd = self._share()
         for rank in range(self.spec.plan.world_size):
-            socket = context.socket(zmq.DEALER)
-            socket.setsockopt(zmq.LINGER, 0)
-            endpoint = f"ipc://{self.folder}/w{rank}"
-            socket.bind(endpoint)
-            self.sockets.append(socket)
+            spec = self.listen(context, rank)
             process = launch([], rank, self.spec.plan.world_size, [fd] if fd >= 0 else [])
             self.processes.append(process)
             assert process.stdin is not None
-            process.stdin.write(frame(CONTROL.encode(replace(self.spec, endpoint=endpoint))))
+            process.stdin.write(frame(CONTROL.encode(spec)))
             process.stdin.flush()
         if fd >= 0:
             os.close(fd)
+
+    def start_outside(self, context: zmq.Context[zmq.Socket[bytes]], port: int) -> None:
+        """Start like torchrun would: the spec in a file, the ranks meet at MASTER_ADDR and MASTER_PORT."""
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        for rank in range(self.spec.plan.world_size):
+            (self.folder / f"spec-{rank}").write_bytes(CONTROL.encode(self.listen(context, rank)))
+            arguments = ["--spec", f"{self.folder}/spec-{{rank}}"]
+            self.processes.append(launch(arguments, rank, self.spec.plan.world_size, **address))
+
+    def listen(self, context: zmq.Context[zmq.Socket[bytes]], rank: int) -> WorkerSpec:
+        """Open the socket to a rank and give its spec."""
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        endpoint = f"ipc://{self.folder}/w{rank}"
+        socket.bind(endpoint)
+        self.sockets.append(socket)
+        return replace(self.spec, endpoint=endpoint)
 
     def _share(self) -> int:
         spec = self.spec
@@ -197,12 +212,15 @@ class Workers:
 
 
 @contextmanager
-def running(spec: WorkerSpec, folder: Path) -> Iterator[Workers]:
-    """Start the workers of a spec; none survives the block."""
+def running(spec: WorkerSpec, folder: Path, master_port: int | None = None) -> Iterator[Workers]:
+    """Start the workers of a spec, from outside if there is a port to meet at; none survives the block."""
     workers = Workers(spec, folder)
     with zmq.Context() as context:
         try:
-            workers.start(context)
+            if master_port is None:
+                workers.start(context)
+            else:
+                workers.start_outside(context, master_port)
             yield workers
         finally:
             for process in workers.processes:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 from collective_rank import spec_of
 
+from mgpu.protocol.control import CONTROL
 from mgpu.worker.collectives import DryRun, SingleRank, ThroughHost
 from mgpu.worker.errors import BadSpec
-from mgpu.worker.links import connect, layout_of
+from mgpu.worker.links import connect, layout_of, pair_transport
 
 PROGRAM = Path(__file__).with_name("collective_rank.py")
 DEADLINE_S = 90.0
@@ -102,6 +104,14 @@ def test_ranks_without_shared_memory_or_group_are_refused(tmp_path: Path) -> Non
         connect(spec_of([2], "none", -1, tmp_path, 1.0), 0, torch.device("cpu"))
     with pytest.raises(BadSpec, match="needs the memfd"):
         connect(spec_of([1, 1], "pinned", -1, tmp_path, 1.0), 0, torch.device("cpu"))
+
+
+def test_only_pairs_without_peer_access_use_the_host(tmp_path: Path) -> None:
+    spec = replace(spec_of([1, 1, 1], "peer", -1, tmp_path, 1.0), staged=((1, 2),))
+    spec = CONTROL.decode(CONTROL.encode(spec))
+    assert pair_transport(spec, "peer", 0, 1) == "peer"
+    assert pair_transport(spec, "peer", 1, 2) == "pinned"
+    assert pair_transport(spec, "nccl", 1, 2) == "nccl"
 
 
 def test_a_dry_run_keeps_shapes_without_the_other_ranks() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -234,6 +235,16 @@ def test_a_spec_in_a_file_serves_outside_launchers(tiny_model: MakeModel, tmp_pa
         finally:
             process.kill()
             process.communicate()
+
+
+def test_ranks_of_an_outside_launcher_meet_at_the_address_of_the_first(tiny_model: MakeModel, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with running(make_spec(model.folder, [2], "gloo"), tmp_path, port) as workers:
+        workers.make_ready()
+        assert workers.generate(model.prompt_ids, 4) == model.output_ids[:4]
+        workers.shut_down()
 
 
 def test_an_absent_spec_file_is_a_clear_error(tmp_path: Path) -> None:
