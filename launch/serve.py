@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mgpu.launch.config import ServeConfig
+from mgpu.launch.limits import client_limits
 from mgpu.launch.options import config_options, read_config
 from mgpu.launch.plan import PlannedModel, prepare
 from mgpu.orchestrator.devices import worker_environment
@@ -74,6 +75,7 @@ def server_config(config: ServeConfig, planned: PlannedModel) -> ServerConfig:
         hang_timeout_s=config.hang_timeout,
         max_restarts=config.max_restarts,
         seed=config.seed,
+        client_limits=client_limits(config),
         worker_envs=tuple(environment for environment, _ in placed),
         worker_devices=tuple(device for _, device in placed),
     )

@@ -2,10 +2,11 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mgpu.orchestrator.step_size import batch_tokens
+from mgpu.protocol.limits import ClientLimits
 from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Transport
 from mgpu.protocol.shared_layout import shared_layout
@@ -54,6 +55,7 @@ class ServerConfig:
     stop_timeout_s: float = 10.0
     seed: int = 0
     max_request_bytes: int = 1 << 20
+    client_limits: ClientLimits = field(default_factory=ClientLimits)
     worker_envs: tuple[dict[str, str], ...] = ()
     """Per rank: added to the worker's environment, such as CUDA_VISIBLE_DEVICES; empty: nothing."""
     worker_devices: tuple[str, ...] = ()

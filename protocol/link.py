@@ -1,9 +1,10 @@
 """Messages between the gateway process and the engine in the orchestrator; one `Outputs` per engine step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mgpu.protocol.codec import Codec
 from mgpu.protocol.control import RowSampling, TokenLogprobs
+from mgpu.protocol.limits import ClientLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class GatewaySpec:
     """Number of the first sequence: a gateway that replaces another must not use its numbers again."""
     info: "EngineInfo | None" = None
     """For a gateway that replaces another: the state of the engine, which goes on. It binds when it can serve."""
+    limits: ClientLimits = field(default_factory=ClientLimits)
 
 
 @dataclass(frozen=True, slots=True)
