@@ -8,6 +8,15 @@ from mgpu.protocol.limits import ClientLimits
 
 
 @dataclass(frozen=True, slots=True)
+class ServerKeys:
+    """What makes tcp safe: the server's own secret key, and the public keys of those who may connect."""
+
+    secret: bytes = field(repr=False)
+    clients: list[bytes]
+    """32 bytes each."""
+
+
+@dataclass(frozen=True, slots=True)
 class GatewaySpec:
     """All that the gateway process is told, on its standard input (kept open: end of file = parent gone)."""
 
@@ -27,6 +36,8 @@ class GatewaySpec:
     """Number of the first sequence: a gateway that replaces another must not use its numbers again."""
     info: "EngineInfo | None" = None
     """For a gateway that replaces another: the state of the engine, which goes on. It binds when it can serve."""
+    keys: ServerKeys | None = None
+    """None: only ipc, and tcp on the loopback without encryption."""
     limits: ClientLimits = field(default_factory=ClientLimits)
 
 
@@ -159,6 +170,15 @@ class Outputs:
     """Per sequence: prompt tokens taken from the prefix cache; meaningful with the first token."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """What has changed while the server runs; SIGHUP makes the orchestrator read its files again."""
+
+    client_keys: list[bytes] | None
+    """Who may connect from now on, as in `ServerKeys`; None on a server without keys."""
+    limits: ClientLimits
+
+
 LINK = Codec(
     GatewaySpec,
     GatewayReady,
@@ -172,4 +192,5 @@ LINK = Codec(
     Resumable,
     Resume,
     Resumed,
+    Reload,
 )

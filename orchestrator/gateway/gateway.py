@@ -15,8 +15,9 @@ import zmq
 from mgpu.orchestrator.gateway.admission import Refusal, admit, check_load, check_model, check_state
 from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.detokenizer import Detokenizer
-from mgpu.orchestrator.gateway.front import Front
+from mgpu.orchestrator.gateway.front import Front, Received, id_of
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
+from mgpu.orchestrator.gateway.identity import check_allowed, owned
 from mgpu.orchestrator.gateway.jobs import Jobs
 from mgpu.orchestrator.gateway.queries import Queries
 from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
@@ -29,6 +30,7 @@ from mgpu.protocol.link import (
     GatewayReady,
     GatewaySpec,
     Outputs,
+    Reload,
     Resumable,
     Resume,
     Resumed,
@@ -160,6 +162,8 @@ class Gateway:
                 self._on_outputs(message)
             elif isinstance(message, EngineInfo):
                 self._on_info(message)
+            elif isinstance(message, Reload):
+                self._on_reload(message)
             elif isinstance(message, StatsReply):
                 self._queries.on_stats(message, self._usable_info)
             elif isinstance(message, Resumed):
@@ -172,6 +176,14 @@ class Gateway:
         if info.state == "stopped":
             for request in self._table:
                 self._fail(request, Refusal("stopped", "the server has stopped"))
+
+    def _on_reload(self, reload: Reload) -> None:
+        self._front.doorkeeper.let_in(reload.client_keys)
+        for request in self._table:
+            try:
+                check_allowed(request.identity, self._front.doorkeeper)
+            except Refusal as refusal:
+                self._fail(request, refusal)
 
     def _on_outputs(self, outputs: Outputs) -> None:
         now = time.monotonic()
@@ -211,17 +223,18 @@ class Gateway:
             received = self._front.receive()
             if received is None:
                 break
-            self._on_client(*received)
+            self._on_client(received)
         self._drop_lost()
 
-    def _on_client(self, client: bytes, frames: list[bytes]) -> None:
-        request_id = None
+    def _on_client(self, received: Received) -> None:
+        client, request_id = received.client, None
         try:
-            data = self._front.unpack(frames)
-            request_id = _id_of(data)
-            message = parse_client_message(data)
+            data = self._front.unpack(received.frames)
+            request_id = id_of(data)
+            check_allowed(received.identity, self._front.doorkeeper)
+            message = owned(parse_client_message(data), received.identity)
             if isinstance(message, Generate):
-                self._on_generate(client, message)
+                self._on_generate(client, message, received.identity)
             elif isinstance(message, ResumeRequest):
                 if self._resumption.must_ask(client, message, len(self._queries)):
                     self._queries.ask_for_record(client, message)
@@ -246,7 +259,7 @@ class Gateway:
             request_id, text = None, f"request {request_id}: {text}"
         self._send(client, Failed(request_id, refusal.code, text, refusal.retry_after_s))
 
-    def _on_generate(self, client: bytes, message: Generate) -> None:
+    def _on_generate(self, client: bytes, message: Generate, identity: str) -> None:
         known = self._table.get(client, message.id) or self._table.by_session(message.session, message.id)
         if known is not None:
             raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
@@ -255,7 +268,7 @@ class Gateway:
         check_load(self._table.num_of_client(client), self._table.num_sequences + message.n - 1)
         now = time.monotonic()
         deadline = None if message.timeout_s is None else now + message.timeout_s
-        request = Request(client, message, last_sent_s=now, deadline_s=deadline)
+        request = Request(client, message, last_sent_s=now, deadline_s=deadline, identity=identity)
         if message.prompt_ids is not None:
             self._admit(request, message.prompt_ids)
         else:
@@ -372,12 +385,6 @@ class Gateway:
 def codec_of(spec: GatewaySpec) -> TextCodec | None:
     """Load the tokenizer; None when the model has none."""
     return load_codec(spec.model_path, cast("CheckpointFormat", spec.model_format))
-
-
-def _id_of(data: dict[object, object]) -> int | None:
-    """Give the id of a message that may be wrong in everything else."""
-    value = data.get("id")
-    return value if type(value) is int and 0 <= value < 2**63 else None
 
 
 def _encoding(codec: TextCodec, message: Generate) -> Callable[[], list[int]]:

@@ -92,6 +92,8 @@ class Request:
     spec: Generate
     last_sent_s: float
     deadline_s: float | None
+    identity: str = ""
+    """Whose it is, beyond the connection; see `front.Received`."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     choices: list[ChoiceState] = field(default_factory=list)

@@ -26,6 +26,7 @@ class Context:
     timeout_s: float | None
     deadline_s: float | None
     """CLOCK_MONOTONIC, the same for all processes of a machine."""
+    identity: str
 
 
 _CODEC = Codec(Context)
@@ -44,6 +45,7 @@ def pack_context(request: Request, accepted: Accepted) -> bytes:
             spec.skip_special_tokens,
             spec.timeout_s,
             request.deadline_s,
+            request.identity,
         )
     )
 
@@ -61,7 +63,7 @@ def restored_request(client: bytes, message: ResumeRequest, data: bytes, now: fl
         timeout_s=context.timeout_s,
         session=message.session,
     )
-    request = Request(client, spec, last_sent_s=now, deadline_s=context.deadline_s)
+    request = Request(client, spec, last_sent_s=now, deadline_s=context.deadline_s, identity=context.identity)
     request.prompt_tokens = context.accepted.prompt_tokens
     return request, context.accepted
 
