@@ -82,7 +82,11 @@ class Submit:
     cache_salt: bytes
     """Prefix blocks are shared only between requests of the same salt."""
     priority: int
-    """Lower runs first; equal priorities in order of arrival."""
+    """Lower runs first of the requests of one client; equal priorities in order of arrival."""
+    client: int = 0
+    """Whose it is: requests that wait take turns by client."""
+    weight: float = 1.0
+    """The client's share while others wait too."""
 
 
 @dataclass(frozen=True, slots=True)
