@@ -74,7 +74,10 @@ class ServeConfig:
         Bytes(0), "KV-cache bytes per worker, such as 2GiB (0: what fits)."
     )
     prefix_cache: bool = _option(True, "Reuse the KV cache of prompts that begin alike.")
-    bind: str = _option("", "Front endpoint: tcp://127.0.0.1:PORT, or empty for a private ipc socket.")
+    bind: str = _option(
+        "", "Front endpoint: tcp://127.0.0.1:PORT, with --keys any tcp://ADDRESS:PORT; empty: a private ipc socket."
+    )
+    keys: str = _option("", "Folder of keys (see keygen): tcp is encrypted, and only listed clients may connect.")
     served_name: str = _option("", "Model name that clients see (empty: from --model).")
     drain_timeout: float = _option(30.0, "Seconds that running requests get after SIGTERM.", minimum=0, maximum=86400)
     worker_timeout: float = _option(

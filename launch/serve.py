@@ -15,7 +15,9 @@ from mgpu.orchestrator.devices import worker_environment
 from mgpu.orchestrator.gateway.endpoint import check_endpoint
 from mgpu.orchestrator.layout import layout_text
 from mgpu.orchestrator.server_config import ServerConfig
+from mgpu.orchestrator.server_keys import describe, load_server_keys
 from mgpu.orchestrator.wish import BLOCK_SIZE
+from mgpu.protocol.link import ServerKeys
 
 
 @click.command("serve")
@@ -31,10 +33,23 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
 
     notifier = Notifier.from_environment(os.environ)
     config, _ = read_config(config_file, flags)
+    keys = load_server_keys(config.keys, os.environ)
     if config.bind:
-        check_endpoint(config.bind)
+        check_endpoint(config.bind, keys is not None)
     configure_logging()
-    end_process(Server(server_config(config, prepare(config)), notifier).run())
+    log_security(config, keys)
+    end_process(Server(server_config(config, prepare(config), keys), notifier).run())
+
+
+def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:
+    """Say who will be able to connect, if that is not just this user."""
+    log = logging.getLogger(__name__)
+    if keys is not None and config.bind.startswith("tcp://"):
+        log.info("%s", describe(keys))
+    elif keys is not None:
+        log.warning("--keys has no effect: only tcp needs keys, and --bind is %s", config.bind or "the default, ipc")
+    elif config.bind.startswith("tcp://"):
+        log.info("every user of this machine can connect to %s; --keys would change that", config.bind)
 
 
 def configure_logging() -> None:
@@ -47,7 +62,7 @@ def configure_logging() -> None:
     )
 
 
-def server_config(config: ServeConfig, planned: PlannedModel) -> ServerConfig:
+def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys | None = None) -> ServerConfig:
     """Translate options and layout into what the server runs with."""
     plan, checkpoint = planned.plan, planned.checkpoint
     ordinals = [device for stage in plan.placement.stages for device in stage.devices]
@@ -63,6 +78,7 @@ def server_config(config: ServeConfig, planned: PlannedModel) -> ServerConfig:
         transport=plan.transport,
         stage_transport=plan.stage_transport,
         bind=config.bind,
+        keys=keys,
         block_size=config.block_size or BLOCK_SIZE[plan.machine.kind],
         max_rows=config.max_rows,
         max_batch_tokens=config.max_batch_tokens,

@@ -67,6 +67,7 @@ class GatewayLink:
             max_request_bytes=config.max_request_bytes,
             first_sequence=(self._generation << GENERATION_BITS) + 1,
             info=info,
+            keys=config.keys,
             limits=config.client_limits,
         )
         self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)

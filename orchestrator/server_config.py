@@ -7,6 +7,7 @@ from typing import Literal
 
 from mgpu.orchestrator.step_size import batch_tokens
 from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.link import ServerKeys
 from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Transport
 from mgpu.protocol.shared_layout import shared_layout
@@ -32,6 +33,8 @@ class ServerConfig:
     stage_transport: Transport
     bind: str = ""
     """Front endpoint; empty: an ipc socket in the private runtime directory."""
+    keys: ServerKeys | None = None
+    """None: tcp is for the loopback only."""
     block_size: int = 16
     max_rows: int = 256
     max_batch_tokens: int = 0
