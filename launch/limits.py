@@ -3,6 +3,8 @@
 from mgpu.launch.config import ConfigError, ServeConfig
 from mgpu.protocol.limits import MAX_WEIGHT, MIN_WEIGHT, ClientLimits
 
+LIMIT_OPTIONS = ("max_client_requests", "max_client_queue", "max_sequences", "max_queue", "client_weights")
+
 
 def client_limits(config: ServeConfig) -> ClientLimits:
     """Give the limits of ``config``. ConfigError when the weights cannot be read."""

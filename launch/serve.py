@@ -7,17 +7,21 @@ from typing import Any
 
 import click
 
-from mgpu.launch.config import ServeConfig
-from mgpu.launch.limits import client_limits
+from mgpu.launch.config import ServeConfig, declared_options
+from mgpu.launch.limits import LIMIT_OPTIONS, client_limits
 from mgpu.launch.options import config_options, read_config
 from mgpu.launch.plan import PlannedModel, prepare
 from mgpu.orchestrator.devices import worker_environment
 from mgpu.orchestrator.gateway.endpoint import check_endpoint
 from mgpu.orchestrator.layout import layout_text
+from mgpu.orchestrator.reload import Reloadable
 from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.orchestrator.server_keys import describe, load_server_keys
 from mgpu.orchestrator.wish import BLOCK_SIZE
 from mgpu.protocol.link import ServerKeys
+
+RELOADED = frozenset({"keys", "drain_timeout", *LIMIT_OPTIONS})
+"""Options that SIGHUP takes into use."""
 
 
 @click.command("serve")
@@ -38,7 +42,27 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
         check_endpoint(config.bind, keys is not None)
     configure_logging()
     log_security(config, keys)
-    end_process(Server(server_config(config, prepare(config), keys), notifier).run())
+    server = Server(
+        server_config(config, prepare(config), keys), notifier, lambda: read_again(config, config_file, flags)
+    )
+    end_process(server.run())
+
+
+def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, Any]) -> Reloadable:
+    """Read the configuration file and the keys again, for a server that runs with ``config``.
+
+    What cannot change while it runs is left alone, and the log names it. UserError when a file cannot be used.
+    """
+    changed, _ = read_config(config_file, flags)
+    keys = load_server_keys(changed.keys, os.environ)
+    fixed = [
+        each.name
+        for each in declared_options()
+        if each.name not in RELOADED and getattr(changed, each.name) != getattr(config, each.name)
+    ]
+    if fixed:
+        logging.getLogger(__name__).warning("a changed %s takes effect at the next start", ", ".join(fixed))
+    return Reloadable(keys, client_limits(changed), changed.drain_timeout)
 
 
 def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:

@@ -16,6 +16,7 @@ from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
 from mgpu.orchestrator.notify import Notifier
 from mgpu.orchestrator.recovery import RestartLimit, TooManyRestarts, WorkerRecovery
+from mgpu.orchestrator.reload import Reloadable, Reloader
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.server_config import ServerConfig
@@ -46,10 +47,17 @@ class _Stopped(Exception):
 class Server:
     """Everything that one `mgpu-launch serve` starts. `run` blocks until it is over and leaves nothing behind."""
 
-    def __init__(self, config: ServerConfig, notifier: Notifier | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        notifier: Notifier | None = None,
+        read_again: Callable[[], Reloadable] | None = None,
+    ) -> None:
+        """``read_again`` gives what SIGHUP takes into use; it may raise UserError."""
         Limits(1, config.block_size, config.max_rows, config.batch_tokens, config.seq_len)  # refuses what cannot work
         self._config = config
         self._notifier = notifier or Notifier()
+        self._reloader = Reloader(config.keys, read_again)
         self._began_s = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._signals = StopSignals()
@@ -140,6 +148,7 @@ class Server:
             each_time()
 
     def _take_news(self, workers: WorkerGroup, gateway: GatewayLink) -> None:
+        self._signals.clear()
         if self._signals.received:
             raise _Stopped
         workers.read_all()
@@ -180,6 +189,7 @@ class Server:
             self._signals,
             self._info,
             self._notifier,
+            self._reloader,
             spin_s=GPU_SPIN_S if config.device_kind == "cuda" else 0.0,
             gateway_restarts=RestartLimit(config.max_restarts, config.restart_window_s),
             hang_timeout_s=config.hang_timeout_s,
