@@ -52,6 +52,7 @@ class Server:
         return psutil.Process(self.process.process.pid)
 
     def children(self, module: str = "mgpu.") -> list[psutil.Process]:
+        """Find the processes of one module, or of a package; those of its children too."""
         found: list[psutil.Process] = []
         with suppress(psutil.NoSuchProcess):
             for child in self.parent.children(recursive=True):
@@ -64,7 +65,16 @@ class Server:
         return self.children("mgpu.worker")
 
     def gateway(self) -> psutil.Process:
-        return self.children("mgpu.orchestrator.gateway")[0]
+        return next(child for child in self.children("mgpu.orchestrator.gateway") if child.ppid() == self.parent.pid)
+
+    def everyone(self) -> dict[str, psutil.Process]:
+        """Give every process of the server under a name that stays the same."""
+        named = {"parent": self.parent, "gateway": self.gateway()}
+        workers = sorted(self.workers(), key=lambda worker: worker.pid)
+        named |= {f"worker {rank}": worker for rank, worker in enumerate(workers)}
+        known = {process.pid for process in named.values()}
+        others = [child for child in self.children("") if child.pid not in known]
+        return named | {f"helper {number}": child for number, child in enumerate(others)}
 
     def wait_for_restarts(self, count: int, client: Client) -> float:
         """Wait until the workers were replaced so often and are ready; gives what the last time took."""

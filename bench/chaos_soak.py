@@ -36,11 +36,8 @@ class Samples:
 
     def take(self, server: Server, client: Client, at_min: float) -> None:
         """Look at every process and at the pool once."""
-        processes = {"parent": server.parent, "gateway": server.gateway()}
-        workers = sorted(server.workers(), key=lambda worker: worker.pid)
-        processes |= {f"worker {rank}": worker for rank, worker in enumerate(workers)}
         with suppress(psutil.NoSuchProcess):
-            for name, process in processes.items():
+            for name, process in server.everyone().items():
                 self._add("RSS, KB", name, at_min, process.memory_info().rss / 1024)
                 self._add("descriptors", name, at_min, process.num_fds())
                 self._add("threads", name, at_min, process.num_threads())
