@@ -15,6 +15,8 @@ from mgpu.protocol.link import ServerKeys
 
 MAX_BACKLOG_BYTES = 4 << 20
 """Per client, beyond what its pipe holds (the HWM)."""
+MAX_TOTAL_BACKLOG_BYTES = 256 << 20
+"""Of all clients; beyond it the one that is furthest behind is given up."""
 
 Loss = Literal["gone", "slow"]
 
@@ -52,6 +54,7 @@ class Front:
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
         self._limits = replace(wire.FROM_CLIENT, frame_bytes=max_bytes)
         self._backlogs: dict[bytes, _Backlog] = {}
+        self._backlog_bytes = 0
         self._lost: dict[bytes, Loss] = {}
         try:
             self.endpoint, self._lock = bind(self.socket, endpoint, has_keys=keys is not None)
@@ -92,17 +95,28 @@ class Front:
                 return
             backlog = self._backlogs.setdefault(client, _Backlog())
         backlog.messages.append(message)
-        backlog.size += len(message[-1])
+        self._add(backlog, len(message[-1]))
         if backlog.size > MAX_BACKLOG_BYTES:
-            del self._backlogs[client]
-            self._lost[client] = "slow"
+            self._give_up(client)
+        elif self._backlog_bytes > MAX_TOTAL_BACKLOG_BYTES:
+            self._give_up(max(self._backlogs, key=lambda each: self._backlogs[each].size))
+
+    def _add(self, backlog: _Backlog, size: int) -> None:
+        backlog.size += size
+        self._backlog_bytes += size
+
+    def _give_up(self, client: bytes) -> None:
+        backlog = self._backlogs.pop(client)
+        self._add(backlog, -backlog.size)
+        self._lost[client] = "slow"
 
     def flush(self) -> None:
         """Try again to send what slow readers have not taken."""
         for client, backlog in list(self._backlogs.items()):
             while backlog.messages and self._try_send(backlog.messages[0]):
-                backlog.size -= len(backlog.messages.popleft()[-1])
+                self._add(backlog, -len(backlog.messages.popleft()[-1]))
             if not backlog.messages or self._lost.get(client) == "gone":
+                self._add(backlog, -backlog.size)
                 del self._backlogs[client]
 
     def take_lost(self) -> dict[bytes, Loss]:

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mgpu.orchestrator.gateway.admission import Refusal, check_load
+from mgpu.orchestrator.gateway.admission import Refusal
+from mgpu.orchestrator.gateway.quota import owner_of
 from mgpu.orchestrator.gateway.requests import MAX_HELD_TOKENS, ChoiceState, Request, RequestTable
 from mgpu.protocol.codec import Codec
 from mgpu.protocol.link import Cancel, SequenceRecord
@@ -118,19 +119,19 @@ class Resumption:
         self._send = send
         self._send_engine = send_engine
 
-    def must_ask(self, client: bytes, message: ResumeRequest, num_asked: int) -> bool:
+    def must_ask(self, client: bytes, message: ResumeRequest, identity: str) -> bool:
         """Detach the request from the connection it was on; say whether the engine's record of it is needed."""
         request = self._table.by_session(message.session, message.id)
         if request is None and self._table.get(client, message.id) is not None:
             raise Refusal("duplicate_id", "another request with this id is in flight; choose another id")
-        check_load(self._table.num_of_client(client), self._table.num_sequences + num_asked)
+        owner = owner_of(identity, client)
+        self._table.quota.check(owner, 0, len(message.offsets))
         if request is None:
             return True
-        self._table.remove(request)
         if request.choices:
+            self._table.remove(request)
             return True
-        request.client = client  # its prompt is being tokenized: nothing has been said yet
-        self._table.add(request)
+        self._table.move(request, client)  # its prompt is being tokenized: nothing has been said yet
         self._send(client, Resumed(message.id))
         return False
 
@@ -149,6 +150,9 @@ class Resumption:
         ]
         self._table.add(request)
         self._table.start(request, choices)
+        for sequence in record.sequences:
+            if sequence.finish:
+                self._table.quota.ended(sequence.request_id)
         self._send(client, Resumed(request.id))
         self._send(client, accepted)
         for choice, sequence, offset in zip(choices, record.sequences, message.offsets, strict=True):
