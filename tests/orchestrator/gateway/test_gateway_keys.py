@@ -54,6 +54,14 @@ def test_a_listed_key_gets_in_by_argument_and_by_environment(
         assert client.generate([2], max_tokens=1).token_ids == (2,)
 
 
+def test_with_keys_all_addresses_can_be_bound(model_folder: Path, tmp_path: Path) -> None:
+    keys, alice = ServerKeys(SERVER_SECRET, [public("alice")]), key_file(tmp_path, "alice")
+    with GatewayProcess(model_folder, bind="tcp://*:0", keys=keys, client_keys=alice) as gateway:
+        port = gateway.endpoint.removeprefix("tcp://0.0.0.0:")
+        with Client(f"tcp://127.0.0.1:{port}", keys=alice) as client:
+            assert client.generate([1], max_tokens=1).token_ids == (1,)
+
+
 def test_an_unlisted_key_is_refused_at_once_and_logged_by_its_fingerprint(model_folder: Path, tmp_path: Path) -> None:
     gateway, started_s = start(model_folder, tmp_path), time.monotonic()
     try:
