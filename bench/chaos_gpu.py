@@ -103,7 +103,7 @@ def wish_of(options: argparse.Namespace, folder: Path) -> Wish:
     (folder / "config.json").write_text(json.dumps(TINY if options.cpu else LLAMA_8B))
     where = ("--device", "cpu") if options.cpu else ("--oversubscribe",)
     load = () if options.model else ("--load-format", "dummy")
-    return Wish(options.model or str(folder), options.workers, 30.0, (*where, *load, "--max-seq-len", "2048"))
+    return Wish(options.model or str(folder), options.workers, 30.0, "8GiB", (*where, *load, "--max-seq-len", "2048"))
 
 
 def main() -> None:

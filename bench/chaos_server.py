@@ -22,13 +22,26 @@ class Wish:
     model: str = "demo"
     workers: int = 3
     hang_timeout_s: float = 10.0
+    kv_memory: str = "128MiB"
+    """Per worker, and little, so that the whole pool has been used after a few minutes and its pages count."""
     more: tuple[str, ...] = ("--device", "cpu", "--max-seq-len", "512")
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """Options of `mgpu-launch serve`. No number of restarts is too much, and no drain is cut short."""
         counts = ("--workers", str(self.workers), "--hang-timeout", str(self.hang_timeout_s))
-        return ("-m", self.model, *counts, "--max-restarts", "1000000", "--drain-timeout", "300", *self.more)
+        return (
+            "-m",
+            self.model,
+            *counts,
+            "--max-restarts",
+            "1000000",
+            "--drain-timeout",
+            "300",
+            "--kv-memory",
+            self.kv_memory,
+            *self.more,
+        )
 
 
 class Server:
