@@ -114,6 +114,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         worker_timeout_s=config.worker_timeout,
         hang_timeout_s=config.hang_timeout,
         max_restarts=config.max_restarts,
+        standby=config.standby,
         seed=config.seed,
         client_limits=client_limits(config),
         worker_envs=tuple(environment for environment, _ in placed),

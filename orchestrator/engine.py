@@ -237,6 +237,7 @@ class Engine:
             self._await_workers()
         running, live = self._scheduler.num_running, self._scheduler.num_live
         if self._recovery.is_ready:
+            self._recovery.tend()
             self._notifier.serving(running, live - running, self._waited_s())
         else:
             self._notifier.recovering(live)

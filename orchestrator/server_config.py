@@ -53,6 +53,9 @@ class ServerConfig:
     max_restarts: int = 3
     """Restarts of the workers, and of the gateway, within ``restart_window_s``; one more ends the server."""
     restart_window_s: float = 600.0
+    standby: bool = False
+    """Keep processes of the next epoch that have imported torch; see standby.py."""
+    standby_delay_s: float = 5.0
     resume_timeout_s: float = 30.0
     """How long a new gateway waits for clients to come back before their requests end."""
     stop_timeout_s: float = 10.0

@@ -10,6 +10,7 @@ for RANK; standard input is then not looked at.
 
 import argparse
 import faulthandler
+import importlib
 import os
 import signal
 import sys
@@ -33,6 +34,8 @@ def main() -> int:
             spec = lifeline.read_spec_from_file(arguments.spec.replace("{rank}", os.environ.get("RANK", "")))
         else:
             lifeline.die_with_parent()
+            if arguments.standby:
+                importlib.import_module("mgpu.worker.process")  # the seconds of torch, before anyone waits for them
             spec = lifeline.read_spec_from_stdin()
         rank = _rank(spec.plan.world_size)
     except BadSpec as error:
@@ -52,6 +55,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mgpu.worker", description="One worker of mgpu.")
     parser.add_argument("--spec", metavar="FILE", help="read the spec from a file, not from standard input")
+    parser.add_argument("--standby", action="store_true", help="import torch at once, not when the spec is there")
     return parser
 
 
