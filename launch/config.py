@@ -168,7 +168,13 @@ def load_config(
         for name, value in layer.items():
             values[name] = _checked(options[name], value, origin)
             origins[name] = options[name].variable if origin == "environment" else origin
-    return ServeConfig(**values), origins
+    config = ServeConfig(**values)
+    if config.device_layers and config.tp == 0 and origins["tp"] != "default":
+        raise ConfigError(
+            f"--tp 0 ({origins['tp']}) asks for all GPUs and --device-layers ({origins['device_layers']}) for certain "
+            "ones; drop one of them"
+        )
+    return config, origins
 
 
 def _file_values(file: Path | None, options: Mapping[str, Declared]) -> dict[str, object]:
