@@ -111,5 +111,6 @@ def test_the_table_of_codes_is_the_codes() -> None:
 def test_the_numbers_on_the_page_are_the_codes() -> None:
     for field in fields(wire.Limits):
         assert str(getattr(wire.FROM_CLIENT, field.name)) in PAGE
-    assert f"this client ({ClientLimits().client_requests})" in PAGE
+    limits = ClientLimits()
+    assert f"this client ({limits.client_requests} requests; {limits.client_queue_bytes >> 20} MiB" in PAGE
     assert f"at most {wire.FROM_SERVER.frame_bytes >> 20} MiB" in PAGE
