@@ -37,7 +37,7 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
 
     notifier = Notifier.from_environment(os.environ)
     config, _ = read_config(config_file, flags)
-    keys = load_server_keys(config.keys, os.environ)
+    keys = keys_for(config.bind, config.keys)
     if config.bind:
         check_endpoint(config.bind, keys is not None)
     configure_logging()
@@ -54,7 +54,7 @@ def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, A
     What cannot change while it runs is left alone, and the log names it. UserError when a file cannot be used.
     """
     changed, _ = read_config(config_file, flags)
-    keys = load_server_keys(changed.keys, os.environ)
+    keys = keys_for(config.bind, changed.keys)
     fixed = [
         each.name
         for each in declared_options()
@@ -65,12 +65,17 @@ def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, A
     return Reloadable(keys, client_limits(changed), changed.drain_timeout)
 
 
+def keys_for(bind: str, folder: str) -> ServerKeys | None:
+    """Load the keys if ``bind`` needs any: MGPU_KEYS may be meant for a client on this machine. Raises KeysError."""
+    return load_server_keys(folder, os.environ) if bind.startswith("tcp://") else None
+
+
 def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:
     """Say who will be able to connect, if that is not just this user."""
     log = logging.getLogger(__name__)
-    if keys is not None and config.bind.startswith("tcp://"):
+    if keys is not None:
         log.info("%s", describe(keys))
-    elif keys is not None:
+    elif config.keys and not config.bind.startswith("tcp://"):
         log.warning("--keys has no effect: only tcp needs keys, and --bind is %s", config.bind or "the default, ipc")
     elif config.bind.startswith("tcp://"):
         log.info("every user of this machine can connect to %s; --keys would change that", config.bind)

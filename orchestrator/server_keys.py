@@ -50,6 +50,8 @@ def describe(keys: ServerKeys) -> str:
 
 def _from_folder(folder: Path) -> ServerKeys:
     secret, clients = folder / SECRET_NAME, folder / CLIENTS_NAME
+    if folder.is_file():
+        raise KeysError(f"{folder} is a file, such as a client has; a server needs its folder of keys: --keys FOLDER")
     if not folder.is_dir():
         raise KeysError(f"{folder} is no folder of keys; make one with: mgpu-launch keygen --out {folder}")
     if not os.path.lexists(secret):

@@ -108,6 +108,13 @@ def test_what_cannot_be_used_is_named_and_never_quoted(
     assert refused.value.exit_code == 78
 
 
+def test_a_clients_file_is_not_taken_for_a_servers_folder(folder: Path) -> None:
+    with pytest.raises(KeysError, match="such as a client has; a server needs its folder"):
+        load_server_keys(str(folder / "clients/alice.public"), {})
+    with pytest.raises(KeysError, match="no folder of keys; make one with"):
+        load_server_keys(str(folder / "none"), {})
+
+
 def test_more_clients_than_a_gateway_can_be_told_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_keys, "MAX_CLIENTS", 0)
     with pytest.raises(KeysError, match="1 client keys beside"):
