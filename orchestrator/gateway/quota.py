@@ -142,10 +142,11 @@ class Quota:
         self._queue(usage, size)
 
     def submit(self, owner: str, sequence_ids: list[int], size: int) -> None:
-        """Note that an arrived request has become these sequences."""
+        """Note that an arrived request has become these sequences, or has taken them over from another connection."""
         self._unsubmitted -= len(sequence_ids)
         self._usage[owner].sequences += len(sequence_ids)
         for at, number in enumerate(sequence_ids):
+            self._close(number)
             part = size // len(sequence_ids) + (size % len(sequence_ids) if at == 0 else 0)
             self._open[number] = _Open(owner, part)
 
@@ -175,15 +176,19 @@ class Quota:
 
     def ended(self, sequence_id: int) -> None:
         """Note the engine's last word about a sequence."""
+        if self._close(sequence_id):
+            self._rate.note(self._clock_s())
+
+    def _close(self, sequence_id: int) -> bool:
         self.begun(sequence_id)
         sequence = self._open.pop(sequence_id, None)
         if sequence is None:
-            return
-        self._rate.note(self._clock_s())
+            return False
         usage = self._usage[sequence.owner]
         usage.sequences -= 1
         usage.dropped -= sequence.dropped
         self._tidy(sequence.owner, usage)
+        return True
 
     def _queue(self, usage: _Usage, size: int) -> None:
         usage.queued_bytes += size

@@ -124,9 +124,8 @@ class Resumption:
         request = self._table.by_session(message.session, message.id)
         if request is None and self._table.get(client, message.id) is not None:
             raise Refusal("duplicate_id", "another request with this id is in flight; choose another id")
-        owner = owner_of(identity, client)
-        self._table.quota.check(owner, 0, len(message.offsets))
         if request is None:
+            self._table.quota.check(owner_of(identity, client), 0, len(message.offsets))
             return True
         if request.choices:
             self._table.remove(request)

@@ -128,6 +128,19 @@ def test_nothing_is_remembered_of_clients_without_requests() -> None:
     assert (books.quota.num_sequences, books.quota.queued_bytes) == (0, 0)
 
 
+def test_a_request_that_is_resumed_on_another_connection_counts_once() -> None:
+    books = Books()
+    numbers = books.begin("a", n=2)
+    books.quota.leave("a", numbers)
+    books.quota.arrive("b", 0, 2)
+    books.quota.submit("b", numbers, 0)
+    assert books.quota.num_sequences == 2
+    assert "a" not in books.quota._usage
+    books.finish("b", numbers)
+    assert not books.quota._usage
+    assert books.quota.num_sequences == 0
+
+
 def test_words_about_sequences_of_an_earlier_gateway_are_no_trouble() -> None:
     books = Books()
     books.quota.begun(77)
