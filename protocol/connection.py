@@ -249,13 +249,16 @@ class Connection:
         return reply
 
     def unreachable(self, what: str) -> ServerUnreachable:
-        if self._handshake_failed and not self.was_connected and self._keys is not None:
-            server = fingerprint(self._keys.server)
-            return ServerUnreachable(
-                f"the server at {self.endpoint} ends every attempt to connect: its key is probably not {server}, the "
-                "one in this client's key file"
-            )
+        if self._handshake_failed and not self.was_connected and self.endpoint.startswith("tcp:"):
+            return ServerUnreachable(f"the server at {self.endpoint} ends every attempt to connect: {self._key_hint()}")
         return ServerUnreachable(f"the server at {self.endpoint} {what}; is it running? If not, {START_HINT}")
+
+    def _key_hint(self) -> str:
+        """Guess why handshakes fail; a server that is quick to close the connection does not get to say it."""
+        if self._keys is None:
+            return f"it probably lets in only clients with a key; name yours with keys=, --keys or {KEYS_VARIABLE}"
+        server = fingerprint(self._keys.server)
+        return f"its key is probably not {server}, the one in this client's key file, or it has no keys"
 
     def ended(self) -> ServerUnreachable:
         return self.unreachable("has ended")
