@@ -127,8 +127,12 @@ class Queries:
 
 def stats(query_id: int, counters: Mapping[str, float], table: RequestTable) -> Stats:
     """Put the engine's counters and the gateway's own together."""
-    own = {"gateway_requests": float(len(table)), "gateway_sequences": float(table.num_sequences)}
-    return Stats(query_id, {**counters, **own})
+    own = {
+        "gateway_requests": len(table),
+        "gateway_sequences": table.quota.num_sequences,
+        "gateway_queued_bytes": table.quota.queued_bytes,
+    }
+    return Stats(query_id, {**counters, **{name: float(value) for name, value in own.items()}})
 
 
 def health(

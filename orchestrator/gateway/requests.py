@@ -147,10 +147,6 @@ class RequestTable:
         """Iterate over a copy, so that requests may end meanwhile."""
         return iter([request for requests in self._by_client.values() for request in requests.values()])
 
-    @property
-    def num_sequences(self) -> int:
-        return len(self._by_sequence)
-
     def get(self, client: bytes, request_id: int) -> Request | None:
         return self._by_client.get(client, {}).get(request_id)
 

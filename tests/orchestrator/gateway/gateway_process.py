@@ -302,6 +302,13 @@ class GatewayProcess:
             while (health := client.health()) and (health.state, health.kv_tokens) != (state, kv_tokens):
                 assert time.monotonic() < deadline
 
+    def wait_until_idle(self) -> None:
+        """Wait until the books say that nothing is in flight or waits."""
+        deadline = time.monotonic() + DEADLINE_S
+        with Client(self.endpoint) as client:
+            while any(client.stats().values()):
+                assert time.monotonic() < deadline, client.stats()
+
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")

@@ -35,6 +35,7 @@ def gateway(small_gateway: GatewayProcess) -> Iterator[GatewayProcess]:
     gateway.engine.tell(Reload(None, LIMITS))
     gateway.engine.reset()
     gateway.set_info()
+    gateway.wait_until_idle()
     with Client(gateway.endpoint) as client:
         assert client.generate([5], max_tokens=2).token_ids == (5, 5)
 
