@@ -32,8 +32,8 @@ format: $(VENV)/installed-dev ## Rewrite the sources in the project's format
 bench-cpu: $(VENV)/installed-dev ## Compare decode speed on the CPU with Hugging Face transformers
 	@$(BIN)/python bench/cpu_decode.py
 
-chaos: $(VENV)/installed-dev ## Break a real server under load and count what its clients lose (CHAOS="--kills 200 ...")
-	@$(BIN)/python bench/chaos.py --json bench/results/chaos.json $(CHAOS)
+chaos: $(VENV)/installed-dev ## Break a real server under load and count what its clients lose (CHAOS=--long: an hour or two)
+	@$(BIN)/python bench/chaos.py $(CHAOS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -84,6 +84,7 @@ class Streams:
     def __init__(self, endpoint: str, expected: dict[Job, tuple[int, ...]], count: int) -> None:
         self.tally = Tally()
         self.pieces = 0
+        self.count = count
         self._endpoint = endpoint
         self._expected = expected
         self._lock = threading.Lock()

@@ -2,20 +2,29 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from chaos import MOMENTS, Row, Server, kill_parents, kill_workers, wait_until
+from chaos_ends import kill_parents
+from chaos_kills import kill_decoding_workers, kill_idle_workers, kill_loading_workers, kill_workers_in_prompts
 from chaos_load import Streams, make_jobs, undisturbed
+from chaos_server import Server, Wish, wait_until
+from chaos_table import Row
 from model_shapes import SHAPES, SMALL_SHAPES, TINY, write_config, write_weights
 from multi_gpu_box import Box
 from multi_gpu_report import Report
 
 SECTION = "faults"
+KILLS = {
+    "decode": lambda server, streams: kill_decoding_workers(server, streams, 1),
+    "prefill": lambda server, streams: kill_workers_in_prompts(server, streams, 1),
+    "idle": lambda server, streams: kill_idle_workers(server, streams, 1),
+    "load": lambda server, streams: kill_loading_workers(server, streams, 2),
+}
 RECOVERY_TARGET_S = 15.0
 """From the death of a rank of an 8B model to the group being ready again."""
 STREAMS = 8
 SMALL_VOCAB = 1003
+KV_MEMORY = "1GiB"
 MEMORY_S = 10.0
 MEMORY_SLACK = 64 << 20
 """What a driver may keep for itself, or another process take meanwhile."""
@@ -25,39 +34,42 @@ def run(box: Box, report: Report, folder: Path) -> None:
     """Kill ranks of a small model, whose tokens must not change, then of the 8B shape, whose recovery is timed."""
     size = min(4, box.sizes[-1])
     tiny = write_weights(folder / "tiny", TINY)
-    exact = partial(_server, box, size, "-m", str(tiny), "--dtype", "float32")
+    exact = _wish(box, size, tiny, "--dtype", "float32")
     shape = (SMALL_SHAPES if box.kind == "cpu" else SHAPES)["8B"]
     big = write_config(folder / "8B", shape)
-    timed = partial(_server, box, size, "-m", str(big), "--load-format", "dummy")
-    moments = ("decode", "load") if report.rehearsal else MOMENTS
+    timed = _wish(box, size, big, "--load-format", "dummy")
+    moments = ("decode", "load") if report.rehearsal else tuple(KILLS)
     asked = f"SIGKILL of a rank of {size}, small fp32"
     if report.has_time(SECTION, asked):
         with report.guard(SECTION, asked):
-            _check_nothing_lost(report, f"{asked}: {', '.join(moments)}", _kill(exact(), moments, 120, SMALL_VOCAB))
+            _check_nothing_lost(report, f"{asked}: {', '.join(moments)}", _kill(exact, moments, 120, SMALL_VOCAB))
     asked = f"SIGKILL of a rank of {size}, 8B (random weights)"
     if report.has_time(SECTION, asked):
         with report.guard(SECTION, asked):
-            _check_recovery(
-                report, asked, _kill(timed(), ("decode",) * (1 if report.rehearsal else 3), 120, SMALL_VOCAB)
-            )
+            _check_recovery(report, asked, _kill(timed, ("decode",) * (1 if report.rehearsal else 3), 120, SMALL_VOCAB))
     asked = f"SIGKILL of the parent of {size}, 8B"
     if report.has_time(SECTION, asked):
         with report.guard(SECTION, asked):
             _check_memory(box, report, asked, lambda: kill_parents(timed, 1))
 
 
-def _server(box: Box, size: int, *arguments: str) -> Server:
+def _wish(box: Box, size: int, model: Path, *arguments: str) -> Wish:
     place = box.first(size)
     by_size = () if box.kind == "gpus" else ("--tp", str(size))
-    return Server(*arguments, *place.options, *by_size, environ=place.environ)
+    more = ("--max-seq-len", "512", *arguments, *place.options, *by_size)
+    return Wish(str(model), workers=None, hang_timeout_s=5.0, kv_memory=KV_MEMORY, more=more, environ=place.environ)
 
 
-def _kill(server: Server, moments: tuple[str, ...], answer_tokens: int, vocab_size: int) -> Row:
+def _kill(wish: Wish, moments: tuple[str, ...], answer_tokens: int, vocab_size: int) -> Row:
     """Kill one rank per moment under load; every stream is compared with an undisturbed run of it."""
-    with server:
+    row = Row("SIGKILL of a worker")
+    with Server(wish) as server:
         expected = undisturbed(server.endpoint, make_jobs(STREAMS + 4, answer_tokens, vocab_size=vocab_size))
         with Streams(server.endpoint, expected, STREAMS) as streams:
-            row = kill_workers(server, streams, len(moments), moments)
+            for moment in moments:
+                part = KILLS[moment](server, streams)
+                row.seconds += part.seconds
+                row.problems += part.problems
         row.add(streams.tally)
         return row
 

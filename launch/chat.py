@@ -15,6 +15,7 @@ from mgpu.protocol.completion import MgpuError, Piece, RequestFailed
 @click.option("--system", default="", help="A system message before the first turn.")
 def chat_command(
     endpoint: str | None,
+    keys: str | None,
     max_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
@@ -26,7 +27,7 @@ def chat_command(
     """Chat with the model. Ctrl-C ends an answer; Ctrl-D leaves."""
     options = given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     try:
-        with Client(endpoint, timeout_s=timeout) as client:
+        with Client(endpoint, timeout_s=timeout, keys=keys) as client:
             model = client.models()[0]["name"]
             click.secho(f"{model} — Ctrl-C ends an answer, Ctrl-D leaves, /new starts over", dim=True, err=True)
             converse(client, system, options)

@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "mgpu.launch.chat:chat_command",
     "status": "mgpu.launch.status:status_command",
     "config": "mgpu.launch.show_config:config_command",
+    "keygen": "mgpu.launch.keygen:keygen_command",
     "install-service": "mgpu.launch.install_service:install_service_command",
     "demo": "mgpu.launch.demo:demo_command",
 }

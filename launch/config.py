@@ -74,7 +74,10 @@ class ServeConfig:
         Bytes(0), "KV-cache bytes per worker, such as 2GiB (0: what fits)."
     )
     prefix_cache: bool = _option(True, "Reuse the KV cache of prompts that begin alike.")
-    bind: str = _option("", "Front endpoint: tcp://127.0.0.1:PORT, or empty for a private ipc socket.")
+    bind: str = _option(
+        "", "Front endpoint: tcp://127.0.0.1:PORT, with --keys any tcp://ADDRESS:PORT; empty: a private ipc socket."
+    )
+    keys: str = _option("", "Folder of keys (see keygen): tcp is encrypted, and only listed clients may connect.")
     served_name: str = _option("", "Model name that clients see (empty: from --model).")
     drain_timeout: float = _option(30.0, "Seconds that running requests get after SIGTERM.", minimum=0, maximum=86400)
     worker_timeout: float = _option(
@@ -85,6 +88,24 @@ class ServeConfig:
     )
     max_restarts: int = _option(
         3, "Restarts of failed processes within ten minutes before the server gives up.", minimum=0
+    )
+    standby: bool = _option(
+        False, "Keep a second process per worker that has imported torch, to recover sooner (0.2 GB each)."
+    )
+    max_client_requests: int = _option(
+        256, "Most requests of one client that run or wait; one more is answered 'overloaded'.", minimum=1
+    )
+    max_client_queue: Bytes = _option(  # noqa: RUF009
+        Bytes(8 << 20), "Most bytes of one client's requests that wait for their first token."
+    )
+    max_sequences: int = _option(
+        4096, "Most requests of all clients that run or wait; each of n choices counts.", minimum=1, maximum=1 << 20
+    )
+    max_queue: Bytes = _option(  # noqa: RUF009
+        Bytes(256 << 20), "Most bytes of all requests that wait for their first token."
+    )
+    client_weights: str = _option(
+        "", 'Shares of named clients while requests wait: "uid:1000=4,uid:1001=0.5" (others: 1).'
     )
     seed: int = _option(0, "Seed of dummy weights.", minimum=0)
 
@@ -147,7 +168,13 @@ def load_config(
         for name, value in layer.items():
             values[name] = _checked(options[name], value, origin)
             origins[name] = options[name].variable if origin == "environment" else origin
-    return ServeConfig(**values), origins
+    config = ServeConfig(**values)
+    if config.device_layers and config.tp == 0 and origins["tp"] != "default":
+        raise ConfigError(
+            f"--tp 0 ({origins['tp']}) asks for all GPUs and --device-layers ({origins['device_layers']}) for certain "
+            "ones; drop one of them"
+        )
+    return config, origins
 
 
 def _file_values(file: Path | None, options: Mapping[str, Declared]) -> dict[str, object]:

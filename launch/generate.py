@@ -14,6 +14,7 @@ from mgpu.launch.talk import as_user_error, given, print_pieces, talk_options
 def generate_command(
     prompt: str,
     endpoint: str | None,
+    keys: str | None,
     max_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
@@ -31,7 +32,7 @@ def generate_command(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=list(stop) or None
     )
     try:
-        with Client(endpoint, timeout_s=timeout) as client, client.stream(text, **options) as pieces:
+        with Client(endpoint, timeout_s=timeout, keys=keys) as client, client.stream(text, **options) as pieces:
             print_pieces(pieces)
     except MgpuError as error:
         raise as_user_error(error) from error

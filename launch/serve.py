@@ -7,14 +7,21 @@ from typing import Any
 
 import click
 
-from mgpu.launch.config import ServeConfig
+from mgpu.launch.config import ServeConfig, declared_options
+from mgpu.launch.limits import LIMIT_OPTIONS, client_limits
 from mgpu.launch.options import config_options, read_config
 from mgpu.launch.plan import PlannedModel, prepare
 from mgpu.orchestrator.devices import worker_environment
 from mgpu.orchestrator.gateway.endpoint import check_endpoint
 from mgpu.orchestrator.layout import layout_text
+from mgpu.orchestrator.reload import Reloadable
 from mgpu.orchestrator.server_config import ServerConfig
+from mgpu.orchestrator.server_keys import describe, load_server_keys
 from mgpu.orchestrator.wish import BLOCK_SIZE
+from mgpu.protocol.link import ServerKeys
+
+RELOADED = frozenset({"keys", "drain_timeout", *LIMIT_OPTIONS})
+"""Options that SIGHUP takes into use."""
 
 
 @click.command("serve")
@@ -30,10 +37,48 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
 
     notifier = Notifier.from_environment(os.environ)
     config, _ = read_config(config_file, flags)
+    keys = keys_for(config.bind, config.keys)
     if config.bind:
-        check_endpoint(config.bind)
+        check_endpoint(config.bind, keys is not None)
     configure_logging()
-    end_process(Server(server_config(config, prepare(config)), notifier).run())
+    log_security(config, keys)
+    server = Server(
+        server_config(config, prepare(config), keys), notifier, lambda: read_again(config, config_file, flags)
+    )
+    end_process(server.run())
+
+
+def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, Any]) -> Reloadable:
+    """Read the configuration file and the keys again, for a server that runs with ``config``.
+
+    What cannot change while it runs is left alone, and the log names it. UserError when a file cannot be used.
+    """
+    changed, _ = read_config(config_file, flags)
+    keys = keys_for(config.bind, changed.keys)
+    fixed = [
+        each.name
+        for each in declared_options()
+        if each.name not in RELOADED and getattr(changed, each.name) != getattr(config, each.name)
+    ]
+    if fixed:
+        logging.getLogger(__name__).warning("a changed %s takes effect at the next start", ", ".join(fixed))
+    return Reloadable(keys, client_limits(changed), changed.drain_timeout)
+
+
+def keys_for(bind: str, folder: str) -> ServerKeys | None:
+    """Load the keys if ``bind`` needs any: MGPU_KEYS may be meant for a client on this machine. Raises KeysError."""
+    return load_server_keys(folder, os.environ) if bind.startswith("tcp://") else None
+
+
+def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:
+    """Say who will be able to connect, if that is not just this user."""
+    log = logging.getLogger(__name__)
+    if keys is not None:
+        log.info("%s", describe(keys))
+    elif config.keys and not config.bind.startswith("tcp://"):
+        log.warning("--keys has no effect: only tcp needs keys, and --bind is %s", config.bind or "the default, ipc")
+    elif config.bind.startswith("tcp://"):
+        log.info("every user of this machine can connect to %s; --keys would change that", config.bind)
 
 
 def configure_logging() -> None:
@@ -46,7 +91,7 @@ def configure_logging() -> None:
     )
 
 
-def server_config(config: ServeConfig, planned: PlannedModel) -> ServerConfig:
+def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys | None = None) -> ServerConfig:
     """Translate options and layout into what the server runs with."""
     plan, checkpoint = planned.plan, planned.checkpoint
     ordinals = [device for stage in plan.placement.stages for device in stage.devices]
@@ -63,6 +108,7 @@ def server_config(config: ServeConfig, planned: PlannedModel) -> ServerConfig:
         stage_transport=plan.stage_transport,
         staged=plan.staged,
         bind=config.bind,
+        keys=keys,
         block_size=config.block_size or BLOCK_SIZE[plan.machine.kind],
         max_rows=config.max_rows,
         max_batch_tokens=config.max_batch_tokens,
@@ -74,7 +120,9 @@ def server_config(config: ServeConfig, planned: PlannedModel) -> ServerConfig:
         worker_timeout_s=config.worker_timeout,
         hang_timeout_s=config.hang_timeout,
         max_restarts=config.max_restarts,
+        standby=config.standby,
         seed=config.seed,
+        client_limits=client_limits(config),
         worker_envs=tuple(environment for environment, _ in placed),
         worker_devices=tuple(device for _, device in placed),
     )

@@ -10,14 +10,15 @@ from mgpu.launch.talk import ServerError, as_user_error
 
 @click.command("status")
 @click.option("--endpoint", help="Server to ask (default: MGPU_ENDPOINT, else the one on this machine).")
+@click.option("--keys", help="This client's key file, for a server that wants one (default: MGPU_KEYS).")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def status_command(endpoint: str | None, as_json: bool) -> None:
+def status_command(endpoint: str | None, keys: str | None, as_json: bool) -> None:
     """Show the state of the running server. Exit status 0 when it is ready, 69 otherwise."""
     from mgpu.protocol.client import Client
     from mgpu.protocol.completion import MgpuError
 
     try:
-        with Client(endpoint) as client:
+        with Client(endpoint, keys=keys) as client:
             health, stats, models = client.health(), client.stats(), client.models()
     except MgpuError as error:
         raise as_user_error(error) from error

@@ -23,23 +23,33 @@ class ChildProcess:
         self,
         name: str,
         command: Sequence[str],
-        spec: bytes,
+        spec: bytes | None,
         env: Mapping[str, str],
         pass_fds: Sequence[int] = (),
     ) -> None:
-        if len(spec) > _LARGEST_SPEC:
-            raise ValueError(f"the spec of {name} has {len(spec)} bytes, at most {_LARGEST_SPEC} fit")
+        """Start ``command``. Without a ``spec`` it waits for `tell`."""
         self.name = name
+        self._check(spec or b"")
         # Its own session: Ctrl-C reaches the parent only. Standard output may be a pipe of the user's: keep it clean.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=2, env=dict(env), pass_fds=tuple(pass_fds), start_new_session=True
         )
         self.pid = self._process.pid
         self.pidfd = os.pidfd_open(self.pid)
+        if spec is not None:
+            self.tell(spec)
+
+    def tell(self, spec: bytes) -> None:
+        """Give it its spec, once. ValueError for one that would have to wait until the child reads."""
+        self._check(spec)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # died already; its pidfd says so
             self._process.stdin.write(struct.pack("<I", len(spec)) + spec)
             self._process.stdin.flush()
+
+    def _check(self, spec: bytes) -> None:
+        if len(spec) > _LARGEST_SPEC:
+            raise ValueError(f"the spec of {self.name} has {len(spec)} bytes, at most {_LARGEST_SPEC} fit")
 
     def exit_status(self) -> int | None:
         """Give the exit code, negative for a signal, or None while it runs. The process stays to be reaped."""

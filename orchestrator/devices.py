@@ -11,7 +11,7 @@ from typing import Literal
 
 import psutil
 
-from mgpu.orchestrator.errors import DeviceError
+from mgpu.orchestrator.errors import DeviceError, NoDeviceError
 from mgpu.orchestrator.nvml import Gpu, Link, Nvml, NvmlSession
 from mgpu.orchestrator.visible import order_note, visible_gpus
 
@@ -69,7 +69,8 @@ def find_machine(
 ) -> Machine:
     """Look at this machine. ``workers`` is how many CPU workers, or GPU workers with ``oversubscribe``, are wanted.
 
-    ``auto`` takes the visible GPUs, else the CPU. DeviceError when what the user asked for is not there.
+    ``auto`` takes the visible GPUs, else the CPU. DeviceError when what the user asked for is not there,
+    NoDeviceError when that is any GPU at all.
     """
     if workers is not None and not 1 <= workers <= MAX_WORKERS:
         raise DeviceError(f"--workers {workers}: it must be between 1 and {MAX_WORKERS}")
@@ -78,7 +79,7 @@ def find_machine(
     machine, problem = _gpu_machine(environ, nvml)
     if machine is None:
         if device == "cuda":
-            raise DeviceError(f"--device cuda: no GPU is visible ({problem}); --device cpu runs without one")
+            raise NoDeviceError(f"--device cuda: no GPU is visible ({problem}); --device cpu runs without one")
         return cpu_machine(workers or 1, (f"no GPU is visible ({problem}): running on the CPU",))
     if oversubscribe:
         return oversubscribed(machine, workers or len(machine.devices))

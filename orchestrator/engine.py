@@ -14,6 +14,7 @@ from mgpu.orchestrator.hang import StepDeadline
 from mgpu.orchestrator.journal import Journal
 from mgpu.orchestrator.notify import Notifier
 from mgpu.orchestrator.recovery import RestartLimit, WorkerRecovery, WorkersHung
+from mgpu.orchestrator.reload import Reloader
 from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.stats import EngineStats
@@ -52,6 +53,7 @@ class Engine:
         signals: StopSignals,
         info: EngineInfo,
         notifier: Notifier,
+        reloader: Reloader,
         *,
         spin_s: float,
         gateway_restarts: RestartLimit,
@@ -68,6 +70,7 @@ class Engine:
         self._info = info
         self._told_state = info.state
         self._notifier = notifier
+        self._reloader = reloader
         self._spin_s = spin_s
         self._journal = Journal()
         self._gateway_restarts = gateway_restarts
@@ -89,11 +92,11 @@ class Engine:
         """
         while not self._is_over():
             try:
+                self._tell_state()  # before queries are answered, so that counters and state agree
                 self._drain_inbox()
                 self._publish_steps()
                 self._gather_results()
                 self._emit()
-                self._tell_state()
             except (WorkerLost, WorkersHung) as cause:
                 self._replace_workers(cause)
             except GatewayLost as cause:
@@ -221,6 +224,8 @@ class Engine:
         self._last_look_s = time.monotonic()
         if self._signals.fd in ready:
             self._signals.clear()
+        if self._signals.take_reload():
+            self._reload()
         if self._gateway.process.pidfd in ready:
             self._gateway.check_alive()
         self._drop_unclaimed()
@@ -233,9 +238,18 @@ class Engine:
             self._await_workers()
         running, live = self._scheduler.num_running, self._scheduler.num_live
         if self._recovery.is_ready:
+            self._recovery.tend()
             self._notifier.serving(running, live - running, self._waited_s())
         else:
             self._notifier.recovering(live)
+
+    def _reload(self) -> None:
+        self._notifier.reloading("reading the configuration again")
+        values = self._reloader.read()
+        if values is not None:
+            self._drain_timeout_s = values.drain_timeout_s
+            self._gateway.reload(values.keys, values.client_limits)
+        self._notifier.reloaded()
 
     def _waited_s(self) -> float:
         """Give how long the workers have been at the oldest step, 0 if they have none."""

@@ -14,6 +14,12 @@ class DeviceError(UserError):
     """The visible devices are not what the user named, or cannot be queried."""
 
 
+class NoDeviceError(DeviceError):
+    """No GPU is there; one may come, when its driver is loaded. EX_UNAVAILABLE."""
+
+    exit_code = 69
+
+
 class PlacementError(UserError):
     """The model cannot be placed on these devices as asked."""
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import zmq
@@ -12,7 +13,8 @@ from mgpu.orchestrator.child_process import ChildProcess, describe_exit
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.protocol.codec import CodecError
-from mgpu.protocol.link import LINK, EngineInfo, GatewayFailure, GatewayReady, GatewaySpec
+from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.link import LINK, EngineInfo, GatewayFailure, GatewayReady, GatewaySpec, Reload, ServerKeys
 
 FRONT_NAME = "front.sock"
 GENERATION_BITS = 40
@@ -45,6 +47,8 @@ class GatewayLink:
         self._config = config
         self._generation = 0
         self._unread: list[Any] = []
+        self._reload: Reload | None = None
+        """What has changed since the gateway got its spec, until it can be told."""
         self._last_sent_s = 0.0
         self._start(None)
 
@@ -67,6 +71,8 @@ class GatewayLink:
             max_request_bytes=config.max_request_bytes,
             first_sequence=(self._generation << GENERATION_BITS) + 1,
             info=info,
+            keys=config.keys,
+            limits=config.client_limits,
         )
         self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)
 
@@ -81,6 +87,17 @@ class GatewayLink:
             self.process.wait(time.monotonic() + DEATH_S)
             self.check_alive()
             raise GatewayLost(f"it has left {OUTBOX_LIMIT} messages unread") from None
+
+    def reload(self, keys: ServerKeys | None, limits: ClientLimits) -> None:
+        """Give this gateway, and those that replace it, another list of clients and other limits."""
+        self._config = replace(self._config, keys=keys, client_limits=limits)
+        self._reload = Reload(None if keys is None else keys.clients, limits)
+        self._tell_reload()
+
+    def _tell_reload(self) -> None:
+        if self._reload is not None and self.is_ready:
+            self.send(self._reload)
+            self._reload = None
 
     def receive(self, limit: int) -> Iterator[Any]:
         """Give up to ``limit`` messages that are there. GatewayLost when one of them reports a failure."""
@@ -100,6 +117,7 @@ class GatewayLink:
                 raise GatewayLost(message.message, message.traceback)
             if isinstance(message, GatewayReady):
                 self.endpoint, self.is_ready = message.endpoint, True
+                self._tell_reload()
             yield message
 
     def check_alive(self) -> None:

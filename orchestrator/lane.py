@@ -43,7 +43,7 @@ class Lane:
         due = [seq for seq in self._due.pop(tick, ()) if seq.lane is self and seq.due_tick == tick]
         for seq in due:
             seq.due_tick = -1
-        return sorted(due, key=lambda seq: seq.order) if len(due) > 1 else due
+        return sorted(due, key=lambda seq: seq.turn) if len(due) > 1 else due
 
     def remind(self, seq: Sequence) -> None:
         """Set when a member must be looked at again."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from mgpu.orchestrator.demo_model import DEMO_NAME, demo_model_path
 from mgpu.orchestrator.errors import ModelError
-from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, has_weights, read_checkpoint
 from mgpu.protocol.model import CheckpointFormat, LoadFormat
 
 FORMS = (
@@ -111,5 +111,8 @@ def read_model(model: ResolvedModel, load_format: LoadFormat = "auto") -> Checkp
 
 def read_model_to_plan(model: ResolvedModel) -> Checkpoint:
     """Read a model whose weights may be absent: a folder with config.json alone can be planned."""
-    has_weights = model.format == "gguf" or any(Path(model.path).glob("*.safetensors*"))
-    return read_model(model, "auto" if has_weights else "dummy")
+    try:
+        is_complete = model.format == "gguf" or has_weights(Path(model.path))
+    except OSError as error:
+        raise ModelError(f"{model.path}: cannot be read: {error.strerror or error}") from error
+    return read_model(model, "auto" if is_complete else "dummy")

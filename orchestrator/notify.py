@@ -76,7 +76,7 @@ class Notifier:
             self._moved = False
 
     def ready(self, status: str) -> None:
-        """Report that requests can come; ``status`` says which model is served and where. Also ends a reload."""
+        """Report that requests can come; ``status`` says which model is served and where."""
         self._phase = "ready"
         self._title = status
         self._say(self._clock_s(), status, "READY=1", alive=True)
@@ -102,9 +102,15 @@ class Notifier:
             self._say(now_s, f"{self._title}: recovering, {waiting} waiting", alive=True)
 
     def reloading(self, status: str) -> None:
-        """Report that the configuration is read again; `ready` must follow."""
-        usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-        self._say(self._clock_s(), status, "RELOADING=1", f"MONOTONIC_USEC={usec}")
+        """Report that the configuration is read again; `reloaded` must follow. A stop that has begun goes first."""
+        if self._phase == "ready":
+            usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+            self._say(self._clock_s(), status, "RELOADING=1", f"MONOTONIC_USEC={usec}")
+
+    def reloaded(self) -> None:
+        """Report the end of what `reloading` began."""
+        if self._phase == "ready":
+            self.ready(self._title)
 
     def stopping(self, status: str) -> None:
         """Report that the end has begun, or how it goes on; `serving` may still be called while requests finish."""

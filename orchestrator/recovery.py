@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from mgpu.orchestrator.standby import Standby
 from mgpu.orchestrator.supervisor import WorkerGroup
 
 log = logging.getLogger(__name__)
@@ -52,19 +53,19 @@ class WorkerRecovery:
     def __init__(
         self,
         group: WorkerGroup,
-        start_group: Callable[[int], WorkerGroup],
+        standby: Standby,
         num_blocks: int,
         limit: RestartLimit,
         silence_timeout_s: float,
     ) -> None:
-        """``group`` is ready and has ``num_blocks``; ``start_group`` starts another one of the given epoch."""
+        """``group`` is ready and has ``num_blocks``; ``standby`` gives the next ones."""
         self.group = group
         self.num_blocks = num_blocks
         self.limit = limit
         self.is_ready = True
         self.last_s = 0.0
         """What the last recovery took, from noticing the failure to workers that are ready."""
-        self._start_group = start_group
+        self._standby = standby
         self._silence_timeout_s = silence_timeout_s
         self._began_s = self._moved_s = 0.0
         self._allocated = False
@@ -78,7 +79,7 @@ class WorkerRecovery:
         log.error("%s", "\n".join(filter(None, (str(cause), getattr(cause, "traceback", "")))))
         self.limit.note(cause)
         self.group.kill()
-        self.group = self._start_group(self.group.epoch + 1)
+        self.group = self._standby.start_group(self.group.epoch + 1)
         self._moved_s = time.monotonic()
         log.warning("restart %d: starting the workers again as epoch %d", self.limit.count, self.group.epoch)
 
@@ -93,6 +94,10 @@ class WorkerRecovery:
             self.last_s = time.monotonic() - self._began_s
             return
         self._check_progress()
+
+    def tend(self) -> None:
+        """Prepare for the next failure; call it often while the workers are ready."""
+        self._standby.tend(self.group.epoch + 1)
 
     def _check_progress(self) -> None:
         group = self.group

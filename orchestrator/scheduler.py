@@ -7,7 +7,6 @@ A step decodes the requests of one lane (see lane.py) and fills the rest of its 
 larger than the number of rows keeps either from starving the other.
 """
 
-import heapq
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from mgpu.orchestrator.lane import Lane
 from mgpu.orchestrator.outbox import Outbox
 from mgpu.orchestrator.sequence import Sequence
 from mgpu.orchestrator.sequence_blocks import SequenceBlocks
+from mgpu.orchestrator.waiting import WaitingLine
 from mgpu.protocol.control import StepPlan, StepResult
 from mgpu.protocol.link import Outputs, Submit
 
@@ -54,7 +54,7 @@ class Scheduler:
         self.counters = Counters()
         self._epoch = epoch
         self._live: dict[int, Sequence] = {}
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._waiting = WaitingLine()
         self._next_step = 0
         self._arrivals = 0
         self._outbox = Outbox()
@@ -113,7 +113,7 @@ class Scheduler:
             return
         self._arrivals += 1
         self._live[seq.request_id] = seq
-        heapq.heappush(self._waiting, (seq.order, seq))
+        self._waiting.join(seq)
 
     def refuse(self, request_id: int, error: str) -> None:
         """Answer a request that will not be queued, with its one ending."""
@@ -146,8 +146,7 @@ class Scheduler:
             self.counters.replays += seq.row >= 0
             seq.forget_workers()
         self._expect_new_workers()
-        self._waiting = [(seq.order, seq) for seq in self._live.values()]
-        heapq.heapify(self._waiting)
+        self._waiting.bring_back(self._live.values())
         for seq in [seq for seq in self._live.values() if seq.crashes >= FATAL_CRASHES]:
             self.counters.replays -= 1
             self._fail(seq, f"the workers failed {seq.crashes} times in a row while they ran this request: {cause}")
@@ -242,9 +241,9 @@ class Scheduler:
         return sampled
 
     def _grow(self, seq: Sequence, plan: StepPlan) -> None:
-        """Give a decoding request its next block, at the expense of the youngest if there is none."""
+        """Give a decoding request its next block, at the expense of the latest if there is none."""
         while (block := self.blocks.grow(seq)) is None:
-            victim = max(self._admitted.values(), key=lambda each: each.order)
+            victim = max(self._admitted.values(), key=lambda each: each.turn)
             self._preempt(victim)
             if victim is seq:
                 return
@@ -262,7 +261,7 @@ class Scheduler:
             touched.append(seq)
         while budget and (admitted := self._admit_next()) is not None:
             plan.new_rows.append(admitted.to_new_row())
-            insort(self._prefilling, admitted, key=lambda each: each.order)
+            insort(self._prefilling, admitted, key=lambda each: each.turn)
             budget -= self._plan_chunk(admitted, budget, plan)
             touched.append(admitted)
         for seq in touched:
@@ -285,22 +284,18 @@ class Scheduler:
 
     def _admit_next(self) -> Sequence | None:
         """Give a row and blocks to the first in line. None when it must wait; nobody overtakes it."""
-        waiting = self._waiting
-        while waiting and waiting[0][1].finished:
-            heapq.heappop(waiting)
-        if not waiting or not self._free_rows or self._blocked == (self.blocks.changes, waiting[0][1]):
+        seq = self._waiting.first()
+        if seq is None or not self._free_rows or self._blocked == (self.blocks.changes, seq):
             return None
-        seq = waiting[0][1]
         # One block per running request stays free, so that the newcomer is not preempted right away.
         if not self.blocks.take(seq, reserve=len(self._admitted)):
             self._blocked = (self.blocks.changes, seq)
             return None
-        if not seq.was_admitted:
-            seq.was_admitted = True
+        if seq.turn < 0:
             seq.cached_tokens = seq.num_computed
             self.counters.prompt_tokens += seq.prompt_len
             self.counters.prefix_hit_tokens += seq.num_computed
-        heapq.heappop(waiting)
+        self._waiting.take_first()
         seq.row = self._free_rows.pop()
         self._admitted[seq.request_id] = seq
         return seq
@@ -316,11 +311,9 @@ class Scheduler:
         seq.finished = True
         del self._live[seq.request_id]
         self.counters.finished += 1
+        self._waiting.end(seq)
         if seq.row >= 0:
             self._leave_workers(seq)
-        elif len(self._waiting) > 2 * len(self._live) + 64:  # mostly endings: do not keep their prompts in memory
-            self._waiting = [entry for entry in self._waiting if not entry[1].finished]
-            heapq.heapify(self._waiting)
 
     def _leave_workers(self, seq: Sequence) -> None:
         if seq.lane is not None:
@@ -341,7 +334,7 @@ class Scheduler:
             _, row, seq = self._leaving.popleft()
             self._free_rows.append(row)
             if not seq.finished:
-                heapq.heappush(self._waiting, (seq.order, seq))
+                self._waiting.join(seq)
 
     # -- results -------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from mgpu.protocol.control import NewRow, RowSampling
 from mgpu.protocol.link import Submit
 
 if TYPE_CHECKING:
+    from mgpu.orchestrator.fair_queue import Account
     from mgpu.orchestrator.lane import Lane
 
 
@@ -36,7 +37,11 @@ class Sequence:
     sampling: RowSampling
     cache_salt: bytes
     order: tuple[int, int]
-    """(priority, arrival): the smaller runs first and is preempted last."""
+    """(priority, arrival): of one client's waiting requests the smallest runs first."""
+    client: int = 0
+    """Whose it is; see fair_queue.py."""
+    weight: float = 1.0
+    """The client's share."""
 
     row: int = -1
     """Row on the workers; -1 while it waits."""
@@ -54,7 +59,12 @@ class Sequence:
     """When the lane must look at it again: it needs a block or has all its tokens planned."""
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache when it first ran."""
-    was_admitted: bool = False
+    turn: int = -1
+    """How many ran before it did for the first time, -1 as long as it has not: the smallest is preempted last."""
+    account: "Account | None" = None
+    """Its client's, once it was charged."""
+    charged: float = 0.0
+    """Tokens that its client was charged."""
     finished: bool = False
     crashes: int = 0
     """Consecutive crashes of the workers during which it was running."""
@@ -71,6 +81,8 @@ class Sequence:
             sampling=submit.sampling,
             cache_salt=submit.cache_salt,
             order=(submit.priority, arrival),
+            client=submit.client,
+            weight=submit.weight,
         )
 
     def forget_workers(self) -> None:

@@ -16,10 +16,12 @@ from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
 from mgpu.orchestrator.notify import Notifier
 from mgpu.orchestrator.recovery import RestartLimit, TooManyRestarts, WorkerRecovery
+from mgpu.orchestrator.reload import Reloadable, Reloader
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.orchestrator.signals import StopSignals
+from mgpu.orchestrator.standby import Standby
 from mgpu.orchestrator.startup_log import ProgressBar, phase_seconds, ready_line
 from mgpu.orchestrator.supervisor import WorkerGroup, WorkerLost
 from mgpu.protocol.link import EngineInfo, GatewayReady
@@ -46,16 +48,24 @@ class _Stopped(Exception):
 class Server:
     """Everything that one `mgpu-launch serve` starts. `run` blocks until it is over and leaves nothing behind."""
 
-    def __init__(self, config: ServerConfig, notifier: Notifier | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        notifier: Notifier | None = None,
+        read_again: Callable[[], Reloadable] | None = None,
+    ) -> None:
+        """``read_again`` gives what SIGHUP takes into use; it may raise UserError."""
         Limits(1, config.block_size, config.max_rows, config.batch_tokens, config.seq_len)  # refuses what cannot work
         self._config = config
         self._notifier = notifier or Notifier()
+        self._reloader = Reloader(config.keys, read_again)
         self._began_s = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._signals = StopSignals()
         self._runtime: RuntimeDir | None = None
         self._gateway: GatewayLink | None = None
         self._workers: WorkerGroup | None = None
+        self._standby = Standby(self._new_group, config.standby, config.standby_delay_s)
         self._recovery: WorkerRecovery | None = None
         self._engine: Engine | None = None
         self._info = EngineInfo("starting", config.seq_len, 0, config.layout_table)
@@ -93,17 +103,15 @@ class Server:
         config = self._config
         self._runtime = RuntimeDir()
         self._gateway = GatewayLink(self._context, self._runtime, config)
-        self._workers = self._start_workers(epoch=0)
+        self._workers = self._standby.start_group(epoch=0)
         log.info("starting %d worker(s) for %s", config.plan.world_size, config.model_name)
         num_blocks = self._load_workers(self._workers)
         self._wait_until(lambda: bool(self._gateway and self._gateway.is_ready), "the gateway to be ready")
         self._open(num_blocks)
 
-    def _start_workers(self, epoch: int) -> WorkerGroup:
+    def _new_group(self, epoch: int) -> WorkerGroup:
         assert self._runtime is not None
-        group = WorkerGroup(self._context, self._runtime, self._config, epoch)
-        group.start()
-        return group
+        return WorkerGroup(self._context, self._runtime, self._config, epoch)
 
     def _load_workers(self, workers: WorkerGroup) -> int:
         """Lead the workers from their start to `Ready`; gives the size of the pool in blocks."""
@@ -140,6 +148,7 @@ class Server:
             each_time()
 
     def _take_news(self, workers: WorkerGroup, gateway: GatewayLink) -> None:
+        self._signals.clear()
         if self._signals.received:
             raise _Stopped
         workers.read_all()
@@ -170,9 +179,7 @@ class Server:
         )
         self._info = EngineInfo("ready", limits.max_seq_len, limits.kv_tokens, config.layout_table)
         restarts = RestartLimit(config.max_restarts, config.restart_window_s)
-        self._recovery = WorkerRecovery(
-            self._workers, self._start_workers, num_blocks, restarts, config.start_timeout_s
-        )
+        self._recovery = WorkerRecovery(self._workers, self._standby, num_blocks, restarts, config.start_timeout_s)
         self._engine = Engine(
             Scheduler(limits),
             self._recovery,
@@ -180,6 +187,7 @@ class Server:
             self._signals,
             self._info,
             self._notifier,
+            self._reloader,
             spin_s=GPU_SPIN_S if config.device_kind == "cuda" else 0.0,
             gateway_restarts=RestartLimit(config.max_restarts, config.restart_window_s),
             hang_timeout_s=config.hang_timeout_s,
@@ -237,6 +245,7 @@ class Server:
             if self._gateway is not None:
                 cleanup.callback(self._gateway.stop, max(deadline_s, time.monotonic() + GATEWAY_STOP_S))
             workers = self._workers if self._recovery is None else self._recovery.group
+            cleanup.callback(self._standby.close)
             if workers is not None:
                 cleanup.callback(workers.stop, deadline_s, self._signals.fd)
             self._say_goodbye(error)

@@ -2,10 +2,12 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mgpu.orchestrator.step_size import batch_tokens
+from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.link import ServerKeys
 from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Transport
 from mgpu.protocol.shared_layout import shared_layout
@@ -33,6 +35,8 @@ class ServerConfig:
     """Sending and receiving ranks that ``peer`` does not connect: pinned host memory does."""
     bind: str = ""
     """Front endpoint; empty: an ipc socket in the private runtime directory."""
+    keys: ServerKeys | None = None
+    """None: tcp is for the loopback only."""
     block_size: int = 16
     max_rows: int = 256
     max_batch_tokens: int = 0
@@ -51,11 +55,15 @@ class ServerConfig:
     max_restarts: int = 3
     """Restarts of the workers, and of the gateway, within ``restart_window_s``; one more ends the server."""
     restart_window_s: float = 600.0
+    standby: bool = False
+    """Keep processes of the next epoch that have imported torch; see standby.py."""
+    standby_delay_s: float = 5.0
     resume_timeout_s: float = 30.0
     """How long a new gateway waits for clients to come back before their requests end."""
     stop_timeout_s: float = 10.0
     seed: int = 0
     max_request_bytes: int = 1 << 20
+    client_limits: ClientLimits = field(default_factory=ClientLimits)
     worker_envs: tuple[dict[str, str], ...] = ()
     """Per rank: added to the worker's environment, such as CUDA_VISIBLE_DEVICES; empty: nothing."""
     worker_devices: tuple[str, ...] = ()

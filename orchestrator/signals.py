@@ -1,4 +1,8 @@
-"""Turn SIGINT and SIGTERM into requests to stop that a poll loop sees at once."""
+"""Turn SIGINT and SIGTERM into requests to stop, and SIGHUP into one to reload, that a poll loop sees at once.
+
+SIGHUP has two senders: an administrator, who wants the files to be read again, and the kernel, when the terminal that
+the server was started from is gone; then it stops, as every program does that was not started to outlive it.
+"""
 
 import contextlib
 import os
@@ -8,14 +12,16 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """While entered, signals are collected in ``received`` and make ``fd`` readable. Main thread only."""
+    """While entered, signals to stop are collected in ``received``; all make ``fd`` readable. Main thread only."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
+        self._reload_asked = False
+        self._had_terminal = _has_terminal()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
@@ -28,7 +34,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in _STOP_SIGNALS:
+        for number in _SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup
             self._previous[number] = signal.signal(number, self._collect)
@@ -42,13 +48,30 @@ class StopSignals:
         self._writer.close()
 
     def _collect(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(number)
+        if number == signal.SIGHUP and not (self._had_terminal and not _has_terminal()):
+            self._reload_asked = True
+        else:
+            self.received.append(number)
+
+    def take_reload(self) -> bool:
+        """Tell whether a reload was asked for since the last call."""
+        asked, self._reload_asked = self._reload_asked, False
+        return asked
 
     def clear(self) -> None:
         """Make ``fd`` wait for the next signal."""
         with contextlib.suppress(BlockingIOError):
             while self._reader.recv(64):
                 pass
+
+
+def _has_terminal() -> bool:
+    """Tell whether this process belongs to a terminal that is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def end_process(status: int) -> NoReturn:

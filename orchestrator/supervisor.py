@@ -66,42 +66,53 @@ class WorkerGroup:
         self._config = config
         self.epoch = epoch
         self._rendezvous = runtime.path / f"rendezvous-{epoch}"
+        self._shared_fd = -1
+        """Its number in the workers."""
         self._failures: list[WorkerLost] = []
         self._output_rank = config.plan.output_rank
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
+    def park(self) -> None:
+        """Spawn every rank, to import what it needs and wait until `start` tells it what to do."""
+        self._spawn((*self._config.worker_command, "--standby"))
+
     def start(self) -> None:
-        """Spawn every rank with its spec. The shared memory has no name: it vanishes with the last process."""
+        """Spawn the ranks that are not there yet, and give every rank its spec."""
+        if not self.processes:
+            self._spawn(self._config.worker_command)
+        for rank, process in enumerate(self.processes):
+            process.tell(CONTROL.encode(self._spec(self._bind(rank), rank)))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every process lives."""
+        return all(status is None for status in self._exit_statuses())
+
+    def _spawn(self, command: tuple[str, ...]) -> None:
+        """Start the processes. The shared memory has no name: it vanishes with the last of them."""
         shared_bytes = self._config.shared_bytes
         shared_fd = os.memfd_create(f"mgpu-{self.epoch}") if shared_bytes else -1
         try:
             if shared_fd >= 0:
                 os.ftruncate(shared_fd, shared_bytes)
             for rank in range(self._config.plan.world_size):
-                self._spawn(rank, shared_fd)
+                pass_fds = (shared_fd,) if shared_fd >= 0 else ()
+                self.processes.append(ChildProcess(f"worker {rank}", command, None, self._environment(rank), pass_fds))
         finally:
             if shared_fd >= 0:
                 os.close(shared_fd)
+        self._shared_fd = shared_fd
 
-    def _spawn(self, rank: int, shared_fd: int) -> None:
+    def _bind(self, rank: int) -> str:
         socket = self._context.socket(zmq.DEALER)
         self.sockets.append(socket)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)  # at most a few steps are in flight; the pipeline's depth is the bound
         socket.setsockopt(zmq.RCVHWM, 0)
-        endpoint = self._runtime.bind(socket, f"worker-{self.epoch}-{rank}")
-        self.processes.append(
-            ChildProcess(
-                f"worker {rank}",
-                self._config.worker_command,
-                CONTROL.encode(self._spec(endpoint, shared_fd, rank)),
-                self._environment(rank),
-                (shared_fd,) if shared_fd >= 0 else (),
-            )
-        )
+        return self._runtime.bind(socket, f"worker-{self.epoch}-{rank}")
 
-    def _spec(self, endpoint: str, shared_fd: int, rank: int) -> WorkerSpec:
+    def _spec(self, endpoint: str, rank: int) -> WorkerSpec:
         config = self._config
         return WorkerSpec(
             epoch=self.epoch,
@@ -114,8 +125,8 @@ class WorkerGroup:
             rendezvous=f"file://{self._rendezvous}",
             transport=config.transport,
             stage_transport=config.stage_transport,
-            shared_fd=shared_fd,
-            shared_bytes=config.shared_bytes if shared_fd >= 0 else 0,
+            shared_fd=self._shared_fd,
+            shared_bytes=config.shared_bytes if self._shared_fd >= 0 else 0,
             num_threads=config.threads_per_worker,
             block_size=config.block_size,
             max_rows=config.max_rows,
@@ -288,7 +299,7 @@ class WorkerGroup:
                 self.publish(CONTROL.encode(Shutdown(self.epoch)))
             for process in self.processes:
                 process.wait(deadline_s, hurry_fd)
-        self._end()
+        self.end()
 
     def kill(self) -> None:
         """End all ranks now: let each of them write where it is to standard error, kill it, reap it."""
@@ -299,10 +310,11 @@ class WorkerGroup:
             process.wait(deadline_s)
         for process in self.processes:  # all at once, so that none outlives another by long
             process.send_signal(signal.SIGKILL)
-        self._end()
+        self.end()
         self._rendezvous.unlink(missing_ok=True)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Kill and reap what is left of the processes, without a word."""
         for process in self.processes:
             process.reap()
         for socket in self.sockets:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Self, TypeVar, Unpack
 
 import zmq
@@ -26,7 +27,7 @@ from mgpu.protocol.completion import (
     chat_map,
     generate_map,
 )
-from mgpu.protocol.connection import Connection, find_endpoint
+from mgpu.protocol.connection import Connection, open_connection
 from mgpu.protocol.messages import GenerateOptions, Health, Models, QueryKind, Stats
 
 R = TypeVar("R", Health, Stats, Models)
@@ -114,12 +115,14 @@ class AsyncClient:
         endpoint: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         *,
+        keys: str | Path | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         silence_timeout_s: float = SILENCE_TIMEOUT_S,
     ) -> None:
         """See `Client`; nothing is connected before the first call."""
         self.silence_timeout_s = silence_timeout_s
         self._endpoint = endpoint
+        self._keys = keys
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._open: Connection | None = None
@@ -215,7 +218,7 @@ class AsyncClient:
         if self._closed:
             raise MgpuError("the client is closed")
         if self._open is None:
-            self._open, self._loop = Connection(find_endpoint(self._endpoint)), loop
+            self._open, self._loop = open_connection(self._endpoint, self._keys), loop
             for socket in (self._open.socket, self._open.monitor):
                 loop.add_reader(int(socket.getsockopt(zmq.FD)), self._read)
             self._read()

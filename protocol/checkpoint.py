@@ -29,6 +29,11 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
 
 
+def has_weights(folder: Path) -> bool:
+    """Tell whether a folder holds weights of any kind, also of those that `read_checkpoint` refuses."""
+    return any(entry.suffix.lower() in _PICKLES or ".safetensors" in entry.name for entry in folder.iterdir())
+
+
 def read_checkpoint(path: str | Path, load_format: LoadFormat = "auto") -> Checkpoint:
     """Read a model folder or a ``.gguf`` file. ``dummy`` asks for config.json only; its tensors have no file.
 

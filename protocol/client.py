@@ -10,6 +10,7 @@ A client belongs to the thread that made it; use one client per thread, or Async
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
@@ -25,7 +26,7 @@ from mgpu.protocol.completion import (
     chat_map,
     generate_map,
 )
-from mgpu.protocol.connection import Connection, Reply, find_endpoint
+from mgpu.protocol.connection import Reply, open_connection
 from mgpu.protocol.messages import GenerateOptions, Health, Models, QueryKind, Stats
 
 CONNECT_TIMEOUT_S = 5.0
@@ -91,20 +92,22 @@ class Client:
         endpoint: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         *,
+        keys: str | Path | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         silence_timeout_s: float = SILENCE_TIMEOUT_S,
     ) -> None:
         """Connect to ``endpoint``, else to MGPU_ENDPOINT, else to the server that runs on this machine.
 
-        ``timeout_s`` is the longest a request may take unless the call says otherwise. ServerUnreachable when nobody
-        answers within ``connect_timeout_s``.
+        ``timeout_s`` is the longest a request may take unless the call says otherwise. ``keys`` is this client's key
+        file, else MGPU_KEYS, for servers on tcp that want one. ServerUnreachable when nobody answers within
+        ``connect_timeout_s``, or the server and this client do not accept each other's keys.
         """
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._silence_timeout_s = silence_timeout_s
         self._thread = threading.get_ident()
         self._closed = False
-        self._connection = Connection(find_endpoint(endpoint))
+        self._connection = open_connection(endpoint, keys)
         self._poller = zmq.Poller()
         self._poller.register(self._connection.socket, zmq.POLLIN)
         self._poller.register(self._connection.monitor, zmq.POLLIN)

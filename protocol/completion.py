@@ -2,9 +2,9 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from mgpu.protocol.messages import (
     Accepted,
@@ -16,6 +16,8 @@ from mgpu.protocol.messages import (
     parse_client_message,
 )
 from mgpu.protocol.schema import FieldError, TokenIds
+
+T = TypeVar("T")
 
 START_HINT = "start one with: mgpu-launch serve -m MODEL"
 
@@ -257,7 +259,7 @@ def generate_map(
     if isinstance(prompt, str):
         return _checked(request_id, {"prompt": prompt}, stream, options)
     try:
-        ids = TokenIds().parse("prompt", list(prompt))
+        ids = TokenIds().parse("prompt", _listed("prompt", prompt, "text or a sequence of token ids"))
     except FieldError as error:
         raise RequestFailed("bad_request", str(error)) from None
     return _checked(request_id, {"prompt_ids": ids}, stream, options)
@@ -267,8 +269,17 @@ def chat_map(
     request_id: int, messages: Sequence[Mapping[str, str]], stream: bool, **options: Unpack[GenerateOptions]
 ) -> dict[str, object]:
     """Build and check the generate message for chat turns. RequestFailed says what is wrong."""
-    turns = [dict(message) if isinstance(message, Mapping) else message for message in messages]
+    given = _listed("messages", messages, 'a list such as [{"role": "user", "content": "Hi"}]')
+    turns = [dict(message) if isinstance(message, Mapping) else message for message in given]
     return _checked(request_id, {"messages": turns}, stream, options)
+
+
+def _listed(name: str, value: Iterable[T], allowed: str) -> list[T]:
+    """Give the items of what a caller passed. RequestFailed when it has none, such as None."""
+    try:
+        return list(value)
+    except TypeError:
+        raise RequestFailed("bad_request", f"{name} must be {allowed}, got {type(value).__name__}") from None
 
 
 def _checked(request_id: int, what: dict[str, object], stream: bool, options: Mapping[str, Any]) -> dict[str, object]:

@@ -12,6 +12,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from mgpu.protocol import wire
 from mgpu.protocol.completion import START_HINT, Answer, MgpuError, RequestFailed, ServerUnreachable
+from mgpu.protocol.keys import KEYS_VARIABLE, ClientKeys, find_client_keys, fingerprint, use_client_keys
 from mgpu.protocol.messages import (
     Accepted,
     Failed,
@@ -26,7 +27,10 @@ from mgpu.protocol.runtime import LOCK_NAME, is_locked, running_servers
 from mgpu.protocol.schema import FieldError
 
 ENDPOINT_VARIABLE = "MGPU_ENDPOINT"
-_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
+_OTHER_MECHANISM = zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+"""One side has keys and the other has not."""
 
 Reply = Health | Stats | Models
 
@@ -48,21 +52,34 @@ def find_endpoint(endpoint: str | None) -> str:
     return servers[0].endpoint
 
 
+def open_connection(endpoint: str | None, keys: str | Path | None) -> "Connection":
+    """Begin to connect to what `find_endpoint` gives, with the key file ``keys`` or MGPU_KEYS if tcp needs one."""
+    found = find_endpoint(endpoint)
+    return Connection(found, find_client_keys(keys) if found.startswith("tcp://") else None)
+
+
 class Connection:
     """DEALER, its event monitor and the requests in flight. Reads whatever is there; the owner does the waiting."""
 
-    def __init__(self, endpoint: str) -> None:
-        """Start connecting, which libzmq does in the background. ServerUnreachable for a malformed endpoint."""
+    def __init__(self, endpoint: str, keys: ClientKeys | None = None) -> None:
+        """Start connecting, which libzmq does in the background. ServerUnreachable for a malformed endpoint.
+
+        ``keys`` are for tcp only; on ipc the kernel says who we are.
+        """
         self.endpoint = endpoint
+        self._keys = keys
         self.connected = False
         self.was_connected = False
         self._session = secrets.token_hex(16)
         """With a request's id, what the server knows it by on whatever connection; nobody else can name it."""
         self.refused: ServerUnreachable | None = None
         """Why connecting cannot succeed, once that is known."""
+        self._handshake_failed = False
         self._context: zmq.Context[Any] = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         wire.set_client_options(self.socket, endpoint)
+        if self._keys is not None:
+            use_client_keys(self.socket, self._keys)
         self.monitor = self.socket.get_monitor_socket(_EVENTS)
         self.answers: dict[int, Answer] = {}
         self._replies: dict[int, Reply | MgpuError] = {}
@@ -118,7 +135,7 @@ class Connection:
             self._dispatch(frames)
         # Only now: what a server says before it closes the connection counts.
         for event in events:
-            self._on_event(event)
+            self._on_event(*event)
         if not self.connected and self.answers and self.server_is_gone():
             self.fail_all(self.ended())
         return got
@@ -167,18 +184,20 @@ class Connection:
                 answer.take(message)
                 del self.answers[answer.id]
 
-    def _read_monitor(self) -> list[int]:
-        events: list[int] = []
+    def _read_monitor(self) -> list[tuple[int, int]]:
+        """Give the events that have come, each with its value."""
+        events: list[tuple[int, int]] = []
         while True:
             try:
-                events.append(parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))["event"])
+                message = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return events
+            events.append((message["event"], message["value"]))
 
-    def _on_event(self, event: int) -> None:
+    def _on_event(self, event: int, value: int) -> None:
         self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self.refused = ServerUnreachable(f"the server at {self.endpoint} belongs to another user")
+        if event & _FAILED:
+            self._on_failed_handshake(event, value)
         elif event == zmq.EVENT_DISCONNECTED:
             for answer in self.answers.values():
                 answer.is_adrift = True
@@ -187,6 +206,23 @@ class Connection:
             for answer in self.answers.values():
                 if answer.is_adrift:
                     self._resume(answer)
+
+    def _on_failed_handshake(self, event: int, value: int) -> None:
+        at = f"the server at {self.endpoint}"
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._keys is not None:
+            key = fingerprint(self._keys.public)
+            self.refused = ServerUnreachable(f"{at} refuses this client's key {key}: it is not on the server's list")
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self.refused = ServerUnreachable(f"{at} belongs to another user")
+        elif value == _OTHER_MECHANISM and self._keys is not None:
+            self.refused = ServerUnreachable(f"{at} has no keys; connect without one (keys, --keys, {KEYS_VARIABLE})")
+        elif value == _OTHER_MECHANISM:
+            self.refused = ServerUnreachable(
+                f"{at} lets in only clients with a key; name yours with keys=, --keys or {KEYS_VARIABLE} "
+                "(mgpu-launch keygen --client NAME makes one)"
+            )
+        else:
+            self._handshake_failed = True
 
     def _resume(self, answer: Answer) -> None:
         with contextlib.suppress(MgpuError):
@@ -213,7 +249,16 @@ class Connection:
         return reply
 
     def unreachable(self, what: str) -> ServerUnreachable:
+        if self._handshake_failed and not self.was_connected and self.endpoint.startswith("tcp:"):
+            return ServerUnreachable(f"the server at {self.endpoint} ends every attempt to connect: {self._key_hint()}")
         return ServerUnreachable(f"the server at {self.endpoint} {what}; is it running? If not, {START_HINT}")
+
+    def _key_hint(self) -> str:
+        """Guess why handshakes fail; a server that is quick to close the connection does not get to say it."""
+        if self._keys is None:
+            return f"it probably lets in only clients with a key; name yours with keys=, --keys or {KEYS_VARIABLE}"
+        server = fingerprint(self._keys.server)
+        return f"its key is probably not {server}, the one in this client's key file, or it has no keys"
 
     def ended(self) -> ServerUnreachable:
         return self.unreachable("has ended")

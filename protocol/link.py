@@ -1,9 +1,19 @@
 """Messages between the gateway process and the engine in the orchestrator; one `Outputs` per engine step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mgpu.protocol.codec import Codec
 from mgpu.protocol.control import RowSampling, TokenLogprobs
+from mgpu.protocol.limits import ClientLimits
+
+
+@dataclass(frozen=True, slots=True)
+class ServerKeys:
+    """What makes tcp safe: the server's own secret key, and the public keys of those who may connect."""
+
+    secret: bytes = field(repr=False)
+    clients: list[bytes]
+    """32 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,9 @@ class GatewaySpec:
     """Number of the first sequence: a gateway that replaces another must not use its numbers again."""
     info: "EngineInfo | None" = None
     """For a gateway that replaces another: the state of the engine, which goes on. It binds when it can serve."""
+    keys: ServerKeys | None = None
+    """None: only ipc, and tcp on the loopback without encryption."""
+    limits: ClientLimits = field(default_factory=ClientLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +82,11 @@ class Submit:
     cache_salt: bytes
     """Prefix blocks are shared only between requests of the same salt."""
     priority: int
-    """Lower runs first; equal priorities in order of arrival."""
+    """Lower runs first of the requests of one client; equal priorities in order of arrival."""
+    client: int = 0
+    """Whose it is: requests that wait take turns by client."""
+    weight: float = 1.0
+    """The client's share while others wait too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +174,15 @@ class Outputs:
     """Per sequence: prompt tokens taken from the prefix cache; meaningful with the first token."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """What has changed while the server runs; SIGHUP makes the orchestrator read its files again."""
+
+    client_keys: list[bytes] | None
+    """Who may connect from now on, as in `ServerKeys`; None on a server without keys."""
+    limits: ClientLimits
+
+
 LINK = Codec(
     GatewaySpec,
     GatewayReady,
@@ -170,4 +196,5 @@ LINK = Codec(
     Resumable,
     Resume,
     Resumed,
+    Reload,
 )

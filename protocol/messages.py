@@ -31,6 +31,7 @@ FailureCode = Literal[
     "duplicate_id",
     "unknown_request",
     "unknown_model",
+    "not_allowed",
     "not_ready",
     "draining",
     "overloaded",

@@ -31,6 +31,8 @@ FROM_CLIENT = Limits(frame_bytes=1 << 20, array_items=1 << 16, map_items=64, con
 FROM_SERVER = Limits(frame_bytes=16 << 20, array_items=1 << 16, map_items=1 << 12, containers=1 << 18)
 """Larger: log-probabilities of 20 candidates for hundreds of tokens."""
 
+UNREAD_MESSAGES = 64
+"""Per connection to the server; each may have the size of the largest frame. Then its peer has to wait."""
 HEARTBEAT_INTERVAL_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
 HANDSHAKE_TIMEOUT_MS = 3_000
@@ -117,7 +119,7 @@ def set_server_options(socket: "zmq.Socket[Any]", max_bytes: int) -> None:
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
     socket.setsockopt(zmq.SNDHWM, 1000)
-    socket.setsockopt(zmq.RCVHWM, 1000)
+    socket.setsockopt(zmq.RCVHWM, UNREAD_MESSAGES)
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
 
 

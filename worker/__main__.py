@@ -10,6 +10,8 @@ for RANK; standard input is then not looked at.
 
 import argparse
 import faulthandler
+import gc
+import importlib
 import os
 import signal
 import sys
@@ -33,6 +35,8 @@ def main() -> int:
             spec = lifeline.read_spec_from_file(arguments.spec.replace("{rank}", os.environ.get("RANK", "")))
         else:
             lifeline.die_with_parent()
+            if arguments.standby:
+                _import_torch()
             spec = lifeline.read_spec_from_stdin()
         rank = _rank(spec.plan.world_size)
     except BadSpec as error:
@@ -41,6 +45,7 @@ def main() -> int:
     if not arguments.spec:
         lifeline.exit_when_stdin_ends()
     # Only now the seconds of importing torch: a parent that is already gone must not wait for them.
+    _import_torch()
     from mgpu.worker.process import run_worker
 
     if not run_worker(spec, rank):
@@ -49,9 +54,22 @@ def main() -> int:
     return 0
 
 
+def _import_torch() -> None:
+    """Import all that a worker needs; a second call does nothing.
+
+    The garbage collector would look at hundreds of thousands of new objects again and again and find nothing to free:
+    a fifth of the time.
+    """
+    gc.disable()
+    importlib.import_module("mgpu.worker.process")
+    gc.freeze()
+    gc.enable()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mgpu.worker", description="One worker of mgpu.")
     parser.add_argument("--spec", metavar="FILE", help="read the spec from a file, not from standard input")
+    parser.add_argument("--standby", action="store_true", help="import torch at once, not when the spec is there")
     return parser
 
 

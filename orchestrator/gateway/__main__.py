@@ -63,7 +63,7 @@ def _serve(
 ) -> None:
     # A gateway that replaces another is connected to at once, so it must be able to serve at once.
     codec = None if spec.info is None else codec_of(spec)
-    front = Front(context, spec.bind, spec.max_request_bytes)
+    front = Front(context, spec.bind, spec.max_request_bytes, spec.keys)
     jobs = Jobs()
     gateway = Gateway(spec, link, front, jobs, parent_fds)
     if spec.info is not None:

@@ -9,8 +9,6 @@ from mgpu.protocol.link import EngineInfo, GatewaySpec, Submit
 from mgpu.protocol.messages import Accepted, FailureCode, Generate
 from mgpu.protocol.schema import int32_array
 
-MAX_REQUESTS_OF_CLIENT = 256
-MAX_SEQUENCES = 4096
 RETRY_AFTER_S = 1.0
 GREEDY_BELOW = 1e-5
 """Temperatures below this overflow the logits in half precision; they mean greedy."""
@@ -36,20 +34,6 @@ def check_state(info: EngineInfo | None) -> EngineInfo:
     raise Refusal("stopped", "the server has stopped")
 
 
-def check_load(requests_of_client: int, sequences: int) -> None:
-    """Refusal when this client, or all clients together, have too much in flight."""
-    if requests_of_client >= MAX_REQUESTS_OF_CLIENT:
-        raise Refusal(
-            "overloaded",
-            f"this client has {requests_of_client} requests in flight, the limit is {MAX_REQUESTS_OF_CLIENT}",
-            RETRY_AFTER_S,
-        )
-    if sequences >= MAX_SEQUENCES:
-        raise Refusal(
-            "overloaded", f"the server has {sequences} sequences in flight, the limit is {MAX_SEQUENCES}", RETRY_AFTER_S
-        )
-
-
 def check_model(request: Generate, model_name: str) -> None:
     if request.model is not None and request.model != model_name:
         raise Refusal(
@@ -58,11 +42,18 @@ def check_model(request: Generate, model_name: str) -> None:
 
 
 def admit(
-    request: Generate, prompt: bytes, spec: GatewaySpec, info: EngineInfo, first_sequence: int
+    request: Generate,
+    prompt: bytes,
+    spec: GatewaySpec,
+    info: EngineInfo,
+    first_sequence: int,
+    client: int = 0,
+    weight: float = 1.0,
 ) -> tuple[Accepted, list[Submit]]:
     """Give the answer to the client and the sequences for the engine, numbered from ``first_sequence``.
 
-    ``prompt`` is little-endian int32. Refusal with the numbers when ids or lengths do not fit the model.
+    ``prompt`` is little-endian int32; ``client`` and ``weight`` are for the scheduler. Refusal with the numbers when
+    ids or lengths do not fit the model.
     """
     ids = int32_array(prompt)
     if not ids:
@@ -83,6 +74,8 @@ def admit(
             sampling=_sampling(request, len(ids), stop_ids, seed_of_choice(seed, index)),
             cache_salt=request.cache_salt.encode(),
             priority=request.priority,
+            client=client,
+            weight=weight,
         )
         for index in range(request.n)
     ]

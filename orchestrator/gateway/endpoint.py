@@ -19,12 +19,12 @@ class BindError(UserError):
     """The front endpoint cannot be bound; the text says what to use instead."""
 
 
-def bind(socket: "zmq.Socket[Any]", endpoint: str) -> tuple[str, int]:
+def bind(socket: "zmq.Socket[Any]", endpoint: str, has_keys: bool = False) -> tuple[str, int]:
     """Bind ``socket`` and give the endpoint for clients (a TCP port 0 is resolved) and the lock to hold, or -1.
 
     The lock is an open file descriptor; the endpoint is ours for as long as it stays open (see `release`).
     """
-    check_endpoint(endpoint)
+    check_endpoint(endpoint, has_keys)
     if endpoint.startswith("ipc://"):
         lock = _lock_ipc(endpoint.removeprefix("ipc://"))
         old_mask = os.umask(0o077)
@@ -51,10 +51,10 @@ def release(endpoint: str, lock: int) -> None:
     os.close(lock)
 
 
-def check_endpoint(endpoint: str) -> None:
+def check_endpoint(endpoint: str, has_keys: bool = False) -> None:
     """Refuse what could never be bound, or not safely. BindError says what to use instead."""
     if endpoint.startswith("tcp://"):
-        _check_tcp(endpoint)
+        _check_tcp(endpoint, has_keys)
     elif endpoint.startswith("ipc://"):
         _check_ipc(endpoint.removeprefix("ipc://"))
     else:
@@ -94,17 +94,24 @@ def _lock_ipc(path: str) -> int:
     return lock
 
 
-def _check_tcp(endpoint: str) -> None:
+def _check_tcp(endpoint: str, has_keys: bool) -> None:
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     host = host.strip("[]")
     if not host or not port.isdecimal() or int(port) > MAX_PORT:
         raise BindError(f"cannot bind {endpoint}: write tcp://127.0.0.1:PORT with a port from 0 (any) to {MAX_PORT}")
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    address = _address(host)
+    if not has_keys and not (address is not None and address.is_loopback):
         raise BindError(
-            f"refusing to bind {endpoint}: the channel is neither encrypted nor authenticated, so tcp is for the "
-            "loopback only; use tcp://127.0.0.1:PORT, and a tunnel such as ssh -L from other machines"
+            f"refusing to bind {endpoint}: without keys nothing is encrypted and anyone could connect, so tcp is for "
+            "the loopback only. Make keys with `mgpu-launch keygen --out DIR` and add --keys DIR, or use "
+            "tcp://127.0.0.1:PORT"
         )
+    if address is None and host != "*":
+        raise BindError(f"cannot bind {endpoint}: {host!r} is no address; write one, or tcp://*:{port} for all of them")
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None

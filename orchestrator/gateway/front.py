@@ -3,18 +3,33 @@
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import zmq
 
 from mgpu.orchestrator.gateway import zap
 from mgpu.orchestrator.gateway.endpoint import bind, release
 from mgpu.protocol import wire
+from mgpu.protocol.keys import use_server_key
+from mgpu.protocol.link import ServerKeys
 
 MAX_BACKLOG_BYTES = 4 << 20
 """Per client, beyond what its pipe holds (the HWM)."""
+MAX_TOTAL_BACKLOG_BYTES = 256 << 20
+"""Of all clients; beyond it the one that is furthest behind is given up."""
 
 Loss = Literal["gone", "slow"]
+
+
+class Received(NamedTuple):
+    """One message from a client."""
+
+    client: bytes
+    """The routing id: one connection."""
+    frames: list[bytes]
+    """At most ``wire.MAX_FRAMES`` + 1."""
+    identity: str
+    """Who that is: ``key:FINGERPRINT`` with keys, ``uid:N`` on ipc, empty on tcp without keys (see zap.py)."""
 
 
 @dataclass(slots=True)
@@ -26,18 +41,23 @@ class _Backlog:
 class Front:
     """ROUTER of the front channel, its ZAP handler and the messages that wait for slow readers."""
 
-    def __init__(self, context: "zmq.Context[Any]", endpoint: str, max_bytes: int) -> None:
-        """Bind ``endpoint``; BindError when that is impossible or not allowed."""
-        self.doorkeeper = zap.Doorkeeper(context)
+    def __init__(
+        self, context: "zmq.Context[Any]", endpoint: str, max_bytes: int, keys: ServerKeys | None = None
+    ) -> None:
+        """Bind ``endpoint``; BindError when that is impossible or not allowed. With ``keys``, tcp is encrypted."""
+        self.doorkeeper = zap.Doorkeeper(context, None if keys is None else keys.clients)
         self.socket = context.socket(zmq.ROUTER)
+        if keys is not None and endpoint.startswith("tcp://"):
+            use_server_key(self.socket, keys.secret)
         wire.set_server_options(self.socket, max_bytes)
         self.socket.setsockopt(zmq.ZAP_DOMAIN, zap.DOMAIN)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
         self._limits = replace(wire.FROM_CLIENT, frame_bytes=max_bytes)
         self._backlogs: dict[bytes, _Backlog] = {}
+        self._backlog_bytes = 0
         self._lost: dict[bytes, Loss] = {}
         try:
-            self.endpoint, self._lock = bind(self.socket, endpoint)
+            self.endpoint, self._lock = bind(self.socket, endpoint, has_keys=keys is not None)
         except BaseException:
             self.close_sockets()
             raise
@@ -46,18 +66,21 @@ class Front:
     def has_backlog(self) -> bool:
         return bool(self._backlogs)
 
-    def receive(self) -> tuple[bytes, list[bytes]] | None:
-        """Take one message: routing id and at most ``wire.MAX_FRAMES`` + 1 frames. None when none waits."""
+    def receive(self) -> Received | None:
+        """Take one message. None when none waits."""
         try:
             client = self.socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
         frames: list[bytes] = []
+        identity = ""
         while self.socket.getsockopt(zmq.RCVMORE):
             frame = self.socket.recv(zmq.NOBLOCK, copy=False)
+            if not frames:
+                identity = _identity_of(frame)
             if len(frames) <= wire.MAX_FRAMES:  # the rest is read, since it has arrived, and dropped
                 frames.append(frame.bytes)
-        return client, frames
+        return Received(client, frames, identity)
 
     def unpack(self, frames: list[bytes]) -> dict[object, object]:
         """Decode what `receive` gave. WireError for anything that is not a message."""
@@ -72,17 +95,28 @@ class Front:
                 return
             backlog = self._backlogs.setdefault(client, _Backlog())
         backlog.messages.append(message)
-        backlog.size += len(message[-1])
+        self._add(backlog, len(message[-1]))
         if backlog.size > MAX_BACKLOG_BYTES:
-            del self._backlogs[client]
-            self._lost[client] = "slow"
+            self._give_up(client)
+        elif self._backlog_bytes > MAX_TOTAL_BACKLOG_BYTES:
+            self._give_up(max(self._backlogs, key=lambda each: self._backlogs[each].size))
+
+    def _add(self, backlog: _Backlog, size: int) -> None:
+        backlog.size += size
+        self._backlog_bytes += size
+
+    def _give_up(self, client: bytes) -> None:
+        backlog = self._backlogs.pop(client)
+        self._add(backlog, -backlog.size)
+        self._lost[client] = "slow"
 
     def flush(self) -> None:
         """Try again to send what slow readers have not taken."""
         for client, backlog in list(self._backlogs.items()):
             while backlog.messages and self._try_send(backlog.messages[0]):
-                backlog.size -= len(backlog.messages.popleft()[-1])
+                self._add(backlog, -len(backlog.messages.popleft()[-1]))
             if not backlog.messages or self._lost.get(client) == "gone":
+                self._add(backlog, -backlog.size)
                 del self._backlogs[client]
 
     def take_lost(self) -> dict[bytes, Loss]:
@@ -110,3 +144,17 @@ class Front:
         """Close the socket, letting libzmq flush for a moment, and free the endpoint."""
         self.close_sockets()
         release(self.endpoint, self._lock)
+
+
+def _identity_of(frame: zmq.Frame) -> str:
+    """Give what the doorkeeper said of the peer; every frame of its connection carries it."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:  # there is no such property: the doorkeeper gave no name
+        return ""
+
+
+def id_of(data: dict[object, object]) -> int | None:
+    """Give the id of a message that may be wrong in everything else."""
+    value = data.get("id")
+    return value if type(value) is int and 0 <= value < 2**63 else None

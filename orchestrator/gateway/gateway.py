@@ -6,19 +6,22 @@ engine step brings tokens, which become text and go out; it ends in one `Finishe
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
 import zmq
 
-from mgpu.orchestrator.gateway.admission import Refusal, admit, check_load, check_model, check_state
+from mgpu.orchestrator.gateway.admission import Refusal, admit, check_model, check_state
 from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.detokenizer import Detokenizer
-from mgpu.orchestrator.gateway.front import Front
+from mgpu.orchestrator.gateway.front import Front, Received, id_of
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
+from mgpu.orchestrator.gateway.identity import check_allowed, owned
 from mgpu.orchestrator.gateway.jobs import Jobs
+from mgpu.orchestrator.gateway.prompts import Prompts
 from mgpu.orchestrator.gateway.queries import Queries
+from mgpu.orchestrator.gateway.quota import Quota, client_number, owner_of, size_of
 from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
 from mgpu.orchestrator.gateway.resumption import Resumption, pack_context
 from mgpu.orchestrator.gateway.tokenizer import TextCodec, load_codec
@@ -29,6 +32,7 @@ from mgpu.protocol.link import (
     GatewayReady,
     GatewaySpec,
     Outputs,
+    Reload,
     Resumable,
     Resume,
     Resumed,
@@ -47,14 +51,12 @@ from mgpu.protocol.messages import (
     to_map,
 )
 from mgpu.protocol.model import CheckpointFormat
-from mgpu.protocol.schema import FieldError, int32_bytes
+from mgpu.protocol.schema import FieldError
 from mgpu.protocol.wire import WireError
 
 TICK_S = 0.25
 KEEPALIVE_S = 1.0
 BACKLOG_RETRY_MS = 20
-INLINE_CHARS = 4096
-"""Longer prompts are tokenized in a thread."""
 STEPS_PER_TURN = 8
 MESSAGES_PER_TURN = 64
 """Engine steps, and client messages, handled before the other side is looked at again: neither may starve the other."""
@@ -77,7 +79,9 @@ class Gateway:
         self._codec: TextCodec | None = None
         self._is_loaded = False
         self._info = spec.info
-        self._table = RequestTable()
+        self._quota = Quota(spec.limits)
+        self._table = RequestTable(self._quota)
+        self._prompts = Prompts(self._table, jobs, self._admit, self._refuse)
         self._next_sequence = spec.first_sequence
         self._queries = Queries(spec, self._table, self._send, self._send_engine)
         self._resumption = Resumption(self._table, self._choice, self._send, self._send_engine)
@@ -160,6 +164,8 @@ class Gateway:
                 self._on_outputs(message)
             elif isinstance(message, EngineInfo):
                 self._on_info(message)
+            elif isinstance(message, Reload):
+                self._on_reload(message)
             elif isinstance(message, StatsReply):
                 self._queries.on_stats(message, self._usable_info)
             elif isinstance(message, Resumed):
@@ -173,10 +179,23 @@ class Gateway:
             for request in self._table:
                 self._fail(request, Refusal("stopped", "the server has stopped"))
 
+    def _on_reload(self, reload: Reload) -> None:
+        self._front.doorkeeper.let_in(reload.client_keys)
+        self._quota.limits = reload.limits
+        for request in self._table:
+            try:
+                check_allowed(request.identity, self._front.doorkeeper)
+            except Refusal as refusal:
+                self._fail(request, refusal)
+
     def _on_outputs(self, outputs: Outputs) -> None:
         now = time.monotonic()
         for at, sequence_id in enumerate(outputs.request_ids):
             found = self._table.by_sequence(sequence_id)
+            if outputs.finish[at]:
+                self._quota.ended(sequence_id)
+            elif found is None or not found[1].num_tokens:
+                self._quota.begun(sequence_id)
             if found is None:
                 continue  # its request ended here while the engine was still at it
             request, choice = found
@@ -211,19 +230,20 @@ class Gateway:
             received = self._front.receive()
             if received is None:
                 break
-            self._on_client(*received)
+            self._on_client(received)
         self._drop_lost()
 
-    def _on_client(self, client: bytes, frames: list[bytes]) -> None:
-        request_id = None
+    def _on_client(self, received: Received) -> None:
+        client, request_id = received.client, None
         try:
-            data = self._front.unpack(frames)
-            request_id = _id_of(data)
-            message = parse_client_message(data)
+            data = self._front.unpack(received.frames)
+            request_id = id_of(data)
+            check_allowed(received.identity, self._front.doorkeeper)
+            message = owned(parse_client_message(data), received.identity)
             if isinstance(message, Generate):
-                self._on_generate(client, message)
+                self._on_generate(received, message)
             elif isinstance(message, ResumeRequest):
-                if self._resumption.must_ask(client, message, len(self._queries)):
+                if self._resumption.must_ask(client, message, received.identity):
                     self._queries.ask_for_record(client, message)
             elif isinstance(message, CancelRequest):
                 self._on_cancel(client, message)
@@ -246,48 +266,24 @@ class Gateway:
             request_id, text = None, f"request {request_id}: {text}"
         self._send(client, Failed(request_id, refusal.code, text, refusal.retry_after_s))
 
-    def _on_generate(self, client: bytes, message: Generate) -> None:
+    def _on_generate(self, received: Received, message: Generate) -> None:
+        client, identity = received.client, received.identity
         known = self._table.get(client, message.id) or self._table.by_session(message.session, message.id)
         if known is not None:
             raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
         check_model(message, self._spec.model_name)
         check_state(self._usable_info)
-        check_load(self._table.num_of_client(client), self._table.num_sequences + message.n - 1)
+        size = size_of(len(received.frames[-1]), message.n)
+        self._quota.check(owner_of(identity, client), size, message.n)
         now = time.monotonic()
         deadline = None if message.timeout_s is None else now + message.timeout_s
-        request = Request(client, message, last_sent_s=now, deadline_s=deadline)
-        if message.prompt_ids is not None:
-            self._admit(request, message.prompt_ids)
-        else:
-            self._encode(request)
-
-    def _encode(self, request: Request) -> None:
-        codec, message = self._codec, request.spec
-        if codec is None:
-            raise Refusal("bad_request", "the model's folder has no tokenizer; send prompt_ids")
-        if message.prompt is not None and len(message.prompt) <= INLINE_CHARS:
-            self._admit(request, int32_bytes(codec.encode(message.prompt)))
-            return
-        self._table.add(request)
-        self._jobs.start(_encoding(codec, message), lambda future: self._encoded(request, future))
-
-    def _encoded(self, request: Request, future: "Future[list[int]]") -> None:
-        if self._table.get(request.client, request.id) is not request:
-            return  # cancelled meanwhile
-        self._table.remove(request)
-        error = future.exception()
-        if error is not None:
-            if not isinstance(error, (TokenizerError, ChatTemplateError)):
-                log.error("a prompt could not be tokenized", exc_info=error)
-            self._refuse(request.client, request.id, Refusal("bad_request", str(error)[:500]))
-            return
-        try:
-            self._admit(request, int32_bytes(future.result()))
-        except Refusal as refusal:
-            self._refuse(request.client, request.id, refusal)
+        request = Request(client, message, last_sent_s=now, deadline_s=deadline, identity=identity, size=size)
+        self._prompts.encode(request, self._codec)
 
     def _admit(self, request: Request, prompt: bytes) -> None:
-        accepted, submits = admit(request.spec, prompt, self._spec, check_state(self._info), self._next_sequence)
+        info, weight = check_state(self._info), self._quota.limits.weight_of(request.identity)
+        client = client_number(request.owner)
+        accepted, submits = admit(request.spec, prompt, self._spec, info, self._next_sequence, client, weight)
         self._next_sequence += len(submits)
         request.prompt_tokens = accepted.prompt_tokens
         self._table.add(request)
@@ -372,17 +368,3 @@ class Gateway:
 def codec_of(spec: GatewaySpec) -> TextCodec | None:
     """Load the tokenizer; None when the model has none."""
     return load_codec(spec.model_path, cast("CheckpointFormat", spec.model_format))
-
-
-def _id_of(data: dict[object, object]) -> int | None:
-    """Give the id of a message that may be wrong in everything else."""
-    value = data.get("id")
-    return value if type(value) is int and 0 <= value < 2**63 else None
-
-
-def _encoding(codec: TextCodec, message: Generate) -> Callable[[], list[int]]:
-    if message.prompt is not None:
-        prompt = message.prompt
-        return lambda: codec.encode(prompt)
-    messages = message.messages or ()
-    return lambda: codec.encode_chat(messages, message.template_options)

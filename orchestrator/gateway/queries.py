@@ -1,10 +1,11 @@
 """Answers to health, models and stats; the engine is asked, and must not be waited for for ever."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mgpu.orchestrator.gateway.admission import RETRY_AFTER_S
+from mgpu.orchestrator.gateway.admission import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests import RequestTable
 from mgpu.orchestrator.gateway.tokenizer import TextCodec
 from mgpu.protocol.link import EngineInfo, GatewaySpec, Resume, Resumed, StatsQuery, StatsReply
@@ -13,6 +14,9 @@ from mgpu.protocol.messages import Failed, Health, Models, Query, ResumeRequest,
 ENGINE_TIMEOUT_S = 2.0
 RECORD_TIMEOUT_S = 10.0
 """Longer: a client that resumes has waited already, and the engine may be busy with replacing its workers."""
+
+MAX_QUESTIONS, MAX_QUESTIONS_OF_CLIENT = 8192, 1024
+"""Questions that wait for the engine at the same time, of all connections and of one; more if so many may resume."""
 
 EngineQuestion = StatsQuery | Resume
 
@@ -41,6 +45,7 @@ class Queries:
         self._send = send
         self._send_engine = send_engine
         self._waiting: dict[int, Question] = {}
+        self._num_of_client: Counter[bytes] = Counter()
         self._next = 1
         self._counters: dict[str, float] = {}
         """What the engine last said of itself."""
@@ -64,7 +69,7 @@ class Queries:
 
     def take(self, reply: StatsReply | Resumed) -> Question | None:
         """Give the question that is answered; None when it has been given up."""
-        return self._waiting.pop(reply.query_id, None)
+        return self._pop(reply.query_id)
 
     def on_stats(self, reply: StatsReply, info: EngineInfo | None) -> None:
         """Pass the engine's counters on to who asked for them."""
@@ -82,7 +87,7 @@ class Queries:
         """Answer for an engine that does not."""
         overdue = {number: question for number, question in self._waiting.items() if now >= question.overdue_s}
         for number, question in overdue.items():
-            del self._waiting[number]
+            self._pop(number)
             client, message = question.client, question.message
             if isinstance(message, Query) and message.kind == "health":
                 self._send_health(client, message.id, info, {**self._counters, "stalled": 1.0})
@@ -91,10 +96,27 @@ class Queries:
                 self._send(client, Failed(message.id, "not_ready", text, RETRY_AFTER_S))
 
     def _ask(self, client: bytes, message: Query | ResumeRequest, timeout_s: float) -> int:
-        """Note a client's question and give the number under which the engine is asked."""
+        """Note a client's question and give the number under which the engine is asked. Refusal when too many wait."""
+        asked, limits = self._num_of_client[client], self._table.quota.limits
+        most, most_of_all = max(MAX_QUESTIONS_OF_CLIENT, limits.client_requests), max(MAX_QUESTIONS, limits.sequences)
+        if asked >= most or len(self._waiting) >= most_of_all:
+            text = (
+                f"{asked} questions of this client and {len(self._waiting)} of all wait for the engine, "
+                f"the limits are {most} and {most_of_all}"
+            )
+            raise Refusal("overloaded", text, RETRY_AFTER_S)
+        self._num_of_client[client] += 1
         number, self._next = self._next, self._next + 1
         self._waiting[number] = Question(client, message, time.monotonic() + timeout_s)
         return number
+
+    def _pop(self, number: int) -> Question | None:
+        question = self._waiting.pop(number, None)
+        if question is not None:
+            self._num_of_client[question.client] -= 1
+            if not self._num_of_client[question.client]:
+                del self._num_of_client[question.client]
+        return question
 
     def _send_health(
         self, client: bytes, query_id: int, info: EngineInfo | None, counters: Mapping[str, float]
@@ -105,8 +127,12 @@ class Queries:
 
 def stats(query_id: int, counters: Mapping[str, float], table: RequestTable) -> Stats:
     """Put the engine's counters and the gateway's own together."""
-    own = {"gateway_requests": float(len(table)), "gateway_sequences": float(table.num_sequences)}
-    return Stats(query_id, {**counters, **own})
+    own = {
+        "gateway_requests": len(table),
+        "gateway_sequences": table.quota.num_sequences,
+        "gateway_queued_bytes": table.quota.queued_bytes,
+    }
+    return Stats(query_id, {**counters, **{name: float(value) for name, value in own.items()}})
 
 
 def health(

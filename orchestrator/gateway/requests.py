@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mgpu.orchestrator.gateway.detokenizer import Detokenizer
+from mgpu.orchestrator.gateway.quota import Quota, owner_of
 from mgpu.orchestrator.gateway.tokenizer import TextCodec
 from mgpu.protocol.control import TokenLogprobs
 from mgpu.protocol.messages import Finished, Generate, Tokens
@@ -92,10 +93,22 @@ class Request:
     spec: Generate
     last_sent_s: float
     deadline_s: float | None
+    identity: str = ""
+    """Whose it is, beyond the connection; see `front.Received`."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     choices: list[ChoiceState] = field(default_factory=list)
     """Empty until the prompt is tokenized."""
+    size: int = 0
+    """What it weighs while it waits; see `quota.size_of`."""
+    is_encoding: bool = False
+    """A thread has its prompt, or will."""
+    is_over: bool = False
+
+    @property
+    def owner(self) -> str:
+        """Whose limits and share it counts to."""
+        return owner_of(self.identity, self.client)
 
     @property
     def id(self) -> int:
@@ -118,9 +131,10 @@ class Request:
 
 
 class RequestTable:
-    """All requests, found by client and id, and by the sequence ids that the engine knows."""
+    """All requests, found by client and id, and by the sequence ids that the engine knows; keeps the quota's books."""
 
-    def __init__(self) -> None:
+    def __init__(self, quota: Quota) -> None:
+        self.quota = quota
         self._by_client: dict[bytes, dict[int, Request]] = {}
         self._by_sequence: dict[int, tuple[Request, ChoiceState]] = {}
         self._by_session: dict[tuple[str, int], Request] = {}
@@ -133,18 +147,11 @@ class RequestTable:
         """Iterate over a copy, so that requests may end meanwhile."""
         return iter([request for requests in self._by_client.values() for request in requests.values()])
 
-    @property
-    def num_sequences(self) -> int:
-        return len(self._by_sequence)
-
     def get(self, client: bytes, request_id: int) -> Request | None:
         return self._by_client.get(client, {}).get(request_id)
 
     def of_client(self, client: bytes) -> list[Request]:
         return list(self._by_client.get(client, {}).values())
-
-    def num_of_client(self, client: bytes) -> int:
-        return len(self._by_client.get(client, ()))
 
     def by_sequence(self, sequence_id: int) -> tuple[Request, ChoiceState] | None:
         """Find a choice that is still going on; None when its request has ended."""
@@ -155,14 +162,17 @@ class RequestTable:
         return None if session is None else self._by_session.get((session, request_id))
 
     def add(self, request: Request) -> None:
+        request.is_over = False
         self._by_client.setdefault(request.client, {})[request.id] = request
         if request.spec.session is not None:
             self._by_session[request.spec.session, request.id] = request
         self._count += 1
+        self.quota.arrive(request.owner, request.size, request.spec.n)
 
     def start(self, request: Request, choices: list[ChoiceState]) -> None:
         """Note that the engine has been given the sequences of ``request``."""
         request.choices = choices
+        self.quota.submit(request.owner, [choice.sequence_id for choice in choices], request.size)
         for choice in choices:
             self._by_sequence[choice.sequence_id] = (request, choice)
 
@@ -178,5 +188,20 @@ class RequestTable:
         if request.spec.session is not None:
             self._by_session.pop((request.spec.session, request.id), None)
         self._count -= 1
+        request.is_over = True
+        if not request.choices and not request.is_encoding:
+            self.forget_prompt(request)
+        self.quota.leave(request.owner, [choice.sequence_id for choice in request.choices])
         for choice in request.choices:
             self.end_choice(choice)
+
+    def move(self, request: Request, client: bytes) -> None:
+        """Let a request whose prompt is being tokenized go on on another connection."""
+        self.remove(request)
+        self.forget_prompt(request)
+        request.client = client
+        self.add(request)
+
+    def forget_prompt(self, request: Request) -> None:
+        """Give back what a request weighs that was never submitted; a thread may have had its prompt until now."""
+        self.quota.withdraw(request.owner, request.size, request.spec.n)

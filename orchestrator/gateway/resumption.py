@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mgpu.orchestrator.gateway.admission import Refusal, check_load
+from mgpu.orchestrator.gateway.admission import Refusal
+from mgpu.orchestrator.gateway.quota import owner_of
 from mgpu.orchestrator.gateway.requests import MAX_HELD_TOKENS, ChoiceState, Request, RequestTable
 from mgpu.protocol.codec import Codec
 from mgpu.protocol.link import Cancel, SequenceRecord
@@ -26,6 +27,7 @@ class Context:
     timeout_s: float | None
     deadline_s: float | None
     """CLOCK_MONOTONIC, the same for all processes of a machine."""
+    identity: str
 
 
 _CODEC = Codec(Context)
@@ -44,6 +46,7 @@ def pack_context(request: Request, accepted: Accepted) -> bytes:
             spec.skip_special_tokens,
             spec.timeout_s,
             request.deadline_s,
+            request.identity,
         )
     )
 
@@ -61,7 +64,7 @@ def restored_request(client: bytes, message: ResumeRequest, data: bytes, now: fl
         timeout_s=context.timeout_s,
         session=message.session,
     )
-    request = Request(client, spec, last_sent_s=now, deadline_s=context.deadline_s)
+    request = Request(client, spec, last_sent_s=now, deadline_s=context.deadline_s, identity=context.identity)
     request.prompt_tokens = context.accepted.prompt_tokens
     return request, context.accepted
 
@@ -116,19 +119,18 @@ class Resumption:
         self._send = send
         self._send_engine = send_engine
 
-    def must_ask(self, client: bytes, message: ResumeRequest, num_asked: int) -> bool:
+    def must_ask(self, client: bytes, message: ResumeRequest, identity: str) -> bool:
         """Detach the request from the connection it was on; say whether the engine's record of it is needed."""
         request = self._table.by_session(message.session, message.id)
         if request is None and self._table.get(client, message.id) is not None:
             raise Refusal("duplicate_id", "another request with this id is in flight; choose another id")
-        check_load(self._table.num_of_client(client), self._table.num_sequences + num_asked)
         if request is None:
+            self._table.quota.check(owner_of(identity, client), 0, len(message.offsets))
             return True
-        self._table.remove(request)
         if request.choices:
+            self._table.remove(request)
             return True
-        request.client = client  # its prompt is being tokenized: nothing has been said yet
-        self._table.add(request)
+        self._table.move(request, client)  # its prompt is being tokenized: nothing has been said yet
         self._send(client, Resumed(message.id))
         return False
 
@@ -147,6 +149,9 @@ class Resumption:
         ]
         self._table.add(request)
         self._table.start(request, choices)
+        for sequence in record.sequences:
+            if sequence.finish:
+                self._table.quota.ended(sequence.request_id)
         self._send(client, Resumed(request.id))
         self._send(client, accepted)
         for choice, sequence, offset in zip(choices, record.sequences, message.offsets, strict=True):

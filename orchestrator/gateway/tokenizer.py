@@ -1,20 +1,24 @@
 """The model's text side: encode prompts, render chats, give the bytes of a token."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mgpu.orchestrator.gateway.chat_template import ChatTemplate, ChatTemplateError
+from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.detokenizer import byte_level_bytes, sentence_piece_bytes
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError, build_tokenizer
+from mgpu.orchestrator.gateway.template_process import TemplateProcess
+from mgpu.protocol.checkpoint_fields import CheckpointError, checked_file
 from mgpu.protocol.gguf import read_gguf
 from mgpu.protocol.model import CheckpointFormat
 
 _SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
-_MAX_CONFIG_BYTES = 64 << 20
+_MAX_FILE_BYTES = 128 << 20
+"""Four times the largest tokenizer.json in use."""
 
 
 class TextCodec:
@@ -25,9 +29,7 @@ class TextCodec:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._special_tokens = special_tokens
-        self._template_source = template
-        self._template: ChatTemplate | None = None
+        self._template = None if template is None else TemplateProcess(template, special_tokens)
         self._to_bytes = byte_level_bytes if _is_byte_level(tokenizer) else sentence_piece_bytes
         added = tokenizer.get_added_tokens_decoder()
         self._added = {number: token.content.encode() for number, token in added.items()}
@@ -37,7 +39,7 @@ class TextCodec:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template_source is not None
+        return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Give the token ids of ``text``; with the beginning-of-sequence token where the model wants one."""
@@ -50,10 +52,8 @@ class TextCodec:
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None) -> list[int]:
         """Render ``messages`` with the template and encode them. ChatTemplateError when there is none or it refuses."""
-        if self._template_source is None:
-            raise ChatTemplateError("the model has no chat template; send a prompt instead of messages")
         if self._template is None:
-            self._template = ChatTemplate(self._template_source, self._special_tokens)
+            raise ChatTemplateError("the model has no chat template; send a prompt instead of messages")
         # The template writes the special tokens itself.
         return self.encode(self._template.render(messages, options), add_special_tokens=False)
 
@@ -93,8 +93,8 @@ def load_codec(path: str, model_format: CheckpointFormat) -> TextCodec | None:
     if model_format == "gguf":
         return _from_gguf(path)
     folder = Path(path)
-    file = folder / "tokenizer.json"
-    return _from_folder(folder, file) if file.exists() else None
+    file = _find(folder, "tokenizer.json")
+    return None if file is None else _from_folder(folder, file)
 
 
 def _from_gguf(path: str) -> TextCodec:
@@ -114,7 +114,7 @@ def _from_folder(folder: Path, file: Path) -> TextCodec:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust side raises bare Exception for whatever is wrong with the file
         raise TokenizerError(f"{file}: not a usable tokenizer: {str(error)[:200]}") from None
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _read_json(folder, "tokenizer_config.json")
     special = {
         f"{name}_token": text
         for name in _SPECIAL_NAMES
@@ -131,29 +131,41 @@ def _token_text(value: object) -> str | None:
 
 def _template_of(folder: Path, config: Mapping[str, object]) -> str | None:
     """Find the template as transformers does: chat_template.jinja, chat_template.json, tokenizer_config.json."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
+    file = _find(folder, "chat_template.jinja")
+    if file is not None:
         return _read_text(file)
-    value = _read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+    value = _read_json(folder, "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(value, list):
         named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
         value = named.get("default")
     return value if isinstance(value, str) else None
 
 
-def _read_json(file: Path) -> dict[str, object]:
-    if not file.exists():
+def _find(folder: Path, name: str) -> Path | None:
+    """Give the path of a file that may be absent. TokenizerError when it is a link out of the folder, or too large."""
+    if not os.path.lexists(folder / name):
+        return None
+    try:
+        file = checked_file(folder, name)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
+    if (size := file.stat().st_size) > _MAX_FILE_BYTES:
+        raise TokenizerError(f"{file}: {size} bytes, more than the {_MAX_FILE_BYTES} allowed")
+    return file
+
+
+def _read_json(folder: Path, name: str) -> dict[str, object]:
+    file = _find(folder, name)
+    if file is None:
         return {}
     try:
         value = json.loads(_read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{file}: not JSON: {error}") from None
     return value if isinstance(value, dict) else {}
 
 
 def _read_text(file: Path) -> str:
-    if file.stat().st_size > _MAX_CONFIG_BYTES:
-        raise TokenizerError(f"{file}: larger than {_MAX_CONFIG_BYTES} bytes")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

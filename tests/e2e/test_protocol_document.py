@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "orchestrator" / "gateway"))
 
 from gateway_process import GatewayProcess, make_model_folder
 
-from mgpu.orchestrator.gateway.admission import MAX_REQUESTS_OF_CLIENT
 from mgpu.protocol import wire
+from mgpu.protocol.limits import ClientLimits
 from mgpu.protocol.messages import GENERATE_RULES, SERVER_TYPES, FailureCode
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -111,5 +111,6 @@ def test_the_table_of_codes_is_the_codes() -> None:
 def test_the_numbers_on_the_page_are_the_codes() -> None:
     for field in fields(wire.Limits):
         assert str(getattr(wire.FROM_CLIENT, field.name)) in PAGE
-    assert f"this client ({MAX_REQUESTS_OF_CLIENT})" in PAGE
+    limits = ClientLimits()
+    assert f"this client ({limits.client_requests} requests; {limits.client_queue_bytes >> 20} MiB" in PAGE
     assert f"at most {wire.FROM_SERVER.frame_bytes >> 20} MiB" in PAGE

@@ -114,3 +114,24 @@ def test_planning_imports_neither_torch_nor_the_driver(model: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_folder_with_pickled_weights_only_is_refused_as_serve_does(model: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    done = launch("-m", str(tmp_path), "--gpus", "2")
+    assert done.returncode == 78
+    assert "no .safetensors weights; 'pytorch_model.bin' can run code when it is read" in done.stderr
+
+
+def test_all_gpus_and_a_map_are_not_asked_for_at_once(model: str) -> None:
+    done = launch("-m", model, "--gpus", "2", "--tp", "0", "-n", "0:32;1:32")
+    assert done.returncode == 78
+    assert "--tp 0 (command line) asks for all GPUs and --device-layers (command line) for certain ones" in done.stderr
+    assert launch("-m", model, "--gpus", "2", "-n", "0:32;1:32").returncode == 0
+
+
+def test_the_status_says_that_there_is_no_gpu(model: str) -> None:
+    done = launch("-m", model, "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 69
+    assert "no GPU is visible" in done.stderr

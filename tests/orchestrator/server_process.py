@@ -16,16 +16,20 @@ from typing import Any
 import psutil
 import zmq
 
+from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.notify import Notifier
+from mgpu.orchestrator.reload import Reloadable
 from mgpu.orchestrator.server import Server
 from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.orchestrator.signals import end_process
 from mgpu.protocol.control import RowSampling
+from mgpu.protocol.limits import ClientLimits
 from mgpu.protocol.link import (
     LINK,
     Cancel,
     EngineInfo,
     Outputs,
+    Reload,
     Resumable,
     Resume,
     Resumed,
@@ -110,6 +114,7 @@ class ServerProcess:
         self.infos: list[EngineInfo] = []
         self.stats: list[StatsReply] = []
         self.records: list[Resumed] = []
+        self.reloads: list[Reload] = []
         self.tokens: dict[int, list[int]] = {}
         self.finish: dict[int, str] = {}
         self.errors: dict[int, str] = {}
@@ -171,6 +176,8 @@ class ServerProcess:
             self.stats.append(message)
         elif isinstance(message, Resumed):
             self.records.append(message)
+        elif isinstance(message, Reload):
+            self.reloads.append(message)
         elif isinstance(message, Outputs):
             columns = (message.request_ids, message.token_ids, message.finish, message.errors)
             for request_id, tokens, finish, error in zip(*columns, strict=True):
@@ -207,7 +214,15 @@ def running_server(folder: Path, options: dict[str, Any] | None = None, **change
         context.destroy(linger=0)
 
 
+def read_again() -> Reloadable:
+    """Read the file ``reload`` beside the log: how many requests a client may have."""
+    text = (Path(os.environ["MGPU_RUNTIME_DIR"]).parent / "reload").read_text()
+    if not text.isdecimal():
+        raise UserError(f"{text!r} is not a number")
+    return Reloadable(None, ClientLimits(client_requests=int(text)), drain_timeout_s=0.0)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     notifier = Notifier.from_environment(os.environ)
-    end_process(Server(config(**json.loads(sys.argv[1])), notifier).run())
+    end_process(Server(config(**json.loads(sys.argv[1])), notifier, read_again).run())

@@ -120,3 +120,15 @@ def test_logprobs_travel_with_their_tokens(server: ServerProcess) -> None:
             for tokens, logprobs in zip(message.token_ids, message.logprobs, strict=True):
                 seen.append((tokens, [each.top_ids[0] for each in logprobs]))
     assert [tokens for tokens, _ in seen] == [top for _, top in seen] == [[t] for t in solo_tokens([1, 2, 3], 3)]
+
+
+def test_one_request_does_not_wait_for_all_those_that_another_client_has_queued(server: ServerProcess) -> None:
+    prompt = array("i", [3, 1, 4]).tobytes()
+    many = range(700_000, 700_400)
+    for request_id in many:
+        server.send(Submit(request_id, prompt, 20, [], RowSampling(), b"", 0, client=1))
+    server.send(Submit(800_000, prompt, 20, [], RowSampling(), b"", 0, client=2))
+    server.wait_for(lambda: 800_000 in server.finish)
+    assert sum(request_id in server.finish for request_id in many) < 200
+    server.wait_for(lambda: all(request_id in server.finish for request_id in many))
+    assert all(server.tokens[request_id] == solo_tokens([3, 1, 4], 20) for request_id in (*many, 800_000))

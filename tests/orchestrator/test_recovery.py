@@ -116,6 +116,15 @@ def test_many_kills_at_any_moment_lose_nothing(folder: Path) -> None:
         assert server.counters()["restarts"] == 12
 
 
+def test_the_state_is_told_before_counters_that_know_of_the_restart(folder: Path) -> None:
+    with running_server(folder) as server:
+        server.wait_ready()
+        server.workers()[0].kill()
+        while (counters := server.counters())["restarts"] == 0:
+            pass  # each call waits for a reply
+        assert states(server)[2:] == (["recovering", "ready"] if counters["last_recovery_s"] else ["recovering"])
+
+
 def test_a_kill_of_an_idle_worker_is_repaired_before_the_next_request(folder: Path) -> None:
     with running_server(folder) as server:
         server.wait_ready()

@@ -121,6 +121,8 @@ def test_n_choices_stream_under_their_index(gateway: GatewayProcess) -> None:
         ("", {}, "prompt must be"),
         ([], {}, "at least one"),
         ([-1], {}, r"prompt\[0\]"),
+        (None, {}, "prompt must be text or a sequence of token ids, got NoneType"),
+        (5, {}, "prompt must be text or a sequence of token ids, got int"),
         ("a\ud800", {}, "lone surrogate"),
         ("x", {"temperature": float("nan")}, "temperature"),
         ("x", {"temprature": 1}, "did you mean temperature"),

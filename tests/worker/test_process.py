@@ -156,6 +156,20 @@ def test_a_worker_ends_when_standard_input_does(tiny_model: MakeModel, tmp_path:
         assert time.monotonic() - began_s < 2.0
 
 
+def test_a_standby_has_torch_before_its_spec_and_ends_with_standard_input() -> None:
+    process = subprocess.Popen([sys.executable, "-m", "mgpu.worker", "--standby"], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    try:
+        wait_until(lambda: reads_stdin(process.pid), DEADLINE_S)
+        assert "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+        process.stdin.close()
+        assert process.wait(DEADLINE_S) == 2
+    finally:
+        process.kill()
+        process.stdin.close()
+        process.wait(DEADLINE_S)
+
+
 START_AND_WAIT = """
 import subprocess, sys
 worker = subprocess.Popen([sys.executable, "-m", "mgpu.worker"])

@@ -180,26 +180,35 @@ def test_two_instances_do_not_disturb_each_other(service: Service) -> None:
     assert list(Path("/run/mgpu").iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["absent", "file", "folder"])
+@pytest.mark.parametrize("kind", ["absent", "folder"])
 def test_keys_reach_the_service_and_nobody_else(service: Service, kind: str) -> None:
     service.stop()
-    keys = Path("/etc/mgpu/one.keys")
-    if kind == "file":
-        keys.write_text("secret")
-    elif kind == "folder":
-        keys.mkdir()
-        (keys / "clients").write_text("secret")
-    run("chmod", "-R", "go=", str(keys))
-    assert service.start().returncode == 0
+    keys, client = Path("/etc/mgpu/one.keys"), "/root/alice.client"
+    expected = ["keys 1 400 mgpu"]
+    if kind == "folder":
+        for arguments in ((), ("--client", "alice")):
+            assert run(LAUNCHER, "keygen", "--out", str(keys), *arguments).returncode == 0
+        (keys / "alice.client").rename(client)
+        expected += [f"keys_{name} {size} 400 mgpu" for name, size in sorted(key_files(keys))]
+        with service.config.open("a") as config:
+            config.write('bind = "tcp://127.0.0.1:5555"\n')
+    assert service.start().returncode == 0, service.journal()
     listing = run("nsenter", "-t", str(service.pid), "-m", "find", f"/run/credentials/{service.unit}", "-type", "f",
                   "-printf", "%f %s %m %u\n")  # fmt: skip
-    found = sorted(listing.stdout.splitlines())
-    assert (
-        found
-        == {
-            "absent": ["keys 1 400 mgpu"],
-            "file": ["keys 6 400 mgpu"],
-            "folder": ["keys 1 400 mgpu", "keys_clients 6 400 mgpu"],
-        }[kind]
-    )
+    assert sorted(listing.stdout.splitlines()) == expected
+    if kind == "folder":
+        ask = (LAUNCHER, "status", "--endpoint", "tcp://127.0.0.1:5555")
+        assert run(*ask).returncode == 69
+        assert run(*ask, "--keys", client).returncode == 0
+        assert run("systemctl", "reload", service.unit).returncode == 0
+        wait_until(lambda: "reloaded; 1 client keys" in service.journal())
+        assert run(*ask, "--keys", client).returncode == 0
+        service.config.write_text(CONFIG)
     run("rm", "-rf", str(keys))
+
+
+def key_files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Give names, as systemd makes credentials of them, and sizes."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            yield str(path.relative_to(folder)).replace("/", "_"), path.stat().st_size

@@ -29,4 +29,5 @@ def gateway(shared_gateway: GatewayProcess) -> Iterator[GatewayProcess]:
     yield shared_gateway
     shared_gateway.engine.reset()
     shared_gateway.set_info()
+    shared_gateway.wait_until_idle()
     assert shared_gateway.process.poll() is None

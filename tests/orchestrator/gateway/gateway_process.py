@@ -224,9 +224,20 @@ class GatewayProcess:
     """Start `python -m mgpu.orchestrator.gateway` as the orchestrator does. A context manager."""
 
     def __init__(
-        self, model: Path, *, bind: str | None = None, ready: bool = True, before: str = "", **spec: Any
+        self,
+        model: Path,
+        *,
+        bind: str | None = None,
+        ready: bool = True,
+        before: str = "",
+        client_keys: Path | None = None,
+        **spec: Any,
     ) -> None:
-        """``before`` is shell code, such as a ulimit; ``spec`` overrides fields of the GatewaySpec."""
+        """``before`` is shell code, such as a ulimit; ``spec`` overrides fields of the GatewaySpec.
+
+        ``client_keys`` is a key file to look at the gateway with.
+        """
+        self._client_keys = client_keys
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="mgpu-test-"))
         self.engine = FakeEngine(f"ipc://{self.runtime_dir}/link")
         self.engine.start()
@@ -287,9 +298,16 @@ class GatewayProcess:
         """Let the engine report its state, and wait until a client can see it."""
         self.engine.tell(EngineInfo(state, max_seq_len, kv_tokens, "layout: one fake engine"))
         deadline = time.monotonic() + DEADLINE_S
-        with Client(self.endpoint) as client:
+        with Client(self.endpoint, keys=self._client_keys) as client:
             while (health := client.health()) and (health.state, health.kv_tokens) != (state, kv_tokens):
                 assert time.monotonic() < deadline
+
+    def wait_until_idle(self) -> None:
+        """Wait until the books say that nothing is in flight or waits."""
+        deadline = time.monotonic() + DEADLINE_S
+        with Client(self.endpoint) as client:
+            while any(client.stats().values()):
+                assert time.monotonic() < deadline, client.stats()
 
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])

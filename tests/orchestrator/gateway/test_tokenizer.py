@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -192,4 +193,52 @@ def test_a_folder_without_tokenizer_has_none_and_a_broken_one_is_named(tmp_path:
     assert load_codec(str(tmp_path), "safetensors") is None
     (tmp_path / "tokenizer.json").write_text('{"version": 1}')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        load_codec(str(tmp_path), "safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"]
+)
+def test_a_link_out_of_the_folder_a_pipe_and_a_huge_file_are_refused(
+    model_folder: Path, tmp_path: Path, name: str
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text('{"private": "words"}')
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    file = folder / name
+    for make, words in (
+        (lambda: file.symlink_to(secret), "outside the model folder"),
+        (lambda: file.symlink_to(tmp_path / "nowhere"), "cannot be read"),
+        (lambda: os.mkfifo(file), "not a regular file"),
+        (lambda: truncated(file, 1 << 40), "1099511627776 bytes, more than"),
+    ):
+        file.unlink(missing_ok=True)
+        make()
+        with pytest.raises(TokenizerError, match=words) as refused:
+            load_codec(str(folder), "safetensors")
+        assert "private" not in str(refused.value)
+
+
+def truncated(file: Path, size: int) -> None:
+    """Make a file that claims to be large and takes no space."""
+    file.touch()
+    os.truncate(file, size)
+
+
+def test_a_link_into_the_blobs_of_the_same_cache_entry_is_followed(model_folder: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots/abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(model_folder, blobs)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    codec = load_codec(str(snapshot), "safetensors")
+    assert codec is not None
+    assert codec.has_chat_template
+
+
+def test_json_that_is_nested_without_end_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text("[" * 200_000)
+    with pytest.raises(TokenizerError, match="not JSON"):
         load_codec(str(tmp_path), "safetensors")

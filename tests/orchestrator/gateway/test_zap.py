@@ -1,21 +1,35 @@
-"""Who may connect to the front channel."""
+"""Who may connect to the front channel, and as whom."""
 
 import os
 
 import pytest
 
-from mgpu.orchestrator.gateway.zap import DOMAIN, allows
+from mgpu.orchestrator.gateway.zap import DOMAIN, identify
+from mgpu.protocol.keys import fingerprint
+
+ALICE, MALLORY = b"a" * 32, b"m" * 32
 
 
-def question(address: str, domain: bytes = DOMAIN, mechanism: bytes = b"NULL") -> list[bytes]:
-    return [b"1.0", b"7", domain, address.encode(), b"", mechanism]
+def question(address: str, domain: bytes = DOMAIN, mechanism: bytes = b"NULL", *credentials: bytes) -> list[bytes]:
+    return [b"1.0", b"7", domain, address.encode(), b"", mechanism, *credentials]
+
+
+def with_key(address: str, *credentials: bytes) -> list[bytes]:
+    return question(address, DOMAIN, b"CURVE", *credentials)
 
 
 @pytest.mark.parametrize(
-    "address", [f"localhost:{os.getuid()}:0:1", "localhost:0:0:1", "127.0.0.1", "127.8.8.8", "::1"]
+    ("address", "identity"),
+    [
+        (f"localhost:{os.getuid()}:0:1", f"uid:{os.getuid()}"),
+        ("localhost:0:0:1", "uid:0"),
+        ("127.0.0.1", ""),
+        ("127.8.8.8", ""),
+        ("::1", ""),
+    ],
 )
-def test_own_processes_root_and_the_loopback_may(address: str) -> None:
-    assert allows(question(address))
+def test_own_processes_root_and_the_loopback_may(address: str, identity: str) -> None:
+    assert identify(question(address), None) == identity
 
 
 @pytest.mark.parametrize(
@@ -29,9 +43,35 @@ def test_own_processes_root_and_the_loopback_may(address: str) -> None:
         question(""),
         question("127.0.0.1", domain=b"other"),
         question("127.0.0.1", mechanism=b"PLAIN"),
+        with_key("127.0.0.1", ALICE),
         [b"2.0", *question("127.0.0.1")[1:]],
         [],
     ],
 )
 def test_others_may_not(asked: list[bytes]) -> None:
-    assert not allows(asked)
+    assert identify(asked, None) is None
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "192.168.1.5", "2001:db8::7"])
+def test_with_keys_a_listed_key_may_come_from_anywhere(address: str) -> None:
+    assert identify(with_key(address, ALICE), {ALICE}) == f"key:{fingerprint(ALICE)}"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        with_key("127.0.0.1", MALLORY),
+        with_key("127.0.0.1", b""),
+        with_key("127.0.0.1"),
+        with_key("127.0.0.1", ALICE, ALICE),
+        question("127.0.0.1"),
+        question("127.0.0.1", DOMAIN, b"NULL", ALICE),
+        question("127.0.0.1", DOMAIN, b"PLAIN", ALICE),
+    ],
+)
+def test_with_keys_nobody_else_may_not_even_from_the_loopback(asked: list[bytes]) -> None:
+    assert identify(asked, {ALICE}) is None
+
+
+def test_keys_do_not_close_ipc_to_the_own_user() -> None:
+    assert identify(question(f"localhost:{os.getuid()}:0:1"), {ALICE}) == f"uid:{os.getuid()}"

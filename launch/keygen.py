@@ -1,0 +1,119 @@
+"""``mgpu-launch keygen``: make the keys that let clients connect by tcp, encrypted and proven."""
+
+import os
+import re
+from pathlib import Path
+
+import click
+
+from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.server_keys import CLIENTS_NAME, PUBLIC_NAME, PUBLIC_SUFFIX, SECRET_NAME
+from mgpu.protocol.completion import MgpuError
+from mgpu.protocol.keys import KEYS_VARIABLE, fingerprint, key_text, new_pair, read_keys
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class KeygenError(UserError):
+    """The keys cannot be made as asked; nothing that existed was changed."""
+
+
+@click.command("keygen")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the keys. [default: mgpu/keys in $XDG_CONFIG_HOME or ~/.config]",
+)
+@click.option("--client", metavar="NAME", help="Make a client's key instead, and put it on the list of the folder.")
+def keygen_command(out: Path | None, client: str | None) -> None:
+    """Make a server's key, or a client's, for servers that are reached by tcp.
+
+    First `keygen` for the server, then `keygen --client NAME` for each client. Existing keys are never changed.
+    """
+    folder = (out or default_folder()).absolute()
+    try:
+        lines = make_server(folder) if client is None else make_client(folder, client)
+    except MgpuError as error:
+        raise KeygenError(str(error)) from None
+    click.echo("\n".join(lines))
+
+
+def default_folder() -> Path:
+    """Give the folder that is used when none is named."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mgpu" / "keys"
+
+
+def make_server(folder: Path) -> list[str]:
+    """Make ``server.secret`` and ``server.public``; gives what to tell the user. KeygenError when there is one."""
+    secret_file, public_file = folder / SECRET_NAME, folder / PUBLIC_NAME
+    _check_free(secret_file, f"for a client's key: mgpu-launch keygen --out {folder} --client NAME")
+    _check_free(public_file, "choose another --out")
+    public, secret = new_pair()
+    _make_folder(folder)
+    _make_folder(folder / CLIENTS_NAME)
+    _write(secret_file, f"# Secret key of an mgpu server.\nsecret {key_text(secret)}\n", 0o600)
+    _write(public_file, f"# Public key of an mgpu server.\npublic {key_text(public)}\n", 0o644)
+    return [
+        f"made {secret_file} (secret) and {public_file}",
+        f"public key   {key_text(public)}",
+        f"fingerprint  {fingerprint(public)}",
+        "",
+        "Next:",
+        f"  mgpu-launch keygen --out {folder} --client NAME    # for each client",
+        f"  mgpu-launch serve -m MODEL --bind 'tcp://*:5555' --keys {folder}",
+    ]
+
+
+def make_client(folder: Path, name: str) -> list[str]:
+    """Make ``NAME.client`` with the secret key and ``clients/NAME.public``; gives what to tell the user.
+
+    ``folder`` must hold the server's public key: it is the server's folder, or one on the client's machine.
+    """
+    if not _NAME.fullmatch(name):
+        raise KeygenError(f"{name!r} cannot name a client; use letters, digits, '_', '-' and '.', such as alice")
+    if not (folder / PUBLIC_NAME).exists():
+        raise KeygenError(
+            f"{folder / PUBLIC_NAME} is missing: make the server's key first (mgpu-launch keygen --out {folder}), or "
+            f"copy {PUBLIC_NAME} from the server's keys to {folder}"
+        )
+    server = read_keys(folder / PUBLIC_NAME, "public", is_secret=False)["public"]
+    secret_file, public_file = folder / f"{name}.client", folder / CLIENTS_NAME / f"{name}{PUBLIC_SUFFIX}"
+    for file in (secret_file, public_file):
+        _check_free(file, "choose another name, or remove it first")
+    public, secret = new_pair()
+    _make_folder(folder / CLIENTS_NAME)
+    text = f"# Secret key of the mgpu client {name}, and its server's public key."
+    _write(secret_file, f"{text}\nsecret {key_text(secret)}\nserver {key_text(server)}\n", 0o600)
+    _write(public_file, f"# Public key of the mgpu client {name}.\npublic {key_text(public)}\n", 0o644)
+    return [
+        f"made {secret_file} (secret) and {public_file}",
+        f"public key   {key_text(public)}",
+        f"fingerprint  {fingerprint(public)}",
+        "",
+        "Next:",
+        f"  move {secret_file} to the client, readable to its owner only",
+        f"  kill -HUP PID    # if the server runs: it reads {folder / CLIENTS_NAME} again",
+        f"  {KEYS_VARIABLE}={name}.client mgpu-launch status --endpoint tcp://SERVER:5555    # on the client",
+    ]
+
+
+def _check_free(file: Path, way_out: str) -> None:
+    if os.path.lexists(file):
+        raise KeygenError(f"{file} exists already and is never overwritten; {way_out}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise KeygenError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from None
+
+
+def _write(file: Path, text: str, mode: int) -> None:
+    """Create a file that did not exist, from the first moment with its final mode."""
+    try:
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        with os.fdopen(fd, "w", encoding="ascii") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise KeygenError(f"cannot write {file}: {error.strerror}; choose another --out") from None

@@ -1,0 +1,148 @@
+"""Whose turn it is: weighted fair queueing of the waiting requests over clients, in tokens.
+
+Every client has an account with a tag, its virtual time: the tokens that it was served, divided by its weight. Next is
+the client with the smallest tag, and of its requests the one with the smallest (priority, arrival). A client that
+comes, or comes back, starts at the present, which is the tag of whoever was served last: nobody saves up turns by
+being away, and nobody pays for having been alone. So while requests wait, clients get tokens in proportion to their
+weights, however many requests each of them has. (Start-time fair queueing, Goyal, Vin and Cheng 1996; what an answer
+will cost is unknown, so a guess is charged first and corrected at its end.)
+
+Pure and deterministic; O(log n) per operation, amortized.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+
+from mgpu.orchestrator.sequence import Sequence
+
+FIRST_GUESS = 128.0
+"""Tokens of an answer, as long as nothing is known."""
+_SMOOTHING = 0.05
+_SLACK = 64
+_MAX_IDLE = 4096
+"""Accounts that are kept of clients with nothing in line; more of them are forgotten, which forgives what they owe."""
+
+
+@dataclass(slots=True, eq=False)
+class Account:
+    """One client: its requests in line and what it was served."""
+
+    tag: float
+    weight: float = 1.0
+    waiting: list[tuple[tuple[int, int], Sequence]] = field(default_factory=list)
+    """Heap by (priority, arrival); endings stay until they are met."""
+    entry: int = -1
+    """Its valid entry in the line of clients; -1 when it has none."""
+
+
+class FairQueue:
+    """Requests that have never run. `head` is next; `pop` takes it and charges its client."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[int, Account] = {}
+        self._line: list[tuple[float, int, Account]] = []
+        """Heap by tag, then by who came first; an entry is stale when it is not its account's latest."""
+        self._entries = 0
+        self._now = 0.0
+        self._num_waiting = 0
+        self._num_ended = 0
+        self._sweep_at = _SLACK
+        self._mean_answer = FIRST_GUESS
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    @property
+    def num_held(self) -> int:
+        """Requests in memory: those that wait, and some that ended in line."""
+        return self._num_waiting + self._num_ended
+
+    def push(self, seq: Sequence) -> None:
+        """Add a request to its client's own."""
+        account = self._accounts.get(seq.client)
+        if account is None:
+            account = self._accounts[seq.client] = Account(self._now)
+        account.weight = seq.weight
+        heapq.heappush(account.waiting, (seq.order, seq))
+        self._num_waiting += 1
+        if account.entry < 0:
+            account.tag = max(account.tag, self._now)
+            self._enter(account)
+        if len(self._accounts) > self._sweep_at:
+            self._forget_idle()
+
+    def head(self) -> Sequence | None:
+        """Give the request whose turn it is, without taking it."""
+        while self._line:
+            _, entry, account = self._line[0]
+            if account.entry == entry:
+                while account.waiting and account.waiting[0][1].finished:
+                    heapq.heappop(account.waiting)
+                    self._num_ended -= 1
+                if account.waiting:
+                    return account.waiting[0][1]
+                account.entry = -1
+            heapq.heappop(self._line)
+        return None
+
+    def pop(self) -> Sequence:
+        """Take the head and charge its client for the prompt that is left to compute and the answer to expect."""
+        seq = self.head()
+        assert seq is not None, "nobody waits"
+        account = heapq.heappop(self._line)[2]
+        heapq.heappop(account.waiting)
+        account.entry = -1
+        self._now = account.tag
+        seq.account = account
+        seq.charged = seq.prompt_len - seq.cached_tokens + min(self._mean_answer, seq.max_len - seq.prompt_len)
+        account.tag += seq.charged / account.weight
+        if account.waiting:
+            self._enter(account)
+        self._leave()
+        return seq
+
+    def drop(self, seq: Sequence) -> None:
+        """Note that a request ended in line."""
+        self._num_ended += 1
+        self._leave()
+        if self._num_ended > self._num_waiting + _SLACK:  # do not keep their prompts in memory
+            self._drop_ended()
+
+    def settle(self, seq: Sequence) -> None:
+        """Correct what `pop` has charged, now that the request has ended."""
+        answer = len(seq.tokens) - seq.prompt_len
+        self._mean_answer += (answer - self._mean_answer) * _SMOOTHING
+        account, seq.account = seq.account, None
+        if account is None:
+            return
+        account.tag += (len(seq.tokens) - seq.cached_tokens - seq.charged) / account.weight
+        if account.entry >= 0:
+            self._enter(account)
+
+    def _enter(self, account: Account) -> None:
+        self._entries += 1
+        account.entry = self._entries
+        heapq.heappush(self._line, (account.tag, account.entry, account))
+        if len(self._line) > 2 * len(self._accounts) + _SLACK:
+            self._line = [each for each in self._line if each[2].entry == each[1]]
+            heapq.heapify(self._line)
+
+    def _leave(self) -> None:
+        self._num_waiting -= 1
+        if not self._num_waiting:  # nobody was kept waiting, so nobody owes anything
+            self._accounts, self._line = {}, []
+            self._num_ended, self._now, self._sweep_at = 0, 0.0, _SLACK
+
+    def _drop_ended(self) -> None:
+        for account in self._accounts.values():
+            account.waiting = [each for each in account.waiting if not each[1].finished]
+            heapq.heapify(account.waiting)
+        self._num_ended = 0
+
+    def _forget_idle(self) -> None:
+        """Forget clients that have nothing in line and nothing to pay back."""
+        kept = {number: each for number, each in self._accounts.items() if each.entry >= 0 or each.tag > self._now}
+        if len(kept) > self._num_waiting + _MAX_IDLE:
+            kept = {number: each for number, each in kept.items() if each.entry >= 0}
+        self._accounts = kept
+        self._sweep_at = 2 * len(kept) + _SLACK

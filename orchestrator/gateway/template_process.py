@@ -1,0 +1,152 @@
+"""Render chat templates in a process of their own, which is ended when it takes too long or too much memory.
+
+The sandbox of chat_template.py stops what it can see. One call in C that makes gigabytes, or a loop that doubles a text
+forty times, it cannot; the kernel can, but only for a process. Messages: four bytes of length, then JSON.
+"""
+
+import json
+import os
+import resource
+import select
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+
+from mgpu.orchestrator.gateway.chat_template import TIME_LIMIT_S, ChatTemplate, ChatTemplateError
+
+COMMAND = (sys.executable, "-m", "mgpu.orchestrator.gateway.template_process")
+MEMORY_BYTES = 1 << 30
+"""Address space of the process; an interpreter that has rendered a long prompt uses a tenth of it."""
+START_LIMIT_S = 30.0
+MARGIN_S = 1.0
+"""How much longer than the sandbox's own limit the process may take before it is killed."""
+_MAX_MESSAGE_BYTES = 128 << 20
+_LENGTH = struct.Struct("<I")
+
+
+class TemplateProcess:
+    """Renders one model's template; started when it is first needed, and again after it had to be ended.
+
+    Any number of threads may render; they take turns.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], time_limit_s: float = TIME_LIMIT_S) -> None:
+        self._setup = {"source": source, "special_tokens": dict(special_tokens), "time_limit_s": time_limit_s}
+        self._render_limit_s = time_limit_s + MARGIN_S
+        self._lock = threading.Lock()
+        self._pipe: _Pipe | None = None
+
+    def render(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None = None) -> str:
+        """Give the prompt for an answer to ``messages``. ChatTemplateError as in `ChatTemplate`, or at the limits."""
+        request = {"messages": [dict(message) for message in messages], "options": dict(options or {})}
+        with self._lock:
+            pipe, self._pipe = self._pipe, None  # put back only if it can be used again
+            pipe = pipe or self._start()
+            reply = pipe.ask(request, self._render_limit_s)
+            self._pipe = pipe
+        return _text_of(reply)
+
+    def _start(self) -> "_Pipe":
+        pipe = _Pipe()
+        _text_of(pipe.ask(self._setup, START_LIMIT_S))
+        return pipe
+
+
+def _text_of(reply: Mapping[str, str]) -> str:
+    if "text" not in reply:
+        raise ChatTemplateError(reply.get("error", "the chat template's process gave no answer"))
+    return reply["text"]
+
+
+class _Pipe:
+    """A running process and how to talk to it. It ends when this is dropped."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
+        for fd in (self._to, self._from):
+            os.set_blocking(fd, False)
+        self._end = weakref.finalize(self, _end, self._process)
+
+    def ask(self, message: Mapping[str, object], limit_s: float) -> dict[str, str]:
+        """Send a message and give the reply. ChatTemplateError, and the end of the process, when none comes."""
+        deadline_s = time.monotonic() + limit_s
+        try:
+            data = json.dumps(message).encode()
+            self._write(_LENGTH.pack(len(data)) + data, deadline_s)
+            [size] = _LENGTH.unpack(self._read(_LENGTH.size, deadline_s))
+            if size > _MAX_MESSAGE_BYTES:
+                raise EOFError
+            reply = json.loads(self._read(size, deadline_s))
+        except TimeoutError:
+            self._end()
+            raise ChatTemplateError(f"the chat template ran for more than {limit_s:g} s") from None
+        except (EOFError, OSError, ValueError):
+            self._end()
+            raise ChatTemplateError("the chat template broke the process that renders it") from None
+        return {str(name): str(text) for name, text in reply.items()}  # written by `main`, below
+
+    def _write(self, data: bytes, deadline_s: float) -> None:
+        view = memoryview(data)
+        while view:
+            _wait(self._to, select.POLLOUT, deadline_s)
+            view = view[os.write(self._to, view) :]
+
+    def _read(self, size: int, deadline_s: float) -> bytes:
+        parts = bytearray()
+        while len(parts) < size:
+            _wait(self._from, select.POLLIN, deadline_s)
+            part = os.read(self._from, size - len(parts))
+            if not part:
+                raise EOFError
+            parts += part
+        return bytes(parts)
+
+
+def _wait(fd: int, event: int, deadline_s: float) -> None:
+    poller = select.poll()
+    poller.register(fd, event)
+    if not poller.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+        raise TimeoutError
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        assert stream is not None
+        stream.close()
+
+
+# -- the process itself ------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Render until standard input ends."""
+    for kind, limit in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
+        resource.setrlimit(kind, (limit, limit))
+    template: ChatTemplate | None = None
+    while header := sys.stdin.buffer.read(_LENGTH.size):
+        message = json.loads(sys.stdin.buffer.read(_LENGTH.unpack(header)[0]))
+        try:
+            if template is None:
+                template, text = ChatTemplate(**message), ""
+            else:
+                text = template.render(**message)
+            reply = {"text": text}
+        except ChatTemplateError as error:
+            reply = {"error": str(error)}
+        data = json.dumps(reply).encode()
+        sys.stdout.buffer.write(_LENGTH.pack(len(data)) + data)
+        sys.stdout.buffer.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What SIGHUP does: read the configuration and the keys again, and take over what may change while the server runs.
+
+All or nothing: if anything in the files is wrong, the server goes on as before and the log says what.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mgpu.orchestrator.errors import UserError
+from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.link import ServerKeys
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reloadable:
+    """What a running server takes from its files again."""
+
+    keys: ServerKeys | None
+    """Only the list of clients: the server's own key is part of the socket."""
+    client_limits: ClientLimits
+    drain_timeout_s: float
+
+
+class Reloader:
+    """Reads the files of one server again."""
+
+    def __init__(self, keys: ServerKeys | None, read: Callable[[], Reloadable] | None) -> None:
+        """``keys`` are those that the server runs with; ``read`` is None when there are no files to read."""
+        self._keys = keys
+        self._read = read
+
+    def read(self) -> Reloadable | None:
+        """Give what the files say now; None, with the reason in the log, when that cannot be used."""
+        if self._read is None:
+            log.warning("SIGHUP: this server has no files to read again")
+            return None
+        try:
+            values = self._read()
+            self._check_keys(values.keys)
+        except (UserError, OSError) as error:
+            log.error("not reloaded, everything stays as it was: %s", error)
+            return None
+        log.info("reloaded%s", "" if values.keys is None else f"; {len(values.keys.clients)} client keys may connect")
+        return values
+
+    def _check_keys(self, keys: ServerKeys | None) -> None:
+        if (keys is None) != (self._keys is None):
+            raise UserError("keys cannot be taken into use, or out of it, while the server runs; restart it")
+        if keys is not None and self._keys is not None and keys.secret != self._keys.secret:
+            raise UserError("the server's own key has changed; restart it to use the new one")

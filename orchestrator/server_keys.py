@@ -1,0 +1,101 @@
+"""Load the server's secret key and the list of clients that may connect, from a folder or from systemd's credentials.
+
+A keys folder, as `mgpu-launch keygen` makes it: ``server.secret``, ``server.public`` for clients to copy, and
+``clients/NAME.public`` for everyone who may connect. systemd passes a folder on as flat files ``keys_server.secret``,
+``keys_clients_NAME.public`` in ``$CREDENTIALS_DIRECTORY``.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from mgpu.orchestrator.errors import UserError
+from mgpu.protocol.keys import KeyFileError, check_curve, fingerprint, public_of, read_keys
+from mgpu.protocol.link import ServerKeys
+
+SECRET_NAME = "server.secret"
+PUBLIC_NAME = "server.public"
+CLIENTS_NAME = "clients"
+PUBLIC_SUFFIX = ".public"
+CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"
+CREDENTIAL = "keys"
+MAX_CLIENTS = 1000
+"""All of them are part of what a gateway is told at its start, which must fit into a pipe."""
+
+
+class KeysError(UserError):
+    """The keys cannot be used; the text says which file, and what to do."""
+
+
+def load_server_keys(folder: str, environ: Mapping[str, str]) -> ServerKeys | None:
+    """Load the keys of ``folder``; without one those that systemd passes on, or None when there are none either.
+
+    KeysError when a file is missing, damaged or, if it is secret, open to others.
+    """
+    try:
+        if folder:
+            return _from_folder(Path(folder))
+        if credentials := environ.get(CREDENTIALS_VARIABLE):
+            return _from_credentials(Path(credentials))
+    except KeyFileError as error:
+        raise KeysError(str(error)) from None
+    return None
+
+
+def describe(keys: ServerKeys) -> str:
+    """Say for the log whose keys these are; nothing in it is secret."""
+    clients = ", ".join(map(fingerprint, keys.clients[:8])) + (", …" if len(keys.clients) > 8 else "")
+    return f"server key {fingerprint(public_of(keys.secret))}; {len(keys.clients)} client keys may connect: {clients}"
+
+
+def _from_folder(folder: Path) -> ServerKeys:
+    secret, clients = folder / SECRET_NAME, folder / CLIENTS_NAME
+    if folder.is_file():
+        raise KeysError(f"{folder} is a file, such as a client has; a server needs its folder of keys: --keys FOLDER")
+    if not folder.is_dir():
+        raise KeysError(f"{folder} is no folder of keys; make one with: mgpu-launch keygen --out {folder}")
+    if not os.path.lexists(secret):
+        raise KeysError(f"{secret} is missing; make it with: mgpu-launch keygen --out {folder}")
+    try:
+        listed = sorted(path for path in clients.iterdir() if path.suffix == PUBLIC_SUFFIX)
+    except OSError as error:
+        raise KeysError(f"cannot list the client keys in {clients}: {error.strerror}") from None
+    if not listed:
+        raise KeysError(
+            f"{clients} has no *{PUBLIC_SUFFIX} file, so nobody could connect; make a client's key with: "
+            f"mgpu-launch keygen --out {folder} --client NAME"
+        )
+    return _load(secret, listed, check_mode=True)
+
+
+def _from_credentials(folder: Path) -> ServerKeys | None:
+    """Load what systemd passes on. It guards the folder itself, with access lists that a file's mode does not show."""
+    secret = folder / f"{CREDENTIAL}_{SECRET_NAME}"
+    if not secret.exists():
+        _check_plain_credential(folder / CREDENTIAL)
+        return None
+    listed = sorted(folder.glob(f"{CREDENTIAL}_{CLIENTS_NAME}_*{PUBLIC_SUFFIX}"))
+    if not listed:
+        raise KeysError(
+            f"the service's keys have no {CLIENTS_NAME}/NAME{PUBLIC_SUFFIX}, so nobody could connect; make a client's "
+            "key with: mgpu-launch keygen --out /etc/mgpu/INSTANCE.keys --client NAME"
+        )
+    return _load(secret, listed, check_mode=False)
+
+
+def _check_plain_credential(file: Path) -> None:
+    """Refuse a keys file: the unit sets an empty one when there is no keys folder, and nothing else is meant by it."""
+    if file.is_file() and file.stat().st_size > 1:
+        raise KeysError(
+            f"the service's {CREDENTIAL} are a file, but must be a folder with {SECRET_NAME} and {CLIENTS_NAME}/; "
+            "make it with: mgpu-launch keygen --out /etc/mgpu/INSTANCE.keys"
+        )
+
+
+def _load(secret: Path, listed: list[Path], check_mode: bool) -> ServerKeys:
+    check_curve()
+    if len(listed) > MAX_CLIENTS:
+        raise KeysError(f"{len(listed)} client keys beside {secret}; at most {MAX_CLIENTS} may connect to one server")
+    own = read_keys(secret, "secret", is_secret=True, check_mode=check_mode)["secret"]
+    clients = [read_keys(path, "public", is_secret=False)["public"] for path in listed]
+    return ServerKeys(own, list(dict.fromkeys(clients)))

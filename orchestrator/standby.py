@@ -1,0 +1,69 @@
+"""Keep workers of the next epoch at hand that have imported torch, which is most of what a small model's start takes.
+
+They wait on standard input for their spec, hold no GPU memory and no weights, and cost about what a process with torch
+costs. Whatever goes wrong with them only costs their advantage.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+from mgpu.orchestrator.supervisor import WorkerGroup
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 60.0
+"""After a standby was lost: whatever ended it, such as a lack of memory, may still be there."""
+
+
+class Standby:
+    """Gives started worker groups, out of one that waits if there is one. Use from the main thread only."""
+
+    def __init__(
+        self,
+        new_group: Callable[[int], WorkerGroup],
+        enabled: bool,
+        delay_s: float,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``new_group`` makes a group of the given epoch that is not started.
+
+        It begins to import ``delay_s`` after the workers are ready, not to compete with the replay of what ran.
+        """
+        self._new_group = new_group
+        self._enabled = enabled
+        self._delay_s = delay_s
+        self._clock_s = clock_s
+        self._parked: WorkerGroup | None = None
+        self._due_s: float | None = None
+
+    def tend(self, epoch: int) -> None:
+        """See to it that a group of ``epoch`` waits, a while after the first call. Call it often while all is well."""
+        if not self._enabled:
+            return
+        now_s = self._clock_s()
+        if self._due_s is None:
+            self._due_s = now_s + self._delay_s
+        if self._parked is not None and not self._parked.is_whole:
+            log.warning("a standby worker ended; the next ones start in %g s", RETRY_S)
+            self.close()
+            self._due_s = now_s + RETRY_S
+        if self._parked is None and now_s >= self._due_s:
+            self._parked = self._new_group(epoch)
+            self._parked.park()
+
+    def start_group(self, epoch: int) -> WorkerGroup:
+        """Start the group of ``epoch``; the one that waits if it is that one and all of it lives."""
+        group, self._parked, self._due_s = self._parked, None, None
+        if group is not None and (group.epoch != epoch or not group.is_whole):
+            group.end()
+            group = None
+        group = group or self._new_group(epoch)
+        group.start()
+        return group
+
+    def close(self) -> None:
+        """End what waits."""
+        if self._parked is not None:
+            self._parked.end()
+            self._parked = None

@@ -1,0 +1,25 @@
+"""What clients may ask of one server at the same time. The gateway holds it; a reload replaces it as a whole."""
+
+from dataclasses import dataclass, field
+
+DEFAULT_WEIGHT = 1.0
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLimits:
+    """Bounds of what may be in flight; a request beyond one is answered ``overloaded`` with a time to wait."""
+
+    client_requests: int = 256
+    """Requests of one client, running or waiting."""
+    client_queue_bytes: int = 8 << 20
+    """Bytes of one client's requests that have no token yet; a request with ``n`` choices counts ``n`` times."""
+    sequences: int = 4096
+    """Choices of all requests of all clients."""
+    queue_bytes: int = 256 << 20
+    """As ``client_queue_bytes``, of all clients."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of the server while it is full, by client; who is not named has `DEFAULT_WEIGHT`."""
+
+    def weight_of(self, client: str) -> float:
+        return self.weights.get(client, DEFAULT_WEIGHT)

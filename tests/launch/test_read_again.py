@@ -1,0 +1,40 @@
+"""What `serve` takes from its files again on SIGHUP."""
+
+from pathlib import Path
+
+import pytest
+
+from mgpu.launch.config import load_config
+from mgpu.launch.keygen import make_client, make_server
+from mgpu.launch.serve import keys_for, read_again
+from mgpu.orchestrator.errors import UserError
+
+
+def test_limits_and_clients_are_read_again_and_what_needs_a_restart_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MGPU_KEYS", raising=False)
+    keys, file = tmp_path / "keys", tmp_path / "x.toml"
+    make_server(keys)
+    make_client(keys, "alice")
+    text = f'bind = "tcp://127.0.0.1:0"\nkeys = "{keys}"\n'
+    file.write_text(text)
+    flags = {"tp": "2"}
+    config, _ = load_config(flags, {}, file)
+    make_client(keys, "bob")
+    file.write_text(text + "drain_timeout = 7\nmax_client_requests = 3\nmax_rows = 9\n")
+    values = read_again(config, file, flags)
+    assert values.keys is not None
+    assert len(values.keys.clients) == 2
+    assert (values.drain_timeout_s, values.client_limits.client_requests) == (7.0, 3)
+    assert "a changed max_rows takes effect at the next start" in caplog.text
+    file.write_text("max_rows = many")
+    with pytest.raises(UserError, match="not valid TOML"):
+        read_again(config, file, flags)
+
+
+def test_keys_are_loaded_for_tcp_only(tmp_path: Path) -> None:
+    assert keys_for("", str(tmp_path / "none")) is None
+    assert keys_for("ipc:///run/x", str(tmp_path / "none")) is None
+    with pytest.raises(UserError, match="no folder of keys"):
+        keys_for("tcp://127.0.0.1:0", str(tmp_path / "none"))

@@ -1,0 +1,45 @@
+"""A peer of the front channel that keeps to no rule."""
+
+from typing import Any
+
+import msgpack
+import zmq
+from gateway_process import DEADLINE_S
+
+from mgpu.protocol.wire import VERSION
+
+
+class RawPeer:
+    """A DEALER that sends whatever it is told."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(endpoint)
+
+    def send(self, *frames: bytes) -> None:
+        self.socket.send_multipart(frames)
+
+    def say(self, **fields: Any) -> None:
+        self.send(VERSION, msgpack.packb(fields))
+
+    def hear(self) -> dict[str, Any]:
+        assert self.socket.poll(int(DEADLINE_S * 1000)), "no answer in time"
+        version, body = self.socket.recv_multipart()
+        assert version == VERSION
+        message: dict[str, Any] = msgpack.unpackb(body)
+        return message
+
+    def hear_all(self, request_id: int) -> list[dict[str, Any]]:
+        """Collect the messages of one request up to its terminal one."""
+        messages: list[dict[str, Any]] = []
+        while not messages or messages[-1]["type"] not in ("finished", "failed"):
+            message = self.hear()
+            if message.get("id") == request_id:
+                messages.append(message)
+        return messages
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.term()

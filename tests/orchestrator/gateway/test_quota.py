@@ -1,0 +1,184 @@
+"""What a client may have in flight, by the books."""
+
+import pytest
+
+from mgpu.orchestrator.gateway.admission import Refusal
+from mgpu.orchestrator.gateway.quota import (
+    FIRST_RETRY_S,
+    MAX_DROPPED,
+    MAX_RETRY_S,
+    MIN_RETRY_S,
+    Quota,
+    client_number,
+    owner_of,
+    size_of,
+)
+from mgpu.protocol.limits import ClientLimits
+
+
+class Books:
+    """A quota, a clock, and requests that go through it."""
+
+    def __init__(self, **limits: int) -> None:
+        self.now_s = 100.0
+        self.quota = Quota(ClientLimits(**limits), lambda: self.now_s)  # type: ignore[arg-type]
+        self._next = 0
+
+    def begin(self, owner: str, size: int = 1000, n: int = 1) -> list[int]:
+        """Take a request up to its submission, and give its sequences."""
+        self.quota.check(owner, size, n)
+        self.quota.arrive(owner, size, n)
+        numbers = list(range(self._next, self._next + n))
+        self._next += n
+        self.quota.submit(owner, numbers, size)
+        return numbers
+
+    def finish(self, owner: str, numbers: list[int]) -> None:
+        for number in numbers:
+            self.quota.ended(number)
+        self.quota.leave(owner, numbers)
+
+    def refusal(self, owner: str, size: int = 1000, n: int = 1) -> str:
+        with pytest.raises(Refusal) as refused:
+            self.quota.check(owner, size, n)
+        assert refused.value.code == "overloaded"
+        assert refused.value.retry_after_s is not None
+        assert MIN_RETRY_S <= refused.value.retry_after_s <= MAX_RETRY_S
+        return str(refused.value)
+
+
+def test_one_client_at_its_limit_does_not_keep_others_out() -> None:
+    books = Books(client_requests=2)
+    first = books.begin("a")
+    books.begin("a")
+    assert "2 requests in flight, the limit is 2" in books.refusal("a")
+    books.begin("b")
+    books.finish("a", first)
+    books.begin("a")
+
+
+def test_all_choices_of_all_clients_have_a_limit() -> None:
+    books = Books(sequences=5)
+    books.begin("a", n=3)
+    books.begin("b")
+    assert "4 sequences in flight, the limit is 5" in books.refusal("c", n=2)
+    books.begin("c")
+
+
+def test_bytes_count_until_the_first_token() -> None:
+    books = Books(client_queue_bytes=2500)
+    numbers = books.begin("a", 1000, n=2)
+    books.begin("a", 1000)
+    assert "2000 bytes of requests waiting, 1000 more exceed the limit of 2500" in books.refusal("a", 1000)
+    books.quota.begun(numbers[0])
+    books.begin("a", 1000)
+    assert books.quota.queued_bytes == 2500
+
+
+def test_the_bytes_of_all_clients_have_a_limit_too() -> None:
+    books = Books(queue_bytes=2500)
+    books.begin("a", 1000)
+    books.begin("b", 1000)
+    assert "the server has 2000 bytes" in books.refusal("c", 1000)
+
+
+def test_a_request_above_the_limit_of_bytes_is_taken_when_nothing_waits() -> None:
+    books = Books(client_queue_bytes=100, queue_bytes=100)
+    books.finish("a", books.begin("a", 5000))
+    books.begin("a", 5000)
+    books.refusal("a", 1)
+
+
+def test_asking_and_cancelling_in_a_loop_is_bounded_until_the_engine_has_let_go() -> None:
+    books = Books()
+    cancelled: list[int] = []
+    for _ in range(MAX_DROPPED):
+        numbers = books.begin("a", 10)
+        books.quota.leave("a", numbers)
+        cancelled += numbers
+    assert f"cancelled {MAX_DROPPED} sequences" in books.refusal("a", 10)
+    books.begin("b", 10)
+    books.quota.ended(cancelled[0])
+    books.begin("a", 10)
+
+
+def test_a_prompt_that_a_thread_still_has_weighs_on_after_its_request_is_cancelled() -> None:
+    books = Books(client_queue_bytes=1500)
+    books.quota.arrive("a", 1000, 1)
+    books.quota.leave("a", [])
+    books.refusal("a", 1000)
+    books.quota.withdraw("a", 1000, 1)
+    books.begin("a", 1000)
+
+
+def test_nothing_is_remembered_of_clients_without_requests() -> None:
+    books = Books()
+    for at in range(1000):
+        owner = f"client {at}"
+        numbers = books.begin(owner, n=2)
+        books.quota.begun(numbers[0])
+        if at % 2:
+            books.quota.leave(owner, numbers)
+            for number in numbers:
+                books.quota.ended(number)
+        else:
+            books.finish(owner, numbers)
+    assert not books.quota._usage
+    assert not books.quota._open
+    assert (books.quota.num_sequences, books.quota.queued_bytes) == (0, 0)
+
+
+def test_a_request_that_is_resumed_on_another_connection_counts_once() -> None:
+    books = Books()
+    numbers = books.begin("a", n=2)
+    books.quota.leave("a", numbers)
+    books.quota.arrive("b", 0, 2)
+    books.quota.submit("b", numbers, 0)
+    assert books.quota.num_sequences == 2
+    assert "a" not in books.quota._usage
+    books.finish("b", numbers)
+    assert not books.quota._usage
+    assert books.quota.num_sequences == 0
+
+
+def test_words_about_sequences_of_an_earlier_gateway_are_no_trouble() -> None:
+    books = Books()
+    books.quota.begun(77)
+    books.quota.ended(77)
+    assert books.quota.num_sequences == 0
+
+
+def test_the_time_to_wait_follows_the_rate_of_endings_and_stays_within_bounds() -> None:
+    books = Books()
+    running = [books.begin("a") for _ in range(160)]
+    assert books.quota.retry_after_s() == FIRST_RETRY_S
+    for numbers in running[:80]:
+        books.now_s += 0.5
+        books.finish("a", numbers)
+    # Two endings per second; an eighth of the 80 that are left takes five.
+    assert books.quota.retry_after_s() == pytest.approx(5, rel=0.1)
+    books.now_s += 1000
+    assert books.quota.retry_after_s() == MAX_RETRY_S
+    for numbers in running[80:]:
+        books.finish("a", numbers)
+    assert books.quota.retry_after_s() == MIN_RETRY_S
+
+
+def test_new_limits_hold_for_the_next_request() -> None:
+    books = Books(client_requests=10)
+    books.begin("a")
+    books.begin("a")
+    books.quota.limits = ClientLimits(client_requests=1)
+    books.refusal("a")
+
+
+def test_a_key_is_one_client_and_without_keys_a_connection_is() -> None:
+    assert owner_of("key:abc", b"\x00\x01") == owner_of("key:abc", b"\x00\x02")
+    assert owner_of("uid:0", b"\x00\x01") != owner_of("uid:0", b"\x00\x02")
+    assert owner_of("", b"\x00\x01") != owner_of("", b"\x00\x02")
+    assert client_number("key:abc") == client_number("key:abc") < 2**63
+    assert client_number("key:abc") != client_number("key:abd")
+
+
+def test_every_choice_holds_the_prompt() -> None:
+    assert size_of(1000, 16) == 16 * size_of(1000, 1) > 16_000

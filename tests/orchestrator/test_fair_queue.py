@@ -1,0 +1,188 @@
+"""Who is next, in tokens: shares by weight, however many requests a client has."""
+
+import random
+from array import array
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mgpu.orchestrator.fair_queue import FairQueue
+from mgpu.orchestrator.sequence import Sequence
+from mgpu.protocol.control import RowSampling
+
+
+class Line:
+    """A queue, and one server that runs one request after the other."""
+
+    def __init__(self) -> None:
+        self.queue = FairQueue()
+        self.served: Counter[int] = Counter()
+        self._arrivals = 0
+
+    def add(self, client: int, prompt: int = 10, room: int = 10, priority: int = 0, weight: float = 1.0) -> Sequence:
+        seq = Sequence(
+            request_id=self._arrivals,
+            tokens=array("i", [1] * prompt),
+            prompt_len=prompt,
+            max_len=prompt + room,
+            stop_ids=frozenset(),
+            sampling=RowSampling(),
+            cache_salt=b"",
+            order=(priority, self._arrivals),
+            client=client,
+            weight=weight,
+        )
+        self._arrivals += 1
+        self.queue.push(seq)
+        return seq
+
+    def serve(self, answer: int | None = None) -> Sequence:
+        """Run the next request to its end, of ``answer`` tokens or as many as it may have."""
+        seq = self.queue.pop()
+        count = seq.max_len - seq.prompt_len if answer is None else answer
+        seq.tokens.extend([2] * count)
+        seq.finished = True
+        self.queue.settle(seq)
+        self.served[seq.client] += len(seq.tokens)
+        return seq
+
+    def drop(self, seq: Sequence) -> None:
+        seq.finished = True
+        self.queue.drop(seq)
+
+
+def test_clients_take_turns_whatever_the_order_of_arrival() -> None:
+    line = Line()
+    for client in (1, 1, 1, 2, 2, 3):
+        line.add(client)
+    assert [line.serve().client for _ in range(6)] == [1, 2, 3, 1, 2, 1]
+
+
+def test_one_request_is_next_however_many_another_client_has() -> None:
+    line = Line()
+    for _ in range(1000):
+        line.add(1)
+    for _ in range(10):
+        line.serve()
+    line.add(2)
+    assert 2 in [line.serve().client for _ in range(2)]
+
+
+def test_within_a_client_the_lower_priority_number_then_the_earlier_is_next() -> None:
+    line = Line()
+    seqs = [line.add(1, priority=priority) for priority in (0, 5, -5, 0)]
+    assert [line.serve() for _ in range(4)] == [seqs[2], seqs[0], seqs[3], seqs[1]]
+
+
+def test_shares_are_in_tokens_not_in_requests() -> None:
+    line = Line()
+    for _ in range(400):
+        line.add(1, prompt=10, room=10)
+        line.add(2, prompt=100, room=100)
+    for _ in range(200):
+        line.serve()
+    assert line.served[1] == pytest.approx(line.served[2], abs=400)
+
+
+def test_shares_follow_the_weights() -> None:
+    line = Line()
+    for _ in range(600):
+        line.add(1, weight=3.0)
+        line.add(2, weight=1.0)
+    for _ in range(400):
+        line.serve()
+    assert line.served[1] / line.served[2] == pytest.approx(3, rel=0.05)
+
+
+def test_who_asks_for_much_and_takes_little_pays_for_little() -> None:
+    """Both are charged the same guess; only what came out counts in the end."""
+    line = Line()
+    for _ in range(2000):
+        line.add(1, room=10_000)
+        line.add(2, room=10_000)
+    answers = {1: 5, 2: 400}
+    for _ in range(1000):
+        head = line.queue.head()
+        assert head is not None
+        line.serve(answers[head.client])
+    assert line.served[1] == pytest.approx(line.served[2], rel=0.1)
+
+
+def test_nobody_saves_up_turns_by_being_away() -> None:
+    line = Line()
+    for _ in range(300):
+        line.add(1)
+    for _ in range(200):
+        line.serve()
+    for _ in range(100):
+        line.add(2)
+    assert Counter(line.serve().client for _ in range(100)) == pytest.approx({1: 50, 2: 50}, abs=1)
+
+
+def test_nobody_pays_for_having_been_alone() -> None:
+    line = Line()
+    for _ in range(200):
+        line.add(1)
+        line.serve()
+    for _ in range(10):
+        line.add(1)
+        line.add(2)
+    assert Counter(line.serve().client for _ in range(10)) == {1: 5, 2: 5}
+
+
+def test_a_client_that_leaves_for_a_moment_still_owes_what_it_took() -> None:
+    line = Line()
+    line.add(1, prompt=1000)
+    for _ in range(60):
+        line.add(2)
+    assert line.serve().client == 1
+    line.add(1)
+    clients = [line.serve().client for _ in range(52)]
+    assert clients.count(1) == 1
+    assert clients.index(1) > 45
+
+
+def test_what_ended_in_line_is_never_next_and_does_not_pile_up() -> None:
+    line = Line()
+    keeper = line.add(2)
+    for _ in range(500):
+        line.drop(line.add(1))
+    assert line.queue.num_held < 150
+    assert len(line.queue) == 1
+    assert line.serve() is keeper
+    assert line.queue.head() is None
+    assert line.queue.num_held == 0
+
+
+def test_clients_that_come_and_go_are_forgotten() -> None:
+    line = Line()
+    for _ in range(20):
+        line.add(0)
+    for client in range(1, 30_000):
+        line.add(client, prompt=1, room=1)
+        line.serve(1)
+    assert len(line.queue._accounts) < 10_000
+    assert len(line.queue._line) < 30_000
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32), weights=st.lists(st.sampled_from([0.5, 1.0, 4.0]), min_size=2, max_size=4))
+def test_clients_that_always_wait_never_differ_by_more_than_a_few_requests(seed: int, weights: list[float]) -> None:
+    """The bound of start-time fair queueing: two largest costs, each divided by its client's weight."""
+    rng = random.Random(seed)
+    line = Line()
+    waiting = dict.fromkeys(range(len(weights)), 0)
+    largest = 0
+    for _ in range(300):
+        for client, weight in enumerate(weights):
+            while waiting[client] < 3:
+                line.add(client, prompt=rng.randint(1, 100), room=rng.randint(1, 300), weight=weight)
+                waiting[client] += 1
+        seq = line.serve()
+        largest = max(largest, len(seq.tokens))
+        waiting[seq.client] -= 1
+        normalized = [line.served[client] / weight for client, weight in enumerate(weights)]
+        bound = 2 * 400 / min(weights) + 2 * 400
+        assert max(normalized) - min(normalized) <= bound

@@ -1,0 +1,137 @@
+"""SIGHUP: what is read again, what a mistake in it does, and when it means the end of a terminal instead."""
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_model import solo_tokens
+from server_process import DEADLINE_S, running_server
+
+from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.reload import Reloadable, Reloader
+from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.link import ServerKeys
+
+KEYS = ServerKeys(b"s" * 32, [b"a" * 32])
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="mgpu"))  # shorter than tmp_path: sockets go into it
+    yield path
+    shutil.rmtree(path)
+
+
+def values(keys: ServerKeys | None) -> Reloadable:
+    return Reloadable(keys, ClientLimits(), 1.0)
+
+
+def test_other_clients_are_taken_in() -> None:
+    changed = values(ServerKeys(KEYS.secret, [b"b" * 32]))
+    assert Reloader(KEYS, lambda: changed).read() == changed
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (KEYS, None, "while the server runs; restart"),
+        (None, KEYS, "while the server runs; restart"),
+        (KEYS, ServerKeys(b"t" * 32, KEYS.clients), "own key has changed; restart"),
+    ],
+)
+def test_what_belongs_to_the_socket_cannot_change(
+    before: ServerKeys | None, after: ServerKeys | None, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Reloader(before, lambda: values(after)).read() is None
+    assert words in caplog.text
+    assert "everything stays as it was" in caplog.text
+
+
+def test_a_file_that_cannot_be_used_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def read() -> Reloadable:
+        raise UserError("line 3 is wrong")
+
+    assert Reloader(KEYS, read).read() is None
+    assert "everything stays as it was: line 3 is wrong" in caplog.text
+
+
+def test_a_running_server_reloads_on_sighup_and_goes_on(folder: Path) -> None:
+    with running_server(folder, {"step_s": 0.01}) as server:
+        server.wait_ready()
+        server.submit(1, [1, 2, 3], 60)
+        server.wait_for(lambda: 1 in server.tokens)
+        (folder / "reload").write_text("seven")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for(lambda: "'seven' is not a number" in server.log)
+        assert server.reloads == []
+        (folder / "reload").write_text("7")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for(lambda: bool(server.reloads))
+        assert [(each.client_keys, each.limits.client_requests) for each in server.reloads] == [(None, 7)]
+        server.wait_for(lambda: 1 in server.finish)
+        assert server.tokens[1] == solo_tokens([1, 2, 3], 60)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_exit() == -signal.SIGTERM
+
+
+def test_a_reload_that_comes_while_loading_waits_until_the_server_is_ready(folder: Path) -> None:
+    with running_server(folder) as server:
+        server.wait_for(lambda: bool(server.infos))
+        (folder / "reload").write_text("7")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for(lambda: bool(server.reloads))
+        assert any(info.state == "ready" for info in server.infos)
+
+
+LISTENER = """
+import os, select, sys
+from mgpu.orchestrator.signals import StopSignals
+if len(sys.argv) > 1:
+    os.open(sys.argv[1], os.O_RDWR)  # a session leader's first terminal becomes its own
+with StopSignals() as signals:
+    for _ in range(2):
+        print("ready", flush=True)
+        select.select([signals.fd], [], [], 30)
+        signals.clear()
+        print("reload" if signals.take_reload() else f"stop {signals.received}", flush=True)
+"""
+
+
+def listen(*arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", LISTENER, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def next_line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_a_service_without_a_terminal_takes_every_sighup_for_a_reload() -> None:
+    with listen() as process:
+        for _ in range(2):
+            assert next_line(process) == "ready"
+            process.send_signal(signal.SIGHUP)
+            assert next_line(process) == "reload"
+        assert process.wait(DEADLINE_S) == 0
+
+
+def test_the_end_of_its_terminal_stops_a_server_and_a_sighup_before_that_does_not() -> None:
+    ours, theirs = pty.openpty()
+    with listen(os.ttyname(theirs)) as process:
+        assert next_line(process) == "ready"
+        os.close(theirs)
+        process.send_signal(signal.SIGHUP)
+        assert next_line(process) == "reload"
+        assert next_line(process) == "ready"
+        os.close(ours)
+        assert next_line(process) == f"stop [{int(signal.SIGHUP)}]"
+        assert process.wait(DEADLINE_S) == 0

@@ -1,0 +1,131 @@
+"""Workers that wait for their turn: they serve after a failure, and whatever happens to them hurts nobody."""
+
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import psutil
+import pytest
+from server_process import ServerProcess, running_server
+
+from mgpu.orchestrator.standby import RETRY_S, Standby
+from mgpu.orchestrator.supervisor import WorkerGroup
+
+DELAY_S = 5.0
+
+
+class FakeGroup:
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.is_whole = True
+        self.calls: list[str] = []
+
+    def park(self) -> None:
+        self.calls.append("park")
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+
+class Fakes:
+    """A standby of fake groups, and its clock."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.now_s = 100.0
+        self.groups: list[FakeGroup] = []
+        self.standby = Standby(self._new_group, enabled, DELAY_S, lambda: self.now_s)
+
+    def _new_group(self, epoch: int) -> WorkerGroup:
+        self.groups.append(FakeGroup(epoch))
+        return cast(WorkerGroup, self.groups[-1])
+
+    def tend(self, epoch: int, after_s: float = 0.0) -> None:
+        self.now_s += after_s
+        self.standby.tend(epoch)
+
+
+def test_the_next_epoch_waits_a_while_after_the_workers_are_ready_and_is_the_one_that_starts() -> None:
+    fakes = Fakes()
+    fakes.tend(1)
+    fakes.tend(1, DELAY_S - 0.1)
+    assert not fakes.groups
+    fakes.tend(1, 0.1)
+    fakes.tend(1, 1.0)
+    assert fakes.standby.start_group(1) is cast(WorkerGroup, fakes.groups[0])
+    assert fakes.groups[0].calls == ["park", "start"]
+    fakes.tend(2, 1.0)
+    assert len(fakes.groups) == 1, "the delay counts again"
+
+
+@pytest.mark.parametrize(("epoch", "whole"), [(1, False), (2, True)])
+def test_a_standby_that_lost_a_process_or_is_of_another_epoch_is_not_used(epoch: int, whole: bool) -> None:
+    fakes = Fakes()
+    fakes.tend(1)
+    fakes.tend(1, DELAY_S)
+    fakes.groups[0].is_whole = whole
+    assert fakes.standby.start_group(epoch) is cast(WorkerGroup, fakes.groups[1])
+    assert fakes.groups[0].calls == ["park", "end"]
+    assert fakes.groups[1].calls == ["start"]
+
+
+def test_a_lost_standby_is_replaced_after_a_minute() -> None:
+    fakes = Fakes()
+    fakes.tend(1)
+    fakes.tend(1, DELAY_S)
+    fakes.groups[0].is_whole = False
+    fakes.tend(1)
+    fakes.tend(1, RETRY_S - 0.1)
+    assert [group.calls for group in fakes.groups] == [["park", "end"]]
+    fakes.tend(1, 0.1)
+    assert fakes.groups[1].calls == ["park"]
+
+
+def test_without_standby_groups_are_made_when_they_are_needed() -> None:
+    fakes = Fakes(enabled=False)
+    fakes.tend(1)
+    fakes.tend(1, 1000.0)
+    assert not fakes.groups
+    fakes.standby.start_group(1)
+    assert fakes.groups[0].calls == ["start"]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path: unix sockets have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="mgpu", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+def parked(server: ServerProcess) -> set[int]:
+    return {each.pid for each in server.children_like("fake_worker.py") if each.cmdline()[-1] == "--standby"}
+
+
+def wait_for_parked(server: ServerProcess, known: set[int]) -> set[int]:
+    """Wait until two others than the known ones wait; the counters' replies pace the loop."""
+    while len(new := parked(server) - known) < 2:
+        server.counters()
+    return new
+
+
+@pytest.mark.parametrize("harm", [False, True])
+def test_a_real_standby_serves_after_a_kill_and_ends_with_the_server(folder: Path, harm: bool) -> None:
+    with running_server(folder, standby=True, standby_delay_s=0.0, ranks_per_stage=2) as server:
+        server.wait_ready()
+        spares = wait_for_parked(server, set())
+        if harm:
+            psutil.Process(min(spares)).kill()
+        first = {worker.pid for worker in server.workers()} - spares
+        psutil.Process(min(first)).kill()
+        server.wait_for(lambda: [info.state for info in server.infos][-2:] == ["recovering", "ready"])
+        family = server.children_like("fake_worker.py")
+        assert (spares <= {worker.pid for worker in family}) is not harm
+        server.submit(0, [1, 2, 3], 5)
+        server.wait_for(lambda: 0 in server.finish)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_exit() == -signal.SIGTERM
+        assert not any(worker.is_running() for worker in family)
