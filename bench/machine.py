@@ -1,49 +1,5 @@
-"""Name the machine and the versions that a benchmark ran with."""
+"""Name the machine and the versions that a benchmark ran with; what `mgpu-launch bench` uses, under a short name."""
 
-import datetime
-import importlib.metadata
-import os
-import platform
-import subprocess
-from pathlib import Path
+from mgpu.launch.bench.machine import cpu_name, describe, gpu_names, heading, versions
 
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def gpu_names() -> list[str]:
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[:-1]
-    except (OSError, subprocess.SubprocessError):
-        return []
-
-
-def versions(*packages: str) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
-
-
-def describe(*packages: str) -> dict[str, object]:
-    """Give what must stand beside every number: date, machine, versions."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores",
-        "gpus": gpu_names(),
-        "versions": versions("mgpu", "torch", *packages),
-    }
-
-
-def heading(facts: dict[str, object]) -> str:
-    versions_text = ", ".join(f"{name} {version}" for name, version in dict(facts["versions"]).items())  # type: ignore[call-overload]
-    gpus = ", ".join(facts["gpus"]) or "no GPU"  # type: ignore[arg-type]
-    return f"{facts['date']} | {facts['cpu']} | {gpus} | {versions_text}"
+__all__ = ["cpu_name", "describe", "gpu_names", "heading", "versions"]

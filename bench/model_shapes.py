@@ -1,4 +1,4 @@
-"""The models that benchmarks speak of, as configurations alone, and small ones to rehearse with.
+"""The models of these scripts, in the shapes of `mgpu-launch bench`, and small ones to rehearse with.
 
 `--load-format dummy` gives them random weights in place; `write_weights` gives them random weights in a file, for what
 must be equal from run to run and layout to layout, or must come from the disk.
@@ -6,86 +6,41 @@ must be equal from run to run and layout to layout, or must come from the disk.
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from mgpu.launch.bench.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B, SMALL, TINY, Config, write_config
 from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.checkpoint_tensors import TensorEntry
 
-Config = Mapping[str, object]
-
-LLAMA_8B: Config = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-LLAMA_70B: Config = {
-    **LLAMA_8B,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
-QWEN3_32B: Config = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_size": 5120,
-    "intermediate_size": 25600,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 SHAPES = {"8B": LLAMA_8B, "32B": QWEN3_32B, "70B": LLAMA_70B}
-
-_SMALL = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "vocab_size": 1003,  # divides by no number of ranks
-    "max_position_embeddings": 4096,
-    "torch_dtype": "float32",
-}
-TINY: Config = {**LLAMA_8B, **_SMALL, "num_hidden_layers": 8}
-"""Splits over 1, 2, 4 and 8 ranks, each with KV heads of its own."""
 TINY_FEW_KV: Config = {**TINY, "num_key_value_heads": 2}
 """Above 2 ranks, several of them hold the same KV head."""
 SMALL_SHAPES: dict[str, Config] = {
     "8B": TINY,
-    "32B": {**QWEN3_32B, **_SMALL, "num_hidden_layers": 8, "head_dim": 16},
+    "32B": {**QWEN3_32B, **SMALL, "num_hidden_layers": 8, "head_dim": 16},
     "70B": {**TINY, "num_hidden_layers": 10},
 }
+
+__all__ = [
+    "LLAMA_8B",
+    "LLAMA_70B",
+    "QWEN3_32B",
+    "SHAPES",
+    "SMALL_SHAPES",
+    "TINY",
+    "TINY_FEW_KV",
+    "Config",
+    "write_config",
+    "write_weights",
+]
 
 _POOL_VALUES = 1 << 22
 _SHARD_BYTES = 4 << 30
 _SAFETENSORS = {"F32": "<f4", "BF16": "<u2"}
-
-
-def write_config(folder: Path, config: Config) -> Path:
-    """Make a model folder that holds nothing but its config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def write_weights(folder: Path, config: Config) -> Path:

@@ -1,10 +1,10 @@
 """The command ``mgpu-launch``. Commands import what they need when they run, so that ``--help`` is instant."""
 
-import importlib
 import sys
 
 import click
 
+from mgpu.launch.lazy_group import LazyGroup
 from mgpu.orchestrator.errors import UserError
 
 EXIT_USAGE = 64
@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "mgpu.launch.generate:generate_command",
     "chat": "mgpu.launch.chat:chat_command",
     "status": "mgpu.launch.status:status_command",
+    "bench": "mgpu.launch.bench.group:bench_group",
     "config": "mgpu.launch.show_config:config_command",
     "keygen": "mgpu.launch.keygen:keygen_command",
     "install-service": "mgpu.launch.install_service:install_service_command",
@@ -23,22 +24,11 @@ COMMANDS = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group that imports a command's module only when the command is named or listed."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, attribute = COMMANDS[cmd_name].partition(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyGroup,
+    homes=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(package_name="mgpu", prog_name="mgpu-launch")
 def cli() -> None:
     """Serve one large language model on all GPUs of this machine."""

@@ -124,7 +124,10 @@ class Engine:
                 return
             planned = time.perf_counter()
             self._workers.publish(CONTROL.encode(plan))
-            self._published.append((time.monotonic(), sum(plan.counts)))
+            published_s = time.monotonic()
+            if not self._published:
+                self.stats.note_fed(published_s)
+            self._published.append((published_s, sum(plan.counts)))
             self.stats.schedule_us.add((planned - began) * 1e6)
             self.stats.publish_us.add((time.perf_counter() - planned) * 1e6)
 
@@ -200,6 +203,8 @@ class Engine:
             published_s, num_tokens = self._published.popleft()
             self.stats.step_us.add((self._last_result_s - published_s) * 1e6)
             self._step_deadline.note(num_tokens, self._last_result_s - published_s)
+            if not self._published and self._scheduler.num_running:
+                self.stats.note_dry(self._last_result_s)
         self.stats.compute_us.add(result.compute_us)
         self.stats.apply_us.add((time.perf_counter() - began) * 1e6)
 

@@ -10,12 +10,14 @@ STEP_BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Average:
-    """Exponential moving average, over about the last fifty values."""
+    """Exponential moving average, over about the last fifty values, and the sum of all of them."""
 
     def __init__(self) -> None:
         self.value = 0.0
+        self.sum = 0.0
 
     def add(self, value: float) -> None:
+        self.sum += value
         self.value += (value - self.value) * (_SMOOTHING if self.value else 1.0)
 
 
@@ -32,7 +34,7 @@ class StepTime(Average):
 
 
 class EngineStats:
-    """Averages in µs; everything else is counted where it happens."""
+    """Averages and sums in µs; everything else is counted where it happens."""
 
     def __init__(self) -> None:
         self.schedule_us = Average()
@@ -40,7 +42,20 @@ class EngineStats:
         self.apply_us = Average()
         self.compute_us = Average()
         self.step_us = StepTime()
+        self.starved_us_sum = 0.0
+        """How long the workers had no step in flight although something was running."""
+        self._dry_since_s: float | None = None
         self._started_s = time.monotonic()
+
+    def note_dry(self, now_s: float) -> None:
+        """Note that the last step in flight has come back while something runs."""
+        self._dry_since_s = now_s
+
+    def note_fed(self, now_s: float) -> None:
+        """Note that a step goes out when none is in flight."""
+        if self._dry_since_s is not None:
+            self.starved_us_sum += (now_s - self._dry_since_s) * 1e6
+            self._dry_since_s = None
 
     def counters(self, scheduler: Scheduler, last_step_age_s: float) -> dict[str, float]:
         """Give every counter under the name that clients see."""
@@ -66,6 +81,11 @@ class EngineStats:
             "apply_us": self.apply_us.value,
             "compute_us": self.compute_us.value,
             "step_us": self.step_us.value,
+            "schedule_us_sum": self.schedule_us.sum,
+            "publish_us_sum": self.publish_us.sum,
+            "apply_us_sum": self.apply_us.sum,
+            "compute_us_sum": self.compute_us.sum,
+            "starved_us_sum": self.starved_us_sum,
         }
         count = 0
         for bound, steps in zip((*STEP_BUCKETS_MS, "inf"), self.step_us.buckets, strict=True):

@@ -1,0 +1,85 @@
+"""The models that benchmarks speak of, as configurations alone; ``--load-format dummy`` gives them random weights."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+Config = Mapping[str, object]
+
+LLAMA_8B: Config = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+LLAMA_70B: Config = {
+    **LLAMA_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+QWEN3_32B: Config = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+SMOLLM2_135M: Config = {
+    **LLAMA_8B,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+SMALL: Config = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 1003,  # divides by no number of ranks
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float32",
+}
+"""What makes any of the others small enough to rehearse with."""
+TINY: Config = {**LLAMA_8B, **SMALL, "num_hidden_layers": 8}
+"""Splits over 1, 2, 4 and 8 ranks, each with KV heads of its own."""
+
+SHAPES: dict[str, Config] = {
+    "8B": LLAMA_8B,
+    "32B": QWEN3_32B,
+    "70B": LLAMA_70B,
+    "135M": SMOLLM2_135M,
+    "tiny": TINY,
+}
+
+
+def write_config(folder: Path, config: Config) -> Path:
+    """Make a model folder that holds nothing but its config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -1,0 +1,155 @@
+"""What is measured: the model and the options of the server, from what the user typed."""
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mgpu.launch.bench.bandwidth import machine_read_speed
+from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth
+from mgpu.launch.bench.shapes import SHAPES, write_config
+from mgpu.launch.config import ServeConfig
+from mgpu.launch.options import read_config
+from mgpu.launch.plan import prepare
+from mgpu.launch.server_process import ServerDied, ServerProcess
+from mgpu.orchestrator.devices import find_machine
+from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.planner import Plan
+from mgpu.protocol.checkpoint import has_weights
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+READY_S = 900.0
+"""Longest wait for a server: a large model from a cold disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user typed about the server and the measuring."""
+
+    model: str
+    shape: str
+    bandwidth: str
+    repeat: int
+    save: Path | None
+    serve_options: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server that can be started: its command and what is known of it beforehand."""
+
+    name: str
+    arguments: tuple[str, ...]
+    """Of ``mgpu-launch serve``."""
+    config: ServeConfig
+    plan: Plan
+    limit: Limit
+    files: tuple[Path, ...]
+    """What the weights are read from; none for random ones."""
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Give what is saved beside the numbers."""
+        return {
+            "model": self.name,
+            "dtype": self.plan.dtype,
+            "layout": f"{self.plan.mode}, {self.plan.placement.world_size} x {self.plan.machine.kind}",
+            "serve_options": list(self.arguments),
+            "bandwidth_bytes_per_s": self.limit.bytes_per_s or None,
+            "weight_bytes": self.limit.weight_bytes,
+            "kv_token_bytes": self.limit.kv_token_bytes,
+        }
+
+    def start(self, **settings: Any) -> ServerProcess:
+        """Start the server; settings are `ServerProcess`'s."""
+        return ServerProcess(*self.arguments, **settings)
+
+
+def target_options(command: F) -> F:
+    """Add what every benchmark takes; it arrives as one `Wanted`."""
+
+    @functools.wraps(command)  # which also keeps the options that are declared below this one
+    def wrapped(
+        model: str,
+        shape: str | None,
+        bandwidth: str,
+        repeat: int,
+        save: Path | None,
+        serve_options: tuple[str, ...],
+        **others: Any,
+    ) -> Any:
+        return command(Wanted(model, shape or "", bandwidth, repeat, save, serve_options), **others)
+
+    for option in (
+        click.argument("serve_options", nargs=-1, type=click.UNPROCESSED),
+        click.option(
+            "--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows: .csv, else JSON."
+        ),
+        click.option("--repeat", default=5, show_default=True, type=click.IntRange(1), help="Medians of so many."),
+        click.option(
+            "--bandwidth",
+            default="",
+            metavar="SPEED",
+            help="Read bandwidth of one GPU, such as 4.30TB/s, for shares of the limit. CPU: measured if not given.",
+        ),
+        click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape, instead of -m."),
+        click.option("--model", "-m", default="", help="What serve takes; a folder with only config.json is enough."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def prepared(wanted: Wanted) -> Iterator[Target]:
+    """Find, read and place what is to be served; nothing is started. UserError as `serve` would raise it."""
+    if wanted.model and wanted.shape:
+        raise UserError(f"-m {wanted.model} and --shape {wanted.shape} contradict each other; drop one of them")
+    with tempfile.TemporaryDirectory(prefix="mgpu-bench-") as folder:
+        name, arguments = _model(wanted, Path(folder))
+        command = (*arguments, *wanted.serve_options)
+        config = serve_config(command)
+        planned = prepare(config)
+        kind = planned.plan.machine.kind
+        speed = parse_bandwidth(wanted.bandwidth) if wanted.bandwidth else 0.0
+        if kind == "cpu" and not speed:
+            speed = machine_read_speed()
+            click.echo(f"memory is read at {speed / 1e9:.1f} GB/s", err=True)
+        files = {Path(tensor.file) for tensor in planned.checkpoint.tensors.values() if tensor.file}
+        limit = limit_of(planned.plan, speed)
+        yield Target(name or planned.model.name, command, config, planned.plan, limit, tuple(sorted(files)))
+
+
+def _model(wanted: Wanted, folder: Path) -> tuple[str, tuple[str, ...]]:
+    """Give a name ("": the model's own) and the first options of serve."""
+    if wanted.model:
+        path = Path(wanted.model).expanduser()
+        is_bare = path.is_dir() and not has_weights(path)
+        return "", ("-m", wanted.model, *(("--load-format", "dummy") if is_bare else ()))
+    config = serve_config(("-m", "none", *wanted.serve_options))
+    shape = wanted.shape or ("8B" if find_machine(config.device).kind == "cuda" else "tiny")
+    write_config(folder, SHAPES[shape])
+    return f"{shape} (random weights)", ("-m", str(folder), "--load-format", "dummy")
+
+
+def serve_config(arguments: tuple[str, ...]) -> ServeConfig:
+    """Read options as `serve` does. UserError or click's UsageError for what it would refuse."""
+    from mgpu.launch.serve import serve_command
+
+    flags = serve_command.make_context("serve", list(arguments)).params
+    return read_config(flags.pop("config_file"), flags)[0]
+
+
+@contextlib.contextmanager
+def serving(target: Target) -> Iterator[str]:
+    """Give the endpoint of the target's server, which runs inside the block. UserError when it does not get ready."""
+    try:
+        with target.start() as server:
+            yield server.wait_ready(READY_S)
+    except ServerDied as error:
+        raise UserError(f"the server to measure failed: {error}") from error
