@@ -1,0 +1,59 @@
+"""What memory allows: bytes counted once."""
+
+from pathlib import Path
+
+import pytest
+
+from mgpu.launch.bench.bandwidth import read_speed
+from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth, weight_elements
+from mgpu.launch.bench.shapes import LLAMA_8B, SMOLLM2_135M, Config, write_config
+from mgpu.orchestrator.devices import described_machine, find_machine
+from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.planner import Wish, plan
+from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.model import ModelFacts
+
+
+def facts_of(config: Config, folder: Path) -> ModelFacts:
+    return read_checkpoint(write_config(folder, config), "dummy").facts
+
+
+def test_the_8b_in_bf16_can_decode_286_tokens_a_second_at_4_3_tb_per_s(tmp_path: Path) -> None:
+    planned = plan(facts_of(LLAMA_8B, tmp_path), described_machine("141GiB"), Wish())
+    limit = limit_of(planned, 4.3e12)
+    assert limit.kv_token_bytes == 128 << 10
+    assert round(limit.tokens_per_s(1, 128) or 0) == 286
+    assert round((limit.tokens_per_s(256, 1024) or 0) / 100) == 223
+
+
+def test_a_tied_head_is_read_although_the_embedding_is_not(tmp_path: Path) -> None:
+    tied = facts_of(SMOLLM2_135M, tmp_path / "tied")
+    untied = facts_of({**SMOLLM2_135M, "tie_word_embeddings": False}, tmp_path / "untied")
+    assert weight_elements(tied) == weight_elements(untied) == 134_515_008
+
+
+def test_gpus_of_a_stage_read_side_by_side_and_cpu_workers_share_the_memory(tmp_path: Path) -> None:
+    facts = facts_of(LLAMA_8B, tmp_path)
+    assert limit_of(plan(facts, described_machine("4"), Wish()), 1e12).bytes_per_s == 4e12
+    small = facts_of(SMOLLM2_135M, tmp_path)
+    on_cpu = plan(small, find_machine("cpu", 3), Wish(max_seq_len=512, kv_memory=64 << 20))
+    assert limit_of(on_cpu, 1e10).bytes_per_s == 1e10
+
+
+def test_without_a_bandwidth_there_is_no_limit() -> None:
+    assert Limit(1, 1, 0.0).tokens_per_s(1, 1) is None
+
+
+@pytest.mark.parametrize(("text", "expected"), [("4.30TB/s", 4.3e12), ("25 gb/s", 25e9), ("800MB", 8e8)])
+def test_speeds_are_read_as_people_write_them(text: str, expected: float) -> None:
+    assert parse_bandwidth(text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["fast", "4.3", "0GB/s", "-1GB/s"])
+def test_what_is_no_speed_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(UserError, match=r"4\.30TB/s"):
+        parse_bandwidth(text)
+
+
+def test_memory_is_read_at_some_speed() -> None:
+    assert read_speed(0.0, 1 << 20) > 1e6
