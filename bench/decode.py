@@ -10,7 +10,6 @@ input embedding plus the keys and values of the contexts as they are in the midd
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -24,11 +23,10 @@ from machine import describe, heading
 from model_shapes import LLAMA_8B, write_config
 
 from mgpu import Client
+from mgpu.launch.bench.probe import Probe as Bench
 from mgpu.launch.server_process import ServerProcess
 from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.model import DTYPE_BYTES, ModelFacts
-
-MOST_NEW_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,71 +49,6 @@ class Timing:
 
     def line(self) -> str:
         return f"{self.what:<40} {self.value:10.1f} {self.unit}"
-
-
-class Bench:
-    """Asks one server; prompts are random, so that no prefix is ever reused. A second one needs another ``seed``."""
-
-    def __init__(self, client: Client, vocab_size: int, seed: int = 0) -> None:
-        self._client = client
-        self._vocab_size = vocab_size
-        self._random = random.Random(seed)
-        self._generated = client.stats()["generated_tokens"]
-
-    def prompt(self, length: int) -> list[int]:
-        return [self._random.randrange(3, self._vocab_size) for _ in range(length)]
-
-    def decode_rate(self, batch: int, context: int, seconds: float) -> tuple[float, float]:
-        """Give tokens per second while a whole batch decodes, and the mean context meanwhile.
-
-        Counted by the engine, between two looks at its counters: pieces that wait in the client would count twice as
-        fast. What is still to come then is cancelled.
-        """
-        prompts = [self.prompt(context) for _ in range(batch)]
-        streams = [self._client.stream(ids, max_tokens=MOST_NEW_TOKENS, ignore_eos=True) for ids in prompts]
-        for stream in streams:
-            next(stream)
-        before, began_s = self._client.stats(), time.perf_counter()
-        time.sleep(seconds)
-        after, ended_s = self._client.stats(), time.perf_counter()
-        for stats in (before, after):
-            assert (stats["running"], stats["waiting"]) == (batch, 0), "not the whole batch was decoding"
-        for stream in streams:
-            stream.close()
-        while self._client.stats()["running"]:
-            time.sleep(0.01)
-        new_tokens = after["generated_tokens"] - before["generated_tokens"]
-        generated = (before["generated_tokens"] + after["generated_tokens"]) / 2 - self._generated
-        self._generated = self._client.stats()["generated_tokens"]
-        return new_tokens / (ended_s - began_s), context + generated / batch
-
-    def first_token_ms(self, length: int) -> float:
-        """Give the time from sending a prompt to its first token on an idle server."""
-        ids = self.prompt(length)
-        time.sleep(0.05)
-        began_s = time.perf_counter()
-        stream = self._client.stream(ids, max_tokens=2, ignore_eos=True)
-        next(stream)
-        elapsed_s = time.perf_counter() - began_s
-        stream.completion()
-        return elapsed_s * 1e3
-
-    def prefill_rate(self, count: int, length: int) -> float:
-        """Give prompt tokens per second when ``count`` prompts come at once."""
-        prompts = [self.prompt(length) for _ in range(count)]
-        began_s = time.perf_counter()
-        streams = [self._client.stream(ids, max_tokens=1, ignore_eos=True) for ids in prompts]
-        for stream in streams:
-            stream.completion()
-        return count * length / (time.perf_counter() - began_s)
-
-    def closed_loop(self, count: int, length: int, new_tokens: int) -> float:
-        """Give output tokens per second when all requests come at once, until the last one ends."""
-        prompts = [self.prompt(length) for _ in range(count)]
-        began_s = time.perf_counter()
-        streams = [self._client.stream(ids, max_tokens=new_tokens, ignore_eos=True) for ids in prompts]
-        total = sum(len(stream.completion().token_ids) for stream in streams)
-        return total / (time.perf_counter() - began_s)
 
 
 def step_bytes(facts: ModelFacts, batch: int, context: float, itemsize: int) -> float:

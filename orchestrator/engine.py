@@ -121,6 +121,8 @@ class Engine:
             began = time.perf_counter()
             plan = self._scheduler.schedule()
             if plan is None:
+                if not self._scheduler.num_running:
+                    self.stats.note_idle()
                 return
             planned = time.perf_counter()
             self._workers.publish(CONTROL.encode(plan))

@@ -51,6 +51,10 @@ class EngineStats:
         """Note that the last step in flight has come back while something runs."""
         self._dry_since_s = now_s
 
+    def note_idle(self) -> None:
+        """Note that nothing runs: until something does, the workers lack nothing."""
+        self._dry_since_s = None
+
     def note_fed(self, now_s: float) -> None:
         """Note that a step goes out when none is in flight."""
         if self._dry_since_s is not None:

@@ -87,7 +87,11 @@ def streamed(start: Start) -> Send:
 
     async def send(request: Request) -> AsyncIterator[int]:
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[int | Exception | None]()
-        start(request, lambda what: loop.call_soon_threadsafe(arrived.put_nowait, what) and None)
+
+        def notify(what: int | Exception | None) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, what)
+
+        start(request, notify)
         while (what := await asyncio.wait_for(arrived.get(), DEADLINE_S)) is not None:
             if isinstance(what, Exception):
                 raise what
