@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 72, 190, 44, 64
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 420, 72, 250, 62, 64
 COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#525252")
 LIMIT_COLOUR = "#737373"
 
@@ -122,7 +122,7 @@ def _axes(lines: Sequence[Line], scale: Scale) -> str:
         parts.append(f'<text x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">{clients:g}</text>')
     parts.append(f'<path d="M{LEFT} {bottom}H{right}" stroke="#404040"/>')
     parts.append(f'<text x="{(LEFT + right) / 2}" y="{bottom + 44}" text-anchor="middle">concurrent requests</text>')
-    parts.append(f'<text x="{LEFT}" y="{TOP - 6}">output tokens per second</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 12}">output tokens per second</text>')
     return "\n".join(parts)
 
 

@@ -24,11 +24,6 @@ from mgpu.launch.bench.load import Request
 from mgpu.orchestrator.model_store import resolve_model
 from mgpu.protocol.checkpoint import read_checkpoint
 
-try:
-    import xllamacpp
-except ImportError as error:
-    raise need("xllamacpp", error) from error
-
 Notify = Callable[[int | Exception | None], None]
 
 
@@ -39,6 +34,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def make_server(model: str, options: argparse.Namespace) -> Any:
     """Start a server whose slots are as many as requests can be in flight."""
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise need("xllamacpp", error) from error
     slots = most_at_once(options)
     params = xllamacpp.CommonParams()
     params.model.path = model
