@@ -76,10 +76,9 @@ async def _measure(
 ) -> None:
     sizes = Sizes(options.prompt_tokens, options.new_tokens, vocab_size)
     lengths = {"prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens}
-    report = Report("serve", engine, SHOWN, *packages, **lengths, **facts)
+    report = Report("serve", engine, SHOWN, options.save, *packages, **lengths, **facts)
     for load in loads(options.concurrency, options.rate, options.burst, options.requests):
         report.add(await measure_load(send, load, sizes, options.repeat))
-    report.save(options.save)
 
 
 def streamed(start: Start) -> Send:

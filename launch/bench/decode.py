@@ -8,12 +8,11 @@ from mgpu.launch.bench.limit import Limit
 from mgpu.launch.bench.numbers import list_option
 from mgpu.launch.bench.probe import NotMeasured, Probe
 from mgpu.launch.bench.report import Report
+from mgpu.launch.bench.session import probing
 from mgpu.launch.bench.summary import Row, spread
-from mgpu.launch.bench.target import Wanted, prepared, serving, target_options
+from mgpu.launch.bench.target import Wanted, prepared, target_options
 
 SHOWN = ("batch", "context", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "limit", "share")
-CLIENT_TIMEOUT_S = 900.0
-SILENCE_S = 60.0
 
 
 @click.command("decode")
@@ -26,20 +25,14 @@ def decode_command(wanted: Wanted, batches: tuple[int, ...], contexts: tuple[int
 
     Counted by the engine while the whole batch decodes. The limit is that of the mean context meanwhile.
     """
-    from mgpu.protocol.client import Client
-
-    with prepared(wanted) as target, serving(target) as endpoint:
-        with Client(endpoint, timeout_s=CLIENT_TIMEOUT_S, silence_timeout_s=SILENCE_S) as client:
-            probe = Probe(client, target.plan.facts.vocab_size)
-            kv_tokens = client.health().kv_tokens
-            report = Report("decode", "mgpu", SHOWN, "pyzmq", "triton", seconds=seconds, **target.facts)
-            for context in contexts:
-                for batch in batches:
-                    if problem := cannot_run(batch, context, target.config.max_rows, kv_tokens):
-                        report.add({"batch": batch, "context": context, "note": problem})
-                        continue
-                    report.add(decode_row(probe, target.limit, batch, context, seconds, wanted.repeat))
-        report.save(wanted.save)
+    with prepared(wanted) as target, probing(target) as probe:
+        report = Report("decode", "mgpu", SHOWN, wanted.save, "pyzmq", "triton", seconds=seconds, **target.facts)
+        for context in contexts:
+            for batch in batches:
+                if problem := cannot_run(batch, context, target.config.max_rows, probe.kv_tokens):
+                    report.add({"batch": batch, "context": context, "note": problem})
+                    continue
+                report.add(decode_row(probe, target.limit, batch, context, seconds, wanted.repeat))
 
 
 def cannot_run(batch: int, context: int, max_rows: int, kv_tokens: int) -> str:

@@ -25,12 +25,11 @@ def idle_command(wanted: Wanted, seconds: float) -> None:
         with prepared(wanted) as target, target.start() as server:
             server.wait_ready(READY_S)
             time.sleep(SETTLE_S)
-            report = Report("idle", "mgpu", SHOWN, "psutil", "pyzmq", **target.facts)
+            report = Report("idle", "mgpu", SHOWN, wanted.save, "psutil", "pyzmq", **target.facts)
             shares = [idle_share(server.process.pid, seconds) for _ in range(wanted.repeat)]
             count = len(family(server.process.pid))
             row: Row = {"processes": count, "seconds": seconds, "repeats": len(shares)}
             report.add(row | spread("core_share", shares))
-            report.save(wanted.save)
     except ServerDied as error:
         raise UserError(f"the server to measure failed: {error}") from error
 

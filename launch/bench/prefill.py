@@ -2,15 +2,16 @@
 
 import click
 
-from mgpu.launch.bench.decode import CLIENT_TIMEOUT_S, SILENCE_S, cannot_run
+from mgpu.launch.bench.decode import cannot_run
 from mgpu.launch.bench.numbers import Sizes
 from mgpu.launch.bench.numbers import sizes as read_sizes
 from mgpu.launch.bench.probe import Probe
 from mgpu.launch.bench.report import Report
+from mgpu.launch.bench.session import probing
 from mgpu.launch.bench.summary import spread
-from mgpu.launch.bench.target import Wanted, prepared, serving, target_options
+from mgpu.launch.bench.target import Wanted, prepared, target_options
 
-SHOWN = ("prompts", "length", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "seconds")
+SHOWN = ("prompts", "length", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "ms")
 FIRST_TOKEN_ASKS = 5
 """A single prompt is short: it is asked this many times as often."""
 
@@ -28,26 +29,20 @@ FIRST_TOKEN_ASKS = 5
 def prefill_command(wanted: Wanted, sizes: Sizes) -> None:
     """Process prompts of random tokens that come at once, one new token each.
 
-    With one prompt, ``seconds`` is the time to its first token on an idle server.
+    With one prompt, ``ms`` is the time to its first token on an idle server.
     """
-    from mgpu.protocol.client import Client
-
-    with prepared(wanted) as target, serving(target) as endpoint:
-        with Client(endpoint, timeout_s=CLIENT_TIMEOUT_S, silence_timeout_s=SILENCE_S) as client:
-            probe = Probe(client, target.plan.facts.vocab_size)
-            health = client.health()
-            report = Report("prefill", "mgpu", SHOWN, "pyzmq", "triton", **target.facts)
-            for count, length in sizes:
-                problem = cannot_run(1, length, target.config.max_rows, health.kv_tokens)
-                if length + 1 > health.max_seq_len:
-                    problem = f"left out: the server's context has {health.max_seq_len} tokens"
-                if problem:
-                    report.add({"prompts": count, "length": length, "note": problem})
-                    continue
-                seconds = prefill_seconds(probe, count, length, wanted.repeat)
-                rates = spread("tokens_per_s", [count * length / each for each in seconds])
-                report.add({"prompts": count, "length": length} | rates | spread("seconds", seconds))
-        report.save(wanted.save)
+    with prepared(wanted) as target, probing(target) as probe:
+        report = Report("prefill", "mgpu", SHOWN, wanted.save, "pyzmq", "triton", **target.facts)
+        for count, length in sizes:
+            problem = cannot_run(1, length, target.config.max_rows, probe.kv_tokens)
+            if length + 1 > probe.max_seq_len:
+                problem = f"left out: the server's context has {probe.max_seq_len} tokens"
+            if problem:
+                report.add({"prompts": count, "length": length, "note": problem})
+                continue
+            seconds = prefill_seconds(probe, count, length, wanted.repeat)
+            rates = spread("tokens_per_s", [count * length / each for each in seconds])
+            report.add({"prompts": count, "length": length} | rates | spread("ms", [each * 1e3 for each in seconds]))
 
 
 def prefill_seconds(probe: Probe, count: int, length: int, repeat: int) -> list[float]:

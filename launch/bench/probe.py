@@ -23,7 +23,8 @@ class Probe:
         self._vocab_size = vocab_size
         self._random = random.Random(seed)
         self._generated = client.stats()["generated_tokens"]
-        self._max_seq_len = client.health().max_seq_len
+        health = client.health()
+        self.max_seq_len, self.kv_tokens = health.max_seq_len, health.kv_tokens
 
     def prompt(self, length: int) -> list[int]:
         """Make a prompt of random tokens."""
@@ -45,11 +46,9 @@ class Probe:
         self, batch: int, context: int, seconds: float
     ) -> tuple[dict[str, float], dict[str, float], float]:
         """Give the server's counters before and after a while in which a whole batch decodes, and the seconds."""
-        longest = min(MOST_NEW_TOKENS, self._max_seq_len - context)
+        longest = min(MOST_NEW_TOKENS, self.max_seq_len - context)
         if longest < 2:
-            raise NotMeasured(
-                f"a context of {context} leaves no room to decode in the {self._max_seq_len} of the model"
-            )
+            raise NotMeasured(f"a context of {context} leaves no room to decode in the {self.max_seq_len} of the model")
         prompts = [self.prompt(context) for _ in range(batch)]
         streams = [self._client.stream(ids, max_tokens=longest, ignore_eos=True) for ids in prompts]
         for stream in streams:

@@ -17,42 +17,45 @@ _WIDTH = 11
 class Report:
     """Rows of one benchmark of one engine. Columns that are not ``shown`` are only saved."""
 
-    def __init__(self, bench: str, engine: str, shown: Sequence[str], *packages: str, **facts: object) -> None:
-        """Print what stands above the table. ``facts`` and the versions of ``packages`` are saved beside the rows."""
+    def __init__(
+        self, bench: str, engine: str, shown: Sequence[str], save: Path | None, *packages: str, **facts: object
+    ) -> None:
+        """Print what stands above the table. ``facts`` and the versions of ``packages`` are saved beside the rows.
+
+        What is there is in ``save`` after every row, as CSV if it is named so, else as JSON. UserError at once when it
+        cannot be written.
+        """
         self._shown = shown
+        self._save = save
         self._rows: list[Row] = []
         self._facts = {"bench": bench, "engine": engine, **facts}
         self._machine = describe(*packages)
+        self._write()
         click.echo(heading(self._machine))
         click.echo("".join(f"  {name:>{max(_WIDTH, len(name))}}" for name in shown))
 
-    @property
-    def rows(self) -> Sequence[Row]:
-        return self._rows
-
     def add(self, row: Row) -> None:
-        """Print a row and keep it."""
+        """Keep a row and print it."""
         self._rows.append(row)
+        self._write()
         cells = (f"  {cell(name, row.get(name)):>{max(_WIDTH, len(name))}}" for name in self._shown)
         note = f"  {row['note']}" if row.get("note") else ""
         click.echo("".join(cells) + note)
 
-    def save(self, path: Path | None) -> None:
-        """Write everything to ``path``: as CSV if it is named so, else as JSON. UserError when that cannot be."""
-        if path is None:
+    def _write(self) -> None:
+        if self._save is None:
             return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".csv":
-                self._save_csv(path)
+            self._save.parent.mkdir(parents=True, exist_ok=True)
+            if self._save.suffix == ".csv":
+                self._write_csv(self._save)
             else:
                 whole = {**self._facts, "machine": self._machine, "rows": self._rows}
-                path.write_text(json.dumps(whole, indent=1) + "\n")
+                self._save.write_text(json.dumps(whole, indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"--save {path}: {error.strerror}; choose another place") from error
-        click.echo(f"saved to {path}")
+            raise UserError(f"--save {self._save}: {error.strerror}; choose another place") from error
 
-    def _save_csv(self, path: Path) -> None:
+    def _write_csv(self, path: Path) -> None:
         """Repeat the facts in every line, so that lines of several files can be put together."""
         facts = {name: value for name, value in self._facts.items() if not isinstance(value, (dict, list, tuple))}
         facts |= {"measured_on": heading(self._machine)}

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import click
 
-from mgpu.launch.bench.decode import CLIENT_TIMEOUT_S, SILENCE_S
 from mgpu.launch.bench.load import Request
 from mgpu.launch.bench.numbers import list_option, rates
 from mgpu.launch.bench.report import Report
 from mgpu.launch.bench.serving import SHOWN, Load, Sizes, loads, measure_load
-from mgpu.launch.bench.target import Target, Wanted, prepared, serving, target_options
+from mgpu.launch.bench.session import SILENCE_S, TIMEOUT_S, serving
+from mgpu.launch.bench.target import Target, Wanted, prepared, target_options
 from mgpu.launch.config import ServeConfig
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -46,9 +46,8 @@ def serve_bench_command(
     with prepared(with_room_for(wanted, max(load.count for load in todo))) as target, serving(target) as endpoint:
         sizes = Sizes(prompt_tokens, new_tokens, target.plan.facts.vocab_size)
         lengths = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-        report = Report("serve", "mgpu", SHOWN, "pyzmq", "triton", **lengths, **target.facts)
+        report = Report("serve", "mgpu", SHOWN, wanted.save, "pyzmq", "triton", **lengths, **target.facts)
         asyncio.run(measure(report, target, endpoint, todo, sizes, wanted.repeat))
-        report.save(wanted.save)
 
 
 def with_room_for(wanted: Wanted, requests: int) -> Wanted:
@@ -64,7 +63,7 @@ async def measure(
     """Put every load on the server, one after the other."""
     from mgpu.protocol.async_client import AsyncClient
 
-    async with AsyncClient(endpoint, timeout_s=CLIENT_TIMEOUT_S, silence_timeout_s=SILENCE_S) as client:
+    async with AsyncClient(endpoint, timeout_s=TIMEOUT_S, silence_timeout_s=SILENCE_S) as client:
 
         async def send(request: Request) -> AsyncIterator[int]:
             options = {"max_tokens": request.new_tokens, "ignore_eos": True}

@@ -32,11 +32,10 @@ def startup_command(wanted: Wanted) -> None:
     """
     with prepared(wanted) as target, tempfile.TemporaryDirectory(prefix="mgpu-bench-") as kernels:
         environ = {KERNEL_CACHE: kernels}
-        report = Report("startup", "mgpu", SHOWN, "triton", **target.facts)
+        report = Report("startup", "mgpu", SHOWN, wanted.save, "triton", **target.facts)
         drop_from_page_cache(target.files)
         report.add(startup_row("cold", [start_once(target, environ)]))
         report.add(startup_row("warm", [start_once(target, environ) for _ in range(wanted.repeat)]))
-        report.save(wanted.save)
 
 
 def start_once(target: Target, environ: dict[str, str]) -> dict[str, float]:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
-from mgpu.launch.bench.decode import CLIENT_TIMEOUT_S, SILENCE_S, cannot_run
+from mgpu.launch.bench.decode import cannot_run
 from mgpu.launch.bench.numbers import list_option
 from mgpu.launch.bench.probe import NotMeasured, Probe
 from mgpu.launch.bench.report import Report
+from mgpu.launch.bench.session import probing
 from mgpu.launch.bench.summary import Row, spread
-from mgpu.launch.bench.target import Wanted, prepared, serving, target_options
+from mgpu.launch.bench.target import Wanted, prepared, target_options
 from mgpu.orchestrator.devices import find_machine
 from mgpu.orchestrator.errors import UserError
 
@@ -36,21 +37,12 @@ def step_command(wanted: Wanted, batches: tuple[int, ...], context: int, seconds
     if kernels:
         profile_kernels(batches, context)
         return
-    from mgpu.protocol.client import Client
-
-    with prepared(wanted) as target, serving(target) as endpoint:
-        with Client(endpoint, timeout_s=CLIENT_TIMEOUT_S, silence_timeout_s=SILENCE_S) as client:
-            probe = Probe(client, target.plan.facts.vocab_size)
-            kv_tokens = client.health().kv_tokens
-            report = Report("step", "mgpu", SHOWN, "pyzmq", "triton", context=context, **target.facts)
-            for batch in batches:
-                problem = cannot_run(batch, context, target.config.max_rows, kv_tokens)
-                report.add(
-                    {"batch": batch, "note": problem}
-                    if problem
-                    else step_row(probe, batch, context, seconds, wanted.repeat)
-                )
-        report.save(wanted.save)
+    with prepared(wanted) as target, probing(target) as probe:
+        report = Report("step", "mgpu", SHOWN, wanted.save, "pyzmq", "triton", context=context, **target.facts)
+        for batch in batches:
+            problem = cannot_run(batch, context, target.config.max_rows, probe.kv_tokens)
+            left_out: Row = {"batch": batch, "note": problem}
+            report.add(left_out if problem else step_row(probe, batch, context, seconds, wanted.repeat))
 
 
 def step_row(probe: Probe, batch: int, context: int, seconds: float, repeat: int) -> Row:

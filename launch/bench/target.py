@@ -16,7 +16,7 @@ from mgpu.launch.bench.shapes import SHAPES, write_config
 from mgpu.launch.config import ServeConfig
 from mgpu.launch.options import read_config
 from mgpu.launch.plan import prepare
-from mgpu.launch.server_process import ServerDied, ServerProcess
+from mgpu.launch.server_process import ServerProcess
 from mgpu.orchestrator.devices import find_machine
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.planner import Plan
@@ -143,13 +143,3 @@ def serve_config(arguments: tuple[str, ...]) -> ServeConfig:
 
     flags = serve_command.make_context("serve", list(arguments)).params
     return read_config(flags.pop("config_file"), flags)[0]
-
-
-@contextlib.contextmanager
-def serving(target: Target) -> Iterator[str]:
-    """Give the endpoint of the target's server, which runs inside the block. UserError when it does not get ready."""
-    try:
-        with target.start() as server:
-            yield server.wait_ready(READY_S)
-    except ServerDied as error:
-        raise UserError(f"the server to measure failed: {error}") from error

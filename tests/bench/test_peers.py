@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
-sys.path.insert(0, str(BENCH / "peers"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "peers"))
 
 from compare import PEERS, commands
 from llama_cpp import Answer
@@ -19,6 +18,7 @@ from peer import most_at_once, streamed
 
 from mgpu.launch.bench.load import Request, closed_loop
 
+BENCH = Path(__file__).parents[2] / "bench"
 Told = list[int | Exception | None]
 
 

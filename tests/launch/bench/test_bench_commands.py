@@ -1,16 +1,16 @@
 """The benchmarks as people type them, on one tiny server with random weights."""
 
 import contextlib
-import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from mgpu.launch.bench.idle import idle_share
 from mgpu.launch.bench.shapes import TINY, write_config
+from mgpu.launch.bench.startup import PHASES
 from mgpu.launch.bench.target import Target
 from mgpu.launch.cli import cli
 from mgpu.launch.server_process import ServerProcess
@@ -36,8 +36,9 @@ def bench(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Bench:
     def running(target: Target) -> Iterator[str]:
         yield server.wait_ready()
 
-    for name in ("decode", "prefill", "serve", "step"):
-        monkeypatch.setattr(importlib.import_module(f"mgpu.launch.bench.{name}"), "serving", running)
+    monkeypatch.setattr("mgpu.launch.bench.session.serving", running)
+    monkeypatch.setattr("mgpu.launch.bench.serve.serving", running)
+    monkeypatch.setattr(Target, "start", lambda target, **settings: contextlib.nullcontext(server))
 
     def invoke(*words: str) -> Result:
         options = ("--shape", "tiny", "--bandwidth", "10GB/s", "--repeat", "1")
@@ -46,7 +47,7 @@ def bench(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return invoke
 
 
-def saved(path: Path) -> list[dict[str, float]]:
+def saved(path: Path) -> list[dict[str, Any]]:
     rows = json.loads(path.read_text())["rows"]
     assert isinstance(rows, list)
     return rows
@@ -88,15 +89,18 @@ def test_step_breaks_the_time_of_a_step_down(bench: Bench, tmp_path: Path) -> No
     assert 0 < row["occupancy_share"] <= 1
 
 
-def test_an_idle_server_leaves_the_cores_alone(server: ServerProcess) -> None:
-    assert idle_share(server.process.pid, 1.0) < 0.1  # measured: far below 1 %
+def test_an_idle_server_leaves_the_cores_alone(bench: Bench, tmp_path: Path) -> None:
+    bench("idle", "--seconds", "1", "--save", str(tmp_path / "i"))
+    (row,) = saved(tmp_path / "i")
+    assert row["processes"] == 3
+    assert row["core_share"] < 0.1  # measured: far below 1 %
 
 
-def test_startup_is_measured_cold_and_warm(tmp_path: Path) -> None:
-    words = ("startup", "--shape", "tiny", "--bandwidth", "1GB/s", "--repeat", "1", "--save", str(tmp_path / "u"))
-    CliRunner().invoke(cli, ["bench", *words, "--", *SERVE], catch_exceptions=False)
+def test_startup_reads_the_phases_of_a_cold_start_and_of_warm_ones(bench: Bench, tmp_path: Path) -> None:
+    bench("startup", "--save", str(tmp_path / "u"))
     cold, warm = saved(tmp_path / "u")
-    assert cold["ready_s"] >= cold["spawn_s"] > 0
+    assert (cold["start"], warm["start"]) == ("cold", "warm")
+    assert {f"{phase}_s" for phase in PHASES} <= cold.keys()
     assert warm["ready_s"] > 0
 
 

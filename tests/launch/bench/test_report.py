@@ -36,11 +36,12 @@ def test_cells_show_shares_in_percent_and_few_digits() -> None:
 
 
 @pytest.mark.parametrize("name", ["rows.json", "deeper/rows.csv"])
-def test_what_is_saved_says_what_was_measured_and_on_what(name: str, tmp_path: Path) -> None:
-    report = Report("decode", "mgpu", ("batch", "tokens_per_s"), "pyzmq", model="tiny", serve_options=["--tp", "2"])
+def test_every_row_is_saved_at_once_and_says_what_was_measured_and_on_what(name: str, tmp_path: Path) -> None:
+    shown, options = ("batch", "tokens_per_s"), ["--tp", "2"]
+    report = Report("decode", "mgpu", shown, tmp_path / name, "pyzmq", model="tiny", serve_options=options)
+    assert (tmp_path / name).exists(), "a place that cannot be written is found before anything is measured"
     report.add({"batch": 1, "tokens_per_s": 10.0})
     report.add({"batch": 2, "note": "left out"})
-    report.save(tmp_path / name)
     if name.endswith("csv"):
         first, second = csv.DictReader((tmp_path / name).read_text().splitlines())
         assert (first["model"], first["tokens_per_s"], second["note"]) == ("tiny", "10.0", "left out")
@@ -54,7 +55,7 @@ def test_what_is_saved_says_what_was_measured_and_on_what(name: str, tmp_path: P
 def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--save"):
-        Report("decode", "mgpu", ()).save(tmp_path / "file" / "rows.json")
+        Report("decode", "mgpu", (), tmp_path / "file" / "rows.json")
 
 
 def test_lists_on_the_command_line_are_read_or_refused_with_an_example() -> None:
