@@ -1,6 +1,7 @@
 """Run ``mgpu-launch serve`` as a child for as long as a block of code needs it: the demo, benchmarks, tests."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from mgpu.protocol.runtime import BASE_VARIABLE, running_servers
 
 STOP_S = 45.0
+_PR_SET_PDEATHSIG = 1
 
 
 class ServerDied(Exception):
@@ -23,8 +25,16 @@ class ServerDied(Exception):
         self.output = output
 
 
+def _end_with_parent() -> None:
+    """Ask the kernel for a SIGTERM when whoever started this process is killed and cannot stop it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 class ServerProcess:
-    """A server in a process group of its own, with a private runtime directory."""
+    """A server in a process group of its own, with a private runtime directory.
+
+    It ends with the thread that made it, also when that one is killed.
+    """
 
     def __init__(
         self,
@@ -45,6 +55,7 @@ class ServerProcess:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
 
     @property

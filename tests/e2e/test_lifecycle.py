@@ -2,6 +2,8 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -167,3 +169,16 @@ def test_a_users_mistake_ends_in_one_message(smollm2: str, arguments: list[str],
         assert server.process.returncode > 0
     assert message in ended.value.output
     assert "Traceback" not in ended.value.output
+
+
+def test_a_server_ends_with_the_program_that_started_it_for_a_while(smollm2: str) -> None:
+    program = (
+        "import sys, time; from mgpu.launch.server_process import ServerProcess\n"
+        "server = ServerProcess('-m', sys.argv[1], '--device', 'cpu'); print(server.process.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, smollm2], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        server = psutil.Process(int(owner.stdout.readline()))
+        owner.kill()
+    assert wait_until(lambda: not is_alive(server), END_S)
