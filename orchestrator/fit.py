@@ -11,6 +11,7 @@ from mgpu.orchestrator.memory import (
     NCCL_BYTES,
     StepSize,
     kv_token_bytes,
+    largest_matrix_bytes,
     rank_weight_bytes,
     step_bytes,
 )
@@ -87,7 +88,7 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
     facts, wish = sizing.facts, sizing.wish
     place = sizing.placement.place_of(rank)
     stage, device = sizing.placement.stages[place.stage_index], sizing.machine.devices[place.device]
-    weights = rank_weight_bytes(facts, sizing.placement, place, sizing.dtype_bytes)
+    weights = rank_weight_bytes(facts, sizing.placement, place, sizing.dtype_bytes, wish.quant)
     reserve = _reserve_bytes(sizing, rank)
     budget = device_budget(device, wish)
     per_token = kv_token_bytes(facts, stage.num_layers, place.tp_size, sizing.dtype_bytes)
@@ -122,6 +123,9 @@ def _reserve_bytes(sizing: Sizing, rank: int) -> int:
     tokens = batch_tokens(sizing.wish.max_batch_tokens, sizing.wish.max_rows, sizing.machine.kind)
     size = StepSize(tokens, sizing.wish.max_rows)
     step = step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, size)
+    if sizing.wish.quant != "none":
+        # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
+        step += largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes)
     return step + _fixed_bytes(sizing.machine.devices[place.device]) + (NCCL_BYTES if sizing.nccl else 0)
 
 
@@ -203,7 +207,7 @@ def _size_that_fits(sizing: Sizing, tokens: int) -> int | None:
     """Find the smallest tensor-parallel size whose ranks fit the smallest of the devices in use."""
     used = [sizing.machine.devices[device] for stage in sizing.placement.stages for device in stage.devices]
     smallest = min(used, key=lambda device: device_budget(device, sizing.wish))
-    for size in compatible_sizes(sizing.facts):
+    for size in compatible_sizes(sizing.facts, sizing.wish.quant):
         placement = PlacementPlan((Stage(0, sizing.facts.num_layers, tuple(range(size))),))
         machine = replace(sizing.machine, devices=(smallest,) * size)
         row = _row(replace(sizing, machine=machine, placement=placement, nccl=size > 1), 0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WORDS = 32
@@ -54,15 +55,15 @@ def pack_int4(q_NK: Tensor, scales_NG: Tensor, group: int) -> PackedWeight:
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Unpack to [N, K]: the reference of the kernels, and good enough for a prefill's one pass."""
-    bits = 4 if weight.kind == "int4" else 8
-    q_NK = _from_words(weight.words, bits)[:, : weight.k]
+    """Unpack to [N, K]: the reference of the kernels, and what the CPU multiplies by."""
     if weight.kind == "int4":
-        values = q_NK.to(torch.float32) - 8
-        scales_NK = weight.scales.T.repeat_interleave(weight.group, dim=1)[:, : weight.k]
-        return (values * scales_NK).to(dtype)
-    stored = q_NK.to(torch.uint8).view(torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn)
-    return (stored.to(torch.float32) * weight.scales.T).to(dtype)
+        q_NK = _nibbles(weight.words).to(torch.float32).sub_(8)
+        groups = weight.scales.shape[0]
+        padded = groups * weight.group
+        q_NGE = F.pad(q_NK, (0, max(0, padded - q_NK.shape[1])))[:, :padded].view(len(q_NK), groups, weight.group)
+        return (q_NGE * weight.scales.T[:, :, None]).view(len(q_NK), -1)[:, : weight.k].to(dtype)
+    stored = _octets(weight.words).view(torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn)
+    return stored[:, : weight.k].to(torch.float32).mul_(weight.scales.T).to(dtype)
 
 
 def _to_words(q_NK: Tensor, bits: int) -> Tensor:
@@ -78,8 +79,13 @@ def _to_words(q_NK: Tensor, bits: int) -> Tensor:
     return words_NBW.view(n, blocks * WORDS)
 
 
-def _from_words(words: Tensor, bits: int) -> Tensor:
-    parts = 32 // bits
-    words_NBW = words.view(words.shape[0], -1, WORDS)
-    parts_NBPW = torch.stack([(words_NBW >> (bits * part)) & ((1 << bits) - 1) for part in range(parts)], dim=2)
-    return parts_NBPW.view(words.shape[0], -1)
+def _octets(words: Tensor) -> Tensor:
+    """Give the 8-bit parts [N, K padded] as uint8, in the order of channels; words are little-endian."""
+    octets_NBWP = words.contiguous().view(torch.uint8).view(len(words), -1, WORDS, 4)
+    return octets_NBWP.transpose(2, 3).reshape(len(words), -1)
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    """Give the 4-bit parts [N, K padded] as uint8, in the order of channels."""
+    octets_NBPW = words.contiguous().view(torch.uint8).view(len(words), -1, WORDS, 4).transpose(2, 3)
+    return torch.stack((octets_NBPW & 15, octets_NBPW >> 4), dim=3).view(len(words), -1)
