@@ -15,11 +15,12 @@ from mgpu.orchestrator.memory import (
     rank_weight_bytes,
     step_bytes,
 )
-from mgpu.orchestrator.split import compatible_sizes
+from mgpu.orchestrator.split import compatible_sizes, split_problems
 from mgpu.orchestrator.step_size import batch_tokens
 from mgpu.orchestrator.wish import Wish
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import HeadShard, PlacementPlan, Stage, head_shard
+from mgpu.protocol.quantization import Quant
 
 """Most tokens in one step where nothing was asked."""
 LEAST_TOKENS = 512
@@ -197,10 +198,24 @@ def _ways_out(sizing: Sizing, tokens: int) -> str:
     if sizing.machine.kind == "cpu":
         half = "" if sizing.dtype_bytes == 2 else "; --dtype bfloat16 halves that"
         return f"It would need a machine with more memory{half}"
-    size = _size_that_fits(sizing, tokens)
+    size, quant = _size_that_fits(sizing, tokens), _quant_that_fits(sizing, tokens)
+    narrower = f"--quant {quant} would fit on these" if quant else ""
     if size is None:
-        return "No number of such GPUs would hold it; use larger GPUs"
-    return f"{size} GPUs of this size would hold it, split tensor-parallel"
+        return narrower or "No number of such GPUs would hold it; use larger GPUs"
+    more = f"{size} GPUs of this size would hold it, split tensor-parallel"
+    return f"{narrower}; {more}" if narrower else more
+
+
+def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:
+    """Find the mildest quantization with which the placement fits."""
+    others: dict[Quant, tuple[Quant, ...]] = {"none": ("8", "4"), "8": ("4",), "fp8": ("4",), "4": ()}
+    for quant in others[sizing.wish.quant]:
+        if any(split_problems(sizing.facts, len(stage.devices), quant) for stage in sizing.placement.stages):
+            continue
+        rows = rank_rows(replace(sizing, wish=replace(sizing.wish, quant=quant)))
+        if all(row.needs(tokens) <= row.budget_bytes for row in rows):
+            return quant
+    return None
 
 
 def _size_that_fits(sizing: Sizing, tokens: int) -> int | None:

@@ -6,13 +6,12 @@ pair widens to what the tensor core wants and the activations of a part are cont
 blocks.
 """
 
-# N output channels, K input channels, B blocks, P parts of a word, G groups
+# N output channels, K input channels, B blocks, P parts of a word, H halves of a part, W words, G groups of E channels
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 WORDS = 32
@@ -57,13 +56,24 @@ def pack_int4(q_NK: Tensor, scales_NG: Tensor, group: int) -> PackedWeight:
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Unpack to [N, K]: the reference of the kernels, and what the CPU multiplies by."""
     if weight.kind == "int4":
-        q_NK = _nibbles(weight.words).to(torch.float32).sub_(8)
-        groups = weight.scales.shape[0]
-        padded = groups * weight.group
-        q_NGE = F.pad(q_NK, (0, max(0, padded - q_NK.shape[1])))[:, :padded].view(len(q_NK), groups, weight.group)
-        return (q_NGE * weight.scales.T[:, :, None]).view(len(q_NK), -1)[:, : weight.k].to(dtype)
-    stored = _octets(weight.words).view(torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn)
-    return stored[:, : weight.k].to(torch.float32).mul_(weight.scales.T).to(dtype)
+        return _dequantize_int4(weight, dtype)
+    stored = _octets(weight.words, torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn)
+    values_NK = stored.to(torch.float32, memory_format=torch.contiguous_format).view(len(stored), -1)
+    return values_NK.mul_(weight.scales.T)[:, : weight.k].to(dtype)
+
+
+def _dequantize_int4(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    octets_NBPW = _octets(weight.words, torch.uint8)
+    # Part 2p of a word is the low half of its octet p, part 2p + 1 the high half.
+    q_NBPHW = torch.stack((octets_NBPW & 15, octets_NBPW >> 4), dim=3)
+    values_NGE = q_NBPHW.view(len(q_NBPHW), -1, weight.group).to(torch.float32).sub_(8)
+    values_NGE = values_NGE[:, : len(weight.scales)].mul_(weight.scales.T[:, :, None])
+    return values_NGE.reshape(len(values_NGE), -1)[:, : weight.k].to(dtype)
+
+
+def _octets(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give a view of the octets as [N, blocks, 4 parts, words]; words are little-endian."""
+    return words.view(dtype).view(len(words), -1, WORDS, 4).transpose(2, 3)
 
 
 def _to_words(q_NK: Tensor, bits: int) -> Tensor:
@@ -77,15 +87,3 @@ def _to_words(q_NK: Tensor, bits: int) -> Tensor:
     for part in range(parts):
         words_NBW |= parts_NBPW[:, :, part] << (bits * part)
     return words_NBW.view(n, blocks * WORDS)
-
-
-def _octets(words: Tensor) -> Tensor:
-    """Give the 8-bit parts [N, K padded] as uint8, in the order of channels; words are little-endian."""
-    octets_NBWP = words.contiguous().view(torch.uint8).view(len(words), -1, WORDS, 4)
-    return octets_NBWP.transpose(2, 3).reshape(len(words), -1)
-
-
-def _nibbles(words: Tensor) -> Tensor:
-    """Give the 4-bit parts [N, K padded] as uint8, in the order of channels."""
-    octets_NBPW = words.contiguous().view(torch.uint8).view(len(words), -1, WORDS, 4).transpose(2, 3)
-    return torch.stack((octets_NBPW & 15, octets_NBPW >> 4), dim=3).view(len(words), -1)
