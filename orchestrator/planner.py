@@ -126,7 +126,8 @@ def _choose(facts: ModelFacts, machine: Machine, wish: Wish) -> _Choice:
         return _choose_balanced(facts, machine, wish, machine.nccl_problem)
     sizes = compatible_sizes(facts, wish.quant)
     if sizes == (1,):
-        reason = f"the model has no tensor-parallel size above 1 ({facts.num_q_heads} query heads)"
+        cause = f"{facts.num_q_heads} query heads" if compatible_sizes(facts) == (1,) else "int4 groups would be cut"
+        reason = f"the model has no tensor-parallel size above 1 ({cause})"
         return _choose_balanced(facts, machine, wish, reason)
     if count not in sizes:
         raise _split_error(facts, machine, wish, count, f"{count} {_noun(machine, count)}")

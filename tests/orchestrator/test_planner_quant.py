@@ -77,3 +77,9 @@ def test_the_table_names_the_format_of_every_stage() -> None:
     assert "linear layers in int4, groups of 64 and int4, groups of 32" in layout_text(mixed)
     assert layout_json(mixed)["quant"] == "4"
     assert "linear layers" not in layout_text(plan(QWEN3_32B, gpus(80), Wish()))
+
+
+def test_a_model_whose_groups_allow_no_split_is_layer_mapped_with_the_reason() -> None:
+    chosen = plan(replace(TINY, intermediate_size=94), cpus(2), Wish(quant="4"))
+    assert chosen.mode == "layer-mapped"
+    assert chosen.reason == "the model has no tensor-parallel size above 1 (int4 groups would be cut)"

@@ -1,21 +1,19 @@
 """Whole stages with quantized linear layers: what layouts share, and what loading holds at once."""
 
-import json
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from fake_orchestrator import make_spec, running
+from random_model import write_random_model
 from rank_threads import ThreadGroup, run_ranks
-from safetensors.torch import save_file
 from stage_driver import CPU, Stages, logits_in_chunks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgpu.orchestrator.memory import largest_matrix_bytes, rank_weight_bytes
-from mgpu.protocol.checkpoint import Checkpoint, expected_tensors, read_checkpoint
-from mgpu.protocol.checkpoint_config import read_config_facts
+from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
 from mgpu.protocol.control import Loaded
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import PlacementPlan, RankPlace, Stage
@@ -27,25 +25,9 @@ IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]
 EVERY: list[Quant] = ["8", "4", "fp8"]
 
 
-def write_model(folder: Path, seed: int = 0, **changes: object) -> Path:
-    config = {
-        "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 256, "vocab_size": 100,
-        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "torch_dtype": "float32",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    generator = torch.Generator().manual_seed(seed)
-    shapes = expected_tensors(read_config_facts(folder))
-    save_file(
-        {name: torch.randn(shape, generator=generator).mul_(0.1) for name, shape in shapes.items()},
-        folder / "model.safetensors",
-    )
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
+    return write_random_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +130,9 @@ def bytes_of_loading(facts: ModelFacts, quant: Quant) -> tuple[int, int]:
 
 @pytest.mark.parametrize("quant", EVERY)
 def test_loading_holds_one_dense_matrix_beside_the_quantized_shard(tmp_path: Path, quant: Quant) -> None:
-    facts = read_checkpoint(write_model(tmp_path, hidden_size=256, intermediate_size=2048, num_hidden_layers=6)).facts
+    facts = read_checkpoint(
+        write_random_model(tmp_path, hidden_size=256, intermediate_size=2048, num_hidden_layers=6)
+    ).facts
     peak, held = bytes_of_loading(facts, quant)
     dense_peak, dense_held = bytes_of_loading(facts, "none")
     assert dense_peak >= dense_held  # the counter sees all weights
