@@ -40,12 +40,8 @@ def _headline(plan: Plan) -> str:
 
 
 def _quantized(plan: Plan) -> str:
-    """Name the formats of linear layers; stages of different widths may have different int4 groups."""
-    if plan.quant == "none":
-        return ""
-    sizes = sorted({len(stage.devices) for stage in plan.placement.stages})
-    names = dict.fromkeys(weight_format(plan.quant, plan.facts, size).name for size in sizes)
-    return f", linear layers in {' and '.join(names)}"
+    name = weight_format(plan.quant).name
+    return f", linear layers in {name}" if name else ""
 
 
 def _shortened(plan: Plan) -> str:

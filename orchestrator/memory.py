@@ -65,7 +65,7 @@ def edge_elements(facts: ModelFacts, tp_size: int, first: bool, last: bool) -> i
 
 def layer_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int, quant: Quant) -> int:
     """Give the bytes of one layer on one of ``tp_size`` ranks: quantized matrices with their scales, the rest dense."""
-    form = weight_format(quant, facts, tp_size)
+    form = weight_format(quant)
     matrices = rank_matrices(facts, tp_size)
     rest = layer_elements(facts, tp_size) - sum(math.prod(shape) for shape in matrices)
     return rest * dtype_bytes + sum(form.matrix_bytes(*shape, dtype_bytes) for shape in matrices)

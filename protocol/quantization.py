@@ -13,9 +13,9 @@ from mgpu.protocol.placement import head_shard
 Quant = Literal["none", "8", "4", "fp8"]
 """What a user asks for: nothing, int8, group-wise int4, or float8 (e4m3)."""
 
-GROUPS = (64, 32)
-"""Input channels that share an int4 scale: the first that divides the slices of row-parallel layers."""
-LEAST_GROUP = GROUPS[-1]
+INT4_GROUP = 32
+"""Input channels that share an int4 scale. Groups of 64 save a tenth of the bytes and cost small models far more
+quality (docs/quantization.md has the numbers)."""
 _WORDS_PER_BLOCK = 32
 _SCALE_BYTES = 4
 
@@ -47,13 +47,9 @@ class WeightFormat:
 DENSE = WeightFormat()
 
 
-def weight_format(quant: Quant, facts: ModelFacts, tp_size: int) -> WeightFormat:
-    """Choose the format for every rank of a stage of ``tp_size``, which `group_problems` must have allowed."""
-    if quant != "4":
-        return WeightFormat(quant)
-    shared = _row_parallel_inputs(facts)
-    fitting = [group for group in GROUPS if all(inputs % (tp_size * group) == 0 for inputs in shared.values())]
-    return WeightFormat(quant, fitting[0] if fitting else LEAST_GROUP)
+def weight_format(quant: Quant) -> WeightFormat:
+    """Give the format that every rank uses."""
+    return WeightFormat(quant, INT4_GROUP if quant == "4" else 0)
 
 
 def group_problems(quant: Quant, facts: ModelFacts, tp_size: int) -> list[str]:
@@ -61,9 +57,9 @@ def group_problems(quant: Quant, facts: ModelFacts, tp_size: int) -> list[str]:
     if quant != "4" or tp_size == 1:
         return []
     return [
-        f"{name} {inputs} / {tp_size} ranks = {inputs / tp_size:g}, not a multiple of {LEAST_GROUP} (int4 groups)"
+        f"{name} {inputs} / {tp_size} ranks = {inputs / tp_size:g}, not a multiple of {INT4_GROUP} (int4 groups)"
         for name, inputs in _row_parallel_inputs(facts).items()
-        if inputs % (tp_size * LEAST_GROUP)
+        if inputs % (tp_size * INT4_GROUP)
     ]
 
 

@@ -43,7 +43,7 @@ def expected_tokens(folder: Path, quant: Quant) -> list[int]:
     ("quant", "layout", "named"),
     [
         ("8", ["-n", "0:1;1:2"], "linear layers in int8"),
-        ("4", ["--workers", "2"], "linear layers in int4, groups of 64"),
+        ("4", ["--workers", "2"], "linear layers in int4, groups of 32"),
     ],
 )
 def test_a_server_with_quantized_layers_answers_as_one_worker(

@@ -39,7 +39,7 @@ def logits(checkpoint: Checkpoint, quant: Quant, tp_size: int = 1, num_stages: i
     return logits_in_chunks(checkpoint, IDS, [6, 1, 1, 1, 1], tp_size, num_stages, quant=quant)
 
 
-@pytest.mark.parametrize(("quant", "error"), [("8", 0.02), ("fp8", 0.06), ("4", 0.2)])
+@pytest.mark.parametrize(("quant", "error"), [("8", 0.02), ("fp8", 0.06), ("4", 0.18)])
 def test_logits_stay_near_those_of_the_dense_model(checkpoint: Checkpoint, quant: Quant, error: float) -> None:
     dense = logits(checkpoint, "none")
     assert 0 < (logits(checkpoint, quant) - dense).norm() < error * dense.norm()
@@ -52,12 +52,7 @@ def test_layer_mapping_changes_nothing(checkpoint: Checkpoint, quant: Quant) -> 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_int4_ranks_give_the_logits_of_one_worker(checkpoint: Checkpoint, tp_size: int) -> None:
-    """Groups of 32 at four ranks, of 64 else: only equal groups give equal values."""
-    split, whole = logits(checkpoint, "4", tp_size), logits(checkpoint, "4")
-    if tp_size == 2:
-        torch.testing.assert_close(split, whole, atol=1e-4, rtol=0)
-    else:
-        assert 0 < (split - whole).norm() < 0.2 * whole.norm()
+    torch.testing.assert_close(logits(checkpoint, "4", tp_size), logits(checkpoint, "4"), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("quant", ["8", "fp8"])

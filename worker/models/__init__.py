@@ -32,7 +32,7 @@ def build_stage(
     Linear weights that are to be quantized get their memory when they are loaded, one after the other.
     """
     assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
-    context = BuildContext(facts, group, dtype, device, weight_format(quant, facts, place.tp_size))
+    context = BuildContext(facts, group, dtype, device, weight_format(quant))
     if facts.architecture == "gemma3":
         return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
     return DecoderStage(context, layers, LlamaLayer)
