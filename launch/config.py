@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mgpu.orchestrator.errors import UserError
+from mgpu.protocol.quantization import Quant
 
 OTHER_VARIABLES = frozenset(
     {"MGPU_ENDPOINT", "MGPU_NO_NCCL", "MGPU_NO_P2P", "MGPU_CACHE", "MGPU_RUNTIME_DIR", "MGPU_CONFIG", "MGPU_LOG_LEVEL"}
@@ -59,6 +60,9 @@ class ServeConfig:
     oversubscribe: bool = _option(False, "Let several workers share one GPU (for tests; slow).")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "Arithmetic: auto is bfloat16 on GPUs and float32 on the CPU."
+    )
+    quant: Quant = _option(  # noqa: RUF009 (a field like the others)
+        "none", "Quantize linear layers while loading: int8 (8), group-wise int4 (4), or float8 (fp8) weights."
     )
     load_format: Literal["auto", "dummy"] = _option("auto", "'dummy' makes random weights from config.json alone.")
     max_seq_len: int = _option(0, "Longest prompt plus output, in tokens (0: what the model allows).", minimum=0)

@@ -41,6 +41,7 @@ def wish_of(config: ServeConfig) -> Wish:
         block_size=config.block_size,
         max_rows=config.max_rows,
         max_batch_tokens=config.max_batch_tokens,
+        quant=config.quant,
     )
 
 

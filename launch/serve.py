@@ -104,6 +104,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         model_name=config.served_name or planned.model.name,
         device_kind=plan.machine.kind,
         dtype=plan.dtype,
+        quant=plan.quant,
         transport=plan.transport,
         stage_transport=plan.stage_transport,
         staged=plan.staged,

@@ -11,14 +11,16 @@ from mgpu.orchestrator.memory import (
     NCCL_BYTES,
     StepSize,
     kv_token_bytes,
+    largest_matrix_bytes,
     rank_weight_bytes,
     step_bytes,
 )
-from mgpu.orchestrator.split import compatible_sizes
+from mgpu.orchestrator.split import compatible_sizes, split_problems
 from mgpu.orchestrator.step_size import batch_tokens
 from mgpu.orchestrator.wish import Wish
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import HeadShard, PlacementPlan, Stage, head_shard
+from mgpu.protocol.quantization import Quant
 
 """Most tokens in one step where nothing was asked."""
 LEAST_TOKENS = 512
@@ -87,7 +89,7 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
     facts, wish = sizing.facts, sizing.wish
     place = sizing.placement.place_of(rank)
     stage, device = sizing.placement.stages[place.stage_index], sizing.machine.devices[place.device]
-    weights = rank_weight_bytes(facts, sizing.placement, place, sizing.dtype_bytes)
+    weights = rank_weight_bytes(facts, sizing.placement, place, sizing.dtype_bytes, wish.quant)
     reserve = _reserve_bytes(sizing, rank)
     budget = device_budget(device, wish)
     per_token = kv_token_bytes(facts, stage.num_layers, place.tp_size, sizing.dtype_bytes)
@@ -122,6 +124,9 @@ def _reserve_bytes(sizing: Sizing, rank: int) -> int:
     tokens = batch_tokens(sizing.wish.max_batch_tokens, sizing.wish.max_rows, sizing.machine.kind)
     size = StepSize(tokens, sizing.wish.max_rows)
     step = step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, size)
+    if sizing.wish.quant != "none":
+        # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
+        step += largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes)
     return step + _fixed_bytes(sizing.machine.devices[place.device]) + (NCCL_BYTES if sizing.nccl else 0)
 
 
@@ -193,17 +198,31 @@ def _ways_out(sizing: Sizing, tokens: int) -> str:
     if sizing.machine.kind == "cpu":
         half = "" if sizing.dtype_bytes == 2 else "; --dtype bfloat16 halves that"
         return f"It would need a machine with more memory{half}"
-    size = _size_that_fits(sizing, tokens)
+    size, quant = _size_that_fits(sizing, tokens), _quant_that_fits(sizing, tokens)
+    narrower = f"--quant {quant} would fit on these" if quant else ""
     if size is None:
-        return "No number of such GPUs would hold it; use larger GPUs"
-    return f"{size} GPUs of this size would hold it, split tensor-parallel"
+        return narrower or "No number of such GPUs would hold it; use larger GPUs"
+    more = f"{size} GPUs of this size would hold it, split tensor-parallel"
+    return f"{narrower}; {more}" if narrower else more
+
+
+def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:
+    """Find the mildest quantization with which the placement fits."""
+    others: dict[Quant, tuple[Quant, ...]] = {"none": ("8", "4"), "8": ("4",), "fp8": ("4",), "4": ()}
+    for quant in others[sizing.wish.quant]:
+        if any(split_problems(sizing.facts, len(stage.devices), quant) for stage in sizing.placement.stages):
+            continue
+        rows = rank_rows(replace(sizing, wish=replace(sizing.wish, quant=quant)))
+        if all(row.needs(tokens) <= row.budget_bytes for row in rows):
+            return quant
+    return None
 
 
 def _size_that_fits(sizing: Sizing, tokens: int) -> int | None:
     """Find the smallest tensor-parallel size whose ranks fit the smallest of the devices in use."""
     used = [sizing.machine.devices[device] for stage in sizing.placement.stages for device in stage.devices]
     smallest = min(used, key=lambda device: device_budget(device, sizing.wish))
-    for size in compatible_sizes(sizing.facts):
+    for size in compatible_sizes(sizing.facts, sizing.wish.quant):
         placement = PlacementPlan((Stage(0, sizing.facts.num_layers, tuple(range(size))),))
         machine = replace(sizing.machine, devices=(smallest,) * size)
         row = _row(replace(sizing, machine=machine, placement=placement, nccl=size > 1), 0)

@@ -5,14 +5,15 @@ import re
 from collections.abc import Sequence
 
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.split import compatible_sizes, listed, split_problems
+from mgpu.orchestrator.split import compatible_sizes, listed, split_problems, without_groups
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import PlacementPlan, Stage
+from mgpu.protocol.quantization import Quant
 
 _PAIR = re.compile(r"\s*([0-9]{1,6}(?:\s*\+\s*[0-9]{1,6})*)\s*:\s*([0-9]{1,9})\s*")
 
 
-def parse_layer_map(text: str, facts: ModelFacts, num_devices: int, noun: str) -> PlacementPlan:
+def parse_layer_map(text: str, facts: ModelFacts, num_devices: int, noun: str, quant: Quant = "none") -> PlacementPlan:
     """Read ``"0:32;1:32"``; ``"0+1:16;2+3:16"`` splits each range tensor-parallel over several devices.
 
     PlacementError with the numbers when the format is wrong, an ordinal is not visible or named twice, a count is
@@ -33,7 +34,7 @@ def parse_layer_map(text: str, facts: ModelFacts, num_devices: int, noun: str) -
                 f'-n "{text}": device {match[1]} gets {count} layers; every range needs at least 1 of the '
                 f"{facts.num_layers} layers"
             )
-        _check_stage_split(text, facts, ordinals)
+        _check_stage_split(text, facts, ordinals, quant)
         stages.append(Stage(first, first + count, ordinals))
         first += count
     if first != facts.num_layers:
@@ -68,11 +69,11 @@ def _check_ordinal(text: str, ordinal: int, seen: set[int], num_devices: int, no
         )
 
 
-def _check_stage_split(text: str, facts: ModelFacts, ordinals: tuple[int, ...]) -> None:
-    if problems := split_problems(facts, len(ordinals)):
+def _check_stage_split(text: str, facts: ModelFacts, ordinals: tuple[int, ...], quant: Quant) -> None:
+    if problems := split_problems(facts, len(ordinals), quant):
         raise PlacementError(
             f'-n "{text}": a stage of {len(ordinals)} devices cannot split this model: {"; ".join(problems)}; '
-            f"compatible sizes: {listed(compatible_sizes(facts))}"
+            f"compatible sizes: {listed(compatible_sizes(facts, quant))}{without_groups(facts, len(ordinals), quant)}"
         )
 
 

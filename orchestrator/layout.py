@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from mgpu.orchestrator.fit import RankRow, gib
 from mgpu.orchestrator.planner import Plan
 from mgpu.protocol.placement import Mode
+from mgpu.protocol.quantization import weight_format
 
 _TITLES: dict[Mode, str] = {
     "cpu": "one worker on the CPU",
@@ -35,7 +36,12 @@ def _headline(plan: Plan) -> str:
     title, count = _TITLES[plan.mode], plan.placement.world_size
     if count > 1:
         title += f" over {count} {'GPUs' if plan.machine.kind == 'cuda' else 'CPU workers'}"
-    return f"layout: {title} in {plan.dtype} ({plan.reason})"
+    return f"layout: {title} in {plan.dtype}{_quantized(plan)} ({plan.reason})"
+
+
+def _quantized(plan: Plan) -> str:
+    name = weight_format(plan.quant).name
+    return f", linear layers in {name}" if name else ""
 
 
 def _shortened(plan: Plan) -> str:
@@ -96,6 +102,7 @@ def layout_json(plan: Plan) -> dict[str, object]:
         "mode": plan.mode,
         "reason": plan.reason,
         "dtype": plan.dtype,
+        "quant": plan.quant,
         "transport": plan.transport,
         "stage_transport": plan.stage_transport,
         "staged": [list(pair) for pair in plan.staged],

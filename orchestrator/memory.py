@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mgpu.protocol.checkpoint_tensors import layer_tensors
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import PlacementPlan, RankPlace, head_shard, padded_vocab
+from mgpu.protocol.quantization import Quant, rank_matrices, weight_format
 
 CUDA_FIXED_BYTES = 700 << 20
 """Estimate of a worker's CUDA context, cuBLAS workspaces and allocator slack; the worker measures the truth."""
@@ -62,12 +63,27 @@ def edge_elements(facts: ModelFacts, tp_size: int, first: bool, last: bool) -> i
     return tables * vocab_elements(facts, tp_size) + (facts.hidden_size if last else 0)
 
 
-def rank_weight_bytes(facts: ModelFacts, plan: PlacementPlan, place: RankPlace, dtype_bytes: int) -> int:
+def layer_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int, quant: Quant) -> int:
+    """Give the bytes of one layer on one of ``tp_size`` ranks: quantized matrices with their scales, the rest dense."""
+    form = weight_format(quant)
+    matrices = rank_matrices(facts, tp_size)
+    rest = layer_elements(facts, tp_size) - sum(math.prod(shape) for shape in matrices)
+    return rest * dtype_bytes + sum(form.matrix_bytes(*shape, dtype_bytes) for shape in matrices)
+
+
+def largest_matrix_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int) -> int:
+    """Give the bytes of a rank's largest linear weight while it is dense."""
+    return max(math.prod(shape) for shape in rank_matrices(facts, tp_size)) * dtype_bytes
+
+
+def rank_weight_bytes(
+    facts: ModelFacts, plan: PlacementPlan, place: RankPlace, dtype_bytes: int, quant: Quant = "none"
+) -> int:
     """Give the bytes of all weights that one rank of a plan holds."""
     stage = plan.stages[place.stage_index]
-    layers = stage.num_layers * layer_elements(facts, place.tp_size)
+    layers = stage.num_layers * layer_bytes(facts, place.tp_size, dtype_bytes, quant)
     first, last = place.stage_index == 0, place.stage_index == plan.num_stages - 1
-    return (layers + edge_elements(facts, place.tp_size, first, last)) * dtype_bytes
+    return layers + edge_elements(facts, place.tp_size, first, last) * dtype_bytes
 
 
 def kv_token_bytes(facts: ModelFacts, num_layers: int, tp_size: int, dtype_bytes: int) -> int:

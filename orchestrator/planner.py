@@ -6,11 +6,12 @@ from mgpu.orchestrator.devices import DeviceInfo, Machine, selectors
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.fit import RankRow, Sizing, fit_tokens, rank_rows, weight_capacity
 from mgpu.orchestrator.layer_map import balanced_stages, even_stages, map_text, parse_layer_map
-from mgpu.orchestrator.memory import edge_elements, layer_elements
-from mgpu.orchestrator.split import compatible_sizes, listed, split_problems
+from mgpu.orchestrator.memory import edge_elements, layer_bytes
+from mgpu.orchestrator.split import compatible_sizes, listed, split_problems, without_groups
 from mgpu.orchestrator.wish import BLOCK_SIZE, Wish
 from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts
 from mgpu.protocol.placement import Mode, PlacementPlan, Stage, Transport
+from mgpu.protocol.quantization import Quant
 
 __all__ = ["Plan", "RankRow", "Wish", "plan"]
 
@@ -29,6 +30,8 @@ class Plan:
     staged: tuple[tuple[int, int], ...]
     """Sending and receiving ranks whose activations go through pinned host memory: no peer access."""
     dtype: Dtype
+    quant: Quant
+    """What linear layers are quantized to."""
     rows: tuple[RankRow, ...]
     """One per rank."""
     kv_tokens: int
@@ -84,6 +87,7 @@ def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
         stage_transport=stage_transport,
         staged=staged,
         dtype=dtype,
+        quant=wish.quant,
         rows=rows,
         kv_tokens=kv_tokens,
         max_seq_len=max_seq_len,
@@ -114,18 +118,19 @@ def _choose(facts: ModelFacts, machine: Machine, wish: Wish) -> _Choice:
     if wish.device_layers is not None:
         return _choose_map(facts, machine, wish, wish.device_layers)
     if wish.tp is not None:
-        return _choose_size(facts, machine, wish.tp)
+        return _choose_size(facts, machine, wish, wish.tp)
     count = len(machine.devices)
     if count == 1:
         return _Choice(_one_stage(facts, 1), "one CPU worker" if machine.kind == "cpu" else "one GPU is visible")
     if machine.kind == "cuda" and not machine.nccl:
         return _choose_balanced(facts, machine, wish, machine.nccl_problem)
-    sizes = compatible_sizes(facts)
+    sizes = compatible_sizes(facts, wish.quant)
     if sizes == (1,):
-        reason = f"the model has no tensor-parallel size above 1 ({facts.num_q_heads} query heads)"
+        cause = f"{facts.num_q_heads} query heads" if compatible_sizes(facts) == (1,) else "int4 groups would be cut"
+        reason = f"the model has no tensor-parallel size above 1 ({cause})"
         return _choose_balanced(facts, machine, wish, reason)
     if count not in sizes:
-        raise _split_error(facts, machine, count, f"{count} {_noun(machine, count)}")
+        raise _split_error(facts, machine, wish, count, f"{count} {_noun(machine, count)}")
     return _Choice(_one_stage(facts, count), _split_reason(facts, machine, count))
 
 
@@ -150,38 +155,38 @@ def _choose_map(facts: ModelFacts, machine: Machine, wish: Wish, text: str) -> _
             f'-n "{text}" and --tp {wish.tp} contradict each other: a layer map already says which devices are used. '
             f'Drop one of them, or write a hybrid such as -n "0+1:{facts.num_layers}"'
         )
-    placement = parse_layer_map(text, facts, len(machine.devices), _noun(machine, 1))
+    placement = parse_layer_map(text, facts, len(machine.devices), _noun(machine, 1), wish.quant)
     return _Choice(placement, f'-n "{text}"')
 
 
-def _choose_size(facts: ModelFacts, machine: Machine, size: int) -> _Choice:
+def _choose_size(facts: ModelFacts, machine: Machine, wish: Wish, size: int) -> _Choice:
     count = len(machine.devices)
     if not 1 <= size <= count:
         more = f"--workers {size}" if machine.kind == "cpu" else "CUDA_VISIBLE_DEVICES with more of them"
-        best = max(fitting for fitting in compatible_sizes(facts) if fitting <= count)
+        best = max(fitting for fitting in compatible_sizes(facts, wish.quant) if fitting <= count)
         way_out = f"use --tp {best}" + (f", or {more}" if size > count else "")
         raise PlacementError(
             f"--tp {size}: {count} {_noun(machine, count)} can be used; {way_out} "
-            f"(compatible sizes: {listed(compatible_sizes(facts))})"
+            f"(compatible sizes: {listed(compatible_sizes(facts, wish.quant))})"
         )
-    if size not in compatible_sizes(facts):
-        raise _split_error(facts, machine, size, f"--tp {size}: {size} {_noun(machine, size)}")
+    if size not in compatible_sizes(facts, wish.quant):
+        raise _split_error(facts, machine, wish, size, f"--tp {size}: {size} {_noun(machine, size)}")
     return _Choice(_one_stage(facts, size), f"--tp {size}")
 
 
-def _split_error(facts: ModelFacts, machine: Machine, size: int, subject: str) -> PlacementError:
-    sizes = compatible_sizes(facts)
+def _split_error(facts: ModelFacts, machine: Machine, wish: Wish, size: int, subject: str) -> PlacementError:
+    sizes = compatible_sizes(facts, wish.quant)
     best = max(fitting for fitting in sizes if fitting <= size)
     use = f"--workers {best}"
     if machine.kind == "cuda":
         use = f"CUDA_VISIBLE_DEVICES={selectors(machine.devices[:best])}"
     text = (
-        f"{subject} cannot split this model: {'; '.join(split_problems(facts, size))}. "
+        f"{subject} cannot split this model: {'; '.join(split_problems(facts, size, wish.quant))}. "
         f"Compatible sizes: {listed(sizes)}. Use {use} (or --tp {best})"
     )
     if 2 <= size <= facts.num_layers:
         text += f', or give each its own layers: -n "{map_text(even_stages(facts.num_layers, range(size)))}"'
-    return PlacementError(text)
+    return PlacementError(text + without_groups(facts, size, wish.quant))
 
 
 def _choose_balanced(facts: ModelFacts, machine: Machine, wish: Wish, reason: str) -> _Choice:
@@ -200,7 +205,7 @@ def _choose_balanced(facts: ModelFacts, machine: Machine, wish: Wish, reason: st
         layers,
         range(count),
         [weight_capacity(device, wish) for device in machine.devices],
-        layer_elements(facts, 1) * dtype_bytes,
+        layer_bytes(facts, 1, dtype_bytes, wish.quant),
         [elements * dtype_bytes for elements in edges],
     )
     return _Choice(placement, reason)

@@ -10,6 +10,7 @@ from mgpu.protocol.limits import ClientLimits
 from mgpu.protocol.link import ServerKeys
 from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Transport
+from mgpu.protocol.quantization import Quant
 from mgpu.protocol.shared_layout import shared_layout
 
 WORKER_COMMAND = (sys.executable, "-m", "mgpu.worker")
@@ -31,6 +32,7 @@ class ServerConfig:
     dtype: Dtype
     transport: Transport
     stage_transport: Transport
+    quant: Quant = "none"
     staged: tuple[tuple[int, int], ...] = ()
     """Sending and receiving ranks that ``peer`` does not connect: pinned host memory does."""
     bind: str = ""

@@ -1,19 +1,20 @@
 """Decide into how many tensor-parallel ranks a model can be split."""
 
 from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.quantization import Quant, group_problems
 
 
-def compatible_sizes(facts: ModelFacts) -> tuple[int, ...]:
+def compatible_sizes(facts: ModelFacts, quant: Quant = "none") -> tuple[int, ...]:
     """List every tensor-parallel size that the model allows, from 1 to its number of query heads."""
-    return tuple(size for size in range(1, facts.num_q_heads + 1) if not split_problems(facts, size))
+    return tuple(size for size in range(1, facts.num_q_heads + 1) if not split_problems(facts, size, quant))
 
 
-def split_problems(facts: ModelFacts, size: int) -> list[str]:
+def split_problems(facts: ModelFacts, size: int, quant: Quant = "none") -> list[str]:
     """Say which parts of the model ``size`` ranks cannot share; empty when it is a compatible size.
 
     Shares of the MLP's width may differ by one column. The vocabulary never stands in the way (it is padded), nor do
-    quantization blocks (rows are read as needed and dequantized). More ranks than KV heads are fine when each head can
-    be held by the same number of ranks.
+    a file's quantization blocks (rows are read as needed and dequantized), but int4 groups must not be cut. More ranks
+    than KV heads are fine when each head can be held by the same number of ranks.
     """
     q_heads, kv_heads, width = facts.num_q_heads, facts.num_kv_heads, facts.intermediate_size
     problems = []
@@ -25,7 +26,14 @@ def split_problems(facts: ModelFacts, size: int) -> list[str]:
         problems.append(f"{size} ranks % {kv_heads} KV heads = {size % kv_heads}")
     if width < size:
         problems.append(f"MLP width {width} < {size} ranks")
-    return problems
+    return problems + group_problems(quant, facts, size)
+
+
+def without_groups(facts: ModelFacts, size: int, quant: Quant) -> str:
+    """Say that another quantization would split, where int4 groups alone stand in the way; else nothing."""
+    if not split_problems(facts, size, quant) or split_problems(facts, size):
+        return ""
+    return "; or --quant 8, which has no groups"
 
 
 def listed(sizes: tuple[int, ...]) -> str:

@@ -137,6 +137,7 @@ class WorkerGroup:
             seed=config.seed,
             timeout_s=config.worker_timeout_s,
             staged=config.staged,
+            quant=config.quant,
         )
 
     def _environment(self, rank: int) -> dict[str, str]:

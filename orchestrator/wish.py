@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mgpu.protocol.model import Dtype
+from mgpu.protocol.quantization import Quant
 
 BLOCK_SIZE = {"cuda": 64, "cpu": 16}
 """Tokens per KV block where nothing was asked. Kernels are fastest with pages of 64 (see docs/kernels.md); shorter ones
@@ -28,6 +29,7 @@ class Wish:
     max_rows: int = 256
     max_batch_tokens: int = 0
     """Most tokens in one step; 0: what suits the device."""
+    quant: Quant = "none"
 
 
 def implied_workers(wish: Wish) -> int | None:

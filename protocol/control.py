@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mgpu.protocol.codec import Codec
 from mgpu.protocol.model import Dtype, ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Transport
+from mgpu.protocol.quantization import Quant
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class WorkerSpec:
     """Longest wait for a peer rank before the worker gives up."""
     staged: tuple[tuple[int, int], ...] = ()
     """Sending and receiving ranks that ``stage_transport`` peer does not connect: they use pinned."""
+    quant: Quant = "none"
+    """What linear layers are quantized to while they are loaded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class StartUp:
     def load(self, progress: Progress) -> tuple[DecoderStage, int]:
         """Build this rank's stage and give it weights; the second value is the bytes read from disk."""
         spec, layers = self._spec, range(self._own.first_layer, self._own.end_layer)
-        stage = build_stage(spec.facts, self._place, layers, self._links.group, self._dtype, self._device)
+        stage = build_stage(spec.facts, self._place, layers, self._links.group, self._dtype, self._device, spec.quant)
         stage.max_positions = spec.max_seq_len + 1
         if spec.model.load_format == "dummy":
             init_dummy_weights(stage, spec.seed)

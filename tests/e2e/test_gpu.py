@@ -65,6 +65,15 @@ def test_pinned_staging_gives_the_same_tokens(
     assert greedy_tokens(*arguments, "--oversubscribe", "--workers", "2", "-n", "0:1;1:2") == cpu_tokens
 
 
+@pytest.mark.parametrize("quant", ["8", "4", "fp8"])
+def test_quantized_fp32_tokens_equal_those_of_the_cpu(tmp_path: Path, quant: str) -> None:
+    from random_model import write_random_model
+
+    arguments = ["-m", str(write_random_model(tmp_path)), "--dtype", "float32", "--quant", quant]
+    expected = greedy_tokens(*arguments, "--device", "cpu")
+    assert greedy_tokens(*arguments, "--tp", "1", "--kv-memory", "64MiB") == expected
+
+
 def test_bf16_serves(tiny_folder: str) -> None:
     assert all(len(ids) == 12 for ids in greedy_tokens("-m", tiny_folder, "--tp", "1", "--dtype", "bfloat16"))
 

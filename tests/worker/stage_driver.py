@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint import Checkpoint
 from mgpu.protocol.placement import RankPlace, head_shard
+from mgpu.protocol.quantization import Quant
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.models import DecoderStage, build_stage, init_dummy_weights, load_weights
@@ -67,6 +68,7 @@ class Stages:
     block_size: int = 4
     dummy_seed: int | None = None
     """Random weights instead of the checkpoint's."""
+    quant: Quant = "none"
     stages: list[DecoderStage] = field(init=False)
     caches: list[KvCache] = field(init=False)
     bytes_read: int = 0
@@ -77,7 +79,7 @@ class Stages:
         self.stages, self.caches = [], []
         for index, layers in enumerate(self.splits):
             place = RankPlace(self.group.rank, index, self.group.rank, self.group.size, 0)
-            stage = build_stage(facts, place, layers, self.group, self.dtype, self.device)
+            stage = build_stage(facts, place, layers, self.group, self.dtype, self.device, self.quant)
             self._fill(stage)
             shape = (len(layers), self.num_blocks, self.block_size, heads.num_kv, facts.head_dim)
             cache = KvCache(*shape, self.dtype, self.device)
@@ -112,6 +114,7 @@ def logits_in_chunks(
     num_stages: int = 1,
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    quant: Quant = "none",
 ) -> Tensor:
     """Give the logits of every token when one request is computed ``chunks`` tokens at a time."""
     assert sum(chunks) == len(token_ids)
@@ -119,7 +122,7 @@ def logits_in_chunks(
     bounds = [total * index // num_stages for index in range(num_stages + 1)]
 
     def work(group: ThreadGroup) -> Tensor:
-        stages = Stages(checkpoint, group, [range(*pair) for pair in pairwise(bounds)], dtype, device)
+        stages = Stages(checkpoint, group, [range(*pair) for pair in pairwise(bounds)], dtype, device, quant=quant)
         row = Row(list(range(stages.num_blocks))[::-1])  # a table that is not the identity
         parts, first = [], 0
         for count in chunks:

@@ -6,7 +6,7 @@ pair widens to what the tensor core wants and the activations of a part are cont
 blocks.
 """
 
-# N output channels, K input channels, B blocks, P parts of a word, G groups
+# N output channels, K input channels, B blocks, P parts of a word, H halves of a part, W words, G groups of E channels
 
 from dataclasses import dataclass
 from typing import Literal
@@ -54,15 +54,26 @@ def pack_int4(q_NK: Tensor, scales_NG: Tensor, group: int) -> PackedWeight:
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Unpack to [N, K]: the reference of the kernels, and good enough for a prefill's one pass."""
-    bits = 4 if weight.kind == "int4" else 8
-    q_NK = _from_words(weight.words, bits)[:, : weight.k]
+    """Unpack to [N, K]: the reference of the kernels, and what the CPU multiplies by."""
     if weight.kind == "int4":
-        values = q_NK.to(torch.float32) - 8
-        scales_NK = weight.scales.T.repeat_interleave(weight.group, dim=1)[:, : weight.k]
-        return (values * scales_NK).to(dtype)
-    stored = q_NK.to(torch.uint8).view(torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn)
-    return (stored.to(torch.float32) * weight.scales.T).to(dtype)
+        return _dequantize_int4(weight, dtype)
+    stored = _octets(weight.words, torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn)
+    values_NK = stored.to(torch.float32, memory_format=torch.contiguous_format).view(len(stored), -1)
+    return values_NK.mul_(weight.scales.T)[:, : weight.k].to(dtype)
+
+
+def _dequantize_int4(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    octets_NBPW = _octets(weight.words, torch.uint8)
+    # Part 2p of a word is the low half of its octet p, part 2p + 1 the high half.
+    q_NBPHW = torch.stack((octets_NBPW & 15, octets_NBPW >> 4), dim=3)
+    values_NGE = q_NBPHW.view(len(q_NBPHW), -1, weight.group).to(torch.float32).sub_(8)
+    values_NGE = values_NGE[:, : len(weight.scales)].mul_(weight.scales.T[:, :, None])
+    return values_NGE.reshape(len(values_NGE), -1)[:, : weight.k].to(dtype)
+
+
+def _octets(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give a view of the octets as [N, blocks, 4 parts, words]; words are little-endian."""
+    return words.view(dtype).view(len(words), -1, WORDS, 4).transpose(2, 3)
 
 
 def _to_words(q_NK: Tensor, bits: int) -> Tensor:
@@ -76,10 +87,3 @@ def _to_words(q_NK: Tensor, bits: int) -> Tensor:
     for part in range(parts):
         words_NBW |= parts_NBPW[:, :, part] << (bits * part)
     return words_NBW.view(n, blocks * WORDS)
-
-
-def _from_words(words: Tensor, bits: int) -> Tensor:
-    parts = 32 // bits
-    words_NBW = words.view(words.shape[0], -1, WORDS)
-    parts_NBPW = torch.stack([(words_NBW >> (bits * part)) & ((1 << bits) - 1) for part in range(parts)], dim=2)
-    return parts_NBPW.view(words.shape[0], -1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import head_shard
+from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.attention import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kv_cache import LayerCache
@@ -32,14 +33,15 @@ class Attention(Module):
         dtype: torch.dtype,
         device: torch.device,
         norms_unit_offset: bool = False,
+        form: WeightFormat = DENSE,
     ) -> None:
         heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
         self.head_dim = facts.head_dim
         self.num_q, self.num_kv = heads.num_q, heads.num_kv
         self.spec = AttentionSpec(scale=facts.attention_scale, window=window)
         slices = qkv_slices(heads, facts.head_dim)
-        self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, dtype, device)
-        self.out = RowParallelLinear(slices[0].rows, facts.hidden_size, facts.output_bias, group, dtype, device)
+        self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, dtype, device, form)
+        self.out = RowParallelLinear(slices[0].rows, facts.hidden_size, facts.output_bias, group, dtype, device, form)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if facts.qk_norm:

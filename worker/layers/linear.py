@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.placement import HeadShard
+from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.kernels.packing import PackedWeight
 from mgpu.worker.layers.cpu_matmul import pack
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.product import matmul
+from mgpu.worker.layers.product import matmul, matmul_packed
+from mgpu.worker.layers.quantize import quantize
 from mgpu.worker.loaders.reader import WeightReader
 
 
@@ -26,29 +29,59 @@ def even_range(total: int, rank: int, size: int) -> range:
 
 
 class Linear(Module):
-    """Hold one rank's weight [O, I] and optional bias [O]."""
+    """Hold one rank's weight [O, I], dense or quantized, and an optional bias [O].
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight = torch.empty((outputs, inputs), dtype=dtype, device=device)
+    A weight that is to be quantized is dense only while it is loaded: a rank never holds two of them.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        form: WeightFormat = DENSE,
+    ) -> None:
+        self._shape = (outputs, inputs)
+        self._form = form
+        self.packed: PackedWeight | None = None
+        self.weight = torch.empty(self._shape if form.quant == "none" else 0, dtype=dtype, device=device)
         self.bias = torch.empty(outputs, dtype=dtype, device=device) if bias else None
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return matmul(x_TI, self.weight, self.bias)
+        return self._product(x_TI, self.bias)
+
+    def _product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        if self.packed is not None:
+            return matmul_packed(x_TI, self.packed, bias_O)
+        return matmul(x_TI, self.weight, bias_O)
+
+    def _dense_weight(self) -> Tensor:
+        """Give undefined memory to load into; what comes of it is kept by `_keep`."""
+        return self.weight if self._form.quant == "none" else self.weight.new_empty(self._shape)
+
+    def _keep(self, weight_OI: Tensor) -> None:
+        if self._form.quant != "none":
+            self.packed = quantize(weight_OI, self._form)
 
     def init_dummy(self, generator: torch.Generator) -> None:
         """Draw a weight that keeps the scale of its input."""
-        self.weight.normal_(0.0, self.weight.shape[1] ** -0.5, generator=generator)
+        weight_OI = self._dense_weight()
+        self._keep(weight_OI.normal_(0.0, self._shape[1] ** -0.5, generator=generator))
         if self.bias is not None:
             self.bias.zero_()
 
     def finalize(self) -> None:
         """Repack the loaded weight for the device; called once, after loading."""
-        self.weight = pack(self.weight)
+        if self.packed is None:
+            self.weight = pack(self.weight)
 
     def weight_bytes(self) -> int:
         """Give the memory of weight and bias."""
-        held = self.weight.numel() + (0 if self.bias is None else self.bias.numel())
-        return held * self.weight.dtype.itemsize
+        dense = self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+        packed = 0 if self.packed is None else self.packed.words.nbytes + self.packed.scales.nbytes
+        return dense * self.weight.dtype.itemsize + packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +96,27 @@ class ColumnParallelLinear(Linear):
     """Compute this rank's outputs of several matrices over the same input, stacked in one weight."""
 
     def __init__(
-        self, inputs: int, slices: tuple[RowSlice, ...], bias: bool, dtype: torch.dtype, device: torch.device
+        self,
+        inputs: int,
+        slices: tuple[RowSlice, ...],
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        form: WeightFormat = DENSE,
     ) -> None:
-        super().__init__(inputs, sum(len(part.rows) for part in slices), bias, dtype, device)
+        super().__init__(inputs, sum(len(part.rows) for part in slices), bias, dtype, device, form)
         self.slices = slices
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         """Read this rank's rows of each of the matrices."""
-        first = 0
+        weight_OI, first = self._dense_weight(), 0
         for part in self.slices:
             end = first + len(part.rows)
-            reader.fill_rows(self.weight[first:end], f"{prefix}.{part.name}.weight", part.rows.start)
+            reader.fill_rows(weight_OI[first:end], f"{prefix}.{part.name}.weight", part.rows.start)
             if self.bias is not None:
                 reader.fill_rows(self.bias[first:end], f"{prefix}.{part.name}.bias", part.rows.start)
             first = end
+        self._keep(weight_OI)
 
 
 def qkv_slices(heads: HeadShard, head_dim: int) -> tuple[RowSlice, ...]:
@@ -97,19 +137,22 @@ class RowParallelLinear(Linear):
         group: TensorParallelGroup,
         dtype: torch.dtype,
         device: torch.device,
+        form: WeightFormat = DENSE,
     ) -> None:
-        super().__init__(len(columns), outputs, bias, dtype, device)
+        super().__init__(len(columns), outputs, bias, dtype, device, form)
         self.columns = columns
         self.group = group
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         if self.group.size == 1:
-            return matmul(x_TI, self.weight, self.bias)
-        y_TO = self.group.all_reduce(matmul(x_TI, self.weight))
+            return self._product(x_TI, self.bias)
+        y_TO = self.group.all_reduce(self._product(x_TI, None))
         return y_TO if self.bias is None else y_TO.add_(self.bias)
 
     def load(self, reader: WeightReader, name: str) -> None:
         """Read this rank's columns."""
-        reader.fill_columns(self.weight, f"{name}.weight", self.columns.start)
+        weight_OI = self._dense_weight()
+        reader.fill_columns(weight_OI, f"{name}.weight", self.columns.start)
         if self.bias is not None:
             reader.fill_rows(self.bias, f"{name}.bias")
+        self._keep(weight_OI)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, even_range
@@ -27,14 +28,15 @@ class GatedMLP(Module):
         group: TensorParallelGroup,
         dtype: torch.dtype,
         device: torch.device,
+        form: WeightFormat = DENSE,
     ) -> None:
         mine = even_range(intermediate_size, group.rank, group.size)
         self.activation = activation
         self._uses_kernel = uses_kernels(device)
         self.width = len(mine)
         slices = (RowSlice("gate_proj", mine), RowSlice("up_proj", mine))
-        self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, dtype, device)
-        self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device)
+        self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, dtype, device, form)
+        self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device, form)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self.down(self._gated(self.gate_up(x_TD)))

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernel_use import uses_kernels
-from mgpu.worker.layers import cpu_matmul
+from mgpu.worker.kernels.packing import PackedWeight
+from mgpu.worker.layers import cpu_matmul, quantized_matmul
 
 
 def matmul(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -18,3 +19,12 @@ def matmul(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
 
         return products.matmul(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)
+
+
+def matmul_packed(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
+    """Give ``x @ w.T + bias`` for a quantized weight."""
+    if uses_kernels(weight.words.device):
+        from mgpu.worker.kernels import products
+
+        return products.quantized_matmul(x_TI, weight, bias_O)
+    return quantized_matmul.quantized_matmul(x_TI, weight, bias_O)

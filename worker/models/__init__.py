@@ -8,6 +8,7 @@ import torch
 from mgpu.protocol.checkpoint import Checkpoint
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import RankPlace
+from mgpu.protocol.quantization import Quant, weight_format
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.gemma3 import Gemma3Layer
@@ -24,10 +25,14 @@ def build_stage(
     group: TensorParallelGroup,
     dtype: torch.dtype,
     device: torch.device,
+    quant: Quant = "none",
 ) -> DecoderStage:
-    """Allocate one rank's part of a model on its device, with undefined weights."""
+    """Allocate one rank's part of a model on its device, with undefined weights.
+
+    Linear weights that are to be quantized get their memory when they are loaded, one after the other.
+    """
     assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
-    context = BuildContext(facts, group, dtype, device)
+    context = BuildContext(facts, group, dtype, device, weight_format(quant))
     if facts.architecture == "gemma3":
         return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
     return DecoderStage(context, layers, LlamaLayer)

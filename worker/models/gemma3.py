@@ -20,11 +20,20 @@ class Gemma3Layer(Module):
     def __init__(self, context: BuildContext, layer: int) -> None:
         facts, group, dtype, device = context.facts, context.group, context.dtype, context.device
         self.input_norm = context.norm(unit_offset=True)
-        self.attention = Attention(facts, group, context.window_of(layer), dtype, device, norms_unit_offset=True)
+        self.attention = Attention(
+            facts, group, context.window_of(layer), dtype, device, norms_unit_offset=True, form=context.form
+        )
         self.attention_out_norm = context.norm(unit_offset=True)
         self.mlp_norm = context.norm(unit_offset=True)
         self.mlp = GatedMLP(
-            facts.hidden_size, facts.intermediate_size, facts.activation, facts.mlp_bias, group, dtype, device
+            facts.hidden_size,
+            facts.intermediate_size,
+            facts.activation,
+            facts.mlp_bias,
+            group,
+            dtype,
+            device,
+            context.form,
         )
         self.mlp_out_norm = context.norm(unit_offset=True)
 

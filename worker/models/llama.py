@@ -20,10 +20,17 @@ class LlamaLayer(Module):
     def __init__(self, context: BuildContext, layer: int) -> None:
         facts, group, dtype, device = context.facts, context.group, context.dtype, context.device
         self.input_norm = context.norm()
-        self.attention = Attention(facts, group, context.window_of(layer), dtype, device)
+        self.attention = Attention(facts, group, context.window_of(layer), dtype, device, form=context.form)
         self.mlp_norm = context.norm()
         self.mlp = GatedMLP(
-            facts.hidden_size, facts.intermediate_size, facts.activation, facts.mlp_bias, group, dtype, device
+            facts.hidden_size,
+            facts.intermediate_size,
+            facts.activation,
+            facts.mlp_bias,
+            group,
+            dtype,
+            device,
+            context.form,
         )
 
     def __call__(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import head_shard
+from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.attention import AttentionShape, StepAttention, select_backend
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import TensorParallelGroup
@@ -34,6 +35,8 @@ class BuildContext:
     group: TensorParallelGroup
     dtype: torch.dtype
     device: torch.device
+    form: WeightFormat = DENSE
+    """Of linear layers."""
 
     def window_of(self, layer: int) -> int | None:
         return self.facts.sliding_window if self.facts.sliding_layers[layer] else None

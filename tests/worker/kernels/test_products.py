@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from kernel_checks import relative_error, tolerance
 from torch import Tensor
 
+from mgpu.protocol.quantization import Quant, weight_format
 from mgpu.worker.kernels.dequantize import dequantize_packed
 from mgpu.worker.kernels.few_row_gemv import few_row_gemv
 from mgpu.worker.kernels.gemv import GemvTiling, gemv
@@ -15,6 +16,8 @@ from mgpu.worker.kernels.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.quantized_gemv import quantized_gemv
 from mgpu.worker.kernels.reference import gated_activation
 from mgpu.worker.kernels.split_k import Tiling
+from mgpu.worker.layers.quantize import quantize
+from mgpu.worker.layers.quantized_matmul import quantized_matmul as plain_quantized_matmul
 
 
 def draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,6 +54,19 @@ def test_quantized_matmul_serves_any_number_of_rows(device: torch.device, rows: 
     x, bias = draw(rows, 320, device=device), draw(40, device=device)
     got = quantized_matmul(x, weight, bias)
     assert relative_error(got, F.linear(x, values, bias)) < 3e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 65])
+@pytest.mark.parametrize("quant", ["8", "4", "fp8"])
+def test_a_layer_quantized_while_loading_gives_the_plain_product(
+    device: torch.device, quant: Quant, rows: int, dtype: torch.dtype
+) -> None:
+    """Scales of int4 may be negative here, which random ones above are not."""
+    weight = quantize(draw(40, 320, device=device), weight_format(quant))
+    x, bias = draw(rows, 320, device=device, dtype=dtype), draw(40, device=device, dtype=dtype)
+    plain = plain_quantized_matmul(x.float(), weight, bias.float())
+    assert relative_error(quantized_matmul(x, weight, bias), plain) < max(3e-5, tolerance(dtype))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -1,0 +1,150 @@
+"""Measure what quantization costs in quality: perplexity of real models on a text of this repository, without a server.
+
+    python bench/perplexity.py -m demo -m gemma-3-270m-q4_k_m.gguf --tokens 2048
+
+Every token but the first of each window counts, with all earlier tokens of its window as context. A file that is itself
+quantized (GGUF) is dequantized when it is read: then "float32" is that file's own quality, not that of the original.
+"""
+
+# T tokens of a window, V vocabulary
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import machine
+import torch
+from torch import Tensor
+
+from mgpu.orchestrator.gateway.tokenizer import load_codec
+from mgpu.orchestrator.model_store import cache_root, read_model, resolve_model
+from mgpu.protocol.checkpoint import Checkpoint
+from mgpu.protocol.placement import RankPlace
+from mgpu.protocol.quantization import Quant
+from mgpu.worker.batch import StepBatch
+from mgpu.worker.collectives import SingleRank
+from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.models import DecoderStage, build_stage, load_weights
+
+TEXT = Path(__file__).parent / "data" / "public_domain.txt"
+BLOCK = 16
+LOGIT_ROWS = 128
+"""Logits computed at once: Gemma's vocabulary has 262,144 entries."""
+FORMATS: dict[str, tuple[torch.dtype, Quant]] = {
+    "float32": (torch.float32, "none"),
+    "bfloat16": (torch.bfloat16, "none"),
+    "8": (torch.float32, "8"),
+    "fp8": (torch.float32, "fp8"),
+    "4": (torch.float32, "4"),
+}
+
+
+def load(checkpoint: Checkpoint, dtype: torch.dtype, quant: Quant) -> DecoderStage:
+    place, layers = RankPlace(0, 0, 0, 1, 0), range(checkpoint.facts.num_layers)
+    stage = build_stage(checkpoint.facts, place, layers, SingleRank(), dtype, torch.device("cpu"), quant)
+    load_weights(stage, checkpoint, lambda count: None)
+    return stage
+
+
+def window_batch(ids: list[int]) -> StepBatch:
+    """Lay one window out as the prompt of a single row."""
+    count = len(ids)
+    places = torch.arange(count)
+    return StepBatch(
+        token_ids=torch.tensor(ids),
+        positions=places,
+        slots=places,
+        query_starts=torch.tensor([0, count], dtype=torch.int32),
+        context_lens=torch.tensor([count], dtype=torch.int32),
+        block_tables=torch.arange(-(-count // BLOCK), dtype=torch.int32).view(1, -1),
+        logit_rows=places,
+        query_lens_host=[count],
+        context_lens_host=[count],
+    )
+
+
+def negative_log_likelihoods(stage: DecoderStage, ids: list[int], dtype: torch.dtype) -> Tensor:
+    """Give -log p of every token of a window but the first, in float64."""
+    facts = stage.facts
+    shape = (facts.num_layers, -(-len(ids) // BLOCK), BLOCK, facts.num_kv_heads, facts.head_dim)
+    batch = window_batch(ids)
+    x_TD = stage.run_layers(stage.embed(batch.token_ids), batch, KvCache(*shape, dtype, torch.device("cpu")))
+    parts = []
+    for first in range(0, len(ids) - 1, LOGIT_ROWS):
+        end = min(first + LOGIT_ROWS, len(ids) - 1)
+        targets = batch.token_ids[first + 1 : end + 1]
+        logits_TV = stage.logits(x_TD[first:end])
+        parts.append(torch.nn.functional.cross_entropy(logits_TV, targets, reduction="none").double())
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def measure(checkpoint: Checkpoint, ids: list[int], first_ids: list[int], window: int, name: str) -> dict[str, object]:
+    """Load the model in one format and score all windows, each of which begins with ``first_ids``."""
+    dtype, quant = FORMATS[name]
+    began_s = time.monotonic()
+    stage = load(checkpoint, dtype, quant)
+    loaded_s = time.monotonic()
+    size = window - len(first_ids)
+    windows = [first_ids + ids[first : first + size] for first in range(0, len(ids) - size + 1, size)]
+    nll = torch.cat([negative_log_likelihoods(stage, each, dtype) for each in windows])
+    return {
+        "format": name,
+        "perplexity": round(math.exp(nll.mean()), 3),
+        "tokens": len(nll),
+        "weight_bytes": stage.weight_bytes(),
+        "load_s": round(loaded_s - began_s, 1),
+        "score_s": round(time.monotonic() - loaded_s, 1),
+    }
+
+
+def find(name: str) -> str:
+    """Take a path, ``demo``, or the name of a file in the cache of models."""
+    cached = cache_root() / "models" / name
+    return str(cached) if cached.is_file() else name
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", action="append", required=True, help="path, demo, or a file of the cache")
+    parser.add_argument("--text", type=Path, default=TEXT)
+    parser.add_argument("--tokens", type=int, default=2048, help="most tokens of the text")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = read_options()
+    print(machine.heading(machine.describe()), flush=True)
+    for name in options.model:
+        model = resolve_model(find(name))
+        codec = load_codec(model.path, model.format)
+        if codec is None:
+            raise SystemExit(f"{model.path} has no tokenizer")
+        first_ids = codec.encode("")
+        ids = codec.encode(options.text.read_text(), add_special_tokens=False)[: options.tokens]
+        checkpoint, baseline = read_model(model), 0.0
+        for form in options.formats:
+            result = measure(checkpoint, ids, first_ids, options.window, form)
+            baseline = baseline or float(str(result["perplexity"]))
+            if options.json:
+                print(json.dumps({"model": model.name} | result), flush=True)
+                continue
+            print(line(model.name, result, baseline), flush=True)
+
+
+def line(model: str, result: dict[str, object], baseline: float) -> str:
+    """Write a result for people, with the loss against the first format."""
+    perplexity, mib = float(str(result["perplexity"])), int(str(result["weight_bytes"])) / 2**20
+    return (
+        f"{model:24} {result['format']:9} perplexity {perplexity:8.3f} ({perplexity / baseline - 1:+.1%}) over "
+        f"{result['tokens']} tokens, {mib:6.0f} MiB, {result['load_s']} s to load, {result['score_s']} s to score"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Say in which format a rank holds the weights of its linear layers, and how many bytes that takes.
+
+Planner and workers share this arithmetic. Embedding, LM head, norms and biases keep the type that the model is served
+in; how words are laid out is in ``worker/kernels/packing.py``.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.placement import head_shard
+
+Quant = Literal["none", "8", "4", "fp8"]
+"""What a user asks for: nothing, int8, group-wise int4, or float8 (e4m3)."""
+
+INT4_GROUP = 32
+"""Input channels that share an int4 scale. Groups of 64 save a tenth of the bytes and cost small models far more
+quality (docs/quantization.md has the numbers)."""
+_WORDS_PER_BLOCK = 32
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """The format of one rank's linear weights. ``group`` is 0 where all inputs of an output share a scale."""
+
+    quant: Quant = "none"
+    group: int = 0
+
+    def matrix_bytes(self, outputs: int, inputs: int, dtype_bytes: int) -> int:
+        """Give the bytes of a matrix: ``dtype_bytes`` each if it is not quantized, else padded words and scales."""
+        if self.quant == "none":
+            return outputs * inputs * dtype_bytes
+        channels_per_word = 8 if self.quant == "4" else 4
+        blocks = -(-inputs // (channels_per_word * _WORDS_PER_BLOCK))
+        scales = -(-inputs // self.group) if self.group else 1
+        return outputs * (4 * _WORDS_PER_BLOCK * blocks + _SCALE_BYTES * scales)
+
+    @property
+    def name(self) -> str:
+        """Say it for the start-up log."""
+        if self.quant == "4":
+            return f"int4, groups of {self.group}"
+        return {"none": "", "8": "int8", "fp8": "fp8 (e4m3)"}[self.quant]
+
+
+DENSE = WeightFormat()
+
+
+def weight_format(quant: Quant) -> WeightFormat:
+    """Give the format that every rank uses."""
+    return WeightFormat(quant, INT4_GROUP if quant == "4" else 0)
+
+
+def group_problems(quant: Quant, facts: ModelFacts, tp_size: int) -> list[str]:
+    """Say which slices of ``tp_size`` ranks do not consist of whole int4 groups; one rank may end in a part of one."""
+    if quant != "4" or tp_size == 1:
+        return []
+    return [
+        f"{name} {inputs} / {tp_size} ranks = {inputs / tp_size:g}, not a multiple of {INT4_GROUP} (int4 groups)"
+        for name, inputs in _row_parallel_inputs(facts).items()
+        if inputs % (tp_size * INT4_GROUP)
+    ]
+
+
+def _row_parallel_inputs(facts: ModelFacts) -> dict[str, int]:
+    """Give the inputs of the layers that are split along them, over all ranks."""
+    return {"attention output": facts.num_q_heads * facts.head_dim, "MLP width": facts.intermediate_size}
+
+
+def rank_matrices(facts: ModelFacts, tp_size: int) -> tuple[tuple[int, int], ...]:
+    """Give outputs and inputs of the linear layers that a rank holds per decoder layer; the largest of its stage."""
+    heads = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size)
+    width = -(-facts.intermediate_size // tp_size)
+    q_size, kv_size = heads.num_q * facts.head_dim, heads.num_kv * facts.head_dim
+    hidden = facts.hidden_size
+    return ((q_size + 2 * kv_size, hidden), (hidden, q_size), (2 * width, hidden), (hidden, width))

@@ -1,0 +1,35 @@
+"""The perplexity bench scores each token by what came before it, however the logits are cut."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "worker"))
+
+import perplexity
+from random_model import write_random_model
+from stage_driver import logits_in_chunks
+
+from mgpu.protocol.checkpoint import read_checkpoint
+
+IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]
+
+
+@torch.inference_mode()
+def test_likelihoods_are_those_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "LOGIT_ROWS", 4)
+    checkpoint = read_checkpoint(write_random_model(tmp_path))
+    stage = perplexity.load(checkpoint, torch.float32, "8")
+    scored = perplexity.negative_log_likelihoods(stage, IDS, torch.float32)
+    logprobs = logits_in_chunks(checkpoint, IDS, [len(IDS)], quant="8").log_softmax(-1)
+    expected = torch.stack([-logprobs[at, IDS[at + 1]] for at in range(len(IDS) - 1)])
+    torch.testing.assert_close(scored, expected.double(), atol=1e-5, rtol=0)
+
+
+def test_windows_begin_with_the_first_ids_and_do_not_overlap(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(write_random_model(tmp_path))
+    result = perplexity.measure(checkpoint, IDS, [1], 4, "float32")
+    assert result["tokens"] == 3 * 3  # three windows of three new tokens, each scored after the first id

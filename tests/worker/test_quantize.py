@@ -1,0 +1,94 @@
+"""Quantized weights: their error, their products, their slices and the memory that making them takes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgpu.protocol.quantization import WeightFormat, weight_format
+from mgpu.worker.kernels.packing import dequantize
+from mgpu.worker.layers.product import matmul_packed
+from mgpu.worker.layers.quantize import quantize, search_int4
+
+INT8, FP8, INT4 = (weight_format(quant) for quant in ("8", "fp8", "4"))
+ALL = pytest.mark.parametrize("form", [INT8, FP8, INT4, WeightFormat("4", 64)], ids=str)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def restored(weight: Tensor, form: WeightFormat) -> Tensor:
+    return dequantize(quantize(weight, form), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("form", "error"), [(INT8, 0.008), (FP8, 0.028), (INT4, 0.085), (WeightFormat("4", 64), 0.095)]
+)
+def test_the_error_of_a_normal_weight_is_bounded(form: WeightFormat, error: float) -> None:
+    weight = draw(300, 576)
+    assert (restored(weight, form) - weight).norm() < error * weight.norm()
+
+
+def test_no_int8_value_is_off_by_more_than_half_a_step() -> None:
+    weight = draw(70, 200)
+    steps = weight.abs().amax(1, keepdim=True) / 127
+    assert ((restored(weight, INT8) - weight).abs() <= steps * 0.5001).all()
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_no_int4_group_is_worse_than_rounding_to_nearest(group: int) -> None:
+    # Heavy tails, where clipping pays most.
+    weight = draw(64, 8 * group) * draw(64, 8 * group, seed=1).exp()
+    w_NGE = weight.view(64, 8, group)
+    scales = w_NGE.abs().amax(2, keepdim=True) / 7
+    nearest = ((w_NGE / scales).round().clamp(-8, 7) * scales - w_NGE).square().sum(2)
+    q, found = search_int4(weight, group)
+    searched = (q.view(64, 8, group) * found[:, :, None] - w_NGE).square().sum(2)
+    assert (searched <= nearest * 1.0001).all()
+    assert searched.sum() < 0.85 * nearest.sum()
+
+
+@ALL
+def test_zeros_large_and_small_channels_stay_finite(form: WeightFormat) -> None:
+    weight = draw(6, 128)
+    weight[1] = 0
+    weight[2] *= 1e30
+    weight[3] *= 1e-30
+    weight[4, :64] = 0
+    values = restored(weight, form)
+    assert torch.isfinite(values).all()
+    assert (values[1] == 0).all()
+    assert ((values - weight).norm(dim=1) <= 0.12 * weight.norm(dim=1)).all()
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_the_product_is_that_of_the_dequantized_weight(form: WeightFormat, dtype: torch.dtype, rows: int) -> None:
+    packed = quantize(draw(700, 480), form)  # several blocks, a last one that is not full, padded words
+    x, bias = draw(rows, 480, seed=1).to(dtype), draw(700, seed=2).to(dtype)
+    expected = F.linear(x, dequantize(packed, dtype), bias)
+    torch.testing.assert_close(matmul_packed(x, packed, bias), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(matmul_packed(x, packed), F.linear(x, dequantize(packed, dtype)), atol=1e-4, rtol=1e-5)
+
+
+@ALL
+def test_rows_quantize_alone_as_within_the_whole(form: WeightFormat) -> None:
+    """So column-parallel ranks hold the very values of one worker."""
+    weight = draw(200, 576)
+    assert torch.equal(torch.cat([restored(weight[:70], form), restored(weight[70:], form)]), restored(weight, form))
+
+
+def test_columns_of_whole_int4_groups_quantize_alone_as_within_the_whole() -> None:
+    """So row-parallel ranks do too."""
+    weight = draw(50, 512)
+    parts = [restored(weight[:, first : first + 128], INT4) for first in range(0, 512, 128)]
+    assert torch.equal(torch.cat(parts, 1), restored(weight, INT4))
+
+
+@pytest.mark.parametrize("form", [INT8, FP8], ids=str)
+def test_columns_with_scales_of_their_own_are_no_worse_than_the_whole(form: WeightFormat) -> None:
+    weight = draw(50, 512)
+    parts = torch.cat([restored(weight[:, first : first + 128], form) for first in range(0, 512, 128)], 1)
+    assert (parts - weight).norm() <= (restored(weight, form) - weight).norm()
