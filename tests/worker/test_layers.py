@@ -15,13 +15,19 @@ from mgpu.worker.layers.vocab import VocabParallel
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 70])
+@pytest.mark.parametrize("rows", [1, 3, 8, 17, 70])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (7, 5), (33, 130)])
 def test_packed_and_plain_weights_give_the_product(inputs: int, outputs: int, rows: int) -> None:
     x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     for held in (weight, cpu_matmul.pack(weight)):
         torch.testing.assert_close(cpu_matmul.matmul(x, held), F.linear(x, weight), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(cpu_matmul.matmul(x, held, bias), F.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+
+
+def test_products_of_any_number_of_rows_need_few_kernels() -> None:
+    asked = {rows: cpu_matmul.padded_rows(rows) for rows in range(1, 4097)}
+    assert all(rows <= padded <= max(3, 1.5 * rows) for rows, padded in asked.items())
+    assert len({padded for padded in asked.values() if padded <= 2048}) <= 40
 
 
 def test_strided_inputs_give_the_product() -> None:
