@@ -7,6 +7,7 @@ kept, one run of memory per row and KV head, and the products are two batched ma
 
 # R rows, J KV heads, G query heads per KV head, A = R * J, K head dim, S longest context, C capacity of the copy
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ class _LayerCopy:
     keys_RJCK: Tensor
     values_RJCK: Tensor
     version: int
+    memory: tuple[Tensor, Tensor]
+    """What keys and values lie in, flat, with room."""
 
 
 class DecodeMirror:
@@ -70,12 +73,25 @@ class DecodeMirror:
         num_kv, dim = cache.k_NBJK.shape[2:]
         shape = (rows, num_kv, self._capacity, dim)
         if copy is None or copy.keys_RJCK.shape != shape:
-            # Zeros, since what lies past a context is multiplied by a probability of 0, and must not be NaN.
-            copy = _LayerCopy(cache.k_NBJK.new_zeros(shape), cache.v_NBJK.new_zeros(shape), -1)
-            self._copies[id(cache)] = copy
+            copy = self._copies[id(cache)] = _blank_copy(cache, shape, copy)
         is_current = copy.version == self._version
         copy.version = self._version
         return copy, is_current
+
+
+def _blank_copy(cache: LayerCache, shape: tuple[int, ...], old: _LayerCopy | None) -> _LayerCopy:
+    """Give a copy of another shape, in the memory of the old one if it fits there.
+
+    The shape changes with every request that comes or goes: made anew each time, the copies fragmented the heap.
+    """
+    size = math.prod(shape)
+    memory = old.memory if old is not None else None
+    if memory is None or memory[0].numel() < size:
+        with_room = size + size // 4
+        memory = cache.k_NBJK.new_empty(with_room), cache.v_NBJK.new_empty(with_room)
+    # Zeros, since what lies past a context is multiplied by a probability of 0, and must not be NaN.
+    keys_RJCK, values_RJCK = (flat[:size].view(shape).zero_() for flat in memory)
+    return _LayerCopy(keys_RJCK, values_RJCK, -1, memory)
 
 
 class MirrorStep:
