@@ -75,10 +75,19 @@ class Samples:
             lines.append(f"| {what} | {whose} | {numbers} | {slope:+.2f} |")
         return lines
 
+    def raw(self) -> list[str]:
+        """Give the RSS of everything, a value a minute, to see how it settles."""
+        each_min = max(1, round(60 / SAMPLE_S))
+        rss = {whose: points for (what, whose), points in self.values.items() if what.startswith("RSS")}
+        return [
+            f"RSS of {whose}, MB: {[round(v / 1024) for _, v in points[::each_min]]}" for whose, points in rss.items()
+        ]
+
 
 def soak(server: Server, streams: Streams, minutes: float) -> Row:
     """Keep the load up and take samples."""
     row = Row(f"{minutes:g} minutes of mixed load")
+    fill_up(server)
     others = Others(server.endpoint)
     samples = Samples()
     began_s = time.monotonic()
@@ -95,8 +104,21 @@ def soak(server: Server, streams: Streams, minutes: float) -> Row:
     for (what, whose), slope in samples.slopes().items():
         if minutes >= SHORTEST_MIN and abs(slope) > samples.bound(what, whose):
             row.problems.append(f"{what} of {whose}: {slope:+.2f} per minute")
-    row.notes += [*samples.lines(), f"beside the streams: {others.counts}, {streams.pieces} pieces streamed"]
+    row.notes += [
+        *samples.lines(),
+        *samples.raw(),
+        f"beside the streams: {others.counts}, {streams.pieces} pieces streamed",
+    ]
     return row
+
+
+def fill_up(server: Server) -> None:
+    """Run a wider and longer batch than any later one: workers keep the memory of their largest."""
+    with Client(server.endpoint, silence_timeout_s=120.0) as client:
+        prompts = [[3 + number, *range(3, 252)] for number in range(24)]
+        streams = [client.stream(prompt, max_tokens=40, ignore_eos=True) for prompt in prompts]
+        for stream in streams:
+            stream.completion()
 
 
 class Others:
