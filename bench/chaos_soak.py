@@ -24,6 +24,8 @@ from mgpu.protocol.completion import MgpuError
 SAMPLE_S = 5.0
 LARGEST_SLOPE = {"RSS, KB": 100.0, "descriptors": 0.1, "threads": 0.1, "/dev/shm entries": 0.1, "KV blocks": 1.0}
 """Per minute, over the second half; 100 KB/min is 6 MB an hour."""
+LARGEST_OF_WORKERS = 0.001
+"""Per minute, of a worker's RSS: glibc's heap settles slowly under batches of every shape."""
 SHORTEST_MIN = 10.0
 """A shorter run only prints its slopes: caches, the journal's minute and the allocator are not settled."""
 
@@ -58,6 +60,12 @@ class Samples:
                 found[key] = statistics.linear_regression(times, values).slope
         return found
 
+    def bound(self, what: str, whose: str) -> float:
+        """Give the largest slope that counts as flat."""
+        if what.startswith("RSS") and whose.startswith("worker"):
+            return LARGEST_OF_WORKERS * self.values[what, whose][-1][1]
+        return LARGEST_SLOPE[what]
+
     def lines(self) -> list[str]:
         """Give a table: first, middle and last value, and the slope."""
         lines = ["| what | of | at first | half way | at last | per minute, second half |", "| --- " * 6 + "|"]
@@ -67,10 +75,19 @@ class Samples:
             lines.append(f"| {what} | {whose} | {numbers} | {slope:+.2f} |")
         return lines
 
+    def raw(self) -> list[str]:
+        """Give the RSS of everything, a value a minute, to see how it settles."""
+        each_min = max(1, round(60 / SAMPLE_S))
+        rss = {whose: points for (what, whose), points in self.values.items() if what.startswith("RSS")}
+        return [
+            f"RSS of {whose}, MB: {[round(v / 1024) for _, v in points[::each_min]]}" for whose, points in rss.items()
+        ]
+
 
 def soak(server: Server, streams: Streams, minutes: float) -> Row:
     """Keep the load up and take samples."""
     row = Row(f"{minutes:g} minutes of mixed load")
+    fill_up(server)
     others = Others(server.endpoint)
     samples = Samples()
     began_s = time.monotonic()
@@ -85,10 +102,23 @@ def soak(server: Server, streams: Streams, minutes: float) -> Row:
     row.injections = 1
     row.problems += others.problems
     for (what, whose), slope in samples.slopes().items():
-        if minutes >= SHORTEST_MIN and abs(slope) > LARGEST_SLOPE[what]:
+        if minutes >= SHORTEST_MIN and abs(slope) > samples.bound(what, whose):
             row.problems.append(f"{what} of {whose}: {slope:+.2f} per minute")
-    row.notes += [*samples.lines(), f"beside the streams: {others.counts}, {streams.pieces} pieces streamed"]
+    row.notes += [
+        *samples.lines(),
+        *samples.raw(),
+        f"beside the streams: {others.counts}, {streams.pieces} pieces streamed",
+    ]
     return row
+
+
+def fill_up(server: Server) -> None:
+    """Run a wider and longer batch than any later one: workers keep the memory of their largest."""
+    with Client(server.endpoint, silence_timeout_s=120.0) as client:
+        prompts = [[3 + number, *range(3, 252)] for number in range(24)]
+        streams = [client.stream(prompt, max_tokens=40, ignore_eos=True) for prompt in prompts]
+        for stream in streams:
+            stream.completion()
 
 
 class Others:

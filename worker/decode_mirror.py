@@ -13,6 +13,7 @@ of chosen rows of a table, is what attention is made of, and torch has a fast on
 
 # R rows, J KV heads, H query heads, G = H / J, K head dim, S longest context, C capacity of the copy (tokens)
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,6 +42,8 @@ class Heads(NamedTuple):
 class _KeyCopy:
     keys_RJKC: Tensor
     version: int
+    memory: Tensor
+    """What the keys lie in, flat, with room."""
 
 
 class DecodeMirror:
@@ -87,11 +90,23 @@ class DecodeMirror:
         num_kv, dim = cache.k_NBJK.shape[2:]
         shape = (rows, num_kv, dim, self.capacity)
         if copy is None or copy.keys_RJKC.shape != shape:
-            # Zeros: what lies past a context is masked, but it must be a number.
-            copy = self._copies[id(cache)] = _KeyCopy(cache.k_NBJK.new_zeros(shape), -1)
+            copy = self._copies[id(cache)] = _blank_copy(cache, shape, copy)
         is_current = copy.version == self._version
         copy.version = self._version
         return copy.keys_RJKC, is_current
+
+
+def _blank_copy(cache: LayerCache, shape: tuple[int, ...], old: _KeyCopy | None) -> _KeyCopy:
+    """Give a copy of another shape, in the memory of the old one if it fits there.
+
+    The shape changes with every request that comes or goes: made anew each time, the copies fragmented the heap.
+    """
+    size = math.prod(shape)
+    memory = old.memory if old is not None else None
+    if memory is None or memory.numel() < size:
+        memory = cache.k_NBJK.new_empty(size + size // 4)
+    # Zeros: what lies past a context is masked, but it must be a number.
+    return _KeyCopy(memory[:size].view(shape).zero_(), -1, memory)
 
 
 class _Bags:

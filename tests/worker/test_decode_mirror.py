@@ -75,3 +75,15 @@ def test_blocks_that_pass_to_another_request() -> None:
     pair.step([(successor, 7)])
     pair.step([(successor, 1)])  # as long as its predecessor would be now
     pair.step([(successor, 1)])
+
+
+def test_a_copy_of_another_shape_lies_in_the_memory_of_the_old_one_if_it_fits() -> None:
+    pair, rows = Pair(), rows_of(4, 30)
+    for row in rows:
+        pair.step([(row, 20)])
+    places = []
+    for count in (4, 2, 3, 4, 1):
+        pair.step([(row, 1) for row in rows[:count]])
+        (copy,) = pair.backends[0].mirror._copies.values()
+        places.append(copy.keys_RJKC.data_ptr())
+    assert len(set(places)) == 1
