@@ -97,16 +97,20 @@ class ServeConfig:
         False, "Keep a second process per worker that has imported torch, to recover sooner (0.2 GB each)."
     )
     max_client_requests: int = _option(
-        256, "Most requests of one client that run or wait; one more is answered 'overloaded'.", minimum=1
-    )
+        256, "Most requests of one client that run or wait; one more is answered 'overloaded'.",
+        minimum=1, maximum=1 << 20,
+    )  # fmt: skip
     max_client_queue: Bytes = _option(  # noqa: RUF009
-        Bytes(8 << 20), "Most bytes of one client's requests that wait for their first token."
+        Bytes(8 << 20),
+        "Most bytes of one client's requests that wait for their first token.",
+        minimum=1,
+        maximum=1 << 40,
     )
     max_sequences: int = _option(
         4096, "Most requests of all clients that run or wait; each of n choices counts.", minimum=1, maximum=1 << 20
     )
     max_queue: Bytes = _option(  # noqa: RUF009
-        Bytes(256 << 20), "Most bytes of all requests that wait for their first token."
+        Bytes(256 << 20), "Most bytes of all requests that wait for their first token.", minimum=1, maximum=1 << 40
     )
     client_weights: str = _option(
         "", 'Shares of named clients while requests wait: "uid:1000=4,uid:1001=0.5" (others: 1).'

@@ -1,6 +1,7 @@
 """Start one child, tell it its spec, notice its death, and make sure that it ends."""
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
@@ -9,8 +10,9 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 
-_LARGEST_SPEC = 60_000
-"""Bytes that fit into an empty pipe, so that writing them never waits for the child."""
+_PAGE = 4096
+_PIPE_BYTES = 1 << 20
+"""Asked for, so that the keys and weights of many clients fit: writing a spec must never wait for the child."""
 
 
 class ChildProcess:
@@ -29,27 +31,32 @@ class ChildProcess:
     ) -> None:
         """Start ``command``. Without a ``spec`` it waits for `tell`."""
         self.name = name
-        self._check(spec or b"")
         # Its own session: Ctrl-C reaches the parent only. Standard output may be a pipe of the user's: keep it clean.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=2, env=dict(env), pass_fds=tuple(pass_fds), start_new_session=True
         )
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # too many large pipes for this user: what there is has to do
+            fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self.pid = self._process.pid
         self.pidfd = os.pidfd_open(self.pid)
-        if spec is not None:
+        if spec is None:
+            return
+        try:
             self.tell(spec)
+        except ValueError:
+            self.reap()
+            raise
 
     def tell(self, spec: bytes) -> None:
         """Give it its spec, once. ValueError for one that would have to wait until the child reads."""
-        self._check(spec)
         assert self._process.stdin is not None
+        room = fcntl.fcntl(self._process.stdin, fcntl.F_GETPIPE_SZ) - _PAGE
+        if len(spec) > room:
+            raise ValueError(f"the spec of {self.name} has {len(spec)} bytes, at most {room} fit")
         with contextlib.suppress(BrokenPipeError):  # died already; its pidfd says so
             self._process.stdin.write(struct.pack("<I", len(spec)) + spec)
             self._process.stdin.flush()
-
-    def _check(self, spec: bytes) -> None:
-        if len(spec) > _LARGEST_SPEC:
-            raise ValueError(f"the spec of {self.name} has {len(spec)} bytes, at most {_LARGEST_SPEC} fit")
 
     def exit_status(self) -> int | None:
         """Give the exit code, negative for a signal, or None while it runs. The process stays to be reaped."""

@@ -2,10 +2,11 @@
 
 Every client has an account with a tag, its virtual time: the tokens that it was served, divided by its weight. Next is
 the client with the smallest tag, and of its requests the one with the smallest (priority, arrival). A client that
-comes, or comes back, starts at the present, which is the tag of whoever was served last: nobody saves up turns by
-being away, and nobody pays for having been alone. So while requests wait, clients get tokens in proportion to their
-weights, however many requests each of them has. (Start-time fair queueing, Goyal, Vin and Cheng 1996; what an answer
-will cost is unknown, so a guess is charged first and corrected at its end.)
+comes, or comes back, starts at the present, which advances as if everybody in line were served at once, each by its
+weight: nobody saves up turns by being away, nobody pays for having been alone, and an endless row of newcomers cannot
+keep those waiting that were served before. So while requests wait, clients get tokens in proportion to their
+weights, however many requests each of them has. (Weighted fair queueing, Demers, Keshav and Shenker 1989, with start
+tags; what an answer will cost is unknown, so a guess is charged first and corrected at its end.)
 
 Pure and deterministic; O(log n) per operation, amortized.
 """
@@ -33,6 +34,8 @@ class Account:
     """Heap by (priority, arrival); endings stay until they are met."""
     entry: int = -1
     """Its valid entry in the line of clients; -1 when it has none."""
+    counted: float = 0.0
+    """Its part of the weight in line."""
 
 
 class FairQueue:
@@ -44,6 +47,7 @@ class FairQueue:
         """Heap by tag, then by who came first; an entry is stale when it is not its account's latest."""
         self._entries = 0
         self._now = 0.0
+        self._weight_in_line = 0.0
         self._num_waiting = 0
         self._num_ended = 0
         self._sweep_at = _SLACK
@@ -81,7 +85,7 @@ class FairQueue:
                     self._num_ended -= 1
                 if account.waiting:
                     return account.waiting[0][1]
-                account.entry = -1
+                self._step_out(account)
             heapq.heappop(self._line)
         return None
 
@@ -91,10 +95,10 @@ class FairQueue:
         assert seq is not None, "nobody waits"
         account = heapq.heappop(self._line)[2]
         heapq.heappop(account.waiting)
-        account.entry = -1
-        self._now = account.tag
         seq.account = account
         seq.charged = seq.prompt_len - seq.cached_tokens + min(self._mean_answer, seq.max_len - seq.prompt_len)
+        self._now = max(self._now, account.tag) + seq.charged / max(self._weight_in_line, account.weight)
+        self._step_out(account)
         account.tag += seq.charged / account.weight
         if account.waiting:
             self._enter(account)
@@ -115,11 +119,17 @@ class FairQueue:
         account, seq.account = seq.account, None
         if account is None:
             return
-        account.tag += (len(seq.tokens) - seq.cached_tokens - seq.charged) / account.weight
+        excess = len(seq.tokens) - seq.cached_tokens - seq.charged
+        account.tag += excess / account.weight
         if account.entry >= 0:
             self._enter(account)
+        if self._weight_in_line:
+            self._now += excess / max(self._weight_in_line, account.weight)
 
     def _enter(self, account: Account) -> None:
+        if account.entry < 0:
+            account.counted = account.weight
+            self._weight_in_line += account.counted
         self._entries += 1
         account.entry = self._entries
         heapq.heappush(self._line, (account.tag, account.entry, account))
@@ -127,11 +137,15 @@ class FairQueue:
             self._line = [each for each in self._line if each[2].entry == each[1]]
             heapq.heapify(self._line)
 
+    def _step_out(self, account: Account) -> None:
+        account.entry = -1
+        self._weight_in_line = max(0.0, self._weight_in_line - account.counted)
+
     def _leave(self) -> None:
         self._num_waiting -= 1
         if not self._num_waiting:  # nobody was kept waiting, so nobody owes anything
             self._accounts, self._line = {}, []
-            self._num_ended, self._now, self._sweep_at = 0, 0.0, _SLACK
+            self._num_ended, self._now, self._weight_in_line, self._sweep_at = 0, 0.0, 0.0, _SLACK
 
     def _drop_ended(self) -> None:
         for account in self._accounts.values():

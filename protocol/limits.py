@@ -15,11 +15,16 @@ class ClientLimits:
     client_queue_bytes: int = 8 << 20
     """Bytes of one client's requests that have no token yet; a request with ``n`` choices counts ``n`` times."""
     sequences: int = 4096
-    """Choices of all requests of all clients."""
+    """Choices of all requests of all clients; one client may have a quarter of them, or 64."""
     queue_bytes: int = 256 << 20
     """As ``client_queue_bytes``, of all clients."""
     weights: dict[str, float] = field(default_factory=dict)
     """Share of the server while it is full, by client; who is not named has `DEFAULT_WEIGHT`."""
+
+    @property
+    def client_sequences(self) -> int:
+        """Choices of all requests of one client: it must not be able to keep all others out."""
+        return max(self.sequences // 4, min(self.sequences, 64))
 
     def weight_of(self, client: str) -> float:
         return self.weights.get(client, DEFAULT_WEIGHT)

@@ -66,6 +66,8 @@ class _Usage:
     queued_bytes: int = 0
     sequences: int = 0
     """Submitted and not ended."""
+    unsubmitted: int = 0
+    """Of requests whose prompt is being tokenized."""
     dropped: int = 0
     """Of these, cancelled."""
 
@@ -114,6 +116,9 @@ class Quota:
             self._refuse(f"this client has {usage.requests} requests in flight, the limit is {limits.client_requests}")
         if usage.dropped >= MAX_DROPPED:
             self._refuse(f"this client has cancelled {usage.dropped} sequences that have not ended yet")
+        held = usage.sequences + usage.unsubmitted
+        if held and held + n > limits.client_sequences:
+            self._refuse(f"this client has {held} sequences in flight, the limit is {limits.client_sequences}")
         if self.num_sequences + n > limits.sequences:
             self._refuse(f"the server has {self.num_sequences} sequences in flight, the limit is {limits.sequences}")
         self._check_bytes("this client", usage.queued_bytes, size, limits.client_queue_bytes)
@@ -138,13 +143,16 @@ class Quota:
         """Count a request that waits to be tokenized or submitted."""
         usage = self._usage.setdefault(owner, _Usage())
         usage.requests += 1
+        usage.unsubmitted += n
         self._unsubmitted += n
         self._queue(usage, size)
 
     def submit(self, owner: str, sequence_ids: list[int], size: int) -> None:
         """Note that an arrived request has become these sequences, or has taken them over from another connection."""
+        usage = self._usage[owner]
         self._unsubmitted -= len(sequence_ids)
-        self._usage[owner].sequences += len(sequence_ids)
+        usage.unsubmitted -= len(sequence_ids)
+        usage.sequences += len(sequence_ids)
         for at, number in enumerate(sequence_ids):
             self._close(number)
             part = size // len(sequence_ids) + (size % len(sequence_ids) if at == 0 else 0)
@@ -154,6 +162,7 @@ class Quota:
         """Give back what `arrive` has counted for a request that is not submitted."""
         usage = self._usage[owner]
         self._unsubmitted -= n
+        usage.unsubmitted -= n
         self._queue(usage, -size)
         self._tidy(owner, usage)
 

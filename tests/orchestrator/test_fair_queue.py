@@ -156,6 +156,20 @@ def test_what_ended_in_line_is_never_next_and_does_not_pile_up() -> None:
     assert line.queue.num_held == 0
 
 
+def test_an_endless_row_of_newcomers_does_not_starve_who_was_served_before() -> None:
+    line = Line()
+    line.add(1)
+    line.add(2)
+    line.serve()
+    mine = line.add(1)
+    for newcomer in range(3, 100):
+        line.add(newcomer)
+        if line.serve() is mine:
+            break
+    else:
+        pytest.fail("97 newcomers went first")
+
+
 def test_clients_that_come_and_go_are_forgotten() -> None:
     line = Line()
     for _ in range(20):

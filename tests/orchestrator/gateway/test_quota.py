@@ -65,6 +65,15 @@ def test_all_choices_of_all_clients_have_a_limit() -> None:
     books.begin("c")
 
 
+def test_one_client_with_many_choices_leaves_room_for_others() -> None:
+    books = Books(sequences=512)
+    for _ in range(8):
+        books.begin("a", n=16)
+    with pytest.raises(Refusal, match="this client has 128 sequences in flight, the limit is 128"):
+        books.begin("a", n=1)
+    books.begin("b", n=16)
+
+
 def test_bytes_count_until_the_first_token() -> None:
     books = Books(client_queue_bytes=2500)
     numbers = books.begin("a", 1000, n=2)
