@@ -84,7 +84,7 @@ class Gateway:
         self._prompts = Prompts(self._table, jobs, self._admit, self._refuse)
         self._next_sequence = spec.first_sequence
         self._queries = Queries(spec, self._table, self._send, self._send_engine)
-        self._resumption = Resumption(self._table, self._choice, self._send, self._send_engine)
+        self._resumption = Resumption(self._table, self._queries, self._choice, self._send, self._send_engine)
         self._next_tick_s = 0.0
         self._running = True
         self._failure: BaseException | None = None
@@ -169,9 +169,7 @@ class Gateway:
             elif isinstance(message, StatsReply):
                 self._queries.on_stats(message, self._usable_info)
             elif isinstance(message, Resumed):
-                question = self._queries.take(message)
-                if question is not None:
-                    self._resumption.go_on(question.client, question.message, message)
+                self._resumption.on_record(message)
 
     def _on_info(self, info: EngineInfo) -> None:
         self._info = info

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mgpu.orchestrator.gateway.admission import Refusal
+from mgpu.orchestrator.gateway.queries import Queries
 from mgpu.orchestrator.gateway.quota import owner_of
 from mgpu.orchestrator.gateway.requests import MAX_HELD_TOKENS, ChoiceState, Request, RequestTable
 from mgpu.protocol.codec import Codec
 from mgpu.protocol.link import Cancel, SequenceRecord
 from mgpu.protocol.link import Resumed as Answer
-from mgpu.protocol.messages import Accepted, Failed, FailureCode, Generate, Query, Resumed, ResumeRequest, ServerMessage
+from mgpu.protocol.messages import Accepted, Failed, FailureCode, Generate, Resumed, ResumeRequest, ServerMessage
 from mgpu.protocol.schema import int32_array
 
 
@@ -110,11 +111,13 @@ class Resumption:
     def __init__(
         self,
         table: RequestTable,
+        queries: Queries,
         make_choice: Callable[[Generate, int, int, Sequence[int]], ChoiceState],
         send: Callable[[bytes, ServerMessage], None],
         send_engine: Callable[[Cancel], None],
     ) -> None:
         self._table = table
+        self._queries = queries
         self._make_choice = make_choice
         self._send = send
         self._send_engine = send_engine
@@ -134,9 +137,18 @@ class Resumption:
         self._send(client, Resumed(message.id))
         return False
 
-    def go_on(self, client: bytes, message: Query | ResumeRequest, record: Answer) -> None:
+    def on_record(self, record: Answer) -> None:
+        """Go on with the request that the engine tells of, for whoever asked for it last."""
+        question = self._queries.take(record)
+        if question is None:
+            return
+        assert isinstance(question.message, ResumeRequest)
+        if self._queries.awaits_record(question.message):
+            return  # its client has connected once more since; going on for a lost connection would end the request
+        self._go_on(question.client, question.message, record)
+
+    def _go_on(self, client: bytes, message: ResumeRequest, record: Answer) -> None:
         """Continue a request from the engine's record; what the engine says from now on continues that."""
-        assert isinstance(message, ResumeRequest)
         refusal = self._refusal(client, message, record)
         if refusal is not None:
             self._send(client, refusal)
@@ -147,6 +159,9 @@ class Resumption:
             self._make_choice(request.spec, index, each.request_id, each.stop_token_ids)
             for index, each in enumerate(record.sequences)
         ]
+        older = self._table.by_session(message.session, message.id)
+        if older is not None:
+            self._table.remove(older)
         self._table.add(request)
         self._table.start(request, choices)
         for sequence in record.sequences:
@@ -166,7 +181,8 @@ class Resumption:
 
         if not record.sequences:
             return refuse("unknown_request", "no such request is known: it never arrived, or it ended too long ago")
-        if self._table.get(client, message.id) is not None:
+        other = self._table.get(client, message.id)
+        if other is not None and other is not self._table.by_session(message.session, message.id):
             return Failed(None, "duplicate_id", f"request {message.id}: it is in flight already")
         counts = [len(each.token_ids) // 4 for each in record.sequences]
         if len(counts) != len(message.offsets) or any(map(int.__gt__, message.offsets, counts)):

@@ -1,0 +1,102 @@
+"""Requests that change connections, one message of client or engine at a time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mgpu.orchestrator.gateway.queries import Queries
+from mgpu.orchestrator.gateway.quota import Quota
+from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
+from mgpu.orchestrator.gateway.resumption import Resumption, pack_context
+from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.link import Cancel, GatewaySpec, Resume, Resumed, SequenceRecord
+from mgpu.protocol.messages import Accepted, Generate, ResumeRequest, ServerMessage
+from mgpu.protocol.schema import int32_bytes
+
+SPEC = GatewaySpec("", "", "", "", "safetensors", "tiny", 300, [], 1 << 20)
+A, B = b"connection A", b"connection B"
+SIZE = 5000
+
+
+class Desk:
+    """The part of a gateway that resumes; the test is its clients and its engine."""
+
+    def __init__(self, **limits: int) -> None:
+        self.sent: list[tuple[bytes, ServerMessage]] = []
+        self.to_engine: list[Any] = []
+        self.quota = Quota(ClientLimits(**limits))  # type: ignore[arg-type]
+        self.table = RequestTable(self.quota)
+        send_engine = self.to_engine.append
+        self.queries = Queries(SPEC, self.table, lambda *message: self.sent.append(message), send_engine)
+        self.resumption = Resumption(
+            self.table, self.queries, _choice, lambda *message: self.sent.append(message), send_engine
+        )
+
+    def resume(self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,)) -> None:
+        """Let a client ask for request 1 of a session."""
+        message = ResumeRequest(1, session, offsets)
+        if self.resumption.must_ask(client, message, ""):
+            self.queries.ask_for_record(client, message)
+
+    def answer(self, at: int, *records: SequenceRecord) -> None:
+        """Let the engine answer the question that it was asked as number ``at``."""
+        question = [message for message in self.to_engine if isinstance(message, Resume)][at]
+        self.resumption.on_record(Resumed(question.query_id, context(len(records)), list(records)))
+
+    def heard(self, client: bytes) -> list[str]:
+        """Give the types, or codes, of what a client was sent."""
+        return [getattr(message, "code", type(message).__name__.lower()) for to, message in self.sent if to == client]
+
+    @property
+    def cancelled(self) -> list[int]:
+        return [message.request_id for message in self.to_engine if isinstance(message, Cancel)]
+
+
+def _choice(spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[int]) -> ChoiceState:
+    return ChoiceState(index, sequence_id, frozenset(stop_ids), None, None)
+
+
+def context(n: int) -> bytes:
+    """What an earlier gateway noted of the request."""
+    spec = Generate(1, n=n, session="s")
+    return pack_context(Request(b"", spec, 0.0, None, size=SIZE), Accepted(1, "tiny", 3, 16, 0))
+
+
+def record(sequence_id: int = 7, tokens: Sequence[int] = (5, 6), finish: str = "", error: str = "") -> SequenceRecord:
+    return SequenceRecord(sequence_id, [], int32_bytes(tokens), [], finish, error, 0)
+
+
+def test_of_two_connections_that_resume_a_request_the_later_one_gets_it() -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.resume(B)
+    desk.answer(0, record())
+    desk.answer(1, record(tokens=[5, 6, 7]))
+    assert desk.heard(A) == []
+    assert desk.heard(B) == ["resumed", "accepted"]
+    assert [request.client for request in desk.table] == [B]
+
+
+def test_one_connection_may_resume_a_request_twice() -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.answer(0, record())
+    desk.resume(A)
+    desk.answer(1, record())
+    assert desk.heard(A) == ["resumed", "accepted"] * 2
+    assert (len(desk.table), desk.quota.num_sequences) == (1, 1)
+
+
+def test_a_request_that_was_taken_over_leaves_the_sequences_to_the_new_one() -> None:
+    desk = Desk()
+    older, newer = (Request(client, Generate(1, session="s"), 0.0, None, size=SIZE) for client in (A, B))
+    for request in (older, newer):
+        desk.table.add(request)
+        desk.table.start(request, [_choice(request.spec, 0, 7, [])])
+    desk.table.remove(older)
+    assert desk.table.by_sequence(7) == (newer, newer.choices[0])
+    assert desk.table.by_session("s", 1) is newer
+    assert desk.quota.num_sequences == 1
+    desk.table.remove(newer)
+    desk.quota.ended(7)
+    assert (desk.quota.num_sequences, desk.quota.queued_bytes, len(desk.table)) == (0, 0, 0)
+    assert not desk.quota._usage
