@@ -29,6 +29,8 @@ class Context:
     deadline_s: float | None
     """CLOCK_MONOTONIC, the same for all processes of a machine."""
     identity: str
+    size: int
+    """See `Request.size`."""
 
 
 _CODEC = Codec(Context)
@@ -48,6 +50,7 @@ def pack_context(request: Request, accepted: Accepted) -> bytes:
             spec.timeout_s,
             request.deadline_s,
             request.identity,
+            request.size,
         )
     )
 
@@ -65,7 +68,7 @@ def restored_request(client: bytes, message: ResumeRequest, data: bytes, now: fl
         timeout_s=context.timeout_s,
         session=message.session,
     )
-    request = Request(client, spec, last_sent_s=now, deadline_s=context.deadline_s, identity=context.identity)
+    request = Request(client, spec, now, context.deadline_s, context.identity, size=context.size)
     request.prompt_tokens = context.accepted.prompt_tokens
     return request, context.accepted
 
@@ -167,6 +170,8 @@ class Resumption:
         for sequence in record.sequences:
             if sequence.finish:
                 self._table.quota.ended(sequence.request_id)
+            elif sequence.token_ids:
+                self._table.quota.begun(sequence.request_id)
         self._send(client, Resumed(request.id))
         self._send(client, accepted)
         for choice, sequence, offset in zip(choices, record.sequences, message.offsets, strict=True):

@@ -100,3 +100,14 @@ def test_a_request_that_was_taken_over_leaves_the_sequences_to_the_new_one() -> 
     desk.quota.ended(7)
     assert (desk.quota.num_sequences, desk.quota.queued_bytes, len(desk.table)) == (0, 0, 0)
     assert not desk.quota._usage
+
+
+def test_a_resumed_request_weighs_what_it_did_until_its_first_token() -> None:
+    desk = Desk()
+    desk.resume(A, offsets=(0, 0, 0, 0))
+    desk.answer(0, record(1, []), record(2, []), record(3), record(4, finish="length"))
+    assert desk.quota.queued_bytes == SIZE // 2
+    assert desk.quota.num_sequences == 3
+    for number in (1, 2, 3):
+        desk.quota.ended(number)
+    assert (desk.quota.queued_bytes, desk.quota.num_sequences) == (0, 0)
