@@ -241,7 +241,7 @@ class Gateway:
             if isinstance(message, Generate):
                 self._on_generate(received, message)
             elif isinstance(message, ResumeRequest):
-                if self._resumption.must_ask(client, message, received.identity):
+                if self._resumption.must_ask(client, message):
                     self._queries.ask_for_record(client, message)
             elif isinstance(message, CancelRequest):
                 self._on_cancel(client, message)

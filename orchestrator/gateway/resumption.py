@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from mgpu.orchestrator.gateway.admission import Refusal
 from mgpu.orchestrator.gateway.queries import Queries
-from mgpu.orchestrator.gateway.quota import owner_of
 from mgpu.orchestrator.gateway.requests import MAX_HELD_TOKENS, ChoiceState, Request, RequestTable
 from mgpu.protocol.codec import Codec
 from mgpu.protocol.link import Cancel, SequenceRecord
@@ -125,13 +124,15 @@ class Resumption:
         self._send = send
         self._send_engine = send_engine
 
-    def must_ask(self, client: bytes, message: ResumeRequest, identity: str) -> bool:
-        """Detach the request from the connection it was on; say whether the engine's record of it is needed."""
+    def must_ask(self, client: bytes, message: ResumeRequest) -> bool:
+        """Detach the request from the connection it was on; say whether the engine's record of it is needed.
+
+        No limit of requests counts here: what the engine knows runs already, or has ended. Its journal bounds it.
+        """
         request = self._table.by_session(message.session, message.id)
         if request is None and self._table.get(client, message.id) is not None:
             raise Refusal("duplicate_id", "another request with this id is in flight; choose another id")
         if request is None:
-            self._table.quota.check(owner_of(identity, client), 0, len(message.offsets))
             return True
         if request.choices:
             self._table.remove(request)

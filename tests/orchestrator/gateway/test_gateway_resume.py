@@ -34,7 +34,7 @@ class Desk:
     def resume(self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,)) -> None:
         """Let a client ask for request 1 of a session."""
         message = ResumeRequest(1, session, offsets)
-        if self.resumption.must_ask(client, message, ""):
+        if self.resumption.must_ask(client, message):
             self.queries.ask_for_record(client, message)
 
     def answer(self, at: int, *records: SequenceRecord) -> None:
@@ -111,3 +111,13 @@ def test_a_resumed_request_weighs_what_it_did_until_its_first_token() -> None:
     for number in (1, 2, 3):
         desk.quota.ended(number)
     assert (desk.quota.queued_bytes, desk.quota.num_sequences) == (0, 0)
+
+
+def test_a_full_server_refuses_no_resume_and_counts_it() -> None:
+    desk = Desk(client_requests=1, sequences=2, queue_bytes=SIZE)
+    stranger = Request(B, Generate(4, n=2), 0.0, None, size=SIZE)
+    desk.table.add(stranger)
+    desk.resume(A)
+    desk.answer(0, record())
+    assert desk.heard(A) == ["resumed", "accepted"]
+    assert desk.quota.num_sequences == 3
