@@ -125,7 +125,7 @@ class Gateway:
     def _wait_ms(self) -> int | None:
         if self._front.has_backlog:
             return BACKLOG_RETRY_MS
-        if not len(self._table) and not self._queries:
+        if not len(self._table) and not self._queries and not self._resumption.has_orphans:
             return None
         return max(0, int((self._next_tick_s - time.monotonic()) * 1000) + 1)
 
@@ -241,8 +241,7 @@ class Gateway:
             if isinstance(message, Generate):
                 self._on_generate(received, message)
             elif isinstance(message, ResumeRequest):
-                if self._resumption.must_ask(client, message):
-                    self._queries.ask_for_record(client, message)
+                self._resumption.resume(client, message)
             elif isinstance(message, CancelRequest):
                 self._on_cancel(client, message)
             else:
@@ -357,6 +356,7 @@ class Gateway:
                 request.last_sent_s = now
                 self._send(request.client, Keepalive(request.id))
         self._queries.give_up_overdue(now, self._usable_info)
+        self._resumption.drop_orphans(now)
         self._drop_lost()
 
     def _send(self, client: bytes, message: ServerMessage) -> None:

@@ -49,6 +49,8 @@ class Queries:
         self._waiting: dict[int, Question] = {}
         self._num_of_client: Counter[bytes] = Counter()
         self._num_of_request: Counter[tuple[str, int]] = Counter()
+        self._late: dict[int, ResumeRequest] = {}
+        """Given up, and not answered by the engine either; the oldest are forgotten."""
         self._next = 1
         self._counters: dict[str, float] = {}
         """What the engine last said of itself."""
@@ -78,6 +80,10 @@ class Queries:
         """Give the question that is answered; None when it has been given up."""
         return self._pop(reply.query_id)
 
+    def take_late(self, reply: Resumed) -> ResumeRequest | None:
+        """Give the message that is answered now that it has been given up."""
+        return self._late.pop(reply.query_id, None)
+
     def on_stats(self, reply: StatsReply, info: EngineInfo | None) -> None:
         """Pass the engine's counters on to who asked for them."""
         self._counters = reply.counters
@@ -99,8 +105,13 @@ class Queries:
             if isinstance(message, Query) and message.kind == "health":
                 self._send_health(client, message.id, info, {**self._counters, "stalled": 1.0})
             else:
-                text = f"the engine did not answer within {ENGINE_TIMEOUT_S:g} s"
+                timeout_s = RECORD_TIMEOUT_S if isinstance(message, ResumeRequest) else ENGINE_TIMEOUT_S
+                text = f"the engine did not answer within {timeout_s:g} s"
                 self._send(client, Failed(message.id, "not_ready", text, RETRY_AFTER_S))
+            if isinstance(message, ResumeRequest):
+                self._late[number] = message
+        while len(self._late) > MAX_QUESTIONS:
+            del self._late[next(iter(self._late))]
 
     def _ask(self, client: bytes, message: Query | ResumeRequest, timeout_s: float) -> int:
         """Note a client's question and give the number under which the engine is asked. Refusal when too many wait."""

@@ -13,6 +13,9 @@ from mgpu.protocol.link import Resumed as Answer
 from mgpu.protocol.messages import Accepted, Failed, FailureCode, Generate, Resumed, ResumeRequest, ServerMessage
 from mgpu.protocol.schema import int32_array
 
+GRACE_S = 5.0
+"""A client that was told to ask again for its request does so within this time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -107,6 +110,15 @@ class Replay:
         self._at = end
 
 
+@dataclass(frozen=True, slots=True)
+class _Orphan:
+    """What runs for a client that was told to ask again before the engine told of it."""
+
+    sequence_ids: list[int]
+    message: ResumeRequest | None
+    due_s: float
+
+
 class Resumption:
     """Take requests over for clients that come back."""
 
@@ -123,38 +135,60 @@ class Resumption:
         self._make_choice = make_choice
         self._send = send
         self._send_engine = send_engine
+        self._orphans: list[_Orphan] = []
 
-    def must_ask(self, client: bytes, message: ResumeRequest) -> bool:
-        """Detach the request from the connection it was on; say whether the engine's record of it is needed.
+    @property
+    def has_orphans(self) -> bool:
+        """Whether `drop_orphans` has to be called again."""
+        return bool(self._orphans)
 
-        No limit of requests counts here: what the engine knows runs already, or has ended. Its journal bounds it.
+    def resume(self, client: bytes, message: ResumeRequest) -> None:
+        """Detach the request from the connection it was on, and ask for the engine's record of it if that is needed.
+
+        Refusal when that cannot be asked now; then nothing has changed. No limit of requests counts: what the engine
+        knows runs already, or has ended, and its journal bounds it.
         """
-        request = self._table.by_session(message.session, message.id)
-        if request is None and self._table.get(client, message.id) is not None:
+        request, other = self._table.by_session(message.session, message.id), self._table.get(client, message.id)
+        if other is not None and other is not request:
             raise Refusal("duplicate_id", "another request with this id is in flight; choose another id")
-        if request is None:
-            return True
-        if request.choices:
+        if request is not None and not request.choices:
+            self._table.move(request, client)  # its prompt is being tokenized: nothing has been said yet
+            self._send(client, Resumed(message.id))
+            return
+        self._queries.ask_for_record(client, message)
+        if request is not None:
             self._table.remove(request)
-            return True
-        self._table.move(request, client)  # its prompt is being tokenized: nothing has been said yet
-        self._send(client, Resumed(message.id))
-        return False
 
     def on_record(self, record: Answer) -> None:
         """Go on with the request that the engine tells of, for whoever asked for it last."""
         question = self._queries.take(record)
         if question is None:
+            self._orphans.append(_Orphan(_running(record), self._queries.take_late(record), time.monotonic() + GRACE_S))
             return
         assert isinstance(question.message, ResumeRequest)
         if self._queries.awaits_record(question.message):
             return  # its client has connected once more since; going on for a lost connection would end the request
         self._go_on(question.client, question.message, record)
 
+    def drop_orphans(self, now: float) -> None:
+        """End what the engine told of too late, unless its client has asked again."""
+        due = [orphan for orphan in self._orphans if now >= orphan.due_s]
+        self._orphans = [orphan for orphan in self._orphans if now < orphan.due_s]
+        for orphan in due:
+            if orphan.message is None or not self._queries.awaits_record(orphan.message):
+                self._cancel_unfollowed(orphan.sequence_ids)
+
+    def _cancel_unfollowed(self, sequence_ids: list[int]) -> None:
+        """End what runs for nobody."""
+        for number in sequence_ids:
+            if self._table.by_sequence(number) is None:
+                self._send_engine(Cancel(number, "cancelled"))
+
     def _go_on(self, client: bytes, message: ResumeRequest, record: Answer) -> None:
         """Continue a request from the engine's record; what the engine says from now on continues that."""
         refusal = self._refusal(client, message, record)
         if refusal is not None:
+            self._cancel_unfollowed(_running(record))
             self._send(client, refusal)
             return
         request, accepted = restored_request(client, message, record.context, time.monotonic())
@@ -214,3 +248,8 @@ class Resumption:
             self._table.end_choice(choice)
             if not record.finish:
                 self._send_engine(Cancel(choice.sequence_id, "stop"))
+
+
+def _running(record: Answer) -> list[int]:
+    """Give the sequences that have not ended."""
+    return [each.request_id for each in record.sequences if not each.finish]

@@ -1,12 +1,17 @@
 """Requests that change connections, one message of client or engine at a time."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from mgpu.orchestrator.gateway.queries import Queries
+import pytest
+
+from mgpu.orchestrator.gateway import queries
+from mgpu.orchestrator.gateway.admission import Refusal
+from mgpu.orchestrator.gateway.queries import RECORD_TIMEOUT_S, Queries
 from mgpu.orchestrator.gateway.quota import Quota
 from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
-from mgpu.orchestrator.gateway.resumption import Resumption, pack_context
+from mgpu.orchestrator.gateway.resumption import GRACE_S, Resumption, pack_context
 from mgpu.protocol.limits import ClientLimits
 from mgpu.protocol.link import Cancel, GatewaySpec, Resume, Resumed, SequenceRecord
 from mgpu.protocol.messages import Accepted, Generate, ResumeRequest, ServerMessage
@@ -34,8 +39,7 @@ class Desk:
     def resume(self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,)) -> None:
         """Let a client ask for request 1 of a session."""
         message = ResumeRequest(1, session, offsets)
-        if self.resumption.must_ask(client, message):
-            self.queries.ask_for_record(client, message)
+        self.resumption.resume(client, message)
 
     def answer(self, at: int, *records: SequenceRecord) -> None:
         """Let the engine answer the question that it was asked as number ``at``."""
@@ -121,3 +125,66 @@ def test_a_full_server_refuses_no_resume_and_counts_it() -> None:
     desk.answer(0, record())
     assert desk.heard(A) == ["resumed", "accepted"]
     assert desk.quota.num_sequences == 3
+
+
+def test_a_resume_with_wrong_offsets_leaves_nothing_running() -> None:
+    desk = Desk()
+    desk.resume(A, offsets=(9, 0))
+    desk.answer(0, record(7), record(8, finish="length"))
+    assert desk.heard(A) == ["bad_request"]
+    assert desk.cancelled == [7]
+
+
+def test_when_one_choice_has_failed_the_others_end() -> None:
+    desk = Desk()
+    desk.resume(A, offsets=(0, 0))
+    desk.answer(0, record(7, finish="error", error="broken"), record(8))
+    assert desk.heard(A) == ["engine_error"]
+    assert desk.cancelled == [8]
+
+
+@pytest.mark.parametrize(("followed", "cancelled"), [(False, [7]), (True, [])])
+def test_a_resume_under_the_id_of_another_request_ends_what_nobody_follows(
+    followed: bool, cancelled: list[int]
+) -> None:
+    desk = Desk()
+    desk.resume(A)
+    for client, spec, number in ((A, Generate(1), 9), (B, Generate(1, session="s"), 7))[: 1 + followed]:
+        request = Request(client, spec, 0.0, None)
+        desk.table.add(request)
+        desk.table.start(request, [_choice(spec, 0, number, [])])
+    desk.answer(0, record())
+    assert desk.heard(A) == ["duplicate_id"]
+    assert desk.cancelled == cancelled
+
+
+@pytest.mark.parametrize(("asks_again", "cancelled"), [(False, [7]), (True, [])])
+def test_an_answer_that_comes_too_late_ends_the_request_unless_its_client_asks_again(
+    asks_again: bool, cancelled: list[int]
+) -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.queries.give_up_overdue(time.monotonic() + RECORD_TIMEOUT_S, None)
+    assert desk.heard(A) == ["not_ready"]
+    desk.answer(0, record())
+    desk.resumption.drop_orphans(time.monotonic())
+    assert desk.cancelled == []
+    if asks_again:
+        desk.resume(A)
+    desk.resumption.drop_orphans(time.monotonic() + GRACE_S)
+    assert not desk.resumption.has_orphans
+    assert desk.cancelled == cancelled
+
+
+def test_a_resume_that_cannot_be_asked_takes_nothing_from_the_connection_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(queries, "MAX_QUESTIONS_OF_CLIENT", 1)
+    desk = Desk(client_requests=1)
+    desk.resume(A)
+    desk.answer(0, record())
+    desk.resume(B, session="t")
+    with pytest.raises(Refusal, match="wait for the engine"):
+        desk.resume(B)
+    assert [request.client for request in desk.table] == [A]
+    assert desk.cancelled == []
