@@ -84,7 +84,14 @@ class Gateway:
         self._prompts = Prompts(self._table, jobs, self._admit, self._refuse)
         self._next_sequence = spec.first_sequence
         self._queries = Queries(spec, self._table, self._send, self._send_engine)
-        self._resumption = Resumption(self._table, self._queries, self._choice, self._send, self._send_engine)
+        self._resumption = Resumption(
+            self._table,
+            self._queries,
+            self._choice,
+            self._send,
+            self._send_engine,
+            lambda identity: check_allowed(identity, front.doorkeeper),
+        )
         self._next_tick_s = 0.0
         self._running = True
         self._failure: BaseException | None = None

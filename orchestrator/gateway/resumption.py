@@ -75,6 +75,12 @@ def restored_request(client: bytes, message: ResumeRequest, data: bytes, now: fl
     return request, context.accepted
 
 
+def identity_of(data: bytes) -> str:
+    """Give whose request a packed context is of."""
+    context: Context = _CODEC.decode(data)
+    return context.identity
+
+
 class Replay:
     """The tokens of one choice again, in portions that fit a message: first what the client has, then the rest."""
 
@@ -129,12 +135,15 @@ class Resumption:
         make_choice: Callable[[Generate, int, int, Sequence[int]], ChoiceState],
         send: Callable[[bytes, ServerMessage], None],
         send_engine: Callable[[Cancel], None],
+        check_allowed: Callable[[str], None],
     ) -> None:
+        """``check_allowed`` raises a Refusal for an identity that may not be served any more."""
         self._table = table
         self._queries = queries
         self._make_choice = make_choice
         self._send = send
         self._send_engine = send_engine
+        self._check_allowed = check_allowed
         self._orphans: list[_Orphan] = []
 
     @property
@@ -221,6 +230,10 @@ class Resumption:
 
         if not record.sequences:
             return refuse("unknown_request", "no such request is known: it never arrived, or it ended too long ago")
+        try:
+            self._check_allowed(identity_of(record.context))
+        except Refusal as refusal:
+            return refuse(refusal.code, str(refusal))
         other = self._table.get(client, message.id)
         if other is not None and other is not self._table.by_session(message.session, message.id):
             return Failed(None, "duplicate_id", f"request {message.id}: it is in flight already")

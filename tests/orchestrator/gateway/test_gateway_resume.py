@@ -19,7 +19,7 @@ from mgpu.protocol.schema import int32_bytes
 
 SPEC = GatewaySpec("", "", "", "", "safetensors", "tiny", 300, [], 1 << 20)
 A, B = b"connection A", b"connection B"
-SIZE = 5000
+SIZE, OWNER = 5000, "key:someone"
 
 
 class Desk:
@@ -28,13 +28,18 @@ class Desk:
     def __init__(self, **limits: int) -> None:
         self.sent: list[tuple[bytes, ServerMessage]] = []
         self.to_engine: list[Any] = []
+        self.revoked: set[str] = set()
         self.quota = Quota(ClientLimits(**limits))  # type: ignore[arg-type]
         self.table = RequestTable(self.quota)
         send_engine = self.to_engine.append
         self.queries = Queries(SPEC, self.table, lambda *message: self.sent.append(message), send_engine)
         self.resumption = Resumption(
-            self.table, self.queries, _choice, lambda *message: self.sent.append(message), send_engine
+            self.table, self.queries, _choice, lambda *message: self.sent.append(message), send_engine, self._check
         )
+
+    def _check(self, identity: str) -> None:
+        if identity in self.revoked:
+            raise Refusal("not_allowed", "its key is no longer on the list")
 
     def resume(self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,)) -> None:
         """Let a client ask for request 1 of a session."""
@@ -62,7 +67,7 @@ def _choice(spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[int
 def context(n: int) -> bytes:
     """What an earlier gateway noted of the request."""
     spec = Generate(1, n=n, session="s")
-    return pack_context(Request(b"", spec, 0.0, None, size=SIZE), Accepted(1, "tiny", 3, 16, 0))
+    return pack_context(Request(b"", spec, 0.0, None, OWNER, size=SIZE), Accepted(1, "tiny", 3, 16, 0))
 
 
 def record(sequence_id: int = 7, tokens: Sequence[int] = (5, 6), finish: str = "", error: str = "") -> SequenceRecord:
@@ -188,3 +193,13 @@ def test_a_resume_that_cannot_be_asked_takes_nothing_from_the_connection_before(
         desk.resume(B)
     assert [request.client for request in desk.table] == [A]
     assert desk.cancelled == []
+
+
+def test_a_key_that_is_taken_away_before_the_engine_answers_gets_nothing() -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.revoked.add(OWNER)
+    desk.answer(0, record())
+    assert desk.heard(A) == ["not_allowed"]
+    assert desk.cancelled == [7]
+    assert len(desk.table) == 0
