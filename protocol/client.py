@@ -35,7 +35,7 @@ SILENCE_TIMEOUT_S = 15.0
 """The server says something about every request each second; after this much silence it is taken for dead."""
 DEFAULT_TIMEOUT_S = 600.0
 LOOK_S = 0.25
-"""While the connection is lost: how often to look whether the server's folder is still there."""
+"""While the connection is lost: how often to look whether the server's folder is still there, or to resume again."""
 
 R = TypeVar("R", Health, Stats, Models)
 
@@ -194,7 +194,7 @@ class Client:
                 self._cancel(answer)
                 raise self._too_late(now >= deadline_s)
             left_s = min(deadline_s, silence_s) - now
-            self._poll(left_s if self._connection.connected else min(left_s, LOOK_S))
+            self._poll(min(left_s, LOOK_S) if answer.is_adrift or not self._connection.connected else left_s)
             self._connection.receive()
 
     def _too_late(self, over_deadline: bool) -> MgpuError:

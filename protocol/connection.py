@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL 
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
 _OTHER_MECHANISM = zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 """One side has keys and the other has not."""
+
+RETRY_S = 1.0
+"""When to ask again if the server does not say."""
 
 Reply = Health | Stats | Models
 
@@ -84,6 +88,8 @@ class Connection:
         self.answers: dict[int, Answer] = {}
         self._replies: dict[int, Reply | MgpuError] = {}
         self._next_id = 1
+        self._to_resume: dict[int, float] = {}
+        """When to ask again for requests that the server was too busy to resume."""
         try:
             self.socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -136,6 +142,8 @@ class Connection:
         # Only now: what a server says before it closes the connection counts.
         for event in events:
             self._on_event(*event)
+        if self._to_resume:
+            self._resume_again()
         if not self.connected and self.answers and self.server_is_gone():
             self.fail_all(self.ended())
         return got
@@ -180,6 +188,9 @@ class Connection:
                     answer.request = {**answer.request, "seed": answer.accepted.seed}
                 with contextlib.suppress(MgpuError):  # lost once more: the next connection asks again
                     self.send(answer.request)
+            elif message.code in ("overloaded", "not_ready"):
+                answer.heard_s = time.monotonic()
+                self._to_resume[answer.id] = answer.heard_s + (message.retry_after_s or RETRY_S)
             else:
                 answer.take(message)
                 del self.answers[answer.id]
@@ -199,6 +210,7 @@ class Connection:
         if event & _FAILED:
             self._on_failed_handshake(event, value)
         elif event == zmq.EVENT_DISCONNECTED:
+            self._to_resume.clear()
             for answer in self.answers.values():
                 answer.is_adrift = True
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -227,6 +239,14 @@ class Connection:
     def _resume(self, answer: Answer) -> None:
         with contextlib.suppress(MgpuError):
             self.send({"type": "resume", "id": answer.id, "session": self._session, "offsets": answer.offsets()})
+
+    def _resume_again(self) -> None:
+        now = time.monotonic()
+        for request_id in [request_id for request_id, at_s in self._to_resume.items() if now >= at_s]:
+            del self._to_resume[request_id]
+            answer = self.answers.get(request_id)
+            if answer is not None and answer.is_adrift and self.connected:
+                self._resume(answer)
 
     def server_is_gone(self) -> bool:
         """Tell whether nobody will come back: the folder of an ipc socket has gone, or its server's lock is free."""

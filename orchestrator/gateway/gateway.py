@@ -84,7 +84,14 @@ class Gateway:
         self._prompts = Prompts(self._table, jobs, self._admit, self._refuse)
         self._next_sequence = spec.first_sequence
         self._queries = Queries(spec, self._table, self._send, self._send_engine)
-        self._resumption = Resumption(self._table, self._choice, self._send, self._send_engine)
+        self._resumption = Resumption(
+            self._table,
+            self._queries,
+            self._choice,
+            self._send,
+            self._send_engine,
+            lambda identity: check_allowed(identity, front.doorkeeper),
+        )
         self._next_tick_s = 0.0
         self._running = True
         self._failure: BaseException | None = None
@@ -125,7 +132,7 @@ class Gateway:
     def _wait_ms(self) -> int | None:
         if self._front.has_backlog:
             return BACKLOG_RETRY_MS
-        if not len(self._table) and not self._queries:
+        if not len(self._table) and not self._queries and not self._resumption.has_orphans:
             return None
         return max(0, int((self._next_tick_s - time.monotonic()) * 1000) + 1)
 
@@ -169,9 +176,7 @@ class Gateway:
             elif isinstance(message, StatsReply):
                 self._queries.on_stats(message, self._usable_info)
             elif isinstance(message, Resumed):
-                question = self._queries.take(message)
-                if question is not None:
-                    self._resumption.go_on(question.client, question.message, message)
+                self._resumption.on_record(message)
 
     def _on_info(self, info: EngineInfo) -> None:
         self._info = info
@@ -243,8 +248,7 @@ class Gateway:
             if isinstance(message, Generate):
                 self._on_generate(received, message)
             elif isinstance(message, ResumeRequest):
-                if self._resumption.must_ask(client, message, received.identity):
-                    self._queries.ask_for_record(client, message)
+                self._resumption.resume(client, message)
             elif isinstance(message, CancelRequest):
                 self._on_cancel(client, message)
             else:
@@ -359,6 +363,7 @@ class Gateway:
                 request.last_sent_s = now
                 self._send(request.client, Keepalive(request.id))
         self._queries.give_up_overdue(now, self._usable_info)
+        self._resumption.drop_orphans(now)
         self._drop_lost()
 
     def _send(self, client: bytes, message: ServerMessage) -> None:

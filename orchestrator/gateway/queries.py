@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mgpu.orchestrator.gateway.admission import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests import RequestTable
@@ -19,6 +20,7 @@ MAX_QUESTIONS, MAX_QUESTIONS_OF_CLIENT = 8192, 1024
 """Questions that wait for the engine at the same time, of all connections and of one; more if so many may resume."""
 
 EngineQuestion = StatsQuery | Resume
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,9 @@ class Queries:
         self._send_engine = send_engine
         self._waiting: dict[int, Question] = {}
         self._num_of_client: Counter[bytes] = Counter()
+        self._num_of_request: Counter[tuple[str, int]] = Counter()
+        self._late: dict[int, ResumeRequest] = {}
+        """Given up, and not answered by the engine either; the oldest are forgotten."""
         self._next = 1
         self._counters: dict[str, float] = {}
         """What the engine last said of itself."""
@@ -67,9 +72,17 @@ class Queries:
         """Ask the engine for all that it knows of a request; `take` its answer."""
         self._send_engine(Resume(self._ask(client, message, RECORD_TIMEOUT_S), message.session, message.id))
 
+    def awaits_record(self, message: ResumeRequest) -> bool:
+        """Tell whether the engine has still to answer a question about this request."""
+        return (message.session, message.id) in self._num_of_request
+
     def take(self, reply: StatsReply | Resumed) -> Question | None:
         """Give the question that is answered; None when it has been given up."""
         return self._pop(reply.query_id)
+
+    def take_late(self, reply: Resumed) -> ResumeRequest | None:
+        """Give the message that is answered now that it has been given up."""
+        return self._late.pop(reply.query_id, None)
 
     def on_stats(self, reply: StatsReply, info: EngineInfo | None) -> None:
         """Pass the engine's counters on to who asked for them."""
@@ -92,8 +105,13 @@ class Queries:
             if isinstance(message, Query) and message.kind == "health":
                 self._send_health(client, message.id, info, {**self._counters, "stalled": 1.0})
             else:
-                text = f"the engine did not answer within {ENGINE_TIMEOUT_S:g} s"
+                timeout_s = RECORD_TIMEOUT_S if isinstance(message, ResumeRequest) else ENGINE_TIMEOUT_S
+                text = f"the engine did not answer within {timeout_s:g} s"
                 self._send(client, Failed(message.id, "not_ready", text, RETRY_AFTER_S))
+            if isinstance(message, ResumeRequest):
+                self._late[number] = message
+        while len(self._late) > MAX_QUESTIONS:
+            del self._late[next(iter(self._late))]
 
     def _ask(self, client: bytes, message: Query | ResumeRequest, timeout_s: float) -> int:
         """Note a client's question and give the number under which the engine is asked. Refusal when too many wait."""
@@ -106,6 +124,8 @@ class Queries:
             )
             raise Refusal("overloaded", text, RETRY_AFTER_S)
         self._num_of_client[client] += 1
+        if isinstance(message, ResumeRequest):
+            self._num_of_request[message.session, message.id] += 1
         number, self._next = self._next, self._next + 1
         self._waiting[number] = Question(client, message, time.monotonic() + timeout_s)
         return number
@@ -113,9 +133,9 @@ class Queries:
     def _pop(self, number: int) -> Question | None:
         question = self._waiting.pop(number, None)
         if question is not None:
-            self._num_of_client[question.client] -= 1
-            if not self._num_of_client[question.client]:
-                del self._num_of_client[question.client]
+            _count_down(self._num_of_client, question.client)
+            if isinstance(question.message, ResumeRequest):
+                _count_down(self._num_of_request, (question.message.session, question.message.id))
         return question
 
     def _send_health(
@@ -123,6 +143,12 @@ class Queries:
     ) -> None:
         in_flight = len(self._table)
         self._send(client, health(query_id, self._spec, info, counters, in_flight, self._started_s))
+
+
+def _count_down(counter: Counter[K], key: K) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 def stats(query_id: int, counters: Mapping[str, float], table: RequestTable) -> Stats:

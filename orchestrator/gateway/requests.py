@@ -177,7 +177,10 @@ class RequestTable:
             self._by_sequence[choice.sequence_id] = (request, choice)
 
     def end_choice(self, choice: ChoiceState) -> None:
-        self._by_sequence.pop(choice.sequence_id, None)
+        """Forget a choice, unless another request has taken its sequence over."""
+        found = self._by_sequence.get(choice.sequence_id)
+        if found is not None and found[1] is choice:
+            del self._by_sequence[choice.sequence_id]
 
     def remove(self, request: Request) -> None:
         """Forget a request that has ended."""
@@ -185,15 +188,20 @@ class RequestTable:
         del requests[request.id]
         if not requests:
             del self._by_client[request.client]
-        if request.spec.session is not None:
-            self._by_session.pop((request.spec.session, request.id), None)
+        if self.by_session(request.spec.session, request.id) is request:
+            del self._by_session[request.spec.session or "", request.id]
         self._count -= 1
         request.is_over = True
         if not request.choices and not request.is_encoding:
             self.forget_prompt(request)
-        self.quota.leave(request.owner, [choice.sequence_id for choice in request.choices])
+        self.quota.leave(request.owner, [each.sequence_id for each in request.choices if self._is_own(request, each)])
         for choice in request.choices:
             self.end_choice(choice)
+
+    def _is_own(self, request: Request, choice: ChoiceState) -> bool:
+        """Tell whether no other request has taken a sequence over."""
+        found = self._by_sequence.get(choice.sequence_id)
+        return found is None or found[0] is request
 
     def move(self, request: Request, client: bytes) -> None:
         """Let a request whose prompt is being tokenized go on on another connection."""

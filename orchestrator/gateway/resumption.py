@@ -5,13 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mgpu.orchestrator.gateway.admission import Refusal
-from mgpu.orchestrator.gateway.quota import owner_of
+from mgpu.orchestrator.gateway.queries import Queries
 from mgpu.orchestrator.gateway.requests import MAX_HELD_TOKENS, ChoiceState, Request, RequestTable
 from mgpu.protocol.codec import Codec
 from mgpu.protocol.link import Cancel, SequenceRecord
 from mgpu.protocol.link import Resumed as Answer
-from mgpu.protocol.messages import Accepted, Failed, FailureCode, Generate, Query, Resumed, ResumeRequest, ServerMessage
+from mgpu.protocol.messages import Accepted, Failed, FailureCode, Generate, Resumed, ResumeRequest, ServerMessage
 from mgpu.protocol.schema import int32_array
+
+GRACE_S = 5.0
+"""A client that was told to ask again for its request does so within this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class Context:
     deadline_s: float | None
     """CLOCK_MONOTONIC, the same for all processes of a machine."""
     identity: str
+    size: int
+    """See `Request.size`."""
 
 
 _CODEC = Codec(Context)
@@ -47,6 +52,7 @@ def pack_context(request: Request, accepted: Accepted) -> bytes:
             spec.timeout_s,
             request.deadline_s,
             request.identity,
+            request.size,
         )
     )
 
@@ -64,9 +70,15 @@ def restored_request(client: bytes, message: ResumeRequest, data: bytes, now: fl
         timeout_s=context.timeout_s,
         session=message.session,
     )
-    request = Request(client, spec, last_sent_s=now, deadline_s=context.deadline_s, identity=context.identity)
+    request = Request(client, spec, now, context.deadline_s, context.identity, size=context.size)
     request.prompt_tokens = context.accepted.prompt_tokens
     return request, context.accepted
+
+
+def identity_of(data: bytes) -> str:
+    """Give whose request a packed context is of."""
+    context: Context = _CODEC.decode(data)
+    return context.identity
 
 
 class Replay:
@@ -104,41 +116,88 @@ class Replay:
         self._at = end
 
 
+@dataclass(frozen=True, slots=True)
+class _Orphan:
+    """What runs for a client that was told to ask again before the engine told of it."""
+
+    sequence_ids: list[int]
+    message: ResumeRequest | None
+    due_s: float
+
+
 class Resumption:
     """Take requests over for clients that come back."""
 
     def __init__(
         self,
         table: RequestTable,
+        queries: Queries,
         make_choice: Callable[[Generate, int, int, Sequence[int]], ChoiceState],
         send: Callable[[bytes, ServerMessage], None],
         send_engine: Callable[[Cancel], None],
+        check_allowed: Callable[[str], None],
     ) -> None:
+        """``check_allowed`` raises a Refusal for an identity that may not be served any more."""
         self._table = table
+        self._queries = queries
         self._make_choice = make_choice
         self._send = send
         self._send_engine = send_engine
+        self._check_allowed = check_allowed
+        self._orphans: list[_Orphan] = []
 
-    def must_ask(self, client: bytes, message: ResumeRequest, identity: str) -> bool:
-        """Detach the request from the connection it was on; say whether the engine's record of it is needed."""
-        request = self._table.by_session(message.session, message.id)
-        if request is None and self._table.get(client, message.id) is not None:
+    @property
+    def has_orphans(self) -> bool:
+        """Whether `drop_orphans` has to be called again."""
+        return bool(self._orphans)
+
+    def resume(self, client: bytes, message: ResumeRequest) -> None:
+        """Detach the request from the connection it was on, and ask for the engine's record of it if that is needed.
+
+        Refusal when that cannot be asked now; then nothing has changed. No limit of requests counts: what the engine
+        knows runs already, or has ended, and its journal bounds it.
+        """
+        request, other = self._table.by_session(message.session, message.id), self._table.get(client, message.id)
+        if other is not None and other is not request:
             raise Refusal("duplicate_id", "another request with this id is in flight; choose another id")
-        if request is None:
-            self._table.quota.check(owner_of(identity, client), 0, len(message.offsets))
-            return True
-        if request.choices:
+        if request is not None and not request.choices:
+            self._table.move(request, client)  # its prompt is being tokenized: nothing has been said yet
+            self._send(client, Resumed(message.id))
+            return
+        self._queries.ask_for_record(client, message)
+        if request is not None:
             self._table.remove(request)
-            return True
-        self._table.move(request, client)  # its prompt is being tokenized: nothing has been said yet
-        self._send(client, Resumed(message.id))
-        return False
 
-    def go_on(self, client: bytes, message: Query | ResumeRequest, record: Answer) -> None:
+    def on_record(self, record: Answer) -> None:
+        """Go on with the request that the engine tells of, for whoever asked for it last."""
+        question = self._queries.take(record)
+        if question is None:
+            self._orphans.append(_Orphan(_running(record), self._queries.take_late(record), time.monotonic() + GRACE_S))
+            return
+        assert isinstance(question.message, ResumeRequest)
+        if self._queries.awaits_record(question.message):
+            return  # its client has connected once more since; going on for a lost connection would end the request
+        self._go_on(question.client, question.message, record)
+
+    def drop_orphans(self, now: float) -> None:
+        """End what the engine told of too late, unless its client has asked again."""
+        due = [orphan for orphan in self._orphans if now >= orphan.due_s]
+        self._orphans = [orphan for orphan in self._orphans if now < orphan.due_s]
+        for orphan in due:
+            if orphan.message is None or not self._queries.awaits_record(orphan.message):
+                self._cancel_unfollowed(orphan.sequence_ids)
+
+    def _cancel_unfollowed(self, sequence_ids: list[int]) -> None:
+        """End what runs for nobody."""
+        for number in sequence_ids:
+            if self._table.by_sequence(number) is None:
+                self._send_engine(Cancel(number, "cancelled"))
+
+    def _go_on(self, client: bytes, message: ResumeRequest, record: Answer) -> None:
         """Continue a request from the engine's record; what the engine says from now on continues that."""
-        assert isinstance(message, ResumeRequest)
         refusal = self._refusal(client, message, record)
         if refusal is not None:
+            self._cancel_unfollowed(_running(record))
             self._send(client, refusal)
             return
         request, accepted = restored_request(client, message, record.context, time.monotonic())
@@ -147,11 +206,16 @@ class Resumption:
             self._make_choice(request.spec, index, each.request_id, each.stop_token_ids)
             for index, each in enumerate(record.sequences)
         ]
+        older = self._table.by_session(message.session, message.id)
+        if older is not None:
+            self._table.remove(older)
         self._table.add(request)
         self._table.start(request, choices)
         for sequence in record.sequences:
             if sequence.finish:
                 self._table.quota.ended(sequence.request_id)
+            elif sequence.token_ids:
+                self._table.quota.begun(sequence.request_id)
         self._send(client, Resumed(request.id))
         self._send(client, accepted)
         for choice, sequence, offset in zip(choices, record.sequences, message.offsets, strict=True):
@@ -166,7 +230,12 @@ class Resumption:
 
         if not record.sequences:
             return refuse("unknown_request", "no such request is known: it never arrived, or it ended too long ago")
-        if self._table.get(client, message.id) is not None:
+        try:
+            self._check_allowed(identity_of(record.context))
+        except Refusal as refusal:
+            return refuse(refusal.code, str(refusal))
+        other = self._table.get(client, message.id)
+        if other is not None and other is not self._table.by_session(message.session, message.id):
             return Failed(None, "duplicate_id", f"request {message.id}: it is in flight already")
         counts = [len(each.token_ids) // 4 for each in record.sequences]
         if len(counts) != len(message.offsets) or any(map(int.__gt__, message.offsets, counts)):
@@ -192,3 +261,8 @@ class Resumption:
             self._table.end_choice(choice)
             if not record.finish:
                 self._send_engine(Cancel(choice.sequence_id, "stop"))
+
+
+def _running(record: Answer) -> list[int]:
+    """Give the sequences that have not ended."""
+    return [each.request_id for each in record.sequences if not each.finish]

@@ -1,0 +1,205 @@
+"""Requests that change connections, one message of client or engine at a time."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from mgpu.orchestrator.gateway import queries
+from mgpu.orchestrator.gateway.admission import Refusal
+from mgpu.orchestrator.gateway.queries import RECORD_TIMEOUT_S, Queries
+from mgpu.orchestrator.gateway.quota import Quota
+from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
+from mgpu.orchestrator.gateway.resumption import GRACE_S, Resumption, pack_context
+from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.link import Cancel, GatewaySpec, Resume, Resumed, SequenceRecord
+from mgpu.protocol.messages import Accepted, Generate, ResumeRequest, ServerMessage
+from mgpu.protocol.schema import int32_bytes
+
+SPEC = GatewaySpec("", "", "", "", "safetensors", "tiny", 300, [], 1 << 20)
+A, B = b"connection A", b"connection B"
+SIZE, OWNER = 5000, "key:someone"
+
+
+class Desk:
+    """The part of a gateway that resumes; the test is its clients and its engine."""
+
+    def __init__(self, **limits: int) -> None:
+        self.sent: list[tuple[bytes, ServerMessage]] = []
+        self.to_engine: list[Any] = []
+        self.revoked: set[str] = set()
+        self.quota = Quota(ClientLimits(**limits))  # type: ignore[arg-type]
+        self.table = RequestTable(self.quota)
+        send_engine = self.to_engine.append
+        self.queries = Queries(SPEC, self.table, lambda *message: self.sent.append(message), send_engine)
+        self.resumption = Resumption(
+            self.table, self.queries, _choice, lambda *message: self.sent.append(message), send_engine, self._check
+        )
+
+    def _check(self, identity: str) -> None:
+        if identity in self.revoked:
+            raise Refusal("not_allowed", "its key is no longer on the list")
+
+    def resume(self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,)) -> None:
+        """Let a client ask for request 1 of a session."""
+        message = ResumeRequest(1, session, offsets)
+        self.resumption.resume(client, message)
+
+    def answer(self, at: int, *records: SequenceRecord) -> None:
+        """Let the engine answer the question that it was asked as number ``at``."""
+        question = [message for message in self.to_engine if isinstance(message, Resume)][at]
+        self.resumption.on_record(Resumed(question.query_id, context(len(records)), list(records)))
+
+    def heard(self, client: bytes) -> list[str]:
+        """Give the types, or codes, of what a client was sent."""
+        return [getattr(message, "code", type(message).__name__.lower()) for to, message in self.sent if to == client]
+
+    @property
+    def cancelled(self) -> list[int]:
+        return [message.request_id for message in self.to_engine if isinstance(message, Cancel)]
+
+
+def _choice(spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[int]) -> ChoiceState:
+    return ChoiceState(index, sequence_id, frozenset(stop_ids), None, None)
+
+
+def context(n: int) -> bytes:
+    """What an earlier gateway noted of the request."""
+    spec = Generate(1, n=n, session="s")
+    return pack_context(Request(b"", spec, 0.0, None, OWNER, size=SIZE), Accepted(1, "tiny", 3, 16, 0))
+
+
+def record(sequence_id: int = 7, tokens: Sequence[int] = (5, 6), finish: str = "", error: str = "") -> SequenceRecord:
+    return SequenceRecord(sequence_id, [], int32_bytes(tokens), [], finish, error, 0)
+
+
+def test_of_two_connections_that_resume_a_request_the_later_one_gets_it() -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.resume(B)
+    desk.answer(0, record())
+    desk.answer(1, record(tokens=[5, 6, 7]))
+    assert desk.heard(A) == []
+    assert desk.heard(B) == ["resumed", "accepted"]
+    assert [request.client for request in desk.table] == [B]
+
+
+def test_one_connection_may_resume_a_request_twice() -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.answer(0, record())
+    desk.resume(A)
+    desk.answer(1, record())
+    assert desk.heard(A) == ["resumed", "accepted"] * 2
+    assert (len(desk.table), desk.quota.num_sequences) == (1, 1)
+
+
+def test_a_request_that_was_taken_over_leaves_the_sequences_to_the_new_one() -> None:
+    desk = Desk()
+    older, newer = (Request(client, Generate(1, session="s"), 0.0, None, size=SIZE) for client in (A, B))
+    for request in (older, newer):
+        desk.table.add(request)
+        desk.table.start(request, [_choice(request.spec, 0, 7, [])])
+    desk.table.remove(older)
+    assert desk.table.by_sequence(7) == (newer, newer.choices[0])
+    assert desk.table.by_session("s", 1) is newer
+    assert desk.quota.num_sequences == 1
+    desk.table.remove(newer)
+    desk.quota.ended(7)
+    assert (desk.quota.num_sequences, desk.quota.queued_bytes, len(desk.table)) == (0, 0, 0)
+    assert not desk.quota._usage
+
+
+def test_a_resumed_request_weighs_what_it_did_until_its_first_token() -> None:
+    desk = Desk()
+    desk.resume(A, offsets=(0, 0, 0, 0))
+    desk.answer(0, record(1, []), record(2, []), record(3), record(4, finish="length"))
+    assert desk.quota.queued_bytes == SIZE // 2
+    assert desk.quota.num_sequences == 3
+    for number in (1, 2, 3):
+        desk.quota.ended(number)
+    assert (desk.quota.queued_bytes, desk.quota.num_sequences) == (0, 0)
+
+
+def test_a_full_server_refuses_no_resume_and_counts_it() -> None:
+    desk = Desk(client_requests=1, sequences=2, queue_bytes=SIZE)
+    stranger = Request(B, Generate(4, n=2), 0.0, None, size=SIZE)
+    desk.table.add(stranger)
+    desk.resume(A)
+    desk.answer(0, record())
+    assert desk.heard(A) == ["resumed", "accepted"]
+    assert desk.quota.num_sequences == 3
+
+
+def test_a_resume_with_wrong_offsets_leaves_nothing_running() -> None:
+    desk = Desk()
+    desk.resume(A, offsets=(9, 0))
+    desk.answer(0, record(7), record(8, finish="length"))
+    assert desk.heard(A) == ["bad_request"]
+    assert desk.cancelled == [7]
+
+
+def test_when_one_choice_has_failed_the_others_end() -> None:
+    desk = Desk()
+    desk.resume(A, offsets=(0, 0))
+    desk.answer(0, record(7, finish="error", error="broken"), record(8))
+    assert desk.heard(A) == ["engine_error"]
+    assert desk.cancelled == [8]
+
+
+@pytest.mark.parametrize(("followed", "cancelled"), [(False, [7]), (True, [])])
+def test_a_resume_under_the_id_of_another_request_ends_what_nobody_follows(
+    followed: bool, cancelled: list[int]
+) -> None:
+    desk = Desk()
+    desk.resume(A)
+    for client, spec, number in ((A, Generate(1), 9), (B, Generate(1, session="s"), 7))[: 1 + followed]:
+        request = Request(client, spec, 0.0, None)
+        desk.table.add(request)
+        desk.table.start(request, [_choice(spec, 0, number, [])])
+    desk.answer(0, record())
+    assert desk.heard(A) == ["duplicate_id"]
+    assert desk.cancelled == cancelled
+
+
+@pytest.mark.parametrize(("asks_again", "cancelled"), [(False, [7]), (True, [])])
+def test_an_answer_that_comes_too_late_ends_the_request_unless_its_client_asks_again(
+    asks_again: bool, cancelled: list[int]
+) -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.queries.give_up_overdue(time.monotonic() + RECORD_TIMEOUT_S, None)
+    assert desk.heard(A) == ["not_ready"]
+    desk.answer(0, record())
+    desk.resumption.drop_orphans(time.monotonic())
+    assert desk.cancelled == []
+    if asks_again:
+        desk.resume(A)
+    desk.resumption.drop_orphans(time.monotonic() + GRACE_S)
+    assert not desk.resumption.has_orphans
+    assert desk.cancelled == cancelled
+
+
+def test_a_resume_that_cannot_be_asked_takes_nothing_from_the_connection_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(queries, "MAX_QUESTIONS_OF_CLIENT", 1)
+    desk = Desk(client_requests=1)
+    desk.resume(A)
+    desk.answer(0, record())
+    desk.resume(B, session="t")
+    with pytest.raises(Refusal, match="wait for the engine"):
+        desk.resume(B)
+    assert [request.client for request in desk.table] == [A]
+    assert desk.cancelled == []
+
+
+def test_a_key_that_is_taken_away_before_the_engine_answers_gets_nothing() -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.revoked.add(OWNER)
+    desk.answer(0, record())
+    assert desk.heard(A) == ["not_allowed"]
+    assert desk.cancelled == [7]
+    assert len(desk.table) == 0
