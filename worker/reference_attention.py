@@ -87,6 +87,7 @@ class ReferenceStep:
         self._block_size = block_size
         self._device = batch.slots.device
         self._longest = max(batch.context_lens_host)
+        self._mirrored: dict[int | None, bool] = {}
         self._prefill: list[_PrefillRow] = []
         decode_tokens: dict[int, int] = {}
         start = 0
@@ -112,6 +113,13 @@ class ReferenceStep:
         assert slots is not None
         return slots
 
+    def _mirrors(self, k_TJK: Tensor, spec: AttentionSpec) -> bool:
+        """Answer for all layers of a window what was asked for the first."""
+        answer = self._mirrored.get(spec.window)
+        if answer is None:
+            answer = self._mirrored[spec.window] = self._can_mirror(k_TJK, spec)
+        return answer
+
     def _can_mirror(self, k_TJK: Tensor, spec: AttentionSpec) -> bool:
         """Only in float32 (torch sums float16 products less exactly than its attention does) and without a window."""
         return (
@@ -135,7 +143,7 @@ class ReferenceStep:
         stores = cache.k_NJK, cache.v_NJK
         stores[0].index_copy_(0, self._batch.slots, k_TJK)
         stores[1].index_copy_(0, self._batch.slots, v_TJK)
-        if self._mirror is not None and self._can_mirror(k_TJK, spec):
+        if self._mirror is not None and self._mirrors(k_TJK, spec):
             return self._mirror.attend(q_THK, k_TJK, cache, spec.scale)
         if self._is_plain_decode():
             return self._attend_decode(self._decode[0], q_THK, stores, spec)

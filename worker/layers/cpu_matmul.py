@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 FEWEST_ROWS = 3
 """One and two rows are padded to this many: a packed weight then streams at 30 GB/s instead of 20. Rows of zeros cost
 nothing beside the weight, and keep oneDNN off its slow matrix-vector path."""
-_ROW_STEPS = ((16, 1), (64, 8), (256, 32), (1 << 30, 128))
+EXACT_ROWS = 16
+_ROW_STEPS = ((EXACT_ROWS, 1), (64, 8), (256, 32), (1 << 30, 128))
 """(most, step): up to ``most`` rows are padded to a multiple of ``step``, a tenth of the work on average."""
 PACKED_FOR_ROWS = 64
 """oneDNN lays a weight out for an expected number of rows. Any number works; 64 was fastest for 1 to 512 rows."""
@@ -28,7 +29,14 @@ def matmul(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     """Give ``x @ weight.T + bias``. A weight on the CPU may be one that `pack` returned."""
     if weight_OI.device.type != "cpu" or not _onednn_usable(weight_OI.dtype):
         return F.linear(x_TI, weight_OI, bias_O)
+    return matmul_repacked(x_TI, weight_OI, bias_O)
+
+
+def matmul_repacked(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Do the same for a weight that `pack` has changed, without asking again what is possible."""
     rows = x_TI.shape[0]
+    if FEWEST_ROWS <= rows <= EXACT_ROWS:
+        return _onednn(x_TI, weight_OI, bias_O)
     padded = padded_rows(rows)
     if padded > rows:
         return _onednn(F.pad(x_TI, (0, 0, 0, padded - rows)), weight_OI, bias_O)[:rows]

@@ -16,7 +16,7 @@ from mgpu.protocol.placement import HeadShard
 from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernels.packing import PackedWeight
-from mgpu.worker.layers.cpu_matmul import pack
+from mgpu.worker.layers.cpu_matmul import matmul_repacked, pack
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.product import matmul, matmul_packed
 from mgpu.worker.layers.quantize import quantize
@@ -48,6 +48,7 @@ class Linear(Module):
         self.packed: PackedWeight | None = None
         self.weight = torch.empty(self._shape if form.quant == "none" else 0, dtype=dtype, device=device)
         self.bias = torch.empty(outputs, dtype=dtype, device=device) if bias else None
+        self._multiply = matmul
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         return self._product(x_TI, self.bias)
@@ -55,7 +56,7 @@ class Linear(Module):
     def _product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         if self.packed is not None:
             return matmul_packed(x_TI, self.packed, bias_O)
-        return matmul(x_TI, self.weight, bias_O)
+        return self._multiply(x_TI, self.weight, bias_O)
 
     def _dense_weight(self) -> Tensor:
         """Give undefined memory to load into; what comes of it is kept by `_keep`."""
@@ -74,8 +75,8 @@ class Linear(Module):
 
     def finalize(self) -> None:
         """Repack the loaded weight for the device; called once, after loading."""
-        if self.packed is None:
-            self.weight = pack(self.weight)
+        if self.packed is None and (repacked := pack(self.weight)) is not self.weight:
+            self.weight, self._multiply = repacked, matmul_repacked
 
     def weight_bytes(self) -> int:
         """Give the memory of weight and bias."""

@@ -24,17 +24,18 @@ class RMSNorm(Module):
         self.shape = (size,)
         self._cpu_eps = torch.tensor(eps)
         self._uses_kernel = uses_kernels(device)
+        self._is_plain_cpu = device.type == "cpu" and dtype == torch.float32
         self.weight = torch.ones(size, dtype=torch.float32 if unit_offset else dtype, device=device)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._is_plain_cpu:
+            return self._forward_cpu(x)
         if self._uses_kernel and x.dim() == 2:
             from mgpu.worker.kernels.norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps)
         if x.dtype != self.weight.dtype:
             return F.rms_norm(x.float(), self.shape, self.weight, self.eps).to(x.dtype)
-        if x.device.type == "cpu" and x.dtype == torch.float32:
-            return self._forward_cpu(x)
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
     def _forward_cpu(self, x: Tensor) -> Tensor:
