@@ -1,7 +1,6 @@
 """Run ``mgpu-launch serve`` as a child for as long as a block of code needs it: the demo, benchmarks, tests."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -9,12 +8,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
+from mgpu.protocol.lifetime import end_with_parent
 from mgpu.protocol.runtime import BASE_VARIABLE, running_servers
 
 STOP_S = 45.0
-_PR_SET_PDEATHSIG = 1
 
 
 class ServerDied(Exception):
@@ -23,11 +23,6 @@ class ServerDied(Exception):
     def __init__(self, message: str, output: str = "") -> None:
         super().__init__(f"{message}\n{output}" if output else message)
         self.output = output
-
-
-def _end_with_parent() -> None:
-    """Ask the kernel for a SIGTERM when whoever started this process is killed and cannot stop it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 class ServerProcess:
@@ -55,7 +50,7 @@ class ServerProcess:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )
 
     @property

@@ -4,7 +4,6 @@ Two ways to notice that the parent is gone: the kernel kills this process when t
 (PR_SET_PDEATHSIG), and standard input, which the parent keeps open, reaches its end.
 """
 
-import ctypes
 import os
 import signal
 import struct
@@ -12,18 +11,17 @@ import threading
 
 from mgpu.protocol.codec import CodecError
 from mgpu.protocol.control import CONTROL, WorkerSpec
+from mgpu.protocol.lifetime import end_with_parent
 from mgpu.worker.errors import BadSpec
 
 EXIT_PARENT_GONE = 3
-_PR_SET_PDEATHSIG = 1
 _MAX_SPEC_BYTES = 16 << 20
 
 
 def die_with_parent() -> None:
     """Ask the kernel for SIGKILL when the parent ends; call from the main thread, early."""
     parent = os.getppid()
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the kernel was told
         os._exit(EXIT_PARENT_GONE)
 

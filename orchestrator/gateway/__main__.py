@@ -1,6 +1,5 @@
 """`python -m mgpu.orchestrator.gateway`: the gateway process. Its spec comes on standard input, which stays open."""
 
-import ctypes
 import logging
 import os
 import resource
@@ -17,9 +16,9 @@ from mgpu.orchestrator.gateway.front import Front
 from mgpu.orchestrator.gateway.gateway import Gateway, codec_of
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.jobs import Jobs
+from mgpu.protocol.lifetime import end_with_parent
 from mgpu.protocol.link import LINK, GatewayFailure, GatewaySpec
 
-_PR_SET_PDEATHSIG = 1
 _PARENT_DEATH_S = 0.5
 """The death signal comes when the parent's first thread is gone, somewhat before the parent itself is."""
 _MANY_FILES = 1 << 16
@@ -33,7 +32,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
     parent_fds = [sys.stdin.fileno(), os.pidfd_open(os.getppid())]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the gateway can stop in good order
-    _die_with_parent()
+    end_with_parent(signal.SIGTERM)  # in case something else keeps its end of our standard input open
     _allow_many_connections()
     spec = _read_spec(sys.stdin.fileno())
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -74,11 +73,6 @@ def _serve(
     signal.signal(signal.SIGTERM, lambda *_: gateway.stop())
     gateway.run()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # we are leaving; the kernel sends one for each thread of the parent
-
-
-def _die_with_parent() -> None:
-    """Ask for SIGTERM when the parent dies, in case something else keeps its end of our standard input open."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _allow_many_connections() -> None:
