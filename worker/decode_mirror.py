@@ -110,7 +110,10 @@ def _blank_copy(cache: LayerCache, shape: tuple[int, ...], old: _KeyCopy | None)
 
 
 class _Bags:
-    """Which rows of which table make up the scores and the outputs of one step, for layers of one shape."""
+    """Which rows of which table make up the scores and the outputs of one step, for layers of one shape.
+
+    Made when the first such layer attends: a step whose layers all gather, for their window or dtype, needs none.
+    """
 
     def __init__(self, heads: Heads, lens: list[int], slots_RS: Tensor, capacity: int) -> None:
         rows, longest = slots_RS.shape
@@ -125,6 +128,9 @@ class _Bags:
         self.value_starts = torch.arange(0, rows * num_q * longest, longest)
         newest_R = torch.tensor(lens) - 1
         self.new_places = (parts_AK * capacity + newest_R.repeat_interleave(num_kv).unsqueeze(1)).view(rows, -1)
+        self.slots = slots_RS.flatten()
+        is_past_RS = torch.arange(longest).unsqueeze(0) > newest_R.unsqueeze(1)
+        self.mask_R1S = torch.zeros((rows, longest)).masked_fill_(is_past_RS, -torch.inf).unsqueeze(1)
 
 
 class MirrorStep:
@@ -134,11 +140,8 @@ class MirrorStep:
         self._mirror = mirror
         self._lens = lens
         self._longest = max(lens)
-        self._slots_RS = context_slots().view(len(lens), -1)
+        self._context_slots = context_slots
         self._bags: dict[Heads, _Bags] = {}
-        places_1S = torch.arange(self._longest).unsqueeze(0)
-        mask_RS = torch.zeros((len(lens), self._longest))
-        self._mask_R1S = mask_RS.masked_fill_(places_1S >= torch.tensor(lens).unsqueeze(1), -torch.inf).unsqueeze(1)
 
     def attend(self, q_RHK: Tensor, k_RJK: Tensor, cache: LayerCache, scale: float) -> Tensor:
         """Give [R, H, K], float32."""
@@ -146,17 +149,18 @@ class MirrorStep:
         heads = Heads(q_RHK.shape[1], num_kv, dim)
         bags = self._bags.get(heads)
         if bags is None:
-            bags = self._bags[heads] = _Bags(heads, self._lens, self._slots_RS, self._mirror.capacity)
+            slots_RS = self._context_slots().view(rows, -1)
+            bags = self._bags[heads] = _Bags(heads, self._lens, slots_RS, self._mirror.capacity)
         keys_RJKC, is_current = self._mirror.keys(cache, rows)
         if is_current:
             keys_RJKC.put_(bags.new_places, k_RJK)
         else:
-            context = cache.k_NJK.index_select(0, self._slots_RS.flatten()).view(rows, -1, num_kv, dim)
+            context = cache.k_NJK.index_select(0, bags.slots).view(rows, -1, num_kv, dim)
             keys_RJKC[..., : self._longest] = context.permute(0, 2, 3, 1)
         table = keys_RJKC.view(rows * num_kv * dim, -1)
         scores = _sum_rows(table, bags.key_rows, bags.key_starts, q_RHK.reshape(-1))
         scores_RHS = scores.view(rows, heads.num_q, -1)[..., : self._longest]
-        probabilities = torch.add(self._mask_R1S, scores_RHS, alpha=scale).softmax(-1)
+        probabilities = torch.add(bags.mask_R1S, scores_RHS, alpha=scale).softmax(-1)
         values = cache.v_NJK.view(-1, dim)
         return _sum_rows(values, bags.value_rows, bags.value_starts, probabilities.view(-1)).view(q_RHK.shape)
 
