@@ -54,11 +54,7 @@ def make_server(folder: Path) -> list[str]:
     _write(secret_file, f"# Secret key of an mgpu server.\nsecret {key_text(secret)}\n", 0o600)
     _write(public_file, f"# Public key of an mgpu server.\npublic {key_text(public)}\n", 0o644)
     return [
-        f"made {secret_file} (secret) and {public_file}",
-        f"public key   {key_text(public)}",
-        f"fingerprint  {fingerprint(public)}",
-        "",
-        "Next:",
+        *_made(secret_file, public_file, public),
         f"  mgpu-launch keygen --out {folder} --client NAME    # for each client",
         f"  mgpu-launch serve -m MODEL --bind 'tcp://*:5555' --keys {folder}",
     ]
@@ -86,14 +82,20 @@ def make_client(folder: Path, name: str) -> list[str]:
     _write(secret_file, f"{text}\nsecret {key_text(secret)}\nserver {key_text(server)}\n", 0o600)
     _write(public_file, f"# Public key of the mgpu client {name}.\npublic {key_text(public)}\n", 0o644)
     return [
+        *_made(secret_file, public_file, public),
+        f"  move {secret_file} to the client, readable to its owner only",
+        f"  kill -HUP PID    # if the server runs: it reads {folder / CLIENTS_NAME} again",
+        f"  {KEYS_VARIABLE}={name}.client mgpu-launch status --endpoint tcp://SERVER:5555    # on the client",
+    ]
+
+
+def _made(secret_file: Path, public_file: Path, public: bytes) -> list[str]:
+    return [
         f"made {secret_file} (secret) and {public_file}",
         f"public key   {key_text(public)}",
         f"fingerprint  {fingerprint(public)}",
         "",
         "Next:",
-        f"  move {secret_file} to the client, readable to its owner only",
-        f"  kill -HUP PID    # if the server runs: it reads {folder / CLIENTS_NAME} again",
-        f"  {KEYS_VARIABLE}={name}.client mgpu-launch status --endpoint tcp://SERVER:5555    # on the client",
     ]
 
 
