@@ -4,6 +4,7 @@ import random
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +75,10 @@ def test_a_ready_server_can_be_found_and_a_stopped_one_cannot(folder: Path) -> N
     environ = {"MGPU_RUNTIME_DIR": str(folder / "run")}
     with running_server(folder) as server:
         server.wait_ready()
-        assert [(each.pid, each.model) for each in running_servers(environ)] == [(server.process.pid, "fake")]
+        deadline = time.monotonic() + 10  # the gateway knows first, then whoever looks for servers
+        while not (found := running_servers(environ)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [(each.pid, each.model) for each in found] == [(server.process.pid, "fake")]
         server.process.send_signal(signal.SIGTERM)
         server.wait_exit()
     assert running_servers(environ) == []
