@@ -131,7 +131,7 @@ def test_a_manager_that_does_not_read_holds_up_no_step(manager: FakeManager, clo
     for running in range(2000):
         clock.now_s += NOTIFY_INTERVAL_S
         notifier.serving(running, 0, 0.0)
-    assert time.monotonic() - began_s < 2.0
+    assert time.monotonic() - began_s < 10.0
     assert len(manager.read()) < 4000, "the queue was full"
 
 
@@ -248,7 +248,7 @@ def test_a_reload_carries_the_time_and_ends_with_ready(manager: FakeManager, not
     assert manager.read()[:2] == ["RELOADING=1", manager.lines[-2]]
     name, _, usec = manager.lines[-2].partition("=")
     assert name == "MONOTONIC_USEC"
-    assert 0 <= time.monotonic() - int(usec) / 1e6 < 1
+    assert 0 <= time.monotonic() - int(usec) / 1e6 < 10
     notifier.ready("serving m")
     assert manager.read()[0] == "READY=1"
 

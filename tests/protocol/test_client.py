@@ -214,7 +214,7 @@ def test_a_server_that_dies_fails_what_is_in_flight_at_once(tmp_path: Path) -> N
 def test_a_gateway_that_does_not_come_back_is_given_up(tmp_path: Path) -> None:
     with (
         GatewayProcess(make_model_folder(tmp_path)) as gateway,
-        Client(gateway.endpoint, silence_timeout_s=0.5) as client,
+        Client(gateway.endpoint, silence_timeout_s=1.5) as client,
     ):
         stream = client.stream([1], max_tokens=500)
         next(stream)

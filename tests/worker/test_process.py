@@ -152,8 +152,8 @@ def test_a_worker_ends_when_standard_input_does(tiny_model: MakeModel, tmp_path:
             process.stdin.close()
             process.stdin = None
         began_s = time.monotonic()
-        assert 0 not in workers.wait_all(10.0)
-        assert time.monotonic() - began_s < 2.0
+        assert 0 not in workers.wait_all(DEADLINE_S)
+        assert time.monotonic() - began_s < 10.0
 
 
 def test_a_standby_has_torch_before_its_spec_and_ends_with_standard_input() -> None:
