@@ -29,8 +29,8 @@ format: $(VENV)/installed-dev ## Rewrite the sources in the project's format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench-cpu: $(VENV)/installed-dev ## Compare decode speed on the CPU with Hugging Face transformers
-	@$(BIN)/python bench/cpu_decode.py
+bench-cpu: $(VENV)/installed-dev ## Compare decode speed on the CPU with Hugging Face transformers (BENCH='--rounds 5')
+	@$(BIN)/python bench/cpu_decode.py $(BENCH)
 
 chaos: $(VENV)/installed-dev ## Break a real server under load and count what its clients lose (CHAOS=--long: an hour or two)
 	@$(BIN)/python bench/chaos.py $(CHAOS)

@@ -15,7 +15,16 @@ from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.quantization import Quant
 
 OTHER_VARIABLES = frozenset(
-    {"MGPU_ENDPOINT", "MGPU_NO_NCCL", "MGPU_NO_P2P", "MGPU_CACHE", "MGPU_RUNTIME_DIR", "MGPU_CONFIG", "MGPU_LOG_LEVEL"}
+    {
+        "MGPU_CACHE",
+        "MGPU_CONFIG",
+        "MGPU_ENDPOINT",
+        "MGPU_KERNELS",
+        "MGPU_LOG_LEVEL",
+        "MGPU_NO_NCCL",
+        "MGPU_NO_P2P",
+        "MGPU_RUNTIME_DIR",
+    }
 )
 """Variables that start with MGPU_ and are read elsewhere."""
 
@@ -35,7 +44,10 @@ def parse_bytes(text: str) -> Bytes:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"{text!r} is not a size; write for example 512MiB or 2GiB")
-    return Bytes(float(match[1]) * _UNITS[match[2].upper()])
+    try:
+        return Bytes(float(match[1]) * _UNITS[match[2].upper()])
+    except OverflowError:
+        raise ConfigError(f"a size of {len(match[1])} digits is more than any memory; write 512MiB or 2GiB") from None
 
 
 def _option(default: Any, text: str, *flags: str, minimum: float | None = None, maximum: float | None = None) -> Any:
@@ -75,7 +87,7 @@ class ServeConfig:
         0.9, "Share of each GPU's memory for weights, activations and KV cache.", minimum=0.05, maximum=0.99
     )
     kv_memory: Bytes = _option(  # noqa: RUF009 (a field like the others)
-        Bytes(0), "KV-cache bytes per worker, such as 2GiB (0: what fits)."
+        Bytes(0), "KV-cache bytes per worker, such as 2GiB (0: what fits).", minimum=0, maximum=1 << 50
     )
     prefix_cache: bool = _option(True, "Reuse the KV cache of prompts that begin alike.")
     bind: str = _option(
@@ -115,7 +127,7 @@ class ServeConfig:
     client_weights: str = _option(
         "", 'Shares of named clients while requests wait: "uid:1000=4,uid:1001=0.5" (others: 1).'
     )
-    seed: int = _option(0, "Seed of dummy weights.", minimum=0)
+    seed: int = _option(0, "Seed of dummy weights.", minimum=0, maximum=(1 << 63) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +256,10 @@ def _converted(option: Declared, value: object, where: str) -> object:
     if option.type is Bytes:
         if isinstance(value, int) and not isinstance(value, bool):
             return Bytes(value)
-        return parse_bytes(str(value))
+        try:
+            return parse_bytes(str(value))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
     if option.type is bool:
         return _to_bool(value, where)
     if option.type is str and not isinstance(value, str):

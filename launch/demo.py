@@ -1,5 +1,6 @@
 """``mgpu-launch demo``: serve the built-in model, stream one answer, stop everything. The first thing people run."""
 
+import signal
 import time
 from pathlib import Path
 
@@ -31,9 +32,11 @@ def demo_command(question: str, max_tokens: int) -> None:
     try:
         with ServerProcess(*arguments, quiet=False) as server:
             ask(server.wait_ready(), question, max_tokens)
-            server.stop()
+            status = server.stop()
     except ServerDied as error:
         raise ServerError(str(error)) from error
+    if status not in (0, -signal.SIGTERM):
+        raise ServerError(f"the server did not stop well: its exit status is {status}")
     click.secho("everything stopped", bold=True)
 
 

@@ -12,7 +12,7 @@ from mgpu.launch.options import config_options, read_config
 from mgpu.orchestrator.devices import Machine, described_machine, find_machine
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.layout import layout_json, layout_text
-from mgpu.orchestrator.model_store import ResolvedModel, read_model, read_model_to_plan, resolve_model
+from mgpu.orchestrator.model_store import ResolvedModel, check_loadable, read_model, read_model_to_plan, resolve_model
 from mgpu.orchestrator.planner import Plan, Wish, plan
 from mgpu.orchestrator.step_size import batch_tokens, check_batch_tokens
 from mgpu.orchestrator.wish import implied_workers
@@ -69,7 +69,9 @@ def prepare(config: ServeConfig) -> PlannedModel:
     """Do for `serve` what comes before the first process: find the model, read its headers, place it."""
     part: Literal["all", "no weights"] = "no weights" if config.load_format == "dummy" else "all"
     model = resolve_model(config.model, part=part, report=lambda line: click.echo(line, err=True))
-    return plan_model(model, read_model(model, config.load_format), config)
+    checkpoint = read_model(model, config.load_format)
+    check_loadable(checkpoint)
+    return plan_model(model, checkpoint, config)
 
 
 @click.command("plan")

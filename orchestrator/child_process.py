@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import select
 import signal
@@ -10,6 +11,10 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 
+log = logging.getLogger(__name__)
+
+REAP_S = 10.0
+"""What a killed process gets to vanish."""
 _PAGE = 4096
 _PIPE_BYTES = 1 << 20
 """Asked for, so that the keys and weights of many clients fit: writing a spec must never wait for the child."""
@@ -98,7 +103,11 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self.close_stdin()
-        self._process.wait()
+        try:
+            self._process.wait(REAP_S)
+        except subprocess.TimeoutExpired:  # in the kernel, for example in a GPU's driver: nothing can hurry it
+            log.error("%s (process %d) does not die, %g s after SIGKILL; see dmesg", self.name, self.pid, REAP_S)
+            return
         os.close(self.pidfd)
 
 

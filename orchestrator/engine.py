@@ -85,6 +85,10 @@ class Engine:
         self._last_result_s = self._last_look_s = time.monotonic()
         self._watch()
 
+    def expect_steps(self, num_tokens: int, seconds: float) -> None:
+        """Say how long a step takes here, before the first is done: a large model on a slow CPU is not hung."""
+        self._step_deadline.note(num_tokens, seconds)
+
     def run(self) -> None:
         """Serve until a signal came and the running requests are done, or out of time, or a second signal came.
 
@@ -271,7 +275,8 @@ class Engine:
         if waited_s > (limit_s := self._step_deadline.seconds_for(num_tokens)):
             step = f"a step of {num_tokens} tokens"
             raise WorkersHung(
-                f"the workers hang: no result of {step} for {waited_s:.1f} s, longer than {limit_s:.1f} s"
+                f"the workers hang: no result of {step} for {waited_s:.1f} s, longer than {limit_s:.1f} s (at least "
+                "--hang-timeout)"
             )
 
     # -- failures and endings ------------------------------------------------------------------------------------------

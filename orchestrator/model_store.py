@@ -1,5 +1,6 @@
 """Find the model that ``-m`` names: a folder, a .gguf file, the demo model, or a model of the Hugging Face hub."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,8 @@ from mgpu.orchestrator.errors import ModelError
 from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, has_weights, read_checkpoint
 from mgpu.protocol.model import CheckpointFormat, LoadFormat
 
+_PLAIN_TYPES = ("F32", "F16", "BF16")
+"""Tensor types that torch reads by itself."""
 FORMS = (
     "-m takes a model folder (config.json, *.safetensors, tokenizer.json), a .gguf file, `demo`, or a hub id such as "
     "Qwen/Qwen3-0.6B"
@@ -66,6 +69,19 @@ def resolve_model(
     """
     if not name.strip():
         raise ModelError(f"no model is named; {FORMS}")
+    try:
+        return _resolved(name, part, report, environ)
+    except (OSError, RuntimeError) as error:  # too long, not to be entered; the latter is expanduser's, for ~nobody
+        reason = (error.strerror if isinstance(error, OSError) else "") or error
+        raise ModelError(f"{name[:200]}: cannot be looked up: {reason}; {FORMS}") from error
+
+
+def _resolved(
+    name: str,
+    part: Literal["all", "no weights", "config"],
+    report: Callable[[str], None],
+    environ: Mapping[str, str],
+) -> ResolvedModel:
     path = Path(name).expanduser()
     if path.is_dir():
         return ResolvedModel(str(path.absolute()), "safetensors", path.resolve().name or name)
@@ -107,6 +123,13 @@ def read_model(model: ResolvedModel, load_format: LoadFormat = "auto") -> Checkp
         return read_checkpoint(model.path, load_format)
     except CheckpointError as error:
         raise ModelError(str(error)) from error
+
+
+def check_loadable(checkpoint: Checkpoint) -> None:
+    """Refuse weights that need a package which is not here. ModelError names it."""
+    blocks = sorted({entry.dtype for entry in checkpoint.tensors.values() if entry.dtype not in _PLAIN_TYPES})
+    if blocks and checkpoint.source.format == "gguf" and importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"reading {', '.join(blocks)} tensors needs the gguf package; type: pip install gguf")
 
 
 def read_model_to_plan(model: ResolvedModel) -> Checkpoint:

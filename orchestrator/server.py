@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 GPU_SPIN_S = 0.002
 POLL_S = 0.25
+TRIAL_STEP_SHARE = 0.5
+"""A prompt's part of the warm-up, which takes two of them and four decoding steps."""
 FAILED_STOP_S = 1.0
 """What healthy ranks get to leave by themselves after a failure."""
 GATEWAY_STOP_S = 2.0
@@ -71,11 +73,12 @@ class Server:
         self._info = EngineInfo("starting", config.seq_len, 0, config.layout_table)
 
     def run(self) -> int:
-        """Serve until a signal or a failure. Gives the exit status: 0, 1, or minus the signal (see `end_process`).
+        """Serve until a signal or a failure. Gives the exit status: 0, 1, minus the signal (see `end_process`), or 78
+        when the model's files are at fault, so that nobody starts it again as it is.
 
         Call it from the main thread. UserError when there is no place for the sockets.
         """
-        failure = ""
+        failure, status = "", 1
         with self._signals:
             try:
                 self._start()
@@ -85,6 +88,8 @@ class Server:
                 log.info("stopped while starting")
             except (WorkerLost, GatewayLost, TooManyRestarts, StartTimeout) as cause:
                 failure = str(cause)
+                if self._engine is None and isinstance(cause, WorkerLost) and cause.is_mistake:
+                    status = UserError.exit_code
                 log.error("%s", "\n".join(filter(None, (failure, getattr(cause, "traceback", "")))))
             except UserError:
                 raise
@@ -94,7 +99,7 @@ class Server:
             finally:
                 self._shut_down(failure)
         if failure:
-            return 1
+            return status
         return -self._signals.received[0] if self._signals.received else 0
 
     # -- start-up ------------------------------------------------------------------------------------------------------
@@ -194,6 +199,12 @@ class Server:
             resume_timeout_s=config.resume_timeout_s,
             drain_timeout_s=config.drain_timeout_s,
         )
+        if config.device_kind == "cpu":  # on GPUs the trial compiles kernels, which says nothing of later steps
+            trials = self._workers.ready.values()
+            self._engine.expect_steps(
+                max(ready.step_tokens for ready in trials),
+                max(ready.phase_s.get("warmup", 0.0) for ready in trials) * TRIAL_STEP_SHARE,
+            )
         endpoint = self._gateway.endpoint
         self._log_ready(limits, self._workers, endpoint)
         self._gateway.send(self._info)  # before anyone can find the server, or a first request would be refused

@@ -42,7 +42,9 @@ DUMP_S = 0.2
 class WorkerLost(Exception):
     """A worker failed or died; this is the earliest failure of the group."""
 
-    def __init__(self, rank: int, phase: str, message: str, traceback: str, at_s: float) -> None:
+    def __init__(
+        self, rank: int, phase: str, message: str, traceback: str, at_s: float, is_mistake: bool = False
+    ) -> None:
         super().__init__(f"worker {rank} failed in phase {phase}: {message}")
         self.rank = rank
         self.phase = phase
@@ -50,6 +52,8 @@ class WorkerLost(Exception):
         """As the worker printed it; empty when it died without a word."""
         self.at_s = at_s
         """CLOCK_MONOTONIC of the failure."""
+        self.is_mistake = is_mistake
+        """The user can mend it, and only the user."""
 
 
 class WorkerGroup:
@@ -242,7 +246,9 @@ class WorkerGroup:
         return self._earliest_failure()
 
     def _note_failure(self, failure: WorkerFailure) -> None:
-        lost = WorkerLost(failure.rank, failure.phase, failure.message, failure.traceback, failure.at_s)
+        lost = WorkerLost(
+            failure.rank, failure.phase, failure.message, failure.traceback, failure.at_s, failure.is_mistake
+        )
         self._failures.append(lost)
 
     def _note_deaths(self) -> bool:

@@ -103,6 +103,8 @@ class Ready:
     """Bytes read from disk by this rank."""
     notes: list[str]
     """Lines for the start-up log, such as the one about staging through host memory."""
+    step_tokens: int = 1
+    """Tokens of the prompt that the model was tried with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +210,8 @@ class WorkerFailure:
     traceback: str
     at_s: float
     """CLOCK_MONOTONIC of the failure, to order failures of several ranks."""
+    is_mistake: bool = False
+    """The model's files or the options are at fault, not mgpu: no traceback, and starting again will not help."""
 
 
 CONTROL = Codec(WorkerSpec, LoadProgress, Loaded, AllocateCache, Ready, StepPlan, StepResult, Shutdown, WorkerFailure)

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 import torch
 
+from mgpu.protocol.checkpoint import CheckpointError
 from mgpu.protocol.control import AllocateCache, LoadProgress, Ready, Shutdown, WorkerFailure, WorkerSpec
 from mgpu.worker.control_socket import ControlSocket
-from mgpu.worker.errors import BadPlan
+from mgpu.worker.errors import BadPlan, BadSpec, OutOfMemory
 from mgpu.worker.links import Links, connect
 from mgpu.worker.startup import StartUp
 from mgpu.worker.step_loop import StepLoop
@@ -86,10 +87,11 @@ class Worker:
             runner = start_up.allocate(stage, num_blocks)
         with self._timed("warmup"):
             room = min(spec.max_seq_len, num_blocks * spec.block_size)
-            runner.warm_up(max(1, min(_WARM_UP_TOKENS, spec.max_batch_tokens, room - 2)), spec.epoch)
+            tokens = max(1, min(_WARM_UP_TOKENS, spec.max_batch_tokens, room - 2))
+            runner.warm_up(tokens, spec.epoch)
             gc.collect()
             gc.freeze()  # what is here now stays: no collection need look at it between steps
-        self.control.send(Ready(spec.epoch, rank, self.phase_s, loaded_bytes, links.notes))
+        self.control.send(Ready(spec.epoch, rank, self.phase_s, loaded_bytes, links.notes, tokens))
         self.phase = "steps"
         StepLoop(runner, self.control, self.device, reports=rank == spec.plan.output_rank).run()
         links.close()
@@ -99,10 +101,13 @@ class Worker:
         at_s = time.monotonic()
         if self._links is not None:
             self._links.report_failure()
-        text = "".join(traceback.format_exception(error))
-        print(text, file=sys.stderr, flush=True)
-        message = one_line(error, self.device)
-        self.control.send(WorkerFailure(self.spec.epoch, self.place.rank, self.phase, message, text, at_s))
+        is_mistake = isinstance(error, (CheckpointError, BadSpec))
+        is_told = is_mistake or isinstance(error, OutOfMemory)  # which may be another once memory is free again
+        message = str(error) if is_told else one_line(error, self.device)
+        text = "" if is_told else "".join(traceback.format_exception(error))
+        if text:
+            print(text, file=sys.stderr, flush=True)
+        self.control.send(WorkerFailure(self.spec.epoch, self.place.rank, self.phase, message, text, at_s, is_mistake))
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

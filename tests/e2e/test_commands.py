@@ -1,9 +1,12 @@
 """The commands that people type, run as they type them."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 
 from mgpu.launch.server_process import ServerProcess
@@ -58,9 +61,15 @@ def test_without_a_server_the_error_says_how_to_start_one(command: list[str], se
     assert "Traceback" not in done.stderr
 
 
-def test_the_demo_shows_layout_and_speed_and_stops_everything() -> None:
+def names(process: psutil.Process, folder: Path) -> bool:
+    """Say whether a process was started with this folder for its temporary files."""
+    return (process.info["environ"] or {}).get("TMPDIR") == str(folder)
+
+
+def test_the_demo_shows_layout_and_speed_and_stops_everything(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mgpu.launch.cli", "demo", "--max-tokens", "12"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=180,
@@ -69,4 +78,6 @@ def test_the_demo_shows_layout_and_speed_and_stops_everything() -> None:
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout
     assert "everything stopped" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert not [process for process in psutil.process_iter(["environ"]) if names(process, tmp_path)]
     assert "layout:" in done.stderr

@@ -155,7 +155,7 @@ def test_a_taken_port_is_an_error_that_names_it(smollm2: str) -> None:
     ("arguments", "message"),
     [
         (["--workers", "2"], "2 CPU workers cannot split"),
-        (["-n", "0:10;1:10"], "30"),
+        (["-n", "0:10;1:10"], "the counts add up to 20, but the model has 30 layers"),
         (["-n", "0:x"], "0:x"),
         (["--dtype", "int3"], "--dtype"),
         (["--max-seq-len", "-4"], "--max-seq-len"),

@@ -1,10 +1,11 @@
 """One declaration, four sources: flags over environment over file over default."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from mgpu.launch.config import ConfigError, ServeConfig, declared_options, load_config, parse_bytes
+from mgpu.launch.config import OTHER_VARIABLES, ConfigError, ServeConfig, declared_options, load_config, parse_bytes
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -80,3 +81,28 @@ def test_every_option_has_help_and_its_own_flag() -> None:
     options = declared_options()
     assert all(option.help for option in options)
     assert len({option.flag for option in options}) == len(options)
+
+
+def test_every_variable_that_sources_and_docs_name_is_accepted() -> None:
+    root = Path(__file__).parents[2]
+    files = [root / "README.md", *root.glob("docs/*.md")]
+    files += [
+        file for folder in ("launch", "orchestrator", "protocol", "worker") for file in root.glob(f"{folder}/**/*.py")
+    ]
+    named = {name for file in files for name in re.findall(r"MGPU_[A-Z0-9_]*[A-Z0-9]", file.read_text())}
+    assert named >= {"MGPU_KERNELS", "MGPU_NO_NCCL"}
+    assert named <= OTHER_VARIABLES | {option.variable for option in declared_options()}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("kv_memory", "abc", "--kv-memory: 'abc' is not a size"),
+        ("kv_memory", "9" * 400, "--kv-memory: a size of 400 digits"),
+        ("kv_memory", -5, "--kv-memory is -5; it must be between 0 and"),
+        ("seed", str(2**64), "--seed is '18446744073709551616'; it must be between 0 and"),
+    ],
+)
+def test_numbers_beyond_reason_are_refused_with_the_option(name: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config({name: value}, {}, None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -98,11 +99,18 @@ def test_mistakes_end_without_a_traceback(model: str, args: list[str], expected:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("args", [["--tp", "two"], ["--no-such-option"], ["extra"]])
-def test_wrong_usage_has_another_status(model: str, args: list[str]) -> None:
+@pytest.mark.parametrize(("args", "status"), [(["--tp", "two"], 78), (["--no-such-option"], 64), (["extra"], 64)])
+def test_wrong_usage_has_another_status(model: str, args: list[str], status: int) -> None:
     done = launch("-m", model, *args)
-    assert done.returncode in (64, 78)
+    assert done.returncode == status
     assert "Traceback" not in done.stderr
+
+
+def test_planning_takes_less_than_half_a_second_of_cpu_time(model: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert launch("-m", model, "--gpus", "4").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_planning_imports_neither_torch_nor_the_driver(model: str) -> None:

@@ -141,8 +141,9 @@ def main() -> int:
         worker.run()
     except InjectedFailure as error:
         at_s = time.monotonic()
-        text = "Traceback (most recent call last):\n  InjectedFailure"
-        worker.send(WorkerFailure(spec.epoch, RANK, worker.phase, str(error), text, at_s))
+        is_mistake = OPTIONS["fail"] == "mistake"
+        text = "" if is_mistake else "Traceback (most recent call last):\n  InjectedFailure"
+        worker.send(WorkerFailure(spec.epoch, RANK, worker.phase, str(error), text, at_s, is_mistake))
         return 1
     finally:
         worker.socket.close()

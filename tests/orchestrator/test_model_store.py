@@ -1,15 +1,18 @@
 """What `-m` may name, and how the demo model gets into the cache."""
 
 import hashlib
+import importlib.util
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mgpu.orchestrator import demo_model
 from mgpu.orchestrator.errors import ModelError
-from mgpu.orchestrator.model_store import cache_root, read_model, read_model_to_plan, resolve_model
+from mgpu.orchestrator.model_store import cache_root, check_loadable, read_model, read_model_to_plan, resolve_model
+from mgpu.protocol.checkpoint_tensors import TensorEntry
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -44,7 +47,20 @@ def test_another_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "  ", "nothing-here", "/no/such/folder", "a/b/c", "../x", "org/m.gguf", "a b/c", "ö/ä"]
+    "name",
+    [
+        "",
+        "  ",
+        "nothing-here",
+        "/no/such/folder",
+        "a/b/c",
+        "../x",
+        "org/m.gguf",
+        "a b/c",
+        "ö/ä",
+        "x" * 300,
+        "~no-such-user/x",
+    ],
 )
 def test_what_cannot_be_found_says_what_forms_there_are(name: str) -> None:
     with pytest.raises(ModelError) as caught:
@@ -72,6 +88,20 @@ def test_a_folder_with_only_a_configuration_can_be_planned_but_not_served(tmp_pa
     assert read_model(model, "dummy").source.load_format == "dummy"
     with pytest.raises(ModelError, match=r"no \.safetensors weights"):
         read_model(model)
+
+
+def test_blocks_that_only_the_gguf_package_can_read_are_refused_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_config(tmp_path)
+    entry = TensorEntry("t", "Q4_1", (1, 32), "m.gguf", 0, 20)
+    dummy = read_model(resolve_model(str(tmp_path)), "dummy")
+    checkpoint = replace(dummy, source=replace(dummy.source, format="gguf"), tensors={"t": entry})
+    check_loadable(checkpoint)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="reading Q4_1 tensors needs the gguf package; type: pip install gguf"):
+        check_loadable(checkpoint)
+    check_loadable(replace(checkpoint, tensors={"t": replace(entry, dtype="F16")}))
 
 
 def test_broken_weights_are_noticed_while_planning(tmp_path: Path) -> None:

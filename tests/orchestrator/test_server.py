@@ -150,6 +150,13 @@ def test_a_worker_that_fails_while_loading_ends_the_start(folder: Path) -> None:
         assert "worker 0 failed in phase weights: rank 0 was told to fail" in server.log
 
 
+def test_weights_that_cannot_be_read_end_the_start_as_a_mistake_of_the_user(folder: Path) -> None:
+    with running_server(folder, {"fail": "mistake", "fail_phase": "weights"}) as server:
+        assert server.wait_exit() == 78
+        assert "worker 0 failed in phase weights: rank 0 was told to fail" in server.log
+        assert "Traceback" not in server.log
+
+
 def test_sigkill_of_the_parent_leaves_nothing(folder: Path) -> None:
     with running_server(folder, {"step_s": 0.01}, ranks_per_stage=2) as server:
         server.wait_ready()

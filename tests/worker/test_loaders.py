@@ -196,6 +196,6 @@ def test_a_missing_gguf_package_says_what_to_install(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "gguf", None)
     with (
         reader_of(write_tensor(tmp_path, stored_matrix("Q4_0")[0], "Q4_0")) as reader,
-        pytest.raises(CheckpointError, match=r"pip install 'mgpu\[gguf\]'"),
+        pytest.raises(CheckpointError, match="pip install gguf"),
     ):
         reader.fill_rows(torch.empty(ROWS, COLUMNS), "t")

@@ -47,7 +47,5 @@ def _dequantize(name: str, raw: Tensor) -> Tensor:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
     except ImportError as error:
-        raise CheckpointError(
-            f"reading {name} tensors needs the gguf package; type: pip install 'mgpu[gguf]'"
-        ) from error
+        raise CheckpointError(f"reading {name} tensors needs the gguf package; type: pip install gguf") from error
     return torch.from_numpy(dequantize(raw.numpy(), GGMLQuantizationType[name]))
