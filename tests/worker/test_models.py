@@ -30,14 +30,14 @@ def test_prefill_and_decode_equal_transformers(tiny_model: MakeModel, family: st
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", [1, 2], ids=["one worker", "two stages of two"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cuda_equals_transformers(tiny_model: MakeModel, family: str, dtype: torch.dtype) -> None:
+def test_cuda_equals_transformers(tiny_model: MakeModel, family: str, size: int, dtype: torch.dtype) -> None:
     model = tiny_model(family)
     ids = model.prompt_ids + model.output_ids
     chunks = [9, len(model.prompt_ids) - 9] + [1] * len(model.output_ids)
-    logits = logits_in_chunks(
-        read_checkpoint(model.folder), ids, chunks, tp_size=2, num_stages=2, dtype=dtype, device=torch.device("cuda")
-    )
+    device = torch.device("cuda")
+    logits = logits_in_chunks(read_checkpoint(model.folder), ids, chunks, size, size, dtype=dtype, device=device)
     if dtype == torch.float32:
         torch.testing.assert_close(logits, model.logits, atol=1e-4, rtol=0)
     else:
