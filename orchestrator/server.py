@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 GPU_SPIN_S = 0.002
 POLL_S = 0.25
+RELOAD_SILENCE_S = 60.0
+RELOAD_FACTOR = 10.0
 TRIAL_STEP_SHARE = 0.5
 """A prompt's part of the warm-up, which takes two of them and four decoding steps."""
 FAILED_STOP_S = 1.0
@@ -184,7 +186,7 @@ class Server:
         )
         self._info = EngineInfo("ready", limits.max_seq_len, limits.kv_tokens, config.layout_table)
         restarts = RestartLimit(config.max_restarts, config.restart_window_s)
-        self._recovery = WorkerRecovery(self._workers, self._standby, num_blocks, restarts, config.start_timeout_s)
+        self._recovery = WorkerRecovery(self._workers, self._standby, num_blocks, restarts, self._reload_silence_s())
         self._engine = Engine(
             Scheduler(limits),
             self._recovery,
@@ -213,6 +215,11 @@ class Server:
         # What exists now stays: the collector need not look at it again between steps.
         gc.collect()
         gc.freeze()
+
+    def _reload_silence_s(self) -> float:
+        """Give how long workers that load again may say nothing: ten times what all of the first start took."""
+        usual_s = RELOAD_FACTOR * (time.monotonic() - self._began_s)
+        return min(self._config.start_timeout_s, max(RELOAD_SILENCE_S, usual_s))
 
     def _log_ready(self, limits: Limits, workers: WorkerGroup, endpoint: str) -> None:
         for rank in sorted(workers.ready):

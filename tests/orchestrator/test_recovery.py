@@ -178,6 +178,19 @@ def test_a_death_while_loading_again_is_one_more_restart(folder: Path) -> None:
         assert server.counters()["restarts"] == 3
 
 
+def test_workers_that_hang_while_loading_again_are_replaced(folder: Path) -> None:
+    options = {"fail": "hang", "fail_phase": "weights", "fail_epochs": [1], "step_s": 0.002}
+    with running_server(folder, options, start_timeout_s=3.0) as server:
+        server.wait_ready()
+        load = Load(server)
+        ids = load.submit(4, least_tokens=20)
+        server.wait_for(lambda: bool(server.tokens.get(ids[0])))
+        server.workers()[0].kill()
+        load.check()
+        assert server.counters()["restarts"] == 2
+        assert "the new workers have said nothing for 3 s" in server.log
+
+
 def test_too_many_restarts_end_the_server_with_the_cause(folder: Path) -> None:
     options = {"fail": "raise", "fail_phase": "weights", "fail_epochs": [1, 2, 3, 4], "step_s": 0.02}
     with running_server(folder, options, ranks_per_stage=2) as server:
