@@ -170,8 +170,7 @@ def test_a_server_goes_on_when_a_standby_cannot_be_spawned(folder: Path) -> None
         server.wait_ready()
         server.submit(0, [1, 2, 3], 5)
         server.wait_for(lambda: 0 in server.finish)
-        while "standby workers cannot be started" not in server.log:
-            server.counters()
+        server.wait_for_log("standby workers cannot be started")
         server.submit(1, [1, 2, 3], 5)
         server.wait_for(lambda: 1 in server.finish)
         assert server.finish == {0: "length", 1: "length"}
