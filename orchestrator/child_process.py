@@ -34,7 +34,7 @@ class ChildProcess:
         env: Mapping[str, str],
         pass_fds: Sequence[int] = (),
     ) -> None:
-        """Start ``command``. Without a ``spec`` it waits for `tell`."""
+        """Start ``command``. Without a ``spec`` it waits for `tell`. OSError when it cannot be started."""
         self.name = name
         # Its own session: Ctrl-C reaches the parent only. Standard output may be a pipe of the user's: keep it clean.
         self._process = subprocess.Popen(
@@ -44,7 +44,13 @@ class ChildProcess:
         with contextlib.suppress(OSError):  # too many large pipes for this user: what there is has to do
             fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self.pid = self._process.pid
-        self.pidfd = os.pidfd_open(self.pid)
+        try:
+            self.pidfd = os.pidfd_open(self.pid)
+        except OSError:  # no descriptor is left: nobody could see its end
+            self._process.stdin.close()
+            self._process.kill()
+            self._process.wait()
+            raise
         if spec is None:
             return
         try:

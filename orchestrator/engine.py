@@ -15,6 +15,7 @@ from mgpu.orchestrator.journal import Journal
 from mgpu.orchestrator.notify import Notifier
 from mgpu.orchestrator.recovery import RestartLimit, WorkerRecovery, WorkersHung
 from mgpu.orchestrator.reload import Reloader
+from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.stats import EngineStats
@@ -54,6 +55,7 @@ class Engine:
         info: EngineInfo,
         notifier: Notifier,
         reloader: Reloader,
+        runtime: RuntimeDir,
         *,
         spin_s: float,
         gateway_restarts: RestartLimit,
@@ -71,6 +73,7 @@ class Engine:
         self._told_state = info.state
         self._notifier = notifier
         self._reloader = reloader
+        self._runtime = runtime
         self._spin_s = spin_s
         self._journal = Journal()
         self._gateway_restarts = gateway_restarts
@@ -241,6 +244,7 @@ class Engine:
             self._gateway.check_alive()
         self._drop_unclaimed()
         self._journal.prune()
+        self._runtime.look()
         if any(process.pidfd in ready for process in self._workers.processes):
             self._workers.check_deaths()
         if any(socket in ready for socket in self._workers.sockets):

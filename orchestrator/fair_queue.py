@@ -117,7 +117,7 @@ class FairQueue:
         answer = len(seq.tokens) - seq.prompt_len
         self._mean_answer += (answer - self._mean_answer) * _SMOOTHING
         account, seq.account = seq.account, None
-        if account is None:
+        if account is None or self._accounts.get(seq.client) is not account:  # forgotten, and what it owed with it
             return
         excess = len(seq.tokens) - seq.cached_tokens - seq.charged
         account.tag += excess / account.weight
@@ -144,6 +144,8 @@ class FairQueue:
     def _leave(self) -> None:
         self._num_waiting -= 1
         if not self._num_waiting:  # nobody was kept waiting, so nobody owes anything
+            for account in self._accounts.values():  # requests that run refer to it, and must not keep the ended ones
+                account.waiting.clear()
             self._accounts, self._line = {}, []
             self._num_ended, self._now, self._weight_in_line, self._sweep_at = 0, 0.0, 0.0, _SLACK
 

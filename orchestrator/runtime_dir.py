@@ -1,7 +1,9 @@
 """Own the private folder of one server: sockets, the rendezvous file, and what lets clients find it."""
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -24,12 +26,22 @@ from mgpu.protocol.runtime import (
     write_server,
 )
 
+log = logging.getLogger(__name__)
+
+LOOK_INTERVAL_S = 2.0
 _LONGEST_NAME = "worker-9999"
 _LOCK_WAIT_S = 2.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RuntimeDirError(UserError):
     """There is no folder in which a server may put its sockets."""
+
+
+class RuntimeDirFullError(RuntimeDirError):
+    """There is one, but no room in it; that may pass. EX_UNAVAILABLE."""
+
+    exit_code = 69
 
 
 class RuntimeDir:
@@ -48,7 +60,9 @@ class RuntimeDir:
             hidden.rename(self.path)
         except OSError as error:
             shutil.rmtree(hidden, ignore_errors=True)
-            raise RuntimeDirError(f"cannot make a folder in {self.base}: {error.strerror}") from error
+            raise _error("cannot make a folder in", self.base, error) from error
+        self._look_at_s = 0.0
+        self._is_missed = False
 
     def ipc(self, name: str) -> str:
         """Give the endpoint of a socket in this folder."""
@@ -61,7 +75,7 @@ class RuntimeDir:
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
-            raise RuntimeDirError(f"cannot make a socket in {self.path}: {error}; is the file system full?") from error
+            raise _error("cannot make a socket in", self.path, error) from error
         finally:
             os.umask(old_mask)
         return endpoint
@@ -71,7 +85,33 @@ class RuntimeDir:
         try:
             write_server(self.path, server)
         except OSError as error:
-            raise RuntimeDirError(f"cannot write to {self.path}: {error.strerror}") from error
+            raise _error("cannot write to", self.path, error) from error
+
+    def look(self) -> None:
+        """Log, once, that something has removed the folder. Cheap: call it often."""
+        now_s = time.monotonic()
+        if self._is_missed or now_s < self._look_at_s:
+            return
+        self._look_at_s = now_s + LOOK_INTERVAL_S
+        if self._is_removed():
+            self._is_missed = True
+            log.error(
+                "something has removed %s, the folder of this server's sockets. Those who are connected are served, "
+                "but nobody else can find the server, and it ends if a worker or the gateway has to be replaced. "
+                "Restart it when that suits. If old files are cleaned up there, set %s=/short/path to another folder.",
+                self.path,
+                BASE_VARIABLE,
+            )
+
+    def _is_removed(self) -> bool:
+        """Whether the lock file is gone, or is that of another server; without it nobody may use the folder."""
+        try:
+            found = os.stat(self.path / LOCK_NAME)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # for whatever reason it cannot be seen just now
+            return False
+        return not os.path.samestat(found, os.fstat(self._lock_fd))
 
     def close(self) -> None:
         """Remove the folder and all in it; a second call does nothing."""
@@ -79,6 +119,14 @@ class RuntimeDir:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+
+def _error(what: str, folder: Path, error: OSError | zmq.ZMQError) -> RuntimeDirError:
+    """Say why something in the folder could not be done."""
+    if error.errno in _FULL:
+        return RuntimeDirFullError(f"{what} {folder}: its file system is full (df -hi {folder})")
+    reason = "something has removed it" if error.errno == errno.ENOENT else error.strerror
+    return RuntimeDirError(f"{what} {folder}: {reason}")
 
 
 def choose_base(environ: Mapping[str, str] | None = None) -> Path:

@@ -78,23 +78,29 @@ class Server:
         """Serve until a signal or a failure. Gives the exit status: 0, 1, minus the signal (see `end_process`), or 78
         when the model's files are at fault, so that nobody starts it again as it is.
 
-        Call it from the main thread. UserError when there is no place for the sockets.
+        Call it from the main thread. UserError, before it is ready only, when there is no place for the sockets.
         """
         failure, status = "", 1
+        is_open = False
         with self._signals:
             try:
                 self._start()
+                is_open = True
                 assert self._engine is not None
                 self._engine.run()
             except _Stopped:
                 log.info("stopped while starting")
             except (WorkerLost, GatewayLost, TooManyRestarts, StartTimeout) as cause:
                 failure = str(cause)
-                if self._engine is None and isinstance(cause, WorkerLost) and cause.is_mistake:
+                if not is_open and isinstance(cause, WorkerLost) and cause.is_mistake:
                     status = UserError.exit_code
                 log.error("%s", "\n".join(filter(None, (failure, getattr(cause, "traceback", "")))))
-            except UserError:
-                raise
+            except UserError as error:
+                failure = str(error)
+                if not is_open:
+                    raise
+                # What could be used once is not a mistake of the configuration: another start may help.
+                log.error("%s", failure)
             except Exception as bug:  # the process edge: whatever broke, clients get their endings and nothing stays
                 failure = f"internal error: {bug!r}"
                 log.exception("the server ends: %s", failure)
@@ -195,6 +201,7 @@ class Server:
             self._info,
             self._notifier,
             self._reloader,
+            self._runtime,
             spin_s=GPU_SPIN_S if config.device_kind == "cuda" else 0.0,
             gateway_restarts=RestartLimit(config.max_restarts, config.restart_window_s),
             hang_timeout_s=config.hang_timeout_s,

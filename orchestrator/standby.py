@@ -49,17 +49,32 @@ class Standby:
             self.close()
             self._due_s = now_s + RETRY_S
         if self._parked is None and now_s >= self._due_s:
-            self._parked = self._new_group(epoch)
+            self._park(epoch, now_s)
+
+    def _park(self, epoch: int, now_s: float) -> None:
+        self._parked = self._new_group(epoch)
+        try:
             self._parked.park()
+        except OSError as error:  # no memory, process or descriptor is left: what serves goes on without them
+            log.warning("standby workers cannot be started (%s); the next try is in %g s", error, RETRY_S)
+            self.close()
+            self._due_s = now_s + RETRY_S
 
     def start_group(self, epoch: int) -> WorkerGroup:
-        """Start the group of ``epoch``; the one that waits if it is that one and all of it lives."""
+        """Start the group of ``epoch``; the one that waits if it is that one and all of it lives.
+
+        Nothing is left of a group that cannot be started.
+        """
         group, self._parked, self._due_s = self._parked, None, None
         if group is not None and (group.epoch != epoch or not group.is_whole):
             group.end()
             group = None
         group = group or self._new_group(epoch)
-        group.start()
+        try:
+            group.start()
+        except BaseException:
+            group.end()
+            raise
         return group
 
     def close(self) -> None:

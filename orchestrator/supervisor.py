@@ -78,7 +78,10 @@ class WorkerGroup:
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def park(self) -> None:
-        """Spawn every rank, to import what it needs and wait until `start` tells it what to do."""
+        """Spawn every rank, to import what it needs and wait until `start` tells it what to do.
+
+        OSError when one cannot be spawned; `end` the group then.
+        """
         self._spawn((*self._config.worker_command, "--standby"))
 
     def start(self) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,14 @@ class ServerProcess:
                 raise AssertionError(f"waited in vain; the server's log:\n{self.log}")
             self._take(LINK.decode(self.socket.recv()))
 
+    def wait_for_log(self, text: str) -> None:
+        """Wait until the server has logged it, and still answers."""
+        deadline = time.monotonic() + DEADLINE_S
+        while text not in self.log:
+            assert time.monotonic() < deadline, f"waited in vain for {text!r}; the server's log:\n{self.log}"
+            self.counters()
+            time.sleep(0.01)
+
     def wait_ready(self) -> None:
         self.wait_for(lambda: any(info.state == "ready" for info in self.infos))
 
@@ -189,8 +197,13 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def running_server(folder: Path, options: dict[str, Any] | None = None, **changes: Any) -> Iterator[ServerProcess]:
-    """Start a server with ``config(**changes)`` and the fake workers' ``options``; kill what is left at the end."""
+def running_server(
+    folder: Path, options: dict[str, Any] | None = None, through: Sequence[str] = (), **changes: Any
+) -> Iterator[ServerProcess]:
+    """Start a server with ``config(**changes)`` and the fake workers' ``options``; kill what is left at the end.
+
+    ``through`` is a command that executes the rest of its arguments.
+    """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.bind(f"ipc://{folder}/test")
@@ -203,7 +216,8 @@ def running_server(folder: Path, options: dict[str, Any] | None = None, **change
     }
     arguments = json.dumps(changes)
     with log.open("wb") as stream:
-        process = subprocess.Popen([sys.executable, __file__, arguments], env=env, stderr=stream, cwd=HERE)
+        command = [*through, sys.executable, __file__, arguments]
+        process = subprocess.Popen(command, env=env, stderr=stream, cwd=HERE)
     server = ServerProcess(socket, process, log)
     try:
         yield server
@@ -225,4 +239,8 @@ def read_again() -> Reloadable:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     notifier = Notifier.from_environment(os.environ)
-    end_process(Server(config(**json.loads(sys.argv[1])), notifier, read_again).run())
+    try:
+        end_process(Server(config(**json.loads(sys.argv[1])), notifier, read_again).run())
+    except UserError as error:  # as the command does
+        logging.error("%s", error)
+        sys.exit(error.exit_code)

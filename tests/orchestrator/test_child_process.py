@@ -1,5 +1,6 @@
 """Children: their spec, their death, their end."""
 
+import errno
 import os
 import signal
 import sys
@@ -95,3 +96,15 @@ def test_exits_are_described_in_words() -> None:
     assert describe_exit(-11) == "was killed by signal 11 (SIGSEGV)"
     assert "memory runs out" in describe_exit(-9)
     assert "an unknown signal" in describe_exit(-200)
+
+
+def no_descriptor(pid: int) -> int:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_child_that_cannot_be_watched_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(psutil.Process().children())
+    monkeypatch.setattr(os, "pidfd_open", no_descriptor)
+    with pytest.raises(OSError, match="Too many open files"):
+        ChildProcess("test", [sys.executable, "-c", "input()"], None, os.environ)
+    assert set(psutil.Process().children()) <= before

@@ -41,12 +41,16 @@ class Line:
     def serve(self, answer: int | None = None) -> Sequence:
         """Run the next request to its end, of ``answer`` tokens or as many as it may have."""
         seq = self.queue.pop()
+        self.finish(seq, answer)
+        return seq
+
+    def finish(self, seq: Sequence, answer: int | None = None) -> None:
+        """End one that runs."""
         count = seq.max_len - seq.prompt_len if answer is None else answer
         seq.tokens.extend([2] * count)
         seq.finished = True
         self.queue.settle(seq)
         self.served[seq.client] += len(seq.tokens)
-        return seq
 
     def drop(self, seq: Sequence) -> None:
         seq.finished = True
@@ -154,6 +158,51 @@ def test_what_ended_in_line_is_never_next_and_does_not_pile_up() -> None:
     assert line.serve() is keeper
     assert line.queue.head() is None
     assert line.queue.num_held == 0
+
+
+def assert_books_are_right(queue: FairQueue) -> None:
+    """Recount what the queue keeps count of."""
+    waiting = [seq for account in queue._accounts.values() for _, seq in account.waiting]
+    assert queue._num_ended == sum(seq.finished for seq in waiting)
+    assert len(queue) == sum(not seq.finished for seq in waiting)
+    in_line = [account for account in queue._accounts.values() if account.entry >= 0]
+    assert queue._weight_in_line == pytest.approx(sum(account.counted for account in in_line))
+    assert {id(each) for _, entry, each in queue._line if each.entry == entry} == {id(each) for each in in_line}
+
+
+def test_a_request_that_outlives_its_line_changes_nothing_in_the_next_one() -> None:
+    line = Line()
+    first, second = line.add(1), line.add(1, prompt=1000)
+    line.drop(second)
+    assert line.queue.pop() is first
+    for client in (2, 3, 4):
+        line.add(client)
+    now, account = line.queue._now, first.account
+    assert account is not None
+    line.finish(first)
+    assert_books_are_right(line.queue)
+    assert line.queue._now == now, "what was charged before nobody waited is not corrected after"
+    assert account.waiting == [], "what runs does not keep what ended in memory"
+    assert [line.serve().client for _ in range(3)] == [2, 3, 4]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["add", "pop", "drop", "finish"]), st.integers(0, 30)), max_size=80))
+def test_the_books_are_right_whatever_begins_and_ends_in_whatever_order(actions: list[tuple[str, int]]) -> None:
+    line = Line()
+    waiting: list[Sequence] = []
+    running: list[Sequence] = []
+    for action, number in actions:
+        if action == "add":
+            waiting.append(line.add(number % 2, weight=1.0 + number % 3))
+        elif action == "pop" and line.queue.head() is not None:
+            running.append(line.queue.pop())
+            waiting.remove(running[-1])
+        elif action == "drop" and waiting:
+            line.drop(waiting.pop(number % len(waiting)))
+        elif action == "finish" and running:
+            line.finish(running.pop(number % len(running)), number)
+        assert_books_are_right(line.queue)
 
 
 def test_an_endless_row_of_newcomers_does_not_starve_who_was_served_before() -> None:

@@ -326,6 +326,17 @@ def test_the_status_of_a_failed_service_says_why(folder: Path, service: FakeMana
     assert service.lines[-1].startswith("STATUS=failed: worker 0 failed in phase")
 
 
+def test_the_status_of_a_server_that_lost_its_folder_says_why(folder: Path, service: FakeManager) -> None:
+    with running_server(folder) as server:
+        server.wait_ready()
+        server.counters()  # it serves: who tells that it is ready also has to announce it, in that folder
+        shutil.rmtree(folder / "run")
+        worker_of(server, "0").kill()
+        server.wait_exit()
+        service.read()
+    assert service.lines[-1].startswith("STATUS=failed: cannot make a socket in")
+
+
 def worker_of(server: ServerProcess, rank: str) -> psutil.Process:
     """Find the worker of a rank; every rank steps, but only the output rank answers."""
     (worker,) = [child for child in server.children() if child.environ().get("RANK") == rank]

@@ -1,20 +1,24 @@
 """The private folder of a server, and how others find it."""
 
+import errno
 import os
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
+import zmq
 
 from mgpu.orchestrator.runtime_dir import RuntimeDir, RuntimeDirError, sweep
 from mgpu.protocol.runtime import (
     INFO_NAME,
     IPC_PATH_MAX,
+    LOCK_NAME,
     RunningServer,
     base_dirs,
     is_locked,
@@ -125,6 +129,48 @@ def test_a_file_in_place_of_the_folder_is_refused(base: Path) -> None:
     (base / "file").touch()
     with pytest.raises(RuntimeDirError, match="File exists"):
         RuntimeDir(environ(base / "file"))
+
+
+class FullSocket:
+    def bind(self, endpoint: str) -> None:
+        raise zmq.ZMQError(errno.ENOSPC)
+
+
+def test_a_full_file_system_may_pass_and_is_no_mistake_of_the_configuration(base: Path) -> None:
+    runtime = RuntimeDir(environ(base))
+    with pytest.raises(RuntimeDirError, match=f"{runtime.path}: its file system is full") as caught:
+        runtime.bind(cast("zmq.Socket[bytes]", FullSocket()), "link")
+    assert caught.value.exit_code == 69
+    runtime.close()
+
+
+def lose_all(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def lose_the_lock(folder: Path) -> None:
+    (folder / LOCK_NAME).unlink()
+
+
+def lose_it_to_another(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / LOCK_NAME).touch()
+
+
+@pytest.mark.parametrize("lose", [lose_all, lose_the_lock, lose_it_to_another])
+def test_a_loss_of_the_folder_is_told_once(
+    base: Path, lose: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mgpu.orchestrator.runtime_dir.LOOK_INTERVAL_S", 0.0)
+    runtime = RuntimeDir(environ(base))
+    runtime.look()
+    assert not caplog.records
+    lose(runtime.path)
+    runtime.look()
+    runtime.look()
+    assert [f"removed {runtime.path}, the folder" in record.message for record in caplog.records] == [True]
+    runtime.close()
 
 
 def test_bases_follow_the_session_and_the_service_manager() -> None:

@@ -1,6 +1,8 @@
 """Workers that wait for their turn: they serve after a failure, and whatever happens to them hurts nobody."""
 
+import errno
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import cast
 
 import psutil
 import pytest
-from server_process import ServerProcess, running_server
+from server_process import HERE, ServerProcess, running_server
 
 from mgpu.orchestrator.standby import RETRY_S, Standby
 from mgpu.orchestrator.supervisor import WorkerGroup
@@ -21,12 +23,19 @@ class FakeGroup:
         self.epoch = epoch
         self.is_whole = True
         self.calls: list[str] = []
+        self.error: OSError | None = None
+        """What becomes of an attempt to spawn processes."""
 
     def park(self) -> None:
-        self.calls.append("park")
+        self._spawn("park")
 
     def start(self) -> None:
-        self.calls.append("start")
+        self._spawn("start")
+
+    def _spawn(self, how: str) -> None:
+        self.calls.append(how)
+        if self.error is not None:
+            raise self.error
 
     def end(self) -> None:
         self.calls.append("end")
@@ -38,10 +47,12 @@ class Fakes:
     def __init__(self, enabled: bool = True) -> None:
         self.now_s = 100.0
         self.groups: list[FakeGroup] = []
+        self.error: OSError | None = None
         self.standby = Standby(self._new_group, enabled, DELAY_S, lambda: self.now_s)
 
     def _new_group(self, epoch: int) -> WorkerGroup:
         self.groups.append(FakeGroup(epoch))
+        self.groups[-1].error = self.error
         return cast(WorkerGroup, self.groups[-1])
 
     def tend(self, epoch: int, after_s: float = 0.0) -> None:
@@ -83,6 +94,26 @@ def test_a_lost_standby_is_replaced_after_a_minute() -> None:
     assert [group.calls for group in fakes.groups] == [["park", "end"]]
     fakes.tend(1, 0.1)
     assert fakes.groups[1].calls == ["park"]
+
+
+def test_a_standby_that_cannot_be_spawned_is_tried_again_after_a_minute() -> None:
+    fakes = Fakes()
+    fakes.error = OSError(errno.EMFILE, "Too many open files")
+    fakes.tend(1)
+    fakes.tend(1, DELAY_S)
+    fakes.error = None
+    fakes.tend(1, RETRY_S - 0.1)
+    assert [group.calls for group in fakes.groups] == [["park", "end"]]
+    fakes.tend(1, 0.1)
+    assert fakes.groups[1].calls == ["park"]
+
+
+def test_nothing_is_left_of_a_group_that_cannot_be_started() -> None:
+    fakes = Fakes()
+    fakes.error = OSError(errno.EMFILE, "Too many open files")
+    with pytest.raises(OSError, match="Too many open files"):
+        fakes.standby.start_group(1)
+    assert fakes.groups[0].calls == ["start", "end"]
 
 
 def test_without_standby_groups_are_made_when_they_are_needed() -> None:
@@ -129,3 +160,19 @@ def test_a_real_standby_serves_after_a_kill_and_ends_with_the_server(folder: Pat
         server.process.send_signal(signal.SIGTERM)
         assert server.wait_exit() == -signal.SIGTERM
         assert not any(worker.is_running() for worker in family)
+
+
+def test_a_server_goes_on_when_a_standby_cannot_be_spawned(folder: Path) -> None:
+    command = folder / "worker"
+    command.write_text(f"#!/bin/sh\nrm {command}\nexec {sys.executable} {HERE / 'fake_worker.py'}\n")
+    command.chmod(0o700)  # there once only: for the workers that serve
+    with running_server(folder, standby=True, standby_delay_s=0.0, worker_command=[str(command)]) as server:
+        server.wait_ready()
+        server.submit(0, [1, 2, 3], 5)
+        server.wait_for(lambda: 0 in server.finish)
+        server.wait_for_log("standby workers cannot be started")
+        server.submit(1, [1, 2, 3], 5)
+        server.wait_for(lambda: 1 in server.finish)
+        assert server.finish == {0: "length", 1: "length"}
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_exit() == -signal.SIGTERM

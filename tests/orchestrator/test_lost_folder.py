@@ -1,0 +1,102 @@
+"""A running server whose folder is removed, or whose file system is full: never a mistake of the configuration."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from server_process import ServerProcess, running_server
+
+MOUNT = 'mount -t tmpfs -o size=1m,nr_inodes=100,mode=0700 none "$MGPU_RUNTIME_DIR" && exec "$@"'
+"""Its own file system for the server alone, which ends with it."""
+OWN_MOUNT = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", MOUNT, "sh")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path: unix sockets have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="mgpu", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+def kill_worker(server: ServerProcess) -> None:
+    server.workers()[0].kill()
+
+
+def kill_gateway(server: ServerProcess) -> None:
+    server.socket.send(b"die")
+
+
+def begin(server: ServerProcess) -> None:
+    """Let a long request run."""
+    server.wait_ready()
+    server.submit(1, [1, 2, 3], 240)
+    server.wait_for(lambda: 1 in server.tokens)
+
+
+@pytest.mark.parametrize("kill", [kill_worker, kill_gateway])
+def test_a_recovery_in_a_removed_folder_is_a_failure_that_a_restart_may_help(
+    folder: Path, kill: Callable[[ServerProcess], None]
+) -> None:
+    with running_server(folder, {"step_s": 0.02}) as server:
+        begin(server)
+        shutil.rmtree(folder / "run")
+        kill(server)
+        assert server.wait_exit() == 1
+        assert "something has removed it" in server.log
+        assert "Traceback" not in server.log
+        if kill is kill_worker:
+            assert server.finish == {1: "error"}
+            assert "the server failed: cannot make a socket in" in server.errors[1]
+
+
+def test_a_removed_folder_is_told_once_and_who_is_connected_is_served(folder: Path) -> None:
+    with running_server(folder) as server:
+        server.wait_ready()
+        server.counters()  # it serves: who tells that it is ready also has to announce it, in that folder
+        shutil.rmtree(folder / "run")
+        server.wait_for_log("something has removed")
+        server.submit(1, [1, 2, 3], 5)
+        server.wait_for(lambda: 1 in server.finish)
+        assert server.finish == {1: "length"}
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_exit() == -signal.SIGTERM
+        assert server.log.count("something has removed") == 1
+
+
+@pytest.fixture
+def own_mount(folder: Path) -> tuple[str, ...]:
+    (folder / "run").mkdir(mode=0o700)
+    environ = {**os.environ, "MGPU_RUNTIME_DIR": str(folder / "run")}
+    with contextlib.suppress(FileNotFoundError):
+        if subprocess.run([*OWN_MOUNT, "true"], env=environ, stderr=subprocess.DEVNULL).returncode == 0:
+            return OWN_MOUNT
+    pytest.skip("this user may not mount a file system in a namespace of its own")
+
+
+def fill(path: Path) -> None:
+    """Leave no byte and no name."""
+    with contextlib.suppress(OSError), (path / "big").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    with contextlib.suppress(OSError):
+        for number in range(100):
+            (path / str(number)).touch()
+
+
+@pytest.mark.parametrize("kill", [kill_worker, kill_gateway])
+def test_a_recovery_on_a_full_file_system_is_a_failure_that_a_restart_may_help(
+    folder: Path, own_mount: tuple[str, ...], kill: Callable[[ServerProcess], None]
+) -> None:
+    with running_server(folder, {"step_s": 0.02}, own_mount) as server:
+        begin(server)
+        fill(Path(f"/proc/{server.process.pid}/root{folder}/run"))
+        kill(server)
+        assert server.wait_exit() == 1
+        assert "its file system is full" in server.log
+        assert "Traceback" not in server.log
