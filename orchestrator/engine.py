@@ -235,6 +235,7 @@ class Engine:
             self._reload()
         if self._gateway.process.pidfd in ready:
             self._gateway.check_alive()
+        self._gateway.check_pulse()
         self._drop_unclaimed()
         self._journal.prune()
         if any(process.pidfd in ready for process in self._workers.processes):
