@@ -242,6 +242,7 @@ class Engine:
             self._reload()
         if self._gateway.process.pidfd in ready:
             self._gateway.check_alive()
+        self._gateway.check_pulse()
         self._drop_unclaimed()
         self._journal.prune()
         self._runtime.look()

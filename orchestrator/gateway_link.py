@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,11 +11,22 @@ from typing import Any
 import zmq
 
 from mgpu.orchestrator.child_process import ChildProcess, describe_exit
+from mgpu.orchestrator.pulse import Pulse
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.protocol.codec import CodecError
 from mgpu.protocol.limits import ClientLimits
-from mgpu.protocol.link import LINK, EngineInfo, GatewayFailure, GatewayReady, GatewaySpec, Reload, ServerKeys
+from mgpu.protocol.link import (
+    LINK,
+    Alive,
+    EngineInfo,
+    GatewayFailure,
+    GatewayReady,
+    GatewaySpec,
+    Ping,
+    Reload,
+    ServerKeys,
+)
 
 FRONT_NAME = "front.sock"
 GENERATION_BITS = 40
@@ -23,6 +35,8 @@ OUTBOX_LIMIT = 100_000
 """Messages that may wait for the gateway; one is sent per step, so a gateway this far behind is stuck."""
 DEATH_S = 0.2
 """The connection of a process that dies is gone a moment before the process is."""
+DUMP_S = 0.2
+"""What a gateway that hangs gets to write where it is; a stopped one cannot."""
 FAREWELL_S = 0.5
 """Time that the gateway gets to read the last message before end of file tells it to leave."""
 
@@ -75,6 +89,7 @@ class GatewayLink:
             limits=config.client_limits,
         )
         self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)
+        self._pulse = Pulse()
 
     def send(self, message: object) -> None:
         """Queue one message; a gateway that is not ready gets none. GatewayLost when it no longer reads."""
@@ -113,6 +128,9 @@ class GatewayLink:
                 return
             except CodecError as error:
                 raise GatewayLost(f"it sent what is no message: {error}") from error
+            self._pulse.heard()
+            if isinstance(message, Alive):
+                continue
             if isinstance(message, GatewayFailure):
                 raise GatewayLost(message.message, message.traceback)
             if isinstance(message, GatewayReady):
@@ -128,6 +146,22 @@ class GatewayLink:
         while self.socket.poll(20):
             self._unread.extend(self._receive_new(1))
         raise GatewayLost(f"the process {describe_exit(status)}")
+
+    def check_pulse(self) -> None:
+        """GatewayLost when it has been silent for too long, or takes too long to start. Call it at least every second.
+
+        That costs a look at the clock; once a second the gateway is asked for a sign of life.
+        """
+        if self._pulse.look():
+            self.send(Ping())
+        config = self._config
+        limit_s = config.gateway_timeout_s if self.is_ready else config.gateway_start_timeout_s
+        if self._pulse.silent_s <= limit_s or self.socket.poll(0):  # what it has said is read first
+            return
+        self.process.send_signal(signal.SIGUSR1)  # where does it hang?
+        self.process.wait(time.monotonic() + DUMP_S)
+        what = "did not answer" if self.is_ready else "was not ready"
+        raise GatewayLost(f"it hangs: it {what} for {limit_s:g} s")
 
     def restart(self, info: EngineInfo) -> list[Any]:
         """Replace the process by one that takes over its endpoint, and give what the old one had still sent."""

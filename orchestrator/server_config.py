@@ -57,6 +57,10 @@ class ServerConfig:
     max_restarts: int = 3
     """Restarts of the workers, and of the gateway, within ``restart_window_s``; one more ends the server."""
     restart_window_s: float = 600.0
+    gateway_timeout_s: float = 10.0
+    """Longest silence of the gateway. Shorter than the 15 s after which clients give up: it must be replaced before."""
+    gateway_start_timeout_s: float = 60.0
+    """Longest start of a gateway that replaces another; it reads the tokenizer."""
     standby: bool = False
     """Keep processes of the next epoch that have imported torch; see standby.py."""
     standby_delay_s: float = 5.0

@@ -183,6 +183,18 @@ class Reload:
     limits: ClientLimits
 
 
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """From the engine, about once a second. The gateway answers by `Alive`, as it does to everything else it reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The gateway's loop turns: it has read something. Said at most every `ALIVE_INTERVAL_S`."""
+
+
+ALIVE_INTERVAL_S = 0.5
+
 LINK = Codec(
     GatewaySpec,
     GatewayReady,
@@ -197,4 +209,6 @@ LINK = Codec(
     Resume,
     Resumed,
     Reload,
+    Ping,
+    Alive,
 )

@@ -1,5 +1,6 @@
 """`python -m mgpu.orchestrator.gateway`: the gateway process. Its spec comes on standard input, which stays open."""
 
+import faulthandler
 import logging
 import os
 import resource
@@ -29,6 +30,7 @@ LINK_LINGER_MS = 1000
 def main() -> int:
     """Run until the parent closes standard input or SIGTERM comes; 1 after a failure, which the parent is told."""
     logging.basicConfig(level=logging.INFO, format="gateway: %(message)s", stream=sys.stderr)
+    faulthandler.register(signal.SIGUSR1)  # the parent asks where a gateway that hangs is before it kills it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
     parent_fds = [sys.stdin.fileno(), os.pidfd_open(os.getppid())]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the gateway can stop in good order

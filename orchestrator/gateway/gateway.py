@@ -26,7 +26,9 @@ from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTabl
 from mgpu.orchestrator.gateway.resumption import Resumption, pack_context
 from mgpu.orchestrator.gateway.tokenizer import TextCodec, load_codec
 from mgpu.protocol.link import (
+    ALIVE_INTERVAL_S,
     LINK,
+    Alive,
     Cancel,
     EngineInfo,
     GatewayReady,
@@ -92,7 +94,7 @@ class Gateway:
             self._send_engine,
             lambda identity: check_allowed(identity, front.doorkeeper),
         )
-        self._next_tick_s = 0.0
+        self._next_tick_s = self._next_alive_s = 0.0
         self._running = True
         self._failure: BaseException | None = None
 
@@ -166,6 +168,7 @@ class Gateway:
                 data = self._link.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            self._say_alive()
             message = LINK.decode(data)
             if isinstance(message, Outputs):
                 self._on_outputs(message)
@@ -177,6 +180,12 @@ class Gateway:
                 self._queries.on_stats(message, self._usable_info)
             elif isinstance(message, Resumed):
                 self._resumption.on_record(message)
+
+    def _say_alive(self) -> None:
+        """Answer a `Ping`, and all else, so that a gateway behind a long queue of steps does not look as if it hung."""
+        if (now := time.monotonic()) >= self._next_alive_s:
+            self._next_alive_s = now + ALIVE_INTERVAL_S
+            self._link.send(LINK.encode(Alive()))
 
     def _on_info(self, info: EngineInfo) -> None:
         self._info = info

@@ -7,7 +7,7 @@ import sys
 
 import zmq
 
-from mgpu.protocol.link import LINK, EngineInfo, GatewayFailure, GatewayReady, GatewaySpec
+from mgpu.protocol.link import LINK, Alive, EngineInfo, GatewayFailure, GatewayReady, GatewaySpec, Ping
 
 
 def main() -> int:
@@ -15,6 +15,9 @@ def main() -> int:
     size = int.from_bytes(sys.stdin.buffer.read(4), "little")
     spec = LINK.decode(sys.stdin.buffer.read(size))
     assert isinstance(spec, GatewaySpec)
+    if spec.info is not None and os.path.exists(stuck := os.environ.get("FAKE_GATEWAY_STUCK", "")):
+        os.unlink(stuck)  # the next one is well
+        signal.pause()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link, test = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
     for socket, endpoint in ((link, spec.link), (test, os.environ["FAKE_GATEWAY"])):
@@ -28,8 +31,11 @@ def main() -> int:
         ready = dict(poller.poll())
         if link in ready:
             data = link.recv()
-            test.send(data)
             message = LINK.decode(data)
+            if isinstance(message, Ping):
+                link.send(LINK.encode(Alive()))
+                continue
+            test.send(data)
             if isinstance(message, EngineInfo) and message.state == "stopped":
                 break
         if test in ready:

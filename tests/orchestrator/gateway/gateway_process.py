@@ -23,6 +23,7 @@ from mgpu.orchestrator.gateway.detokenizer import byte_level_table
 from mgpu.protocol.control import TokenLogprobs
 from mgpu.protocol.link import (
     LINK,
+    Alive,
     Cancel,
     EngineInfo,
     GatewayFailure,
@@ -108,6 +109,7 @@ class FakeEngine:
     going: threading.Event = field(default_factory=threading.Event)
     """Cleared: no step is made."""
     answers_stats: bool = True
+    signs_of_life: int = 0
     error: str = ""
     """Set: the next step ends every sequence with this error."""
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -179,6 +181,8 @@ class FakeEngine:
             elif isinstance(message, StatsQuery):
                 if self.answers_stats:
                     self._send(link, StatsReply(message.query_id, {"running": float(len(self._running))}))
+            elif isinstance(message, Alive):
+                self.signs_of_life += 1
             else:
                 self.messages.put(message)
 

@@ -15,7 +15,7 @@ import zmq
 from gateway_process import DEADLINE_S, GatewayProcess
 
 from mgpu import Client, RequestFailed
-from mgpu.protocol.link import GatewayFailure, GatewayReady
+from mgpu.protocol.link import GatewayFailure, GatewayReady, Ping
 
 
 def test_before_the_engine_is_ready_health_answers_and_requests_are_told_to_wait(model_folder: Path) -> None:
@@ -24,6 +24,12 @@ def test_before_the_engine_is_ready_health_answers_and_requests_are_told_to_wait
         with pytest.raises(RequestFailed) as caught:
             client.generate([1])
         assert (caught.value.code, caught.value.retry_after_s) == ("not_ready", 1.0)
+
+
+def test_a_ping_is_answered(model_folder: Path) -> None:
+    with GatewayProcess(model_folder, ready=False) as gateway:
+        gateway.engine.tell(Ping())
+        gateway.engine.wait(lambda: gateway.engine.signs_of_life >= 1)
 
 
 def test_the_socket_is_private(model_folder: Path) -> None:
