@@ -4,7 +4,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +140,7 @@ class Connection:
             got = True
             self._dispatch(frames)
         # Only now: what a server says before it closes the connection counts.
-        for event in events:
-            self._on_event(*event)
+        self._on_events(events)
         if self._to_resume:
             self._resume_again()
         if not self.connected and self.answers and self.server_is_gone():
@@ -161,7 +160,7 @@ class Connection:
             self.fail_all(RequestFailed(message.code, message.message, message.retry_after_s))
             return
         answer = self.answers.get(message.id)
-        if answer is not None and answer.is_adrift:
+        if answer is not None and (answer.is_adrift or _is_about_resuming(answer, message)):
             self._deliver_adrift(answer, message)
         elif answer is not None:
             answer.take(message)
@@ -176,24 +175,42 @@ class Connection:
             self.cancel(message.id)
 
     def _deliver_adrift(self, answer: Answer, message: ServerMessage) -> None:
-        """Take the answer to `resume`; what else comes was said before and will be said again."""
+        """Take the answer to a `resume`; what else comes was said before and will be said again."""
         if isinstance(message, Resumed):
-            answer.is_adrift, answer.was_resumed = False, True
-            answer.take(message)
+            self._on_resumed(answer, message)
         elif isinstance(message, Failed):
             if message.code == "unknown_request" and not any(answer.offsets()):
-                # It did not get as far as the engine. `accepted` may have come all the same; its seed was a promise.
-                answer.is_adrift = False
-                if answer.accepted is not None:
-                    answer.request = {**answer.request, "seed": answer.accepted.seed}
-                with contextlib.suppress(MgpuError):  # lost once more: the next connection asks again
-                    self.send(answer.request)
+                self._send_again(answer)
             elif message.code in ("overloaded", "not_ready"):
-                answer.heard_s = time.monotonic()
+                answer.is_adrift, answer.heard_s = True, time.monotonic()
                 self._to_resume[answer.id] = answer.heard_s + (message.retry_after_s or RETRY_S)
             else:
                 answer.take(message)
                 del self.answers[answer.id]
+
+    def _on_resumed(self, answer: Answer, message: Resumed) -> None:
+        """Go on if what follows fits what is there.
+
+        A `resume` that waits while its connection is lost goes out on the next one, before the one that is sent then.
+        When both are answered, the second answer repeats what the first has brought. Whoever is adrift has asked with
+        what is there and waits for that answer.
+        """
+        if message.offsets is None or message.offsets == answer.offsets():
+            answer.is_adrift, answer.was_resumed = False, True
+            answer.take(message)
+        elif not answer.is_adrift:
+            answer.is_adrift = True
+            self._resume(answer)
+
+    def _send_again(self, answer: Answer) -> None:
+        """Send a request that did not get as far as the engine, unless that has been done."""
+        if not answer.is_adrift:
+            return
+        answer.is_adrift = answer.was_resumed = False
+        if answer.accepted is not None:  # a promise that the engine never heard of; its seed is kept
+            answer.request = {**answer.request, "seed": answer.accepted.seed}
+        with contextlib.suppress(MgpuError):  # lost once more: the next connection asks again
+            self.send(answer.request)
 
     def _read_monitor(self) -> list[tuple[int, int]]:
         """Give the events that have come, each with its value."""
@@ -205,16 +222,22 @@ class Connection:
                 return events
             events.append((message["event"], message["value"]))
 
-    def _on_event(self, event: int, value: int) -> None:
-        self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-        if event & _FAILED:
-            self._on_failed_handshake(event, value)
-        elif event == zmq.EVENT_DISCONNECTED:
-            self._to_resume.clear()
-            for answer in self.answers.values():
-                answer.is_adrift = True
-        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self.was_connected = True
+    def _on_events(self, events: Sequence[tuple[int, int]]) -> None:
+        """Take in what became of the connection, the oldest first, and ask for what is adrift in the end.
+
+        Once, whatever came: while nobody reads, several connections can have been made and lost.
+        """
+        for event, value in events:
+            self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if event & _FAILED:
+                self._on_failed_handshake(event, value)
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._to_resume.clear()
+                for answer in self.answers.values():
+                    answer.is_adrift = True
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.was_connected = True
+        if events and self.connected:
             for answer in self.answers.values():
                 if answer.is_adrift:
                     self._resume(answer)
@@ -303,3 +326,12 @@ class Connection:
         self.monitor.close(linger=0)
         self.socket.close()
         self._context.term()
+
+
+def _is_about_resuming(answer: Answer, message: ServerMessage) -> bool:
+    """Tell whether a message answers a `resume`, though an earlier one was answered already."""
+    if isinstance(message, Failed):
+        # Nothing else says this of a request that runs; and nothing but `resume` ends in unknown_request.
+        busy = answer.was_resumed and message.code in ("overloaded", "not_ready")
+        return busy or (message.code == "unknown_request" and not any(answer.offsets()))
+    return isinstance(message, Resumed)

@@ -206,9 +206,11 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What follows continues the request from the offsets given; what came before it on the connection is void."""
+    """What follows continues the request from ``offsets``; what came before it on the connection is void."""
 
     id: int
+    offsets: list[int] | None = None
+    """Those of the `resume` that is answered; None from servers that do not say it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,9 +162,16 @@ class Resumption:
             raise Refusal("duplicate_id", "another request with this id is in flight; choose another id")
         if request is not None and not request.choices:
             self._table.move(request, client)  # its prompt is being tokenized: nothing has been said yet
-            self._send(client, Resumed(message.id))
+            self._send(client, Resumed(message.id, [0] * request.spec.n))
             return
-        self._queries.ask_for_record(client, message)
+        try:
+            self._queries.ask_for_record(client, message)
+        except Refusal as refusal:
+            if request is None or other is None:
+                raise
+            # Under its id: this client may have taken the request up already, and now waits for this answer alone.
+            self._send(client, Failed(message.id, refusal.code, str(refusal), refusal.retry_after_s))
+            return
         if request is not None:
             self._table.remove(request)
 
@@ -216,7 +223,7 @@ class Resumption:
                 self._table.quota.ended(sequence.request_id)
             elif sequence.token_ids:
                 self._table.quota.begun(sequence.request_id)
-        self._send(client, Resumed(request.id))
+        self._send(client, Resumed(request.id, list(message.offsets)))
         self._send(client, accepted)
         for choice, sequence, offset in zip(choices, record.sequences, message.offsets, strict=True):
             self._catch_up(request, choice, sequence, offset)

@@ -12,6 +12,7 @@ from mgpu.orchestrator.gateway.queries import RECORD_TIMEOUT_S, Queries
 from mgpu.orchestrator.gateway.quota import Quota
 from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
 from mgpu.orchestrator.gateway.resumption import GRACE_S, Resumption, pack_context
+from mgpu.protocol import messages
 from mgpu.protocol.limits import ClientLimits
 from mgpu.protocol.link import Cancel, GatewaySpec, Resume, Resumed, SequenceRecord
 from mgpu.protocol.messages import Accepted, Generate, ResumeRequest, ServerMessage
@@ -83,6 +84,26 @@ def test_of_two_connections_that_resume_a_request_the_later_one_gets_it() -> Non
     assert desk.heard(A) == []
     assert desk.heard(B) == ["resumed", "accepted"]
     assert [request.client for request in desk.table] == [B]
+
+
+def test_resumed_says_from_where() -> None:
+    desk = Desk()
+    desk.resume(A, offsets=(2, -1))
+    desk.answer(0, record(1), record(2, finish="stop"))
+    assert desk.sent[0] == (A, messages.Resumed(1, [2, -1]))
+
+
+def test_a_second_resume_that_cannot_be_asked_leaves_the_first_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "MAX_QUESTIONS_OF_CLIENT", 1)
+    desk = Desk(client_requests=1)
+    desk.resume(A)
+    desk.answer(0, record())
+    desk.queries.on_query(A, messages.Query("stats", 2), None, None)
+    desk.resume(A)
+    failed = desk.sent[-1][1]
+    assert isinstance(failed, messages.Failed)
+    assert (failed.id, failed.code) == (1, "overloaded")  # its client asks once more
+    assert [request.client for request in desk.table] == [A]
 
 
 def test_one_connection_may_resume_a_request_twice() -> None:
