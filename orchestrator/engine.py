@@ -306,10 +306,10 @@ class Engine:
         self._info = replace(self._info, max_seq_len=limits.max_seq_len, kv_tokens=limits.kv_tokens)
         log.info("recovered in %.2f s; %d requests go on", self._recovery.last_s, self._scheduler.num_live)
 
-    def _replace_gateway(self, cause: Exception) -> None:
+    def _replace_gateway(self, cause: GatewayLost) -> None:
         """Start another gateway on the same endpoint; requests whose clients can resume them go on meanwhile."""
-        log.error("%s", "\n".join(filter(None, (str(cause), getattr(cause, "traceback", "")))))
-        self._gateway_restarts.note(cause)
+        log.error("%s", "\n".join(filter(None, (str(cause), cause.traceback))))
+        self._gateway_restarts.note(cause, is_free=cause.by_clients)
         for message in self._gateway.restart(replace(self._info, state=self._state)):
             self._on_message(message)
         for request_id in self._scheduler.live_ids():

@@ -44,9 +44,11 @@ FAREWELL_S = 0.5
 class GatewayLost(Exception):
     """The gateway process failed, died or got stuck."""
 
-    def __init__(self, message: str, traceback: str = "") -> None:
+    def __init__(self, message: str, traceback: str = "", by_clients: bool = False) -> None:
+        """``by_clients``: they brought it about, and can again as often as they like."""
         super().__init__(f"the gateway failed: {message}")
         self.traceback = traceback
+        self.by_clients = by_clients
 
 
 class GatewayLink:
@@ -87,6 +89,7 @@ class GatewayLink:
             info=info,
             keys=config.keys,
             limits=config.client_limits,
+            memory_bytes=config.gateway_memory_bytes,
         )
         self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)
         self._pulse = Pulse()
@@ -132,7 +135,7 @@ class GatewayLink:
             if isinstance(message, Alive):
                 continue
             if isinstance(message, GatewayFailure):
-                raise GatewayLost(message.message, message.traceback)
+                raise GatewayLost(message.message, message.traceback, message.by_clients)
             if isinstance(message, GatewayReady):
                 self.endpoint, self.is_ready = message.endpoint, True
                 self._tell_reload()

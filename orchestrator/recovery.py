@@ -34,8 +34,14 @@ class RestartLimit:
         self._clock_s = clock_s
         self._recent_s: deque[float] = deque()
 
-    def note(self, cause: Exception) -> None:
-        """Count a restart that is about to be made. TooManyRestarts, with the cause, when it is one too many."""
+    def note(self, cause: Exception, is_free: bool = False) -> None:
+        """Count a restart that is about to be made. TooManyRestarts, with the cause, when it is one too many.
+
+        ``is_free``: it is none of those that are limited; whoever wants the server to end could else see to it.
+        """
+        if is_free:
+            self.count += 1
+            return
         now_s = self._clock_s()
         while self._recent_s and now_s - self._recent_s[0] > self._window_s:
             self._recent_s.popleft()

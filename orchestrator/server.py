@@ -146,19 +146,21 @@ class Server:
         """Take in messages until ``done``. StartTimeout when nothing comes for long; any failure ends it at once."""
         assert self._workers is not None
         assert self._gateway is not None
-        poller = zmq.Poller()
-        for source in (self._signals.fd, self._gateway.socket, *self._workers.sockets):
-            poller.register(source, zmq.POLLIN)
-        for process in (self._gateway.process, *self._workers.processes):
-            poller.register(process.pidfd, zmq.POLLIN)
         last_news_s = time.monotonic()
         while not done():
-            if poller.poll(int(POLL_S * 1000)):
+            if self._poller(self._workers, self._gateway).poll(int(POLL_S * 1000)):
                 last_news_s = time.monotonic()
             elif time.monotonic() - last_news_s > self._config.start_timeout_s:
                 raise StartTimeout(f"waited {self._config.start_timeout_s:g} s for {what}")
             self._take_news(self._workers, self._gateway)
             each_time()
+
+    def _poller(self, workers: WorkerGroup, gateway: GatewayLink) -> zmq.Poller:
+        poller = zmq.Poller()
+        sources = [self._signals.fd, gateway.socket, gateway.process.pidfd, *workers.sockets]
+        for source in [*sources, *(process.pidfd for process in workers.processes)]:
+            poller.register(source, zmq.POLLIN)
+        return poller
 
     def _take_news(self, workers: WorkerGroup, gateway: GatewayLink) -> None:
         self._signals.clear()
@@ -166,13 +168,22 @@ class Server:
             raise _Stopped
         workers.read_all()
         workers.check_deaths()
+        try:
+            self._read_gateway(gateway)
+        except GatewayLost as lost:
+            if not lost.by_clients:
+                raise
+            log.warning("%s; starting another one", lost)
+            gateway.restart(self._info)
+        self._notifier.loading(workers.progress.values(), self._config.plan.world_size)
+
+    def _read_gateway(self, gateway: GatewayLink) -> None:
         for message in gateway.receive(limit=64):
             if isinstance(message, GatewayReady):
                 gateway.send(self._info)
             else:
                 log.warning("ignored %s: the engine is not ready", type(message).__name__)
         gateway.check_alive()
-        self._notifier.loading(workers.progress.values(), self._config.plan.world_size)
 
     def _open(self, num_blocks: int) -> None:
         """Become ready: build the engine, tell the gateway, the log and whoever looks for servers."""

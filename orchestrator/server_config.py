@@ -59,6 +59,8 @@ class ServerConfig:
     restart_window_s: float = 600.0
     gateway_timeout_s: float = 10.0
     """Longest silence of the gateway. Shorter than the 15 s after which clients give up: it must be replaced before."""
+    gateway_memory_bytes: int = 0
+    """What the gateway may grow by before it is replaced; see gateway/memory.py."""
     gateway_start_timeout_s: float = 60.0
     """Longest start of a gateway that replaces another; it reads the tokenizer."""
     standby: bool = False

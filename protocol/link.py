@@ -39,6 +39,8 @@ class GatewaySpec:
     keys: ServerKeys | None = None
     """None: only ipc, and tcp on the loopback without encryption."""
     limits: ClientLimits = field(default_factory=ClientLimits)
+    memory_bytes: int = 0
+    """What the process may grow by; 0: what the limits need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class GatewayReady:
 class GatewayFailure:
     message: str
     traceback: str
+    by_clients: bool = False
+    """Clients have brought it about, and may again: it must not count as a failure of ours."""
 
 
 @dataclass(frozen=True, slots=True)

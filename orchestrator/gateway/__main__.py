@@ -17,6 +17,7 @@ from mgpu.orchestrator.gateway.front import Front
 from mgpu.orchestrator.gateway.gateway import Gateway, codec_of
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.jobs import Jobs
+from mgpu.orchestrator.gateway.memory import MemoryFull, be_first_to_go
 from mgpu.protocol.lifetime import end_with_parent
 from mgpu.protocol.link import LINK, GatewayFailure, GatewaySpec
 
@@ -36,6 +37,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the gateway can stop in good order
     end_with_parent(signal.SIGTERM)  # in case something else keeps its end of our standard input open
     _allow_many_connections()
+    be_first_to_go()
     spec = _read_spec(sys.stdin.fileno())
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link = context.socket(zmq.DEALER)
@@ -48,12 +50,14 @@ def main() -> int:
     except (BindError, TokenizerError) as error:  # the user can mend it; where it was noticed would only distract
         link.send(LINK.encode(GatewayFailure(str(error), "")))
         return 1
+    except MemoryFull as error:  # clients are not told that the server has stopped: they resume
+        link.send(LINK.encode(GatewayFailure(str(error), "", by_clients=True)))
+        return 1
     except Exception as error:  # the process edge: whatever happened, the parent is told why
         link.send(LINK.encode(GatewayFailure(str(error) or type(error).__name__, traceback.format_exc())))
         return 1
     finally:
-        link.close()
-        context.term()
+        context.destroy()  # all sockets: after an exception the front channel is still open
         if select.select(parent_fds, [], [], _PARENT_DEATH_S)[0]:  # nobody else is left to clean up
             shutil.rmtree(spec.runtime_dir, ignore_errors=True)
     return 0

@@ -13,6 +13,8 @@ from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.runtime import IPC_PATH_MAX
 
 MAX_PORT = 65535
+_LOCK_TRIES = 100
+"""Each time somebody else's server has ended; more often than this only something that is broken removes the file."""
 
 
 class BindError(UserError):
@@ -82,16 +84,28 @@ def _check_ipc(path: str) -> None:
 
 def _lock_ipc(path: str) -> int:
     """Take the lock beside a socket file. libzmq would let a second server steal a live ipc endpoint silently."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise BindError(f"cannot bind ipc://{path}: {path}.lock: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise BindError(f"another server is listening on ipc://{path}; choose another --bind") from None
+        if _is_file(lock, path + ".lock"):
+            return lock
+        os.close(lock)  # its owner has just removed it (see `release`): a file without a name keeps nobody away
+    raise BindError(f"cannot bind ipc://{path}: {path}.lock was removed {_LOCK_TRIES} times; choose another --bind")
+
+
+def _is_file(fd: int, path: str) -> bool:
+    """Tell whether ``path`` still names the open file."""
     try:
-        lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise BindError(f"cannot bind ipc://{path}: {path}.lock: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise BindError(f"another server is listening on ipc://{path}; choose another --bind") from None
-    return lock
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def _check_tcp(endpoint: str, has_keys: bool) -> None:

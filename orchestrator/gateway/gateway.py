@@ -19,6 +19,7 @@ from mgpu.orchestrator.gateway.front import Front, Received, id_of
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.identity import check_allowed, owned
 from mgpu.orchestrator.gateway.jobs import Jobs
+from mgpu.orchestrator.gateway.memory import MemoryBound
 from mgpu.orchestrator.gateway.prompts import Prompts
 from mgpu.orchestrator.gateway.queries import Queries
 from mgpu.orchestrator.gateway.quota import Quota, client_number, owner_of, size_of
@@ -94,6 +95,7 @@ class Gateway:
             self._send_engine,
             lambda identity: check_allowed(identity, front.doorkeeper),
         )
+        self._memory = MemoryBound(spec.memory_bytes)
         self._next_tick_s = self._next_alive_s = 0.0
         self._running = True
         self._failure: BaseException | None = None
@@ -101,7 +103,7 @@ class Gateway:
     # ------------------------------------------------------------------ loop
 
     def run(self) -> None:
-        """Load the tokenizer, say `GatewayReady`, then serve. Raises what made loading fail."""
+        """Load the tokenizer, say `GatewayReady`, then serve. Raises what made loading fail, and MemoryFull."""
         poller = zmq.Poller()
         for socket in (self._link, self._front.socket, self._front.doorkeeper.socket):
             poller.register(socket, zmq.POLLIN)
@@ -131,11 +133,9 @@ class Gateway:
         """The engine's state, once the tokenizer is there too."""
         return self._info if self._is_loaded else None
 
-    def _wait_ms(self) -> int | None:
+    def _wait_ms(self) -> int:
         if self._front.has_backlog:
             return BACKLOG_RETRY_MS
-        if not len(self._table) and not self._queries and not self._resumption.has_orphans:
-            return None
         return max(0, int((self._next_tick_s - time.monotonic()) * 1000) + 1)
 
     def _load(self) -> TextCodec | None:
@@ -151,6 +151,7 @@ class Gateway:
     def use(self, codec: TextCodec | None) -> None:
         """Take the model's tokenizer, None when it has none, and tell the engine that clients are served."""
         self._codec, self._is_loaded = codec, True
+        self._memory.settle()
         self._link.send(LINK.encode(GatewayReady(self._front.endpoint)))
 
     def _close(self) -> None:
@@ -364,6 +365,7 @@ class Gateway:
         if now < self._next_tick_s:
             return
         self._next_tick_s = now + TICK_S
+        self._memory.check(self._quota.limits)
         for request in self._table:
             if request.deadline_s is not None and now >= request.deadline_s:
                 text = f"not finished within timeout_s {request.spec.timeout_s:g}"

@@ -15,7 +15,7 @@ import zmq
 from gateway_process import DEADLINE_S, GatewayProcess
 
 from mgpu import Client, RequestFailed
-from mgpu.protocol.link import GatewayFailure, GatewayReady, Ping
+from mgpu.protocol.link import GatewayFailure, GatewayReady, Outputs, Ping
 
 
 def test_before_the_engine_is_ready_health_answers_and_requests_are_told_to_wait(model_folder: Path) -> None:
@@ -26,9 +26,10 @@ def test_before_the_engine_is_ready_health_answers_and_requests_are_told_to_wait
         assert (caught.value.code, caught.value.retry_after_s) == ("not_ready", 1.0)
 
 
-def test_a_ping_is_answered(model_folder: Path) -> None:
+@pytest.mark.parametrize("message", [Ping(), Outputs([], [], [], [], [], [])])
+def test_whatever_the_gateway_reads_makes_it_say_that_it_lives(model_folder: Path, message: Ping | Outputs) -> None:
     with GatewayProcess(model_folder, ready=False) as gateway:
-        gateway.engine.tell(Ping())
+        gateway.engine.tell(message)
         gateway.engine.wait(lambda: gateway.engine.signs_of_life >= 1)
 
 

@@ -1,0 +1,78 @@
+"""Whoever has bound an ipc endpoint keeps it, however another server's end and start fall together."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from mgpu.orchestrator.gateway.endpoint import BindError, bind, release
+
+NewSocket = Callable[[], "zmq.Socket[bytes]"]
+
+
+@pytest.fixture
+def new_socket() -> Iterator[NewSocket]:
+    """Make sockets that are closed after the test."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    made: list[zmq.Socket[bytes]] = []
+
+    def make() -> "zmq.Socket[bytes]":
+        made.append(context.socket(zmq.ROUTER))
+        return made[-1]
+
+    yield make
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"ipc://{tmp_path_factory.mktemp('x')}/front"
+
+
+def lock_file(endpoint: str) -> Path:
+    return Path(endpoint.removeprefix("ipc://") + ".lock")
+
+
+def test_an_endpoint_has_one_owner_until_it_is_released(new_socket: NewSocket, endpoint: str) -> None:
+    first = new_socket()
+    _, lock = bind(first, endpoint)
+    with pytest.raises(BindError, match="another server is listening"):
+        bind(new_socket(), endpoint)
+    first.close(linger=0)
+    release(endpoint, lock)
+    assert not lock_file(endpoint).exists()
+    _, lock = bind(new_socket(), endpoint)
+    os.close(lock)
+
+
+def test_a_lock_file_that_was_removed_while_it_was_being_locked_locks_nothing(
+    new_socket: NewSocket, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that ends removes its lock file between another one's open and flock."""
+    real_flock, removed = fcntl.flock, []
+
+    def flock(fd: int, operation: int) -> None:
+        if not removed:
+            removed.append(fd)
+            lock_file(endpoint).unlink()
+        real_flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    _, lock = bind(new_socket(), endpoint)
+    try:
+        assert removed
+        with pytest.raises(BindError, match="another server is listening"):
+            bind(new_socket(), endpoint)
+    finally:
+        os.close(lock)
+
+
+def test_a_lock_file_that_vanishes_every_time_is_refused(
+    new_socket: NewSocket, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: lock_file(endpoint).unlink())
+    with pytest.raises(BindError, match="was removed 100 times"):
+        bind(new_socket(), endpoint)

@@ -1,0 +1,84 @@
+"""Somebody fills the gateway's memory again and again: it is replaced each time, and the server goes on."""
+
+import contextlib
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_model import solo_tokens
+from server_process import DEADLINE_S, ServerProcess, running_server
+from test_gateway_recovery import REAL_GATEWAY, endpoint_of
+from zmtp_flood import MiB, flood
+
+from mgpu import Client
+
+NUM_FLOODS = 3
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path: unix sockets have at most 107 bytes."""
+    path = Path(tempfile.mkdtemp(prefix="mgpu"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)  # the orphans of a killed server remove their files at the same time
+
+
+def flood_until(endpoint: str, server: ServerProcess, times: int) -> None:
+    """Fill the gateway of the moment until it was too much for it so often."""
+    deadline_s = time.monotonic() + 2 * DEADLINE_S
+    while server.log.count("MiB more than at first") < times:
+        assert time.monotonic() < deadline_s, server.log
+        assert server.process.poll() is None, server.log
+        with contextlib.suppress(OSError):
+            flood(endpoint)
+        time.sleep(0.02)  # between two gateways nobody listens
+
+
+def test_floods_end_neither_the_server_nor_a_stream(folder: Path) -> None:
+    """Although not one failure of the gateway is allowed."""
+    prompt, max_tokens = [5, 6, 7], 200
+    options = {"step_s": 0.03, "num_blocks": [400]}
+    with running_server(
+        folder, options, gateway_command=REAL_GATEWAY, gateway_memory_bytes=64 * MiB, max_restarts=0
+    ) as server:
+        endpoint = endpoint_of(server, folder)
+        tokens: list[int] = []
+        begun = threading.Event()
+
+        def read() -> None:
+            with Client(endpoint) as client:
+                for piece in client.stream(prompt, max_tokens=max_tokens, ignore_eos=True):
+                    tokens.extend(piece.token_ids)
+                    begun.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert begun.wait(DEADLINE_S)
+        flood_until(endpoint, server, NUM_FLOODS)
+        reader.join(60)
+        assert not reader.is_alive(), server.log
+        assert tokens == solo_tokens(prompt, max_tokens), server.log
+        with Client(endpoint) as client:
+            assert client.stats()["gateway_restarts"] >= NUM_FLOODS, server.log
+
+
+def test_a_flood_while_the_model_loads_does_not_end_the_start(folder: Path) -> None:
+    endpoint = f"ipc://{folder}/front"
+    options = {"load_s": 4.0}
+    with running_server(
+        folder,
+        options,
+        bind=endpoint,
+        gateway_command=REAL_GATEWAY,
+        gateway_memory_bytes=64 * MiB,
+        max_restarts=0,
+    ) as server:
+        flood_until(endpoint, server, 1)
+        endpoint_of(server, folder)
+        with Client(endpoint) as client:
+            answer = client.generate([5, 6, 7], max_tokens=10, ignore_eos=True)
+        assert list(answer.token_ids) == solo_tokens([5, 6, 7], 10)
