@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.packing import WORDS, PackedWeight
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
-from mgpu.worker.kernels.widen import widen_words
+from mgpu.worker.kernels.widen import split_scales, widen_words
 
 ROWS = 32
 """Output channels per program."""
@@ -42,12 +42,12 @@ def _dequantize_kernel(
         first = (block * PARTS + part) * 32
         if GROUP > 0:
             group = tl.minimum(first // GROUP, tl.cdiv(K, GROUP) - 1)
-            scale = tl.load(scale_ptr + group * N + rows)
+            scale, offset = split_scales(tl.load(scale_ptr + group * N + rows))
+            value = parts[part].to(tl.float32) * scale[:, None] + offset[:, None]
         else:
-            scale = tl.load(scale_ptr + rows)
-        value = (parts[part].to(tl.float32) * scale[:, None]).to(dtype)
+            value = parts[part].to(tl.float32) * tl.load(scale_ptr + rows)[:, None]
         k = first + j
-        tl.store(out_ptr + rows[:, None] * K + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
+        tl.store(out_ptr + rows[:, None] * K + k[None, :], value.to(dtype), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 def dequantize_packed(weight: PackedWeight, dtype: torch.dtype, out_NK: Tensor | None = None) -> Tensor:
