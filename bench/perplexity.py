@@ -5,9 +5,10 @@
 Every token but the first of each window counts, with all earlier tokens of its window as context. A file that is itself
 quantized (GGUF) is dequantized when it is read: then "float32" is that file's own quality, not that of the original.
 
-Files of 4-bit blocks hold 16 values per 32 inputs, which groups of the same 32 inputs can find again. "4-shuffled" is
-int4 as for a model without such blocks: the inputs of each matrix are permuted at random, quantized, and put back.
-"4-plain" and "4-plain-shuffled" are int4 with each group's range cut into 15 equal steps, and nothing searched.
+Files of 4-bit blocks hold 16 values per 32 inputs, which groups of the same 32 inputs can find again. "4-shifted" is
+int4 as for weights without such blocks: the inputs of each matrix are rolled by 16, quantized and put back, so that
+every group has halves of two blocks. "4-shuffled" permutes them at random, which also mixes large and small inputs.
+"4-plain" is int4 with each group's range cut into 15 equal steps, and nothing searched.
 """
 
 # T tokens of a window, V vocabulary, O outputs, I inputs of a matrix, E inputs of a group
@@ -58,13 +59,20 @@ def plain(weight_OI: Tensor) -> Tensor:
     return ((w_OGE - low_OG1) / steps_OG1).round_().mul_(steps_OG1).add_(low_OG1).flatten(1)
 
 
-def shuffled(rounding: Rounding) -> Rounding:
-    """Round with the inputs in a random order."""
+def shifted(count: int) -> Tensor:
+    return torch.arange(count).roll(INT4_GROUP // 2)
+
+
+def shuffled(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
+def regrouped(order: Callable[[int], Tensor], rounding: Rounding) -> Rounding:
+    """Round with the inputs in another order."""
 
     def apply(weight_OI: Tensor) -> Tensor:
-        order = torch.randperm(weight_OI.shape[1], generator=torch.Generator().manual_seed(0))
-        rounded_OI = torch.empty_like(weight_OI)
-        rounded_OI[:, order] = rounding(weight_OI[:, order])
+        places, rounded_OI = order(weight_OI.shape[1]), torch.empty_like(weight_OI)
+        rounded_OI[:, places] = rounding(weight_OI[:, places])
         return rounded_OI
 
     return apply
@@ -76,9 +84,10 @@ FORMATS: dict[str, tuple[torch.dtype, Quant, Rounding | None]] = {
     "8": (torch.float32, "8", None),
     "fp8": (torch.float32, "fp8", None),
     "4": (torch.float32, "4", None),
-    "4-shuffled": (torch.float32, "none", shuffled(searched)),
+    "4-shifted": (torch.float32, "none", regrouped(shifted, searched)),
+    "4-shuffled": (torch.float32, "none", regrouped(shuffled, searched)),
     "4-plain": (torch.float32, "none", plain),
-    "4-plain-shuffled": (torch.float32, "none", shuffled(plain)),
+    "4-plain-shifted": (torch.float32, "none", regrouped(shifted, plain)),
 }
 
 

@@ -43,11 +43,12 @@ def _dequantize_kernel(
         if GROUP > 0:
             group = tl.minimum(first // GROUP, tl.cdiv(K, GROUP) - 1)
             scale, offset = split_scales(tl.load(scale_ptr + group * N + rows))
-            value = parts[part].to(tl.float32) * scale[:, None] + offset[:, None]
+            value = (parts[part].to(tl.float32) * scale[:, None] + offset[:, None]).to(dtype)
         else:
-            value = parts[part].to(tl.float32) * tl.load(scale_ptr + rows)[:, None]
+            scale = tl.load(scale_ptr + rows)
+            value = (parts[part].to(tl.float32) * scale[:, None]).to(dtype)
         k = first + j
-        tl.store(out_ptr + rows[:, None] * K + k[None, :], value.to(dtype), mask=(n < N)[:, None] & (k < K)[None, :])
+        tl.store(out_ptr + rows[:, None] * K + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 def dequantize_packed(weight: PackedWeight, dtype: torch.dtype, out_NK: Tensor | None = None) -> Tensor:

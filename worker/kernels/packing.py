@@ -35,7 +35,7 @@ class PackedWeight:
     scales: Tensor
     k: int
     group: int
-    """Input channels that share a scale: 32, 64 or 128 for int4; 0: all of them."""
+    """Input channels that share a scale (int4: and an offset): 32, 64 or 128 for int4; 0: all of them."""
 
 
 def pack_int8(q_NK: Tensor, scales_N: Tensor) -> PackedWeight:
@@ -71,7 +71,7 @@ def _dequantize_int4(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     # Part 2p of a word is the low half of its octet p, part 2p + 1 the high half.
     q_NBPHW = torch.stack((octets_NBPW & 15, octets_NBPW >> 4), dim=3)
     values_NGE = q_NBPHW.view(len(q_NBPHW), -1, weight.group).to(torch.float32).sub_(8)
-    pairs_GN2 = weight.scales.view(torch.bfloat16).unflatten(1, (-1, 2)).float()
+    pairs_GN2 = weight.scales.view(torch.bfloat16).view(*weight.scales.shape, 2).float()
     scales_NG1, offsets_NG1 = (half_GN.T[:, :, None] for half_GN in pairs_GN2.unbind(2))
     values_NGE = values_NGE[:, : len(weight.scales)].mul_(scales_NG1).add_(offsets_NG1)
     return values_NGE.reshape(len(values_NGE), -1)[:, : weight.k].to(dtype)
