@@ -79,11 +79,12 @@ def test_inputs_past_the_last_whole_int4_group_are_as_good_as_the_others() -> No
 
 @ALL
 def test_zeros_large_and_small_channels_stay_finite(form: WeightFormat) -> None:
-    weight = draw(6, 128)
+    weight = draw(7, 128)
     weight[1] = 0
     weight[2] *= 1e30
     weight[3] *= 1e-30
     weight[4, :64] = 0
+    weight[5] *= 1e-39  # subnormal
     values = restored(weight, form)
     assert torch.isfinite(values).all()
     assert (values[1] == 0).all()
