@@ -91,7 +91,7 @@ FORMATS: dict[str, tuple[torch.dtype, Quant, Rounding | None]] = {
 }
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype, quant: Quant, rounding: Rounding | None) -> DecoderStage:
+def load(checkpoint: Checkpoint, dtype: torch.dtype, quant: Quant, rounding: Rounding | None = None) -> DecoderStage:
     place, layers = RankPlace(0, 0, 0, 1, 0), range(checkpoint.facts.num_layers)
     stage = build_stage(checkpoint.facts, place, layers, SingleRank(), dtype, torch.device("cpu"), quant)
     with WeightReader(checkpoint, lambda count: None) as reader:
