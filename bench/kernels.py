@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from decode_chain import DecodeChain
-from kernel_timing import Row, graph_us, make_cache, relative_error, rotate, sdpa_row, views
+from kernel_timing import Row, graph_us, make_cache, random_scales, relative_error, rotate, sdpa_row, views
 from torch import Tensor
 
 from mgpu.worker.kernels import reference
@@ -38,6 +38,8 @@ SHAPES = {
     "head": (128256, 4096),
 }
 BF16 = torch.bfloat16
+QUANTIZED = (("int8", 0), ("fp8", 0), ("int4", 32), ("int4", 128))
+"""Kinds and groups. Groups of 32 are what `--quant 4` makes."""
 
 
 def random_pool(count: int) -> Tensor:
@@ -59,10 +61,10 @@ def products() -> Iterator[Row]:
 
 def quantized_products() -> Iterator[Row]:
     pool = torch.randint(-(2**31), 2**31 - 1, (15 * 10**7,), device="cuda", dtype=torch.int32)
-    for (kind, group), (name, (n, k)) in itertools.product((("int8", 0), ("fp8", 0), ("int4", 128)), SHAPES.items()):
+    for (kind, group), (name, (n, k)) in itertools.product(QUANTIZED, SHAPES.items()):
         # A random byte may be float8's NaN (0x7F), so clear a bit of each.
         words_pool = pool & 0x3F3F3F3F if kind == "fp8" else pool
-        scales = torch.rand(k // group if group else 1, n, device="cuda")
+        scales = random_scales(n, k, group)
         parts = views(words_pool, n, k // (8 if kind == "int4" else 4), 16)
         weights = [PackedWeight(kind, words, scales, k, group) for words in parts]  # type: ignore[arg-type]
         dense = dequantize_packed(weights[0], torch.float32)
@@ -70,11 +72,11 @@ def quantized_products() -> Iterator[Row]:
             x = torch.randn(rows, k, device="cuda").to(BF16)
             error = relative_error(quantized_matmul(x, weights[0]), x.float() @ dense.T)
             us = graph_us(rotate(weights, lambda w: quantized_matmul(x, w)))
-            yield Row(f"quantized {kind} {name} m{rows}", us, 4.0 * parts[0].numel(), error=error)
+            yield Row(f"quantized {kind} g{group} {name} m{rows}", us, 4.0 * parts[0].numel(), error=error)
         if name == "gate_up":
             us = graph_us(rotate(weights, lambda w: dequantize_packed(w, BF16)))
             error = relative_error(dense, dequantize(weights[0], torch.float32))
-            yield Row(f"dequantize {kind} {name}", us, 4.0 * parts[0].numel() + 2.0 * n * k, error=error)
+            yield Row(f"dequantize {kind} g{group} {name}", us, 4.0 * parts[0].numel() + 2.0 * n * k, error=error)
 
 
 def decode_attentions() -> Iterator[Row]:

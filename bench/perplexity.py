@@ -4,14 +4,20 @@
 
 Every token but the first of each window counts, with all earlier tokens of its window as context. A file that is itself
 quantized (GGUF) is dequantized when it is read: then "float32" is that file's own quality, not that of the original.
+
+Files of 4-bit blocks hold 16 values per 32 inputs, which groups of the same 32 inputs can find again. "4-shifted" is
+int4 as for weights without such blocks: the inputs of each matrix are rolled by 16, quantized and put back, so that
+every group has halves of two blocks. "4-shuffled" permutes them at random, which also mixes large and small inputs.
+"4-plain" is int4 with each group's range cut into 15 equal steps, and nothing searched.
 """
 
-# T tokens of a window, V vocabulary
+# T tokens of a window, V vocabulary, O outputs, I inputs of a matrix, E inputs of a group
 
 import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import machine
@@ -22,29 +28,79 @@ from mgpu.orchestrator.gateway.tokenizer import load_codec
 from mgpu.orchestrator.model_store import cache_root, read_model, resolve_model
 from mgpu.protocol.checkpoint import Checkpoint
 from mgpu.protocol.placement import RankPlace
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.quantization import INT4_GROUP, Quant, weight_format
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import SingleRank
+from mgpu.worker.kernels.packing import dequantize
 from mgpu.worker.kv_cache import KvCache
-from mgpu.worker.models import DecoderStage, build_stage, load_weights
+from mgpu.worker.layers.linear import Linear
+from mgpu.worker.layers.quantize import quantize
+from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.models import DecoderStage, build_stage
 
 TEXT = Path(__file__).parent / "data" / "public_domain.txt"
 BLOCK = 16
 LOGIT_ROWS = 128
 """Logits computed at once: Gemma's vocabulary has 262,144 entries."""
-FORMATS: dict[str, tuple[torch.dtype, Quant]] = {
-    "float32": (torch.float32, "none"),
-    "bfloat16": (torch.bfloat16, "none"),
-    "8": (torch.float32, "8"),
-    "fp8": (torch.float32, "fp8"),
-    "4": (torch.float32, "4"),
+Rounding = Callable[[Tensor], Tensor]
+"""What is done to the dense weight [O, I] of each linear layer."""
+
+
+def searched(weight_OI: Tensor) -> Tensor:
+    """Round as `--quant 4` does."""
+    return dequantize(quantize(weight_OI, weight_format("4")), torch.float32)
+
+
+def plain(weight_OI: Tensor) -> Tensor:
+    """Round each group to 16 values, the smallest and the largest of its own among them."""
+    w_OGE = weight_OI.unflatten(1, (-1, INT4_GROUP))
+    low_OG1, high_OG1 = w_OGE.amin(2, keepdim=True), w_OGE.amax(2, keepdim=True)
+    steps_OG1 = ((high_OG1 - low_OG1) / 15).clamp_(min=1e-30)
+    return ((w_OGE - low_OG1) / steps_OG1).round_().mul_(steps_OG1).add_(low_OG1).flatten(1)
+
+
+def shifted(count: int) -> Tensor:
+    return torch.arange(count).roll(INT4_GROUP // 2)
+
+
+def shuffled(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
+def regrouped(order: Callable[[int], Tensor], rounding: Rounding) -> Rounding:
+    """Round with the inputs in another order."""
+
+    def apply(weight_OI: Tensor) -> Tensor:
+        places, rounded_OI = order(weight_OI.shape[1]), torch.empty_like(weight_OI)
+        rounded_OI[:, places] = rounding(weight_OI[:, places])
+        return rounded_OI
+
+    return apply
+
+
+FORMATS: dict[str, tuple[torch.dtype, Quant, Rounding | None]] = {
+    "float32": (torch.float32, "none", None),
+    "bfloat16": (torch.bfloat16, "none", None),
+    "8": (torch.float32, "8", None),
+    "fp8": (torch.float32, "fp8", None),
+    "4": (torch.float32, "4", None),
+    "4-shifted": (torch.float32, "none", regrouped(shifted, searched)),
+    "4-shuffled": (torch.float32, "none", regrouped(shuffled, searched)),
+    "4-plain": (torch.float32, "none", plain),
+    "4-plain-shifted": (torch.float32, "none", regrouped(shifted, plain)),
 }
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype, quant: Quant) -> DecoderStage:
+def load(checkpoint: Checkpoint, dtype: torch.dtype, quant: Quant, rounding: Rounding | None = None) -> DecoderStage:
     place, layers = RankPlace(0, 0, 0, 1, 0), range(checkpoint.facts.num_layers)
     stage = build_stage(checkpoint.facts, place, layers, SingleRank(), dtype, torch.device("cpu"), quant)
-    load_weights(stage, checkpoint, lambda count: None)
+    with WeightReader(checkpoint, lambda count: None) as reader:
+        stage.load(reader)
+    if rounding is not None:
+        for _, module in stage.named_modules():
+            if isinstance(module, Linear):
+                module.weight = rounding(module.weight)
+    stage.finalize()
     return stage
 
 
@@ -83,9 +139,9 @@ def negative_log_likelihoods(stage: DecoderStage, ids: list[int], dtype: torch.d
 @torch.inference_mode()
 def measure(checkpoint: Checkpoint, ids: list[int], first_ids: list[int], window: int, name: str) -> dict[str, object]:
     """Load the model in one format and score all windows, each of which begins with ``first_ids``."""
-    dtype, quant = FORMATS[name]
+    dtype, quant, rounding = FORMATS[name]
     began_s = time.monotonic()
-    stage = load(checkpoint, dtype, quant)
+    stage = load(checkpoint, dtype, quant, rounding)
     loaded_s = time.monotonic()
     size = window - len(first_ids)
     windows = [first_ids + ids[first : first + size] for first in range(0, len(ids) - size + 1, size)]
@@ -141,7 +197,7 @@ def line(model: str, result: dict[str, object], baseline: float) -> str:
     """Write a result for people, with the loss against the first format."""
     perplexity, mib = float(str(result["perplexity"])), int(str(result["weight_bytes"])) / 2**20
     return (
-        f"{model:24} {result['format']:9} perplexity {perplexity:8.3f} ({perplexity / baseline - 1:+.1%}) over "
+        f"{model:24} {result['format']:16} perplexity {perplexity:8.3f} ({perplexity / baseline - 1:+.1%}) over "
         f"{result['tokens']} tokens, {mib:6.0f} MiB, {result['load_s']} s to load, {result['score_s']} s to score"
     )
 

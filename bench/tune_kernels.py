@@ -23,6 +23,7 @@ from kernel_timing import (
     compile_all,
     graph_us,
     make_cache,
+    random_scales,
     relative_error,
     rotate,
     sdpa_row,
@@ -159,7 +160,7 @@ def run_few_rows(device: torch.device, tiling: GemvTiling, rows: int) -> None:
 
 def run_quantized(device: torch.device, kind: str, group: int, tiling: Tiling, rows: int = 4) -> None:
     words = torch.empty(4096, 4096 // (8 if kind == "int4" else 4), dtype=torch.int32, device=device)
-    scales = torch.empty(4096 // group if group else 1, 4096, device=device)
+    scales = torch.empty(4096 // group if group else 1, 4096, dtype=torch.int32 if group else None, device=device)
     weight = PackedWeight(kind, words, scales, 4096, group)  # type: ignore[arg-type]
     x = torch.empty(rows, 4096, dtype=BF16, device=device)
     quantized_gemm(x, weight, tiling=tiling, workspace=workspace(device))
@@ -167,7 +168,7 @@ def run_quantized(device: torch.device, kind: str, group: int, tiling: Tiling, r
 
 def run_quantized_gemv(device: torch.device, kind: str, group: int, tiling: GemvTiling) -> None:
     words = torch.empty(4096, 4096 // (8 if kind == "int4" else 4), dtype=torch.int32, device=device)
-    scales = torch.empty(4096 // group if group else 1, 4096, device=device)
+    scales = torch.empty(4096 // group if group else 1, 4096, dtype=torch.int32 if group else None, device=device)
     weight = PackedWeight(kind, words, scales, 4096, group)  # type: ignore[arg-type]
     quantized_gemv(torch.empty(1, 4096, dtype=BF16, device=device), weight, tiling=tiling)
 
@@ -250,7 +251,7 @@ def time_quantized(results: Results) -> None:
     pool = torch.randint(-(2**31), 2**31 - 1, (15 * 10**7,), device="cuda", dtype=torch.int32)
     for (kind, group), (name, (n, k)) in itertools.product(KINDS, SHAPES.items()):
         per_word = 8 if kind == "int4" else 4
-        scales = torch.rand(k // group if group else 1, n, device="cuda")
+        scales = random_scales(n, k, group)
         weights = [
             PackedWeight(kind, words, scales, k, group)  # type: ignore[arg-type]
             for words in views(pool, n, k // per_word, 16)

@@ -14,10 +14,11 @@ Quant = Literal["none", "8", "4", "fp8"]
 """What a user asks for: nothing, int8, group-wise int4, or float8 (e4m3)."""
 
 INT4_GROUP = 32
-"""Input channels that share an int4 scale. Groups of 64 save a tenth of the bytes and cost small models far more
-quality (docs/quantization.md has the numbers)."""
+"""Input channels that share an int4 scale and offset. Groups of 64 save a tenth of the bytes and cost small models more
+quality (docs/quantization.md)."""
 _WORDS_PER_BLOCK = 32
 _SCALE_BYTES = 4
+"""A float32 scale, or for int4 a scale and an offset in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,3 +33,17 @@ def test_windows_begin_with_the_first_ids_and_do_not_overlap(tmp_path: Path) -> 
     checkpoint = read_checkpoint(write_random_model(tmp_path))
     result = perplexity.measure(checkpoint, IDS, [1], 4, "float32")
     assert result["tokens"] == 3 * 3  # three windows of three new tokens, each scored after the first id
+
+
+def test_rounding_in_another_order_puts_every_input_back() -> None:
+    weight_OI = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    for order in (perplexity.shifted, perplexity.shuffled):
+        assert torch.equal(perplexity.regrouped(order, lambda each: each)(weight_OI), weight_OI)
+
+
+def test_a_rounding_replaces_the_weights_of_linear_layers(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(write_random_model(tmp_path))
+    emulated = perplexity.load(checkpoint, torch.float32, "none", perplexity.searched)
+    quantized = perplexity.load(checkpoint, torch.float32, "4")
+    scores = [perplexity.negative_log_likelihoods(stage, IDS, torch.float32) for stage in (emulated, quantized)]
+    torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-5)

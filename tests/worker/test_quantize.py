@@ -23,7 +23,7 @@ def restored(weight: Tensor, form: WeightFormat) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("form", "error"), [(INT8, 0.008), (FP8, 0.028), (INT4, 0.085), (WeightFormat("4", 64), 0.095)]
+    ("form", "error"), [(INT8, 0.008), (FP8, 0.028), (INT4, 0.072), (WeightFormat("4", 64), 0.084)]
 )
 def test_the_error_of_a_normal_weight_is_bounded(form: WeightFormat, error: float) -> None:
     weight = draw(300, 576)
@@ -41,21 +41,50 @@ def test_no_int4_group_is_worse_than_rounding_to_nearest(group: int) -> None:
     # Heavy tails, where clipping pays most.
     weight = draw(64, 8 * group) * draw(64, 8 * group, seed=1).exp()
     w_NGE = weight.view(64, 8, group)
-    scales = w_NGE.abs().amax(2, keepdim=True) / 7
-    nearest = ((w_NGE / scales).round().clamp(-8, 7) * scales - w_NGE).square().sum(2)
-    q, found = search_int4(weight, group)
-    searched = (q.view(64, 8, group) * found[:, :, None] - w_NGE).square().sum(2)
-    assert (searched <= nearest * 1.0001).all()
+    low, high = w_NGE.amin(2, keepdim=True), w_NGE.amax(2, keepdim=True)
+    steps = (high - low) / 15
+    nearest = (((w_NGE - low) / steps).round() * steps + low - w_NGE).square().sum(2)
+    q, scales, offsets = search_int4(weight, group)
+    searched = (q.view(64, 8, group) * scales[:, :, None] + offsets[:, :, None] - w_NGE).square().sum(2)
+    assert (searched <= nearest * 1.01).all()  # the scale that is stored has eight bits
     assert searched.sum() < 0.85 * nearest.sum()
+
+
+def test_int4_finds_values_that_lie_on_a_grid_of_sixteen() -> None:
+    steps, lows = draw(20, 9, 1, seed=1).exp() / 50, -7.5 + draw(20, 9, 1, seed=2)
+    levels = torch.randint(16, (20, 9, 32), generator=torch.Generator().manual_seed(3))
+    levels[:, :, :2] = torch.tensor([0, 15])
+    weight_NGE = (levels + lows) * steps
+    errors_NGE = restored(weight_NGE.flatten(1), INT4).view(weight_NGE.shape) - weight_NGE
+    assert (errors_NGE.abs() <= 0.04 * steps).all()  # eight bits of scale and offset
+
+
+@pytest.mark.parametrize("value", [1.0, 0.1, -3.3, 1e-20, 65504.0, -1e20])
+@pytest.mark.parametrize("inputs", [64, 70])
+def test_int4_holds_groups_of_one_value(value: float, inputs: int) -> None:
+    weight = torch.full((2, inputs), value)
+    torch.testing.assert_close(restored(weight, INT4), weight, rtol=1e-5, atol=0.0)
+
+
+def test_int4_resolves_small_differences_between_large_weights() -> None:
+    differences = draw(30, 320) / 1000
+    assert (restored(1 + differences, INT4) - 1 - differences).norm() < 0.12 * differences.norm()
+
+
+def test_inputs_past_the_last_whole_int4_group_are_as_good_as_the_others() -> None:
+    weight = 3 + draw(300, 65)
+    errors = (restored(weight, INT4) - weight).norm(dim=0)
+    assert errors[64] < errors[:64].mean()  # it has a group of its own
 
 
 @ALL
 def test_zeros_large_and_small_channels_stay_finite(form: WeightFormat) -> None:
-    weight = draw(6, 128)
+    weight = draw(7, 128)
     weight[1] = 0
     weight[2] *= 1e30
     weight[3] *= 1e-30
     weight[4, :64] = 0
+    weight[5] *= 1e-39  # subnormal
     values = restored(weight, form)
     assert torch.isfinite(values).all()
     assert (values[1] == 0).all()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.packing import WORDS, PackedWeight
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
-from mgpu.worker.kernels.widen import widen_words
+from mgpu.worker.kernels.widen import split_scales, widen_words
 
 ROWS = 32
 """Output channels per program."""
@@ -42,10 +42,11 @@ def _dequantize_kernel(
         first = (block * PARTS + part) * 32
         if GROUP > 0:
             group = tl.minimum(first // GROUP, tl.cdiv(K, GROUP) - 1)
-            scale = tl.load(scale_ptr + group * N + rows)
+            scale, offset = split_scales(tl.load(scale_ptr + group * N + rows))
+            value = (parts[part].to(tl.float32) * scale[:, None] + offset[:, None]).to(dtype)
         else:
             scale = tl.load(scale_ptr + rows)
-        value = (parts[part].to(tl.float32) * scale[:, None]).to(dtype)
+            value = (parts[part].to(tl.float32) * scale[:, None]).to(dtype)
         k = first + j
         tl.store(out_ptr + rows[:, None] * K + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
 

@@ -24,8 +24,10 @@ WeightKind = Literal["int8", "fp8", "int4"]
 class PackedWeight:
     """A quantized matrix [N, K]: ``words`` int32 [N, padded K / channels per word], contiguous.
 
-    ``scales`` is float32 [1, N] for int8 and fp8 (one per output channel), [G, N] for int4: one per output channel and
-    ``group`` input channels.
+    ``scales`` is float32 [1, N] for int8 and fp8: one per output channel. For int4 it is int32 [G, N], a word per
+    output channel and ``group`` input channels: two bfloat16, the scale in the low half, the offset in the high one,
+    and a weight is scale * q + offset with q in [-8, 7]. bfloat16 has the range of the weights, and three digits are
+    enough, since q is rounded to what is stored. Padded channels are worth the offset, not zero: products mask them.
     """
 
     kind: WeightKind
@@ -33,7 +35,7 @@ class PackedWeight:
     scales: Tensor
     k: int
     group: int
-    """Input channels that share a scale: 32, 64 or 128 for int4; 0: all of them."""
+    """Input channels that share a scale (int4: and an offset): 32, 64 or 128 for int4; 0: all of them."""
 
 
 def pack_int8(q_NK: Tensor, scales_N: Tensor) -> PackedWeight:
@@ -46,11 +48,13 @@ def pack_fp8(q_NK: Tensor, scales_N: Tensor) -> PackedWeight:
     return PackedWeight("fp8", _to_words(q_NK.view(torch.uint8), 8), scales_N.float().reshape(1, -1), q_NK.shape[1], 0)
 
 
-def pack_int4(q_NK: Tensor, scales_NG: Tensor, group: int) -> PackedWeight:
-    """Pack integers in [-8, 7] (any integer type) with a scale per ``group`` input channels."""
+def pack_int4(q_NK: Tensor, scales_NG: Tensor, offsets_NG: Tensor, group: int) -> PackedWeight:
+    """Pack integers in [-8, 7] (any integer type) with a scale and an offset per ``group`` input channels."""
     if group not in (32, 64, 128):
         raise ValueError(f"int4 groups are 32, 64 or 128 input channels, not {group}")
-    return PackedWeight("int4", _to_words(q_NK + 8, 4), scales_NG.float().T.contiguous(), q_NK.shape[1], group)
+    pairs_NG2 = torch.stack((scales_NG, offsets_NG), dim=2).to(torch.bfloat16)
+    scales_GN = pairs_NG2.view(torch.int32).squeeze(2).T.contiguous()
+    return PackedWeight("int4", _to_words(q_NK + 8, 4), scales_GN, q_NK.shape[1], group)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -67,7 +71,9 @@ def _dequantize_int4(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     # Part 2p of a word is the low half of its octet p, part 2p + 1 the high half.
     q_NBPHW = torch.stack((octets_NBPW & 15, octets_NBPW >> 4), dim=3)
     values_NGE = q_NBPHW.view(len(q_NBPHW), -1, weight.group).to(torch.float32).sub_(8)
-    values_NGE = values_NGE[:, : len(weight.scales)].mul_(weight.scales.T[:, :, None])
+    pairs_GN2 = weight.scales.view(torch.bfloat16).view(*weight.scales.shape, 2).float()
+    scales_NG1, offsets_NG1 = (half_GN.T[:, :, None] for half_GN in pairs_GN2.unbind(2))
+    values_NGE = values_NGE[:, : len(weight.scales)].mul_(scales_NG1).add_(offsets_NG1)
     return values_NGE.reshape(len(values_NGE), -1)[:, : weight.k].to(dtype)
 
 

@@ -25,7 +25,7 @@ from mgpu.worker.kernels.runtime import (
     wait_for_inputs,
 )
 from mgpu.worker.kernels.split_k import Tiling, add_partials
-from mgpu.worker.kernels.widen import widen_words
+from mgpu.worker.kernels.widen import split_scales, widen_words
 
 MAX_ROWS = 64
 """Beyond this, dequantizing once and a library product are faster."""
@@ -72,6 +72,9 @@ def _quantized_gemm_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     last_group = tl.cdiv(K, GROUP) - 1 if GROUP > 0 else 0
+    if GROUP > 0:
+        # Adds activations up on the tensor core, in the layout of the products.
+        ones = tl.full([BLOCK_N, 32], 1.0, tl.float32).to(dtype)
     for block in range(begin, end):
         if BULK:
             words = w_ref.load([tile * BLOCK_N, block * 32])
@@ -79,6 +82,7 @@ def _quantized_gemm_kernel(
             words = tl.load(w_ref + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
         parts = widen_words(words, KIND, dtype, ASSEMBLY)
         group_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        x_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(PARTS):
             k = (block * PARTS + part) * 32 + j
             x_mask = m[None, :] < M
@@ -89,11 +93,14 @@ def _quantized_gemm_kernel(
                 acc = tl.dot(parts[part], x, acc, input_precision="ieee")
             else:
                 group_sum = tl.dot(parts[part], x, group_sum, input_precision="ieee")
+                x_sum = tl.dot(ones, x, x_sum, input_precision="ieee")
                 if (part + 1) * 32 % GROUP == 0:
                     # Groups past the last one are padding: their sums are zero.
                     group = tl.minimum((block * PARTS + part) * 32 // GROUP, last_group)
-                    acc += group_sum * tl.load(scale_ptr + group * N + rows)[:, None]
+                    scale, offset = split_scales(tl.load(scale_ptr + group * N + rows))
+                    acc += group_sum * scale[:, None] + x_sum * offset[:, None]
                     group_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                    x_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
 
     writes = True
     if SPLITS > 1:

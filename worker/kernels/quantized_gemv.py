@@ -11,7 +11,7 @@ from torch import Tensor
 from mgpu.worker.kernels.gemv import GemvTiling
 from mgpu.worker.kernels.packing import WORDS, PackedWeight
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
-from mgpu.worker.kernels.widen import widen_to_floats
+from mgpu.worker.kernels.widen import split_scales, widen_to_floats
 
 _KINDS = {"int8": 0, "fp8": 1, "int4": 2}
 
@@ -66,9 +66,14 @@ def _quantized_gemv_kernel(
                 group_sum += parts[part] * x[None, :]
                 x_sum += x
                 if (part + 1) * 32 % GROUP == 0:
-                    group = tl.minimum((c // 32 * PARTS + part) * 32 // GROUP, last_group)
-                    scale = tl.load(scale_ptr + group[None, :] * N + rows[:, None])
-                    acc += scale * (group_sum - 136.0 * x_sum[None, :])
+                    # Lanes share scales: one load and one split per block of words, not per word.
+                    block = first // 32 + tl.arange(0, BLOCK_W // 32)
+                    group = tl.minimum((block * PARTS + part) * 32 // GROUP, last_group)
+                    scale, offset = split_scales(tl.load(scale_ptr + group[None, :] * N + rows[:, None]))
+                    block_sum = tl.reshape(group_sum, [BLOCK_N, BLOCK_W // 32, 32])
+                    block_x = tl.reshape(x_sum, [1, BLOCK_W // 32, 32])
+                    sums = scale[:, :, None] * block_sum + (offset - 136.0 * scale)[:, :, None] * block_x
+                    acc += tl.reshape(sums, [BLOCK_N, BLOCK_W])
                     group_sum = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
                     x_sum = tl.zeros([BLOCK_W], tl.float32)
         if AHEAD:

@@ -58,6 +58,12 @@ _INT4_ASM = tl.constexpr(
 
 
 @triton.jit
+def split_scales(pairs):
+    """Give the scale and the offset (float32) of int4's words of two bfloat16, which are the high halves of floats."""
+    return (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _widen_slowly(words, PART: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
     if KIND == 2:
         value = (((words >> (4 * PART)) & 0xF) - 8).to(DTYPE)

@@ -62,7 +62,6 @@ def test_quantized_matmul_serves_any_number_of_rows(device: torch.device, rows: 
 def test_a_layer_quantized_while_loading_gives_the_plain_product(
     device: torch.device, quant: Quant, rows: int, dtype: torch.dtype
 ) -> None:
-    """Scales of int4 may be negative here, which random ones above are not."""
     weight = quantize(draw(40, 320, device=device), weight_format(quant))
     x, bias = draw(rows, 320, device=device, dtype=dtype), draw(40, device=device, dtype=dtype)
     plain = plain_quantized_matmul(x.float(), weight, bias.float())
@@ -75,13 +74,19 @@ def test_matmul_serves_any_number_of_rows(device: torch.device, rows: int) -> No
     assert relative_error(matmul(x, w, bias), F.linear(x, w, bias)) < tolerance(torch.float32)
 
 
+def stored(numbers: Tensor) -> Tensor:
+    """Round to what int4 keeps of scales and offsets."""
+    return numbers.bfloat16().float()
+
+
 def random_weight(kind: str, n: int, k: int, device: torch.device) -> tuple[PackedWeight, Tensor]:
     """Give a packed weight and its float32 values."""
     if kind.startswith("int4"):
         group = int(kind.removeprefix("int4-"))
         q = torch.randint(-8, 8, (n, k), device=device)
-        scales = torch.rand(n, -(-k // group), device=device)
-        return pack_int4(q, scales, group), q * scales.repeat_interleave(group, 1)[:, :k]
+        scales, offsets = (stored(draw(n, -(-k // group), device=device)) for _ in range(2))
+        wide_scales, wide_offsets = (each.repeat_interleave(group, 1)[:, :k] for each in (scales, offsets))
+        return pack_int4(q, scales, offsets, group), q * wide_scales + wide_offsets
     scales = torch.rand(n, device=device)
     if kind == "int8":
         q8 = torch.randint(-128, 128, (n, k), device=device, dtype=torch.int8)
