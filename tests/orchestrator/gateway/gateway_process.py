@@ -140,7 +140,7 @@ class FakeEngine:
         self.wait(self._outbox.empty)
 
     def reset(self) -> None:
-        self.script, self.error, self.answers_stats = echo, "", True
+        self.script, self.error, self.answers_stats, self.portion = echo, "", True, 1000
         self.going.set()
         self.wait(lambda: not self._running)
         self.submits.clear()
