@@ -37,6 +37,7 @@ class Replay:
         is_whole = end == record.num_tokens
         with_logprobs = end - len(logprobs)
         while not self.is_over and (self._at < end or (is_whole and record.finish)):
+            # No part goes across the offset: the client has what is before it, so that comes without log-probabilities.
             at, is_heard = self._at, self._offset < 0 or self._at < self._offset
             self._at = min(end, at + MAX_HELD_TOKENS, self._offset if 0 <= at < self._offset else end)
             part = logprobs[at - with_logprobs : self._at - with_logprobs] if at >= with_logprobs else ()

@@ -81,7 +81,7 @@ def context(n: int) -> bytes:
 
 
 def record(sequence_id: int = 7, tokens: Sequence[int] = (5, 6), finish: str = "", error: str = "") -> SequenceRecord:
-    return SequenceRecord(sequence_id, [], len(tokens), int32_bytes(tokens), b"", -1, finish, error, 0)
+    return SequenceRecord(sequence_id, [], len(tokens), int32_bytes(list(tokens)), b"", -1, finish, error, 0)
 
 
 def test_of_two_connections_that_resume_a_request_the_later_one_gets_it() -> None:
@@ -236,7 +236,7 @@ def test_a_key_that_is_taken_away_before_the_engine_answers_gets_nothing() -> No
 
 
 def portion(tokens: Sequence[int], num_tokens: int, finish: str = "", sequence_id: int = 7) -> SequenceRecord:
-    return SequenceRecord(sequence_id, [], num_tokens, int32_bytes(tokens), b"", -1, finish, "", 0)
+    return SequenceRecord(sequence_id, [], num_tokens, int32_bytes(list(tokens)), b"", -1, finish, "", 0)
 
 
 def test_however_often_a_client_resumes_a_request_the_engine_is_asked_once_at_a_time() -> None:
