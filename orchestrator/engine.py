@@ -176,7 +176,8 @@ class Engine:
             self._gateway.send(StatsReply(message.query_id, self._counters()))
         elif isinstance(message, Resume):
             self._emit()  # what is said so far is part of the answer; what is said later continues it
-            self._gateway.send(Resumed(message.query_id, *self._journal.look_up(message.session, message.request_id)))
+            name = (message.session, message.request_id)
+            self._gateway.send(Resumed(message.query_id, *self._journal.look_up(*name, message.known, message.offsets)))
         elif isinstance(message, GatewayReady):
             self._on_new_gateway()
 

@@ -11,29 +11,82 @@ from dataclasses import dataclass, field
 
 from mgpu.orchestrator.sequence import Sequence
 from mgpu.protocol.link import Outputs, Resumable, SequenceRecord, Submit
+from mgpu.protocol.logprobs import LogprobPacking
 
 KEEP_S = 60.0
 KEEP_REQUESTS = 4096
-KEEP_TOKENS = 4_000_000
+KEEP_BYTES = 64 << 20
 """How long, and how many, requests are kept after their end; the oldest go first."""
+PORTION_TOKENS, PORTION_LOGPROB_BYTES = 4096, 64 << 10
+"""What one look into the journal gives at most: neither the step loop nor the gateway is held up by it."""
 
 Key = tuple[str, int]
+
+
+@dataclass(slots=True)
+class _Room:
+    """What still fits into a portion."""
+
+    tokens: int
+    logprob_bytes: int
 
 
 @dataclass(slots=True)
 class _Entry:
     """One sequence of a request."""
 
-    record: SequenceRecord
-    wants_logprobs: bool
+    sequence_id: int
+    stop_token_ids: list[int]
+    num_top: int
+    """Candidates whose log-probabilities are wanted beside each token's own; -1 when not even that is."""
+    packing: LogprobPacking | None
     seq: Sequence | None = None
     """While it runs: where its tokens are."""
+    token_ids: bytes = b""
+    """After its end."""
+    logprobs: bytearray = field(default_factory=bytearray)
+    finish: str = ""
+    error: str = ""
+    cached_tokens: int = 0
 
-    def current(self) -> SequenceRecord:
-        if self.seq is not None:
-            self.record.token_ids = self.seq.tokens[self.seq.prompt_len :].tobytes()
-            self.record.cached_tokens = self.seq.cached_tokens
-        return self.record
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) // 4 if self.seq is None else len(self.seq.tokens) - self.seq.prompt_len
+
+    def end(self, finish: str, error: str) -> None:
+        """Keep the tokens of a sequence that goes."""
+        self.token_ids = self._tokens(0, self.num_tokens)
+        self.finish, self.error = finish, error
+        self.cached_tokens, self.seq = self.seq.cached_tokens if self.seq else 0, None
+
+    def portion(self, known: int, offset: int, room: _Room) -> SequenceRecord:
+        """Give what follows ``known`` tokens, as far as there is room; see `link.Resume`."""
+        total = self.num_tokens
+        start = total if known < 0 else min(known, total)
+        first = total if offset < 0 else min(max(start, offset), total)
+        end, logprobs = min(total, start + room.tokens), b""
+        if self.packing is not None:
+            width = self.packing.width
+            end = min(end, first + room.logprob_bytes // width)
+            logprobs = bytes(self.logprobs[first * width : end * width])
+        room.tokens -= end - start
+        room.logprob_bytes -= len(logprobs)
+        return SequenceRecord(
+            self.sequence_id,
+            self.stop_token_ids,
+            total,
+            self._tokens(start, end),
+            logprobs,
+            self.num_top,
+            self.finish,
+            self.error,
+            self.cached_tokens if self.seq is None else self.seq.cached_tokens,
+        )
+
+    def _tokens(self, start: int, end: int) -> bytes:
+        if self.seq is None:
+            return self.token_ids[4 * start : 4 * end]
+        return self.seq.tokens[self.seq.prompt_len + start : self.seq.prompt_len + end].tobytes()
 
 
 @dataclass(slots=True)
@@ -46,8 +99,9 @@ class _Request:
     ended_s: float = 0.0
 
     @property
-    def num_tokens(self) -> int:
-        return sum(len(entry.record.token_ids) // 4 for entry in self.entries)
+    def num_bytes(self) -> int:
+        """What it takes after its end."""
+        return len(self.context) + sum(len(entry.token_ids) + len(entry.logprobs) for entry in self.entries)
 
 
 @dataclass(slots=True)
@@ -59,7 +113,7 @@ class Journal:
     _by_sequence: dict[int, tuple[_Request, _Entry]] = field(default_factory=dict)
     _with_logprobs: int = 0
     _ended: "OrderedDict[Key, _Request]" = field(default_factory=OrderedDict)
-    _kept_tokens: int = 0
+    _kept_bytes: int = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -76,12 +130,12 @@ class Journal:
             if old.num_open:
                 return False
             self._forget(old)
-        entries = [_Entry(_empty_record(submit), submit.sampling.num_logprobs >= 0) for submit in message.submits]
+        entries = [_entry(submit) for submit in message.submits]
         request = _Request(key, message.context, entries, len(entries))
         self._requests[key] = request
         for entry in entries:
-            self._by_sequence[entry.record.request_id] = (request, entry)
-            self._with_logprobs += entry.wants_logprobs
+            self._by_sequence[entry.sequence_id] = (request, entry)
+            self._with_logprobs += entry.packing is not None
         return True
 
     def attach(self, sequence_id: int, seq: Sequence | None) -> None:
@@ -92,23 +146,31 @@ class Journal:
         """Take in what the gateway is told. Costs next to nothing for a step in which nothing ends."""
         if self._with_logprobs:
             for sequence_id, logprobs in zip(outputs.request_ids, outputs.logprobs, strict=True):
-                if logprobs and (found := self._by_sequence.get(sequence_id)):
-                    found[1].record.logprobs.extend(logprobs)
+                found = self._by_sequence.get(sequence_id)
+                if logprobs and found is not None and (packing := found[1].packing) is not None:
+                    found[1].logprobs += packing.pack(logprobs)
         if any(outputs.finish):
             for sequence_id, finish, error in zip(outputs.request_ids, outputs.finish, outputs.errors, strict=True):
                 if finish and (found := self._by_sequence.pop(sequence_id, None)):
                     self._end(*found, finish, error)
 
-    def look_up(self, session: str, request_id: int) -> tuple[bytes, list[SequenceRecord]]:
-        """Give the gateway's own note of a request, and all that was generated; nothing when it is not known.
+    def look_up(
+        self, session: str, request_id: int, known: list[int] | None = None, offsets: list[int] | None = None
+    ) -> tuple[bytes, list[SequenceRecord]]:
+        """Give the gateway's own note of a request, and a portion of what was generated; nothing when it is not known.
 
-        The request counts as claimed from now on.
+        The request counts as claimed from now on. ``known`` and ``offsets`` are those of `link.Resume`.
         """
         request = self._requests.get((session, request_id))
         if request is None:
             return b"", []
         request.is_claimed = True
-        return request.context, [entry.current() for entry in request.entries]
+        room = _Room(PORTION_TOKENS, PORTION_LOGPROB_BYTES)
+        records = [
+            entry.portion(_number_at(known, index), _number_at(offsets, index), room)
+            for index, entry in enumerate(request.entries)
+        ]
+        return request.context, records
 
     def lose_clients(self) -> None:
         """Note that every connection is gone; who comes back claims its requests by `look_up`."""
@@ -123,28 +185,33 @@ class Journal:
         """Drop what ended long ago, or too much of it."""
         while self._ended:
             oldest = next(iter(self._ended.values()))
-            too_much = len(self._ended) > KEEP_REQUESTS or self._kept_tokens > KEEP_TOKENS
+            too_much = len(self._ended) > KEEP_REQUESTS or self._kept_bytes > KEEP_BYTES
             if not too_much and self.clock_s() - oldest.ended_s < KEEP_S:
                 return
             self._forget(oldest)
 
     def _end(self, request: _Request, entry: _Entry, finish: str, error: str) -> None:
-        record = entry.current()
-        record.finish, record.error = finish, error
-        self._with_logprobs -= entry.wants_logprobs
-        entry.seq = None
+        entry.end(finish, error)
+        self._with_logprobs -= entry.packing is not None
         request.num_open -= 1
         if not request.num_open:
             request.ended_s = self.clock_s()
             self._ended[request.key] = request
-            self._kept_tokens += request.num_tokens
+            self._kept_bytes += request.num_bytes
             self.prune()
 
     def _forget(self, request: _Request) -> None:
         del self._requests[request.key]
         del self._ended[request.key]
-        self._kept_tokens -= request.num_tokens
+        self._kept_bytes -= request.num_bytes
 
 
-def _empty_record(submit: Submit) -> SequenceRecord:
-    return SequenceRecord(submit.request_id, submit.stop_token_ids, b"", [], "", "", 0)
+def _entry(submit: Submit) -> _Entry:
+    num_top = submit.sampling.num_logprobs
+    packing = LogprobPacking(num_top) if num_top >= 0 else None
+    return _Entry(submit.request_id, submit.stop_token_ids, num_top, packing)
+
+
+def _number_at(numbers: list[int] | None, index: int) -> int:
+    """Give a number of a list that may be too short: a client's own counts have not been checked yet."""
+    return numbers[index] if numbers and index < len(numbers) else 0

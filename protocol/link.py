@@ -107,24 +107,37 @@ class Resumable:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Ask for everything about a request of that name; `Outputs` that follow the answer continue it."""
+    """Ask for a portion of what is known of a request of that name.
+
+    `Outputs` that follow an answer with which every sequence is whole continue it.
+    """
 
     query_id: int
     session: str
     request_id: int
+    known: list[int] = field(default_factory=list)
+    """Per choice: tokens that earlier portions have brought, -1 when no more are wanted; empty: none yet."""
+    offsets: list[int] = field(default_factory=list)
+    """Per choice: how many of its first tokens come without log-probabilities, -1 for all; empty: with all of them."""
 
 
 @dataclass(slots=True)
 class SequenceRecord:
-    """One sequence so far."""
+    """One sequence so far, or a portion of that."""
 
     request_id: int
     """The gateway's number, as in `Submit`."""
     stop_token_ids: list[int]
+    num_tokens: int
+    """All emitted tokens."""
     token_ids: bytes
-    """All emitted tokens, little-endian int32."""
-    logprobs: list[TokenLogprobs]
+    """Those that follow the known ones, as many as fit; little-endian int32."""
+    logprobs: bytes
+    """Of the last of these tokens, packed with ``num_top``; empty when not asked for."""
+    num_top: int
+    """See `logprobs.LogprobPacking`."""
     finish: str
+    """Of the whole sequence, as is ``error``."""
     error: str
     cached_tokens: int
 

@@ -211,8 +211,8 @@ class Gateway:
                 self._quota.ended(sequence_id)
             elif found is None or not found[1].num_tokens:
                 self._quota.begun(sequence_id)
-            if found is None:
-                continue  # its request ended here while the engine was still at it
+            if found is None or found[1].is_behind:
+                continue  # its request ended here while the engine was still at it, or catches up with the engine
             request, choice = found
             if choice.num_tokens == 0 and choice.index == 0:
                 request.cached_tokens = outputs.cached_tokens[at]
@@ -258,11 +258,12 @@ class Gateway:
             if isinstance(message, Generate):
                 self._on_generate(received, message)
             elif isinstance(message, ResumeRequest):
-                self._resumption.resume(client, message)
+                self._resumption.resume(client, owner_of(received.identity, client), message)
             elif isinstance(message, CancelRequest):
                 self._on_cancel(client, message)
             else:
-                self._queries.on_query(client, message, self._usable_info, self._codec)
+                owner = owner_of(received.identity, client)
+                self._queries.on_query(client, owner, message, self._usable_info, self._codec)
         except WireError as error:
             self._send(client, Failed(None, error.code, str(error)))
         except (FieldError, TokenizerError, ChatTemplateError) as error:

@@ -24,6 +24,8 @@ class ChoiceState:
     codec: TextCodec | None
     text: Detokenizer | None
     """None when the model has no tokenizer: ids only."""
+    is_behind: bool = False
+    """What the engine says of it now will come again with the portions of its record; see replay.py."""
     num_tokens: int = 0
     finish_reason: str | None = None
     held_text: str = ""

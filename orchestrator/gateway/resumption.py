@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mgpu.orchestrator.gateway.admission import Refusal
-from mgpu.orchestrator.gateway.queries import Queries
-from mgpu.orchestrator.gateway.requests import MAX_HELD_TOKENS, ChoiceState, Request, RequestTable
+from mgpu.orchestrator.gateway.queries import Name, Queries
+from mgpu.orchestrator.gateway.replay import CatchUp, Replay
+from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
 from mgpu.protocol.codec import Codec
 from mgpu.protocol.link import Cancel, SequenceRecord
 from mgpu.protocol.link import Resumed as Answer
 from mgpu.protocol.messages import Accepted, Failed, FailureCode, Generate, Resumed, ResumeRequest, ServerMessage
-from mgpu.protocol.schema import int32_array
 
 GRACE_S = 5.0
 """A client that was told to ask again for its request does so within this time."""
@@ -81,41 +81,6 @@ def identity_of(data: bytes) -> str:
     return context.identity
 
 
-class Replay:
-    """The tokens of one choice again, in portions that fit a message: first what the client has, then the rest."""
-
-    def __init__(self, choice: ChoiceState, record: SequenceRecord) -> None:
-        self._choice = choice
-        self._record = record
-        self._tokens = list(int32_array(record.token_ids))
-        self._at = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self._tokens)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the choice has ended, or all that there is has been absorbed."""
-        return self._choice.finish_reason is not None or (self._at == len(self._tokens) and not self._record.finish)
-
-    def skip(self, count: int) -> None:
-        """Absorb what the client has already, and forget its text."""
-        while self._at < count and self._choice.finish_reason is None:
-            self._absorb(min(count, self._at + MAX_HELD_TOKENS), "")
-        self._choice.forget_held()
-
-    def next_portion(self) -> None:
-        """Absorb some of the rest, and the ending when it is reached."""
-        end = min(len(self._tokens), self._at + MAX_HELD_TOKENS)
-        self._absorb(end, self._record.finish if end == len(self._tokens) else "")
-
-    def _absorb(self, end: int, finish: str) -> None:
-        logprobs = self._record.logprobs
-        self._choice.absorb(self._tokens[self._at : end], logprobs[self._at : end], finish)
-        self._at = end
-
-
 @dataclass(frozen=True, slots=True)
 class _Orphan:
     """What runs for a client that was told to ask again before the engine told of it."""
@@ -145,17 +110,19 @@ class Resumption:
         self._send_engine = send_engine
         self._check_allowed = check_allowed
         self._orphans: list[_Orphan] = []
+        self._catching_up: dict[Name, CatchUp] = {}
+        """Requests of which the next portion has been asked for."""
 
     @property
     def has_orphans(self) -> bool:
         """Whether `drop_orphans` has to be called again."""
         return bool(self._orphans)
 
-    def resume(self, client: bytes, message: ResumeRequest) -> None:
+    def resume(self, client: bytes, owner: str, message: ResumeRequest) -> None:
         """Detach the request from the connection it was on, and ask for the engine's record of it if that is needed.
 
-        Refusal when that cannot be asked now; then nothing has changed. No limit of requests counts: what the engine
-        knows runs already, or has ended, and its journal bounds it.
+        ``owner`` is whose question it is. Refusal when that cannot be asked now; then nothing has changed. No limit of
+        requests counts: what the engine knows runs already, or has ended, and its journal bounds it.
         """
         request, other = self._table.by_session(message.session, message.id), self._table.get(client, message.id)
         if other is not None and other is not request:
@@ -165,13 +132,14 @@ class Resumption:
             self._send(client, Resumed(message.id, [0] * request.spec.n))
             return
         try:
-            self._queries.ask_for_record(client, message)
+            self._queries.ask_for_record(client, owner, message)
         except Refusal as refusal:
             if request is None or other is None:
                 raise
             # Under its id: this client may have taken the request up already, and now waits for this answer alone.
             self._send(client, Failed(message.id, refusal.code, str(refusal), refusal.retry_after_s))
             return
+        self._catching_up.pop((message.session, message.id), None)
         if request is not None:
             self._table.remove(request)
 
@@ -182,17 +150,26 @@ class Resumption:
             self._orphans.append(_Orphan(_running(record), self._queries.take_late(record), time.monotonic() + GRACE_S))
             return
         assert isinstance(question.message, ResumeRequest)
-        if self._queries.awaits_record(question.message):
-            return  # its client has connected once more since; going on for a lost connection would end the request
-        self._go_on(question.client, question.message, record)
+        if question.is_stale:  # going on for a connection that is lost would end the request
+            self._queries.ask_on(question)
+            return
+        catch_up = self._go_on(question.client, question.message, record)
+        if catch_up is not None:
+            self._catching_up[question.message.session, question.message.id] = catch_up
+            self._queries.ask_on(question, catch_up.known)
 
     def drop_orphans(self, now: float) -> None:
-        """End what the engine told of too late, unless its client has asked again."""
+        """End what the engine told of too late, unless its client has asked again, and what it tells no more of."""
         due = [orphan for orphan in self._orphans if now >= orphan.due_s]
         self._orphans = [orphan for orphan in self._orphans if now < orphan.due_s]
         for orphan in due:
-            if orphan.message is None or not self._queries.awaits_record(orphan.message):
+            message = orphan.message
+            if message is None or not self._queries.awaits_record((message.session, message.id)):
                 self._cancel_unfollowed(orphan.sequence_ids)
+        for name in [name for name in self._catching_up if not self._queries.awaits_record(name)]:
+            request = self._catching_up.pop(name).request
+            if not request.is_over:
+                self._table.remove(request)  # its client was told to ask again
 
     def _cancel_unfollowed(self, sequence_ids: list[int]) -> None:
         """End what runs for nobody."""
@@ -200,13 +177,33 @@ class Resumption:
             if self._table.by_sequence(number) is None:
                 self._send_engine(Cancel(number, "cancelled"))
 
-    def _go_on(self, client: bytes, message: ResumeRequest, record: Answer) -> None:
-        """Continue a request from the engine's record; what the engine says from now on continues that."""
+    def _go_on(self, client: bytes, message: ResumeRequest, record: Answer) -> CatchUp | None:
+        """Continue a request with a portion of the engine's record; None when no more are needed."""
+        catch_up = self._catching_up.pop((message.session, message.id), None)
+        if catch_up is not None and catch_up.request.is_over:
+            return None  # cancelled, say, between two portions
         refusal = self._refusal(client, message, record)
         if refusal is not None:
+            if catch_up is not None:
+                self._table.remove(catch_up.request)
             self._cancel_unfollowed(_running(record))
             self._send(client, refusal)
-            return
+            return None
+        if catch_up is None:
+            catch_up = self._begin(client, message, record)
+        for replay, sequence in zip(catch_up.replays, record.sequences, strict=True):
+            if not replay.is_over:
+                self._absorb(catch_up.request, replay, sequence)
+        if not catch_up.is_level(record.sequences):
+            return catch_up
+        catch_up.end()  # what the engine says from now on continues this
+        if catch_up.request.done:
+            self._table.remove(catch_up.request)
+            self._send(client, catch_up.request.finished())
+        return None
+
+    def _begin(self, client: bytes, message: ResumeRequest, record: Answer) -> CatchUp:
+        """Take a request in at its first portion, and tell its client."""
         request, accepted = restored_request(client, message, record.context, time.monotonic())
         request.cached_tokens = record.sequences[0].cached_tokens
         choices = [
@@ -221,15 +218,20 @@ class Resumption:
         for sequence in record.sequences:
             if sequence.finish:
                 self._table.quota.ended(sequence.request_id)
-            elif sequence.token_ids:
+            elif sequence.num_tokens:
                 self._table.quota.begun(sequence.request_id)
         self._send(client, Resumed(request.id, list(message.offsets)))
         self._send(client, accepted)
-        for choice, sequence, offset in zip(choices, record.sequences, message.offsets, strict=True):
-            self._catch_up(request, choice, sequence, offset)
-        if request.done:
-            self._table.remove(request)
-            self._send(client, request.finished())
+        return CatchUp(request, message.offsets)
+
+    def _absorb(self, request: Request, replay: Replay, record: SequenceRecord) -> None:
+        """Bring a choice as far as a record goes, and send what the client does not have."""
+        for message in replay.take(record, request):
+            self._send(request.client, message)
+        if replay.is_over:
+            self._table.end_choice(replay.choice)
+            if not record.finish:
+                self._send_engine(Cancel(replay.choice.sequence_id, "stop"))
 
     def _refusal(self, client: bytes, message: ResumeRequest, record: Answer) -> Failed | None:
         def refuse(code: FailureCode, text: str) -> Failed:
@@ -244,30 +246,12 @@ class Resumption:
         other = self._table.get(client, message.id)
         if other is not None and other is not self._table.by_session(message.session, message.id):
             return Failed(None, "duplicate_id", f"request {message.id}: it is in flight already")
-        counts = [len(each.token_ids) // 4 for each in record.sequences]
+        counts = [each.num_tokens for each in record.sequences]
         if len(counts) != len(message.offsets) or any(map(int.__gt__, message.offsets, counts)):
             text = f"offsets {list(message.offsets)} do not fit: the choices have {counts} tokens so far"
             return refuse("bad_request", text)
         errors = [each.error for each in record.sequences if each.finish == "error"]
         return refuse("engine_error", errors[0] or "the engine failed") if errors else None
-
-    def _catch_up(self, request: Request, choice: ChoiceState, record: SequenceRecord, offset: int) -> None:
-        """Bring one choice to where the engine is, and send what the client does not have."""
-        replay = Replay(choice, record)
-        replay.skip(replay.num_tokens if offset < 0 else offset)
-        while not replay.is_over:
-            replay.next_portion()
-            if offset >= 0 and choice.finish_reason is None and request.wants_message(choice):
-                self._send(request.client, choice.drain(request.id))
-        if offset < 0:
-            choice.end_early("cancelled")
-            choice.forget_held()
-        elif request.wants_message(choice):
-            self._send(request.client, choice.drain(request.id))
-        if choice.finish_reason is not None:
-            self._table.end_choice(choice)
-            if not record.finish:
-                self._send_engine(Cancel(choice.sequence_id, "stop"))
 
 
 def _running(record: Answer) -> list[int]:

@@ -17,9 +17,8 @@ from fake_model import solo_tokens
 from server_process import DEADLINE_S, ServerProcess, running_server
 
 from mgpu import Client
-from mgpu.orchestrator.journal import KEEP_S, Journal
 from mgpu.protocol.control import RowSampling
-from mgpu.protocol.link import Outputs, Resumable, Resume, Submit
+from mgpu.protocol.link import Resumable, Resume, Submit
 from mgpu.protocol.runtime import running_servers
 
 REAL_GATEWAY = (sys.executable, "-m", "mgpu.orchestrator.gateway")
@@ -192,33 +191,3 @@ def test_16_streams_survive_kills_of_the_gateway_and_the_workers(folder: Path, b
         assert streams.failures == [], server.log
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(DEADLINE_S) == -signal.SIGTERM
-
-
-def journal_with(count: int, clock: list[float]) -> Journal:
-    journal = Journal(clock_s=lambda: clock[0])
-    for number in range(count):
-        assert journal.open(resumable(number, [1], 5))
-        journal.attach(number, None)
-        journal.note(Outputs([number], [[]], [[]], ["error"], ["refused"], [0]))
-    return journal
-
-
-def test_the_journal_keeps_the_ended_for_a_minute() -> None:
-    clock = [0.0]
-    journal = journal_with(10, clock)
-    assert journal.look_up(SESSION, 3)[1][0].error == "refused"
-    clock[0] = KEEP_S - 1
-    journal.prune()
-    assert len(journal) == 10
-    clock[0] = KEEP_S + 1
-    journal.prune()
-    assert len(journal) == 0
-    assert journal.look_up(SESSION, 3) == (b"", [])
-
-
-def test_the_journal_keeps_only_so_many_of_the_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgpu.orchestrator.journal.KEEP_REQUESTS", 5)
-    journal = journal_with(10, [0.0])
-    assert len(journal) == 5
-    assert journal.look_up(SESSION, 4) == (b"", [])
-    assert journal.look_up(SESSION, 5)[1]

@@ -231,8 +231,11 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def test_streams_go_on_through_a_gateway_that_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("portion", [1000, 7])
+def test_streams_go_on_through_a_gateway_that_was_killed(tmp_path: Path, portion: int) -> None:
+    """Whether the record of a request comes in one portion or, while the engine goes on, in many."""
     with GatewayProcess(make_model_folder(tmp_path)) as gateway, Client(gateway.endpoint) as client:
+        gateway.engine.portion = portion
         gateway.engine.script = lambda submit: iter("é€cd".encode() * 200)
         for moment in (0, 1, 2, 40, 90):
             streams = [client.stream(list(b"ab"), seed=1, **options) for options in OPTIONS]
@@ -256,6 +259,7 @@ def test_streams_go_on_through_a_gateway_that_was_killed(tmp_path: Path) -> None
                 assert done.seed == 1
             assert bytes(whole.completion().token_ids) == expected[:100]
         assert len(gateway.engine.submits) == 5 * (len(OPTIONS) + 3)
+        assert (gateway.engine.portions > 100) == (portion == 7)
 
 
 def test_a_stop_string_across_the_splice_is_found(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from mgpu.protocol.link import (
     StatsReply,
     Submit,
 )
+from mgpu.protocol.logprobs import LogprobPacking
 from mgpu.protocol.schema import int32_array
 
 BOS, EOS, START, END = 256, 257, 258, 259
@@ -112,6 +113,10 @@ class FakeEngine:
     signs_of_life: int = 0
     error: str = ""
     """Set: the next step ends every sequence with this error."""
+    portion: int = 1000
+    """Tokens of each choice with which a question about a record is answered."""
+    portions: int = 0
+    """Such questions so far."""
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _outbox: "queue.Queue[object]" = field(default_factory=queue.Queue)
     _running: dict[int, _Running] = field(default_factory=dict)
@@ -137,7 +142,7 @@ class FakeEngine:
         self.wait(self._outbox.empty)
 
     def reset(self) -> None:
-        self.script, self.error, self.answers_stats = echo, "", True
+        self.script, self.error, self.answers_stats, self.portion = echo, "", True, 1000
         self.going.set()
         self.wait(lambda: not self._running)
         self.submits.clear()
@@ -171,8 +176,11 @@ class FakeEngine:
             if isinstance(message, Submit | Resumable):
                 self._begin(message)
             elif isinstance(message, Resume):
-                found = self._records.get((message.session, message.request_id), (b"", []))
-                self._send(link, Resumed(message.query_id, *found))
+                context, records = self._records.get((message.session, message.request_id), (b"", []))
+                starts = zip([*message.known, *[0] * 16], [*message.offsets, *[0] * 16], strict=False)
+                rest = [_portion(record, *at, self.portion) for record, at in zip(records, starts, strict=False)]
+                self._send(link, Resumed(message.query_id, context, rest))
+                self.portions += 1
             elif isinstance(message, Cancel):
                 self.cancels.append(message)
                 if (running := self._running.pop(message.request_id, None)) is not None:
@@ -188,7 +196,10 @@ class FakeEngine:
 
     def _begin(self, message: Submit | Resumable) -> None:
         submits = [message] if isinstance(message, Submit) else message.submits
-        records = [SequenceRecord(each.request_id, each.stop_token_ids, b"", [], "", "", 3) for each in submits]
+        records = [
+            SequenceRecord(each.request_id, each.stop_token_ids, 0, b"", b"", each.sampling.num_logprobs, "", "", 3)
+            for each in submits
+        ]
         if isinstance(message, Resumable):
             self._records[message.session, message.request_id] = (message.context, records)
         for submit, record in zip(submits, records, strict=True):
@@ -217,11 +228,22 @@ class FakeEngine:
             outputs.errors.append(self.error)
             outputs.cached_tokens.append(3)
             running.record.token_ids += token.to_bytes(4, "little")
-            running.record.logprobs += [logprob] if count >= 0 else []
+            running.record.num_tokens += 1
+            running.record.logprobs += LogprobPacking(count).pack([logprob]) if count >= 0 else b""
             running.record.finish, running.record.error = finish, self.error
             if finish:
                 del self._running[request_id]
         return outputs
+
+
+def _portion(record: SequenceRecord, known: int, offset: int, size: int) -> SequenceRecord:
+    """Cut out what `link.Resume` asks for, at most ``size`` tokens of it."""
+    total = record.num_tokens
+    start = total if known < 0 else known
+    first = total if offset < 0 else max(start, offset)
+    end, width = min(total, start + size), len(record.logprobs) // max(1, total)
+    token_ids, logprobs = record.token_ids[4 * start : 4 * end], record.logprobs[width * first : width * end]
+    return replace(record, token_ids=token_ids, logprobs=logprobs)
 
 
 class GatewayProcess:

@@ -148,3 +148,21 @@ def test_a_reader_that_does_not_read_does_not_slow_the_streams_of_others(model_f
             reader.join(DEADLINE_S)
         assert counts == {7: 300, 8: 300, 9: 300}
         gateway.engine.wait(lambda: len(gateway.engine.cancels) == 32)
+
+
+def test_a_flood_of_resume_holds_nobody_up(gateway: GatewayProcess, peers: list[RawPeer]) -> None:
+    session, n, max_tokens = "0123456789abcdef", 8, 400
+    gateway.engine.portion = 100
+    peer = peers[0]
+    peer.say(type="generate", id=1, prompt_ids=[7], n=n, max_tokens=max_tokens, logprobs=20, session=session)
+    peer.hear_all(1)
+    asked = gateway.engine.portions
+    for _ in range(500):
+        peer.say(type="resume", id=1, session=session, offsets=[0] * n)
+    with Client(gateway.endpoint) as client:
+        assert client.health().state == "ready"
+        assert client.generate([5], max_tokens=2).token_ids == (5, 5)
+    messages = peer.hear_all(1)  # each resume makes the answer begin anew
+    rest = messages[max(at for at, message in enumerate(messages) if message["type"] == "resumed") :]
+    assert sum(len(message["token_ids"]) for message in rest if message["type"] == "tokens") == n * max_tokens
+    assert gateway.engine.portions - asked < 200

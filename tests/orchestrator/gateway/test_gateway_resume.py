@@ -42,15 +42,24 @@ class Desk:
         if identity in self.revoked:
             raise Refusal("not_allowed", "its key is no longer on the list")
 
-    def resume(self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,)) -> None:
+    def resume(self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,), owner: str = "") -> None:
         """Let a client ask for request 1 of a session."""
         message = ResumeRequest(1, session, offsets)
-        self.resumption.resume(client, message)
+        self.resumption.resume(client, owner or f"uid:0 {client.hex()}", message)
 
     def answer(self, at: int, *records: SequenceRecord) -> None:
         """Let the engine answer the question that it was asked as number ``at``."""
-        question = [message for message in self.to_engine if isinstance(message, Resume)][at]
+        question = self.questions[at]
         self.resumption.on_record(Resumed(question.query_id, context(len(records)), list(records)))
+
+    @property
+    def questions(self) -> list[Resume]:
+        return [message for message in self.to_engine if isinstance(message, Resume)]
+
+    def tokens(self, client: bytes) -> list[int]:
+        """Give the token ids that a client was sent, of all choices."""
+        sent = [message for to, message in self.sent if to == client and isinstance(message, messages.Tokens)]
+        return [token for message in sent for token in message.token_ids]
 
     def heard(self, client: bytes) -> list[str]:
         """Give the types, or codes, of what a client was sent."""
@@ -72,7 +81,7 @@ def context(n: int) -> bytes:
 
 
 def record(sequence_id: int = 7, tokens: Sequence[int] = (5, 6), finish: str = "", error: str = "") -> SequenceRecord:
-    return SequenceRecord(sequence_id, [], int32_bytes(tokens), [], finish, error, 0)
+    return SequenceRecord(sequence_id, [], len(tokens), int32_bytes(list(tokens)), b"", -1, finish, error, 0)
 
 
 def test_of_two_connections_that_resume_a_request_the_later_one_gets_it() -> None:
@@ -98,7 +107,7 @@ def test_a_second_resume_that_cannot_be_asked_leaves_the_first_alone(monkeypatch
     desk = Desk(client_requests=1)
     desk.resume(A)
     desk.answer(0, record())
-    desk.queries.on_query(A, messages.Query("stats", 2), None, None)
+    desk.queries.on_query(A, f"uid:0 {A.hex()}", messages.Query("stats", 2), None, None)
     desk.resume(A)
     failed = desk.sent[-1][1]
     assert isinstance(failed, messages.Failed)
@@ -224,3 +233,124 @@ def test_a_key_that_is_taken_away_before_the_engine_answers_gets_nothing() -> No
     assert desk.heard(A) == ["not_allowed"]
     assert desk.cancelled == [7]
     assert len(desk.table) == 0
+
+
+def portion(tokens: Sequence[int], num_tokens: int, finish: str = "", sequence_id: int = 7) -> SequenceRecord:
+    return SequenceRecord(sequence_id, [], num_tokens, int32_bytes(list(tokens)), b"", -1, finish, "", 0)
+
+
+def test_however_often_a_client_resumes_a_request_the_engine_is_asked_once_at_a_time() -> None:
+    desk = Desk()
+    for _ in range(1000):
+        desk.resume(A)
+    assert len(desk.questions) == len(desk.queries) == 1
+    desk.answer(0, record())
+    assert len(desk.questions) == 2  # for the last, as the first may have come on a connection that is gone
+    desk.answer(1, record())
+    assert desk.heard(A) == ["resumed", "accepted"]
+    assert (len(desk.questions), len(desk.queries)) == (2, 0)
+    assert not desk.queries._num_of_owner
+
+
+def test_all_connections_of_a_key_share_the_bound_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "MAX_QUESTIONS_OF_CLIENT", 2)
+    desk = Desk(client_requests=1)
+    desk.resume(A, session="s", owner=OWNER)
+    desk.resume(B, session="t", owner=OWNER)
+    desk.resume(B, session="s", owner=OWNER)  # in the place of the first
+    with pytest.raises(Refusal, match="2 questions of this client"):
+        desk.resume(b"connection C", session="u", owner=OWNER)
+    desk.resume(b"connection C", session="u", owner="key:another")
+
+
+def test_the_engine_is_asked_for_so_many_records_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "MAX_RECORDS_AT_ONCE", 2)
+    desk = Desk()
+    for session in "abcd":
+        desk.resume(session.encode(), session)
+    assert [question.session for question in desk.questions] == ["a", "b"]
+    desk.resume(B, "d", offsets=(1,))  # has not been asked for yet: it will be asked for B
+    desk.answer(1, record(8))
+    assert [question.session for question in desk.questions] == ["a", "b", "c"]
+    desk.queries.give_up_overdue(time.monotonic() + RECORD_TIMEOUT_S, None)
+    assert len(desk.queries) == 0
+    assert len(desk.questions) == 3  # what is given up is not asked for any more
+    desk.resume(B, "d", offsets=(1,))
+    assert desk.questions[-1].offsets == [1]
+
+
+def test_clients_take_turns_at_the_engines_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "MAX_RECORDS_AT_ONCE", 1)
+    desk = Desk()
+    for session in "stuv":
+        desk.resume(A, session)
+    desk.resume(B, "w")
+    for at in range(4):
+        desk.answer(at)
+    assert [question.session for question in desk.questions] == list("stwuv")
+
+
+def test_a_record_in_portions_is_joined_and_what_comes_between_them_is_void() -> None:
+    desk = Desk()
+    desk.resume(A, offsets=(2,))
+    desk.answer(0, portion([1, 2, 3], 5))
+    assert (desk.questions[1].known, desk.questions[1].offsets) == ([3], [2])
+    found = desk.table.by_sequence(7)
+    assert found is not None
+    assert found[1].is_behind
+    desk.answer(1, portion([4, 5], 6))
+    assert desk.questions[2].known == [5]
+    desk.answer(2, portion([6], 6))
+    assert not found[1].is_behind
+    assert len(desk.questions) == 3
+    held = [token for choice in next(iter(desk.table)).choices for token in choice.held_ids]
+    assert desk.tokens(A) + held == [3, 4, 5, 6]
+    assert desk.heard(A)[:2] == ["resumed", "accepted"]
+
+
+def test_the_end_is_said_when_the_last_portion_has_come() -> None:
+    desk = Desk()
+    desk.resume(A, offsets=(0, 1))
+    desk.answer(0, portion([1, 2], 3, "stop", 7), portion([], 1, "length", 8))
+    assert desk.heard(A) == ["resumed", "accepted"]
+    desk.answer(1, portion([3], 3, "stop", 7), portion([4], 1, "length", 8))
+    assert desk.heard(A) == ["resumed", "accepted", "tokens", "tokens", "finished"]
+    assert desk.tokens(A) == [1, 2, 3]
+    assert (len(desk.table), desk.quota.num_sequences, desk.cancelled) == (0, 0, [])
+
+
+def test_a_request_that_ends_between_two_portions_is_not_taken_up_again() -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.answer(0, portion([1], 3))
+    desk.table.remove(next(iter(desk.table)))
+    desk.answer(1, portion([2, 3], 3))
+    assert (len(desk.table), len(desk.queries)) == (0, 0)
+
+
+def test_a_client_that_resumes_between_two_portions_gets_everything_anew() -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.answer(0, portion([1, 2], 3))
+    desk.resume(B)
+    desk.answer(1, portion([3], 3))
+    desk.answer(2, portion([1, 2, 3], 3, "stop"))
+    assert desk.questions[2].known == []
+    assert (desk.tokens(A), desk.tokens(B)) == ([], [1, 2, 3])
+
+
+def test_a_record_whose_next_portion_does_not_come_is_given_up() -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.answer(0, portion([1], 3))
+    later_s = time.monotonic() + RECORD_TIMEOUT_S
+    desk.queries.give_up_overdue(later_s, None)
+    desk.resumption.drop_orphans(later_s)
+    assert desk.heard(A)[-1] == "not_ready"
+    assert len(desk.table) == 0
+    desk.resume(A)
+    desk.answer(1, portion([2, 3], 3))  # the late one; it belongs to nobody
+    desk.answer(2, portion([1, 2, 3], 3))
+    desk.resumption.drop_orphans(later_s + GRACE_S)
+    assert [choice.held_ids for request in desk.table for choice in request.choices] == [[1, 2, 3]]
+    assert desk.cancelled == []
