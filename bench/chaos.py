@@ -88,6 +88,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             yield from rows_of_server(options, wish, [fault], expected)
     if options.parent_kills:
         yield kill_parents(wish, options.parent_kills)
+    if options.parent_kills > 1:
         yield kill_loading_parents(wish, max(1, options.parent_kills // 5))
     if options.sigterms and not options.one_server:
         yield terminate(wish, options.sigterms)

@@ -3,9 +3,17 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import msgpack
 import pytest
+import zmq
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+from chaos_bad_inputs import FIELDS, FRAMES, Peer
+from chaos_table import Row
 
 from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.model_store import resolve_model
@@ -45,5 +53,35 @@ def test_no_fault_loses_repeats_or_changes_a_token_or_leaves_anything_behind(dem
         assert row["injections"] >= count, row
         assert (row["lost"], row["repeated"], row["different"], row["problems"]) == (0, 0, 0, []), row
         assert row["finished"] > 0 or fault == "SIGKILL of the parent", "nothing was compared"
-    assert list(rows) == ["SIGKILL of the parent, load"]
-    assert rows.popitem()[1]["problems"] == []
+    assert not rows, "a row that nobody asked for"
+
+
+def accept_everything(socket: "zmq.Socket[bytes]", over: threading.Event) -> None:
+    """Be a server that refuses nothing."""
+    while not over.is_set():
+        if socket.poll(20):
+            client, *frames = socket.recv_multipart()
+            try:
+                request = msgpack.unpackb(frames[-1])
+            except ValueError:
+                request = None
+            known = request.get("id", 0) if isinstance(request, dict) else 0
+            socket.send_multipart([client, b"mgpu1", msgpack.packb({"type": "accepted", "id": known})])
+
+
+def test_every_bad_input_that_is_not_refused_is_a_problem(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.bind(endpoint := f"ipc://{tmp_path}/front")
+    over = threading.Event()
+    server = threading.Thread(target=accept_everything, args=(router, over))
+    server.start()
+    row = Row("bad inputs")
+    try:
+        with Peer(endpoint) as peer:
+            peer.send_wave(row)
+    finally:
+        over.set()
+        server.join()
+        context.destroy(linger=0)
+    assert len(row.problems) == len(FIELDS) + len(FRAMES) + 2
