@@ -4,7 +4,8 @@ Every stream is compared, token for token, with a run of the same request that n
 short form of a few minutes; `--long` is what docs/reliability.md shows.
 
     python bench/chaos.py [--long] [--model demo] [--workers 3] [--streams 16] [--save FOLDER] [--kills 8] [--stops 1]
-                          [--gateway-kills 5] [--parent-kills 2] [--sigterms 1] [--gone-clients 40] [--soak-minutes 1]
+                          [--gateway-kills 5] [--parent-kills 2] [--sigterms 1] [--gone-clients 40] [--bad-inputs 1000]
+                          [--soak-minutes 1] [--one-server]
 """
 
 import argparse
@@ -15,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import machine
-from chaos_ends import check_no_blocks, kill_loading_parents, kill_parents, leave, terminate
+from chaos_bad_inputs import send_bad_inputs
+from chaos_ends import check_no_blocks, kill_loading_parents, kill_parents, leave, terminate, terminate_server
 from chaos_kills import (
     kill_decoding_workers,
     kill_gateways,
@@ -29,11 +31,28 @@ from chaos_server import Server, Wish
 from chaos_soak import soak
 from chaos_table import Report, Row
 
-SHORT = {"kills": 8, "stops": 1, "gateway_kills": 5, "parent_kills": 2, "sigterms": 1, "gone_clients": 40}
-LONG = {"kills": 200, "stops": 10, "gateway_kills": 50, "parent_kills": 50, "sigterms": 10, "gone_clients": 1000}
+SHORT = {
+    "kills": 8,
+    "stops": 1,
+    "gateway_kills": 5,
+    "parent_kills": 2,
+    "sigterms": 1,
+    "gone_clients": 40,
+    "bad_inputs": 1000,
+}
+LONG = {
+    "kills": 200,
+    "stops": 10,
+    "gateway_kills": 50,
+    "parent_kills": 50,
+    "sigterms": 10,
+    "gone_clients": 1000,
+    "bad_inputs": 20_000,
+}
 SOAK_MINUTES = {False: 1.0, True: 30.0}
 
 Fault = Callable[[Server, Streams], Row]
+Answers = dict[Job, tuple[int, ...]]
 
 
 def faults(options: argparse.Namespace) -> Iterator[Fault]:
@@ -46,31 +65,49 @@ def faults(options: argparse.Namespace) -> Iterator[Fault]:
         yield partial(kill_gateways, count=options.gateway_kills)
     if options.gone_clients:
         yield partial(leave, count=options.gone_clients)
-    if each := options.kills // 4:
+    if options.bad_inputs:
+        yield partial(send_bad_inputs, count=options.bad_inputs)
+    each, rest = divmod(options.kills, 4)
+    if each:
         yield partial(kill_idle_workers, count=each)
         yield partial(kill_workers_in_prompts, count=each)
-        yield partial(kill_decoding_workers, count=each)
+    if each + rest:
+        yield partial(kill_decoding_workers, count=each + rest)
+    if each:
         yield partial(kill_loading_workers, count=each)
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """Run everything that was asked for, one fault after another."""
     wish = Wish(options.model, options.workers, options.hang_timeout)
-    if wanted := list(faults(options)):
-        expected: dict[Job, tuple[int, ...]] | None = None
-        for fault in wanted:
-            with Server(wish) as server:
-                if expected is None:
-                    expected = undisturbed(server.endpoint, make_jobs(options.streams + 8, options.answer_tokens))
-                yield under_load(server, expected, options.streams, fault)
+    if options.one_server:
+        yield from rows_of_server(options, wish, list(faults(options)), {}, end=bool(options.sigterms))
+    else:
+        expected: Answers = {}
+        for fault in faults(options):
+            yield from rows_of_server(options, wish, [fault], expected)
     if options.parent_kills:
         yield kill_parents(wish, options.parent_kills)
+    if options.parent_kills > 1:
         yield kill_loading_parents(wish, max(1, options.parent_kills // 5))
-    if options.sigterms:
+    if options.sigterms and not options.one_server:
         yield terminate(wish, options.sigterms)
 
 
-def under_load(server: Server, expected: dict[Job, tuple[int, ...]], count: int, fault: Fault) -> Row:
+def rows_of_server(
+    options: argparse.Namespace, wish: Wish, wanted: list[Fault], expected: Answers, end: bool = False
+) -> Iterator[Row]:
+    """Do all that is ``wanted`` to one server. ``expected`` is filled by the first one, which is undisturbed then."""
+    with Server(wish) as server:
+        if not expected:
+            expected |= undisturbed(server.endpoint, make_jobs(options.streams + 8, options.answer_tokens))
+        for fault in wanted:
+            yield under_load(server, expected, options.streams, fault)
+        if end:
+            yield terminate_server(server)
+
+
+def under_load(server: Server, expected: Answers, count: int, fault: Fault) -> Row:
     """Do it under streams, then look for what it left behind in the server that went on."""
     parent = server.parent
     descriptors = parent.num_fds()
@@ -92,6 +129,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--long", action="store_true", help="the counts of the table in docs/reliability.md")
     parser.add_argument("--only", action="store_true", help="leave out every fault that is not named by an option")
+    parser.add_argument(
+        "--one-server", action="store_true", help="one for all that it survives, and for one SIGTERM at its end"
+    )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--streams", type=int, default=16)

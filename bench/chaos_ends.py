@@ -18,6 +18,7 @@ BLOCKS_BACK_S = 5.0
 """What a wave of clients that vanish is given until none of their requests is on the workers or in line."""
 WAVE = 20
 ANSWER = 30
+TERMINATE = "SIGTERM with 64 streams"
 
 
 def kill_parents(wish: Wish, count: int) -> Row:
@@ -64,32 +65,45 @@ def kill_parent(server: Server, row: Row, shared_before: tuple[str, ...]) -> Non
 
 
 def terminate(wish: Wish, count: int) -> Row:
-    """SIGTERM with 64 streams: all of them finish as in the first run, and the exit status is the signal's."""
-    row = Row("SIGTERM with 64 streams")
+    """Stop ``count`` servers in the midst of 64 streams."""
+    row = Row(TERMINATE)
     usual: dict[int, tuple[int, ...]] = {}
     for _ in range(count):
-        with ExitStack() as stack:
-            server = stack.enter_context(Server(wish))
-            clients = [stack.enter_context(Client(server.endpoint, silence_timeout_s=120.0)) for _ in range(4)]
-            streams = [
-                clients[number % 4].stream([number + 3], max_tokens=ANSWER, ignore_eos=True) for number in range(64)
-            ]
-            for stream in streams[-4:]:
-                next(stream)
-            began_s = time.monotonic()
-            server.process.process.send_signal(signal.SIGTERM)
-            for number, stream in enumerate(streams):
-                ids = stream.completion().token_ids
-                row.finished += 1
-                row.tokens += len(ids)
-                row.lost += max(0, ANSWER - len(ids))
-                row.repeated += max(0, len(ids) - ANSWER)
-                row.different += usual.setdefault(number, ids) != ids
-            status = server.process.process.wait(STANDSTILL_S)
-            if status not in (0, -signal.SIGTERM):
-                row.problems.append(f"exit status {status}")
-            row.injected(time.monotonic() - began_s)
+        with Server(wish) as server:
+            _terminate(server, row, usual)
     return row
+
+
+def terminate_server(server: Server) -> Row:
+    """Stop this one."""
+    row = Row(TERMINATE)
+    _terminate(server, row, {})
+    return row
+
+
+def _terminate(server: Server, row: Row, usual: dict[int, tuple[int, ...]]) -> None:
+    """SIGTERM with 64 streams: all of them finish as in the first run, and the exit status is the signal's.
+
+    ``usual`` has the answers of the first run, or gets them.
+    """
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Client(server.endpoint, silence_timeout_s=120.0)) for _ in range(4)]
+        streams = [clients[number % 4].stream([number + 3], max_tokens=ANSWER, ignore_eos=True) for number in range(64)]
+        for stream in streams[-4:]:
+            next(stream)
+        began_s = time.monotonic()
+        server.process.process.send_signal(signal.SIGTERM)
+        for number, stream in enumerate(streams):
+            ids = stream.completion().token_ids
+            row.finished += 1
+            row.tokens += len(ids)
+            row.lost += max(0, ANSWER - len(ids))
+            row.repeated += max(0, len(ids) - ANSWER)
+            row.different += usual.setdefault(number, ids) != ids
+        status = server.process.process.wait(STANDSTILL_S)
+        if status not in (0, -signal.SIGTERM):
+            row.problems.append(f"exit status {status}")
+        row.injected(time.monotonic() - began_s)
 
 
 def leave(server: Server, streams: Streams, count: int) -> Row:

@@ -67,7 +67,7 @@ def kill_loading_workers(server: Server, streams: Streams, count: int) -> Row:
     row = Row("SIGKILL of a worker, decode, and one more, load")
     rng = random.Random(9)
     with Client(server.endpoint, silence_timeout_s=SILENCE_S) as client:
-        for rank in range(count // 2):
+        for rank in range((count + 1) // 2):
             restarts = client.health().restarts
             streams.wait_for_pieces(40)
             workers = server.workers()

@@ -1,0 +1,87 @@
+"""The fault tests of `make chaos` in their shortest form: every kind of process dies once under real streams."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import msgpack
+import pytest
+import zmq
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+from chaos_bad_inputs import FIELDS, FRAMES, Peer
+from chaos_table import Row
+
+from mgpu.orchestrator.errors import ModelError
+from mgpu.orchestrator.model_store import resolve_model
+
+CHAOS = Path(__file__).parents[2] / "bench" / "chaos.py"
+FAULTS = {
+    "--gateway-kills": (1, "SIGKILL of the gateway"),
+    "--gone-clients": (10, "client gone mid-prefill, mid-decode"),
+    "--bad-inputs": (100, "bad fields, frames and bytes"),
+    "--kills": (1, "SIGKILL of a worker, decode"),
+    "--parent-kills": (1, "SIGKILL of the parent"),
+    "--sigterms": (1, "SIGTERM with 64 streams"),
+}
+"""What is done how often, and the row that tells of it."""
+DEADLINE_S = 300.0
+"""A minute on two cores that other programs use too."""
+
+
+@pytest.fixture
+def demo_model() -> str:
+    try:
+        return resolve_model("demo").path
+    except ModelError as error:
+        pytest.skip(f"the demo model cannot be obtained: {error}")
+
+
+@pytest.mark.timeout(DEADLINE_S + 30)
+def test_no_fault_loses_repeats_or_changes_a_token_or_leaves_anything_behind(demo_model: str, tmp_path: Path) -> None:
+    options = [word for name, (count, _) in FAULTS.items() for word in (name, str(count))]
+    shape = ["--model", demo_model, "--streams", "4", "--answer-tokens", "12", "--one-server", "--only"]
+    command = [sys.executable, str(CHAOS), *shape, *options, "--save", str(tmp_path)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=DEADLINE_S)
+    assert ran.returncode == 0, ran.stdout
+    rows = {row["fault"]: row for row in json.loads((tmp_path / "chaos.json").read_text())["rows"]}
+    for count, fault in FAULTS.values():
+        row = rows.pop(fault)
+        assert row["injections"] >= count, row
+        assert (row["lost"], row["repeated"], row["different"], row["problems"]) == (0, 0, 0, []), row
+        assert row["finished"] > 0 or fault == "SIGKILL of the parent", "nothing was compared"
+    assert not rows, "a row that nobody asked for"
+
+
+def accept_everything(socket: "zmq.Socket[bytes]", over: threading.Event) -> None:
+    """Be a server that refuses nothing."""
+    while not over.is_set():
+        if socket.poll(20):
+            client, *frames = socket.recv_multipart()
+            try:
+                request = msgpack.unpackb(frames[-1])
+            except ValueError:
+                request = None
+            known = request.get("id", 0) if isinstance(request, dict) else 0
+            socket.send_multipart([client, b"mgpu1", msgpack.packb({"type": "accepted", "id": known})])
+
+
+def test_every_bad_input_that_is_not_refused_is_a_problem(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.bind(endpoint := f"ipc://{tmp_path}/front")
+    over = threading.Event()
+    server = threading.Thread(target=accept_everything, args=(router, over))
+    server.start()
+    row = Row("bad inputs")
+    try:
+        with Peer(endpoint) as peer:
+            peer.send_wave(row)
+    finally:
+        over.set()
+        server.join()
+        context.destroy(linger=0)
+    assert len(row.problems) == len(FIELDS) + len(FRAMES) + 2
