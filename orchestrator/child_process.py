@@ -80,6 +80,8 @@ class ChildProcess:
 
     def send_signal(self, number: int) -> None:
         """Send it a signal; one that has ended gets none."""
+        if self._process.returncode is not None:  # reaped: its pidfd may be a descriptor of something else by now
+            return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
@@ -94,6 +96,8 @@ class ChildProcess:
 
         Says whether it ended.
         """
+        if self._process.returncode is not None:
+            return True
         poller = select.poll()
         poller.register(self.pidfd, select.POLLIN)
         if interrupt_fd >= 0:

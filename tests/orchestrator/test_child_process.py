@@ -86,6 +86,18 @@ def test_reaping_kills_grandchildren_of_the_same_session(children: list[ChildPro
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_a_reaped_child_is_not_looked_for_behind_a_descriptor_that_is_another_ones_now(
+    children: list[ChildProcess],
+) -> None:
+    first = start(children, "0")
+    first.reap()
+    second = start(children, "sys.stdin.read()")
+    first.pidfd = second.pidfd  # the system gives free numbers again
+    assert first.wait(time.monotonic())
+    first.send_signal(signal.SIGKILL)
+    assert not second.wait(time.monotonic() + 0.1)
+
+
 def test_a_spec_that_could_block_the_parent_is_refused() -> None:
     with pytest.raises(ValueError, match="bytes, at most"):
         ChildProcess("test", ["true"], b"x" * 2_000_000, os.environ)
