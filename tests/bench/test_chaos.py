@@ -1,4 +1,4 @@
-"""The fault tests of `make chaos` in their shortest form: every kind of process dies once under real streams."""
+"""The fault tests of `make chaos` in their shortest form: a worker and the gateway die under real streams."""
 
 import json
 import subprocess
@@ -24,10 +24,8 @@ FAULTS = {
     "--gone-clients": (10, "client gone mid-prefill, mid-decode"),
     "--bad-inputs": (100, "bad fields, frames and bytes"),
     "--kills": (1, "SIGKILL of a worker, decode"),
-    "--parent-kills": (1, "SIGKILL of the parent"),
-    "--sigterms": (1, "SIGTERM with 64 streams"),
 }
-"""What is done how often, and the row that tells of it."""
+"""What is done how often, and the row that tells of it. How a server ends is in e2e/test_lifecycle.py."""
 DEADLINE_S = 300.0
 """A minute on two cores that other programs use too."""
 
@@ -52,7 +50,7 @@ def test_no_fault_loses_repeats_or_changes_a_token_or_leaves_anything_behind(dem
         row = rows.pop(fault)
         assert row["injections"] >= count, row
         assert (row["lost"], row["repeated"], row["different"], row["problems"]) == (0, 0, 0, []), row
-        assert row["finished"] > 0 or fault == "SIGKILL of the parent", "nothing was compared"
+        assert row["finished"] > 0, "nothing was compared"
     assert not rows, "a row that nobody asked for"
 
 

@@ -30,7 +30,8 @@ def test_answers_go_on_after_a_worker_and_then_the_gateway_is_killed(smollm2: st
         ServerProcess("-m", smollm2, "--device", "cpu", "--workers", "3", "--max-seq-len", "512") as server,
         Client(server.wait_ready(), silence_timeout_s=LIMIT_S) as client,
     ):
-        undisturbed = [client.generate(prompt, **each) for prompt, each in zip(prompts, options, strict=True)]
+        streams = [client.stream(prompt, **each) for prompt, each in zip(prompts, options, strict=True)]
+        undisturbed = [stream.completion() for stream in streams]
         for module in ("mgpu.worker", "mgpu.orchestrator.gateway"):
             streams = [client.stream(prompt, **each) for prompt, each in zip(prompts, options, strict=True)]
             firsts = [next(stream) for stream in streams]
