@@ -40,6 +40,8 @@ MESSAGES_PER_STEP = 256
 LOOK_INTERVAL_S = 0.01
 """How often signals and processes are looked at while results keep coming without a wait."""
 PARK_S = 1.0
+STANDSTILL_S = PARK_S + 1.0
+"""A longer time between two looks is none that the workers can be blamed for."""
 """Longest sleep; every deadline is checked at least this often."""
 
 
@@ -85,7 +87,7 @@ class Engine:
         self._drain_deadline_s: float | None = None
         self._published: deque[tuple[float, int]] = deque()
         """When each step in flight went out, and its tokens."""
-        self._last_result_s = self._last_look_s = time.monotonic()
+        self._last_result_s = self._last_look_s = self._woke_s = time.monotonic()
         self._watch()
 
     def expect_steps(self, num_tokens: int, seconds: float) -> None:
@@ -236,7 +238,9 @@ class Engine:
     def _look_around(self, timeout_s: float) -> None:
         """Sleep until something happens, and see to all that is neither a result nor a gateway message."""
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
-        self._last_look_s = time.monotonic()
+        if (now_s := time.monotonic()) - self._last_look_s > STANDSTILL_S:
+            self._woke_s = now_s  # this process was stopped, and results may not have reached it yet
+        self._last_look_s = now_s
         if self._signals.fd in ready:
             self._signals.clear()
         if self._signals.take_reload():
@@ -272,7 +276,7 @@ class Engine:
         """Give how long the workers have been at the oldest step, 0 if they have none."""
         if not self._published:
             return 0.0
-        return time.monotonic() - max(self._last_result_s, self._published[0][0])
+        return time.monotonic() - max(self._last_result_s, self._published[0][0], self._woke_s)
 
     def _check_progress(self) -> None:
         if not self._published:

@@ -34,10 +34,10 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR1)  # the parent asks where a gateway that hangs is before it kills it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
     parent_fds = [sys.stdin.fileno(), os.pidfd_open(os.getppid())]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the gateway can stop in good order
-    end_with_parent(signal.SIGTERM)  # in case something else keeps its end of our standard input open
     _allow_many_connections()
     be_first_to_go()
+    # Nothing may end this process from here on without a clean-up; a parent that is gone by now is seen in `run`.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     spec = _read_spec(sys.stdin.fileno())
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link = context.socket(zmq.DEALER)
@@ -46,6 +46,8 @@ def main() -> int:
     link.setsockopt(zmq.RCVHWM, 0)
     link.connect(spec.link)
     try:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the gateway can stop in good order
+        end_with_parent(signal.SIGTERM)  # in case something else keeps its end of our standard input open
         _serve(spec, context, link, parent_fds)
     except (BindError, TokenizerError) as error:  # the user can mend it; where it was noticed would only distract
         link.send(LINK.encode(GatewayFailure(str(error), "")))

@@ -168,7 +168,10 @@ class Queries:
                 timeout_s = RECORD_TIMEOUT_S if isinstance(message, ResumeRequest) else ENGINE_TIMEOUT_S
                 text = f"the engine did not answer within {timeout_s:g} s"
                 self._send(client, Failed(message.id, "not_ready", text, RETRY_AFTER_S))
-            if isinstance(message, ResumeRequest) and was_sent:
+            if isinstance(message, ResumeRequest):
+                if not was_sent:  # the engine may run it for nobody; only its names are wanted, no tokens
+                    nothing = [-1] * len(message.offsets)
+                    self._send_engine(Resume(number, message.session, message.id, nothing, nothing))
                 self._late[number] = message
         while len(self._late) > MAX_QUESTIONS:
             del self._late[next(iter(self._late))]

@@ -12,6 +12,8 @@ from mgpu.protocol.messages import Finished, Generate, Tokens
 
 MAX_HELD_TOKENS = 512
 """A request that is not streamed still sends this often, which bounds the size of a message."""
+MAX_HELD_LOGPROBS = 32
+"""And this often with log-probabilities, which bounds the gateway's memory: with 20 candidates a token takes 5 KB."""
 
 
 @dataclass(slots=True)
@@ -123,6 +125,8 @@ class Request:
     def wants_message(self, choice: ChoiceState) -> bool:
         """Tell whether what ``choice`` holds should be sent now."""
         if choice.finish_reason is not None or len(choice.held_ids) >= MAX_HELD_TOKENS:
+            return True
+        if len(choice.held_logprobs) >= MAX_HELD_LOGPROBS:
             return True
         return self.spec.stream and bool(choice.held_ids or choice.held_text)
 

@@ -191,6 +191,7 @@ class Resumption:
             return None
         if catch_up is None:
             catch_up = self._begin(client, message, record)
+        catch_up.request.cached_tokens = record.sequences[0].cached_tokens
         for replay, sequence in zip(catch_up.replays, record.sequences, strict=True):
             if not replay.is_over:
                 self._absorb(catch_up.request, replay, sequence)
@@ -205,7 +206,6 @@ class Resumption:
     def _begin(self, client: bytes, message: ResumeRequest, record: Answer) -> CatchUp:
         """Take a request in at its first portion, and tell its client."""
         request, accepted = restored_request(client, message, record.context, time.monotonic())
-        request.cached_tokens = record.sequences[0].cached_tokens
         choices = [
             self._make_choice(request.spec, index, each.request_id, each.stop_token_ids)
             for index, each in enumerate(record.sequences)

@@ -4,6 +4,7 @@ import random
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,6 +150,21 @@ def test_a_stopped_worker_is_replaced_within_the_hang_deadline(folder: Path) -> 
         server.workers()[0].send_signal(signal.SIGSTOP)
         load.check()
         assert server.counters()["restarts"] == 1
+
+
+def test_workers_are_not_blamed_for_a_time_in_which_the_whole_server_was_stopped(folder: Path) -> None:
+    with running_server(folder, {"step_s": 0.05}, ranks_per_stage=2, hang_timeout_s=2.0) as server:
+        server.wait_ready()
+        load = Load(server)
+        ids = load.submit(4, least_tokens=40)
+        server.wait_for(lambda: len(server.tokens.get(ids[0], [])) > 5)
+        for process in (psutil.Process(server.process.pid), *server.workers()):
+            process.suspend()
+        threading.Event().wait(2.5)  # nobody says anything meanwhile
+        for process in (*server.workers(), psutil.Process(server.process.pid)):
+            process.resume()
+        load.check()
+        assert server.counters()["restarts"] == 0
 
 
 def test_what_comes_while_the_workers_load_again_waits_for_them(folder: Path) -> None:

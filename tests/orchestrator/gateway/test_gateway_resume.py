@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -274,7 +275,7 @@ def test_the_engine_is_asked_for_so_many_records_at_a_time(monkeypatch: pytest.M
     assert [question.session for question in desk.questions] == ["a", "b", "c"]
     desk.queries.give_up_overdue(time.monotonic() + RECORD_TIMEOUT_S, None)
     assert len(desk.queries) == 0
-    assert len(desk.questions) == 3  # what is given up is not asked for any more
+    assert [question.known for question in desk.questions[3:]] == [[-1]]  # its names only, to end it if nobody comes
     desk.resume(B, "d", offsets=(1,))
     assert desk.questions[-1].offsets == [1]
 
@@ -354,3 +355,33 @@ def test_a_record_whose_next_portion_does_not_come_is_given_up() -> None:
     desk.resumption.drop_orphans(later_s + GRACE_S)
     assert [choice.held_ids for request in desk.table for choice in request.choices] == [[1, 2, 3]]
     assert desk.cancelled == []
+
+
+def test_what_is_given_up_before_the_engine_was_asked_does_not_run_on_for_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk()
+    desk.resume(A)
+    desk.answer(0, record(7))
+    monkeypatch.setattr(queries, "MAX_RECORDS_AT_ONCE", 1)
+    desk.resume(b"other", session="another")  # the only place
+    desk.resume(B)
+    now = time.monotonic() + RECORD_TIMEOUT_S + 1
+    desk.queries.give_up_overdue(now, None)
+    assert desk.heard(B) == ["not_ready"]
+    asked = desk.questions[-1]
+    assert (asked.session, asked.known) == ("s", [-1])
+    desk.answer(-1, record(7, ()))
+    desk.resumption.drop_orphans(now + 2 * GRACE_S + RECORD_TIMEOUT_S)
+    assert desk.cancelled == [7]
+
+
+def test_cached_tokens_of_a_choice_that_begins_between_two_portions_count() -> None:
+    desk = Desk()
+    desk.resume(A, offsets=(0, 0))
+    desk.answer(0, record(1, ()), replace(record(2, (5, 6)), num_tokens=4))
+    desk.answer(
+        1, replace(record(1, (9,), "length"), cached_tokens=64), replace(record(2, (7, 8), "length"), num_tokens=4)
+    )
+    finished = [message for _, message in desk.sent if isinstance(message, messages.Finished)]
+    assert [message.cached_tokens for message in finished] == [64]
