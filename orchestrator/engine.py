@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import zmq
 
+from mgpu.orchestrator.errors import with_traceback
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
 from mgpu.orchestrator.hang import StepDeadline
 from mgpu.orchestrator.journal import Journal
@@ -40,9 +41,9 @@ MESSAGES_PER_STEP = 256
 LOOK_INTERVAL_S = 0.01
 """How often signals and processes are looked at while results keep coming without a wait."""
 PARK_S = 1.0
+"""Longest sleep; every deadline is checked at least this often."""
 STANDSTILL_S = PARK_S + 1.0
 """A longer time between two looks is none that the workers can be blamed for."""
-"""Longest sleep; every deadline is checked at least this often."""
 
 
 class Engine:
@@ -313,7 +314,7 @@ class Engine:
 
     def _replace_gateway(self, cause: GatewayLost) -> None:
         """Start another gateway on the same endpoint; requests whose clients can resume them go on meanwhile."""
-        log.error("%s", "\n".join(filter(None, (str(cause), cause.traceback))))
+        log.error("%s", with_traceback(cause))
         self._gateway_restarts.note(cause, is_free=cause.by_clients)
         for message in self._gateway.restart(replace(self._info, state=self._state)):
             self._on_message(message)

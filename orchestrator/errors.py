@@ -26,3 +26,8 @@ class PlacementError(UserError):
 
 class ModelError(UserError):
     """The model cannot be found, obtained or read."""
+
+
+def with_traceback(cause: Exception) -> str:
+    """Say what failed, followed by the traceback of another process where ``cause`` carries one."""
+    return "\n".join(filter(None, (str(cause), getattr(cause, "traceback", ""))))

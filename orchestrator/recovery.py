@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from mgpu.orchestrator.errors import with_traceback
 from mgpu.orchestrator.standby import Standby
 from mgpu.orchestrator.supervisor import WorkerGroup
 
@@ -82,7 +83,7 @@ class WorkerRecovery:
         if self.is_ready:
             self._began_s = time.monotonic()
         self.is_ready = self._allocated = False
-        log.error("%s", "\n".join(filter(None, (str(cause), getattr(cause, "traceback", "")))))
+        log.error("%s", with_traceback(cause))
         self.limit.note(cause)
         self.group.kill()
         self.group = self._standby.start_group(self.group.epoch + 1)

@@ -22,6 +22,7 @@ from mgpu.protocol.runtime import (
     RunningServer,
     base_dirs,
     is_locked,
+    names_open_file,
     server_dirs,
     write_server,
 )
@@ -106,12 +107,9 @@ class RuntimeDir:
     def _is_removed(self) -> bool:
         """Whether the lock file is gone, or is that of another server; without it nobody may use the folder."""
         try:
-            found = os.stat(self.path / LOCK_NAME)
-        except (FileNotFoundError, NotADirectoryError):
-            return True
+            return not names_open_file(self.path / LOCK_NAME, self._lock_fd)
         except OSError:  # for whatever reason it cannot be seen just now
             return False
-        return not os.path.samestat(found, os.fstat(self._lock_fd))
 
     def close(self) -> None:
         """Remove the folder and all in it; a second call does nothing."""

@@ -12,7 +12,7 @@ import zmq
 from mgpu import __version__
 from mgpu.orchestrator.admission import Limits
 from mgpu.orchestrator.engine import Engine
-from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.errors import UserError, with_traceback
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
 from mgpu.orchestrator.notify import Notifier
 from mgpu.orchestrator.recovery import RestartLimit, TooManyRestarts, WorkerRecovery
@@ -94,7 +94,7 @@ class Server:
                 failure = str(cause)
                 if not is_open and isinstance(cause, WorkerLost) and cause.is_mistake:
                     status = UserError.exit_code
-                log.error("%s", "\n".join(filter(None, (failure, getattr(cause, "traceback", "")))))
+                log.error("%s", with_traceback(cause))
             except UserError as error:
                 failure = str(error)
                 if not is_open:

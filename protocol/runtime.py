@@ -89,6 +89,14 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
+def names_open_file(path: str | Path, fd: int) -> bool:
+    """Tell whether ``path`` still names the open file. OSError when that cannot be seen."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def write_server(folder: Path, server: RunningServer) -> None:
     """Announce a ready server; readers never see half a file."""
     partial = folder / f".{INFO_NAME}"

@@ -10,7 +10,7 @@ from typing import Any
 import zmq
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.runtime import IPC_PATH_MAX
+from mgpu.protocol.runtime import IPC_PATH_MAX, names_open_file
 
 MAX_PORT = 65535
 _LOCK_TRIES = 100
@@ -94,18 +94,10 @@ def _lock_ipc(path: str) -> int:
         except BlockingIOError:
             os.close(lock)
             raise BindError(f"another server is listening on ipc://{path}; choose another --bind") from None
-        if _is_file(lock, path + ".lock"):
+        if names_open_file(path + ".lock", lock):
             return lock
         os.close(lock)  # its owner has just removed it (see `release`): a file without a name keeps nobody away
     raise BindError(f"cannot bind ipc://{path}: {path}.lock was removed {_LOCK_TRIES} times; choose another --bind")
-
-
-def _is_file(fd: int, path: str) -> bool:
-    """Tell whether ``path`` still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
 
 
 def _check_tcp(endpoint: str, has_keys: bool) -> None:

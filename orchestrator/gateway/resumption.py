@@ -113,11 +113,6 @@ class Resumption:
         self._catching_up: dict[Name, CatchUp] = {}
         """Requests of which the next portion has been asked for."""
 
-    @property
-    def has_orphans(self) -> bool:
-        """Whether `drop_orphans` has to be called again."""
-        return bool(self._orphans)
-
     def resume(self, client: bytes, owner: str, message: ResumeRequest) -> None:
         """Detach the request from the connection it was on, and ask for the engine's record of it if that is needed.
 

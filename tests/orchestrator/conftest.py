@@ -1,6 +1,19 @@
-"""Let the tests of this folder import the helpers that lie beside them."""
+"""What the tests of this folder share: the helpers that lie beside them, and a folder for a server."""
 
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path: unix sockets have at most 107 bytes."""
+    path = Path(tempfile.mkdtemp(prefix="mgpu"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)  # the orphans of a killed server remove their files at the same time

@@ -1,14 +1,10 @@
 """Somebody fills the gateway's memory again and again: it is replaced each time, and the server goes on."""
 
 import contextlib
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from fake_model import solo_tokens
 from server_process import DEADLINE_S, ServerProcess, running_server
 from test_gateway_recovery import REAL_GATEWAY, endpoint_of
@@ -17,14 +13,6 @@ from zmtp_flood import MiB, flood
 from mgpu import Client
 
 NUM_FLOODS = 3
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A short path: unix sockets have at most 107 bytes."""
-    path = Path(tempfile.mkdtemp(prefix="mgpu"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)  # the orphans of a killed server remove their files at the same time
 
 
 def flood_until(endpoint: str, server: ServerProcess, times: int) -> None:

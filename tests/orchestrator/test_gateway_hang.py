@@ -1,10 +1,7 @@
 """The gateway lives but does nothing: it is replaced as if it had died, and clients get the rest of their answers."""
 
-import shutil
-import tempfile
 import threading
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,14 +14,6 @@ from mgpu.protocol.link import Resume
 
 MANY = 1000
 """Restarts: on a loaded machine the short deadlines of these tests may be missed once more than meant."""
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A short path: unix sockets have at most 107 bytes."""
-    path = Path(tempfile.mkdtemp(prefix="mgpu"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)  # the orphans of a killed server remove their files at the same time
 
 
 def stop_the_gateway(server: ServerProcess) -> None:

@@ -1,14 +1,11 @@
 """The gateway dies under a running server: the engine goes on, and clients get the rest of their answers, once."""
 
 import random
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -23,14 +20,6 @@ from mgpu.protocol.runtime import running_servers
 
 REAL_GATEWAY = (sys.executable, "-m", "mgpu.orchestrator.gateway")
 SESSION = "0123456789abcdef"
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A short path: unix sockets have at most 107 bytes."""
-    path = Path(tempfile.mkdtemp(prefix="mgpu"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)  # the orphans of a killed server remove their files at the same time
 
 
 def resumable(request_id: int, prompt: list[int], max_tokens: int) -> Resumable:

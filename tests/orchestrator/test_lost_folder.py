@@ -5,8 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,6 @@ from server_process import ServerProcess, running_server
 MOUNT = 'mount -t tmpfs -o size=1m,nr_inodes=100,mode=0700 none "$MGPU_RUNTIME_DIR" && exec "$@"'
 """Its own file system for the server alone, which ends with it."""
 OWN_MOUNT = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", MOUNT, "sh")
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A short path: unix sockets have at most 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="mgpu", ignore_cleanup_errors=True) as path:
-        yield Path(path)
 
 
 def kill_worker(server: ServerProcess) -> None:

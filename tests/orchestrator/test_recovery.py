@@ -1,11 +1,8 @@
 """Workers die, hang and lie under a running server: every request goes on where it was, exactly once."""
 
 import random
-import shutil
 import signal
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -23,14 +20,6 @@ FAILURES = {
     "sigkill": "worker 1 failed in phase steps: the process was killed by signal 9 (SIGKILL)",
     "hang": "the workers hang: no result of a step",
 }
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A short path: unix sockets have at most 107 bytes."""
-    path = Path(tempfile.mkdtemp(prefix="mgpu"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)  # the orphans of a killed server remove their files at the same time
 
 
 class Load:
@@ -56,6 +45,16 @@ class Load:
         self._server.wait_for(lambda: self.expected.keys() <= self._server.finish.keys())
         assert {i: self._server.tokens[i] for i in self.expected} == self.expected
         assert {self._server.finish[i] for i in self.expected} <= {"length"}
+
+
+def kill_a_worker_under(server: ServerProcess) -> Load:
+    """Let requests run, and kill a worker when the first of them has a token."""
+    server.wait_ready()
+    load = Load(server)
+    ids = load.submit(4, least_tokens=20)
+    server.wait_for(lambda: bool(server.tokens.get(ids[0])))
+    server.workers()[0].kill()
+    return load
 
 
 def states(server: ServerProcess) -> list[str]:
@@ -185,24 +184,14 @@ def test_what_comes_while_the_workers_load_again_waits_for_them(folder: Path) ->
 def test_a_death_while_loading_again_is_one_more_restart(folder: Path) -> None:
     options = {"fail": "sigkill", "fail_rank": 1, "fail_phase": "weights", "fail_epochs": [1, 2], "step_s": 0.002}
     with running_server(folder, options, ranks_per_stage=2) as server:
-        server.wait_ready()
-        load = Load(server)
-        ids = load.submit(4, least_tokens=20)
-        server.wait_for(lambda: bool(server.tokens.get(ids[0])))
-        server.workers()[0].kill()
-        load.check()
+        kill_a_worker_under(server).check()
         assert server.counters()["restarts"] == 3
 
 
 def test_workers_that_hang_while_loading_again_are_replaced(folder: Path) -> None:
     options = {"fail": "hang", "fail_phase": "weights", "fail_epochs": [1], "step_s": 0.002}
     with running_server(folder, options, start_timeout_s=3.0) as server:
-        server.wait_ready()
-        load = Load(server)
-        ids = load.submit(4, least_tokens=20)
-        server.wait_for(lambda: bool(server.tokens.get(ids[0])))
-        server.workers()[0].kill()
-        load.check()
+        kill_a_worker_under(server).check()
         assert server.counters()["restarts"] == 2
         assert "the new workers have said nothing for 3 s" in server.log
 

@@ -3,8 +3,6 @@
 import errno
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -123,13 +121,6 @@ def test_without_standby_groups_are_made_when_they_are_needed() -> None:
     assert not fakes.groups
     fakes.standby.start_group(1)
     assert fakes.groups[0].calls == ["start"]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A short path: unix sockets have at most 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="mgpu", ignore_cleanup_errors=True) as path:
-        yield Path(path)
 
 
 def parked(server: ServerProcess) -> set[int]:

@@ -208,7 +208,7 @@ def test_an_answer_that_comes_too_late_ends_the_request_unless_its_client_asks_a
     if asks_again:
         desk.resume(A)
     desk.resumption.drop_orphans(time.monotonic() + GRACE_S)
-    assert not desk.resumption.has_orphans
+    assert not desk.resumption._orphans
     assert desk.cancelled == cancelled
 
 
