@@ -37,13 +37,13 @@ def quantize(weight_NK: Tensor, form: WeightFormat) -> PackedWeight:
     rows = max(1, _CHUNK_ELEMENTS[weight_NK.device.type] // k)
     first = _quantize_rows(weight_NK[:rows], form)
     words = first.words.new_empty((n, first.words.shape[1]))
-    scales = first.scales.new_empty((first.scales.shape[0], n))
+    scales = first.scales.new_empty((n, first.scales.shape[1]))
 
     @torch.inference_mode()  # threads do not inherit it
     def fill(top: int) -> None:
         piece = _quantize_rows(weight_NK[top : top + rows], form)
         words[top : top + rows] = piece.words
-        scales[:, top : top + rows] = piece.scales
+        scales[top : top + rows] = piece.scales
 
     if weight_NK.device.type == "cpu":
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
