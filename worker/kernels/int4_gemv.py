@@ -16,7 +16,7 @@ from mgpu.worker.kernels.widen import split_scales, widen_to_floats
 
 @triton.jit
 def _load_words(w_ptrs, first, column, words_per_row, EVEN: tl.constexpr):
-    if EVEN:  # noqa: SIM108 - compile-time condition
+    if EVEN:
         words = tl.load(w_ptrs + first)
     else:
         words = tl.load(w_ptrs + first, mask=(first + column < words_per_row)[None, :], other=0)

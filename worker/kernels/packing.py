@@ -9,7 +9,7 @@ words hold neighbouring channels in the same part, so that a pair of words widen
   files quantized by others have them.
 """
 
-# N output channels, K input channels, B blocks, P parts of a word, H halves of an octet, W words, G groups of E channels
+# N outputs, K inputs, B blocks, P parts of a word, H halves of an octet, W or T words, G groups of E inputs
 
 from dataclasses import dataclass
 from typing import Literal
@@ -56,7 +56,8 @@ def pack_int4(q_NK: Tensor, scales_NG: Tensor, offsets_NG: Tensor, group: int) -
     if group not in (32, 64, 128):
         raise ValueError(f"int4 groups are 32, 64 or 128 input channels, not {group}")
     pairs_NG2 = torch.stack((scales_NG, offsets_NG), dim=2).to(torch.bfloat16)
-    return PackedWeight("int4", _nibble_words(q_NK + 8), pairs_NG2.view(torch.int32).squeeze(2), q_NK.shape[1], group)
+    scales_NG = pairs_NG2.view(torch.int32).squeeze(2)
+    return PackedWeight("int4", _nibble_words(q_NK + 8), scales_NG, q_NK.shape[1], group)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -75,7 +76,7 @@ def _dequantize_int4(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     q_NBPHW = torch.stack((octets_NBWP & 15, octets_NBWP >> 4), dim=3).permute(0, 1, 4, 3, 2)
     values_NGE = q_NBPHW.reshape(len(q_NBPHW), -1, weight.group).to(torch.float32).sub_(8)
     pairs_NG2 = weight.scales.view(torch.bfloat16).view(*weight.scales.shape, 2).float()
-    scales_NG1, offsets_NG1 = pairs_NG2.split(1, dim=2)
+    scales_NG1, offsets_NG1 = (half_NG.unsqueeze(2) for half_NG in pairs_NG2.unbind(2))
     values_NGE = values_NGE[:, : weight.scales.shape[1]].mul_(scales_NG1).add_(offsets_NG1)
     return values_NGE.reshape(len(values_NGE), -1)[:, : weight.k].to(dtype)
 

@@ -119,7 +119,7 @@ def _octet(words, PART: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def widen_octets(words, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Give the four parts of each word (KIND 0: int8, 1: e4m3) as a tuple, lowest bits first; scales are not applied."""
+    """Give the four parts of each word (KIND 0: int8, 1: e4m3), lowest bits first, without their scale."""
     if ASSEMBLY and tl.bfloat16 == DTYPE:
         parts = tl.inline_asm_elementwise(
             _E4M3_ASM if KIND == 1 else _INT8_ASM,
