@@ -109,7 +109,6 @@ KERNEL_MODULES = tuple(
         "activation",
         "decode_attention",
         "dequantize",
-        "few_row_gemv",
         "gemv",
         "norm",
         "prefill_attention",

@@ -20,12 +20,10 @@ from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.decode_attention import decode_attention
 from mgpu.worker.kernels.dequantize import dequantize_packed
-from mgpu.worker.kernels.few_row_gemv import few_row_gemv
-from mgpu.worker.kernels.gemv import gemv
 from mgpu.worker.kernels.norm import add_rms_norm
 from mgpu.worker.kernels.packing import PackedWeight, dequantize
 from mgpu.worker.kernels.prefill_attention import prefill_attention
-from mgpu.worker.kernels.products import quantized_matmul
+from mgpu.worker.kernels.products import gated_matmul, matmul, quantized_matmul
 from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.sample import sample
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
@@ -48,15 +46,19 @@ def random_pool(count: int) -> Tensor:
 
 def products() -> Iterator[Row]:
     pool = random_pool(6 * 10**8)
-    for (name, (n, k)), rows in itertools.product(SHAPES.items(), (1, 2, 4, 8)):
+    for name, (n, k) in SHAPES.items():
         weights = views(pool, n, k)
-        x = torch.randn(rows, k, device="cuda").to(BF16)
-        expected = x.float() @ weights[0].float().T
-        other = graph_us(rotate(weights, lambda w: F.linear(x, w)))
-        kernel = gemv if rows == 1 else few_row_gemv
-        error = relative_error(kernel(x, weights[0]), expected)
-        us = graph_us(rotate(weights, lambda w: kernel(x, w)))
-        yield Row(f"{kernel.__name__} {name} m{rows}", us, 2.0 * n * k, error=error, other_us=other)
+        for rows in (1, 2, 8):
+            x = torch.randn(rows, k, device="cuda").to(BF16)
+            other = graph_us(rotate(weights, lambda w: F.linear(x, w)))
+            error = relative_error(matmul(x, weights[0]), x.float() @ weights[0].float().T)
+            us = graph_us(rotate(weights, lambda w: matmul(x, w))) if rows == 1 else other
+            yield Row(f"matmul {name} m{rows}", us, 2.0 * n * k, error=error, other_us=other)
+        if name == "gate_up":
+            x = torch.randn(1, k, device="cuda").to(BF16)
+            us = graph_us(rotate(weights, lambda w: gated_matmul(x, w, "silu")))
+            other = graph_us(rotate(weights, lambda w: gated_activation(matmul(x, w), "silu")))
+            yield Row("gated matmul gate_up m1, and in two kernels", us, 2.0 * n * k, other_us=other)
 
 
 def quantized_products() -> Iterator[Row]:
@@ -170,7 +172,6 @@ def steps() -> Iterator[Row]:
         other = graph_us([lambda: chain.step(rows)], 9)
         us = graph_us([lambda: chain.step(rows, {})], 9) if rows == 1 else other
         yield Row(f"step r{rows}", us, chain.weight_bytes, other_us=other)
-    yield Row("step r1 folded", graph_us([lambda: chain.folded_step({})], 9), chain.weight_bytes)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ Arithmetic, not memory, is scarce here: at 4.3 TB/s one SM has 4.3 issue slots p
 import triton
 import triton.language as tl
 
+from mgpu.worker.kernels.gemv_rows import store_outputs, weight_rows
 from mgpu.worker.kernels.runtime import wait_for_inputs
 from mgpu.worker.kernels.widen import split_scales, widen_to_floats
 
@@ -34,6 +35,7 @@ def int4_gemv_kernel(
     K,
     words_per_row,
     GROUP: tl.constexpr,
+    GATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -43,8 +45,7 @@ def int4_gemv_kernel(
 ):
     """Compute BLOCK_N outputs. EVEN_K: K fills the words of a row, and these whole steps of BLOCK_W."""
     RUNS: tl.constexpr = BLOCK_W // 4
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(n, N - 1).to(tl.int64)
+    rows = weight_rows(N, GATE, BLOCK_N)
     column = tl.arange(0, BLOCK_W)
     run = tl.arange(0, RUNS)
     groups = tl.cdiv(K, GROUP)
@@ -83,7 +84,4 @@ def int4_gemv_kernel(
             words = next_words
             pairs = next_pairs
 
-    y = tl.sum(acc, 1)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows).to(tl.float32)
-    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+    store_outputs(tl.sum(acc, 1), rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)

@@ -39,17 +39,23 @@ class GatedMLP(Module):
         self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device, form)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.down(self._gated(self.gate_up(x_TD)))
+        return self.down(self._gated(x_TD))
 
-    def _gated(self, gate_up_TF2: Tensor) -> Tensor:
-        """Give act(gate) * up, [T, F]."""
+    def _gated(self, x_TD: Tensor) -> Tensor:
+        """Give act(gate(x)) * up(x), [T, F]."""
         if self._uses_kernel:
-            from mgpu.worker.kernels.activation import gated_activation
-
-            return gated_activation(gate_up_TF2, self.activation)
-        gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
+            return self._gated_by_kernels(x_TD)
+        gate_TF, up_TF = self.gate_up(x_TD).chunk(2, dim=-1)
         hidden_TF = F.silu(gate_TF) if self.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
         return hidden_TF.mul_(up_TF)
+
+    def _gated_by_kernels(self, x_TD: Tensor) -> Tensor:
+        from mgpu.worker.kernels import products
+
+        both = self.gate_up
+        if both.packed is not None:
+            return products.quantized_gated_matmul(x_TD, both.packed, self.activation, both.bias)
+        return products.gated_matmul(x_TD, both.weight, self.activation, both.bias)
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         self.gate_up.load(reader, prefix)
