@@ -8,7 +8,7 @@ from torch import Tensor
 from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.dequantize import dequantize_packed
 from mgpu.worker.kernels.gemv import gemv
-from mgpu.worker.kernels.gemv_rows import Activation
+from mgpu.worker.kernels.gemv_rows import Activation, NormAfter, NormBefore
 from mgpu.worker.kernels.packing import PackedWeight
 from mgpu.worker.kernels.quantized_gemm import MAX_ROWS, quantized_gemm
 from mgpu.worker.kernels.quantized_gemv import quantized_gemv
@@ -31,17 +31,25 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
 
 
-def gated_matmul(x_TI: Tensor, w_OI: Tensor, activation: Activation, bias_O: Tensor | None = None) -> Tensor:
+def one_row_matmul(
+    x_1I: Tensor,
+    w: Tensor | PackedWeight,
+    bias_O: Tensor | None,
+    gate: Activation | None = None,
+    before: NormBefore | None = None,
+    after: NormAfter | None = None,
+) -> Tensor:
+    """Multiply a single row, with what `gemv` can do beside it."""
+    if isinstance(w, PackedWeight):
+        return quantized_gemv(x_1I, w, bias_N=bias_O, gate=gate, before=before, after=after)
+    return gemv(x_1I, w, bias_N=bias_O, gate=gate, before=before, after=after)
+
+
+def gated_matmul(
+    x_TI: Tensor, w: Tensor | PackedWeight, activation: Activation, bias_O: Tensor | None = None
+) -> Tensor:
     """Give act(gate) * up of a weight that stacks both, half as wide as its outputs."""
     if x_TI.shape[0] == 1:
-        return gemv(x_TI, w_OI, gate=activation, bias_N=bias_O)
-    return gated_activation(matmul(x_TI, w_OI, bias_O), activation)
-
-
-def quantized_gated_matmul(
-    x_TI: Tensor, weight: PackedWeight, activation: Activation, bias_O: Tensor | None = None
-) -> Tensor:
-    """Do what `gated_matmul` does with a quantized weight."""
-    if x_TI.shape[0] == 1:
-        return quantized_gemv(x_TI, weight, gate=activation, bias_N=bias_O)
-    return gated_activation(quantized_matmul(x_TI, weight, bias_O), activation)
+        return one_row_matmul(x_TI, w, bias_O, activation)
+    both = quantized_matmul(x_TI, w, bias_O) if isinstance(w, PackedWeight) else matmul(x_TI, w, bias_O)
+    return gated_activation(both, activation)

@@ -52,13 +52,15 @@ class Attention(Module):
         qkv_TAK = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables are for attention that rotates by itself"
-            heads_THK = attention.packed.attend_packed(qkv_TAK, angles, self._norms(), cache, self.spec)
+            heads_THK = attention.packed.attend_packed(qkv_TAK, angles, self.norms, cache, self.spec)
         else:
             q_THK, k_TJK, v_TJK = self._rotated(qkv_TAK, angles)
             heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
         return self.out(heads_THK.reshape(x_TD.shape[0], -1))
 
-    def _norms(self) -> HeadNorms | None:
+    @property
+    def norms(self) -> HeadNorms | None:
+        """The norms of query and key heads, as kernels take them."""
         if self.q_norm is None or self.k_norm is None:
             return None
         return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)

@@ -53,6 +53,11 @@ class Linear(Module):
     def __call__(self, x_TI: Tensor) -> Tensor:
         return self._product(x_TI, self.bias)
 
+    @property
+    def held(self) -> Tensor | PackedWeight:
+        """The weight as it is held."""
+        return self.weight if self.packed is None else self.packed
+
     def _product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         if self.packed is not None:
             return matmul_packed(x_TI, self.packed, bias_O)

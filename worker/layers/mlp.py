@@ -52,10 +52,7 @@ class GatedMLP(Module):
     def _gated_by_kernels(self, x_TD: Tensor) -> Tensor:
         from mgpu.worker.kernels import products
 
-        both = self.gate_up
-        if both.packed is not None:
-            return products.quantized_gated_matmul(x_TD, both.packed, self.activation, both.bias)
-        return products.gated_matmul(x_TD, both.weight, self.activation, both.bias)
+        return products.gated_matmul(x_TD, self.gate_up.held, self.activation, self.gate_up.bias)
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         self.gate_up.load(reader, prefix)

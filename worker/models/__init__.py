@@ -35,7 +35,16 @@ def build_stage(
     context = BuildContext(facts, group, dtype, device, weight_format(quant))
     if facts.architecture == "gemma3":
         return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
-    return DecoderStage(context, layers, LlamaLayer)
+    stage = DecoderStage(context, layers, LlamaLayer)
+    if stage.has_kernels and group.size == 1:
+        from mgpu.worker.layers.one_row import OneRowLayers  # imports triton, which machines without a GPU may lack
+
+        stage.one_row = OneRowLayers(_llama_layers(stage), stage.is_sliding, device)
+    return stage
+
+
+def _llama_layers(stage: DecoderStage) -> list[LlamaLayer]:
+    return [layer for layer in stage.layers if isinstance(layer, LlamaLayer)]
 
 
 @torch.inference_mode()
