@@ -11,6 +11,7 @@ from torch import Tensor
 from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernel_use import uses_kernels
+from mgpu.worker.kernels.float8_rows import Activations, Product, plain, values_and_scale
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, even_range
 from mgpu.worker.layers.module import Module
 from mgpu.worker.loaders.reader import WeightReader
@@ -38,15 +39,20 @@ class GatedMLP(Module):
         self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, dtype, device, form)
         self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device, form)
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.down(self._gated(self.gate_up(x_TD)))
+    def __call__(self, x_TD: Activations) -> Product:
+        gate_up_TF2 = self.gate_up(x_TD)
+        return self.down(self._gated_kernel(gate_up_TF2) if self._uses_kernel else self._gated(plain(gate_up_TF2)))
+
+    def _gated_kernel(self, gate_up_TF2: Product) -> Activations:
+        from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
+
+        gate_up_TF2, scale_T = values_and_scale(gate_up_TF2)
+        if self.down.takes_float8(len(gate_up_TF2)):
+            return gated_activation_float8(gate_up_TF2, self.activation, scale_T)
+        return gated_activation(gate_up_TF2, self.activation, scale_T)
 
     def _gated(self, gate_up_TF2: Tensor) -> Tensor:
         """Give act(gate) * up, [T, F]."""
-        if self._uses_kernel:
-            from mgpu.worker.kernels.activation import gated_activation
-
-            return gated_activation(gate_up_TF2, self.activation)
         gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
         hidden_TF = F.silu(gate_TF) if self.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
         return hidden_TF.mul_(up_TF)
