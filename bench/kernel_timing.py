@@ -110,6 +110,8 @@ KERNEL_MODULES = tuple(
         "decode_attention",
         "dequantize",
         "few_row_gemv",
+        "float8_norm",
+        "float8_quantize",
         "gemv",
         "norm",
         "prefill_attention",

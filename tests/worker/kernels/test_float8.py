@@ -1,12 +1,16 @@
 """Float8 products (W8A8): rows are quantized as the reference does, and layers pass them on."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from kernel_checks import relative_error
+from random_model import write_random_model
+from stage_driver import logits_in_chunks
 from torch import Tensor
 
+from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.quantization import weight_format
 from mgpu.worker.attention import HeadNorms
 from mgpu.worker.collectives import SingleRank
@@ -23,6 +27,8 @@ from mgpu.worker.layers import linear, mlp, norm
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.quantize import quantize
+from mgpu.worker.models import stage
+from mgpu.worker.triton_attention import TritonBackend
 
 BF16 = torch.bfloat16
 ROUNDING = 0.032
@@ -111,16 +117,15 @@ def test_rotation_multiplies_heads_by_their_tokens_scale(device: torch.device, n
         torch.testing.assert_close(got, expected)
 
 
-@pytest.fixture
-def float8_layers(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def use_float8_layers(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let layers use the kernels and float8 products, also in the interpreter."""
     if device.type == "cpu":
         for module in (norm, mlp):
             monkeypatch.setattr(module, "uses_kernels", lambda device: True)
+        monkeypatch.setattr(stage, "select_backend", lambda device, shape: TritonBackend())
         monkeypatch.setattr(linear, "multiplies_float8", lambda device, dtype: True)
     elif not products.multiplies_float8(device):
         pytest.skip("this GPU has no float8 products")
-    return device
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, function: Callable[..., object]) -> list[int]:
@@ -133,9 +138,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, function: Callable[..., object]
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_layers_hand_quantized_rows_and_scales_on(
-    float8_layers: torch.device, monkeypatch: pytest.MonkeyPatch, bias: bool
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, bias: bool
 ) -> None:
-    device = float8_layers
+    use_float8_layers(device, monkeypatch)
     separate = count_calls(monkeypatch, quantize_rows)
     torch.manual_seed(0)
     layer = GatedMLP(64, 80, "silu", bias, SingleRank(), BF16, device, weight_format("fp8"))
@@ -158,3 +163,16 @@ def test_layers_hand_quantized_rows_and_scales_on(
     assert isinstance(expected, Tensor)
     assert relative_error(got, expected) < 2 * ROUNDING
     assert not separate
+
+
+def test_a_whole_model_gives_almost_the_logits_of_weight_only_products(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    checkpoint, ids, chunks = read_checkpoint(write_random_model(tmp_path, **changes)), [*range(3, 13)], [9, 1]
+    weight_only = logits_in_chunks(checkpoint, ids, chunks, dtype=BF16, quant="fp8")
+    use_float8_layers(device, monkeypatch)
+    separate = count_calls(monkeypatch, quantize_rows)
+    got = logits_in_chunks(checkpoint, ids, chunks, dtype=BF16, device=device, quant="fp8")
+    assert len(separate) == 1 + 2  # what the embedding gives, and the attention of each layer
+    assert 0 < relative_error(got, weight_only) < 0.08
