@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.kernels.float8_quantize import quantize_rows
-from mgpu.worker.kernels.float8_rows import Float8Rows, ScaledRows, round_rows
+from mgpu.worker.kernels.float8_rows import LEAST_ROWS, Float8Rows, ScaledRows, round_rows
 from mgpu.worker.kernels.packing import PackedWeight, dequantize, pack_fp8
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def multiplies_float8(device: torch.device) -> bool:
     if error > _TOLERANCE:
         log.warning("fp8 stays weight-only: float8 products are off by %.1e of their norm", error)
         return False
+    log.info("fp8 products of %d rows and more round activations to float8 too (W8A8)", LEAST_ROWS)
     return True
 
 
