@@ -91,7 +91,7 @@ def float8_products() -> Iterator[Row]:
     """W8A8: the product alone, with its rows quantized and rescaled apart, and weight-only; torch: bfloat16."""
     pool = torch.randint(-(2**31), 2**31 - 1, (15 * 10**7,), device="cuda", dtype=torch.int32) & 0x3F3F3F3F
     for (name, (n, k)), rows in itertools.product(list(SHAPES.items())[:4], (8, 16, 64, 128, 256, 2048)):
-        scales = torch.full((1, n), 2.0**-8, device="cuda")
+        scales = torch.full((n, 1), 2.0**-8, device="cuda")
         weights = [PackedWeight("fp8", words, scales, k, 0) for words in views(pool, n, k // 4, 16)]
         dense = [dequantize_packed(weight, BF16) for weight in weights[:4]]
         x = torch.randn(rows, k, device="cuda").to(BF16)

@@ -160,7 +160,7 @@ def run_few_rows(device: torch.device, tiling: GemvTiling, rows: int) -> None:
 
 def run_quantized(device: torch.device, kind: str, group: int, tiling: Tiling, rows: int = 4) -> None:
     words = torch.empty(4096, 4096 // (8 if kind == "int4" else 4), dtype=torch.int32, device=device)
-    scales = torch.empty(4096 // group if group else 1, 4096, dtype=torch.int32 if group else None, device=device)
+    scales = torch.empty(4096, 4096 // group if group else 1, dtype=torch.int32 if group else None, device=device)
     weight = PackedWeight(kind, words, scales, 4096, group)  # type: ignore[arg-type]
     x = torch.empty(rows, 4096, dtype=BF16, device=device)
     quantized_gemm(x, weight, tiling=tiling, workspace=workspace(device))
@@ -168,7 +168,7 @@ def run_quantized(device: torch.device, kind: str, group: int, tiling: Tiling, r
 
 def run_quantized_gemv(device: torch.device, kind: str, group: int, tiling: GemvTiling) -> None:
     words = torch.empty(4096, 4096 // (8 if kind == "int4" else 4), dtype=torch.int32, device=device)
-    scales = torch.empty(4096 // group if group else 1, 4096, dtype=torch.int32 if group else None, device=device)
+    scales = torch.empty(4096, 4096 // group if group else 1, dtype=torch.int32 if group else None, device=device)
     weight = PackedWeight(kind, words, scales, 4096, group)  # type: ignore[arg-type]
     quantized_gemv(torch.empty(1, 4096, dtype=BF16, device=device), weight, tiling=tiling)
 

@@ -35,7 +35,7 @@ def float8_product(rows: Float8Rows, weight: PackedWeight) -> ScaledRows:
         rows.values,
         weight.words.view(torch.float8_e4m3fn).t(),
         scale_a=_one(rows.values.device),
-        scale_b=weight.scales[:, :1],
+        scale_b=weight.scales[:1],
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )

@@ -15,6 +15,14 @@ HEADS_PER_PROGRAM = 16
 
 
 @triton.jit
+def saturate(x, DTYPE: tl.constexpr):
+    """Keep float8 from turning values past its largest into NaN."""
+    if tl.float8e4nv == DTYPE:
+        x = tl.clamp(x, -448.0, 448.0)
+    return x
+
+
+@triton.jit
 def _rope_cache_kernel(
     qkv_ptr,
     scale_ptr,
@@ -78,12 +86,9 @@ def _rope_cache_kernel(
     tl.store(q_out + HALF, new_high.to(q_ptr.dtype.element_ty), mask=is_query[:, None])
     # Tokens that only fill up a graph's batch have slot -1 and are not stored.
     place = (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * token_stride
-    dtype = k_ptr.dtype.element_ty
-    if dtype == tl.float8e4nv:  # saturate: a plain conversion of larger values would give NaN
-        new_low = tl.clamp(new_low * k_inverse_scale, -448.0, 448.0)
-        new_high = tl.clamp(new_high * k_inverse_scale, -448.0, 448.0)
-        low = tl.clamp(low * v_inverse_scale, -448.0, 448.0)
-        high = tl.clamp(high * v_inverse_scale, -448.0, 448.0)
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    new_low, new_high = saturate(new_low * k_inverse_scale, dtype), saturate(new_high * k_inverse_scale, dtype)
+    low, high = saturate(low * v_inverse_scale, dtype), saturate(high * v_inverse_scale, dtype)
     k_out = k_ptr + place + (head - Q_HEADS)[:, None] * head_stride + i[None, :]
     k_mask = (is_key & (slot >= 0))[:, None]
     tl.store(k_out, new_low.to(dtype), mask=k_mask)

@@ -40,13 +40,13 @@ def quantize(weight_NK: Tensor, form: WeightFormat) -> PackedWeight:
     most = _largest(weight_NK) if form.quant == "fp8" else None
     first = _quantize_rows(weight_NK[:rows], form, most)
     words = first.words.new_empty((n, first.words.shape[1]))
-    scales = first.scales.new_empty((first.scales.shape[0], n))
+    scales = first.scales.new_empty((n, first.scales.shape[1]))
 
     @torch.inference_mode()  # threads do not inherit it
     def fill(top: int) -> None:
         piece = _quantize_rows(weight_NK[top : top + rows], form, most)
         words[top : top + rows] = piece.words
-        scales[:, top : top + rows] = piece.scales
+        scales[top : top + rows] = piece.scales
 
     if weight_NK.device.type == "cpu":
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
