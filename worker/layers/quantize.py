@@ -26,8 +26,8 @@ for 0.4 % of the error of normal weights; five (without that of no clip) save a 
 _REFITS = 2
 _TICKS = 8192.0
 """Steps of a group's range that it is searched in: integers whose sums of products with q are exact in float32."""
-_FP8_LEAST_EXPONENT = -120
-"""Of a scale, so that it has an inverse."""
+_FP8_LEAST = 2.0**-110
+"""What the largest value of an fp8 matrix counts as at least, so that its scale has an inverse."""
 _CHUNK_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 24}
 """Weights that are quantized at once. On the CPU torch splits nothing this small over threads: a thread does a chunk,
 and none waits for another in each of a hundred short operations. On a GPU: few launches."""
@@ -79,9 +79,9 @@ def _quantize_rows(weight_NK: Tensor, form: WeightFormat, most: Tensor | None) -
 
 def _fp8_scale(most: Tensor) -> Tensor:
     """Give the least power of two that puts ``most`` at 448 or below."""
-    mantissa, exponent = torch.frexp(most)  # 448 is 0.875 * 2^9
-    exponent = (exponent - 9 + (mantissa > 0.875)).clamp(min=_FP8_LEAST_EXPONENT)
-    return torch.ldexp(torch.ones_like(most), exponent)
+    most = most.clamp(min=_FP8_LEAST)
+    mantissa, _ = torch.frexp(most)  # 448 is 0.875 * 2^9
+    return most * 2.0**-9 / mantissa * torch.where(mantissa > 0.875, 2.0, 1.0)
 
 
 def _scales(weight_NK: Tensor, most: float) -> Tensor:
