@@ -109,6 +109,8 @@ KERNEL_MODULES = tuple(
         "activation",
         "decode_attention",
         "dequantize",
+        "float8_norm",
+        "float8_quantize",
         "gemv",
         "norm",
         "prefill_attention",

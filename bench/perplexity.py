@@ -9,6 +9,9 @@ Files of 4-bit blocks hold 16 values per 32 inputs, which groups of the same 32 
 int4 as for weights without such blocks: the inputs of each matrix are rolled by 16, quantized and put back, so that
 every group has halves of two blocks. "4-shuffled" permutes them at random, which also mixes large and small inputs.
 "4-plain" is int4 with each group's range cut into 15 equal steps, and nothing searched.
+
+"fp8" is weight-only, as on the CPU; "fp8-w8a8" rounds the activations of linear layers too, as GPUs with float8
+products do for many rows.
 """
 
 # T tokens of a window, V vocabulary, O outputs, I inputs of a matrix, E inputs of a group
@@ -31,6 +34,7 @@ from mgpu.protocol.placement import RankPlace
 from mgpu.protocol.quantization import INT4_GROUP, Quant, weight_format
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import SingleRank
+from mgpu.worker.kernels.float8_rows import round_rows
 from mgpu.worker.kernels.packing import dequantize
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.layers.linear import Linear
@@ -49,6 +53,11 @@ Rounding = Callable[[Tensor], Tensor]
 def searched(weight_OI: Tensor) -> Tensor:
     """Round as `--quant 4` does."""
     return dequantize(quantize(weight_OI, weight_format("4")), torch.float32)
+
+
+def float8(weight_OI: Tensor) -> Tensor:
+    """Round as `--quant fp8` does."""
+    return dequantize(quantize(weight_OI, weight_format("fp8")), torch.float32)
 
 
 def plain(weight_OI: Tensor) -> Tensor:
@@ -83,6 +92,7 @@ FORMATS: dict[str, tuple[torch.dtype, Quant, Rounding | None]] = {
     "bfloat16": (torch.bfloat16, "none", None),
     "8": (torch.float32, "8", None),
     "fp8": (torch.float32, "fp8", None),
+    "fp8-w8a8": (torch.float32, "none", float8),
     "4": (torch.float32, "4", None),
     "4-shifted": (torch.float32, "none", regrouped(shifted, searched)),
     "4-shuffled": (torch.float32, "none", regrouped(shuffled, searched)),
@@ -91,17 +101,30 @@ FORMATS: dict[str, tuple[torch.dtype, Quant, Rounding | None]] = {
 }
 
 
+class RoundedInputs:
+    """Multiplies as a layer does, after its inputs went through float8."""
+
+    def __init__(self, layer: Linear) -> None:
+        self._multiply = layer._multiply
+
+    def __call__(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return self._multiply(round_rows(x_TI), weight_OI, bias_O)
+
+
 def load(checkpoint: Checkpoint, dtype: torch.dtype, quant: Quant, rounding: Rounding | None = None) -> DecoderStage:
     place, layers = RankPlace(0, 0, 0, 1, 0), range(checkpoint.facts.num_layers)
     stage = build_stage(checkpoint.facts, place, layers, SingleRank(), dtype, torch.device("cpu"), quant)
     with WeightReader(checkpoint, lambda count: None) as reader:
         stage.load(reader)
     if rounding is not None:
-        for _, module in stage.named_modules():
-            if isinstance(module, Linear):
-                module.weight = rounding(module.weight)
+        for layer in linear_layers(stage):
+            layer.weight = rounding(layer.weight)
     stage.finalize()
     return stage
+
+
+def linear_layers(stage: DecoderStage) -> list[Linear]:
+    return [module for _, module in stage.named_modules() if isinstance(module, Linear)]
 
 
 def window_batch(ids: list[int]) -> StepBatch:
@@ -142,6 +165,9 @@ def measure(checkpoint: Checkpoint, ids: list[int], first_ids: list[int], window
     dtype, quant, rounding = FORMATS[name]
     began_s = time.monotonic()
     stage = load(checkpoint, dtype, quant, rounding)
+    if name == "fp8-w8a8":
+        for layer in linear_layers(stage):
+            layer._multiply = RoundedInputs(layer)  # type: ignore[assignment]
     loaded_s = time.monotonic()
     size = window - len(first_ids)
     windows = [first_ids + ids[first : first + size] for first in range(0, len(ids) - size + 1, size)]

@@ -1,9 +1,10 @@
 """Break one worker's step down on a GPU, without a server: time per step, kernels, and what the GPU waits.
 
-    python bench/step.py [--rows 1,8,64] [--context 128] [--top 12]
+    python bench/step.py [--rows 1,8,64] [--context 128] [--quant fp8] [--top 12]
 
-Llama-3.1-8B in bfloat16 with random weights. ``step`` is the time per decode step with two in flight, as the worker
-runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is what the host does for one step.
+Llama-3.1-8B in bfloat16 (or quantized) with random weights. ``step`` is the time per decode step with two in flight,
+as the worker runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is what the host does for one
+step.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from model_shapes import LLAMA_8B, write_config
 from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.control import NewRow, RowSampling, StepPlan
 from mgpu.protocol.placement import RankPlace
+from mgpu.protocol.quantization import Quant
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.links import Links
@@ -35,11 +37,11 @@ from mgpu.worker.rows import RowTable
 BLOCK, STEPS, MOST_ROWS = 64, 60, 256
 
 
-def make_runner(context: int) -> ModelRunner:
+def make_runner(context: int, quant: Quant) -> ModelRunner:
     with tempfile.TemporaryDirectory() as folder:
         facts = read_checkpoint(write_config(Path(folder), LLAMA_8B), "dummy").facts
     device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), DryRun(SingleRank())
-    stage = build_stage(facts, place, range(facts.num_layers), group, torch.bfloat16, device)
+    stage = build_stage(facts, place, range(facts.num_layers), group, torch.bfloat16, device, quant)
     stage.max_positions = longest = context + 4 * STEPS + BLOCK
     init_dummy_weights(stage, 0)
     blocks = MOST_ROWS * -(-(longest + 1) // BLOCK)
@@ -103,10 +105,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=numbers, default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--quant", choices=["none", "8", "4", "fp8"], default="none")
     parser.add_argument("--top", type=int, default=12)
     arguments = parser.parse_args()
     print(heading(describe("triton")))
-    runner = make_runner(arguments.context)
+    runner = make_runner(arguments.context, arguments.quant)
     began_s = time.perf_counter()
     runner.warm_up(16, 0)
     torch.cuda.synchronize()

@@ -52,9 +52,16 @@ class PackedAttention(Protocol):
     """Attention that starts from the packed product of queries, keys and values, as fused kernels do."""
 
     def attend_packed(
-        self, qkv_TAK: Tensor, table_PK: Tensor, norms: HeadNorms | None, cache: LayerCache, spec: AttentionSpec
+        self,
+        qkv_TAK: Tensor,
+        scale_T: Tensor | None,
+        table_PK: Tensor,
+        norms: HeadNorms | None,
+        cache: LayerCache,
+        spec: AttentionSpec,
     ) -> Tensor:
-        """Normalize and rotate by the table of all positions, write keys and values, give the output [T, H, K]."""
+        """Multiply by the tokens' scales, normalize and rotate by the table of all positions, write keys and values,
+        give the output [T, H, K]."""
         ...
 
 

@@ -68,7 +68,13 @@ class TritonStep:
         return self
 
     def attend_packed(
-        self, qkv_TAK: Tensor, table_PK: Tensor, norms: HeadNorms | None, cache: LayerCache, spec: AttentionSpec
+        self,
+        qkv_TAK: Tensor,
+        scale_T: Tensor | None,
+        table_PK: Tensor,
+        norms: HeadNorms | None,
+        cache: LayerCache,
+        spec: AttentionSpec,
     ) -> Tensor:
         k_NBJK, v_NBJK = cache.k_NBJK, cache.v_NBJK
         if self._decode is not None and self._prompts is None:
@@ -82,8 +88,10 @@ class TritonStep:
                 scale=spec.scale,
                 window=spec.window,
                 norms=norms,
+                scale_R=scale_T,
             )
-        q_THK = rope_and_cache(qkv_TAK, table_PK, self._positions_T, self._slots_T, k_NBJK, v_NBJK, norms=norms)
+        positions_T, slots_T = self._positions_T, self._slots_T
+        q_THK = rope_and_cache(qkv_TAK, table_PK, positions_T, slots_T, k_NBJK, v_NBJK, norms=norms, scale_T=scale_T)
         out_THK = torch.empty_like(q_THK)
         if self._decode is not None:
             count = len(self._decode.lens_R)

@@ -62,6 +62,7 @@ def _decode_kernel(
     out_ptr,
     partial_ptr,
     counter_ptr,
+    row_scale_ptr,
     cos_sin_ptr,
     q_weight_ptr,
     k_weight_ptr,
@@ -121,8 +122,11 @@ def _decode_kernel(
     begin = aligned + split * stretch
     end = tl.minimum(begin + stretch, context)
     if PACKED:
+        row_scale = 1.0
+        if row_scale_ptr is not None:
+            row_scale = tl.load(row_scale_ptr + row)
         angles_ptr = cos_sin_ptr + tl.maximum(context - 1, 0).to(tl.int64) * HEAD_DIM
-        q = turned_heads(heads_ptr, real, d * STEP, angles_ptr, q_weight_ptr, eps, GROUP_PAD, HEAD_DIM)
+        q = turned_heads(heads_ptr, real, d * STEP, row_scale, angles_ptr, q_weight_ptr, eps, GROUP_PAD, HEAD_DIM)
         q = q.to(row_ptr.dtype.element_ty)
         if (split == count - 1) & (context > 0):
             new_ptr = row_ptr + (num_heads * GROUP + head) * HEAD_DIM
@@ -130,7 +134,7 @@ def _decode_kernel(
             # The cache of 8-bit values is read as words of two, whose strides these are.
             place = (page * block_stride + ((context - 1) % BLOCK_SIZE) * token_stride + head * head_stride) * STEP
             store_new_token(
-                new_ptr, new_ptr + num_heads * HEAD_DIM, new_k_ptr + place, new_v_ptr + place, angles_ptr,
+                new_ptr, new_ptr + num_heads * HEAD_DIM, new_k_ptr + place, new_v_ptr + place, row_scale, angles_ptr,
                 k_weight_ptr, eps, k_inverse_scale, v_inverse_scale, HEAD_DIM,
             )  # fmt: skip
             tl.debug_barrier()  # the program's other threads read them below
@@ -138,7 +142,9 @@ def _decode_kernel(
         q = tl.load(heads_ptr + tile, mask=real, other=0.0)
     if FP8:
         if PACKED:
-            q_odd = turned_heads(heads_ptr, real, d * STEP + 1, angles_ptr, q_weight_ptr, eps, GROUP_PAD, HEAD_DIM)
+            q_odd = turned_heads(
+                heads_ptr, real, d * STEP + 1, row_scale, angles_ptr, q_weight_ptr, eps, GROUP_PAD, HEAD_DIM
+            )
             q_odd = q_odd.to(row_ptr.dtype.element_ty).to(tl.float16)
         else:
             q_odd = tl.load(heads_ptr + tile + 1, mask=real, other=0.0).to(tl.float16)
@@ -225,7 +231,7 @@ def decode_attention(
     Rows with a context of 0 give zeros. K is a power of two from 16 on.
     """
     return _launch(
-        q_RHK, k_NBJK, v_NBJK, block_tables_RP, context_lens_R, q_RHK.shape[1], None, None,
+        q_RHK, k_NBJK, v_NBJK, block_tables_RP, context_lens_R, q_RHK.shape[1], None, None, None,
         scale, window, k_scale, v_scale, tiling, out_RHK, workspace,
     )  # fmt: skip
 
@@ -240,6 +246,7 @@ def decode_attention_packed(
     *,
     scale: float,
     norms: HeadNorms | None = None,
+    scale_R: Tensor | None = None,
     window: int | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
@@ -250,12 +257,12 @@ def decode_attention_packed(
     """Do `rope_and_cache` and `decode_attention` at once for rows whose new token is at ``context_len - 1``.
 
     ``qkv_RAK``: query, key, value heads of each row, contiguous within a row. ``cos_sin_PK``: contiguous, for each
-    position cos of the K / 2 angles, then sin. The new key and value go to the place that the block table says; rows
-    with a context of 0 write nothing.
+    position cos of the K / 2 angles, then sin. With ``scale_R`` (float32) a row is multiplied by its scale first. The
+    new key and value go to the place that the block table says; rows with a context of 0 write nothing.
     """
     num_q = qkv_RAK.shape[1] - 2 * k_NBJK.shape[2]
     return _launch(
-        qkv_RAK, k_NBJK, v_NBJK, block_tables_RP, context_lens_R, num_q, cos_sin_PK, norms,
+        qkv_RAK, k_NBJK, v_NBJK, block_tables_RP, context_lens_R, num_q, scale_R, cos_sin_PK, norms,
         scale, window, k_scale, v_scale, tiling, out_RHK, workspace,
     )  # fmt: skip
 
@@ -267,6 +274,7 @@ def _launch(
     block_tables_RP: Tensor,
     context_lens_R: Tensor,
     num_q: int,
+    scale_R: Tensor | None,
     cos_sin_PK: Tensor | None,
     norms: HeadNorms | None,
     scale: float,
@@ -302,6 +310,7 @@ def _launch(
         out_RHK,
         workspace.partials,
         workspace.counters,
+        scale_R,
         cos_sin_PK,
         norms.q_weight if norms else None,
         norms.k_weight if norms else None,

@@ -68,7 +68,7 @@ def weight_rows(N, GATE: tl.constexpr, BLOCK_N: tl.constexpr):
 def load_squares(squares_ptr, clears_ptr):
     """Begin to read the sum of squares, which `norm_factor` needs last; the first program clears the other norm's."""
     places = tl.arange(0, 32) * _PLACE_STRIDE
-    if clears_ptr is not None:
+    if clears_ptr is not None:  # noqa: SIM102 - known to the compiler, unlike the other condition
         if tl.program_id(0) == 0:
             tl.store(clears_ptr + places, tl.zeros([32], tl.float64))
     if squares_ptr is not None:  # noqa: SIM108 - compile-time condition

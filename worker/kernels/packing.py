@@ -27,10 +27,11 @@ WeightKind = Literal["int8", "fp8", "int4"]
 class PackedWeight:
     """A quantized matrix [N, K]: ``words`` int32 [N, padded K / channels per word], contiguous.
 
-    ``scales`` is float32 [N, 1] for int8 and fp8: one per output channel. For int4 it is int32 [N, G], a word per
-    output channel and ``group`` input channels: two bfloat16, the scale in the low half, the offset in the high one,
-    and a weight is scale * q + offset with q in [-8, 7]. bfloat16 has the range of the weights, and three digits are
-    enough, since q is rounded to what is stored. Padded channels are worth the offset, not zero: products mask them.
+    ``scales`` is float32 [N, 1] for int8 and fp8: one per output channel (those of an fp8 matrix that is made by
+    `quantize` are all the same, for float8 products). For int4 it is int32 [N, G], a word per output channel and
+    ``group`` input channels: two bfloat16, the scale in the low half, the offset in the high one, and a weight is
+    scale * q + offset with q in [-8, 7]. bfloat16 has the range of the weights, and three digits are enough, since q is
+    rounded to what is stored. Padded channels are worth the offset, not zero: products mask them.
     """
 
     kind: WeightKind

@@ -5,7 +5,6 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.dequantize import dequantize_packed
 from mgpu.worker.kernels.gemv import gemv
 from mgpu.worker.kernels.gemv_rows import Activation, NormAfter, NormBefore
@@ -43,13 +42,3 @@ def one_row_matmul(
     if isinstance(w, PackedWeight):
         return quantized_gemv(x_1I, w, bias_N=bias_O, gate=gate, before=before, after=after)
     return gemv(x_1I, w, bias_N=bias_O, gate=gate, before=before, after=after)
-
-
-def gated_matmul(
-    x_TI: Tensor, w: Tensor | PackedWeight, activation: Activation, bias_O: Tensor | None = None
-) -> Tensor:
-    """Give act(gate) * up of a weight that stacks both, half as wide as its outputs."""
-    if x_TI.shape[0] == 1:
-        return one_row_matmul(x_TI, w, bias_O, activation)
-    both = quantized_matmul(x_TI, w, bias_O) if isinstance(w, PackedWeight) else matmul(x_TI, w, bias_O)
-    return gated_activation(both, activation)

@@ -25,6 +25,7 @@ def saturate(x, DTYPE: tl.constexpr):
 @triton.jit
 def _rope_cache_kernel(
     qkv_ptr,
+    scale_ptr,
     cos_sin_ptr,
     positions_ptr,
     slots_ptr,
@@ -65,6 +66,9 @@ def _rope_cache_kernel(
     source = qkv_ptr + token * qkv_stride + head[:, None] * HEAD_DIM + i[None, :]
     low = tl.load(source, mask=exists, other=0.0).to(tl.float32)
     high = tl.load(source + HALF, mask=exists, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + token)
+        low, high = low * scale, high * scale
     turned_low, turned_high = low, high
     if q_weight_ptr is not None:
         factor = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM + eps)[:, None]
@@ -104,14 +108,15 @@ def rope_and_cache(
     v_NBJK: Tensor,
     *,
     norms: HeadNorms | None = None,
+    scale_T: Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> Tensor:
     """Write rotated keys and the values to their slots and give rotated queries [T, H, K].
 
     ``qkv_TAK``: query, key, value heads of each token, contiguous within a token. ``cos_sin_PK``: for each position
-    cos of the K / 2 angles, then sin, any float type. Tokens with slot -1 are not stored. A float8 cache gets the
-    values divided by the scales, saturating.
+    cos of the K / 2 angles, then sin, any float type. Tokens with slot -1 are not stored. With ``scale_T`` (float32)
+    a token's heads are multiplied by its scale first. A float8 cache gets the values divided by the scales, saturating.
     """
     tokens, heads, dim = qkv_TAK.shape
     block_size, num_kv = k_NBJK.shape[1], k_NBJK.shape[2]
@@ -120,6 +125,7 @@ def rope_and_cache(
     per_program = min(HEADS_PER_PROGRAM, power_of_2(heads))
     _rope_cache_kernel[(tokens, ceil_div(heads, per_program))](
         qkv_TAK,
+        scale_T,
         cos_sin_PK,
         positions_T,
         slots_T,

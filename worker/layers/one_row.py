@@ -90,10 +90,10 @@ class _OneRowLayer:
         if isinstance(delta, HalfNormed):
             x_1D, squares = delta.x_1D, sums.attention
         else:
-            x_1D, squares = input_norm.add_and_norm(residual_1D, delta), None
+            x_1D, squares = self._normed(residual_1D, delta), None
         x_1A = _product(x_1D, heads.qkv, before=NormBefore(squares, sums.mlp, input_norm.eps))
         qkv_1AK = x_1A.view(1, -1, heads.head_dim)
-        x_1HK = attention.packed.attend_packed(qkv_1AK, table_PK, heads.norms, cache, heads.spec)
+        x_1HK = attention.packed.attend_packed(qkv_1AK, None, table_PK, heads.norms, cache, heads.spec)
         x_1D = _product(x_1HK.view(1, -1), heads.out, after=NormAfter(residual_1D, mlp_norm.weight, sums.mlp))
         before = NormBefore(sums.mlp, sums.attention, mlp_norm.eps)
         x_1F = one_row_matmul(x_1D, mlp.gate_up.held, mlp.gate_up.bias, mlp.activation, before)
@@ -101,6 +101,11 @@ class _OneRowLayer:
             return _product(x_1F, mlp.down)
         after = NormAfter(residual_1D, self._next_norm.weight, sums.attention)
         return HalfNormed(_product(x_1F, mlp.down, after=after))
+
+    def _normed(self, residual_1D: Tensor, delta: Tensor | None) -> Tensor:
+        x_1D = self._layer.input_norm.add_and_norm(residual_1D, delta)
+        assert isinstance(x_1D, Tensor), "one row is not quantized"
+        return x_1D
 
 
 def _product(x_1I: Tensor, linear: Linear, before: NormBefore | None = None, after: NormAfter | None = None) -> Tensor:

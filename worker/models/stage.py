@@ -15,6 +15,7 @@ from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.attention import AttentionShape, StepAttention, select_backend
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.kernels.float8_rows import Product, plain
 from mgpu.worker.kv_cache import KvCache, LayerCache
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.layers.module import Module
@@ -41,9 +42,13 @@ class BuildContext:
     def window_of(self, layer: int) -> int | None:
         return self.facts.sliding_window if self.facts.sliding_layers[layer] else None
 
-    def norm(self, unit_offset: bool = False) -> RMSNorm:
-        """Make a norm over the model dimension."""
-        return RMSNorm(self.facts.hidden_size, self.facts.rms_norm_eps, self.dtype, self.device, unit_offset)
+    def norm(self, unit_offset: bool = False, before: Linear | None = None) -> RMSNorm:
+        """Make a norm over the model dimension; ``before``: its result goes into that layer only."""
+        size, eps = self.facts.hidden_size, self.facts.rms_norm_eps
+        norm = RMSNorm(size, eps, self.dtype, self.device, unit_offset)
+        if before is not None:
+            norm.takes_float8 = before.takes_float8
+        return norm
 
 
 class DecoderLayer(Protocol):
@@ -51,12 +56,12 @@ class DecoderLayer(Protocol):
 
     def __call__(
         self,
-        delta_TD: Tensor | None,
+        delta_TD: Product | None,
         residual_TD: Tensor,
         angles: Angles,
         attention: StepAttention,
         cache: LayerCache,
-    ) -> Tensor:
+    ) -> Product:
         """Add ``delta`` to ``residual``, compute the layer, give its own delta."""
         ...
 
@@ -141,10 +146,10 @@ class DecoderStage(Module):
         angles = self._angles(positions_T)
         if self.one_row is not None and len(x_TD) == 1:
             return self.one_row.run(x_TD, angles, attention, cache)
-        delta_TD: Tensor | None = None
+        delta_TD: Product | None = None
         for layer, sliding, layer_cache in zip(self.layers, self.is_sliding, cache.layers, strict=True):
             delta_TD = layer(delta_TD, x_TD, angles[sliding], attention, layer_cache)
-        return x_TD if delta_TD is None else x_TD.add_(delta_TD)
+        return x_TD if delta_TD is None else x_TD.add_(plain(delta_TD))
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Give this rank's part of the logits, float32 [S, padded vocabulary / ranks]; the final norm is inside."""

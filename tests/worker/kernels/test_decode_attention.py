@@ -83,17 +83,20 @@ def test_the_packed_product_is_turned_stored_and_attended_to(
     cache = paged_cache(lens, 16, 2, 64, dtype, device)
     k, v = cache.k.clone(), cache.v.clone()
     qkv = torch.randn(len(lens), 4 + 2 * 2, 64, device=device).to(torch.bfloat16)
+    row_scales = torch.rand(len(lens), device=device) + 0.5 if normalized or dtype.itemsize == 1 else None
     angles = torch.rand(max(lens), 64, device=device) * 2 - 1
     weights = (torch.rand(64, device=device) + 0.5 for _ in range(2))
     norms = HeadNorms(*weights, 1e-5) if normalized else None
     scales = {"k_scale": 0.5, "v_scale": 2.0} if dtype.itemsize == 1 else {}
     places = [int(cache.tables[row, (n - 1) // 16]) * 16 + (n - 1) % 16 if n else -1 for row, n in enumerate(lens)]
     positions, slots = torch.tensor([max(n - 1, 0) for n in lens], device=device), torch.tensor(places, device=device)
-    q = rope_and_cache(qkv, angles, positions, slots, k, v, norms=norms, **scales)
+    q = rope_and_cache(qkv, angles, positions, slots, k, v, norms=norms, scale_T=row_scales, **scales)
     options = {"scale": 0.125, "window": window, "tiling": DecodeTiling(splits, 32, 32), **scales}
     expected = decode_attention(q, k, v, cache.tables, cache.lens, **options)
 
-    got = decode_attention_packed(qkv, angles, cache.k, cache.v, cache.tables, cache.lens, norms=norms, **options)
+    got = decode_attention_packed(
+        qkv, angles, cache.k, cache.v, cache.tables, cache.lens, norms=norms, scale_R=row_scales, **options
+    )
 
     torch.testing.assert_close(cache.k.float(), k.float(), equal_nan=True, rtol=0.01, atol=0.01)
     assert torch.equal(cache.v.view(torch.uint8), v.view(torch.uint8))
