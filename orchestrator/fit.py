@@ -36,6 +36,7 @@ class Sizing:
     placement: PlacementPlan
     wish: Wish
     dtype_bytes: int
+    kv_element_bytes: int
     nccl: bool
 
 
@@ -92,7 +93,7 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
     weights = rank_weight_bytes(facts, sizing.placement, place, sizing.dtype_bytes, wish.quant)
     reserve = _reserve_bytes(sizing, rank)
     budget = device_budget(device, wish)
-    per_token = kv_token_bytes(facts, stage.num_layers, place.tp_size, sizing.dtype_bytes)
+    per_token = kv_token_bytes(facts, stage.num_layers, place.tp_size, sizing.kv_element_bytes)
     pool = wish.kv_memory or _pool_bytes(device, budget - weights - reserve)
     # More than all rows at full length is of no use.
     most = wish.max_rows * _up_to_blocks((wish.max_seq_len or facts.max_position) + 1, wish)

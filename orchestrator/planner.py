@@ -9,7 +9,7 @@ from mgpu.orchestrator.layer_map import balanced_stages, even_stages, map_text, 
 from mgpu.orchestrator.memory import edge_elements, layer_bytes
 from mgpu.orchestrator.split import compatible_sizes, listed, split_problems, without_groups
 from mgpu.orchestrator.wish import BLOCK_SIZE, Wish
-from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts
+from mgpu.protocol.model import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, kv_element_bytes
 from mgpu.protocol.placement import Mode, PlacementPlan, Stage, Transport
 from mgpu.protocol.quantization import Quant
 
@@ -32,6 +32,7 @@ class Plan:
     dtype: Dtype
     quant: Quant
     """What linear layers are quantized to."""
+    kv_cache_dtype: KvCacheDtype
     rows: tuple[RankRow, ...]
     """One per rank."""
     kv_tokens: int
@@ -74,7 +75,8 @@ def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
     transport, stage_transport = _transports(placement, machine)
     staged = staged_ranks(placement, machine) if stage_transport in ("peer", "pinned") else ()
     nccl = "nccl" in (transport, stage_transport)
-    sizing = Sizing(facts, machine, placement, wish, DTYPE_BYTES[dtype], nccl)
+    kv_bytes = kv_element_bytes(wish.kv_cache_dtype, dtype)
+    sizing = Sizing(facts, machine, placement, wish, DTYPE_BYTES[dtype], kv_bytes, nccl)
     rows = rank_rows(sizing)
     kv_tokens, max_seq_len = fit_tokens(sizing, rows)
     return Plan(
@@ -88,6 +90,7 @@ def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
         staged=staged,
         dtype=dtype,
         quant=wish.quant,
+        kv_cache_dtype=wish.kv_cache_dtype,
         rows=rows,
         kv_tokens=kv_tokens,
         max_seq_len=max_seq_len,
