@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from mgpu.orchestrator.capability import check_capability
 from mgpu.orchestrator.devices import DeviceInfo, Machine, selectors
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.fit import RankRow, Sizing, fit_tokens, rank_rows, weight_capacity
@@ -70,6 +71,7 @@ def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
     wish = replace(wish, block_size=wish.block_size or BLOCK_SIZE[machine.kind])
     choice = _choose(facts, machine, wish)
     placement = choice.placement
+    check_capability(machine, placement, wish)
     mode = _mode(placement, machine)
     dtype = _dtype(machine, wish)
     transport, stage_transport = _transports(placement, machine)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mgpu.worker.attention import AttentionSpec
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.decode_mirror import MAX_BYTES, DecodeMirror, MirrorStep
-from mgpu.worker.kv_cache import LayerCache
+from mgpu.worker.kv_cache import LayerCache, widen
 
 _SHORT_CONTEXT = 256
 """Rows with contexts up to this length are padded alike; longer ones only to those less than twice theirs."""
@@ -46,7 +46,7 @@ class ReferenceBackend:
             return torch.index_select(store_NJK, 0, slots, out=room)
         stored = store_NJK.view(torch.uint8)  # torch copies few kinds of float8, and bytes always
         chosen = torch.index_select(stored, 0, slots, out=self._room(stored, shape, stored.dtype, f"stored {purpose}"))
-        return room.copy_(chosen.view(store_NJK.dtype))
+        return widen(chosen, room)
 
     def _room(self, near: Tensor, shape: torch.Size, dtype: torch.dtype, purpose: str) -> Tensor:
         size = shape.numel()

@@ -12,7 +12,7 @@ from torch import Tensor
 from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
 from mgpu.protocol.control import Loaded
 from mgpu.protocol.model import KvCacheDtype
-from mgpu.worker.kv_cache import FP8, KvCache, to_stored
+from mgpu.worker.kv_cache import FP8, KvCache, to_stored, widen
 
 IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]
 CHUNKS = [6, 1, 1, 1, 1]
@@ -57,6 +57,12 @@ def test_layouts_give_the_logits_of_one_worker(checkpoint: Checkpoint, sizes: tu
 def test_what_is_too_large_saturates() -> None:
     big = torch.tensor([1e6, -1e6, torch.inf, 448.0, 17.0])
     assert to_stored(big, FP8).float().tolist() == [448.0, -448.0, 448.0, 448.0, 16.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_value_is_widened_exactly(dtype: torch.dtype) -> None:
+    stored = torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 != 127].view(FP8)
+    assert torch.equal(widen(stored, torch.empty(254, dtype=dtype)).float(), stored.float())
 
 
 def test_a_cache_gives_back_what_it_stores() -> None:
