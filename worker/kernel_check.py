@@ -27,8 +27,9 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 @cache
 def attention_problem(device: torch.device, shape: AttentionShape) -> str | None:
     """Say what is wrong with the kernels for these heads; None when they agree with plain torch."""
-    if shape.head_dim < 16 or power_of_2(shape.head_dim) != shape.head_dim:
-        return f"kernels need a head size that is a power of two from 16 on, not {shape.head_dim}"
+    least = 32 if shape.kv_cache_dtype == "fp8" else 16  # even and odd halves of float8 are operands of their own
+    if shape.head_dim < least or power_of_2(shape.head_dim) != shape.head_dim:
+        return f"kernels need a head size that is a power of two from {least} on, not {shape.head_dim}"
     try:
         errors = [_error(device, shape, window) for window in shape.windows]
     except Exception as error:  # a compiler's or driver's failure may be of any type; plain torch still serves
