@@ -28,7 +28,7 @@ from mgpu.worker.kernels.float8_product import float8_product
 from mgpu.worker.kernels.float8_quantize import quantize_rows
 from mgpu.worker.kernels.norm import add_rms_norm
 from mgpu.worker.kernels.packing import PackedWeight, dequantize
-from mgpu.worker.kernels.prefill_attention import prefill_attention
+from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.products import matmul, one_row_matmul, quantized_matmul
 from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.sample import sample
@@ -44,6 +44,13 @@ SHAPES = {
     "head": (128256, 4096),
 }
 BF16 = torch.bfloat16
+FP8_PREFILL = (
+    None,
+    PrefillTiling(64, 64, 4, 3),
+    PrefillTiling(64, 64, 4, 2, bulk=False),
+    PrefillTiling(128, 64, 8, 2),
+    PrefillTiling(128, 64, 8, 3),
+)
 QUANTIZED = (("int8", 0), ("fp8", 0), ("int4", 32), ("int4", 128))
 """Kinds and groups. Groups of 32 are what `--quant 4` makes."""
 
@@ -189,6 +196,23 @@ def prefill_attentions() -> Iterator[Row]:
         yield Row(name, us, flops=flops, error=relative_error(got, expected), other_us=other)
 
 
+def fp8_prefill_attentions() -> Iterator[Row]:
+    """Heads of 128 over a float8 cache with pages of 64: the choice (None) and what else compiles without spilling."""
+    for (rows, context), tiling in itertools.product(((1, 8192), (32, 1024)), FP8_PREFILL):
+        k, v, tables = make_cache(rows, context, 64, 128)
+        k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
+        q = torch.randn(rows * context, 32, 128, device="cuda").to(BF16)
+        lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+        starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * context
+        out = prefill_attention(q, k, v, tables, lens, starts, scale=128**-0.5, tiling=tiling)
+        expected = reference.paged_attention(q[:1024], k, v, tables[:1], [1024], [0, 1024], 128**-0.5)
+        us = graph_us([lambda: prefill_attention(q, k, v, tables, lens, starts, scale=128**-0.5, tiling=tiling)] * 2, 3)
+        flops = 2.0 * context * context * 128 * 32 * rows
+        shape = tiling and (tiling.block_m, tiling.block_n, tiling.num_warps, tiling.num_stages)
+        error = relative_error(out[:1024], expected)
+        yield Row(f"prefill fp8 r{rows} c{context} {shape}", us, flops=flops, error=error)
+
+
 def layers() -> Iterator[Row]:
     weight = torch.rand(4096, device="cuda").to(BF16)
     for tokens in (1, 64, 8192):
@@ -213,6 +237,9 @@ def layers() -> Iterator[Row]:
         expected = reference.rotate(qkv[:, :32], cos_sin[places])
         error = relative_error(rope_and_cache(qkv, cos_sin, places, places, k, v), expected)
         yield Row(f"rope_and_cache t{tokens}", us, tokens * 48 * 128 * 4.0, error=error)
+        k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
+        us = graph_us([lambda: rope_and_cache(qkv, cos_sin, places, places, k, v)] * 20)
+        yield Row(f"rope_and_cache fp8 t{tokens}", us, tokens * (48 * 2 + 32 * 2 + 16) * 128.0)
 
 
 def sampling() -> Iterator[Row]:
@@ -252,6 +279,7 @@ PARTS = {
         mlps,
         decode_attentions,
         prefill_attentions,
+        fp8_prefill_attentions,
         layers,
         sampling,
         steps,

@@ -1,6 +1,6 @@
 """Break one worker's step down on a GPU, without a server: time per step, kernels, and what the GPU waits.
 
-    python bench/step.py [--rows 1,8,64] [--context 128] [--quant fp8] [--top 12]
+    python bench/step.py [--rows 1,8,64] [--context 128] [--quant fp8] [--kv-cache-dtype fp8] [--top 12]
 
 Llama-3.1-8B in bfloat16 (or quantized) with random weights. ``step`` is the time per decode step with two in flight,
 as the worker runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is what the host does for one
@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -25,10 +26,11 @@ from model_shapes import LLAMA_8B, write_config
 
 from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.protocol.model import KvCacheDtype
 from mgpu.protocol.placement import RankPlace
 from mgpu.protocol.quantization import Quant
 from mgpu.worker.collectives import DryRun, SingleRank
-from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.kv_cache import KvCache, stored_dtype
 from mgpu.worker.links import Links
 from mgpu.worker.model_runner import ModelRunner
 from mgpu.worker.models import build_stage, init_dummy_weights
@@ -37,15 +39,17 @@ from mgpu.worker.rows import RowTable
 BLOCK, STEPS, MOST_ROWS = 64, 60, 256
 
 
-def make_runner(context: int, quant: Quant) -> ModelRunner:
+def make_runner(context: int, quant: Quant, kept: KvCacheDtype) -> ModelRunner:
     with tempfile.TemporaryDirectory() as folder:
         facts = read_checkpoint(write_config(Path(folder), LLAMA_8B), "dummy").facts
     device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), DryRun(SingleRank())
-    stage = build_stage(facts, place, range(facts.num_layers), group, torch.bfloat16, device, quant)
+    layers = range(facts.num_layers)
+    stage = build_stage(facts, place, layers, group, torch.bfloat16, device, quant, kv_cache_dtype=kept)
     stage.max_positions = longest = context + 4 * STEPS + BLOCK
     init_dummy_weights(stage, 0)
     blocks = MOST_ROWS * -(-(longest + 1) // BLOCK)
-    cache = KvCache(facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim, torch.bfloat16, device)
+    shape = facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim
+    cache = KvCache(*shape, stored_dtype(kept, torch.bfloat16), device)
     rows = RowTable(MOST_ROWS, longest, BLOCK, blocks, device)
     links = Links(group, None, (), None, (), None, [])
     return ModelRunner(stage, cache, rows, links, facts, place, 1)
@@ -107,9 +111,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--quant", choices=["none", "8", "4", "fp8"], default="none")
     parser.add_argument("--top", type=int, default=12)
+    parser.add_argument("--kv-cache-dtype", choices=get_args(KvCacheDtype), default="auto")
     arguments = parser.parse_args()
     print(heading(describe("triton")))
-    runner = make_runner(arguments.context, arguments.quant)
+    runner = make_runner(arguments.context, arguments.quant, arguments.kv_cache_dtype)
     began_s = time.perf_counter()
     runner.warm_up(16, 0)
     torch.cuda.synchronize()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.planner import Plan
 from mgpu.protocol.checkpoint_tensors import expected_tensors
-from mgpu.protocol.model import DTYPE_BYTES, ModelFacts
+from mgpu.protocol.model import DTYPE_BYTES, ModelFacts, kv_element_bytes
 
 _EMBEDDING = "model.embed_tokens.weight"
 _UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -40,10 +40,10 @@ def limit_of(plan: Plan, bytes_per_s: float) -> Limit:
     ``bytes_per_s`` is of one GPU, or of the whole machine on the CPU. GPUs of one stage read side by side; stages
     follow each other, so that their bytes add up.
     """
-    width = DTYPE_BYTES[plan.dtype]
+    width, kv_width = DTYPE_BYTES[plan.dtype], kv_element_bytes(plan.kv_cache_dtype, plan.dtype)
     readers = len(plan.placement.stages[0].devices) if plan.machine.kind == "cuda" else 1
     cache = 2 * plan.facts.num_layers * plan.facts.num_kv_heads * plan.facts.head_dim
-    return Limit(weight_elements(plan.facts) * width, cache * width, bytes_per_s * readers)
+    return Limit(weight_elements(plan.facts) * width, cache * kv_width, bytes_per_s * readers)
 
 
 def weight_elements(facts: ModelFacts) -> int:

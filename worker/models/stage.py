@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.model import KvCacheDtype, ModelFacts
 from mgpu.protocol.placement import head_shard
 from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.attention import AttentionShape, StepAttention, select_backend
@@ -38,6 +38,7 @@ class BuildContext:
     device: torch.device
     form: WeightFormat = DENSE
     """Of linear layers."""
+    kv_cache_dtype: KvCacheDtype = "auto"
 
     def window_of(self, layer: int) -> int | None:
         return self.facts.sliding_window if self.facts.sliding_layers[layer] else None
@@ -105,7 +106,8 @@ class DecoderStage(Module):
         facts, group = self.facts, context.group
         heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
         windows = tuple({context.window_of(index): None for index in self.layer_range})
-        return AttentionShape(heads.num_q, heads.num_kv, facts.head_dim, context.dtype, windows)
+        sizes = heads.num_q, heads.num_kv, facts.head_dim
+        return AttentionShape(*sizes, context.dtype, windows, context.kv_cache_dtype)
 
     @property
     def has_kernels(self) -> bool:
