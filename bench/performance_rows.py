@@ -19,8 +19,9 @@ from mgpu.launch.bench.summary import Row, spread
 SHOWN = ("what", "count", "length", "value", "value_low", "value_high", "unit", "limit", "share")
 BENCH = "performance"
 DECODE, PREFILL, BURST, FIRST_TOKEN = "decode", "prefill", "burst", "first token"
-READY, READY_COLD, READY_FILES, IDLE = "ready", "ready, no compiled kernels", "ready, page cache", "idle"
-GAP, OCCUPANCY, STARVED, FAILED = "gap between steps", "occupancy", "starved", "failed"
+READY, READY_COLD, READY_FILES = "ready", "ready, no compiled kernels", "ready, page cache"
+READY_PEER, IDLE = "transformers ready, page cache", "idle"
+GAP, OCCUPANCY, FAILED = "idle before a step", "busy", "failed"
 TOKENS_PER_S = "tok/s"
 BURST_TOKENS = 256
 """How long every answer of a burst is."""

@@ -1,17 +1,32 @@
-"""What `bench/performance.py` asks of mgpu: one server per part, and everything of the table that this server can tell."""
+"""What `bench/performance.py` asks of mgpu: one server per part, and all of the table that this server can tell."""
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from performance_rows import (
-    BENCH, BURST, BURST_TOKENS, DECODE, FAILED, FIRST_TOKEN, IDLE, PREFILL, READY, SHOWN, TOKENS_PER_S, Effort,
-    Sizes, missing, row,
+    BENCH,
+    BURST,
+    BURST_TOKENS,
+    DECODE,
+    FAILED,
+    FIRST_TOKEN,
+    IDLE,
+    PREFILL,
+    READY,
+    SHOWN,
+    TOKENS_PER_S,
+    Effort,
+    Sizes,
+    missing,
+    row,
 )  # fmt: skip
 
 from mgpu.launch.bench.decode import cannot_run
@@ -60,6 +75,11 @@ class Place:
     folder: Path
     """For models."""
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """Give what is saved beside the numbers."""
+        return {"more_options": list(self.options)}
+
     def wanted(self, model: Path, options: tuple[str, ...] = ()) -> Wanted:
         """Say it as `mgpu-launch bench` would understand it."""
         more = REHEARSAL_OPTIONS if self.effort.is_rehearsal else ()
@@ -69,7 +89,7 @@ class Place:
 def measure(part: Part, place: Place, model: Path, save: Path) -> None:
     """Start the part's server and ask it everything; rows are saved as they come. UserError if it cannot be started."""
     with prepared(place.wanted(model, part.options)) as target:
-        report = Report(BENCH, "mgpu", SHOWN, save, "triton", "pyzmq", shape=part.shape, **target.facts)
+        report = Report(BENCH, "mgpu", SHOWN, save, "triton", "pyzmq", shape=part.shape, **place.facts, **target.facts)
         with failures_noted(report):
             began_s = time.perf_counter()
             with target.start() as server:
@@ -113,16 +133,12 @@ class _Asked:
         if part.first_token:
             self._measure(FIRST_TOKEN, 1, part.first_token, "ms", self.fresh.first_token_ms, FIRST_TOKENS)
         for count, length in part.prefill:
-            self._measure(PREFILL, count, length, TOKENS_PER_S, lambda tokens, n=count: self._prefill(n, tokens))
+            self._measure(PREFILL, count, length, TOKENS_PER_S, partial(self.fresh.prefill_rate, effort.size(count)))
         for count, length in part.bursts:
-            self._measure(BURST, count, length, TOKENS_PER_S, lambda tokens, n=count: self.fresh.closed_loop(
-                effort.size(n), tokens, effort.size(BURST_TOKENS)
-            ), warm_up=False)  # fmt: skip
+            burst = partial(self.fresh.closed_loop, effort.size(count), new_tokens=effort.size(BURST_TOKENS))
+            self._measure(BURST, count, length, TOKENS_PER_S, burst, warm_up=False)
         for batch, context in part.late_decode:
             self._decode(batch, context)
-
-    def _prefill(self, count: int, tokens: int) -> float:
-        return self.fresh.prefill_rate(self.effort.size(count), tokens)
 
     def _measure(
         self, what: str, count: int, length: int, unit: str, run: Callable[[int], float], times: int = 1,
@@ -152,15 +168,13 @@ class _Asked:
             self.report.add(missing(DECODE, batch, context, str(problem)))
             return
         found = row(DECODE, batch, context, TOKENS_PER_S, [run.tokens_per_s for run in runs])
-        found |= spread("mean_context", [run.mean_context for run in runs])
+        context_then = statistics.median(run.mean_context for run in runs)
         for name in steps[0]:
             found |= spread(name, [step[name] for step in steps])
-        self.report.add(found | self._share(rows, found["mean_context"], found["value"]))
-
-    def _share(self, rows: int, context: object, rate: object) -> Row:
-        assert isinstance(context, float) and isinstance(rate, float)
-        most = self.target.limit.tokens_per_s(rows, context)
-        return {"limit": most, "share": rate / most if most else None}
+        rate = statistics.median(run.tokens_per_s for run in runs)
+        limit = self.target.limit.tokens_per_s(rows, context_then)
+        share = rate / limit if limit else None
+        self.report.add(found | {"mean_context": context_then, "limit": limit, "share": share})
 
 
 __all__ = ["Part", "Place", "failures_noted", "measure"]

@@ -13,13 +13,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from hf_continuous import sender, start_manager
 from hf_model import make_model
 from performance_rows import (
-    BENCH, BURST, BURST_TOKENS, DECODE, FAILED, FIRST_TOKEN, SHOWN, TOKENS_PER_S, PeerOptions, missing, peer_options,
-    row, window_rates,
+    BENCH,
+    BURST,
+    BURST_TOKENS,
+    DECODE,
+    FAILED,
+    FIRST_TOKEN,
+    SHOWN,
+    TOKENS_PER_S,
+    PeerOptions,
+    missing,
+    peer_options,
+    row,
+    window_rates,
 )  # fmt: skip
 
 from mgpu.launch.bench.load import Request, Send
@@ -29,6 +41,8 @@ NEW_TOKENS = 128
 """Enough that all decode together for a while, although prompts are computed one after the other."""
 DEADLINE_S = 45.0
 """Longest time of one run; attention without a flash kernel can take seconds per step."""
+FIRST_S = 180.0
+"""Longest time of the first request, for which the manager makes its cache and graphs."""
 FIRST_TOKENS = 5
 
 Arrivals = list[tuple[float, int]]
@@ -45,8 +59,11 @@ class Asked:
         self._vocab_size = vocab_size
         self._random = random.Random(0)
 
-    async def batch(self, count: int, length: int, new_tokens: int) -> list[Arrivals]:
-        """Answer prompts that come at once; give when the tokens of each arrived, in seconds from then."""
+    async def batch(self, count: int, length: int, new_tokens: int, deadline_s: float = DEADLINE_S) -> list[Arrivals]:
+        """Answer prompts that come at once; give when the tokens of each arrived, in seconds from then.
+
+        TimeoutError when that takes longer than ``deadline_s``.
+        """
         began_s = time.perf_counter()
 
         async def one() -> Arrivals:
@@ -54,7 +71,7 @@ class Asked:
             pieces = self.send(Request(ids, new_tokens))
             return [(time.perf_counter() - began_s, tokens) async for tokens in pieces if tokens]
 
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(deadline_s):
             return list(await asyncio.gather(*(one() for _ in range(count))))
 
     async def decode(self, count: int, length: int) -> Sequence[float]:
@@ -78,7 +95,7 @@ class Asked:
 
     async def ask(self) -> None:
         """Ask everything. What takes too long ends it: the manager would go on with it beside what comes next."""
-        await self.batch(1, 8, 4)
+        await self.batch(1, 8, 4, FIRST_S)
         questions = (
             (DECODE, TOKENS_PER_S, self.decode, self.options.decode),
             (FIRST_TOKEN, "ms", self.first_token, self.options.first_token),

@@ -13,13 +13,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from hf_model import make_model
 from performance_rows import (
-    BENCH, BURST, BURST_TOKENS, DECODE, FIRST_TOKEN, PREFILL, SHOWN, TOKENS_PER_S, PeerOptions, missing, peer_options,
-    row, window_rates,
+    BENCH,
+    BURST,
+    BURST_TOKENS,
+    DECODE,
+    FIRST_TOKEN,
+    PREFILL,
+    SHOWN,
+    TOKENS_PER_S,
+    PeerOptions,
+    missing,
+    peer_options,
+    row,
+    window_rates,
 )  # fmt: skip
 from transformers.generation.streamers import BaseStreamer
 
@@ -63,7 +75,9 @@ class Asked:
             )  # fmt: skip
         return [at_s - began_s for at_s in clock.times_s[1:]]
 
-    def add(self, what: str, count: int, length: int, unit: str, measure: Callable[[int, int], Sequence[float]]) -> None:
+    def add(
+        self, what: str, count: int, length: int, unit: str, measure: Callable[[int, int], Sequence[float]]
+    ) -> None:
         """Add a row; one that does not fit says so."""
         try:
             values = measure(self.effort.size(count), self.effort.size(length))
