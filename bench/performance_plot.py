@@ -38,7 +38,7 @@ def lines_of(results: Results) -> list[Line]:
         if rows:
             lines.append(Line(name, [_point(row, "value") for row in rows]))
         if rows and all(row.get("limit") for row in rows):
-            limits.append(Line(f"limit of {name}", [_limit(row) for row in rows], is_limit=True))
+            limits.append(Line(f"limit of {name}", [_limit(row) for row in rows], is_limit=True, limit_of=name))
     return [*lines, PEERS, *limits] if lines else []
 
 

@@ -1,7 +1,6 @@
 """The table of docs/performance.md, made of what `bench/performance.py` saved.
 
-The peers' numbers and the targets are those that mgpu was to be measured against: vLLM 0.26.0 and SGLang 0.5.16 on one
-H200, offline engine, dummy weights, prefix cache off; the better of the two.
+The targets, and the numbers of vLLM and SGLang, are those that mgpu was to be measured against.
 """
 
 import json
@@ -31,8 +30,10 @@ from performance_rows import (
 from mgpu.launch.bench.machine import heading
 
 BEGIN, END = "<!-- bench/performance.py --write: begin -->", "<!-- bench/performance.py --write: end -->"
-HEAD = """| what | mgpu: median (least to greatest) | share of limit | transformers | better of vLLM 0.26.0, SGLang 0.5.16 | target | met |
+HEAD = """| what | mgpu: median (least to greatest) | share of limit | transformers | vLLM, SGLang ¹ | target | met |
 | --- | --- | --- | --- | --- | --- | --- |"""
+NOTES = """¹ The better of vLLM 0.26.0 and SGLang 0.5.16 on another H200: offline engine, in process, prefix cache off.
+² Continuous batching; else `generate` with a static batch."""
 GENERATE, CONTINUOUS = "transformers", "transformers-continuous"
 NONE = "\N{EN DASH}"
 SECONDS, MILLISECONDS, MICROSECONDS, SHARE, TOKENS = "s", "ms", "µs", "%", "tok/s"

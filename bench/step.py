@@ -8,20 +8,19 @@ begins with the kernel that makes its inputs; ``idle before a step`` is from the
 """
 
 import argparse
-import itertools
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from gpu_spans import Span, busy_us, idle_before_steps
 from machine import describe, heading
 from model_shapes import LLAMA_8B, write_config
 from option_lists import numbers
@@ -40,8 +39,6 @@ from mgpu.worker.models import build_stage, init_dummy_weights
 from mgpu.worker.rows import RowTable
 
 BLOCK, STEPS, MOST_ROWS = 64, 60, 256
-FIRST_KERNEL = "_inputs_kernel"
-"""What a decode step begins with (worker/kernels/step_inputs.py)."""
 PROFILED_STEPS = 12
 
 
@@ -88,15 +85,6 @@ def decode(runner: ModelRunner, rows: int, start: int, steps: int) -> tuple[floa
     return (time.perf_counter() - began_s) * 1e6 / steps, launch_s * 1e6 / 3
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One kernel or copy on the GPU, in µs on the profiler's clock."""
-
-    name: str
-    start_us: float
-    end_us: float
-
-
 def record(what: Callable[[], object]) -> list[Span]:
     """Give what the GPU did during ``what``, in the order in which it began."""
     from torch.profiler import ProfilerActivity
@@ -107,26 +95,6 @@ def record(what: Callable[[], object]) -> list[Span]:
     events = [event for event in found.events() if event.device_type.name == "CUDA"]
     spans = [Span(event.name, event.time_range.start, event.time_range.end) for event in events]
     return sorted(spans, key=lambda span: span.start_us)
-
-
-def idle_before_steps(spans: Sequence[Span]) -> list[float]:
-    """Give the µs before each step but the first in which no kernel ran; copies of its plan count as idle."""
-    kernels = [span for span in spans if not span.name.startswith(("Memcpy", "Memset"))]
-    idle, last_us = [], 0.0
-    for before, span in itertools.pairwise(kernels):
-        last_us = max(last_us, before.end_us)
-        if FIRST_KERNEL in span.name:
-            idle.append(max(0.0, span.start_us - last_us))
-    return idle
-
-
-def busy_us(spans: Sequence[Span]) -> float:
-    """Give the µs in which something ran."""
-    busy, last_us = 0.0, 0.0
-    for span in spans:
-        busy += max(0.0, span.end_us - max(span.start_us, last_us))
-        last_us = max(last_us, span.end_us)
-    return busy
 
 
 def show(spans: Sequence[Span], times: int, top: int) -> float:
