@@ -28,7 +28,7 @@ from performance_plot import write_picture
 from performance_ready import measure_ready
 from performance_rows import BENCH, FAILED, REAL, REHEARSED, SHOWN, Sizes, missing, size_text
 from performance_server import Part, Place, measure
-from performance_table import BEGIN, END, write_table
+from performance_table import BEGIN, END, read_results, table, write_between
 
 from mgpu.launch.bench.report import Report
 from mgpu.orchestrator.errors import UserError
@@ -95,7 +95,7 @@ class Run:
         """Profile one worker's steps. UserError in a rehearsal: there is no GPU to profile."""
         if self.place.effort.is_rehearsal:
             raise UserError("kernels are profiled on a GPU only")
-        run_script(["step.py", "--rows", "1,64", "--context", "128", "--top", "0", "--save", str(save)])
+        run_script(["step.py", "--rows", "1,64", "--context", "128", "--top", "8", "--save", str(save)])
 
     def peer(self, command: tuple[str, ...], save: Path) -> None:
         where = ("--device", "cpu", "--rehearse") if self.place.effort.is_rehearsal else ("--device", "cuda")
@@ -146,8 +146,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tbps", type=float, default=4.3, help="what the GPU reads, in TB/s, for shares of the limit")
     parser.add_argument("--results", type=Path, help="folder of the rows (default: bench/results/performance)")
     parser.add_argument("--write", action="store_true", help="measure nothing; write table and picture")
-    parser.add_argument("--page", type=Path, help="where the table goes (default: docs/performance.md)")
-    parser.add_argument("--picture", type=Path, help="where the picture goes (default: docs/throughput.svg)")
     parser.add_argument("--rehearse", action="store_true", help="small models on the CPU; all files in another folder")
     parser.add_argument("options", nargs="*", help="options of every server, after --")
     arguments = parser.parse_args()
@@ -155,9 +153,6 @@ def parse() -> argparse.Namespace:
     if unknown := set(arguments.parts) - set(EXPECTED_S):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(EXPECTED_S)}")
     arguments.results = arguments.results or HERE / "results" / ("rehearsal" if arguments.rehearse else BENCH)
-    written = arguments.results if arguments.rehearse else ROOT / "docs"
-    arguments.page = arguments.page or written / "performance.md"
-    arguments.picture = arguments.picture or written / "throughput.svg"
     return arguments
 
 
@@ -178,15 +173,24 @@ def measure_parts(arguments: argparse.Namespace) -> None:
             print(f"== {name} took {time.monotonic() - part_s:.0f} s", flush=True)
 
 
+def write(arguments: argparse.Namespace) -> None:
+    """Write what was saved into docs and README; a rehearsal has its own, beside its results."""
+    results, root = read_results(arguments.results), ROOT
+    if arguments.rehearse:
+        root = arguments.results
+        (root / "docs").mkdir(exist_ok=True)
+        for page in ("README.md", "docs/performance.md"):
+            (root / page).write_text(f"{BEGIN}\n{END}\n")
+    write_between(root / "docs" / "performance.md", table(results))
+    write_picture(results, root / "docs" / "throughput.svg", root / "README.md")
+
+
 def main() -> None:
     arguments = parse()
-    if not arguments.write:
+    if arguments.write:
+        write(arguments)
+    else:
         measure_parts(arguments)
-        return
-    if arguments.rehearse:
-        arguments.page.write_text(f"{BEGIN}\n{END}\n")
-    write_table(arguments.results, arguments.page)
-    write_picture(arguments.results, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The picture of docs/performance.md: tokens per second against concurrency, of what `bench/performance.py` saved."""
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from performance_rows import DECODE
-from performance_table import CONTINUOUS, GENERATE, Result, Results, read_results
+from performance_table import CONTINUOUS, GENERATE, Result, Results, write_between
 from plot import Line, Point, draw
 
 CONTEXT = 1024
@@ -17,16 +18,18 @@ ENGINES = {
     CONTINUOUS: "transformers bf16, continuous",
 }
 """Parts that are drawn, in the order of the legend."""
+ALT = "Tokens per second against concurrent requests: mgpu, its limit, transformers, vLLM and SGLang"
 PEERS = Line("vLLM, SGLang bf16 (the better)", [Point(64, 8400, 8400, 8400), Point(256, 14256, 14256, 14256)])
 
 
-def write_picture(folder: Path, picture: Path) -> None:
-    """Draw what lies in ``folder``. SystemExit when nothing of it can be drawn."""
-    results = read_results(folder)
+def write_picture(results: Results, picture: Path, readme: Path) -> None:
+    """Draw results, and show the picture in the README. SystemExit when nothing of them can be drawn."""
     lines = lines_of(results)
     if not lines:
-        raise SystemExit(f"error: no decoding at {CONTEXT:,} tokens in {folder}; measure the part bf16 first")
+        raise SystemExit(f"error: no decoding behind {CONTEXT:,} tokens was measured; measure the part bf16 first")
     picture.write_text(draw(lines, caption(results)))
+    where = Path(os.path.relpath(picture, readme.parent)).as_posix()
+    write_between(readme, f"![{ALT}]({where})\n")
     print(f"drew {', '.join(line.name for line in lines)} in {picture}")
 
 

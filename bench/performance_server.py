@@ -175,6 +175,3 @@ class _Asked:
         limit = self.target.limit.tokens_per_s(rows, context_then)
         share = rate / limit if limit else None
         self.report.add(found | {"mean_context": context_then, "limit": limit, "share": share})
-
-
-__all__ = ["Part", "Place", "failures_noted", "measure"]

@@ -203,9 +203,7 @@ def table(results: Results) -> str:
     """Give the whole Markdown text between the markers."""
     lines = "\n".join(f"| {' | '.join(cells(line, results))} |" for line in LINES)
     machines = "\n".join(f"- {line}" for line in machine_lines(results.items()))
-    return (
-        f"{HEAD}\n{lines}\n\n² continuous batching; else `generate` with a static batch.\n\nMeasured on:\n{machines}\n"
-    )
+    return f"{HEAD}\n{lines}\n\n{NOTES}\n\nMeasured on:\n\n{machines}\n"
 
 
 def machine_lines(results: Iterable[tuple[str, Result]]) -> list[str]:
@@ -226,13 +224,9 @@ def insert(page: str, text: str) -> str:
     return f"{before}{begin}\n{text}{end}{after}"
 
 
-def write_table(folder: Path, page: Path) -> None:
-    """Write the table of what lies in ``folder`` into a page. SystemExit when it cannot."""
+def write_between(page: Path, text: str) -> None:
+    """Put text between the markers of a file. SystemExit when it cannot be."""
     try:
-        page.write_text(insert(page.read_text(), table(read_results(folder))))
+        page.write_text(insert(page.read_text(), text))
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {page}: {error}") from error
-    print(f"wrote {len(LINES)} lines into {page}")
-
-
-__all__ = ["BEGIN", "END", "LINES", "Result", "Results", "find", "insert", "read_results", "table"]
