@@ -95,6 +95,7 @@ class Gateway:
             self._send,
             self._send_engine,
             lambda identity: check_allowed(identity, front.doorkeeper),
+            self._cancel,
         )
         self._memory = MemoryBound(spec.memory_bytes)
         self._next_tick_s = self._next_alive_s = 0.0
@@ -251,6 +252,7 @@ class Gateway:
 
     def _on_client(self, received: Received) -> None:
         client, request_id = received.client, None
+        owner = owner_of(received.identity, client)
         try:
             data = self._front.unpack(received.frames)
             request_id = id_of(data)
@@ -259,11 +261,10 @@ class Gateway:
             if isinstance(message, Generate):
                 self._on_generate(received, message)
             elif isinstance(message, ResumeRequest):
-                self._resumption.resume(client, owner_of(received.identity, client), message)
+                self._resumption.resume(client, owner, message)
             elif isinstance(message, CancelRequest):
-                self._on_cancel(client, message)
+                self._on_cancel(client, owner, message)
             else:
-                owner = owner_of(received.identity, client)
                 self._queries.on_query(client, owner, message, self._usable_info, self._codec)
         except WireError as error:
             self._send(client, Failed(None, error.code, str(error)))
@@ -327,17 +328,19 @@ class Gateway:
             text = Detokenizer(bytes_of, spec.stop, spec.min_tokens)
         return ChoiceState(index, sequence_id, frozenset(stop_ids), codec, text)
 
-    def _on_cancel(self, client: bytes, message: CancelRequest) -> None:
+    def _on_cancel(self, client: bytes, owner: str, message: CancelRequest) -> None:
         request = self._table.get(client, message.id)
         if request is None:
-            return
+            self._queries.cancel_record(client, owner, message.id)
+        else:
+            self._cancel(request)
+
+    def _cancel(self, request: Request) -> None:
         self._drop_sequences(request, "cancelled")
-        for choice in request.choices:
-            if choice.finish_reason is None:
-                choice.end_early("cancelled")
-                self._send(client, choice.drain(request.id))
+        for last in request.cancel():
+            self._send(request.client, last)
         self._table.remove(request)
-        self._send(client, request.finished())
+        self._send(request.client, request.finished())
 
     # ---------------------------------------------------------------- ending
 
