@@ -39,6 +39,7 @@ from mgpu.protocol.link import (
     Resumable,
     Resume,
     Resumed,
+    StateKnown,
     StatsQuery,
     StatsReply,
     Submit,
@@ -59,7 +60,6 @@ from mgpu.protocol.wire import WireError
 
 TICK_S = 0.25
 KEEPALIVE_S = 1.0
-NEWS_MS = 20
 BACKLOG_RETRY_MS = 20
 STEPS_PER_TURN = 8
 MESSAGES_PER_TURN = 64
@@ -195,6 +195,7 @@ class Gateway:
         if info.state == "stopped":
             for request in self._table:
                 self._fail(request, Refusal("stopped", "the server has stopped"))
+        self._link.send(LINK.encode(StateKnown(info.state)))
 
     def _on_reload(self, reload: Reload) -> None:
         self._front.doorkeeper.let_in(reload.client_keys)
@@ -289,8 +290,6 @@ class Gateway:
         if known is not None:
             raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
         check_model(message, self._spec.model_name)
-        if self._info is not None and self._info.state == "starting" and self._link.poll(NEWS_MS):
-            self._read_link()  # whoever found the server was quicker than the word that it is ready
         check_state(self._usable_info)
         size = size_of(len(received.frames[-1]), message.n)
         self._quota.check(owner_of(identity, client), size, message.n)
