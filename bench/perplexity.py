@@ -167,7 +167,7 @@ def measure(checkpoint: Checkpoint, ids: list[int], first_ids: list[int], window
     stage = load(checkpoint, dtype, quant, rounding)
     if name == "fp8-w8a8":
         for layer in linear_layers(stage):
-            layer._multiply = RoundedInputs(layer)  # type: ignore[assignment]
+            layer._multiply = RoundedInputs(layer)
     loaded_s = time.monotonic()
     size = window - len(first_ids)
     windows = [first_ids + ids[first : first + size] for first in range(0, len(ids) - size + 1, size)]
