@@ -8,10 +8,11 @@ lost and repeated. ``--cpu`` rehearses the program with a small model of random 
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import machine
@@ -48,9 +49,15 @@ def free_gpu_bytes() -> int:
         return sum(gpu.free_bytes for gpu in session.inventory().gpus)
 
 
-def kill_and_recover(server: Server, streams: Streams, count: int) -> Row:
-    """SIGKILL one rank after another under the streams; the seconds are those from the signal to the next `ready`."""
+def kill_and_recover(server: Server, streams: Streams, count: int, held_bytes: Callable[[], int]) -> Row:
+    """SIGKILL one rank after another under the streams; the seconds are those from the signal to the next `ready`.
+
+    Workers allocate as their streams need it. What the GPU holds is therefore looked at when all streams have been
+    answered once, and again after every kill: a leak is what grows from kill to kill.
+    """
     row = Row("SIGKILL of a worker, decode")
+    streams.wait_for_all()
+    held = [held_bytes()]
     with Client(server.endpoint, silence_timeout_s=SILENCE_S) as client:
         for rank in range(count):
             streams.wait_for_pieces(100)
@@ -62,7 +69,22 @@ def kill_and_recover(server: Server, streams: Streams, count: int) -> Row:
             row.injected(time.monotonic() - began_s)
             row.notes.append(f"kill {rank + 1}: the server says {recovery_s:.2f} s from noticing to ready")
             streams.wait_for_all()
+            held.append(held_bytes())
+    changes = [late - early for early, late in itertools.pairwise(held)]
+    row.notes.append(f"GPU memory held: {held[0] / MIB:.0f} MiB under load, {mib(changes)} MiB with each kill")
+    row.problems += leak(changes)
     return row
+
+
+def leak(changes: Sequence[int]) -> list[str]:
+    """Say by how much the memory grew if it did with every kill, and by more than the driver may take for itself."""
+    if not changes or min(changes) <= 0 or sum(changes) <= NEARLY:
+        return []
+    return [f"more GPU memory is held after every kill: {mib(changes)} MiB"]
+
+
+def mib(numbers: Sequence[int]) -> str:
+    return ", ".join(f"{number / MIB:+.0f}" for number in numbers)
 
 
 def kill_the_parent(server: Server, free_bytes: FreeBytes, free_before: int) -> Row:
@@ -84,13 +106,8 @@ def run(wish: Wish, options: argparse.Namespace, free_bytes: FreeBytes) -> list[
     free_before = free_bytes()
     with Server(wish) as server:
         expected = undisturbed(server.endpoint, make_jobs(options.streams + 8, 200))
-        held = free_before - free_bytes()
         with Streams(server.endpoint, expected, options.streams) as streams:
-            kills = kill_and_recover(server, streams, options.kills)
-        more = free_before - free_bytes() - held
-        kills.notes.append(f"GPU memory held: {held / MIB:.0f} MiB at first, {more / MIB:+.0f} MiB after the kills")
-        if more > NEARLY:
-            kills.problems.append(f"{more / MIB:.0f} MiB more are held after the kills")
+            kills = kill_and_recover(server, streams, options.kills, lambda: free_before - free_bytes())
         kills.add(streams.tally)
         if not options.cpu:  # bfloat16: other tokens are no error, missing ones are
             kills.notes.append(f"{kills.different} of {kills.finished} streams went on with other tokens (bfloat16)")

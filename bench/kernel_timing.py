@@ -118,7 +118,6 @@ KERNEL_MODULES = tuple(
         "activation",
         "decode_attention",
         "dequantize",
-        "few_row_gemv",
         "float8_norm",
         "float8_quantize",
         "gemv",

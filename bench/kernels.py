@@ -21,13 +21,20 @@ from torch import Tensor
 from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.decode_attention import decode_attention
-from mgpu.worker.kernels.few_row_gemv import few_row_gemv
-from mgpu.worker.kernels.gemv import gemv
 from mgpu.worker.kernels.norm import add_rms_norm
-from mgpu.worker.kernels.prefill_attention import prefill_attention
+from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
+from mgpu.worker.kernels.products import matmul, one_row_matmul
 from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.sample import sample
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
+
+FP8_PREFILL = (
+    None,
+    PrefillTiling(64, 64, 4, 3),
+    PrefillTiling(64, 64, 4, 2, bulk=False),
+    PrefillTiling(128, 64, 8, 2),
+    PrefillTiling(128, 64, 8, 3),
+)
 
 
 def random_pool(count: int) -> Tensor:
@@ -36,15 +43,19 @@ def random_pool(count: int) -> Tensor:
 
 def products() -> Iterator[Row]:
     pool = random_pool(6 * 10**8)
-    for (name, (n, k)), rows in itertools.product(SHAPES.items(), (1, 2, 4, 8)):
+    for name, (n, k) in SHAPES.items():
         weights = views(pool, n, k)
-        x = torch.randn(rows, k, device="cuda").to(BF16)
-        expected = x.float() @ weights[0].float().T
-        other = graph_us(rotate(weights, lambda w: F.linear(x, w)))
-        kernel = gemv if rows == 1 else few_row_gemv
-        error = relative_error(kernel(x, weights[0]), expected)
-        us = graph_us(rotate(weights, lambda w: kernel(x, w)))
-        yield Row(f"{kernel.__name__} {name} m{rows}", us, 2.0 * n * k, error=error, other_us=other)
+        for rows in (1, 2, 8):
+            x = torch.randn(rows, k, device="cuda").to(BF16)
+            other = graph_us(rotate(weights, lambda w: F.linear(x, w)))
+            error = relative_error(matmul(x, weights[0]), x.float() @ weights[0].float().T)
+            us = graph_us(rotate(weights, lambda w: matmul(x, w))) if rows == 1 else other
+            yield Row(f"matmul {name} m{rows}", us, 2.0 * n * k, error=error, other_us=other)
+        if name == "gate_up":
+            x = torch.randn(1, k, device="cuda").to(BF16)
+            us = graph_us(rotate(weights, lambda w: one_row_matmul(x, w, None, "silu")))
+            other = graph_us(rotate(weights, lambda w: gated_activation(matmul(x, w), "silu")))
+            yield Row("gated matmul gate_up m1, and in two kernels", us, 2.0 * n * k, other_us=other)
 
 
 def decode_attentions() -> Iterator[Row]:
@@ -87,6 +98,23 @@ def prefill_attentions() -> Iterator[Row]:
         yield Row(name, us, flops=flops, error=relative_error(got, expected), other_us=other)
 
 
+def fp8_prefill_attentions() -> Iterator[Row]:
+    """Heads of 128 over a float8 cache with pages of 64: the choice (None) and what else compiles without spilling."""
+    for (rows, context), tiling in itertools.product(((1, 8192), (32, 1024)), FP8_PREFILL):
+        k, v, tables = make_cache(rows, context, 64, 128)
+        k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
+        q = torch.randn(rows * context, 32, 128, device="cuda").to(BF16)
+        lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+        starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * context
+        out = prefill_attention(q, k, v, tables, lens, starts, scale=128**-0.5, tiling=tiling)
+        expected = reference.paged_attention(q[:1024], k, v, tables[:1], [1024], [0, 1024], 128**-0.5)
+        us = graph_us([lambda: prefill_attention(q, k, v, tables, lens, starts, scale=128**-0.5, tiling=tiling)] * 2, 3)
+        flops = 2.0 * context * context * 128 * 32 * rows
+        shape = tiling and (tiling.block_m, tiling.block_n, tiling.num_warps, tiling.num_stages)
+        error = relative_error(out[:1024], expected)
+        yield Row(f"prefill fp8 r{rows} c{context} {shape}", us, flops=flops, error=error)
+
+
 def layers() -> Iterator[Row]:
     weight = torch.rand(4096, device="cuda").to(BF16)
     for tokens in (1, 64, 8192):
@@ -111,6 +139,9 @@ def layers() -> Iterator[Row]:
         expected = reference.rotate(qkv[:, :32], cos_sin[places])
         error = relative_error(rope_and_cache(qkv, cos_sin, places, places, k, v), expected)
         yield Row(f"rope_and_cache t{tokens}", us, tokens * 48 * 128 * 4.0, error=error)
+        k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
+        us = graph_us([lambda: rope_and_cache(qkv, cos_sin, places, places, k, v)] * 20)
+        yield Row(f"rope_and_cache fp8 t{tokens}", us, tokens * (48 * 2 + 32 * 2 + 16) * 128.0)
 
 
 def sampling() -> Iterator[Row]:
@@ -138,7 +169,6 @@ def steps() -> Iterator[Row]:
         other = graph_us([lambda: chain.step(rows)], 9)
         us = graph_us([lambda: chain.step(rows, {})], 9) if rows == 1 else other
         yield Row(f"step r{rows}", us, chain.weight_bytes, other_us=other)
-    yield Row("step r1 folded", graph_us([lambda: chain.folded_step({})], 9), chain.weight_bytes)
 
 
 PARTS = {
@@ -152,6 +182,7 @@ PARTS = {
         many_rows,
         decode_attentions,
         prefill_attentions,
+        fp8_prefill_attentions,
         layers,
         sampling,
         steps,

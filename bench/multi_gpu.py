@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import multi_gpu_all_reduce
 import multi_gpu_faults
 import multi_gpu_tokens
-from decode import numbers
 from machine import describe, heading
 from model_shapes import SHAPES
 from multi_gpu_box import Box, find_box
 from multi_gpu_report import Report
 from multi_gpu_speed import Speed
+from option_lists import numbers
 
 from mgpu.orchestrator.errors import DeviceError
 

@@ -10,12 +10,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from decode import Bench
 from model_shapes import SHAPES, SMALL_SHAPES, write_config, write_weights
 from multi_gpu_box import START_S, Box, Place, plan_of, serving
 from multi_gpu_report import Report
 
 from mgpu import Client
+from mgpu.launch.bench.probe import Probe
 from mgpu.launch.config import ServeConfig
 from mgpu.orchestrator.layer_map import even_stages, map_text
 from mgpu.protocol.checkpoint import read_checkpoint
@@ -153,7 +153,7 @@ class Speed:
             with ExitStack() as stack:
                 stack.callback(together.abort)  # whoever fails must not be waited for; at the end nobody waits
                 client = stack.enter_context(Client(endpoint, silence_timeout_s=SILENCE_S))  # of this thread alone
-                bench = Bench(client, model.vocab_size, seed=batch)
+                bench = Probe(client, model.vocab_size, seed=batch)
                 bench.decode_rate(share, effort.context, 0.0)  # the first use of a batch size makes its graph
                 rates = []
                 for _ in range(effort.repeat):
@@ -168,7 +168,7 @@ class Speed:
     def _prefill(self, what: str, model: Model, endpoint: str) -> None:
         count, length = self.effort.prefill
         with Client(endpoint, silence_timeout_s=SILENCE_S) as client:
-            bench = Bench(client, model.vocab_size, seed=3)
+            bench = Probe(client, model.vocab_size, seed=3)
             rates = [bench.prefill_rate(count, length) for _ in range(self.effort.repeat + 1)][1:]
         self.report.number(SECTION, f"{what}, prefill {count} x {length}", statistics.median(rates), "tok/s")
 

@@ -7,6 +7,7 @@ and the greatest of the repeats.
 """
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,8 @@ class Line:
     name: str
     points: Sequence[Point]
     is_limit: bool = False
+    limit_of: str = ""
+    """The line whose colour this one takes; none: grey."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +101,12 @@ def ticks(low: float, high: float) -> list[float]:
 def draw(lines: Sequence[Line], title: str) -> str:
     """Give the whole picture."""
     scale = scale_of(lines)
-    colours = iter(COLOURS * (1 + len(lines) // len(COLOURS)))
+    engines = [line.name for line in lines if not line.is_limit]
+    colours = dict(zip(engines, itertools.cycle(COLOURS), strict=False))
     parts = [_axes(lines, scale)]
     for number, line in enumerate(lines):
-        parts.append(_line(line, scale, LIMIT_COLOUR if line.is_limit else next(colours), TOP + 14 + 20 * number))
+        colour = colours.get(line.limit_of if line.is_limit else line.name, LIMIT_COLOUR)
+        parts.append(_line(line, scale, colour, TOP + 14 + 20 * number))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         f'font-size="12" fill="#404040">\n<rect width="100%" height="100%" fill="white"/>\n'

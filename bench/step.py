@@ -1,51 +1,61 @@
 """Break one worker's step down on a GPU, without a server: time per step, kernels, and what the GPU waits.
 
-    python bench/step.py [--rows 1,8,64] [--context 128] [--quant fp8] [--top 12]
+    python bench/step.py [--rows 1,8,64] [--context 128] [--quant fp8] [--kv-cache-dtype fp8] [--top 12] [--save FILE]
 
 Llama-3.1-8B in bfloat16 (or quantized) with random weights. ``step`` is the time per decode step with two in flight,
 as the worker runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is what the host does for one
-step.
+step. A step begins with the kernel that makes its inputs; ``idle before a step`` is from the end of the kernel before.
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from decode import numbers
+from gpu_spans import Span, busy_us, idle_before_steps
 from machine import describe, heading
 from model_shapes import LLAMA_8B, write_config
+from option_lists import numbers
+from performance_rows import BENCH, GAP, OCCUPANCY, SHOWN
+from performance_rows import row as make_row
 
+from mgpu.launch.bench.report import Report
 from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.protocol.model import KvCacheDtype
 from mgpu.protocol.placement import RankPlace
 from mgpu.protocol.quantization import Quant
 from mgpu.worker.collectives import DryRun, SingleRank
-from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.kv_cache import KvCache, stored_dtype
 from mgpu.worker.links import Links
 from mgpu.worker.model_runner import ModelRunner
 from mgpu.worker.models import build_stage, init_dummy_weights
 from mgpu.worker.rows import RowTable
 
 BLOCK, STEPS, MOST_ROWS = 64, 60, 256
+PROFILED_STEPS = 12
 
 
-def make_runner(context: int, quant: Quant) -> ModelRunner:
+def make_runner(context: int, quant: Quant, kept: KvCacheDtype) -> ModelRunner:
     with tempfile.TemporaryDirectory() as folder:
         facts = read_checkpoint(write_config(Path(folder), LLAMA_8B), "dummy").facts
     device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), DryRun(SingleRank())
-    stage = build_stage(facts, place, range(facts.num_layers), group, torch.bfloat16, device, quant)
+    layers = range(facts.num_layers)
+    stage = build_stage(facts, place, layers, group, torch.bfloat16, device, quant, kv_cache_dtype=kept)
     stage.max_positions = longest = context + 4 * STEPS + BLOCK
     init_dummy_weights(stage, 0)
     blocks = MOST_ROWS * -(-(longest + 1) // BLOCK)
-    cache = KvCache(facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim, torch.bfloat16, device)
+    shape = facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim
+    cache = KvCache(*shape, stored_dtype(kept, torch.bfloat16), device)
     rows = RowTable(MOST_ROWS, longest, BLOCK, blocks, device)
     links = Links(group, None, (), None, (), None, [])
     return ModelRunner(stage, cache, rows, links, facts, place, 1)
@@ -80,25 +90,28 @@ def decode(runner: ModelRunner, rows: int, start: int, steps: int) -> tuple[floa
     return (time.perf_counter() - began_s) * 1e6 / steps, launch_s * 1e6 / 3
 
 
-def profile(what: Callable[[], object], times: int, top: int) -> None:
-    """Print the kernels of ``what``, which runs ``times`` steps."""
+def record(what: Callable[[], object]) -> list[Span]:
+    """Give what the GPU did during ``what``, in the order in which it began."""
     from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
+    from torch.profiler import profile as recording
 
-    with record(activities=[ProfilerActivity.CUDA]) as found:
+    with recording(activities=[ProfilerActivity.CUDA]) as found:
         what()
-    spans = defaultdict(list)
-    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    for event in events:
-        spans[event.name].append(event.time_range.elapsed_us())
-    ranges = sorted((event.time_range.start, event.time_range.end) for event in events)
-    busy, last = 0.0, 0.0
-    for begin, end in ranges:
-        busy += max(0.0, end - max(begin, last))
-        last = max(last, end)
-    print(f"   busy {busy / times:.0f} us of {(last - ranges[0][0]) / times:.0f} per step (profiled)")
-    for name, us in sorted(spans.items(), key=lambda item: -sum(item[1]))[:top]:
+    events = [event for event in found.events() if event.device_type.name == "CUDA"]
+    spans = [Span(event.name, event.time_range.start, event.time_range.end) for event in events]
+    return sorted(spans, key=lambda span: span.start_us)
+
+
+def show(spans: Sequence[Span], times: int, top: int) -> float:
+    """Print the kernels of ``times`` steps; gives the share of the time in which something ran."""
+    by_name = defaultdict(list)
+    for span in spans:
+        by_name[span.name].append(span.end_us - span.start_us)
+    busy, whole = busy_us(spans), max(span.end_us for span in spans) - spans[0].start_us
+    print(f"   busy {busy / times:.0f} us of {whole / times:.0f} per step (profiled)")
+    for name, us in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]:
         print(f"   {sum(us) / times:8.0f} us {len(us) // times:5} x {sum(us) / len(us):7.1f}  {name[:90]}")
+    return busy / whole
 
 
 def main() -> None:
@@ -107,13 +120,16 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--quant", choices=["none", "8", "4", "fp8"], default="none")
     parser.add_argument("--top", type=int, default=12)
+    parser.add_argument("--kv-cache-dtype", choices=get_args(KvCacheDtype), default="auto")
+    parser.add_argument("--save", type=Path, help="where idle times go, as rows of bench/performance.py")
     arguments = parser.parse_args()
     print(heading(describe("triton")))
-    runner = make_runner(arguments.context, arguments.quant)
+    runner = make_runner(arguments.context, arguments.quant, arguments.kv_cache_dtype)
     began_s = time.perf_counter()
     runner.warm_up(16, 0)
     torch.cuda.synchronize()
     print(f"warm-up {time.perf_counter() - began_s:.2f} s")
+    report = Report(BENCH, "mgpu", SHOWN, arguments.save, "triton", shape="8B")
     for rows in arguments.rows:
         fill(runner, min(rows, 3), arguments.context)
         prompt_ms = fill(runner, rows, arguments.context)
@@ -122,9 +138,14 @@ def main() -> None:
         speed = rows / step_us * 1e6
         print(f"rows {rows}: last prompt {prompt_ms:.2f} ms, launching a step {launch_us:.0f} us")
         print(f"   step {step_us:.0f} us, {speed:.0f} tok/s")
-        profile(partial(decode, runner, rows, arguments.context + 80, 5), 5, arguments.top)
+        spans = record(partial(decode, runner, rows, arguments.context + 80, PROFILED_STEPS))
+        share = show(spans, PROFILED_STEPS, arguments.top)
+        if idle := idle_before_steps(spans):
+            print(f"   idle before a step: {statistics.median(idle):.1f} us, at most {max(idle):.1f}")
+            report.add(make_row(GAP, rows, arguments.context, "us", idle))
+        report.add(make_row(OCCUPANCY, rows, arguments.context, "share", [share]))
     print("one prompt:")
-    profile(partial(fill, runner, 1, arguments.context), 1, arguments.top)
+    show(record(partial(fill, runner, 1, arguments.context)), 1, arguments.top)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mgpu.protocol.model import KvCacheDtype
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.kv_cache import LayerCache
@@ -46,6 +47,7 @@ class AttentionShape:
     head_dim: int
     dtype: torch.dtype
     windows: tuple[int | None, ...]
+    kv_cache_dtype: KvCacheDtype = "auto"
 
 
 class PackedAttention(Protocol):

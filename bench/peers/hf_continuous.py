@@ -4,6 +4,7 @@ python bench/peers/hf_continuous.py --shape 135M --concurrency 1,2,4,8 --prompt-
 """
 
 import asyncio
+import importlib.util
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from hf_model import make_model
 from peer import DEADLINE_S, add_model_options, measure, need, parse
 
 from mgpu.launch.bench.load import Request, Send
+from mgpu.launch.bench.shapes import SHAPES
 
 try:
     from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -49,15 +51,24 @@ def sender(manager: Any) -> Send:
     return send
 
 
-def main() -> None:
-    options = parse(__doc__ or "", add_model_options)
-    model, facts = make_model(options.shape, options.device)
+def start_manager(model: Any, new_tokens: int) -> Any:
+    """Start continuous batching of a model; ``stop`` it in the end."""
     # Prompts are random, so that nothing could be shared; mgpu keeps its prefix cache on as well.
-    settings = GenerationConfig(do_sample=False, max_new_tokens=options.new_tokens, eos_token_id=-1, pad_token_id=0)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0)
+    options = {}
+    if importlib.util.find_spec("flash_attn") is None:  # else it would ask a hub for one
+        options = {name: False for name in ("auto_switch_to_flash",) if hasattr(ContinuousBatchingConfig, name)}
     manager = model.init_continuous_batching(
-        generation_config=settings, continuous_batching_config=ContinuousBatchingConfig()
+        generation_config=settings, continuous_batching_config=ContinuousBatchingConfig(**options)
     )
     manager.start()
+    return manager
+
+
+def main() -> None:
+    options = parse(__doc__ or "", add_model_options)
+    model, facts = make_model(options.shape, SHAPES[options.shape], options.device)
+    manager = start_manager(model, options.new_tokens)
     try:
         vocab_size = model.config.vocab_size
         measure("transformers continuous", sender(manager), vocab_size, options, "transformers", **facts)

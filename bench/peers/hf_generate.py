@@ -21,6 +21,7 @@ from peer import add_model_options, measure, most_at_once, parse, streamed
 from transformers.generation.streamers import BaseStreamer
 
 from mgpu.launch.bench.load import Request
+from mgpu.launch.bench.shapes import SHAPES
 
 Notify = Callable[[int | Exception | None], None]
 GATHER_S = 0.005
@@ -88,7 +89,7 @@ class Batches:
 
 def main() -> None:
     options = parse(__doc__ or "", add_model_options)
-    model, facts = make_model(options.shape, options.device)
+    model, facts = make_model(options.shape, SHAPES[options.shape], options.device)
     batches = Batches(model, most_at_once(options))
     send = streamed(batches.start)
     measure("transformers generate", send, model.config.vocab_size, options, "transformers", **facts)

@@ -6,7 +6,7 @@ from typing import Any
 
 from peer import need
 
-from mgpu.launch.bench.shapes import SHAPES, write_config
+from mgpu.launch.bench.shapes import Config, write_config
 
 try:
     import torch
@@ -16,12 +16,12 @@ except ImportError as error:
     raise need("transformers", error) from error
 
 
-def make_model(shape: str, device: str) -> tuple[Any, dict[str, object]]:
-    """Give the model and what is saved beside its numbers."""
+def make_model(shape: str, config_of_shape: Config, device: str) -> tuple[Any, dict[str, object]]:
+    """Give the model of a shape's configuration and what is saved beside its numbers."""
     logging.set_verbosity_error()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as folder:
-        config = AutoConfig.from_pretrained(write_config(Path(folder), SHAPES[shape]))
+        config = AutoConfig.from_pretrained(write_config(Path(folder), config_of_shape))
     config.eos_token_id = config.bos_token_id = config.pad_token_id = None
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -1,15 +1,14 @@
 """The fastest that memory allows: every byte that a decode step must read, read once."""
 
-import math
 import re
 from dataclasses import dataclass
 
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.memory import layer_bytes
 from mgpu.orchestrator.planner import Plan
-from mgpu.protocol.checkpoint_tensors import expected_tensors
 from mgpu.protocol.model import DTYPE_BYTES, ModelFacts
+from mgpu.protocol.quantization import Quant
 
-_EMBEDDING = "model.embed_tokens.weight"
 _UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -35,21 +34,23 @@ class Limit:
 
 
 def limit_of(plan: Plan, bytes_per_s: float) -> Limit:
-    """Give the limit of a planned server, in the type that it is served in.
+    """Give the limit of a planned server, in the types that weights and cache are held in.
 
     ``bytes_per_s`` is of one GPU, or of the whole machine on the CPU. GPUs of one stage read side by side; stages
     follow each other, so that their bytes add up.
     """
-    width = DTYPE_BYTES[plan.dtype]
     readers = len(plan.placement.stages[0].devices) if plan.machine.kind == "cuda" else 1
-    cache = 2 * plan.facts.num_layers * plan.facts.num_kv_heads * plan.facts.head_dim
-    return Limit(weight_elements(plan.facts) * width, cache * width, bytes_per_s * readers)
+    weights = weight_bytes(plan.facts, DTYPE_BYTES[plan.dtype], plan.quant)
+    return Limit(weights, sum(row.kv_token_bytes for row in plan.rows), bytes_per_s * readers)
 
 
-def weight_elements(facts: ModelFacts) -> int:
-    """Count the weights that a decode step reads."""
-    sizes = {name: math.prod(shape) for name, shape in expected_tensors(facts).items()}
-    return sum(sizes.values()) - (0 if facts.tie_embeddings else sizes[_EMBEDDING])
+def weight_bytes(facts: ModelFacts, dtype_bytes: int, quant: Quant = "none") -> int:
+    """Give the bytes of the weights that a decode step reads: layers, final norm and head.
+
+    Quantized matrices come with their scales; the head keeps the type that the model is served in.
+    """
+    head = (facts.vocab_size + 1) * facts.hidden_size * dtype_bytes
+    return facts.num_layers * layer_bytes(facts, 1, dtype_bytes, quant) + head
 
 
 def parse_bandwidth(text: str) -> float:

@@ -2,14 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from mgpu.launch.bench.decode import cannot_run
 from mgpu.launch.bench.numbers import list_option
-from mgpu.launch.bench.probe import NotMeasured, Probe
+from mgpu.launch.bench.probe import Decoded, NotMeasured, Probe
 from mgpu.launch.bench.report import Report
 from mgpu.launch.bench.session import probing
 from mgpu.launch.bench.summary import Row, spread
@@ -49,8 +48,8 @@ def step_row(probe: Probe, batch: int, context: int, seconds: float, repeat: int
     """Measure one batch size."""
     row: Row = {"batch": batch, "repeats": repeat}
     try:
-        probe.decode_counters(batch, context, 0.0)
-        runs = [breakdown(*probe.decode_counters(batch, context, seconds)) for _ in range(repeat)]
+        probe.decode(batch, context, 0.0)
+        runs = [breakdown(probe.decode(batch, context, seconds)) for _ in range(repeat)]
     except NotMeasured as problem:
         return row | {"note": str(problem)}
     for name in runs[0]:
@@ -58,8 +57,9 @@ def step_row(probe: Probe, batch: int, context: int, seconds: float, repeat: int
     return row
 
 
-def breakdown(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> dict[str, float]:
+def breakdown(decoded: Decoded) -> dict[str, float]:
     """Give microseconds per step of what happened between two looks at the counters. NotMeasured without a step."""
+    before, after, seconds = decoded.before, decoded.after, decoded.seconds
     steps = after["steps"] - before["steps"]
     if steps <= 0:
         raise NotMeasured(f"no step ended within {seconds:g} s; raise --seconds")

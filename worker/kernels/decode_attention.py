@@ -228,7 +228,7 @@ def decode_attention(
 
     q may have any row stride. The cache has q's type, or is float8_e4m3fn holding values divided by ``k_scale`` and
     ``v_scale``; k and v have equal strides, K contiguous. ``window``: the last tokens that are seen, itself included.
-    Rows with a context of 0 give zeros. K is a power of two from 16 on.
+    Rows with a context of 0 give zeros. K is a power of two from 16 on, of a float8 cache from 32 on.
     """
     return _launch(
         q_RHK, k_NBJK, v_NBJK, block_tables_RP, context_lens_R, q_RHK.shape[1], None, None, None,

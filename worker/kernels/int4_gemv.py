@@ -10,6 +10,7 @@ Arithmetic, not memory, is scarce here: at 4.3 TB/s one SM has 4.3 issue slots p
 import triton
 import triton.language as tl
 
+from mgpu.worker.kernels.gemv_rows import load_squares, norm_factor, store_outputs, weight_rows
 from mgpu.worker.kernels.runtime import wait_for_inputs
 from mgpu.worker.kernels.widen import split_scales, widen_to_floats
 
@@ -29,11 +30,18 @@ def int4_gemv_kernel(
     w_ptr,
     scale_ptr,
     bias_ptr,
+    squares_ptr,
+    clears_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    sum_ptr,
     y_ptr,
     N,
     K,
+    eps,
     words_per_row,
     GROUP: tl.constexpr,
+    GATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -43,8 +51,7 @@ def int4_gemv_kernel(
 ):
     """Compute BLOCK_N outputs. EVEN_K: K fills the words of a row, and these whole steps of BLOCK_W."""
     RUNS: tl.constexpr = BLOCK_W // 4
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(n, N - 1).to(tl.int64)
+    rows = weight_rows(N, GATE, BLOCK_N)
     column = tl.arange(0, BLOCK_W)
     run = tl.arange(0, RUNS)
     groups = tl.cdiv(K, GROUP)
@@ -54,6 +61,7 @@ def int4_gemv_kernel(
     pairs = tl.load(scale_ptrs + tl.minimum(run * 32 // GROUP, groups - 1)[None, :])
     wait_for_inputs(OVERLAP)
 
+    squares = load_squares(squares_ptr, clears_ptr)
     acc = tl.zeros([BLOCK_N, RUNS], tl.float32)
     for first in range(0, words_per_row, BLOCK_W):
         if AHEAD:
@@ -83,7 +91,5 @@ def int4_gemv_kernel(
             words = next_words
             pairs = next_pairs
 
-    y = tl.sum(acc, 1)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows).to(tl.float32)
-    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+    y = tl.sum(acc, 1) * norm_factor(squares, squares_ptr, K, eps)
+    store_outputs(y, rows, bias_ptr, residual_ptr, norm_weight_ptr, sum_ptr, y_ptr, N, GATE, BLOCK_N)

@@ -12,6 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from mgpu.worker.kernels.gemv import GemvTiling
+from mgpu.worker.kernels.gemv_rows import (
+    GATES,
+    Activation,
+    NormAfter,
+    NormBefore,
+    load_squares,
+    norm_factor,
+    store_outputs,
+    weight_rows,
+)
 from mgpu.worker.kernels.int4_gemv import int4_gemv_kernel
 from mgpu.worker.kernels.packing import WORDS, PackedWeight
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
@@ -26,11 +36,18 @@ def _quantized_gemv_kernel(
     w_ptr,
     scale_ptr,
     bias_ptr,
+    squares_ptr,
+    clears_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    sum_ptr,
     y_ptr,
     N,
     K,
+    eps,
     words_per_row,
     KIND: tl.constexpr,
+    GATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -38,13 +55,13 @@ def _quantized_gemv_kernel(
     OVERLAP: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(n, N - 1).to(tl.int64)
+    rows = weight_rows(N, GATE, BLOCK_N)
     column = tl.arange(0, BLOCK_W)
     w_ptrs = w_ptr + rows[:, None] * words_per_row + column[None, :]
     words = tl.load(w_ptrs, mask=(column < words_per_row)[None, :], other=0)
     wait_for_inputs(OVERLAP)
 
+    squares = load_squares(squares_ptr, clears_ptr)
     acc = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
     for first in range(0, words_per_row, BLOCK_W):
         c = first + column
@@ -63,10 +80,8 @@ def _quantized_gemv_kernel(
         if AHEAD:
             words = next_words
 
-    y = tl.sum(acc, 1) * tl.load(scale_ptr + rows)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows).to(tl.float32)
-    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+    y = tl.sum(acc, 1) * tl.load(scale_ptr + rows) * norm_factor(squares, squares_ptr, K, eps)
+    store_outputs(y, rows, bias_ptr, residual_ptr, norm_weight_ptr, sum_ptr, y_ptr, N, GATE, BLOCK_N)
 
 
 def choose_tiling(weight: PackedWeight) -> GemvTiling:
@@ -81,13 +96,17 @@ def quantized_gemv(
     x_1K: Tensor,
     weight: PackedWeight,
     *,
+    gate: Activation | None = None,
     bias_N: Tensor | None = None,
+    before: NormBefore | None = None,
+    after: NormAfter | None = None,
     out_1N: Tensor | None = None,
     tiling: GemvTiling | None = None,
 ) -> Tensor:
-    """Multiply one row by the dequantized weight's transpose in float32."""
+    """Multiply one row by the dequantized weight's transpose in float32; the options are those of `gemv`."""
     k = x_1K.shape[-1]
-    n, words_per_row = weight.words.shape
+    outputs, words_per_row = weight.words.shape
+    n = outputs // (2 if gate else 1)
     if x_1K.shape[0] != 1 or k != weight.k:
         raise ValueError(f"quantized_gemv takes 1 row of {weight.k} channels, got {x_1K.shape[0]} of {k}")
     tiling = tiling or choose_tiling(weight)
@@ -96,16 +115,23 @@ def quantized_gemv(
     per_word = 8 if weight.kind == "int4" else 4
     even = k == words_per_row * per_word and words_per_row % tiling.block_k == 0
     kernel = int4_gemv_kernel if weight.kind == "int4" else _quantized_gemv_kernel
-    kernel[(ceil_div(n, tiling.block_n),)](
+    kernel[(ceil_div(outputs, tiling.block_n),)](
         x_1K,
         weight.words,
         weight.scales,
         bias_N,
+        before.squares if before else None,
+        before.clears if before else None,
+        after.residual_1N if after else None,
+        after.weight_N if after else None,
+        after.squares if after else None,
         out_1N,
         n,
         k,
+        before.eps if before else 0.0,
         words_per_row,
         weight.group if weight.kind == "int4" else _KINDS[weight.kind],
+        GATES[gate],
         tiling.block_n,
         max(tiling.block_k, WORDS),
         even,

@@ -54,7 +54,7 @@ class Attention(Module):
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables are for attention that rotates by itself"
             qkv_TAK, scale_T = self._heads(qkv)
-            heads_THK = attention.packed.attend_packed(qkv_TAK, scale_T, angles, self._norms(), cache, self.spec)
+            heads_THK = attention.packed.attend_packed(qkv_TAK, scale_T, angles, self.norms, cache, self.spec)
         else:
             q_THK, k_TJK, v_TJK = self._rotated(self._heads(plain(qkv))[0], angles)
             heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
@@ -65,7 +65,9 @@ class Attention(Module):
         values, scale_T = values_and_scale(qkv)
         return values.view(len(values), -1, self.head_dim), scale_T
 
-    def _norms(self) -> HeadNorms | None:
+    @property
+    def norms(self) -> HeadNorms | None:
+        """The norms of query and key heads, as kernels take them."""
         if self.q_norm is None or self.k_norm is None:
             return None
         return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)

@@ -56,6 +56,11 @@ class Linear(Module):
     def __call__(self, x_TI: Activations) -> Product:
         return self._product(x_TI, self.bias)
 
+    @property
+    def held(self) -> Tensor | PackedWeight:
+        """The weight as it is held."""
+        return self.weight if self.packed is None else self.packed
+
     def takes_float8(self, rows: int) -> bool:
         """Say whether so many rows are multiplied in float8: then they may come quantized, by what makes them."""
         return self._is_float8 and rows >= LEAST_ROWS

@@ -40,13 +40,17 @@ class GatedMLP(Module):
         self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device, form)
 
     def __call__(self, x_TD: Activations) -> Product:
-        gate_up_TF2 = self.gate_up(x_TD)
-        return self.down(self._gated_kernel(gate_up_TF2) if self._uses_kernel else self._gated(plain(gate_up_TF2)))
+        if self._uses_kernel:
+            return self.down(self._gated_by_kernels(x_TD))
+        return self.down(self._gated(plain(self.gate_up(x_TD))))
 
-    def _gated_kernel(self, gate_up_TF2: Product) -> Activations:
+    def _gated_by_kernels(self, x_TD: Activations) -> Activations:
         from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
+        from mgpu.worker.kernels.products import one_row_matmul
 
-        gate_up_TF2, scale_T = values_and_scale(gate_up_TF2)
+        if isinstance(x_TD, Tensor) and len(x_TD) == 1:
+            return one_row_matmul(x_TD, self.gate_up.held, self.gate_up.bias, self.activation)
+        gate_up_TF2, scale_T = values_and_scale(self.gate_up(x_TD))
         if self.down.takes_float8(len(gate_up_TF2)):
             return gated_activation_float8(gate_up_TF2, self.activation, scale_T)
         return gated_activation(gate_up_TF2, self.activation, scale_T)

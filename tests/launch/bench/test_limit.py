@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mgpu.launch.bench.bandwidth import read_speed
-from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth, weight_elements
+from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth, weight_bytes
 from mgpu.launch.bench.shapes import LLAMA_8B, SMOLLM2_135M, Config, write_config
 from mgpu.orchestrator.devices import described_machine, find_machine
 from mgpu.orchestrator.errors import UserError
@@ -19,9 +19,9 @@ def facts_of(config: Config, folder: Path) -> ModelFacts:
 
 
 def test_the_8b_in_bf16_can_decode_286_tokens_a_second_at_4_3_tb_per_s(tmp_path: Path) -> None:
-    planned = plan(facts_of(LLAMA_8B, tmp_path), described_machine("141GiB"), Wish())
-    limit = limit_of(planned, 4.3e12)
-    assert limit.kv_token_bytes == 128 << 10
+    facts, machine = facts_of(LLAMA_8B, tmp_path), described_machine("141GiB")
+    limit, narrow = (limit_of(plan(facts, machine, wish), 4.3e12) for wish in (Wish(), Wish(kv_cache_dtype="fp8")))
+    assert (limit.kv_token_bytes, narrow.kv_token_bytes) == (128 << 10, 64 << 10)
     assert round(limit.tokens_per_s(1, 128) or 0) == 286
     assert round((limit.tokens_per_s(256, 1024) or 0) / 100) == 223
 
@@ -29,7 +29,15 @@ def test_the_8b_in_bf16_can_decode_286_tokens_a_second_at_4_3_tb_per_s(tmp_path:
 def test_a_tied_head_is_read_although_the_embedding_is_not(tmp_path: Path) -> None:
     tied = facts_of(SMOLLM2_135M, tmp_path / "tied")
     untied = facts_of({**SMOLLM2_135M, "tie_word_embeddings": False}, tmp_path / "untied")
-    assert weight_elements(tied) == weight_elements(untied) == 134_515_008
+    assert weight_bytes(tied, 1) == weight_bytes(untied, 1) == 134_515_008
+
+
+def test_quantized_weights_count_in_their_type_and_the_head_in_that_of_the_model(tmp_path: Path) -> None:
+    facts = facts_of(LLAMA_8B, tmp_path)
+    eight, four = (limit_of(plan(facts, described_machine("141GiB"), Wish(quant=q)), 4.3e12) for q in ("fp8", "4"))
+    assert round(eight.tokens_per_s(1, 128) or 0) == 534
+    assert eight.kv_token_bytes == 128 << 10
+    assert round(four.tokens_per_s(1, 128) or 0) == 792  # scale and offset of every group of 32 included
 
 
 def test_gpus_of_a_stage_read_side_by_side_and_cpu_workers_share_the_memory(tmp_path: Path) -> None:

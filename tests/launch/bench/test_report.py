@@ -8,6 +8,7 @@ import click
 import pytest
 
 from mgpu.launch.bench.numbers import rates, sizes, whole_numbers
+from mgpu.launch.bench.probe import Decoded
 from mgpu.launch.bench.report import Report, cell
 from mgpu.launch.bench.startup import phases, startup_row
 from mgpu.launch.bench.step import breakdown
@@ -90,6 +91,6 @@ def test_a_step_is_broken_down_by_what_the_counters_grew() -> None:
     names = ("schedule", "publish", "apply", "compute", "starved")
     before = {"steps": 10.0, **{f"{name}_us_sum": 100.0 for name in names}}
     after = {"steps": 20.0, **{f"{name}_us_sum": 100.0 + 10 * i for i, name in enumerate(names, start=1)}}
-    found = breakdown(before, after, 0.001)
+    found = breakdown(Decoded(before, after, 0.001, 0.0))
     assert (found["wall_us"], found["schedule_us"], found["worker_us"], found["starved_us"]) == (100.0, 1.0, 4.0, 5.0)
     assert found["occupancy_share"] == pytest.approx(0.95)

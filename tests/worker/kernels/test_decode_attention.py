@@ -53,23 +53,34 @@ def test_decode_attention_equals_reference(
     assert relative_error(got, expected) < tolerance(dtype)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-def test_decode_attention_reads_a_float8_cache(device: torch.device, splits: int) -> None:
-    cache = paged_cache([150, 40], 16, 2, 64, torch.float8_e4m3fn, device)
-    q = torch.randn(2, 4, 64, device=device).to(torch.bfloat16)
-    k, v = cache.k.float() * 0.5, cache.v.float() * 2.0
-    expected = paged_attention(q, k, v, cache.tables, cache.context_lens, [0, 1, 2], 0.125)
+@pytest.mark.parametrize(
+    ("lens", "block_size", "kv_heads", "group", "dim", "window", "tiling"),
+    [
+        ([150, 40], 16, 2, 2, 64, None, DecodeTiling(1, 32, 32)),
+        ([150, 40], 16, 2, 2, 64, None, DecodeTiling(4, 32, 32)),
+        ([1, 65, 64], 64, 2, 4, 128, None, None),
+        ([200, 3], 64, 1, 3, 64, 50, DecodeTiling(2, 32, 32)),
+        ([33], 16, 1, 2, 256, 20, DecodeTiling(1, 32)),
+    ],
+)
+def test_decode_attention_reads_a_float8_cache(
+    device: torch.device,
+    lens: list[int],
+    block_size: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    window: int | None,
+    tiling: DecodeTiling | None,
+) -> None:
+    cache = paged_cache(lens, block_size, kv_heads, dim, torch.float8_e4m3fn, device)
+    q = torch.randn(len(lens), kv_heads * group, dim, device=device).to(torch.bfloat16)
+    k, v, starts = cache.k.float() * 0.5, cache.v.float() * 2.0, list(range(len(lens) + 1))
+    expected = paged_attention(q, k, v, cache.tables, lens, starts, dim**-0.5, window)
     got = decode_attention(
-        q,
-        cache.k,
-        cache.v,
-        cache.tables,
-        cache.lens,
-        scale=0.125,
-        k_scale=0.5,
-        v_scale=2.0,
-        tiling=DecodeTiling(splits, 32, 32),
-    )
+        q, cache.k, cache.v, cache.tables, cache.lens, scale=dim**-0.5, window=window, k_scale=0.5, v_scale=2.0,
+        tiling=tiling,
+    )  # fmt: skip
     assert relative_error(got, expected) < tolerance(torch.bfloat16)
 
 
