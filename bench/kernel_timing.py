@@ -17,6 +17,15 @@ from torch import Tensor
 READ_TBPS = 4.3
 """Measured read bandwidth of an H200, TB/s: what shares are shares of."""
 L2_BYTES = 60 << 20
+SHAPES = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "head": (128256, 4096),
+}
+"""Matrices [N, K] of Llama-3.1-8B."""
+BF16 = torch.bfloat16
 
 Launch = Callable[[], object]
 Item = TypeVar("Item")

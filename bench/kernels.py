@@ -14,36 +14,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from decode_chain import DecodeChain
-from kernel_timing import Row, graph_us, make_cache, random_scales, relative_error, rotate, sdpa_row, views
+from kernel_timing import BF16, SHAPES, Row, graph_us, make_cache, relative_error, rotate, sdpa_row, views
+from kernels_quantized import float8_layers, float8_products, many_rows, mlps, quantized_products
 from torch import Tensor
 
-from mgpu.protocol.quantization import WeightFormat, weight_format
-from mgpu.worker.collectives import SingleRank
 from mgpu.worker.kernels import reference
-from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
+from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.decode_attention import decode_attention
-from mgpu.worker.kernels.dequantize import dequantize_packed
-from mgpu.worker.kernels.float8_norm import add_rms_norm_float8
-from mgpu.worker.kernels.float8_product import float8_product
-from mgpu.worker.kernels.float8_quantize import quantize_rows
 from mgpu.worker.kernels.norm import add_rms_norm
-from mgpu.worker.kernels.packing import PackedWeight, dequantize
 from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
-from mgpu.worker.kernels.products import matmul, one_row_matmul, quantized_matmul
+from mgpu.worker.kernels.products import matmul, one_row_matmul
 from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.sample import sample
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
-from mgpu.worker.layers.mlp import GatedMLP
-from mgpu.worker.layers.norm import RMSNorm
 
-SHAPES = {
-    "qkv": (6144, 4096),
-    "o": (4096, 4096),
-    "gate_up": (28672, 4096),
-    "down": (4096, 14336),
-    "head": (128256, 4096),
-}
-BF16 = torch.bfloat16
 FP8_PREFILL = (
     None,
     PrefillTiling(64, 64, 4, 3),
@@ -51,8 +35,6 @@ FP8_PREFILL = (
     PrefillTiling(128, 64, 8, 2),
     PrefillTiling(128, 64, 8, 3),
 )
-QUANTIZED = (("int8", 0), ("fp8", 0), ("int4", 32), ("int4", 128))
-"""Kinds and groups. Groups of 32 are what `--quant 4` makes."""
 
 
 def random_pool(count: int) -> Tensor:
@@ -74,86 +56,6 @@ def products() -> Iterator[Row]:
             us = graph_us(rotate(weights, lambda w: one_row_matmul(x, w, None, "silu")))
             other = graph_us(rotate(weights, lambda w: gated_activation(matmul(x, w), "silu")))
             yield Row("gated matmul gate_up m1, and in two kernels", us, 2.0 * n * k, other_us=other)
-
-
-def quantized_products() -> Iterator[Row]:
-    pool = torch.randint(-(2**31), 2**31 - 1, (15 * 10**7,), device="cuda", dtype=torch.int32)
-    for (kind, group), (name, (n, k)) in itertools.product(QUANTIZED, SHAPES.items()):
-        # A random byte may be float8's NaN (0x7F), so clear a bit of each.
-        words_pool = pool & 0x3F3F3F3F if kind == "fp8" else pool
-        scales = random_scales(n, k, group)
-        parts = views(words_pool, n, k // (8 if kind == "int4" else 4), 16)
-        weights = [PackedWeight(kind, words, scales, k, group) for words in parts]  # type: ignore[arg-type]
-        dense = dequantize_packed(weights[0], torch.float32)
-        for rows in (1, 2, 8, 16, 64):
-            x = torch.randn(rows, k, device="cuda").to(BF16)
-            error = relative_error(quantized_matmul(x, weights[0]), x.float() @ dense.T)
-            us = graph_us(rotate(weights, lambda w: quantized_matmul(x, w)))
-            yield Row(f"quantized {kind} g{group} {name} m{rows}", us, 4.0 * parts[0].numel(), error=error)
-        if name == "gate_up":
-            us = graph_us(rotate(weights, lambda w: dequantize_packed(w, BF16)))
-            error = relative_error(dense, dequantize(weights[0], torch.float32))
-            yield Row(f"dequantize {kind} g{group} {name}", us, 4.0 * parts[0].numel() + 2.0 * n * k, error=error)
-
-
-def float8_products() -> Iterator[Row]:
-    """W8A8: the product alone, with its rows quantized and rescaled apart, and weight-only; torch: bfloat16."""
-    pool = torch.randint(-(2**31), 2**31 - 1, (15 * 10**7,), device="cuda", dtype=torch.int32) & 0x3F3F3F3F
-    for (name, (n, k)), rows in itertools.product(list(SHAPES.items())[:4], (8, 16, 64, 128, 256, 2048)):
-        scales = torch.full((n, 1), 2.0**-8, device="cuda")
-        weights = [PackedWeight("fp8", words, scales, k, 0) for words in views(pool, n, k // 4, 16)]
-        dense = [dequantize_packed(weight, BF16) for weight in weights[:4]]
-        x = torch.randn(rows, k, device="cuda").to(BF16)
-        eights, expected = quantize_rows(x), x.float() @ dense[0].float().T
-        other = graph_us(rotate(dense, lambda w: F.linear(x, w)))
-        ways = {
-            "float8 alone": lambda w: float8_product(eights, w).values,
-            "float8 apart": lambda w: float8_product(quantize_rows(x), w).plain(),
-            "weight-only": lambda w: quantized_matmul(x, w),
-        }
-        for way, multiply in ways.items():
-            error = float("nan") if way == "float8 alone" else relative_error(multiply(weights[0]), expected)
-            us = graph_us(rotate(weights, multiply))
-            yield Row(f"{way} {name} m{rows}", us, 1.0 * n * k, 2.0 * rows * n * k, error, other)
-
-
-def mlps() -> Iterator[Row]:
-    """Norm, gate and up, activation, down, as layers call them; torch: the same with dense weights."""
-    chains = [half_layers(weight_format(quant)) for quant in ("fp8", "none")]
-    for rows in (16, 64, 128, 256, 2048):
-        x, residual = (torch.randn(rows, 4096, device="cuda").to(BF16) for _ in range(2))
-        us, other = (
-            graph_us(rotate(chain, lambda half: half[1](half[0].add_and_norm(residual, x)))) for chain in chains
-        )
-        yield Row(f"norm and MLP fp8 m{rows}", us, 3.0 * 14336 * 4096, 6.0 * rows * 14336 * 4096, other_us=other)
-
-
-def half_layers(form: WeightFormat) -> list[tuple[RMSNorm, GatedMLP]]:
-    device, halves = torch.device("cuda"), []
-    for seed in range(3):
-        mlp = GatedMLP(4096, 14336, "silu", False, SingleRank(), BF16, device, form)
-        norm = RMSNorm(4096, 1e-5, BF16, device)
-        norm.takes_float8 = mlp.gate_up.takes_float8
-        for linear in (mlp.gate_up, mlp.down):
-            linear.init_dummy(torch.Generator(device).manual_seed(seed))
-        halves.append((norm, mlp))
-    return halves
-
-
-def float8_layers() -> Iterator[Row]:
-    """What quantizes within other kernels; torch: our kernels that do not."""
-    weight = torch.rand(4096, device="cuda").to(BF16)
-    for tokens in (16, 64, 256, 2048):
-        x, residual = (torch.randn(tokens, 4096, device="cuda").to(BF16) for _ in range(2))
-        wide, scale = torch.randn(tokens, 28672, device="cuda").to(BF16), torch.rand(tokens, device="cuda")
-        us = graph_us([lambda: add_rms_norm_float8(residual, x, weight, 1e-5, scale)] * 20)
-        other = graph_us([lambda: add_rms_norm(residual, x, weight, 1e-5)] * 20)
-        yield Row(f"add_rms_norm_float8 t{tokens}", us, tokens * 4096 * 7.0, other_us=other)
-        us = graph_us([lambda: gated_activation_float8(wide, "silu", scale)] * 20)
-        other = graph_us([lambda: gated_activation(wide, "silu")] * 20)
-        yield Row(f"gated_activation_float8 t{tokens}", us, tokens * 14336 * 5.0, other_us=other)
-        us = graph_us([lambda: quantize_rows(x)] * 20)
-        yield Row(f"quantize_rows t{tokens}", us, tokens * 4096 * 3.0)
 
 
 def decode_attentions() -> Iterator[Row]:
@@ -277,6 +179,7 @@ PARTS = {
         float8_products,
         float8_layers,
         mlps,
+        many_rows,
         decode_attentions,
         prefill_attentions,
         fp8_prefill_attentions,

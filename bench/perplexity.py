@@ -181,7 +181,7 @@ def measure(checkpoint: Checkpoint, ids: list[int], first_ids: list[int], window
     stage = load(checkpoint, form)
     if form.rounds_inputs:
         for layer in linear_layers(stage):
-            layer._multiply = RoundedInputs(layer)  # type: ignore[assignment]
+            layer._multiply = RoundedInputs(layer)
     loaded_s = time.monotonic()
     size = window - len(first_ids)
     windows = [first_ids + ids[first : first + size] for first in range(0, len(ids) - size + 1, size)]

@@ -83,8 +83,10 @@ def test_fp32_tokens_over_a_float8_cache_equal_those_of_the_cpu(tmp_path: Path, 
     assert greedy_tokens(*arguments, *layout, "--kv-memory", "64MiB") == expected
 
 
-def test_bf16_serves(tiny_folder: str) -> None:
-    assert all(len(ids) == 12 for ids in greedy_tokens("-m", tiny_folder, "--tp", "1", "--dtype", "bfloat16"))
+@pytest.mark.parametrize("quant", ["none", "8", "4", "fp8"])
+def test_bf16_serves(tiny_folder: str, quant: str) -> None:
+    arguments = ["-m", tiny_folder, "--tp", "1", "--dtype", "bfloat16", "--quant", quant, "--kv-memory", "64MiB"]
+    assert all(len(ids) == 12 for ids in greedy_tokens(*arguments))
 
 
 def test_an_8b_model_with_dummy_weights_serves(tmp_path: Path) -> None:

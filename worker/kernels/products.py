@@ -9,8 +9,11 @@ from mgpu.worker.kernels.dequantize import dequantize_packed
 from mgpu.worker.kernels.gemv import gemv
 from mgpu.worker.kernels.gemv_rows import Activation
 from mgpu.worker.kernels.packing import PackedWeight
-from mgpu.worker.kernels.quantized_gemm import MAX_ROWS, quantized_gemm
+from mgpu.worker.kernels.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.quantized_gemv import quantized_gemv
+
+GEMM_ROWS = 64
+"""Rows up to which `quantized_gemm` is faster than dequantizing once and a library product."""
 
 
 def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -25,7 +28,7 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     rows = x_TI.shape[0]
     if rows == 1:
         return quantized_gemv(x_TI, weight, bias_N=bias_O)
-    if rows <= MAX_ROWS:
+    if rows <= GEMM_ROWS:
         return quantized_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
 

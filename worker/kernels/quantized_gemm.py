@@ -27,8 +27,8 @@ from mgpu.worker.kernels.runtime import (
 from mgpu.worker.kernels.split_k import Tiling, add_partials
 from mgpu.worker.kernels.widen import widen_int4, widen_octets
 
-MAX_ROWS = 64
-"""Beyond this, dequantizing once and a library product are faster."""
+MAX_ROWS = 256
+"""Rows that it takes; up to which it is the fastest way is said in `products`."""
 _KINDS = {"int8": 0, "fp8": 1, "int4": 2}
 
 
@@ -46,6 +46,7 @@ def _quantized_gemm_kernel(
     K,
     words_per_row,
     blocks_per_split,
+    row_tiles,
     x_stride,
     y_stride,
     KIND: tl.constexpr,
@@ -61,8 +62,11 @@ def _quantized_gemm_kernel(
     PARTS: tl.constexpr = 8 if KIND == 2 else 4
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    # Tiles of the same weights are neighbours, so that these are read from memory once.
+    first_n = tile // row_tiles * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
+    slot = tl.arange(0, BLOCK_M)
+    m = tile % row_tiles * BLOCK_M + slot
     j = tl.arange(0, 32)
     rows = tl.minimum(n, N - 1).to(tl.int64)
     begin = split * blocks_per_split
@@ -74,7 +78,7 @@ def _quantized_gemm_kernel(
     groups = tl.cdiv(K, GROUP) if KIND == 2 else 1
     for block in range(begin, end):
         if BULK:
-            words = w_ref.load([tile * BLOCK_N, block * 32])
+            words = w_ref.load([first_n, block * 32])
         else:
             words = tl.load(w_ref + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
         if KIND == 2:
@@ -98,7 +102,7 @@ def _quantized_gemm_kernel(
 
     writes = True
     if SPLITS > 1:
-        offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+        offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + slot[None, :]
         acc, writes = add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
     if KIND != 2:
         acc *= tl.load(scale_ptr + rows)[:, None]
@@ -113,6 +117,9 @@ def _quantized_gemm_kernel(
 
 def choose_tiling(kind: WeightKind, rows: int, n: int) -> Tiling:
     """Pick tiles by the number of rows and of output channels (see docs/kernels.md)."""
+    if rows > 64:
+        splits = 1 if n > 4096 else 2
+        return Tiling(64, splits, num_stages=2 if kind == "int4" else 3, most_rows=128)
     if rows > 16:
         # The activations of int4's 256 channels per step fill shared memory: fewer stages, so that two programs fit.
         splits = 1 if n > 8192 else 2 if n > 4096 and rows > 32 else 4
@@ -145,7 +152,8 @@ def quantized_gemm(
         out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
     block_m = tiling.block_m(rows)
     blocks_per_split = ceil_div(blocks, tiling.splits)
-    tiles = ceil_div(n, tiling.block_n)
+    row_tiles = ceil_div(rows, block_m)
+    tiles = ceil_div(n, tiling.block_n) * row_tiles
     workspace = workspace or default_workspace(x_MK.device)
     if tiling.splits > 1:
         workspace.require(tiles * tiling.splits * tiling.block_n * block_m, tiles)
@@ -163,6 +171,7 @@ def quantized_gemm(
         k,
         words_per_row,
         blocks_per_split,
+        row_tiles,
         x_MK.stride(0),
         out_MN.stride(0),
         _KINDS[weight.kind],

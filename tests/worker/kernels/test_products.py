@@ -33,8 +33,8 @@ def test_split_products_are_repeatable(device: torch.device) -> None:
 
 def test_more_rows_than_a_kernel_takes_are_refused(device: torch.device) -> None:
     weight, _ = random_weight("int8", 64, 128, device)
-    with pytest.raises(ValueError, match="1 to 64 rows of 128, got 65 of 128"):
-        quantized_gemm(draw(65, 128, device=device), weight)
+    with pytest.raises(ValueError, match="1 to 256 rows of 128, got 257 of 128"):
+        quantized_gemm(draw(257, 128, device=device), weight)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 65])
@@ -109,6 +109,18 @@ def test_quantized_gemm_equals_product_with_dequantized_weight(
     x, bias = draw(rows, k, device=device, dtype=dtype), draw(n, device=device, dtype=dtype)
     got = quantized_gemm(x, weight, bias_N=bias, tiling=tiling)
     assert relative_error(got, F.linear(x.float(), values, bias.float())) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4-32"])
+@pytest.mark.parametrize(("rows", "tiling"), [(65, None), (40, Tiling(64, 2, 2, bulk=True, most_rows=32))])
+def test_quantized_gemm_cuts_many_rows_into_tiles(
+    device: torch.device, kind: str, rows: int, tiling: Tiling | None
+) -> None:
+    weight, values = random_weight(kind, 70, 576, device)
+    x, bias = draw(rows, 576, device=device), draw(70, device=device)
+    for _ in range(2):  # counters of splits are zero again
+        got = quantized_gemm(x, weight, bias_N=bias, tiling=tiling)
+        assert relative_error(got, F.linear(x, values, bias)) < tolerance(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
