@@ -51,7 +51,7 @@ class StartUp:
             done += nbytes
             progress(min(done, total), total)
 
-        return stage, load_weights(stage, checkpoint, add)
+        return stage, load_weights(stage, checkpoint, add, ranks_here=self._spec.plan.world_size)
 
     def measure(self, stage: DecoderStage) -> Loaded:
         """Find out how many blocks this rank could hold. OutOfMemory when not one."""

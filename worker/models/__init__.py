@@ -10,6 +10,7 @@ from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import RankPlace
 from mgpu.protocol.quantization import Quant, weight_format
 from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.loaders.fillers import reading_threads
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.gemma3 import Gemma3Layer
 from mgpu.worker.models.llama import LlamaLayer
@@ -39,12 +40,16 @@ def build_stage(
 
 
 @torch.inference_mode()
-def load_weights(stage: DecoderStage, checkpoint: Checkpoint, progress: Callable[[int], None]) -> int:
+def load_weights(
+    stage: DecoderStage, checkpoint: Checkpoint, progress: Callable[[int], None], ranks_here: int = 1
+) -> int:
     """Read this rank's bytes of every weight; ``progress`` is told of bytes as they come. Give their sum.
+
+    ``ranks_here``: ranks of this machine, which share its cores.
 
     Needs little memory beside the stage's own. CheckpointError when a tensor cannot be read.
     """
-    with WeightReader(checkpoint, progress) as reader:
+    with WeightReader(checkpoint, progress, stage.device, reading_threads(ranks_here)) as reader:
         stage.load(reader)
     stage.finalize()
     return reader.bytes_read

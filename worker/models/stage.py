@@ -77,6 +77,7 @@ class DecoderStage(Module):
         self.facts = facts
         self.layer_range = layers
         self.dtype = context.dtype
+        self.device = context.device
         self.max_positions = facts.max_position
         """Positions that tables of angles hold; a server with shorter requests lowers it before the first step."""
         self.is_first = layers.start == 0
