@@ -15,6 +15,7 @@ from mgpu.protocol.control import AllocateCache, LoadProgress, Ready, Shutdown, 
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.errors import BadPlan, BadSpec, OutOfMemory
 from mgpu.worker.links import Links, connect
+from mgpu.worker.rehearsal import start_triton
 from mgpu.worker.startup import StartUp
 from mgpu.worker.step_loop import StepLoop
 
@@ -42,6 +43,7 @@ def _open_device(name: str) -> torch.device:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     device = torch.device(name)
+    start_triton(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -14,6 +14,7 @@ from mgpu.worker.links import Links
 from mgpu.worker.memory import cpu_pool_bytes, cuda_pool_bytes, pool_blocks
 from mgpu.worker.model_runner import ModelRunner
 from mgpu.worker.models import DecoderStage, build_stage, init_dummy_weights, load_weights
+from mgpu.worker.rehearsal import Rehearsal
 from mgpu.worker.rows import RowTable, SampleRequest
 from mgpu.worker.sampler import Sampler
 
@@ -36,6 +37,17 @@ class StartUp:
 
     def load(self, progress: Progress) -> tuple[DecoderStage, int]:
         """Build this rank's stage and give it weights; the second value is the bytes read from disk."""
+        rehearsal = Rehearsal(
+            self._spec,
+            self._place,
+            self._device,
+            self._links.group,
+            lambda count: (self._rows(count), self._cache(count)),
+        )
+        with rehearsal.ahead():
+            return self._load(progress)
+
+    def _load(self, progress: Progress) -> tuple[DecoderStage, int]:
         spec, layers = self._spec, range(self._own.first_layer, self._own.end_layer)
         stage = build_stage(spec.facts, self._place, layers, self._links.group, self._dtype, self._device, spec.quant)
         stage.max_positions = spec.max_seq_len + 1

@@ -1,8 +1,8 @@
 """Bring pieces of tensors from files to where they are used.
 
-On the CPU one buffer serves all pieces that must be converted, others are read into their place. For a GPU threads read into pinned buffers, each with a
-stream of its own that copies and converts; only Python's bookkeeping holds its lock, since a read takes one call for
-megabytes.
+On the CPU one buffer serves all pieces that must be converted, others are read into their place. For a GPU threads read
+into pinned buffers, each with a stream of its own that copies and converts; only bookkeeping holds Python's lock, since
+a read takes one call for megabytes.
 """
 
 import os

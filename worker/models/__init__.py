@@ -10,13 +10,14 @@ from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import RankPlace
 from mgpu.protocol.quantization import Quant, weight_format
 from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.layers.linear import Linear
 from mgpu.worker.loaders.fillers import reading_threads
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.gemma3 import Gemma3Layer
 from mgpu.worker.models.llama import LlamaLayer
 from mgpu.worker.models.stage import WEIGHT_HOLDERS, BuildContext, DecoderStage
 
-__all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "load_weights"]
+__all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "init_linear", "load_weights"]
 
 
 def build_stage(
@@ -53,6 +54,13 @@ def load_weights(
         stage.load(reader)
     stage.finalize()
     return reader.bytes_read
+
+
+def init_linear(stage: DecoderStage) -> None:
+    """Give linear layers, which have no memory until they are quantized, some weights."""
+    for _, module in stage.named_modules():
+        if isinstance(module, Linear):
+            module.init_dummy(torch.Generator(module.weight.device))
 
 
 @torch.inference_mode()
