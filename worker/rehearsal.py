@@ -44,16 +44,12 @@ class Rehearsal:
     @contextmanager
     def ahead(self) -> Iterator[None]:
         """Compile this rank's kernels while the caller does something else; at the end they are there."""
-        if not uses_kernels(self.device):
+        marker = self._marker() if uses_kernels(self.device) else None
+        if marker is None or marker.exists():
             yield
             return
         from mgpu.worker.kernels import ahead
 
-        ahead.start_driver()
-        marker = ahead.cache_folder() / f"mgpu-{self._key()}"
-        if marker.exists():
-            yield
-            return
         with ahead.compiling(self.device, self.spec.plan.world_size) as outcome:
             with ahead.asking():
                 is_asked = self._ask()
@@ -61,6 +57,17 @@ class Rehearsal:
         if is_asked and outcome.is_complete:
             with suppress(OSError):  # the next start then asks again
                 marker.touch()
+
+    def _marker(self) -> Path | None:
+        """Give the file that says that all kernels are in Triton's cache; None where none can be compiled ahead."""
+        try:
+            from mgpu.worker.kernels import ahead
+
+            ahead.start_driver()
+            return ahead.cache_folder() / f"mgpu-{self._key()}"
+        except Exception as error:  # an old Triton, or one without a C compiler: the kernels' check tells what it means
+            log.warning("kernels are compiled one by one: %s: %s", type(error).__name__, error)
+            return None
 
     def _key(self) -> str:
         """Name everything that kernels depend on."""

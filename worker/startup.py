@@ -45,7 +45,9 @@ class StartUp:
             lambda count: (self._rows(count), self._cache(count)),
         )
         with rehearsal.ahead():
-            return self._load(progress)
+            stage, loaded_bytes = self._load(progress)
+        stage.choose_attention()
+        return stage, loaded_bytes
 
     def _load(self, progress: Progress) -> tuple[DecoderStage, int]:
         spec, layers = self._spec, range(self._own.first_layer, self._own.end_layer)

@@ -216,3 +216,27 @@ def test_a_missing_gguf_package_says_what_to_install(tmp_path: Path, monkeypatch
         reader_of(write_tensor(tmp_path, stored_matrix("Q4_0")[0], "Q4_0")) as reader,
     ):
         reader.fill_rows(torch.empty(ROWS, COLUMNS), "t")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "Q4_1"])
+def test_a_gpu_gets_what_the_cpu_gets_and_names_what_is_not_finite(tmp_path: Path, dtype: str) -> None:
+    data, whole = stored_matrix(dtype)
+    device = torch.device("cuda:0")
+    checkpoint = write_tensor(tmp_path, data, dtype)
+    with WeightReader(checkpoint, lambda count: None, device, 4) as reader:
+        for _ in range(50):  # each time into memory that the last one may still be copied to
+            rows = torch.empty(7, COLUMNS, dtype=torch.bfloat16, device=device)
+            columns = torch.empty(ROWS, 171, dtype=torch.bfloat16, device=device)
+            reader.fill_rows(rows, "t", 5)
+            reader.fill_columns(columns, "t", 170)
+            reader.settle()
+            assert torch.equal(rows.cpu(), whole[5:].bfloat16())
+            assert torch.equal(columns.cpu(), whole[:, 170:341].bfloat16())
+    broken = write_tensor(tmp_path, b"\xff" * len(data), dtype)
+    with (
+        pytest.raises(CheckpointError, match=r"tensor 't' in .*weights holds NaN or infinity"),
+        WeightReader(broken, lambda count: None, device, 4) as reader,
+    ):
+        reader.fill_rows(torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16, device=device), "t")

@@ -96,6 +96,10 @@ class DecoderStage(Module):
         """The choice is made when it is first needed: on a GPU it compiles kernels, which weights need not wait for."""
         return select_backend(self.device, self.attention_shape)
 
+    def choose_attention(self) -> AttentionBackend:
+        """Make the choice now: a check of kernels takes memory that is not to be counted as a step's."""
+        return self._attention_backend
+
     def assume_kernels(self) -> None:
         """Use the kernels without checking them."""
         from mgpu.worker.triton_attention import TritonBackend
