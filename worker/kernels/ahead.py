@@ -5,21 +5,19 @@ as long: ten seconds for the kernels of a model, one after the other. Threads do
 Python's lock for long.
 """
 
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
 import torch
 import triton
-from triton.runtime import _async_compile, build
+from triton.runtime import _async_compile
 from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -42,26 +40,10 @@ def start_driver() -> None:
     if not _starting.acquire(timeout=TIMEOUT_S):
         return  # who launches first will see what is wrong
     try:
-        _build_quickly()
         triton_key()
         _ = driver.active.utils
     finally:
         _starting.release()
-
-
-@cache
-def _build_quickly() -> None:
-    """Have the C code around kernels compiled with -O1, which takes half the time; all it does is sort arguments."""
-    build_module = build._build
-    if [*inspect.signature(build_module).parameters][-1] != "ccflags":
-        return
-
-    def quickly(*args: Any) -> str:
-        *most, flags = args
-        built: str = build_module(*most, [*flags, "-O1"])  # the last -O is the one that counts
-        return built
-
-    build._build = quickly
 
 
 @dataclass(slots=True)
