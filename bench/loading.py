@@ -1,10 +1,10 @@
 """Measure how fast weights get from files into memory, or onto a GPU.
 
-    python bench/loading.py [--shape 8B] [--device cuda] [--folder DIR] [--quant none] [--threads N] [--repeat 5]
+    python bench/loading.py [--shape 8B] [--device cuda] [--folder DIR] [--quant none] [--tp 1] [--repeat 5]
 
 Writes random bfloat16 weights of the shape into a folder unless they are there, then loads them as a worker does.
 ``cold`` asks the kernel to forget the files first, which it may refuse; ``warm`` reads what the page cache has. A plain
-copy of memory beside it says what this machine could give. ``--threads 0`` reads in the calling thread alone.
+copy of memory beside it says what this machine could give. ``taskset -c 0-3`` before it gives fewer cores to read with.
 """
 
 import argparse
@@ -19,25 +19,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from machine import describe, heading
-from model_shapes import SHAPES, SMALL_SHAPES, Config, write_weights
+from model_shapes import SHAPES, write_weights
 
+from mgpu.launch.bench.shapes import SMOLLM2_135M
 from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
 from mgpu.protocol.placement import RankPlace
 from mgpu.protocol.quantization import Quant
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.models import build_stage, load_weights
 
-SMOL: Config = {
-    **SMALL_SHAPES["8B"],
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
-ALL_SHAPES = {**SHAPES, "smol": SMOL}
+ALL_SHAPES = {**SHAPES, "135M": SMOLLM2_135M}
 COPY_BYTES = 1 << 28
 
 
@@ -93,7 +84,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(ALL_SHAPES), default="smol")
+    parser.add_argument("--shape", choices=sorted(ALL_SHAPES), default="135M")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
