@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from threading import Thread
 
@@ -26,6 +26,11 @@ from mgpu.worker.sampler import Sampler
 
 log = logging.getLogger(__name__)
 
+_OTHER = (
+    "epoch", "model", "endpoint", "rendezvous", "shared_fd", "shared_bytes", "num_threads", "memory_fraction",
+    "kv_bytes", "seed", "timeout_s",
+)  # fmt: skip
+"""What a spec says that kernels do not depend on."""
 _PROMPTS = (128, 16)
 """Tokens of prompts: quantized products of more than 64 rows are not those of fewer."""
 
@@ -73,12 +78,10 @@ class Rehearsal:
         """Name everything that kernels depend on."""
         import triton
 
-        spec = self.spec
-        own = spec.plan.stages[self.place.stage_index]
+        spec = {field.name: getattr(self.spec, field.name) for field in fields(self.spec) if field.name not in _OTHER}
         code = [file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))]
         device = torch.cuda.get_device_capability(self.device)
-        shape = (spec.facts, spec.dtype, spec.quant, spec.block_size, spec.max_rows, spec.max_seq_len, own.num_layers)
-        what = (triton.__version__, torch.__version__, device, shape, self.place.tp_rank, self.place.tp_size, spec.plan)
+        what = (triton.__version__, torch.__version__, device, self.place.rank, spec)
         return hashlib.sha256(b"".join([repr(what).encode(), *code])).hexdigest()[:32]
 
     @torch.inference_mode()

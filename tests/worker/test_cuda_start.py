@@ -8,6 +8,11 @@ from mgpu.worker import cuda_start
 from mgpu.worker.cuda_start import ordinal_of, start_cuda
 
 
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
+
+
 class FakeDriver:
     """Notes what is called; one call may fail."""
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -124,7 +125,7 @@ class LaneFiller:
         self._free: SimpleQueue[Lane] = SimpleQueue()
         for lane in self._lanes:
             self._free.put(lane)
-        self._pool = ThreadPoolExecutor(threads, "read-weights")
+        self._pool = ThreadPoolExecutor(threads, "read-weights", partial(_use, device))
         self._pending: deque[tuple[Future[None], int]] = deque()
         self._later: list[Action] = []
         self._sums = _Sums(device)
@@ -218,11 +219,17 @@ class Lane:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
+def _use(device: torch.device) -> None:
+    """Have a new thread begin on its device: else it makes a context on the first one as well."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def _record(device: torch.device) -> torch.cuda.Event | None:
     """Mark what the current stream has been given so far."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
 
