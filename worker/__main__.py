@@ -17,6 +17,7 @@ import signal
 import sys
 
 from mgpu.worker import lifeline
+from mgpu.worker.cuda_start import start_cuda
 from mgpu.worker.errors import BadSpec
 
 EXIT_FAILED = 1
@@ -44,6 +45,7 @@ def main() -> int:
         return EXIT_BAD_SPEC
     if not arguments.spec:
         lifeline.exit_when_stdin_ends()
+    start_cuda(spec.device)
     # Only now the seconds of importing torch: a parent that is already gone must not wait for them.
     _import_torch()
     from mgpu.worker.process import run_worker

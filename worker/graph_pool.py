@@ -71,6 +71,15 @@ class GraphPool:
         return graph.output
 
 
+class Uncaptured(GraphPool):
+    """Launches a step where a graph of it would be captured."""
+
+    @torch.inference_mode()
+    def capture(self, length: int, forward: Callable[[Tensor], StepOutput]) -> StepGraph:
+        staged = torch.zeros(length, dtype=torch.int32, device=self._device)
+        return StepGraph(torch.cuda.CUDAGraph(), staged, forward(staged))
+
+
 def padded(values: list[int], length: int, filler: int = 0) -> list[int]:
     """Give a column of a staged vector."""
     return [*values, *[filler] * (length - len(values))]

@@ -8,7 +8,7 @@ from mgpu.worker.models import DecoderStage
 from mgpu.worker.rows import RowTable
 
 if TYPE_CHECKING:
-    from mgpu.worker.graph_pool import StepOutput
+    from mgpu.worker.graph_pool import GraphPool, StepOutput
 
 _FIRST_DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _FIRST_PROMPTS = ((512, 8, False), (256, 8, False), (128, 8, False), (64, 8, False))
@@ -23,16 +23,25 @@ def make_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable) -> Optional
     return Graphs(stage, cache, rows) if stage.has_kernels else None
 
 
+def prepare_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
+    """Launch all that the first graphs launch, and capture none."""
+    from mgpu.worker.graph_pool import Uncaptured
+
+    Graphs(stage, cache, rows, Uncaptured).prepare()
+
+
 class Graphs:
     """All graphs of one worker."""
 
-    def __init__(self, stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
+    def __init__(
+        self, stage: DecoderStage, cache: KvCache, rows: RowTable, pool_type: type["GraphPool"] | None = None
+    ) -> None:
         from mgpu.worker.decode_graphs import DecodeGraphs, graph_size, staged_length
         from mgpu.worker.graph_pool import GraphPool
         from mgpu.worker.prompt_graphs import MOST_STAGED, PromptGraphs
 
         self._rows = rows
-        pool = GraphPool(rows.device, max(MOST_STAGED, staged_length(graph_size(rows.max_rows))))
+        pool = (pool_type or GraphPool)(rows.device, max(MOST_STAGED, staged_length(graph_size(rows.max_rows))))
         self._decode = DecodeGraphs(pool, stage, cache, rows)
         self._prompts = PromptGraphs(pool, stage, cache, rows)
 

@@ -1,7 +1,6 @@
 """The life of one worker: meet the others, load, allocate, warm up, then execute plans until told to stop."""
 
 import gc
-import os
 import sys
 import time
 import traceback
@@ -13,8 +12,10 @@ import torch
 from mgpu.protocol.checkpoint import CheckpointError
 from mgpu.protocol.control import AllocateCache, LoadProgress, Ready, Shutdown, WorkerFailure, WorkerSpec
 from mgpu.worker.control_socket import ControlSocket
+from mgpu.worker.cuda_start import ordinal_of
 from mgpu.worker.errors import BadPlan, BadSpec, OutOfMemory
 from mgpu.worker.links import Links, connect
+from mgpu.worker.rehearsal import start_triton
 from mgpu.worker.startup import StartUp
 from mgpu.worker.step_loop import StepLoop
 
@@ -39,9 +40,8 @@ def run_worker(spec: WorkerSpec, rank: int) -> bool:
 
 
 def _open_device(name: str) -> torch.device:
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    device = torch.device(name)
+    device = torch.device(name) if name == "cpu" else torch.device("cuda", ordinal_of(name))
+    start_triton(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

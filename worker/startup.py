@@ -14,6 +14,7 @@ from mgpu.worker.links import Links
 from mgpu.worker.memory import cpu_pool_bytes, cuda_pool_bytes, pool_blocks
 from mgpu.worker.model_runner import ModelRunner
 from mgpu.worker.models import DecoderStage, build_stage, init_dummy_weights, load_weights
+from mgpu.worker.rehearsal import Rehearsal
 from mgpu.worker.rows import RowTable, SampleRequest
 from mgpu.worker.sampler import Sampler
 
@@ -37,6 +38,19 @@ class StartUp:
 
     def load(self, progress: Progress) -> tuple[DecoderStage, int]:
         """Build this rank's stage and give it weights; the second value is the bytes read from disk."""
+        rehearsal = Rehearsal(
+            self._spec,
+            self._place,
+            self._device,
+            self._links.group,
+            lambda count: (self._rows(count), self._cache(count)),
+        )
+        with rehearsal.ahead():
+            stage, loaded_bytes = self._load(progress)
+        stage.choose_attention()
+        return stage, loaded_bytes
+
+    def _load(self, progress: Progress) -> tuple[DecoderStage, int]:
         spec, layers = self._spec, range(self._own.first_layer, self._own.end_layer)
         where = self._place, layers, self._links.group, self._dtype, self._device
         stage = build_stage(spec.facts, *where, spec.quant, spec.kv_cache_dtype)
@@ -53,7 +67,7 @@ class StartUp:
             done += nbytes
             progress(min(done, total), total)
 
-        return stage, load_weights(stage, checkpoint, add)
+        return stage, load_weights(stage, checkpoint, add, ranks_here=self._spec.plan.world_size)
 
     def measure(self, stage: DecoderStage) -> Loaded:
         """Find out how many blocks this rank could hold. OutOfMemory when not one."""

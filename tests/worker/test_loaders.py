@@ -10,16 +10,28 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
+import mgpu.worker.loaders.fillers as fillers
 import mgpu.worker.loaders.reader as reader_module
 from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, TensorEntry
 from mgpu.protocol.model import ModelFacts, ModelSource
 from mgpu.worker.loaders.reader import WeightReader
 
 ROWS, COLUMNS = 12, 512
+BUFFER_BYTES = 16 << 10
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 # Where a block of a K type has its float16 scales: random bytes there would be infinities.
 SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+@pytest.fixture(autouse=True, params=["calling-thread", "lanes"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Read as for tensors of the CPU, or with the threads that are used for a GPU."""
+    monkeypatch.setattr(fillers, "LANE_BYTES", BUFFER_BYTES)
+    if request.param == "lanes":
+        make = lambda device, threads, progress: fillers.LaneFiller(device, 3, progress)  # noqa: E731
+        monkeypatch.setattr(reader_module, "make_filler", make)
+    return str(request.param)
 
 
 def facts(architecture: str = "qwen2") -> ModelFacts:
@@ -94,17 +106,20 @@ def test_slices_of_every_type_equal_the_whole_tensor(tmp_path: Path, dtype: str)
         for first, end in [(0, ROWS), (0, 5), (5, 12), (7, 8)]:
             rows = torch.empty(end - first, COLUMNS)
             reader.fill_rows(rows, "t", first)
+            reader.settle()
             assert torch.equal(rows, whole[first:end])
         for first, end in [(0, COLUMNS), (0, 256), (170, 341), (341, 512), (33, 34), (510, 512)]:
             columns = torch.empty(ROWS, end - first)
             reader.fill_columns(columns, "t", first)
+            reader.settle()
             assert torch.equal(columns, whole[:, first:end])
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "Q4_1", "Q6_K"])
 def test_small_chunks_give_the_same_values(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data, whole = stored_matrix(dtype)
-    monkeypatch.setattr(reader_module, "CHUNK_BYTES", 700)
+    monkeypatch.setattr(fillers, "HOST_BYTES", 700)
+    monkeypatch.setattr(fillers, "LANE_BYTES", 700)
     with reader_of(write_tensor(tmp_path, data, dtype)) as reader:
         rows, columns = torch.empty(ROWS, COLUMNS), torch.empty(ROWS, 100)
         reader.fill_rows(rows, "t")
@@ -127,8 +142,10 @@ def test_only_covering_blocks_are_read_and_reported(tmp_path: Path) -> None:
     reported: list[int] = []
     with WeightReader(write_tensor(tmp_path, data, "Q4_1"), reported.append) as reader:
         reader.fill_columns(torch.empty(ROWS, 40), "t", 60)  # elements 60 to 100 lie in blocks 1, 2 and 3
+        reader.settle()
         assert reader.bytes_read == sum(reported) == ROWS * 3 * 20
         reader.fill_rows(torch.empty(2, COLUMNS), "t", 3)
+        reader.settle()
         assert reader.bytes_read == sum(reported) == (ROWS * 3 + 2 * COLUMNS // 32) * 20
 
 
@@ -151,8 +168,8 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, dtype: str) -> 
     data[0:2] = b"\xff\xff"  # a NaN scale; for F32 see the next line
     data[2:4] = b"\xff\xff" if dtype == "F32" else data[2:4]
     with (
-        reader_of(write_tensor(tmp_path, bytes(data), dtype)) as reader,
         pytest.raises(CheckpointError, match=r"tensor 't' in .*weights holds NaN or infinity"),
+        reader_of(write_tensor(tmp_path, bytes(data), dtype)) as reader,
     ):
         reader.fill_rows(torch.empty(ROWS, COLUMNS), "t")
 
@@ -160,8 +177,8 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, dtype: str) -> 
 def test_values_that_do_not_fit_the_dtype_are_refused(tmp_path: Path) -> None:
     data = torch.full((ROWS, COLUMNS), 1e6).numpy().tobytes()
     with (
-        reader_of(write_tensor(tmp_path, data, "F32")) as reader,
         pytest.raises(CheckpointError, match=r"does not fit torch\.float16; use bfloat16 or float32"),
+        reader_of(write_tensor(tmp_path, data, "F32")) as reader,
     ):
         reader.fill_rows(torch.empty(ROWS, COLUMNS, dtype=torch.float16), "t")
 
@@ -171,7 +188,7 @@ def test_a_file_that_shrank_is_refused(tmp_path: Path) -> None:
     checkpoint = write_tensor(tmp_path, data, "F16")
     with open(tmp_path / "weights", "r+b") as file:
         file.truncate(1000)
-    with reader_of(checkpoint) as reader, pytest.raises(CheckpointError, match="ends inside tensor 't'"):
+    with pytest.raises(CheckpointError, match="ends inside tensor 't'"), reader_of(checkpoint) as reader:
         reader.fill_rows(torch.empty(ROWS, COLUMNS), "t")
 
 
@@ -195,7 +212,31 @@ def test_absent_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
 def test_a_missing_gguf_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with (
-        reader_of(write_tensor(tmp_path, stored_matrix("Q4_0")[0], "Q4_0")) as reader,
         pytest.raises(CheckpointError, match="pip install gguf"),
+        reader_of(write_tensor(tmp_path, stored_matrix("Q4_0")[0], "Q4_0")) as reader,
     ):
         reader.fill_rows(torch.empty(ROWS, COLUMNS), "t")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "Q4_1"])
+def test_a_gpu_gets_what_the_cpu_gets_and_names_what_is_not_finite(tmp_path: Path, dtype: str) -> None:
+    data, whole = stored_matrix(dtype)
+    device = torch.device("cuda:0")
+    checkpoint = write_tensor(tmp_path, data, dtype)
+    with WeightReader(checkpoint, lambda count: None, device, 4) as reader:
+        for _ in range(50):  # each time into memory that the last one may still be copied to
+            rows = torch.empty(7, COLUMNS, dtype=torch.bfloat16, device=device)
+            columns = torch.empty(ROWS, 171, dtype=torch.bfloat16, device=device)
+            reader.fill_rows(rows, "t", 5)
+            reader.fill_columns(columns, "t", 170)
+            reader.settle()
+            assert torch.equal(rows.cpu(), whole[5:].bfloat16())
+            assert torch.equal(columns.cpu(), whole[:, 170:341].bfloat16())
+    broken = write_tensor(tmp_path, b"\xff" * len(data), dtype)
+    with (
+        pytest.raises(CheckpointError, match=r"tensor 't' in .*weights holds NaN or infinity"),
+        WeightReader(broken, lambda count: None, device, 4) as reader,
+    ):
+        reader.fill_rows(torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16, device=device), "t")

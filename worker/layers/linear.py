@@ -82,6 +82,11 @@ class Linear(Module):
         if self._form.quant != "none":
             self.packed = quantize(weight_OI, self._form)
 
+    def _keep_read(self, weight_OI: Tensor, reader: WeightReader) -> None:
+        if self._form.quant != "none":
+            reader.settle()
+        self._keep(weight_OI)
+
     def init_dummy(self, generator: torch.Generator) -> None:
         """Draw a weight that keeps the scale of its input."""
         weight_OI = self._dense_weight()
@@ -133,7 +138,7 @@ class ColumnParallelLinear(Linear):
             if self.bias is not None:
                 reader.fill_rows(self.bias[first:end], f"{prefix}.{part.name}.bias", part.rows.start)
             first = end
-        self._keep(weight_OI)
+        self._keep_read(weight_OI, reader)
 
 
 def qkv_slices(heads: HeadShard, head_dim: int) -> tuple[RowSlice, ...]:
@@ -172,4 +177,4 @@ class RowParallelLinear(Linear):
         reader.fill_columns(weight_OI, f"{name}.weight", self.columns.start)
         if self.bias is not None:
             reader.fill_rows(self.bias, f"{name}.bias")
-        self._keep(weight_OI)
+        self._keep_read(weight_OI, reader)

@@ -75,7 +75,7 @@ class RMSNorm(Module):
     def load(self, reader: WeightReader, name: str) -> None:
         reader.fill_rows(self.weight, f"{name}.weight")
         if self.unit_offset and not reader.norms_include_one:
-            self.weight.add_(1.0)
+            reader.after(lambda: self.weight.add_(1.0))
 
     def init_dummy(self, generator: torch.Generator) -> None:
         self.weight.fill_(1.0)

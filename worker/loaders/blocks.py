@@ -31,13 +31,15 @@ class BlockType:
     elements: int
     bytes: int
     decode: Callable[[Tensor], Tensor]
+    dtype: torch.dtype | None = None
+    """Of plain types: their bytes are the numbers."""
 
 
 def block_type(name: str) -> BlockType:
     """Look a tensor type up by its safetensors or GGUF name. KeyError for a type that cannot be read."""
     if name in PLAIN_TYPES:
         dtype = PLAIN_TYPES[name]
-        return BlockType(1, dtype.itemsize, lambda raw: raw.view(dtype))
+        return BlockType(1, dtype.itemsize, lambda raw: raw.view(dtype), dtype)
     elements, size = QUANTIZED_TYPES[name]
     return BlockType(elements, size, partial(_dequantize, name))
 

@@ -7,6 +7,7 @@ blocks that cover it. ``pread`` rather than ``mmap``: a file that shrinks is a c
 
 import os
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -14,17 +15,22 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, TensorEntry
 from mgpu.worker.loaders.blocks import BlockType, block_type
+from mgpu.worker.loaders.fillers import Progress, make_filler
+from mgpu.worker.loaders.pieces import Piece, Span
 
-CHUNK_BYTES = 16 << 20
-"""Most file bytes decoded at once, so that loading needs little memory beside the shard itself."""
-
-Progress = Callable[[int], None]
+_CPU = torch.device("cpu")
 
 
 class WeightReader:
-    """Fills tensors from a checkpoint and counts the bytes it read. Use as a context manager; it owns its files."""
+    """Fills tensors from a checkpoint and counts the bytes it read. Use as a context manager; it owns its files.
 
-    def __init__(self, checkpoint: Checkpoint, progress: Progress) -> None:
+    Those of a GPU are filled behind the caller's back, by ``threads`` threads: they may be used after `settle`, or once
+    the context is left without an error. What ``progress`` is told, it is told in the caller's thread.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, progress: Progress, device: torch.device = _CPU, threads: int = 1
+    ) -> None:
         facts = checkpoint.facts
         is_gguf = checkpoint.source.format == "gguf"
         self.norms_include_one = is_gguf and facts.architecture == "gemma3"
@@ -35,6 +41,11 @@ class WeightReader:
         self._progress = progress
         self._files: dict[str, int] = {}
         self.bytes_read = 0
+        self._filler = make_filler(device, threads, self._count)
+
+    def _count(self, nbytes: int) -> None:
+        self.bytes_read += nbytes
+        self._progress(nbytes)
 
     def __enter__(self) -> "WeightReader":
         return self
@@ -42,9 +53,22 @@ class WeightReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        try:
+            if kind is None:
+                self._filler.check()
+        finally:
+            self._filler.close()
+            for fd in self._files.values():
+                os.close(fd)
+            self._files.clear()
+
+    def settle(self) -> None:
+        """Make the tensors that were filled so far usable. CheckpointError if one of them cannot be read."""
+        self._filler.settle()
+
+    def after(self, action: Callable[[], object]) -> None:
+        """Call ``action``, which changes tensors in place, once those that were filled so far are usable."""
+        self._filler.after(action)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -69,7 +93,7 @@ class WeightReader:
         else:
             self._fill(dest, entry, blocks, first_row=start, first_column=0, row_width=width)
         if self._interleaved_head_dim and ("q_proj." in name or "k_proj." in name):
-            _deinterleave(dest, self._interleaved_head_dim)
+            self.after(partial(_deinterleave, dest, self._interleaved_head_dim))
 
     def fill_columns(self, dest: Tensor, name: str, start: int = 0) -> None:
         """Copy columns ``[start, start + dest.shape[1])`` of a matrix into ``dest``. Errors as in `fill_rows`."""
@@ -95,7 +119,7 @@ class WeightReader:
     def _fill(
         self, dest: Tensor, entry: TensorEntry, blocks: BlockType, first_row: int, first_column: int, row_width: int
     ) -> None:
-        """Fill ``dest`` [rows, columns] from the covering blocks, a chunk of rows at a time."""
+        """Fill ``dest`` [rows, columns] from the covering blocks, a piece of rows at a time."""
         rows, columns = dest.shape
         first_block = first_column // blocks.elements
         end_block = -(-(first_column + columns) // blocks.elements)
@@ -103,36 +127,13 @@ class WeightReader:
         slice_bytes = (end_block - first_block) * blocks.bytes
         offset = entry.offset + first_row * row_bytes + first_block * blocks.bytes
         skip = first_column - first_block * blocks.elements
-        chunk_rows = max(1, CHUNK_BYTES // max(1, slice_bytes))
-        for top in range(0, rows, chunk_rows):
-            count = min(chunk_rows, rows - top)
-            raw = self._read_rows(entry, offset + top * row_bytes, count, slice_bytes, row_bytes)
-            values = blocks.decode(raw.view(count, slice_bytes))
-            piece = dest[top : top + count]
-            piece.copy_(values[:, skip : skip + columns])
-            _check_finite(piece, values, entry)
-            self.bytes_read += len(raw)
-            self._progress(len(raw))
-
-    def _read_rows(self, entry: TensorEntry, offset: int, rows: int, slice_bytes: int, row_bytes: int) -> Tensor:
-        """Read ``slice_bytes`` of each of ``rows`` rows that are ``row_bytes`` apart, as one uint8 vector."""
-        buffer = bytearray(rows * slice_bytes)
-        view = memoryview(buffer)
+        decoded_bytes = 0 if blocks.dtype else 4 * columns
+        piece_rows = max(1, self._filler.piece_bytes // max(1, slice_bytes, decoded_bytes))
         fd = self._file(entry)
-        if slice_bytes == row_bytes:
-            self._read_into(fd, view, offset, entry)
-        else:
-            for row in range(rows):
-                self._read_into(fd, view[row * slice_bytes : (row + 1) * slice_bytes], offset + row * row_bytes, entry)
-        return torch.frombuffer(buffer, dtype=torch.uint8)
-
-    def _read_into(self, fd: int, view: memoryview, offset: int, entry: TensorEntry) -> None:
-        done = 0
-        while done < len(view):
-            count = os.preadv(fd, [view[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{entry.file} ends inside tensor {entry.name!r}: the file is truncated")
-            done += count
+        for top in range(0, rows, piece_rows):
+            count = min(piece_rows, rows - top)
+            span = Span(entry, fd, offset + top * row_bytes, count, slice_bytes, row_bytes)
+            self._filler.fill(Piece(span, blocks, skip, dest[top : top + count]))
 
     def _file(self, entry: TensorEntry) -> int:
         path = str(entry.file)
@@ -142,17 +143,6 @@ class WeightReader:
             except OSError as error:
                 raise CheckpointError(f"cannot open {path} for tensor {entry.name!r}: {error.strerror}") from error
         return self._files[path]
-
-
-def _check_finite(piece: Tensor, values: Tensor, entry: TensorEntry) -> None:
-    """Refuse NaN and infinity; one sum finds either without a temporary as large as the tensor."""
-    if torch.isfinite(piece.sum(dtype=torch.float32)):
-        return
-    if torch.isfinite(values.sum(dtype=torch.float32)):
-        raise CheckpointError(
-            f"tensor {entry.name!r} in {entry.file} does not fit {piece.dtype}; use bfloat16 or float32"
-        )
-    raise CheckpointError(f"tensor {entry.name!r} in {entry.file} holds NaN or infinity: the file is corrupt")
 
 
 def _deinterleave(rows: Tensor, head_dim: int) -> None:

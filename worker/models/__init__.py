@@ -10,12 +10,14 @@ from mgpu.protocol.model import KvCacheDtype, ModelFacts
 from mgpu.protocol.placement import RankPlace
 from mgpu.protocol.quantization import Quant, weight_format
 from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.layers.linear import Linear
+from mgpu.worker.loaders.fillers import reading_threads
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.gemma3 import Gemma3Layer
 from mgpu.worker.models.llama import LlamaLayer
 from mgpu.worker.models.stage import WEIGHT_HOLDERS, BuildContext, DecoderStage
 
-__all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "load_weights"]
+__all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "init_linear", "load_weights"]
 
 
 def build_stage(
@@ -40,15 +42,26 @@ def build_stage(
 
 
 @torch.inference_mode()
-def load_weights(stage: DecoderStage, checkpoint: Checkpoint, progress: Callable[[int], None]) -> int:
+def load_weights(
+    stage: DecoderStage, checkpoint: Checkpoint, progress: Callable[[int], None], ranks_here: int = 1
+) -> int:
     """Read this rank's bytes of every weight; ``progress`` is told of bytes as they come. Give their sum.
+
+    ``ranks_here``: ranks of this machine, which share its cores.
 
     Needs little memory beside the stage's own. CheckpointError when a tensor cannot be read.
     """
-    with WeightReader(checkpoint, progress) as reader:
+    with WeightReader(checkpoint, progress, stage.device, reading_threads(ranks_here)) as reader:
         stage.load(reader)
     stage.finalize()
     return reader.bytes_read
+
+
+def init_linear(stage: DecoderStage) -> None:
+    """Give linear layers, which have no memory until they are quantized, some weights."""
+    for _, module in stage.named_modules():
+        if isinstance(module, Linear):
+            module.init_dummy(torch.Generator(module.weight.device))
 
 
 @torch.inference_mode()

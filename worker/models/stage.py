@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from mgpu.protocol.model import KvCacheDtype, ModelFacts
 from mgpu.protocol.placement import head_shard
 from mgpu.protocol.quantization import DENSE, WeightFormat
-from mgpu.worker.attention import AttentionShape, StepAttention, select_backend
+from mgpu.worker.attention import AttentionBackend, AttentionShape, StepAttention, select_backend
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernels.float8_rows import Product, plain
@@ -83,6 +84,7 @@ class DecoderStage(Module):
         self.facts = facts
         self.layer_range = layers
         self.dtype = context.dtype
+        self.device = context.device
         self.max_positions = facts.max_position
         """Positions that tables of angles hold; a server with shorter requests lowers it before the first step."""
         self.is_first = layers.start == 0
@@ -93,9 +95,24 @@ class DecoderStage(Module):
         self._build_vocab(context)
         self._is_sliding = [facts.sliding_layers[index] for index in layers]
         self._rotary = _rotary_embeddings(facts, context.device)
-        self._attention_backend = select_backend(context.device, self._attention_shape(context))
+        self.attention_shape = self._shape_of_attention(context)
 
-    def _attention_shape(self, context: BuildContext) -> AttentionShape:
+    @cached_property
+    def _attention_backend(self) -> AttentionBackend:
+        """The choice is made when it is first needed: on a GPU it compiles kernels, which weights need not wait for."""
+        return select_backend(self.device, self.attention_shape)
+
+    def choose_attention(self) -> AttentionBackend:
+        """Make the choice now: a check of kernels takes memory that is not to be counted as a step's."""
+        return self._attention_backend
+
+    def assume_kernels(self) -> None:
+        """Use the kernels without checking them."""
+        from mgpu.worker.triton_attention import TritonBackend
+
+        self._attention_backend = TritonBackend()
+
+    def _shape_of_attention(self, context: BuildContext) -> AttentionShape:
         facts, group = self.facts, context.group
         heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
         windows = tuple({context.window_of(index): None for index in self.layer_range})

@@ -1,0 +1,117 @@
+"""Print what a start launches and its rehearsal did not ask for: run by a test, without a GPU and without compiling.
+
+    python rehearsal_coverage.py MODEL_FOLDER "[1,1] none" "[2] 4" …
+
+One line of JSON for each case of ranks by stage and quantization. Layers are made to use kernels on the CPU, and
+launches are recorded with what they would be compiled for. ``tests/worker`` and ``bench`` must be in PYTHONPATH.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from fake_orchestrator import make_plan, make_spec
+from kernel_timing import compile_only, set_overlap
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+import mgpu.worker.attention as attention
+from mgpu.protocol.control import WorkerSpec
+from mgpu.protocol.placement import RankPlace
+from mgpu.worker import graph_pool, sampler
+from mgpu.worker.collectives import DryRun, SingleRank
+from mgpu.worker.kernel_check import attention_problem
+from mgpu.worker.kernels import products
+from mgpu.worker.layers import linear, mlp, norm, vocab
+from mgpu.worker.links import Links
+from mgpu.worker.rehearsal import Rehearsal
+from mgpu.worker.startup import StartUp
+
+CPU = torch.device("cpu")
+Launch = tuple[str, str]
+launched: set[Launch] = set()
+
+
+def record(self: Any, *args: Any, grid: object, warmup: bool, **options: Any) -> None:
+    """Note a launch with the types, the divisors and the constants that its kernel would be compiled for."""
+    options = {"debug": False, "instrumentation_mode": "", **options}
+    *_, binder = self.device_caches[driver.active.get_current_device()]
+    _, specialization, used = binder(*args, **options)
+    constants = [value for value, param in zip(args, self.params, strict=False) if param.is_constexpr]
+    launched.add((self.__name__, f"{specialization} {constants} {used}"))
+
+
+class FakePool:
+    """Launches a graph's step twice, as a capture does, without a GPU."""
+
+    def __init__(self, device: torch.device, most: int) -> None:
+        del device, most
+
+    def capture(self, length: int, forward: Any) -> None:
+        for _ in range(2):
+            forward(torch.zeros(length, dtype=torch.int32))
+
+
+def use_kernels_on_the_cpu() -> None:
+    compile_only()
+    set_overlap(True)
+    for module in (mlp, norm, sampler, attention):
+        module.uses_kernels = lambda device: True
+    attention.select_backend = None
+    linear.matmul = vocab.matmul = products.matmul
+    linear.matmul_packed = products.quantized_matmul
+    linear.pack = vocab.pack = lambda weight: weight
+    products.F = type("Shapes", (), {"linear": staticmethod(lambda x, w, b=None: x.new_zeros(len(x), len(w)))})
+    graph_pool.GraphPool = graph_pool.Uncaptured = FakePool
+    torch.empty = torch.zeros  # what no kernel writes must be a token that exists
+    JITFunction.run = record
+
+
+def take(what: Any) -> set[Launch]:
+    launched.clear()
+    with torch.inference_mode():
+        what()
+    return set(launched)
+
+
+def missing_of(spec: WorkerSpec) -> dict[str, object]:
+    """Say how many kernels the rehearsals of all stages ask for, and which ones the starts launch besides."""
+    missing: list[Launch] = []
+    asked_in_all = 0
+    for index in range(spec.plan.num_stages):
+        place = spec.plan.place_of(spec.plan.ranks_of_stage(index)[-1])
+        group = DryRun(SingleRank())
+        group.rank, group.size, group.alone = place.tp_rank, place.tp_size, True
+        start_up = StartUp(spec, place, CPU, Links(group, None, (), None, (), None, []))
+        asked = take(Rehearsal(spec, place, CPU, group, lambda n, s=start_up: (s._rows(n), s._cache(n))).ask)
+        missing += sorted(take(lambda s=start_up, p=place: start(s, spec, p)) - asked)
+        asked_in_all += len(asked)
+    return {"asked": asked_in_all, "missing": missing}
+
+
+def start(start_up: StartUp, spec: WorkerSpec, place: RankPlace) -> None:
+    """Do what a worker does until it is ready, as far as one rank can alone."""
+    stage, _ = start_up.load(lambda done, total: None)
+    attention_problem(CPU, stage.attention_shape)
+    stage.assume_kernels()
+    start_up.run_worst_step(stage)
+    runner = start_up.allocate(stage, 40)
+    if spec.plan.num_stages == 1:
+        start_up._links.group.alone = True
+        runner.warm_up(16, 0)
+
+
+def main() -> None:
+    use_kernels_on_the_cpu()
+    spec = make_spec(Path(sys.argv[1]), [1], dtype="bfloat16", block_size=64, max_seq_len=300)
+    for case in sys.argv[2:]:
+        sizes, quant = case.split()
+        plan = make_plan(spec.facts.num_layers, json.loads(sizes))
+        print(json.dumps({"case": case, **missing_of(replace(spec, plan=plan, quant=quant))}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""CUDA is started early where there is one, and its absence is left to others to tell."""
+
+import ctypes
+
+import pytest
+
+from mgpu.worker import cuda_start
+from mgpu.worker.cuda_start import ordinal_of, start_cuda
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
+
+
+class FakeDriver:
+    """Notes what is called; one call may fail."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.calls: list[str] = []
+        self._failing = failing
+
+    def __getattr__(self, name: str) -> object:
+        def call(*arguments: object) -> int:
+            self.calls.append(name)
+            return 100 if name == self._failing else 0
+
+        call.__name__ = name
+        return call
+
+
+def test_devices_are_numbered_by_name_or_by_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert (ordinal_of("cuda"), ordinal_of("cuda:1")) == (3, 1)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert ordinal_of("cuda") == 0
+
+
+@pytest.mark.parametrize(("failing", "calls"), [("", 3), ("cuInit", 1), ("cuDeviceGet", 2)])
+def test_a_context_is_made_as_far_as_the_driver_goes(monkeypatch: pytest.MonkeyPatch, failing: str, calls: int) -> None:
+    driver = FakeDriver(failing)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    thread = start_cuda("cuda:0")
+    assert thread is not None
+    thread.join(10)
+    assert driver.calls == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"][:calls]
+
+
+def test_nothing_is_started_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_start, "_DRIVER", "libdoes-not-exist.so")
+    assert start_cuda("cpu") is None
+    thread = start_cuda("cuda")
+    assert thread is not None
+    thread.join(10)
+    assert not thread.is_alive()

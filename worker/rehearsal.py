@@ -1,0 +1,162 @@
+"""Ask for a model's kernels before its weights are there, so that they are compiled side by side, and meanwhile.
+
+What a kernel is compiled for (types, strides, what 16 divides) is known to the code that launches it and to nobody
+else, so that code is run: one layer of each kind, over undefined weights, with launches that only ask.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from threading import Thread
+
+import torch
+
+from mgpu.protocol.control import NewRow, RowSampling, StepPlan, WorkerSpec
+from mgpu.protocol.placement import RankPlace, padded_vocab
+from mgpu.worker.collectives import DryRun
+from mgpu.worker.graphs import prepare_graphs
+from mgpu.worker.kernel_use import uses_kernels
+from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.models import DecoderStage, build_stage, init_linear
+from mgpu.worker.rows import RowTable
+from mgpu.worker.sampler import Sampler
+
+log = logging.getLogger(__name__)
+
+_OTHER = (
+    "epoch", "model", "endpoint", "rendezvous", "shared_fd", "shared_bytes", "num_threads", "memory_fraction",
+    "kv_bytes", "seed", "timeout_s",
+)  # fmt: skip
+"""What a spec says that kernels do not depend on."""
+_PROMPTS = (128, 16)
+"""Tokens of prompts: quantized products of more than 64 rows are not those of fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """One rank's start, as far as kernels go."""
+
+    spec: WorkerSpec
+    place: RankPlace
+    device: torch.device
+    group: DryRun
+    make_state: Callable[[int], tuple[RowTable, KvCache]]
+    """Gives rows and a cache of so many blocks, as the worker will have them."""
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Compile this rank's kernels while the caller does something else; at the end they are there."""
+        marker = self._marker() if uses_kernels(self.device) else None
+        if marker is None or marker.exists():
+            yield
+            return
+        from mgpu.worker.kernels import ahead
+
+        with ahead.compiling(self.device, self.spec.plan.world_size) as outcome:
+            with ahead.asking():
+                is_asked = self._ask()
+            yield
+        if is_asked and outcome.is_complete:
+            with suppress(OSError):  # the next start then asks again
+                marker.touch()
+
+    def _marker(self) -> Path | None:
+        """Give the file that says that all kernels are in Triton's cache; None where none can be compiled ahead."""
+        try:
+            from mgpu.worker.kernels import ahead
+
+            ahead.start_driver()
+            return ahead.cache_folder() / f"mgpu-{self._key()}"
+        except Exception as error:  # an old Triton, or one without a C compiler: the kernels' check tells what it means
+            log.warning("kernels are compiled one by one: %s: %s", type(error).__name__, error)
+            return None
+
+    def _key(self) -> str:
+        """Name everything that kernels depend on."""
+        import triton
+
+        spec = {field.name: getattr(self.spec, field.name) for field in fields(self.spec) if field.name not in _OTHER}
+        code = [file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))]
+        device = torch.cuda.get_device_capability(self.device)
+        what = (triton.__version__, torch.__version__, device, self.place.rank, spec)
+        return hashlib.sha256(b"".join([repr(what).encode(), *code])).hexdigest()[:32]
+
+    @torch.inference_mode()
+    def _ask(self) -> bool:
+        """Say whether everything could be asked for."""
+        self.group.alone = True
+        try:
+            self.ask()
+            return True
+        except Exception as error:  # whatever it is, the start itself will meet it, or else it only costs time
+            log.warning("kernels cannot be compiled ahead: %s: %s", type(error).__name__, error)
+            return False
+        finally:
+            self.group.alone = False
+
+    def ask(self) -> None:
+        """Launch all that a start launches."""
+        from mgpu.worker.kernel_check import rehearse_check
+
+        stage = self._short_stage()
+        rehearse_check(self.device, stage.attention_shape)
+        rows, cache = self.make_state(-(-(_PROMPTS[0] + 1) // self.spec.block_size))
+        del cache.layers[len(stage.layers) :]
+        self._steps(stage, rows, cache)
+        if self.place.tp_size == self.spec.plan.num_stages == 1:
+            prepare_graphs(stage, cache, rows)
+
+    def _short_stage(self) -> DecoderStage:
+        """Build this rank's stage with one layer of each kind, and with undefined weights."""
+        spec, facts = self.spec, self.spec.facts
+        own = spec.plan.stages[self.place.stage_index]
+        kinds = tuple(dict.fromkeys(facts.sliding_layers[own.first_layer : own.end_layer]))
+        before, after = int(own.first_layer > 0), int(own.end_layer < facts.num_layers)
+        sliding = (*[False] * before, *kinds, *[False] * after)
+        short = replace(facts, num_layers=len(sliding), sliding_layers=sliding)
+        layers = range(before, before + len(kinds))
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        stage = build_stage(short, self.place, layers, self.group, dtype, self.device, spec.quant)
+        stage.max_positions = spec.max_seq_len + 1
+        stage.assume_kernels()
+        if spec.quant != "none":
+            init_linear(stage)
+        return stage
+
+    def _steps(self, stage: DecoderStage, rows: RowTable, cache: KvCache) -> None:
+        """Take the steps of `ModelRunner.warm_up` that need no graph. All tokens are 0: none is sampled."""
+        facts, size = self.spec.facts, self.place.tp_size
+        sampler = Sampler(rows, self.group, padded_vocab(facts.vocab_size, size) // size)
+        blocks = [*range(min(cache.num_blocks, rows.blocks.shape[1]))]
+        most = min(self.spec.max_batch_tokens, self.spec.max_seq_len - 1)
+        new = NewRow(0, bytes(4 * most), most, blocks, RowSampling(temperature=1.0))
+        rows.apply(StepPlan(0, 0, [], [new], [], [], [], [], [], []))
+        for start, count in (*((0, min(count, most)) for count in _PROMPTS), (1, 1)):
+            plan = StepPlan(0, 0, [], [], [], [], [0], [start], [count], [1])
+            batch, request = rows.batch(plan)
+            assert request is not None
+            if stage.is_first:
+                x_TD = stage.embed(batch.token_ids)
+            else:
+                x_TD = torch.zeros((count, facts.hidden_size), dtype=stage.dtype, device=self.device)
+            x_TD = stage.run_layers(x_TD, batch, cache)
+            if stage.is_last:
+                sampler.sample(stage.logits(x_TD[batch.logit_rows]), request)
+
+
+def start_triton(device: torch.device) -> None:
+    """Import Triton and start its driver in a thread, while the caller starts CUDA."""
+    if uses_kernels(device):
+        Thread(target=_start_triton, name="start-triton", daemon=True).start()
+
+
+def _start_triton() -> None:
+    try:
+        from mgpu.worker.kernels.ahead import start_driver
+
+        start_driver()
+    except Exception as error:  # the kernels' check, which needs the same, tells what it means
+        log.info("Triton did not start: %s", error)
