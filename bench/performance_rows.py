@@ -37,6 +37,11 @@ def missing(what: str, count: int, length: int, note: str) -> Row:
     return {"what": what, "count": count, "length": length, "note": note}
 
 
+def last_line(text: str) -> str:
+    """Give what a program said last: of a traceback, the error."""
+    return text.strip().rpartition("\n")[2] or "nothing was said"
+
+
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How much is measured. A rehearsal keeps every name and divides what it stands for."""
