@@ -8,15 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernels.activation import gated_activation
-from mgpu.worker.kernels.decode_attention import decode_attention
+from mgpu.worker.kernels.decode_attention import decode_attention_packed
 from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.norm import add_rms_norm, rms_norm
-from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.kernels.sample import sample
 
 HIDDEN, WIDTH, HEADS, KV_HEADS, DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256
-BLOCK_SIZE = 16
+BLOCK_SIZE = 64
 SHAPES = (
     ((HEADS + 2 * KV_HEADS) * DIM, HIDDEN),
     (HIDDEN, HEADS * DIM),
@@ -56,8 +55,6 @@ class DecodeChain:
         ]
         self.tables = torch.arange(rows * pages, dtype=torch.int32, device=device).view(rows, pages)
         self.lens = torch.full((rows,), context, dtype=torch.int32, device=device)
-        self.positions = torch.full((rows,), context - 1, dtype=torch.int64, device=device)
-        self.slots = self.tables[:, -1].long() * BLOCK_SIZE + (context - 1) % BLOCK_SIZE
         self.cos_sin = torch.rand(context, DIM, device=device)
         self.embedded = torch.randn(rows, HIDDEN, device=device).to(torch.bfloat16)
         self.workspace = Workspace.create(device)
@@ -68,12 +65,21 @@ class DecodeChain:
             return F.linear(x, w)
         return gemv(x, w, tiling=tilings.get((w.shape[0], w.shape[1])))
 
+    def gated(self, x: Tensor, w: Tensor, tilings: Tilings | None) -> Tensor:
+        if tilings is None or x.shape[0] > 1:
+            return gated_activation(F.linear(x, w), "silu")
+        return gemv(x, w, gate="silu", tiling=tilings.get((w.shape[0], w.shape[1])))
+
     def attention(self, qkv: Tensor, layer: int) -> Tensor:
         rows = qkv.shape[0]
-        k, v = self.caches[layer]
-        q = rope_and_cache(qkv.view(rows, -1, DIM), self.cos_sin, self.positions[:rows], self.slots[:rows], k, v)
-        heads = decode_attention(
-            q, k, v, self.tables[:rows], self.lens[:rows], scale=DIM**-0.5, workspace=self.workspace
+        heads = decode_attention_packed(
+            qkv.view(rows, -1, DIM),
+            self.cos_sin,
+            *self.caches[layer],
+            self.tables[:rows],
+            self.lens[:rows],
+            scale=DIM**-0.5,
+            workspace=self.workspace,
         )
         return heads.view(rows, -1)
 
@@ -84,27 +90,13 @@ class DecodeChain:
         for layer, (qkv_w, out_w, gate_up_w, down_w) in enumerate(self.layers):
             heads = self.attention(self.matmul(x, qkv_w, tilings), layer)
             x = add_rms_norm(residual, self.matmul(heads, out_w, tilings), self.norm, 1e-5)
-            hidden = gated_activation(self.matmul(x, gate_up_w, tilings), "silu")
-            x = add_rms_norm(residual, self.matmul(hidden, down_w, tilings), self.norm, 1e-5)
+            x = add_rms_norm(residual, self.matmul(self.gated(x, gate_up_w, tilings), down_w, tilings), self.norm, 1e-5)
         return sample(self.matmul(x, self.head, tilings))[1]
-
-    def folded_step(self, tilings: Tilings) -> Tensor:
-        """Run one step for one row with norms, gate and residual folded into the products."""
-        residual = self.embedded[:1].clone()
-        qkv_t, out_t, gate_up_t, down_t = (tilings.get(shape) for shape in SHAPES)
-        for layer, (qkv_w, out_w, gate_up_w, down_w) in enumerate(self.layers):
-            heads = self.attention(gemv(residual, qkv_w, gain_K=self.norm, eps=1e-5, tiling=qkv_t), layer)
-            gemv(heads, out_w, residual_1N=residual, out_1N=residual, tiling=out_t)
-            hidden = gemv(residual, gate_up_w, gain_K=self.norm, eps=1e-5, gate="silu", tiling=gate_up_t)
-            gemv(hidden, down_w, residual_1N=residual, out_1N=residual, tiling=down_t)
-        return sample(gemv(residual, self.head, gain_K=self.norm, eps=1e-5))[1]
 
 
 def _compile(device: torch.device, rows: int) -> None:
     chain = DecodeChain(device, 16, 128, 1)
     chain.step(rows, {})
-    if rows == 1:
-        chain.folded_step({})
 
 
 def chain_jobs() -> list[tuple[Any, tuple[Any, ...]]]:

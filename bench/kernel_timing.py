@@ -50,8 +50,8 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
 def random_scales(n: int, k: int, group: int) -> Tensor:
     """Draw what a `PackedWeight` of n outputs and k inputs holds as scales; with ``group``, those of int4."""
     if not group:
-        return torch.rand(1, n, device="cuda")
-    return torch.rand(k // group, 2 * n, device="cuda").to(torch.bfloat16).view(torch.int32)
+        return torch.rand(n, 1, device="cuda")
+    return torch.rand(n, 2 * k // group, device="cuda").to(torch.bfloat16).view(torch.int32)
 
 
 def graph_us(launches: Sequence[Launch], replays: int = 7) -> float:
@@ -109,7 +109,8 @@ KERNEL_MODULES = tuple(
         "activation",
         "decode_attention",
         "dequantize",
-        "few_row_gemv",
+        "float8_norm",
+        "float8_quantize",
         "gemv",
         "norm",
         "prefill_attention",

@@ -1,12 +1,13 @@
 # ruff: noqa: B023 - closures are called within the iteration that makes them
 """Time every kernel with its own choice of tiling: achieved bandwidth or arithmetic, error, and torch's alternative.
 
-Needs a Hopper GPU: ``PYTHONPATH=src python bench/kernels.py [OUT_FILE]``. Inputs are random, launches rotate among
-buffers larger than the L2 cache and are replayed from a CUDA graph; times are medians. Shapes are Llama-3.1-8B's.
+Needs a Hopper GPU: ``PYTHONPATH=src python bench/kernels.py [OUT_FILE] [--only float8_products,layers]``. Inputs are
+random, launches rotate among buffers larger than the L2 cache and are replayed from a CUDA graph; times are medians.
+Shapes are Llama-3.1-8B's.
 """
 
+import argparse
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,19 +17,24 @@ from decode_chain import DecodeChain
 from kernel_timing import Row, graph_us, make_cache, random_scales, relative_error, rotate, sdpa_row, views
 from torch import Tensor
 
+from mgpu.protocol.quantization import WeightFormat, weight_format
+from mgpu.worker.collectives import SingleRank
 from mgpu.worker.kernels import reference
-from mgpu.worker.kernels.activation import gated_activation
+from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
 from mgpu.worker.kernels.decode_attention import decode_attention
 from mgpu.worker.kernels.dequantize import dequantize_packed
-from mgpu.worker.kernels.few_row_gemv import few_row_gemv
-from mgpu.worker.kernels.gemv import gemv
+from mgpu.worker.kernels.float8_norm import add_rms_norm_float8
+from mgpu.worker.kernels.float8_product import float8_product
+from mgpu.worker.kernels.float8_quantize import quantize_rows
 from mgpu.worker.kernels.norm import add_rms_norm
 from mgpu.worker.kernels.packing import PackedWeight, dequantize
-from mgpu.worker.kernels.prefill_attention import prefill_attention
-from mgpu.worker.kernels.products import quantized_matmul
+from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
+from mgpu.worker.kernels.products import matmul, one_row_matmul, quantized_matmul
 from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.sample import sample
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
+from mgpu.worker.layers.mlp import GatedMLP
+from mgpu.worker.layers.norm import RMSNorm
 
 SHAPES = {
     "qkv": (6144, 4096),
@@ -38,6 +44,13 @@ SHAPES = {
     "head": (128256, 4096),
 }
 BF16 = torch.bfloat16
+FP8_PREFILL = (
+    None,
+    PrefillTiling(64, 64, 4, 3),
+    PrefillTiling(64, 64, 4, 2, bulk=False),
+    PrefillTiling(128, 64, 8, 2),
+    PrefillTiling(128, 64, 8, 3),
+)
 QUANTIZED = (("int8", 0), ("fp8", 0), ("int4", 32), ("int4", 128))
 """Kinds and groups. Groups of 32 are what `--quant 4` makes."""
 
@@ -48,15 +61,19 @@ def random_pool(count: int) -> Tensor:
 
 def products() -> Iterator[Row]:
     pool = random_pool(6 * 10**8)
-    for (name, (n, k)), rows in itertools.product(SHAPES.items(), (1, 2, 4, 8)):
+    for name, (n, k) in SHAPES.items():
         weights = views(pool, n, k)
-        x = torch.randn(rows, k, device="cuda").to(BF16)
-        expected = x.float() @ weights[0].float().T
-        other = graph_us(rotate(weights, lambda w: F.linear(x, w)))
-        kernel = gemv if rows == 1 else few_row_gemv
-        error = relative_error(kernel(x, weights[0]), expected)
-        us = graph_us(rotate(weights, lambda w: kernel(x, w)))
-        yield Row(f"{kernel.__name__} {name} m{rows}", us, 2.0 * n * k, error=error, other_us=other)
+        for rows in (1, 2, 8):
+            x = torch.randn(rows, k, device="cuda").to(BF16)
+            other = graph_us(rotate(weights, lambda w: F.linear(x, w)))
+            error = relative_error(matmul(x, weights[0]), x.float() @ weights[0].float().T)
+            us = graph_us(rotate(weights, lambda w: matmul(x, w))) if rows == 1 else other
+            yield Row(f"matmul {name} m{rows}", us, 2.0 * n * k, error=error, other_us=other)
+        if name == "gate_up":
+            x = torch.randn(1, k, device="cuda").to(BF16)
+            us = graph_us(rotate(weights, lambda w: one_row_matmul(x, w, None, "silu")))
+            other = graph_us(rotate(weights, lambda w: gated_activation(matmul(x, w), "silu")))
+            yield Row("gated matmul gate_up m1, and in two kernels", us, 2.0 * n * k, other_us=other)
 
 
 def quantized_products() -> Iterator[Row]:
@@ -77,6 +94,66 @@ def quantized_products() -> Iterator[Row]:
             us = graph_us(rotate(weights, lambda w: dequantize_packed(w, BF16)))
             error = relative_error(dense, dequantize(weights[0], torch.float32))
             yield Row(f"dequantize {kind} g{group} {name}", us, 4.0 * parts[0].numel() + 2.0 * n * k, error=error)
+
+
+def float8_products() -> Iterator[Row]:
+    """W8A8: the product alone, with its rows quantized and rescaled apart, and weight-only; torch: bfloat16."""
+    pool = torch.randint(-(2**31), 2**31 - 1, (15 * 10**7,), device="cuda", dtype=torch.int32) & 0x3F3F3F3F
+    for (name, (n, k)), rows in itertools.product(list(SHAPES.items())[:4], (8, 16, 64, 128, 256, 2048)):
+        scales = torch.full((n, 1), 2.0**-8, device="cuda")
+        weights = [PackedWeight("fp8", words, scales, k, 0) for words in views(pool, n, k // 4, 16)]
+        dense = [dequantize_packed(weight, BF16) for weight in weights[:4]]
+        x = torch.randn(rows, k, device="cuda").to(BF16)
+        eights, expected = quantize_rows(x), x.float() @ dense[0].float().T
+        other = graph_us(rotate(dense, lambda w: F.linear(x, w)))
+        ways = {
+            "float8 alone": lambda w: float8_product(eights, w).values,
+            "float8 apart": lambda w: float8_product(quantize_rows(x), w).plain(),
+            "weight-only": lambda w: quantized_matmul(x, w),
+        }
+        for way, multiply in ways.items():
+            error = float("nan") if way == "float8 alone" else relative_error(multiply(weights[0]), expected)
+            us = graph_us(rotate(weights, multiply))
+            yield Row(f"{way} {name} m{rows}", us, 1.0 * n * k, 2.0 * rows * n * k, error, other)
+
+
+def mlps() -> Iterator[Row]:
+    """Norm, gate and up, activation, down, as layers call them; torch: the same with dense weights."""
+    chains = [half_layers(weight_format(quant)) for quant in ("fp8", "none")]
+    for rows in (16, 64, 128, 256, 2048):
+        x, residual = (torch.randn(rows, 4096, device="cuda").to(BF16) for _ in range(2))
+        us, other = (
+            graph_us(rotate(chain, lambda half: half[1](half[0].add_and_norm(residual, x)))) for chain in chains
+        )
+        yield Row(f"norm and MLP fp8 m{rows}", us, 3.0 * 14336 * 4096, 6.0 * rows * 14336 * 4096, other_us=other)
+
+
+def half_layers(form: WeightFormat) -> list[tuple[RMSNorm, GatedMLP]]:
+    device, halves = torch.device("cuda"), []
+    for seed in range(3):
+        mlp = GatedMLP(4096, 14336, "silu", False, SingleRank(), BF16, device, form)
+        norm = RMSNorm(4096, 1e-5, BF16, device)
+        norm.takes_float8 = mlp.gate_up.takes_float8
+        for linear in (mlp.gate_up, mlp.down):
+            linear.init_dummy(torch.Generator(device).manual_seed(seed))
+        halves.append((norm, mlp))
+    return halves
+
+
+def float8_layers() -> Iterator[Row]:
+    """What quantizes within other kernels; torch: our kernels that do not."""
+    weight = torch.rand(4096, device="cuda").to(BF16)
+    for tokens in (16, 64, 256, 2048):
+        x, residual = (torch.randn(tokens, 4096, device="cuda").to(BF16) for _ in range(2))
+        wide, scale = torch.randn(tokens, 28672, device="cuda").to(BF16), torch.rand(tokens, device="cuda")
+        us = graph_us([lambda: add_rms_norm_float8(residual, x, weight, 1e-5, scale)] * 20)
+        other = graph_us([lambda: add_rms_norm(residual, x, weight, 1e-5)] * 20)
+        yield Row(f"add_rms_norm_float8 t{tokens}", us, tokens * 4096 * 7.0, other_us=other)
+        us = graph_us([lambda: gated_activation_float8(wide, "silu", scale)] * 20)
+        other = graph_us([lambda: gated_activation(wide, "silu")] * 20)
+        yield Row(f"gated_activation_float8 t{tokens}", us, tokens * 14336 * 5.0, other_us=other)
+        us = graph_us([lambda: quantize_rows(x)] * 20)
+        yield Row(f"quantize_rows t{tokens}", us, tokens * 4096 * 3.0)
 
 
 def decode_attentions() -> Iterator[Row]:
@@ -119,6 +196,23 @@ def prefill_attentions() -> Iterator[Row]:
         yield Row(name, us, flops=flops, error=relative_error(got, expected), other_us=other)
 
 
+def fp8_prefill_attentions() -> Iterator[Row]:
+    """Heads of 128 over a float8 cache with pages of 64: the choice (None) and what else compiles without spilling."""
+    for (rows, context), tiling in itertools.product(((1, 8192), (32, 1024)), FP8_PREFILL):
+        k, v, tables = make_cache(rows, context, 64, 128)
+        k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
+        q = torch.randn(rows * context, 32, 128, device="cuda").to(BF16)
+        lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+        starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * context
+        out = prefill_attention(q, k, v, tables, lens, starts, scale=128**-0.5, tiling=tiling)
+        expected = reference.paged_attention(q[:1024], k, v, tables[:1], [1024], [0, 1024], 128**-0.5)
+        us = graph_us([lambda: prefill_attention(q, k, v, tables, lens, starts, scale=128**-0.5, tiling=tiling)] * 2, 3)
+        flops = 2.0 * context * context * 128 * 32 * rows
+        shape = tiling and (tiling.block_m, tiling.block_n, tiling.num_warps, tiling.num_stages)
+        error = relative_error(out[:1024], expected)
+        yield Row(f"prefill fp8 r{rows} c{context} {shape}", us, flops=flops, error=error)
+
+
 def layers() -> Iterator[Row]:
     weight = torch.rand(4096, device="cuda").to(BF16)
     for tokens in (1, 64, 8192):
@@ -143,6 +237,9 @@ def layers() -> Iterator[Row]:
         expected = reference.rotate(qkv[:, :32], cos_sin[places])
         error = relative_error(rope_and_cache(qkv, cos_sin, places, places, k, v), expected)
         yield Row(f"rope_and_cache t{tokens}", us, tokens * 48 * 128 * 4.0, error=error)
+        k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
+        us = graph_us([lambda: rope_and_cache(qkv, cos_sin, places, places, k, v)] * 20)
+        yield Row(f"rope_and_cache fp8 t{tokens}", us, tokens * (48 * 2 + 32 * 2 + 16) * 128.0)
 
 
 def sampling() -> Iterator[Row]:
@@ -170,17 +267,39 @@ def steps() -> Iterator[Row]:
         other = graph_us([lambda: chain.step(rows)], 9)
         us = graph_us([lambda: chain.step(rows, {})], 9) if rows == 1 else other
         yield Row(f"step r{rows}", us, chain.weight_bytes, other_us=other)
-    yield Row("step r1 folded", graph_us([lambda: chain.folded_step({})], 9), chain.weight_bytes)
 
 
+PARTS = {
+    part.__name__: part
+    for part in (
+        products,
+        quantized_products,
+        float8_products,
+        float8_layers,
+        mlps,
+        decode_attentions,
+        prefill_attentions,
+        fp8_prefill_attentions,
+        layers,
+        sampling,
+        steps,
+    )
+}
+
+
+@torch.inference_mode()
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out_file", type=Path, nargs="?")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    options = parser.parse_args()
     lines = []
-    for part in (products, quantized_products, decode_attentions, prefill_attentions, layers, sampling, steps):
-        for row in part():
+    for name in options.only.split(","):
+        for row in PARTS[name]():
             lines.append(row.line())
             print(lines[-1], flush=True)
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text("\n".join(lines) + "\n")
+    if options.out_file:
+        options.out_file.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@ quantized (GGUF) is dequantized when it is read: then "float32" is that file's o
 Files of 4-bit blocks hold 16 values per 32 inputs, which groups of the same 32 inputs can find again. "4-shifted" is
 int4 as for weights without such blocks: the inputs of each matrix are rolled by 16, quantized and put back, so that
 every group has halves of two blocks. "4-shuffled" permutes them at random, which also mixes large and small inputs.
-"4-plain" is int4 with each group's range cut into 15 equal steps, and nothing searched.
+"4-plain" is int4 with each group's range cut into 15 equal steps, and nothing searched. "kv-fp8" keeps keys and values
+as `--kv-cache-dtype fp8` does.
+
+"fp8" is weight-only, as on the CPU; "fp8-w8a8" rounds the activations of linear layers too, as GPUs with float8
+products do for many rows.
 """
 
 # T tokens of a window, V vocabulary, O outputs, I inputs of a matrix, E inputs of a group
@@ -18,6 +22,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import machine
@@ -27,12 +32,14 @@ from torch import Tensor
 from mgpu.orchestrator.gateway.tokenizer import load_codec
 from mgpu.orchestrator.model_store import cache_root, read_model, resolve_model
 from mgpu.protocol.checkpoint import Checkpoint
+from mgpu.protocol.model import KvCacheDtype
 from mgpu.protocol.placement import RankPlace
 from mgpu.protocol.quantization import INT4_GROUP, Quant, weight_format
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import SingleRank
+from mgpu.worker.kernels.float8_rows import round_rows
 from mgpu.worker.kernels.packing import dequantize
-from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.kv_cache import KvCache, stored_dtype
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.layers.quantize import quantize
 from mgpu.worker.loaders.reader import WeightReader
@@ -49,6 +56,11 @@ Rounding = Callable[[Tensor], Tensor]
 def searched(weight_OI: Tensor) -> Tensor:
     """Round as `--quant 4` does."""
     return dequantize(quantize(weight_OI, weight_format("4")), torch.float32)
+
+
+def float8(weight_OI: Tensor) -> Tensor:
+    """Round as `--quant fp8` does."""
+    return dequantize(quantize(weight_OI, weight_format("fp8")), torch.float32)
 
 
 def plain(weight_OI: Tensor) -> Tensor:
@@ -78,30 +90,55 @@ def regrouped(order: Callable[[int], Tensor], rounding: Rounding) -> Rounding:
     return apply
 
 
-FORMATS: dict[str, tuple[torch.dtype, Quant, Rounding | None]] = {
-    "float32": (torch.float32, "none", None),
-    "bfloat16": (torch.bfloat16, "none", None),
-    "8": (torch.float32, "8", None),
-    "fp8": (torch.float32, "fp8", None),
-    "4": (torch.float32, "4", None),
-    "4-shifted": (torch.float32, "none", regrouped(shifted, searched)),
-    "4-shuffled": (torch.float32, "none", regrouped(shuffled, searched)),
-    "4-plain": (torch.float32, "none", plain),
-    "4-plain-shifted": (torch.float32, "none", regrouped(shifted, plain)),
+@dataclass(frozen=True, slots=True)
+class Format:
+    dtype: torch.dtype = torch.float32
+    quant: Quant = "none"
+    rounding: Rounding | None = None
+    kv_cache_dtype: KvCacheDtype = "auto"
+    rounds_inputs: bool = False
+
+
+FORMATS = {
+    "float32": Format(),
+    "bfloat16": Format(torch.bfloat16),
+    "kv-fp8": Format(kv_cache_dtype="fp8"),
+    "8": Format(quant="8"),
+    "8-kv-fp8": Format(quant="8", kv_cache_dtype="fp8"),
+    "fp8": Format(quant="fp8"),
+    "fp8-w8a8": Format(rounding=float8, rounds_inputs=True),
+    "4": Format(quant="4"),
+    "4-shifted": Format(rounding=regrouped(shifted, searched)),
+    "4-shuffled": Format(rounding=regrouped(shuffled, searched)),
+    "4-plain": Format(rounding=plain),
+    "4-plain-shifted": Format(rounding=regrouped(shifted, plain)),
 }
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype, quant: Quant, rounding: Rounding | None = None) -> DecoderStage:
+class RoundedInputs:
+    """Multiplies as a layer does, after its inputs went through float8."""
+
+    def __init__(self, layer: Linear) -> None:
+        self._multiply = layer._multiply
+
+    def __call__(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return self._multiply(round_rows(x_TI), weight_OI, bias_O)
+
+
+def load(checkpoint: Checkpoint, form: Format) -> DecoderStage:
     place, layers = RankPlace(0, 0, 0, 1, 0), range(checkpoint.facts.num_layers)
-    stage = build_stage(checkpoint.facts, place, layers, SingleRank(), dtype, torch.device("cpu"), quant)
+    stage = build_stage(checkpoint.facts, place, layers, SingleRank(), form.dtype, torch.device("cpu"), form.quant)
     with WeightReader(checkpoint, lambda count: None) as reader:
         stage.load(reader)
-    if rounding is not None:
-        for _, module in stage.named_modules():
-            if isinstance(module, Linear):
-                module.weight = rounding(module.weight)
+    if form.rounding is not None:
+        for layer in linear_layers(stage):
+            layer.weight = form.rounding(layer.weight)
     stage.finalize()
     return stage
+
+
+def linear_layers(stage: DecoderStage) -> list[Linear]:
+    return [module for _, module in stage.named_modules() if isinstance(module, Linear)]
 
 
 def window_batch(ids: list[int]) -> StepBatch:
@@ -121,12 +158,12 @@ def window_batch(ids: list[int]) -> StepBatch:
     )
 
 
-def negative_log_likelihoods(stage: DecoderStage, ids: list[int], dtype: torch.dtype) -> Tensor:
-    """Give -log p of every token of a window but the first, in float64."""
+def negative_log_likelihoods(stage: DecoderStage, ids: list[int], kept: torch.dtype) -> Tensor:
+    """Give -log p of every token of a window but the first, in float64, with keys and values ``kept`` in a type."""
     facts = stage.facts
     shape = (facts.num_layers, -(-len(ids) // BLOCK), BLOCK, facts.num_kv_heads, facts.head_dim)
     batch = window_batch(ids)
-    x_TD = stage.run_layers(stage.embed(batch.token_ids), batch, KvCache(*shape, dtype, torch.device("cpu")))
+    x_TD = stage.run_layers(stage.embed(batch.token_ids), batch, KvCache(*shape, kept, torch.device("cpu")))
     parts = []
     for first in range(0, len(ids) - 1, LOGIT_ROWS):
         end = min(first + LOGIT_ROWS, len(ids) - 1)
@@ -139,13 +176,17 @@ def negative_log_likelihoods(stage: DecoderStage, ids: list[int], dtype: torch.d
 @torch.inference_mode()
 def measure(checkpoint: Checkpoint, ids: list[int], first_ids: list[int], window: int, name: str) -> dict[str, object]:
     """Load the model in one format and score all windows, each of which begins with ``first_ids``."""
-    dtype, quant, rounding = FORMATS[name]
+    form = FORMATS[name]
     began_s = time.monotonic()
-    stage = load(checkpoint, dtype, quant, rounding)
+    stage = load(checkpoint, form)
+    if form.rounds_inputs:
+        for layer in linear_layers(stage):
+            layer._multiply = RoundedInputs(layer)  # type: ignore[assignment]
     loaded_s = time.monotonic()
     size = window - len(first_ids)
     windows = [first_ids + ids[first : first + size] for first in range(0, len(ids) - size + 1, size)]
-    nll = torch.cat([negative_log_likelihoods(stage, each, dtype) for each in windows])
+    kept = stored_dtype(form.kv_cache_dtype, form.dtype)
+    nll = torch.cat([negative_log_likelihoods(stage, each, kept) for each in windows])
     return {
         "format": name,
         "perplexity": round(math.exp(nll.mean()), 3),

@@ -1,10 +1,10 @@
 """Break one worker's step down on a GPU, without a server: time per step, kernels, and what the GPU waits.
 
-    python bench/step.py [--rows 1,8,64] [--context 128] [--top 12] [--save FILE]
+    python bench/step.py [--rows 1,8,64] [--context 128] [--quant fp8] [--kv-cache-dtype fp8] [--top 12] [--save FILE]
 
-Llama-3.1-8B in bfloat16 with random weights. ``step`` is the time per decode step with two in flight, as the worker
-runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is what the host does for one step. A step
-begins with the kernel that makes its inputs; ``idle before a step`` is from the end of the kernel before that.
+Llama-3.1-8B in bfloat16 (or quantized) with random weights. ``step`` is the time per decode step with two in flight,
+as the worker runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is what the host does for one
+step. A step begins with the kernel that makes its inputs; ``idle before a step`` is from the end of the kernel before.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -30,9 +31,11 @@ from performance_rows import row as make_row
 from mgpu.launch.bench.report import Report
 from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.protocol.model import KvCacheDtype
 from mgpu.protocol.placement import RankPlace
+from mgpu.protocol.quantization import Quant
 from mgpu.worker.collectives import DryRun, SingleRank
-from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.kv_cache import KvCache, stored_dtype
 from mgpu.worker.links import Links
 from mgpu.worker.model_runner import ModelRunner
 from mgpu.worker.models import build_stage, init_dummy_weights
@@ -42,15 +45,17 @@ BLOCK, STEPS, MOST_ROWS = 64, 60, 256
 PROFILED_STEPS = 12
 
 
-def make_runner(context: int) -> ModelRunner:
+def make_runner(context: int, quant: Quant, kept: KvCacheDtype) -> ModelRunner:
     with tempfile.TemporaryDirectory() as folder:
         facts = read_checkpoint(write_config(Path(folder), LLAMA_8B), "dummy").facts
     device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), DryRun(SingleRank())
-    stage = build_stage(facts, place, range(facts.num_layers), group, torch.bfloat16, device)
+    layers = range(facts.num_layers)
+    stage = build_stage(facts, place, layers, group, torch.bfloat16, device, quant, kv_cache_dtype=kept)
     stage.max_positions = longest = context + 4 * STEPS + BLOCK
     init_dummy_weights(stage, 0)
     blocks = MOST_ROWS * -(-(longest + 1) // BLOCK)
-    cache = KvCache(facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim, torch.bfloat16, device)
+    shape = facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim
+    cache = KvCache(*shape, stored_dtype(kept, torch.bfloat16), device)
     rows = RowTable(MOST_ROWS, longest, BLOCK, blocks, device)
     links = Links(group, None, (), None, (), None, [])
     return ModelRunner(stage, cache, rows, links, facts, place, 1)
@@ -113,11 +118,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=numbers, default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--quant", choices=["none", "8", "4", "fp8"], default="none")
     parser.add_argument("--top", type=int, default=12)
+    parser.add_argument("--kv-cache-dtype", choices=get_args(KvCacheDtype), default="auto")
     parser.add_argument("--save", type=Path, help="where idle times go, as rows of bench/performance.py")
     arguments = parser.parse_args()
     print(heading(describe("triton")))
-    runner = make_runner(arguments.context)
+    runner = make_runner(arguments.context, arguments.quant, arguments.kv_cache_dtype)
     began_s = time.perf_counter()
     runner.warm_up(16, 0)
     torch.cuda.synchronize()

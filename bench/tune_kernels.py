@@ -33,7 +33,6 @@ from kernel_timing import (
 from torch import Tensor
 
 from mgpu.worker.kernels.decode_attention import DecodeTiling, decode_attention
-from mgpu.worker.kernels.few_row_gemv import few_row_gemv
 from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.packing import PackedWeight, dequantize
 from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
@@ -87,20 +86,6 @@ def quantized_tilings() -> list[Tiling]:
     return [Tiling(*s[:1], n, *s[1:], bulk) for s in shapes for n in (1, 2, 4, 8) for bulk in (False, True)]
 
 
-def few_row_tilings() -> list[GemvTiling]:
-    shapes = [
-        (2, 1024, 4),
-        (4, 1024, 4),
-        (8, 1024, 4),
-        (2, 2048, 8),
-        (4, 512, 2),
-        (8, 512, 2),
-        (4, 256, 1),
-        (8, 256, 1),
-    ]
-    return [GemvTiling(*shape, False) for shape in shapes]
-
-
 def gemv_tilings() -> list[GemvTiling]:
     shapes = [(4, 256, 1), (8, 256, 1), (2, 512, 1), (4, 512, 1), (2, 1024, 1), (4, 512, 2), (8, 512, 2), (2, 1024, 2)]
     shapes += [(4, 1024, 2), (4, 1024, 4), (8, 1024, 4), (2, 2048, 4), (4, 2048, 4), (4, 2048, 8), (8, 2048, 8)]
@@ -142,25 +127,15 @@ def workspace(device: torch.device) -> Workspace:
     return Workspace.create(device) if device.type == "cpu" else default_workspace(device)
 
 
-def run_gemv(device: torch.device, tiling: GemvTiling, folded: int) -> None:
+def run_gemv(device: torch.device, tiling: GemvTiling) -> None:
     x, w = torch.empty(1, 4096, dtype=BF16, device=device), torch.empty(4096, 4096, dtype=BF16, device=device)
-    if folded == 0:
-        gemv(x, w, tiling=tiling)
-    elif folded == 1:
-        gemv(x, w, gain_K=x[0], eps=1e-5, tiling=tiling)
-        gemv(x, w, residual_1N=x, tiling=tiling)
-    else:
-        gemv(x, w, gain_K=x[0], eps=1e-5, gate="silu", tiling=tiling)
-
-
-def run_few_rows(device: torch.device, tiling: GemvTiling, rows: int) -> None:
-    x, w = torch.empty(rows, 4096, dtype=BF16, device=device), torch.empty(4096, 4096, dtype=BF16, device=device)
-    few_row_gemv(x, w, tiling=tiling)
+    gemv(x, w, tiling=tiling)
+    gemv(x, w, gate="silu", tiling=tiling)
 
 
 def run_quantized(device: torch.device, kind: str, group: int, tiling: Tiling, rows: int = 4) -> None:
     words = torch.empty(4096, 4096 // (8 if kind == "int4" else 4), dtype=torch.int32, device=device)
-    scales = torch.empty(4096 // group if group else 1, 4096, dtype=torch.int32 if group else None, device=device)
+    scales = torch.empty(4096, 4096 // group if group else 1, dtype=torch.int32 if group else None, device=device)
     weight = PackedWeight(kind, words, scales, 4096, group)  # type: ignore[arg-type]
     x = torch.empty(rows, 4096, dtype=BF16, device=device)
     quantized_gemm(x, weight, tiling=tiling, workspace=workspace(device))
@@ -168,7 +143,7 @@ def run_quantized(device: torch.device, kind: str, group: int, tiling: Tiling, r
 
 def run_quantized_gemv(device: torch.device, kind: str, group: int, tiling: GemvTiling) -> None:
     words = torch.empty(4096, 4096 // (8 if kind == "int4" else 4), dtype=torch.int32, device=device)
-    scales = torch.empty(4096 // group if group else 1, 4096, dtype=torch.int32 if group else None, device=device)
+    scales = torch.empty(4096, 4096 // group if group else 1, dtype=torch.int32 if group else None, device=device)
     weight = PackedWeight(kind, words, scales, 4096, group)  # type: ignore[arg-type]
     quantized_gemv(torch.empty(1, 4096, dtype=BF16, device=device), weight, tiling=tiling)
 
@@ -192,7 +167,7 @@ WIDE = [Tiling(64, splits, 4, n, False, bulk) for splits in (1, 2, 4) for n in (
 FP8_DECODE = [
     DecodeTiling(1, bn, 128, w, n) for bn, w, n in ((64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 5), (64, 2, 5))
 ]
-KINDS = (("int8", 0), ("int4", 128))
+KINDS = (("int8", 0), ("int4", 32))
 
 
 def all_jobs() -> Iterator[Any]:
@@ -200,11 +175,10 @@ def all_jobs() -> Iterator[Any]:
     yield from ((run_prefill, variant) for variant in prefill_tilings())
     yield from ((run_decode, (bs, 128, BF16, tiling)) for bs, tiling in decode_tilings())
     yield from ((run_decode, (bs, 128, torch.float8_e4m3fn, t)) for bs in (16, 64) for t in FP8_DECODE)
-    yield from ((run_gemv, (tiling, folded)) for tiling in gemv_tilings() for folded in (0, 1, 2))
+    yield from ((run_gemv, (tiling,)) for tiling in gemv_tilings())
     yield from ((run_quantized, (*kind, tiling)) for kind in KINDS for tiling in quantized_tilings())
     yield from ((run_quantized, (*kind, tiling, rows)) for kind in KINDS for tiling in WIDE for rows in (32, 64))
     yield from ((run_quantized_gemv, (*kind, tiling)) for kind in KINDS for tiling in quantized_gemv_tilings())
-    yield from ((run_few_rows, (tiling, rows)) for tiling in few_row_tilings() for rows in (2, 4, 8))
 
 
 # ------------------------------------------------------------------------------------------------ timing
@@ -212,39 +186,21 @@ def all_jobs() -> Iterator[Any]:
 
 def time_products(results: Results) -> None:
     pool = torch.randn(3 * 10**8, device="cuda", dtype=torch.float32).mul_(0.02).to(BF16)
-    for (name, (n, k)), rows in itertools.product(SHAPES.items(), (1, 2, 4, 8)):
+    for name, (n, k) in SHAPES.items():
         weights = views(pool, n, k)
-        x = torch.randn(rows, k, device="cuda", dtype=BF16)
+        x = torch.randn(1, k, device="cuda", dtype=BF16)
         expected = x.float() @ weights[0].float().T
-        cublas = graph_us(rotate(weights, lambda w: F.linear(x, w)))
-        facts = {"bytes": 2.0 * n * k, "flops": 2.0 * rows * n * k, "other_us": cublas}
-        for tiling in few_row_tilings() if rows > 1 else ():
-            launches = rotate(weights, lambda w: few_row_gemv(x, w, tiling=tiling))
-            results.measure(f"few_row_gemv {name} m{rows} {short(tiling)}", launches, expected, **facts)
-        if rows == 1:
-            time_gemv(results, name, weights, x, cublas)
-
-
-def time_gemv(results: Results, name: str, weights: list[Tensor], x: Tensor, cublas: float) -> None:
-    n, k = weights[0].shape
-    facts = {"bytes": 2.0 * n * k, "flops": 2.0 * n * k, "other_us": cublas}
-    gain = torch.rand(k, device="cuda").to(BF16)
-    residual = torch.randn(1, n, device="cuda").to(BF16)
-    for tiling in gemv_tilings():
-        expected = x.float() @ weights[0].float().T
-        launches = rotate(weights, lambda w: gemv(x, w, tiling=tiling))
-        results.measure(f"gemv {name} m1 {short(tiling)}", launches, expected, **facts)
-        normed = F.rms_norm(x.float(), (k,), gain.float(), 1e-5) @ weights[0].float().T
-        if name == "gate_up":
-            launches = rotate(weights, lambda w: gemv(x, w, gain_K=gain, eps=1e-5, gate="silu", tiling=tiling))
-            expected = gated_activation(normed, True)
-        elif name == "qkv":
-            launches = rotate(weights, lambda w: gemv(x, w, gain_K=gain, eps=1e-5, tiling=tiling))
-            expected = normed
-        else:
-            launches = rotate(weights, lambda w: gemv(x, w, residual_1N=residual, tiling=tiling))
-            expected = expected + residual.float()
-        results.measure(f"gemv-folded {name} m1 {short(tiling)}", launches, expected, **facts)
+        facts = {
+            "bytes": 2.0 * n * k,
+            "flops": 2.0 * n * k,
+            "other_us": graph_us(rotate(weights, lambda w: F.linear(x, w))),
+        }
+        for tiling in gemv_tilings():
+            launches = rotate(weights, lambda w: gemv(x, w, tiling=tiling))
+            results.measure(f"gemv {name} m1 {short(tiling)}", launches, expected, **facts)
+            if name == "gate_up":
+                launches = rotate(weights, lambda w: gemv(x, w, gate="silu", tiling=tiling))
+                results.measure(f"gemv-gated m1 {short(tiling)}", launches, gated_activation(expected, True), **facts)
 
 
 def time_quantized(results: Results) -> None:
@@ -346,11 +302,7 @@ def time_chain(results: Results) -> None:
         steps: dict[str, Callable[[], Tensor]] = {"cublas": lambda: chain.step(rows)}
         if rows == 1:
             best = {shape: parse(GemvTiling, results.best(f"gemv {name} m1 ")) for shape, name in names.items()}
-            folded = {
-                shape: parse(GemvTiling, results.best(f"gemv-folded {name} m1 ")) for shape, name in names.items()
-            }
             steps["gemv"] = lambda: chain.step(1, best)
-            steps["gemv folded"] = lambda: chain.folded_step(folded)
         for name, step in steps.items():
             chosen: list[Tensor] = []
             try:

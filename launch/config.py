@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mgpu.orchestrator.errors import UserError
+from mgpu.protocol.model import KvCacheDtype
 from mgpu.protocol.quantization import Quant
 
 OTHER_VARIABLES = frozenset(
@@ -75,6 +76,9 @@ class ServeConfig:
     )
     quant: Quant = _option(  # noqa: RUF009 (a field like the others)
         "none", "Quantize linear layers while loading: int8 (8), group-wise int4 (4), or float8 (fp8) weights."
+    )
+    kv_cache_dtype: KvCacheDtype = _option(  # noqa: RUF009 (a field like the others)
+        "auto", "Keys and values in the cache: auto is the type of --dtype; fp8 takes a byte each."
     )
     load_format: Literal["auto", "dummy"] = _option("auto", "'dummy' makes random weights from config.json alone.")
     max_seq_len: int = _option(0, "Longest prompt plus output, in tokens (0: what the model allows).", minimum=0)

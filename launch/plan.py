@@ -42,6 +42,7 @@ def wish_of(config: ServeConfig) -> Wish:
         max_rows=config.max_rows,
         max_batch_tokens=config.max_batch_tokens,
         quant=config.quant,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
 
 

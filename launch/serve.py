@@ -105,6 +105,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         device_kind=plan.machine.kind,
         dtype=plan.dtype,
         quant=plan.quant,
+        kv_cache_dtype=plan.kv_cache_dtype,
         transport=plan.transport,
         stage_transport=plan.stage_transport,
         staged=plan.staged,

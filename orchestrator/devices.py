@@ -35,6 +35,8 @@ class DeviceInfo:
     pci: str = ""
     selector: str = ""
     """What names this device in CUDA_VISIBLE_DEVICES: its index in PCI bus order, or a MIG UUID."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None: not known, or no GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,8 @@ def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine
 
 def _device(ordinal: int, gpu: Gpu) -> DeviceInfo:
     selector = gpu.uuid if gpu.mig else str(gpu.index)
-    return DeviceInfo(ordinal, "cuda", gpu.name, gpu.total_bytes, gpu.free_bytes, gpu.uuid, gpu.pci, selector)
+    size = gpu.total_bytes, gpu.free_bytes
+    return DeviceInfo(ordinal, "cuda", gpu.name, *size, gpu.uuid, gpu.pci, selector, gpu.capability)
 
 
 def nccl_problem(environ: Mapping[str, str], mig: bool = False) -> str:

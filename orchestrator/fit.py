@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from mgpu.orchestrator.capability import device_without_fp8
 from mgpu.orchestrator.devices import DeviceInfo, Machine
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.memory import (
@@ -22,7 +23,6 @@ from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import HeadShard, PlacementPlan, Stage, head_shard
 from mgpu.protocol.quantization import Quant
 
-"""Most tokens in one step where nothing was asked."""
 LEAST_TOKENS = 512
 """A pool below this is refused rather than served with hardly any context (unless the model's own is shorter)."""
 
@@ -36,6 +36,7 @@ class Sizing:
     placement: PlacementPlan
     wish: Wish
     dtype_bytes: int
+    kv_element_bytes: int
     nccl: bool
 
 
@@ -92,7 +93,7 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
     weights = rank_weight_bytes(facts, sizing.placement, place, sizing.dtype_bytes, wish.quant)
     reserve = _reserve_bytes(sizing, rank)
     budget = device_budget(device, wish)
-    per_token = kv_token_bytes(facts, stage.num_layers, place.tp_size, sizing.dtype_bytes)
+    per_token = kv_token_bytes(facts, stage.num_layers, place.tp_size, sizing.kv_element_bytes)
     pool = wish.kv_memory or _pool_bytes(device, budget - weights - reserve)
     # More than all rows at full length is of no use.
     most = wish.max_rows * _up_to_blocks((wish.max_seq_len or facts.max_position) + 1, wish)
@@ -182,7 +183,15 @@ def _too_long(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
     )
     shorter = f"Use --max-seq-len {row.kv_tokens} or less. " if asked and row.kv_tokens else ""
     out = "Raise --kv-memory, or leave it out" if sizing.wish.kv_memory else _ways_out(sizing, tokens)
-    return PlacementError(text + shorter + out)
+    return PlacementError(text + shorter + _narrower_cache(sizing, tokens) + out)
+
+
+def _narrower_cache(sizing: Sizing, tokens: int) -> str:
+    """Name the float8 cache where it would hold so many tokens."""
+    if sizing.wish.kv_cache_dtype == "fp8" or device_without_fp8(sizing.machine, sizing.placement) is not None:
+        return ""
+    held = min(row.kv_tokens for row in rank_rows(replace(sizing, kv_element_bytes=1)))
+    return f"--kv-cache-dtype fp8 would hold {held} tokens. " if held >= tokens else ""
 
 
 def _where(row: RankRow) -> str:

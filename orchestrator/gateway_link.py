@@ -26,6 +26,7 @@ from mgpu.protocol.link import (
     Ping,
     Reload,
     ServerKeys,
+    StateKnown,
 )
 
 FRONT_NAME = "front.sock"
@@ -58,6 +59,8 @@ class GatewayLink:
         self.endpoint = ""
         """Where clients connect, once the gateway is ready; another process serves the same."""
         self.is_ready = False
+        self.known_state = ""
+        """The engine's state that the gateway acts on, as it has said."""
         self._context = context
         self._runtime = runtime
         self._config = config
@@ -91,6 +94,7 @@ class GatewayLink:
             limits=config.client_limits,
             memory_bytes=config.gateway_memory_bytes,
         )
+        self.known_state, self._first_state = "", "" if info is None else info.state
         self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)
         self._pulse = Pulse()
 
@@ -137,8 +141,10 @@ class GatewayLink:
             if isinstance(message, GatewayFailure):
                 raise GatewayLost(message.message, message.traceback, message.by_clients)
             if isinstance(message, GatewayReady):
-                self.endpoint, self.is_ready = message.endpoint, True
+                self.endpoint, self.is_ready, self.known_state = message.endpoint, True, self._first_state
                 self._tell_reload()
+            if isinstance(message, StateKnown):
+                self.known_state = message.state
             yield message
 
     def check_alive(self) -> None:

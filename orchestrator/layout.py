@@ -22,7 +22,7 @@ def layout_text(plan: Plan) -> str:
     """Give mode and reason, one row per rank, what the KV cache holds, and the peer-access matrix of several GPUs."""
     lines = [_headline(plan), *_table(_COLUMNS, [_cells(plan, row) for row in plan.rows])]
     lines.append(
-        f"KV cache: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
+        f"KV cache{_narrow(plan)}: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
         f"{plan.max_seq_len:,}{_shortened(plan)}"
     )
     if plan.placement.world_size > 1:
@@ -42,6 +42,10 @@ def _headline(plan: Plan) -> str:
 def _quantized(plan: Plan) -> str:
     name = weight_format(plan.quant).name
     return f", linear layers in {name}" if name else ""
+
+
+def _narrow(plan: Plan) -> str:
+    return " in fp8 (e4m3)" if plan.kv_cache_dtype == "fp8" else ""
 
 
 def _shortened(plan: Plan) -> str:
@@ -103,6 +107,7 @@ def layout_json(plan: Plan) -> dict[str, object]:
         "reason": plan.reason,
         "dtype": plan.dtype,
         "quant": plan.quant,
+        "kv_cache_dtype": plan.kv_cache_dtype,
         "transport": plan.transport,
         "stage_transport": plan.stage_transport,
         "staged": [list(pair) for pair in plan.staged],

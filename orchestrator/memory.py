@@ -86,10 +86,10 @@ def rank_weight_bytes(
     return layers + edge_elements(facts, place.tp_size, first, last) * dtype_bytes
 
 
-def kv_token_bytes(facts: ModelFacts, num_layers: int, tp_size: int, dtype_bytes: int) -> int:
+def kv_token_bytes(facts: ModelFacts, num_layers: int, tp_size: int, element_bytes: int) -> int:
     """Give the KV-cache bytes of one token on a rank that holds ``num_layers`` layers."""
     held = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size).num_kv
-    return 2 * num_layers * held * facts.head_dim * dtype_bytes
+    return 2 * num_layers * held * facts.head_dim * element_bytes
 
 
 def step_bytes(facts: ModelFacts, tp_size: int, last: bool, dtype_bytes: int, size: StepSize) -> int:

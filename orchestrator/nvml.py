@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Literal, Protocol, cast
 
@@ -39,6 +39,7 @@ class Nvml(Protocol):
     def nvmlDeviceGetName(self, handle: object) -> str | bytes: ...
     def nvmlDeviceGetUUID(self, handle: object) -> str | bytes: ...
     def nvmlDeviceGetPciInfo(self, handle: object) -> _Pci: ...
+    def nvmlDeviceGetCudaComputeCapability(self, handle: object) -> Sequence[int]: ...
     def nvmlDeviceGetMemoryInfo(self, handle: object) -> _Memory: ...
     def nvmlDeviceGetP2PStatus(self, first: object, second: object, index: int) -> int: ...
     def nvmlDeviceGetMigMode(self, handle: object) -> Sequence[int]: ...
@@ -58,6 +59,8 @@ class Gpu:
     free_bytes: int
     handle: object
     mig: bool = False
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None: the driver does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ class NvmlSession:
         gpus.sort(key=lambda gpu: gpu.pci)
         found: list[Gpu] = []
         for index, gpu in enumerate(gpus):
-            found.append(_numbered(gpu, index))
+            found.append(replace(gpu, index=index))
             found.extend(_mig_instances(nvml, gpu))
         return Inventory(tuple(found), "" if found else "the driver lists no GPU")
 
@@ -146,11 +149,16 @@ def _query(nvml: Nvml, handle: object) -> Gpu:
         total_bytes=int(memory.total),
         free_bytes=int(memory.free),
         handle=handle,
+        capability=_capability(nvml, handle),
     )
 
 
-def _numbered(gpu: Gpu, index: int) -> Gpu:
-    return Gpu(index, gpu.name, gpu.uuid, gpu.pci, gpu.total_bytes, gpu.free_bytes, gpu.handle)
+def _capability(nvml: Nvml, handle: object) -> tuple[int, int] | None:
+    try:
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except nvml.NVMLError:
+        return None
+    return int(major), int(minor)
 
 
 def _mig_instances(nvml: Nvml, parent: Gpu) -> list[Gpu]:
@@ -166,7 +174,8 @@ def _mig_instances(nvml: Nvml, parent: Gpu) -> list[Gpu]:
                 continue
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             name, uuid = _text(nvml.nvmlDeviceGetName(handle)), _text(nvml.nvmlDeviceGetUUID(handle))
-            instances.append(Gpu(-1, name, uuid, parent.pci, int(memory.total), int(memory.free), handle, mig=True))
+            size = int(memory.total), int(memory.free)
+            instances.append(Gpu(-1, name, uuid, parent.pci, *size, handle, True, parent.capability))
     except nvml.NVMLError:  # consumer cards answer "not supported"
         return []
     return instances

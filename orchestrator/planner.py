@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from mgpu.orchestrator.capability import check_capability
 from mgpu.orchestrator.devices import DeviceInfo, Machine, selectors
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.fit import RankRow, Sizing, fit_tokens, rank_rows, weight_capacity
@@ -9,7 +10,7 @@ from mgpu.orchestrator.layer_map import balanced_stages, even_stages, map_text, 
 from mgpu.orchestrator.memory import edge_elements, layer_bytes
 from mgpu.orchestrator.split import compatible_sizes, listed, split_problems, without_groups
 from mgpu.orchestrator.wish import BLOCK_SIZE, Wish
-from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts
+from mgpu.protocol.model import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, kv_element_bytes
 from mgpu.protocol.placement import Mode, PlacementPlan, Stage, Transport
 from mgpu.protocol.quantization import Quant
 
@@ -32,6 +33,7 @@ class Plan:
     dtype: Dtype
     quant: Quant
     """What linear layers are quantized to."""
+    kv_cache_dtype: KvCacheDtype
     rows: tuple[RankRow, ...]
     """One per rank."""
     kv_tokens: int
@@ -69,12 +71,14 @@ def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
     wish = replace(wish, block_size=wish.block_size or BLOCK_SIZE[machine.kind])
     choice = _choose(facts, machine, wish)
     placement = choice.placement
+    check_capability(machine, placement, wish)
     mode = _mode(placement, machine)
     dtype = _dtype(machine, wish)
     transport, stage_transport = _transports(placement, machine)
     staged = staged_ranks(placement, machine) if stage_transport in ("peer", "pinned") else ()
     nccl = "nccl" in (transport, stage_transport)
-    sizing = Sizing(facts, machine, placement, wish, DTYPE_BYTES[dtype], nccl)
+    kv_bytes = kv_element_bytes(wish.kv_cache_dtype, dtype)
+    sizing = Sizing(facts, machine, placement, wish, DTYPE_BYTES[dtype], kv_bytes, nccl)
     rows = rank_rows(sizing)
     kv_tokens, max_seq_len = fit_tokens(sizing, rows)
     return Plan(
@@ -88,6 +92,7 @@ def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
         staged=staged,
         dtype=dtype,
         quant=wish.quant,
+        kv_cache_dtype=wish.kv_cache_dtype,
         rows=rows,
         kv_tokens=kv_tokens,
         max_seq_len=max_seq_len,

@@ -22,9 +22,9 @@ from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.standby import Standby
-from mgpu.orchestrator.startup_log import ProgressBar, phase_seconds, ready_line
+from mgpu.orchestrator.startup_log import ProgressBar, log_ready
 from mgpu.orchestrator.supervisor import WorkerGroup, WorkerLost
-from mgpu.protocol.link import EngineInfo, GatewayReady
+from mgpu.protocol.link import EngineInfo, GatewayReady, StateKnown
 from mgpu.protocol.runtime import RunningServer
 
 log = logging.getLogger(__name__)
@@ -181,8 +181,10 @@ class Server:
         for message in gateway.receive(limit=64):
             if isinstance(message, GatewayReady):
                 gateway.send(self._info)
-            else:
+            elif not isinstance(message, StateKnown):
                 log.warning("ignored %s: the engine is not ready", type(message).__name__)
+            if gateway.known_state == "ready":
+                break  # what follows is for the engine
         gateway.check_alive()
 
     def _open(self, num_blocks: int) -> None:
@@ -226,43 +228,35 @@ class Server:
                 max(ready.phase_s.get("warmup", 0.0) for ready in trials) * TRIAL_STEP_SHARE,
             )
         endpoint = self._gateway.endpoint
-        self._log_ready(limits, self._workers, endpoint)
-        self._gateway.send(self._info)  # before anyone can find the server, or a first request would be refused
+        log_ready(config, limits, self._workers.ready, time.monotonic() - self._began_s)
+        self._tell_gateway(self._workers, self._gateway)
+        log.info("listening on %s", endpoint)
         self._runtime.announce(RunningServer(endpoint, os.getpid(), config.model_name, __version__))
         self._notifier.ready(f"serving {config.model_name} on {endpoint}")
         # What exists now stays: the collector need not look at it again between steps.
         gc.collect()
         gc.freeze()
 
+    def _tell_gateway(self, workers: WorkerGroup, gateway: GatewayLink) -> None:
+        """Let the gateway know that the engine is ready before anyone can find the server: no first request is refused.
+
+        One that does not answer is not waited for; if it hangs, the engine replaces it.
+        """
+        gateway.send(self._info)
+        deadline_s = time.monotonic() + self._config.gateway_timeout_s
+        while gateway.known_state != self._info.state:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                silence_s = self._config.gateway_timeout_s
+                log.warning("the gateway has not answered for %g s; it may refuse the first requests", silence_s)
+                return
+            self._poller(workers, gateway).poll(int(min(POLL_S, left_s) * 1000) + 1)
+            self._take_news(workers, gateway)
+
     def _reload_silence_s(self) -> float:
         """Give how long workers that load again may say nothing: ten times what all of the first start took."""
         usual_s = RELOAD_FACTOR * (time.monotonic() - self._began_s)
         return min(self._config.start_timeout_s, max(RELOAD_SILENCE_S, usual_s))
-
-    def _log_ready(self, limits: Limits, workers: WorkerGroup, endpoint: str) -> None:
-        for rank in sorted(workers.ready):
-            for note in workers.ready[rank].notes:
-                log.info("worker %d: %s", rank, note)
-        total_s = time.monotonic() - self._began_s
-        phases = phase_seconds(workers.ready.values())
-        spawn_s = max(0.0, total_s - sum(phases.values()))
-        loaded_bytes = sum(ready.loaded_bytes for ready in workers.ready.values())
-        log.info("%s", ready_line(total_s, {"spawn": spawn_s, **phases}, loaded_bytes))
-        log.info("%s", self._config.layout_table)
-        if limits.max_seq_len < self._config.seq_len:
-            log.warning(
-                "the KV cache holds %d tokens, so requests are limited to that instead of %d",
-                limits.kv_tokens,
-                self._config.seq_len,
-            )
-        log.info(
-            "KV cache allocated: %d tokens in %d blocks, %.1f requests at the full context of %d tokens",
-            limits.kv_tokens,
-            limits.num_blocks,
-            limits.kv_tokens / limits.max_seq_len,
-            limits.max_seq_len,
-        )
-        log.info("listening on %s", endpoint)
 
     # -- shutdown ------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Literal
 from mgpu.orchestrator.step_size import batch_tokens
 from mgpu.protocol.limits import ClientLimits
 from mgpu.protocol.link import ServerKeys
-from mgpu.protocol.model import DTYPE_BYTES, Dtype, ModelFacts, ModelSource
+from mgpu.protocol.model import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Transport
 from mgpu.protocol.quantization import Quant
 from mgpu.protocol.shared_layout import shared_layout
@@ -33,6 +33,7 @@ class ServerConfig:
     transport: Transport
     stage_transport: Transport
     quant: Quant = "none"
+    kv_cache_dtype: KvCacheDtype = "auto"
     staged: tuple[tuple[int, int], ...] = ()
     """Sending and receiving ranks that ``peer`` does not connect: pinned host memory does."""
     bind: str = ""

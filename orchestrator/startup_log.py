@@ -3,8 +3,10 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from mgpu.orchestrator.admission import Limits
+from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.protocol.control import LoadProgress, Ready
 
 log = logging.getLogger(__name__)
@@ -83,3 +85,28 @@ def format_bytes(count: int) -> str:
     if count < 1_000_000_000:
         return f"{count / 1e6:.1f} MB"
     return f"{count / 1e9:.2f} GB"
+
+
+def log_ready(config: ServerConfig, limits: Limits, ready: Mapping[int, Ready], total_s: float) -> None:
+    """Log what a server has become: what its workers note, where the time went, its layout and its KV cache."""
+    for rank in sorted(ready):
+        for note in ready[rank].notes:
+            log.info("worker %d: %s", rank, note)
+    phases = phase_seconds(ready.values())
+    spawn_s = max(0.0, total_s - sum(phases.values()))
+    loaded_bytes = sum(each.loaded_bytes for each in ready.values())
+    log.info("%s", ready_line(total_s, {"spawn": spawn_s, **phases}, loaded_bytes))
+    log.info("%s", config.layout_table)
+    if limits.max_seq_len < config.seq_len:
+        log.warning(
+            "the KV cache holds %d tokens, so requests are limited to that instead of %d",
+            limits.kv_tokens,
+            config.seq_len,
+        )
+    log.info(
+        "KV cache allocated: %d tokens in %d blocks, %.1f requests at the full context of %d tokens",
+        limits.kv_tokens,
+        limits.num_blocks,
+        limits.kv_tokens / limits.max_seq_len,
+        limits.max_seq_len,
+    )

@@ -145,6 +145,7 @@ class WorkerGroup:
             timeout_s=config.worker_timeout_s,
             staged=config.staged,
             quant=config.quant,
+            kv_cache_dtype=config.kv_cache_dtype,
         )
 
     def _environment(self, rank: int) -> dict[str, str]:

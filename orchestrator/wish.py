@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mgpu.protocol.model import Dtype
+from mgpu.protocol.model import Dtype, KvCacheDtype
 from mgpu.protocol.quantization import Quant
 
 BLOCK_SIZE = {"cuda": 64, "cpu": 16}
@@ -30,6 +30,7 @@ class Wish:
     max_batch_tokens: int = 0
     """Most tokens in one step; 0: what suits the device."""
     quant: Quant = "none"
+    kv_cache_dtype: KvCacheDtype = "auto"
 
 
 def implied_workers(wish: Wish) -> int | None:

@@ -10,7 +10,7 @@ Every message carries the epoch of the worker group; messages of another epoch a
 from dataclasses import dataclass
 
 from mgpu.protocol.codec import Codec
-from mgpu.protocol.model import Dtype, ModelFacts, ModelSource
+from mgpu.protocol.model import Dtype, KvCacheDtype, ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Transport
 from mgpu.protocol.quantization import Quant
 
@@ -59,6 +59,8 @@ class WorkerSpec:
     """Sending and receiving ranks that ``stage_transport`` peer does not connect: they use pinned."""
     quant: Quant = "none"
     """What linear layers are quantized to while they are loaded."""
+    kv_cache_dtype: KvCacheDtype = "auto"
+    """What keys and values are rounded to when they are stored."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,13 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class StateKnown:
+    """From the gateway: it acts on an `EngineInfo` of this state from now on."""
+
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     """One sequence to generate. The gateway has checked every number and expanded ``n``."""
 
@@ -228,4 +235,5 @@ LINK = Codec(
     Reload,
     Ping,
     Alive,
+    StateKnown,
 )

@@ -7,10 +7,18 @@ CheckpointFormat = Literal["safetensors", "gguf"]
 LoadFormat = Literal["auto", "dummy"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+KvCacheDtype = Literal["auto", "fp8"]
+"""How keys and values are kept: in the type of the model's arithmetic, or rounded to float8 (e4m3)."""
+
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 """Family names used inside mgpu; checkpoint.py maps Hugging Face and GGUF names to them."""
+
+
+def kv_element_bytes(kept: KvCacheDtype, dtype: Dtype) -> int:
+    """Give the bytes of one component of a key or a value in the cache."""
+    return 1 if kept == "fp8" else DTYPE_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mgpu.protocol.model import KvCacheDtype
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.kv_cache import LayerCache
@@ -46,15 +47,23 @@ class AttentionShape:
     head_dim: int
     dtype: torch.dtype
     windows: tuple[int | None, ...]
+    kv_cache_dtype: KvCacheDtype = "auto"
 
 
 class PackedAttention(Protocol):
     """Attention that starts from the packed product of queries, keys and values, as fused kernels do."""
 
     def attend_packed(
-        self, qkv_TAK: Tensor, table_PK: Tensor, norms: HeadNorms | None, cache: LayerCache, spec: AttentionSpec
+        self,
+        qkv_TAK: Tensor,
+        scale_T: Tensor | None,
+        table_PK: Tensor,
+        norms: HeadNorms | None,
+        cache: LayerCache,
+        spec: AttentionSpec,
     ) -> Tensor:
-        """Normalize and rotate by the table of all positions, write keys and values, give the output [T, H, K]."""
+        """Multiply by the tokens' scales, normalize and rotate by the table of all positions, write keys and values,
+        give the output [T, H, K]."""
         ...
 
 

@@ -14,7 +14,7 @@ from mgpu.worker.attention import AttentionShape, AttentionSpec
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.kernels.reference import paged_attention, rotate
 from mgpu.worker.kernels.runtime import power_of_2
-from mgpu.worker.kv_cache import LayerCache
+from mgpu.worker.kv_cache import LayerCache, stored_dtype, to_stored
 from mgpu.worker.triton_attention import TritonBackend
 
 _BLOCK_SIZE = 64
@@ -27,16 +27,24 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 @cache
 def attention_problem(device: torch.device, shape: AttentionShape) -> str | None:
     """Say what is wrong with the kernels for these heads; None when they agree with plain torch."""
-    if shape.head_dim < 16 or power_of_2(shape.head_dim) != shape.head_dim:
-        return f"kernels need a head size that is a power of two from 16 on, not {shape.head_dim}"
+    least = 32 if shape.kv_cache_dtype == "fp8" else 16  # even and odd halves of float8 are operands of their own
+    if shape.head_dim < least or power_of_2(shape.head_dim) != shape.head_dim:
+        return f"kernels need a head size that is a power of two from {least} on, not {shape.head_dim}"
     try:
         errors = [_error(device, shape, window) for window in shape.windows]
     except Exception as error:  # a compiler's or driver's failure may be of any type; plain torch still serves
         return f"the kernels failed: {type(error).__name__}: {error}"
     worst = max(errors)
-    if worst <= _TOLERANCE[shape.dtype]:
+    if worst <= _tolerance(shape):
         return None
     return f"the kernels' result is off by {worst:.1e} of its norm"
+
+
+def _tolerance(shape: AttentionShape) -> float:
+    """Give the largest relative error that rounding explains; products with float8 are computed in float16."""
+    if shape.kv_cache_dtype == "fp8":
+        return max(_TOLERANCE[torch.float16], _TOLERANCE[shape.dtype])
+    return _TOLERANCE[shape.dtype]
 
 
 @torch.inference_mode()
@@ -52,18 +60,19 @@ def _error(device: torch.device, shape: AttentionShape, window: int | None) -> f
 
     qkv_TAK = draw(tokens, num_qk + shape.num_kv, dim)
     cache_shape = (len(_CONTEXTS) * pages + 1, _BLOCK_SIZE, shape.num_kv, dim)
-    cache = LayerCache(draw(*cache_shape), draw(*cache_shape))
-    cache.k_NBJK[-1] = cache.v_NBJK[-1] = torch.nan
+    kept = stored_dtype(shape.kv_cache_dtype, shape.dtype)
+    cache = LayerCache(to_stored(draw(*cache_shape), kept), to_stored(draw(*cache_shape), kept))
+    cache.k_NBJK[-1].fill_(torch.nan)
+    cache.v_NBJK[-1].fill_(torch.nan)
     table_PK = torch.rand((max(_CONTEXTS), dim), generator=generator, device=device) * 2 - 1
     batch = _batch(device, pages)
     spec = AttentionSpec(dim**-0.5, window)
-    out_THK = TritonBackend().begin_step(batch, _BLOCK_SIZE).attend_packed(qkv_TAK, table_PK, None, cache, spec)
+    out_THK = TritonBackend().begin_step(batch, _BLOCK_SIZE).attend_packed(qkv_TAK, None, table_PK, None, cache, spec)
 
-    turned_THK = rotate(qkv_TAK[:, :num_qk], table_PK[batch.positions]).to(shape.dtype)
-    for store, new in ((cache.k_NBJK, turned_THK[:, shape.num_q :]), (cache.v_NBJK, qkv_TAK[:, num_qk:])):
-        store.flatten(0, 1)[batch.slots] = new
+    turned_THK = rotate(qkv_TAK[:, :num_qk], table_PK[batch.positions])
+    cache.write(batch.slots, turned_THK[:, shape.num_q :], qkv_TAK[:, num_qk:])
     expected_THK = paged_attention(
-        turned_THK[:, : shape.num_q],
+        turned_THK[:, : shape.num_q].to(shape.dtype),
         cache.k_NBJK,
         cache.v_NBJK,
         batch.block_tables,

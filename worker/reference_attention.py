@@ -17,7 +17,7 @@ from torch import Tensor
 from mgpu.worker.attention import AttentionSpec
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.decode_mirror import MAX_BYTES, DecodeMirror, MirrorStep
-from mgpu.worker.kv_cache import LayerCache
+from mgpu.worker.kv_cache import LayerCache, widen
 
 _SHORT_CONTEXT = 256
 """Rows with contexts up to this length are padded alike; longer ones only to those less than twice theirs."""
@@ -35,15 +35,26 @@ class ReferenceBackend:
     def begin_step(self, batch: StepBatch, block_size: int) -> "ReferenceStep":
         return ReferenceStep(self, batch, block_size)
 
-    def gather(self, store_NJK: Tensor, slots: Tensor, purpose: str) -> Tensor:
-        """Copy slots of a cache into this purpose's scratch memory, valid until the next call for it."""
-        shape = (len(slots), *store_NJK.shape[1:])
-        size = shape[0] * shape[1] * shape[2]
+    def gather(self, store_NJK: Tensor, slots: Tensor, dtype: torch.dtype, purpose: str) -> Tensor:
+        """Copy slots of a cache into this purpose's scratch memory, valid until the next call for it.
+
+        A float8 cache is widened to ``dtype``.
+        """
+        shape = torch.Size((len(slots), *store_NJK.shape[1:]))
+        room = self._room(store_NJK, shape, dtype, purpose)
+        if store_NJK.dtype == dtype:
+            return torch.index_select(store_NJK, 0, slots, out=room)
+        stored = store_NJK.view(torch.uint8)  # torch copies few kinds of float8, and bytes always
+        chosen = torch.index_select(stored, 0, slots, out=self._room(stored, shape, stored.dtype, f"stored {purpose}"))
+        return widen(chosen, room)
+
+    def _room(self, near: Tensor, shape: torch.Size, dtype: torch.dtype, purpose: str) -> Tensor:
+        size = shape.numel()
         scratch = self._scratch.get(purpose)
-        if scratch is None or scratch.numel() < size or scratch.dtype != store_NJK.dtype:
-            scratch = store_NJK.new_empty(size + size // 2)
+        if scratch is None or scratch.numel() < size or scratch.dtype != dtype:
+            scratch = near.new_empty(size + size // 2, dtype=dtype)
             self._scratch[purpose] = scratch
-        return torch.index_select(store_NJK, 0, slots, out=scratch[:size].view(shape))
+        return scratch[:size].view(shape)
 
 
 @dataclass(slots=True)
@@ -113,17 +124,20 @@ class ReferenceStep:
         assert slots is not None
         return slots
 
-    def _mirrors(self, k_TJK: Tensor, spec: AttentionSpec) -> bool:
+    def _mirrors(self, k_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> bool:
         """Answer for all layers of a window what was asked for the first."""
         answer = self._mirrored.get(spec.window)
         if answer is None:
-            answer = self._mirrored[spec.window] = self._can_mirror(k_TJK, spec)
+            answer = self._mirrored[spec.window] = self._can_mirror(k_TJK, cache, spec)
         return answer
 
-    def _can_mirror(self, k_TJK: Tensor, spec: AttentionSpec) -> bool:
-        """Only in float32 (torch sums float16 products less exactly than its attention does) and without a window."""
+    def _can_mirror(self, k_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> bool:
+        """Only in float32 (torch sums float16 products less exactly than its attention does) and without a window.
+
+        The sums read the cache itself, so that it must be in float32 too.
+        """
         return (
-            k_TJK.dtype == torch.float32
+            k_TJK.dtype == cache.v_NJK.dtype == torch.float32
             and (spec.window is None or self._longest <= spec.window)
             and self._longest * k_TJK.nbytes <= MAX_BYTES
         )
@@ -141,9 +155,9 @@ class ReferenceStep:
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
         stores = cache.k_NJK, cache.v_NJK
-        stores[0].index_copy_(0, self._batch.slots, k_TJK)
-        stores[1].index_copy_(0, self._batch.slots, v_TJK)
-        if self._mirror is not None and self._mirrors(k_TJK, spec):
+        # What is attended to is what was stored, so that no answer depends on how a prompt was cut into steps.
+        k_TJK, v_TJK = cache.write(self._batch.slots, k_TJK, v_TJK)
+        if self._mirror is not None and self._mirrors(k_TJK, cache, spec):
             return self._mirror.attend(q_THK, k_TJK, cache, spec.scale)
         if self._is_plain_decode():
             return self._attend_decode(self._decode[0], q_THK, stores, spec)
@@ -164,11 +178,17 @@ class ReferenceStep:
         assert view.slots is not None
         rows, num_q, dim = q_RHK.shape
         num_kv = stores[0].shape[1]
-        k_RJSK = self._backend.gather(stores[0], view.slots, "k").view(rows, -1, num_kv, dim).transpose(1, 2)
-        v_RJSK = self._backend.gather(stores[1], view.slots, "v").view(rows, -1, num_kv, dim).transpose(1, 2)
+        k_SJK, v_SJK = self._gather(stores, view.slots, q_RHK.dtype)
+        k_RJSK, v_RJSK = (x.view(rows, -1, num_kv, dim).transpose(1, 2) for x in (k_SJK, v_SJK))
         q_RJGK = q_RHK.reshape(rows, num_kv, num_q // num_kv, dim)
         out_RJGK = F.scaled_dot_product_attention(q_RJGK, k_RJSK, v_RJSK, attn_mask=view.mask, scale=spec.scale)
         return out_RJGK.reshape(rows, num_q, dim)
+
+    def _gather(self, stores: tuple[Tensor, Tensor], slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k_SJK, v_SJK = (
+            self._backend.gather(store, slots, dtype, kind) for store, kind in zip(stores, "kv", strict=True)
+        )
+        return k_SJK, v_SJK
 
     def _view_of(self, group: _DecodeGroup, window: int | None, dtype: torch.dtype) -> _View:
         if window not in group.views:
@@ -204,8 +224,7 @@ class ReferenceStep:
         view = row.views[spec.window]
         k_SJK, v_SJK = new
         if view.slots is not None:
-            k_SJK = self._backend.gather(stores[0], view.slots, "k")
-            v_SJK = self._backend.gather(stores[1], view.slots, "v")
+            k_SJK, v_SJK = self._gather(stores, view.slots, q_QHK.dtype)
         num_kv = k_SJK.shape[1]
         groups = q_QHK.shape[1] // num_kv
         q_JGQK = q_QHK.view(len(q_QHK), num_kv, groups, -1).permute(1, 2, 0, 3)

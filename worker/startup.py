@@ -9,7 +9,7 @@ from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
 from mgpu.protocol.control import Loaded, RowSampling, WorkerSpec
 from mgpu.protocol.placement import RankPlace, head_shard
 from mgpu.worker.batch import StepBatch
-from mgpu.worker.kv_cache import KvCache, block_bytes
+from mgpu.worker.kv_cache import KvCache, block_bytes, stored_dtype
 from mgpu.worker.links import Links
 from mgpu.worker.memory import cpu_pool_bytes, cuda_pool_bytes, pool_blocks
 from mgpu.worker.model_runner import ModelRunner
@@ -30,6 +30,7 @@ class StartUp:
         self._device = device
         self._links = links
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._kv_dtype = stored_dtype(spec.kv_cache_dtype, self._dtype)
         self._own = spec.plan.stages[place.stage_index]
         facts = spec.facts
         self._kv_heads = head_shard(facts.num_q_heads, facts.num_kv_heads, place.tp_rank, place.tp_size).num_kv
@@ -37,7 +38,8 @@ class StartUp:
     def load(self, progress: Progress) -> tuple[DecoderStage, int]:
         """Build this rank's stage and give it weights; the second value is the bytes read from disk."""
         spec, layers = self._spec, range(self._own.first_layer, self._own.end_layer)
-        stage = build_stage(spec.facts, self._place, layers, self._links.group, self._dtype, self._device, spec.quant)
+        where = self._place, layers, self._links.group, self._dtype, self._device
+        stage = build_stage(spec.facts, *where, spec.quant, spec.kv_cache_dtype)
         stage.max_positions = spec.max_seq_len + 1
         if spec.model.load_format == "dummy":
             init_dummy_weights(stage, spec.seed)
@@ -56,7 +58,8 @@ class StartUp:
     def measure(self, stage: DecoderStage) -> Loaded:
         """Find out how many blocks this rank could hold. OutOfMemory when not one."""
         spec = self._spec
-        per_block = block_bytes(self._own.num_layers, spec.block_size, self._kv_heads, spec.facts.head_dim, self._dtype)
+        sizes = self._own.num_layers, spec.block_size, self._kv_heads, spec.facts.head_dim
+        per_block = block_bytes(*sizes, self._kv_dtype)
         if self._device.type == "cuda":
             pool = cuda_pool_bytes(spec, self._device, self._place.device, lambda: self.run_worst_step(stage))
             if not spec.kv_bytes:
@@ -89,7 +92,7 @@ class StartUp:
             self._spec.block_size,
             self._kv_heads,
             self._spec.facts.head_dim,
-            self._dtype,
+            self._kv_dtype,
             self._device,
         )
 

@@ -1,4 +1,6 @@
-"""Attention on Triton kernels: one kernel rotates and writes the cache, one serves decoding rows, one the others.
+"""Attention on Triton kernels: one serves a step in which all rows decode.
+
+In other steps one kernel rotates and writes the cache, one serves decoding rows, one the others.
 
 A step's rows come with those of one new token first (the scheduler plans decoding before prefill); rows of one token
 behind a longer one are left to the prefill kernel, which takes any length.
@@ -15,7 +17,7 @@ from torch import Tensor
 from mgpu.worker.attention import AttentionSpec, HeadNorms
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.kernel_use import aligned
-from mgpu.worker.kernels.decode_attention import decode_attention
+from mgpu.worker.kernels.decode_attention import decode_attention, decode_attention_packed
 from mgpu.worker.kernels.prefill_attention import prefill_attention
 from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kv_cache import LayerCache
@@ -66,10 +68,30 @@ class TritonStep:
         return self
 
     def attend_packed(
-        self, qkv_TAK: Tensor, table_PK: Tensor, norms: HeadNorms | None, cache: LayerCache, spec: AttentionSpec
+        self,
+        qkv_TAK: Tensor,
+        scale_T: Tensor | None,
+        table_PK: Tensor,
+        norms: HeadNorms | None,
+        cache: LayerCache,
+        spec: AttentionSpec,
     ) -> Tensor:
         k_NBJK, v_NBJK = cache.k_NBJK, cache.v_NBJK
-        q_THK = rope_and_cache(qkv_TAK, table_PK, self._positions_T, self._slots_T, k_NBJK, v_NBJK, norms=norms)
+        if self._decode is not None and self._prompts is None:
+            return decode_attention_packed(
+                qkv_TAK,
+                table_PK,
+                k_NBJK,
+                v_NBJK,
+                self._decode.tables_RP,
+                self._decode.lens_R,
+                scale=spec.scale,
+                window=spec.window,
+                norms=norms,
+                scale_R=scale_T,
+            )
+        positions_T, slots_T = self._positions_T, self._slots_T
+        q_THK = rope_and_cache(qkv_TAK, table_PK, positions_T, slots_T, k_NBJK, v_NBJK, norms=norms, scale_T=scale_T)
         out_THK = torch.empty_like(q_THK)
         if self._decode is not None:
             count = len(self._decode.lens_R)

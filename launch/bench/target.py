@@ -59,6 +59,7 @@ class Target:
         return {
             "model": self.name,
             "dtype": self.plan.dtype,
+            "kv_cache_dtype": self.plan.kv_cache_dtype,
             "layout": f"{self.plan.mode}, {self.plan.placement.world_size} x {self.plan.machine.kind}",
             "serve_options": list(self.arguments),
             "bandwidth_bytes_per_s": self.limit.bytes_per_s or None,

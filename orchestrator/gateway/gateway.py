@@ -39,6 +39,7 @@ from mgpu.protocol.link import (
     Resumable,
     Resume,
     Resumed,
+    StateKnown,
     StatsQuery,
     StatsReply,
     Submit,
@@ -59,7 +60,6 @@ from mgpu.protocol.wire import WireError
 
 TICK_S = 0.25
 KEEPALIVE_S = 1.0
-NEWS_MS = 20
 BACKLOG_RETRY_MS = 20
 STEPS_PER_TURN = 8
 MESSAGES_PER_TURN = 64
@@ -95,6 +95,7 @@ class Gateway:
             self._send,
             self._send_engine,
             lambda identity: check_allowed(identity, front.doorkeeper),
+            self._cancel,
         )
         self._memory = MemoryBound(spec.memory_bytes)
         self._next_tick_s = self._next_alive_s = 0.0
@@ -194,6 +195,7 @@ class Gateway:
         if info.state == "stopped":
             for request in self._table:
                 self._fail(request, Refusal("stopped", "the server has stopped"))
+        self._link.send(LINK.encode(StateKnown(info.state)))
 
     def _on_reload(self, reload: Reload) -> None:
         self._front.doorkeeper.let_in(reload.client_keys)
@@ -251,6 +253,7 @@ class Gateway:
 
     def _on_client(self, received: Received) -> None:
         client, request_id = received.client, None
+        owner = owner_of(received.identity, client)
         try:
             data = self._front.unpack(received.frames)
             request_id = id_of(data)
@@ -259,11 +262,10 @@ class Gateway:
             if isinstance(message, Generate):
                 self._on_generate(received, message)
             elif isinstance(message, ResumeRequest):
-                self._resumption.resume(client, owner_of(received.identity, client), message)
+                self._resumption.resume(client, owner, message)
             elif isinstance(message, CancelRequest):
-                self._on_cancel(client, message)
+                self._on_cancel(client, owner, message)
             else:
-                owner = owner_of(received.identity, client)
                 self._queries.on_query(client, owner, message, self._usable_info, self._codec)
         except WireError as error:
             self._send(client, Failed(None, error.code, str(error)))
@@ -288,8 +290,6 @@ class Gateway:
         if known is not None:
             raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
         check_model(message, self._spec.model_name)
-        if self._info is not None and self._info.state == "starting" and self._link.poll(NEWS_MS):
-            self._read_link()  # whoever found the server was quicker than the word that it is ready
         check_state(self._usable_info)
         size = size_of(len(received.frames[-1]), message.n)
         self._quota.check(owner_of(identity, client), size, message.n)
@@ -327,17 +327,19 @@ class Gateway:
             text = Detokenizer(bytes_of, spec.stop, spec.min_tokens)
         return ChoiceState(index, sequence_id, frozenset(stop_ids), codec, text)
 
-    def _on_cancel(self, client: bytes, message: CancelRequest) -> None:
+    def _on_cancel(self, client: bytes, owner: str, message: CancelRequest) -> None:
         request = self._table.get(client, message.id)
         if request is None:
-            return
+            self._queries.cancel_record(client, owner, message.id)
+        else:
+            self._cancel(request)
+
+    def _cancel(self, request: Request) -> None:
         self._drop_sequences(request, "cancelled")
-        for choice in request.choices:
-            if choice.finish_reason is None:
-                choice.end_early("cancelled")
-                self._send(client, choice.drain(request.id))
+        for last in request.cancel():
+            self._send(request.client, last)
         self._table.remove(request)
-        self._send(client, request.finished())
+        self._send(request.client, request.finished())
 
     # ---------------------------------------------------------------- ending
 

@@ -41,6 +41,8 @@ class Question:
     """Of a record: what earlier portions have brought; see `link.Resume`."""
     is_stale: bool = False
     """The engine was asked for a client that has lost the request to this one since."""
+    is_cancelled: bool = False
+    """The client wants the request to end, as soon as it is known."""
 
 
 class Queries:
@@ -108,6 +110,15 @@ class Queries:
         """Ask for the next portion of a record, in the place of a question that was answered."""
         overdue_s = time.monotonic() + RECORD_TIMEOUT_S
         self._ask_record(replace(question, overdue_s=overdue_s, known=known, is_stale=False))
+
+    def cancel_record(self, client: bytes, owner: str, request_id: int) -> None:
+        """Note that a client cancels a request that it waits to resume; nothing if there is none."""
+        if not self._num_of_owner.get(owner):
+            return
+        for number, question in self._waiting.items():
+            message = question.message
+            if question.client == client and isinstance(message, ResumeRequest) and message.id == request_id:
+                self._waiting[number] = replace(question, is_cancelled=True)
 
     def awaits_record(self, name: Name) -> bool:
         """Tell whether the engine has still to answer a question about the request of that session and id."""

@@ -16,9 +16,8 @@ class Replay:
     def __init__(self, choice: ChoiceState, offset: int) -> None:
         """``offset`` is how many tokens the client has, -1 when it has all that it wants."""
         self.choice = choice
-        self._offset = offset
         self._at = 0
-        choice.is_behind = True
+        choice.offset, choice.is_behind = offset, True
 
     @property
     def is_over(self) -> bool:
@@ -33,23 +32,22 @@ class Replay:
     def take(self, record: SequenceRecord, request: Request) -> Iterator[Tokens]:
         """Absorb a portion, in parts that fit a message, and give the messages that the client does not have."""
         choice, tokens, logprobs = self.choice, int32_array(record.token_ids), _logprobs_of(record)
-        start, end = self._at, self._at + len(tokens)
+        offset, start, end = choice.offset, self._at, self._at + len(tokens)
         is_whole = end == record.num_tokens
         with_logprobs = end - len(logprobs)
         while not self.is_over and (self._at < end or (is_whole and record.finish)):
             # No part goes across the offset: the client has what is before it, so that comes without log-probabilities.
-            at, is_heard = self._at, self._offset < 0 or self._at < self._offset
-            self._at = min(end, at + MAX_HELD_TOKENS, self._offset if 0 <= at < self._offset else end)
+            at, is_heard = self._at, offset < 0 or self._at < offset
+            self._at = min(end, at + MAX_HELD_TOKENS, offset if 0 <= at < offset else end)
             part = logprobs[at - with_logprobs : self._at - with_logprobs] if at >= with_logprobs else ()
-            ends = is_whole and self._at == end and (self._offset < 0 or at >= self._offset)
+            ends = is_whole and self._at == end and (offset < 0 or at >= offset)
             choice.absorb(tokens[at - start : self._at - start], part, record.finish if ends else "")
             if is_heard:
                 choice.forget_held()
-            if self._offset >= 0 and request.wants_message(choice):
+            if offset >= 0 and request.wants_message(choice):
                 yield choice.drain(request.id)
-        if self._offset < 0 and is_whole:
+        if offset < 0 and is_whole:
             choice.end_early("cancelled")
-            choice.forget_held()
 
 
 class CatchUp:

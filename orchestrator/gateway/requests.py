@@ -28,6 +28,8 @@ class ChoiceState:
     """None when the model has no tokenizer: ids only."""
     is_behind: bool = False
     """What the engine says of it now will come again with the portions of its record; see replay.py."""
+    offset: int = 0
+    """How many of its first tokens the client has from another connection, -1 when it has all, the end included."""
     num_tokens: int = 0
     finish_reason: str | None = None
     held_text: str = ""
@@ -66,6 +68,8 @@ class ChoiceState:
         """End the choice for another reason than the engine's."""
         if self.finish_reason is None:
             self._end(reason)
+            if self.offset < 0 or self.num_tokens < self.offset:
+                self.forget_held()
 
     def _logprob(self, token_id: int, values: TokenLogprobs) -> dict[str, Any]:
         top = [
@@ -129,6 +133,14 @@ class Request:
         if len(choice.held_logprobs) >= MAX_HELD_LOGPROBS:
             return True
         return self.spec.stream and bool(choice.held_ids or choice.held_text)
+
+    def cancel(self) -> Iterator[Tokens]:
+        """End every choice that goes on, and give the last messages: none of a choice whose end the client has."""
+        for choice in self.choices:
+            if choice.finish_reason is None:
+                choice.end_early("cancelled")
+                if choice.offset >= 0:
+                    yield choice.drain(self.id)
 
     def finished(self) -> Finished:
         reasons = [choice.finish_reason or "cancelled" for choice in self.choices] or ["cancelled"] * self.spec.n

@@ -101,6 +101,7 @@ class Resumption:
         send: Callable[[bytes, ServerMessage], None],
         send_engine: Callable[[Cancel], None],
         check_allowed: Callable[[str], None],
+        cancel: Callable[[Request], None],
     ) -> None:
         """``check_allowed`` raises a Refusal for an identity that may not be served any more."""
         self._table = table
@@ -109,6 +110,7 @@ class Resumption:
         self._send = send
         self._send_engine = send_engine
         self._check_allowed = check_allowed
+        self._cancel = cancel
         self._orphans: list[_Orphan] = []
         self._catching_up: dict[Name, CatchUp] = {}
         """Requests of which the next portion has been asked for."""
@@ -149,7 +151,10 @@ class Resumption:
             self._queries.ask_on(question)
             return
         catch_up = self._go_on(question.client, question.message, record)
-        if catch_up is not None:
+        request = self._table.get(question.client, question.message.id) if question.is_cancelled else None
+        if request is not None:
+            self._cancel(request)
+        elif catch_up is not None:
             self._catching_up[question.message.session, question.message.id] = catch_up
             self._queries.ask_on(question, catch_up.known)
 

@@ -22,7 +22,7 @@ IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]
 def test_likelihoods_are_those_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "LOGIT_ROWS", 4)
     checkpoint = read_checkpoint(write_random_model(tmp_path))
-    stage = perplexity.load(checkpoint, torch.float32, "8")
+    stage = perplexity.load(checkpoint, perplexity.FORMATS["8"])
     scored = perplexity.negative_log_likelihoods(stage, IDS, torch.float32)
     logprobs = logits_in_chunks(checkpoint, IDS, [len(IDS)], quant="8").log_softmax(-1)
     expected = torch.stack([-logprobs[at, IDS[at + 1]] for at in range(len(IDS) - 1)])
@@ -43,7 +43,7 @@ def test_rounding_in_another_order_puts_every_input_back() -> None:
 
 def test_a_rounding_replaces_the_weights_of_linear_layers(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(write_random_model(tmp_path))
-    emulated = perplexity.load(checkpoint, torch.float32, "none", perplexity.searched)
-    quantized = perplexity.load(checkpoint, torch.float32, "4")
+    emulated = perplexity.load(checkpoint, perplexity.Format(rounding=perplexity.searched))
+    quantized = perplexity.load(checkpoint, perplexity.FORMATS["4"])
     scores = [perplexity.negative_log_likelihoods(stage, IDS, torch.float32) for stage in (emulated, quantized)]
     torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-5)

@@ -74,6 +74,15 @@ def test_quantized_fp32_tokens_equal_those_of_the_cpu(tmp_path: Path, quant: str
     assert greedy_tokens(*arguments, "--tp", "1", "--kv-memory", "64MiB") == expected
 
 
+@pytest.mark.parametrize("layout", [["--tp", "1"], ["--oversubscribe", "--workers", "2", "--tp", "2"]], ids=str)
+def test_fp32_tokens_over_a_float8_cache_equal_those_of_the_cpu(tmp_path: Path, layout: list[str]) -> None:
+    from random_model import write_random_model
+
+    arguments = ["-m", str(write_random_model(tmp_path)), "--dtype", "float32", "--kv-cache-dtype", "fp8"]
+    expected = greedy_tokens(*arguments, "--device", "cpu")
+    assert greedy_tokens(*arguments, *layout, "--kv-memory", "64MiB") == expected
+
+
 def test_bf16_serves(tiny_folder: str) -> None:
     assert all(len(ids) == 12 for ids in greedy_tokens("-m", tiny_folder, "--tp", "1", "--dtype", "bfloat16"))
 

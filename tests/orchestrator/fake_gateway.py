@@ -7,7 +7,7 @@ import sys
 
 import zmq
 
-from mgpu.protocol.link import LINK, Alive, EngineInfo, GatewayFailure, GatewayReady, GatewaySpec, Ping
+from mgpu.protocol.link import LINK, Alive, EngineInfo, GatewayFailure, GatewayReady, GatewaySpec, Ping, StateKnown
 
 
 def main() -> int:
@@ -36,6 +36,8 @@ def main() -> int:
                 link.send(LINK.encode(Alive()))
                 continue
             test.send(data)
+            if isinstance(message, EngineInfo) and "FAKE_GATEWAY_SILENT" not in os.environ:
+                link.send(LINK.encode(StateKnown(message.state)))
             if isinstance(message, EngineInfo) and message.state == "stopped":
                 break
         if test in ready:

@@ -115,6 +115,7 @@ class FakeGpu:
     mig: "list[FakeGpu] | None" = None
     """Instances when MIG is on."""
     lost: bool = False
+    capability: tuple[int, int] | None = (9, 0)
 
 
 class FakeNvml:
@@ -154,6 +155,11 @@ class FakeNvml:
 
     def nvmlDeviceGetPciInfo(self, handle: FakeGpu) -> FakePci:
         return FakePci(handle.bus)
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: FakeGpu) -> tuple[int, int]:
+        if handle.capability is None:
+            raise FakeNvmlError("Not Supported")
+        return handle.capability
 
     def nvmlDeviceGetMemoryInfo(self, handle: FakeGpu) -> FakeMemory:
         return handle.memory

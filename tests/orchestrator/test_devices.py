@@ -42,8 +42,15 @@ def test_all_gpus_are_found_with_their_memory_and_the_session_is_closed() -> Non
     first = machine.devices[0]
     assert (first.ordinal, first.kind, first.name, first.selector) == (0, "cuda", "Test GPU", "0")
     assert (first.total_bytes, first.free_bytes) == (80 * GIB, 79 * GIB)
+    assert first.capability == (9, 0)
     assert machine.nccl
     assert nvml.open_sessions == 0
+
+
+def test_a_capability_that_the_driver_does_not_say_is_not_known() -> None:
+    assert (
+        found(None, FakeNvml([FakeGpu("GPU-old", "00000000:1B:00.0", capability=None)])).devices[0].capability is None
+    )
 
 
 def test_ordinals_follow_the_pci_bus_not_the_order_of_the_driver() -> None:

@@ -13,7 +13,7 @@ import pytest
 from fake_model import solo_tokens
 from server_process import ServerProcess, running_server
 
-from mgpu.protocol.link import Cancel, StatsQuery
+from mgpu.protocol.link import LINK, Cancel, StateKnown, StatsQuery
 from mgpu.protocol.runtime import running_servers
 
 
@@ -82,6 +82,32 @@ def test_a_ready_server_can_be_found_and_a_stopped_one_cannot(folder: Path) -> N
         server.process.send_signal(signal.SIGTERM)
         server.wait_exit()
     assert running_servers(environ) == []
+
+
+def test_nobody_finds_a_server_whose_gateway_does_not_know_that_it_is_ready(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_GATEWAY_SILENT", "1")
+    with running_server(folder) as server:
+        server.wait_ready()
+        assert "listening on" not in server.log
+        assert running_servers({"MGPU_RUNTIME_DIR": str(folder / "run")}) == []
+        server.socket.send(LINK.encode(StateKnown("ready")))
+        server.submit(1, [1, 2, 3], 5)  # by a client that knew the endpoint: not lost with the wait
+        server.wait_for(lambda: 1 in server.finish)
+        assert server.tokens[1] == solo_tokens([1, 2, 3], 5)
+        assert "listening on" in server.log
+
+
+def test_a_gateway_that_does_not_answer_is_not_waited_for_for_ever(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_GATEWAY_SILENT", "1")
+    with running_server(folder, gateway_timeout_s=0.5) as server:
+        deadline = time.monotonic() + 10
+        while "listening on" not in server.log and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "the gateway has not answered for 0.5 s" in server.log
 
 
 def test_two_servers_share_a_machine(folder: Path) -> None:

@@ -8,10 +8,11 @@ from rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
 from mgpu.protocol.checkpoint import Checkpoint
+from mgpu.protocol.model import KvCacheDtype
 from mgpu.protocol.placement import RankPlace, head_shard
 from mgpu.protocol.quantization import Quant
 from mgpu.worker.batch import StepBatch
-from mgpu.worker.kv_cache import KvCache
+from mgpu.worker.kv_cache import KvCache, stored_dtype
 from mgpu.worker.models import DecoderStage, build_stage, init_dummy_weights, load_weights
 
 
@@ -69,6 +70,7 @@ class Stages:
     dummy_seed: int | None = None
     """Random weights instead of the checkpoint's."""
     quant: Quant = "none"
+    kv_cache_dtype: KvCacheDtype = "auto"
     stages: list[DecoderStage] = field(init=False)
     caches: list[KvCache] = field(init=False)
     bytes_read: int = 0
@@ -79,10 +81,11 @@ class Stages:
         self.stages, self.caches = [], []
         for index, layers in enumerate(self.splits):
             place = RankPlace(self.group.rank, index, self.group.rank, self.group.size, 0)
-            stage = build_stage(facts, place, layers, self.group, self.dtype, self.device, self.quant)
+            where = place, layers, self.group, self.dtype, self.device
+            stage = build_stage(facts, *where, self.quant, self.kv_cache_dtype)
             self._fill(stage)
             shape = (len(layers), self.num_blocks, self.block_size, heads.num_kv, facts.head_dim)
-            cache = KvCache(*shape, self.dtype, self.device)
+            cache = KvCache(*shape, stored_dtype(self.kv_cache_dtype, self.dtype), self.device)
             for layer in cache.layers:
                 layer.k_NBJK.fill_(torch.nan)
                 layer.v_NBJK.fill_(torch.nan)
@@ -115,6 +118,7 @@ def logits_in_chunks(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     quant: Quant = "none",
+    kv_cache_dtype: KvCacheDtype = "auto",
 ) -> Tensor:
     """Give the logits of every token when one request is computed ``chunks`` tokens at a time."""
     assert sum(chunks) == len(token_ids)
@@ -122,7 +126,8 @@ def logits_in_chunks(
     bounds = [total * index // num_stages for index in range(num_stages + 1)]
 
     def work(group: ThreadGroup) -> Tensor:
-        stages = Stages(checkpoint, group, [range(*pair) for pair in pairwise(bounds)], dtype, device, quant=quant)
+        splits = [range(*pair) for pair in pairwise(bounds)]
+        stages = Stages(checkpoint, group, splits, dtype, device, quant=quant, kv_cache_dtype=kv_cache_dtype)
         row = Row(list(range(stages.num_blocks))[::-1])  # a table that is not the identity
         parts, first = [], 0
         for count in chunks:

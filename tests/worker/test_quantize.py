@@ -77,7 +77,7 @@ def test_inputs_past_the_last_whole_int4_group_are_as_good_as_the_others() -> No
     assert errors[64] < errors[:64].mean()  # it has a group of its own
 
 
-@ALL
+@pytest.mark.parametrize("form", [INT8, INT4, WeightFormat("4", 64)], ids=str)
 def test_zeros_large_and_small_channels_stay_finite(form: WeightFormat) -> None:
     weight = draw(7, 128)
     weight[1] = 0
@@ -91,6 +91,17 @@ def test_zeros_large_and_small_channels_stay_finite(form: WeightFormat) -> None:
     assert ((values - weight).norm(dim=1) <= 0.12 * weight.norm(dim=1)).all()
 
 
+@pytest.mark.parametrize("size", [1e-39, 1e-30, 1.0, 1e30])
+def test_fp8_holds_channels_a_thousand_times_smaller_than_others(size: float) -> None:
+    weight = draw(4, 128)
+    weight[1] /= 1000
+    weight[2] = 0
+    values = restored(weight * size, FP8)
+    assert torch.isfinite(values).all()
+    assert ((values - weight * size).norm(dim=1) <= (0.05 if size > 1e-35 else 1.0) * (weight * size).norm(dim=1)).all()
+    assert (restored(torch.zeros(2, 128), FP8) == 0).all()
+
+
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 70])
@@ -102,11 +113,22 @@ def test_the_product_is_that_of_the_dequantized_weight(form: WeightFormat, dtype
     torch.testing.assert_close(matmul_packed(x, packed), F.linear(x, dequantize(packed, dtype)), atol=1e-4, rtol=1e-5)
 
 
-@ALL
+@pytest.mark.parametrize("form", [INT8, INT4, WeightFormat("4", 64)], ids=str)
 def test_rows_quantize_alone_as_within_the_whole(form: WeightFormat) -> None:
     """So column-parallel ranks hold the very values of one worker."""
     weight = draw(200, 576)
     assert torch.equal(torch.cat([restored(weight[:70], form), restored(weight[70:], form)]), restored(weight, form))
+
+
+def test_fp8_slices_have_the_values_of_the_whole_but_for_the_smallest() -> None:
+    weight = draw(200, 576)
+    weight[:100] /= 50
+    whole, parts = quantize(weight, FP8), [quantize(half, FP8) for half in weight.chunk(2)]
+    assert parts[0].scales[0, 0] < parts[1].scales[0, 0] == whole.scales[0, 0]
+    alone, within = torch.cat([dequantize(part, torch.float32) for part in parts]), dequantize(whole, torch.float32)
+    is_normal = weight.abs() > whole.scales[0, 0] * 2**-6
+    assert torch.equal(alone[is_normal], within[is_normal])
+    assert ((alone - weight).abs() <= (within - weight).abs()).all()
 
 
 def test_columns_of_whole_int4_groups_quantize_alone_as_within_the_whole() -> None:

@@ -5,6 +5,9 @@ One program takes one KV head of one row and one stretch of its context; the que
 tensor-core operand, padded to 16. The grid depends on the number of rows only: how many of a row's programs have work
 is computed on the device from its length, the others leave at once. The last program of a (row, head) to finish
 combines the stretches in order.
+
+`decode_attention_packed` starts from the product of queries, keys and values: every program turns its query heads, and
+the one with the end of a context first writes the new key and value to the cache. That saves a kernel per layer.
 """
 
 # R rows, H query heads, J KV heads, G = H / J, K head dim, N blocks, B tokens per block, P pages of the longest table
@@ -16,6 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.worker.attention import HeadNorms
+from mgpu.worker.kernels.attend import attend, attend_pairs, combine
+from mgpu.worker.kernels.new_token import store_new_token, turned_heads
 from mgpu.worker.kernels.runtime import (
     HOPPER_SMS,
     INTERPRETED,
@@ -26,7 +32,6 @@ from mgpu.worker.kernels.runtime import (
     power_of_2,
     wait_for_inputs,
 )
-from mgpu.worker.kernels.widen import widen_fp8_pairs
 
 LOG2_E = 1.4426950408889634
 COMBINE = 8
@@ -47,144 +52,6 @@ class DecodeTiling:
     num_stages: int = 5
 
 
-@triton.jit
-def _attend(
-    q,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    first,
-    begin,
-    end,
-    scale,
-    block_stride,
-    token_stride,
-    GROUP_PAD: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Give (weighted values, running maximum, sum of weights) over the tokens [begin, end) of one KV head.
-
-    ``begin`` is a multiple of BLOCK_N; tokens before ``first`` are left out.
-    """
-    d = tl.arange(0, HEAD_DIM)
-    acc = tl.zeros([GROUP_PAD, HEAD_DIM], tl.float32)
-    peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        valid = (n < end) & (n >= first)
-        if BLOCK_SIZE % BLOCK_N == 0:  # the tile is in one page
-            page = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-        else:
-            page = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
-        offsets = (page * block_stride + (n % BLOCK_SIZE) * token_stride)[:, None] + d[None, :]
-        # Masked, not merely ignored: what is past the context may be NaN, and 0 * NaN is NaN.
-        k = tl.load(k_ptr + offsets, mask=valid[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(v_ptr + offsets, mask=valid[:, None], other=0.0)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
-        peak = new_peak
-    return acc, peak, total
-
-
-@triton.jit
-def _attend_pairs(
-    q_even,
-    q_odd,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    first,
-    begin,
-    end,
-    scale,
-    block_stride,
-    token_stride,
-    GROUP_PAD: tl.constexpr,
-    HALF_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    """Like `_attend` for a cache of int16 words with two e4m3 values; even and odd dimensions are apart."""
-    d = tl.arange(0, HALF_DIM)
-    acc_even = tl.zeros([GROUP_PAD, HALF_DIM], tl.float32)
-    acc_odd = tl.zeros([GROUP_PAD, HALF_DIM], tl.float32)
-    peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        valid = (n < end) & (n >= first)
-        if BLOCK_SIZE % BLOCK_N == 0:
-            page = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-        else:
-            page = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
-        offsets = (page * block_stride + (n % BLOCK_SIZE) * token_stride)[:, None] + d[None, :]
-        k_even, k_odd = widen_fp8_pairs(tl.trans(tl.load(k_ptr + offsets, mask=valid[:, None], other=0)), ASSEMBLY)
-        scores = tl.dot(q_even, k_even, input_precision="ieee")
-        scores = tl.dot(q_odd, k_odd, scores, input_precision="ieee") * scale
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, 1)
-        v_even, v_odd = widen_fp8_pairs(tl.load(v_ptr + offsets, mask=valid[:, None], other=0), ASSEMBLY)
-        weights = weights.to(tl.float16)
-        acc_even = tl.dot(weights, v_even, acc_even * shrink[:, None], input_precision="ieee")
-        acc_odd = tl.dot(weights, v_odd, acc_odd * shrink[:, None], input_precision="ieee")
-        peak = new_peak
-    return acc_even, acc_odd, peak, total
-
-
-@triton.jit
-def _combine(
-    out_ptr,
-    acc_ptr,
-    stat_ptr,
-    count,
-    v_scale,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """Merge ``count`` stretches, always in the same order, and write the result. HEADS is GROUP's power of two."""
-    s = tl.arange(0, AT_ONCE)
-    g = tl.arange(0, HEADS)
-    d = tl.arange(0, HEAD_DIM)
-    acc = tl.zeros([HEADS, HEAD_DIM], tl.float32)
-    peak = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    for start in range(0, count, AT_ONCE):
-        mask = (start + s < count)[:, None] & (g < GROUP)[None, :]
-        row = (start + s)[:, None] * GROUP + g[None, :]
-        peaks = tl.load(stat_ptr + row * 2, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(stat_ptr + row * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
-        values = tl.load(
-            acc_ptr + row[:, :, None] * HEAD_DIM + d[None, None, :],
-            mask=mask[:, :, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_peak = tl.maximum(peak, tl.max(peaks, 0))
-        known = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # padding heads: no -inf minus -inf
-        weights = tl.exp2(peaks - known[None, :])
-        shrink = tl.exp2(peak - known)
-        acc = acc * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
-        total = total * shrink + tl.sum(totals * weights, 0)
-        peak = new_peak
-    out = acc * (v_scale / tl.where(total > 0.0, total, 1.0))[:, None]
-    tl.store(out_ptr + g[:, None] * HEAD_DIM + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(g < GROUP)[:, None])
-
-
 @triton.jit(do_not_specialize=["window", "table_stride", "stats_offset", "splits"])
 def _decode_kernel(
     q_ptr,
@@ -195,6 +62,15 @@ def _decode_kernel(
     out_ptr,
     partial_ptr,
     counter_ptr,
+    row_scale_ptr,
+    cos_sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    new_k_ptr,
+    new_v_ptr,
+    eps,
+    k_inverse_scale,
+    v_inverse_scale,
     scale,
     v_scale,
     window,
@@ -214,6 +90,7 @@ def _decode_kernel(
     STRETCH: tl.constexpr,
     AT_ONCE: tl.constexpr,
     FP8: tl.constexpr,
+    PACKED: tl.constexpr,
     OVERLAP: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
@@ -237,21 +114,46 @@ def _decode_kernel(
     STEP: tl.constexpr = 2 if FP8 else 1
     d = tl.arange(0, HEAD_DIM // STEP)
     tile = g[:, None] * HEAD_DIM + (d * STEP)[None, :]
-    q_ptrs = q_ptr + row.to(tl.int64) * q_row_stride + head * (GROUP * HEAD_DIM) + tile
+    row_ptr = q_ptr + row.to(tl.int64) * q_row_stride
+    heads_ptr = row_ptr + head * (GROUP * HEAD_DIM)
     k_ptr += head * head_stride
     v_ptr += head * head_stride
     table_ptr = tables_ptr + row.to(tl.int64) * table_stride
     begin = aligned + split * stretch
     end = tl.minimum(begin + stretch, context)
-    q = tl.load(q_ptrs, mask=real, other=0.0)
+    if PACKED:
+        row_scale = 1.0
+        if row_scale_ptr is not None:
+            row_scale = tl.load(row_scale_ptr + row)
+        angles_ptr = cos_sin_ptr + tl.maximum(context - 1, 0).to(tl.int64) * HEAD_DIM
+        q = turned_heads(heads_ptr, real, d * STEP, row_scale, angles_ptr, q_weight_ptr, eps, GROUP_PAD, HEAD_DIM)
+        q = q.to(row_ptr.dtype.element_ty)
+        if (split == count - 1) & (context > 0):
+            new_ptr = row_ptr + (num_heads * GROUP + head) * HEAD_DIM
+            page = tl.load(table_ptr + (context - 1) // BLOCK_SIZE).to(tl.int64)
+            # The cache of 8-bit values is read as words of two, whose strides these are.
+            place = (page * block_stride + ((context - 1) % BLOCK_SIZE) * token_stride + head * head_stride) * STEP
+            store_new_token(
+                new_ptr, new_ptr + num_heads * HEAD_DIM, new_k_ptr + place, new_v_ptr + place, row_scale, angles_ptr,
+                k_weight_ptr, eps, k_inverse_scale, v_inverse_scale, HEAD_DIM,
+            )  # fmt: skip
+            tl.debug_barrier()  # the program's other threads read them below
+    else:
+        q = tl.load(heads_ptr + tile, mask=real, other=0.0)
     if FP8:
-        q_odd = tl.load(q_ptrs + 1, mask=real, other=0.0).to(tl.float16)
-        acc, acc_odd, peak, total = _attend_pairs(
+        if PACKED:
+            q_odd = turned_heads(
+                heads_ptr, real, d * STEP + 1, row_scale, angles_ptr, q_weight_ptr, eps, GROUP_PAD, HEAD_DIM
+            )
+            q_odd = q_odd.to(row_ptr.dtype.element_ty).to(tl.float16)
+        else:
+            q_odd = tl.load(heads_ptr + tile + 1, mask=real, other=0.0).to(tl.float16)
+        acc, acc_odd, peak, total = attend_pairs(
             q.to(tl.float16), q_odd, k_ptr, v_ptr, table_ptr, first, begin, end, scale, block_stride, token_stride,
             GROUP_PAD, HEAD_DIM // 2, BLOCK_SIZE, BLOCK_N, ASSEMBLY,
         )  # fmt: skip
     else:
-        acc, peak, total = _attend(
+        acc, peak, total = attend(
             q, k_ptr, v_ptr, table_ptr, first, begin, end, scale, block_stride, token_stride,
             GROUP_PAD, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
         )  # fmt: skip
@@ -276,7 +178,7 @@ def _decode_kernel(
         arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
         if arrived == count - 1:
             first_slot = pair * splits
-            _combine(
+            combine(
                 out_ptr,
                 partial_ptr + first_slot.to(tl.int64) * (GROUP * HEAD_DIM),
                 stat_ptr + first_slot * GROUP * 2,
@@ -326,25 +228,81 @@ def decode_attention(
 
     q may have any row stride. The cache has q's type, or is float8_e4m3fn holding values divided by ``k_scale`` and
     ``v_scale``; k and v have equal strides, K contiguous. ``window``: the last tokens that are seen, itself included.
-    Rows with a context of 0 give zeros. K is a power of two from 16 on.
+    Rows with a context of 0 give zeros. K is a power of two from 16 on, of a float8 cache from 32 on.
     """
-    rows, num_q, dim = q_RHK.shape
+    return _launch(
+        q_RHK, k_NBJK, v_NBJK, block_tables_RP, context_lens_R, q_RHK.shape[1], None, None, None,
+        scale, window, k_scale, v_scale, tiling, out_RHK, workspace,
+    )  # fmt: skip
+
+
+def decode_attention_packed(
+    qkv_RAK: Tensor,
+    cos_sin_PK: Tensor,
+    k_NBJK: Tensor,
+    v_NBJK: Tensor,
+    block_tables_RP: Tensor,
+    context_lens_R: Tensor,
+    *,
+    scale: float,
+    norms: HeadNorms | None = None,
+    scale_R: Tensor | None = None,
+    window: int | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    tiling: DecodeTiling | None = None,
+    out_RHK: Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """Do `rope_and_cache` and `decode_attention` at once for rows whose new token is at ``context_len - 1``.
+
+    ``qkv_RAK``: query, key, value heads of each row, contiguous within a row. ``cos_sin_PK``: contiguous, for each
+    position cos of the K / 2 angles, then sin. With ``scale_R`` (float32) a row is multiplied by its scale first. The
+    new key and value go to the place that the block table says; rows with a context of 0 write nothing.
+    """
+    num_q = qkv_RAK.shape[1] - 2 * k_NBJK.shape[2]
+    return _launch(
+        qkv_RAK, k_NBJK, v_NBJK, block_tables_RP, context_lens_R, num_q, scale_R, cos_sin_PK, norms,
+        scale, window, k_scale, v_scale, tiling, out_RHK, workspace,
+    )  # fmt: skip
+
+
+def _launch(
+    heads_RAK: Tensor,
+    k_NBJK: Tensor,
+    v_NBJK: Tensor,
+    block_tables_RP: Tensor,
+    context_lens_R: Tensor,
+    num_q: int,
+    scale_R: Tensor | None,
+    cos_sin_PK: Tensor | None,
+    norms: HeadNorms | None,
+    scale: float,
+    window: int | None,
+    k_scale: float,
+    v_scale: float,
+    tiling: DecodeTiling | None,
+    out_RHK: Tensor | None,
+    workspace: Workspace | None,
+) -> Tensor:
+    rows, dim = heads_RAK.shape[0], heads_RAK.shape[2]
     block_size, num_kv = k_NBJK.shape[1], k_NBJK.shape[2]
     group = num_q // num_kv
     heads = power_of_2(group)
     if out_RHK is None:
-        out_RHK = torch.empty(rows, num_q, dim, dtype=q_RHK.dtype, device=q_RHK.device)
+        out_RHK = torch.empty(rows, num_q, dim, dtype=heads_RAK.dtype, device=heads_RAK.device)
     tiling = tiling or choose_tiling(rows, num_kv, dim, k_NBJK.dtype)
     splits = tiling.splits
-    workspace = workspace or default_workspace(q_RHK.device)
+    workspace = workspace or default_workspace(heads_RAK.device)
     is_fp8 = k_NBJK.dtype == torch.float8_e4m3fn
+    new_k, new_v = k_NBJK, v_NBJK
     if is_fp8:
         k_NBJK, v_NBJK = k_NBJK.view(torch.int16), v_NBJK.view(torch.int16)
     slots = rows * num_kv * splits
     if splits > 1:
         workspace.require(slots * group * (dim + 2), rows * num_kv)
     _decode_kernel[(num_kv, splits, rows)](
-        q_RHK,
+        heads_RAK,
         k_NBJK,
         v_NBJK,
         block_tables_RP,
@@ -352,11 +310,20 @@ def decode_attention(
         out_RHK,
         workspace.partials,
         workspace.counters,
+        scale_R,
+        cos_sin_PK,
+        norms.q_weight if norms else None,
+        norms.k_weight if norms else None,
+        new_k,
+        new_v,
+        norms.eps if norms else 0.0,
+        1.0 / k_scale,
+        1.0 / v_scale,
         scale * k_scale * LOG2_E,
         v_scale,
         window or 1 << 30,
         block_tables_RP.stride(0),
-        q_RHK.stride(0),
+        heads_RAK.stride(0),
         k_NBJK.stride(0),
         k_NBJK.stride(1),
         k_NBJK.stride(2),
@@ -371,8 +338,9 @@ def decode_attention(
         tiling.stretch,
         COMBINE,
         is_fp8,
-        overlaps_launches(q_RHK.device),
+        cos_sin_PK is not None,
+        overlaps_launches(heads_RAK.device),
         not INTERPRETED,
-        **launch_options(q_RHK.device, tiling.num_warps, tiling.num_stages),
+        **launch_options(heads_RAK.device, tiling.num_warps, tiling.num_stages),
     )
     return out_RHK

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.packing import WORDS, PackedWeight
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
-from mgpu.worker.kernels.widen import split_scales, widen_words
+from mgpu.worker.kernels.widen import widen_int4, widen_octets
 
 ROWS = 32
 """Output channels per program."""
@@ -37,17 +37,20 @@ def _dequantize_kernel(
     wait_for_inputs(OVERLAP)  # also keeps ``out`` alive: an earlier product may still read it
     words = tl.load(w_ptr + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    parts = widen_words(words, KIND, dtype, ASSEMBLY)
+    if KIND == 2:
+        groups = tl.cdiv(K, GROUP)
+        group = tl.minimum((block * 256 + j // 4 * 32) // GROUP, groups - 1)
+        parts = widen_int4(words, tl.load(scale_ptr + rows[:, None] * groups + group[None, :]), dtype, ASSEMBLY)
+    else:
+        parts = widen_octets(words, KIND, dtype, ASSEMBLY)
+        scale = tl.load(scale_ptr + rows)[:, None]
     for part in tl.static_range(PARTS):
-        first = (block * PARTS + part) * 32
-        if GROUP > 0:
-            group = tl.minimum(first // GROUP, tl.cdiv(K, GROUP) - 1)
-            scale, offset = split_scales(tl.load(scale_ptr + group * N + rows))
-            value = (parts[part].to(tl.float32) * scale[:, None] + offset[:, None]).to(dtype)
+        if KIND == 2:
+            k = block * 256 + j // 4 * 32 + part * 4 + j % 4
+            value = parts[part]
         else:
-            scale = tl.load(scale_ptr + rows)
-            value = (parts[part].to(tl.float32) * scale[:, None]).to(dtype)
-        k = first + j
+            k = (block * PARTS + part) * 32 + j
+            value = (parts[part].to(tl.float32) * scale).to(dtype)
         tl.store(out_ptr + rows[:, None] * K + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
 
 

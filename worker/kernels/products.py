@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.dequantize import dequantize_packed
 from mgpu.worker.kernels.gemv import gemv
+from mgpu.worker.kernels.gemv_rows import Activation, NormAfter, NormBefore
 from mgpu.worker.kernels.packing import PackedWeight
 from mgpu.worker.kernels.quantized_gemm import MAX_ROWS, quantized_gemm
 from mgpu.worker.kernels.quantized_gemv import quantized_gemv
@@ -27,3 +28,17 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     if rows <= MAX_ROWS:
         return quantized_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
+
+
+def one_row_matmul(
+    x_1I: Tensor,
+    w: Tensor | PackedWeight,
+    bias_O: Tensor | None,
+    gate: Activation | None = None,
+    before: NormBefore | None = None,
+    after: NormAfter | None = None,
+) -> Tensor:
+    """Multiply a single row, with what `gemv` can do beside it."""
+    if isinstance(w, PackedWeight):
+        return quantized_gemv(x_1I, w, bias_N=bias_O, gate=gate, before=before, after=after)
+    return gemv(x_1I, w, bias_N=bias_O, gate=gate, before=before, after=after)

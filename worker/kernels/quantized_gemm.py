@@ -25,7 +25,7 @@ from mgpu.worker.kernels.runtime import (
     wait_for_inputs,
 )
 from mgpu.worker.kernels.split_k import Tiling, add_partials
-from mgpu.worker.kernels.widen import split_scales, widen_words
+from mgpu.worker.kernels.widen import widen_int4, widen_octets
 
 MAX_ROWS = 64
 """Beyond this, dequantizing once and a library product are faster."""
@@ -71,42 +71,34 @@ def _quantized_gemm_kernel(
 
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    last_group = tl.cdiv(K, GROUP) - 1 if GROUP > 0 else 0
-    if GROUP > 0:
-        # Adds activations up on the tensor core, in the layout of the products.
-        ones = tl.full([BLOCK_N, 32], 1.0, tl.float32).to(dtype)
+    groups = tl.cdiv(K, GROUP) if KIND == 2 else 1
     for block in range(begin, end):
         if BULK:
             words = w_ref.load([tile * BLOCK_N, block * 32])
         else:
             words = tl.load(w_ref + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
-        parts = widen_words(words, KIND, dtype, ASSEMBLY)
-        group_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        x_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if KIND == 2:
+            # Groups past the last one are padding, which meets no activations.
+            group = tl.minimum((block * 256 + j // 4 * 32) // GROUP, groups - 1)
+            parts = widen_int4(words, tl.load(scale_ptr + rows[:, None] * groups + group[None, :]), dtype, ASSEMBLY)
+        else:
+            parts = widen_octets(words, KIND, dtype, ASSEMBLY)
         for part in tl.static_range(PARTS):
-            k = (block * PARTS + part) * 32 + j
+            if KIND == 2:  # noqa: SIM108 - compile-time condition
+                k = block * 256 + j // 4 * 32 + part * 4 + j % 4
+            else:
+                k = (block * PARTS + part) * 32 + j
             x_mask = m[None, :] < M
             if not EVEN_K:
                 x_mask &= k[:, None] < K
             x = tl.load(x_ptr + m[None, :] * x_stride + k[:, None], mask=x_mask, other=0.0)
-            if GROUP == 0:
-                acc = tl.dot(parts[part], x, acc, input_precision="ieee")
-            else:
-                group_sum = tl.dot(parts[part], x, group_sum, input_precision="ieee")
-                x_sum = tl.dot(ones, x, x_sum, input_precision="ieee")
-                if (part + 1) * 32 % GROUP == 0:
-                    # Groups past the last one are padding: their sums are zero.
-                    group = tl.minimum((block * PARTS + part) * 32 // GROUP, last_group)
-                    scale, offset = split_scales(tl.load(scale_ptr + group * N + rows))
-                    acc += group_sum * scale[:, None] + x_sum * offset[:, None]
-                    group_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-                    x_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            acc = tl.dot(parts[part], x, acc, input_precision="ieee")
 
     writes = True
     if SPLITS > 1:
         offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
         acc, writes = add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
-    if GROUP == 0:
+    if KIND != 2:
         acc *= tl.load(scale_ptr + rows)[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]

@@ -1,5 +1,8 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""Matrix-vector products of a single decode row with packed int8, fp8 or int4 weights: `gemv` for `packing`'s words."""
+"""Matrix-vector products of a single decode row with packed weights: `gemv` for `packing`'s words of 8-bit weights.
+
+int4 has a kernel of its own in `int4_gemv`.
+"""
 
 # N output channels, K input channels
 
@@ -9,11 +12,22 @@ import triton.language as tl
 from torch import Tensor
 
 from mgpu.worker.kernels.gemv import GemvTiling
+from mgpu.worker.kernels.gemv_rows import (
+    GATES,
+    Activation,
+    NormAfter,
+    NormBefore,
+    load_squares,
+    norm_factor,
+    store_outputs,
+    weight_rows,
+)
+from mgpu.worker.kernels.int4_gemv import int4_gemv_kernel
 from mgpu.worker.kernels.packing import WORDS, PackedWeight
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
-from mgpu.worker.kernels.widen import split_scales, widen_to_floats
+from mgpu.worker.kernels.widen import widen_to_floats
 
-_KINDS = {"int8": 0, "fp8": 1, "int4": 2}
+_KINDS = {"int8": 0, "fp8": 1}
 
 
 @triton.jit
@@ -22,12 +36,18 @@ def _quantized_gemv_kernel(
     w_ptr,
     scale_ptr,
     bias_ptr,
+    squares_ptr,
+    clears_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    sum_ptr,
     y_ptr,
     N,
     K,
+    eps,
     words_per_row,
     KIND: tl.constexpr,
-    GROUP: tl.constexpr,
+    GATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -35,16 +55,14 @@ def _quantized_gemv_kernel(
     OVERLAP: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    PARTS: tl.constexpr = 8 if KIND == 2 else 4
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(n, N - 1).to(tl.int64)
+    rows = weight_rows(N, GATE, BLOCK_N)
     column = tl.arange(0, BLOCK_W)
     w_ptrs = w_ptr + rows[:, None] * words_per_row + column[None, :]
     words = tl.load(w_ptrs, mask=(column < words_per_row)[None, :], other=0)
     wait_for_inputs(OVERLAP)
 
+    squares = load_squares(squares_ptr, clears_ptr)
     acc = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
-    last_group = tl.cdiv(K, GROUP) - 1 if GROUP > 0 else 0
     for first in range(0, words_per_row, BLOCK_W):
         c = first + column
         if AHEAD:
@@ -52,39 +70,18 @@ def _quantized_gemv_kernel(
         elif first > 0:
             words = tl.load(w_ptrs + first, mask=(c < words_per_row)[None, :], other=0)
         parts = widen_to_floats(words, KIND, ASSEMBLY)
-        group_sum = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
-        x_sum = tl.zeros([BLOCK_W], tl.float32)
-        for part in tl.static_range(PARTS):
-            k = (c // 32 * PARTS + part) * 32 + c % 32
+        for part in tl.static_range(4):
+            k = (c // 32 * 4 + part) * 32 + c % 32
             if EVEN_K:
                 x = tl.load(x_ptr + k).to(tl.float32)
             else:
                 x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-            if GROUP == 0:
-                acc += parts[part] * x[None, :]
-            else:
-                group_sum += parts[part] * x[None, :]
-                x_sum += x
-                if (part + 1) * 32 % GROUP == 0:
-                    # Lanes share scales: one load and one split per block of words, not per word.
-                    block = first // 32 + tl.arange(0, BLOCK_W // 32)
-                    group = tl.minimum((block * PARTS + part) * 32 // GROUP, last_group)
-                    scale, offset = split_scales(tl.load(scale_ptr + group[None, :] * N + rows[:, None]))
-                    block_sum = tl.reshape(group_sum, [BLOCK_N, BLOCK_W // 32, 32])
-                    block_x = tl.reshape(x_sum, [1, BLOCK_W // 32, 32])
-                    sums = scale[:, :, None] * block_sum + (offset - 136.0 * scale)[:, :, None] * block_x
-                    acc += tl.reshape(sums, [BLOCK_N, BLOCK_W])
-                    group_sum = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
-                    x_sum = tl.zeros([BLOCK_W], tl.float32)
+            acc += parts[part] * x[None, :]
         if AHEAD:
             words = next_words
 
-    y = tl.sum(acc, 1)
-    if GROUP == 0:
-        y *= tl.load(scale_ptr + rows)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows).to(tl.float32)
-    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+    y = tl.sum(acc, 1) * tl.load(scale_ptr + rows) * norm_factor(squares, squares_ptr, K, eps)
+    store_outputs(y, rows, bias_ptr, residual_ptr, norm_weight_ptr, sum_ptr, y_ptr, N, GATE, BLOCK_N)
 
 
 def choose_tiling(weight: PackedWeight) -> GemvTiling:
@@ -99,13 +96,17 @@ def quantized_gemv(
     x_1K: Tensor,
     weight: PackedWeight,
     *,
+    gate: Activation | None = None,
     bias_N: Tensor | None = None,
+    before: NormBefore | None = None,
+    after: NormAfter | None = None,
     out_1N: Tensor | None = None,
     tiling: GemvTiling | None = None,
 ) -> Tensor:
-    """Multiply one row by the dequantized weight's transpose in float32."""
+    """Multiply one row by the dequantized weight's transpose in float32; the options are those of `gemv`."""
     k = x_1K.shape[-1]
-    n, words_per_row = weight.words.shape
+    outputs, words_per_row = weight.words.shape
+    n = outputs // (2 if gate else 1)
     if x_1K.shape[0] != 1 or k != weight.k:
         raise ValueError(f"quantized_gemv takes 1 row of {weight.k} channels, got {x_1K.shape[0]} of {k}")
     tiling = tiling or choose_tiling(weight)
@@ -113,17 +114,24 @@ def quantized_gemv(
         out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
     per_word = 8 if weight.kind == "int4" else 4
     even = k == words_per_row * per_word and words_per_row % tiling.block_k == 0
-    _quantized_gemv_kernel[(ceil_div(n, tiling.block_n),)](
+    kernel = int4_gemv_kernel if weight.kind == "int4" else _quantized_gemv_kernel
+    kernel[(ceil_div(outputs, tiling.block_n),)](
         x_1K,
         weight.words,
         weight.scales,
         bias_N,
+        before.squares if before else None,
+        before.clears if before else None,
+        after.residual_1N if after else None,
+        after.weight_N if after else None,
+        after.squares if after else None,
         out_1N,
         n,
         k,
+        before.eps if before else 0.0,
         words_per_row,
-        _KINDS[weight.kind],
-        weight.group,
+        weight.group if weight.kind == "int4" else _KINDS[weight.kind],
+        GATES[gate],
         tiling.block_n,
         max(tiling.block_k, WORDS),
         even,

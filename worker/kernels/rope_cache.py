@@ -15,8 +15,17 @@ HEADS_PER_PROGRAM = 16
 
 
 @triton.jit
+def saturate(x, DTYPE: tl.constexpr):
+    """Keep float8 from turning values past its largest into NaN."""
+    if tl.float8e4nv == DTYPE:
+        x = tl.clamp(x, -448.0, 448.0)
+    return x
+
+
+@triton.jit
 def _rope_cache_kernel(
     qkv_ptr,
+    scale_ptr,
     cos_sin_ptr,
     positions_ptr,
     slots_ptr,
@@ -57,6 +66,9 @@ def _rope_cache_kernel(
     source = qkv_ptr + token * qkv_stride + head[:, None] * HEAD_DIM + i[None, :]
     low = tl.load(source, mask=exists, other=0.0).to(tl.float32)
     high = tl.load(source + HALF, mask=exists, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + token)
+        low, high = low * scale, high * scale
     turned_low, turned_high = low, high
     if q_weight_ptr is not None:
         factor = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM + eps)[:, None]
@@ -74,12 +86,9 @@ def _rope_cache_kernel(
     tl.store(q_out + HALF, new_high.to(q_ptr.dtype.element_ty), mask=is_query[:, None])
     # Tokens that only fill up a graph's batch have slot -1 and are not stored.
     place = (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * token_stride
-    dtype = k_ptr.dtype.element_ty
-    if dtype == tl.float8e4nv:  # saturate: a plain conversion of larger values would give NaN
-        new_low = tl.clamp(new_low * k_inverse_scale, -448.0, 448.0)
-        new_high = tl.clamp(new_high * k_inverse_scale, -448.0, 448.0)
-        low = tl.clamp(low * v_inverse_scale, -448.0, 448.0)
-        high = tl.clamp(high * v_inverse_scale, -448.0, 448.0)
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    new_low, new_high = saturate(new_low * k_inverse_scale, dtype), saturate(new_high * k_inverse_scale, dtype)
+    low, high = saturate(low * v_inverse_scale, dtype), saturate(high * v_inverse_scale, dtype)
     k_out = k_ptr + place + (head - Q_HEADS)[:, None] * head_stride + i[None, :]
     k_mask = (is_key & (slot >= 0))[:, None]
     tl.store(k_out, new_low.to(dtype), mask=k_mask)
@@ -99,14 +108,15 @@ def rope_and_cache(
     v_NBJK: Tensor,
     *,
     norms: HeadNorms | None = None,
+    scale_T: Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> Tensor:
     """Write rotated keys and the values to their slots and give rotated queries [T, H, K].
 
     ``qkv_TAK``: query, key, value heads of each token, contiguous within a token. ``cos_sin_PK``: for each position
-    cos of the K / 2 angles, then sin, any float type. Tokens with slot -1 are not stored. A float8 cache gets the
-    values divided by the scales, saturating.
+    cos of the K / 2 angles, then sin, any float type. Tokens with slot -1 are not stored. With ``scale_T`` (float32)
+    a token's heads are multiplied by its scale first. A float8 cache gets the values divided by the scales, saturating.
     """
     tokens, heads, dim = qkv_TAK.shape
     block_size, num_kv = k_NBJK.shape[1], k_NBJK.shape[2]
@@ -115,6 +125,7 @@ def rope_and_cache(
     per_program = min(HEADS_PER_PROGRAM, power_of_2(heads))
     _rope_cache_kernel[(tokens, ceil_div(heads, per_program))](
         qkv_TAK,
+        scale_T,
         cos_sin_PK,
         positions_T,
         slots_T,

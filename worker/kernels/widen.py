@@ -3,8 +3,8 @@
 
 A word is an int32 with four 8-bit or eight 4-bit weights; part i of neighbouring words j and j + 1 becomes one pair of
 bfloat16, which is what the tensor core's operand registers hold. Triton's own conversions need 5–9 instructions per
-weight where these need 2 (8 bits) or 1.5 (4 bits); at 4.3 TB/s one SM has to widen 19 int8 or 37 int4 weights per clock
-with 128 issue slots. All three are exact.
+weight where these need 2 (8 bits, exact) or 2.1 (4 bits, scale and offset included); at 4.3 TB/s one SM has to widen 19
+int8 or 30 int4 weights per clock with 128 issue slots.
 """
 
 import triton
@@ -40,17 +40,21 @@ _E4M3_ASM = tl.constexpr(
     + "}"
 )
 
-# A nibble holds q + 8: (128 + nibble) - 136.
+# A nibble holds q + 8: (128 + nibble) - 136 is exact, and q * scale + offset is rounded once. Neighbouring words share
+# a run, so that one word of scale and offset serves a pair.
 _INT4_ASM = tl.constexpr(
-    "{ .reg .b32 t, a, c, d; mov.b32 c, 0xC308C308; mov.b32 d, 0x3F803F80;"
+    "{ .reg .b32 t, a, c, d, scale, offset; mov.b32 c, 0xC308C308; mov.b32 d, 0x3F803F80;"
+    "prmt.b32 scale, $10, $10, 0x1010; prmt.b32 offset, $10, $10, 0x3232;"
     + "".join(
         f"""
     prmt.b32 t, $8, $9, {selector};
     lop3.b32 a, t, 0x000f000f, 0x43004300, 0xEA;
-    fma.rn.bf16x2 ${2 * part}, a, d, c;
+    fma.rn.bf16x2 a, a, d, c;
+    fma.rn.bf16x2 ${2 * part}, a, scale, offset;
     shr.u32 t, t, 4;
     lop3.b32 a, t, 0x000f000f, 0x43004300, 0xEA;
-    fma.rn.bf16x2 ${2 * part + 1}, a, d, c;"""
+    fma.rn.bf16x2 a, a, d, c;
+    fma.rn.bf16x2 ${2 * part + 1}, a, scale, offset;"""
         for part, selector in enumerate(("0x7440", "0x7551", "0x7662", "0x7773"))
     )
     + "}"
@@ -64,10 +68,49 @@ def split_scales(pairs):
 
 
 @triton.jit
-def _widen_slowly(words, PART: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    if KIND == 2:
-        value = (((words >> (4 * PART)) & 0xF) - 8).to(DTYPE)
-    elif KIND == 1:
+def _nibble(words, scale, offset, PART: tl.constexpr, DTYPE: tl.constexpr):
+    return ((((words >> (4 * PART)) & 0xF) - 8).to(tl.float32) * scale + offset).to(DTYPE)
+
+
+@triton.jit
+def widen_int4(words, pairs, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Give the eight parts of each word as weights, rounded to DTYPE; ``pairs`` has each word's scale and offset."""
+    if ASSEMBLY and tl.bfloat16 == DTYPE:
+        parts = tl.inline_asm_elementwise(
+            _INT4_ASM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r",
+            [words, pairs],
+            dtype=(
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+            ),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        s, o = split_scales(pairs)
+        parts = (
+            _nibble(words, s, o, 0, DTYPE),
+            _nibble(words, s, o, 1, DTYPE),
+            _nibble(words, s, o, 2, DTYPE),
+            _nibble(words, s, o, 3, DTYPE),
+            _nibble(words, s, o, 4, DTYPE),
+            _nibble(words, s, o, 5, DTYPE),
+            _nibble(words, s, o, 6, DTYPE),
+            _nibble(words, s, o, 7, DTYPE),
+        )
+    return parts
+
+
+@triton.jit
+def _octet(words, PART: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    if KIND == 1:
         value = ((words >> (8 * PART)) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32).to(DTYPE)
     else:
         value = ((words << (24 - 8 * PART)) >> 24).to(DTYPE)
@@ -75,53 +118,23 @@ def _widen_slowly(words, PART: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.const
 
 
 @triton.jit
-def widen_words(words, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Give the four (int8, e4m3) or eight (int4) parts of each word as a tuple, lowest bits first."""
+def widen_octets(words, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Give the four parts of each word (KIND 0: int8, 1: e4m3), lowest bits first, without their scale."""
     if ASSEMBLY and tl.bfloat16 == DTYPE:
-        if KIND == 2:
-            parts = tl.inline_asm_elementwise(
-                _INT4_ASM,
-                "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
-                [words],
-                dtype=(
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                ),
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            parts = tl.inline_asm_elementwise(
-                _E4M3_ASM if KIND == 1 else _INT8_ASM,
-                "=r,=r,=r,=r,r,r",
-                [words],
-                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=2,
-            )
-    elif KIND == 2:
-        parts = (
-            _widen_slowly(words, 0, KIND, DTYPE),
-            _widen_slowly(words, 1, KIND, DTYPE),
-            _widen_slowly(words, 2, KIND, DTYPE),
-            _widen_slowly(words, 3, KIND, DTYPE),
-            _widen_slowly(words, 4, KIND, DTYPE),
-            _widen_slowly(words, 5, KIND, DTYPE),
-            _widen_slowly(words, 6, KIND, DTYPE),
-            _widen_slowly(words, 7, KIND, DTYPE),
+        parts = tl.inline_asm_elementwise(
+            _E4M3_ASM if KIND == 1 else _INT8_ASM,
+            "=r,=r,=r,=r,r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
         )
     else:
         parts = (
-            _widen_slowly(words, 0, KIND, DTYPE),
-            _widen_slowly(words, 1, KIND, DTYPE),
-            _widen_slowly(words, 2, KIND, DTYPE),
-            _widen_slowly(words, 3, KIND, DTYPE),
+            _octet(words, 0, KIND, DTYPE),
+            _octet(words, 1, KIND, DTYPE),
+            _octet(words, 2, KIND, DTYPE),
+            _octet(words, 3, KIND, DTYPE),
         )
     return parts
 
@@ -212,8 +225,16 @@ def widen_to_floats(words, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
                 pack=1,
             )
         else:
-            p0, p1, p2, p3, p4, p5, p6, p7 = widen_words(words, KIND, tl.float32, False)
-            parts = (p0 + 136.0, p1 + 136.0, p2 + 136.0, p3 + 136.0, p4 + 136.0, p5 + 136.0, p6 + 136.0, p7 + 136.0)
+            parts = (
+                _nibble(words, 1.0, 136.0, 0, tl.float32),
+                _nibble(words, 1.0, 136.0, 1, tl.float32),
+                _nibble(words, 1.0, 136.0, 2, tl.float32),
+                _nibble(words, 1.0, 136.0, 3, tl.float32),
+                _nibble(words, 1.0, 136.0, 4, tl.float32),
+                _nibble(words, 1.0, 136.0, 5, tl.float32),
+                _nibble(words, 1.0, 136.0, 6, tl.float32),
+                _nibble(words, 1.0, 136.0, 7, tl.float32),
+            )
     elif ASSEMBLY:
         parts = tl.inline_asm_elementwise(
             _E4M3_FLOATS_ASM if KIND == 1 else _INT8_FLOATS_ASM,
@@ -224,5 +245,5 @@ def widen_to_floats(words, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
             pack=1,
         )
     else:
-        parts = widen_words(words, KIND, tl.float32, False)
+        parts = widen_octets(words, KIND, tl.float32, False)
     return parts

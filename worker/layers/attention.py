@@ -14,6 +14,7 @@ from mgpu.protocol.placement import head_shard
 from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.attention import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.kernels.float8_rows import Activations, Product, plain, values_and_scale
 from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_slices
 from mgpu.worker.layers.module import Module
@@ -48,17 +49,25 @@ class Attention(Module):
             self.q_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
             self.k_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
 
-    def __call__(self, x_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache) -> Tensor:
-        qkv_TAK = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+    def __call__(self, x_TD: Activations, angles: Angles, attention: StepAttention, cache: LayerCache) -> Product:
+        qkv = self.qkv(x_TD)
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables are for attention that rotates by itself"
-            heads_THK = attention.packed.attend_packed(qkv_TAK, angles, self._norms(), cache, self.spec)
+            qkv_TAK, scale_T = self._heads(qkv)
+            heads_THK = attention.packed.attend_packed(qkv_TAK, scale_T, angles, self.norms, cache, self.spec)
         else:
-            q_THK, k_TJK, v_TJK = self._rotated(qkv_TAK, angles)
+            q_THK, k_TJK, v_TJK = self._rotated(self._heads(plain(qkv))[0], angles)
             heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
-        return self.out(heads_THK.reshape(x_TD.shape[0], -1))
+        return self.out(heads_THK.flatten(1))
 
-    def _norms(self) -> HeadNorms | None:
+    def _heads(self, qkv: Product) -> tuple[Tensor, Tensor | None]:
+        """Give the stacked heads [T, A, K] and what each token's are still to be multiplied by."""
+        values, scale_T = values_and_scale(qkv)
+        return values.view(len(values), -1, self.head_dim), scale_T
+
+    @property
+    def norms(self) -> HeadNorms | None:
+        """The norms of query and key heads, as kernels take them."""
         if self.q_norm is None or self.k_norm is None:
             return None
         return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)

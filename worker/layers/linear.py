@@ -15,10 +15,11 @@ from torch import Tensor
 from mgpu.protocol.placement import HeadShard
 from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.kernels.float8_rows import LEAST_ROWS, Activations, Float8Rows, Product, plain
 from mgpu.worker.kernels.packing import PackedWeight
 from mgpu.worker.layers.cpu_matmul import matmul_repacked, pack
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.product import matmul, matmul_packed
+from mgpu.worker.layers.product import matmul, matmul_float8, matmul_packed, multiplies_float8
 from mgpu.worker.layers.quantize import quantize
 from mgpu.worker.loaders.reader import WeightReader
 
@@ -49,11 +50,26 @@ class Linear(Module):
         self.weight = torch.empty(self._shape if form.quant == "none" else 0, dtype=dtype, device=device)
         self.bias = torch.empty(outputs, dtype=dtype, device=device) if bias else None
         self._multiply = matmul
+        # The library takes multiples of 16 only.
+        self._is_float8 = form.quant == "fp8" and outputs % 16 == 0 and multiplies_float8(device, dtype)
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
+    def __call__(self, x_TI: Activations) -> Product:
         return self._product(x_TI, self.bias)
 
-    def _product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+    @property
+    def held(self) -> Tensor | PackedWeight:
+        """The weight as it is held."""
+        return self.weight if self.packed is None else self.packed
+
+    def takes_float8(self, rows: int) -> bool:
+        """Say whether so many rows are multiplied in float8: then they may come quantized, by what makes them."""
+        return self._is_float8 and rows >= LEAST_ROWS
+
+    def _product(self, x_TI: Activations, bias_O: Tensor | None) -> Product:
+        if isinstance(x_TI, Float8Rows) or self.takes_float8(len(x_TI)):
+            assert self.packed is not None, "only quantized layers take float8"
+            y_TO = matmul_float8(x_TI, self.packed)
+            return y_TO if bias_O is None else y_TO.plain().add_(bias_O)
         if self.packed is not None:
             return matmul_packed(x_TI, self.packed, bias_O)
         return self._multiply(x_TI, self.weight, bias_O)
@@ -144,10 +160,10 @@ class RowParallelLinear(Linear):
         self.columns = columns
         self.group = group
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
+    def __call__(self, x_TI: Activations) -> Product:
         if self.group.size == 1:
             return self._product(x_TI, self.bias)
-        y_TO = self.group.all_reduce(self._product(x_TI, None))
+        y_TO = self.group.all_reduce(plain(self._product(x_TI, None)))
         return y_TO if self.bias is None else y_TO.add_(self.bias)
 
     def load(self, reader: WeightReader, name: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernel_use import uses_kernels
+from mgpu.worker.kernels.float8_rows import Activations, Product, plain, values_and_scale
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, even_range
 from mgpu.worker.layers.module import Module
 from mgpu.worker.loaders.reader import WeightReader
@@ -38,15 +39,24 @@ class GatedMLP(Module):
         self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, dtype, device, form)
         self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device, form)
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.down(self._gated(self.gate_up(x_TD)))
+    def __call__(self, x_TD: Activations) -> Product:
+        if self._uses_kernel:
+            return self.down(self._gated_by_kernels(x_TD))
+        return self.down(self._gated(plain(self.gate_up(x_TD))))
+
+    def _gated_by_kernels(self, x_TD: Activations) -> Activations:
+        from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
+        from mgpu.worker.kernels.products import one_row_matmul
+
+        if isinstance(x_TD, Tensor) and len(x_TD) == 1:
+            return one_row_matmul(x_TD, self.gate_up.held, self.gate_up.bias, self.activation)
+        gate_up_TF2, scale_T = values_and_scale(self.gate_up(x_TD))
+        if self.down.takes_float8(len(gate_up_TF2)):
+            return gated_activation_float8(gate_up_TF2, self.activation, scale_T)
+        return gated_activation(gate_up_TF2, self.activation, scale_T)
 
     def _gated(self, gate_up_TF2: Tensor) -> Tensor:
         """Give act(gate) * up, [T, F]."""
-        if self._uses_kernel:
-            from mgpu.worker.kernels.activation import gated_activation
-
-            return gated_activation(gate_up_TF2, self.activation)
         gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
         hidden_TF = F.silu(gate_TF) if self.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
         return hidden_TF.mul_(up_TF)

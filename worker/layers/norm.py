@@ -1,10 +1,13 @@
 """Root-mean-square normalization. Not sharded: every rank holds the whole vector."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernel_use import uses_kernels
+from mgpu.worker.kernels.float8_rows import Activations, Product, ScaledRows, plain, values_and_scale
 from mgpu.worker.layers.module import Module
 from mgpu.worker.loaders.reader import WeightReader
 
@@ -13,7 +16,8 @@ class RMSNorm(Module):
     """Scale the last dimension to unit root mean square, then by a weight.
 
     With ``unit_offset`` (Gemma) the checkpoint stores the weight minus 1, and the weight is kept and applied in
-    float32, since 1 + w does not survive bfloat16.
+    float32, since 1 + w does not survive bfloat16. ``takes_float8`` is that of the linear layer that a sum's norm goes
+    into: so many rows are given to it quantized.
     """
 
     def __init__(
@@ -22,12 +26,17 @@ class RMSNorm(Module):
         self.eps = eps
         self.unit_offset = unit_offset
         self.shape = (size,)
+        self.takes_float8: Callable[[int], bool] = lambda rows: False
         self._cpu_eps = torch.tensor(eps)
         self._uses_kernel = uses_kernels(device)
         self._is_plain_cpu = device.type == "cpu" and dtype == torch.float32
         self.weight = torch.ones(size, dtype=torch.float32 if unit_offset else dtype, device=device)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Product) -> Tensor:
+        if isinstance(x, ScaledRows):
+            from mgpu.worker.kernels.norm import rms_norm
+
+            return rms_norm(x.values, self.weight, self.eps, x.scale_T)
         if self._is_plain_cpu:
             return self._forward_cpu(x)
         if self._uses_kernel and x.dim() == 2:
@@ -44,16 +53,24 @@ class RMSNorm(Module):
         scale = torch.addcmul(self._cpu_eps, length, length, value=1.0 / self.shape[0]).rsqrt_()
         return torch.mul(x, scale).mul_(self.weight)
 
-    def add_and_norm(self, residual_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
+    def add_and_norm(self, residual_TD: Tensor, delta_TD: Product | None) -> Activations:
         """Add ``delta`` to ``residual`` in place and give the normalized sum."""
         if self._uses_kernel and delta_TD is not None:
-            from mgpu.worker.kernels.norm import add_rms_norm
-
-            return add_rms_norm(residual_TD, delta_TD, self.weight, self.eps)
+            return self._add_and_norm_kernel(residual_TD, delta_TD)
         if delta_TD is not None:
-            residual_TD.add_(delta_TD)
+            residual_TD.add_(plain(delta_TD))
         normed_TD: Tensor = self(residual_TD)
         return normed_TD
+
+    def _add_and_norm_kernel(self, residual_TD: Tensor, delta_TD: Product) -> Activations:
+        delta_TD, scale_T = values_and_scale(delta_TD)
+        if self.takes_float8(len(residual_TD)):
+            from mgpu.worker.kernels.float8_norm import add_rms_norm_float8
+
+            return add_rms_norm_float8(residual_TD, delta_TD, self.weight, self.eps, scale_T)
+        from mgpu.worker.kernels.norm import add_rms_norm
+
+        return add_rms_norm(residual_TD, delta_TD, self.weight, self.eps, delta_scale_T=scale_T)
 
     def load(self, reader: WeightReader, name: str) -> None:
         reader.fill_rows(self.weight, f"{name}.weight")

@@ -2,10 +2,12 @@
 
 # T tokens, I inputs, O outputs
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernel_use import uses_kernels
+from mgpu.worker.kernels.float8_rows import Float8Rows, ScaledRows
 from mgpu.worker.kernels.packing import PackedWeight
 from mgpu.worker.layers import cpu_matmul, quantized_matmul
 
@@ -19,6 +21,23 @@ def matmul(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
 
         return products.matmul(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)
+
+
+def multiplies_float8(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether products of many rows with fp8 weights are float8 ones there (W8A8)."""
+    if dtype != torch.bfloat16 or not uses_kernels(device):
+        return False
+    from mgpu.worker.kernels import float8_product
+
+    return float8_product.multiplies_float8(device)
+
+
+def matmul_float8(x_TI: Tensor | Float8Rows, weight: PackedWeight) -> ScaledRows:
+    """Give ``x @ w.T`` where `multiplies_float8`, quantizing x if it is not yet."""
+    from mgpu.worker.kernels.float8_product import float8_product
+    from mgpu.worker.kernels.float8_quantize import quantize_rows
+
+    return float8_product(x_TI if isinstance(x_TI, Float8Rows) else quantize_rows(x_TI), weight)
 
 
 def matmul_packed(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """Turn dense weights into `PackedWeight`, a few output channels at a time.
 
 int8: symmetric, one scale per output channel, the largest value at 127.
-fp8: e4m3 with one scale per output channel, the largest value at 448.
+fp8: e4m3 with one scale per matrix, since floats hold small channels as well as large ones: the least power of two that
+puts no value above 448. So slices have the values of the whole, but for those that are subnormal there.
 int4: a scale and an offset per group of inputs. Each end of a group's range is clipped by several amounts, scale and
 offset are refitted by least squares to the integers that each gives, and those of least squared error are kept.
 """
@@ -25,7 +26,8 @@ for 0.4 % of the error of normal weights; five (without that of no clip) save a 
 _REFITS = 2
 _TICKS = 8192.0
 """Steps of a group's range that it is searched in: integers whose sums of products with q are exact in float32."""
-_FP8_MOST = 448.0
+_FP8_LEAST = 2.0**-110
+"""What the largest value of an fp8 matrix counts as at least, so that its scale has an inverse."""
 _CHUNK_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 24}
 """Weights that are quantized at once. On the CPU torch splits nothing this small over threads: a thread does a chunk,
 and none waits for another in each of a hundred short operations. On a GPU: few launches."""
@@ -35,15 +37,16 @@ def quantize(weight_NK: Tensor, form: WeightFormat) -> PackedWeight:
     """Quantize and pack a dense weight; temporary memory is a few copies of a chunk of rows per thread."""
     n, k = weight_NK.shape
     rows = max(1, _CHUNK_ELEMENTS[weight_NK.device.type] // k)
-    first = _quantize_rows(weight_NK[:rows], form)
+    most = _largest(weight_NK) if form.quant == "fp8" else None
+    first = _quantize_rows(weight_NK[:rows], form, most)
     words = first.words.new_empty((n, first.words.shape[1]))
-    scales = first.scales.new_empty((first.scales.shape[0], n))
+    scales = first.scales.new_empty((n, first.scales.shape[1]))
 
     @torch.inference_mode()  # threads do not inherit it
     def fill(top: int) -> None:
-        piece = _quantize_rows(weight_NK[top : top + rows], form)
+        piece = _quantize_rows(weight_NK[top : top + rows], form, most)
         words[top : top + rows] = piece.words
-        scales[:, top : top + rows] = piece.scales
+        scales[top : top + rows] = piece.scales
 
     if weight_NK.device.type == "cpu":
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -54,18 +57,31 @@ def quantize(weight_NK: Tensor, form: WeightFormat) -> PackedWeight:
     return replace(first, words=words, scales=scales)
 
 
-def _quantize_rows(weight_NK: Tensor, form: WeightFormat) -> PackedWeight:
+def _largest(weight_NK: Tensor) -> Tensor:
+    """Give the largest absolute value, without a copy of the matrix."""
+    low, high = weight_NK.aminmax()
+    return torch.maximum(-low, high).float()
+
+
+def _quantize_rows(weight_NK: Tensor, form: WeightFormat, most: Tensor | None) -> PackedWeight:
+    """Quantize some rows of a matrix whose largest value is ``most``, which fp8 wants to know."""
     weight_NK = weight_NK.float()
     if form.quant == "8":
         scales_N = _scales(weight_NK, 127.0)
         return pack_int8((weight_NK / scales_N[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales_N)
     if form.quant == "fp8":
-        scales_N = _scales(weight_NK, _FP8_MOST)
-        # The division may round past 448, which e4m3 would turn into NaN.
-        scaled_NK = (weight_NK / scales_N[:, None]).clamp_(-_FP8_MOST, _FP8_MOST)
-        return pack_fp8(scaled_NK.to(torch.float8_e4m3fn), scales_N)
+        assert most is not None
+        scale = _fp8_scale(most)
+        return pack_fp8((weight_NK / scale).to(torch.float8_e4m3fn), scale.expand(len(weight_NK)))
     assert form.quant == "4", "a dense format has nothing to pack"
     return pack_int4(*search_int4(weight_NK, form.group), form.group)
+
+
+def _fp8_scale(most: Tensor) -> Tensor:
+    """Give the least power of two that puts ``most`` at 448 or below."""
+    most = most.clamp(min=_FP8_LEAST)
+    mantissa, _ = torch.frexp(most)  # 448 is 0.875 * 2^9
+    return most * 2.0**-9 / mantissa * torch.where(mantissa > 0.875, 2.0, 1.0)
 
 
 def _scales(weight_NK: Tensor, most: float) -> Tensor:

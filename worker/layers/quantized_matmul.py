@@ -21,7 +21,7 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     y_TO = torch.empty((len(x_TI), outputs), dtype=x_TI.dtype, device=x_TI.device)
     for first in range(0, outputs, rows):
         end = min(outputs, first + rows)
-        block = replace(weight, words=weight.words[first:end], scales=weight.scales[:, first:end])
+        block = replace(weight, words=weight.words[first:end], scales=weight.scales[first:end])
         bias = None if bias_O is None else bias_O[first:end]
         y_TO[:, first:end] = F.linear(x_TI, dequantize(block, x_TI.dtype), bias)
     return y_TO

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from mgpu.protocol.checkpoint import Checkpoint
-from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.model import KvCacheDtype, ModelFacts
 from mgpu.protocol.placement import RankPlace
 from mgpu.protocol.quantization import Quant, weight_format
 from mgpu.worker.collectives import TensorParallelGroup
@@ -26,16 +26,26 @@ def build_stage(
     dtype: torch.dtype,
     device: torch.device,
     quant: Quant = "none",
+    kv_cache_dtype: KvCacheDtype = "auto",
 ) -> DecoderStage:
     """Allocate one rank's part of a model on its device, with undefined weights.
 
     Linear weights that are to be quantized get their memory when they are loaded, one after the other.
     """
     assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
-    context = BuildContext(facts, group, dtype, device, weight_format(quant))
+    context = BuildContext(facts, group, dtype, device, weight_format(quant), kv_cache_dtype)
     if facts.architecture == "gemma3":
         return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
-    return DecoderStage(context, layers, LlamaLayer)
+    stage = DecoderStage(context, layers, LlamaLayer)
+    if stage.has_kernels and group.size == 1:
+        from mgpu.worker.layers.one_row import OneRowLayers  # imports triton, which machines without a GPU may lack
+
+        stage.one_row = OneRowLayers(_llama_layers(stage), stage.is_sliding, device)
+    return stage
+
+
+def _llama_layers(stage: DecoderStage) -> list[LlamaLayer]:
+    return [layer for layer in stage.layers if isinstance(layer, LlamaLayer)]
 
 
 @torch.inference_mode()

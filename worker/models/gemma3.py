@@ -5,6 +5,7 @@
 from torch import Tensor
 
 from mgpu.worker.attention import StepAttention
+from mgpu.worker.kernels.float8_rows import Product
 from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.mlp import GatedMLP
@@ -19,12 +20,10 @@ class Gemma3Layer(Module):
 
     def __init__(self, context: BuildContext, layer: int) -> None:
         facts, group, dtype, device = context.facts, context.group, context.dtype, context.device
-        self.input_norm = context.norm(unit_offset=True)
         self.attention = Attention(
             facts, group, context.window_of(layer), dtype, device, norms_unit_offset=True, form=context.form
         )
         self.attention_out_norm = context.norm(unit_offset=True)
-        self.mlp_norm = context.norm(unit_offset=True)
         self.mlp = GatedMLP(
             facts.hidden_size,
             facts.intermediate_size,
@@ -36,18 +35,20 @@ class Gemma3Layer(Module):
             context.form,
         )
         self.mlp_out_norm = context.norm(unit_offset=True)
+        self.input_norm = context.norm(unit_offset=True, before=self.attention.qkv)
+        self.mlp_norm = context.norm(unit_offset=True, before=self.mlp.gate_up)
 
     def __call__(
         self,
-        delta_TD: Tensor | None,
+        delta_TD: Product | None,
         residual_TD: Tensor,
         angles: Angles,
         attention: StepAttention,
         cache: LayerCache,
-    ) -> Tensor:
+    ) -> Product:
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
-        x_TD = self.attention_out_norm(self.attention(x_TD, angles, attention, cache))
-        x_TD = self.mlp_norm.add_and_norm(residual_TD, x_TD)
+        delta_TD = self.attention_out_norm(self.attention(x_TD, angles, attention, cache))
+        x_TD = self.mlp_norm.add_and_norm(residual_TD, delta_TD)
         return self.mlp_out_norm(self.mlp(x_TD))
 
     def load(self, reader: WeightReader, prefix: str) -> None:

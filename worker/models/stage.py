@@ -2,19 +2,20 @@
 
 # T tokens, S rows that sample, D model dim
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.model import KvCacheDtype, ModelFacts
 from mgpu.protocol.placement import head_shard
 from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.attention import AttentionShape, StepAttention, select_backend
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import TensorParallelGroup
+from mgpu.worker.kernels.float8_rows import Product, plain
 from mgpu.worker.kv_cache import KvCache, LayerCache
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.layers.module import Module
@@ -37,13 +38,18 @@ class BuildContext:
     device: torch.device
     form: WeightFormat = DENSE
     """Of linear layers."""
+    kv_cache_dtype: KvCacheDtype = "auto"
 
     def window_of(self, layer: int) -> int | None:
         return self.facts.sliding_window if self.facts.sliding_layers[layer] else None
 
-    def norm(self, unit_offset: bool = False) -> RMSNorm:
-        """Make a norm over the model dimension."""
-        return RMSNorm(self.facts.hidden_size, self.facts.rms_norm_eps, self.dtype, self.device, unit_offset)
+    def norm(self, unit_offset: bool = False, before: Linear | None = None) -> RMSNorm:
+        """Make a norm over the model dimension; ``before``: its result goes into that layer only."""
+        size, eps = self.facts.hidden_size, self.facts.rms_norm_eps
+        norm = RMSNorm(size, eps, self.dtype, self.device, unit_offset)
+        if before is not None:
+            norm.takes_float8 = before.takes_float8
+        return norm
 
 
 class DecoderLayer(Protocol):
@@ -51,16 +57,22 @@ class DecoderLayer(Protocol):
 
     def __call__(
         self,
-        delta_TD: Tensor | None,
+        delta_TD: Product | None,
         residual_TD: Tensor,
         angles: Angles,
         attention: StepAttention,
         cache: LayerCache,
-    ) -> Tensor:
+    ) -> Product:
         """Add ``delta`` to ``residual``, compute the layer, give its own delta."""
         ...
 
     def load(self, reader: WeightReader, prefix: str) -> None: ...
+
+
+class OneRow(Protocol):
+    """Another way through a stage's layers for a single row."""
+
+    def run(self, x_1D: Tensor, angles: Mapping[bool, Angles], attention: StepAttention, cache: KvCache) -> Tensor: ...
 
 
 class LayerFactory(Protocol):
@@ -83,9 +95,10 @@ class DecoderStage(Module):
         self.is_last = layers.stop == facts.num_layers
         self.embedding_scale = float(torch.tensor(facts.embedding_scale, dtype=context.dtype))
         self.layers = [make_layer(context, index) for index in layers]
+        self.one_row: OneRow | None = None
         self.norm = context.norm(norms_unit_offset) if self.is_last else None
         self._build_vocab(context)
-        self._is_sliding = [facts.sliding_layers[index] for index in layers]
+        self.is_sliding = [facts.sliding_layers[index] for index in layers]
         self._rotary = _rotary_embeddings(facts, context.device)
         self._attention_backend = select_backend(context.device, self._attention_shape(context))
 
@@ -93,7 +106,8 @@ class DecoderStage(Module):
         facts, group = self.facts, context.group
         heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
         windows = tuple({context.window_of(index): None for index in self.layer_range})
-        return AttentionShape(heads.num_q, heads.num_kv, facts.head_dim, context.dtype, windows)
+        sizes = heads.num_q, heads.num_kv, facts.head_dim
+        return AttentionShape(*sizes, context.dtype, windows, context.kv_cache_dtype)
 
     @property
     def has_kernels(self) -> bool:
@@ -102,7 +116,7 @@ class DecoderStage(Module):
 
     def _angles(self, positions_T: Tensor) -> dict[bool, Angles]:
         """Give what layers rotate by, for sliding (True) and full (False) attention as far as there are such layers."""
-        kinds = set(self._is_sliding)
+        kinds = set(self.is_sliding)
         if self._attention_backend.takes_packed:
             return {kind: self._rotary[kind].table(self.max_positions) for kind in kinds}
         return {kind: self._rotary[kind](positions_T, self.dtype) for kind in kinds}
@@ -132,10 +146,12 @@ class DecoderStage(Module):
     def run_layers_with(self, x_TD: Tensor, attention: StepAttention, positions_T: Tensor, cache: KvCache) -> Tensor:
         """Run the layers with attention that was prepared elsewhere."""
         angles = self._angles(positions_T)
-        delta_TD: Tensor | None = None
-        for layer, sliding, layer_cache in zip(self.layers, self._is_sliding, cache.layers, strict=True):
+        if self.one_row is not None and len(x_TD) == 1:
+            return self.one_row.run(x_TD, angles, attention, cache)
+        delta_TD: Product | None = None
+        for layer, sliding, layer_cache in zip(self.layers, self.is_sliding, cache.layers, strict=True):
             delta_TD = layer(delta_TD, x_TD, angles[sliding], attention, layer_cache)
-        return x_TD if delta_TD is None else x_TD.add_(delta_TD)
+        return x_TD if delta_TD is None else x_TD.add_(plain(delta_TD))
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Give this rank's part of the logits, float32 [S, padded vocabulary / ranks]; the final norm is inside."""

@@ -34,6 +34,7 @@ from mgpu.protocol.link import (
     Resume,
     Resumed,
     SequenceRecord,
+    StateKnown,
     StatsQuery,
     StatsReply,
     Submit,
@@ -111,6 +112,8 @@ class FakeEngine:
     """Cleared: no step is made."""
     answers_stats: bool = True
     signs_of_life: int = 0
+    known_state: str = ""
+    """The last that the gateway has said to act on."""
     error: str = ""
     """Set: the next step ends every sequence with this error."""
     portion: int = 1000
@@ -191,6 +194,8 @@ class FakeEngine:
                     self._send(link, StatsReply(message.query_id, {"running": float(len(self._running))}))
             elif isinstance(message, Alive):
                 self.signs_of_life += 1
+            elif isinstance(message, StateKnown):
+                self.known_state = message.state
             else:
                 self.messages.put(message)
 

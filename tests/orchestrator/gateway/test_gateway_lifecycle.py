@@ -15,7 +15,7 @@ import zmq
 from gateway_process import DEADLINE_S, GatewayProcess
 
 from mgpu import Client, RequestFailed
-from mgpu.protocol.link import GatewayFailure, GatewayReady, Outputs, Ping
+from mgpu.protocol.link import EngineInfo, GatewayFailure, GatewayReady, Outputs, Ping
 
 
 def test_before_the_engine_is_ready_health_answers_and_requests_are_told_to_wait(model_folder: Path) -> None:
@@ -24,6 +24,9 @@ def test_before_the_engine_is_ready_health_answers_and_requests_are_told_to_wait
         with pytest.raises(RequestFailed) as caught:
             client.generate([1])
         assert (caught.value.code, caught.value.retry_after_s) == ("not_ready", 1.0)
+        gateway.engine.tell(EngineInfo("ready", 512, 4096, ""))
+        gateway.engine.wait(lambda: gateway.engine.known_state == "ready")
+        assert client.generate([1], max_tokens=1).token_ids == (1,)
 
 
 @pytest.mark.parametrize("message", [Ping(), Outputs([], [], [], [], [], [])])

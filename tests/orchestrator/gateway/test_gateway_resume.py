@@ -36,12 +36,21 @@ class Desk:
         send_engine = self.to_engine.append
         self.queries = Queries(SPEC, self.table, lambda *message: self.sent.append(message), send_engine)
         self.resumption = Resumption(
-            self.table, self.queries, _choice, lambda *message: self.sent.append(message), send_engine, self._check
+            self.table,
+            self.queries,
+            _choice,
+            lambda *message: self.sent.append(message),
+            send_engine,
+            self._check,
+            self._cancel,
         )
 
     def _check(self, identity: str) -> None:
         if identity in self.revoked:
             raise Refusal("not_allowed", "its key is no longer on the list")
+
+    def _cancel(self, request: Request) -> None:
+        self.table.remove(request)
 
     def resume(self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,), owner: str = "") -> None:
         """Let a client ask for request 1 of a session."""

@@ -3,20 +3,22 @@
 import pytest
 import torch
 
+from mgpu.protocol.model import KvCacheDtype
 from mgpu.worker import kernel_check, triton_attention
 from mgpu.worker.attention import AttentionShape
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_kernels_pass_the_check(device: torch.device, window: int | None) -> None:
-    shape = AttentionShape(4, 2, 16, torch.float32, (window,))
+@pytest.mark.parametrize(("window", "kept"), [(None, "auto"), (40, "fp8")])
+def test_kernels_pass_the_check(device: torch.device, window: int | None, kept: KvCacheDtype) -> None:
+    shape = AttentionShape(4, 2, 32, torch.float32, (window,), kept)
     assert kernel_check.attention_problem(device, shape) is None
 
 
-def test_a_head_size_that_kernels_cannot_have_is_named(device: torch.device) -> None:
-    problem = kernel_check.attention_problem(device, AttentionShape(4, 2, 96, torch.float32, (None,)))
+@pytest.mark.parametrize(("dim", "kept"), [(96, "auto"), (16, "fp8")])
+def test_a_head_size_that_kernels_cannot_have_is_named(device: torch.device, dim: int, kept: KvCacheDtype) -> None:
+    problem = kernel_check.attention_problem(device, AttentionShape(4, 2, dim, torch.float32, (None,), kept))
     assert problem is not None
-    assert "96" in problem
+    assert f"not {dim}" in problem
 
 
 @pytest.mark.parametrize("result", [1.0, torch.nan])

@@ -2,8 +2,15 @@ import pytest
 import torch
 from kernel_checks import paged_cache, relative_error, tolerance
 
-from mgpu.worker.kernels.decode_attention import DecodeTiling, choose_tiling, decode_attention
+from mgpu.worker.attention import HeadNorms
+from mgpu.worker.kernels.decode_attention import (
+    DecodeTiling,
+    choose_tiling,
+    decode_attention,
+    decode_attention_packed,
+)
 from mgpu.worker.kernels.reference import paged_attention
+from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.runtime import Workspace
 
 CASES = [
@@ -46,23 +53,64 @@ def test_decode_attention_equals_reference(
     assert relative_error(got, expected) < tolerance(dtype)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-def test_decode_attention_reads_a_float8_cache(device: torch.device, splits: int) -> None:
-    cache = paged_cache([150, 40], 16, 2, 64, torch.float8_e4m3fn, device)
-    q = torch.randn(2, 4, 64, device=device).to(torch.bfloat16)
-    k, v = cache.k.float() * 0.5, cache.v.float() * 2.0
-    expected = paged_attention(q, k, v, cache.tables, cache.context_lens, [0, 1, 2], 0.125)
+@pytest.mark.parametrize(
+    ("lens", "block_size", "kv_heads", "group", "dim", "window", "tiling"),
+    [
+        ([150, 40], 16, 2, 2, 64, None, DecodeTiling(1, 32, 32)),
+        ([150, 40], 16, 2, 2, 64, None, DecodeTiling(4, 32, 32)),
+        ([1, 65, 64], 64, 2, 4, 128, None, None),
+        ([200, 3], 64, 1, 3, 64, 50, DecodeTiling(2, 32, 32)),
+        ([33], 16, 1, 2, 256, 20, DecodeTiling(1, 32)),
+    ],
+)
+def test_decode_attention_reads_a_float8_cache(
+    device: torch.device,
+    lens: list[int],
+    block_size: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    window: int | None,
+    tiling: DecodeTiling | None,
+) -> None:
+    cache = paged_cache(lens, block_size, kv_heads, dim, torch.float8_e4m3fn, device)
+    q = torch.randn(len(lens), kv_heads * group, dim, device=device).to(torch.bfloat16)
+    k, v, starts = cache.k.float() * 0.5, cache.v.float() * 2.0, list(range(len(lens) + 1))
+    expected = paged_attention(q, k, v, cache.tables, lens, starts, dim**-0.5, window)
     got = decode_attention(
-        q,
-        cache.k,
-        cache.v,
-        cache.tables,
-        cache.lens,
-        scale=0.125,
-        k_scale=0.5,
-        v_scale=2.0,
-        tiling=DecodeTiling(splits, 32, 32),
+        q, cache.k, cache.v, cache.tables, cache.lens, scale=dim**-0.5, window=window, k_scale=0.5, v_scale=2.0,
+        tiling=tiling,
+    )  # fmt: skip
+    assert relative_error(got, expected) < tolerance(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("lens", "normalized", "window", "splits"), [([150, 1, 0, 64], False, None, 4), ([70], True, 40, 1)]
+)
+def test_the_packed_product_is_turned_stored_and_attended_to(
+    device: torch.device, dtype: torch.dtype, lens: list[int], normalized: bool, window: int | None, splits: int
+) -> None:
+    cache = paged_cache(lens, 16, 2, 64, dtype, device)
+    k, v = cache.k.clone(), cache.v.clone()
+    qkv = torch.randn(len(lens), 4 + 2 * 2, 64, device=device).to(torch.bfloat16)
+    row_scales = torch.rand(len(lens), device=device) + 0.5 if normalized or dtype.itemsize == 1 else None
+    angles = torch.rand(max(lens), 64, device=device) * 2 - 1
+    weights = (torch.rand(64, device=device) + 0.5 for _ in range(2))
+    norms = HeadNorms(*weights, 1e-5) if normalized else None
+    scales = {"k_scale": 0.5, "v_scale": 2.0} if dtype.itemsize == 1 else {}
+    places = [int(cache.tables[row, (n - 1) // 16]) * 16 + (n - 1) % 16 if n else -1 for row, n in enumerate(lens)]
+    positions, slots = torch.tensor([max(n - 1, 0) for n in lens], device=device), torch.tensor(places, device=device)
+    q = rope_and_cache(qkv, angles, positions, slots, k, v, norms=norms, scale_T=row_scales, **scales)
+    options = {"scale": 0.125, "window": window, "tiling": DecodeTiling(splits, 32, 32), **scales}
+    expected = decode_attention(q, k, v, cache.tables, cache.lens, **options)
+
+    got = decode_attention_packed(
+        qkv, angles, cache.k, cache.v, cache.tables, cache.lens, norms=norms, scale_R=row_scales, **options
     )
+
+    torch.testing.assert_close(cache.k.float(), k.float(), equal_nan=True, rtol=0.01, atol=0.01)
+    assert torch.equal(cache.v.view(torch.uint8), v.view(torch.uint8))
     assert relative_error(got, expected) < tolerance(torch.bfloat16)
 
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from kernel_checks import paged_cache, relative_error, tolerance
@@ -56,15 +58,35 @@ def test_prefill_attention_equals_reference(
     assert (out[:first] == 7.0).all()
 
 
-def test_prefill_attention_reads_a_float8_cache(device: torch.device) -> None:
-    cache = paged_cache([40], 16, 1, 64, torch.float8_e4m3fn, device)
-    q = torch.randn(9, 2, 64, device=device).to(torch.bfloat16)
-    starts = torch.tensor([0, 9], dtype=torch.int32, device=device)
+@pytest.mark.parametrize(
+    ("lens", "counts", "block_size", "group", "dim", "window", "tiling"),
+    [
+        ([40], [9], 16, 2, 64, None, PrefillTiling(16, 16, 4, 2)),
+        ([70, 50], [20, 33], 64, 1, 128, None, None),
+        ([70, 50], [20, 33], 16, 2, 64, None, PrefillTiling(32, 32, 4, 2)),
+        ([90, 17], [60, 17], 16, 1, 128, 24, PrefillTiling(16, 16, 4, 2, bulk=False)),
+        ([50], [33], 64, 3, 256, 20, None),
+    ],
+)
+def test_prefill_attention_reads_a_float8_cache(
+    device: torch.device,
+    lens: list[int],
+    counts: list[int],
+    block_size: int,
+    group: int,
+    dim: int,
+    window: int | None,
+    tiling: PrefillTiling | None,
+) -> None:
+    cache = paged_cache(lens, block_size, 1, dim, torch.float8_e4m3fn, device)
+    starts = [0, *itertools.accumulate(counts)]
+    q = torch.randn(starts[-1], group, dim, device=device).to(torch.bfloat16)
     got = prefill_attention(
-        q, cache.k, cache.v, cache.tables, cache.lens, starts, scale=0.125, k_scale=0.5, v_scale=2.0,
-        tiling=PrefillTiling(16, 16, 4, 2),
+        q, cache.k, cache.v, cache.tables, cache.lens, torch.tensor(starts, dtype=torch.int32, device=device),
+        scale=dim**-0.5, window=window, k_scale=0.5, v_scale=2.0, tiling=tiling,
     )  # fmt: skip
-    expected = paged_attention(q, cache.k.float() * 0.5, cache.v.float() * 2.0, cache.tables, [40], [0, 9], 0.125)
+    k, v = cache.k.float() * 0.5, cache.v.float() * 2.0
+    expected = paged_attention(q, k, v, cache.tables, lens, starts, dim**-0.5, window)
     assert relative_error(got, expected) < tolerance(torch.bfloat16)
 
 

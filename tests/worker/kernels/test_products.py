@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mgpu.protocol.quantization import Quant, weight_format
 from mgpu.worker.kernels.dequantize import dequantize_packed
-from mgpu.worker.kernels.few_row_gemv import few_row_gemv
 from mgpu.worker.kernels.gemv import GemvTiling, gemv
+from mgpu.worker.kernels.gemv_rows import Activation
 from mgpu.worker.kernels.packing import PackedWeight, dequantize, pack_fp8, pack_int4, pack_int8
 from mgpu.worker.kernels.products import matmul, quantized_matmul
 from mgpu.worker.kernels.quantized_gemm import quantized_gemm
@@ -24,14 +24,6 @@ def draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) 
     return torch.randn(shape, device=device).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "n", "k"), [(2, 70, 256), (3, 33, 576), (8, 16, 128)])
-def test_few_row_gemv_equals_linear(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int) -> None:
-    x, w, bias = (draw(*shape, device=device, dtype=dtype) for shape in ((rows, k), (n, k), (n,)))
-    got = few_row_gemv(x, w, bias_N=bias, tiling=GemvTiling(4, 256, 1))
-    assert relative_error(got, F.linear(x.float(), w.float(), bias.float())) < tolerance(dtype)
-
-
 def test_split_products_are_repeatable(device: torch.device) -> None:
     weight, _ = random_weight("int8", 64, 1024, device)
     x = draw(3, 1024, device=device)
@@ -43,8 +35,6 @@ def test_more_rows_than_a_kernel_takes_are_refused(device: torch.device) -> None
     weight, _ = random_weight("int8", 64, 128, device)
     with pytest.raises(ValueError, match="1 to 64 rows of 128, got 65 of 128"):
         quantized_gemm(draw(65, 128, device=device), weight)
-    with pytest.raises(ValueError, match="1 to 8 rows, got 9"):
-        few_row_gemv(draw(9, 64, device=device), draw(8, 64, device=device))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 65])
@@ -133,19 +123,28 @@ def test_quantized_gemv_equals_product_with_dequantized_weight(
     assert relative_error(got, F.linear(x.float(), values, bias.float())) < 3 * tolerance(dtype)
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int4-32"])
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+def test_quantized_gemv_gates_its_outputs(device: torch.device, kind: str, gate: Activation) -> None:
+    weight, values = random_weight(kind, 2 * 37, 256, device)
+    x, bias = draw(1, 256, device=device), draw(2 * 37, device=device)
+    got = quantized_gemv(x, weight, gate=gate, bias_N=bias, tiling=GemvTiling(8, 128, 1))
+    assert relative_error(got, gated_activation(F.linear(x, values, bias), gate == "silu")) < 3 * tolerance(
+        torch.float32
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(70, 256), (33, 576)])
-def test_gemv_folds_norm_bias_gate_and_residual(
+def test_gemv_adds_a_bias_and_gates_its_outputs(
     device: torch.device, dtype: torch.dtype, ahead: bool, n: int, k: int
 ) -> None:
     tiling = GemvTiling(8, 128, 4, ahead)
-    x, w, gain = (draw(*shape, device=device, dtype=dtype) for shape in ((1, k), (2 * n, k), (k,)))
-    bias, residual = draw(2 * n, device=device, dtype=dtype), draw(1, n, device=device, dtype=dtype)
-    plain = gemv(x, w, tiling=tiling)
-    assert relative_error(plain, x.float() @ w.float().T) < tolerance(dtype)
-    normed = F.rms_norm(x.float(), (k,), gain.float(), 1e-6)
-    for gate in ("silu", "gelu_tanh"):
-        expected = gated_activation(F.linear(normed, w.float(), bias.float()), gate == "silu") + residual.float()
-        got = gemv(x, w, gain_K=gain, eps=1e-6, gate=gate, bias_N=bias, residual_1N=residual, tiling=tiling)
-        assert relative_error(got, expected) < tolerance(dtype)
+    x, w, bias = (draw(*shape, device=device, dtype=dtype) for shape in ((1, k), (2 * n, k), (2 * n,)))
+    sums = F.linear(x.float(), w.float(), bias.float())
+    assert relative_error(gemv(x, w, bias_N=bias, tiling=tiling), sums) < tolerance(dtype)
+    gates: tuple[Activation, ...] = ("silu", "gelu_tanh")
+    for gate in gates:
+        got = gemv(x, w, gate=gate, bias_N=bias, tiling=tiling)
+        assert relative_error(got, gated_activation(sums, gate == "silu")) < tolerance(dtype)

@@ -1,0 +1,80 @@
+"""Products of float8 rows with packed float8 weights (W8A8), by the library's tensor-core kernels.
+
+The words of a weight, read as float8, are the weight with the channels of each block in another order; rows are
+quantized into the same order, so that there is no second copy of the weight. ``torch._scaled_mm`` is not public and
+differs between versions, so it is tried once per device before anything relies on it.
+"""
+
+# T tokens, K input channels, N output channels
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mgpu.worker.kernels.float8_quantize import quantize_rows
+from mgpu.worker.kernels.float8_rows import LEAST_ROWS, Float8Rows, ScaledRows, round_rows
+from mgpu.worker.kernels.packing import PackedWeight, dequantize, pack_fp8
+
+log = logging.getLogger(__name__)
+
+_CAPABILITY = (8, 9)
+"""Ada and Hopper are the first with float8 tensor cores."""
+_TOLERANCE = 2e-2
+"""Of a row of the product, next to rows rounded alike. Rounding to bfloat16 twice explains 2e-3; a value half-way
+between two that is rounded the other way may add 1e-2. What is laid out wrongly is off by 1."""
+
+
+def float8_product(rows: Float8Rows, weight: PackedWeight) -> ScaledRows:
+    """Multiply by the weight's transpose, in bfloat16.
+
+    All scales of the weight must be the same, as `quantize` makes them, and N a multiple of 16.
+    """
+    values_TN = torch._scaled_mm(
+        rows.values,
+        weight.words.view(torch.float8_e4m3fn).t(),
+        scale_a=_one(rows.values.device),
+        scale_b=weight.scales[:1],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return ScaledRows(values_TN, rows.scale_T)
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    """Make the constant before any graph is captured (the first trial does), so that its memory is of no graph."""
+    return torch.ones(1, 1, device=device)
+
+
+@cache
+def multiplies_float8(device: torch.device) -> bool:
+    """Say whether float8 products work here; not to be asked first while a graph is captured."""
+    if torch.cuda.get_device_capability(device) < _CAPABILITY:
+        return False
+    try:
+        error = trial_error(device)
+    except Exception as failure:  # a private function may fail in any way; weight-only products still serve
+        log.warning("fp8 stays weight-only: torch._scaled_mm failed: %s: %s", type(failure).__name__, failure)
+        return False
+    if error > _TOLERANCE:
+        log.warning("fp8 stays weight-only: float8 products are off by %.1e of their norm", error)
+        return False
+    log.info("fp8 products of %d rows and more round activations to float8 too (W8A8)", LEAST_ROWS)
+    return True
+
+
+@torch.inference_mode()
+def trial_error(device: torch.device) -> float:
+    """Give the distance of a small product to plain torch over its norm; infinity where it is not finite."""
+    generator = torch.Generator(device).manual_seed(0)
+    x_TK, w_NK = (torch.randn(shape, generator=generator, device=device) for shape in ((17, 320), (48, 320)))
+    x_TK = (x_TK * torch.logspace(-3, 3, 17, device=device)[:, None]).bfloat16()
+    weight = pack_fp8(w_NK.to(torch.float8_e4m3fn), torch.full((48,), 0.37, device=device))
+    got_TN = float8_product(quantize_rows(x_TK), weight).plain().float()
+    expected_TN = round_rows(x_TK) @ dequantize(weight, torch.float32).T
+    # By rows, since the large ones would hide the small ones.
+    errors_T = (got_TN - expected_TN).norm(dim=1) / expected_TN.norm(dim=1)
+    error = float(errors_T.max())
+    return error if error == error else torch.inf
