@@ -16,6 +16,15 @@ _KINDS = {"int8": 0, "fp8": 1, "int4": 2}
 
 
 @triton.jit
+def _in_order(parts, ROWS: tl.constexpr):
+    """Give the eight parts of 32 words as 256 channels, so that they are stored side by side."""
+    even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
+    odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
+    by_run = tl.reshape(tl.join(even, odd), [ROWS, 8, 4, 8])
+    return tl.reshape(tl.permute(by_run, [0, 1, 3, 2]), [ROWS, 256])
+
+
+@triton.jit
 def _dequantize_kernel(
     w_ptr,
     scale_ptr,
@@ -29,7 +38,6 @@ def _dequantize_kernel(
     OVERLAP: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    PARTS: tl.constexpr = 8 if KIND == 2 else 4
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1)
     j = tl.arange(0, 32)
@@ -41,17 +49,16 @@ def _dequantize_kernel(
         groups = tl.cdiv(K, GROUP)
         group = tl.minimum((block * 256 + j // 4 * 32) // GROUP, groups - 1)
         parts = widen_int4(words, tl.load(scale_ptr + rows[:, None] * groups + group[None, :]), dtype, ASSEMBLY)
+        k = block * 256 + tl.arange(0, 256)
+        values = _in_order(parts, ROWS)
+        tl.store(out_ptr + rows[:, None] * K + k[None, :], values, mask=(n < N)[:, None] & (k < K)[None, :])
     else:
         parts = widen_octets(words, KIND, dtype, ASSEMBLY)
         scale = tl.load(scale_ptr + rows)[:, None]
-    for part in tl.static_range(PARTS):
-        if KIND == 2:
-            k = block * 256 + j // 4 * 32 + part * 4 + j % 4
-            value = parts[part]
-        else:
-            k = (block * PARTS + part) * 32 + j
+        for part in tl.static_range(4):
+            k = (block * 4 + part) * 32 + j
             value = (parts[part].to(tl.float32) * scale).to(dtype)
-        tl.store(out_ptr + rows[:, None] * K + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
+            tl.store(out_ptr + rows[:, None] * K + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 def dequantize_packed(weight: PackedWeight, dtype: torch.dtype, out_NK: Tensor | None = None) -> Tensor:

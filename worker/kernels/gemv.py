@@ -15,16 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.gemv_rows import (
-    GATES,
-    Activation,
-    NormAfter,
-    NormBefore,
-    load_squares,
-    norm_factor,
-    store_outputs,
-    weight_rows,
-)
+from mgpu.worker.kernels.gemv_rows import GATES, Activation, store_outputs, weight_rows
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 
@@ -55,15 +46,9 @@ def _gemv_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
-    squares_ptr,
-    clears_ptr,
-    residual_ptr,
-    norm_weight_ptr,
-    sum_ptr,
     y_ptr,
     N,
     K,
-    eps,
     GATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -75,7 +60,6 @@ def _gemv_kernel(
     k = tl.arange(0, BLOCK_K)
     w = _load_weights(w_ptr, rows, k, K, EVEN_K, False)
     wait_for_inputs(OVERLAP)
-    squares = load_squares(squares_ptr, clears_ptr)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         ks = k0 + k
@@ -90,8 +74,7 @@ def _gemv_kernel(
         acc += w.to(tl.float32) * x[None, :]
         if AHEAD:
             w = next_w
-    y = tl.sum(acc, 1) * norm_factor(squares, squares_ptr, K, eps)
-    store_outputs(y, rows, bias_ptr, residual_ptr, norm_weight_ptr, sum_ptr, y_ptr, N, GATE, BLOCK_N)
+    store_outputs(tl.sum(acc, 1), rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
 
 
 def choose_tiling(n: int, k: int, gated: bool) -> GemvTiling:
@@ -107,15 +90,12 @@ def gemv(
     *,
     gate: Activation | None = None,
     bias_N: Tensor | None = None,
-    before: NormBefore | None = None,
-    after: NormAfter | None = None,
     out_1N: Tensor | None = None,
     tiling: GemvTiling | None = None,
 ) -> Tensor:
     """Multiply one row by w^T in float32, as a contiguous weight [N, K] is read once.
 
     ``gate``: the weight stacks gate and up, [2 N, K]; the result is act(gate) * up. ``bias_N`` is added before that.
-    ``before``, ``after``: norms that are split over this product and another one.
     """
     k = x_1K.shape[-1]
     n = w_NK.shape[0] // (2 if gate else 1)
@@ -127,15 +107,9 @@ def gemv(
         x_1K,
         w_NK,
         bias_N,
-        before.squares if before else None,
-        before.clears if before else None,
-        after.residual_1N if after else None,
-        after.weight_N if after else None,
-        after.squares if after else None,
         out_1N,
         n,
         k,
-        before.eps if before else 0.0,
         GATES[gate],
         tiling.block_n,
         block_k,

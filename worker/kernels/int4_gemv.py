@@ -10,7 +10,7 @@ Arithmetic, not memory, is scarce here: at 4.3 TB/s one SM has 4.3 issue slots p
 import triton
 import triton.language as tl
 
-from mgpu.worker.kernels.gemv_rows import load_squares, norm_factor, store_outputs, weight_rows
+from mgpu.worker.kernels.gemv_rows import store_outputs, weight_rows
 from mgpu.worker.kernels.runtime import wait_for_inputs
 from mgpu.worker.kernels.widen import split_scales, widen_to_floats
 
@@ -30,15 +30,9 @@ def int4_gemv_kernel(
     w_ptr,
     scale_ptr,
     bias_ptr,
-    squares_ptr,
-    clears_ptr,
-    residual_ptr,
-    norm_weight_ptr,
-    sum_ptr,
     y_ptr,
     N,
     K,
-    eps,
     words_per_row,
     GROUP: tl.constexpr,
     GATE: tl.constexpr,
@@ -61,7 +55,6 @@ def int4_gemv_kernel(
     pairs = tl.load(scale_ptrs + tl.minimum(run * 32 // GROUP, groups - 1)[None, :])
     wait_for_inputs(OVERLAP)
 
-    squares = load_squares(squares_ptr, clears_ptr)
     acc = tl.zeros([BLOCK_N, RUNS], tl.float32)
     for first in range(0, words_per_row, BLOCK_W):
         if AHEAD:
@@ -91,5 +84,4 @@ def int4_gemv_kernel(
             words = next_words
             pairs = next_pairs
 
-    y = tl.sum(acc, 1) * norm_factor(squares, squares_ptr, K, eps)
-    store_outputs(y, rows, bias_ptr, residual_ptr, norm_weight_ptr, sum_ptr, y_ptr, N, GATE, BLOCK_N)
+    store_outputs(tl.sum(acc, 1), rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.dequantize import dequantize_packed
 from mgpu.worker.kernels.gemv import gemv
-from mgpu.worker.kernels.gemv_rows import Activation, NormAfter, NormBefore
+from mgpu.worker.kernels.gemv_rows import Activation
 from mgpu.worker.kernels.packing import PackedWeight
 from mgpu.worker.kernels.quantized_gemm import MAX_ROWS, quantized_gemm
 from mgpu.worker.kernels.quantized_gemv import quantized_gemv
@@ -31,14 +31,9 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
 
 
 def one_row_matmul(
-    x_1I: Tensor,
-    w: Tensor | PackedWeight,
-    bias_O: Tensor | None,
-    gate: Activation | None = None,
-    before: NormBefore | None = None,
-    after: NormAfter | None = None,
+    x_1I: Tensor, w: Tensor | PackedWeight, bias_O: Tensor | None, gate: Activation | None = None
 ) -> Tensor:
-    """Multiply a single row, with what `gemv` can do beside it."""
+    """Multiply a single row; ``gate`` as in `gemv`."""
     if isinstance(w, PackedWeight):
-        return quantized_gemv(x_1I, w, bias_N=bias_O, gate=gate, before=before, after=after)
-    return gemv(x_1I, w, bias_N=bias_O, gate=gate, before=before, after=after)
+        return quantized_gemv(x_1I, w, gate=gate, bias_N=bias_O)
+    return gemv(x_1I, w, gate=gate, bias_N=bias_O)

@@ -79,8 +79,10 @@ def _quantized_gemm_kernel(
             words = tl.load(w_ref + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
         if KIND == 2:
             # Groups past the last one are padding, which meets no activations.
-            group = tl.minimum((block * 256 + j // 4 * 32) // GROUP, groups - 1)
-            parts = widen_int4(words, tl.load(scale_ptr + rows[:, None] * groups + group[None, :]), dtype, ASSEMBLY)
+            group = tl.minimum((block * 256 + tl.arange(0, 8) * 32) // GROUP, groups - 1)
+            pairs = tl.load(scale_ptr + rows[:, None] * groups + group[None, :])
+            pairs = tl.reshape(tl.broadcast_to(pairs[:, :, None], [BLOCK_N, 8, 4]), [BLOCK_N, 32])
+            parts = widen_int4(words, pairs, dtype, ASSEMBLY)
         else:
             parts = widen_octets(words, KIND, dtype, ASSEMBLY)
         for part in tl.static_range(PARTS):

@@ -12,16 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mgpu.worker.kernels.gemv import GemvTiling
-from mgpu.worker.kernels.gemv_rows import (
-    GATES,
-    Activation,
-    NormAfter,
-    NormBefore,
-    load_squares,
-    norm_factor,
-    store_outputs,
-    weight_rows,
-)
+from mgpu.worker.kernels.gemv_rows import GATES, Activation, store_outputs, weight_rows
 from mgpu.worker.kernels.int4_gemv import int4_gemv_kernel
 from mgpu.worker.kernels.packing import WORDS, PackedWeight
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
@@ -36,15 +27,9 @@ def _quantized_gemv_kernel(
     w_ptr,
     scale_ptr,
     bias_ptr,
-    squares_ptr,
-    clears_ptr,
-    residual_ptr,
-    norm_weight_ptr,
-    sum_ptr,
     y_ptr,
     N,
     K,
-    eps,
     words_per_row,
     KIND: tl.constexpr,
     GATE: tl.constexpr,
@@ -61,7 +46,6 @@ def _quantized_gemv_kernel(
     words = tl.load(w_ptrs, mask=(column < words_per_row)[None, :], other=0)
     wait_for_inputs(OVERLAP)
 
-    squares = load_squares(squares_ptr, clears_ptr)
     acc = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
     for first in range(0, words_per_row, BLOCK_W):
         c = first + column
@@ -80,8 +64,8 @@ def _quantized_gemv_kernel(
         if AHEAD:
             words = next_words
 
-    y = tl.sum(acc, 1) * tl.load(scale_ptr + rows) * norm_factor(squares, squares_ptr, K, eps)
-    store_outputs(y, rows, bias_ptr, residual_ptr, norm_weight_ptr, sum_ptr, y_ptr, N, GATE, BLOCK_N)
+    y = tl.sum(acc, 1) * tl.load(scale_ptr + rows)
+    store_outputs(y, rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
 
 
 def choose_tiling(weight: PackedWeight) -> GemvTiling:
@@ -98,12 +82,10 @@ def quantized_gemv(
     *,
     gate: Activation | None = None,
     bias_N: Tensor | None = None,
-    before: NormBefore | None = None,
-    after: NormAfter | None = None,
     out_1N: Tensor | None = None,
     tiling: GemvTiling | None = None,
 ) -> Tensor:
-    """Multiply one row by the dequantized weight's transpose in float32; the options are those of `gemv`."""
+    """Multiply one row by the dequantized weight's transpose in float32; ``gate`` as in `gemv`."""
     k = x_1K.shape[-1]
     outputs, words_per_row = weight.words.shape
     n = outputs // (2 if gate else 1)
@@ -120,15 +102,9 @@ def quantized_gemv(
         weight.words,
         weight.scales,
         bias_N,
-        before.squares if before else None,
-        before.clears if before else None,
-        after.residual_1N if after else None,
-        after.weight_N if after else None,
-        after.squares if after else None,
         out_1N,
         n,
         k,
-        before.eps if before else 0.0,
         words_per_row,
         weight.group if weight.kind == "int4" else _KINDS[weight.kind],
         GATES[gate],

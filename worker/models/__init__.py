@@ -36,16 +36,7 @@ def build_stage(
     context = BuildContext(facts, group, dtype, device, weight_format(quant), kv_cache_dtype)
     if facts.architecture == "gemma3":
         return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
-    stage = DecoderStage(context, layers, LlamaLayer)
-    if stage.has_kernels and group.size == 1:
-        from mgpu.worker.layers.one_row import OneRowLayers  # imports triton, which machines without a GPU may lack
-
-        stage.one_row = OneRowLayers(_llama_layers(stage), stage.is_sliding, device)
-    return stage
-
-
-def _llama_layers(stage: DecoderStage) -> list[LlamaLayer]:
-    return [layer for layer in stage.layers if isinstance(layer, LlamaLayer)]
+    return DecoderStage(context, layers, LlamaLayer)
 
 
 @torch.inference_mode()

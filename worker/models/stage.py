@@ -2,7 +2,7 @@
 
 # T tokens, S rows that sample, D model dim
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,12 +69,6 @@ class DecoderLayer(Protocol):
     def load(self, reader: WeightReader, prefix: str) -> None: ...
 
 
-class OneRow(Protocol):
-    """Another way through a stage's layers for a single row."""
-
-    def run(self, x_1D: Tensor, angles: Mapping[bool, Angles], attention: StepAttention, cache: KvCache) -> Tensor: ...
-
-
 class LayerFactory(Protocol):
     def __call__(self, context: BuildContext, layer: int) -> DecoderLayer: ...
 
@@ -95,10 +89,9 @@ class DecoderStage(Module):
         self.is_last = layers.stop == facts.num_layers
         self.embedding_scale = float(torch.tensor(facts.embedding_scale, dtype=context.dtype))
         self.layers = [make_layer(context, index) for index in layers]
-        self.one_row: OneRow | None = None
         self.norm = context.norm(norms_unit_offset) if self.is_last else None
         self._build_vocab(context)
-        self.is_sliding = [facts.sliding_layers[index] for index in layers]
+        self._is_sliding = [facts.sliding_layers[index] for index in layers]
         self._rotary = _rotary_embeddings(facts, context.device)
         self._attention_backend = select_backend(context.device, self._attention_shape(context))
 
@@ -116,7 +109,7 @@ class DecoderStage(Module):
 
     def _angles(self, positions_T: Tensor) -> dict[bool, Angles]:
         """Give what layers rotate by, for sliding (True) and full (False) attention as far as there are such layers."""
-        kinds = set(self.is_sliding)
+        kinds = set(self._is_sliding)
         if self._attention_backend.takes_packed:
             return {kind: self._rotary[kind].table(self.max_positions) for kind in kinds}
         return {kind: self._rotary[kind](positions_T, self.dtype) for kind in kinds}
@@ -146,10 +139,8 @@ class DecoderStage(Module):
     def run_layers_with(self, x_TD: Tensor, attention: StepAttention, positions_T: Tensor, cache: KvCache) -> Tensor:
         """Run the layers with attention that was prepared elsewhere."""
         angles = self._angles(positions_T)
-        if self.one_row is not None and len(x_TD) == 1:
-            return self.one_row.run(x_TD, angles, attention, cache)
         delta_TD: Product | None = None
-        for layer, sliding, layer_cache in zip(self.layers, self.is_sliding, cache.layers, strict=True):
+        for layer, sliding, layer_cache in zip(self.layers, self._is_sliding, cache.layers, strict=True):
             delta_TD = layer(delta_TD, x_TD, angles[sliding], attention, layer_cache)
         return x_TD if delta_TD is None else x_TD.add_(plain(delta_TD))
 
