@@ -63,7 +63,7 @@ class Effort:
 
 
 REAL = Effort(seconds=0.6, repeat=3)
-REHEARSED = Effort(seconds=0.05, repeat=2, fewer=32, is_rehearsal=True)
+REHEARSED = Effort(seconds=0.2, repeat=2, fewer=32, is_rehearsal=True)
 
 
 Sizes = tuple[tuple[int, int], ...]
