@@ -11,6 +11,7 @@ on several days. What stands after ``--`` goes to every ``mgpu-launch serve``; t
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,10 +27,11 @@ import click
 from model_shapes import write_config
 from performance_plot import write_picture
 from performance_ready import measure_ready
-from performance_rows import BENCH, FAILED, REAL, REHEARSED, SHOWN, Sizes, missing, size_text
+from performance_rows import BENCH, FAILED, REAL, REHEARSED, SHOWN, Sizes, last_line, missing, size_text
 from performance_server import Part, Place, measure
 from performance_table import BEGIN, END, read_results, table, write_between
 
+from mgpu.launch.bench.machine import gpu_names
 from mgpu.launch.bench.report import Report
 from mgpu.orchestrator.errors import UserError
 
@@ -134,7 +136,7 @@ def run_script(words: list[str]) -> None:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{script} was not done in {PEER_S:g} s") from error
     if done.returncode:
-        raise UserError(f"{script} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+        raise UserError(f"{script} ended with status {done.returncode}: {last_line(done.stderr)}")
 
 
 def parse() -> argparse.Namespace:
@@ -160,6 +162,8 @@ def measure_parts(arguments: argparse.Namespace) -> None:
     """Measure the parts that were asked for, one after the other, as long as there is time."""
     began_s = time.monotonic()
     effort = REHEARSED if arguments.rehearse else REAL
+    if not (arguments.rehearse or gpu_names()):
+        raise SystemExit("error: no GPU here, and these models take hours without one; --rehearse runs small ones")
     with tempfile.TemporaryDirectory(prefix="mgpu-bench-") as folder:
         run = Run(Place(effort, f"{arguments.tbps}TB/s", tuple(arguments.options), Path(folder)), arguments.results)
         for name in arguments.parts:
@@ -187,6 +191,7 @@ def write(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers end with the blocks they are in
     if arguments.write:
         write(arguments)
     else:

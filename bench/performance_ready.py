@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from model_shapes import write_config, write_weights
-from performance_rows import BENCH, FAILED, READY, READY_COLD, READY_FILES, READY_PEER, SHOWN, missing, row
+from performance_rows import BENCH, FAILED, READY, READY_COLD, READY_FILES, READY_PEER, SHOWN, last_line, missing, row
 from performance_server import Place, failures_noted
 
 from mgpu.launch.bench.report import Report
@@ -73,5 +73,5 @@ def peer_ready(files: Path, device: str) -> Row:
     except subprocess.TimeoutExpired:
         return missing(READY_PEER, 0, 0, f"not ready after {PEER_S:g} s")
     except subprocess.CalledProcessError as error:
-        return missing(READY_PEER, 0, 0, f"{FAILED}: {error.stderr.strip().splitlines()[-1:]}")
+        return missing(READY_PEER, 0, 0, f"{FAILED}: {last_line(error.stderr)}")
     return row(READY_PEER, 0, 0, "s", [float(done.stdout.split()[-1])])

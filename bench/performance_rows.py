@@ -37,6 +37,11 @@ def missing(what: str, count: int, length: int, note: str) -> Row:
     return {"what": what, "count": count, "length": length, "note": note}
 
 
+def last_line(text: str) -> str:
+    """Give what a program said last: of a traceback, the error."""
+    return text.strip().rpartition("\n")[2] or "nothing was said"
+
+
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How much is measured. A rehearsal keeps every name and divides what it stands for."""
@@ -58,7 +63,7 @@ class Effort:
 
 
 REAL = Effort(seconds=0.6, repeat=3)
-REHEARSED = Effort(seconds=0.05, repeat=2, fewer=32, is_rehearsal=True)
+REHEARSED = Effort(seconds=0.2, repeat=2, fewer=32, is_rehearsal=True)
 
 
 Sizes = tuple[tuple[int, int], ...]
