@@ -1,0 +1,101 @@
+"""Kernels over peer memory: all ranks get the same bits of the right sum, and a peer that never writes is noticed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peer_checks import Rank, compare, region_bytes
+
+from mgpu.worker.peer_memory import PeerAlarm
+
+PROGRAM = Path(__file__).with_name("peer_rank.py")
+RANKS = 3
+
+
+def test_ranks_as_processes_compute_the_same_bits() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here, not interpreted")
+    fd = os.memfd_create("mgpu-test")
+    os.ftruncate(fd, RANKS * region_bytes(RANKS, torch.float32))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(rank), str(RANKS), str(fd)],
+            pass_fds=[fd],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        for _ in ("bfloat16", "float32"):
+            assert [process.stdout.readline() for process in processes if process.stdout] == ["empty\n"] * RANKS
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+        digests = {process.communicate(timeout=120)[0] for process in processes}
+    finally:
+        os.close(fd)
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert len(digests) == 1
+    assert len(digests.pop().strip()) == 64
+
+
+def test_a_peer_that_never_writes_is_noticed_once(device: torch.device) -> None:
+    own, _peer = make_ranks(device, torch.float32, 2, timeout=1_000_000 if device.type == "cuda" else 3)
+    x_TD = torch.ones(2, 80, device=device)
+    own.one_shot(x_TD, torch.empty_like(x_TD), None, None)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert int(own.alarm.seen) == 1
+    own.two_shot(x_TD, torch.empty_like(x_TD), None, None)  # and now nothing is waited for
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_ranks(device: torch.device, dtype: torch.dtype, ranks: int, timeout: int = 5_000_000_000) -> list[Rank]:
+    """Give all ranks of a group in this process, each with a buffer of its own on one device."""
+    buffers = [torch.zeros(region_bytes(ranks, dtype), dtype=torch.uint8, device=device) for _ in range(ranks)]
+    addresses = [buffer.data_ptr() for buffer in buffers]
+
+    def alarm() -> PeerAlarm:
+        seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        return PeerAlarm(torch.zeros(1, dtype=torch.int32, device=device), seen, timeout)
+
+    return [Rank(rank, ranks, dtype, buffers[rank], addresses, alarm()) for rank in range(ranks)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_ranks_as_streams_of_one_gpu_compute_the_same_bits(dtype: torch.dtype) -> None:
+    device = torch.device("cuda:0")
+    members = make_ranks(device, dtype, RANKS)
+    launch_together(members)  # compiles: the first rank waits meanwhile, then the results may be late
+    for _ in range(3):
+        found = launch_together(members)
+        for own, tensors in zip(members, found, strict=True):
+            assert not int(own.alarm.seen), "waited in vain"
+            compare(tensors, own.expected())
+            assert all(torch.equal(one, other) for one, other in zip(tensors, found[0], strict=True))
+
+
+def launch_together(members: list[Rank]) -> list[list[torch.Tensor]]:
+    """Run every rank on a stream of its own, as a graph: eager launches of one thread would follow each other."""
+    graphs, found = [], []
+    for own in members:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            found.append(own.launch())
+        graphs.append(graph)
+    for graph in graphs:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.replay()
+    torch.cuda.synchronize()
+    return found
