@@ -1,4 +1,4 @@
-"""Let another process of this machine map memory of a GPU (CUDA IPC), without pickle."""
+"""Let another process of this machine map memory of a GPU (CUDA IPC); handles are MessagePack."""
 
 import msgpack
 import torch

@@ -60,8 +60,8 @@ class PeerAlarm:
     """int32 [1] on the GPU: kernels after the first that failed do not wait."""
     seen: Tensor
     """int32 [1] in pinned host memory, read without a copy."""
-    timeout: int
-    """Longest wait in nanoseconds; in the interpreter, number of looks."""
+    timeout_us: int
+    """Longest wait in microseconds; in the interpreter, which has no clock, thousands of looks."""
 
 
 def buffer_bytes(shapes: Sequence[AreaShape]) -> int:

@@ -61,7 +61,7 @@ def _finish(
     tl.store(out_ptr + row * out_stride + d, total.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rank", "timeout"])
+@triton.jit(do_not_specialize=["rank", "timeout_us"])
 def _one_shot_kernel(
     x_ptr,
     residual_ptr,
@@ -77,7 +77,7 @@ def _one_shot_kernel(
     residual_stride,
     out_stride,
     rank,
-    timeout,
+    timeout_us,
     eps,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -106,13 +106,13 @@ def _one_shot_kernel(
     places = inbox_ptr + ((turn * RANKS + source) * ROWS + row) * D + d[None, :]
     arrives = (source != rank) & (source < RANKS) & mask[None, :]
     known = tl.where((source == rank) & mask[None, :], own[None, :], 0).to(BITS)
-    bits = receive(places, arrives, known, failed_ptr, seen_ptr, timeout, EMPTY, TIMED)
+    bits = receive(places, arrives, known, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
     total = tl.sum(bits.to(x.dtype, bitcast=True).to(tl.float32), 0)
     _finish(total, stream, row, d, mask, residual_ptr, residual_stride, bias_ptr, weight, out_ptr, out_stride, eps, D)
     tl.store(turns_ptr + row, 1 - turn)
 
 
-@triton.jit(do_not_specialize=["rank", "timeout"])
+@triton.jit(do_not_specialize=["rank", "timeout_us"])
 def _two_shot_kernel(
     x_ptr,
     residual_ptr,
@@ -130,7 +130,7 @@ def _two_shot_kernel(
     residual_stride,
     out_stride,
     rank,
-    timeout,
+    timeout_us,
     eps,
     D: tl.constexpr,
     PART: tl.constexpr,
@@ -163,9 +163,7 @@ def _two_shot_kernel(
     mine = (c < PART) & (rank * PART + c < D)
     places = parts_ptr + (line * RANKS + source) * PART + c[None, :]
     nothing = tl.zeros((PADDED, PART_BLOCK), BITS)
-    bits = receive(
-        places, (source < RANKS) & mine[None, :], nothing, failed_ptr, seen_ptr, timeout, EMPTY, TIMED
-    )
+    bits = receive(places, (source < RANKS) & mine[None, :], nothing, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
     dtype = out_ptr.dtype.element_ty
     part = tl.sum(bits.to(dtype, bitcast=True).to(tl.float32), 0).to(dtype)
     own = clean_bits(part, BITS, EMPTY)
@@ -173,7 +171,7 @@ def _two_shot_kernel(
         send(sum_peers[peer], line * D + rank * PART + c, own, mine, BITS)
     nothing = tl.zeros((1, BLOCK), BITS)
     bits = receive(
-        sums_ptr + line * D + d[None, :], mask[None, :], nothing, failed_ptr, seen_ptr, timeout, EMPTY, TIMED
+        sums_ptr + line * D + d[None, :], mask[None, :], nothing, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED
     )
     total = tl.sum(bits.to(dtype, bitcast=True).to(tl.float32), 0)
     _finish(total, stream, row, d, mask, residual_ptr, residual_stride, bias_ptr, weight, out_ptr, out_stride, eps, D)
@@ -223,7 +221,7 @@ class OneShot:
             0 if residual is None else residual.stream_TD.stride(0),
             out_TD.stride(0),
             self.rank,
-            self.alarm.timeout,
+            self.alarm.timeout_us,
             0.0 if residual is None else residual.eps,
             self.dim,
             self.rows,
@@ -279,7 +277,7 @@ class TwoShot:
             0 if residual is None else residual.stream_TD.stride(0),
             out_TD.stride(0),
             self.rank,
-            self.alarm.timeout,
+            self.alarm.timeout_us,
             0.0 if residual is None else residual.eps,
             self.dim,
             part,

@@ -21,7 +21,7 @@ _BLOCK = 64
 """Rows per program; not fewer than a warp has threads: see `receive`."""
 
 
-@triton.jit(do_not_specialize=["rank", "timeout", "S", "last_id"])
+@triton.jit(do_not_specialize=["rank", "timeout_us", "S", "last_id"])
 def _exchange_kernel(
     scores_ptr,
     ids_ptr,
@@ -38,7 +38,7 @@ def _exchange_kernel(
     S,
     last_id,
     rank,
-    timeout,
+    timeout_us,
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -65,11 +65,11 @@ def _exchange_kernel(
     places = inbox_ptr + (turn * RANKS + source) * 2 * ROWS + s[None, :]
     worst = tl.full((PADDED, BLOCK), float("-inf"), tl.float32).to(BITS, bitcast=True)
     known = tl.where(is_own, score[None, :], worst)
-    scores = receive(places, arrives, known, failed_ptr, seen_ptr, timeout, EMPTY, TIMED)
+    scores = receive(places, arrives, known, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
     scores = scores.to(tl.float32, bitcast=True)
     nobody = tl.full((PADDED, BLOCK), 2147483647, BITS)
     known = tl.where(is_own, token[None, :], nobody)
-    ids = receive(places + ROWS, arrives, known, failed_ptr, seen_ptr, timeout, EMPTY, TIMED)
+    ids = receive(places + ROWS, arrives, known, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
     best = tl.max(scores, 0)
     chosen = tl.min(tl.where(scores == best[None, :], ids, 2147483647), 0)
     chosen = tl.maximum(tl.minimum(chosen, last_id), 0)  # scores that are all NaN: some token that exists
@@ -129,7 +129,7 @@ class Exchange:
             count,
             last_id,
             self.rank,
-            self.alarm.timeout,
+            self.alarm.timeout_us,
             self.rows,
             ranks,
             power_of_2(ranks),

@@ -33,10 +33,9 @@ def send(address, place, bits, mask, BITS: tl.constexpr):
 @triton.jit
 def _clock(TIMED: tl.constexpr):
     """Give nanoseconds; 0 in the interpreter."""
+    now = tl.full((), 0, tl.int64)
     if TIMED:
         now = tl.extra.cuda.globaltimer()
-    else:
-        now = tl.full((), 0, tl.int64)
     return now
 
 
@@ -46,13 +45,13 @@ def _missing(bits, EMPTY: tl.constexpr):
 
 
 @triton.jit
-def receive(places, arrives, known, failed_ptr, seen_ptr, timeout, EMPTY: tl.constexpr, TIMED: tl.constexpr):
+def receive(places, arrives, known, failed_ptr, seen_ptr, timeout_us, EMPTY: tl.constexpr, TIMED: tl.constexpr):
     """Wait until everything that ``arrives`` is there and empty its places; ``known`` stands in everywhere else.
 
     All are two-dimensional and no smaller than the program has threads: copies of an element in several threads could
     be read at different moments. After a wait in vain the alarm is set and nobody waits again.
     """
-    patience = tl.where(tl.load(failed_ptr) == 0, timeout, 0)
+    patience = tl.where(tl.load(failed_ptr) == 0, timeout_us, 0).to(tl.int64) * 1000
     bits = tl.load(places, mask=arrives, other=known, volatile=True)
     missing = _missing(bits, EMPTY)
     began = _clock(TIMED)

@@ -18,6 +18,7 @@ from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_slices
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
+from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.layers.rotary import Angles, Rotation, rotate
 from mgpu.worker.loaders.reader import WeightReader
 
@@ -48,7 +49,7 @@ class Attention(Module):
             self.q_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
             self.k_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
 
-    def __call__(self, x_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache) -> Tensor:
+    def __call__(self, x_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache) -> Delta:
         qkv_TAK = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables are for attention that rotates by itself"
@@ -56,7 +57,7 @@ class Attention(Module):
         else:
             q_THK, k_TJK, v_TJK = self._rotated(qkv_TAK, angles)
             heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
-        return self.out(heads_THK.reshape(x_TD.shape[0], -1))
+        return self.out.partial(heads_THK.reshape(x_TD.shape[0], -1))
 
     def _norms(self) -> HeadNorms | None:
         if self.q_norm is None or self.k_norm is None:

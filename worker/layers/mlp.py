@@ -13,6 +13,7 @@ from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, even_range
 from mgpu.worker.layers.module import Module
+from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.loaders.reader import WeightReader
 
 
@@ -38,8 +39,8 @@ class GatedMLP(Module):
         self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, dtype, device, form)
         self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device, form)
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.down(self._gated(self.gate_up(x_TD)))
+    def __call__(self, x_TD: Tensor) -> Delta:
+        return self.down.partial(self._gated(self.gate_up(x_TD)))
 
     def _gated(self, gate_up_TF2: Tensor) -> Tensor:
         """Give act(gate) * up, [T, F]."""

@@ -9,6 +9,7 @@ from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
+from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.layers.rotary import Angles
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.stage import BuildContext
@@ -35,15 +36,14 @@ class LlamaLayer(Module):
 
     def __call__(
         self,
-        delta_TD: Tensor | None,
+        delta_TD: Delta | None,
         residual_TD: Tensor,
         angles: Angles,
         attention: StepAttention,
         cache: LayerCache,
-    ) -> Tensor:
+    ) -> Delta:
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
-        x_TD = self.attention(x_TD, angles, attention, cache)
-        x_TD = self.mlp_norm.add_and_norm(residual_TD, x_TD)
+        x_TD = self.mlp_norm.add_and_norm(residual_TD, self.attention(x_TD, angles, attention, cache))
         return self.mlp(x_TD)
 
     def load(self, reader: WeightReader, prefix: str) -> None:

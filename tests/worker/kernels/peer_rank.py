@@ -19,7 +19,7 @@ from peer_checks import Rank, compare, region_bytes
 
 from mgpu.worker.peer_memory import PeerAlarm
 
-LOOKS = 200_000
+THOUSAND_LOOKS = 200
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     addresses = [memory.data_ptr() + peer * nbytes for peer in range(ranks)]
     digest = hashlib.sha256()
     for dtype in (torch.bfloat16, torch.float32):
-        alarm = PeerAlarm(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), LOOKS)
+        alarm = PeerAlarm(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), THOUSAND_LOOKS)
         own = Rank(rank, ranks, dtype, memory[rank * nbytes :][:nbytes], addresses, alarm)
         print("empty", flush=True)
         sys.stdin.readline()

@@ -1,0 +1,111 @@
+"""A tensor-parallel group on GPUs that reach each other's memory: small sums by own kernels, large ones by NCCL.
+
+Kernels wait for peers on the device, so that whole steps can be CUDA graphs; `PeerGroup.check` raises what they found.
+"""
+
+# T tokens, D model dim, S rows that sample
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mgpu.worker.collectives import DryRun, TensorParallelGroup
+from mgpu.worker.errors import PeerLost
+from mgpu.worker.peer_memory import Area, AreaShape, PeerAlarm
+
+if TYPE_CHECKING:
+    from mgpu.worker.kernels.all_reduce import OneShot, TwoShot
+
+ONE_SHOT_BYTES = {2: 2 << 20, 3: 512 << 10, 4: 384 << 10, 5: 256 << 10, 6: 192 << 10, 7: 192 << 10, 8: 160 << 10}
+"""Largest message of one shot by number of ranks: where SGLang changes on an H200. Not measured with these kernels."""
+MOST_ROWS = 512
+"""Largest message of two shots, in rows: those of the largest graph with prompts. NCCL is meant for what is larger."""
+MOST_RANKS = max(ONE_SHOT_BYTES)
+
+
+def one_shot_rows(ranks: int, dim: int, dtype: torch.dtype) -> int:
+    """Say up to how many rows one shot is used."""
+    return max(1, min(MOST_ROWS, ONE_SHOT_BYTES[ranks] // (dim * dtype.itemsize)))
+
+
+def area_shapes(ranks: int, dim: int, dtype: torch.dtype) -> list[AreaShape]:
+    """Give the areas that a `PeerGroup` needs on each rank; two of them only where two shots are possible."""
+    from mgpu.worker.kernels.all_reduce import OneShot, TwoShot, two_shot_divides
+    from mgpu.worker.kernels.exchange import Exchange
+
+    shapes = Exchange.shapes(ranks, MOST_ROWS) + OneShot.shapes(ranks, one_shot_rows(ranks, dim, dtype), dim, dtype)
+    return shapes + (TwoShot.shapes(ranks, MOST_ROWS, dim, dtype) if two_shot_divides(ranks, dim, dtype) else [])
+
+
+class PeerGroup:
+    """Sums of up to `most_rows` rows of the model's width by kernels, everything else by ``inner``.
+
+    The caller owns the memory behind ``areas``, which are cut as `area_shapes` says.
+    """
+
+    def __init__(
+        self, inner: TensorParallelGroup, areas: Sequence[Area], alarm: PeerAlarm, dim: int, dtype: torch.dtype
+    ) -> None:
+        from mgpu.worker.kernels.all_reduce import OneShot, TwoShot
+        from mgpu.worker.kernels.exchange import Exchange
+
+        self.rank = inner.rank
+        self.size = inner.size
+        self._inner = inner
+        self._alarm = alarm
+        self._dim = dim
+        self._dtype = dtype
+        pairs, one, *two = areas
+        self.exchange = Exchange(pairs, alarm, self.rank, MOST_ROWS)
+        self.one_shot = OneShot(one, alarm, self.rank, one_shot_rows(self.size, dim, dtype), dim)
+        self.two_shot = TwoShot(two[0], two[1], alarm, self.rank, MOST_ROWS, dim) if two else None
+        self.most_rows = self.one_shot.rows if self.two_shot is None else MOST_ROWS
+
+    def takes(self, x: Tensor) -> bool:
+        """Say whether kernels add this up."""
+        return (
+            x.dim() == 2
+            and x.shape[1] == self._dim
+            and 0 < x.shape[0] <= self.most_rows
+            and x.dtype is self._dtype
+            and x.stride(1) == 1
+        )
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        if not self.takes(x):
+            return self._inner.all_reduce(x)
+        return self._kernel(x)(x, x, None, None)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return self._inner.all_gather(x)
+
+    def add_and_norm(
+        self, residual_TD: Tensor, part_TD: Tensor, bias_D: Tensor | None, weight_D: Tensor, eps: float
+    ) -> Tensor:
+        """Add the sum of the ranks' parts, and a bias, to ``residual`` in place; give the normalized sum."""
+        from mgpu.worker.kernels.all_reduce import Residual
+
+        residual = Residual(residual_TD, weight_D, eps)
+        return self._kernel(part_TD)(part_TD, torch.empty_like(residual_TD), residual, bias_D)
+
+    def _kernel(self, x_TD: Tensor) -> "OneShot | TwoShot":
+        return self.one_shot if self.two_shot is None or x_TD.shape[0] <= self.one_shot.rows else self.two_shot
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a kernel has waited for a peer in vain; what was computed since is worth nothing."""
+        return bool(self._alarm.seen)
+
+    def check(self) -> None:
+        """Raise PeerLost if a kernel has waited in vain."""
+        if self.has_failed:
+            raise PeerLost(f"rank {self.rank} of {self.size} waited for a sum of its peers in vain")
+
+
+def peers_of(group: TensorParallelGroup) -> PeerGroup | None:
+    """Give the group of kernels behind ``group``; None where there is none, or while a step's memory is measured."""
+    if isinstance(group, DryRun):
+        return None if group.alone else peers_of(group.inner)
+    return group if isinstance(group, PeerGroup) else None
