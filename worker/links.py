@@ -27,6 +27,7 @@ from mgpu.worker.collectives import (
 )
 from mgpu.worker.errors import BadSpec
 from mgpu.worker.mailbox import Channel, HostMailbox
+from mgpu.worker.peer_group import MOST_RANKS, Reach
 from mgpu.worker.peer_mailbox import PeerReceiver, PeerSender
 from mgpu.worker.peer_setup import PeerSetup
 from mgpu.worker.shared_memory import SharedMemoryGroup, SharedSegment
@@ -153,9 +154,12 @@ class _Connector:
 
     def _with_kernels(self, group: TensorParallelGroup, talk: TensorParallelGroup) -> TensorParallelGroup:
         """Add up by own kernels what they can, if all ranks of the stage reach each other's memory."""
-        self.peer_setup = PeerSetup(group, talk, self.device)
         spec = self.spec
-        opened = self.peer_setup.open(spec.facts.hidden_size, getattr(torch, spec.dtype), spec.timeout_s)
+        if group.size > MOST_RANKS:
+            return group
+        self.peer_setup = PeerSetup(group, talk, self.device)
+        reach = Reach.of(group.size, spec.facts.hidden_size, getattr(torch, spec.dtype))
+        opened = self.peer_setup.open(reach, spec.timeout_s)
         if self.place.tp_rank == 0:
             self.notes.append(self.peer_setup.note)
         return opened

@@ -14,12 +14,12 @@ _EPS = 1e-5
 
 
 @torch.inference_mode()
-def peer_problem(group: PeerGroup, dim: int, dtype: torch.dtype, device: torch.device) -> str:
+def peer_problem(group: PeerGroup, device: torch.device) -> str:
     """Say what is wrong; empty when sums, norms and choices are what they must be. All ranks of the group call this."""
     try:
         for turn in range(_ROUNDS):
             for rows in _row_counts(group):
-                if problem := _check_sums(group, turn, rows, dim, dtype, device):
+                if problem := _check_sums(group, turn, rows, device):
                     return problem
             if not torch.equal(*_choices(group, turn, device)):
                 return "ranks would choose other tokens"
@@ -34,7 +34,9 @@ def _row_counts(group: PeerGroup) -> list[int]:
     return sorted({1, min(5, one), one, min(one + 1, group.most_rows), group.most_rows})
 
 
-def _check_sums(group: PeerGroup, turn: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> str:
+def _check_sums(group: PeerGroup, turn: int, rows: int, device: torch.device) -> str:
+    dim, dtype = group.reach.dim, group.reach.dtype
+
     def draw(seed: int, *sizes: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(1000 * turn + seed)
         return torch.randn(sizes, generator=generator, device=device).to(dtype)

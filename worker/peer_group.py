@@ -6,6 +6,7 @@ Kernels wait for peers on the device, so that whole steps can be CUDA graphs; `P
 # T tokens, D model dim, S rows that sample
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,18 +26,33 @@ MOST_ROWS = 512
 MOST_RANKS = max(ONE_SHOT_BYTES)
 
 
-def one_shot_rows(ranks: int, dim: int, dtype: torch.dtype) -> int:
-    """Say up to how many rows one shot is used."""
-    return max(1, min(MOST_ROWS, ONE_SHOT_BYTES[ranks] // (dim * dtype.itemsize)))
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What kernels of ``ranks`` ranks add up: rows of ``dim`` values, up to so many in one shot and in two."""
+
+    ranks: int
+    dim: int
+    dtype: torch.dtype
+    one_shot_rows: int
+    two_shot_rows: int
+
+    @staticmethod
+    def of(ranks: int, dim: int, dtype: torch.dtype) -> "Reach":
+        """Choose by message size."""
+        one_shot_rows = max(1, min(MOST_ROWS, ONE_SHOT_BYTES[ranks] // (dim * dtype.itemsize)))
+        return Reach(ranks, dim, dtype, one_shot_rows, MOST_ROWS)
 
 
-def area_shapes(ranks: int, dim: int, dtype: torch.dtype) -> list[AreaShape]:
+def area_shapes(reach: Reach) -> list[AreaShape]:
     """Give the areas that a `PeerGroup` needs on each rank; two of them only where two shots are possible."""
     from mgpu.worker.kernels.all_reduce import OneShot, TwoShot, two_shot_divides
     from mgpu.worker.kernels.exchange import Exchange
 
-    shapes = Exchange.shapes(ranks, MOST_ROWS) + OneShot.shapes(ranks, one_shot_rows(ranks, dim, dtype), dim, dtype)
-    return shapes + (TwoShot.shapes(ranks, MOST_ROWS, dim, dtype) if two_shot_divides(ranks, dim, dtype) else [])
+    shapes = Exchange.shapes(reach.ranks, reach.two_shot_rows)
+    shapes += OneShot.shapes(reach.ranks, reach.one_shot_rows, reach.dim, reach.dtype)
+    if two_shot_divides(reach.ranks, reach.dim, reach.dtype):
+        shapes += TwoShot.shapes(reach.ranks, reach.two_shot_rows, reach.dim, reach.dtype)
+    return shapes
 
 
 class PeerGroup:
@@ -45,41 +61,38 @@ class PeerGroup:
     The caller owns the memory behind ``areas``, which are cut as `area_shapes` says.
     """
 
-    def __init__(
-        self, inner: TensorParallelGroup, areas: Sequence[Area], alarm: PeerAlarm, dim: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, inner: TensorParallelGroup, areas: Sequence[Area], alarm: PeerAlarm, reach: Reach) -> None:
         from mgpu.worker.kernels.all_reduce import OneShot, TwoShot
         from mgpu.worker.kernels.exchange import Exchange
 
         self.rank = inner.rank
         self.size = inner.size
-        self._inner = inner
+        self.inner = inner
         self._alarm = alarm
-        self._dim = dim
-        self._dtype = dtype
+        self.reach = reach
         pairs, one, *two = areas
-        self.exchange = Exchange(pairs, alarm, self.rank, MOST_ROWS)
-        self.one_shot = OneShot(one, alarm, self.rank, one_shot_rows(self.size, dim, dtype), dim)
-        self.two_shot = TwoShot(two[0], two[1], alarm, self.rank, MOST_ROWS, dim) if two else None
-        self.most_rows = self.one_shot.rows if self.two_shot is None else MOST_ROWS
+        self.exchange = Exchange(pairs, alarm, self.rank, reach.two_shot_rows)
+        self.one_shot = OneShot(one, alarm, self.rank, reach.one_shot_rows, reach.dim)
+        self.two_shot = TwoShot(two[0], two[1], alarm, self.rank, reach.two_shot_rows, reach.dim) if two else None
+        self.most_rows = reach.one_shot_rows if self.two_shot is None else reach.two_shot_rows
 
     def takes(self, x: Tensor) -> bool:
         """Say whether kernels add this up."""
         return (
             x.dim() == 2
-            and x.shape[1] == self._dim
+            and x.shape[1] == self.reach.dim
             and 0 < x.shape[0] <= self.most_rows
-            and x.dtype is self._dtype
+            and x.dtype is self.reach.dtype
             and x.stride(1) == 1
         )
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if not self.takes(x):
-            return self._inner.all_reduce(x)
+            return self.inner.all_reduce(x)
         return self._kernel(x)(x, x, None, None)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return self._inner.all_gather(x)
+        return self.inner.all_gather(x)
 
     def add_and_norm(
         self, residual_TD: Tensor, part_TD: Tensor, bias_D: Tensor | None, weight_D: Tensor, eps: float

@@ -18,8 +18,8 @@ from mgpu.worker.errors import PeerLost
 from mgpu.worker.ipc_memory import export, map_exported
 from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.peer_check import peer_problem
-from mgpu.worker.peer_group import MOST_RANKS, PeerGroup, area_shapes
-from mgpu.worker.peer_memory import Area, AreaShape, PeerAlarm, buffer_bytes, cut
+from mgpu.worker.peer_group import PeerGroup, Reach, area_shapes
+from mgpu.worker.peer_memory import AreaShape, PeerAlarm, buffer_bytes, cut
 
 SWITCH = "MGPU_PEER_REDUCE"
 """0: never; 1: also where ranks share a GPU, which takes turns with kernels that wait, so for tests only."""
@@ -46,10 +46,10 @@ class PeerSetup:
         self.note = ""
         """A line for the start-up log: what is used, or why not."""
 
-    def open(self, dim: int, dtype: torch.dtype, timeout_s: float) -> TensorParallelGroup:
+    def open(self, reach: Reach, timeout_s: float) -> TensorParallelGroup:
         """Give a `PeerGroup`, or the group as it was where any rank cannot have one. PeerLost when a rank is gone."""
         try:
-            opened = self._open(dim, dtype, timeout_s)
+            opened = self._open(reach, timeout_s)
         except _NoPeers as reason:
             self._mapped, self._mine = [], None
             self.note = f"partial sums do not go by own kernels: {reason}"
@@ -57,18 +57,16 @@ class PeerSetup:
         self.note = f"partial sums of up to {opened.most_rows} tokens go by own kernels over peer memory"
         return opened
 
-    def _open(self, dim: int, dtype: torch.dtype, timeout_s: float) -> PeerGroup:
-        problem = refusal(self._group.size, dim, dtype, self._device)
-        shapes = [] if problem else area_shapes(self._group.size, dim, dtype)
+    def _open(self, reach: Reach, timeout_s: float) -> PeerGroup:
+        problem = refusal(reach, self._device)
+        shapes = [] if problem else area_shapes(reach)
         areas = cut(*self._share_memory(shapes, problem), shapes)
         torch.cuda.synchronize(self._device)
         self._tell("")  # nobody writes before all areas are empty
         alarm = new_alarm(self._device, min(timeout_s, _CHECK_S))
-        self._tell(peer_problem(self._group_over(areas, alarm, dim, dtype), dim, dtype, self._device))
-        return self._group_over(areas, PeerAlarm(alarm.failed, alarm.seen, int(timeout_s * 1e6)), dim, dtype)
-
-    def _group_over(self, areas: list[Area], alarm: PeerAlarm, dim: int, dtype: torch.dtype) -> PeerGroup:
-        return PeerGroup(self._group, areas, alarm, dim, dtype)
+        self._tell(peer_problem(PeerGroup(self._group, areas, alarm, reach), self._device))
+        patient = PeerAlarm(alarm.failed, alarm.seen, int(timeout_s * 1e6))
+        return PeerGroup(self._group, areas, patient, reach)
 
     def _share_memory(self, shapes: list[AreaShape], problem: str) -> tuple[Tensor, list[int]]:
         """Give this rank's buffer, and where each rank's begins as this process sees it."""
@@ -128,7 +126,7 @@ class PeerSetup:
         self._mine = None
 
 
-def refusal(ranks: int, dim: int, dtype: torch.dtype, device: torch.device) -> str:
+def refusal(reach: Reach, device: torch.device) -> str:
     """Say why this rank does not even try; empty when it does."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
@@ -136,10 +134,8 @@ def refusal(ranks: int, dim: int, dtype: torch.dtype, device: torch.device) -> s
         return "MGPU_NO_P2P=1"
     if not uses_kernels(device):
         return "kernels are not used"
-    if ranks > MOST_RANKS:
-        return f"{ranks} ranks, and kernels are made for {MOST_RANKS} at most"
-    if dim * dtype.itemsize % 16:
-        return f"a row of {dim} values is not a multiple of 16 bytes"
+    if reach.dim * reach.dtype.itemsize % 16:
+        return f"a row of {reach.dim} values is not a multiple of 16 bytes"
     return ""
 
 
