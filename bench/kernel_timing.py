@@ -107,8 +107,10 @@ KERNEL_MODULES = tuple(
     f"mgpu.worker.kernels.{name}"
     for name in (
         "activation",
+        "all_reduce",
         "decode_attention",
         "dequantize",
+        "exchange",
         "few_row_gemv",
         "gemv",
         "norm",

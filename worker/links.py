@@ -162,7 +162,17 @@ class _Connector:
         opened = self.peer_setup.open(reach, spec.timeout_s)
         if self.place.tp_rank == 0:
             self.notes.append(self.peer_setup.note)
+        if spec.transport == "nccl":
+            self._warm_up(group)
         return opened
+
+    def _warm_up(self, group: TensorParallelGroup) -> None:
+        """Let NCCL open its connections now: what own kernels leave to it may first be a user's long prompt."""
+        dtype: torch.dtype = getattr(torch, self.spec.dtype)
+        x_TD = torch.zeros(self.spec.max_batch_tokens, self.spec.facts.hidden_size, dtype=dtype, device=self.device)
+        group.all_reduce(x_TD)
+        group.all_gather(x_TD[:1])
+        torch.cuda.synchronize(self.device)
 
     def _activations(self, sender: int, receiver: int) -> tuple[Channel, ...]:
         regions = self.layout.activations[sender] if self.layout is not None else None

@@ -61,7 +61,7 @@ class PeerAlarm:
     seen: Tensor
     """int32 [1] in pinned host memory, read without a copy."""
     timeout_us: int
-    """Longest wait in microseconds; in the interpreter, which has no clock, thousands of looks."""
+    """Longest wait in microseconds; in the interpreter, which has no clock, number of looks."""
 
 
 def buffer_bytes(shapes: Sequence[AreaShape]) -> int:

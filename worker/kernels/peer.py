@@ -51,7 +51,9 @@ def receive(places, arrives, known, failed_ptr, seen_ptr, timeout_us, EMPTY: tl.
     All are two-dimensional and no smaller than the program has threads: copies of an element in several threads could
     be read at different moments. After a wait in vain the alarm is set and nobody waits again.
     """
-    patience = tl.where(tl.load(failed_ptr) == 0, timeout_us, 0).to(tl.int64) * 1000
+    patience = tl.where(tl.load(failed_ptr) == 0, timeout_us, 0).to(tl.int64)
+    if TIMED:
+        patience *= 1000
     bits = tl.load(places, mask=arrives, other=known, volatile=True)
     missing = _missing(bits, EMPTY)
     began = _clock(TIMED)
