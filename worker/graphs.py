@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Optional
 
+import torch
+
 from mgpu.protocol.control import StepPlan
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kv_cache import KvCache
@@ -24,9 +26,16 @@ def make_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable, group: Tens
     plans, so they make and replay the same graphs in the same order.
     """
     peers = peers_of(group)
-    if not stage.has_kernels or (group.size > 1 and peers is None):
+    if group.size > 1 and peers is None:
         return None
-    return Graphs(stage, cache, rows, peers)
+    return Graphs(stage, cache, rows, peers) if _all(stage.has_kernels, group, rows.device) else None
+
+
+def _all(value: bool, group: TensorParallelGroup, device: torch.device) -> bool:
+    """Say whether it is so on every rank: one whose kernels failed its check must not go another way than its peers."""
+    if group.size == 1:
+        return value
+    return bool(group.all_gather(torch.tensor([value], dtype=torch.uint8, device=device)).all())
 
 
 class Graphs:

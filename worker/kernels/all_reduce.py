@@ -100,13 +100,12 @@ def _one_shot_kernel(
     turn = tl.load(turns_ptr + row)
     own = clean_bits(x, BITS, EMPTY)
     for peer in tl.static_range(RANKS):
-        send(peers[peer], ((turn * RANKS + rank) * ROWS + row) * D + d, own, mask & (peer != rank), BITS)
+        send(peers[peer], ((turn * RANKS + rank) * ROWS + row) * D + d, own, mask, BITS)
     stream = _stream(residual_ptr, row, residual_stride, d, mask)
     source = tl.arange(0, PADDED)[:, None]
     places = inbox_ptr + ((turn * RANKS + source) * ROWS + row) * D + d[None, :]
-    arrives = (source != rank) & (source < RANKS) & mask[None, :]
-    known = tl.where((source == rank) & mask[None, :], own[None, :], 0).to(BITS)
-    bits = receive(places, arrives, known, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
+    # What this rank sent to itself is read with the rest: kept in registers it would take as many again.
+    bits = receive(places, (source < RANKS) & mask[None, :], failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
     total = tl.sum(bits.to(x.dtype, bitcast=True).to(tl.float32), 0)
     _finish(total, stream, row, d, mask, residual_ptr, residual_stride, bias_ptr, weight, out_ptr, out_stride, eps, D)
     tl.store(turns_ptr + row, 1 - turn)
@@ -162,17 +161,13 @@ def _two_shot_kernel(
     source = tl.arange(0, PADDED)[:, None]
     mine = (c < PART) & (rank * PART + c < D)
     places = parts_ptr + (line * RANKS + source) * PART + c[None, :]
-    nothing = tl.zeros((PADDED, PART_BLOCK), BITS)
-    bits = receive(places, (source < RANKS) & mine[None, :], nothing, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
+    bits = receive(places, (source < RANKS) & mine[None, :], failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
     dtype = out_ptr.dtype.element_ty
     part = tl.sum(bits.to(dtype, bitcast=True).to(tl.float32), 0).to(dtype)
     own = clean_bits(part, BITS, EMPTY)
     for peer in tl.static_range(RANKS):
         send(sum_peers[peer], line * D + rank * PART + c, own, mine, BITS)
-    nothing = tl.zeros((1, BLOCK), BITS)
-    bits = receive(
-        sums_ptr + line * D + d[None, :], mask[None, :], nothing, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED
-    )
+    bits = receive(sums_ptr + line * D + d[None, :], mask[None, :], failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
     total = tl.sum(bits.to(dtype, bitcast=True).to(tl.float32), 0)
     _finish(total, stream, row, d, mask, residual_ptr, residual_stride, bias_ptr, weight, out_ptr, out_stride, eps, D)
     tl.store(turns_ptr + row, 1 - turn)

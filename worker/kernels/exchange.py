@@ -57,21 +57,16 @@ def _exchange_kernel(
     token = tl.load(ids_ptr + s, mask=mask, other=0)
     first = (turn * RANKS + rank) * 2 * ROWS + s
     for peer in tl.static_range(RANKS):
-        send(peers[peer], first, score, mask & (peer != rank), BITS)
-        send(peers[peer], first + ROWS, token, mask & (peer != rank), BITS)
+        send(peers[peer], first, score, mask, BITS)
+        send(peers[peer], first + ROWS, token, mask, BITS)
     source = tl.arange(0, PADDED)[:, None]
-    arrives = (source != rank) & (source < RANKS) & mask[None, :]
-    is_own = (source == rank) & mask[None, :]
+    arrives = (source < RANKS) & mask[None, :]
     places = inbox_ptr + (turn * RANKS + source) * 2 * ROWS + s[None, :]
-    worst = tl.full((PADDED, BLOCK), float("-inf"), tl.float32).to(BITS, bitcast=True)
-    known = tl.where(is_own, score[None, :], worst)
-    scores = receive(places, arrives, known, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
-    scores = scores.to(tl.float32, bitcast=True)
-    nobody = tl.full((PADDED, BLOCK), 2147483647, BITS)
-    known = tl.where(is_own, token[None, :], nobody)
-    ids = receive(places + ROWS, arrives, known, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
+    scores = receive(places, arrives, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED).to(tl.float32, bitcast=True)
+    scores = tl.where(arrives, scores, float("-inf"))
+    ids = receive(places + ROWS, arrives, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
     best = tl.max(scores, 0)
-    chosen = tl.min(tl.where(scores == best[None, :], ids, 2147483647), 0)
+    chosen = tl.min(tl.where(arrives & (scores == best[None, :]), ids, 2147483647), 0)
     chosen = tl.maximum(tl.minimum(chosen, last_id), 0)  # scores that are all NaN: some token that exists
     tl.store(out_ptr + s, chosen, mask=mask)
     if tokens_ptr is not None:

@@ -45,21 +45,21 @@ def _missing(bits, EMPTY: tl.constexpr):
 
 
 @triton.jit
-def receive(places, arrives, known, failed_ptr, seen_ptr, timeout_us, EMPTY: tl.constexpr, TIMED: tl.constexpr):
-    """Wait until everything that ``arrives`` is there and empty its places; ``known`` stands in everywhere else.
+def receive(places, arrives, failed_ptr, seen_ptr, timeout_us, EMPTY: tl.constexpr, TIMED: tl.constexpr):
+    """Wait until everything that ``arrives`` is there and empty its places; elsewhere the result is 0.
 
-    All are two-dimensional and no smaller than the program has threads: copies of an element in several threads could
+    Both are two-dimensional and no smaller than the program has threads: copies of an element in several threads could
     be read at different moments. After a wait in vain the alarm is set and nobody waits again.
     """
     patience = tl.where(tl.load(failed_ptr) == 0, timeout_us, 0).to(tl.int64)
     if TIMED:
         patience *= 1000
-    bits = tl.load(places, mask=arrives, other=known, volatile=True)
+    bits = tl.load(places, mask=arrives, other=0, volatile=True)
     missing = _missing(bits, EMPTY)
     began = _clock(TIMED)
     looks = tl.full((), 0, tl.int64)
     while (missing != 0) & (looks < patience):
-        bits = tl.load(places, mask=arrives, other=known, volatile=True)
+        bits = tl.load(places, mask=arrives, other=0, volatile=True)
         missing = _missing(bits, EMPTY)
         if TIMED:
             looks = _clock(TIMED) - began
