@@ -15,7 +15,7 @@ PROMPTS = [[1 + (37 * i + 11 * n) % 97 for i in range(length)] for n, length in 
 DRAWN = {"temperature": 0.9, "seed": 5}
 FILTERED = {"temperature": 0.9, "seed": 5, "top_p": 0.8, "logprobs": 2}
 FP32 = ("--dtype", "float32", "--kv-memory", "64MiB")
-KERNELS = "go by own kernels"
+KERNELS = "tokens go by own kernels"
 NO_KERNELS = "do not go by own kernels"
 
 MACHINE = find_machine("auto")

@@ -1,10 +1,15 @@
 """Who adds up what: the choice of kernels by size, and what happens where they cannot be."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from random_model import write_random_model
 from rank_threads import ThreadGroup, run_ranks
+from stage_driver import logits_in_chunks
 from torch import Tensor
 
+from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.peer_group import MOST_ROWS, Reach, area_shapes, peers_of
 from mgpu.worker.peer_memory import buffer_bytes
@@ -49,3 +54,31 @@ def test_a_dry_run_waits_for_no_peers() -> None:
     assert peers_of(group) is None
     group.alone = True
     assert peers_of(group) is None
+
+
+class FusedThreads:
+    """Does by threads what `PeerGroup` does by kernels."""
+
+    def __init__(self, group: ThreadGroup) -> None:
+        self._group = group
+
+    def takes(self, x: Tensor) -> bool:
+        return len(x) < 4
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._group.all_reduce(x)
+
+    def add_and_norm(
+        self, residual_TD: Tensor, part_TD: Tensor, bias_D: Tensor | None, weight_D: Tensor, eps: float
+    ) -> Tensor:
+        total_TD = self._group.all_reduce(part_TD)
+        residual_TD += total_TD if bias_D is None else total_TD + bias_D
+        return torch.nn.functional.rms_norm(residual_TD, weight_D.shape, weight_D, eps)
+
+
+def test_norms_that_add_up_give_the_logits_of_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = read_checkpoint(write_random_model(tmp_path, attention_bias=True, mlp_bias=True))
+    ids, chunks = list(range(3, 13)), [5, 1, 3, 1]  # sums of both kinds
+    expected = logits_in_chunks(checkpoint, ids, chunks, tp_size=2)
+    monkeypatch.setattr("mgpu.worker.layers.linear.peers_of", FusedThreads)
+    torch.testing.assert_close(logits_in_chunks(checkpoint, ids, chunks, tp_size=2), expected)
