@@ -149,3 +149,4 @@ class ModelRunner:
         self._graphs = graphs
         if graphs is not None:
             graphs.prepare()
+        self.check_peers()
