@@ -2,6 +2,7 @@
 
     python bench/all_reduce.py [--ranks 2,3,4] [--kib 8,64] [--backends shared-memory,gloo] [--device cpu]
     python bench/all_reduce.py --ranks 2 --device cuda       # NCCL and own kernels, 8 KiB to 8 MiB
+    python bench/all_reduce.py --ranks 2 --device cuda --backends one-shot,one-shot@8,one-shot@4   # with so many warps
 
 Medians of rank 0 in microseconds, one thread per rank; on GPUs inside a CUDA graph.
 """
@@ -98,7 +99,7 @@ def by_transport(names: Sequence[str]) -> list[list[str]]:
     """Put backends together that one start of the ranks can measure."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(BACKENDS[name].transport, []).append(name)
+        groups.setdefault(BACKENDS[name.partition("@")[0]].transport, []).append(name)
     return list(groups.values())
 
 

@@ -10,7 +10,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -170,6 +171,19 @@ def connected(backends: list[Backend], spec: WorkerSpec, rank: int, device: torc
         return connect(replace(spec, transport=transport), rank, device)
 
 
+@contextmanager
+def warps_of(name: str) -> Iterator[None]:
+    """Let kernels run with N warps where a backend is called ``…@N``."""
+    if "@" not in name:
+        yield
+        return
+    from mgpu.worker.kernels import all_reduce, two_shot
+
+    warps = int(name.partition("@")[2])
+    with patch.object(all_reduce, "num_warps", lambda *_: warps), patch.object(two_shot, "num_warps", lambda *_: warps):
+        yield
+
+
 def measure(
     backend: Backend, all_reduce: AllReduce, lengths: list[int], device: torch.device
 ) -> list[tuple[int, float, float | None]]:
@@ -191,13 +205,14 @@ def main() -> None:
     torch.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backends = {name: BACKENDS[name] for name in names.split(",")}
+    backends = {name: BACKENDS[name.partition("@")[0]] for name in names.split(",")}
     links = connected(list(backends.values()), spec_of(size, int(fd), folder, device), rank, device)
     results = {}
     for name, backend in backends.items():
-        all_reduce = backend.call(links, device)
-        check(backend, all_reduce, rank, size, device)
-        results[name] = measure(backend, all_reduce, [int(text) for text in lengths.split(",")], device)
+        with warps_of(name):
+            all_reduce = backend.call(links, device)
+            check(backend, all_reduce, rank, size, device)
+            results[name] = measure(backend, all_reduce, [int(text) for text in lengths.split(",")], device)
     if rank == 0:
         print(json.dumps(results), flush=True)
     links.close()

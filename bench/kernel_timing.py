@@ -120,6 +120,7 @@ KERNEL_MODULES = tuple(
         "rope_cache",
         "sample",
         "step_inputs",
+        "two_shot",
     )
 )
 

@@ -17,7 +17,8 @@ from mgpu.worker.errors import PeerLost
 from mgpu.worker.peer_memory import Area, AreaShape, PeerAlarm
 
 if TYPE_CHECKING:
-    from mgpu.worker.kernels.all_reduce import OneShot, TwoShot
+    from mgpu.worker.kernels.all_reduce import OneShot
+    from mgpu.worker.kernels.two_shot import TwoShot
 
 ONE_SHOT_BYTES = {2: 2 << 20, 3: 512 << 10, 4: 384 << 10, 5: 256 << 10, 6: 192 << 10, 7: 192 << 10, 8: 160 << 10}
 """Largest message of one shot by number of ranks: where SGLang changes on an H200. Not measured with these kernels."""
@@ -45,8 +46,9 @@ class Reach:
 
 def area_shapes(reach: Reach) -> list[AreaShape]:
     """Give the areas that a `PeerGroup` needs on each rank; two of them only where two shots are possible."""
-    from mgpu.worker.kernels.all_reduce import OneShot, TwoShot, two_shot_divides
+    from mgpu.worker.kernels.all_reduce import OneShot
     from mgpu.worker.kernels.exchange import Exchange
+    from mgpu.worker.kernels.two_shot import TwoShot, two_shot_divides
 
     shapes = Exchange.shapes(reach.ranks, reach.two_shot_rows)
     shapes += OneShot.shapes(reach.ranks, reach.one_shot_rows, reach.dim, reach.dtype)
@@ -62,8 +64,9 @@ class PeerGroup:
     """
 
     def __init__(self, inner: TensorParallelGroup, areas: Sequence[Area], alarm: PeerAlarm, reach: Reach) -> None:
-        from mgpu.worker.kernels.all_reduce import OneShot, TwoShot
+        from mgpu.worker.kernels.all_reduce import OneShot
         from mgpu.worker.kernels.exchange import Exchange
+        from mgpu.worker.kernels.two_shot import TwoShot
 
         self.rank = inner.rank
         self.size = inner.size

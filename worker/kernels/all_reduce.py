@@ -1,9 +1,8 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""Sums over the ranks of a stage through peer memory, alone or with the residual add and RMSNorm that follow.
+"""Sums over the ranks of a stage in one shot, alone or with the residual add and RMSNorm that follow.
 
-One program per row. In one shot every rank sends its row to all others, and each adds them up: one way over the link.
-In two shots rank j adds up the j-th part of the columns and sends the sum to all: two ways, but less to send from three
-ranks on. All ranks run the same code over the same numbers, so that they get the same bits.
+One program per row. Every rank sends its row to all, and each adds them up: one way over the link. All ranks run the
+same code over the same numbers, so that they get the same bits. `two_shot` is for what is larger.
 """
 
 # T tokens, D model dim
@@ -19,12 +18,12 @@ from mgpu.worker.kernels.peer import BITS, TIMED, clean_bits, receive, send
 from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, power_of_2, wait_for_inputs
 from mgpu.worker.peer_memory import Area, AreaShape, PeerAlarm, empty_bits
 
-_LEAST_BLOCK = 64
+LEAST_BLOCK = 64
 """A tile must not be smaller than a warp: see `receive`."""
 
 
 @triton.jit
-def _stream(residual_ptr, row, residual_stride, d, mask):
+def load_stream(residual_ptr, row, residual_stride, d, mask):
     """Load a row of the residual stream, ahead of the wait; 0 without one."""
     stream = 0.0
     if residual_ptr is not None:
@@ -33,7 +32,7 @@ def _stream(residual_ptr, row, residual_stride, d, mask):
 
 
 @triton.jit
-def _finish(
+def finish(
     total,
     stream,
     row,
@@ -101,75 +100,13 @@ def _one_shot_kernel(
     own = clean_bits(x, BITS, EMPTY)
     for peer in tl.static_range(RANKS):
         send(peers[peer], ((turn * RANKS + rank) * ROWS + row) * D + d, own, mask, BITS)
-    stream = _stream(residual_ptr, row, residual_stride, d, mask)
+    stream = load_stream(residual_ptr, row, residual_stride, d, mask)
     source = tl.arange(0, PADDED)[:, None]
     places = inbox_ptr + ((turn * RANKS + source) * ROWS + row) * D + d[None, :]
     # What this rank sent to itself is read with the rest: kept in registers it would take as many again.
     bits = receive(places, (source < RANKS) & mask[None, :], failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
     total = tl.sum(bits.to(x.dtype, bitcast=True).to(tl.float32), 0)
-    _finish(total, stream, row, d, mask, residual_ptr, residual_stride, bias_ptr, weight, out_ptr, out_stride, eps, D)
-    tl.store(turns_ptr + row, 1 - turn)
-
-
-@triton.jit(do_not_specialize=["rank", "timeout_us"])
-def _two_shot_kernel(
-    x_ptr,
-    residual_ptr,
-    bias_ptr,
-    weight_ptr,
-    out_ptr,
-    parts_ptr,
-    part_peers,
-    sums_ptr,
-    sum_peers,
-    turns_ptr,
-    failed_ptr,
-    seen_ptr,
-    x_stride,
-    residual_stride,
-    out_stride,
-    rank,
-    timeout_us,
-    eps,
-    D: tl.constexpr,
-    PART: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PART_BLOCK: tl.constexpr,
-    BITS: tl.constexpr,
-    EMPTY: tl.constexpr,
-    TIMED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    row = tl.program_id(0)
-    d = tl.arange(0, BLOCK)
-    c = tl.arange(0, PART_BLOCK)
-    mask = d < D
-    weight = 1.0
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    wait_for_inputs(OVERLAP)
-    turn = tl.load(turns_ptr + row)
-    line = turn * ROWS + row
-    for peer in tl.static_range(RANKS):
-        inside = (c < PART) & (peer * PART + c < D)
-        x = tl.load(x_ptr + row * x_stride + peer * PART + c, mask=inside, other=0.0)
-        send(part_peers[peer], (line * RANKS + rank) * PART + c, clean_bits(x, BITS, EMPTY), inside, BITS)
-    stream = _stream(residual_ptr, row, residual_stride, d, mask)
-    source = tl.arange(0, PADDED)[:, None]
-    mine = (c < PART) & (rank * PART + c < D)
-    places = parts_ptr + (line * RANKS + source) * PART + c[None, :]
-    bits = receive(places, (source < RANKS) & mine[None, :], failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
-    dtype = out_ptr.dtype.element_ty
-    part = tl.sum(bits.to(dtype, bitcast=True).to(tl.float32), 0).to(dtype)
-    own = clean_bits(part, BITS, EMPTY)
-    for peer in tl.static_range(RANKS):
-        send(sum_peers[peer], line * D + rank * PART + c, own, mine, BITS)
-    bits = receive(sums_ptr + line * D + d[None, :], mask[None, :], failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
-    total = tl.sum(bits.to(dtype, bitcast=True).to(tl.float32), 0)
-    _finish(total, stream, row, d, mask, residual_ptr, residual_stride, bias_ptr, weight, out_ptr, out_stride, eps, D)
+    finish(total, stream, row, d, mask, residual_ptr, residual_stride, bias_ptr, weight, out_ptr, out_stride, eps, D)
     tl.store(turns_ptr + row, 1 - turn)
 
 
@@ -200,7 +137,7 @@ class OneShot:
     def __call__(self, x_TD: Tensor, out_TD: Tensor, residual: Residual | None, bias_D: Tensor | None) -> Tensor:
         """Add up over the ranks into ``out``, which may be ``x``. With a residual, ``out`` is its norm."""
         ranks = len(self.area.peers)
-        block = max(_LEAST_BLOCK, power_of_2(self.dim))
+        block = max(LEAST_BLOCK, power_of_2(self.dim))
         _one_shot_kernel[(x_TD.shape[0],)](
             x_TD,
             None if residual is None else residual.stream_TD,
@@ -230,75 +167,6 @@ class OneShot:
             **launch_options(x_TD.device, num_warps(block)),
         )
         return out_TD
-
-
-@dataclass(frozen=True, slots=True)
-class TwoShot:
-    """What two-shot sums of up to ``rows`` rows of ``dim`` need."""
-
-    parts: Area
-    sums: Area
-    alarm: PeerAlarm
-    rank: int
-    rows: int
-    dim: int
-
-    @staticmethod
-    def shapes(ranks: int, rows: int, dim: int, dtype: torch.dtype) -> list[AreaShape]:
-        """Give the areas that must be there: parts to be summed, then sums."""
-        columns = ranks * part_columns(ranks, dim, dtype)
-        return [AreaShape(dtype, rows * columns, rows), AreaShape(dtype, rows * dim, rows)]
-
-    def __call__(self, x_TD: Tensor, out_TD: Tensor, residual: Residual | None, bias_D: Tensor | None) -> Tensor:
-        """Add up over the ranks into ``out``, which may be ``x``. With a residual, ``out`` is its norm."""
-        ranks = len(self.parts.peers)
-        part = part_columns(ranks, self.dim, x_TD.dtype)
-        block = max(_LEAST_BLOCK, power_of_2(self.dim))
-        part_block = max(_LEAST_BLOCK, power_of_2(part))
-        _two_shot_kernel[(x_TD.shape[0],)](
-            x_TD,
-            None if residual is None else residual.stream_TD,
-            bias_D,
-            None if residual is None else residual.weight_D,
-            out_TD,
-            self.parts.inbox,
-            self.parts.peers,
-            self.sums.inbox,
-            self.sums.peers,
-            self.parts.turns,
-            self.alarm.failed,
-            self.alarm.seen,
-            x_TD.stride(0),
-            0 if residual is None else residual.stream_TD.stride(0),
-            out_TD.stride(0),
-            self.rank,
-            self.alarm.timeout_us,
-            0.0 if residual is None else residual.eps,
-            self.dim,
-            part,
-            self.rows,
-            ranks,
-            power_of_2(ranks),
-            block,
-            part_block,
-            BITS[self.parts.inbox.dtype],
-            empty_bits(x_TD.dtype),
-            TIMED,
-            overlaps_launches(x_TD.device),
-            **launch_options(x_TD.device, num_warps(block, part_block)),
-        )
-        return out_TD
-
-
-def part_columns(ranks: int, dim: int, dtype: torch.dtype) -> int:
-    """Give the columns that one rank adds up, whole 16 bytes; the last rank may have fewer."""
-    line = 16 // dtype.itemsize
-    return -(-dim // (ranks * line)) * line
-
-
-def two_shot_divides(ranks: int, dim: int, dtype: torch.dtype) -> bool:
-    """Say whether every rank has a part: a rank that nobody writes to could not tell when its peers are done."""
-    return (ranks - 1) * part_columns(ranks, dim, dtype) < dim
 
 
 def num_warps(*blocks: int) -> int:
