@@ -1,8 +1,10 @@
 """Time the all-reduce of the ranks of one stage, by backend and message size.
 
     python bench/all_reduce.py [--ranks 2,3,4] [--kib 8,64] [--backends shared-memory,gloo] [--device cpu]
+    python bench/all_reduce.py --ranks 2 --device cuda       # NCCL and own kernels, 8 KiB to 8 MiB
+    python bench/all_reduce.py --ranks 2 --device cuda --backends one-shot,one-shot@8,one-shot@4   # with so many warps
 
-Medians of rank 0 in microseconds, one thread per rank; on GPUs also inside a CUDA graph.
+Medians of rank 0 in microseconds, one thread per rank; on GPUs inside a CUDA graph.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from all_reduce_rank import shared_bytes
+from all_reduce_rank import BACKENDS, shared_bytes
 from machine import describe, heading
 
 from mgpu.orchestrator.devices import Machine, find_machine, worker_environment
@@ -45,9 +47,16 @@ class RankFailed(Exception):
 
 
 def time_all_reduce(
-    machine: Machine, size: int, backend: str, lengths: Sequence[int], environ: Mapping[str, str] = os.environ
-) -> list[AllReduceTime]:
-    """Start one process per rank on the first ``size`` devices. RankFailed with the log of the first that fails."""
+    machine: Machine,
+    size: int,
+    backends: Sequence[str],
+    lengths: Sequence[int],
+    environ: Mapping[str, str] = os.environ,
+) -> dict[str, list[AllReduceTime]]:
+    """Start one process per rank on the first ``size`` devices, for backends of one transport.
+
+    RankFailed with the log of the first that fails.
+    """
     fd = os.memfd_create("mgpu-bench")
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="mgpu-bench-") as folder:
@@ -55,7 +64,16 @@ def time_all_reduce(
             os.ftruncate(fd, shared_bytes(size))
             for rank in range(size):
                 added, device = worker_environment(machine, rank)
-                command = [sys.executable, str(PROGRAM), backend, str(size), str(rank), str(fd), folder, device]
+                command = [
+                    sys.executable,
+                    str(PROGRAM),
+                    ",".join(backends),
+                    str(size),
+                    str(rank),
+                    str(fd),
+                    folder,
+                    device,
+                ]
                 with (Path(folder) / f"out{rank}").open("wb") as out, (Path(folder) / f"log{rank}").open("wb") as log:
                     processes.append(
                         subprocess.Popen(
@@ -68,13 +86,21 @@ def time_all_reduce(
                         )
                     )
             _wait(processes, Path(folder))
-            rows = json.loads((Path(folder) / "out0").read_text())
+            found = json.loads((Path(folder) / "out0").read_text())
         finally:
             os.close(fd)
             for process in processes:
                 process.kill()
                 process.wait()
-    return [AllReduceTime(nbytes, eager, graph) for nbytes, eager, graph in rows]
+    return {name: [AllReduceTime(*row) for row in rows] for name, rows in found.items()}
+
+
+def by_transport(names: Sequence[str]) -> list[list[str]]:
+    """Put backends together that one start of the ranks can measure."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(BACKENDS[name.partition("@")[0]].transport, []).append(name)
+    return list(groups.values())
 
 
 def _wait(processes: "Sequence[subprocess.Popen[bytes]]", folder: Path) -> None:
@@ -99,17 +125,27 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=numbers, default=[2, 3, 4])
-    parser.add_argument("--kib", type=numbers, default=[8, 64, 1024])
-    parser.add_argument("--backends", type=lambda text: text.split(","), default=["shared-memory", "gloo"])
+    parser.add_argument("--kib", type=numbers)
+    parser.add_argument("--backends", type=lambda text: text.split(","))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
+    on_gpu = arguments.device == "cuda"
+    nccl = [name for name, backend in BACKENDS.items() if backend.transport == "nccl"]
+    arguments.backends = arguments.backends or (nccl if on_gpu else ["shared-memory", "gloo"])
+    arguments.kib = arguments.kib or ([8 << shift for shift in range(11)] if on_gpu else [8, 64, 1024])
     print(heading(describe()))
     for size in arguments.ranks:
         machine = find_machine(arguments.device, size if arguments.device == "cpu" else None)
-        for backend in arguments.backends:
-            for row in time_all_reduce(machine, size, backend, [kib << 10 for kib in arguments.kib]):
-                graph = f", {row.graph_us:.1f} us in a graph" if row.graph_us is not None else ""
-                print(f"{size} ranks, {row.nbytes >> 10} KiB, {backend}: {row.eager_us:.1f} us{graph}", flush=True)
+        for names in by_transport(arguments.backends):
+            show(size, time_all_reduce(machine, size, names, [kib << 10 for kib in arguments.kib]))
+
+
+def show(size: int, found: Mapping[str, Sequence[AllReduceTime]]) -> None:
+    """Print one line per message size: microseconds of a call in a CUDA graph, where there is one, else of a call."""
+    print(f"{size} ranks   KiB  " + "  ".join(found))
+    for rows in zip(*found.values(), strict=True):
+        times = (f"{row.best_us:{len(name)}.1f}" for name, row in zip(found, rows, strict=True))
+        print(f"{rows[0].nbytes >> 10:13}  " + "  ".join(times), flush=True)
 
 
 if __name__ == "__main__":

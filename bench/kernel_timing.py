@@ -116,8 +116,10 @@ KERNEL_MODULES = tuple(
     f"mgpu.worker.kernels.{name}"
     for name in (
         "activation",
+        "all_reduce",
         "decode_attention",
         "dequantize",
+        "exchange",
         "float8_norm",
         "float8_quantize",
         "gemv",
@@ -128,6 +130,7 @@ KERNEL_MODULES = tuple(
         "rope_cache",
         "sample",
         "step_inputs",
+        "two_shot",
     )
 )
 

@@ -1,6 +1,6 @@
 """All-reduce latency by message size, backend and number of ranks; and which backend is the fastest where."""
 
-from all_reduce import AllReduceTime, time_all_reduce
+from all_reduce import AllReduceTime, by_transport, time_all_reduce
 from all_reduce_rank import BACKENDS
 from multi_gpu_box import Box
 from multi_gpu_report import Report
@@ -8,11 +8,11 @@ from multi_gpu_report import Report
 SECTION = "all-reduce"
 LENGTHS = [8192 << shift for shift in range(11)]
 WANTED = {
-    "gpus": ("nccl", "one-shot", "two-shot", "fused with residual + RMSNorm"),
+    "gpus": tuple(name for name, backend in BACKENDS.items() if backend.transport == "nccl"),
     "shared": ("gloo", "shared-memory"),
     "cpu": ("shared-memory", "gloo"),
 }
-"""What should be measured where. Those that are not in `BACKENDS` do not exist yet, and the table says so."""
+"""What is measured where."""
 TARGET_US = {2: 5.0, 4: 6.0, 8: 8.0}
 """For the smallest message, by number of ranks, on H200."""
 
@@ -22,16 +22,15 @@ def run(box: Box, report: Report) -> None:
     lengths = LENGTHS[::5] if report.rehearsal else LENGTHS
     for size in box.sizes[1:]:
         found: dict[str, list[AllReduceTime]] = {}
-        for backend in WANTED[box.kind]:
-            asked = f"{backend}, {size} ranks"
-            if backend not in BACKENDS:
-                report.skip(SECTION, asked, "no such all-reduce in worker/", "not built")
-            elif report.has_time(SECTION, asked):
+        for names in by_transport(WANTED[box.kind]):
+            asked = f"{', '.join(names)}, {size} ranks"
+            if report.has_time(SECTION, asked):
                 with report.guard(SECTION, asked):
-                    found[backend] = time_all_reduce(box.machine, size, backend, lengths)
-                    _show(report, asked, found[backend])
-        if found:
-            _show_best(report, size, found)
+                    found |= time_all_reduce(box.machine, size, names, lengths)
+        for name, times in found.items():
+            _show(report, f"{name}, {size} ranks", times)
+        if plain := {name: times for name, times in found.items() if not BACKENDS[name].is_fused}:
+            _show_best(report, size, plain)
 
 
 def _show(report: Report, asked: str, times: list[AllReduceTime]) -> None:

@@ -24,6 +24,7 @@ OTHER_VARIABLES = frozenset(
         "MGPU_LOG_LEVEL",
         "MGPU_NO_NCCL",
         "MGPU_NO_P2P",
+        "MGPU_PEER_REDUCE",
         "MGPU_RUNTIME_DIR",
     }
 )

@@ -14,10 +14,11 @@ from torch import Tensor
 from mgpu.protocol.control import StepPlan
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.graph_pool import GraphPool, StepGraph, StepOutput, padded, whole_lines
-from mgpu.worker.kernels.sample import sample
+from mgpu.worker.graph_sampling import choose
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.models import DecoderStage
+from mgpu.worker.peer_group import PeerGroup
 from mgpu.worker.rows import RowTable
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
@@ -27,20 +28,25 @@ _HEAD = 4
 
 
 class DecodeGraphs:
-    """The graphs of a rank that has the whole model."""
+    """The graphs of a rank that has all layers, whole or one of the slices that ``peers`` add up."""
 
-    def __init__(self, pool: GraphPool, stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
+    def __init__(
+        self, pool: GraphPool, stage: DecoderStage, cache: KvCache, rows: RowTable, peers: PeerGroup | None = None
+    ) -> None:
         self._pool = pool
         self._stage = stage
         self._cache = cache
         self._rows = rows
+        self._peers = peers
         self._graphs: dict[int, StepGraph] = {}
         most = graph_size(rows.max_rows)
         self._inputs = DecodeInputs.create(most, rows.blocks.shape[1], rows.device)
         self._starts_R = torch.arange(most + 1, dtype=torch.int32, device=rows.device)
 
     def takes(self, plan: StepPlan) -> bool:
-        """Say whether every row of a plan computes and samples one token."""
+        """Say whether every row of a plan computes and samples one token, and kernels add up as many."""
+        if self._peers is not None and graph_size(len(plan.rows)) > self._peers.most_rows:
+            return False
         return bool(plan.rows) and max(plan.counts) == 1 and min(plan.samples) == 1
 
     def prepare(self, size: int) -> None:
@@ -71,15 +77,8 @@ class DecodeGraphs:
         x_RD = self._stage.embed(inputs.token_ids)
         x_RD = self._stage.run_layers(x_RD, self._batch(inputs, size), self._cache)
         logits_RV = self._stage.raw_logits(x_RD)
-        _, ids_R = sample(
-            logits_RV,
-            rows_S=rows_R,
-            positions_S=inputs.context_lens,  # the token that is chosen comes right after the context
-            temperatures=rows.temperatures,
-            seeds=rows.seeds,
-            tokens=rows.tokens,
-        )
-        return StepOutput(logits_RV, ids_R)
+        # The token that is chosen comes right after the context.
+        return StepOutput(logits_RV, choose(logits_RV, rows_R, inputs.context_lens, rows, self._peers))
 
     def _batch(self, inputs: DecodeInputs, size: int) -> StepBatch:
         return StepBatch(

@@ -2,9 +2,13 @@
 
 from typing import TYPE_CHECKING, Optional
 
+import torch
+
 from mgpu.protocol.control import StepPlan
+from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.models import DecoderStage
+from mgpu.worker.peer_group import PeerGroup, peers_of
 from mgpu.worker.rows import RowTable
 
 if TYPE_CHECKING:
@@ -15,35 +19,52 @@ _FIRST_PROMPTS = ((512, 8, False), (256, 8, False), (128, 8, False), (64, 8, Fal
 """Sizes of graphs that are there when the worker is ready; others are made when first needed, in about 50 ms."""
 
 
-def make_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable) -> Optional["Graphs"]:
-    """Give the graphs of a rank that has the whole model; None where its steps are not made of kernels.
+def make_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable, group: TensorParallelGroup) -> Optional["Graphs"]:
+    """Give the graphs of a rank that has all layers; None where its steps are not made of kernels.
 
-    What goes to other ranks is not captured.
+    Sums over ranks are captured where own kernels make them, which wait for peers on the GPU. All ranks get the same
+    plans, so they make and replay the same graphs in the same order.
     """
-    return Graphs(stage, cache, rows) if stage.has_kernels else None
+    peers = peers_of(group)
+    if group.size > 1 and peers is None:
+        return None
+    return Graphs(stage, cache, rows, peers) if _all(stage.has_kernels, group, rows.device) else None
+
+
+def _all(value: bool, group: TensorParallelGroup, device: torch.device) -> bool:
+    """Say whether it is so on every rank: one whose kernels failed its check must not go another way than its peers."""
+    if group.size == 1:
+        return value
+    return bool(group.all_gather(torch.tensor([value], dtype=torch.uint8, device=device)).all())
 
 
 def prepare_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
     """Launch all that the first graphs launch, and capture none."""
     from mgpu.worker.graph_pool import Uncaptured
 
-    Graphs(stage, cache, rows, Uncaptured).prepare()
+    Graphs(stage, cache, rows, None, Uncaptured).prepare()
 
 
 class Graphs:
     """All graphs of one worker."""
 
     def __init__(
-        self, stage: DecoderStage, cache: KvCache, rows: RowTable, pool_type: type["GraphPool"] | None = None
+        self,
+        stage: DecoderStage,
+        cache: KvCache,
+        rows: RowTable,
+        peers: PeerGroup | None,
+        pool_type: type["GraphPool"] | None = None,
     ) -> None:
         from mgpu.worker.decode_graphs import DecodeGraphs, graph_size, staged_length
         from mgpu.worker.graph_pool import GraphPool
         from mgpu.worker.prompt_graphs import MOST_STAGED, PromptGraphs
 
         self._rows = rows
+        self._most_rows = 2 * rows.max_rows if peers is None else min(2 * rows.max_rows, peers.most_rows + 1)
         pool = (pool_type or GraphPool)(rows.device, max(MOST_STAGED, staged_length(graph_size(rows.max_rows))))
-        self._decode = DecodeGraphs(pool, stage, cache, rows)
-        self._prompts = PromptGraphs(pool, stage, cache, rows)
+        self._decode = DecodeGraphs(pool, stage, cache, rows, peers)
+        self._prompts = PromptGraphs(pool, stage, cache, rows, peers)
 
     def run(self, plan: StepPlan) -> Optional["StepOutput"]:
         """Apply and launch a step; None, with nothing done, where no graph serves it."""
@@ -58,7 +79,8 @@ class Graphs:
     def prepare(self) -> None:
         """Make the first graphs, the largest first: smaller ones fit into its memory."""
         for size in reversed(_FIRST_DECODE):
-            if size < 2 * self._rows.max_rows:
+            if size < self._most_rows:
                 self._decode.prepare(size)
         for prompts in _FIRST_PROMPTS:
-            self._prompts.prepare(prompts)
+            if prompts[0] <= self._prompts.most_tokens:
+                self._prompts.prepare(prompts)

@@ -27,7 +27,9 @@ from mgpu.worker.collectives import (
 )
 from mgpu.worker.errors import BadSpec
 from mgpu.worker.mailbox import Channel, HostMailbox
+from mgpu.worker.peer_group import MOST_RANKS, Reach
 from mgpu.worker.peer_mailbox import PeerReceiver, PeerSender
+from mgpu.worker.peer_setup import PeerSetup
 from mgpu.worker.shared_memory import SharedMemoryGroup, SharedSegment
 
 START_TIMEOUT_S = 180.0
@@ -47,6 +49,8 @@ class Links:
     segment: SharedSegment | None
     notes: list[str]
     """Lines for the start-up log."""
+    peer_setup: PeerSetup | None = None
+    """Owner of the memory behind ``group``, where that adds up by own kernels."""
 
     def send(self, x_TD: Tensor) -> None:
         """Pass activations to the ranks of the next stage that read from this one."""
@@ -69,6 +73,8 @@ class Links:
 
     def close(self) -> None:
         """Part from the other ranks in good order; all of them must come here."""
+        if self.peer_setup is not None:
+            self.peer_setup.close()
         leave_process_group()
 
     def report_failure(self) -> None:
@@ -93,6 +99,7 @@ class _Connector:
         self.place = spec.plan.place_of(rank)
         self.device = device
         self.notes: list[str] = []
+        self.peer_setup: PeerSetup | None = None
         self.layout = layout_of(spec) if spec.shared_fd >= 0 else None
         self.segment = _open_segment(spec, self.layout, rank) if self.layout is not None else None
 
@@ -110,6 +117,7 @@ class _Connector:
             tokens_to=self._tokens(last) if stage == last > 0 else (),
             segment=self.segment,
             notes=self.notes,
+            peer_setup=self.peer_setup,
         )
 
     def _group(self, start_s: float) -> TensorParallelGroup:
@@ -140,7 +148,31 @@ class _Connector:
             through_host = True
         else:
             return SingleRank()
-        return ThroughHost(group) if through_host and self.device.type == "cuda" else group
+        if self.device.type != "cuda":
+            return group
+        return self._with_kernels(ThroughHost(group) if through_host else group, talk=group)
+
+    def _with_kernels(self, group: TensorParallelGroup, talk: TensorParallelGroup) -> TensorParallelGroup:
+        """Add up by own kernels what they can, if all ranks of the stage reach each other's memory."""
+        spec = self.spec
+        if group.size > MOST_RANKS:
+            return group
+        self.peer_setup = PeerSetup(group, talk, self.device)
+        reach = Reach.of(group.size, spec.facts.hidden_size, getattr(torch, spec.dtype))
+        opened = self.peer_setup.open(reach, spec.timeout_s)
+        if self.place.tp_rank == 0:
+            self.notes.append(self.peer_setup.note)
+        if spec.transport == "nccl":
+            self._warm_up(group)
+        return opened
+
+    def _warm_up(self, group: TensorParallelGroup) -> None:
+        """Let NCCL open its connections now: what own kernels leave to it may first be a user's long prompt."""
+        dtype: torch.dtype = getattr(torch, self.spec.dtype)
+        x_TD = torch.zeros(self.spec.max_batch_tokens, self.spec.facts.hidden_size, dtype=dtype, device=self.device)
+        group.all_reduce(x_TD)
+        group.all_gather(x_TD[:1])
+        torch.cuda.synchronize(self.device)
 
     def _activations(self, sender: int, receiver: int) -> tuple[Channel, ...]:
         regions = self.layout.activations[sender] if self.layout is not None else None

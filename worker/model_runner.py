@@ -16,6 +16,7 @@ from mgpu.worker.graphs import make_graphs
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.links import Links
 from mgpu.worker.models import DecoderStage
+from mgpu.worker.peer_group import peers_of
 from mgpu.worker.rows import RowTable, SampleRequest
 from mgpu.worker.sampler import Sampled, Sampler
 
@@ -56,11 +57,17 @@ class ModelRunner:
         self._is_last = place.stage_index == num_stages - 1
         self._sampler = Sampler(rows, links.group, padded_vocab(facts.vocab_size, place.tp_size) // place.tp_size)
         self._awaited: deque[_Awaited] = deque()
-        self._graphs = make_graphs(stage, cache, rows) if place.tp_size == num_stages == 1 else None
+        self._graphs = make_graphs(stage, cache, rows, links.group) if num_stages == 1 else None
+
+    def check_peers(self) -> None:
+        """Raise PeerLost if a step that has been computed waited for another rank in vain."""
+        if (peers := peers_of(self._links.group)) is not None:
+            peers.check()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sampled | None:
         """Execute one step; gives the chosen tokens on the last stage if any row samples. BadPlan, PeerLost."""
+        self.check_peers()
         self._take_tokens(plan.step - self._num_stages)
         if self._graphs is not None and (output := self._graphs.run(plan)) is not None:
             return self._choose_of(output, plan)
@@ -142,3 +149,4 @@ class ModelRunner:
         self._graphs = graphs
         if graphs is not None:
             graphs.prepare()
+        self.check_peers()

@@ -6,11 +6,11 @@ copies straight into it. Only the counters are in host memory.
 
 from collections.abc import Sequence
 
-import msgpack
 import torch
 from torch import Tensor
 
 from mgpu.protocol.shared_layout import HANDLE_BYTES, MailboxRegion
+from mgpu.worker.ipc_memory import export, map_exported
 from mgpu.worker.shared_memory import SharedSegment
 
 _WORD = 8
@@ -52,7 +52,7 @@ class PeerSender(_PeerEnd):
         if self._ring is None:
             # A receiver's counter is offset by one: 1 says that its handle is there.
             self._wait(self._region.received, 1, "to open its mailbox")
-            self._ring = _open(self._handle, self._device)
+            self._ring = map_exported(bytes(self._handle.tolist()), self._device)
         self._wait(self._region.received, self._count + 2 - self._region.depth, "to read")
         x = x.contiguous()
         self._slot(self._ring, x.numel(), x.dtype).copy_(x.view(-1), non_blocking=True)
@@ -68,8 +68,7 @@ class PeerReceiver(_PeerEnd):
     def __init__(self, segment: SharedSegment, region: MailboxRegion, device: torch.device, peer: str) -> None:
         super().__init__(segment, region, device, peer)
         self._ring = torch.empty(region.depth * region.slot_bytes, dtype=torch.uint8, device=device)
-        torch.cuda.synchronize(device)
-        packed = msgpack.packb(list(self._ring.untyped_storage()._share_cuda_()))  # type: ignore[no-untyped-call]
+        packed = export(self._ring)
         if len(packed) > HANDLE_BYTES:
             raise RuntimeError(f"CUDA IPC handle of {len(packed)} bytes; at most {HANDLE_BYTES} fit")
         self._handle[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
@@ -87,12 +86,3 @@ class PeerReceiver(_PeerEnd):
 
     def send(self, x: Tensor) -> None:
         raise NotImplementedError("this is the receiving end")
-
-
-def _open(handle: Tensor, device: torch.device) -> Tensor:
-    """Map the receiver's ring on ``device``, this rank's own: the driver enables peer access for the mapping."""
-    unpacker = msgpack.Unpacker()
-    unpacker.feed(bytes(handle.tolist()))
-    _, *rest = unpacker.unpack()
-    storage = torch.UntypedStorage._new_shared_cuda(device.index, *rest)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mgpu.protocol.control import StepPlan
 from mgpu.worker.graph_pool import GraphPool, StepGraph, StepOutput, padded
-from mgpu.worker.kernels.sample import sample
+from mgpu.worker.graph_sampling import choose
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.models import DecoderStage
+from mgpu.worker.peer_group import PeerGroup
 from mgpu.worker.rows import RowTable
 from mgpu.worker.triton_attention import PagedRows, TritonStep
 
@@ -31,18 +32,25 @@ Size = tuple[int, int, bool]
 
 
 class PromptGraphs:
-    """The graphs of a rank that has the whole model."""
+    """The graphs of a rank that has all layers, whole or one of the slices that ``peers`` add up."""
 
-    def __init__(self, pool: GraphPool, stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
+    def __init__(
+        self, pool: GraphPool, stage: DecoderStage, cache: KvCache, rows: RowTable, peers: PeerGroup | None = None
+    ) -> None:
         self._pool = pool
         self._stage = stage
         self._cache = cache
         self._rows = rows
+        self._peers = peers
+        self.most_tokens = TOKENS[-1] if peers is None else min(TOKENS[-1], peers.most_rows)
         self._graphs: dict[Size, StepGraph] = {}
 
     def takes(self, plan: StepPlan) -> bool:
         """Say whether a step is small enough; one of decoding alone is not meant."""
-        return 0 < len(plan.rows) <= ROWS[-1] and sum(plan.counts) <= TOKENS[-1]
+        if not 0 < len(plan.rows) <= ROWS[-1]:
+            return False
+        total = sum(plan.counts)
+        return total <= self.most_tokens and _first_fit(TOKENS, total) <= self.most_tokens
 
     def prepare(self, size: Size) -> None:
         """Make a graph ahead of its first use."""
@@ -94,15 +102,7 @@ class PromptGraphs:
         x_TD = self._stage.embed(rows.tokens[token_rows_T, positions_T].long())
         x_TD = self._stage.run_layers_with(x_TD, step, positions_T, self._cache)
         logits_RV = self._stage.raw_logits(x_TD[last_R.long()])
-        _, ids_R = sample(
-            logits_RV,
-            rows_S=rows_R,
-            positions_S=sampled_R,
-            temperatures=rows.temperatures,
-            seeds=rows.seeds,
-            tokens=rows.tokens,
-        )
-        return StepOutput(logits_RV, ids_R)
+        return StepOutput(logits_RV, choose(logits_RV, rows_R, sampled_R, rows, self._peers))
 
 
 def _first_fit(sizes: tuple[int, ...], needed: int) -> int:

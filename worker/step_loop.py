@@ -98,7 +98,9 @@ class StepLoop:
     def _send_results(self, keep: int) -> None:
         """Send what is done, and wait for more until at most ``keep`` steps are in flight."""
         while self._in_flight and (len(self._in_flight) > keep or self._in_flight[0].is_done()):
-            self._control.send(self._in_flight.popleft().result())
+            result = self._in_flight.popleft().result()
+            self._runner.check_peers()
+            self._control.send(result)
 
     def _next_order(self) -> object:
         """Wait for an order, sending results meanwhile: busy while results are due or one may come soon, then parked.

@@ -19,6 +19,7 @@ from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_slices
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
+from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.layers.rotary import Angles, Rotation, rotate
 from mgpu.worker.loaders.reader import WeightReader
 
@@ -49,7 +50,7 @@ class Attention(Module):
             self.q_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
             self.k_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
 
-    def __call__(self, x_TD: Activations, angles: Angles, attention: StepAttention, cache: LayerCache) -> Product:
+    def __call__(self, x_TD: Activations, angles: Angles, attention: StepAttention, cache: LayerCache) -> Delta:
         qkv = self.qkv(x_TD)
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables are for attention that rotates by itself"
@@ -58,7 +59,7 @@ class Attention(Module):
         else:
             q_THK, k_TJK, v_TJK = self._rotated(self._heads(plain(qkv))[0], angles)
             heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
-        return self.out(heads_THK.flatten(1))
+        return self.out.partial(heads_THK.flatten(1))
 
     def _heads(self, qkv: Product) -> tuple[Tensor, Tensor | None]:
         """Give the stacked heads [T, A, K] and what each token's are still to be multiplied by."""

@@ -19,9 +19,11 @@ from mgpu.worker.kernels.float8_rows import LEAST_ROWS, Activations, Float8Rows,
 from mgpu.worker.kernels.packing import PackedWeight
 from mgpu.worker.layers.cpu_matmul import matmul_repacked, pack
 from mgpu.worker.layers.module import Module
+from mgpu.worker.layers.partial_sum import Delta, PartialSum, whole
 from mgpu.worker.layers.product import matmul, matmul_float8, matmul_packed, multiplies_float8
 from mgpu.worker.layers.quantize import quantize
 from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.peer_group import peers_of
 
 
 def even_range(total: int, rank: int, size: int) -> range:
@@ -165,10 +167,18 @@ class RowParallelLinear(Linear):
         self.columns = columns
         self.group = group
 
-    def __call__(self, x_TI: Activations) -> Product:
+    def __call__(self, x_TI: Activations) -> Tensor:
+        return whole(self.partial(x_TI))
+
+    def partial(self, x_TI: Activations) -> Delta:
+        """Give the sum, or this rank's part of it where what follows can add up by itself."""
         if self.group.size == 1:
             return self._product(x_TI, self.bias)
-        y_TO = self.group.all_reduce(plain(self._product(x_TI, None)))
+        y_TO = plain(self._product(x_TI, None))
+        peers = peers_of(self.group)
+        if peers is not None and peers.takes(y_TO):
+            return PartialSum(y_TO, self.bias, peers)
+        y_TO = self.group.all_reduce(y_TO)
         return y_TO if self.bias is None else y_TO.add_(self.bias)
 
     def load(self, reader: WeightReader, name: str) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernel_use import uses_kernels
-from mgpu.worker.kernels.float8_rows import Activations, Product, plain, values_and_scale
+from mgpu.worker.kernels.float8_rows import Activations, plain, values_and_scale
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, even_range
 from mgpu.worker.layers.module import Module
+from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.loaders.reader import WeightReader
 
 
@@ -39,10 +40,10 @@ class GatedMLP(Module):
         self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, dtype, device, form)
         self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device, form)
 
-    def __call__(self, x_TD: Activations) -> Product:
+    def __call__(self, x_TD: Activations) -> Delta:
         if self._uses_kernel:
-            return self.down(self._gated_by_kernels(x_TD))
-        return self.down(self._gated(plain(self.gate_up(x_TD))))
+            return self.down.partial(self._gated_by_kernels(x_TD))
+        return self.down.partial(self._gated(plain(self.gate_up(x_TD))))
 
     def _gated_by_kernels(self, x_TD: Activations) -> Activations:
         from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8

@@ -9,6 +9,7 @@ from torch import Tensor
 from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.kernels.float8_rows import Activations, Product, ScaledRows, plain, values_and_scale
 from mgpu.worker.layers.module import Module
+from mgpu.worker.layers.partial_sum import Delta, PartialSum
 from mgpu.worker.loaders.reader import WeightReader
 
 
@@ -53,8 +54,10 @@ class RMSNorm(Module):
         scale = torch.addcmul(self._cpu_eps, length, length, value=1.0 / self.shape[0]).rsqrt_()
         return torch.mul(x, scale).mul_(self.weight)
 
-    def add_and_norm(self, residual_TD: Tensor, delta_TD: Product | None) -> Activations:
+    def add_and_norm(self, residual_TD: Tensor, delta_TD: Delta | None) -> Activations:
         """Add ``delta`` to ``residual`` in place and give the normalized sum."""
+        if isinstance(delta_TD, PartialSum):
+            return delta_TD.add_and_norm(residual_TD, self.weight, self.eps)
         if self._uses_kernel and delta_TD is not None:
             return self._add_and_norm_kernel(residual_TD, delta_TD)
         if delta_TD is not None:

@@ -10,6 +10,7 @@ from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
+from mgpu.worker.layers.partial_sum import Delta, summed
 from mgpu.worker.layers.rotary import Angles
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.stage import BuildContext
@@ -40,16 +41,16 @@ class Gemma3Layer(Module):
 
     def __call__(
         self,
-        delta_TD: Product | None,
+        delta_TD: Delta | None,
         residual_TD: Tensor,
         angles: Angles,
         attention: StepAttention,
         cache: LayerCache,
     ) -> Product:
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
-        delta_TD = self.attention_out_norm(self.attention(x_TD, angles, attention, cache))
+        delta_TD = self.attention_out_norm(summed(self.attention(x_TD, angles, attention, cache)))
         x_TD = self.mlp_norm.add_and_norm(residual_TD, delta_TD)
-        return self.mlp_out_norm(self.mlp(x_TD))
+        return self.mlp_out_norm(summed(self.mlp(x_TD)))
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         self.input_norm.load(reader, f"{prefix}.input_layernorm")

@@ -5,11 +5,11 @@
 from torch import Tensor
 
 from mgpu.worker.attention import StepAttention
-from mgpu.worker.kernels.float8_rows import Product
 from mgpu.worker.kv_cache import LayerCache
 from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
+from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.layers.rotary import Angles
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.stage import BuildContext
@@ -36,12 +36,12 @@ class LlamaLayer(Module):
 
     def __call__(
         self,
-        delta_TD: Product | None,
+        delta_TD: Delta | None,
         residual_TD: Tensor,
         angles: Angles,
         attention: StepAttention,
         cache: LayerCache,
-    ) -> Product:
+    ) -> Delta:
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
         delta_TD = self.attention(x_TD, angles, attention, cache)
         x_TD = self.mlp_norm.add_and_norm(residual_TD, delta_TD)

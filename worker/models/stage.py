@@ -16,11 +16,11 @@ from mgpu.protocol.quantization import DENSE, WeightFormat
 from mgpu.worker.attention import AttentionBackend, AttentionShape, StepAttention, select_backend
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import TensorParallelGroup
-from mgpu.worker.kernels.float8_rows import Product, plain
 from mgpu.worker.kv_cache import KvCache, LayerCache
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
+from mgpu.worker.layers.partial_sum import Delta, whole
 from mgpu.worker.layers.rotary import Angles, RotaryEmbedding
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
@@ -58,12 +58,12 @@ class DecoderLayer(Protocol):
 
     def __call__(
         self,
-        delta_TD: Product | None,
+        delta_TD: Delta | None,
         residual_TD: Tensor,
         angles: Angles,
         attention: StepAttention,
         cache: LayerCache,
-    ) -> Product:
+    ) -> Delta:
         """Add ``delta`` to ``residual``, compute the layer, give its own delta."""
         ...
 
@@ -156,10 +156,10 @@ class DecoderStage(Module):
     def run_layers_with(self, x_TD: Tensor, attention: StepAttention, positions_T: Tensor, cache: KvCache) -> Tensor:
         """Run the layers with attention that was prepared elsewhere."""
         angles = self._angles(positions_T)
-        delta_TD: Product | None = None
+        delta_TD: Delta | None = None
         for layer, sliding, layer_cache in zip(self.layers, self._is_sliding, cache.layers, strict=True):
             delta_TD = layer(delta_TD, x_TD, angles[sliding], attention, layer_cache)
-        return x_TD if delta_TD is None else x_TD.add_(plain(delta_TD))
+        return x_TD if delta_TD is None else x_TD.add_(whole(delta_TD))
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Give this rank's part of the logits, float32 [S, padded vocabulary / ranks]; the final norm is inside."""

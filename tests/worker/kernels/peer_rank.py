@@ -1,0 +1,47 @@
+"""One rank of a test in the interpreter, on shared memory in place of peer GPUs: ``python peer_rank.py RANK RANKS FD``.
+
+Says ``empty`` once its areas are, and reads a line; then prints a digest of everything that it computed.
+"""
+
+import hashlib
+import mmap
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
+sys.path.insert(0, str(Path(__file__).parent))
+
+import conftest  # noqa: F401, mends the interpreter
+import numpy
+import torch
+from peer_checks import Rank, compare, region_bytes
+
+from mgpu.worker.peer_memory import PeerAlarm
+
+DTYPE = torch.bfloat16
+LOOKS = 500_000
+
+
+def main() -> None:
+    rank, ranks, fd = map(int, sys.argv[1:])
+    torch.set_num_threads(1)
+    nbytes = region_bytes(ranks, DTYPE)
+    memory = torch.frombuffer(mmap.mmap(fd, ranks * nbytes), dtype=torch.uint8)
+    addresses = [memory.data_ptr() + peer * nbytes for peer in range(ranks)]
+    alarm = PeerAlarm(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), LOOKS)
+    own = Rank(rank, ranks, DTYPE, memory[rank * nbytes :][:nbytes], addresses, alarm)
+    print("empty", flush=True)
+    sys.stdin.readline()
+    with numpy.errstate(all="ignore"):
+        found = own.launch()
+    assert not int(alarm.seen), "waited in vain"
+    compare(found, own.expected())
+    digest = hashlib.sha256()
+    for each in found:
+        digest.update(each.view(torch.uint8).numpy().tobytes())
+    print(digest.hexdigest(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

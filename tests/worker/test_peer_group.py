@@ -1,0 +1,84 @@
+"""Who adds up what: the choice of kernels by size, and what happens where they cannot be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from random_model import write_random_model
+from rank_threads import ThreadGroup, run_ranks
+from stage_driver import logits_in_chunks
+from torch import Tensor
+
+from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.worker.collectives import DryRun, SingleRank
+from mgpu.worker.peer_group import MOST_ROWS, Reach, area_shapes, peers_of
+from mgpu.worker.peer_memory import buffer_bytes
+from mgpu.worker.peer_setup import SWITCH, PeerSetup, refusal
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dim", "rows"), [(2, 4096, 256), (2, 8192, 128), (4, 8192, 24), (8, 4096, 20), (8, 131072, 1)], ids=str
+)
+def test_one_shot_is_for_small_messages(ranks: int, dim: int, rows: int) -> None:
+    reach = Reach.of(ranks, dim, torch.bfloat16)
+    assert (reach.one_shot_rows, reach.two_shot_rows) == (rows, MOST_ROWS)
+
+
+@pytest.mark.parametrize(("ranks", "dim", "areas"), [(2, 4096, 4), (3, 5120, 4), (8, 8192, 4), (8, 16, 2)], ids=str)
+def test_there_is_memory_for_two_shots_where_every_rank_has_a_part(ranks: int, dim: int, areas: int) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    shapes = area_shapes(Reach.of(ranks, dim, torch.bfloat16))
+    assert len(shapes) == areas
+    assert buffer_bytes(shapes) < 64 << 20
+
+
+def test_a_rank_that_cannot_makes_all_keep_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_one(group: ThreadGroup) -> tuple[bool, str, Tensor]:
+        setup = PeerSetup(group, group, CPU)
+        opened = setup.open(Reach.of(group.size, 64, torch.float32), 1.0)
+        setup.close()
+        return opened is group, setup.note, opened.all_reduce(torch.ones(2))
+
+    for is_same, note, total in run_ranks(3, open_one):
+        assert is_same
+        assert note == "partial sums do not go by own kernels: rank 0 of 3: kernels are not used"
+        assert total.tolist() == [3.0, 3.0]
+    monkeypatch.setenv(SWITCH, "0")
+    assert refusal(Reach.of(2, 64, torch.float32), CPU) == "MGPU_PEER_REDUCE=0"
+
+
+def test_a_dry_run_waits_for_no_peers() -> None:
+    group = DryRun(SingleRank())
+    assert peers_of(group) is None
+    group.alone = True
+    assert peers_of(group) is None
+
+
+class FusedThreads:
+    """Does by threads what `PeerGroup` does by kernels."""
+
+    def __init__(self, group: ThreadGroup) -> None:
+        self._group = group
+
+    def takes(self, x: Tensor) -> bool:
+        return len(x) < 4
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._group.all_reduce(x)
+
+    def add_and_norm(
+        self, residual_TD: Tensor, part_TD: Tensor, bias_D: Tensor | None, weight_D: Tensor, eps: float
+    ) -> Tensor:
+        total_TD = self._group.all_reduce(part_TD)
+        residual_TD += total_TD if bias_D is None else total_TD + bias_D
+        return torch.nn.functional.rms_norm(residual_TD, weight_D.shape, weight_D, eps)
+
+
+def test_norms_that_add_up_give_the_logits_of_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = read_checkpoint(write_random_model(tmp_path, attention_bias=True, mlp_bias=True))
+    ids, chunks = list(range(3, 13)), [5, 1, 3, 1]  # sums of both kinds
+    expected = logits_in_chunks(checkpoint, ids, chunks, tp_size=2)
+    monkeypatch.setattr("mgpu.worker.layers.linear.peers_of", FusedThreads)
+    torch.testing.assert_close(logits_in_chunks(checkpoint, ids, chunks, tp_size=2), expected)

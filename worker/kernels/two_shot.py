@@ -1,0 +1,150 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Sums over the ranks of a stage in two shots: rank j adds up the j-th part of the columns and sends the sum to all.
+
+Two ways over the link instead of one, but less to send from three ranks on. Otherwise like `all_reduce`.
+"""
+
+# T tokens, D model dim
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mgpu.worker.kernels.all_reduce import LEAST_BLOCK, Residual, finish, load_stream, num_warps
+from mgpu.worker.kernels.peer import BITS, TIMED, clean_bits, receive, send
+from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, power_of_2, wait_for_inputs
+from mgpu.worker.peer_memory import Area, AreaShape, PeerAlarm, empty_bits
+
+
+@triton.jit(do_not_specialize=["rank", "timeout_us"])
+def _two_shot_kernel(
+    x_ptr,
+    residual_ptr,
+    bias_ptr,
+    weight_ptr,
+    out_ptr,
+    parts_ptr,
+    part_peers,
+    sums_ptr,
+    sum_peers,
+    turns_ptr,
+    failed_ptr,
+    seen_ptr,
+    x_stride,
+    residual_stride,
+    out_stride,
+    rank,
+    timeout_us,
+    eps,
+    D: tl.constexpr,
+    PART: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART_BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    EMPTY: tl.constexpr,
+    TIMED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row = tl.program_id(0)
+    d = tl.arange(0, BLOCK)
+    c = tl.arange(0, PART_BLOCK)
+    mask = d < D
+    weight = 1.0
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    wait_for_inputs(OVERLAP)
+    turn = tl.load(turns_ptr + row)
+    line = turn * ROWS + row
+    for peer in tl.static_range(RANKS):
+        inside = (c < PART) & (peer * PART + c < D)
+        x = tl.load(x_ptr + row * x_stride + peer * PART + c, mask=inside, other=0.0)
+        send(part_peers[peer], (line * RANKS + rank) * PART + c, clean_bits(x, BITS, EMPTY), inside, BITS)
+    stream = load_stream(residual_ptr, row, residual_stride, d, mask)
+    source = tl.arange(0, PADDED)[:, None]
+    mine = (c < PART) & (rank * PART + c < D)
+    places = parts_ptr + (line * RANKS + source) * PART + c[None, :]
+    bits = receive(places, (source < RANKS) & mine[None, :], failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
+    dtype = out_ptr.dtype.element_ty
+    part = tl.sum(bits.to(dtype, bitcast=True).to(tl.float32), 0).to(dtype)
+    own = clean_bits(part, BITS, EMPTY)
+    for peer in tl.static_range(RANKS):
+        send(sum_peers[peer], line * D + rank * PART + c, own, mine, BITS)
+    bits = receive(sums_ptr + line * D + d[None, :], mask[None, :], failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
+    total = tl.sum(bits.to(dtype, bitcast=True).to(tl.float32), 0)
+    finish(total, stream, row, d, mask, residual_ptr, residual_stride, bias_ptr, weight, out_ptr, out_stride, eps, D)
+    tl.store(turns_ptr + row, 1 - turn)
+
+
+@dataclass(frozen=True, slots=True)
+class TwoShot:
+    """What two-shot sums of up to ``rows`` rows of ``dim`` need."""
+
+    parts: Area
+    sums: Area
+    alarm: PeerAlarm
+    rank: int
+    rows: int
+    dim: int
+
+    @staticmethod
+    def shapes(ranks: int, rows: int, dim: int, dtype: torch.dtype) -> list[AreaShape]:
+        """Give the areas that must be there: parts to be summed, then sums."""
+        columns = ranks * part_columns(ranks, dim, dtype)
+        return [AreaShape(dtype, rows * columns, rows), AreaShape(dtype, rows * dim, rows)]
+
+    def __call__(self, x_TD: Tensor, out_TD: Tensor, residual: Residual | None, bias_D: Tensor | None) -> Tensor:
+        """Add up over the ranks into ``out``, which may be ``x``. With a residual, ``out`` is its norm."""
+        ranks = len(self.parts.peers)
+        part = part_columns(ranks, self.dim, x_TD.dtype)
+        block = max(LEAST_BLOCK, power_of_2(self.dim))
+        part_block = max(LEAST_BLOCK, power_of_2(part))
+        _two_shot_kernel[(x_TD.shape[0],)](
+            x_TD,
+            None if residual is None else residual.stream_TD,
+            bias_D,
+            None if residual is None else residual.weight_D,
+            out_TD,
+            self.parts.inbox,
+            self.parts.peers,
+            self.sums.inbox,
+            self.sums.peers,
+            self.parts.turns,
+            self.alarm.failed,
+            self.alarm.seen,
+            x_TD.stride(0),
+            0 if residual is None else residual.stream_TD.stride(0),
+            out_TD.stride(0),
+            self.rank,
+            self.alarm.timeout_us,
+            0.0 if residual is None else residual.eps,
+            self.dim,
+            part,
+            self.rows,
+            ranks,
+            power_of_2(ranks),
+            block,
+            part_block,
+            BITS[self.parts.inbox.dtype],
+            empty_bits(x_TD.dtype),
+            TIMED,
+            overlaps_launches(x_TD.device),
+            **launch_options(x_TD.device, num_warps(block, part_block)),
+        )
+        return out_TD
+
+
+def part_columns(ranks: int, dim: int, dtype: torch.dtype) -> int:
+    """Give the columns that one rank adds up, whole 16 bytes; the last rank may have fewer."""
+    line = 16 // dtype.itemsize
+    return -(-dim // (ranks * line)) * line
+
+
+def two_shot_divides(ranks: int, dim: int, dtype: torch.dtype) -> bool:
+    """Say whether every rank has a part: a rank that nobody writes to could not tell when its peers are done."""
+    return (ranks - 1) * part_columns(ranks, dim, dtype) < dim

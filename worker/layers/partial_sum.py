@@ -1,0 +1,45 @@
+"""What a row-parallel product gives: the sum over the ranks, or a rank's part whose sum the next norm makes.
+
+Adding up, adding to the residual stream and normalizing are one kernel where the ranks reach each other's memory.
+"""
+
+# T tokens, D model dim
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mgpu.worker.kernels.float8_rows import Product, plain
+from mgpu.worker.peer_group import PeerGroup
+
+
+@dataclass(frozen=True, slots=True)
+class PartialSum:
+    """This rank's part of a sum over ``group``, to which the bias is added once."""
+
+    part_TD: Tensor
+    bias_D: Tensor | None
+    group: PeerGroup
+
+    def total(self) -> Tensor:
+        """Add up; every rank must do so."""
+        y_TD = self.group.all_reduce(self.part_TD)
+        return y_TD if self.bias_D is None else y_TD.add_(self.bias_D)
+
+    def add_and_norm(self, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Add the sum to ``residual`` in place and give the normalized stream."""
+        return self.group.add_and_norm(residual_TD, self.part_TD, self.bias_D, weight_D, eps)
+
+
+Delta = Product | PartialSum
+"""What is to be added to the residual stream."""
+
+
+def summed(delta: Delta) -> Product:
+    """Give the sum, whoever adds it up."""
+    return delta.total() if isinstance(delta, PartialSum) else delta
+
+
+def whole(delta: Delta) -> Tensor:
+    """Give the sum as an ordinary tensor."""
+    return plain(summed(delta))

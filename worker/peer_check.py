@@ -1,0 +1,69 @@
+"""Try the kernels over peer memory before a server relies on them: wrong sums look like answers."""
+
+# T tokens, D model dim
+
+import torch
+from torch import Tensor
+
+from mgpu.worker.peer_group import PeerGroup
+
+_ROUNDS = 3
+"""Each kind of message alternates between two halves of its area: the third comes where the first was."""
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_EPS = 1e-5
+
+
+@torch.inference_mode()
+def peer_problem(group: PeerGroup, device: torch.device) -> str:
+    """Say what is wrong; empty when sums, norms and choices are what they must be. All ranks of the group call this."""
+    try:
+        for turn in range(_ROUNDS):
+            for rows in _row_counts(group):
+                if problem := _check_sums(group, turn, rows, device):
+                    return problem
+            if not torch.equal(*_choices(group, turn, device)):
+                return "ranks would choose other tokens"
+    except Exception as error:  # a compiler's or driver's failure may be of any type; the other group still serves
+        return f"the kernels failed: {type(error).__name__}: {error}"
+    return "a rank waited in vain" if group.has_failed else ""
+
+
+def _row_counts(group: PeerGroup) -> list[int]:
+    """Give messages of one shot, then of two."""
+    one = group.one_shot.rows
+    return sorted({1, min(5, one), one, min(one + 1, group.most_rows), group.most_rows})
+
+
+def _check_sums(group: PeerGroup, turn: int, rows: int, device: torch.device) -> str:
+    dim, dtype = group.reach.dim, group.reach.dtype
+
+    def draw(seed: int, *sizes: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(1000 * turn + seed)
+        return torch.randn(sizes, generator=generator, device=device).to(dtype)
+
+    parts = [draw(10 + rank, rows, dim) for rank in range(group.size)]
+    total_TD = torch.stack(parts).float().sum(0)
+    stream_TD, weight_D = draw(1, rows, dim), draw(2, dim)
+    x_TD = stream_TD.float() + total_TD
+    normed_TD = x_TD * (x_TD.square().mean(-1, keepdim=True) + _EPS).rsqrt() * weight_D.float()
+    fused_TD = group.add_and_norm(stream_TD, parts[group.rank].clone(), None, weight_D, _EPS)
+    sum_TD = group.all_reduce(parts[group.rank])
+    worst = max(
+        _error(found, wanted) for found, wanted in ((sum_TD, total_TD), (stream_TD, x_TD), (fused_TD, normed_TD))
+    )
+    return "" if worst <= _TOLERANCE[dtype] else f"sums of {rows} rows are off by {worst:.1e} of their norm"
+
+
+def _error(found_TD: Tensor, wanted_TD: Tensor) -> float:
+    error = float((found_TD.float() - wanted_TD).norm() / wanted_TD.norm())
+    return error if error == error else torch.inf
+
+
+def _choices(group: PeerGroup, turn: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give what the ranks choose together, and what they must."""
+    generator = torch.Generator(device).manual_seed(turn)
+    scores_SR = torch.randint(-2, 2, (100, group.size), generator=generator, device=device).float()
+    ids_SR = torch.arange(100 * group.size, dtype=torch.int32, device=device).view(group.size, 100).T.contiguous()
+    scores_S, ids_S = (each[:, group.rank].contiguous() for each in (scores_SR, ids_SR))
+    wanted_S = ids_SR.gather(1, scores_SR.argmax(1, keepdim=True))[:, 0]
+    return group.exchange(scores_S, ids_S, 100 * group.size - 1), wanted_S

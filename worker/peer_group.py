@@ -1,0 +1,127 @@
+"""A tensor-parallel group on GPUs that reach each other's memory: small sums by own kernels, large ones by NCCL.
+
+Kernels wait for peers on the device, so that whole steps can be CUDA graphs; `PeerGroup.check` raises what they found.
+"""
+
+# T tokens, D model dim, S rows that sample
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mgpu.worker.collectives import DryRun, TensorParallelGroup
+from mgpu.worker.errors import PeerLost
+from mgpu.worker.peer_memory import Area, AreaShape, PeerAlarm
+
+if TYPE_CHECKING:
+    from mgpu.worker.kernels.all_reduce import OneShot
+    from mgpu.worker.kernels.two_shot import TwoShot
+
+ONE_SHOT_BYTES = {2: 2 << 20, 3: 512 << 10, 4: 384 << 10, 5: 256 << 10, 6: 192 << 10, 7: 192 << 10, 8: 160 << 10}
+"""Largest message of one shot by number of ranks: where SGLang changes on an H200. Not measured with these kernels."""
+MOST_ROWS = 512
+"""Largest message of two shots, in rows: those of the largest graph with prompts. NCCL is meant for what is larger."""
+MOST_RANKS = max(ONE_SHOT_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What kernels of ``ranks`` ranks add up: rows of ``dim`` values, up to so many in one shot and in two."""
+
+    ranks: int
+    dim: int
+    dtype: torch.dtype
+    one_shot_rows: int
+    two_shot_rows: int
+
+    @staticmethod
+    def of(ranks: int, dim: int, dtype: torch.dtype) -> "Reach":
+        """Choose by message size."""
+        one_shot_rows = max(1, min(MOST_ROWS, ONE_SHOT_BYTES[ranks] // (dim * dtype.itemsize)))
+        return Reach(ranks, dim, dtype, one_shot_rows, MOST_ROWS)
+
+
+def area_shapes(reach: Reach) -> list[AreaShape]:
+    """Give the areas that a `PeerGroup` needs on each rank; two of them only where two shots are possible."""
+    from mgpu.worker.kernels.all_reduce import OneShot
+    from mgpu.worker.kernels.exchange import Exchange
+    from mgpu.worker.kernels.two_shot import TwoShot, two_shot_divides
+
+    shapes = Exchange.shapes(reach.ranks, reach.two_shot_rows)
+    shapes += OneShot.shapes(reach.ranks, reach.one_shot_rows, reach.dim, reach.dtype)
+    if two_shot_divides(reach.ranks, reach.dim, reach.dtype):
+        shapes += TwoShot.shapes(reach.ranks, reach.two_shot_rows, reach.dim, reach.dtype)
+    return shapes
+
+
+class PeerGroup:
+    """Sums of up to `most_rows` rows of the model's width by kernels, everything else by ``inner``.
+
+    The caller owns the memory behind ``areas``, which are cut as `area_shapes` says.
+    """
+
+    def __init__(self, inner: TensorParallelGroup, areas: Sequence[Area], alarm: PeerAlarm, reach: Reach) -> None:
+        from mgpu.worker.kernels.all_reduce import OneShot
+        from mgpu.worker.kernels.exchange import Exchange
+        from mgpu.worker.kernels.two_shot import TwoShot
+
+        self.rank = inner.rank
+        self.size = inner.size
+        self.inner = inner
+        self._alarm = alarm
+        self.reach = reach
+        pairs, one, *two = areas
+        self.exchange = Exchange(pairs, alarm, self.rank, reach.two_shot_rows)
+        self.one_shot = OneShot(one, alarm, self.rank, reach.one_shot_rows, reach.dim)
+        self.two_shot = TwoShot(two[0], two[1], alarm, self.rank, reach.two_shot_rows, reach.dim) if two else None
+        self.most_rows = reach.one_shot_rows if self.two_shot is None else reach.two_shot_rows
+
+    def takes(self, x: Tensor) -> bool:
+        """Say whether kernels add this up."""
+        return (
+            x.dim() == 2
+            and x.shape[1] == self.reach.dim
+            and 0 < x.shape[0] <= self.most_rows
+            and x.dtype is self.reach.dtype
+            and x.stride(1) == 1
+        )
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        if not self.takes(x):
+            return self.inner.all_reduce(x)
+        return self._kernel(x)(x, x, None, None)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return self.inner.all_gather(x)
+
+    def add_and_norm(
+        self, residual_TD: Tensor, part_TD: Tensor, bias_D: Tensor | None, weight_D: Tensor, eps: float
+    ) -> Tensor:
+        """Add the sum of the ranks' parts, and a bias, to ``residual`` in place; give the normalized sum."""
+        from mgpu.worker.kernels.all_reduce import Residual
+
+        residual = Residual(residual_TD, weight_D, eps)
+        return self._kernel(part_TD)(part_TD, torch.empty_like(residual_TD), residual, bias_D)
+
+    def _kernel(self, x_TD: Tensor) -> "OneShot | TwoShot":
+        return self.one_shot if self.two_shot is None or x_TD.shape[0] <= self.one_shot.rows else self.two_shot
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a kernel has waited for a peer in vain; what was computed since is worth nothing."""
+        return bool(self._alarm.seen)
+
+    def check(self) -> None:
+        """Raise PeerLost if a kernel has waited in vain."""
+        if self.has_failed:
+            raise PeerLost(f"rank {self.rank} of {self.size} waited for a sum of its peers in vain")
+
+
+def peers_of(group: TensorParallelGroup) -> PeerGroup | None:
+    """Give the group of kernels behind ``group``; None where there is none, or while a step's memory is measured."""
+    if isinstance(group, DryRun):
+        return None if group.alone else peers_of(group.inner)
+    return group if isinstance(group, PeerGroup) else None
