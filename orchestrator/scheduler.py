@@ -16,12 +16,10 @@ from mgpu.orchestrator.lane import Lane
 from mgpu.orchestrator.outbox import Outbox
 from mgpu.orchestrator.sequence import Sequence
 from mgpu.orchestrator.sequence_blocks import SequenceBlocks
+from mgpu.orchestrator.suspects import Trial, is_suspect, note_crash
 from mgpu.orchestrator.waiting import WaitingLine
 from mgpu.protocol.control import StepPlan, StepResult
 from mgpu.protocol.link import Outputs, Submit
-
-FATAL_CRASHES = 2
-"""A request that was running in so many crashes in a row is not replayed again."""
 
 
 @dataclass(slots=True)
@@ -72,6 +70,7 @@ class Scheduler:
         self._rows_to_free: list[int] = []
         self._leaving: deque[tuple[int, int, Sequence]] = deque()
         """(step, row, sequence): the row is free, and a preempted sequence waits again, when ``step`` has arrived."""
+        self._trial = Trial()
         self._blocked: tuple[int, Sequence] | None = None
         """(changes, sequence): the first in line had to wait, and will have to until the blocks change."""
 
@@ -139,15 +138,15 @@ class Scheduler:
     def forget_workers(self, cause: str) -> None:
         """Note that the workers are gone: every live request waits, to be replayed from its tokens.
 
-        One that was running in this crash and in the one before is failed: it may be what the workers die of.
+        What they seem to die of is failed; see suspects.py.
         """
+        guilty = note_crash(self._live.values())
         for seq in self._live.values():
-            seq.crashes = seq.crashes + 1 if seq.row >= 0 else 0
             self.counters.replays += seq.row >= 0
             seq.forget_workers()
         self._expect_new_workers()
         self._waiting.bring_back(self._live.values())
-        for seq in [seq for seq in self._live.values() if seq.crashes >= FATAL_CRASHES]:
+        for seq in guilty:
             self.counters.replays -= 1
             self._fail(seq, f"the workers failed {seq.crashes} times in a row while they ran this request: {cause}")
 
@@ -167,6 +166,7 @@ class Scheduler:
 
         Step numbers skip the turns of lanes that have nothing to do.
         """
+        self._end_trial()
         for step in range(self._next_step, self._next_step + len(self._lanes)):
             if self._in_flight and step - self._in_flight[0].step > len(self._lanes):
                 return None
@@ -191,6 +191,12 @@ class Scheduler:
         else:
             self._apply_with_logprobs(record.sampled, result)
         self._release_rows_until(record.step)
+
+    def _end_trial(self) -> None:
+        """Let the next suspect run, alone as well, when the one that runs is past the place where the workers died."""
+        innocent, first = self._trial.acquit(), self._waiting.first()
+        if innocent is not None and first is not None and is_suspect(first):
+            self._preempt(innocent)
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
@@ -287,6 +293,8 @@ class Scheduler:
         seq = self._waiting.first()
         if seq is None or not self._free_rows or self._blocked == (self.blocks.changes, seq):
             return None
+        if self._trial.holds_back(seq, is_idle=not self._admitted and not self._in_flight):
+            return None
         # One block per running request stays free, so that the newcomer is not preempted right away.
         if not self.blocks.take(seq, reserve=len(self._admitted)):
             self._blocked = (self.blocks.changes, seq)
@@ -298,6 +306,7 @@ class Scheduler:
         self._waiting.take_first()
         seq.row = self._free_rows.pop()
         self._admitted[seq.request_id] = seq
+        self._trial.begin(seq)
         return seq
 
     # -- leaving -------------------------------------------------------------------------------------------------------
@@ -321,6 +330,7 @@ class Scheduler:
         elif seq in self._prefilling:
             self._prefilling.remove(seq)
         self.blocks.release(seq)
+        self._trial.end(seq)
         del self._admitted[seq.request_id]
         self._rows_to_free.append(seq.row)
         # The row is not given away while a token for it is under way: it would land in the next owner's row.
