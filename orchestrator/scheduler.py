@@ -16,6 +16,7 @@ from mgpu.orchestrator.lane import Lane
 from mgpu.orchestrator.outbox import Outbox
 from mgpu.orchestrator.sequence import Sequence
 from mgpu.orchestrator.sequence_blocks import SequenceBlocks
+from mgpu.orchestrator.step_counters import StepCounters
 from mgpu.orchestrator.suspects import Trial, is_suspect, note_crash
 from mgpu.orchestrator.waiting import WaitingLine
 from mgpu.protocol.control import StepPlan, StepResult
@@ -30,26 +31,13 @@ class StepRecord:
     sampled: list[Sequence]
 
 
-@dataclass(slots=True)
-class Counters:
-    """Totals since the start."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    generated_tokens: int = 0
-    discarded_tokens: int = 0
-    preemptions: int = 0
-    replays: int = 0
-    finished: int = 0
-
-
 class Scheduler:
     """All live requests and the steps in flight. One call per event; every request ends in exactly one output."""
 
     def __init__(self, limits: Limits, epoch: int = 0) -> None:
         self.limits = limits
-        self.counters = Counters()
+        self._most_seq_len = limits.max_seq_len
+        self.counters = StepCounters()
         self._epoch = epoch
         self._live: dict[int, Sequence] = {}
         self._waiting = WaitingLine()
@@ -151,12 +139,15 @@ class Scheduler:
             self._fail(seq, f"the workers failed {seq.crashes} times in a row while they ran this request: {cause}")
 
     def resume(self, epoch: int, num_blocks: int) -> None:
-        """Go on with new workers of another epoch, whose pool may be smaller; call after `forget_workers`."""
+        """Go on with new workers of another epoch and their pool; call after `forget_workers`.
+
+        It may be smaller than the first was, or of that size again.
+        """
         self._epoch = epoch
         if num_blocks == self.limits.num_blocks:
             return
         room = num_blocks * self.limits.block_size
-        self.limits = replace(self.limits, num_blocks=num_blocks, max_seq_len=min(self.limits.max_seq_len, room))
+        self.limits = replace(self.limits, num_blocks=num_blocks, max_seq_len=min(self._most_seq_len, room))
         self._expect_new_workers()
         for seq in [seq for seq in self._live.values() if seq.max_len > room + 1]:
             self._fail(seq, f"after a restart the KV cache holds only {room} tokens, this needs {seq.max_len - 1}")

@@ -460,6 +460,17 @@ def test_crashes_that_no_request_brings_about_cost_no_request() -> None:
     assert all(harness.tokens[i] == solo_tokens(prompt_of(i, 5), 30) for i in harness.finish)
 
 
+def test_a_pool_that_was_smaller_for_a_while_has_its_old_context_again() -> None:
+    harness = Harness()
+    harness.crash(1, 10)
+    assert harness.scheduler.limits.max_seq_len == 40
+    harness.crash(2, 64)
+    assert harness.scheduler.limits == limits()
+    harness.submit(1, prompt_of(1, 60), 20)
+    harness.run()
+    assert harness.tokens[1] == solo_tokens(prompt_of(1, 60), 20)
+
+
 def test_batch_budget_must_exceed_rows() -> None:
     with pytest.raises(LimitsError, match="max_batch_tokens 8 must exceed max_rows 8"):
         limits(max_batch_tokens=8)
