@@ -150,10 +150,8 @@ class Resumption:
         if question.is_stale:  # going on for a connection that is lost would end the request
             self._queries.ask_on(question)
             return
-        catch_up, name = (
-            self._go_on(question.client, question.message, record),
-            (question.message.session, question.message.id),
-        )
+        name = (question.message.session, question.message.id)
+        catch_up = self._go_on(question.client, question.message, record)
         request = self._table.by_session(*name) if question.is_cancelled else None
         if request is not None:
             self._cancel(request)
