@@ -67,7 +67,7 @@ class WorkerRecovery:
     ) -> None:
         """``group`` is ready and has ``num_blocks``; ``standby`` gives the next ones."""
         self.group = group
-        self.num_blocks = num_blocks
+        self.num_blocks = self._most_blocks = num_blocks
         self.limit = limit
         self.is_ready = True
         self.last_s = 0.0
@@ -94,7 +94,7 @@ class WorkerRecovery:
         """Go on with what the new group has said. WorkersHung when it is silent for too long."""
         group = self.group
         if not self._allocated and len(group.loaded) == len(group.processes):
-            self.num_blocks = group.allocate_cache(at_most=self.num_blocks)
+            self.num_blocks = group.allocate_cache(at_most=self._most_blocks)
             self._allocated = True
         if len(group.ready) == len(group.processes):
             self.is_ready = True

@@ -51,17 +51,9 @@ class RuntimeDir:
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self.base = choose_base(environ)
         sweep(self.base)
-        name = secrets.token_hex(4)
-        self.path = self.base / name
-        # Locked under a name that nobody sweeps, then renamed: no other server can take it for a left-over.
-        hidden = self.base / f".{name}"
-        try:
-            hidden.mkdir(mode=0o700)
-            self._lock_fd = _locked(hidden / LOCK_NAME)
-            hidden.rename(self.path)
-        except OSError as error:
-            shutil.rmtree(hidden, ignore_errors=True)
-            raise _error("cannot make a folder in", self.base, error) from error
+        self.path = self.base / secrets.token_hex(4)
+        self._lock_fd = _made(self.path)
+        self._announced: RunningServer | None = None
         self._look_at_s = 0.0
         self._is_missed = False
 
@@ -70,8 +62,10 @@ class RuntimeDir:
         return f"ipc://{self.path / name}"
 
     def bind(self, socket: "zmq.Socket[bytes]", name: str) -> str:
-        """Bind a socket that only this user can connect to; gives its endpoint."""
+        """Bind a socket that only this user can connect to; gives its endpoint. RuntimeDirError when that fails."""
         endpoint = self.ipc(name)
+        if self._is_removed():
+            self._make_again()
         old_mask = os.umask(0o077)
         try:
             socket.bind(endpoint)
@@ -87,22 +81,45 @@ class RuntimeDir:
             write_server(self.path, server)
         except OSError as error:
             raise _error("cannot write to", self.path, error) from error
+        self._announced = server
 
     def look(self) -> None:
-        """Log, once, that something has removed the folder. Cheap: call it often."""
+        """Make the folder again if something has removed it; log, once, that it cannot be. Cheap: call it often."""
         now_s = time.monotonic()
-        if self._is_missed or now_s < self._look_at_s:
+        if now_s < self._look_at_s:
             return
         self._look_at_s = now_s + LOOK_INTERVAL_S
-        if self._is_removed():
-            self._is_missed = True
-            log.error(
-                "something has removed %s, the folder of this server's sockets. Those who are connected are served, "
-                "but nobody else can find the server, and it ends if a worker or the gateway has to be replaced. "
-                "Restart it when that suits. If old files are cleaned up there, set %s=/short/path to another folder.",
-                self.path,
-                BASE_VARIABLE,
-            )
+        if not self._is_removed():
+            return
+        try:
+            self._make_again()
+        except RuntimeDirError as error:
+            if not self._is_missed:
+                self._is_missed = True
+                log.error(
+                    "something has removed %s, the folder of this server's sockets. Those who are connected are "
+                    "served, but nobody else can find the server, and it ends if a worker or the gateway has to be "
+                    "replaced before the folder can be made again (%s).",
+                    self.path,
+                    error,
+                )
+
+    def _make_again(self) -> None:
+        """Make the folder as it was, without its sockets: whoever has bound one binds it again. RuntimeDirError."""
+        problem = _problem_of(self.base)
+        if problem is not None:
+            raise RuntimeDirError(f"cannot make {self.path} again, which is gone: {self.base}: {problem}")
+        lock_fd = _made(self.path)
+        os.close(self._lock_fd)
+        self._lock_fd, self._is_missed = lock_fd, False
+        if self._announced is not None:
+            self.announce(self._announced)
+        log.warning(
+            "something has removed %s, the folder of this server's sockets; it is there again. If old files are "
+            "cleaned up there, set %s=/short/path to another folder.",
+            self.path,
+            BASE_VARIABLE,
+        )
 
     def _is_removed(self) -> bool:
         """Whether the lock file is gone, or is that of another server; without it nobody may use the folder."""
@@ -117,6 +134,26 @@ class RuntimeDir:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+
+def _made(path: Path) -> int:
+    """Make the folder of a server, or the lock in it if only that is missing; give the lock. RuntimeDirError."""
+    # Locked under a name that nobody sweeps, then renamed: no other server can take it for a left-over.
+    hidden, lock_fd = path.with_name(f".{path.name}"), -1
+    try:
+        hidden.mkdir(mode=0o700)
+        lock_fd = _locked(hidden / LOCK_NAME)
+        if path.is_dir():
+            os.link(hidden / LOCK_NAME, path / LOCK_NAME)
+            shutil.rmtree(hidden)
+        else:
+            hidden.rename(path)
+    except OSError as error:
+        shutil.rmtree(hidden, ignore_errors=True)
+        if lock_fd >= 0:
+            os.close(lock_fd)
+        raise _error("cannot make a folder in", path.parent, error) from error
+    return lock_fd
 
 
 def _error(what: str, folder: Path, error: OSError | zmq.ZMQError) -> RuntimeDirError:

@@ -16,12 +16,11 @@ from mgpu.orchestrator.lane import Lane
 from mgpu.orchestrator.outbox import Outbox
 from mgpu.orchestrator.sequence import Sequence
 from mgpu.orchestrator.sequence_blocks import SequenceBlocks
+from mgpu.orchestrator.step_counters import StepCounters
+from mgpu.orchestrator.suspects import Trial, is_suspect, note_crash
 from mgpu.orchestrator.waiting import WaitingLine
 from mgpu.protocol.control import StepPlan, StepResult
 from mgpu.protocol.link import Outputs, Submit
-
-FATAL_CRASHES = 2
-"""A request that was running in so many crashes in a row is not replayed again."""
 
 
 @dataclass(slots=True)
@@ -32,26 +31,13 @@ class StepRecord:
     sampled: list[Sequence]
 
 
-@dataclass(slots=True)
-class Counters:
-    """Totals since the start."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    generated_tokens: int = 0
-    discarded_tokens: int = 0
-    preemptions: int = 0
-    replays: int = 0
-    finished: int = 0
-
-
 class Scheduler:
     """All live requests and the steps in flight. One call per event; every request ends in exactly one output."""
 
     def __init__(self, limits: Limits, epoch: int = 0) -> None:
         self.limits = limits
-        self.counters = Counters()
+        self._most_seq_len = limits.max_seq_len
+        self.counters = StepCounters()
         self._epoch = epoch
         self._live: dict[int, Sequence] = {}
         self._waiting = WaitingLine()
@@ -72,6 +58,7 @@ class Scheduler:
         self._rows_to_free: list[int] = []
         self._leaving: deque[tuple[int, int, Sequence]] = deque()
         """(step, row, sequence): the row is free, and a preempted sequence waits again, when ``step`` has arrived."""
+        self._trial = Trial()
         self._blocked: tuple[int, Sequence] | None = None
         """(changes, sequence): the first in line had to wait, and will have to until the blocks change."""
 
@@ -139,25 +126,28 @@ class Scheduler:
     def forget_workers(self, cause: str) -> None:
         """Note that the workers are gone: every live request waits, to be replayed from its tokens.
 
-        One that was running in this crash and in the one before is failed: it may be what the workers die of.
+        What they seem to die of is failed; see suspects.py.
         """
+        guilty = note_crash(self._live.values())
         for seq in self._live.values():
-            seq.crashes = seq.crashes + 1 if seq.row >= 0 else 0
             self.counters.replays += seq.row >= 0
             seq.forget_workers()
         self._expect_new_workers()
         self._waiting.bring_back(self._live.values())
-        for seq in [seq for seq in self._live.values() if seq.crashes >= FATAL_CRASHES]:
+        for seq in guilty:
             self.counters.replays -= 1
             self._fail(seq, f"the workers failed {seq.crashes} times in a row while they ran this request: {cause}")
 
     def resume(self, epoch: int, num_blocks: int) -> None:
-        """Go on with new workers of another epoch, whose pool may be smaller; call after `forget_workers`."""
+        """Go on with new workers of another epoch and their pool; call after `forget_workers`.
+
+        It may be smaller than the first was, or of that size again.
+        """
         self._epoch = epoch
         if num_blocks == self.limits.num_blocks:
             return
         room = num_blocks * self.limits.block_size
-        self.limits = replace(self.limits, num_blocks=num_blocks, max_seq_len=min(self.limits.max_seq_len, room))
+        self.limits = replace(self.limits, num_blocks=num_blocks, max_seq_len=min(self._most_seq_len, room))
         self._expect_new_workers()
         for seq in [seq for seq in self._live.values() if seq.max_len > room + 1]:
             self._fail(seq, f"after a restart the KV cache holds only {room} tokens, this needs {seq.max_len - 1}")
@@ -167,6 +157,7 @@ class Scheduler:
 
         Step numbers skip the turns of lanes that have nothing to do.
         """
+        self._end_trial()
         for step in range(self._next_step, self._next_step + len(self._lanes)):
             if self._in_flight and step - self._in_flight[0].step > len(self._lanes):
                 return None
@@ -191,6 +182,12 @@ class Scheduler:
         else:
             self._apply_with_logprobs(record.sampled, result)
         self._release_rows_until(record.step)
+
+    def _end_trial(self) -> None:
+        """Let the next suspect run, alone as well, when the one that runs is past the place where the workers died."""
+        innocent, first = self._trial.acquit(), self._waiting.first()
+        if innocent is not None and first is not None and is_suspect(first):
+            self._preempt(innocent)
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
@@ -287,6 +284,8 @@ class Scheduler:
         seq = self._waiting.first()
         if seq is None or not self._free_rows or self._blocked == (self.blocks.changes, seq):
             return None
+        if self._trial.holds_back(seq, is_idle=not self._admitted and not self._in_flight):
+            return None
         # One block per running request stays free, so that the newcomer is not preempted right away.
         if not self.blocks.take(seq, reserve=len(self._admitted)):
             self._blocked = (self.blocks.changes, seq)
@@ -298,6 +297,7 @@ class Scheduler:
         self._waiting.take_first()
         seq.row = self._free_rows.pop()
         self._admitted[seq.request_id] = seq
+        self._trial.begin(seq)
         return seq
 
     # -- leaving -------------------------------------------------------------------------------------------------------
@@ -321,6 +321,7 @@ class Scheduler:
         elif seq in self._prefilling:
             self._prefilling.remove(seq)
         self.blocks.release(seq)
+        self._trial.end(seq)
         del self._admitted[seq.request_id]
         self._rows_to_free.append(seq.row)
         # The row is not given away while a token for it is under way: it would land in the next owner's row.

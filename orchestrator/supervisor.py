@@ -325,7 +325,8 @@ class WorkerGroup:
         for process in self.processes:  # all at once, so that none outlives another by long
             process.send_signal(signal.SIGKILL)
         self.end()
-        self._rendezvous.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next epoch has another one
+            self._rendezvous.unlink()
 
     def end(self) -> None:
         """Kill and reap what is left of the processes, without a word."""

@@ -1,10 +1,14 @@
-"""Who waits for a row: first those that have run before, in their old order, then the others in fair order."""
+"""Who waits for a row: first those that have run before, in their old order, then the others in fair order.
+
+Of those that have run, suspects come first: they run alone, and the others begin once.
+"""
 
 import heapq
 from collections.abc import Iterable
 
 from mgpu.orchestrator.fair_queue import FairQueue
 from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.suspects import is_suspect
 
 
 class WaitingLine:
@@ -12,7 +16,7 @@ class WaitingLine:
 
     def __init__(self) -> None:
         self._new = FairQueue()
-        self._returning: list[tuple[int, Sequence]] = []
+        self._returning: list[tuple[bool, int, Sequence]] = []
         """Heap by turn. Whoever has begun goes first: what it has computed and what it holds should not wait."""
         self._turns = 0
 
@@ -21,23 +25,23 @@ class WaitingLine:
         if seq.turn < 0:
             self._new.push(seq)
         else:
-            heapq.heappush(self._returning, (seq.turn, seq))
+            heapq.heappush(self._returning, _place_of(seq))
 
     def bring_back(self, live: Iterable[Sequence]) -> None:
         """Line up everything that has ever run, because the workers are gone."""
-        self._returning = [(seq.turn, seq) for seq in live if seq.turn >= 0]
+        self._returning = [_place_of(seq) for seq in live if seq.turn >= 0]
         heapq.heapify(self._returning)
 
     def first(self) -> Sequence | None:
         """Give who runs next, without taking it."""
-        while self._returning and self._returning[0][1].finished:
+        while self._returning and self._returning[0][-1].finished:
             heapq.heappop(self._returning)
-        return self._returning[0][1] if self._returning else self._new.head()
+        return self._returning[0][-1] if self._returning else self._new.head()
 
     def take_first(self) -> Sequence:
         """Take who runs next; one that has never run gets its turn, and its client is charged."""
         if self._returning:
-            return heapq.heappop(self._returning)[1]
+            return heapq.heappop(self._returning)[-1]
         seq = self._new.pop()
         seq.turn, self._turns = self._turns, self._turns + 1
         return seq
@@ -48,3 +52,7 @@ class WaitingLine:
             self._new.drop(seq)
         else:
             self._new.settle(seq)
+
+
+def _place_of(seq: Sequence) -> tuple[bool, int, Sequence]:
+    return not is_suspect(seq), seq.turn, seq

@@ -42,6 +42,17 @@ def bind(socket: "zmq.Socket[Any]", endpoint: str, has_keys: bool = False) -> tu
     return str(socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0"), -1
 
 
+def is_lost(endpoint: str, lock: int) -> bool:
+    """Tell whether something has removed an ipc endpoint's files, so that nobody can connect any more."""
+    if not endpoint.startswith("ipc://"):
+        return False
+    path = endpoint.removeprefix("ipc://")
+    try:
+        return lock < 0 or not (names_open_file(f"{path}.lock", lock) and Path(path).is_socket())
+    except OSError:  # for whatever reason it cannot be seen just now
+        return False
+
+
 def release(endpoint: str, lock: int) -> None:
     """Remove an ipc endpoint's socket file and lock, then let go of it; call it when the socket is closed."""
     if lock < 0:

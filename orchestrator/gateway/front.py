@@ -1,5 +1,8 @@
 """The public socket: receive hostile frames, send without ever waiting, notice clients that vanish or do not read."""
 
+import logging
+import os
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import zmq
 
 from mgpu.orchestrator.gateway import zap
-from mgpu.orchestrator.gateway.endpoint import bind, release
+from mgpu.orchestrator.gateway.endpoint import BindError, bind, is_lost, release
 from mgpu.protocol import wire
 from mgpu.protocol.keys import use_server_key
 from mgpu.protocol.link import ServerKeys
@@ -17,6 +20,9 @@ MAX_BACKLOG_BYTES = 4 << 20
 """Per client, beyond what its pipe holds (the HWM)."""
 MAX_TOTAL_BACKLOG_BYTES = 256 << 20
 """Of all clients; beyond it the one that is furthest behind is given up."""
+LOOK_INTERVAL_S = 2.0
+
+log = logging.getLogger(__name__)
 
 Loss = Literal["gone", "slow"]
 
@@ -56,6 +62,7 @@ class Front:
         self._backlogs: dict[bytes, _Backlog] = {}
         self._backlog_bytes = 0
         self._lost: dict[bytes, Loss] = {}
+        self._look_at_s, self._misses = 0.0, 0
         try:
             self.endpoint, self._lock = bind(self.socket, endpoint, has_keys=keys is not None)
         except BaseException:
@@ -65,6 +72,30 @@ class Front:
     @property
     def has_backlog(self) -> bool:
         return bool(self._backlogs)
+
+    def look(self) -> None:
+        """Bind again if something has removed the socket; log, once, that this cannot be done. Cheap: call it often.
+
+        Connections are not touched. What listened to the old file stays with libzmq, idle, until the end.
+        """
+        now_s = time.monotonic()
+        if now_s < self._look_at_s:
+            return
+        self._look_at_s = now_s + LOOK_INTERVAL_S
+        if not is_lost(self.endpoint, self._lock):
+            return
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        try:
+            _, self._lock = bind(self.socket, self.endpoint)
+        except BindError as error:
+            self._misses += 1
+            if self._misses == 2:  # the parent may be about to make the folder again
+                log.error("something has removed the socket, and nobody can connect: %s", error)
+        else:
+            self._misses = 0
+            log.warning("something has removed the socket; listening on %s again", self.endpoint)
 
     def receive(self) -> Received | None:
         """Take one message. None when none waits."""

@@ -372,6 +372,7 @@ class Gateway:
             return
         self._next_tick_s = now + TICK_S
         self._memory.check(self._quota.limits)
+        self._front.look()
         for request in self._table:
             if request.deadline_s is not None and now >= request.deadline_s:
                 text = f"not finished within timeout_s {request.spec.timeout_s:g}"

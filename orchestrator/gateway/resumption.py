@@ -150,12 +150,13 @@ class Resumption:
         if question.is_stale:  # going on for a connection that is lost would end the request
             self._queries.ask_on(question)
             return
+        name = (question.message.session, question.message.id)
         catch_up = self._go_on(question.client, question.message, record)
-        request = self._table.get(question.client, question.message.id) if question.is_cancelled else None
+        request = self._table.by_session(*name) if question.is_cancelled else None
         if request is not None:
             self._cancel(request)
         elif catch_up is not None:
-            self._catching_up[question.message.session, question.message.id] = catch_up
+            self._catching_up[name] = catch_up
             self._queries.ask_on(question, catch_up.known)
 
     def drop_orphans(self, now: float) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from server_process import ServerProcess, running_server
 
+from mgpu.protocol.runtime import BASE_VARIABLE, running_servers
+
 MOUNT = 'mount -t tmpfs -o size=1m,nr_inodes=100,mode=0700 none "$MGPU_RUNTIME_DIR" && exec "$@"'
 """Its own file system for the server alone, which ends with it."""
 OWN_MOUNT = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", MOUNT, "sh")
@@ -32,26 +34,45 @@ def begin(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("kill", [kill_worker, kill_gateway])
-def test_a_recovery_in_a_removed_folder_is_a_failure_that_a_restart_may_help(
+def test_a_recovery_makes_a_removed_folder_again(folder: Path, kill: Callable[[ServerProcess], None]) -> None:
+    with running_server(folder, {"step_s": 0.001}) as server:
+        begin(server)
+        server.counters()  # it serves: the folder has its last file
+        shutil.rmtree(folder / "run")
+        server.infos.clear()
+        kill(server)
+        server.wait_ready()
+        server.submit(2, [1, 2, 3], 5)
+        server.wait_for(lambda: 2 in server.finish)
+        assert server.finish[2] == "length"
+        server.wait_for_log("it is there again")
+        assert [each.pid for each in running_servers({BASE_VARIABLE: str(folder / "run")})] == [server.process.pid]
+
+
+@pytest.mark.parametrize("kill", [kill_worker, kill_gateway])
+def test_a_recovery_without_a_folder_is_a_failure_that_a_restart_may_help(
     folder: Path, kill: Callable[[ServerProcess], None]
 ) -> None:
     with running_server(folder, {"step_s": 0.02}) as server:
         begin(server)
+        server.counters()
         shutil.rmtree(folder / "run")
+        (folder / "run").touch()
         kill(server)
         assert server.wait_exit() == 1
-        assert "something has removed it" in server.log
+        assert "again, which is gone" in server.log
         assert "Traceback" not in server.log
         if kill is kill_worker:
             assert server.finish == {1: "error"}
-            assert "the server failed: cannot make a socket in" in server.errors[1]
+            assert "the server failed: cannot make" in server.errors[1]
 
 
-def test_a_removed_folder_is_told_once_and_who_is_connected_is_served(folder: Path) -> None:
+def test_a_folder_that_cannot_be_made_again_is_told_once_and_who_is_connected_is_served(folder: Path) -> None:
     with running_server(folder) as server:
         server.wait_ready()
         server.counters()  # it serves: who tells that it is ready also has to announce it, in that folder
         shutil.rmtree(folder / "run")
+        (folder / "run").touch()
         server.wait_for_log("something has removed")
         server.submit(1, [1, 2, 3], 5)
         server.wait_for(lambda: 1 in server.finish)

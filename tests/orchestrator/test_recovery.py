@@ -226,6 +226,18 @@ def test_a_request_that_kills_the_workers_twice_is_failed_and_the_others_are_ser
         assert server.counters()["restarts"] == 2
 
 
+def test_those_that_ran_beside_a_request_that_kills_the_workers_are_served(folder: Path) -> None:
+    with running_server(folder, {"poison": 666, "step_s": 0.002}) as server:
+        server.wait_ready()
+        load = Load(server)
+        load.submit(5)
+        server.submit(1000, [1, 666, 2], 5)
+        load.check()
+        server.wait_for(lambda: 1000 in server.finish)
+        assert server.finish[1000] == "error"
+        assert server.counters()["restarts"] == 3
+
+
 def test_a_smaller_pool_after_a_restart_fails_only_what_no_longer_fits(folder: Path) -> None:
     with running_server(folder, {"late_blocks": [10], "step_s": 0.002}) as server:
         server.wait_ready()

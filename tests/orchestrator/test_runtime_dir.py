@@ -158,12 +158,38 @@ def lose_it_to_another(folder: Path) -> None:
     (folder / LOCK_NAME).touch()
 
 
-@pytest.mark.parametrize("lose", [lose_all, lose_the_lock, lose_it_to_another])
-def test_a_loss_of_the_folder_is_told_once(
-    base: Path, lose: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def lose_the_base(folder: Path) -> None:
+    shutil.rmtree(folder.parent)
+
+
+@pytest.mark.parametrize("lose", [lose_all, lose_the_lock, lose_the_base])
+def test_a_folder_that_was_removed_is_made_again(
+    base: Path, lose: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mgpu.orchestrator.runtime_dir.LOOK_INTERVAL_S", 0.0)
     runtime = RuntimeDir(environ(base))
+    runtime.announce(SERVER)
+    lose(runtime.path)
+    assert running_servers(environ(base)) == []
+    runtime.look()
+    assert running_servers(environ(base)) == [SERVER]
+    assert stat.S_IMODE(runtime.path.lstat().st_mode) == 0o700
+    assert list(base.iterdir()) == [runtime.path]
+    runtime.close()
+    assert list(base.iterdir()) == []
+
+
+def lose_it_for_good(folder: Path) -> None:
+    shutil.rmtree(folder.parent)
+    folder.parent.touch()
+
+
+@pytest.mark.parametrize("lose", [lose_it_for_good, lose_it_to_another])
+def test_a_loss_of_the_folder_that_cannot_be_mended_is_told_once(
+    base: Path, lose: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mgpu.orchestrator.runtime_dir.LOOK_INTERVAL_S", 0.0)
+    runtime = RuntimeDir(environ(base / "base"))
     runtime.look()
     assert not caplog.records
     lose(runtime.path)

@@ -387,7 +387,7 @@ def test_a_result_of_another_step_is_an_error_and_of_another_epoch_ignored() -> 
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(8))
 def test_crashes_at_any_moment_lose_and_repeat_nothing(stages: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgpu.orchestrator.scheduler.FATAL_CRASHES", 100)
+    monkeypatch.setattr("mgpu.orchestrator.suspects.FATAL_CRASHES", 100)
     rng = random.Random(seed)
     harness = Harness(num_stages=stages, num_blocks=60)
     shapes = {i: (rng.randrange(1, 60), rng.randrange(1, 60)) for i in range(20)}
@@ -419,6 +419,56 @@ def test_a_request_that_waited_during_a_crash_is_innocent_of_it() -> None:
     harness.run()
     assert harness.tokens[2] == solo_tokens(prompt_of(2, 5), 10)
     assert harness.scheduler.counters.replays == 2
+
+
+@pytest.mark.parametrize(("stages", "begun"), [(1, 0), (1, 3), (2, 3)])
+def test_of_many_suspects_only_the_one_that_crashes_alone_is_failed(stages: int, begun: int) -> None:
+    """``begun``: how many tokens the guilty one gets before the workers die of it."""
+    harness = Harness(num_stages=stages)
+    guilty, crashes = 3, 0
+    for i in range(8):
+        harness.submit(i, prompt_of(i, 5 + i), 30)
+    while guilty not in harness.finish:
+        seq = harness.scheduler.find(guilty)
+        if seq is not None and harness.publish() and seq.row in harness.plans[-1].rows:
+            if len(seq.tokens) - seq.prompt_len >= begun:
+                crashes += 1
+                harness.crash(crashes, 64)
+        else:
+            harness.gather()
+    harness.run()
+    assert crashes == 3
+    assert harness.finish.pop(guilty) == "error"
+    assert "failed 3 times in a row" in harness.errors[guilty]
+    assert set(harness.finish.values()) == {"length"}
+    assert all(harness.tokens[i] == solo_tokens(prompt_of(i, 5 + i), 30) for i in harness.finish)
+
+
+def test_crashes_that_no_request_brings_about_cost_no_request() -> None:
+    harness = Harness()
+    for i in range(8):
+        harness.submit(i, prompt_of(i, 5), 30)
+    for epoch in (1, 2):
+        harness.run(until=lambda epoch=epoch: len(harness.tokens.get(7, [])) > 2 * epoch)  # type: ignore[misc]
+        harness.crash(epoch, 64)
+    harness.submit(8, prompt_of(8, 5), 30)
+    harness.publish()
+    assert harness.scheduler.num_running == 1
+    harness.cancel(0)  # while it runs alone
+    harness.run()
+    assert [harness.finish.pop(0), *set(harness.finish.values())] == ["cancelled", "length"]
+    assert all(harness.tokens[i] == solo_tokens(prompt_of(i, 5), 30) for i in harness.finish)
+
+
+def test_a_pool_that_was_smaller_for_a_while_has_its_old_context_again() -> None:
+    harness = Harness()
+    harness.crash(1, 10)
+    assert harness.scheduler.limits.max_seq_len == 40
+    harness.crash(2, 64)
+    assert harness.scheduler.limits == limits()
+    harness.submit(1, prompt_of(1, 60), 20)
+    harness.run()
+    assert harness.tokens[1] == solo_tokens(prompt_of(1, 60), 20)
 
 
 def test_batch_budget_must_exceed_rows() -> None:

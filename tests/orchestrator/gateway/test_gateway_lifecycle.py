@@ -41,6 +41,16 @@ def test_the_socket_is_private(model_folder: Path) -> None:
         assert os.stat(gateway.endpoint.removeprefix("ipc://")).st_mode & 0o077 == 0
 
 
+def test_a_socket_that_was_removed_is_bound_again_and_connections_stay(model_folder: Path) -> None:
+    with GatewayProcess(model_folder) as gateway, Client(gateway.endpoint) as before:
+        assert before.generate([1], max_tokens=1).token_ids == (1,)
+        for name in ("front", "front.lock"):
+            (gateway.runtime_dir / name).unlink()
+        with Client(gateway.endpoint) as after:  # ZeroMQ tries again until there is somebody
+            assert after.generate([2], max_tokens=1).token_ids == (2,)
+        assert before.generate([3], max_tokens=1).token_ids == (3,)
+
+
 def test_end_of_standard_input_fails_what_runs_and_removes_the_runtime_folder(model_folder: Path) -> None:
     with GatewayProcess(model_folder) as gateway, Client(gateway.endpoint) as client:
         gateway.engine.going.clear()
