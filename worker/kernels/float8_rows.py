@@ -79,6 +79,6 @@ def round_rows(x_TK: Tensor) -> Tensor:
 def _quantized(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Give float32 values whose largest in each row is 448, not yet rounded, and the scales."""
     most_T = x_TK.float().abs().amax(1).clamp_(min=SMALLEST)
-    # A number divided by a tensor is the number times a rounded inverse: not what the kernels compute.
-    inverse_T = torch.full_like(most_T, LARGEST) / most_T
-    return x_TK.float() * inverse_T[:, None], most_T / LARGEST
+    # Where one of two is a number, torch multiplies by a rounded inverse: not what the kernels compute.
+    largest_T = torch.full_like(most_T, LARGEST)
+    return x_TK.float() * (largest_T / most_T)[:, None], most_T / largest_T

@@ -79,7 +79,7 @@ def _gemv_kernel(
 
 def choose_tiling(n: int, k: int, gated: bool) -> GemvTiling:
     """Pick tiles (see docs/kernels.md). A step is 8 inputs per thread, so that x has the layout of the weights."""
-    if (gated or n > k) and k % 2048 == 0:
+    if n > k and not gated and k % 2048 == 0:
         return GemvTiling(2, 2048, 4, False)
     return GemvTiling(2, 1024, 1, False)
 

@@ -12,7 +12,7 @@ from mgpu.worker.kernels.packing import PackedWeight
 from mgpu.worker.kernels.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.quantized_gemv import quantized_gemv
 
-GEMM_ROWS = 64
+GEMM_ROWS = {"int8": 256, "fp8": 256, "int4": 64}
 """Rows up to which `quantized_gemm` is faster than dequantizing once and a library product."""
 
 
@@ -28,7 +28,7 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     rows = x_TI.shape[0]
     if rows == 1:
         return quantized_gemv(x_TI, weight, bias_N=bias_O)
-    if rows <= GEMM_ROWS:
+    if rows <= GEMM_ROWS[weight.kind]:
         return quantized_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
 

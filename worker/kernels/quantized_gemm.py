@@ -3,7 +3,8 @@
 
 Words of four or eight weights are widened in registers (see `packing` for the layout), each part being one operand of
 the tensor core: the weights the tall one, the activations the narrow one, padded to 16 rows. For a single row
-`quantized_gemv` is faster.
+`quantized_gemv` is faster. Activations for int4 are put in the words' order first: what a part is multiplied by lies 8
+bytes here and 8 bytes there, and reading that made int4 slower than bfloat16.
 """
 
 # M rows of activations, N output channels, K input channels
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mgpu.worker.kernels.arrange import arrange_rows
 from mgpu.worker.kernels.packing import WORDS, PackedWeight, WeightKind
 from mgpu.worker.kernels.runtime import (
     INTERPRETED,
@@ -32,7 +34,7 @@ MAX_ROWS = 256
 _KINDS = {"int8": 0, "fp8": 1, "int4": 2}
 
 
-@triton.jit(do_not_specialize=["M", "blocks_per_split"])
+@triton.jit(do_not_specialize=["M", "blocks_per_split", "row_tiles"])
 def _quantized_gemm_kernel(
     x_ptr,
     w_ref,
@@ -90,10 +92,7 @@ def _quantized_gemm_kernel(
         else:
             parts = widen_octets(words, KIND, dtype, ASSEMBLY)
         for part in tl.static_range(PARTS):
-            if KIND == 2:  # noqa: SIM108 - compile-time condition
-                k = block * 256 + j // 4 * 32 + part * 4 + j % 4
-            else:
-                k = (block * PARTS + part) * 32 + j
+            k = (block * PARTS + part) * 32 + j
             x_mask = m[None, :] < M
             if not EVEN_K:
                 x_mask &= k[:, None] < K
@@ -118,15 +117,22 @@ def _quantized_gemm_kernel(
 def choose_tiling(kind: WeightKind, rows: int, n: int) -> Tiling:
     """Pick tiles by the number of rows and of output channels (see docs/kernels.md)."""
     if rows > 64:
-        splits = 1 if n > 4096 else 2
-        return Tiling(64, splits, num_stages=2 if kind == "int4" else 3, most_rows=128)
+        return _many_rows_tiling(kind, n)
     if rows > 16:
+        if n > 8192:
+            return Tiling(128, 1, 8, 3) if rows > 32 else Tiling(64, 1, num_stages=3 if kind == "int4" else 5)
         # The activations of int4's 256 channels per step fill shared memory: fewer stages, so that two programs fit.
-        splits = 1 if n > 8192 else 2 if n > 4096 and rows > 32 else 4
-        return Tiling(64, splits, num_stages=3 if kind == "int4" else 5)
+        return Tiling(64, 4, num_stages=3 if kind == "int4" or n > 4096 else 5)
     if n > 8192:
         return Tiling(64, 2, num_stages=3)
     return Tiling(64, 8, num_stages=5 if kind != "int4" and n <= 4096 else 3)
+
+
+def _many_rows_tiling(kind: WeightKind, n: int) -> Tiling:
+    stages = 2 if kind == "int4" else 3
+    if n > 8192:
+        return Tiling(128, 1, 8, 2, most_rows=128)
+    return Tiling(64, 4 if n <= 4096 else 2, num_stages=stages, most_rows=128)
 
 
 def quantized_gemm(
@@ -153,6 +159,9 @@ def quantized_gemm(
     block_m = tiling.block_m(rows)
     blocks_per_split = ceil_div(blocks, tiling.splits)
     row_tiles = ceil_div(rows, block_m)
+    is_int4 = weight.kind == "int4"
+    if is_int4:
+        x_MK = arrange_rows(x_MK, words_per_row * 8)
     tiles = ceil_div(n, tiling.block_n) * row_tiles
     workspace = workspace or default_workspace(x_MK.device)
     if tiling.splits > 1:
@@ -179,7 +188,7 @@ def quantized_gemm(
         tiling.splits,
         block_m,
         tiling.block_n,
-        k == words_per_row * (8 if weight.kind == "int4" else 4),
+        is_int4 or k == words_per_row * 4,
         tiling.bulk,
         overlap,
         not INTERPRETED,

@@ -70,10 +70,12 @@ def _quantized_gemv_kernel(
 
 def choose_tiling(weight: PackedWeight) -> GemvTiling:
     """Pick tiles (see docs/kernels.md); ``block_k`` counts words here, four per thread."""
-    n = weight.words.shape[0]
+    n, k = weight.words.shape[0], weight.k
     if weight.kind == "int4":
-        return GemvTiling(8, 128, 1) if n > weight.k else GemvTiling(8, 256, 2, False)
-    return GemvTiling(4, 128, 1) if n > 4 * weight.k else GemvTiling(4, 512, 4)
+        return GemvTiling(8 if n > k else 4, 256, 2, False)
+    if weight.kind == "fp8":
+        return GemvTiling(2 if n > 4 * k else 4, 256, 2, False) if n > k else GemvTiling(8, 512, 4, False)
+    return GemvTiling(4, 256, 2, n > 4 * k) if n > k else GemvTiling(4, 512, 4)
 
 
 def quantized_gemv(

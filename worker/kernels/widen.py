@@ -40,11 +40,10 @@ _E4M3_ASM = tl.constexpr(
     + "}"
 )
 
-# A nibble holds q + 8: (128 + nibble) - 136 is exact, and q * scale + offset is rounded once. Neighbouring words share
-# a run, so that one word of scale and offset serves a pair.
+# A nibble holds q + 8: (128 + nibble) - 136 is exact, and q * scale + offset is rounded once.
 _INT4_ASM = tl.constexpr(
     "{ .reg .b32 t, a, c, d, scale, offset; mov.b32 c, 0xC308C308; mov.b32 d, 0x3F803F80;"
-    "prmt.b32 scale, $10, $10, 0x1010; prmt.b32 offset, $10, $10, 0x3232;"
+    "prmt.b32 scale, $10, $11, 0x5410; prmt.b32 offset, $10, $11, 0x7632;"
     + "".join(
         f"""
     prmt.b32 t, $8, $9, {selector};
