@@ -17,26 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PART_S = 300.0
 TESTS = ("tests/worker/kernels/test_peer.py", "tests/worker/test_peer_group.py", "tests/e2e/test_multi_gpu.py")
-DECODE = (
-    "--batches",
-    "1,8,64",
-    "--contexts",
-    "128",
-    "--prefill",
-    "",
-    "--closed",
-    "",
-    "--seconds",
-    "1",
-    "--repeat",
-    "3",
-)
+DECODE = "-m mgpu.launch.cli bench decode --shape 8B --batches 1,8,64 --contexts 128 --repeat 3".split()
 
 
 def parts(ranks: str) -> dict[str, list[tuple[str, list[str], Mapping[str, str]]]]:
     """Give commands by section: what it is, the arguments of Python, additions to the environment."""
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    decode = ["bench/decode.py", *DECODE, "--", "--tp", ranks, "--max-seq-len", "4096"]
+    decode = [*DECODE, "--", "--tp", ranks, "--max-seq-len", "4096"]
     return {
         "tests": [("tests", pytest, {})],
         "all-reduce": [("all-reduce", ["bench/all_reduce.py", "--device", "cuda", "--ranks", ranks], {})],
