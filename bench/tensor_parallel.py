@@ -17,7 +17,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PART_S = 300.0
 TESTS = ("tests/worker/kernels/test_peer.py", "tests/worker/test_peer_group.py", "tests/e2e/test_multi_gpu.py")
-DECODE = "-m mgpu.launch.cli bench decode --shape 8B --batches 1,8,64 --contexts 128 --repeat 3".split()
+DECODE = [
+    "-m",
+    "mgpu.launch.cli",
+    "bench",
+    "decode",
+    "--shape",
+    "8B",
+    "--batches",
+    "1,8,64",
+    "--contexts",
+    "128",
+    "--repeat",
+    "3",
+]
 
 
 def parts(ranks: str) -> dict[str, list[tuple[str, list[str], Mapping[str, str]]]]:
