@@ -229,7 +229,7 @@ class Server:
             )
         endpoint = self._gateway.endpoint
         log_ready(config, limits, self._workers.ready, time.monotonic() - self._began_s)
-        self._tell_gateway(self._workers, self._gateway)
+        self._tell_gateway(self._gateway)
         log.info("listening on %s", endpoint)
         self._runtime.announce(RunningServer(endpoint, os.getpid(), config.model_name, __version__))
         self._notifier.ready(f"serving {config.model_name} on {endpoint}")
@@ -237,21 +237,25 @@ class Server:
         gc.collect()
         gc.freeze()
 
-    def _tell_gateway(self, workers: WorkerGroup, gateway: GatewayLink) -> None:
+    def _tell_gateway(self, gateway: GatewayLink) -> None:
         """Let the gateway know that the engine is ready before anyone can find the server: no first request is refused.
 
-        One that does not answer is not waited for; if it hangs, the engine replaces it.
+        One that does not answer is not waited for. What fails meanwhile is left to the engine, which can replace it.
         """
         gateway.send(self._info)
         deadline_s = time.monotonic() + self._config.gateway_timeout_s
         while gateway.known_state != self._info.state:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
+            if self._signals.received:
+                raise _Stopped
+            if time.monotonic() > deadline_s:
                 silence_s = self._config.gateway_timeout_s
                 log.warning("the gateway has not answered for %g s; it may refuse the first requests", silence_s)
                 return
-            self._poller(workers, gateway).poll(int(min(POLL_S, left_s) * 1000) + 1)
-            self._take_news(workers, gateway)
+            gateway.socket.poll(int(POLL_S * 1000))
+            try:
+                self._read_gateway(gateway)
+            except GatewayLost:
+                return
 
     def _reload_silence_s(self) -> float:
         """Give how long workers that load again may say nothing: ten times what all of the first start took."""

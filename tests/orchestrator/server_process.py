@@ -160,7 +160,11 @@ class ServerProcess:
 
     def workers(self) -> list[psutil.Process]:
         """The worker processes by rank, as far as they run now."""
-        return sorted(self.children_like("fake_worker.py"), key=lambda worker: int(worker.environ()["RANK"]))
+        found: list[tuple[int, psutil.Process]] = []
+        for worker in self.children_like("fake_worker.py"):
+            with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+                found.append((int(worker.environ()["RANK"]), worker))
+        return [worker for _, worker in sorted(found, key=lambda pair: pair[0])]
 
     def children_like(self, word: str) -> list[psutil.Process]:
         """The children that live and have ``word`` in their command."""
