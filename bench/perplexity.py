@@ -9,8 +9,8 @@ Files of 4-bit blocks hold 16 values per 32 inputs, which groups of the same 32 
 int4 as for weights without such blocks: the inputs of each matrix are rolled by 16, quantized and put back, so that
 every group has halves of two blocks. "4-shuffled" permutes them at random, which also mixes large and small inputs.
 "4-plain" is int4 with each group's range cut into 15 equal steps, and nothing searched. "kv-fp8" keeps keys and values
-as `--kv-cache-dtype fp8` does. "q8_0" rounds the linear layers as llama.cpp's format of that name; a GGUF file of Q4_K_M
-is that format already, so that its "float32" is llama.cpp's quality.
+as `--kv-cache-dtype fp8` does. "q8_0" rounds the linear layers as llama.cpp's format of that name; a GGUF file of
+Q4_K_M is that format already, so that its "float32" is llama.cpp's quality.
 
 "fp8" is weight-only, as on the CPU; "fp8-w8a8" rounds the activations of linear layers too, as GPUs with float8
 products do for many rows.
