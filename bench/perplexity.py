@@ -9,7 +9,8 @@ Files of 4-bit blocks hold 16 values per 32 inputs, which groups of the same 32 
 int4 as for weights without such blocks: the inputs of each matrix are rolled by 16, quantized and put back, so that
 every group has halves of two blocks. "4-shuffled" permutes them at random, which also mixes large and small inputs.
 "4-plain" is int4 with each group's range cut into 15 equal steps, and nothing searched. "kv-fp8" keeps keys and values
-as `--kv-cache-dtype fp8` does.
+as `--kv-cache-dtype fp8` does. "q8_0" rounds the linear layers as llama.cpp's format of that name; a GGUF file of
+Q4_K_M is that format already, so that its "float32" is llama.cpp's quality.
 
 "fp8" is weight-only, as on the CPU; "fp8-w8a8" rounds the activations of linear layers too, as GPUs with float8
 products do for many rows.
@@ -71,6 +72,14 @@ def plain(weight_OI: Tensor) -> Tensor:
     return ((w_OGE - low_OG1) / steps_OG1).round_().mul_(steps_OG1).add_(low_OG1).flatten(1)
 
 
+def q8_0(weight_OI: Tensor) -> Tensor:
+    """Round as llama.cpp's Q8_0 does: int8 with a float16 scale per 32 inputs."""
+    from gguf import GGMLQuantizationType, quants
+
+    stored = quants.quantize(weight_OI.numpy(), GGMLQuantizationType.Q8_0)
+    return torch.from_numpy(quants.dequantize(stored, GGMLQuantizationType.Q8_0))
+
+
 def shifted(count: int) -> Tensor:
     return torch.arange(count).roll(INT4_GROUP // 2)
 
@@ -104,6 +113,7 @@ FORMATS = {
     "bfloat16": Format(torch.bfloat16),
     "kv-fp8": Format(kv_cache_dtype="fp8"),
     "8": Format(quant="8"),
+    "q8_0": Format(rounding=q8_0),
     "8-kv-fp8": Format(quant="8", kv_cache_dtype="fp8"),
     "fp8": Format(quant="fp8"),
     "fp8-w8a8": Format(rounding=float8, rounds_inputs=True),

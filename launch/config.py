@@ -85,7 +85,10 @@ class ServeConfig:
     max_seq_len: int = _option(0, "Longest prompt plus output, in tokens (0: what the model allows).", minimum=0)
     max_rows: int = _option(256, "Most requests that run at once.", minimum=1, maximum=4096)
     max_batch_tokens: int = _option(
-        0, "Most tokens in one step (0: 2048 on GPUs, 512 on the CPU).", minimum=0, maximum=1 << 20
+        0,
+        "Most tokens in one step (0: 8192 on GPUs of 40 GiB and more, 2048 on others, 512 on the CPU).",
+        minimum=0,
+        maximum=1 << 20,
     )
     block_size: int = _option(0, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", minimum=0, maximum=256)
     memory_fraction: float = _option(

@@ -58,11 +58,16 @@ def machine_of(config: ServeConfig, wish: Wish) -> Machine:
     return find_machine(config.device, workers, config.oversubscribe)
 
 
+def step_tokens(config: ServeConfig, machine: Machine) -> int:
+    """Give the most tokens of a step there."""
+    return batch_tokens(config.max_batch_tokens, config.max_rows, machine.kind, machine.least_bytes)
+
+
 def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, gpus: str = "") -> PlannedModel:
     """Place a model as the options say. UserError, with the numbers and what to type, when that cannot be."""
     wish = wish_of(config)
     machine = described_machine(gpus) if gpus else machine_of(config, wish)
-    check_batch_tokens(batch_tokens(config.max_batch_tokens, config.max_rows, machine.kind), config.max_rows)
+    check_batch_tokens(step_tokens(config, machine), config.max_rows)
     return PlannedModel(model, checkpoint, plan(checkpoint.facts, machine, wish))
 
 

@@ -10,7 +10,7 @@ import click
 from mgpu.launch.config import ServeConfig, declared_options
 from mgpu.launch.limits import LIMIT_OPTIONS, client_limits
 from mgpu.launch.options import config_options, read_config
-from mgpu.launch.plan import PlannedModel, prepare
+from mgpu.launch.plan import PlannedModel, prepare, step_tokens
 from mgpu.orchestrator.devices import worker_environment
 from mgpu.orchestrator.gateway.endpoint import check_endpoint
 from mgpu.orchestrator.layout import layout_text
@@ -113,7 +113,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         keys=keys,
         block_size=config.block_size or BLOCK_SIZE[plan.machine.kind],
         max_rows=config.max_rows,
-        max_batch_tokens=config.max_batch_tokens,
+        max_batch_tokens=step_tokens(config, plan.machine),
         max_seq_len=plan.max_seq_len,
         memory_fraction=config.memory_fraction,
         kv_bytes=plan.worker_kv_bytes,

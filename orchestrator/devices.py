@@ -57,6 +57,11 @@ class Machine:
     def kind(self) -> Literal["cpu", "cuda"]:
         return self.devices[0].kind
 
+    @property
+    def least_bytes(self) -> int:
+        """Memory of the smallest device."""
+        return min(device.total_bytes for device in self.devices)
+
     def peers(self, first: int, second: int) -> bool:
         """Tell whether two devices, by ordinal, can reach each other's memory."""
         return self.links[first][second] != "none" and self.links[second][first] != "none"

@@ -122,8 +122,9 @@ def _pool_bytes(device: DeviceInfo, left: int) -> int:
 def _reserve_bytes(sizing: Sizing, rank: int) -> int:
     place = sizing.placement.place_of(rank)
     last = place.stage_index == sizing.placement.num_stages - 1
-    tokens = batch_tokens(sizing.wish.max_batch_tokens, sizing.wish.max_rows, sizing.machine.kind)
-    size = StepSize(tokens, sizing.wish.max_rows)
+    wish, machine = sizing.wish, sizing.machine
+    tokens = batch_tokens(wish.max_batch_tokens, wish.max_rows, machine.kind, machine.least_bytes)
+    size = StepSize(tokens, wish.max_rows)
     step = step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, size)
     if sizing.wish.quant != "none":
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from mgpu.worker.kernels.all_reduce import OneShot
     from mgpu.worker.kernels.two_shot import TwoShot
 
-ONE_SHOT_BYTES = {2: 2 << 20, 3: 512 << 10, 4: 384 << 10, 5: 256 << 10, 6: 192 << 10, 7: 192 << 10, 8: 160 << 10}
-"""Largest message of one shot by number of ranks: where SGLang changes on an H200. Not measured with these kernels."""
+ONE_SHOT_BYTES = {2: 8 << 20, 3: 512 << 10, 4: 384 << 10, 5: 256 << 10, 6: 192 << 10, 7: 192 << 10, 8: 160 << 10}
+"""Largest message of one shot by number of ranks. Of two: nothing is faster up to there on H100s (docs/kernels.md). Of
+more: where SGLang changes on H200s, not measured with these kernels."""
 MOST_ROWS = 512
 """Largest message of two shots, in rows: those of the largest graph with prompts. NCCL is meant for what is larger."""
 MOST_RANKS = max(ONE_SHOT_BYTES)
