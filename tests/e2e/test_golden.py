@@ -9,13 +9,11 @@ from mgpu.launch.server_process import running_server
 SMOLLM2_LAYOUTS = {
     "one worker": ["--workers", "1"],
     "tensor-parallel over 3": ["--workers", "3"],
-    "layer-mapped over 2, uneven": ["-n", "0:11;1:19"],
     "layer-mapped over 4, uneven": ["-n", "0:3;1:10;2:9;3:8"],
     "two stages of three": ["-n", "0+1+2:13;3+4+5:17"],
 }
 GEMMA3_LAYOUTS = {
     "one worker": ["--workers", "1"],
-    "KV head on two ranks": ["--workers", "2"],
     "KV head on four ranks": ["--workers", "4"],
 }
 
