@@ -22,6 +22,8 @@ from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from mgpu.worker.kernels.runtime import ASKING
+
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0
@@ -109,9 +111,11 @@ def asking() -> Iterator[None]:
         return run(self, *args, grid=grid, warmup=True, **options)
 
     JITFunction.run = ask
+    ASKING.is_on = True
     try:
         yield
     finally:
+        ASKING.is_on = False
         JITFunction.run = run
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mgpu.worker.kernels.float8_quantize import quantize_rows
 from mgpu.worker.kernels.float8_rows import LEAST_ROWS, Float8Rows, ScaledRows, round_rows
 from mgpu.worker.kernels.packing import PackedWeight, dequantize, pack_fp8
+from mgpu.worker.kernels.runtime import ASKING
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,18 @@ def _one(device: torch.device) -> Tensor:
     return torch.ones(1, 1, device=device)
 
 
-@cache
 def multiplies_float8(device: torch.device) -> bool:
     """Say whether float8 products work here; not to be asked first while a graph is captured."""
     if torch.cuda.get_device_capability(device) < _CAPABILITY:
         return False
+    if ASKING.is_on:
+        trial_error(device)  # for its kernels; what comes of it says nothing
+        return True
+    return _passes_trial(device)
+
+
+@cache
+def _passes_trial(device: torch.device) -> bool:
     try:
         error = trial_error(device)
     except Exception as failure:  # a private function may fail in any way; weight-only products still serve

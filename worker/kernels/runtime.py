@@ -16,6 +16,16 @@ HOPPER_SMS = 132
 """Multiprocessors of an H100 or H200: what the choice tables were measured with."""
 
 
+@dataclass(slots=True)
+class Asking:
+    """Whether launches only ask for kernels (`ahead.asking`); results are undefined then, and trials say nothing."""
+
+    is_on: bool = False
+
+
+ASKING = Asking()
+
+
 @cache
 def overlaps_launches(device: torch.device) -> bool:
     """Tell whether kernels may start before their predecessor ends (programmatic dependent launch, Hopper on)."""

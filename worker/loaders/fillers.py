@@ -117,6 +117,7 @@ class LaneFiller:
     """Fills tensors from several threads at once. A GPU's dest may be used on the caller's stream after `settle`."""
 
     def __init__(self, device: torch.device, threads: int, progress: Progress) -> None:
+        device = torch.empty(0, device=device).device  # which one: threads have a current device of their own
         self.piece_bytes = LANE_BYTES
         self._device = device
         self._progress = progress

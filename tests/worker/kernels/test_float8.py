@@ -23,6 +23,7 @@ from mgpu.worker.kernels.float8_rows import BLOCK, Float8Rows, ScaledRows
 from mgpu.worker.kernels.norm import add_rms_norm, rms_norm
 from mgpu.worker.kernels.packing import WORDS, dequantize
 from mgpu.worker.kernels.rope_cache import rope_and_cache
+from mgpu.worker.kernels.runtime import ASKING
 from mgpu.worker.layers import linear, mlp, norm
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
@@ -176,3 +177,13 @@ def test_a_whole_model_gives_almost_the_logits_of_weight_only_products(
     got = logits_in_chunks(checkpoint, ids, chunks, dtype=BF16, device=device, quant="fp8")
     assert len(separate) == 1 + 2  # what the embedding gives, and the attention of each layer
     assert 0 < relative_error(got, weight_only) < 0.08
+
+
+def test_a_trial_says_nothing_while_launches_only_ask_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda:7")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(products, "trial_error", lambda device: torch.inf)
+    monkeypatch.setattr(ASKING, "is_on", True)
+    assert products.multiplies_float8(device)
+    monkeypatch.setattr(ASKING, "is_on", False)
+    assert not products.multiplies_float8(device)

@@ -112,7 +112,9 @@ def test_quantized_gemm_equals_product_with_dequantized_weight(
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4-32"])
-@pytest.mark.parametrize(("rows", "tiling"), [(65, None), (40, Tiling(64, 2, 2, bulk=True, most_rows=32))])
+@pytest.mark.parametrize(
+    ("rows", "tiling"), [(65, None), (40, Tiling(64, 2, 2, num_stages=2, bulk=True, most_rows=32))]
+)
 def test_quantized_gemm_cuts_many_rows_into_tiles(
     device: torch.device, kind: str, rows: int, tiling: Tiling | None
 ) -> None:
