@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "dim", "rows"), [(2, 4096, 256), (2, 8192, 128), (4, 8192, 24), (8, 4096, 20), (8, 131072, 1)], ids=str
+    ("ranks", "dim", "rows"), [(2, 4096, 512), (2, 16384, 256), (4, 8192, 24), (8, 4096, 20), (8, 131072, 1)], ids=str
 )
 def test_one_shot_is_for_small_messages(ranks: int, dim: int, rows: int) -> None:
     reach = Reach.of(ranks, dim, torch.bfloat16)
