@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import zmq
 
+from mgpu.orchestrator.alertness import Alertness
 from mgpu.orchestrator.errors import with_traceback
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
 from mgpu.orchestrator.hang import StepDeadline
@@ -21,9 +22,10 @@ from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.stats import EngineStats
 from mgpu.orchestrator.supervisor import WorkerLost
-from mgpu.protocol.control import CONTROL, StepResult
+from mgpu.protocol.control import CONTROL, StayAwake, StepResult
 from mgpu.protocol.link import (
     Cancel,
+    Coming,
     EngineInfo,
     GatewayReady,
     Resumable,
@@ -77,7 +79,7 @@ class Engine:
         self._notifier = notifier
         self._reloader = reloader
         self._runtime = runtime
-        self._spin_s = spin_s
+        self._alertness = Alertness(spin_s)
         self._journal = Journal()
         self._gateway_restarts = gateway_restarts
         self._resume_timeout_s = resume_timeout_s
@@ -148,11 +150,8 @@ class Engine:
         if not self._recovery.is_ready:
             self._look_around(self._park_s())
             return
-        result = self._workers.try_result() or self._spin()
-        if result is None:
-            self._look_around(self._park_s())
-            result = self._workers.try_result()
-        elif time.monotonic() - self._last_look_s > LOOK_INTERVAL_S:
+        result = self._workers.try_result() or self._await_result()
+        if time.monotonic() - self._last_look_s > LOOK_INTERVAL_S:
             self._look_around(0.0)
         while result is not None:
             self._apply(result)
@@ -172,6 +171,8 @@ class Engine:
             self._on_submit(message)
         elif isinstance(message, Resumable):
             self._on_resumable(message)
+        elif isinstance(message, Coming):
+            self._on_coming()
         elif isinstance(message, Cancel):
             self._scheduler.cancel(message.request_id, message.reason)
         elif isinstance(message, StatsQuery):
@@ -193,6 +194,11 @@ class Engine:
             self._on_submit(submit)
             self._journal.attach(submit.request_id, self._scheduler.find(submit.request_id))
 
+    def _on_coming(self) -> None:
+        """Be awake when the request is read, and have the workers awake when the first step goes out."""
+        if self._alertness.rouse(time.monotonic()) and self._recovery.is_ready:
+            self._workers.publish(CONTROL.encode(StayAwake(self._workers.epoch)))
+
     # -- details -------------------------------------------------------------------------------------------------------
 
     def _on_submit(self, submit: Submit) -> None:
@@ -211,25 +217,32 @@ class Engine:
             self._scheduler.apply(result)
         except ValueError as error:
             raise self._workers.broken(str(error)) from error
-        self._last_result_s = time.monotonic()
+        before_s, self._last_result_s = self._last_result_s, time.monotonic()
         if self._published:
             published_s, num_tokens = self._published.popleft()
             self.stats.step_us.add((self._last_result_s - published_s) * 1e6)
-            self._step_deadline.note(num_tokens, self._last_result_s - published_s)
+            self._step_deadline.note(num_tokens, self._last_result_s - max(published_s, before_s))
             if not self._published and self._scheduler.num_running:
                 self.stats.note_dry(self._last_result_s)
         self.stats.compute_us.add(result.compute_us)
         self.stats.apply_us.add((time.perf_counter() - began) * 1e6)
 
-    def _spin(self) -> StepResult | None:
-        """On GPUs, try again for a moment: a sleep and a wake-up cost more than a short step leaves room for."""
-        if not self._spin_s or not self._published:
-            return None
-        until = time.monotonic() + self._spin_s
-        while time.monotonic() < until:
+    def _await_result(self) -> StepResult | None:
+        """Look for a result that is due without a pause; else sleep until it is, or until anything else happens."""
+        due_s = self._due_s()
+        while not (sleep_s := self._alertness.sleep_s(time.monotonic(), due_s)):
+            if due_s is None:  # what is about to come will come from the gateway
+                return None
             if (result := self._workers.try_result()) is not None:
                 return result
-        return None
+        self._look_around(min(sleep_s, self._park_s()))
+        return self._workers.try_result()
+
+    def _due_s(self) -> float | None:
+        if not self._published:
+            return None
+        published_s, num_tokens = self._published[0]
+        return max(published_s, self._last_result_s) + self._step_deadline.usual_s(num_tokens)
 
     def _park_s(self) -> float:
         if self._drain_deadline_s is None:
@@ -237,7 +250,11 @@ class Engine:
         return min(PARK_S, max(0.0, self._drain_deadline_s - time.monotonic()))
 
     def _look_around(self, timeout_s: float) -> None:
-        """Sleep until something happens, and see to all that is neither a result nor a gateway message."""
+        """See to what is due, sleep until something happens, and take in all that is no result and no gateway message.
+
+        In this order: who wakes this process up is in more of a hurry.
+        """
+        self._tend()
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
         if (now_s := time.monotonic()) - self._last_look_s > STANDSTILL_S:
             self._woke_s = now_s  # this process was stopped, and results may not have reached it yet
@@ -248,16 +265,19 @@ class Engine:
             self._reload()
         if self._gateway.process.pidfd in ready:
             self._gateway.check_alive()
-        self._gateway.check_pulse()
-        self._drop_unclaimed()
-        self._journal.prune()
-        self._runtime.look()
         if any(process.pidfd in ready for process in self._workers.processes):
             self._workers.check_deaths()
         if any(socket in ready for socket in self._workers.sockets):
             self._workers.read_all()
         if not self._recovery.is_ready:
             self._await_workers()
+
+    def _tend(self) -> None:
+        """See to all that has a time of its own."""
+        self._gateway.check_pulse()
+        self._drop_unclaimed()
+        self._journal.prune()
+        self._runtime.look()
         running, live = self._scheduler.num_running, self._scheduler.num_live
         if self._recovery.is_ready:
             self._recovery.tend()

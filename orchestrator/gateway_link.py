@@ -93,6 +93,7 @@ class GatewayLink:
             keys=config.keys,
             limits=config.client_limits,
             memory_bytes=config.gateway_memory_bytes,
+            says_coming=config.spin_s > 0,
         )
         self.known_state, self._first_state = "", "" if info is None else info.state
         self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)

@@ -21,6 +21,10 @@ class StepDeadline:
         usual_s = self._usual_s.get(size, seconds)
         self._usual_s[size] = usual_s + (seconds - usual_s) * _SMOOTHING
 
+    def usual_s(self, num_tokens: int) -> float:
+        """Give what a step of so many tokens usually takes; 0 when none of its size was seen."""
+        return self._usual_s.get(num_tokens.bit_length(), 0.0)
+
     def seconds_for(self, num_tokens: int) -> float:
         """Give the time after which a step of so many tokens counts as hung.
 

@@ -29,7 +29,6 @@ from mgpu.protocol.runtime import RunningServer
 
 log = logging.getLogger(__name__)
 
-GPU_SPIN_S = 0.002
 POLL_S = 0.25
 RELOAD_SILENCE_S = 60.0
 RELOAD_FACTOR = 10.0
@@ -215,7 +214,7 @@ class Server:
             self._notifier,
             self._reloader,
             self._runtime,
-            spin_s=GPU_SPIN_S if config.device_kind == "cuda" else 0.0,
+            spin_s=config.spin_s,
             gateway_restarts=RestartLimit(config.max_restarts, config.restart_window_s),
             hang_timeout_s=config.hang_timeout_s,
             resume_timeout_s=config.resume_timeout_s,

@@ -15,6 +15,7 @@ from mgpu.protocol.shared_layout import shared_layout
 
 WORKER_COMMAND = (sys.executable, "-m", "mgpu.worker")
 GATEWAY_COMMAND = (sys.executable, "-m", "mgpu.orchestrator.gateway")
+GPU_SPIN_S = 0.002
 _SHARED = ("shared-memory", "peer", "pinned")
 
 
@@ -89,6 +90,11 @@ class ServerConfig:
     def seq_len(self) -> int:
         """Longest prompt plus output: as configured, else what the model was trained for."""
         return self.max_seq_len or self.facts.max_position
+
+    @property
+    def spin_s(self) -> float:
+        """How long the engine looks for a thing that is due before it sleeps; see alertness.py."""
+        return GPU_SPIN_S if self.device_kind == "cuda" else 0.0
 
     @property
     def threads_per_worker(self) -> int:

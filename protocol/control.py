@@ -201,6 +201,13 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
+class StayAwake:
+    """A step may be about to come: look for it for a moment without sleeping."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerFailure:
     """The worker cannot go on; it exits non-zero after this."""
 
@@ -216,5 +223,16 @@ class WorkerFailure:
     """The model's files or the options are at fault, not mgpu: no traceback, and starting again will not help."""
 
 
-CONTROL = Codec(WorkerSpec, LoadProgress, Loaded, AllocateCache, Ready, StepPlan, StepResult, Shutdown, WorkerFailure)
+CONTROL = Codec(
+    WorkerSpec,
+    LoadProgress,
+    Loaded,
+    AllocateCache,
+    Ready,
+    StepPlan,
+    StepResult,
+    StayAwake,
+    Shutdown,
+    WorkerFailure,
+)
 """Encoder and decoder of everything on a worker's socket and on its standard input."""

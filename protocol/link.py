@@ -41,6 +41,8 @@ class GatewaySpec:
     limits: ClientLimits = field(default_factory=ClientLimits)
     memory_bytes: int = 0
     """What the process may grow by; 0: what the limits need."""
+    says_coming: bool = False
+    """Whether the engine wants to hear `Coming`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,11 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
+class Coming:
+    """From the gateway: a client has sent something while nothing runs. Waking up and reading it overlap."""
+
+
+@dataclass(frozen=True, slots=True)
 class Alive:
     """The gateway's loop turns: it has read something. Said at most every `ALIVE_INTERVAL_S`."""
 
@@ -236,4 +243,5 @@ LINK = Codec(
     Ping,
     Alive,
     StateKnown,
+    Coming,
 )

@@ -3,13 +3,13 @@
 import zmq
 
 from mgpu.protocol.codec import CodecError
-from mgpu.protocol.control import CONTROL, AllocateCache, Shutdown, StepPlan
+from mgpu.protocol.control import CONTROL, AllocateCache, Shutdown, StayAwake, StepPlan
 from mgpu.worker.errors import BadPlan
 
 _LINGER_MS = 2000
 """Time for a last message to leave: the one that says why this worker ends."""
 
-Order = AllocateCache | StepPlan | Shutdown
+Order = AllocateCache | StepPlan | StayAwake | Shutdown
 
 
 class ControlSocket:
@@ -53,6 +53,6 @@ def _decode(data: bytes) -> Order:
         message = CONTROL.decode(data)
     except CodecError as error:
         raise BadPlan(f"the orchestrator sent no message: {error}") from error
-    if not isinstance(message, AllocateCache | StepPlan | Shutdown):
+    if not isinstance(message, Order):
         raise BadPlan(f"the orchestrator sent a {type(message).__name__}, which is for it to read")
     return message

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mgpu.protocol.control import Shutdown, StepPlan, StepResult
+from mgpu.protocol.control import Shutdown, StayAwake, StepPlan, StepResult
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.model_runner import ModelRunner
@@ -111,7 +111,9 @@ class StepLoop:
         while True:
             busy = bool(self._in_flight) or (self._on_gpu and time.monotonic() - began_s < _SPIN_S)
             order = self._control.receive(0 if busy else _PARK_MS)
-            if order is not None:
+            if isinstance(order, StayAwake):
+                began_s = time.monotonic()
+            elif order is not None:
                 return order
             self._send_results(keep=MAX_IN_FLIGHT)
 

@@ -31,6 +31,7 @@ from mgpu.protocol.link import (
     LINK,
     Alive,
     Cancel,
+    Coming,
     EngineInfo,
     GatewayReady,
     GatewaySpec,
@@ -115,6 +116,8 @@ class Gateway:
             self._jobs.start(self._load, self._loaded)
         while self._running:
             ready = dict(poller.poll(self._wait_ms()))
+            if self._spec.says_coming and self._front.socket in ready and not len(self._table):
+                self._link.send(LINK.encode(Coming()))
             if not ready.keys().isdisjoint(self._parent_fds):
                 self.stop()
             self._front.doorkeeper.answer()

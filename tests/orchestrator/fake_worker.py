@@ -27,6 +27,7 @@ from mgpu.protocol.control import (
     LoadProgress,
     Ready,
     Shutdown,
+    StayAwake,
     StepPlan,
     StepResult,
     TokenLogprobs,
@@ -110,7 +111,10 @@ class FakeWorker:
         self.send(Ready(spec.epoch, RANK, phases, 100, [f"note of rank {RANK}"]))
         self.phase = "steps"
         while not isinstance(message := CONTROL.decode(self.socket.recv()), Shutdown):
-            self.step(message)
+            if isinstance(message, StayAwake):
+                print(f"worker {RANK} stays awake", file=sys.stderr, flush=True)
+            else:
+                self.step(message)
 
     def step(self, plan: StepPlan) -> None:
         fail_if_asked("steps", plan.step)

@@ -27,6 +27,7 @@ from mgpu.protocol.limits import ClientLimits
 from mgpu.protocol.link import (
     LINK,
     Cancel,
+    Coming,
     EngineInfo,
     Outputs,
     Reload,
@@ -127,7 +128,7 @@ class ServerProcess:
         ids = array("i", prompt).tobytes()
         self.send(Submit(request_id, ids, max_tokens, list(stop_ids), RowSampling(), b"", 0))
 
-    def send(self, message: Submit | Resumable | Resume | Cancel | StatsQuery) -> None:
+    def send(self, message: Submit | Resumable | Resume | Cancel | Coming | StatsQuery) -> None:
         self.socket.send(LINK.encode(message))
 
     def wait_for(self, done: Callable[[], bool]) -> None:

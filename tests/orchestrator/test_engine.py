@@ -13,7 +13,7 @@ from fake_model import solo_tokens
 from server_process import ServerProcess, running_server
 
 from mgpu.protocol.control import RowSampling
-from mgpu.protocol.link import LINK, Cancel, Outputs, StatsQuery, Submit
+from mgpu.protocol.link import LINK, Cancel, Coming, Outputs, StatsQuery, Submit
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +132,18 @@ def test_one_request_does_not_wait_for_all_those_that_another_client_has_queued(
     assert sum(request_id in server.finish for request_id in many) < 200
     server.wait_for(lambda: all(request_id in server.finish for request_id in many))
     assert all(server.tokens[request_id] == solo_tokens([3, 1, 4], 20) for request_id in (*many, 800_000))
+
+
+def test_beside_gpus_all_are_awake_when_a_request_has_been_read(tmp_path: Path) -> None:
+    with running_server(tmp_path, device_kind="cuda", ranks_per_stage=2) as server:
+        server.wait_ready()
+        for request_id in range(1, 4):
+            server.send(Coming())
+            check_still_serves(server, request_id)
+        assert [server.log.count(f"worker {rank} stays awake") for rank in range(2)] == [3, 3]
+
+
+def test_on_the_cpu_nobody_is_woken_before_there_is_work(server: ServerProcess) -> None:
+    server.send(Coming())
+    check_still_serves(server, 900_000)
+    assert "stays awake" not in server.log

@@ -26,6 +26,7 @@ from mgpu.protocol.control import (
     Ready,
     RowSampling,
     Shutdown,
+    StayAwake,
     StepPlan,
     StepResult,
     WorkerFailure,
@@ -92,10 +93,11 @@ def test_one_worker_lives_through_its_phases(tiny_model: MakeModel, tmp_path: Pa
 
 
 def check_epochs(workers: Workers) -> None:
-    """Orders of another epoch are as if they had never been sent."""
+    """Orders of another epoch are as if they had never been sent; a word that steps may come is no step."""
     workers.send(replace(step_of(90, [0], [0], [1]), epoch=6))
     workers.send(Shutdown(6))
     workers.send(AllocateCache(8, 1))
+    workers.send(StayAwake(workers.spec.epoch))
     plan = step_of(91, [0], [0], [3], new_rows=[new_row(0, [5, 6, 7], [0])])
     assert workers.step(plan).step == 91
 

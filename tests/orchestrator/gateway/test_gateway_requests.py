@@ -1,13 +1,14 @@
 """What a client gets for what it asks, from a real gateway process with a scripted engine."""
 
 import time
+from pathlib import Path
 
 import pytest
 from gateway_process import BOS, EOS, GatewayProcess, says
 
 from mgpu import Client, DeadlineExceeded, RequestFailed
 from mgpu.orchestrator.gateway.admission import seed_of_choice
-from mgpu.protocol.link import EngineInfo, Outputs
+from mgpu.protocol.link import Coming, EngineInfo, Outputs
 from mgpu.protocol.schema import int32_array
 
 
@@ -17,6 +18,22 @@ def test_ids_are_continued_and_come_back_as_text(gateway: GatewayProcess) -> Non
     assert (done.text, done.token_ids, done.finish_reason) == ("abcab", tuple(b"abcab"), "length")
     assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.cached_tokens) == (3, 5, 3)
     assert done.logprobs is None
+
+
+def test_an_engine_that_wants_to_know_hears_of_a_request_before_it_is_read(model_folder: Path) -> None:
+    with GatewayProcess(model_folder, says_coming=True) as gateway, Client(gateway.endpoint) as client:
+        engine = gateway.engine
+        engine.going.clear()
+        streams = [client.stream([1], max_tokens=1)]
+        engine.wait(lambda: len(engine.submits) == 1)
+        heard = engine.messages.qsize()
+        assert heard, "of the first one, and of the questions before it"
+        streams.append(client.stream([2], max_tokens=1))
+        engine.wait(lambda: len(engine.submits) == 2)
+        assert engine.messages.qsize() == heard, "one is running: the engine is awake"
+        engine.going.set()
+        assert all(stream.completion().finish_reason == "length" for stream in streams)
+        assert all(isinstance(engine.messages.get(), Coming) for _ in range(heard))
 
 
 def test_text_is_tokenized_with_the_models_bos(gateway: GatewayProcess) -> None:
