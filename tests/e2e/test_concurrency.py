@@ -21,7 +21,7 @@ class Job:
 
 
 def make_jobs(seed: int) -> list[Job]:
-    """Draw prompts of 1 to 120 tokens, some of them beginning alike, and answers of 2 to 20 tokens."""
+    """Draw prompts of 1 to 120 tokens, some of them beginning alike, and answers of 2 to 10 tokens."""
     rng = random.Random(seed)
     shared = [rng.randrange(3, 40000) for _ in range(40)]
     jobs = []
@@ -29,7 +29,7 @@ def make_jobs(seed: int) -> list[Job]:
         prompt = [rng.randrange(3, 40000) for _ in range(rng.choice([1, 5, 17, 33, 80]))]
         if number % 4 == 0:
             prompt = shared + prompt
-        length = rng.randrange(2, 21)
+        length = rng.randrange(2, 11)
         jobs.append(Job(prompt, length, rng.randrange(0, length) if number % 5 == 0 else None))
     return jobs
 

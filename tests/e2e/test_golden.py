@@ -23,8 +23,12 @@ def assert_golden(path: str, name: str, arguments: list[str]) -> None:
         running_server("-m", path, "--device", "cpu", "--max-seq-len", "512", *arguments) as endpoint,
         Client(endpoint) as client,
     ):
-        for prompt in golden(name):
-            answer = client.generate(prompt["prompt_ids"], max_tokens=32, ignore_eos=True, logprobs=0)
+        options = {"max_tokens": 32, "ignore_eos": True, "logprobs": 0}
+        prompts = golden(name)
+        # All at once: steps then mix prompts and rows that decode, and are fewer.
+        streams = [client.stream(prompt["prompt_ids"], **options) for prompt in prompts]
+        for prompt, stream in zip(prompts, streams, strict=True):
+            answer = stream.completion()
             assert list(answer.token_ids) == prompt["output_ids"], prompt["name"]
             assert answer.logprobs is not None
             assert [entry.logprob for entry in answer.logprobs] == pytest.approx(prompt["output_logprobs"], abs=2e-3)

@@ -25,7 +25,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_answers_go_on_after_a_worker_and_then_the_gateway_is_killed(smollm2: str) -> None:
     prompts = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "The first ten primes are"]
-    options = [{"max_tokens": 40, "ignore_eos": True, "temperature": 0.7 * (at % 2), "seed": at} for at in range(4)]
+    options = [{"max_tokens": 24, "ignore_eos": True, "temperature": 0.7 * (at % 2), "seed": at} for at in range(4)]
     with (
         ServerProcess("-m", smollm2, "--device", "cpu", "--workers", "3", "--max-seq-len", "512") as server,
         Client(server.wait_ready(), silence_timeout_s=LIMIT_S) as client,
