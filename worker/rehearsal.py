@@ -119,7 +119,8 @@ class Rehearsal:
         short = replace(facts, num_layers=len(sliding), sliding_layers=sliding)
         layers = range(before, before + len(kinds))
         dtype: torch.dtype = getattr(torch, spec.dtype)
-        stage = build_stage(short, self.place, layers, self.group, dtype, self.device, spec.quant)
+        where = self.place, layers, self.group, dtype, self.device
+        stage = build_stage(short, *where, spec.quant, spec.kv_cache_dtype)
         stage.max_positions = spec.max_seq_len + 1
         stage.assume_kernels()
         if spec.quant != "none":
