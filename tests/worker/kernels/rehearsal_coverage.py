@@ -107,7 +107,7 @@ def start(start_up: StartUp, spec: WorkerSpec, place: RankPlace) -> None:
 
 def main() -> None:
     use_kernels_on_the_cpu()
-    spec = make_spec(Path(sys.argv[1]), [1], dtype="bfloat16", block_size=64, max_seq_len=300)
+    spec = make_spec(Path(sys.argv[1]), [1], dtype="bfloat16", block_size=64, max_batch_tokens=512, max_seq_len=300)
     for case in sys.argv[2:]:
         sizes, quant, kept = case.split()
         plan = make_plan(spec.facts.num_layers, json.loads(sizes))
