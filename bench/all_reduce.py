@@ -47,11 +47,7 @@ class RankFailed(Exception):
 
 
 def time_all_reduce(
-    machine: Machine,
-    size: int,
-    backends: Sequence[str],
-    lengths: Sequence[int],
-    environ: Mapping[str, str] = os.environ,
+    machine: Machine, size: int, backends: Sequence[str], lengths: Sequence[int]
 ) -> dict[str, list[AllReduceTime]]:
     """Start one process per rank on the first ``size`` devices, for backends of one transport.
 
@@ -78,7 +74,7 @@ def time_all_reduce(
                     processes.append(
                         subprocess.Popen(
                             [*command, ",".join(map(str, lengths))],
-                            env={**environ, **added},
+                            env={**os.environ, **added},
                             stdin=subprocess.DEVNULL,
                             stdout=out,
                             stderr=log,

@@ -16,7 +16,6 @@ from torch import Tensor
 
 READ_TBPS = 4.3
 """Measured read bandwidth of an H200, TB/s: what shares are shares of."""
-L2_BYTES = 60 << 20
 SHAPES = {
     "qkv": (6144, 4096),
     "o": (4096, 4096),

@@ -29,7 +29,7 @@ from mgpu.worker.layers.norm import RMSNorm
 QUANTIZED: tuple[tuple[WeightKind, int], ...] = (("int8", 0), ("fp8", 0), ("int4", 32), ("int4", 128))
 """Kinds and groups. Groups of 32 are what `--quant 4` makes."""
 MANY_ROWS = [
-    Tiling(block_n, splits, warps, stages, False, bulk, most_rows)
+    Tiling(block_n, splits, warps, stages, most_rows)
     for block_n, warps, stages, most_rows in (
         (64, 4, 3, 64),
         (64, 4, 2, 128),
@@ -38,7 +38,6 @@ MANY_ROWS = [
         (128, 8, 2, 256),
     )
     for splits in (1, 2)
-    for bulk in (False, True)
 ]
 
 
@@ -80,7 +79,7 @@ def many_rows() -> Iterator[Row]:
                 except Exception as failure:  # tiles that need too much shared memory are a result too
                     print(f"{kind} {name} {cut}: {type(failure).__name__}: {str(failure)[:80]}")
                     continue
-                title = f"many {kind} {name} m{rows} {cut}{' bulk' if tiling.bulk else ''}"
+                title = f"many {kind} {name} m{rows} {cut}"
                 yield Row(title, us, 4.0 * weights[0].words.numel(), 2.0 * rows * n * k, error, other)
 
 

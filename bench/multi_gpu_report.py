@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Verdict = Literal["ok", "FAIL", "met", "missed", "measured", "rehearsed", "skipped", "not built"]
+Verdict = Literal["ok", "FAIL", "met", "missed", "measured", "rehearsed", "skipped"]
 BAD: tuple[Verdict, ...] = ("FAIL", "missed")
 _WIDTHS = (11, 54, 34, 34)
 _MOST = 140
@@ -89,8 +89,8 @@ class Report:
         found = f"{value:,.1f} {unit}"
         self.add(Row(section, asked, wanted, found, "rehearsed" if self.rehearsal else verdict, value, unit, details))
 
-    def skip(self, section: str, asked: str, why: str, verdict: Verdict = "skipped", wanted: str = "-") -> None:
-        self.add(Row(section, asked, wanted, why, verdict))
+    def skip(self, section: str, asked: str, why: str) -> None:
+        self.add(Row(section, asked, "-", why, "skipped"))
 
     def seconds(self) -> float:
         return round(time.monotonic() - self._began_s, 1)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from model_shapes import SHAPES, SMALL_SHAPES, write_config, write_weights
@@ -16,7 +16,6 @@ from multi_gpu_report import Report
 
 from mgpu import Client
 from mgpu.launch.bench.probe import Probe
-from mgpu.launch.config import ServeConfig
 from mgpu.orchestrator.layer_map import even_stages, map_text
 from mgpu.protocol.checkpoint import read_checkpoint
 
@@ -99,12 +98,8 @@ class Speed:
         self._measure(model, f"{model.name} {count} stages", self.box.first(count), ("-n", layers))
 
     def formats(self, model: Model) -> None:
-        """Measure the quantized forms at every size, once the server has an option for them."""
-        is_built = any(field.name == "quant" for field in fields(ServeConfig))
+        """Measure the quantized forms at every size."""
         for name, options in FORMATS.items():
-            if not is_built:
-                self.report.skip(SECTION, f"{model.name} {name}", "serve has no --quant", "not built")
-                continue
             for size in reversed(self.sizes):
                 by_size = () if self.box.kind == "gpus" else ("--tp", str(size))
                 self._measure(model, f"{model.name} {name} TP {size}", self.box.first(size), (*options, *by_size))

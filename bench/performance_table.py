@@ -32,8 +32,8 @@ from mgpu.launch.bench.machine import heading
 BEGIN, END = "<!-- bench/performance.py --write: begin -->", "<!-- bench/performance.py --write: end -->"
 HEAD = """| what | mgpu: median (least to greatest) | share of limit | transformers | vLLM, SGLang ¹ | target | met |
 | --- | --- | --- | --- | --- | --- | --- |"""
-NOTES = """¹ The better of vLLM 0.26.0 and SGLang 0.5.16 on another H200: offline engine, in process, prefix cache off.
-² Continuous batching; else `generate` with a static batch."""
+NOTE = "¹ The better of vLLM 0.26.0 and SGLang 0.5.16 on another H200: offline engine, in process, prefix cache off."
+BATCHED, BATCHED_NOTE = " ²", "² Continuous batching; else `generate` with a static batch."
 GENERATE, CONTINUOUS = "transformers", "transformers-continuous"
 NONE = "\N{EN DASH}"
 SECONDS, MILLISECONDS, MICROSECONDS, SHARE, TOKENS = "s", "ms", "µs", "%", "tok/s"
@@ -190,7 +190,7 @@ def of_peer(line: Line, results: Results) -> str:
         notes = [row["note"] for _, row in rows if row["note"] != "not measured"]
         return short(notes[0]) if notes else NONE
     value, part = (max if line.is_more_better else min)(found)
-    return with_unit(value, line.unit) + (" ²" if part == CONTINUOUS else "")
+    return with_unit(value, line.unit) + (BATCHED if part == CONTINUOUS else "")
 
 
 def short(note: str) -> str:
@@ -202,8 +202,9 @@ def short(note: str) -> str:
 def table(results: Results) -> str:
     """Give the whole Markdown text between the markers."""
     lines = "\n".join(f"| {' | '.join(cells(line, results))} |" for line in LINES)
+    notes = f"{NOTE}\n{BATCHED_NOTE}" if f"{BATCHED} |" in lines else NOTE
     machines = "\n".join(f"- {line}" for line in machine_lines(results.items()))
-    return f"{HEAD}\n{lines}\n\n{NOTES}\n\nMeasured on:\n\n{machines}\n"
+    return f"{HEAD}\n{lines}\n\n{notes}\n\nMeasured on:\n\n{machines}\n"
 
 
 def machine_lines(results: Iterable[tuple[str, Result]]) -> list[str]:

@@ -37,7 +37,7 @@ from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.packing import PackedWeight, dequantize
 from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.quantized_gemm import quantized_gemm
-from mgpu.worker.kernels.quantized_gemv import quantized_gemv
+from mgpu.worker.kernels.quantized_gemv import QuantizedGemvTiling, quantized_gemv
 from mgpu.worker.kernels.reference import gated_activation, paged_attention
 from mgpu.worker.kernels.runtime import Workspace, default_workspace
 from mgpu.worker.kernels.split_k import Tiling
@@ -80,21 +80,20 @@ class Results:
 
 
 def quantized_tilings() -> list[Tiling]:
-    shapes = [(64, 4, 3, False), (64, 4, 5, False), (64, 4, 8, False), (64, 2, 5, True), (64, 4, 5, True)]
-    shapes += [(32, 1, 5, True), (32, 2, 5, True), (32, 2, 8, True), (32, 4, 8, True), (16, 1, 8, True)]
-    shapes += [(128, 4, 4, False), (128, 4, 4, True), (128, 8, 4, False)]
-    return [Tiling(*s[:1], n, *s[1:], bulk) for s in shapes for n in (1, 2, 4, 8) for bulk in (False, True)]
+    shapes = [(64, 4, 3), (64, 4, 5), (64, 4, 8), (128, 4, 4), (128, 8, 4)]
+    return [Tiling(block_n, splits, *rest) for block_n, *rest in shapes for splits in (1, 2, 4, 8)]
 
 
 def gemv_tilings() -> list[GemvTiling]:
     shapes = [(4, 256, 1), (8, 256, 1), (2, 512, 1), (4, 512, 1), (2, 1024, 1), (4, 512, 2), (8, 512, 2), (2, 1024, 2)]
     shapes += [(4, 1024, 2), (4, 1024, 4), (8, 1024, 4), (2, 2048, 4), (4, 2048, 4), (4, 2048, 8), (8, 2048, 8)]
-    return [GemvTiling(*shape, ahead) for shape in shapes for ahead in (False, True)]
+    return [GemvTiling(*shape) for shape in shapes]
 
 
-def quantized_gemv_tilings() -> list[GemvTiling]:
+def quantized_gemv_tilings() -> list[QuantizedGemvTiling]:
     """A step is 4 words per thread, so that the activations have the weights' layout."""
-    return [GemvTiling(n, 128 * w, w, ahead) for n in (2, 4, 8, 16) for w in (1, 2, 4) for ahead in (False, True)]
+    cuts = itertools.product((2, 4, 8, 16), (1, 2, 4), (False, True))
+    return [QuantizedGemvTiling(rows, 128 * warps, warps, ahead) for rows, warps, ahead in cuts]
 
 
 def decode_tilings() -> list[tuple[int, DecodeTiling]]:
@@ -107,15 +106,12 @@ def prefill_tilings() -> list[tuple[int, int, PrefillTiling]]:
     tilings += [(16, 128, PrefillTiling(64, 64, 4, 5)), (32, 128, PrefillTiling(64, 64, 4, 3))]
     for dim, registers in ((128, None), (128, 128), (64, None), (64, 128)):
         for m, n, warps, stages in ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)):
-            tilings.append((64, dim, PrefillTiling(m, n, warps, stages, True, False, registers)))
-    for m, n, warps, stages in ((64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 3)):
-        tilings.append((64, 128, PrefillTiling(m, n, warps, stages, True, True)))
+            tilings.append((64, dim, PrefillTiling(m, n, warps, stages, max_registers=registers)))
     tilings.append((64, 128, PrefillTiling(64, 32, 4, 3)))
-    tilings.append((64, 128, PrefillTiling(64, 64, 4, 2, True, False, 168)))
+    tilings.append((64, 128, PrefillTiling(64, 64, 4, 2, max_registers=168)))
     tilings += [(128, 128, PrefillTiling(64, 128, 4, 2)), (128, 128, PrefillTiling(128, 128, 8, 2))]
     tilings += [(128, 128, PrefillTiling(64, 128, 4, 1)), (128, 128, PrefillTiling(128, 128, 8, 3))]
-    tilings += [(64, 64, PrefillTiling(128, 64, 4, 2)), (64, 64, PrefillTiling(128, 64, 8, 2, True, True))]
-    tilings += [(64, 64, PrefillTiling(64, 64, 4, 3, True, True)), (64, 256, PrefillTiling(128, 64, 8, 2))]
+    tilings += [(64, 64, PrefillTiling(128, 64, 4, 2)), (64, 256, PrefillTiling(128, 64, 8, 2))]
     tilings += [(64, 256, PrefillTiling(128, 32, 8, 2)), (64, 256, PrefillTiling(128, 32, 8, 3))]
     return tilings
 
@@ -141,7 +137,7 @@ def run_quantized(device: torch.device, kind: str, group: int, tiling: Tiling, r
     quantized_gemm(x, weight, tiling=tiling, workspace=workspace(device))
 
 
-def run_quantized_gemv(device: torch.device, kind: str, group: int, tiling: GemvTiling) -> None:
+def run_quantized_gemv(device: torch.device, kind: str, group: int, tiling: QuantizedGemvTiling) -> None:
     words = torch.empty(4096, 4096 // (8 if kind == "int4" else 4), dtype=torch.int32, device=device)
     scales = torch.empty(4096, 4096 // group if group else 1, dtype=torch.int32 if group else None, device=device)
     weight = PackedWeight(kind, words, scales, 4096, group)  # type: ignore[arg-type]
@@ -163,7 +159,7 @@ def run_prefill(device: torch.device, block_size: int, dim: int, tiling: Prefill
     prefill_attention(q, cache, cache, tables, lens, starts, scale=0.1, tiling=tiling)
 
 
-WIDE = [Tiling(64, splits, 4, n, False, bulk) for splits in (1, 2, 4) for n in (3, 5) for bulk in (False, True)]
+WIDE = [Tiling(64, splits, 4, stages) for splits in (1, 2, 4) for stages in (3, 5)]
 FP8_DECODE = [
     DecodeTiling(1, bn, 128, w, n) for bn, w, n in ((64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 5), (64, 2, 5))
 ]
@@ -218,8 +214,6 @@ def time_quantized(results: Results) -> None:
             expected = x.float() @ dense.T
             facts = {"bytes": 4.0 * weights[0].words.numel(), "flops": 2.0 * rows * n * k}
             for tiling in WIDE if rows > 16 else quantized_tilings():
-                if rows == 16 and tiling.narrow:
-                    continue
                 launches = rotate(weights, lambda w: quantized_gemm(x, w, tiling=tiling))
                 results.measure(f"{kind} {name} m{rows} {short(tiling)}", launches, expected, **facts)
             for gemv_tiling in quantized_gemv_tilings() if rows == 1 else ():
@@ -281,14 +275,9 @@ def time_prefill(results: Results) -> None:
             results.rows.append(sdpa_row(rows, context, backend))
 
 
-def parse(kind: type, text: str | None) -> Any:
+def parse(text: str | None) -> GemvTiling | None:
     """Turn `short`'s text back into a tiling."""
-    if text is None:
-        return None
-    values = [int(value) for value in text.split(",")]
-    flags = {field.name for field in dataclasses.fields(kind) if field.type in (bool, "bool")}
-    names = [field.name for field in dataclasses.fields(kind)]
-    return kind(**{n: bool(v) if n in flags else v for n, v in zip(names, values, strict=True)})
+    return GemvTiling(*map(int, text.split(","))) if text else None
 
 
 def time_chain(results: Results) -> None:
@@ -301,7 +290,7 @@ def time_chain(results: Results) -> None:
         set_overlap(overlap)
         steps: dict[str, Callable[[], Tensor]] = {"cublas": lambda: chain.step(rows)}
         if rows == 1:
-            best = {shape: parse(GemvTiling, results.best(f"gemv {name} m1 ")) for shape, name in names.items()}
+            best = {shape: parse(results.best(f"gemv {name} m1 ")) for shape, name in names.items()}
             steps["gemv"] = lambda: chain.step(1, best)
         for name, step in steps.items():
             chosen: list[Tensor] = []

@@ -76,11 +76,11 @@ class ServerProcess:
             else:
                 raise ServerDied(f"the server ended with status {status} before it was ready", self.output())
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = STOP_S) -> int:
-        """Signal the server and wait for its end; gives its exit status (minus the signal, if that ended it)."""
+    def stop(self) -> int:
+        """Tell the server to end and wait for it; gives its exit status (minus the signal, if that ended it)."""
         if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.wait(timeout_s)
+            self.process.terminate()
+        return self.process.wait(STOP_S)
 
     def close(self) -> None:
         """Stop the server if it still runs, by force if need be, and remove its files."""

@@ -20,7 +20,7 @@ _LINK_NAMES = {"self": "-", "nvlink": "NVL", "pcie": "PCI", "none": "no"}
 
 def layout_text(plan: Plan) -> str:
     """Give mode and reason, one row per rank, what the KV cache holds, and the peer-access matrix of several GPUs."""
-    lines = [_headline(plan), *_table(_COLUMNS, [_cells(plan, row) for row in plan.rows])]
+    lines = [_headline(plan), *_table(_COLUMNS, [_cells(row) for row in plan.rows])]
     lines.append(
         f"KV cache{_narrow(plan)}: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
         f"{plan.max_seq_len:,}{_shortened(plan)}"
@@ -54,7 +54,7 @@ def _shortened(plan: Plan) -> str:
     return f" (the model allows {plan.facts.max_position:,})"
 
 
-def _cells(plan: Plan, row: RankRow) -> tuple[str, ...]:
+def _cells(row: RankRow) -> tuple[str, ...]:
     device, heads = row.device, row.heads
     held = f"own [{heads.kv_start}, {heads.kv_stop})"
     if heads.kv_replicas > 1:

@@ -9,7 +9,7 @@ _GPU_TOKENS = 2048
 _LARGE_GPU_TOKENS = 8192
 _LARGE_GPU = 40 << 30
 """Bytes from which a GPU has room for the activations of a long step, a few GiB. Prompts of many requests then come
-through 3 to 5 % faster; decoding waits longer for them, as it does in the servers people know."""
+through 3 to 5 % faster; decoding waits longer for them."""
 
 
 class LimitsError(UserError):

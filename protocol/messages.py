@@ -24,7 +24,6 @@ from mgpu.protocol.schema import (
     parse_fields,
 )
 
-FinishReason = Literal["stop", "length", "cancelled"]
 FailureCode = Literal[
     "bad_request",
     "bad_version",

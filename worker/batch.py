@@ -33,11 +33,3 @@ class StepBatch:
     """Tokens per row, on the host."""
     context_lens_host: list[int]
     """``context_lens`` on the host, so that nothing waits for the device."""
-
-    @property
-    def max_query_len(self) -> int:
-        return max(self.query_lens_host)
-
-    @property
-    def max_context_len(self) -> int:
-        return max(self.context_lens_host)

@@ -2,8 +2,8 @@
 
 Every rank owns one buffer, cut into areas in the same way, and maps those of its peers. What lies in an area is nothing
 yet where its bits are those of a minus zero (`EMPTY`): the data itself says that it has come, without flags and fences.
-Who reads a place empties it again, and two turns of each area alternate: a rank that writes a turn for the third time
-has heard from all peers in the second, so that they are done with the first.
+Who reads a place empties it again, and the two halves of each area take turns: a rank that writes to a half again has
+heard from all peers in the turn between, so that they are done with what was there.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,10 @@ class Area:
 
 @dataclass(frozen=True, slots=True)
 class AreaShape:
-    """How much one area holds: ``count`` messages elements per turn, for kernels of up to ``programs`` programs."""
+    """How much one area holds: ``count`` elements per turn, all ranks' messages together.
+
+    ``programs``: most programs of a kernel that uses it.
+    """
 
     dtype: torch.dtype
     count: int

@@ -31,8 +31,9 @@ _OTHER = (
     "kv_bytes", "seed", "timeout_s",
 )  # fmt: skip
 """What a spec says that kernels do not depend on."""
-_PROMPTS = (128, 16)
-"""Tokens of prompts: quantized products of more than 64 rows are not those of fewer."""
+_PROMPTS = (512, 128, 16)
+"""Tokens of prompts. Quantized products have other kernels for 16 rows (the warm-up), for more than 64, and for more
+than 256 (the largest step, which is run to measure memory)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,8 @@ class Rehearsal:
         short = replace(facts, num_layers=len(sliding), sliding_layers=sliding)
         layers = range(before, before + len(kinds))
         dtype: torch.dtype = getattr(torch, spec.dtype)
-        stage = build_stage(short, self.place, layers, self.group, dtype, self.device, spec.quant)
+        where = self.place, layers, self.group, dtype, self.device
+        stage = build_stage(short, *where, spec.quant, spec.kv_cache_dtype)
         stage.max_positions = spec.max_seq_len + 1
         stage.assume_kernels()
         if spec.quant != "none":

@@ -1,11 +1,14 @@
 """Name the machine and the versions that a benchmark ran with."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
+
+import mgpu
 
 
 def cpu_name() -> str:
@@ -26,13 +29,11 @@ def gpu_names() -> list[str]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Give the version of Python and of each package, "absent" for those that are not installed."""
-    found = {"python": platform.python_version()}
+    """Give the versions of Python, of mgpu, which need not be installed, and of those packages that are."""
+    found = {"python": platform.python_version(), "mgpu": mgpu.__version__}
     for package in packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
     return found
 
 
@@ -43,7 +44,7 @@ def describe(*packages: str) -> dict[str, object]:
         "cpu": f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores",
         "gpus": gpu_names(),
         "load": round(os.getloadavg()[0], 2),
-        "versions": versions("mgpu", "torch", *packages),
+        "versions": versions("torch", *packages),
     }
 
 

@@ -61,7 +61,7 @@ class Target:
             "dtype": self.plan.dtype,
             "kv_cache_dtype": self.plan.kv_cache_dtype,
             "layout": f"{self.plan.mode}, {self.plan.placement.world_size} x {self.plan.machine.kind}",
-            "serve_options": list(self.arguments),
+            "serve_options": [_without_folder(word) for word in self.arguments],
             "bandwidth_bytes_per_s": self.limit.bytes_per_s or None,
             "weight_bytes": self.limit.weight_bytes,
             "kv_token_bytes": self.limit.kv_token_bytes,
@@ -70,6 +70,11 @@ class Target:
     def start(self, **settings: Any) -> ServerProcess:
         """Start the server; settings are `ServerProcess`'s."""
         return ServerProcess(*self.arguments, **settings)
+
+
+def _without_folder(word: str) -> str:
+    """Leave a path's last part: where this machine keeps a model says nothing about what was measured."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def target_options(command: F) -> F:
@@ -134,8 +139,8 @@ def _model(wanted: Wanted, folder: Path) -> tuple[str, tuple[str, ...]]:
         return "", ("-m", wanted.model, *(("--load-format", "dummy") if is_bare else ()))
     config = serve_config(("-m", "none", *wanted.serve_options))
     shape = wanted.shape or ("8B" if find_machine(config.device).kind == "cuda" else "tiny")
-    write_config(folder, SHAPES[shape])
-    return f"{shape} (random weights)", ("-m", str(folder), "--load-format", "dummy")
+    model = write_config(folder / shape, SHAPES[shape])
+    return f"{shape} (random weights)", ("-m", str(model), "--load-format", "dummy")
 
 
 def serve_config(arguments: tuple[str, ...]) -> ServeConfig:

@@ -55,6 +55,14 @@ def test_a_line_shows_median_spread_share_peers_and_by_how_much_a_target_is_miss
     assert "bf16 (`--max-rows 300`), transformers, transformers-continuous, ready: 2026-11-24 | C | G" in text
 
 
+def test_a_note_is_there_for_what_the_table_has() -> None:
+    def of(part: str) -> str:
+        return table({part: result(row(DECODE, 1, 128, "tok/s", [30.0]))})
+
+    assert "² Continuous batching" in of("transformers-continuous")
+    assert "²" not in of("transformers")
+
+
 def test_what_failed_says_so_in_every_line_that_it_left_open() -> None:
     text = table({"int4": result(row(DECODE, 1, 128, "tok/s", [500.0]), missing(FAILED, 0, 0, "the server | died"))})
     assert line_of(text, "Llama-3.1-8B int4, batch 1, 128 context")[-1] == "no, -16.7%"

@@ -61,11 +61,10 @@ def _dequantize_kernel(
             tl.store(out_ptr + rows[:, None] * K + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
-def dequantize_packed(weight: PackedWeight, dtype: torch.dtype, out_NK: Tensor | None = None) -> Tensor:
+def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Give the weight [N, K] in ``dtype``; `packing.dequantize` is the reference."""
     n, words_per_row = weight.words.shape
-    if out_NK is None:
-        out_NK = torch.empty(n, weight.k, dtype=dtype, device=weight.words.device)
+    out_NK = torch.empty(n, weight.k, dtype=dtype, device=weight.words.device)
     _dequantize_kernel[(ceil_div(n, ROWS), words_per_row // WORDS)](
         weight.words,
         weight.scales,

@@ -27,14 +27,12 @@ class GemvTiling:
     """Rows of the weight per program; even where it is gated."""
     block_k: int
     num_warps: int
-    ahead: bool = True
-    """Load the next step's weights before multiplying this one's."""
 
 
 @triton.jit
-def _load_weights(w_ptr, rows, ks, K, EVEN_K: tl.constexpr, CHECKED: tl.constexpr):
+def _load_weights(w_ptr, rows, ks, K, EVEN_K: tl.constexpr):
     ptrs = w_ptr + rows[:, None] * K + ks[None, :]
-    if CHECKED or not EVEN_K:  # noqa: SIM108 - compile-time condition
+    if not EVEN_K:  # noqa: SIM108 - compile-time condition
         w = tl.load(ptrs, mask=ks[None, :] < K, other=0.0)
     else:
         w = tl.load(ptrs)
@@ -53,35 +51,30 @@ def _gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     rows = weight_rows(N, GATE, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    w = _load_weights(w_ptr, rows, k, K, EVEN_K, False)
+    w = _load_weights(w_ptr, rows, k, K, EVEN_K)
     wait_for_inputs(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         ks = k0 + k
-        if AHEAD:
-            next_w = _load_weights(w_ptr, rows, ks + BLOCK_K, K, EVEN_K, True)
-        elif k0 > 0:
-            w = _load_weights(w_ptr, rows, ks, K, EVEN_K, False)
+        if k0 > 0:
+            w = _load_weights(w_ptr, rows, ks, K, EVEN_K)
         if EVEN_K:  # noqa: SIM108 - compile-time condition
             x = tl.load(x_ptr + ks).to(tl.float32)
         else:
             x = tl.load(x_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
         acc += w.to(tl.float32) * x[None, :]
-        if AHEAD:
-            w = next_w
     store_outputs(tl.sum(acc, 1), rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
 
 
 def choose_tiling(n: int, k: int, gated: bool) -> GemvTiling:
     """Pick tiles (see docs/kernels.md). A step is 8 inputs per thread, so that x has the layout of the weights."""
     if n > k and not gated and k % 2048 == 0:
-        return GemvTiling(2, 2048, 4, False)
-    return GemvTiling(2, 1024, 1, False)
+        return GemvTiling(2, 2048, 4)
+    return GemvTiling(2, 1024, 1)
 
 
 def gemv(
@@ -90,7 +83,6 @@ def gemv(
     *,
     gate: Activation | None = None,
     bias_N: Tensor | None = None,
-    out_1N: Tensor | None = None,
     tiling: GemvTiling | None = None,
 ) -> Tensor:
     """Multiply one row by w^T in float32, as a contiguous weight [N, K] is read once.
@@ -100,8 +92,7 @@ def gemv(
     k = x_1K.shape[-1]
     n = w_NK.shape[0] // (2 if gate else 1)
     tiling = tiling or choose_tiling(n, k, gate is not None)
-    if out_1N is None:
-        out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
+    out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
     block_k = min(tiling.block_k, power_of_2(k))
     _gemv_kernel[(ceil_div(w_NK.shape[0], tiling.block_n),)](
         x_1K,
@@ -114,7 +105,6 @@ def gemv(
         tiling.block_n,
         block_k,
         k % block_k == 0,
-        tiling.ahead,
         overlaps_launches(x_1K.device),
         **launch_options(x_1K.device, tiling.num_warps, 1),
     )

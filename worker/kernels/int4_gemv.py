@@ -12,7 +12,7 @@ import triton.language as tl
 
 from mgpu.worker.kernels.gemv_rows import store_outputs, weight_rows
 from mgpu.worker.kernels.runtime import wait_for_inputs
-from mgpu.worker.kernels.widen import split_scales, widen_to_floats
+from mgpu.worker.kernels.widen import INT4_BIAS, split_scales, widen_to_floats
 
 
 @triton.jit
@@ -39,7 +39,6 @@ def int4_gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     EVEN_K: tl.constexpr,
-    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
@@ -57,11 +56,7 @@ def int4_gemv_kernel(
 
     acc = tl.zeros([BLOCK_N, RUNS], tl.float32)
     for first in range(0, words_per_row, BLOCK_W):
-        if AHEAD:
-            next_words = _load_words(w_ptrs, first + BLOCK_W, column, words_per_row, False)
-            next_group = tl.minimum((first // 4 + RUNS + run) * 32 // GROUP, groups - 1)
-            next_pairs = tl.load(scale_ptrs + next_group[None, :])
-        elif first > 0:
+        if first > 0:
             words = _load_words(w_ptrs, first, column, words_per_row, EVEN_K)
             pairs = tl.load(scale_ptrs + tl.minimum((first // 4 + run) * 32 // GROUP, groups - 1)[None, :])
         parts = widen_to_floats(words, 2, ASSEMBLY)
@@ -79,9 +74,6 @@ def int4_gemv_kernel(
         run_sums = tl.sum(tl.reshape(word_sums, [BLOCK_N, RUNS, 4]), 2)
         run_x = tl.sum(tl.reshape(x_sums, [RUNS, 4]), 1)
         scale, offset = split_scales(pairs)
-        acc += scale * run_sums + (offset - 136.0 * scale) * run_x[None, :]
-        if AHEAD:
-            words = next_words
-            pairs = next_pairs
+        acc += scale * run_sums + (offset - INT4_BIAS * scale) * run_x[None, :]
 
     store_outputs(tl.sum(acc, 1), rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)

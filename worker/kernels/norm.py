@@ -19,7 +19,6 @@ def _norm_kernel(
     x_ptr,
     x_scale_ptr,
     residual_ptr,
-    x_weight_ptr,
     weight_ptr,
     out_ptr,
     D,
@@ -37,8 +36,6 @@ def _norm_kernel(
     x = tl.load(x_ptr + row * x_stride + d, mask=mask, other=0.0).to(tl.float32)
     if x_scale_ptr is not None:
         x *= tl.load(x_scale_ptr + row)
-    if x_weight_ptr is not None:
-        x = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * tl.load(x_weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         dtype = residual_ptr.dtype.element_ty
         # The sum is rounded to the stream's type before it is normalized, as it is without fusion.
@@ -50,14 +47,7 @@ def _norm_kernel(
     tl.store(out_ptr + row * D + d, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(
-    x_TD: Tensor,
-    x_scale_T: Tensor | None,
-    residual_TD: Tensor | None,
-    x_weight_D: Tensor | None,
-    weight_D: Tensor,
-    eps: float,
-) -> Tensor:
+def _launch(x_TD: Tensor, x_scale_T: Tensor | None, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
     tokens, dim = x_TD.shape
     out_TD = torch.empty(tokens, dim, dtype=x_TD.dtype, device=x_TD.device)
     block = power_of_2(dim)
@@ -65,7 +55,6 @@ def _launch(
         x_TD,
         x_scale_T,
         residual_TD,
-        x_weight_D,
         weight_D,
         out_TD,
         dim,
@@ -84,20 +73,14 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, scale_T: Tensor | None 
 
     With ``scale_T`` (float32) row t of x is multiplied by its scale first.
     """
-    return _launch(x_TD, scale_T, None, None, weight_D, eps)
+    return _launch(x_TD, scale_T, None, weight_D, eps)
 
 
 def add_rms_norm(
-    residual_TD: Tensor,
-    delta_TD: Tensor,
-    weight_D: Tensor,
-    eps: float,
-    delta_weight_D: Tensor | None = None,
-    delta_scale_T: Tensor | None = None,
+    residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, delta_scale_T: Tensor | None = None
 ) -> Tensor:
     """Add ``delta`` to ``residual`` in place and give the normalized sum.
 
-    With ``delta_weight_D`` the delta is normalized by that weight before it is added (Gemma's post-norms); with
-    ``delta_scale_T`` (float32) its rows are multiplied by their scales before all that.
+    With ``delta_scale_T`` (float32) row t of ``delta`` is multiplied by its scale first.
     """
-    return _launch(delta_TD, delta_scale_T, residual_TD, delta_weight_D, weight_D, eps)
+    return _launch(delta_TD, delta_scale_T, residual_TD, weight_D, eps)

@@ -32,8 +32,6 @@ class PrefillTiling:
     num_stages: int
     bulk: bool = True
     """Load through tensor maps where a tile's keys lie in one page."""
-    paired: bool = False
-    """Take two tiles of keys per step."""
     max_registers: int | None = None
     """Cap per thread, so that a second program fits on the SM and computes while this one waits."""
 
@@ -131,41 +129,27 @@ def _attend_tiles(
     head_stride,
     MASKED: tl.constexpr,
     BULK: tl.constexpr,
-    PAIRED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Continue the running softmax over the keys [begin, end) of one KV head; both are multiples of a step's keys.
+    """Continue the running softmax over the keys [begin, end) of one KV head; ``begin`` is a multiple of BLOCK_N.
 
-    ``k_ref`` and ``v_ref`` are pointers, or with BULK tensor-map descriptors of [slots, J * K]. A step takes BLOCK_N
-    keys, with PAIRED twice as many: two tiles that need not be in one page share one rescaling.
+    ``k_ref`` and ``v_ref`` are pointers, or with BULK tensor-map descriptors of [slots, J * K].
     """
-    STEP: tl.constexpr = BLOCK_N * 2 if PAIRED else BLOCK_N
-    for start in range(begin, end, STEP):
+    for start in range(begin, end, BLOCK_N):
         k, v = _load_tile(
             k_ref, v_ref, table_ptr, kv_head, start, context, block_stride, token_stride, head_stride,
             MASKED, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
         )  # fmt: skip
         scores = _scores(q, k, start, positions, window, MASKED, BLOCK_N)
         new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-        if PAIRED:
-            k_2, v_2 = _load_tile(
-                k_ref, v_ref, table_ptr, kv_head, start + BLOCK_N, context, block_stride, token_stride, head_stride,
-                MASKED, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
-            )  # fmt: skip
-            scores_2 = _scores(q, k_2, start + BLOCK_N, positions, window, MASKED, BLOCK_N)
-            new_peak = tl.maximum(new_peak, tl.max(scores_2, 1) * scale)
         # A step may hide all of its keys from a query (window): then the peak stays -inf, and exp2 must not see NaN.
         known = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
         shrink = tl.exp2(peak - known)
         weights = tl.exp2(scores * scale - known[:, None])
         total = total * shrink + tl.sum(weights, 1)
         acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
-        if PAIRED:
-            weights = tl.exp2(scores_2 * scale - known[:, None])
-            total += tl.sum(weights, 1)
-            acc = tl.dot(weights.to(q.dtype), v_2.to(q.dtype), acc, input_precision="ieee")
         peak = new_peak
     return acc, peak, total
 
@@ -191,7 +175,6 @@ def _prefill_kernel(
     head_stride,
     WINDOWED: tl.constexpr,
     BULK: tl.constexpr,
-    PAIRED: tl.constexpr,
     FP8: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -228,18 +211,17 @@ def _prefill_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    STEP: tl.constexpr = BLOCK_N * 2 if PAIRED else BLOCK_N
     if WINDOWED:
-        masked_from = tl.maximum(first_position - window + 1, 0) // STEP * STEP
+        masked_from = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
     else:
-        masked_from = (first_position + 1) // STEP * STEP
+        masked_from = (first_position + 1) // BLOCK_N * BLOCK_N
         acc, peak, total = _attend_tiles(
             acc, peak, total, q, k_ref, v_ref, table_ptr, kv_head, 0, masked_from, positions, context, scale, window,
-            block_stride, token_stride, head_stride, False, BULK, PAIRED, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+            block_stride, token_stride, head_stride, False, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
         )  # fmt: skip
     acc, peak, total = _attend_tiles(
         acc, peak, total, q, k_ref, v_ref, table_ptr, kv_head, masked_from, end, positions, context, scale, window,
-        block_stride, token_stride, head_stride, True, BULK, PAIRED, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+        block_stride, token_stride, head_stride, True, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
     )  # fmt: skip
     out = acc * (v_scale / total)[:, None]
     offsets = (start + m).to(tl.int64)[:, None] * out_stride + head * HEAD_DIM + d[None, :]
@@ -315,7 +297,6 @@ def prefill_attention(
         k_NBJK.stride(2),
         window is not None,
         bulk,
-        tiling.paired,
         k_NBJK.dtype == torch.float8_e4m3fn,
         num_q // k_NBJK.shape[2],
         dim,

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgpu.worker.kernels.arrange import arrange_rows
 from mgpu.worker.kernels.packing import WORDS, PackedWeight, WeightKind
@@ -37,7 +36,7 @@ _KINDS = {"int8": 0, "fp8": 1, "int4": 2}
 @triton.jit(do_not_specialize=["M", "blocks_per_split", "row_tiles"])
 def _quantized_gemm_kernel(
     x_ptr,
-    w_ref,
+    w_ptr,
     scale_ptr,
     bias_ptr,
     y_ptr,
@@ -57,7 +56,6 @@ def _quantized_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BULK: tl.constexpr,
     OVERLAP: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
@@ -65,8 +63,7 @@ def _quantized_gemm_kernel(
     tile = tl.program_id(0)
     split = tl.program_id(1)
     # Tiles of the same weights are neighbours, so that these are read from memory once.
-    first_n = tile // row_tiles * BLOCK_N
-    n = first_n + tl.arange(0, BLOCK_N)
+    n = tile // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     slot = tl.arange(0, BLOCK_M)
     m = tile % row_tiles * BLOCK_M + slot
     j = tl.arange(0, 32)
@@ -79,10 +76,7 @@ def _quantized_gemm_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     groups = tl.cdiv(K, GROUP) if KIND == 2 else 1
     for block in range(begin, end):
-        if BULK:
-            words = w_ref.load([first_n, block * 32])
-        else:
-            words = tl.load(w_ref + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
+        words = tl.load(w_ptr + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
         if KIND == 2:
             # Groups past the last one are padding, which meets no activations.
             group = tl.minimum((block * 256 + tl.arange(0, 8) * 32) // GROUP, groups - 1)
@@ -140,13 +134,12 @@ def quantized_gemm(
     weight: PackedWeight,
     *,
     bias_N: Tensor | None = None,
-    out_MN: Tensor | None = None,
     tiling: Tiling | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
     """Multiply up to `MAX_ROWS` rows by the dequantized weight's transpose, accumulated in float32.
 
-    ``x_MK`` has contiguous rows; the result has the type of ``out_MN``, by default that of ``x_MK``.
+    ``x_MK`` has contiguous rows; the result has its type.
     """
     rows, k = x_MK.shape
     n, words_per_row = weight.words.shape
@@ -154,8 +147,7 @@ def quantized_gemm(
         raise ValueError(f"quantized_gemm takes 1 to {MAX_ROWS} rows of {weight.k}, got {rows} of {k}")
     blocks = words_per_row // WORDS
     tiling = tiling or choose_tiling(weight.kind, rows, n)
-    if out_MN is None:
-        out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
+    out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
     block_m = tiling.block_m(rows)
     blocks_per_split = ceil_div(blocks, tiling.splits)
     row_tiles = ceil_div(rows, block_m)
@@ -169,7 +161,7 @@ def quantized_gemm(
     overlap = overlaps_launches(x_MK.device)
     _quantized_gemm_kernel[(tiles, tiling.splits)](
         x_MK,
-        TensorDescriptor.from_tensor(weight.words, [tiling.block_n, WORDS]) if tiling.bulk else weight.words,
+        weight.words,
         weight.scales,
         bias_N,
         out_MN,
@@ -189,7 +181,6 @@ def quantized_gemm(
         block_m,
         tiling.block_n,
         is_int4 or k == words_per_row * 4,
-        tiling.bulk,
         overlap,
         not INTERPRETED,
         **launch_options(x_MK.device, tiling.num_warps, tiling.num_stages),

@@ -6,12 +6,13 @@ int4 has a kernel of its own in `int4_gemv`.
 
 # N output channels, K input channels
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.gemv import GemvTiling
 from mgpu.worker.kernels.gemv_rows import GATES, Activation, store_outputs, weight_rows
 from mgpu.worker.kernels.int4_gemv import int4_gemv_kernel
 from mgpu.worker.kernels.packing import WORDS, PackedWeight
@@ -19,6 +20,19 @@ from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, o
 from mgpu.worker.kernels.widen import widen_to_floats
 
 _KINDS = {"int8": 0, "fp8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedGemvTiling:
+    """How a product is cut: see `choose_tiling`."""
+
+    block_n: int
+    """Rows of the weight per program; even where it is gated."""
+    block_w: int
+    """Words per step."""
+    num_warps: int
+    ahead: bool = False
+    """Load the next step's words before multiplying this one's; 8-bit weights only."""
 
 
 @triton.jit
@@ -32,11 +46,11 @@ def _quantized_gemv_kernel(
     K,
     words_per_row,
     KIND: tl.constexpr,
+    AHEAD: tl.constexpr,
     GATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     EVEN_K: tl.constexpr,
-    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
@@ -68,14 +82,14 @@ def _quantized_gemv_kernel(
     store_outputs(y, rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
 
 
-def choose_tiling(weight: PackedWeight) -> GemvTiling:
-    """Pick tiles (see docs/kernels.md); ``block_k`` counts words here, four per thread."""
+def choose_tiling(weight: PackedWeight) -> QuantizedGemvTiling:
+    """Pick tiles (see docs/kernels.md): four words per thread and step."""
     n, k = weight.words.shape[0], weight.k
     if weight.kind == "int4":
-        return GemvTiling(8 if n > k else 4, 256, 2, False)
+        return QuantizedGemvTiling(8 if n > k else 4, 256, 2)
     if weight.kind == "fp8":
-        return GemvTiling(2 if n > 4 * k else 4, 256, 2, False) if n > k else GemvTiling(8, 512, 4, False)
-    return GemvTiling(4, 256, 2, n > 4 * k) if n > k else GemvTiling(4, 512, 4)
+        return QuantizedGemvTiling(2 if n > 4 * k else 4, 256, 2) if n > k else QuantizedGemvTiling(8, 512, 4)
+    return QuantizedGemvTiling(4, 256, 2, n > 4 * k) if n > k else QuantizedGemvTiling(4, 512, 4, True)
 
 
 def quantized_gemv(
@@ -84,8 +98,7 @@ def quantized_gemv(
     *,
     gate: Activation | None = None,
     bias_N: Tensor | None = None,
-    out_1N: Tensor | None = None,
-    tiling: GemvTiling | None = None,
+    tiling: QuantizedGemvTiling | None = None,
 ) -> Tensor:
     """Multiply one row by the dequantized weight's transpose in float32; ``gate`` as in `gemv`."""
     k = x_1K.shape[-1]
@@ -94,11 +107,14 @@ def quantized_gemv(
     if x_1K.shape[0] != 1 or k != weight.k:
         raise ValueError(f"quantized_gemv takes 1 row of {weight.k} channels, got {x_1K.shape[0]} of {k}")
     tiling = tiling or choose_tiling(weight)
-    if out_1N is None:
-        out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
-    per_word = 8 if weight.kind == "int4" else 4
-    even = k == words_per_row * per_word and words_per_row % tiling.block_k == 0
-    kernel = int4_gemv_kernel if weight.kind == "int4" else _quantized_gemv_kernel
+    out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
+    is_int4 = weight.kind == "int4"
+    even = k == words_per_row * (8 if is_int4 else 4) and words_per_row % tiling.block_w == 0
+    kernel, form = (
+        (int4_gemv_kernel, (weight.group,))
+        if is_int4
+        else (_quantized_gemv_kernel, (_KINDS[weight.kind], tiling.ahead))
+    )
     kernel[(ceil_div(outputs, tiling.block_n),)](
         x_1K,
         weight.words,
@@ -108,12 +124,11 @@ def quantized_gemv(
         n,
         k,
         words_per_row,
-        weight.group if weight.kind == "int4" else _KINDS[weight.kind],
+        *form,
         GATES[gate],
         tiling.block_n,
-        max(tiling.block_k, WORDS),
+        max(tiling.block_w, WORDS),
         even,
-        tiling.ahead,
         overlaps_launches(x_1K.device),
         not INTERPRETED,
         **launch_options(x_1K.device, tiling.num_warps, 1),

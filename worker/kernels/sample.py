@@ -24,7 +24,6 @@ from mgpu.worker.kernels.runtime import (
 
 STRETCH = 4096
 """Logits per program."""
-GREEDY_BELOW = 1e-5
 
 
 @triton.jit

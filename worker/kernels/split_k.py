@@ -21,16 +21,12 @@ class Tiling:
     splits: int
     num_warps: int = 4
     num_stages: int = 5
-    narrow: bool = False
-    """Pad to 8 rows, not 16, where there are no more. Such tiles use the 16-wide tensor-core instruction."""
-    bulk: bool = False
-    """Load the weights through a tensor map."""
     most_rows: int = 64
     """Rows of a tile at most, a power of two. Tiles of other rows read the same weights again, from the L2 cache."""
 
     def block_m(self, rows: int) -> int:
         """Rows of the padded tile."""
-        return min(self.most_rows, max(8 if self.narrow else 16, power_of_2(rows)))
+        return min(self.most_rows, max(16, power_of_2(rows)))
 
 
 @triton.jit

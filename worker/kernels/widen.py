@@ -225,14 +225,14 @@ def widen_to_floats(words, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
             )
         else:
             parts = (
-                _nibble(words, 1.0, 136.0, 0, tl.float32),
-                _nibble(words, 1.0, 136.0, 1, tl.float32),
-                _nibble(words, 1.0, 136.0, 2, tl.float32),
-                _nibble(words, 1.0, 136.0, 3, tl.float32),
-                _nibble(words, 1.0, 136.0, 4, tl.float32),
-                _nibble(words, 1.0, 136.0, 5, tl.float32),
-                _nibble(words, 1.0, 136.0, 6, tl.float32),
-                _nibble(words, 1.0, 136.0, 7, tl.float32),
+                _nibble(words, 1.0, INT4_BIAS, 0, tl.float32),
+                _nibble(words, 1.0, INT4_BIAS, 1, tl.float32),
+                _nibble(words, 1.0, INT4_BIAS, 2, tl.float32),
+                _nibble(words, 1.0, INT4_BIAS, 3, tl.float32),
+                _nibble(words, 1.0, INT4_BIAS, 4, tl.float32),
+                _nibble(words, 1.0, INT4_BIAS, 5, tl.float32),
+                _nibble(words, 1.0, INT4_BIAS, 6, tl.float32),
+                _nibble(words, 1.0, INT4_BIAS, 7, tl.float32),
             )
     elif ASSEMBLY:
         parts = tl.inline_asm_elementwise(

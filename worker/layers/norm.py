@@ -73,7 +73,7 @@ class RMSNorm(Module):
             return add_rms_norm_float8(residual_TD, delta_TD, self.weight, self.eps, scale_T)
         from mgpu.worker.kernels.norm import add_rms_norm
 
-        return add_rms_norm(residual_TD, delta_TD, self.weight, self.eps, delta_scale_T=scale_T)
+        return add_rms_norm(residual_TD, delta_TD, self.weight, self.eps, scale_T)
 
     def load(self, reader: WeightReader, name: str) -> None:
         reader.fill_rows(self.weight, f"{name}.weight")

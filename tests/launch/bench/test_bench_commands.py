@@ -60,6 +60,8 @@ def test_decode_measures_each_batch_that_fits(bench: Bench, tmp_path: Path) -> N
     assert one["tokens_per_s"] > 0
     assert 0 < two["share"] < 1
     assert "tokens_per_s" not in nine
+    options = json.loads((tmp_path / "d").read_text())["serve_options"]
+    assert options == ["-m", "tiny", "--load-format", "dummy", *SERVE], "no folder of this machine"
 
 
 def test_prefill_measures_what_the_context_holds(bench: Bench, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 import pytest
 
+import mgpu
+from mgpu.launch.bench.machine import versions
 from mgpu.launch.bench.numbers import rates, sizes, whole_numbers
 from mgpu.launch.bench.probe import Decoded
 from mgpu.launch.bench.report import Report, cell
@@ -51,6 +53,11 @@ def test_every_row_is_saved_at_once_and_says_what_was_measured_and_on_what(name:
         whole = json.loads((tmp_path / name).read_text())
         assert (whole["bench"], whole["engine"], whole["rows"][1]["note"]) == ("decode", "mgpu", "left out")
         assert {"date", "cpu", "gpus", "load", "versions"} <= whole["machine"].keys()
+
+
+def test_versions_are_those_of_this_mgpu_and_of_what_is_installed() -> None:
+    assert versions("click", "no-such-package").keys() == {"python", "mgpu", "click"}
+    assert versions()["mgpu"] == mgpu.__version__
 
 
 def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:

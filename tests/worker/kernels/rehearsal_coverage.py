@@ -1,9 +1,10 @@
 """Print what a start launches and its rehearsal did not ask for: run by a test, without a GPU and without compiling.
 
-    python rehearsal_coverage.py MODEL_FOLDER "[1,1] none" "[2] 4" …
+    python rehearsal_coverage.py MODEL_FOLDER "[1,1] none auto" "[2] 4 fp8" …
 
-One line of JSON for each case of ranks by stage and quantization. Layers are made to use kernels on the CPU, and
-launches are recorded with what they would be compiled for. ``tests/worker`` and ``bench`` must be in PYTHONPATH.
+One line of JSON for each case of ranks by stage, quantization and type of the KV cache. Layers are made to use kernels
+on the CPU, and launches are recorded with what they would be compiled for. ``tests/worker`` and ``bench`` must be in
+PYTHONPATH.
 """
 
 import json
@@ -106,11 +107,11 @@ def start(start_up: StartUp, spec: WorkerSpec, place: RankPlace) -> None:
 
 def main() -> None:
     use_kernels_on_the_cpu()
-    spec = make_spec(Path(sys.argv[1]), [1], dtype="bfloat16", block_size=64, max_seq_len=300)
+    spec = make_spec(Path(sys.argv[1]), [1], dtype="bfloat16", block_size=64, max_batch_tokens=512, max_seq_len=300)
     for case in sys.argv[2:]:
-        sizes, quant = case.split()
+        sizes, quant, kept = case.split()
         plan = make_plan(spec.facts.num_layers, json.loads(sizes))
-        print(json.dumps({"case": case, **missing_of(replace(spec, plan=plan, quant=quant))}))
+        print(json.dumps({"case": case, **missing_of(replace(spec, plan=plan, quant=quant, kv_cache_dtype=kept))}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from mgpu.worker.kernels.reference import paged_attention
 CASES = [
     # context lengths, query lengths, block size, KV heads, group, head dim, window, tiling
     ([40, 9, 1], [40, 3, 1], 16, 2, 1, 64, None, PrefillTiling(16, 16, 4, 2)),
-    ([70, 50], [20, 33], 32, 1, 4, 64, None, PrefillTiling(32, 16, 4, 2, bulk=True, paired=True)),
+    ([70, 50], [20, 33], 32, 1, 4, 64, None, PrefillTiling(32, 16, 4, 2, bulk=True)),
     ([70, 50], [20, 33], 16, 1, 2, 64, None, PrefillTiling(32, 32, 4, 2)),
     ([90, 17], [60, 17], 16, 1, 2, 128, 24, PrefillTiling(16, 16, 4, 2, bulk=False)),
     ([64, 65], [64, 1], 64, 1, 8, 128, None, PrefillTiling(64, 32, 4, 2, bulk=True)),

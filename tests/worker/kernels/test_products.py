@@ -13,7 +13,7 @@ from mgpu.worker.kernels.gemv_rows import Activation
 from mgpu.worker.kernels.packing import PackedWeight, dequantize, pack_fp8, pack_int4, pack_int8
 from mgpu.worker.kernels.products import matmul, quantized_matmul
 from mgpu.worker.kernels.quantized_gemm import quantized_gemm
-from mgpu.worker.kernels.quantized_gemv import quantized_gemv
+from mgpu.worker.kernels.quantized_gemv import QuantizedGemvTiling, quantized_gemv
 from mgpu.worker.kernels.reference import gated_activation
 from mgpu.worker.kernels.split_k import Tiling
 from mgpu.worker.layers.quantize import quantize
@@ -99,7 +99,7 @@ def test_packed_weights_dequantize_to_their_values(device: torch.device, kind: s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tiling", [None, Tiling(64, 2, bulk=True), Tiling(32, 1, 2, narrow=True)])
+@pytest.mark.parametrize("tiling", [None, Tiling(64, 2), Tiling(32, 1, 2)])
 def test_quantized_gemm_equals_product_with_dequantized_weight(
     device: torch.device, dtype: torch.dtype, kind: str, tiling: Tiling | None
 ) -> None:
@@ -112,9 +112,7 @@ def test_quantized_gemm_equals_product_with_dequantized_weight(
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4-32"])
-@pytest.mark.parametrize(
-    ("rows", "tiling"), [(65, None), (40, Tiling(64, 2, 2, num_stages=2, bulk=True, most_rows=32))]
-)
+@pytest.mark.parametrize(("rows", "tiling"), [(65, None), (40, Tiling(64, 2, 2, num_stages=2, most_rows=32))])
 def test_quantized_gemm_cuts_many_rows_into_tiles(
     device: torch.device, kind: str, rows: int, tiling: Tiling | None
 ) -> None:
@@ -133,7 +131,7 @@ def test_quantized_gemv_equals_product_with_dequantized_weight(
 ) -> None:
     weight, values = random_weight(kind, n, k, device)
     x, bias = draw(1, k, device=device, dtype=dtype), draw(n, device=device, dtype=dtype)
-    got = quantized_gemv(x, weight, bias_N=bias, tiling=GemvTiling(8, 128, 1, ahead))
+    got = quantized_gemv(x, weight, bias_N=bias, tiling=QuantizedGemvTiling(8, 128, 1, ahead))
     assert relative_error(got, F.linear(x.float(), values, bias.float())) < 3 * tolerance(dtype)
 
 
@@ -142,19 +140,16 @@ def test_quantized_gemv_equals_product_with_dequantized_weight(
 def test_quantized_gemv_gates_its_outputs(device: torch.device, kind: str, gate: Activation) -> None:
     weight, values = random_weight(kind, 2 * 37, 256, device)
     x, bias = draw(1, 256, device=device), draw(2 * 37, device=device)
-    got = quantized_gemv(x, weight, gate=gate, bias_N=bias, tiling=GemvTiling(8, 128, 1))
+    got = quantized_gemv(x, weight, gate=gate, bias_N=bias, tiling=QuantizedGemvTiling(8, 128, 1))
     assert relative_error(got, gated_activation(F.linear(x, values, bias), gate == "silu")) < 3 * tolerance(
         torch.float32
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(70, 256), (33, 576)])
-def test_gemv_adds_a_bias_and_gates_its_outputs(
-    device: torch.device, dtype: torch.dtype, ahead: bool, n: int, k: int
-) -> None:
-    tiling = GemvTiling(8, 128, 4, ahead)
+def test_gemv_adds_a_bias_and_gates_its_outputs(device: torch.device, dtype: torch.dtype, n: int, k: int) -> None:
+    tiling = GemvTiling(8, 128, 4)
     x, w, bias = (draw(*shape, device=device, dtype=dtype) for shape in ((1, k), (2 * n, k), (2 * n,)))
     sums = F.linear(x.float(), w.float(), bias.float())
     assert relative_error(gemv(x, w, bias_N=bias, tiling=tiling), sums) < tolerance(dtype)

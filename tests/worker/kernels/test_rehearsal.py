@@ -18,7 +18,7 @@ from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.kernels import ahead
 from mgpu.worker.rehearsal import Rehearsal
 
-CASES = ("[1] none", "[1] 4", "[2] 8", "[1,1,1] fp8")
+CASES = ("[1] none auto", "[1] none fp8", "[1] 4 auto", "[2] 8 auto", "[1,1,1] fp8 auto")
 DEADLINE_S = 120
 
 
