@@ -147,12 +147,15 @@ def set_overlap(enabled: bool) -> None:
 
 
 class _NoDevice:
-    """Stands in for the CUDA driver, so that kernels compile for Hopper without touching a device."""
+    """Stands in for the CUDA driver, so that kernels compile without touching a device."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -161,12 +164,12 @@ class _NoDevice:
         return 0
 
 
-def compile_only() -> None:
-    """Turn every kernel launch of this process into a compilation for Hopper."""
+def compile_only(capability: int = 90) -> None:
+    """Turn every kernel launch of this process into a compilation, for Hopper unless ``capability`` says otherwise."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    driver.set_active(_NoDevice())
+    driver.set_active(_NoDevice(capability))
     run = JITFunction.run
 
     def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:

@@ -12,7 +12,7 @@ the one with the end of a context first writes the new key and value to the cach
 
 # R rows, H query heads, J KV heads, G = H / J, K head dim, N blocks, B tokens per block, P pages of the longest table
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from mgpu.worker.attention import HeadNorms
 from mgpu.worker.kernels.attend import attend, attend_pairs, combine
 from mgpu.worker.kernels.new_token import store_new_token, turned_heads
 from mgpu.worker.kernels.runtime import (
+    HOPPER_SHARED_BYTES,
     HOPPER_SMS,
     INTERPRETED,
     Workspace,
@@ -30,10 +31,13 @@ from mgpu.worker.kernels.runtime import (
     launch_options,
     overlaps_launches,
     power_of_2,
+    shared_bytes,
     wait_for_inputs,
 )
 
 LOG2_E = 1.4426950408889634
+_OTHER_SHARED = 20 << 10
+"""What is in shared memory beside four tiles of keys and values with five stages, or two with three: at most this."""
 COMBINE = 8
 """Stretches that the last program loads at once."""
 
@@ -192,12 +196,21 @@ def _decode_kernel(
             tl.store(counter_ptr + pair, 0)
 
 
-def choose_tiling(rows: int, kv_heads: int, dim: int, cache_dtype: torch.dtype) -> DecodeTiling:
+def choose_tiling(
+    rows: int, kv_heads: int, dim: int, cache_dtype: torch.dtype, shared: int = HOPPER_SHARED_BYTES
+) -> DecodeTiling:
     """Choose by the size of the batch alone, so that graphs stay valid (see docs/kernels.md).
 
     Few (row, KV head) pairs are split until each SM has one program with large tiles; many need no split, and small
-    tiles, of which several programs fit on an SM.
+    tiles, of which several programs fit on an SM. Fewer tiles are under way at once where ``shared`` bytes of memory do
+    not hold more.
     """
+    tiling = _fastest_tiling(rows, kv_heads, dim, cache_dtype)
+    tile_bytes = tiling.block_n * dim * cache_dtype.itemsize
+    return tiling if 4 * tile_bytes + _OTHER_SHARED <= shared else replace(tiling, num_stages=3)
+
+
+def _fastest_tiling(rows: int, kv_heads: int, dim: int, cache_dtype: torch.dtype) -> DecodeTiling:
     pairs = rows * kv_heads
     splits = 1
     while splits < 64 and pairs * splits * 2 <= HOPPER_SMS:
@@ -291,7 +304,7 @@ def _launch(
     heads = power_of_2(group)
     if out_RHK is None:
         out_RHK = torch.empty(rows, num_q, dim, dtype=heads_RAK.dtype, device=heads_RAK.device)
-    tiling = tiling or choose_tiling(rows, num_kv, dim, k_NBJK.dtype)
+    tiling = tiling or choose_tiling(rows, num_kv, dim, k_NBJK.dtype, shared_bytes(heads_RAK.device))
     splits = tiling.splits
     workspace = workspace or default_workspace(heads_RAK.device)
     is_fp8 = k_NBJK.dtype == torch.float8_e4m3fn

@@ -16,10 +16,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.runtime import (
+    HOPPER_SHARED_BYTES,
+    ceil_div,
+    launch_options,
+    overlaps_launches,
+    shared_bytes,
+    wait_for_inputs,
+)
 
 LOG2_E = 1.4426950408889634
 ROWS_AT_ONCE = 256
+_LARGE_TILES_BYTES = 160 << 10
+"""Shared memory from which on large tiles of heads of 256 fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +237,10 @@ def _prefill_kernel(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=(m < count)[:, None])
 
 
-def choose_tiling(dim: int, block_size: int, cache_dtype: torch.dtype) -> PrefillTiling:
-    """Pick tiles by head and page size (see docs/kernels.md).
+def choose_tiling(
+    dim: int, block_size: int, cache_dtype: torch.dtype, shared: int = HOPPER_SHARED_BYTES
+) -> PrefillTiling:
+    """Pick tiles by head and page size, and by what fits into ``shared`` bytes of memory (see docs/kernels.md).
 
     Float32 is for correctness, so its tiles are merely small. Float8 tiles are widened in registers, so no cap there.
     """
@@ -238,7 +249,8 @@ def choose_tiling(dim: int, block_size: int, cache_dtype: torch.dtype) -> Prefil
     if dim <= 64:
         return PrefillTiling(64, 64, 4, 3)
     if dim > 128:
-        return PrefillTiling(128, 64, 8, 2) if block_size % 64 == 0 else PrefillTiling(64, 32, 4, 3)
+        is_large = block_size % 64 == 0 and shared >= _LARGE_TILES_BYTES
+        return PrefillTiling(128, 64, 8, 2) if is_large else PrefillTiling(64, 32, 4, 3)
     if cache_dtype.itemsize == 1:
         return PrefillTiling(64, 64, 4, 2)
     return PrefillTiling(128, 64, 8, 2, max_registers=128) if block_size % 64 == 0 else PrefillTiling(128, 128, 8, 3)
@@ -275,7 +287,7 @@ def prefill_attention(
     rows = context_lens_R.shape[0]
     if out_THK is None:
         out_THK = torch.empty(tokens, num_q, dim, dtype=q_THK.dtype, device=q_THK.device)
-    tiling = tiling or choose_tiling(dim, k_NBJK.shape[1], k_NBJK.dtype)
+    tiling = tiling or choose_tiling(dim, k_NBJK.shape[1], k_NBJK.dtype, shared_bytes(q_THK.device))
     bulk = tiling.bulk and k_NBJK.shape[1] % tiling.block_n == 0 and k_NBJK.is_contiguous()
     _prefill_kernel[(num_q, ceil_div(tokens, tiling.block_m) + rows)](
         q_THK,

@@ -9,6 +9,8 @@ bytes here and 8 bytes there, and reading that made int4 slower than bfloat16.
 
 # M rows of activations, N output channels, K input channels
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -17,12 +19,14 @@ from torch import Tensor
 from mgpu.worker.kernels.arrange import arrange_rows
 from mgpu.worker.kernels.packing import WORDS, PackedWeight, WeightKind
 from mgpu.worker.kernels.runtime import (
+    HOPPER_SHARED_BYTES,
     INTERPRETED,
     Workspace,
     ceil_div,
     default_workspace,
     launch_options,
     overlaps_launches,
+    shared_bytes,
     wait_for_inputs,
 )
 from mgpu.worker.kernels.split_k import Tiling, add_partials
@@ -108,8 +112,26 @@ def _quantized_gemm_kernel(
     )
 
 
-def choose_tiling(kind: WeightKind, rows: int, n: int) -> Tiling:
-    """Pick tiles by the number of rows and of output channels (see docs/kernels.md)."""
+def choose_tiling(
+    kind: WeightKind, rows: int, n: int, dtype: torch.dtype = torch.bfloat16, shared: int = HOPPER_SHARED_BYTES
+) -> Tiling:
+    """Pick tiles by the number of rows and of output channels (see docs/kernels.md), and what fits into ``shared``."""
+    tiling = _fastest_tiling(kind, rows, n)
+    if dtype.itemsize > 2:  # for correctness; weights of this type go through shared memory too
+        tiling = replace(tiling, block_n=64, num_warps=4, most_rows=64)
+    step, held = _shared_bytes(kind, tiling, rows, dtype)
+    return replace(tiling, num_stages=max(1, min(tiling.num_stages, 1 + (shared - held) // step)))
+
+
+def _shared_bytes(kind: WeightKind, tiling: Tiling, rows: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Give the shared memory that a step takes which is under way, and what the one in hand takes."""
+    parts, scales = (8, 8) if kind == "int4" else (4, 0)
+    weights, activations = tiling.block_n * 32, parts * tiling.block_m(rows) * 32
+    step = 4 * (weights + tiling.block_n * scales) + activations * dtype.itemsize
+    return step, parts * weights * dtype.itemsize if dtype.itemsize > 2 else 0
+
+
+def _fastest_tiling(kind: WeightKind, rows: int, n: int) -> Tiling:
     if rows > 64:
         return _many_rows_tiling(kind, n)
     if rows > 16:
@@ -146,7 +168,7 @@ def quantized_gemm(
     if not 1 <= rows <= MAX_ROWS or k != weight.k:
         raise ValueError(f"quantized_gemm takes 1 to {MAX_ROWS} rows of {weight.k}, got {rows} of {k}")
     blocks = words_per_row // WORDS
-    tiling = tiling or choose_tiling(weight.kind, rows, n)
+    tiling = tiling or choose_tiling(weight.kind, rows, n, x_MK.dtype, shared_bytes(x_MK.device))
     out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
     block_m = tiling.block_m(rows)
     blocks_per_split = ceil_div(blocks, tiling.splits)

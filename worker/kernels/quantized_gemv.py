@@ -16,7 +16,14 @@ from torch import Tensor
 from mgpu.worker.kernels.gemv_rows import GATES, Activation, store_outputs, weight_rows
 from mgpu.worker.kernels.int4_gemv import int4_gemv_kernel
 from mgpu.worker.kernels.packing import WORDS, PackedWeight
-from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.runtime import (
+    INTERPRETED,
+    ceil_div,
+    converts_float8,
+    launch_options,
+    overlaps_launches,
+    wait_for_inputs,
+)
 from mgpu.worker.kernels.widen import widen_to_floats
 
 _KINDS = {"int8": 0, "fp8": 1}
@@ -130,7 +137,7 @@ def quantized_gemv(
         max(tiling.block_w, WORDS),
         even,
         overlaps_launches(x_1K.device),
-        not INTERPRETED,
+        not INTERPRETED and (weight.kind != "fp8" or converts_float8(x_1K.device)),
         **launch_options(x_1K.device, tiling.num_warps, 1),
     )
     return out_1N

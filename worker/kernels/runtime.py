@@ -8,12 +8,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """True in Triton's interpreter (TRITON_INTERPRET=1 before the first import): no inline assembly, no launch options."""
 
 HOPPER_SMS = 132
 """Multiprocessors of an H100 or H200: what the choice tables were measured with."""
+HOPPER_SHARED_BYTES = 227 << 10
+"""What a program of an H100 or H200 may hold in shared memory."""
 
 
 @dataclass(slots=True)
@@ -30,6 +33,21 @@ ASKING = Asking()
 def overlaps_launches(device: torch.device) -> bool:
     """Tell whether kernels may start before their predecessor ends (programmatic dependent launch, Hopper on)."""
     return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Give the shared memory that a program may hold: 99 KiB on most consumer GPUs, 163 on an A100, 227 on an H200."""
+    if INTERPRETED or device.type != "cuda":
+        return HOPPER_SHARED_BYTES
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+@cache
+def converts_float8(device: torch.device) -> bool:
+    """Tell whether the GPU has instructions that convert float8 (Ada on)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def launch_options(device: torch.device, num_warps: int, num_stages: int = 2) -> dict[str, int | bool]:

@@ -110,7 +110,9 @@ def widen_int4(words, pairs, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
 @triton.jit
 def _octet(words, PART: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
     if KIND == 1:
-        value = ((words >> (8 * PART)) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32).to(DTYPE)
+        # As above, in float32: GPUs before Ada have no conversion. 2^120 is exact, and so is the product.
+        bits = ((words << (24 - 8 * PART)) & -0x80000000) | (((words >> (8 * PART)) & 0x7F) << 20)
+        value = (bits.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(DTYPE)
     else:
         value = ((words << (24 - 8 * PART)) >> 24).to(DTYPE)
     return value

@@ -1,0 +1,87 @@
+"""Print what kernels need on GPUs that have less than an H200: run by a test, without a GPU.
+
+    python compiled_sizes.py 89 101376 sizes
+
+One line of JSON for each launch: its kernel, its case and its bytes of shared memory, for GPUs of that capability on
+which a program may have so many bytes. ``bench`` must be in PYTHONPATH.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from kernel_timing import KERNEL_MODULES, compile_only, set_overlap
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from mgpu.worker.kernels.decode_attention import decode_attention
+from mgpu.worker.kernels.packing import PackedWeight, WeightKind
+from mgpu.worker.kernels.prefill_attention import prefill_attention
+from mgpu.worker.kernels.quantized_gemm import quantized_gemm
+from mgpu.worker.kernels.quantized_gemv import quantized_gemv
+
+BF16 = torch.bfloat16
+HEADS, GROUP = 8, 32
+
+
+def pretend(capability: int, shared: int) -> None:
+    """Compile for GPUs of this capability, with tiles for so much shared memory."""
+    compile_only(capability)
+    set_overlap(capability >= 90)
+    told = {"shared_bytes": lambda device: shared, "converts_float8": lambda device: capability >= 89}
+    for module in map(importlib.import_module, KERNEL_MODULES):
+        vars(module).update({name: value for name, value in told.items() if name in vars(module)})
+
+
+def attend(name: str, dim: int, block_size: int, dtype: torch.dtype) -> None:
+    cache = torch.zeros(4, block_size, HEADS, dim, dtype=dtype)
+    tables, lens = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    q = torch.zeros(2, 4 * HEADS, dim, dtype=dtype)
+    if name == "decode":
+        decode_attention(q, cache, cache, tables, lens, scale=1.0)
+    else:
+        starts = torch.arange(3, dtype=torch.int32)
+        prefill_attention(q, cache, cache, tables, lens, starts, scale=1.0)
+
+
+def multiply(kind: WeightKind, rows: int, n: int, dtype: torch.dtype) -> None:
+    k, per_word = 1024, 8 if kind == "int4" else 4
+    scales = torch.zeros(n, k // GROUP, dtype=torch.int32) if kind == "int4" else torch.zeros(n, 1)
+    weight = PackedWeight(kind, torch.zeros(n, k // per_word, dtype=torch.int32), scales, k, GROUP * (kind == "int4"))
+    product: Callable[[Tensor, PackedWeight], Tensor] = quantized_gemv if rows == 1 else quantized_gemm
+    product(torch.zeros(rows, k, dtype=dtype), weight)
+
+
+Case = tuple[Callable[..., None], tuple[Any, ...]]
+SIZES: tuple[Case, ...] = (
+    (attend, ("decode", 128, 64, BF16)),
+    (attend, ("prefill", 256, 64, BF16)),
+    (multiply, ("int8", 64, 1024, BF16)),
+    (multiply, ("int4", 64, 28672, BF16)),
+)
+"""The largest tiles of each kernel."""
+FLOAT8: tuple[Case, ...] = ((multiply, ("fp8", 1, 1024, BF16)), (multiply, ("fp8", 2, 1024, torch.float16)))
+"""What needs no instruction that converts float8."""
+
+
+def main() -> None:
+    pretend(int(sys.argv[1]), int(sys.argv[2]))
+    run = JITFunction.run
+    case = ""
+
+    def report(self: Any, *args: Any, **options: Any) -> Any:
+        kernel = run(self, *args, **options)
+        print(json.dumps({"kernel": self.__name__, "case": case, "shared": kernel.metadata.shared}))
+        return kernel
+
+    JITFunction.run = report
+    for function, arguments in {"sizes": SIZES, "float8": FLOAT8}[sys.argv[3]]:
+        case = str(arguments)
+        function(*arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Kernels are compiled for GPUs that are not here: what they have less of than an H200 must be enough."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgpu.worker.kernels import decode_attention, prefill_attention, quantized_gemm
+from mgpu.worker.kernels.packing import WeightKind
+
+ADA_BYTES, AMPERE_BYTES, HOPPER_BYTES = 99 << 10, 163 << 10, 227 << 10
+"""What a program may have in shared memory on an RTX 4090 or L40S, an A100, and an H200."""
+DEADLINE_S = 120
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "cases"), [(80, AMPERE_BYTES, "float8"), (89, ADA_BYTES, "sizes")], ids=str
+)
+def test_kernels_fit_smaller_and_older_gpus(capability: int, shared: int, cases: str) -> None:
+    script = Path(__file__).parent / "compiled_sizes.py"
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environ["PYTHONPATH"] = os.pathsep.join(map(str, (script.parents[3] / "bench", *sys.path)))
+    command = [sys.executable, script, str(capability), str(shared), cases]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len({each["case"] for each in found}) >= 2
+    assert [each for each in found if each["shared"] > shared] == []
+
+
+@pytest.mark.parametrize(("shared", "stages"), [(HOPPER_BYTES, 5), (AMPERE_BYTES, 5), (ADA_BYTES, 3)], ids=str)
+def test_decode_attention_has_fewer_tiles_under_way_where_memory_is_small(shared: int, stages: int) -> None:
+    assert decode_attention.choose_tiling(1, 8, 128, torch.bfloat16, shared).num_stages == stages
+
+
+@pytest.mark.parametrize(("shared", "block_m"), [(HOPPER_BYTES, 128), (ADA_BYTES, 64)], ids=str)
+def test_prefill_attention_has_smaller_tiles_for_wide_heads_where_memory_is_small(shared: int, block_m: int) -> None:
+    assert prefill_attention.choose_tiling(256, 64, torch.bfloat16, shared).block_m == block_m
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("rows", [2, 32, 64, 256])
+def test_products_are_cut_for_an_h200_as_they_were_measured_there(kind: WeightKind, rows: int) -> None:
+    for n in (1024, 6144, 28672):
+        chosen = quantized_gemm.choose_tiling(kind, rows, n, torch.bfloat16, HOPPER_BYTES)
+        assert chosen == quantized_gemm._fastest_tiling(kind, rows, n)
