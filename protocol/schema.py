@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Protocol
 
-Scalar = str | int | float | bool
 INT32_MAX = 2**31 - 1
 
 
