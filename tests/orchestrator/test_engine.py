@@ -140,6 +140,8 @@ def test_beside_gpus_all_are_awake_when_a_request_has_been_read(tmp_path: Path) 
         for request_id in range(1, 4):
             server.send(Coming())
             check_still_serves(server, request_id)
+        server.process.terminate()
+        server.wait_exit()  # only rank 0 gives results, so the other one may be some steps behind until then
         assert [server.log.count(f"worker {rank} stays awake") for rank in range(2)] == [3, 3]
 
 
