@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import zmq
 
@@ -289,7 +290,6 @@ class Server:
         try:
             if self._engine is not None:
                 self._engine.end_requests(error)
-            info = self._info
-            self._gateway.send(EngineInfo("stopped", info.max_seq_len, info.kv_tokens, info.layout))
+            self._gateway.send(replace(self._info, state="stopped"))
         except GatewayLost as lost:
             log.warning("clients could not be told: %s", lost)
