@@ -76,11 +76,10 @@ class ServerProcess:
             else:
                 raise ServerDied(f"the server ended with status {status} before it was ready", self.output())
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = STOP_S) -> int:
-        """Signal the server and wait for its end; gives its exit status (minus the signal, if that ended it)."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.wait(timeout_s)
+    def stop(self) -> int:
+        """End the server by SIGTERM; gives its exit status (minus the signal, if that ended it)."""
+        self.process.terminate()
+        return self.process.wait(STOP_S)
 
     def close(self) -> None:
         """Stop the server if it still runs, by force if need be, and remove its files."""
@@ -88,9 +87,8 @@ class ServerProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.stop()
         finally:
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait(STOP_S)
+            self.process.kill()
+            self.process.wait(STOP_S)
             if self._log:
                 self._log.close()
             self._base.cleanup()
@@ -103,7 +101,7 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def running_server(*arguments: str, timeout_s: float = 300.0) -> Iterator[str]:
+def running_server(*arguments: str) -> Iterator[str]:
     """Give the endpoint of a server that runs inside the block."""
     with ServerProcess(*arguments) as server:
-        yield server.wait_ready(timeout_s)
+        yield server.wait_ready()

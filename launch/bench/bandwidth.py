@@ -25,11 +25,10 @@ def read_speed(seconds: float, nbytes: int = BLOCK_BYTES) -> float:
     return best
 
 
-def machine_read_speed(cores: int | None = None) -> float:
-    """Give the bytes per second of ``cores`` processes (default: one per core of this one) that read side by side."""
+def machine_read_speed() -> float:
+    """Give the bytes per second of processes that read side by side, one per core that this one may use."""
     command = [sys.executable, "-m", "mgpu.launch.bench.bandwidth"]
-    count = cores or len(os.sched_getaffinity(0))
-    readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in os.sched_getaffinity(0)]
     try:
         return sum(float(reader.communicate(timeout=_DEADLINE_S)[0]) for reader in readers)
     finally:
