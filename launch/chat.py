@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mgpu.launch.talk import as_user_error, given, print_pieces, talk_options
+from mgpu.launch.talk import ServerError, given, print_pieces, talk_options
 from mgpu.protocol.client import Client
 from mgpu.protocol.completion import MgpuError, Piece, RequestFailed
 
@@ -32,7 +32,7 @@ def chat_command(
             click.secho(f"{model} — Ctrl-C ends an answer, Ctrl-D leaves, /new starts over", dim=True, err=True)
             converse(client, system, options)
     except MgpuError as error:
-        raise as_user_error(error) from error
+        raise ServerError(str(error)) from error
 
 
 def converse(client: Client, system: str, options: dict[str, Any]) -> None:

@@ -2,14 +2,15 @@
 
 import signal
 import time
-from pathlib import Path
 
 import click
 
 from mgpu.launch.server_process import ServerDied, ServerProcess
-from mgpu.launch.talk import ServerError, as_user_error, print_pieces
+from mgpu.launch.talk import ServerError, print_pieces
 from mgpu.orchestrator.devices import find_machine
 from mgpu.orchestrator.model_store import resolve_model
+from mgpu.protocol.client import Client
+from mgpu.protocol.completion import MgpuError
 
 QUESTION = "Give me three tips for writing clear code."
 CPU_WORKERS = 3
@@ -22,7 +23,7 @@ CPU_WORKERS = 3
 def demo_command(question: str, max_tokens: int) -> None:
     """Serve the built-in model on all GPUs (else on three CPU workers), stream one answer, stop."""
     model = resolve_model("demo", report=lambda line: click.echo(line, err=True))
-    arguments = ["-m", str(Path(model.path)), "--served-name", "SmolLM2-135M-Instruct", "--max-seq-len", "2048"]
+    arguments = ["-m", model.path, "--served-name", "SmolLM2-135M-Instruct", "--max-seq-len", "2048"]
     machine = find_machine("auto")
     if machine.kind == "cpu":
         arguments += ["--device", "cpu", "--workers", str(CPU_WORKERS)]
@@ -42,9 +43,6 @@ def demo_command(question: str, max_tokens: int) -> None:
 
 def ask(endpoint: str, question: str, max_tokens: int) -> None:
     """Stream one chat answer to the screen, then say how fast it came."""
-    from mgpu.protocol.client import Client
-    from mgpu.protocol.completion import MgpuError
-
     click.secho(f"\n> {question}", bold=True)
     start_s = time.monotonic()
     try:
@@ -52,7 +50,7 @@ def ask(endpoint: str, question: str, max_tokens: int) -> None:
             messages = [{"role": "user", "content": question}]
             usage = print_pieces(client.stream_chat(messages, max_tokens=max_tokens))
     except MgpuError as error:
-        raise as_user_error(error) from error
+        raise ServerError(str(error)) from error
     seconds = time.monotonic() - start_s
     assert usage is not None
     rate = usage.completion_tokens / seconds

@@ -4,7 +4,9 @@ import sys
 
 import click
 
-from mgpu.launch.talk import as_user_error, given, print_pieces, talk_options
+from mgpu.launch.talk import ServerError, given, print_pieces, talk_options
+from mgpu.protocol.client import Client
+from mgpu.protocol.completion import MgpuError
 
 
 @click.command("generate")
@@ -24,9 +26,6 @@ def generate_command(
     stop: tuple[str, ...],
 ) -> None:
     """Continue PROMPT and print the text as it arrives; "-" reads the prompt from standard input."""
-    from mgpu.protocol.client import Client
-    from mgpu.protocol.completion import MgpuError
-
     text = sys.stdin.read() if prompt == "-" else prompt
     options = given(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=list(stop) or None
@@ -35,5 +34,5 @@ def generate_command(
         with Client(endpoint, timeout_s=timeout, keys=keys) as client, client.stream(text, **options) as pieces:
             print_pieces(pieces)
     except MgpuError as error:
-        raise as_user_error(error) from error
+        raise ServerError(str(error)) from error
     click.echo()

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import click
 
@@ -17,7 +17,6 @@ from mgpu.orchestrator.planner import Plan, Wish, plan
 from mgpu.orchestrator.step_size import batch_tokens, check_batch_tokens
 from mgpu.orchestrator.wish import implied_workers
 from mgpu.protocol.checkpoint import Checkpoint
-from mgpu.protocol.model import Dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ def wish_of(config: ServeConfig) -> Wish:
     return Wish(
         tp=config.tp or None,
         device_layers=config.device_layers or None,
-        dtype=_dtype_of(config.dtype),
+        dtype=None if config.dtype == "auto" else config.dtype,
         max_seq_len=config.max_seq_len or None,
         memory_fraction=config.memory_fraction,
         kv_memory=int(config.kv_memory),
@@ -44,10 +43,6 @@ def wish_of(config: ServeConfig) -> Wish:
         quant=config.quant,
         kv_cache_dtype=config.kv_cache_dtype,
     )
-
-
-def _dtype_of(name: str) -> Dtype | None:
-    return next((dtype for dtype in get_args(Dtype) if dtype == name), None)
 
 
 def machine_of(config: ServeConfig, wish: Wish) -> Machine:
@@ -73,8 +68,11 @@ def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig
 
 def prepare(config: ServeConfig) -> PlannedModel:
     """Do for `serve` what comes before the first process: find the model, read its headers, place it."""
-    part: Literal["all", "no weights"] = "no weights" if config.load_format == "dummy" else "all"
-    model = resolve_model(config.model, part=part, report=lambda line: click.echo(line, err=True))
+    model = resolve_model(
+        config.model,
+        part="no weights" if config.load_format == "dummy" else "all",
+        report=lambda line: click.echo(line, err=True),
+    )
     checkpoint = read_model(model, config.load_format)
     check_loadable(checkpoint)
     return plan_model(model, checkpoint, config)

@@ -91,7 +91,7 @@ def configure_logging() -> None:
     )
 
 
-def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys | None = None) -> ServerConfig:
+def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys | None) -> ServerConfig:
     """Translate options and layout into what the server runs with."""
     plan, checkpoint = planned.plan, planned.checkpoint
     ordinals = [device for stage in plan.placement.stages for device in stage.devices]

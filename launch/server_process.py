@@ -77,9 +77,8 @@ class ServerProcess:
                 raise ServerDied(f"the server ended with status {status} before it was ready", self.output())
 
     def stop(self) -> int:
-        """Tell the server to end and wait for it; gives its exit status (minus the signal, if that ended it)."""
-        if self.process.poll() is None:
-            self.process.terminate()
+        """End the server by SIGTERM; gives its exit status (minus the signal, if that ended it)."""
+        self.process.terminate()
         return self.process.wait(STOP_S)
 
     def close(self) -> None:
@@ -88,9 +87,8 @@ class ServerProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.stop()
         finally:
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait(STOP_S)
+            self.process.kill()
+            self.process.wait(STOP_S)
             if self._log:
                 self._log.close()
             self._base.cleanup()
@@ -103,7 +101,7 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def running_server(*arguments: str, timeout_s: float = 300.0) -> Iterator[str]:
+def running_server(*arguments: str) -> Iterator[str]:
     """Give the endpoint of a server that runs inside the block."""
     with ServerProcess(*arguments) as server:
-        yield server.wait_ready(timeout_s)
+        yield server.wait_ready()

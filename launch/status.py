@@ -5,7 +5,9 @@ from dataclasses import asdict
 
 import click
 
-from mgpu.launch.talk import ServerError, as_user_error
+from mgpu.launch.talk import ServerError
+from mgpu.protocol.client import Client
+from mgpu.protocol.completion import MgpuError
 
 
 @click.command("status")
@@ -14,14 +16,11 @@ from mgpu.launch.talk import ServerError, as_user_error
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def status_command(endpoint: str | None, keys: str | None, as_json: bool) -> None:
     """Show the state of the running server. Exit status 0 when it is ready, 69 otherwise."""
-    from mgpu.protocol.client import Client
-    from mgpu.protocol.completion import MgpuError
-
     try:
         with Client(endpoint, keys=keys) as client:
             health, stats, models = client.health(), client.stats(), client.models()
     except MgpuError as error:
-        raise as_user_error(error) from error
+        raise ServerError(str(error)) from error
     facts = asdict(health)
     if as_json:
         click.echo(json.dumps({"health": facts, "stats": stats, "models": models}, indent=2))

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.completion import MgpuError, Piece, Usage
+from mgpu.protocol.completion import Piece, Usage
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,7 +49,3 @@ def print_pieces(pieces: Iterable[Piece]) -> Usage | None:
         sys.stdout.flush()
         usage = piece.usage or usage
     return usage
-
-
-def as_user_error(error: MgpuError) -> ServerError:
-    return ServerError(str(error))

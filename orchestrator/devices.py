@@ -153,11 +153,13 @@ def cpu_machine(workers: int, notes: tuple[str, ...] = ()) -> Machine:
         DeviceInfo(ordinal, "cpu", f"CPU worker {ordinal}", total // workers, free // workers)
         for ordinal in range(workers)
     )
-    links: tuple[tuple[Link, ...], ...] = tuple(
-        tuple("self" if a == b else "none" for b in range(workers)) for a in range(workers)
-    )
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return Machine(devices, links, False, "NCCL needs GPUs", x86, notes)
+    return Machine(devices, _uniform_links(workers, "none"), False, "NCCL needs GPUs", x86, notes)
+
+
+def _uniform_links(count: int, between: Link) -> tuple[tuple[Link, ...], ...]:
+    """Give the links of devices that all reach each other in the same way."""
+    return tuple(tuple("self" if a == b else between for b in range(count)) for a in range(count))
 
 
 def _host_memory() -> tuple[int, int]:
@@ -178,7 +180,7 @@ def described_machine(text: str, environ: Mapping[str, str] = os.environ) -> Mac
     """Build a machine from ``4`` (GPUs of 80 GiB) or ``141GiB,80GiB``, all linked by NVLink and empty."""
     if re.fullmatch(r"\s*[0-9]{1,5}\s*", text):
         count = int(text)
-        if not 0 <= count <= MAX_WORKERS:
+        if count > MAX_WORKERS:
             raise DeviceError(f"--gpus {count}: it must be between 0 and {MAX_WORKERS}")
         sizes = [DESCRIBED_BYTES] * count
     else:
@@ -188,12 +190,9 @@ def described_machine(text: str, environ: Mapping[str, str] = os.environ) -> Mac
     devices = tuple(
         DeviceInfo(i, "cuda", "described GPU", size, size, f"described-{i}", "", str(i)) for i, size in enumerate(sizes)
     )
-    links: tuple[tuple[Link, ...], ...] = tuple(
-        tuple("self" if a == b else "nvlink" for b in range(len(sizes))) for a in range(len(sizes))
-    )
     problem = nccl_problem(environ)
     note = "a described machine: empty GPUs, NVLink between all of them"
-    return Machine(devices, links, not problem, problem, notes=(note,))
+    return Machine(devices, _uniform_links(len(sizes), "nvlink"), not problem, problem, notes=(note,))
 
 
 def _parse_size(part: str, text: str) -> int:

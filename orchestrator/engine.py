@@ -7,8 +7,6 @@ import time
 from collections import deque
 from dataclasses import replace
 
-import zmq
-
 from mgpu.orchestrator.alertness import Alertness
 from mgpu.orchestrator.errors import with_traceback
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
@@ -22,6 +20,7 @@ from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.stats import EngineStats
 from mgpu.orchestrator.supervisor import WorkerLost
+from mgpu.orchestrator.wakers import poller_of
 from mgpu.protocol.control import CONTROL, StayAwake, StepResult
 from mgpu.protocol.link import (
     Cancel,
@@ -304,10 +303,9 @@ class Engine:
             return
         waited_s, num_tokens = self._waited_s(), self._published[0][1]
         if waited_s > (limit_s := self._step_deadline.seconds_for(num_tokens)):
-            step = f"a step of {num_tokens} tokens"
             raise WorkersHung(
-                f"the workers hang: no result of {step} for {waited_s:.1f} s, longer than {limit_s:.1f} s (at least "
-                "--hang-timeout)"
+                f"the workers hang: no result of a step of {num_tokens} tokens for {waited_s:.1f} s, longer than "
+                f"{limit_s:.1f} s (at least --hang-timeout)"
             )
 
     # -- failures and endings ------------------------------------------------------------------------------------------
@@ -373,10 +371,7 @@ class Engine:
 
     def _watch(self) -> None:
         """Poll what there is now."""
-        self._poller = zmq.Poller()
-        sources = (self._signals.fd, self._gateway.socket, self._gateway.process.pidfd, *self._workers.sockets)
-        for source in (*sources, *(process.pidfd for process in self._workers.processes)):
-            self._poller.register(source, zmq.POLLIN)
+        self._poller = poller_of(self._signals, self._gateway, self._workers)
 
     def _counters(self) -> dict[str, float]:
         counters = self.stats.counters(self._scheduler, time.monotonic() - self._last_result_s)

@@ -10,7 +10,6 @@ from mgpu.orchestrator.memory import (
     CPU_POOL_SHARE,
     CUDA_FIXED_BYTES,
     NCCL_BYTES,
-    StepSize,
     kv_token_bytes,
     largest_matrix_bytes,
     rank_weight_bytes,
@@ -20,7 +19,7 @@ from mgpu.orchestrator.split import compatible_sizes, split_problems
 from mgpu.orchestrator.step_size import batch_tokens
 from mgpu.orchestrator.wish import Wish
 from mgpu.protocol.model import ModelFacts
-from mgpu.protocol.placement import HeadShard, PlacementPlan, Stage, head_shard
+from mgpu.protocol.placement import HeadShard, PlacementPlan, RankPlace, Stage, head_shard
 from mgpu.protocol.quantization import Quant
 
 LEAST_TOKENS = 512
@@ -91,7 +90,7 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
     place = sizing.placement.place_of(rank)
     stage, device = sizing.placement.stages[place.stage_index], sizing.machine.devices[place.device]
     weights = rank_weight_bytes(facts, sizing.placement, place, sizing.dtype_bytes, wish.quant)
-    reserve = _reserve_bytes(sizing, rank)
+    reserve = _reserve_bytes(sizing, place)
     budget = device_budget(device, wish)
     per_token = kv_token_bytes(facts, stage.num_layers, place.tp_size, sizing.kv_element_bytes)
     pool = wish.kv_memory or _pool_bytes(device, budget - weights - reserve)
@@ -119,17 +118,15 @@ def _pool_bytes(device: DeviceInfo, left: int) -> int:
     return max(0, left)
 
 
-def _reserve_bytes(sizing: Sizing, rank: int) -> int:
-    place = sizing.placement.place_of(rank)
+def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
     last = place.stage_index == sizing.placement.num_stages - 1
     wish, machine = sizing.wish, sizing.machine
     tokens = batch_tokens(wish.max_batch_tokens, wish.max_rows, machine.kind, machine.least_bytes)
-    size = StepSize(tokens, wish.max_rows)
-    step = step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, size)
-    if sizing.wish.quant != "none":
+    step = step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, wish.max_rows)
+    if wish.quant != "none":
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
         step += largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes)
-    return step + _fixed_bytes(sizing.machine.devices[place.device]) + (NCCL_BYTES if sizing.nccl else 0)
+    return step + _fixed_bytes(machine.devices[place.device]) + (NCCL_BYTES if sizing.nccl else 0)
 
 
 def _fixed_bytes(device: DeviceInfo) -> int:

@@ -1,7 +1,6 @@
 """Compute what each rank holds, in bytes, from the shapes of the model alone."""
 
 import math
-from dataclasses import dataclass
 
 from mgpu.protocol.checkpoint_tensors import layer_tensors
 from mgpu.protocol.model import ModelFacts
@@ -18,14 +17,6 @@ CPU_POOL_SHARE = 0.25
 
 _KV_SPLIT = ("k_proj", "v_proj")
 _MLP_SPLIT = ("gate_proj", "up_proj")
-
-
-@dataclass(frozen=True, slots=True)
-class StepSize:
-    """What bounds the memory of one step."""
-
-    max_batch_tokens: int
-    max_rows: int
 
 
 def layer_elements(facts: ModelFacts, tp_size: int) -> int:
@@ -92,14 +83,15 @@ def kv_token_bytes(facts: ModelFacts, num_layers: int, tp_size: int, element_byt
     return 2 * num_layers * held * facts.head_dim * element_bytes
 
 
-def step_bytes(facts: ModelFacts, tp_size: int, last: bool, dtype_bytes: int, size: StepSize) -> int:
+def step_bytes(
+    facts: ModelFacts, tp_size: int, last: bool, dtype_bytes: int, max_batch_tokens: int, max_rows: int
+) -> int:
     """Estimate the largest activations of one step on a rank.
 
     Residual stream, its norm and a partial sum; QKV and attention output; gate, up and their product; on the last
     stage float32 logits of every row, three times over for sampling.
     """
-    tokens = size.max_batch_tokens
     qkv = (2 * facts.num_q_heads + 2 * max(facts.num_kv_heads, tp_size)) * facts.head_dim // tp_size
     width = 4 * facts.hidden_size + qkv + 3 * facts.intermediate_size // tp_size
-    logits = 3 * 4 * size.max_rows * padded_vocab(facts.vocab_size, tp_size) // tp_size if last else 0
-    return tokens * width * dtype_bytes + logits
+    logits = 3 * 4 * max_rows * padded_vocab(facts.vocab_size, tp_size) // tp_size if last else 0
+    return max_batch_tokens * width * dtype_bytes + logits

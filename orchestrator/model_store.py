@@ -29,7 +29,8 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
-_FILES = {
+Part = Literal["all", "no weights", "config"]
+_FILES: dict[Part, tuple[str, ...]] = {
     "config": _CONFIG_FILES,
     "no weights": _CONFIG_FILES + _TOKENIZER_FILES,
     "all": _CONFIG_FILES + _TOKENIZER_FILES + _WEIGHT_FILES,
@@ -58,7 +59,7 @@ def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
 def resolve_model(
     name: str,
     *,
-    part: Literal["all", "no weights", "config"] = "all",
+    part: Part = "all",
     report: Callable[[str], None] = lambda line: None,
     environ: Mapping[str, str] = os.environ,
 ) -> ResolvedModel:
@@ -76,12 +77,7 @@ def resolve_model(
         raise ModelError(f"{name[:200]}: cannot be looked up: {reason}; {FORMS}") from error
 
 
-def _resolved(
-    name: str,
-    part: Literal["all", "no weights", "config"],
-    report: Callable[[str], None],
-    environ: Mapping[str, str],
-) -> ResolvedModel:
+def _resolved(name: str, part: Part, report: Callable[[str], None], environ: Mapping[str, str]) -> ResolvedModel:
     path = Path(name).expanduser()
     if path.is_dir():
         return ResolvedModel(str(path.absolute()), "safetensors", path.resolve().name or name)
@@ -106,11 +102,7 @@ def _fetch_from_hub(name: str, patterns: Sequence[str], report: Callable[[str], 
     report(f"looking up {name} in the hub cache, else downloading it")
     try:
         return str(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(_UNWANTED_FILES)))
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # what huggingface_hub's own errors and those of HTTP derive from
+    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's own errors and those of HTTP are such
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"{name}: not a folder here, and the hub did not give it: {reason[0][:300]}. {FORMS}"

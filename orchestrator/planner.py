@@ -182,27 +182,28 @@ def _choose_size(facts: ModelFacts, machine: Machine, wish: Wish, size: int) -> 
 def _split_error(facts: ModelFacts, machine: Machine, wish: Wish, size: int, subject: str) -> PlacementError:
     sizes = compatible_sizes(facts, wish.quant)
     best = max(fitting for fitting in sizes if fitting <= size)
-    use = f"--workers {best}"
-    if machine.kind == "cuda":
-        use = f"CUDA_VISIBLE_DEVICES={selectors(machine.devices[:best])}"
     text = (
         f"{subject} cannot split this model: {'; '.join(split_problems(facts, size, wish.quant))}. "
-        f"Compatible sizes: {listed(sizes)}. Use {use} (or --tp {best})"
+        f"Compatible sizes: {listed(sizes)}. Use {_first(machine, best)} (or --tp {best})"
     )
     if 2 <= size <= facts.num_layers:
         text += f', or give each its own layers: -n "{map_text(even_stages(facts.num_layers, range(size)))}"'
     return PlacementError(text + without_groups(facts, size, wish.quant))
 
 
+def _first(machine: Machine, count: int) -> str:
+    """Say what to type to use only the first ``count`` devices."""
+    if machine.kind == "cpu":
+        return f"--workers {count}"
+    return f"CUDA_VISIBLE_DEVICES={selectors(machine.devices[:count])}"
+
+
 def _choose_balanced(facts: ModelFacts, machine: Machine, wish: Wish, reason: str) -> _Choice:
     count, layers = len(machine.devices), facts.num_layers
     if count > layers:
-        use = f"--workers {layers}"
-        if machine.kind == "cuda":
-            use = f"CUDA_VISIBLE_DEVICES={selectors(machine.devices[:layers])}"
         raise PlacementError(
             f"{count} {_noun(machine, count)} cannot share {layers} layers, and layer mapping is needed ({reason}). "
-            f"Use at most {layers}: {use}"
+            f"Use at most {layers}: {_first(machine, layers)}"
         )
     edges = [edge_elements(facts, 1, i == 0, i == count - 1) for i in range(count)]
     dtype_bytes = DTYPE_BYTES[_dtype(machine, wish)]
@@ -217,12 +218,11 @@ def _choose_balanced(facts: ModelFacts, machine: Machine, wish: Wish, reason: st
 
 
 def _mode(placement: PlacementPlan, machine: Machine) -> Mode:
-    widest = max(len(stage.devices) for stage in placement.stages)
     if placement.world_size == 1:
         return "cpu" if machine.kind == "cpu" else "single"
     if placement.num_stages == 1:
         return "tensor-parallel"
-    return "layer-mapped" if widest == 1 else "hybrid"
+    return "hybrid" if any(len(stage.devices) > 1 for stage in placement.stages) else "layer-mapped"
 
 
 def _transports(placement: PlacementPlan, machine: Machine) -> tuple[Transport, Transport]:

@@ -34,11 +34,11 @@ class StepRecord:
 class Scheduler:
     """All live requests and the steps in flight. One call per event; every request ends in exactly one output."""
 
-    def __init__(self, limits: Limits, epoch: int = 0) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._most_seq_len = limits.max_seq_len
         self.counters = StepCounters()
-        self._epoch = epoch
+        self._epoch = 0
         self._live: dict[int, Sequence] = {}
         self._waiting = WaitingLine()
         self._next_step = 0

@@ -6,17 +6,11 @@ from typing import TYPE_CHECKING
 
 from mgpu.protocol.control import NewRow, RowSampling
 from mgpu.protocol.link import Submit
+from mgpu.protocol.schema import int32_array
 
 if TYPE_CHECKING:
     from mgpu.orchestrator.fair_queue import Account
     from mgpu.orchestrator.lane import Lane
-
-
-def decode_token_ids(data: bytes) -> "array[int]":
-    """Unpack little-endian int32 token ids. ValueError when the length is not a multiple of four."""
-    tokens = array("i")
-    tokens.frombytes(data)
-    return tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +65,7 @@ class Sequence:
 
     @classmethod
     def from_submit(cls, submit: Submit, arrival: int, max_len: int) -> "Sequence":
-        tokens = decode_token_ids(submit.token_ids)
+        tokens = int32_array(submit.token_ids)
         return cls(
             request_id=submit.request_id,
             tokens=tokens,

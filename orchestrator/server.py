@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import zmq
 
@@ -24,6 +25,7 @@ from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.standby import Standby
 from mgpu.orchestrator.startup_log import ProgressBar, log_ready
 from mgpu.orchestrator.supervisor import WorkerGroup, WorkerLost
+from mgpu.orchestrator.wakers import poller_of
 from mgpu.protocol.link import EngineInfo, GatewayReady, StateKnown
 from mgpu.protocol.runtime import RunningServer
 
@@ -147,19 +149,12 @@ class Server:
         assert self._gateway is not None
         last_news_s = time.monotonic()
         while not done():
-            if self._poller(self._workers, self._gateway).poll(int(POLL_S * 1000)):
+            if poller_of(self._signals, self._gateway, self._workers).poll(int(POLL_S * 1000)):
                 last_news_s = time.monotonic()
             elif time.monotonic() - last_news_s > self._config.start_timeout_s:
                 raise StartTimeout(f"waited {self._config.start_timeout_s:g} s for {what}")
             self._take_news(self._workers, self._gateway)
             each_time()
-
-    def _poller(self, workers: WorkerGroup, gateway: GatewayLink) -> zmq.Poller:
-        poller = zmq.Poller()
-        sources = [self._signals.fd, gateway.socket, gateway.process.pidfd, *workers.sockets]
-        for source in [*sources, *(process.pidfd for process in workers.processes)]:
-            poller.register(source, zmq.POLLIN)
-        return poller
 
     def _take_news(self, workers: WorkerGroup, gateway: GatewayLink) -> None:
         self._signals.clear()
@@ -289,7 +284,6 @@ class Server:
         try:
             if self._engine is not None:
                 self._engine.end_requests(error)
-            info = self._info
-            self._gateway.send(EngineInfo("stopped", info.max_seq_len, info.kv_tokens, info.layout))
+            self._gateway.send(replace(self._info, state="stopped"))
         except GatewayLost as lost:
             log.warning("clients could not be told: %s", lost)

@@ -2,6 +2,7 @@
 
 import time
 from bisect import bisect_left
+from dataclasses import asdict
 
 from mgpu.orchestrator.scheduler import Scheduler
 
@@ -63,7 +64,7 @@ class EngineStats:
 
     def counters(self, scheduler: Scheduler, last_step_age_s: float) -> dict[str, float]:
         """Give every counter under the name that clients see."""
-        totals, blocks = scheduler.counters, scheduler.blocks.pool
+        blocks = scheduler.blocks.pool
         values: dict[str, float] = {
             "running": scheduler.num_running,
             "waiting": scheduler.num_live - scheduler.num_running,
@@ -71,14 +72,7 @@ class EngineStats:
             "last_step_age_s": last_step_age_s,
             "kv_blocks_total": blocks.num_blocks,
             "kv_blocks_used": blocks.num_blocks - blocks.num_free,
-            "prompt_tokens": totals.prompt_tokens,
-            "prefix_hit_tokens": totals.prefix_hit_tokens,
-            "generated_tokens": totals.generated_tokens,
-            "discarded_tokens": totals.discarded_tokens,
-            "finished": totals.finished,
-            "preemptions": totals.preemptions,
-            "steps": totals.steps,
-            "replays": totals.replays,
+            **asdict(scheduler.counters),
             "uptime_s": time.monotonic() - self._started_s,
             "schedule_us": self.schedule_us.value,
             "publish_us": self.publish_us.value,

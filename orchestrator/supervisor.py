@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import zmq
 
@@ -217,7 +217,7 @@ class WorkerGroup:
 
     def _take(self, message: object) -> None:
         if isinstance(message, WorkerFailure):
-            self._note_failure(message)
+            self._failures.append(_lost_by(message))
             raise self._earliest_failure()
         if isinstance(message, LoadProgress):
             self.progress[message.rank] = message
@@ -249,37 +249,30 @@ class WorkerGroup:
             self._failures.append(self._lost(rank, self.phase_of(rank), "it closed its connection"))
         return self._earliest_failure()
 
-    def _note_failure(self, failure: WorkerFailure) -> None:
-        lost = WorkerLost(
-            failure.rank, failure.phase, failure.message, failure.traceback, failure.at_s, failure.is_mistake
-        )
-        self._failures.append(lost)
-
     def _note_deaths(self) -> bool:
         """Note the workers that ended without saying why; say whether any worker ended."""
-        explained = {failure.rank for failure in self._failures}
-        died = False
-        for rank, process in enumerate(self.processes):
-            status = process.exit_status()
-            if status is None:
-                continue
-            died = True
-            if rank not in explained:
-                for failure in self._failure_messages(rank):
-                    self._note_failure(failure)
-                    break
-                else:
-                    at_s = time.monotonic() - SILENT_DEATH_HEAD_START_S
-                    message = f"the process {describe_exit(status)}"
-                    self._failures.append(WorkerLost(rank, self.phase_of(rank), message, "", at_s))
-        return died
+        died = {rank: status for rank, status in enumerate(self._exit_statuses()) if status is not None}
+        for rank in self._unexplained(died):
+            lost = self._read_failure(rank)
+            if lost is None:
+                at_s = time.monotonic() - SILENT_DEATH_HEAD_START_S
+                message = f"the process {describe_exit(died[rank])}"
+                lost = WorkerLost(rank, self.phase_of(rank), message, "", at_s)
+            self._failures.append(lost)
+        return bool(died)
 
-    def _failure_messages(self, rank: int) -> Iterator[WorkerFailure]:
-        """Read what a dead worker had sent; anything but a failure does not matter any more."""
+    def _unexplained(self, ranks: Iterable[int]) -> list[int]:
+        """Give those of ``ranks`` of which no failure is known."""
+        explained = {failure.rank for failure in self._failures}
+        return [rank for rank in ranks if rank not in explained]
+
+    def _read_failure(self, rank: int) -> WorkerLost | None:
+        """Read what a worker has sent up to its failure; nothing else matters any more. None when it has sent none."""
         while self.sockets[rank].poll(20):
             message = self._receive(rank)
             if isinstance(message, WorkerFailure):
-                yield message
+                return _lost_by(message)
+        return None
 
     def _earliest_failure(self) -> WorkerLost:
         """Wait shortly for the other ranks' reports, then give the earliest."""
@@ -288,13 +281,10 @@ class WorkerGroup:
             self._note_deaths()
             if any(status is not None and status < 0 for status in self._exit_statuses()):
                 break  # killed from outside: no other rank's failure can be the cause of that
-            explained = {failure.rank for failure in self._failures}
-            silent = [rank for rank in range(len(self.sockets)) if rank not in explained]
+            silent = self._unexplained(range(len(self.sockets)))
             if not silent:
                 break
-            for rank in silent:
-                for failure in self._failure_messages(rank):
-                    self._note_failure(failure)
+            self._failures += filter(None, map(self._read_failure, silent))
         return min(self._failures, key=lambda failure: failure.at_s)
 
     def _exit_statuses(self) -> list[int | None]:
@@ -335,3 +325,7 @@ class WorkerGroup:
         for socket in self.sockets:
             socket.close(linger=0)
         self.processes, self.sockets = [], []
+
+
+def _lost_by(failure: WorkerFailure) -> WorkerLost:
+    return WorkerLost(failure.rank, failure.phase, failure.message, failure.traceback, failure.at_s, failure.is_mistake)

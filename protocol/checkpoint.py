@@ -4,7 +4,7 @@ Files come from strangers: nothing is trusted, everything that is wrong raises `
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mgpu.protocol.checkpoint_config import read_config_facts
@@ -88,9 +88,7 @@ def _read_folder(folder: Path) -> dict[str, TensorEntry]:
             text_name = _text_name(name)
             if text_name in tensors:
                 raise CheckpointError(f"{entry.file}: tensor {name!r} is also in {tensors[text_name].file}")
-            tensors[text_name] = TensorEntry(
-                text_name, entry.dtype, entry.shape, entry.file, entry.offset, entry.nbytes
-            )
+            tensors[text_name] = replace(entry, name=text_name)
     lost = [name for name in weight_map if _text_name(name) not in tensors]
     if lost:
         raise CheckpointError(f"{folder / weight_map[lost[0]]}: lacks tensor {lost[0]!r}, which the index puts there")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from mgpu.protocol.checkpoint_fields import CheckpointError, Fields, checked_file, read_json_object
 from mgpu.protocol.checkpoint_rope import read_rope
@@ -201,11 +201,7 @@ def _dtype(outer: Fields, fields: Fields) -> Dtype:
             if not holder.has(key):
                 continue
             name = holder.text(key).removeprefix("torch.")
-            if name == "float32":
-                return "float32"
-            if name == "float16":
-                return "float16"
-            if name == "bfloat16":
-                return "bfloat16"
+            if name in get_args(Dtype):
+                return cast("Dtype", name)
             raise holder.error(key, f"is {name[:40]!r}; supported: float32, float16, bfloat16")
     return "float32"

@@ -58,7 +58,8 @@ def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
         mlp + "down_proj.weight": (hidden, inner),
     }
     if facts.qkv_bias:
-        shapes |= {attention + f"{part}_proj.bias": (size,) for part, size in _qkv_sizes(q_size, kv_size)}
+        shapes[attention + "q_proj.bias"] = (q_size,)
+        shapes[attention + "k_proj.bias"] = shapes[attention + "v_proj.bias"] = (kv_size,)
     if facts.output_bias:
         shapes[attention + "o_proj.bias"] = (hidden,)
     if facts.mlp_bias:
@@ -66,10 +67,6 @@ def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
     if facts.qk_norm:
         shapes |= {attention + "q_norm.weight": (facts.head_dim,), attention + "k_norm.weight": (facts.head_dim,)}
     return shapes | {head + name + ".weight": (hidden,) for name in layer_norms(facts)}
-
-
-def _qkv_sizes(q_size: int, kv_size: int) -> tuple[tuple[str, int], ...]:
-    return ("q", q_size), ("k", kv_size), ("v", kv_size)
 
 
 def layer_norms(facts: ModelFacts) -> tuple[str, ...]:
@@ -104,7 +101,6 @@ def check_tensors(source: str, facts: ModelFacts, tensors: dict[str, TensorEntry
                 f"{entry.file}: tensor {name!r} is stored as {entry.dtype}; "
                 f"supported: {', '.join(sorted(LOADABLE_DTYPES))}"
             )
-
     _check_no_others(source, facts, expected, tensors)
 
 

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
 import zmq
@@ -26,7 +25,7 @@ from mgpu.protocol.completion import (
     chat_map,
     generate_map,
 )
-from mgpu.protocol.connection import Reply, open_connection
+from mgpu.protocol.connection import open_connection
 from mgpu.protocol.messages import GenerateOptions, Health, Models, QueryKind, Stats
 
 CONNECT_TIMEOUT_S = 5.0
@@ -160,9 +159,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ------------------------------------------------------------- plumbing
@@ -208,7 +205,7 @@ class Client:
         self._connection.send({"type": kind, "id": request_id})
         deadline_s = time.monotonic() + QUERY_TIMEOUT_S
         while True:
-            reply: Reply | None = self._connection.take_reply(request_id)
+            reply = self._connection.take_reply(request_id)
             if isinstance(reply, reply_type):
                 return reply
             left_s = deadline_s - time.monotonic()

@@ -118,13 +118,8 @@ class Codec:
         """Unpack one message of any of the classes. CodecError for anything else."""
         try:
             items = msgpack.unpackb(data, raw=False, strict_map_key=False)
-            return _dataclass_decoder_of(self._classes[items[0]])(items[1:])
+            return _decoder_of(self._classes[items[0]])(items[1:])
         except CodecError:
             raise
         except Exception as error:  # any malformed byte string must end here, whatever msgpack raises for it
             raise CodecError(f"malformed message: {error}") from error
-
-
-@cache
-def _dataclass_decoder_of(cls: type) -> Decoder:
-    return _dataclass_decoder(cls)

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, Unpack
 
 from mgpu.protocol.messages import (
@@ -155,7 +155,7 @@ class Answer:
         elif isinstance(message, Finished):
             self._finish(message)
         elif isinstance(message, Failed):
-            self.fail(_error_of(message))
+            self.fail(error_of(message))
         elif isinstance(message, Accepted):
             self.accepted = message
         else:
@@ -191,9 +191,7 @@ class Answer:
     def _release(self, usage: Usage | None) -> None:
         piece, self._held = self._held, None
         if piece is not None:
-            self.pieces.append(
-                Piece(piece.index, piece.text, piece.token_ids, piece.logprobs, piece.finish_reason, usage)
-            )
+            self.pieces.append(replace(piece, usage=usage))
 
     def _finish(self, message: Finished) -> None:
         if self.was_resumed and "cancelled" in message.finish_reasons:
@@ -231,7 +229,8 @@ def _usage(message: Finished) -> Usage:
     return Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
 
 
-def _error_of(message: Failed) -> MgpuError:
+def error_of(message: Failed) -> MgpuError:
+    """Give what the caller of a request gets to see of its failure."""
     if message.code == "deadline_exceeded":
         return DeadlineExceeded(message.message)
     return RequestFailed(message.code, message.message, message.retry_after_s)

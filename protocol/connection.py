@@ -12,7 +12,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from mgpu.protocol import wire
-from mgpu.protocol.completion import START_HINT, Answer, MgpuError, RequestFailed, ServerUnreachable
+from mgpu.protocol.completion import START_HINT, Answer, MgpuError, RequestFailed, ServerUnreachable, error_of
 from mgpu.protocol.keys import KEYS_VARIABLE, ClientKeys, find_client_keys, fingerprint, use_client_keys
 from mgpu.protocol.messages import (
     Accepted,
@@ -157,7 +157,7 @@ class Connection:
     def _deliver(self, message: ServerMessage) -> None:
         if message.id is None:
             assert isinstance(message, Failed)
-            self.fail_all(RequestFailed(message.code, message.message, message.retry_after_s))
+            self.fail_all(error_of(message))
             return
         answer = self.answers.get(message.id)
         if answer is not None and (answer.is_adrift or _is_about_resuming(answer, message)):
@@ -169,7 +169,7 @@ class Connection:
         elif isinstance(message, (Health, Stats, Models)):
             self._replies[message.id] = message
         elif isinstance(message, Failed) and message.code != "unknown_request":
-            self._replies[message.id] = RequestFailed(message.code, message.message, message.retry_after_s)
+            self._replies[message.id] = error_of(message)
         elif isinstance(message, Accepted):
             # Sent just as the connection broke, given up, and delivered to the next server all the same.
             self.cancel(message.id)

@@ -173,10 +173,14 @@ def _read_metadata(cursor: _Cursor, count: int, with_arrays: bool) -> dict[str, 
 def _read_value(cursor: _Cursor, kind: int) -> object:
     if kind == _STRING:
         return cursor.string()
-    code = _SCALARS.get(kind)
-    if code is None:
+    return cursor.unpack(struct.Struct("<" + _scalar_code(cursor, kind)))[0]
+
+
+def _scalar_code(cursor: _Cursor, kind: int) -> str:
+    """Give the letter that `struct` has for a metadata type."""
+    if kind not in _SCALARS:
         raise cursor.error(f"unknown metadata type {kind} at byte {cursor.position}")
-    return cursor.unpack(struct.Struct("<" + code))[0]
+    return _SCALARS[kind]
 
 
 def _read_array(cursor: _Cursor, with_arrays: bool, depth: int) -> list[object] | None:
@@ -195,9 +199,7 @@ def _read_array(cursor: _Cursor, with_arrays: bool, depth: int) -> list[object] 
             raise cursor.error(f"arrays nested deeper than {_MAX_NESTING}")
         cursor.check_count(count, 12, "arrays")
         return [_read_array(cursor, with_arrays, depth + 1) for _ in range(count)]
-    code = _SCALARS.get(kind)
-    if code is None:
-        raise cursor.error(f"unknown metadata type {kind} at byte {cursor.position}")
+    code = _scalar_code(cursor, kind)
     width = struct.calcsize("<" + code)
     cursor.check_count(count, width, "numbers")
     if keep:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from mgpu.protocol.codec import Codec
 from mgpu.protocol.control import RowSampling, TokenLogprobs
 from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.model import CheckpointFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,8 @@ class GatewaySpec:
     link: str
     """ipc endpoint of the DEALER pair to the engine; the engine binds, the gateway connects."""
     model_path: str
-    model_format: str
-    """safetensors or gguf: where the tokenizer and chat template are."""
+    model_format: CheckpointFormat
+    """Says where the tokenizer and chat template are."""
     model_name: str
     vocab_size: int
     eos_token_ids: list[int]

@@ -6,7 +6,7 @@ place, the tables below; the client checks with them before it sends and the gat
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast, get_args
 
 from mgpu.protocol.schema import (
     INT32_MAX,
@@ -90,6 +90,7 @@ RESUME_RULES: dict[str, Rule] = {
     "offsets": Sequence(Integer(-1, INT32_MAX), MAX_CHOICES, 1),
 }
 QUERY_RULES: dict[str, Rule] = {"id": REQUEST_ID}
+CLIENT_TYPE = Choice(("generate", "resume", "cancel", *get_args(QueryKind)))
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -297,46 +298,33 @@ class Models:
 
 ServerMessage = Accepted | Resumed | Tokens | Finished | Failed | Keepalive | Health | Stats | Models
 
-SERVER_TYPES: dict[str, type[Any]] = {
-    cls.__name__.lower(): cls for cls in (Accepted, Resumed, Tokens, Finished, Failed, Keepalive, Health, Stats, Models)
-}
+SERVER_TYPES: dict[str, type[Any]] = {cls.__name__.lower(): cls for cls in get_args(ServerMessage)}
 _FIELDS = {kind: tuple(field.name for field in fields(cls)) for kind, cls in SERVER_TYPES.items()}
 
 
 def parse_client_message(data: Mapping[object, object]) -> ClientMessage:
     """Check a decoded map against the tables. FieldError says which field, its value and what is allowed."""
-    kind = data.get("type")
+    kind = CLIENT_TYPE.parse("type", data.get("type"))
     rest = {name: value for name, value in data.items() if name != "type"}
     if kind == "generate":
         return _parse_generate(rest)
     if kind == "resume":
-        return _parse_resume(rest)
-    if not isinstance(kind, str) or kind not in ("cancel", "health", "stats", "models"):
-        Choice(("generate", "resume", "cancel", "health", "stats", "models")).parse("type", kind)
-    parsed = parse_fields(rest, QUERY_RULES)
-    request_id = cast("int", _required_id(parsed))
+        return ResumeRequest(**_parsed(rest, RESUME_RULES, *RESUME_RULES))
+    request_id = _parsed(rest, QUERY_RULES, "id")["id"]
     return CancelRequest(request_id) if kind == "cancel" else Query(cast("QueryKind", kind), request_id)
 
 
-def _required_id(parsed: dict[str, object]) -> object:
-    if "id" not in parsed:
-        raise FieldError(f"id is missing; it must be {REQUEST_ID.allowed}")
-    return parsed["id"]
-
-
-def _parse_resume(data: Mapping[object, object]) -> ResumeRequest:
-    parsed = parse_fields(data, RESUME_RULES)
-    _required_id(parsed)
-    for name in ("session", "offsets"):
+def _parsed(data: Mapping[object, object], rules: Mapping[str, Rule], *required: str) -> dict[str, Any]:
+    parsed = parse_fields(data, rules)
+    for name in required:
         if name not in parsed:
-            raise FieldError(f"{name} is missing; it must be {RESUME_RULES[name].allowed}")
-    return ResumeRequest(**cast("dict[str, Any]", parsed))
+            raise FieldError(f"{name} is missing; it must be {rules[name].allowed}")
+    return parsed
 
 
 def _parse_generate(data: Mapping[object, object]) -> Generate:
-    parsed = parse_fields(data, GENERATE_RULES)
-    _required_id(parsed)
-    request = Generate(**cast("dict[str, Any]", parsed))
+    parsed = _parsed(data, GENERATE_RULES, "id")
+    request = Generate(**parsed)
     given = [name for name in ("prompt", "prompt_ids", "messages") if name in parsed]
     if len(given) != 1:
         raise FieldError(f"give exactly one of prompt, prompt_ids and messages, got {' and '.join(given) or 'none'}")

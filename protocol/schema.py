@@ -238,7 +238,7 @@ def _unknown(name: object, rules: Mapping[str, Rule], prefix: str) -> str:
 
 
 def int32_array(data: bytes) -> "array[int]":
-    """View little-endian int32 bytes as integers."""
+    """Unpack little-endian int32. ValueError when the length is not a multiple of four."""
     values = array("i")
     values.frombytes(data)
     return values

@@ -26,7 +26,7 @@ def read_speed(seconds: float, nbytes: int = BLOCK_BYTES) -> float:
 
 
 def machine_read_speed() -> float:
-    """Give the bytes per second of processes that read side by side, one per core of this one."""
+    """Give the bytes per second of processes that read side by side, one per core that this one may use."""
     command = [sys.executable, "-m", "mgpu.launch.bench.bandwidth"]
     readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in os.sched_getaffinity(0)]
     try:

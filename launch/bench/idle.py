@@ -6,10 +6,9 @@ import click
 import psutil
 
 from mgpu.launch.bench.report import Report
+from mgpu.launch.bench.session import started
 from mgpu.launch.bench.summary import Row, spread
 from mgpu.launch.bench.target import READY_S, Wanted, prepared, target_options
-from mgpu.launch.server_process import ServerDied
-from mgpu.orchestrator.errors import UserError
 
 SHOWN = ("processes", "core_share", "core_share_low", "core_share_high", "seconds")
 SETTLE_S = 1.0
@@ -21,17 +20,14 @@ SETTLE_S = 1.0
 @click.option("--seconds", type=float, default=10.0, show_default=True, help="How long each look takes.")
 def idle_command(wanted: Wanted, seconds: float) -> None:
     """Let a server idle, and count the processor time of all its processes as a share of one core."""
-    try:
-        with prepared(wanted) as target, target.start() as server:
-            server.wait_ready(READY_S)
-            time.sleep(SETTLE_S)
-            report = Report("idle", "mgpu", SHOWN, wanted.save, "psutil", "pyzmq", **target.facts)
-            shares = [idle_share(server.process.pid, seconds) for _ in range(wanted.repeat)]
-            count = len(family(server.process.pid))
-            row: Row = {"processes": count, "seconds": seconds, "repeats": len(shares)}
-            report.add(row | spread("core_share", shares))
-    except ServerDied as error:
-        raise UserError(f"the server to measure failed: {error}") from error
+    with prepared(wanted) as target, started(target) as server:
+        server.wait_ready(READY_S)
+        time.sleep(SETTLE_S)
+        report = Report("idle", "mgpu", SHOWN, wanted.save, "psutil", "pyzmq", **target.facts)
+        shares = [idle_share(server.process.pid, seconds) for _ in range(wanted.repeat)]
+        count = len(family(server.process.pid))
+        row: Row = {"processes": count, "seconds": seconds, "repeats": len(shares)}
+        report.add(row | spread("core_share", shares))
 
 
 def idle_share(pid: int, seconds: float) -> float:

@@ -13,6 +13,7 @@ from mgpu.launch.bench.serving import SHOWN, Load, Sizes, loads, measure_load
 from mgpu.launch.bench.session import SILENCE_S, TIMEOUT_S, serving
 from mgpu.launch.bench.target import Target, Wanted, prepared, target_options
 from mgpu.launch.config import ServeConfig
+from mgpu.protocol.async_client import AsyncClient
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ROOM_OPTION = "--max-client-requests"
@@ -61,8 +62,6 @@ async def measure(
     report: Report, target: Target, endpoint: str, todo: Sequence[Load], sizes: Sizes, repeat: int
 ) -> None:
     """Put every load on the server, one after the other."""
-    from mgpu.protocol.async_client import AsyncClient
-
     async with AsyncClient(endpoint, timeout_s=TIMEOUT_S, silence_timeout_s=SILENCE_S) as client:
 
         async def send(request: Request) -> AsyncIterator[int]:

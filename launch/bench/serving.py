@@ -1,7 +1,7 @@
 """The loads of ``bench serve`` and what their requests met; the same for mgpu and for the peers of ``bench/peers``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mgpu.launch.bench.limit import Limit
@@ -54,8 +54,9 @@ async def run_load(send: Send, load: Load, sizes: Sizes, seed: int) -> "Run":
 
 async def measure_load(send: Send, load: Load, sizes: Sizes, repeat: int, limit: Limit | None = None) -> Row:
     """Run a load ``repeat`` times, after a few requests that warm up, and make one row of it."""
-    warm_up = Load("burst", min(load.count, int(load.level) or 1), min(load.count, int(load.level) or 1))
-    await run_load(send, warm_up, Sizes(sizes.prompt_tokens, min(2, sizes.new_tokens), sizes.vocab_size), 1_000_000)
+    clients = min(load.count, int(load.level) or 1)
+    short = replace(sizes, new_tokens=min(2, sizes.new_tokens))
+    await run_load(send, Load("burst", clients, clients), short, 1_000_000)
     runs = [await run_load(send, load, sizes, seed) for seed in range(repeat)]
     row = serving_row(load, runs)
     if limit is None or load.kind == "poisson":

@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from mgpu.launch.bench.probe import Probe
 from mgpu.launch.bench.target import READY_S, Target
-from mgpu.launch.server_process import ServerDied
+from mgpu.launch.server_process import ServerDied, ServerProcess
 from mgpu.orchestrator.errors import UserError
+from mgpu.protocol.client import Client
 from mgpu.protocol.completion import MgpuError
 
 TIMEOUT_S = 900.0
@@ -16,13 +18,21 @@ SILENCE_S = 60.0
 
 
 @contextlib.contextmanager
+def started(target: Target, **settings: Any) -> Iterator[ServerProcess]:
+    """Give the target's server, which runs inside the block; see `Target.start`. UserError when it fails."""
+    try:
+        with target.start(**settings) as server:
+            yield server
+    except ServerDied as error:
+        raise UserError(f"the server to measure failed: {error}") from error
+
+
+@contextlib.contextmanager
 def serving(target: Target) -> Iterator[str]:
     """Give the endpoint of the target's server, which runs inside the block. UserError when it fails, then or later."""
     try:
-        with target.start() as server:
+        with started(target) as server:
             yield server.wait_ready(READY_S)
-    except ServerDied as error:
-        raise UserError(f"the server to measure failed: {error}") from error
     except MgpuError as error:
         raise UserError(f"the server to measure did not answer as it should: {error}") from error
 
@@ -30,7 +40,5 @@ def serving(target: Target) -> Iterator[str]:
 @contextlib.contextmanager
 def probing(target: Target) -> Iterator[Probe]:
     """Give a probe of the target's server, which runs inside the block. UserError as `serving`."""
-    from mgpu.protocol.client import Client
-
     with serving(target) as endpoint, Client(endpoint, timeout_s=TIMEOUT_S, silence_timeout_s=SILENCE_S) as client:
         yield Probe(client, target.plan.facts.vocab_size)

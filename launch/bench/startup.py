@@ -11,10 +11,9 @@ from pathlib import Path
 import click
 
 from mgpu.launch.bench.report import Report
+from mgpu.launch.bench.session import started
 from mgpu.launch.bench.summary import Row, spread
 from mgpu.launch.bench.target import READY_S, Target, Wanted, prepared, target_options
-from mgpu.launch.server_process import ServerDied
-from mgpu.orchestrator.errors import UserError
 
 PHASES = ("spawn", "rendezvous", "weights", "cache", "warmup")
 SHOWN = ("start", "ready_s", "ready_s_low", "ready_s_high", *(f"{phase}_s" for phase in PHASES))
@@ -41,13 +40,10 @@ def startup_command(wanted: Wanted) -> None:
 def start_once(target: Target, environ: dict[str, str]) -> dict[str, float]:
     """Start and stop a server; give its phases and, as "ready", the whole, in seconds. UserError if it fails."""
     began_s = time.perf_counter()
-    try:
-        with target.start(environ=environ) as server:
-            server.wait_ready(READY_S)
-            ready_s = time.perf_counter() - began_s
-            return {"ready": ready_s, **phases(server.output())}
-    except ServerDied as error:
-        raise UserError(f"the server to measure failed: {error}") from error
+    with started(target, environ=environ) as server:
+        server.wait_ready(READY_S)
+        ready_s = time.perf_counter() - began_s
+        return {"ready": ready_s, **phases(server.output())}
 
 
 def startup_row(start: str, times: Sequence[dict[str, float]]) -> Row:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, cast
+from typing import Any
 
 import zmq
 
@@ -55,7 +55,6 @@ from mgpu.protocol.messages import (
     parse_client_message,
     to_map,
 )
-from mgpu.protocol.model import CheckpointFormat
 from mgpu.protocol.schema import FieldError
 from mgpu.protocol.wire import WireError
 
@@ -113,7 +112,7 @@ class Gateway:
         for fd in (self._jobs.fd, *self._parent_fds):
             poller.register(fd, zmq.POLLIN)
         if not self._is_loaded:
-            self._jobs.start(self._load, self._loaded)
+            self._jobs.start(lambda: codec_of(self._spec), self._loaded)
         while self._running:
             ready = dict(poller.poll(self._wait_ms()))
             if self._spec.says_coming and self._front.socket in ready and not len(self._table):
@@ -143,9 +142,6 @@ class Gateway:
             return BACKLOG_RETRY_MS
         return max(0, int((self._next_tick_s - time.monotonic()) * 1000) + 1)
 
-    def _load(self) -> TextCodec | None:
-        return codec_of(self._spec)
-
     def _loaded(self, future: "Future[TextCodec | None]") -> None:
         self._failure = future.exception()
         if self._failure is not None:
@@ -160,8 +156,7 @@ class Gateway:
         self._link.send(LINK.encode(GatewayReady(self._front.endpoint)))
 
     def _close(self) -> None:
-        for request in self._table:
-            self._fail(request, Refusal("stopped", "the server has stopped"))
+        self._fail_all()
         self._front.flush()
         self._front.close()
         self._jobs.close()
@@ -196,8 +191,7 @@ class Gateway:
     def _on_info(self, info: EngineInfo) -> None:
         self._info = info
         if info.state == "stopped":
-            for request in self._table:
-                self._fail(request, Refusal("stopped", "the server has stopped"))
+            self._fail_all()
         self._link.send(LINK.encode(StateKnown(info.state)))
 
     def _on_reload(self, reload: Reload) -> None:
@@ -338,7 +332,7 @@ class Gateway:
             self._cancel(request)
 
     def _cancel(self, request: Request) -> None:
-        self._drop_sequences(request, "cancelled")
+        self._drop_sequences(request)
         for last in request.cancel():
             self._send(request.client, last)
         self._table.remove(request)
@@ -348,21 +342,26 @@ class Gateway:
 
     def _fail(self, request: Request, refusal: Refusal) -> None:
         """End a request that was accepted."""
-        self._drop_sequences(request, "cancelled")
+        self._drop_sequences(request)
         self._table.remove(request)
         self._send(request.client, Failed(request.id, refusal.code, str(refusal), refusal.retry_after_s))
 
-    def _drop_sequences(self, request: Request, reason: str) -> None:
+    def _fail_all(self) -> None:
+        """End every request because the server stops."""
+        for request in self._table:
+            self._fail(request, Refusal("stopped", "the server has stopped"))
+
+    def _drop_sequences(self, request: Request) -> None:
         for choice in request.choices:
             if choice.finish_reason is None:
-                self._send_engine(Cancel(choice.sequence_id, reason))
+                self._send_engine(Cancel(choice.sequence_id, "cancelled"))
 
     def _drop_lost(self) -> None:
         for client, loss in self._front.take_lost().items():
             requests = self._table.of_client(client)
             log.info("client %s is %s; %d requests end", client.hex(), loss, len(requests))
             for request in requests:
-                self._drop_sequences(request, "cancelled")
+                self._drop_sequences(request)
                 self._table.remove(request)
             if loss == "slow":
                 text = "messages were not read fast enough; everything in flight on this connection has ended"
@@ -393,4 +392,4 @@ class Gateway:
 
 def codec_of(spec: GatewaySpec) -> TextCodec | None:
     """Load the tokenizer; None when the model has none."""
-    return load_codec(spec.model_path, cast("CheckpointFormat", spec.model_format))
+    return load_codec(spec.model_path, spec.model_format)

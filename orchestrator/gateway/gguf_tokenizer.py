@@ -42,7 +42,7 @@ def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
 
 def _build(metadata: Mapping[str, object]) -> Tokenizer:
     tokens = _strings(metadata, "tokens")
-    kinds = _integers(metadata, "token_type", len(tokens))
+    kinds = _token_kinds(metadata, len(tokens))
     model = metadata.get("tokenizer.ggml.model")
     if model == "gpt2":
         tokenizer = _byte_level(metadata, tokens)
@@ -51,7 +51,7 @@ def _build(metadata: Mapping[str, object]) -> Tokenizer:
     else:
         raise TokenizerError(f"tokenizer model {model!r} is not supported (gpt2 and llama are); send token ids instead")
     _add_special_tokens(tokenizer, tokens, kinds)
-    _add_bos(tokenizer, metadata, tokens)
+    _add_bos(tokenizer, metadata)
     return tokenizer
 
 
@@ -62,10 +62,10 @@ def _strings(metadata: Mapping[str, object], key: str) -> list[str]:
     return value
 
 
-def _integers(metadata: Mapping[str, object], key: str, length: int) -> list[int]:
-    value = metadata.get(f"tokenizer.ggml.{key}", [NORMAL] * length)
-    if not isinstance(value, list) or len(value) != length:
-        raise TokenizerError(f"tokenizer.ggml.{key} must have {length} entries, one per token")
+def _token_kinds(metadata: Mapping[str, object], count: int) -> list[int]:
+    value = metadata.get("tokenizer.ggml.token_type", [NORMAL] * count)
+    if not isinstance(value, list) or len(value) != count:
+        raise TokenizerError(f"tokenizer.ggml.token_type must have {count} entries, one per token")
     return value
 
 
@@ -113,7 +113,7 @@ def _sentence_piece(metadata: Mapping[str, object], tokens: list[str], kinds: li
     vocabulary = {token: number for number, token in enumerate(tokens)}
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
     if unknown is None:
-        unknown = _token_at(metadata, "unknown", tokens)
+        unknown = special_token(metadata, "unknown")
     merges = _merges_of(tokens, kinds, scores)
     model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
@@ -152,16 +152,17 @@ def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in shown])
 
 
-def _add_bos(tokenizer: Tokenizer, metadata: Mapping[str, object], tokens: list[str]) -> None:
+def _add_bos(tokenizer: Tokenizer, metadata: Mapping[str, object]) -> None:
     pre = metadata.get("tokenizer.ggml.pre")
     usual = metadata.get("tokenizer.ggml.model") == "llama" or pre in _LLAMA3_NAMES
     if metadata.get("tokenizer.ggml.add_bos_token", usual):
-        bos = _token_at(metadata, "bos", tokens)
+        bos = special_token(metadata, "bos")
         if bos is not None:
             number = tokenizer.token_to_id(bos)
             tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
 
 
-def _token_at(metadata: Mapping[str, object], name: str, tokens: list[str]) -> str | None:
-    number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+def special_token(metadata: Mapping[str, object], name: str) -> str | None:
+    """Give the token that the file calls ``name``, such as bos or unknown; None when it names none."""
+    tokens, number = _strings(metadata, "tokens"), metadata.get(f"tokenizer.ggml.{name}_token_id")
     return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None

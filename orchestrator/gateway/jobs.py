@@ -7,14 +7,16 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+NUM_THREADS = 2
+
 
 class Jobs:
     """A thread pool whose results wake a poller: ``fd`` is readable when `finish` has something to do."""
 
-    def __init__(self, num_threads: int = 2) -> None:
+    def __init__(self) -> None:
         self.fd, self.wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         """Anything written to ``wake_fd`` makes ``fd`` readable (signal.set_wakeup_fd writes there)."""
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="gateway-job")
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="gateway-job")
         self._finished: deque[tuple[Callable[[Future[Any]], None], Future[Any]]] = deque()
 
     def start(self, work: Callable[[], object], then: Callable[[Future[Any]], None]) -> None:

@@ -218,8 +218,23 @@ class Queries:
     def _send_health(
         self, client: bytes, query_id: int, info: EngineInfo | None, counters: Mapping[str, float]
     ) -> None:
-        in_flight = len(self._table)
-        self._send(client, health(query_id, self._spec, info, counters, in_flight, self._started_s))
+        info = info or EngineInfo("starting", 0, 0, "")
+        health = Health(
+            query_id,
+            "stalled" if counters.get("stalled") else info.state,
+            self._spec.model_name,
+            info.max_seq_len,
+            info.kv_tokens,
+            len(self._table),
+            round(time.monotonic() - self._started_s, 3),
+            info.layout,
+            running=int(counters.get("running", 0)),
+            waiting=int(counters.get("waiting", 0)),
+            last_step_age_s=round(counters.get("last_step_age_s", 0.0), 3),
+            restarts=int(counters.get("restarts", 0)),
+            last_recovery_s=round(counters.get("last_recovery_s", 0.0), 3),
+        )
+        self._send(client, health)
 
 
 def _count_down(counter: Counter[str], key: str) -> None:
@@ -236,33 +251,6 @@ def stats(query_id: int, counters: Mapping[str, float], table: RequestTable) -> 
         "gateway_queued_bytes": table.quota.queued_bytes,
     }
     return Stats(query_id, {**counters, **{name: float(value) for name, value in own.items()}})
-
-
-def health(
-    query_id: int,
-    spec: GatewaySpec,
-    info: EngineInfo | None,
-    counters: Mapping[str, float],
-    in_flight: int,
-    started_s: float,
-) -> Health:
-    """Say how the server is; ``info`` is None until it can take requests for the first time."""
-    info = info or EngineInfo("starting", 0, 0, "")
-    return Health(
-        query_id,
-        "stalled" if counters.get("stalled") else info.state,
-        spec.model_name,
-        info.max_seq_len,
-        info.kv_tokens,
-        in_flight,
-        round(time.monotonic() - started_s, 3),
-        info.layout,
-        running=int(counters.get("running", 0)),
-        waiting=int(counters.get("waiting", 0)),
-        last_step_age_s=round(counters.get("last_step_age_s", 0.0), 3),
-        restarts=int(counters.get("restarts", 0)),
-        last_recovery_s=round(counters.get("last_recovery_s", 0.0), 3),
-    )
 
 
 def models(query_id: int, spec: GatewaySpec, info: EngineInfo | None, codec: TextCodec | None) -> Models:

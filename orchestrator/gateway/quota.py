@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NoReturn
 
 from mgpu.orchestrator.gateway.admission import Refusal
 from mgpu.orchestrator.gateway.zap import KEY_PREFIX
@@ -66,10 +67,10 @@ class _Usage:
     queued_bytes: int = 0
     sequences: int = 0
     """Submitted and not ended."""
-    unsubmitted: int = 0
-    """Of requests whose prompt is being tokenized."""
     dropped: int = 0
     """Of these, cancelled."""
+    unsubmitted: int = 0
+    """Of requests whose prompt is being tokenized."""
 
     @property
     def is_empty(self) -> bool:
@@ -128,7 +129,7 @@ class Quota:
         if queued and queued + size > limit:
             self._refuse(f"{who} has {queued} bytes of requests waiting, {size} more exceed the limit of {limit}")
 
-    def _refuse(self, text: str) -> None:
+    def _refuse(self, text: str) -> NoReturn:
         raise Refusal("overloaded", text, self.retry_after_s())
 
     def retry_after_s(self) -> float:

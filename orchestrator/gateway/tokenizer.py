@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.detokenizer import byte_level_bytes, sentence_piece_bytes
-from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError, build_tokenizer
+from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError, build_tokenizer, special_token
 from mgpu.orchestrator.gateway.template_process import TemplateProcess
 from mgpu.protocol.checkpoint_fields import CheckpointError, checked_file
 from mgpu.protocol.gguf import read_gguf
@@ -99,14 +99,14 @@ def load_codec(path: str, model_format: CheckpointFormat) -> TextCodec | None:
 
 def _from_gguf(path: str) -> TextCodec:
     metadata = read_gguf(path, with_arrays=True).metadata
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    special: dict[str, str] = {}
-    for name, key in zip(_SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True):
-        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(tokens, list) and isinstance(number, int) and 0 <= number < len(tokens):
-            special[f"{name}_token"] = tokens[number]
+    tokenizer = build_tokenizer(metadata)
+    special = {
+        f"{name}_token": text
+        for name, key in zip(_SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True)
+        if (text := special_token(metadata, key)) is not None
+    }
     template = metadata.get("tokenizer.chat_template")
-    return TextCodec(build_tokenizer(metadata), template if isinstance(template, str) else None, special)
+    return TextCodec(tokenizer, template if isinstance(template, str) else None, special)
 
 
 def _from_folder(folder: Path, file: Path) -> TextCodec:

@@ -52,8 +52,8 @@ def check_still_serves(server: ServerProcess, request_id: int) -> None:
         (array("i", [1000]).tobytes(), 1, "between 0 and 999"),
         (array("i", [-5]).tobytes(), 1, "between 0 and 999"),
         (array("i", [1] * 250).tobytes(), 7, "exceeds the context of 256 tokens; ask for at most 6"),
-        (array("i", [1] * 256).tobytes(), 0, "shorten the prompt to at most 255"),
-        (array("i", [1]).tobytes(), -1, "must not be negative"),
+        (array("i", [1] * 256).tobytes(), 1, "shorten the prompt to at most 255"),
+        (array("i", [1]).tobytes(), 0, "must be at least 1"),
     ],
 )
 def test_a_request_that_cannot_run_is_refused_and_the_next_is_served(
@@ -140,6 +140,8 @@ def test_beside_gpus_all_are_awake_when_a_request_has_been_read(tmp_path: Path) 
         for request_id in range(1, 4):
             server.send(Coming())
             check_still_serves(server, request_id)
+        server.process.terminate()
+        server.wait_exit()  # only rank 0 gives results, so the other one may be some steps behind until then
         assert [server.log.count(f"worker {rank} stays awake") for rank in range(2)] == [3, 3]
 
 

@@ -151,14 +151,6 @@ def test_max_tokens_is_never_planned_past() -> None:
     assert harness.scheduler.counters.discarded_tokens == 0
 
 
-def test_max_tokens_zero_means_up_to_the_context() -> None:
-    harness = Harness(max_seq_len=40)
-    harness.submit(1, prompt_of(1, 30), 0)
-    harness.run()
-    assert len(harness.tokens[1]) == 10
-    assert harness.finish[1] == "length"
-
-
 def test_next_step_is_published_before_the_tokens_of_the_last_one_arrive() -> None:
     harness = Harness()
     harness.submit(1, prompt_of(1, 5), 7)
@@ -332,7 +324,7 @@ def test_requests_that_never_fit_are_refused_with_the_numbers() -> None:
     harness.submit(1, prompt_of(1, 40), 11)
     assert "40 tokens + max_tokens 11 = 51 exceeds the context of 50 tokens; ask for at most 10" in harness.errors[1]
     harness = Harness(num_blocks=4, max_seq_len=50)
-    harness.submit(1, prompt_of(1, 17), 0)
+    harness.submit(1, prompt_of(1, 17), 1)
     assert "exceeds the KV cache of 16 tokens (4 blocks of 4); shorten the prompt to at most 16" in harness.errors[1]
 
 

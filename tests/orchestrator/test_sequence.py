@@ -2,9 +2,10 @@
 
 from array import array
 
-from mgpu.orchestrator.sequence import Sequence, decode_token_ids
+from mgpu.orchestrator.sequence import Sequence
 from mgpu.protocol.control import RowSampling
 from mgpu.protocol.link import Submit
+from mgpu.protocol.schema import int32_array
 
 
 def test_a_replay_sends_prompt_and_emitted_tokens_with_the_same_sampling() -> None:
@@ -13,7 +14,7 @@ def test_a_replay_sends_prompt_and_emitted_tokens_with_the_same_sampling() -> No
     seq.tokens.append(9)
     seq.row, seq.blocks = 4, [1, 2]
     row = seq.to_new_row()
-    assert list(decode_token_ids(row.token_ids)) == [7, 8, 9]
+    assert list(int32_array(row.token_ids)) == [7, 8, 9]
     assert (row.row, row.prompt_len, row.block_ids, row.sampling) == (4, 2, [1, 2], sampling)
     assert seq.order == (1, 3)
 
