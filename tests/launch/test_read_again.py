@@ -33,6 +33,19 @@ def test_limits_and_clients_are_read_again_and_what_needs_a_restart_is_named(
         read_again(config, file, flags)
 
 
+def test_the_last_clients_key_can_be_taken_away_from_a_running_server(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    make_server(keys)
+    make_client(keys, "alice")
+    config, _ = load_config({"bind": "tcp://127.0.0.1:0", "keys": str(keys)}, {}, None)
+    (keys / "clients/alice.public").unlink()
+    values = read_again(config, None, {"bind": config.bind, "keys": config.keys})
+    assert values.keys is not None
+    assert values.keys.clients == []
+    with pytest.raises(UserError, match="nobody could connect"):
+        keys_for(config.bind, config.keys)
+
+
 def test_keys_are_loaded_for_tcp_only(tmp_path: Path) -> None:
     assert keys_for("", str(tmp_path / "none")) is None
     assert keys_for("ipc:///run/x", str(tmp_path / "none")) is None
