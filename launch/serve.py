@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mgpu.launch.config import ServeConfig, declared_options
+from mgpu.launch.config import ConfigError, ServeConfig, declared_options
 from mgpu.launch.limits import LIMIT_OPTIONS, client_limits
 from mgpu.launch.options import config_options, read_config
 from mgpu.launch.plan import PlannedModel, prepare, step_tokens
@@ -53,6 +53,8 @@ def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, A
 
     What cannot change while it runs is left alone, and the log names it. UserError when a file cannot be used.
     """
+    if config_file is not None and config_file.exists() and not config_file.is_file():
+        raise ConfigError(f"{config_file} is not a regular file and not read again: a pipe would hold up the server")
     changed, _ = read_config(config_file, flags)
     keys = keys_for(config.bind, changed.keys, needs_clients=False)
     fixed = [
