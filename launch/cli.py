@@ -1,5 +1,7 @@
 """The command ``mgpu-launch``. Commands import what they need when they run, so that ``--help`` is instant."""
 
+import errno
+import os
 import sys
 
 import click
@@ -9,6 +11,10 @@ from mgpu.orchestrator.errors import UserError
 
 EXIT_USAGE = 64
 """A mistake on the command line; systemd does not restart after it."""
+
+EXIT_OUTPUT = 74
+"""EX_IOERR."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 COMMANDS = {
     "serve": "mgpu.launch.serve:serve_command",
@@ -50,6 +56,12 @@ def main() -> None:
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries to write the rest once more at its end
+        click.echo(f"error: cannot write everything: {error}; make room where the output goes", err=True)
+        sys.exit(EXIT_OUTPUT)
 
 
 if __name__ == "__main__":
