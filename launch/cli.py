@@ -1,6 +1,7 @@
 """The command ``mgpu-launch``. Commands import what they need when they run, so that ``--help`` is instant."""
 
 import errno
+import io
 import os
 import sys
 
@@ -42,6 +43,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and a non-zero status, never in a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may say what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = cli.main(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

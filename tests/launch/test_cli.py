@@ -27,3 +27,26 @@ def test_output_that_finds_no_room_ends_in_one_message(unbuffered: str) -> None:
     assert done.stderr.splitlines() == [
         "error: cannot write everything: [Errno 28] No space left on device; make room where the output goes"
     ]
+
+
+def run(*arguments: str, encoding: str, data: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
+        [sys.executable, "-m", "mgpu.launch.cli", *arguments],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        input=data,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_terminal_that_lacks_a_letter_gets_a_question_mark() -> None:
+    done = run("bench", "decode", "--help", encoding="latin-1")
+    assert done.returncode == 0, done.stderr
+    assert b"--batches N,N,?" in done.stdout
+
+
+def test_a_prompt_in_another_encoding_is_refused() -> None:
+    done = run("generate", "-", encoding="utf-8", data="Müller".encode("latin-1"))
+    assert done.returncode == 78
+    assert done.stderr.startswith(b"error: standard input is no utf-8 text from byte 1 on")
