@@ -157,6 +157,7 @@ def test_an_unusable_tokenizer_ends_the_process_with_the_reason(tmp_path: Path) 
     with GatewayProcess(tmp_path, ready=False) as gateway:
         assert isinstance(gateway.first, GatewayFailure)
         assert "tokenizer.json" in gateway.first.message
+        assert gateway.first.is_mistake
         assert gateway.process.wait(DEADLINE_S) == 1
 
 
