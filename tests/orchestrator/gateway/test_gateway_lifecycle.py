@@ -138,6 +138,7 @@ def _until_closed(raw: socket.socket) -> bytes:
         ("tcp://0.0.0.0:5000", "loopback"),
         ("tcp://*:5000", "loopback"),
         ("tcp://example.org:5000", "loopback"),
+        ("tcp://::1:5000", "in brackets, such as tcp://[::1]:5000"),
         ("ipc://relative/path", "absolute"),
         ("ipc:///" + "x" * 120, "107"),
         ("ipc:///no-such-folder-here/front", "does not exist"),
