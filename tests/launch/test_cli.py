@@ -1,8 +1,10 @@
 """How every command ends when something around it fails."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,21 @@ def test_a_prompt_in_another_encoding_is_refused() -> None:
     done = run("generate", "-", encoding="utf-8", data="Müller".encode("latin-1"))
     assert done.returncode == 78
     assert done.stderr.startswith(b"error: standard input is no utf-8 text from byte 1 on")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_benchmark_that_is_ended_leaves_no_files(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "mgpu.launch.cli", "bench", "idle", "--shape", "tiny", "--bandwidth", "1GB/s"]
+    process = subprocess.Popen([*command, "--", "--device", "cpu"], env={**os.environ, "TMPDIR": str(tmp_path)})
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*/log")):  # the server's
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    finally:
+        process.kill()
+        process.wait()
+    assert list(tmp_path.iterdir()) == []
