@@ -60,7 +60,7 @@ def test_a_benchmark_that_is_ended_leaves_no_files(tmp_path: Path, number: signa
     process = subprocess.Popen([*command, "--", "--device", "cpu"], env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("*/log")):  # the server's
+        while not list(tmp_path.glob("*/*/lock")):  # the server's
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.01)
@@ -70,3 +70,20 @@ def test_a_benchmark_that_is_ended_leaves_no_files(tmp_path: Path, number: signa
         process.kill()
         process.wait()
     assert list(tmp_path.iterdir()) == []
+
+
+CLOSED_FILES = """
+import os, subprocess, sys
+from mgpu.launch.cli import open_standard_files
+for fd in range(3):
+    os.close(fd)
+sys.stdin = sys.stdout = sys.stderr = None
+open_standard_files()
+assert sys.stdin and sys.stdout and sys.stderr
+look = "import os; [os.path.samestat(os.fstat(fd), os.stat(os.devnull)) or 1 / 0 for fd in range(3)]"
+sys.exit(subprocess.run([sys.executable, "-c", look], stdout=2).returncode)
+"""
+
+
+def test_a_standard_file_that_is_closed_is_replaced_for_children_too() -> None:
+    assert subprocess.run([sys.executable, "-c", CLOSED_FILES], timeout=60, check=False).returncode == 0
