@@ -1,5 +1,8 @@
 """The command ``mgpu-launch``. Commands import what they need when they run, so that ``--help`` is instant."""
 
+import errno
+import io
+import os
 import sys
 
 import click
@@ -9,6 +12,10 @@ from mgpu.orchestrator.errors import UserError
 
 EXIT_USAGE = 64
 """A mistake on the command line; systemd does not restart after it."""
+
+EXIT_OUTPUT = 74
+"""EX_IOERR."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 COMMANDS = {
     "serve": "mgpu.launch.serve:serve_command",
@@ -36,6 +43,9 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and a non-zero status, never in a traceback."""
+    open_standard_files()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may say what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = cli.main(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -50,6 +60,24 @@ def main() -> None:
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries to write the rest once more at its end
+        click.echo(f"error: cannot write everything: {error}; make room where the output goes", err=True)
+        sys.exit(EXIT_OUTPUT)
+
+
+def open_standard_files() -> None:
+    """Put /dev/null where the caller has closed a standard file: else a socket gets its number, and logs go into it."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free is this one
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115 (they stay open, like those that Python opens)
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
 
 
 if __name__ == "__main__":

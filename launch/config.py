@@ -256,8 +256,8 @@ def _checked(option: Declared, value: object, origin: str) -> object:
 
 def _range_text(low: float | None, high: float | None) -> str:
     if high is None:
-        return f"at least {low:g}"
-    return f"between {low:g} and {high:g}"
+        return f"at least {low}"
+    return f"between {low} and {high}"
 
 
 def _converted(option: Declared, value: object, where: str) -> object:

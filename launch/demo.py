@@ -5,7 +5,7 @@ import time
 
 import click
 
-from mgpu.launch.server_process import ServerDied, ServerProcess
+from mgpu.launch.server_process import ServerDied, ServerProcess, orderly_end
 from mgpu.launch.talk import ServerError, print_pieces
 from mgpu.orchestrator.devices import find_machine
 from mgpu.orchestrator.model_store import resolve_model
@@ -31,7 +31,7 @@ def demo_command(question: str, max_tokens: int) -> None:
         arguments += ["--tp", "1"]  # 9 query heads and 3 KV heads split over 1, 3 or 9 GPUs
     click.secho(f"$ mgpu-launch serve {' '.join(arguments)}", bold=True)
     try:
-        with ServerProcess(*arguments, quiet=False) as server:
+        with orderly_end(), ServerProcess(*arguments, quiet=False) as server:
             ask(server.wait_ready(), question, max_tokens)
             status = server.stop()
     except ServerDied as error:

@@ -5,6 +5,7 @@ import sys
 import click
 
 from mgpu.launch.talk import ServerError, given, print_pieces, talk_options
+from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client import Client
 from mgpu.protocol.completion import MgpuError
 
@@ -26,7 +27,7 @@ def generate_command(
     stop: tuple[str, ...],
 ) -> None:
     """Continue PROMPT and print the text as it arrives; "-" reads the prompt from standard input."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_input() if prompt == "-" else prompt
     options = given(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=list(stop) or None
     )
@@ -36,3 +37,13 @@ def generate_command(
     except MgpuError as error:
         raise ServerError(str(error)) from error
     click.echo()
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"standard input is no {error.encoding} text from byte {error.start} on ({error.reason}); convert it, for "
+            "example with: iconv -f LATIN1 -t UTF-8"
+        ) from None

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mgpu.launch.config import ServeConfig, declared_options
+from mgpu.launch.config import ConfigError, ServeConfig, declared_options
 from mgpu.launch.limits import LIMIT_OPTIONS, client_limits
 from mgpu.launch.options import config_options, read_config
 from mgpu.launch.plan import PlannedModel, prepare, step_tokens
@@ -53,8 +53,10 @@ def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, A
 
     What cannot change while it runs is left alone, and the log names it. UserError when a file cannot be used.
     """
+    if config_file is not None and config_file.exists() and not config_file.is_file():
+        raise ConfigError(f"{config_file} is not a regular file and not read again: a pipe would hold up the server")
     changed, _ = read_config(config_file, flags)
-    keys = keys_for(config.bind, changed.keys)
+    keys = keys_for(config.bind, changed.keys, needs_clients=False)
     fixed = [
         each.name
         for each in declared_options()
@@ -65,9 +67,9 @@ def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, A
     return Reloadable(keys, client_limits(changed), changed.drain_timeout)
 
 
-def keys_for(bind: str, folder: str) -> ServerKeys | None:
+def keys_for(bind: str, folder: str, needs_clients: bool = True) -> ServerKeys | None:
     """Load the keys if ``bind`` needs any: MGPU_KEYS may be meant for a client on this machine. Raises KeysError."""
-    return load_server_keys(folder, os.environ) if bind.startswith("tcp://") else None
+    return load_server_keys(folder, os.environ, needs_clients) if bind.startswith("tcp://") else None
 
 
 def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:

@@ -101,6 +101,26 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
+def orderly_end() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP leave the block as Ctrl-C does, so that servers in it are stopped and their files removed.
+
+    SystemExit with the status that a shell would give to the signal. Call it from the main thread.
+    """
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def running_server(*arguments: str) -> Iterator[str]:
     """Give the endpoint of a server that runs inside the block."""
     with ServerProcess(*arguments) as server:

@@ -335,7 +335,8 @@ class Engine:
         log.error("%s", with_traceback(cause))
         self._gateway_restarts.note(cause, is_free=cause.by_clients)
         for message in self._gateway.restart(replace(self._info, state=self._state)):
-            self._on_message(message)
+            if not isinstance(message, Coming):  # what was coming went down with it
+                self._on_message(message)
         for request_id in self._scheduler.live_ids():
             if not self._journal.knows(request_id):
                 self._scheduler.cancel(request_id, "cancelled")

@@ -45,11 +45,15 @@ FAREWELL_S = 0.5
 class GatewayLost(Exception):
     """The gateway process failed, died or got stuck."""
 
-    def __init__(self, message: str, traceback: str = "", by_clients: bool = False) -> None:
-        """``by_clients``: they brought it about, and can again as often as they like."""
+    def __init__(self, message: str, traceback: str = "", by_clients: bool = False, is_mistake: bool = False) -> None:
+        """``by_clients``: they brought it about, and can again as often as they like.
+
+        ``is_mistake``: the user can mend it, and only the user.
+        """
         super().__init__(f"the gateway failed: {message}")
         self.traceback = traceback
         self.by_clients = by_clients
+        self.is_mistake = is_mistake
 
 
 class GatewayLink:
@@ -140,7 +144,7 @@ class GatewayLink:
             if isinstance(message, Alive):
                 continue
             if isinstance(message, GatewayFailure):
-                raise GatewayLost(message.message, message.traceback, message.by_clients)
+                raise GatewayLost(message.message, message.traceback, message.by_clients, message.is_mistake)
             if isinstance(message, GatewayReady):
                 self.endpoint, self.is_ready, self.known_state = message.endpoint, True, self._first_state
                 self._tell_reload()

@@ -93,7 +93,7 @@ class Server:
                 log.info("stopped while starting")
             except (WorkerLost, GatewayLost, TooManyRestarts, StartTimeout) as cause:
                 failure = str(cause)
-                if not is_open and isinstance(cause, WorkerLost) and cause.is_mistake:
+                if not is_open and isinstance(cause, WorkerLost | GatewayLost) and cause.is_mistake:
                     status = UserError.exit_code
                 log.error("%s", with_traceback(cause))
             except UserError as error:

@@ -27,14 +27,15 @@ class KeysError(UserError):
     """The keys cannot be used; the text says which file, and what to do."""
 
 
-def load_server_keys(folder: str, environ: Mapping[str, str]) -> ServerKeys | None:
+def load_server_keys(folder: str, environ: Mapping[str, str], needs_clients: bool = True) -> ServerKeys | None:
     """Load the keys of ``folder``; without one those that systemd passes on, or None when there are none either.
 
-    KeysError when a file is missing, damaged or, if it is secret, open to others.
+    KeysError when a file is missing, damaged or, if it is secret, open to others; and when there is no client's, unless
+    ``needs_clients`` is False: the last key may be taken away while the server runs.
     """
     try:
         if folder:
-            return _from_folder(Path(folder))
+            return _from_folder(Path(folder), needs_clients)
         if credentials := environ.get(CREDENTIALS_VARIABLE):
             return _from_credentials(Path(credentials))
     except KeyFileError as error:
@@ -48,7 +49,7 @@ def describe(keys: ServerKeys) -> str:
     return f"server key {fingerprint(public_of(keys.secret))}; {len(keys.clients)} client keys may connect: {clients}"
 
 
-def _from_folder(folder: Path) -> ServerKeys:
+def _from_folder(folder: Path, needs_clients: bool) -> ServerKeys:
     secret, clients = folder / SECRET_NAME, folder / CLIENTS_NAME
     if folder.is_file():
         raise KeysError(f"{folder} is a file, such as a client has; a server needs its folder of keys: --keys FOLDER")
@@ -60,7 +61,7 @@ def _from_folder(folder: Path) -> ServerKeys:
         listed = sorted(path for path in clients.iterdir() if path.suffix == PUBLIC_SUFFIX)
     except OSError as error:
         raise KeysError(f"cannot list the client keys in {clients}: {error.strerror}") from None
-    if not listed:
+    if needs_clients and not listed:
         raise KeysError(
             f"{clients} has no *{PUBLIC_SUFFIX} file, so nobody could connect; make a client's key with: "
             f"mgpu-launch keygen --out {folder} --client NAME"

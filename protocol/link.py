@@ -59,6 +59,8 @@ class GatewayFailure:
     traceback: str
     by_clients: bool = False
     """Clients have brought it about, and may again: it must not count as a failure of ours."""
+    is_mistake: bool = False
+    """The model's files are at fault: starting again will not help."""
 
 
 @dataclass(frozen=True, slots=True)

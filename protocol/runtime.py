@@ -55,9 +55,10 @@ def running_servers(environ: Mapping[str, str] | None = None) -> list[RunningSer
     found: list[tuple[float, RunningServer]] = []
     for base in dict.fromkeys(base_dirs(environ)):
         for folder in server_dirs(base):
-            server = _read_server(folder)
-            if server is not None and is_locked(folder):
-                found.append(((folder / INFO_NAME).stat().st_mtime, server))
+            with contextlib.suppress(OSError):  # a server that ends may remove it at any time
+                server = _read_server(folder)
+                if server is not None and is_locked(folder):
+                    found.append(((folder / INFO_NAME).stat().st_mtime, server))
     return [server for _, server in sorted(found, key=lambda item: -item[0])]
 
 

@@ -5,7 +5,7 @@ import statistics
 import click
 
 from mgpu.launch.bench.limit import Limit
-from mgpu.launch.bench.numbers import list_option
+from mgpu.launch.bench.numbers import list_option, seconds_option
 from mgpu.launch.bench.probe import NotMeasured, Probe
 from mgpu.launch.bench.report import Report
 from mgpu.launch.bench.session import probing
@@ -19,7 +19,7 @@ SHOWN = ("batch", "context", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_h
 @target_options
 @list_option("--batches", "1,2,4,8,16,32,64,128,256", "Streams that decode at once.")
 @list_option("--contexts", "128,1024,8192", "Tokens of each prompt.")
-@click.option("--seconds", type=float, default=1.0, show_default=True, help="How long each run is counted.")
+@seconds_option(1.0, "How long each run is counted.")
 def decode_command(wanted: Wanted, batches: tuple[int, ...], contexts: tuple[int, ...], seconds: float) -> None:
     """Decode with 1 to 256 streams at several contexts.
 

@@ -5,6 +5,7 @@ import time
 import click
 import psutil
 
+from mgpu.launch.bench.numbers import seconds_option
 from mgpu.launch.bench.report import Report
 from mgpu.launch.bench.session import started
 from mgpu.launch.bench.summary import Row, spread
@@ -17,7 +18,7 @@ SETTLE_S = 1.0
 
 @click.command("idle")
 @target_options
-@click.option("--seconds", type=float, default=10.0, show_default=True, help="How long each look takes.")
+@seconds_option(10.0, "How long each look takes.")
 def idle_command(wanted: Wanted, seconds: float) -> None:
     """Let a server idle, and count the processor time of all its processes as a share of one core."""
     with prepared(wanted) as target, started(target) as server:

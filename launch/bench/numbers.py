@@ -1,4 +1,4 @@
-"""Options that are lists: ``--batches 1,8,64``, ``--rate 0.5,2`` and ``--sizes 32x1024,4x8192``."""
+"""Options that are numbers: ``--batches 1,8,64``, ``--rate 0.5,2``, ``--sizes 32x1024,4x8192``, ``--seconds 1``."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -8,6 +8,8 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 Sizes = tuple[tuple[int, int], ...]
 
+LONGEST_S = 86400
+
 
 def list_option(flag: str, default: str, help_text: str) -> Callable[[F], F]:
     """Declare a list of positive whole numbers."""
@@ -15,13 +17,25 @@ def list_option(flag: str, default: str, help_text: str) -> Callable[[F], F]:
     return click.option(flag, default=default, show_default=True, metavar="N,N,…", callback=callback, help=help_text)
 
 
-def whole_numbers(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[int, ...]:
-    """Read ``1,8,64``. BadParameter for anything that is no list of positive whole numbers."""
+def seconds_option(default: float, help_text: str) -> Callable[[F], F]:
+    """Declare ``--seconds``."""
+    return click.option("--seconds", type=float, default=default, show_default=True, callback=seconds, help=help_text)
+
+
+def seconds(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
+    """Give it back. BadParameter for what cannot be waited for; in no time at all nothing can be counted."""
+    if not 0.01 <= value <= LONGEST_S:
+        raise click.BadParameter(f"{value:g} is not between 0.01 and {LONGEST_S}")
+    return value
+
+
+def whole_numbers(_ctx: click.Context, param: click.Parameter, text: str) -> tuple[int, ...]:
+    """Read ``1,8,64``. BadParameter for anything that is no list of positive whole numbers, or empty without leave."""
     try:
         numbers = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         numbers = (0,)
-    if any(number <= 0 for number in numbers):
+    if any(number <= 0 for number in numbers) or (param.default and not numbers):
         raise click.BadParameter(f"{text!r} is not a list of positive whole numbers such as 1,8,64")
     return numbers
 
@@ -43,6 +57,6 @@ def sizes(_ctx: click.Context, _param: click.Parameter, text: str) -> Sizes:
         pairs = [tuple(map(int, part.split("x"))) for part in text.split(",") if part.strip()]
     except ValueError:
         pairs = [()]
-    if any(len(pair) != 2 or min(pair) <= 0 for pair in pairs):
+    if not pairs or any(len(pair) != 2 or min(pair) <= 0 for pair in pairs):
         raise click.BadParameter(f"{text!r} is not a list such as 32x1024,4x8192")
     return tuple((pair[0], pair[1]) for pair in pairs)

@@ -16,7 +16,7 @@ from mgpu.launch.bench.shapes import SHAPES, write_config
 from mgpu.launch.config import ServeConfig
 from mgpu.launch.options import read_config
 from mgpu.launch.plan import prepare
-from mgpu.launch.server_process import ServerProcess
+from mgpu.launch.server_process import ServerProcess, orderly_end
 from mgpu.orchestrator.devices import find_machine
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.planner import Plan
@@ -90,7 +90,8 @@ def target_options(command: F) -> F:
         serve_options: tuple[str, ...],
         **others: Any,
     ) -> Any:
-        return command(Wanted(model, shape or "", bandwidth, repeat, save, serve_options), **others)
+        with orderly_end():
+            return command(Wanted(model, shape or "", bandwidth, repeat, save, serve_options), **others)
 
     for option in (
         click.argument("serve_options", nargs=-1, type=click.UNPROCESSED),

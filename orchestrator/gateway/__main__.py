@@ -50,7 +50,8 @@ def main() -> int:
         end_with_parent(signal.SIGTERM)  # in case something else keeps its end of our standard input open
         _serve(spec, context, link, parent_fds)
     except (BindError, TokenizerError) as error:  # the user can mend it; where it was noticed would only distract
-        link.send(LINK.encode(GatewayFailure(str(error), "")))
+        is_mistake = isinstance(error, TokenizerError)  # while what keeps an endpoint busy may end by itself
+        link.send(LINK.encode(GatewayFailure(str(error), "", is_mistake=is_mistake)))
         return 1
     except MemoryFull as error:  # clients are not told that the server has stopped: they resume
         link.send(LINK.encode(GatewayFailure(str(error), "", by_clients=True)))

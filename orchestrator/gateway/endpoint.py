@@ -1,6 +1,7 @@
 """Bind the front channel where it is safe to: a private ipc socket, or TCP on the loopback."""
 
 import contextlib
+import errno
 import fcntl
 import ipaddress
 import os
@@ -78,7 +79,12 @@ def _bind(socket: "zmq.Socket[Any]", endpoint: str) -> None:
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
-        raise BindError(f"cannot bind {endpoint}: {error}") from None
+        reason, way_out = error.strerror, "choose another --bind"
+        if error.errno == errno.EADDRINUSE:
+            reason = "another program is listening there"
+        elif error.errno in (errno.ENODEV, errno.EADDRNOTAVAIL):
+            reason, way_out = "this machine has no such address", "see `ip address`"
+        raise BindError(f"cannot bind {endpoint}: {reason}; {way_out}") from None
 
 
 def _check_ipc(path: str) -> None:
@@ -112,8 +118,10 @@ def _lock_ipc(path: str) -> int:
 
 
 def _check_tcp(endpoint: str, has_keys: bool) -> None:
-    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-    host = host.strip("[]")
+    written, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    host = written.strip("[]")
+    if ":" in host and written != f"[{host}]":
+        raise BindError(f"cannot bind {endpoint}: write an IPv6 address in brackets, such as tcp://[{host}]:{port}")
     if not host or not port.isdecimal() or int(port) > MAX_PORT:
         raise BindError(f"cannot bind {endpoint}: write tcp://127.0.0.1:PORT with a port from 0 (any) to {MAX_PORT}")
     address = _address(host)

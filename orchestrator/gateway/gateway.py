@@ -99,6 +99,8 @@ class Gateway:
         )
         self._memory = MemoryBound(spec.memory_bytes)
         self._next_tick_s = self._next_alive_s = 0.0
+        self._has_said_coming = False
+        """Since the engine was last heard; it says something at least every second."""
         self._running = True
         self._failure: BaseException | None = None
 
@@ -115,8 +117,8 @@ class Gateway:
             self._jobs.start(lambda: codec_of(self._spec), self._loaded)
         while self._running:
             ready = dict(poller.poll(self._wait_ms()))
-            if self._spec.says_coming and self._front.socket in ready and not len(self._table):
-                self._link.send(LINK.encode(Coming()))
+            if self._front.socket in ready:
+                self._say_coming()
             if not ready.keys().isdisjoint(self._parent_fds):
                 self.stop()
             self._front.doorkeeper.answer()
@@ -170,6 +172,7 @@ class Gateway:
             except zmq.Again:
                 return
             self._say_alive()
+            self._has_said_coming = False
             message = LINK.decode(data)
             if isinstance(message, Outputs):
                 self._on_outputs(message)
@@ -187,6 +190,13 @@ class Gateway:
         if (now := time.monotonic()) >= self._next_alive_s:
             self._next_alive_s = now + ALIVE_INTERVAL_S
             self._link.send(LINK.encode(Alive()))
+
+    def _say_coming(self) -> None:
+        """Wake an idle engine while the message is still being read; once is enough for one that does not answer."""
+        is_idle = self._info is not None and self._info.state == "ready" and not len(self._table)
+        if self._spec.says_coming and is_idle and not self._has_said_coming:
+            self._has_said_coming = True
+            self._link.send(LINK.encode(Coming()))
 
     def _on_info(self, info: EngineInfo) -> None:
         self._info = info

@@ -100,7 +100,9 @@ def test_every_variable_that_sources_and_docs_name_is_accepted() -> None:
         ("kv_memory", "abc", "--kv-memory: 'abc' is not a size"),
         ("kv_memory", "9" * 400, "--kv-memory: a size of 400 digits"),
         ("kv_memory", -5, "--kv-memory is -5; it must be between 0 and"),
-        ("seed", str(2**64), "--seed is '18446744073709551616'; it must be between 0 and"),
+        ("seed", str(2**64), "--seed is '18446744073709551616'; it must be between 0 and 9223372036854775807"),
+        ("max_batch_tokens", 2**21, "--max-batch-tokens is 2097152; it must be between 0 and 1048576"),
+        ("hang_timeout", 0.0, "--hang-timeout is 0.0; it must be between 0.1 and 86400"),
     ],
 )
 def test_numbers_beyond_reason_are_refused_with_the_option(name: str, value: object, message: str) -> None:

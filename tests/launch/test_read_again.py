@@ -1,5 +1,6 @@
 """What `serve` takes from its files again on SIGHUP."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,28 @@ def test_limits_and_clients_are_read_again_and_what_needs_a_restart_is_named(
     file.write_text("max_rows = many")
     with pytest.raises(UserError, match="not valid TOML"):
         read_again(config, file, flags)
+
+
+def test_the_last_clients_key_can_be_taken_away_from_a_running_server(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    make_server(keys)
+    make_client(keys, "alice")
+    config, _ = load_config({"bind": "tcp://127.0.0.1:0", "keys": str(keys)}, {}, None)
+    (keys / "clients/alice.public").unlink()
+    values = read_again(config, None, {"bind": config.bind, "keys": config.keys})
+    assert values.keys is not None
+    assert values.keys.clients == []
+    with pytest.raises(UserError, match="nobody could connect"):
+        keys_for(config.bind, config.keys)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_read_again(tmp_path: Path) -> None:
+    """Nobody writes into it any more: the server would wait for ever, or find nothing and forget its configuration."""
+    config, _ = load_config({}, {}, None)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is not a regular file"):
+        read_again(config, tmp_path / "pipe", {})
 
 
 def test_keys_are_loaded_for_tcp_only(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ def main() -> int:
     for socket, endpoint in ((link, spec.link), (test, os.environ["FAKE_GATEWAY"])):
         socket.setsockopt(zmq.LINGER, 1000)
         socket.connect(endpoint)
+    if "FAKE_GATEWAY_MISTAKE" in os.environ:
+        link.send(LINK.encode(GatewayFailure("no usable tokenizer", "", is_mistake=True)))
     link.send(LINK.encode(GatewayReady(spec.bind)))
     poller = zmq.Poller()
     for source in (link, test, 0):

@@ -15,7 +15,7 @@ from server_process import DEADLINE_S, ServerProcess, running_server
 
 from mgpu import Client
 from mgpu.protocol.control import RowSampling
-from mgpu.protocol.link import Resumable, Resume, Submit
+from mgpu.protocol.link import Coming, Resumable, Resume, Submit
 from mgpu.protocol.runtime import running_servers
 
 REAL_GATEWAY = (sys.executable, "-m", "mgpu.orchestrator.gateway")
@@ -61,6 +61,29 @@ def test_a_request_goes_on_while_the_gateway_is_replaced(folder: Path, order: by
         server.send(Resume(6, SESSION, 99))
         server.wait_for(lambda: len(server.records) == 2)
         assert server.records[1].sequences == []
+
+
+def test_gateway_and_worker_may_die_while_word_of_a_request_is_under_way(folder: Path) -> None:
+    """What the gateway has still said is read when it is replaced: by then there is nobody to wake for it."""
+    with running_server(folder, device_kind="cuda") as server:
+        server.wait_ready()
+        server.process.send_signal(signal.SIGSTOP)
+        worker = server.workers()[0]
+        worker.kill()
+        server.socket.send(b"fail")
+        for _ in range(100):
+            server.send(Coming())
+        deadline = time.monotonic() + DEADLINE_S
+        while worker.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+        known = len(server.infos)
+        server.process.send_signal(signal.SIGCONT)
+        server.wait_for(lambda: any(info.state == "ready" for info in server.infos[known:]))
+        server.submit(1, [1, 2, 3], 5)
+        server.wait_for(lambda: 1 in server.finish)
+        assert server.tokens[1] == solo_tokens([1, 2, 3], 5)
+        counters = server.counters()
+        assert counters["restarts"] == counters["gateway_restarts"] == 1
 
 
 def test_requests_that_nobody_comes_back_for_end(folder: Path) -> None:

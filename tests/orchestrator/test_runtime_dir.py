@@ -209,3 +209,16 @@ def test_bases_follow_the_session_and_the_service_manager() -> None:
         temporary,
     ]
     assert base_dirs({}) == [Path("/run/mgpu"), temporary]
+
+
+def test_a_server_that_ends_while_it_is_looked_for_is_not_found(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = RuntimeDir(environ(base))
+    runtime.announce(SERVER)
+
+    def locked_and_then_gone(folder: Path) -> bool:
+        shutil.rmtree(folder)
+        return True
+
+    monkeypatch.setattr("mgpu.protocol.runtime.is_locked", locked_and_then_gone)
+    assert running_servers(environ(base)) == []
+    runtime.close()

@@ -183,6 +183,15 @@ def test_weights_that_cannot_be_read_end_the_start_as_a_mistake_of_the_user(fold
         assert "Traceback" not in server.log
 
 
+def test_a_tokenizer_that_cannot_be_read_ends_the_start_as_a_mistake_of_the_user(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_GATEWAY_MISTAKE", "1")
+    with running_server(folder) as server:
+        assert server.wait_exit() == 78
+        assert "the gateway failed: no usable tokenizer" in server.log
+
+
 def test_sigkill_of_the_parent_leaves_nothing(folder: Path) -> None:
     with running_server(folder, {"step_s": 0.01}, ranks_per_stage=2) as server:
         server.wait_ready()

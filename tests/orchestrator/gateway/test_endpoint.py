@@ -48,6 +48,17 @@ def test_an_endpoint_has_one_owner_until_it_is_released(new_socket: NewSocket, e
     os.close(lock)
 
 
+@pytest.mark.parametrize(
+    ("host", "has_keys", "words"),
+    [("127.0.0.1", False, "another program is listening there; choose"), ("192.0.2.1", True, "no such address; see")],
+)
+def test_what_stands_in_the_way_of_a_port_is_said(new_socket: NewSocket, host: str, has_keys: bool, words: str) -> None:
+    taken, _ = bind(new_socket(), "tcp://127.0.0.1:0")
+    port = taken.rpartition(":")[2]
+    with pytest.raises(BindError, match=words):
+        bind(new_socket(), f"tcp://{host}:{port}", has_keys)
+
+
 def test_a_lock_file_that_was_removed_while_it_was_being_locked_locks_nothing(
     new_socket: NewSocket, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

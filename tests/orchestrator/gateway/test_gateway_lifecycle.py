@@ -138,6 +138,7 @@ def _until_closed(raw: socket.socket) -> bytes:
         ("tcp://0.0.0.0:5000", "loopback"),
         ("tcp://*:5000", "loopback"),
         ("tcp://example.org:5000", "loopback"),
+        ("tcp://::1:5000", "in brackets, such as tcp://[::1]:5000"),
         ("ipc://relative/path", "absolute"),
         ("ipc:///" + "x" * 120, "107"),
         ("ipc:///no-such-folder-here/front", "does not exist"),
@@ -157,6 +158,7 @@ def test_an_unusable_tokenizer_ends_the_process_with_the_reason(tmp_path: Path) 
     with GatewayProcess(tmp_path, ready=False) as gateway:
         assert isinstance(gateway.first, GatewayFailure)
         assert "tokenizer.json" in gateway.first.message
+        assert gateway.first.is_mistake
         assert gateway.process.wait(DEADLINE_S) == 1
 
 

@@ -36,6 +36,20 @@ def test_an_engine_that_wants_to_know_hears_of_a_request_before_it_is_read(model
         assert all(isinstance(engine.messages.get(), Coming) for _ in range(heard))
 
 
+def test_an_engine_that_starts_or_is_silent_does_not_hear_of_every_message(
+    model_folder: Path,
+) -> None:
+    with GatewayProcess(model_folder, says_coming=True, ready=False) as gateway, Client(gateway.endpoint) as client:
+        for _ in range(10):
+            client.health()
+        assert gateway.engine.messages.empty(), "it starts, and wants to hear of nothing else"
+        gateway.set_info()
+        gateway.engine.answers_stats = False
+        for _ in range(10):
+            client.models()
+        assert gateway.engine.messages.qsize() <= 2
+
+
 def test_text_is_tokenized_with_the_models_bos(gateway: GatewayProcess) -> None:
     with Client(gateway.endpoint) as client:
         client.generate("hé", max_tokens=1)
