@@ -312,13 +312,8 @@ class Gateway:
         self._next_sequence += len(submits)
         request.prompt_tokens = accepted.prompt_tokens
         self._table.add(request)
-        self._table.start(
-            request,
-            [
-                self._choice(request.spec, at, submit.request_id, submit.stop_token_ids)
-                for at, submit in enumerate(submits)
-            ],
-        )
+        named = enumerate((submit.request_id, submit.stop_token_ids) for submit in submits)
+        self._table.start(request, [self._choice(request.spec, at, *names) for at, names in named])
         if request.spec.session is not None:
             context = pack_context(request, accepted)
             self._send_engine(Resumable(request.spec.session, request.id, context, submits))
