@@ -106,6 +106,7 @@ class Engine:
                 self._tell_state()  # before queries are answered, so that counters and state agree
                 self._drain_inbox()
                 self._publish_steps()
+                self._emit()  # what was refused or cancelled must not wait for the next result
                 self._gather_results()
                 self._emit()
             except (WorkerLost, WorkersHung) as cause:
@@ -249,11 +250,8 @@ class Engine:
         return min(PARK_S, max(0.0, self._drain_deadline_s - time.monotonic()))
 
     def _look_around(self, timeout_s: float) -> None:
-        """See to what is due, sleep until something happens, and take in all that is no result and no gateway message.
-
-        In this order: who wakes this process up is in more of a hurry.
-        """
-        self._tend()
+        """Sleep until something happens, and take in all that is no result and no gateway message."""
+        self._tend()  # first: who wakes this process up is in more of a hurry
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
         if (now_s := time.monotonic()) - self._last_look_s > STANDSTILL_S:
             self._woke_s = now_s  # this process was stopped, and results may not have reached it yet
