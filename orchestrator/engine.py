@@ -217,11 +217,11 @@ class Engine:
             self._scheduler.apply(result)
         except ValueError as error:
             raise self._workers.broken(str(error)) from error
-        before_s, self._last_result_s = self._last_result_s, time.monotonic()
+        self._last_result_s = time.monotonic()
         if self._published:
             published_s, num_tokens = self._published.popleft()
             self.stats.step_us.add((self._last_result_s - published_s) * 1e6)
-            self._step_deadline.note(num_tokens, self._last_result_s - max(published_s, before_s))
+            self._step_deadline.note(num_tokens, self._last_result_s - published_s)
             if not self._published and self._scheduler.num_running:
                 self.stats.note_dry(self._last_result_s)
         self.stats.compute_us.add(result.compute_us)
@@ -242,7 +242,7 @@ class Engine:
         if not self._published:
             return None
         published_s, num_tokens = self._published[0]
-        return max(published_s, self._last_result_s) + self._step_deadline.usual_s(num_tokens)
+        return published_s + self._step_deadline.usual_s(num_tokens)
 
     def _park_s(self) -> float:
         if self._drain_deadline_s is None:

@@ -22,7 +22,7 @@ class StepDeadline:
         self._usual_s[size] = usual_s + (seconds - usual_s) * _SMOOTHING
 
     def usual_s(self, num_tokens: int) -> float:
-        """Give what a step of so many tokens usually takes; 0 when none of its size was seen."""
+        """Give what a step of so many tokens usually takes from its publication; 0 when none of its size was seen."""
         return self._usual_s.get(num_tokens.bit_length(), 0.0)
 
     def seconds_for(self, num_tokens: int) -> float:
