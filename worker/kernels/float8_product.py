@@ -16,12 +16,10 @@ from torch import Tensor
 from mgpu.worker.kernels.float8_quantize import quantize_rows
 from mgpu.worker.kernels.float8_rows import LEAST_ROWS, Float8Rows, ScaledRows, round_rows
 from mgpu.worker.kernels.packing import PackedWeight, dequantize, pack_fp8
-from mgpu.worker.kernels.runtime import ASKING
+from mgpu.worker.kernels.runtime import ASKING, has_float8
 
 log = logging.getLogger(__name__)
 
-_CAPABILITY = (8, 9)
-"""Ada and Hopper are the first with float8 tensor cores."""
 _TOLERANCE = 2e-2
 """Of a row of the product, next to rows rounded alike. Rounding to bfloat16 twice explains 2e-3; a value half-way
 between two that is rounded the other way may add 1e-2. What is laid out wrongly is off by 1."""
@@ -51,7 +49,7 @@ def _one(device: torch.device) -> Tensor:
 
 def multiplies_float8(device: torch.device) -> bool:
     """Say whether float8 products work here; not to be asked first while a graph is captured."""
-    if torch.cuda.get_device_capability(device) < _CAPABILITY:
+    if not has_float8(device):
         return False
     if ASKING.is_on:
         trial_error(device)  # for its kernels; what comes of it says nothing

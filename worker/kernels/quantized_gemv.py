@@ -19,7 +19,7 @@ from mgpu.worker.kernels.packing import WORDS, PackedWeight
 from mgpu.worker.kernels.runtime import (
     INTERPRETED,
     ceil_div,
-    converts_float8,
+    has_float8,
     launch_options,
     overlaps_launches,
     wait_for_inputs,
@@ -137,7 +137,7 @@ def quantized_gemv(
         max(tiling.block_w, WORDS),
         even,
         overlaps_launches(x_1K.device),
-        not INTERPRETED and (weight.kind != "fp8" or converts_float8(x_1K.device)),
+        not INTERPRETED and (weight.kind != "fp8" or has_float8(x_1K.device)),
         **launch_options(x_1K.device, tiling.num_warps, 1),
     )
     return out_1N

@@ -45,8 +45,8 @@ def shared_bytes(device: torch.device) -> int:
 
 
 @cache
-def converts_float8(device: torch.device) -> bool:
-    """Tell whether the GPU has instructions that convert float8 (Ada on)."""
+def has_float8(device: torch.device) -> bool:
+    """Tell whether the GPU has instructions for float8, conversions and products: Ada is the first that does."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 

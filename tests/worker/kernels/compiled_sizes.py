@@ -31,7 +31,7 @@ def pretend(capability: int, shared: int) -> None:
     """Compile for GPUs of this capability, with tiles for so much shared memory."""
     compile_only(capability)
     set_overlap(capability >= 90)
-    told = {"shared_bytes": lambda device: shared, "converts_float8": lambda device: capability >= 89}
+    told = {"shared_bytes": lambda device: shared, "has_float8": lambda device: capability >= 89}
     for module in map(importlib.import_module, KERNEL_MODULES):
         vars(module).update({name: value for name, value in told.items() if name in vars(module)})
 
