@@ -307,16 +307,16 @@ class Gateway:
 
     def _admit(self, request: Request, prompt: bytes) -> None:
         info, weight = check_state(self._info), self._quota.limits.weight_of(request.identity)
-        client = client_number(request.owner)
-        accepted, submits = admit(request.spec, prompt, self._spec, info, self._next_sequence, client, weight)
+        spec, client = request.spec, client_number(request.owner)
+        accepted, submits = admit(spec, prompt, self._spec, info, self._next_sequence, client, weight)
         self._next_sequence += len(submits)
         request.prompt_tokens = accepted.prompt_tokens
         self._table.add(request)
-        named = enumerate((submit.request_id, submit.stop_token_ids) for submit in submits)
-        self._table.start(request, [self._choice(request.spec, at, *names) for at, names in named])
-        if request.spec.session is not None:
+        choices = [self._choice(spec, at, each.request_id, each.stop_token_ids) for at, each in enumerate(submits)]
+        self._table.start(request, choices)
+        if spec.session is not None:
             context = pack_context(request, accepted)
-            self._send_engine(Resumable(request.spec.session, request.id, context, submits))
+            self._send_engine(Resumable(spec.session, request.id, context, submits))
         else:
             for submit in submits:
                 self._send_engine(submit)
