@@ -9,6 +9,7 @@ step before anybody has read it back.
 import sys
 from array import array
 from dataclasses import dataclass
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from mgpu.worker.errors import BadPlan
 from mgpu.worker.sampling_rules import is_simple
 
 _NO_SAMPLING = RowSampling()
+_HEAD = Struct("<Qfi")
+"""What a row begins with: its seed, its temperature, and four bytes that let the blocks begin at a multiple of 16."""
+_FIRST_BLOCK = _HEAD.size // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,9 @@ class RowTable:
     """State of all rows of one worker.
 
     ``tokens`` is int32 [max_rows, max_seq_len + 1]: a request that reached its full length may be sampled once more
-    before its end is known, and that token needs a place. ``blocks`` is int32 [max_rows, blocks of the longest].
+    before its end is known, and that token needs a place. ``blocks`` is int32 [max_rows, blocks of the longest],
+    ``seeds`` int32 [max_rows, 2], ``temperatures`` float32 [max_rows]. All are columns of one table, so that a new
+    request is a single copy: the first step of a prompt waits for it.
     """
 
     def __init__(self, max_rows: int, max_seq_len: int, block_size: int, num_blocks: int, device: torch.device) -> None:
@@ -56,8 +62,13 @@ class RowTable:
         self.block_size = block_size
         self.num_blocks = num_blocks
         width = max_seq_len + 1
-        self.tokens = torch.zeros((max_rows, width), dtype=torch.int32, device=device)
-        self.blocks = torch.zeros((max_rows, -(-width // block_size)), dtype=torch.int32, device=device)
+        self._most_blocks = -(-width // block_size)
+        self._first_token = _FIRST_BLOCK + self._most_blocks
+        self._table = torch.zeros((max_rows, self._first_token + width), dtype=torch.int32, device=device)
+        self.seeds = self._table[:, :2]
+        self.temperatures = self._table.view(torch.float32)[:, 2]
+        self.blocks = self._table[:, _FIRST_BLOCK : self._first_token]
+        self.tokens = self._table[:, self._first_token :]
         self.sampling = [_NO_SAMPLING] * max_rows
         self.is_simple = [True] * max_rows
         """Rows whose token is the arg-max of their own logits, with or without noise."""
@@ -65,8 +76,6 @@ class RowTable:
         """Counts the requests that had a row, so that late news of an earlier one can be told apart."""
         self.prompt_lens = [0] * max_rows
         self._block_counts = [0] * max_rows
-        self.seeds = torch.zeros((max_rows, 2), dtype=torch.int32, device=device)
-        self.temperatures = torch.zeros(max_rows, dtype=torch.float32, device=device)
 
     def apply(self, plan: StepPlan) -> None:
         """Free, fill and extend rows as the plan says. BadPlan when it names rows or blocks that cannot be."""
@@ -109,24 +118,17 @@ class RowTable:
             self._fill(new)
 
     def _fill(self, new: NewRow) -> None:
-        ids = int32_tensor(new.token_ids)
-        if len(ids) > self.tokens.shape[1] or len(new.block_ids) > self.blocks.shape[1]:
+        num_tokens, num_blocks = len(new.token_ids) // 4, len(new.block_ids)
+        if num_tokens > self.tokens.shape[1] or num_blocks > self._most_blocks:
             raise BadPlan(
-                f"row {new.row} with {len(ids)} tokens and {len(new.block_ids)} blocks; "
-                f"a row holds {self.tokens.shape[1]} and {self.blocks.shape[1]}"
+                f"row {new.row} with {num_tokens} tokens and {num_blocks} blocks; "
+                f"a row holds {self.tokens.shape[1]} and {self._most_blocks}"
             )
         self._check_blocks(new.block_ids)
-        seed = (new.sampling.seed & 0xFFFF_FFFF_FFFF_FFFF).to_bytes(8, "little")
-        blocks, temperature = (
-            int32_tensor(array("i", new.block_ids).tobytes()),
-            torch.tensor([new.sampling.temperature]),
-        )
-        parts = [ids, blocks, int32_tensor(seed), temperature.view(torch.int32)]
-        on_device = torch.split(self._upload(torch.cat(parts)), [len(part) for part in parts])
-        self.tokens[new.row, : len(ids)] = on_device[0]
-        self.blocks[new.row, : len(blocks)] = on_device[1]
-        self.seeds[new.row] = on_device[2]
-        self.temperatures[new.row] = on_device[3].view(torch.float32)[0]
+        head = _HEAD.pack(new.sampling.seed & 0xFFFF_FFFF_FFFF_FFFF, new.sampling.temperature, 0)
+        blocks = array("i", new.block_ids + [0] * (self._most_blocks - num_blocks))
+        values = int32_tensor(head + blocks.tobytes() + new.token_ids)
+        self._table[new.row, : len(values)].copy_(self._staged(values), non_blocking=True)
         self._block_counts[new.row] = len(new.block_ids)
         self.prompt_lens[new.row] = new.prompt_len
         self.sampling[new.row] = new.sampling
@@ -202,13 +204,13 @@ class RowTable:
 
     def to_device(self, columns: list[list[int]]) -> tuple[Tensor, ...]:
         """Copy columns of integers in one go; gives int64 tensors of the same lengths."""
-        flat = self._upload(torch.tensor([value for column in columns for value in column], dtype=torch.int64))
+        values = torch.tensor([value for column in columns for value in column], dtype=torch.int64)
+        flat = self._staged(values).to(self.device, non_blocking=True)
         return torch.split(flat, [len(column) for column in columns])
 
-    def _upload(self, values: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return values
-        return values.pin_memory().to(self.device, non_blocking=True)
+    def _staged(self, values: Tensor) -> Tensor:
+        """Put values where a copy to the device needs nobody to wait for it."""
+        return values.pin_memory() if self.device.type == "cuda" else values
 
 
 def int32_tensor(data: bytes) -> Tensor:

@@ -72,6 +72,8 @@ def _stretch_kernel(
     V,
     first_id,
     logits_stride,
+    temperatures_stride,
+    seeds_stride,
     BLOCK: tl.constexpr,
     GREEDY: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -85,11 +87,11 @@ def _stretch_kernel(
     scores = scores.to(tl.float32)
     token = first_id + local
     if not GREEDY:
-        owner = tl.load(rows_ptr + row)
-        temperature = tl.load(temperatures_ptr + owner)
+        owner = tl.load(rows_ptr + row).to(tl.int64)
+        temperature = tl.load(temperatures_ptr + owner * temperatures_stride)
         if temperature >= 1e-5:
-            low = tl.load(seeds_ptr + owner * 2).to(tl.uint32, bitcast=True)
-            high = tl.load(seeds_ptr + owner * 2 + 1).to(tl.uint32, bitcast=True)
+            low = tl.load(seeds_ptr + owner * seeds_stride).to(tl.uint32, bitcast=True)
+            high = tl.load(seeds_ptr + owner * seeds_stride + 1).to(tl.uint32, bitcast=True)
             key = _mix(_mix(_mix(low + 0x9E3779B9) ^ high) ^ tl.load(positions_ptr + row).to(tl.uint32))
             bits = _mix(key ^ (token.to(tl.uint32) * 0x9E3779B1))
             v = (bits >> 1).to(tl.int32).to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
@@ -145,10 +147,10 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Give the best score, float32 [S], and its global token id, int32 [S], within this rank's slice.
 
-    ``temperatures`` float32 and ``seeds`` int32 [.., 2] belong to persistent rows; ``rows_S`` says which those are and
-    ``positions_S`` for which position each token is chosen. Without temperatures all rows are greedy. With ``tokens``,
-    int32 [rows, positions], the choice is also written there, where the next step reads it (one rank only: others
-    have better candidates), except for position 0, which marks padding.
+    ``temperatures`` float32 and ``seeds`` int32 [.., 2], rows of any stride, belong to persistent rows; ``rows_S`` says
+    which those are and ``positions_S`` for which position each token is chosen. Without temperatures all rows are
+    greedy. With ``tokens``, int32 [rows, positions], the choice is also written there, where the next step reads it
+    (one rank only: others have better candidates), except for position 0, which marks padding.
     """
     count, vocab = logits_SV.shape
     if temperatures is not None and (rows_S is None or positions_S is None or seeds is None):
@@ -169,6 +171,8 @@ def sample(
         vocab,
         first_id,
         logits_SV.stride(0),
+        0 if temperatures is None else temperatures.stride(0),
+        0 if seeds is None else seeds.stride(0),
         STRETCH,
         temperatures is None,
         overlap,

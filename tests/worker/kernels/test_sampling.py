@@ -19,8 +19,9 @@ def test_greedy_choice_is_the_first_largest_logit(device: torch.device, dtype: t
 
 def test_drawn_tokens_equal_those_of_the_torch_sampler(device: torch.device) -> None:
     logits = torch.randn(5, 9000, device=device)
-    temperatures = torch.tensor([0.0, 0.7, 1.3, 0.0, 2.0, 1.0], device=device)
-    seeds = torch.randint(-(2**31), 2**31 - 1, (6, 2), dtype=torch.int32, device=device)
+    table = torch.randint(-(2**31), 2**31 - 1, (6, 7), dtype=torch.int32, device=device)
+    seeds, temperatures = table[:, 3:5], table.view(torch.float32)[:, 1]
+    temperatures.copy_(torch.tensor([0.0, 0.7, 1.3, 0.0, 2.0, 1.0]))
     rows = torch.tensor([4, 1, 3, 2, 5], device=device)
     positions = torch.tensor([5, 100, 3, 77, 1], device=device)
     tokens = torch.zeros(6, 200, dtype=torch.int32, device=device)
