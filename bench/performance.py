@@ -2,6 +2,7 @@
 
     python bench/performance.py                              # all parts, on one GPU
     python bench/performance.py --only bf16,fp8 --budget 570 # some of them; nothing is begun that would take longer
+    python bench/performance.py --only bf16 --again          # once more: the table shows the runs of all times together
     python bench/performance.py --write                      # table and picture from what was saved, nothing measured
     python bench/performance.py --rehearse                   # every part with small models and no GPU
 
@@ -27,9 +28,10 @@ import click
 from model_shapes import write_config
 from performance_plot import write_picture
 from performance_ready import measure_ready
+from performance_records import next_path, read_results, record_paths
 from performance_rows import BENCH, FAILED, REAL, REHEARSED, SHOWN, Sizes, last_line, missing, size_text
 from performance_server import Part, Place, measure
-from performance_table import BEGIN, END, read_results, table, write_between
+from performance_table import BEGIN, END, table, write_between
 
 from mgpu.launch.bench.machine import gpu_names
 from mgpu.launch.bench.report import Report
@@ -57,7 +59,7 @@ SERVERS = {
 }  # fmt: skip
 EXPECTED_S = {
     "bf16": 130, "fp8": 45, "fp8-kv": 35, "int8": 25, "int4": 25, "32b": 40, "ready": 100, "gaps": 30,
-    "transformers": 75, "transformers-continuous": 75, "transformers-32b": 45,
+    "transformers": 75, "transformers-continuous": 200, "transformers-32b": 45,
 }  # fmt: skip
 """Seconds per part on one H200 with compiled kernels."""
 PEERS: Mapping[str, tuple[str, ...]] = {
@@ -103,9 +105,12 @@ class Run:
         where = ("--device", "cpu", "--rehearse") if self.place.effort.is_rehearsal else ("--device", "cuda")
         run_script([f"peers/{command[0]}", *command[1:], *where, "--save", str(save)])
 
-    def measure(self, name: str, save: Path) -> None:
-        """Measure one part anew; what keeps it from being measured becomes its last row."""
-        save.unlink(missing_ok=True)
+    def measure(self, name: str, again: bool) -> None:
+        """Measure one part, ``again`` beside what is saved of it; what keeps it from it becomes its last row."""
+        if not again:
+            for path in record_paths(self.results, name):
+                path.unlink()
+        save = next_path(self.results, name)
         try:
             self.parts()[name](save)
         except (UserError, click.ClickException) as error:
@@ -147,6 +152,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds that all parts may take together")
     parser.add_argument("--tbps", type=float, default=4.3, help="what the GPU reads, in TB/s, for shares of the limit")
     parser.add_argument("--results", type=Path, help="folder of the rows (default: bench/results/performance)")
+    parser.add_argument("--again", action="store_true", help="keep what is saved: the table has the runs of all times")
     parser.add_argument("--write", action="store_true", help="measure nothing; write table and picture")
     parser.add_argument("--rehearse", action="store_true", help="small models on the CPU; all files in another folder")
     parser.add_argument("options", nargs="*", help="options of every server, after --")
@@ -173,7 +179,7 @@ def measure_parts(arguments: argparse.Namespace) -> None:
                 continue
             part_s = time.monotonic()
             print(f"== {name}, about {EXPECTED_S[name]} s", flush=True)
-            run.measure(name, arguments.results / f"{name}.json")
+            run.measure(name, arguments.again)
             print(f"== {name} took {time.monotonic() - part_s:.0f} s", flush=True)
 
 

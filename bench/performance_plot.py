@@ -6,8 +6,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from performance_records import Result, Results
 from performance_rows import DECODE
-from performance_table import CONTINUOUS, GENERATE, Result, Results, write_between
+from performance_table import CONTINUOUS, GENERATE, write_between
 from plot import Line, Point, draw
 
 CONTEXT = 1024

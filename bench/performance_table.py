@@ -3,15 +3,13 @@
 The targets, and the numbers of vLLM and SGLang, are those that mgpu was to be measured against.
 """
 
-import json
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from performance_records import Result, Results, machine_lines
 from performance_rows import (
     BURST,
     DECODE,
@@ -26,8 +24,6 @@ from performance_rows import (
     READY_FILES,
     READY_PEER,
 )  # fmt: skip
-
-from mgpu.launch.bench.machine import heading
 
 BEGIN, END = "<!-- bench/performance.py --write: begin -->", "<!-- bench/performance.py --write: end -->"
 HEAD = """| what | mgpu: median (least to greatest) | share of limit | transformers | vLLM, SGLang ¹ | target | met |
@@ -119,17 +115,6 @@ LINES = (
     Line("idle server, of a core", "bf16", IDLE, unit=SHARE, target=0.01, is_more_better=False),
 )  # fmt: skip
 
-Result = dict[str, Any]
-Results = dict[str, Result]
-
-
-def read_results(folder: Path) -> Results:
-    """Read what each part saved. SystemExit when there is nothing."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    if not found:
-        raise SystemExit(f"error: no results in {folder}; measure first: python bench/performance.py --only bf16")
-    return found
-
 
 def find(results: Results, part: str, what: str, count: int, length: int) -> Result:
     """Give a row that a part saved; else one whose note says why there is none."""
@@ -205,15 +190,6 @@ def table(results: Results) -> str:
     notes = f"{NOTE}\n{BATCHED_NOTE}" if f"{BATCHED} |" in lines else NOTE
     machines = "\n".join(f"- {line}" for line in machine_lines(results.items()))
     return f"{HEAD}\n{lines}\n\n{notes}\n\nMeasured on:\n\n{machines}\n"
-
-
-def machine_lines(results: Iterable[tuple[str, Result]]) -> list[str]:
-    """List machines and versions, each with the parts that ran there; options of the server that are not the part's."""
-    parts: dict[str, list[str]] = {}
-    for name, result in results:
-        more = " ".join(result.get("more_options", []))
-        parts.setdefault(heading(result["machine"]), []).append(f"{name} (`{more}`)" if more else name)
-    return [f"{', '.join(names)}: {where}" for where, names in parts.items()]
 
 
 def insert(page: str, text: str) -> str:

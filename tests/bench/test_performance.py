@@ -13,6 +13,7 @@ from chaos_gpu import leak
 from gpu_spans import Span, busy_us, idle_before_steps
 from performance import EXPECTED_S, PEERS, SERVERS, note_failure
 from performance_plot import lines_of
+from performance_records import next_path, read_results, record_paths
 from performance_rows import DECODE, FAILED, GAP, READY, missing, row, size_text, sizes, window_rates
 from performance_table import BEGIN, END, LINES, insert, table
 
@@ -74,6 +75,29 @@ def test_a_failure_is_added_to_the_rows_that_were_saved_before_it(tmp_path: Path
     save.write_text(json.dumps(result(row(GAP, 1, 128, "us", [12.0]))))
     note_failure("gaps", save, "out of memory")
     assert [each["what"] for each in json.loads(save.read_text())["rows"]] == [GAP, FAILED]
+
+
+def test_records_of_a_part_are_one_result_with_the_runs_of_all(tmp_path: Path) -> None:
+    def save(part: str, runs: list[float], limit: float) -> Path:
+        path = next_path(tmp_path, part)
+        path.write_text(json.dumps(result(row(DECODE, 1, 128, "tok/s", runs) | {"limit": limit, "share": 0.0})))
+        return path
+
+    names = [save("fp8", [236, 240, 242], 300).name, save("fp8", [230, 231, 251], 310).name]
+    assert names == ["fp8.json", "fp8.2.json"]
+    save("fp8-kv", [1], 2)
+    assert [path.name for path in record_paths(tmp_path, "fp8")] == ["fp8.2.json", "fp8.json"]
+    results = read_results(tmp_path)
+    (found,) = results["fp8"]["rows"]
+    assert (found["value"], found["value_low"], found["value_high"]) == (238, 230, 251)
+    assert (found["limit"], found["share"]) == (305, 238 / 305)
+    assert "fp8-kv, fp8 (2 times): 2026-11-24 | C | G" in table(results)
+
+
+def test_a_row_that_one_record_has_not_is_that_of_the_others(tmp_path: Path) -> None:
+    for part in (missing(DECODE, 1, 128, "does not fit"), row(DECODE, 1, 128, "tok/s", [5.0, 6.0, 8.0])):
+        next_path(tmp_path, "bf16").write_text(json.dumps(result(part)))
+    assert [each["value"] for each in read_results(tmp_path)["bf16"]["rows"]] == [6.0]
 
 
 def test_the_table_replaces_what_stood_between_its_markers() -> None:
