@@ -106,7 +106,7 @@ class Run:
         run_script([f"peers/{command[0]}", *command[1:], *where, "--save", str(save)])
 
     def measure(self, name: str, again: bool) -> None:
-        """Measure one part, ``again`` beside what is saved of it; what keeps it from it becomes its last row."""
+        """Measure one part; ``again`` keeps what is saved of it. A failure becomes the last row."""
         if not again:
             for path in record_paths(self.results, name):
                 path.unlink()

@@ -60,7 +60,9 @@ def _limit(row: Result) -> Point:
 
 
 def caption(results: Results) -> str:
-    """Say what was measured, where and when, of the first engine that is drawn."""
-    machine = next(results[part]["machine"] for part in ENGINES if part in results)
+    """Say what was measured, where and when; machines are those of the first engine that is drawn."""
+    drawn = [results[part] for part in ENGINES if part in results]
+    machine = drawn[0]["machines"][-1]
     where = ", ".join(dict.fromkeys(machine["gpus"])) or machine["cpu"]
-    return f"Llama-3.1-8B, decoding behind prompts of {CONTEXT:,} tokens; {where}; {machine['date']}"
+    dates = sorted({machine["date"] for result in drawn for machine in result["machines"]})
+    return f"Llama-3.1-8B, decoding behind prompts of {CONTEXT:,} tokens; {where}; {', '.join(dates)}"

@@ -1,75 +1,83 @@
 """What `bench/performance.py` saved: a file per part and, for parts that were measured again, further ones beside it.
 
-``bf16.json`` and ``bf16.2.json`` are two records of the part bf16. The table shows their runs together. Three runs make
-a record (`performance_rows.REAL`), so that least, median and greatest are all of them.
+``bf16.json`` and ``bf16.2.json`` are two records of the part bf16, the second one newer. The table shows the median of
+the medians of all records of a part, and the least and the greatest run of all.
 """
 
 import json
-import statistics
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from mgpu.launch.bench.machine import heading
-from mgpu.launch.bench.summary import spread
 
 Result = dict[str, Any]
 Results = dict[str, Result]
 
+SHOWN_FIELDS = ("value", "occupancy_share")
+"""What the table shows of a row, each beside its least and greatest as ``_low`` and ``_high``."""
+ALIKE = ("shape", "more_options")
+"""What records must agree in to be shown as one."""
+
 
 def record_paths(folder: Path, part: str) -> list[Path]:
-    """List the records of one part."""
-    return sorted(path for path in folder.glob(f"{part}.*") if path.suffix == ".json" and part_of(path) == part)
+    """List the records of one part, the oldest first."""
+    return list(takewhile(Path.exists, _names(folder, part)))
 
 
 def next_path(folder: Path, part: str) -> Path:
     """Give a name for a further record, or for the first."""
-    names = (folder / (f"{part}.json" if number == 1 else f"{part}.{number}.json") for number in count(1))
-    return next(path for path in names if not path.exists())
+    return next(path for path in _names(folder, part) if not path.exists())
 
 
-def part_of(path: Path) -> str:
-    return path.name.partition(".")[0]
+def _names(folder: Path, part: str) -> Iterable[Path]:
+    return (folder / (f"{part}.json" if number == 1 else f"{part}.{number}.json") for number in count(1))
 
 
 def read_results(folder: Path) -> Results:
-    """Read what each part saved. SystemExit when there is nothing."""
-    found: dict[str, list[Result]] = defaultdict(list)
-    for path in sorted(folder.glob("*.json")):
-        found[part_of(path)].append(json.loads(path.read_text()))
-    if not found:
+    """Read what each part saved. SystemExit when there is nothing, or when records cannot be shown as one."""
+    parts = sorted({path.name.partition(".")[0] for path in folder.glob("*.json")})
+    if not parts:
         raise SystemExit(f"error: no results in {folder}; measure first: python bench/performance.py --only bf16")
-    return {part: pooled(records) for part, records in found.items()}
+    results = {}
+    for part in parts:
+        paths = record_paths(folder, part)
+        records = [json.loads(path.read_text()) for path in paths]
+        if any(record.get(name) != records[0].get(name) for record in records for name in ALIKE):
+            names = ", ".join(path.name for path in paths)
+            raise SystemExit(f"error: {names} in {folder} differ in {' or '.join(ALIKE)}; remove all but one kind")
+        results[part] = together(records)
+    return results
 
 
-def pooled(records: Sequence[Result]) -> Result:
-    """Make one result of all records of a part, which keeps the machines of all."""
+def together(records: Sequence[Result]) -> Result:
+    """Make one result of all records of a part. What it says apart from its rows is what the newest one says."""
     rows: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
     for record in records:
         for row in record["rows"]:
             rows[row["what"], row["count"], row["length"]].append(row)
     machines = [record["machine"] for record in records]
-    return {**records[-1], "machines": machines, "rows": [_together(same) for same in rows.values()]}
+    return {**records[-1], "machines": machines, "rows": [_one_row(same) for same in rows.values()]}
 
 
-def _together(rows: Sequence[Result]) -> Result:
-    """Make one row of what several records have of the same thing, as if its runs were of one."""
-    known = [row for row in rows if "value" in row] or rows
-    if len(known) == 1:
-        return known[0]
-    together = dict(known[-1])
-    for name in known[-1]:
-        if f"{name}_low" in known[-1]:
-            together.update(spread(name, [row[name + end] for row in known for end in ("", "_low", "_high")]))
-    if together.get("limit"):
-        together["limit"] = statistics.median(row["limit"] for row in known)
-        together["share"] = together["value"] / together["limit"]
-    return together
+def _one_row(rows: Sequence[Result]) -> Result:
+    """Make one row of what several records have of the same thing."""
+    known = [row for row in rows if "value" in row]
+    if len(known) < 2:
+        return (known or list(rows))[-1]
+    one = dict(known[-1])
+    for name in SHOWN_FIELDS:
+        if all(name in row for row in known):
+            one[name] = median(row[name] for row in known)
+            one[f"{name}_low"] = min(row[f"{name}_low"] for row in known)
+            one[f"{name}_high"] = max(row[f"{name}_high"] for row in known)
+    if all(row.get("limit") for row in known):
+        one["limit"] = median(row["limit"] for row in known)
+        one["share"] = one["value"] / one["limit"]
+    return one
 
 
 def machine_lines(results: Iterable[tuple[str, Result]]) -> list[str]:
@@ -78,7 +86,6 @@ def machine_lines(results: Iterable[tuple[str, Result]]) -> list[str]:
     for name, result in results:
         more = " ".join(result.get("more_options", []))
         shown = f"{name} (`{more}`)" if more else name
-        machines = result.get("machines", [result["machine"]])
-        for machine, times in Counter(map(heading, machines)).items():
+        for machine, times in Counter(map(heading, result["machines"])).items():
             parts.setdefault(machine, []).append(shown if times == 1 else f"{shown} ({times} times)")
     return [f"{', '.join(names)}: {where}" for where, names in parts.items()]

@@ -20,9 +20,8 @@ from mgpu.worker.errors import BadPlan
 from mgpu.worker.sampling_rules import is_simple
 
 _NO_SAMPLING = RowSampling()
-_HEAD = Struct("<Qfi")
-"""What a row begins with: its seed, its temperature, and four bytes that let the blocks begin at a multiple of 16."""
-_FIRST_BLOCK = _HEAD.size // 4
+_HEAD = Struct("<Qf")
+"""What a row begins with, before its blocks and its tokens: its seed and its temperature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +61,10 @@ class RowTable:
         self.block_size = block_size
         self.num_blocks = num_blocks
         width = max_seq_len + 1
-        self._most_blocks = -(-width // block_size)
-        self._first_token = _FIRST_BLOCK + self._most_blocks
-        self._table = torch.zeros((max_rows, self._first_token + width), dtype=torch.int32, device=device)
-        self.seeds = self._table[:, :2]
-        self.temperatures = self._table.view(torch.float32)[:, 2]
-        self.blocks = self._table[:, _FIRST_BLOCK : self._first_token]
-        self.tokens = self._table[:, self._first_token :]
+        columns = [2, 1, -(-width // block_size), width]
+        self._table = torch.zeros((max_rows, sum(columns)), dtype=torch.int32, device=device)
+        self.seeds, temperatures, self.blocks, self.tokens = torch.split(self._table, columns, dim=1)
+        self.temperatures = temperatures.view(torch.float32)[:, 0]
         self.sampling = [_NO_SAMPLING] * max_rows
         self.is_simple = [True] * max_rows
         """Rows whose token is the arg-max of their own logits, with or without noise."""
@@ -118,16 +114,16 @@ class RowTable:
             self._fill(new)
 
     def _fill(self, new: NewRow) -> None:
-        num_tokens, num_blocks = len(new.token_ids) // 4, len(new.block_ids)
-        if num_tokens > self.tokens.shape[1] or num_blocks > self._most_blocks:
+        num_tokens, most_tokens, most_blocks = len(new.token_ids) // 4, self.tokens.shape[1], self.blocks.shape[1]
+        if num_tokens > most_tokens or len(new.block_ids) > most_blocks:
             raise BadPlan(
-                f"row {new.row} with {num_tokens} tokens and {num_blocks} blocks; "
-                f"a row holds {self.tokens.shape[1]} and {self._most_blocks}"
+                f"row {new.row} with {num_tokens} tokens and {len(new.block_ids)} blocks; "
+                f"a row holds {most_tokens} and {most_blocks}"
             )
         self._check_blocks(new.block_ids)
-        head = _HEAD.pack(new.sampling.seed & 0xFFFF_FFFF_FFFF_FFFF, new.sampling.temperature, 0)
-        blocks = array("i", new.block_ids + [0] * (self._most_blocks - num_blocks))
-        values = int32_tensor(head + blocks.tobytes() + new.token_ids)
+        head = _HEAD.pack(new.sampling.seed & 0xFFFF_FFFF_FFFF_FFFF, new.sampling.temperature)
+        blocks = array("i", new.block_ids).tobytes().ljust(4 * most_blocks, b"\0")
+        values = int32_tensor(head + blocks + new.token_ids)
         self._table[new.row, : len(values)].copy_(self._staged(values), non_blocking=True)
         self._block_counts[new.row] = len(new.block_ids)
         self.prompt_lens[new.row] = new.prompt_len

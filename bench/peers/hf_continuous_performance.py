@@ -96,18 +96,19 @@ class Asked:
     async def ask(self) -> None:
         """Ask everything. What takes too long ends it: the manager would go on with it beside what comes next."""
         await self.batch(1, 8, 4, FIRST_S)
-        questions = (
-            (DECODE, TOKENS_PER_S, self.decode, self.options.decode),
-            (FIRST_TOKEN, "ms", self.first_token, self.options.first_token),
-            (BURST, TOKENS_PER_S, self.burst, self.options.burst),
-        )
-        for what, unit, measure, sizes in questions:
-            for count, length in sizes:
-                try:
-                    self.report.add(row(what, count, length, unit, await measure(count, length)))
-                except TimeoutError:
-                    self.report.add(missing(what, count, length, f"not done in {DEADLINE_S:g} s; the rest is left out"))
-                    return
+        asked = [
+            *((FIRST_TOKEN, "ms", self.first_token, size) for size in self.options.first_token),
+            *((DECODE, TOKENS_PER_S, self.decode, size) for size in self.options.decode),
+            *((BURST, TOKENS_PER_S, self.burst, size) for size in self.options.burst),
+        ]
+        for index, (what, unit, measure, size) in enumerate(asked):
+            try:
+                self.report.add(row(what, *size, unit, await measure(*size)))
+            except TimeoutError:
+                self.report.add(missing(what, *size, f"not done in {DEADLINE_S:g} s"))
+                for left_out, _, _, other in asked[index + 1 :]:
+                    self.report.add(missing(left_out, *other, f"left out: {what} of {size[0]} was not done in time"))
+                return
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 from chaos_gpu import leak
 from gpu_spans import Span, busy_us, idle_before_steps
-from performance import EXPECTED_S, PEERS, SERVERS, note_failure
-from performance_plot import lines_of
-from performance_records import next_path, read_results, record_paths
-from performance_rows import DECODE, FAILED, GAP, READY, missing, row, size_text, sizes, window_rates
+from performance import EXPECTED_S, PEERS, SERVERS, Run, note_failure
+from performance_plot import caption, lines_of
+from performance_records import next_path, read_results, record_paths, together
+from performance_rows import DECODE, FAILED, GAP, READY, REHEARSED, missing, row, size_text, sizes, window_rates
+from performance_server import Place
 from performance_table import BEGIN, END, LINES, insert, table
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,17 @@ MACHINE = {"date": "2026-11-24", "cpu": "C", "gpus": ["G"], "versions": {"torch"
 
 
 def result(*rows: Any, **facts: Any) -> dict[str, Any]:
+    return together([record(*rows, **facts)])
+
+
+def record(*rows: Any, **facts: Any) -> dict[str, Any]:
     return {"machine": MACHINE, "rows": list(rows), **facts}
+
+
+def save(folder: Path, part: str, *rows: Any, **facts: Any) -> str:
+    path = next_path(folder, part)
+    path.write_text(json.dumps(record(*rows, **facts)))
+    return path.name
 
 
 def line_of(text: str, title: str) -> list[str]:
@@ -77,27 +88,61 @@ def test_a_failure_is_added_to_the_rows_that_were_saved_before_it(tmp_path: Path
     assert [each["what"] for each in json.loads(save.read_text())["rows"]] == [GAP, FAILED]
 
 
-def test_records_of_a_part_are_one_result_with_the_runs_of_all(tmp_path: Path) -> None:
-    def save(part: str, runs: list[float], limit: float) -> Path:
-        path = next_path(tmp_path, part)
-        path.write_text(json.dumps(result(row(DECODE, 1, 128, "tok/s", runs) | {"limit": limit, "share": 0.0})))
-        return path
+def test_further_records_have_numbers_and_the_newest_comes_last(tmp_path: Path) -> None:
+    names = ["fp8.json", *(f"fp8.{number}.json" for number in range(2, 12))]
+    assert [save(tmp_path, "fp8") for _ in names] == names
+    save(tmp_path, "fp8-kv")
+    assert [path.name for path in record_paths(tmp_path, "fp8")] == names
 
-    names = [save("fp8", [236, 240, 242], 300).name, save("fp8", [230, 231, 251], 310).name]
-    assert names == ["fp8.json", "fp8.2.json"]
-    save("fp8-kv", [1], 2)
-    assert [path.name for path in record_paths(tmp_path, "fp8")] == ["fp8.2.json", "fp8.json"]
-    results = read_results(tmp_path)
-    (found,) = results["fp8"]["rows"]
-    assert (found["value"], found["value_low"], found["value_high"]) == (238, 230, 251)
-    assert (found["limit"], found["share"]) == (305, 238 / 305)
-    assert "fp8-kv, fp8 (2 times): 2026-11-24 | C | G" in table(results)
+
+def test_records_are_shown_as_one_by_the_median_of_their_medians_and_all_their_spread(tmp_path: Path) -> None:
+    for runs, limit in (([236, 240, 242], 300), ([230, 231, 251], 310), ([239], 320)):
+        save(tmp_path, "fp8", row(DECODE, 1, 128, "tok/s", runs) | {"limit": limit, "share": 0.0})
+    (found,) = read_results(tmp_path)["fp8"]["rows"]
+    assert (found["value"], found["value_low"], found["value_high"]) == (239, 230, 251)
+    assert (found["limit"], found["share"]) == (310, 239 / 310)
 
 
 def test_a_row_that_one_record_has_not_is_that_of_the_others(tmp_path: Path) -> None:
-    for part in (missing(DECODE, 1, 128, "does not fit"), row(DECODE, 1, 128, "tok/s", [5.0, 6.0, 8.0])):
-        next_path(tmp_path, "bf16").write_text(json.dumps(result(part)))
+    for part in (row(DECODE, 1, 128, "tok/s", [5.0, 6.0, 8.0]), missing(DECODE, 1, 128, "does not fit")):
+        save(tmp_path, "bf16", part)
     assert [each["value"] for each in read_results(tmp_path)["bf16"]["rows"]] == [6.0]
+
+
+def test_a_field_that_one_record_has_not_is_that_of_the_newest(tmp_path: Path) -> None:
+    save(tmp_path, "bf16", row(DECODE, 1, 128, "tok/s", [5.0]))
+    save(tmp_path, "bf16", row(DECODE, 1, 128, "tok/s", [7.0]) | {"occupancy_share": 0.9, "limit": 70})
+    (found,) = read_results(tmp_path)["bf16"]["rows"]
+    assert (found["value"], found["occupancy_share"], found["limit"]) == (6.0, 0.9, 70)
+
+
+def test_machines_and_dates_of_all_records_are_named(tmp_path: Path) -> None:
+    decode = row(DECODE, 1, 1024, "tok/s", [5.0])
+    for date in ("2026-11-24", "2026-11-24", "2026-11-29"):
+        save(tmp_path, "bf16", decode, machine=MACHINE | {"date": date})
+    results = read_results(tmp_path)
+    text = table(results)
+    assert "bf16 (2 times): 2026-11-24 | C | G" in text
+    assert "- bf16: 2026-11-29 | C | G" in text
+    assert caption(results).endswith("G; 2026-11-24, 2026-11-29")
+
+
+def test_records_of_servers_with_other_options_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, "bf16", more_options=[])
+    save(tmp_path, "bf16", more_options=["--max-rows", "512"])
+    with pytest.raises(SystemExit, match=r"bf16.json, bf16.2.json in .* differ in shape or more_options"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(("again", "left"), [(True, ["bf16.2.json", "bf16.json"]), (False, ["bf16.json"])])
+def test_measuring_again_keeps_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool, left: list[str]
+) -> None:
+    save(tmp_path, "bf16", row(DECODE, 1, 128, "tok/s", [5.0]))
+    run = Run(Place(REHEARSED, "", (), tmp_path), tmp_path)
+    monkeypatch.setattr(Run, "parts", lambda self: {"bf16": lambda path: path.write_text("{}")})
+    run.measure("bf16", again)
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_the_table_replaces_what_stood_between_its_markers() -> None:

@@ -101,6 +101,20 @@ def test_seeds_of_64_bits_are_kept_in_two_halves(seed: int) -> None:
     assert (low & 0xFFFFFFFF) | (high & 0xFFFFFFFF) << 32 == seed
 
 
+def test_a_row_that_is_full_leaves_the_others_alone() -> None:
+    table = make_table()
+    for row in (1, 3):
+        sampling = RowSampling(seed=100 + row, temperature=0.5)
+        table.apply(plan_of([], [], [], [], new=[row_of(row, [row] * 9, [row, row + 1, row + 2], sampling)]))
+    before = [column[[1, 3]].clone() for column in (table.tokens, table.blocks, table.seeds, table.temperatures)]
+    full = row_of(2, [9] * 21, [9] * 6, RowSampling(seed=2**64 - 1, temperature=100.0))
+    for new in (full, row_of(2, [8], [7])):
+        table.apply(plan_of([], [], [], [], new=[new]))
+        after = [column[[1, 3]] for column in (table.tokens, table.blocks, table.seeds, table.temperatures)]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert (table.tokens[2, 0], table.blocks[2].tolist()) == (8, [7, 0, 0, 0, 0, 0])
+
+
 def test_the_longest_request_may_be_sampled_once_more() -> None:
     table = make_table()
     plan = plan_of([0], [0], [20], [1], new=[row_of(0, [*range(20)], [*range(5)])])

@@ -56,8 +56,8 @@ def test_temperatures_need_their_rows() -> None:
 
 
 def test_decode_inputs_come_from_the_persistent_rows(device: torch.device) -> None:
-    tokens = torch.randint(0, 1000, (8, 90), dtype=torch.int32, device=device)
-    blocks = torch.randint(0, 99, (8, 6), dtype=torch.int32, device=device)
+    table = torch.randint(0, 99, (8, 99), dtype=torch.int32, device=device)
+    blocks, tokens = table[:, 3:9], table[:, 9:]
     rows, starts = torch.tensor([3, 7, 1, 0], device=device), torch.tensor([33, 80, 0, 5], device=device)
     inputs = DecodeInputs.create(4, 6, device)
     inputs.block_tables.fill_(-1)
@@ -75,8 +75,9 @@ def test_decode_inputs_come_from_the_persistent_rows(device: torch.device) -> No
 
 
 def test_fresh_blocks_are_appended_before_they_are_used(device: torch.device) -> None:
-    tokens = torch.zeros((4, 90), dtype=torch.int32, device=device)
-    blocks = torch.arange(24, dtype=torch.int32, device=device).view(4, 6)
+    table = torch.zeros((4, 99), dtype=torch.int32, device=device)
+    blocks, tokens = table[:, 3:9], table[:, 9:]
+    blocks.copy_(torch.arange(24, dtype=torch.int32).view(4, 6))
     rows, starts = torch.tensor([3, 1, 0], device=device), torch.tensor([32, 33, 7], device=device)
     fresh = torch.tensor([77, -1, 88], device=device)
     inputs = DecodeInputs.create(3, 6, device)
