@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mgpu.launch.limits import LIMIT_OPTIONS, client_limits
 from mgpu.launch.options import config_options, read_config
 from mgpu.launch.plan import PlannedModel, prepare, step_tokens
 from mgpu.orchestrator.devices import worker_environment
+from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway.endpoint import check_endpoint
 from mgpu.orchestrator.layout import layout_text
 from mgpu.orchestrator.reload import Reloadable
@@ -20,6 +22,8 @@ from mgpu.orchestrator.server_keys import describe, load_server_keys
 from mgpu.orchestrator.wish import BLOCK_SIZE
 from mgpu.protocol.link import ServerKeys
 
+LEAST_FILES = 256
+"""Open files that every process of a server has room for; libzmq aborts a process that has none left."""
 RELOADED = frozenset({"keys", "drain_timeout", *LIMIT_OPTIONS})
 """Options that SIGHUP takes into use."""
 
@@ -37,6 +41,7 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
 
     notifier = Notifier.from_environment(os.environ)
     config, _ = read_config(config_file, flags)
+    allow_open_files()
     keys = keys_for(config.bind, config.keys)
     if config.bind:
         check_endpoint(config.bind, keys is not None)
@@ -70,6 +75,19 @@ def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, A
 def keys_for(bind: str, folder: str, needs_clients: bool = True) -> ServerKeys | None:
     """Load the keys if ``bind`` needs any: MGPU_KEYS may be meant for a client on this machine. Raises KeysError."""
     return load_server_keys(folder, os.environ, needs_clients) if bind.startswith("tcp://") else None
+
+
+def allow_open_files() -> None:
+    """Raise a low limit of open files, for the processes to come as well. UserError where that is not allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= LEAST_FILES:
+        return
+    if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
+        raise UserError(
+            f"a process may have {hard} open files here and a server needs {LEAST_FILES}: raise the limit first "
+            "(ulimit -n 1024, or LimitNOFILE=1024 in a unit)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 4 * LEAST_FILES, hard))
 
 
 def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:

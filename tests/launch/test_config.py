@@ -71,7 +71,8 @@ def test_a_typed_but_empty_map_is_never_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("12", 12), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), ("64mib", 64 << 20), ("7B", 7)]
+    ("text", "size"),
+    [("12", 12), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), ("64mib", 64 << 20), ("7B", 7), ("2 TiB", 2 << 40)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
