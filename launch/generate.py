@@ -1,13 +1,17 @@
 """``mgpu-launch generate "prompt"``: continue a text with the running server."""
 
 import sys
+from collections.abc import Iterable, Iterator
 
 import click
 
 from mgpu.launch.talk import ServerError, given, print_pieces, talk_options
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client import Client
-from mgpu.protocol.completion import MgpuError
+from mgpu.protocol.completion import MgpuError, Piece
+
+MOST_TOKENS = 512
+"""A text that is only continued may never end: without --max-tokens it ends here, or where the context does."""
 
 
 @click.command("generate")
@@ -26,17 +30,31 @@ def generate_command(
     timeout: float,
     stop: tuple[str, ...],
 ) -> None:
-    """Continue PROMPT and print the text as it arrives; "-" reads the prompt from standard input."""
+    """Continue PROMPT and print the text as it arrives; "-" reads the prompt from standard input.
+
+    Without --max-tokens it is stopped after 512 tokens.
+    """
     text = _read_input() if prompt == "-" else prompt
     options = given(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=list(stop) or None
     )
     try:
         with Client(endpoint, timeout_s=timeout, keys=keys) as client, client.stream(text, **options) as pieces:
-            print_pieces(pieces)
+            print_pieces(pieces if max_tokens is not None else stopped(pieces))
     except MgpuError as error:
         raise ServerError(str(error)) from error
     click.echo()
+
+
+def stopped(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Give pieces until there have been `MOST_TOKENS`, and say so if more would come."""
+    left = MOST_TOKENS
+    for piece in pieces:
+        yield piece
+        left -= len(piece.token_ids)
+        if left <= 0 and piece.finish_reason is None:
+            click.echo(f" [stopped after {MOST_TOKENS} tokens; --max-tokens allows more]", err=True, nl=False)
+            return
 
 
 def _read_input() -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mgpu.launch.config import ServeConfig
+from mgpu.launch.limits import client_limits
 from mgpu.launch.options import config_options, read_config
 from mgpu.orchestrator.devices import Machine, described_machine, find_machine
 from mgpu.orchestrator.errors import UserError
@@ -78,6 +79,15 @@ def prepare(config: ServeConfig) -> PlannedModel:
     return plan_model(model, checkpoint, config)
 
 
+def check_front(config: ServeConfig) -> None:
+    """Refuse what `serve` would refuse, apart from folders and keys, which may be made later. UserError."""
+    client_limits(config)
+    if config.bind and not config.bind.startswith("ipc://"):
+        from mgpu.orchestrator.gateway.endpoint import check_endpoint  # imports zmq, which planning can do without
+
+        check_endpoint(config.bind, has_keys=bool(config.keys))
+
+
 @click.command("plan")
 @config_options
 @click.option("--gpus", default="", metavar="N|SIZES", help='Describe a machine: "4" (of 80 GiB) or "141GiB,80GiB".')
@@ -90,6 +100,7 @@ def plan_command(config_file: Path | None, gpus: str, as_json: bool, **flags: An
     config, _ = read_config(config_file, flags)
     if gpus and (config.device == "cpu" or config.workers or config.oversubscribe):
         raise UserError("--gpus describes GPUs; drop --device cpu, --workers and --oversubscribe")
+    check_front(config)
     model = resolve_model(config.model, part="config", report=lambda line: click.echo(line, err=True))
     planned = plan_model(model, read_model_to_plan(model), config, gpus)
     if as_json:

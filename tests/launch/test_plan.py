@@ -90,6 +90,9 @@ def test_cpu_workers(tmp_path: Path) -> None:
         (["--gpus", "many"], "141GiB,80GiB"),
         (["--gpus", "24GiB"], "4 GPUs of this size"),
         (["--device", "cuda"], "--device cpu"),
+        (["--client-weights", "x"], "--client-weights"),
+        (["--bind", "tcp://0.0.0.0:5555"], "refusing to bind tcp://0.0.0.0:5555"),
+        (["--bind", "/tmp/x"], "use ipc:///path/to/socket or tcp://"),
     ],
 )
 def test_mistakes_end_without_a_traceback(model: str, args: list[str], expected: str) -> None:

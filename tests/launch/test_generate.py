@@ -1,0 +1,24 @@
+"""A text that is continued without --max-tokens does not go on for ever."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from mgpu.launch.generate import MOST_TOKENS, stopped
+from mgpu.protocol.completion import Piece
+
+
+def pieces(count: int, finish_reason: str | None = None) -> Iterator[Piece]:
+    for number in range(1, count + 1):
+        yield Piece(0, "ab", (1, 2), None, finish_reason if number == count else None, None)
+
+
+def test_it_is_stopped_and_says_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sum(len(piece.token_ids) for piece in stopped(pieces(4 * MOST_TOKENS))) == MOST_TOKENS
+    assert capsys.readouterr().err == " [stopped after 512 tokens; --max-tokens allows more]"
+
+
+@pytest.mark.parametrize("count", [3, MOST_TOKENS // 2])
+def test_what_ends_by_itself_is_given_whole(count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(stopped(pieces(count, "stop"))) == list(pieces(count, "stop"))
+    assert capsys.readouterr().err == ""
