@@ -12,6 +12,7 @@ on several days. What stands after ``--`` goes to every ``mgpu-launch serve``; t
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -40,6 +41,8 @@ from mgpu.orchestrator.errors import UserError
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PEER_S = 400.0
+UNFINISHED = "unfinished"
+"""Folder, in that of the results, of parts that are being measured or were interrupted."""
 """Longest time that a peer may take for its part."""
 
 SHORT: Sizes = ((1, 128), (8, 128), (64, 128), (256, 128))
@@ -106,16 +109,22 @@ class Run:
         run_script([f"peers/{command[0]}", *command[1:], *where, "--save", str(save)])
 
     def measure(self, name: str, again: bool) -> None:
-        """Measure one part; ``again`` keeps what is saved of it. A failure becomes the last row."""
-        if not again:
-            for path in record_paths(self.results, name):
-                path.unlink()
-        save = next_path(self.results, name)
+        """Measure one part; ``again`` keeps what is saved of it. A failure becomes the last row.
+
+        Rows are saved as they come, beside the records; only a part that has come to its end becomes one.
+        """
+        save = self.results / UNFINISHED / f"{name}.json"
+        save.parent.mkdir(parents=True, exist_ok=True)
+        save.unlink(missing_ok=True)
         try:
             self.parts()[name](save)
         except (UserError, click.ClickException) as error:
             text = error.format_message() if isinstance(error, click.ClickException) else str(error)
             note_failure(name, save, text)
+        if not again:
+            for path in record_paths(self.results, name):
+                path.unlink()
+        save.replace(next_path(self.results, name))
 
 
 def note_failure(name: str, save: Path, text: str) -> None:
@@ -190,7 +199,9 @@ def write(arguments: argparse.Namespace) -> None:
         root = arguments.results
         (root / "docs").mkdir(exist_ok=True)
         for page in ("README.md", "docs/performance.md"):
-            (root / page).write_text(f"{BEGIN}\n{END}\n")
+            (root / page).write_text(
+                f"A rehearsal with small models on a CPU: the numbers mean nothing.\n\n{BEGIN}\n{END}\n"
+            )
     write_between(root / "docs" / "performance.md", table(results))
     write_picture(results, root / "docs" / "throughput.svg", root / "README.md")
 
@@ -200,8 +211,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers end with the blocks they are in
     if arguments.write:
         write(arguments)
-    else:
+        return
+    try:
         measure_parts(arguments)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # who read the screen has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 if __name__ == "__main__":

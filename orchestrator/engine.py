@@ -310,11 +310,13 @@ class Engine:
 
     def _replace_workers(self, cause: Exception) -> None:
         """Throw the worker group away and start another one; what ran waits until it is there."""
-        if self._recovery.is_ready:
-            log.warning("%d running requests wait for new workers", self._scheduler.num_running)
+        was_ready, running = self._recovery.is_ready, self._scheduler.num_running
+        if was_ready:
             self._scheduler.forget_workers(str(cause))
             self._published.clear()
         self._recovery.begin(cause)
+        if was_ready:
+            log.warning("%d running requests wait for new workers", running)
         self._workers = self._recovery.group
         self._watch()
 

@@ -125,6 +125,8 @@ def _check_tcp(endpoint: str, has_keys: bool) -> None:
     if not host or not port.isdecimal() or int(port) > MAX_PORT:
         raise BindError(f"cannot bind {endpoint}: write tcp://127.0.0.1:PORT with a port from 0 (any) to {MAX_PORT}")
     address = _address(host)
+    if host == "localhost":
+        raise BindError(f"cannot bind {endpoint}: write the address, tcp://127.0.0.1:{port}")
     if not has_keys and not (address is not None and address.is_loopback):
         raise BindError(
             f"refusing to bind {endpoint}: without keys nothing is encrypted and anyone could connect, so tcp is for "

@@ -142,7 +142,21 @@ def test_measuring_again_keeps_what_was_saved(
     run = Run(Place(REHEARSED, "", (), tmp_path), tmp_path)
     monkeypatch.setattr(Run, "parts", lambda self: {"bf16": lambda path: path.write_text("{}")})
     run.measure("bf16", again)
-    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == left
+
+
+def test_a_part_that_is_interrupted_leaves_the_records_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path) -> None:
+        path.write_text(json.dumps(record(row(READY, 0, 0, "s", [1.0]))))
+        raise KeyboardInterrupt
+
+    save(tmp_path, "bf16", row(DECODE, 1, 128, "tok/s", [5.0]))
+    monkeypatch.setattr(Run, "parts", lambda self: {"bf16": interrupted})
+    with pytest.raises(KeyboardInterrupt):
+        Run(Place(REHEARSED, "", (), tmp_path), tmp_path).measure("bf16", False)
+    assert [each["what"] for each in read_results(tmp_path)["bf16"]["rows"]] == [DECODE]
 
 
 def test_the_table_replaces_what_stood_between_its_markers() -> None:

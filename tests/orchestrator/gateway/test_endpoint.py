@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from mgpu.orchestrator.gateway.endpoint import BindError, bind, release
+from mgpu.orchestrator.gateway.endpoint import BindError, bind, check_endpoint, release
 
 NewSocket = Callable[[], "zmq.Socket[bytes]"]
 
@@ -57,6 +57,12 @@ def test_what_stands_in_the_way_of_a_port_is_said(new_socket: NewSocket, host: s
     port = taken.rpartition(":")[2]
     with pytest.raises(BindError, match=words):
         bind(new_socket(), f"tcp://{host}:{port}", has_keys)
+
+
+@pytest.mark.parametrize("has_keys", [False, True])
+def test_the_loopback_is_named_by_its_address(has_keys: bool) -> None:
+    with pytest.raises(BindError, match="cannot bind tcp://localhost:55: write the address, tcp://127.0.0.1:55"):
+        check_endpoint("tcp://localhost:55", has_keys)
 
 
 def test_a_lock_file_that_was_removed_while_it_was_being_locked_locks_nothing(
