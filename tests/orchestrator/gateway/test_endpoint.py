@@ -61,7 +61,7 @@ def test_what_stands_in_the_way_of_a_port_is_said(new_socket: NewSocket, host: s
 
 @pytest.mark.parametrize("has_keys", [False, True])
 def test_the_loopback_is_named_by_its_address(has_keys: bool) -> None:
-    with pytest.raises(BindError, match="cannot bind tcp://localhost:55: write the address, tcp://127.0.0.1:55"):
+    with pytest.raises(BindError, match=r"cannot bind tcp://localhost:55: write the address, tcp://127.0.0.1:55"):
         check_endpoint("tcp://localhost:55", has_keys)
 
 
