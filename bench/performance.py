@@ -2,7 +2,7 @@
 
     python bench/performance.py                              # all parts, on one GPU
     python bench/performance.py --only bf16,fp8 --budget 570 # some of them; nothing is begun that would take longer
-    python bench/performance.py --only bf16 --again          # once more: the table shows the runs of all times together
+    python bench/performance.py --only bf16 --again          # once more: the table shows the median of all times
     python bench/performance.py --write                      # table and picture from what was saved, nothing measured
     python bench/performance.py --rehearse                   # every part with small models and no GPU
 
@@ -41,9 +41,9 @@ from mgpu.orchestrator.errors import UserError
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PEER_S = 400.0
+"""Longest time that a peer may take for its part."""
 UNFINISHED = "unfinished"
 """Folder, in that of the results, of parts that are being measured or were interrupted."""
-"""Longest time that a peer may take for its part."""
 
 SHORT: Sizes = ((1, 128), (8, 128), (64, 128), (256, 128))
 LONG: Sizes = ((1, 1024), (8, 1024), (64, 1024), (256, 1024))
@@ -161,7 +161,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds that all parts may take together")
     parser.add_argument("--tbps", type=float, default=4.3, help="what the GPU reads, in TB/s, for shares of the limit")
     parser.add_argument("--results", type=Path, help="folder of the rows (default: bench/results/performance)")
-    parser.add_argument("--again", action="store_true", help="keep what is saved: the table has the runs of all times")
+    parser.add_argument(
+        "--again", action="store_true", help="keep what is saved: the table shows the median of all times"
+    )
     parser.add_argument("--write", action="store_true", help="measure nothing; write table and picture")
     parser.add_argument("--rehearse", action="store_true", help="small models on the CPU; all files in another folder")
     parser.add_argument("options", nargs="*", help="options of every server, after --")

@@ -79,13 +79,13 @@ def prepare(config: ServeConfig) -> PlannedModel:
     return plan_model(model, checkpoint, config)
 
 
-def check_front(config: ServeConfig) -> None:
-    """Refuse what `serve` would refuse, apart from folders and keys, which may be made later. UserError."""
+def check_front(config: ServeConfig, keys_may_come: bool) -> None:
+    """Refuse what `serve` would refuse, apart from folders and keys that may be there by then. UserError."""
     client_limits(config)
     if config.bind and not config.bind.startswith("ipc://"):
         from mgpu.orchestrator.gateway.endpoint import check_endpoint  # imports zmq, which planning can do without
 
-        check_endpoint(config.bind, has_keys=bool(config.keys))
+        check_endpoint(config.bind, has_keys=bool(config.keys) or keys_may_come)
 
 
 @click.command("plan")
@@ -100,7 +100,7 @@ def plan_command(config_file: Path | None, gpus: str, as_json: bool, **flags: An
     config, _ = read_config(config_file, flags)
     if gpus and (config.device == "cpu" or config.workers or config.oversubscribe):
         raise UserError("--gpus describes GPUs; drop --device cpu, --workers and --oversubscribe")
-    check_front(config)
+    check_front(config, keys_may_come=config_file is not None)  # a unit gets them as a credential
     model = resolve_model(config.model, part="config", report=lambda line: click.echo(line, err=True))
     planned = plan_model(model, read_model_to_plan(model), config, gpus)
     if as_json:

@@ -24,7 +24,7 @@ def talk_options(command: F) -> F:
         [
             (("--endpoint",), {"help": "Server to use (default: MGPU_ENDPOINT, else the one on this machine)."}),
             (("--keys",), {"help": "This client's key file, for a server that wants one (default: MGPU_KEYS)."}),
-            (("--max-tokens",), {"type": int, "help": "Longest answer, in tokens; else the model ends it."}),
+            (("--max-tokens",), {"type": int, "help": "Longest answer, in tokens."}),
             (("--temperature",), {"type": float, "help": "0 is greedy. [default: 0]"}),
             (("--top-p",), {"type": float, "help": "Sample from the likeliest tokens of this total probability."}),
             (("--top-k",), {"type": int, "help": "Sample from this many likeliest tokens."}),

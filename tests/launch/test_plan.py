@@ -102,6 +102,13 @@ def test_mistakes_end_without_a_traceback(model: str, args: list[str], expected:
     assert "Traceback" not in done.stderr
 
 
+def test_the_configuration_of_a_unit_may_have_its_keys_elsewhere(model: str, tmp_path: Path) -> None:
+    config = tmp_path / "unit.toml"
+    config.write_text(f'model = "{model}"\nbind = "tcp://*:5555"\n')
+    done = launch("--config", str(config), "--gpus", "4")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("args", "status"), [(["--tp", "two"], 78), (["--no-such-option"], 64), (["extra"], 64)])
 def test_wrong_usage_has_another_status(model: str, args: list[str], status: int) -> None:
     done = launch("-m", model, *args)
