@@ -125,17 +125,16 @@ def _check_tcp(endpoint: str, has_keys: bool) -> None:
     if not host or not port.isdecimal() or int(port) > MAX_PORT:
         raise BindError(f"cannot bind {endpoint}: write tcp://127.0.0.1:PORT with a port from 0 (any) to {MAX_PORT}")
     address = _address(host)
-    if address is None and host != "*":
-        raise BindError(
-            f"cannot bind {endpoint}: write the address, tcp://127.0.0.1:{port} or another one of this machine, or "
-            f"tcp://*:{port} for all of them; {host!r} is a name"
-        )
+    if host == "localhost":
+        raise BindError(f"cannot bind {endpoint}: write the address, tcp://127.0.0.1:{port}")
     if not has_keys and not (address is not None and address.is_loopback):
         raise BindError(
             f"refusing to bind {endpoint}: without keys nothing is encrypted and anyone could connect, so tcp is for "
             "the loopback only. Make keys with `mgpu-launch keygen --out DIR` and add --keys DIR, or use "
             "tcp://127.0.0.1:PORT"
         )
+    if address is None and host != "*":
+        raise BindError(f"cannot bind {endpoint}: {host!r} is no address; write one, or tcp://*:{port} for all of them")
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
