@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mgpu.protocol.control import NewRow, RowSampling
+from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.link import Submit
-from mgpu.protocol.schema import int32_array
 
 if TYPE_CHECKING:
     from mgpu.orchestrator.fair_queue import Account

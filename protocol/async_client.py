@@ -28,7 +28,7 @@ from mgpu.protocol.completion import (
     generate_map,
 )
 from mgpu.protocol.connection import Connection, open_connection
-from mgpu.protocol.messages import GenerateOptions, Health, Models, QueryKind, Stats
+from mgpu.protocol.front.messages import GenerateOptions, Health, Models, QueryKind, Stats
 
 R = TypeVar("R", Health, Stats, Models)
 

@@ -26,7 +26,7 @@ from mgpu.protocol.completion import (
     generate_map,
 )
 from mgpu.protocol.connection import open_connection
-from mgpu.protocol.messages import GenerateOptions, Health, Models, QueryKind, Stats
+from mgpu.protocol.front.messages import GenerateOptions, Health, Models, QueryKind, Stats
 
 CONNECT_TIMEOUT_S = 5.0
 QUERY_TIMEOUT_S = 5.0

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, Unpack
 
-from mgpu.protocol.messages import (
+from mgpu.protocol.front.fields import FieldError, TokenIds
+from mgpu.protocol.front.messages import (
     Accepted,
     Failed,
     Finished,
@@ -15,7 +16,6 @@ from mgpu.protocol.messages import (
     Tokens,
     parse_client_message,
 )
-from mgpu.protocol.schema import FieldError, TokenIds
 
 T = TypeVar("T")
 

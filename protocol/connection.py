@@ -11,10 +11,10 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from mgpu.protocol import wire
 from mgpu.protocol.completion import START_HINT, Answer, MgpuError, RequestFailed, ServerUnreachable, error_of
-from mgpu.protocol.keys import KEYS_VARIABLE, ClientKeys, find_client_keys, fingerprint, use_client_keys
-from mgpu.protocol.messages import (
+from mgpu.protocol.front import framing as wire
+from mgpu.protocol.front.fields import FieldError
+from mgpu.protocol.front.messages import (
     Accepted,
     Failed,
     Health,
@@ -24,8 +24,8 @@ from mgpu.protocol.messages import (
     Stats,
     parse_server_message,
 )
+from mgpu.protocol.keys import KEYS_VARIABLE, ClientKeys, find_client_keys, fingerprint, use_client_keys
 from mgpu.protocol.runtime import LOCK_NAME, is_locked, running_servers
-from mgpu.protocol.schema import FieldError
 
 ENDPOINT_VARIABLE = "MGPU_ENDPOINT"
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL

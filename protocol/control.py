@@ -111,7 +111,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """How one row's next token is chosen. Neutral values switch a rule off (see protocol/messages.py for ranges)."""
+    """How one row's next token is chosen. Neutral values switch a rule off (see protocol/front/messages.py for ranges)."""
 
     temperature: float = 0.0
     top_k: int = 0

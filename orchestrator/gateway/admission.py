@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from hashlib import blake2b
 
 from mgpu.protocol.control import RowSampling
+from mgpu.protocol.front.fields import int32_array
+from mgpu.protocol.front.messages import Accepted, FailureCode, Generate
 from mgpu.protocol.link import EngineInfo, GatewaySpec, Submit
-from mgpu.protocol.messages import Accepted, FailureCode, Generate
-from mgpu.protocol.schema import int32_array
 
 RETRY_AFTER_S = 1.0
 GREEDY_BELOW = 1e-5

@@ -12,7 +12,7 @@ import zmq
 
 from mgpu.orchestrator.gateway import zap
 from mgpu.orchestrator.gateway.endpoint import BindError, bind, is_lost, release
-from mgpu.protocol import wire
+from mgpu.protocol.front import framing as wire
 from mgpu.protocol.keys import use_server_key
 from mgpu.protocol.link import ServerKeys
 

@@ -26,6 +26,18 @@ from mgpu.orchestrator.gateway.quota import Quota, client_number, owner_of, size
 from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
 from mgpu.orchestrator.gateway.resumption import Resumption, pack_context
 from mgpu.orchestrator.gateway.tokenizer import TextCodec, load_codec
+from mgpu.protocol.front.fields import FieldError
+from mgpu.protocol.front.framing import WireError
+from mgpu.protocol.front.messages import (
+    CancelRequest,
+    Failed,
+    Generate,
+    Keepalive,
+    ResumeRequest,
+    ServerMessage,
+    parse_client_message,
+    to_map,
+)
 from mgpu.protocol.link import (
     ALIVE_INTERVAL_S,
     LINK,
@@ -45,18 +57,6 @@ from mgpu.protocol.link import (
     StatsReply,
     Submit,
 )
-from mgpu.protocol.messages import (
-    CancelRequest,
-    Failed,
-    Generate,
-    Keepalive,
-    ResumeRequest,
-    ServerMessage,
-    parse_client_message,
-    to_map,
-)
-from mgpu.protocol.schema import FieldError
-from mgpu.protocol.wire import WireError
 
 TICK_S = 0.25
 KEEPALIVE_S = 1.0

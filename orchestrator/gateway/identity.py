@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mgpu.orchestrator.gateway.admission import Refusal
 from mgpu.orchestrator.gateway.zap import KEY_PREFIX, Doorkeeper
-from mgpu.protocol.messages import ClientMessage, Generate, ResumeRequest
+from mgpu.protocol.front.messages import ClientMessage, Generate, ResumeRequest
 
 
 def owned(message: ClientMessage, identity: str) -> ClientMessage:

@@ -10,8 +10,8 @@ from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.jobs import Jobs
 from mgpu.orchestrator.gateway.requests import Request, RequestTable
 from mgpu.orchestrator.gateway.tokenizer import TextCodec
-from mgpu.protocol.messages import Generate
-from mgpu.protocol.schema import int32_bytes
+from mgpu.protocol.front.fields import int32_bytes
+from mgpu.protocol.front.messages import Generate
 
 INLINE_CHARS = 4096
 """Longer prompts are tokenized in a thread."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from mgpu.orchestrator.gateway.admission import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests import RequestTable
 from mgpu.orchestrator.gateway.tokenizer import TextCodec
+from mgpu.protocol.front.messages import Failed, Health, Models, Query, ResumeRequest, ServerMessage, Stats
 from mgpu.protocol.link import EngineInfo, GatewaySpec, Resume, Resumed, StatsQuery, StatsReply
-from mgpu.protocol.messages import Failed, Health, Models, Query, ResumeRequest, ServerMessage, Stats
 
 ENGINE_TIMEOUT_S = 2.0
 RECORD_TIMEOUT_S = 10.0

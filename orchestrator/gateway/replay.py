@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 from mgpu.orchestrator.gateway.requests import MAX_HELD_TOKENS, ChoiceState, Request
 from mgpu.protocol.control import TokenLogprobs
+from mgpu.protocol.front.fields import int32_array
+from mgpu.protocol.front.messages import Tokens
 from mgpu.protocol.link import SequenceRecord
 from mgpu.protocol.logprobs import LogprobPacking
-from mgpu.protocol.messages import Tokens
-from mgpu.protocol.schema import int32_array
 
 
 class Replay:

@@ -9,9 +9,9 @@ from mgpu.orchestrator.gateway.queries import Name, Queries
 from mgpu.orchestrator.gateway.replay import CatchUp, Replay
 from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
 from mgpu.protocol.codec import Codec
+from mgpu.protocol.front.messages import Accepted, Failed, FailureCode, Generate, Resumed, ResumeRequest, ServerMessage
 from mgpu.protocol.link import Cancel, SequenceRecord
 from mgpu.protocol.link import Resumed as Answer
-from mgpu.protocol.messages import Accepted, Failed, FailureCode, Generate, Resumed, ResumeRequest, ServerMessage
 
 GRACE_S = 5.0
 """A client that was told to ask again for its request does so within this time."""

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "orchestrator" / "gateway"))
 
 from gateway_process import GatewayProcess, make_model_folder
 
-from mgpu.protocol import wire
+from mgpu.protocol.front import framing as wire
+from mgpu.protocol.front.messages import GENERATE_RULES, SERVER_TYPES, FailureCode
 from mgpu.protocol.limits import ClientLimits
-from mgpu.protocol.messages import GENERATE_RULES, SERVER_TYPES, FailureCode
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 ANY = "…"

@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from mgpu import Client
-from mgpu.protocol import wire
+from mgpu.protocol.front import framing as wire
 
 DEADLINE_S = 20.0
 LOST_AND_MADE_AGAIN = [(zmq.EVENT_DISCONNECTED, 0), (zmq.EVENT_HANDSHAKE_SUCCEEDED, 0)]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from mgpu.protocol.messages import (
+from mgpu.protocol.front.fields import FieldError, shown
+from mgpu.protocol.front.messages import (
     GENERATE_RULES,
     CancelRequest,
     Failed,
@@ -21,7 +22,6 @@ from mgpu.protocol.messages import (
     parse_server_message,
     to_map,
 )
-from mgpu.protocol.schema import FieldError, shown
 
 
 def generate(**changes: Any) -> Generate:

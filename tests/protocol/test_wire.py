@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgpu.protocol.wire import FROM_CLIENT, VERSION, WireError, pack, unpack
+from mgpu.protocol.front.framing import FROM_CLIENT, VERSION, WireError, pack, unpack
 
 MAX_FRAME_BYTES = FROM_CLIENT.frame_bytes
 

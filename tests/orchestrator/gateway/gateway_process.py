@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from mgpu import Client
 from mgpu.orchestrator.gateway.detokenizer import byte_level_table
 from mgpu.protocol.control import TokenLogprobs
+from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.link import (
     LINK,
     Alive,
@@ -40,7 +41,6 @@ from mgpu.protocol.link import (
     Submit,
 )
 from mgpu.protocol.logprobs import LogprobPacking
-from mgpu.protocol.schema import int32_array
 
 BOS, EOS, START, END = 256, 257, 258, 259
 VOCAB_SIZE = 300

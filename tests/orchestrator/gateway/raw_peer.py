@@ -6,7 +6,7 @@ import msgpack
 import zmq
 from gateway_process import DEADLINE_S
 
-from mgpu.protocol.wire import VERSION
+from mgpu.protocol.front.framing import VERSION
 
 
 class RawPeer:

@@ -14,7 +14,7 @@ from gateway_process import VOCAB_SIZE, GatewayProcess
 from raw_peer import RawPeer
 
 from mgpu import Client
-from mgpu.protocol.wire import VERSION
+from mgpu.protocol.front.framing import VERSION
 
 MiB = 1 << 20
 CONTEXT = 512

@@ -14,7 +14,7 @@ from raw_peer import RawPeer
 
 from mgpu import Client
 from mgpu.orchestrator.gateway.quota import MAX_RETRY_S, MIN_RETRY_S
-from mgpu.protocol.wire import VERSION
+from mgpu.protocol.front.framing import VERSION
 
 MiB = 1 << 20
 

@@ -135,7 +135,7 @@ def test_a_session_of_another_key_cannot_be_resumed(keyed: GatewayProcess, tmp_p
 
 def _ask(client: Client, message: dict[str, object]) -> str:
     """Send a message beside the client's own requests and give the type of the answer, or its code."""
-    from mgpu.protocol import wire
+    from mgpu.protocol.front import framing as wire
 
     connection = client._connection
     connection.send(message)

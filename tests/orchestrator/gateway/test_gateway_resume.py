@@ -13,11 +13,11 @@ from mgpu.orchestrator.gateway.queries import RECORD_TIMEOUT_S, Queries
 from mgpu.orchestrator.gateway.quota import Quota
 from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
 from mgpu.orchestrator.gateway.resumption import GRACE_S, Resumption, pack_context
-from mgpu.protocol import messages
+from mgpu.protocol.front import messages
+from mgpu.protocol.front.fields import int32_bytes
+from mgpu.protocol.front.messages import Accepted, Generate, ResumeRequest, ServerMessage
 from mgpu.protocol.limits import ClientLimits
 from mgpu.protocol.link import Cancel, GatewaySpec, Resume, Resumed, SequenceRecord
-from mgpu.protocol.messages import Accepted, Generate, ResumeRequest, ServerMessage
-from mgpu.protocol.schema import int32_bytes
 
 SPEC = GatewaySpec("", "", "", "", "safetensors", "tiny", 300, [], 1 << 20)
 A, B = b"connection A", b"connection B"

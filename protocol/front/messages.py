@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, cast, get_args
 
-from mgpu.protocol.schema import (
+from mgpu.protocol.front.fields import (
     INT32_MAX,
     Choice,
     FieldError,
