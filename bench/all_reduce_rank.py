@@ -22,7 +22,7 @@ from model_shapes import LLAMA_8B, write_config
 from torch import Tensor
 
 from mgpu.protocol.checkpoint import read_checkpoint
-from mgpu.protocol.control import WorkerSpec
+from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.placement import PlacementPlan, Stage, Transport
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.links import Links, connect, layout_of

@@ -13,8 +13,8 @@ from collections import deque
 
 from mgpu.orchestrator.admission import Limits
 from mgpu.orchestrator.scheduler import Scheduler
-from mgpu.protocol.control import CONTROL, RowSampling, StepPlan, StepResult
-from mgpu.protocol.link import LINK, Submit
+from mgpu.protocol.internal.gateway_messages import LINK, Submit
+from mgpu.protocol.internal.worker_messages import CONTROL, RowSampling, StepPlan, StepResult
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 400

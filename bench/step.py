@@ -30,7 +30,7 @@ from performance_rows import row as make_row
 
 from mgpu.launch.bench.report import Report
 from mgpu.protocol.checkpoint import read_checkpoint
-from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model import KvCacheDtype
 from mgpu.protocol.placement import RankPlace
 from mgpu.protocol.quantization import Quant

@@ -1,7 +1,7 @@
 """Translate the options about overload into what the gateway goes by; a reload does the same again."""
 
 from mgpu.launch.config import ConfigError, ServeConfig
-from mgpu.protocol.limits import MAX_WEIGHT, MIN_WEIGHT, ClientLimits
+from mgpu.protocol.internal.client_limits import MAX_WEIGHT, MIN_WEIGHT, ClientLimits
 
 LIMIT_OPTIONS = ("max_client_requests", "max_client_queue", "max_sequences", "max_queue", "client_weights")
 

@@ -20,7 +20,7 @@ from mgpu.orchestrator.reload import Reloadable
 from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.orchestrator.server_keys import describe, load_server_keys
 from mgpu.orchestrator.wish import BLOCK_SIZE
-from mgpu.protocol.link import ServerKeys
+from mgpu.protocol.internal.gateway_messages import ServerKeys
 
 LEAST_FILES = 256
 """Open files that every process of a server has room for; libzmq aborts a process that has none left."""

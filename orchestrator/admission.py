@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mgpu.orchestrator.sequence import Sequence
 from mgpu.orchestrator.step_size import check_batch_tokens
-from mgpu.protocol.link import Submit
+from mgpu.protocol.internal.gateway_messages import Submit
 
 
 class RequestRefused(ValueError):

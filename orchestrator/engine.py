@@ -21,8 +21,7 @@ from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.stats import EngineStats
 from mgpu.orchestrator.supervisor import WorkerLost
 from mgpu.orchestrator.wakers import poller_of
-from mgpu.protocol.control import CONTROL, StayAwake, StepResult
-from mgpu.protocol.link import (
+from mgpu.protocol.internal.gateway_messages import (
     Cancel,
     Coming,
     EngineInfo,
@@ -34,6 +33,7 @@ from mgpu.protocol.link import (
     StatsReply,
     Submit,
 )
+from mgpu.protocol.internal.worker_messages import CONTROL, StayAwake, StepResult
 
 log = logging.getLogger(__name__)
 

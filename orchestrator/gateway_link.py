@@ -14,9 +14,9 @@ from mgpu.orchestrator.child_process import ChildProcess, describe_exit
 from mgpu.orchestrator.pulse import Pulse
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.server_config import ServerConfig
-from mgpu.protocol.codec import CodecError
-from mgpu.protocol.limits import ClientLimits
-from mgpu.protocol.link import (
+from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.codec import CodecError
+from mgpu.protocol.internal.gateway_messages import (
     LINK,
     Alive,
     EngineInfo,

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mgpu.orchestrator.sequence import Sequence
-from mgpu.protocol.link import Outputs, Resumable, SequenceRecord, Submit
-from mgpu.protocol.logprobs import LogprobPacking
+from mgpu.protocol.internal.gateway_messages import Outputs, Resumable, SequenceRecord, Submit
+from mgpu.protocol.internal.packed_logprobs import LogprobPacking
 
 KEEP_S = 60.0
 KEEP_REQUESTS = 4096

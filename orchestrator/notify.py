@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, MutableMapping
 from typing import Literal
 
-from mgpu.protocol.control import LoadProgress
+from mgpu.protocol.internal.worker_messages import LoadProgress
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.limits import ClientLimits
-from mgpu.protocol.link import ServerKeys
+from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.gateway_messages import ServerKeys
 
 log = logging.getLogger(__name__)
 

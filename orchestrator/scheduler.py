@@ -19,8 +19,8 @@ from mgpu.orchestrator.sequence_blocks import SequenceBlocks
 from mgpu.orchestrator.step_counters import StepCounters
 from mgpu.orchestrator.suspects import Trial, is_suspect, note_crash
 from mgpu.orchestrator.waiting import WaitingLine
-from mgpu.protocol.control import StepPlan, StepResult
-from mgpu.protocol.link import Outputs, Submit
+from mgpu.protocol.internal.gateway_messages import Outputs, Submit
+from mgpu.protocol.internal.worker_messages import StepPlan, StepResult
 
 
 @dataclass(slots=True)

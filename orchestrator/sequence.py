@@ -4,9 +4,9 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mgpu.protocol.control import NewRow, RowSampling
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.link import Submit
+from mgpu.protocol.internal.gateway_messages import Submit
+from mgpu.protocol.internal.worker_messages import NewRow, RowSampling
 
 if TYPE_CHECKING:
     from mgpu.orchestrator.fair_queue import Account

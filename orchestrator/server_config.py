@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mgpu.orchestrator.step_size import batch_tokens
-from mgpu.protocol.limits import ClientLimits
-from mgpu.protocol.link import ServerKeys
+from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.model import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Transport
 from mgpu.protocol.quantization import Quant

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mgpu.orchestrator.errors import UserError
+from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.keys import KeyFileError, check_curve, fingerprint, public_of, read_keys
-from mgpu.protocol.link import ServerKeys
 
 SECRET_NAME = "server.secret"
 PUBLIC_NAME = "server.public"

@@ -15,8 +15,8 @@ import zmq
 from mgpu.orchestrator.child_process import ChildProcess, describe_exit
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.server_config import ServerConfig
-from mgpu.protocol.codec import CodecError
-from mgpu.protocol.control import (
+from mgpu.protocol.internal.codec import CodecError
+from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
     Loaded,

@@ -2,8 +2,8 @@
 
 import zmq
 
-from mgpu.protocol.codec import CodecError
-from mgpu.protocol.control import CONTROL, AllocateCache, Shutdown, StayAwake, StepPlan
+from mgpu.protocol.internal.codec import CodecError
+from mgpu.protocol.internal.worker_messages import CONTROL, AllocateCache, Shutdown, StayAwake, StepPlan
 from mgpu.worker.errors import BadPlan
 
 _LINGER_MS = 2000

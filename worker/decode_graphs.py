@@ -11,7 +11,7 @@ from array import array
 import torch
 from torch import Tensor
 
-from mgpu.protocol.control import StepPlan
+from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.graph_pool import GraphPool, StepGraph, StepOutput, padded, whole_lines
 from mgpu.worker.graph_sampling import choose

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Optional
 
 import torch
 
-from mgpu.protocol.control import StepPlan
+from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.models import DecoderStage

@@ -9,9 +9,9 @@ import signal
 import struct
 import threading
 
-from mgpu.protocol.codec import CodecError
-from mgpu.protocol.control import CONTROL, WorkerSpec
-from mgpu.protocol.lifetime import end_with_parent
+from mgpu.protocol.internal.child import end_with_parent
+from mgpu.protocol.internal.codec import CodecError
+from mgpu.protocol.internal.worker_messages import CONTROL, WorkerSpec
 from mgpu.worker.errors import BadSpec
 
 EXIT_PARENT_GONE = 3

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mgpu.protocol.control import WorkerSpec
+from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model import DTYPE_BYTES
 from mgpu.protocol.placement import Transport
 from mgpu.protocol.shared_layout import MailboxRegion, SharedLayout, shared_layout

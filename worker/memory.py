@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from mgpu.protocol.control import WorkerSpec
+from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.errors import OutOfMemory
 
 _CPU_POOL_BYTES = 2 << 30

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model import ModelFacts
 from mgpu.protocol.placement import RankPlace, padded_vocab
 from mgpu.worker.graphs import make_graphs

@@ -10,7 +10,14 @@ from contextlib import contextmanager
 import torch
 
 from mgpu.protocol.checkpoint import CheckpointError
-from mgpu.protocol.control import AllocateCache, LoadProgress, Ready, Shutdown, WorkerFailure, WorkerSpec
+from mgpu.protocol.internal.worker_messages import (
+    AllocateCache,
+    LoadProgress,
+    Ready,
+    Shutdown,
+    WorkerFailure,
+    WorkerSpec,
+)
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.cuda_start import ordinal_of
 from mgpu.worker.errors import BadPlan, BadSpec, OutOfMemory

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mgpu.protocol.control import StepPlan
+from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.graph_pool import GraphPool, StepGraph, StepOutput, padded
 from mgpu.worker.graph_sampling import choose
 from mgpu.worker.kv_cache import KvCache

@@ -14,7 +14,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.sampling_rules import is_simple

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mgpu.protocol.control import RowSampling, TokenLogprobs
+from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernel_use import aligned, uses_kernels
 from mgpu.worker.rows import RowTable, SampleRequest

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mgpu.protocol.control import RowSampling
+from mgpu.protocol.internal.worker_messages import RowSampling
 
 _CANDIDATES = 1024
 """Candidates looked at first: sorting a whole vocabulary takes several times as long as finding these."""

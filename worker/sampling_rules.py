@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mgpu.protocol.control import RowSampling
+from mgpu.protocol.internal.worker_messages import RowSampling
 from mgpu.worker.sampling_filters import has_filters
 
 GREEDY_BELOW = 1e-5

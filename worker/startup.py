@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
-from mgpu.protocol.control import Loaded, RowSampling, WorkerSpec
+from mgpu.protocol.internal.worker_messages import Loaded, RowSampling, WorkerSpec
 from mgpu.protocol.placement import RankPlace, head_shard
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.kv_cache import KvCache, block_bytes, stored_dtype

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mgpu.protocol.control import Shutdown, StayAwake, StepPlan, StepResult
+from mgpu.protocol.internal.worker_messages import Shutdown, StayAwake, StepPlan, StepResult
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.model_runner import ModelRunner

@@ -18,8 +18,8 @@ from mgpu.orchestrator.gateway.gateway import Gateway, codec_of
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.jobs import Jobs
 from mgpu.orchestrator.gateway.memory import MemoryFull, be_first_to_go
-from mgpu.protocol.lifetime import end_with_parent
-from mgpu.protocol.link import LINK, GatewayFailure, GatewaySpec
+from mgpu.protocol.internal.child import end_with_parent
+from mgpu.protocol.internal.gateway_messages import LINK, GatewayFailure, GatewaySpec
 
 _PARENT_DEATH_S = 0.5
 """The death signal comes when the parent's first thread is gone, somewhat before the parent itself is."""

@@ -4,10 +4,10 @@ import secrets
 from collections.abc import Iterable
 from hashlib import blake2b
 
-from mgpu.protocol.control import RowSampling
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.messages import Accepted, FailureCode, Generate
-from mgpu.protocol.link import EngineInfo, GatewaySpec, Submit
+from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Submit
+from mgpu.protocol.internal.worker_messages import RowSampling
 
 RETRY_AFTER_S = 1.0
 GREEDY_BELOW = 1e-5

@@ -13,8 +13,8 @@ import zmq
 from mgpu.orchestrator.gateway import zap
 from mgpu.orchestrator.gateway.endpoint import BindError, bind, is_lost, release
 from mgpu.protocol.front import framing as wire
+from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.keys import use_server_key
-from mgpu.protocol.link import ServerKeys
 
 MAX_BACKLOG_BYTES = 4 << 20
 """Per client, beyond what its pipe holds (the HWM)."""

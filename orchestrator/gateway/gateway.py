@@ -38,7 +38,7 @@ from mgpu.protocol.front.messages import (
     parse_client_message,
     to_map,
 )
-from mgpu.protocol.link import (
+from mgpu.protocol.internal.gateway_messages import (
     ALIVE_INTERVAL_S,
     LINK,
     Alive,

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from mgpu.orchestrator.gateway.front import MAX_TOTAL_BACKLOG_BYTES
-from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.internal.client_limits import ClientLimits
 
 OWN_ROOM_BYTES = 512 << 20
 """For running requests, the interpreter's own needs and fragments."""

@@ -9,7 +9,7 @@ from mgpu.orchestrator.gateway.admission import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests import RequestTable
 from mgpu.orchestrator.gateway.tokenizer import TextCodec
 from mgpu.protocol.front.messages import Failed, Health, Models, Query, ResumeRequest, ServerMessage, Stats
-from mgpu.protocol.link import EngineInfo, GatewaySpec, Resume, Resumed, StatsQuery, StatsReply
+from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Resume, Resumed, StatsQuery, StatsReply
 
 ENGINE_TIMEOUT_S = 2.0
 RECORD_TIMEOUT_S = 10.0

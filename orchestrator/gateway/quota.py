@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from mgpu.orchestrator.gateway.admission import Refusal
 from mgpu.orchestrator.gateway.zap import KEY_PREFIX
-from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.internal.client_limits import ClientLimits
 
 REQUEST_OVERHEAD_BYTES = 1024
 """What a request weighs however short it is."""

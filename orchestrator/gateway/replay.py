@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 from mgpu.orchestrator.gateway.requests import MAX_HELD_TOKENS, ChoiceState, Request
-from mgpu.protocol.control import TokenLogprobs
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.messages import Tokens
-from mgpu.protocol.link import SequenceRecord
-from mgpu.protocol.logprobs import LogprobPacking
+from mgpu.protocol.internal.gateway_messages import SequenceRecord
+from mgpu.protocol.internal.packed_logprobs import LogprobPacking
+from mgpu.protocol.internal.worker_messages import TokenLogprobs
 
 
 class Replay:

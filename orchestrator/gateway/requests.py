@@ -7,8 +7,8 @@ from typing import Any
 from mgpu.orchestrator.gateway.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.quota import Quota, owner_of
 from mgpu.orchestrator.gateway.tokenizer import TextCodec
-from mgpu.protocol.control import TokenLogprobs
 from mgpu.protocol.front.messages import Finished, Generate, Tokens
+from mgpu.protocol.internal.worker_messages import TokenLogprobs
 
 MAX_HELD_TOKENS = 512
 """A request that is not streamed still sends this often, which bounds the size of a message."""

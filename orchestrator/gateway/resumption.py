@@ -8,10 +8,10 @@ from mgpu.orchestrator.gateway.admission import Refusal
 from mgpu.orchestrator.gateway.queries import Name, Queries
 from mgpu.orchestrator.gateway.replay import CatchUp, Replay
 from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
-from mgpu.protocol.codec import Codec
 from mgpu.protocol.front.messages import Accepted, Failed, FailureCode, Generate, Resumed, ResumeRequest, ServerMessage
-from mgpu.protocol.link import Cancel, SequenceRecord
-from mgpu.protocol.link import Resumed as Answer
+from mgpu.protocol.internal.codec import Codec
+from mgpu.protocol.internal.gateway_messages import Cancel, SequenceRecord
+from mgpu.protocol.internal.gateway_messages import Resumed as Answer
 
 GRACE_S = 5.0
 """A client that was told to ask again for its request does so within this time."""

@@ -23,7 +23,7 @@ from gateway_process import GatewayProcess, make_model_folder
 
 from mgpu.protocol.front import framing as wire
 from mgpu.protocol.front.messages import GENERATE_RULES, SERVER_TYPES, FailureCode
-from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.internal.client_limits import ClientLimits
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 ANY = "…"

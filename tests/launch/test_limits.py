@@ -4,7 +4,7 @@ import pytest
 
 from mgpu.launch.config import ConfigError, ServeConfig, load_config
 from mgpu.launch.limits import client_limits, parse_weights
-from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.internal.client_limits import ClientLimits
 
 
 def test_the_defaults_are_those_of_the_gateway() -> None:

@@ -7,7 +7,16 @@ import sys
 
 import zmq
 
-from mgpu.protocol.link import LINK, Alive, EngineInfo, GatewayFailure, GatewayReady, GatewaySpec, Ping, StateKnown
+from mgpu.protocol.internal.gateway_messages import (
+    LINK,
+    Alive,
+    EngineInfo,
+    GatewayFailure,
+    GatewayReady,
+    GatewaySpec,
+    Ping,
+    StateKnown,
+)
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ Whatever the scheduler does wrong with blocks, rows, positions or steps changes 
 from array import array
 from dataclasses import dataclass
 
-from mgpu.protocol.control import NewRow, StepPlan
+from mgpu.protocol.internal.worker_messages import NewRow, StepPlan
 
 VOCAB = 1000
 _EMPTY = 17

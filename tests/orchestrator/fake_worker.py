@@ -20,7 +20,7 @@ from typing import Any
 import zmq
 from fake_model import FakeModel
 
-from mgpu.protocol.control import (
+from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
     Loaded,

@@ -22,9 +22,8 @@ from mgpu.orchestrator.reload import Reloadable
 from mgpu.orchestrator.server import Server
 from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.orchestrator.signals import end_process
-from mgpu.protocol.control import RowSampling
-from mgpu.protocol.limits import ClientLimits
-from mgpu.protocol.link import (
+from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.gateway_messages import (
     LINK,
     Cancel,
     Coming,
@@ -38,6 +37,7 @@ from mgpu.protocol.link import (
     StatsReply,
     Submit,
 )
+from mgpu.protocol.internal.worker_messages import RowSampling
 from mgpu.protocol.model import ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Stage
 

@@ -14,8 +14,8 @@ from fake_model import solo_tokens
 from server_process import ServerProcess, running_server
 
 from mgpu.orchestrator.engine import PARK_S
-from mgpu.protocol.control import RowSampling
-from mgpu.protocol.link import LINK, Cancel, Coming, Outputs, StatsQuery, Submit
+from mgpu.protocol.internal.gateway_messages import LINK, Cancel, Coming, Outputs, StatsQuery, Submit
+from mgpu.protocol.internal.worker_messages import RowSampling
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mgpu.orchestrator.fair_queue import FairQueue
 from mgpu.orchestrator.sequence import Sequence
-from mgpu.protocol.control import RowSampling
+from mgpu.protocol.internal.worker_messages import RowSampling
 
 
 class Line:

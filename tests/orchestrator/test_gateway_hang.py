@@ -10,7 +10,7 @@ from server_process import ServerProcess, running_server
 from test_gateway_recovery import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
 
 from mgpu import Client
-from mgpu.protocol.link import Resume
+from mgpu.protocol.internal.gateway_messages import Resume
 
 MANY = 1000
 """Restarts: on a loaded machine the short deadlines of these tests may be missed once more than meant."""

@@ -14,8 +14,8 @@ from fake_model import solo_tokens
 from server_process import DEADLINE_S, ServerProcess, running_server
 
 from mgpu import Client
-from mgpu.protocol.control import RowSampling
-from mgpu.protocol.link import Coming, Resumable, Resume, Submit
+from mgpu.protocol.internal.gateway_messages import Coming, Resumable, Resume, Submit
+from mgpu.protocol.internal.worker_messages import RowSampling
 from mgpu.protocol.runtime import running_servers
 
 REAL_GATEWAY = (sys.executable, "-m", "mgpu.orchestrator.gateway")

@@ -6,9 +6,9 @@ import pytest
 
 from mgpu.orchestrator.journal import KEEP_S, Journal
 from mgpu.orchestrator.sequence import Sequence
-from mgpu.protocol.control import RowSampling, TokenLogprobs
-from mgpu.protocol.link import Outputs, Resumable, SequenceRecord, Submit
-from mgpu.protocol.logprobs import LogprobPacking
+from mgpu.protocol.internal.gateway_messages import Outputs, Resumable, SequenceRecord, Submit
+from mgpu.protocol.internal.packed_logprobs import LogprobPacking
+from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs
 
 SESSION = "0123456789abcdef"
 TOP = 2

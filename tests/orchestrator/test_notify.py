@@ -15,7 +15,7 @@ import pytest
 from server_process import ServerProcess, running_server
 
 from mgpu.orchestrator.notify import EXTEND_S, NOTIFY_INTERVAL_S, VARIABLES, Notifier
-from mgpu.protocol.control import LoadProgress
+from mgpu.protocol.internal.worker_messages import LoadProgress
 
 DEADLINE_S = 30.0
 EXTEND = f"EXTEND_TIMEOUT_USEC={EXTEND_S * 1e6:.0f}"

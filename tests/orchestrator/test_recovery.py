@@ -12,7 +12,7 @@ from server_process import ServerProcess, running_server
 
 from mgpu.orchestrator.hang import StepDeadline
 from mgpu.orchestrator.recovery import RestartLimit, TooManyRestarts
-from mgpu.protocol.link import Cancel
+from mgpu.protocol.internal.gateway_messages import Cancel
 
 FAILURES = {
     "raise": "worker 1 failed in phase steps: rank 1 was told to fail\nTraceback",

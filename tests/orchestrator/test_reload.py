@@ -16,8 +16,8 @@ from server_process import DEADLINE_S, running_server
 
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.reload import Reloadable, Reloader
-from mgpu.protocol.limits import ClientLimits
-from mgpu.protocol.link import ServerKeys
+from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.gateway_messages import ServerKeys
 
 KEYS = ServerKeys(b"s" * 32, [b"a" * 32])
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mgpu.orchestrator.admission import Limits
 from mgpu.orchestrator.scheduler import Scheduler
 from mgpu.orchestrator.step_size import LimitsError
-from mgpu.protocol.control import RowSampling, StepPlan, StepResult
-from mgpu.protocol.link import Submit
+from mgpu.protocol.internal.gateway_messages import Submit
+from mgpu.protocol.internal.worker_messages import RowSampling, StepPlan, StepResult
 
 
 def limits(**changes: int | bool) -> Limits:

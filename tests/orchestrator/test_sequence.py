@@ -3,9 +3,9 @@
 from array import array
 
 from mgpu.orchestrator.sequence import Sequence
-from mgpu.protocol.control import RowSampling
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.link import Submit
+from mgpu.protocol.internal.gateway_messages import Submit
+from mgpu.protocol.internal.worker_messages import RowSampling
 
 
 def test_a_replay_sends_prompt_and_emitted_tokens_with_the_same_sampling() -> None:

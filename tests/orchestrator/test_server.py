@@ -13,7 +13,7 @@ import pytest
 from fake_model import solo_tokens
 from server_process import ServerProcess, running_server
 
-from mgpu.protocol.link import LINK, Cancel, StateKnown, StatsQuery
+from mgpu.protocol.internal.gateway_messages import LINK, Cancel, StateKnown, StatsQuery
 from mgpu.protocol.runtime import running_servers
 
 

@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
-from mgpu.protocol.control import TokenLogprobs
-from mgpu.protocol.logprobs import LogprobPacking
+from mgpu.protocol.internal.packed_logprobs import LogprobPacking
+from mgpu.protocol.internal.worker_messages import TokenLogprobs
 
 
 def single(value: float) -> float:

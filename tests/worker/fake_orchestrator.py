@@ -13,7 +13,7 @@ from pathlib import Path
 import zmq
 
 from mgpu.protocol.checkpoint import read_checkpoint
-from mgpu.protocol.control import (
+from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
     Loaded,

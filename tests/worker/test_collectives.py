@@ -14,7 +14,7 @@ import pytest
 import torch
 from collective_rank import spec_of
 
-from mgpu.protocol.control import CONTROL
+from mgpu.protocol.internal.worker_messages import CONTROL
 from mgpu.worker.collectives import DryRun, SingleRank, ThroughHost
 from mgpu.worker.errors import BadSpec
 from mgpu.worker.links import connect, layout_of, pair_transport

@@ -10,7 +10,7 @@ from stage_driver import logits_in_chunks
 from torch import Tensor
 
 from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
-from mgpu.protocol.control import Loaded
+from mgpu.protocol.internal.worker_messages import Loaded
 from mgpu.protocol.model import KvCacheDtype
 from mgpu.worker.kv_cache import FP8, KvCache, to_stored, widen
 

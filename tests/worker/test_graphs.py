@@ -8,7 +8,7 @@ import torch
 from tiny_models import TinyModel
 
 from mgpu.protocol.checkpoint import read_checkpoint
-from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.placement import RankPlace
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.kv_cache import KvCache

@@ -17,7 +17,7 @@ import zmq
 from fake_orchestrator import DEADLINE_S, Workers, frame, launch, make_spec, running, wait_until
 from tiny_models import TinyModel
 
-from mgpu.protocol.control import (
+from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
     Loaded,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.rows import RowTable
 

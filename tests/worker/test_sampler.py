@@ -10,7 +10,7 @@ import torch
 from rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
-from mgpu.protocol.control import NewRow, RowSampling, StepPlan
+from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.collectives import SingleRank
 from mgpu.worker.rows import RowTable, SampleRequest
 from mgpu.worker.sampler import Sampled, Sampler

@@ -10,7 +10,7 @@ from fake_orchestrator import make_plan, make_spec
 from tiny_models import TinyModel
 
 from mgpu.protocol.checkpoint import read_checkpoint
-from mgpu.protocol.control import WorkerSpec
+from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.errors import OutOfMemory
 from mgpu.worker.links import Links

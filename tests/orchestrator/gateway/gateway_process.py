@@ -20,9 +20,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from mgpu import Client
 from mgpu.orchestrator.gateway.detokenizer import byte_level_table
-from mgpu.protocol.control import TokenLogprobs
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.link import (
+from mgpu.protocol.internal.gateway_messages import (
     LINK,
     Alive,
     Cancel,
@@ -40,7 +39,8 @@ from mgpu.protocol.link import (
     StatsReply,
     Submit,
 )
-from mgpu.protocol.logprobs import LogprobPacking
+from mgpu.protocol.internal.packed_logprobs import LogprobPacking
+from mgpu.protocol.internal.worker_messages import TokenLogprobs
 
 BOS, EOS, START, END = 256, 257, 258, 259
 VOCAB_SIZE = 300

@@ -12,9 +12,9 @@ from gateway_process import DEADLINE_S, GatewayProcess
 
 from mgpu import Client, RequestFailed
 from mgpu.protocol.completion import ServerUnreachable
+from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.gateway_messages import Reload, ServerKeys
 from mgpu.protocol.keys import KEYS_VARIABLE, fingerprint, key_text, new_pair
-from mgpu.protocol.limits import ClientLimits
-from mgpu.protocol.link import Reload, ServerKeys
 
 SERVER_PUBLIC, SERVER_SECRET = new_pair()
 NAMES = ("alice", "bob", "mallory")

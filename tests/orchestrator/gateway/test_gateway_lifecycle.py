@@ -15,7 +15,7 @@ import zmq
 from gateway_process import DEADLINE_S, GatewayProcess
 
 from mgpu import Client, RequestFailed
-from mgpu.protocol.link import EngineInfo, GatewayFailure, GatewayReady, Outputs, Ping
+from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayFailure, GatewayReady, Outputs, Ping
 
 
 def test_before_the_engine_is_ready_health_answers_and_requests_are_told_to_wait(model_folder: Path) -> None:

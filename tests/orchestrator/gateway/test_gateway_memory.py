@@ -8,8 +8,8 @@ from zmtp_flood import MiB, flood, hear, raw_connection
 
 from mgpu import Client
 from mgpu.orchestrator.gateway.memory import MemoryBound, MemoryFull, room_of
-from mgpu.protocol.limits import ClientLimits
-from mgpu.protocol.link import GatewayFailure
+from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.gateway_messages import GatewayFailure
 
 
 def test_a_message_without_an_end_ends_the_gateway_and_no_stream(model_folder: Path) -> None:

@@ -14,8 +14,8 @@ from raw_peer import RawPeer
 from mgpu import Client
 from mgpu.orchestrator.gateway.queries import MAX_QUESTIONS_OF_CLIENT
 from mgpu.orchestrator.gateway.quota import MAX_RETRY_S, MIN_RETRY_S
-from mgpu.protocol.limits import ClientLimits
-from mgpu.protocol.link import Reload
+from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.gateway_messages import Reload
 
 LIMITS = ClientLimits(client_requests=5, sequences=8, client_queue_bytes=40_000)
 

@@ -9,7 +9,7 @@ from gateway_process import BOS, EOS, GatewayProcess, says
 from mgpu import Client, DeadlineExceeded, RequestFailed
 from mgpu.orchestrator.gateway.admission import seed_of_choice
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.link import Coming, EngineInfo, Outputs
+from mgpu.protocol.internal.gateway_messages import Coming, EngineInfo, Outputs
 
 
 def test_ids_are_continued_and_come_back_as_text(gateway: GatewayProcess) -> None:

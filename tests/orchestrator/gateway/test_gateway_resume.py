@@ -16,8 +16,8 @@ from mgpu.orchestrator.gateway.resumption import GRACE_S, Resumption, pack_conte
 from mgpu.protocol.front import messages
 from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.front.messages import Accepted, Generate, ResumeRequest, ServerMessage
-from mgpu.protocol.limits import ClientLimits
-from mgpu.protocol.link import Cancel, GatewaySpec, Resume, Resumed, SequenceRecord
+from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.gateway_messages import Cancel, GatewaySpec, Resume, Resumed, SequenceRecord
 
 SPEC = GatewaySpec("", "", "", "", "safetensors", "tiny", 300, [], 1 << 20)
 A, B = b"connection A", b"connection B"

@@ -13,7 +13,7 @@ from mgpu.orchestrator.gateway.quota import (
     owner_of,
     size_of,
 )
-from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.internal.client_limits import ClientLimits
 
 
 class Books:

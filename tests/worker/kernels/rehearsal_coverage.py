@@ -20,7 +20,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import mgpu.worker.attention as attention
-from mgpu.protocol.control import WorkerSpec
+from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.placement import RankPlace
 from mgpu.worker import graph_pool, sampler
 from mgpu.worker.collectives import DryRun, SingleRank

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from struct import Struct, error
 
-from mgpu.protocol.control import TokenLogprobs
+from mgpu.protocol.internal.worker_messages import TokenLogprobs
 
 
 class LogprobPacking:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from mgpu.protocol.codec import Codec
-from mgpu.protocol.control import RowSampling, TokenLogprobs
-from mgpu.protocol.limits import ClientLimits
+from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.codec import Codec
+from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs
 from mgpu.protocol.model import CheckpointFormat
 
 

@@ -9,7 +9,7 @@ Every message carries the epoch of the worker group; messages of another epoch a
 
 from dataclasses import dataclass
 
-from mgpu.protocol.codec import Codec
+from mgpu.protocol.internal.codec import Codec
 from mgpu.protocol.model import Dtype, KvCacheDtype, ModelFacts, ModelSource
 from mgpu.protocol.placement import PlacementPlan, Transport
 from mgpu.protocol.quantization import Quant
