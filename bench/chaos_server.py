@@ -12,7 +12,7 @@ from chaos_load import STANDSTILL_S, Standstill
 
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
-from mgpu.protocol.completion import MgpuError
+from mgpu.protocol.client.results import MgpuError
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from chaos_server import Server, shared_memory
 from chaos_table import Row
 
 from mgpu import Client
-from mgpu.protocol.completion import MgpuError
+from mgpu.protocol.client.results import MgpuError
 
 SAMPLE_S = 5.0
 LARGEST_SLOPE = {"RSS, KB": 100.0, "descriptors": 0.1, "threads": 0.1, "/dev/shm entries": 0.1, "KV blocks": 1.0}

@@ -39,8 +39,8 @@ from mgpu.launch.bench.summary import Row, spread
 from mgpu.launch.bench.target import READY_S, Target, Wanted, prepared
 from mgpu.launch.server_process import ServerDied
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.client import Client
-from mgpu.protocol.completion import MgpuError
+from mgpu.protocol.client.client import Client
+from mgpu.protocol.client.results import MgpuError
 
 FIRST_TOKENS = 10
 """A first token takes milliseconds: it is asked for this many times as often as the rest."""

@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from mgpu.launch.talk import ServerError, given, print_pieces, talk_options
-from mgpu.protocol.client import Client
-from mgpu.protocol.completion import MgpuError, Piece, RequestFailed
+from mgpu.protocol.client.client import Client
+from mgpu.protocol.client.results import MgpuError, Piece, RequestFailed
 
 
 @click.command("chat")

@@ -9,8 +9,8 @@ from mgpu.launch.server_process import ServerDied, ServerProcess, orderly_end
 from mgpu.launch.talk import ServerError, print_pieces
 from mgpu.orchestrator.devices import find_machine
 from mgpu.orchestrator.model_store import resolve_model
-from mgpu.protocol.client import Client
-from mgpu.protocol.completion import MgpuError
+from mgpu.protocol.client.client import Client
+from mgpu.protocol.client.results import MgpuError
 
 QUESTION = "Give me three tips for writing clear code."
 CPU_WORKERS = 3

@@ -6,8 +6,8 @@ from dataclasses import asdict
 import click
 
 from mgpu.launch.talk import ServerError
-from mgpu.protocol.client import Client
-from mgpu.protocol.completion import MgpuError
+from mgpu.protocol.client.client import Client
+from mgpu.protocol.client.results import MgpuError
 
 
 @click.command("status")

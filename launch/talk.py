@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.completion import Piece, Usage
+from mgpu.protocol.client.results import Piece, Usage
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.client import Client
+from mgpu.protocol.client.client import Client
 
 MOST_NEW_TOKENS = 2048
 SETTLE_S = 60.0

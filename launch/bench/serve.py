@@ -13,7 +13,7 @@ from mgpu.launch.bench.serving import SHOWN, Load, Sizes, loads, measure_load
 from mgpu.launch.bench.session import SILENCE_S, TIMEOUT_S, serving
 from mgpu.launch.bench.target import Target, Wanted, prepared, target_options
 from mgpu.launch.config import ServeConfig
-from mgpu.protocol.async_client import AsyncClient
+from mgpu.protocol.client.async_client import AsyncClient
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ROOM_OPTION = "--max-client-requests"

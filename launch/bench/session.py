@@ -8,8 +8,8 @@ from mgpu.launch.bench.probe import Probe
 from mgpu.launch.bench.target import READY_S, Target
 from mgpu.launch.server_process import ServerDied, ServerProcess
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.client import Client
-from mgpu.protocol.completion import MgpuError
+from mgpu.protocol.client.client import Client
+from mgpu.protocol.client.results import MgpuError
 
 TIMEOUT_S = 900.0
 """Longest time that an answer may take."""

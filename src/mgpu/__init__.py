@@ -9,9 +9,9 @@ clients only when they are asked for.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mgpu.protocol.async_client import AsyncClient
-    from mgpu.protocol.client import Client
-    from mgpu.protocol.completion import Completion, DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
+    from mgpu.protocol.client.async_client import AsyncClient
+    from mgpu.protocol.client.client import Client
+    from mgpu.protocol.client.results import Completion, DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "ServerUnreachable",
 ]
 
-_HOMES = {"AsyncClient": "mgpu.protocol.async_client", "Client": "mgpu.protocol.client"}
+_HOMES = {"AsyncClient": "mgpu.protocol.client.async_client", "Client": "mgpu.protocol.client.client"}
 
 
 def __getattr__(name: str) -> object:
@@ -33,6 +33,6 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(_HOMES.get(name, "mgpu.protocol.completion")), name)
+    value = getattr(import_module(_HOMES.get(name, "mgpu.protocol.client.results")), name)
     globals()[name] = value
     return value

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mgpu import Client
 from mgpu.launch.server_process import running_server
-from mgpu.protocol.client import CompletionStream
+from mgpu.protocol.client.client import CompletionStream
 
 STREAMS = 64
 DRAIN_S = 20.0

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from mgpu.launch.generate import MOST_TOKENS, stopped
-from mgpu.protocol.completion import Piece
+from mgpu.protocol.client.results import Piece
 
 
 def pieces(count: int, finish_reason: str | None = None) -> Iterator[Piece]:

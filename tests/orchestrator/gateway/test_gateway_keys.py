@@ -11,7 +11,7 @@ import zmq
 from gateway_process import DEADLINE_S, GatewayProcess
 
 from mgpu import Client, RequestFailed
-from mgpu.protocol.completion import ServerUnreachable
+from mgpu.protocol.client.results import ServerUnreachable
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import Reload, ServerKeys
 from mgpu.protocol.keys import KEYS_VARIABLE, fingerprint, key_text, new_pair

@@ -15,7 +15,8 @@ from typing import Self, TypeVar, Unpack
 
 import zmq
 
-from mgpu.protocol.completion import (
+from mgpu.protocol.client.connection import open_connection
+from mgpu.protocol.client.results import (
     Answer,
     Completion,
     DeadlineExceeded,
@@ -25,7 +26,6 @@ from mgpu.protocol.completion import (
     chat_map,
     generate_map,
 )
-from mgpu.protocol.connection import open_connection
 from mgpu.protocol.front.messages import GenerateOptions, Health, Models, QueryKind, Stats
 
 CONNECT_TIMEOUT_S = 5.0

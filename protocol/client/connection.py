@@ -11,7 +11,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from mgpu.protocol.completion import START_HINT, Answer, MgpuError, RequestFailed, ServerUnreachable, error_of
+from mgpu.protocol.client.results import START_HINT, Answer, MgpuError, RequestFailed, ServerUnreachable, error_of
 from mgpu.protocol.front import framing as wire
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.messages import (

@@ -16,8 +16,9 @@ from typing import Self, TypeVar, Unpack
 
 import zmq
 
-from mgpu.protocol.client import CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S, LOOK_S, QUERY_TIMEOUT_S, SILENCE_TIMEOUT_S
-from mgpu.protocol.completion import (
+from mgpu.protocol.client.client import CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S, LOOK_S, QUERY_TIMEOUT_S, SILENCE_TIMEOUT_S
+from mgpu.protocol.client.connection import Connection, open_connection
+from mgpu.protocol.client.results import (
     Answer,
     Completion,
     DeadlineExceeded,
@@ -27,7 +28,6 @@ from mgpu.protocol.completion import (
     chat_map,
     generate_map,
 )
-from mgpu.protocol.connection import Connection, open_connection
 from mgpu.protocol.front.messages import GenerateOptions, Health, Models, QueryKind, Stats
 
 R = TypeVar("R", Health, Stats, Models)
