@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec
-from mgpu.protocol.placement import PlacementPlan, Stage, Transport
+from mgpu.protocol.model.placement import PlacementPlan, Stage, Transport
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.links import Links, connect, layout_of
 from mgpu.worker.peer_group import Reach, peers_of

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kernel_timing import BF16, SHAPES, Row, compile_all, graph_us, random_scales, relative_error, rotate, views
 from torch import Tensor
 
-from mgpu.protocol.quantization import WeightFormat, weight_format
+from mgpu.protocol.model.quantization import WeightFormat, weight_format
 from mgpu.worker.collectives import SingleRank
 from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
 from mgpu.worker.kernels.dequantize import dequantize_packed

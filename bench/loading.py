@@ -23,8 +23,8 @@ from model_shapes import SHAPES, write_weights
 
 from mgpu.launch.bench.shapes import SMOLLM2_135M
 from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
-from mgpu.protocol.placement import RankPlace
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.placement import RankPlace
+from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.models import build_stage, load_weights
 

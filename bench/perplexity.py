@@ -33,9 +33,9 @@ from torch import Tensor
 from mgpu.orchestrator.gateway.tokenizer import load_codec
 from mgpu.orchestrator.model_store import cache_root, read_model, resolve_model
 from mgpu.protocol.checkpoint import Checkpoint
-from mgpu.protocol.model import KvCacheDtype
-from mgpu.protocol.placement import RankPlace
-from mgpu.protocol.quantization import INT4_GROUP, Quant, weight_format
+from mgpu.protocol.model.facts import KvCacheDtype
+from mgpu.protocol.model.placement import RankPlace
+from mgpu.protocol.model.quantization import INT4_GROUP, Quant, weight_format
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import SingleRank
 from mgpu.worker.kernels.float8_rows import round_rows

@@ -31,9 +31,9 @@ from performance_rows import row as make_row
 from mgpu.launch.bench.report import Report
 from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
-from mgpu.protocol.model import KvCacheDtype
-from mgpu.protocol.placement import RankPlace
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.facts import KvCacheDtype
+from mgpu.protocol.model.placement import RankPlace
+from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.kv_cache import KvCache, stored_dtype
 from mgpu.worker.links import Links

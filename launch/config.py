@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.model import KvCacheDtype
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.facts import KvCacheDtype
+from mgpu.protocol.model.quantization import Quant
 
 OTHER_VARIABLES = frozenset(
     {

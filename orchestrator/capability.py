@@ -3,7 +3,7 @@
 from mgpu.orchestrator.devices import DeviceInfo, Machine
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.wish import Wish
-from mgpu.protocol.placement import PlacementPlan
+from mgpu.protocol.model.placement import PlacementPlan
 
 FP8_CAPABILITY = (8, 9)
 """The first GPUs that convert float8, without which the kernels of a float8 cache cannot be compiled."""

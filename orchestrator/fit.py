@@ -18,9 +18,9 @@ from mgpu.orchestrator.memory import (
 from mgpu.orchestrator.split import compatible_sizes, split_problems
 from mgpu.orchestrator.step_size import batch_tokens
 from mgpu.orchestrator.wish import Wish
-from mgpu.protocol.model import ModelFacts
-from mgpu.protocol.placement import HeadShard, PlacementPlan, RankPlace, Stage, head_shard
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.placement import HeadShard, PlacementPlan, RankPlace, Stage, head_shard
+from mgpu.protocol.model.quantization import Quant
 
 LEAST_TOKENS = 512
 """A pool below this is refused rather than served with hardly any context (unless the model's own is shorter)."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.split import compatible_sizes, listed, split_problems, without_groups
-from mgpu.protocol.model import ModelFacts
-from mgpu.protocol.placement import PlacementPlan, Stage
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.placement import PlacementPlan, Stage
+from mgpu.protocol.model.quantization import Quant
 
 _PAIR = re.compile(r"\s*([0-9]{1,6}(?:\s*\+\s*[0-9]{1,6})*)\s*:\s*([0-9]{1,9})\s*")
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from mgpu.orchestrator.fit import RankRow, gib
 from mgpu.orchestrator.planner import Plan
-from mgpu.protocol.placement import Mode
-from mgpu.protocol.quantization import weight_format
+from mgpu.protocol.model.placement import Mode
+from mgpu.protocol.model.quantization import weight_format
 
 _TITLES: dict[Mode, str] = {
     "cpu": "one worker on the CPU",

@@ -3,9 +3,9 @@
 import math
 
 from mgpu.protocol.checkpoint_tensors import layer_tensors
-from mgpu.protocol.model import ModelFacts
-from mgpu.protocol.placement import PlacementPlan, RankPlace, head_shard, padded_vocab
-from mgpu.protocol.quantization import Quant, rank_matrices, weight_format
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.placement import PlacementPlan, RankPlace, head_shard, padded_vocab
+from mgpu.protocol.model.quantization import Quant, rank_matrices, weight_format
 
 CUDA_FIXED_BYTES = 700 << 20
 """Estimate of a worker's CUDA context, cuBLAS workspaces and allocator slack; the worker measures the truth."""

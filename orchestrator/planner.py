@@ -10,9 +10,9 @@ from mgpu.orchestrator.layer_map import balanced_stages, even_stages, map_text, 
 from mgpu.orchestrator.memory import edge_elements, layer_bytes
 from mgpu.orchestrator.split import compatible_sizes, listed, split_problems, without_groups
 from mgpu.orchestrator.wish import BLOCK_SIZE, Wish
-from mgpu.protocol.model import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, kv_element_bytes
-from mgpu.protocol.placement import Mode, PlacementPlan, Stage, Transport
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, kv_element_bytes
+from mgpu.protocol.model.placement import Mode, PlacementPlan, Stage, Transport
+from mgpu.protocol.model.quantization import Quant
 
 __all__ = ["Plan", "RankRow", "Wish", "plan"]
 

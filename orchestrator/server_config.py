@@ -8,10 +8,10 @@ from typing import Literal
 from mgpu.orchestrator.step_size import batch_tokens
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
-from mgpu.protocol.model import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, ModelSource
-from mgpu.protocol.placement import PlacementPlan, Transport
-from mgpu.protocol.quantization import Quant
-from mgpu.protocol.shared_layout import shared_layout
+from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, ModelSource
+from mgpu.protocol.model.placement import PlacementPlan, Transport
+from mgpu.protocol.model.quantization import Quant
+from mgpu.protocol.model.shared_memory_layout import shared_layout
 
 WORKER_COMMAND = (sys.executable, "-m", "mgpu.worker")
 GATEWAY_COMMAND = (sys.executable, "-m", "mgpu.orchestrator.gateway")

@@ -1,7 +1,7 @@
 """Decide into how many tensor-parallel ranks a model can be split."""
 
-from mgpu.protocol.model import ModelFacts
-from mgpu.protocol.quantization import Quant, group_problems
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.quantization import Quant, group_problems
 
 
 def compatible_sizes(facts: ModelFacts, quant: Quant = "none") -> tuple[int, ...]:

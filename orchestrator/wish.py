@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from mgpu.protocol.model import Dtype, KvCacheDtype
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.facts import Dtype, KvCacheDtype
+from mgpu.protocol.model.quantization import Quant
 
 BLOCK_SIZE = {"cuda": 64, "cpu": 16}
 """Tokens per KV block where nothing was asked. Kernels are fastest with pages of 64 (see docs/kernels.md); shorter ones

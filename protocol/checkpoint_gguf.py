@@ -9,7 +9,7 @@ from mgpu.protocol.checkpoint_config import MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, M
 from mgpu.protocol.checkpoint_fields import CheckpointError, Fields, checked_file
 from mgpu.protocol.checkpoint_tensors import TensorEntry
 from mgpu.protocol.gguf import GgufHeader, GgufTensor, read_gguf
-from mgpu.protocol.model import Dtype, ModelFacts, RopeScaling
+from mgpu.protocol.model.facts import Dtype, ModelFacts, RopeScaling
 
 _GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 _TOP_NAMES = {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mgpu.protocol.checkpoint_fields import Fields
-from mgpu.protocol.model import RopeScaling
+from mgpu.protocol.model.facts import RopeScaling
 
 
 @dataclass(frozen=True, slots=True)

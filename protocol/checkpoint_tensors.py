@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from mgpu.protocol.checkpoint_fields import CheckpointError
-from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.model.facts import ModelFacts
 
 LOADABLE_DTYPES = frozenset(
     {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"},

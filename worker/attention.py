@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model import KvCacheDtype
+from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.kv_cache import LayerCache

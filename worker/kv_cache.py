@@ -9,7 +9,7 @@ orchestrator decides which block belongs to whom; here is only the memory.
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model import KvCacheDtype
+from mgpu.protocol.model.facts import KvCacheDtype
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0

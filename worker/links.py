@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import WorkerSpec
-from mgpu.protocol.model import DTYPE_BYTES
-from mgpu.protocol.placement import Transport
-from mgpu.protocol.shared_layout import MailboxRegion, SharedLayout, shared_layout
+from mgpu.protocol.model.facts import DTYPE_BYTES
+from mgpu.protocol.model.placement import Transport
+from mgpu.protocol.model.shared_memory_layout import MailboxRegion, SharedLayout, shared_layout
 from mgpu.worker.collectives import (
     DistChannel,
     DistGroup,

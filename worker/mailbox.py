@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.shared_layout import MailboxRegion
+from mgpu.protocol.model.shared_memory_layout import MailboxRegion
 from mgpu.worker.shared_memory import SharedSegment
 
 _WORD = 8

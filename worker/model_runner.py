@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
-from mgpu.protocol.model import ModelFacts
-from mgpu.protocol.placement import RankPlace, padded_vocab
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.placement import RankPlace, padded_vocab
 from mgpu.worker.graphs import make_graphs
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.links import Links

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mgpu.protocol.shared_layout import HANDLE_BYTES, MailboxRegion
+from mgpu.protocol.model.shared_memory_layout import HANDLE_BYTES, MailboxRegion
 from mgpu.worker.ipc_memory import export, map_exported
 from mgpu.worker.shared_memory import SharedSegment
 

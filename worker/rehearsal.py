@@ -15,7 +15,7 @@ from threading import Thread
 import torch
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan, WorkerSpec
-from mgpu.protocol.placement import RankPlace, padded_vocab
+from mgpu.protocol.model.placement import RankPlace, padded_vocab
 from mgpu.worker.collectives import DryRun
 from mgpu.worker.graphs import prepare_graphs
 from mgpu.worker.kernel_use import uses_kernels

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mgpu.protocol.shared_layout import LINE, ReduceRegion, SharedLayout
+from mgpu.protocol.model.shared_memory_layout import LINE, ReduceRegion, SharedLayout
 from mgpu.worker.errors import PeerLost
 
 _WORD = 8

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded, RowSampling, WorkerSpec
-from mgpu.protocol.placement import RankPlace, head_shard
+from mgpu.protocol.model.placement import RankPlace, head_shard
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.kv_cache import KvCache, block_bytes, stored_dtype
 from mgpu.worker.links import Links

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.memory import layer_bytes
 from mgpu.orchestrator.planner import Plan
-from mgpu.protocol.model import DTYPE_BYTES, ModelFacts
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts
+from mgpu.protocol.model.quantization import Quant
 
 _UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
 

@@ -14,7 +14,7 @@ from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError, build_token
 from mgpu.orchestrator.gateway.template_process import TemplateProcess
 from mgpu.protocol.checkpoint_fields import CheckpointError, checked_file
 from mgpu.protocol.gguf import read_gguf
-from mgpu.protocol.model import CheckpointFormat
+from mgpu.protocol.model.facts import CheckpointFormat
 
 _SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
 _MAX_FILE_BYTES = 128 << 20

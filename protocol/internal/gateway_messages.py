@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.codec import Codec
 from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs
-from mgpu.protocol.model import CheckpointFormat
+from mgpu.protocol.model.facts import CheckpointFormat
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ Every message carries the epoch of the worker group; messages of another epoch a
 from dataclasses import dataclass
 
 from mgpu.protocol.internal.codec import Codec
-from mgpu.protocol.model import Dtype, KvCacheDtype, ModelFacts, ModelSource
-from mgpu.protocol.placement import PlacementPlan, Transport
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.facts import Dtype, KvCacheDtype, ModelFacts, ModelSource
+from mgpu.protocol.model.placement import PlacementPlan, Transport
+from mgpu.protocol.model.quantization import Quant
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from stage_driver import Row, Stages, make_batch
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 from mgpu.protocol.checkpoint import read_checkpoint
-from mgpu.protocol.model import KvCacheDtype
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.facts import KvCacheDtype
+from mgpu.protocol.model.quantization import Quant
 
 PROMPT = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]
 COUNT = 8

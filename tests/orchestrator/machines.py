@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from mgpu.orchestrator.devices import DeviceInfo, Machine
 from mgpu.orchestrator.nvml import Link
-from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.model.facts import ModelFacts
 
 GIB = 1 << 30
 

@@ -38,8 +38,8 @@ from mgpu.protocol.internal.gateway_messages import (
     Submit,
 )
 from mgpu.protocol.internal.worker_messages import RowSampling
-from mgpu.protocol.model import ModelFacts, ModelSource
-from mgpu.protocol.placement import PlacementPlan, Stage
+from mgpu.protocol.model.facts import ModelFacts, ModelSource
+from mgpu.protocol.model.placement import PlacementPlan, Stage
 
 HERE = Path(__file__).parent
 DEADLINE_S = 30.0

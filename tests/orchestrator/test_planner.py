@@ -10,8 +10,8 @@ from mgpu.orchestrator.devices import Machine, oversubscribed
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.planner import Plan, Wish, plan
 from mgpu.orchestrator.split import compatible_sizes
-from mgpu.protocol.model import ModelFacts
-from mgpu.protocol.placement import Mode, PlacementPlan, Stage
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.placement import Mode, PlacementPlan, Stage
 
 NO_KV_CARE = Wish(max_seq_len=16)
 

@@ -9,7 +9,7 @@ from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.layout import layout_json, layout_text
 from mgpu.orchestrator.planner import Wish, plan
 from mgpu.orchestrator.split import compatible_sizes
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.quantization import Quant
 
 EMBEDDING, NORMS = 2 * 151936 * 5120, 2 * (64 * 2 * 5120 + 5120)
 OUTPUTS = 64 * (8192 + 2 * 1024 + 5120 + 2 * 25600 + 5120)

@@ -13,7 +13,7 @@ from model_files import LLAMA_CONFIG, safetensors_bytes, write_config, write_ind
 from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
 from mgpu.protocol.checkpoint_fields import MAX_JSON_BYTES
 from mgpu.protocol.internal.codec import Codec
-from mgpu.protocol.model import LoadFormat, ModelFacts
+from mgpu.protocol.model.facts import LoadFormat, ModelFacts
 from mgpu.protocol.safetensors_header import MAX_HEADER_BYTES
 
 

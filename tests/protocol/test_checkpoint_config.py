@@ -9,7 +9,7 @@ from model_files import LLAMA_CONFIG, write_config
 
 from mgpu.protocol.checkpoint import CheckpointError
 from mgpu.protocol.checkpoint_config import read_config_facts
-from mgpu.protocol.model import ModelFacts, RopeScaling
+from mgpu.protocol.model.facts import ModelFacts, RopeScaling
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"], "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,

@@ -19,7 +19,7 @@ from model_files import (
 
 from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
 from mgpu.protocol.checkpoint_gguf import llama3_divisors
-from mgpu.protocol.model import RopeScaling
+from mgpu.protocol.model.facts import RopeScaling
 
 
 def read(folder: Path, metadata: Mapping[str, GgufValue | None] = {}) -> Checkpoint:

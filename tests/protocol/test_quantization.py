@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from mgpu.protocol.checkpoint_config import read_config_facts
-from mgpu.protocol.model import ModelFacts
-from mgpu.protocol.quantization import WeightFormat, group_problems, rank_matrices
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.quantization import WeightFormat, group_problems, rank_matrices
 
 
 @pytest.fixture

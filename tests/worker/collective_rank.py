@@ -13,7 +13,7 @@ from fake_orchestrator import make_plan
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import WorkerSpec
-from mgpu.protocol.model import ModelFacts, ModelSource
+from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.worker.errors import PeerLost
 from mgpu.worker.links import Links, connect, layout_of
 

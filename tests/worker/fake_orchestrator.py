@@ -27,9 +27,9 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerFailure,
     WorkerSpec,
 )
-from mgpu.protocol.model import DTYPE_BYTES
-from mgpu.protocol.placement import PlacementPlan, Stage
-from mgpu.protocol.shared_layout import shared_layout
+from mgpu.protocol.model.facts import DTYPE_BYTES
+from mgpu.protocol.model.placement import PlacementPlan, Stage
+from mgpu.protocol.model.shared_memory_layout import shared_layout
 
 DEADLINE_S = 60.0
 BLOCK_SIZE = 16

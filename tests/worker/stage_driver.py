@@ -8,9 +8,9 @@ from rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
 from mgpu.protocol.checkpoint import Checkpoint
-from mgpu.protocol.model import KvCacheDtype
-from mgpu.protocol.placement import RankPlace, head_shard
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.facts import KvCacheDtype
+from mgpu.protocol.model.placement import RankPlace, head_shard
+from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.kv_cache import KvCache, stored_dtype
 from mgpu.worker.models import DecoderStage, build_stage, init_dummy_weights, load_weights

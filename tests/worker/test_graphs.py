@@ -9,7 +9,7 @@ from tiny_models import TinyModel
 
 from mgpu.protocol.checkpoint import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
-from mgpu.protocol.placement import RankPlace
+from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.links import Links

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
-from mgpu.protocol.placement import head_shard, padded_vocab
+from mgpu.protocol.model.placement import head_shard, padded_vocab
 from mgpu.worker.layers import cpu_matmul
 from mgpu.worker.layers.linear import even_range, qkv_slices
 from mgpu.worker.layers.norm import RMSNorm

@@ -13,7 +13,7 @@ from torch import Tensor
 import mgpu.worker.loaders.fillers as fillers
 import mgpu.worker.loaders.reader as reader_module
 from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, TensorEntry
-from mgpu.protocol.model import ModelFacts, ModelSource
+from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.worker.loaders.reader import WeightReader
 
 ROWS, COLUMNS = 12, 512

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.protocol.quantization import WeightFormat, weight_format
+from mgpu.protocol.model.quantization import WeightFormat, weight_format
 from mgpu.worker.kernels.packing import dequantize
 from mgpu.worker.layers.product import matmul_packed
 from mgpu.worker.layers.quantize import quantize, search_int4

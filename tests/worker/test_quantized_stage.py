@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mgpu.orchestrator.memory import largest_matrix_bytes, rank_weight_bytes
 from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded
-from mgpu.protocol.model import ModelFacts
-from mgpu.protocol.placement import PlacementPlan, RankPlace, Stage
-from mgpu.protocol.quantization import Quant
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.placement import PlacementPlan, RankPlace, Stage
+from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.collectives import SingleRank
 from mgpu.worker.models import build_stage, init_dummy_weights
 

@@ -9,9 +9,9 @@ consecutive ranks hold copies of one.
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model import ModelFacts
-from mgpu.protocol.placement import head_shard
-from mgpu.protocol.quantization import DENSE, WeightFormat
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.placement import head_shard
+from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.attention import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernels.float8_rows import Activations, Product, plain, values_and_scale

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mgpu.protocol.placement import HeadShard
-from mgpu.protocol.quantization import DENSE, WeightFormat
+from mgpu.protocol.model.placement import HeadShard
+from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernels.float8_rows import LEAST_ROWS, Activations, Float8Rows, Product, plain
 from mgpu.worker.kernels.packing import PackedWeight

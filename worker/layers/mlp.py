@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.protocol.quantization import DENSE, WeightFormat
+from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.kernels.float8_rows import Activations, plain, values_and_scale

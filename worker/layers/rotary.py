@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model import RopeScaling
+from mgpu.protocol.model.facts import RopeScaling
 
 Rotation = tuple[Tensor, Tensor]
 """cos and signed sin, [T, 1, K] each; the first half of sin is negative, so that rotating takes one roll."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.protocol.placement import padded_vocab
+from mgpu.protocol.model.placement import padded_vocab
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.layers.cpu_matmul import pack
 from mgpu.worker.layers.module import Module

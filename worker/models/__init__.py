@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 
 from mgpu.protocol.checkpoint import Checkpoint
-from mgpu.protocol.model import KvCacheDtype, ModelFacts
-from mgpu.protocol.placement import RankPlace
-from mgpu.protocol.quantization import Quant, weight_format
+from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
+from mgpu.protocol.model.placement import RankPlace
+from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.loaders.fillers import reading_threads

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model import KvCacheDtype, ModelFacts
-from mgpu.protocol.placement import head_shard
-from mgpu.protocol.quantization import DENSE, WeightFormat
+from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
+from mgpu.protocol.model.placement import head_shard
+from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.attention import AttentionBackend, AttentionShape, StepAttention, select_backend
 from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import TensorParallelGroup

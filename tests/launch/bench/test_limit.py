@@ -11,7 +11,7 @@ from mgpu.orchestrator.devices import described_machine, find_machine
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.planner import Wish, plan
 from mgpu.protocol.checkpoint import read_checkpoint
-from mgpu.protocol.model import ModelFacts
+from mgpu.protocol.model.facts import ModelFacts
 
 
 def facts_of(config: Config, folder: Path) -> ModelFacts:

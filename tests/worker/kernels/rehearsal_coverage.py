@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 import mgpu.worker.attention as attention
 from mgpu.protocol.internal.worker_messages import WorkerSpec
-from mgpu.protocol.placement import RankPlace
+from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker import graph_pool, sampler
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.kernel_check import attention_problem

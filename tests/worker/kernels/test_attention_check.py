@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mgpu.protocol.model import KvCacheDtype
+from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.worker import kernel_check, triton_attention
 from mgpu.worker.attention import AttentionShape
 

@@ -11,7 +11,7 @@ from stage_driver import logits_in_chunks
 from torch import Tensor
 
 from mgpu.protocol.checkpoint import read_checkpoint
-from mgpu.protocol.quantization import weight_format
+from mgpu.protocol.model.quantization import weight_format
 from mgpu.worker.attention import HeadNorms
 from mgpu.worker.collectives import SingleRank
 from mgpu.worker.kernels import float8_product as products

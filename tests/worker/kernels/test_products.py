@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from kernel_checks import relative_error, tolerance
 from torch import Tensor
 
-from mgpu.protocol.quantization import Quant, weight_format
+from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.worker.kernels.dequantize import dequantize_packed
 from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.gemv_rows import Activation

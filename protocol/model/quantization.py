@@ -7,8 +7,8 @@ in; how words are laid out is in ``worker/kernels/packing.py``.
 from dataclasses import dataclass
 from typing import Literal
 
-from mgpu.protocol.model import ModelFacts
-from mgpu.protocol.placement import head_shard
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.placement import head_shard
 
 Quant = Literal["none", "8", "4", "fp8"]
 """What a user asks for: nothing, int8, group-wise int4, or float8 (e4m3)."""

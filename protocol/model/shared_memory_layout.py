@@ -7,7 +7,7 @@ a cache line of its own, written by one rank only.
 
 from dataclasses import dataclass
 
-from mgpu.protocol.placement import PlacementPlan
+from mgpu.protocol.model.placement import PlacementPlan
 
 LINE = 64
 """Bytes of a cache line."""
