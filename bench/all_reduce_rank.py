@@ -21,7 +21,7 @@ import torch
 from model_shapes import LLAMA_8B, write_config
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import PlacementPlan, Stage, Transport
 from mgpu.worker.collectives import TensorParallelGroup

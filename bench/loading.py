@@ -22,7 +22,7 @@ from machine import describe, heading
 from model_shapes import SHAPES, write_weights
 
 from mgpu.launch.bench.shapes import SMOLLM2_135M
-from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
+from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.collectives import DryRun, SingleRank

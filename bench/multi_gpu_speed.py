@@ -17,7 +17,7 @@ from multi_gpu_report import Report
 from mgpu import Client
 from mgpu.launch.bench.probe import Probe
 from mgpu.orchestrator.layer_map import even_stages, map_text
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 
 SECTION = "speed"
 DECODE_TARGETS = {

@@ -17,7 +17,7 @@ from mgpu.launch.bench.report import Report
 from mgpu.launch.bench.startup import KERNEL_CACHE, start_once
 from mgpu.launch.bench.summary import Row, spread
 from mgpu.launch.bench.target import prepared
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 
 PEER_S = 240.0
 HERE = Path(__file__).parent

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mgpu.orchestrator.gateway.tokenizer import load_codec
 from mgpu.orchestrator.model_store import cache_root, read_model, resolve_model
-from mgpu.protocol.checkpoint import Checkpoint
+from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import INT4_GROUP, Quant, weight_format

@@ -29,7 +29,7 @@ from performance_rows import BENCH, GAP, OCCUPANCY, SHOWN
 from performance_rows import row as make_row
 
 from mgpu.launch.bench.report import Report
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace

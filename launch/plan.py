@@ -17,7 +17,7 @@ from mgpu.orchestrator.model_store import ResolvedModel, check_loadable, read_mo
 from mgpu.orchestrator.planner import Plan, Wish, plan
 from mgpu.orchestrator.step_size import batch_tokens, check_batch_tokens
 from mgpu.orchestrator.wish import implied_workers
-from mgpu.protocol.checkpoint import Checkpoint
+from mgpu.protocol.checkpoint.read import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)

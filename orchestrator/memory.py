@@ -2,7 +2,7 @@
 
 import math
 
-from mgpu.protocol.checkpoint_tensors import layer_tensors
+from mgpu.protocol.checkpoint.tensors import layer_tensors
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, RankPlace, head_shard, padded_vocab
 from mgpu.protocol.model.quantization import Quant, rank_matrices, weight_format

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mgpu.orchestrator.demo_model import DEMO_NAME, demo_model_path
 from mgpu.orchestrator.errors import ModelError
-from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, has_weights, read_checkpoint
+from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, has_weights, read_checkpoint
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat
 
 _PLAIN_TYPES = ("F32", "F16", "BF16")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mgpu.protocol.checkpoint import CheckpointError
+from mgpu.protocol.checkpoint.read import CheckpointError
 from mgpu.protocol.internal.worker_messages import (
     AllocateCache,
     LoadProgress,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
+from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded, RowSampling, WorkerSpec
 from mgpu.protocol.model.placement import RankPlace, head_shard
 from mgpu.worker.batch import StepBatch

@@ -22,7 +22,7 @@ from peer import measure, most_at_once, need, parse, streamed
 
 from mgpu.launch.bench.load import Request
 from mgpu.orchestrator.model_store import resolve_model
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 
 Notify = Callable[[int | Exception | None], None]
 

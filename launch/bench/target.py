@@ -20,7 +20,7 @@ from mgpu.launch.server_process import ServerProcess, orderly_end
 from mgpu.orchestrator.devices import find_machine
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.planner import Plan
-from mgpu.protocol.checkpoint import has_weights
+from mgpu.protocol.checkpoint.read import has_weights
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -12,8 +12,8 @@ from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.detokenizer import byte_level_bytes, sentence_piece_bytes
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError, build_tokenizer, special_token
 from mgpu.orchestrator.gateway.template_process import TemplateProcess
-from mgpu.protocol.checkpoint_fields import CheckpointError, checked_file
-from mgpu.protocol.gguf import read_gguf
+from mgpu.protocol.checkpoint.gguf_file import read_gguf
+from mgpu.protocol.checkpoint.untrusted import CheckpointError, checked_file
 from mgpu.protocol.model.facts import CheckpointFormat
 
 _SPECIAL_NAMES = ("bos", "eos", "unk", "pad")

@@ -17,7 +17,7 @@ from multi_gpu_tokens import Case, cases
 
 from mgpu.orchestrator.devices import Machine, find_machine
 from mgpu.orchestrator.planner import Plan, Wish, plan
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 
 MODELS = {"own KV heads": TINY, "2 KV heads": TINY_FEW_KV}
 

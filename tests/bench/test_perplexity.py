@@ -13,7 +13,7 @@ import perplexity
 from random_model import write_random_model
 from stage_driver import logits_in_chunks
 
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 
 IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]
 

@@ -14,7 +14,7 @@ from stage_driver import Row, Stages, make_batch
 
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.quantization import Quant
 

@@ -12,7 +12,7 @@ import pytest
 from mgpu.orchestrator import demo_model
 from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.model_store import cache_root, check_loadable, read_model, read_model_to_plan, resolve_model
-from mgpu.protocol.checkpoint_tensors import TensorEntry
+from mgpu.protocol.checkpoint.tensors import TensorEntry
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from model_files import LLAMA_CONFIG, safetensors_bytes, write_config, write_index, write_llama_folder
 
-from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
-from mgpu.protocol.checkpoint_fields import MAX_JSON_BYTES
+from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
+from mgpu.protocol.checkpoint.safetensors_file import MAX_HEADER_BYTES
+from mgpu.protocol.checkpoint.untrusted import MAX_JSON_BYTES
 from mgpu.protocol.internal.codec import Codec
 from mgpu.protocol.model.facts import LoadFormat, ModelFacts
-from mgpu.protocol.safetensors_header import MAX_HEADER_BYTES
 
 
 def refusal(folder: Path, load_format: LoadFormat = "auto") -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from model_files import LLAMA_CONFIG, write_config
 
-from mgpu.protocol.checkpoint import CheckpointError
-from mgpu.protocol.checkpoint_config import read_config_facts
+from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.read import CheckpointError
 from mgpu.protocol.model.facts import ModelFacts, RopeScaling
 
 QWEN3 = {

@@ -17,8 +17,8 @@ from model_files import (
     u32,
 )
 
-from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
-from mgpu.protocol.checkpoint_gguf import llama3_divisors
+from mgpu.protocol.checkpoint.gguf_model import llama3_divisors
+from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
 from mgpu.protocol.model.facts import RopeScaling
 
 

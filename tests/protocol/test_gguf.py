@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_files import gguf_bytes, gguf_string, llama_gguf_tensors, string, string_array, u32
 
-from mgpu.protocol.checkpoint import CheckpointError
-from mgpu.protocol.gguf import GGUF_TYPES, read_gguf
+from mgpu.protocol.checkpoint.gguf_file import GGUF_TYPES, read_gguf
+from mgpu.protocol.checkpoint.read import CheckpointError
 
 GOOD = gguf_bytes(
     {"general.architecture": string("llama"), "llama.block_count": u32(2), "words": string_array(["a", "bc"])},

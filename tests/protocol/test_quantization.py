@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mgpu.protocol.checkpoint_config import read_config_facts
+from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.quantization import WeightFormat, group_problems, rank_matrices
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import zmq
 
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mgpu.protocol.checkpoint import expected_tensors
-from mgpu.protocol.checkpoint_config import read_config_facts
+from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.read import expected_tensors
 
 
 def write_random_model(folder: Path, seed: int = 0, **changes: object) -> Path:

@@ -7,7 +7,7 @@ import torch
 from rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import Checkpoint
+from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace, head_shard
 from mgpu.protocol.model.quantization import Quant

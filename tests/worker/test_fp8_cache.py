@@ -9,7 +9,7 @@ from random_model import write_random_model
 from stage_driver import logits_in_chunks
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
+from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.worker.kv_cache import FP8, KvCache, to_stored, widen

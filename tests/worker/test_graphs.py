@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import TinyModel
 
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.collectives import DryRun, SingleRank

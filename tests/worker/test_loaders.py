@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mgpu.worker.loaders.fillers as fillers
 import mgpu.worker.loaders.reader as reader_module
-from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.worker.loaders.reader import WeightReader
 

@@ -12,7 +12,7 @@ from stage_driver import logits_in_chunks
 from tiny_models import TINY, TinyModel
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",

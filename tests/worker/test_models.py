@@ -9,7 +9,7 @@ from stage_driver import Row, Stages, logits_in_chunks, make_batch
 from tiny_models import TinyModel
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.worker.models import DecoderStage
 
 FAMILIES = ("llama", "llama3-rope", "llama-linear-bias", "mistral-window", "qwen2", "qwen3", "gemma3")

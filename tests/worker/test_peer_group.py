@@ -9,7 +9,7 @@ from rank_threads import ThreadGroup, run_ranks
 from stage_driver import logits_in_chunks
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.peer_group import MOST_ROWS, Reach, area_shapes, peers_of
 from mgpu.worker.peer_memory import buffer_bytes

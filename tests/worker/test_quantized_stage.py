@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgpu.orchestrator.memory import largest_matrix_bytes, rank_weight_bytes
-from mgpu.protocol.checkpoint import Checkpoint, read_checkpoint
+from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, RankPlace, Stage

@@ -9,7 +9,7 @@ import torch
 from fake_orchestrator import make_plan, make_spec
 from tiny_models import TinyModel
 
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.errors import OutOfMemory

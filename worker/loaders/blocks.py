@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import CheckpointError
+from mgpu.protocol.checkpoint.read import CheckpointError
 
 PLAIN_TYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

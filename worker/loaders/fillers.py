@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import CheckpointError
+from mgpu.protocol.checkpoint.read import CheckpointError
 from mgpu.worker.loaders.blocks import BlockType
 from mgpu.worker.loaders.pieces import Piece, Span, not_finite, total
 

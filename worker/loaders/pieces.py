@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import CheckpointError, TensorEntry
+from mgpu.protocol.checkpoint.read import CheckpointError, TensorEntry
 from mgpu.worker.loaders.blocks import BlockType
 
 MOST_VIEWS = 1024

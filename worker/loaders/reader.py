@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
 from mgpu.worker.loaders.blocks import BlockType, block_type
 from mgpu.worker.loaders.fillers import Progress, make_filler
 from mgpu.worker.loaders.pieces import Piece, Span

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from mgpu.protocol.checkpoint import Checkpoint
+from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant, weight_format

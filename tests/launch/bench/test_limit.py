@@ -10,7 +10,7 @@ from mgpu.launch.bench.shapes import LLAMA_8B, SMOLLM2_135M, Config, write_confi
 from mgpu.orchestrator.devices import described_machine, find_machine
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.planner import Wish, plan
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.facts import ModelFacts
 
 

@@ -10,7 +10,7 @@ from random_model import write_random_model
 from stage_driver import logits_in_chunks
 from torch import Tensor
 
-from mgpu.protocol.checkpoint import read_checkpoint
+from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.quantization import weight_format
 from mgpu.worker.attention import HeadNorms
 from mgpu.worker.collectives import SingleRank

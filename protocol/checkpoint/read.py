@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mgpu.protocol.checkpoint_config import read_config_facts
-from mgpu.protocol.checkpoint_fields import CheckpointError, checked_file, read_json_object
-from mgpu.protocol.checkpoint_gguf import read_gguf_checkpoint
-from mgpu.protocol.checkpoint_tensors import TensorEntry, check_tensors, dummy_tensors, expected_tensors
+from mgpu.protocol.checkpoint.gguf_model import read_gguf_checkpoint
+from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.safetensors_file import read_safetensors
+from mgpu.protocol.checkpoint.tensors import TensorEntry, check_tensors, dummy_tensors, expected_tensors
+from mgpu.protocol.checkpoint.untrusted import CheckpointError, checked_file, read_json_object
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelFacts, ModelSource
-from mgpu.protocol.safetensors_header import read_safetensors
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorEntry", "expected_tensors", "read_checkpoint"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mgpu.protocol.checkpoint_fields import CheckpointError, file_size
+from mgpu.protocol.checkpoint.untrusted import CheckpointError, file_size
 
 GGUF_TYPES: dict[int, tuple[str, int, int]] = {
     # ggml type number: name, elements per block, bytes per block

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from mgpu.protocol.checkpoint_fields import CheckpointError
+from mgpu.protocol.checkpoint.untrusted import CheckpointError
 from mgpu.protocol.model.facts import ModelFacts
 
 LOADABLE_DTYPES = frozenset(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mgpu.protocol.checkpoint_fields import Fields
+from mgpu.protocol.checkpoint.untrusted import Fields
 from mgpu.protocol.model.facts import RopeScaling
 
 

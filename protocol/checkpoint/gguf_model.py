@@ -5,10 +5,10 @@ import re
 import struct
 from pathlib import Path
 
-from mgpu.protocol.checkpoint_config import MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_POSITION, MAX_VOCAB
-from mgpu.protocol.checkpoint_fields import CheckpointError, Fields, checked_file
-from mgpu.protocol.checkpoint_tensors import TensorEntry
-from mgpu.protocol.gguf import GgufHeader, GgufTensor, read_gguf
+from mgpu.protocol.checkpoint.gguf_file import GgufHeader, GgufTensor, read_gguf
+from mgpu.protocol.checkpoint.huggingface import MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_POSITION, MAX_VOCAB
+from mgpu.protocol.checkpoint.tensors import TensorEntry
+from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, checked_file
 from mgpu.protocol.model.facts import Dtype, ModelFacts, RopeScaling
 
 _GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")

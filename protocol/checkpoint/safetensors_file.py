@@ -7,8 +7,8 @@ Format: 8 bytes little-endian header length, a JSON object, then the tensors bac
 import math
 from pathlib import Path
 
-from mgpu.protocol.checkpoint_fields import CheckpointError, file_size, parse_json_object
-from mgpu.protocol.checkpoint_tensors import TensorEntry
+from mgpu.protocol.checkpoint.tensors import TensorEntry
+from mgpu.protocol.checkpoint.untrusted import CheckpointError, file_size, parse_json_object
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMS = 8

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from mgpu.protocol.checkpoint_fields import CheckpointError, Fields, checked_file, read_json_object
-from mgpu.protocol.checkpoint_rope import read_rope
+from mgpu.protocol.checkpoint.rope import read_rope
+from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, checked_file, read_json_object
 from mgpu.protocol.model.facts import ARCHITECTURES, Dtype, ModelFacts
 
 MAX_HIDDEN, MAX_LAYERS, MAX_HEADS, MAX_VOCAB, MAX_POSITION = 1 << 18, 4096, 4096, 1 << 24, 1 << 30
