@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 from mgpu.protocol.internal.child import end_with_parent
-from mgpu.protocol.runtime import BASE_VARIABLE, running_servers
 
 STOP_S = 45.0
 

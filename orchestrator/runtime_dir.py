@@ -15,7 +15,7 @@ from pathlib import Path
 import zmq
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.runtime import (
+from mgpu.protocol.discovery import (
     BASE_VARIABLE,
     IPC_PATH_MAX,
     LOCK_NAME,

@@ -26,8 +26,8 @@ from mgpu.orchestrator.standby import Standby
 from mgpu.orchestrator.startup_log import ProgressBar, log_ready
 from mgpu.orchestrator.supervisor import WorkerGroup, WorkerLost
 from mgpu.orchestrator.wakers import poller_of
+from mgpu.protocol.discovery import RunningServer
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayReady, StateKnown
-from mgpu.protocol.runtime import RunningServer
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 import zmq
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.runtime import IPC_PATH_MAX, names_open_file
+from mgpu.protocol.discovery import IPC_PATH_MAX, names_open_file
 
 MAX_PORT = 65535
 _LOCK_TRIES = 100

@@ -12,6 +12,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from mgpu.protocol.client.results import START_HINT, Answer, MgpuError, RequestFailed, ServerUnreachable, error_of
+from mgpu.protocol.discovery import LOCK_NAME, is_locked, running_servers
 from mgpu.protocol.front import framing as wire
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.messages import (
@@ -25,7 +26,6 @@ from mgpu.protocol.front.messages import (
     parse_server_message,
 )
 from mgpu.protocol.keys import KEYS_VARIABLE, ClientKeys, find_client_keys, fingerprint, use_client_keys
-from mgpu.protocol.runtime import LOCK_NAME, is_locked, running_servers
 
 ENDPOINT_VARIABLE = "MGPU_ENDPOINT"
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL

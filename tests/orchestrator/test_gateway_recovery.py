@@ -14,9 +14,9 @@ from fake_model import solo_tokens
 from server_process import DEADLINE_S, ServerProcess, running_server
 
 from mgpu import Client
+from mgpu.protocol.discovery import running_servers
 from mgpu.protocol.internal.gateway_messages import Coming, Resumable, Resume, Submit
 from mgpu.protocol.internal.worker_messages import RowSampling
-from mgpu.protocol.runtime import running_servers
 
 REAL_GATEWAY = (sys.executable, "-m", "mgpu.orchestrator.gateway")
 SESSION = "0123456789abcdef"

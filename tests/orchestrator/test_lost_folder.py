@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from server_process import ServerProcess, running_server
 
-from mgpu.protocol.runtime import BASE_VARIABLE, running_servers
+from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 
 MOUNT = 'mount -t tmpfs -o size=1m,nr_inodes=100,mode=0700 none "$MGPU_RUNTIME_DIR" && exec "$@"'
 """Its own file system for the server alone, which ends with it."""

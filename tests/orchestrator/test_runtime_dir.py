@@ -15,7 +15,7 @@ import pytest
 import zmq
 
 from mgpu.orchestrator.runtime_dir import RuntimeDir, RuntimeDirError, sweep
-from mgpu.protocol.runtime import (
+from mgpu.protocol.discovery import (
     INFO_NAME,
     IPC_PATH_MAX,
     LOCK_NAME,
@@ -219,6 +219,6 @@ def test_a_server_that_ends_while_it_is_looked_for_is_not_found(base: Path, monk
         shutil.rmtree(folder)
         return True
 
-    monkeypatch.setattr("mgpu.protocol.runtime.is_locked", locked_and_then_gone)
+    monkeypatch.setattr("mgpu.protocol.discovery.is_locked", locked_and_then_gone)
     assert running_servers(environ(base)) == []
     runtime.close()

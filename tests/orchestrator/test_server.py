@@ -13,8 +13,8 @@ import pytest
 from fake_model import solo_tokens
 from server_process import ServerProcess, running_server
 
+from mgpu.protocol.discovery import running_servers
 from mgpu.protocol.internal.gateway_messages import LINK, Cancel, StateKnown, StatsQuery
-from mgpu.protocol.runtime import running_servers
 
 
 @pytest.fixture

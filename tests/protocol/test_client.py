@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "orchestrator" / "gateway"))
 from gateway_process import DEADLINE_S, GatewayProcess, make_model_folder, says
 
 from mgpu import AsyncClient, Client, DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
-from mgpu.protocol.runtime import LOCK_NAME, RunningServer, write_server
+from mgpu.protocol.discovery import LOCK_NAME, RunningServer, write_server
 
 
 @pytest.fixture(scope="module")
