@@ -12,6 +12,7 @@ import zmq
 
 from mgpu import __version__
 from mgpu.orchestrator.admission import Limits
+from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.engine import Engine
 from mgpu.orchestrator.errors import UserError, with_traceback
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
@@ -20,7 +21,6 @@ from mgpu.orchestrator.recovery import RestartLimit, TooManyRestarts, WorkerReco
 from mgpu.orchestrator.reload import Reloadable, Reloader
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.scheduler import Scheduler
-from mgpu.orchestrator.server_config import ServerConfig
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.standby import Standby
 from mgpu.orchestrator.startup_log import ProgressBar, log_ready

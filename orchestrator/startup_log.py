@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from mgpu.orchestrator.admission import Limits
-from mgpu.orchestrator.server_config import ServerConfig
+from mgpu.orchestrator.config import ServerConfig
 from mgpu.protocol.internal.worker_messages import LoadProgress, Ready
 
 log = logging.getLogger(__name__)
