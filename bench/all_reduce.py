@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from all_reduce_rank import BACKENDS, shared_bytes
 from machine import describe, heading
 
-from mgpu.orchestrator.devices import Machine, find_machine, worker_environment
+from mgpu.orchestrator.placement.devices import Machine, find_machine, worker_environment
 
 PROGRAM = Path(__file__).with_name("all_reduce_rank.py")
 DEADLINE_S = 180.0

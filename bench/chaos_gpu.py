@@ -24,7 +24,7 @@ from chaos_table import Report, Row
 from model_shapes import LLAMA_8B
 
 from mgpu import Client
-from mgpu.orchestrator.nvml import NvmlSession
+from mgpu.orchestrator.placement.nvml import NvmlSession
 
 TINY = {
     **LLAMA_8B,

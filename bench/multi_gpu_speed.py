@@ -16,7 +16,7 @@ from multi_gpu_report import Report
 
 from mgpu import Client
 from mgpu.launch.bench.probe import Probe
-from mgpu.orchestrator.layer_map import even_stages, map_text
+from mgpu.orchestrator.placement.layer_map import even_stages, map_text
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 SECTION = "speed"

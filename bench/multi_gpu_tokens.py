@@ -10,7 +10,7 @@ from multi_gpu_box import START_S, Box, Place, plan_of, run_command, serving
 from multi_gpu_report import Report
 
 from mgpu import Client
-from mgpu.orchestrator.layer_map import even_stages, map_text
+from mgpu.orchestrator.placement.layer_map import even_stages, map_text
 
 SECTION = "tokens"
 LAYERS = 8

@@ -10,13 +10,13 @@ import click
 from mgpu.launch.config import ServeConfig
 from mgpu.launch.limits import client_limits
 from mgpu.launch.options import config_options, read_config
-from mgpu.orchestrator.devices import Machine, described_machine, find_machine
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.layout import layout_json, layout_text
 from mgpu.orchestrator.model_store import ResolvedModel, check_loadable, read_model, read_model_to_plan, resolve_model
-from mgpu.orchestrator.planner import Plan, Wish, plan
-from mgpu.orchestrator.step_size import batch_tokens, check_batch_tokens
-from mgpu.orchestrator.wish import implied_workers
+from mgpu.orchestrator.placement.devices import Machine, described_machine, find_machine
+from mgpu.orchestrator.placement.options import implied_workers
+from mgpu.orchestrator.placement.planner import Plan, Wish, plan
+from mgpu.orchestrator.placement.step_size import batch_tokens, check_batch_tokens
+from mgpu.orchestrator.placement.table import layout_json, layout_text
 from mgpu.protocol.checkpoint.read import Checkpoint
 
 

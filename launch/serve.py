@@ -13,13 +13,13 @@ from mgpu.launch.limits import LIMIT_OPTIONS, client_limits
 from mgpu.launch.options import config_options, read_config
 from mgpu.launch.plan import PlannedModel, prepare, step_tokens
 from mgpu.orchestrator.config import ServerConfig
-from mgpu.orchestrator.devices import worker_environment
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway.endpoint import check_endpoint
-from mgpu.orchestrator.layout import layout_text
+from mgpu.orchestrator.placement.devices import worker_environment
+from mgpu.orchestrator.placement.options import BLOCK_SIZE
+from mgpu.orchestrator.placement.table import layout_text
 from mgpu.orchestrator.reload import Reloadable
 from mgpu.orchestrator.server_keys import describe, load_server_keys
-from mgpu.orchestrator.wish import BLOCK_SIZE
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
 LEAST_FILES = 256

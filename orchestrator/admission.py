@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from mgpu.orchestrator.placement.step_size import check_batch_tokens
 from mgpu.orchestrator.sequence import Sequence
-from mgpu.orchestrator.step_size import check_batch_tokens
 from mgpu.protocol.internal.gateway_messages import Submit
 
 

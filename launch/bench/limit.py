@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.memory import layer_bytes
-from mgpu.orchestrator.planner import Plan
+from mgpu.orchestrator.placement.planner import Plan
+from mgpu.orchestrator.placement.sizes import layer_bytes
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts
 from mgpu.protocol.model.quantization import Quant
 

@@ -13,8 +13,8 @@ from mgpu.launch.bench.report import Report
 from mgpu.launch.bench.session import probing
 from mgpu.launch.bench.summary import Row, spread
 from mgpu.launch.bench.target import Wanted, prepared, target_options
-from mgpu.orchestrator.devices import find_machine
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.placement.devices import find_machine
 
 PARTS = ("schedule", "publish", "apply")
 SHOWN = ("batch", "wall_us", *(f"{part}_us" for part in PARTS), "worker_us", "starved_us", "occupancy_share")

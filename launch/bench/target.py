@@ -17,9 +17,9 @@ from mgpu.launch.config import ServeConfig
 from mgpu.launch.options import read_config
 from mgpu.launch.plan import prepare
 from mgpu.launch.server_process import ServerProcess, orderly_end
-from mgpu.orchestrator.devices import find_machine
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.planner import Plan
+from mgpu.orchestrator.placement.devices import find_machine
+from mgpu.orchestrator.placement.planner import Plan
 from mgpu.protocol.checkpoint.read import has_weights
 
 F = TypeVar("F", bound=Callable[..., Any])

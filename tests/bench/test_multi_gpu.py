@@ -15,8 +15,8 @@ from multi_gpu_box import Box
 from multi_gpu_report import Report
 from multi_gpu_tokens import Case, cases
 
-from mgpu.orchestrator.devices import Machine, find_machine
-from mgpu.orchestrator.planner import Plan, Wish, plan
+from mgpu.orchestrator.placement.devices import Machine, find_machine
+from mgpu.orchestrator.placement.planner import Plan, Wish, plan
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 MODELS = {"own KV heads": TINY, "2 KV heads": TINY_FEW_KV}

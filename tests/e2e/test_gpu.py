@@ -7,7 +7,7 @@ import pytest
 
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
-from mgpu.orchestrator.devices import find_machine
+from mgpu.orchestrator.placement.devices import find_machine
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "worker"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))

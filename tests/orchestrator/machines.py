@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mgpu.orchestrator.devices import DeviceInfo, Machine
-from mgpu.orchestrator.nvml import Link
+from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
+from mgpu.orchestrator.placement.nvml import Link
 from mgpu.protocol.model.facts import ModelFacts
 
 GIB = 1 << 30

@@ -6,7 +6,8 @@ import sys
 import pytest
 from machines import GIB, FakeGpu, FakeMemory, FakeNvml, cpus, gpus
 
-from mgpu.orchestrator.devices import (
+from mgpu.orchestrator.errors import DeviceError, UserError
+from mgpu.orchestrator.placement.devices import (
     DESCRIBED_BYTES,
     Machine,
     cpu_machine,
@@ -15,7 +16,6 @@ from mgpu.orchestrator.devices import (
     oversubscribed,
     worker_environment,
 )
-from mgpu.orchestrator.errors import DeviceError, UserError
 
 UUIDS = ["GPU-aa11-0", "GPU-aa22-1", "GPU-bb33-2", "GPU-cc44-3"]
 
@@ -293,7 +293,7 @@ def test_descriptions_that_make_no_sense_are_errors(text: str) -> None:
 
 def test_planning_leaves_torch_and_the_driver_unimported() -> None:
     code = (
-        "import sys, mgpu.orchestrator.planner, mgpu.orchestrator.layout, mgpu.orchestrator.model_store\n"
+        "import sys, mgpu.orchestrator.placement.planner, mgpu.orchestrator.placement.table, mgpu.orchestrator.model_store\n"
         "print([name for name in ('torch', 'pynvml', 'numpy', 'tokenizers', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

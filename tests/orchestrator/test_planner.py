@@ -6,10 +6,10 @@ import re
 import pytest
 from machines import GIB, QWEN3_32B, SMOLLM2, TINY, cpus, gpus, make_facts
 
-from mgpu.orchestrator.devices import Machine, oversubscribed
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.planner import Plan, Wish, plan
-from mgpu.orchestrator.split import compatible_sizes
+from mgpu.orchestrator.placement.devices import Machine, oversubscribed
+from mgpu.orchestrator.placement.divisibility import compatible_sizes
+from mgpu.orchestrator.placement.planner import Plan, Wish, plan
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import Mode, PlacementPlan, Stage
 

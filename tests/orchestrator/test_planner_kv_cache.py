@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from machines import QWEN3_32B, TINY, cpus, gpus
 
-from mgpu.orchestrator.devices import Machine
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.layout import layout_json, layout_text
-from mgpu.orchestrator.planner import Wish, plan
+from mgpu.orchestrator.placement.devices import Machine
+from mgpu.orchestrator.placement.planner import Wish, plan
+from mgpu.orchestrator.placement.table import layout_json, layout_text
 
 FP8 = Wish(kv_cache_dtype="fp8")
 

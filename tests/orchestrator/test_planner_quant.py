@@ -6,9 +6,9 @@ import pytest
 from machines import QWEN3_32B, SMOLLM2, TINY, cpus, gpus
 
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.layout import layout_json, layout_text
-from mgpu.orchestrator.planner import Wish, plan
-from mgpu.orchestrator.split import compatible_sizes
+from mgpu.orchestrator.placement.divisibility import compatible_sizes
+from mgpu.orchestrator.placement.planner import Wish, plan
+from mgpu.orchestrator.placement.table import layout_json, layout_text
 from mgpu.protocol.model.quantization import Quant
 
 EMBEDDING, NORMS = 2 * 151936 * 5120, 2 * (64 * 2 * 5120 + 5120)

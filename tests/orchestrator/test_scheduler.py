@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgpu.orchestrator.admission import Limits
+from mgpu.orchestrator.placement.step_size import LimitsError
 from mgpu.orchestrator.scheduler import Scheduler
-from mgpu.orchestrator.step_size import LimitsError
 from mgpu.protocol.internal.gateway_messages import Submit
 from mgpu.protocol.internal.worker_messages import RowSampling, StepPlan, StepResult
 

@@ -12,7 +12,7 @@ from stage_driver import CPU, Stages, logits_in_chunks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mgpu.orchestrator.memory import largest_matrix_bytes, rank_weight_bytes
+from mgpu.orchestrator.placement.sizes import largest_matrix_bytes, rank_weight_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded
 from mgpu.protocol.model.facts import ModelFacts

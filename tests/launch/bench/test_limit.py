@@ -7,9 +7,9 @@ import pytest
 from mgpu.launch.bench.bandwidth import read_speed
 from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth, weight_bytes
 from mgpu.launch.bench.shapes import LLAMA_8B, SMOLLM2_135M, Config, write_config
-from mgpu.orchestrator.devices import described_machine, find_machine
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.planner import Wish, plan
+from mgpu.orchestrator.placement.devices import described_machine, find_machine
+from mgpu.orchestrator.placement.planner import Wish, plan
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.facts import ModelFacts
 

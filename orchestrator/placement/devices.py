@@ -12,8 +12,8 @@ from typing import Literal
 import psutil
 
 from mgpu.orchestrator.errors import DeviceError, NoDeviceError
-from mgpu.orchestrator.nvml import Gpu, Link, Nvml, NvmlSession
-from mgpu.orchestrator.visible import order_note, visible_gpus
+from mgpu.orchestrator.placement.nvml import Gpu, Link, Nvml, NvmlSession
+from mgpu.orchestrator.placement.visible import order_note, visible_gpus
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.split import compatible_sizes, listed, split_problems, without_groups
+from mgpu.orchestrator.placement.divisibility import compatible_sizes, listed, split_problems, without_groups
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.protocol.model.quantization import Quant

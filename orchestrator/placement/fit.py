@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, replace
 
-from mgpu.orchestrator.capability import device_without_fp8
-from mgpu.orchestrator.devices import DeviceInfo, Machine
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.memory import (
+from mgpu.orchestrator.placement.capability import device_without_fp8
+from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
+from mgpu.orchestrator.placement.divisibility import compatible_sizes, split_problems
+from mgpu.orchestrator.placement.options import Wish
+from mgpu.orchestrator.placement.sizes import (
     CPU_POOL_BYTES,
     CPU_POOL_SHARE,
     CUDA_FIXED_BYTES,
@@ -15,9 +17,7 @@ from mgpu.orchestrator.memory import (
     rank_weight_bytes,
     step_bytes,
 )
-from mgpu.orchestrator.split import compatible_sizes, split_problems
-from mgpu.orchestrator.step_size import batch_tokens
-from mgpu.orchestrator.wish import Wish
+from mgpu.orchestrator.placement.step_size import batch_tokens
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import HeadShard, PlacementPlan, RankPlace, Stage, head_shard
 from mgpu.protocol.model.quantization import Quant

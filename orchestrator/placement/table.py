@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from mgpu.orchestrator.fit import RankRow, gib
-from mgpu.orchestrator.planner import Plan
+from mgpu.orchestrator.placement.fit import RankRow, gib
+from mgpu.orchestrator.placement.planner import Plan
 from mgpu.protocol.model.placement import Mode
 from mgpu.protocol.model.quantization import weight_format
 

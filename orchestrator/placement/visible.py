@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from mgpu.orchestrator.errors import DeviceError
-from mgpu.orchestrator.nvml import Gpu
+from mgpu.orchestrator.placement.nvml import Gpu
 
 NO_DEVICES = ("", "-1", "NoDevFiles")
 """Values that hide all GPUs; Slurm writes the last one."""

@@ -1,8 +1,8 @@
 """Say what the GPUs of a placement cannot compute."""
 
-from mgpu.orchestrator.devices import DeviceInfo, Machine
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.wish import Wish
+from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
+from mgpu.orchestrator.placement.options import Wish
 from mgpu.protocol.model.placement import PlacementPlan
 
 FP8_CAPABILITY = (8, 9)

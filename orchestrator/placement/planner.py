@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, replace
 
-from mgpu.orchestrator.capability import check_capability
-from mgpu.orchestrator.devices import DeviceInfo, Machine, selectors
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.fit import RankRow, Sizing, fit_tokens, rank_rows, weight_capacity
-from mgpu.orchestrator.layer_map import balanced_stages, even_stages, map_text, parse_layer_map
-from mgpu.orchestrator.memory import edge_elements, layer_bytes
-from mgpu.orchestrator.split import compatible_sizes, listed, split_problems, without_groups
-from mgpu.orchestrator.wish import BLOCK_SIZE, Wish
+from mgpu.orchestrator.placement.capability import check_capability
+from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, selectors
+from mgpu.orchestrator.placement.divisibility import compatible_sizes, listed, split_problems, without_groups
+from mgpu.orchestrator.placement.fit import RankRow, Sizing, fit_tokens, rank_rows, weight_capacity
+from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map
+from mgpu.orchestrator.placement.options import BLOCK_SIZE, Wish
+from mgpu.orchestrator.placement.sizes import edge_elements, layer_bytes
 from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.placement import Mode, PlacementPlan, Stage, Transport
 from mgpu.protocol.model.quantization import Quant
