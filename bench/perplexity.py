@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from mgpu.orchestrator.gateway.tokenizer import load_codec
-from mgpu.orchestrator.model_store import cache_root, read_model, resolve_model
+from mgpu.orchestrator.models.find import cache_root, read_model, resolve_model
 from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace

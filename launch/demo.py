@@ -7,7 +7,7 @@ import click
 
 from mgpu.launch.server_process import ServerDied, ServerProcess, orderly_end
 from mgpu.launch.talk import ServerError, print_pieces
-from mgpu.orchestrator.model_store import resolve_model
+from mgpu.orchestrator.models.find import resolve_model
 from mgpu.orchestrator.placement.devices import find_machine
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.client.results import MgpuError

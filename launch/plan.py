@@ -11,7 +11,7 @@ from mgpu.launch.config import ServeConfig
 from mgpu.launch.limits import client_limits
 from mgpu.launch.options import config_options, read_config
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.model_store import ResolvedModel, check_loadable, read_model, read_model_to_plan, resolve_model
+from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_model, read_model_to_plan, resolve_model
 from mgpu.orchestrator.placement.devices import Machine, described_machine, find_machine
 from mgpu.orchestrator.placement.options import implied_workers
 from mgpu.orchestrator.placement.planner import Plan, Wish, plan

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from peer import measure, most_at_once, need, parse, streamed
 
 from mgpu.launch.bench.load import Request
-from mgpu.orchestrator.model_store import resolve_model
+from mgpu.orchestrator.models.find import resolve_model
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 Notify = Callable[[int | Exception | None], None]

@@ -16,7 +16,7 @@ from chaos_bad_inputs import FIELDS, FRAMES, Peer
 from chaos_table import Row
 
 from mgpu.orchestrator.errors import ModelError
-from mgpu.orchestrator.model_store import resolve_model
+from mgpu.orchestrator.models.find import resolve_model
 
 CHAOS = Path(__file__).parents[2] / "bench" / "chaos.py"
 FAULTS = {

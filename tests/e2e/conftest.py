@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from mgpu.launch.server_process import ServerProcess
-from mgpu.orchestrator.model_store import resolve_model
+from mgpu.orchestrator.models.find import resolve_model
 
 
 @pytest.fixture(scope="session")

@@ -293,7 +293,7 @@ def test_descriptions_that_make_no_sense_are_errors(text: str) -> None:
 
 def test_planning_leaves_torch_and_the_driver_unimported() -> None:
     code = (
-        "import sys, mgpu.orchestrator.placement.planner, mgpu.orchestrator.placement.table, mgpu.orchestrator.model_store\n"
+        "import sys, mgpu.orchestrator.placement.planner, mgpu.orchestrator.placement.table, mgpu.orchestrator.models.find\n"
         "print([name for name in ('torch', 'pynvml', 'numpy', 'tokenizers', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.orchestrator import demo_model
 from mgpu.orchestrator.errors import ModelError
-from mgpu.orchestrator.model_store import cache_root, check_loadable, read_model, read_model_to_plan, resolve_model
+from mgpu.orchestrator.models import demo as demo_model
+from mgpu.orchestrator.models.find import cache_root, check_loadable, read_model, read_model_to_plan, resolve_model
 from mgpu.protocol.checkpoint.tensors import TensorEntry
 
 CONFIG = {

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mgpu.orchestrator.demo_model import DEMO_NAME, demo_model_path
 from mgpu.orchestrator.errors import ModelError
+from mgpu.orchestrator.models.demo import DEMO_NAME, demo_model_path
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, has_weights, read_checkpoint
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat
 
