@@ -11,8 +11,8 @@ import time
 from array import array
 from collections import deque
 
-from mgpu.orchestrator.admission import Limits
-from mgpu.orchestrator.scheduler import Scheduler
+from mgpu.orchestrator.scheduler.limits import Limits
+from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.gateway_messages import LINK, Submit
 from mgpu.protocol.internal.worker_messages import CONTROL, RowSampling, StepPlan, StepResult
 

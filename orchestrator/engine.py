@@ -16,7 +16,7 @@ from mgpu.orchestrator.notify import Notifier
 from mgpu.orchestrator.recovery import RestartLimit, WorkerRecovery, WorkersHung
 from mgpu.orchestrator.reload import Reloader
 from mgpu.orchestrator.runtime_dir import RuntimeDir
-from mgpu.orchestrator.scheduler import Scheduler
+from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.stats import EngineStats
 from mgpu.orchestrator.supervisor import WorkerLost

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.internal.gateway_messages import Outputs, Resumable, SequenceRecord, Submit
 from mgpu.protocol.internal.packed_logprobs import LogprobPacking
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 import zmq
 
 from mgpu import __version__
-from mgpu.orchestrator.admission import Limits
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.engine import Engine
 from mgpu.orchestrator.errors import UserError, with_traceback
@@ -20,7 +19,8 @@ from mgpu.orchestrator.notify import Notifier
 from mgpu.orchestrator.recovery import RestartLimit, TooManyRestarts, WorkerRecovery
 from mgpu.orchestrator.reload import Reloadable, Reloader
 from mgpu.orchestrator.runtime_dir import RuntimeDir
-from mgpu.orchestrator.scheduler import Scheduler
+from mgpu.orchestrator.scheduler.limits import Limits
+from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.standby import Standby
 from mgpu.orchestrator.startup_log import ProgressBar, log_ready

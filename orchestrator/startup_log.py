@@ -5,8 +5,8 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 
-from mgpu.orchestrator.admission import Limits
 from mgpu.orchestrator.config import ServerConfig
+from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.protocol.internal.worker_messages import LoadProgress, Ready
 
 log = logging.getLogger(__name__)

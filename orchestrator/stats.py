@@ -4,7 +4,7 @@ import time
 from bisect import bisect_left
 from dataclasses import asdict
 
-from mgpu.orchestrator.scheduler import Scheduler
+from mgpu.orchestrator.scheduler.scheduler import Scheduler
 
 _SMOOTHING = 0.02
 STEP_BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mgpu.orchestrator.block_manager import BlockManager, extend_block_keys
+from mgpu.orchestrator.scheduler.block_pool import BlockManager, extend_block_keys
 
 
 def keys_of(tokens: list[int], num_blocks: int, salt: bytes = b"") -> list[bytes]:

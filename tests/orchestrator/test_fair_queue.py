@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgpu.orchestrator.fair_queue import FairQueue
-from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.scheduler.fair_queue import FairQueue
+from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.internal.worker_messages import RowSampling
 
 

@@ -5,7 +5,7 @@ from array import array
 import pytest
 
 from mgpu.orchestrator.journal import KEEP_S, Journal
-from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.internal.gateway_messages import Outputs, Resumable, SequenceRecord, Submit
 from mgpu.protocol.internal.packed_logprobs import LogprobPacking
 from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs

@@ -10,9 +10,9 @@ from fake_model import FakeModel, solo_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgpu.orchestrator.admission import Limits
 from mgpu.orchestrator.placement.step_size import LimitsError
-from mgpu.orchestrator.scheduler import Scheduler
+from mgpu.orchestrator.scheduler.limits import Limits
+from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.gateway_messages import Submit
 from mgpu.protocol.internal.worker_messages import RowSampling, StepPlan, StepResult
 
@@ -379,7 +379,7 @@ def test_a_result_of_another_step_is_an_error_and_of_another_epoch_ignored() -> 
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(8))
 def test_crashes_at_any_moment_lose_and_repeat_nothing(stages: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgpu.orchestrator.suspects.FATAL_CRASHES", 100)
+    monkeypatch.setattr("mgpu.orchestrator.scheduler.crash_suspects.FATAL_CRASHES", 100)
     rng = random.Random(seed)
     harness = Harness(num_stages=stages, num_blocks=60)
     shapes = {i: (rng.randrange(1, 60), rng.randrange(1, 60)) for i in range(20)}

@@ -2,7 +2,7 @@
 
 from array import array
 
-from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.internal.gateway_messages import Submit
 from mgpu.protocol.internal.worker_messages import RowSampling

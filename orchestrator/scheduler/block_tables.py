@@ -1,7 +1,7 @@
 """Give requests their blocks: reuse what is computed already, offer what they compute, grow while they decode."""
 
-from mgpu.orchestrator.block_manager import BlockManager, extend_block_keys
-from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.scheduler.block_pool import BlockManager, extend_block_keys
+from mgpu.orchestrator.scheduler.sequence import Sequence
 
 
 class SequenceBlocks:

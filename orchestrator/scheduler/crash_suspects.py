@@ -6,7 +6,7 @@ until it is past the place where the workers died: whoever they die of once more
 
 from collections.abc import Collection
 
-from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.scheduler.sequence import Sequence
 
 FATAL_CRASHES = 2
 """Crashes in a row that make a suspect of a request that was running in all of them."""

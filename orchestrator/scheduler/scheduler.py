@@ -11,14 +11,14 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass, replace
 
-from mgpu.orchestrator.admission import Limits, RequestRefused, checked_sequence
-from mgpu.orchestrator.lane import Lane
-from mgpu.orchestrator.outbox import Outbox
-from mgpu.orchestrator.sequence import Sequence
-from mgpu.orchestrator.sequence_blocks import SequenceBlocks
-from mgpu.orchestrator.step_counters import StepCounters
-from mgpu.orchestrator.suspects import Trial, is_suspect, note_crash
-from mgpu.orchestrator.waiting import WaitingLine
+from mgpu.orchestrator.scheduler.block_tables import SequenceBlocks
+from mgpu.orchestrator.scheduler.crash_suspects import Trial, is_suspect, note_crash
+from mgpu.orchestrator.scheduler.decode_batch import Lane
+from mgpu.orchestrator.scheduler.limits import Limits, RequestRefused, checked_sequence
+from mgpu.orchestrator.scheduler.outputs import Outbox
+from mgpu.orchestrator.scheduler.sequence import Sequence
+from mgpu.orchestrator.scheduler.step_counters import StepCounters
+from mgpu.orchestrator.scheduler.waiting import WaitingLine
 from mgpu.protocol.internal.gateway_messages import Outputs, Submit
 from mgpu.protocol.internal.worker_messages import StepPlan, StepResult
 

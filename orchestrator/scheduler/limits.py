@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mgpu.orchestrator.placement.step_size import check_batch_tokens
-from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.internal.gateway_messages import Submit
 
 

@@ -4,7 +4,7 @@ The columns of the step plan are kept between steps, and a member is looked at o
 another block or when all of its tokens are planned. So a step costs what changed, not how many are running.
 """
 
-from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.scheduler.sequence import Sequence
 
 
 class Lane:

@@ -1,6 +1,6 @@
 """Collect what one engine step has to tell the gateway, as the columns of one message."""
 
-from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.internal.gateway_messages import Outputs
 from mgpu.protocol.internal.worker_messages import TokenLogprobs
 

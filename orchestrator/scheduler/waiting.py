@@ -6,9 +6,9 @@ Of those that have run, suspects come first: they run alone, and the others begi
 import heapq
 from collections.abc import Iterable
 
-from mgpu.orchestrator.fair_queue import FairQueue
-from mgpu.orchestrator.sequence import Sequence
-from mgpu.orchestrator.suspects import is_suspect
+from mgpu.orchestrator.scheduler.crash_suspects import is_suspect
+from mgpu.orchestrator.scheduler.fair_queue import FairQueue
+from mgpu.orchestrator.scheduler.sequence import Sequence
 
 
 class WaitingLine:

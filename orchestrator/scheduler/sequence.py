@@ -9,8 +9,8 @@ from mgpu.protocol.internal.gateway_messages import Submit
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling
 
 if TYPE_CHECKING:
-    from mgpu.orchestrator.fair_queue import Account
-    from mgpu.orchestrator.lane import Lane
+    from mgpu.orchestrator.scheduler.decode_batch import Lane
+    from mgpu.orchestrator.scheduler.fair_queue import Account
 
 
 @dataclass(slots=True, eq=False)

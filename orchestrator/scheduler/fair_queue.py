@@ -14,7 +14,7 @@ Pure and deterministic; O(log n) per operation, amortized.
 import heapq
 from dataclasses import dataclass, field
 
-from mgpu.orchestrator.sequence import Sequence
+from mgpu.orchestrator.scheduler.sequence import Sequence
 
 FIRST_GUESS = 128.0
 """Tokens of an answer, as long as nothing is known."""
