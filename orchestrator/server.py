@@ -12,7 +12,8 @@ import zmq
 
 from mgpu import __version__
 from mgpu.orchestrator.config import ServerConfig
-from mgpu.orchestrator.engine import Engine
+from mgpu.orchestrator.engine.engine import Engine
+from mgpu.orchestrator.engine.wakers import poller_of
 from mgpu.orchestrator.errors import UserError, with_traceback
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
 from mgpu.orchestrator.notify import Notifier
@@ -25,7 +26,6 @@ from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.standby import Standby
 from mgpu.orchestrator.startup_log import ProgressBar, log_ready
 from mgpu.orchestrator.supervisor import WorkerGroup, WorkerLost
-from mgpu.orchestrator.wakers import poller_of
 from mgpu.protocol.discovery import RunningServer
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayReady, StateKnown
 

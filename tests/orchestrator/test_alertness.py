@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mgpu.orchestrator.alertness import Alertness
+from mgpu.orchestrator.engine.polling import Alertness
 
 
 @pytest.mark.parametrize(

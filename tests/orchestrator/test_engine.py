@@ -13,7 +13,7 @@ import pytest
 from fake_model import solo_tokens
 from server_process import ServerProcess, running_server
 
-from mgpu.orchestrator.engine import PARK_S
+from mgpu.orchestrator.engine.engine import PARK_S
 from mgpu.protocol.internal.gateway_messages import LINK, Cancel, Coming, Outputs, StatsQuery, Submit
 from mgpu.protocol.internal.worker_messages import RowSampling
 

@@ -4,7 +4,7 @@ from array import array
 
 import pytest
 
-from mgpu.orchestrator.journal import KEEP_S, Journal
+from mgpu.orchestrator.engine.resume_journal import KEEP_S, Journal
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.internal.gateway_messages import Outputs, Resumable, SequenceRecord, Submit
 from mgpu.protocol.internal.packed_logprobs import LogprobPacking
@@ -44,7 +44,7 @@ def test_the_journal_keeps_the_ended_for_a_minute() -> None:
 
 
 def test_the_journal_keeps_only_so_many_of_the_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgpu.orchestrator.journal.KEEP_REQUESTS", 5)
+    monkeypatch.setattr("mgpu.orchestrator.engine.resume_journal.KEEP_REQUESTS", 5)
     journal = journal_with(10, [0.0])
     assert len(journal) == 5
     assert journal.look_up(SESSION, 4) == (b"", [])
@@ -82,8 +82,8 @@ def told(record: SequenceRecord) -> tuple[list[int], list[TokenLogprobs]]:
 def test_a_record_is_told_in_portions_with_log_probabilities_from_the_offsets_on(
     monkeypatch: pytest.MonkeyPatch, finish: str
 ) -> None:
-    monkeypatch.setattr("mgpu.orchestrator.journal.PORTION_TOKENS", 4)
-    monkeypatch.setattr("mgpu.orchestrator.journal.PORTION_LOGPROB_BYTES", 3 * LogprobPacking(TOP).width)
+    monkeypatch.setattr("mgpu.orchestrator.engine.resume_journal.PORTION_TOKENS", 4)
+    monkeypatch.setattr("mgpu.orchestrator.engine.resume_journal.PORTION_LOGPROB_BYTES", 3 * LogprobPacking(TOP).width)
     journal = Journal()
     seqs = running(journal, resumable(1, TOP, n=3))
     tokens = [11, 12, 13, 14, 15, 16, 17]
@@ -122,7 +122,7 @@ def test_counts_that_are_nonsense_are_looked_up_all_the_same() -> None:
 def test_the_bytes_that_the_journal_keeps_are_bounded_log_probabilities_included(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mgpu.orchestrator.journal.KEEP_BYTES", 20_000)
+    monkeypatch.setattr("mgpu.orchestrator.engine.resume_journal.KEEP_BYTES", 20_000)
     journal = Journal()
     for number in range(100):
         seqs = running(journal, resumable(number, 20 if number % 2 else -1))

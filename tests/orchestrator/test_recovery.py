@@ -10,7 +10,7 @@ import pytest
 from fake_model import solo_tokens
 from server_process import ServerProcess, running_server
 
-from mgpu.orchestrator.hang import StepDeadline
+from mgpu.orchestrator.engine.step_deadline import StepDeadline
 from mgpu.orchestrator.recovery import RestartLimit, TooManyRestarts
 from mgpu.protocol.internal.gateway_messages import Cancel
 

@@ -1,6 +1,6 @@
 """What the engine counts of its own time."""
 
-from mgpu.orchestrator.stats import Average, EngineStats
+from mgpu.orchestrator.engine.stats import Average, EngineStats
 
 
 def test_an_average_also_has_the_sum() -> None:

@@ -7,20 +7,20 @@ import time
 from collections import deque
 from dataclasses import replace
 
-from mgpu.orchestrator.alertness import Alertness
+from mgpu.orchestrator.engine.polling import Alertness
+from mgpu.orchestrator.engine.resume_journal import Journal
+from mgpu.orchestrator.engine.stats import EngineStats
+from mgpu.orchestrator.engine.step_deadline import StepDeadline
+from mgpu.orchestrator.engine.wakers import poller_of
 from mgpu.orchestrator.errors import with_traceback
 from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
-from mgpu.orchestrator.hang import StepDeadline
-from mgpu.orchestrator.journal import Journal
 from mgpu.orchestrator.notify import Notifier
 from mgpu.orchestrator.recovery import RestartLimit, WorkerRecovery, WorkersHung
 from mgpu.orchestrator.reload import Reloader
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
-from mgpu.orchestrator.stats import EngineStats
 from mgpu.orchestrator.supervisor import WorkerLost
-from mgpu.orchestrator.wakers import poller_of
 from mgpu.protocol.internal.gateway_messages import (
     Cancel,
     Coming,
