@@ -15,17 +15,17 @@ from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.engine.engine import Engine
 from mgpu.orchestrator.engine.wakers import poller_of
 from mgpu.orchestrator.errors import UserError, with_traceback
-from mgpu.orchestrator.gateway_link import GatewayLink, GatewayLost
 from mgpu.orchestrator.notify import Notifier
-from mgpu.orchestrator.recovery import RestartLimit, TooManyRestarts, WorkerRecovery
+from mgpu.orchestrator.processes.gateway_process import GatewayLink, GatewayLost
+from mgpu.orchestrator.processes.restarts import RestartLimit, TooManyRestarts, WorkerRecovery
+from mgpu.orchestrator.processes.standby import Standby
+from mgpu.orchestrator.processes.worker_group import WorkerGroup, WorkerLost
 from mgpu.orchestrator.reload import Reloadable, Reloader
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.orchestrator.signals import StopSignals
-from mgpu.orchestrator.standby import Standby
 from mgpu.orchestrator.startup_log import ProgressBar, log_ready
-from mgpu.orchestrator.supervisor import WorkerGroup, WorkerLost
 from mgpu.protocol.discovery import RunningServer
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayReady, StateKnown
 

@@ -2,9 +2,9 @@
 
 import zmq
 
-from mgpu.orchestrator.gateway_link import GatewayLink
+from mgpu.orchestrator.processes.gateway_process import GatewayLink
+from mgpu.orchestrator.processes.worker_group import WorkerGroup
 from mgpu.orchestrator.signals import StopSignals
-from mgpu.orchestrator.supervisor import WorkerGroup
 
 
 def poller_of(signals: StopSignals, gateway: GatewayLink, workers: WorkerGroup) -> zmq.Poller:

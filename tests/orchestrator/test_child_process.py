@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from mgpu.orchestrator.child_process import ChildProcess, describe_exit
+from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
 
 READ_SPEC = "import sys; n = int.from_bytes(sys.stdin.buffer.read(4), 'little'); spec = sys.stdin.buffer.read(n); "
 

@@ -1,6 +1,6 @@
 """Silence is what somebody who looked has not heard."""
 
-from mgpu.orchestrator.pulse import ASK_INTERVAL_S, LONGEST_GAP_S, Pulse
+from mgpu.orchestrator.processes.watchdog import ASK_INTERVAL_S, LONGEST_GAP_S, Pulse
 
 
 def test_it_asks_once_a_second_and_adds_up_the_silence() -> None:

@@ -10,8 +10,8 @@ import psutil
 import pytest
 from server_process import HERE, ServerProcess, running_server
 
-from mgpu.orchestrator.standby import RETRY_S, Standby
-from mgpu.orchestrator.supervisor import WorkerGroup
+from mgpu.orchestrator.processes.standby import RETRY_S, Standby
+from mgpu.orchestrator.processes.worker_group import WorkerGroup
 
 DELAY_S = 5.0
 

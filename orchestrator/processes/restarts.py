@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable
 
 from mgpu.orchestrator.errors import with_traceback
-from mgpu.orchestrator.standby import Standby
-from mgpu.orchestrator.supervisor import WorkerGroup
+from mgpu.orchestrator.processes.standby import Standby
+from mgpu.orchestrator.processes.worker_group import WorkerGroup
 
 log = logging.getLogger(__name__)
 

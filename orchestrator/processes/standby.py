@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from mgpu.orchestrator.supervisor import WorkerGroup
+from mgpu.orchestrator.processes.worker_group import WorkerGroup
 
 log = logging.getLogger(__name__)
 

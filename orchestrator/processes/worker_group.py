@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 import zmq
 
-from mgpu.orchestrator.child_process import ChildProcess, describe_exit
 from mgpu.orchestrator.config import ServerConfig
+from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
 from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.protocol.internal.codec import CodecError
 from mgpu.protocol.internal.worker_messages import (
