@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.server_keys import CLIENTS_NAME, PUBLIC_NAME, PUBLIC_SUFFIX, SECRET_NAME
+from mgpu.orchestrator.host.server_keys import CLIENTS_NAME, PUBLIC_NAME, PUBLIC_SUFFIX, SECRET_NAME
 from mgpu.protocol.client.results import MgpuError
 from mgpu.protocol.keys import KEYS_VARIABLE, fingerprint, key_text, new_pair, read_keys
 

@@ -15,11 +15,11 @@ from mgpu.launch.plan import PlannedModel, prepare, step_tokens
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway.endpoint import check_endpoint
+from mgpu.orchestrator.host.reload import Reloadable
+from mgpu.orchestrator.host.server_keys import describe, load_server_keys
 from mgpu.orchestrator.placement.devices import worker_environment
 from mgpu.orchestrator.placement.options import BLOCK_SIZE
 from mgpu.orchestrator.placement.table import layout_text
-from mgpu.orchestrator.reload import Reloadable
-from mgpu.orchestrator.server_keys import describe, load_server_keys
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
 LEAST_FILES = 256
@@ -35,9 +35,9 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
 
     Running requests are finished first; a second Ctrl-C stops at once.
     """
-    from mgpu.orchestrator.notify import Notifier
+    from mgpu.orchestrator.host.signals import end_process
+    from mgpu.orchestrator.host.systemd import Notifier
     from mgpu.orchestrator.server import Server
-    from mgpu.orchestrator.signals import end_process
 
     notifier = Notifier.from_environment(os.environ)
     config, _ = read_config(config_file, flags)

@@ -15,16 +15,16 @@ from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.engine.engine import Engine
 from mgpu.orchestrator.engine.wakers import poller_of
 from mgpu.orchestrator.errors import UserError, with_traceback
-from mgpu.orchestrator.notify import Notifier
+from mgpu.orchestrator.host.reload import Reloadable, Reloader
+from mgpu.orchestrator.host.runtime_dir import RuntimeDir
+from mgpu.orchestrator.host.signals import StopSignals
+from mgpu.orchestrator.host.systemd import Notifier
 from mgpu.orchestrator.processes.gateway_process import GatewayLink, GatewayLost
 from mgpu.orchestrator.processes.restarts import RestartLimit, TooManyRestarts, WorkerRecovery
 from mgpu.orchestrator.processes.standby import Standby
 from mgpu.orchestrator.processes.worker_group import WorkerGroup, WorkerLost
-from mgpu.orchestrator.reload import Reloadable, Reloader
-from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
-from mgpu.orchestrator.signals import StopSignals
 from mgpu.orchestrator.startup_log import ProgressBar, log_ready
 from mgpu.protocol.discovery import RunningServer
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayReady, StateKnown

@@ -13,14 +13,14 @@ from mgpu.orchestrator.engine.stats import EngineStats
 from mgpu.orchestrator.engine.step_deadline import StepDeadline
 from mgpu.orchestrator.engine.wakers import poller_of
 from mgpu.orchestrator.errors import with_traceback
-from mgpu.orchestrator.notify import Notifier
+from mgpu.orchestrator.host.reload import Reloader
+from mgpu.orchestrator.host.runtime_dir import RuntimeDir
+from mgpu.orchestrator.host.signals import StopSignals
+from mgpu.orchestrator.host.systemd import Notifier
 from mgpu.orchestrator.processes.gateway_process import GatewayLink, GatewayLost
 from mgpu.orchestrator.processes.restarts import RestartLimit, WorkerRecovery, WorkersHung
 from mgpu.orchestrator.processes.worker_group import WorkerLost
-from mgpu.orchestrator.reload import Reloader
-from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
-from mgpu.orchestrator.signals import StopSignals
 from mgpu.protocol.internal.gateway_messages import (
     Cancel,
     Coming,

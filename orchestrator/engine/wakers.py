@@ -2,9 +2,9 @@
 
 import zmq
 
+from mgpu.orchestrator.host.signals import StopSignals
 from mgpu.orchestrator.processes.gateway_process import GatewayLink
 from mgpu.orchestrator.processes.worker_group import WorkerGroup
-from mgpu.orchestrator.signals import StopSignals
 
 
 def poller_of(signals: StopSignals, gateway: GatewayLink, workers: WorkerGroup) -> zmq.Poller:

@@ -11,9 +11,9 @@ from typing import Any
 import zmq
 
 from mgpu.orchestrator.config import ServerConfig
+from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
 from mgpu.orchestrator.processes.watchdog import Pulse
-from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.codec import CodecError
 from mgpu.protocol.internal.gateway_messages import (

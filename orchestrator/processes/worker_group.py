@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import zmq
 
 from mgpu.orchestrator.config import ServerConfig
+from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
-from mgpu.orchestrator.runtime_dir import RuntimeDir
 from mgpu.protocol.internal.codec import CodecError
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,

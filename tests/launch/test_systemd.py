@@ -15,7 +15,7 @@ from mgpu.launch.config import ServeConfig, load_config
 from mgpu.launch.install_service import config_dir, service_files, shipped
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.notify import EXTEND_S
+from mgpu.orchestrator.host.systemd import EXTEND_S
 
 ROOT = Path(__file__).parent.parent.parent
 WORST_EXPOSURE = 1.6

@@ -18,10 +18,10 @@ import zmq
 
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.notify import Notifier
-from mgpu.orchestrator.reload import Reloadable
+from mgpu.orchestrator.host.reload import Reloadable
+from mgpu.orchestrator.host.signals import end_process
+from mgpu.orchestrator.host.systemd import Notifier
 from mgpu.orchestrator.server import Server
-from mgpu.orchestrator.signals import end_process
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import (
     LINK,

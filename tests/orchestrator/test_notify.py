@@ -14,7 +14,7 @@ import psutil
 import pytest
 from server_process import ServerProcess, running_server
 
-from mgpu.orchestrator.notify import EXTEND_S, NOTIFY_INTERVAL_S, VARIABLES, Notifier
+from mgpu.orchestrator.host.systemd import EXTEND_S, NOTIFY_INTERVAL_S, VARIABLES, Notifier
 from mgpu.protocol.internal.worker_messages import LoadProgress
 
 DEADLINE_S = 30.0

@@ -15,7 +15,7 @@ from fake_model import solo_tokens
 from server_process import DEADLINE_S, running_server
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.reload import Reloadable, Reloader
+from mgpu.orchestrator.host.reload import Reloadable, Reloader
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
@@ -92,7 +92,7 @@ def test_a_reload_that_comes_while_loading_waits_until_the_server_is_ready(folde
 
 LISTENER = """
 import os, select, sys
-from mgpu.orchestrator.signals import StopSignals
+from mgpu.orchestrator.host.signals import StopSignals
 if len(sys.argv) > 1:
     os.open(sys.argv[1], os.O_RDWR)  # a session leader's first terminal becomes its own
 with StopSignals() as signals:

@@ -14,7 +14,7 @@ from typing import cast
 import pytest
 import zmq
 
-from mgpu.orchestrator.runtime_dir import RuntimeDir, RuntimeDirError, sweep
+from mgpu.orchestrator.host.runtime_dir import RuntimeDir, RuntimeDirError, sweep
 from mgpu.protocol.discovery import (
     INFO_NAME,
     IPC_PATH_MAX,
@@ -59,7 +59,7 @@ def test_servers_do_not_share_a_folder(base: Path) -> None:
 
 
 def test_folders_of_dead_servers_are_swept_by_the_next_start(base: Path) -> None:
-    code = "import os; from mgpu.orchestrator.runtime_dir import RuntimeDir; RuntimeDir(); os._exit(0)"
+    code = "import os; from mgpu.orchestrator.host.runtime_dir import RuntimeDir; RuntimeDir(); os._exit(0)"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **environ(base)}, check=True, timeout=30)
     (stale,) = base.iterdir()
     assert not is_locked(stale)
@@ -166,7 +166,7 @@ def lose_the_base(folder: Path) -> None:
 def test_a_folder_that_was_removed_is_made_again(
     base: Path, lose: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mgpu.orchestrator.runtime_dir.LOOK_INTERVAL_S", 0.0)
+    monkeypatch.setattr("mgpu.orchestrator.host.runtime_dir.LOOK_INTERVAL_S", 0.0)
     runtime = RuntimeDir(environ(base))
     runtime.announce(SERVER)
     lose(runtime.path)
@@ -188,7 +188,7 @@ def lose_it_for_good(folder: Path) -> None:
 def test_a_loss_of_the_folder_that_cannot_be_mended_is_told_once(
     base: Path, lose: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mgpu.orchestrator.runtime_dir.LOOK_INTERVAL_S", 0.0)
+    monkeypatch.setattr("mgpu.orchestrator.host.runtime_dir.LOOK_INTERVAL_S", 0.0)
     runtime = RuntimeDir(environ(base / "base"))
     runtime.look()
     assert not caplog.records

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.orchestrator import server_keys
-from mgpu.orchestrator.server_keys import KeysError, describe, load_server_keys
+from mgpu.orchestrator.host import server_keys
+from mgpu.orchestrator.host.server_keys import KeysError, describe, load_server_keys
 from mgpu.protocol.keys import KeyFileError, find_client_keys, fingerprint, key_text, new_pair, read_client_keys
 
 PUBLIC, SECRET = new_pair()
