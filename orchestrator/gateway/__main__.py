@@ -17,7 +17,7 @@ from mgpu.orchestrator.gateway.front import Front
 from mgpu.orchestrator.gateway.gateway import Gateway, codec_of
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.jobs import Jobs
-from mgpu.orchestrator.gateway.memory import MemoryFull, be_first_to_go
+from mgpu.orchestrator.gateway.memory_limit import MemoryFull, be_first_to_go
 from mgpu.protocol.internal.child import end_with_parent
 from mgpu.protocol.internal.gateway_messages import LINK, GatewayFailure, GatewaySpec
 

@@ -19,7 +19,7 @@ from mgpu.orchestrator.gateway.front import Front, Received, id_of
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.identity import check_allowed, owned
 from mgpu.orchestrator.gateway.jobs import Jobs
-from mgpu.orchestrator.gateway.memory import MemoryBound
+from mgpu.orchestrator.gateway.memory_limit import MemoryBound
 from mgpu.orchestrator.gateway.prompts import Prompts
 from mgpu.orchestrator.gateway.queries import Queries
 from mgpu.orchestrator.gateway.quota import Quota, client_number, owner_of, size_of

@@ -7,7 +7,7 @@ from gateway_process import DEADLINE_S, GatewayProcess
 from zmtp_flood import MiB, flood, hear, raw_connection
 
 from mgpu import Client
-from mgpu.orchestrator.gateway.memory import MemoryBound, MemoryFull, room_of
+from mgpu.orchestrator.gateway.memory_limit import MemoryBound, MemoryFull, room_of
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import GatewayFailure
 
