@@ -83,7 +83,9 @@ def check_front(config: ServeConfig, keys_may_come: bool) -> None:
     """Refuse what `serve` would refuse, apart from folders and keys that may be there by then. UserError."""
     client_limits(config)
     if config.bind and not config.bind.startswith("ipc://"):
-        from mgpu.orchestrator.gateway.endpoint import check_endpoint  # imports zmq, which planning can do without
+        from mgpu.orchestrator.gateway.front.endpoint import (
+            check_endpoint,  # imports zmq, which planning can do without
+        )
 
         check_endpoint(config.bind, has_keys=bool(config.keys) or keys_may_come)
 

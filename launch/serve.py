@@ -14,7 +14,7 @@ from mgpu.launch.options import config_options, read_config
 from mgpu.launch.plan import PlannedModel, prepare, step_tokens
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.gateway.endpoint import check_endpoint
+from mgpu.orchestrator.gateway.front.endpoint import check_endpoint
 from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.server_keys import describe, load_server_keys
 from mgpu.orchestrator.placement.devices import worker_environment

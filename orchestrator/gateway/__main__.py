@@ -12,8 +12,8 @@ import traceback
 
 import zmq
 
-from mgpu.orchestrator.gateway.endpoint import BindError
-from mgpu.orchestrator.gateway.front import Front
+from mgpu.orchestrator.gateway.front.endpoint import BindError
+from mgpu.orchestrator.gateway.front.socket import Front
 from mgpu.orchestrator.gateway.gateway import Gateway, codec_of
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.jobs import Jobs

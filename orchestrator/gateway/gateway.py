@@ -15,9 +15,9 @@ import zmq
 from mgpu.orchestrator.gateway.admission import Refusal, admit, check_model, check_state
 from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.detokenizer import Detokenizer
-from mgpu.orchestrator.gateway.front import Front, Received, id_of
+from mgpu.orchestrator.gateway.front.identity import check_allowed, owned
+from mgpu.orchestrator.gateway.front.socket import Front, Received, id_of
 from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
-from mgpu.orchestrator.gateway.identity import check_allowed, owned
 from mgpu.orchestrator.gateway.jobs import Jobs
 from mgpu.orchestrator.gateway.memory_limit import MemoryBound
 from mgpu.orchestrator.gateway.prompts import Prompts

@@ -8,7 +8,7 @@ looks at its own size and leaves when it has grown too much: another one takes i
 import re
 from pathlib import Path
 
-from mgpu.orchestrator.gateway.front import MAX_TOTAL_BACKLOG_BYTES
+from mgpu.orchestrator.gateway.front.socket import MAX_TOTAL_BACKLOG_BYTES
 from mgpu.protocol.internal.client_limits import ClientLimits
 
 OWN_ROOM_BYTES = 512 << 20

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import NoReturn
 
 from mgpu.orchestrator.gateway.admission import Refusal
-from mgpu.orchestrator.gateway.zap import KEY_PREFIX
+from mgpu.orchestrator.gateway.front.access import KEY_PREFIX
 from mgpu.protocol.internal.client_limits import ClientLimits
 
 REQUEST_OVERHEAD_BYTES = 1024

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from mgpu.orchestrator.gateway.endpoint import BindError, bind, check_endpoint, release
+from mgpu.orchestrator.gateway.front.endpoint import BindError, bind, check_endpoint, release
 
 NewSocket = Callable[[], "zmq.Socket[bytes]"]
 

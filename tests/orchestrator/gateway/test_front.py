@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from mgpu.orchestrator.gateway import front as module
-from mgpu.orchestrator.gateway.front import Front
+from mgpu.orchestrator.gateway.front import socket as module
+from mgpu.orchestrator.gateway.front.socket import Front
 
 CLIENT = b"slow"
 

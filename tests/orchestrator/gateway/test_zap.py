@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mgpu.orchestrator.gateway.zap import DOMAIN, identify
+from mgpu.orchestrator.gateway.front.access import DOMAIN, identify
 from mgpu.protocol.keys import fingerprint
 
 ALICE, MALLORY = b"a" * 32, b"m" * 32

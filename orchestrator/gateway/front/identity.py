@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mgpu.orchestrator.gateway.admission import Refusal
-from mgpu.orchestrator.gateway.zap import KEY_PREFIX, Doorkeeper
+from mgpu.orchestrator.gateway.front.access import KEY_PREFIX, Doorkeeper
 from mgpu.protocol.front.messages import ClientMessage, Generate, ResumeRequest
 
 

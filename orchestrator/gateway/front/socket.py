@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import zmq
 
-from mgpu.orchestrator.gateway import zap
-from mgpu.orchestrator.gateway.endpoint import BindError, bind, is_lost, release
+from mgpu.orchestrator.gateway.front import access as zap
+from mgpu.orchestrator.gateway.front.endpoint import BindError, bind, is_lost, release
 from mgpu.protocol.front import framing as wire
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.keys import use_server_key
