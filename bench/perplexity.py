@@ -30,7 +30,7 @@ import machine
 import torch
 from torch import Tensor
 
-from mgpu.orchestrator.gateway.tokenizer import load_codec
+from mgpu.orchestrator.gateway.text.tokenizer import load_codec
 from mgpu.orchestrator.models.find import cache_root, read_model, resolve_model
 from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype

@@ -15,9 +15,9 @@ import zmq
 from mgpu.orchestrator.gateway.front.endpoint import BindError
 from mgpu.orchestrator.gateway.front.socket import Front
 from mgpu.orchestrator.gateway.gateway import Gateway, codec_of
-from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
-from mgpu.orchestrator.gateway.jobs import Jobs
 from mgpu.orchestrator.gateway.memory_limit import MemoryFull, be_first_to_go
+from mgpu.orchestrator.gateway.text.background import Jobs
+from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.protocol.internal.child import end_with_parent
 from mgpu.protocol.internal.gateway_messages import LINK, GatewayFailure, GatewaySpec
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from mgpu.orchestrator.gateway.admission import Refusal
-from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
-from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError
-from mgpu.orchestrator.gateway.jobs import Jobs
 from mgpu.orchestrator.gateway.requests import Request, RequestTable
-from mgpu.orchestrator.gateway.tokenizer import TextCodec
+from mgpu.orchestrator.gateway.text.background import Jobs
+from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
+from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
+from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.front.messages import Generate
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mgpu.orchestrator.gateway.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.quota import Quota, owner_of
-from mgpu.orchestrator.gateway.tokenizer import TextCodec
+from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
+from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.messages import Finished, Generate, Tokens
 from mgpu.protocol.internal.worker_messages import TokenLogprobs
 

@@ -19,7 +19,7 @@ import zmq
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mgpu import Client
-from mgpu.orchestrator.gateway.detokenizer import byte_level_table
+from mgpu.orchestrator.gateway.text.detokenizer import byte_level_table
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.internal.gateway_messages import (
     LINK,

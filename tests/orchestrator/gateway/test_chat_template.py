@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mgpu.orchestrator.gateway.chat_template import ChatTemplate, ChatTemplateError
+from mgpu.orchestrator.gateway.text.chat_template import ChatTemplate, ChatTemplateError
 
 USER = [{"role": "user", "content": "hi"}]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgpu.orchestrator.gateway.detokenizer import (
+from mgpu.orchestrator.gateway.text.detokenizer import (
     Detokenizer,
     StopSearch,
     byte_level_bytes,

@@ -7,8 +7,8 @@ import time
 import psutil
 import pytest
 
-from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
-from mgpu.orchestrator.gateway.template_process import TemplateProcess
+from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
+from mgpu.orchestrator.gateway.text.template_process import TemplateProcess
 
 LIMIT_S = 0.5
 

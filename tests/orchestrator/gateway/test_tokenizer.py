@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from mgpu.orchestrator.gateway.detokenizer import Detokenizer, byte_level_table
-from mgpu.orchestrator.gateway.gguf_tokenizer import PRE_TOKENIZERS, TokenizerError, build_tokenizer
-from mgpu.orchestrator.gateway.tokenizer import TextCodec, load_codec
+from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer, byte_level_table
+from mgpu.orchestrator.gateway.text.gguf_tokenizer import PRE_TOKENIZERS, TokenizerError, build_tokenizer
+from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 MODELS = ["smollm2-135m-instruct", "gemma-3-270m"]

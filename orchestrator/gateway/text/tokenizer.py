@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mgpu.orchestrator.gateway.chat_template import ChatTemplateError
-from mgpu.orchestrator.gateway.detokenizer import byte_level_bytes, sentence_piece_bytes
-from mgpu.orchestrator.gateway.gguf_tokenizer import TokenizerError, build_tokenizer, special_token
-from mgpu.orchestrator.gateway.template_process import TemplateProcess
+from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
+from mgpu.orchestrator.gateway.text.detokenizer import byte_level_bytes, sentence_piece_bytes
+from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_tokenizer, special_token
+from mgpu.orchestrator.gateway.text.template_process import TemplateProcess
 from mgpu.protocol.checkpoint.gguf_file import read_gguf
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, checked_file
 from mgpu.protocol.model.facts import CheckpointFormat

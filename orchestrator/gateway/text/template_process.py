@@ -16,9 +16,9 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 
-from mgpu.orchestrator.gateway.chat_template import TIME_LIMIT_S, ChatTemplate, ChatTemplateError
+from mgpu.orchestrator.gateway.text.chat_template import TIME_LIMIT_S, ChatTemplate, ChatTemplateError
 
-COMMAND = (sys.executable, "-m", "mgpu.orchestrator.gateway.template_process")
+COMMAND = (sys.executable, "-m", "mgpu.orchestrator.gateway.text.template_process")
 MEMORY_BYTES = 1 << 30
 """Address space of the process; an interpreter that has rendered a long prompt uses a tenth of it."""
 START_LIMIT_S = 30.0
