@@ -12,15 +12,15 @@ from typing import Any
 
 import zmq
 
-from mgpu.orchestrator.gateway.admission import Refusal, admit, check_model, check_state
 from mgpu.orchestrator.gateway.front.identity import check_allowed, owned
 from mgpu.orchestrator.gateway.front.socket import Front, Received, id_of
 from mgpu.orchestrator.gateway.memory_limit import MemoryBound
-from mgpu.orchestrator.gateway.prompts import Prompts
-from mgpu.orchestrator.gateway.queries import Queries
-from mgpu.orchestrator.gateway.quota import Quota, client_number, owner_of, size_of
-from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
-from mgpu.orchestrator.gateway.resumption import Resumption, pack_context
+from mgpu.orchestrator.gateway.requests.admission import Refusal, admit, check_model, check_state
+from mgpu.orchestrator.gateway.requests.prompts import Prompts
+from mgpu.orchestrator.gateway.requests.queries import Queries
+from mgpu.orchestrator.gateway.requests.quota import Quota, client_number, owner_of, size_of
+from mgpu.orchestrator.gateway.requests.resume import Resumption, pack_context
+from mgpu.orchestrator.gateway.requests.table import ChoiceState, Request, RequestTable
 from mgpu.orchestrator.gateway.text.background import Jobs
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer

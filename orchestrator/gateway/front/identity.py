@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from mgpu.orchestrator.gateway.admission import Refusal
 from mgpu.orchestrator.gateway.front.access import KEY_PREFIX, Doorkeeper
+from mgpu.orchestrator.gateway.requests.admission import Refusal
 from mgpu.protocol.front.messages import ClientMessage, Generate, ResumeRequest
 
 

@@ -13,7 +13,7 @@ from gateway_process import GatewayProcess
 from raw_peer import RawPeer
 
 from mgpu import Client
-from mgpu.orchestrator.gateway.quota import MAX_RETRY_S, MIN_RETRY_S
+from mgpu.orchestrator.gateway.requests.quota import MAX_RETRY_S, MIN_RETRY_S
 from mgpu.protocol.front.framing import VERSION
 
 MiB = 1 << 20

@@ -12,8 +12,8 @@ from gateway_process import DEADLINE_S, GatewayProcess
 from raw_peer import RawPeer
 
 from mgpu import Client
-from mgpu.orchestrator.gateway.queries import MAX_QUESTIONS_OF_CLIENT
-from mgpu.orchestrator.gateway.quota import MAX_RETRY_S, MIN_RETRY_S
+from mgpu.orchestrator.gateway.requests.queries import MAX_QUESTIONS_OF_CLIENT
+from mgpu.orchestrator.gateway.requests.quota import MAX_RETRY_S, MIN_RETRY_S
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import Reload
 

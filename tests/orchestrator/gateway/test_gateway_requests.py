@@ -7,7 +7,7 @@ import pytest
 from gateway_process import BOS, EOS, GatewayProcess, says
 
 from mgpu import Client, DeadlineExceeded, RequestFailed
-from mgpu.orchestrator.gateway.admission import seed_of_choice
+from mgpu.orchestrator.gateway.requests.admission import seed_of_choice
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.internal.gateway_messages import Coming, EngineInfo, Outputs
 

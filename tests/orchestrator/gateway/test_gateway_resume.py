@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from mgpu.orchestrator.gateway import queries
-from mgpu.orchestrator.gateway.admission import Refusal
-from mgpu.orchestrator.gateway.queries import RECORD_TIMEOUT_S, Queries
-from mgpu.orchestrator.gateway.quota import Quota
-from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
-from mgpu.orchestrator.gateway.resumption import GRACE_S, Resumption, pack_context
+from mgpu.orchestrator.gateway.requests import queries
+from mgpu.orchestrator.gateway.requests.admission import Refusal
+from mgpu.orchestrator.gateway.requests.queries import RECORD_TIMEOUT_S, Queries
+from mgpu.orchestrator.gateway.requests.quota import Quota
+from mgpu.orchestrator.gateway.requests.resume import GRACE_S, Resumption, pack_context
+from mgpu.orchestrator.gateway.requests.table import ChoiceState, Request, RequestTable
 from mgpu.protocol.front import messages
 from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.front.messages import Accepted, Generate, ResumeRequest, ServerMessage

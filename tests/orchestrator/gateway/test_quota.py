@@ -2,8 +2,8 @@
 
 import pytest
 
-from mgpu.orchestrator.gateway.admission import Refusal
-from mgpu.orchestrator.gateway.quota import (
+from mgpu.orchestrator.gateway.requests.admission import Refusal
+from mgpu.orchestrator.gateway.requests.quota import (
     FIRST_RETRY_S,
     MAX_DROPPED,
     MAX_RETRY_S,

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from mgpu.orchestrator.gateway.admission import Refusal
-from mgpu.orchestrator.gateway.requests import Request, RequestTable
+from mgpu.orchestrator.gateway.requests.admission import Refusal
+from mgpu.orchestrator.gateway.requests.table import Request, RequestTable
 from mgpu.orchestrator.gateway.text.background import Jobs
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError

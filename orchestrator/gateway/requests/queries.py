@@ -5,8 +5,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from mgpu.orchestrator.gateway.admission import RETRY_AFTER_S, Refusal
-from mgpu.orchestrator.gateway.requests import RequestTable
+from mgpu.orchestrator.gateway.requests.admission import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.messages import Failed, Health, Models, Query, ResumeRequest, ServerMessage, Stats
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Resume, Resumed, StatsQuery, StatsReply

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from mgpu.orchestrator.gateway.requests import MAX_HELD_TOKENS, ChoiceState, Request
+from mgpu.orchestrator.gateway.requests.table import MAX_HELD_TOKENS, ChoiceState, Request
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.messages import Tokens
 from mgpu.protocol.internal.gateway_messages import SequenceRecord

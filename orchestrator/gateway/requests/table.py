@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mgpu.orchestrator.gateway.quota import Quota, owner_of
+from mgpu.orchestrator.gateway.requests.quota import Quota, owner_of
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.messages import Finished, Generate, Tokens

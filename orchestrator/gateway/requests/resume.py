@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mgpu.orchestrator.gateway.admission import Refusal
-from mgpu.orchestrator.gateway.queries import Name, Queries
-from mgpu.orchestrator.gateway.replay import CatchUp, Replay
-from mgpu.orchestrator.gateway.requests import ChoiceState, Request, RequestTable
+from mgpu.orchestrator.gateway.requests.admission import Refusal
+from mgpu.orchestrator.gateway.requests.queries import Name, Queries
+from mgpu.orchestrator.gateway.requests.replay import CatchUp, Replay
+from mgpu.orchestrator.gateway.requests.table import ChoiceState, Request, RequestTable
 from mgpu.protocol.front.messages import Accepted, Failed, FailureCode, Generate, Resumed, ResumeRequest, ServerMessage
 from mgpu.protocol.internal.codec import Codec
 from mgpu.protocol.internal.gateway_messages import Cancel, SequenceRecord

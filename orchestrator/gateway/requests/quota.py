@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NoReturn
 
-from mgpu.orchestrator.gateway.admission import Refusal
 from mgpu.orchestrator.gateway.front.access import KEY_PREFIX
+from mgpu.orchestrator.gateway.requests.admission import Refusal
 from mgpu.protocol.internal.client_limits import ClientLimits
 
 REQUEST_OVERHEAD_BYTES = 1024
