@@ -16,9 +16,9 @@ import os
 import signal
 import sys
 
-from mgpu.worker import lifeline
-from mgpu.worker.cuda_start import start_cuda
 from mgpu.worker.errors import BadSpec
+from mgpu.worker.start import lifeline
+from mgpu.worker.start.cuda_start import start_cuda
 
 EXIT_FAILED = 1
 EXIT_BAD_SPEC = 2
@@ -48,7 +48,7 @@ def main() -> int:
     start_cuda(spec.device)
     # Only now the seconds of importing torch: a parent that is already gone must not wait for them.
     _import_torch()
-    from mgpu.worker.process import run_worker
+    from mgpu.worker.start.worker import run_worker
 
     if not run_worker(spec, rank):
         sys.stderr.flush()
@@ -63,7 +63,7 @@ def _import_torch() -> None:
     a fifth of the time.
     """
     gc.disable()
-    importlib.import_module("mgpu.worker.process")
+    importlib.import_module("mgpu.worker.start.worker")
     gc.freeze()
     gc.enable()
 

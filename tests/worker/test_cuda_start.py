@@ -4,8 +4,8 @@ import ctypes
 
 import pytest
 
-from mgpu.worker import cuda_start
-from mgpu.worker.cuda_start import ordinal_of, start_cuda
+from mgpu.worker.start import cuda_start
+from mgpu.worker.start.cuda_start import ordinal_of, start_cuda
 
 
 @pytest.fixture(autouse=True)

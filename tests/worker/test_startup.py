@@ -14,8 +14,8 @@ from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.errors import OutOfMemory
 from mgpu.worker.links import Links
-from mgpu.worker.memory import cpu_pool_bytes, left_for_pool, pool_blocks
-from mgpu.worker.startup import StartUp, bytes_to_read
+from mgpu.worker.start.pool_size import cpu_pool_bytes, left_for_pool, pool_blocks
+from mgpu.worker.start.startup import StartUp, bytes_to_read
 
 MakeModel = Callable[[str], TinyModel]
 GIB = 1 << 30

@@ -29,7 +29,7 @@ from mgpu.worker.kernels import products
 from mgpu.worker.layers import linear, mlp, norm, vocab
 from mgpu.worker.links import Links
 from mgpu.worker.rehearsal import Rehearsal
-from mgpu.worker.startup import StartUp
+from mgpu.worker.start.startup import StartUp
 
 CPU = torch.device("cpu")
 Launch = tuple[str, str]

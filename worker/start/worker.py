@@ -19,11 +19,11 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerSpec,
 )
 from mgpu.worker.control_socket import ControlSocket
-from mgpu.worker.cuda_start import ordinal_of
 from mgpu.worker.errors import BadPlan, BadSpec, OutOfMemory
 from mgpu.worker.links import Links, connect
 from mgpu.worker.rehearsal import start_triton
-from mgpu.worker.startup import StartUp
+from mgpu.worker.start.cuda_start import ordinal_of
+from mgpu.worker.start.startup import StartUp
 from mgpu.worker.step_loop import StepLoop
 
 PROGRESS_INTERVAL_S = 0.1
