@@ -18,10 +18,10 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerFailure,
     WorkerSpec,
 )
+from mgpu.worker.compile_ahead.start_up import start_triton
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.errors import BadPlan, BadSpec, OutOfMemory
 from mgpu.worker.links import Links, connect
-from mgpu.worker.rehearsal import start_triton
 from mgpu.worker.start.cuda_start import ordinal_of
 from mgpu.worker.start.startup import StartUp
 from mgpu.worker.step_loop import StepLoop

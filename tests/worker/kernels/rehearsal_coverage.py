@@ -24,11 +24,11 @@ from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker import graph_pool, sampler
 from mgpu.worker.collectives import DryRun, SingleRank
+from mgpu.worker.compile_ahead.start_up import Rehearsal
 from mgpu.worker.kernel_check import attention_problem
 from mgpu.worker.kernels import products
 from mgpu.worker.layers import linear, mlp, norm, vocab
 from mgpu.worker.links import Links
-from mgpu.worker.rehearsal import Rehearsal
 from mgpu.worker.start.startup import StartUp
 
 CPU = torch.device("cpu")

@@ -54,7 +54,7 @@ class Rehearsal:
         if marker is None or marker.exists():
             yield
             return
-        from mgpu.worker.kernels import ahead
+        from mgpu.worker.compile_ahead import triton_launches as ahead
 
         with ahead.compiling(self.device, self.spec.plan.world_size) as outcome:
             with ahead.asking():
@@ -67,7 +67,7 @@ class Rehearsal:
     def _marker(self) -> Path | None:
         """Give the file that says that all kernels are in Triton's cache; None where none can be compiled ahead."""
         try:
-            from mgpu.worker.kernels import ahead
+            from mgpu.worker.compile_ahead import triton_launches as ahead
 
             ahead.start_driver()
             return ahead.cache_folder() / f"mgpu-{self._key()}"
@@ -157,7 +157,7 @@ def start_triton(device: torch.device) -> None:
 
 def _start_triton() -> None:
     try:
-        from mgpu.worker.kernels.ahead import start_driver
+        from mgpu.worker.compile_ahead.triton_launches import start_driver
 
         start_driver()
     except Exception as error:  # the kernels' check, which needs the same, tells what it means
