@@ -13,9 +13,9 @@ from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.links import Links
-from mgpu.worker.model_runner import ModelRunner
 from mgpu.worker.models import build_stage, load_weights
 from mgpu.worker.rows import RowTable
+from mgpu.worker.steps.model_runner import ModelRunner
 
 pytestmark = [
     pytest.mark.gpu,

@@ -24,7 +24,7 @@ from mgpu.worker.errors import BadPlan, BadSpec, OutOfMemory
 from mgpu.worker.links import Links, connect
 from mgpu.worker.start.cuda_start import ordinal_of
 from mgpu.worker.start.startup import StartUp
-from mgpu.worker.step_loop import StepLoop
+from mgpu.worker.steps.step_loop import StepLoop
 
 PROGRESS_INTERVAL_S = 0.1
 PEERS_LOAD_TIMEOUT_S = 3600.0

@@ -12,7 +12,7 @@ from mgpu.worker.peer_group import PeerGroup, peers_of
 from mgpu.worker.rows import RowTable
 
 if TYPE_CHECKING:
-    from mgpu.worker.graph_pool import GraphPool, StepOutput
+    from mgpu.worker.steps.graph_pool import GraphPool, StepOutput
 
 _FIRST_DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _FIRST_PROMPTS = ((512, 8, False), (256, 8, False), (128, 8, False), (64, 8, False))
@@ -40,7 +40,7 @@ def _all(value: bool, group: TensorParallelGroup, device: torch.device) -> bool:
 
 def prepare_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
     """Launch all that the first graphs launch, and capture none."""
-    from mgpu.worker.graph_pool import Uncaptured
+    from mgpu.worker.steps.graph_pool import Uncaptured
 
     Graphs(stage, cache, rows, None, Uncaptured).prepare()
 
@@ -56,9 +56,9 @@ class Graphs:
         peers: PeerGroup | None,
         pool_type: type["GraphPool"] | None = None,
     ) -> None:
-        from mgpu.worker.decode_graphs import DecodeGraphs, graph_size, staged_length
-        from mgpu.worker.graph_pool import GraphPool
-        from mgpu.worker.prompt_graphs import MOST_STAGED, PromptGraphs
+        from mgpu.worker.steps.decode_graphs import DecodeGraphs, graph_size, staged_length
+        from mgpu.worker.steps.graph_pool import GraphPool
+        from mgpu.worker.steps.prompt_graphs import MOST_STAGED, PromptGraphs
 
         self._rows = rows
         self._most_rows = 2 * rows.max_rows if peers is None else min(2 * rows.max_rows, peers.most_rows + 1)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
-from mgpu.worker.graph_pool import GraphPool, StepGraph, StepOutput, padded
-from mgpu.worker.graph_sampling import choose
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.models import DecoderStage
 from mgpu.worker.peer_group import PeerGroup
 from mgpu.worker.rows import RowTable
+from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, padded
+from mgpu.worker.steps.graph_sampling import choose
 from mgpu.worker.triton_attention import PagedRows, TritonStep
 
 TOKENS = (64, 128, 192, 256, 384, 512)

@@ -12,16 +12,16 @@ from torch import Tensor
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import RankPlace, padded_vocab
-from mgpu.worker.graphs import make_graphs
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.links import Links
 from mgpu.worker.models import DecoderStage
 from mgpu.worker.peer_group import peers_of
 from mgpu.worker.rows import RowTable, SampleRequest
 from mgpu.worker.sampler import Sampled, Sampler
+from mgpu.worker.steps.graphs import make_graphs
 
 if TYPE_CHECKING:
-    from mgpu.worker.graph_pool import StepOutput
+    from mgpu.worker.steps.graph_pool import StepOutput
 
 
 @dataclass(frozen=True, slots=True)

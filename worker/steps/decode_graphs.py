@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.batch import StepBatch
-from mgpu.worker.graph_pool import GraphPool, StepGraph, StepOutput, padded, whole_lines
-from mgpu.worker.graph_sampling import choose
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
 from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.models import DecoderStage
 from mgpu.worker.peer_group import PeerGroup
 from mgpu.worker.rows import RowTable
+from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, padded, whole_lines
+from mgpu.worker.steps.graph_sampling import choose
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 """Batches that graphs are made for; larger ones are multiples of the last."""
