@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import KvCacheDtype
-from mgpu.worker.batch import StepBatch
 from mgpu.worker.kernel_use import uses_kernels
-from mgpu.worker.kv_cache import LayerCache
+from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.kv_cache import LayerCache
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mgpu.worker.batch import StepBatch
-from mgpu.worker.kv_cache import LayerCache
+from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.kv_cache import LayerCache
 
 MAX_BYTES = 64 << 20
 """Largest copy of one layer's keys; longer or wider batches are gathered as before."""

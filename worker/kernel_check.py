@@ -11,10 +11,10 @@ from functools import cache
 import torch
 
 from mgpu.worker.attention import AttentionShape, AttentionSpec
-from mgpu.worker.batch import StepBatch
 from mgpu.worker.kernels.reference import paged_attention, rotate
 from mgpu.worker.kernels.runtime import power_of_2
-from mgpu.worker.kv_cache import LayerCache, stored_dtype, to_stored
+from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.kv_cache import LayerCache, stored_dtype, to_stored
 from mgpu.worker.triton_attention import TritonBackend
 
 _BLOCK_SIZE = 64

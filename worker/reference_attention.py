@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.attention import AttentionSpec
-from mgpu.worker.batch import StepBatch
 from mgpu.worker.decode_mirror import MAX_BYTES, DecodeMirror, MirrorStep
-from mgpu.worker.kv_cache import LayerCache, widen
+from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.kv_cache import LayerCache, widen
 
 _SHORT_CONTEXT = 256
 """Rows with contexts up to this length are padded alike; longer ones only to those less than twice theirs."""

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.attention import AttentionSpec, HeadNorms
-from mgpu.worker.batch import StepBatch
 from mgpu.worker.kernel_use import aligned
 from mgpu.worker.kernels.decode_attention import decode_attention, decode_attention_packed
 from mgpu.worker.kernels.prefill_attention import prefill_attention
 from mgpu.worker.kernels.rope_cache import rope_and_cache
-from mgpu.worker.kv_cache import LayerCache
+from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.kv_cache import LayerCache
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace, head_shard
 from mgpu.protocol.model.quantization import Quant
-from mgpu.worker.batch import StepBatch
-from mgpu.worker.kv_cache import KvCache, stored_dtype
 from mgpu.worker.models import DecoderStage, build_stage, init_dummy_weights, load_weights
+from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.kv_cache import KvCache, stored_dtype
 
 
 @dataclass

@@ -8,7 +8,7 @@ from stage_driver import Row, make_batch
 from torch import Tensor
 
 from mgpu.worker.attention import AttentionShape, AttentionSpec, select_backend
-from mgpu.worker.kv_cache import KvCache, block_bytes
+from mgpu.worker.state.kv_cache import KvCache, block_bytes
 
 BLOCK = 4
 DIM = 16

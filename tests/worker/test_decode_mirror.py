@@ -5,8 +5,8 @@ from stage_driver import Row, make_batch
 
 from mgpu.worker.attention import AttentionSpec
 from mgpu.worker.decode_mirror import _GROWTH
-from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.reference_attention import ReferenceBackend, ReferenceStep
+from mgpu.worker.state.kv_cache import KvCache
 
 BLOCK, HEADS, KV_HEADS, DIM = 4, 6, 2, 16
 SPEC = AttentionSpec(scale=DIM**-0.5, window=None)

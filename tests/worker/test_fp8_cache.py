@@ -12,7 +12,7 @@ from torch import Tensor
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded
 from mgpu.protocol.model.facts import KvCacheDtype
-from mgpu.worker.kv_cache import FP8, KvCache, to_stored, widen
+from mgpu.worker.state.kv_cache import FP8, KvCache, to_stored, widen
 
 IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]
 CHUNKS = [6, 1, 1, 1, 1]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.errors import BadPlan
-from mgpu.worker.rows import RowTable
+from mgpu.worker.state.rows import RowTable
 
 BLOCK = 4
 

@@ -14,9 +14,7 @@ from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import head_shard
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.attention import AttentionBackend, AttentionShape, StepAttention, select_backend
-from mgpu.worker.batch import StepBatch
 from mgpu.worker.collectives import TensorParallelGroup
-from mgpu.worker.kv_cache import KvCache, LayerCache
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
@@ -24,6 +22,8 @@ from mgpu.worker.layers.partial_sum import Delta, whole
 from mgpu.worker.layers.rotary import Angles, RotaryEmbedding
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.kv_cache import KvCache, LayerCache
 
 WEIGHT_HOLDERS = (Linear, RMSNorm, VocabParallel)
 """The modules that own weights; all others are wiring."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
-from mgpu.worker.batch import StepBatch
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
-from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.models import DecoderStage
 from mgpu.worker.peer_group import PeerGroup
-from mgpu.worker.rows import RowTable
+from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.kv_cache import KvCache
+from mgpu.worker.state.rows import RowTable
 from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, padded, whole_lines
 from mgpu.worker.steps.graph_sampling import choose
 

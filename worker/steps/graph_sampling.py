@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.sample import sample
 from mgpu.worker.peer_group import PeerGroup
-from mgpu.worker.rows import RowTable
+from mgpu.worker.state.rows import RowTable
 
 
 def choose(logits_RV: Tensor, rows_R: Tensor, positions_R: Tensor, rows: RowTable, peers: PeerGroup | None) -> Tensor:

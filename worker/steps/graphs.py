@@ -6,10 +6,10 @@ import torch
 
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.collectives import TensorParallelGroup
-from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.models import DecoderStage
 from mgpu.worker.peer_group import PeerGroup, peers_of
-from mgpu.worker.rows import RowTable
+from mgpu.worker.state.kv_cache import KvCache
+from mgpu.worker.state.rows import RowTable
 
 if TYPE_CHECKING:
     from mgpu.worker.steps.graph_pool import GraphPool, StepOutput

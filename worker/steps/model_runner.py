@@ -12,12 +12,12 @@ from torch import Tensor
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import RankPlace, padded_vocab
-from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.links import Links
 from mgpu.worker.models import DecoderStage
 from mgpu.worker.peer_group import peers_of
-from mgpu.worker.rows import RowTable, SampleRequest
 from mgpu.worker.sampler import Sampled, Sampler
+from mgpu.worker.state.kv_cache import KvCache
+from mgpu.worker.state.rows import RowTable, SampleRequest
 from mgpu.worker.steps.graphs import make_graphs
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
-from mgpu.worker.kv_cache import KvCache
 from mgpu.worker.models import DecoderStage
 from mgpu.worker.peer_group import PeerGroup
-from mgpu.worker.rows import RowTable
+from mgpu.worker.state.kv_cache import KvCache
+from mgpu.worker.state.rows import RowTable
 from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, padded
 from mgpu.worker.steps.graph_sampling import choose
 from mgpu.worker.triton_attention import PagedRows, TritonStep
