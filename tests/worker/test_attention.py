@@ -7,7 +7,7 @@ import torch
 from stage_driver import Row, make_batch
 from torch import Tensor
 
-from mgpu.worker.attention import AttentionShape, AttentionSpec, select_backend
+from mgpu.worker.attention.interface import AttentionShape, AttentionSpec, select_backend
 from mgpu.worker.state.kv_cache import KvCache, block_bytes
 
 BLOCK = 4

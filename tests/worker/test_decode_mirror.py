@@ -3,9 +3,9 @@
 import torch
 from stage_driver import Row, make_batch
 
-from mgpu.worker.attention import AttentionSpec
-from mgpu.worker.decode_mirror import _GROWTH
-from mgpu.worker.reference_attention import ReferenceBackend, ReferenceStep
+from mgpu.worker.attention.cpu_decode import _GROWTH
+from mgpu.worker.attention.interface import AttentionSpec
+from mgpu.worker.attention.plain_backend import ReferenceBackend, ReferenceStep
 from mgpu.worker.state.kv_cache import KvCache
 
 BLOCK, HEADS, KV_HEADS, DIM = 4, 6, 2, 16

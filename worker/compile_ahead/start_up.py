@@ -100,7 +100,7 @@ class Rehearsal:
 
     def ask(self) -> None:
         """Launch all that a start launches."""
-        from mgpu.worker.kernel_check import rehearse_check
+        from mgpu.worker.attention.check import rehearse_check
 
         stage = self._short_stage()
         rehearse_check(self.device, stage.attention_shape)

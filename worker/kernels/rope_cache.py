@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.attention import HeadNorms
+from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 HEADS_PER_PROGRAM = 16

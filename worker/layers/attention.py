@@ -12,7 +12,7 @@ from torch import Tensor
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import head_shard
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
-from mgpu.worker.attention import AttentionSpec, HeadNorms, StepAttention
+from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernels.float8_rows import Activations, Product, plain, values_and_scale
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_slices

@@ -4,7 +4,7 @@
 
 from torch import Tensor
 
-from mgpu.worker.attention import StepAttention
+from mgpu.worker.attention.interface import StepAttention
 from mgpu.worker.kernels.float8_rows import Product
 from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.mlp import GatedMLP

@@ -13,7 +13,7 @@ from torch import Tensor
 from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import head_shard
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
-from mgpu.worker.attention import AttentionBackend, AttentionShape, StepAttention, select_backend
+from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention, select_backend
 from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.layers.module import Module
@@ -108,7 +108,7 @@ class DecoderStage(Module):
 
     def assume_kernels(self) -> None:
         """Use the kernels without checking them."""
-        from mgpu.worker.triton_attention import TritonBackend
+        from mgpu.worker.attention.triton_backend import TritonBackend
 
         self._attention_backend = TritonBackend()
 

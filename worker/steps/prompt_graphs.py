@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
+from mgpu.worker.attention.triton_backend import PagedRows, TritonStep
 from mgpu.worker.models import DecoderStage
 from mgpu.worker.peer_group import PeerGroup
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
 from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, padded
 from mgpu.worker.steps.graph_sampling import choose
-from mgpu.worker.triton_attention import PagedRows, TritonStep
 
 TOKENS = (64, 128, 192, 256, 384, 512)
 """Sizes of steps that graphs are made for; longer ones keep the GPU busy while they are launched."""

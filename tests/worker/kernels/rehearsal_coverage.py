@@ -19,13 +19,13 @@ from kernel_timing import compile_only, set_overlap
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-import mgpu.worker.attention as attention
+import mgpu.worker.attention.interface as attention
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker import sampler
+from mgpu.worker.attention.check import attention_problem
 from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.compile_ahead.start_up import Rehearsal
-from mgpu.worker.kernel_check import attention_problem
 from mgpu.worker.kernels import products
 from mgpu.worker.layers import linear, mlp, norm, vocab
 from mgpu.worker.links import Links

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mgpu.protocol.model.facts import KvCacheDtype
-from mgpu.worker import kernel_check, triton_attention
-from mgpu.worker.attention import AttentionShape
+from mgpu.worker.attention import check as kernel_check
+from mgpu.worker.attention import triton_backend as triton_attention
+from mgpu.worker.attention.interface import AttentionShape
 
 
 @pytest.mark.parametrize(("window", "kept"), [(None, "auto"), (40, "fp8")])

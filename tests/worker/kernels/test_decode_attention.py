@@ -2,7 +2,7 @@ import pytest
 import torch
 from kernel_checks import paged_cache, relative_error, tolerance
 
-from mgpu.worker.attention import HeadNorms
+from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.kernels.decode_attention import (
     DecodeTiling,
     choose_tiling,

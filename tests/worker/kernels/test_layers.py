@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_checks import relative_error, tolerance
 
-from mgpu.worker.attention import HeadNorms
+from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.norm import add_rms_norm, rms_norm

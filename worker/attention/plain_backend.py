@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.worker.attention import AttentionSpec
-from mgpu.worker.decode_mirror import MAX_BYTES, DecodeMirror, MirrorStep
+from mgpu.worker.attention.cpu_decode import MAX_BYTES, DecodeMirror, MirrorStep
+from mgpu.worker.attention.interface import AttentionSpec
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import LayerCache, widen
 

@@ -14,7 +14,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from mgpu.worker.attention import AttentionSpec, HeadNorms
+from mgpu.worker.attention.interface import AttentionSpec, HeadNorms
 from mgpu.worker.kernel_use import aligned
 from mgpu.worker.kernels.decode_attention import decode_attention, decode_attention_packed
 from mgpu.worker.kernels.prefill_attention import prefill_attention

@@ -99,13 +99,13 @@ class AttentionBackend(Protocol):
 def select_backend(device: torch.device, shape: AttentionShape) -> AttentionBackend:
     """Choose the attention of a worker, once: kernels where they pass a check against plain torch."""
     if uses_kernels(device):
-        from mgpu.worker.kernel_check import attention_problem
-        from mgpu.worker.triton_attention import TritonBackend
+        from mgpu.worker.attention.check import attention_problem
+        from mgpu.worker.attention.triton_backend import TritonBackend
 
         problem = attention_problem(device, shape)
         if problem is None:
             return TritonBackend()
         log.warning("attention runs on plain torch, many times slower: %s", problem)
-    from mgpu.worker.reference_attention import ReferenceBackend
+    from mgpu.worker.attention.plain_backend import ReferenceBackend
 
     return ReferenceBackend()

@@ -10,12 +10,12 @@ from functools import cache
 
 import torch
 
-from mgpu.worker.attention import AttentionShape, AttentionSpec
+from mgpu.worker.attention.interface import AttentionShape, AttentionSpec
+from mgpu.worker.attention.triton_backend import TritonBackend
 from mgpu.worker.kernels.reference import paged_attention, rotate
 from mgpu.worker.kernels.runtime import power_of_2
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import LayerCache, stored_dtype, to_stored
-from mgpu.worker.triton_attention import TritonBackend
 
 _BLOCK_SIZE = 64
 _CONTEXTS = (1, 150, 70, 200)
