@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.collectives import SingleRank
-from mgpu.worker.sampler import Sampled, Sampler
-from mgpu.worker.sampling_noise import gumbel, row_keys, token_factors
+from mgpu.worker.sampling.noise import gumbel, row_keys, token_factors
+from mgpu.worker.sampling.sampler import Sampled, Sampler
 from mgpu.worker.state.rows import RowTable, SampleRequest
 
 VOCAB = 60  # splits over 1, 2 and 3 ranks

@@ -19,7 +19,7 @@ from mgpu.protocol.model.placement import RankPlace, padded_vocab
 from mgpu.worker.collectives import DryRun
 from mgpu.worker.kernel_use import uses_kernels
 from mgpu.worker.models import DecoderStage, build_stage, init_linear
-from mgpu.worker.sampler import Sampler
+from mgpu.worker.sampling.sampler import Sampler
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
 from mgpu.worker.steps.graphs import prepare_graphs

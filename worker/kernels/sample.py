@@ -1,7 +1,7 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """Choose tokens from one rank's slice of the vocabulary: greedy, or by Gumbel noise for rows with a temperature.
 
-The noise is the one of `mgpu.worker.sampling_noise` (see its docstring): it depends on (seed, position, global token
+The noise is the one of `mgpu.worker.sampling.noise` (see its docstring): it depends on (seed, position, global token
 id) alone, so ranks and layouts agree. Two kernels: the best of each stretch of the vocabulary, then the best of those.
 Equal values go to the lowest id.
 """

@@ -11,7 +11,7 @@ from mgpu.protocol.model.placement import RankPlace, head_shard
 from mgpu.worker.compile_ahead.start_up import Rehearsal
 from mgpu.worker.links import Links
 from mgpu.worker.models import DecoderStage, build_stage, init_dummy_weights, load_weights
-from mgpu.worker.sampler import Sampler
+from mgpu.worker.sampling.sampler import Sampler
 from mgpu.worker.start.pool_size import cpu_pool_bytes, cuda_pool_bytes, pool_blocks
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, block_bytes, stored_dtype

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.errors import BadPlan
-from mgpu.worker.sampling_rules import is_simple
+from mgpu.worker.sampling.rules import is_simple
 from mgpu.worker.state.batch import StepBatch
 
 _NO_SAMPLING = RowSampling()

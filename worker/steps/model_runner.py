@@ -15,7 +15,7 @@ from mgpu.protocol.model.placement import RankPlace, padded_vocab
 from mgpu.worker.links import Links
 from mgpu.worker.models import DecoderStage
 from mgpu.worker.peer_group import peers_of
-from mgpu.worker.sampler import Sampled, Sampler
+from mgpu.worker.sampling.sampler import Sampled, Sampler
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable, SampleRequest
 from mgpu.worker.steps.graphs import make_graphs

@@ -14,7 +14,7 @@ from torch import Tensor
 from mgpu.protocol.internal.worker_messages import Shutdown, StayAwake, StepPlan, StepResult
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.errors import BadPlan
-from mgpu.worker.sampler import Sampled
+from mgpu.worker.sampling.sampler import Sampled
 from mgpu.worker.steps.model_runner import ModelRunner
 
 MAX_IN_FLIGHT = 2

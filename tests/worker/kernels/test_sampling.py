@@ -3,7 +3,7 @@ import torch
 
 from mgpu.worker.kernels.sample import sample
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
-from mgpu.worker.sampling_noise import gumbel, row_keys, token_factors
+from mgpu.worker.sampling.noise import gumbel, row_keys, token_factors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import RowSampling
-from mgpu.worker.sampling_filters import has_filters
+from mgpu.worker.sampling.filters import has_filters
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow."""
