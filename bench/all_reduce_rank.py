@@ -24,10 +24,10 @@ from torch import Tensor
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import PlacementPlan, Stage, Transport
-from mgpu.worker.collectives import TensorParallelGroup
-from mgpu.worker.links import Links, connect, layout_of
-from mgpu.worker.peer_group import Reach, peers_of
-from mgpu.worker.peer_setup import SWITCH
+from mgpu.worker.ranks.collectives import TensorParallelGroup
+from mgpu.worker.ranks.links import Links, connect, layout_of
+from mgpu.worker.ranks.peer_group import Reach, peers_of
+from mgpu.worker.ranks.peer_setup import SWITCH
 
 AllReduce = Callable[[Tensor], Tensor]
 

@@ -10,7 +10,6 @@ from kernel_timing import BF16, SHAPES, Row, compile_all, graph_us, random_scale
 from torch import Tensor
 
 from mgpu.protocol.model.quantization import WeightFormat, weight_format
-from mgpu.worker.collectives import SingleRank
 from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
 from mgpu.worker.kernels.dequantize import dequantize_packed
 from mgpu.worker.kernels.float8_norm import add_rms_norm_float8
@@ -25,6 +24,7 @@ from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.kernels.split_k import Tiling
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
+from mgpu.worker.ranks.collectives import SingleRank
 
 QUANTIZED: tuple[tuple[WeightKind, int], ...] = (("int8", 0), ("fp8", 0), ("int4", 32), ("int4", 128))
 """Kinds and groups. Groups of 32 are what `--quant 4` makes."""

@@ -36,13 +36,13 @@ from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import INT4_GROUP, Quant, weight_format
-from mgpu.worker.collectives import SingleRank
 from mgpu.worker.kernels.float8_rows import round_rows
 from mgpu.worker.kernels.packing import dequantize
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.layers.quantize import quantize
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models import DecoderStage, build_stage
+from mgpu.worker.ranks.collectives import SingleRank
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, stored_dtype
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.worker.errors import PeerLost
-from mgpu.worker.links import Links, connect, layout_of
+from mgpu.worker.ranks.links import Links, connect, layout_of
 
 HIDDEN = 48
 TOKENS = 6000  # one message of it is larger than a slot

@@ -15,9 +15,9 @@ import torch
 from collective_rank import spec_of
 
 from mgpu.protocol.internal.worker_messages import CONTROL
-from mgpu.worker.collectives import DryRun, SingleRank, ThroughHost
 from mgpu.worker.errors import BadSpec
-from mgpu.worker.links import connect, layout_of, pair_transport
+from mgpu.worker.ranks.collectives import DryRun, SingleRank, ThroughHost
+from mgpu.worker.ranks.links import connect, layout_of, pair_transport
 
 PROGRAM = Path(__file__).with_name("collective_rank.py")
 DEADLINE_S = 90.0

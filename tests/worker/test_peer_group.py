@@ -10,10 +10,10 @@ from stage_driver import logits_in_chunks
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import read_checkpoint
-from mgpu.worker.collectives import DryRun, SingleRank
-from mgpu.worker.peer_group import MOST_ROWS, Reach, area_shapes, peers_of
 from mgpu.worker.peer_memory import buffer_bytes
-from mgpu.worker.peer_setup import SWITCH, PeerSetup, refusal
+from mgpu.worker.ranks.collectives import DryRun, SingleRank
+from mgpu.worker.ranks.peer_group import MOST_ROWS, Reach, area_shapes, peers_of
+from mgpu.worker.ranks.peer_setup import SWITCH, PeerSetup, refusal
 
 CPU = torch.device("cpu")
 

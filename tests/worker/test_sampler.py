@@ -11,7 +11,7 @@ from rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
-from mgpu.worker.collectives import SingleRank
+from mgpu.worker.ranks.collectives import SingleRank
 from mgpu.worker.sampling.noise import gumbel, row_keys, token_factors
 from mgpu.worker.sampling.sampler import Sampled, Sampler
 from mgpu.worker.state.rows import RowTable, SampleRequest

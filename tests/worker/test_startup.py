@@ -11,9 +11,9 @@ from tiny_models import TinyModel
 
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec
-from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.errors import OutOfMemory
-from mgpu.worker.links import Links
+from mgpu.worker.ranks.collectives import DryRun, SingleRank
+from mgpu.worker.ranks.links import Links
 from mgpu.worker.start.pool_size import cpu_pool_bytes, left_for_pool, pool_blocks
 from mgpu.worker.start.startup import StartUp, bytes_to_read
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mgpu.worker.kernels.float8_rows import Product, plain
-from mgpu.worker.peer_group import PeerGroup
+from mgpu.worker.ranks.peer_group import PeerGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.placement import padded_vocab
-from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.layers.cpu_matmul import pack
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.product import matmul
 from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.ranks.collectives import TensorParallelGroup
 
 _TIED_COPY_BYTES = 256 << 20
 """A tied head larger than this is not worth a second copy in the CPU's packed layout (5 % of a step of 8 rows)."""

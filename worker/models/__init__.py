@@ -9,13 +9,13 @@ from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant, weight_format
-from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.loaders.fillers import reading_threads
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.gemma3 import Gemma3Layer
 from mgpu.worker.models.llama import LlamaLayer
 from mgpu.worker.models.stage import WEIGHT_HOLDERS, BuildContext, DecoderStage
+from mgpu.worker.ranks.collectives import TensorParallelGroup
 
 __all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "init_linear", "load_weights"]
 

@@ -14,7 +14,6 @@ from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import head_shard
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention, select_backend
-from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
@@ -22,6 +21,7 @@ from mgpu.worker.layers.partial_sum import Delta, whole
 from mgpu.worker.layers.rotary import Angles, RotaryEmbedding
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, LayerCache
 

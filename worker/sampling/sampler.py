@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs
-from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.kernel_use import aligned, uses_kernels
+from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.sampling.filters import has_filters, thresholds
 from mgpu.worker.sampling.noise import add_gumbel, row_keys, token_factors
 from mgpu.worker.sampling.rules import GREEDY_BELOW, apply_rules, has_rules, needs_all_logits

@@ -21,7 +21,7 @@ from mgpu.protocol.internal.worker_messages import (
 from mgpu.worker.compile_ahead.start_up import start_triton
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.errors import BadPlan, BadSpec, OutOfMemory
-from mgpu.worker.links import Links, connect
+from mgpu.worker.ranks.links import Links, connect
 from mgpu.worker.start.cuda_start import ordinal_of
 from mgpu.worker.start.startup import StartUp
 from mgpu.worker.steps.step_loop import StepLoop

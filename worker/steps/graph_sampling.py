@@ -5,7 +5,7 @@
 from torch import Tensor
 
 from mgpu.worker.kernels.sample import sample
-from mgpu.worker.peer_group import PeerGroup
+from mgpu.worker.ranks.peer_group import PeerGroup
 from mgpu.worker.state.rows import RowTable
 
 

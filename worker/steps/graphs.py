@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Optional
 import torch
 
 from mgpu.protocol.internal.worker_messages import StepPlan
-from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.models import DecoderStage
-from mgpu.worker.peer_group import PeerGroup, peers_of
+from mgpu.worker.ranks.collectives import TensorParallelGroup
+from mgpu.worker.ranks.peer_group import PeerGroup, peers_of
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
 

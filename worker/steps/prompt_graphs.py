@@ -15,7 +15,7 @@ from torch import Tensor
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.attention.triton_backend import PagedRows, TritonStep
 from mgpu.worker.models import DecoderStage
-from mgpu.worker.peer_group import PeerGroup
+from mgpu.worker.ranks.peer_group import PeerGroup
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
 from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, padded

@@ -23,11 +23,11 @@ import mgpu.worker.attention.interface as attention
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem
-from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.compile_ahead.start_up import Rehearsal
 from mgpu.worker.kernels import products
 from mgpu.worker.layers import linear, mlp, norm, vocab
-from mgpu.worker.links import Links
+from mgpu.worker.ranks.collectives import DryRun, SingleRank
+from mgpu.worker.ranks.links import Links
 from mgpu.worker.sampling import sampler
 from mgpu.worker.start.startup import StartUp
 from mgpu.worker.steps import graph_pool

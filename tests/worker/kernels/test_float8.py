@@ -14,7 +14,6 @@ from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.quantization import weight_format
 from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.attention.triton_backend import TritonBackend
-from mgpu.worker.collectives import SingleRank
 from mgpu.worker.kernels import float8_product as products
 from mgpu.worker.kernels import float8_rows, reference
 from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
@@ -30,6 +29,7 @@ from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.quantize import quantize
 from mgpu.worker.models import stage
+from mgpu.worker.ranks.collectives import SingleRank
 
 BF16 = torch.bfloat16
 ROUNDING = 0.032

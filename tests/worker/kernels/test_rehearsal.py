@@ -13,10 +13,10 @@ import torch
 from fake_orchestrator import make_spec
 from random_model import write_random_model
 
-from mgpu.worker.collectives import DryRun, SingleRank
 from mgpu.worker.compile_ahead import start_up as rehearsal
 from mgpu.worker.compile_ahead import triton_launches as ahead
 from mgpu.worker.compile_ahead.start_up import Rehearsal
+from mgpu.worker.ranks.collectives import DryRun, SingleRank
 
 CASES = ("[1] none auto", "[1] none fp8", "[1] 4 auto", "[2] 8 auto", "[1,1,1] fp8 auto")
 DEADLINE_S = 120

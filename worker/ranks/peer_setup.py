@@ -13,13 +13,13 @@ import msgpack
 import torch
 from torch import Tensor
 
-from mgpu.worker.collectives import TensorParallelGroup
 from mgpu.worker.errors import PeerLost
-from mgpu.worker.ipc_memory import export, map_exported
 from mgpu.worker.kernel_use import uses_kernels
-from mgpu.worker.peer_check import peer_problem
-from mgpu.worker.peer_group import PeerGroup, Reach, area_shapes
 from mgpu.worker.peer_memory import AreaShape, PeerAlarm, buffer_bytes, cut
+from mgpu.worker.ranks.collectives import TensorParallelGroup
+from mgpu.worker.ranks.cuda_ipc import export, map_exported
+from mgpu.worker.ranks.peer_check import peer_problem
+from mgpu.worker.ranks.peer_group import PeerGroup, Reach, area_shapes
 
 SWITCH = "MGPU_PEER_REDUCE"
 """0: never; 1: also where ranks share a GPU, which takes turns with kernels that wait, so for tests only."""

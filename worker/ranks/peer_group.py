@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mgpu.worker.collectives import DryRun, TensorParallelGroup
 from mgpu.worker.errors import PeerLost
 from mgpu.worker.peer_memory import Area, AreaShape, PeerAlarm
+from mgpu.worker.ranks.collectives import DryRun, TensorParallelGroup
 
 if TYPE_CHECKING:
     from mgpu.worker.kernels.all_reduce import OneShot

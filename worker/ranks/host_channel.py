@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.model.shared_memory_layout import MailboxRegion
-from mgpu.worker.shared_memory import SharedSegment
+from mgpu.worker.ranks.shared_memory import SharedSegment
 
 _WORD = 8
 

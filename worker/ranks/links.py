@@ -14,7 +14,8 @@ from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.facts import DTYPE_BYTES
 from mgpu.protocol.model.placement import Transport
 from mgpu.protocol.model.shared_memory_layout import MailboxRegion, SharedLayout, shared_layout
-from mgpu.worker.collectives import (
+from mgpu.worker.errors import BadSpec
+from mgpu.worker.ranks.collectives import (
     DistChannel,
     DistGroup,
     DryRun,
@@ -25,12 +26,11 @@ from mgpu.worker.collectives import (
     new_groups,
     start_process_group,
 )
-from mgpu.worker.errors import BadSpec
-from mgpu.worker.mailbox import Channel, HostMailbox
-from mgpu.worker.peer_group import MOST_RANKS, Reach
-from mgpu.worker.peer_mailbox import PeerReceiver, PeerSender
-from mgpu.worker.peer_setup import PeerSetup
-from mgpu.worker.shared_memory import SharedMemoryGroup, SharedSegment
+from mgpu.worker.ranks.gpu_channel import PeerReceiver, PeerSender
+from mgpu.worker.ranks.host_channel import Channel, HostMailbox
+from mgpu.worker.ranks.peer_group import MOST_RANKS, Reach
+from mgpu.worker.ranks.peer_setup import PeerSetup
+from mgpu.worker.ranks.shared_memory import SharedMemoryGroup, SharedSegment
 
 START_TIMEOUT_S = 180.0
 """Least time for all ranks to import torch and meet: many of them may share few cores."""

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from mgpu.worker.peer_group import PeerGroup
+from mgpu.worker.ranks.peer_group import PeerGroup
 
 _ROUNDS = 3
 """Each kind of message alternates between two halves of its area: the third comes where the first was."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.model.shared_memory_layout import HANDLE_BYTES, MailboxRegion
-from mgpu.worker.ipc_memory import export, map_exported
-from mgpu.worker.shared_memory import SharedSegment
+from mgpu.worker.ranks.cuda_ipc import export, map_exported
+from mgpu.worker.ranks.shared_memory import SharedSegment
 
 _WORD = 8
 _SPIN_S = 0.002
