@@ -15,15 +15,15 @@ from mgpu.worker.kernels.dequantize import dequantize_packed
 from mgpu.worker.kernels.float8_norm import add_rms_norm_float8
 from mgpu.worker.kernels.float8_product import float8_product
 from mgpu.worker.kernels.float8_quantize import quantize_rows
-from mgpu.worker.kernels.float8_rows import values_and_scale
 from mgpu.worker.kernels.norm import add_rms_norm
-from mgpu.worker.kernels.packing import PackedWeight, WeightKind, dequantize
 from mgpu.worker.kernels.products import quantized_matmul
 from mgpu.worker.kernels.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.kernels.split_k import Tiling
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
+from mgpu.worker.quantization.float8_rows import values_and_scale
+from mgpu.worker.quantization.packing import PackedWeight, WeightKind, dequantize
 from mgpu.worker.ranks.collectives import SingleRank
 
 QUANTIZED: tuple[tuple[WeightKind, int], ...] = (("int8", 0), ("fp8", 0), ("int4", 32), ("int4", 128))

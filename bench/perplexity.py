@@ -36,12 +36,12 @@ from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import INT4_GROUP, Quant, weight_format
-from mgpu.worker.kernels.float8_rows import round_rows
-from mgpu.worker.kernels.packing import dequantize
 from mgpu.worker.layers.linear import Linear
-from mgpu.worker.layers.quantize import quantize
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models import DecoderStage, build_stage
+from mgpu.worker.quantization.float8_rows import round_rows
+from mgpu.worker.quantization.packing import dequantize
+from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.ranks.collectives import SingleRank
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, stored_dtype

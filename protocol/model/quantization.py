@@ -1,7 +1,7 @@
 """Say in which format a rank holds the weights of its linear layers, and how many bytes that takes.
 
 Planner and workers share this arithmetic. Embedding, LM head, norms and biases keep the type that the model is served
-in; how words are laid out is in ``worker/kernels/packing.py``.
+in; how words are laid out is in ``worker/quantization/packing.py``.
 """
 
 from dataclasses import dataclass

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.quantization import WeightFormat, weight_format
-from mgpu.worker.kernels.packing import dequantize
 from mgpu.worker.layers.product import matmul_packed
-from mgpu.worker.layers.quantize import quantize, search_int4
+from mgpu.worker.quantization.packing import dequantize
+from mgpu.worker.quantization.quantize import quantize, search_int4
 
 INT8, FP8, INT4 = (weight_format(quant) for quant in ("8", "fp8", "4"))
 ALL = pytest.mark.parametrize("form", [INT8, FP8, INT4, WeightFormat("4", 64)], ids=str)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.kernels.float8_quantize import quantize_rows
-from mgpu.worker.kernels.float8_rows import LEAST_ROWS, Float8Rows, ScaledRows, round_rows
-from mgpu.worker.kernels.packing import PackedWeight, dequantize, pack_fp8
 from mgpu.worker.kernels.runtime import ASKING, has_float8
+from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows, ScaledRows, round_rows
+from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_fp8
 
 log = logging.getLogger(__name__)
 

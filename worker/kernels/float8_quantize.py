@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.float8_rows import BLOCK, Float8Rows
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
+from mgpu.worker.quantization.float8_rows import BLOCK, Float8Rows
 
 
 @triton.jit

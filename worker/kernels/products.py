@@ -8,9 +8,9 @@ from torch import Tensor
 from mgpu.worker.kernels.dequantize import dequantize_packed
 from mgpu.worker.kernels.gemv import gemv
 from mgpu.worker.kernels.gemv_rows import Activation
-from mgpu.worker.kernels.packing import PackedWeight
 from mgpu.worker.kernels.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.quantized_gemv import quantized_gemv
+from mgpu.worker.quantization.packing import PackedWeight
 
 GEMM_ROWS = {"int8": 256, "fp8": 256, "int4": 64}
 """Rows up to which `quantized_gemm` is faster than dequantizing once and a library product."""

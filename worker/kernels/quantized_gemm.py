@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mgpu.worker.kernels.arrange import arrange_rows
-from mgpu.worker.kernels.packing import WORDS, PackedWeight, WeightKind
 from mgpu.worker.kernels.runtime import (
     HOPPER_SHARED_BYTES,
     INTERPRETED,
@@ -31,6 +30,7 @@ from mgpu.worker.kernels.runtime import (
 )
 from mgpu.worker.kernels.split_k import Tiling, add_partials
 from mgpu.worker.kernels.widen import widen_int4, widen_octets
+from mgpu.worker.quantization.packing import WORDS, PackedWeight, WeightKind
 
 MAX_ROWS = 256
 """Rows that it takes; up to which it is the fastest way is said in `products`."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mgpu.worker.kernels.gemv_rows import GATES, Activation, store_outputs, weight_rows
 from mgpu.worker.kernels.int4_gemv import int4_gemv_kernel
-from mgpu.worker.kernels.packing import WORDS, PackedWeight
 from mgpu.worker.kernels.runtime import (
     INTERPRETED,
     ceil_div,
@@ -25,6 +24,7 @@ from mgpu.worker.kernels.runtime import (
     wait_for_inputs,
 )
 from mgpu.worker.kernels.widen import widen_to_floats
+from mgpu.worker.quantization.packing import WORDS, PackedWeight
 
 _KINDS = {"int8": 0, "fp8": 1}
 

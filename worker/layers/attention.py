@@ -13,13 +13,13 @@ from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import head_shard
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
-from mgpu.worker.kernels.float8_rows import Activations, Product, plain, values_and_scale
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_slices
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.layers.rotary import Angles, Rotation, rotate
 from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.quantization.float8_rows import Activations, Product, plain, values_and_scale
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.state.kv_cache import LayerCache
 

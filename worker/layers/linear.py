@@ -14,14 +14,14 @@ from torch import Tensor
 
 from mgpu.protocol.model.placement import HeadShard
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
-from mgpu.worker.kernels.float8_rows import LEAST_ROWS, Activations, Float8Rows, Product, plain
-from mgpu.worker.kernels.packing import PackedWeight
 from mgpu.worker.layers.cpu_matmul import matmul_repacked, pack
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, PartialSum, whole
 from mgpu.worker.layers.product import matmul, matmul_float8, matmul_packed, multiplies_float8
-from mgpu.worker.layers.quantize import quantize
 from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Activations, Float8Rows, Product, plain
+from mgpu.worker.quantization.packing import PackedWeight
+from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.peer_group import peers_of
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.kernel_use import uses_kernels
-from mgpu.worker.kernels.float8_rows import Activations, plain, values_and_scale
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, even_range
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.quantization.float8_rows import Activations, plain, values_and_scale
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernel_use import uses_kernels
-from mgpu.worker.kernels.float8_rows import Activations, Product, ScaledRows, plain, values_and_scale
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, PartialSum
 from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.quantization.float8_rows import Activations, Product, ScaledRows, plain, values_and_scale
 
 
 class RMSNorm(Module):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mgpu.worker.kernels.float8_rows import Product, plain
+from mgpu.worker.quantization.float8_rows import Product, plain
 from mgpu.worker.ranks.peer_group import PeerGroup
 
 

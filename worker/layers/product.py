@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernel_use import uses_kernels
-from mgpu.worker.kernels.float8_rows import Float8Rows, ScaledRows
-from mgpu.worker.kernels.packing import PackedWeight
-from mgpu.worker.layers import cpu_matmul, quantized_matmul
+from mgpu.worker.layers import cpu_matmul
+from mgpu.worker.quantization import matmul as quantized_matmul
+from mgpu.worker.quantization.float8_rows import Float8Rows, ScaledRows
+from mgpu.worker.quantization.packing import PackedWeight
 
 
 def matmul(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from mgpu.worker.kernels.decode_attention import decode_attention
-from mgpu.worker.kernels.packing import PackedWeight, WeightKind
 from mgpu.worker.kernels.prefill_attention import prefill_attention
 from mgpu.worker.kernels.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.quantized_gemv import quantized_gemv
+from mgpu.worker.quantization.packing import PackedWeight, WeightKind
 
 BF16 = torch.bfloat16
 HEADS, GROUP = 8, 32

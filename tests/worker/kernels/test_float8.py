@@ -15,20 +15,21 @@ from mgpu.protocol.model.quantization import weight_format
 from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.attention.triton_backend import TritonBackend
 from mgpu.worker.kernels import float8_product as products
-from mgpu.worker.kernels import float8_rows, reference
+from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
 from mgpu.worker.kernels.float8_norm import add_rms_norm_float8
 from mgpu.worker.kernels.float8_quantize import quantize_rows
-from mgpu.worker.kernels.float8_rows import BLOCK, Float8Rows, ScaledRows
 from mgpu.worker.kernels.norm import add_rms_norm, rms_norm
-from mgpu.worker.kernels.packing import WORDS, dequantize
 from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.runtime import ASKING
 from mgpu.worker.layers import linear, mlp, norm
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
-from mgpu.worker.layers.quantize import quantize
 from mgpu.worker.models import stage
+from mgpu.worker.quantization import float8_rows
+from mgpu.worker.quantization.float8_rows import BLOCK, Float8Rows, ScaledRows
+from mgpu.worker.quantization.packing import WORDS, dequantize
+from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.ranks.collectives import SingleRank
 
 BF16 = torch.bfloat16

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mgpu.worker.kernels import decode_attention, prefill_attention, quantized_gemm
-from mgpu.worker.kernels.packing import WeightKind
+from mgpu.worker.quantization.packing import WeightKind
 
 ADA_BYTES, AMPERE_BYTES, HOPPER_BYTES = 99 << 10, 163 << 10, 227 << 10
 """What a program may have in shared memory on an RTX 4090 or L40S, an A100, and an H200."""

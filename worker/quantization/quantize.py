@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.quantization import WeightFormat
-from mgpu.worker.kernels.packing import PackedWeight, pack_fp8, pack_int4, pack_int8
+from mgpu.worker.quantization.packing import PackedWeight, pack_fp8, pack_int4, pack_int8
 
 _CLIPS = tuple((0.045 * below, 0.045 * above) for below in range(3) for above in range(3 - below))
 """Parts of a group's range that are clipped below and above. Ten (steps of 0.04, up to three) take a quarter more time

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.worker.kernels.packing import WORDS
+from mgpu.worker.quantization.packing import WORDS
 
 LEAST_ROWS = 9
 """Rows from which a float8 product is faster than a weight-only one; fewer are bound by reading the weight."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.worker.kernels.packing import PackedWeight, dequantize
+from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
 BLOCK_ELEMENTS = 1 << 18
 """Weights that are dense at once: few enough to stay in a core's cache until they are multiplied."""
