@@ -25,7 +25,7 @@ from mgpu.launch.bench.shapes import SMOLLM2_135M
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant
-from mgpu.worker.models import build_stage, load_weights
+from mgpu.worker.models.build import build_stage, load_weights
 from mgpu.worker.ranks.collectives import DryRun, SingleRank
 
 ALL_SHAPES = {**SHAPES, "135M": SMOLLM2_135M}

@@ -38,7 +38,7 @@ from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import INT4_GROUP, Quant, weight_format
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.loaders.reader import WeightReader
-from mgpu.worker.models import DecoderStage, build_stage
+from mgpu.worker.models.build import DecoderStage, build_stage
 from mgpu.worker.quantization.float8_rows import round_rows
 from mgpu.worker.quantization.packing import dequantize
 from mgpu.worker.quantization.quantize import quantize

@@ -34,7 +34,7 @@ from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant
-from mgpu.worker.models import build_stage, init_dummy_weights
+from mgpu.worker.models.build import build_stage, init_dummy_weights
 from mgpu.worker.ranks.collectives import DryRun, SingleRank
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.state.kv_cache import KvCache, stored_dtype

@@ -11,7 +11,7 @@ from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace, head_shard
 from mgpu.protocol.model.quantization import Quant
-from mgpu.worker.models import DecoderStage, build_stage, init_dummy_weights, load_weights
+from mgpu.worker.models.build import DecoderStage, build_stage, init_dummy_weights, load_weights
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, stored_dtype
 

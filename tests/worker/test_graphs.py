@@ -10,7 +10,7 @@ from tiny_models import TinyModel
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.placement import RankPlace
-from mgpu.worker.models import build_stage, load_weights
+from mgpu.worker.models.build import build_stage, load_weights
 from mgpu.worker.ranks.collectives import DryRun, SingleRank
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.state.kv_cache import KvCache

@@ -10,7 +10,7 @@ from tiny_models import TinyModel
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import read_checkpoint
-from mgpu.worker.models import DecoderStage
+from mgpu.worker.models.build import DecoderStage
 
 FAMILIES = ("llama", "llama3-rope", "llama-linear-bias", "mistral-window", "qwen2", "qwen3", "gemma3")
 MakeModel = Callable[[str], TinyModel]

@@ -18,7 +18,7 @@ from mgpu.protocol.internal.worker_messages import Loaded
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, RankPlace, Stage
 from mgpu.protocol.model.quantization import Quant
-from mgpu.worker.models import build_stage, init_dummy_weights
+from mgpu.worker.models.build import build_stage, init_dummy_weights
 from mgpu.worker.ranks.collectives import SingleRank
 
 IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]

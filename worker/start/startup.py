@@ -9,7 +9,7 @@ from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded, RowSampling, WorkerSpec
 from mgpu.protocol.model.placement import RankPlace, head_shard
 from mgpu.worker.compile_ahead.start_up import Rehearsal
-from mgpu.worker.models import DecoderStage, build_stage, init_dummy_weights, load_weights
+from mgpu.worker.models.build import DecoderStage, build_stage, init_dummy_weights, load_weights
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.sampling.sampler import Sampler
 from mgpu.worker.start.pool_size import cpu_pool_bytes, cuda_pool_bytes, pool_blocks

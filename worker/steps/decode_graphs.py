@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
-from mgpu.worker.models import DecoderStage
+from mgpu.worker.models.build import DecoderStage
 from mgpu.worker.ranks.peer_group import PeerGroup
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Optional
 import torch
 
 from mgpu.protocol.internal.worker_messages import StepPlan
-from mgpu.worker.models import DecoderStage
+from mgpu.worker.models.build import DecoderStage
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.peer_group import PeerGroup, peers_of
 from mgpu.worker.state.kv_cache import KvCache

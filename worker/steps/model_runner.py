@@ -12,7 +12,7 @@ from torch import Tensor
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import RankPlace, padded_vocab
-from mgpu.worker.models import DecoderStage
+from mgpu.worker.models.build import DecoderStage
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.ranks.peer_group import peers_of
 from mgpu.worker.sampling.sampler import Sampled, Sampler

@@ -25,7 +25,7 @@ from mgpu.worker.kernels.runtime import ASKING
 from mgpu.worker.layers import linear, mlp, norm
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
-from mgpu.worker.models import stage
+from mgpu.worker.models.build import stage
 from mgpu.worker.quantization import float8_rows
 from mgpu.worker.quantization.float8_rows import BLOCK, Float8Rows, ScaledRows
 from mgpu.worker.quantization.packing import WORDS, dequantize

@@ -1,0 +1,76 @@
+"""Build a stage of any supported model, and give it weights."""
+
+import zlib
+from collections.abc import Callable
+
+import torch
+
+from mgpu.protocol.checkpoint.read import Checkpoint
+from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
+from mgpu.protocol.model.placement import RankPlace
+from mgpu.protocol.model.quantization import Quant, weight_format
+from mgpu.worker.layers.linear import Linear
+from mgpu.worker.loaders.fillers import reading_threads
+from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.models.gemma3 import Gemma3Layer
+from mgpu.worker.models.llama import LlamaLayer
+from mgpu.worker.models.stage import WEIGHT_HOLDERS, BuildContext, DecoderStage
+from mgpu.worker.ranks.collectives import TensorParallelGroup
+
+__all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "init_linear", "load_weights"]
+
+
+def build_stage(
+    facts: ModelFacts,
+    place: RankPlace,
+    layers: range,
+    group: TensorParallelGroup,
+    dtype: torch.dtype,
+    device: torch.device,
+    quant: Quant = "none",
+    kv_cache_dtype: KvCacheDtype = "auto",
+) -> DecoderStage:
+    """Allocate one rank's part of a model on its device, with undefined weights.
+
+    Linear weights that are to be quantized get their memory when they are loaded, one after the other.
+    """
+    assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
+    context = BuildContext(facts, group, dtype, device, weight_format(quant), kv_cache_dtype)
+    if facts.architecture == "gemma3":
+        return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
+    return DecoderStage(context, layers, LlamaLayer)
+
+
+@torch.inference_mode()
+def load_weights(
+    stage: DecoderStage, checkpoint: Checkpoint, progress: Callable[[int], None], ranks_here: int = 1
+) -> int:
+    """Read this rank's bytes of every weight; ``progress`` is told of bytes as they come. Give their sum.
+
+    ``ranks_here``: ranks of this machine, which share its cores.
+
+    Needs little memory beside the stage's own. CheckpointError when a tensor cannot be read.
+    """
+    with WeightReader(checkpoint, progress, stage.device, reading_threads(ranks_here)) as reader:
+        stage.load(reader)
+    stage.finalize()
+    return reader.bytes_read
+
+
+def init_linear(stage: DecoderStage) -> None:
+    """Give linear layers, which have no memory until they are quantized, some weights."""
+    for _, module in stage.named_modules():
+        if isinstance(module, Linear):
+            module.init_dummy(torch.Generator(module.weight.device))
+
+
+@torch.inference_mode()
+def init_dummy_weights(stage: DecoderStage, seed: int) -> None:
+    """Fill the weights with noise of a sensible scale, in place; the same for the same seed and layout."""
+    for name, module in stage.named_modules():
+        if isinstance(module, WEIGHT_HOLDERS):
+            generator = torch.Generator(module.weight.device)
+            # The CPU generator looks at 32 bits of a seed only, so both parts must be mixed into them.
+            generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            module.init_dummy(generator)
+    stage.finalize()
