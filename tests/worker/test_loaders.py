@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-import mgpu.worker.loaders.fillers as fillers
+import mgpu.worker.loaders.copiers as fillers
 import mgpu.worker.loaders.reader as reader_module
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
 from mgpu.protocol.model.facts import ModelFacts, ModelSource

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
-from mgpu.worker.loaders.blocks import BlockType, block_type
-from mgpu.worker.loaders.fillers import Progress, make_filler
-from mgpu.worker.loaders.pieces import Piece, Span
+from mgpu.worker.loaders.block_formats import BlockType, block_type
+from mgpu.worker.loaders.copiers import Progress, make_filler
+from mgpu.worker.loaders.slices import Piece, Span
 
 _CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.worker.layers.linear import Linear
-from mgpu.worker.loaders.fillers import reading_threads
+from mgpu.worker.loaders.copiers import reading_threads
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.gemma3 import Gemma3Layer
 from mgpu.worker.models.llama import LlamaLayer

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import CheckpointError
-from mgpu.worker.loaders.blocks import BlockType
-from mgpu.worker.loaders.pieces import Piece, Span, not_finite, total
+from mgpu.worker.loaders.block_formats import BlockType
+from mgpu.worker.loaders.slices import Piece, Span, not_finite, total
 
 HOST_BYTES = 4 << 20
 """File bytes read and decoded at once on the CPU. Of less, torch's threads would wait for each other too often."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import CheckpointError, TensorEntry
-from mgpu.worker.loaders.blocks import BlockType
+from mgpu.worker.loaders.block_formats import BlockType
 
 MOST_VIEWS = 1024
 """Buffers that the kernel takes in one call (IOV_MAX)."""
