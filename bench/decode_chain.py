@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.decode_attention import decode_attention_packed
-from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.norm import add_rms_norm, rms_norm
+from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.kernels.sample import sample
 

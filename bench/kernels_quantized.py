@@ -11,15 +11,15 @@ from torch import Tensor
 
 from mgpu.protocol.model.quantization import WeightFormat, weight_format
 from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
-from mgpu.worker.kernels.dequantize import dequantize_packed
 from mgpu.worker.kernels.float8_norm import add_rms_norm_float8
-from mgpu.worker.kernels.float8_product import float8_product
 from mgpu.worker.kernels.float8_quantize import quantize_rows
 from mgpu.worker.kernels.norm import add_rms_norm
-from mgpu.worker.kernels.products import quantized_matmul
-from mgpu.worker.kernels.quantized_gemm import quantized_gemm
+from mgpu.worker.kernels.products.choose import quantized_matmul
+from mgpu.worker.kernels.products.dequantize import dequantize_packed
+from mgpu.worker.kernels.products.float8_product import float8_product
+from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
+from mgpu.worker.kernels.products.split_k import Tiling
 from mgpu.worker.kernels.runtime import Workspace
-from mgpu.worker.kernels.split_k import Tiling
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.quantization.float8_rows import values_and_scale

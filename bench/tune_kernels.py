@@ -33,13 +33,13 @@ from kernel_timing import (
 from torch import Tensor
 
 from mgpu.worker.kernels.decode_attention import DecodeTiling, decode_attention
-from mgpu.worker.kernels.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
-from mgpu.worker.kernels.quantized_gemm import quantized_gemm
-from mgpu.worker.kernels.quantized_gemv import QuantizedGemvTiling, quantized_gemv
+from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
+from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
+from mgpu.worker.kernels.products.quantized_gemv import QuantizedGemvTiling, quantized_gemv
+from mgpu.worker.kernels.products.split_k import Tiling
 from mgpu.worker.kernels.reference import gated_activation, paged_attention
 from mgpu.worker.kernels.runtime import Workspace, default_workspace
-from mgpu.worker.kernels.split_k import Tiling
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from mgpu.worker.kernels.widen import widen_fp8_pairs
+from mgpu.worker.kernels.products.widen import widen_fp8_pairs
 
 
 @triton.jit

@@ -47,7 +47,7 @@ class GatedMLP(Module):
 
     def _gated_by_kernels(self, x_TD: Activations) -> Activations:
         from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
-        from mgpu.worker.kernels.products import one_row_matmul
+        from mgpu.worker.kernels.products.choose import one_row_matmul
 
         if isinstance(x_TD, Tensor) and len(x_TD) == 1:
             return one_row_matmul(x_TD, self.gate_up.held, self.gate_up.bias, self.activation)

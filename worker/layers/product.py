@@ -28,15 +28,15 @@ def multiplies_float8(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether products of many rows with fp8 weights are float8 ones there (W8A8)."""
     if dtype != torch.bfloat16 or not uses_kernels(device):
         return False
-    from mgpu.worker.kernels import float8_product
+    from mgpu.worker.kernels.products import float8_product
 
     return float8_product.multiplies_float8(device)
 
 
 def matmul_float8(x_TI: Tensor | Float8Rows, weight: PackedWeight) -> ScaledRows:
     """Give ``x @ w.T`` where `multiplies_float8`, quantizing x if it is not yet."""
-    from mgpu.worker.kernels.float8_product import float8_product
     from mgpu.worker.kernels.float8_quantize import quantize_rows
+    from mgpu.worker.kernels.products.float8_product import float8_product
 
     return float8_product(x_TI if isinstance(x_TI, Float8Rows) else quantize_rows(x_TI), weight)
 
@@ -44,7 +44,7 @@ def matmul_float8(x_TI: Tensor | Float8Rows, weight: PackedWeight) -> ScaledRows
 def matmul_packed(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
     """Give ``x @ w.T + bias`` for a quantized weight."""
     if uses_kernels(weight.words.device):
-        from mgpu.worker.kernels import products
+        from mgpu.worker.kernels.products import choose as products
 
         return products.quantized_matmul(x_TI, weight, bias_O)
     return quantized_matmul.quantized_matmul(x_TI, weight, bias_O)

@@ -19,8 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from mgpu.worker.kernels.decode_attention import decode_attention
 from mgpu.worker.kernels.prefill_attention import prefill_attention
-from mgpu.worker.kernels.quantized_gemm import quantized_gemm
-from mgpu.worker.kernels.quantized_gemv import quantized_gemv
+from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
+from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
 from mgpu.worker.quantization.packing import PackedWeight, WeightKind
 
 BF16 = torch.bfloat16

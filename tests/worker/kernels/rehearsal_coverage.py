@@ -24,7 +24,7 @@ from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem
 from mgpu.worker.compile_ahead.start_up import Rehearsal
-from mgpu.worker.kernels import products
+from mgpu.worker.kernels.products import choose as products
 from mgpu.worker.layers import linear, mlp, norm, vocab
 from mgpu.worker.ranks.collectives import DryRun, SingleRank
 from mgpu.worker.ranks.links import Links

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgpu.worker.kernels import decode_attention, prefill_attention, quantized_gemm
+from mgpu.worker.kernels import decode_attention, prefill_attention
+from mgpu.worker.kernels.products import quantized_gemm
 from mgpu.worker.quantization.packing import WeightKind
 
 ADA_BYTES, AMPERE_BYTES, HOPPER_BYTES = 99 << 10, 163 << 10, 227 << 10

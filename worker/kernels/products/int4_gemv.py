@@ -10,9 +10,9 @@ Arithmetic, not memory, is scarce here: at 4.3 TB/s one SM has 4.3 issue slots p
 import triton
 import triton.language as tl
 
-from mgpu.worker.kernels.gemv_rows import store_outputs, weight_rows
+from mgpu.worker.kernels.products.gemv_rows import store_outputs, weight_rows
+from mgpu.worker.kernels.products.widen import INT4_BIAS, split_scales, widen_to_floats
 from mgpu.worker.kernels.runtime import wait_for_inputs
-from mgpu.worker.kernels.widen import INT4_BIAS, split_scales, widen_to_floats
 
 
 @triton.jit

@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.arrange import arrange_rows
+from mgpu.worker.kernels.products.arrange import arrange_rows
+from mgpu.worker.kernels.products.split_k import Tiling, add_partials
+from mgpu.worker.kernels.products.widen import widen_int4, widen_octets
 from mgpu.worker.kernels.runtime import (
     HOPPER_SHARED_BYTES,
     INTERPRETED,
@@ -28,8 +30,6 @@ from mgpu.worker.kernels.runtime import (
     shared_bytes,
     wait_for_inputs,
 )
-from mgpu.worker.kernels.split_k import Tiling, add_partials
-from mgpu.worker.kernels.widen import widen_int4, widen_octets
 from mgpu.worker.quantization.packing import WORDS, PackedWeight, WeightKind
 
 MAX_ROWS = 256

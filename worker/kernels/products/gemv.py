@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.gemv_rows import GATES, Activation, store_outputs, weight_rows
+from mgpu.worker.kernels.products.gemv_rows import GATES, Activation, store_outputs, weight_rows
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.gemv_rows import GATES, Activation, store_outputs, weight_rows
-from mgpu.worker.kernels.int4_gemv import int4_gemv_kernel
+from mgpu.worker.kernels.products.gemv_rows import GATES, Activation, store_outputs, weight_rows
+from mgpu.worker.kernels.products.int4_gemv import int4_gemv_kernel
+from mgpu.worker.kernels.products.widen import widen_to_floats
 from mgpu.worker.kernels.runtime import (
     INTERPRETED,
     ceil_div,
@@ -23,7 +24,6 @@ from mgpu.worker.kernels.runtime import (
     overlaps_launches,
     wait_for_inputs,
 )
-from mgpu.worker.kernels.widen import widen_to_floats
 from mgpu.worker.quantization.packing import WORDS, PackedWeight
 
 _KINDS = {"int8": 0, "fp8": 1}

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.worker.kernels.products.widen import widen_int4, widen_octets
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
-from mgpu.worker.kernels.widen import widen_int4, widen_octets
 from mgpu.worker.quantization.packing import WORDS, PackedWeight
 
 ROWS = 32
