@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernels.activation import gated_activation
-from mgpu.worker.kernels.decode_attention import decode_attention_packed
+from mgpu.worker.kernels.attention.decode import decode_attention_packed
 from mgpu.worker.kernels.norm import add_rms_norm, rms_norm
 from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.runtime import Workspace

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.activation import gated_activation
-from mgpu.worker.kernels.decode_attention import decode_attention
+from mgpu.worker.kernels.attention.decode import decode_attention
+from mgpu.worker.kernels.attention.prefill import PrefillTiling, prefill_attention
+from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.norm import add_rms_norm
-from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.products.choose import matmul, one_row_matmul
-from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.sample import sample
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
 

@@ -32,8 +32,8 @@ from kernel_timing import (
 )
 from torch import Tensor
 
-from mgpu.worker.kernels.decode_attention import DecodeTiling, decode_attention
-from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
+from mgpu.worker.kernels.attention.decode import DecodeTiling, decode_attention
+from mgpu.worker.kernels.attention.prefill import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import QuantizedGemvTiling, quantized_gemv

@@ -17,8 +17,8 @@ from kernel_timing import KERNEL_MODULES, compile_only, set_overlap
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from mgpu.worker.kernels.decode_attention import decode_attention
-from mgpu.worker.kernels.prefill_attention import prefill_attention
+from mgpu.worker.kernels.attention.decode import decode_attention
+from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
 from mgpu.worker.quantization.packing import PackedWeight, WeightKind

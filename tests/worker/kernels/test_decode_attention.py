@@ -3,14 +3,14 @@ import torch
 from kernel_checks import paged_cache, relative_error, tolerance
 
 from mgpu.worker.attention.interface import HeadNorms
-from mgpu.worker.kernels.decode_attention import (
+from mgpu.worker.kernels.attention.decode import (
     DecodeTiling,
     choose_tiling,
     decode_attention,
     decode_attention_packed,
 )
+from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.reference import paged_attention
-from mgpu.worker.kernels.rope_cache import rope_and_cache
 from mgpu.worker.kernels.runtime import Workspace
 
 CASES = [

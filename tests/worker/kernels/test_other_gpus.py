@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgpu.worker.kernels import decode_attention, prefill_attention
+from mgpu.worker.kernels.attention import decode as decode_attention
+from mgpu.worker.kernels.attention import prefill as prefill_attention
 from mgpu.worker.kernels.products import quantized_gemm
 from mgpu.worker.quantization.packing import WeightKind
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_checks import paged_cache, relative_error, tolerance
 
-from mgpu.worker.kernels.prefill_attention import PrefillTiling, prefill_attention
+from mgpu.worker.kernels.attention.prefill import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.reference import paged_attention
 
 CASES = [

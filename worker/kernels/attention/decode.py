@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mgpu.worker.attention.interface import HeadNorms
-from mgpu.worker.kernels.attend import attend, attend_pairs, combine
-from mgpu.worker.kernels.new_token import store_new_token, turned_heads
+from mgpu.worker.kernels.attention.attend import attend, attend_pairs, combine
+from mgpu.worker.kernels.attention.new_token import store_new_token, turned_heads
 from mgpu.worker.kernels.runtime import (
     HOPPER_SHARED_BYTES,
     HOPPER_SMS,

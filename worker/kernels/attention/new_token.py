@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from mgpu.worker.kernels.rope_cache import saturate
+from mgpu.worker.kernels.attention.rope_cache import saturate
 
 
 @triton.jit
