@@ -67,7 +67,7 @@ class Backend:
     def _through(self, group: TensorParallelGroup, stream_TD: Tensor, weight_D: Tensor) -> AllReduce:
         if not self.is_fused:
             return group.all_reduce
-        from mgpu.worker.kernels.norm import add_rms_norm
+        from mgpu.worker.kernels.layers.norm import add_rms_norm
 
         return lambda x: add_rms_norm(stream_TD[: len(x)], group.all_reduce(x), weight_D, EPS)
 

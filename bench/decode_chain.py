@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.attention.decode import decode_attention_packed
-from mgpu.worker.kernels.norm import add_rms_norm, rms_norm
+from mgpu.worker.kernels.layers.activation import gated_activation
+from mgpu.worker.kernels.layers.norm import add_rms_norm, rms_norm
 from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.kernels.sample import sample

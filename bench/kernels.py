@@ -19,11 +19,11 @@ from kernels_quantized import float8_layers, float8_products, many_rows, mlps, q
 from torch import Tensor
 
 from mgpu.worker.kernels import reference
-from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.attention.decode import decode_attention
 from mgpu.worker.kernels.attention.prefill import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
-from mgpu.worker.kernels.norm import add_rms_norm
+from mgpu.worker.kernels.layers.activation import gated_activation
+from mgpu.worker.kernels.layers.norm import add_rms_norm
 from mgpu.worker.kernels.products.choose import matmul, one_row_matmul
 from mgpu.worker.kernels.sample import sample
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode

@@ -10,10 +10,10 @@ from kernel_timing import BF16, SHAPES, Row, compile_all, graph_us, random_scale
 from torch import Tensor
 
 from mgpu.protocol.model.quantization import WeightFormat, weight_format
-from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
-from mgpu.worker.kernels.float8_norm import add_rms_norm_float8
-from mgpu.worker.kernels.float8_quantize import quantize_rows
-from mgpu.worker.kernels.norm import add_rms_norm
+from mgpu.worker.kernels.layers.activation import gated_activation, gated_activation_float8
+from mgpu.worker.kernels.layers.float8_norm import add_rms_norm_float8
+from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
+from mgpu.worker.kernels.layers.norm import add_rms_norm
 from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.float8_product import float8_product

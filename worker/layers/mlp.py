@@ -46,7 +46,7 @@ class GatedMLP(Module):
         return self.down.partial(self._gated(plain(self.gate_up(x_TD))))
 
     def _gated_by_kernels(self, x_TD: Activations) -> Activations:
-        from mgpu.worker.kernels.activation import gated_activation, gated_activation_float8
+        from mgpu.worker.kernels.layers.activation import gated_activation, gated_activation_float8
         from mgpu.worker.kernels.products.choose import one_row_matmul
 
         if isinstance(x_TD, Tensor) and len(x_TD) == 1:

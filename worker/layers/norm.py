@@ -35,13 +35,13 @@ class RMSNorm(Module):
 
     def __call__(self, x: Product) -> Tensor:
         if isinstance(x, ScaledRows):
-            from mgpu.worker.kernels.norm import rms_norm
+            from mgpu.worker.kernels.layers.norm import rms_norm
 
             return rms_norm(x.values, self.weight, self.eps, x.scale_T)
         if self._is_plain_cpu:
             return self._forward_cpu(x)
         if self._uses_kernel and x.dim() == 2:
-            from mgpu.worker.kernels.norm import rms_norm
+            from mgpu.worker.kernels.layers.norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps)
         if x.dtype != self.weight.dtype:
@@ -68,10 +68,10 @@ class RMSNorm(Module):
     def _add_and_norm_kernel(self, residual_TD: Tensor, delta_TD: Product) -> Activations:
         delta_TD, scale_T = values_and_scale(delta_TD)
         if self.takes_float8(len(residual_TD)):
-            from mgpu.worker.kernels.float8_norm import add_rms_norm_float8
+            from mgpu.worker.kernels.layers.float8_norm import add_rms_norm_float8
 
             return add_rms_norm_float8(residual_TD, delta_TD, self.weight, self.eps, scale_T)
-        from mgpu.worker.kernels.norm import add_rms_norm
+        from mgpu.worker.kernels.layers.norm import add_rms_norm
 
         return add_rms_norm(residual_TD, delta_TD, self.weight, self.eps, scale_T)
 

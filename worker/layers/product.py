@@ -35,7 +35,7 @@ def multiplies_float8(device: torch.device, dtype: torch.dtype) -> bool:
 
 def matmul_float8(x_TI: Tensor | Float8Rows, weight: PackedWeight) -> ScaledRows:
     """Give ``x @ w.T`` where `multiplies_float8`, quantizing x if it is not yet."""
-    from mgpu.worker.kernels.float8_quantize import quantize_rows
+    from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
     from mgpu.worker.kernels.products.float8_product import float8_product
 
     return float8_product(x_TI if isinstance(x_TI, Float8Rows) else quantize_rows(x_TI), weight)

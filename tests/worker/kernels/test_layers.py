@@ -6,9 +6,9 @@ from kernel_checks import relative_error, tolerance
 
 from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.kernels import reference
-from mgpu.worker.kernels.activation import gated_activation
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
-from mgpu.worker.kernels.norm import add_rms_norm, rms_norm
+from mgpu.worker.kernels.layers.activation import gated_activation
+from mgpu.worker.kernels.layers.norm import add_rms_norm, rms_norm
 
 FLOAT8_ERROR = 0.04
 """Three bits of mantissa."""

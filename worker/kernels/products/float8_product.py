@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mgpu.worker.kernels.float8_quantize import quantize_rows
+from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
 from mgpu.worker.kernels.runtime import ASKING, has_float8
 from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows, ScaledRows, round_rows
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_fp8

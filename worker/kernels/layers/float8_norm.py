@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.float8_quantize import as_rows, empty_words, store_words, width_and_warps, word_channels
+from mgpu.worker.kernels.layers.float8_quantize import as_rows, empty_words, store_words, width_and_warps, word_channels
 from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, wait_for_inputs
 from mgpu.worker.quantization.float8_rows import Float8Rows
 
