@@ -60,7 +60,7 @@ class Backend:
         assert kernel is not None
         if not self.is_fused:
             return lambda x: kernel(x, x, None, None)
-        from mgpu.worker.kernels.all_reduce import Residual
+        from mgpu.worker.kernels.peers.all_reduce import Residual
 
         return lambda x: kernel(x, torch.empty_like(x), Residual(stream_TD[: len(x)], weight_D, EPS), None)
 
@@ -177,7 +177,7 @@ def warps_of(name: str) -> Iterator[None]:
     if "@" not in name:
         yield
         return
-    from mgpu.worker.kernels import all_reduce, two_shot
+    from mgpu.worker.kernels.peers import all_reduce, two_shot
 
     warps = int(name.partition("@")[2])
     with patch.object(all_reduce, "num_warps", lambda *_: warps), patch.object(two_shot, "num_warps", lambda *_: warps):

@@ -17,8 +17,8 @@ from mgpu.worker.peer_memory import Area, AreaShape, PeerAlarm
 from mgpu.worker.ranks.collectives import DryRun, TensorParallelGroup
 
 if TYPE_CHECKING:
-    from mgpu.worker.kernels.all_reduce import OneShot
-    from mgpu.worker.kernels.two_shot import TwoShot
+    from mgpu.worker.kernels.peers.all_reduce import OneShot
+    from mgpu.worker.kernels.peers.two_shot import TwoShot
 
 ONE_SHOT_BYTES = {2: 8 << 20, 3: 512 << 10, 4: 384 << 10, 5: 256 << 10, 6: 192 << 10, 7: 192 << 10, 8: 160 << 10}
 """Largest message of one shot by number of ranks. Of two: nothing is faster up to there on H100s (docs/kernels.md). Of
@@ -47,9 +47,9 @@ class Reach:
 
 def area_shapes(reach: Reach) -> list[AreaShape]:
     """Give the areas that a `PeerGroup` needs on each rank; two of them only where two shots are possible."""
-    from mgpu.worker.kernels.all_reduce import OneShot
-    from mgpu.worker.kernels.exchange import Exchange
-    from mgpu.worker.kernels.two_shot import TwoShot, two_shot_divides
+    from mgpu.worker.kernels.peers.all_reduce import OneShot
+    from mgpu.worker.kernels.peers.exchange import Exchange
+    from mgpu.worker.kernels.peers.two_shot import TwoShot, two_shot_divides
 
     shapes = Exchange.shapes(reach.ranks, reach.two_shot_rows)
     shapes += OneShot.shapes(reach.ranks, reach.one_shot_rows, reach.dim, reach.dtype)
@@ -65,9 +65,9 @@ class PeerGroup:
     """
 
     def __init__(self, inner: TensorParallelGroup, areas: Sequence[Area], alarm: PeerAlarm, reach: Reach) -> None:
-        from mgpu.worker.kernels.all_reduce import OneShot
-        from mgpu.worker.kernels.exchange import Exchange
-        from mgpu.worker.kernels.two_shot import TwoShot
+        from mgpu.worker.kernels.peers.all_reduce import OneShot
+        from mgpu.worker.kernels.peers.exchange import Exchange
+        from mgpu.worker.kernels.peers.two_shot import TwoShot
 
         self.rank = inner.rank
         self.size = inner.size
@@ -102,7 +102,7 @@ class PeerGroup:
         self, residual_TD: Tensor, part_TD: Tensor, bias_D: Tensor | None, weight_D: Tensor, eps: float
     ) -> Tensor:
         """Add the sum of the ranks' parts, and a bias, to ``residual`` in place; give the normalized sum."""
-        from mgpu.worker.kernels.all_reduce import Residual
+        from mgpu.worker.kernels.peers.all_reduce import Residual
 
         residual = Residual(residual_TD, weight_D, eps)
         return self._kernel(part_TD)(part_TD, torch.empty_like(residual_TD), residual, bias_D)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mgpu.worker.kernels.all_reduce import OneShot, Residual
-from mgpu.worker.kernels.exchange import Exchange
-from mgpu.worker.kernels.two_shot import TwoShot
+from mgpu.worker.kernels.peers.all_reduce import OneShot, Residual
+from mgpu.worker.kernels.peers.exchange import Exchange
+from mgpu.worker.kernels.peers.two_shot import TwoShot
 from mgpu.worker.peer_memory import AreaShape, PeerAlarm, buffer_bytes, cut
 
 ROWS, DIM, TURNS, VOCAB, MOST_CHOICES = 2, 80, 3, 100, 70
