@@ -10,7 +10,7 @@ from stage_driver import logits_in_chunks
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import read_checkpoint
-from mgpu.worker.peer_memory import buffer_bytes
+from mgpu.worker.kernels.peers.memory import buffer_bytes
 from mgpu.worker.ranks.collectives import DryRun, SingleRank
 from mgpu.worker.ranks.peer_group import MOST_ROWS, Reach, area_shapes, peers_of
 from mgpu.worker.ranks.peer_setup import SWITCH, PeerSetup, refusal

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import KvCacheDtype
-from mgpu.worker.kernel_use import uses_kernels
+from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import LayerCache
 

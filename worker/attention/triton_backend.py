@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms
-from mgpu.worker.kernel_use import aligned
 from mgpu.worker.kernels.attention.decode import decode_attention, decode_attention_packed
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
+from mgpu.worker.kernels.use import aligned
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import LayerCache
 

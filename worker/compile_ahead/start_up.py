@@ -16,7 +16,7 @@ import torch
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan, WorkerSpec
 from mgpu.protocol.model.placement import RankPlace, padded_vocab
-from mgpu.worker.kernel_use import uses_kernels
+from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.models.build import DecoderStage, build_stage, init_linear
 from mgpu.worker.ranks.collectives import DryRun
 from mgpu.worker.sampling.sampler import Sampler

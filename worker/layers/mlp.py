@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
-from mgpu.worker.kernel_use import uses_kernels
+from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, even_range
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.worker.kernel_use import uses_kernels
+from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, PartialSum
 from mgpu.worker.loaders.reader import WeightReader

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.worker.kernel_use import uses_kernels
+from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers import cpu_matmul
 from mgpu.worker.quantization import matmul as quantized_matmul
 from mgpu.worker.quantization.float8_rows import Float8Rows, ScaledRows

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.errors import PeerLost
-from mgpu.worker.peer_memory import Area, AreaShape, PeerAlarm
+from mgpu.worker.kernels.peers.memory import Area, AreaShape, PeerAlarm
 from mgpu.worker.ranks.collectives import DryRun, TensorParallelGroup
 
 if TYPE_CHECKING:

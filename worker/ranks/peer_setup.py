@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.errors import PeerLost
-from mgpu.worker.kernel_use import uses_kernels
-from mgpu.worker.peer_memory import AreaShape, PeerAlarm, buffer_bytes, cut
+from mgpu.worker.kernels.peers.memory import AreaShape, PeerAlarm, buffer_bytes, cut
+from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.cuda_ipc import export, map_exported
 from mgpu.worker.ranks.peer_check import peer_problem

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs
-from mgpu.worker.kernel_use import aligned, uses_kernels
+from mgpu.worker.kernels.use import aligned, uses_kernels
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.sampling.filters import has_filters, thresholds
 from mgpu.worker.sampling.noise import add_gumbel, row_keys, token_factors

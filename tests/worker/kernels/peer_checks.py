@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mgpu.worker.kernels.peers.all_reduce import OneShot, Residual
 from mgpu.worker.kernels.peers.exchange import Exchange
+from mgpu.worker.kernels.peers.memory import AreaShape, PeerAlarm, buffer_bytes, cut
 from mgpu.worker.kernels.peers.two_shot import TwoShot
-from mgpu.worker.peer_memory import AreaShape, PeerAlarm, buffer_bytes, cut
 
 ROWS, DIM, TURNS, VOCAB, MOST_CHOICES = 2, 80, 3, 100, 70
 

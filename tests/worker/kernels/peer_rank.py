@@ -17,7 +17,7 @@ import numpy
 import torch
 from peer_checks import Rank, compare, region_bytes
 
-from mgpu.worker.peer_memory import PeerAlarm
+from mgpu.worker.kernels.peers.memory import PeerAlarm
 
 DTYPE = torch.bfloat16
 LOOKS = 500_000

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peer_checks import Rank, compare, region_bytes
 
-from mgpu.worker.peer_memory import PeerAlarm
+from mgpu.worker.kernels.peers.memory import PeerAlarm
 
 PROGRAM = Path(__file__).with_name("peer_rank.py")
 RANKS = 2 if not torch.cuda.is_available() else 3

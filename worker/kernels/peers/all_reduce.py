@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.worker.kernels.peers.memory import Area, AreaShape, PeerAlarm, empty_bits
 from mgpu.worker.kernels.peers.messages import BITS, TIMED, clean_bits, receive, send
 from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, power_of_2, wait_for_inputs
-from mgpu.worker.peer_memory import Area, AreaShape, PeerAlarm, empty_bits
 
 LEAST_BLOCK = 64
 """A tile must not be smaller than a warp: see `receive`."""
