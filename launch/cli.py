@@ -18,16 +18,16 @@ EXIT_OUTPUT = 74
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 COMMANDS = {
-    "serve": "mgpu.launch.serve:serve_command",
-    "plan": "mgpu.launch.plan:plan_command",
-    "generate": "mgpu.launch.generate:generate_command",
-    "chat": "mgpu.launch.chat:chat_command",
-    "status": "mgpu.launch.status:status_command",
+    "serve": "mgpu.launch.commands.serve:serve_command",
+    "plan": "mgpu.launch.commands.plan:plan_command",
+    "generate": "mgpu.launch.commands.generate:generate_command",
+    "chat": "mgpu.launch.commands.chat:chat_command",
+    "status": "mgpu.launch.commands.status:status_command",
     "bench": "mgpu.launch.bench.group:bench_group",
-    "config": "mgpu.launch.show_config:config_command",
-    "keygen": "mgpu.launch.keygen:keygen_command",
-    "install-service": "mgpu.launch.install_service:install_service_command",
-    "demo": "mgpu.launch.demo:demo_command",
+    "config": "mgpu.launch.commands.show_config:config_command",
+    "keygen": "mgpu.launch.commands.keygen:keygen_command",
+    "install-service": "mgpu.launch.commands.install_service:install_service_command",
+    "demo": "mgpu.launch.commands.demo:demo_command",
 }
 
 

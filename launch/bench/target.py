@@ -13,9 +13,9 @@ import click
 from mgpu.launch.bench.bandwidth import machine_read_speed
 from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth
 from mgpu.launch.bench.shapes import SHAPES, write_config
+from mgpu.launch.commands.plan import prepare
 from mgpu.launch.config import ServeConfig
 from mgpu.launch.options import read_config
-from mgpu.launch.plan import prepare
 from mgpu.launch.server_process import ServerProcess, orderly_end
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.devices import find_machine
@@ -146,7 +146,7 @@ def _model(wanted: Wanted, folder: Path) -> tuple[str, tuple[str, ...]]:
 
 def serve_config(arguments: tuple[str, ...]) -> ServeConfig:
     """Read options as `serve` does. UserError or click's UsageError for what it would refuse."""
-    from mgpu.launch.serve import serve_command
+    from mgpu.launch.commands.serve import serve_command
 
     flags = serve_command.make_context("serve", list(arguments)).params
     return read_config(flags.pop("config_file"), flags)[0]

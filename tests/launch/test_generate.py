@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mgpu.launch.generate import MOST_TOKENS, stopped
+from mgpu.launch.commands.generate import MOST_TOKENS, stopped
 from mgpu.protocol.client.results import Piece
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mgpu.launch import install_service
-from mgpu.launch.config import ConfigError
-from mgpu.launch.install_service import (
+from mgpu.launch.commands import install_service
+from mgpu.launch.commands.install_service import (
     InstallError,
     NoPermission,
     ServiceFile,
@@ -18,6 +17,7 @@ from mgpu.launch.install_service import (
     install_service_command,
     write,
 )
+from mgpu.launch.config import ConfigError
 
 LAUNCHER = "/opt/mgpu/bin/mgpu-launch"
 SYSTEM_FILES = {

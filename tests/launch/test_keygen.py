@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mgpu.launch.keygen import default_folder, keygen_command
+from mgpu.launch.commands.keygen import default_folder, keygen_command
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.server_keys import load_server_keys
 from mgpu.protocol.keys import fingerprint, key_text, public_of, read_client_keys

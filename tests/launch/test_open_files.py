@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from mgpu.launch.serve import LEAST_FILES, allow_open_files
+from mgpu.launch.commands.serve import LEAST_FILES, allow_open_files
 from mgpu.orchestrator.errors import UserError
 
 ENDLESS = resource.RLIM_INFINITY

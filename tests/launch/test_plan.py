@@ -126,7 +126,7 @@ def test_planning_takes_less_than_half_a_second_of_cpu_time(model: str) -> None:
 def test_planning_imports_neither_torch_nor_the_driver(model: str) -> None:
     code = (
         "import sys\n"
-        "from mgpu.launch.plan import plan_command\n"
+        "from mgpu.launch.commands.plan import plan_command\n"
         f"plan_command(['-m', {model!r}, '--gpus', '2'], standalone_mode=False)\n"
         "print([name for name in ('torch', 'numpy', 'pynvml', 'zmq', 'tokenizers') if name in sys.modules])"
     )

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mgpu.launch.commands.keygen import make_client, make_server
+from mgpu.launch.commands.serve import keys_for, read_again
 from mgpu.launch.config import load_config
-from mgpu.launch.keygen import make_client, make_server
-from mgpu.launch.serve import keys_for, read_again
 from mgpu.orchestrator.errors import UserError
 
 

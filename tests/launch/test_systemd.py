@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mgpu.launch.cli import EXIT_USAGE
+from mgpu.launch.commands.install_service import config_dir, service_files, shipped
 from mgpu.launch.config import ServeConfig, load_config
-from mgpu.launch.install_service import config_dir, service_files, shipped
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.systemd import EXTEND_S

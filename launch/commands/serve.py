@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
+from mgpu.launch.commands.plan import PlannedModel, prepare, step_tokens
 from mgpu.launch.config import ConfigError, ServeConfig, declared_options
 from mgpu.launch.limits import LIMIT_OPTIONS, client_limits
 from mgpu.launch.options import config_options, read_config
-from mgpu.launch.plan import PlannedModel, prepare, step_tokens
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway.front.endpoint import check_endpoint
