@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "orchestrator"))
 
-from machines import FakeGpu, FakeNvml
+from harness.machines import FakeGpu, FakeNvml
 from model_shapes import TINY, TINY_FEW_KV, write_config, write_weights
 from multi_gpu_box import Box
 from multi_gpu_report import Report

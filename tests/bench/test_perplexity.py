@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "worker"))
 
 import perplexity
-from random_model import write_random_model
-from stage_driver import logits_in_chunks
+from harness.random_model import write_random_model
+from harness.stage_driver import logits_in_chunks
 
 from mgpu.protocol.checkpoint.read import read_checkpoint
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from machines import GIB, FakeGpu, FakeMemory, FakeNvml, cpus, gpus
+from harness.machines import GIB, FakeGpu, FakeMemory, FakeNvml, cpus, gpus
 
 from mgpu.orchestrator.errors import DeviceError, UserError
 from mgpu.orchestrator.placement.devices import (

@@ -5,10 +5,10 @@ import threading
 import time
 from pathlib import Path
 
-from fake_model import solo_tokens
-from server_process import DEADLINE_S, ServerProcess, running_server
+from harness.fake_model import solo_tokens
+from harness.server_process import DEADLINE_S, ServerProcess, running_server
+from harness.zmtp_flood import MiB, flood
 from test_gateway_recovery import REAL_GATEWAY, endpoint_of
-from zmtp_flood import MiB, flood
 
 from mgpu import Client
 

@@ -5,8 +5,8 @@ from array import array
 from pathlib import Path
 
 import pytest
-from fake_model import solo_tokens
-from server_process import ServerProcess, running_server
+from harness.fake_model import solo_tokens
+from harness.server_process import ServerProcess, running_server
 from test_gateway_recovery import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
 
 from mgpu import Client

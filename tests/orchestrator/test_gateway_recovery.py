@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_model import solo_tokens
-from server_process import DEADLINE_S, ServerProcess, running_server
+from harness.fake_model import solo_tokens
+from harness.server_process import DEADLINE_S, ServerProcess, running_server
 
 from mgpu import Client
 from mgpu.protocol.discovery import running_servers

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from server_process import ServerProcess, running_server
+from harness.server_process import ServerProcess, running_server
 
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 

@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from machines import GIB, QWEN3_32B, SMOLLM2, TINY, cpus, gpus, make_facts
+from harness.machines import GIB, QWEN3_32B, SMOLLM2, TINY, cpus, gpus, make_facts
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.devices import Machine, oversubscribed

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from machines import QWEN3_32B, SMOLLM2, TINY, cpus, gpus
+from harness.machines import QWEN3_32B, SMOLLM2, TINY, cpus, gpus
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.divisibility import compatible_sizes

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_model import solo_tokens
-from server_process import ServerProcess, running_server
+from harness.fake_model import solo_tokens
+from harness.server_process import ServerProcess, running_server
 
 from mgpu.orchestrator.engine.step_deadline import StepDeadline
 from mgpu.orchestrator.processes.restarts import RestartLimit, TooManyRestarts

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_model import solo_tokens
-from server_process import DEADLINE_S, running_server
+from harness.fake_model import solo_tokens
+from harness.server_process import DEADLINE_S, running_server
 
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.reload import Reloadable, Reloader

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 import pytest
-from fake_model import FakeModel, solo_tokens
+from harness.fake_model import FakeModel, solo_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

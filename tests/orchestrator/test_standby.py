@@ -8,7 +8,7 @@ from typing import cast
 
 import psutil
 import pytest
-from server_process import HERE, ServerProcess, running_server
+from harness.server_process import HERE, ServerProcess, running_server
 
 from mgpu.orchestrator.processes.standby import RETRY_S, Standby
 from mgpu.orchestrator.processes.worker_group import WorkerGroup

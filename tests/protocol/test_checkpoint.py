@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from model_files import LLAMA_CONFIG, safetensors_bytes, write_config, write_index, write_llama_folder
+from harness.model_files import LLAMA_CONFIG, safetensors_bytes, write_config, write_index, write_llama_folder
 
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
 from mgpu.protocol.checkpoint.safetensors_file import MAX_HEADER_BYTES

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from model_files import (
+from harness.model_files import (
     LLAMA_METADATA,
     GgufValue,
     bool_array,

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_models import TinyModel, make_tiny_model
+from harness.tiny_models import TinyModel, make_tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from stage_driver import Row, make_batch
+from harness.stage_driver import Row, make_batch
 from torch import Tensor
 
 from mgpu.worker.attention.interface import AttentionShape, AttentionSpec, select_backend

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from collective_rank import spec_of
+from harness.collective_rank import spec_of
 
 from mgpu.protocol.internal.worker_messages import CONTROL
 from mgpu.worker.errors import BadSpec

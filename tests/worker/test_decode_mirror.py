@@ -1,7 +1,7 @@
 """The copy of decoding contexts gives what gathering gives, through every change of the batch."""
 
 import torch
-from stage_driver import Row, make_batch
+from harness.stage_driver import Row, make_batch
 
 from mgpu.worker.attention.cpu_decode import _GROWTH
 from mgpu.worker.attention.interface import AttentionSpec

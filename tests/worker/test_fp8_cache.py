@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_orchestrator import make_spec, running
-from random_model import write_random_model
-from stage_driver import logits_in_chunks
+from harness.fake_orchestrator import make_spec, running
+from harness.random_model import write_random_model
+from harness.stage_driver import logits_in_chunks
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from rank_threads import ThreadGroup, run_ranks
+from harness.rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
 from mgpu.protocol.model.placement import head_shard, padded_vocab

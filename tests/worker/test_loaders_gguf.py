@@ -7,9 +7,9 @@ import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from harness.stage_driver import logits_in_chunks
+from harness.tiny_models import TINY, TinyModel
 from safetensors.torch import load_file
-from stage_driver import logits_in_chunks
-from tiny_models import TINY, TinyModel
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import read_checkpoint

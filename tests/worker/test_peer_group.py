@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_model import write_random_model
-from rank_threads import ThreadGroup, run_ranks
-from stage_driver import logits_in_chunks
+from harness.random_model import write_random_model
+from harness.rank_threads import ThreadGroup, run_ranks
+from harness.stage_driver import logits_in_chunks
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import read_checkpoint

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_orchestrator import make_spec, running
-from random_model import write_random_model
-from rank_threads import ThreadGroup, run_ranks
-from stage_driver import CPU, Stages, logits_in_chunks
+from harness.fake_orchestrator import make_spec, running
+from harness.random_model import write_random_model
+from harness.rank_threads import ThreadGroup, run_ranks
+from harness.stage_driver import CPU, Stages, logits_in_chunks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

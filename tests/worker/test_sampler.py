@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rank_threads import ThreadGroup, run_ranks
+from harness.rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan

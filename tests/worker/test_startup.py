@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_orchestrator import make_plan, make_spec
-from tiny_models import TinyModel
+from harness.fake_orchestrator import make_plan, make_spec
+from harness.tiny_models import TinyModel
 
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gateway_process import GatewayProcess, make_model_folder
+from harness.gateway_process import GatewayProcess, make_model_folder
 
 
 @pytest.fixture(scope="session")

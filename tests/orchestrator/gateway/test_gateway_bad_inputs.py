@@ -10,8 +10,8 @@ from typing import Any
 
 import msgpack
 import pytest
-from gateway_process import VOCAB_SIZE, GatewayProcess
-from raw_peer import RawPeer
+from harness.gateway_process import VOCAB_SIZE, GatewayProcess
+from harness.raw_peer import RawPeer
 
 from mgpu import Client
 from mgpu.protocol.front.framing import VERSION

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-from gateway_process import DEADLINE_S, GatewayProcess
+from harness.gateway_process import DEADLINE_S, GatewayProcess
 
 from mgpu import Client, RequestFailed
 from mgpu.protocol.client.results import ServerUnreachable

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-from gateway_process import DEADLINE_S, GatewayProcess
+from harness.gateway_process import DEADLINE_S, GatewayProcess
 
 from mgpu import Client, RequestFailed
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayFailure, GatewayReady, Outputs, Ping
@@ -223,7 +223,7 @@ import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import subprocess
-from gateway_process import GatewayProcess
+from harness.gateway_process import GatewayProcess
 gateway = GatewayProcess(Path({str(model_folder)!r}))
 holder = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                           pass_fds=[gateway.process.stdin.fileno()])

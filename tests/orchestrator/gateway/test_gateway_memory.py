@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from gateway_process import DEADLINE_S, GatewayProcess
-from zmtp_flood import MiB, flood, hear, raw_connection
+from harness.gateway_process import DEADLINE_S, GatewayProcess
+from harness.zmtp_flood import MiB, flood, hear, raw_connection
 
 from mgpu import Client
 from mgpu.orchestrator.gateway.memory_limit import MemoryBound, MemoryFull, room_of

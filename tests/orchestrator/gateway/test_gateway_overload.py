@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import zmq
-from gateway_process import DEADLINE_S, GatewayProcess
-from raw_peer import RawPeer
+from harness.gateway_process import DEADLINE_S, GatewayProcess
+from harness.raw_peer import RawPeer
 
 from mgpu import Client
 from mgpu.orchestrator.gateway.requests.queries import MAX_QUESTIONS_OF_CLIENT

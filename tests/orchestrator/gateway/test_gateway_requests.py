@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from gateway_process import BOS, EOS, GatewayProcess, says
+from harness.gateway_process import BOS, EOS, GatewayProcess, says
 
 from mgpu import Client, DeadlineExceeded, RequestFailed
 from mgpu.orchestrator.gateway.requests.admission import seed_of_choice

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_checks import paged_cache, relative_error, tolerance
+from harness.kernel_checks import paged_cache, relative_error, tolerance
 
 from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.kernels.attention.decode import (

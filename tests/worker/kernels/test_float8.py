@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import relative_error
-from random_model import write_random_model
-from stage_driver import logits_in_chunks
+from harness.kernel_checks import relative_error
+from harness.random_model import write_random_model
+from harness.stage_driver import logits_in_chunks
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import read_checkpoint

@@ -2,7 +2,7 @@ from typing import Literal
 
 import pytest
 import torch
-from kernel_checks import relative_error, tolerance
+from harness.kernel_checks import relative_error, tolerance
 
 from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.kernels import reference

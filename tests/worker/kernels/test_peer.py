@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peer_checks import Rank, compare, region_bytes
+from harness.peer_checks import Rank, compare, region_bytes
 
 from mgpu.worker.kernels.peers.memory import PeerAlarm
 

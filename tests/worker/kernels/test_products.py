@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import relative_error, tolerance
+from harness.kernel_checks import relative_error, tolerance
 from torch import Tensor
 
 from mgpu.protocol.model.quantization import Quant, weight_format

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_orchestrator import make_spec
-from random_model import write_random_model
+from harness.fake_orchestrator import make_spec
+from harness.random_model import write_random_model
 
 from mgpu.worker.compile_ahead import start_up as rehearsal
 from mgpu.worker.compile_ahead import triton_launches as ahead

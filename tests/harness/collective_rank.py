@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from fake_orchestrator import make_plan
 from torch import Tensor
 
+from harness.fake_orchestrator import make_plan
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.worker.errors import PeerLost

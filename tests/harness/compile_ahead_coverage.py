@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake_orchestrator import make_plan, make_spec
 from kernel_timing import compile_only, set_overlap
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import mgpu.worker.attention.interface as attention
+from harness.fake_orchestrator import make_plan, make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem

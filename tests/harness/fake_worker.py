@@ -18,8 +18,8 @@ from array import array
 from typing import Any
 
 import zmq
-from fake_model import FakeModel
 
+from harness.fake_model import FakeModel
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import conftest  # noqa: F401, mends the interpreter
 import numpy
 import torch
-from peer_checks import Rank, compare, region_bytes
 
+from harness.peer_checks import Rank, compare, region_bytes
 from mgpu.worker.kernels.peers.memory import PeerAlarm
 
 DTYPE = torch.bfloat16

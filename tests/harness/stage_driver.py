@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
+from harness.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace, head_shard

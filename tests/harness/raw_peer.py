@@ -4,8 +4,8 @@ from typing import Any
 
 import msgpack
 import zmq
-from gateway_process import DEADLINE_S
 
+from harness.gateway_process import DEADLINE_S
 from mgpu.protocol.front.framing import VERSION
 
 
