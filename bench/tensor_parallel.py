@@ -16,7 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PART_S = 300.0
-TESTS = ("tests/worker/kernels/test_peer.py", "tests/worker/test_peer_group.py", "tests/e2e/test_multi_gpu.py")
+TESTS = (
+    "tests/worker/kernels/peers/test_peers.py",
+    "tests/worker/ranks/test_peer_group.py",
+    "tests/e2e/test_multi_gpu.py",
+)
 DECODE = [
     "-m",
     "mgpu.launch.cli",
