@@ -30,10 +30,10 @@ format: $(VENV)/installed-dev ## Rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix .
 
 bench-cpu: $(VENV)/installed-dev ## Compare decode speed on the CPU with Hugging Face transformers (BENCH='--rounds 5')
-	@$(BIN)/python bench/cpu_decode.py $(BENCH)
+	@$(BIN)/python -m bench.cpu_decode $(BENCH)
 
 chaos: $(VENV)/installed-dev ## Break a real server under load and count what its clients lose (CHAOS=--long: an hour or two)
-	@$(BIN)/python bench/chaos.py $(CHAOS)
+	@$(BIN)/python -m bench.chaos $(CHAOS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -1,7 +1,7 @@
 """Put mgpu and its peers under the same loads, one after the other, and draw them in one picture.
 
-    python bench/compare.py                                # SmolLM2-135M's shape on the CPU
-    python bench/compare.py --shape 8B --device cuda --bandwidth 4.30TB/s --concurrency 1,8,64,256
+    python -m bench.compare                                # SmolLM2-135M's shape on the CPU
+    python -m bench.compare --shape 8B --device cuda --bandwidth 4.30TB/s --concurrency 1,8,64,256
 
 Results lie in bench/results/compare, one file per engine; `--draw` makes the picture again from what lies there. A
 machine that does other work is refused: its numbers would be about that.
@@ -13,12 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+from bench.performance.chart import caption, draw, read_lines
 
-from plot import caption, draw, read_lines
-
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "compare"
+RESULTS = Path(__file__).parent / "results" / "compare"
 MOST_LOAD = 1.0
 """Load average of the last minute above which nothing is measured."""
 DEADLINE_S = 3600.0
@@ -34,7 +31,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     found = {"mgpu": [*mgpu, "--save", str(RESULTS / "mgpu.json"), "--", "--device", options.device]}
     for peer in options.peers:
         model = [] if peer == "llama_cpp" else ["--shape", options.shape, "--device", options.device]
-        script = [sys.executable, str(HERE / "peers" / f"{peer}.py"), *model, *load]
+        script = [sys.executable, "-m", f"bench.peers.{peer}", *model, *load]
         found[peer] = [*script, "--save", str(RESULTS / f"{peer}.json")]
     return found
 

@@ -4,7 +4,7 @@ Both sides are timed in the same way: a batch of N prompts of 128 tokens is answ
 tokens; 127 N tokens over the difference of the two times is the decode rate. The sides take turns, so that a machine
 whose speed drifts treats them alike.
 
-    python bench/cpu_decode.py [--rounds 3] [--streams 1 8] [--json FILE]
+    python -m bench.cpu_decode [--rounds 3] [--streams 1 8] [--json FILE]
 """
 
 import argparse
@@ -17,8 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import machine
-
+from bench import machine
 from mgpu.launch.server_process import running_server
 
 PROMPT_TOKENS = 128
@@ -65,7 +64,16 @@ def measure_mgpu(streams: list[int], rounds: int) -> dict[int, list[float]]:
 
 def measure_transformers(streams: list[int], rounds: int) -> dict[int, list[float]]:
     """Run in a process of its own: the model must not share the cores with anything."""
-    command = [sys.executable, __file__, "--transformers", "--rounds", str(rounds), "--streams", *map(str, streams)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.cpu_decode",
+        "--transformers",
+        "--rounds",
+        str(rounds),
+        "--streams",
+        *map(str, streams),
+    ]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=3600).stdout
     return {int(n): rates for n, rates in json.loads(output.splitlines()[-1]).items()}
 

@@ -1,6 +1,6 @@
 """Measure how fast weights get from files into memory, or onto a GPU.
 
-    python bench/loading.py [--shape 8B] [--device cuda] [--folder DIR] [--quant none] [--tp 1] [--repeat 5]
+    python -m bench.loading [--shape 8B] [--device cuda] [--folder DIR] [--quant none] [--tp 1] [--repeat 5]
 
 Writes random bfloat16 weights of the shape into a folder unless they are there, then loads them as a worker does.
 ``cold`` asks the kernel to forget the files first, which it may refuse; ``warm`` reads what the page cache has. A plain
@@ -10,17 +10,14 @@ copy of memory beside it says what this machine could give. ``taskset -c 0-3`` b
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-from machine import describe, heading
-from model_shapes import SHAPES, write_weights
 
+from bench.machine import describe, heading
+from bench.model_shapes import SHAPES, write_weights
 from mgpu.launch.bench.shapes import SMOLLM2_135M
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.model.placement import RankPlace

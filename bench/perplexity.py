@@ -1,6 +1,6 @@
 """Measure what quantization costs in quality: perplexity of real models on a text of this repository, without a server.
 
-    python bench/perplexity.py -m demo -m gemma-3-270m-q4_k_m.gguf --tokens 2048
+    python -m bench.perplexity -m demo -m gemma-3-270m-q4_k_m.gguf --tokens 2048
 
 Every token but the first of each window counts, with all earlier tokens of its window as context. A file that is itself
 quantized (GGUF) is dequantized when it is read: then "float32" is that file's own quality, not that of the original.
@@ -26,10 +26,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import machine
 import torch
 from torch import Tensor
 
+from bench import machine
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
 from mgpu.orchestrator.models.find import cache_root, read_model, resolve_model
 from mgpu.protocol.checkpoint.read import Checkpoint

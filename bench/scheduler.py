@@ -1,6 +1,6 @@
 """Time what the orchestrator does per decode step: schedule, encode the plan, decode the result, apply, encode outputs.
 
-    python bench/scheduler.py [ROWS …]
+    python -m bench.scheduler [ROWS …]
 
 No sockets and no workers: tokens are made up. Prints the median and the 99th percentile over the steps, in µs.
 """

@@ -1,6 +1,6 @@
 """Break one worker's step down on a GPU, without a server: time per step, kernels, and what the GPU waits.
 
-    python bench/step.py [--rows 1,8,64] [--context 128] [--quant fp8] [--kv-cache-dtype fp8] [--top 12] [--save FILE]
+    python -m bench.step [--rows 1,8,64] [--context 128] [--quant fp8] [--kv-cache-dtype fp8] [--top 12] [--save FILE]
 
 Llama-3.1-8B in bfloat16 (or quantized) with random weights. ``step`` is the time per decode step with two in flight,
 as the worker runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is what the host does for one
@@ -9,7 +9,6 @@ step. A step begins with the kernel that makes its inputs; ``idle before a step`
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -18,16 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-from gpu_spans import Span, busy_us, idle_before_steps
-from machine import describe, heading
-from model_shapes import LLAMA_8B, write_config
-from option_lists import numbers
-from performance_rows import BENCH, GAP, OCCUPANCY, SHOWN
-from performance_rows import row as make_row
 
+from bench.kernels.gpu_spans import Span, busy_us, idle_before_steps
+from bench.machine import describe, heading
+from bench.model_shapes import LLAMA_8B, write_config
+from bench.option_lists import numbers
+from bench.performance.rows import BENCH, GAP, OCCUPANCY, SHOWN
+from bench.performance.rows import row as make_row
 from mgpu.launch.bench.report import Report
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
@@ -121,7 +118,7 @@ def main() -> None:
     parser.add_argument("--quant", choices=["none", "8", "4", "fp8"], default="none")
     parser.add_argument("--top", type=int, default=12)
     parser.add_argument("--kv-cache-dtype", choices=get_args(KvCacheDtype), default="auto")
-    parser.add_argument("--save", type=Path, help="where idle times go, as rows of bench/performance.py")
+    parser.add_argument("--save", type=Path, help="where idle times go, as rows of bench/performance")
     arguments = parser.parse_args()
     print(heading(describe("triton")))
     runner = make_runner(arguments.context, arguments.quant, arguments.kv_cache_dtype)

@@ -1,6 +1,6 @@
 """Show on two or more GPUs what own all-reduce kernels and CUDA graphs give a tensor-parallel server.
 
-    python bench/tensor_parallel.py [--ranks 2] [--only tests,all-reduce,decode]
+    python -m bench.tensor_parallel [--ranks 2] [--only tests,all-reduce,decode]
 
 Tests of the kernels and of tokens against one GPU, a table of all-reduces, and decoding of Llama-3.1-8B with random
 weights, with the kernels and without (MGPU_PEER_REDUCE=0). Takes about three minutes; the status is 1 if a part fails.
@@ -43,7 +43,7 @@ def parts(ranks: str) -> dict[str, list[tuple[str, list[str], Mapping[str, str]]
     decode = [*DECODE, "--", "--tp", ranks, "--max-seq-len", "4096"]
     return {
         "tests": [("tests", pytest, {})],
-        "all-reduce": [("all-reduce", ["bench/all_reduce.py", "--device", "cuda", "--ranks", ranks], {})],
+        "all-reduce": [("all-reduce", ["-m", "bench.all_reduce", "--device", "cuda", "--ranks", ranks], {})],
         "decode": [
             ("decode, own kernels", decode, {}),
             ("decode, NCCL without graphs", decode, {"MGPU_PEER_REDUCE": "0"}),

@@ -1,20 +1,15 @@
 """Hugging Face transformers' continuous batching under the loads of `mgpu-launch bench serve`.
 
-python bench/peers/hf_continuous.py --shape 135M --concurrency 1,2,4,8 --prompt-tokens 128 --new-tokens 128 --save F
+python -m bench.peers.hf_continuous --shape 135M --concurrency 1,2,4,8 --prompt-tokens 128 --new-tokens 128 --save F
 """
 
 import asyncio
 import importlib.util
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from hf_model import make_model
-from peer import DEADLINE_S, add_model_options, measure, need, parse
-
+from bench.peers.hf_model import make_model
+from bench.peers.peer import DEADLINE_S, add_model_options, measure, need, parse
 from mgpu.launch.bench.load import Request, Send
 from mgpu.launch.bench.shapes import SHAPES
 

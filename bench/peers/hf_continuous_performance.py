@@ -1,6 +1,6 @@
-"""Hugging Face transformers' continuous batching under the questions of `bench/performance.py`.
+"""Hugging Face transformers' continuous batching under the questions of `bench/performance`.
 
-    python bench/peers/hf_continuous_performance.py --shape 8B --device cuda --decode 1x128,64x1024 --save F
+    python -m bench.peers.hf_continuous_performance --shape 8B --device cuda --decode 1x128,64x1024 --save F
 
 All requests of a batch come at once; decoding is counted from the last first token to the first end of an answer.
 """
@@ -11,14 +11,10 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from hf_continuous import sender, start_manager
-from hf_model import make_model
-from performance_rows import (
+from bench.peers.hf_continuous import sender, start_manager
+from bench.peers.hf_model import make_model
+from bench.performance.rows import (
     BENCH,
     BURST,
     BURST_TOKENS,
@@ -33,7 +29,6 @@ from performance_rows import (
     row,
     window_rates,
 )  # fmt: skip
-
 from mgpu.launch.bench.load import Request, Send
 from mgpu.launch.bench.report import Report
 

@@ -1,25 +1,20 @@
 """Hugging Face transformers' `generate` under the loads of `mgpu-launch bench serve`.
 
-    python bench/peers/hf_generate.py --shape 135M --concurrency 1,2,4,8 --prompt-tokens 128 --new-tokens 128 --save F
+    python -m bench.peers.hf_generate --shape 135M --concurrency 1,2,4,8 --prompt-tokens 128 --new-tokens 128 --save F
 
 `generate` answers one batch at a time: what waits when it is free becomes the next batch.
 """
 
-import sys
 import threading
-from pathlib import Path
-from queue import Empty, Queue
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from collections.abc import Callable
+from queue import Empty, Queue
 from typing import Any
 
 import torch
-from hf_model import make_model
-from peer import add_model_options, measure, most_at_once, parse, streamed
 from transformers.generation.streamers import BaseStreamer
 
+from bench.peers.hf_model import make_model
+from bench.peers.peer import add_model_options, measure, most_at_once, parse, streamed
 from mgpu.launch.bench.load import Request
 from mgpu.launch.bench.shapes import SHAPES
 

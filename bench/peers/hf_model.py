@@ -4,8 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peer import need
-
+from bench.peers.peer import need
 from mgpu.launch.bench.shapes import Config, write_config
 
 try:

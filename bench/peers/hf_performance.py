@@ -1,24 +1,21 @@
-"""Hugging Face transformers under the questions of `bench/performance.py`: `generate` with static batches.
+"""Hugging Face transformers under the questions of `bench/performance`: `generate` with static batches.
 
-    python bench/peers/hf_performance.py --shape 8B --device cuda --decode 1x128,64x1024 --prefill 32x1024 --save F
+    python -m bench.peers.hf_performance --shape 8B --device cuda --decode 1x128,64x1024 --prefill 32x1024 --save F
 
 Decoding is timed between the tokens of one call, in as many windows as mgpu gets runs, so that prompts are computed
 once. Everything is at its default, which is eager PyTorch with its own attention (sdpa) and a cache that grows.
 """
 
 import itertools
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-from hf_model import make_model
-from performance_rows import (
+from transformers.generation.streamers import BaseStreamer
+
+from bench.peers.hf_model import make_model
+from bench.performance.rows import (
     BENCH,
     BURST,
     BURST_TOKENS,
@@ -33,8 +30,6 @@ from performance_rows import (
     row,
     window_rates,
 )  # fmt: skip
-from transformers.generation.streamers import BaseStreamer
-
 from mgpu.launch.bench.report import Report
 
 WINDOW_STEPS = 16

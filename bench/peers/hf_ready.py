@@ -1,6 +1,6 @@
 """How long Hugging Face transformers takes from the start of its process to a first token, with weights from files.
 
-    python bench/peers/hf_ready.py FOLDER cuda
+    python -m bench.peers.hf_ready FOLDER cuda
 
 Prints the seconds. `device_map` is used where `accelerate` is installed: weights then go straight to the GPU.
 """

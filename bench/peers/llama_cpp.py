@@ -1,6 +1,6 @@
 """llama.cpp's server (the package xllamacpp) under the loads of `mgpu-launch bench serve`, on the CPU.
 
-    python bench/peers/llama_cpp.py -m MODEL.gguf --concurrency 1,2,4,8 --prompt-tokens 128 --new-tokens 128 --save F
+    python -m bench.peers.llama_cpp -m MODEL.gguf --concurrency 1,2,4,8 --prompt-tokens 128 --new-tokens 128 --save F
 
 It computes in the types of the file: a quantized file reads fewer bytes per token than mgpu, which widens it to fp32 on
 the CPU.
@@ -9,17 +9,12 @@ the CPU.
 import argparse
 import json
 import os
-import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from collections.abc import Callable
-
-from peer import measure, most_at_once, need, parse, streamed
-
+from bench.peers.peer import measure, most_at_once, need, parse, streamed
 from mgpu.launch.bench.load import Request
 from mgpu.orchestrator.models.find import resolve_model
 from mgpu.protocol.checkpoint.read import read_checkpoint

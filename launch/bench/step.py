@@ -72,10 +72,11 @@ def breakdown(decoded: Decoded) -> dict[str, float]:
 
 def profile_kernels(batches: tuple[int, ...], context: int) -> None:
     """Run the repository's script, which imports torch. UserError without repository or when it fails."""
-    script = Path(__file__).resolve().parents[2] / "bench" / "step.py"
+    root = Path(__file__).resolve().parents[2]
+    script = root / "bench" / "step.py"
     if not script.is_file():
         raise UserError(f"--kernels runs {script}, which is only in the repository; clone it and install it from there")
     find_machine("cuda")  # says what is missing
-    command = [sys.executable, str(script), "--rows", ",".join(map(str, batches)), "--context", str(context)]
-    if status := subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode:
+    command = [sys.executable, "-m", "bench.step", "--rows", ",".join(map(str, batches)), "--context", str(context)]
+    if status := subprocess.run(command, check=False, stdin=subprocess.DEVNULL, cwd=root).returncode:
         raise UserError(f"{' '.join(command)} ended with status {status}")

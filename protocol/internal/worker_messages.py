@@ -111,7 +111,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """How one row's next token is chosen. Neutral values switch a rule off (see protocol/front/messages.py for ranges)."""
+    """How one row's next token is chosen. Neutral values switch a rule off (ranges: protocol/front/messages.py)."""
 
     temperature: float = 0.0
     top_k: int = 0

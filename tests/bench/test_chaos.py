@@ -10,15 +10,11 @@ import msgpack
 import pytest
 import zmq
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-from chaos_bad_inputs import FIELDS, FRAMES, Peer
-from chaos_table import Row
-
+from bench.chaos.bad_inputs import FIELDS, FRAMES, Peer
+from bench.chaos.table import Row
 from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.models.find import resolve_model
 
-CHAOS = Path(__file__).parents[2] / "bench" / "chaos.py"
 FAULTS = {
     "--gateway-kills": (1, "SIGKILL of the gateway"),
     "--gone-clients": (10, "client gone mid-prefill, mid-decode"),
@@ -42,7 +38,7 @@ def demo_model() -> str:
 def test_no_fault_loses_repeats_or_changes_a_token_or_leaves_anything_behind(demo_model: str, tmp_path: Path) -> None:
     options = [word for name, (count, _) in FAULTS.items() for word in (name, str(count))]
     shape = ["--model", demo_model, "--streams", "4", "--answer-tokens", "12", "--one-server", "--only"]
-    command = [sys.executable, str(CHAOS), *shape, *options, "--save", str(tmp_path)]
+    command = [sys.executable, "-m", "bench.chaos", *shape, *options, "--save", str(tmp_path)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=DEADLINE_S)
     assert ran.returncode == 0, ran.stdout
     rows = {row["fault"]: row for row in json.loads((tmp_path / "chaos.json").read_text())["rows"]}

@@ -1,20 +1,15 @@
-"""What `bench/multi_gpu.py` expects of machines that nobody has at hand: held against the planner on a fake driver."""
+"""What `bench/multi_gpu` expects of machines that nobody has at hand: held against the planner on a fake driver."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "orchestrator"))
-
+from bench.model_shapes import TINY, TINY_FEW_KV, write_config, write_weights
+from bench.multi_gpu.box import Box
+from bench.multi_gpu.report import Report
+from bench.multi_gpu.tokens import Case, cases
 from harness.machines import FakeGpu, FakeNvml
-from model_shapes import TINY, TINY_FEW_KV, write_config, write_weights
-from multi_gpu_box import Box
-from multi_gpu_report import Report
-from multi_gpu_tokens import Case, cases
-
 from mgpu.orchestrator.placement.devices import Machine, find_machine
 from mgpu.orchestrator.placement.planner import Plan, Wish, plan
 from mgpu.protocol.checkpoint.read import read_checkpoint

@@ -2,20 +2,15 @@
 
 import argparse
 import asyncio
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "peers"))
-
-from compare import PEERS, commands
-from llama_cpp import Answer
-from peer import most_at_once, streamed
-
+from bench.compare import PEERS, commands
+from bench.peers.llama_cpp import Answer
+from bench.peers.peer import most_at_once, streamed
 from mgpu.launch.bench.load import Request, closed_loop
 
 BENCH = Path(__file__).parents[2] / "bench"

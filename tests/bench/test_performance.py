@@ -1,22 +1,19 @@
 """The table of the performance page: every line has a part that measures it, and says what became of it."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-from chaos_gpu import leak
-from gpu_spans import Span, busy_us, idle_before_steps
-from performance import EXPECTED_S, PEERS, SERVERS, Run, note_failure
-from performance_plot import caption, lines_of
-from performance_records import next_path, read_results, record_paths, together
-from performance_rows import DECODE, FAILED, GAP, READY, REHEARSED, missing, row, size_text, sizes, window_rates
-from performance_server import Place
-from performance_table import BEGIN, END, LINES, insert, table
+from bench.chaos.gpu import leak
+from bench.kernels.gpu_spans import Span, busy_us, idle_before_steps
+from bench.performance.__main__ import EXPECTED_S, PEERS, SERVERS, Run, note_failure
+from bench.performance.records import next_path, read_results, record_paths, together
+from bench.performance.rows import DECODE, FAILED, GAP, READY, REHEARSED, missing, row, size_text, sizes, window_rates
+from bench.performance.server import Place
+from bench.performance.table import BEGIN, END, LINES, insert, table
+from bench.performance.throughput_plot import caption, lines_of
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"date": "2026-11-24", "cpu": "C", "gpus": ["G"], "versions": {"torch": "2.11"}}

@@ -1,18 +1,13 @@
 """The perplexity bench scores each token by what came before it, however the logits are cut."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "worker"))
-
-import perplexity
+from bench import perplexity
 from harness.random_model import write_random_model
 from harness.stage_driver import logits_in_chunks
-
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]

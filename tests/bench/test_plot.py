@@ -1,15 +1,12 @@
 """The plot: every measured point and the limit are drawn, on a scale that holds them all."""
 
 import json
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-from plot import draw, read_lines, scale_of, ticks
+from bench.performance.chart import draw, read_lines, scale_of, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -1,12 +1,9 @@
 """Real servers on the real model. Every server has a runtime directory of its own and ends with its fixture."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from mgpu.launch.server_process import ServerProcess
 from mgpu.orchestrator.models.find import resolve_model

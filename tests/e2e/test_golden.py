@@ -1,8 +1,8 @@
 """Greedy tokens through the whole server equal the reference, in fp32, on every kind of layout."""
 
 import pytest
-from harness.golden_prompts import golden
 
+from harness.golden_prompts import golden
 from mgpu import Client
 from mgpu.launch.server_process import running_server
 

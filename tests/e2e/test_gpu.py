@@ -1,18 +1,13 @@
 """Real servers on a CUDA device: random models, since a machine with a GPU may have no network."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
+from bench.model_shapes import LLAMA_8B, write_config
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 from mgpu.orchestrator.placement.devices import find_machine
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "worker"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-from model_shapes import LLAMA_8B, write_config
 
 pytestmark = [
     pytest.mark.gpu,

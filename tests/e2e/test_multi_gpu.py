@@ -1,15 +1,10 @@
 """Tensor parallelism over real GPUs, and over workers that share one: the tokens of one GPU, whoever adds up."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 from mgpu.orchestrator.placement.devices import find_machine
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "worker"))
 
 PROMPTS = [[1 + (37 * i + 11 * n) % 97 for i in range(length)] for n, length in enumerate((3, 20, 65, 200))]
 DRAWN = {"temperature": 0.9, "seed": 5}

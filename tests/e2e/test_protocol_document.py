@@ -17,10 +17,7 @@ import msgpack
 import pytest
 import zmq
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "orchestrator" / "gateway"))
-
 from harness.gateway_process import GatewayProcess, make_model_folder
-
 from mgpu.protocol.front import framing as wire
 from mgpu.protocol.front.messages import GENERATE_RULES, SERVER_TYPES, FailureCode
 from mgpu.protocol.internal.client_limits import ClientLimits

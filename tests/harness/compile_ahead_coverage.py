@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_timing import compile_only, set_overlap
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import mgpu.worker.attention.interface as attention
+from bench.kernels.timing import compile_only, set_overlap
 from harness.fake_orchestrator import make_plan, make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import RankPlace

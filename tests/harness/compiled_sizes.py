@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kernel_timing import KERNEL_MODULES, compile_only, set_overlap
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from bench.kernels.timing import KERNEL_MODULES, compile_only, set_overlap
 from mgpu.worker.kernels.attention.decode import decode_attention
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm

@@ -41,7 +41,6 @@ from mgpu.protocol.internal.worker_messages import RowSampling
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 
-HERE = Path(__file__).parent
 DEADLINE_S = 30.0
 
 
@@ -98,8 +97,8 @@ def config(num_stages: int = 1, ranks_per_stage: int = 1, **changes: Any) -> Ser
         "max_rows": 16,
         "max_batch_tokens": 64,
         "stop_timeout_s": 3.0,
-        "worker_command": (sys.executable, str(HERE / "fake_worker.py")),
-        "gateway_command": (sys.executable, str(HERE / "fake_gateway.py")),
+        "worker_command": (sys.executable, "-m", "harness.fake_worker"),
+        "gateway_command": (sys.executable, "-m", "harness.fake_gateway"),
         **changes,
     }
     return ServerConfig(**values)
@@ -221,8 +220,8 @@ def running_server(
     }
     arguments = json.dumps(changes)
     with log.open("wb") as stream:
-        command = [*through, sys.executable, __file__, arguments]
-        process = subprocess.Popen(command, env=env, stderr=stream, cwd=HERE)
+        command = [*through, sys.executable, "-m", "harness.server_process", arguments]
+        process = subprocess.Popen(command, env=env, stderr=stream)
     server = ServerProcess(socket, process, log)
     try:
         yield server

@@ -1,14 +1,11 @@
 """What the tests of this folder share: the helpers that lie beside them, and a folder for a server."""
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from harness.fake_model import solo_tokens
 from harness.server_process import ServerProcess, running_server
-
 from mgpu.protocol.discovery import running_servers
 from mgpu.protocol.internal.gateway_messages import LINK, Cancel, StateKnown, StatsQuery
 

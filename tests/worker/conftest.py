@@ -1,12 +1,8 @@
 """Fixtures of the worker's tests; helpers are modules beside this file."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness.tiny_models import TinyModel, make_tiny_model
 

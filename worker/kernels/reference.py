@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain torch and float32: the oracle of their tests and of ``bench/kernels.py``."""
+"""What the kernels compute, in plain torch and float32: the oracle of their tests and of ``bench/kernels``."""
 
 # T tokens, R rows, H query heads, J KV heads, G = H / J, K head dim, N blocks, B tokens per block, D model dim
 

@@ -18,9 +18,9 @@ def matmul(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     if weight_OI.device.type == "cpu":
         return cpu_matmul.matmul(x_TI, weight_OI, bias_O)
     if uses_kernels(weight_OI.device):
-        from mgpu.worker.kernels import products  # imports triton, which machines without a GPU may lack
+        from mgpu.worker.kernels.products import choose  # imports triton, which machines without a GPU may lack
 
-        return products.matmul(x_TI, weight_OI, bias_O)
+        return choose.matmul(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from harness.fake_model import solo_tokens
 from harness.server_process import ServerProcess, running_server
-
 from mgpu.orchestrator.engine.engine import PARK_S
 from mgpu.protocol.internal.gateway_messages import LINK, Cancel, Coming, Outputs, StatsQuery, Submit
 from mgpu.protocol.internal.worker_messages import RowSampling

@@ -1,12 +1,9 @@
 """Fixtures around a real gateway process; helpers are modules beside this file."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness.gateway_process import GatewayProcess, make_model_folder
 

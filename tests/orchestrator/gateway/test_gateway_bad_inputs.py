@@ -10,9 +10,9 @@ from typing import Any
 
 import msgpack
 import pytest
+
 from harness.gateway_process import VOCAB_SIZE, GatewayProcess
 from harness.raw_peer import RawPeer
-
 from mgpu import Client
 from mgpu.protocol.front.framing import VERSION
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+
 from harness.gateway_process import GatewayProcess
 from harness.raw_peer import RawPeer
 

@@ -9,9 +9,9 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
+
 from harness.gateway_process import GatewayProcess
 from harness.raw_peer import RawPeer
-
 from mgpu import Client
 from mgpu.orchestrator.gateway.requests.quota import MAX_RETRY_S, MIN_RETRY_S
 from mgpu.protocol.front.framing import VERSION

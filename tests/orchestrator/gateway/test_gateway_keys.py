@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import zmq
-from harness.gateway_process import DEADLINE_S, GatewayProcess
 
+from harness.gateway_process import DEADLINE_S, GatewayProcess
 from mgpu import Client, RequestFailed
 from mgpu.protocol.client.results import ServerUnreachable
 from mgpu.protocol.internal.client_limits import ClientLimits

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import zmq
-from harness.gateway_process import DEADLINE_S, GatewayProcess
 
+from harness.gateway_process import DEADLINE_S, GatewayProcess
 from mgpu import Client, RequestFailed
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayFailure, GatewayReady, Outputs, Ping
 
@@ -220,7 +220,6 @@ def test_a_parent_killed_outright_leaves_neither_process_nor_folder(tmp_path: Pa
     """Even when another process holds the other end of the gateway's standard input, so that it never ends."""
     source = f"""
 import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import subprocess
 from harness.gateway_process import GatewayProcess

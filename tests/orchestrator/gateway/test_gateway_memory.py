@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+
 from harness.gateway_process import DEADLINE_S, GatewayProcess
 from harness.zmtp_flood import MiB, flood, hear, raw_connection
-
 from mgpu import Client
 from mgpu.orchestrator.gateway.memory_limit import MemoryBound, MemoryFull, room_of
 from mgpu.protocol.internal.client_limits import ClientLimits

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import zmq
+
 from harness.gateway_process import DEADLINE_S, GatewayProcess
 from harness.raw_peer import RawPeer
-
 from mgpu import Client
 from mgpu.orchestrator.gateway.requests.queries import MAX_QUESTIONS_OF_CLIENT
 from mgpu.orchestrator.gateway.requests.quota import MAX_RETRY_S, MIN_RETRY_S

@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 import pytest
-from harness.gateway_process import BOS, EOS, GatewayProcess, says
 
+from harness.gateway_process import BOS, EOS, GatewayProcess, says
 from mgpu import Client, DeadlineExceeded, RequestFailed
 from mgpu.orchestrator.gateway.requests.admission import seed_of_choice
 from mgpu.protocol.front.fields import int32_array

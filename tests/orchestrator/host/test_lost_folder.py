@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness.server_process import ServerProcess, running_server
 
+from harness.server_process import ServerProcess, running_server
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 
 MOUNT = 'mount -t tmpfs -o size=1m,nr_inodes=100,mode=0700 none "$MGPU_RUNTIME_DIR" && exec "$@"'

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from harness.fake_model import solo_tokens
 from harness.server_process import DEADLINE_S, running_server
-
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.reload import Reloadable, Reloader
 from mgpu.protocol.internal.client_limits import ClientLimits

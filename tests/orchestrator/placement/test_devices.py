@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from harness.machines import GIB, FakeGpu, FakeMemory, FakeNvml, cpus, gpus
 
+from harness.machines import GIB, FakeGpu, FakeMemory, FakeNvml, cpus, gpus
 from mgpu.orchestrator.errors import DeviceError, UserError
 from mgpu.orchestrator.placement.devices import (
     DESCRIBED_BYTES,
@@ -293,7 +293,8 @@ def test_descriptions_that_make_no_sense_are_errors(text: str) -> None:
 
 def test_planning_leaves_torch_and_the_driver_unimported() -> None:
     code = (
-        "import sys, mgpu.orchestrator.placement.planner, mgpu.orchestrator.placement.table, mgpu.orchestrator.models.find\n"
+        "import sys, mgpu.orchestrator.models.find\n"
+        "import mgpu.orchestrator.placement.planner, mgpu.orchestrator.placement.table\n"
         "print([name for name in ('torch', 'pynvml', 'numpy', 'tokenizers', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

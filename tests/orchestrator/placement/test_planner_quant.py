@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from harness.machines import QWEN3_32B, SMOLLM2, TINY, cpus, gpus
 
+from harness.machines import QWEN3_32B, SMOLLM2, TINY, cpus, gpus
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.divisibility import compatible_sizes
 from mgpu.orchestrator.placement.planner import Wish, plan

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 from harness.machines import QWEN3_32B, SMOLLM2, cpus, gpus
-
 from mgpu.orchestrator.placement.planner import Wish, plan
 from mgpu.orchestrator.placement.table import layout_json, layout_text
 

@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 
 from harness.fake_model import solo_tokens
+from harness.gateway_loss import REAL_GATEWAY, endpoint_of
 from harness.server_process import DEADLINE_S, ServerProcess, running_server
 from harness.zmtp_flood import MiB, flood
-from test_gateway_recovery import REAL_GATEWAY, endpoint_of
-
 from mgpu import Client
 
 NUM_FLOODS = 3

@@ -5,10 +5,10 @@ from array import array
 from pathlib import Path
 
 import pytest
-from harness.fake_model import solo_tokens
-from harness.server_process import ServerProcess, running_server
-from test_gateway_recovery import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
 
+from harness.fake_model import solo_tokens
+from harness.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
+from harness.server_process import ServerProcess, running_server
 from mgpu import Client
 from mgpu.protocol.internal.gateway_messages import Resume
 

@@ -2,7 +2,6 @@
 
 import random
 import signal
-import sys
 import threading
 import time
 from array import array
@@ -10,28 +9,56 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from harness.fake_model import solo_tokens
+from harness.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
 from harness.server_process import DEADLINE_S, ServerProcess, running_server
-
 from mgpu import Client
-from mgpu.protocol.discovery import running_servers
-from mgpu.protocol.internal.gateway_messages import Coming, Resumable, Resume, Submit
-from mgpu.protocol.internal.worker_messages import RowSampling
-
-REAL_GATEWAY = (sys.executable, "-m", "mgpu.orchestrator.gateway")
-SESSION = "0123456789abcdef"
+from mgpu.protocol.internal.gateway_messages import Coming, Resumable, Resume
 
 
-def resumable(request_id: int, prompt: list[int], max_tokens: int) -> Resumable:
-    submit = Submit(request_id, array("i", prompt).tobytes(), max_tokens, [], RowSampling(), b"", 0)
-    return Resumable(SESSION, request_id, b"context", [submit])
+class Streams:
+    """16 clients, each in its thread, that stream one request after another and compare every token."""
 
+    def __init__(self, endpoint: str, seed: int) -> None:
+        self.done = 0
+        self.failures: list[str] = []
+        self._endpoint = endpoint
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(random.Random(seed + i),)) for i in range(16)]
 
-def lose_the_gateway(server: ServerProcess, order: bytes = b"die") -> None:
-    """Let it end, and wait until the next one is told that all is well."""
-    known = len(server.infos)
-    server.socket.send(order)
-    server.wait_for(lambda: [info.state for info in server.infos[known:]] == ["ready"])
+    def __enter__(self) -> "Streams":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(DEADLINE_S)
+        assert not any(thread.is_alive() for thread in self._threads)
+
+    def wait_for_more(self, count: int, server: ServerProcess) -> None:
+        goal, deadline_s = self.done + count, time.monotonic() + DEADLINE_S
+        while self.done < goal and not self.failures:
+            assert time.monotonic() < deadline_s, "the streams stand still"
+            time.sleep(0.005)
+        assert self.failures == [], server.log
+
+    def _run(self, rng: random.Random) -> None:
+        with Client(self._endpoint) as client:
+            while not self._stop.is_set() and not self.failures:
+                prompt = [rng.randrange(1000) for _ in range(rng.randrange(1, 40))]
+                max_tokens = rng.randrange(1, 80)
+                try:
+                    pieces = list(client.stream(prompt, max_tokens=max_tokens, ignore_eos=True))
+                except Exception as error:
+                    self.failures.append(repr(error))
+                    return
+                tokens = [token for piece in pieces for token in piece.token_ids]
+                if tokens != solo_tokens(prompt, max_tokens):
+                    self.failures.append(f"{prompt} {max_tokens}: {tokens}")
+                self.done += 1
 
 
 @pytest.mark.parametrize(
@@ -125,65 +152,6 @@ def test_a_request_is_not_started_twice_under_one_name(folder: Path) -> None:
         server.send(Resumable(SESSION, 1, b"", resumable(3, [5], 4).submits))  # it has ended: the name is free again
         server.wait_for(lambda: 3 in server.finish)
         assert server.tokens[3] == solo_tokens([5], 4)
-
-
-def endpoint_of(server: ServerProcess, folder: Path) -> str:
-    """Wait for a server with the real gateway."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not (found := running_servers({"MGPU_RUNTIME_DIR": str(folder / "run")})):
-        assert time.monotonic() < deadline_s, server.log
-        assert server.process.poll() is None, server.log
-        time.sleep(0.02)
-    return found[0].endpoint
-
-
-def gateway_of(server: ServerProcess) -> psutil.Process:
-    [found] = server.children_like("mgpu.orchestrator.gateway")
-    return found
-
-
-class Streams:
-    """16 clients, each in its thread, that stream one request after another and compare every token."""
-
-    def __init__(self, endpoint: str, seed: int) -> None:
-        self.done = 0
-        self.failures: list[str] = []
-        self._endpoint = endpoint
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(random.Random(seed + i),)) for i in range(16)]
-
-    def __enter__(self) -> "Streams":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(DEADLINE_S)
-        assert not any(thread.is_alive() for thread in self._threads)
-
-    def wait_for_more(self, count: int, server: ServerProcess) -> None:
-        goal, deadline_s = self.done + count, time.monotonic() + DEADLINE_S
-        while self.done < goal and not self.failures:
-            assert time.monotonic() < deadline_s, "the streams stand still"
-            time.sleep(0.005)
-        assert self.failures == [], server.log
-
-    def _run(self, rng: random.Random) -> None:
-        with Client(self._endpoint) as client:
-            while not self._stop.is_set() and not self.failures:
-                prompt = [rng.randrange(1000) for _ in range(rng.randrange(1, 40))]
-                max_tokens = rng.randrange(1, 80)
-                try:
-                    pieces = list(client.stream(prompt, max_tokens=max_tokens, ignore_eos=True))
-                except Exception as error:
-                    self.failures.append(repr(error))
-                    return
-                tokens = [token for piece in pieces for token in piece.token_ids]
-                if tokens != solo_tokens(prompt, max_tokens):
-                    self.failures.append(f"{prompt} {max_tokens}: {tokens}")
-                self.done += 1
 
 
 @pytest.mark.parametrize(("bind", "kills"), [("", 8), ("tcp://127.0.0.1:0", 4)])

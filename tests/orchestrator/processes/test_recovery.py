@@ -7,9 +7,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from harness.fake_model import solo_tokens
 from harness.server_process import ServerProcess, running_server
-
 from mgpu.orchestrator.engine.step_deadline import StepDeadline
 from mgpu.orchestrator.processes.restarts import RestartLimit, TooManyRestarts
 from mgpu.protocol.internal.gateway_messages import Cancel

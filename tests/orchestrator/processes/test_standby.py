@@ -8,8 +8,8 @@ from typing import cast
 
 import psutil
 import pytest
-from harness.server_process import HERE, ServerProcess, running_server
 
+from harness.server_process import ServerProcess, running_server
 from mgpu.orchestrator.processes.standby import RETRY_S, Standby
 from mgpu.orchestrator.processes.worker_group import WorkerGroup
 
@@ -155,7 +155,7 @@ def test_a_real_standby_serves_after_a_kill_and_ends_with_the_server(folder: Pat
 
 def test_a_server_goes_on_when_a_standby_cannot_be_spawned(folder: Path) -> None:
     command = folder / "worker"
-    command.write_text(f"#!/bin/sh\nrm {command}\nexec {sys.executable} {HERE / 'fake_worker.py'}\n")
+    command.write_text(f"#!/bin/sh\nrm {command}\nexec {sys.executable} -m harness.fake_worker\n")
     command.chmod(0o700)  # there once only: for the workers that serve
     with running_server(folder, standby=True, standby_delay_s=0.0, worker_command=[str(command)]) as server:
         server.wait_ready()

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Callable
 
 import pytest
-from harness.fake_model import FakeModel, solo_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.fake_model import FakeModel, solo_tokens
 from mgpu.orchestrator.placement.step_size import LimitsError
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler

@@ -5,10 +5,10 @@ import struct
 from pathlib import Path
 
 import pytest
-from harness.model_files import gguf_bytes, gguf_string, llama_gguf_tensors, string, string_array, u32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.model_files import gguf_bytes, gguf_string, llama_gguf_tensors, string, string_array, u32
 from mgpu.protocol.checkpoint.gguf_file import GGUF_TYPES, read_gguf
 from mgpu.protocol.checkpoint.read import CheckpointError
 

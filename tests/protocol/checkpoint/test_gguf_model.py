@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+
 from harness.model_files import (
     LLAMA_METADATA,
     GgufValue,
@@ -16,7 +17,6 @@ from harness.model_files import (
     string,
     u32,
 )
-
 from mgpu.protocol.checkpoint.gguf_model import llama3_divisors
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
 from mgpu.protocol.model.facts import RopeScaling

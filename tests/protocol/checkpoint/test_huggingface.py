@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from harness.model_files import LLAMA_CONFIG, write_config
 
+from harness.model_files import LLAMA_CONFIG, write_config
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.checkpoint.read import CheckpointError
 from mgpu.protocol.model.facts import ModelFacts, RopeScaling

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from harness.model_files import LLAMA_CONFIG, safetensors_bytes, write_config, write_index, write_llama_folder
 
+from harness.model_files import LLAMA_CONFIG, safetensors_bytes, write_config, write_index, write_llama_folder
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
 from mgpu.protocol.checkpoint.safetensors_file import MAX_HEADER_BYTES
 from mgpu.protocol.checkpoint.untrusted import MAX_JSON_BYTES

@@ -13,10 +13,7 @@ from typing import Any
 import pytest
 import zmq
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "orchestrator" / "gateway"))
-
 from harness.gateway_process import DEADLINE_S, GatewayProcess, make_model_folder, says
-
 from mgpu import AsyncClient, Client, DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
 from mgpu.protocol.discovery import LOCK_NAME, RunningServer, write_server
 

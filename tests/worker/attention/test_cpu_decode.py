@@ -1,8 +1,8 @@
 """The copy of decoding contexts gives what gathering gives, through every change of the batch."""
 
 import torch
-from harness.stage_driver import Row, make_batch
 
+from harness.stage_driver import Row, make_batch
 from mgpu.worker.attention.cpu_decode import _GROWTH
 from mgpu.worker.attention.interface import AttentionSpec
 from mgpu.worker.attention.plain_backend import ReferenceBackend, ReferenceStep

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from harness.stage_driver import Row, make_batch
 from torch import Tensor
 
+from harness.stage_driver import Row, make_batch
 from mgpu.worker.attention.interface import AttentionShape, AttentionSpec, select_backend
 from mgpu.worker.state.kv_cache import KvCache, block_bytes
 

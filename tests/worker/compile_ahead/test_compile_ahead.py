@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from harness.fake_orchestrator import make_spec
 from harness.random_model import write_random_model
-
 from mgpu.worker.compile_ahead import start_up as rehearsal
 from mgpu.worker.compile_ahead import triton_launches as ahead
 from mgpu.worker.compile_ahead.start_up import Rehearsal
@@ -24,11 +24,8 @@ DEADLINE_S = 120
 
 def test_a_rehearsal_asks_for_every_kernel_that_a_start_launches(tmp_path: Path) -> None:
     model = write_random_model(tmp_path, hidden_size=256, intermediate_size=512)
-    script = Path(__file__).parent / "rehearsal_coverage.py"
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    folders = [script.parents[1], script.parents[3] / "bench", *sys.path]
-    environ["PYTHONPATH"] = os.pathsep.join(map(str, folders))
-    command = [sys.executable, script, model, *CASES]
+    command = [sys.executable, "-m", "harness.compile_ahead_coverage", model, *CASES]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

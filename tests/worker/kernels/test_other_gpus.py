@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +22,8 @@ DEADLINE_S = 120
     ("capability", "shared", "cases"), [(80, AMPERE_BYTES, "float8"), (89, ADA_BYTES, "sizes")], ids=str
 )
 def test_kernels_fit_smaller_and_older_gpus(capability: int, shared: int, cases: str) -> None:
-    script = Path(__file__).parent / "compiled_sizes.py"
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environ["PYTHONPATH"] = os.pathsep.join(map(str, (script.parents[3] / "bench", *sys.path)))
-    command = [sys.executable, script, str(capability), str(shared), cases]
+    command = [sys.executable, "-m", "harness.compiled_sizes", str(capability), str(shared), cases]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness.rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
+from harness.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.model.placement import head_shard, padded_vocab
 from mgpu.worker.layers import cpu_matmul
 from mgpu.worker.layers.linear import even_range, qkv_slices

@@ -7,11 +7,11 @@ import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from harness.stage_driver import logits_in_chunks
-from harness.tiny_models import TINY, TinyModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from harness.stage_driver import logits_in_chunks
+from harness.tiny_models import TINY, TinyModel
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 LAYER_NAMES = {

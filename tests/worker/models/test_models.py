@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from harness.rank_threads import ThreadGroup, run_ranks
 from harness.stage_driver import Row, Stages, logits_in_chunks, make_batch
 from harness.tiny_models import TinyModel
-from torch import Tensor
-
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.worker.models.build import DecoderStage
 

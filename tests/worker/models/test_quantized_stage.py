@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from harness.fake_orchestrator import make_spec, running
 from harness.random_model import write_random_model
 from harness.rank_threads import ThreadGroup, run_ranks
 from harness.stage_driver import CPU, Stages, logits_in_chunks
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from mgpu.orchestrator.placement.sizes import largest_matrix_bytes, rank_weight_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness.collective_rank import spec_of
 
+from harness.collective_rank import spec_of
 from mgpu.protocol.internal.worker_messages import CONTROL
 from mgpu.worker.errors import BadSpec
 from mgpu.worker.ranks.collectives import DryRun, SingleRank, ThroughHost
 from mgpu.worker.ranks.links import connect, layout_of, pair_transport
 
-PROGRAM = Path(__file__).with_name("collective_rank.py")
 DEADLINE_S = 90.0
 
 
@@ -36,7 +35,17 @@ def ranks(
     processes = []
     try:
         for rank in range(spec.plan.world_size):
-            command = [sys.executable, str(PROGRAM), case, plan, transport, str(rank), shared, str(folder)]
+            command = [
+                sys.executable,
+                "-m",
+                "harness.collective_rank",
+                case,
+                plan,
+                transport,
+                str(rank),
+                shared,
+                str(folder),
+            ]
             processes.append(
                 subprocess.Popen([*command, str(timeout_s)], pass_fds=[fd], stdout=subprocess.PIPE, text=True)
             )

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from harness.random_model import write_random_model
 from harness.rank_threads import ThreadGroup, run_ranks
 from harness.stage_driver import logits_in_chunks
-from torch import Tensor
-
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.worker.kernels.peers.memory import buffer_bytes
 from mgpu.worker.ranks.collectives import DryRun, SingleRank

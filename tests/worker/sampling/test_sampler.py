@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness.rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
+from harness.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.ranks.collectives import SingleRank
 from mgpu.worker.sampling.noise import gumbel, row_keys, token_factors

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 import zmq
+
 from harness.fake_orchestrator import DEADLINE_S, Workers, frame, launch, make_spec, running, wait_until
 from harness.tiny_models import TinyModel
-
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from harness.fake_orchestrator import make_spec, running
 from harness.random_model import write_random_model
 from harness.stage_driver import logits_in_chunks
-from torch import Tensor
-
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded
 from mgpu.protocol.model.facts import KvCacheDtype

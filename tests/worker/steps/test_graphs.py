@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness.tiny_models import TinyModel
 
+from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.placement import RankPlace

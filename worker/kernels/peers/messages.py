@@ -1,8 +1,9 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """What kernels that talk to peer GPUs share: writing to a peer's memory, and waiting for what peers write here.
 
-See `mgpu.worker.kernels.peers.memory` for the protocol. A message needs one way over the link: no flag and no fence follow it,
-for every element says itself whether it has come. Waits end at a deadline, so that a dead peer is an error.
+See `mgpu.worker.kernels.peers.memory` for the protocol. A message needs one way over the link: no flag and
+no fence follow it, because every element shows by itself that it has arrived. Waits end at a deadline, so that a dead
+peer is an error.
 """
 
 import torch

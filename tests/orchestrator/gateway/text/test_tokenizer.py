@@ -14,7 +14,7 @@ from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer, byte_level_t
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import PRE_TOKENIZERS, TokenizerError, build_tokenizer
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = Path(__file__).parents[3] / "golden"
 MODELS = ["smollm2-135m-instruct", "gemma-3-270m"]
 TEXTS = [
     "Hello, world!",

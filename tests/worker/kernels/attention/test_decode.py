@@ -1,7 +1,7 @@
 import pytest
 import torch
-from harness.kernel_checks import paged_cache, relative_error, tolerance
 
+from harness.kernel_checks import paged_cache, relative_error, tolerance
 from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.kernels.attention.decode import (
     DecodeTiling,

@@ -2,8 +2,8 @@ from typing import Literal
 
 import pytest
 import torch
-from harness.kernel_checks import relative_error, tolerance
 
+from harness.kernel_checks import relative_error, tolerance
 from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache

@@ -3,15 +3,13 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from harness.peer_checks import Rank, compare, region_bytes
 
+from harness.peer_checks import Rank, compare, region_bytes
 from mgpu.worker.kernels.peers.memory import PeerAlarm
 
-PROGRAM = Path(__file__).with_name("peer_rank.py")
 RANKS = 2 if not torch.cuda.is_available() else 3
 
 
@@ -22,7 +20,7 @@ def test_ranks_as_processes_compute_the_same_bits() -> None:
     os.ftruncate(fd, RANKS * region_bytes(RANKS, torch.bfloat16))
     processes = [
         subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(rank), str(RANKS), str(fd)],
+            [sys.executable, "-m", "harness.peer_rank", str(rank), str(RANKS), str(fd)],
             pass_fds=[fd],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

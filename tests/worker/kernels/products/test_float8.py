@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from harness.kernel_checks import relative_error
 from harness.random_model import write_random_model
 from harness.stage_driver import logits_in_chunks
-from torch import Tensor
-
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.quantization import weight_format
 from mgpu.worker.attention.interface import HeadNorms
@@ -25,7 +25,7 @@ from mgpu.worker.kernels.runtime import ASKING
 from mgpu.worker.layers import linear, mlp, norm
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
-from mgpu.worker.models.build import stage
+from mgpu.worker.models import stage
 from mgpu.worker.quantization import float8_rows
 from mgpu.worker.quantization.float8_rows import BLOCK, Float8Rows, ScaledRows
 from mgpu.worker.quantization.packing import WORDS, dequantize

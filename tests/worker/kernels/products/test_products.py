@@ -3,9 +3,9 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from harness.kernel_checks import relative_error, tolerance
 from torch import Tensor
 
+from harness.kernel_checks import relative_error, tolerance
 from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.worker.kernels.products.choose import matmul, quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
