@@ -165,7 +165,7 @@ class Server:
         try:
             self._read_gateway(gateway)
         except GatewayLost as lost:
-            if not lost.by_clients:
+            if not lost.caused_by_clients:
                 raise
             log.warning("%s; starting another one", lost)
             gateway.restart(self._info)

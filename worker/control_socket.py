@@ -3,13 +3,13 @@
 import zmq
 
 from mgpu.protocol.internal.codec import CodecError
-from mgpu.protocol.internal.worker_messages import CONTROL, AllocateCache, Shutdown, StayAwake, StepPlan
+from mgpu.protocol.internal.worker_messages import CONTROL, AllocateCache, Shutdown, StaySpinning, StepPlan
 from mgpu.worker.errors import BadPlan
 
 _LINGER_MS = 2000
 """Time for a last message to leave: the one that says why this worker ends."""
 
-Order = AllocateCache | StepPlan | StayAwake | Shutdown
+Order = AllocateCache | StepPlan | StaySpinning | Shutdown
 
 
 class ControlSocket:

@@ -27,7 +27,7 @@ from bench.chaos.kills import (
     stop_workers,
 )
 from bench.chaos.load import Job, Standstill, Streams, make_jobs, undisturbed
-from bench.chaos.server import Server, Wish
+from bench.chaos.server import Server, ServerOptions
 from bench.chaos.soak import soak
 from bench.chaos.table import Report, Row
 
@@ -79,26 +79,30 @@ def faults(options: argparse.Namespace) -> Iterator[Fault]:
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """Run everything that was asked for, one fault after another."""
-    wish = Wish(options.model, options.workers, options.hang_timeout)
+    server_options = ServerOptions(options.model, options.workers, options.hang_timeout)
     if options.one_server:
-        yield from rows_of_server(options, wish, list(faults(options)), {}, end=bool(options.sigterms))
+        yield from rows_of_server(options, server_options, list(faults(options)), {}, end=bool(options.sigterms))
     else:
         expected: Answers = {}
         for fault in faults(options):
-            yield from rows_of_server(options, wish, [fault], expected)
+            yield from rows_of_server(options, server_options, [fault], expected)
     if options.parent_kills:
-        yield kill_parents(wish, options.parent_kills)
+        yield kill_parents(server_options, options.parent_kills)
     if options.parent_kills > 1:
-        yield kill_loading_parents(wish, max(1, options.parent_kills // 5))
+        yield kill_loading_parents(server_options, max(1, options.parent_kills // 5))
     if options.sigterms and not options.one_server:
-        yield terminate(wish, options.sigterms)
+        yield terminate(server_options, options.sigterms)
 
 
 def rows_of_server(
-    options: argparse.Namespace, wish: Wish, wanted: list[Fault], expected: Answers, end: bool = False
+    options: argparse.Namespace,
+    server_options: ServerOptions,
+    wanted: list[Fault],
+    expected: Answers,
+    end: bool = False,
 ) -> Iterator[Row]:
     """Do all that is ``wanted`` to one server. ``expected`` is filled by the first one, which is undisturbed then."""
-    with Server(wish) as server:
+    with Server(server_options) as server:
         if not expected:
             expected |= undisturbed(server.endpoint, make_jobs(options.streams + 8, options.answer_tokens))
         for fault in wanted:

@@ -9,7 +9,7 @@ import msgpack
 import zmq
 
 from bench.chaos.load import STANDSTILL_S, Streams
-from bench.chaos.server import Server, Wish, is_alive, shared_memory, wait_until
+from bench.chaos.server import Server, ServerOptions, is_alive, shared_memory, wait_until
 from bench.chaos.table import Row
 from mgpu import Client
 
@@ -21,25 +21,25 @@ ANSWER = 30
 TERMINATE = "SIGTERM with 64 streams"
 
 
-def kill_parents(wish: Wish, count: int) -> Row:
+def kill_parents(server_options: ServerOptions, count: int) -> Row:
     """SIGKILL the parent under 16 streams: after two seconds nothing of the server may be left."""
     row = Row("SIGKILL of the parent")
     for _ in range(count):
         shared_before = shared_memory()
-        with Server(wish) as server, Client(server.endpoint) as client:
+        with Server(server_options) as server, Client(server.endpoint) as client:
             streams = [client.stream([number + 3], max_tokens=400) for number in range(16)]
             next(streams[0])
             kill_parent(server, row, shared_before)
     return row
 
 
-def kill_loading_parents(wish: Wish, count: int) -> Row:
+def kill_loading_parents(server_options: ServerOptions, count: int) -> Row:
     """SIGKILL the parent while its workers import torch, meet and load."""
     row = Row("SIGKILL of the parent, load")
     rng = random.Random(3)
     for _ in range(count):
         shared_before = shared_memory()
-        with Server(wish, wait=False) as server:
+        with Server(server_options, wait=False) as server:
             wait_until(lambda server=server: bool(server.workers()), 60)  # type: ignore[misc]
             time.sleep(rng.uniform(0, 3))
             kill_parent(server, row, shared_before)
@@ -64,12 +64,12 @@ def kill_parent(server: Server, row: Row, shared_before: tuple[str, ...]) -> Non
     row.injected(time.monotonic() - began_s)
 
 
-def terminate(wish: Wish, count: int) -> Row:
+def terminate(server_options: ServerOptions, count: int) -> Row:
     """Stop ``count`` servers in the midst of 64 streams."""
     row = Row(TERMINATE)
     usual: dict[int, tuple[int, ...]] = {}
     for _ in range(count):
-        with Server(wish) as server:
+        with Server(server_options) as server:
             _terminate(server, row, usual)
     return row
 

@@ -19,7 +19,7 @@ from bench import machine
 from bench.chaos.ends import kill_parent
 from bench.chaos.kills import SILENCE_S
 from bench.chaos.load import Standstill, Streams, make_jobs, undisturbed
-from bench.chaos.server import Server, Wish, shared_memory, wait_until
+from bench.chaos.server import Server, ServerOptions, shared_memory, wait_until
 from bench.chaos.table import Report, Row
 from bench.model_shapes import LLAMA_8B
 from mgpu import Client
@@ -101,9 +101,9 @@ def kill_the_parent(server: Server, free_bytes: FreeBytes, free_before: int) -> 
     return row
 
 
-def run(wish: Wish, options: argparse.Namespace, free_bytes: FreeBytes) -> list[Row]:
+def run(server_options: ServerOptions, options: argparse.Namespace, free_bytes: FreeBytes) -> list[Row]:
     free_before = free_bytes()
-    with Server(wish) as server:
+    with Server(server_options) as server:
         expected = undisturbed(server.endpoint, make_jobs(options.streams + 8, 200))
         with Streams(server.endpoint, expected, options.streams) as streams:
             kills = kill_and_recover(server, streams, options.kills, lambda: free_before - free_bytes())
@@ -115,11 +115,13 @@ def run(wish: Wish, options: argparse.Namespace, free_bytes: FreeBytes) -> list[
         return [kills, kill_the_parent(server, free_bytes, free_before)]
 
 
-def wish_of(options: argparse.Namespace, folder: Path) -> Wish:
+def server_options_of(options: argparse.Namespace, folder: Path) -> ServerOptions:
     (folder / "config.json").write_text(json.dumps(TINY if options.cpu else LLAMA_8B))
     where = ("--device", "cpu") if options.cpu else ("--oversubscribe",)
     load = () if options.model else ("--load-format", "dummy")
-    return Wish(options.model or str(folder), options.workers, 30.0, "8GiB", (*where, *load, "--max-seq-len", "2048"))
+    return ServerOptions(
+        options.model or str(folder), options.workers, 30.0, "8GiB", (*where, *load, "--max-seq-len", "2048")
+    )
 
 
 def main() -> None:
@@ -138,7 +140,7 @@ def main() -> None:
     report = Report(options.save, facts, machine.heading(facts))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for row in run(wish_of(options, Path(folder)), options, free_bytes):
+            for row in run(server_options_of(options, Path(folder)), options, free_bytes):
                 report.add(row)
         except Standstill as error:
             raise SystemExit(str(error)) from None

@@ -16,7 +16,7 @@ from mgpu.protocol.client.results import MgpuError
 
 
 @dataclass(frozen=True)
-class Wish:
+class ServerOptions:
     """What server to test."""
 
     model: str = "demo"
@@ -40,8 +40,8 @@ class Wish:
 class Server:
     """One server; a context manager that waits until it is ready unless told not to."""
 
-    def __init__(self, wish: Wish, wait: bool = True) -> None:
-        self.process = ServerProcess(*wish.arguments, environ=wish.environ)
+    def __init__(self, server_options: ServerOptions, wait: bool = True) -> None:
+        self.process = ServerProcess(*server_options.arguments, environ=server_options.environ)
         self.endpoint = ""
         self._wait = wait
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from bench.chaos.ends import kill_parents
 from bench.chaos.kills import kill_decoding_workers, kill_idle_workers, kill_loading_workers, kill_workers_in_prompts
 from bench.chaos.load import Streams, make_jobs, undisturbed
-from bench.chaos.server import Server, Wish, wait_until
+from bench.chaos.server import Server, ServerOptions, wait_until
 from bench.chaos.table import Row
 from bench.model_shapes import SHAPES, SMALL_SHAPES, TINY, write_config, write_weights
 from bench.multi_gpu.box import Box
@@ -34,10 +34,10 @@ def run(box: Box, report: Report, folder: Path) -> None:
     """Kill ranks of a small model, whose tokens must not change, then of the 8B shape, whose recovery is timed."""
     size = min(4, box.sizes[-1])
     tiny = write_weights(folder / "tiny", TINY)
-    exact = _wish(box, size, tiny, "--dtype", "float32")
+    exact = _server_options(box, size, tiny, "--dtype", "float32")
     shape = (SMALL_SHAPES if box.kind == "cpu" else SHAPES)["8B"]
     big = write_config(folder / "8B", shape)
-    timed = _wish(box, size, big, "--load-format", "dummy")
+    timed = _server_options(box, size, big, "--load-format", "dummy")
     moments = ("decode", "load") if report.rehearsal else tuple(KILLS)
     asked = f"SIGKILL of a rank of {size}, small fp32"
     if report.has_time(SECTION, asked):
@@ -53,17 +53,19 @@ def run(box: Box, report: Report, folder: Path) -> None:
             _check_memory(box, report, asked, lambda: kill_parents(timed, 1))
 
 
-def _wish(box: Box, size: int, model: Path, *arguments: str) -> Wish:
+def _server_options(box: Box, size: int, model: Path, *arguments: str) -> ServerOptions:
     place = box.first(size)
     by_size = () if box.kind == "gpus" else ("--tp", str(size))
     more = ("--max-seq-len", "512", *arguments, *place.options, *by_size)
-    return Wish(str(model), workers=None, hang_timeout_s=5.0, kv_memory=KV_MEMORY, more=more, environ=place.environ)
+    return ServerOptions(
+        str(model), workers=None, hang_timeout_s=5.0, kv_memory=KV_MEMORY, more=more, environ=place.environ
+    )
 
 
-def _kill(wish: Wish, moments: tuple[str, ...], answer_tokens: int, vocab_size: int) -> Row:
+def _kill(server_options: ServerOptions, moments: tuple[str, ...], answer_tokens: int, vocab_size: int) -> Row:
     """Kill one rank per moment under load; every stream is compared with an undisturbed run of it."""
     row = Row("SIGKILL of a worker")
-    with Server(wish) as server:
+    with Server(server_options) as server:
         expected = undisturbed(server.endpoint, make_jobs(STREAMS + 4, answer_tokens, vocab_size=vocab_size))
         with Streams(server.endpoint, expected, STREAMS) as streams:
             for moment in moments:

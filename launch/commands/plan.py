@@ -14,7 +14,7 @@ from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_model, read_model_to_plan, resolve_model
 from mgpu.orchestrator.placement.devices import Machine, described_machine, find_machine
 from mgpu.orchestrator.placement.options import implied_workers
-from mgpu.orchestrator.placement.planner import Plan, Wish, plan
+from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
 from mgpu.orchestrator.placement.step_size import batch_tokens, check_batch_tokens
 from mgpu.orchestrator.placement.table import layout_json, layout_text
 from mgpu.protocol.checkpoint.read import Checkpoint
@@ -29,9 +29,9 @@ class PlannedModel:
     plan: Plan
 
 
-def wish_of(config: ServeConfig) -> Wish:
+def layout_options_of(config: ServeConfig) -> LayoutOptions:
     """Translate options, in which 0 and empty mean "not asked"."""
-    return Wish(
+    return LayoutOptions(
         tp=config.tp or None,
         device_layers=config.device_layers or None,
         dtype=None if config.dtype == "auto" else config.dtype,
@@ -46,11 +46,11 @@ def wish_of(config: ServeConfig) -> Wish:
     )
 
 
-def machine_of(config: ServeConfig, wish: Wish) -> Machine:
+def machine_of(config: ServeConfig, options: LayoutOptions) -> Machine:
     """Find the devices that the options speak of; a size or map also says how many CPU workers there are."""
     workers = config.workers or None
     if workers is None and (config.device == "cpu" or config.oversubscribe):
-        workers = implied_workers(wish)
+        workers = implied_workers(options)
     return find_machine(config.device, workers, config.oversubscribe)
 
 
@@ -61,10 +61,10 @@ def step_tokens(config: ServeConfig, machine: Machine) -> int:
 
 def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, gpus: str = "") -> PlannedModel:
     """Place a model as the options say. UserError, with the numbers and what to type, when that cannot be."""
-    wish = wish_of(config)
-    machine = described_machine(gpus) if gpus else machine_of(config, wish)
+    options = layout_options_of(config)
+    machine = described_machine(gpus) if gpus else machine_of(config, options)
     check_batch_tokens(step_tokens(config, machine), config.max_rows)
-    return PlannedModel(model, checkpoint, plan(checkpoint.facts, machine, wish))
+    return PlannedModel(model, checkpoint, plan(checkpoint.facts, machine, options))
 
 
 def prepare(config: ServeConfig) -> PlannedModel:

@@ -23,7 +23,6 @@ from mgpu.orchestrator.processes.worker_group import WorkerLost
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.gateway_messages import (
     Cancel,
-    Coming,
     EngineInfo,
     GatewayReady,
     Resumable,
@@ -32,8 +31,9 @@ from mgpu.protocol.internal.gateway_messages import (
     StatsQuery,
     StatsReply,
     Submit,
+    WakeUp,
 )
-from mgpu.protocol.internal.worker_messages import CONTROL, StayAwake, StepResult
+from mgpu.protocol.internal.worker_messages import CONTROL, StaySpinning, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -171,10 +171,10 @@ class Engine:
             self._on_submit(message)
         elif isinstance(message, Resumable):
             self._on_resumable(message)
-        elif isinstance(message, Coming):
-            self._on_coming()
+        elif isinstance(message, WakeUp):
+            self._on_wake_up()
         elif isinstance(message, Cancel):
-            self._scheduler.cancel(message.request_id, message.reason)
+            self._scheduler.cancel(message.sequence_id, message.reason)
         elif isinstance(message, StatsQuery):
             self._tell_state()  # health shows both: a restart that is counted must not look as if it were over
             self._gateway.send(StatsReply(message.query_id, self._counters()))
@@ -188,28 +188,28 @@ class Engine:
     def _on_resumable(self, message: Resumable) -> None:
         if not self._journal.open(message):
             for submit in message.submits:
-                self._scheduler.refuse(submit.request_id, "a request of this session and id is running; resume it")
+                self._scheduler.refuse(submit.sequence_id, "a request of this session and id is running; resume it")
             return
         for submit in message.submits:
             self._on_submit(submit)
-            self._journal.attach(submit.request_id, self._scheduler.find(submit.request_id))
+            self._journal.attach(submit.sequence_id, self._scheduler.find(submit.sequence_id))
 
-    def _on_coming(self) -> None:
+    def _on_wake_up(self) -> None:
         """Be awake when the request is read, and have the workers awake when the first step goes out."""
         if self._alertness.rouse(time.monotonic()) and self._recovery.is_ready:
-            self._workers.publish(CONTROL.encode(StayAwake(self._workers.epoch)))
+            self._workers.publish(CONTROL.encode(StaySpinning(self._workers.epoch)))
 
     # -- details -------------------------------------------------------------------------------------------------------
 
     def _on_submit(self, submit: Submit) -> None:
         if self._drain_deadline_s is not None:
-            self._scheduler.refuse(submit.request_id, "the server is finishing its last requests before it stops")
+            self._scheduler.refuse(submit.sequence_id, "the server is finishing its last requests before it stops")
             return
         try:
             self._scheduler.submit(submit)
         except Exception:  # whatever is wrong with one request must not end the others
-            log.exception("request %d could not be taken in", submit.request_id)
-            self._scheduler.refuse(submit.request_id, "internal error: the request could not be taken in")
+            log.exception("request %d could not be taken in", submit.sequence_id)
+            self._scheduler.refuse(submit.sequence_id, "internal error: the request could not be taken in")
 
     def _apply(self, result: StepResult) -> None:
         began = time.perf_counter()
@@ -333,13 +333,13 @@ class Engine:
     def _replace_gateway(self, cause: GatewayLost) -> None:
         """Start another gateway on the same endpoint; requests whose clients can resume them go on meanwhile."""
         log.error("%s", with_traceback(cause))
-        self._gateway_restarts.note(cause, is_free=cause.by_clients)
+        self._gateway_restarts.note(cause, is_free=cause.caused_by_clients)
         for message in self._gateway.restart(replace(self._info, state=self._state)):
-            if not isinstance(message, Coming):  # what was coming went down with it
+            if not isinstance(message, WakeUp):  # what was coming went down with it
                 self._on_message(message)
-        for request_id in self._scheduler.live_ids():
-            if not self._journal.knows(request_id):
-                self._scheduler.cancel(request_id, "cancelled")
+        for sequence_id in self._scheduler.live_ids():
+            if not self._journal.knows(sequence_id):
+                self._scheduler.cancel(sequence_id, "cancelled")
         self._journal.lose_clients()
         self._claim_deadline_s = None
         self._watch()
@@ -354,8 +354,8 @@ class Engine:
         """End what no client has come back for."""
         if self._claim_deadline_s is not None and time.monotonic() > self._claim_deadline_s:
             self._claim_deadline_s = None
-            for request_id in self._journal.unclaimed():
-                self._scheduler.cancel(request_id, "cancelled")
+            for sequence_id in self._journal.unclaimed():
+                self._scheduler.cancel(sequence_id, "cancelled")
 
     def _tell_state(self) -> None:
         """Tell the gateway when the state is another than it knows. GatewayLost, which `run` deals with."""

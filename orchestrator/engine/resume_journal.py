@@ -145,12 +145,12 @@ class Journal:
     def note(self, outputs: Outputs) -> None:
         """Take in what the gateway is told. Costs next to nothing for a step in which nothing ends."""
         if self._with_logprobs:
-            for sequence_id, logprobs in zip(outputs.request_ids, outputs.logprobs, strict=True):
+            for sequence_id, logprobs in zip(outputs.sequence_ids, outputs.logprobs, strict=True):
                 found = self._by_sequence.get(sequence_id)
                 if logprobs and found is not None and (packing := found[1].packing) is not None:
                     found[1].logprobs += packing.pack(logprobs)
         if any(outputs.finish):
-            for sequence_id, finish, error in zip(outputs.request_ids, outputs.finish, outputs.errors, strict=True):
+            for sequence_id, finish, error in zip(outputs.sequence_ids, outputs.finish, outputs.errors, strict=True):
                 if finish and (found := self._by_sequence.pop(sequence_id, None)):
                     self._end(*found, finish, error)
 
@@ -209,7 +209,7 @@ class Journal:
 def _entry(submit: Submit) -> _Entry:
     num_top = submit.sampling.num_logprobs
     packing = LogprobPacking(num_top) if num_top >= 0 else None
-    return _Entry(submit.request_id, submit.stop_token_ids, num_top, packing)
+    return _Entry(submit.sequence_id, submit.stop_token_ids, num_top, packing)
 
 
 def _number_at(numbers: list[int] | None, index: int) -> int:

@@ -54,7 +54,7 @@ def main() -> int:
         link.send(LINK.encode(GatewayFailure(str(error), "", is_mistake=is_mistake)))
         return 1
     except MemoryFull as error:  # clients are not told that the server has stopped: they resume
-        link.send(LINK.encode(GatewayFailure(str(error), "", by_clients=True)))
+        link.send(LINK.encode(GatewayFailure(str(error), "", caused_by_clients=True)))
         return 1
     except Exception as error:  # the process edge: whatever happened, the parent is told why
         link.send(LINK.encode(GatewayFailure(str(error) or type(error).__name__, traceback.format_exc())))

@@ -43,7 +43,6 @@ from mgpu.protocol.internal.gateway_messages import (
     LINK,
     Alive,
     Cancel,
-    Coming,
     EngineInfo,
     GatewayReady,
     GatewaySpec,
@@ -56,6 +55,7 @@ from mgpu.protocol.internal.gateway_messages import (
     StatsQuery,
     StatsReply,
     Submit,
+    WakeUp,
 )
 
 TICK_S = 0.25
@@ -99,7 +99,7 @@ class Gateway:
         )
         self._memory = MemoryBound(spec.memory_bytes)
         self._next_tick_s = self._next_alive_s = 0.0
-        self._has_said_coming = False
+        self._has_sent_wake_up = False
         """Since the engine was last heard; it says something at least every second."""
         self._running = True
         self._failure: BaseException | None = None
@@ -118,7 +118,7 @@ class Gateway:
         while self._running:
             ready = dict(poller.poll(self._wait_ms()))
             if self._front.socket in ready:
-                self._say_coming()
+                self._send_wake_up()
             if not ready.keys().isdisjoint(self._parent_fds):
                 self.stop()
             self._front.doorkeeper.answer()
@@ -172,7 +172,7 @@ class Gateway:
             except zmq.Again:
                 return
             self._say_alive()
-            self._has_said_coming = False
+            self._has_sent_wake_up = False
             message = LINK.decode(data)
             if isinstance(message, Outputs):
                 self._on_outputs(message)
@@ -191,12 +191,12 @@ class Gateway:
             self._next_alive_s = now + ALIVE_INTERVAL_S
             self._link.send(LINK.encode(Alive()))
 
-    def _say_coming(self) -> None:
+    def _send_wake_up(self) -> None:
         """Wake an idle engine while the message is still being read; once is enough for one that does not answer."""
         is_idle = self._info is not None and self._info.state == "ready" and not len(self._table)
-        if self._spec.says_coming and is_idle and not self._has_said_coming:
-            self._has_said_coming = True
-            self._link.send(LINK.encode(Coming()))
+        if self._spec.sends_wake_up and is_idle and not self._has_sent_wake_up:
+            self._has_sent_wake_up = True
+            self._link.send(LINK.encode(WakeUp()))
 
     def _on_info(self, info: EngineInfo) -> None:
         self._info = info
@@ -215,7 +215,7 @@ class Gateway:
 
     def _on_outputs(self, outputs: Outputs) -> None:
         now = time.monotonic()
-        for at, sequence_id in enumerate(outputs.request_ids):
+        for at, sequence_id in enumerate(outputs.sequence_ids):
             found = self._table.by_sequence(sequence_id)
             if outputs.finish[at]:
                 self._quota.ended(sequence_id)
@@ -312,7 +312,7 @@ class Gateway:
         self._next_sequence += len(submits)
         request.prompt_tokens = accepted.prompt_tokens
         self._table.add(request)
-        choices = [self._choice(spec, at, each.request_id, each.stop_token_ids) for at, each in enumerate(submits)]
+        choices = [self._choice(spec, at, each.sequence_id, each.stop_token_ids) for at, each in enumerate(submits)]
         self._table.start(request, choices)
         if spec.session is not None:
             context = pack_context(request, accepted)

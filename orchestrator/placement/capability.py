@@ -2,7 +2,7 @@
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
-from mgpu.orchestrator.placement.options import Wish
+from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.protocol.model.placement import PlacementPlan
 
 FP8_CAPABILITY = (8, 9)
@@ -18,10 +18,10 @@ def device_without_fp8(machine: Machine, placement: PlacementPlan) -> DeviceInfo
     return None
 
 
-def check_capability(machine: Machine, placement: PlacementPlan, wish: Wish) -> None:
+def check_capability(machine: Machine, placement: PlacementPlan, options: LayoutOptions) -> None:
     """Refuse a float8 cache where plain torch would have to serve it, many times slower. PlacementError."""
     device = device_without_fp8(machine, placement)
-    if wish.kv_cache_dtype != "fp8" or device is None:
+    if options.kv_cache_dtype != "fp8" or device is None:
         return
     needed, has = (".".join(map(str, each)) for each in (FP8_CAPABILITY, device.capability or ()))
     raise PlacementError(

@@ -6,7 +6,7 @@ from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.capability import device_without_fp8
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.divisibility import compatible_sizes, split_problems
-from mgpu.orchestrator.placement.options import Wish
+from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.sizes import (
     CPU_POOL_BYTES,
     CPU_POOL_SHARE,
@@ -33,7 +33,7 @@ class Sizing:
     facts: ModelFacts
     machine: Machine
     placement: PlacementPlan
-    wish: Wish
+    options: LayoutOptions
     dtype_bytes: int
     kv_element_bytes: int
     nccl: bool
@@ -67,17 +67,17 @@ class RankRow:
         return self.weight_bytes + self.reserve_bytes + tokens * self.kv_token_bytes
 
 
-def device_budget(device: DeviceInfo, wish: Wish) -> int:
+def device_budget(device: DeviceInfo, options: LayoutOptions) -> int:
     """Give the bytes of a device that its worker may use: of a GPU, its share less what others hold already."""
-    share = int(device.total_bytes * wish.memory_fraction)
+    share = int(device.total_bytes * options.memory_fraction)
     if device.kind == "cpu":
         return min(share, device.free_bytes)
     return max(0, share - (device.total_bytes - device.free_bytes))
 
 
-def weight_capacity(device: DeviceInfo, wish: Wish) -> int:
+def weight_capacity(device: DeviceInfo, options: LayoutOptions) -> int:
     """Give what layers, embedding and KV cache may take of a device, to balance layers by."""
-    return device_budget(device, wish) - _fixed_bytes(device)
+    return device_budget(device, options) - _fixed_bytes(device)
 
 
 def rank_rows(sizing: Sizing) -> tuple[RankRow, ...]:
@@ -86,16 +86,16 @@ def rank_rows(sizing: Sizing) -> tuple[RankRow, ...]:
 
 
 def _row(sizing: Sizing, rank: int) -> RankRow:
-    facts, wish = sizing.facts, sizing.wish
+    facts, options = sizing.facts, sizing.options
     place = sizing.placement.place_of(rank)
     stage, device = sizing.placement.stages[place.stage_index], sizing.machine.devices[place.device]
-    weights = rank_weight_bytes(facts, sizing.placement, place, sizing.dtype_bytes, wish.quant)
+    weights = rank_weight_bytes(facts, sizing.placement, place, sizing.dtype_bytes, options.quant)
     reserve = _reserve_bytes(sizing, place)
-    budget = device_budget(device, wish)
+    budget = device_budget(device, options)
     per_token = kv_token_bytes(facts, stage.num_layers, place.tp_size, sizing.kv_element_bytes)
-    pool = wish.kv_memory or _pool_bytes(device, budget - weights - reserve)
+    pool = options.kv_memory or _pool_bytes(device, budget - weights - reserve)
     # More than all rows at full length is of no use.
-    most = wish.max_rows * _up_to_blocks((wish.max_seq_len or facts.max_position) + 1, wish)
+    most = options.max_rows * _up_to_blocks((options.max_seq_len or facts.max_position) + 1, options)
     return RankRow(
         rank=rank,
         device=device,
@@ -107,7 +107,7 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
         reserve_bytes=reserve,
         budget_bytes=budget,
         kv_token_bytes=per_token,
-        kv_tokens=min(_whole_blocks(pool // per_token, wish), most),
+        kv_tokens=min(_whole_blocks(pool // per_token, options), most),
     )
 
 
@@ -120,10 +120,10 @@ def _pool_bytes(device: DeviceInfo, left: int) -> int:
 
 def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
     last = place.stage_index == sizing.placement.num_stages - 1
-    wish, machine = sizing.wish, sizing.machine
-    tokens = batch_tokens(wish.max_batch_tokens, wish.max_rows, machine.kind, machine.least_bytes)
-    step = step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, wish.max_rows)
-    if wish.quant != "none":
+    options, machine = sizing.options, sizing.machine
+    tokens = batch_tokens(options.max_batch_tokens, options.max_rows, machine.kind, machine.least_bytes)
+    step = step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, options.max_rows)
+    if options.quant != "none":
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
         step += largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes)
     return step + _fixed_bytes(machine.devices[place.device]) + (NCCL_BYTES if sizing.nccl else 0)
@@ -133,21 +133,21 @@ def _fixed_bytes(device: DeviceInfo) -> int:
     return CUDA_FIXED_BYTES if device.kind == "cuda" else 0
 
 
-def _whole_blocks(tokens: int, wish: Wish) -> int:
-    return tokens // wish.block_size * wish.block_size
+def _whole_blocks(tokens: int, options: LayoutOptions) -> int:
+    return tokens // options.block_size * options.block_size
 
 
 def fit_tokens(sizing: Sizing, rows: tuple[RankRow, ...]) -> tuple[int, int]:
-    """Give the tokens of the KV pool and the longest request. PlacementError when the model or the wish does not fit.
+    """Give the tokens of the KV pool and the longest request. PlacementError when the model does not fit as asked.
 
-    Without a wished length, requests may be as long as the model and the pool allow.
+    Where no length was asked for, requests may be as long as the model and the pool allow.
     """
-    asked, context = sizing.wish.max_seq_len, sizing.facts.max_position
+    asked, context = sizing.options.max_seq_len, sizing.facts.max_position
     if asked is not None and not 1 <= asked <= context:
         raise PlacementError(f"--max-seq-len {asked}: the context of this model is 1 to {context} tokens")
-    least = _up_to_blocks(asked or min(LEAST_TOKENS, context), sizing.wish)
-    tight = max(rows, key=lambda row: row.needs(0) + sizing.wish.kv_memory - row.budget_bytes)
-    if tight.needs(0) + sizing.wish.kv_memory > tight.budget_bytes:
+    least = _up_to_blocks(asked or min(LEAST_TOKENS, context), sizing.options)
+    tight = max(rows, key=lambda row: row.needs(0) + sizing.options.kv_memory - row.budget_bytes)
+    if tight.needs(0) + sizing.options.kv_memory > tight.budget_bytes:
         raise _too_big(sizing, tight, least)
     tokens = min(row.kv_tokens for row in rows)
     if tokens < least:
@@ -155,14 +155,14 @@ def fit_tokens(sizing: Sizing, rows: tuple[RankRow, ...]) -> tuple[int, int]:
     return tokens, asked or min(context, tokens)
 
 
-def _up_to_blocks(tokens: int, wish: Wish) -> int:
-    return -(-tokens // wish.block_size) * wish.block_size
+def _up_to_blocks(tokens: int, options: LayoutOptions) -> int:
+    return -(-tokens // options.block_size) * options.block_size
 
 
 def _too_big(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
     """Say that weights alone, or with the asked KV memory, exceed a device."""
-    needed = row.needs(0) + sizing.wish.kv_memory
-    pool = f" + {gib(sizing.wish.kv_memory)} of --kv-memory" if sizing.wish.kv_memory else ""
+    needed = row.needs(0) + sizing.options.kv_memory
+    pool = f" + {gib(sizing.options.kv_memory)} of --kv-memory" if sizing.options.kv_memory else ""
     return PlacementError(
         f"the model does not fit: {_where(row)} has {gib(row.budget_bytes)} to use, and rank {row.rank} needs "
         f"{gib(needed)} ({gib(row.weight_bytes)} of weights + {gib(row.reserve_bytes)} to compute{pool}). "
@@ -172,21 +172,21 @@ def _too_big(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
 
 def _too_long(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
     """Say that the KV cache has no room for one request."""
-    asked = sizing.wish.max_seq_len
-    left = gib(sizing.wish.kv_memory or max(0, row.budget_bytes - row.needs(0)))
+    asked = sizing.options.max_seq_len
+    left = gib(sizing.options.kv_memory or max(0, row.budget_bytes - row.needs(0)))
     text = (
         f"{tokens} tokens of KV cache{f' (--max-seq-len {asked})' if asked else ''} do not fit: {_where(row)} has "
         f"{left} left beside {gib(row.weight_bytes)} of weights, which is {row.kv_tokens} tokens of "
         f"{row.kv_token_bytes / 1024:.1f} KiB; {gib(tokens * row.kv_token_bytes)} are needed. "
     )
     shorter = f"Use --max-seq-len {row.kv_tokens} or less. " if asked and row.kv_tokens else ""
-    out = "Raise --kv-memory, or leave it out" if sizing.wish.kv_memory else _ways_out(sizing, tokens)
+    out = "Raise --kv-memory, or leave it out" if sizing.options.kv_memory else _ways_out(sizing, tokens)
     return PlacementError(text + shorter + _narrower_cache(sizing, tokens) + out)
 
 
 def _narrower_cache(sizing: Sizing, tokens: int) -> str:
     """Name the float8 cache where it would hold so many tokens."""
-    if sizing.wish.kv_cache_dtype == "fp8" or device_without_fp8(sizing.machine, sizing.placement) is not None:
+    if sizing.options.kv_cache_dtype == "fp8" or device_without_fp8(sizing.machine, sizing.placement) is not None:
         return ""
     held = min(row.kv_tokens for row in rank_rows(replace(sizing, kv_element_bytes=1)))
     return f"--kv-cache-dtype fp8 would hold {held} tokens. " if held >= tokens else ""
@@ -200,7 +200,7 @@ def _where(row: RankRow) -> str:
 
 
 def _ways_out(sizing: Sizing, tokens: int) -> str:
-    if sizing.wish.kv_memory:
+    if sizing.options.kv_memory:
         return "Lower --kv-memory, or leave it out"
     if sizing.machine.kind == "cpu":
         half = "" if sizing.dtype_bytes == 2 else "; --dtype bfloat16 halves that"
@@ -216,10 +216,10 @@ def _ways_out(sizing: Sizing, tokens: int) -> str:
 def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:
     """Find the mildest quantization with which the placement fits."""
     others: dict[Quant, tuple[Quant, ...]] = {"none": ("8", "4"), "8": ("4",), "fp8": ("4",), "4": ()}
-    for quant in others[sizing.wish.quant]:
+    for quant in others[sizing.options.quant]:
         if any(split_problems(sizing.facts, len(stage.devices), quant) for stage in sizing.placement.stages):
             continue
-        rows = rank_rows(replace(sizing, wish=replace(sizing.wish, quant=quant)))
+        rows = rank_rows(replace(sizing, options=replace(sizing.options, quant=quant)))
         if all(row.needs(tokens) <= row.budget_bytes for row in rows):
             return quant
     return None
@@ -228,8 +228,8 @@ def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:
 def _size_that_fits(sizing: Sizing, tokens: int) -> int | None:
     """Find the smallest tensor-parallel size whose ranks fit the smallest of the devices in use."""
     used = [sizing.machine.devices[device] for stage in sizing.placement.stages for device in stage.devices]
-    smallest = min(used, key=lambda device: device_budget(device, sizing.wish))
-    for size in compatible_sizes(sizing.facts, sizing.wish.quant):
+    smallest = min(used, key=lambda device: device_budget(device, sizing.options))
+    for size in compatible_sizes(sizing.facts, sizing.options.quant):
         placement = PlacementPlan((Stage(0, sizing.facts.num_layers, tuple(range(size))),))
         machine = replace(sizing.machine, devices=(smallest,) * size)
         row = _row(replace(sizing, machine=machine, placement=placement, nccl=size > 1), 0)

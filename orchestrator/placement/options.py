@@ -11,7 +11,7 @@ share more of prompts that begin alike."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class LayoutOptions:
     """Flags that decide the layout; None where nothing was asked."""
 
     tp: int | None = None
@@ -33,13 +33,13 @@ class Wish:
     kv_cache_dtype: KvCacheDtype = "auto"
 
 
-def implied_workers(wish: Wish) -> int | None:
-    """Give how many workers the wish itself speaks of, for machines that can have any number; None: no number."""
-    if wish.tp is not None:
-        return wish.tp
+def implied_workers(options: LayoutOptions) -> int | None:
+    """Give how many workers the options itself speaks of, for machines that can have any number; None: no number."""
+    if options.tp is not None:
+        return options.tp
     ordinals = [
         int(part)
-        for pair in (wish.device_layers or "").split(";")
+        for pair in (options.device_layers or "").split(";")
         for part in pair.split(":")[0].split("+")
         if part.strip().isdecimal() and len(part.strip()) <= 6
     ]

@@ -8,13 +8,13 @@ from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, selectors
 from mgpu.orchestrator.placement.divisibility import compatible_sizes, listed, split_problems, without_groups
 from mgpu.orchestrator.placement.fit import RankRow, Sizing, fit_tokens, rank_rows, weight_capacity
 from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map
-from mgpu.orchestrator.placement.options import BLOCK_SIZE, Wish
+from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions
 from mgpu.orchestrator.placement.sizes import edge_elements, layer_bytes
 from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.placement import Mode, PlacementPlan, Stage, Transport
 from mgpu.protocol.model.quantization import Quant
 
-__all__ = ["Plan", "RankRow", "Wish", "plan"]
+__all__ = ["LayoutOptions", "Plan", "RankRow", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +66,19 @@ class _Choice:
     reason: str
 
 
-def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
+def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     """Choose stages, transports and sizes. PlacementError, with the numbers and what to type, when it cannot be."""
-    wish = replace(wish, block_size=wish.block_size or BLOCK_SIZE[machine.kind])
-    choice = _choose(facts, machine, wish)
+    options = replace(options, block_size=options.block_size or BLOCK_SIZE[machine.kind])
+    choice = _choose(facts, machine, options)
     placement = choice.placement
-    check_capability(machine, placement, wish)
+    check_capability(machine, placement, options)
     mode = _mode(placement, machine)
-    dtype = _dtype(machine, wish)
+    dtype = _dtype(machine, options)
     transport, stage_transport = _transports(placement, machine)
     staged = staged_ranks(placement, machine) if stage_transport in ("peer", "pinned") else ()
     nccl = "nccl" in (transport, stage_transport)
-    kv_bytes = kv_element_bytes(wish.kv_cache_dtype, dtype)
-    sizing = Sizing(facts, machine, placement, wish, DTYPE_BYTES[dtype], kv_bytes, nccl)
+    kv_bytes = kv_element_bytes(options.kv_cache_dtype, dtype)
+    sizing = Sizing(facts, machine, placement, options, DTYPE_BYTES[dtype], kv_bytes, nccl)
     rows = rank_rows(sizing)
     kv_tokens, max_seq_len = fit_tokens(sizing, rows)
     return Plan(
@@ -91,12 +91,12 @@ def plan(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan:
         stage_transport=stage_transport,
         staged=staged,
         dtype=dtype,
-        quant=wish.quant,
-        kv_cache_dtype=wish.kv_cache_dtype,
+        quant=options.quant,
+        kv_cache_dtype=options.kv_cache_dtype,
         rows=rows,
         kv_tokens=kv_tokens,
         max_seq_len=max_seq_len,
-        kv_memory=wish.kv_memory,
+        kv_memory=options.kv_memory,
         notes=(*machine.notes, *_notes(machine, placement, transport, staged, rows)),
     )
 
@@ -114,28 +114,28 @@ def _on_real_devices(placement: PlacementPlan, machine: Machine) -> PlacementPla
     )
 
 
-def _dtype(machine: Machine, wish: Wish) -> Dtype:
-    return wish.dtype or ("bfloat16" if machine.kind == "cuda" else "float32")
+def _dtype(machine: Machine, options: LayoutOptions) -> Dtype:
+    return options.dtype or ("bfloat16" if machine.kind == "cuda" else "float32")
 
 
-def _choose(facts: ModelFacts, machine: Machine, wish: Wish) -> _Choice:
+def _choose(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> _Choice:
     """Apply the selection table of the documentation: a typed map, a typed size, else by what is visible."""
-    if wish.device_layers is not None:
-        return _choose_map(facts, machine, wish, wish.device_layers)
-    if wish.tp is not None:
-        return _choose_size(facts, machine, wish, wish.tp)
+    if options.device_layers is not None:
+        return _choose_map(facts, machine, options, options.device_layers)
+    if options.tp is not None:
+        return _choose_size(facts, machine, options, options.tp)
     count = len(machine.devices)
     if count == 1:
         return _Choice(_one_stage(facts, 1), "one CPU worker" if machine.kind == "cpu" else "one GPU is visible")
     if machine.kind == "cuda" and not machine.nccl:
-        return _choose_balanced(facts, machine, wish, machine.nccl_problem)
-    sizes = compatible_sizes(facts, wish.quant)
+        return _choose_balanced(facts, machine, options, machine.nccl_problem)
+    sizes = compatible_sizes(facts, options.quant)
     if sizes == (1,):
         cause = f"{facts.num_q_heads} query heads" if compatible_sizes(facts) == (1,) else "int4 groups would be cut"
         reason = f"the model has no tensor-parallel size above 1 ({cause})"
-        return _choose_balanced(facts, machine, wish, reason)
+        return _choose_balanced(facts, machine, options, reason)
     if count not in sizes:
-        raise _split_error(facts, machine, wish, count, f"{count} {_noun(machine, count)}")
+        raise _split_error(facts, machine, options, count, f"{count} {_noun(machine, count)}")
     return _Choice(_one_stage(facts, count), _split_reason(facts, machine, count))
 
 
@@ -154,41 +154,43 @@ def _split_reason(facts: ModelFacts, machine: Machine, size: int) -> str:
     return f"{usable}{parts} split over {size}"
 
 
-def _choose_map(facts: ModelFacts, machine: Machine, wish: Wish, text: str) -> _Choice:
-    if wish.tp is not None:
+def _choose_map(facts: ModelFacts, machine: Machine, options: LayoutOptions, text: str) -> _Choice:
+    if options.tp is not None:
         raise PlacementError(
-            f'-n "{text}" and --tp {wish.tp} contradict each other: a layer map already says which devices are used. '
-            f'Drop one of them, or write a hybrid such as -n "0+1:{facts.num_layers}"'
+            f'-n "{text}" and --tp {options.tp} contradict each other: a layer map already says which devices are '
+            f'used. Drop one of them, or write a hybrid such as -n "0+1:{facts.num_layers}"'
         )
-    placement = parse_layer_map(text, facts, len(machine.devices), _noun(machine, 1), wish.quant)
+    placement = parse_layer_map(text, facts, len(machine.devices), _noun(machine, 1), options.quant)
     return _Choice(placement, f'-n "{text}"')
 
 
-def _choose_size(facts: ModelFacts, machine: Machine, wish: Wish, size: int) -> _Choice:
+def _choose_size(facts: ModelFacts, machine: Machine, options: LayoutOptions, size: int) -> _Choice:
     count = len(machine.devices)
     if not 1 <= size <= count:
         more = f"--workers {size}" if machine.kind == "cpu" else "CUDA_VISIBLE_DEVICES with more of them"
-        best = max(fitting for fitting in compatible_sizes(facts, wish.quant) if fitting <= count)
+        best = max(fitting for fitting in compatible_sizes(facts, options.quant) if fitting <= count)
         way_out = f"use --tp {best}" + (f", or {more}" if size > count else "")
         raise PlacementError(
             f"--tp {size}: {count} {_noun(machine, count)} can be used; {way_out} "
-            f"(compatible sizes: {listed(compatible_sizes(facts, wish.quant))})"
+            f"(compatible sizes: {listed(compatible_sizes(facts, options.quant))})"
         )
-    if size not in compatible_sizes(facts, wish.quant):
-        raise _split_error(facts, machine, wish, size, f"--tp {size}: {size} {_noun(machine, size)}")
+    if size not in compatible_sizes(facts, options.quant):
+        raise _split_error(facts, machine, options, size, f"--tp {size}: {size} {_noun(machine, size)}")
     return _Choice(_one_stage(facts, size), f"--tp {size}")
 
 
-def _split_error(facts: ModelFacts, machine: Machine, wish: Wish, size: int, subject: str) -> PlacementError:
-    sizes = compatible_sizes(facts, wish.quant)
+def _split_error(
+    facts: ModelFacts, machine: Machine, options: LayoutOptions, size: int, subject: str
+) -> PlacementError:
+    sizes = compatible_sizes(facts, options.quant)
     best = max(fitting for fitting in sizes if fitting <= size)
     text = (
-        f"{subject} cannot split this model: {'; '.join(split_problems(facts, size, wish.quant))}. "
+        f"{subject} cannot split this model: {'; '.join(split_problems(facts, size, options.quant))}. "
         f"Compatible sizes: {listed(sizes)}. Use {_first(machine, best)} (or --tp {best})"
     )
     if 2 <= size <= facts.num_layers:
         text += f', or give each its own layers: -n "{map_text(even_stages(facts.num_layers, range(size)))}"'
-    return PlacementError(text + without_groups(facts, size, wish.quant))
+    return PlacementError(text + without_groups(facts, size, options.quant))
 
 
 def _first(machine: Machine, count: int) -> str:
@@ -198,7 +200,7 @@ def _first(machine: Machine, count: int) -> str:
     return f"CUDA_VISIBLE_DEVICES={selectors(machine.devices[:count])}"
 
 
-def _choose_balanced(facts: ModelFacts, machine: Machine, wish: Wish, reason: str) -> _Choice:
+def _choose_balanced(facts: ModelFacts, machine: Machine, options: LayoutOptions, reason: str) -> _Choice:
     count, layers = len(machine.devices), facts.num_layers
     if count > layers:
         raise PlacementError(
@@ -206,12 +208,12 @@ def _choose_balanced(facts: ModelFacts, machine: Machine, wish: Wish, reason: st
             f"Use at most {layers}: {_first(machine, layers)}"
         )
     edges = [edge_elements(facts, 1, i == 0, i == count - 1) for i in range(count)]
-    dtype_bytes = DTYPE_BYTES[_dtype(machine, wish)]
+    dtype_bytes = DTYPE_BYTES[_dtype(machine, options)]
     placement = balanced_stages(
         layers,
         range(count),
-        [weight_capacity(device, wish) for device in machine.devices],
-        layer_bytes(facts, 1, dtype_bytes, wish.quant),
+        [weight_capacity(device, options) for device in machine.devices],
+        layer_bytes(facts, 1, dtype_bytes, options.quant),
         [elements * dtype_bytes for elements in edges],
     )
     return _Choice(placement, reason)

@@ -45,14 +45,16 @@ FAREWELL_S = 0.5
 class GatewayLost(Exception):
     """The gateway process failed, died or got stuck."""
 
-    def __init__(self, message: str, traceback: str = "", by_clients: bool = False, is_mistake: bool = False) -> None:
-        """``by_clients``: they brought it about, and can again as often as they like.
+    def __init__(
+        self, message: str, traceback: str = "", caused_by_clients: bool = False, is_mistake: bool = False
+    ) -> None:
+        """``caused_by_clients``: they brought it about, and can again as often as they like.
 
         ``is_mistake``: the user can mend it, and only the user.
         """
         super().__init__(f"the gateway failed: {message}")
         self.traceback = traceback
-        self.by_clients = by_clients
+        self.caused_by_clients = caused_by_clients
         self.is_mistake = is_mistake
 
 
@@ -97,7 +99,7 @@ class GatewayLink:
             keys=config.keys,
             limits=config.client_limits,
             memory_bytes=config.gateway_memory_bytes,
-            says_coming=config.spin_s > 0,
+            sends_wake_up=config.spin_s > 0,
         )
         self.known_state, self._first_state = "", "" if info is None else info.state
         self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)
@@ -144,7 +146,7 @@ class GatewayLink:
             if isinstance(message, Alive):
                 continue
             if isinstance(message, GatewayFailure):
-                raise GatewayLost(message.message, message.traceback, message.by_clients, message.is_mistake)
+                raise GatewayLost(message.message, message.traceback, message.caused_by_clients, message.is_mistake)
             if isinstance(message, GatewayReady):
                 self.endpoint, self.is_ready, self.known_state = message.endpoint, True, self._first_state
                 self._tell_reload()

@@ -19,11 +19,11 @@ class Outbox:
         finish: str = "",
         error: str = "",
     ) -> None:
-        self.add_plain(seq.request_id, token_ids, logprobs, finish, error, seq.cached_tokens)
+        self.add_plain(seq.sequence_id, token_ids, logprobs, finish, error, seq.cached_tokens)
 
     def add_plain(
         self,
-        request_id: int,
+        sequence_id: int,
         token_ids: list[int],
         logprobs: list[TokenLogprobs],
         finish: str,
@@ -31,21 +31,21 @@ class Outbox:
         cached_tokens: int,
     ) -> None:
         columns = self._columns
-        columns.request_ids.append(request_id)
+        columns.sequence_ids.append(sequence_id)
         columns.token_ids.append(token_ids)
         columns.logprobs.append(logprobs)
         columns.finish.append(finish)
         columns.errors.append(error)
         columns.cached_tokens.append(cached_tokens)
 
-    def refuse(self, request_id: int, error: str) -> None:
+    def refuse(self, sequence_id: int, error: str) -> None:
         """End a request that never became a sequence."""
-        self.add_plain(request_id, [], [], "error", error, 0)
+        self.add_plain(sequence_id, [], [], "error", error, 0)
 
     def add_tokens(self, seqs: list[Sequence], token_ids: list[int], finish: list[str]) -> None:
         """Add one token to each of many sequences that did not ask for logprobs."""
         columns = self._columns
-        columns.request_ids.extend([seq.request_id for seq in seqs])
+        columns.sequence_ids.extend([seq.sequence_id for seq in seqs])
         columns.token_ids.extend([[token] for token in token_ids])
         columns.logprobs.extend([[] for _ in seqs])
         columns.finish.extend(finish)
@@ -55,7 +55,7 @@ class Outbox:
     def take(self) -> Outputs | None:
         """Hand over what was collected; None when there is nothing to tell."""
         columns = self._columns
-        if not columns.request_ids:
+        if not columns.sequence_ids:
             return None
         self._columns = Outputs([], [], [], [], [], [])
         return columns

@@ -76,9 +76,9 @@ class Scheduler:
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
-    def find(self, request_id: int) -> Sequence | None:
+    def find(self, sequence_id: int) -> Sequence | None:
         """Give a live request."""
-        return self._live.get(request_id)
+        return self._live.get(sequence_id)
 
     def live_ids(self) -> list[int]:
         return list(self._live)
@@ -91,25 +91,25 @@ class Scheduler:
 
     def submit(self, submit: Submit) -> None:
         """Queue a request; one that can never run is answered with an error now."""
-        if submit.request_id in self._live:
+        if submit.sequence_id in self._live:
             return  # its one ending must stay one; the gateway never reuses an id
         try:
             seq = checked_sequence(submit, self._arrivals, self.limits)
         except RequestRefused as refusal:
-            self._outbox.refuse(submit.request_id, str(refusal))
+            self._outbox.refuse(submit.sequence_id, str(refusal))
             return
         self._arrivals += 1
-        self._live[seq.request_id] = seq
+        self._live[seq.sequence_id] = seq
         self._waiting.join(seq)
 
-    def refuse(self, request_id: int, error: str) -> None:
+    def refuse(self, sequence_id: int, error: str) -> None:
         """Answer a request that will not be queued, with its one ending."""
-        if request_id not in self._live:
-            self._outbox.refuse(request_id, error)
+        if sequence_id not in self._live:
+            self._outbox.refuse(sequence_id, error)
 
-    def cancel(self, request_id: int, reason: str) -> None:
+    def cancel(self, sequence_id: int, reason: str) -> None:
         """End a request now, wherever it stands; unknown ids are ignored."""
-        seq = self._live.get(request_id)
+        seq = self._live.get(sequence_id)
         if seq is not None:
             self._finish(seq)
             self._outbox.add(seq, [], [], reason)
@@ -296,7 +296,7 @@ class Scheduler:
             self.counters.prefix_hit_tokens += seq.num_computed
         self._waiting.take_first()
         seq.row = self._free_rows.pop()
-        self._admitted[seq.request_id] = seq
+        self._admitted[seq.sequence_id] = seq
         self._trial.begin(seq)
         return seq
 
@@ -309,7 +309,7 @@ class Scheduler:
 
     def _finish(self, seq: Sequence) -> None:
         seq.finished = True
-        del self._live[seq.request_id]
+        del self._live[seq.sequence_id]
         self.counters.finished += 1
         self._waiting.end(seq)
         if seq.row >= 0:
@@ -322,7 +322,7 @@ class Scheduler:
             self._prefilling.remove(seq)
         self.blocks.release(seq)
         self._trial.end(seq)
-        del self._admitted[seq.request_id]
+        del self._admitted[seq.sequence_id]
         self._rows_to_free.append(seq.row)
         # The row is not given away while a token for it is under way: it would land in the next owner's row.
         self._leaving.append((self._next_step - 1, seq.row, seq))

@@ -21,7 +21,7 @@ class Sequence:
     ``sampling.seed`` and its position only.
     """
 
-    request_id: int
+    sequence_id: int
     tokens: "array[int]"
     """Prompt, then every emitted token."""
     prompt_len: int
@@ -67,7 +67,7 @@ class Sequence:
     def from_submit(cls, submit: Submit, arrival: int, max_len: int) -> "Sequence":
         tokens = int32_array(submit.token_ids)
         return cls(
-            request_id=submit.request_id,
+            sequence_id=submit.sequence_id,
             tokens=tokens,
             prompt_len=len(tokens),
             max_len=max_len,

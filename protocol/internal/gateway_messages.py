@@ -42,8 +42,8 @@ class GatewaySpec:
     limits: ClientLimits = field(default_factory=ClientLimits)
     memory_bytes: int = 0
     """What the process may grow by; 0: what the limits need."""
-    says_coming: bool = False
-    """Whether the engine wants to hear `Coming`."""
+    sends_wake_up: bool = False
+    """Whether the engine wants to hear `WakeUp`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class GatewayReady:
 class GatewayFailure:
     message: str
     traceback: str
-    by_clients: bool = False
+    caused_by_clients: bool = False
     """Clients have brought it about, and may again: it must not count as a failure of ours."""
     is_mistake: bool = False
     """The model's files are at fault: starting again will not help."""
@@ -87,7 +87,7 @@ class StateKnown:
 class Submit:
     """One sequence to generate. The gateway has checked every number and expanded ``n``."""
 
-    request_id: int
+    sequence_id: int
     """Chosen by the gateway, never reused."""
     token_ids: bytes
     """Little-endian int32, at least one token."""
@@ -137,7 +137,7 @@ class Resume:
 class SequenceRecord:
     """One sequence so far, or a portion of that."""
 
-    request_id: int
+    sequence_id: int
     """The gateway's number, as in `Submit`."""
     stop_token_ids: list[int]
     num_tokens: int
@@ -166,7 +166,7 @@ class Resumed:
 class Cancel:
     """Drop a sequence; ``reason`` becomes its finish reason. An unknown id is ignored."""
 
-    request_id: int
+    sequence_id: int
     reason: str
     """cancelled, or stop when the gateway found a stop string."""
 
@@ -192,7 +192,7 @@ class Outputs:
     gets exactly one non-empty ``finish``.
     """
 
-    request_ids: list[int]
+    sequence_ids: list[int]
     token_ids: list[list[int]]
     logprobs: list[list[TokenLogprobs]]
     """Per sequence, parallel to its new tokens; empty when not asked for."""
@@ -218,7 +218,7 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
-class Coming:
+class WakeUp:
     """From the gateway: a client has sent something while nothing runs. Waking up and reading it overlap."""
 
 
@@ -246,5 +246,5 @@ LINK = Codec(
     Ping,
     Alive,
     StateKnown,
-    Coming,
+    WakeUp,
 )

@@ -201,7 +201,7 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
-class StayAwake:
+class StaySpinning:
     """A step may be about to come: look for it for a moment without sleeping."""
 
     epoch: int
@@ -231,7 +231,7 @@ CONTROL = Codec(
     Ready,
     StepPlan,
     StepResult,
-    StayAwake,
+    StaySpinning,
     Shutdown,
     WorkerFailure,
 )

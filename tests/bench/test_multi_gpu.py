@@ -11,7 +11,7 @@ from bench.multi_gpu.report import Report
 from bench.multi_gpu.tokens import Case, cases
 from harness.machines import FakeGpu, FakeNvml
 from mgpu.orchestrator.placement.devices import Machine, find_machine
-from mgpu.orchestrator.placement.planner import Plan, Wish, plan
+from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 MODELS = {"own KV heads": TINY, "2 KV heads": TINY_FEW_KV}
@@ -23,11 +23,11 @@ def driver(count: int) -> FakeNvml:
 
 def planned(case: Case, machine: Machine, folder: Path) -> Plan:
     """Plan a case as its command would, on the devices that it sees."""
-    options = dict(zip(case.arguments[::2], case.arguments[1::2], strict=True))
-    tp = int(options["--tp"]) if "--tp" in options else None
-    wish = Wish(tp=tp, device_layers=options.get("-n"), dtype="float32", max_seq_len=1024, kv_memory=64 << 20)
+    typed = dict(zip(case.arguments[::2], case.arguments[1::2], strict=True))
+    tp = int(typed["--tp"]) if "--tp" in typed else None
+    options = LayoutOptions(tp=tp, device_layers=typed.get("-n"), dtype="float32", max_seq_len=1024, kv_memory=64 << 20)
     facts = read_checkpoint(write_config(folder, MODELS[case.model]), "dummy").facts
-    return plan(facts, machine, wish)
+    return plan(facts, machine, options)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])

@@ -27,7 +27,7 @@ from mgpu.protocol.internal.worker_messages import (
     LoadProgress,
     Ready,
     Shutdown,
-    StayAwake,
+    StaySpinning,
     StepPlan,
     StepResult,
     TokenLogprobs,
@@ -111,7 +111,7 @@ class FakeWorker:
         self.send(Ready(spec.epoch, RANK, phases, 100, [f"note of rank {RANK}"]))
         self.phase = "steps"
         while not isinstance(message := CONTROL.decode(self.socket.recv()), Shutdown):
-            if isinstance(message, StayAwake):
+            if isinstance(message, StaySpinning):
                 print(f"worker {RANK} stays awake", file=sys.stderr, flush=True)
             else:
                 self.step(message)

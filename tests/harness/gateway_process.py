@@ -186,9 +186,9 @@ class FakeEngine:
                 self.portions += 1
             elif isinstance(message, Cancel):
                 self.cancels.append(message)
-                if (running := self._running.pop(message.request_id, None)) is not None:
+                if (running := self._running.pop(message.sequence_id, None)) is not None:
                     running.record.finish = message.reason
-                    self._send(link, Outputs([message.request_id], [[]], [[]], [message.reason], [""], [0]))
+                    self._send(link, Outputs([message.sequence_id], [[]], [[]], [message.reason], [""], [0]))
             elif isinstance(message, StatsQuery):
                 if self.answers_stats:
                     self._send(link, StatsReply(message.query_id, {"running": float(len(self._running))}))
@@ -202,14 +202,14 @@ class FakeEngine:
     def _begin(self, message: Submit | Resumable) -> None:
         submits = [message] if isinstance(message, Submit) else message.submits
         records = [
-            SequenceRecord(each.request_id, each.stop_token_ids, 0, b"", b"", each.sampling.num_logprobs, "", "", 3)
+            SequenceRecord(each.sequence_id, each.stop_token_ids, 0, b"", b"", each.sampling.num_logprobs, "", "", 3)
             for each in submits
         ]
         if isinstance(message, Resumable):
             self._records[message.session, message.request_id] = (message.context, records)
         for submit, record in zip(submits, records, strict=True):
             self.submits.append(submit)
-            self._running[submit.request_id] = _Running(submit, self.script(submit), record)
+            self._running[submit.sequence_id] = _Running(submit, self.script(submit), record)
 
     def _send(self, link: "zmq.Socket[bytes]", message: object) -> None:
         with contextlib.suppress(zmq.Again):  # a gateway that is gone takes nothing
@@ -217,7 +217,7 @@ class FakeEngine:
 
     def _step(self) -> Outputs:
         outputs = Outputs([], [], [], [], [], [])
-        for request_id, running in list(self._running.items()):
+        for sequence_id, running in list(self._running.items()):
             token, submit = next(running.tokens), running.submit
             running.count += 1
             finish = (
@@ -226,7 +226,7 @@ class FakeEngine:
             finish = "error" if self.error else finish
             count = submit.sampling.num_logprobs
             logprob = TokenLogprobs(-0.5, list(range(count)), [-1.0 - at for at in range(count)])
-            outputs.request_ids.append(request_id)
+            outputs.sequence_ids.append(sequence_id)
             outputs.token_ids.append([token])
             outputs.logprobs.append([logprob] if count >= 0 else [])
             outputs.finish.append(finish)
@@ -237,7 +237,7 @@ class FakeEngine:
             running.record.logprobs += LogprobPacking(count).pack([logprob]) if count >= 0 else b""
             running.record.finish, running.record.error = finish, self.error
             if finish:
-                del self._running[request_id]
+                del self._running[sequence_id]
         return outputs
 
 

@@ -26,7 +26,6 @@ from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import (
     LINK,
     Cancel,
-    Coming,
     EngineInfo,
     Outputs,
     Reload,
@@ -36,6 +35,7 @@ from mgpu.protocol.internal.gateway_messages import (
     StatsQuery,
     StatsReply,
     Submit,
+    WakeUp,
 )
 from mgpu.protocol.internal.worker_messages import RowSampling
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
@@ -123,11 +123,11 @@ class ServerProcess:
     def log(self) -> str:
         return self.log_path.read_text()
 
-    def submit(self, request_id: int, prompt: list[int], max_tokens: int, stop_ids: tuple[int, ...] = ()) -> None:
+    def submit(self, sequence_id: int, prompt: list[int], max_tokens: int, stop_ids: tuple[int, ...] = ()) -> None:
         ids = array("i", prompt).tobytes()
-        self.send(Submit(request_id, ids, max_tokens, list(stop_ids), RowSampling(), b"", 0))
+        self.send(Submit(sequence_id, ids, max_tokens, list(stop_ids), RowSampling(), b"", 0))
 
-    def send(self, message: Submit | Resumable | Resume | Cancel | Coming | StatsQuery) -> None:
+    def send(self, message: Submit | Resumable | Resume | Cancel | WakeUp | StatsQuery) -> None:
         self.socket.send(LINK.encode(message))
 
     def wait_for(self, done: Callable[[], bool]) -> None:
@@ -191,13 +191,13 @@ class ServerProcess:
         elif isinstance(message, Reload):
             self.reloads.append(message)
         elif isinstance(message, Outputs):
-            columns = (message.request_ids, message.token_ids, message.finish, message.errors)
-            for request_id, tokens, finish, error in zip(*columns, strict=True):
-                assert request_id not in self.finish, "an output after the ending"
-                self.tokens.setdefault(request_id, []).extend(tokens)
+            columns = (message.sequence_ids, message.token_ids, message.finish, message.errors)
+            for sequence_id, tokens, finish, error in zip(*columns, strict=True):
+                assert sequence_id not in self.finish, "an output after the ending"
+                self.tokens.setdefault(sequence_id, []).extend(tokens)
                 if finish:
-                    self.finish[request_id] = finish
-                    self.errors[request_id] = error
+                    self.finish[sequence_id] = finish
+                    self.errors[sequence_id] = error
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mgpu.protocol.internal.worker_messages import Shutdown, StayAwake, StepPlan, StepResult
+from mgpu.protocol.internal.worker_messages import Shutdown, StaySpinning, StepPlan, StepResult
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.sampling.sampler import Sampled
@@ -111,7 +111,7 @@ class StepLoop:
         while True:
             busy = bool(self._in_flight) or (self._on_gpu and time.monotonic() - began_s < _SPIN_S)
             order = self._control.receive(0 if busy else _PARK_MS)
-            if isinstance(order, StayAwake):
+            if isinstance(order, StaySpinning):
                 began_s = time.monotonic()
             elif order is not None:
                 return order

@@ -67,7 +67,7 @@ def admit(
     accepted = Accepted(request.id, spec.model_name, len(ids), max_tokens, seed)
     return accepted, [
         Submit(
-            request_id=first_sequence + index,
+            sequence_id=first_sequence + index,
             token_ids=prompt,
             max_tokens=max_tokens,
             stop_token_ids=stop_ids,

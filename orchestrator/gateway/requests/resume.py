@@ -208,7 +208,7 @@ class Resumption:
         """Take a request in at its first portion, and tell its client."""
         request, accepted = restored_request(client, message, record.context, time.monotonic())
         choices = [
-            self._make_choice(request.spec, index, each.request_id, each.stop_token_ids)
+            self._make_choice(request.spec, index, each.sequence_id, each.stop_token_ids)
             for index, each in enumerate(record.sequences)
         ]
         older = self._table.by_session(message.session, message.id)
@@ -218,9 +218,9 @@ class Resumption:
         self._table.start(request, choices)
         for sequence in record.sequences:
             if sequence.finish:
-                self._table.quota.ended(sequence.request_id)
+                self._table.quota.ended(sequence.sequence_id)
             elif sequence.num_tokens:
-                self._table.quota.begun(sequence.request_id)
+                self._table.quota.begun(sequence.sequence_id)
         self._send(client, Resumed(request.id, list(message.offsets)))
         self._send(client, accepted)
         return CatchUp(request, message.offsets)
@@ -257,4 +257,4 @@ class Resumption:
 
 def _running(record: Answer) -> list[int]:
     """Give the sequences that have not ended."""
-    return [each.request_id for each in record.sequences if not each.finish]
+    return [each.sequence_id for each in record.sequences if not each.finish]

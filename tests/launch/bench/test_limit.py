@@ -9,7 +9,7 @@ from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth, weight_byt
 from mgpu.launch.bench.shapes import LLAMA_8B, SMOLLM2_135M, Config, write_config
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.devices import described_machine, find_machine
-from mgpu.orchestrator.placement.planner import Wish, plan
+from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.facts import ModelFacts
 
@@ -20,7 +20,10 @@ def facts_of(config: Config, folder: Path) -> ModelFacts:
 
 def test_the_8b_in_bf16_can_decode_286_tokens_a_second_at_4_3_tb_per_s(tmp_path: Path) -> None:
     facts, machine = facts_of(LLAMA_8B, tmp_path), described_machine("141GiB")
-    limit, narrow = (limit_of(plan(facts, machine, wish), 4.3e12) for wish in (Wish(), Wish(kv_cache_dtype="fp8")))
+    limit, narrow = (
+        limit_of(plan(facts, machine, options), 4.3e12)
+        for options in (LayoutOptions(), LayoutOptions(kv_cache_dtype="fp8"))
+    )
     assert (limit.kv_token_bytes, narrow.kv_token_bytes) == (128 << 10, 64 << 10)
     assert round(limit.tokens_per_s(1, 128) or 0) == 286
     assert round((limit.tokens_per_s(256, 1024) or 0) / 100) == 223
@@ -34,7 +37,9 @@ def test_a_tied_head_is_read_although_the_embedding_is_not(tmp_path: Path) -> No
 
 def test_quantized_weights_count_in_their_type_and_the_head_in_that_of_the_model(tmp_path: Path) -> None:
     facts = facts_of(LLAMA_8B, tmp_path)
-    eight, four = (limit_of(plan(facts, described_machine("141GiB"), Wish(quant=q)), 4.3e12) for q in ("fp8", "4"))
+    eight, four = (
+        limit_of(plan(facts, described_machine("141GiB"), LayoutOptions(quant=q)), 4.3e12) for q in ("fp8", "4")
+    )
     assert round(eight.tokens_per_s(1, 128) or 0) == 534
     assert eight.kv_token_bytes == 128 << 10
     assert round(four.tokens_per_s(1, 128) or 0) == 792  # scale and offset of every group of 32 included
@@ -42,9 +47,9 @@ def test_quantized_weights_count_in_their_type_and_the_head_in_that_of_the_model
 
 def test_gpus_of_a_stage_read_side_by_side_and_cpu_workers_share_the_memory(tmp_path: Path) -> None:
     facts = facts_of(LLAMA_8B, tmp_path)
-    assert limit_of(plan(facts, described_machine("4"), Wish()), 1e12).bytes_per_s == 4e12
+    assert limit_of(plan(facts, described_machine("4"), LayoutOptions()), 1e12).bytes_per_s == 4e12
     small = facts_of(SMOLLM2_135M, tmp_path)
-    on_cpu = plan(small, find_machine("cpu", 3), Wish(max_seq_len=512, kv_memory=64 << 20))
+    on_cpu = plan(small, find_machine("cpu", 3), LayoutOptions(max_seq_len=512, kv_memory=64 << 20))
     assert limit_of(on_cpu, 1e10).bytes_per_s == 1e10
 
 

@@ -14,7 +14,7 @@ import pytest
 from harness.fake_model import solo_tokens
 from harness.server_process import ServerProcess, running_server
 from mgpu.orchestrator.engine.engine import PARK_S
-from mgpu.protocol.internal.gateway_messages import LINK, Cancel, Coming, Outputs, StatsQuery, Submit
+from mgpu.protocol.internal.gateway_messages import LINK, Cancel, Outputs, StatsQuery, Submit, WakeUp
 from mgpu.protocol.internal.worker_messages import RowSampling
 
 
@@ -40,10 +40,10 @@ def serving(options: dict[str, object]) -> Iterator[ServerProcess]:
     shutil.rmtree(folder)
 
 
-def check_still_serves(server: ServerProcess, request_id: int) -> None:
-    server.submit(request_id, [1, 2, 3], 5)
-    server.wait_for(lambda: request_id in server.finish)
-    assert server.tokens[request_id] == solo_tokens([1, 2, 3], 5)
+def check_still_serves(server: ServerProcess, sequence_id: int) -> None:
+    server.submit(sequence_id, [1, 2, 3], 5)
+    server.wait_for(lambda: sequence_id in server.finish)
+    assert server.tokens[sequence_id] == solo_tokens([1, 2, 3], 5)
 
 
 @pytest.mark.parametrize(
@@ -61,19 +61,19 @@ def check_still_serves(server: ServerProcess, request_id: int) -> None:
 def test_a_request_that_cannot_run_is_refused_and_the_next_is_served(
     server: ServerProcess, data: bytes, max_tokens: int, error: str
 ) -> None:
-    request_id = 1000 + len(server.finish)
-    server.send(Submit(request_id, data, max_tokens, [], RowSampling(), b"", 0))
-    server.wait_for(lambda: request_id in server.finish)
-    assert server.finish[request_id] == "error"
-    assert error in server.errors[request_id]
-    check_still_serves(server, request_id + 100_000)
+    sequence_id = 1000 + len(server.finish)
+    server.send(Submit(sequence_id, data, max_tokens, [], RowSampling(), b"", 0))
+    server.wait_for(lambda: sequence_id in server.finish)
+    assert server.finish[sequence_id] == "error"
+    assert error in server.errors[sequence_id]
+    check_still_serves(server, sequence_id + 100_000)
 
 
 def test_a_refusal_does_not_wait_until_something_else_happens(server: ServerProcess) -> None:
     began_s = time.monotonic()
-    for request_id in range(910_000, 910_006):
-        server.send(Submit(request_id, b"", 1, [], RowSampling(), b"", 0))
-        server.wait_for(lambda request_id=request_id: request_id in server.finish)
+    for sequence_id in range(910_000, 910_006):
+        server.send(Submit(sequence_id, b"", 1, [], RowSampling(), b"", 0))
+        server.wait_for(lambda sequence_id=sequence_id: sequence_id in server.finish)
     assert time.monotonic() - began_s < 5 * PARK_S
 
 
@@ -135,27 +135,27 @@ def test_logprobs_travel_with_their_tokens(server: ServerProcess) -> None:
 def test_one_request_does_not_wait_for_all_those_that_another_client_has_queued(slow_server: ServerProcess) -> None:
     prompt = array("i", [3, 1, 4]).tobytes()
     many = range(700_000, 700_100)
-    for request_id in many:
-        slow_server.send(Submit(request_id, prompt, 20, [], RowSampling(), b"", 0, client=1))
+    for sequence_id in many:
+        slow_server.send(Submit(sequence_id, prompt, 20, [], RowSampling(), b"", 0, client=1))
     slow_server.send(Submit(800_000, prompt, 20, [], RowSampling(), b"", 0, client=2))
     slow_server.wait_for(lambda: 800_000 in slow_server.finish)
-    assert sum(request_id in slow_server.finish for request_id in many) < 50
-    slow_server.wait_for(lambda: all(request_id in slow_server.finish for request_id in many))
-    assert all(slow_server.tokens[request_id] == solo_tokens([3, 1, 4], 20) for request_id in (*many, 800_000))
+    assert sum(sequence_id in slow_server.finish for sequence_id in many) < 50
+    slow_server.wait_for(lambda: all(sequence_id in slow_server.finish for sequence_id in many))
+    assert all(slow_server.tokens[sequence_id] == solo_tokens([3, 1, 4], 20) for sequence_id in (*many, 800_000))
 
 
 def test_beside_gpus_all_are_awake_when_a_request_has_been_read(tmp_path: Path) -> None:
     with running_server(tmp_path, device_kind="cuda", ranks_per_stage=2) as server:
         server.wait_ready()
-        for request_id in range(1, 4):
-            server.send(Coming())
-            check_still_serves(server, request_id)
+        for sequence_id in range(1, 4):
+            server.send(WakeUp())
+            check_still_serves(server, sequence_id)
         server.process.terminate()
         server.wait_exit()  # only rank 0 gives results, so the other one may be some steps behind until then
         assert [server.log.count(f"worker {rank} stays awake") for rank in range(2)] == [3, 3]
 
 
 def test_on_the_cpu_nobody_is_woken_before_there_is_work(server: ServerProcess) -> None:
-    server.send(Coming())
+    server.send(WakeUp())
     check_still_serves(server, 900_000)
     assert "stays awake" not in server.log

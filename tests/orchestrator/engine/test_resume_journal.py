@@ -61,7 +61,7 @@ def say(journal: Journal, seqs: list[Sequence], tokens: list[int], finish: str =
         seq.tokens.extend(tokens)
     count = len(seqs)
     values = [[logprobs(token) for token in tokens]] * count
-    ids = [seq.request_id for seq in seqs]
+    ids = [seq.sequence_id for seq in seqs]
     journal.note(Outputs(ids, [tokens] * count, values, [finish] * count, [""] * count, [0] * count))
 
 
@@ -69,7 +69,7 @@ def running(journal: Journal, message: Resumable) -> list[Sequence]:
     assert journal.open(message)
     seqs = [Sequence.from_submit(submit, 0, 100) for submit in message.submits]
     for seq in seqs:
-        journal.attach(seq.request_id, seq)
+        journal.attach(seq.sequence_id, seq)
     return seqs
 
 

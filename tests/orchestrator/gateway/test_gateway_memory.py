@@ -23,7 +23,7 @@ def test_a_message_without_an_end_ends_the_gateway_and_no_stream(model_folder: P
         flood(gateway.endpoint)
         failure = gateway.engine.messages.get(timeout=DEADLINE_S)
         assert isinstance(failure, GatewayFailure)
-        assert failure.by_clients
+        assert failure.caused_by_clients
         assert "MiB more than at first, the bound is 64 MiB" in failure.message
         assert gateway.process.wait(DEADLINE_S) == 1
         gateway.kill()

@@ -9,7 +9,7 @@ from harness.gateway_process import BOS, EOS, GatewayProcess, says
 from mgpu import Client, DeadlineExceeded, RequestFailed
 from mgpu.orchestrator.gateway.requests.admission import seed_of_choice
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.internal.gateway_messages import Coming, EngineInfo, Outputs
+from mgpu.protocol.internal.gateway_messages import EngineInfo, Outputs, WakeUp
 
 
 def test_ids_are_continued_and_come_back_as_text(gateway: GatewayProcess) -> None:
@@ -21,7 +21,7 @@ def test_ids_are_continued_and_come_back_as_text(gateway: GatewayProcess) -> Non
 
 
 def test_an_engine_that_wants_to_know_hears_of_a_request_before_it_is_read(model_folder: Path) -> None:
-    with GatewayProcess(model_folder, says_coming=True) as gateway, Client(gateway.endpoint) as client:
+    with GatewayProcess(model_folder, sends_wake_up=True) as gateway, Client(gateway.endpoint) as client:
         engine = gateway.engine
         engine.going.clear()
         streams = [client.stream([1], max_tokens=1)]
@@ -33,13 +33,13 @@ def test_an_engine_that_wants_to_know_hears_of_a_request_before_it_is_read(model
         assert engine.messages.qsize() == heard, "one is running: the engine is awake"
         engine.going.set()
         assert all(stream.completion().finish_reason == "length" for stream in streams)
-        assert all(isinstance(engine.messages.get(), Coming) for _ in range(heard))
+        assert all(isinstance(engine.messages.get(), WakeUp) for _ in range(heard))
 
 
 def test_an_engine_that_starts_or_is_silent_does_not_hear_of_every_message(
     model_folder: Path,
 ) -> None:
-    with GatewayProcess(model_folder, says_coming=True, ready=False) as gateway, Client(gateway.endpoint) as client:
+    with GatewayProcess(model_folder, sends_wake_up=True, ready=False) as gateway, Client(gateway.endpoint) as client:
         for _ in range(10):
             client.health()
         assert gateway.engine.messages.empty(), "it starts, and wants to hear of nothing else"

@@ -77,7 +77,7 @@ class Desk:
 
     @property
     def cancelled(self) -> list[int]:
-        return [message.request_id for message in self.to_engine if isinstance(message, Cancel)]
+        return [message.sequence_id for message in self.to_engine if isinstance(message, Cancel)]
 
 
 def _choice(spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[int]) -> ChoiceState:

@@ -9,11 +9,11 @@ from harness.machines import GIB, QWEN3_32B, SMOLLM2, TINY, cpus, gpus, make_fac
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.devices import Machine, oversubscribed
 from mgpu.orchestrator.placement.divisibility import compatible_sizes
-from mgpu.orchestrator.placement.planner import Plan, Wish, plan
+from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import Mode, PlacementPlan, Stage
 
-NO_KV_CARE = Wish(max_seq_len=16)
+NO_KV_CARE = LayoutOptions(max_seq_len=16)
 
 
 def shape(result: Plan) -> str:
@@ -21,16 +21,16 @@ def shape(result: Plan) -> str:
     return ";".join(f"{'+'.join(map(str, s.devices))}:{s.num_layers}" for s in result.placement.stages)
 
 
-def refusal(facts: ModelFacts, machine: Machine, wish: Wish = Wish()) -> str:  # noqa: B008 (frozen)
+def refusal(facts: ModelFacts, machine: Machine, options: LayoutOptions = LayoutOptions()) -> str:  # noqa: B008 (frozen)
     with pytest.raises(PlacementError) as caught:
-        plan(facts, machine, wish)
+        plan(facts, machine, options)
     return str(caught.value)
 
 
-def outcome(facts: ModelFacts, machine: Machine, wish: Wish) -> Plan | str:
+def outcome(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan | str:
     """Give the plan, or the text of the refusal."""
     try:
-        return plan(facts, machine, wish)
+        return plan(facts, machine, options)
     except PlacementError as error:
         return str(error)
 
@@ -111,7 +111,7 @@ def test_qwen3_32b_on_any_number_of_gpus(count: int, outcome: str) -> None:
         assert f"CUDA_VISIBLE_DEVICES={','.join(map(str, range(best)))} " in message
         assert f"--tp {best}" in message
         return
-    result = plan(QWEN3_32B, machine, Wish())
+    result = plan(QWEN3_32B, machine, LayoutOptions())
     assert result.mode == ("single" if outcome == "single" else "tensor-parallel")
     assert [row.heads.num_q for row in result.rows] == [64 // count] * count
     assert [row.heads.num_kv for row in result.rows] == [max(1, 8 // count)] * count
@@ -156,7 +156,7 @@ def test_the_error_offers_a_layer_map_that_works() -> None:
     machine = gpus(80, 80, 80)
     match = re.search(r'-n "([^"]+)"', refusal(QWEN3_32B, machine))
     assert match is not None
-    assert plan(QWEN3_32B, machine, Wish(device_layers=match[1])).mode == "layer-mapped"
+    assert plan(QWEN3_32B, machine, LayoutOptions(device_layers=match[1])).mode == "layer-mapped"
 
 
 @pytest.mark.parametrize(("count", "best"), [(2, 1), (4, 3), (8, 3)])
@@ -168,7 +168,7 @@ def test_cpu_workers_are_told_how_many_would_work(count: int, best: int) -> None
 
 
 def test_an_mlp_width_that_does_not_divide_is_split_unevenly() -> None:
-    rows = plan(SMOLLM2, cpus(9), Wish()).rows
+    rows = plan(SMOLLM2, cpus(9), LayoutOptions()).rows
     assert len(rows) == 9
     assert {row.heads.num_q for row in rows} == {1}
 
@@ -180,7 +180,7 @@ def test_an_mlp_narrower_than_the_ranks_is_refused() -> None:
 
 def test_a_vocabulary_that_does_not_divide_is_padded() -> None:
     facts = make_facts(q=4, kv=2, layers=2, hidden=64, width=128, head_dim=16, vocab=103, context=64)
-    rows = plan(facts, cpus(4), Wish()).rows
+    rows = plan(facts, cpus(4), LayoutOptions()).rows
     assert len({row.weight_bytes for row in rows}) == 1
 
 
@@ -189,26 +189,26 @@ def test_a_vocabulary_that_does_not_divide_is_padded() -> None:
 
 @pytest.mark.parametrize(("size", "mode", "layout"), [(1, "single", "0:64"), (2, "tensor-parallel", "0+1:64")])
 def test_tp_takes_the_first_gpus(size: int, mode: Mode, layout: str) -> None:
-    result = plan(QWEN3_32B, gpus(80, 80, 80), Wish(tp=size))
+    result = plan(QWEN3_32B, gpus(80, 80, 80), LayoutOptions(tp=size))
     assert (result.mode, shape(result), result.reason) == (mode, layout, f"--tp {size}")
     assert any("not used" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("size", [-1, 4, 100])
 def test_tp_beyond_the_visible_gpus_is_refused(size: int) -> None:
-    message = refusal(QWEN3_32B, gpus(80, 80), Wish(tp=size))
+    message = refusal(QWEN3_32B, gpus(80, 80), LayoutOptions(tp=size))
     assert f"--tp {size}" in message
     assert "2 GPUs" in message
 
 
 def test_tp_of_a_size_that_does_not_fit_lists_the_sizes() -> None:
-    message = refusal(QWEN3_32B, gpus(80, 80, 80), Wish(tp=3))
+    message = refusal(QWEN3_32B, gpus(80, 80, 80), LayoutOptions(tp=3))
     assert "Compatible sizes: 1, 2, 4, 8, 16, 32, 64." in message
     assert "--tp 2" in message
 
 
 def test_tp_without_nccl_goes_over_the_host_and_says_so() -> None:
-    result = plan(QWEN3_32B, gpus(80, 80, nccl=False), Wish(tp=2))
+    result = plan(QWEN3_32B, gpus(80, 80, nccl=False), LayoutOptions(tp=2))
     assert (result.mode, result.transport) == ("tensor-parallel", "gloo")
     assert any("gloo" in note and "MGPU_NO_NCCL=1" in note for note in result.notes)
 
@@ -232,12 +232,12 @@ def test_tp_without_nccl_goes_over_the_host_and_says_so() -> None:
 )
 @pytest.mark.parametrize("nccl", [True, False])
 def test_a_typed_map_wins(text: str, mode: Mode, layout: str, nccl: bool) -> None:
-    result = plan(QWEN3_32B, gpus(*[141] * 4, nccl=nccl), Wish(device_layers=text))
+    result = plan(QWEN3_32B, gpus(*[141] * 4, nccl=nccl), LayoutOptions(device_layers=text))
     assert (result.mode, shape(result), result.reason) == (mode, layout, f'-n "{text}"')
 
 
 def test_layers_follow_the_order_of_the_pairs() -> None:
-    stages = plan(QWEN3_32B, gpus(141, 141, 141), Wish(device_layers="2:10;0:50;1:4")).placement.stages
+    stages = plan(QWEN3_32B, gpus(141, 141, 141), LayoutOptions(device_layers="2:10;0:50;1:4")).placement.stages
     assert stages == (Stage(0, 10, (2,)), Stage(10, 60, (0,)), Stage(60, 64, (1,)))
 
 
@@ -250,7 +250,7 @@ def test_layers_follow_the_order_of_the_pairs() -> None:
     ],
 )  # fmt: skip
 def test_a_map_of_the_wrong_form_shows_the_right_one(text: str) -> None:
-    message = refusal(QWEN3_32B, gpus(80, 80), Wish(device_layers=text))
+    message = refusal(QWEN3_32B, gpus(80, 80), LayoutOptions(device_layers=text))
     assert "ordinal:count" in message
     assert '-n "0:32;1:32"' in message
     assert "64 layers" in message
@@ -270,27 +270,27 @@ def test_a_map_of_the_wrong_form_shows_the_right_one(text: str) -> None:
     ],
 )
 def test_a_map_that_cannot_be_says_why_with_the_numbers(text: str, parts: list[str]) -> None:
-    message = refusal(QWEN3_32B, gpus(80, 80), Wish(device_layers=text))
+    message = refusal(QWEN3_32B, gpus(80, 80), LayoutOptions(device_layers=text))
     for part in [text, *parts]:
         assert part in message
 
 
 def test_a_stage_that_cannot_be_split_lists_the_sizes() -> None:
-    message = refusal(QWEN3_32B, gpus(*[80] * 4), Wish(device_layers="0+1+2:32;3:32"))
+    message = refusal(QWEN3_32B, gpus(*[80] * 4), LayoutOptions(device_layers="0+1+2:32;3:32"))
     assert "64 query heads % 3 = 1" in message
     assert "1, 2, 4, 8" in message
 
 
 @pytest.mark.parametrize("text", ["0:32;1:32", "nonsense"])
 def test_a_map_and_tp_contradict_each_other(text: str) -> None:
-    message = refusal(QWEN3_32B, gpus(80, 80), Wish(device_layers=text, tp=2))
+    message = refusal(QWEN3_32B, gpus(80, 80), LayoutOptions(device_layers=text, tp=2))
     assert "contradict" in message
 
 
 def test_cpu_workers_can_be_mapped() -> None:
-    result = plan(SMOLLM2, cpus(4), Wish(device_layers="0:2;1:10;3:17;2:1"))
+    result = plan(SMOLLM2, cpus(4), LayoutOptions(device_layers="0:2;1:10;3:17;2:1"))
     assert (result.mode, shape(result)) == ("layer-mapped", "0:2;1:10;3:17;2:1")
-    assert "CPU worker 4 is not visible" in refusal(SMOLLM2, cpus(4), Wish(device_layers="4:30"))
+    assert "CPU worker 4 is not visible" in refusal(SMOLLM2, cpus(4), LayoutOptions(device_layers="4:30"))
 
 
 # Transports
@@ -319,16 +319,16 @@ def test_cpu_workers_can_be_mapped() -> None:
     ],
 )
 def test_transports(machine: Machine, layers: str | None, expected: tuple[str, str]) -> None:
-    result = plan(TINY, machine, Wish(device_layers=layers))
+    result = plan(TINY, machine, LayoutOptions(device_layers=layers))
     assert (result.transport, result.stage_transport) == expected
 
 
 def test_staging_through_the_host_is_said_once_naming_the_pairs() -> None:
-    result = plan(TINY, gpus(80, 80, 80, nccl=False, link="none"), Wish())
+    result = plan(TINY, gpus(80, 80, 80, nccl=False, link="none"), LayoutOptions())
     staged = [note for note in result.notes if "pinned host memory" in note]
     assert len(staged) == 1
     assert "0 and 1, 1 and 2" in staged[0]
-    direct = plan(TINY, gpus(80, 80, 80, nccl=False), Wish())
+    direct = plan(TINY, gpus(80, 80, 80, nccl=False), LayoutOptions())
     assert not any("pinned" in note for note in direct.notes)
 
 
@@ -337,7 +337,7 @@ def test_pairs_that_never_talk_do_not_matter() -> None:
     rows = [list(row) for row in machine.links]
     rows[0][2] = rows[2][0] = "none"
     islands = Machine(machine.devices, tuple(map(tuple, rows)), False, "MGPU_NO_NCCL=1")
-    assert plan(TINY, islands, Wish()).stage_transport == "peer"
+    assert plan(TINY, islands, LayoutOptions()).stage_transport == "peer"
 
 
 def test_one_boundary_without_peer_access_leaves_the_others_direct() -> None:
@@ -345,16 +345,18 @@ def test_one_boundary_without_peer_access_leaves_the_others_direct() -> None:
     rows = [list(row) for row in machine.links]
     rows[0][2] = rows[2][0] = "none"
     islands = Machine(machine.devices, tuple(map(tuple, rows)), False, "MGPU_NO_NCCL=1")
-    mapped = plan(TINY, islands, Wish(device_layers="0:3;2:3;1:2"))
+    mapped = plan(TINY, islands, LayoutOptions(device_layers="0:3;2:3;1:2"))
     assert (mapped.stage_transport, mapped.staged) == ("peer", ((0, 1),))
     assert any("between GPUs 0 and 2:" in note for note in mapped.notes)
-    hybrid = plan(TINY, islands, Wish(device_layers="1+0:4;3+2:4"))
+    hybrid = plan(TINY, islands, LayoutOptions(device_layers="1+0:4;3+2:4"))
     assert (hybrid.stage_transport, hybrid.staged) == ("peer", ((1, 3),))
-    direct = plan(TINY, islands, Wish())
+    direct = plan(TINY, islands, LayoutOptions())
     assert (direct.stage_transport, direct.staged) == ("peer", ())
-    nowhere = plan(TINY, gpus(80, 80, nccl=False, link="none"), Wish())
+    nowhere = plan(TINY, gpus(80, 80, nccl=False, link="none"), LayoutOptions())
     assert (nowhere.stage_transport, nowhere.staged) == ("pinned", ((0, 1),))
-    assert plan(TINY, gpus(80, 80, link="none"), Wish(device_layers="0:4;1:4")).staged == ()  # NCCL finds its own way
+    assert (
+        plan(TINY, gpus(80, 80, link="none"), LayoutOptions(device_layers="0:4;1:4")).staged == ()
+    )  # NCCL finds its own way
 
 
 # Automatic layer mapping
@@ -385,7 +387,7 @@ def best_fullness(facts: ModelFacts, machine: Machine) -> float:
 
 def fullness(facts: ModelFacts, machine: Machine, counts: list[int]) -> float:
     text = ";".join(f"{device}:{count}" for device, count in enumerate(counts))
-    rows = plan(facts, machine, Wish(device_layers=text, max_seq_len=16)).rows
+    rows = plan(facts, machine, LayoutOptions(device_layers=text, max_seq_len=16)).rows
     return max(row.weight_bytes / (row.budget_bytes - (700 << 20)) for row in rows)
 
 
@@ -398,9 +400,9 @@ def test_no_other_division_has_a_less_full_fullest_gpu(facts: ModelFacts, free: 
 
 
 def test_unequal_gpus_get_layers_by_their_free_memory() -> None:
-    stages = plan(QWEN3_32B, gpus(141, 80, nccl=False), Wish()).placement.stages
+    stages = plan(QWEN3_32B, gpus(141, 80, nccl=False), LayoutOptions()).placement.stages
     assert 1.6 < stages[0].num_layers / stages[1].num_layers < 1.9
-    busy = plan(QWEN3_32B, gpus(80, 40, nccl=False, total_gib=80), Wish()).placement.stages
+    busy = plan(QWEN3_32B, gpus(80, 40, nccl=False, total_gib=80), LayoutOptions()).placement.stages
     assert busy[0].num_layers > 1.5 * busy[1].num_layers
 
 
@@ -421,56 +423,56 @@ def test_more_gpus_than_layers_is_an_error_with_the_way_out() -> None:
 
 
 def test_weights_of_all_ranks_add_up_to_the_model() -> None:
-    whole = plan(LLAMA2_7B, gpus(80), Wish()).rows[0].weight_bytes
+    whole = plan(LLAMA2_7B, gpus(80), LayoutOptions()).rows[0].weight_bytes
     assert whole == 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096)
-    split = plan(LLAMA2_7B, gpus(*[80] * 4), Wish()).rows
+    split = plan(LLAMA2_7B, gpus(*[80] * 4), LayoutOptions()).rows
     norms = 2 * (32 * 2 * 4096 + 4096)
     assert sum(row.weight_bytes for row in split) == whole + 3 * norms
-    mapped = plan(LLAMA2_7B, gpus(*[80] * 4, nccl=False), Wish()).rows
+    mapped = plan(LLAMA2_7B, gpus(*[80] * 4, nccl=False), LayoutOptions()).rows
     assert sum(row.weight_bytes for row in mapped) == whole
 
 
 def test_a_tied_embedding_is_held_twice_when_its_stages_are_apart() -> None:
-    whole = plan(SMOLLM2, cpus(1), Wish()).rows[0].weight_bytes
-    mapped = plan(SMOLLM2, cpus(3), Wish(device_layers="0:10;1:10;2:10")).rows
+    whole = plan(SMOLLM2, cpus(1), LayoutOptions()).rows[0].weight_bytes
+    mapped = plan(SMOLLM2, cpus(3), LayoutOptions(device_layers="0:10;1:10;2:10")).rows
     assert sum(row.weight_bytes for row in mapped) == whole + 49152 * 576 * 4
 
 
 def test_replicated_kv_heads_cost_memory_on_every_rank() -> None:
-    eight, sixteen = (plan(QWEN3_32B, gpus(*[80] * count), Wish()).rows[0] for count in (8, 16))
+    eight, sixteen = (plan(QWEN3_32B, gpus(*[80] * count), LayoutOptions()).rows[0] for count in (8, 16))
     assert eight.kv_token_bytes == sixteen.kv_token_bytes == 2 * 64 * 128 * 2
 
 
 def test_kv_bytes_follow_heads_layers_and_type() -> None:
-    row = plan(QWEN3_32B, gpus(80, 80), Wish()).rows[0]
+    row = plan(QWEN3_32B, gpus(80, 80), LayoutOptions()).rows[0]
     assert row.kv_token_bytes == 2 * 64 * 4 * 128 * 2
     assert row.kv_tokens % 16 == 0
     assert row.weight_bytes + row.reserve_bytes + row.kv_bytes <= 0.9 * 80 * GIB
     assert row.weight_bytes + row.reserve_bytes + row.kv_bytes > 0.89 * 80 * GIB
-    assert plan(SMOLLM2, cpus(1), Wish()).rows[0].kv_token_bytes == 2 * 30 * 3 * 64 * 4
+    assert plan(SMOLLM2, cpus(1), LayoutOptions()).rows[0].kv_token_bytes == 2 * 30 * 3 * 64 * 4
 
 
 def test_the_pool_is_the_least_over_the_ranks() -> None:
-    result = plan(QWEN3_32B, gpus(141, 80), Wish())
+    result = plan(QWEN3_32B, gpus(141, 80), LayoutOptions())
     assert result.kv_tokens == result.rows[1].kv_tokens < result.rows[0].kv_tokens
     assert any("smallest bounds" in note for note in result.notes)
 
 
 def test_requests_are_as_long_as_model_and_pool_allow() -> None:
-    assert plan(QWEN3_32B, gpus(80, 80), Wish()).max_seq_len == 40960
-    tight = plan(QWEN3_32B, gpus(80), Wish())
+    assert plan(QWEN3_32B, gpus(80, 80), LayoutOptions()).max_seq_len == 40960
+    tight = plan(QWEN3_32B, gpus(80), LayoutOptions())
     assert tight.max_seq_len == tight.kv_tokens < 40960
-    assert plan(QWEN3_32B, gpus(80, 80), Wish(max_seq_len=1000)).max_seq_len == 1000
+    assert plan(QWEN3_32B, gpus(80, 80), LayoutOptions(max_seq_len=1000)).max_seq_len == 1000
 
 
 def test_concurrency_at_full_context() -> None:
-    result = plan(QWEN3_32B, gpus(80, 80), Wish(max_seq_len=10_000))
+    result = plan(QWEN3_32B, gpus(80, 80), LayoutOptions(max_seq_len=10_000))
     assert result.concurrency == result.kv_tokens / 10_000
 
 
 @pytest.mark.parametrize("length", [0, -5, 40961])
 def test_lengths_beyond_the_context_are_refused(length: int) -> None:
-    message = refusal(QWEN3_32B, gpus(80), Wish(max_seq_len=length))
+    message = refusal(QWEN3_32B, gpus(80), LayoutOptions(max_seq_len=length))
     assert str(length) in message
     assert "40960" in message
 
@@ -483,10 +485,10 @@ def test_a_model_that_does_not_fit_says_what_would() -> None:
 
 
 def test_a_length_that_does_not_fit_says_what_would() -> None:
-    message = refusal(QWEN3_32B, gpus(80), Wish(max_seq_len=40960))
+    message = refusal(QWEN3_32B, gpus(80), LayoutOptions(max_seq_len=40960))
     possible = re.search(r"--max-seq-len (\d+) or less", message)
     assert possible is not None
-    assert plan(QWEN3_32B, gpus(80), Wish(max_seq_len=int(possible[1]))).max_seq_len == int(possible[1])
+    assert plan(QWEN3_32B, gpus(80), LayoutOptions(max_seq_len=int(possible[1]))).max_seq_len == int(possible[1])
     assert "2 GPUs of this size would hold it" in message
 
 
@@ -506,54 +508,57 @@ def test_a_cpu_without_enough_memory_is_refused() -> None:
 
 
 def test_a_fixed_kv_pool_is_taken_as_it_is() -> None:
-    result = plan(SMOLLM2, cpus(3), Wish(kv_memory=64 << 20))
+    result = plan(SMOLLM2, cpus(3), LayoutOptions(kv_memory=64 << 20))
     per_token = 2 * 30 * 1 * 64 * 4
     assert result.kv_tokens == (64 << 20) // per_token // 16 * 16
     assert result.worker_kv_bytes == result.kv_tokens * per_token
-    message = refusal(SMOLLM2, cpus(1), Wish(kv_memory=100 * GIB))
+    message = refusal(SMOLLM2, cpus(1), LayoutOptions(kv_memory=100 * GIB))
     assert "100.0 GiB of --kv-memory" in message
 
 
 def test_workers_on_gpus_measure_their_pool_themselves() -> None:
-    assert plan(QWEN3_32B, gpus(80, 80), Wish()).worker_kv_bytes == 0
-    fixed = plan(QWEN3_32B, gpus(80, 80), Wish(kv_memory=4 * GIB))
+    assert plan(QWEN3_32B, gpus(80, 80), LayoutOptions()).worker_kv_bytes == 0
+    fixed = plan(QWEN3_32B, gpus(80, 80), LayoutOptions(kv_memory=4 * GIB))
     assert 0 < fixed.worker_kv_bytes <= 4 * GIB
 
 
 def test_cpu_workers_take_a_modest_pool() -> None:
-    for row in plan(SMOLLM2, cpus(3, gib_each=64), Wish()).rows:
+    for row in plan(SMOLLM2, cpus(3, gib_each=64), LayoutOptions()).rows:
         assert 1.9 * GIB < row.kv_bytes <= 2 * GIB
-    for row in plan(SMOLLM2, cpus(3, gib_each=4), Wish()).rows:
+    for row in plan(SMOLLM2, cpus(3, gib_each=4), LayoutOptions()).rows:
         assert 0.9 * GIB < row.kv_bytes <= GIB
-    uneven = plan(SMOLLM2, cpus(2, gib_each=64), Wish(device_layers="0:25;1:5"))
+    uneven = plan(SMOLLM2, cpus(2, gib_each=64), LayoutOptions(device_layers="0:25;1:5"))
     assert uneven.worker_kv_bytes == uneven.kv_tokens * uneven.rows[0].kv_token_bytes
 
 
 @pytest.mark.parametrize(
-    ("machine", "wish", "expected"),
+    ("machine", "options", "expected"),
     [
-        (gpus(80, 80), Wish(), "bfloat16"),
-        (gpus(80, 80), Wish(dtype="float16"), "float16"),
-        (cpus(2), Wish(), "float32"),
-        (cpus(2), Wish(dtype="bfloat16"), "bfloat16"),
+        (gpus(80, 80), LayoutOptions(), "bfloat16"),
+        (gpus(80, 80), LayoutOptions(dtype="float16"), "float16"),
+        (cpus(2), LayoutOptions(), "float32"),
+        (cpus(2), LayoutOptions(dtype="bfloat16"), "bfloat16"),
     ],
 )
-def test_the_type_follows_the_device_unless_asked(machine: Machine, wish: Wish, expected: str) -> None:
-    assert plan(TINY, machine, wish).dtype == expected
+def test_the_type_follows_the_device_unless_asked(machine: Machine, options: LayoutOptions, expected: str) -> None:
+    assert plan(TINY, machine, options).dtype == expected
 
 
 def test_the_pool_is_never_larger_than_all_requests_could_use() -> None:
-    result = plan(TINY, gpus(80), Wish(max_rows=4, max_seq_len=100))
+    result = plan(TINY, gpus(80), LayoutOptions(max_rows=4, max_seq_len=100))
     assert result.kv_tokens == 4 * 112
 
 
 def test_what_others_hold_of_a_gpu_is_not_counted_twice() -> None:
-    idle, busy = plan(TINY, gpus(80), Wish()).rows[0], plan(TINY, gpus(60, total_gib=80), Wish()).rows[0]
+    idle, busy = (
+        plan(TINY, gpus(80), LayoutOptions()).rows[0],
+        plan(TINY, gpus(60, total_gib=80), LayoutOptions()).rows[0],
+    )
     assert idle.budget_bytes - busy.budget_bytes == 20 * GIB
 
 
 def test_workers_that_share_a_gpu_are_planned_on_one_ordinal() -> None:
-    result = plan(TINY, oversubscribed(gpus(80, 80), 4), Wish(device_layers="0+1:4;2+3:4"))
+    result = plan(TINY, oversubscribed(gpus(80, 80), 4), LayoutOptions(device_layers="0+1:4;2+3:4"))
     assert result.placement.stages == (Stage(0, 4, (0, 1)), Stage(4, 8, (0, 1)))
     assert [row.budget_bytes for row in result.rows] == [36 * GIB] * 4
 
@@ -568,7 +573,7 @@ def test_workers_that_share_a_gpu_are_planned_on_one_ordinal() -> None:
 )
 def test_any_machine_gives_a_whole_valid_plan_or_an_error(facts: ModelFacts, count: int, nccl: bool) -> None:
     machine = gpus(*[80] * count, nccl=nccl)
-    result = outcome(facts, machine, Wish())
+    result = outcome(facts, machine, LayoutOptions())
     if isinstance(result, str):
         assert str(count) in result
         assert "CUDA_VISIBLE_DEVICES=" in result
@@ -587,15 +592,15 @@ def test_any_machine_gives_a_whole_valid_plan_or_an_error(facts: ModelFacts, cou
 
 def test_the_printed_way_out_of_every_refusal_works() -> None:
     for count in range(2, 33):
-        result = outcome(QWEN3_32B, gpus(*[80] * count), Wish())
+        result = outcome(QWEN3_32B, gpus(*[80] * count), LayoutOptions())
         if isinstance(result, str):
             match = re.search(r"CUDA_VISIBLE_DEVICES=([0-9,]+)", result)
             assert match is not None
             fitting = len(match[1].split(","))
-            assert plan(QWEN3_32B, gpus(*[80] * fitting), Wish()).placement.world_size == fitting
-            assert plan(QWEN3_32B, gpus(*[80] * count), Wish(tp=fitting)).placement.world_size == fitting
+            assert plan(QWEN3_32B, gpus(*[80] * fitting), LayoutOptions()).placement.world_size == fitting
+            assert plan(QWEN3_32B, gpus(*[80] * count), LayoutOptions(tp=fitting)).placement.world_size == fitting
 
 
 def test_a_plan_is_a_pure_function() -> None:
-    assert plan(QWEN3_32B, gpus(80, 80), Wish()) == plan(QWEN3_32B, gpus(80, 80), Wish())
-    assert isinstance(plan(TINY, cpus(2), Wish()).placement, PlacementPlan)
+    assert plan(QWEN3_32B, gpus(80, 80), LayoutOptions()) == plan(QWEN3_32B, gpus(80, 80), LayoutOptions())
+    assert isinstance(plan(TINY, cpus(2), LayoutOptions()).placement, PlacementPlan)

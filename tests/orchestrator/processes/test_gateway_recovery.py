@@ -14,7 +14,7 @@ from harness.fake_model import solo_tokens
 from harness.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
 from harness.server_process import DEADLINE_S, ServerProcess, running_server
 from mgpu import Client
-from mgpu.protocol.internal.gateway_messages import Coming, Resumable, Resume
+from mgpu.protocol.internal.gateway_messages import Resumable, Resume, WakeUp
 
 
 class Streams:
@@ -99,7 +99,7 @@ def test_gateway_and_worker_may_die_while_word_of_a_request_is_under_way(folder:
         worker.kill()
         server.socket.send(b"fail")
         for _ in range(100):
-            server.send(Coming())
+            server.send(WakeUp())
         deadline = time.monotonic() + DEADLINE_S
         while worker.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline

@@ -33,11 +33,11 @@ class Load:
     def submit(self, count: int, least_tokens: int = 1) -> list[int]:
         """Send requests; gives their ids."""
         ids = list(range(len(self.expected), len(self.expected) + count))
-        for request_id in ids:
+        for sequence_id in ids:
             prompt = [self._rng.randrange(900) for _ in range(self._rng.randrange(1, 60))]
             max_tokens = self._rng.randrange(least_tokens, least_tokens + 40)
-            self.expected[request_id] = solo_tokens(prompt, max_tokens)
-            self._server.submit(request_id, prompt, max_tokens)
+            self.expected[sequence_id] = solo_tokens(prompt, max_tokens)
+            self._server.submit(sequence_id, prompt, max_tokens)
         return ids
 
     def check(self) -> None:

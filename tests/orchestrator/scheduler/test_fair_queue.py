@@ -23,7 +23,7 @@ class Line:
 
     def add(self, client: int, prompt: int = 10, room: int = 10, priority: int = 0, weight: float = 1.0) -> Sequence:
         seq = Sequence(
-            request_id=self._arrivals,
+            sequence_id=self._arrivals,
             tokens=array("i", [1] * prompt),
             prompt_len=prompt,
             max_len=prompt + room,

@@ -30,7 +30,7 @@ def limits(**changes: int | bool) -> Limits:
 
 
 def submit_of(
-    request_id: int,
+    sequence_id: int,
     prompt: list[int],
     max_tokens: int,
     stop_ids: tuple[int, ...] = (),
@@ -40,7 +40,7 @@ def submit_of(
     weight: float = 1.0,
 ) -> Submit:
     ids = array("i", prompt).tobytes()
-    return Submit(request_id, ids, max_tokens, list(stop_ids), RowSampling(), salt, priority, client, weight)
+    return Submit(sequence_id, ids, max_tokens, list(stop_ids), RowSampling(), salt, priority, client, weight)
 
 
 class Harness:
@@ -57,12 +57,12 @@ class Harness:
         self.errors: dict[int, str] = {}
         self.cached: dict[int, int] = {}
 
-    def submit(self, request_id: int, prompt: list[int], max_tokens: int, **more: object) -> None:
-        self.scheduler.submit(submit_of(request_id, prompt, max_tokens, **more))  # type: ignore[arg-type]
+    def submit(self, sequence_id: int, prompt: list[int], max_tokens: int, **more: object) -> None:
+        self.scheduler.submit(submit_of(sequence_id, prompt, max_tokens, **more))  # type: ignore[arg-type]
         self.collect()
 
-    def cancel(self, request_id: int, reason: str = "cancelled") -> None:
-        self.scheduler.cancel(request_id, reason)
+    def cancel(self, sequence_id: int, reason: str = "cancelled") -> None:
+        self.scheduler.cancel(sequence_id, reason)
         self.collect()
 
     def publish(self) -> bool:
@@ -93,14 +93,14 @@ class Harness:
         outputs = self.scheduler.take_outputs()
         if outputs is None:
             return
-        columns = (outputs.request_ids, outputs.token_ids, outputs.finish, outputs.errors, outputs.cached_tokens)
-        for request_id, tokens, finish, error, cached in zip(*columns, strict=True):
-            assert request_id not in self.finish, "an output after the ending"
-            self.tokens.setdefault(request_id, []).extend(tokens)
-            self.cached.setdefault(request_id, cached)
+        columns = (outputs.sequence_ids, outputs.token_ids, outputs.finish, outputs.errors, outputs.cached_tokens)
+        for sequence_id, tokens, finish, error, cached in zip(*columns, strict=True):
+            assert sequence_id not in self.finish, "an output after the ending"
+            self.tokens.setdefault(sequence_id, []).extend(tokens)
+            self.cached.setdefault(sequence_id, cached)
             if finish:
-                self.finish[request_id] = finish
-                self.errors[request_id] = error
+                self.finish[sequence_id] = finish
+                self.errors[sequence_id] = error
 
     def run(self, until: Callable[[], bool] = lambda: False, max_steps: int = 20_000) -> None:
         """Keep the pipeline full until everything is finished."""
@@ -350,8 +350,8 @@ def test_cancelling_anywhere_frees_everything() -> None:
     harness.submit(2, prompt_of(2, 60), 50)
     harness.publish()
     harness.submit(3, prompt_of(3, 4), 50)
-    for request_id in (1, 2, 3, 99):
-        harness.cancel(request_id)
+    for sequence_id in (1, 2, 3, 99):
+        harness.cancel(sequence_id)
     harness.run()
     assert harness.finish == {1: "cancelled", 2: "cancelled", 3: "cancelled"}
 
@@ -503,8 +503,8 @@ def test_any_schedule_gives_solo_tokens_and_returns_every_block(
     while pending or harness.scheduler.num_live:
         match rng.randrange(8):
             case 0 if pending:
-                request_id, (group, prompt_len, max_tokens, priority, stops) = pending.pop(0)
-                harness.submit(request_id, prompt_of(group, prompt_len), max_tokens, stop_ids=stops, priority=priority)
+                sequence_id, (group, prompt_len, max_tokens, priority, stops) = pending.pop(0)
+                harness.submit(sequence_id, prompt_of(group, prompt_len), max_tokens, stop_ids=stops, priority=priority)
             case 1 if rng.randrange(4) == 0:
                 victim = rng.randrange(len(shapes))
                 if victim in harness.scheduler._live:
@@ -518,11 +518,11 @@ def test_any_schedule_gives_solo_tokens_and_returns_every_block(
         harness.scheduler.check_integrity()
     harness.run()
     assert len(harness.finish) == len(shapes), "every request ends exactly once"
-    for request_id, (group, prompt_len, max_tokens, _, stops) in enumerate(shapes):
+    for sequence_id, (group, prompt_len, max_tokens, _, stops) in enumerate(shapes):
         solo = solo_tokens(prompt_of(group, prompt_len), max_tokens, stops)
-        if request_id in cancelled:
-            assert harness.finish[request_id] == "cancelled"
-            assert harness.tokens[request_id] == solo[: len(harness.tokens[request_id])]
+        if sequence_id in cancelled:
+            assert harness.finish[sequence_id] == "cancelled"
+            assert harness.tokens[sequence_id] == solo[: len(harness.tokens[sequence_id])]
         else:
-            assert harness.tokens[request_id] == solo
-            assert harness.finish[request_id] == ("stop" if solo[-1] in stops else "length")
+            assert harness.tokens[sequence_id] == solo
+            assert harness.finish[sequence_id] == ("stop" if solo[-1] in stops else "length")

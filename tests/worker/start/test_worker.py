@@ -26,7 +26,7 @@ from mgpu.protocol.internal.worker_messages import (
     Ready,
     RowSampling,
     Shutdown,
-    StayAwake,
+    StaySpinning,
     StepPlan,
     StepResult,
     WorkerFailure,
@@ -97,7 +97,7 @@ def check_epochs(workers: Workers) -> None:
     workers.send(replace(step_of(90, [0], [0], [1]), epoch=6))
     workers.send(Shutdown(6))
     workers.send(AllocateCache(8, 1))
-    workers.send(StayAwake(workers.spec.epoch))
+    workers.send(StaySpinning(workers.spec.epoch))
     plan = step_of(91, [0], [0], [3], new_rows=[new_row(0, [5, 6, 7], [0])])
     assert workers.step(plan).step == 91
 
