@@ -23,7 +23,7 @@ COMMANDS = {
     "generate": "mgpu.launch.commands.generate:generate_command",
     "chat": "mgpu.launch.commands.chat:chat_command",
     "status": "mgpu.launch.commands.status:status_command",
-    "bench": "mgpu.launch.bench.group:bench_group",
+    "bench": "mgpu.launch.bench:bench_group",
     "config": "mgpu.launch.commands.show_config:config_command",
     "keygen": "mgpu.launch.commands.keygen:keygen_command",
     "install-service": "mgpu.launch.commands.install_service:install_service_command",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mgpu.launch.bench.load import Request, Send
 from mgpu.launch.bench.report import Report
-from mgpu.launch.bench.serving import SHOWN, Sizes, loads, measure_load
+from mgpu.launch.bench.serve import SHOWN, Sizes, loads, measure_load
 from mgpu.launch.bench.shapes import SHAPES
 
 DEADLINE_S = 900.0

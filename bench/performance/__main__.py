@@ -32,8 +32,7 @@ from bench.performance.rows import BENCH, FAILED, REAL, REHEARSED, SHOWN, Sizes,
 from bench.performance.server import Part, Place, measure
 from bench.performance.table import BEGIN, END, table, write_between
 from bench.performance.throughput_plot import write_picture
-from mgpu.launch.bench.machine import gpu_names
-from mgpu.launch.bench.report import Report
+from mgpu.launch.bench.report import Report, gpu_names
 from mgpu.orchestrator.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -21,9 +21,8 @@ from bench.performance.rows import (
     row,
 )
 from bench.performance.server import Place, failures_noted
-from mgpu.launch.bench.report import Report
+from mgpu.launch.bench.report import Report, Row, spread
 from mgpu.launch.bench.startup import KERNEL_CACHE, start_once
-from mgpu.launch.bench.summary import Row, spread
 from mgpu.launch.bench.target import prepared
 from mgpu.protocol.checkpoint.read import read_checkpoint
 

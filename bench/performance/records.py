@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mgpu.launch.bench.machine import heading
+from mgpu.launch.bench.report import heading
 
 Result = dict[str, Any]
 Results = dict[str, Result]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.model_shapes import SHAPES, SMALL_SHAPES, Config
-from mgpu.launch.bench.summary import Row, spread
+from mgpu.launch.bench.report import Row, spread
 
 SHOWN = ("what", "count", "length", "value", "value_low", "value_high", "unit", "limit", "share")
 BENCH = "performance"

@@ -27,12 +27,11 @@ from bench.performance.rows import (
 )  # fmt: skip
 from mgpu.launch.bench.decode import cannot_run
 from mgpu.launch.bench.idle import SETTLE_S, idle_share
+from mgpu.launch.bench.options import Wanted
 from mgpu.launch.bench.probe import NotMeasured, Probe
-from mgpu.launch.bench.report import Report
-from mgpu.launch.bench.session import SILENCE_S, TIMEOUT_S
+from mgpu.launch.bench.report import Report, Row, spread
 from mgpu.launch.bench.step import breakdown
-from mgpu.launch.bench.summary import Row, spread
-from mgpu.launch.bench.target import READY_S, Target, Wanted, prepared
+from mgpu.launch.bench.target import READY_S, SILENCE_S, TIMEOUT_S, Target, prepared
 from mgpu.launch.server_process import ServerDied
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.client import Client

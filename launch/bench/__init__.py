@@ -1,1 +1,27 @@
-"""Measure a server of this package through its front channel. See docs/performance.md."""
+"""``mgpu-launch bench``: what one server does, measured from outside."""
+
+import click
+
+from mgpu.launch.lazy_group import LazyGroup
+
+BENCHES = {
+    "decode": "mgpu.launch.bench.decode:decode_command",
+    "prefill": "mgpu.launch.bench.prefill:prefill_command",
+    "serve": "mgpu.launch.bench.serve:serve_bench_command",
+    "startup": "mgpu.launch.bench.startup:startup_command",
+    "step": "mgpu.launch.bench.step:step_command",
+    "idle": "mgpu.launch.bench.idle:idle_command",
+}
+
+
+@click.group(
+    "bench",
+    cls=LazyGroup,
+    homes=BENCHES,
+    epilog="What stands after -- goes to serve: mgpu-launch bench decode --shape 8B -- --max-rows 64",
+)
+def bench_group() -> None:
+    """Measure speed: starts a server, asks it through its front channel, prints a table.
+
+    Without -m the model has random weights made in place: --shape 8B on GPUs, a tiny one on the CPU.
+    """

@@ -5,12 +5,10 @@ import statistics
 import click
 
 from mgpu.launch.bench.limit import Limit
-from mgpu.launch.bench.numbers import list_option, seconds_option
+from mgpu.launch.bench.options import Wanted, list_option, seconds_option, target_options
 from mgpu.launch.bench.probe import NotMeasured, Probe
-from mgpu.launch.bench.report import Report
-from mgpu.launch.bench.session import probing
-from mgpu.launch.bench.summary import Row, spread
-from mgpu.launch.bench.target import Wanted, prepared, target_options
+from mgpu.launch.bench.report import Report, Row, spread
+from mgpu.launch.bench.target import prepared, probing
 
 SHOWN = ("batch", "context", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "limit", "share")
 

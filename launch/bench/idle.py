@@ -5,11 +5,9 @@ import time
 import click
 import psutil
 
-from mgpu.launch.bench.numbers import seconds_option
-from mgpu.launch.bench.report import Report
-from mgpu.launch.bench.session import started
-from mgpu.launch.bench.summary import Row, spread
-from mgpu.launch.bench.target import READY_S, Wanted, prepared, target_options
+from mgpu.launch.bench.options import Wanted, seconds_option, target_options
+from mgpu.launch.bench.report import Report, Row, spread
+from mgpu.launch.bench.target import READY_S, prepared, started
 
 SHOWN = ("processes", "core_share", "core_share_low", "core_share_high", "seconds")
 SETTLE_S = 1.0

@@ -1,6 +1,13 @@
-"""The fastest that memory allows: every byte that a decode step must read, read once."""
+"""The fastest that memory allows: every byte that a decode step must read, read once, at the speed of the memory.
 
+``python -m mgpu.launch.bench.limit`` prints the read speed of one core: `machine_read_speed` runs one per core.
+"""
+
+import os
 import re
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 from mgpu.orchestrator.errors import UserError
@@ -10,6 +17,10 @@ from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts
 from mgpu.protocol.model.quantization import Quant
 
 _UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
+BLOCK_BYTES = 128 << 20
+"""Per core: larger than what a core has of the last cache, small enough for any machine."""
+SECONDS = 0.4
+_DEADLINE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +70,33 @@ def parse_bandwidth(text: str) -> float:
     if match is None or not float(match[1]):
         raise UserError(f"--bandwidth {text!r} is not a speed; write for example 4.30TB/s or 25GB/s, or leave it out")
     return float(match[1]) * _UNITS[match[2].upper()]
+
+
+def read_speed(seconds: float, nbytes: int = BLOCK_BYTES) -> float:
+    """Return the bytes per second at which this process reads: the best of its passes.
+
+    A search for a byte that does not occur reads everything, at the speed of the memory on all common machines.
+    """
+    block = bytearray(b"\1") * nbytes  # written, so that it is memory and not one shared page of zeros
+    best, until_s = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < until_s or not best:
+        began_s = time.perf_counter()
+        block.find(b"\0")
+        best = max(best, nbytes / (time.perf_counter() - began_s))
+    return best
+
+
+def machine_read_speed() -> float:
+    """Give the bytes per second of processes that read side by side, one per core that this one may use."""
+    command = [sys.executable, "-m", "mgpu.launch.bench.limit"]
+    readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in os.sched_getaffinity(0)]
+    try:
+        return sum(float(reader.communicate(timeout=_DEADLINE_S)[0]) for reader in readers)
+    finally:
+        for reader in readers:
+            reader.kill()
+            reader.wait()
+
+
+if __name__ == "__main__":
+    print(read_speed(SECONDS))

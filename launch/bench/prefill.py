@@ -3,13 +3,11 @@
 import click
 
 from mgpu.launch.bench.decode import cannot_run
-from mgpu.launch.bench.numbers import Sizes
-from mgpu.launch.bench.numbers import sizes as read_sizes
+from mgpu.launch.bench.options import Sizes, Wanted, target_options
+from mgpu.launch.bench.options import sizes as read_sizes
 from mgpu.launch.bench.probe import Probe
-from mgpu.launch.bench.report import Report
-from mgpu.launch.bench.session import probing
-from mgpu.launch.bench.summary import spread
-from mgpu.launch.bench.target import Wanted, prepared, target_options
+from mgpu.launch.bench.report import Report, spread
+from mgpu.launch.bench.target import prepared, probing
 
 SHOWN = ("prompts", "length", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "ms")
 FIRST_TOKEN_ASKS = 5

@@ -1,16 +1,26 @@
-"""What a benchmark found: printed as it comes, kept as JSON or CSV with what must stand beside it."""
+"""What a benchmark found: rows of numbers, printed as they come, saved as JSON or CSV beside machine and versions."""
 
+import contextlib
 import csv
+import datetime
+import importlib.metadata
 import json
+import math
+import os
+import platform
+import statistics
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from mgpu.launch.bench.machine import describe, heading
-from mgpu.launch.bench.summary import Row, Value
+import mgpu
 from mgpu.orchestrator.errors import UserError
 
+Value = str | int | float | None
+Row = dict[str, Value]
+"""One line of a result: names with units, and what was found; None where nothing can be said."""
 _WIDTH = 11
 
 
@@ -76,3 +86,60 @@ def cell(name: str, value: Value) -> str:
         return f"{value:.1%}" if value >= 0.1 else f"{value:.2%}"
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2
     return f"{value:,.{digits}f}"
+
+
+def spread(name: str, values: Sequence[float]) -> Row:
+    """Give the median under ``name``, and beside it the least and the greatest. ValueError without values."""
+    return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """Give the least value that ``percent`` of all values do not exceed (nearest rank); None without values."""
+    if not values:
+        return None
+    rank = max(1, math.ceil(percent / 100 * len(values)))
+    return sorted(values)[rank - 1]
+
+
+def cpu_name() -> str:
+    """Give the name that the kernel prints for the first core."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu_names() -> list[str]:
+    """List the GPUs of this machine, visible or not; empty without a driver."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[:-1]
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Give the versions of Python, of mgpu, which need not be installed, and of those packages that are."""
+    found = {"python": platform.python_version(), "mgpu": mgpu.__version__}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def describe(*packages: str) -> dict[str, object]:
+    """Give what must stand beside every number: date, machine, its load just before, versions."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores",
+        "gpus": gpu_names(),
+        "load": round(os.getloadavg()[0], 2),
+        "versions": versions("torch", *packages),
+    }
+
+
+def heading(facts: dict[str, object]) -> str:
+    """Put what `describe` gives into one line."""
+    versions_text = ", ".join(f"{name} {version}" for name, version in dict(facts["versions"]).items())  # type: ignore[call-overload]
+    gpus = ", ".join(facts["gpus"]) or "no GPU"  # type: ignore[arg-type]
+    return f"{facts['date']} | {facts['cpu']} | {gpus} | {versions_text}"

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import click
 
-from mgpu.launch.bench.report import Report
-from mgpu.launch.bench.session import started
-from mgpu.launch.bench.summary import Row, spread
-from mgpu.launch.bench.target import READY_S, Target, Wanted, prepared, target_options
+from mgpu.launch.bench.options import Wanted, target_options
+from mgpu.launch.bench.report import Report, Row, spread
+from mgpu.launch.bench.target import READY_S, Target, prepared, started
 
 PHASES = ("spawn", "rendezvous", "weights", "cache", "warmup")
 SHOWN = ("start", "ready_s", "ready_s_low", "ready_s_high", *(f"{phase}_s" for phase in PHASES))

@@ -7,12 +7,10 @@ from pathlib import Path
 import click
 
 from mgpu.launch.bench.decode import cannot_run
-from mgpu.launch.bench.numbers import list_option, seconds_option
+from mgpu.launch.bench.options import Wanted, list_option, seconds_option, target_options
 from mgpu.launch.bench.probe import Decoded, NotMeasured, Probe
-from mgpu.launch.bench.report import Report
-from mgpu.launch.bench.session import probing
-from mgpu.launch.bench.summary import Row, spread
-from mgpu.launch.bench.target import Wanted, prepared, target_options
+from mgpu.launch.bench.report import Report, Row, spread
+from mgpu.launch.bench.target import prepared, probing
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.devices import find_machine
 

@@ -1,43 +1,35 @@
-"""What is measured: the model and the options of the server, from what the user typed."""
+"""The server that is measured: its model and options, from what the user typed, and the server while it is asked."""
 
 import contextlib
-import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from mgpu.launch.bench.bandwidth import machine_read_speed
-from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth
+from mgpu.launch.bench.limit import Limit, limit_of, machine_read_speed, parse_bandwidth
+from mgpu.launch.bench.options import Wanted
+from mgpu.launch.bench.probe import Probe
 from mgpu.launch.bench.shapes import SHAPES, write_config
 from mgpu.launch.commands.plan import prepare
 from mgpu.launch.config import ServeConfig
 from mgpu.launch.options import read_config
-from mgpu.launch.server_process import ServerProcess, orderly_end
+from mgpu.launch.server_process import ServerDied, ServerProcess
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.devices import find_machine
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.protocol.checkpoint.read import has_weights
-
-F = TypeVar("F", bound=Callable[..., Any])
+from mgpu.protocol.client.client import Client
+from mgpu.protocol.client.results import MgpuError
 
 READY_S = 900.0
 """Longest wait for a server: a large model from a cold disk."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What the user typed about the server and the measuring."""
-
-    model: str
-    shape: str
-    bandwidth: str
-    repeat: int
-    save: Path | None
-    serve_options: tuple[str, ...]
+TIMEOUT_S = 900.0
+"""Longest time that an answer may take."""
+SILENCE_S = 60.0
+"""Longest silence of a server that is under more load than its clients would put on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,41 +67,6 @@ class Target:
 def _without_folder(word: str) -> str:
     """Leave a path's last part: where this machine keeps a model says nothing about what was measured."""
     return Path(word).name if Path(word).is_absolute() else word
-
-
-def target_options(command: F) -> F:
-    """Add what every benchmark takes; it arrives as one `Wanted`."""
-
-    @functools.wraps(command)  # which also keeps the options that are declared below this one
-    def wrapped(
-        model: str,
-        shape: str | None,
-        bandwidth: str,
-        repeat: int,
-        save: Path | None,
-        serve_options: tuple[str, ...],
-        **others: Any,
-    ) -> Any:
-        with orderly_end():
-            return command(Wanted(model, shape or "", bandwidth, repeat, save, serve_options), **others)
-
-    for option in (
-        click.argument("serve_options", nargs=-1, type=click.UNPROCESSED),
-        click.option(
-            "--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows: .csv, else JSON."
-        ),
-        click.option("--repeat", default=5, show_default=True, type=click.IntRange(1), help="Medians of so many."),
-        click.option(
-            "--bandwidth",
-            default="",
-            metavar="SPEED",
-            help="Read bandwidth of one GPU, such as 4.30TB/s, for shares of the limit. CPU: measured if not given.",
-        ),
-        click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape, instead of -m."),
-        click.option("--model", "-m", default="", help="What serve takes; a folder with only config.json is enough."),
-    ):
-        wrapped = option(wrapped)
-    return wrapped  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
@@ -150,3 +107,30 @@ def serve_config(arguments: tuple[str, ...]) -> ServeConfig:
 
     flags = serve_command.make_context("serve", list(arguments)).params
     return read_config(flags.pop("config_file"), flags)[0]
+
+
+@contextlib.contextmanager
+def started(target: Target, **settings: Any) -> Iterator[ServerProcess]:
+    """Give the target's server, which runs inside the block; see `Target.start`. UserError when it fails."""
+    try:
+        with target.start(**settings) as server:
+            yield server
+    except ServerDied as error:
+        raise UserError(f"the server to measure failed: {error}") from error
+
+
+@contextlib.contextmanager
+def serving(target: Target) -> Iterator[str]:
+    """Give the endpoint of the target's server, which runs inside the block. UserError when it fails, then or later."""
+    try:
+        with started(target) as server:
+            yield server.wait_ready(READY_S)
+    except MgpuError as error:
+        raise UserError(f"the server to measure did not answer as it should: {error}") from error
+
+
+@contextlib.contextmanager
+def probing(target: Target) -> Iterator[Probe]:
+    """Give a probe of the target's server, which runs inside the block. UserError as `serving`."""
+    with serving(target) as endpoint, Client(endpoint, timeout_s=TIMEOUT_S, silence_timeout_s=SILENCE_S) as client:
+        yield Probe(client, target.plan.facts.vocab_size)

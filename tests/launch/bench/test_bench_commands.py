@@ -36,7 +36,7 @@ def bench(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Bench:
     def running(target: Target) -> Iterator[str]:
         yield server.wait_ready()
 
-    monkeypatch.setattr("mgpu.launch.bench.session.serving", running)
+    monkeypatch.setattr("mgpu.launch.bench.target.serving", running)
     monkeypatch.setattr("mgpu.launch.bench.serve.serving", running)
     monkeypatch.setattr(Target, "start", lambda target, **settings: contextlib.nullcontext(server))
 

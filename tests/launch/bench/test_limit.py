@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.launch.bench.bandwidth import read_speed
-from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth, weight_bytes
+from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth, read_speed, weight_bytes
 from mgpu.launch.bench.shapes import LLAMA_8B, SMOLLM2_135M, Config, write_config
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.devices import described_machine, find_machine

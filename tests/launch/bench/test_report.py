@@ -8,13 +8,11 @@ import click
 import pytest
 
 import mgpu
-from mgpu.launch.bench.machine import versions
-from mgpu.launch.bench.numbers import rates, sizes, whole_numbers
+from mgpu.launch.bench.options import rates, sizes, whole_numbers
 from mgpu.launch.bench.probe import Decoded
-from mgpu.launch.bench.report import Report, cell
+from mgpu.launch.bench.report import Report, cell, percentile, spread, versions
 from mgpu.launch.bench.startup import phases, startup_row
 from mgpu.launch.bench.step import breakdown
-from mgpu.launch.bench.summary import percentile, spread
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.startup_log import ready_line
 

@@ -1,14 +1,67 @@
-"""Options that are numbers: ``--batches 1,8,64``, ``--rate 0.5,2``, ``--sizes 32x1024,4x8192``, ``--seconds 1``."""
+"""Options of the benchmarks: what each of them takes, and numbers such as ``--batches 1,8,64`` and ``--seconds 1``."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from mgpu.launch.bench.shapes import SHAPES
+from mgpu.launch.server_process import orderly_end
 
 F = TypeVar("F", bound=Callable[..., Any])
 Sizes = tuple[tuple[int, int], ...]
 
 LONGEST_S = 86400
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user typed about the server and the measuring."""
+
+    model: str
+    shape: str
+    bandwidth: str
+    repeat: int
+    save: Path | None
+    serve_options: tuple[str, ...]
+
+
+def target_options(command: F) -> F:
+    """Add what every benchmark takes; it arrives as one `Wanted`."""
+
+    @functools.wraps(command)  # which also keeps the options that are declared below this one
+    def wrapped(
+        model: str,
+        shape: str | None,
+        bandwidth: str,
+        repeat: int,
+        save: Path | None,
+        serve_options: tuple[str, ...],
+        **others: Any,
+    ) -> Any:
+        with orderly_end():
+            return command(Wanted(model, shape or "", bandwidth, repeat, save, serve_options), **others)
+
+    for option in (
+        click.argument("serve_options", nargs=-1, type=click.UNPROCESSED),
+        click.option(
+            "--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows: .csv, else JSON."
+        ),
+        click.option("--repeat", default=5, show_default=True, type=click.IntRange(1), help="Medians of so many."),
+        click.option(
+            "--bandwidth",
+            default="",
+            metavar="SPEED",
+            help="Read bandwidth of one GPU, such as 4.30TB/s, for shares of the limit. CPU: measured if not given.",
+        ),
+        click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape, instead of -m."),
+        click.option("--model", "-m", default="", help="What serve takes; a folder with only config.json is enough."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]
 
 
 def list_option(flag: str, default: str, help_text: str) -> Callable[[F], F]:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 from mgpu.launch.bench.limit import Limit
 from mgpu.launch.bench.load import Outcome, Request
-from mgpu.launch.bench.serving import Load, Run, Sizes, loads, measure_load, serving_row
+from mgpu.launch.bench.serve import Load, Run, Sizes, loads, measure_load, serving_row
 
 
 def run_of(rate: float, errors: int = 0) -> Run:
