@@ -63,9 +63,9 @@ class FairQueue:
 
     def push(self, seq: Sequence) -> None:
         """Add a request to its client's own."""
-        account = self._accounts.get(seq.client)
+        account = self._accounts.get(seq.account)
         if account is None:
-            account = self._accounts[seq.client] = Account(self._now)
+            account = self._accounts[seq.account] = Account(self._now)
         account.weight = seq.weight
         heapq.heappush(account.waiting, (seq.order, seq))
         self._num_waiting += 1
@@ -95,7 +95,7 @@ class FairQueue:
         assert seq is not None, "nobody waits"
         account = heapq.heappop(self._line)[2]
         heapq.heappop(account.waiting)
-        seq.account = account
+        seq.charged_to = account
         seq.charged = seq.prompt_len - seq.cached_tokens + min(self._mean_answer, seq.max_len - seq.prompt_len)
         self._now = max(self._now, account.tag) + seq.charged / max(self._weight_in_line, account.weight)
         self._step_out(account)
@@ -116,8 +116,8 @@ class FairQueue:
         """Correct what `pop` has charged, now that the request has ended."""
         answer = len(seq.tokens) - seq.prompt_len
         self._mean_answer += (answer - self._mean_answer) * _SMOOTHING
-        account, seq.account = seq.account, None
-        if account is None or self._accounts.get(seq.client) is not account:  # forgotten, and what it owed with it
+        account, seq.charged_to = seq.charged_to, None
+        if account is None or self._accounts.get(seq.account) is not account:  # forgotten, and what it owed with it
             return
         excess = len(seq.tokens) - seq.cached_tokens - seq.charged
         account.tag += excess / account.weight

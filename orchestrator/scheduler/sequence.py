@@ -31,11 +31,11 @@ class Sequence:
     sampling: RowSampling
     cache_salt: bytes
     order: tuple[int, int]
-    """(priority, arrival): of one client's waiting requests the smallest runs first."""
-    client: int = 0
-    """Whose it is; see fair_queue.py."""
+    """(priority, arrival): of one account's waiting requests the smallest runs first."""
+    account: int = 0
+    """Whose share of the server it counts to; see fair_queue.py."""
     weight: float = 1.0
-    """The client's share."""
+    """The account's share."""
 
     row: int = -1
     """Row on the workers; -1 while it waits."""
@@ -55,10 +55,10 @@ class Sequence:
     """Prompt tokens that came from the prefix cache when it first ran."""
     turn: int = -1
     """How many ran before it did for the first time, -1 as long as it has not: the smallest is preempted last."""
-    account: "Account | None" = None
-    """Its client's, once it was charged."""
+    charged_to: "Account | None" = None
+    """The account that was charged for it; None before it runs for the first time."""
     charged: float = 0.0
-    """Tokens that its client was charged."""
+    """Tokens that the account was charged."""
     finished: bool = False
     crashes: int = 0
     """Consecutive crashes of the workers during which it was running."""
@@ -75,7 +75,7 @@ class Sequence:
             sampling=submit.sampling,
             cache_salt=submit.cache_salt,
             order=(submit.priority, arrival),
-            client=submit.client,
+            account=submit.account,
             weight=submit.weight,
         )
 

@@ -98,11 +98,11 @@ class Submit:
     cache_salt: bytes
     """Prefix blocks are shared only between requests of the same salt."""
     priority: int
-    """Lower runs first of the requests of one client; equal priorities in order of arrival."""
-    client: int = 0
-    """Whose it is: requests that wait take turns by client."""
+    """Lower runs first of the requests of one account; equal priorities in order of arrival."""
+    account: int = 0
+    """Whose share of the server it counts to: requests that wait take turns by account."""
     weight: float = 1.0
-    """The client's share while others wait too."""
+    """The account's share while others wait too."""
 
 
 @dataclass(frozen=True, slots=True)

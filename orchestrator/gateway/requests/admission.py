@@ -47,12 +47,12 @@ def admit(
     spec: GatewaySpec,
     info: EngineInfo,
     first_sequence: int,
-    client: int = 0,
+    account: int = 0,
     weight: float = 1.0,
 ) -> tuple[Accepted, list[Submit]]:
     """Give the answer to the client and the sequences for the engine, numbered from ``first_sequence``.
 
-    ``prompt`` is little-endian int32; ``client`` and ``weight`` are for the scheduler. Refusal with the numbers when
+    ``prompt`` is little-endian int32; ``account`` and ``weight`` are for the scheduler. Refusal with the numbers when
     ids or lengths do not fit the model.
     """
     ids = int32_array(prompt)
@@ -74,7 +74,7 @@ def admit(
             sampling=_sampling(request, len(ids), stop_ids, seed_of_choice(seed, index)),
             cache_salt=request.cache_salt.encode(),
             priority=request.priority,
-            client=client,
+            account=account,
             weight=weight,
         )
         for index in range(request.n)

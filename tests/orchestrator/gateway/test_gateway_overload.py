@@ -102,7 +102,7 @@ def test_the_scheduler_is_told_whose_a_sequence_is_and_its_share(gateway: Gatewa
         one.generate([5], max_tokens=1, n=2)
         one.generate([6], max_tokens=1)
         other.generate([7], max_tokens=1)
-    numbers = [submit.client for submit in gateway.engine.submits]
+    numbers = [submit.account for submit in gateway.engine.submits]
     assert numbers[0] == numbers[1] == numbers[2] != numbers[3]
     assert {submit.weight for submit in gateway.engine.submits} == {4.0}
 

@@ -21,7 +21,7 @@ class Line:
         self.served: Counter[int] = Counter()
         self._arrivals = 0
 
-    def add(self, client: int, prompt: int = 10, room: int = 10, priority: int = 0, weight: float = 1.0) -> Sequence:
+    def add(self, account: int, prompt: int = 10, room: int = 10, priority: int = 0, weight: float = 1.0) -> Sequence:
         seq = Sequence(
             sequence_id=self._arrivals,
             tokens=array("i", [1] * prompt),
@@ -31,7 +31,7 @@ class Line:
             sampling=RowSampling(),
             cache_salt=b"",
             order=(priority, self._arrivals),
-            client=client,
+            account=account,
             weight=weight,
         )
         self._arrivals += 1
@@ -50,7 +50,7 @@ class Line:
         seq.tokens.extend([2] * count)
         seq.finished = True
         self.queue.settle(seq)
-        self.served[seq.client] += len(seq.tokens)
+        self.served[seq.account] += len(seq.tokens)
 
     def drop(self, seq: Sequence) -> None:
         seq.finished = True
@@ -61,7 +61,7 @@ def test_clients_take_turns_whatever_the_order_of_arrival() -> None:
     line = Line()
     for client in (1, 1, 1, 2, 2, 3):
         line.add(client)
-    assert [line.serve().client for _ in range(6)] == [1, 2, 3, 1, 2, 1]
+    assert [line.serve().account for _ in range(6)] == [1, 2, 3, 1, 2, 1]
 
 
 def test_one_request_is_next_however_many_another_client_has() -> None:
@@ -71,7 +71,7 @@ def test_one_request_is_next_however_many_another_client_has() -> None:
     for _ in range(10):
         line.serve()
     line.add(2)
-    assert 2 in [line.serve().client for _ in range(2)]
+    assert 2 in [line.serve().account for _ in range(2)]
 
 
 def test_within_a_client_the_lower_priority_number_then_the_earlier_is_next() -> None:
@@ -110,7 +110,7 @@ def test_who_asks_for_much_and_takes_little_pays_for_little() -> None:
     for _ in range(1000):
         head = line.queue.head()
         assert head is not None
-        line.serve(answers[head.client])
+        line.serve(answers[head.account])
     assert line.served[1] == pytest.approx(line.served[2], rel=0.1)
 
 
@@ -122,7 +122,7 @@ def test_nobody_saves_up_turns_by_being_away() -> None:
         line.serve()
     for _ in range(100):
         line.add(2)
-    assert Counter(line.serve().client for _ in range(100)) == pytest.approx({1: 50, 2: 50}, abs=1)
+    assert Counter(line.serve().account for _ in range(100)) == pytest.approx({1: 50, 2: 50}, abs=1)
 
 
 def test_nobody_pays_for_having_been_alone() -> None:
@@ -133,7 +133,7 @@ def test_nobody_pays_for_having_been_alone() -> None:
     for _ in range(10):
         line.add(1)
         line.add(2)
-    assert Counter(line.serve().client for _ in range(10)) == {1: 5, 2: 5}
+    assert Counter(line.serve().account for _ in range(10)) == {1: 5, 2: 5}
 
 
 def test_a_client_that_leaves_for_a_moment_still_owes_what_it_took() -> None:
@@ -141,9 +141,9 @@ def test_a_client_that_leaves_for_a_moment_still_owes_what_it_took() -> None:
     line.add(1, prompt=1000)
     for _ in range(60):
         line.add(2)
-    assert line.serve().client == 1
+    assert line.serve().account == 1
     line.add(1)
-    clients = [line.serve().client for _ in range(52)]
+    clients = [line.serve().account for _ in range(52)]
     assert clients.count(1) == 1
     assert clients.index(1) > 45
 
@@ -183,7 +183,7 @@ def test_a_request_that_outlives_its_line_changes_nothing_in_the_next_one() -> N
     assert_books_are_right(line.queue)
     assert line.queue._now == now, "what was charged before nobody waited is not corrected after"
     assert account.waiting == [], "what runs does not keep what ended in memory"
-    assert [line.serve().client for _ in range(3)] == [2, 3, 4]
+    assert [line.serve().account for _ in range(3)] == [2, 3, 4]
 
 
 @settings(max_examples=200, deadline=None)
@@ -245,7 +245,7 @@ def test_clients_that_always_wait_never_differ_by_more_than_a_few_requests(seed:
                 waiting[client] += 1
         seq = line.serve()
         largest = max(largest, len(seq.tokens))
-        waiting[seq.client] -= 1
+        waiting[seq.account] -= 1
         normalized = [line.served[client] / weight for client, weight in enumerate(weights)]
         bound = 2 * 400 / min(weights) + 2 * 400
         assert max(normalized) - min(normalized) <= bound

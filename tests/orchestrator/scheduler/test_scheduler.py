@@ -36,11 +36,11 @@ def submit_of(
     stop_ids: tuple[int, ...] = (),
     priority: int = 0,
     salt: bytes = b"",
-    client: int = 0,
+    account: int = 0,
     weight: float = 1.0,
 ) -> Submit:
     ids = array("i", prompt).tobytes()
-    return Submit(sequence_id, ids, max_tokens, list(stop_ids), RowSampling(), salt, priority, client, weight)
+    return Submit(sequence_id, ids, max_tokens, list(stop_ids), RowSampling(), salt, priority, account, weight)
 
 
 class Harness:
@@ -195,9 +195,9 @@ def test_first_come_first_served_within_a_priority() -> None:
 def test_a_client_with_one_request_does_not_wait_for_the_hundred_of_another() -> None:
     harness = Harness(max_rows=2)
     for i in range(100):
-        harness.submit(i, prompt_of(i, 5), 4, client=1)
+        harness.submit(i, prompt_of(i, 5), 4, account=1)
     harness.run(until=lambda: len(harness.finish) == 10)
-    harness.submit(1000, prompt_of(7, 5), 4, client=2)
+    harness.submit(1000, prompt_of(7, 5), 4, account=2)
     harness.run(until=lambda: 1000 in harness.finish)
     assert len(harness.finish) <= 10 + 2 * harness.limits.max_rows + 1
     harness.run()
@@ -207,17 +207,17 @@ def test_a_client_with_one_request_does_not_wait_for_the_hundred_of_another() ->
 def test_a_low_priority_number_does_not_pass_the_requests_of_other_clients() -> None:
     harness = Harness(max_rows=1, prefix_cache=False)
     for i in range(3):
-        harness.submit(i, prompt_of(i, 5), 4, client=1)
-        harness.submit(10 + i, prompt_of(i, 5), 4, client=2, priority=-1000)
+        harness.submit(i, prompt_of(i, 5), 4, account=1)
+        harness.submit(10 + i, prompt_of(i, 5), 4, account=2, priority=-1000)
     harness.run()
     assert list(harness.finish) == [0, 10, 1, 11, 2, 12]
 
 
 def test_what_has_begun_is_not_preempted_for_what_comes_later() -> None:
     harness = Harness(num_blocks=12, max_rows=2, prefix_cache=False)
-    harness.submit(1, prompt_of(1, 12), 30, client=1, priority=5)
+    harness.submit(1, prompt_of(1, 12), 30, account=1, priority=5)
     harness.run(until=lambda: bool(harness.tokens.get(1)))
-    harness.submit(2, prompt_of(2, 12), 30, client=2, priority=-5)
+    harness.submit(2, prompt_of(2, 12), 30, account=2, priority=-5)
     harness.run()
     assert harness.scheduler.counters.preemptions > 0
     assert list(harness.finish) == [1, 2]
@@ -226,11 +226,11 @@ def test_what_has_begun_is_not_preempted_for_what_comes_later() -> None:
 def test_requests_that_ran_when_the_workers_died_go_first_in_their_old_order() -> None:
     harness = Harness(max_rows=2, num_blocks=64)
     for i in range(4):
-        harness.submit(i, prompt_of(i, 4), 6, client=i % 2, priority=-i)
+        harness.submit(i, prompt_of(i, 4), 6, account=i % 2, priority=-i)
     harness.run(until=lambda: len(harness.tokens) == 2)
     began = sorted(harness.tokens)
     harness.crash(epoch=1, num_blocks=64)
-    harness.submit(9, prompt_of(9, 4), 6, client=7)
+    harness.submit(9, prompt_of(9, 4), 6, account=7)
     harness.run()
     assert sorted(list(harness.finish)[:2]) == began
     for i in range(4):
