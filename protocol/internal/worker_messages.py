@@ -109,6 +109,10 @@ class Ready:
     """Tokens of the prompt that the model was tried with."""
 
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them would overflow."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowSampling:
     """How one row's next token is chosen. Neutral values switch a rule off (ranges: protocol/front/messages.py)."""
@@ -128,6 +132,36 @@ class RowSampling:
     banned_until: int = 0
     """``banned_ids`` cannot be chosen for positions below this one (min_tokens)."""
     banned_ids: list[int] | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if the likeliest token is chosen; no noise is added."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def has_penalties(self) -> bool:
+        """True if tokens that the row already has become less likely."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def has_rules(self) -> bool:
+        """True if logits may be changed before a token is chosen."""
+        return bool(self.logit_bias) or bool(self.banned_ids) or self.has_penalties
+
+    @property
+    def has_filters(self) -> bool:
+        """True if unlikely tokens may be excluded."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """True if the token, or its log-probabilities, depend on more than the best logit of each rank."""
+        return self.num_logprobs >= 0 or (self.has_filters and not self.is_greedy)
+
+    @property
+    def is_simple(self) -> bool:
+        """True if the token is the arg-max of the row's logits, with or without noise."""
+        return not self.has_rules and not self.needs_all_logits
 
 
 @dataclass(frozen=True, slots=True)

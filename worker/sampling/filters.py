@@ -16,11 +16,6 @@ _CANDIDATES = 1024
 """Candidates looked at first: sorting a whole vocabulary takes several times as long as finding these."""
 
 
-def has_filters(sampling: RowSampling) -> bool:
-    """Say whether a row may choose from some of the vocabulary only."""
-    return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
-
-
 def thresholds(z_FV: Tensor, sampling: Sequence[RowSampling]) -> Tensor:
     """Give the least scaled logit (``logits / temperature``) that each row may choose, fp32 [F].
 

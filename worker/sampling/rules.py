@@ -8,29 +8,6 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import RowSampling
-from mgpu.worker.sampling.filters import has_filters
-
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing by them would overflow."""
-
-
-def has_rules(sampling: RowSampling) -> bool:
-    """Say whether a row's logits are ever changed."""
-    return bool(sampling.logit_bias) or bool(sampling.banned_ids) or _has_penalties(sampling)
-
-
-def needs_all_logits(sampling: RowSampling) -> bool:
-    """Say whether a row's token, or what is told of it, depends on more than the largest logits of each rank."""
-    return sampling.num_logprobs >= 0 or (sampling.temperature >= GREEDY_BELOW and has_filters(sampling))
-
-
-def is_simple(sampling: RowSampling) -> bool:
-    """Say whether a row's token is the arg-max of its logits, with or without noise."""
-    return not has_rules(sampling) and not needs_all_logits(sampling)
-
-
-def _has_penalties(sampling: RowSampling) -> bool:
-    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
 
 
 def apply_rules(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L: Tensor, prompt_len: int) -> None:
@@ -40,7 +17,7 @@ def apply_rules(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L
     """
     if sampling.logit_bias:
         _add_bias(logits_V, first_id, sampling.logit_bias)
-    if _has_penalties(sampling):
+    if sampling.has_penalties:
         _penalize(logits_V, first_id, sampling, tokens_L, prompt_len)
     if sampling.banned_ids and len(tokens_L) < sampling.banned_until:
         banned = _local(sampling.banned_ids, first_id, len(logits_V))

@@ -14,9 +14,9 @@ from torch import Tensor
 from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs
 from mgpu.worker.kernels.use import aligned, uses_kernels
 from mgpu.worker.ranks.collectives import TensorParallelGroup
-from mgpu.worker.sampling.filters import has_filters, thresholds
+from mgpu.worker.sampling.filters import thresholds
 from mgpu.worker.sampling.noise import add_gumbel, row_keys, token_factors
-from mgpu.worker.sampling.rules import GREEDY_BELOW, apply_rules, has_rules, needs_all_logits
+from mgpu.worker.sampling.rules import apply_rules
 from mgpu.worker.state.rows import RowTable, SampleRequest
 
 
@@ -64,7 +64,7 @@ class Sampler:
     def sample(self, logits_SV: Tensor, request: SampleRequest) -> Sampled:
         """Choose from this rank's fp32 logits [S, V], which may be overwritten."""
         sampling = [self._rows.sampling[row] for row in request.rows]
-        whole = [i for i, row in enumerate(sampling) if needs_all_logits(row)]
+        whole = [i for i, row in enumerate(sampling) if row.needs_all_logits]
         if not whole:
             return Sampled(self._choose_split(logits_SV, request, sampling), None)
         if len(whole) == len(sampling):
@@ -133,7 +133,7 @@ class Sampler:
         self, logits_SV: Tensor, first_id: int, request: SampleRequest, sampling: list[RowSampling]
     ) -> None:
         for i, row in enumerate(sampling):
-            if has_rules(row):
+            if row.has_rules:
                 number = request.rows[i]
                 tokens_L = self._rows.tokens[number, : request.positions[i]]
                 apply_rules(logits_SV[i], first_id, row, tokens_L, self._rows.prompt_lens[number])
@@ -142,7 +142,7 @@ class Sampler:
         self, logits_SV: Tensor, factors_V: Tensor, request: SampleRequest, sampling: list[RowSampling], filtered: bool
     ) -> Tensor:
         """Scale, filter and add noise where a row has a temperature; greedy rows stay as they are."""
-        drawn = [i for i, row in enumerate(sampling) if row.temperature >= GREEDY_BELOW]
+        drawn = [i for i, row in enumerate(sampling) if not row.is_greedy]
         if not drawn:
             return logits_SV
         if len(drawn) == len(sampling):
@@ -156,7 +156,7 @@ class Sampler:
         self, logits_SV: Tensor, factors_V: Tensor, request: SampleRequest, sampling: list[RowSampling], filtered: bool
     ) -> Tensor:
         z_SV = logits_SV / self._rows.temperatures[request.rows_S][:, None]
-        if filtered and any(map(has_filters, sampling)):
+        if filtered and any(row.has_filters for row in sampling):
             z_SV.masked_fill_(z_SV < thresholds(z_SV, sampling)[:, None], -torch.inf)
         keys_S = row_keys(self._rows.seeds[request.rows_S], request.positions_S)
         return add_gumbel(z_SV, keys_S, factors_V)

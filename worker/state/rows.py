@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.errors import BadPlan
-from mgpu.worker.sampling.rules import is_simple
 from mgpu.worker.state.batch import StepBatch
 
 _NO_SAMPLING = RowSampling()
@@ -68,14 +67,14 @@ class RowTable:
         self.sampling = [_NO_SAMPLING] * max_rows
         self.is_simple = [True] * max_rows
         """Rows whose token is the arg-max of their own logits, with or without noise."""
-        self.tenants = [0] * max_rows
+        self.occupant_ids = [0] * max_rows
         """Counts the requests that had a row, so that late news of an earlier one can be told apart."""
         self.prompt_lens = [0] * max_rows
         self._block_counts = [0] * max_rows
 
     def apply(self, plan: StepPlan) -> None:
         """Free, fill and extend rows as the plan says. BadPlan when it names rows or blocks that cannot be."""
-        self._change_tenants(plan)
+        self._change_occupants(plan)
         if plan.block_rows:
             self._append(plan.block_rows, plan.block_ids)
 
@@ -84,7 +83,7 @@ class RowTable:
 
         Gives the block that each row of the plan has to append, -1 for none.
         """
-        self._change_tenants(plan)
+        self._change_occupants(plan)
         fresh = [-1] * len(plan.rows)
         if plan.block_rows:
             index_of = {row: index for index, row in enumerate(plan.rows)}
@@ -106,7 +105,7 @@ class RowTable:
         """Say whether a row's appended block is the one that its next token goes to."""
         return index >= 0 and plan.starts[index] == self._block_counts[row] * self.block_size
 
-    def _change_tenants(self, plan: StepPlan) -> None:
+    def _change_occupants(self, plan: StepPlan) -> None:
         for row in plan.free_rows:
             self.sampling[row] = _NO_SAMPLING
             self._block_counts[row] = 0
@@ -128,8 +127,8 @@ class RowTable:
         self._block_counts[new.row] = len(new.block_ids)
         self.prompt_lens[new.row] = new.prompt_len
         self.sampling[new.row] = new.sampling
-        self.is_simple[new.row] = is_simple(new.sampling)
-        self.tenants[new.row] += 1
+        self.is_simple[new.row] = new.sampling.is_simple
+        self.occupant_ids[new.row] += 1
 
     def _append(self, rows: list[int], block_ids: list[int]) -> None:
         self._check_blocks(block_ids)

@@ -7,11 +7,9 @@ from hashlib import blake2b
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.messages import Accepted, FailureCode, Generate
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Submit
-from mgpu.protocol.internal.worker_messages import RowSampling
+from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, RowSampling
 
 RETRY_AFTER_S = 1.0
-GREEDY_BELOW = 1e-5
-"""Temperatures below this overflow the logits in half precision; they mean greedy."""
 
 
 class Refusal(Exception):
