@@ -86,7 +86,7 @@ class Linear(Module):
 
     def _keep_read(self, weight_OI: Tensor, reader: WeightReader) -> None:
         if self._form.quant != "none":
-            reader.settle()
+            reader.wait()
         self._keep(weight_OI)
 
     def init_dummy(self, generator: torch.Generator) -> None:

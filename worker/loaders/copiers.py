@@ -19,17 +19,17 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import CheckpointError
 from mgpu.worker.loaders.block_formats import BlockType
-from mgpu.worker.loaders.slices import Piece, Span, not_finite, total
+from mgpu.worker.loaders.slices import FileRows, Slice, not_finite, total
 
-HOST_BYTES = 4 << 20
+DIRECT_BYTES = 4 << 20
 """File bytes read and decoded at once on the CPU. Of less, torch's threads would wait for each other too often."""
-LANE_BYTES = 8 << 20
+STAGING_BYTES = 8 << 20
 """File bytes, and decoded numbers of quantized types, of one pinned buffer."""
-LANES_PER_THREAD = 2
+BUFFERS_PER_THREAD = 2
 """A thread reads into one buffer while the other is copied to the GPU."""
 MOST_THREADS = 8
 """Copies from the page cache reach the speed of memory or of the bus before that: 128 MiB of pinned buffers at most."""
-PIECE_TIMEOUT_S = 600.0
+SLICE_TIMEOUT_S = 600.0
 """Longest wait for one piece; a disk that gives nothing for so long is not going to."""
 _SUMS = 1024
 """Sums that are allocated together."""
@@ -38,21 +38,21 @@ Progress = Callable[[int], None]
 Action = Callable[[], object]
 
 
-class Filler(Protocol):
+class Copier(Protocol):
     """Fills tensors, at once or behind the caller's back."""
 
-    piece_bytes: int
+    slice_bytes: int
     """Most bytes of one piece."""
 
-    def fill(self, piece: Piece) -> None:
+    def fill(self, piece: Slice) -> None:
         """Take a piece on; an error of an earlier one may be raised here. CheckpointError."""
         ...
 
     def after(self, action: Action) -> None:
-        """Call ``action`` once everything taken on so far is there, before `settle` returns."""
+        """Call ``action`` once everything taken on so far is there, before `wait` returns."""
         ...
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Make what was taken on usable by what the caller does next on its device. CheckpointError."""
         ...
 
@@ -63,11 +63,11 @@ class Filler(Protocol):
     def close(self) -> None: ...
 
 
-def make_filler(device: torch.device, threads: int, progress: Progress) -> Filler:
+def make_copier(device: torch.device, threads: int, progress: Progress) -> Copier:
     """Give the way to fill tensors of a device; ``threads`` are for those of a GPU."""
     if device.type == "cpu":
-        return HostFiller(progress)
-    return LaneFiller(device, max(1, threads), progress)
+        return DirectCopier(progress)
+    return ThreadedCopier(device, max(1, threads), progress)
 
 
 def reading_threads(ranks_here: int) -> int:
@@ -75,15 +75,15 @@ def reading_threads(ranks_here: int) -> int:
     return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // ranks_here))
 
 
-class HostFiller:
+class DirectCopier:
     """Fills tensors of the CPU in the calling thread; torch's own threads convert."""
 
     def __init__(self, progress: Progress) -> None:
-        self.piece_bytes = HOST_BYTES
+        self.slice_bytes = DIRECT_BYTES
         self._progress = progress
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def fill(self, piece: Piece) -> None:
+    def fill(self, piece: Slice) -> None:
         span = piece.span
         if piece.is_copy:
             span.read(piece.dest.view(-1).view(torch.uint8).numpy().data)
@@ -103,7 +103,7 @@ class HostFiller:
     def after(self, action: Action) -> None:
         action()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         pass
 
     def check(self) -> None:
@@ -113,17 +113,17 @@ class HostFiller:
         pass
 
 
-class LaneFiller:
-    """Fills tensors from several threads at once. A GPU's dest may be used on the caller's stream after `settle`."""
+class ThreadedCopier:
+    """Fills tensors from several threads at once. A GPU's dest may be used on the caller's stream after `wait`."""
 
     def __init__(self, device: torch.device, threads: int, progress: Progress) -> None:
         device = torch.empty(0, device=device).device  # which one: threads have a current device of their own
-        self.piece_bytes = LANE_BYTES
+        self.slice_bytes = STAGING_BYTES
         self._device = device
         self._progress = progress
         self._most_pending = 4 * threads
-        self._lanes = [Lane(device) for _ in range(LANES_PER_THREAD * threads)]
-        self._free: SimpleQueue[Lane] = SimpleQueue()
+        self._lanes = [StagingBuffer(device) for _ in range(BUFFERS_PER_THREAD * threads)]
+        self._free: SimpleQueue[StagingBuffer] = SimpleQueue()
         for lane in self._lanes:
             self._free.put(lane)
         self._pool = ThreadPoolExecutor(threads, "read-weights", partial(_use, device))
@@ -131,7 +131,7 @@ class LaneFiller:
         self._later: list[Action] = []
         self._sums = _Sums(device)
 
-    def fill(self, piece: Piece) -> None:
+    def fill(self, piece: Slice) -> None:
         if len(self._pending) >= self._most_pending:
             self._await_oldest()
         slot = self._sums.slot(piece)
@@ -139,7 +139,7 @@ class LaneFiller:
         self._pending.append((self._pool.submit(self._move, piece, slot, ready), piece.span.nbytes))
 
     @torch.inference_mode()  # threads do not inherit it
-    def _move(self, piece: Piece, slot: Tensor, ready: torch.cuda.Event | None) -> None:
+    def _move(self, piece: Slice, slot: Tensor, ready: torch.cuda.Event | None) -> None:
         lane = self._free.get_nowait()  # there are more of them than threads; the one used longest ago comes first
         try:
             lane.move(piece, slot, ready)
@@ -149,15 +149,15 @@ class LaneFiller:
     def _await_oldest(self) -> None:
         future, nbytes = self._pending.popleft()
         try:
-            future.result(PIECE_TIMEOUT_S)
+            future.result(SLICE_TIMEOUT_S)
         except TimeoutError as error:
-            raise CheckpointError(f"the model's files gave no data for {PIECE_TIMEOUT_S:g} s") from error
+            raise CheckpointError(f"the model's files gave no data for {SLICE_TIMEOUT_S:g} s") from error
         self._progress(nbytes)
 
     def after(self, action: Action) -> None:
         self._later.append(action)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         while self._pending:
             self._await_oldest()
         for lane in self._lanes:
@@ -167,7 +167,7 @@ class LaneFiller:
             action()
 
     def check(self) -> None:
-        self.settle()
+        self.wait()
         self._sums.check()
 
     def close(self) -> None:
@@ -175,17 +175,17 @@ class LaneFiller:
         self._pool.shutdown(cancel_futures=True)
 
 
-class Lane:
+class StagingBuffer:
     """A pinned buffer and the stream that empties it; one thread at a time has it. On a CPU: memory alone."""
 
     def __init__(self, device: torch.device) -> None:
         is_cuda = device.type == "cuda"
         self._device = device
-        self._buffer = torch.empty(LANE_BYTES, dtype=torch.uint8, pin_memory=is_cuda)
+        self._buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=is_cuda)
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
         self._emptied: torch.cuda.Event | None = None
 
-    def move(self, piece: Piece, slot: Tensor, ready: torch.cuda.Event | None) -> None:
+    def move(self, piece: Slice, slot: Tensor, ready: torch.cuda.Event | None) -> None:
         """Read a piece and start its way to ``dest``; ``slot`` gets the sum of its numbers."""
         if self._emptied is not None:
             self._emptied.synchronize()
@@ -198,7 +198,7 @@ class Lane:
             slot.copy_(total(piece.dest))
             self._emptied = _record(self._device)
 
-    def _send(self, piece: Piece, raw: Tensor) -> None:
+    def _send(self, piece: Slice, raw: Tensor) -> None:
         if piece.is_copy:
             piece.dest.copy_(raw.view(piece.dest.dtype).view(piece.dest.shape), non_blocking=True)
             return
@@ -241,9 +241,9 @@ class _Sums:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._blocks: list[Tensor] = []
-        self._spans: list[tuple[Span, BlockType, torch.dtype]] = []
+        self._spans: list[tuple[FileRows, BlockType, torch.dtype]] = []
 
-    def slot(self, piece: Piece) -> Tensor:
+    def slot(self, piece: Slice) -> Tensor:
         index = len(self._spans) % _SUMS
         if index == 0:
             self._blocks.append(torch.zeros(_SUMS, dtype=torch.float32, device=self._device))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
 from mgpu.worker.loaders.block_formats import BlockType, block_type
-from mgpu.worker.loaders.copiers import Progress, make_filler
-from mgpu.worker.loaders.slices import Piece, Span
+from mgpu.worker.loaders.copiers import Progress, make_copier
+from mgpu.worker.loaders.slices import FileRows, Slice
 
 _CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ _CPU = torch.device("cpu")
 class WeightReader:
     """Fills tensors from a checkpoint and counts the bytes it read. Use as a context manager; it owns its files.
 
-    Those of a GPU are filled behind the caller's back, by ``threads`` threads: they may be used after `settle`, or once
+    Those of a GPU are filled behind the caller's back, by ``threads`` threads: they may be used after `wait`, or once
     the context is left without an error. What ``progress`` is told, it is told in the caller's thread.
     """
 
@@ -41,7 +41,7 @@ class WeightReader:
         self._progress = progress
         self._files: dict[str, int] = {}
         self.bytes_read = 0
-        self._filler = make_filler(device, threads, self._count)
+        self._copier = make_copier(device, threads, self._count)
 
     def _count(self, nbytes: int) -> None:
         self.bytes_read += nbytes
@@ -55,20 +55,20 @@ class WeightReader:
     ) -> None:
         try:
             if kind is None:
-                self._filler.check()
+                self._copier.check()
         finally:
-            self._filler.close()
+            self._copier.close()
             for fd in self._files.values():
                 os.close(fd)
             self._files.clear()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Make the tensors that were filled so far usable. CheckpointError if one of them cannot be read."""
-        self._filler.settle()
+        self._copier.wait()
 
     def after(self, action: Callable[[], object]) -> None:
         """Call ``action``, which changes tensors in place, once those that were filled so far are usable."""
-        self._filler.after(action)
+        self._copier.after(action)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -124,16 +124,16 @@ class WeightReader:
         first_block = first_column // blocks.elements
         end_block = -(-(first_column + columns) // blocks.elements)
         row_bytes = row_width // blocks.elements * blocks.bytes
-        slice_bytes = (end_block - first_block) * blocks.bytes
+        read_bytes = (end_block - first_block) * blocks.bytes
         offset = entry.offset + first_row * row_bytes + first_block * blocks.bytes
         skip = first_column - first_block * blocks.elements
         decoded_bytes = 0 if blocks.dtype else 4 * columns
-        piece_rows = max(1, self._filler.piece_bytes // max(1, slice_bytes, decoded_bytes))
+        slice_rows = max(1, self._copier.slice_bytes // max(1, read_bytes, decoded_bytes))
         fd = self._file(entry)
-        for top in range(0, rows, piece_rows):
-            count = min(piece_rows, rows - top)
-            span = Span(entry, fd, offset + top * row_bytes, count, slice_bytes, row_bytes)
-            self._filler.fill(Piece(span, blocks, skip, dest[top : top + count]))
+        for top in range(0, rows, slice_rows):
+            count = min(slice_rows, rows - top)
+            span = FileRows(entry, fd, offset + top * row_bytes, count, read_bytes, row_bytes)
+            self._copier.fill(Slice(span, blocks, skip, dest[top : top + count]))
 
     def _file(self, entry: TensorEntry) -> int:
         path = str(entry.file)

@@ -16,7 +16,7 @@ WIDEST_GAP = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class FileRows:
     """``row_bytes`` bytes of each of ``rows`` rows that are ``stride`` bytes apart in a file."""
 
     entry: TensorEntry
@@ -76,10 +76,10 @@ def _after(views: list[memoryview], count: int) -> list[memoryview]:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Slice:
     """Some rows of a tensor's slice: ``dest`` [rows, columns] gets the numbers of a span, converted to its dtype."""
 
-    span: Span
+    span: FileRows
     blocks: BlockType
     skip: int
     """Numbers of the first block of a row that come before the slice."""
@@ -95,7 +95,7 @@ class Piece:
         return decode(self.span, self.blocks, raw)[:, self.skip : self.skip + self.dest.shape[1]]
 
 
-def decode(span: Span, blocks: BlockType, raw: Tensor) -> Tensor:
+def decode(span: FileRows, blocks: BlockType, raw: Tensor) -> Tensor:
     """Give all numbers of a span's bytes, uint8 [nbytes]."""
     return blocks.decode(raw.view(span.rows, span.row_bytes))
 
@@ -105,7 +105,7 @@ def total(values: Tensor) -> Tensor:
     return values.sum(dtype=torch.float32)
 
 
-def not_finite(span: Span, blocks: BlockType, dtype: torch.dtype) -> CheckpointError:
+def not_finite(span: FileRows, blocks: BlockType, dtype: torch.dtype) -> CheckpointError:
     """Say why a span whose numbers have no finite sum in ``dtype`` is refused; reads it again to find out."""
     raw = torch.empty(span.nbytes, dtype=torch.uint8)
     span.read(raw.numpy().data)

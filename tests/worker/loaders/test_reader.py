@@ -10,10 +10,10 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-import mgpu.worker.loaders.copiers as fillers
-import mgpu.worker.loaders.reader as reader_module
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
+from mgpu.worker.loaders import copiers
+from mgpu.worker.loaders import reader as reader_module
 from mgpu.worker.loaders.reader import WeightReader
 
 ROWS, COLUMNS = 12, 512
@@ -27,10 +27,10 @@ SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 @pytest.fixture(autouse=True, params=["calling-thread", "lanes"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Read as for tensors of the CPU, or with the threads that are used for a GPU."""
-    monkeypatch.setattr(fillers, "LANE_BYTES", BUFFER_BYTES)
+    monkeypatch.setattr(copiers, "STAGING_BYTES", BUFFER_BYTES)
     if request.param == "lanes":
-        make = lambda device, threads, progress: fillers.LaneFiller(device, 3, progress)  # noqa: E731
-        monkeypatch.setattr(reader_module, "make_filler", make)
+        make = lambda device, threads, progress: copiers.ThreadedCopier(device, 3, progress)  # noqa: E731
+        monkeypatch.setattr(reader_module, "make_copier", make)
     return str(request.param)
 
 
@@ -106,20 +106,20 @@ def test_slices_of_every_type_equal_the_whole_tensor(tmp_path: Path, dtype: str)
         for first, end in [(0, ROWS), (0, 5), (5, 12), (7, 8)]:
             rows = torch.empty(end - first, COLUMNS)
             reader.fill_rows(rows, "t", first)
-            reader.settle()
+            reader.wait()
             assert torch.equal(rows, whole[first:end])
         for first, end in [(0, COLUMNS), (0, 256), (170, 341), (341, 512), (33, 34), (510, 512)]:
             columns = torch.empty(ROWS, end - first)
             reader.fill_columns(columns, "t", first)
-            reader.settle()
+            reader.wait()
             assert torch.equal(columns, whole[:, first:end])
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "Q4_1", "Q6_K"])
 def test_small_chunks_give_the_same_values(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data, whole = stored_matrix(dtype)
-    monkeypatch.setattr(fillers, "HOST_BYTES", 700)
-    monkeypatch.setattr(fillers, "LANE_BYTES", 700)
+    monkeypatch.setattr(copiers, "DIRECT_BYTES", 700)
+    monkeypatch.setattr(copiers, "STAGING_BYTES", 700)
     with reader_of(write_tensor(tmp_path, data, dtype)) as reader:
         rows, columns = torch.empty(ROWS, COLUMNS), torch.empty(ROWS, 100)
         reader.fill_rows(rows, "t")
@@ -142,10 +142,10 @@ def test_only_covering_blocks_are_read_and_reported(tmp_path: Path) -> None:
     reported: list[int] = []
     with WeightReader(write_tensor(tmp_path, data, "Q4_1"), reported.append) as reader:
         reader.fill_columns(torch.empty(ROWS, 40), "t", 60)  # elements 60 to 100 lie in blocks 1, 2 and 3
-        reader.settle()
+        reader.wait()
         assert reader.bytes_read == sum(reported) == ROWS * 3 * 20
         reader.fill_rows(torch.empty(2, COLUMNS), "t", 3)
-        reader.settle()
+        reader.wait()
         assert reader.bytes_read == sum(reported) == (ROWS * 3 + 2 * COLUMNS // 32) * 20
 
 
@@ -231,7 +231,7 @@ def test_a_gpu_gets_what_the_cpu_gets_and_names_what_is_not_finite(tmp_path: Pat
             columns = torch.empty(ROWS, 171, dtype=torch.bfloat16, device=device)
             reader.fill_rows(rows, "t", 5)
             reader.fill_columns(columns, "t", 170)
-            reader.settle()
+            reader.wait()
             assert torch.equal(rows.cpu(), whole[5:].bfloat16())
             assert torch.equal(columns.cpu(), whole[:, 170:341].bfloat16())
     broken = write_tensor(tmp_path, b"\xff" * len(data), dtype)
