@@ -26,7 +26,7 @@ from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import PlacementPlan, Stage, Transport
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.links import Links, connect, layout_of
-from mgpu.worker.ranks.peer_group import Reach, peers_of
+from mgpu.worker.ranks.peer_group import ReduceLimits, peers_of
 from mgpu.worker.ranks.peer_setup import SWITCH
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -166,8 +166,8 @@ def connected(backends: list[Backend], spec: WorkerSpec, rank: int, device: torc
     """Meet the other ranks, with kernels for all sizes, so that they can be timed beyond where servers use them."""
     (transport,) = {backend.transport for backend in backends}
     os.environ[SWITCH] = "1" if any(backend.kernels for backend in backends) else "0"
-    reach = Reach(spec.plan.world_size, DIM, torch.bfloat16, MOST_TOKENS, MOST_TOKENS)
-    with patch.object(Reach, "of", lambda *_: reach):
+    limits = ReduceLimits(spec.plan.world_size, DIM, torch.bfloat16, MOST_TOKENS, MOST_TOKENS)
+    with patch.object(ReduceLimits, "of", lambda *_: limits):
         return connect(replace(spec, transport=transport), rank, device)
 
 

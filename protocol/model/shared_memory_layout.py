@@ -31,13 +31,13 @@ class ReduceRegion:
 
 
 @dataclass(frozen=True, slots=True)
-class MailboxRegion:
+class ChannelRegion:
     """A ring with one sender and one receiver: counters of sent and received messages, then ``depth`` slots."""
 
     sent: int
     received: int
     handle: int
-    """`HANDLE_BYTES` in which the receiver of a CUDA IPC mailbox publishes its buffer."""
+    """`HANDLE_BYTES` in which the receiver of a CUDA IPC channel publishes its buffer."""
     slots: int
     slot_bytes: int
     depth: int
@@ -52,9 +52,9 @@ class SharedLayout:
     """One counter per rank of the plan."""
     reduce: tuple[ReduceRegion, ...]
     """One per stage."""
-    activations: tuple[tuple[MailboxRegion, ...], ...]
+    activations: tuple[tuple[ChannelRegion, ...], ...]
     """``activations[s][j]``: to rank j of stage s + 1."""
-    feedback: tuple[MailboxRegion, ...]
+    feedback: tuple[ChannelRegion, ...]
     """Sampled tokens, to rank j of stage 0; empty for a single stage."""
     total_bytes: int
 
@@ -68,26 +68,26 @@ class _Allocator:
         self.used = offset + nbytes
         return offset
 
-    def mailbox(self, slot_bytes: int, depth: int) -> MailboxRegion:
+    def channel(self, slot_bytes: int, depth: int) -> ChannelRegion:
         sent, received, handle = self.take(LINE), self.take(LINE), self.take(HANDLE_BYTES)
         slot_bytes = -(-slot_bytes // PAGE) * PAGE  # whole pages: CUDA pins memory by the page
-        return MailboxRegion(sent, received, handle, self.take(depth * slot_bytes, PAGE), slot_bytes, depth)
+        return ChannelRegion(sent, received, handle, self.take(depth * slot_bytes, PAGE), slot_bytes, depth)
 
 
 def shared_layout(
     plan: PlacementPlan, max_batch_tokens: int, max_rows: int, hidden_size: int, dtype_bytes: int
 ) -> SharedLayout:
-    """Lay out reductions of every stage and mailboxes of every boundary; a pure function of its arguments."""
+    """Lay out reductions of every stage and channels of every boundary; a pure function of its arguments."""
     space = _Allocator()
     failed, barrier = space.take(LINE), space.take(LINE * plan.world_size)
     message_bytes = max_batch_tokens * hidden_size * dtype_bytes
     reduce = tuple(_reduce_region(space, len(stage.devices), message_bytes) for stage in plan.stages)
     activations = tuple(
-        tuple(space.mailbox(message_bytes, ACTIVATION_DEPTH) for _ in stage.devices) for stage in plan.stages[1:]
+        tuple(space.channel(message_bytes, ACTIVATION_DEPTH) for _ in stage.devices) for stage in plan.stages[1:]
     )
     # Tokens of as many steps as there are stages can be unread, one more while the next step samples.
     receivers = plan.stages[0].devices if plan.num_stages > 1 else ()
-    feedback = tuple(space.mailbox(4 * max_rows, plan.num_stages + 2) for _ in receivers)
+    feedback = tuple(space.channel(4 * max_rows, plan.num_stages + 2) for _ in receivers)
     return SharedLayout(failed, barrier, reduce, activations, feedback, space.take(0, PAGE))
 
 

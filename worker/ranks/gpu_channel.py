@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.shared_memory_layout import HANDLE_BYTES, MailboxRegion
+from mgpu.protocol.model.shared_memory_layout import HANDLE_BYTES, ChannelRegion
 from mgpu.worker.ranks.cuda_ipc import export, map_exported
 from mgpu.worker.ranks.shared_memory import SharedSegment
 
@@ -17,10 +17,10 @@ _WORD = 8
 _SPIN_S = 0.002
 
 
-class _PeerEnd:
+class _GpuEnd:
     """What both ends share: the ring of slots in the receiver's memory and the counters in the shared file."""
 
-    def __init__(self, segment: SharedSegment, region: MailboxRegion, device: torch.device, peer: str) -> None:
+    def __init__(self, segment: SharedSegment, region: ChannelRegion, device: torch.device, peer: str) -> None:
         self._segment = segment
         self._region = region
         self._device = device
@@ -45,13 +45,13 @@ class _PeerEnd:
         return self._segment.view(self._region.handle, HANDLE_BYTES, torch.uint8)
 
 
-class PeerSender(_PeerEnd):
+class GpuSender(_GpuEnd):
     """Sending end of a `Channel`. It maps the receiver's ring at the first message."""
 
     def send(self, x: Tensor) -> None:
         if self._ring is None:
             # A receiver's counter is offset by one: 1 says that its handle is there.
-            self._wait(self._region.received, 1, "to open its mailbox")
+            self._wait(self._region.received, 1, "to open its channel")
             self._ring = map_exported(bytes(self._handle.tolist()), self._device)
         self._wait(self._region.received, self._count + 2 - self._region.depth, "to read")
         x = x.contiguous()
@@ -62,10 +62,10 @@ class PeerSender(_PeerEnd):
         raise NotImplementedError("this is the sending end")
 
 
-class PeerReceiver(_PeerEnd):
+class GpuReceiver(_GpuEnd):
     """Receiving end of a `Channel`; it owns the ring for as long as it lives."""
 
-    def __init__(self, segment: SharedSegment, region: MailboxRegion, device: torch.device, peer: str) -> None:
+    def __init__(self, segment: SharedSegment, region: ChannelRegion, device: torch.device, peer: str) -> None:
         super().__init__(segment, region, device, peer)
         self._ring = torch.empty(region.depth * region.slot_bytes, dtype=torch.uint8, device=device)
         packed = export(self._ring)

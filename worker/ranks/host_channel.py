@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.shared_memory_layout import MailboxRegion
+from mgpu.protocol.model.shared_memory_layout import ChannelRegion
 from mgpu.worker.ranks.shared_memory import SharedSegment
 
 _WORD = 8
@@ -28,10 +28,10 @@ class Channel(Protocol):
         ...
 
 
-class HostMailbox:
+class HostChannel:
     """`Channel` through host memory; each rank uses only one of its ends."""
 
-    def __init__(self, segment: SharedSegment, region: MailboxRegion, device: torch.device, peer: str) -> None:
+    def __init__(self, segment: SharedSegment, region: ChannelRegion, device: torch.device, peer: str) -> None:
         self._segment = segment
         self._region = region
         self._device = device

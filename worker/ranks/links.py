@@ -13,7 +13,7 @@ from torch import Tensor
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.facts import DTYPE_BYTES
 from mgpu.protocol.model.placement import Transport
-from mgpu.protocol.model.shared_memory_layout import MailboxRegion, SharedLayout, shared_layout
+from mgpu.protocol.model.shared_memory_layout import ChannelRegion, SharedLayout, shared_layout
 from mgpu.worker.errors import BadSpec
 from mgpu.worker.ranks.collectives import (
     DistChannel,
@@ -26,9 +26,9 @@ from mgpu.worker.ranks.collectives import (
     new_groups,
     start_process_group,
 )
-from mgpu.worker.ranks.gpu_channel import PeerReceiver, PeerSender
-from mgpu.worker.ranks.host_channel import Channel, HostMailbox
-from mgpu.worker.ranks.peer_group import MOST_RANKS, Reach
+from mgpu.worker.ranks.gpu_channel import GpuReceiver, GpuSender
+from mgpu.worker.ranks.host_channel import Channel, HostChannel
+from mgpu.worker.ranks.peer_group import MOST_RANKS, ReduceLimits
 from mgpu.worker.ranks.peer_setup import PeerSetup
 from mgpu.worker.ranks.shared_memory import SharedMemoryGroup, SharedSegment
 
@@ -158,8 +158,8 @@ class _Connector:
         if group.size > MOST_RANKS:
             return group
         self.peer_setup = PeerSetup(group, talk, self.device)
-        reach = Reach.of(group.size, spec.facts.hidden_size, getattr(torch, spec.dtype))
-        opened = self.peer_setup.open(reach, spec.timeout_s)
+        limits = ReduceLimits.of(group.size, spec.facts.hidden_size, getattr(torch, spec.dtype))
+        opened = self.peer_setup.open(limits, spec.timeout_s)
         if self.place.tp_rank == 0:
             self.notes.append(self.peer_setup.note)
         if spec.transport == "nccl":
@@ -185,7 +185,7 @@ class _Connector:
         return self._channels(last, 0, None, "gloo", tag=_TOKENS_TAG)
 
     def _channels(
-        self, sender: int, receiver: int, regions: Sequence[MailboxRegion] | None, transport: Transport, tag: int
+        self, sender: int, receiver: int, regions: Sequence[ChannelRegion] | None, transport: Transport, tag: int
     ) -> tuple[Channel, ...]:
         """Open this rank's ends between two stages: one as a receiver, none or several as a sender."""
         senders, receivers = self.spec.plan.ranks_of_stage(sender), self.spec.plan.ranks_of_stage(receiver)
@@ -203,7 +203,7 @@ class _Connector:
             for sender, receiver, j in mine
         )
 
-    def _channel(self, peer: int, region: MailboxRegion | None, transport: Transport, tag: int, sends: bool) -> Channel:
+    def _channel(self, peer: int, region: ChannelRegion | None, transport: Transport, tag: int, sends: bool) -> Channel:
         if transport in ("gloo", "nccl"):
             wire = self.device if transport == "nccl" else torch.device("cpu")
             return DistChannel(peer, tag, self.device, wire)
@@ -211,10 +211,10 @@ class _Connector:
             raise BadSpec(f"stage transport {transport!r} needs the memfd that only one machine's ranks can share")
         name = f"rank {peer}"
         if transport == "peer" and self.device.type == "cuda":
-            return (PeerSender if sends else PeerReceiver)(self.segment, region, self.device, name)
+            return (GpuSender if sends else GpuReceiver)(self.segment, region, self.device, name)
         if sends and tag != _TOKENS_TAG and self.device.type == "cuda":
             self.notes.append(f"activations from rank {self.place.rank} to rank {peer} go through pinned host memory")
-        return HostMailbox(self.segment, region, self.device, name)
+        return HostChannel(self.segment, region, self.device, name)
 
 
 def pair_transport(spec: WorkerSpec, transport: Transport, sender: int, receiver: int) -> Transport:

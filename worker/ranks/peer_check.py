@@ -35,7 +35,7 @@ def _row_counts(group: PeerGroup) -> list[int]:
 
 
 def _check_sums(group: PeerGroup, turn: int, rows: int, device: torch.device) -> str:
-    dim, dtype = group.reach.dim, group.reach.dtype
+    dim, dtype = group.limits.dim, group.limits.dtype
 
     def draw(seed: int, *sizes: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(1000 * turn + seed)

@@ -29,7 +29,7 @@ MOST_RANKS = max(ONE_SHOT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class ReduceLimits:
     """What kernels of ``ranks`` ranks add up: rows of ``dim`` values, up to so many in one shot and in two."""
 
     ranks: int
@@ -39,22 +39,22 @@ class Reach:
     two_shot_rows: int
 
     @staticmethod
-    def of(ranks: int, dim: int, dtype: torch.dtype) -> "Reach":
+    def of(ranks: int, dim: int, dtype: torch.dtype) -> "ReduceLimits":
         """Choose by message size."""
         one_shot_rows = max(1, min(MOST_ROWS, ONE_SHOT_BYTES[ranks] // (dim * dtype.itemsize)))
-        return Reach(ranks, dim, dtype, one_shot_rows, MOST_ROWS)
+        return ReduceLimits(ranks, dim, dtype, one_shot_rows, MOST_ROWS)
 
 
-def area_shapes(reach: Reach) -> list[AreaShape]:
+def area_shapes(limits: ReduceLimits) -> list[AreaShape]:
     """Give the areas that a `PeerGroup` needs on each rank; two of them only where two shots are possible."""
     from mgpu.worker.kernels.peers.all_reduce import OneShot
     from mgpu.worker.kernels.peers.exchange import Exchange
     from mgpu.worker.kernels.peers.two_shot import TwoShot, two_shot_divides
 
-    shapes = Exchange.shapes(reach.ranks, reach.two_shot_rows)
-    shapes += OneShot.shapes(reach.ranks, reach.one_shot_rows, reach.dim, reach.dtype)
-    if two_shot_divides(reach.ranks, reach.dim, reach.dtype):
-        shapes += TwoShot.shapes(reach.ranks, reach.two_shot_rows, reach.dim, reach.dtype)
+    shapes = Exchange.shapes(limits.ranks, limits.two_shot_rows)
+    shapes += OneShot.shapes(limits.ranks, limits.one_shot_rows, limits.dim, limits.dtype)
+    if two_shot_divides(limits.ranks, limits.dim, limits.dtype):
+        shapes += TwoShot.shapes(limits.ranks, limits.two_shot_rows, limits.dim, limits.dtype)
     return shapes
 
 
@@ -64,7 +64,9 @@ class PeerGroup:
     The caller owns the memory behind ``areas``, which are cut as `area_shapes` says.
     """
 
-    def __init__(self, inner: TensorParallelGroup, areas: Sequence[Area], alarm: PeerAlarm, reach: Reach) -> None:
+    def __init__(
+        self, inner: TensorParallelGroup, areas: Sequence[Area], alarm: PeerAlarm, limits: ReduceLimits
+    ) -> None:
         from mgpu.worker.kernels.peers.all_reduce import OneShot
         from mgpu.worker.kernels.peers.exchange import Exchange
         from mgpu.worker.kernels.peers.two_shot import TwoShot
@@ -73,20 +75,20 @@ class PeerGroup:
         self.size = inner.size
         self.inner = inner
         self._alarm = alarm
-        self.reach = reach
+        self.limits = limits
         pairs, one, *two = areas
-        self.exchange = Exchange(pairs, alarm, self.rank, reach.two_shot_rows)
-        self.one_shot = OneShot(one, alarm, self.rank, reach.one_shot_rows, reach.dim)
-        self.two_shot = TwoShot(two[0], two[1], alarm, self.rank, reach.two_shot_rows, reach.dim) if two else None
-        self.most_rows = reach.one_shot_rows if self.two_shot is None else reach.two_shot_rows
+        self.exchange = Exchange(pairs, alarm, self.rank, limits.two_shot_rows)
+        self.one_shot = OneShot(one, alarm, self.rank, limits.one_shot_rows, limits.dim)
+        self.two_shot = TwoShot(two[0], two[1], alarm, self.rank, limits.two_shot_rows, limits.dim) if two else None
+        self.most_rows = limits.one_shot_rows if self.two_shot is None else limits.two_shot_rows
 
     def takes(self, x: Tensor) -> bool:
         """Say whether kernels add this up."""
         return (
             x.dim() == 2
-            and x.shape[1] == self.reach.dim
+            and x.shape[1] == self.limits.dim
             and 0 < x.shape[0] <= self.most_rows
-            and x.dtype is self.reach.dtype
+            and x.dtype is self.limits.dtype
             and x.stride(1) == 1
         )
 

@@ -19,7 +19,7 @@ from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.cuda_ipc import export, map_exported
 from mgpu.worker.ranks.peer_check import peer_problem
-from mgpu.worker.ranks.peer_group import PeerGroup, Reach, area_shapes
+from mgpu.worker.ranks.peer_group import PeerGroup, ReduceLimits, area_shapes
 
 SWITCH = "MGPU_PEER_REDUCE"
 """0: never; 1: also where ranks share a GPU, which takes turns with kernels that wait, so for tests only."""
@@ -46,10 +46,10 @@ class PeerSetup:
         self.note = ""
         """A line for the start-up log: what is used, or why not."""
 
-    def open(self, reach: Reach, timeout_s: float) -> TensorParallelGroup:
+    def open(self, limits: ReduceLimits, timeout_s: float) -> TensorParallelGroup:
         """Give a `PeerGroup`, or the group as it was where any rank cannot have one. PeerLost when a rank is gone."""
         try:
-            opened = self._open(reach, timeout_s)
+            opened = self._open(limits, timeout_s)
         except _NoPeers as reason:
             self._mapped, self._mine = [], None
             self.note = f"partial sums do not go by own kernels: {reason}"
@@ -57,16 +57,16 @@ class PeerSetup:
         self.note = f"partial sums of up to {opened.most_rows} tokens go by own kernels over peer memory"
         return opened
 
-    def _open(self, reach: Reach, timeout_s: float) -> PeerGroup:
-        problem = refusal(reach, self._device)
-        shapes = [] if problem else area_shapes(reach)
+    def _open(self, limits: ReduceLimits, timeout_s: float) -> PeerGroup:
+        problem = refusal(limits, self._device)
+        shapes = [] if problem else area_shapes(limits)
         areas = cut(*self._share_memory(shapes, problem), shapes)
         torch.cuda.synchronize(self._device)
         self._tell("")  # nobody writes before all areas are empty
         alarm = new_alarm(self._device, min(timeout_s, _CHECK_S))
-        self._tell(peer_problem(PeerGroup(self._group, areas, alarm, reach), self._device))
+        self._tell(peer_problem(PeerGroup(self._group, areas, alarm, limits), self._device))
         patient = PeerAlarm(alarm.failed, alarm.seen, int(timeout_s * 1e6))
-        return PeerGroup(self._group, areas, patient, reach)
+        return PeerGroup(self._group, areas, patient, limits)
 
     def _share_memory(self, shapes: list[AreaShape], problem: str) -> tuple[Tensor, list[int]]:
         """Give this rank's buffer, and where each rank's begins as this process sees it."""
@@ -126,7 +126,7 @@ class PeerSetup:
         self._mine = None
 
 
-def refusal(reach: Reach, device: torch.device) -> str:
+def refusal(limits: ReduceLimits, device: torch.device) -> str:
     """Say why this rank does not even try; empty when it does."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
@@ -134,8 +134,8 @@ def refusal(reach: Reach, device: torch.device) -> str:
         return "MGPU_NO_P2P=1"
     if not uses_kernels(device):
         return "kernels are not used"
-    if reach.dim * reach.dtype.itemsize % 16:
-        return f"a row of {reach.dim} values is not a multiple of 16 bytes"
+    if limits.dim * limits.dtype.itemsize % 16:
+        return f"a row of {limits.dim} values is not a multiple of 16 bytes"
     return ""
 
 

@@ -142,9 +142,9 @@ def test_regions_of_the_shared_file_do_not_overlap(tmp_path: Path) -> None:
     taken = [(layout.failed, 64), (layout.barrier, 6 * 64)]
     for region in layout.reduce:
         taken += [(region.counters, 64 * region.size), (region.slots, 2 * region.size * region.slot_bytes)]
-    for mailbox in [*layout.feedback, *(box for boxes in layout.activations for box in boxes)]:
-        taken += [(mailbox.sent, 64), (mailbox.received, 64), (mailbox.handle, 1024)]
-        taken.append((mailbox.slots, mailbox.depth * mailbox.slot_bytes))
+    for channel in [*layout.feedback, *(box for boxes in layout.activations for box in boxes)]:
+        taken += [(channel.sent, 64), (channel.received, 64), (channel.handle, 1024)]
+        taken.append((channel.slots, channel.depth * channel.slot_bytes))
     taken.sort()
     for (start, nbytes), (after, _) in pairwise(taken):
         assert start + nbytes <= after

@@ -12,7 +12,7 @@ from harness.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.worker.kernels.peers.memory import buffer_bytes
 from mgpu.worker.ranks.collectives import DryRun, SingleRank
-from mgpu.worker.ranks.peer_group import MOST_ROWS, Reach, area_shapes, peers_of
+from mgpu.worker.ranks.peer_group import MOST_ROWS, ReduceLimits, area_shapes, peers_of
 from mgpu.worker.ranks.peer_setup import SWITCH, PeerSetup, refusal
 
 CPU = torch.device("cpu")
@@ -22,14 +22,14 @@ CPU = torch.device("cpu")
     ("ranks", "dim", "rows"), [(2, 4096, 512), (2, 16384, 256), (4, 8192, 24), (8, 4096, 20), (8, 131072, 1)], ids=str
 )
 def test_one_shot_is_for_small_messages(ranks: int, dim: int, rows: int) -> None:
-    reach = Reach.of(ranks, dim, torch.bfloat16)
-    assert (reach.one_shot_rows, reach.two_shot_rows) == (rows, MOST_ROWS)
+    limits = ReduceLimits.of(ranks, dim, torch.bfloat16)
+    assert (limits.one_shot_rows, limits.two_shot_rows) == (rows, MOST_ROWS)
 
 
 @pytest.mark.parametrize(("ranks", "dim", "areas"), [(2, 4096, 4), (3, 5120, 4), (8, 8192, 4), (8, 16, 2)], ids=str)
 def test_there_is_memory_for_two_shots_where_every_rank_has_a_part(ranks: int, dim: int, areas: int) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    shapes = area_shapes(Reach.of(ranks, dim, torch.bfloat16))
+    shapes = area_shapes(ReduceLimits.of(ranks, dim, torch.bfloat16))
     assert len(shapes) == areas
     assert buffer_bytes(shapes) < 64 << 20
 
@@ -37,7 +37,7 @@ def test_there_is_memory_for_two_shots_where_every_rank_has_a_part(ranks: int, d
 def test_a_rank_that_cannot_makes_all_keep_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_one(group: ThreadGroup) -> tuple[bool, str, Tensor]:
         setup = PeerSetup(group, group, CPU)
-        opened = setup.open(Reach.of(group.size, 64, torch.float32), 1.0)
+        opened = setup.open(ReduceLimits.of(group.size, 64, torch.float32), 1.0)
         setup.close()
         return opened is group, setup.note, opened.all_reduce(torch.ones(2))
 
@@ -46,7 +46,7 @@ def test_a_rank_that_cannot_makes_all_keep_their_group(monkeypatch: pytest.Monke
         assert note == "partial sums do not go by own kernels: rank 0 of 3: kernels are not used"
         assert total.tolist() == [3.0, 3.0]
     monkeypatch.setenv(SWITCH, "0")
-    assert refusal(Reach.of(2, 64, torch.float32), CPU) == "MGPU_PEER_REDUCE=0"
+    assert refusal(ReduceLimits.of(2, 64, torch.float32), CPU) == "MGPU_PEER_REDUCE=0"
 
 
 def test_a_dry_run_waits_for_no_peers() -> None:
