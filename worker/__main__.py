@@ -16,9 +16,9 @@ import os
 import signal
 import sys
 
+from mgpu.worker.device import start_cuda
 from mgpu.worker.errors import BadSpec
 from mgpu.worker.start import lifeline
-from mgpu.worker.start.cuda_start import start_cuda
 
 EXIT_FAILED = 1
 EXIT_BAD_SPEC = 2

@@ -1,6 +1,8 @@
-"""Start CUDA while Python imports torch: both take long, and the driver's part holds no lock of Python's.
+"""The device that a spec names, and an early start of CUDA on it.
 
-Called through the driver itself, since torch is not there yet. What it makes is the context that torch then finds.
+Starting CUDA and importing torch take about a second each. The driver does its part without Python's lock, so both run
+side by side: `start_cuda` calls the driver through ctypes while torch is not imported yet, and torch later finds the
+context that it made. This module must therefore not import torch itself.
 """
 
 import ctypes
@@ -13,23 +15,23 @@ log = logging.getLogger(__name__)
 _DRIVER = "libcuda.so.1"
 
 
-def start_cuda(device: str) -> Thread | None:
-    """Initialize CUDA on a device, as a `WorkerSpec` names it, in a thread; None where there is nothing to do.
+def cuda_ordinal(device: str) -> int:
+    """Return the number of a CUDA device among the visible ones: N for ``cuda:N``, LOCAL_RANK for ``cuda``."""
+    _, _, number = device.partition(":")
+    return int(number or os.environ.get("LOCAL_RANK", "0"))
 
-    A failure is only logged: torch meets it again, and says it better.
+
+def start_cuda(device: str) -> Thread | None:
+    """Initialize CUDA in a thread on the device that a `WorkerSpec` names; return None for a CPU.
+
+    A failure is only logged: torch meets it again and explains it better.
     """
     if not device.startswith("cuda"):
         return None
-    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # read now; torch sets the same, but later
-    thread = Thread(target=_retain_context, args=(ordinal_of(device),), name="start-cuda", daemon=True)
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # the driver reads it now; torch sets the same value too late
+    thread = Thread(target=_retain_context, args=(cuda_ordinal(device),), name="start-cuda", daemon=True)
     thread.start()
     return thread
-
-
-def ordinal_of(device: str) -> int:
-    """Give the number of a device among the visible ones: that of ``cuda:N``, or LOCAL_RANK for ``cuda``."""
-    _, _, number = device.partition(":")
-    return int(number or os.environ.get("LOCAL_RANK", "0"))
 
 
 def _retain_context(ordinal: int) -> None:
@@ -46,5 +48,5 @@ def _retain_context(ordinal: int) -> None:
         (driver.cuDevicePrimaryCtxRetain, (ctypes.byref(context), handle)),
     ):
         if code := call(*arguments):
-            log.info("CUDA did not start early: %s gives %d", call.__name__, code)
+            log.info("CUDA did not start early: %s returned %d", call.__name__, code)
             return

@@ -4,8 +4,8 @@ import ctypes
 
 import pytest
 
-from mgpu.worker.start import cuda_start
-from mgpu.worker.start.cuda_start import ordinal_of, start_cuda
+from mgpu.worker import device
+from mgpu.worker.device import cuda_ordinal, start_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +31,9 @@ class FakeDriver:
 
 def test_devices_are_numbered_by_name_or_by_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert (ordinal_of("cuda"), ordinal_of("cuda:1")) == (3, 1)
+    assert (cuda_ordinal("cuda"), cuda_ordinal("cuda:1")) == (3, 1)
     monkeypatch.delenv("LOCAL_RANK")
-    assert ordinal_of("cuda") == 0
+    assert cuda_ordinal("cuda") == 0
 
 
 @pytest.mark.parametrize(("failing", "calls"), [("", 3), ("cuInit", 1), ("cuDeviceGet", 2)])
@@ -47,7 +47,7 @@ def test_a_context_is_made_as_far_as_the_driver_goes(monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_is_started_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_start, "_DRIVER", "libdoes-not-exist.so")
+    monkeypatch.setattr(device, "_DRIVER", "libdoes-not-exist.so")
     assert start_cuda("cpu") is None
     thread = start_cuda("cuda")
     assert thread is not None

@@ -20,9 +20,9 @@ from mgpu.protocol.internal.worker_messages import (
 )
 from mgpu.worker.compile_ahead.start_up import start_triton
 from mgpu.worker.control_socket import ControlSocket
+from mgpu.worker.device import cuda_ordinal
 from mgpu.worker.errors import BadPlan, BadSpec, OutOfMemory
 from mgpu.worker.ranks.links import Links, connect
-from mgpu.worker.start.cuda_start import ordinal_of
 from mgpu.worker.start.startup import StartUp
 from mgpu.worker.steps.step_loop import StepLoop
 
@@ -47,7 +47,7 @@ def run_worker(spec: WorkerSpec, rank: int) -> bool:
 
 
 def _open_device(name: str) -> torch.device:
-    device = torch.device(name) if name == "cpu" else torch.device("cuda", ordinal_of(name))
+    device = torch.device(name) if name == "cpu" else torch.device("cuda", cuda_ordinal(name))
     start_triton(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

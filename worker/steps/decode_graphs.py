@@ -18,8 +18,7 @@ from mgpu.worker.ranks.peer_group import PeerGroup
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
-from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, padded, whole_lines
-from mgpu.worker.steps.graph_sampling import choose
+from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, choose_tokens, padded, whole_lines
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 """Batches that graphs are made for; larger ones are multiples of the last."""
@@ -78,7 +77,7 @@ class DecodeGraphs:
         x_RD = self._stage.run_layers(x_RD, self._batch(inputs, size), self._cache)
         logits_RV = self._stage.raw_logits(x_RD)
         # The token that is chosen comes right after the context.
-        return StepOutput(logits_RV, choose(logits_RV, rows_R, inputs.context_lens, rows, self._peers))
+        return StepOutput(logits_RV, choose_tokens(logits_RV, rows_R, inputs.context_lens, rows, self._peers))
 
     def _batch(self, inputs: DecodeInputs, size: int) -> StepBatch:
         return StepBatch(

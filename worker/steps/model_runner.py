@@ -30,7 +30,7 @@ class _Awaited:
 
     step: int
     request: SampleRequest
-    tenants: list[int]
+    occupant_ids: list[int]
     """Who had the rows then: a row may have gone to another request meanwhile."""
 
 
@@ -113,8 +113,8 @@ class ModelRunner:
 
     def _await_tokens(self, step: int, request: SampleRequest | None) -> None:
         if self._is_first and request is not None:
-            tenants = [self._rows.tenants[row] for row in request.rows]
-            self._awaited.append(_Awaited(step, request, tenants))
+            occupant_ids = [self._rows.occupant_ids[row] for row in request.rows]
+            self._awaited.append(_Awaited(step, request, occupant_ids))
 
     def _take_tokens(self, last_step: int) -> None:
         """Write the tokens of all steps up to ``last_step``: no row that this plan names waits for a later one."""
@@ -125,8 +125,8 @@ class ModelRunner:
 
     def _still_there(self, awaited: _Awaited, ids_S: Tensor) -> tuple[SampleRequest, Tensor]:
         """Leave out the rows that were freed and given to other requests since."""
-        request, tenants = awaited.request, self._rows.tenants
-        kept = [i for i, row in enumerate(request.rows) if tenants[row] == awaited.tenants[i]]
+        request, occupant_ids = awaited.request, self._rows.occupant_ids
+        kept = [i for i, row in enumerate(request.rows) if occupant_ids[row] == awaited.occupant_ids[i]]
         if len(kept) == len(request.rows):
             return request, ids_S
         (kept_N,) = self._rows.to_device([kept])

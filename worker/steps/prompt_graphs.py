@@ -18,8 +18,7 @@ from mgpu.worker.models.build import DecoderStage
 from mgpu.worker.ranks.peer_group import PeerGroup
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
-from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, padded
-from mgpu.worker.steps.graph_sampling import choose
+from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, choose_tokens, padded
 
 TOKENS = (64, 128, 192, 256, 384, 512)
 """Sizes of steps that graphs are made for; longer ones keep the GPU busy while they are launched."""
@@ -102,7 +101,7 @@ class PromptGraphs:
         x_TD = self._stage.embed(rows.tokens[token_rows_T, positions_T].long())
         x_TD = self._stage.run_layers_with(x_TD, step, positions_T, self._cache)
         logits_RV = self._stage.raw_logits(x_TD[last_R.long()])
-        return StepOutput(logits_RV, choose(logits_RV, rows_R, sampled_R, rows, self._peers))
+        return StepOutput(logits_RV, choose_tokens(logits_RV, rows_R, sampled_R, rows, self._peers))
 
 
 def _first_fit(sizes: tuple[int, ...], needed: int) -> int:
