@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mgpu.orchestrator.placement.step_size import batch_tokens
+from mgpu.orchestrator.placement.options import batch_tokens
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, ModelSource

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mgpu.launch.talk import ServerError, given, print_pieces, talk_options
+from mgpu.launch.commands.talk import ServerError, given, print_pieces, talk_options
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.client.results import MgpuError, Piece, RequestFailed
 

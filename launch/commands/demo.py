@@ -5,8 +5,8 @@ import time
 
 import click
 
+from mgpu.launch.commands.talk import ServerError, print_pieces
 from mgpu.launch.server_process import ServerDied, ServerProcess, orderly_end
-from mgpu.launch.talk import ServerError, print_pieces
 from mgpu.orchestrator.models.find import resolve_model
 from mgpu.orchestrator.placement.devices import find_machine
 from mgpu.protocol.client.client import Client

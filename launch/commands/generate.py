@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import click
 
-from mgpu.launch.talk import ServerError, given, print_pieces, talk_options
+from mgpu.launch.commands.talk import ServerError, given, print_pieces, talk_options
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.client.results import MgpuError, Piece

@@ -13,9 +13,8 @@ from mgpu.launch.options import config_options, read_config
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_model, read_model_to_plan, resolve_model
 from mgpu.orchestrator.placement.devices import Machine, described_machine, find_machine
-from mgpu.orchestrator.placement.options import implied_workers
+from mgpu.orchestrator.placement.options import batch_tokens, check_batch_tokens, implied_workers
 from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
-from mgpu.orchestrator.placement.step_size import batch_tokens, check_batch_tokens
 from mgpu.orchestrator.placement.table import layout_json, layout_text
 from mgpu.protocol.checkpoint.read import Checkpoint
 

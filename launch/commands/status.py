@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import click
 
-from mgpu.launch.talk import ServerError
+from mgpu.launch.commands.talk import ServerError
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.client.results import MgpuError
 

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.capability import device_without_fp8
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.divisibility import compatible_sizes, split_problems
-from mgpu.orchestrator.placement.options import LayoutOptions
+from mgpu.orchestrator.placement.options import LayoutOptions, batch_tokens
 from mgpu.orchestrator.placement.sizes import (
     CPU_POOL_BYTES,
     CPU_POOL_SHARE,
@@ -17,13 +16,15 @@ from mgpu.orchestrator.placement.sizes import (
     rank_weight_bytes,
     step_bytes,
 )
-from mgpu.orchestrator.placement.step_size import batch_tokens
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import HeadShard, PlacementPlan, RankPlace, Stage, head_shard
 from mgpu.protocol.model.quantization import Quant
 
 LEAST_TOKENS = 512
 """A pool below this is refused rather than served with hardly any context (unless the model's own is shorter)."""
+
+FP8_CAPABILITY = (8, 9)
+"""The first GPUs that convert float8, without which the kernels of a float8 cache cannot be compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,3 +242,24 @@ def _size_that_fits(sizing: Sizing, tokens: int) -> int | None:
 def gib(nbytes: int) -> str:
     """Write bytes the way people read memory sizes."""
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 100 << 20 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def device_without_fp8(machine: Machine, placement: PlacementPlan) -> DeviceInfo | None:
+    """Find a device of the placement that cannot convert float8. The CPU can; what is not known is believed to."""
+    for stage in placement.stages:
+        for device in (machine.devices[index] for index in stage.devices):
+            if device.capability is not None and device.capability < FP8_CAPABILITY:
+                return device
+    return None
+
+
+def check_capability(machine: Machine, placement: PlacementPlan, options: LayoutOptions) -> None:
+    """Refuse a float8 cache where plain torch would have to serve it, many times slower. PlacementError."""
+    device = device_without_fp8(machine, placement)
+    if options.kv_cache_dtype != "fp8" or device is None:
+        return
+    needed, has = (".".join(map(str, each)) for each in (FP8_CAPABILITY, device.capability or ()))
+    raise PlacementError(
+        f"--kv-cache-dtype fp8 needs GPUs of compute capability {needed} or later, and GPU {device.ordinal} "
+        f"({device.name}) has {has}. Leave it out, or choose other GPUs with CUDA_VISIBLE_DEVICES"
+    )

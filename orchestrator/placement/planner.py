@@ -3,10 +3,9 @@
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.capability import check_capability
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, selectors
 from mgpu.orchestrator.placement.divisibility import compatible_sizes, listed, split_problems, without_groups
-from mgpu.orchestrator.placement.fit import RankRow, Sizing, fit_tokens, rank_rows, weight_capacity
+from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_capability, fit_tokens, rank_rows, weight_capacity
 from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map
 from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions
 from mgpu.orchestrator.placement.sizes import edge_elements, layer_bytes

@@ -24,7 +24,7 @@ def extend_block_keys(keys: list[bytes], tokens: "array[int]", block_size: int, 
         keys.append(parent)
 
 
-class BlockManager:
+class BlockPool:
     """Blocks ``[0, num_blocks)`` with reference counts, a key index and least-recently-used eviction."""
 
     def __init__(self, num_blocks: int) -> None:

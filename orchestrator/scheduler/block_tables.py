@@ -1,14 +1,14 @@
 """Give requests their blocks: reuse what is computed already, offer what they compute, grow while they decode."""
 
-from mgpu.orchestrator.scheduler.block_pool import BlockManager, extend_block_keys
+from mgpu.orchestrator.scheduler.block_pool import BlockPool, extend_block_keys
 from mgpu.orchestrator.scheduler.sequence import Sequence
 
 
-class SequenceBlocks:
+class BlockTables:
     """The block tables of all requests on top of one pool."""
 
     def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool) -> None:
-        self.pool = BlockManager(num_blocks)
+        self.pool = BlockPool(num_blocks)
         self.changes = 0
         """Grows when blocks are released or offered: a request that could not be served need not be tried before."""
         self._block_size = block_size
@@ -51,7 +51,7 @@ class SequenceBlocks:
         """Let others reuse the full blocks of a request whose tokens are known and computed by published plans."""
         if not self._prefix_cache:
             return
-        computed = seq.num_computed if seq.lane is None else seq.lane.starts[seq.slot]
+        computed = seq.num_computed if seq.batch is None else seq.batch.starts[seq.slot]
         num_full = min(computed, len(seq.tokens)) // self._block_size
         if num_full <= seq.num_registered:
             return

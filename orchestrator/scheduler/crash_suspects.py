@@ -1,7 +1,11 @@
-"""Find the request that the workers die of, among all that were running when they died.
+"""Find the request that crashes the workers, among all that were running when they died.
 
-Whoever was running in two crashes in a row is a suspect. If there is one, it is guilty. Several run one at a time, each
-until it is past the place where the workers died: whoever they die of once more is guilty, the others are innocent.
+A request that was running in `FATAL_CRASHES` crashes in a row is a suspect. A single suspect is the culprit and is
+failed. Several suspects run again one at a time, each until it is past the point where the workers died: one that
+crashes them again is the culprit, and one that gets past it is cleared.
+
+Example: A, B and C run, and the workers die twice. All three are suspects. A runs alone, gets 4 tokens and is
+cleared. B runs alone and the workers die: B is failed, C and A go on.
 """
 
 from collections.abc import Collection
@@ -10,8 +14,8 @@ from mgpu.orchestrator.scheduler.sequence import Sequence
 
 FATAL_CRASHES = 2
 """Crashes in a row that make a suspect of a request that was running in all of them."""
-TRIAL_TOKENS = 4
-"""What a suspect must get alone; at most two of its steps were in flight when the workers died."""
+CLEARING_TOKENS = 4
+"""Tokens that clear a suspect that runs alone; at most two of its steps were in flight when the workers died."""
 
 
 def is_suspect(seq: Sequence) -> bool:
@@ -19,7 +23,10 @@ def is_suspect(seq: Sequence) -> bool:
 
 
 def note_crash(live: Collection[Sequence]) -> list[Sequence]:
-    """Count a crash against those that were running, and give the guilty. Call it before they forget their rows."""
+    """Count a crash against the requests that were running, and return the culprit, if it is certain.
+
+    Call it before they forget their rows.
+    """
     for seq in live:
         if seq.row >= 0:
             seq.crashes += 1
@@ -29,27 +36,27 @@ def note_crash(live: Collection[Sequence]) -> list[Sequence]:
     return suspects if len(suspects) == 1 else []
 
 
-class Trial:
+class SoloRun:
     """The suspect that has the workers for itself, if there is one."""
 
     def __init__(self) -> None:
         self._suspect: Sequence | None = None
-        self._enough = 0
-        """Tokens, its prompt included, that prove its innocence."""
+        self._cleared_at = 0
+        """Tokens, the prompt included, at which it is cleared."""
 
     def holds_back(self, seq: Sequence, is_idle: bool) -> bool:
-        """Tell whether ``seq`` must not run now; ``is_idle``: the workers have nothing to do."""
+        """Return True if ``seq`` must not run now. ``is_idle``: the workers have nothing to do."""
         return self._suspect is not None or (is_suspect(seq) and not is_idle)
 
     def begin(self, seq: Sequence) -> None:
-        """Note that a request begins to run; those that are no suspects do not matter."""
+        """Note that a request begins to run. It runs alone if it is a suspect."""
         if is_suspect(seq):
-            self._suspect, self._enough = seq, len(seq.tokens) + TRIAL_TOKENS
+            self._suspect, self._cleared_at = seq, len(seq.tokens) + CLEARING_TOKENS
 
-    def acquit(self) -> Sequence | None:
-        """End the trial when the suspect has got far enough, and give it."""
+    def clear(self) -> Sequence | None:
+        """End the solo run of a suspect that has got far enough, and return it."""
         seq = self._suspect
-        if seq is None or len(seq.tokens) < self._enough:
+        if seq is None or len(seq.tokens) < self._cleared_at:
             return None
         seq.crashes, self._suspect = 0, None
         return seq

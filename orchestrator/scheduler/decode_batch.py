@@ -1,4 +1,4 @@
-"""Requests that decode in lockstep: each step of a lane gives every member one token.
+"""Requests that decode in lockstep: each step of a batch gives every member one token.
 
 The columns of the step plan are kept between steps, and a member is looked at only when it is due: when it needs
 another block or when all of its tokens are planned. So a step costs what changed, not how many are running.
@@ -7,8 +7,8 @@ another block or when all of its tokens are planned. So a step costs what change
 from mgpu.orchestrator.scheduler.sequence import Sequence
 
 
-class Lane:
-    """Members and their plan columns. A pipeline of S stages has S lanes that take turns."""
+class DecodeBatch:
+    """Members and their plan columns. A pipeline of S stages has S batches that take turns."""
 
     def __init__(self, block_size: int) -> None:
         self.members: list[Sequence] = []
@@ -21,7 +21,7 @@ class Lane:
 
     def add(self, seq: Sequence, start: int) -> None:
         """Let a request decode here; its token at ``start`` is known to the workers and not computed yet."""
-        seq.lane, seq.slot = self, len(self.members)
+        seq.batch, seq.slot = self, len(self.members)
         self.members.append(seq)
         self.rows.append(seq.row)
         self.starts.append(start)
@@ -31,7 +31,7 @@ class Lane:
         """Take a member out and tell it how far it got; the last member moves to its slot."""
         slot = seq.slot
         seq.num_computed = self.starts[slot]
-        seq.lane, seq.slot, seq.due_tick = None, -1, -1
+        seq.batch, seq.slot, seq.due_tick = None, -1, -1
         last, row, start = self.members.pop(), self.rows.pop(), self.starts.pop()
         if last is not seq:
             self.members[slot], self.rows[slot], self.starts[slot] = last, row, start
@@ -40,7 +40,7 @@ class Lane:
     def due(self) -> list[Sequence]:
         """Give the members to look at before this step, oldest first; forget their reminders."""
         tick = self._tick
-        due = [seq for seq in self._due.pop(tick, ()) if seq.lane is self and seq.due_tick == tick]
+        due = [seq for seq in self._due.pop(tick, ()) if seq.batch is self and seq.due_tick == tick]
         for seq in due:
             seq.due_tick = -1
         return sorted(due, key=lambda seq: seq.turn) if len(due) > 1 else due

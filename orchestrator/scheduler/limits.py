@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mgpu.orchestrator.placement.step_size import check_batch_tokens
+from mgpu.orchestrator.placement.options import check_batch_tokens
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.internal.gateway_messages import Submit
 

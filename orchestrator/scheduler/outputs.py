@@ -1,11 +1,27 @@
-"""Collect what one engine step has to tell the gateway, as the columns of one message."""
+"""Collect what one engine step has to tell the gateway, and count it."""
+
+from dataclasses import dataclass
 
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.internal.gateway_messages import Outputs
 from mgpu.protocol.internal.worker_messages import TokenLogprobs
 
 
-class Outbox:
+@dataclass(slots=True)
+class StepCounters:
+    """Totals since the start, under the names and in the order that clients see."""
+
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    generated_tokens: int = 0
+    discarded_tokens: int = 0
+    finished: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    replays: int = 0
+
+
+class StepOutputs:
     """Columns of the next `Outputs`."""
 
     def __init__(self) -> None:

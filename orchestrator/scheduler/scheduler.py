@@ -3,21 +3,20 @@
 Pure bookkeeping on integers: no clock, no socket, no torch. Tokens in flight are unknown here, so the scheduler plans
 ahead of them: it never plans more than ``max_tokens``, and what arrives after a stop is discarded.
 
-A step decodes the requests of one lane (see lane.py) and fills the rest of its token budget with prefill; a budget
-larger than the number of rows keeps either from starving the other.
+A step decodes the requests of one batch (see decode_batch.py) and fills the rest of its token budget with prefill. The
+budget is larger than the number of rows, so neither starves the other.
 """
 
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass, replace
 
-from mgpu.orchestrator.scheduler.block_tables import SequenceBlocks
-from mgpu.orchestrator.scheduler.crash_suspects import Trial, is_suspect, note_crash
-from mgpu.orchestrator.scheduler.decode_batch import Lane
+from mgpu.orchestrator.scheduler.block_tables import BlockTables
+from mgpu.orchestrator.scheduler.crash_suspects import SoloRun, is_suspect, note_crash
+from mgpu.orchestrator.scheduler.decode_batch import DecodeBatch
 from mgpu.orchestrator.scheduler.limits import Limits, RequestRefused, checked_sequence
-from mgpu.orchestrator.scheduler.outputs import Outbox
+from mgpu.orchestrator.scheduler.outputs import StepCounters, StepOutputs
 from mgpu.orchestrator.scheduler.sequence import Sequence
-from mgpu.orchestrator.scheduler.step_counters import StepCounters
 from mgpu.orchestrator.scheduler.waiting import WaitingLine
 from mgpu.protocol.internal.gateway_messages import Outputs, Submit
 from mgpu.protocol.internal.worker_messages import StepPlan, StepResult
@@ -43,22 +42,22 @@ class Scheduler:
         self._waiting = WaitingLine()
         self._next_step = 0
         self._arrivals = 0
-        self._outbox = Outbox()
+        self._outputs = StepOutputs()
         self._expect_new_workers()
 
     def _expect_new_workers(self) -> None:
         """Set everything that mirrors what the workers hold to what new ones hold: nothing."""
         limits = self.limits
-        self.blocks = SequenceBlocks(limits.num_blocks, limits.block_size, limits.prefix_cache)
+        self.blocks = BlockTables(limits.num_blocks, limits.block_size, limits.prefix_cache)
         self._admitted: dict[int, Sequence] = {}
         self._prefilling: list[Sequence] = []
-        self._lanes = [Lane(limits.block_size) for _ in range(limits.num_stages)]
+        self._batches = [DecodeBatch(limits.block_size) for _ in range(limits.num_stages)]
         self._in_flight: deque[StepRecord] = deque()
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._rows_to_free: list[int] = []
         self._leaving: deque[tuple[int, int, Sequence]] = deque()
         """(step, row, sequence): the row is free, and a preempted sequence waits again, when ``step`` has arrived."""
-        self._trial = Trial()
+        self._solo_run = SoloRun()
         self._blocked: tuple[int, Sequence] | None = None
         """(changes, sequence): the first in line had to wait, and will have to until the blocks change."""
 
@@ -85,7 +84,7 @@ class Scheduler:
 
     def take_outputs(self) -> Outputs | None:
         """Hand over what happened since the last call; None when nothing did."""
-        return self._outbox.take()
+        return self._outputs.take()
 
     # -- events --------------------------------------------------------------------------------------------------------
 
@@ -96,7 +95,7 @@ class Scheduler:
         try:
             seq = checked_sequence(submit, self._arrivals, self.limits)
         except RequestRefused as refusal:
-            self._outbox.refuse(submit.sequence_id, str(refusal))
+            self._outputs.refuse(submit.sequence_id, str(refusal))
             return
         self._arrivals += 1
         self._live[seq.sequence_id] = seq
@@ -105,14 +104,14 @@ class Scheduler:
     def refuse(self, sequence_id: int, error: str) -> None:
         """Answer a request that will not be queued, with its one ending."""
         if sequence_id not in self._live:
-            self._outbox.refuse(sequence_id, error)
+            self._outputs.refuse(sequence_id, error)
 
     def cancel(self, sequence_id: int, reason: str) -> None:
         """End a request now, wherever it stands; unknown ids are ignored."""
         seq = self._live.get(sequence_id)
         if seq is not None:
             self._finish(seq)
-            self._outbox.add(seq, [], [], reason)
+            self._outputs.add(seq, [], [], reason)
 
     def fail_all(self, error: str) -> None:
         """End every live request with an error."""
@@ -121,20 +120,20 @@ class Scheduler:
 
     def _fail(self, seq: Sequence, error: str) -> None:
         self._finish(seq)
-        self._outbox.add(seq, [], [], "error", error)
+        self._outputs.add(seq, [], [], "error", error)
 
     def forget_workers(self, cause: str) -> None:
         """Note that the workers are gone: every live request waits, to be replayed from its tokens.
 
-        What they seem to die of is failed; see suspects.py.
+        The request that crashed them is failed; see crash_suspects.py.
         """
-        guilty = note_crash(self._live.values())
+        culprits = note_crash(self._live.values())
         for seq in self._live.values():
             self.counters.replays += seq.row >= 0
             seq.forget_workers()
         self._expect_new_workers()
         self._waiting.bring_back(self._live.values())
-        for seq in guilty:
+        for seq in culprits:
             self.counters.replays -= 1
             self._fail(seq, f"the workers failed {seq.crashes} times in a row while they ran this request: {cause}")
 
@@ -155,11 +154,11 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step. None when the pipeline is full or there is nothing to compute.
 
-        Step numbers skip the turns of lanes that have nothing to do.
+        Step numbers skip the turns of batches that have nothing to do.
         """
-        self._end_trial()
-        for step in range(self._next_step, self._next_step + len(self._lanes)):
-            if self._in_flight and step - self._in_flight[0].step > len(self._lanes):
+        self._end_solo_run()
+        for step in range(self._next_step, self._next_step + len(self._batches)):
+            if self._in_flight and step - self._in_flight[0].step > len(self._batches):
                 return None
             plan = self._plan_step(step)
             if plan.rows:
@@ -183,20 +182,20 @@ class Scheduler:
             self._apply_with_logprobs(record.sampled, result)
         self._release_rows_until(record.step)
 
-    def _end_trial(self) -> None:
+    def _end_solo_run(self) -> None:
         """Let the next suspect run, alone as well, when the one that runs is past the place where the workers died."""
-        innocent, first = self._trial.acquit(), self._waiting.first()
-        if innocent is not None and first is not None and is_suspect(first):
-            self._preempt(innocent)
+        cleared, first = self._solo_run.clear(), self._waiting.first()
+        if cleared is not None and first is not None and is_suspect(first):
+            self._preempt(cleared)
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
     def _plan_step(self, step: int) -> StepPlan:
-        lane = self._lanes[step % len(self._lanes)]
+        batch = self._batches[step % len(self._batches)]
         plan = StepPlan(self._epoch, step, self._rows_to_free, [], [], [], [], [], [], [])
-        self._even_out(step % len(self._lanes))
-        sampled = self._plan_decode(lane, plan)
-        prefilled = self._plan_prefill(lane, plan, sampled)
+        self._even_out(step % len(self._batches))
+        sampled = self._plan_decode(batch, plan)
+        prefilled = self._plan_prefill(batch, plan, sampled)
         if plan.rows:
             self._in_flight.append(StepRecord(step, sampled))
         for seq in prefilled:  # only now: a block can be reused from the next step on
@@ -204,37 +203,37 @@ class Scheduler:
         return plan
 
     def _even_out(self, index: int) -> None:
-        """Hand what this lane has above its share to the next lane, whose turn comes one step later."""
-        if len(self._lanes) == 1:
+        """Hand what this batch has above its share to the next batch, whose turn comes one step later."""
+        if len(self._batches) == 1:
             return
-        lane, following = self._lanes[index], self._lanes[(index + 1) % len(self._lanes)]
-        share = -(-sum(len(each.members) for each in self._lanes) // len(self._lanes))
-        while len(lane.members) > share:
-            seq = lane.members[-1]
-            lane.remove(seq)
+        batch, following = self._batches[index], self._batches[(index + 1) % len(self._batches)]
+        share = -(-sum(len(each.members) for each in self._batches) // len(self._batches))
+        while len(batch.members) > share:
+            seq = batch.members[-1]
+            batch.remove(seq)
             following.add(seq, seq.num_computed)
 
-    def _plan_decode(self, lane: Lane, plan: StepPlan) -> list[Sequence]:
-        due = lane.due()
+    def _plan_decode(self, batch: DecodeBatch, plan: StepPlan) -> list[Sequence]:
+        due = batch.due()
         for seq in due:
-            if seq.lane is lane and lane.needs_block(seq):
+            if seq.batch is batch and batch.needs_block(seq):
                 self.blocks.offer(seq)
                 self._grow(seq, plan)
-        count = len(lane.members)
+        count = len(batch.members)
         if not count:
             return []
-        plan.rows.extend(lane.rows)
-        plan.starts.extend(lane.starts)
+        plan.rows.extend(batch.rows)
+        plan.starts.extend(batch.starts)
         plan.counts.extend([1] * count)
         plan.samples.extend([1] * count)
-        sampled = lane.members.copy()
-        lane.advance()
+        sampled = batch.members.copy()
+        batch.advance()
         for seq in due:
-            if seq.lane is lane:
-                if lane.is_planned_to_the_end(seq):
-                    lane.remove(seq)
+            if seq.batch is batch:
+                if batch.is_planned_to_the_end(seq):
+                    batch.remove(seq)
                 else:
-                    lane.remind(seq)
+                    batch.remind(seq)
         return sampled
 
     def _grow(self, seq: Sequence, plan: StepPlan) -> None:
@@ -247,7 +246,7 @@ class Scheduler:
         plan.block_rows.append(seq.row)
         plan.block_ids.append(block)
 
-    def _plan_prefill(self, lane: Lane, plan: StepPlan, sampled: list[Sequence]) -> list[Sequence]:
+    def _plan_prefill(self, batch: DecodeBatch, plan: StepPlan, sampled: list[Sequence]) -> list[Sequence]:
         """Spend the rest of the token budget on prompts, admitted ones first. Gives those that got a share."""
         budget = self.limits.max_batch_tokens - len(plan.rows)
         touched: list[Sequence] = []
@@ -266,7 +265,7 @@ class Scheduler:
                 sampled.append(seq)
                 self._prefilling.remove(seq)
                 if len(seq.tokens) + 1 < seq.max_len:
-                    lane.add(seq, seq.num_computed)
+                    batch.add(seq, seq.num_computed)
         return touched
 
     def _plan_chunk(self, seq: Sequence, budget: int, plan: StepPlan) -> int:
@@ -284,7 +283,7 @@ class Scheduler:
         seq = self._waiting.first()
         if seq is None or not self._free_rows or self._blocked == (self.blocks.changes, seq):
             return None
-        if self._trial.holds_back(seq, is_idle=not self._admitted and not self._in_flight):
+        if self._solo_run.holds_back(seq, is_idle=not self._admitted and not self._in_flight):
             return None
         # One block per running request stays free, so that the newcomer is not preempted right away.
         if not self.blocks.take(seq, reserve=len(self._admitted)):
@@ -297,7 +296,7 @@ class Scheduler:
         self._waiting.take_first()
         seq.row = self._free_rows.pop()
         self._admitted[seq.sequence_id] = seq
-        self._trial.begin(seq)
+        self._solo_run.begin(seq)
         return seq
 
     # -- leaving -------------------------------------------------------------------------------------------------------
@@ -316,12 +315,12 @@ class Scheduler:
             self._leave_workers(seq)
 
     def _leave_workers(self, seq: Sequence) -> None:
-        if seq.lane is not None:
-            seq.lane.remove(seq)
+        if seq.batch is not None:
+            seq.batch.remove(seq)
         elif seq in self._prefilling:
             self._prefilling.remove(seq)
         self.blocks.release(seq)
-        self._trial.end(seq)
+        self._solo_run.end(seq)
         del self._admitted[seq.sequence_id]
         self._rows_to_free.append(seq.row)
         # The row is not given away while a token for it is under way: it would land in the next owner's row.
@@ -355,7 +354,7 @@ class Scheduler:
             else:
                 finish.append("")
         self._count_tokens(len(sampled), len(seqs))
-        self._outbox.add_tokens(seqs, tokens, finish)
+        self._outputs.add_tokens(seqs, tokens, finish)
 
     def _apply_with_logprobs(self, sampled: list[Sequence], result: StepResult) -> None:
         assert result.logprobs is not None
@@ -367,7 +366,7 @@ class Scheduler:
             seq.tokens.append(token)
             done = token in seq.stop_ids or len(seq.tokens) >= seq.max_len
             finish = self._end(seq, token) if done else ""
-            self._outbox.add(seq, [token], [] if logprobs is None else [logprobs], finish)
+            self._outputs.add(seq, [token], [] if logprobs is None else [logprobs], finish)
         self._count_tokens(len(sampled), kept)
 
     def _end(self, seq: Sequence, token: int) -> str:

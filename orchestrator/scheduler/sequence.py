@@ -9,7 +9,7 @@ from mgpu.protocol.internal.gateway_messages import Submit
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling
 
 if TYPE_CHECKING:
-    from mgpu.orchestrator.scheduler.decode_batch import Lane
+    from mgpu.orchestrator.scheduler.decode_batch import DecodeBatch
     from mgpu.orchestrator.scheduler.fair_queue import Account
 
 
@@ -45,12 +45,12 @@ class Sequence:
     num_registered: int = 0
     """Leading blocks that were offered for reuse under their keys."""
     num_computed: int = 0
-    """Tokens whose keys and values a published plan computes; while it decodes, its lane knows better."""
-    lane: "Lane | None" = None
+    """Tokens whose keys and values a published plan computes; while it decodes, its batch knows better."""
+    batch: "DecodeBatch | None" = None
     slot: int = -1
-    """Index in the lane's columns."""
+    """Index in the batch's columns."""
     due_tick: int = -1
-    """When the lane must look at it again: it needs a block or has all its tokens planned."""
+    """When the batch must look at it again: it needs a block or has all its tokens planned."""
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache when it first ran."""
     turn: int = -1
@@ -81,7 +81,7 @@ class Sequence:
 
     def forget_workers(self) -> None:
         """Stand as if it had never run: all that the workers held of it is gone, its tokens are not."""
-        self.row, self.slot, self.due_tick, self.lane = -1, -1, -1, None
+        self.row, self.slot, self.due_tick, self.batch = -1, -1, -1, None
         self.blocks = []
         self.num_registered = self.num_computed = 0
 

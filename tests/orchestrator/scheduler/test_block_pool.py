@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mgpu.orchestrator.scheduler.block_pool import BlockManager, extend_block_keys
+from mgpu.orchestrator.scheduler.block_pool import BlockPool, extend_block_keys
 
 
 def keys_of(tokens: list[int], num_blocks: int, salt: bytes = b"") -> list[bytes]:
@@ -35,7 +35,7 @@ def test_keys_are_extended_not_recomputed() -> None:
 
 
 def test_a_released_block_is_reused_by_its_key() -> None:
-    manager = BlockManager(4)
+    manager = BlockPool(4)
     (key,) = keys_of([1, 2, 3, 4], 1)
     blocks = manager.allocate(1)
     manager.register(blocks[0], key)
@@ -48,7 +48,7 @@ def test_a_released_block_is_reused_by_its_key() -> None:
 
 
 def test_a_prefix_ends_at_the_first_unknown_key() -> None:
-    manager = BlockManager(4)
+    manager = BlockPool(4)
     keys = keys_of(list(range(12)), 3)
     blocks = manager.allocate(3)
     manager.register(blocks[0], keys[0])
@@ -57,7 +57,7 @@ def test_a_prefix_ends_at_the_first_unknown_key() -> None:
 
 
 def test_blocks_without_content_are_used_first_then_the_least_recently_used() -> None:
-    manager = BlockManager(3)
+    manager = BlockPool(3)
     keys = keys_of(list(range(8)), 2)
     older, newer = manager.allocate(1), manager.allocate(1)
     manager.register(older[0], keys[0])
@@ -72,7 +72,7 @@ def test_blocks_without_content_are_used_first_then_the_least_recently_used() ->
 
 
 def test_the_tail_of_a_request_is_evicted_before_its_head() -> None:
-    manager = BlockManager(2)
+    manager = BlockPool(2)
     keys = keys_of(list(range(8)), 2)
     blocks = manager.allocate(2)
     for block, key in zip(blocks, keys, strict=True):
@@ -83,7 +83,7 @@ def test_the_tail_of_a_request_is_evicted_before_its_head() -> None:
 
 
 def test_equal_content_keeps_the_older_block_under_the_key() -> None:
-    manager = BlockManager(2)
+    manager = BlockPool(2)
     (key,) = keys_of([1, 2, 3, 4], 1)
     first, second = manager.allocate(1), manager.allocate(1)
     manager.register(first[0], key)
@@ -95,7 +95,7 @@ def test_equal_content_keeps_the_older_block_under_the_key() -> None:
 
 
 def test_releasing_twice_is_noticed() -> None:
-    manager = BlockManager(2)
+    manager = BlockPool(2)
     blocks = manager.allocate(1)
     manager.release(blocks)
     with pytest.raises(AssertionError, match="released twice"):
@@ -107,7 +107,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = BlockManager(6)
+        self.manager = BlockPool(6)
         self.tables: list[list[int]] = []
 
     @rule(group=st.integers(0, 2), length=st.integers(1, 4))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.fake_model import FakeModel, solo_tokens
-from mgpu.orchestrator.placement.step_size import LimitsError
+from mgpu.orchestrator.placement.options import LimitsError
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.gateway_messages import Submit
@@ -415,13 +415,13 @@ def test_a_request_that_waited_during_a_crash_is_innocent_of_it() -> None:
 
 @pytest.mark.parametrize(("stages", "begun"), [(1, 0), (1, 3), (2, 3)])
 def test_of_many_suspects_only_the_one_that_crashes_alone_is_failed(stages: int, begun: int) -> None:
-    """``begun``: how many tokens the guilty one gets before the workers die of it."""
+    """``begun``: how many tokens the culprit gets before the workers die of it."""
     harness = Harness(num_stages=stages)
-    guilty, crashes = 3, 0
+    culprit, crashes = 3, 0
     for i in range(8):
         harness.submit(i, prompt_of(i, 5 + i), 30)
-    while guilty not in harness.finish:
-        seq = harness.scheduler.find(guilty)
+    while culprit not in harness.finish:
+        seq = harness.scheduler.find(culprit)
         if seq is not None and harness.publish() and seq.row in harness.plans[-1].rows:
             if len(seq.tokens) - seq.prompt_len >= begun:
                 crashes += 1
@@ -430,8 +430,8 @@ def test_of_many_suspects_only_the_one_that_crashes_alone_is_failed(stages: int,
             harness.gather()
     harness.run()
     assert crashes == 3
-    assert harness.finish.pop(guilty) == "error"
-    assert "failed 3 times in a row" in harness.errors[guilty]
+    assert harness.finish.pop(culprit) == "error"
+    assert "failed 3 times in a row" in harness.errors[culprit]
     assert set(harness.finish.values()) == {"length"}
     assert all(harness.tokens[i] == solo_tokens(prompt_of(i, 5 + i), 30) for i in harness.finish)
 
