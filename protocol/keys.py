@@ -17,7 +17,7 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
-from mgpu.protocol.client.results import MgpuError
+from mgpu.protocol.errors import MgpuError
 
 KEYS_VARIABLE = "MGPU_KEYS"
 KEY_BYTES = 32

@@ -12,7 +12,7 @@ import psutil
 from bench.chaos.load import STANDSTILL_S, Standstill
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
-from mgpu.protocol.client.results import MgpuError
+from mgpu.protocol.errors import MgpuError
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from bench.chaos.load import Streams
 from bench.chaos.server import Server, shared_memory
 from bench.chaos.table import Row
 from mgpu import Client
-from mgpu.protocol.client.results import MgpuError
+from mgpu.protocol.errors import MgpuError
 
 SAMPLE_S = 5.0
 LARGEST_SLOPE = {"RSS, KB": 100.0, "descriptors": 0.1, "threads": 0.1, "/dev/shm entries": 0.1, "KV blocks": 1.0}

@@ -35,7 +35,7 @@ from mgpu.launch.bench.target import READY_S, SILENCE_S, TIMEOUT_S, Target, prep
 from mgpu.launch.server_process import ServerDied
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.client import Client
-from mgpu.protocol.client.results import MgpuError
+from mgpu.protocol.errors import MgpuError
 
 FIRST_TOKENS = 10
 """A first token takes milliseconds: it is asked for this many times as often as the rest."""

@@ -22,7 +22,7 @@ from mgpu.orchestrator.placement.devices import find_machine
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.protocol.checkpoint.read import has_weights
 from mgpu.protocol.client.client import Client
-from mgpu.protocol.client.results import MgpuError
+from mgpu.protocol.errors import MgpuError
 
 READY_S = 900.0
 """Longest wait for a server: a large model from a cold disk."""

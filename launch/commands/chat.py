@@ -7,7 +7,8 @@ import click
 
 from mgpu.launch.commands.talk import ServerError, given, print_pieces, talk_options
 from mgpu.protocol.client.client import Client
-from mgpu.protocol.client.results import MgpuError, Piece, RequestFailed
+from mgpu.protocol.client.results import Piece
+from mgpu.protocol.errors import MgpuError, RequestFailed
 
 
 @click.command("chat")

@@ -10,7 +10,7 @@ from mgpu.launch.server_process import ServerDied, ServerProcess, orderly_end
 from mgpu.orchestrator.models.find import resolve_model
 from mgpu.orchestrator.placement.devices import find_machine
 from mgpu.protocol.client.client import Client
-from mgpu.protocol.client.results import MgpuError
+from mgpu.protocol.errors import MgpuError
 
 QUESTION = "Give me three tips for writing clear code."
 CPU_WORKERS = 3

@@ -8,7 +8,8 @@ import click
 from mgpu.launch.commands.talk import ServerError, given, print_pieces, talk_options
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.client import Client
-from mgpu.protocol.client.results import MgpuError, Piece
+from mgpu.protocol.client.results import Piece
+from mgpu.protocol.errors import MgpuError
 
 MOST_TOKENS = 512
 """A text that is only continued may never end: without --max-tokens it ends here, or where the context does."""

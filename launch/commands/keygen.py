@@ -8,7 +8,7 @@ import click
 
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.server_keys import CLIENTS_NAME, PUBLIC_NAME, PUBLIC_SUFFIX, SECRET_NAME
-from mgpu.protocol.client.results import MgpuError
+from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.keys import KEYS_VARIABLE, fingerprint, key_text, new_pair, read_keys
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

@@ -7,7 +7,7 @@ import click
 
 from mgpu.launch.commands.talk import ServerError
 from mgpu.protocol.client.client import Client
-from mgpu.protocol.client.results import MgpuError
+from mgpu.protocol.errors import MgpuError
 
 
 @click.command("status")

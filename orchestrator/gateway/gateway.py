@@ -26,18 +26,10 @@ from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
+from mgpu.protocol.front.client_messages import CancelRequest, Generate, ResumeRequest, parse_client_message
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.framing import WireError
-from mgpu.protocol.front.messages import (
-    CancelRequest,
-    Failed,
-    Generate,
-    Keepalive,
-    ResumeRequest,
-    ServerMessage,
-    parse_client_message,
-    to_map,
-)
+from mgpu.protocol.front.server_messages import Failed, Keepalive, ServerMessage, to_map
 from mgpu.protocol.internal.gateway_messages import (
     ALIVE_INTERVAL_S,
     LINK,

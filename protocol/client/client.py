@@ -15,18 +15,13 @@ from typing import Self, TypeVar, Unpack
 
 import zmq
 
+from mgpu.protocol.client.answer import Answer, answer_to
 from mgpu.protocol.client.connection import open_connection
-from mgpu.protocol.client.results import (
-    Answer,
-    Completion,
-    DeadlineExceeded,
-    MgpuError,
-    Piece,
-    answer_to,
-    chat_map,
-    generate_map,
-)
-from mgpu.protocol.front.messages import GenerateOptions, Health, Models, QueryKind, Stats
+from mgpu.protocol.client.requests import GenerateOptions, chat_map, generate_map
+from mgpu.protocol.client.results import Completion, Piece
+from mgpu.protocol.errors import DeadlineExceeded, MgpuError
+from mgpu.protocol.front.client_messages import QueryKind
+from mgpu.protocol.front.server_messages import Health, Models, Stats
 
 CONNECT_TIMEOUT_S = 5.0
 QUERY_TIMEOUT_S = 5.0

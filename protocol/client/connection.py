@@ -1,7 +1,6 @@
 """One client's socket and its open requests, without any waiting: shared by the sync and the asyncio client."""
 
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,12 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from mgpu.protocol.client.results import START_HINT, Answer, MgpuError, RequestFailed, ServerUnreachable, error_of
-from mgpu.protocol.discovery import LOCK_NAME, is_locked, running_servers
-from mgpu.protocol.front import framing as wire
+from mgpu.protocol.client.answer import Answer, error_of
+from mgpu.protocol.client.endpoint import START_HINT, find_endpoint, server_has_ended
+from mgpu.protocol.errors import MgpuError, RequestFailed, ServerUnreachable
+from mgpu.protocol.front import framing
 from mgpu.protocol.front.fields import FieldError
-from mgpu.protocol.front.messages import (
+from mgpu.protocol.front.server_messages import (
     Accepted,
     Failed,
     Health,
@@ -27,7 +27,6 @@ from mgpu.protocol.front.messages import (
 )
 from mgpu.protocol.keys import KEYS_VARIABLE, ClientKeys, find_client_keys, fingerprint, use_client_keys
 
-ENDPOINT_VARIABLE = "MGPU_ENDPOINT"
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
 _OTHER_MECHANISM = zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
@@ -37,23 +36,6 @@ RETRY_S = 1.0
 """When to ask again if the server does not say."""
 
 Reply = Health | Stats | Models
-
-
-def find_endpoint(endpoint: str | None) -> str:
-    """Give the endpoint to use: the argument, else MGPU_ENDPOINT, else the only running server's.
-
-    ServerUnreachable when there is none, or when several run and none was named.
-    """
-    endpoint = endpoint or os.environ.get(ENDPOINT_VARIABLE)
-    if endpoint:
-        return endpoint
-    servers = running_servers()
-    if not servers:
-        raise ServerUnreachable(f"no mgpu server is running here; {START_HINT}, or set {ENDPOINT_VARIABLE}")
-    if len(servers) > 1:
-        listed = ", ".join(f"{server.endpoint} ({server.model})" for server in servers)
-        raise ServerUnreachable(f"several mgpu servers are running: {listed}; choose one with {ENDPOINT_VARIABLE}")
-    return servers[0].endpoint
 
 
 def open_connection(endpoint: str | None, keys: str | Path | None) -> "Connection":
@@ -81,7 +63,7 @@ class Connection:
         self._handshake_failed = False
         self._context: zmq.Context[Any] = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
-        wire.set_client_options(self.socket, endpoint)
+        framing.set_client_options(self.socket, endpoint)
         if self._keys is not None:
             use_client_keys(self.socket, self._keys)
         self.monitor = self.socket.get_monitor_socket(_EVENTS)
@@ -115,13 +97,13 @@ class Connection:
     def send(self, values: Mapping[str, object]) -> None:
         """Send one message now. ServerUnreachable when no server is connected or it does not read."""
         try:
-            frames = wire.pack(values)
+            frames = framing.pack(values)
         except ValueError as error:
             raise RequestFailed("bad_request", str(error)) from None
-        if len(frames[1]) > wire.FROM_CLIENT.frame_bytes:
+        if len(frames[1]) > framing.FROM_CLIENT.frame_bytes:
             raise RequestFailed(
                 "bad_request",
-                f"the request has {len(frames[1])} bytes, the limit is {wire.FROM_CLIENT.frame_bytes}",
+                f"the request has {len(frames[1])} bytes, the limit is {framing.FROM_CLIENT.frame_bytes}",
             )
         try:
             self.socket.send_multipart(frames, zmq.NOBLOCK)
@@ -149,9 +131,9 @@ class Connection:
 
     def _dispatch(self, frames: list[bytes]) -> None:
         try:
-            message = parse_server_message(wire.unpack(frames, wire.FROM_SERVER))
+            message = parse_server_message(framing.unpack(frames, framing.FROM_SERVER))
             self._deliver(message)
-        except (wire.WireError, FieldError) as error:
+        except (framing.WireError, FieldError) as error:
             self.fail_all(MgpuError(f"the server at {self.endpoint} does not speak this protocol: {error}"))
 
     def _deliver(self, message: ServerMessage) -> None:
@@ -272,11 +254,8 @@ class Connection:
                 self._resume(answer)
 
     def server_is_gone(self) -> bool:
-        """Tell whether nobody will come back: the folder of an ipc socket has gone, or its server's lock is free."""
-        if not self.was_connected or not self.endpoint.startswith("ipc://"):
-            return False
-        folder = Path(self.endpoint.removeprefix("ipc://")).parent
-        return not folder.is_dir() or ((folder / LOCK_NAME).exists() and not is_locked(folder))
+        """Return True if the server that this client was connected to has ended for good."""
+        return self.was_connected and server_has_ended(self.endpoint)
 
     def fail_all(self, error: MgpuError) -> None:
         """End everything in flight with ``error``."""

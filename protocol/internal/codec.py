@@ -2,7 +2,7 @@
 
 For mgpu's own processes, which always run the same version: a message is ``[tag, field, field, …]``, nested
 dataclasses are lists of their fields, tuples and lists are arrays. The public front channel uses named maps instead
-(messages.py), since other languages speak it.
+(front/client_messages.py), since other languages speak it.
 """
 
 import types

@@ -147,7 +147,7 @@ class SequenceRecord:
     logprobs: bytes
     """Of the last of these tokens, packed with ``num_top``; empty when not asked for."""
     num_top: int
-    """See `logprobs.LogprobPacking`."""
+    """See `packed_logprobs.LogprobPacking`."""
     finish: str
     """Of the whole sequence, as is ``error``."""
     error: str

@@ -115,7 +115,7 @@ GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """How one row's next token is chosen. Neutral values switch a rule off (ranges: protocol/front/messages.py)."""
+    """How one row's next token is chosen. Neutral values switch a rule off (ranges: front/client_messages.py)."""
 
     temperature: float = 0.0
     top_k: int = 0

@@ -13,7 +13,7 @@ KvCacheDtype = Literal["auto", "fp8"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
-"""Family names used inside mgpu; checkpoint.py maps Hugging Face and GGUF names to them."""
+"""Family names used inside mgpu; protocol/checkpoint maps Hugging Face and GGUF names to them."""
 
 
 def kv_element_bytes(kept: KvCacheDtype, dtype: Dtype) -> int:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mgpu.protocol.client.async_client import AsyncClient
     from mgpu.protocol.client.client import Client
-    from mgpu.protocol.client.results import Completion, DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
+    from mgpu.protocol.client.results import Completion
+    from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,7 +25,11 @@ __all__ = [
     "ServerUnreachable",
 ]
 
-_HOMES = {"AsyncClient": "mgpu.protocol.client.async_client", "Client": "mgpu.protocol.client.client"}
+_HOMES = {
+    "AsyncClient": "mgpu.protocol.client.async_client",
+    "Client": "mgpu.protocol.client.client",
+    "Completion": "mgpu.protocol.client.results",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -33,6 +38,6 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(_HOMES.get(name, "mgpu.protocol.client.results")), name)
+    value = getattr(import_module(_HOMES.get(name, "mgpu.protocol.errors")), name)
     globals()[name] = value
     return value

@@ -12,7 +12,7 @@ import pytest
 
 from mgpu import Client
 from mgpu.launch.server_process import ServerDied, ServerProcess
-from mgpu.protocol.client.results import MgpuError, RequestFailed
+from mgpu.protocol.errors import MgpuError, RequestFailed
 
 LEFT_BEHIND_S = 2.0
 END_S = 30.0

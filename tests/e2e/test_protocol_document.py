@@ -18,8 +18,9 @@ import pytest
 import zmq
 
 from harness.gateway_process import GatewayProcess, make_model_folder
-from mgpu.protocol.front import framing as wire
-from mgpu.protocol.front.messages import GENERATE_RULES, SERVER_TYPES, FailureCode
+from mgpu.protocol.front import framing
+from mgpu.protocol.front.client_messages import GENERATE_RULES
+from mgpu.protocol.front.server_messages import SERVER_TYPES, FailureCode
 from mgpu.protocol.internal.client_limits import ClientLimits
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -106,8 +107,8 @@ def test_the_table_of_codes_is_the_codes() -> None:
 
 
 def test_the_numbers_on_the_page_are_the_codes() -> None:
-    for field in fields(wire.Limits):
-        assert str(getattr(wire.FROM_CLIENT, field.name)) in PAGE
+    for field in fields(framing.Limits):
+        assert str(getattr(framing.FROM_CLIENT, field.name)) in PAGE
     limits = ClientLimits()
     assert f"this client ({limits.client_requests} requests; {limits.client_queue_bytes >> 20} MiB" in PAGE
-    assert f"at most {wire.FROM_SERVER.frame_bytes >> 20} MiB" in PAGE
+    assert f"at most {framing.FROM_SERVER.frame_bytes >> 20} MiB" in PAGE

@@ -13,7 +13,7 @@ import pytest
 
 from mgpu import Client
 from mgpu.launch.server_process import ServerDied, ServerProcess
-from mgpu.protocol.client.results import RequestFailed, ServerUnreachable
+from mgpu.protocol.errors import RequestFailed, ServerUnreachable
 
 WORKERS = 3
 DEADLINE_S = 60.0

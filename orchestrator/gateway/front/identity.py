@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mgpu.orchestrator.gateway.front.access import KEY_PREFIX, Doorkeeper
 from mgpu.orchestrator.gateway.requests.admission import Refusal
-from mgpu.protocol.front.messages import ClientMessage, Generate, ResumeRequest
+from mgpu.protocol.front.client_messages import ClientMessage, Generate, ResumeRequest
 
 
 def owned(message: ClientMessage, identity: str) -> ClientMessage:

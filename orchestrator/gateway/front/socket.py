@@ -12,7 +12,7 @@ import zmq
 
 from mgpu.orchestrator.gateway.front import access as zap
 from mgpu.orchestrator.gateway.front.endpoint import BindError, bind, is_lost, release
-from mgpu.protocol.front import framing as wire
+from mgpu.protocol.front import framing
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.keys import use_server_key
 
@@ -33,7 +33,7 @@ class Received(NamedTuple):
     client: bytes
     """The routing id: one connection."""
     frames: list[bytes]
-    """At most ``wire.MAX_FRAMES`` + 1."""
+    """At most ``framing.MAX_FRAMES`` + 1."""
     identity: str
     """Who that is: ``key:FINGERPRINT`` with keys, ``uid:N`` on ipc, empty on tcp without keys (see zap.py)."""
 
@@ -55,10 +55,10 @@ class Front:
         self.socket = context.socket(zmq.ROUTER)
         if keys is not None and endpoint.startswith("tcp://"):
             use_server_key(self.socket, keys.secret)
-        wire.set_server_options(self.socket, max_bytes)
+        framing.set_server_options(self.socket, max_bytes)
         self.socket.setsockopt(zmq.ZAP_DOMAIN, zap.DOMAIN)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
-        self._limits = replace(wire.FROM_CLIENT, frame_bytes=max_bytes)
+        self._limits = replace(framing.FROM_CLIENT, frame_bytes=max_bytes)
         self._backlogs: dict[bytes, _Backlog] = {}
         self._backlog_bytes = 0
         self._lost: dict[bytes, Loss] = {}
@@ -109,19 +109,19 @@ class Front:
             frame = self.socket.recv(zmq.NOBLOCK, copy=False)
             if not frames:
                 identity = _identity_of(frame)
-            if len(frames) <= wire.MAX_FRAMES:  # the rest is read, since it has arrived, and dropped
+            if len(frames) <= framing.MAX_FRAMES:  # the rest is read, since it has arrived, and dropped
                 frames.append(frame.bytes)
         return Received(client, frames, identity)
 
     def unpack(self, frames: list[bytes]) -> dict[object, object]:
         """Decode what `receive` gave. WireError for anything that is not a message."""
-        return wire.unpack(frames, self._limits)
+        return framing.unpack(frames, self._limits)
 
     def send(self, client: bytes, values: Mapping[str, object]) -> None:
         """Send one message or keep it for later; never waits, never raises. See `take_lost`."""
         if client in self._lost:
             return  # its queue was thrown away: whatever follows would hide that something is missing
-        message = [client, *wire.pack(values)]
+        message = [client, *framing.pack(values)]
         backlog = self._backlogs.get(client)
         if backlog is None:
             if self._try_send(message):

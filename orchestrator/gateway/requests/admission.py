@@ -4,8 +4,9 @@ import secrets
 from collections.abc import Iterable
 from hashlib import blake2b
 
+from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.front.messages import Accepted, FailureCode, Generate
+from mgpu.protocol.front.server_messages import Accepted, FailureCode
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Submit
 from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, RowSampling
 

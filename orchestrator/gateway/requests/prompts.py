@@ -10,8 +10,8 @@ from mgpu.orchestrator.gateway.text.background import Jobs
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
+from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_bytes
-from mgpu.protocol.front.messages import Generate
 
 INLINE_CHARS = 4096
 """Longer prompts are tokenized in a thread."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from mgpu.orchestrator.gateway.requests.admission import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
-from mgpu.protocol.front.messages import Failed, Health, Models, Query, ResumeRequest, ServerMessage, Stats
+from mgpu.protocol.front.client_messages import Query, ResumeRequest
+from mgpu.protocol.front.server_messages import Failed, Health, Models, ServerMessage, Stats
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Resume, Resumed, StatsQuery, StatsReply
 
 ENGINE_TIMEOUT_S = 2.0

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from mgpu.orchestrator.gateway.requests.table import MAX_HELD_TOKENS, ChoiceState, Request
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.front.messages import Tokens
+from mgpu.protocol.front.server_messages import Tokens
 from mgpu.protocol.internal.gateway_messages import SequenceRecord
 from mgpu.protocol.internal.packed_logprobs import LogprobPacking
 from mgpu.protocol.internal.worker_messages import TokenLogprobs

@@ -8,7 +8,8 @@ from mgpu.orchestrator.gateway.requests.admission import Refusal
 from mgpu.orchestrator.gateway.requests.queries import Name, Queries
 from mgpu.orchestrator.gateway.requests.replay import CatchUp, Replay
 from mgpu.orchestrator.gateway.requests.table import ChoiceState, Request, RequestTable
-from mgpu.protocol.front.messages import Accepted, Failed, FailureCode, Generate, Resumed, ResumeRequest, ServerMessage
+from mgpu.protocol.front.client_messages import Generate, ResumeRequest
+from mgpu.protocol.front.server_messages import Accepted, Failed, FailureCode, Resumed, ServerMessage
 from mgpu.protocol.internal.codec import Codec
 from mgpu.protocol.internal.gateway_messages import Cancel, SequenceRecord
 from mgpu.protocol.internal.gateway_messages import Resumed as Answer

@@ -7,7 +7,8 @@ from typing import Any
 from mgpu.orchestrator.gateway.requests.quota import Quota, owner_of
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
-from mgpu.protocol.front.messages import Finished, Generate, Tokens
+from mgpu.protocol.front.client_messages import Generate
+from mgpu.protocol.front.server_messages import Finished, Tokens
 from mgpu.protocol.internal.worker_messages import TokenLogprobs
 
 MAX_HELD_TOKENS = 512

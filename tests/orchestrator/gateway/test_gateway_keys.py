@@ -11,7 +11,7 @@ import zmq
 
 from harness.gateway_process import DEADLINE_S, GatewayProcess
 from mgpu import Client, RequestFailed
-from mgpu.protocol.client.results import ServerUnreachable
+from mgpu.protocol.errors import ServerUnreachable
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import Reload, ServerKeys
 from mgpu.protocol.keys import KEYS_VARIABLE, fingerprint, key_text, new_pair
@@ -135,12 +135,12 @@ def test_a_session_of_another_key_cannot_be_resumed(keyed: GatewayProcess, tmp_p
 
 def _ask(client: Client, message: dict[str, object]) -> str:
     """Send a message beside the client's own requests and give the type of the answer, or its code."""
-    from mgpu.protocol.front import framing as wire
+    from mgpu.protocol.front import framing
 
     connection = client._connection
     connection.send(message)
     assert connection.socket.poll(int(DEADLINE_S * 1000), zmq.POLLIN)
-    answer = wire.unpack(connection.socket.recv_multipart(), wire.FROM_SERVER)
+    answer = framing.unpack(connection.socket.recv_multipart(), framing.FROM_SERVER)
     return str(answer.get("code", answer["type"]))
 
 

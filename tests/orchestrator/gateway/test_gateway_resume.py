@@ -13,9 +13,10 @@ from mgpu.orchestrator.gateway.requests.queries import RECORD_TIMEOUT_S, Queries
 from mgpu.orchestrator.gateway.requests.quota import Quota
 from mgpu.orchestrator.gateway.requests.resume import GRACE_S, Resumption, pack_context
 from mgpu.orchestrator.gateway.requests.table import ChoiceState, Request, RequestTable
-from mgpu.protocol.front import messages
+from mgpu.protocol.front import client_messages, server_messages
+from mgpu.protocol.front.client_messages import Generate, ResumeRequest
 from mgpu.protocol.front.fields import int32_bytes
-from mgpu.protocol.front.messages import Accepted, Generate, ResumeRequest, ServerMessage
+from mgpu.protocol.front.server_messages import Accepted, ServerMessage
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import Cancel, GatewaySpec, Resume, Resumed, SequenceRecord
 
@@ -68,7 +69,7 @@ class Desk:
 
     def tokens(self, client: bytes) -> list[int]:
         """Give the token ids that a client was sent, of all choices."""
-        sent = [message for to, message in self.sent if to == client and isinstance(message, messages.Tokens)]
+        sent = [message for to, message in self.sent if to == client and isinstance(message, server_messages.Tokens)]
         return [token for message in sent for token in message.token_ids]
 
     def heard(self, client: bytes) -> list[str]:
@@ -109,7 +110,7 @@ def test_resumed_says_from_where() -> None:
     desk = Desk()
     desk.resume(A, offsets=(2, -1))
     desk.answer(0, record(1), record(2, finish="stop"))
-    assert desk.sent[0] == (A, messages.Resumed(1, [2, -1]))
+    assert desk.sent[0] == (A, server_messages.Resumed(1, [2, -1]))
 
 
 def test_a_second_resume_that_cannot_be_asked_leaves_the_first_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,10 +118,10 @@ def test_a_second_resume_that_cannot_be_asked_leaves_the_first_alone(monkeypatch
     desk = Desk(client_requests=1)
     desk.resume(A)
     desk.answer(0, record())
-    desk.queries.on_query(A, f"uid:0 {A.hex()}", messages.Query("stats", 2), None, None)
+    desk.queries.on_query(A, f"uid:0 {A.hex()}", client_messages.Query("stats", 2), None, None)
     desk.resume(A)
     failed = desk.sent[-1][1]
-    assert isinstance(failed, messages.Failed)
+    assert isinstance(failed, server_messages.Failed)
     assert (failed.id, failed.code) == (1, "overloaded")  # its client asks once more
     assert [request.client for request in desk.table] == [A]
 
@@ -392,5 +393,5 @@ def test_cached_tokens_of_a_choice_that_begins_between_two_portions_count() -> N
     desk.answer(
         1, replace(record(1, (9,), "length"), cached_tokens=64), replace(record(2, (7, 8), "length"), num_tokens=4)
     )
-    finished = [message for _, message in desk.sent if isinstance(message, messages.Finished)]
+    finished = [message for _, message in desk.sent if isinstance(message, server_messages.Finished)]
     assert [message.cached_tokens for message in finished] == [64]

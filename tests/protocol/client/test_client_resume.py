@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from mgpu import Client
-from mgpu.protocol.front import framing as wire
+from mgpu.protocol.front import framing
 
 DEADLINE_S = 20.0
 LOST_AND_MADE_AGAIN = [(zmq.EVENT_DISCONNECTED, 0), (zmq.EVENT_HANDSHAKE_SUCCEEDED, 0)]
@@ -164,8 +164,8 @@ def hear(server: "zmq.Socket[bytes]") -> tuple[bytes, dict[str, Any]]:
     """Take one message and give it with the connection it came on."""
     assert server.poll(int(DEADLINE_S * 1000)), "nothing came in time"
     connection, *frames = server.recv_multipart()
-    return connection, {str(name): value for name, value in wire.unpack(frames, wire.FROM_CLIENT).items()}
+    return connection, {str(name): value for name, value in framing.unpack(frames, framing.FROM_CLIENT).items()}
 
 
 def say(server: "zmq.Socket[bytes]", connection: bytes, **fields: object) -> None:
-    server.send_multipart([connection, *wire.pack(fields)])
+    server.send_multipart([connection, *framing.pack(fields)])

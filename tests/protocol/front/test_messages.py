@@ -7,21 +7,17 @@ from typing import Any
 
 import pytest
 
-from mgpu.protocol.front.fields import FieldError, shown
-from mgpu.protocol.front.messages import (
+from mgpu.protocol.client.requests import GenerateOptions
+from mgpu.protocol.front.client_messages import (
     GENERATE_RULES,
     CancelRequest,
-    Failed,
-    Finished,
     Generate,
-    GenerateOptions,
     Query,
     ResumeRequest,
-    Tokens,
     parse_client_message,
-    parse_server_message,
-    to_map,
 )
+from mgpu.protocol.front.fields import FieldError, shown
+from mgpu.protocol.front.server_messages import Failed, Finished, Tokens, parse_server_message, to_map
 
 
 def generate(**changes: Any) -> Generate:

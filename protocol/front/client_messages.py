@@ -1,12 +1,12 @@
-"""Messages of the front channel, client ↔ gateway: named maps that any language can build (docs/protocol.md).
+"""Messages from a client to the gateway: named maps that any language can build (docs/protocol.md).
 
-Every request ends in exactly one `Finished` or `Failed` (or in its reply, for the queries). Numbers are bounded in one
-place, the tables below; the client checks with them before it sends and the gateway when it receives.
+The tables below hold the bounds of all fields. The client checks with them before it sends, the gateway when it
+receives.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict, cast, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
 
 from mgpu.protocol.front.fields import (
     INT32_MAX,
@@ -24,21 +24,6 @@ from mgpu.protocol.front.fields import (
     parse_fields,
 )
 
-FailureCode = Literal[
-    "bad_request",
-    "bad_version",
-    "duplicate_id",
-    "unknown_request",
-    "unknown_model",
-    "not_allowed",
-    "not_ready",
-    "draining",
-    "overloaded",
-    "slow_reader",
-    "deadline_exceeded",
-    "engine_error",
-    "stopped",
-]
 QueryKind = Literal["health", "stats", "models"]
 
 MAX_CHOICES = 16
@@ -91,33 +76,6 @@ RESUME_RULES: dict[str, Rule] = {
 }
 QUERY_RULES: dict[str, Rule] = {"id": REQUEST_ID}
 CLIENT_TYPE = Choice(("generate", "resume", "cancel", *get_args(QueryKind)))
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of the client's generate, stream, chat and stream_chat; the fields of `Generate`."""
-
-    model: str
-    n: int
-    max_tokens: int | None
-    min_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    seed: int | None
-    logit_bias: Mapping[int, float]
-    logprobs: int | None
-    stop: str | list[str] | tuple[str, ...]
-    stop_token_ids: list[int] | tuple[int, ...]
-    ignore_eos: bool
-    skip_special_tokens: bool
-    priority: int
-    cache_salt: str
-    timeout_s: float
-    template_options: Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,113 +153,6 @@ class Query:
 ClientMessage = Generate | ResumeRequest | CancelRequest | Query
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    id: int
-    model: str
-    prompt_tokens: int
-    max_tokens: int
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Resumed:
-    """What follows continues the request from ``offsets``; what came before it on the connection is void."""
-
-    id: int
-    offsets: list[int] | None = None
-    """Those of the `resume` that is answered; None from servers that do not say it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """New tokens of one choice. ``text`` may lag behind ``token_ids``: it never ends inside a character or within what
-    may become a stop string."""
-
-    id: int
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[str, Any]] | None = None
-    """Parallel to ``token_ids``: logprob, and top as [token id, logprob, text] triples."""
-    finish_reason: str | None = None
-    """Set in the last message of the choice."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The request is over, all of its choices have ended."""
-
-    id: int
-    finish_reasons: list[str]
-    """One per choice."""
-    prompt_tokens: int
-    completion_tokens: int
-    """All choices together."""
-    cached_tokens: int
-    """Prompt tokens of the first choice that came from the prefix cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The request is over without a result. ``id`` is None when the cause cannot be tied to one request."""
-
-    id: int | None
-    code: str
-    message: str
-    retry_after_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Keepalive:
-    """The request is alive though nothing else was sent for about a second."""
-
-    id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    id: int
-    state: str
-    """starting, ready, recovering, stalled, draining or stopped."""
-    model: str
-    max_seq_len: int
-    kv_tokens: int
-    in_flight: int
-    """Requests of all clients."""
-    uptime_s: float
-    layout: str
-    running: int = 0
-    """Sequences on the workers."""
-    waiting: int = 0
-    """Sequences in line for the workers."""
-    last_step_age_s: float = 0.0
-    """Since the workers last gave a result."""
-    restarts: int = 0
-    """Of the workers since the start."""
-    last_recovery_s: float = 0.0
-    """What the last of them took."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    id: int
-    counters: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Models:
-    id: int
-    models: list[dict[str, Any]]
-    """name, max_seq_len, vocab_size, chat (whether it has a chat template)."""
-
-
-ServerMessage = Accepted | Resumed | Tokens | Finished | Failed | Keepalive | Health | Stats | Models
-
-SERVER_TYPES: dict[str, type[Any]] = {cls.__name__.lower(): cls for cls in get_args(ServerMessage)}
-_FIELDS = {kind: tuple(field.name for field in fields(cls)) for kind, cls in SERVER_TYPES.items()}
-
-
 def parse_client_message(data: Mapping[object, object]) -> ClientMessage:
     """Check a decoded map against the tables. FieldError says which field, its value and what is allowed."""
     kind = CLIENT_TYPE.parse("type", data.get("type"))
@@ -333,29 +184,3 @@ def _parse_generate(data: Mapping[object, object]) -> Generate:
     if request.max_tokens is not None and request.min_tokens > request.max_tokens:
         raise FieldError(f"min_tokens ({request.min_tokens}) is above max_tokens ({request.max_tokens})")
     return request
-
-
-def to_map(message: ServerMessage) -> dict[str, object]:
-    """Give the named map of a server message; fields that are None are left out."""
-    kind = type(message).__name__.lower()
-    values: dict[str, object] = {"type": kind}
-    for name in _FIELDS[kind]:
-        value = getattr(message, name)
-        if value is not None:
-            values[name] = value
-    return values
-
-
-def parse_server_message(data: Mapping[object, object]) -> ServerMessage:
-    """Build a server message from its map; fields that this version does not know are skipped. FieldError otherwise."""
-    kind = str(data.get("type"))
-    cls = SERVER_TYPES.get(kind)
-    if cls is None:
-        raise FieldError(f"unknown message type {kind[:40]!r}")
-    known = {name: data[name] for name in _FIELDS[kind] if name in data}
-    if cls is Failed:
-        known.setdefault("id", None)
-    try:
-        return cast("ServerMessage", cls(**known))
-    except TypeError as error:
-        raise FieldError(f"incomplete {cls.__name__.lower()} message: {error}") from None
