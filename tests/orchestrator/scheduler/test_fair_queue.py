@@ -177,7 +177,7 @@ def test_a_request_that_outlives_its_line_changes_nothing_in_the_next_one() -> N
     assert line.queue.pop() is first
     for client in (2, 3, 4):
         line.add(client)
-    now, account = line.queue._now, first.account
+    now, account = line.queue._now, first.charged_to
     assert account is not None
     line.finish(first)
     assert_books_are_right(line.queue)
