@@ -16,8 +16,9 @@ import os
 import signal
 import sys
 
+from mgpu.protocol.internal.child import BadSpec, decode_spec, read_spec
+from mgpu.protocol.internal.worker_messages import CONTROL, WorkerSpec
 from mgpu.worker.device import start_cuda
-from mgpu.worker.errors import BadSpec
 from mgpu.worker.start import lifeline
 
 EXIT_FAILED = 1
@@ -33,12 +34,12 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if arguments.spec:
-            spec = lifeline.read_spec_from_file(arguments.spec.replace("{rank}", os.environ.get("RANK", "")))
+            spec = _read_spec_from_file(arguments.spec.replace("{rank}", os.environ.get("RANK", "")))
         else:
             lifeline.die_with_parent()
             if arguments.standby:
                 _import_torch()
-            spec = lifeline.read_spec_from_stdin()
+            spec = read_spec(CONTROL, WorkerSpec)
         rank = _rank(spec.plan.world_size)
     except BadSpec as error:
         print(f"mgpu worker: {error}", file=sys.stderr)
@@ -73,6 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--spec", metavar="FILE", help="read the spec from a file, not from standard input")
     parser.add_argument("--standby", action="store_true", help="import torch at once, not when the spec is there")
     return parser
+
+
+def _read_spec_from_file(path: str) -> WorkerSpec:
+    """Read a spec without a length before it. BadSpec when the file cannot be read or holds something else."""
+    try:
+        with open(path, "rb") as file:
+            return decode_spec(CONTROL, WorkerSpec, file.read())
+    except OSError as error:
+        raise BadSpec(f"cannot read {path}: {error.strerror}") from error
 
 
 def _rank(world_size: int) -> int:

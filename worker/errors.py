@@ -5,10 +5,6 @@ class PeerLost(RuntimeError):
     """Another rank did not answer within the deadline, or reported that it failed."""
 
 
-class BadSpec(ValueError):
-    """The specification of this worker is unreadable or contradicts its environment."""
-
-
 class BadPlan(ValueError):
     """A step plan contradicts the rows that this worker keeps: a bug of the orchestrator, never of a user."""
 

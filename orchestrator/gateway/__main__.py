@@ -18,13 +18,12 @@ from mgpu.orchestrator.gateway.gateway import Gateway, codec_of
 from mgpu.orchestrator.gateway.memory_limit import MemoryFull, be_first_to_go
 from mgpu.orchestrator.gateway.text.background import Jobs
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
-from mgpu.protocol.internal.child import end_with_parent
+from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.gateway_messages import LINK, GatewayFailure, GatewaySpec
 
 _PARENT_DEATH_S = 0.5
 """The death signal comes when the parent's first thread is gone, somewhat before the parent itself is."""
 _MANY_FILES = 1 << 16
-_MAX_SPEC_BYTES = 1 << 20
 LINK_LINGER_MS = 1000
 
 
@@ -38,7 +37,10 @@ def main() -> int:
     be_first_to_go()
     # Nothing may end this process from here on without a clean-up; a parent that is gone by now is seen in `run`.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    spec = _read_spec(sys.stdin.fileno())
+    try:
+        spec = read_spec(LINK, GatewaySpec)
+    except BadSpec as error:
+        sys.exit(f"gateway: {error}")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link = context.socket(zmq.DEALER)
     link.setsockopt(zmq.LINGER, LINK_LINGER_MS)
@@ -93,28 +95,6 @@ def _allow_many_connections() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     soft = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def _read_spec(fd: int) -> GatewaySpec:
-    size = int.from_bytes(_read_exactly(fd, 4), "little")
-    if size > _MAX_SPEC_BYTES:
-        raise SystemExit(
-            f"the spec on standard input claims {size} bytes; this command is started by mgpu-launch serve"
-        )
-    spec = LINK.decode(_read_exactly(fd, size))
-    if not isinstance(spec, GatewaySpec):
-        raise SystemExit("standard input must hold a GatewaySpec; this command is started by mgpu-launch serve")
-    return spec
-
-
-def _read_exactly(fd: int, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        chunk = os.read(fd, size - len(data))
-        if not chunk:
-            raise SystemExit("standard input ended before the spec; this command is started by mgpu-launch serve")
-        data += chunk
-    return data
 
 
 if __name__ == "__main__":

@@ -1,11 +1,57 @@
-"""End with the process that started this one."""
+"""What every child process does first: read its spec from standard input, and end when its parent ends."""
 
 import ctypes
+import os
+from typing import TypeVar
+
+from mgpu.protocol.internal.codec import Codec, CodecError
+
+T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
+_STDIN = 0
+_MAX_SPEC_BYTES = 16 << 20
+
+
+class BadSpec(ValueError):
+    """The spec of a child process is unreadable, or contradicts its environment."""
 
 
 def end_with_parent(number: int) -> None:
     """Ask the kernel for signal ``number`` when the thread that started this process ends. OSError if it refuses."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+def read_spec(codec: Codec, kind: type[T]) -> T:
+    """Read a spec from standard input: 4 bytes of little-endian length, then the message. BadSpec for anything else."""
+    length = int.from_bytes(_read_exactly(4), "little")
+    if length > _MAX_SPEC_BYTES:
+        raise BadSpec(f"standard input announces a spec of {length} bytes; the limit is {_MAX_SPEC_BYTES}")
+    return decode_spec(codec, kind, _read_exactly(length))
+
+
+def decode_spec(codec: Codec, kind: type[T], data: bytes) -> T:
+    """Decode a spec of class ``kind``. BadSpec when the bytes are something else."""
+    name = kind.__name__.removesuffix("Spec").lower()
+    try:
+        message = codec.decode(data)
+    except CodecError as error:
+        raise BadSpec(f"not a {name} spec: {error}") from error
+    if not isinstance(message, kind):
+        raise BadSpec(f"expected a {name} spec, got {type(message).__name__}")
+    return message
+
+
+def _read_exactly(count: int) -> bytes:
+    # Not by sys.stdin, whose buffer would hide the end of file from a later wait for this descriptor.
+    data = bytearray()
+    while len(data) < count:
+        chunk = os.read(_STDIN, count - len(data))
+        if not chunk:
+            raise BadSpec(
+                f"standard input ended after {len(data)} of {count} bytes; mgpu-launch serve starts this command "
+                "and sends it its spec"
+            )
+        data += chunk
+    return bytes(data)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mgpu.protocol.internal.child import BadSpec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.facts import DTYPE_BYTES
 from mgpu.protocol.model.placement import Transport
 from mgpu.protocol.model.shared_memory_layout import ChannelRegion, SharedLayout, shared_layout
-from mgpu.worker.errors import BadSpec
 from mgpu.worker.ranks.collectives import (
     DistChannel,
     DistGroup,

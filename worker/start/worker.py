@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from mgpu.protocol.checkpoint.read import CheckpointError
+from mgpu.protocol.internal.child import BadSpec
 from mgpu.protocol.internal.worker_messages import (
     AllocateCache,
     LoadProgress,
@@ -21,7 +22,7 @@ from mgpu.protocol.internal.worker_messages import (
 from mgpu.worker.compile_ahead.start_up import start_triton
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.device import cuda_ordinal
-from mgpu.worker.errors import BadPlan, BadSpec, OutOfMemory
+from mgpu.worker.errors import BadPlan, OutOfMemory
 from mgpu.worker.ranks.links import Links, connect
 from mgpu.worker.start.startup import StartUp
 from mgpu.worker.steps.step_loop import StepLoop

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from harness.collective_rank import spec_of
+from mgpu.protocol.internal.child import BadSpec
 from mgpu.protocol.internal.worker_messages import CONTROL
-from mgpu.worker.errors import BadSpec
 from mgpu.worker.ranks.collectives import DryRun, SingleRank, ThroughHost
 from mgpu.worker.ranks.links import connect, layout_of, pair_transport
 
