@@ -42,6 +42,13 @@ def run(*arguments: str, encoding: str, data: bytes = b"") -> "subprocess.Comple
     )
 
 
+def test_the_package_can_be_run_as_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mgpu", "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.startswith("mgpu-launch, version ")
+
+
 def test_a_terminal_that_lacks_a_letter_gets_a_question_mark() -> None:
     done = run("bench", "decode", "--help", encoding="latin-1")
     assert done.returncode == 0, done.stderr
