@@ -26,6 +26,8 @@ from mgpu.worker.steps.graphs import prepare_graphs
 
 log = logging.getLogger(__name__)
 
+SOURCES = Path(__file__).parents[1]
+"""The worker's folder. Any file in it may decide what a kernel is compiled for, so all of them are part of the key."""
 _OTHER = (
     "epoch", "model", "endpoint", "rendezvous", "shared_fd", "shared_bytes", "num_threads", "memory_fraction",
     "kv_bytes", "seed", "timeout_s",
@@ -80,7 +82,7 @@ class Rehearsal:
         import triton
 
         spec = {field.name: getattr(self.spec, field.name) for field in fields(self.spec) if field.name not in _OTHER}
-        code = [file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))]
+        code = [file.read_bytes() for file in sorted(SOURCES.rglob("*.py"))]
         device = torch.cuda.get_device_capability(self.device)
         what = (triton.__version__, torch.__version__, device, self.place.rank, spec)
         return hashlib.sha256(b"".join([repr(what).encode(), *code])).hexdigest()[:32]

@@ -70,6 +70,20 @@ def test_kernels_are_asked_for_until_all_of_them_are_there(tmp_path: Path, asked
         assert asked == [True] * 3
 
 
+def test_a_change_of_any_source_of_the_worker_has_kernels_asked_for_again(
+    tmp_path: Path, asked: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = {str(path.relative_to(rehearsal.SOURCES)) for path in rehearsal.SOURCES.rglob("*.py")}
+    assert {"kernels/attention/decode.py", "layers/linear.py", "models/llama.py", "steps/decode_graphs.py"} <= sources
+    kernel = tmp_path / "worker" / "kernels" / "attention" / "decode.py"
+    kernel.parent.mkdir(parents=True)
+    monkeypatch.setattr(rehearsal, "SOURCES", tmp_path / "worker")
+    for times, text in ((1, "one"), (2, "one"), (2, "one"), (3, "another")):
+        kernel.write_text(text)
+        with make_rehearsal(tmp_path).ahead():
+            assert len(asked) == times
+
+
 def test_a_rehearsal_that_fails_leaves_the_start_alone(
     tmp_path: Path, asked: list[bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
