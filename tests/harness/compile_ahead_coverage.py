@@ -1,6 +1,6 @@
-"""Print what a start launches and its rehearsal did not ask for: run by a test, without a GPU and without compiling.
+"""Print the kernels of a start that are not compiled ahead: run by a test, without a GPU and without compiling.
 
-    python rehearsal_coverage.py MODEL_FOLDER "[1,1] none auto" "[2] 4 fp8" …
+    python -m harness.compile_ahead_coverage MODEL_FOLDER "[1,1] none auto" "[2] 4 fp8" …
 
 One line of JSON for each case of ranks by stage, quantization and type of the KV cache. Layers are made to use kernels
 on the CPU, and launches are recorded with what they would be compiled for. ``tests/worker`` and ``bench`` must be in
@@ -23,7 +23,7 @@ from harness.fake_orchestrator import make_plan, make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem
-from mgpu.worker.compile_ahead.start_up import Rehearsal
+from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.kernels.products import choose as products
 from mgpu.worker.layers import linear, mlp, norm, vocab
 from mgpu.worker.ranks.collectives import DryRun, SingleRank
@@ -80,7 +80,7 @@ def take(what: Any) -> set[Launch]:
 
 
 def missing_of(spec: WorkerSpec) -> dict[str, object]:
-    """Say how many kernels the rehearsals of all stages ask for, and which ones the starts launch besides."""
+    """Return how many kernels are compiled ahead on all stages, and those that the starts launch besides."""
     missing: list[Launch] = []
     asked_in_all = 0
     for index in range(spec.plan.num_stages):
@@ -88,7 +88,7 @@ def missing_of(spec: WorkerSpec) -> dict[str, object]:
         group = DryRun(SingleRank())
         group.rank, group.size, group.alone = place.tp_rank, place.tp_size, True
         start_up = StartUp(spec, place, CPU, Links(group, None, (), None, (), None, []))
-        asked = take(Rehearsal(spec, place, CPU, group, lambda n, s=start_up: (s._rows(n), s._cache(n))).ask)
+        asked = take(CompileAhead(spec, place, CPU, group, lambda n, s=start_up: (s._rows(n), s._cache(n))).launch_all)
         missing += sorted(take(lambda s=start_up, p=place: start(s, spec, p)) - asked)
         asked_in_all += len(asked)
     return {"asked": asked_in_all, "missing": missing}

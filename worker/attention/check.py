@@ -47,8 +47,8 @@ def _tolerance(shape: AttentionShape) -> float:
     return _TOLERANCE[shape.dtype]
 
 
-def rehearse_check(device: torch.device, shape: AttentionShape) -> None:
-    """Launch what the check launches, whatever comes of it."""
+def launch_check(device: torch.device, shape: AttentionShape) -> None:
+    """Launch the kernels of the check and ignore their results, so that they are compiled."""
     for window in shape.windows:
         _error(device, shape, window)
 

@@ -20,13 +20,14 @@ HOPPER_SHARED_BYTES = 227 << 10
 
 
 @dataclass(slots=True)
-class Asking:
-    """Whether launches only ask for kernels (`ahead.asking`); results are undefined then, and trials say nothing."""
+class LaunchMode:
+    """How kernels are launched in this process."""
 
-    is_on: bool = False
+    compiles_only: bool = False
+    """Launches compile and do not run (see `compile_ahead`): results are undefined, and so is the error of a trial."""
 
 
-ASKING = Asking()
+LAUNCH_MODE = LaunchMode()
 
 
 @cache

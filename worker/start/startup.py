@@ -8,7 +8,7 @@ from torch import Tensor
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded, RowSampling, WorkerSpec
 from mgpu.protocol.model.placement import RankPlace, head_shard
-from mgpu.worker.compile_ahead.start_up import Rehearsal
+from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.models.build import DecoderStage, build_stage, init_dummy_weights, load_weights
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.sampling.sampler import Sampler
@@ -38,14 +38,14 @@ class StartUp:
 
     def load(self, progress: Progress) -> tuple[DecoderStage, int]:
         """Build this rank's stage and give it weights; the second value is the bytes read from disk."""
-        rehearsal = Rehearsal(
+        compile_ahead = CompileAhead(
             self._spec,
             self._place,
             self._device,
             self._links.group,
             lambda count: (self._rows(count), self._cache(count)),
         )
-        with rehearsal.ahead():
+        with compile_ahead.running():
             stage, loaded_bytes = self._load(progress)
         stage.choose_attention()
         return stage, loaded_bytes

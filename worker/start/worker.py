@@ -19,7 +19,7 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerFailure,
     WorkerSpec,
 )
-from mgpu.worker.compile_ahead.start_up import start_triton
+from mgpu.worker.compile_ahead.compile_ahead import start_triton
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.device import cuda_ordinal
 from mgpu.worker.errors import BadPlan, OutOfMemory

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime._async_compile import active_mode
 
 from harness.fake_orchestrator import make_spec
 from harness.random_model import write_random_model
-from mgpu.worker.compile_ahead import start_up as rehearsal
-from mgpu.worker.compile_ahead import triton_launches as ahead
-from mgpu.worker.compile_ahead.start_up import Rehearsal
+from mgpu.worker.compile_ahead import compile_ahead, triton_internals
+from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.ranks.collectives import DryRun, SingleRank
 
 CASES = ("[1] none auto", "[1] none fp8", "[1] 4 auto", "[2] 8 auto", "[1,1,1] fp8 auto")
 DEADLINE_S = 120
 
 
-def test_a_rehearsal_asks_for_every_kernel_that_a_start_launches(tmp_path: Path) -> None:
+def test_every_kernel_that_a_start_launches_is_compiled_ahead(tmp_path: Path) -> None:
     model = write_random_model(tmp_path, hidden_size=256, intermediate_size=512)
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "harness.compile_ahead_coverage", model, *CASES]
@@ -34,61 +34,82 @@ def test_a_rehearsal_asks_for_every_kernel_that_a_start_launches(tmp_path: Path)
     assert min(each["asked"] for each in found) >= 10
 
 
+def test_this_triton_has_every_private_part_that_is_used() -> None:
+    assert triton_internals.missing_names() == []
+
+
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
-    """Give a list that grows with every time kernels are asked for; its items say whether all could be compiled."""
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
+    """Return a list that grows with every run of `launch_all`; an item says whether the group was then alone."""
     times: list[bool] = []
 
     @contextmanager
-    def compiling(device: torch.device, ranks_here: int) -> Iterator[ahead.Outcome]:
-        outcome = ahead.Outcome()
+    def compiling(device: torch.device, ranks_here: int) -> Iterator[triton_internals.Outcome]:
+        outcome = triton_internals.Outcome()
         yield outcome
         outcome.is_complete = len(times) > 1
 
-    monkeypatch.setattr(rehearsal, "uses_kernels", lambda device: True)
+    monkeypatch.setattr(compile_ahead, "uses_kernels", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(ahead, "start_driver", lambda: None)
-    monkeypatch.setattr(ahead, "compiling", compiling)
-    monkeypatch.setattr(ahead, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(Rehearsal, "ask", lambda self: times.append(self.group.alone))
+    monkeypatch.setattr(triton_internals, "start_driver", lambda: None)
+    monkeypatch.setattr(triton_internals, "compiling", compiling)
+    monkeypatch.setattr(triton_internals, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(CompileAhead, "launch_all", lambda self: times.append(self.group.alone))
     return times
 
 
-def make_rehearsal(folder: Path, **changes: object) -> Rehearsal:
+def make_ahead(folder: Path, **changes: object) -> CompileAhead:
     spec = make_spec(write_random_model(folder), [1], **changes)
     group = DryRun(SingleRank())
-    return Rehearsal(spec, spec.plan.place_of(0), torch.device("cpu"), group, lambda count: pytest.fail("not needed"))
+    return CompileAhead(
+        spec, spec.plan.place_of(0), torch.device("cpu"), group, lambda count: pytest.fail("not needed")
+    )
 
 
-def test_kernels_are_asked_for_until_all_of_them_are_there(tmp_path: Path, asked: list[bool]) -> None:
+def test_kernels_are_launched_at_every_start_until_all_are_compiled(tmp_path: Path, launches: list[bool]) -> None:
     for times in (1, 2, 2):
-        rehearse = make_rehearsal(tmp_path)
-        with rehearse.ahead():
-            assert len(asked) == times
-        assert not rehearse.group.alone
-    with make_rehearsal(tmp_path, quant="4").ahead():
-        assert asked == [True] * 3
+        ahead = make_ahead(tmp_path)
+        with ahead.running():
+            assert len(launches) == times
+        assert not ahead.group.alone
+    with make_ahead(tmp_path, quant="4").running():
+        assert launches == [True] * 3
 
 
-def test_a_change_of_any_source_of_the_worker_has_kernels_asked_for_again(
-    tmp_path: Path, asked: list[bool], monkeypatch: pytest.MonkeyPatch
+def test_a_change_of_any_source_of_the_worker_compiles_again(
+    tmp_path: Path, launches: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = {str(path.relative_to(rehearsal.SOURCES)) for path in rehearsal.SOURCES.rglob("*.py")}
+    sources = {str(path.relative_to(compile_ahead.SOURCES)) for path in compile_ahead.SOURCES.rglob("*.py")}
     assert {"kernels/attention/decode.py", "layers/linear.py", "models/llama.py", "steps/decode_graphs.py"} <= sources
     kernel = tmp_path / "worker" / "kernels" / "attention" / "decode.py"
     kernel.parent.mkdir(parents=True)
-    monkeypatch.setattr(rehearsal, "SOURCES", tmp_path / "worker")
+    monkeypatch.setattr(compile_ahead, "SOURCES", tmp_path / "worker")
     for times, text in ((1, "one"), (2, "one"), (2, "one"), (3, "another")):
         kernel.write_text(text)
-        with make_rehearsal(tmp_path).ahead():
-            assert len(asked) == times
+        with make_ahead(tmp_path).running():
+            assert len(launches) == times
 
 
-def test_a_rehearsal_that_fails_leaves_the_start_alone(
-    tmp_path: Path, asked: list[bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", ["triton.runtime.gone:Mode", "triton.runtime.jit:JITFunction.gone"])
+def test_a_triton_without_a_private_part_starts_without_compiling_ahead(
+    tmp_path: Path,
+    launches: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
 ) -> None:
-    monkeypatch.setattr(Rehearsal, "ask", lambda self: [][0])
-    with make_rehearsal(tmp_path).ahead():
+    monkeypatch.setattr(triton_internals, "NEEDED", (*triton_internals.NEEDED, name))
+    with make_ahead(tmp_path).running():
+        assert "kernels are compiled one by one: ImportError" in caplog.text
+        assert name in caplog.text
+    assert launches == []
+
+
+def test_a_failure_does_not_disturb_the_start(
+    tmp_path: Path, launches: list[bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(CompileAhead, "launch_all", lambda self: [][0])
+    with make_ahead(tmp_path).running():
         assert "cannot be compiled ahead: IndexError" in caplog.text
     assert not list(tmp_path.glob("mgpu-*"))
 
@@ -98,14 +119,14 @@ def test_a_kernel_that_fails_ahead_is_left_to_its_launch(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     kept = []
-    with ahead.compiling(torch.device("cpu"), 1) as outcome:
-        mode = ahead._async_compile.active_mode.get()
+    with triton_internals.compiling(torch.device("cpu"), 1) as outcome:
+        mode = active_mode.get()
         mode.submit("broken", lambda: [][0], kept.append)
         mode.submit("whole", lambda: Loads(), kept.append)
     assert not outcome.is_complete
     assert [kernel.is_loaded for kernel in kept] == [True]
     assert "1 kernels could not be compiled ahead" in caplog.text
-    assert ahead._async_compile.active_mode.get() is None
+    assert active_mode.get() is None
 
 
 class Loads:

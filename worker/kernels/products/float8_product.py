@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
-from mgpu.worker.kernels.runtime import ASKING, has_float8
+from mgpu.worker.kernels.runtime import LAUNCH_MODE, has_float8
 from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows, ScaledRows, round_rows
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_fp8
 
@@ -51,8 +51,8 @@ def multiplies_float8(device: torch.device) -> bool:
     """Say whether float8 products work here; not to be asked first while a graph is captured."""
     if not has_float8(device):
         return False
-    if ASKING.is_on:
-        trial_error(device)  # for its kernels; what comes of it says nothing
+    if LAUNCH_MODE.compiles_only:
+        trial_error(device)  # compiles the trial's kernels; the error is of undefined values
         return True
     return _passes_trial(device)
 

@@ -21,7 +21,7 @@ from mgpu.worker.kernels.layers.float8_norm import add_rms_norm_float8
 from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
 from mgpu.worker.kernels.layers.norm import add_rms_norm, rms_norm
 from mgpu.worker.kernels.products import float8_product as products
-from mgpu.worker.kernels.runtime import ASKING
+from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.layers import linear, mlp, norm
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
@@ -180,11 +180,11 @@ def test_a_whole_model_gives_almost_the_logits_of_weight_only_products(
     assert 0 < relative_error(got, weight_only) < 0.08
 
 
-def test_a_trial_says_nothing_while_launches_only_ask_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_trial_does_not_count_while_launches_only_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda:7")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(products, "trial_error", lambda device: torch.inf)
-    monkeypatch.setattr(ASKING, "is_on", True)
+    monkeypatch.setattr(LAUNCH_MODE, "compiles_only", True)
     assert products.multiplies_float8(device)
-    monkeypatch.setattr(ASKING, "is_on", False)
+    monkeypatch.setattr(LAUNCH_MODE, "compiles_only", False)
     assert not products.multiplies_float8(device)

@@ -1,7 +1,10 @@
-"""Ask for a model's kernels before its weights are there, so that they are compiled side by side, and meanwhile.
+"""Compile a model's kernels side by side while its weights are still being read.
 
-What a kernel is compiled for (types, strides, what 16 divides) is known to the code that launches it and to nobody
-else, so that code is run: one layer of each kind, over undefined weights, with launches that only ask.
+What a kernel is compiled for (types, strides, which arguments are multiples of 16) follows from the code that launches
+it. So that code is run: one layer of each kind, over undefined weights, with launches that compile and do not run.
+
+This is the whole interface of the wing: `CompileAhead` and `start_triton`. Without Triton, or with one that lacks the
+private functions of `triton_internals`, a worker starts as usual, and each kernel is compiled at its first launch.
 """
 
 import hashlib
@@ -28,92 +31,94 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parents[1]
 """The worker's folder. Any file in it may decide what a kernel is compiled for, so all of them are part of the key."""
-_OTHER = (
+_IRRELEVANT_FIELDS = (
     "epoch", "model", "endpoint", "rendezvous", "shared_fd", "shared_bytes", "num_threads", "memory_fraction",
     "kv_bytes", "seed", "timeout_s",
 )  # fmt: skip
-"""What a spec says that kernels do not depend on."""
+"""Fields of a spec that no kernel depends on."""
 _PROMPTS = (512, 128, 16)
 """Tokens of prompts. Quantized products have other kernels for 16 rows (the warm-up), for more than 64, and for more
 than 256 (the largest step, which is run to measure memory)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsal:
-    """One rank's start, as far as kernels go."""
+class CompileAhead:
+    """The kernels of one rank's start."""
 
     spec: WorkerSpec
     place: RankPlace
     device: torch.device
     group: DryRun
     make_state: Callable[[int], tuple[RowTable, KvCache]]
-    """Gives rows and a cache of so many blocks, as the worker will have them."""
+    """Returns rows and a cache of so many blocks, as the worker will have them."""
 
     @contextmanager
-    def ahead(self) -> Iterator[None]:
-        """Compile this rank's kernels while the caller does something else; at the end they are there."""
+    def running(self) -> Iterator[None]:
+        """Compile this rank's kernels in threads during the body; at its end they are ready to launch."""
         marker = self._marker() if uses_kernels(self.device) else None
         if marker is None or marker.exists():
             yield
             return
-        from mgpu.worker.compile_ahead import triton_launches as ahead
+        from mgpu.worker.compile_ahead import triton_internals
 
-        with ahead.compiling(self.device, self.spec.plan.world_size) as outcome:
-            with ahead.asking():
-                is_asked = self._ask()
+        with triton_internals.compiling(self.device, self.spec.plan.world_size) as outcome:
+            with triton_internals.compile_only():
+                has_launched_all = self._try_launching()
             yield
-        if is_asked and outcome.is_complete:
-            with suppress(OSError):  # the next start then asks again
+        if has_launched_all and outcome.is_complete:
+            with suppress(OSError):  # the next start then compiles again
                 marker.touch()
 
     def _marker(self) -> Path | None:
-        """Give the file that says that all kernels are in Triton's cache; None where none can be compiled ahead."""
+        """Return the file that exists once Triton's cache has all kernels; None if this Triton cannot compile ahead."""
         try:
-            from mgpu.worker.compile_ahead import triton_launches as ahead
+            from mgpu.worker.compile_ahead import triton_internals
 
-            ahead.start_driver()
-            return ahead.cache_folder() / f"mgpu-{self._key()}"
-        except Exception as error:  # an old Triton, or one without a C compiler: the kernels' check tells what it means
+            triton_internals.require()
+            triton_internals.start_driver()
+            return triton_internals.cache_folder() / f"mgpu-{self._key()}"
+        except Exception as error:  # another Triton, or no C compiler: the check of attention says what that means
             log.warning("kernels are compiled one by one: %s: %s", type(error).__name__, error)
             return None
 
     def _key(self) -> str:
-        """Name everything that kernels depend on."""
+        """Return a hash of everything that kernels depend on."""
         import triton
 
-        spec = {field.name: getattr(self.spec, field.name) for field in fields(self.spec) if field.name not in _OTHER}
+        names = (field.name for field in fields(self.spec) if field.name not in _IRRELEVANT_FIELDS)
+        spec = {name: getattr(self.spec, name) for name in names}
         code = [file.read_bytes() for file in sorted(SOURCES.rglob("*.py"))]
         device = torch.cuda.get_device_capability(self.device)
-        what = (triton.__version__, torch.__version__, device, self.place.rank, spec)
-        return hashlib.sha256(b"".join([repr(what).encode(), *code])).hexdigest()[:32]
+        facts = (triton.__version__, torch.__version__, device, self.place.rank, spec)
+        return hashlib.sha256(b"".join([repr(facts).encode(), *code])).hexdigest()[:32]
 
     @torch.inference_mode()
-    def _ask(self) -> bool:
-        """Say whether everything could be asked for."""
+    def _try_launching(self) -> bool:
+        """Return whether every kernel was launched."""
         self.group.alone = True
         try:
-            self.ask()
+            self.launch_all()
             return True
-        except Exception as error:  # whatever it is, the start itself will meet it, or else it only costs time
+        except Exception as error:  # the start itself will meet a real fault; any other only costs time
             log.warning("kernels cannot be compiled ahead: %s: %s", type(error).__name__, error)
             return False
         finally:
             self.group.alone = False
 
-    def ask(self) -> None:
-        """Launch all that a start launches."""
-        from mgpu.worker.attention.check import rehearse_check
+    def launch_all(self) -> None:
+        """Launch every kernel that a start launches."""
+        from mgpu.worker.attention.check import launch_check
 
         stage = self._short_stage()
-        rehearse_check(self.device, stage.attention_shape)
+        launch_check(self.device, stage.attention_shape)
         rows, cache = self.make_state(-(-(_PROMPTS[0] + 1) // self.spec.block_size))
         del cache.layers[len(stage.layers) :]
-        self._steps(stage, rows, cache)
+        self._run_steps(stage, rows, cache)
         if self.place.tp_size == self.spec.plan.num_stages == 1:
             prepare_graphs(stage, cache, rows)
 
     def _short_stage(self) -> DecoderStage:
-        """Build this rank's stage with one layer of each kind, and with undefined weights."""
+        """Build this rank's stage with one layer of each kind and undefined weights."""
         spec, facts = self.spec, self.spec.facts
         own = spec.plan.stages[self.place.stage_index]
         kinds = tuple(dict.fromkeys(facts.sliding_layers[own.first_layer : own.end_layer]))
@@ -130,8 +135,8 @@ class Rehearsal:
             init_linear(stage)
         return stage
 
-    def _steps(self, stage: DecoderStage, rows: RowTable, cache: KvCache) -> None:
-        """Take the steps of `ModelRunner.warm_up` that need no graph. All tokens are 0: none is sampled."""
+    def _run_steps(self, stage: DecoderStage, rows: RowTable, cache: KvCache) -> None:
+        """Run the steps of `ModelRunner.warm_up` that use no graph. All tokens are 0, since nothing is sampled."""
         facts, size = self.spec.facts, self.place.tp_size
         sampler = Sampler(rows, self.group, padded_vocab(facts.vocab_size, size) // size)
         blocks = [*range(min(cache.num_blocks, rows.blocks.shape[1]))]
@@ -159,8 +164,8 @@ def start_triton(device: torch.device) -> None:
 
 def _start_triton() -> None:
     try:
-        from mgpu.worker.compile_ahead.triton_launches import start_driver
+        from mgpu.worker.compile_ahead.triton_internals import start_driver
 
         start_driver()
-    except Exception as error:  # the kernels' check, which needs the same, tells what it means
+    except Exception as error:  # the check of attention uses the same driver and says what that means
         log.info("Triton did not start: %s", error)
