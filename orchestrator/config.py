@@ -55,7 +55,7 @@ class ServerConfig:
     """Longest start-up without any progress."""
     worker_timeout_s: float = 120.0
     hang_timeout_s: float = 10.0
-    """Least time that a step gets before the workers count as hung; see hang.py."""
+    """Least time that a step gets before the workers count as hung; see step_deadline.py."""
     max_restarts: int = 3
     """Restarts of the workers, and of the gateway, within ``restart_window_s``; one more ends the server."""
     restart_window_s: float = 600.0
@@ -93,7 +93,7 @@ class ServerConfig:
 
     @property
     def spin_s(self) -> float:
-        """How long the engine looks for a thing that is due before it sleeps; see alertness.py."""
+        """How long the engine looks for a thing that is due before it sleeps; see polling.py."""
         return GPU_SPIN_S if self.device_kind == "cuda" else 0.0
 
     @property

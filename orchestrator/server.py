@@ -13,13 +13,13 @@ import zmq
 from mgpu import __version__
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.engine.engine import Engine
-from mgpu.orchestrator.engine.wakers import poller_of
+from mgpu.orchestrator.engine.polling import poller_of
 from mgpu.orchestrator.errors import UserError, with_traceback
 from mgpu.orchestrator.host.reload import Reloadable, Reloader
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.host.signals import StopSignals
 from mgpu.orchestrator.host.systemd import Notifier
-from mgpu.orchestrator.processes.gateway_process import GatewayLink, GatewayLost
+from mgpu.orchestrator.processes.gateway_process import GatewayLost, GatewayProcess
 from mgpu.orchestrator.processes.restarts import RestartLimit, TooManyRestarts, WorkerRecovery
 from mgpu.orchestrator.processes.standby import Standby
 from mgpu.orchestrator.processes.worker_group import WorkerGroup, WorkerLost
@@ -68,7 +68,7 @@ class Server:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._signals = StopSignals()
         self._runtime: RuntimeDir | None = None
-        self._gateway: GatewayLink | None = None
+        self._gateway: GatewayProcess | None = None
         self._workers: WorkerGroup | None = None
         self._standby = Standby(self._new_group, config.standby, config.standby_delay_s)
         self._recovery: WorkerRecovery | None = None
@@ -116,7 +116,7 @@ class Server:
     def _start(self) -> None:
         config = self._config
         self._runtime = RuntimeDir()
-        self._gateway = GatewayLink(self._context, self._runtime, config)
+        self._gateway = GatewayProcess(self._context, self._runtime, config)
         self._workers = self._standby.start_group(epoch=0)
         log.info("starting %d worker(s) for %s", config.plan.world_size, config.model_name)
         num_blocks = self._load_workers(self._workers)
@@ -156,7 +156,7 @@ class Server:
             self._take_news(self._workers, self._gateway)
             each_time()
 
-    def _take_news(self, workers: WorkerGroup, gateway: GatewayLink) -> None:
+    def _take_news(self, workers: WorkerGroup, gateway: GatewayProcess) -> None:
         self._signals.clear()
         if self._signals.received:
             raise _Stopped
@@ -171,7 +171,7 @@ class Server:
             gateway.restart(self._info)
         self._notifier.loading(workers.progress.values(), self._config.plan.world_size)
 
-    def _read_gateway(self, gateway: GatewayLink) -> None:
+    def _read_gateway(self, gateway: GatewayProcess) -> None:
         for message in gateway.receive(limit=64):
             if isinstance(message, GatewayReady):
                 gateway.send(self._info)
@@ -231,7 +231,7 @@ class Server:
         gc.collect()
         gc.freeze()
 
-    def _tell_gateway(self, gateway: GatewayLink) -> None:
+    def _tell_gateway(self, gateway: GatewayProcess) -> None:
         """Let the gateway know that the engine is ready before anyone can find the server: no first request is refused.
 
         One that does not answer is not waited for. What fails meanwhile is left to the engine, which can replace it.

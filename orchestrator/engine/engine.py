@@ -7,17 +7,16 @@ import time
 from collections import deque
 from dataclasses import replace
 
-from mgpu.orchestrator.engine.polling import Alertness
+from mgpu.orchestrator.engine.polling import SpinPolicy, poller_of
 from mgpu.orchestrator.engine.resume_journal import Journal
 from mgpu.orchestrator.engine.stats import EngineStats
 from mgpu.orchestrator.engine.step_deadline import StepDeadline
-from mgpu.orchestrator.engine.wakers import poller_of
 from mgpu.orchestrator.errors import with_traceback
 from mgpu.orchestrator.host.reload import Reloader
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.host.signals import StopSignals
 from mgpu.orchestrator.host.systemd import Notifier
-from mgpu.orchestrator.processes.gateway_process import GatewayLink, GatewayLost
+from mgpu.orchestrator.processes.gateway_process import GatewayLost, GatewayProcess
 from mgpu.orchestrator.processes.restarts import RestartLimit, WorkerRecovery, WorkersHung
 from mgpu.orchestrator.processes.worker_group import WorkerLost
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
@@ -54,7 +53,7 @@ class Engine:
         self,
         scheduler: Scheduler,
         recovery: WorkerRecovery,
-        gateway: GatewayLink,
+        gateway: GatewayProcess,
         signals: StopSignals,
         info: EngineInfo,
         notifier: Notifier,
@@ -78,7 +77,7 @@ class Engine:
         self._notifier = notifier
         self._reloader = reloader
         self._runtime = runtime
-        self._alertness = Alertness(spin_s)
+        self._spin = SpinPolicy(spin_s)
         self._journal = Journal()
         self._gateway_restarts = gateway_restarts
         self._resume_timeout_s = resume_timeout_s
@@ -196,7 +195,7 @@ class Engine:
 
     def _on_wake_up(self) -> None:
         """Be awake when the request is read, and have the workers awake when the first step goes out."""
-        if self._alertness.rouse(time.monotonic()) and self._recovery.is_ready:
+        if self._spin.stay_awake(time.monotonic()) and self._recovery.is_ready:
             self._workers.publish(CONTROL.encode(StaySpinning(self._workers.epoch)))
 
     # -- details -------------------------------------------------------------------------------------------------------
@@ -230,7 +229,7 @@ class Engine:
     def _await_result(self) -> StepResult | None:
         """Look for a result that is due without a pause; else sleep until it is, or until anything else happens."""
         due_s = self._due_s()
-        while not (sleep_s := self._alertness.sleep_s(time.monotonic(), due_s)):
+        while not (sleep_s := self._spin.sleep_s(time.monotonic(), due_s)):
             if due_s is None:  # what is about to come will come from the gateway
                 return None
             if (result := self._workers.try_result()) is not None:
@@ -251,7 +250,7 @@ class Engine:
 
     def _look_around(self, timeout_s: float) -> None:
         """Sleep until something happens, and take in all that is no result and no gateway message."""
-        self._tend()  # first: who wakes this process up is in more of a hurry
+        self._run_periodic_work()  # first: who wakes this process up is in more of a hurry
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
         if (now_s := time.monotonic()) - self._last_look_s > STANDSTILL_S:
             self._woke_s = now_s  # this process was stopped, and results may not have reached it yet
@@ -269,15 +268,15 @@ class Engine:
         if not self._recovery.is_ready:
             self._await_workers()
 
-    def _tend(self) -> None:
-        """See to all that has a time of its own."""
-        self._gateway.check_pulse()
+    def _run_periodic_work(self) -> None:
+        """Watchdog, journal, runtime folder, standby workers and systemd: each acts when its own time has come."""
+        self._gateway.check_watchdog()
         self._drop_unclaimed()
         self._journal.prune()
-        self._runtime.look()
+        self._runtime.restore_if_removed()
         running, live = self._scheduler.num_running, self._scheduler.num_live
         if self._recovery.is_ready:
-            self._recovery.tend()
+            self._recovery.prepare_standby()
             self._notifier.serving(running, live - running, self._waited_s())
         else:
             self._notifier.recovering(live)

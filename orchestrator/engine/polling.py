@@ -1,23 +1,43 @@
-"""Say how long the engine may sleep: on GPUs a wake-up costs more than a short step leaves room for."""
+"""What wakes the engine up and how long it may sleep: on GPUs, waking up costs more than a short step can spare."""
 
 import math
 
+import zmq
 
-class Alertness:
-    """Keeps the engine awake around the moment in which something is due. Times are CLOCK_MONOTONIC."""
+from mgpu.orchestrator.host.signals import StopSignals
+from mgpu.orchestrator.processes.gateway_process import GatewayProcess
+from mgpu.orchestrator.processes.worker_group import WorkerGroup
+
+
+def poller_of(signals: StopSignals, gateway: GatewayProcess, workers: WorkerGroup) -> zmq.Poller:
+    """Watch signals, messages and the ends of processes; make another one when a process has been replaced."""
+    poller = zmq.Poller()
+    processes = (gateway.process, *workers.processes)
+    for source in (signals.fd, gateway.socket, *workers.sockets, *(process.pidfd for process in processes)):
+        poller.register(source, zmq.POLLIN)
+    return poller
+
+
+class SpinPolicy:
+    """Decides when to look again at once instead of sleeping. Times are CLOCK_MONOTONIC.
+
+    A result is due at 15.000 s and the engine may spin for 2 ms: it sleeps until 14.999 s, then looks without a pause
+    until 15.001 s, then sleeps until the result wakes it up. So a result that comes on time costs no wake-up, and one
+    that is late does not keep a core busy.
+    """
 
     def __init__(self, spin_s: float) -> None:
-        """``spin_s`` is how long to look for a thing without a pause before sleeping after all; 0: never look so."""
+        """``spin_s`` is how long to look without a pause before sleeping after all; 0: never look so."""
         self._spin_s = spin_s
         self._awake_until_s = 0.0
 
-    def rouse(self, now_s: float) -> bool:
-        """Stay awake for a moment, since work is about to come; false where nothing is looked for without a pause."""
+    def stay_awake(self, now_s: float) -> bool:
+        """Spin for a moment, since work is about to come. Return False where nothing spins."""
         self._awake_until_s = now_s + self._spin_s
         return self._spin_s > 0
 
     def sleep_s(self, now_s: float, due_s: float | None) -> float:
-        """Give how long to sleep at the most; 0 while it is better to look again at once.
+        """Return how long to sleep at the most; 0 while it is better to look again at once.
 
         ``due_s`` is when the next result is expected, None when no step is in flight.
         """

@@ -29,7 +29,7 @@ from mgpu.protocol.discovery import (
 
 log = logging.getLogger(__name__)
 
-LOOK_INTERVAL_S = 2.0
+CHECK_INTERVAL_S = 2.0
 _LONGEST_NAME = "worker-9999"
 _LOCK_WAIT_S = 2.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -54,7 +54,7 @@ class RuntimeDir:
         self.path = self.base / secrets.token_hex(4)
         self._lock_fd = _made(self.path)
         self._announced: RunningServer | None = None
-        self._look_at_s = 0.0
+        self._check_at_s = 0.0
         self._is_missed = False
 
     def ipc(self, name: str) -> str:
@@ -83,12 +83,12 @@ class RuntimeDir:
             raise _error("cannot write to", self.path, error) from error
         self._announced = server
 
-    def look(self) -> None:
+    def restore_if_removed(self) -> None:
         """Make the folder again if something has removed it; log, once, that it cannot be. Cheap: call it often."""
         now_s = time.monotonic()
-        if now_s < self._look_at_s:
+        if now_s < self._check_at_s:
             return
-        self._look_at_s = now_s + LOOK_INTERVAL_S
+        self._check_at_s = now_s + CHECK_INTERVAL_S
         if not self._is_removed():
             return
         try:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,6 @@ import zmq
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
-from mgpu.orchestrator.processes.watchdog import Pulse
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.codec import CodecError
 from mgpu.protocol.internal.gateway_messages import (
@@ -40,6 +39,9 @@ DUMP_S = 0.2
 """What a gateway that hangs gets to write where it is; a stopped one cannot."""
 FAREWELL_S = 0.5
 """Time that the gateway gets to read the last message before end of file tells it to leave."""
+ASK_INTERVAL_S = 1.0
+LONGEST_GAP_S = 2.0
+"""Most that the time between two checks counts: a parent that was stopped itself has not listened meanwhile."""
 
 
 class GatewayLost(Exception):
@@ -58,7 +60,31 @@ class GatewayLost(Exception):
         self.is_mistake = is_mistake
 
 
-class GatewayLink:
+class Watchdog:
+    """Adds up how long one process has been silent, and says when to ask it for a sign of life: once a second."""
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self.silent_s = 0.0
+        """Without a sign of life, as of the last check."""
+        self._clock_s = clock_s
+        self._checked_s = self._asked_s = clock_s()
+
+    def heard(self) -> None:
+        """Note a sign of life."""
+        self.silent_s = 0.0
+
+    def check(self) -> bool:
+        """Add the time since the last check to the silence; return whether to ask again."""
+        now_s = self._clock_s()
+        self.silent_s += min(now_s - self._checked_s, LONGEST_GAP_S)
+        self._checked_s = now_s
+        if now_s - self._asked_s < ASK_INTERVAL_S:
+            return False
+        self._asked_s = now_s
+        return True
+
+
+class GatewayProcess:
     """The gateway process and the socket to it, from construction to `stop`; `restart` replaces both."""
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", runtime: RuntimeDir, config: ServerConfig) -> None:
@@ -103,7 +129,7 @@ class GatewayLink:
         )
         self.known_state, self._first_state = "", "" if info is None else info.state
         self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)
-        self._pulse = Pulse()
+        self._watchdog = Watchdog()
 
     def send(self, message: object) -> None:
         """Queue one message; a gateway that is not ready gets none. GatewayLost when it no longer reads."""
@@ -142,7 +168,7 @@ class GatewayLink:
                 return
             except CodecError as error:
                 raise GatewayLost(f"it sent what is no message: {error}") from error
-            self._pulse.heard()
+            self._watchdog.heard()
             if isinstance(message, Alive):
                 continue
             if isinstance(message, GatewayFailure):
@@ -163,16 +189,16 @@ class GatewayLink:
             self._unread.extend(self._receive_new(1))
         raise GatewayLost(f"the process {describe_exit(status)}")
 
-    def check_pulse(self) -> None:
+    def check_watchdog(self) -> None:
         """GatewayLost when it has been silent for too long, or takes too long to start. Call it at least every second.
 
         That costs a look at the clock; once a second the gateway is asked for a sign of life.
         """
-        if self._pulse.look():
+        if self._watchdog.check():
             self.send(Ping())
         config = self._config
         limit_s = config.gateway_timeout_s if self.is_ready else config.gateway_start_timeout_s
-        if self._pulse.silent_s <= limit_s or self.socket.poll(0):  # what it has said is read first
+        if self._watchdog.silent_s <= limit_s or self.socket.poll(0):  # what it has said is read first
             return
         self.process.send_signal(signal.SIGUSR1)  # where does it hang?
         self.process.wait(time.monotonic() + DUMP_S)

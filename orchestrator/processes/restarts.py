@@ -102,9 +102,9 @@ class WorkerRecovery:
             return
         self._check_progress()
 
-    def tend(self) -> None:
+    def prepare_standby(self) -> None:
         """Prepare for the next failure; call it often while the workers are ready."""
-        self._standby.tend(self.group.epoch + 1)
+        self._standby.prepare(self.group.epoch + 1)
 
     def _check_progress(self) -> None:
         group = self.group

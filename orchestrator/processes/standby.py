@@ -37,8 +37,8 @@ class Standby:
         self._parked: WorkerGroup | None = None
         self._due_s: float | None = None
 
-    def tend(self, epoch: int) -> None:
-        """See to it that a group of ``epoch`` waits, a while after the first call. Call it often while all is well."""
+    def prepare(self, epoch: int) -> None:
+        """Have a group of ``epoch`` wait, a while after the first call. Call it often while the workers are ready."""
         if not self._enabled:
             return
         now_s = self._clock_s()

@@ -161,7 +161,7 @@ class ServerProcess:
     def workers(self) -> list[psutil.Process]:
         """The worker processes by rank, as far as they run now."""
         found: list[tuple[int, psutil.Process]] = []
-        for worker in self.children_like("fake_worker.py"):
+        for worker in self.children_like("harness.fake_worker"):
             with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
                 found.append((int(worker.environ()["RANK"]), worker))
         return [worker for _, worker in sorted(found, key=lambda pair: pair[0])]

@@ -166,12 +166,12 @@ def lose_the_base(folder: Path) -> None:
 def test_a_folder_that_was_removed_is_made_again(
     base: Path, lose: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mgpu.orchestrator.host.runtime_dir.LOOK_INTERVAL_S", 0.0)
+    monkeypatch.setattr("mgpu.orchestrator.host.runtime_dir.CHECK_INTERVAL_S", 0.0)
     runtime = RuntimeDir(environ(base))
     runtime.announce(SERVER)
     lose(runtime.path)
     assert running_servers(environ(base)) == []
-    runtime.look()
+    runtime.restore_if_removed()
     assert running_servers(environ(base)) == [SERVER]
     assert stat.S_IMODE(runtime.path.lstat().st_mode) == 0o700
     assert list(base.iterdir()) == [runtime.path]
@@ -188,13 +188,13 @@ def lose_it_for_good(folder: Path) -> None:
 def test_a_loss_of_the_folder_that_cannot_be_mended_is_told_once(
     base: Path, lose: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mgpu.orchestrator.host.runtime_dir.LOOK_INTERVAL_S", 0.0)
+    monkeypatch.setattr("mgpu.orchestrator.host.runtime_dir.CHECK_INTERVAL_S", 0.0)
     runtime = RuntimeDir(environ(base / "base"))
-    runtime.look()
+    runtime.restore_if_removed()
     assert not caplog.records
     lose(runtime.path)
-    runtime.look()
-    runtime.look()
+    runtime.restore_if_removed()
+    runtime.restore_if_removed()
     assert [f"removed {runtime.path}, the folder" in record.message for record in caplog.records] == [True]
     runtime.close()
 

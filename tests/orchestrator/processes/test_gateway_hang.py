@@ -19,7 +19,7 @@ MANY = 1000
 def stop_the_gateway(server: ServerProcess) -> None:
     """Let it hang, and wait until the next one is told that all is well."""
     known = len(server.infos)
-    [gateway] = server.children_like("fake_gateway.py")
+    [gateway] = server.children_like("harness.fake_gateway")
     gateway.suspend()
     server.wait_for(lambda: any(info.state == "ready" for info in server.infos[known:]))
 
@@ -44,7 +44,7 @@ def test_a_request_goes_on_while_a_gateway_that_hangs_is_replaced(folder: Path) 
 def test_a_gateway_that_hangs_counts_as_a_failure(folder: Path) -> None:
     with running_server(folder, gateway_timeout_s=2.0, max_restarts=0) as server:
         server.wait_ready()
-        [gateway] = server.children_like("fake_gateway.py")
+        [gateway] = server.children_like("harness.fake_gateway")
         gateway.suspend()
         assert server.wait_exit() == 1
         assert "giving up after 0 restarts within 600 s; the last cause: the gateway failed: it hangs" in server.log

@@ -53,29 +53,29 @@ class Fakes:
         self.groups[-1].error = self.error
         return cast(WorkerGroup, self.groups[-1])
 
-    def tend(self, epoch: int, after_s: float = 0.0) -> None:
+    def prepare(self, epoch: int, after_s: float = 0.0) -> None:
         self.now_s += after_s
-        self.standby.tend(epoch)
+        self.standby.prepare(epoch)
 
 
 def test_the_next_epoch_waits_a_while_after_the_workers_are_ready_and_is_the_one_that_starts() -> None:
     fakes = Fakes()
-    fakes.tend(1)
-    fakes.tend(1, DELAY_S - 0.1)
+    fakes.prepare(1)
+    fakes.prepare(1, DELAY_S - 0.1)
     assert not fakes.groups
-    fakes.tend(1, 0.1)
-    fakes.tend(1, 1.0)
+    fakes.prepare(1, 0.1)
+    fakes.prepare(1, 1.0)
     assert fakes.standby.start_group(1) is cast(WorkerGroup, fakes.groups[0])
     assert fakes.groups[0].calls == ["park", "start"]
-    fakes.tend(2, 1.0)
+    fakes.prepare(2, 1.0)
     assert len(fakes.groups) == 1, "the delay counts again"
 
 
 @pytest.mark.parametrize(("epoch", "whole"), [(1, False), (2, True)])
 def test_a_standby_that_lost_a_process_or_is_of_another_epoch_is_not_used(epoch: int, whole: bool) -> None:
     fakes = Fakes()
-    fakes.tend(1)
-    fakes.tend(1, DELAY_S)
+    fakes.prepare(1)
+    fakes.prepare(1, DELAY_S)
     fakes.groups[0].is_whole = whole
     assert fakes.standby.start_group(epoch) is cast(WorkerGroup, fakes.groups[1])
     assert fakes.groups[0].calls == ["park", "end"]
@@ -84,25 +84,25 @@ def test_a_standby_that_lost_a_process_or_is_of_another_epoch_is_not_used(epoch:
 
 def test_a_lost_standby_is_replaced_after_a_minute() -> None:
     fakes = Fakes()
-    fakes.tend(1)
-    fakes.tend(1, DELAY_S)
+    fakes.prepare(1)
+    fakes.prepare(1, DELAY_S)
     fakes.groups[0].is_whole = False
-    fakes.tend(1)
-    fakes.tend(1, RETRY_S - 0.1)
+    fakes.prepare(1)
+    fakes.prepare(1, RETRY_S - 0.1)
     assert [group.calls for group in fakes.groups] == [["park", "end"]]
-    fakes.tend(1, 0.1)
+    fakes.prepare(1, 0.1)
     assert fakes.groups[1].calls == ["park"]
 
 
 def test_a_standby_that_cannot_be_spawned_is_tried_again_after_a_minute() -> None:
     fakes = Fakes()
     fakes.error = OSError(errno.EMFILE, "Too many open files")
-    fakes.tend(1)
-    fakes.tend(1, DELAY_S)
+    fakes.prepare(1)
+    fakes.prepare(1, DELAY_S)
     fakes.error = None
-    fakes.tend(1, RETRY_S - 0.1)
+    fakes.prepare(1, RETRY_S - 0.1)
     assert [group.calls for group in fakes.groups] == [["park", "end"]]
-    fakes.tend(1, 0.1)
+    fakes.prepare(1, 0.1)
     assert fakes.groups[1].calls == ["park"]
 
 
@@ -116,15 +116,15 @@ def test_nothing_is_left_of_a_group_that_cannot_be_started() -> None:
 
 def test_without_standby_groups_are_made_when_they_are_needed() -> None:
     fakes = Fakes(enabled=False)
-    fakes.tend(1)
-    fakes.tend(1, 1000.0)
+    fakes.prepare(1)
+    fakes.prepare(1, 1000.0)
     assert not fakes.groups
     fakes.standby.start_group(1)
     assert fakes.groups[0].calls == ["start"]
 
 
 def parked(server: ServerProcess) -> set[int]:
-    return {each.pid for each in server.children_like("fake_worker.py") if each.cmdline()[-1] == "--standby"}
+    return {each.pid for each in server.children_like("harness.fake_worker") if each.cmdline()[-1] == "--standby"}
 
 
 def wait_for_parked(server: ServerProcess, known: set[int]) -> set[int]:
@@ -144,7 +144,7 @@ def test_a_real_standby_serves_after_a_kill_and_ends_with_the_server(folder: Pat
         first = {worker.pid for worker in server.workers()} - spares
         psutil.Process(min(first)).kill()
         server.wait_for(lambda: [info.state for info in server.infos][-2:] == ["recovering", "ready"])
-        family = server.children_like("fake_worker.py")
+        family = server.children_like("harness.fake_worker")
         assert (spares <= {worker.pid for worker in family}) is not harm
         server.submit(0, [1, 2, 3], 5)
         server.wait_for(lambda: 0 in server.finish)
