@@ -18,8 +18,11 @@ REFERENCE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 """Pages about the code as it is. The changelog names what has gone as well: only its links are checked."""
 ALL = [*REFERENCE, ROOT / "CHANGELOG.md"]
 README_LINES = 120
+FOREIGN_TYPES = {"MemoryMax"}
+"""Names in two humps that are not ours: settings of systemd that no unit of ours has."""
 PATH = re.compile(rf"(?:{'|'.join(map(re.escape, TOPS))})/[\w./*-]*|[\w-]+\.(?:py|md|sh|toml)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+TYPE = re.compile(r"[A-Z][a-z0-9]+(?:[A-Z][a-z0-9]+)+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 
@@ -46,6 +49,12 @@ def command_lines(page: Path) -> list[str]:
 @cache
 def file_names() -> frozenset[str]:
     return frozenset(path.name for top in TOPS for path in (ROOT / top).rglob("*") if path.is_file())
+
+
+@cache
+def sources() -> str:
+    paths = [path for top in TOPS[:5] for path in (ROOT / top).rglob("*") if path.suffix in (".py", ".service")]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
 @cache
@@ -152,6 +161,12 @@ def test_a_test_that_a_page_names_exists(page: Path) -> None:
         for name in re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8"))
     }
     assert {span for span in spans(page) if re.fullmatch(r"test_\w+", span)} <= defined
+
+
+@pytest.mark.parametrize("page", REFERENCE, ids=page_id)
+def test_a_type_that_a_page_names_is_in_the_sources(page: Path) -> None:
+    named = {name for span in spans(page) for name in re.findall(rf"\b{TYPE.pattern}\b", span)}
+    assert {name for name in named - FOREIGN_TYPES if not re.search(rf"\b{name}\b", sources())} == set()
 
 
 @pytest.mark.parametrize("page", ALL, ids=page_id)
