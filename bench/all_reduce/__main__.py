@@ -13,13 +13,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.all_reduce.rank import BACKENDS, shared_bytes
 from bench.machine import describe, heading
+from bench.waiting import wait_until
 from mgpu.orchestrator.placement.devices import Machine, find_machine, worker_environment
 
 DEADLINE_S = 180.0
@@ -97,19 +97,19 @@ def by_transport(names: Sequence[str]) -> list[list[str]]:
 
 
 def _wait(processes: "Sequence[subprocess.Popen[bytes]]", folder: Path) -> None:
-    """Wait for every rank; the first failure ends the waiting, for its peers would wait for it in vain."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while True:
+    """Wait for every rank. The first failure ends the wait: the other ranks would wait for that peer in vain."""
+
+    def all_ended() -> bool:
         statuses = [process.poll() for process in processes]
         for rank, status in enumerate(statuses):
             if status:
                 text = (folder / f"log{rank}").read_text(errors="replace").strip()
                 raise RankFailed(f"rank {rank}, status {status}: {(text.splitlines() or ['no word'])[-1]}\n{text}")
-        if all(status == 0 for status in statuses):
-            return
-        if time.monotonic() > deadline_s:
-            raise RankFailed(f"ranks {[r for r, s in enumerate(statuses) if s is None]} after {DEADLINE_S:g} s")
-        time.sleep(0.02)
+        return None not in statuses
+
+    if not wait_until(all_ended, DEADLINE_S):
+        running = [rank for rank, process in enumerate(processes) if process.poll() is None]
+        raise RankFailed(f"ranks {running} after {DEADLINE_S:g} s")
 
 
 def main() -> None:

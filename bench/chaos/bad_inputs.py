@@ -16,8 +16,9 @@ import psutil
 import zmq
 
 from bench.chaos.load import STANDSTILL_S, Streams
-from bench.chaos.server import Server, wait_until
+from bench.chaos.server import Server
 from bench.chaos.table import Row
+from bench.waiting import wait_until
 from mgpu import Client
 
 MIB = 1 << 20

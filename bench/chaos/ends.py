@@ -9,8 +9,9 @@ import msgpack
 import zmq
 
 from bench.chaos.load import STANDSTILL_S, Streams
-from bench.chaos.server import Server, ServerOptions, is_alive, shared_memory, wait_until
+from bench.chaos.server import Server, ServerOptions, is_alive, shared_memory
 from bench.chaos.table import Row
+from bench.waiting import wait_until
 from mgpu import Client
 
 LEFT_S = 2.0

@@ -19,9 +19,10 @@ from bench import machine
 from bench.chaos.ends import kill_parent
 from bench.chaos.kills import SILENCE_S
 from bench.chaos.load import Standstill, Streams, make_jobs, undisturbed
-from bench.chaos.server import Server, ServerOptions, shared_memory, wait_until
+from bench.chaos.server import Server, ServerOptions, shared_memory
 from bench.chaos.table import Report, Row
 from bench.model_shapes import LLAMA_8B
+from bench.waiting import wait_until
 from mgpu import Client
 from mgpu.orchestrator.placement.nvml import NvmlSession
 

@@ -12,8 +12,9 @@ import time
 import psutil
 
 from bench.chaos.load import STANDSTILL_S, Streams
-from bench.chaos.server import Server, wait_until
+from bench.chaos.server import Server
 from bench.chaos.table import Row
+from bench.waiting import wait_until
 from mgpu import Client
 
 SILENCE_S = 120.0

@@ -5,8 +5,10 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from bench.waiting import wait_until
 from mgpu import Client
 
 STANDSTILL_S = 240.0
@@ -123,13 +125,9 @@ class Streams:
         numbers = range(len(self._threads))
         self._wait(lambda: all(self._done[number] > before.get(number, 0) for number in numbers))
 
-    def _wait(self, done: "object") -> None:
-        assert callable(done)
-        deadline_s = time.monotonic() + STANDSTILL_S
-        while not done():
-            if time.monotonic() > deadline_s:
-                raise Standstill(f"the streams stand still: {self.tally}")
-            time.sleep(0.005)
+    def _wait(self, done: Callable[[], bool]) -> None:
+        if not wait_until(done, STANDSTILL_S):
+            raise Standstill(f"the streams stand still: {self.tally}")
 
     def _run(self, number: int) -> None:
         jobs = itertools.cycle(random.Random(number).sample(list(self._expected), len(self._expected)))

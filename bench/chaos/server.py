@@ -1,8 +1,7 @@
 """A server for the fault tests whose processes can be found, hurt and measured."""
 
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from pathlib import Path
 import psutil
 
 from bench.chaos.load import STANDSTILL_S, Standstill
+from bench.waiting import wait_until
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
-from mgpu.protocol.errors import MgpuError
+from mgpu.protocol.client.results import Health
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,15 @@ class Server:
         return named | {f"helper {number}": child for number, child in enumerate(others)}
 
     def wait_for_restarts(self, count: int, client: Client) -> float:
-        """Wait until the workers were replaced so often and are ready; gives what the last time took."""
-        deadline_s = time.monotonic() + STANDSTILL_S
-        while time.monotonic() < deadline_s:
-            with suppress(MgpuError):
-                health = client.health()
-                if health.restarts >= count and health.state == "ready":
-                    return health.last_recovery_s
-            time.sleep(0.02)
-        raise Standstill(f"no recovery:\n{self.process.output()}")
+        """Wait until the workers have been replaced ``count`` times and are ready; return the last recovery's time."""
+
+        def recovered() -> Health | None:
+            health = client.health()
+            return health if health.restarts >= count and health.state == "ready" else None
+
+        if (health := wait_until(recovered, STANDSTILL_S)) is None:
+            raise Standstill(f"no recovery:\n{self.process.output()}")
+        return health.last_recovery_s
 
     def sockets(self) -> int:
         """Count the unix sockets under the server's own folder."""
@@ -106,15 +106,4 @@ def shared_memory() -> tuple[str, ...]:
 def is_alive(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Say whether it became true in time. A server that does not answer just now is asked again."""
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        with suppress(MgpuError):
-            if condition():
-                return True
-        time.sleep(0.01)
     return False

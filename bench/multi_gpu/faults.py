@@ -7,11 +7,12 @@ from pathlib import Path
 from bench.chaos.ends import kill_parents
 from bench.chaos.kills import kill_decoding_workers, kill_idle_workers, kill_loading_workers, kill_workers_in_prompts
 from bench.chaos.load import Streams, make_jobs, undisturbed
-from bench.chaos.server import Server, ServerOptions, wait_until
+from bench.chaos.server import Server, ServerOptions
 from bench.chaos.table import Row
 from bench.model_shapes import SHAPES, SMALL_SHAPES, TINY, write_config, write_weights
 from bench.multi_gpu.box import Box
 from bench.multi_gpu.report import Report
+from bench.waiting import wait_until
 
 SECTION = "faults"
 KILLS = {

@@ -1,9 +1,9 @@
 """Many streams at once: what survives equals its solo run, and every block comes back."""
 
 import random
-import time
 from dataclasses import dataclass
 
+from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.server_process import running_server
 from mgpu.protocol.client.client import CompletionStream
@@ -56,13 +56,15 @@ def run_together(client: Client, jobs: list[Job]) -> dict[int, list[int]]:
 
 
 def wait_for_idle(client: Client) -> dict[str, float]:
-    """Wait until nothing runs; gives the counters."""
-    deadline_s = time.monotonic() + DRAIN_S
-    while True:
+    """Wait until nothing runs; return the counters of that moment."""
+
+    def idle_stats() -> dict[str, float] | None:
         stats = client.stats()
-        if not stats["running"] and not stats["waiting"]:
-            return stats
-        assert time.monotonic() < deadline_s, stats
+        return None if stats["running"] or stats["waiting"] else stats
+
+    found = eventually(idle_stats, client.stats, DRAIN_S)
+    assert found is not None
+    return found
 
 
 def test_64_streams_with_cancellations_equal_their_solo_runs(endpoint: str) -> None:

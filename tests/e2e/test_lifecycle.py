@@ -4,12 +4,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import psutil
 import pytest
 
+from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.server_process import ServerDied, ServerProcess
 from mgpu.protocol.errors import MgpuError, RequestFailed
@@ -30,16 +29,6 @@ def workers_of(server: ServerProcess) -> list[psutil.Process]:
     return [child for child in family_of(server) if child.cmdline()[-1] == "mgpu.worker"]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Poll a condition that no event announces: what the kernel has cleaned up."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def is_alive(process: psutil.Process) -> bool:
     """A zombie is gone too: it waits for whoever adopted it, and holds nothing."""
     try:
@@ -49,9 +38,9 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def assert_nothing_left(server: ServerProcess, family: list[psutil.Process], timeout_s: float = LEFT_BEHIND_S) -> None:
-    assert wait_until(lambda: not any(map(is_alive, family)), timeout_s), family
+    eventually(lambda: not any(map(is_alive, family)), lambda: family, timeout_s)
     left = lambda: [path for path in server.runtime_base.rglob("*") if path.name != "log"]  # noqa: E731
-    assert wait_until(lambda: not left(), timeout_s), left()
+    eventually(lambda: not left(), left, timeout_s)
 
 
 def test_sigterm_finishes_the_running_request_first(smollm2: str) -> None:
@@ -72,7 +61,7 @@ def test_a_draining_server_refuses_new_requests(smollm2: str) -> None:
         stream = client.stream("Count:", max_tokens=60, ignore_eos=True)
         next(stream)
         server.process.send_signal(signal.SIGTERM)
-        assert wait_until(lambda: client.health().state == "draining", 5.0)
+        eventually(lambda: client.health().state == "draining", client.health, 5.0)
         with pytest.raises(RequestFailed) as refused:
             client.generate("too late", max_tokens=1)
         assert refused.value.code == "draining"
@@ -85,7 +74,7 @@ def test_a_second_sigint_stops_at_once(smollm2: str) -> None:
         stream = client.stream("Tell me a long story.", max_tokens=400, ignore_eos=True)
         next(stream)
         server.process.send_signal(signal.SIGINT)
-        assert wait_until(lambda: "stopping" in server.output(), 5.0)
+        eventually(lambda: "stopping" in server.output(), server.output, 5.0)
         server.process.send_signal(signal.SIGINT)
         with pytest.raises(MgpuError):
             list(stream)
@@ -106,7 +95,7 @@ def test_sigkill_of_the_parent_leaves_nothing(smollm2: str) -> None:
 
 def test_sigkill_of_the_parent_while_it_loads_leaves_nothing(smollm2: str) -> None:
     with start(smollm2, "--workers", "3") as server:
-        assert wait_until(lambda: len(workers_of(server)) == 3, 10.0)
+        eventually(lambda: len(workers_of(server)) == 3, server.output, 10.0)
         family = family_of(server)
         server.process.kill()
         server.process.wait(END_S)
@@ -181,4 +170,4 @@ def test_a_server_ends_with_the_program_that_started_it_for_a_while(smollm2: str
         assert owner.stdout is not None
         server = psutil.Process(int(owner.stdout.readline()))
         owner.kill()
-    assert wait_until(lambda: not is_alive(server), END_S)
+    eventually(lambda: not is_alive(server), "the server outlives its owner", END_S)

@@ -1,10 +1,8 @@
 """Real workers and the real gateway are killed under load: every answer equals its undisturbed run."""
 
-import time
-from collections.abc import Callable
-
 import psutil
 
+from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 
@@ -14,13 +12,6 @@ LIMIT_S = 60.0
 def child(server: ServerProcess, module: str) -> psutil.Process:
     children = psutil.Process(server.process.pid).children()
     return next(each for each in children if each.cmdline()[-1] == module)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
 
 
 def test_answers_go_on_after_a_worker_and_then_the_gateway_is_killed(smollm2: str) -> None:
@@ -40,7 +31,7 @@ def test_answers_go_on_after_a_worker_and_then_the_gateway_is_killed(smollm2: st
                 pieces = [first, *stream]
                 assert tuple(token for piece in pieces for token in piece.token_ids) == expected.token_ids
                 assert "".join(piece.text for piece in pieces) == expected.text
-        wait_until(lambda: client.health().state == "ready")
+        eventually(lambda: client.health().state == "ready")
         health, stats = client.health(), client.stats()
         assert (health.restarts, stats["gateway_restarts"], stats["replays"]) == (1, 1, 4)
         assert health.last_recovery_s > 0

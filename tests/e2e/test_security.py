@@ -5,12 +5,12 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.server_process import ServerDied, ServerProcess
 from mgpu.protocol.errors import RequestFailed, ServerUnreachable
@@ -73,11 +73,7 @@ def assert_private(names: set[str], base: Path) -> None:
 
 
 def wait_for_line(server: ServerProcess, words: str) -> None:
-    """Poll what no event announces: a line in the log."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while words not in server.output():
-        assert time.monotonic() < deadline_s, server.output()
-        time.sleep(0.02)
+    eventually(lambda: words in server.output(), server.output)
 
 
 def test_the_default_server_has_private_unix_sockets_and_nothing_else(smollm2: str) -> None:

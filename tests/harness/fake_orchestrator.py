@@ -5,7 +5,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -228,11 +228,3 @@ def running(spec: WorkerSpec, folder: Path, master_port: int | None = None) -> I
                 process.communicate()
             for socket in workers.sockets:
                 socket.close()
-
-
-def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
-    """Poll a condition that nothing announces."""
-    ends_s = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < ends_s, "deadline"
-        time.sleep(0.01)

@@ -1,13 +1,13 @@
 """Lose the gateway of a running server, and find the one that takes its place."""
 
 import sys
-import time
 from array import array
 from pathlib import Path
 
 import psutil
 
 from harness.server_process import DEADLINE_S, ServerProcess
+from harness.waiting import eventually
 from mgpu.protocol.discovery import running_servers
 from mgpu.protocol.internal.gateway_messages import Resumable, Submit
 from mgpu.protocol.internal.worker_messages import RowSampling
@@ -35,9 +35,7 @@ def gateway_of(server: ServerProcess) -> psutil.Process:
 
 def endpoint_of(server: ServerProcess, folder: Path) -> str:
     """Wait for a server with the real gateway."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not (found := running_servers({"MGPU_RUNTIME_DIR": str(folder / "run")})):
-        assert time.monotonic() < deadline_s, server.log
-        assert server.process.poll() is None, server.log
-        time.sleep(0.02)
-    return found[0].endpoint
+    environ = {"MGPU_RUNTIME_DIR": str(folder / "run")}
+    eventually(lambda: running_servers(environ) or server.process.poll() is not None, lambda: server.log, DEADLINE_S)
+    assert server.process.poll() is None, server.log
+    return running_servers(environ)[0].endpoint

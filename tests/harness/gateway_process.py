@@ -9,15 +9,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
 import zmq
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from harness.waiting import eventually
 from mgpu import Client
 from mgpu.orchestrator.gateway.text.detokenizer import byte_level_table
 from mgpu.protocol.front.fields import int32_array
@@ -328,17 +329,13 @@ class GatewayProcess:
     def set_info(self, state: str = "ready", max_seq_len: int = 512, kv_tokens: int = 4096) -> None:
         """Let the engine report its state, and wait until a client can see it."""
         self.engine.tell(EngineInfo(state, max_seq_len, kv_tokens, "layout: one fake engine"))
-        deadline = time.monotonic() + DEADLINE_S
         with Client(self.endpoint, keys=self._client_keys) as client:
-            while (health := client.health()) and (health.state, health.kv_tokens) != (state, kv_tokens):
-                assert time.monotonic() < deadline
+            eventually(lambda: attrgetter("state", "kv_tokens")(client.health()) == (state, kv_tokens), client.health)
 
     def wait_until_idle(self) -> None:
         """Wait until the books say that nothing is in flight or waits."""
-        deadline = time.monotonic() + DEADLINE_S
         with Client(self.endpoint) as client:
-            while any(client.stats().values()):
-                assert time.monotonic() < deadline, client.stats()
+            eventually(lambda: not any(client.stats().values()), client.stats)
 
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])

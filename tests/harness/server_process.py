@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import zmq
 
+from harness.waiting import eventually
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.reload import Reloadable
@@ -140,11 +141,7 @@ class ServerProcess:
 
     def wait_for_log(self, text: str) -> None:
         """Wait until the server has logged it, and still answers."""
-        deadline = time.monotonic() + DEADLINE_S
-        while text not in self.log:
-            assert time.monotonic() < deadline, f"waited in vain for {text!r}; the server's log:\n{self.log}"
-            self.counters()
-            time.sleep(0.01)
+        eventually(lambda: text in self.log or not self.counters(), lambda: f"{text!r} is not in the log:\n{self.log}")
 
     def wait_ready(self) -> None:
         self.wait_for(lambda: any(info.state == "ready" for info in self.infos))

@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from harness.waiting import eventually
 
 FULL = Path("/dev/full")
 
@@ -66,11 +67,8 @@ def test_a_benchmark_that_is_ended_leaves_no_files(tmp_path: Path, number: signa
     command = [sys.executable, "-m", "mgpu.launch.cli", "bench", "idle", "--shape", "tiny", "--bandwidth", "1GB/s"]
     process = subprocess.Popen([*command, "--", "--device", "cpu"], env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("*/*/lock")):  # the server's
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.01)
+        eventually(lambda: list(tmp_path.glob("*/*/lock")) or process.poll() is not None, "no server is started")
+        assert process.poll() is None
         process.send_signal(number)
         assert process.wait(60) == 128 + number
     finally:

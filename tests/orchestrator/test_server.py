@@ -4,7 +4,6 @@ import random
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 from harness.fake_model import solo_tokens
 from harness.server_process import ServerProcess, running_server
+from harness.waiting import eventually
 from mgpu.protocol.discovery import running_servers
 from mgpu.protocol.internal.gateway_messages import LINK, Cancel, StateKnown, StatsQuery
 
@@ -75,9 +75,7 @@ def test_a_ready_server_can_be_found_and_a_stopped_one_cannot(folder: Path) -> N
     environ = {"MGPU_RUNTIME_DIR": str(folder / "run")}
     with running_server(folder) as server:
         server.wait_ready()
-        deadline = time.monotonic() + 10  # the gateway knows first, then whoever looks for servers
-        while not (found := running_servers(environ)) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        found = eventually(lambda: running_servers(environ), "the gateway knows, but nobody else")
         assert [(each.pid, each.model) for each in found] == [(server.process.pid, "fake")]
         server.process.send_signal(signal.SIGTERM)
         server.wait_exit()
@@ -104,9 +102,7 @@ def test_a_gateway_that_does_not_answer_is_not_waited_for_for_ever(
 ) -> None:
     monkeypatch.setenv("FAKE_GATEWAY_SILENT", "1")
     with running_server(folder, gateway_timeout_s=0.5) as server:
-        deadline = time.monotonic() + 10
-        while "listening on" not in server.log and time.monotonic() < deadline:
-            time.sleep(0.01)
+        eventually(lambda: "listening on" in server.log, lambda: server.log, 10)
         assert "the gateway has not answered for 0.5 s" in server.log
 
 

@@ -2,12 +2,12 @@
 
 import contextlib
 import threading
-import time
 from pathlib import Path
 
 from harness.fake_model import solo_tokens
 from harness.gateway_loss import REAL_GATEWAY, endpoint_of
 from harness.server_process import DEADLINE_S, ServerProcess, running_server
+from harness.waiting import eventually
 from harness.zmtp_flood import MiB, flood
 from mgpu import Client
 
@@ -16,13 +16,14 @@ NUM_FLOODS = 3
 
 def flood_until(endpoint: str, server: ServerProcess, times: int) -> None:
     """Fill the gateway of the moment until it was too much for it so often."""
-    deadline_s = time.monotonic() + 2 * DEADLINE_S
-    while server.log.count("MiB more than at first") < times:
-        assert time.monotonic() < deadline_s, server.log
+
+    def is_enough() -> bool:
         assert server.process.poll() is None, server.log
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # between two gateways nobody listens
             flood(endpoint)
-        time.sleep(0.02)  # between two gateways nobody listens
+        return server.log.count("MiB more than at first") >= times
+
+    eventually(is_enough, lambda: server.log, 2 * DEADLINE_S)
 
 
 def test_floods_end_neither_the_server_nor_a_stream(folder: Path) -> None:

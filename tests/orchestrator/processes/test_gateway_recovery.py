@@ -3,7 +3,6 @@
 import random
 import signal
 import threading
-import time
 from array import array
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from harness.fake_model import solo_tokens
 from harness.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
 from harness.server_process import DEADLINE_S, ServerProcess, running_server
+from harness.waiting import eventually
 from mgpu import Client
 from mgpu.protocol.internal.gateway_messages import Resumable, Resume, WakeUp
 
@@ -39,10 +39,8 @@ class Streams:
         assert not any(thread.is_alive() for thread in self._threads)
 
     def wait_for_more(self, count: int, server: ServerProcess) -> None:
-        goal, deadline_s = self.done + count, time.monotonic() + DEADLINE_S
-        while self.done < goal and not self.failures:
-            assert time.monotonic() < deadline_s, "the streams stand still"
-            time.sleep(0.005)
+        goal = self.done + count
+        eventually(lambda: self.done >= goal or self.failures, "the streams stand still", DEADLINE_S)
         assert self.failures == [], server.log
 
     def _run(self, rng: random.Random) -> None:
@@ -100,9 +98,7 @@ def test_gateway_and_worker_may_die_while_word_of_a_request_is_under_way(folder:
         server.socket.send(b"fail")
         for _ in range(100):
             server.send(WakeUp())
-        deadline = time.monotonic() + DEADLINE_S
-        while worker.status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline
+        eventually(lambda: worker.status() == psutil.STATUS_ZOMBIE, "the worker lives")
         known = len(server.infos)
         server.process.send_signal(signal.SIGCONT)
         server.wait_for(lambda: any(info.state == "ready" for info in server.infos[known:]))

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from harness.server_process import ServerProcess, running_server
+from harness.waiting import eventually
 from mgpu.orchestrator.processes.standby import RETRY_S, Standby
 from mgpu.orchestrator.processes.worker_group import WorkerGroup
 
@@ -128,10 +129,9 @@ def parked(server: ServerProcess) -> set[int]:
 
 
 def wait_for_parked(server: ServerProcess, known: set[int]) -> set[int]:
-    """Wait until two others than the known ones wait; the counters' replies pace the loop."""
-    while len(new := parked(server) - known) < 2:
-        server.counters()
-    return new
+    """Wait until two workers besides the ``known`` ones are parked, and return their ids."""
+    eventually(lambda: len(parked(server) - known) >= 2, lambda: server.log)
+    return parked(server) - known
 
 
 @pytest.mark.parametrize("harm", [False, True])

@@ -15,8 +15,9 @@ import psutil
 import pytest
 import zmq
 
-from harness.fake_orchestrator import DEADLINE_S, Workers, frame, launch, make_spec, running, wait_until
+from harness.fake_orchestrator import DEADLINE_S, Workers, frame, launch, make_spec, running
 from harness.tiny_models import TinyModel
+from harness.waiting import eventually
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
@@ -162,7 +163,7 @@ def test_a_standby_has_torch_before_its_spec_and_ends_with_standard_input() -> N
     process = subprocess.Popen([sys.executable, "-m", "mgpu.worker", "--standby"], stdin=subprocess.PIPE)
     assert process.stdin is not None
     try:
-        wait_until(lambda: reads_stdin(process.pid), DEADLINE_S)
+        eventually(lambda: reads_stdin(process.pid), "it does not read its spec")
         assert "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
         process.stdin.close()
         assert process.wait(DEADLINE_S) == 2
@@ -188,7 +189,7 @@ def test_a_worker_ends_with_its_parent_even_if_standard_input_stays_open() -> No
     with parent.stdout:
         worker = psutil.Process(int(parent.stdout.readline()))
         # It reads its spec, so it has asked for its death with the parent's before.
-        wait_until(lambda: reads_stdin(worker.pid), DEADLINE_S)
+        eventually(lambda: reads_stdin(worker.pid), "it does not read its spec")
         parent.kill()
         parent.wait(DEADLINE_S)
     try:
