@@ -12,7 +12,7 @@ from bench.chaos.load import STANDSTILL_S, Standstill
 from bench.waiting import wait_until
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
-from mgpu.protocol.client.results import Health
+from mgpu.protocol.front.server_messages import Health
 
 
 @dataclass(frozen=True)
