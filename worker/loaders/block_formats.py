@@ -1,4 +1,4 @@
-"""How each tensor type packs its elements into blocks, and how blocks become numbers."""
+"""How each tensor type packs numbers into blocks, and how blocks are decoded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,11 +32,11 @@ class BlockType:
     bytes: int
     decode: Callable[[Tensor], Tensor]
     dtype: torch.dtype | None = None
-    """Of plain types: their bytes are the numbers."""
+    """The dtype of plain types, whose bytes are the numbers; None for quantized ones."""
 
 
 def block_type(name: str) -> BlockType:
-    """Look a tensor type up by its safetensors or GGUF name. KeyError for a type that cannot be read."""
+    """Return a tensor type by its safetensors or GGUF name. KeyError for a type that cannot be read."""
     if name in PLAIN_TYPES:
         dtype = PLAIN_TYPES[name]
         return BlockType(1, dtype.itemsize, lambda raw: raw.view(dtype), dtype)

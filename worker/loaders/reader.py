@@ -1,8 +1,16 @@
 """Read one rank's slices of a checkpoint, whatever the file format.
 
-Both formats store a matrix row by row in blocks of elements: one element for plain types, 32 or 256 for GGUF's
-quantized ones. So a range of rows is one contiguous read, and a range of columns is one short read per row of the
-blocks that cover it. ``pread`` rather than ``mmap``: a file that shrinks is a clear error, not a SIGBUS.
+A rank needs rows of some matrices and columns of others. All formats store a matrix row by row, and a row as blocks: a
+block holds one number in plain types, 32 or 256 in GGUF's quantized ones, and is decoded as a whole. So rows are one
+contiguous range of bytes, and columns are the same short range of every row: the blocks that cover them.
+
+Example: rank 1 of 3 takes columns 1365 to 2730 of a Q8_0 matrix of 4096 x 4096. A block is 32 numbers in 34 bytes, so a
+row is 128 blocks in 4352 bytes. The columns lie in blocks 42 to 85: 44 blocks, or `row_bytes` = 1496 bytes of each row,
+from byte 42 * 34 = 1428 on, `stride` = 4352 bytes apart. They decode to 1408 numbers, of which the first `skip` = 21 and
+the last 22 belong to other ranks. As float32, the rank's part of a row takes 5460 bytes, so 1536 rows fit into a buffer
+of 8 MiB: the matrix is read as slices of 1536, 1536 and 1024 rows. A copier (copiers.py) moves each to the device.
+
+Files are read by ``preadv``, not mapped: a file that shrinks is then a clear error and not a SIGBUS.
 """
 
 import os
@@ -14,9 +22,9 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
-from mgpu.worker.loaders.block_formats import BlockType, block_type
+from mgpu.worker.loaders.block_formats import block_type
 from mgpu.worker.loaders.copiers import Progress, make_copier
-from mgpu.worker.loaders.slices import FileRows, Slice
+from mgpu.worker.loaders.slices import slice_of
 
 _CPU = torch.device("cpu")
 
@@ -24,8 +32,8 @@ _CPU = torch.device("cpu")
 class WeightReader:
     """Fills tensors from a checkpoint and counts the bytes it read. Use as a context manager; it owns its files.
 
-    Those of a GPU are filled behind the caller's back, by ``threads`` threads: they may be used after `wait`, or once
-    the context is left without an error. What ``progress`` is told, it is told in the caller's thread.
+    ``threads`` threads fill tensors of a GPU in the background; they may be used after `wait`, or once the context is
+    left without an error. ``progress`` is called in the caller's thread.
     """
 
     def __init__(
@@ -63,15 +71,12 @@ class WeightReader:
             self._files.clear()
 
     def wait(self) -> None:
-        """Make the tensors that were filled so far usable. CheckpointError if one of them cannot be read."""
+        """Wait until the tensors that were filled so far may be used. CheckpointError if one cannot be read."""
         self._copier.wait()
 
     def after(self, action: Callable[[], object]) -> None:
-        """Call ``action``, which changes tensors in place, once those that were filled so far are usable."""
+        """Call ``action``, which changes tensors in place, once those that were filled so far may be used."""
         self._copier.after(action)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
 
     def fill_rows(self, dest: Tensor, name: str, start: int = 0) -> None:
         """Copy rows ``[start, start + len(dest))`` of a tensor into ``dest``, converting to its dtype.
@@ -80,18 +85,15 @@ class WeightReader:
         does not hold finite numbers, or when its file is too short.
         """
         entry = self._entry(name)
-        width = entry.shape[1] if len(entry.shape) == 2 else 1
         if dest.shape[1:] != entry.shape[1:] or not 0 <= start <= entry.shape[0] - len(dest):
             raise CheckpointError(
                 f"tensor {name!r} has shape {list(entry.shape)}; rows {start} to {start + len(dest)} of width "
                 f"{list(dest.shape[1:])} were expected"
             )
-        blocks = self._block_type(entry)
-        # A vector of a plain type is read as one row, so that its elements stay contiguous.
-        if len(entry.shape) == 1:
-            self._fill(dest.unsqueeze(0), entry, blocks, first_row=0, first_column=start, row_width=entry.shape[0])
+        if len(entry.shape) == 1:  # read as columns of one row, so that the elements stay contiguous
+            self._fill(dest.unsqueeze(0), entry, first_row=0, first_column=start, row_width=entry.shape[0])
         else:
-            self._fill(dest, entry, blocks, first_row=start, first_column=0, row_width=width)
+            self._fill(dest, entry, first_row=start, first_column=0, row_width=entry.shape[1])
         if self._interleaved_head_dim and ("q_proj." in name or "k_proj." in name):
             self.after(partial(_deinterleave, dest, self._interleaved_head_dim))
 
@@ -103,37 +105,21 @@ class WeightReader:
                 f"tensor {name!r} has shape {list(entry.shape)}; columns {start} to {start + dest.shape[1]} of "
                 f"{dest.shape[0]} rows were expected"
             )
-        self._fill(dest, entry, self._block_type(entry), first_row=0, first_column=start, row_width=entry.shape[1])
+        self._fill(dest, entry, first_row=0, first_column=start, row_width=entry.shape[1])
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._tensors:
             raise CheckpointError(f"tensor {name!r} is missing from the checkpoint")
         return self._tensors[name]
 
-    def _block_type(self, entry: TensorEntry) -> BlockType:
+    def _fill(self, dest: Tensor, entry: TensorEntry, first_row: int, first_column: int, row_width: int) -> None:
         try:
-            return block_type(entry.dtype)
+            blocks = block_type(entry.dtype)
         except KeyError as error:
             raise CheckpointError(f"tensor {entry.name!r} has type {entry.dtype}, which mgpu cannot read") from error
-
-    def _fill(
-        self, dest: Tensor, entry: TensorEntry, blocks: BlockType, first_row: int, first_column: int, row_width: int
-    ) -> None:
-        """Fill ``dest`` [rows, columns] from the covering blocks, a piece of rows at a time."""
-        rows, columns = dest.shape
-        first_block = first_column // blocks.elements
-        end_block = -(-(first_column + columns) // blocks.elements)
-        row_bytes = row_width // blocks.elements * blocks.bytes
-        read_bytes = (end_block - first_block) * blocks.bytes
-        offset = entry.offset + first_row * row_bytes + first_block * blocks.bytes
-        skip = first_column - first_block * blocks.elements
-        decoded_bytes = 0 if blocks.dtype else 4 * columns
-        slice_rows = max(1, self._copier.slice_bytes // max(1, read_bytes, decoded_bytes))
-        fd = self._file(entry)
-        for top in range(0, rows, slice_rows):
-            count = min(slice_rows, rows - top)
-            span = FileRows(entry, fd, offset + top * row_bytes, count, read_bytes, row_bytes)
-            self._copier.fill(Slice(span, blocks, skip, dest[top : top + count]))
+        whole = slice_of(entry, blocks, self._file(entry), dest, first_row, first_column, row_width)
+        for part in whole.split(self._copier.most_bytes):
+            self._copier.copy(part)
 
     def _file(self, entry: TensorEntry) -> int:
         path = str(entry.file)

@@ -1,7 +1,11 @@
-"""Pieces of tensors: where their bytes are in a file, how they are read, and what is said when they are no numbers."""
+"""Slices of stored tensors: which bytes of a file they are, how those are read, and which numbers they become.
+
+The example in reader.py shows the arithmetic with numbers.
+"""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,16 +14,17 @@ from mgpu.protocol.checkpoint.read import CheckpointError, TensorEntry
 from mgpu.worker.loaders.block_formats import BlockType
 
 MOST_VIEWS = 1024
-"""Buffers that the kernel takes in one call (IOV_MAX)."""
+"""Buffers that one call of the kernel may fill (IOV_MAX)."""
 WIDEST_GAP = 16
-"""Rows that are this many times longer than what is wanted of them are read one by one, others with their gaps."""
+"""If a row is more than this many times as long as the wanted part of it, the parts are read one by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRows:
-    """``row_bytes`` bytes of each of ``rows`` rows that are ``stride`` bytes apart in a file."""
+    """``row_bytes`` bytes (whole blocks) of each of ``rows`` rows, which begin ``stride`` bytes apart in a file."""
 
     entry: TensorEntry
+    blocks: BlockType
     fd: int
     offset: int
     rows: int
@@ -33,8 +38,8 @@ class FileRows:
     def read(self, buffer: memoryview) -> None:
         """Fill ``buffer``, of `nbytes`. CheckpointError when the file is too short or cannot be read.
 
-        What lies between the rows is read as well, into memory that is not looked at: one call of the kernel for
-        hundreds of rows holds up no other thread, while one call for each of them would.
+        Short gaps between the rows are read too, into memory that nobody looks at: one system call for hundreds of
+        rows leaves other threads alone, while one call per row would take Python's lock each time.
         """
         if self.stride == self.row_bytes:
             self._read_all([buffer], self.offset)
@@ -52,7 +57,7 @@ class FileRows:
         return buffer[row * self.row_bytes : (row + 1) * self.row_bytes]
 
     def _read_all(self, views: list[memoryview], offset: int) -> None:
-        """Fill the views in order; the kernel may give less than was asked for at any time."""
+        """Fill the views in order. The kernel may return fewer bytes than were asked for at any time."""
         while views:
             try:
                 count = os.preadv(self.fd, views, offset)
@@ -63,11 +68,24 @@ class FileRows:
                     f"{self.entry.file} ends inside tensor {self.entry.name!r}: the file is truncated"
                 )
             offset += count
-            views = _after(views, count)
+            views = _remaining(views, count)
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """Return all numbers, [rows, numbers], of the bytes that `read` got, uint8 [nbytes]."""
+        return self.blocks.decode(raw.view(self.rows, self.row_bytes))
+
+    def not_finite(self, dtype: torch.dtype) -> CheckpointError:
+        """Return the error for numbers whose sum in ``dtype`` is not finite; reads them again to find out why."""
+        raw = torch.empty(self.nbytes, dtype=torch.uint8)
+        self.read(raw.numpy().data)
+        where = f"tensor {self.entry.name!r} in {self.entry.file}"
+        if torch.isfinite(total(self.decode(raw))):
+            return CheckpointError(f"{where} does not fit {dtype}; use bfloat16 or float32")
+        return CheckpointError(f"{where} holds NaN or infinity: the file is corrupt")
 
 
-def _after(views: list[memoryview], count: int) -> list[memoryview]:
-    """Give what is left of the views once ``count`` bytes are filled."""
+def _remaining(views: list[memoryview], count: int) -> list[memoryview]:
+    """Return what is left to fill once ``count`` bytes are filled."""
     for done, view in enumerate(views):
         if count < len(view):
             return [view[count:], *views[done + 1 :]]
@@ -77,39 +95,46 @@ def _after(views: list[memoryview], count: int) -> list[memoryview]:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Some rows of a tensor's slice: ``dest`` [rows, columns] gets the numbers of a span, converted to its dtype."""
+    """Numbers of some rows and columns of a stored tensor, and ``dest`` [rows, columns], which they are copied to."""
 
-    span: FileRows
-    blocks: BlockType
+    source: FileRows
     skip: int
-    """Numbers of the first block of a row that come before the slice."""
+    """Numbers of a row's first block that come before the slice."""
     dest: Tensor
 
     @property
     def is_copy(self) -> bool:
-        """Whether the file has the very bytes that ``dest`` takes."""
-        return self.blocks.dtype == self.dest.dtype and self.dest.is_contiguous()
+        """True if the file holds the very bytes that ``dest`` takes."""
+        return self.source.blocks.dtype == self.dest.dtype and self.dest.is_contiguous()
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Give the numbers, [rows, columns], of the span's bytes."""
-        return decode(self.span, self.blocks, raw)[:, self.skip : self.skip + self.dest.shape[1]]
+        """Return the slice's numbers, [rows, columns], of the bytes that were read."""
+        return self.source.decode(raw)[:, self.skip : self.skip + self.dest.shape[1]]
+
+    def split(self, most_bytes: int) -> Iterator["Slice"]:
+        """Cut into slices of so many rows that neither their bytes nor their decoded numbers exceed ``most_bytes``."""
+        whole = self.source
+        decoded_bytes = 0 if whole.blocks.dtype else 4 * self.dest.shape[1]
+        most_rows = max(1, most_bytes // max(1, whole.row_bytes, decoded_bytes))
+        for top in range(0, whole.rows, most_rows):
+            count = min(most_rows, whole.rows - top)
+            source = replace(whole, offset=whole.offset + top * whole.stride, rows=count)
+            yield Slice(source, self.skip, self.dest[top : top + count])
 
 
-def decode(span: FileRows, blocks: BlockType, raw: Tensor) -> Tensor:
-    """Give all numbers of a span's bytes, uint8 [nbytes]."""
-    return blocks.decode(raw.view(span.rows, span.row_bytes))
+def slice_of(
+    entry: TensorEntry, blocks: BlockType, fd: int, dest: Tensor, first_row: int, first_column: int, row_width: int
+) -> Slice:
+    """Return the slice that fills ``dest``, from ``first_row`` and ``first_column`` of rows of ``row_width`` numbers."""
+    rows, columns = dest.shape
+    first_block = first_column // blocks.elements
+    end_block = -(-(first_column + columns) // blocks.elements)
+    stride = row_width // blocks.elements * blocks.bytes
+    offset = entry.offset + first_row * stride + first_block * blocks.bytes
+    source = FileRows(entry, blocks, fd, offset, rows, (end_block - first_block) * blocks.bytes, stride)
+    return Slice(source, first_column - first_block * blocks.elements, dest)
 
 
 def total(values: Tensor) -> Tensor:
-    """Give a sum that is not finite if any value is not, without a temporary as large as they are."""
+    """Return a sum that is not finite if any value is not; takes no temporary as large as the values."""
     return values.sum(dtype=torch.float32)
-
-
-def not_finite(span: FileRows, blocks: BlockType, dtype: torch.dtype) -> CheckpointError:
-    """Say why a span whose numbers have no finite sum in ``dtype`` is refused; reads it again to find out."""
-    raw = torch.empty(span.nbytes, dtype=torch.uint8)
-    span.read(raw.numpy().data)
-    entry = span.entry
-    if torch.isfinite(total(decode(span, blocks, raw))):
-        return CheckpointError(f"tensor {entry.name!r} in {entry.file} does not fit {dtype}; use bfloat16 or float32")
-    return CheckpointError(f"tensor {entry.name!r} in {entry.file} holds NaN or infinity: the file is corrupt")

@@ -24,11 +24,11 @@ QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 
 
-@pytest.fixture(autouse=True, params=["calling-thread", "lanes"])
+@pytest.fixture(autouse=True, params=["calling-thread", "threads"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Read as for tensors of the CPU, or with the threads that are used for a GPU."""
     monkeypatch.setattr(copiers, "STAGING_BYTES", BUFFER_BYTES)
-    if request.param == "lanes":
+    if request.param == "threads":
         make = lambda device, threads, progress: copiers.ThreadedCopier(device, 3, progress)  # noqa: E731
         monkeypatch.setattr(reader_module, "make_copier", make)
     return str(request.param)
