@@ -6,8 +6,8 @@ contiguous range of bytes, and columns are the same short range of every row: th
 
 Example: rank 1 of 3 takes columns 1365 to 2730 of a Q8_0 matrix of 4096 x 4096. A block is 32 numbers in 34 bytes, so a
 row is 128 blocks in 4352 bytes. The columns lie in blocks 42 to 85: 44 blocks, or `row_bytes` = 1496 bytes of each row,
-from byte 42 * 34 = 1428 on, `stride` = 4352 bytes apart. They decode to 1408 numbers, of which the first `skip` = 21 and
-the last 22 belong to other ranks. As float32, the rank's part of a row takes 5460 bytes, so 1536 rows fit into a buffer
+from byte 42 * 34 = 1428 on, `stride` = 4352 bytes apart. They decode to 1408 numbers; the first `skip` = 21 of them and
+the last 22 belong to others. As float32, the rank's part of a row takes 5460 bytes, so 1536 rows fit into a buffer
 of 8 MiB: the matrix is read as slices of 1536, 1536 and 1024 rows. A copier (copiers.py) moves each to the device.
 
 Files are read by ``preadv``, not mapped: a file that shrinks is then a clear error and not a SIGBUS.

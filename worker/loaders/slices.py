@@ -125,7 +125,7 @@ class Slice:
 def slice_of(
     entry: TensorEntry, blocks: BlockType, fd: int, dest: Tensor, first_row: int, first_column: int, row_width: int
 ) -> Slice:
-    """Return the slice that fills ``dest``, from ``first_row`` and ``first_column`` of rows of ``row_width`` numbers."""
+    """Return the slice that fills ``dest`` from ``first_row`` and ``first_column``; rows have ``row_width`` numbers."""
     rows, columns = dest.shape
     first_block = first_column // blocks.elements
     end_block = -(-(first_column + columns) // blocks.elements)
