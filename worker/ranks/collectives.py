@@ -1,7 +1,7 @@
-"""Talk to the other ranks: partial sums inside a stage, activations between stages, sampled tokens back to the first.
+"""What ranks use to talk: a group inside a stage, channels between stages; and both over torch.distributed.
 
-The only file that names torch.distributed, and even that only where a plan uses nccl or gloo: ranks of one machine
-that use shared memory open no port at all. Every wait has the deadline of the spec and raises `PeerLost`.
+This is the only file that names torch.distributed, which is joined only if a plan uses nccl or gloo: ranks that use
+shared memory open no port at all. Every wait ends at the spec's deadline with `PeerLost`.
 """
 
 import os
@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous as meet
 from mgpu.worker.errors import PeerLost
 
 UNREAD_SENDS = 4
-"""Messages that may be under way to one receiver: enough for the feedback that an idle first stage leaves unread."""
+"""Messages that may be under way to one receiver: enough for the tokens that an idle first stage leaves unread."""
 
 
 class TensorParallelGroup(Protocol):
@@ -32,7 +32,7 @@ class TensorParallelGroup(Protocol):
     def size(self) -> int: ...
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Give the sum over the group, the same bits on every rank; ``x`` may be overwritten."""
+        """Return the sum over the group, the same bits on every rank; ``x`` may be overwritten."""
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -40,8 +40,20 @@ class TensorParallelGroup(Protocol):
         ...
 
 
+class Channel(Protocol):
+    """One direction between two ranks. Messages arrive in order; the receiver knows their shapes."""
+
+    def send(self, x: Tensor) -> None:
+        """Pass ``x`` on; it may be overwritten afterwards."""
+        ...
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Wait for the next message and return it as a new tensor on this rank's device."""
+        ...
+
+
 class SingleRank:
-    """A group of one: nothing to add, nobody to ask."""
+    """A group of one."""
 
     rank = 0
     size = 1
@@ -78,7 +90,7 @@ class DistGroup:
 
 
 class ThroughHost:
-    """CUDA tensors in a group that only takes CPU ones: several workers on one GPU, or GPUs without NCCL."""
+    """Carries CUDA tensors through a group of CPU tensors: for several workers on one GPU, or GPUs without NCCL."""
 
     def __init__(self, inner: TensorParallelGroup) -> None:
         self.rank = inner.rank
@@ -93,7 +105,7 @@ class ThroughHost:
 
 
 class DryRun:
-    """A group whose calls can be made without the other ranks, to measure the memory that a step takes."""
+    """Wraps a group. While ``alone``, calls reach no rank but give the same shapes, to measure a step's memory."""
 
     def __init__(self, inner: TensorParallelGroup) -> None:
         self.rank = inner.rank
@@ -109,7 +121,7 @@ class DryRun:
 
 
 class DistChannel:
-    """`Channel` over torch.distributed. ``device`` is where messages live, ``wire`` what the backend takes."""
+    """`Channel` over torch.distributed. Messages live on ``device``; the backend sends from ``wire``."""
 
     def __init__(self, peer: int, tag: int, device: torch.device, wire: torch.device) -> None:
         self._peer = peer
@@ -119,7 +131,7 @@ class DistChannel:
         self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
 
     def send(self, x: Tensor) -> None:
-        """Start sending and go on; wait only for what was sent `UNREAD_SENDS` messages ago."""
+        """Start sending; wait only for the message of `UNREAD_SENDS` sends ago."""
         copy = x.to(self._wire, copy=True).contiguous()
         with _peer_errors(f"rank {self._peer} to read"):
             work = dist.isend(copy, self._peer, tag=self._tag)
@@ -137,7 +149,7 @@ class DistChannel:
 
 @contextmanager
 def _peer_errors(what: str) -> Iterator[None]:
-    """Name what a collective waited for; the backends raise plain RuntimeErrors for lost and silent peers alike."""
+    """Turn errors into PeerLost and say what was waited for: backends raise RuntimeError for lost and silent peers."""
     try:
         yield
     except RuntimeError as error:
@@ -147,10 +159,10 @@ def _peer_errors(what: str) -> Iterator[None]:
 def start_process_group(
     rendezvous: str, rank: int, world_size: int, *, nccl_device: torch.device | None, start_s: float, timeout_s: float
 ) -> None:
-    """Join the default group once all ranks are there: ``start_s`` bounds the meeting, ``timeout_s`` what follows.
+    """Join the default group once all ranks are there, within ``start_s``; later operations may take ``timeout_s``.
 
-    ``rendezvous`` is a ``file://`` URL, or empty for MASTER_ADDR and MASTER_PORT. NCCL where ``nccl_device`` is given
-    (CPU tensors then still go by gloo), else gloo alone.
+    ``rendezvous`` is a ``file://`` URL, or empty for MASTER_ADDR and MASTER_PORT. With ``nccl_device``, CUDA tensors go
+    by NCCL; CPU tensors always go by gloo.
     """
     if rendezvous:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -172,14 +184,14 @@ def start_process_group(
 
 
 def new_groups(rank_sets: Sequence[Sequence[int]], timeout_s: float) -> list[dist.ProcessGroup]:
-    """Make one group per set of ranks; every rank of the world must call this with the same sets."""
+    """Make a group of each set of ranks. All ranks of the world must call this with the same sets."""
     return [dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s)) for ranks in rank_sets]
 
 
 def leave_process_group() -> None:
-    """Wait until all ranks are leaving, then leave; nothing to do for ranks that never joined.
+    """Wait until all ranks are leaving, then leave. Does nothing if this rank never joined.
 
-    A rank that just went would reset connections that still hold data for its peers.
+    A rank that left at once would reset connections that still hold data for its peers.
     """
     if not dist.is_initialized():
         return

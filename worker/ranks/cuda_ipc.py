@@ -6,16 +6,16 @@ from torch import Tensor
 
 
 def export(memory: Tensor) -> bytes:
-    """Give what `map_exported` needs. The tensor must live for as long as anyone maps it."""
+    """Return what `map_exported` needs. The tensor must live for as long as any process maps it."""
     torch.cuda.synchronize(memory.device)
     packed: bytes = msgpack.packb(list(memory.untyped_storage()._share_cuda_()))  # type: ignore[no-untyped-call]
     return packed
 
 
 def map_exported(handle: bytes, device: torch.device) -> Tensor:
-    """Map another process's memory as bytes on ``device``, this rank's own: the driver enables peer access for it.
+    """Map another process's memory as bytes on ``device``, this rank's own; the driver enables peer access.
 
-    ``handle`` may be followed by anything. RuntimeError where the driver refuses.
+    Bytes after the handle are ignored. RuntimeError where the driver refuses.
     """
     unpacker = msgpack.Unpacker()
     unpacker.feed(handle)

@@ -1,76 +1,76 @@
-"""Hand tensors from one process to one other process of the same machine, through shared host memory.
+"""Pass tensors to one other process of the same machine, through a ring of slots in shared host memory.
 
-On CUDA the slots are pinned, so that both copies run at the speed of the bus; this is the way between GPUs that cannot
-reach each other's memory. A message waits in one of a few slots, so the sender goes on before it is read.
+On CUDA the slots are pinned, so that both copies run at the speed of the bus: this is the way between GPUs that cannot
+reach each other's memory. A ring has several slots, so the sender goes on before its message is read.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mgpu.protocol.model.shared_memory_layout import ChannelRegion
-from mgpu.worker.ranks.shared_memory import SharedSegment
-
-_WORD = 8
+from mgpu.worker.ranks.shared_memory import WORD, SharedSegment
 
 
-class Channel(Protocol):
-    """One direction between two ranks; messages arrive in order and the receiver knows their shapes."""
+class RingChannel:
+    """One end of a ring. Message n lies in slot n % depth; sender and receiver count in the shared file.
 
-    def send(self, x: Tensor) -> None:
-        """Pass ``x`` on; it may be overwritten afterwards."""
-        ...
+    Subclasses say where the slots are.
+    """
 
-    def recv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Wait for the next message, as a new tensor on this rank's device."""
-        ...
-
-
-class HostChannel:
-    """`Channel` through host memory; each rank uses only one of its ends."""
+    _received_base = 0
+    """The receiver's counter before the first message."""
 
     def __init__(self, segment: SharedSegment, region: ChannelRegion, device: torch.device, peer: str) -> None:
         self._segment = segment
         self._region = region
         self._device = device
         self._peer = peer
-        self._spin_s = 0.002 if device.type == "cuda" else 0.0  # on CPU the peer may need this very core
+        self._spin_s = 0.002 if device.type == "cuda" else 0.0  # on a CPU the peer may need this very core
         self._count = 0
-        if device.type == "cuda":
-            _pin(segment.view(region.slots, region.depth * region.slot_bytes, torch.uint8))
+        self._slots = torch.empty(0, dtype=torch.uint8)
 
     def send(self, x: Tensor) -> None:
         x = x.contiguous()
-        self._wait(self._region.received, self._count + 1 - self._region.depth, f"{self._peer} to read")
+        free = self._count + 1 - self._region.depth
+        self._wait(self._region.received, self._received_base + free, "to read")
         self._slot(x.numel(), x.dtype).copy_(x.view(-1), non_blocking=True)
-        self._drain()
-        self._count += 1
-        self._segment.words[self._region.sent // _WORD] = self._count
+        self._publish(self._region.sent, 0)
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        self._wait(self._region.sent, self._count + 1, f"{self._peer} to send")
+        self._wait(self._region.sent, self._count + 1, "to send")
         out = torch.empty(tuple(shape), dtype=dtype, device=self._device)
         out.view(-1).copy_(self._slot(out.numel(), dtype), non_blocking=True)
-        self._drain()
-        self._count += 1
-        self._segment.words[self._region.received // _WORD] = self._count
+        self._publish(self._region.received, self._received_base)
         return out
 
     def _slot(self, count: int, dtype: torch.dtype) -> Tensor:
-        if count * dtype.itemsize > self._region.slot_bytes:
-            raise ValueError(f"message of {count * dtype.itemsize} bytes in a slot of {self._region.slot_bytes}")
-        index = self._count % self._region.depth
-        return self._segment.view(self._region.slots + index * self._region.slot_bytes, count, dtype)
+        nbytes, slot_bytes = count * dtype.itemsize, self._region.slot_bytes
+        if nbytes > slot_bytes:
+            raise ValueError(f"message of {nbytes} bytes in a slot of {slot_bytes}")
+        start = self._count % self._region.depth * slot_bytes
+        return self._slots[start : start + nbytes].view(dtype)
 
     def _wait(self, counter: int, target: int, what: str) -> None:
-        self._segment.wait(counter // _WORD, target, what, self._spin_s)
+        self._segment.wait(counter // WORD, target, f"{self._peer} {what}", self._spin_s)
 
-    def _drain(self) -> None:
-        """Let the copy end before a counter says so."""
+    def _publish(self, counter: int, base: int) -> None:
+        """Count one message more, but not before its copy has ended."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+        self._count += 1
+        self._segment.words[counter // WORD] = base + self._count
+
+
+class HostChannel(RingChannel):
+    """`Channel` whose slots are in the shared file."""
+
+    def __init__(self, segment: SharedSegment, region: ChannelRegion, device: torch.device, peer: str) -> None:
+        super().__init__(segment, region, device, peer)
+        self._slots = segment.view(region.slots, region.depth * region.slot_bytes, torch.uint8)
+        if device.type == "cuda":
+            _pin(self._slots)
 
 
 def _pin(memory: Tensor) -> None:

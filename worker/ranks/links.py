@@ -1,11 +1,11 @@
 """Connect one rank to the others as its spec says.
 
-Rank j of a stage sends to every rank i of the next stage with ``i % size == j``: activations are the same on all ranks
-of a stage, so stages of different sizes fit together. Sampled tokens go from the last stage to the first alike.
+Rank j of a stage sends to every rank i of the next stage with ``i % size == j``: all ranks of a stage hold the same
+activations, so stages of different sizes fit together. Sampled tokens go from the last stage to the first likewise.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from mgpu.protocol.model.facts import DTYPE_BYTES
 from mgpu.protocol.model.placement import Transport
 from mgpu.protocol.model.shared_memory_layout import ChannelRegion, SharedLayout, shared_layout
 from mgpu.worker.ranks.collectives import (
+    Channel,
     DistChannel,
     DistGroup,
     DryRun,
@@ -27,7 +28,7 @@ from mgpu.worker.ranks.collectives import (
     start_process_group,
 )
 from mgpu.worker.ranks.gpu_channel import GpuReceiver, GpuSender
-from mgpu.worker.ranks.host_channel import Channel, HostChannel
+from mgpu.worker.ranks.host_channel import HostChannel
 from mgpu.worker.ranks.peer_group import MOST_RANKS, ReduceLimits
 from mgpu.worker.ranks.peer_setup import PeerSetup
 from mgpu.worker.ranks.shared_memory import SharedMemoryGroup, SharedSegment
@@ -39,60 +40,60 @@ _TOKENS_TAG = 1
 
 @dataclass(slots=True)
 class Links:
-    """What one rank says to others. Messages of one link arrive in the order of steps."""
+    """One rank's links to the others. Messages of one link arrive in the order of steps."""
 
     group: DryRun
-    upstream: Channel | None
-    downstream: tuple[Channel, ...]
-    tokens_from: Channel | None
-    tokens_to: tuple[Channel, ...]
-    segment: SharedSegment | None
-    notes: list[str]
+    upstream: Channel | None = None
+    downstream: tuple[Channel, ...] = ()
+    tokens_from: Channel | None = None
+    tokens_to: tuple[Channel, ...] = ()
+    segment: SharedSegment | None = None
+    notes: list[str] = field(default_factory=list)
     """Lines for the start-up log."""
     peer_setup: PeerSetup | None = None
-    """Owner of the memory behind ``group``, where that adds up by own kernels."""
+    """Owner of the memory behind ``group``, if that adds up by own kernels."""
 
     def send(self, x_TD: Tensor) -> None:
-        """Pass activations to the ranks of the next stage that read from this one."""
+        """Send activations to the ranks of the next stage that read from this one."""
         for channel in self.downstream:
             channel.send(x_TD)
 
     def recv(self, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
-        """Take activations of the previous stage, [T, D]."""
+        """Wait for the activations of the previous stage, [T, D]."""
         assert self.upstream is not None, "the first stage embeds tokens"
         return self.upstream.recv((num_tokens, hidden_size), dtype)
 
     def send_tokens(self, ids_S: Tensor) -> None:
-        """Pass sampled tokens, int32 [S], from the last stage to the first."""
+        """Send sampled tokens, int32 [S], from the last stage to the first."""
         for channel in self.tokens_to:
             channel.send(ids_S)
 
     def recv_tokens(self, count: int) -> Tensor:
-        assert self.tokens_from is not None, "only the first stage of several is told tokens"
+        """Wait for sampled tokens, int32 [S], of the last stage."""
+        assert self.tokens_from is not None, "only the first of several stages receives tokens"
         return self.tokens_from.recv((count,), torch.int32)
 
     def close(self) -> None:
-        """Part from the other ranks in good order; all of them must come here."""
+        """Part from the other ranks in good order; all of them must call this."""
         if self.peer_setup is not None:
             self.peer_setup.close()
         leave_process_group()
 
     def report_failure(self) -> None:
-        """Let peers that wait for this rank know, where there is a way."""
+        """End the waits of peers for this rank at once, if they share memory; else they end at their deadline."""
         if self.segment is not None:
             self.segment.report_failure()
 
 
 def connect(spec: WorkerSpec, rank: int, device: torch.device) -> Links:
-    """Meet the other ranks and open this rank's links. PeerLost when one does not come."""
-    world_size = spec.plan.world_size
-    if world_size == 1:
-        return Links(DryRun(SingleRank()), None, (), None, (), None, [])
-    return _Connector(spec, rank, device).links()
+    """Meet the other ranks and open this rank's links. PeerLost when a rank does not come."""
+    if spec.plan.world_size == 1:
+        return Links(DryRun(SingleRank()))
+    return _Connector(spec, rank, device).connect()
 
 
 class _Connector:
-    """What the links of one rank are made of; used once, at the start."""
+    """Opens the links of one rank, once."""
 
     def __init__(self, spec: WorkerSpec, rank: int, device: torch.device) -> None:
         self.spec = spec
@@ -103,10 +104,11 @@ class _Connector:
         self.layout = layout_of(spec) if spec.shared_fd >= 0 else None
         self.segment = _open_segment(spec, self.layout, rank) if self.layout is not None else None
 
-    def links(self) -> Links:
+    def connect(self) -> Links:
         start_s = max(START_TIMEOUT_S, self.spec.timeout_s)
         stage, last = self.place.stage_index, self.spec.plan.num_stages - 1
-        group = self._group(start_s)
+        self._join_process_group(start_s)
+        group = self._stage_group()
         if self.segment is not None:
             self.segment.barrier(self.spec.plan.world_size, start_s)
         return Links(
@@ -120,44 +122,46 @@ class _Connector:
             peer_setup=self.peer_setup,
         )
 
-    def _group(self, start_s: float) -> TensorParallelGroup:
-        """Join torch.distributed if any transport needs it, then give this stage's group."""
-        spec, place = self.spec, self.place
-        transports = {spec.transport, spec.stage_transport} & {"gloo", "nccl"}
-        if transports:
+    def _join_process_group(self, start_s: float) -> None:
+        """Join torch.distributed if any transport needs it."""
+        spec = self.spec
+        transports = {spec.transport, spec.stage_transport}
+        if transports & {"gloo", "nccl"}:
             start_process_group(
                 spec.rendezvous,
-                place.rank,
+                self.place.rank,
                 spec.plan.world_size,
                 nccl_device=self.device if "nccl" in transports else None,
                 start_s=start_s,
                 timeout_s=spec.timeout_s,
             )
-        ranks = [spec.plan.ranks_of_stage(index) for index in range(spec.plan.num_stages)]
-        if spec.transport in ("gloo", "nccl") and max(map(len, ranks)) > 1:
-            own = new_groups(ranks, spec.timeout_s)[place.stage_index]
-            group: TensorParallelGroup = DistGroup(own, place.tp_rank, place.tp_size)
-            through_host = spec.transport == "gloo"
-        elif place.tp_size > 1:
-            if spec.transport != "shared-memory" or self.segment is None or self.layout is None:
-                raise BadSpec(
-                    f"a stage of {place.tp_size} ranks cannot use transport {spec.transport!r} without a memfd"
-                )
-            region = self.layout.reduce[place.stage_index]
-            group = SharedMemoryGroup(self.segment, region, place.tp_rank, ranks[place.stage_index])
-            through_host = True
-        else:
+
+    def _stage_group(self) -> TensorParallelGroup:
+        """Return the group of this rank's stage."""
+        spec, place = self.spec, self.place
+        stages = [spec.plan.ranks_of_stage(index) for index in range(spec.plan.num_stages)]
+        own = None
+        if spec.transport in ("gloo", "nccl") and max(map(len, stages)) > 1:
+            own = new_groups(stages, spec.timeout_s)[place.stage_index]  # all ranks make all groups
+        if place.tp_size == 1:
             return SingleRank()
+        if own is not None:
+            group: TensorParallelGroup = DistGroup(own, place.tp_rank, place.tp_size)
+        elif spec.transport == "shared-memory" and self.segment is not None and self.layout is not None:
+            region = self.layout.reduce[place.stage_index]
+            group = SharedMemoryGroup(self.segment, region, place.tp_rank, stages[place.stage_index])
+        else:
+            raise BadSpec(f"a stage of {place.tp_size} ranks cannot use transport {spec.transport!r} without a memfd")
         if self.device.type != "cuda":
             return group
-        return self._with_kernels(ThroughHost(group) if through_host else group, talk=group)
+        return self._with_kernels(group if spec.transport == "nccl" else ThroughHost(group), host_group=group)
 
-    def _with_kernels(self, group: TensorParallelGroup, talk: TensorParallelGroup) -> TensorParallelGroup:
-        """Add up by own kernels what they can, if all ranks of the stage reach each other's memory."""
+    def _with_kernels(self, group: TensorParallelGroup, host_group: TensorParallelGroup) -> TensorParallelGroup:
+        """Let own kernels make the sums that they can, if all ranks of the stage reach each other's memory."""
         spec = self.spec
         if group.size > MOST_RANKS:
             return group
-        self.peer_setup = PeerSetup(group, talk, self.device)
+        self.peer_setup = PeerSetup(group, host_group, self.device)
         limits = ReduceLimits.of(group.size, spec.facts.hidden_size, getattr(torch, spec.dtype))
         opened = self.peer_setup.open(limits, spec.timeout_s)
         if self.place.tp_rank == 0:
@@ -167,7 +171,7 @@ class _Connector:
         return opened
 
     def _warm_up(self, group: TensorParallelGroup) -> None:
-        """Let NCCL open its connections now: what own kernels leave to it may first be a user's long prompt."""
+        """Let NCCL open its connections now: its first use may otherwise be in a user's long prompt."""
         dtype: torch.dtype = getattr(torch, self.spec.dtype)
         x_TD = torch.zeros(self.spec.max_batch_tokens, self.spec.facts.hidden_size, dtype=dtype, device=self.device)
         group.all_reduce(x_TD)
@@ -179,7 +183,7 @@ class _Connector:
         return self._channels(sender, receiver, regions, self.spec.stage_transport, tag=0)
 
     def _tokens(self, last: int) -> tuple[Channel, ...]:
-        # Token ids are few and the host wants them anyway: always shared memory where there is any.
+        # Token ids are few and the host needs them anyway, so they go through shared memory where there is any.
         if self.layout is not None:
             return self._channels(last, 0, self.layout.feedback, "shared-memory", tag=_TOKENS_TAG)
         return self._channels(last, 0, None, "gloo", tag=_TOKENS_TAG)
@@ -190,18 +194,14 @@ class _Connector:
         """Open this rank's ends between two stages: one as a receiver, none or several as a sender."""
         senders, receivers = self.spec.plan.ranks_of_stage(sender), self.spec.plan.ranks_of_stage(receiver)
         sends = self.place.stage_index == sender
-        pairs = [(senders[j % len(senders)], peer, j) for j, peer in enumerate(receivers)]
-        mine = [pair for pair in pairs if pair[0 if sends else 1] == self.place.rank]
-        return tuple(
-            self._channel(
-                receiver if sends else sender,
-                regions[j] if regions else None,
-                pair_transport(self.spec, transport, sender, receiver),
-                tag,
-                sends,
-            )
-            for sender, receiver, j in mine
-        )
+        channels = []
+        for j, to_rank in enumerate(receivers):
+            from_rank = senders[j % len(senders)]
+            if self.place.rank == (from_rank if sends else to_rank):
+                peer = to_rank if sends else from_rank
+                pair = pair_transport(self.spec, transport, from_rank, to_rank)
+                channels.append(self._channel(peer, regions[j] if regions else None, pair, tag, sends))
+        return tuple(channels)
 
     def _channel(self, peer: int, region: ChannelRegion | None, transport: Transport, tag: int, sends: bool) -> Channel:
         if transport in ("gloo", "nccl"):
@@ -218,12 +218,12 @@ class _Connector:
 
 
 def pair_transport(spec: WorkerSpec, transport: Transport, sender: int, receiver: int) -> Transport:
-    """Say how one pair of ranks talks: as their stages do, but through the host where their GPUs are no peers."""
+    """Return how one pair of ranks talks: as their stages do, but through the host if their GPUs are no peers."""
     return "pinned" if transport == "peer" and (sender, receiver) in spec.staged else transport
 
 
 def layout_of(spec: WorkerSpec) -> SharedLayout:
-    """Give the layout of the shared file, as the orchestrator computed it."""
+    """Return the layout of the shared file, as the orchestrator computed it."""
     return shared_layout(
         spec.plan, spec.max_batch_tokens, spec.max_rows, spec.facts.hidden_size, DTYPE_BYTES[spec.dtype]
     )

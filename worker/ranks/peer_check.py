@@ -1,4 +1,4 @@
-"""Try the kernels over peer memory before a server relies on them: wrong sums look like answers."""
+"""Try the kernels over peer memory before a server relies on them: wrong sums would look like answers."""
 
 # T tokens, D model dim
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from mgpu.worker.ranks.peer_group import PeerGroup
 
 _ROUNDS = 3
-"""Each kind of message alternates between two halves of its area: the third comes where the first was."""
+"""Each kind of message alternates between two halves of its area: the third round reuses the half of the first."""
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _EPS = 1e-5
 
 
 @torch.inference_mode()
 def peer_problem(group: PeerGroup, device: torch.device) -> str:
-    """Say what is wrong; empty when sums, norms and choices are what they must be. All ranks of the group call this."""
+    """Return what is wrong; empty if sums, norms and choices are as expected. All ranks of the group call this."""
     try:
         for turn in range(_ROUNDS):
             for rows in _row_counts(group):
@@ -29,7 +29,7 @@ def peer_problem(group: PeerGroup, device: torch.device) -> str:
 
 
 def _row_counts(group: PeerGroup) -> list[int]:
-    """Give messages of one shot, then of two."""
+    """Return sizes of messages that go in one shot, then in two."""
     one = group.one_shot.rows
     return sorted({1, min(5, one), one, min(one + 1, group.most_rows), group.most_rows})
 
@@ -60,7 +60,7 @@ def _error(found_TD: Tensor, wanted_TD: Tensor) -> float:
 
 
 def _choices(group: PeerGroup, turn: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Give what the ranks choose together, and what they must."""
+    """Return what the ranks choose together, and what is right."""
     generator = torch.Generator(device).manual_seed(turn)
     scores_SR = torch.randint(-2, 2, (100, group.size), generator=generator, device=device).float()
     ids_SR = torch.arange(100 * group.size, dtype=torch.int32, device=device).view(group.size, 100).T.contiguous()

@@ -1,6 +1,7 @@
 """A tensor-parallel group on GPUs that reach each other's memory: small sums by own kernels, large ones by NCCL.
 
-Kernels wait for peers on the device, so that whole steps can be CUDA graphs; `PeerGroup.check` raises what they found.
+The kernels wait for peers on the device, so that a whole step can be a CUDA graph. A kernel cannot raise: when it has
+waited too long it sets a flag in host memory, and `PeerGroup.check` raises PeerLost for it.
 """
 
 # T tokens, D model dim, S rows that sample
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
     from mgpu.worker.kernels.peers.two_shot import TwoShot
 
 ONE_SHOT_BYTES = {2: 8 << 20, 3: 512 << 10, 4: 384 << 10, 5: 256 << 10, 6: 192 << 10, 7: 192 << 10, 8: 160 << 10}
-"""Largest message of one shot by number of ranks. Of two: nothing is faster up to there on H100s (docs/kernels.md). Of
-more: where SGLang changes on H200s, not measured with these kernels."""
+"""Largest message of one shot by number of ranks. For 2 ranks measured on H100s (docs/kernels.md): nothing is faster up
+to that size. For more ranks not measured with these kernels; the sizes are those where SGLang changes on H200s."""
 MOST_ROWS = 512
-"""Largest message of two shots, in rows: those of the largest graph with prompts. NCCL is meant for what is larger."""
+"""Largest message of two shots, in rows, as many as the largest graph with prompts has. NCCL adds up larger ones."""
 MOST_RANKS = max(ONE_SHOT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class ReduceLimits:
-    """What kernels of ``ranks`` ranks add up: rows of ``dim`` values, up to so many in one shot and in two."""
+    """What kernels of ``ranks`` ranks add up: rows of ``dim`` values, in one shot or two up to so many rows."""
 
     ranks: int
     dim: int
@@ -40,13 +41,13 @@ class ReduceLimits:
 
     @staticmethod
     def of(ranks: int, dim: int, dtype: torch.dtype) -> "ReduceLimits":
-        """Choose by message size."""
+        """Return the limits by message size."""
         one_shot_rows = max(1, min(MOST_ROWS, ONE_SHOT_BYTES[ranks] // (dim * dtype.itemsize)))
         return ReduceLimits(ranks, dim, dtype, one_shot_rows, MOST_ROWS)
 
 
 def area_shapes(limits: ReduceLimits) -> list[AreaShape]:
-    """Give the areas that a `PeerGroup` needs on each rank; two of them only where two shots are possible."""
+    """Return the areas that a `PeerGroup` needs on each rank: two more where two shots are possible."""
     from mgpu.worker.kernels.peers.all_reduce import OneShot
     from mgpu.worker.kernels.peers.exchange import Exchange
     from mgpu.worker.kernels.peers.two_shot import TwoShot, two_shot_divides
@@ -59,7 +60,7 @@ def area_shapes(limits: ReduceLimits) -> list[AreaShape]:
 
 
 class PeerGroup:
-    """Sums of up to `most_rows` rows of the model's width by kernels, everything else by ``inner``.
+    """Makes sums of up to `most_rows` rows of the model's width by kernels, everything else by ``inner``.
 
     The caller owns the memory behind ``areas``, which are cut as `area_shapes` says.
     """
@@ -83,7 +84,7 @@ class PeerGroup:
         self.most_rows = limits.one_shot_rows if self.two_shot is None else limits.two_shot_rows
 
     def takes(self, x: Tensor) -> bool:
-        """Say whether kernels add this up."""
+        """Return True if kernels add this up."""
         return (
             x.dim() == 2
             and x.shape[1] == self.limits.dim
@@ -103,7 +104,7 @@ class PeerGroup:
     def add_and_norm(
         self, residual_TD: Tensor, part_TD: Tensor, bias_D: Tensor | None, weight_D: Tensor, eps: float
     ) -> Tensor:
-        """Add the sum of the ranks' parts, and a bias, to ``residual`` in place; give the normalized sum."""
+        """Add the sum of the ranks' parts, and a bias, to ``residual`` in place; return the normalized sum."""
         from mgpu.worker.kernels.peers.all_reduce import Residual
 
         residual = Residual(residual_TD, weight_D, eps)
@@ -114,7 +115,7 @@ class PeerGroup:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a kernel has waited for a peer in vain; what was computed since is worth nothing."""
+        """True if a kernel has waited for a peer in vain. All results since then are worthless."""
         return bool(self._alarm.seen)
 
     def check(self) -> None:
@@ -124,7 +125,7 @@ class PeerGroup:
 
 
 def peers_of(group: TensorParallelGroup) -> PeerGroup | None:
-    """Give the group of kernels behind ``group``; None where there is none, or while a step's memory is measured."""
+    """Return the `PeerGroup` behind ``group``; None if there is none, or while a step's memory is measured."""
     if isinstance(group, DryRun):
         return None if group.alone else peers_of(group.inner)
     return group if isinstance(group, PeerGroup) else None

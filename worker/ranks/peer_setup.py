@@ -1,13 +1,21 @@
-"""Open a `PeerGroup`: allocate, exchange handles, map, try. All ranks use it, or none does.
+"""Open a `PeerGroup`: allocate, exchange handles, map, empty, try. All ranks of a stage use it, or none does.
 
-Every step ends with all ranks telling each other how it went, through the group that they have already. So a rank whose
-GPU cannot be reached, or whose kernels give wrong sums, makes all of them keep to that group.
+A rank that used the kernels while another did not would wait on the GPU for sums that never come. So every step ends
+with `_agree`: all ranks tell each other, over the group that they already have, whether it went well. As soon as one
+reports a problem, all see it at the same step, and all keep that group. With two ranks, of which GPU 1 cannot reach
+GPU 0:
+
+    step       rank 0                       rank 1                              agreed
+    allocate   a buffer and its handle      a buffer and its handle             no problem; handles are exchanged
+    map        rank 1's buffer is mapped    "no peer access between GPUs"       rank 1 has a problem: both give up
+
+Without that problem the steps left are: empty the areas (no rank writes before all are empty), and try the kernels
+(peer_check.py). Every rank makes the same calls of `_agree` in the same order, also the one that has a problem.
 """
 
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
 
 import msgpack
 import torch
@@ -22,24 +30,27 @@ from mgpu.worker.ranks.peer_check import peer_problem
 from mgpu.worker.ranks.peer_group import PeerGroup, ReduceLimits, area_shapes
 
 SWITCH = "MGPU_PEER_REDUCE"
-"""0: never; 1: also where ranks share a GPU, which takes turns with kernels that wait, so for tests only."""
+"""0: never use the kernels. 1: use them also if ranks share a GPU; there waiting kernels take turns: for tests only."""
 _MESSAGE_BYTES = 1024
 _MOST_TEXT = 300
 _CHECK_S = 30.0
-"""Longest wait of a kernel while the group is tried: the ranks compile the same kernels, not equally fast."""
+"""Longest wait of a kernel while the group is tried: ranks compile the same kernels, but not equally fast."""
+
+_Status = tuple[str, str, str, int, bytes]
+"""What a rank says: its problem or nothing, its machine, its GPU's UUID and index, and the handle of its buffer."""
 
 
-class _NoPeers(Exception):
-    """Some rank cannot; the text says why."""
+class _CannotUse(Exception):
+    """Some rank cannot use the kernels; the text says why."""
 
 
 class PeerSetup:
-    """The way to a group, and what it owns: this rank's buffer and the mappings of the others'."""
+    """Opens a group and owns its memory: this rank's buffer and the mappings of the others'."""
 
-    def __init__(self, group: TensorParallelGroup, talk: TensorParallelGroup, device: torch.device) -> None:
-        """Prepare; ``group`` adds up what kernels do not, ``talk`` is the same ranks on CPU tensors."""
+    def __init__(self, group: TensorParallelGroup, host_group: TensorParallelGroup, device: torch.device) -> None:
+        """``group`` makes the sums that kernels do not; ``host_group`` is the same ranks for CPU tensors."""
         self._group = group
-        self._talk = talk
+        self._host_group = host_group
         self._device = device
         self._mine: Tensor | None = None
         self._mapped: list[Tensor] = []
@@ -47,10 +58,10 @@ class PeerSetup:
         """A line for the start-up log: what is used, or why not."""
 
     def open(self, limits: ReduceLimits, timeout_s: float) -> TensorParallelGroup:
-        """Give a `PeerGroup`, or the group as it was where any rank cannot have one. PeerLost when a rank is gone."""
+        """Return a `PeerGroup`, or the group as it was if any rank cannot have one. PeerLost when a rank is gone."""
         try:
             opened = self._open(limits, timeout_s)
-        except _NoPeers as reason:
+        except _CannotUse as reason:
             self._mapped, self._mine = [], None
             self.note = f"partial sums do not go by own kernels: {reason}"
             return self._group
@@ -60,16 +71,17 @@ class PeerSetup:
     def _open(self, limits: ReduceLimits, timeout_s: float) -> PeerGroup:
         problem = refusal(limits, self._device)
         shapes = [] if problem else area_shapes(limits)
-        areas = cut(*self._share_memory(shapes, problem), shapes)
+        buffer, peers = self._allocate(shapes, problem)
+        areas = cut(buffer, self._map_all(buffer, peers), shapes)
         torch.cuda.synchronize(self._device)
-        self._tell("")  # nobody writes before all areas are empty
+        self._agree("")  # no rank writes before all areas are empty
         alarm = new_alarm(self._device, min(timeout_s, _CHECK_S))
-        self._tell(peer_problem(PeerGroup(self._group, areas, alarm, limits), self._device))
+        self._agree(peer_problem(PeerGroup(self._group, areas, alarm, limits), self._device))
         patient = PeerAlarm(alarm.failed, alarm.seen, int(timeout_s * 1e6))
         return PeerGroup(self._group, areas, patient, limits)
 
-    def _share_memory(self, shapes: list[AreaShape], problem: str) -> tuple[Tensor, list[int]]:
-        """Give this rank's buffer, and where each rank's begins as this process sees it."""
+    def _allocate(self, shapes: list[AreaShape], problem: str) -> tuple[Tensor, list[_Status]]:
+        """Return this rank's buffer, and what the ranks say of theirs."""
         handle = b""
         if not problem:
             try:
@@ -77,57 +89,61 @@ class PeerSetup:
                 handle = export(self._mine)
             except RuntimeError as error:  # CUDA's, out of memory included: a server without these kernels still works
                 problem = f"memory cannot be shared: {str(error).splitlines()[0]}"
-        peers = self._tell(problem, handle)
+        peers = self._agree(problem, handle)
         assert self._mine is not None
+        return self._mine, peers
+
+    def _map_all(self, buffer: Tensor, peers: list[_Status]) -> list[int]:
+        """Return where each rank's buffer begins as this process sees it."""
         addresses, problem = [], ""
         for rank, peer in enumerate(peers):
             try:
-                addresses.append(self._mine.data_ptr() if rank == self._group.rank else self._map(peer))
-            except (_NoPeers, RuntimeError) as error:
+                addresses.append(buffer.data_ptr() if rank == self._group.rank else self._map(peer))
+            except (_CannotUse, RuntimeError) as error:
                 problem = problem or f"rank {rank}'s memory cannot be mapped: {str(error).splitlines()[0]}"
-        self._tell(problem)
-        return self._mine, addresses
+        self._agree(problem)
+        return addresses
 
-    def _map(self, peer: list[object]) -> int:
-        _, machine, gpu, index, handle = cast(tuple[str, str, str, int, bytes], peer)
+    def _map(self, peer: _Status) -> int:
+        _, machine, gpu, index, handle = peer
         if machine != _machine():
-            raise _NoPeers("it is on another machine")
+            raise _CannotUse("it is on another machine")
         if gpu == _gpu(self._device) and os.environ.get(SWITCH) != "1":
-            raise _NoPeers("it shares this GPU")
+            raise _CannotUse("it shares this GPU")
         is_other = gpu != _gpu(self._device) and index != self._device.index and index < torch.cuda.device_count()
         if is_other and not torch.cuda.can_device_access_peer(self._device, index):
-            raise _NoPeers(f"no peer access between GPUs {self._device.index} and {index}")
+            raise _CannotUse(f"no peer access between GPUs {self._device.index} and {index}")
         self._mapped.append(map_exported(handle, self._device))
         return self._mapped[-1].data_ptr()
 
-    def _tell(self, problem: str, handle: bytes = b"") -> list[list[object]]:
-        """Tell all ranks how this one is doing and hear of the others; _NoPeers when one of them cannot."""
+    def _agree(self, problem: str, handle: bytes = b"") -> list[_Status]:
+        """Tell all ranks how this one is doing, and return what they say. _CannotUse if one has a problem."""
         packed = msgpack.packb([problem[:_MOST_TEXT], _machine(), _gpu(self._device), self._device.index or 0, handle])
         if len(packed) > _MESSAGE_BYTES:
             packed = msgpack.packb([f"a handle of {len(handle)} bytes", "", "", 0, b""])
         mine = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
         mine[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-        messages = [_unpack(each) for each in self._talk.all_gather(mine).view(-1, _MESSAGE_BYTES)]
-        for rank, message in enumerate(messages):
-            if message[0]:
-                raise _NoPeers(f"rank {rank} of {len(messages)}: {message[0]}")
-        return messages
+        peers = [_unpack(each) for each in self._host_group.all_gather(mine).view(-1, _MESSAGE_BYTES)]
+        for rank, peer in enumerate(peers):
+            if peer[0]:
+                raise _CannotUse(f"rank {rank} of {len(peers)}: {peer[0]}")
+        return peers
 
     def close(self) -> None:
-        """Part in good order: unmap when no rank writes any more, free when no rank has this buffer mapped."""
+        """Unmap when no rank writes any more, then free when no rank has this buffer mapped."""
         if self._mine is None:
             return
         with suppress(PeerLost, RuntimeError):
             torch.cuda.synchronize(self._device)
-            self._talk.all_gather(torch.zeros(1, dtype=torch.uint8))
+            self._host_group.all_gather(torch.zeros(1, dtype=torch.uint8))
         self._mapped = []
         with suppress(PeerLost, RuntimeError):
-            self._talk.all_gather(torch.zeros(1, dtype=torch.uint8))
+            self._host_group.all_gather(torch.zeros(1, dtype=torch.uint8))
         self._mine = None
 
 
 def refusal(limits: ReduceLimits, device: torch.device) -> str:
-    """Say why this rank does not even try; empty when it does."""
+    """Return why this rank does not try the kernels; empty if it does."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
     if os.environ.get("MGPU_NO_P2P") == "1":
@@ -140,17 +156,16 @@ def refusal(limits: ReduceLimits, device: torch.device) -> str:
 
 
 def new_alarm(device: torch.device, timeout_s: float) -> PeerAlarm:
-    """Make an alarm of a GPU's kernels."""
+    """Make the flags by which kernels of a GPU say that they waited too long."""
     failed = torch.zeros(1, dtype=torch.int32, device=device)
     return PeerAlarm(failed, torch.zeros(1, dtype=torch.int32, pin_memory=True), int(timeout_s * 1e6))
 
 
-def _unpack(message: Tensor) -> list[object]:
+def _unpack(message: Tensor) -> _Status:
     unpacker = msgpack.Unpacker()
     unpacker.feed(bytes(message.tolist()))
-    found = unpacker.unpack()
-    assert isinstance(found, list)
-    return found
+    problem, machine, gpu, index, handle = unpacker.unpack()
+    return problem, machine, gpu, index, handle
 
 
 def _machine() -> str:

@@ -1,7 +1,7 @@
 """Reduce and gather over memory that all ranks of one machine map.
 
-Publication is a plain store of the data followed by a plain store of a counter, and readers poll the counter. That is
-ordered on x86-64 only (stores are not reordered with stores, loads not with loads), so other machines are refused.
+A rank publishes data by storing it and then storing a counter, and readers poll the counter. Plain stores keep this
+order on x86-64 only (no store passes a store, no load passes a load), so other machines are refused.
 """
 
 import mmap
@@ -16,15 +16,16 @@ from torch import Tensor
 from mgpu.protocol.model.shared_memory_layout import LINE, ReduceRegion, SharedLayout
 from mgpu.worker.errors import PeerLost
 
-_WORD = 8
+WORD = 8
+"""Bytes of a counter."""
 _QUICK_POLLS = 200
 _LONGEST_NAP_S = 0.0005
 
 
 class SharedSegment:
-    """This process's mapping of the shared file. It owns the mapping, not the file descriptor.
+    """This process's mapping of the shared file: `words` are its 64-bit counters, `data` its bytes as a tensor.
 
-    `words` are the 64-bit counters, `data` all bytes as a tensor.
+    It owns the mapping, not the file descriptor.
     """
 
     def __init__(self, fd: int, layout: SharedLayout, rank: int, timeout_s: float) -> None:
@@ -37,21 +38,21 @@ class SharedSegment:
         self.data = torch.frombuffer(self._map, dtype=torch.uint8)
         self.rank = rank
         self.timeout_s = timeout_s
-        self._failed = layout.failed // _WORD
-        self._barrier = layout.barrier // _WORD
+        self._failed = layout.failed // WORD
+        self._barrier = layout.barrier // WORD
         self._barriers_passed = 0
 
     def view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Give ``count`` elements of ``dtype`` at a byte offset, without a copy."""
+        """Return ``count`` elements of ``dtype`` at a byte offset, without a copy."""
         return self.data[offset : offset + count * dtype.itemsize].view(dtype)
 
     def report_failure(self) -> None:
-        """Tell all ranks that this one failed: their waits end with `PeerLost` at once."""
+        """Tell all ranks that this one failed; their waits then end with `PeerLost` at once. The first report stays."""
         if self.words[self._failed] == 0:
             self.words[self._failed] = self.rank + 1
 
     def wait(self, word: int, target: int, peer: str, spin_s: float, timeout_s: float | None = None) -> None:
-        """Return when ``words[word]`` reaches ``target``: poll, yielding the core, then nap after ``spin_s``."""
+        """Return when ``words[word]`` reaches ``target``: poll for ``spin_s``, yielding the core, then also sleep."""
         words = self.words
         for _ in range(_QUICK_POLLS):
             if words[word] >= target:
@@ -74,9 +75,9 @@ class SharedSegment:
             raise PeerLost(f"rank {self.rank} waited {timeout_s:g} s for {peer} in vain")
 
     def barrier(self, world_size: int, timeout_s: float) -> None:
-        """Wait until all ranks of the plan have come here as often as this one."""
+        """Wait until all ranks of the plan have called this as often as this one."""
         self._barriers_passed += 1
-        step = LINE // _WORD
+        step = LINE // WORD
         self.words[self._barrier + self.rank * step] = self._barriers_passed
         for peer in range(world_size):
             self.wait(self._barrier + peer * step, self._barriers_passed, f"rank {peer} to start", 0.0, timeout_s)
@@ -85,8 +86,8 @@ class SharedSegment:
 class SharedMemoryGroup:
     """Tensor-parallel group on CPU tensors in shared memory.
 
-    Every operation takes the next of two slot sets, so that a slot is written again only two operations later, when
-    all ranks have passed the operation between and thus finished reading it.
+    Operations use two sets of slots in turn. So a slot is written again only two operations later. By then all ranks
+    have begun the operation in between, so they have finished reading it.
     """
 
     def __init__(self, segment: SharedSegment, region: ReduceRegion, rank: int, ranks: Sequence[int]) -> None:
@@ -94,10 +95,10 @@ class SharedMemoryGroup:
         self.size = region.size
         self._segment = segment
         self._region = region
-        step = LINE // _WORD
-        self._mine = region.counters // _WORD + rank * step
+        step = LINE // WORD
+        self._mine = region.counters // WORD + rank * step
         self._peers = [
-            (region.counters // _WORD + peer * step, f"rank {ranks[peer]} in a collective")
+            (region.counters // WORD + peer * step, f"rank {ranks[peer]} in a collective")
             for peer in range(region.size)
             if peer != rank
         ]
@@ -137,7 +138,7 @@ class SharedMemoryGroup:
         flat.copy_(total)
 
     def _exchange(self, piece: Tensor) -> list[Tensor]:
-        """Publish this rank's piece and wait for the others'; the result is valid until the next but one call."""
+        """Publish this rank's piece and wait for the others'; the result is valid until the next call but one."""
         self._turn ^= 1
         slots = self._slots_of(piece.numel(), piece.dtype)[self._turn]
         slots[self.rank].copy_(piece)
@@ -150,7 +151,7 @@ class SharedMemoryGroup:
         return slots
 
     def _slots_of(self, count: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """Give the slots of both turns, cut to ``count`` elements; kept, since decoding asks for the same ones."""
+        """Return the slots of both turns, cut to ``count`` elements. Kept, because decoding asks for the same ones."""
         found = self._slots.get((count, dtype))
         if found is None:
             if len(self._slots) > 256:

@@ -115,6 +115,13 @@ def test_ranks_without_shared_memory_or_group_are_refused(tmp_path: Path) -> Non
         connect(spec_of([1, 1], "pinned", -1, tmp_path, 1.0), 0, torch.device("cpu"))
 
 
+def test_a_stage_of_one_rank_beside_larger_ones_sums_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgpu.worker.ranks.links.start_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("mgpu.worker.ranks.links.new_groups", lambda ranks, _: [None] * len(ranks))
+    links = connect(spec_of([2, 1], "gloo", -1, tmp_path, 1.0), 2, torch.device("cuda"))
+    assert isinstance(links.group.inner, SingleRank)
+
+
 def test_only_pairs_without_peer_access_use_the_host(tmp_path: Path) -> None:
     spec = replace(spec_of([1, 1, 1], "peer", -1, tmp_path, 1.0), staged=((1, 2),))
     spec = CONTROL.decode(CONTROL.encode(spec))
