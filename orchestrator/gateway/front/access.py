@@ -1,5 +1,9 @@
 """Decide who may connect, and as whom: the handler that libzmq asks for every handshake (ZAP, RFC 27).
 
+Three words say who: a *connection* is the ROUTER's id of a peer; its *identity* is what the transport proved:
+``key:FINGERPRINT`` (CURVE), ``uid:N`` (ipc), or nothing (tcp without keys); an *account* is whose limits and share of
+the server a request counts to.
+
 Without a ZAP domain libzmq also accepts ZMTP/1.0 greetings, so that sixteen raw bytes on a TCP port would arrive as
 a message; with one they are rejected. On ipc the kernel tells the peer's uid, which must be ours or root's. On tcp the
 peer must prove (CURVE) that it has a key of the allow-list; without one, only the loopback is let in.
@@ -9,39 +13,42 @@ import logging
 import os
 import time
 from collections.abc import Collection
+from dataclasses import replace
 
 import zmq
 
+from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.protocol.front.client_messages import ClientMessage, Generate, ResumeRequest
 from mgpu.protocol.keys import KEY_BYTES, fingerprint
 
 ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"mgpu"
 KEY_PREFIX = "key:"
 LOG_INTERVAL_S = 1.0
-"""Refusals are logged at most this often; whoever knocks without end must not fill the disk."""
+"""Refusals are logged at most this often, so that connecting again and again cannot fill the disk."""
 
 log = logging.getLogger(__name__)
 
 
-class Doorkeeper:
-    """Answers libzmq's questions in the gateway's own loop; owns the ZAP socket."""
+class AccessControl:
+    """Answers libzmq's ZAP requests in the gateway's own loop; owns the ZAP socket."""
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", client_keys: Collection[bytes] | None = None) -> None:
         """``client_keys`` are the public keys that may connect by tcp; None: there are no keys."""
-        self.let_in(client_keys)
+        self.set_client_keys(client_keys)
         self._logged_s = -LOG_INTERVAL_S
         self._unlogged = 0
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(ENDPOINT)
 
-    def let_in(self, client_keys: Collection[bytes] | None) -> None:
-        """Take another list of public keys; see `allows` for peers that are connected already."""
+    def set_client_keys(self, client_keys: Collection[bytes] | None) -> None:
+        """Replace the list of public keys; `check` refuses connected peers whose key is no longer on it."""
         self._client_keys = None if client_keys is None else frozenset(client_keys)
-        self._identities = frozenset(map(identity_of_key, client_keys or ()))
+        self._identities = frozenset(map(_identity_of_key, client_keys or ()))
 
-    def answer(self) -> None:
-        """Answer every question that is waiting."""
+    def answer_requests(self) -> None:
+        """Answer every ZAP request that is waiting."""
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -56,9 +63,10 @@ class Doorkeeper:
             request_id = question[1] if len(question) > 1 else b""
             self.socket.send_multipart([*route, b"1.0", request_id, *status, (identity or "").encode(), b""])
 
-    def allows(self, identity: str) -> bool:
-        """Tell whether a peer that was let in as ``identity`` still would be: its key may have been taken away."""
-        return self._client_keys is None or not identity.startswith(KEY_PREFIX) or identity in self._identities
+    def check(self, identity: str) -> None:
+        """Raise Refusal if the key of a connected peer has been taken off the list."""
+        if self._client_keys is not None and identity.startswith(KEY_PREFIX) and identity not in self._identities:
+            raise Refusal("not_allowed", "this client's key is no longer on the server's list")
 
     def close(self) -> None:
         self.socket.close()
@@ -73,16 +81,32 @@ class Doorkeeper:
         log.warning("refused a connection from %s%s", _describe(question), more)
 
 
-def identity_of_key(key: bytes) -> str:
-    """Name the client that has this public key."""
-    return KEY_PREFIX + fingerprint(key)
+def account_of(identity: str, connection: bytes) -> str:
+    """Return the account of a connection.
+
+    A key is one account with all its connections. Without keys all connections belong to one user, or cannot be told
+    apart; then each connection is an account of its own, so that the programs of that user are fair to each other.
+    """
+    return identity if identity.startswith(KEY_PREFIX) else f"{identity} {connection.hex()}"
+
+
+def scope_to_key(message: ClientMessage, identity: str) -> ClientMessage:
+    """Prefix the session and the cache salt of a message with the key of its client, if it has one.
+
+    So nobody can resume a request of another key, or learn from the time of a first token which prompts others send.
+    """
+    if not identity.startswith(KEY_PREFIX):
+        return message
+    if isinstance(message, Generate):
+        session = message.session and f"{identity} {message.session}"
+        return replace(message, session=session, cache_salt=f"{identity} {message.cache_salt}")
+    if isinstance(message, ResumeRequest):
+        return replace(message, session=f"{identity} {message.session}")
+    return message
 
 
 def identify(question: list[bytes], client_keys: Collection[bytes] | None) -> str | None:
-    """Say who sends a ZAP request: ``uid:N`` on ipc, ``key:FINGERPRINT`` with keys, ``""`` on tcp without.
-
-    None for a peer that may not use the front channel.
-    """
+    """Return the identity of the peer that a ZAP request is about; None if it may not use the front channel."""
     if len(question) < 6 or question[0] != b"1.0" or question[2] != DOMAIN:
         return None
     address, mechanism = question[3].decode("latin-1"), question[5]
@@ -92,13 +116,17 @@ def identify(question: list[bytes], client_keys: Collection[bytes] | None) -> st
         return f"uid:{int(uid)}" if allowed else None
     if client_keys is not None:
         key = question[6] if mechanism == b"CURVE" and len(question) == 7 else b""
-        return identity_of_key(key) if key in client_keys else None
+        return _identity_of_key(key) if key in client_keys else None
     loopback = address.startswith("127.") or address in ("::1", "::ffff:127.0.0.1")
     return "" if mechanism == b"NULL" and loopback else None
 
 
+def _identity_of_key(key: bytes) -> str:
+    return KEY_PREFIX + fingerprint(key)
+
+
 def _describe(question: list[bytes]) -> str:
-    """Say who was refused, in characters that cannot forge a line of the log."""
+    """Name the peer that was refused, in characters that cannot forge a line of the log."""
     address = ascii(question[3].decode("latin-1"))[1:-1][:64] if len(question) > 3 else "nowhere"
     if len(question) == 7 and question[5] == b"CURVE" and len(question[6]) == KEY_BYTES:
         return f"{address}: key {fingerprint(question[6])} is not on the list"

@@ -10,17 +10,19 @@ from typing import Any, Literal, NamedTuple
 
 import zmq
 
-from mgpu.orchestrator.gateway.front import access as zap
+from mgpu.orchestrator.gateway.front.access import DOMAIN, AccessControl, account_of
 from mgpu.orchestrator.gateway.front.endpoint import BindError, bind, is_lost, release
 from mgpu.protocol.front import framing
+from mgpu.protocol.front.client_messages import REQUEST_ID
+from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.keys import use_server_key
 
 MAX_BACKLOG_BYTES = 4 << 20
-"""Per client, beyond what its pipe holds (the HWM)."""
+"""Per connection, beyond what its pipe holds (the HWM)."""
 MAX_TOTAL_BACKLOG_BYTES = 256 << 20
-"""Of all clients; beyond it the one that is furthest behind is given up."""
-LOOK_INTERVAL_S = 2.0
+"""Of all connections; beyond it the one that is furthest behind is given up."""
+CHECK_INTERVAL_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,15 @@ Loss = Literal["gone", "slow"]
 class Received(NamedTuple):
     """One message from a client."""
 
-    client: bytes
-    """The routing id: one connection."""
+    connection: bytes
     frames: list[bytes]
     """At most ``framing.MAX_FRAMES`` + 1."""
     identity: str
-    """Who that is: ``key:FINGERPRINT`` with keys, ``uid:N`` on ipc, empty on tcp without keys (see zap.py)."""
+    """What the transport proved; see access.py."""
+
+    @property
+    def account(self) -> str:
+        return account_of(self.identity, self.connection)
 
 
 @dataclass(slots=True)
@@ -44,25 +49,25 @@ class _Backlog:
     size: int = 0
 
 
-class Front:
+class FrontSocket:
     """ROUTER of the front channel, its ZAP handler and the messages that wait for slow readers."""
 
     def __init__(
         self, context: "zmq.Context[Any]", endpoint: str, max_bytes: int, keys: ServerKeys | None = None
     ) -> None:
         """Bind ``endpoint``; BindError when that is impossible or not allowed. With ``keys``, tcp is encrypted."""
-        self.doorkeeper = zap.Doorkeeper(context, None if keys is None else keys.clients)
+        self.access = AccessControl(context, None if keys is None else keys.clients)
         self.socket = context.socket(zmq.ROUTER)
         if keys is not None and endpoint.startswith("tcp://"):
             use_server_key(self.socket, keys.secret)
         framing.set_server_options(self.socket, max_bytes)
-        self.socket.setsockopt(zmq.ZAP_DOMAIN, zap.DOMAIN)
+        self.socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
         self._limits = replace(framing.FROM_CLIENT, frame_bytes=max_bytes)
         self._backlogs: dict[bytes, _Backlog] = {}
         self._backlog_bytes = 0
         self._lost: dict[bytes, Loss] = {}
-        self._look_at_s, self._misses = 0.0, 0
+        self._next_check_s, self._failed_binds = 0.0, 0
         try:
             self.endpoint, self._lock = bind(self.socket, endpoint, has_keys=keys is not None)
         except BaseException:
@@ -73,15 +78,15 @@ class Front:
     def has_backlog(self) -> bool:
         return bool(self._backlogs)
 
-    def look(self) -> None:
-        """Bind again if something has removed the socket; log, once, that this cannot be done. Cheap: call it often.
+    def restore_endpoint(self) -> None:
+        """Bind again if something has removed the socket file; log once if this is impossible. Call it often.
 
         Connections are not touched. What listened to the old file stays with libzmq, idle, until the end.
         """
         now_s = time.monotonic()
-        if now_s < self._look_at_s:
+        if now_s < self._next_check_s:
             return
-        self._look_at_s = now_s + LOOK_INTERVAL_S
+        self._next_check_s = now_s + CHECK_INTERVAL_S
         if not is_lost(self.endpoint, self._lock):
             return
         if self._lock >= 0:
@@ -90,17 +95,17 @@ class Front:
         try:
             _, self._lock = bind(self.socket, self.endpoint)
         except BindError as error:
-            self._misses += 1
-            if self._misses == 2:  # the parent may be about to make the folder again
+            self._failed_binds += 1
+            if self._failed_binds == 2:  # the first time the parent may be about to make the folder again
                 log.error("something has removed the socket, and nobody can connect: %s", error)
         else:
-            self._misses = 0
+            self._failed_binds = 0
             log.warning("something has removed the socket; listening on %s again", self.endpoint)
 
     def receive(self) -> Received | None:
-        """Take one message. None when none waits."""
+        """Return the next message; None if none is waiting."""
         try:
-            client = self.socket.recv(zmq.NOBLOCK)
+            connection = self.socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
         frames: list[bytes] = []
@@ -111,26 +116,26 @@ class Front:
                 identity = _identity_of(frame)
             if len(frames) <= framing.MAX_FRAMES:  # the rest is read, since it has arrived, and dropped
                 frames.append(frame.bytes)
-        return Received(client, frames, identity)
+        return Received(connection, frames, identity)
 
     def unpack(self, frames: list[bytes]) -> dict[object, object]:
-        """Decode what `receive` gave. WireError for anything that is not a message."""
+        """Decode the frames of a message. WireError for anything else."""
         return framing.unpack(frames, self._limits)
 
-    def send(self, client: bytes, values: Mapping[str, object]) -> None:
+    def send(self, connection: bytes, values: Mapping[str, object]) -> None:
         """Send one message or keep it for later; never waits, never raises. See `take_lost`."""
-        if client in self._lost:
-            return  # its queue was thrown away: whatever follows would hide that something is missing
-        message = [client, *framing.pack(values)]
-        backlog = self._backlogs.get(client)
+        if connection in self._lost:
+            return  # its backlog was thrown away: a later message would hide that something is missing
+        message = [connection, *framing.pack(values)]
+        backlog = self._backlogs.get(connection)
         if backlog is None:
             if self._try_send(message):
                 return
-            backlog = self._backlogs.setdefault(client, _Backlog())
+            backlog = self._backlogs.setdefault(connection, _Backlog())
         backlog.messages.append(message)
         self._add(backlog, len(message[-1]))
         if backlog.size > MAX_BACKLOG_BYTES:
-            self._give_up(client)
+            self._give_up(connection)
         elif self._backlog_bytes > MAX_TOTAL_BACKLOG_BYTES:
             self._give_up(max(self._backlogs, key=lambda each: self._backlogs[each].size))
 
@@ -138,27 +143,27 @@ class Front:
         backlog.size += size
         self._backlog_bytes += size
 
-    def _give_up(self, client: bytes) -> None:
-        backlog = self._backlogs.pop(client)
+    def _give_up(self, connection: bytes) -> None:
+        backlog = self._backlogs.pop(connection)
         self._add(backlog, -backlog.size)
-        self._lost[client] = "slow"
+        self._lost[connection] = "slow"
 
     def flush(self) -> None:
-        """Try again to send what slow readers have not taken."""
-        for client, backlog in list(self._backlogs.items()):
+        """Try again to send the messages that wait for slow readers."""
+        for connection, backlog in list(self._backlogs.items()):
             while backlog.messages and self._try_send(backlog.messages[0]):
                 self._add(backlog, -len(backlog.messages.popleft()[-1]))
-            if not backlog.messages or self._lost.get(client) == "gone":
+            if not backlog.messages or self._lost.get(connection) == "gone":
                 self._add(backlog, -backlog.size)
-                del self._backlogs[client]
+                del self._backlogs[connection]
 
     def take_lost(self) -> dict[bytes, Loss]:
-        """Give the clients that were found gone, or too slow to be kept, since the last call."""
+        """Return the connections that were found gone, or too slow to be kept, since the last call."""
         lost, self._lost = self._lost, {}
         return lost
 
     def _try_send(self, message: list[bytes]) -> bool:
-        """Send without waiting; False when the client's pipe is full. A vanished client counts as sent."""
+        """Send without waiting; False if the peer's pipe is full. A message to a vanished peer counts as sent."""
         try:
             self.socket.send_multipart(message, zmq.NOBLOCK, copy=True)
         except zmq.Again:
@@ -171,7 +176,7 @@ class Front:
 
     def close_sockets(self) -> None:
         self.socket.close()
-        self.doorkeeper.close()
+        self.access.close()
 
     def close(self) -> None:
         """Close the socket, letting libzmq flush for a moment, and free the endpoint."""
@@ -180,14 +185,16 @@ class Front:
 
 
 def _identity_of(frame: zmq.Frame) -> str:
-    """Give what the doorkeeper said of the peer; every frame of its connection carries it."""
+    """Return the identity that access control gave the peer; every frame of its connection carries it."""
     try:
         return str(frame.get("User-Id"))
-    except zmq.ZMQError:  # there is no such property: the doorkeeper gave no name
+    except zmq.ZMQError:  # libzmq has no such property: the identity is empty
         return ""
 
 
 def id_of(data: dict[object, object]) -> int | None:
-    """Give the id of a message that may be wrong in everything else."""
-    value = data.get("id")
-    return value if type(value) is int and 0 <= value < 2**63 else None
+    """Return the id of a message that may be wrong in everything else; None if that is wrong too."""
+    try:
+        return REQUEST_ID.parse("id", data.get("id"))
+    except FieldError:
+        return None

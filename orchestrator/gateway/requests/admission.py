@@ -1,43 +1,16 @@
-"""Decide whether a request can run, and turn it into the sequences that the engine generates."""
+"""Turn a request into the sequences that the engine generates, unless it can never run."""
 
 import secrets
-from collections.abc import Iterable
+from array import array
 from hashlib import blake2b
 
+from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.front.server_messages import Accepted, FailureCode
+from mgpu.protocol.front.server_messages import Accepted
+from mgpu.protocol.internal.admission import AdmissionRule
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Submit
 from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, RowSampling
-
-RETRY_AFTER_S = 1.0
-
-
-class Refusal(Exception):
-    """A request that will not run: what its client is told."""
-
-    def __init__(self, code: FailureCode, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.retry_after_s = retry_after_s
-
-
-def check_state(info: EngineInfo | None) -> EngineInfo:
-    """Give the engine's limits if it takes requests. Refusal while it starts or drains."""
-    if info is not None and info.state in ("ready", "recovering"):  # the engine queues while it recovers
-        return info
-    if info is None or info.state == "starting":
-        raise Refusal("not_ready", "the server is still loading the model", RETRY_AFTER_S)
-    if info.state == "draining":
-        raise Refusal("draining", "the server is finishing its last requests before it stops", RETRY_AFTER_S)
-    raise Refusal("stopped", "the server has stopped")
-
-
-def check_model(request: Generate, model_name: str) -> None:
-    if request.model is not None and request.model != model_name:
-        raise Refusal(
-            "unknown_model", f"model {request.model[:80]!r} is not served here; this server has {model_name!r}"
-        )
 
 
 def admit(
@@ -46,21 +19,16 @@ def admit(
     spec: GatewaySpec,
     info: EngineInfo,
     first_sequence: int,
-    account: int = 0,
-    weight: float = 1.0,
+    account: int,
+    weight: float,
 ) -> tuple[Accepted, list[Submit]]:
-    """Give the answer to the client and the sequences for the engine, numbered from ``first_sequence``.
+    """Return the answer to the client and the sequences for the engine, numbered from ``first_sequence``.
 
     ``prompt`` is little-endian int32; ``account`` and ``weight`` are for the scheduler. Refusal with the numbers when
     ids or lengths do not fit the model.
     """
     ids = int32_array(prompt)
-    if not ids:
-        raise Refusal("bad_request", "the prompt is empty: it has no tokens")
-    _check_vocabulary("the prompt", ids, spec.vocab_size)
-    _check_vocabulary("stop_token_ids", request.stop_token_ids, spec.vocab_size)
-    _check_vocabulary("logit_bias", (token_id for token_id, _ in request.logit_bias), spec.vocab_size)
-    max_tokens = _room(request, len(ids), info)
+    max_tokens = _checked_max_tokens(request, ids, spec.vocab_size, info)
     seed = secrets.randbits(53) if request.seed is None else request.seed  # 53: exact in every language
     stop_ids = list(dict.fromkeys([*([] if request.ignore_eos else spec.eos_token_ids), *request.stop_token_ids]))
     accepted = Accepted(request.id, spec.model_name, len(ids), max_tokens, seed)
@@ -80,37 +48,47 @@ def admit(
     ]
 
 
-def _check_vocabulary(what: str, ids: Iterable[int], vocab_size: int) -> None:
-    highest = max(ids, default=0)
-    if highest >= vocab_size:
-        raise Refusal("bad_request", f"{what} has token id {highest}; the vocabulary has ids 0 to {vocab_size - 1}")
-
-
-def _room(request: Generate, prompt_tokens: int, info: EngineInfo) -> int:
-    """Give the most tokens that may follow the prompt. Refusal when the context or the KV pool is too small."""
+def _checked_max_tokens(request: Generate, ids: "array[int]", vocab_size: int, info: EngineInfo) -> int:
+    """Return how many tokens may follow the prompt. Refusal when the request can never run."""
     limit = min(info.max_seq_len, info.kv_tokens)
-    reason = "context" if info.max_seq_len <= info.kv_tokens else "KV cache"
-    room = limit - prompt_tokens
-    if room < 1:
-        raise Refusal(
-            "bad_request",
-            f"the prompt has {prompt_tokens} tokens, but the {reason} holds {limit}: "
-            f"at most {limit - 1} for the prompt and one new token",
-        )
+    rule = AdmissionRule(limit, vocab_size)
+    room = rule.room_after(len(ids))
     wanted = room if request.max_tokens is None else request.max_tokens
-    if wanted > room:
-        raise Refusal(
-            "bad_request",
-            f"{prompt_tokens} prompt tokens and max_tokens {wanted} make {prompt_tokens + wanted}, but the {reason} "
-            f"holds {limit}; use max_tokens {room} or less",
-        )
+    problem = rule.problem_of(ids, wanted)
+    if problem == "empty prompt":
+        raise Refusal("bad_request", "the prompt is empty: it has no tokens")
+    named_ids = {
+        "the prompt": ids,
+        "stop_token_ids": request.stop_token_ids,
+        "logit_bias": [token_id for token_id, _ in request.logit_bias],
+    }
+    for what, token_ids in named_ids.items():
+        if (unknown := rule.unknown_id(token_ids)) is not None:
+            text = f"{what} has token id {unknown}; the vocabulary has ids 0 to {vocab_size - 1}"
+            raise Refusal("bad_request", text)
+    if problem is not None:
+        raise Refusal("bad_request", _too_long(len(ids), wanted, room, info))
     if request.min_tokens > wanted:
         raise Refusal("bad_request", f"min_tokens {request.min_tokens} is more than the {wanted} that fit")
     return wanted
 
 
+def _too_long(prompt_tokens: int, wanted: int, room: int, info: EngineInfo) -> str:
+    reason = "context" if info.max_seq_len <= info.kv_tokens else "KV cache"
+    limit = prompt_tokens + room
+    if room < 1:
+        return (
+            f"the prompt has {prompt_tokens} tokens, but the {reason} holds {limit}: "
+            f"at most {limit - 1} for the prompt and one new token"
+        )
+    return (
+        f"{prompt_tokens} prompt tokens and max_tokens {wanted} make {prompt_tokens + wanted}, but the {reason} "
+        f"holds {limit}; use max_tokens {room} or less"
+    )
+
+
 def seed_of_choice(seed: int, index: int) -> int:
-    """Give the seed of one of ``n`` choices; the first one equals a request of its own with the same seed."""
+    """Return the seed of one of ``n`` choices; the first has the request's own, as if it were the only one."""
     if index == 0:
         return seed
     digest = blake2b(seed.to_bytes(8, "little") + index.to_bytes(4, "little"), digest_size=8).digest()

@@ -1,261 +1,243 @@
-"""Go on with a request that another gateway, or another connection, began: from the engine's record of it."""
+"""Continue requests for clients that come back, from the engine's records; resumption.py says how."""
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mgpu.orchestrator.gateway.requests.admission import Refusal
-from mgpu.orchestrator.gateway.requests.queries import Name, Queries
-from mgpu.orchestrator.gateway.requests.replay import CatchUp, Replay
-from mgpu.orchestrator.gateway.requests.table import ChoiceState, Request, RequestTable
-from mgpu.protocol.front.client_messages import Generate, ResumeRequest
-from mgpu.protocol.front.server_messages import Accepted, Failed, FailureCode, Resumed, ServerMessage
-from mgpu.protocol.internal.codec import Codec
+from mgpu.orchestrator.gateway.front.access import AccessControl
+from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.gateway.requests.lifecycle import Requests
+from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
+from mgpu.orchestrator.gateway.requests.quota import MAX_QUESTIONS
+from mgpu.orchestrator.gateway.requests.record_queue import RecordQueue
+from mgpu.orchestrator.gateway.requests.replay import Replay
+from mgpu.orchestrator.gateway.requests.request import Request
+from mgpu.orchestrator.gateway.requests.resume_context import restored_request, unpack_context
+from mgpu.orchestrator.gateway.requests.resumption import Resumption, State
+from mgpu.orchestrator.gateway.requests.table import Name
+from mgpu.protocol.front.client_messages import ResumeRequest
+from mgpu.protocol.front.server_messages import Resumed
 from mgpu.protocol.internal.gateway_messages import Cancel, SequenceRecord
-from mgpu.protocol.internal.gateway_messages import Resumed as Answer
+from mgpu.protocol.internal.gateway_messages import Resumed as Record
 
+RECORD_TIMEOUT_S = 10.0
+"""Longer than for other questions: the client has waited already, and the engine may be replacing its workers."""
 GRACE_S = 5.0
 """A client that was told to ask again for its request does so within this time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """What a gateway must know of a request to go on with it; the prompt is not part of that."""
-
-    accepted: Accepted
-    stream: bool
-    n: int
-    min_tokens: int
-    stop: tuple[str, ...]
-    skip_special_tokens: bool
-    timeout_s: float | None
-    deadline_s: float | None
-    """CLOCK_MONOTONIC, the same for all processes of a machine."""
-    identity: str
-    size: int
-    """See `Request.size`."""
-
-
-_CODEC = Codec(Context)
-
-
-def pack_context(request: Request, accepted: Accepted) -> bytes:
-    """Note what another gateway would need."""
-    spec = request.spec
-    return _CODEC.encode(
-        Context(
-            accepted,
-            spec.stream,
-            spec.n,
-            spec.min_tokens,
-            spec.stop,
-            spec.skip_special_tokens,
-            spec.timeout_s,
-            request.deadline_s,
-            request.identity,
-            request.size,
-        )
-    )
-
-
-def restored_request(client: bytes, message: ResumeRequest, data: bytes, now: float) -> tuple[Request, Accepted]:
-    """Give the request as it was admitted, without its choices."""
-    context: Context = _CODEC.decode(data)
-    spec = Generate(
-        message.id,
-        stream=context.stream,
-        n=context.n,
-        min_tokens=context.min_tokens,
-        stop=context.stop,
-        skip_special_tokens=context.skip_special_tokens,
-        timeout_s=context.timeout_s,
-        session=message.session,
-    )
-    request = Request(client, spec, now, context.deadline_s, context.identity, size=context.size)
-    request.prompt_tokens = context.accepted.prompt_tokens
-    return request, context.accepted
-
-
-def identity_of(data: bytes) -> str:
-    """Give whose request a packed context is of."""
-    context: Context = _CODEC.decode(data)
-    return context.identity
-
-
-@dataclass(frozen=True, slots=True)
-class _Orphan:
+class _Orphans:
     """What runs for a client that was told to ask again before the engine told of it."""
 
     sequence_ids: list[int]
-    message: ResumeRequest | None
+    name: Name | None
     due_s: float
 
 
-class Resumption:
-    """Take requests over for clients that come back."""
+class Resumptions:
+    """At most one resumption per request waits for the engine; the last client that asked gets the request."""
 
-    def __init__(
-        self,
-        table: RequestTable,
-        queries: Queries,
-        make_choice: Callable[[Generate, int, int, Sequence[int]], ChoiceState],
-        send: Callable[[bytes, ServerMessage], None],
-        send_engine: Callable[[Cancel], None],
-        check_allowed: Callable[[str], None],
-        cancel: Callable[[Request], None],
-    ) -> None:
-        """``check_allowed`` raises a Refusal for an identity that may not be served any more."""
-        self._table = table
-        self._queries = queries
-        self._make_choice = make_choice
-        self._send = send
-        self._send_engine = send_engine
-        self._check_allowed = check_allowed
-        self._cancel = cancel
-        self._orphans: list[_Orphan] = []
-        self._catching_up: dict[Name, CatchUp] = {}
-        """Requests of which the next portion has been asked for."""
+    def __init__(self, requests: Requests, access: AccessControl, outgoing: Outgoing) -> None:
+        self._requests = requests
+        self._table = requests.table
+        self._quota = requests.table.quota
+        self._access = access
+        self._outgoing = outgoing
+        self._queue = RecordQueue(outgoing)
+        self._waiting: dict[Name, Resumption] = {}
+        """QUEUED, ASKED and OUTDATED."""
+        self._abandoned: dict[int, Resumption] = {}
+        """ABANDONED, by query id; the oldest are forgotten."""
+        self._orphans: list[_Orphans] = []
 
-    def resume(self, client: bytes, owner: str, message: ResumeRequest) -> None:
-        """Detach the request from the connection it was on, and ask for the engine's record of it if that is needed.
+    # ---------------------------------------------------------- from clients
 
-        ``owner`` is whose question it is. Refusal when that cannot be asked now; then nothing has changed. No limit of
-        requests counts: what the engine knows runs already, or has ended, and its journal bounds it.
+    def resume(self, connection: bytes, account: str, message: ResumeRequest) -> None:
+        """Detach the request from the connection it was on, and ask for the engine's record of it if there is one.
+
+        Refusal when the engine cannot be asked now; then nothing has changed. No limit of requests counts: what the
+        engine knows runs already, or has ended, and its journal bounds it.
         """
-        request, other = self._table.by_session(message.session, message.id), self._table.get(client, message.id)
-        if other is not None and other is not request:
+        request = self._table.by_session(message.session, message.id)
+        same_id = self._table.get(connection, message.id)
+        if same_id is not None and same_id is not request:
             raise Refusal("duplicate_id", "another request with this id is in flight; choose another id")
         if request is not None and not request.choices:
-            self._table.move(request, client)  # its prompt is being tokenized: nothing has been said yet
-            self._send(client, Resumed(message.id, [0] * request.spec.n))
+            self._table.move(request, connection)  # its prompt is being tokenized: nothing has been sent yet
+            self._outgoing.to_client(connection, Resumed(message.id, [0] * request.spec.n))
             return
         try:
-            self._queries.ask_for_record(client, owner, message)
+            self._wait_for_record(connection, account, message)
         except Refusal as refusal:
-            if request is None or other is None:
+            if same_id is None:
                 raise
-            # Under its id: this client may have taken the request up already, and now waits for this answer alone.
-            self._send(client, Failed(message.id, refusal.code, str(refusal), refusal.retry_after_s))
+            # Under its id: this client may be reading the request already, and now waits for this answer alone.
+            self._outgoing.to_client(connection, refusal.answer(message.id))
             return
-        self._catching_up.pop((message.session, message.id), None)
         if request is not None:
             self._table.remove(request)
 
-    def on_record(self, record: Answer) -> None:
-        """Go on with the request that the engine tells of, for whoever asked for it last."""
-        question = self._queries.take(record)
-        if question is None:
-            self._orphans.append(_Orphan(_running(record), self._queries.take_late(record), time.monotonic() + GRACE_S))
+    def cancel(self, connection: bytes, account: str, request_id: int) -> None:
+        """End a request that its client waits to resume, as soon as it is known; nothing if there is none."""
+        if self._quota.has_questions(account):
+            for waiting in self._waiting.values():
+                if waiting.connection == connection and waiting.message.id == request_id:
+                    waiting.is_cancelled = True
+
+    def _wait_for_record(self, connection: bytes, account: str, message: ResumeRequest) -> None:
+        waiting = self._waiting.get((message.session, message.id))
+        if waiting is None or waiting.account != account:
+            self._quota.check_question(account)
+        self._quota.count_question(account)
+        if waiting is not None:
+            self._quota.count_question(waiting.account, -1)
+            waiting.hand_over(connection, account, message)
             return
-        assert isinstance(question.message, ResumeRequest)
-        if question.is_stale:  # going on for a connection that is lost would end the request
-            self._queries.ask_on(question)
+        resumption = Resumption(connection, account, message, time.monotonic() + RECORD_TIMEOUT_S)
+        self._waiting[resumption.name] = resumption
+        self._queue.add(resumption)
+
+    # ------------------------------------------------------- from the engine
+
+    def on_record(self, record: Record) -> None:
+        """Continue the request that the engine tells of, for the connection that asked for it last."""
+        resumption = self._queue.take_answered(record.query_id)
+        if resumption is None:
+            late = self._abandoned.pop(record.query_id, None)
+            if late is not None:
+                late.move_to(State.OVER)
+            name = None if late is None else late.name
+            self._orphans.append(_Orphans(_running(record), name, time.monotonic() + GRACE_S))
+        elif resumption.state is State.OUTDATED:  # to continue for a connection that is lost would end the request
+            self._ask_again(resumption)
+        elif resumption.request is not None and resumption.request.is_over:  # cancelled, say, between two portions
+            self._end(resumption)
+        else:
+            try:
+                self._check(resumption, record)
+            except Refusal as refusal:
+                self._refuse(resumption, record, refusal)
+            else:
+                self._take_portion(resumption, record)
+
+    def _check(self, resumption: Resumption, record: Record) -> None:
+        """Raise Refusal if the request cannot be continued for the client that wants it."""
+        message = resumption.message
+        if not record.sequences:
+            raise Refusal("unknown_request", "no such request is known: it never arrived, or it ended too long ago")
+        self._access.check(unpack_context(record.context).identity)
+        same_id = self._table.get(resumption.connection, message.id)
+        if same_id is not None and same_id is not self._table.by_session(*resumption.name):
+            raise Refusal("duplicate_id", f"request {message.id}: it is in flight already")
+        counts = [each.num_tokens for each in record.sequences]
+        if len(counts) != len(message.offsets) or any(map(int.__gt__, message.offsets, counts)):
+            text = f"offsets {list(message.offsets)} do not fit: the choices have {counts} tokens so far"
+            raise Refusal("bad_request", text)
+        errors = [each.error for each in record.sequences if each.finish == "error"]
+        if errors:
+            raise Refusal("engine_error", errors[0] or "the engine failed")
+
+    def _refuse(self, resumption: Resumption, record: Record, refusal: Refusal) -> None:
+        self._end(resumption)
+        if resumption.request is not None:
+            self._table.remove(resumption.request)
+        self._cancel_unfollowed(_running(record))
+        is_other = refusal.code == "duplicate_id"  # an answer under its id would end the other request
+        self._outgoing.to_client(resumption.connection, refusal.answer(None if is_other else resumption.message.id))
+
+    def _take_portion(self, resumption: Resumption, record: Record) -> None:
+        request = resumption.request or self._restore(resumption, record)
+        request.cached_tokens = record.sequences[0].cached_tokens
+        portions = list(zip(resumption.replays, record.sequences, strict=True))
+        for replay, sequence in portions:
+            if not replay.choice.is_over:
+                self._replay(request, replay, sequence)
+        if request.is_done:
+            self._requests.finish(request)
+        elif resumption.is_cancelled:
+            self._requests.cancel(request)
+        elif all(replay.is_complete(sequence) for replay, sequence in portions):
+            for choice in request.choices:
+                choice.is_replaying = False  # the engine's next step continues it
+        else:
+            self._ask_again(resumption)
             return
-        name = (question.message.session, question.message.id)
-        catch_up = self._go_on(question.client, question.message, record)
-        request = self._table.by_session(*name) if question.is_cancelled else None
-        if request is not None:
-            self._cancel(request)
-        elif catch_up is not None:
-            self._catching_up[name] = catch_up
-            self._queries.ask_on(question, catch_up.known)
+        self._end(resumption)
+
+    def _replay(self, request: Request, replay: Replay, sequence: SequenceRecord) -> None:
+        for message in replay.take(sequence):
+            self._outgoing.to_client(request.connection, message)
+        if replay.choice.is_over:
+            self._requests.end_choice(replay.choice, engine_goes_on=not sequence.finish)
+
+    def _restore(self, resumption: Resumption, record: Record) -> Request:
+        """Put the request of a first portion into the table, and tell its client."""
+        connection, message, context = resumption.connection, resumption.message, unpack_context(record.context)
+        request = restored_request(connection, message, context, time.monotonic())
+        older = self._table.by_session(*resumption.name)
+        if older is not None:
+            self._table.remove(older)
+        self._table.add(request)
+        choices = [
+            self._requests.new_choice(request.spec, index, each.sequence_id, each.stop_token_ids)
+            for index, each in enumerate(record.sequences)
+        ]
+        self._table.start(request, choices)
+        for sequence in record.sequences:
+            if sequence.finish:
+                self._quota.ended(sequence.sequence_id)
+            elif sequence.num_tokens:
+                self._quota.begun(sequence.sequence_id)
+        self._outgoing.to_client(connection, Resumed(request.id, list(message.offsets)))
+        self._outgoing.to_client(connection, context.accepted)
+        resumption.request = request
+        resumption.replays = [Replay(request, *each) for each in zip(choices, message.offsets, strict=True)]
+        return request
+
+    def _ask_again(self, resumption: Resumption) -> None:
+        resumption.move_to(State.QUEUED)
+        resumption.overdue_s = time.monotonic() + RECORD_TIMEOUT_S
+        self._queue.add(resumption)
+
+    def _end(self, resumption: Resumption) -> None:
+        resumption.move_to(State.OVER)
+        self._forget(resumption)
+
+    def _forget(self, resumption: Resumption) -> None:
+        del self._waiting[resumption.name]
+        self._quota.count_question(resumption.account, -1)
+
+    # ---------------------------------------------------------- from the clock
+
+    def give_up_overdue(self, now: float) -> None:
+        """Tell clients to ask again whose records do not come."""
+        overdue = [each for each in self._waiting.values() if now >= each.overdue_s]
+        for resumption in overdue:
+            self._forget(resumption)
+            if resumption.request is not None and not resumption.request.is_over:
+                self._table.remove(resumption.request)
+            refusal = Refusal("not_ready", f"the engine did not answer within {RECORD_TIMEOUT_S:g} s", RETRY_AFTER_S)
+            self._outgoing.to_client(resumption.connection, refusal.answer(resumption.message.id))
+        self._queue.abandon(overdue)
+        self._abandoned |= {each.query_id: each for each in overdue}
+        while len(self._abandoned) > MAX_QUESTIONS:
+            del self._abandoned[next(iter(self._abandoned))]
 
     def drop_orphans(self, now: float) -> None:
-        """End what the engine told of too late, unless its client has asked again, and what it tells no more of."""
-        due = [orphan for orphan in self._orphans if now >= orphan.due_s]
-        self._orphans = [orphan for orphan in self._orphans if now < orphan.due_s]
-        for orphan in due:
-            message = orphan.message
-            if message is None or not self._queries.awaits_record((message.session, message.id)):
-                self._cancel_unfollowed(orphan.sequence_ids)
-        for name in [name for name in self._catching_up if not self._queries.awaits_record(name)]:
-            request = self._catching_up.pop(name).request
-            if not request.is_over:
-                self._table.remove(request)  # its client was told to ask again
+        """End what the engine told of too late, unless its client has asked again."""
+        due = [each for each in self._orphans if now >= each.due_s]
+        self._orphans = [each for each in self._orphans if now < each.due_s]
+        for orphans in due:
+            if orphans.name not in self._waiting:
+                self._cancel_unfollowed(orphans.sequence_ids)
 
     def _cancel_unfollowed(self, sequence_ids: list[int]) -> None:
         """End what runs for nobody."""
         for number in sequence_ids:
             if self._table.by_sequence(number) is None:
-                self._send_engine(Cancel(number, "cancelled"))
-
-    def _go_on(self, client: bytes, message: ResumeRequest, record: Answer) -> CatchUp | None:
-        """Continue a request with a portion of the engine's record; None when no more are needed."""
-        catch_up = self._catching_up.pop((message.session, message.id), None)
-        if catch_up is not None and catch_up.request.is_over:
-            return None  # cancelled, say, between two portions
-        refusal = self._refusal(client, message, record)
-        if refusal is not None:
-            if catch_up is not None:
-                self._table.remove(catch_up.request)
-            self._cancel_unfollowed(_running(record))
-            self._send(client, refusal)
-            return None
-        if catch_up is None:
-            catch_up = self._begin(client, message, record)
-        catch_up.request.cached_tokens = record.sequences[0].cached_tokens
-        for replay, sequence in zip(catch_up.replays, record.sequences, strict=True):
-            if not replay.is_over:
-                self._absorb(catch_up.request, replay, sequence)
-        if not catch_up.is_level(record.sequences):
-            return catch_up
-        catch_up.end()  # what the engine says from now on continues this
-        if catch_up.request.done:
-            self._table.remove(catch_up.request)
-            self._send(client, catch_up.request.finished())
-        return None
-
-    def _begin(self, client: bytes, message: ResumeRequest, record: Answer) -> CatchUp:
-        """Take a request in at its first portion, and tell its client."""
-        request, accepted = restored_request(client, message, record.context, time.monotonic())
-        choices = [
-            self._make_choice(request.spec, index, each.sequence_id, each.stop_token_ids)
-            for index, each in enumerate(record.sequences)
-        ]
-        older = self._table.by_session(message.session, message.id)
-        if older is not None:
-            self._table.remove(older)
-        self._table.add(request)
-        self._table.start(request, choices)
-        for sequence in record.sequences:
-            if sequence.finish:
-                self._table.quota.ended(sequence.sequence_id)
-            elif sequence.num_tokens:
-                self._table.quota.begun(sequence.sequence_id)
-        self._send(client, Resumed(request.id, list(message.offsets)))
-        self._send(client, accepted)
-        return CatchUp(request, message.offsets)
-
-    def _absorb(self, request: Request, replay: Replay, record: SequenceRecord) -> None:
-        """Bring a choice as far as a record goes, and send what the client does not have."""
-        for message in replay.take(record, request):
-            self._send(request.client, message)
-        if replay.is_over:
-            self._table.end_choice(replay.choice)
-            if not record.finish:
-                self._send_engine(Cancel(replay.choice.sequence_id, "stop"))
-
-    def _refusal(self, client: bytes, message: ResumeRequest, record: Answer) -> Failed | None:
-        def refuse(code: FailureCode, text: str) -> Failed:
-            return Failed(message.id, code, text)
-
-        if not record.sequences:
-            return refuse("unknown_request", "no such request is known: it never arrived, or it ended too long ago")
-        try:
-            self._check_allowed(identity_of(record.context))
-        except Refusal as refusal:
-            return refuse(refusal.code, str(refusal))
-        other = self._table.get(client, message.id)
-        if other is not None and other is not self._table.by_session(message.session, message.id):
-            return Failed(None, "duplicate_id", f"request {message.id}: it is in flight already")
-        counts = [each.num_tokens for each in record.sequences]
-        if len(counts) != len(message.offsets) or any(map(int.__gt__, message.offsets, counts)):
-            text = f"offsets {list(message.offsets)} do not fit: the choices have {counts} tokens so far"
-            return refuse("bad_request", text)
-        errors = [each.error for each in record.sequences if each.finish == "error"]
-        return refuse("engine_error", errors[0] or "the engine failed") if errors else None
+                self._outgoing.to_engine(Cancel(number, "cancelled"))
 
 
-def _running(record: Answer) -> list[int]:
-    """Give the sequences that have not ended."""
+def _running(record: Record) -> list[int]:
+    """Return the sequences that have not ended."""
     return [each.sequence_id for each in record.sequences if not each.finish]

@@ -1,4 +1,4 @@
-"""Work that would stop the poll loop, done in a few threads: loading the tokenizer, encoding long prompts."""
+"""Work that would block the gateway's loop, in a few threads: loading the tokenizer, tokenizing long prompts."""
 
 import contextlib
 import os
@@ -10,27 +10,27 @@ from typing import Any
 NUM_THREADS = 2
 
 
-class Jobs:
-    """A thread pool whose results wake a poller: ``fd`` is readable when `finish` has something to do."""
+class BackgroundTasks:
+    """A thread pool whose results wake a poller: ``fd`` is readable when `deliver_results` has something to do."""
 
     def __init__(self) -> None:
         self.fd, self.wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         """Anything written to ``wake_fd`` makes ``fd`` readable (signal.set_wakeup_fd writes there)."""
-        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="gateway-job")
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="gateway-task")
         self._finished: deque[tuple[Callable[[Future[Any]], None], Future[Any]]] = deque()
 
-    def start(self, work: Callable[[], object], then: Callable[[Future[Any]], None]) -> None:
-        """Run ``work`` in a thread; `finish` calls ``then`` with its future in the loop's own thread."""
+    def run(self, work: Callable[[], object], then: Callable[[Future[Any]], None]) -> None:
+        """Run ``work`` in a thread; `deliver_results` calls ``then`` with its future in the loop's own thread."""
 
-        def done(future: Future[Any]) -> None:
+        def on_done(future: Future[Any]) -> None:
             self._finished.append((then, future))
-            with contextlib.suppress(BlockingIOError):  # a full pipe is readable, which is all that is wanted
+            with contextlib.suppress(BlockingIOError):  # a full pipe is readable, which is all that is needed
                 os.write(self.wake_fd, b"\0")
 
-        self._pool.submit(work).add_done_callback(done)
+        self._pool.submit(work).add_done_callback(on_done)
 
-    def finish(self) -> None:
-        """Hand over all results that have arrived."""
+    def deliver_results(self) -> None:
+        """Call ``then`` for everything that has finished."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.fd, 4096)
         while self._finished:
@@ -38,5 +38,5 @@ class Jobs:
             then(future)
 
     def close(self) -> None:
-        """Drop waiting work; what is running ends by itself with the process."""
+        """Drop waiting work; a running task ends with the process."""
         self._pool.shutdown(wait=False, cancel_futures=True)

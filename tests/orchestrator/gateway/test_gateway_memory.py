@@ -7,7 +7,7 @@ import pytest
 from harness.gateway_process import DEADLINE_S, GatewayProcess
 from harness.zmtp_flood import MiB, flood, hear, raw_connection
 from mgpu import Client
-from mgpu.orchestrator.gateway.memory_limit import MemoryBound, MemoryFull, room_of
+from mgpu.orchestrator.gateway.memory_limit import MemoryFull, MemoryLimit, room_for
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import GatewayFailure
 
@@ -41,20 +41,20 @@ def test_a_raw_peer_that_keeps_to_the_bound_is_left_alone(model_folder: Path) ->
         assert gateway.process.poll() is None
 
 
-def test_growth_counts_from_where_it_was_settled() -> None:
-    bound, limits = MemoryBound(32 * MiB), ClientLimits()
+def test_growth_counts_from_the_baseline() -> None:
+    bound, limits = MemoryLimit(32 * MiB), ClientLimits()
     bound.check(limits)
     held = b"x" * (64 * MiB)
     with pytest.raises(MemoryFull, match="the bound is 32 MiB"):
         bound.check(limits)
-    bound.settle()
+    bound.set_baseline()
     bound.check(limits)
     assert len(held) == 64 * MiB
 
 
 @pytest.mark.parametrize(("limits", "allowed"), [(ClientLimits(), 1536), (ClientLimits(queue_bytes=1 << 30), 3 * 1024)])
 def test_the_bound_leaves_room_for_what_the_other_bounds_allow(limits: ClientLimits, allowed: int) -> None:
-    assert room_of(limits) == allowed * MiB
+    assert room_for(limits) == allowed * MiB
 
 
 def test_the_kernel_prefers_the_gateway_when_memory_runs_out(model_folder: Path) -> None:

@@ -12,8 +12,7 @@ import zmq
 from harness.gateway_process import DEADLINE_S, GatewayProcess
 from harness.raw_peer import RawPeer
 from mgpu import Client
-from mgpu.orchestrator.gateway.requests.queries import MAX_QUESTIONS_OF_CLIENT
-from mgpu.orchestrator.gateway.requests.quota import MAX_RETRY_S, MIN_RETRY_S
+from mgpu.orchestrator.gateway.requests.quota import MAX_QUESTIONS_OF_ACCOUNT, MAX_RETRY_S, MIN_RETRY_S
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import Reload
 
@@ -119,9 +118,9 @@ def test_new_limits_hold_without_a_restart(gateway: GatewayProcess, peers: list[
 
 def test_questions_that_wait_for_a_silent_engine_are_bounded(gateway: GatewayProcess, peers: list[RawPeer]) -> None:
     gateway.engine.answers_stats = False
-    for request_id in range(MAX_QUESTIONS_OF_CLIENT + 10):
+    for request_id in range(MAX_QUESTIONS_OF_ACCOUNT + 10):
         peers[0].say(type="stats", id=request_id)
-    codes = answers(peers[0], MAX_QUESTIONS_OF_CLIENT + 10)
+    codes = answers(peers[0], MAX_QUESTIONS_OF_ACCOUNT + 10)
     assert codes.count("overloaded") >= 1
     assert set(codes) == {"overloaded", "not_ready"}
 

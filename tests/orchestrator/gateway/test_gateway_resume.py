@@ -3,69 +3,70 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from mgpu.orchestrator.gateway.requests import queries
-from mgpu.orchestrator.gateway.requests.admission import Refusal
-from mgpu.orchestrator.gateway.requests.queries import RECORD_TIMEOUT_S, Queries
+from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.requests import quota, record_queue
+from mgpu.orchestrator.gateway.requests.lifecycle import Requests
+from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
+from mgpu.orchestrator.gateway.requests.queries import Queries
 from mgpu.orchestrator.gateway.requests.quota import Quota
-from mgpu.orchestrator.gateway.requests.resume import GRACE_S, Resumption, pack_context
-from mgpu.orchestrator.gateway.requests.table import ChoiceState, Request, RequestTable
+from mgpu.orchestrator.gateway.requests.request import Choice, Request
+from mgpu.orchestrator.gateway.requests.resume import GRACE_S, RECORD_TIMEOUT_S, Resumptions
+from mgpu.orchestrator.gateway.requests.resume_context import pack_context
+from mgpu.orchestrator.gateway.requests.served_model import ServedModel
+from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.protocol.front import client_messages, server_messages
 from mgpu.protocol.front.client_messages import Generate, ResumeRequest
 from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.front.server_messages import Accepted, ServerMessage
 from mgpu.protocol.internal.client_limits import ClientLimits
-from mgpu.protocol.internal.gateway_messages import Cancel, GatewaySpec, Resume, Resumed, SequenceRecord
+from mgpu.protocol.internal.gateway_messages import Cancel, EngineInfo, GatewaySpec, Resume, Resumed, SequenceRecord
 
 SPEC = GatewaySpec("", "", "", "", "safetensors", "tiny", 300, [], 1 << 20)
+INFO = EngineInfo("ready", 512, 4096, "")
 A, B = b"connection A", b"connection B"
-SIZE, OWNER = 5000, "key:someone"
+SIZE, ACCOUNT = 5000, "key:someone"
 
 
 class Desk:
-    """The part of a gateway that resumes; the test is its clients and its engine."""
+    """The part of a gateway that resumes. The test is its clients and its engine, and decides which key is revoked."""
 
     def __init__(self, **limits: int) -> None:
         self.sent: list[tuple[bytes, ServerMessage]] = []
-        self.to_engine: list[Any] = []
+        self.sent_to_engine: list[Any] = []
         self.revoked: set[str] = set()
         self.quota = Quota(ClientLimits(**limits))  # type: ignore[arg-type]
         self.table = RequestTable(self.quota)
-        send_engine = self.to_engine.append
-        self.queries = Queries(SPEC, self.table, lambda *message: self.sent.append(message), send_engine)
-        self.resumption = Resumption(
-            self.table,
-            self.queries,
-            _choice,
-            lambda *message: self.sent.append(message),
-            send_engine,
-            self._check,
-            self._cancel,
-        )
+        model, outgoing, access = ServedModel(SPEC, INFO, is_loaded=True), cast("Outgoing", self), cast("Any", self)
+        self.queries = Queries(model, self.table, outgoing)
+        self.resumptions = Resumptions(Requests(model, self.table, outgoing), access, outgoing)
 
-    def _check(self, identity: str) -> None:
+    def to_client(self, connection: bytes, message: ServerMessage) -> None:
+        self.sent.append((connection, message))
+
+    def to_engine(self, message: object) -> None:
+        self.sent_to_engine.append(message)
+
+    def check(self, identity: str) -> None:
         if identity in self.revoked:
             raise Refusal("not_allowed", "its key is no longer on the list")
 
-    def _cancel(self, request: Request) -> None:
-        self.table.remove(request)
-
-    def resume(self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,), owner: str = "") -> None:
+    def resume(self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,), account: str = "") -> None:
         """Let a client ask for request 1 of a session."""
         message = ResumeRequest(1, session, offsets)
-        self.resumption.resume(client, owner or f"uid:0 {client.hex()}", message)
+        self.resumptions.resume(client, account or f"uid:0 {client.hex()}", message)
 
     def answer(self, at: int, *records: SequenceRecord) -> None:
         """Let the engine answer the question that it was asked as number ``at``."""
         question = self.questions[at]
-        self.resumption.on_record(Resumed(question.query_id, context(len(records)), list(records)))
+        self.resumptions.on_record(Resumed(question.query_id, context(len(records)), list(records)))
 
     @property
     def questions(self) -> list[Resume]:
-        return [message for message in self.to_engine if isinstance(message, Resume)]
+        return [message for message in self.sent_to_engine if isinstance(message, Resume)]
 
     def tokens(self, client: bytes) -> list[int]:
         """Give the token ids that a client was sent, of all choices."""
@@ -78,17 +79,17 @@ class Desk:
 
     @property
     def cancelled(self) -> list[int]:
-        return [message.sequence_id for message in self.to_engine if isinstance(message, Cancel)]
+        return [message.sequence_id for message in self.sent_to_engine if isinstance(message, Cancel)]
 
 
-def _choice(spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[int]) -> ChoiceState:
-    return ChoiceState(index, sequence_id, frozenset(stop_ids), None, None)
+def _choice(spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[int]) -> Choice:
+    return Choice(index, sequence_id, frozenset(stop_ids), None, None)
 
 
 def context(n: int) -> bytes:
     """What an earlier gateway noted of the request."""
     spec = Generate(1, n=n, session="s")
-    return pack_context(Request(b"", spec, 0.0, None, OWNER, size=SIZE), Accepted(1, "tiny", 3, 16, 0))
+    return pack_context(Request(b"", spec, 0.0, None, ACCOUNT, size=SIZE), Accepted(1, "tiny", 3, 16, 0))
 
 
 def record(sequence_id: int = 7, tokens: Sequence[int] = (5, 6), finish: str = "", error: str = "") -> SequenceRecord:
@@ -103,7 +104,7 @@ def test_of_two_connections_that_resume_a_request_the_later_one_gets_it() -> Non
     desk.answer(1, record(tokens=[5, 6, 7]))
     assert desk.heard(A) == []
     assert desk.heard(B) == ["resumed", "accepted"]
-    assert [request.client for request in desk.table] == [B]
+    assert [request.connection for request in desk.table] == [B]
 
 
 def test_resumed_says_from_where() -> None:
@@ -114,16 +115,16 @@ def test_resumed_says_from_where() -> None:
 
 
 def test_a_second_resume_that_cannot_be_asked_leaves_the_first_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queries, "MAX_QUESTIONS_OF_CLIENT", 1)
+    monkeypatch.setattr(quota, "MAX_QUESTIONS_OF_ACCOUNT", 1)
     desk = Desk(client_requests=1)
     desk.resume(A)
     desk.answer(0, record())
-    desk.queries.on_query(A, f"uid:0 {A.hex()}", client_messages.Query("stats", 2), None, None)
+    desk.queries.on_query(A, f"uid:0 {A.hex()}", client_messages.Query("stats", 2))
     desk.resume(A)
     failed = desk.sent[-1][1]
     assert isinstance(failed, server_messages.Failed)
     assert (failed.id, failed.code) == (1, "overloaded")  # its client asks once more
-    assert [request.client for request in desk.table] == [A]
+    assert [request.connection for request in desk.table] == [A]
 
 
 def test_one_connection_may_resume_a_request_twice() -> None:
@@ -210,36 +211,36 @@ def test_an_answer_that_comes_too_late_ends_the_request_unless_its_client_asks_a
 ) -> None:
     desk = Desk()
     desk.resume(A)
-    desk.queries.give_up_overdue(time.monotonic() + RECORD_TIMEOUT_S, None)
+    desk.resumptions.give_up_overdue(time.monotonic() + RECORD_TIMEOUT_S)
     assert desk.heard(A) == ["not_ready"]
     desk.answer(0, record())
-    desk.resumption.drop_orphans(time.monotonic())
+    desk.resumptions.drop_orphans(time.monotonic())
     assert desk.cancelled == []
     if asks_again:
         desk.resume(A)
-    desk.resumption.drop_orphans(time.monotonic() + GRACE_S)
-    assert not desk.resumption._orphans
+    desk.resumptions.drop_orphans(time.monotonic() + GRACE_S)
+    assert not desk.resumptions._orphans
     assert desk.cancelled == cancelled
 
 
 def test_a_resume_that_cannot_be_asked_takes_nothing_from_the_connection_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(queries, "MAX_QUESTIONS_OF_CLIENT", 1)
+    monkeypatch.setattr(quota, "MAX_QUESTIONS_OF_ACCOUNT", 1)
     desk = Desk(client_requests=1)
     desk.resume(A)
     desk.answer(0, record())
     desk.resume(B, session="t")
     with pytest.raises(Refusal, match="wait for the engine"):
         desk.resume(B)
-    assert [request.client for request in desk.table] == [A]
+    assert [request.connection for request in desk.table] == [A]
     assert desk.cancelled == []
 
 
 def test_a_key_that_is_taken_away_before_the_engine_answers_gets_nothing() -> None:
     desk = Desk()
     desk.resume(A)
-    desk.revoked.add(OWNER)
+    desk.revoked.add(ACCOUNT)
     desk.answer(0, record())
     assert desk.heard(A) == ["not_allowed"]
     assert desk.cancelled == [7]
@@ -254,28 +255,28 @@ def test_however_often_a_client_resumes_a_request_the_engine_is_asked_once_at_a_
     desk = Desk()
     for _ in range(1000):
         desk.resume(A)
-    assert len(desk.questions) == len(desk.queries) == 1
+    assert len(desk.questions) == desk.quota.num_questions == 1
     desk.answer(0, record())
     assert len(desk.questions) == 2  # for the last, as the first may have come on a connection that is gone
     desk.answer(1, record())
     assert desk.heard(A) == ["resumed", "accepted"]
-    assert (len(desk.questions), len(desk.queries)) == (2, 0)
-    assert not desk.queries._num_of_owner
+    assert (len(desk.questions), desk.quota.num_questions) == (2, 0)
+    assert not desk.quota._questions
 
 
 def test_all_connections_of_a_key_share_the_bound_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queries, "MAX_QUESTIONS_OF_CLIENT", 2)
+    monkeypatch.setattr(quota, "MAX_QUESTIONS_OF_ACCOUNT", 2)
     desk = Desk(client_requests=1)
-    desk.resume(A, session="s", owner=OWNER)
-    desk.resume(B, session="t", owner=OWNER)
-    desk.resume(B, session="s", owner=OWNER)  # in the place of the first
+    desk.resume(A, session="s", account=ACCOUNT)
+    desk.resume(B, session="t", account=ACCOUNT)
+    desk.resume(B, session="s", account=ACCOUNT)  # in the place of the first
     with pytest.raises(Refusal, match="2 questions of this client"):
-        desk.resume(b"connection C", session="u", owner=OWNER)
-    desk.resume(b"connection C", session="u", owner="key:another")
+        desk.resume(b"connection C", session="u", account=ACCOUNT)
+    desk.resume(b"connection C", session="u", account="key:another")
 
 
 def test_the_engine_is_asked_for_so_many_records_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queries, "MAX_RECORDS_AT_ONCE", 2)
+    monkeypatch.setattr(record_queue, "MAX_RECORDS_AT_ONCE", 2)
     desk = Desk()
     for session in "abcd":
         desk.resume(session.encode(), session)
@@ -283,15 +284,15 @@ def test_the_engine_is_asked_for_so_many_records_at_a_time(monkeypatch: pytest.M
     desk.resume(B, "d", offsets=(1,))  # has not been asked for yet: it will be asked for B
     desk.answer(1, record(8))
     assert [question.session for question in desk.questions] == ["a", "b", "c"]
-    desk.queries.give_up_overdue(time.monotonic() + RECORD_TIMEOUT_S, None)
-    assert len(desk.queries) == 0
+    desk.resumptions.give_up_overdue(time.monotonic() + RECORD_TIMEOUT_S)
+    assert desk.quota.num_questions == 0
     assert [question.known for question in desk.questions[3:]] == [[-1]]  # its names only, to end it if nobody comes
     desk.resume(B, "d", offsets=(1,))
     assert desk.questions[-1].offsets == [1]
 
 
 def test_clients_take_turns_at_the_engines_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queries, "MAX_RECORDS_AT_ONCE", 1)
+    monkeypatch.setattr(record_queue, "MAX_RECORDS_AT_ONCE", 1)
     desk = Desk()
     for session in "stuv":
         desk.resume(A, session)
@@ -308,11 +309,11 @@ def test_a_record_in_portions_is_joined_and_what_comes_between_them_is_void() ->
     assert (desk.questions[1].known, desk.questions[1].offsets) == ([3], [2])
     found = desk.table.by_sequence(7)
     assert found is not None
-    assert found[1].is_behind
+    assert found[1].is_replaying
     desk.answer(1, portion([4, 5], 6))
     assert desk.questions[2].known == [5]
     desk.answer(2, portion([6], 6))
-    assert not found[1].is_behind
+    assert not found[1].is_replaying
     assert len(desk.questions) == 3
     held = [token for choice in next(iter(desk.table)).choices for token in choice.held_ids]
     assert desk.tokens(A) + held == [3, 4, 5, 6]
@@ -336,7 +337,7 @@ def test_a_request_that_ends_between_two_portions_is_not_taken_up_again() -> Non
     desk.answer(0, portion([1], 3))
     desk.table.remove(next(iter(desk.table)))
     desk.answer(1, portion([2, 3], 3))
-    assert (len(desk.table), len(desk.queries)) == (0, 0)
+    assert (len(desk.table), desk.quota.num_questions) == (0, 0)
 
 
 def test_a_client_that_resumes_between_two_portions_gets_everything_anew() -> None:
@@ -355,14 +356,14 @@ def test_a_record_whose_next_portion_does_not_come_is_given_up() -> None:
     desk.resume(A)
     desk.answer(0, portion([1], 3))
     later_s = time.monotonic() + RECORD_TIMEOUT_S
-    desk.queries.give_up_overdue(later_s, None)
-    desk.resumption.drop_orphans(later_s)
+    desk.resumptions.give_up_overdue(later_s)
+    desk.resumptions.drop_orphans(later_s)
     assert desk.heard(A)[-1] == "not_ready"
     assert len(desk.table) == 0
     desk.resume(A)
     desk.answer(1, portion([2, 3], 3))  # the late one; it belongs to nobody
     desk.answer(2, portion([1, 2, 3], 3))
-    desk.resumption.drop_orphans(later_s + GRACE_S)
+    desk.resumptions.drop_orphans(later_s + GRACE_S)
     assert [choice.held_ids for request in desk.table for choice in request.choices] == [[1, 2, 3]]
     assert desk.cancelled == []
 
@@ -373,16 +374,16 @@ def test_what_is_given_up_before_the_engine_was_asked_does_not_run_on_for_nobody
     desk = Desk()
     desk.resume(A)
     desk.answer(0, record(7))
-    monkeypatch.setattr(queries, "MAX_RECORDS_AT_ONCE", 1)
+    monkeypatch.setattr(record_queue, "MAX_RECORDS_AT_ONCE", 1)
     desk.resume(b"other", session="another")  # the only place
     desk.resume(B)
     now = time.monotonic() + RECORD_TIMEOUT_S + 1
-    desk.queries.give_up_overdue(now, None)
+    desk.resumptions.give_up_overdue(now)
     assert desk.heard(B) == ["not_ready"]
     asked = desk.questions[-1]
     assert (asked.session, asked.known) == ("s", [-1])
     desk.answer(-1, record(7, ()))
-    desk.resumption.drop_orphans(now + 2 * GRACE_S + RECORD_TIMEOUT_S)
+    desk.resumptions.drop_orphans(now + 2 * GRACE_S + RECORD_TIMEOUT_S)
     assert desk.cancelled == [7]
 
 

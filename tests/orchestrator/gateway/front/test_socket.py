@@ -6,7 +6,7 @@ import pytest
 import zmq
 
 from mgpu.orchestrator.gateway.front import socket as module
-from mgpu.orchestrator.gateway.front.socket import Front
+from mgpu.orchestrator.gateway.front.socket import FrontSocket
 
 CLIENT = b"slow"
 
@@ -14,7 +14,7 @@ CLIENT = b"slow"
 def test_nothing_follows_what_was_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BACKLOG_BYTES", 5000)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    front = Front(context, f"ipc://{tmp_path}/front", 1 << 20, None)
+    front = FrontSocket(context, f"ipc://{tmp_path}/front", 1 << 20, None)
     taken: list[list[bytes]] = []
     reads = False
 

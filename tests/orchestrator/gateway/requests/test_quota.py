@@ -2,15 +2,15 @@
 
 import pytest
 
-from mgpu.orchestrator.gateway.requests.admission import Refusal
+from mgpu.orchestrator.gateway.front.access import account_of
+from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests.quota import (
     FIRST_RETRY_S,
     MAX_DROPPED,
     MAX_RETRY_S,
     MIN_RETRY_S,
     Quota,
-    client_number,
-    owner_of,
+    account_number,
     size_of,
 )
 from mgpu.protocol.internal.client_limits import ClientLimits
@@ -24,23 +24,23 @@ class Books:
         self.quota = Quota(ClientLimits(**limits), lambda: self.now_s)  # type: ignore[arg-type]
         self._next = 0
 
-    def begin(self, owner: str, size: int = 1000, n: int = 1) -> list[int]:
+    def begin(self, account: str, size: int = 1000, n: int = 1) -> list[int]:
         """Take a request up to its submission, and give its sequences."""
-        self.quota.check(owner, size, n)
-        self.quota.arrive(owner, size, n)
+        self.quota.check(account, size, n)
+        self.quota.arrive(account, size, n)
         numbers = list(range(self._next, self._next + n))
         self._next += n
-        self.quota.submit(owner, numbers, size)
+        self.quota.submit(account, numbers, size)
         return numbers
 
-    def finish(self, owner: str, numbers: list[int]) -> None:
+    def finish(self, account: str, numbers: list[int]) -> None:
         for number in numbers:
             self.quota.ended(number)
-        self.quota.leave(owner, numbers)
+        self.quota.leave(account, numbers)
 
-    def refusal(self, owner: str, size: int = 1000, n: int = 1) -> str:
+    def refusal(self, account: str, size: int = 1000, n: int = 1) -> str:
         with pytest.raises(Refusal) as refused:
-            self.quota.check(owner, size, n)
+            self.quota.check(account, size, n)
         assert refused.value.code == "overloaded"
         assert refused.value.retry_after_s is not None
         assert MIN_RETRY_S <= refused.value.retry_after_s <= MAX_RETRY_S
@@ -123,15 +123,15 @@ def test_a_prompt_that_a_thread_still_has_weighs_on_after_its_request_is_cancell
 def test_nothing_is_remembered_of_clients_without_requests() -> None:
     books = Books()
     for at in range(1000):
-        owner = f"client {at}"
-        numbers = books.begin(owner, n=2)
+        account = f"client {at}"
+        numbers = books.begin(account, n=2)
         books.quota.begun(numbers[0])
         if at % 2:
-            books.quota.leave(owner, numbers)
+            books.quota.leave(account, numbers)
             for number in numbers:
                 books.quota.ended(number)
         else:
-            books.finish(owner, numbers)
+            books.finish(account, numbers)
     assert not books.quota._usage
     assert not books.quota._open
     assert (books.quota.num_sequences, books.quota.queued_bytes) == (0, 0)
@@ -182,11 +182,11 @@ def test_new_limits_hold_for_the_next_request() -> None:
 
 
 def test_a_key_is_one_client_and_without_keys_a_connection_is() -> None:
-    assert owner_of("key:abc", b"\x00\x01") == owner_of("key:abc", b"\x00\x02")
-    assert owner_of("uid:0", b"\x00\x01") != owner_of("uid:0", b"\x00\x02")
-    assert owner_of("", b"\x00\x01") != owner_of("", b"\x00\x02")
-    assert client_number("key:abc") == client_number("key:abc") < 2**63
-    assert client_number("key:abc") != client_number("key:abd")
+    assert account_of("key:abc", b"\x00\x01") == account_of("key:abc", b"\x00\x02")
+    assert account_of("uid:0", b"\x00\x01") != account_of("uid:0", b"\x00\x02")
+    assert account_of("", b"\x00\x01") != account_of("", b"\x00\x02")
+    assert account_number("key:abc") == account_number("key:abc") < 2**63
+    assert account_number("key:abc") != account_number("key:abd")
 
 
 def test_every_choice_holds_the_prompt() -> None:

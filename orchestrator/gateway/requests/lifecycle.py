@@ -1,0 +1,156 @@
+"""The life of a request: admitted as one sequence per choice, fed with the engine's steps, ended by one message."""
+
+import time
+from collections.abc import Sequence
+
+from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.front.socket import Received
+from mgpu.orchestrator.gateway.requests.admission import admit
+from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
+from mgpu.orchestrator.gateway.requests.quota import account_number, size_of
+from mgpu.orchestrator.gateway.requests.request import Choice, Request
+from mgpu.orchestrator.gateway.requests.resume_context import pack_context
+from mgpu.orchestrator.gateway.requests.served_model import ServedModel
+from mgpu.orchestrator.gateway.requests.table import RequestTable
+from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
+from mgpu.protocol.front.client_messages import Generate
+from mgpu.protocol.front.server_messages import Keepalive
+from mgpu.protocol.internal.gateway_messages import Cancel, Outputs, Resumable
+
+KEEPALIVE_S = 1.0
+
+
+class Requests:
+    """What can happen to a request, whoever causes it. Requests in flight are in ``table``."""
+
+    def __init__(self, model: ServedModel, table: RequestTable, outgoing: Outgoing) -> None:
+        self.table = table
+        self._model = model
+        self._quota = table.quota
+        self._outgoing = outgoing
+        self._next_sequence = model.spec.first_sequence
+
+    # ------------------------------------------------------------- beginning
+
+    def begin(self, received: Received, message: Generate) -> Request:
+        """Return a request that is not in the table yet. Refusal for what can be seen before its prompt is read."""
+        known = self.table.get(received.connection, message.id) or self.table.by_session(message.session, message.id)
+        if known is not None:
+            raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
+        self._model.check(message)
+        size = size_of(len(received.frames[-1]), message.n)
+        self._quota.check(received.account, size, message.n)
+        now = time.monotonic()
+        deadline = None if message.timeout_s is None else now + message.timeout_s
+        return Request(received.connection, message, now, deadline, received.identity, size=size)
+
+    def admit(self, request: Request, prompt: bytes) -> None:
+        """Give the engine one sequence per choice. Refusal when the request cannot run."""
+        spec, weight = request.spec, self._quota.limits.weight_of(request.identity)
+        info, account = self._model.limits(), account_number(request.account)
+        accepted, submits = admit(spec, prompt, self._model.spec, info, self._next_sequence, account, weight)
+        self._next_sequence += len(submits)
+        request.prompt_tokens = accepted.prompt_tokens
+        self.table.add(request)
+        choices = [self.new_choice(spec, at, each.sequence_id, each.stop_token_ids) for at, each in enumerate(submits)]
+        self.table.start(request, choices)
+        if spec.session is not None:
+            context = pack_context(request, accepted)
+            self._outgoing.to_engine(Resumable(spec.session, request.id, context, submits))
+        else:
+            for submit in submits:
+                self._outgoing.to_engine(submit)
+        self._outgoing.to_client(request.connection, accepted)
+
+    def new_choice(self, spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[int]) -> Choice:
+        codec, text = self._model.codec, None
+        if codec is not None:
+            bytes_of = codec.shown_bytes if spec.skip_special_tokens else codec.all_bytes
+            text = Detokenizer(bytes_of, spec.stop, spec.min_tokens)
+        return Choice(index, sequence_id, frozenset(stop_ids), codec, text)
+
+    # --------------------------------------------------------------- running
+
+    def on_outputs(self, outputs: Outputs) -> None:
+        """Pass the tokens of one engine step on."""
+        now = time.monotonic()
+        for at, sequence_id in enumerate(outputs.sequence_ids):
+            found = self.table.by_sequence(sequence_id)
+            if outputs.finish[at]:
+                self._quota.ended(sequence_id)
+            elif found is None or not found[1].num_tokens:
+                self._quota.begun(sequence_id)
+            if found is None or found[1].is_replaying:
+                continue  # the request has ended here, or a portion of the engine's record will bring the tokens
+            request, choice = found
+            if choice.num_tokens == 0 and choice.index == 0:
+                request.cached_tokens = outputs.cached_tokens[at]
+            if outputs.finish[at] == "error":
+                self.fail(request, Refusal("engine_error", outputs.errors[at] or "the engine failed"))
+                continue
+            logprobs = outputs.logprobs[at] if outputs.logprobs else ()
+            choice.add_tokens(outputs.token_ids[at], logprobs, outputs.finish[at])
+            if choice.is_over:
+                self.end_choice(choice, engine_goes_on=not outputs.finish[at])
+            if request.wants_message(choice):
+                request.last_sent_s = now
+                self._outgoing.to_client(request.connection, choice.take_message(request.id))
+            if request.is_done:
+                self.finish(request)
+
+    def end_choice(self, choice: Choice, engine_goes_on: bool) -> None:
+        """Forget a choice that has ended; a stop string ends it before the engine does."""
+        self.table.end_choice(choice)
+        if engine_goes_on:
+            self._outgoing.to_engine(Cancel(choice.sequence_id, "stop"))
+
+    def run_periodic_work(self, now: float) -> None:
+        """Tell clients that wait that their requests are alive, and end what is over time."""
+        for request in self.table:
+            if request.deadline_s is not None and now >= request.deadline_s:
+                text = f"not finished within timeout_s {request.spec.timeout_s:g}"
+                self.fail(request, Refusal("deadline_exceeded", text))
+            elif now - request.last_sent_s >= KEEPALIVE_S:
+                request.last_sent_s = now
+                self._outgoing.to_client(request.connection, Keepalive(request.id))
+
+    # ---------------------------------------------------------------- ending
+
+    def finish(self, request: Request) -> None:
+        """End a request whose choices have ended."""
+        self.table.remove(request)
+        self._outgoing.to_client(request.connection, request.finished())
+
+    def cancel(self, request: Request) -> None:
+        """End a request for its client, with the tokens so far."""
+        self._cancel_sequences(request)
+        for last in request.cancel():
+            self._outgoing.to_client(request.connection, last)
+        self.finish(request)
+
+    def fail(self, request: Request, refusal: Refusal) -> None:
+        """End a request that was accepted."""
+        self.drop(request)
+        self._outgoing.to_client(request.connection, refusal.answer(request.id))
+
+    def fail_all(self) -> None:
+        """End every request because the server stops."""
+        for request in self.table:
+            self.fail(request, Refusal("stopped", "the server has stopped"))
+
+    def drop(self, request: Request) -> None:
+        """End a request without a message: nobody can read it."""
+        self._cancel_sequences(request)
+        self.table.remove(request)
+
+    def refuse(self, connection: bytes, request_id: int | None, refusal: Refusal) -> None:
+        """Answer a message that starts nothing; if its id is in flight, the answer must not end that request."""
+        if request_id is not None and self.table.get(connection, request_id) is not None:
+            refusal = Refusal(refusal.code, f"request {request_id}: {refusal}", refusal.retry_after_s)
+            request_id = None
+        self._outgoing.to_client(connection, refusal.answer(request_id))
+
+    def _cancel_sequences(self, request: Request) -> None:
+        for choice in request.choices:
+            if not choice.is_over:
+                self._outgoing.to_engine(Cancel(choice.sequence_id, "cancelled"))

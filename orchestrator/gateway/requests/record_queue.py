@@ -1,0 +1,57 @@
+"""Ask the engine for portions of its records: a few at a time, accounts in turns, so that nobody waits for a crowd."""
+
+from collections import deque
+
+from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
+from mgpu.orchestrator.gateway.requests.resumption import Resumption, State
+from mgpu.protocol.internal.gateway_messages import Resume
+
+MAX_RECORDS_AT_ONCE = 32
+"""What the engine says of other requests comes behind as many portions; `resume_journal` bounds the size of each."""
+
+
+class RecordQueue:
+    """Resumptions that are QUEUED, and those for which the engine has been asked."""
+
+    def __init__(self, outgoing: Outgoing) -> None:
+        self._outgoing = outgoing
+        self._lines: dict[str, deque[Resumption]] = {}
+        """By account, in order of their turns."""
+        self._asked: dict[int, Resumption] = {}
+        self._next_query = 1
+
+    def add(self, resumption: Resumption) -> None:
+        self._lines.setdefault(resumption.account, deque()).append(resumption)
+        self._ask_next()
+
+    def take_answered(self, query_id: int) -> Resumption | None:
+        """Return the resumption whose question the engine has answered; None if it has been abandoned."""
+        resumption = self._asked.pop(query_id, None)
+        self._ask_next()
+        return resumption
+
+    def abandon(self, resumptions: list[Resumption]) -> None:
+        """Wait no longer for these. Of those that have not been asked for, ask what runs, without any tokens."""
+        for resumption in resumptions:
+            if resumption.state is State.QUEUED:
+                self._ask(resumption, [-1] * len(resumption.message.offsets), [-1] * len(resumption.message.offsets))
+            else:
+                del self._asked[resumption.query_id]
+            resumption.move_to(State.ABANDONED)
+        self._ask_next()
+
+    def _ask_next(self) -> None:
+        while self._lines and len(self._asked) < MAX_RECORDS_AT_ONCE:
+            account = next(iter(self._lines))
+            line = self._lines.pop(account)
+            resumption = line.popleft()
+            if line:
+                self._lines[account] = line  # behind all others
+            if resumption.state is State.QUEUED:  # else it was abandoned
+                resumption.move_to(State.ASKED)
+                self._ask(resumption, resumption.known, list(resumption.message.offsets))
+                self._asked[resumption.query_id] = resumption
+
+    def _ask(self, resumption: Resumption, known: list[int], offsets: list[int]) -> None:
+        resumption.query_id, self._next_query = self._next_query, self._next_query + 1
+        self._outgoing.to_engine(Resume(resumption.query_id, *resumption.name, known, offsets))
