@@ -10,22 +10,29 @@ An AsyncClient belongs to the event loop in which it is first used; any number o
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Self, TypeVar, Unpack
+from typing import Self, Unpack
 
 import zmq
 
-from mgpu.protocol.client.answer import Answer, answer_to
-from mgpu.protocol.client.client import CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S, LOOK_S, QUERY_TIMEOUT_S, SILENCE_TIMEOUT_S
-from mgpu.protocol.client.connection import Connection, open_connection
-from mgpu.protocol.client.requests import GenerateOptions, chat_map, generate_map
+from mgpu.protocol.client.connection import Connection, Reply
+from mgpu.protocol.client.requests import GenerateOptions, generate_message, messages_field, prompt_field
 from mgpu.protocol.client.results import Completion, Piece
-from mgpu.protocol.errors import DeadlineExceeded, MgpuError
+from mgpu.protocol.client.resumable import ResumableRequest
+from mgpu.protocol.client.waits import (
+    CONNECT_TIMEOUT_S,
+    DEFAULT_TIMEOUT_S,
+    SILENCE_TIMEOUT_S,
+    Timeouts,
+    until_connected,
+    until_progress,
+    until_reply,
+)
+from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.server_messages import Health, Models, Stats
-
-R = TypeVar("R", Health, Stats, Models)
 
 
 class AsyncCompletionStream(AsyncIterator[Piece]):
@@ -34,19 +41,19 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
     The request is sent when the first piece is awaited.
     """
 
-    def __init__(self, client: "AsyncClient", values: dict[str, object]) -> None:
+    def __init__(self, client: "AsyncClient", request: ResumableRequest, timeout_s: float) -> None:
         self._client = client
-        self._values = values
-        self._answer = answer_to(values)
-        self._event = asyncio.Event()
-        self._answer.notify = self._event.set
+        self._request = request
+        self._timeout_s = timeout_s
         self._deadline_s: float | None = None
+        self._event = asyncio.Event()
+        self._request.notify = self._event.set
 
     async def __anext__(self) -> Piece:
         """Wait for the next piece. RequestFailed, DeadlineExceeded or ServerUnreachable when there will be none."""
-        answer = self._answer
+        answer = self._request.answer
         await self._begin()
-        if not answer.pieces and not answer.done:
+        if not answer.pieces and not self._request.has_ended:
             await self._wait()
         if answer.pieces:
             return answer.pieces.popleft()
@@ -55,19 +62,19 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
         raise StopAsyncIteration
 
     async def completion(self) -> Completion:
-        """Wait for the end and give the whole answer, whether or not pieces were taken."""
+        """Wait for the end and return the whole answer, whether or not pieces were taken."""
         try:
             await self._begin()
-            while not self._answer.done:
+            while not self._request.has_ended:
                 await self._wait()
-                self._answer.pieces.clear()
+                self._request.answer.pieces.clear()
         finally:
             await self.aclose()  # after an error or when the awaiting task is cancelled
-        return self._answer.completion()
+        return self._request.answer.completion()
 
     async def aclose(self) -> None:
         """Cancel what is still to come; a second call does nothing."""
-        self._client._cancel(self._answer)
+        self._client._cancel(self._request)
 
     async def __aenter__(self) -> Self:
         return self
@@ -76,30 +83,25 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
         await self.aclose()
 
     def __del__(self) -> None:
-        self._client._cancel(self._answer)
+        self._client._cancel(self._request)
 
     async def _begin(self) -> None:
-        if self._deadline_s is None and not self._answer.done:
-            timeout_s = self._values["timeout_s"]
-            assert isinstance(timeout_s, (int, float))
-            self._deadline_s = time.monotonic() + timeout_s
-            await self._client._start(self._answer, self._values)
+        if self._deadline_s is None and not self._request.has_ended:
+            self._deadline_s = time.monotonic() + self._timeout_s
+            await self._client._start(self._request)
 
     async def _wait(self) -> None:
-        """Wait until there is a piece or the end. DeadlineExceeded, after cancelling, when time is over."""
+        """Wait for a piece or the end. If time runs out, cancel the request and raise."""
         assert self._deadline_s is not None
-        answer, started_s = self._answer, time.monotonic()
-        while not answer.pieces and not answer.done:
-            now = time.monotonic()
-            silence_s = max(started_s, answer.heard_s) + self._client.silence_timeout_s
-            if now >= min(self._deadline_s, silence_s):
-                await self.aclose()
-                raise self._client._too_late(now >= self._deadline_s)
-            self._event.clear()
-            left_s = min(self._deadline_s, silence_s) - now
-            await _wait_until(self._event, min(left_s, LOOK_S) if answer.is_adrift else left_s)
-            if answer.is_adrift:
-                self._client._read()
+        try:
+            for seconds in self._client._waits_for(self._request, self._deadline_s):
+                self._event.clear()
+                await _wait_until(self._event, seconds)
+                if self._request.is_interrupted:
+                    self._client._read()
+        except MgpuError:
+            await self.aclose()
+            raise
 
 
 class AsyncClient:
@@ -115,38 +117,34 @@ class AsyncClient:
         silence_timeout_s: float = SILENCE_TIMEOUT_S,
     ) -> None:
         """See `Client`; nothing is connected before the first call."""
-        self.silence_timeout_s = silence_timeout_s
         self._endpoint = endpoint
         self._keys = keys
-        self._timeout_s = timeout_s
-        self._connect_timeout_s = connect_timeout_s
+        self._timeouts = Timeouts(timeout_s, connect_timeout_s, silence_timeout_s)
+        self._ids = count(1)
         self._open: Connection | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._progress = asyncio.Event()
         self._closed = False
-        self._next_id = 1
 
     # ------------------------------------------------------------- requests
 
     async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
-        """Continue ``prompt``, text or token ids, and give the whole answer. Options: messages.Generate."""
-        values = generate_map(self._new_id(), prompt, False, **self._bounded(options))
-        return await AsyncCompletionStream(self, values).completion()
+        """Continue ``prompt``, text or token ids, and return the whole answer. Options: `Generate`."""
+        return await self._stream(prompt_field(prompt), options, stream=False).completion()
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncCompletionStream:
-        """Continue ``prompt`` and give its pieces as they come."""
-        return AsyncCompletionStream(self, generate_map(self._new_id(), prompt, True, **self._bounded(options)))
+        """Continue ``prompt`` and return an iterator over its pieces as they come."""
+        return self._stream(prompt_field(prompt), options, stream=True)
 
     async def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[GenerateOptions]) -> Completion:
         """Answer chat messages (maps with role and content) through the model's template."""
-        values = chat_map(self._new_id(), messages, False, **self._bounded(options))
-        return await AsyncCompletionStream(self, values).completion()
+        return await self._stream(messages_field(messages), options, stream=False).completion()
 
     def stream_chat(
         self, messages: Sequence[Mapping[str, str]], **options: Unpack[GenerateOptions]
     ) -> AsyncCompletionStream:
-        """Answer chat messages and give the pieces as they come."""
-        return AsyncCompletionStream(self, chat_map(self._new_id(), messages, True, **self._bounded(options)))
+        """Answer chat messages and return an iterator over the pieces as they come."""
+        return self._stream(messages_field(messages), options, stream=True)
 
     async def health(self) -> Health:
         """Ask for the server's state."""
@@ -166,7 +164,7 @@ class AsyncClient:
         self._disconnect()
 
     async def __aenter__(self) -> Self:
-        await self._connection()
+        await self._connect()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -174,38 +172,32 @@ class AsyncClient:
 
     # ------------------------------------------------------------- plumbing
 
-    def _new_id(self) -> int:
-        request_id, self._next_id = self._next_id, self._next_id + 1
-        return request_id
+    def _stream(self, what: Mapping[str, object], options: GenerateOptions, *, stream: bool) -> AsyncCompletionStream:
+        timeout_s = options.get("timeout_s", self._timeouts.request_s)
+        message = generate_message(next(self._ids), what, options, stream=stream, timeout_s=timeout_s)
+        return AsyncCompletionStream(self, ResumableRequest(message), timeout_s)
 
-    def _bounded(self, options: GenerateOptions) -> GenerateOptions:
-        options.setdefault("timeout_s", self._timeout_s)
-        return options
+    async def _start(self, request: ResumableRequest) -> None:
+        connection = await self._connect()
+        connection.begin(request)
+        self._read()
 
-    def _disconnect(self) -> None:
-        connection, self._open = self._open, None
-        if connection is not None and self._loop is not None:
-            for socket in (connection.socket, connection.monitor):
-                self._loop.remove_reader(int(socket.getsockopt(zmq.FD)))
-            connection.close()
+    async def _query(self, kind: QueryKind, reply_type: type[Reply]) -> Reply:
+        connection, query_id = await self._connect(), next(self._ids)
+        connection.channel.send({"type": kind, "id": query_id})
+        self._read()
+        await self._wait(until_reply(connection, query_id))
+        return connection.take_reply(query_id, reply_type)
 
-    async def _connection(self) -> Connection:
-        """Give the connection once its handshake is through. ServerUnreachable when that takes too long."""
+    async def _connect(self) -> Connection:
+        """Return the connection once the server is connected, the first time or after a disconnection."""
         connection = self._opened()
-        timeout_s = self.silence_timeout_s if connection.was_connected else self._connect_timeout_s
-        deadline_s = time.monotonic() + timeout_s
-        while not connection.connected:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0 or connection.refused is not None:
-                what = f"did not answer within {timeout_s:g} s"
-                error = connection.refused or connection.unreachable(what)
-                if not connection.answers:
-                    self._disconnect()  # the next call tries again
-                raise error
-            if connection.server_is_gone():
-                raise connection.ended()
-            await self._wait_for_progress(min(left_s, LOOK_S))
-            self._read()
+        try:
+            await self._wait(until_connected(connection, self._timeouts))
+        except MgpuError:
+            if not connection.requests and not connection.channel.server_has_ended():
+                self._disconnect()  # the next call tries again
+            raise
         return connection
 
     def _opened(self) -> Connection:
@@ -213,55 +205,42 @@ class AsyncClient:
         if self._closed:
             raise MgpuError("the client is closed")
         if self._open is None:
-            self._open, self._loop = open_connection(self._endpoint, self._keys), loop
-            for socket in (self._open.socket, self._open.monitor):
-                loop.add_reader(int(socket.getsockopt(zmq.FD)), self._read)
+            self._open, self._loop = Connection(self._endpoint, self._keys), loop
+            for fd in self._fds(self._open):
+                loop.add_reader(fd, self._read)
             self._read()
         if loop is not self._loop:
             raise MgpuError("an AsyncClient belongs to the event loop that used it first; make one per loop")
         return self._open
+
+    def _disconnect(self) -> None:
+        connection, self._open = self._open, None
+        if connection is not None and self._loop is not None:
+            for fd in self._fds(connection):
+                self._loop.remove_reader(fd)
+            connection.close()
+
+    def _fds(self, connection: Connection) -> list[int]:
+        return [int(socket.getsockopt(zmq.FD)) for socket in (connection.channel.socket, connection.channel.monitor)]
 
     def _read(self) -> None:
         """Handle what has arrived. A ZeroMQ descriptor only reports changes, so this also follows every send."""
         if self._open is not None and self._open.receive():
             self._progress.set()
 
-    async def _start(self, answer: Answer, values: dict[str, object]) -> None:
-        connection = await self._connection()
-        connection.begin(answer, values)
-        self._read()
-
-    async def _query(self, kind: QueryKind, reply_type: type[R]) -> R:
-        connection, request_id = await self._connection(), self._new_id()
-        connection.send({"type": kind, "id": request_id})
-        self._read()
-        deadline_s = time.monotonic() + QUERY_TIMEOUT_S
-        while True:
-            reply = connection.take_reply(request_id)
-            if isinstance(reply, reply_type):
-                return reply
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0 or not connection.connected:
-                raise connection.unreachable("does not answer")
-            await self._wait_for_progress(left_s)
-
-    async def _wait_for_progress(self, seconds: float) -> None:
-        self._progress.clear()
-        await _wait_until(self._progress, seconds)
-
-    def _cancel(self, answer: Answer) -> None:
-        connection = self._open
-        if answer.done or connection is None:
-            return
-        answer.done = True
-        if connection.answers.pop(answer.id, None) is not None:
-            connection.cancel(answer.id)
+    async def _wait(self, waits: Iterable[float]) -> None:
+        for seconds in waits:
+            self._progress.clear()
+            await _wait_until(self._progress, seconds)
             self._read()
 
-    def _too_late(self, over_deadline: bool) -> MgpuError:
-        if over_deadline or self._open is None:
-            return DeadlineExceeded("the answer was not complete within timeout_s; the request has been cancelled")
-        return self._open.silent(self.silence_timeout_s)
+    def _waits_for(self, request: ResumableRequest, deadline_s: float) -> Iterable[float]:
+        return until_progress(self._opened(), request, deadline_s, self._timeouts)
+
+    def _cancel(self, request: ResumableRequest) -> None:
+        if self._open is not None and not request.has_ended:
+            self._open.cancel(request)
+            self._read()
 
 
 async def _wait_until(event: asyncio.Event, seconds: float) -> None:

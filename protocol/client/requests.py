@@ -1,7 +1,7 @@
 """Build the message of a request and check it before it is sent."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import TypedDict, TypeVar, cast
 
 from mgpu.protocol.errors import RequestFailed
 from mgpu.protocol.front.client_messages import parse_client_message
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of the client's generate, stream, chat and stream_chat; the fields of `Generate`."""
+    """Keyword arguments of the client's generate, stream, chat and stream_chat; see the fields of `Generate`."""
 
     model: str
     n: int
@@ -37,45 +37,46 @@ class GenerateOptions(TypedDict, total=False):
     template_options: Mapping[str, object]
 
 
-def generate_map(
-    request_id: int, prompt: str | Sequence[int], stream: bool, **options: Unpack[GenerateOptions]
-) -> dict[str, object]:
-    """Build and check the generate message for a prompt of text or token ids. RequestFailed says what is wrong."""
+def prompt_field(prompt: str | Sequence[int]) -> dict[str, object]:
+    """Return the field for a prompt of text or token ids. RequestFailed says what is wrong with it."""
     if isinstance(prompt, str):
-        return _checked(request_id, {"prompt": prompt}, stream, options)
+        return {"prompt": prompt}
     try:
-        ids = TokenIds().parse("prompt", _listed("prompt", prompt, "text or a sequence of token ids"))
+        return {"prompt_ids": TokenIds().parse("prompt", _listed("prompt", prompt, "text or a sequence of token ids"))}
     except FieldError as error:
         raise RequestFailed("bad_request", str(error)) from None
-    return _checked(request_id, {"prompt_ids": ids}, stream, options)
 
 
-def chat_map(
-    request_id: int, messages: Sequence[Mapping[str, str]], stream: bool, **options: Unpack[GenerateOptions]
+def messages_field(messages: Sequence[Mapping[str, str]]) -> dict[str, object]:
+    """Return the field for chat messages. RequestFailed says what is wrong with them."""
+    turns = _listed("messages", messages, 'a list such as [{"role": "user", "content": "Hi"}]')
+    return {"messages": [dict(turn) if isinstance(turn, Mapping) else turn for turn in turns]}
+
+
+def generate_message(
+    request_id: int, what: Mapping[str, object], options: GenerateOptions, *, stream: bool, timeout_s: float
 ) -> dict[str, object]:
-    """Build and check the generate message for chat turns. RequestFailed says what is wrong."""
-    given = _listed("messages", messages, 'a list such as [{"role": "user", "content": "Hi"}]')
-    turns = [dict(message) if isinstance(message, Mapping) else message for message in given]
-    return _checked(request_id, {"messages": turns}, stream, options)
+    """Build and check a generate message; ``what`` is its prompt or chat messages. RequestFailed says what is wrong.
 
-
-def _listed(name: str, value: Iterable[T], allowed: str) -> list[T]:
-    """Give the items of what a caller passed. RequestFailed when it has none, such as None."""
-    try:
-        return list(value)
-    except TypeError:
-        raise RequestFailed("bad_request", f"{name} must be {allowed}, got {type(value).__name__}") from None
-
-
-def _checked(request_id: int, what: dict[str, object], stream: bool, options: Mapping[str, Any]) -> dict[str, object]:
-    values = {"type": "generate", "id": request_id, **what, "stream": stream, **options}
+    ``timeout_s`` holds if the options name none.
+    """
+    values: dict[str, object] = {"type": "generate", "id": request_id, **what, "stream": stream}
+    values |= {"timeout_s": timeout_s, **options}
     stop, bias = values.get("stop"), values.get("logit_bias")
     if isinstance(stop, str):
         values["stop"] = [stop]
     if isinstance(bias, Mapping):
         values["logit_bias"] = [[token_id, value] for token_id, value in bias.items()]
     try:
-        parse_client_message(dict(values.items()))
+        parse_client_message(cast("Mapping[object, object]", values))
     except FieldError as error:
         raise RequestFailed("bad_request", str(error)) from None
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _listed(name: str, value: Iterable[T], allowed: str) -> list[T]:
+    """Return the items of what a caller passed. RequestFailed when it has none, such as None."""
+    try:
+        return list(value)
+    except TypeError:
+        raise RequestFailed("bad_request", f"{name} must be {allowed}, got {type(value).__name__}") from None

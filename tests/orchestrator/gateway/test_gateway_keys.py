@@ -127,7 +127,7 @@ def test_a_session_of_another_key_cannot_be_resumed(keyed: GatewayProcess, tmp_p
     resume = {"type": "resume", "id": 9, "offsets": [0]}
     with Client(keyed.endpoint, keys=key_file(tmp_path, "alice")) as alice:
         alice.generate([1], max_tokens=1)
-        message = {**resume, "id": 1, "session": alice._connection._session}
+        message = {**resume, "id": 1, "session": alice._connection.session}
         with Client(keyed.endpoint, keys=key_file(tmp_path, "bob")) as bob:
             assert _ask(bob, message) == "unknown_request"
         assert _ask(alice, message) == "resumed"
@@ -137,10 +137,10 @@ def _ask(client: Client, message: dict[str, object]) -> str:
     """Send a message beside the client's own requests and give the type of the answer, or its code."""
     from mgpu.protocol.front import framing
 
-    connection = client._connection
-    connection.send(message)
-    assert connection.socket.poll(int(DEADLINE_S * 1000), zmq.POLLIN)
-    answer = framing.unpack(connection.socket.recv_multipart(), framing.FROM_SERVER)
+    channel = client._connection.channel
+    channel.send(message)
+    assert channel.socket.poll(int(DEADLINE_S * 1000), zmq.POLLIN)
+    answer = framing.unpack(channel.socket.recv_multipart(), framing.FROM_SERVER)
     return str(answer.get("code", answer["type"]))
 
 

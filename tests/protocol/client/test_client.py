@@ -237,9 +237,9 @@ def test_streams_go_on_through_a_gateway_that_was_killed(tmp_path: Path, portion
         for moment in (0, 1, 2, 40, 90):
             streams = [client.stream(list(b"ab"), seed=1, **options) for options in OPTIONS]
             whole = client.stream(list(b"ab"), max_tokens=100, seed=1)
-            while moment and len(whole._answer.pieces) + sum(len(s._answer.pieces) for s in streams) < 4 * moment:
-                client._poll(1.0)
-                client._connection.receive()
+            answers = [stream._request.answer for stream in (whole, *streams)]
+            while moment and sum(len(answer.pieces) for answer in answers) < 4 * moment:
+                client._wait([1.0])
             gateway.kill()
             gateway.replace()
             expected = ("é€cd" * 200).encode()

@@ -51,7 +51,7 @@ def test_a_server_that_is_replaced_twice_while_nobody_reads_is_asked_once(tmp_pa
                 resume = pool.submit(resume_and_finish, third, 3, 4, 5)
                 assert [piece.token_ids for piece in stream] == [(3, 4), (5,)]
             assert resume.result()["offsets"] == [2]
-            client._connection.cancel(7)
+            client._connection.send_cancel(7)
             assert hear(third)[1] == {"type": "cancel", "id": 7}, "another resume before it"
 
 

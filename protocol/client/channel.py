@@ -1,0 +1,140 @@
+"""The socket of a client: messages out and in, and what is known of the server. No waiting, and nothing of requests."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from mgpu.protocol.client.endpoint import START_HINT, server_has_ended
+from mgpu.protocol.errors import RequestFailed, ServerUnreachable
+from mgpu.protocol.front import framing
+from mgpu.protocol.keys import KEYS_VARIABLE, ClientKeys, fingerprint, use_client_keys
+
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
+_OTHER_MECHANISM = zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+"""One side has keys and the other has none."""
+
+Event = tuple[int, int]
+"""An event of the socket's monitor and its value."""
+
+
+class Channel:
+    """A DEALER socket and its event monitor. libzmq connects in the background, and again after a disconnection."""
+
+    def __init__(self, endpoint: str, keys: ClientKeys | None = None) -> None:
+        """Begin to connect. ServerUnreachable for a malformed endpoint. ``keys`` are for tcp only."""
+        self.endpoint = endpoint
+        self.is_connected = False
+        self.was_connected = False
+        """A handshake has succeeded at some time."""
+        self.refusal: ServerUnreachable | None = None
+        """Why connecting cannot succeed, once that is known."""
+        self._keys = keys
+        self._handshake_failed = False
+        self._context: zmq.Context[Any] = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        framing.set_client_options(self.socket, endpoint)
+        if keys is not None:
+            use_client_keys(self.socket, keys)
+        self.monitor = self.socket.get_monitor_socket(_EVENTS)
+        try:
+            self.socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ServerUnreachable(
+                f"{endpoint!r} is not an endpoint ({error}); use ipc:///path or tcp://host:port"
+            ) from None
+
+    def send(self, message: Mapping[str, object]) -> None:
+        """Send one message now. RequestFailed if it cannot be packed; ServerUnreachable if nobody takes it."""
+        try:
+            frames = framing.pack(message)
+        except ValueError as error:
+            raise RequestFailed("bad_request", str(error)) from None
+        size, limit = len(frames[1]), framing.FROM_CLIENT.frame_bytes
+        if size > limit:
+            raise RequestFailed("bad_request", f"the request has {size} bytes, the limit is {limit}")
+        try:
+            self.socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            raise self.unreachable("does not take messages") from None
+
+    def receive(self) -> Iterator[list[bytes]]:
+        """Yield the frames of each message that has arrived."""
+        yield from _drain(self.socket)
+
+    def read_events(self) -> list[Event]:
+        """Return the connection's events that have come, the oldest first. `note` them after reading the messages."""
+        parsed = map(parse_monitor_message, _drain(self.monitor))
+        return [(event["event"], event["value"]) for event in parsed]
+
+    def note(self, events: Iterable[Event]) -> bool:
+        """Take events into account, the oldest first. Return True if any connection was lost."""
+        lost = False
+        for event, value in events:
+            lost |= event == zmq.EVENT_DISCONNECTED
+            self.is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self.was_connected |= self.is_connected
+            if event & _FAILED:
+                refusal = self._refusal(event, value)
+                self.refusal = refusal or self.refusal
+                self._handshake_failed |= refusal is None
+        return lost
+
+    def _refusal(self, event: int, value: int) -> ServerUnreachable | None:
+        """Say why a handshake failed; None if the event does not tell."""
+        at = f"the server at {self.endpoint}"
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            if self._keys is None:
+                return ServerUnreachable(f"{at} belongs to another user")
+            key = fingerprint(self._keys.public)
+            return ServerUnreachable(f"{at} refuses this client's key {key}: it is not on the server's list")
+        if value != _OTHER_MECHANISM:
+            return None
+        if self._keys is not None:
+            return ServerUnreachable(f"{at} has no keys; connect without one (keys, --keys, {KEYS_VARIABLE})")
+        return ServerUnreachable(
+            f"{at} lets in only clients with a key; name yours with keys=, --keys or {KEYS_VARIABLE} "
+            "(mgpu-launch keygen --client NAME makes one)"
+        )
+
+    def server_has_ended(self) -> bool:
+        """Return True if the server to which this client was connected has ended for good."""
+        return self.was_connected and server_has_ended(self.endpoint)
+
+    def unreachable(self, what: str) -> ServerUnreachable:
+        """Return the error which says that the server does ``what`` ("does not answer") and what to do about it."""
+        if self._handshake_failed and not self.was_connected and self.endpoint.startswith("tcp:"):
+            return ServerUnreachable(f"the server at {self.endpoint} ends every attempt to connect: {self._key_hint()}")
+        return ServerUnreachable(f"the server at {self.endpoint} {what}; is it running? If not, {START_HINT}")
+
+    def silent(self, seconds: float) -> ServerUnreachable:
+        """Return the error for a request of which nothing was heard for so long."""
+        if self.is_connected:
+            return self.unreachable(f"has been silent for {seconds:g} s")
+        return self.unreachable(f"closed the connection and did not come back within {seconds:g} s")
+
+    def _key_hint(self) -> str:
+        """Guess why handshakes fail: a server that is quick to close the connection does not get to say it."""
+        if self._keys is None:
+            return f"it probably lets in only clients with a key; name yours with keys=, --keys or {KEYS_VARIABLE}"
+        server = fingerprint(self._keys.server)
+        return f"its key is probably not {server}, the one in this client's key file, or it has no keys"
+
+    def close(self) -> None:
+        """Close the sockets. What is unsent has LINGER milliseconds to go out."""
+        self.socket.disable_monitor()
+        self.monitor.close(linger=0)
+        self.socket.close()
+        self._context.term()
+
+
+def _drain(socket: "zmq.Socket[Any]") -> Iterator[list[bytes]]:
+    while True:
+        try:
+            frames = socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        yield frames

@@ -1,0 +1,180 @@
+"""One request and its answer, across lost connections. No I/O: methods return the message that has to be sent.
+
+Theory. A request belongs to the connection on which it was sent. When that is lost, the client makes another and sends
+`resume` with the number of tokens that it has (its offsets). The server answers `resumed` with the same offsets, and
+all that follows continues the answer. Whatever comes before `resumed` will come again, so the client skips it.
+
+Example: 3 tokens have arrived when the gateway dies.
+
+    event                                  sent                    state
+    generate is sent                       generate                RUNNING
+    tokens (3), then the connection fails                          DISCONNECTED
+    a new gateway accepts the connection   resume, offsets [3]     RESUMING
+    tokens, of an earlier connection                               RESUMING (skipped: they come again)
+    failed, overloaded, retry after 1 s                            BUSY
+    1 s later                              resume, offsets [3]     RESUMING
+    resumed, offsets [3]                                           RESUMED
+    tokens (2), finished                                           ENDED
+
+A `resume` that still waits in the socket when its connection is lost goes out on the next one, so the server may answer
+several. A `resumed` whose offsets are not those that the client has now is skipped, and the client asks again.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from enum import Enum, auto
+
+from mgpu.protocol.client.answer import Answer
+from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
+from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Resumed, ServerMessage, Tokens
+
+RETRY_S = 1.0
+"""When to ask a busy server again if it does not say."""
+
+Message = Mapping[str, object]
+
+
+class State(Enum):
+    RUNNING = auto()
+    """`generate` was sent; the server answers it."""
+    DISCONNECTED = auto()
+    """The connection was lost; `resume` goes out on the next one."""
+    RESUMING = auto()
+    """`resume` was sent and not answered yet."""
+    BUSY = auto()
+    """The server refused `resume` for now; it is asked again after a while."""
+    RESUMED = auto()
+    """The server continues the answer."""
+    ENDED = auto()
+    """No more messages are expected: finished, failed or cancelled."""
+
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    # On the right: a connection fails (DISCONNECTED), `resume` is sent (RESUMING) and answered (RESUMED, BUSY, or
+    # unknown_request, after which `generate` is sent once more: RUNNING), and the end.
+    State.RUNNING: frozenset({State.DISCONNECTED, State.RESUMING, State.RESUMED, State.ENDED}),
+    State.DISCONNECTED: frozenset(State),
+    State.RESUMING: frozenset(State) - {State.RESUMING},
+    State.BUSY: frozenset(State),
+    State.RESUMED: frozenset(State) - {State.RUNNING},
+    State.ENDED: frozenset(),
+}
+"""The states that may follow each state. Any other step is a bug of this client, whatever the server sends."""
+
+_INTERRUPTED = frozenset({State.DISCONNECTED, State.RESUMING, State.BUSY})
+
+
+class ResumableRequest:
+    """A request in flight: the message that began it, the answer so far, and the state between client and server."""
+
+    def __init__(self, message: Message) -> None:
+        """``message`` is a checked generate message."""
+        request_id = message["id"]
+        assert isinstance(request_id, int)
+        self.id = request_id
+        self.message = message
+        self.answer = Answer(message)
+        self.state = State.RUNNING
+        self.heard_s = time.monotonic()
+        """When the server last said anything about this request."""
+        self.resume_at_s = math.inf
+        """When to send `resume`: at once while DISCONNECTED, after a while if BUSY, else never."""
+        self.notify: Callable[[], object] = lambda: None
+        """Called after each message and at the end."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state is State.ENDED
+
+    @property
+    def is_interrupted(self) -> bool:
+        """True from the loss of a connection until the server has agreed to continue."""
+        return self.state in _INTERRUPTED
+
+    def disconnect(self) -> None:
+        """Note that the connection was lost."""
+        self._enter(State.DISCONNECTED, resume_at_s=0.0)
+
+    def resume(self) -> Message:
+        """Return the message that asks for what follows the tokens that have arrived."""
+        self._enter(State.RESUMING)
+        return {"type": "resume", "id": self.id, "session": self.message["session"], "offsets": self.answer.offsets()}
+
+    def fail(self, error: MgpuError) -> None:
+        """End the request with an error."""
+        self.answer.fail(error)
+        self.close()
+
+    def close(self) -> None:
+        """End the request: no further message is expected."""
+        self._enter(State.ENDED)
+        self.notify()
+
+    def take(self, message: ServerMessage) -> Message | None:
+        """Handle a message about this request. Return the message to send in reply, or None."""
+        if isinstance(message, Failed):
+            return self._on_failed(message)
+        if isinstance(message, Resumed):
+            return self._on_resumed(message)
+        if not self.is_interrupted:
+            self.heard_s = time.monotonic()
+            self._on_progress(message)
+        return None
+
+    def _on_progress(self, message: ServerMessage) -> None:
+        if isinstance(message, Tokens):
+            self.answer.add(message)
+        elif isinstance(message, Accepted):
+            self.answer.accepted = message
+        elif isinstance(message, Finished):
+            self._on_finished(message)
+            return
+        else:
+            self.answer.release()
+        self.notify()
+
+    def _on_finished(self, message: Finished) -> None:
+        if self.state is State.RESUMED and "cancelled" in message.finish_reasons:
+            self.fail(ServerUnreachable("the connection was lost for so long that the server gave the request up"))
+        else:
+            self.answer.finish(message)
+            self.close()
+
+    def _on_resumed(self, message: Resumed) -> Message | None:
+        """Go on if what follows fits the tokens that have arrived. Otherwise ask, unless an answer is awaited."""
+        if message.offsets is None or message.offsets == self.answer.offsets():
+            self._enter(State.RESUMED)
+            self.heard_s = time.monotonic()
+            self.answer.release()
+            self.notify()
+            return None
+        return None if self.is_interrupted else self.resume()
+
+    def _on_failed(self, message: Failed) -> Message | None:
+        if message.code == "unknown_request" and not any(self.answer.offsets()):
+            return self._send_again() if self.is_interrupted else None  # else an earlier `resume` was answered late
+        if message.code in ("overloaded", "not_ready") and self.state is not State.RUNNING:
+            self.heard_s = time.monotonic()
+            self._enter(State.BUSY, resume_at_s=self.heard_s + (message.retry_after_s or RETRY_S))
+        else:
+            self.fail(error_of(message))
+        return None
+
+    def _send_again(self) -> Message:
+        """Return the message that began the request, which did not get as far as the engine."""
+        self._enter(State.RUNNING)
+        if self.answer.accepted is not None:  # the engine never heard of it, but the seed was promised
+            self.message = {**self.message, "seed": self.answer.accepted.seed}
+        return self.message
+
+    def _enter(self, state: State, resume_at_s: float = math.inf) -> None:
+        assert state in TRANSITIONS[self.state], f"{self.state.name} -> {state.name}"
+        self.state, self.resume_at_s = state, resume_at_s
+
+
+def error_of(message: Failed) -> MgpuError:
+    """Return the error that the caller of a failed request or query gets."""
+    if message.code == "deadline_exceeded":
+        return DeadlineExceeded(message.message)
+    return RequestFailed(message.code, message.message, message.retry_after_s)

@@ -1,0 +1,77 @@
+"""How long a client waits for what, and when it gives up: for both clients.
+
+Each function is a generator of seconds. The client waits that long at most for its socket, reads what has arrived and
+takes the next number. The generator ends when what it waits for is there, and raises MgpuError when it gives up:
+
+    for seconds in until_connected(connection, timeouts):
+        poller.poll(seconds * 1000)
+        connection.receive()
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mgpu.protocol.client.connection import Connection
+from mgpu.protocol.client.resumable import ResumableRequest
+from mgpu.protocol.errors import DeadlineExceeded
+
+DEFAULT_TIMEOUT_S = 600.0
+CONNECT_TIMEOUT_S = 5.0
+SILENCE_TIMEOUT_S = 15.0
+"""The server says something about every request each second; after this much silence it is taken for dead."""
+QUERY_TIMEOUT_S = 5.0
+_CHECK_S = 0.25
+"""While the connection is lost: how often to look if the server has ended, or if a busy one can be asked again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """The longest times that one client waits, in seconds."""
+
+    request_s: float
+    """For a whole answer, if the call names no ``timeout_s``."""
+    connect_s: float
+    silence_s: float
+
+
+def until_connected(connection: Connection, timeouts: Timeouts) -> Iterator[float]:
+    """Wait for the handshake, the first one or that after a disconnection. ServerUnreachable if there is none."""
+    channel = connection.channel
+    timeout_s = timeouts.silence_s if channel.was_connected else timeouts.connect_s
+    deadline_s = time.monotonic() + timeout_s
+    while not channel.is_connected:
+        left_s = deadline_s - time.monotonic()
+        if channel.refusal is not None:
+            raise channel.refusal
+        if left_s <= 0:
+            raise channel.unreachable(f"did not answer within {timeout_s:g} s")
+        if channel.server_has_ended():
+            raise channel.unreachable("has ended")
+        yield min(left_s, _CHECK_S)
+
+
+def until_progress(
+    connection: Connection, request: ResumableRequest, deadline_s: float, timeouts: Timeouts
+) -> Iterator[float]:
+    """Wait for a piece of the answer or its end. DeadlineExceeded, or ServerUnreachable after too much silence."""
+    started_s = time.monotonic()
+    while not request.answer.pieces and not request.has_ended:
+        now = time.monotonic()
+        silent_s = max(started_s, request.heard_s) + timeouts.silence_s
+        if now >= deadline_s:
+            raise DeadlineExceeded("the answer was not complete within timeout_s; the request has been cancelled")
+        if now >= silent_s:
+            raise connection.channel.silent(timeouts.silence_s)
+        left_s = min(deadline_s, silent_s) - now
+        yield min(left_s, _CHECK_S) if request.is_interrupted else left_s
+
+
+def until_reply(connection: Connection, query_id: int) -> Iterator[float]:
+    """Wait for the reply to a query. ServerUnreachable if there is none in time."""
+    deadline_s = time.monotonic() + QUERY_TIMEOUT_S
+    while not connection.has_reply(query_id):
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0 or not connection.channel.is_connected:
+            raise connection.channel.unreachable("does not answer")
+        yield left_s

@@ -1,0 +1,92 @@
+"""The states of a request: a server can say anything at any time, and never leads its client into a wrong state."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from mgpu import RequestFailed, ServerUnreachable
+from mgpu.protocol.client.resumable import TRANSITIONS, Message, ResumableRequest, State
+from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Keepalive, Resumed, ServerMessage, Tokens
+
+REQUEST: Message = {"type": "generate", "id": 1, "prompt": "x", "session": "s" * 16}
+
+
+def tokens(*ids: int, finish_reason: str | None = None) -> Tokens:
+    return Tokens(1, 0, "x" * len(ids), list(ids), None, finish_reason)
+
+
+def finished(reason: str) -> Finished:
+    return Finished(1, [reason], 1, 5, 0)
+
+
+def take(request: ResumableRequest, messages: Sequence[ServerMessage]) -> list[Message]:
+    return [reply for message in messages if (reply := request.take(message)) is not None]
+
+
+def test_the_example_of_the_theory_goes_from_state_to_state() -> None:
+    request = ResumableRequest(REQUEST)
+    assert not take(request, [Accepted(1, "tiny", 1, 8, 7), tokens(1, 2, 3)])
+    assert request.state is State.RUNNING
+    request.disconnect()
+    assert request.state is State.DISCONNECTED
+    assert request.resume()["offsets"] == [3]
+    assert not take(request, [tokens(4)])
+    assert request.state is State.RESUMING
+    assert not take(request, [Failed(1, "overloaded", "later", 1.0)])
+    assert request.state is State.BUSY
+    assert request.resume()["offsets"] == [3], "the tokens of an earlier connection were not skipped"
+    assert not take(request, [Resumed(1, [3]), tokens(4, 5, finish_reason="stop")])
+    assert request.state is State.RESUMED
+    assert not take(request, [finished("stop")])
+    assert request.state is State.ENDED
+    assert request.answer.completion().token_ids == (1, 2, 3, 4, 5)
+    assert request.answer.completion().seed == 7
+
+
+def test_a_request_that_never_arrived_is_sent_again_with_the_seed_it_was_promised() -> None:
+    request = ResumableRequest(REQUEST)
+    take(request, [Accepted(1, "tiny", 1, 8, 7)])
+    request.disconnect()
+    request.resume()
+    assert take(request, [Failed(1, "unknown_request", "")]) == [{**REQUEST, "seed": 7}]
+    assert request.state is State.RUNNING
+    take(request, [Failed(1, "overloaded", "full")])
+    with pytest.raises(RequestFailed, match="full"):
+        request.answer.completion()
+
+
+def test_a_request_that_was_cancelled_while_nobody_was_connected_has_failed() -> None:
+    request = ResumableRequest(REQUEST)
+    request.disconnect()
+    request.resume()
+    take(request, [Resumed(1, [0]), finished("cancelled")])
+    with pytest.raises(ServerUnreachable, match="gave the request up"):
+        request.answer.completion()
+
+
+def test_no_server_can_lead_a_client_into_a_wrong_state() -> None:
+    rng = random.Random(3)
+    messages = [
+        lambda: tokens(1),
+        lambda: Keepalive(1),
+        lambda: Accepted(1, "tiny", 1, 8, 7),
+        lambda: Resumed(1, None),
+        lambda: Resumed(1, [rng.randint(0, 3)]),
+        lambda: Failed(1, rng.choice(["overloaded", "not_ready", "unknown_request", "stopped"]), ""),
+        lambda: finished(rng.choice(["stop", "cancelled"])),
+    ]
+    steps: set[tuple[State, State]] = set()
+    for _ in range(3000):
+        request = ResumableRequest(REQUEST)
+        while not request.has_ended:
+            before = request.state
+            if rng.random() < 0.2:
+                request.disconnect()
+            elif request.state in (State.DISCONNECTED, State.BUSY) and rng.random() < 0.5:
+                request.resume()
+            else:
+                request.take(rng.choice(messages)())
+            steps.add((before, request.state))
+    kept = {(state, state) for state in State}
+    assert steps | kept == {(state, after) for state in TRANSITIONS for after in TRANSITIONS[state]} | kept
