@@ -20,6 +20,7 @@ from bench.kernels.quantized import float8_layers, float8_products, many_rows, m
 from bench.kernels.timing import BF16, SHAPES, Row, graph_us, make_cache, relative_error, rotate, sdpa_row, views
 from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.attention.decode import decode_attention
+from mgpu.worker.kernels.attention.inputs import PackedHeads, PagedCache
 from mgpu.worker.kernels.attention.prefill import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.layers.activation import gated_activation
@@ -72,8 +73,8 @@ def decode_attentions() -> Iterator[Row]:
         expected = reference.paged_attention(
             q[:few], k.float(), v.float(), tables, [context] * few, list(range(few + 1)), 128**-0.5
         )
-        error = relative_error(decode_attention(q, *caches[0], lens, scale=128**-0.5)[:few], expected)
-        us = graph_us(rotate(caches, lambda cache: decode_attention(q, *cache, lens, scale=128**-0.5), 4))
+        error = relative_error(decode_attention(q, PagedCache(*caches[0], lens), scale=128**-0.5)[:few], expected)
+        us = graph_us(rotate(caches, lambda cache: decode_attention(q, PagedCache(*cache, lens), scale=128**-0.5), 4))
         moved = rows * context * 2.0 * 8 * 128 * k.element_size()
         yield Row(f"decode r{rows} c{context} bs{block_size} {str(dtype)[6:]}", us, moved, error=error)
 
@@ -86,11 +87,11 @@ def prefill_attentions() -> Iterator[Row]:
         q = torch.randn(rows * context, 32, dim, device="cuda").to(BF16)
         lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
         starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * context
-        us = graph_us([lambda: prefill_attention(q, k, v, tables, lens, starts, scale=dim**-0.5)] * 2, 3)
+        cache = PagedCache(k, v, tables, lens)
+        us = graph_us([lambda: prefill_attention(q, cache, starts, scale=dim**-0.5)] * 2, 3)
         short = min(context, 1024)
-        got = prefill_attention(
-            q[:short], k, v, tables[:1], lens[:1].clamp(max=short), starts[:2].clamp(max=short), scale=dim**-0.5
-        )
+        first = PagedCache(k, v, tables[:1], lens[:1].clamp(max=short))
+        got = prefill_attention(q[:short], first, starts[:2].clamp(max=short), scale=dim**-0.5)
         expected = reference.paged_attention(q[:short], k, v, tables[:1], [short], [0, short], dim**-0.5)
         other = sdpa_row(rows, context, "CUDNN_ATTENTION").us if dim == 128 else float("nan")
         flops = 2.0 * context * context * dim * 32 * rows
@@ -106,9 +107,10 @@ def fp8_prefill_attentions() -> Iterator[Row]:
         q = torch.randn(rows * context, 32, 128, device="cuda").to(BF16)
         lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
         starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * context
-        out = prefill_attention(q, k, v, tables, lens, starts, scale=128**-0.5, tiling=tiling)
+        cache = PagedCache(k, v, tables, lens)
+        out = prefill_attention(q, cache, starts, scale=128**-0.5, tiling=tiling)
         expected = reference.paged_attention(q[:1024], k, v, tables[:1], [1024], [0, 1024], 128**-0.5)
-        us = graph_us([lambda: prefill_attention(q, k, v, tables, lens, starts, scale=128**-0.5, tiling=tiling)] * 2, 3)
+        us = graph_us([lambda: prefill_attention(q, cache, starts, scale=128**-0.5, tiling=tiling)] * 2, 3)
         flops = 2.0 * context * context * 128 * 32 * rows
         shape = tiling and (tiling.block_m, tiling.block_n, tiling.num_warps, tiling.num_stages)
         error = relative_error(out[:1024], expected)
@@ -135,12 +137,13 @@ def layers() -> Iterator[Row]:
         qkv = torch.randn(tokens, 48, 128, device="cuda").to(BF16)
         cos_sin = torch.rand(max(tokens, 1024), 128, device="cuda")
         places = torch.arange(tokens, device="cuda")
-        us = graph_us([lambda: rope_and_cache(qkv, cos_sin, places, places, k, v)] * 20)
+        heads = PackedHeads(qkv, cos_sin)
+        us = graph_us([lambda: rope_and_cache(heads, places, places, k, v)] * 20)
         expected = reference.rotate(qkv[:, :32], cos_sin[places])
-        error = relative_error(rope_and_cache(qkv, cos_sin, places, places, k, v), expected)
+        error = relative_error(rope_and_cache(heads, places, places, k, v), expected)
         yield Row(f"rope_and_cache t{tokens}", us, tokens * 48 * 128 * 4.0, error=error)
         k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
-        us = graph_us([lambda: rope_and_cache(qkv, cos_sin, places, places, k, v)] * 20)
+        us = graph_us([lambda: rope_and_cache(heads, places, places, k, v)] * 20)
         yield Row(f"rope_and_cache fp8 t{tokens}", us, tokens * (48 * 2 + 32 * 2 + 16) * 128.0)
 
 

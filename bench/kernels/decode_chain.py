@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernels.attention.decode import decode_attention_packed
+from mgpu.worker.kernels.attention.inputs import PackedHeads, PagedCache
 from mgpu.worker.kernels.layers.activation import gated_activation
 from mgpu.worker.kernels.layers.norm import add_rms_norm, rms_norm
 from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
@@ -72,16 +73,10 @@ class DecodeChain:
 
     def attention(self, qkv: Tensor, layer: int) -> Tensor:
         rows = qkv.shape[0]
-        heads = decode_attention_packed(
-            qkv.view(rows, -1, DIM),
-            self.cos_sin,
-            *self.caches[layer],
-            self.tables[:rows],
-            self.lens[:rows],
-            scale=DIM**-0.5,
-            workspace=self.workspace,
-        )
-        return heads.view(rows, -1)
+        heads = PackedHeads(qkv.view(rows, -1, DIM), self.cos_sin)
+        cache = PagedCache(*self.caches[layer], self.tables[:rows], self.lens[:rows])
+        out = decode_attention_packed(heads, cache, scale=DIM**-0.5, workspace=self.workspace)
+        return out.view(rows, -1)
 
     def step(self, rows: int, tilings: Tilings | None = None) -> Tensor:
         """Run one step for the first ``rows`` rows and give the chosen tokens."""

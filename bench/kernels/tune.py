@@ -33,6 +33,7 @@ from bench.kernels.timing import (
     views,
 )
 from mgpu.worker.kernels.attention.decode import DecodeTiling, decode_attention
+from mgpu.worker.kernels.attention.inputs import PagedCache
 from mgpu.worker.kernels.attention.prefill import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
@@ -148,7 +149,8 @@ def run_decode(device: torch.device, block_size: int, dim: int, dtype: torch.dty
     cache = torch.empty(16, block_size, 8, dim, dtype=dtype, device=device)
     q = torch.empty(4, 32, dim, dtype=BF16, device=device)
     tables, lens = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((4, 64), (4,)))
-    decode_attention(q, cache, cache, tables, lens, scale=0.1, tiling=tiling, workspace=workspace(device))
+    rows = PagedCache(cache, cache, tables, lens)
+    decode_attention(q, rows, scale=0.1, tiling=tiling, workspace=workspace(device))
 
 
 def run_prefill(device: torch.device, block_size: int, dim: int, tiling: PrefillTiling) -> None:
@@ -156,7 +158,7 @@ def run_prefill(device: torch.device, block_size: int, dim: int, tiling: Prefill
     q = torch.empty(256, 32, dim, dtype=BF16, device=device)
     tables = torch.empty(4, 64, dtype=torch.int32, device=device)
     lens, starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (4, 5))
-    prefill_attention(q, cache, cache, tables, lens, starts, scale=0.1, tiling=tiling)
+    prefill_attention(q, PagedCache(cache, cache, tables, lens), starts, scale=0.1, tiling=tiling)
 
 
 WIDE = [Tiling(64, splits, 4, stages) for splits in (1, 2, 4) for stages in (3, 5)]
@@ -236,7 +238,9 @@ def time_decode(results: Results) -> None:
                 if bs != block_size:
                     continue
                 tiling = dataclasses.replace(base, splits=splits, stretch=stretch)
-                launches = rotate(caches, lambda c: decode_attention(q, *c, lens, scale=128**-0.5, tiling=tiling), 4)
+                launches = rotate(
+                    caches, lambda c: decode_attention(q, PagedCache(*c, lens), scale=128**-0.5, tiling=tiling), 4
+                )
                 name = f"decode r{rows} c{context} bs{bs} {short(tiling)}"
                 results.measure(name, launches, expected, bytes=rows * context * 4096.0)
     time_decode_fp8(results)
@@ -250,7 +254,7 @@ def time_decode_fp8(results: Results) -> None:
         lens = torch.full((rows,), 1024, device="cuda", dtype=torch.int32)
         expected = paged_attention(q[:4], k.float(), v.float(), tables, [1024] * 4, [0, 1, 2, 3, 4], 128**-0.5)
         for tiling in FP8_DECODE:
-            launches = [lambda: decode_attention(q, k, v, tables, lens, scale=128**-0.5, tiling=tiling)] * 4
+            launches = [lambda: decode_attention(q, PagedCache(k, v, tables, lens), scale=128**-0.5, tiling=tiling)] * 4
             name = f"decode fp8 r{rows} c1024 bs{block_size} {short(tiling)}"
             results.measure(name, launches, expected, bytes=rows * 1024 * 2048.0)
 
@@ -266,7 +270,8 @@ def time_prefill(results: Results) -> None:
             dense_k, dense_v = (x.repeat_interleave(4, 0)[None] for x in dense)
             q_row = q[:context].transpose(0, 1)[None]
             expected = F.scaled_dot_product_attention(q_row, dense_k, dense_v, is_causal=True)[0].transpose(0, 1)
-            launches = [lambda: prefill_attention(q, k, v, tables, lens, starts, scale=dim**-0.5, tiling=tiling)] * 2
+            cache = PagedCache(k, v, tables, lens)
+            launches = [lambda: prefill_attention(q, cache, starts, scale=dim**-0.5, tiling=tiling)] * 2
             flops = 2.0 * context * context * dim * 32 * rows
             results.measure(
                 f"prefill r{rows} c{context} bs{block_size} d{dim} {short(tiling)}", launches, expected, flops=flops

@@ -17,7 +17,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-import mgpu.worker.attention.interface as attention
+import mgpu.worker.attention.choose as attention
 from bench.kernels.timing import compile_only, set_overlap
 from harness.fake_orchestrator import make_plan, make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
@@ -62,7 +62,6 @@ def use_kernels_on_the_cpu() -> None:
     set_overlap(True)
     for module in (mlp, norm, sampler, attention):
         module.uses_kernels = lambda device: True
-    attention.select_backend = None
     linear.matmul = vocab.matmul = products.matmul
     linear.matmul_packed = products.quantized_matmul
     linear.pack = vocab.pack = lambda weight: weight

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.kernels.timing import KERNEL_MODULES, compile_only, set_overlap
 from mgpu.worker.kernels.attention.decode import decode_attention
+from mgpu.worker.kernels.attention.inputs import PagedCache
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
@@ -41,10 +42,10 @@ def attend(name: str, dim: int, block_size: int, dtype: torch.dtype) -> None:
     tables, lens = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
     q = torch.zeros(2, 4 * HEADS, dim, dtype=dtype)
     if name == "decode":
-        decode_attention(q, cache, cache, tables, lens, scale=1.0)
+        decode_attention(q, PagedCache(cache, cache, tables, lens), scale=1.0)
     else:
         starts = torch.arange(3, dtype=torch.int32)
-        prefill_attention(q, cache, cache, tables, lens, starts, scale=1.0)
+        prefill_attention(q, PagedCache(cache, cache, tables, lens), starts, scale=1.0)
 
 
 def multiply(kind: WeightKind, rows: int, n: int, dtype: torch.dtype) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mgpu.worker.kernels.attention.inputs import PagedCache
+
 
 @dataclass(frozen=True, slots=True)
 class Paged:
@@ -13,6 +15,10 @@ class Paged:
     tables: Tensor
     lens: Tensor
     context_lens: list[int]
+
+    def inputs(self, k_scale: float = 1.0, v_scale: float = 1.0) -> PagedCache:
+        """Return it as kernels take it."""
+        return PagedCache(self.k, self.v, self.tables, self.lens, k_scale, v_scale)
 
 
 def paged_cache(

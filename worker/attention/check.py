@@ -73,7 +73,7 @@ def _error(device: torch.device, shape: AttentionShape, window: int | None) -> f
     table_PK = torch.rand((max(_CONTEXTS), dim), generator=generator, device=device) * 2 - 1
     batch = _batch(device, pages)
     spec = AttentionSpec(dim**-0.5, window)
-    out_THK = TritonBackend().begin_step(batch, _BLOCK_SIZE).attend_packed(qkv_TAK, None, table_PK, None, cache, spec)
+    out_THK = TritonBackend().begin_step(batch, _BLOCK_SIZE).attend_packed(qkv_TAK, None, table_PK, cache, spec)
 
     turned_THK = rotate(qkv_TAK[:, :num_qk], table_PK[batch.positions])
     cache.write(batch.slots, turned_THK[:, shape.num_q :], qkv_TAK[:, num_qk:])

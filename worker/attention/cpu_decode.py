@@ -46,7 +46,7 @@ class _KeyCopy:
     """What the keys lie in, flat, with room."""
 
 
-class DecodeMirror:
+class TransposedKeys:
     """The copies of all layers' keys, and which contexts they hold."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class DecodeMirror:
         """Note a step that wrote to the cache without this copy."""
         self._tables_RB = None
 
-    def begin_step(self, batch: StepBatch, context_slots: Callable[[], Tensor]) -> "MirrorStep":
+    def begin_step(self, batch: StepBatch, context_slots: Callable[[], Tensor]) -> "CpuDecodeStep":
         """Prepare a step in which every row has one new token.
 
         ``context_slots`` gives where the contexts are in the cache, [R * S]; places past a context repeat its last.
@@ -71,7 +71,7 @@ class DecodeMirror:
             self._version += 1
             self.capacity = -(-(max(lens) + 1) // _GROWTH) * _GROWTH
         self._tables_RB, self._lens = batch.block_tables.clone(), list(lens)
-        return MirrorStep(self, lens, context_slots)
+        return CpuDecodeStep(self, lens, context_slots)
 
     def _continues(self, tables_RB: Tensor, lens: list[int]) -> bool:
         """Say whether these are the rows of the last step, each with one more token.
@@ -133,11 +133,11 @@ class _Bags:
         self.mask_R1S = torch.zeros((rows, longest)).masked_fill_(is_past_RS, -torch.inf).unsqueeze(1)
 
 
-class MirrorStep:
+class CpuDecodeStep:
     """One step over the copies; the new tokens are in the paged cache already."""
 
-    def __init__(self, mirror: DecodeMirror, lens: list[int], context_slots: Callable[[], Tensor]) -> None:
-        self._mirror = mirror
+    def __init__(self, transposed_keys: TransposedKeys, lens: list[int], context_slots: Callable[[], Tensor]) -> None:
+        self._keys = transposed_keys
         self._lens = lens
         self._longest = max(lens)
         self._context_slots = context_slots
@@ -150,8 +150,8 @@ class MirrorStep:
         bags = self._bags.get(heads)
         if bags is None:
             slots_RS = self._context_slots().view(rows, -1)
-            bags = self._bags[heads] = _Bags(heads, self._lens, slots_RS, self._mirror.capacity)
-        keys_RJKC, is_current = self._mirror.keys(cache, rows)
+            bags = self._bags[heads] = _Bags(heads, self._lens, slots_RS, self._keys.capacity)
+        keys_RJKC, is_current = self._keys.keys(cache, rows)
         if is_current:
             keys_RJKC.put_(bags.new_places, k_RJK)
         else:

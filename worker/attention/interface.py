@@ -1,12 +1,11 @@
-"""Attention over the paged KV cache: what a backend is, and the choice of one.
+"""Attention over the paged KV cache: what a backend is. `choose` selects one; this module imports none of them.
 
-A backend prepares a step once, and what it gives is called by every layer of that step. A faster backend is plugged in
-at `select_backend`; the reference one, in plain torch, is what others are tested against.
+A backend prepares each step once, and every layer of that step calls what it prepared. The plain backend, in torch, is
+what the others are tested against.
 """
 
-# T tokens, H query heads of this rank, J KV heads of this rank, K head dim
+# T tokens, H query heads of this rank, A packed heads (query, key, value), K head dim, P positions
 
-import logging
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,19 +13,8 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import KvCacheDtype
-from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import LayerCache
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSpec:
-    """What is constant in one layer. ``window``: a token sees itself and the ``window - 1`` before it; None: all."""
-
-    scale: float
-    window: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +27,19 @@ class HeadNorms:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What is constant in one layer."""
+
+    scale: float
+    window: int | None
+    """A token sees itself and the ``window - 1`` tokens before it; None: all."""
+    norms: HeadNorms | None = None
+    """Applied by `PackedAttention` only; `StepAttention.attend` takes heads that are normalized already."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What a backend must support: heads of this rank, and the windows that layers have."""
+    """What a backend must support: heads of this rank, and the windows of its layers."""
 
     num_q: int
     num_kv: int
@@ -54,16 +53,12 @@ class PackedAttention(Protocol):
     """Attention that starts from the packed product of queries, keys and values, as fused kernels do."""
 
     def attend_packed(
-        self,
-        qkv_TAK: Tensor,
-        scale_T: Tensor | None,
-        table_PK: Tensor,
-        norms: HeadNorms | None,
-        cache: LayerCache,
-        spec: AttentionSpec,
+        self, qkv_TAK: Tensor, scale_T: Tensor | None, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
     ) -> Tensor:
-        """Multiply by the tokens' scales, normalize and rotate by the table of all positions, write keys and values,
-        give the output [T, H, K]."""
+        """Return the attention output [T, H, K] and write the new keys and values to their slots.
+
+        Heads are multiplied by their token's scale, normalized, and rotated by the table of all positions.
+        """
         ...
 
 
@@ -72,11 +67,11 @@ class StepAttention(Protocol):
 
     @property
     def packed(self) -> PackedAttention | None:
-        """The fused way, where the backend has one; then `attend` is not used."""
+        """The fused form, if the backend has one; layers then do not call `attend`."""
         ...
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
-        """Write the new keys and values to their slots, then give the attention output [T, H, K]."""
+        """Write the new keys and values to their slots, then return the attention output [T, H, K]."""
         ...
 
 
@@ -85,7 +80,7 @@ class AttentionBackend(Protocol):
 
     @property
     def takes_packed(self) -> bool:
-        """Whether its steps have a fused way; layers are then given tables of angles."""
+        """True if its steps have a fused form; layers then get tables of angles."""
         ...
 
     def begin_step(self, batch: StepBatch, block_size: int) -> StepAttention:
@@ -94,18 +89,3 @@ class AttentionBackend(Protocol):
         Entries of the cache that no token of the step can see may be NaN, and must not reach the output.
         """
         ...
-
-
-def select_backend(device: torch.device, shape: AttentionShape) -> AttentionBackend:
-    """Choose the attention of a worker, once: kernels where they pass a check against plain torch."""
-    if uses_kernels(device):
-        from mgpu.worker.attention.check import attention_problem
-        from mgpu.worker.attention.triton_backend import TritonBackend
-
-        problem = attention_problem(device, shape)
-        if problem is None:
-            return TritonBackend()
-        log.warning("attention runs on plain torch, many times slower: %s", problem)
-    from mgpu.worker.attention.plain_backend import ReferenceBackend
-
-    return ReferenceBackend()

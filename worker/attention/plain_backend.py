@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.worker.attention.cpu_decode import MAX_BYTES, DecodeMirror, MirrorStep
+from mgpu.worker.attention.cpu_decode import MAX_BYTES, CpuDecodeStep, TransposedKeys
 from mgpu.worker.attention.interface import AttentionSpec
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import LayerCache, widen
@@ -23,17 +23,17 @@ _SHORT_CONTEXT = 256
 """Rows with contexts up to this length are padded alike; longer ones only to those less than twice theirs."""
 
 
-class ReferenceBackend:
+class PlainBackend:
     """Keeps the memory that contexts are gathered into: fresh pages for each layer cost more than the gathering."""
 
     takes_packed = False
 
     def __init__(self) -> None:
         self._scratch: dict[str, Tensor] = {}
-        self.mirror = DecodeMirror()
+        self.transposed_keys = TransposedKeys()
 
-    def begin_step(self, batch: StepBatch, block_size: int) -> "ReferenceStep":
-        return ReferenceStep(self, batch, block_size)
+    def begin_step(self, batch: StepBatch, block_size: int) -> "PlainStep":
+        return PlainStep(self, batch, block_size)
 
     def gather(self, store_NJK: Tensor, slots: Tensor, dtype: torch.dtype, purpose: str) -> Tensor:
         """Copy slots of a cache into this purpose's scratch memory, valid until the next call for it.
@@ -87,18 +87,18 @@ class _PrefillRow:
     views: dict[int | None, _View] = field(default_factory=dict)
 
 
-class ReferenceStep:
+class PlainStep:
     """One step. Views depend on the window only, so the first layer of each window makes them for the others."""
 
     packed = None
 
-    def __init__(self, backend: ReferenceBackend, batch: StepBatch, block_size: int) -> None:
+    def __init__(self, backend: PlainBackend, batch: StepBatch, block_size: int) -> None:
         self._backend = backend
         self._batch = batch
         self._block_size = block_size
         self._device = batch.slots.device
         self._longest = max(batch.context_lens_host)
-        self._mirrored: dict[int | None, bool] = {}
+        self._uses_cpu_decode: dict[int | None, bool] = {}
         self._prefill: list[_PrefillRow] = []
         decode_tokens: dict[int, int] = {}
         start = 0
@@ -109,11 +109,11 @@ class ReferenceStep:
                 self._prefill.append(_PrefillRow(row, start, start + count, batch.context_lens_host[row]))
             start += count
         self._decode = self._group_by_length(decode_tokens)
-        self._mirror: MirrorStep | None = None
+        self._cpu_decode: CpuDecodeStep | None = None
         if self._is_plain_decode() and self._device.type == "cpu":
-            self._mirror = backend.mirror.begin_step(batch, self._context_slots)
+            self._cpu_decode = backend.transposed_keys.begin_step(batch, self._context_slots)
         else:
-            backend.mirror.forget()
+            backend.transposed_keys.forget()
 
     def _is_plain_decode(self) -> bool:
         return not self._prefill and len(self._decode) == 1 and self._decode[0].tokens is None
@@ -124,14 +124,14 @@ class ReferenceStep:
         assert slots is not None
         return slots
 
-    def _mirrors(self, k_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> bool:
+    def _decodes_on_cpu(self, k_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> bool:
         """Answer for all layers of a window what was asked for the first."""
-        answer = self._mirrored.get(spec.window)
+        answer = self._uses_cpu_decode.get(spec.window)
         if answer is None:
-            answer = self._mirrored[spec.window] = self._can_mirror(k_TJK, cache, spec)
+            answer = self._uses_cpu_decode[spec.window] = self._can_decode_on_cpu(k_TJK, cache, spec)
         return answer
 
-    def _can_mirror(self, k_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> bool:
+    def _can_decode_on_cpu(self, k_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> bool:
         """Only in float32 (torch sums float16 products less exactly than its attention does) and without a window.
 
         The sums read the cache itself, so that it must be in float32 too.
@@ -157,8 +157,8 @@ class ReferenceStep:
         stores = cache.k_NJK, cache.v_NJK
         # What is attended to is what was stored, so that no answer depends on how a prompt was cut into steps.
         k_TJK, v_TJK = cache.write(self._batch.slots, k_TJK, v_TJK)
-        if self._mirror is not None and self._mirrors(k_TJK, cache, spec):
-            return self._mirror.attend(q_THK, k_TJK, cache, spec.scale)
+        if self._cpu_decode is not None and self._decodes_on_cpu(k_TJK, cache, spec):
+            return self._cpu_decode.attend(q_THK, k_TJK, cache, spec.scale)
         if self._is_plain_decode():
             return self._attend_decode(self._decode[0], q_THK, stores, spec)
         out_THK = torch.empty_like(q_THK, memory_format=torch.contiguous_format)

@@ -1,9 +1,10 @@
-"""Attention on Triton kernels: one serves a step in which all rows decode.
+"""Attention by Triton kernels.
 
-In other steps one kernel rotates and writes the cache, one serves decoding rows, one the others.
+If all rows of a step decode, one kernel does everything. Otherwise one kernel rotates and writes the cache, one serves
+the rows that decode, and one the others.
 
-A step's rows come with those of one new token first (the scheduler plans decoding before prefill); rows of one token
-behind a longer one are left to the prefill kernel, which takes any length.
+The scheduler plans decoding before prefill, so the rows with one new token come first. A row of one token behind a
+longer one is left to the prefill kernel, which takes any length.
 """
 
 # T tokens, R rows, H query heads, A = H + 2 J packed heads, K head dim, P pages or positions
@@ -14,8 +15,9 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from mgpu.worker.attention.interface import AttentionSpec, HeadNorms
+from mgpu.worker.attention.interface import AttentionSpec
 from mgpu.worker.kernels.attention.decode import decode_attention, decode_attention_packed
+from mgpu.worker.kernels.attention.inputs import PackedHeads, PagedCache
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.use import aligned
@@ -30,13 +32,17 @@ class PagedRows:
     tables_RP: Tensor
     """int32."""
     lens_R: Tensor
-    """int32; 0: the row is not meant."""
+    """int32; 0: the row is left out."""
     starts: Tensor | None = None
     """int32 [R + 1]: the rows' queries; None: row r has token r."""
 
+    def of(self, cache: LayerCache) -> PagedCache:
+        """Return what these rows have in one layer's cache."""
+        return PagedCache(cache.k_NBJK, cache.v_NBJK, self.tables_RP, self.lens_R)
+
 
 class TritonBackend:
-    """Has no state: what kernels share between steps is their scratch, one per device."""
+    """Keeps nothing: kernels share their scratch between steps by themselves, one per device."""
 
     takes_packed = True
 
@@ -53,7 +59,7 @@ class TritonBackend:
 
 
 class TritonStep:
-    """One step. Rows that decode have the first tokens; what prompts have is written after them."""
+    """One step. Rows that decode have the first tokens, the others the tokens after them."""
 
     def __init__(
         self, positions_T: Tensor, slots_T: Tensor, decode: PagedRows | None, prompts: PagedRows | None
@@ -68,57 +74,23 @@ class TritonStep:
         return self
 
     def attend_packed(
-        self,
-        qkv_TAK: Tensor,
-        scale_T: Tensor | None,
-        table_PK: Tensor,
-        norms: HeadNorms | None,
-        cache: LayerCache,
-        spec: AttentionSpec,
+        self, qkv_TAK: Tensor, scale_T: Tensor | None, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
     ) -> Tensor:
-        k_NBJK, v_NBJK = cache.k_NBJK, cache.v_NBJK
+        norms = (spec.norms.q_weight, spec.norms.k_weight, spec.norms.eps) if spec.norms is not None else ()
+        heads = PackedHeads(qkv_TAK, table_PK, scale_T, *norms)
         if self._decode is not None and self._prompts is None:
-            return decode_attention_packed(
-                qkv_TAK,
-                table_PK,
-                k_NBJK,
-                v_NBJK,
-                self._decode.tables_RP,
-                self._decode.lens_R,
-                scale=spec.scale,
-                window=spec.window,
-                norms=norms,
-                scale_R=scale_T,
-            )
-        positions_T, slots_T = self._positions_T, self._slots_T
-        q_THK = rope_and_cache(qkv_TAK, table_PK, positions_T, slots_T, k_NBJK, v_NBJK, norms=norms, scale_T=scale_T)
+            return decode_attention_packed(heads, self._decode.of(cache), scale=spec.scale, window=spec.window)
+        q_THK = rope_and_cache(heads, self._positions_T, self._slots_T, cache.k_NBJK, cache.v_NBJK)
         out_THK = torch.empty_like(q_THK)
         if self._decode is not None:
             count = len(self._decode.lens_R)
-            decode_attention(
-                q_THK[:count],
-                k_NBJK,
-                v_NBJK,
-                self._decode.tables_RP,
-                self._decode.lens_R,
-                scale=spec.scale,
-                window=spec.window,
-                out_RHK=out_THK[:count],
-            )
+            rows, out_RHK = self._decode.of(cache), out_THK[:count]
+            decode_attention(q_THK[:count], rows, scale=spec.scale, window=spec.window, out_RHK=out_RHK)
         if self._prompts is not None:
             assert self._prompts.starts is not None
-            prefill_attention(
-                q_THK,
-                k_NBJK,
-                v_NBJK,
-                self._prompts.tables_RP,
-                self._prompts.lens_R,
-                self._prompts.starts,
-                scale=spec.scale,
-                window=spec.window,
-                out_THK=out_THK,
-            )
+            rows, starts = self._prompts.of(cache), self._prompts.starts
+            prefill_attention(q_THK, rows, starts, scale=spec.scale, window=spec.window, out_THK=out_THK)
         return out_THK
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
-        raise NotImplementedError("layers give kernels the packed product")
+        raise NotImplementedError("layers pass the packed product to kernels")

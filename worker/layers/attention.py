@@ -40,7 +40,6 @@ class Attention(Module):
         heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
         self.head_dim = facts.head_dim
         self.num_q, self.num_kv = heads.num_q, heads.num_kv
-        self.spec = AttentionSpec(scale=facts.attention_scale, window=window)
         slices = qkv_slices(heads, facts.head_dim)
         self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, dtype, device, form)
         self.out = RowParallelLinear(slices[0].rows, facts.hidden_size, facts.output_bias, group, dtype, device, form)
@@ -49,13 +48,14 @@ class Attention(Module):
         if facts.qk_norm:
             self.q_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
             self.k_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
+        self.spec = AttentionSpec(facts.attention_scale, window, self._head_norms())
 
     def __call__(self, x_TD: Activations, angles: Angles, attention: StepAttention, cache: LayerCache) -> Delta:
         qkv = self.qkv(x_TD)
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables are for attention that rotates by itself"
             qkv_TAK, scale_T = self._heads(qkv)
-            heads_THK = attention.packed.attend_packed(qkv_TAK, scale_T, angles, self.norms, cache, self.spec)
+            heads_THK = attention.packed.attend_packed(qkv_TAK, scale_T, angles, cache, self.spec)
         else:
             q_THK, k_TJK, v_TJK = self._rotated(self._heads(plain(qkv))[0], angles)
             heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
@@ -66,9 +66,8 @@ class Attention(Module):
         values, scale_T = values_and_scale(qkv)
         return values.view(len(values), -1, self.head_dim), scale_T
 
-    @property
-    def norms(self) -> HeadNorms | None:
-        """The norms of query and key heads, as kernels take them."""
+    def _head_norms(self) -> HeadNorms | None:
+        """Return the norms of query and key heads, as kernels take them."""
         if self.q_norm is None or self.k_norm is None:
             return None
         return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)

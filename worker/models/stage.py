@@ -13,7 +13,8 @@ from torch import Tensor
 from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import head_shard
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
-from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention, select_backend
+from mgpu.worker.attention.choose import select_backend
+from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm

@@ -1,11 +1,11 @@
-"""The copy of decoding contexts gives what gathering gives, through every change of the batch."""
+"""Decoding from transposed keys equals gathering contexts, through every change of the batch."""
 
 import torch
 
 from harness.stage_driver import Row, make_batch
 from mgpu.worker.attention.cpu_decode import _GROWTH
 from mgpu.worker.attention.interface import AttentionSpec
-from mgpu.worker.attention.plain_backend import ReferenceBackend, ReferenceStep
+from mgpu.worker.attention.plain_backend import PlainBackend, PlainStep
 from mgpu.worker.state.kv_cache import KvCache
 
 BLOCK, HEADS, KV_HEADS, DIM = 4, 6, 2, 16
@@ -13,11 +13,11 @@ SPEC = AttentionSpec(scale=DIM**-0.5, window=None)
 
 
 class Pair:
-    """Two caches that see the same steps: one backend mirrors, the other always gathers."""
+    """Two caches that see the same steps: one backend keeps transposed keys, the other always gathers."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(3)
-        self.backends = ReferenceBackend(), ReferenceBackend()
+        self.backends = PlainBackend(), PlainBackend()
         shape = (1, 200, BLOCK, KV_HEADS, DIM)
         self.caches = [KvCache(*shape, torch.float32, torch.device("cpu")) for _ in range(2)]
         for cache in self.caches:
@@ -30,11 +30,11 @@ class Pair:
         total = sum(count for _, count in rows)
         q, k, v = (torch.randn(total, heads, DIM, generator=self.generator) for heads in (HEADS, KV_HEADS, KV_HEADS))
         outputs = []
-        for backend, cache, mirrors in zip(self.backends, self.caches, (True, False), strict=True):
+        for backend, cache, keeps in zip(self.backends, self.caches, (True, False), strict=True):
             attention = backend.begin_step(batch, BLOCK)
-            assert isinstance(attention, ReferenceStep)
-            if not mirrors:
-                attention._mirror = None
+            assert isinstance(attention, PlainStep)
+            if not keeps:
+                attention._cpu_decode = None
             outputs.append(attention.attend(q, k, v, cache.layers[0], SPEC))
         torch.testing.assert_close(*outputs)
 
@@ -47,11 +47,11 @@ def test_rows_that_go_on_decoding_outgrow_the_copy() -> None:
     pair, rows = Pair(), rows_of(3, 30)
     for length, row in zip((5, 1, 17), rows, strict=True):
         pair.step([(row, length)])
-    mirror = pair.backends[0].mirror
+    keys = pair.backends[0].transposed_keys
     versions = []
     for _ in range(_GROWTH + 6):
         pair.step([(row, 1) for row in rows])
-        versions.append(mirror._version)
+        versions.append(keys._version)
     assert versions[-1] == versions[0] + 1  # made once, and again when it was full
 
 
@@ -84,6 +84,6 @@ def test_a_copy_of_another_shape_lies_in_the_memory_of_the_old_one_if_it_fits() 
     places = []
     for count in (4, 2, 3, 4, 1):
         pair.step([(row, 1) for row in rows[:count]])
-        (copy,) = pair.backends[0].mirror._copies.values()
+        (copy,) = pair.backends[0].transposed_keys._copies.values()
         places.append(copy.keys_RJKC.data_ptr())
     assert len(set(places)) == 1

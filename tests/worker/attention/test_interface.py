@@ -1,4 +1,4 @@
-"""The reference backend equals attention written out with full matrices, and never reads what was not written."""
+"""The plain backend equals attention written out with full matrices, and never reads what was not written."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from harness.stage_driver import Row, make_batch
-from mgpu.worker.attention.interface import AttentionShape, AttentionSpec, select_backend
+from mgpu.worker.attention.choose import select_backend
+from mgpu.worker.attention.interface import AttentionShape, AttentionSpec
 from mgpu.worker.state.kv_cache import KvCache, block_bytes
 
 BLOCK = 4

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""What one program of `decode_attention` does: attend to a stretch of a context, and merge stretches."""
+"""The parts of `decode_attention`'s programs: attend to a stretch of a context, and merge stretches."""
 
 import triton
 import triton.language as tl
@@ -9,22 +9,10 @@ from mgpu.worker.kernels.products.widen import widen_fp8_pairs
 
 @triton.jit
 def attend(
-    q,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    first,
-    begin,
-    end,
-    scale,
-    block_stride,
-    token_stride,
-    GROUP_PAD: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Give (weighted values, running maximum, sum of weights) over the tokens [begin, end) of one KV head.
+    q, k_ptr, v_ptr, table_ptr, first, begin, end, scale, block_stride, token_stride,
+    GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return (weighted values, running maximum, sum of weights) over the tokens [begin, end) of one KV head.
 
     ``begin`` is a multiple of BLOCK_N; tokens before ``first`` are left out.
     """
@@ -57,23 +45,10 @@ def attend(
 
 @triton.jit
 def attend_pairs(
-    q_even,
-    q_odd,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    first,
-    begin,
-    end,
-    scale,
-    block_stride,
-    token_stride,
-    GROUP_PAD: tl.constexpr,
-    HALF_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q_even, q_odd, k_ptr, v_ptr, table_ptr, first, begin, end, scale, block_stride, token_stride,
+    GROUP_PAD: tl.constexpr, HALF_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-):
+):  # fmt: skip
     """Like `attend` for a cache of int16 words with two e4m3 values; even and odd dimensions are apart."""
     d = tl.arange(0, HALF_DIM)
     acc_even = tl.zeros([GROUP_PAD, HALF_DIM], tl.float32)
@@ -106,16 +81,9 @@ def attend_pairs(
 
 @triton.jit
 def combine(
-    out_ptr,
-    acc_ptr,
-    stat_ptr,
-    count,
-    v_scale,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
+    out_ptr, acc_ptr, stat_ptr, count, v_scale,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
     """Merge ``count`` stretches, always in the same order, and write the result. HEADS is GROUP's power of two."""
     s = tl.arange(0, AT_ONCE)
     g = tl.arange(0, HEADS)

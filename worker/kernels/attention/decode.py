@@ -2,15 +2,19 @@
 """Attention of one new token per row over the paged KV cache, split along the context (flash decoding).
 
 One program takes one KV head of one row and one stretch of its context; the query heads that share the KV head are one
-tensor-core operand, padded to 16. The grid depends on the number of rows only: how many of a row's programs have work
-is computed on the device from its length, the others leave at once. The last program of a (row, head) to finish
-combines the stretches in order.
+tensor-core operand, padded to 16. The grid depends on the number of rows only, so a CUDA graph stays valid: how many of
+a row's programs have work is computed on the device from its length, and the others leave at once.
 
-`decode_attention_packed` starts from the product of queries, keys and values: every program turns its query heads, and
-the one with the end of a context first writes the new key and value to the cache. That saves a kernel per layer.
+Worked example: 1,000 tokens of context, 16 splits, tiles of 128 tokens. A stretch is cdiv(1000, 16) = 63 tokens,
+rounded up to a tile: 128. So programs 0 to 7 have work (the last one 104 tokens), and 8 to 15 leave. Each of the eight
+stores its sum, its largest score and its sum of weights. The last one to finish merges all eight in the order of the
+context, so that the result does not depend on which one that was.
+
+`decode_attention_packed` starts from the packed product: every program rotates its query heads, and the program with
+the end of the context first writes the new key and value to the cache. That saves a kernel per layer.
 """
 
-# R rows, H query heads, J KV heads, G = H / J, K head dim, N blocks, B tokens per block, P pages of the longest table
+# R rows, H query heads, A packed heads, K head dim
 
 from dataclasses import dataclass, replace
 
@@ -19,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.kernels.attention.attend import attend, attend_pairs, combine
-from mgpu.worker.kernels.attention.new_token import store_new_token, turned_heads
+from mgpu.worker.kernels.attention.inputs import LOG2_E, UNLIMITED, PackedHeads, PagedCache
+from mgpu.worker.kernels.attention.rope_cache import store_new_token, turned_heads
 from mgpu.worker.kernels.runtime import (
     HOPPER_SHARED_BYTES,
     HOPPER_SMS,
@@ -35,11 +39,12 @@ from mgpu.worker.kernels.runtime import (
     wait_for_inputs,
 )
 
-LOG2_E = 1.4426950408889634
 _OTHER_SHARED = 20 << 10
 """What is in shared memory beside four tiles of keys and values with five stages, or two with three: at most this."""
 COMBINE = 8
 """Stretches that the last program loads at once."""
+_READY = (None, None, None, None, None, 0.0)
+"""In place of `PackedHeads`: nothing is done to heads that are ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,46 +63,15 @@ class DecodeTiling:
 
 @triton.jit(do_not_specialize=["window", "table_stride", "stats_offset", "splits"])
 def _decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    tables_ptr,
-    lens_ptr,
-    out_ptr,
-    partial_ptr,
-    counter_ptr,
-    row_scale_ptr,
-    cos_sin_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    new_k_ptr,
-    new_v_ptr,
-    eps,
-    k_inverse_scale,
-    v_inverse_scale,
-    scale,
-    v_scale,
-    window,
-    table_stride,
-    q_row_stride,
-    block_stride,
-    token_stride,
-    head_stride,
-    stats_offset,
-    splits,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STRETCH: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    FP8: tl.constexpr,
-    PACKED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, tables_ptr, lens_ptr, out_ptr, partial_ptr, counter_ptr,
+    row_scale_ptr, cos_sin_ptr, q_weight_ptr, k_weight_ptr, new_k_ptr, new_v_ptr,
+    eps, k_inverse_scale, v_inverse_scale,
+    scale, v_scale, window,
+    table_stride, q_row_stride, block_stride, token_stride, head_stride, stats_offset, splits,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STRETCH: tl.constexpr, AT_ONCE: tl.constexpr,
+    FP8: tl.constexpr, PACKED: tl.constexpr, OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2)
@@ -183,16 +157,9 @@ def _decode_kernel(
         if arrived == count - 1:
             first_slot = pair * splits
             combine(
-                out_ptr,
-                partial_ptr + first_slot.to(tl.int64) * (GROUP * HEAD_DIM),
-                stat_ptr + first_slot * GROUP * 2,
-                count,
-                v_scale,
-                GROUP,
-                HEADS,
-                HEAD_DIM,
-                AT_ONCE,
-            )
+                out_ptr, partial_ptr + first_slot.to(tl.int64) * (GROUP * HEAD_DIM),
+                stat_ptr + first_slot * GROUP * 2, count, v_scale, GROUP, HEADS, HEAD_DIM, AT_ONCE,
+            )  # fmt: skip
             tl.store(counter_ptr + pair, 0)
 
 
@@ -224,136 +191,75 @@ def _fastest_tiling(rows: int, kv_heads: int, dim: int, cache_dtype: torch.dtype
 
 def decode_attention(
     q_RHK: Tensor,
-    k_NBJK: Tensor,
-    v_NBJK: Tensor,
-    block_tables_RP: Tensor,
-    context_lens_R: Tensor,
+    cache: PagedCache,
     *,
     scale: float,
     window: int | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
     tiling: DecodeTiling | None = None,
     out_RHK: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
     """Attend from each row's last token (position ``context_len - 1``, already in the cache) to its context.
 
-    q may have any row stride. The cache has q's type, or is float8_e4m3fn holding values divided by ``k_scale`` and
-    ``v_scale``; k and v have equal strides, K contiguous. ``window``: the last tokens that are seen, itself included.
-    Rows with a context of 0 give zeros. K is a power of two from 16 on, of a float8 cache from 32 on.
+    q may have any row stride. ``window``: the last tokens that are seen, itself included. Rows with a context of 0
+    yield zeros. K is a power of two from 16 on, of a float8 cache from 32 on.
     """
-    return _launch(
-        q_RHK, k_NBJK, v_NBJK, block_tables_RP, context_lens_R, q_RHK.shape[1], None, None, None,
-        scale, window, k_scale, v_scale, tiling, out_RHK, workspace,
-    )  # fmt: skip
+    return _launch(q_RHK, None, cache, q_RHK.shape[1], scale, window, tiling, out_RHK, workspace)
 
 
 def decode_attention_packed(
-    qkv_RAK: Tensor,
-    cos_sin_PK: Tensor,
-    k_NBJK: Tensor,
-    v_NBJK: Tensor,
-    block_tables_RP: Tensor,
-    context_lens_R: Tensor,
+    heads: PackedHeads,
+    cache: PagedCache,
     *,
     scale: float,
-    norms: HeadNorms | None = None,
-    scale_R: Tensor | None = None,
     window: int | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
     tiling: DecodeTiling | None = None,
     out_RHK: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
     """Do `rope_and_cache` and `decode_attention` at once for rows whose new token is at ``context_len - 1``.
 
-    ``qkv_RAK``: query, key, value heads of each row, contiguous within a row. ``cos_sin_PK``: contiguous, for each
-    position cos of the K / 2 angles, then sin. With ``scale_R`` (float32) a row is multiplied by its scale first. The
-    new key and value go to the place that the block table says; rows with a context of 0 write nothing.
+    The new key and value go to the place that the block table says; rows with a context of 0 write nothing.
     """
-    num_q = qkv_RAK.shape[1] - 2 * k_NBJK.shape[2]
-    return _launch(
-        qkv_RAK, k_NBJK, v_NBJK, block_tables_RP, context_lens_R, num_q, scale_R, cos_sin_PK, norms,
-        scale, window, k_scale, v_scale, tiling, out_RHK, workspace,
-    )  # fmt: skip
+    num_q = heads.qkv_TAK.shape[1] - 2 * cache.num_kv
+    return _launch(heads.qkv_TAK, heads, cache, num_q, scale, window, tiling, out_RHK, workspace)
 
 
 def _launch(
     heads_RAK: Tensor,
-    k_NBJK: Tensor,
-    v_NBJK: Tensor,
-    block_tables_RP: Tensor,
-    context_lens_R: Tensor,
+    packed: PackedHeads | None,
+    cache: PagedCache,
     num_q: int,
-    scale_R: Tensor | None,
-    cos_sin_PK: Tensor | None,
-    norms: HeadNorms | None,
     scale: float,
     window: int | None,
-    k_scale: float,
-    v_scale: float,
     tiling: DecodeTiling | None,
     out_RHK: Tensor | None,
     workspace: Workspace | None,
 ) -> Tensor:
-    rows, dim = heads_RAK.shape[0], heads_RAK.shape[2]
-    block_size, num_kv = k_NBJK.shape[1], k_NBJK.shape[2]
+    """Launch over heads that are ready (``packed`` is None) or packed."""
+    rows, dim, device = heads_RAK.shape[0], heads_RAK.shape[2], heads_RAK.device
+    num_kv = cache.num_kv
     group = num_q // num_kv
-    heads = power_of_2(group)
+    tiling = tiling or choose_tiling(rows, num_kv, dim, cache.k_NBJK.dtype, shared_bytes(device))
     if out_RHK is None:
-        out_RHK = torch.empty(rows, num_q, dim, dtype=heads_RAK.dtype, device=heads_RAK.device)
-    tiling = tiling or choose_tiling(rows, num_kv, dim, k_NBJK.dtype, shared_bytes(heads_RAK.device))
-    splits = tiling.splits
-    workspace = workspace or default_workspace(heads_RAK.device)
-    is_fp8 = k_NBJK.dtype == torch.float8_e4m3fn
-    new_k, new_v = k_NBJK, v_NBJK
-    if is_fp8:
-        k_NBJK, v_NBJK = k_NBJK.view(torch.int16), v_NBJK.view(torch.int16)
-    slots = rows * num_kv * splits
-    if splits > 1:
+        out_RHK = torch.empty(rows, num_q, dim, dtype=heads_RAK.dtype, device=device)
+    workspace = workspace or default_workspace(device)
+    slots = rows * num_kv * tiling.splits
+    if tiling.splits > 1:
         workspace.require(slots * group * (dim + 2), rows * num_kv)
-    _decode_kernel[(num_kv, splits, rows)](
-        heads_RAK,
-        k_NBJK,
-        v_NBJK,
-        block_tables_RP,
-        context_lens_R,
-        out_RHK,
-        workspace.partials,
-        workspace.counters,
-        scale_R,
-        cos_sin_PK,
-        norms.q_weight if norms else None,
-        norms.k_weight if norms else None,
-        new_k,
-        new_v,
-        norms.eps if norms else 0.0,
-        1.0 / k_scale,
-        1.0 / v_scale,
-        scale * k_scale * LOG2_E,
-        v_scale,
-        window or 1 << 30,
-        block_tables_RP.stride(0),
-        heads_RAK.stride(0),
-        k_NBJK.stride(0),
-        k_NBJK.stride(1),
-        k_NBJK.stride(2),
-        slots * group * dim,
-        splits,
-        group,
-        max(16, heads),
-        heads,
-        dim,
-        block_size,
-        tiling.block_n,
-        tiling.stretch,
-        COMBINE,
-        is_fp8,
-        cos_sin_PK is not None,
-        overlaps_launches(heads_RAK.device),
-        not INTERPRETED,
-        **launch_options(heads_RAK.device, tiling.num_warps, tiling.num_stages),
-    )
+    k, v = cache.k_NBJK, cache.v_NBJK
+    if cache.is_fp8:  # read as words of two values, written value by value
+        k, v = k.view(torch.int16), v.view(torch.int16)
+    _, cos_sin, row_scale, q_weight, k_weight, eps = packed or _READY
+    _decode_kernel[(num_kv, tiling.splits, rows)](
+        heads_RAK, k, v, cache.tables_RP, cache.lens_R, out_RHK, workspace.partials, workspace.counters,
+        row_scale, cos_sin, q_weight, k_weight, cache.k_NBJK, cache.v_NBJK,
+        eps, 1.0 / cache.k_scale, 1.0 / cache.v_scale,
+        scale * cache.k_scale * LOG2_E, cache.v_scale, window or UNLIMITED,
+        cache.tables_RP.stride(0), heads_RAK.stride(0), *k.stride()[:3], slots * group * dim, tiling.splits,
+        group, max(16, power_of_2(group)), power_of_2(group), dim,
+        cache.block_size, tiling.block_n, tiling.stretch, COMBINE,
+        cache.is_fp8, packed is not None, overlaps_launches(device), not INTERPRETED,
+        **launch_options(device, tiling.num_warps, tiling.num_stages),
+    )  # fmt: skip
     return out_RHK

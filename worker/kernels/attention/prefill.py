@@ -6,7 +6,7 @@ the number of tokens and rows alone; each program finds its row from the query s
 have the most keys, so the long programs do not end up last.
 """
 
-# T tokens, R rows, H query heads, J KV heads, G = H / J, K head dim, N blocks, B tokens per block, P pages
+# T tokens, R rows, H query heads, K head dim
 
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mgpu.worker.kernels.attention.inputs import LOG2_E, UNLIMITED, PagedCache
 from mgpu.worker.kernels.runtime import (
     HOPPER_SHARED_BYTES,
     ceil_div,
@@ -25,7 +26,6 @@ from mgpu.worker.kernels.runtime import (
     wait_for_inputs,
 )
 
-LOG2_E = 1.4426950408889634
 ROWS_AT_ONCE = 256
 _LARGE_TILES_BYTES = 160 << 10
 """Shared memory from which on large tiles of heads of 256 fit."""
@@ -47,7 +47,7 @@ class PrefillTiling:
 
 @triton.jit
 def _find_row(tile, starts_ptr, num_rows, BLOCK_M: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Give the row that owns a tile. Row r's tiles begin at (start_r - start_0) // BLOCK_M + r: enough for each."""
+    """Return the row that owns a tile. Row r's tiles begin at (start_r - start_0) // BLOCK_M + r: enough for each."""
     base = tl.load(starts_ptr)
     row = -1
     for first in range(0, num_rows, AT_ONCE):
@@ -59,22 +59,10 @@ def _find_row(tile, starts_ptr, num_rows, BLOCK_M: tl.constexpr, AT_ONCE: tl.con
 
 @triton.jit
 def _load_tile(
-    k_ref,
-    v_ref,
-    table_ptr,
-    kv_head,
-    start,
-    context,
-    block_stride,
-    token_stride,
-    head_stride,
-    MASKED: tl.constexpr,
-    BULK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Give K^T [HEAD_DIM, BLOCK_N] and V [BLOCK_N, HEAD_DIM] of the keys from ``start``.
+    k_ref, v_ref, table_ptr, kv_head, start, context, block_stride, token_stride, head_stride,
+    MASKED: tl.constexpr, BULK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return K^T [HEAD_DIM, BLOCK_N] and V [BLOCK_N, HEAD_DIM] of the keys from ``start``.
 
     What is past the context may be NaN, and 0 * NaN is NaN: with MASKED such values of V are zero.
     """
@@ -119,29 +107,10 @@ def _scores(q, k, start, positions, window, MASKED: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def _attend_tiles(
-    acc,
-    peak,
-    total,
-    q,
-    k_ref,
-    v_ref,
-    table_ptr,
-    kv_head,
-    begin,
-    end,
-    positions,
-    context,
-    scale,
-    window,
-    block_stride,
-    token_stride,
-    head_stride,
-    MASKED: tl.constexpr,
-    BULK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    acc, peak, total, q, k_ref, v_ref, table_ptr, kv_head, begin, end, positions, context, scale, window,
+    block_stride, token_stride, head_stride,
+    MASKED: tl.constexpr, BULK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Continue the running softmax over the keys [begin, end) of one KV head; ``begin`` is a multiple of BLOCK_N.
 
     ``k_ref`` and ``v_ref`` are pointers, or with BULK tensor-map descriptors of [slots, J * K].
@@ -165,34 +134,13 @@ def _attend_tiles(
 
 @triton.jit(do_not_specialize=["num_rows", "window", "table_stride"])
 def _prefill_kernel(
-    q_ptr,
-    k_ref,
-    v_ref,
-    tables_ptr,
-    lens_ptr,
-    starts_ptr,
-    out_ptr,
-    num_rows,
-    scale,
-    v_scale,
-    window,
-    table_stride,
-    q_stride,
-    out_stride,
-    block_stride,
-    token_stride,
-    head_stride,
-    WINDOWED: tl.constexpr,
-    BULK: tl.constexpr,
-    FP8: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    q_ptr, k_ref, v_ref, tables_ptr, lens_ptr, starts_ptr, out_ptr,
+    num_rows, scale, v_scale, window,
+    table_stride, q_stride, out_stride, block_stride, token_stride, head_stride,
+    WINDOWED: tl.constexpr, BULK: tl.constexpr, FP8: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     wait_for_inputs(OVERLAP)
@@ -264,60 +212,36 @@ def _slot_rows(cache_NBJK: Tensor, block_n: int) -> TensorDescriptor:
 
 def prefill_attention(
     q_THK: Tensor,
-    k_NBJK: Tensor,
-    v_NBJK: Tensor,
-    block_tables_RP: Tensor,
-    context_lens_R: Tensor,
+    cache: PagedCache,
     query_starts: Tensor,
     *,
     scale: float,
     window: int | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
     tiling: PrefillTiling | None = None,
     out_THK: Tensor | None = None,
 ) -> Tensor:
     """Attend from the last tokens of each row (already in the cache) to the row's context before and including them.
 
     Row r's queries are ``q_THK[query_starts[r]:query_starts[r + 1]]``, int32 [R + 1]; the first start need not be 0, so
-    that a mixed batch can leave its one-token rows to `decode_attention`. Only those queries are written. Types,
-    strides, ``window`` and scales are as in `decode_attention`.
+    that a mixed batch can leave its one-token rows to `decode_attention`. Only those queries are written. ``window``
+    and K are as in `decode_attention`.
     """
     tokens, num_q, dim = q_THK.shape
-    rows = context_lens_R.shape[0]
+    rows, device = cache.lens_R.shape[0], q_THK.device
     if out_THK is None:
-        out_THK = torch.empty(tokens, num_q, dim, dtype=q_THK.dtype, device=q_THK.device)
-    tiling = tiling or choose_tiling(dim, k_NBJK.shape[1], k_NBJK.dtype, shared_bytes(q_THK.device))
-    bulk = tiling.bulk and k_NBJK.shape[1] % tiling.block_n == 0 and k_NBJK.is_contiguous()
+        out_THK = torch.empty(tokens, num_q, dim, dtype=q_THK.dtype, device=device)
+    k, v, block_size = cache.k_NBJK, cache.v_NBJK, cache.block_size
+    tiling = tiling or choose_tiling(dim, block_size, k.dtype, shared_bytes(device))
+    bulk = tiling.bulk and block_size % tiling.block_n == 0 and k.is_contiguous()
     _prefill_kernel[(num_q, ceil_div(tokens, tiling.block_m) + rows)](
-        q_THK,
-        _slot_rows(k_NBJK, tiling.block_n) if bulk else k_NBJK,
-        _slot_rows(v_NBJK, tiling.block_n) if bulk else v_NBJK,
-        block_tables_RP,
-        context_lens_R,
-        query_starts,
-        out_THK,
-        rows,
-        scale * k_scale * LOG2_E,
-        v_scale,
-        window or 1 << 30,
-        block_tables_RP.stride(0),
-        q_THK.stride(0),
-        out_THK.stride(0),
-        k_NBJK.stride(0),
-        k_NBJK.stride(1),
-        k_NBJK.stride(2),
-        window is not None,
-        bulk,
-        k_NBJK.dtype == torch.float8_e4m3fn,
-        num_q // k_NBJK.shape[2],
-        dim,
-        k_NBJK.shape[1],
-        tiling.block_m,
-        tiling.block_n,
-        ROWS_AT_ONCE,
-        overlaps_launches(q_THK.device),
+        q_THK, *((_slot_rows(x, tiling.block_n) if bulk else x) for x in (k, v)),
+        cache.tables_RP, cache.lens_R, query_starts, out_THK,
+        rows, scale * cache.k_scale * LOG2_E, cache.v_scale, window or UNLIMITED,
+        cache.tables_RP.stride(0), q_THK.stride(0), out_THK.stride(0), *k.stride()[:3],
+        window is not None, bulk, cache.is_fp8,
+        num_q // cache.num_kv, dim, block_size,
+        tiling.block_m, tiling.block_n, ROWS_AT_ONCE, overlaps_launches(device),
         maxnreg=tiling.max_registers,
-        **launch_options(q_THK.device, tiling.num_warps, tiling.num_stages),
-    )
+        **launch_options(device, tiling.num_warps, tiling.num_stages),
+    )  # fmt: skip
     return out_THK

@@ -1,14 +1,18 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""What comes between the QKV product and attention in one pass: head norms, rotation, write to the KV cache."""
+"""Between the packed product and attention: scale, normalize and rotate heads, and write keys and values to the cache.
 
-# T tokens, H query heads, J KV heads, A = H + 2 J heads of the packed product, K head dim, N blocks, B tokens per block
+`rope_and_cache` does it in a kernel of its own. `decode_attention_packed` does it within attention, one head at a time:
+`turned_heads` and `store_new_token` are its parts.
+"""
+
+# T tokens, H query heads, K head dim, N blocks, B tokens per block, J KV heads
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.attention.interface import HeadNorms
+from mgpu.worker.kernels.attention.inputs import PackedHeads
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 HEADS_PER_PROGRAM = 16
@@ -24,31 +28,12 @@ def saturate(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _rope_cache_kernel(
-    qkv_ptr,
-    scale_ptr,
-    cos_sin_ptr,
-    positions_ptr,
-    slots_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    eps,
-    k_inverse_scale,
-    v_inverse_scale,
-    qkv_stride,
-    cos_sin_stride,
-    block_stride,
-    token_stride,
-    head_stride,
-    Q_HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    qkv_ptr, scale_ptr, cos_sin_ptr, positions_ptr, slots_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, v_ptr,
+    eps, k_inverse_scale, v_inverse_scale,
+    qkv_stride, cos_sin_stride, block_stride, token_stride, head_stride,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -100,54 +85,78 @@ def _rope_cache_kernel(
 
 
 def rope_and_cache(
-    qkv_TAK: Tensor,
-    cos_sin_PK: Tensor,
+    heads: PackedHeads,
     positions_T: Tensor,
     slots_T: Tensor,
     k_NBJK: Tensor,
     v_NBJK: Tensor,
     *,
-    norms: HeadNorms | None = None,
-    scale_T: Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> Tensor:
-    """Write rotated keys and the values to their slots and give rotated queries [T, H, K].
+    """Write rotated keys and the values to their slots and return rotated queries [T, H, K].
 
-    ``qkv_TAK``: query, key, value heads of each token, contiguous within a token. ``cos_sin_PK``: for each position
-    cos of the K / 2 angles, then sin, any float type. Tokens with slot -1 are not stored. With ``scale_T`` (float32)
-    a token's heads are multiplied by its scale first. A float8 cache gets the values divided by the scales, saturating.
+    Tokens with slot -1 are not stored. A float8 cache gets the values divided by the scales, saturating.
     """
-    tokens, heads, dim = qkv_TAK.shape
+    qkv_TAK, cos_sin_PK, scale_T, q_weight, k_weight, eps = heads
+    tokens, num_heads, dim = qkv_TAK.shape
     block_size, num_kv = k_NBJK.shape[1], k_NBJK.shape[2]
-    num_q = heads - 2 * num_kv
+    num_q = num_heads - 2 * num_kv
     q_THK = torch.empty(tokens, num_q, dim, dtype=qkv_TAK.dtype, device=qkv_TAK.device)
-    per_program = min(HEADS_PER_PROGRAM, power_of_2(heads))
-    _rope_cache_kernel[(tokens, ceil_div(heads, per_program))](
-        qkv_TAK,
-        scale_T,
-        cos_sin_PK,
-        positions_T,
-        slots_T,
-        norms.q_weight if norms else None,
-        norms.k_weight if norms else None,
-        q_THK,
-        k_NBJK,
-        v_NBJK,
-        norms.eps if norms else 0.0,
-        1.0 / k_scale,
-        1.0 / v_scale,
-        qkv_TAK.stride(0),
-        cos_sin_PK.stride(0),
-        k_NBJK.stride(0),
-        k_NBJK.stride(1),
-        k_NBJK.stride(2),
-        num_q,
-        num_kv,
-        dim,
-        block_size,
-        per_program,
-        overlaps_launches(qkv_TAK.device),
+    per_program = min(HEADS_PER_PROGRAM, power_of_2(num_heads))
+    _rope_cache_kernel[(tokens, ceil_div(num_heads, per_program))](
+        qkv_TAK, scale_T, cos_sin_PK, positions_T, slots_T, q_weight, k_weight, q_THK, k_NBJK, v_NBJK,
+        eps, 1.0 / k_scale, 1.0 / v_scale,
+        qkv_TAK.stride(0), cos_sin_PK.stride(0), *k_NBJK.stride()[:3],
+        num_q, num_kv, dim, block_size,
+        per_program, overlaps_launches(qkv_TAK.device),
         **launch_options(qkv_TAK.device, 4),
-    )
+    )  # fmt: skip
     return q_THK
+
+
+@triton.jit
+def turned_heads(
+    heads_ptr, exists, d, row_scale, angles_ptr, weight_ptr, eps, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Give dimensions ``d`` of COUNT heads in float32, scaled, normalized if there is a weight, and rotated.
+
+    ``angles_ptr``: cos of the K / 2 angles, then sin. ``exists`` [COUNT, 1]: the others give zeros.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    partner = tl.where(d < HALF, d + HALF, d - HALF)
+    rows = heads_ptr + tl.arange(0, COUNT)[:, None] * HEAD_DIM
+    x = tl.load(rows + d[None, :], mask=exists, other=0.0).to(tl.float32) * row_scale
+    y = tl.load(rows + partner[None, :], mask=exists, other=0.0).to(tl.float32) * row_scale
+    if weight_ptr is not None:
+        whole = tl.load(rows + tl.arange(0, HEAD_DIM)[None, :], mask=exists, other=0.0).to(tl.float32) * row_scale
+        factor = tl.rsqrt(tl.sum(whole * whole, 1) / HEAD_DIM + eps)[:, None]
+        x = x * factor * tl.load(weight_ptr + d).to(tl.float32)[None, :]
+        y = y * factor * tl.load(weight_ptr + partner).to(tl.float32)[None, :]
+    cos = tl.load(angles_ptr + d % HALF).to(tl.float32)
+    sin = tl.load(angles_ptr + HALF + d % HALF).to(tl.float32)
+    return x * cos[None, :] + y * tl.where(d < HALF, -sin, sin)[None, :]
+
+
+@triton.jit
+def store_new_token(
+    key_ptr,
+    value_ptr,
+    k_out_ptr,
+    v_out_ptr,
+    row_scale,
+    angles_ptr,
+    k_weight_ptr,
+    eps,
+    k_inverse_scale,
+    v_inverse_scale,
+    HEAD_DIM: tl.constexpr,
+):
+    """Turn one key head and store it and its value head, divided by the scales of the cache."""
+    d = tl.arange(0, HEAD_DIM)
+    one = tl.full([1, 1], 1, tl.int1)
+    key = turned_heads(key_ptr, one, d, row_scale, angles_ptr, k_weight_ptr, eps, 1, HEAD_DIM)
+    value = tl.load(value_ptr + d[None, :]).to(tl.float32) * row_scale
+    dtype: tl.constexpr = k_out_ptr.dtype.element_ty
+    tl.store(k_out_ptr + d[None, :], saturate(key * k_inverse_scale, dtype).to(dtype))
+    tl.store(v_out_ptr + d[None, :], saturate(value * v_inverse_scale, dtype).to(dtype))

@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from harness.kernel_checks import paged_cache, relative_error, tolerance
-from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.kernels.attention.decode import (
     DecodeTiling,
     choose_tiling,
     decode_attention,
     decode_attention_packed,
 )
+from mgpu.worker.kernels.attention.inputs import PackedHeads, PagedCache
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.reference import paged_attention
 from mgpu.worker.kernels.runtime import Workspace
@@ -40,16 +40,8 @@ def test_decode_attention_equals_reference(
     q = torch.randn(len(lens), kv_heads * group, dim, device=device).to(dtype)
     starts = list(range(len(lens) + 1))
     expected = paged_attention(q, cache.k, cache.v, cache.tables, lens, starts, dim**-0.5, window)
-    got = decode_attention(
-        q,
-        cache.k,
-        cache.v,
-        cache.tables,
-        cache.lens,
-        scale=dim**-0.5,
-        window=window,
-        tiling=DecodeTiling(splits, 32, 32),
-    )
+    tiling = DecodeTiling(splits, 32, 32)
+    got = decode_attention(q, cache.inputs(), scale=dim**-0.5, window=window, tiling=tiling)
     assert relative_error(got, expected) < tolerance(dtype)
 
 
@@ -77,10 +69,7 @@ def test_decode_attention_reads_a_float8_cache(
     q = torch.randn(len(lens), kv_heads * group, dim, device=device).to(torch.bfloat16)
     k, v, starts = cache.k.float() * 0.5, cache.v.float() * 2.0, list(range(len(lens) + 1))
     expected = paged_attention(q, k, v, cache.tables, lens, starts, dim**-0.5, window)
-    got = decode_attention(
-        q, cache.k, cache.v, cache.tables, cache.lens, scale=dim**-0.5, window=window, k_scale=0.5, v_scale=2.0,
-        tiling=tiling,
-    )  # fmt: skip
+    got = decode_attention(q, cache.inputs(0.5, 2.0), scale=dim**-0.5, window=window, tiling=tiling)
     assert relative_error(got, expected) < tolerance(torch.bfloat16)
 
 
@@ -96,18 +85,16 @@ def test_the_packed_product_is_turned_stored_and_attended_to(
     qkv = torch.randn(len(lens), 4 + 2 * 2, 64, device=device).to(torch.bfloat16)
     row_scales = torch.rand(len(lens), device=device) + 0.5 if normalized or dtype.itemsize == 1 else None
     angles = torch.rand(max(lens), 64, device=device) * 2 - 1
-    weights = (torch.rand(64, device=device) + 0.5 for _ in range(2))
-    norms = HeadNorms(*weights, 1e-5) if normalized else None
+    weights = [torch.rand(64, device=device) + 0.5 for _ in range(2)]
+    heads = PackedHeads(qkv, angles, row_scales, *((*weights, 1e-5) if normalized else ()))
     scales = {"k_scale": 0.5, "v_scale": 2.0} if dtype.itemsize == 1 else {}
     places = [int(cache.tables[row, (n - 1) // 16]) * 16 + (n - 1) % 16 if n else -1 for row, n in enumerate(lens)]
     positions, slots = torch.tensor([max(n - 1, 0) for n in lens], device=device), torch.tensor(places, device=device)
-    q = rope_and_cache(qkv, angles, positions, slots, k, v, norms=norms, scale_T=row_scales, **scales)
-    options = {"scale": 0.125, "window": window, "tiling": DecodeTiling(splits, 32, 32), **scales}
-    expected = decode_attention(q, k, v, cache.tables, cache.lens, **options)
+    q = rope_and_cache(heads, positions, slots, k, v, **scales)
+    options = {"scale": 0.125, "window": window, "tiling": DecodeTiling(splits, 32, 32)}
+    expected = decode_attention(q, PagedCache(k, v, cache.tables, cache.lens, **scales), **options)
 
-    got = decode_attention_packed(
-        qkv, angles, cache.k, cache.v, cache.tables, cache.lens, norms=norms, scale_R=row_scales, **options
-    )
+    got = decode_attention_packed(heads, cache.inputs(**scales), **options)
 
     torch.testing.assert_close(cache.k.float(), k.float(), equal_nan=True, rtol=0.01, atol=0.01)
     assert torch.equal(cache.v.view(torch.uint8), v.view(torch.uint8))
@@ -116,9 +103,7 @@ def test_the_packed_product_is_turned_stored_and_attended_to(
 
 def test_rows_without_context_give_zeros(device: torch.device) -> None:
     cache = paged_cache([0, 10], 16, 1, 64, torch.float32, device)
-    got = decode_attention(
-        torch.randn(2, 2, 64, device=device), cache.k, cache.v, cache.tables, cache.lens, scale=0.125
-    )
+    got = decode_attention(torch.randn(2, 2, 64, device=device), cache.inputs(), scale=0.125)
     assert not got[0].any()
     assert got[1].isfinite().all()
 
@@ -126,9 +111,8 @@ def test_rows_without_context_give_zeros(device: torch.device) -> None:
 def test_queries_may_be_a_view_of_the_packed_product(device: torch.device) -> None:
     cache = paged_cache([30], 16, 1, 64, torch.float32, device)
     packed = torch.randn(1, 4, 64, device=device)
-    options = (cache.k, cache.v, cache.tables, cache.lens)
-    from_view = decode_attention(packed[:, :2], *options, scale=0.125)
-    from_copy = decode_attention(packed[:, :2].contiguous(), *options, scale=0.125)
+    from_view = decode_attention(packed[:, :2], cache.inputs(), scale=0.125)
+    from_copy = decode_attention(packed[:, :2].contiguous(), cache.inputs(), scale=0.125)
     assert torch.equal(from_view, from_copy)
 
 
@@ -137,16 +121,7 @@ def test_counters_are_zero_again_after_a_split_reduction(device: torch.device) -
     cache = paged_cache([100], 16, 1, 64, torch.float32, device)
     q = torch.randn(1, 2, 64, device=device)
     results = [
-        decode_attention(
-            q,
-            cache.k,
-            cache.v,
-            cache.tables,
-            cache.lens,
-            scale=0.125,
-            tiling=DecodeTiling(4, 32, 32),
-            workspace=workspace,
-        )
+        decode_attention(q, cache.inputs(), scale=0.125, tiling=DecodeTiling(4, 32, 32), workspace=workspace)
         for _ in range(2)
     ]
     assert not workspace.counters.any()
@@ -158,10 +133,7 @@ def test_a_workspace_that_is_too_small_is_refused_with_the_numbers(device: torch
     with pytest.raises(ValueError, match="holds 8 floats and 1 counters, needs 528 and 1"):
         decode_attention(
             torch.randn(1, 2, 64, device=device),
-            cache.k,
-            cache.v,
-            cache.tables,
-            cache.lens,
+            cache.inputs(),
             scale=0.125,
             tiling=DecodeTiling(4, 32),
             workspace=Workspace.create(device, 8, 1),

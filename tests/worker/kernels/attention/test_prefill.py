@@ -43,10 +43,7 @@ def test_prefill_attention_equals_reference(
     out = torch.full_like(q, 7.0)
     prefill_attention(
         q,
-        cache.k,
-        cache.v,
-        cache.tables,
-        cache.lens,
+        cache.inputs(),
         torch.tensor(starts, dtype=torch.int32, device=device),
         scale=dim**-0.5,
         window=window,
@@ -81,10 +78,8 @@ def test_prefill_attention_reads_a_float8_cache(
     cache = paged_cache(lens, block_size, 1, dim, torch.float8_e4m3fn, device)
     starts = [0, *itertools.accumulate(counts)]
     q = torch.randn(starts[-1], group, dim, device=device).to(torch.bfloat16)
-    got = prefill_attention(
-        q, cache.k, cache.v, cache.tables, cache.lens, torch.tensor(starts, dtype=torch.int32, device=device),
-        scale=dim**-0.5, window=window, k_scale=0.5, v_scale=2.0, tiling=tiling,
-    )  # fmt: skip
+    starts_device = torch.tensor(starts, dtype=torch.int32, device=device)
+    got = prefill_attention(q, cache.inputs(0.5, 2.0), starts_device, scale=dim**-0.5, window=window, tiling=tiling)
     k, v = cache.k.float() * 0.5, cache.v.float() * 2.0
     expected = paged_attention(q, k, v, cache.tables, lens, starts, dim**-0.5, window)
     assert relative_error(got, expected) < tolerance(torch.bfloat16)
@@ -95,8 +90,7 @@ def test_rows_without_queries_and_tokens_of_no_row_are_left_alone(device: torch.
     starts = torch.tensor([0, 5, 5, 9], dtype=torch.int32, device=device)
     q = torch.randn(12, 1, 64, device=device)
     out = torch.full_like(q, 7.0)
-    options = (cache.k, cache.v, cache.tables, cache.lens, starts)
-    prefill_attention(q, *options, scale=0.125, tiling=PrefillTiling(16, 16, 4, 2), out_THK=out)
+    prefill_attention(q, cache.inputs(), starts, scale=0.125, tiling=PrefillTiling(16, 16, 4, 2), out_THK=out)
     expected = paged_attention(q, cache.k, cache.v, cache.tables, cache.context_lens, [0, 5, 5, 9], 0.125)
     assert relative_error(out[:9], expected[:9]) < tolerance(torch.float32)
     assert (out[9:] == 7.0).all()

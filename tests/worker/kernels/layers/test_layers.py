@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from harness.kernel_checks import relative_error, tolerance
-from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.kernels import reference
+from mgpu.worker.kernels.attention.inputs import PackedHeads
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.layers.activation import gated_activation
 from mgpu.worker.kernels.layers.norm import add_rms_norm, rms_norm
@@ -54,13 +54,13 @@ def test_rope_rotates_and_fills_the_cache(
     slots[2] = -1
     k, v = (torch.full((blocks, block_size, kv_heads, dim), 7.0, device=device).to(dtype) for _ in range(2))
     weights = [torch.randn(dim, device=device) for _ in range(2)]
-    norms = HeadNorms(weights[0], weights[1], 1e-6) if with_norms else None
-    q = rope_and_cache(qkv, cos_sin, positions, slots, k, v, norms=norms)
+    heads = PackedHeads(qkv, cos_sin, None, *((*weights, 1e-6) if with_norms else ()))
+    q = rope_and_cache(heads, positions, slots, k, v)
 
-    heads = [qkv[:, :q_heads].float(), qkv[:, q_heads : q_heads + kv_heads].float()]
+    plain = [qkv[:, :q_heads].float(), qkv[:, q_heads : q_heads + kv_heads].float()]
     if with_norms:
-        heads = [reference.rms_norm(x.flatten(0, 1), w, 1e-6).view_as(x) for x, w in zip(heads, weights, strict=True)]
-    expected_q, expected_k = (reference.rotate(x, cos_sin[positions]) for x in heads)
+        plain = [reference.rms_norm(x.flatten(0, 1), w, 1e-6).view_as(x) for x, w in zip(plain, weights, strict=True)]
+    expected_q, expected_k = (reference.rotate(x, cos_sin[positions]) for x in plain)
     stored = [i for i in range(tokens) if i != 2]
     assert relative_error(q, expected_q) < tolerance(dtype)
     assert relative_error(k.flatten(0, 1)[slots[stored]], expected_k[stored]) < tolerance(dtype)
@@ -75,7 +75,7 @@ def test_a_float8_cache_gets_scaled_saturated_values(device: torch.device) -> No
     k, v = (torch.zeros(1, 16, 1, 64, device=device).to(torch.float8_e4m3fn) for _ in range(2))
     place = torch.zeros(1, dtype=torch.int64, device=device)
     cos_sin = torch.cat([torch.ones(1, 32, device=device), torch.zeros(1, 32, device=device)], dim=1)
-    rope_and_cache(qkv, cos_sin, place, place, k, v, k_scale=0.1, v_scale=0.2)
+    rope_and_cache(PackedHeads(qkv, cos_sin), place, place, k, v, k_scale=0.1, v_scale=0.2)
     assert relative_error(k[0, 0, 0].float() * 0.1, qkv[0, 1]) < FLOAT8_ERROR
     assert float(v[0, 0, 0, 0]) == 448.0
     assert relative_error(v[0, 0, 0, 1:].float() * 0.2, qkv[0, 2, 1:]) < FLOAT8_ERROR

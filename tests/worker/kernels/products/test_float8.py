@@ -12,9 +12,9 @@ from harness.random_model import write_random_model
 from harness.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.quantization import weight_format
-from mgpu.worker.attention.interface import HeadNorms
 from mgpu.worker.attention.triton_backend import TritonBackend
 from mgpu.worker.kernels import reference
+from mgpu.worker.kernels.attention.inputs import PackedHeads
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.layers.activation import gated_activation, gated_activation_float8
 from mgpu.worker.kernels.layers.float8_norm import add_rms_norm_float8
@@ -103,16 +103,16 @@ def test_what_reads_a_product_multiplies_by_its_scales(device: torch.device) -> 
     assert relative_error(ScaledRows(x.clone(), scale).plain(), scaled) < BF16_ROUNDING
 
 
-@pytest.mark.parametrize("norms", [None, HeadNorms(torch.ones(32), torch.ones(32), 1e-6)], ids=["plain", "normed"])
-def test_rotation_multiplies_heads_by_their_tokens_scale(device: torch.device, norms: HeadNorms | None) -> None:
-    if norms is not None:
-        norms = HeadNorms(norms.q_weight.to(device), norms.k_weight.to(device), norms.eps)
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+def test_rotation_multiplies_heads_by_their_tokens_scale(device: torch.device, normed: bool) -> None:
+    ones = torch.ones(32, device=device)
+    norms = (ones, ones, 1e-6) if normed else ()
     qkv, table = draw(3, 4, 32, device=device, dtype=torch.float32), torch.randn(16, 32, device=device)
     places, scale = torch.arange(3, device=device), scales(3, device)
 
     def run(heads: Tensor, scale_T: Tensor | None) -> list[Tensor]:
         k, v = (torch.zeros(1, 16, 1, 32, device=device) for _ in range(2))
-        q = rope_and_cache(heads, table, places, places, k, v, norms=norms, scale_T=scale_T)
+        q = rope_and_cache(PackedHeads(heads, table, scale_T, *norms), places, places, k, v)
         return [q, k, v]
 
     for got, expected in zip(run(qkv, scale), run(qkv * scale[:, None, None], None), strict=True):
