@@ -1,4 +1,4 @@
-"""Build a stage of any supported model, and give it weights."""
+"""Build a stage of any supported model, and load or draw its weights."""
 
 import zlib
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def build_stage(
 ) -> DecoderStage:
     """Allocate one rank's part of a model on its device, with undefined weights.
 
-    Linear weights that are to be quantized get their memory when they are loaded, one after the other.
+    Linear weights that will be quantized get their memory when they are loaded, one after the other.
     """
     assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
     context = BuildContext(facts, group, dtype, device, weight_format(quant), kv_cache_dtype)
@@ -45,11 +45,10 @@ def build_stage(
 def load_weights(
     stage: DecoderStage, checkpoint: Checkpoint, progress: Callable[[int], None], ranks_here: int = 1
 ) -> int:
-    """Read this rank's bytes of every weight; ``progress`` is told of bytes as they come. Give their sum.
+    """Read this rank's bytes of every weight and return their number; ``progress`` is called with counts of new ones.
 
-    ``ranks_here``: ranks of this machine, which share its cores.
-
-    Needs little memory beside the stage's own. CheckpointError when a tensor cannot be read.
+    Needs little memory beside the stage's own. The ``ranks_here`` ranks of this machine share its cores.
+    CheckpointError when a tensor cannot be read.
     """
     with WeightReader(checkpoint, progress, stage.device, reading_threads(ranks_here)) as reader:
         stage.load(reader)
@@ -58,7 +57,7 @@ def load_weights(
 
 
 def init_linear(stage: DecoderStage) -> None:
-    """Give linear layers, which have no memory until they are quantized, some weights."""
+    """Draw weights of linear layers, which have no memory until they are quantized."""
     for _, module in stage.named_modules():
         if isinstance(module, Linear):
             module.init_dummy(torch.Generator(module.weight.device))
@@ -66,11 +65,11 @@ def init_linear(stage: DecoderStage) -> None:
 
 @torch.inference_mode()
 def init_dummy_weights(stage: DecoderStage, seed: int) -> None:
-    """Fill the weights with noise of a sensible scale, in place; the same for the same seed and layout."""
+    """Fill the weights with noise of a sensible scale; the same for the same seed and layout."""
     for name, module in stage.named_modules():
         if isinstance(module, WEIGHT_HOLDERS):
             generator = torch.Generator(module.weight.device)
-            # The CPU generator looks at 32 bits of a seed only, so both parts must be mixed into them.
+            # The CPU generator uses only 32 bits of a seed, so name and seed must both be mixed into those.
             generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             module.init_dummy(generator)
     stage.finalize()

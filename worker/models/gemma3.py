@@ -5,8 +5,6 @@
 from torch import Tensor
 
 from mgpu.worker.attention.interface import StepAttention
-from mgpu.worker.layers.attention import Attention
-from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, summed
 from mgpu.worker.layers.rotary import Angles
@@ -20,32 +18,15 @@ class Gemma3Layer(Module):
     """The output of each half is normalized before it joins the residual stream."""
 
     def __init__(self, context: BuildContext, layer: int) -> None:
-        facts, group, dtype, device = context.facts, context.group, context.dtype, context.device
-        self.attention = Attention(
-            facts, group, context.window_of(layer), dtype, device, norms_unit_offset=True, form=context.form
-        )
+        self.attention = context.attention(layer, norms_unit_offset=True)
         self.attention_out_norm = context.norm(unit_offset=True)
-        self.mlp = GatedMLP(
-            facts.hidden_size,
-            facts.intermediate_size,
-            facts.activation,
-            facts.mlp_bias,
-            group,
-            dtype,
-            device,
-            context.form,
-        )
+        self.mlp = context.mlp()
         self.mlp_out_norm = context.norm(unit_offset=True)
         self.input_norm = context.norm(unit_offset=True, before=self.attention.qkv)
         self.mlp_norm = context.norm(unit_offset=True, before=self.mlp.gate_up)
 
     def __call__(
-        self,
-        delta_TD: Delta | None,
-        residual_TD: Tensor,
-        angles: Angles,
-        attention: StepAttention,
-        cache: LayerCache,
+        self, delta_TD: Delta | None, residual_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache
     ) -> Product:
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
         delta_TD = self.attention_out_norm(summed(self.attention(x_TD, angles, attention, cache)))

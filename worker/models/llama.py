@@ -5,8 +5,6 @@
 from torch import Tensor
 
 from mgpu.worker.attention.interface import StepAttention
-from mgpu.worker.layers.attention import Attention
-from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.layers.rotary import Angles
@@ -19,28 +17,13 @@ class LlamaLayer(Module):
     """Biases and the norms of q and k are as the model's facts say, so Qwen is wired the same way."""
 
     def __init__(self, context: BuildContext, layer: int) -> None:
-        facts, group, dtype, device = context.facts, context.group, context.dtype, context.device
-        self.attention = Attention(facts, group, context.window_of(layer), dtype, device, form=context.form)
-        self.mlp = GatedMLP(
-            facts.hidden_size,
-            facts.intermediate_size,
-            facts.activation,
-            facts.mlp_bias,
-            group,
-            dtype,
-            device,
-            context.form,
-        )
+        self.attention = context.attention(layer)
+        self.mlp = context.mlp()
         self.input_norm = context.norm(before=self.attention.qkv)
         self.mlp_norm = context.norm(before=self.mlp.gate_up)
 
     def __call__(
-        self,
-        delta_TD: Delta | None,
-        residual_TD: Tensor,
-        angles: Angles,
-        attention: StepAttention,
-        cache: LayerCache,
+        self, delta_TD: Delta | None, residual_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache
     ) -> Delta:
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
         delta_TD = self.attention(x_TD, angles, attention, cache)

@@ -1,4 +1,4 @@
-"""The part of a decoder that one rank computes: some layers, and at the ends the embedding and the head."""
+"""The part of a decoder that one rank computes: some layers; the first stage also embeds, the last has the head."""
 
 # T tokens, S rows that sample, D model dim
 
@@ -15,7 +15,9 @@ from mgpu.protocol.model.placement import head_shard
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention
+from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.linear import Linear
+from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta, whole
@@ -45,27 +47,30 @@ class BuildContext:
     def window_of(self, layer: int) -> int | None:
         return self.facts.sliding_window if self.facts.sliding_layers[layer] else None
 
+    def attention(self, layer: int, norms_unit_offset: bool = False) -> Attention:
+        window = self.window_of(layer)
+        return Attention(self.facts, self.group, window, self.dtype, self.device, norms_unit_offset, self.form)
+
+    def mlp(self) -> GatedMLP:
+        facts = self.facts
+        sizes = facts.hidden_size, facts.intermediate_size
+        return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, self.dtype, self.device, self.form)
+
     def norm(self, unit_offset: bool = False, before: Linear | None = None) -> RMSNorm:
-        """Make a norm over the model dimension; ``before``: its result goes into that layer only."""
-        size, eps = self.facts.hidden_size, self.facts.rms_norm_eps
-        norm = RMSNorm(size, eps, self.dtype, self.device, unit_offset)
+        """Make a norm over the model dimension. ``before``: the only layer that its result goes into."""
+        norm = RMSNorm(self.facts.hidden_size, self.facts.rms_norm_eps, self.dtype, self.device, unit_offset)
         if before is not None:
             norm.takes_float8 = before.takes_float8
         return norm
 
 
 class DecoderLayer(Protocol):
-    """One layer of a family. The residual stream is updated in place; the last ``delta`` is still to be added."""
+    """One layer of a family. It updates the residual stream in place, except for its last ``delta``."""
 
     def __call__(
-        self,
-        delta_TD: Delta | None,
-        residual_TD: Tensor,
-        angles: Angles,
-        attention: StepAttention,
-        cache: LayerCache,
+        self, delta_TD: Delta | None, residual_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache
     ) -> Delta:
-        """Add ``delta`` to ``residual``, compute the layer, give its own delta."""
+        """Add ``delta`` to ``residual``, compute the layer, and return its own delta for the next one to add."""
         ...
 
     def load(self, reader: WeightReader, prefix: str) -> None: ...
@@ -76,7 +81,7 @@ class LayerFactory(Protocol):
 
 
 class DecoderStage(Module):
-    """Layers ``layers`` of a model on one rank; the embedding if it has the first, norm and head if it has the last."""
+    """Some layers of a model on one rank; also the embedding before the first, and norm and head after the last."""
 
     def __init__(
         self, context: BuildContext, layers: range, make_layer: LayerFactory, norms_unit_offset: bool = False
@@ -87,7 +92,7 @@ class DecoderStage(Module):
         self.dtype = context.dtype
         self.device = context.device
         self.max_positions = facts.max_position
-        """Positions that tables of angles hold; a server with shorter requests lowers it before the first step."""
+        """Positions in the tables of angles. A server with shorter requests lowers it before the first step."""
         self.is_first = layers.start == 0
         self.is_last = layers.stop == facts.num_layers
         self.embedding_scale = float(torch.tensor(facts.embedding_scale, dtype=context.dtype))
@@ -100,11 +105,11 @@ class DecoderStage(Module):
 
     @cached_property
     def _attention_backend(self) -> AttentionBackend:
-        """The choice is made when it is first needed: on a GPU it compiles kernels, which weights need not wait for."""
+        """Chosen when first needed: on a GPU the choice compiles kernels, and weights must not wait for that."""
         return select_backend(self.device, self.attention_shape)
 
     def choose_attention(self) -> AttentionBackend:
-        """Make the choice now: a check of kernels takes memory that is not to be counted as a step's."""
+        """Choose now: the check of kernels takes memory, which must not be counted as a step's."""
         return self._attention_backend
 
     def assume_kernels(self) -> None:
@@ -122,11 +127,11 @@ class DecoderStage(Module):
 
     @property
     def has_kernels(self) -> bool:
-        """Whether steps are made of kernels that read lengths and tables on the device, as CUDA graphs need."""
+        """True if a step can be captured as a CUDA graph: its kernels read lengths and tables on the device."""
         return self._attention_backend.takes_packed
 
     def _angles(self, positions_T: Tensor) -> dict[bool, Angles]:
-        """Give what layers rotate by, for sliding (True) and full (False) attention as far as there are such layers."""
+        """Return the angles for layers with sliding (True) and full (False) attention, if the stage has such layers."""
         kinds = set(self._is_sliding)
         if self._attention_backend.takes_packed:
             return {kind: self._rotary[kind].table(self.max_positions) for kind in kinds}
@@ -144,13 +149,13 @@ class DecoderStage(Module):
             self.head = self.embedding if self.embedding is not None and facts.tie_embeddings else build()
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
-        """Give the first layer's input [T, D]."""
+        """Return the first layer's input [T, D]."""
         assert self.embedding is not None, "only the first stage has the embedding"
         x_TD = self.embedding.embed(token_ids_T)
         return x_TD if self.embedding_scale == 1.0 else x_TD.mul_(self.embedding_scale)
 
     def run_layers(self, x_TD: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
-        """Run this stage's layers; ``x`` is overwritten, the result is what the next stage or `logits` takes."""
+        """Run this stage's layers over ``x``, which is overwritten; return what the next stage or `logits` takes."""
         attention = self._attention_backend.begin_step(batch, cache.block_size)
         return self.run_layers_with(x_TD, attention, batch.positions, cache)
 
@@ -163,11 +168,11 @@ class DecoderStage(Module):
         return x_TD if delta_TD is None else x_TD.add_(whole(delta_TD))
 
     def logits(self, x_SD: Tensor) -> Tensor:
-        """Give this rank's part of the logits, float32 [S, padded vocabulary / ranks]; the final norm is inside."""
+        """Apply norm and head; return this rank's part of the logits, float32 [S, padded vocabulary / ranks]."""
         return self.raw_logits(x_SD).float()
 
     def raw_logits(self, x_SD: Tensor) -> Tensor:
-        """Give the logits in the model's dtype, as the head computes them."""
+        """Like `logits`, but in the model's dtype."""
         assert self.norm is not None, "only the last stage has the norm and the head"
         assert self.head is not None
         return self.head.logits(self.norm(x_SD))
@@ -184,7 +189,7 @@ class DecoderStage(Module):
                 self.head.load(reader, "model.embed_tokens" if self.facts.tie_embeddings else "lm_head")
 
     def finalize(self) -> None:
-        """Repack all weights for the device; called once, when they are loaded."""
+        """Repack all weights for the device, once, after loading."""
         for _, module in self.named_modules():
             if isinstance(module, Linear):
                 module.finalize()
@@ -192,7 +197,7 @@ class DecoderStage(Module):
             self.head.finalize_head(is_embedding_too=self.head is self.embedding)
 
     def weight_bytes(self) -> int:
-        """Give the memory of all weights, packed ones included; a tied matrix counts once."""
+        """Return the bytes of all weights, packed ones included; a tied matrix counts once."""
         return sum(module.weight_bytes() for _, module in self.named_modules() if isinstance(module, WEIGHT_HOLDERS))
 
     def _numbered_layers(self) -> Iterator[tuple[int, DecoderLayer]]:

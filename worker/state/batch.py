@@ -9,27 +9,27 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class StepBatch:
-    """A batch of R rows whose tokens are concatenated; all tensors on the worker's device.
+    """R rows whose tokens of this step are concatenated; all tensors are on the worker's device.
 
-    Row r owns tokens ``query_starts[r]:query_starts[r + 1]``; they are its last tokens, so that after this step
-    its context has ``context_lens[r]`` tokens, the new ones included.
+    Row r has tokens ``query_starts[r]:query_starts[r + 1]``. They are its last ones: after this step its context has
+    ``context_lens[r]`` tokens, the new ones included.
     """
 
     token_ids: Tensor
-    """int64 [T]; meaningful on the first stage only."""
+    """int64 [T]; has a meaning on the first stage only."""
     positions: Tensor
     """int64 [T]: position of each token in its request."""
     slots: Tensor
-    """int64 [T]: where its key and value go: block * block_size + offset."""
+    """int64 [T]: where a token's key and value go: block * block_size + offset."""
     query_starts: Tensor
     """int32 [R + 1]."""
     context_lens: Tensor
     """int32 [R]."""
     block_tables: Tensor
-    """int32 [R, B]; entries past a row's context are arbitrary valid block numbers."""
+    """int32 [R, B]; entries past a row's context are arbitrary but valid block numbers."""
     logit_rows: Tensor
-    """int64 [S]: index into T of the last token of every row that samples."""
+    """int64 [S]: index into T of the last token of each row that samples."""
     query_lens_host: list[int]
     """Tokens per row, on the host."""
     context_lens_host: list[int]
-    """``context_lens`` on the host, so that nothing waits for the device."""
+    """``context_lens`` on the host, so that the host need not wait for the device."""

@@ -1,7 +1,7 @@
 """Paged storage of keys and values.
 
 A block holds ``block_size`` consecutive tokens of one request; slot ``block * block_size + offset`` is one token. The
-orchestrator decides which block belongs to whom; here is only the memory.
+orchestrator decides which request a block belongs to.
 """
 
 # N blocks, B tokens per block, J KV heads of this rank, K head dim
@@ -16,7 +16,7 @@ FP8_MAX = 448.0
 
 
 class LayerCache:
-    """Keys and values of one layer, [N, B, J, K] each. Entries that were never written are arbitrary, even NaN."""
+    """Keys and values of one layer, [N, B, J, K] each. Entries that were never written are arbitrary and may be NaN."""
 
     def __init__(self, k_NBJK: Tensor, v_NBJK: Tensor) -> None:
         self.k_NBJK = k_NBJK
@@ -26,7 +26,7 @@ class LayerCache:
         self.v_NJK = v_NBJK.flatten(0, 1)
 
     def write(self, slots_T: Tensor, k_TJK: Tensor, v_TJK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new tokens, and give their keys and values as the cache has them, in their own dtype."""
+        """Store new tokens; return their keys and values as rounded by the cache, in their own dtype."""
         return _write(self.k_NJK, slots_T, k_TJK), _write(self.v_NJK, slots_T, v_TJK)
 
 
@@ -35,33 +35,33 @@ def _write(store_NJK: Tensor, slots_T: Tensor, new_TJK: Tensor) -> Tensor:
         store_NJK.index_copy_(0, slots_T, new_TJK)
         return new_TJK
     stored_TJK = to_stored(new_TJK, store_NJK.dtype)
-    # As bytes: torch has no such copy of float8.
+    # As bytes: torch has no index_copy_ of float8.
     store_NJK.view(torch.uint8).index_copy_(0, slots_T, stored_TJK.view(torch.uint8))
     return stored_TJK.to(new_TJK.dtype)
 
 
 def stored_dtype(kept: KvCacheDtype, dtype: torch.dtype) -> torch.dtype:
-    """Give the type that a cache has beside arithmetic in ``dtype``."""
+    """Return the type that a cache has if layers compute in ``dtype``."""
     return FP8 if kept == "fp8" else dtype
 
 
 def to_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the type of a cache. Float8 saturates: its conversion may make NaN of what is too large."""
+    """Round to the type of a cache. Float8 saturates: the plain conversion may make NaN of large values."""
     return x.clamp(-FP8_MAX, FP8_MAX).to(FP8) if dtype == FP8 else x.to(dtype)
 
 
 def widen(stored: Tensor, out: Tensor) -> Tensor:
-    """Write float8 values into ``out``, of any wider type, eight times as fast as torch's own conversion on the CPU.
+    """Write float8 values into ``out``, of any wider type: on the CPU eight times as fast as torch's own conversion.
 
-    The bits of e4m3 in the places of float16's are the value over 256. What was NaN comes out as 480.
+    The bits of e4m3, put in the place of float16's, are the value divided by 256. NaN becomes 480.
     """
     bits = stored.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
-    bits &= -1 - (1 << 14)  # widening repeats the sign, there where float16 has an exponent's bit
+    bits &= -1 - (1 << 14)  # widening copies the sign into a bit of float16's exponent
     return out.copy_(bits.view(torch.float16)).mul_(256.0)
 
 
 class KvCache:
-    """The pool of one rank: a `LayerCache` per layer of its stage, in layer order."""
+    """The pool of one rank: a `LayerCache` for each layer of its stage, in order."""
 
     def __init__(
         self,
@@ -83,5 +83,5 @@ class KvCache:
 
 
 def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Give the memory that one block takes on a rank, keys and values of all its layers together."""
+    """Return the memory of one block on a rank: keys and values of all its layers together."""
     return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize

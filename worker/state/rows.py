@@ -1,7 +1,7 @@
-"""Keep what a request is between steps: its tokens, its blocks and its sampling.
+"""The rows: each keeps one request's tokens, blocks and sampling between steps.
 
-Rows live on the device, so that a plan carries only changes, and the token that a step samples is there for the next
-step before anybody has read it back.
+Rows live on the device. So a plan carries only changes, and a sampled token is in its place for the next step before
+the host has read it.
 """
 
 # T tokens of the step, R rows in it, S rows that sample, B blocks of the longest table
@@ -9,6 +9,7 @@ step before anybody has read it back.
 import sys
 from array import array
 from dataclasses import dataclass
+from itertools import accumulate
 from struct import Struct
 
 import torch
@@ -18,14 +19,17 @@ from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.state.batch import StepBatch
 
+if sys.byteorder != "little":
+    raise ImportError("mgpu's messages are little-endian")
+
 _NO_SAMPLING = RowSampling()
 _HEAD = Struct("<Qf")
-"""What a row begins with, before its blocks and its tokens: its seed and its temperature."""
+"""The first columns of a row, before its blocks and its tokens: seed and temperature."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """Which rows choose a token in a step, and for which positions; parallel columns, on the host and the device."""
+    """The rows that choose a token in a step: parallel columns, on the host and on the device."""
 
     rows: list[int]
     positions: list[int]
@@ -36,7 +40,7 @@ class SampleRequest:
     """int64 [S]."""
 
     def pick(self, indices: list[int], indices_N: Tensor) -> "SampleRequest":
-        """Give some of the rows; ``indices_N`` are the same indices on the device."""
+        """Return the request of some of the rows; ``indices_N`` are the same indices on the device."""
         return SampleRequest(
             [self.rows[i] for i in indices],
             [self.positions[i] for i in indices],
@@ -48,10 +52,10 @@ class SampleRequest:
 class RowTable:
     """State of all rows of one worker.
 
-    ``tokens`` is int32 [max_rows, max_seq_len + 1]: a request that reached its full length may be sampled once more
-    before its end is known, and that token needs a place. ``blocks`` is int32 [max_rows, blocks of the longest],
-    ``seeds`` int32 [max_rows, 2], ``temperatures`` float32 [max_rows]. All are columns of one table, so that a new
-    request is a single copy: the first step of a prompt waits for it.
+    ``tokens`` is int32 [max_rows, max_seq_len + 1]: a request of full length may be sampled once more before its end is
+    known, and that token needs a place. ``blocks`` is int32 [max_rows, blocks of the longest], ``seeds`` int32
+    [max_rows, 2], ``temperatures`` float32 [max_rows]. All are columns of one table, so that a new request is one copy,
+    for which the first step of its prompt waits.
     """
 
     def __init__(self, max_rows: int, max_seq_len: int, block_size: int, num_blocks: int, device: torch.device) -> None:
@@ -66,44 +70,40 @@ class RowTable:
         self.temperatures = temperatures.view(torch.float32)[:, 0]
         self.sampling = [_NO_SAMPLING] * max_rows
         self.is_simple = [True] * max_rows
-        """Rows whose token is the arg-max of their own logits, with or without noise."""
+        """`RowSampling.is_simple` of each row, which every step asks."""
         self.occupant_ids = [0] * max_rows
-        """Counts the requests that had a row, so that late news of an earlier one can be told apart."""
+        """Number of the request that has the row, counted per row, to tell late tokens of an earlier request apart."""
         self.prompt_lens = [0] * max_rows
         self._block_counts = [0] * max_rows
 
     def apply(self, plan: StepPlan) -> None:
-        """Free, fill and extend rows as the plan says. BadPlan when it names rows or blocks that cannot be."""
+        """Free, fill and extend rows as the plan says. BadPlan when it names impossible rows or blocks."""
         self._change_occupants(plan)
         if plan.block_rows:
             self._append(plan.block_rows, plan.block_ids)
 
     def apply_decode(self, plan: StepPlan) -> list[int]:
-        """Like `apply`, for a step in which every row computes one token: leave writing the blocks to the step.
+        """Like `apply`, for a step of one token per row, except that the step's own kernel appends the blocks.
 
-        Gives the block that each row of the plan has to append, -1 for none.
+        Return the block that each row of the plan must append, -1 for none.
         """
         self._change_occupants(plan)
         fresh = [-1] * len(plan.rows)
         if plan.block_rows:
             index_of = {row: index for index, row in enumerate(plan.rows)}
-            indices = [index_of.get(row, -1) for row in plan.block_rows]
-            once = len(index_of.keys() & set(plan.block_rows)) == len(plan.block_rows)
-            if not once or not all(
-                self._fits_next(plan, row, i) for row, i in zip(plan.block_rows, indices, strict=True)
+            is_once = len(index_of.keys() & set(plan.block_rows)) == len(plan.block_rows)
+            # The kernel can append only the block that the row's token of this step goes to.
+            if is_once and all(
+                plan.starts[index_of[row]] == self._block_counts[row] * self.block_size for row in plan.block_rows
             ):
-                self._append(plan.block_rows, plan.block_ids)
-            else:
                 self._check_blocks(plan.block_ids)
-                for row, index, block in zip(plan.block_rows, indices, plan.block_ids, strict=True):
-                    fresh[index] = block
+                for row, block in zip(plan.block_rows, plan.block_ids, strict=True):
+                    fresh[index_of[row]] = block
                     self._block_counts[row] += 1
+            else:
+                self._append(plan.block_rows, plan.block_ids)
         self.check(plan)
         return fresh
-
-    def _fits_next(self, plan: StepPlan, row: int, index: int) -> bool:
-        """Say whether a row's appended block is the one that its next token goes to."""
-        return index >= 0 and plan.starts[index] == self._block_counts[row] * self.block_size
 
     def _change_occupants(self, plan: StepPlan) -> None:
         for row in plan.free_rows:
@@ -122,8 +122,8 @@ class RowTable:
         self._check_blocks(new.block_ids)
         head = _HEAD.pack(new.sampling.seed & 0xFFFF_FFFF_FFFF_FFFF, new.sampling.temperature)
         blocks = array("i", new.block_ids).tobytes().ljust(4 * most_blocks, b"\0")
-        values = int32_tensor(head + blocks + new.token_ids)
-        self._table[new.row, : len(values)].copy_(self._staged(values), non_blocking=True)
+        values = torch.frombuffer(bytearray(head + blocks + new.token_ids), dtype=torch.int32)
+        self._table[new.row, : len(values)].copy_(self._pinned(values), non_blocking=True)
         self._block_counts[new.row] = len(new.block_ids)
         self.prompt_lens[new.row] = new.prompt_len
         self.sampling[new.row] = new.sampling
@@ -146,13 +146,10 @@ class RowTable:
             raise BadPlan(f"blocks {min(block_ids)}..{max(block_ids)} in a pool of {self.num_blocks}")
 
     def batch(self, plan: StepPlan) -> tuple[StepBatch, SampleRequest | None]:
-        """Build the tensors of a step; one copy to the device, whatever the number of rows."""
+        """Build the tensors of a step, with one copy to the device for any number of rows."""
         contexts = self.check(plan)
-        ends: list[int] = []
-        total = 0
-        for count in plan.counts:
-            total += count
-            ends.append(total)
+        ends = list(accumulate(plan.counts))
+        total = ends[-1]
         sampling = [i for i, samples in enumerate(plan.samples) if samples]
         sampled_rows = [plan.rows[i] for i in sampling]
         positions = [contexts[i] for i in sampling]
@@ -181,7 +178,7 @@ class RowTable:
         return batch, request
 
     def check(self, plan: StepPlan) -> list[int]:
-        """Give each row's context after the step. BadPlan where it has no room or no blocks for it."""
+        """Return each row's context after the step. BadPlan if a row has no room or no blocks for it."""
         contexts = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
         if not plan.rows or min(plan.counts) < 1 or min(plan.starts) < 0:
             raise BadPlan("a step needs rows, each with a position and at least one token")
@@ -194,31 +191,22 @@ class RowTable:
         return contexts
 
     def write_sampled(self, request: SampleRequest, ids_S: Tensor) -> None:
-        """Put chosen tokens, int32 [S], where the next step of their rows reads them."""
+        """Write chosen tokens, int32 [S], to where the next step of their rows reads them."""
         self.tokens[request.rows_S, request.positions_S] = ids_S
 
     def to_device(self, columns: list[list[int]]) -> tuple[Tensor, ...]:
-        """Copy columns of integers in one go; gives int64 tensors of the same lengths."""
+        """Copy columns of integers at once; return int64 tensors of the same lengths."""
         values = torch.tensor([value for column in columns for value in column], dtype=torch.int64)
-        flat = self._staged(values).to(self.device, non_blocking=True)
+        flat = self._pinned(values).to(self.device, non_blocking=True)
         return torch.split(flat, [len(column) for column in columns])
 
-    def _staged(self, values: Tensor) -> Tensor:
-        """Put values where a copy to the device needs nobody to wait for it."""
+    def _pinned(self, values: Tensor) -> Tensor:
+        """Return values in memory from which a copy to a GPU runs in the background."""
         return values.pin_memory() if self.device.type == "cuda" else values
 
 
-def int32_tensor(data: bytes) -> Tensor:
-    """Read little-endian int32; x86 and ARM are little-endian, others are refused at import of this module."""
-    return torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
-
-
 def _spread(rows_R: Tensor, starts_R: Tensor, counts_R: Tensor, ends_R: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Give row and position of each of the step's T tokens."""
+    """Return row and position of each of the step's T tokens."""
     owner_T = torch.repeat_interleave(counts_R, output_size=total)
     offset_R = starts_R - (ends_R - counts_R)
     return rows_R[owner_T], torch.arange(total, device=rows_R.device) + offset_R[owner_T]
-
-
-if sys.byteorder != "little":
-    raise ImportError("mgpu's messages are little-endian")
