@@ -11,7 +11,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from mgpu.orchestrator.config import Restarts, Timeouts
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.placement.options import LayoutOptions
+from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.quantization import Quant
 
@@ -57,9 +60,13 @@ def _option(default: Any, text: str, *flags: str, minimum: float | None = None, 
     return field(default=default, metadata={"help": text, "flags": flags, "minimum": minimum, "maximum": maximum})
 
 
+_LAYOUT, _TIMEOUTS, _RESTARTS, _CLIENTS = LayoutOptions(), Timeouts(), Restarts(), ClientLimits()
+"""The parts that go on as a whole: an option that belongs to one has its name and its default there."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """Every option of ``mgpu-launch serve``."""
+    """Every option of ``mgpu-launch serve``. A field's unit (``_s``) is not part of the option's name."""
 
     model: str = _option(
         "", "Model folder (Hugging Face format), .gguf file, hub id, or 'demo' for the small built-in one.", "-m"
@@ -77,26 +84,31 @@ class ServeConfig:
         "auto", "Arithmetic: auto is bfloat16 on GPUs and float32 on the CPU."
     )
     quant: Quant = _option(  # noqa: RUF009 (a field like the others)
-        "none", "Quantize linear layers while loading: int8 (8), group-wise int4 (4), or float8 (fp8) weights."
+        _LAYOUT.quant, "Quantize linear layers while loading: int8 (8), group-wise int4 (4), or float8 (fp8) weights."
     )
     kv_cache_dtype: KvCacheDtype = _option(  # noqa: RUF009 (a field like the others)
-        "auto", "Keys and values in the cache: auto is the type of --dtype; fp8 takes a byte each."
+        _LAYOUT.kv_cache_dtype, "Keys and values in the cache: auto is the type of --dtype; fp8 takes a byte each."
     )
     load_format: Literal["auto", "dummy"] = _option("auto", "'dummy' makes random weights from config.json alone.")
     max_seq_len: int = _option(0, "Longest prompt plus output, in tokens (0: what the model allows).", minimum=0)
-    max_rows: int = _option(256, "Most requests that run at once.", minimum=1, maximum=4096)
+    max_rows: int = _option(_LAYOUT.max_rows, "Most requests that run at once.", minimum=1, maximum=4096)
     max_batch_tokens: int = _option(
-        0,
+        _LAYOUT.max_batch_tokens,
         "Most tokens in one step (0: 8192 on GPUs of 40 GiB and more, 2048 on others, 512 on the CPU).",
         minimum=0,
         maximum=1 << 20,
     )
-    block_size: int = _option(0, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", minimum=0, maximum=256)
+    block_size: int = _option(
+        _LAYOUT.block_size, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", minimum=0, maximum=256
+    )
     memory_fraction: float = _option(
-        0.9, "Share of each GPU's memory for weights, activations and KV cache.", minimum=0.05, maximum=0.99
+        _LAYOUT.memory_fraction,
+        "Share of each GPU's memory for weights, activations and KV cache.",
+        minimum=0.05,
+        maximum=0.99,
     )
     kv_memory: Bytes = _option(  # noqa: RUF009 (a field like the others)
-        Bytes(0), "KV-cache bytes per worker, such as 2GiB (0: what fits).", minimum=0, maximum=1 << 50
+        Bytes(_LAYOUT.kv_memory), "KV-cache bytes per worker, such as 2GiB (0: what fits).", minimum=0, maximum=1 << 50
     )
     prefix_cache: bool = _option(True, "Reuse the KV cache of prompts that begin alike.")
     bind: str = _option(
@@ -104,34 +116,50 @@ class ServeConfig:
     )
     keys: str = _option("", "Folder of keys (see keygen): tcp is encrypted, and only listed clients may connect.")
     served_name: str = _option("", "Model name that clients see (empty: from --model).")
-    drain_timeout: float = _option(30.0, "Seconds that running requests get after SIGTERM.", minimum=0, maximum=86400)
-    worker_timeout: float = _option(
-        120.0, "Seconds that a worker waits for its peers before it gives up.", minimum=1, maximum=86400
+    drain_timeout_s: float = _option(
+        _TIMEOUTS.drain_timeout_s, "Seconds that running requests get after SIGTERM.", minimum=0, maximum=86400
     )
-    hang_timeout: float = _option(
-        10.0, "Least seconds without a result before the workers count as hung.", minimum=0.1, maximum=86400
+    worker_timeout_s: float = _option(
+        _TIMEOUTS.worker_timeout_s,
+        "Seconds that a worker waits for its peers before it gives up.",
+        minimum=1,
+        maximum=86400,
+    )
+    hang_timeout_s: float = _option(
+        _TIMEOUTS.hang_timeout_s,
+        "Least seconds without a result before the workers count as hung.",
+        minimum=0.1,
+        maximum=86400,
     )
     max_restarts: int = _option(
-        3, "Restarts of failed processes within ten minutes before the server gives up.", minimum=0
+        _RESTARTS.max_restarts, "Restarts of failed processes within ten minutes before the server gives up.", minimum=0
     )
     standby: bool = _option(
-        False, "Keep a second process per worker that has imported torch, to recover sooner (0.2 GB each)."
+        _RESTARTS.standby, "Keep a second process per worker that has imported torch, to recover sooner (0.2 GB each)."
     )
     max_client_requests: int = _option(
-        256, "Most requests of one client that run or wait; one more is answered 'overloaded'.",
-        minimum=1, maximum=1 << 20,
-    )  # fmt: skip
+        _CLIENTS.max_client_requests,
+        "Most requests of one client that run or wait; one more is answered 'overloaded'.",
+        minimum=1,
+        maximum=1 << 20,
+    )
     max_client_queue: Bytes = _option(  # noqa: RUF009
-        Bytes(8 << 20),
+        Bytes(_CLIENTS.max_client_queue),
         "Most bytes of one client's requests that wait for their first token.",
         minimum=1,
         maximum=1 << 40,
     )
     max_sequences: int = _option(
-        4096, "Most requests of all clients that run or wait; each of n choices counts.", minimum=1, maximum=1 << 20
+        _CLIENTS.max_sequences,
+        "Most requests of all clients that run or wait; each of n choices counts.",
+        minimum=1,
+        maximum=1 << 20,
     )
     max_queue: Bytes = _option(  # noqa: RUF009
-        Bytes(256 << 20), "Most bytes of all requests that wait for their first token.", minimum=1, maximum=1 << 40
+        Bytes(_CLIENTS.max_queue),
+        "Most bytes of all requests that wait for their first token.",
+        minimum=1,
+        maximum=1 << 40,
     )
     client_weights: str = _option(
         "", 'Shares of named clients while requests wait: "uid:1000=4,uid:1001=0.5" (others: 1).'
@@ -144,6 +172,8 @@ class Declared:
     """One option as flags, environment and files spell it."""
 
     name: str
+    field: str
+    """Of `ServeConfig`."""
     type: type
     choices: tuple[str, ...]
     default: Any
@@ -166,7 +196,8 @@ def declared_options() -> tuple[Declared, ...]:
     hints = get_type_hints(ServeConfig)
     return tuple(
         Declared(
-            name=item.name,
+            name=item.name.removesuffix("_s"),
+            field=item.name,
             type=str if get_origin(hints[item.name]) is Literal else hints[item.name],
             choices=get_args(hints[item.name]) if get_origin(hints[item.name]) is Literal else (),
             default=item.default,
@@ -182,7 +213,7 @@ def declared_options() -> tuple[Declared, ...]:
 def load_config(
     flags: Mapping[str, object], environ: Mapping[str, str], file: Path | None
 ) -> tuple[ServeConfig, dict[str, str]]:
-    """Merge flags, environment and file. Gives the configuration and, per option, where its value came from.
+    """Merge flags, environment and file. Return the configuration and, per option, where its value came from.
 
     ``flags`` holds only what the user typed. ConfigError names the option, the value and what is allowed.
     """
@@ -197,7 +228,7 @@ def load_config(
         for name, value in layer.items():
             values[name] = _checked(options[name], value, origin)
             origins[name] = options[name].variable if origin == "environment" else origin
-    config = ServeConfig(**values)
+    config = ServeConfig(**{options[name].field: value for name, value in values.items()})
     if config.device_layers and config.tp == 0 and origins["tp"] != "default":
         raise ConfigError(
             f"--tp 0 ({origins['tp']}) asks for all GPUs and --device-layers ({origins['device_layers']}) for certain "

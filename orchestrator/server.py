@@ -19,6 +19,7 @@ from mgpu.orchestrator.host.reload import Reloadable, Reloader
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.host.signals import StopSignals
 from mgpu.orchestrator.host.systemd import Notifier
+from mgpu.orchestrator.placement.options import check_batch_tokens
 from mgpu.orchestrator.processes.gateway_process import GatewayLost, GatewayProcess
 from mgpu.orchestrator.processes.restarts import RestartLimit, TooManyRestarts, WorkerRecovery
 from mgpu.orchestrator.processes.standby import Standby
@@ -60,7 +61,7 @@ class Server:
         read_again: Callable[[], Reloadable] | None = None,
     ) -> None:
         """``read_again`` gives what SIGHUP takes into use; it may raise UserError."""
-        Limits(1, config.block_size, config.max_rows, config.batch_tokens, config.seq_len)  # refuses what cannot work
+        check_batch_tokens(config.limits.max_batch_tokens, config.limits.max_rows)
         self._config = config
         self._notifier = notifier or Notifier()
         self._reloader = Reloader(config.keys, read_again)
@@ -70,10 +71,10 @@ class Server:
         self._runtime: RuntimeDir | None = None
         self._gateway: GatewayProcess | None = None
         self._workers: WorkerGroup | None = None
-        self._standby = Standby(self._new_group, config.standby, config.standby_delay_s)
+        self._standby = Standby(self._new_group, config.restarts.standby, config.restarts.standby_delay_s)
         self._recovery: WorkerRecovery | None = None
         self._engine: Engine | None = None
-        self._info = EngineInfo("starting", config.seq_len, 0, config.layout_table)
+        self._info = EngineInfo("starting", config.limits.max_seq_len, 0, config.layout_table)
 
     def run(self) -> int:
         """Serve until a signal or a failure. Gives the exit status: 0, 1, minus the signal (see `end_process`), or 78
@@ -118,7 +119,7 @@ class Server:
         self._runtime = RuntimeDir()
         self._gateway = GatewayProcess(self._context, self._runtime, config)
         self._workers = self._standby.start_group(epoch=0)
-        log.info("starting %d worker(s) for %s", config.plan.world_size, config.model_name)
+        log.info("starting %d worker(s) for %s", config.layout.placement.world_size, config.model_name)
         num_blocks = self._load_workers(self._workers)
         self._wait_until(lambda: bool(self._gateway and self._gateway.is_ready), "the gateway to be ready")
         self._open(num_blocks)
@@ -129,7 +130,7 @@ class Server:
 
     def _load_workers(self, workers: WorkerGroup) -> int:
         """Lead the workers from their start to `Ready`; gives the size of the pool in blocks."""
-        world_size = self._config.plan.world_size
+        world_size = self._config.layout.placement.world_size
         bar = ProgressBar()
         try:
             self._wait_until(
@@ -151,8 +152,8 @@ class Server:
         while not done():
             if poller_of(self._signals, self._gateway, self._workers).poll(int(POLL_S * 1000)):
                 last_news_s = time.monotonic()
-            elif time.monotonic() - last_news_s > self._config.start_timeout_s:
-                raise StartTimeout(f"waited {self._config.start_timeout_s:g} s for {what}")
+            elif time.monotonic() - last_news_s > self._config.timeouts.start_timeout_s:
+                raise StartTimeout(f"waited {self._config.timeouts.start_timeout_s:g} s for {what}")
             self._take_news(self._workers, self._gateway)
             each_time()
 
@@ -169,7 +170,7 @@ class Server:
                 raise
             log.warning("%s; starting another one", lost)
             gateway.restart(self._info)
-        self._notifier.loading(workers.progress.values(), self._config.plan.world_size)
+        self._notifier.loading(workers.progress.values(), self._config.layout.placement.world_size)
 
     def _read_gateway(self, gateway: GatewayProcess) -> None:
         for message in gateway.receive(limit=64):
@@ -189,16 +190,16 @@ class Server:
         config = self._config
         limits = Limits(
             num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_rows=config.max_rows,
-            max_batch_tokens=config.batch_tokens,
-            max_seq_len=min(config.seq_len, num_blocks * config.block_size),
-            num_stages=config.plan.num_stages,
+            block_size=config.limits.block_size,
+            max_rows=config.limits.max_rows,
+            max_batch_tokens=config.limits.max_batch_tokens,
+            max_seq_len=min(config.limits.max_seq_len, num_blocks * config.limits.block_size),
+            num_stages=config.layout.placement.num_stages,
             vocab_size=config.facts.vocab_size,
             prefix_cache=config.prefix_cache,
         )
         self._info = EngineInfo("ready", limits.max_seq_len, limits.kv_tokens, config.layout_table)
-        restarts = RestartLimit(config.max_restarts, config.restart_window_s)
+        restarts = RestartLimit(config.restarts.max_restarts, config.restarts.restart_window_s)
         self._recovery = WorkerRecovery(self._workers, self._standby, num_blocks, restarts, self._reload_silence_s())
         self._engine = Engine(
             Scheduler(limits),
@@ -210,10 +211,10 @@ class Server:
             self._reloader,
             self._runtime,
             spin_s=config.spin_s,
-            gateway_restarts=RestartLimit(config.max_restarts, config.restart_window_s),
-            hang_timeout_s=config.hang_timeout_s,
-            resume_timeout_s=config.resume_timeout_s,
-            drain_timeout_s=config.drain_timeout_s,
+            gateway_restarts=RestartLimit(config.restarts.max_restarts, config.restarts.restart_window_s),
+            hang_timeout_s=config.timeouts.hang_timeout_s,
+            resume_timeout_s=config.timeouts.resume_timeout_s,
+            drain_timeout_s=config.timeouts.drain_timeout_s,
         )
         if config.device_kind == "cpu":  # on GPUs the trial compiles kernels, which says nothing of later steps
             trials = self._workers.ready.values()
@@ -237,12 +238,12 @@ class Server:
         One that does not answer is not waited for. What fails meanwhile is left to the engine, which can replace it.
         """
         gateway.send(self._info)
-        deadline_s = time.monotonic() + self._config.gateway_timeout_s
+        deadline_s = time.monotonic() + self._config.timeouts.gateway_timeout_s
         while gateway.known_state != self._info.state:
             if self._signals.received:
                 raise _Stopped
             if time.monotonic() > deadline_s:
-                silence_s = self._config.gateway_timeout_s
+                silence_s = self._config.timeouts.gateway_timeout_s
                 log.warning("the gateway has not answered for %g s; it may refuse the first requests", silence_s)
                 return
             gateway.socket.poll(int(POLL_S * 1000))
@@ -254,7 +255,7 @@ class Server:
     def _reload_silence_s(self) -> float:
         """Give how long workers that load again may say nothing: ten times what all of the first start took."""
         usual_s = RELOAD_FACTOR * (time.monotonic() - self._began_s)
-        return min(self._config.start_timeout_s, max(RELOAD_SILENCE_S, usual_s))
+        return min(self._config.timeouts.start_timeout_s, max(RELOAD_SILENCE_S, usual_s))
 
     # -- shutdown ------------------------------------------------------------------------------------------------------
 
@@ -262,7 +263,7 @@ class Server:
         """End requests, then processes, within one shared deadline; then remove every file. Never raises for a peer."""
         self._notifier.stopping(f"failed: {failure}" if failure else "stopping the workers")
         self._signals.clear()  # readable from now on: one more signal, so stop at once
-        patience_s = FAILED_STOP_S if failure else self._config.stop_timeout_s
+        patience_s = FAILED_STOP_S if failure else self._config.timeouts.stop_timeout_s
         deadline_s = time.monotonic() + (0.0 if len(self._signals.received) > 1 else patience_s)
         error = f"the server failed: {failure}" if failure else "the server stopped before this was finished"
         with contextlib.ExitStack() as cleanup:  # from the last line up, and all of it whatever fails on the way

@@ -97,11 +97,11 @@ def log_ready(config: ServerConfig, limits: Limits, ready: Mapping[int, Ready], 
     loaded_bytes = sum(each.loaded_bytes for each in ready.values())
     log.info("%s", ready_line(total_s, {"spawn": spawn_s, **phases}, loaded_bytes))
     log.info("%s", config.layout_table)
-    if limits.max_seq_len < config.seq_len:
+    if limits.max_seq_len < config.limits.max_seq_len:
         log.warning(
             "the KV cache holds %d tokens, so requests are limited to that instead of %d",
             limits.kv_tokens,
-            config.seq_len,
+            config.limits.max_seq_len,
         )
     log.info(
         "KV cache allocated: %d tokens in %d blocks, %.1f requests at the full context of %d tokens",

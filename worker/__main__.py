@@ -40,7 +40,7 @@ def main() -> int:
             if arguments.standby:
                 _import_torch()
             spec = read_spec(CONTROL, WorkerSpec)
-        rank = _rank(spec.plan.world_size)
+        rank = _rank(spec.layout.placement.world_size)
     except BadSpec as error:
         print(f"mgpu worker: {error}", file=sys.stderr)
         return EXIT_BAD_SPEC

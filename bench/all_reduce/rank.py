@@ -23,6 +23,7 @@ from torch import Tensor
 from bench.model_shapes import LLAMA_8B, write_config
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec
+from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import PlacementPlan, Stage, Transport
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.links import Links, connect, layout_of
@@ -89,28 +90,23 @@ def spec_of(size: int, fd: int, folder: str, device: torch.device) -> WorkerSpec
     """Give a spec that is complete as far as links read it."""
     with tempfile.TemporaryDirectory() as model:
         checkpoint = read_checkpoint(write_config(Path(model), LLAMA_8B), "dummy")
+    placement = PlacementPlan((Stage(0, checkpoint.facts.num_layers, tuple(range(size))),))
     spec = WorkerSpec(
         epoch=1,
-        plan=PlacementPlan((Stage(0, checkpoint.facts.num_layers, tuple(range(size))),)),
         model=checkpoint.source,
         facts=checkpoint.facts,
+        layout=Layout(placement, "bfloat16", transport="none", stage_transport="none"),
+        limits=StepLimits(block_size=16, max_rows=64, max_batch_tokens=MOST_TOKENS, max_seq_len=128),
         device=str(device),
-        dtype="bfloat16",
         endpoint="",
         rendezvous=f"file://{folder}/group",
-        transport="none",
-        stage_transport="none",
         shared_fd=fd,
         shared_bytes=0,
         num_threads=1,
-        block_size=16,
-        max_rows=64,
-        max_batch_tokens=MOST_TOKENS,
-        max_seq_len=128,
         memory_fraction=0.9,
-        kv_bytes=0,
+        kv_memory=0,
         seed=0,
-        timeout_s=PEER_S,
+        worker_timeout_s=PEER_S,
     )
     return replace(spec, shared_bytes=layout_of(spec).total_bytes)
 
@@ -166,9 +162,9 @@ def connected(backends: list[Backend], spec: WorkerSpec, rank: int, device: torc
     """Meet the other ranks, with kernels for all sizes, so that they can be timed beyond where servers use them."""
     (transport,) = {backend.transport for backend in backends}
     os.environ[SWITCH] = "1" if any(backend.kernels for backend in backends) else "0"
-    limits = ReduceLimits(spec.plan.world_size, DIM, torch.bfloat16, MOST_TOKENS, MOST_TOKENS)
+    limits = ReduceLimits(spec.layout.placement.world_size, DIM, torch.bfloat16, MOST_TOKENS, MOST_TOKENS)
     with patch.object(ReduceLimits, "of", lambda *_: limits):
-        return connect(replace(spec, transport=transport), rank, device)
+        return connect(replace(spec, layout=replace(spec.layout, transport=transport)), rank, device)
 
 
 @contextmanager

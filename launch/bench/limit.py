@@ -50,8 +50,8 @@ def limit_of(plan: Plan, bytes_per_s: float) -> Limit:
     ``bytes_per_s`` is of one GPU, or of the whole machine on the CPU. GPUs of one stage read side by side; stages
     follow each other, so that their bytes add up.
     """
-    readers = len(plan.placement.stages[0].devices) if plan.machine.kind == "cuda" else 1
-    weights = weight_bytes(plan.facts, DTYPE_BYTES[plan.dtype], plan.quant)
+    readers = len(plan.layout.placement.stages[0].devices) if plan.machine.kind == "cuda" else 1
+    weights = weight_bytes(plan.facts, DTYPE_BYTES[plan.layout.dtype], plan.layout.quant)
     return Limit(weights, sum(row.kv_token_bytes for row in plan.rows), bytes_per_s * readers)
 
 

@@ -13,9 +13,9 @@ from mgpu.launch.bench.limit import Limit, limit_of, machine_read_speed, parse_b
 from mgpu.launch.bench.options import Wanted
 from mgpu.launch.bench.probe import Probe
 from mgpu.launch.bench.shapes import SHAPES, write_config
-from mgpu.launch.commands.plan import prepare
 from mgpu.launch.config import ServeConfig
 from mgpu.launch.options import read_config
+from mgpu.launch.prepare import prepare
 from mgpu.launch.server_process import ServerDied, ServerProcess
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.devices import find_machine
@@ -50,9 +50,9 @@ class Target:
         """Give what is saved beside the numbers."""
         return {
             "model": self.name,
-            "dtype": self.plan.dtype,
-            "kv_cache_dtype": self.plan.kv_cache_dtype,
-            "layout": f"{self.plan.mode}, {self.plan.placement.world_size} x {self.plan.machine.kind}",
+            "dtype": self.plan.layout.dtype,
+            "kv_cache_dtype": self.plan.layout.kv_cache_dtype,
+            "layout": f"{self.plan.mode}, {self.plan.layout.placement.world_size} x {self.plan.machine.kind}",
             "serve_options": [_without_folder(word) for word in self.arguments],
             "bandwidth_bytes_per_s": self.limit.bytes_per_s or None,
             "weight_bytes": self.limit.weight_bytes,

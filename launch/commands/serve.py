@@ -3,28 +3,28 @@
 import logging
 import os
 import resource
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mgpu.launch.commands.plan import PlannedModel, prepare, step_tokens
 from mgpu.launch.config import ConfigError, ServeConfig, declared_options
-from mgpu.launch.limits import LIMIT_OPTIONS, client_limits
 from mgpu.launch.options import config_options, read_config
-from mgpu.orchestrator.config import ServerConfig
+from mgpu.launch.prepare import PlannedModel, client_limits, part_of, prepare
+from mgpu.orchestrator.config import Restarts, ServerConfig, Timeouts
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway.front.endpoint import check_endpoint
 from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.server_keys import describe, load_server_keys
 from mgpu.orchestrator.placement.devices import worker_environment
-from mgpu.orchestrator.placement.options import BLOCK_SIZE
 from mgpu.orchestrator.placement.table import layout_text
+from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
 LEAST_FILES = 256
 """Open files that every process of a server has room for; libzmq aborts a process that has none left."""
-RELOADED = frozenset({"keys", "drain_timeout", *LIMIT_OPTIONS})
+RELOADED = frozenset({"keys", "drain_timeout_s", *(each.name for each in fields(ClientLimits))})
 """Options that SIGHUP takes into use."""
 
 
@@ -65,11 +65,11 @@ def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, A
     fixed = [
         each.name
         for each in declared_options()
-        if each.name not in RELOADED and getattr(changed, each.name) != getattr(config, each.name)
+        if each.field not in RELOADED and getattr(changed, each.field) != getattr(config, each.field)
     ]
     if fixed:
         logging.getLogger(__name__).warning("a changed %s takes effect at the next start", ", ".join(fixed))
-    return Reloadable(keys, client_limits(changed), changed.drain_timeout)
+    return Reloadable(keys, client_limits(changed), changed.drain_timeout_s)
 
 
 def keys_for(bind: str, folder: str, needs_clients: bool = True) -> ServerKeys | None:
@@ -112,39 +112,27 @@ def configure_logging() -> None:
 
 
 def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys | None) -> ServerConfig:
-    """Translate options and layout into what the server runs with."""
+    """Put together what the server runs with."""
     plan, checkpoint = planned.plan, planned.checkpoint
-    ordinals = [device for stage in plan.placement.stages for device in stage.devices]
+    ordinals = [device for stage in plan.layout.placement.stages for device in stage.devices]
     placed = [worker_environment(plan.machine, ordinal) for ordinal in ordinals]
     return ServerConfig(
-        source=checkpoint.source,
+        model=checkpoint.source,
         facts=checkpoint.facts,
-        plan=plan.placement,
-        layout_table=layout_text(plan),
         model_name=config.served_name or planned.model.name,
+        layout=plan.layout,
+        layout_table=layout_text(plan),
+        limits=plan.limits,
         device_kind=plan.machine.kind,
-        dtype=plan.dtype,
-        quant=plan.quant,
-        kv_cache_dtype=plan.kv_cache_dtype,
-        transport=plan.transport,
-        stage_transport=plan.stage_transport,
-        staged=plan.staged,
+        memory_fraction=config.memory_fraction,
+        kv_memory=plan.kv_memory,
+        prefix_cache=config.prefix_cache,
+        seed=config.seed,
         bind=config.bind,
         keys=keys,
-        block_size=config.block_size or BLOCK_SIZE[plan.machine.kind],
-        max_rows=config.max_rows,
-        max_batch_tokens=step_tokens(config, plan.machine),
-        max_seq_len=plan.max_seq_len,
-        memory_fraction=config.memory_fraction,
-        kv_bytes=plan.worker_kv_bytes,
-        prefix_cache=config.prefix_cache,
-        drain_timeout_s=config.drain_timeout,
-        worker_timeout_s=config.worker_timeout,
-        hang_timeout_s=config.hang_timeout,
-        max_restarts=config.max_restarts,
-        standby=config.standby,
-        seed=config.seed,
         client_limits=client_limits(config),
+        timeouts=part_of(config, Timeouts),
+        restarts=part_of(config, Restarts),
         worker_envs=tuple(environment for environment, _ in placed),
         worker_devices=tuple(device for _, device in placed),
     )

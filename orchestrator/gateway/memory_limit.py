@@ -48,7 +48,7 @@ class MemoryLimit:
 
 def room_for(limits: ClientLimits) -> int:
     """Return the bytes that the other bounds allow, each twice: as received or sent, and as decoded."""
-    return BASE_BYTES + 2 * (limits.queue_bytes + MAX_TOTAL_BACKLOG_BYTES)
+    return BASE_BYTES + 2 * (limits.max_queue + MAX_TOTAL_BACKLOG_BYTES)
 
 
 def private_bytes() -> int:

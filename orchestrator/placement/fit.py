@@ -1,14 +1,12 @@
-"""Check that a placement fits into the memory of its devices, and say how many tokens of KV cache are left."""
+"""Check that a layout fits its devices, and count the tokens of KV cache that are left."""
 
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.divisibility import compatible_sizes, split_problems
-from mgpu.orchestrator.placement.options import LayoutOptions, batch_tokens
+from mgpu.orchestrator.placement.options import LayoutOptions, step_tokens
 from mgpu.orchestrator.placement.sizes import (
-    CPU_POOL_BYTES,
-    CPU_POOL_SHARE,
     CUDA_FIXED_BYTES,
     NCCL_BYTES,
     kv_token_bytes,
@@ -16,28 +14,31 @@ from mgpu.orchestrator.placement.sizes import (
     rank_weight_bytes,
     step_bytes,
 )
-from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, kv_element_bytes
+from mgpu.protocol.model.layout import Layout, cpu_pool_bytes
 from mgpu.protocol.model.placement import HeadShard, PlacementPlan, RankPlace, Stage, head_shard
-from mgpu.protocol.model.quantization import Quant
+from mgpu.protocol.model.quantization import FLOAT8_CAPABILITY, Quant
 
 LEAST_TOKENS = 512
 """A pool below this is refused rather than served with hardly any context (unless the model's own is shorter)."""
 
-FP8_CAPABILITY = (8, 9)
-"""The first GPUs that convert float8, without which the kernels of a float8 cache cannot be compiled."""
-
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """A placement on a machine, about to be measured."""
+    """A layout on a machine, about to be measured."""
 
     facts: ModelFacts
     machine: Machine
-    placement: PlacementPlan
+    layout: Layout
     options: LayoutOptions
-    dtype_bytes: int
-    kv_element_bytes: int
-    nccl: bool
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.layout.dtype]
+
+    @property
+    def uses_nccl(self) -> bool:
+        return "nccl" in (self.layout.transport, self.layout.stage_transport)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +84,19 @@ def weight_capacity(device: DeviceInfo, options: LayoutOptions) -> int:
 
 def rank_rows(sizing: Sizing) -> tuple[RankRow, ...]:
     """Do the arithmetic of every rank; nothing is refused here."""
-    return tuple(_row(sizing, rank) for rank in range(sizing.placement.world_size))
+    return tuple(_row(sizing, rank) for rank in range(sizing.layout.placement.world_size))
 
 
 def _row(sizing: Sizing, rank: int) -> RankRow:
-    facts, options = sizing.facts, sizing.options
-    place = sizing.placement.place_of(rank)
-    stage, device = sizing.placement.stages[place.stage_index], sizing.machine.devices[place.device]
-    weights = rank_weight_bytes(facts, sizing.placement, place, sizing.dtype_bytes, options.quant)
+    facts, layout, options = sizing.facts, sizing.layout, sizing.options
+    place = layout.placement.place_of(rank)
+    stage, device = layout.placement.stages[place.stage_index], sizing.machine.devices[place.device]
+    weights = rank_weight_bytes(facts, layout.placement, place, sizing.dtype_bytes, layout.quant)
     reserve = _reserve_bytes(sizing, place)
     budget = device_budget(device, options)
-    per_token = kv_token_bytes(facts, stage.num_layers, place.tp_size, sizing.kv_element_bytes)
+    per_token = kv_token_bytes(
+        facts, stage.num_layers, place.tp_size, kv_element_bytes(layout.kv_cache_dtype, layout.dtype)
+    )
     pool = options.kv_memory or _pool_bytes(device, budget - weights - reserve)
     # More than all rows at full length is of no use.
     most = options.max_rows * _up_to_blocks((options.max_seq_len or facts.max_position) + 1, options)
@@ -115,19 +118,19 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
 def _pool_bytes(device: DeviceInfo, left: int) -> int:
     """Give the KV pool where the user fixed none: all that is left of a GPU, a modest share of the host's memory."""
     if device.kind == "cpu":
-        left = min(left, CPU_POOL_BYTES, int(CPU_POOL_SHARE * device.free_bytes))
+        left = min(left, cpu_pool_bytes(device.free_bytes))
     return max(0, left)
 
 
 def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
-    last = place.stage_index == sizing.placement.num_stages - 1
+    last = place.stage_index == sizing.layout.placement.num_stages - 1
     options, machine = sizing.options, sizing.machine
-    tokens = batch_tokens(options.max_batch_tokens, options.max_rows, machine.kind, machine.least_bytes)
+    tokens = step_tokens(options, machine.kind, machine.least_bytes)
     step = step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, options.max_rows)
-    if options.quant != "none":
+    if sizing.layout.quant != "none":
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
         step += largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes)
-    return step + _fixed_bytes(machine.devices[place.device]) + (NCCL_BYTES if sizing.nccl else 0)
+    return step + _fixed_bytes(machine.devices[place.device]) + (NCCL_BYTES if sizing.uses_nccl else 0)
 
 
 def _fixed_bytes(device: DeviceInfo) -> int:
@@ -187,9 +190,9 @@ def _too_long(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
 
 def _narrower_cache(sizing: Sizing, tokens: int) -> str:
     """Name the float8 cache where it would hold so many tokens."""
-    if sizing.options.kv_cache_dtype == "fp8" or device_without_fp8(sizing.machine, sizing.placement) is not None:
+    if sizing.layout.kv_cache_dtype == "fp8" or device_without_fp8(sizing.machine, sizing.layout.placement) is not None:
         return ""
-    held = min(row.kv_tokens for row in rank_rows(replace(sizing, kv_element_bytes=1)))
+    held = min(row.kv_tokens for row in rank_rows(replace(sizing, layout=replace(sizing.layout, kv_cache_dtype="fp8"))))
     return f"--kv-cache-dtype fp8 would hold {held} tokens. " if held >= tokens else ""
 
 
@@ -217,10 +220,10 @@ def _ways_out(sizing: Sizing, tokens: int) -> str:
 def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:
     """Find the mildest quantization with which the placement fits."""
     others: dict[Quant, tuple[Quant, ...]] = {"none": ("8", "4"), "8": ("4",), "fp8": ("4",), "4": ()}
-    for quant in others[sizing.options.quant]:
-        if any(split_problems(sizing.facts, len(stage.devices), quant) for stage in sizing.placement.stages):
+    for quant in others[sizing.layout.quant]:
+        if any(split_problems(sizing.facts, len(stage.devices), quant) for stage in sizing.layout.placement.stages):
             continue
-        rows = rank_rows(replace(sizing, options=replace(sizing.options, quant=quant)))
+        rows = rank_rows(replace(sizing, layout=replace(sizing.layout, quant=quant)))
         if all(row.needs(tokens) <= row.budget_bytes for row in rows):
             return quant
     return None
@@ -228,12 +231,15 @@ def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:
 
 def _size_that_fits(sizing: Sizing, tokens: int) -> int | None:
     """Find the smallest tensor-parallel size whose ranks fit the smallest of the devices in use."""
-    used = [sizing.machine.devices[device] for stage in sizing.placement.stages for device in stage.devices]
+    used = [sizing.machine.devices[device] for stage in sizing.layout.placement.stages for device in stage.devices]
     smallest = min(used, key=lambda device: device_budget(device, sizing.options))
-    for size in compatible_sizes(sizing.facts, sizing.options.quant):
+    for size in compatible_sizes(sizing.facts, sizing.layout.quant):
         placement = PlacementPlan((Stage(0, sizing.facts.num_layers, tuple(range(size))),))
         machine = replace(sizing.machine, devices=(smallest,) * size)
-        row = _row(replace(sizing, machine=machine, placement=placement, nccl=size > 1), 0)
+        layout = replace(
+            sizing.layout, placement=placement, transport="nccl" if size > 1 else "none", stage_transport="none"
+        )
+        row = _row(replace(sizing, machine=machine, layout=layout), 0)
         if row.needs(tokens) <= row.budget_bytes:
             return size
     return None
@@ -245,20 +251,20 @@ def gib(nbytes: int) -> str:
 
 
 def device_without_fp8(machine: Machine, placement: PlacementPlan) -> DeviceInfo | None:
-    """Find a device of the placement that cannot convert float8. The CPU can; what is not known is believed to."""
+    """Return a device that cannot convert float8. The CPU can, and a GPU of unknown capability counts as if."""
     for stage in placement.stages:
         for device in (machine.devices[index] for index in stage.devices):
-            if device.capability is not None and device.capability < FP8_CAPABILITY:
+            if device.capability is not None and device.capability < FLOAT8_CAPABILITY:
                 return device
     return None
 
 
-def check_capability(machine: Machine, placement: PlacementPlan, options: LayoutOptions) -> None:
+def check_float8(machine: Machine, placement: PlacementPlan, options: LayoutOptions) -> None:
     """Refuse a float8 cache where plain torch would have to serve it, many times slower. PlacementError."""
     device = device_without_fp8(machine, placement)
     if options.kv_cache_dtype != "fp8" or device is None:
         return
-    needed, has = (".".join(map(str, each)) for each in (FP8_CAPABILITY, device.capability or ()))
+    needed, has = (".".join(map(str, each)) for each in (FLOAT8_CAPABILITY, device.capability or ()))
     raise PlacementError(
         f"--kv-cache-dtype fp8 needs GPUs of compute capability {needed} or later, and GPU {device.ordinal} "
         f"({device.name}) has {has}. Leave it out, or choose other GPUs with CUDA_VISIBLE_DEVICES"

@@ -1,4 +1,4 @@
-"""What the user asked of the layout."""
+"""What the user asked of the layout, and what is chosen where nothing was asked."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,44 +10,6 @@ from mgpu.protocol.model.quantization import Quant
 BLOCK_SIZE = {"cuda": 64, "cpu": 16}
 """Tokens per KV block where nothing was asked. Kernels are fastest with pages of 64 (see docs/kernels.md); shorter ones
 share more of prompts that begin alike."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayoutOptions:
-    """Flags that decide the layout; None where nothing was asked."""
-
-    tp: int | None = None
-    device_layers: str | None = None
-    dtype: Dtype | None = None
-    """None: bfloat16 on CUDA, float32 on the CPU."""
-    max_seq_len: int | None = None
-    """None: as long as the model and the KV pool allow."""
-    memory_fraction: float = 0.9
-    """Share of each device's memory that weights, activations and KV cache may take together."""
-    kv_memory: int = 0
-    """KV bytes per worker; 0: what fits."""
-    block_size: int = 16
-    """Tokens per KV block; 0: what suits the device."""
-    max_rows: int = 256
-    max_batch_tokens: int = 0
-    """Most tokens in one step; 0: what suits the device."""
-    quant: Quant = "none"
-    kv_cache_dtype: KvCacheDtype = "auto"
-
-
-def implied_workers(options: LayoutOptions) -> int | None:
-    """Give how many workers the options itself speaks of, for machines that can have any number; None: no number."""
-    if options.tp is not None:
-        return options.tp
-    ordinals = [
-        int(part)
-        for pair in (options.device_layers or "").split(";")
-        for part in pair.split(":")[0].split("+")
-        if part.strip().isdecimal() and len(part.strip()) <= 6
-    ]
-    return max(ordinals) + 1 if ordinals else None
-
-
 _CPU_TOKENS = 512
 _GPU_TOKENS = 2048
 _LARGE_GPU_TOKENS = 8192
@@ -60,17 +22,55 @@ class LimitsError(UserError):
     """Limits that no scheduler can work with."""
 
 
-def batch_tokens(asked: int, max_rows: int, device_kind: Literal["cpu", "cuda"], device_bytes: int = 0) -> int:
-    """Give the most tokens of a step: as asked, or for 0 what suits the device and leaves room to prefill.
+@dataclass(frozen=True, slots=True)
+class LayoutOptions:
+    """Options that decide the layout, under their names on the command line; None where nothing was asked."""
 
-    ``device_bytes``: memory of the smallest GPU.
+    tp: int | None = None
+    device_layers: str | None = None
+    dtype: Dtype | None = None
+    """None: bfloat16 on CUDA, float32 on the CPU."""
+    quant: Quant = "none"
+    kv_cache_dtype: KvCacheDtype = "auto"
+    max_seq_len: int | None = None
+    """None: as long as the model and the KV pool allow."""
+    max_rows: int = 256
+    max_batch_tokens: int = 0
+    """Most tokens in one step; 0: what suits the device."""
+    block_size: int = 0
+    """Tokens per KV block; 0: what suits the device."""
+    memory_fraction: float = 0.9
+    """Share of each device's memory that weights, activations and KV cache may take together."""
+    kv_memory: int = 0
+    """KV bytes per worker; 0: what fits."""
+
+
+def implied_workers(options: LayoutOptions) -> int | None:
+    """Return the number of workers that a size or a layer map speaks of; None without either."""
+    if options.tp is not None:
+        return options.tp
+    ordinals = [
+        int(part)
+        for pair in (options.device_layers or "").split(";")
+        for part in pair.split(":")[0].split("+")
+        if part.strip().isdecimal() and len(part.strip()) <= 6
+    ]
+    return max(ordinals) + 1 if ordinals else None
+
+
+def step_tokens(options: LayoutOptions, device_kind: Literal["cpu", "cuda"], device_bytes: int) -> int:
+    """Return the most tokens of a step: as asked, else what suits the device and leaves room to prefill.
+
+    ``device_bytes``: memory of the smallest device. LimitsError when the budget leaves no room to prefill.
     """
     on_gpu = _LARGE_GPU_TOKENS if device_bytes >= _LARGE_GPU else _GPU_TOKENS
-    return asked or max(on_gpu if device_kind == "cuda" else _CPU_TOKENS, 2 * max_rows)
+    default = max(on_gpu if device_kind == "cuda" else _CPU_TOKENS, 2 * options.max_rows)
+    check_batch_tokens(options.max_batch_tokens or default, options.max_rows)
+    return options.max_batch_tokens or default
 
 
 def check_batch_tokens(max_batch_tokens: int, max_rows: int) -> None:
-    """LimitsError when a step of decoding requests alone could fill the budget."""
+    """Raise LimitsError when a step of decoding requests alone could fill the budget."""
     if max_batch_tokens <= max_rows:
         raise LimitsError(
             f"max_batch_tokens {max_batch_tokens} must exceed max_rows {max_rows}: a step decodes up to "

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, selectors
 from mgpu.orchestrator.placement.divisibility import compatible_sizes, listed, split_problems, without_groups
-from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_capability, fit_tokens, rank_rows, weight_capacity
+from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_float8, fit_tokens, rank_rows, weight_capacity
 from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map
-from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions
+from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions, step_tokens
 from mgpu.orchestrator.placement.sizes import edge_elements, layer_bytes
-from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, KvCacheDtype, ModelFacts, kv_element_bytes
+from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, ModelFacts
+from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import Mode, PlacementPlan, Stage, Transport
-from mgpu.protocol.model.quantization import Quant
 
 __all__ = ["LayoutOptions", "Plan", "RankRow", "plan"]
 
@@ -22,41 +22,23 @@ class Plan:
 
     facts: ModelFacts
     machine: Machine
-    placement: PlacementPlan
+    layout: Layout
+    limits: StepLimits
     mode: Mode
     reason: str
-    transport: Transport
-    stage_transport: Transport
-    staged: tuple[tuple[int, int], ...]
-    """Sending and receiving ranks whose activations go through pinned host memory: no peer access."""
-    dtype: Dtype
-    quant: Quant
-    """What linear layers are quantized to."""
-    kv_cache_dtype: KvCacheDtype
     rows: tuple[RankRow, ...]
     """One per rank."""
     kv_tokens: int
     """Tokens that the KV pool holds: the least over the ranks, in whole blocks."""
-    max_seq_len: int
     kv_memory: int
-    """KV bytes per worker that the user fixed; 0: none."""
+    """KV bytes of every worker; 0 on CUDA, where workers measure, unless the user fixed it."""
     notes: tuple[str, ...]
     """Lines for the start-up log."""
 
     @property
     def concurrency(self) -> float:
         """How many requests of full length the KV pool holds."""
-        return self.kv_tokens / self.max_seq_len
-
-    @property
-    def worker_kv_bytes(self) -> int:
-        """Give ``WorkerSpec.kv_bytes`` of every rank: 0 on CUDA, where workers measure, unless the user fixed it.
-
-        The rank with most bytes per token bounds the pool, and reaches ``kv_tokens`` with exactly this.
-        """
-        if self.machine.kind == "cuda" and not self.kv_memory:
-            return 0
-        return self.kv_tokens * max(row.kv_token_bytes for row in self.rows)
+        return self.kv_tokens / self.limits.max_seq_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,37 +48,44 @@ class _Choice:
 
 
 def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
-    """Choose stages, transports and sizes. PlacementError, with the numbers and what to type, when it cannot be."""
+    """Choose stages, transports and sizes.
+
+    PlacementError or LimitsError, with the numbers and what to type, when the model cannot be placed as asked.
+    """
     options = replace(options, block_size=options.block_size or BLOCK_SIZE[machine.kind])
+    max_batch_tokens = step_tokens(options, machine.kind, machine.least_bytes)
     choice = _choose(facts, machine, options)
-    placement = choice.placement
-    check_capability(machine, placement, options)
-    mode = _mode(placement, machine)
-    dtype = _dtype(machine, options)
-    transport, stage_transport = _transports(placement, machine)
-    staged = staged_ranks(placement, machine) if stage_transport in ("peer", "pinned") else ()
-    nccl = "nccl" in (transport, stage_transport)
-    kv_bytes = kv_element_bytes(options.kv_cache_dtype, dtype)
-    sizing = Sizing(facts, machine, placement, options, DTYPE_BYTES[dtype], kv_bytes, nccl)
+    check_float8(machine, choice.placement, options)
+    layout = _layout(machine, choice.placement, options)
+    sizing = Sizing(facts, machine, layout, options)
     rows = rank_rows(sizing)
     kv_tokens, max_seq_len = fit_tokens(sizing, rows)
+    # The rank with most bytes per token bounds the pool, and reaches ``kv_tokens`` with exactly this.
+    kv_memory = kv_tokens * max(row.kv_token_bytes for row in rows)
     return Plan(
         facts=facts,
         machine=machine,
-        placement=_on_real_devices(placement, machine),
-        mode=mode,
+        layout=replace(layout, placement=_on_real_devices(choice.placement, machine)),
+        limits=StepLimits(options.block_size, options.max_rows, max_batch_tokens, max_seq_len),
+        mode=_mode(choice.placement, machine),
         reason=choice.reason,
-        transport=transport,
-        stage_transport=stage_transport,
-        staged=staged,
-        dtype=dtype,
-        quant=options.quant,
-        kv_cache_dtype=options.kv_cache_dtype,
         rows=rows,
         kv_tokens=kv_tokens,
-        max_seq_len=max_seq_len,
-        kv_memory=options.kv_memory,
-        notes=(*machine.notes, *_notes(machine, placement, transport, staged, rows)),
+        kv_memory=0 if machine.kind == "cuda" and not options.kv_memory else kv_memory,
+        notes=(*machine.notes, *_notes(machine, layout, rows)),
+    )
+
+
+def _layout(machine: Machine, placement: PlacementPlan, options: LayoutOptions) -> Layout:
+    transport, stage_transport = _transports(placement, machine)
+    return Layout(
+        placement=placement,
+        dtype=_dtype(machine, options),
+        transport=transport,
+        stage_transport=stage_transport,
+        staged=staged_ranks(placement, machine) if stage_transport in ("peer", "pinned") else (),
+        quant=options.quant,
+        kv_cache_dtype=options.kv_cache_dtype,
     )
 
 
@@ -255,19 +244,13 @@ def staged_ranks(placement: PlacementPlan, machine: Machine) -> tuple[tuple[int,
     return tuple(pair for pair in pairs if not machine.peers(*(placement.place_of(rank).device for rank in pair)))
 
 
-def _notes(
-    machine: Machine,
-    placement: PlacementPlan,
-    transport: Transport,
-    staged: tuple[tuple[int, int], ...],
-    rows: tuple[RankRow, ...],
-) -> list[str]:
-    notes = []
-    if staged:
-        devices = [tuple(placement.place_of(rank).device for rank in pair) for pair in staged]
+def _notes(machine: Machine, layout: Layout, rows: tuple[RankRow, ...]) -> list[str]:
+    notes, placement = [], layout.placement
+    if layout.staged:
+        devices = [tuple(placement.place_of(rank).device for rank in pair) for pair in layout.staged]
         pairs = ", ".join(f"{a} and {b}" for a, b in devices)
         notes.append(f"no peer access between GPUs {pairs}: activations are staged through pinned host memory")
-    if transport == "gloo" and machine.kind == "cuda":
+    if layout.transport == "gloo" and machine.kind == "cuda":
         notes.append(f"partial sums go over the host (gloo), which is slow: {machine.nccl_problem}")
     used = {device for stage in placement.stages for device in stage.devices}
     if idle := [device for device in machine.devices if device.ordinal not in used]:

@@ -11,9 +11,6 @@ CUDA_FIXED_BYTES = 700 << 20
 """Estimate of a worker's CUDA context, cuBLAS workspaces and allocator slack; the worker measures the truth."""
 NCCL_BYTES = 300 << 20
 """Estimate of NCCL's channel buffers for the communicators of one worker."""
-CPU_POOL_BYTES = 2 << 30
-CPU_POOL_SHARE = 0.25
-"""KV cache of a CPU worker, unless told otherwise: the lesser of this size and this share of the free memory."""
 
 _KV_SPLIT = ("k_proj", "v_proj")
 _MLP_SPLIT = ("gate_proj", "up_proj")

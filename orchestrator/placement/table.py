@@ -23,9 +23,9 @@ def layout_text(plan: Plan) -> str:
     lines = [_headline(plan), *_table(_COLUMNS, [_cells(row) for row in plan.rows])]
     lines.append(
         f"KV cache{_narrow(plan)}: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
-        f"{plan.max_seq_len:,}{_shortened(plan)}"
+        f"{plan.limits.max_seq_len:,}{_shortened(plan)}"
     )
-    if plan.placement.world_size > 1:
+    if plan.layout.placement.world_size > 1:
         lines.append(_transport_line(plan))
     if plan.machine.kind == "cuda" and len(plan.machine.devices) > 1:
         lines += _matrix(plan)
@@ -33,23 +33,23 @@ def layout_text(plan: Plan) -> str:
 
 
 def _headline(plan: Plan) -> str:
-    title, count = _TITLES[plan.mode], plan.placement.world_size
+    title, count = _TITLES[plan.mode], plan.layout.placement.world_size
     if count > 1:
         title += f" over {count} {'GPUs' if plan.machine.kind == 'cuda' else 'CPU workers'}"
-    return f"layout: {title} in {plan.dtype}{_quantized(plan)} ({plan.reason})"
+    return f"layout: {title} in {plan.layout.dtype}{_quantized(plan)} ({plan.reason})"
 
 
 def _quantized(plan: Plan) -> str:
-    name = weight_format(plan.quant).name
+    name = weight_format(plan.layout.quant).name
     return f", linear layers in {name}" if name else ""
 
 
 def _narrow(plan: Plan) -> str:
-    return " in fp8 (e4m3)" if plan.kv_cache_dtype == "fp8" else ""
+    return " in fp8 (e4m3)" if plan.layout.kv_cache_dtype == "fp8" else ""
 
 
 def _shortened(plan: Plan) -> str:
-    if plan.max_seq_len == plan.facts.max_position:
+    if plan.limits.max_seq_len == plan.facts.max_position:
         return ""
     return f" (the model allows {plan.facts.max_position:,})"
 
@@ -82,12 +82,12 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _transport_line(plan: Plan) -> str:
     parts = []
-    if plan.transport != "none":
-        parts.append(f"partial sums by {plan.transport}")
-    if plan.stage_transport != "none":
-        parts.append(f"activations between stages by {plan.stage_transport}")
-        if plan.stage_transport == "peer" and plan.staged:
-            pairs = ", ".join(f"{a} to {b}" for a, b in plan.staged)
+    if plan.layout.transport != "none":
+        parts.append(f"partial sums by {plan.layout.transport}")
+    if plan.layout.stage_transport != "none":
+        parts.append(f"activations between stages by {plan.layout.stage_transport}")
+        if plan.layout.stage_transport == "peer" and plan.layout.staged:
+            pairs = ", ".join(f"{a} to {b}" for a, b in plan.layout.staged)
             parts.append(f"through pinned host memory from rank {pairs}")
     return "transport: " + ", ".join(parts)
 
@@ -105,20 +105,20 @@ def layout_json(plan: Plan) -> dict[str, object]:
     return {
         "mode": plan.mode,
         "reason": plan.reason,
-        "dtype": plan.dtype,
-        "quant": plan.quant,
-        "kv_cache_dtype": plan.kv_cache_dtype,
-        "transport": plan.transport,
-        "stage_transport": plan.stage_transport,
-        "staged": [list(pair) for pair in plan.staged],
+        "dtype": plan.layout.dtype,
+        "quant": plan.layout.quant,
+        "kv_cache_dtype": plan.layout.kv_cache_dtype,
+        "transport": plan.layout.transport,
+        "stage_transport": plan.layout.stage_transport,
+        "staged": [list(pair) for pair in plan.layout.staged],
         "num_layers": plan.facts.num_layers,
         "kv_tokens": plan.kv_tokens,
-        "max_seq_len": plan.max_seq_len,
+        "max_seq_len": plan.limits.max_seq_len,
         "max_position": plan.facts.max_position,
         "concurrency": round(plan.concurrency, 3),
         "stages": [
             {"layers": [stage.first_layer, stage.end_layer], "devices": list(stage.devices)}
-            for stage in plan.placement.stages
+            for stage in plan.layout.placement.stages
         ],
         "ranks": [_rank_json(row) for row in plan.rows],
         "p2p": [list(row) for row in plan.machine.links],

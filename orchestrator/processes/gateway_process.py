@@ -114,8 +114,8 @@ class GatewayProcess:
             runtime_dir=str(runtime.path),
             bind=self.endpoint or config.bind or runtime.ipc(FRONT_NAME),
             link=link,
-            model_path=config.source.path,
-            model_format=config.source.format,
+            model_path=config.model.path,
+            model_format=config.model.format,
             model_name=config.model_name,
             vocab_size=config.facts.vocab_size,
             eos_token_ids=list(config.facts.eos_token_ids),
@@ -197,7 +197,7 @@ class GatewayProcess:
         if self._watchdog.check():
             self.send(Ping())
         config = self._config
-        limit_s = config.gateway_timeout_s if self.is_ready else config.gateway_start_timeout_s
+        limit_s = config.timeouts.gateway_timeout_s if self.is_ready else config.timeouts.gateway_start_timeout_s
         if self._watchdog.silent_s <= limit_s or self.socket.poll(0):  # what it has said is read first
             return
         self.process.send_signal(signal.SIGUSR1)  # where does it hang?

@@ -73,7 +73,7 @@ class WorkerGroup:
         self._shared_fd = -1
         """Its number in the workers."""
         self._failures: list[WorkerLost] = []
-        self._output_rank = config.plan.output_rank
+        self._output_rank = config.layout.placement.output_rank
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ class WorkerGroup:
         try:
             if shared_fd >= 0:
                 os.ftruncate(shared_fd, shared_bytes)
-            for rank in range(self._config.plan.world_size):
+            for rank in range(self._config.layout.placement.world_size):
                 pass_fds = (shared_fd,) if shared_fd >= 0 else ()
                 self.processes.append(ChildProcess(f"worker {rank}", command, None, self._environment(rank), pass_fds))
         finally:
@@ -123,35 +123,26 @@ class WorkerGroup:
         config = self._config
         return WorkerSpec(
             epoch=self.epoch,
-            plan=config.plan,
-            model=config.source,
+            model=config.model,
             facts=config.facts,
+            layout=config.layout,
+            limits=config.limits,
             device=config.device_of(rank),
-            dtype=config.dtype,
             endpoint=endpoint,
             rendezvous=f"file://{self._rendezvous}",
-            transport=config.transport,
-            stage_transport=config.stage_transport,
             shared_fd=self._shared_fd,
             shared_bytes=config.shared_bytes if self._shared_fd >= 0 else 0,
             num_threads=config.threads_per_worker,
-            block_size=config.block_size,
-            max_rows=config.max_rows,
-            max_batch_tokens=config.batch_tokens,
-            max_seq_len=config.seq_len,
             memory_fraction=config.memory_fraction,
-            kv_bytes=config.kv_bytes,
+            kv_memory=config.kv_memory,
             seed=config.seed,
-            timeout_s=config.worker_timeout_s,
-            staged=config.staged,
-            quant=config.quant,
-            kv_cache_dtype=config.kv_cache_dtype,
+            worker_timeout_s=config.timeouts.worker_timeout_s,
         )
 
     def _environment(self, rank: int) -> dict[str, str]:
         """Give a worker torchrun's variables, minus those of an address: the group meets in a file."""
         env = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
-        world = str(self._config.plan.world_size)
+        world = str(self._config.layout.placement.world_size)
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         if self._config.device_kind == "cuda":
             env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # ordinals as the planner and nvidia-smi count them

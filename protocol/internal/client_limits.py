@@ -1,4 +1,4 @@
-"""What clients may ask of one server at the same time. The gateway holds it; a reload replaces it as a whole."""
+"""What clients may ask of one server at the same time. The gateway applies it; a reload replaces it as a whole."""
 
 from dataclasses import dataclass, field
 
@@ -10,21 +10,21 @@ MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 class ClientLimits:
     """Bounds of what may be in flight; a request beyond one is answered ``overloaded`` with a time to wait."""
 
-    client_requests: int = 256
+    max_client_requests: int = 256
     """Requests of one client, running or waiting."""
-    client_queue_bytes: int = 8 << 20
+    max_client_queue: int = 8 << 20
     """Bytes of one client's requests that have no token yet; a request with ``n`` choices counts ``n`` times."""
-    sequences: int = 4096
+    max_sequences: int = 4096
     """Choices of all requests of all clients; one client may have a quarter of them, or 64."""
-    queue_bytes: int = 256 << 20
-    """As ``client_queue_bytes``, of all clients."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """Share of the server while it is full, by client; who is not named has `DEFAULT_WEIGHT`."""
+    max_queue: int = 256 << 20
+    """As ``max_client_queue``, of all clients."""
+    client_weights: dict[str, float] = field(default_factory=dict)
+    """Share of the server while it is full, by client; a client that is not named has `DEFAULT_WEIGHT`."""
 
     @property
-    def client_sequences(self) -> int:
-        """Choices of all requests of one client: it must not be able to keep all others out."""
-        return max(self.sequences // 4, min(self.sequences, 64))
+    def max_client_sequences(self) -> int:
+        """Choices of all requests of one client, so that it cannot keep all others out."""
+        return max(self.max_sequences // 4, min(self.max_sequences, 64))
 
     def weight_of(self, client: str) -> float:
-        return self.weights.get(client, DEFAULT_WEIGHT)
+        return self.client_weights.get(client, DEFAULT_WEIGHT)

@@ -10,9 +10,8 @@ Every message carries the epoch of the worker group; messages of another epoch a
 from dataclasses import dataclass
 
 from mgpu.protocol.internal.codec import Codec
-from mgpu.protocol.model.facts import Dtype, KvCacheDtype, ModelFacts, ModelSource
-from mgpu.protocol.model.placement import PlacementPlan, Transport
-from mgpu.protocol.model.quantization import Quant
+from mgpu.protocol.model.facts import ModelFacts, ModelSource
+from mgpu.protocol.model.layout import Layout, StepLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,47 +19,29 @@ class WorkerSpec:
     """All that one worker is told. RANK, LOCAL_RANK and WORLD_SIZE come from the environment (torchrun's contract)."""
 
     epoch: int
-    plan: PlacementPlan
     model: ModelSource
     facts: ModelFacts
+    layout: Layout
+    limits: StepLimits
     device: str
     """``cpu``, ``cuda`` (LOCAL_RANK picks the visible device) or ``cuda:N``."""
-    dtype: Dtype
     endpoint: str
     """ipc endpoint of this worker's DEALER pair; the orchestrator binds, the worker connects."""
     rendezvous: str
     """``file://…`` for one machine; empty: MASTER_ADDR and MASTER_PORT of an outside launcher."""
-    transport: Transport
-    """How activations and partial sums move between ranks: nccl, gloo or shared-memory inside a stage."""
-    stage_transport: Transport
-    """How activations cross a stage boundary: nccl, gloo, peer (CUDA IPC) or pinned (shared pinned host memory)."""
     shared_fd: int
     """Inherited memfd of ``shared_bytes`` for shared-memory transports, the same file in every rank; -1: none."""
     shared_bytes: int
     num_threads: int
     """CPU threads of torch in this worker; 0: leave torch's default."""
-    block_size: int
-    """Tokens per KV block."""
-    max_rows: int
-    """Most requests that are running at once; rows are numbered [0, max_rows)."""
-    max_batch_tokens: int
-    """Most tokens in one step."""
-    max_seq_len: int
-    """Most tokens (prompt and output) of one request."""
     memory_fraction: float
     """Share of the device's memory that weights, activations and KV cache may take together (CUDA)."""
-    kv_bytes: int
-    """Size of this rank's KV pool; 0: measure what is free (CUDA) or use the CPU default."""
+    kv_memory: int
+    """Bytes of this rank's KV pool; 0: measure what is free (CUDA) or use the CPU default."""
     seed: int
     """Seed of the random weights of ``load_format`` dummy."""
-    timeout_s: float
+    worker_timeout_s: float
     """Longest wait for a peer rank before the worker gives up."""
-    staged: tuple[tuple[int, int], ...] = ()
-    """Sending and receiving ranks that ``stage_transport`` peer does not connect: they use pinned."""
-    quant: Quant = "none"
-    """What linear layers are quantized to while they are loaded."""
-    kv_cache_dtype: KvCacheDtype = "auto"
-    """What keys and values are rounded to when they are stored."""
 
 
 @dataclass(frozen=True, slots=True)

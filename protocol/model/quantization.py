@@ -13,6 +13,8 @@ from mgpu.protocol.model.placement import head_shard
 Quant = Literal["none", "8", "4", "fp8"]
 """What a user asks for: nothing, int8, group-wise int4, or float8 (e4m3)."""
 
+FLOAT8_CAPABILITY = (8, 9)
+"""CUDA compute capability of the first GPUs with instructions for float8, conversions and products (Ada)."""
 INT4_GROUP = 32
 """Input channels that share an int4 scale and offset. Groups of 64 save a tenth of the bytes and cost small models more
 quality (docs/quantization.md)."""

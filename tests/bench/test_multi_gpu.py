@@ -40,8 +40,8 @@ def test_every_case_has_the_layout_that_it_is_about(count: int, tmp_path: Path) 
         # Whether NCCL is installed here does not matter.
         found = planned(case, replace(machine, nccl=not case.environ), tmp_path / case.model)
         assert case.mode in ("", found.mode), case.what
-        assert case.transport in ("", found.transport), case.what
-        assert case.stage_transport in ("", found.stage_transport), case.what
+        assert case.transport in ("", found.layout.transport), case.what
+        assert case.stage_transport in ("", found.layout.stage_transport), case.what
         assert case.uuids in ((), tuple(row.device.uuid for row in found.rows)), case.what
 
 

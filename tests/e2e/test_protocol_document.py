@@ -110,5 +110,5 @@ def test_the_numbers_on_the_page_are_the_codes() -> None:
     for field in fields(framing.Limits):
         assert str(getattr(framing.FROM_CLIENT, field.name)) in PAGE
     limits = ClientLimits()
-    assert f"this client ({limits.client_requests} requests; {limits.client_queue_bytes >> 20} MiB" in PAGE
+    assert f"this client ({limits.max_client_requests} requests; {limits.max_client_queue >> 20} MiB" in PAGE
     assert f"at most {framing.FROM_SERVER.frame_bytes >> 20} MiB" in PAGE

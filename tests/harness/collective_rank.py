@@ -14,6 +14,8 @@ from torch import Tensor
 from harness.fake_orchestrator import make_plan
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
+from mgpu.protocol.model.layout import Layout, StepLimits
+from mgpu.protocol.model.placement import Transport
 from mgpu.worker.errors import PeerLost
 from mgpu.worker.ranks.links import Links, connect, layout_of
 
@@ -52,29 +54,23 @@ def facts() -> ModelFacts:
     )
 
 
-def spec_of(sizes: list[int], transport: str, fd: int, folder: Path, timeout_s: float) -> WorkerSpec:
+def spec_of(sizes: list[int], transport: Transport, fd: int, folder: Path, timeout_s: float) -> WorkerSpec:
     spec = WorkerSpec(
         epoch=1,
-        plan=make_plan(4, sizes),
         model=ModelSource("", "safetensors"),
         facts=facts(),
+        layout=Layout(make_plan(4, sizes), "float32", transport, transport),
+        limits=StepLimits(block_size=16, max_rows=64, max_batch_tokens=TOKENS, max_seq_len=128),
         device="cpu",
-        dtype="float32",
         endpoint="",
         rendezvous=f"file://{folder}/group",
-        transport=transport,
-        stage_transport=transport,
         shared_fd=fd,
         shared_bytes=0,
         num_threads=1,
-        block_size=16,
-        max_rows=64,
-        max_batch_tokens=TOKENS,
-        max_seq_len=128,
         memory_fraction=0.9,
-        kv_bytes=0,
+        kv_memory=0,
         seed=0,
-        timeout_s=timeout_s,
+        worker_timeout_s=timeout_s,
     )
     return replace(spec, shared_bytes=layout_of(spec).total_bytes)
 

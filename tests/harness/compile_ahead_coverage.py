@@ -9,7 +9,6 @@ PYTHONPATH.
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from triton.runtime.jit import JITFunction
 import mgpu.worker.attention.choose as attention
 from bench.kernels.timing import compile_only, set_overlap
 from harness.fake_orchestrator import make_plan, make_spec
+from harness.parts import with_changes
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem
@@ -82,8 +82,8 @@ def missing_of(spec: WorkerSpec) -> dict[str, object]:
     """Return how many kernels are compiled ahead on all stages, and those that the starts launch besides."""
     missing: list[Launch] = []
     asked_in_all = 0
-    for index in range(spec.plan.num_stages):
-        place = spec.plan.place_of(spec.plan.ranks_of_stage(index)[-1])
+    for index in range(spec.layout.placement.num_stages):
+        place = spec.layout.placement.place_of(spec.layout.placement.ranks_of_stage(index)[-1])
         group = DryRun(SingleRank())
         group.rank, group.size, group.alone = place.tp_rank, place.tp_size, True
         start_up = StartUp(spec, place, CPU, Links(group, None, (), None, (), None, []))
@@ -100,7 +100,7 @@ def start(start_up: StartUp, spec: WorkerSpec, place: RankPlace) -> None:
     stage.assume_kernels()
     start_up.run_worst_step(stage)
     runner = start_up.allocate(stage, 40)
-    if spec.plan.num_stages == 1:
+    if spec.layout.placement.num_stages == 1:
         start_up._links.group.alone = True
         runner.warm_up(16, 0)
 
@@ -111,7 +111,11 @@ def main() -> None:
     for case in sys.argv[2:]:
         sizes, quant, kept = case.split()
         plan = make_plan(spec.facts.num_layers, json.loads(sizes))
-        print(json.dumps({"case": case, **missing_of(replace(spec, plan=plan, quant=quant, kv_cache_dtype=kept))}))
+        print(
+            json.dumps(
+                {"case": case, **missing_of(with_changes(spec, placement=plan, quant=quant, kv_cache_dtype=kept))}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import zmq
 
+from harness.parts import with_changes
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
@@ -28,7 +29,8 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerSpec,
 )
 from mgpu.protocol.model.facts import DTYPE_BYTES
-from mgpu.protocol.model.placement import PlacementPlan, Stage
+from mgpu.protocol.model.layout import Layout, StepLimits
+from mgpu.protocol.model.placement import PlacementPlan, Stage, Transport
 from mgpu.protocol.model.shared_memory_layout import shared_layout
 
 DEADLINE_S = 60.0
@@ -45,33 +47,29 @@ def make_plan(num_layers: int, sizes: Sequence[int]) -> PlacementPlan:
     return PlacementPlan(tuple(stages))
 
 
-def make_spec(model: Path, sizes: Sequence[int], transport: str = "shared-memory", **changes: object) -> WorkerSpec:
+def make_spec(
+    model: Path, sizes: Sequence[int], transport: Transport = "shared-memory", **changes: object
+) -> WorkerSpec:
     """Give a CPU spec without endpoint, rendezvous and memfd, which `Workers` fills in."""
     checkpoint = read_checkpoint(model)
     spec = WorkerSpec(
         epoch=7,
-        plan=make_plan(checkpoint.facts.num_layers, sizes),
         model=checkpoint.source,
         facts=checkpoint.facts,
+        layout=Layout(make_plan(checkpoint.facts.num_layers, sizes), "float32", transport, transport),
+        limits=StepLimits(block_size=BLOCK_SIZE, max_rows=8, max_batch_tokens=256, max_seq_len=128),
         device="cpu",
-        dtype="float32",
         endpoint="",
         rendezvous="",
-        transport=transport,
-        stage_transport=transport,
         shared_fd=-1,
         shared_bytes=0,
         num_threads=1,
-        block_size=BLOCK_SIZE,
-        max_rows=8,
-        max_batch_tokens=256,
-        max_seq_len=128,
         memory_fraction=0.9,
-        kv_bytes=16 << 20,
+        kv_memory=16 << 20,
         seed=1,
-        timeout_s=30.0,
+        worker_timeout_s=30.0,
     )
-    return replace(spec, **changes)
+    return with_changes(spec, **changes)
 
 
 def frame(data: bytes) -> bytes:
@@ -106,9 +104,9 @@ class Workers:
 
     def start(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         fd = self._share()
-        for rank in range(self.spec.plan.world_size):
+        for rank in range(self.spec.layout.placement.world_size):
             spec = self.listen(context, rank)
-            process = launch([], rank, self.spec.plan.world_size, [fd] if fd >= 0 else [])
+            process = launch([], rank, self.spec.layout.placement.world_size, [fd] if fd >= 0 else [])
             self.processes.append(process)
             assert process.stdin is not None
             process.stdin.write(frame(CONTROL.encode(spec)))
@@ -119,10 +117,10 @@ class Workers:
     def start_outside(self, context: zmq.Context[zmq.Socket[bytes]], port: int) -> None:
         """Start like torchrun would: the spec in a file, the ranks meet at MASTER_ADDR and MASTER_PORT."""
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-        for rank in range(self.spec.plan.world_size):
+        for rank in range(self.spec.layout.placement.world_size):
             (self.folder / f"spec-{rank}").write_bytes(CONTROL.encode(self.listen(context, rank)))
             arguments = ["--spec", f"{self.folder}/spec-{{rank}}"]
-            self.processes.append(launch(arguments, rank, self.spec.plan.world_size, **address))
+            self.processes.append(launch(arguments, rank, self.spec.layout.placement.world_size, **address))
 
     def listen(self, context: zmq.Context[zmq.Socket[bytes]], rank: int) -> WorkerSpec:
         """Open the socket to a rank and give its spec."""
@@ -135,13 +133,17 @@ class Workers:
 
     def _share(self) -> int:
         spec = self.spec
-        if spec.plan.world_size == 1:
+        if spec.layout.placement.world_size == 1:
             return -1
-        if spec.transport == "gloo":
+        if spec.layout.transport == "gloo":
             self.spec = replace(spec, rendezvous=f"file://{self.folder}/group")
             return -1
         layout = shared_layout(
-            spec.plan, spec.max_batch_tokens, spec.max_rows, spec.facts.hidden_size, DTYPE_BYTES[spec.dtype]
+            spec.layout.placement,
+            spec.limits.max_batch_tokens,
+            spec.limits.max_rows,
+            spec.facts.hidden_size,
+            DTYPE_BYTES[spec.layout.dtype],
         )
         fd = os.memfd_create("mgpu-test")
         os.ftruncate(fd, layout.total_bytes)
@@ -180,7 +182,7 @@ class Workers:
     def step(self, plan: StepPlan) -> StepResult:
         """Have one step executed and give its tokens."""
         self.send(plan)
-        result = self.expect(self.spec.plan.output_rank, StepResult)
+        result = self.expect(self.spec.layout.placement.output_rank, StepResult)
         assert isinstance(result, StepResult)
         assert result.step == plan.step
         return result
@@ -192,7 +194,7 @@ class Workers:
         blocks = [*range(self.num_blocks - 1, -1, -1)][: -(-(len(prompt_ids) + count) // BLOCK_SIZE)]
         ids = b"".join(struct.pack("<i", id_) for id_ in prompt_ids)
         row = NewRow(0, ids, len(prompt_ids), blocks, sampling or RowSampling())
-        epoch, stages, output = self.spec.epoch, self.spec.plan.num_stages, []
+        epoch, stages, output = self.spec.epoch, self.spec.layout.placement.num_stages, []
         for index in range(count):
             start = len(prompt_ids) + index - 1 if index else 0
             length = 1 if index else len(prompt_ids)

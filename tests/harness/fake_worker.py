@@ -102,11 +102,11 @@ class FakeWorker:
             fail_if_asked(phase)
         time.sleep(OPTIONS.get("load_s", 0.0))
         blocks = OPTIONS.get("late_blocks" if spec.epoch and "late_blocks" in OPTIONS else "num_blocks")
-        num_blocks = (blocks or [64] * spec.plan.world_size)[RANK]
+        num_blocks = (blocks or [64] * spec.layout.placement.world_size)[RANK]
         self.send(Loaded(spec.epoch, RANK, num_blocks, 1024, 100, 1 << 20))
         allocate = CONTROL.decode(self.socket.recv())
         assert isinstance(allocate, AllocateCache)
-        self.model = FakeModel(allocate.num_blocks, spec.block_size, spec.plan.num_stages)
+        self.model = FakeModel(allocate.num_blocks, spec.limits.block_size, spec.layout.placement.num_stages)
         phases = {"rendezvous": 0.1, "weights": 0.5, "cache": 0.0, "warmup": 0.1}
         self.send(Ready(spec.epoch, RANK, phases, 100, [f"note of rank {RANK}"]))
         self.phase = "steps"
@@ -124,7 +124,7 @@ class FakeWorker:
         tokens = self.model.execute(plan)
         if "step_s" in OPTIONS:
             time.sleep(OPTIONS["step_s"])
-        if self.spec.plan.output_rank == RANK:
+        if self.spec.layout.placement.output_rank == RANK:
             wants = OPTIONS.get("logprobs")
             logprobs = [TokenLogprobs(-0.5, [token], [-0.5]) for token in tokens] if wants else None
             if OPTIONS.get("fail") == "garbage" and EPOCH == 0 and plan.step >= OPTIONS["fail_step"]:

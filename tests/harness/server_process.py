@@ -16,8 +16,9 @@ from typing import Any
 import psutil
 import zmq
 
+from harness.parts import with_changes
 from harness.waiting import eventually
-from mgpu.orchestrator.config import ServerConfig
+from mgpu.orchestrator.config import ServerConfig, Timeouts
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.signals import end_process
@@ -40,6 +41,7 @@ from mgpu.protocol.internal.gateway_messages import (
 )
 from mgpu.protocol.internal.worker_messages import RowSampling
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
+from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 
 DEADLINE_S = 30.0
@@ -84,25 +86,19 @@ def plan_of(num_stages: int, ranks_per_stage: int) -> PlacementPlan:
 
 
 def config(num_stages: int = 1, ranks_per_stage: int = 1, **changes: Any) -> ServerConfig:
-    values: dict[str, Any] = {
-        "source": ModelSource("/nowhere", "safetensors"),
-        "facts": facts(),
-        "plan": plan_of(num_stages, ranks_per_stage),
-        "layout_table": "layout of the test",
-        "model_name": "fake",
-        "device_kind": "cpu",
-        "dtype": "float32",
-        "transport": "shared-memory",
-        "stage_transport": "shared-memory",
-        "block_size": 4,
-        "max_rows": 16,
-        "max_batch_tokens": 64,
-        "stop_timeout_s": 3.0,
-        "worker_command": (sys.executable, "-m", "harness.fake_worker"),
-        "gateway_command": (sys.executable, "-m", "harness.fake_gateway"),
-        **changes,
-    }
-    return ServerConfig(**values)
+    plain = ServerConfig(
+        model=ModelSource("/nowhere", "safetensors"),
+        facts=facts(),
+        model_name="fake",
+        layout=Layout(plan_of(num_stages, ranks_per_stage), "float32", "shared-memory", "shared-memory"),
+        layout_table="layout of the test",
+        limits=StepLimits(block_size=4, max_rows=16, max_batch_tokens=64, max_seq_len=facts().max_position),
+        device_kind="cpu",
+        timeouts=Timeouts(stop_timeout_s=3.0),
+        worker_command=(sys.executable, "-m", "harness.fake_worker"),
+        gateway_command=(sys.executable, "-m", "harness.fake_gateway"),
+    )
+    return with_changes(plain, **changes)
 
 
 class ServerProcess:
@@ -234,7 +230,7 @@ def read_again() -> Reloadable:
     text = (Path(os.environ["MGPU_RUNTIME_DIR"]).parent / "reload").read_text()
     if not text.isdecimal():
         raise UserError(f"{text!r} is not a number")
-    return Reloadable(None, ClientLimits(client_requests=int(text)), drain_timeout_s=0.0)
+    return Reloadable(None, ClientLimits(max_client_requests=int(text)), drain_timeout_s=0.0)
 
 
 if __name__ == "__main__":

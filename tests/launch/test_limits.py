@@ -3,7 +3,7 @@
 import pytest
 
 from mgpu.launch.config import ConfigError, ServeConfig, load_config
-from mgpu.launch.limits import client_limits, parse_weights
+from mgpu.launch.prepare import client_limits, parse_weights
 from mgpu.protocol.internal.client_limits import ClientLimits
 
 

@@ -27,7 +27,7 @@ def test_limits_and_clients_are_read_again_and_what_needs_a_restart_is_named(
     values = read_again(config, file, flags)
     assert values.keys is not None
     assert len(values.keys.clients) == 2
-    assert (values.drain_timeout_s, values.client_limits.client_requests) == (7.0, 3)
+    assert (values.drain_timeout_s, values.client_limits.max_client_requests) == (7.0, 3)
     assert "a changed max_rows takes effect at the next start" in caplog.text
     file.write_text("max_rows = many")
     with pytest.raises(UserError, match="not valid TOML"):

@@ -13,7 +13,7 @@ import pytest
 from mgpu.launch.cli import EXIT_USAGE
 from mgpu.launch.commands.install_service import config_dir, service_files, shipped
 from mgpu.launch.config import ServeConfig, load_config
-from mgpu.orchestrator.config import ServerConfig
+from mgpu.orchestrator.config import Timeouts
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.systemd import EXTEND_S
 
@@ -113,15 +113,13 @@ def test_deadlines_and_statuses_are_those_of_the_server(name: str) -> None:
     unit = settings(name)
     assert unit["Type"] == ["notify"]
     assert float(unit["TimeoutStartSec"][0]) == EXTEND_S
-    assert float(unit["TimeoutStopSec"][0]) > ServeConfig().drain_timeout + stop_timeout_s()
+    assert float(unit["TimeoutStopSec"][0]) > ServeConfig().drain_timeout_s + stop_timeout_s()
     assert unit["RestartPreventExitStatus"] == [f"{EXIT_USAGE} {UserError.exit_code}"]
     assert (unit["KillMode"], unit["OOMPolicy"]) == (["mixed"], ["continue"])
 
 
 def stop_timeout_s() -> float:
-    default = ServerConfig.__dataclass_fields__["stop_timeout_s"].default
-    assert isinstance(default, float)
-    return default
+    return Timeouts().stop_timeout_s
 
 
 def test_the_example_is_a_configuration_whether_or_not_its_options_are_commented_out(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class CompileAhead:
             return
         from mgpu.worker.compile_ahead import triton_internals
 
-        with triton_internals.compiling(self.device, self.spec.plan.world_size) as outcome:
+        with triton_internals.compiling(self.device, self.spec.layout.placement.world_size) as outcome:
             with triton_internals.compile_only():
                 has_launched_all = self._try_launching()
             yield
@@ -111,27 +111,27 @@ class CompileAhead:
 
         stage = self._short_stage()
         launch_check(self.device, stage.attention_shape)
-        rows, cache = self.make_state(-(-(_PROMPTS[0] + 1) // self.spec.block_size))
+        rows, cache = self.make_state(-(-(_PROMPTS[0] + 1) // self.spec.limits.block_size))
         del cache.layers[len(stage.layers) :]
         self._run_steps(stage, rows, cache)
-        if self.place.tp_size == self.spec.plan.num_stages == 1:
+        if self.place.tp_size == self.spec.layout.placement.num_stages == 1:
             prepare_graphs(stage, cache, rows)
 
     def _short_stage(self) -> DecoderStage:
         """Build this rank's stage with one layer of each kind and undefined weights."""
         spec, facts = self.spec, self.spec.facts
-        own = spec.plan.stages[self.place.stage_index]
+        own = spec.layout.placement.stages[self.place.stage_index]
         kinds = tuple(dict.fromkeys(facts.sliding_layers[own.first_layer : own.end_layer]))
         before, after = int(own.first_layer > 0), int(own.end_layer < facts.num_layers)
         sliding = (*[False] * before, *kinds, *[False] * after)
         short = replace(facts, num_layers=len(sliding), sliding_layers=sliding)
         layers = range(before, before + len(kinds))
-        dtype: torch.dtype = getattr(torch, spec.dtype)
+        dtype: torch.dtype = getattr(torch, spec.layout.dtype)
         where = self.place, layers, self.group, dtype, self.device
-        stage = build_stage(short, *where, spec.quant, spec.kv_cache_dtype)
-        stage.max_positions = spec.max_seq_len + 1
+        stage = build_stage(short, *where, spec.layout.quant, spec.layout.kv_cache_dtype)
+        stage.max_positions = spec.limits.max_seq_len + 1
         stage.assume_kernels()
-        if spec.quant != "none":
+        if spec.layout.quant != "none":
             init_linear(stage)
         return stage
 
@@ -140,7 +140,7 @@ class CompileAhead:
         facts, size = self.spec.facts, self.place.tp_size
         sampler = Sampler(rows, self.group, padded_vocab(facts.vocab_size, size) // size)
         blocks = [*range(min(cache.num_blocks, rows.blocks.shape[1]))]
-        most = min(self.spec.max_batch_tokens, self.spec.max_seq_len - 1)
+        most = min(self.spec.limits.max_batch_tokens, self.spec.limits.max_seq_len - 1)
         new = NewRow(0, bytes(4 * most), most, blocks, RowSampling(temperature=1.0))
         rows.apply(StepPlan(0, 0, [], [new], [], [], [], [], [], []))
         for start, count in (*((0, min(count, most)) for count in _PROMPTS), (1, 1)):

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
+from mgpu.protocol.model.quantization import FLOAT8_CAPABILITY
+
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """True in Triton's interpreter (TRITON_INTERPRET=1 before the first import): no inline assembly, no launch options."""
 
@@ -48,7 +50,7 @@ def shared_bytes(device: torch.device) -> int:
 @cache
 def has_float8(device: torch.device) -> bool:
     """Tell whether the GPU has instructions for float8, conversions and products: Ada is the first that does."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
 def launch_options(device: torch.device, num_warps: int, num_stages: int = 2) -> dict[str, int | bool]:

@@ -87,7 +87,7 @@ class Links:
 
 def connect(spec: WorkerSpec, rank: int, device: torch.device) -> Links:
     """Meet the other ranks and open this rank's links. PeerLost when a rank does not come."""
-    if spec.plan.world_size == 1:
+    if spec.layout.placement.world_size == 1:
         return Links(DryRun(SingleRank()))
     return _Connector(spec, rank, device).connect()
 
@@ -97,7 +97,7 @@ class _Connector:
 
     def __init__(self, spec: WorkerSpec, rank: int, device: torch.device) -> None:
         self.spec = spec
-        self.place = spec.plan.place_of(rank)
+        self.place = spec.layout.placement.place_of(rank)
         self.device = device
         self.notes: list[str] = []
         self.peer_setup: PeerSetup | None = None
@@ -105,12 +105,12 @@ class _Connector:
         self.segment = _open_segment(spec, self.layout, rank) if self.layout is not None else None
 
     def connect(self) -> Links:
-        start_s = max(START_TIMEOUT_S, self.spec.timeout_s)
-        stage, last = self.place.stage_index, self.spec.plan.num_stages - 1
+        start_s = max(START_TIMEOUT_S, self.spec.worker_timeout_s)
+        stage, last = self.place.stage_index, self.spec.layout.placement.num_stages - 1
         self._join_process_group(start_s)
         group = self._stage_group()
         if self.segment is not None:
-            self.segment.barrier(self.spec.plan.world_size, start_s)
+            self.segment.barrier(self.spec.layout.placement.world_size, start_s)
         return Links(
             group=DryRun(group),
             upstream=self._activations(stage - 1, stage)[0] if stage > 0 else None,
@@ -125,36 +125,38 @@ class _Connector:
     def _join_process_group(self, start_s: float) -> None:
         """Join torch.distributed if any transport needs it."""
         spec = self.spec
-        transports = {spec.transport, spec.stage_transport}
+        transports = {spec.layout.transport, spec.layout.stage_transport}
         if transports & {"gloo", "nccl"}:
             start_process_group(
                 spec.rendezvous,
                 self.place.rank,
-                spec.plan.world_size,
+                spec.layout.placement.world_size,
                 nccl_device=self.device if "nccl" in transports else None,
                 start_s=start_s,
-                timeout_s=spec.timeout_s,
+                timeout_s=spec.worker_timeout_s,
             )
 
     def _stage_group(self) -> TensorParallelGroup:
         """Return the group of this rank's stage."""
         spec, place = self.spec, self.place
-        stages = [spec.plan.ranks_of_stage(index) for index in range(spec.plan.num_stages)]
+        stages = [spec.layout.placement.ranks_of_stage(index) for index in range(spec.layout.placement.num_stages)]
         own = None
-        if spec.transport in ("gloo", "nccl") and max(map(len, stages)) > 1:
-            own = new_groups(stages, spec.timeout_s)[place.stage_index]  # all ranks make all groups
+        if spec.layout.transport in ("gloo", "nccl") and max(map(len, stages)) > 1:
+            own = new_groups(stages, spec.worker_timeout_s)[place.stage_index]  # all ranks make all groups
         if place.tp_size == 1:
             return SingleRank()
         if own is not None:
             group: TensorParallelGroup = DistGroup(own, place.tp_rank, place.tp_size)
-        elif spec.transport == "shared-memory" and self.segment is not None and self.layout is not None:
+        elif spec.layout.transport == "shared-memory" and self.segment is not None and self.layout is not None:
             region = self.layout.reduce[place.stage_index]
             group = SharedMemoryGroup(self.segment, region, place.tp_rank, stages[place.stage_index])
         else:
-            raise BadSpec(f"a stage of {place.tp_size} ranks cannot use transport {spec.transport!r} without a memfd")
+            raise BadSpec(
+                f"a stage of {place.tp_size} ranks cannot use transport {spec.layout.transport!r} without a memfd"
+            )
         if self.device.type != "cuda":
             return group
-        return self._with_kernels(group if spec.transport == "nccl" else ThroughHost(group), host_group=group)
+        return self._with_kernels(group if spec.layout.transport == "nccl" else ThroughHost(group), host_group=group)
 
     def _with_kernels(self, group: TensorParallelGroup, host_group: TensorParallelGroup) -> TensorParallelGroup:
         """Let own kernels make the sums that they can, if all ranks of the stage reach each other's memory."""
@@ -162,25 +164,27 @@ class _Connector:
         if group.size > MOST_RANKS:
             return group
         self.peer_setup = PeerSetup(group, host_group, self.device)
-        limits = ReduceLimits.of(group.size, spec.facts.hidden_size, getattr(torch, spec.dtype))
-        opened = self.peer_setup.open(limits, spec.timeout_s)
+        limits = ReduceLimits.of(group.size, spec.facts.hidden_size, getattr(torch, spec.layout.dtype))
+        opened = self.peer_setup.open(limits, spec.worker_timeout_s)
         if self.place.tp_rank == 0:
             self.notes.append(self.peer_setup.note)
-        if spec.transport == "nccl":
+        if spec.layout.transport == "nccl":
             self._warm_up(group)
         return opened
 
     def _warm_up(self, group: TensorParallelGroup) -> None:
         """Let NCCL open its connections now: its first use may otherwise be in a user's long prompt."""
-        dtype: torch.dtype = getattr(torch, self.spec.dtype)
-        x_TD = torch.zeros(self.spec.max_batch_tokens, self.spec.facts.hidden_size, dtype=dtype, device=self.device)
+        dtype: torch.dtype = getattr(torch, self.spec.layout.dtype)
+        x_TD = torch.zeros(
+            self.spec.limits.max_batch_tokens, self.spec.facts.hidden_size, dtype=dtype, device=self.device
+        )
         group.all_reduce(x_TD)
         group.all_gather(x_TD[:1])
         torch.cuda.synchronize(self.device)
 
     def _activations(self, sender: int, receiver: int) -> tuple[Channel, ...]:
         regions = self.layout.activations[sender] if self.layout is not None else None
-        return self._channels(sender, receiver, regions, self.spec.stage_transport, tag=0)
+        return self._channels(sender, receiver, regions, self.spec.layout.stage_transport, tag=0)
 
     def _tokens(self, last: int) -> tuple[Channel, ...]:
         # Token ids are few and the host needs them anyway, so they go through shared memory where there is any.
@@ -192,7 +196,10 @@ class _Connector:
         self, sender: int, receiver: int, regions: Sequence[ChannelRegion] | None, transport: Transport, tag: int
     ) -> tuple[Channel, ...]:
         """Open this rank's ends between two stages: one as a receiver, none or several as a sender."""
-        senders, receivers = self.spec.plan.ranks_of_stage(sender), self.spec.plan.ranks_of_stage(receiver)
+        senders, receivers = (
+            self.spec.layout.placement.ranks_of_stage(sender),
+            self.spec.layout.placement.ranks_of_stage(receiver),
+        )
         sends = self.place.stage_index == sender
         channels = []
         for j, to_rank in enumerate(receivers):
@@ -219,17 +226,21 @@ class _Connector:
 
 def pair_transport(spec: WorkerSpec, transport: Transport, sender: int, receiver: int) -> Transport:
     """Return how one pair of ranks talks: as their stages do, but through the host if their GPUs are no peers."""
-    return "pinned" if transport == "peer" and (sender, receiver) in spec.staged else transport
+    return "pinned" if transport == "peer" and (sender, receiver) in spec.layout.staged else transport
 
 
 def layout_of(spec: WorkerSpec) -> SharedLayout:
     """Return the layout of the shared file, as the orchestrator computed it."""
     return shared_layout(
-        spec.plan, spec.max_batch_tokens, spec.max_rows, spec.facts.hidden_size, DTYPE_BYTES[spec.dtype]
+        spec.layout.placement,
+        spec.limits.max_batch_tokens,
+        spec.limits.max_rows,
+        spec.facts.hidden_size,
+        DTYPE_BYTES[spec.layout.dtype],
     )
 
 
 def _open_segment(spec: WorkerSpec, layout: SharedLayout, rank: int) -> SharedSegment:
     if spec.shared_bytes < layout.total_bytes:
         raise BadSpec(f"the shared file has {spec.shared_bytes} bytes; the plan needs {layout.total_bytes}")
-    return SharedSegment(spec.shared_fd, layout, rank, spec.timeout_s)
+    return SharedSegment(spec.shared_fd, layout, rank, spec.worker_timeout_s)

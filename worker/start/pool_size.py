@@ -5,27 +5,25 @@ from collections.abc import Callable
 import torch
 
 from mgpu.protocol.internal.worker_messages import WorkerSpec
+from mgpu.protocol.model import layout
 from mgpu.worker.errors import OutOfMemory
-
-_CPU_POOL_BYTES = 2 << 30
-_CPU_SHARE = 0.25
 
 
 def pool_blocks(spec: WorkerSpec, pool_bytes: int, block_bytes: int) -> int:
     """Give the blocks that fit, but no more than all rows at full length need. OutOfMemory when not one fits."""
-    most = spec.max_rows * -(-(spec.max_seq_len + 1) // spec.block_size)
+    most = spec.limits.max_rows * -(-(spec.limits.max_seq_len + 1) // spec.limits.block_size)
     blocks = min(most, pool_bytes // block_bytes)
     if blocks < 1:
         raise OutOfMemory(
-            f"{pool_bytes / 2**20:.0f} MiB are left for the KV cache and one block of {spec.block_size} tokens takes "
-            f"{block_bytes / 2**20:.2f} MiB; use more GPUs, --quant, or a larger --memory-fraction"
+            f"{pool_bytes / 2**20:.0f} MiB are left for the KV cache and one block of {spec.limits.block_size} "
+            f"tokens takes {block_bytes / 2**20:.2f} MiB; use more GPUs, --quant, or a larger --memory-fraction"
         )
     return blocks
 
 
 def cpu_pool_bytes(spec: WorkerSpec) -> int:
     """Give the pool of one of several workers that share a machine's memory."""
-    return spec.kv_bytes or min(_CPU_POOL_BYTES, int(_CPU_SHARE * _available_bytes() / spec.plan.world_size))
+    return spec.kv_memory or layout.cpu_pool_bytes(_available_bytes() / spec.layout.placement.world_size)
 
 
 def _available_bytes() -> int:
@@ -48,18 +46,18 @@ def cuda_pool_bytes(spec: WorkerSpec, device: torch.device, ordinal: int, worst_
     activations = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return spec.kv_bytes or left_for_pool(spec, ordinal, free, total, activations)
+    return spec.kv_memory or left_for_pool(spec, ordinal, free, total, activations)
 
 
 def left_for_pool(spec: WorkerSpec, ordinal: int, free_bytes: int, total_bytes: int, activation_bytes: int) -> int:
     """Give this rank's share of its device: ranks that the plan puts on the same one split what is left."""
-    sharers = sum(stage.devices.count(ordinal) for stage in spec.plan.stages)
+    sharers = sum(stage.devices.count(ordinal) for stage in spec.layout.placement.stages)
     used = total_bytes - free_bytes
     left = int((spec.memory_fraction * total_bytes - used) / sharers) - activation_bytes
     if left <= 0:
         raise OutOfMemory(
             f"GPU {ordinal}: weights and others take {used / 2**30:.1f} of {total_bytes / 2**30:.1f} GiB, a step of "
-            f"{spec.max_batch_tokens} tokens needs {activation_bytes / 2**30:.1f} GiB more, and memory fraction "
+            f"{spec.limits.max_batch_tokens} tokens needs {activation_bytes / 2**30:.1f} GiB more, and memory fraction "
             f"{spec.memory_fraction:g} leaves nothing for the KV cache; use more GPUs, --quant, fewer tokens per step "
             "or a larger --memory-fraction"
         )

@@ -30,9 +30,9 @@ class StartUp:
         self._place = place
         self._device = device
         self._links = links
-        self._dtype: torch.dtype = getattr(torch, spec.dtype)
-        self._kv_dtype = stored_dtype(spec.kv_cache_dtype, self._dtype)
-        self._own = spec.plan.stages[place.stage_index]
+        self._dtype: torch.dtype = getattr(torch, spec.layout.dtype)
+        self._kv_dtype = stored_dtype(spec.layout.kv_cache_dtype, self._dtype)
+        self._own = spec.layout.placement.stages[place.stage_index]
         facts = spec.facts
         self._kv_heads = head_shard(facts.num_q_heads, facts.num_kv_heads, place.tp_rank, place.tp_size).num_kv
 
@@ -53,8 +53,8 @@ class StartUp:
     def _load(self, progress: Progress) -> tuple[DecoderStage, int]:
         spec, layers = self._spec, range(self._own.first_layer, self._own.end_layer)
         where = self._place, layers, self._links.group, self._dtype, self._device
-        stage = build_stage(spec.facts, *where, spec.quant, spec.kv_cache_dtype)
-        stage.max_positions = spec.max_seq_len + 1
+        stage = build_stage(spec.facts, *where, spec.layout.quant, spec.layout.kv_cache_dtype)
+        stage.max_positions = spec.limits.max_seq_len + 1
         if spec.model.load_format == "dummy":
             init_dummy_weights(stage, spec.seed)
             return stage, 0
@@ -67,16 +67,16 @@ class StartUp:
             done += nbytes
             progress(min(done, total), total)
 
-        return stage, load_weights(stage, checkpoint, add, ranks_here=self._spec.plan.world_size)
+        return stage, load_weights(stage, checkpoint, add, ranks_here=self._spec.layout.placement.world_size)
 
     def measure(self, stage: DecoderStage) -> Loaded:
         """Find out how many blocks this rank could hold. OutOfMemory when not one."""
         spec = self._spec
-        sizes = self._own.num_layers, spec.block_size, self._kv_heads, spec.facts.head_dim
+        sizes = self._own.num_layers, spec.limits.block_size, self._kv_heads, spec.facts.head_dim
         per_block = block_bytes(*sizes, self._kv_dtype)
         if self._device.type == "cuda":
             pool = cuda_pool_bytes(spec, self._device, self._place.device, lambda: self.run_worst_step(stage))
-            if not spec.kv_bytes:
+            if not spec.kv_memory:
                 pool -= self._graph_bytes()
         else:
             pool = cpu_pool_bytes(spec)
@@ -87,23 +87,25 @@ class StartUp:
         """Bound what the CUDA graphs of decode steps will hold: activations, logits, and the graphs themselves."""
         facts = self._spec.facts
         per_row = self._dtype.itemsize * (8 * facts.hidden_size + 4 * facts.intermediate_size + facts.vocab_size)
-        return 2 * self._spec.max_rows * per_row + (256 << 20)
+        return 2 * self._spec.limits.max_rows * per_row + (256 << 20)
 
     def allocate(self, stage: DecoderStage, num_blocks: int) -> ModelRunner:
         """Allocate the pool and the rows."""
         rows = self._rows(num_blocks)
         cache = self._cache(num_blocks)
-        return ModelRunner(stage, cache, rows, self._links, self._spec.facts, self._place, self._spec.plan.num_stages)
+        return ModelRunner(
+            stage, cache, rows, self._links, self._spec.facts, self._place, self._spec.layout.placement.num_stages
+        )
 
     def _rows(self, num_blocks: int) -> RowTable:
         spec = self._spec
-        return RowTable(spec.max_rows, spec.max_seq_len, spec.block_size, num_blocks, self._device)
+        return RowTable(spec.limits.max_rows, spec.limits.max_seq_len, spec.limits.block_size, num_blocks, self._device)
 
     def _cache(self, num_blocks: int) -> KvCache:
         return KvCache(
             self._own.num_layers,
             num_blocks,
-            self._spec.block_size,
+            self._spec.limits.block_size,
             self._kv_heads,
             self._spec.facts.head_dim,
             self._kv_dtype,
@@ -123,12 +125,12 @@ class StartUp:
             x_TD = torch.zeros(shape, dtype=self._dtype, device=self._device)
         x_TD = stage.run_layers(x_TD, batch, cache)
         if stage.is_last:
-            self._sample_most(rows, stage.logits(x_TD[: self._spec.max_rows]))
+            self._sample_most(rows, stage.logits(x_TD[: self._spec.limits.max_rows]))
         self._links.group.alone = False
 
     def _sample_most(self, rows: RowTable, logits_SV: Tensor) -> None:
         count = len(logits_SV)
-        rows.sampling = [RowSampling(temperature=1.0, top_p=0.9, num_logprobs=1)] * self._spec.max_rows
+        rows.sampling = [RowSampling(temperature=1.0, top_p=0.9, num_logprobs=1)] * self._spec.limits.max_rows
         numbers = torch.arange(count, device=self._device)
         Sampler(rows, self._links.group, logits_SV.shape[1]).sample(
             logits_SV, SampleRequest([*range(count)], [1] * count, numbers, torch.ones_like(numbers))
@@ -137,18 +139,18 @@ class StartUp:
     def _largest_batch(self) -> StepBatch:
         """Lay out rows as long as can be, of which the step computes the last tokens."""
         spec, device = self._spec, self._device
-        longest = spec.max_seq_len
-        counts = [longest] * (spec.max_batch_tokens // longest)
-        if rest := spec.max_batch_tokens % longest:
+        longest = spec.limits.max_seq_len
+        counts = [longest] * (spec.limits.max_batch_tokens // longest)
+        if rest := spec.limits.max_batch_tokens % longest:
             counts.append(rest)
         positions = torch.cat([torch.arange(longest - count, longest, device=device) for count in counts])
         ends = torch.tensor([0, *counts], device=device).cumsum(0)
-        blocks = -(-longest // spec.block_size)
+        blocks = -(-longest // spec.limits.block_size)
         contexts = [longest] * len(counts)
         return StepBatch(
             token_ids=torch.zeros_like(positions),
             positions=positions,
-            slots=positions % spec.block_size,
+            slots=positions % spec.limits.block_size,
             query_starts=ends.to(torch.int32),
             context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
             block_tables=torch.zeros((len(counts), blocks), dtype=torch.int32, device=device),

@@ -64,7 +64,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec, rank: int) -> None:
         self.spec = spec
-        self.place = spec.plan.place_of(rank)
+        self.place = spec.layout.placement.place_of(rank)
         self.device = torch.device("cpu")
         self.phase = "spawn"
         self.phase_s: dict[str, float] = {}
@@ -94,14 +94,14 @@ class Worker:
         with self._timed("cache"):
             runner = start_up.allocate(stage, num_blocks)
         with self._timed("warmup"):
-            room = min(spec.max_seq_len, num_blocks * spec.block_size)
-            tokens = max(1, min(_WARM_UP_TOKENS, spec.max_batch_tokens, room - 2))
+            room = min(spec.limits.max_seq_len, num_blocks * spec.limits.block_size)
+            tokens = max(1, min(_WARM_UP_TOKENS, spec.limits.max_batch_tokens, room - 2))
             runner.warm_up(tokens, spec.epoch)
             gc.collect()
             gc.freeze()  # what is here now stays: no collection need look at it between steps
         self.control.send(Ready(spec.epoch, rank, self.phase_s, loaded_bytes, links.notes, tokens))
         self.phase = "steps"
-        StepLoop(runner, self.control, self.device, reports=rank == spec.plan.output_rank).run()
+        StepLoop(runner, self.control, self.device, reports=rank == spec.layout.placement.output_rank).run()
         links.close()
 
     def fail(self, error: BaseException) -> None:

@@ -107,17 +107,21 @@ class Quota:
         Whatever its size, a request is taken when nothing else waits.
         """
         limits, usage = self.limits, self._usage.get(account) or _Usage()
-        if usage.requests >= limits.client_requests:
-            self._refuse(f"this client has {usage.requests} requests in flight, the limit is {limits.client_requests}")
+        if usage.requests >= limits.max_client_requests:
+            self._refuse(
+                f"this client has {usage.requests} requests in flight, the limit is {limits.max_client_requests}"
+            )
         if usage.dropped >= MAX_DROPPED:
             self._refuse(f"this client has cancelled {usage.dropped} sequences that have not ended yet")
         held = usage.sequences + usage.unsubmitted
-        if held and held + n > limits.client_sequences:
-            self._refuse(f"this client has {held} sequences in flight, the limit is {limits.client_sequences}")
-        if self.num_sequences + n > limits.sequences:
-            self._refuse(f"the server has {self.num_sequences} sequences in flight, the limit is {limits.sequences}")
-        self._check_bytes("this client", usage.queued_bytes, size, limits.client_queue_bytes)
-        self._check_bytes("the server", self.queued_bytes, size, limits.queue_bytes)
+        if held and held + n > limits.max_client_sequences:
+            self._refuse(f"this client has {held} sequences in flight, the limit is {limits.max_client_sequences}")
+        if self.num_sequences + n > limits.max_sequences:
+            self._refuse(
+                f"the server has {self.num_sequences} sequences in flight, the limit is {limits.max_sequences}"
+            )
+        self._check_bytes("this client", usage.queued_bytes, size, limits.max_client_queue)
+        self._check_bytes("the server", self.queued_bytes, size, limits.max_queue)
 
     def _check_bytes(self, who: str, queued: int, size: int, limit: int) -> None:
         if queued and queued + size > limit:
@@ -129,8 +133,8 @@ class Quota:
     def check_question(self, account: str) -> None:
         """Raise Refusal if too many questions wait for the engine."""
         asked, asked_by_all = self._questions[account], self.num_questions
-        most = max(MAX_QUESTIONS_OF_ACCOUNT, self.limits.client_requests)
-        most_of_all = max(MAX_QUESTIONS, self.limits.sequences)
+        most = max(MAX_QUESTIONS_OF_ACCOUNT, self.limits.max_client_requests)
+        most_of_all = max(MAX_QUESTIONS, self.limits.max_sequences)
         if asked >= most or asked_by_all >= most_of_all:
             text = (
                 f"{asked} questions of this client and {asked_by_all} of all wait for the engine, "

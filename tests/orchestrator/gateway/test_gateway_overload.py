@@ -16,7 +16,7 @@ from mgpu.orchestrator.gateway.requests.quota import MAX_QUESTIONS_OF_ACCOUNT, M
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import Reload
 
-LIMITS = ClientLimits(client_requests=5, sequences=8, client_queue_bytes=40_000)
+LIMITS = ClientLimits(max_client_requests=5, max_sequences=8, max_client_queue=40_000)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_long_prompts_that_wait_are_bounded_by_their_bytes(gateway: GatewayProce
 
 
 def test_the_scheduler_is_told_whose_a_sequence_is_and_its_share(gateway: GatewayProcess) -> None:
-    gateway.engine.tell(Reload(None, ClientLimits(weights={f"uid:{os.getuid()}": 4.0})))
+    gateway.engine.tell(Reload(None, ClientLimits(client_weights={f"uid:{os.getuid()}": 4.0})))
     gateway.engine.wait_until_told()
     with Client(gateway.endpoint) as one, Client(gateway.endpoint) as other:
         one.generate([5], max_tokens=1, n=2)
@@ -107,7 +107,7 @@ def test_the_scheduler_is_told_whose_a_sequence_is_and_its_share(gateway: Gatewa
 
 
 def test_new_limits_hold_without_a_restart(gateway: GatewayProcess, peers: list[RawPeer]) -> None:
-    gateway.engine.tell(Reload(None, ClientLimits(client_requests=1)))
+    gateway.engine.tell(Reload(None, ClientLimits(max_client_requests=1)))
     gateway.set_info()
     gateway.engine.going.clear()
     for request_id in range(3):

@@ -116,7 +116,7 @@ def test_resumed_says_from_where() -> None:
 
 def test_a_second_resume_that_cannot_be_asked_leaves_the_first_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quota, "MAX_QUESTIONS_OF_ACCOUNT", 1)
-    desk = Desk(client_requests=1)
+    desk = Desk(max_client_requests=1)
     desk.resume(A)
     desk.answer(0, record())
     desk.queries.on_query(A, f"uid:0 {A.hex()}", client_messages.Query("stats", 2))
@@ -165,7 +165,7 @@ def test_a_resumed_request_weighs_what_it_did_until_its_first_token() -> None:
 
 
 def test_a_full_server_refuses_no_resume_and_counts_it() -> None:
-    desk = Desk(client_requests=1, sequences=2, queue_bytes=SIZE)
+    desk = Desk(max_client_requests=1, max_sequences=2, max_queue=SIZE)
     stranger = Request(B, Generate(4, n=2), 0.0, None, size=SIZE)
     desk.table.add(stranger)
     desk.resume(A)
@@ -227,7 +227,7 @@ def test_a_resume_that_cannot_be_asked_takes_nothing_from_the_connection_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(quota, "MAX_QUESTIONS_OF_ACCOUNT", 1)
-    desk = Desk(client_requests=1)
+    desk = Desk(max_client_requests=1)
     desk.resume(A)
     desk.answer(0, record())
     desk.resume(B, session="t")
@@ -266,7 +266,7 @@ def test_however_often_a_client_resumes_a_request_the_engine_is_asked_once_at_a_
 
 def test_all_connections_of_a_key_share_the_bound_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quota, "MAX_QUESTIONS_OF_ACCOUNT", 2)
-    desk = Desk(client_requests=1)
+    desk = Desk(max_client_requests=1)
     desk.resume(A, session="s", account=ACCOUNT)
     desk.resume(B, session="t", account=ACCOUNT)
     desk.resume(B, session="s", account=ACCOUNT)  # in the place of the first

@@ -74,7 +74,7 @@ def test_a_running_server_reloads_on_sighup_and_goes_on(folder: Path) -> None:
         (folder / "reload").write_text("7")
         server.process.send_signal(signal.SIGHUP)
         server.wait_for(lambda: bool(server.reloads))
-        assert [(each.client_keys, each.limits.client_requests) for each in server.reloads] == [(None, 7)]
+        assert [(each.client_keys, each.limits.max_client_requests) for each in server.reloads] == [(None, 7)]
         server.wait_for(lambda: 1 in server.finish)
         assert server.tokens[1] == solo_tokens([1, 2, 3], 60)
         server.process.send_signal(signal.SIGTERM)

@@ -18,7 +18,7 @@ NO_KV_CARE = LayoutOptions(max_seq_len=16)
 
 def shape(result: Plan) -> str:
     """Write the stages the way -n does."""
-    return ";".join(f"{'+'.join(map(str, s.devices))}:{s.num_layers}" for s in result.placement.stages)
+    return ";".join(f"{'+'.join(map(str, s.devices))}:{s.num_layers}" for s in result.layout.placement.stages)
 
 
 def refusal(facts: ModelFacts, machine: Machine, options: LayoutOptions = LayoutOptions()) -> str:  # noqa: B008 (frozen)
@@ -209,7 +209,7 @@ def test_tp_of_a_size_that_does_not_fit_lists_the_sizes() -> None:
 
 def test_tp_without_nccl_goes_over_the_host_and_says_so() -> None:
     result = plan(QWEN3_32B, gpus(80, 80, nccl=False), LayoutOptions(tp=2))
-    assert (result.mode, result.transport) == ("tensor-parallel", "gloo")
+    assert (result.mode, result.layout.transport) == ("tensor-parallel", "gloo")
     assert any("gloo" in note and "MGPU_NO_NCCL=1" in note for note in result.notes)
 
 
@@ -237,7 +237,7 @@ def test_a_typed_map_wins(text: str, mode: Mode, layout: str, nccl: bool) -> Non
 
 
 def test_layers_follow_the_order_of_the_pairs() -> None:
-    stages = plan(QWEN3_32B, gpus(141, 141, 141), LayoutOptions(device_layers="2:10;0:50;1:4")).placement.stages
+    stages = plan(QWEN3_32B, gpus(141, 141, 141), LayoutOptions(device_layers="2:10;0:50;1:4")).layout.placement.stages
     assert stages == (Stage(0, 10, (2,)), Stage(10, 60, (0,)), Stage(60, 64, (1,)))
 
 
@@ -320,7 +320,7 @@ def test_cpu_workers_can_be_mapped() -> None:
 )
 def test_transports(machine: Machine, layers: str | None, expected: tuple[str, str]) -> None:
     result = plan(TINY, machine, LayoutOptions(device_layers=layers))
-    assert (result.transport, result.stage_transport) == expected
+    assert (result.layout.transport, result.layout.stage_transport) == expected
 
 
 def test_staging_through_the_host_is_said_once_naming_the_pairs() -> None:
@@ -337,7 +337,7 @@ def test_pairs_that_never_talk_do_not_matter() -> None:
     rows = [list(row) for row in machine.links]
     rows[0][2] = rows[2][0] = "none"
     islands = Machine(machine.devices, tuple(map(tuple, rows)), False, "MGPU_NO_NCCL=1")
-    assert plan(TINY, islands, LayoutOptions()).stage_transport == "peer"
+    assert plan(TINY, islands, LayoutOptions()).layout.stage_transport == "peer"
 
 
 def test_one_boundary_without_peer_access_leaves_the_others_direct() -> None:
@@ -346,16 +346,16 @@ def test_one_boundary_without_peer_access_leaves_the_others_direct() -> None:
     rows[0][2] = rows[2][0] = "none"
     islands = Machine(machine.devices, tuple(map(tuple, rows)), False, "MGPU_NO_NCCL=1")
     mapped = plan(TINY, islands, LayoutOptions(device_layers="0:3;2:3;1:2"))
-    assert (mapped.stage_transport, mapped.staged) == ("peer", ((0, 1),))
+    assert (mapped.layout.stage_transport, mapped.layout.staged) == ("peer", ((0, 1),))
     assert any("between GPUs 0 and 2:" in note for note in mapped.notes)
     hybrid = plan(TINY, islands, LayoutOptions(device_layers="1+0:4;3+2:4"))
-    assert (hybrid.stage_transport, hybrid.staged) == ("peer", ((1, 3),))
+    assert (hybrid.layout.stage_transport, hybrid.layout.staged) == ("peer", ((1, 3),))
     direct = plan(TINY, islands, LayoutOptions())
-    assert (direct.stage_transport, direct.staged) == ("peer", ())
+    assert (direct.layout.stage_transport, direct.layout.staged) == ("peer", ())
     nowhere = plan(TINY, gpus(80, 80, nccl=False, link="none"), LayoutOptions())
-    assert (nowhere.stage_transport, nowhere.staged) == ("pinned", ((0, 1),))
+    assert (nowhere.layout.stage_transport, nowhere.layout.staged) == ("pinned", ((0, 1),))
     assert (
-        plan(TINY, gpus(80, 80, link="none"), LayoutOptions(device_layers="0:4;1:4")).staged == ()
+        plan(TINY, gpus(80, 80, link="none"), LayoutOptions(device_layers="0:4;1:4")).layout.staged == ()
     )  # NCCL finds its own way
 
 
@@ -368,7 +368,7 @@ def test_one_boundary_without_peer_access_leaves_the_others_direct() -> None:
 )
 def test_equal_gpus_are_filled_as_evenly_as_whole_layers_allow(facts: ModelFacts, count: int) -> None:
     result = plan(facts, gpus(*[80] * count, nccl=False), NO_KV_CARE)
-    stages = result.placement.stages
+    stages = result.layout.placement.stages
     assert [stage.devices for stage in stages] == [(device,) for device in range(count)]
     assert stages[0].first_layer == 0
     assert stages[-1].end_layer == facts.num_layers
@@ -395,19 +395,21 @@ def fullness(facts: ModelFacts, machine: Machine, counts: list[int]) -> float:
 @pytest.mark.parametrize("facts", [GEMMA3_270M, TINY], ids=["gemma", "tiny"])
 def test_no_other_division_has_a_less_full_fullest_gpu(facts: ModelFacts, free: tuple[float, ...]) -> None:
     machine = gpus(*free, nccl=False)
-    counts = [stage.num_layers for stage in plan(facts, machine, NO_KV_CARE).placement.stages]
+    counts = [stage.num_layers for stage in plan(facts, machine, NO_KV_CARE).layout.placement.stages]
     assert fullness(facts, machine, counts) == pytest.approx(best_fullness(facts, machine))
 
 
 def test_unequal_gpus_get_layers_by_their_free_memory() -> None:
-    stages = plan(QWEN3_32B, gpus(141, 80, nccl=False), LayoutOptions()).placement.stages
+    stages = plan(QWEN3_32B, gpus(141, 80, nccl=False), LayoutOptions()).layout.placement.stages
     assert 1.6 < stages[0].num_layers / stages[1].num_layers < 1.9
-    busy = plan(QWEN3_32B, gpus(80, 40, nccl=False, total_gib=80), LayoutOptions()).placement.stages
+    busy = plan(QWEN3_32B, gpus(80, 40, nccl=False, total_gib=80), LayoutOptions()).layout.placement.stages
     assert busy[0].num_layers > 1.5 * busy[1].num_layers
 
 
 def test_a_large_vocabulary_counts_on_the_first_and_the_last_stage() -> None:
-    counts = [stage.num_layers for stage in plan(GEMMA3_270M, gpus(8, 8, 8, nccl=False), NO_KV_CARE).placement.stages]
+    counts = [
+        stage.num_layers for stage in plan(GEMMA3_270M, gpus(8, 8, 8, nccl=False), NO_KV_CARE).layout.placement.stages
+    ]
     assert counts[1] > counts[0]
     assert counts[1] > counts[2]
 
@@ -459,10 +461,10 @@ def test_the_pool_is_the_least_over_the_ranks() -> None:
 
 
 def test_requests_are_as_long_as_model_and_pool_allow() -> None:
-    assert plan(QWEN3_32B, gpus(80, 80), LayoutOptions()).max_seq_len == 40960
+    assert plan(QWEN3_32B, gpus(80, 80), LayoutOptions()).limits.max_seq_len == 40960
     tight = plan(QWEN3_32B, gpus(80), LayoutOptions())
-    assert tight.max_seq_len == tight.kv_tokens < 40960
-    assert plan(QWEN3_32B, gpus(80, 80), LayoutOptions(max_seq_len=1000)).max_seq_len == 1000
+    assert tight.limits.max_seq_len == tight.kv_tokens < 40960
+    assert plan(QWEN3_32B, gpus(80, 80), LayoutOptions(max_seq_len=1000)).limits.max_seq_len == 1000
 
 
 def test_concurrency_at_full_context() -> None:
@@ -488,7 +490,7 @@ def test_a_length_that_does_not_fit_says_what_would() -> None:
     message = refusal(QWEN3_32B, gpus(80), LayoutOptions(max_seq_len=40960))
     possible = re.search(r"--max-seq-len (\d+) or less", message)
     assert possible is not None
-    assert plan(QWEN3_32B, gpus(80), LayoutOptions(max_seq_len=int(possible[1]))).max_seq_len == int(possible[1])
+    assert plan(QWEN3_32B, gpus(80), LayoutOptions(max_seq_len=int(possible[1]))).limits.max_seq_len == int(possible[1])
     assert "2 GPUs of this size would hold it" in message
 
 
@@ -511,15 +513,15 @@ def test_a_fixed_kv_pool_is_taken_as_it_is() -> None:
     result = plan(SMOLLM2, cpus(3), LayoutOptions(kv_memory=64 << 20))
     per_token = 2 * 30 * 1 * 64 * 4
     assert result.kv_tokens == (64 << 20) // per_token // 16 * 16
-    assert result.worker_kv_bytes == result.kv_tokens * per_token
+    assert result.kv_memory == result.kv_tokens * per_token
     message = refusal(SMOLLM2, cpus(1), LayoutOptions(kv_memory=100 * GIB))
     assert "100.0 GiB of --kv-memory" in message
 
 
 def test_workers_on_gpus_measure_their_pool_themselves() -> None:
-    assert plan(QWEN3_32B, gpus(80, 80), LayoutOptions()).worker_kv_bytes == 0
+    assert plan(QWEN3_32B, gpus(80, 80), LayoutOptions()).kv_memory == 0
     fixed = plan(QWEN3_32B, gpus(80, 80), LayoutOptions(kv_memory=4 * GIB))
-    assert 0 < fixed.worker_kv_bytes <= 4 * GIB
+    assert 0 < fixed.kv_memory <= 4 * GIB
 
 
 def test_cpu_workers_take_a_modest_pool() -> None:
@@ -528,7 +530,7 @@ def test_cpu_workers_take_a_modest_pool() -> None:
     for row in plan(SMOLLM2, cpus(3, gib_each=4), LayoutOptions()).rows:
         assert 0.9 * GIB < row.kv_bytes <= GIB
     uneven = plan(SMOLLM2, cpus(2, gib_each=64), LayoutOptions(device_layers="0:25;1:5"))
-    assert uneven.worker_kv_bytes == uneven.kv_tokens * uneven.rows[0].kv_token_bytes
+    assert uneven.kv_memory == uneven.kv_tokens * uneven.rows[0].kv_token_bytes
 
 
 @pytest.mark.parametrize(
@@ -541,11 +543,11 @@ def test_cpu_workers_take_a_modest_pool() -> None:
     ],
 )
 def test_the_type_follows_the_device_unless_asked(machine: Machine, options: LayoutOptions, expected: str) -> None:
-    assert plan(TINY, machine, options).dtype == expected
+    assert plan(TINY, machine, options).layout.dtype == expected
 
 
 def test_the_pool_is_never_larger_than_all_requests_could_use() -> None:
-    result = plan(TINY, gpus(80), LayoutOptions(max_rows=4, max_seq_len=100))
+    result = plan(TINY, gpus(80), LayoutOptions(max_rows=4, max_seq_len=100, block_size=16))
     assert result.kv_tokens == 4 * 112
 
 
@@ -559,7 +561,7 @@ def test_what_others_hold_of_a_gpu_is_not_counted_twice() -> None:
 
 def test_workers_that_share_a_gpu_are_planned_on_one_ordinal() -> None:
     result = plan(TINY, oversubscribed(gpus(80, 80), 4), LayoutOptions(device_layers="0+1:4;2+3:4"))
-    assert result.placement.stages == (Stage(0, 4, (0, 1)), Stage(4, 8, (0, 1)))
+    assert result.layout.placement.stages == (Stage(0, 4, (0, 1)), Stage(4, 8, (0, 1)))
     assert [row.budget_bytes for row in result.rows] == [36 * GIB] * 4
 
 
@@ -578,7 +580,7 @@ def test_any_machine_gives_a_whole_valid_plan_or_an_error(facts: ModelFacts, cou
         assert str(count) in result
         assert "CUDA_VISIBLE_DEVICES=" in result
         return
-    placement = result.placement
+    placement = result.layout.placement
     assert placement.world_size == count == len(result.rows)
     assert sum(stage.num_layers for stage in placement.stages) == facts.num_layers
     assert sorted(device for stage in placement.stages for device in stage.devices) == list(range(count))
@@ -587,7 +589,7 @@ def test_any_machine_gives_a_whole_valid_plan_or_an_error(facts: ModelFacts, cou
     for row in result.rows:
         assert row.device.ordinal == placement.place_of(row.rank).device
         assert row.heads.num_q * (len(placement.stages[row.stage_index].devices)) == facts.num_q_heads
-    assert result.kv_tokens >= result.max_seq_len > 0
+    assert result.kv_tokens >= result.limits.max_seq_len > 0
 
 
 def test_the_printed_way_out_of_every_refusal_works() -> None:
@@ -597,10 +599,12 @@ def test_the_printed_way_out_of_every_refusal_works() -> None:
             match = re.search(r"CUDA_VISIBLE_DEVICES=([0-9,]+)", result)
             assert match is not None
             fitting = len(match[1].split(","))
-            assert plan(QWEN3_32B, gpus(*[80] * fitting), LayoutOptions()).placement.world_size == fitting
-            assert plan(QWEN3_32B, gpus(*[80] * count), LayoutOptions(tp=fitting)).placement.world_size == fitting
+            assert plan(QWEN3_32B, gpus(*[80] * fitting), LayoutOptions()).layout.placement.world_size == fitting
+            assert (
+                plan(QWEN3_32B, gpus(*[80] * count), LayoutOptions(tp=fitting)).layout.placement.world_size == fitting
+            )
 
 
 def test_a_plan_is_a_pure_function() -> None:
     assert plan(QWEN3_32B, gpus(80, 80), LayoutOptions()) == plan(QWEN3_32B, gpus(80, 80), LayoutOptions())
-    assert isinstance(plan(TINY, cpus(2), LayoutOptions()).placement, PlacementPlan)
+    assert isinstance(plan(TINY, cpus(2), LayoutOptions()).layout.placement, PlacementPlan)

@@ -29,7 +29,7 @@ def test_and_four_times_those_of_fp32_on_the_cpu() -> None:
     options = LayoutOptions(kv_memory=1 << 20, max_rows=4096)
     wide, narrow = plan(TINY, cpus(1), options), plan(TINY, cpus(1), replace(options, kv_cache_dtype="fp8"))
     assert narrow.kv_tokens == 4 * wide.kv_tokens
-    assert narrow.worker_kv_bytes == wide.worker_kv_bytes == 1 << 20
+    assert narrow.kv_memory == wide.kv_memory == 1 << 20
 
 
 def test_the_layout_says_so() -> None:
@@ -43,9 +43,9 @@ def test_gpus_that_cannot_convert_float8_are_refused_if_they_are_used() -> None:
     machine = with_capability(gpus(80, 80), (9, 0), (8, 0))
     with pytest.raises(PlacementError, match=r"capability 8\.9 or later, and GPU 1 \(Test GPU\) has 8\.0"):
         plan(QWEN3_32B, machine, FP8)
-    assert plan(QWEN3_32B, machine, LayoutOptions()).placement.world_size == 2
-    assert plan(QWEN3_32B, machine, replace(FP8, tp=1)).placement.world_size == 1
-    assert plan(QWEN3_32B, with_capability(gpus(80), None), FP8).kv_cache_dtype == "fp8"
+    assert plan(QWEN3_32B, machine, LayoutOptions()).layout.placement.world_size == 2
+    assert plan(QWEN3_32B, machine, replace(FP8, tp=1)).layout.placement.world_size == 1
+    assert plan(QWEN3_32B, with_capability(gpus(80), None), FP8).layout.kv_cache_dtype == "fp8"
 
 
 def test_a_length_that_does_not_fit_in_bf16_but_in_fp8_names_the_option() -> None:

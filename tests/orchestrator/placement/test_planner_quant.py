@@ -50,7 +50,7 @@ def test_a_size_that_cuts_int4_groups_is_refused_with_the_numbers_and_ways_out()
     assert "Compatible sizes: 1, 3." in text
     assert "CUDA_VISIBLE_DEVICES=0,1,2 (or --tp 3)" in text
     assert text.endswith("or --quant 8, which has no groups")
-    assert plan(SMOLLM2, gpus(*[80] * 9), LayoutOptions(quant="8")).placement.world_size == 9
+    assert plan(SMOLLM2, gpus(*[80] * 9), LayoutOptions(quant="8")).layout.placement.world_size == 9
 
 
 def test_a_stage_of_a_map_is_checked_like_a_size() -> None:

@@ -62,7 +62,7 @@ def make_ahead(folder: Path, **changes: object) -> CompileAhead:
     spec = make_spec(write_random_model(folder), [1], **changes)
     group = DryRun(SingleRank())
     return CompileAhead(
-        spec, spec.plan.place_of(0), torch.device("cpu"), group, lambda count: pytest.fail("not needed")
+        spec, spec.layout.placement.place_of(0), torch.device("cpu"), group, lambda count: pytest.fail("not needed")
     )
 
 

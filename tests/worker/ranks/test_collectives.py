@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from harness.collective_rank import spec_of
+from harness.parts import with_changes
 from mgpu.protocol.internal.child import BadSpec
 from mgpu.protocol.internal.worker_messages import CONTROL
 from mgpu.worker.ranks.collectives import DryRun, SingleRank, ThroughHost
@@ -34,7 +34,7 @@ def ranks(
     plan = ",".join(map(str, sizes))
     processes = []
     try:
-        for rank in range(spec.plan.world_size):
+        for rank in range(spec.layout.placement.world_size):
             command = [
                 sys.executable,
                 "-m",
@@ -123,7 +123,7 @@ def test_a_stage_of_one_rank_beside_larger_ones_sums_nothing(tmp_path: Path, mon
 
 
 def test_only_pairs_without_peer_access_use_the_host(tmp_path: Path) -> None:
-    spec = replace(spec_of([1, 1, 1], "peer", -1, tmp_path, 1.0), staged=((1, 2),))
+    spec = with_changes(spec_of([1, 1, 1], "peer", -1, tmp_path, 1.0), staged=((1, 2),))
     spec = CONTROL.decode(CONTROL.encode(spec))
     assert pair_transport(spec, "peer", 0, 1) == "peer"
     assert pair_transport(spec, "peer", 1, 2) == "pinned"

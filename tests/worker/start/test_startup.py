@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from harness.fake_orchestrator import make_plan, make_spec
+from harness.parts import with_changes
 from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec
@@ -40,9 +41,9 @@ def test_the_largest_step_runs_on_every_stage_without_peers(
 ) -> None:
     spec = make_spec(tiny_model(family).folder, sizes, max_batch_tokens=300, max_seq_len=128)
     for stage_index in range(len(sizes)):
-        rank = spec.plan.ranks_of_stage(stage_index)[0]
+        rank = spec.layout.placement.ranks_of_stage(stage_index)[0]
         links = lone_links(sizes[stage_index])
-        start_up = StartUp(spec, spec.plan.place_of(rank), torch.device("cpu"), links)
+        start_up = StartUp(spec, spec.layout.placement.place_of(rank), torch.device("cpu"), links)
         stage, _ = start_up.load(lambda done, total: None)
         start_up.run_worst_step(stage)
         assert not links.group.alone
@@ -54,7 +55,7 @@ def test_ranks_on_one_gpu_split_what_is_left(spec: WorkerSpec) -> None:
     assert alone == pytest.approx((0.9 * 80 - 10 - 2) * GIB, abs=2)
     plan = make_plan(3, [2, 1])
     plan = replace(plan, stages=tuple(replace(stage, devices=(0,) * len(stage.devices)) for stage in plan.stages))
-    shared = left_for_pool(replace(spec, plan=plan), 0, 70 * GIB, 80 * GIB, 2 * GIB)
+    shared = left_for_pool(with_changes(spec, placement=plan), 0, 70 * GIB, 80 * GIB, 2 * GIB)
     assert shared == pytest.approx(((0.9 * 80 - 10) / 3 - 2) * GIB, abs=2)
 
 
@@ -72,8 +73,8 @@ def test_the_pool_is_no_larger_than_all_rows_at_full_length(spec: WorkerSpec) ->
 
 
 def test_workers_on_a_cpu_take_what_they_are_told_or_a_share(spec: WorkerSpec) -> None:
-    assert cpu_pool_bytes(replace(spec, kv_bytes=12345)) == 12345
-    assert 0 < cpu_pool_bytes(replace(spec, kv_bytes=0)) <= 2 * GIB
+    assert cpu_pool_bytes(replace(spec, kv_memory=12345)) == 12345
+    assert 0 < cpu_pool_bytes(replace(spec, kv_memory=0)) <= 2 * GIB
 
 
 def test_progress_totals_are_what_the_loader_reads(tiny_model: MakeModel) -> None:
@@ -82,7 +83,7 @@ def test_progress_totals_are_what_the_loader_reads(tiny_model: MakeModel) -> Non
         spec = make_spec(folder, sizes)
         for rank in range(len(sizes)):
             reports: list[tuple[int, int]] = []
-            start_up = StartUp(spec, spec.plan.place_of(rank), torch.device("cpu"), lone_links(1))
+            start_up = StartUp(spec, spec.layout.placement.place_of(rank), torch.device("cpu"), lone_links(1))
             stage, read = start_up.load(lambda done, total, to=reports: to.append((done, total)))
             assert reports[-1] == (read, bytes_to_read(read_checkpoint(folder), stage, 1))
             assert read == reports[-1][1]

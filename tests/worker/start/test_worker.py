@@ -47,7 +47,7 @@ def step_of(step: int, rows: list[int], starts: list[int], counts: list[int], **
 
 
 def result_of(workers: Workers) -> StepResult:
-    result = workers.expect(workers.spec.plan.output_rank, StepResult)
+    result = workers.expect(workers.spec.layout.placement.output_rank, StepResult)
     assert isinstance(result, StepResult)
     return result
 
@@ -275,7 +275,7 @@ def test_an_absent_spec_file_is_a_clear_error(tmp_path: Path) -> None:
 def test_ranks_that_lose_a_peer_say_so_before_the_deadline(
     tiny_model: MakeModel, tmp_path: Path, transport: str
 ) -> None:
-    spec = make_spec(tiny_model("llama").folder, [2], transport, timeout_s=2.0)
+    spec = make_spec(tiny_model("llama").folder, [2], transport, worker_timeout_s=2.0)
     with running(spec, tmp_path) as workers:
         workers.make_ready()
         workers.processes[1].kill()
@@ -323,7 +323,7 @@ def test_weights_that_vanished_end_the_load_with_their_name(tiny_model: MakeMode
 
 
 def test_a_pool_without_room_for_a_block_is_refused_with_the_numbers(tiny_model: MakeModel, tmp_path: Path) -> None:
-    spec = make_spec(tiny_model("llama").folder, [1], kv_bytes=100)
+    spec = make_spec(tiny_model("llama").folder, [1], kv_memory=100)
     with running(spec, tmp_path) as workers:
         failure = failure_of(workers, 0)
     assert failure.message.startswith("0 MiB are left for the KV cache and one block of 16 tokens takes")

@@ -48,7 +48,7 @@ class Books:
 
 
 def test_one_client_at_its_limit_does_not_keep_others_out() -> None:
-    books = Books(client_requests=2)
+    books = Books(max_client_requests=2)
     first = books.begin("a")
     books.begin("a")
     assert "2 requests in flight, the limit is 2" in books.refusal("a")
@@ -58,7 +58,7 @@ def test_one_client_at_its_limit_does_not_keep_others_out() -> None:
 
 
 def test_all_choices_of_all_clients_have_a_limit() -> None:
-    books = Books(sequences=5)
+    books = Books(max_sequences=5)
     books.begin("a", n=3)
     books.begin("b")
     assert "4 sequences in flight, the limit is 5" in books.refusal("c", n=2)
@@ -66,7 +66,7 @@ def test_all_choices_of_all_clients_have_a_limit() -> None:
 
 
 def test_one_client_with_many_choices_leaves_room_for_others() -> None:
-    books = Books(sequences=512)
+    books = Books(max_sequences=512)
     for _ in range(8):
         books.begin("a", n=16)
     with pytest.raises(Refusal, match="this client has 128 sequences in flight, the limit is 128"):
@@ -75,7 +75,7 @@ def test_one_client_with_many_choices_leaves_room_for_others() -> None:
 
 
 def test_bytes_count_until_the_first_token() -> None:
-    books = Books(client_queue_bytes=2500)
+    books = Books(max_client_queue=2500)
     numbers = books.begin("a", 1000, n=2)
     books.begin("a", 1000)
     assert "2000 bytes of requests waiting, 1000 more exceed the limit of 2500" in books.refusal("a", 1000)
@@ -85,14 +85,14 @@ def test_bytes_count_until_the_first_token() -> None:
 
 
 def test_the_bytes_of_all_clients_have_a_limit_too() -> None:
-    books = Books(queue_bytes=2500)
+    books = Books(max_queue=2500)
     books.begin("a", 1000)
     books.begin("b", 1000)
     assert "the server has 2000 bytes" in books.refusal("c", 1000)
 
 
 def test_a_request_above_the_limit_of_bytes_is_taken_when_nothing_waits() -> None:
-    books = Books(client_queue_bytes=100, queue_bytes=100)
+    books = Books(max_client_queue=100, max_queue=100)
     books.finish("a", books.begin("a", 5000))
     books.begin("a", 5000)
     books.refusal("a", 1)
@@ -112,7 +112,7 @@ def test_asking_and_cancelling_in_a_loop_is_bounded_until_the_engine_has_let_go(
 
 
 def test_a_prompt_that_a_thread_still_has_weighs_on_after_its_request_is_cancelled() -> None:
-    books = Books(client_queue_bytes=1500)
+    books = Books(max_client_queue=1500)
     books.quota.arrive("a", 1000, 1)
     books.quota.leave("a", [])
     books.refusal("a", 1000)
@@ -174,10 +174,10 @@ def test_the_time_to_wait_follows_the_rate_of_endings_and_stays_within_bounds() 
 
 
 def test_new_limits_hold_for_the_next_request() -> None:
-    books = Books(client_requests=10)
+    books = Books(max_client_requests=10)
     books.begin("a")
     books.begin("a")
-    books.quota.limits = ClientLimits(client_requests=1)
+    books.quota.limits = ClientLimits(max_client_requests=1)
     books.refusal("a")
 
 

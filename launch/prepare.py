@@ -1,0 +1,95 @@
+"""What `serve` does before the first process: turn options into parts, find the model, read its headers, place it."""
+
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import click
+
+from mgpu.launch.config import ConfigError, ServeConfig
+from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_model, resolve_model
+from mgpu.orchestrator.placement.devices import Machine, described_machine, find_machine
+from mgpu.orchestrator.placement.options import LayoutOptions, implied_workers
+from mgpu.orchestrator.placement.planner import Plan, plan
+from mgpu.protocol.checkpoint.read import Checkpoint
+from mgpu.protocol.internal.client_limits import MAX_WEIGHT, MIN_WEIGHT, ClientLimits
+
+Part = TypeVar("Part")
+_NOT_ASKED = (0, "", "auto")
+"""What an option says that is None in its part."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A model that has been found, read and placed, with nothing started yet."""
+
+    model: ResolvedModel
+    checkpoint: Checkpoint
+    plan: Plan
+
+
+def part_of(config: ServeConfig, kind: type[Part]) -> Part:
+    """Build one of the parts that go on as a whole. Its fields have the names of the options that they come from."""
+    values: dict[str, object] = {}
+    for each in fields(kind):  # type: ignore[arg-type]
+        if hasattr(config, each.name):
+            value = getattr(config, each.name)
+            values[each.name] = None if each.default is None and value in _NOT_ASKED else value
+    return kind(**values)
+
+
+def client_limits(config: ServeConfig) -> ClientLimits:
+    """Return the limits of ``config``. ConfigError when the weights cannot be read."""
+    return ClientLimits(
+        max_client_requests=config.max_client_requests,
+        max_client_queue=config.max_client_queue,
+        max_sequences=config.max_sequences,
+        max_queue=config.max_queue,
+        client_weights=parse_weights(config.client_weights),
+    )
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Read ``NAME=WEIGHT,NAME=WEIGHT``. ConfigError says which pair is wrong and what is allowed."""
+    weights: dict[str, float] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = (part.strip() for part in pair.rpartition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if not name or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+            raise ConfigError(
+                f"--client-weights has {pair!r}; write NAME=WEIGHT with a weight from {MIN_WEIGHT:g} to "
+                f'{MAX_WEIGHT:g}, such as "uid:1000=4,uid:1001=0.5"'
+            )
+        if name in weights:
+            raise ConfigError(f"--client-weights names {name!r} twice")
+        weights[name] = weight
+    return weights
+
+
+def prepare(config: ServeConfig) -> PlannedModel:
+    """Find the model that `serve` is to run, read its headers, place it. UserError when that cannot be."""
+    model = resolve_model(
+        config.model,
+        part="no weights" if config.load_format == "dummy" else "all",
+        report=lambda line: click.echo(line, err=True),
+    )
+    checkpoint = read_model(model, config.load_format)
+    check_loadable(checkpoint)
+    return plan_model(model, checkpoint, config)
+
+
+def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, gpus: str = "") -> PlannedModel:
+    """Place a model as the options say, on this machine or the one that ``gpus`` describes. UserError as `prepare`."""
+    options = part_of(config, LayoutOptions)
+    machine = described_machine(gpus) if gpus else _machine(config, options)
+    return PlannedModel(model, checkpoint, plan(checkpoint.facts, machine, options))
+
+
+def _machine(config: ServeConfig, options: LayoutOptions) -> Machine:
+    """Find the devices that the options speak of; a size or map also says how many CPU workers there are."""
+    workers = config.workers or None
+    if workers is None and (config.device == "cpu" or config.oversubscribe):
+        workers = implied_workers(options)
+    return find_machine(config.device, workers, config.oversubscribe)

@@ -1,0 +1,51 @@
+"""What is decided once per server, before any process starts, and goes whole to whoever needs it.
+
+`Layout` says where and in which types the model runs, `StepLimits` what a step may have. The planner fills them in;
+the scheduler and every worker read them.
+"""
+
+from dataclasses import dataclass
+
+from mgpu.protocol.model.facts import Dtype, KvCacheDtype
+from mgpu.protocol.model.placement import PlacementPlan, Transport
+from mgpu.protocol.model.quantization import Quant
+
+_CPU_POOL_BYTES = 2 << 30
+_CPU_POOL_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a model is spread over devices."""
+
+    placement: PlacementPlan
+    dtype: Dtype
+    transport: Transport
+    """How partial sums move inside a stage: nccl, gloo or shared-memory."""
+    stage_transport: Transport
+    """How activations cross a stage boundary: the same, peer (CUDA IPC) or pinned (shared pinned host memory)."""
+    staged: tuple[tuple[int, int], ...] = ()
+    """Sending and receiving ranks without peer access: their activations go through pinned host memory."""
+    quant: Quant = "none"
+    """What linear layers are quantized to while they are loaded."""
+    kv_cache_dtype: KvCacheDtype = "auto"
+    """What keys and values are rounded to when they are stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What the scheduler plans with and every worker prepares for."""
+
+    block_size: int
+    """Tokens per KV block."""
+    max_rows: int
+    """Most requests that run at once; rows are numbered [0, max_rows)."""
+    max_batch_tokens: int
+    """Most tokens in one step."""
+    max_seq_len: int
+    """Most tokens (prompt and output) of one request."""
+
+
+def cpu_pool_bytes(free_bytes: float) -> int:
+    """Return the KV pool of a CPU worker that was not given a size, from the free memory that is its share."""
+    return min(_CPU_POOL_BYTES, int(_CPU_POOL_SHARE * free_bytes))
