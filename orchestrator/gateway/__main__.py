@@ -14,10 +14,11 @@ import zmq
 
 from mgpu.orchestrator.gateway.front.endpoint import BindError
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
-from mgpu.orchestrator.gateway.gateway import Gateway, codec_of
+from mgpu.orchestrator.gateway.gateway import Gateway
 from mgpu.orchestrator.gateway.memory_limit import MemoryFull, prefer_as_oom_victim
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
+from mgpu.orchestrator.gateway.text.tokenizer import load_codec
 from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.gateway_messages import LINK, GatewayFailure, GatewaySpec
 
@@ -72,7 +73,7 @@ def _serve(
     spec: GatewaySpec, context: "zmq.Context[zmq.Socket[bytes]]", link: "zmq.Socket[bytes]", parent_fds: list[int]
 ) -> None:
     # Clients connect at once to a gateway that replaces another, so it binds only when it can serve.
-    codec = None if spec.info is None else codec_of(spec)
+    codec = None if spec.info is None else load_codec(spec.model_path, spec.model_format)
     front = FrontSocket(context, spec.bind, spec.max_request_bytes, spec.keys)
     background = BackgroundTasks()
     gateway = Gateway(spec, link, front, background, parent_fds)

@@ -16,13 +16,13 @@ from mgpu.orchestrator.gateway.front.access import scope_to_key
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.gateway.memory_limit import MemoryLimit
+from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.lifecycle import Requests
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.prompts import Prompts
 from mgpu.orchestrator.gateway.requests.queries import Queries
 from mgpu.orchestrator.gateway.requests.quota import Quota
 from mgpu.orchestrator.gateway.requests.resume import Resumptions
-from mgpu.orchestrator.gateway.requests.served_model import ServedModel
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
@@ -96,7 +96,7 @@ class Gateway:
         for fd in (self._background.fd, *self._parent_fds):
             poller.register(fd, zmq.POLLIN)
         if not self._model.is_loaded:
-            self._background.run(lambda: codec_of(self._spec), self._on_loaded)
+            self._background.run(lambda: load_codec(self._spec.model_path, self._spec.model_format), self._on_loaded)
         while self._running:
             ready = dict(poller.poll(self._wait_ms()))
             if self._front.socket in ready:
@@ -108,7 +108,10 @@ class Gateway:
             self._read_link()
             self._read_front()
             self._run_periodic_work()
-        self._close()
+        self._requests.fail_all()
+        self._front.flush()
+        self._front.close()
+        self._background.close()
         if self._failure is not None:
             raise self._failure
 
@@ -133,12 +136,6 @@ class Gateway:
         if self._front.has_backlog:
             return BACKLOG_RETRY_MS
         return max(0, int((self._next_period_s - time.monotonic()) * 1000) + 1)
-
-    def _close(self) -> None:
-        self._requests.fail_all()
-        self._front.flush()
-        self._front.close()
-        self._background.close()
 
     # ---------------------------------------------------------------- engine
 
@@ -203,7 +200,7 @@ class Gateway:
         self._drop_lost()
 
     def _on_client(self, received: Received) -> None:
-        """Handle a client's message; whatever is wrong with it is answered and costs this message only."""
+        """Handle a client's message; if something is wrong with it, its client is told and nothing else happens."""
         connection, request_id = received.connection, None
         try:
             data = self._front.unpack(received.frames)
@@ -260,8 +257,3 @@ class Gateway:
         self._resumptions.give_up_overdue(now)
         self._resumptions.drop_orphans(now)
         self._drop_lost()
-
-
-def codec_of(spec: GatewaySpec) -> TextCodec | None:
-    """Load the tokenizer; None when the model has none."""
-    return load_codec(spec.model_path, spec.model_format)

@@ -1,4 +1,4 @@
-"""Bind the front channel where it is safe to: a private ipc socket, or TCP on the loopback."""
+"""Bind the front channel where this is safe: a private ipc socket, TCP on the loopback, or TCP with keys."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from mgpu.protocol.discovery import IPC_PATH_MAX, names_open_file
 
 MAX_PORT = 65535
 _LOCK_TRIES = 100
-"""Each time somebody else's server has ended; more often than this only something that is broken removes the file."""
+"""Each try fails because another server has just ended. That so many do means that something removes the file."""
 
 
 class BindError(UserError):
@@ -23,9 +23,9 @@ class BindError(UserError):
 
 
 def bind(socket: "zmq.Socket[Any]", endpoint: str, has_keys: bool = False) -> tuple[str, int]:
-    """Bind ``socket`` and give the endpoint for clients (a TCP port 0 is resolved) and the lock to hold, or -1.
+    """Bind ``socket``; return the endpoint for clients (a TCP port 0 is resolved) and the lock of an ipc path, else -1.
 
-    The lock is an open file descriptor; the endpoint is ours for as long as it stays open (see `release`).
+    The lock is an open file descriptor; the endpoint is ours as long as it stays open (see `release`).
     """
     check_endpoint(endpoint, has_keys)
     if endpoint.startswith("ipc://"):
@@ -44,18 +44,18 @@ def bind(socket: "zmq.Socket[Any]", endpoint: str, has_keys: bool = False) -> tu
 
 
 def is_lost(endpoint: str, lock: int) -> bool:
-    """Tell whether something has removed an ipc endpoint's files, so that nobody can connect any more."""
+    """Return whether an ipc endpoint's files have been removed, so that nobody can connect any more."""
     if not endpoint.startswith("ipc://"):
         return False
     path = endpoint.removeprefix("ipc://")
     try:
         return lock < 0 or not (names_open_file(f"{path}.lock", lock) and Path(path).is_socket())
-    except OSError:  # for whatever reason it cannot be seen just now
+    except OSError:  # the files cannot be looked at just now
         return False
 
 
 def release(endpoint: str, lock: int) -> None:
-    """Remove an ipc endpoint's socket file and lock, then let go of it; call it when the socket is closed."""
+    """Remove an ipc endpoint's socket file and lock; call it when the socket is closed."""
     if lock < 0:
         return
     path = endpoint.removeprefix("ipc://")
@@ -66,7 +66,7 @@ def release(endpoint: str, lock: int) -> None:
 
 
 def check_endpoint(endpoint: str, has_keys: bool = False) -> None:
-    """Refuse what could never be bound, or not safely. BindError says what to use instead."""
+    """Raise BindError, which says what to use instead, for an endpoint that cannot be bound, or not safely."""
     if endpoint.startswith("tcp://"):
         _check_tcp(endpoint, has_keys)
     elif endpoint.startswith("ipc://"):
@@ -100,7 +100,7 @@ def _check_ipc(path: str) -> None:
 
 
 def _lock_ipc(path: str) -> int:
-    """Take the lock beside a socket file. libzmq would let a second server steal a live ipc endpoint silently."""
+    """Take the lock beside a socket file: libzmq would silently let a second server steal an ipc endpoint in use."""
     for _ in range(_LOCK_TRIES):
         try:
             lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -113,7 +113,7 @@ def _lock_ipc(path: str) -> int:
             raise BindError(f"another server is listening on ipc://{path}; choose another --bind") from None
         if names_open_file(path + ".lock", lock):
             return lock
-        os.close(lock)  # its owner has just removed it (see `release`): a file without a name keeps nobody away
+        os.close(lock)  # its owner has just removed it (see `release`): a file without a name locks nobody out
     raise BindError(f"cannot bind ipc://{path}: {path}.lock was removed {_LOCK_TRIES} times; choose another --bind")
 
 

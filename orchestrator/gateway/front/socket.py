@@ -188,7 +188,7 @@ def _identity_of(frame: zmq.Frame) -> str:
     """Return the identity that access control gave the peer; every frame of its connection carries it."""
     try:
         return str(frame.get("User-Id"))
-    except zmq.ZMQError:  # libzmq has no such property: the identity is empty
+    except zmq.ZMQError:  # the property is missing: the identity is empty
         return ""
 
 

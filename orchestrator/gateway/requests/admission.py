@@ -1,10 +1,12 @@
-"""Turn a request into the sequences that the engine generates, unless it can never run."""
+"""Decide whether a request can run on the model that is served, and turn it into the engine's sequences."""
 
 import secrets
 from array import array
+from dataclasses import dataclass
 from hashlib import blake2b
 
-from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.server_messages import Accepted
@@ -13,25 +15,56 @@ from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Sub
 from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, RowSampling
 
 
+@dataclass(slots=True)
+class ServedModel:
+    """The text side of the model, and what the engine has announced of itself."""
+
+    spec: GatewaySpec
+    info: EngineInfo | None = None
+    """None before the engine has announced itself."""
+    codec: TextCodec | None = None
+    """None when the model's folder has no tokenizer, and until it is loaded."""
+    is_loaded: bool = False
+    """The tokenizer is loaded, or there is none."""
+
+    @property
+    def public_info(self) -> EngineInfo:
+        """The engine's state as clients see it: starting until the tokenizer is loaded too."""
+        return self.info if self.info is not None and self.is_loaded else EngineInfo("starting", 0, 0, "")
+
+    def check(self, request: Generate) -> None:
+        """Raise Refusal if another model is asked for, or no requests are taken now."""
+        name = self.spec.model_name
+        if request.model is not None and request.model != name:
+            text = f"model {request.model[:80]!r} is not served here; this server has {name!r}"
+            raise Refusal("unknown_model", text)
+        self.limits()
+
+    def limits(self) -> EngineInfo:
+        """Return the engine's limits. Refusal when it takes no requests: while it starts, drains or has stopped."""
+        info = self.public_info
+        if info.state == "starting":
+            raise Refusal("not_ready", "the server is still loading the model", RETRY_AFTER_S)
+        if info.state == "draining":
+            raise Refusal("draining", "the server is finishing its last requests before it stops", RETRY_AFTER_S)
+        if info.state == "stopped":
+            raise Refusal("stopped", "the server has stopped")
+        return info  # ready, or recovering: then the engine queues
+
+
 def admit(
-    request: Generate,
-    prompt: bytes,
-    spec: GatewaySpec,
-    info: EngineInfo,
-    first_sequence: int,
-    account: int,
-    weight: float,
+    model: ServedModel, request: Generate, prompt: bytes, first_sequence: int, account: int, weight: float
 ) -> tuple[Accepted, list[Submit]]:
     """Return the answer to the client and the sequences for the engine, numbered from ``first_sequence``.
 
     ``prompt`` is little-endian int32; ``account`` and ``weight`` are for the scheduler. Refusal with the numbers when
     ids or lengths do not fit the model.
     """
-    ids = int32_array(prompt)
-    max_tokens = _checked_max_tokens(request, ids, spec.vocab_size, info)
+    ids, eos_ids = int32_array(prompt), [] if request.ignore_eos else model.spec.eos_token_ids
+    max_tokens = _checked_max_tokens(request, ids, model.spec.vocab_size, model.limits())
     seed = secrets.randbits(53) if request.seed is None else request.seed  # 53: exact in every language
-    stop_ids = list(dict.fromkeys([*([] if request.ignore_eos else spec.eos_token_ids), *request.stop_token_ids]))
-    accepted = Accepted(request.id, spec.model_name, len(ids), max_tokens, seed)
+    stop_ids = list(dict.fromkeys([*eos_ids, *request.stop_token_ids]))
+    accepted = Accepted(request.id, model.spec.model_name, len(ids), max_tokens, seed)
     return accepted, [
         Submit(
             sequence_id=first_sequence + index,
@@ -50,19 +83,17 @@ def admit(
 
 def _checked_max_tokens(request: Generate, ids: "array[int]", vocab_size: int, info: EngineInfo) -> int:
     """Return how many tokens may follow the prompt. Refusal when the request can never run."""
-    limit = min(info.max_seq_len, info.kv_tokens)
-    rule = AdmissionRule(limit, vocab_size)
+    rule = AdmissionRule(min(info.max_seq_len, info.kv_tokens), vocab_size)
     room = rule.room_after(len(ids))
     wanted = room if request.max_tokens is None else request.max_tokens
     problem = rule.problem_of(ids, wanted)
     if problem == "empty prompt":
         raise Refusal("bad_request", "the prompt is empty: it has no tokens")
-    named_ids = {
-        "the prompt": ids,
-        "stop_token_ids": request.stop_token_ids,
-        "logit_bias": [token_id for token_id, _ in request.logit_bias],
-    }
-    for what, token_ids in named_ids.items():
+    for what, token_ids in (
+        ("the prompt", ids if problem == "unknown token" else ()),
+        ("stop_token_ids", request.stop_token_ids),
+        ("logit_bias", [token_id for token_id, _ in request.logit_bias]),
+    ):
         if (unknown := rule.unknown_id(token_ids)) is not None:
             text = f"{what} has token id {unknown}; the vocabulary has ids 0 to {vocab_size - 1}"
             raise Refusal("bad_request", text)

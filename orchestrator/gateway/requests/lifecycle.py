@@ -5,12 +5,11 @@ from collections.abc import Sequence
 
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import Received
-from mgpu.orchestrator.gateway.requests.admission import admit
+from mgpu.orchestrator.gateway.requests.admission import ServedModel, admit
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.quota import account_number, size_of
 from mgpu.orchestrator.gateway.requests.request import Choice, Request
 from mgpu.orchestrator.gateway.requests.resume_context import pack_context
-from mgpu.orchestrator.gateway.requests.served_model import ServedModel
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.protocol.front.client_messages import Generate
@@ -21,7 +20,7 @@ KEEPALIVE_S = 1.0
 
 
 class Requests:
-    """What can happen to a request, whoever causes it. Requests in flight are in ``table``."""
+    """Everything that can happen to a request. Those in flight are in ``table``."""
 
     def __init__(self, model: ServedModel, table: RequestTable, outgoing: Outgoing) -> None:
         self.table = table
@@ -46,9 +45,9 @@ class Requests:
 
     def admit(self, request: Request, prompt: bytes) -> None:
         """Give the engine one sequence per choice. Refusal when the request cannot run."""
-        spec, weight = request.spec, self._quota.limits.weight_of(request.identity)
-        info, account = self._model.limits(), account_number(request.account)
-        accepted, submits = admit(spec, prompt, self._model.spec, info, self._next_sequence, account, weight)
+        spec, account = request.spec, account_number(request.account)
+        weight = self._quota.limits.weight_of(request.identity)
+        accepted, submits = admit(self._model, spec, prompt, self._next_sequence, account, weight)
         self._next_sequence += len(submits)
         request.prompt_tokens = accepted.prompt_tokens
         self.table.add(request)

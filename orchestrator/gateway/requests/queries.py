@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
-from mgpu.orchestrator.gateway.requests.served_model import ServedModel
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.protocol.front.client_messages import Query
 from mgpu.protocol.front.server_messages import Health, Models, Stats

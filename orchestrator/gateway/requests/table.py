@@ -37,7 +37,7 @@ class RequestTable:
         return self._by_sequence.get(sequence_id)
 
     def by_session(self, session: str | None, request_id: int) -> Request | None:
-        """Return the request of that name, whatever connection it is on."""
+        """Return the request of that name, on any connection."""
         return None if session is None else self._by_session.get((session, request_id))
 
     def add(self, request: Request) -> None:

@@ -23,7 +23,7 @@ MAX_TEMPLATE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 8 << 20
 TIME_LIMIT_S = 2.0
 MAX_REPEATED = 1 << 16
-"""Most characters or items that ``*`` may make of a text or list."""
+"""Most characters or items in the result of ``*`` on a text or list."""
 _WIDE_FORMAT = re.compile(r"\d{4}|\*")
 
 
@@ -42,7 +42,7 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses operators that make much out of little: the sandbox itself does not limit memory."""
+    """Refuses operators with small operands and huge results: the sandbox itself does not limit memory."""
 
     intercepted_binops = frozenset(("*", "**", "%"))
 
@@ -80,7 +80,7 @@ class ChatTemplate:
         self._time_limit_s = time_limit_s
 
     def render(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None = None) -> str:
-        """Give the prompt for an answer to ``messages``. ChatTemplateError with the template's own complaint."""
+        """Return the prompt for an answer to ``messages``. ChatTemplateError with the template's own complaint."""
         values = {
             **self._special_tokens,
             **(options or {}),
@@ -94,7 +94,7 @@ class ChatTemplate:
                 return self._collect(values)
         except ChatTemplateError:
             raise
-        except Exception as error:  # a template can raise whatever its expressions raise
+        except Exception as error:  # the expressions of a template can raise anything
             raise ChatTemplateError(f"the chat template refuses these messages: {str(error)[:300]}") from None
 
     def _collect(self, values: Mapping[str, object]) -> str:
@@ -109,7 +109,7 @@ class ChatTemplate:
 
 
 class _Deadline:
-    """Raise inside the block once its time is over: a trace function looks at the clock at every line."""
+    """Raise inside the block when its time is over: a trace function looks at the clock at every line."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

@@ -19,7 +19,7 @@ _BYTE_LEVEL = byte_level_table()
 
 
 def byte_level_bytes(piece: str) -> bytes:
-    """Give the bytes of a byte-level token; characters outside the alphabet stand for themselves."""
+    """Return the bytes of a byte-level token; characters outside the alphabet stand for themselves."""
     try:
         return bytes([_BYTE_LEVEL[character] for character in piece])
     except KeyError:
@@ -27,15 +27,15 @@ def byte_level_bytes(piece: str) -> bytes:
 
 
 def sentence_piece_bytes(piece: str) -> bytes:
-    """Give the bytes of a SentencePiece token: ``▁`` is a space, ``<0x0A>`` a byte."""
+    """Return the bytes of a SentencePiece token: ``▁`` is a space, ``<0x0A>`` a byte."""
     byte = _BYTE_TOKEN.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
 
 class StopSearch:
-    """Pass text through up to the first stop string, holding back what may be the beginning of one.
+    """Pass text through up to the first stop string, holding back any text that may be the beginning of one.
 
-    Of several stop strings the one that is complete first counts, whatever the pieces that the text arrives in.
+    Of several stop strings the one that is complete first counts, however the text is cut into pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ class StopSearch:
         self.found = False
 
     def push(self, text: str) -> str:
-        """Give the text that is safe to show. Nothing more after ``found``."""
+        """Return the text that is safe to show; nothing more after ``found``."""
         if not self._stops or self.found:
             return "" if self.found else text
         text = self._held + text
@@ -57,7 +57,7 @@ class StopSearch:
         return text[:keep]
 
     def flush(self) -> str:
-        """Give what was held back: the text has ended, so it began no stop string."""
+        """Return the text that was held back: nothing follows, so it is not the beginning of a stop string."""
         held, self._held = self._held, ""
         return held
 
@@ -78,7 +78,7 @@ class Detokenizer:
     """Text of one choice. Each token costs its own bytes only, however long the text already is."""
 
     def __init__(self, bytes_of: Callable[[int], bytes], stops: Sequence[str] = (), min_tokens: int = 0) -> None:
-        """``bytes_of`` gives a token's bytes, none for a token that is not shown. Stop strings are looked for in the
+        """``bytes_of`` returns a token's bytes, none for a token that is not shown. Stop strings are looked for in the
         text after the first ``min_tokens`` tokens."""
         self._bytes_of = bytes_of
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -87,11 +87,10 @@ class Detokenizer:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has been found."""
         return self._search.found
 
     def push(self, token_id: int) -> str:
-        """Give the text that this token completes."""
+        """Return the text that this token completes."""
         text = self._utf8.decode(self._bytes_of(token_id))
         if self._exempt > 0:
             self._exempt -= 1
@@ -99,7 +98,7 @@ class Detokenizer:
         return self._search.push(text) if text else ""
 
     def flush(self) -> str:
-        """Give what was held back; bytes that never became a character are U+FFFD."""
+        """Return the text that was held back; bytes that never became a character are U+FFFD."""
         if self.stopped:
             return ""
         return self._search.push(self._utf8.decode(b"", final=True)) + self._search.flush()

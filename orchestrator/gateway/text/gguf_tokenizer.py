@@ -77,7 +77,7 @@ def _byte_level(metadata: Mapping[str, object], tokens: list[str]) -> Tokenizer:
             f"pre-tokenizer {pre!r} is not supported (supported: {known}); "
             "use the model's Hugging Face folder, which has a tokenizer.json, or send token ids"
         )
-    merges = [_pair(merge) for merge in _strings(metadata, "merges")]
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in _strings(metadata, "merges"))]
     ignore_merges = pre in _LLAMA3_NAMES or pre == "tekken"
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=ignore_merges))
@@ -86,11 +86,6 @@ def _byte_level(metadata: Mapping[str, object], tokens: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_pre_tokenizers(pre))
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def _pair(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
 
 
 def _pre_tokenizers(pre: str) -> list[pre_tokenizers.PreTokenizer]:
@@ -145,7 +140,7 @@ def _merges_of(tokens: list[str], kinds: list[int], scores: list[float]) -> list
 
 
 def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
-    """Control tokens are special (skipped in text); user-defined ones are matched before merging but shown."""
+    """Add control tokens as special (skipped in text), and user-defined ones, which are matched first but shown."""
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNKNOWN)]
     shown = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
@@ -163,6 +158,6 @@ def _add_bos(tokenizer: Tokenizer, metadata: Mapping[str, object]) -> None:
 
 
 def special_token(metadata: Mapping[str, object], name: str) -> str | None:
-    """Give the token that the file calls ``name``, such as bos or unknown; None when it names none."""
+    """Return the token that the file calls ``name``, such as bos or unknown; None if it names none."""
     tokens, number = _strings(metadata, "tokens"), metadata.get(f"tokenizer.ggml.{name}_token_id")
     return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None

@@ -1,7 +1,7 @@
-"""Render chat templates in a process of their own, which is ended when it takes too long or too much memory.
+"""Render chat templates in a process of their own, which is killed when it takes too long or too much memory.
 
-The sandbox of chat_template.py stops what it can see. One call in C that makes gigabytes, or a loop that doubles a text
-forty times, it cannot; the kernel can, but only for a process. Messages: four bytes of length, then JSON.
+The sandbox of chat_template.py cannot stop one call in C that makes gigabytes, or a loop that doubles a text forty
+times. The kernel can, but only for a whole process. Messages are four bytes of length, then JSON.
 """
 
 import json
@@ -29,7 +29,7 @@ _LENGTH = struct.Struct("<I")
 
 
 class TemplateProcess:
-    """Renders one model's template; started when it is first needed, and again after it had to be ended.
+    """Renders one model's template. The process starts when it is first needed, and again after it was killed.
 
     Any number of threads may render; they take turns.
     """
@@ -41,10 +41,10 @@ class TemplateProcess:
         self._pipe: _Pipe | None = None
 
     def render(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None = None) -> str:
-        """Give the prompt for an answer to ``messages``. ChatTemplateError as in `ChatTemplate`, or at the limits."""
+        """Return the prompt for an answer to ``messages``. ChatTemplateError as in `ChatTemplate`, or at the limits."""
         request = {"messages": [dict(message) for message in messages], "options": dict(options or {})}
         with self._lock:
-            pipe, self._pipe = self._pipe, None  # put back only if it can be used again
+            pipe, self._pipe = self._pipe, None  # restored only if it can be used again
             pipe = pipe or self._start()
             reply = pipe.ask(request, self._render_limit_s)
             self._pipe = pipe
@@ -63,7 +63,7 @@ def _text_of(reply: Mapping[str, str]) -> str:
 
 
 class _Pipe:
-    """A running process and how to talk to it. It ends when this is dropped."""
+    """A running process and its pipes. It is killed when this object is dropped."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -75,7 +75,7 @@ class _Pipe:
         self._end = weakref.finalize(self, _end, self._process)
 
     def ask(self, message: Mapping[str, object], limit_s: float) -> dict[str, str]:
-        """Send a message and give the reply. ChatTemplateError, and the end of the process, when none comes."""
+        """Send a message and return the reply. When none comes, kill the process and raise ChatTemplateError."""
         deadline_s = time.monotonic() + limit_s
         try:
             data = json.dumps(message).encode()

@@ -1,4 +1,4 @@
-"""The model's text side: encode prompts, render chats, give the bytes of a token."""
+"""The model's text side: encode prompts, render chats, and look up the bytes of a token."""
 
 import json
 import os
@@ -42,7 +42,7 @@ class TextCodec:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Give the token ids of ``text``; with the beginning-of-sequence token where the model wants one."""
+        """Return the token ids of ``text``, with the beginning-of-sequence token if the model wants one."""
         try:
             # Only the batch call releases the interpreter lock, so that a long prompt does not stop the poll loop.
             [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
@@ -58,7 +58,7 @@ class TextCodec:
         return self.encode(self._template.render(messages, options), add_special_tokens=False)
 
     def text_of(self, token_id: int) -> str:
-        """Give one token as text on its own; bytes that are no character are U+FFFD."""
+        """Return one token as text on its own; bytes that are no character are U+FFFD."""
         return self.all_bytes(token_id).decode(errors="replace")
 
     def _shown_bytes(self, token_id: int) -> bytes:
@@ -112,7 +112,7 @@ def _from_gguf(path: str) -> TextCodec:
 def _from_folder(folder: Path, file: Path) -> TextCodec:
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust side raises bare Exception for whatever is wrong with the file
+    except Exception as error:  # the Rust side raises bare Exception for any defect of the file
         raise TokenizerError(f"{file}: not a usable tokenizer: {str(error)[:200]}") from None
     config = _read_json(folder, "tokenizer_config.json")
     special = {
@@ -142,7 +142,7 @@ def _template_of(folder: Path, config: Mapping[str, object]) -> str | None:
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    """Give the path of a file that may be absent. TokenizerError when it is a link out of the folder, or too large."""
+    """Return the path of a file, None if it is absent. TokenizerError if it links out of the folder or is too large."""
     if not os.path.lexists(folder / name):
         return None
     try:

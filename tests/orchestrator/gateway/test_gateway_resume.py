@@ -9,6 +9,7 @@ import pytest
 
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests import quota, record_queue
+from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.lifecycle import Requests
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.queries import Queries
@@ -16,7 +17,6 @@ from mgpu.orchestrator.gateway.requests.quota import Quota
 from mgpu.orchestrator.gateway.requests.request import Choice, Request
 from mgpu.orchestrator.gateway.requests.resume import GRACE_S, RECORD_TIMEOUT_S, Resumptions
 from mgpu.orchestrator.gateway.requests.resume_context import pack_context
-from mgpu.orchestrator.gateway.requests.served_model import ServedModel
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.protocol.front import client_messages, server_messages
 from mgpu.protocol.front.client_messages import Generate, ResumeRequest
