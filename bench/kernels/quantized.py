@@ -11,14 +11,12 @@ from torch import Tensor
 from bench.kernels.timing import BF16, SHAPES, Row, compile_all, graph_us, random_scales, relative_error, rotate, views
 from mgpu.protocol.model.quantization import WeightFormat, weight_format
 from mgpu.worker.kernels.layers.activation import gated_activation, gated_activation_float8
-from mgpu.worker.kernels.layers.float8_norm import add_rms_norm_float8
 from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
-from mgpu.worker.kernels.layers.norm import add_rms_norm
+from mgpu.worker.kernels.layers.norm import add_rms_norm, add_rms_norm_float8
 from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.float8_product import float8_product
-from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
-from mgpu.worker.kernels.products.split_k import Tiling
+from mgpu.worker.kernels.products.quantized_gemm import Tiling, quantized_gemm
 from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm

@@ -119,7 +119,6 @@ KERNEL_MODULES = tuple(
         "attention.decode",
         "products.dequantize",
         "peers.exchange",
-        "layers.float8_norm",
         "layers.float8_quantize",
         "products.gemv",
         "layers.norm",

@@ -36,9 +36,8 @@ from mgpu.worker.kernels.attention.decode import DecodeTiling, decode_attention
 from mgpu.worker.kernels.attention.inputs import PagedCache
 from mgpu.worker.kernels.attention.prefill import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
-from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
+from mgpu.worker.kernels.products.quantized_gemm import Tiling, quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import QuantizedGemvTiling, quantized_gemv
-from mgpu.worker.kernels.products.split_k import Tiling
 from mgpu.worker.kernels.reference import gated_activation, paged_attention
 from mgpu.worker.kernels.runtime import Workspace, default_workspace
 from mgpu.worker.quantization.packing import PackedWeight, dequantize

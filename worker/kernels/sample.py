@@ -62,23 +62,10 @@ def _first_best(scores, ids):
 
 @triton.jit
 def _stretch_kernel(
-    logits_ptr,
-    temperatures_ptr,
-    seeds_ptr,
-    rows_ptr,
-    positions_ptr,
-    best_ptr,
-    ids_ptr,
-    V,
-    first_id,
-    logits_stride,
-    temperatures_stride,
-    seeds_stride,
-    BLOCK: tl.constexpr,
-    GREEDY: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    logits_ptr, temperatures_ptr, seeds_ptr, rows_ptr, positions_ptr, best_ptr, ids_ptr,
+    V, first_id, logits_stride, temperatures_stride, seeds_stride,
+    BLOCK: tl.constexpr, GREEDY: tl.constexpr, OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     stretch = tl.program_id(1)
     local = stretch * BLOCK + tl.arange(0, BLOCK)
@@ -106,19 +93,10 @@ def _stretch_kernel(
 
 @triton.jit
 def _pick_kernel(
-    best_ptr,
-    ids_ptr,
-    rows_ptr,
-    positions_ptr,
-    value_out_ptr,
-    id_out_ptr,
-    tokens_ptr,
-    tokens_stride,
-    COUNT,
-    last_id,
-    PADDED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    best_ptr, ids_ptr, rows_ptr, positions_ptr, value_out_ptr, id_out_ptr, tokens_ptr,
+    tokens_stride, COUNT, last_id,
+    PADDED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     c = tl.arange(0, PADDED)
     wait_for_inputs(OVERLAP)
@@ -161,39 +139,21 @@ def sample(
     ids = torch.empty(count, stretches, dtype=torch.int32, device=device)
     overlap = overlaps_launches(device)
     _stretch_kernel[(count, stretches)](
-        logits_SV,
-        temperatures,
-        seeds,
-        rows_S,
-        positions_S,
-        best,
-        ids,
-        vocab,
-        first_id,
-        logits_SV.stride(0),
-        0 if temperatures is None else temperatures.stride(0),
-        0 if seeds is None else seeds.stride(0),
-        STRETCH,
-        temperatures is None,
-        overlap,
-        not INTERPRETED,
+        logits_SV, temperatures, seeds, rows_S, positions_S, best, ids,
+        vocab, first_id, logits_SV.stride(0), _row_stride(temperatures), _row_stride(seeds),
+        STRETCH, temperatures is None, overlap, not INTERPRETED,
         **launch_options(device, 8),
-    )
+    )  # fmt: skip
     value_S = torch.empty(count, dtype=torch.float32, device=device)
     id_S = torch.empty(count, dtype=torch.int32, device=device)
     _pick_kernel[(count,)](
-        best,
-        ids,
-        rows_S,
-        positions_S,
-        value_S,
-        id_S,
-        tokens,
-        0 if tokens is None else tokens.stride(0),
-        stretches,
-        first_id + vocab - 1,
-        power_of_2(stretches),
-        overlap,
+        best, ids, rows_S, positions_S, value_S, id_S, tokens,
+        _row_stride(tokens), stretches, first_id + vocab - 1,
+        power_of_2(stretches), overlap,
         **launch_options(device, 1),
-    )
+    )  # fmt: skip
     return value_S, id_S
+
+
+def _row_stride(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.stride(0)

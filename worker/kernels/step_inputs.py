@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, wait_for_inputs
 
+_CHUNK = 256
+"""Pages that a program copies at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
@@ -41,24 +44,11 @@ class DecodeInputs:
 
 @triton.jit
 def _inputs_kernel(
-    rows_ptr,
-    starts_ptr,
-    count_ptr,
-    fresh_ptr,
-    tokens_ptr,
-    blocks_ptr,
-    token_ids_ptr,
-    positions_ptr,
-    slots_ptr,
-    lens_ptr,
-    tables_ptr,
-    PAGES,
-    tokens_stride,
-    blocks_stride,
-    BLOCK_SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    rows_ptr, starts_ptr, count_ptr, fresh_ptr, tokens_ptr, blocks_ptr,
+    token_ids_ptr, positions_ptr, slots_ptr, lens_ptr, tables_ptr,
+    PAGES, tokens_stride, blocks_stride,
+    BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     r = tl.program_id(0)
     wait_for_inputs(OVERLAP)
     active = r < tl.load(count_ptr)
@@ -101,23 +91,11 @@ def prepare_decode(
     block to append to the row first, which the next token is in; -1: none.
     """
     rows, pages = out.block_tables.shape
+    device = out.token_ids.device
     _inputs_kernel[(rows,)](
-        rows_R,
-        starts_R,
-        count,
-        fresh_R,
-        tokens,
-        blocks,
-        out.token_ids,
-        out.positions,
-        out.slots,
-        out.context_lens,
-        out.block_tables,
-        pages,
-        tokens.stride(0),
-        blocks.stride(0),
-        block_size,
-        256,
-        overlaps_launches(out.token_ids.device),
-        **launch_options(out.token_ids.device, 4),
-    )
+        rows_R, starts_R, count, fresh_R, tokens, blocks,
+        out.token_ids, out.positions, out.slots, out.context_lens, out.block_tables,
+        pages, tokens.stride(0), blocks.stride(0),
+        block_size, _CHUNK, overlaps_launches(device),
+        **launch_options(device, 4),
+    )  # fmt: skip

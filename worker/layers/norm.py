@@ -68,7 +68,7 @@ class RMSNorm(Module):
     def _add_and_norm_kernel(self, residual_TD: Tensor, delta_TD: Product) -> Activations:
         delta_TD, scale_T = values_and_scale(delta_TD)
         if self.takes_float8(len(residual_TD)):
-            from mgpu.worker.kernels.layers.float8_norm import add_rms_norm_float8
+            from mgpu.worker.kernels.layers.norm import add_rms_norm_float8
 
             return add_rms_norm_float8(residual_TD, delta_TD, self.weight, self.eps, scale_T)
         from mgpu.worker.kernels.layers.norm import add_rms_norm

@@ -52,17 +52,9 @@ def _gated_kernel(
 
 @triton.jit
 def _gated_float8_kernel(
-    x_ptr,
-    x_scale_ptr,
-    words_ptr,
-    scale_ptr,
-    F,
-    words_per_row,
-    x_stride,
-    IS_SILU: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x_ptr, x_scale_ptr, words_ptr, scale_ptr, F, words_per_row, x_stride,
+    IS_SILU: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     f = word_channels(WIDTH)
     wait_for_inputs(OVERLAP)
@@ -81,16 +73,10 @@ def gated_activation(
     out_TF = torch.empty(tokens, width, dtype=gate_up_TF2.dtype, device=gate_up_TF2.device)
     block = min(BLOCK, power_of_2(width))
     _gated_kernel[(tokens, ceil_div(width, block))](
-        gate_up_TF2,
-        scale_T,
-        out_TF,
-        width,
-        gate_up_TF2.stride(0),
-        activation == "silu",
-        block,
-        overlaps_launches(out_TF.device),
+        gate_up_TF2, scale_T, out_TF, width, gate_up_TF2.stride(0),
+        activation == "silu", block, overlaps_launches(out_TF.device),
         **launch_options(out_TF.device, 4),
-    )
+    )  # fmt: skip
     return out_TF
 
 
@@ -102,16 +88,8 @@ def gated_activation_float8(
     words, out_scale_T = empty_words(tokens, f, gate_up_TF2.device)
     width, warps = width_and_warps(words.shape[1])
     _gated_float8_kernel[(tokens,)](
-        gate_up_TF2,
-        scale_T,
-        words,
-        out_scale_T,
-        f,
-        words.shape[1],
-        gate_up_TF2.stride(0),
-        activation == "silu",
-        width,
-        overlaps_launches(words.device),
+        gate_up_TF2, scale_T, words, out_scale_T, f, words.shape[1], gate_up_TF2.stride(0),
+        activation == "silu", width, overlaps_launches(words.device),
         **launch_options(words.device, warps),
-    )
+    )  # fmt: skip
     return as_rows(words, out_scale_T)

@@ -73,14 +73,7 @@ def quantize_rows(x_TK: Tensor) -> Float8Rows:
     words, scale_T = empty_words(tokens, k, x_TK.device)
     width, warps = width_and_warps(words.shape[1])
     _quantize_kernel[(tokens,)](
-        x_TK,
-        words,
-        scale_T,
-        k,
-        words.shape[1],
-        x_TK.stride(0),
-        width,
-        overlaps_launches(x_TK.device),
+        x_TK, words, scale_T, k, words.shape[1], x_TK.stride(0), width, overlaps_launches(x_TK.device),
         **launch_options(x_TK.device, warps),
-    )
+    )  # fmt: skip
     return as_rows(words, scale_T)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""RMSNorm, alone or fused with the residual add before it.
+"""RMSNorm, alone or fused with the residual add before it; the result is plain, or quantized for a float8 product.
 
 One program per row, the row in registers: each element is read once and written once.
 """
@@ -11,23 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.worker.kernels.layers.float8_quantize import as_rows, empty_words, store_words, width_and_warps, word_channels
 from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, power_of_2, wait_for_inputs
+from mgpu.worker.quantization.float8_rows import Float8Rows
 
 
 @triton.jit
 def _norm_kernel(
-    x_ptr,
-    x_scale_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    D,
-    x_stride,
-    residual_stride,
-    eps,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x_ptr, x_scale_ptr, residual_ptr, weight_ptr, out_ptr, D, x_stride, residual_stride, eps,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     mask = d < D
@@ -47,24 +40,40 @@ def _norm_kernel(
     tl.store(out_ptr + row * D + d, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _norm_float8_kernel(
+    delta_ptr, delta_scale_ptr, residual_ptr, weight_ptr, words_ptr, scale_ptr,
+    D, words_per_row, delta_stride, residual_stride, eps,
+    WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = word_channels(WIDTH)
+    mask = d < D
+    weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    wait_for_inputs(OVERLAP)
+    delta = tl.load(delta_ptr + row * delta_stride + d, mask=mask, other=0.0).to(tl.float32)
+    if delta_scale_ptr is not None:
+        delta *= tl.load(delta_scale_ptr + row)
+    dtype = residual_ptr.dtype.element_ty
+    # The sum is rounded to the stream's type before it is normalized, as it is without fusion.
+    total = tl.load(residual_ptr + row * residual_stride + d, mask=mask, other=0.0).to(tl.float32)
+    total = (total + delta.to(dtype).to(tl.float32)).to(dtype)
+    tl.store(residual_ptr + row * residual_stride + d, total, mask=mask)
+    x = total.to(tl.float32)
+    mean = tl.sum(tl.sum(x * x, 1), 0) / D
+    store_words(x * tl.rsqrt(mean + eps) * weight, words_ptr, scale_ptr, row, words_per_row, WIDTH)
+
+
 def _launch(x_TD: Tensor, x_scale_T: Tensor | None, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
     tokens, dim = x_TD.shape
     out_TD = torch.empty(tokens, dim, dtype=x_TD.dtype, device=x_TD.device)
     block = power_of_2(dim)
     _norm_kernel[(tokens,)](
-        x_TD,
-        x_scale_T,
-        residual_TD,
-        weight_D,
-        out_TD,
-        dim,
-        x_TD.stride(0),
-        0 if residual_TD is None else residual_TD.stride(0),
-        eps,
-        block,
-        overlaps_launches(x_TD.device),
+        x_TD, x_scale_T, residual_TD, weight_D, out_TD,
+        dim, x_TD.stride(0), 0 if residual_TD is None else residual_TD.stride(0), eps,
+        block, overlaps_launches(x_TD.device),
         **launch_options(x_TD.device, min(16, max(1, block // 512))),
-    )
+    )  # fmt: skip
     return out_TD
 
 
@@ -84,3 +93,19 @@ def add_rms_norm(
     With ``delta_scale_T`` (float32) row t of ``delta`` is multiplied by its scale first.
     """
     return _launch(delta_TD, delta_scale_T, residual_TD, weight_D, eps)
+
+
+def add_rms_norm_float8(
+    residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, delta_scale_T: Tensor | None = None
+) -> Float8Rows:
+    """Add ``delta`` (times its rows' scales) to ``residual`` in place and give the normalized sum, quantized."""
+    tokens, dim = residual_TD.shape
+    words, scale_T = empty_words(tokens, dim, residual_TD.device)
+    width, warps = width_and_warps(words.shape[1])
+    _norm_float8_kernel[(tokens,)](
+        delta_TD, delta_scale_T, residual_TD, weight_D, words, scale_T,
+        dim, words.shape[1], delta_TD.stride(0), residual_TD.stride(0), eps,
+        width, overlaps_launches(residual_TD.device),
+        **launch_options(residual_TD.device, warps),
+    )  # fmt: skip
+    return as_rows(words, scale_T)

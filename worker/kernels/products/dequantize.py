@@ -6,13 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.products.widen import widen_int4, widen_octets
+from mgpu.worker.kernels.products.widen import KINDS, widen_int4, widen_octets
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
 from mgpu.worker.quantization.packing import WORDS, PackedWeight
 
 ROWS = 32
 """Output channels per program."""
-_KINDS = {"int8": 0, "fp8": 1, "int4": 2}
 
 
 @triton.jit
@@ -26,18 +25,9 @@ def _in_order(parts, ROWS: tl.constexpr):
 
 @triton.jit
 def _dequantize_kernel(
-    w_ptr,
-    scale_ptr,
-    out_ptr,
-    N,
-    K,
-    words_per_row,
-    KIND: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    w_ptr, scale_ptr, out_ptr, N, K, words_per_row,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1)
     j = tl.arange(0, 32)
@@ -66,17 +56,8 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     n, words_per_row = weight.words.shape
     out_NK = torch.empty(n, weight.k, dtype=dtype, device=weight.words.device)
     _dequantize_kernel[(ceil_div(n, ROWS), words_per_row // WORDS)](
-        weight.words,
-        weight.scales,
-        out_NK,
-        n,
-        weight.k,
-        words_per_row,
-        _KINDS[weight.kind],
-        weight.group,
-        ROWS,
-        overlaps_launches(out_NK.device),
-        not INTERPRETED,
+        weight.words, weight.scales, out_NK, n, weight.k, words_per_row,
+        KINDS[weight.kind], weight.group, ROWS, overlaps_launches(out_NK.device), not INTERPRETED,
         **launch_options(out_NK.device, 4),
-    )
+    )  # fmt: skip
     return out_NK

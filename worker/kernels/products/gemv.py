@@ -1,22 +1,28 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """Matrix-vector products of a single decode row.
 
-One row leaves the tensor cores idle whatever one does, so the weights go straight from memory to registers: no shared
+One row leaves the tensor cores idle in any case, so the weights go straight from memory to registers: no shared
 memory, no barrier until the final sum, many loads in flight. The first loads are issued before the wait for the
 previous kernel, since weights depend on none.
+
+A gated weight stacks gate and up. A program takes rows of both in turn, which are the same loads as of twice as many
+plain outputs, and stores act(gate) * up: one kernel less per layer, and nothing rounded in between.
 """
 
 # N output channels, K input channels
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.products.gemv_rows import GATES, Activation, store_outputs, weight_rows
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
+
+Activation = Literal["silu", "gelu_tanh"]
+GATES: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,35 @@ class GemvTiling:
     """Rows of the weight per program; even where it is gated."""
     block_k: int
     num_warps: int
+
+
+@triton.jit
+def weight_rows(N, GATE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Give the rows of the weight that this program multiplies by, [BLOCK_N]; those past the last repeat it."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if GATE > 0:  # noqa: SIM108 - compile-time condition
+        row = tl.minimum(row // 2, N - 1) + row % 2 * N
+    else:
+        row = tl.minimum(row, N - 1)
+    return row.to(tl.int64)
+
+
+@triton.jit
+def store_outputs(y, rows, bias_ptr, y_ptr, N, GATE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Add the bias to the sums [BLOCK_N] of `weight_rows`, apply the gate, store the outputs."""
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + rows).to(tl.float32)
+    if GATE > 0:
+        gate, up = tl.split(tl.reshape(y, [BLOCK_N // 2, 2]))
+        if GATE == 1:
+            y = gate / (1.0 + tl.exp(-gate)) * up
+        else:
+            z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+            y = gate / (1.0 + tl.exp(-2.0 * z)) * up
+        n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    else:
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -41,18 +76,9 @@ def _load_weights(w_ptr, rows, ks, K, EVEN_K: tl.constexpr):
 
 @triton.jit
 def _gemv_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    y_ptr,
-    N,
-    K,
-    GATE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x_ptr, w_ptr, bias_ptr, y_ptr, N, K,
+    GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     rows = weight_rows(N, GATE, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     w = _load_weights(w_ptr, rows, k, K, EVEN_K)
@@ -95,17 +121,8 @@ def gemv(
     out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
     block_k = min(tiling.block_k, power_of_2(k))
     _gemv_kernel[(ceil_div(w_NK.shape[0], tiling.block_n),)](
-        x_1K,
-        w_NK,
-        bias_N,
-        out_1N,
-        n,
-        k,
-        GATES[gate],
-        tiling.block_n,
-        block_k,
-        k % block_k == 0,
-        overlaps_launches(x_1K.device),
+        x_1K, w_NK, bias_N, out_1N, n, k,
+        GATES[gate], tiling.block_n, block_k, k % block_k == 0, overlaps_launches(x_1K.device),
         **launch_options(x_1K.device, tiling.num_warps, 1),
-    )
+    )  # fmt: skip
     return out_1N

@@ -5,20 +5,21 @@ Words of four or eight weights are widened in registers (see `packing` for the l
 the tensor core: the weights the tall one, the activations the narrow one, padded to 16 rows. For a single row
 `quantized_gemv` is faster. Activations for int4 are put in the words' order first: what a part is multiplied by lies 8
 bytes here and 8 bytes there, and reading that made int4 slower than bfloat16.
+
+K may be split over programs. The last program of a tile to finish adds the partial sums in split order, so that the
+result does not depend on which program that was.
 """
 
 # M rows of activations, N output channels, K input channels
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.products.arrange import arrange_rows
-from mgpu.worker.kernels.products.split_k import Tiling, add_partials
-from mgpu.worker.kernels.products.widen import widen_int4, widen_octets
+from mgpu.worker.kernels.products.widen import KINDS, widen_int4, widen_octets
 from mgpu.worker.kernels.runtime import (
     HOPPER_SHARED_BYTES,
     INTERPRETED,
@@ -27,42 +28,79 @@ from mgpu.worker.kernels.runtime import (
     default_workspace,
     launch_options,
     overlaps_launches,
+    power_of_2,
     shared_bytes,
     wait_for_inputs,
 )
 from mgpu.worker.quantization.packing import WORDS, PackedWeight, WeightKind
 
 MAX_ROWS = 256
-"""Rows that it takes; up to which it is the fastest way is said in `products`."""
-_KINDS = {"int8": 0, "fp8": 1, "int4": 2}
+"""Most rows that it takes. `choose.GEMM_ROWS` says up to how many it is the fastest product."""
+ARRANGE_BLOCK = 1024
+"""Places per program of `_arrange_kernel`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a product of few rows is cut."""
+
+    block_n: int
+    splits: int
+    num_warps: int = 4
+    num_stages: int = 5
+    most_rows: int = 64
+    """Rows of a tile at most, a power of two. Tiles of other rows read the same weights again, from the L2 cache."""
+
+    def block_m(self, rows: int) -> int:
+        """Rows of the padded tile."""
+        return min(self.most_rows, max(16, power_of_2(rows)))
+
+
+@triton.jit
+def _arrange_kernel(x_ptr, out_ptr, K, places, x_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    part, word = place % 256 // 32, place % 32
+    k = place // 256 * 256 + word // 4 * 32 + part * 4 + word % 4
+    wait_for_inputs(OVERLAP)
+    x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0)
+    tl.store(out_ptr + row * places + place, x, mask=place < places)
+
+
+def _arrange_rows(x_TK: Tensor, places: int) -> Tensor:
+    """Return rows [T, places], zeros past K: place ``i * 32 + j`` of 256 is what part i of word j is multiplied by."""
+    tokens, k = x_TK.shape
+    out = torch.empty(tokens, places, dtype=x_TK.dtype, device=x_TK.device)
+    _arrange_kernel[(tokens, ceil_div(places, ARRANGE_BLOCK))](
+        x_TK, out, k, places, x_TK.stride(0), ARRANGE_BLOCK, overlaps_launches(x_TK.device),
+        **launch_options(x_TK.device, 4),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS: tl.constexpr, SIZE: tl.constexpr):
+    """Publish this program's sums; return (sum over splits, 1) in the last program of the tile, else (own sum, 0)."""
+    base = partial_ptr + tile * (SPLITS * SIZE)
+    tl.store(base + split * SIZE + offsets, acc)
+    tl.debug_barrier()  # all threads' stores precede the release below
+    arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
+    is_last = arrived == SPLITS - 1
+    if is_last:
+        acc = tl.load(base + offsets, cache_modifier=".cg")
+        for other in tl.static_range(1, SPLITS):
+            acc += tl.load(base + other * SIZE + offsets, cache_modifier=".cg")
+        tl.store(counter_ptr + tile, 0)
+    return acc, is_last
 
 
 @triton.jit(do_not_specialize=["M", "blocks_per_split", "row_tiles"])
 def _quantized_gemm_kernel(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    bias_ptr,
-    y_ptr,
-    partial_ptr,
-    counter_ptr,
-    M,
-    N,
-    K,
-    words_per_row,
-    blocks_per_split,
-    row_tiles,
-    x_stride,
-    y_stride,
-    KIND: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
+    M, N, K, words_per_row, blocks_per_split, row_tiles, x_stride, y_stride,
+    KIND: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN_K: tl.constexpr, OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     PARTS: tl.constexpr = 8 if KIND == 2 else 4
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -100,7 +138,7 @@ def _quantized_gemm_kernel(
     writes = True
     if SPLITS > 1:
         offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + slot[None, :]
-        acc, writes = add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
+        acc, writes = _add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
     if KIND != 2:
         acc *= tl.load(scale_ptr + rows)[:, None]
     if bias_ptr is not None:
@@ -175,36 +213,16 @@ def quantized_gemm(
     row_tiles = ceil_div(rows, block_m)
     is_int4 = weight.kind == "int4"
     if is_int4:
-        x_MK = arrange_rows(x_MK, words_per_row * 8)
+        x_MK = _arrange_rows(x_MK, words_per_row * 8)
     tiles = ceil_div(n, tiling.block_n) * row_tiles
     workspace = workspace or default_workspace(x_MK.device)
     if tiling.splits > 1:
         workspace.require(tiles * tiling.splits * tiling.block_n * block_m, tiles)
-    overlap = overlaps_launches(x_MK.device)
     _quantized_gemm_kernel[(tiles, tiling.splits)](
-        x_MK,
-        weight.words,
-        weight.scales,
-        bias_N,
-        out_MN,
-        workspace.partials,
-        workspace.counters,
-        rows,
-        n,
-        k,
-        words_per_row,
-        blocks_per_split,
-        row_tiles,
-        x_MK.stride(0),
-        out_MN.stride(0),
-        _KINDS[weight.kind],
-        weight.group,
-        tiling.splits,
-        block_m,
-        tiling.block_n,
-        is_int4 or k == words_per_row * 4,
-        overlap,
-        not INTERPRETED,
+        x_MK, weight.words, weight.scales, bias_N, out_MN, workspace.partials, workspace.counters,
+        rows, n, k, words_per_row, blocks_per_split, row_tiles, x_MK.stride(0), out_MN.stride(0),
+        KINDS[weight.kind], weight.group, tiling.splits, block_m, tiling.block_n,
+        is_int4 or k == words_per_row * 4, overlaps_launches(x_MK.device), not INTERPRETED,
         **launch_options(x_MK.device, tiling.num_warps, tiling.num_stages),
-    )
+    )  # fmt: skip
     return out_MN

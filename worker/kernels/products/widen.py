@@ -10,6 +10,9 @@ int8 or 30 int4 weights per clock with 128 issue slots.
 import triton
 import triton.language as tl
 
+KINDS = {"int8": 0, "fp8": 1, "int4": 2}
+"""The constant KIND of kernels."""
+
 # bfloat16 0x4300 is 128 and its neighbours are 1 apart, so 0x4300 | v is 128 + v for v < 128. With b the top bit,
 # int8 = (128 + low 7 bits) - (128 + 128 * b).  fma with -1 is a subtraction that Ampere has too.
 _INT8_ASM = tl.constexpr(

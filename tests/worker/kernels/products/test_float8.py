@@ -17,9 +17,8 @@ from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.attention.inputs import PackedHeads
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.layers.activation import gated_activation, gated_activation_float8
-from mgpu.worker.kernels.layers.float8_norm import add_rms_norm_float8
 from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
-from mgpu.worker.kernels.layers.norm import add_rms_norm, rms_norm
+from mgpu.worker.kernels.layers.norm import add_rms_norm, add_rms_norm_float8, rms_norm
 from mgpu.worker.kernels.products import float8_product as products
 from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.layers import linear, mlp, norm

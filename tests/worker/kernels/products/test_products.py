@@ -9,11 +9,9 @@ from harness.kernel_checks import relative_error, tolerance
 from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.worker.kernels.products.choose import matmul, quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
-from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
-from mgpu.worker.kernels.products.gemv_rows import Activation
-from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
+from mgpu.worker.kernels.products.gemv import Activation, GemvTiling, gemv
+from mgpu.worker.kernels.products.quantized_gemm import Tiling, quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import QuantizedGemvTiling, quantized_gemv
-from mgpu.worker.kernels.products.split_k import Tiling
 from mgpu.worker.kernels.reference import gated_activation
 from mgpu.worker.quantization.matmul import quantized_matmul as plain_quantized_matmul
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_fp8, pack_int4, pack_int8
