@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# One test process per core. A file's tests stay together, so that they share its servers and models, and files start in
+# their order: the end-to-end tests, which take longest, come first.
+PARALLEL ?= -n $(shell nproc) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
@@ -13,8 +16,8 @@ help: ## Show this list
 demo: $(VENV)/installed ## Serve the built-in model, stream one answer, stop everything
 	@$(BIN)/mgpu-launch demo
 
-test: $(VENV)/installed-dev ## Run the whole test suite, end-to-end tests on the real model included
-	@$(BIN)/python -m pytest
+test: $(VENV)/installed-dev ## Run the whole test suite on all cores, end-to-end tests on the real model included
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 test-gpu: $(VENV)/installed-dev ## Run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m "gpu or multigpu"
@@ -23,7 +26,7 @@ check: $(VENV)/installed-dev ## Format, lint, types, tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 format: $(VENV)/installed-dev ## Rewrite the sources in the project's format
 	@$(BIN)/ruff format .

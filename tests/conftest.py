@@ -1,10 +1,31 @@
-"""Let every process that a test starts import `harness` and `bench`, as pytest itself does (see pyproject.toml)."""
+"""What every test process needs: importable helpers, and signals as a shell in the foreground hands them on."""
 
 import os
+import signal
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+IGNORED = "MGPU_TEST_IGNORED_SIGNALS"
+"""Names the ignored signals to the processes of pytest-xdist."""
 
+# Let every process that a test starts import `harness` and `bench`, as pytest itself does (see pyproject.toml).
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
 )
+
+
+def ignore_without_inheritance() -> None:
+    """Replace ignored signals by a handler that does nothing.
+
+    nohup ignores SIGHUP, and a shell ignores SIGINT for a job in the background. A child would inherit that, so that
+    tests which end a child by these signals would wait for ever. A handler is not inherited: `exec` resets it to the
+    default. So this process still ignores the signals, and its children do not.
+    """
+    known = os.environ.get(IGNORED, "").split()
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if number.name in known or signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+            os.environ[IGNORED] = f"{os.environ.get(IGNORED, '')} {number.name}"
+
+
+ignore_without_inheritance()

@@ -1,10 +1,21 @@
-"""Fixtures of the worker's tests; helpers are modules beside this file."""
+"""Fixtures of the worker's tests. Without a GPU, kernels run in Triton's interpreter."""
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
+import torch
 
 from harness.tiny_models import TinyModel, make_tiny_model
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any kernel module is imported
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from harness.triton_interpreter import mend_interpreter
+
+    mend_interpreter()
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,11 @@
 """Kernel tests run in Triton's interpreter on CPU and, marked ``gpu``, compiled on CUDA: the same test bodies."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any kernel module is imported
-
 triton = pytest.importorskip("triton", reason="triton is not installed")
-
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from harness.triton_interpreter import mend_interpreter
-
-    mend_interpreter()
 
 
 @pytest.fixture(autouse=True)
