@@ -3,9 +3,6 @@
 The environment is torchrun's: RANK, LOCAL_RANK, WORLD_SIZE, and MASTER_ADDR, MASTER_PORT where the spec names no
 rendezvous file. The spec comes on standard input (4 bytes of little-endian length, then the message), which
 the parent keeps open: its end ends the worker.
-
-Under torchrun, Slurm or the like use ``--spec FILE``: the bare message in a file, where ``{rank}`` in the path stands
-for RANK; standard input is then not looked at.
 """
 
 import argparse
@@ -16,7 +13,7 @@ import os
 import signal
 import sys
 
-from mgpu.protocol.internal.child import BadSpec, decode_spec, read_spec
+from mgpu.protocol.internal.child import BadSpec, read_spec
 from mgpu.protocol.internal.worker_messages import CONTROL, WorkerSpec
 from mgpu.worker.device import start_cuda
 from mgpu.worker.start import lifeline
@@ -33,19 +30,15 @@ def main() -> int:
     # Ctrl-C goes to the whole foreground group; the orchestrator decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        if arguments.spec:
-            spec = _read_spec_from_file(arguments.spec.replace("{rank}", os.environ.get("RANK", "")))
-        else:
-            lifeline.die_with_parent()
-            if arguments.standby:
-                _import_torch()
-            spec = read_spec(CONTROL, WorkerSpec)
+        lifeline.die_with_parent()
+        if arguments.standby:
+            _import_torch()
+        spec = read_spec(CONTROL, WorkerSpec)
         rank = _rank(spec.layout.placement.world_size)
     except BadSpec as error:
         print(f"mgpu worker: {error}", file=sys.stderr)
         return EXIT_BAD_SPEC
-    if not arguments.spec:
-        lifeline.exit_when_stdin_ends()
+    lifeline.exit_when_stdin_ends()
     start_cuda(spec.device)
     # Only now the seconds of importing torch: a parent that is already gone must not wait for them.
     _import_torch()
@@ -71,18 +64,8 @@ def _import_torch() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mgpu.worker", description="One worker of mgpu.")
-    parser.add_argument("--spec", metavar="FILE", help="read the spec from a file, not from standard input")
     parser.add_argument("--standby", action="store_true", help="import torch at once, not when the spec is there")
     return parser
-
-
-def _read_spec_from_file(path: str) -> WorkerSpec:
-    """Read a spec without a length before it. BadSpec when the file cannot be read or holds something else."""
-    try:
-        with open(path, "rb") as file:
-            return decode_spec(CONTROL, WorkerSpec, file.read())
-    except OSError as error:
-        raise BadSpec(f"cannot read {path}: {error.strerror}") from error
 
 
 def _rank(world_size: int) -> int:

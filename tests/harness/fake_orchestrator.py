@@ -102,25 +102,19 @@ class Workers:
     failures: list[WorkerFailure] = field(default_factory=list)
     num_blocks: int = 0
 
-    def start(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        fd = self._share()
+    def start(self, context: zmq.Context[zmq.Socket[bytes]], master_port: int | None = None) -> None:
+        """Start all ranks. With a port they meet at MASTER_ADDR and MASTER_PORT, as under torchrun."""
+        fd = -1 if master_port else self._share()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(master_port), "GLOO_SOCKET_IFNAME": "lo"}
         for rank in range(self.spec.layout.placement.world_size):
-            spec = self.listen(context, rank)
-            process = launch([], rank, self.spec.layout.placement.world_size, [fd] if fd >= 0 else [])
+            spec, fds = self.listen(context, rank), [fd] if fd >= 0 else []
+            process = launch([], rank, spec.layout.placement.world_size, fds, **(address if master_port else {}))
             self.processes.append(process)
             assert process.stdin is not None
             process.stdin.write(frame(CONTROL.encode(spec)))
             process.stdin.flush()
         if fd >= 0:
             os.close(fd)
-
-    def start_outside(self, context: zmq.Context[zmq.Socket[bytes]], port: int) -> None:
-        """Start like torchrun would: the spec in a file, the ranks meet at MASTER_ADDR and MASTER_PORT."""
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-        for rank in range(self.spec.layout.placement.world_size):
-            (self.folder / f"spec-{rank}").write_bytes(CONTROL.encode(self.listen(context, rank)))
-            arguments = ["--spec", f"{self.folder}/spec-{{rank}}"]
-            self.processes.append(launch(arguments, rank, self.spec.layout.placement.world_size, **address))
 
     def listen(self, context: zmq.Context[zmq.Socket[bytes]], rank: int) -> WorkerSpec:
         """Open the socket to a rank and give its spec."""
@@ -215,14 +209,11 @@ class Workers:
 
 @contextmanager
 def running(spec: WorkerSpec, folder: Path, master_port: int | None = None) -> Iterator[Workers]:
-    """Start the workers of a spec, from outside if there is a port to meet at; none survives the block."""
+    """Start the workers of a spec; none survives the block."""
     workers = Workers(spec, folder)
     with zmq.Context() as context:
         try:
-            if master_port is None:
-                workers.start(context)
-            else:
-                workers.start_outside(context, master_port)
+            workers.start(context, master_port)
             yield workers
         finally:
             for process in workers.processes:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import zmq
 
 from harness.fake_orchestrator import DEADLINE_S, Workers, frame, launch, make_spec, running
 from harness.tiny_models import TinyModel
@@ -233,27 +232,6 @@ def test_a_world_of_another_size_is_refused(tiny_model: MakeModel) -> None:
     assert errors.decode() == "mgpu worker: RANK=3 and WORLD_SIZE=2 do not fit a plan of 1 ranks\n"
 
 
-def test_a_spec_in_a_file_serves_outside_launchers(tiny_model: MakeModel, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.bind(f"ipc://{tmp_path}/w")
-        spec = replace(make_spec(model.folder, [1]), endpoint=f"ipc://{tmp_path}/w")
-        (tmp_path / "spec-0").write_bytes(CONTROL.encode(spec))
-        process = launch(["--spec", f"{tmp_path}/spec-{{rank}}"], 0, 1)
-        try:
-            assert process.stdin is not None
-            process.stdin.close()  # not looked at
-            process.stdin = None
-            workers = Workers(spec, tmp_path, [process], [socket])
-            workers.make_ready()
-            assert workers.generate(model.prompt_ids, 4) == model.output_ids[:4]
-            workers.shut_down()
-        finally:
-            process.kill()
-            process.communicate()
-
-
 def test_ranks_of_an_outside_launcher_meet_at_the_address_of_the_first(tiny_model: MakeModel, tmp_path: Path) -> None:
     model = tiny_model("llama")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -262,13 +240,6 @@ def test_ranks_of_an_outside_launcher_meet_at_the_address_of_the_first(tiny_mode
         workers.make_ready()
         assert workers.generate(model.prompt_ids, 4) == model.output_ids[:4]
         workers.shut_down()
-
-
-def test_an_absent_spec_file_is_a_clear_error(tmp_path: Path) -> None:
-    process = launch(["--spec", f"{tmp_path}/none"], 0, 1)
-    _, errors = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 2
-    assert errors.decode() == f"mgpu worker: cannot read {tmp_path}/none: No such file or directory\n"
 
 
 @pytest.mark.parametrize("transport", ["shared-memory", "gloo"])
