@@ -47,12 +47,11 @@ class BlockTables:
         seq.blocks.append(block)
         return block
 
-    def offer(self, seq: Sequence) -> None:
+    def offer(self, seq: Sequence, num_computed: int) -> None:
         """Let others reuse the full blocks of a request whose tokens are known and computed by published plans."""
         if not self._prefix_cache:
             return
-        computed = seq.num_computed if seq.batch is None else seq.batch.starts[seq.slot]
-        num_full = min(computed, len(seq.tokens)) // self._block_size
+        num_full = min(num_computed, len(seq.tokens)) // self._block_size
         if num_full <= seq.num_registered:
             return
         extend_block_keys(seq.block_keys, seq.tokens, self._block_size, num_full, seq.cache_salt)
@@ -64,7 +63,7 @@ class BlockTables:
 
     def release(self, seq: Sequence) -> None:
         """Take a request's blocks away; what it offered stays reusable until the space is needed."""
-        self.offer(seq)
+        self.offer(seq, seq.num_computed)
         self._promised.difference_update(seq.block_keys[seq.num_registered : len(seq.blocks)])
         self.pool.release(seq.blocks)
         seq.blocks = []

@@ -10,18 +10,19 @@ from mgpu.orchestrator.scheduler.sequence import Sequence
 class DecodeBatch:
     """Members and their plan columns. A pipeline of S stages has S batches that take turns."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, index: int, block_size: int) -> None:
         self.members: list[Sequence] = []
         self.rows: list[int] = []
         self.starts: list[int] = []
         """Position that the next step computes, parallel to ``members``; it chooses the token after it."""
+        self._index = index
         self._block_size = block_size
         self._tick = 0
         self._due: dict[int, list[Sequence]] = {}
 
     def add(self, seq: Sequence, start: int) -> None:
         """Let a request decode here; its token at ``start`` is known to the workers and not computed yet."""
-        seq.batch, seq.slot = self, len(self.members)
+        seq.batch, seq.slot = self._index, len(self.members)
         self.members.append(seq)
         self.rows.append(seq.row)
         self.starts.append(start)
@@ -31,16 +32,19 @@ class DecodeBatch:
         """Take a member out and tell it how far it got; the last member moves to its slot."""
         slot = seq.slot
         seq.num_computed = self.starts[slot]
-        seq.batch, seq.slot, seq.due_tick = None, -1, -1
+        seq.batch = seq.slot = seq.due_tick = -1
         last, row, start = self.members.pop(), self.rows.pop(), self.starts.pop()
         if last is not seq:
             self.members[slot], self.rows[slot], self.starts[slot] = last, row, start
             last.slot = slot
 
+    def holds(self, seq: Sequence) -> bool:
+        return seq.batch == self._index
+
     def due(self) -> list[Sequence]:
         """Give the members to look at before this step, oldest first; forget their reminders."""
         tick = self._tick
-        due = [seq for seq in self._due.pop(tick, ()) if seq.batch is self and seq.due_tick == tick]
+        due = [seq for seq in self._due.pop(tick, ()) if seq.batch == self._index and seq.due_tick == tick]
         for seq in due:
             seq.due_tick = -1
         return sorted(due, key=lambda seq: seq.turn) if len(due) > 1 else due

@@ -45,6 +45,8 @@ class FairQueue:
         self._accounts: dict[int, Account] = {}
         self._line: list[tuple[float, int, Account]] = []
         """Heap by tag, then by who came first; an entry is stale when it is not its account's latest."""
+        self._charges: dict[int, tuple[Account, float]] = {}
+        """By sequence id: the account that was charged for a request that runs, and the tokens."""
         self._entries = 0
         self._now = 0.0
         self._weight_in_line = 0.0
@@ -95,11 +97,11 @@ class FairQueue:
         assert seq is not None, "nobody waits"
         account = heapq.heappop(self._line)[2]
         heapq.heappop(account.waiting)
-        seq.charged_to = account
-        seq.charged = seq.prompt_len - seq.cached_tokens + min(self._mean_answer, seq.max_len - seq.prompt_len)
-        self._now = max(self._now, account.tag) + seq.charged / max(self._weight_in_line, account.weight)
+        charge = seq.prompt_len - seq.cached_tokens + min(self._mean_answer, seq.max_len - seq.prompt_len)
+        self._charges[seq.sequence_id] = account, charge
+        self._now = max(self._now, account.tag) + charge / max(self._weight_in_line, account.weight)
         self._step_out(account)
-        account.tag += seq.charged / account.weight
+        account.tag += charge / account.weight
         if account.waiting:
             self._enter(account)
         self._leave()
@@ -116,10 +118,10 @@ class FairQueue:
         """Correct what `pop` has charged, now that the request has ended."""
         answer = len(seq.tokens) - seq.prompt_len
         self._mean_answer += (answer - self._mean_answer) * _SMOOTHING
-        account, seq.charged_to = seq.charged_to, None
-        if account is None or self._accounts.get(seq.account) is not account:  # forgotten, and what it owed with it
+        account, charge = self._charges.pop(seq.sequence_id, (None, 0.0))
+        if account is None or self._accounts.get(seq.account) is not account:  # forgotten, and its debt with it
             return
-        excess = len(seq.tokens) - seq.cached_tokens - seq.charged
+        excess = len(seq.tokens) - seq.cached_tokens - charge
         account.tag += excess / account.weight
         if account.entry >= 0:
             self._enter(account)
@@ -144,9 +146,7 @@ class FairQueue:
     def _leave(self) -> None:
         self._num_waiting -= 1
         if not self._num_waiting:  # nobody was kept waiting, so nobody owes anything
-            for account in self._accounts.values():  # requests that run refer to it, and must not keep the ended ones
-                account.waiting.clear()
-            self._accounts, self._line = {}, []
+            self._accounts, self._line, self._charges = {}, [], {}
             self._num_ended, self._now, self._weight_in_line, self._sweep_at = 0, 0.0, 0.0, _SLACK
 
     def _drop_ended(self) -> None:

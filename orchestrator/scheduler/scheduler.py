@@ -51,7 +51,7 @@ class Scheduler:
         self.blocks = BlockTables(limits.num_blocks, limits.block_size, limits.prefix_cache)
         self._admitted: dict[int, Sequence] = {}
         self._prefilling: list[Sequence] = []
-        self._batches = [DecodeBatch(limits.block_size) for _ in range(limits.num_stages)]
+        self._batches = [DecodeBatch(index, limits.block_size) for index in range(limits.num_stages)]
         self._in_flight: deque[StepRecord] = deque()
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._rows_to_free: list[int] = []
@@ -191,15 +191,16 @@ class Scheduler:
     # -- planning ------------------------------------------------------------------------------------------------------
 
     def _plan_step(self, step: int) -> StepPlan:
-        batch = self._batches[step % len(self._batches)]
+        index = step % len(self._batches)
+        batch = self._batches[index]
         plan = StepPlan(self._epoch, step, self._rows_to_free, [], [], [], [], [], [], [])
-        self._even_out(step % len(self._batches))
+        self._even_out(index)
         sampled = self._plan_decode(batch, plan)
         prefilled = self._plan_prefill(batch, plan, sampled)
         if plan.rows:
             self._in_flight.append(StepRecord(step, sampled))
         for seq in prefilled:  # only now: a block can be reused from the next step on
-            self.blocks.offer(seq)
+            self.blocks.offer(seq, seq.num_computed)
         return plan
 
     def _even_out(self, index: int) -> None:
@@ -216,8 +217,8 @@ class Scheduler:
     def _plan_decode(self, batch: DecodeBatch, plan: StepPlan) -> list[Sequence]:
         due = batch.due()
         for seq in due:
-            if seq.batch is batch and batch.needs_block(seq):
-                self.blocks.offer(seq)
+            if batch.holds(seq) and batch.needs_block(seq):
+                self.blocks.offer(seq, batch.starts[seq.slot])
                 self._grow(seq, plan)
         count = len(batch.members)
         if not count:
@@ -229,7 +230,7 @@ class Scheduler:
         sampled = batch.members.copy()
         batch.advance()
         for seq in due:
-            if seq.batch is batch:
+            if batch.holds(seq):
                 if batch.is_planned_to_the_end(seq):
                     batch.remove(seq)
                 else:
@@ -315,8 +316,8 @@ class Scheduler:
             self._leave_workers(seq)
 
     def _leave_workers(self, seq: Sequence) -> None:
-        if seq.batch is not None:
-            seq.batch.remove(seq)
+        if seq.batch >= 0:
+            self._batches[seq.batch].remove(seq)
         elif seq in self._prefilling:
             self._prefilling.remove(seq)
         self.blocks.release(seq)

@@ -2,15 +2,10 @@
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.internal.gateway_messages import Submit
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling
-
-if TYPE_CHECKING:
-    from mgpu.orchestrator.scheduler.decode_batch import DecodeBatch
-    from mgpu.orchestrator.scheduler.fair_queue import Account
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +41,8 @@ class Sequence:
     """Leading blocks that were offered for reuse under their keys."""
     num_computed: int = 0
     """Tokens whose keys and values a published plan computes; while it decodes, its batch knows better."""
-    batch: "DecodeBatch | None" = None
+    batch: int = -1
+    """Index of its decode batch; -1 outside of one."""
     slot: int = -1
     """Index in the batch's columns."""
     due_tick: int = -1
@@ -55,10 +51,6 @@ class Sequence:
     """Prompt tokens that came from the prefix cache when it first ran."""
     turn: int = -1
     """How many ran before it did for the first time, -1 as long as it has not: the smallest is preempted last."""
-    charged_to: "Account | None" = None
-    """The account that was charged for it; None before it runs for the first time."""
-    charged: float = 0.0
-    """Tokens that the account was charged."""
     finished: bool = False
     crashes: int = 0
     """Consecutive crashes of the workers during which it was running."""
@@ -81,7 +73,7 @@ class Sequence:
 
     def forget_workers(self) -> None:
         """Stand as if it had never run: all that the workers held of it is gone, its tokens are not."""
-        self.row, self.slot, self.due_tick, self.batch = -1, -1, -1, None
+        self.row = self.batch = self.slot = self.due_tick = -1
         self.blocks = []
         self.num_registered = self.num_computed = 0
 
