@@ -1,12 +1,12 @@
 """Messages from a client to the gateway: named maps that any language can build (docs/protocol.md).
 
-The tables below hold the bounds of all fields. The client checks with them before it sends, the gateway when it
-receives.
+Each field is annotated with the rule that bounds it. The client checks with these rules before it sends, the gateway
+when it receives.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from mgpu.protocol.front.fields import (
     INT32_MAX,
@@ -39,107 +39,69 @@ TEMPLATE_OPTIONS = Record(
     optional=True,
 )
 
-GENERATE_RULES: dict[str, Rule] = {
-    "id": REQUEST_ID,
-    "prompt": Text(MAX_TEXT_CHARS, 1),
-    "prompt_ids": TokenIds(),
-    "messages": Sequence(CHAT_MESSAGE, 2048, 1),
-    "template_options": TEMPLATE_OPTIONS,
-    "model": Text(512, 1),
-    "stream": Flag(),
-    "n": Integer(1, MAX_CHOICES),
-    "max_tokens": Integer(1, INT32_MAX),
-    "min_tokens": Integer(0, INT32_MAX),
-    "temperature": Number(0, 100),
-    "top_k": Integer(-1, INT32_MAX),
-    "top_p": Number(0, 1, low_open=True),
-    "min_p": Number(0, 1),
-    "repetition_penalty": Number(0, 10, low_open=True),
-    "presence_penalty": Number(-2, 2),
-    "frequency_penalty": Number(-2, 2),
-    "seed": Integer(0, 2**64 - 1),
-    "logit_bias": Pairs(Number(-100, 100), 1024),
-    "logprobs": Integer(0, 20),
-    "stop": Sequence(Text(256, 1), 16),
-    "stop_token_ids": Sequence(Integer(0, INT32_MAX), 64),
-    "ignore_eos": Flag(),
-    "skip_special_tokens": Flag(),
-    "priority": Integer(-1000, 1000),
-    "cache_salt": Text(256),
-    "timeout_s": Number(0, 86400, low_open=True),
-    "session": SESSION,
-}
-RESUME_RULES: dict[str, Rule] = {
-    "id": REQUEST_ID,
-    "session": SESSION,
-    "offsets": Sequence(Integer(-1, INT32_MAX), MAX_CHOICES, 1),
-}
-QUERY_RULES: dict[str, Rule] = {"id": REQUEST_ID}
-CLIENT_TYPE = Choice(("generate", "resume", "cancel", *get_args(QueryKind)))
-
 
 @dataclass(frozen=True, slots=True)
 class Generate:
     """Ask for ``n`` continuations of exactly one of ``prompt``, ``prompt_ids`` and ``messages``."""
 
-    id: int
+    id: Annotated[int, REQUEST_ID]
     """Chosen by the client; unique among its own requests in flight."""
-    prompt: str | None = None
-    prompt_ids: bytes | None = None
+    prompt: Annotated[str | None, Text(MAX_TEXT_CHARS, 1)] = None
+    prompt_ids: Annotated[bytes | None, TokenIds()] = None
     """Little-endian int32."""
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: Annotated[tuple[dict[str, str], ...] | None, Sequence(CHAT_MESSAGE, 2048, 1)] = None
     """Chat turns with role and content, rendered by the model's own template."""
-    template_options: dict[str, object] | None = None
-    model: str | None = None
-    stream: bool = False
+    template_options: Annotated[dict[str, object] | None, TEMPLATE_OPTIONS] = None
+    model: Annotated[str | None, Text(512, 1)] = None
+    stream: Annotated[bool, Flag()] = False
     """False: one `Tokens` per choice, at its end."""
-    n: int = 1
-    max_tokens: int | None = None
+    n: Annotated[int, Integer(1, MAX_CHOICES)] = 1
+    max_tokens: Annotated[int | None, Integer(1, INT32_MAX)] = None
     """None: as many as the context still holds."""
-    min_tokens: int = 0
+    min_tokens: Annotated[int, Integer(0, INT32_MAX)] = 0
     """No end-of-sequence, stop token or stop string before this many tokens."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Number(0, 100)] = 0.0
     """0: greedy."""
-    top_k: int = 0
+    top_k: Annotated[int, Integer(-1, INT32_MAX)] = 0
     """0 or -1: off."""
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
+    top_p: Annotated[float, Number(0, 1, low_open=True)] = 1.0
+    min_p: Annotated[float, Number(0, 1)] = 0.0
+    repetition_penalty: Annotated[float, Number(0, 10, low_open=True)] = 1.0
+    presence_penalty: Annotated[float, Number(-2, 2)] = 0.0
+    frequency_penalty: Annotated[float, Number(-2, 2)] = 0.0
+    seed: Annotated[int | None, Integer(0, 2**64 - 1)] = None
     """None: the gateway draws one and tells it in `Accepted`."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    logprobs: int | None = None
+    logit_bias: Annotated[tuple[tuple[int, float], ...], Pairs(Number(-100, 100), 1024)] = ()
+    logprobs: Annotated[int | None, Integer(0, 20)] = None
     """None: none; 0: of the chosen token; N: of the N likeliest too."""
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    priority: int = 0
-    cache_salt: str = ""
+    stop: Annotated[tuple[str, ...], Sequence(Text(256, 1), 16)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], Sequence(Integer(0, INT32_MAX), 64)] = ()
+    ignore_eos: Annotated[bool, Flag()] = False
+    skip_special_tokens: Annotated[bool, Flag()] = True
+    priority: Annotated[int, Integer(-1000, 1000)] = 0
+    cache_salt: Annotated[str, Text(256)] = ""
     """Prefixes are shared only between requests of the same salt."""
-    timeout_s: float | None = None
+    timeout_s: Annotated[float | None, Number(0, 86400, low_open=True)] = None
     """The gateway ends the request with deadline_exceeded after this many seconds."""
-    session: str | None = None
-    """The client's secret, the same in all its requests; without it a request ends with its connection's gateway."""
-
-
-@dataclass(frozen=True, slots=True)
-class CancelRequest:
-    """End a request of this connection; an unknown id is ignored, since it may just have finished."""
-
-    id: int
+    session: Annotated[str | None, SESSION] = None
+    """The client's secret, the same in all its requests. Without it a request ends with its connection's gateway."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeRequest:
-    """Go on with a request after the connection was lost, from where this client has read."""
+    """Continue a request on a new connection, from where this client has read."""
 
-    id: int
-    session: str
-    offsets: tuple[int, ...]
+    id: Annotated[int, REQUEST_ID]
+    session: Annotated[str, SESSION]
+    offsets: Annotated[tuple[int, ...], Sequence(Integer(-1, INT32_MAX), MAX_CHOICES, 1)]
     """Per choice: tokens received, or -1 when its finish reason was."""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequest:
+    """End a request of this connection. An unknown id is ignored, since the request may just have finished."""
+
+    id: Annotated[int, REQUEST_ID]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,24 +115,27 @@ class Query:
 ClientMessage = Generate | ResumeRequest | CancelRequest | Query
 
 
+def _rules_of(message: type) -> dict[str, Rule]:
+    hints = get_type_hints(message, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+
+GENERATE_RULES = _rules_of(Generate)
+_RESUME_RULES = _rules_of(ResumeRequest)
+_ID_RULES = _rules_of(CancelRequest)
+_TYPE = Choice(("generate", "resume", "cancel", *get_args(QueryKind)))
+
+
 def parse_client_message(data: Mapping[object, object]) -> ClientMessage:
-    """Check a decoded map against the tables. FieldError says which field, its value and what is allowed."""
-    kind = CLIENT_TYPE.parse("type", data.get("type"))
+    """Check a decoded map against the rules. FieldError names the field, its value and what is allowed."""
+    kind = _TYPE.parse("type", data.get("type"))
     rest = {name: value for name, value in data.items() if name != "type"}
     if kind == "generate":
         return _parse_generate(rest)
     if kind == "resume":
-        return ResumeRequest(**_parsed(rest, RESUME_RULES, *RESUME_RULES))
-    request_id = _parsed(rest, QUERY_RULES, "id")["id"]
+        return ResumeRequest(**_parsed(rest, _RESUME_RULES, *_RESUME_RULES))
+    request_id = _parsed(rest, _ID_RULES, "id")["id"]
     return CancelRequest(request_id) if kind == "cancel" else Query(cast("QueryKind", kind), request_id)
-
-
-def _parsed(data: Mapping[object, object], rules: Mapping[str, Rule], *required: str) -> dict[str, Any]:
-    parsed = parse_fields(data, rules)
-    for name in required:
-        if name not in parsed:
-            raise FieldError(f"{name} is missing; it must be {rules[name].allowed}")
-    return parsed
 
 
 def _parse_generate(data: Mapping[object, object]) -> Generate:
@@ -184,3 +149,11 @@ def _parse_generate(data: Mapping[object, object]) -> Generate:
     if request.max_tokens is not None and request.min_tokens > request.max_tokens:
         raise FieldError(f"min_tokens ({request.min_tokens}) is above max_tokens ({request.max_tokens})")
     return request
+
+
+def _parsed(data: Mapping[object, object], rules: Mapping[str, Rule], *required: str) -> dict[str, Any]:
+    parsed = parse_fields(data, rules)
+    for name in required:
+        if name not in parsed:
+            raise FieldError(f"{name} is missing; it must be {rules[name].allowed}")
+    return parsed
