@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, file_size
+from mgpu.protocol.checkpoint.untrusted import CheckpointError, file_size, reading
 
 GGUF_TYPES: dict[int, tuple[str, int, int]] = {
     # ggml type number: name, elements per block, bytes per block
@@ -67,11 +67,8 @@ def read_gguf(path: str | Path, with_arrays: bool) -> GgufHeader:
     CheckpointError for anything that is not a whole, consistent GGUF file.
     """
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            return _read(_Cursor(path, file, file_size(path)), with_arrays)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with reading(path), open(path, "rb") as file:
+        return _read(_Cursor(path, file, file_size(path)), with_arrays)
 
 
 class _Cursor:
@@ -92,7 +89,7 @@ class _Cursor:
         return self.size - self.position
 
     def take(self, count: int) -> int:
-        """Advance over ``count`` bytes and give where they start in the buffer."""
+        """Advance over ``count`` bytes and return where they start in the buffer."""
         start, end = self.position, self.position + count
         if end > len(self._buffer):
             self._fill(end)
@@ -177,14 +174,14 @@ def _read_value(cursor: _Cursor, kind: int) -> object:
 
 
 def _scalar_code(cursor: _Cursor, kind: int) -> str:
-    """Give the letter that `struct` has for a metadata type."""
+    """Return the letter that `struct` uses for a metadata type."""
     if kind not in _SCALARS:
         raise cursor.error(f"unknown metadata type {kind} at byte {cursor.position}")
     return _SCALARS[kind]
 
 
 def _read_array(cursor: _Cursor, with_arrays: bool, depth: int) -> list[object] | None:
-    """Read an array, or step over it and give None when it is big and not wanted."""
+    """Read an array. A big one that is not wanted is stepped over; the result is None."""
     kind, count = cursor.u32(), cursor.u64()
     keep = with_arrays or count <= _SMALL_ARRAY
     if kind == _STRING:

@@ -6,9 +6,8 @@ import struct
 from pathlib import Path
 
 from mgpu.protocol.checkpoint.gguf_file import GgufHeader, GgufTensor, read_gguf
-from mgpu.protocol.checkpoint.huggingface import MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_POSITION, MAX_VOCAB
 from mgpu.protocol.checkpoint.tensors import TensorEntry
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, checked_file
+from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file
 from mgpu.protocol.model.facts import Dtype, ModelFacts, RopeScaling
 
 _GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
@@ -39,7 +38,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 def read_gguf_checkpoint(path: Path) -> tuple[ModelFacts, dict[str, TensorEntry]]:
-    """Read facts and tensor index of a GGUF model; CheckpointError when it is not one that can be served."""
+    """Read facts and tensor index of a GGUF model. CheckpointError when it cannot be served."""
     header = read_gguf(path, with_arrays=False)
     fields = Fields(str(path), header.metadata)
     others = _other_parts(path, fields)
@@ -71,7 +70,7 @@ def _entries(architecture: str, located: dict[str, tuple[Path, GgufTensor]]) -> 
 
 
 def _other_parts(path: Path, fields: Fields) -> list[Path]:
-    """Name the further files of a model that is split over several; ``path`` must be the first of them."""
+    """Return the further files of a model that is split over several; ``path`` must be the first."""
     count = fields.integer("split.count", 1, low=0, high=9999)
     if count <= 1:
         return []
@@ -84,14 +83,14 @@ def _other_parts(path: Path, fields: Fields) -> list[Path]:
 
 
 def hugging_face_name(architecture: str, name: str) -> str | None:
-    """Translate a GGUF tensor name; None for tensors that carry no weights of ours."""
+    """Translate a GGUF tensor name. None for a tensor outside the layers that is not needed."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     parts = name.split(".")
     if len(parts) != 4 or parts[0] != "blk" or parts[3] not in ("weight", "bias"):
         return None
     names = _LAYER_NAMES | (_GEMMA_NORMS if architecture == "gemma3" else _COMMON_NORMS)
-    # A part that nobody knows keeps its name, so that it is noticed instead of left out.
+    # An unknown part keeps its name, so that `check_tensors` refuses it instead of leaving it out.
     return f"model.layers.{parts[1]}.{names.get(parts[2], parts[2])}.{parts[3]}"
 
 
@@ -100,10 +99,10 @@ def _facts(path: Path, architecture: str, header: GgufHeader, rope_file: Path) -
     for key in ("expert_count", "final_logit_softcapping", "attn_logit_softcapping"):
         if fields.raw(key):
             raise fields.error(key, f"is {fields.raw(key)!r}, which is not supported")
-    hidden = fields.integer("embedding_length", high=MAX_HIDDEN)
-    num_layers = fields.integer("block_count", high=MAX_LAYERS)
-    num_q_heads = fields.integer("attention.head_count", high=MAX_HEADS)
-    num_kv_heads = fields.integer("attention.head_count_kv", num_q_heads, high=MAX_HEADS)
+    hidden = fields.integer("embedding_length", high=Limit.HIDDEN)
+    num_layers = fields.integer("block_count", high=Limit.LAYERS)
+    num_q_heads = fields.integer("attention.head_count", high=Limit.HEADS)
+    num_kv_heads = fields.integer("attention.head_count_kv", num_q_heads, high=Limit.HEADS)
     if num_q_heads % num_kv_heads:
         raise fields.error("attention.head_count_kv", f"is {num_kv_heads}, which does not divide {num_q_heads}")
     head_dim = _head_dim(fields, hidden, num_q_heads)
@@ -114,13 +113,13 @@ def _facts(path: Path, architecture: str, header: GgufHeader, rope_file: Path) -
     return ModelFacts(
         architecture=architecture,
         hidden_size=hidden,
-        intermediate_size=fields.integer("feed_forward_length", high=8 * MAX_HIDDEN),
+        intermediate_size=fields.integer("feed_forward_length", high=8 * Limit.HIDDEN),
         num_layers=num_layers,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=_vocab_size(path, tensors),
-        max_position=fields.integer("context_length", 4096, high=MAX_POSITION),
+        max_position=fields.integer("context_length", 4096, high=Limit.POSITION),
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", 1e-6),
         rope_theta=fields.number("rope.freq_base", 1e6 if gemma else 1e4),
         rope_local_theta=fields.number("rope.freq_base_swa", 1e4) if gemma else None,
@@ -144,7 +143,7 @@ def _facts(path: Path, architecture: str, header: GgufHeader, rope_file: Path) -
 def _head_dim(fields: Fields, hidden: int, num_q_heads: int) -> int:
     if not fields.has("attention.key_length") and hidden % num_q_heads:
         raise fields.error("embedding_length", f"is {hidden}, not a multiple of the {num_q_heads} attention heads")
-    head_dim = fields.integer("attention.key_length", hidden // num_q_heads, high=4096)
+    head_dim = fields.integer("attention.key_length", hidden // num_q_heads, high=Limit.HEAD_DIM)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (other := fields.integer(key, head_dim)) != head_dim:
             raise fields.error(key, f"is {other}, unlike the head size {head_dim}, which is not supported")
@@ -154,12 +153,12 @@ def _head_dim(fields: Fields, hidden: int, num_q_heads: int) -> int:
 
 
 def _vocab_size(path: Path, tensors: dict[str, GgufTensor]) -> int:
-    """The embedding says it: the token list may be shorter, and `vocab_size` is often absent."""
+    """Return the rows of the embedding: the token list may be shorter, and `vocab_size` is often absent."""
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{path}: the tensor 'token_embd.weight' is missing or not a matrix")
-    if embedding.shape[0] > MAX_VOCAB:
-        raise CheckpointError(f"{path}: a vocabulary of {embedding.shape[0]} is more than the {MAX_VOCAB} allowed")
+    if embedding.shape[0] > Limit.VOCAB:
+        raise CheckpointError(f"{path}: a vocabulary of {embedding.shape[0]} is more than the {Limit.VOCAB} allowed")
     return embedding.shape[0]
 
 
@@ -212,7 +211,7 @@ def _close(value: float, expected: float) -> bool:
 
 
 def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> list[float]:
-    """Give what Llama 3.1's rule divides each rotary frequency by."""
+    """Return the divisor of each rotary frequency by Llama 3.1's rule."""
     divisors = []
     for index in range(head_dim // 2):
         turns = scaling.original_max_position / (2 * math.pi * theta ** (2 * index / head_dim))
@@ -234,7 +233,7 @@ def _eos(tokenizer: Fields) -> tuple[int, ...]:
 
 
 def _dtype(tensors: dict[str, GgufTensor]) -> Dtype:
-    """Name the float type of the weights; quantized ones are meant to be computed in bfloat16."""
+    """Return the float type of the weights. Quantized ones are meant to be computed in bfloat16."""
     kinds = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) == 2}
     if kinds == {"F32"}:
         return "float32"

@@ -4,11 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from mgpu.protocol.checkpoint.rope import read_rope
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, checked_file, read_json_object
-from mgpu.protocol.model.facts import ARCHITECTURES, Dtype, ModelFacts
-
-MAX_HIDDEN, MAX_LAYERS, MAX_HEADS, MAX_VOCAB, MAX_POSITION = 1 << 18, 4096, 4096, 1 << 24, 1 << 30
+from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file, read_json_object
+from mgpu.protocol.model.facts import ARCHITECTURES, Dtype, ModelFacts, RopeScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +75,24 @@ def _facts(family: str, outer: Fields, fields: Fields, generation_eos: tuple[int
     _refuse_unsupported(outer)
     _refuse_unsupported(fields)
     base = _FAMILIES[family]
-    hidden = fields.integer("hidden_size", base.hidden_size, high=MAX_HIDDEN)
-    num_layers = fields.integer("num_hidden_layers", base.num_layers, high=MAX_LAYERS)
-    num_q_heads = fields.integer("num_attention_heads", base.num_q_heads, high=MAX_HEADS)
+    hidden = fields.integer("hidden_size", base.hidden_size, high=Limit.HIDDEN)
+    num_layers = fields.integer("num_hidden_layers", base.num_layers, high=Limit.LAYERS)
+    num_q_heads = fields.integer("num_attention_heads", base.num_q_heads, high=Limit.HEADS)
     head_dim = _head_dim(fields, base, hidden, num_q_heads)
-    max_position = fields.integer("max_position_embeddings", base.max_position, high=MAX_POSITION)
-    rope = read_rope(fields, family, max_position)
+    max_position = fields.integer("max_position_embeddings", base.max_position, high=Limit.POSITION)
+    rope = _rope(fields, family, max_position)
     window, sliding = _sliding(fields, family, num_layers)
     biased = fields.boolean("attention_bias", False) and family != "mistral"
     eos = generation_eos + (fields.token_ids("eos_token_id") or outer.token_ids("eos_token_id") or base.eos)
     return ModelFacts(
         architecture=family,
         hidden_size=hidden,
-        intermediate_size=fields.integer("intermediate_size", base.intermediate_size, high=8 * MAX_HIDDEN),
+        intermediate_size=fields.integer("intermediate_size", base.intermediate_size, high=8 * Limit.HIDDEN),
         num_layers=num_layers,
         num_q_heads=num_q_heads,
         num_kv_heads=_num_kv_heads(fields, base, num_q_heads),
         head_dim=head_dim,
-        vocab_size=fields.integer("vocab_size", base.vocab_size, high=MAX_VOCAB),
+        vocab_size=fields.integer("vocab_size", base.vocab_size, high=Limit.VOCAB),
         max_position=max_position,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope_theta=rope.theta,
@@ -135,7 +132,7 @@ def _head_dim(fields: Fields, base: _Family, hidden: int, num_q_heads: int) -> i
     default = base.head_dim or hidden // num_q_heads
     if not fields.has("head_dim") and base.head_dim is None and hidden % num_q_heads:
         raise fields.error("hidden_size", f"is {hidden}, not a multiple of the {num_q_heads} attention heads")
-    head_dim = fields.integer("head_dim", default, high=4096)
+    head_dim = fields.integer("head_dim", default, high=Limit.HEAD_DIM)
     if head_dim % 2:
         raise fields.error("head_dim", f"is {head_dim}; rotary embeddings need an even number")
     return head_dim
@@ -144,14 +141,14 @@ def _head_dim(fields: Fields, base: _Family, hidden: int, num_q_heads: int) -> i
 def _num_kv_heads(fields: Fields, base: _Family, num_q_heads: int) -> int:
     # An explicit null means "as many as query heads"; an absent key means the class default.
     default = num_q_heads if fields.declares("num_key_value_heads") else base.num_kv_heads or num_q_heads
-    num_kv_heads = fields.integer("num_key_value_heads", default, high=MAX_HEADS)
+    num_kv_heads = fields.integer("num_key_value_heads", default, high=Limit.HEADS)
     if num_q_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", f"is {num_kv_heads}, which does not divide {num_q_heads} query heads")
     return num_kv_heads
 
 
 def _sliding(fields: Fields, family: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """Give the window and which layers use it; (None, all False) without one."""
+    """Return the window and which layers use it; (None, all False) without one."""
     none = None, (False,) * num_layers
     if family == "llama" or (fields.declares("sliding_window") and not fields.has("sliding_window")):
         return none
@@ -205,3 +202,71 @@ def _dtype(outer: Fields, fields: Fields) -> Dtype:
                 return cast("Dtype", name)
             raise holder.error(key, f"is {name[:40]!r}; supported: float32, float16, bfloat16")
     return "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class _Rope:
+    theta: float
+    local_theta: float | None
+    scaling: RopeScaling | None
+
+
+def _rope(fields: Fields, family: str, max_position: int) -> _Rope:
+    """Read rotary-embedding parameters in the old style or that of transformers 5.
+
+    Old: ``rope_theta`` and ``rope_scaling``. New: ``rope_parameters``, flat or one object per layer type.
+    """
+    parameters = fields.nested("rope_parameters")
+    per_type = parameters is not None and (parameters.has("full_attention") or parameters.has("sliding_attention"))
+    full, sliding = parameters, None
+    if parameters is not None and per_type:
+        full, sliding = parameters.nested("full_attention"), parameters.nested("sliding_attention")
+    # transformers lets a `rope_scaling` of the old style win where both are present.
+    scaling = fields.nested("rope_scaling") or full
+    theta = _theta(full, fields, "rope_theta", 1e6 if family == "gemma3" else 1e4)
+    local = _theta(sliding, fields, "rope_local_base_freq", 1e4)
+    _check_sliding_rope(fields, family, sliding, local, theta)
+    for holder in (fields, full, sliding):
+        if holder is not None and holder.number("partial_rotary_factor", 1.0) != 1.0:
+            raise holder.error("partial_rotary_factor", "is not 1, which is not supported")
+    return _Rope(theta, local if family == "gemma3" else None, _rope_scaling(scaling, fields, max_position))
+
+
+def _theta(holder: Fields | None, fields: Fields, key: str, default: float) -> float:
+    if holder is not None and holder.has("rope_theta"):
+        return holder.number("rope_theta")
+    return fields.number(key, default)
+
+
+def _check_sliding_rope(fields: Fields, family: str, sliding: Fields | None, local: float, theta: float) -> None:
+    """Refuse sliding layers that differ from the others in more than theta, which Gemma 3 alone may do."""
+    if sliding is None:
+        return
+    if _rope_kind(sliding) != "default":
+        raise fields.error("rope_parameters", "scales the sliding-attention layers, which is not supported")
+    if family != "gemma3" and sliding.has("rope_theta") and local != theta:
+        raise fields.error("rope_parameters", f"differ per layer type, which is not supported for {family}")
+
+
+def _rope_kind(holder: Fields) -> str:
+    return holder.text("rope_type", holder.text("type", "default"))
+
+
+def _rope_scaling(holder: Fields | None, fields: Fields, max_position: int) -> RopeScaling | None:
+    if holder is None or (kind := _rope_kind(holder)) == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", holder.number("factor"))
+    if kind == "llama3":
+        original = fields.integer("original_max_position_embeddings", max_position)
+        low, high = holder.number("low_freq_factor"), holder.number("high_freq_factor")
+        if low >= high:
+            raise holder.error("low_freq_factor", f"is {low}, not below high_freq_factor {high}")
+        return RopeScaling(
+            "llama3",
+            holder.number("factor"),
+            low,
+            high,
+            holder.integer("original_max_position_embeddings", original),
+        )
+    raise holder.error("rope_type", f"is {kind[:40]!r}; supported: default, linear, llama3")

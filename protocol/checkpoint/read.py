@@ -1,6 +1,6 @@
 """Read what a model is and where its tensors lie, from file headers alone. Shared by planner and loader; stdlib only.
 
-Files come from strangers: nothing is trusted, everything that is wrong raises `CheckpointError` with file and numbers.
+Files come from strangers and nothing in them is trusted. Each fault raises `CheckpointError` with file and numbers.
 """
 
 import re
@@ -11,7 +11,7 @@ from mgpu.protocol.checkpoint.gguf_model import read_gguf_checkpoint
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.checkpoint.safetensors_file import read_safetensors
 from mgpu.protocol.checkpoint.tensors import TensorEntry, check_tensors, dummy_tensors, expected_tensors
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, checked_file, read_json_object
+from mgpu.protocol.checkpoint.untrusted import CheckpointError, checked_file, read_json_object, reading
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelFacts, ModelSource
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorEntry", "expected_tensors", "read_checkpoint"]
@@ -30,7 +30,7 @@ class Checkpoint:
 
 
 def has_weights(folder: Path) -> bool:
-    """Tell whether a folder holds weights of any kind, also of those that `read_checkpoint` refuses."""
+    """Return True if a folder holds weights of any kind, even of a kind that `read_checkpoint` refuses."""
     return any(entry.suffix.lower() in _PICKLES or ".safetensors" in entry.name for entry in folder.iterdir())
 
 
@@ -39,10 +39,9 @@ def read_checkpoint(path: str | Path, load_format: LoadFormat = "auto") -> Check
 
     CheckpointError for everything wrong with the files.
     """
-    try:
-        return _read(Path(path), load_format)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    path = Path(path)
+    with reading(path):
+        return _read(path, load_format)
 
 
 def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
@@ -96,7 +95,7 @@ def _read_folder(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _text_name(name: str) -> str:
-    """Give the name that a text-only model would use; Gemma 3's multimodal checkpoints wrap it in two ways."""
+    """Return the name that a text-only model would use. Gemma 3's multimodal checkpoints wrap it in two ways."""
     for prefix, plain in (("language_model.", ""), ("model.language_model.", "model.")):
         if name.startswith(prefix):
             return plain + name[len(prefix) :]

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 from mgpu.protocol.checkpoint.tensors import TensorEntry
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, file_size, parse_json_object
+from mgpu.protocol.checkpoint.untrusted import CheckpointError, file_size, parse_json_object, reading
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMS = 8
@@ -20,7 +20,7 @@ DTYPE_BYTES = {
 
 
 def read_safetensors(path: Path) -> dict[str, TensorEntry]:
-    """Give the tensors of one file by name. CheckpointError when the header and the file disagree."""
+    """Return the tensors of one file by name. CheckpointError when the header and the file disagree."""
     size = file_size(path)
     header, data_start = _read_header(path, size)
     entries = [_entry(path, name, info, data_start) for name, info in header.items() if name != "__metadata__"]
@@ -29,20 +29,17 @@ def read_safetensors(path: Path) -> dict[str, TensorEntry]:
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, object], int]:
-    try:
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path}: not a safetensors file: {size} bytes")
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{path}: truncated or corrupt: claims a header of {length} bytes in a file of {size} "
-                    f"(at most {MAX_HEADER_BYTES} allowed)"
-                )
-            data = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with reading(path), open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path}: not a safetensors file: {size} bytes")
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                f"{path}: truncated or corrupt: claims a header of {length} bytes in a file of {size} "
+                f"(at most {MAX_HEADER_BYTES} allowed)"
+            )
+        data = file.read(length)
     return parse_json_object(data, f"{path}: header"), 8 + length
 
 
@@ -67,7 +64,7 @@ def _entry(path: Path, name: str, info: object, data_start: int) -> TensorEntry:
 
 
 def _sizes(value: object) -> tuple[int, ...] | None:
-    """Give a list of sizes as a tuple; None when it is anything else."""
+    """Return a list of sizes as a tuple; None if the value is anything else."""
     if not isinstance(value, list) or any(type(item) is not int or not 0 <= item < 1 << 62 for item in value):
         return None
     return tuple(value)

@@ -11,7 +11,7 @@ LOADABLE_DTYPES = frozenset(
 )
 
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn_rot_embd.weight")
-"""Constants that old checkpoints store although they follow from the configuration."""
+"""Constants that old checkpoints store, although they follow from the configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class TensorEntry:
 
 
 def expected_tensors(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
-    """Give every tensor of the model with its whole (unsplit) shape, in layer order."""
+    """Return every tensor of the model with its whole (unsplit) shape, in layer order."""
     hidden = facts.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (facts.vocab_size, hidden)}
     for layer in range(facts.num_layers):
@@ -43,7 +43,7 @@ def expected_tensors(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
 
 
 def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
-    """Give the tensors of one decoder layer."""
+    """Return the tensors of one decoder layer."""
     head = f"model.layers.{layer}."
     attention, mlp = head + "self_attn.", head + "mlp."
     hidden, inner = facts.hidden_size, facts.intermediate_size

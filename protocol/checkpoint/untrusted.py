@@ -1,34 +1,57 @@
-"""Read untrusted metadata: files that stay inside their folder, and fields with checked types and bounds."""
+"""Read untrusted files: paths that stay inside their folder, JSON, and fields with checked types and bounds."""
 
 import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 MAX_JSON_BYTES = 16 << 20
 """Larger than any real config.json or shard index; bounds what a hostile folder makes us parse."""
 
 
+class Limit:
+    """What a model may claim. Larger claims are mistakes or attacks."""
+
+    HIDDEN, LAYERS, HEADS, HEAD_DIM, VOCAB, POSITION = 1 << 18, 4096, 4096, 4096, 1 << 24, 1 << 30
+
+
 class CheckpointError(ValueError):
     """The model files cannot be served as they are; the text names the file and the numbers."""
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a CheckpointError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def file_size(path: Path) -> int:
+    """Return the size in bytes of an existing file. CheckpointError when it cannot be read."""
+    with reading(path):
+        return os.stat(path).st_size
+
+
 def checked_file(folder: Path, name: str) -> Path:
-    """Give the path of a regular file that lies directly in ``folder``.
+    """Return the path of a regular file that lies directly in ``folder``.
 
     A symlink may leave the folder only into the ``blobs`` directory of the same Hugging Face cache entry.
-    CheckpointError when the name is not a plain file name, the file is missing, special or elsewhere.
+    CheckpointError when the name is not a plain file name, or the file is missing, special or elsewhere.
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(f"{folder}: {name!r} is not a plain file name inside the model folder")
     path = folder / name
-    try:
-        target = path.resolve(strict=True)
+    with reading(path):
+        try:
+            target = path.resolve(strict=True)
+        except RuntimeError as error:  # a loop of symlinks
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
         mode = target.stat().st_mode
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: not a regular file")
     if target.parent not in _allowed_parents(folder):
@@ -43,20 +66,13 @@ def _allowed_parents(folder: Path) -> tuple[Path, ...]:
     return (home,)
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-
-
 def read_json_object(path: Path) -> dict[str, object]:
     """Parse a JSON file whose top level is an object without repeated keys."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} allowed for a JSON file")
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
-    return parse_json_object(data, str(path))
+    size = file_size(path)
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} allowed for a JSON file")
+    with reading(path):
+        return parse_json_object(path.read_bytes(), str(path))
 
 
 def parse_json_object(data: bytes, source: str) -> dict[str, object]:
@@ -80,33 +96,35 @@ def parse_json_object(data: bytes, source: str) -> dict[str, object]:
 
 
 class Fields:
-    """Typed access to a mapping whose values nobody has checked. Absent and null are the same."""
+    """Typed access to a mapping with unchecked values. Null counts as absent."""
 
     def __init__(self, source: str, values: Mapping[str, object], prefix: str = "") -> None:
         self.source = source
         self._values = values
         self._prefix = prefix
 
-    def has(self, key: str) -> bool:
-        return self._values.get(self._prefix + key) is not None
-
-    def declares(self, key: str) -> bool:
-        """Tell whether the key is present at all, be it null."""
-        return self._prefix + key in self._values
-
     def raw(self, key: str) -> object:
         return self._values.get(self._prefix + key)
+
+    def has(self, key: str) -> bool:
+        return self.raw(key) is not None
+
+    def declares(self, key: str) -> bool:
+        """Return True if the key is present, even if it is null."""
+        return self._prefix + key in self._values
+
+    def _present(self, key: str, default: object) -> object:
+        value = default if self.raw(key) is None else self.raw(key)
+        if value is None:
+            raise self.error(key, "is missing")
+        return value
 
     def error(self, key: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {self._prefix}{key} {problem}")
 
     def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 30) -> int:
-        """Give an integer in [low, high]; CheckpointError when absent without default, mistyped or out of range."""
-        value = self.raw(key)
-        if value is None:
-            if default is None:
-                raise self.error(key, "is missing")
-            return default
+        """Return an integer in [low, high]. CheckpointError when absent without default, mistyped or out of range."""
+        value = self._present(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -116,12 +134,8 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Give a finite number above 0."""
-        value = self.raw(key)
-        if value is None:
-            if default is None:
-                raise self.error(key, "is missing")
-            return default
+        """Return a finite number above 0."""
+        value = self._present(key, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise self.error(key, f"must be a number, found {_shown(value)}")
         # The comparison comes first: an integer beyond float's range must not reach isfinite.
@@ -130,25 +144,19 @@ class Fields:
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self.raw(key)
-        if value is None:
-            return default
+        value = self._present(key, default)
         if not isinstance(value, bool):
             raise self.error(key, f"must be true or false, found {_shown(value)}")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
-        value = self.raw(key)
-        if value is None:
-            if default is None:
-                raise self.error(key, "is missing")
-            return default
+        value = self._present(key, default)
         if not isinstance(value, str):
             raise self.error(key, f"must be a string, found {_shown(value)}")
         return value
 
     def nested(self, key: str) -> "Fields | None":
-        """Give the object under a key; None when absent or empty."""
+        """Return the object under a key; None when absent or empty."""
         value = self.raw(key)
         if value is None or value == {}:
             return None
@@ -157,7 +165,7 @@ class Fields:
         return Fields(f"{self.source}: {self._prefix}{key}", value)
 
     def list_of(self, key: str, kind: type, length: int | None = None) -> list[object] | None:
-        """Give a list whose items are all of ``kind``; None when absent."""
+        """Return a list whose items are all of ``kind``; None when absent."""
         value = self.raw(key)
         if value is None:
             return None
@@ -168,7 +176,7 @@ class Fields:
         return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """Give token ids written as one integer or a list of them."""
+        """Return token ids, which may be written as one integer or as a list."""
         value = self.raw(key)
         items = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(item) is not int or not 0 <= item < 1 << 31 for item in items):
@@ -182,11 +190,3 @@ def _shown(value: object) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def file_size(path: Path) -> int:
-    """Give the size in bytes of an existing file; CheckpointError when it cannot be read."""
-    try:
-        return os.stat(path).st_size
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
