@@ -1,7 +1,7 @@
-"""Decode steps as CUDA graphs: what a step does on the host is fill one small buffer and launch one graph.
+"""Decode steps as CUDA graphs: the host only fills one small buffer and launches one graph.
 
-A graph serves all batches up to its size; the rows that fill it up read token 0 of no context and write nothing. It
-takes its inputs from the persistent rows, and leaves the chosen tokens in them for the next step.
+A graph serves all batches up to its size; rows that only pad the batch have no context and write nothing. The graph
+reads its inputs from the persistent rows, and writes the chosen tokens to them for the next step.
 """
 
 # R rows of the padded batch
@@ -21,9 +21,9 @@ from mgpu.worker.state.rows import RowTable
 from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, choose_tokens, padded, whole_lines
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
-"""Batches that graphs are made for; larger ones are multiples of the last."""
+"""Batches that graphs are made for; beyond the last, its multiples."""
 _HEAD = 4
-"""Numbers before the columns of a staged step: the count of rows, and filling."""
+"""Numbers before the columns of a staged step: the count of rows, then padding."""
 
 
 class DecodeGraphs:
@@ -43,18 +43,18 @@ class DecodeGraphs:
         self._starts_R = torch.arange(most + 1, dtype=torch.int32, device=rows.device)
 
     def takes(self, plan: StepPlan) -> bool:
-        """Say whether every row of a plan computes and samples one token, and kernels add up as many."""
+        """Return True if every row of a plan computes and samples one token, and kernels can add up so many rows."""
         if self._peers is not None and graph_size(len(plan.rows)) > self._peers.most_rows:
             return False
         return bool(plan.rows) and max(plan.counts) == 1 and min(plan.samples) == 1
 
     def prepare(self, size: int) -> None:
-        """Make a graph ahead of its first use; the largest first, so that smaller ones fit into its memory."""
+        """Make the graph of a size, if it is not there yet."""
         if size not in self._graphs:
             self._graphs[size] = self._pool.capture(staged_length(size), lambda staged: self._forward(size, staged))
 
     def run(self, plan: StepPlan, fresh: list[int]) -> StepOutput:
-        """Launch a step that `takes`; ``fresh`` is what `RowTable.apply_decode` gave."""
+        """Launch a step that `takes` accepts; ``fresh`` is the result of `RowTable.apply_decode`."""
         size = graph_size(len(plan.rows))
         self.prepare(size)
         column = whole_lines(size)
@@ -76,7 +76,7 @@ class DecodeGraphs:
         x_RD = self._stage.embed(inputs.token_ids)
         x_RD = self._stage.run_layers(x_RD, self._batch(inputs, size), self._cache)
         logits_RV = self._stage.raw_logits(x_RD)
-        # The token that is chosen comes right after the context.
+        # The position to choose for is the length of the context.
         return StepOutput(logits_RV, choose_tokens(logits_RV, rows_R, inputs.context_lens, rows, self._peers))
 
     def _batch(self, inputs: DecodeInputs, size: int) -> StepBatch:
@@ -94,10 +94,10 @@ class DecodeGraphs:
 
 
 def graph_size(rows: int) -> int:
-    """Give the size of the graph that serves a batch."""
+    """Return the size of the graph that serves a batch."""
     return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
 
 
 def staged_length(size: int) -> int:
-    """Give how many numbers a step of this size is staged in."""
+    """Return how many numbers a step of this size is staged in."""
     return _HEAD + 3 * whole_lines(size)

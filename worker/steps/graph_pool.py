@@ -1,4 +1,4 @@
-"""What all CUDA graphs of a worker share: one memory pool, since one runs at a time, and a way in for their inputs."""
+"""What all CUDA graphs of a worker share: one memory pool, since one runs at a time, their inputs, and the sampling."""
 
 from array import array
 from collections.abc import Callable
@@ -11,20 +11,20 @@ from mgpu.worker.kernels.sample import sample
 from mgpu.worker.ranks.peer_group import PeerGroup
 from mgpu.worker.state.rows import RowTable
 
-# R rows of the padded batch, V tokens of the vocabulary
+# R rows of the padded batch, V tokens of this rank's part of the vocabulary
 
 _BUFFERS = 4
-"""Pinned buffers in turn: two steps may be in flight."""
+"""Pinned buffers, used in turn: two steps may be in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Results of a graph's latest replay, overwritten by the next one of any graph."""
+    """Results of a graph's latest replay. The next replay of any graph overwrites them."""
 
     logits_RV: Tensor
     """In the model's dtype."""
     ids_R: Tensor
-    """int32: the choice for rows that need no more than noise."""
+    """int32: the tokens of rows that are `RowSampling.is_simple`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class StepGraph:
 
 
 class GraphPool:
-    """Captures graphs and feeds them. ``most`` is the longest vector of inputs."""
+    """Captures graphs and replays them with new inputs. ``most`` is the longest vector of inputs."""
 
     def __init__(self, device: torch.device, most: int) -> None:
         self._device = device
@@ -49,13 +49,13 @@ class GraphPool:
 
     @torch.inference_mode()
     def capture(self, length: int, forward: Callable[[Tensor], StepOutput]) -> StepGraph:
-        """Capture a step over ``length`` staged numbers; with all of them 0 it must change nothing."""
+        """Capture a step over ``length`` staged numbers. With zeros only, the step must change nothing."""
         staged = torch.zeros(length, dtype=torch.int32, device=self._device)
-        forward(staged)  # compiles and loads what a capture must not
+        forward(staged)  # compiles and loads kernels, which a capture cannot
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            # Not torch.cuda.graph, which collects garbage and empties the allocator's cache for each graph.
+            # Not torch.cuda.graph: it collects garbage and empties the allocator's cache for each graph.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 output = forward(staged)
@@ -64,7 +64,7 @@ class GraphPool:
         return StepGraph(graph, staged, output)
 
     def replay(self, graph: StepGraph, values: "array[int]") -> StepOutput:
-        """Launch a step with these inputs, which fill its staged vector."""
+        """Copy these values to a step's staged vector, which they fill, and launch it."""
         self._turn = (self._turn + 1) % _BUFFERS
         pinned, copied = self._pinned[self._turn][: len(values)], self._copied[self._turn]
         copied.synchronize()
@@ -76,7 +76,7 @@ class GraphPool:
 
 
 class Uncaptured(GraphPool):
-    """Launches a step where a graph of it would be captured."""
+    """Launches each step once instead of capturing it."""
 
     @torch.inference_mode()
     def capture(self, length: int, forward: Callable[[Tensor], StepOutput]) -> StepGraph:
@@ -85,7 +85,7 @@ class Uncaptured(GraphPool):
 
 
 def padded(values: list[int], length: int, filler: int = 0) -> list[int]:
-    """Give a column of a staged vector."""
+    """Return a column of a staged vector."""
     return [*values, *[filler] * (length - len(values))]
 
 
@@ -97,7 +97,10 @@ def whole_lines(length: int) -> int:
 def choose_tokens(
     logits_RV: Tensor, rows_R: Tensor, positions_R: Tensor, rows: RowTable, peers: PeerGroup | None
 ) -> Tensor:
-    """Give tokens, int32 [R], and leave them in ``rows`` for the next step, but for rows whose position is 0."""
+    """Choose tokens inside a graph, greedy or with noise, over all ranks; return them, int32 [R].
+
+    They are written to ``rows`` for the next step, except for rows whose position is 0.
+    """
     slice_size = logits_RV.shape[1]
     scores_R, ids_R = sample(
         logits_RV,

@@ -1,4 +1,4 @@
-"""Which steps run as CUDA graphs, and which graphs are there from the start."""
+"""Which steps run as CUDA graphs, and which graphs are made before the first request."""
 
 from typing import TYPE_CHECKING, Optional
 
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
 
 _FIRST_DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _FIRST_PROMPTS = ((512, 8, False), (256, 8, False), (128, 8, False), (64, 8, False))
-"""Sizes of graphs that are there when the worker is ready; others are made when first needed, in about 50 ms."""
+"""Sizes of the graphs that a ready worker has. Others are made when first needed, in about 50 ms."""
 
 
 def make_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable, group: TensorParallelGroup) -> Optional["Graphs"]:
-    """Give the graphs of a rank that has all layers; None where its steps are not made of kernels.
+    """Return the graphs of a rank that has all layers; None if its steps cannot be captured.
 
-    Sums over ranks are captured where own kernels make them, which wait for peers on the GPU. All ranks get the same
-    plans, so they make and replay the same graphs in the same order.
+    Sums over ranks can be captured if own kernels make them, because those wait for peers on the GPU. All ranks get the
+    same plans, so they make and replay the same graphs in the same order.
     """
     peers = peers_of(group)
     if group.size > 1 and peers is None:
         return None
-    return Graphs(stage, cache, rows, peers) if _all(stage.has_kernels, group, rows.device) else None
+    return Graphs(stage, cache, rows, peers) if _on_all_ranks(stage.has_kernels, group, rows.device) else None
 
 
-def _all(value: bool, group: TensorParallelGroup, device: torch.device) -> bool:
-    """Say whether it is so on every rank: one whose kernels failed its check must not go another way than its peers."""
+def _on_all_ranks(value: bool, group: TensorParallelGroup, device: torch.device) -> bool:
+    """Return True if ``value`` is true on every rank: if the kernels of one failed their check, none uses graphs."""
     if group.size == 1:
         return value
     return bool(group.all_gather(torch.tensor([value], dtype=torch.uint8, device=device)).all())
 
 
 def prepare_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
-    """Launch all that the first graphs launch, and capture none."""
+    """Launch all kernels of the first graphs, but capture none."""
     from mgpu.worker.steps.graph_pool import Uncaptured
 
     Graphs(stage, cache, rows, None, Uncaptured).prepare()
@@ -67,7 +67,7 @@ class Graphs:
         self._prompts = PromptGraphs(pool, stage, cache, rows, peers)
 
     def run(self, plan: StepPlan) -> Optional["StepOutput"]:
-        """Apply and launch a step; None, with nothing done, where no graph serves it."""
+        """Apply and launch a step. Return None, with nothing done, if no graph serves it."""
         if self._decode.takes(plan):
             return self._decode.run(plan, self._rows.apply_decode(plan))
         if self._prompts.takes(plan):
@@ -77,7 +77,7 @@ class Graphs:
         return None
 
     def prepare(self) -> None:
-        """Make the first graphs, the largest first: smaller ones fit into its memory."""
+        """Make the first graphs, the largest first, so that smaller ones fit into its memory."""
         for size in reversed(_FIRST_DECODE):
             if size < self._most_rows:
                 self._decode.prepare(size)

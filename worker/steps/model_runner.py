@@ -1,4 +1,4 @@
-"""Execute step plans: tokens in, layers, tokens out, with what comes from and goes to other stages in between."""
+"""Execute step plans on one rank: embed or receive, run the layers, then send on or choose tokens."""
 
 # T tokens of the step, S rows that sample, D model dim
 
@@ -25,17 +25,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Awaited:
-    """Tokens that the last stage chooses and the first one still has to be told."""
+class _PendingTokens:
+    """Tokens that the last stage chooses and the first one has not received yet."""
 
     step: int
     request: SampleRequest
     occupant_ids: list[int]
-    """Who had the rows then: a row may have gone to another request meanwhile."""
+    """`RowTable.occupant_ids` of the rows in that step."""
 
 
 class ModelRunner:
-    """One rank's model, cache and rows. The same plans in the same order on every rank give the same state."""
+    """One rank's model, cache and rows. The same plans in the same order on every rank give the same state.
+
+    With several stages the last one chooses tokens and the first one needs them. A row that samples in step n is not
+    planned before step n + S (S stages), so the first stage receives the tokens of step n just before step n + S: the
+    other stages work on the steps in between. Meanwhile the row may have been freed and given to another request, whose
+    tokens must stay: occupant ids tell the two apart.
+    """
 
     def __init__(
         self,
@@ -56,21 +62,21 @@ class ModelRunner:
         self._is_first = place.stage_index == 0
         self._is_last = place.stage_index == num_stages - 1
         self._sampler = Sampler(rows, links.group, padded_vocab(facts.vocab_size, place.tp_size) // place.tp_size)
-        self._awaited: deque[_Awaited] = deque()
+        self._pending: deque[_PendingTokens] = deque()
         self._graphs = make_graphs(stage, cache, rows, links.group) if num_stages == 1 else None
 
     def check_peers(self) -> None:
-        """Raise PeerLost if a step that has been computed waited for another rank in vain."""
+        """Raise PeerLost if a computed step has waited for another rank in vain."""
         if (peers := peers_of(self._links.group)) is not None:
             peers.check()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sampled | None:
-        """Execute one step; gives the chosen tokens on the last stage if any row samples. BadPlan, PeerLost."""
+        """Execute one step. Return the chosen tokens on the last stage, None if no row samples. BadPlan, PeerLost."""
         self.check_peers()
-        self._take_tokens(plan.step - self._num_stages)
+        self._receive_tokens(plan.step - self._num_stages)
         if self._graphs is not None and (output := self._graphs.run(plan)) is not None:
-            return self._choose_of(output, plan)
+            return self._sampled_by_graph(output, plan)
         self._rows.apply(plan)
         if not plan.rows:
             return None
@@ -82,22 +88,23 @@ class ModelRunner:
         x_TD = self._stage.run_layers(x_TD, batch, self._cache)
         if not self._is_last:
             self._links.send(x_TD)
-            self._await_tokens(plan.step, request)
+            if self._is_first and request is not None:
+                occupant_ids = [self._rows.occupant_ids[row] for row in request.rows]
+                self._pending.append(_PendingTokens(plan.step, request, occupant_ids))
             return None
         return self._choose(x_TD[batch.logit_rows], request) if request is not None else None
 
-    def _choose_of(self, output: "StepOutput", plan: StepPlan) -> Sampled | None:
-        """Give the tokens that a graph chose, or choose them again for rows that need more than noise."""
+    def _sampled_by_graph(self, output: "StepOutput", plan: StepPlan) -> Sampled | None:
+        """Return the tokens that a graph chose. Choose again from its logits if a row needs more than an arg-max."""
         rows = self._rows
         sampling = [i for i, samples in enumerate(plan.samples) if samples]
         if not sampling:
             return None
         numbers = [plan.rows[i] for i in sampling]
-        everyone = len(sampling) == len(plan.rows)
-        # The outputs are cut out by copies: the next step overwrites them.
         if all(rows.is_simple[row] for row in numbers):
-            ids_R = output.ids_R
-            return Sampled(ids_R[: len(sampling)].clone() if everyone else ids_R[rows.to_device([sampling])[0]], None)
+            ids_R = output.ids_R  # copied below, because the next step overwrites it
+            all_sample = len(sampling) == len(plan.rows)
+            return Sampled(ids_R[: len(sampling)].clone() if all_sample else ids_R[rows.to_device([sampling])[0]], None)
         positions = [plan.starts[i] + plan.counts[i] for i in sampling]
         sampling_S, rows_S, positions_S = rows.to_device([sampling, numbers, positions])
         request = SampleRequest(numbers, positions, rows_S, positions_S)
@@ -111,34 +118,25 @@ class ModelRunner:
         self._links.send_tokens(sampled.ids_S)
         return sampled
 
-    def _await_tokens(self, step: int, request: SampleRequest | None) -> None:
-        if self._is_first and request is not None:
-            occupant_ids = [self._rows.occupant_ids[row] for row in request.rows]
-            self._awaited.append(_Awaited(step, request, occupant_ids))
-
-    def _take_tokens(self, last_step: int) -> None:
-        """Write the tokens of all steps up to ``last_step``: no row that this plan names waits for a later one."""
-        while self._awaited and self._awaited[0].step <= last_step:
-            awaited = self._awaited.popleft()
-            ids_S = self._links.recv_tokens(len(awaited.request.rows))
-            self._rows.write_sampled(*self._still_there(awaited, ids_S))
-
-    def _still_there(self, awaited: _Awaited, ids_S: Tensor) -> tuple[SampleRequest, Tensor]:
-        """Leave out the rows that were freed and given to other requests since."""
-        request, occupant_ids = awaited.request, self._rows.occupant_ids
-        kept = [i for i, row in enumerate(request.rows) if occupant_ids[row] == awaited.occupant_ids[i]]
-        if len(kept) == len(request.rows):
-            return request, ids_S
-        (kept_N,) = self._rows.to_device([kept])
-        return request.pick(kept, kept_N), ids_S[kept_N]
+    def _receive_tokens(self, last_step: int) -> None:
+        """Receive and write the tokens of all steps up to ``last_step``, except those of rows freed since."""
+        rows = self._rows
+        while self._pending and self._pending[0].step <= last_step:
+            pending = self._pending.popleft()
+            request, ids_S = pending.request, self._links.recv_tokens(len(pending.request.rows))
+            kept = [i for i, row in enumerate(request.rows) if rows.occupant_ids[row] == pending.occupant_ids[i]]
+            if len(kept) < len(request.rows):
+                (kept_N,) = rows.to_device([kept])
+                request, ids_S = request.pick(kept, kept_N), ids_S[kept_N]
+            rows.write_sampled(request, ids_S)
 
     def warm_up(self, num_tokens: int, epoch: int) -> None:
-        """Run prefills and decoding steps on row 0, as all ranks do together, and forget them."""
+        """Run prefills and decode steps on row 0, together with all ranks; then free it and make the first graphs."""
         block_size = self._rows.block_size
         blocks = list(range(-(-(num_tokens + 2) // block_size)))
-        graphs, self._graphs = self._graphs, None  # first what steps without a graph need
+        graphs, self._graphs = self._graphs, None  # without graphs first: steps that no graph serves must be warm too
         samplings = (RowSampling(temperature=1.0), RowSampling(temperature=1.0, top_p=0.9))
-        step = -3 * len(samplings) * self._num_stages  # before step 0, as far apart as a row's steps must be
+        step = -3 * len(samplings) * self._num_stages  # negative numbers, as far apart as steps of one row must be
         for sampling in samplings:
             row = NewRow(0, bytes(4 * num_tokens), num_tokens, blocks, sampling)
             for index in range(3):

@@ -1,7 +1,7 @@
 """Short steps with prompts in them as CUDA graphs: launching their kernels one by one takes longer than running them.
 
-Rows that decode beside the prompts come first. The decode kernel runs over all rows, with no context for those that
-have a prompt, and the prefill kernel over all of them, with no queries for those that decode.
+Rows that decode come before those with prompts. Both attention kernels run over all rows: for the decode kernel, rows
+with prompts have no context; for the prefill kernel, rows that decode have no queries.
 """
 
 # T tokens of the padded step, R rows of it
@@ -21,7 +21,7 @@ from mgpu.worker.state.rows import RowTable
 from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, choose_tokens, padded
 
 TOKENS = (64, 128, 192, 256, 384, 512)
-"""Sizes of steps that graphs are made for; longer ones keep the GPU busy while they are launched."""
+"""Sizes of steps that graphs are made for. Longer steps keep the GPU busy while they are launched."""
 ROWS = (8, 64)
 _HEAD = 4
 _STARTS_PAD = 4
@@ -45,19 +45,19 @@ class PromptGraphs:
         self._graphs: dict[Size, StepGraph] = {}
 
     def takes(self, plan: StepPlan) -> bool:
-        """Say whether a step is small enough; one of decoding alone is not meant."""
+        """Return True if a step is small enough. Steps that only decode belong to `DecodeGraphs`."""
         if not 0 < len(plan.rows) <= ROWS[-1]:
             return False
         total = sum(plan.counts)
         return total <= self.most_tokens and _first_fit(TOKENS, total) <= self.most_tokens
 
     def prepare(self, size: Size) -> None:
-        """Make a graph ahead of its first use."""
+        """Make the graph of a size, if it is not there yet."""
         if size not in self._graphs:
             self._graphs[size] = self._pool.capture(_length(size), lambda staged: self._forward(size, staged))
 
     def run(self, plan: StepPlan) -> StepOutput:
-        """Launch a step that `takes`, after `RowTable.apply`; rows that do not sample get arbitrary ids."""
+        """Launch a step that `takes` accepts, after `RowTable.apply`. Rows that do not sample get arbitrary ids."""
         decoding = next((i for i, count in enumerate(plan.counts) if count > 1), len(plan.rows))
         total, num_rows = sum(plan.counts), len(plan.rows)
         tokens, rows = _first_fit(TOKENS, total), _first_fit(ROWS, num_rows)
@@ -77,7 +77,7 @@ class PromptGraphs:
             *padded([end - 1 for end in ends], rows),
             *padded(contexts[:decoding], rows),
             *padded([0] * decoding + contexts[decoding:], rows),
-            # Rows that decode have no queries here: theirs end where those of the first prompt begin.
+            # Rows that decode have no queries here: theirs begin and end where those of the first prompt begin.
             *padded([decoding] * (decoding + 1) + ends[decoding:], rows + _STARTS_PAD, total),
         ]
         return self._pool.replay(self._graphs[size], array("i", values))
