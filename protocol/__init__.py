@@ -1,1 +1,1 @@
-"""What crosses a process: messages, placement types, checkpoint headers, wire framing and the client."""
+"""What crosses a process boundary: messages, placement types, checkpoint headers, framing and the clients."""

@@ -1,7 +1,7 @@
-"""Find the servers that run on this machine, through the files they leave in their runtime directories.
+"""Find the servers that run on this machine, by the files in their runtime directories.
 
-Every server owns a folder of mode 0700 with a random name below a base folder: ``lock``, which it holds locked for as
-long as it lives, its ipc sockets, and ``server.json``, written when it is ready.
+Every server owns a folder of mode 0700 with a random name below a base folder. It holds ``lock``, which the server
+keeps locked while it lives, its ipc sockets, and ``server.json``, written when it is ready.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ IPC_PATH_MAX = 107
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """What a client must know to use a server, as its ``server.json`` says."""
+    """What a client must know to use a server: the content of its ``server.json``."""
 
     endpoint: str
     pid: int
@@ -33,7 +33,7 @@ class RunningServer:
 
 
 def base_dirs(environ: Mapping[str, str] | None = None) -> list[Path]:
-    """List the folders that hold servers' runtime directories, the preferred first; they need not exist.
+    """Return the folders that may hold servers' runtime directories, the preferred first; they need not exist.
 
     ``MGPU_RUNTIME_DIR`` alone if it is set; else systemd's ``RUNTIME_DIRECTORY``, ``$XDG_RUNTIME_DIR/mgpu``,
     ``/run/mgpu`` and ``mgpu-<uid>`` in the folder for temporary files.
@@ -48,9 +48,9 @@ def base_dirs(environ: Mapping[str, str] | None = None) -> list[Path]:
 
 
 def running_servers(environ: Mapping[str, str] | None = None) -> list[RunningServer]:
-    """List the servers that are ready on this machine and readable to this user, the most recent first.
+    """Return the servers that are ready and whose folder this user can read, the most recent first.
 
-    Only folders of this user, or of root, are trusted.
+    Only folders of this user or of root are trusted.
     """
     found: list[tuple[float, RunningServer]] = []
     for base in dict.fromkeys(base_dirs(environ)):
@@ -63,7 +63,7 @@ def running_servers(environ: Mapping[str, str] | None = None) -> list[RunningSer
 
 
 def server_dirs(base: Path) -> list[Path]:
-    """List the runtime directories below a base that this user or root owns; empty when it cannot be read."""
+    """Return the runtime directories below a base that this user or root owns; none if the base cannot be read."""
     try:
         entries = [Path(entry) for entry in os.scandir(base) if entry.is_dir(follow_symlinks=False)]
         return [
@@ -76,7 +76,7 @@ def server_dirs(base: Path) -> list[Path]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Say whether the server that made this folder still lives: the kernel drops its lock with the process."""
+    """Return True if the server that made this folder still lives: the kernel drops its lock with the process."""
     try:
         fd = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -91,7 +91,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def names_open_file(path: str | Path, fd: int) -> bool:
-    """Tell whether ``path`` still names the open file. OSError when that cannot be seen."""
+    """Return True if ``path`` still names the open file. OSError when that cannot be determined."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
     except (FileNotFoundError, NotADirectoryError):
@@ -99,7 +99,7 @@ def names_open_file(path: str | Path, fd: int) -> bool:
 
 
 def write_server(folder: Path, server: RunningServer) -> None:
-    """Announce a ready server; readers never see half a file."""
+    """Write ``server.json``, in one step, so that readers never see half a file."""
     partial = folder / f".{INFO_NAME}"
     partial.write_text(json.dumps(asdict(server)), encoding="utf-8")
     partial.replace(folder / INFO_NAME)

@@ -1,8 +1,8 @@
 """Keys of the front channel: the files that hold them, and how a socket uses them (CURVE, RFC 26).
 
-A key file is text. Each line is a name, a space and a key in Z85 (RFC 32); lines that begin with ``#`` are
-remarks. ``secret`` is one's own secret key, ``public`` a public one, ``server`` the server's public key. A file
-with a secret key that anybody but its owner can read is refused.
+A key file is text. Each line is a name, a space and a key in Z85 (RFC 32); lines that begin with ``#`` are comments.
+``secret`` is one's own secret key, ``public`` a public one, ``server`` the server's public key. A file with a secret
+key is refused if anybody but its owner can read it.
 """
 
 import os
@@ -26,7 +26,7 @@ MAX_FILE_BYTES = 4096
 
 
 class KeyFileError(MgpuError):
-    """A key file that is missing, open to others or damaged; the text says what to do."""
+    """A key file is missing, damaged or readable to others; the text says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,38 +39,38 @@ class ClientKeys:
 
 
 def fingerprint(public: bytes) -> str:
-    """Give the short name of a public key: 32 hexadecimal digits, the first half of its SHA-256."""
+    """Return the short name of a public key: 32 hexadecimal digits, the first half of its SHA-256."""
     return sha256(public).hexdigest()[:32]
 
 
 def new_pair() -> tuple[bytes, bytes]:
-    """Make a key pair: public and secret, 32 bytes each."""
+    """Return a new key pair: public and secret, 32 bytes each."""
     check_curve()
     public, secret = zmq.curve_keypair()
     return z85.decode(public), z85.decode(secret)
 
 
 def public_of(secret: bytes) -> bytes:
-    """Give the public key that belongs to a secret one."""
+    """Return the public key that belongs to a secret one."""
     return z85.decode(zmq.curve_public(z85.encode(secret)))
 
 
 def check_curve() -> None:
-    """KeyFileError when this libzmq cannot encrypt."""
+    """Raise KeyFileError if this libzmq cannot encrypt."""
     if not zmq.has("curve"):
         raise KeyFileError("this libzmq was built without CURVE; install pyzmq from its wheel: pip install pyzmq")
 
 
 def key_text(public_or_secret: bytes) -> str:
-    """Write a key as key files do."""
+    """Return a key in the form that key files use."""
     return z85.encode(public_or_secret).decode("ascii")
 
 
 def read_keys(path: Path, *names: str, is_secret: bool, check_mode: bool = True) -> dict[str, bytes]:
     """Read a key file that must hold exactly ``names``. KeyFileError says what is wrong with it.
 
-    ``is_secret``: the file must belong to this user or root and be closed to everybody else, unless ``check_mode`` is
-    False because something else, such as systemd, guards its folder.
+    If ``is_secret``, the file must belong to this user or root and be closed to everybody else. ``check_mode`` is False
+    where something else, such as systemd, guards the folder.
     """
     found = _parse(path, _read(path, is_secret and check_mode))
     if set(found) != set(names):
@@ -90,27 +90,27 @@ def read_client_keys(path: str | Path) -> ClientKeys:
 
 
 def find_client_keys(path: str | Path | None, environ: Mapping[str, str] | None = None) -> ClientKeys | None:
-    """Read the key file that was named, else the one in MGPU_KEYS; None when neither is given."""
+    """Read the key file ``path``, else the one that MGPU_KEYS names; None when neither is given."""
     path = path or (os.environ if environ is None else environ).get(KEYS_VARIABLE)
     return read_client_keys(path) if path else None
 
 
 def use_client_keys(socket: "zmq.Socket[Any]", keys: ClientKeys) -> None:
-    """Let a client's socket encrypt and prove who it is; call it before connecting."""
+    """Make a client's socket encrypt and prove its identity; call it before connecting."""
     socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
 
 
 def use_server_key(socket: "zmq.Socket[Any]", secret: bytes) -> None:
-    """Let a server's socket demand encryption; call it before binding. Who may connect is for ZAP to say."""
+    """Make a server's socket demand encryption; call it before binding. ZAP decides who may connect."""
     socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
 
 
 def _read(path: Path, private: bool) -> str:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hold us up
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block this process
         with os.fdopen(fd, "rb") as file:
             _check_file(path, os.fstat(fd), private)
             data = file.read(MAX_FILE_BYTES + 1)
@@ -134,7 +134,7 @@ def _check_file(path: Path, found: os.stat_result, private: bool) -> None:
 
 
 def _parse(path: Path, text: str) -> dict[str, bytes]:
-    """Give the keys by name. Errors never quote the file: what is wrong in it may be a secret."""
+    """Return the keys by name. Errors never quote the file, since a damaged line may hold a secret."""
     keys: dict[str, bytes] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):

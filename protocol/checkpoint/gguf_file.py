@@ -1,4 +1,4 @@
-"""Read the header of a GGUF file: metadata and where its tensors lie. Stdlib only; no tensor bytes are touched.
+"""Read the header of a GGUF file: metadata and the places of its tensors. Stdlib only; tensor data is not read.
 
 Every count and size is checked against the size of the file before anything is allocated.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
@@ -121,7 +121,7 @@ class _Cursor:
         return bytes(self._buffer[start : start + count])
 
     def string(self) -> str:
-        # Vocabularies may hold tokens that are not UTF-8; they are shown, never used as keys.
+        # Tokens of a vocabulary need not be UTF-8. They are displayed, never used as keys.
         return self.data(self.u64()).decode("utf-8", "replace")
 
     def key(self) -> str:

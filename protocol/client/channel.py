@@ -1,4 +1,4 @@
-"""The socket of a client: messages out and in, and what is known of the server. No waiting, and nothing of requests."""
+"""The socket of a client: send and receive messages, and know the state of the connection. No waiting."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -48,7 +48,7 @@ class Channel:
             ) from None
 
     def send(self, message: Mapping[str, object]) -> None:
-        """Send one message now. RequestFailed if it cannot be packed; ServerUnreachable if nobody takes it."""
+        """Send one message now. RequestFailed if it cannot be packed; ServerUnreachable if it cannot be sent."""
         try:
             frames = framing.pack(message)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""The requests and queries in flight between one client and its server, without any waiting: for both clients."""
+"""The requests and queries in flight between one client and its server. No waiting: both clients share it."""
 
 import contextlib
 import math

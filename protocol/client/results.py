@@ -25,7 +25,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What arrived at once for one choice while streaming. ``text`` may lag behind ``token_ids``."""
+    """Part of the answer of one choice while streaming. ``text`` may lag behind ``token_ids``."""
 
     index: int
     text: str
@@ -54,7 +54,7 @@ class Completion:
     usage: Usage
     model: str
     seed: int
-    """Give it again to get the same answer."""
+    """The same request with this seed gets the same answer."""
 
     @property
     def text(self) -> str:

@@ -1,7 +1,7 @@
-"""How long a client waits for what, and when it gives up: for both clients.
+"""How long a client waits, and when it gives up. Shared by the sync and the asyncio client.
 
 Each function is a generator of seconds. The client waits that long at most for its socket, reads what has arrived and
-takes the next number. The generator ends when what it waits for is there, and raises MgpuError when it gives up:
+takes the next number. The generator ends when the awaited thing is there, and raises MgpuError when it gives up:
 
     for seconds in until_connected(connection, timeouts):
         poller.poll(seconds * 1000)

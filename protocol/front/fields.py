@@ -1,4 +1,4 @@
-"""Rules for the fields of front channel messages: what a value may be, in words and in code."""
+"""Rules for the fields of front channel messages: the allowed values, in words and in code."""
 
 import math
 from array import array
@@ -11,22 +11,22 @@ INT32_MAX = 2**31 - 1
 
 
 class FieldError(ValueError):
-    """A message has a wrong field. The text names the field, the value and what is allowed."""
+    """A field of a message is wrong. The text names the field, its value and the allowed values."""
 
 
 class Rule(Protocol):
-    """What one field may hold."""
+    """The rule of one field."""
 
     @property
     def allowed(self) -> str:
-        """The permitted values in words; docs/protocol.md shows the same text."""
+        """The allowed values in words; docs/protocol.md shows the same text."""
 
     def parse(self, field: str, value: object) -> object:
-        """Give the checked value. FieldError otherwise."""
+        """Return the checked value. FieldError if it is not allowed."""
 
 
 def shown(value: object) -> str:
-    """Describe a hostile value in few characters: never its nested content, never more than 60 characters."""
+    """Describe a value that may be hostile in at most 60 characters, without its nested content."""
     if isinstance(value, (list, tuple)):
         return f"an array of {len(value)}"
     if isinstance(value, Mapping):
@@ -134,7 +134,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """An array of up to ``max_items`` values of one rule; a lone value is refused."""
+    """An array of up to ``max_items`` values of one rule."""
 
     item: Rule
     max_items: int
@@ -152,7 +152,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Token ids as little-endian int32 in one ``bin``, or as an array; gives the bytes. Negative ids are refused."""
+    """Token ids as little-endian int32 in one ``bin``, or as an array. `parse` returns the bytes."""
 
     allowed: str = "token ids, at least one: a bin of little-endian int32, or an array of integers from 0 to 2^31 - 1"
 
@@ -200,7 +200,7 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A map with named fields, all of them required unless ``optional``."""
+    """A map with named fields, all required unless ``optional``."""
 
     rules: Mapping[str, Rule]
     optional: bool = False
@@ -220,7 +220,7 @@ class Record:
 
 
 def parse_fields(data: Mapping[object, object], rules: Mapping[str, Rule], prefix: str = "") -> dict[str, object]:
-    """Check every field that is present; nil counts as absent. FieldError names an unknown field's nearest relative."""
+    """Check all fields that are present; nil counts as absent. For an unknown field, FieldError names the closest."""
     parsed: dict[str, object] = {}
     for name, value in data.items():
         rule = rules.get(name) if isinstance(name, str) else None

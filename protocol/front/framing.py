@@ -1,7 +1,7 @@
 """Framing, limits and socket options of the front channel.
 
 A message is two frames, ``b"mgpu1"`` and one MessagePack map. The version frame is compared before anything is
-decoded; the limits below hold for what a hostile peer may send.
+decoded. The limits below bound what a hostile peer can make the other side do.
 """
 
 from collections.abc import Mapping
@@ -13,33 +13,33 @@ import zmq
 
 VERSION = b"mgpu1"
 MAX_FRAMES = 4
-"""Frames of one message that are looked at; a longer message is refused unread."""
+"""A message with more frames is refused without reading the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one message may hold."""
+    """Bounds of one message."""
 
     frame_bytes: int
     array_items: int
     map_items: int
     containers: int
-    """Arrays and maps together: a megabyte of tiny arrays would otherwise take a third of a second to decode."""
+    """Arrays and maps together. Without this bound, a megabyte of tiny arrays takes a third of a second to decode."""
 
 
 FROM_CLIENT = Limits(frame_bytes=1 << 20, array_items=1 << 16, map_items=64, containers=1 << 13)
 FROM_SERVER = Limits(frame_bytes=16 << 20, array_items=1 << 16, map_items=1 << 12, containers=1 << 18)
-"""Larger: log-probabilities of 20 candidates for hundreds of tokens."""
+"""Larger, for log-probabilities of 20 candidates of hundreds of tokens."""
 
 UNREAD_MESSAGES = 64
-"""Per connection to the server; each may have the size of the largest frame. Then its peer has to wait."""
+"""Per connection to the server; each may have the size of the largest frame. With more, the peer has to wait."""
 HEARTBEAT_INTERVAL_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
 HANDSHAKE_TIMEOUT_MS = 3_000
 
 
 class WireError(ValueError):
-    """Frames that are not a message of this protocol. ``code`` is what the peer is told."""
+    """Frames that are not a message of this protocol. ``code`` is the failure code for the peer."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -47,7 +47,7 @@ class WireError(ValueError):
 
 
 def pack(values: Mapping[str, object]) -> list[bytes]:
-    """Give the frames of one message. ValueError for what MessagePack cannot hold (lone surrogates, huge integers)."""
+    """Return the frames of one message. ValueError for values outside MessagePack: lone surrogates, huge integers."""
     try:
         return [VERSION, cast("bytes", msgpack.packb(values, use_bin_type=True))]
     except (OverflowError, UnicodeEncodeError, TypeError) as error:
@@ -55,7 +55,7 @@ def pack(values: Mapping[str, object]) -> list[bytes]:
 
 
 def unpack(frames: list[bytes], limits: Limits = FROM_CLIENT) -> dict[object, object]:
-    """Decode one message within the limits. WireError for anything else, whatever the bytes are."""
+    """Decode one message within the limits. WireError for any other bytes."""
     if not frames or frames[0] != VERSION:
         raise WireError("bad_version", f"the first frame must be {VERSION.decode()!r}, got {_head(frames)}")
     if len(frames) != 2:
@@ -89,7 +89,7 @@ def _decode(body: bytes, limits: Limits) -> object:
             max_map_len=limits.map_items,
             max_ext_len=0,
         )
-    except Exception as error:  # hostile bytes: msgpack raises half a dozen unrelated classes for them
+    except Exception as error:  # msgpack raises half a dozen unrelated classes for hostile bytes
         detail = str(error)[:120] or type(error).__name__
         raise WireError(
             "bad_request", f"the second frame is not one MessagePack map within the limits: {detail}"
@@ -105,7 +105,7 @@ def _count(frames: list[bytes]) -> str:
 
 
 def set_common_options(socket: "zmq.Socket[Any]") -> None:
-    """Set what both ends need: heartbeats, a short handshake, a bounded wait on close."""
+    """Set the options of both ends: heartbeats, a short handshake, a bounded wait on close."""
     socket.setsockopt(zmq.LINGER, 500)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
@@ -114,7 +114,7 @@ def set_common_options(socket: "zmq.Socket[Any]") -> None:
 
 
 def set_server_options(socket: "zmq.Socket[Any]", max_bytes: int) -> None:
-    """Prepare the gateway's ROUTER: a vanished peer is an error, an impostor's routing id is refused."""
+    """Prepare the gateway's ROUTER: a send to a vanished peer fails, and a routing id cannot be taken over."""
     set_common_options(socket)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
@@ -126,8 +126,8 @@ def set_server_options(socket: "zmq.Socket[Any]", max_bytes: int) -> None:
 def set_client_options(socket: "zmq.Socket[Any]", endpoint: str) -> None:
     """Prepare a client's DEALER.
 
-    Not ZMQ_IMMEDIATE: with it libzmq drops what has arrived but is not yet read when the server closes the connection,
-    such as the reason why it does. The client sends only while its monitor says that it is connected.
+    Not ZMQ_IMMEDIATE: with it, libzmq drops unread messages when the server closes the connection, such as the one that
+    says why. The client sends only while its monitor says that it is connected.
     """
     set_common_options(socket)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))

@@ -37,17 +37,19 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What follows continues the request from ``offsets``; what came before it on the connection is void."""
+    """The messages that follow continue the request from ``offsets``; earlier ones on the connection are void."""
 
     id: int
     offsets: list[int] | None = None
-    """Those of the `resume` that is answered; None from servers that do not say it."""
+    """Those of the `resume` that is answered; None from servers that do not send them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """New tokens of one choice. ``text`` may lag behind ``token_ids``: it never ends inside a character or within what
-    may become a stop string."""
+    """New tokens of one choice.
+
+    ``text`` may lag behind ``token_ids``: it never ends inside a character or a possible stop string.
+    """
 
     id: int
     index: int
@@ -61,7 +63,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The request is over, all of its choices have ended."""
+    """All choices of the request have ended."""
 
     id: int
     finish_reasons: list[str]
@@ -75,7 +77,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request is over without a result. ``id`` is None when the cause cannot be tied to one request."""
+    """The request ended without a result. ``id`` is None when the cause cannot be tied to one request."""
 
     id: int | None
     code: str
@@ -85,7 +87,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Keepalive:
-    """The request is alive though nothing else was sent for about a second."""
+    """The request is alive, though nothing else was sent for about a second."""
 
     id: int
 
@@ -105,13 +107,13 @@ class Health:
     running: int = 0
     """Sequences on the workers."""
     waiting: int = 0
-    """Sequences in line for the workers."""
+    """Sequences that wait for the workers."""
     last_step_age_s: float = 0.0
-    """Since the workers last gave a result."""
+    """Since the last result of the workers."""
     restarts: int = 0
-    """Of the workers since the start."""
+    """Restarts of the workers since the start."""
     last_recovery_s: float = 0.0
-    """What the last of them took."""
+    """Duration of the last restart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ _FIELDS = {kind: tuple(field.name for field in fields(cls)) for kind, cls in SER
 
 
 def to_map(message: ServerMessage) -> dict[str, object]:
-    """Give the named map of a server message; fields that are None are left out."""
+    """Return the named map of a server message; fields that are None are left out."""
     kind = type(message).__name__.lower()
     values: dict[str, object] = {"type": kind}
     for name in _FIELDS[kind]:
@@ -145,7 +147,7 @@ def to_map(message: ServerMessage) -> dict[str, object]:
 
 
 def parse_server_message(data: Mapping[object, object]) -> ServerMessage:
-    """Build a server message from its map; fields that this version does not know are skipped. FieldError otherwise."""
+    """Build a server message from its map; fields unknown to this version are skipped. FieldError for a wrong map."""
     kind = str(data.get("type"))
     cls = SERVER_TYPES.get(kind)
     if cls is None:

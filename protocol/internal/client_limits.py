@@ -8,12 +8,12 @@ MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 
 @dataclass(frozen=True, slots=True)
 class ClientLimits:
-    """Bounds of what may be in flight; a request beyond one is answered ``overloaded`` with a time to wait."""
+    """Bounds of the requests in flight. A request beyond a bound is answered ``overloaded`` with a time to wait."""
 
     max_client_requests: int = 256
     """Requests of one client, running or waiting."""
     max_client_queue: int = 8 << 20
-    """Bytes of one client's requests that have no token yet; a request with ``n`` choices counts ``n`` times."""
+    """Bytes of one client's requests without a token yet; a request with ``n`` choices counts ``n`` times."""
     max_sequences: int = 4096
     """Choices of all requests of all clients; one client may have a quarter of them, or 64."""
     max_queue: int = 256 << 20

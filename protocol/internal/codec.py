@@ -1,8 +1,8 @@
 """Turn frozen dataclasses into MessagePack bytes and back, positionally and with checked types.
 
-For mgpu's own processes, which always run the same version: a message is ``[tag, field, field, …]``, nested
-dataclasses are lists of their fields, tuples and lists are arrays. The public front channel uses named maps instead
-(front/client_messages.py), since other languages speak it.
+For mgpu's own processes, which always run the same version. A message is ``[tag, field, field, …]``, nested
+dataclasses are lists of their fields, tuples and lists are arrays. The public front channel uses named maps
+instead (front/client_messages.py), since other languages speak it.
 """
 
 import types
@@ -23,7 +23,7 @@ Decoder = Callable[[object], Any]
 
 
 def _fields_of(value: object) -> list[object]:
-    """Give what msgpack packs in place of a dataclass; it calls this for every object that it does not know."""
+    """Return the list that msgpack packs for a dataclass; msgpack calls this for every type that it does not know."""
     if not is_dataclass(value) or isinstance(value, type):
         raise TypeError(f"{type(value).__name__} cannot be part of a message")
     return [getattr(value, name) for name in _field_names(type(value))]
@@ -36,7 +36,7 @@ def _field_names(cls: type) -> tuple[str, ...]:
 
 @cache
 def _decoder_of(hint: Any) -> Decoder:
-    """Build the function that checks and converts one field; cached, so that hints are resolved once."""
+    """Return the function that checks and converts one field. Cached, so that hints are resolved once."""
     origin, args = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
         return _dataclass_decoder(hint)
@@ -102,7 +102,7 @@ def _refuse(value: object, hint: Any) -> Any:
 
 
 class Codec:
-    """Encode and decode a closed set of dataclasses, told apart by their position in ``classes``."""
+    """Encode and decode a closed set of dataclasses. A message's tag is the position of its class in ``classes``."""
 
     def __init__(self, *classes: type) -> None:
         self._classes = classes
@@ -121,5 +121,5 @@ class Codec:
             return _decoder_of(self._classes[items[0]])(items[1:])
         except CodecError:
             raise
-        except Exception as error:  # any malformed byte string must end here, whatever msgpack raises for it
+        except Exception as error:  # msgpack and the indexing raise many unrelated classes for malformed bytes
             raise CodecError(f"malformed message: {error}") from error

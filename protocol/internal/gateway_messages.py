@@ -10,7 +10,7 @@ from mgpu.protocol.model.facts import CheckpointFormat
 
 @dataclass(frozen=True, slots=True)
 class ServerKeys:
-    """What makes tcp safe: the server's own secret key, and the public keys of those who may connect."""
+    """The keys for tcp: the server's own secret key, and the public keys of the clients that may connect."""
 
     secret: bytes = field(repr=False)
     clients: list[bytes]
@@ -19,7 +19,7 @@ class ServerKeys:
 
 @dataclass(frozen=True, slots=True)
 class GatewaySpec:
-    """All that the gateway process is told, on its standard input (kept open: end of file = parent gone)."""
+    """The configuration of the gateway process. It comes on standard input, whose end means that the parent is gone."""
 
     runtime_dir: str
     bind: str
@@ -28,22 +28,22 @@ class GatewaySpec:
     """ipc endpoint of the DEALER pair to the engine; the engine binds, the gateway connects."""
     model_path: str
     model_format: CheckpointFormat
-    """Says where the tokenizer and chat template are."""
+    """Decides where the tokenizer and chat template are."""
     model_name: str
     vocab_size: int
     eos_token_ids: list[int]
     max_request_bytes: int
     first_sequence: int = 1
-    """Number of the first sequence: a gateway that replaces another must not use its numbers again."""
+    """Number of the first sequence. A gateway that replaces another must not use its numbers again."""
     info: "EngineInfo | None" = None
-    """For a gateway that replaces another: the state of the engine, which goes on. It binds when it can serve."""
+    """For a gateway that replaces another: the state of the running engine. The gateway binds when it can serve."""
     keys: ServerKeys | None = None
     """None: only ipc, and tcp on the loopback without encryption."""
     limits: ClientLimits = field(default_factory=ClientLimits)
     memory_bytes: int = 0
-    """What the process may grow by; 0: what the limits need."""
+    """How much the process may grow; 0: as much as the limits need."""
     sends_wake_up: bool = False
-    """Whether the engine wants to hear `WakeUp`."""
+    """True if the engine wants `WakeUp`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +58,14 @@ class GatewayFailure:
     message: str
     traceback: str
     caused_by_clients: bool = False
-    """Clients have brought it about, and may again: it must not count as a failure of ours."""
+    """Clients caused it and may do so again, so it does not count towards the limit of restarts."""
     is_mistake: bool = False
-    """The model's files are at fault: starting again will not help."""
+    """The model's files are at fault; starting again does not help."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Limits and state, sent when the engine becomes ready and whenever the state changes."""
+    """Limits and state of the engine, sent whenever the state changes."""
 
     state: str
     """starting, ready, recovering (requests wait for new workers), draining or stopped."""
@@ -78,7 +78,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class StateKnown:
-    """From the gateway: it acts on an `EngineInfo` of this state from now on."""
+    """From the gateway: it has received the `EngineInfo` with this state and acts on it."""
 
     state: str
 
@@ -93,7 +93,7 @@ class Submit:
     """Little-endian int32, at least one token."""
     max_tokens: int
     stop_token_ids: list[int]
-    """End-of-sequence ids included unless the request ignores them."""
+    """With the end-of-sequence ids, unless the request ignores them."""
     sampling: RowSampling
     cache_salt: bytes
     """Prefix blocks are shared only between requests of the same salt."""
@@ -107,35 +107,35 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Resumable:
-    """All sequences of a request that another gateway may have to go on with, in one message: all or none arrive."""
+    """All sequences of a request that another gateway may have to continue. All of them arrive or none."""
 
     session: str
     request_id: int
-    """The client's own names; together they are unique."""
+    """With the session it names the request; both are chosen by the client."""
     context: bytes
-    """What the gateway needs to know of the request, for its own kind only."""
+    """What a gateway must know to continue the request; opaque to the engine."""
     submits: list[Submit]
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Ask for a portion of what is known of a request of that name.
+    """Ask for a portion of what the engine knows of a request.
 
-    `Outputs` that follow an answer with which every sequence is whole continue it.
+    Once a portion completes every sequence, the `Outputs` that follow it continue them.
     """
 
     query_id: int
     session: str
     request_id: int
     known: list[int] = field(default_factory=list)
-    """Per choice: tokens that earlier portions have brought, -1 when no more are wanted; empty: none yet."""
+    """Per choice: tokens in earlier portions, -1 if no more are wanted; empty: none yet."""
     offsets: list[int] = field(default_factory=list)
     """Per choice: how many of its first tokens come without log-probabilities, -1 for all; empty: with all of them."""
 
 
 @dataclass(slots=True)
 class SequenceRecord:
-    """One sequence so far, or a portion of that."""
+    """A portion of one sequence as it is now."""
 
     sequence_id: int
     """The gateway's number, as in `Submit`."""
@@ -143,13 +143,13 @@ class SequenceRecord:
     num_tokens: int
     """All emitted tokens."""
     token_ids: bytes
-    """Those that follow the known ones, as many as fit; little-endian int32."""
+    """Tokens that follow the known ones, as many as fit; little-endian int32."""
     logprobs: bytes
-    """Of the last of these tokens, packed with ``num_top``; empty when not asked for."""
+    """Log-probabilities of the last of these tokens, packed with ``num_top``; empty if not asked for."""
     num_top: int
     """See `packed_logprobs.LogprobPacking`."""
     finish: str
-    """Of the whole sequence, as is ``error``."""
+    """Finish reason of the whole sequence, or empty; ``error`` likewise."""
     error: str
     cached_tokens: int
 
@@ -164,7 +164,7 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Drop a sequence; ``reason`` becomes its finish reason. An unknown id is ignored."""
+    """End a sequence; ``reason`` becomes its finish reason. An unknown id is ignored."""
 
     sequence_id: int
     reason: str
@@ -188,43 +188,43 @@ class StatsReply:
 class Outputs:
     """Tokens and endings of one engine step, as parallel columns.
 
-    ``finish[i]`` is empty while the sequence goes on, else stop, length, cancelled or error. Every submitted sequence
-    gets exactly one non-empty ``finish``.
+    ``finish[i]`` is empty while the sequence runs, else stop, length, cancelled or error. Every submitted sequence gets
+    exactly one non-empty ``finish``.
     """
 
     sequence_ids: list[int]
     token_ids: list[list[int]]
     logprobs: list[list[TokenLogprobs]]
-    """Per sequence, parallel to its new tokens; empty when not asked for."""
+    """Per sequence, parallel to its new tokens; empty if not asked for."""
     finish: list[str]
     errors: list[str]
-    """Per sequence: the text for the client when ``finish`` is error, else empty."""
+    """Per sequence: the text for the client if ``finish`` is error, else empty."""
     cached_tokens: list[int]
     """Per sequence: prompt tokens taken from the prefix cache; meaningful with the first token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """What has changed while the server runs; SIGHUP makes the orchestrator read its files again."""
+    """New keys and limits for a running server, after SIGHUP made the orchestrator read its files again."""
 
     client_keys: list[bytes] | None
-    """Who may connect from now on, as in `ServerKeys`; None on a server without keys."""
+    """The clients that may connect from now on, as in `ServerKeys`; None on a server without keys."""
     limits: ClientLimits
 
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """From the engine, about once a second. The gateway answers by `Alive`, as it does to everything else it reads."""
+    """From the engine, about once a second. The gateway answers with `Alive`."""
 
 
 @dataclass(frozen=True, slots=True)
 class WakeUp:
-    """From the gateway: a client has sent something while nothing runs. Waking up and reading it overlap."""
+    """From the gateway: an idle server has received something. The engine wakes up while the gateway reads it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """The gateway's loop turns: it has read something. Said at most every `ALIVE_INTERVAL_S`."""
+    """From the gateway: its loop runs, it has read something. Sent at most every `ALIVE_INTERVAL_S`."""
 
 
 ALIVE_INTERVAL_S = 0.5

@@ -1,4 +1,4 @@
-"""Log-probabilities of a sequence's tokens as bytes: a twelfth of the objects' size, and any part can be cut out."""
+"""Pack the log-probabilities of tokens into bytes: a twelfth of the objects' size, and easy to slice."""
 
 import math
 from collections.abc import Iterable
@@ -8,10 +8,10 @@ from mgpu.protocol.internal.worker_messages import TokenLogprobs
 
 
 class LogprobPacking:
-    """Records of one width. Workers compute in float32, so nothing is lost."""
+    """Records of one width, in float32, in which workers compute."""
 
     def __init__(self, num_top: int) -> None:
-        """``num_top`` is the most candidates that a token has."""
+        """``num_top`` is the largest number of candidates of a token."""
         self._num_top = num_top
         self._record = Struct(f"<Bf{num_top}i{num_top}f")
 
@@ -29,11 +29,11 @@ class LogprobPacking:
         padding = [0] * (self._num_top - len(ids))
         try:
             return self._record.pack(len(ids), token.chosen, *ids, *padding, *values, *padding)
-        except (error, OverflowError):  # a worker's nonsense must not end the server
+        except (error, OverflowError):  # wrong numbers from a worker must not end the server
             return self._record.pack(0, math.nan, *([0] * (2 * self._num_top)))
 
     def unpack(self, data: bytes) -> list[TokenLogprobs]:
-        """Give the tokens' log-probabilities back. struct.error when ``data`` is no whole number of records."""
+        """Return the log-probabilities of each token. struct.error if ``data`` is not a whole number of records."""
         end = 2 + self._num_top
         return [
             TokenLogprobs(chosen, list(rest[:count]), list(rest[end - 2 : end - 2 + count]))

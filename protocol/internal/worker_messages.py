@@ -1,8 +1,8 @@
 """Messages between the orchestrator and its workers.
 
 Life of a worker: it reads its `WorkerSpec` from standard input, joins the group and loads (`LoadProgress`), reports
-what memory is left (`Loaded`), is told the size of the KV pool (`AllocateCache`), says `Ready`, then executes one
-`StepPlan` after another until `Shutdown`. A worker that fails says `WorkerFailure` with its traceback and exits.
+how much memory is left (`Loaded`), receives the size of the KV pool (`AllocateCache`), sends `Ready`, then executes one
+`StepPlan` after another until `Shutdown`. A worker that fails sends `WorkerFailure` with its traceback and exits.
 
 Every message carries the epoch of the worker group; messages of another epoch are ignored.
 """
@@ -16,7 +16,7 @@ from mgpu.protocol.model.layout import Layout, StepLimits
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """All that one worker is told. RANK, LOCAL_RANK and WORLD_SIZE come from the environment (torchrun's contract)."""
+    """The configuration of one worker. Its rank comes from RANK, LOCAL_RANK and WORLD_SIZE (torchrun's contract)."""
 
     epoch: int
     model: ModelSource
@@ -58,7 +58,7 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Weights are in place. ``num_blocks`` is how many KV blocks this rank could hold."""
+    """Weights are loaded. ``num_blocks`` is the number of KV blocks that this rank could hold."""
 
     epoch: int
     rank: int
@@ -70,7 +70,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class AllocateCache:
-    """Allocate the pool: the same number of blocks on every rank, the minimum of what they reported."""
+    """Allocate the pool: the same number of blocks on every rank, the minimum of the reported ones."""
 
     epoch: int
     num_blocks: int
@@ -87,7 +87,7 @@ class Ready:
     notes: list[str]
     """Lines for the start-up log, such as the one about staging through host memory."""
     step_tokens: int = 1
-    """Tokens of the prompt that the model was tried with."""
+    """Prompt tokens of the trial step at start."""
 
 
 GREEDY_BELOW = 1e-5
@@ -153,7 +153,7 @@ class NewRow:
     token_ids: bytes
     """Little-endian int32."""
     prompt_len: int
-    """The first tokens that are prompt; penalties on presence and frequency count only what follows."""
+    """How many of them are prompt. Penalties on presence and frequency count only the others."""
     block_ids: list[int]
     sampling: RowSampling
 
@@ -203,21 +203,21 @@ class StepResult:
     step: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None
-    """Parallel to ``token_ids``; None when no row asked."""
+    """Parallel to ``token_ids``; None if no row asked for them."""
     compute_us: int
-    """From reading the plan to having the tokens, in the worker."""
+    """Time in the worker from reading the plan to having the tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Finish the step in hand, release the device, exit 0."""
+    """Finish the current step, release the device, exit with 0."""
 
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class StaySpinning:
-    """A step may be about to come: look for it for a moment without sleeping."""
+    """A step may follow soon: poll for it for a moment instead of sleeping."""
 
     epoch: int
 
@@ -235,7 +235,7 @@ class WorkerFailure:
     at_s: float
     """CLOCK_MONOTONIC of the failure, to order failures of several ranks."""
     is_mistake: bool = False
-    """The model's files or the options are at fault, not mgpu: no traceback, and starting again will not help."""
+    """The model's files or the options are at fault, not mgpu: no traceback, and starting again does not help."""
 
 
 CONTROL = Codec(

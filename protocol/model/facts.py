@@ -1,4 +1,4 @@
-"""What the planner and the workers must know of a model, whatever file format it came from."""
+"""What the planner and the workers must know of a model, independent of its file format."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ LoadFormat = Literal["auto", "dummy"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 KvCacheDtype = Literal["auto", "fp8"]
-"""How keys and values are kept: in the type of the model's arithmetic, or rounded to float8 (e4m3)."""
+"""How keys and values are stored: in the model's dtype, or rounded to float8 (e4m3)."""
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -16,15 +16,18 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 """Family names used inside mgpu; protocol/checkpoint maps Hugging Face and GGUF names to them."""
 
 
-def kv_element_bytes(kept: KvCacheDtype, dtype: Dtype) -> int:
-    """Give the bytes of one component of a key or a value in the cache."""
-    return 1 if kept == "fp8" else DTYPE_BYTES[dtype]
+def kv_element_bytes(stored: KvCacheDtype, dtype: Dtype) -> int:
+    """Return the bytes of one component of a key or a value in the cache."""
+    return 1 if stored == "fp8" else DTYPE_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Scaling of rotary frequencies: ``linear`` divides all of them by ``factor``; ``llama3`` is Llama 3.1's
-    wavelength-dependent rule (its four parameters are config.json's ``rope_scaling`` values)."""
+    """Scaling of rotary frequencies.
+
+    ``linear`` divides all of them by ``factor``. ``llama3`` is Llama 3.1's wavelength-dependent rule; its four
+    parameters are those of ``rope_scaling`` in config.json.
+    """
 
     kind: Literal["linear", "llama3"]
     factor: float
@@ -49,12 +52,12 @@ class ModelFacts:
     rms_norm_eps: float
     rope_theta: float
     rope_local_theta: float | None
-    """Theta of the sliding-window layers where it differs (Gemma 3), else None."""
+    """Theta of the sliding-window layers if it differs (Gemma 3)."""
     rope_scaling: RopeScaling | None
-    """Applies to full-attention layers only where ``rope_local_theta`` is set."""
+    """For full-attention layers only if ``rope_local_theta`` is set."""
     sliding_window: int | None
     sliding_layers: tuple[bool, ...]
-    """One flag per layer: True where attention sees only the last ``sliding_window`` positions."""
+    """One flag per layer: True if attention sees only the last ``sliding_window`` positions."""
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -72,7 +75,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where the bytes are. ``path`` is the model folder, or the file for GGUF."""
+    """Where the weights are. ``path`` is the model folder, or the GGUF file."""
 
     path: str
     format: CheckpointFormat

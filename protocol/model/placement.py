@@ -1,7 +1,7 @@
-"""Say which layers live on which devices.
+"""Which layers live on which devices.
 
-A plan is a tuple of stages. Tensor parallelism is one stage with N devices, layer mapping is N stages
-with one device each, a hybrid is both: one type for all of them. Ranks are numbered stage by stage.
+A plan is a tuple of stages. Tensor parallelism is one stage with N devices, layer mapping is N stages with one device
+each, a hybrid is both. Ranks are numbered stage by stage.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class RankPlace:
-    """Where one rank stands in a plan."""
+    """The position of one rank in a plan."""
 
     rank: int
     stage_index: int
@@ -50,7 +50,7 @@ class PlacementPlan:
         return len(self.stages)
 
     def place_of(self, rank: int) -> RankPlace:
-        """Find a rank's stage and its position inside the stage. IndexError when there is no such rank."""
+        """Return a rank's stage and its position inside the stage. IndexError when there is no such rank."""
         first = 0
         for index, stage in enumerate(self.stages):
             if first <= rank < first + len(stage.devices):
@@ -73,7 +73,7 @@ class PlacementPlan:
 class HeadShard:
     """Half-open ranges of query and KV heads that one tensor-parallel rank computes.
 
-    ``kv_replicas`` > 1 means that this many consecutive ranks hold the same KV head.
+    If ``kv_replicas`` > 1, this many consecutive ranks hold the same KV head.
     """
 
     q_start: int
@@ -92,10 +92,10 @@ class HeadShard:
 
 
 def head_shard(num_q_heads: int, num_kv_heads: int, tp_rank: int, tp_size: int) -> HeadShard:
-    """Give the heads of one rank; the sizes must already be known to divide (see the planner).
+    """Return the heads of one rank. The planner has checked that the sizes divide.
 
-    With at most as many ranks as KV heads each rank owns ``num_kv_heads / tp_size`` of them. With more
-    ranks, each KV head is held by ``tp_size / num_kv_heads`` consecutive ranks.
+    With at most as many ranks as KV heads, each rank owns ``num_kv_heads / tp_size`` of them. With more ranks,
+    ``tp_size / num_kv_heads`` consecutive ranks hold the same KV head.
     """
     num_q = num_q_heads // tp_size
     replicas = max(1, tp_size // num_kv_heads)

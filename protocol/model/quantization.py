@@ -1,7 +1,7 @@
-"""Say in which format a rank holds the weights of its linear layers, and how many bytes that takes.
+"""The formats in which a rank may hold the weights of its linear layers, and how many bytes they take.
 
-Planner and workers share this arithmetic. Embedding, LM head, norms and biases keep the type that the model is served
-in; how words are laid out is in ``worker/quantization/packing.py``.
+Planner and workers share this arithmetic. Embedding, LM head, norms and biases keep the model's dtype. The layout of
+the packed words is in ``worker/quantization/packing.py``.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import head_shard
 
 Quant = Literal["none", "8", "4", "fp8"]
-"""What a user asks for: nothing, int8, group-wise int4, or float8 (e4m3)."""
+"""The values of ``--quant``: nothing, int8, group-wise int4, or float8 (e4m3)."""
 
 FLOAT8_CAPABILITY = (8, 9)
 """CUDA compute capability of the first GPUs with instructions for float8, conversions and products (Ada)."""
@@ -25,13 +25,13 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """The format of one rank's linear weights. ``group`` is 0 where all inputs of an output share a scale."""
+    """The format of one rank's linear weights. ``group`` is 0 if all inputs of an output share a scale."""
 
     quant: Quant = "none"
     group: int = 0
 
     def matrix_bytes(self, outputs: int, inputs: int, dtype_bytes: int) -> int:
-        """Give the bytes of a matrix: ``dtype_bytes`` each if it is not quantized, else padded words and scales."""
+        """Return the bytes of a matrix: ``dtype_bytes`` per weight if not quantized, else padded words and scales."""
         if self.quant == "none":
             return outputs * inputs * dtype_bytes
         channels_per_word = 8 if self.quant == "4" else 4
@@ -41,7 +41,7 @@ class WeightFormat:
 
     @property
     def name(self) -> str:
-        """Say it for the start-up log."""
+        """The format in words, for the start-up log."""
         if self.quant == "4":
             return f"int4, groups of {self.group}"
         return {"none": "", "8": "int8", "fp8": "fp8 (e4m3)"}[self.quant]
@@ -51,12 +51,12 @@ DENSE = WeightFormat()
 
 
 def weight_format(quant: Quant) -> WeightFormat:
-    """Give the format that every rank uses."""
+    """Return the format that every rank uses."""
     return WeightFormat(quant, INT4_GROUP if quant == "4" else 0)
 
 
 def group_problems(quant: Quant, facts: ModelFacts, tp_size: int) -> list[str]:
-    """Say which slices of ``tp_size`` ranks do not consist of whole int4 groups; one rank may end in a part of one."""
+    """Return a line for each kind of layer whose slices on ``tp_size`` ranks are not whole int4 groups."""
     if quant != "4" or tp_size == 1:
         return []
     return [
@@ -67,12 +67,12 @@ def group_problems(quant: Quant, facts: ModelFacts, tp_size: int) -> list[str]:
 
 
 def _row_parallel_inputs(facts: ModelFacts) -> dict[str, int]:
-    """Give the inputs of the layers that are split along them, over all ranks."""
+    """Return the total inputs of the layers that are split along their inputs."""
     return {"attention output": facts.num_q_heads * facts.head_dim, "MLP width": facts.intermediate_size}
 
 
 def rank_matrices(facts: ModelFacts, tp_size: int) -> tuple[tuple[int, int], ...]:
-    """Give outputs and inputs of the linear layers that a rank holds per decoder layer; the largest of its stage."""
+    """Return (outputs, inputs) of the linear layers of one decoder layer on one rank, the largest of its stage."""
     heads = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size)
     width = -(-facts.intermediate_size // tp_size)
     q_size, kv_size = heads.num_q * facts.head_dim, heads.num_kv * facts.head_dim

@@ -1,8 +1,8 @@
-"""Divide the memfd that the ranks of one machine share.
+"""The layout of the memfd that the ranks of one machine share.
 
-The orchestrator creates the file of `shared_layout(...).total_bytes`, every worker computes the same layout from the
-same plan, so that nothing about it is ever negotiated. All offsets are in bytes; counters are 64-bit and each has
-a cache line of its own, written by one rank only.
+The orchestrator creates the file with `shared_layout(...).total_bytes`. Every worker computes the same layout from the
+same plan, so nothing is negotiated. All offsets are in bytes. Counters are 64-bit; each has a cache line of its own and
+one rank that writes it.
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ LINE = 64
 """Bytes of a cache line."""
 PAGE = 4096
 REDUCE_SLOT_BYTES = 1 << 20
-"""Larger partial sums go in pieces of this size: two slots a rank stay inside a core's cache."""
+"""Larger partial sums are added in parts of this size: two slots per rank fit into a core's cache."""
 ACTIVATION_DEPTH = 2
-"""Activations that may wait at a stage boundary before the sender waits."""
+"""Activations that may be unread at a stage boundary before the sender waits."""
 HANDLE_BYTES = 1024
 """Room for one CUDA IPC handle."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReduceRegion:
-    """Where ``size`` ranks of one stage add up: a counter per rank, then two slots per rank."""
+    """Where the ``size`` ranks of one stage add up partial sums: a counter per rank, then two slots per rank."""
 
     counters: int
     slots: int
@@ -45,7 +45,7 @@ class ChannelRegion:
 
 @dataclass(frozen=True, slots=True)
 class SharedLayout:
-    """The whole file. ``failed`` is a word that a failing rank sets, so that no peer waits for it to the deadline."""
+    """The whole file. A rank that fails sets the word at ``failed``, so that no peer waits for it to the deadline."""
 
     failed: int
     barrier: int
@@ -85,7 +85,7 @@ def shared_layout(
     activations = tuple(
         tuple(space.channel(message_bytes, ACTIVATION_DEPTH) for _ in stage.devices) for stage in plan.stages[1:]
     )
-    # Tokens of as many steps as there are stages can be unread, one more while the next step samples.
+    # Tokens of one step per stage can be unread, and of one more while the next step samples.
     receivers = plan.stages[0].devices if plan.num_stages > 1 else ()
     feedback = tuple(space.channel(4 * max_rows, plan.num_stages + 2) for _ in receivers)
     return SharedLayout(failed, barrier, reduce, activations, feedback, space.take(0, PAGE))
