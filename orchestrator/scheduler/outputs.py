@@ -27,49 +27,30 @@ class StepOutputs:
     def __init__(self) -> None:
         self._columns = Outputs([], [], [], [], [], [])
 
-    def add(
-        self,
-        seq: Sequence,
-        token_ids: list[int],
-        logprobs: list[TokenLogprobs],
-        finish: str = "",
-        error: str = "",
-    ) -> None:
-        self.add_plain(seq.sequence_id, token_ids, logprobs, finish, error, seq.cached_tokens)
-
-    def add_plain(
-        self,
-        sequence_id: int,
-        token_ids: list[int],
-        logprobs: list[TokenLogprobs],
-        finish: str,
-        error: str,
-        cached_tokens: int,
-    ) -> None:
+    def add_end(self, sequence_id: int, finish: str, error: str = "", cached_tokens: int = 0) -> None:
+        """Add an ending without a token: a cancellation, a failure, a refusal."""
         columns = self._columns
         columns.sequence_ids.append(sequence_id)
-        columns.token_ids.append(token_ids)
-        columns.logprobs.append(logprobs)
+        columns.token_ids.append([])
+        columns.logprobs.append([])
         columns.finish.append(finish)
         columns.errors.append(error)
         columns.cached_tokens.append(cached_tokens)
 
-    def refuse(self, sequence_id: int, error: str) -> None:
-        """End a request that never became a sequence."""
-        self.add_plain(sequence_id, [], [], "error", error, 0)
-
-    def add_tokens(self, seqs: list[Sequence], token_ids: list[int], finish: list[str]) -> None:
-        """Add one token to each of many sequences that did not ask for logprobs."""
+    def add_tokens(
+        self, seqs: list[Sequence], token_ids: list[int], finish: list[str], logprobs: list[list[TokenLogprobs]] | None
+    ) -> None:
+        """Add one token to each of many sequences. ``logprobs``: None if no sequence asked."""
         columns = self._columns
         columns.sequence_ids.extend([seq.sequence_id for seq in seqs])
         columns.token_ids.extend([[token] for token in token_ids])
-        columns.logprobs.extend([[] for _ in seqs])
+        columns.logprobs.extend([[] for _ in seqs] if logprobs is None else logprobs)
         columns.finish.extend(finish)
         columns.errors.extend([""] * len(seqs))
         columns.cached_tokens.extend([seq.cached_tokens for seq in seqs])
 
     def take(self) -> Outputs | None:
-        """Hand over what was collected; None when there is nothing to tell."""
+        """Return what was collected since the last call; None when nothing was."""
         columns = self._columns
         if not columns.sequence_ids:
             return None

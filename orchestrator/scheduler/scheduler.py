@@ -1,10 +1,13 @@
 """Decide what every step computes: continuous batching over a paged KV cache, for a pipeline of any depth.
 
-Pure bookkeeping on integers: no clock, no socket, no torch. Tokens in flight are unknown here, so the scheduler plans
-ahead of them: it never plans more than ``max_tokens``, and what arrives after a stop is discarded.
+Pure bookkeeping on integers: no clock, no socket, no torch. A step decodes the requests of one batch (see
+decode_batch.py) and fills the rest of its token budget with prefill. The budget is larger than the number of rows, so
+neither starves the other.
 
-A step decodes the requests of one batch (see decode_batch.py) and fills the rest of its token budget with prefill. The
-budget is larger than the number of rows, so neither starves the other.
+Steps overlap: step n + 1 is planned and published before the tokens of step n are known. The scheduler needs only their
+number for that, since the workers write a sampled token into its row themselves. Example: a request of 10 tokens that
+may have 12 decodes in step 1, whose token is its 11th, and in step 2 for its 12th, before the 11th is here. It is in no
+step after that. When the 11th then turns out to be a stop token, the request ends with it, and the 12th is discarded.
 """
 
 from bisect import insort
@@ -16,15 +19,16 @@ from mgpu.orchestrator.scheduler.crash_suspects import SoloRun, is_suspect, note
 from mgpu.orchestrator.scheduler.decode_batch import DecodeBatch
 from mgpu.orchestrator.scheduler.limits import Limits, RequestRefused, checked_sequence
 from mgpu.orchestrator.scheduler.outputs import StepCounters, StepOutputs
+from mgpu.orchestrator.scheduler.rows import RowPool
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.orchestrator.scheduler.waiting import WaitingLine
 from mgpu.protocol.internal.gateway_messages import Outputs, Submit
-from mgpu.protocol.internal.worker_messages import StepPlan, StepResult
+from mgpu.protocol.internal.worker_messages import StepPlan, StepResult, TokenLogprobs
 
 
 @dataclass(slots=True)
 class StepRecord:
-    """A published step whose tokens have not arrived: who gets them, in order."""
+    """A published step whose tokens have not arrived; ``sampled`` get them, in this order."""
 
     step: int
     sampled: list[Sequence]
@@ -46,20 +50,17 @@ class Scheduler:
         self._expect_new_workers()
 
     def _expect_new_workers(self) -> None:
-        """Set everything that mirrors what the workers hold to what new ones hold: nothing."""
+        """Reset everything that mirrors the state of the workers: new ones hold nothing."""
         limits = self.limits
         self.blocks = BlockTables(limits.num_blocks, limits.block_size, limits.prefix_cache)
         self._admitted: dict[int, Sequence] = {}
         self._prefilling: list[Sequence] = []
         self._batches = [DecodeBatch(index, limits.block_size) for index in range(limits.num_stages)]
         self._in_flight: deque[StepRecord] = deque()
-        self._free_rows = list(range(limits.max_rows - 1, -1, -1))
-        self._rows_to_free: list[int] = []
-        self._leaving: deque[tuple[int, int, Sequence]] = deque()
-        """(step, row, sequence): the row is free, and a preempted sequence waits again, when ``step`` has arrived."""
+        self._rows = RowPool(limits.max_rows)
         self._solo_run = SoloRun()
         self._blocked: tuple[int, Sequence] | None = None
-        """(changes, sequence): the first in line had to wait, and will have to until the blocks change."""
+        """(changes, sequence): the first in line has to wait until the blocks change."""
 
     # -- what the engine asks ------------------------------------------------------------------------------------------
 
@@ -76,14 +77,14 @@ class Scheduler:
         return len(self._in_flight)
 
     def find(self, sequence_id: int) -> Sequence | None:
-        """Give a live request."""
+        """Return a live request; None for any other id."""
         return self._live.get(sequence_id)
 
     def live_ids(self) -> list[int]:
         return list(self._live)
 
     def take_outputs(self) -> Outputs | None:
-        """Hand over what happened since the last call; None when nothing did."""
+        """Return what happened since the last call; None when nothing did."""
         return self._outputs.take()
 
     # -- events --------------------------------------------------------------------------------------------------------
@@ -91,11 +92,11 @@ class Scheduler:
     def submit(self, submit: Submit) -> None:
         """Queue a request; one that can never run is answered with an error now."""
         if submit.sequence_id in self._live:
-            return  # its one ending must stay one; the gateway never reuses an id
+            return  # every id has one ending, and the gateway never reuses an id
         try:
             seq = checked_sequence(submit, self._arrivals, self.limits)
         except RequestRefused as refusal:
-            self._outputs.refuse(submit.sequence_id, str(refusal))
+            self._outputs.add_end(submit.sequence_id, "error", str(refusal))
             return
         self._arrivals += 1
         self._live[seq.sequence_id] = seq
@@ -104,14 +105,14 @@ class Scheduler:
     def refuse(self, sequence_id: int, error: str) -> None:
         """Answer a request that will not be queued, with its one ending."""
         if sequence_id not in self._live:
-            self._outputs.refuse(sequence_id, error)
+            self._outputs.add_end(sequence_id, "error", error)
 
     def cancel(self, sequence_id: int, reason: str) -> None:
         """End a request now, wherever it stands; unknown ids are ignored."""
         seq = self._live.get(sequence_id)
         if seq is not None:
             self._finish(seq)
-            self._outputs.add(seq, [], [], reason)
+            self._outputs.add_end(sequence_id, reason, cached_tokens=seq.cached_tokens)
 
     def fail_all(self, error: str) -> None:
         """End every live request with an error."""
@@ -120,7 +121,7 @@ class Scheduler:
 
     def _fail(self, seq: Sequence, error: str) -> None:
         self._finish(seq)
-        self._outputs.add(seq, [], [], "error", error)
+        self._outputs.add_end(seq.sequence_id, "error", error, seq.cached_tokens)
 
     def forget_workers(self, cause: str) -> None:
         """Note that the workers are gone: every live request waits, to be replayed from its tokens.
@@ -138,9 +139,9 @@ class Scheduler:
             self._fail(seq, f"the workers failed {seq.crashes} times in a row while they ran this request: {cause}")
 
     def resume(self, epoch: int, num_blocks: int) -> None:
-        """Go on with new workers of another epoch and their pool; call after `forget_workers`.
+        """Go on with new workers of another epoch; call after `forget_workers`.
 
-        It may be smaller than the first was, or of that size again.
+        Their pool may be smaller than the first one was, or of that size again.
         """
         self._epoch = epoch
         if num_blocks == self.limits.num_blocks:
@@ -163,27 +164,24 @@ class Scheduler:
             plan = self._plan_step(step)
             if plan.rows:
                 self._next_step = step + 1
-                self._rows_to_free = []
+                self._rows.to_free = []
                 self.counters.steps += 1
                 return plan
         return None
 
     def apply(self, result: StepResult) -> None:
-        """Take in the tokens of the oldest step in flight. ValueError when the result belongs to another step."""
+        """Append the tokens of the oldest step in flight. ValueError when the result belongs to another step."""
         if result.epoch != self._epoch:
             return
         record = self._in_flight[0] if self._in_flight else None
         if record is None or record.step != result.step or len(record.sampled) != len(result.token_ids):
             raise ValueError(f"result of step {result.step} does not fit the step in flight: {record}")
         self._in_flight.popleft()
-        if result.logprobs is None:
-            self._apply_tokens(record.sampled, result.token_ids)
-        else:
-            self._apply_with_logprobs(record.sampled, result)
+        self._append_tokens(record.sampled, result)
         self._release_rows_until(record.step)
 
     def _end_solo_run(self) -> None:
-        """Let the next suspect run, alone as well, when the one that runs is past the place where the workers died."""
+        """Let the next suspect run alone when the one that runs is cleared; see crash_suspects.py."""
         cleared, first = self._solo_run.clear(), self._waiting.first()
         if cleared is not None and first is not None and is_suspect(first):
             self._preempt(cleared)
@@ -193,7 +191,7 @@ class Scheduler:
     def _plan_step(self, step: int) -> StepPlan:
         index = step % len(self._batches)
         batch = self._batches[index]
-        plan = StepPlan(self._epoch, step, self._rows_to_free, [], [], [], [], [], [], [])
+        plan = StepPlan(self._epoch, step, self._rows.to_free, [], [], [], [], [], [], [])
         self._even_out(index)
         sampled = self._plan_decode(batch, plan)
         prefilled = self._plan_prefill(batch, plan, sampled)
@@ -204,7 +202,7 @@ class Scheduler:
         return plan
 
     def _even_out(self, index: int) -> None:
-        """Hand what this batch has above its share to the next batch, whose turn comes one step later."""
+        """Move members above this batch's share to the next batch, whose turn comes one step later."""
         if len(self._batches) == 1:
             return
         batch, following = self._batches[index], self._batches[(index + 1) % len(self._batches)]
@@ -238,7 +236,7 @@ class Scheduler:
         return sampled
 
     def _grow(self, seq: Sequence, plan: StepPlan) -> None:
-        """Give a decoding request its next block, at the expense of the latest if there is none."""
+        """Append a block to a decoding request; if none is free, preempt the requests that began last."""
         while (block := self.blocks.grow(seq)) is None:
             victim = max(self._admitted.values(), key=lambda each: each.turn)
             self._preempt(victim)
@@ -248,7 +246,7 @@ class Scheduler:
         plan.block_ids.append(block)
 
     def _plan_prefill(self, batch: DecodeBatch, plan: StepPlan, sampled: list[Sequence]) -> list[Sequence]:
-        """Spend the rest of the token budget on prompts, admitted ones first. Gives those that got a share."""
+        """Spend the rest of the token budget on prompts, admitted ones first, and return the requests that got a share."""
         budget = self.limits.max_batch_tokens - len(plan.rows)
         touched: list[Sequence] = []
         for seq in self._prefilling:
@@ -280,9 +278,9 @@ class Scheduler:
         return count
 
     def _admit_next(self) -> Sequence | None:
-        """Give a row and blocks to the first in line. None when it must wait; nobody overtakes it."""
+        """Give a row and blocks to the first in line and return it. None when it must wait: no request overtakes it."""
         seq = self._waiting.first()
-        if seq is None or not self._free_rows or self._blocked == (self.blocks.changes, seq):
+        if seq is None or not self._rows.has_free or self._blocked == (self.blocks.changes, seq):
             return None
         if self._solo_run.holds_back(seq, is_idle=not self._admitted and not self._in_flight):
             return None
@@ -295,7 +293,7 @@ class Scheduler:
             self.counters.prompt_tokens += seq.prompt_len
             self.counters.prefix_hit_tokens += seq.num_computed
         self._waiting.take_first()
-        seq.row = self._free_rows.pop()
+        self._rows.take(seq)
         self._admitted[seq.sequence_id] = seq
         self._solo_run.begin(seq)
         return seq
@@ -303,7 +301,7 @@ class Scheduler:
     # -- leaving -------------------------------------------------------------------------------------------------------
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take row and blocks away; it runs again from its known tokens when those in flight have arrived."""
+        """Take row and blocks away; the request runs again from its tokens when those in flight have arrived."""
         self._leave_workers(seq)
         self.counters.preemptions += 1
 
@@ -323,67 +321,51 @@ class Scheduler:
         self.blocks.release(seq)
         self._solo_run.end(seq)
         del self._admitted[seq.sequence_id]
-        self._rows_to_free.append(seq.row)
-        # The row is not given away while a token for it is under way: it would land in the next owner's row.
-        self._leaving.append((self._next_step - 1, seq.row, seq))
-        seq.row = -1
+        self._rows.give_back(seq, last_step=self._next_step - 1)
         if not self._in_flight:
             self._release_rows_until(self._next_step)
 
     def _release_rows_until(self, step: int) -> None:
-        while self._leaving and self._leaving[0][0] <= step:
-            _, row, seq = self._leaving.popleft()
-            self._free_rows.append(row)
-            if not seq.finished:
+        for seq in self._rows.release_until(step):
+            if not seq.finished:  # it was preempted
                 self._waiting.join(seq)
 
     # -- results -------------------------------------------------------------------------------------------------------
 
-    def _apply_tokens(self, sampled: list[Sequence], token_ids: list[int]) -> None:
-        """Append one token per sequence and end those that are done; the path of every ordinary step."""
+    def _append_tokens(self, sampled: list[Sequence], result: StepResult) -> None:
+        """Append one token per sequence and end those that are done."""
+        logprobs = _kept_logprobs(sampled, result)
         seqs: list[Sequence] = []
         tokens: list[int] = []
         finish: list[str] = []
-        for seq, token in zip(sampled, token_ids, strict=True):
+        for seq, token in zip(sampled, result.token_ids, strict=True):
             if seq.finished:
                 continue
             seqs.append(seq)
             tokens.append(token)
             seq.tokens.append(token)
             if token in seq.stop_ids or len(seq.tokens) >= seq.max_len:
-                finish.append(self._end(seq, token))
+                self._finish(seq)
+                finish.append("stop" if token in seq.stop_ids else "length")
             else:
                 finish.append("")
-        self._count_tokens(len(sampled), len(seqs))
-        self._outputs.add_tokens(seqs, tokens, finish)
-
-    def _apply_with_logprobs(self, sampled: list[Sequence], result: StepResult) -> None:
-        assert result.logprobs is not None
-        kept = 0
-        for seq, token, logprobs in zip(sampled, result.token_ids, result.logprobs, strict=True):
-            if seq.finished:
-                continue
-            kept += 1
-            seq.tokens.append(token)
-            done = token in seq.stop_ids or len(seq.tokens) >= seq.max_len
-            finish = self._end(seq, token) if done else ""
-            self._outputs.add(seq, [token], [] if logprobs is None else [logprobs], finish)
-        self._count_tokens(len(sampled), kept)
-
-    def _end(self, seq: Sequence, token: int) -> str:
-        self._finish(seq)
-        return "stop" if token in seq.stop_ids else "length"
-
-    def _count_tokens(self, arrived: int, kept: int) -> None:
-        self.counters.generated_tokens += kept
-        self.counters.discarded_tokens += arrived - kept
+        self.counters.generated_tokens += len(seqs)
+        self.counters.discarded_tokens += len(sampled) - len(seqs)
+        self._outputs.add_tokens(seqs, tokens, finish, logprobs)
 
     # -- proofs --------------------------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
         """Prove that blocks and rows add up. AssertionError if not; cheap enough for an idle moment."""
         self.blocks.pool.check_integrity(seq.blocks for seq in self._admitted.values())
-        rows = [*self._free_rows, *(row for _, row, _ in self._leaving), *(s.row for s in self._admitted.values())]
-        assert sorted(rows) == list(range(self.limits.max_rows)), "rows do not add up"
+        self._rows.check_integrity(seq.row for seq in self._admitted.values())
         if not self._live:
-            assert self.blocks.pool.num_free == self.limits.num_blocks, "blocks are held by nobody"
+            assert self.blocks.pool.num_free == self.limits.num_blocks, "blocks are held without a request"
+
+
+def _kept_logprobs(sampled: list[Sequence], result: StepResult) -> list[list[TokenLogprobs]] | None:
+    """Return the logprobs of the sequences that go on, one list each; None if no sequence of the step asked."""
+    if result.logprobs is None:
+        return None
+    pairs = zip(sampled, result.logprobs, strict=True)
+    return [[] if logprobs is None else [logprobs] for seq, logprobs in pairs if not seq.finished]
