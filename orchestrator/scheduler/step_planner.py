@@ -1,0 +1,235 @@
+"""Plan the steps of one worker group: who gets a row and blocks, who decodes, who is prefilled, who must leave.
+
+A `StepPlanner` mirrors what the workers hold, so new workers get a new one. A step decodes the requests of one batch
+(see decode_batch.py) and fills the rest of its token budget with prefill. The budget is larger than the number of rows,
+so neither starves the other.
+
+Steps overlap: step n + 1 is planned and published before the tokens of step n are known. Only their number is needed
+for that, since the workers write a sampled token into its row themselves. Example: a request of 10 tokens that may have
+12 is prefilled in step 1, which samples its 11th, and decodes in step 2 to its 12th, before the 11th is here. It is in
+no step after that. If the 11th then is a stop token, the request ends with it, and the 12th is discarded.
+"""
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from mgpu.orchestrator.scheduler.block_tables import BlockTables
+from mgpu.orchestrator.scheduler.crash_suspects import SoloRun, is_suspect
+from mgpu.orchestrator.scheduler.decode_batch import DecodeBatch
+from mgpu.orchestrator.scheduler.limits import Limits
+from mgpu.orchestrator.scheduler.outputs import StepCounters
+from mgpu.orchestrator.scheduler.rows import RowPool
+from mgpu.orchestrator.scheduler.sequence import Sequence
+from mgpu.orchestrator.scheduler.waiting import WaitingLine
+from mgpu.protocol.internal.worker_messages import StepPlan, StepResult
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """A published step whose tokens have not arrived; ``sampled`` get them, in this order."""
+
+    step: int
+    sampled: list[Sequence]
+
+
+class StepPlanner:
+    """The requests that run on one worker group, and its steps in flight."""
+
+    def __init__(
+        self, limits: Limits, waiting: WaitingLine, counters: StepCounters, epoch: int, next_step: int
+    ) -> None:
+        self.epoch = epoch
+        self.next_step = next_step
+        self.blocks = BlockTables(limits.num_blocks, limits.block_size, limits.prefix_cache)
+        self.admitted: dict[int, Sequence] = {}
+        self.in_flight: deque[StepRecord] = deque()
+        self._limits = limits
+        self._waiting = waiting
+        self._counters = counters
+        self._rows = RowPool(limits.max_rows)
+        self._prefilling: list[Sequence] = []
+        """By turn."""
+        self._batches = [DecodeBatch(index, limits.block_size) for index in range(limits.num_stages)]
+        self._solo_run = SoloRun()
+        self._blocked: tuple[int, Sequence] | None = None
+        """(changes, sequence): the first in line has to wait until the blocks change."""
+
+    def plan_next(self) -> StepPlan | None:
+        """Plan the next step. None when the pipeline is full or there is nothing to compute.
+
+        Step numbers skip the turns of batches that have nothing to do.
+        """
+        self._end_solo_run()
+        for step in range(self.next_step, self.next_step + len(self._batches)):
+            if self.in_flight and step - self.in_flight[0].step > len(self._batches):
+                return None
+            plan = self._plan_step(step)
+            if plan.rows:
+                self.next_step = step + 1
+                self._rows.to_free = []
+                self._counters.steps += 1
+                return plan
+        return None
+
+    def take_record(self, result: StepResult) -> StepRecord:
+        """Return the oldest step in flight and forget it. ValueError when the result belongs to another step."""
+        record = self.in_flight[0] if self.in_flight else None
+        if record is None or record.step != result.step or len(record.sampled) != len(result.token_ids):
+            raise ValueError(f"result of step {result.step} does not fit the step in flight: {record}")
+        return self.in_flight.popleft()
+
+    def leave(self, seq: Sequence) -> None:
+        """Take row and blocks away from a request."""
+        if seq.batch >= 0:
+            self._batches[seq.batch].remove(seq)
+        elif seq in self._prefilling:
+            self._prefilling.remove(seq)
+        self.blocks.release(seq)
+        self._solo_run.end(seq)
+        del self.admitted[seq.sequence_id]
+        self._rows.give_back(seq, last_step=self.next_step - 1)
+        if not self.in_flight:
+            self.release_rows(self.next_step)
+
+    def release_rows(self, step: int) -> None:
+        """Free the rows of requests that left, up to those whose last token came with the result of ``step``."""
+        for seq in self._rows.release_until(step):
+            if not seq.finished:  # it was preempted
+                self._waiting.join(seq)
+
+    def check_integrity(self) -> None:
+        """Prove that blocks and rows add up. AssertionError if not."""
+        self.blocks.pool.check_integrity(seq.blocks for seq in self.admitted.values())
+        self._rows.check_integrity(seq.row for seq in self.admitted.values())
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def _plan_step(self, step: int) -> StepPlan:
+        index = step % len(self._batches)
+        batch = self._batches[index]
+        plan = StepPlan(self.epoch, step, self._rows.to_free, [], [], [], [], [], [], [])
+        self._even_out(index)
+        sampled = self._plan_decode(batch, plan)
+        prefilled = self._plan_prefill(batch, plan, sampled)
+        if plan.rows:
+            self.in_flight.append(StepRecord(step, sampled))
+        for seq in prefilled:  # only now: a block can be reused from the next step on
+            self.blocks.offer(seq, seq.num_computed)
+        return plan
+
+    def _even_out(self, index: int) -> None:
+        """Move members above this batch's share to the next batch, whose turn comes one step later."""
+        if len(self._batches) == 1:
+            return
+        batch, following = self._batches[index], self._batches[(index + 1) % len(self._batches)]
+        share = -(-sum(len(each.members) for each in self._batches) // len(self._batches))
+        while len(batch.members) > share:
+            seq = batch.members[-1]
+            batch.remove(seq)
+            following.add(seq, seq.num_computed)
+
+    def _plan_decode(self, batch: DecodeBatch, plan: StepPlan) -> list[Sequence]:
+        """Plan one token for every member and return the members."""
+        due = batch.due()
+        for seq in due:
+            if batch.holds(seq) and batch.needs_block(seq):
+                self.blocks.offer(seq, batch.starts[seq.slot])
+                self._grow(seq, plan)
+        count = len(batch.members)
+        if not count:
+            return []
+        plan.rows.extend(batch.rows)
+        plan.starts.extend(batch.starts)
+        plan.counts.extend([1] * count)
+        plan.samples.extend([1] * count)
+        sampled = batch.members.copy()
+        batch.advance()
+        for seq in due:
+            if batch.holds(seq):
+                if batch.is_planned_to_the_end(seq):
+                    batch.remove(seq)
+                else:
+                    batch.remind(seq)
+        return sampled
+
+    def _grow(self, seq: Sequence, plan: StepPlan) -> None:
+        """Append a block to a decoding request; while none is free, preempt the request that began last."""
+        while (block := self.blocks.grow(seq)) is None:
+            victim = max(self.admitted.values(), key=lambda each: each.turn)
+            self._preempt(victim)
+            if victim is seq:
+                return
+        plan.block_rows.append(seq.row)
+        plan.block_ids.append(block)
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Let a request leave; it runs again from its tokens when those in flight have arrived."""
+        self.leave(seq)
+        self._counters.preemptions += 1
+
+    def _plan_prefill(self, batch: DecodeBatch, plan: StepPlan, sampled: list[Sequence]) -> list[Sequence]:
+        """Spend the rest of the token budget on prompts, admitted ones first; return those that got a share.
+
+        A request whose prompt is complete is added to ``sampled`` and, if it may have another token, to the batch.
+        """
+        budget = self._limits.max_batch_tokens - len(plan.rows)
+        touched: list[Sequence] = []
+        for seq in self._prefilling:
+            if not budget:
+                break
+            budget -= _plan_chunk(seq, budget, plan)
+            touched.append(seq)
+        while budget and (admitted := self._admit_next()) is not None:
+            plan.new_rows.append(admitted.to_new_row())
+            insort(self._prefilling, admitted, key=lambda each: each.turn)
+            budget -= _plan_chunk(admitted, budget, plan)
+            touched.append(admitted)
+        for seq in touched:
+            if seq.num_computed == len(seq.tokens):
+                sampled.append(seq)
+                self._prefilling.remove(seq)
+                if len(seq.tokens) + 1 < seq.max_len:
+                    batch.add(seq, seq.num_computed)
+        return touched
+
+    # -- admission -----------------------------------------------------------------------------------------------------
+
+    def _admit_next(self) -> Sequence | None:
+        """Give a row and blocks to the first in line and return it. None when it must wait: no request overtakes it."""
+        seq = self._waiting.first()
+        if seq is None or not self._rows.has_free or self._blocked == (self.blocks.changes, seq):
+            return None
+        if self._solo_run.holds_back(seq, is_idle=not self.admitted and not self.in_flight):
+            return None
+        # One block per running request stays free, so that the newcomer is not preempted right away.
+        if not self.blocks.take(seq, reserve=len(self.admitted)):
+            self._blocked = (self.blocks.changes, seq)
+            return None
+        if seq.turn < 0:
+            seq.cached_tokens = seq.num_computed
+            self._counters.prompt_tokens += seq.prompt_len
+            self._counters.prefix_hit_tokens += seq.num_computed
+        self._waiting.take_first()
+        self._rows.take(seq)
+        self.admitted[seq.sequence_id] = seq
+        self._solo_run.begin(seq)
+        return seq
+
+    def _end_solo_run(self) -> None:
+        """Let the next suspect run alone when the one that runs is cleared; see crash_suspects.py."""
+        cleared, first = self._solo_run.clear(), self._waiting.first()
+        if cleared is not None and first is not None and is_suspect(first):
+            self._preempt(cleared)
+
+
+def _plan_chunk(seq: Sequence, budget: int, plan: StepPlan) -> int:
+    """Plan the next tokens of a prompt and return how many."""
+    start = seq.num_computed
+    count = min(budget, len(seq.tokens) - start)
+    seq.num_computed = start + count
+    plan.rows.append(seq.row)
+    plan.starts.append(start)
+    plan.counts.append(count)
+    plan.samples.append(int(seq.num_computed == len(seq.tokens)))
+    return count
