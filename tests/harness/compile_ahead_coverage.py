@@ -62,8 +62,8 @@ def use_kernels_on_the_cpu() -> None:
     set_overlap(True)
     for module in (mlp, norm, sampler, attention):
         module.uses_kernels = lambda device: True
-    linear.matmul = vocab.matmul = products.matmul
-    linear.matmul_packed = products.quantized_matmul
+    linear.dense_product = vocab.dense_product = lambda device: products.matmul
+    linear.packed_product = lambda device: products.quantized_matmul
     linear.pack = vocab.pack = lambda weight: weight
     products.F = type("Shapes", (), {"linear": staticmethod(lambda x, w, b=None: x.new_zeros(len(x), len(w)))})
     graph_pool.GraphPool = graph_pool.Uncaptured = FakePool

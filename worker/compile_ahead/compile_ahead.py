@@ -33,7 +33,7 @@ SOURCES = Path(__file__).parents[1]
 """The worker's folder. Any file in it may decide what a kernel is compiled for, so all of them are part of the key."""
 _IRRELEVANT_FIELDS = (
     "epoch", "model", "endpoint", "rendezvous", "shared_fd", "shared_bytes", "num_threads", "memory_fraction",
-    "kv_bytes", "seed", "timeout_s",
+    "kv_memory", "seed", "worker_timeout_s",
 )  # fmt: skip
 """Fields of a spec that no kernel depends on."""
 _PROMPTS = (512, 128, 16)

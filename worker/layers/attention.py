@@ -46,8 +46,8 @@ class Attention(Module):
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if facts.qk_norm:
-            self.q_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
-            self.k_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset)
+            of_heads = facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset, True
+            self.q_norm, self.k_norm = RMSNorm(*of_heads), RMSNorm(*of_heads)
         self.spec = AttentionSpec(facts.attention_scale, window, self._head_norms())
 
     def __call__(self, x_TD: Activations, angles: Angles, attention: StepAttention, cache: LayerCache) -> Delta:

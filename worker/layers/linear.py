@@ -17,7 +17,7 @@ from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.layers.cpu_matmul import matmul_repacked, pack
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, PartialSum, whole
-from mgpu.worker.layers.product import matmul, matmul_float8, matmul_packed, multiplies_float8
+from mgpu.worker.layers.product import dense_product, matmul_float8, multiplies_float8, packed_product
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Activations, Float8Rows, Product, plain
 from mgpu.worker.quantization.packing import PackedWeight
@@ -51,7 +51,8 @@ class Linear(Module):
         self.packed: PackedWeight | None = None
         self.weight = torch.empty(self._shape if form.quant == "none" else 0, dtype=dtype, device=device)
         self.bias = torch.empty(outputs, dtype=dtype, device=device) if bias else None
-        self._multiply = matmul
+        self._multiply = dense_product(device)
+        self._multiply_packed = packed_product(device)
         # The library takes multiples of 16 only.
         self._is_float8 = form.quant == "fp8" and outputs % 16 == 0 and multiplies_float8(device, dtype)
 
@@ -73,7 +74,7 @@ class Linear(Module):
             y_TO = matmul_float8(x_TI, self.packed)
             return y_TO if bias_O is None else y_TO.plain().add_(bias_O)
         if self.packed is not None:
-            return matmul_packed(x_TI, self.packed, bias_O)
+            return self._multiply_packed(x_TI, self.packed, bias_O)
         return self._multiply(x_TI, self.weight, bias_O)
 
     def _dense_weight(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 # T tokens, D model dim, F feed-forward dim of this rank
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -34,34 +35,39 @@ class GatedMLP(Module):
     ) -> None:
         mine = even_range(intermediate_size, group.rank, group.size)
         self.activation = activation
-        self._uses_kernel = uses_kernels(device)
+        self._activate = _kernel_activation() if uses_kernels(device) else _plain_activation
         self.width = len(mine)
         slices = (RowSlice("gate_proj", mine), RowSlice("up_proj", mine))
         self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, dtype, device, form)
         self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device, form)
 
     def __call__(self, x_TD: Activations) -> Delta:
-        if self._uses_kernel:
-            return self.down.partial(self._gated_by_kernels(x_TD))
-        return self.down.partial(self._gated(plain(self.gate_up(x_TD))))
-
-    def _gated_by_kernels(self, x_TD: Activations) -> Activations:
-        from mgpu.worker.kernels.layers.activation import gated_activation, gated_activation_float8
-        from mgpu.worker.kernels.products.choose import one_row_matmul
-
-        if isinstance(x_TD, Tensor) and len(x_TD) == 1:
-            return one_row_matmul(x_TD, self.gate_up.held, self.gate_up.bias, self.activation)
-        gate_up_TF2, scale_T = values_and_scale(self.gate_up(x_TD))
-        if self.down.takes_float8(len(gate_up_TF2)):
-            return gated_activation_float8(gate_up_TF2, self.activation, scale_T)
-        return gated_activation(gate_up_TF2, self.activation, scale_T)
-
-    def _gated(self, gate_up_TF2: Tensor) -> Tensor:
-        """Give act(gate) * up, [T, F]."""
-        gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
-        hidden_TF = F.silu(gate_TF) if self.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
-        return hidden_TF.mul_(up_TF)
+        return self.down.partial(self._activate(self, x_TD))
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         self.gate_up.load(reader, prefix)
         self.down.load(reader, f"{prefix}.down_proj")
+
+
+Activate = Callable[[GatedMLP, Activations], Activations]
+"""Returns act(gate(x)) * up(x), [T, F]."""
+
+
+def _plain_activation(mlp: GatedMLP, x_TD: Activations) -> Activations:
+    gate_TF, up_TF = plain(mlp.gate_up(x_TD)).chunk(2, dim=-1)
+    hidden_TF = F.silu(gate_TF) if mlp.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
+    return hidden_TF.mul_(up_TF)
+
+
+def _kernel_activation() -> Activate:
+    from mgpu.worker.kernels.layers.activation import gated_activation, gated_activation_float8
+    from mgpu.worker.kernels.products.choose import one_row_matmul
+
+    def activate(mlp: GatedMLP, x_TD: Activations) -> Activations:
+        if isinstance(x_TD, Tensor) and len(x_TD) == 1:
+            return one_row_matmul(x_TD, mlp.gate_up.held, mlp.gate_up.bias, mlp.activation)
+        gate_up_TF2, scale_T = values_and_scale(mlp.gate_up(x_TD))
+        gated = gated_activation_float8 if mlp.down.takes_float8(len(gate_up_TF2)) else gated_activation
+        return gated(gate_up_TF2, mlp.activation, scale_T)
+
+    return activate

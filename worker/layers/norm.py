@@ -1,6 +1,10 @@
-"""Root-mean-square normalization. Not sharded: every rank holds the whole vector."""
+"""Root-mean-square normalization. Not sharded: every rank holds the whole vector.
+
+How a norm computes is chosen once, when it is built: by Triton kernels, by few operations on the CPU, or by torch.
+"""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,68 +16,48 @@ from mgpu.worker.layers.partial_sum import Delta, PartialSum
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.float8_rows import Activations, Product, ScaledRows, plain, values_and_scale
 
+TakesFloat8 = Callable[[int], bool]
+
 
 class RMSNorm(Module):
     """Scale the last dimension to unit root mean square, then by a weight.
 
     With ``unit_offset`` (Gemma) the checkpoint stores the weight minus 1, and the weight is kept and applied in
-    float32, since 1 + w does not survive bfloat16. ``takes_float8`` is that of the linear layer that a sum's norm goes
-    into: so many rows are given to it quantized.
+    float32, since 1 + w does not survive bfloat16. ``of_heads``: the norm of query or key heads in plain attention.
     """
 
     def __init__(
-        self, size: int, eps: float, dtype: torch.dtype, device: torch.device, unit_offset: bool = False
+        self,
+        size: int,
+        eps: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        unit_offset: bool = False,
+        of_heads: bool = False,
     ) -> None:
         self.eps = eps
         self.unit_offset = unit_offset
-        self.shape = (size,)
-        self.takes_float8: Callable[[int], bool] = lambda rows: False
-        self._cpu_eps = torch.tensor(eps)
-        self._uses_kernel = uses_kernels(device)
-        self._is_plain_cpu = device.type == "cpu" and dtype == torch.float32
+        self.takes_float8: TakesFloat8 = lambda rows: False
+        """Of the linear layer that a sum's norm goes into: whether so many rows are passed to it quantized."""
         self.weight = torch.ones(size, dtype=torch.float32 if unit_offset else dtype, device=device)
+        self._arithmetic: _Arithmetic
+        if uses_kernels(device) and not of_heads:  # kernels normalize rows; those of attention normalize heads as well
+            self._arithmetic = _Kernels(eps)
+        elif device.type == "cpu" and dtype == torch.float32:
+            self._arithmetic = _FewOperations(size, eps)
+        else:
+            self._arithmetic = _Torch(size, eps)
 
     def __call__(self, x: Product) -> Tensor:
-        if isinstance(x, ScaledRows):
-            from mgpu.worker.kernels.layers.norm import rms_norm
-
-            return rms_norm(x.values, self.weight, self.eps, x.scale_T)
-        if self._is_plain_cpu:
-            return self._forward_cpu(x)
-        if self._uses_kernel and x.dim() == 2:
-            from mgpu.worker.kernels.layers.norm import rms_norm
-
-            return rms_norm(x, self.weight, self.eps)
-        if x.dtype != self.weight.dtype:
-            return F.rms_norm(x.float(), self.shape, self.weight, self.eps).to(x.dtype)
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
-
-    def _forward_cpu(self, x: Tensor) -> Tensor:
-        """Normalize in five small operations; torch composes its own from twice as many on the CPU."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.addcmul(self._cpu_eps, length, length, value=1.0 / self.shape[0]).rsqrt_()
-        return torch.mul(x, scale).mul_(self.weight)
+        return self._arithmetic.norm(x, self.weight)
 
     def add_and_norm(self, residual_TD: Tensor, delta_TD: Delta | None) -> Activations:
-        """Add ``delta`` to ``residual`` in place and give the normalized sum."""
+        """Add ``delta`` to ``residual`` in place and return the normalized sum."""
+        if delta_TD is None:
+            return self._arithmetic.norm(residual_TD, self.weight)
         if isinstance(delta_TD, PartialSum):
             return delta_TD.add_and_norm(residual_TD, self.weight, self.eps)
-        if self._uses_kernel and delta_TD is not None:
-            return self._add_and_norm_kernel(residual_TD, delta_TD)
-        if delta_TD is not None:
-            residual_TD.add_(plain(delta_TD))
-        normed_TD: Tensor = self(residual_TD)
-        return normed_TD
-
-    def _add_and_norm_kernel(self, residual_TD: Tensor, delta_TD: Product) -> Activations:
-        delta_TD, scale_T = values_and_scale(delta_TD)
-        if self.takes_float8(len(residual_TD)):
-            from mgpu.worker.kernels.layers.norm import add_rms_norm_float8
-
-            return add_rms_norm_float8(residual_TD, delta_TD, self.weight, self.eps, scale_T)
-        from mgpu.worker.kernels.layers.norm import add_rms_norm
-
-        return add_rms_norm(residual_TD, delta_TD, self.weight, self.eps, scale_T)
+        return self._arithmetic.add_and_norm(residual_TD, delta_TD, self.weight, self.takes_float8)
 
     def load(self, reader: WeightReader, name: str) -> None:
         reader.fill_rows(self.weight, f"{name}.weight")
@@ -85,3 +69,64 @@ class RMSNorm(Module):
 
     def weight_bytes(self) -> int:
         return self.weight.nbytes
+
+
+class _Arithmetic(Protocol):
+    def norm(self, x: Product, weight: Tensor) -> Tensor: ...
+
+    def add_and_norm(
+        self, residual_TD: Tensor, delta: Product, weight: Tensor, takes_float8: TakesFloat8
+    ) -> Activations: ...
+
+
+class _Torch:
+    def __init__(self, size: int, eps: float) -> None:
+        self._shape = (size,)
+        self._eps = eps
+
+    def norm(self, x: Product, weight: Tensor) -> Tensor:
+        x = plain(x)
+        if x.dtype != weight.dtype:
+            return F.rms_norm(x.float(), self._shape, weight, self._eps).to(x.dtype)
+        return F.rms_norm(x, self._shape, weight, self._eps)
+
+    def add_and_norm(
+        self, residual_TD: Tensor, delta: Product, weight: Tensor, takes_float8: TakesFloat8
+    ) -> Activations:
+        return self.norm(residual_TD.add_(plain(delta)), weight)
+
+
+class _FewOperations(_Torch):
+    """Normalize float32 in five small operations; torch composes its own from twice as many on the CPU."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps)
+        self._eps_tensor = torch.tensor(eps)
+
+    def norm(self, x: Product, weight: Tensor) -> Tensor:
+        x = x.plain() if isinstance(x, ScaledRows) else x
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps_tensor, length, length, value=1.0 / self._shape[0]).rsqrt_()
+        return torch.mul(x, scale).mul_(weight)
+
+
+class _Kernels:
+    """Normalize rows [T, D] by Triton kernels, which multiply by the rows' scales and quantize in the same pass."""
+
+    def __init__(self, eps: float) -> None:
+        from mgpu.worker.kernels.layers import norm  # imports triton, which machines without a GPU may lack
+
+        self._kernels = norm
+        self._eps = eps
+
+    def norm(self, x: Product, weight: Tensor) -> Tensor:
+        values_TD, scale_T = values_and_scale(x)
+        return self._kernels.rms_norm(values_TD, weight, self._eps, scale_T)
+
+    def add_and_norm(
+        self, residual_TD: Tensor, delta: Product, weight: Tensor, takes_float8: TakesFloat8
+    ) -> Activations:
+        delta_TD, scale_T = values_and_scale(delta)
+        if takes_float8(len(residual_TD)):
+            return self._kernels.add_rms_norm_float8(residual_TD, delta_TD, weight, self._eps, scale_T)
+        return self._kernels.add_rms_norm(residual_TD, delta_TD, weight, self._eps, scale_T)

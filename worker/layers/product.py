@@ -1,6 +1,11 @@
-"""Multiply by a weight on whatever device it is."""
+"""Choose the product of a linear layer for its device. Layers ask when they are built.
+
+Modules of kernels are imported here and not above, since they import triton, which machines without a GPU may lack.
+"""
 
 # T tokens, I inputs, O outputs
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,24 +13,38 @@ from torch import Tensor
 
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers import cpu_matmul
-from mgpu.worker.quantization import matmul as quantized_matmul
 from mgpu.worker.quantization.float8_rows import Float8Rows, ScaledRows
+from mgpu.worker.quantization.matmul import quantized_matmul
 from mgpu.worker.quantization.packing import PackedWeight
 
+DenseProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x [T, I], weight [O, I], bias [O]) -> ``x @ weight.T + bias``."""
+PackedProduct = Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
+"""The same for a quantized weight."""
 
-def matmul(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Give ``x @ weight.T + bias``. A weight on the CPU may be one that `cpu_matmul.pack` returned."""
-    if weight_OI.device.type == "cpu":
-        return cpu_matmul.matmul(x_TI, weight_OI, bias_O)
-    if uses_kernels(weight_OI.device):
-        from mgpu.worker.kernels.products import choose  # imports triton, which machines without a GPU may lack
 
-        return choose.matmul(x_TI, weight_OI, bias_O)
-    return F.linear(x_TI, weight_OI, bias_O)
+def dense_product(device: torch.device) -> DenseProduct:
+    """Return the product with dense weights. A weight on the CPU may be one that `cpu_matmul.pack` returned."""
+    if device.type == "cpu":
+        return cpu_matmul.matmul
+    if uses_kernels(device):
+        from mgpu.worker.kernels.products import choose
+
+        return choose.matmul
+    return F.linear
+
+
+def packed_product(device: torch.device) -> PackedProduct:
+    """Return the product with quantized weights."""
+    if uses_kernels(device):
+        from mgpu.worker.kernels.products import choose
+
+        return choose.quantized_matmul
+    return quantized_matmul
 
 
 def multiplies_float8(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether products of many rows with fp8 weights are float8 ones there (W8A8)."""
+    """Return whether products of many rows with fp8 weights are float8 products there (W8A8)."""
     if dtype != torch.bfloat16 or not uses_kernels(device):
         return False
     from mgpu.worker.kernels.products import float8_product
@@ -34,17 +53,8 @@ def multiplies_float8(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def matmul_float8(x_TI: Tensor | Float8Rows, weight: PackedWeight) -> ScaledRows:
-    """Give ``x @ w.T`` where `multiplies_float8`, quantizing x if it is not yet."""
+    """Return ``x @ w.T`` where `multiplies_float8`; quantize x if it is not yet."""
     from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
     from mgpu.worker.kernels.products.float8_product import float8_product
 
     return float8_product(x_TI if isinstance(x_TI, Float8Rows) else quantize_rows(x_TI), weight)
-
-
-def matmul_packed(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
-    """Give ``x @ w.T + bias`` for a quantized weight."""
-    if uses_kernels(weight.words.device):
-        from mgpu.worker.kernels.products import choose as products
-
-        return products.quantized_matmul(x_TI, weight, bias_O)
-    return quantized_matmul.quantized_matmul(x_TI, weight, bias_O)

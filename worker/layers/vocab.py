@@ -12,7 +12,7 @@ from torch import Tensor
 from mgpu.protocol.model.placement import padded_vocab
 from mgpu.worker.layers.cpu_matmul import pack
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.product import matmul
+from mgpu.worker.layers.product import dense_product
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 
@@ -31,6 +31,7 @@ class VocabParallel(Module):
         self.start = rows * group.rank
         self.num_valid = max(0, min(rows, vocab_size - self.start))
         self.packed_head: Tensor | None = None
+        self._multiply = dense_product(device)
         self.weight = torch.empty((rows, hidden_size), dtype=dtype, device=device)
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class VocabParallel(Module):
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Give this rank's logits [S, W] in the model's dtype."""
-        logits_SW = matmul(x_SD, self.weight if self.packed_head is None else self.packed_head)
+        logits_SW = self._multiply(x_SD, self.weight if self.packed_head is None else self.packed_head, None)
         if self.num_valid < logits_SW.shape[1]:
             logits_SW[:, self.num_valid :] = -torch.inf
         return logits_SW

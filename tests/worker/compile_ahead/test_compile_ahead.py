@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from triton.runtime._async_compile import active_mode
 
 from harness.fake_orchestrator import make_spec
 from harness.random_model import write_random_model
+from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.compile_ahead import compile_ahead, triton_internals
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.ranks.collectives import DryRun, SingleRank
@@ -88,6 +90,10 @@ def test_a_change_of_any_source_of_the_worker_compiles_again(
         kernel.write_text(text)
         with make_ahead(tmp_path).running():
             assert len(launches) == times
+
+
+def test_what_the_key_leaves_out_are_fields_of_a_spec() -> None:
+    assert set(compile_ahead._IRRELEVANT_FIELDS) < {field.name for field in fields(WorkerSpec)}
 
 
 @pytest.mark.parametrize("name", ["triton.runtime.gone:Mode", "triton.runtime.jit:JITFunction.gone"])
