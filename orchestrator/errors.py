@@ -26,8 +26,3 @@ class PlacementError(UserError):
 
 class ModelError(UserError):
     """The model cannot be found, obtained or read."""
-
-
-def with_traceback(cause: Exception) -> str:
-    """Say what failed, followed by the traceback of another process where ``cause`` carries one."""
-    return "\n".join(filter(None, (str(cause), getattr(cause, "traceback", ""))))

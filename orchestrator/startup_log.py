@@ -19,19 +19,21 @@ _BAR_WIDTH = 32
 class ProgressBar:
     """One line for all ranks: redrawn in place on a terminal, a log line every few seconds elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
         self._on_terminal = sys.stderr.isatty()
         self._interval_s = BAR_INTERVAL_S if self._on_terminal else PLAIN_INTERVAL_S
         self._last_s = time.monotonic()
         self._drawn = False
 
-    def show(self, progress: Iterable[LoadProgress], world_size: int) -> None:
-        """Draw the sum over ranks of the weights phase, not more often than anyone can read."""
+    def show(self, progress: Iterable[LoadProgress]) -> None:
+        """Draw the sum over ranks of the weights phase, not more often than anyone can read; clear it after that."""
         now = time.monotonic()
         if now - self._last_s < self._interval_s:
             return
-        text = _progress_text([each for each in progress if each.phase == "weights"], world_size)
+        text = _progress_text([each for each in progress if each.phase == "weights"], self._world_size)
         if not text:
+            self.close()
             return
         self._last_s = now
         if self._on_terminal:

@@ -1,49 +1,48 @@
-"""The step loop: what clients want goes in, steps go out to the workers, tokens come back."""
+"""The engine: the one loop of a server, from its start to its end.
 
-import contextlib
+A start, a failure and the end are told here from top to bottom: `run`, `_update_state`, `_replace_workers`,
+`_replace_gateway`, `_shut_down`. Each turn of the loop is one step: what clients want goes in, a step goes out to the
+workers, tokens come back and go to the gateway.
+"""
+
+import gc
 import logging
-import math
+import os
 import time
-from collections import deque
-from dataclasses import replace
 
-from mgpu.orchestrator.engine.polling import SpinPolicy, poller_of
-from mgpu.orchestrator.engine.resume_journal import Journal
-from mgpu.orchestrator.engine.stats import EngineStats
-from mgpu.orchestrator.engine.step_deadline import StepDeadline
-from mgpu.orchestrator.errors import with_traceback
+import zmq
+
+from mgpu import __version__
+from mgpu.orchestrator.config import ServerConfig
+from mgpu.orchestrator.engine.life_cycle import LifeCycle, State
+from mgpu.orchestrator.engine.polling import poller_of
+from mgpu.orchestrator.engine.requests import Requests
+from mgpu.orchestrator.engine.steps import StepPipeline
+from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.reload import Reloader
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.host.signals import StopSignals
 from mgpu.orchestrator.host.systemd import Notifier
-from mgpu.orchestrator.processes.gateway_process import GatewayLost, GatewayProcess
-from mgpu.orchestrator.processes.restarts import RestartLimit, WorkerRecovery, WorkersHung
-from mgpu.orchestrator.processes.worker_group import WorkerLost
+from mgpu.orchestrator.processes.failures import GatewayLost, ProcessFailure, ending_of
+from mgpu.orchestrator.processes.gateway_process import GatewayProcess
+from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
-from mgpu.protocol.internal.gateway_messages import (
-    Cancel,
-    EngineInfo,
-    GatewayReady,
-    Resumable,
-    Resume,
-    Resumed,
-    StatsQuery,
-    StatsReply,
-    Submit,
-    WakeUp,
-)
-from mgpu.protocol.internal.worker_messages import CONTROL, StaySpinning, StepResult
+from mgpu.orchestrator.startup_log import ProgressBar, log_ready
+from mgpu.protocol.discovery import RunningServer
+from mgpu.protocol.internal.gateway_messages import EngineInfo
 
 log = logging.getLogger(__name__)
 
-MESSAGES_PER_STEP = 256
-"""Most gateway messages taken in between two steps, so that a flood of them does not hold up the workers."""
 LOOK_INTERVAL_S = 0.01
 """How often signals and processes are looked at while results keep coming without a wait."""
 PARK_S = 1.0
 """Longest sleep; every deadline is checked at least this often."""
 STANDSTILL_S = PARK_S + 1.0
-"""A longer time between two looks is none that the workers can be blamed for."""
+"""After a longer time between two looks this process was stopped itself; the workers are not to blame."""
+FAILED_STOP_S = 1.0
+"""What healthy ranks get to leave by themselves after a failure."""
+GATEWAY_STOP_S = 2.0
+"""What the gateway gets at least: it has the last words for every client."""
 
 
 class Engine:
@@ -51,233 +50,178 @@ class Engine:
 
     def __init__(
         self,
+        config: ServerConfig,
         scheduler: Scheduler,
-        recovery: WorkerRecovery,
         gateway: GatewayProcess,
+        workers: WorkerProcesses,
         signals: StopSignals,
-        info: EngineInfo,
+        runtime: RuntimeDir,
         notifier: Notifier,
         reloader: Reloader,
-        runtime: RuntimeDir,
-        *,
-        spin_s: float,
-        gateway_restarts: RestartLimit,
-        hang_timeout_s: float,
-        resume_timeout_s: float,
-        drain_timeout_s: float,
     ) -> None:
-        self.stats = EngineStats()
+        """``scheduler`` has no blocks yet, and the ``workers`` are not started."""
+        self._config = config
         self._scheduler = scheduler
-        self._recovery = recovery
-        self._workers = recovery.group
         self._gateway = gateway
+        self._workers = workers
         self._signals = signals
-        self._info = info
-        self._told_state = info.state
+        self._runtime = runtime
         self._notifier = notifier
         self._reloader = reloader
-        self._runtime = runtime
-        self._spin = SpinPolicy(spin_s)
-        self._journal = Journal()
-        self._gateway_restarts = gateway_restarts
-        self._resume_timeout_s = resume_timeout_s
-        self._claim_deadline_s: float | None = None
-        """Until when clients may come back after the gateway was lost."""
-        self._step_deadline = StepDeadline(hang_timeout_s)
-        self._drain_timeout_s = drain_timeout_s
-        self._drain_deadline_s: float | None = None
-        self._published: deque[tuple[float, int]] = deque()
-        """When each step in flight went out, and its tokens."""
-        self._last_result_s = self._last_look_s = self._woke_s = time.monotonic()
+        self._life = LifeCycle()
+        self._steps = StepPipeline(scheduler, workers, config.spin_s, config.timeouts.hang_timeout_s)
+        self._requests = Requests(self._life, scheduler, self._steps, gateway, workers, config.timeouts.resume_timeout_s)
+        self._progress = ProgressBar(config.layout.placement.world_size)
+        self._began_s = self._looked_s = time.monotonic()
+        self._is_announced = False
+        """Clients can find the server. What fails from now on is never a mistake of the user."""
+        self._announce_by_s = self._drain_until_s = 0.0
+        self._drain_timeout_s = config.timeouts.drain_timeout_s
+        self._poller = zmq.Poller()
+
+    def run(self) -> int:
+        """Serve until a signal or a failure; return the exit status. See `Server.run`."""
+        failure: Exception | None = None
+        try:
+            self._start()
+            while self._life.state is not State.STOPPED:
+                try:
+                    self._requests.take_in()
+                    if not self._is_announced:  # what the gateway said may be the last thing that was missing
+                        self._update_state()
+                    self._steps.publish()
+                    self._requests.emit()  # what was refused or cancelled must not wait for the next result
+                    self._wait()  # the only place that sleeps
+                    self._steps.apply()
+                    self._requests.emit()
+                except GatewayLost as lost:
+                    self._replace_gateway(lost)
+                except ProcessFailure as lost:
+                    self._replace_workers(lost)
+                self._update_state()
+        except Exception as cause:  # the process edge: whatever broke, clients get their endings and nothing stays
+            failure = cause
+        return self._end(failure)
+
+    # -- start and state -----------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._workers.start()
         self._watch()
+        log.info("starting %d worker(s) for %s", self._config.layout.placement.world_size, self._config.model_name)
 
-    def expect_steps(self, num_tokens: int, seconds: float) -> None:
-        """Say how long a step takes here, before the first is done: a large model on a slow CPU is not hung."""
-        self._step_deadline.note(num_tokens, seconds)
+    def _update_state(self) -> None:
+        """Follow the processes and the signals; tell gateway, systemd and log about a change."""
+        state = self._life.state
+        if self._signals.received:
+            self._drain_or_stop(state)
+        elif state is State.STARTING:
+            if self._workers.is_ready and self._gateway.is_ready:
+                self._become_ready()
+        elif self._workers.is_ready is not (state is State.READY):
+            self._enter(State.READY if self._workers.is_ready else State.RECOVERING)
+        elif not self._is_announced and state is State.READY:
+            self._announce_when_known()
 
-    def run(self) -> None:
-        """Serve until a signal came and the running requests are done, or out of time, or a second signal came.
+    def _enter(self, state: State) -> None:
+        self._life.enter(state)
+        self._gateway.tell(self._info())
 
-        TooManyRestarts when serving cannot go on.
+    def _info(self) -> EngineInfo:
+        limits = self._scheduler.limits
+        return EngineInfo(self._life.state.value, limits.max_seq_len, limits.kv_tokens, self._config.layout_table)
+
+    def _become_ready(self) -> None:
+        """Take requests from now on. The gateway hears it before anybody can find the server."""
+        self._progress.close()
+        ready = self._workers.group.ready
+        if self._config.device_kind == "cpu":  # on GPUs the trial compiles kernels, which says nothing of later steps
+            self._steps.expect(list(ready.values()))
+        log_ready(self._config, self._scheduler.limits, ready, time.monotonic() - self._began_s)
+        self._announce_by_s = time.monotonic() + self._config.timeouts.gateway_timeout_s
+        self._enter(State.READY)
+
+    def _announce_when_known(self) -> None:
+        """Let clients find the server once the gateway acts on the state ready: no first request is refused.
+
+        A gateway that does not answer is not waited for.
         """
-        while not self._is_over():
-            try:
-                self._tell_state()  # before queries are answered, so that counters and state agree
-                self._drain_inbox()
-                self._publish_steps()
-                self._emit()  # what was refused or cancelled must not wait for the next result
-                self._gather_results()
-                self._emit()
-            except (WorkerLost, WorkersHung) as cause:
-                self._replace_workers(cause)
-            except GatewayLost as cause:
-                self._replace_gateway(cause)
-        with contextlib.suppress(GatewayLost):  # no time for another one
-            self._tell_state()
-
-    def end_requests(self, error: str) -> None:
-        """Give every request that is still alive its one ending."""
-        self._scheduler.fail_all(error)
-        self._emit()
-
-    # -- the four parts of a step --------------------------------------------------------------------------------------
-
-    def _drain_inbox(self) -> None:
-        for message in self._gateway.receive(MESSAGES_PER_STEP):
-            self._on_message(message)
-
-    def _publish_steps(self) -> None:
-        """Fill the pipeline: the next step is out before the tokens of the last one are back."""
-        while self._recovery.is_ready:
-            began = time.perf_counter()
-            plan = self._scheduler.schedule()
-            if plan is None:
-                if not self._scheduler.num_running:
-                    self.stats.note_idle()
+        config, endpoint = self._config, self._gateway.endpoint
+        if self._gateway.known_state != State.READY:
+            if time.monotonic() <= self._announce_by_s:
                 return
-            planned = time.perf_counter()
-            self._workers.publish(CONTROL.encode(plan))
-            published_s = time.monotonic()
-            if not self._published:
-                self.stats.note_fed(published_s)
-            self._published.append((published_s, sum(plan.counts)))
-            self.stats.schedule_us.add((planned - began) * 1e6)
-            self.stats.publish_us.add((time.perf_counter() - planned) * 1e6)
+            silence_s = config.timeouts.gateway_timeout_s
+            log.warning("the gateway has not answered for %g s; it may refuse the first requests", silence_s)
+        log.info("listening on %s", endpoint)
+        self._runtime.announce(RunningServer(endpoint, os.getpid(), config.model_name, __version__))
+        self._notifier.ready(f"serving {config.model_name} on {endpoint}")
+        self._gateway.watch()
+        self._is_announced = True
+        # What exists now stays: the collector need not look at it again between steps.
+        gc.collect()
+        gc.freeze()
 
-    def _gather_results(self) -> None:
-        """Apply the results that are there; if there are none, wait for one or for anything else to do."""
-        if not self._recovery.is_ready:
-            self._look_around(self._park_s())
+    def _drain_or_stop(self, state: State) -> None:
+        """After one signal running requests may finish; after a second one, or in time, the server stops."""
+        signals, num_live = self._signals.received, self._scheduler.num_live
+        if state is State.STARTING:
+            log.info("stopped while starting")
+            self._life.enter(State.STOPPED)
             return
-        result = self._workers.try_result() or self._await_result()
-        if time.monotonic() - self._last_look_s > LOOK_INTERVAL_S:
-            self._look_around(0.0)
-        while result is not None:
-            self._apply(result)
-            result = self._workers.try_result()
-        self._check_progress()
+        if state is not State.DRAINING:
+            if num_live:
+                log.info("stopping: %d requests get up to %g s to finish", num_live, self._drain_timeout_s)
+            self._drain_until_s = time.monotonic() + self._drain_timeout_s
+            self._notifier.stopping("finishing the last requests")
+            self._enter(State.DRAINING)
+        if len(signals) > 1 or not num_live or time.monotonic() >= self._drain_until_s:
+            self._life.enter(State.STOPPED)
 
-    def _emit(self) -> None:
-        outputs = self._scheduler.take_outputs()
-        if outputs is not None:
-            self._journal.note(outputs)
-            self._gateway.send(outputs)
+    # -- waiting -------------------------------------------------------------------------------------------------------
 
-    # -- messages ------------------------------------------------------------------------------------------------------
-
-    def _on_message(self, message: object) -> None:
-        if isinstance(message, Submit):
-            self._on_submit(message)
-        elif isinstance(message, Resumable):
-            self._on_resumable(message)
-        elif isinstance(message, WakeUp):
-            self._on_wake_up()
-        elif isinstance(message, Cancel):
-            self._scheduler.cancel(message.sequence_id, message.reason)
-        elif isinstance(message, StatsQuery):
-            self._tell_state()  # health shows both: a restart that is counted must not look as if it were over
-            self._gateway.send(StatsReply(message.query_id, self._counters()))
-        elif isinstance(message, Resume):
-            self._emit()  # what is said so far is part of the answer; what is said later continues it
-            name = (message.session, message.request_id)
-            self._gateway.send(Resumed(message.query_id, *self._journal.look_up(*name, message.known, message.offsets)))
-        elif isinstance(message, GatewayReady):
-            self._on_new_gateway()
-
-    def _on_resumable(self, message: Resumable) -> None:
-        if not self._journal.open(message):
-            for submit in message.submits:
-                self._scheduler.refuse(submit.sequence_id, "a request of this session and id is running; resume it")
-            return
-        for submit in message.submits:
-            self._on_submit(submit)
-            self._journal.attach(submit.sequence_id, self._scheduler.find(submit.sequence_id))
-
-    def _on_wake_up(self) -> None:
-        """Be awake when the request is read, and have the workers awake when the first step goes out."""
-        if self._spin.stay_awake(time.monotonic()) and self._recovery.is_ready:
-            self._workers.publish(CONTROL.encode(StaySpinning(self._workers.epoch)))
-
-    # -- details -------------------------------------------------------------------------------------------------------
-
-    def _on_submit(self, submit: Submit) -> None:
-        if self._drain_deadline_s is not None:
-            self._scheduler.refuse(submit.sequence_id, "the server is finishing its last requests before it stops")
-            return
-        try:
-            self._scheduler.submit(submit)
-        except Exception:  # whatever is wrong with one request must not end the others
-            log.exception("request %d could not be taken in", submit.sequence_id)
-            self._scheduler.refuse(submit.sequence_id, "internal error: the request could not be taken in")
-
-    def _apply(self, result: StepResult) -> None:
-        began = time.perf_counter()
-        try:
-            self._scheduler.apply(result)
-        except ValueError as error:
-            raise self._workers.broken(str(error)) from error
-        self._last_result_s = time.monotonic()
-        if self._published:
-            published_s, num_tokens = self._published.popleft()
-            self.stats.step_us.add((self._last_result_s - published_s) * 1e6)
-            self._step_deadline.note(num_tokens, self._last_result_s - published_s)
-            if not self._published and self._scheduler.num_running:
-                self.stats.note_dry(self._last_result_s)
-        self.stats.compute_us.add(result.compute_us)
-        self.stats.apply_us.add((time.perf_counter() - began) * 1e6)
-
-    def _await_result(self) -> StepResult | None:
-        """Look for a result that is due without a pause; else sleep until it is, or until anything else happens."""
-        due_s = self._due_s()
-        while not (sleep_s := self._spin.sleep_s(time.monotonic(), due_s)):
-            if due_s is None:  # what is about to come will come from the gateway
-                return None
-            if (result := self._workers.try_result()) is not None:
-                return result
-        self._look_around(min(sleep_s, self._park_s()))
-        return self._workers.try_result()
-
-    def _due_s(self) -> float | None:
-        if not self._published:
-            return None
-        published_s, num_tokens = self._published[0]
-        return published_s + self._step_deadline.usual_s(num_tokens)
+    def _wait(self) -> None:
+        """Return when there is something to do: a result, or anything that `_look_around` takes in."""
+        sleep_s = self._steps.spin() if self._workers.is_ready else PARK_S
+        if sleep_s or time.monotonic() - self._looked_s > LOOK_INTERVAL_S:
+            self._look_around(min(sleep_s, self._park_s()))
 
     def _park_s(self) -> float:
-        if self._drain_deadline_s is None:
+        if self._life.state is not State.DRAINING:
             return PARK_S
-        return min(PARK_S, max(0.0, self._drain_deadline_s - time.monotonic()))
+        return min(PARK_S, max(0.0, self._drain_until_s - time.monotonic()))
 
     def _look_around(self, timeout_s: float) -> None:
         """Sleep until something happens, and take in all that is no result and no gateway message."""
-        self._run_periodic_work()  # first: who wakes this process up is in more of a hurry
-        ready = dict(self._poller.poll(int(timeout_s * 1000)))
-        if (now_s := time.monotonic()) - self._last_look_s > STANDSTILL_S:
-            self._woke_s = now_s  # this process was stopped, and results may not have reached it yet
-        self._last_look_s = now_s
-        if self._signals.fd in ready:
+        self._run_periodic_work()  # before the sleep: what ends it is in more of a hurry
+        events = dict(self._poller.poll(int(timeout_s * 1000)))
+        if (now_s := time.monotonic()) - self._looked_s > STANDSTILL_S:
+            self._steps.excuse_standstill(now_s)
+        self._looked_s = now_s
+        if self._signals.fd in events:
             self._signals.clear()
-        if self._signals.take_reload():
+        if self._life.state is not State.STARTING and self._signals.take_reload():
             self._reload()
-        if self._gateway.process.pidfd in ready:
-            self._gateway.check_alive()
-        if any(process.pidfd in ready for process in self._workers.processes):
-            self._workers.check_deaths()
-        if any(socket in ready for socket in self._workers.sockets):
-            self._workers.read_all()
-        if not self._recovery.is_ready:
-            self._await_workers()
+        self._gateway.advance(events)
+        if self._workers.advance(events):
+            self._scheduler.resume(self._workers.group.epoch, self._workers.num_blocks)
+            if self._life.state is not State.STARTING:
+                took_s = self._workers.last_recovery_s
+                log.info("recovered in %.2f s; %d requests go on", took_s, self._scheduler.num_live)
 
     def _run_periodic_work(self) -> None:
         """Watchdog, journal, runtime folder, standby workers and systemd: each acts when its own time has come."""
         self._gateway.check_watchdog()
-        self._drop_unclaimed()
-        self._journal.prune()
+        if self._life.state is State.STARTING:
+            progress = self._workers.group.progress.values()
+            self._progress.show(progress)
+            self._notifier.loading(progress, self._config.layout.placement.world_size)
+            return
+        self._requests.run_periodic_work()
         self._runtime.restore_if_removed()
         running, live = self._scheduler.num_running, self._scheduler.num_live
-        if self._recovery.is_ready:
-            self._recovery.prepare_standby()
-            self._notifier.serving(running, live - running, self._waited_s())
+        if self._workers.is_ready:
+            self._workers.prepare_standby()
+            self._notifier.serving(running, live - running, self._steps.waited_s())
         else:
             self._notifier.recovering(live)
 
@@ -289,111 +233,62 @@ class Engine:
             self._gateway.reload(values.keys, values.client_limits)
         self._notifier.reloaded()
 
-    def _waited_s(self) -> float:
-        """Give how long the workers have been at the oldest step, 0 if they have none."""
-        if not self._published:
-            return 0.0
-        return time.monotonic() - max(self._last_result_s, self._published[0][0], self._woke_s)
+    def _watch(self) -> None:
+        """Poll the processes of now."""
+        self._poller = poller_of(self._signals, self._gateway, self._workers.group)
 
-    def _check_progress(self) -> None:
-        if not self._published:
-            return
-        waited_s, num_tokens = self._waited_s(), self._published[0][1]
-        if waited_s > (limit_s := self._step_deadline.seconds_for(num_tokens)):
-            raise WorkersHung(
-                f"the workers hang: no result of a step of {num_tokens} tokens for {waited_s:.1f} s, longer than "
-                f"{limit_s:.1f} s (at least --hang-timeout)"
-            )
+    # -- failures and the end ------------------------------------------------------------------------------------------
 
-    # -- failures and endings ------------------------------------------------------------------------------------------
-
-    def _replace_workers(self, cause: Exception) -> None:
-        """Throw the worker group away and start another one; what ran waits until it is there."""
-        was_ready, running = self._recovery.is_ready, self._scheduler.num_running
+    def _replace_workers(self, failure: ProcessFailure) -> None:
+        """Throw the worker group away and start another one; what ran waits until it is ready."""
+        if self._life.state is State.STARTING:
+            raise failure
+        was_ready, running = self._workers.is_ready, self._scheduler.num_running
         if was_ready:
-            self._scheduler.forget_workers(str(cause))
-            self._published.clear()
-        self._recovery.begin(cause)
+            self._scheduler.forget_workers(str(failure))
+            self._steps.forget()
+        self._workers.replace(failure)
         if was_ready:
             log.warning("%d running requests wait for new workers", running)
-        self._workers = self._recovery.group
         self._watch()
 
-    def _await_workers(self) -> None:
-        """Lead the new workers on; when they are ready, everything is replayed."""
-        self._recovery.advance()
-        if not self._recovery.is_ready:
-            return
-        self._scheduler.resume(self._workers.epoch, self._recovery.num_blocks)
-        limits = self._scheduler.limits
-        self._info = replace(self._info, max_seq_len=limits.max_seq_len, kv_tokens=limits.kv_tokens)
-        log.info("recovered in %.2f s; %d requests go on", self._recovery.last_s, self._scheduler.num_live)
-
-    def _replace_gateway(self, cause: GatewayLost) -> None:
+    def _replace_gateway(self, failure: GatewayLost) -> None:
         """Start another gateway on the same endpoint; requests whose clients can resume them go on meanwhile."""
-        log.error("%s", with_traceback(cause))
-        self._gateway_restarts.note(cause, is_free=cause.caused_by_clients)
-        for message in self._gateway.restart(replace(self._info, state=self._state)):
-            if not isinstance(message, WakeUp):  # what was coming went down with it
-                self._on_message(message)
-        for sequence_id in self._scheduler.live_ids():
-            if not self._journal.knows(sequence_id):
-                self._scheduler.cancel(sequence_id, "cancelled")
-        self._journal.lose_clients()
-        self._claim_deadline_s = None
+        if self._life.state is State.STARTING and not failure.caused_by_clients:
+            raise failure
+        last_messages = self._gateway.replace(failure, self._info())
+        self._requests.on_gateway_replaced(last_messages)
         self._watch()
-        log.warning("restart %d of the gateway", self._gateway_restarts.count)
 
-    def _on_new_gateway(self) -> None:
-        self._told_state = ""
-        self._claim_deadline_s = time.monotonic() + self._resume_timeout_s
-        log.info("the gateway is back; clients may resume %d requests", self._scheduler.num_live)
+    def _end(self, failure: Exception | None) -> int:
+        self._progress.close()
+        if self._life.state is not State.STOPPED:
+            self._life.enter(State.STOPPED)
+        if failure is None:
+            self._shut_down("")
+            return -self._signals.received[0]
+        text, status = ending_of(failure, self._is_announced)
+        self._shut_down(text)
+        if isinstance(failure, UserError) and not self._is_announced:
+            raise failure
+        return status
 
-    def _drop_unclaimed(self) -> None:
-        """End what no client has come back for."""
-        if self._claim_deadline_s is not None and time.monotonic() > self._claim_deadline_s:
-            self._claim_deadline_s = None
-            for sequence_id in self._journal.unclaimed():
-                self._scheduler.cancel(sequence_id, "cancelled")
+    def _shut_down(self, failure: str) -> None:
+        """End requests, then processes, within one shared deadline. `Server.run` removes what is left."""
+        self._notifier.stopping(f"failed: {failure}" if failure else "stopping the workers")
+        self._signals.clear()  # readable from now on: one more signal, so stop at once
+        patience_s = FAILED_STOP_S if failure else self._config.timeouts.stop_timeout_s
+        began_s = time.monotonic()
+        deadline_s = began_s + (0.0 if len(self._signals.received) > 1 else patience_s)
+        self._notify_clients(
+            f"the server failed: {failure}" if failure else "the server stopped before this was finished"
+        )
+        self._workers.stop(deadline_s, self._signals.fd)
+        self._gateway.stop(max(deadline_s, began_s + GATEWAY_STOP_S))
 
-    def _tell_state(self) -> None:
-        """Tell the gateway when the state is another than it knows. GatewayLost, which `run` deals with."""
-        state = self._state
-        if state != self._told_state and self._gateway.is_ready:
-            self._gateway.send(replace(self._info, state=state))
-            self._told_state = state
-
-    @property
-    def _state(self) -> str:
-        if self._drain_deadline_s is not None:
-            return "draining"
-        return "ready" if self._recovery.is_ready else "recovering"
-
-    def _watch(self) -> None:
-        """Poll what there is now."""
-        self._poller = poller_of(self._signals, self._gateway, self._workers)
-
-    def _counters(self) -> dict[str, float]:
-        counters = self.stats.counters(self._scheduler, time.monotonic() - self._last_result_s)
-        deadline_s = self._step_deadline.seconds_for(self._published[0][1]) if self._published else math.inf
-        return counters | {
-            "restarts": float(self._recovery.limit.count),
-            "last_recovery_s": self._recovery.last_s,
-            "gateway_restarts": float(self._gateway_restarts.count),
-            "stalled": float(self._waited_s() > deadline_s / 2),
-        }
-
-    def _is_over(self) -> bool:
-        signals = self._signals.received
-        if not signals:
-            return False
-        if self._drain_deadline_s is None:
-            self._begin_drain()
-        assert self._drain_deadline_s is not None
-        return len(signals) > 1 or not self._scheduler.num_live or time.monotonic() >= self._drain_deadline_s
-
-    def _begin_drain(self) -> None:
-        if num_live := self._scheduler.num_live:
-            log.info("stopping: %d requests get up to %g s to finish", num_live, self._drain_timeout_s)
-        self._drain_deadline_s = time.monotonic() + self._drain_timeout_s
-        self._notifier.stopping("finishing the last requests")
+    def _notify_clients(self, error: str) -> None:
+        try:
+            self._requests.fail_all(error)
+            self._gateway.send(self._info())
+        except GatewayLost as lost:
+            log.warning("clients could not be told: %s", lost)

@@ -57,6 +57,12 @@ class RuntimeDir:
         self._check_at_s = 0.0
         self._is_missed = False
 
+    def __enter__(self) -> "RuntimeDir":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def ipc(self, name: str) -> str:
         """Give the endpoint of a socket in this folder."""
         return f"ipc://{self.path / name}"

@@ -1,10 +1,12 @@
-"""The orchestrator's end of the gateway: start the process, exchange link messages, notice its end."""
+"""The gateway process: start it, exchange link messages with it, notice its end or silence, replace it."""
 
 import contextlib
+import logging
+import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ import zmq
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
+from mgpu.orchestrator.processes.failures import GatewayLost, RestartLimit
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.codec import CodecError
 from mgpu.protocol.internal.gateway_messages import (
@@ -28,6 +31,8 @@ from mgpu.protocol.internal.gateway_messages import (
     StateKnown,
 )
 
+log = logging.getLogger(__name__)
+
 FRONT_NAME = "front.sock"
 GENERATION_BITS = 40
 """Sequences that one gateway may number."""
@@ -42,22 +47,6 @@ FAREWELL_S = 0.5
 ASK_INTERVAL_S = 1.0
 LONGEST_GAP_S = 2.0
 """Most that the time between two checks counts: a parent that was stopped itself has not listened meanwhile."""
-
-
-class GatewayLost(Exception):
-    """The gateway process failed, died or got stuck."""
-
-    def __init__(
-        self, message: str, traceback: str = "", caused_by_clients: bool = False, is_mistake: bool = False
-    ) -> None:
-        """``caused_by_clients``: they brought it about, and can again as often as they like.
-
-        ``is_mistake``: the user can mend it, and only the user.
-        """
-        super().__init__(f"the gateway failed: {message}")
-        self.traceback = traceback
-        self.caused_by_clients = caused_by_clients
-        self.is_mistake = is_mistake
 
 
 class Watchdog:
@@ -85,25 +74,37 @@ class Watchdog:
 
 
 class GatewayProcess:
-    """The gateway process and the socket to it, from construction to `stop`; `restart` replaces both."""
+    """The gateway process and the socket to it; `replace` makes both anew. While entered; its end leaves no process."""
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", runtime: RuntimeDir, config: ServerConfig) -> None:
+        """Start the process. RuntimeDirError, OSError when it cannot be started."""
         self.endpoint = ""
         """Where clients connect, once the gateway is ready; another process serves the same."""
         self.is_ready = False
         self.known_state = ""
         """The engine's state that the gateway acts on, as it has said."""
+        self.restarts = RestartLimit(config.restarts.max_restarts, config.restarts.restart_window_s)
         self._context = context
         self._runtime = runtime
         self._config = config
+        self._info = EngineInfo("starting", config.limits.max_seq_len, 0, config.layout_table)
+        """What the gateway must know of the engine now."""
         self._generation = 0
         self._unread: list[Any] = []
         self._reload: Reload | None = None
         """What has changed since the gateway got its spec, until it can be told."""
         self._last_sent_s = 0.0
-        self._start(None)
+        self._start_limit_s, self._answer_limit_s = config.timeouts.start_timeout_s, math.inf
+        self._start()
 
-    def _start(self, info: EngineInfo | None) -> None:
+    def __enter__(self) -> "GatewayProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.reap()
+        self.socket.close(linger=0)
+
+    def _start(self) -> None:
         runtime, config = self._runtime, self._config
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
@@ -121,15 +122,17 @@ class GatewayProcess:
             eos_token_ids=list(config.facts.eos_token_ids),
             max_request_bytes=config.max_request_bytes,
             first_sequence=(self._generation << GENERATION_BITS) + 1,
-            info=info,
+            info=self._info if self._generation else None,
             keys=config.keys,
             limits=config.client_limits,
             memory_bytes=config.gateway_memory_bytes,
             sends_wake_up=config.spin_s > 0,
         )
-        self.known_state, self._first_state = "", "" if info is None else info.state
+        self.known_state, self._first_state = "", self._info.state if self._generation else ""
         self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)
         self._watchdog = Watchdog()
+
+    # -- messages ------------------------------------------------------------------------------------------------------
 
     def send(self, message: object) -> None:
         """Queue one message; a gateway that is not ready gets none. GatewayLost when it no longer reads."""
@@ -143,19 +146,25 @@ class GatewayProcess:
             self.check_alive()
             raise GatewayLost(f"it has left {OUTBOX_LIMIT} messages unread") from None
 
+    def tell(self, info: EngineInfo) -> None:
+        """Let the gateway know the engine's state and limits, now or as soon as it is ready."""
+        self._info = info
+        with contextlib.suppress(GatewayLost):  # whatever is sent next finds out too
+            self.send(info)
+
     def reload(self, keys: ServerKeys | None, limits: ClientLimits) -> None:
-        """Give this gateway, and those that replace it, another list of clients and other limits."""
+        """Send this gateway, and those that replace it, another list of clients and other limits."""
         self._config = replace(self._config, keys=keys, client_limits=limits)
         self._reload = Reload(None if keys is None else keys.clients, limits)
-        self._tell_reload()
+        self._send_reload()
 
-    def _tell_reload(self) -> None:
+    def _send_reload(self) -> None:
         if self._reload is not None and self.is_ready:
             self.send(self._reload)
             self._reload = None
 
     def receive(self, limit: int) -> Iterator[Any]:
-        """Give up to ``limit`` messages that are there. GatewayLost when one of them reports a failure."""
+        """Yield up to ``limit`` messages that have come. GatewayLost when one of them reports a failure."""
         while self._unread:
             yield self._unread.pop(0)
         yield from self._receive_new(limit)
@@ -172,13 +181,21 @@ class GatewayProcess:
             if isinstance(message, Alive):
                 continue
             if isinstance(message, GatewayFailure):
-                raise GatewayLost(message.message, message.traceback, message.caused_by_clients, message.is_mistake)
+                raise GatewayLost(message.message, message.traceback, message.is_mistake, message.caused_by_clients)
             if isinstance(message, GatewayReady):
                 self.endpoint, self.is_ready, self.known_state = message.endpoint, True, self._first_state
-                self._tell_reload()
+                self._send_reload()
+                self.send(self._info)
             if isinstance(message, StateKnown):
                 self.known_state = message.state
             yield message
+
+    # -- failure -------------------------------------------------------------------------------------------------------
+
+    def advance(self, events: Container[object]) -> None:
+        """GatewayLost when the ``events`` of a poll say that the process has ended."""
+        if self.process.pidfd in events:
+            self.check_alive()
 
     def check_alive(self) -> None:
         """GatewayLost when the process has ended, with its last words if it left any."""
@@ -189,6 +206,12 @@ class GatewayProcess:
             self._unread.extend(self._receive_new(1))
         raise GatewayLost(f"the process {describe_exit(status)}")
 
+    def watch(self) -> None:
+        """From now on the gateway must answer: start-up is over, which keeps the machine too busy to expect that."""
+        self._start_limit_s = self._config.timeouts.gateway_start_timeout_s
+        self._answer_limit_s = self._config.timeouts.gateway_timeout_s
+        self._watchdog = Watchdog()
+
     def check_watchdog(self) -> None:
         """GatewayLost when it has been silent for too long, or takes too long to start. Call it at least every second.
 
@@ -196,8 +219,7 @@ class GatewayProcess:
         """
         if self._watchdog.check():
             self.send(Ping())
-        config = self._config
-        limit_s = config.timeouts.gateway_timeout_s if self.is_ready else config.timeouts.gateway_start_timeout_s
+        limit_s = self._answer_limit_s if self.is_ready else self._start_limit_s
         if self._watchdog.silent_s <= limit_s or self.socket.poll(0):  # what it has said is read first
             return
         self.process.send_signal(signal.SIGUSR1)  # where does it hang?
@@ -205,8 +227,13 @@ class GatewayProcess:
         what = "did not answer" if self.is_ready else "was not ready"
         raise GatewayLost(f"it hangs: it {what} for {limit_s:g} s")
 
-    def restart(self, info: EngineInfo) -> list[Any]:
-        """Replace the process by one that takes over its endpoint, and give what the old one had still sent."""
+    def replace(self, failure: GatewayLost, info: EngineInfo) -> list[Any]:
+        """Start another process that takes over the endpoint, and return what the old one had still sent.
+
+        TooManyRestarts when that happened too often; a failure that clients caused does not count.
+        """
+        log.error("%s", failure.report)
+        self.restarts.note(failure, is_free=failure.caused_by_clients)
         self.process.reap()
         with contextlib.suppress(GatewayLost):
             self._unread.extend(self._receive_new(OUTBOX_LIMIT))
@@ -214,13 +241,14 @@ class GatewayProcess:
         self.is_ready = False
         self.socket.close(linger=0)
         self._generation += 1
-        self._start(info)
+        self._info = info
+        self._start()
+        log.warning("restart %d of the gateway", self.restarts.count)
         return last_messages
 
     def stop(self, deadline_s: float) -> None:
-        """Let it read what was sent, end its input, kill it at CLOCK_MONOTONIC ``deadline_s``; reap it."""
+        """Let it read what was sent, end its input, wait until CLOCK_MONOTONIC ``deadline_s``."""
         if not self.process.wait(min(self._last_sent_s + FAREWELL_S, deadline_s)):
             self.process.close_stdin()
             self.process.wait(deadline_s)
         self.process.reap()
-        self.socket.close(linger=0)

@@ -8,13 +8,14 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import zmq
 
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
+from mgpu.orchestrator.processes.failures import WorkerLost
 from mgpu.protocol.internal.codec import CodecError
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
@@ -37,23 +38,6 @@ GRACE_S = 1.0
 """How long to wait for other ranks' reports after the first sign of failure."""
 DUMP_S = 0.2
 """What the ranks get to write their stacks: a signal handler in C does it, at once unless the process is stopped."""
-
-
-class WorkerLost(Exception):
-    """A worker failed or died; this is the earliest failure of the group."""
-
-    def __init__(
-        self, rank: int, phase: str, message: str, traceback: str, at_s: float, is_mistake: bool = False
-    ) -> None:
-        super().__init__(f"worker {rank} failed in phase {phase}: {message}")
-        self.rank = rank
-        self.phase = phase
-        self.traceback = traceback
-        """As the worker printed it; empty when it died without a word."""
-        self.at_s = at_s
-        """CLOCK_MONOTONIC of the failure."""
-        self.is_mistake = is_mistake
-        """The user can mend it, and only the user."""
 
 
 class WorkerGroup:
@@ -181,6 +165,13 @@ class WorkerGroup:
         self._take(message)
         return None
 
+    def take_in(self, events: Container[object]) -> None:
+        """Notice deaths and read messages, as far as the ``events`` of a poll announce any. WorkerLost."""
+        if any(process.pidfd in events for process in self.processes):
+            self.check_deaths()
+        if any(socket in events for socket in self.sockets):
+            self.read_all()
+
     def read_all(self) -> None:
         """Take in what the workers said about loading and failing. WorkerLost with the earliest failure.
 
@@ -230,7 +221,7 @@ class WorkerGroup:
         return self._lost(self._output_rank, "steps", message)
 
     def _lost(self, rank: int, phase: str, message: str) -> WorkerLost:
-        return WorkerLost(rank, phase, message, "", time.monotonic())
+        return WorkerLost(rank, phase, message, time.monotonic())
 
     def _unreachable(self, rank: int) -> WorkerLost:
         """Explain why a rank's connection is gone: its process ends with it, or did something worse."""
@@ -248,7 +239,7 @@ class WorkerGroup:
             if lost is None:
                 at_s = time.monotonic() - SILENT_DEATH_HEAD_START_S
                 message = f"the process {describe_exit(died[rank])}"
-                lost = WorkerLost(rank, self.phase_of(rank), message, "", at_s)
+                lost = WorkerLost(rank, self.phase_of(rank), message, at_s)
             self._failures.append(lost)
         return bool(died)
 
@@ -319,4 +310,4 @@ class WorkerGroup:
 
 
 def _lost_by(failure: WorkerFailure) -> WorkerLost:
-    return WorkerLost(failure.rank, failure.phase, failure.message, failure.traceback, failure.at_s, failure.is_mistake)
+    return WorkerLost(failure.rank, failure.phase, failure.message, failure.at_s, failure.traceback, failure.is_mistake)

@@ -11,7 +11,7 @@ import pytest
 from harness.fake_model import solo_tokens
 from harness.server_process import ServerProcess, running_server
 from mgpu.orchestrator.engine.step_deadline import StepDeadline
-from mgpu.orchestrator.processes.restarts import RestartLimit, TooManyRestarts
+from mgpu.orchestrator.processes.failures import RestartLimit, TooManyRestarts
 from mgpu.protocol.internal.gateway_messages import Cancel
 
 FAILURES = {

@@ -1,0 +1,46 @@
+"""The states of a server.
+
+Starting is recovering with epoch 0 and no requests: the same code leads the workers to ready. Two things differ. A
+failure while starting ends the server, because nothing has shown yet that it can work; and requests are not taken.
+Draining says nothing of the workers: they may fail and be replaced meanwhile, so that running requests still finish.
+Stopped is reached from everywhere: by a second signal, by a failure, or when all requests have ended.
+
+    starting ──▶ ready ◀──▶ recovering
+        │          └────┬───────┘
+        │            draining
+        └──────▶ stopped ◀── all
+"""
+
+from enum import StrEnum
+
+
+class State(StrEnum):
+    """What clients see as the state of the server."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RECOVERING = "recovering"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+NEXT = {
+    State.STARTING: {State.READY, State.STOPPED},
+    State.READY: {State.RECOVERING, State.DRAINING, State.STOPPED},
+    State.RECOVERING: {State.READY, State.DRAINING, State.STOPPED},
+    State.DRAINING: {State.STOPPED},
+    State.STOPPED: set(),
+}
+"""Every legal transition."""
+
+
+class LifeCycle:
+    """The state of one server, written by the engine only."""
+
+    def __init__(self) -> None:
+        self.state = State.STARTING
+
+    def enter(self, state: State) -> None:
+        """Change the state."""
+        assert state in NEXT[self.state], f"{self.state} → {state}"
+        self.state = state

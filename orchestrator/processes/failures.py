@@ -1,0 +1,112 @@
+"""What becomes of a failure, on one path.
+
+A child's last message, its exit status or its silence becomes a `ProcessFailure`. While the server starts, it ends the
+server; later the process is replaced, within a `RestartLimit`. `ending_of` turns whatever ends the server into the log
+line, the text for clients and systemd, and the exit status.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from mgpu.orchestrator.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class ProcessFailure(Exception):
+    """A child process failed, died or hangs."""
+
+    def __init__(
+        self, message: str, traceback: str = "", is_mistake: bool = False, caused_by_clients: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.traceback = traceback
+        """As the process printed it; empty when it died without a word."""
+        self.is_mistake = is_mistake
+        """The model's files or the options are at fault: only the user can mend it."""
+        self.caused_by_clients = caused_by_clients
+        """Clients brought it about, and can again as often as they like."""
+
+    @property
+    def report(self) -> str:
+        """The message and, if there is one, the traceback."""
+        return "\n".join(filter(None, (str(self), self.traceback)))
+
+
+class WorkerLost(ProcessFailure):
+    """A worker failed or died; this is the earliest failure of the group."""
+
+    def __init__(
+        self, rank: int, phase: str, message: str, at_s: float, traceback: str = "", is_mistake: bool = False
+    ) -> None:
+        super().__init__(f"worker {rank} failed in phase {phase}: {message}", traceback, is_mistake)
+        self.rank = rank
+        self.at_s = at_s
+        """CLOCK_MONOTONIC of the failure."""
+
+
+class WorkersHung(ProcessFailure):
+    """The workers live but do nothing."""
+
+
+class GatewayLost(ProcessFailure):
+    """The gateway process failed, died or got stuck."""
+
+    def __init__(
+        self, message: str, traceback: str = "", is_mistake: bool = False, caused_by_clients: bool = False
+    ) -> None:
+        super().__init__(f"the gateway failed: {message}", traceback, is_mistake, caused_by_clients)
+
+
+class TooManyRestarts(ProcessFailure):
+    """A process fails again and again: the service manager, or a person, must decide."""
+
+
+class RestartLimit:
+    """Allow ``most`` restarts of something within any ``window_s`` seconds."""
+
+    def __init__(self, most: int, window_s: float, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self.count = 0
+        """Restarts since the beginning."""
+        self._most = most
+        self._window_s = window_s
+        self._clock_s = clock_s
+        self._recent_s: deque[float] = deque()
+
+    def note(self, cause: Exception, is_free: bool = False) -> None:
+        """Count a restart that is about to be made. TooManyRestarts, with the cause, when it is one too many.
+
+        ``is_free``: the limit does not apply. Otherwise clients who cause failures could end the server.
+        """
+        if is_free:
+            self.count += 1
+            return
+        now_s = self._clock_s()
+        while self._recent_s and now_s - self._recent_s[0] > self._window_s:
+            self._recent_s.popleft()
+        if len(self._recent_s) >= self._most:
+            raise TooManyRestarts(
+                f"giving up after {self._most} restarts within {self._window_s:g} s; the last cause: {cause}"
+            ) from cause
+        self._recent_s.append(now_s)
+        self.count += 1
+
+
+def ending_of(cause: Exception, was_ready: bool) -> tuple[str, int]:
+    """Log what ends the server; return the text for clients and systemd, and the exit status.
+
+    The status of a user's mistake keeps the service manager from starting the server again as it is. After the server
+    ``was_ready`` nothing counts as such a mistake: what could be used once may be usable again.
+    """
+    if isinstance(cause, ProcessFailure):
+        log.error("%s", cause.report)
+        return str(cause), UserError.exit_code if cause.is_mistake and not was_ready else 1
+    if isinstance(cause, UserError):
+        if was_ready:  # else the command prints it
+            log.error("%s", cause)
+        return str(cause), 1 if was_ready else cause.exit_code
+    text = f"internal error: {cause!r}"
+    log.error("the server ends: %s", text, exc_info=cause)
+    return text, 1

@@ -1,0 +1,117 @@
+"""The workers, through all epochs: lead each from spawned to ready, and replace them when they fail.
+
+The engine keeps every request (sequence.py), so workers can be thrown away as a whole: after a failure the old group is
+killed, the group of the next epoch loads, and the requests are prefilled again from what is known of them. The start
+of the server is epoch 0, and the same code leads it.
+"""
+
+import logging
+import time
+from collections.abc import Container
+
+from mgpu.orchestrator.config import ServerConfig
+from mgpu.orchestrator.host.runtime_dir import RuntimeDir
+from mgpu.orchestrator.processes.failures import ProcessFailure, RestartLimit, WorkersHung
+from mgpu.orchestrator.processes.standby import Standby
+from mgpu.orchestrator.processes.worker_group import WorkerGroup, ZmqContext
+
+log = logging.getLogger(__name__)
+
+RELOAD_SILENCE_S = 60.0
+RELOAD_FACTOR = 10.0
+"""Workers that load again may say nothing for so many times as long as the whole first start took."""
+
+
+class WorkerProcesses:
+    """The worker group of the current epoch and its replacement. While entered; its end leaves no process."""
+
+    def __init__(self, context: ZmqContext, runtime: RuntimeDir, config: ServerConfig) -> None:
+        self.group = WorkerGroup(context, runtime, config, epoch=0)
+        """Of the current epoch; not started before `start`."""
+        self.is_ready = False
+        self.num_blocks = 0
+        """Size of the KV pool of this epoch, once it is allocated."""
+        self.last_recovery_s = 0.0
+        """From noticing the failure to workers that are ready."""
+        self.restarts = RestartLimit(config.restarts.max_restarts, config.restarts.restart_window_s)
+        self._standby = Standby(
+            lambda epoch: WorkerGroup(context, runtime, config, epoch), config.restarts.standby, config.restarts.standby_delay_s
+        )
+        self._most_blocks: int | None = None
+        """Size of the first pool: later ones are never larger."""
+        self._longest_silence_s = self._start_timeout_s = config.timeouts.start_timeout_s
+        self._began_s = self._moved_s = 0.0
+        self._is_allocated = False
+        self._seen: object = None
+
+    def __enter__(self) -> "WorkerProcesses":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._standby.close()
+        self.group.end()
+
+    def start(self) -> None:
+        """Start the workers of epoch 0."""
+        self._began_s = time.monotonic()
+        self._start_epoch(0)
+
+    def advance(self, events: Container[object]) -> bool:
+        """Take in the ``events`` of a poll; lead the epoch on. Return True at the moment in which it becomes ready.
+
+        WorkerLost for the earliest failure; WorkersHung when workers that load say nothing for too long.
+        """
+        group = self.group
+        group.take_in(events)
+        if self.is_ready:
+            return False
+        if not self._is_allocated and len(group.loaded) == len(group.processes):
+            self.num_blocks = group.allocate_cache(self._most_blocks)
+            self._is_allocated = True
+        if len(group.ready) < len(group.processes):
+            self._check_silence()
+            return False
+        self._become_ready()
+        return True
+
+    def replace(self, failure: ProcessFailure) -> None:
+        """Kill what is left of the group and start the next epoch. TooManyRestarts when that happened too often."""
+        if self.is_ready:
+            self._began_s = time.monotonic()
+        self.is_ready = False
+        log.error("%s", failure.report)
+        self.restarts.note(failure)
+        self.group.kill()
+        self._start_epoch(self.group.epoch + 1)
+        log.warning("restart %d: starting the workers again as epoch %d", self.restarts.count, self.group.epoch)
+
+    def prepare_standby(self) -> None:
+        """Prepare for the next failure; call it often while the workers are ready."""
+        self._standby.prepare(self.group.epoch + 1)
+
+    def stop(self, deadline_s: float, hurry_fd: int) -> None:
+        """Tell the workers to leave, kill them at CLOCK_MONOTONIC ``deadline_s`` or when ``hurry_fd`` is readable."""
+        self.group.stop(deadline_s, hurry_fd)
+        self._standby.close()
+
+    def _start_epoch(self, epoch: int) -> None:
+        self.group = self._standby.start_group(epoch)
+        self._is_allocated = False
+        self._moved_s = time.monotonic()
+
+    def _become_ready(self) -> None:
+        self.is_ready = True
+        took_s = time.monotonic() - self._began_s
+        if self._most_blocks is None:
+            self._most_blocks = self.num_blocks
+            self._longest_silence_s = min(self._start_timeout_s, max(RELOAD_SILENCE_S, RELOAD_FACTOR * took_s))
+        else:
+            self.last_recovery_s = took_s
+
+    def _check_silence(self) -> None:
+        group = self.group
+        seen = (len(group.loaded), len(group.ready), list(group.progress.values()))
+        if seen != self._seen:
+            self._seen, self._moved_s = seen, time.monotonic()
+        elif time.monotonic() - self._moved_s > self._longest_silence_s:
+            raise WorkersHung(f"the new workers have said nothing for {self._longest_silence_s:g} s")
