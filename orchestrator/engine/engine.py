@@ -69,14 +69,15 @@ class Engine:
         self._notifier = notifier
         self._reloader = reloader
         self._life = LifeCycle()
-        self._steps = StepPipeline(scheduler, workers, config.spin_s, config.timeouts.hang_timeout_s)
-        self._requests = Requests(self._life, scheduler, self._steps, gateway, workers, config.timeouts.resume_timeout_s)
+        timeouts = config.timeouts
+        self._steps = StepPipeline(scheduler, workers, config.spin_s, timeouts.hang_timeout_s)
+        self._requests = Requests(self._life, scheduler, self._steps, gateway, workers, timeouts.resume_timeout_s)
         self._progress = ProgressBar(config.layout.placement.world_size)
         self._began_s = self._looked_s = time.monotonic()
         self._is_announced = False
         """Clients can find the server. What fails from now on is never a mistake of the user."""
         self._announce_by_s = self._drain_until_s = 0.0
-        self._drain_timeout_s = config.timeouts.drain_timeout_s
+        self._drain_timeout_s = timeouts.drain_timeout_s
         self._poller = zmq.Poller()
 
     def run(self) -> int:

@@ -33,9 +33,10 @@ class WorkerProcesses:
         """Size of the KV pool of this epoch, once it is allocated."""
         self.last_recovery_s = 0.0
         """From noticing the failure to workers that are ready."""
-        self.restarts = RestartLimit(config.restarts.max_restarts, config.restarts.restart_window_s)
+        restarts = config.restarts
+        self.restarts = RestartLimit(restarts.max_restarts, restarts.restart_window_s)
         self._standby = Standby(
-            lambda epoch: WorkerGroup(context, runtime, config, epoch), config.restarts.standby, config.restarts.standby_delay_s
+            lambda epoch: WorkerGroup(context, runtime, config, epoch), restarts.standby, restarts.standby_delay_s
         )
         self._most_blocks: int | None = None
         """Size of the first pool: later ones are never larger."""
