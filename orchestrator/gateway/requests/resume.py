@@ -1,7 +1,7 @@
 """Continue requests for clients that come back, from the engine's records; resumption.py says how."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 
 from mgpu.orchestrator.gateway.front.access import AccessControl
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
@@ -11,7 +11,7 @@ from mgpu.orchestrator.gateway.requests.quota import MAX_QUESTIONS
 from mgpu.orchestrator.gateway.requests.record_queue import RecordQueue
 from mgpu.orchestrator.gateway.requests.replay import Replay
 from mgpu.orchestrator.gateway.requests.request import Request
-from mgpu.orchestrator.gateway.requests.resume_context import restored_request, unpack_context
+from mgpu.orchestrator.gateway.requests.resume_context import CONTEXT_CODEC, Context
 from mgpu.orchestrator.gateway.requests.resumption import Resumption, State
 from mgpu.orchestrator.gateway.requests.table import Name
 from mgpu.protocol.front.client_messages import ResumeRequest
@@ -23,15 +23,6 @@ RECORD_TIMEOUT_S = 10.0
 """Longer than for other questions: the client has waited already, and the engine may be replacing its workers."""
 GRACE_S = 5.0
 """A client that was told to ask again for its request does so within this time."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Orphans:
-    """What runs for a client that was told to ask again before the engine told of it."""
-
-    sequence_ids: list[int]
-    name: Name | None
-    due_s: float
 
 
 class Resumptions:
@@ -48,7 +39,8 @@ class Resumptions:
         """QUEUED, ASKED and OUTDATED."""
         self._abandoned: dict[int, Resumption] = {}
         """ABANDONED, by query id; the oldest are forgotten."""
-        self._orphans: list[_Orphans] = []
+        self._orphans: list[tuple[float, Name | None, list[int]]] = []
+        """(due_s, name, sequence ids): what runs for clients that were told to ask again before the engine answered."""
 
     # ---------------------------------------------------------- from clients
 
@@ -107,7 +99,7 @@ class Resumptions:
             if late is not None:
                 late.move_to(State.OVER)
             name = None if late is None else late.name
-            self._orphans.append(_Orphans(_running(record), name, time.monotonic() + GRACE_S))
+            self._orphans.append((time.monotonic() + GRACE_S, name, _running(record)))
         elif resumption.state is State.OUTDATED:  # to continue for a connection that is lost would end the request
             self._ask_again(resumption)
         elif resumption.request is not None and resumption.request.is_over:  # cancelled, say, between two portions
@@ -125,7 +117,8 @@ class Resumptions:
         message = resumption.message
         if not record.sequences:
             raise Refusal("unknown_request", "no such request is known: it never arrived, or it ended too long ago")
-        self._access.check(unpack_context(record.context).identity)
+        context: Context = CONTEXT_CODEC.decode(record.context)
+        self._access.check(context.identity)
         same_id = self._table.get(resumption.connection, message.id)
         if same_id is not None and same_id is not self._table.by_session(*resumption.name):
             raise Refusal("duplicate_id", f"request {message.id}: it is in flight already")
@@ -172,8 +165,17 @@ class Resumptions:
 
     def _restore(self, resumption: Resumption, record: Record) -> Request:
         """Put the request of a first portion into the table, and tell its client."""
-        connection, message, context = resumption.connection, resumption.message, unpack_context(record.context)
-        request = restored_request(connection, message, context, time.monotonic())
+        context: Context = CONTEXT_CODEC.decode(record.context)
+        connection, message, accepted = resumption.connection, resumption.message, context.accepted
+        request = Request(
+            connection,
+            replace(context.spec, session=message.session),
+            time.monotonic(),
+            context.deadline_s,
+            context.identity,
+            accepted.prompt_tokens,
+            size=context.size,
+        )
         older = self._table.by_session(*resumption.name)
         if older is not None:
             self._table.remove(older)
@@ -189,7 +191,7 @@ class Resumptions:
             elif sequence.num_tokens:
                 self._quota.begun(sequence.sequence_id)
         self._outgoing.to_client(connection, Resumed(request.id, list(message.offsets)))
-        self._outgoing.to_client(connection, context.accepted)
+        self._outgoing.to_client(connection, accepted)
         resumption.request = request
         resumption.replays = [Replay(request, *each) for each in zip(choices, message.offsets, strict=True)]
         return request
@@ -225,11 +227,12 @@ class Resumptions:
 
     def drop_orphans(self, now: float) -> None:
         """End what the engine told of too late, unless its client has asked again."""
-        due = [each for each in self._orphans if now >= each.due_s]
-        self._orphans = [each for each in self._orphans if now < each.due_s]
-        for orphans in due:
-            if orphans.name not in self._waiting:
-                self._cancel_unfollowed(orphans.sequence_ids)
+        orphans, self._orphans = self._orphans, []
+        for due_s, name, sequence_ids in orphans:
+            if now < due_s:
+                self._orphans.append((due_s, name, sequence_ids))
+            elif name not in self._waiting:
+                self._cancel_unfollowed(sequence_ids)
 
     def _cancel_unfollowed(self, sequence_ids: list[int]) -> None:
         """End what runs for nobody."""

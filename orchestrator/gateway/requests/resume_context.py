@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.gateway.requests.request import Request
-from mgpu.protocol.front.client_messages import Generate, ResumeRequest
+from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.server_messages import Accepted
 from mgpu.protocol.internal.codec import Codec
 
@@ -20,23 +20,11 @@ class Context:
     size: int
 
 
-_CODEC = Codec(Context)
+CONTEXT_CODEC = Codec(Context)
 
 
 def pack_context(request: Request, accepted: Accepted) -> bytes:
     spec = replace(
         request.spec, prompt=None, prompt_ids=None, messages=None, template_options=None, logit_bias=(), session=None
     )
-    return _CODEC.encode(Context(spec, accepted, request.deadline_s, request.identity, request.size))
-
-
-def unpack_context(data: bytes) -> Context:
-    context: Context = _CODEC.decode(data)
-    return context
-
-
-def restored_request(connection: bytes, message: ResumeRequest, context: Context, now: float) -> Request:
-    """Return the request as it was admitted, without its choices."""
-    spec = replace(context.spec, session=message.session)
-    tokens = context.accepted.prompt_tokens
-    return Request(connection, spec, now, context.deadline_s, context.identity, tokens, size=context.size)
+    return CONTEXT_CODEC.encode(Context(spec, accepted, request.deadline_s, request.identity, request.size))

@@ -71,7 +71,7 @@ class ChatTemplate:
             )
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls])
         environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
+        environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
@@ -137,7 +137,3 @@ def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = Non
 
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
