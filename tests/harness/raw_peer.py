@@ -1,5 +1,7 @@
 """A peer of the front channel that keeps to no rule."""
 
+import contextlib
+import socket
 from typing import Any
 
 import msgpack
@@ -31,6 +33,12 @@ class RawPeer:
         message: dict[str, Any] = msgpack.unpackb(body)
         return message
 
+    def hear_until(self, kind: str) -> dict[str, Any]:
+        """Return the first message of a kind; those before it are dropped."""
+        while (message := self.hear())["type"] != kind:
+            pass
+        return message
+
     def hear_all(self, request_id: int) -> list[dict[str, Any]]:
         """Collect the messages of one request up to its terminal one."""
         messages: list[dict[str, Any]] = []
@@ -43,3 +51,11 @@ class RawPeer:
     def close(self) -> None:
         self.socket.close()
         self.context.term()
+
+
+def read_until_closed(raw: socket.socket) -> bytes:
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := raw.recv(4096):
+            received += chunk
+    return received

@@ -16,8 +16,7 @@ def peers(gateway: GatewayProcess) -> Iterator[tuple[RawPeer, RawPeer]]:
     """One peer whose request of two choices has begun, and one that may resume it."""
     one, other = RawPeer(gateway.endpoint), RawPeer(gateway.endpoint)
     one.say(type="generate", id=1, session=SESSION, prompt_ids=[1, 2, 3], n=2, max_tokens=200, stream=True)
-    while one.hear()["type"] != "tokens":
-        pass
+    one.hear_until("tokens")
     yield one, other
     one.close()
     other.close()

@@ -174,8 +174,7 @@ def test_a_client_cannot_cancel_the_request_of_another(gateway: GatewayProcess, 
 
 def test_cancel_ends_a_request_once_with_what_was_generated(gateway: GatewayProcess, peer: RawPeer) -> None:
     peer.say(type="generate", id=1, prompt_ids=[5], max_tokens=500, n=2, stream=True)
-    while peer.hear()["type"] != "tokens":
-        pass
+    peer.hear_until("tokens")
     peer.say(type="cancel", id=1)
     peer.say(type="cancel", id=1)
     messages = peer.hear_all(1)
@@ -189,8 +188,7 @@ def test_cancel_ends_a_request_once_with_what_was_generated(gateway: GatewayProc
 def test_a_client_that_vanishes_in_mid_stream_is_noticed_and_its_sequences_end(gateway: GatewayProcess) -> None:
     peer = RawPeer(gateway.endpoint)
     peer.say(type="generate", id=1, prompt_ids=[5], max_tokens=500, stream=True)
-    while peer.hear()["type"] != "tokens":
-        pass
+    peer.hear_until("tokens")
     gateway.engine.going.clear()
     peer.close()
     gateway.engine.going.set()
@@ -219,8 +217,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_the_others_are_not_delayed(g
         assert client.generate([7], max_tokens=20).token_ids == (7,) * 20
     gateway.engine.wait(lambda: len(gateway.engine.cancels) == 64)
     assert gateway.resident_bytes() - before < 96 * MiB
-    while (message := slow.hear())["type"] != "failed":
-        pass
+    message = slow.hear_until("failed")
     assert (message["code"], message.get("id")) == ("slow_reader", None)
     slow.close()
 
@@ -231,8 +228,7 @@ def test_too_many_requests_of_one_client_are_refused_with_a_time_to_wait(
     gateway.engine.going.clear()
     for request_id in range(257):
         peer.say(type="generate", id=request_id, prompt_ids=[5], max_tokens=1)
-    while (message := peer.hear())["type"] != "failed":
-        pass
+    message = peer.hear_until("failed")
     assert (message["id"], message["code"]) == (256, "overloaded")
     assert MIN_RETRY_S <= message["retry_after_s"] <= MAX_RETRY_S
     gateway.engine.going.set()

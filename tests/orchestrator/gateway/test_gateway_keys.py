@@ -1,6 +1,5 @@
 """tcp with keys: who gets in, who is refused and told why, and what is kept apart between keys."""
 
-import contextlib
 import socket
 import time
 from collections.abc import Iterator
@@ -10,8 +9,10 @@ import pytest
 import zmq
 
 from harness.gateway_process import DEADLINE_S, GatewayProcess
+from harness.raw_peer import read_until_closed
 from mgpu import Client, RequestFailed
 from mgpu.protocol.errors import ServerUnreachable
+from mgpu.protocol.front import framing
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import Reload, ServerKeys
 from mgpu.protocol.keys import KEYS_VARIABLE, fingerprint, key_text, new_pair
@@ -105,11 +106,7 @@ def test_a_key_is_not_used_on_ipc(model_folder: Path, tmp_path: Path) -> None:
 def test_raw_bytes_are_not_delivered(keyed: GatewayProcess, tmp_path: Path, data: bytes) -> None:
     with socket.create_connection(("127.0.0.1", int(keyed.endpoint.rpartition(":")[2])), timeout=DEADLINE_S) as raw:
         raw.sendall(data)
-        received = b""
-        with contextlib.suppress(ConnectionResetError):
-            while chunk := raw.recv(4096):
-                received += chunk
-    assert b"mgpu1" not in received
+        assert b"mgpu1" not in read_until_closed(raw)
     with Client(keyed.endpoint, keys=key_file(tmp_path, "alice")) as client:
         assert client.generate([1], max_tokens=1).token_ids == (1,)
 
@@ -134,9 +131,7 @@ def test_a_session_of_another_key_cannot_be_resumed(keyed: GatewayProcess, tmp_p
 
 
 def _ask(client: Client, message: dict[str, object]) -> str:
-    """Send a message beside the client's own requests and give the type of the answer, or its code."""
-    from mgpu.protocol.front import framing
-
+    """Send a message beside the client's own requests and return the type of the answer, or its code."""
     channel = client._connection.channel
     channel.send(message)
     assert channel.socket.poll(int(DEADLINE_S * 1000), zmq.POLLIN)

@@ -1,6 +1,5 @@
 """Start, end and endpoint of the gateway process."""
 
-import contextlib
 import os
 import select
 import signal
@@ -14,6 +13,7 @@ import pytest
 import zmq
 
 from harness.gateway_process import DEADLINE_S, GatewayProcess
+from harness.raw_peer import read_until_closed
 from mgpu import Client, RequestFailed
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayFailure, GatewayReady, Outputs, Ping
 
@@ -118,18 +118,10 @@ def test_a_forged_zmtp1_greeting_on_tcp_is_not_delivered(model_folder: Path) -> 
         port = int(gateway.endpoint.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as raw:
             raw.sendall(b"\x01\x00\x0d\x00hello-forged")
-            received = _until_closed(raw)
+            received = read_until_closed(raw)
         assert b"mgpu1" not in received  # a delivered message would have been answered with bad_version
         with Client(gateway.endpoint) as client:
             assert client.generate([1], max_tokens=1).token_ids == (1,)
-
-
-def _until_closed(raw: socket.socket) -> bytes:
-    received = b""
-    with contextlib.suppress(ConnectionResetError):
-        while chunk := raw.recv(4096):
-            received += chunk
-    return received
 
 
 @pytest.mark.parametrize(
@@ -223,6 +215,7 @@ import sys, time
 from pathlib import Path
 import subprocess
 from harness.gateway_process import GatewayProcess
+from harness.raw_peer import read_until_closed
 gateway = GatewayProcess(Path({str(model_folder)!r}))
 holder = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                           pass_fds=[gateway.process.stdin.fileno()])

@@ -48,7 +48,7 @@ def peers(gateway: GatewayProcess) -> Iterator[list[RawPeer]]:
 
 
 def answers(peer: RawPeer, count: int) -> list[str]:
-    """Give the codes of failures, and ``accepted`` for what was taken."""
+    """Return the codes of failures, and ``accepted`` for what was taken."""
     return sorted(str(message.get("code", message["type"])) for message in (peer.hear() for _ in range(count)))
 
 
