@@ -14,10 +14,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mgpu.protocol.errors import ServerUnreachable
+
 LOCK_NAME = "lock"
 INFO_NAME = "server.json"
 SERVER_DIR_PATTERN = re.compile(r"[0-9a-f]{8}")
 BASE_VARIABLE = "MGPU_RUNTIME_DIR"
+ENDPOINT_VARIABLE = "MGPU_ENDPOINT"
+START_HINT = "start one with: mgpu-launch serve -m MODEL"
 IPC_PATH_MAX = 107
 """Longest path of a unix socket, in bytes (sockaddr_un)."""
 
@@ -47,6 +51,23 @@ def base_dirs(environ: Mapping[str, str] | None = None) -> list[Path]:
     return [*bases, Path("/run/mgpu"), Path(tempfile.gettempdir()) / f"mgpu-{os.geteuid()}"]
 
 
+def find_endpoint(endpoint: str | None) -> str:
+    """Return the endpoint to use: the argument, else MGPU_ENDPOINT, else that of the only running server.
+
+    ServerUnreachable when no server runs, or when several run and none was named.
+    """
+    endpoint = endpoint or os.environ.get(ENDPOINT_VARIABLE)
+    if endpoint:
+        return endpoint
+    servers = running_servers()
+    if not servers:
+        raise ServerUnreachable(f"no mgpu server is running here; {START_HINT}, or set {ENDPOINT_VARIABLE}")
+    if len(servers) > 1:
+        listed = ", ".join(f"{server.endpoint} ({server.model})" for server in servers)
+        raise ServerUnreachable(f"several mgpu servers are running: {listed}; choose one with {ENDPOINT_VARIABLE}")
+    return servers[0].endpoint
+
+
 def running_servers(environ: Mapping[str, str] | None = None) -> list[RunningServer]:
     """Return the servers that are ready and whose folder this user can read, the most recent first.
 
@@ -64,15 +85,12 @@ def running_servers(environ: Mapping[str, str] | None = None) -> list[RunningSer
 
 def server_dirs(base: Path) -> list[Path]:
     """Return the runtime directories below a base that this user or root owns; none if the base cannot be read."""
-    try:
-        entries = [Path(entry) for entry in os.scandir(base) if entry.is_dir(follow_symlinks=False)]
-        return [
-            entry
-            for entry in entries
-            if SERVER_DIR_PATTERN.fullmatch(entry.name) and entry.lstat().st_uid in (0, os.geteuid())
-        ]
-    except OSError:
-        return []
+    owners = (0, os.geteuid())
+    with contextlib.suppress(OSError):
+        folders = [entry for entry in os.scandir(base) if entry.is_dir(follow_symlinks=False)]
+        named = [folder for folder in folders if SERVER_DIR_PATTERN.fullmatch(folder.name)]
+        return [Path(folder) for folder in named if folder.stat(follow_symlinks=False).st_uid in owners]
+    return []
 
 
 def is_locked(folder: Path) -> bool:
@@ -88,6 +106,14 @@ def is_locked(folder: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def server_has_ended(endpoint: str) -> bool:
+    """Return True if the server behind an ipc endpoint has ended: its folder is gone, or its lock is free."""
+    if not endpoint.startswith("ipc://"):
+        return False
+    folder = Path(endpoint.removeprefix("ipc://")).parent
+    return not folder.is_dir() or ((folder / LOCK_NAME).exists() and not is_locked(folder))
 
 
 def names_open_file(path: str | Path, fd: int) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from mgpu.protocol.client.endpoint import START_HINT, server_has_ended
+from mgpu.protocol.discovery import START_HINT, server_has_ended
 from mgpu.protocol.errors import RequestFailed, ServerUnreachable
 from mgpu.protocol.front import framing
 from mgpu.protocol.keys import KEYS_VARIABLE, ClientKeys, fingerprint, use_client_keys

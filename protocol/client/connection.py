@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from mgpu.protocol.client.channel import Channel, Event
-from mgpu.protocol.client.endpoint import find_endpoint
 from mgpu.protocol.client.resumable import ResumableRequest, error_of
+from mgpu.protocol.discovery import find_endpoint
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.fields import FieldError

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from mgpu.protocol.front.fields import (
     INT32_MAX,
+    Array,
     Choice,
     FieldError,
     Flag,
@@ -18,7 +19,6 @@ from mgpu.protocol.front.fields import (
     Pairs,
     Record,
     Rule,
-    Sequence,
     Text,
     TokenIds,
     parse_fields,
@@ -49,7 +49,7 @@ class Generate:
     prompt: Annotated[str | None, Text(MAX_TEXT_CHARS, 1)] = None
     prompt_ids: Annotated[bytes | None, TokenIds()] = None
     """Little-endian int32."""
-    messages: Annotated[tuple[dict[str, str], ...] | None, Sequence(CHAT_MESSAGE, 2048, 1)] = None
+    messages: Annotated[tuple[dict[str, str], ...] | None, Array(CHAT_MESSAGE, 2048, 1)] = None
     """Chat turns with role and content, rendered by the model's own template."""
     template_options: Annotated[dict[str, object] | None, TEMPLATE_OPTIONS] = None
     model: Annotated[str | None, Text(512, 1)] = None
@@ -74,8 +74,8 @@ class Generate:
     logit_bias: Annotated[tuple[tuple[int, float], ...], Pairs(Number(-100, 100), 1024)] = ()
     logprobs: Annotated[int | None, Integer(0, 20)] = None
     """None: none; 0: of the chosen token; N: of the N likeliest too."""
-    stop: Annotated[tuple[str, ...], Sequence(Text(256, 1), 16)] = ()
-    stop_token_ids: Annotated[tuple[int, ...], Sequence(Integer(0, INT32_MAX), 64)] = ()
+    stop: Annotated[tuple[str, ...], Array(Text(256, 1), 16)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], Array(Integer(0, INT32_MAX), 64)] = ()
     ignore_eos: Annotated[bool, Flag()] = False
     skip_special_tokens: Annotated[bool, Flag()] = True
     priority: Annotated[int, Integer(-1000, 1000)] = 0
@@ -93,7 +93,7 @@ class ResumeRequest:
 
     id: Annotated[int, REQUEST_ID]
     session: Annotated[str, SESSION]
-    offsets: Annotated[tuple[int, ...], Sequence(Integer(-1, INT32_MAX), MAX_CHOICES, 1)]
+    offsets: Annotated[tuple[int, ...], Array(Integer(-1, INT32_MAX), MAX_CHOICES, 1)]
     """Per choice: tokens received, or -1 when its finish reason was."""
 
 

@@ -1,6 +1,5 @@
 """Rules for the fields of front channel messages: the allowed values, in words and in code."""
 
-import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def refuse(field: str, value: object, allowed: str) -> FieldError:
+def wrong(field: str, value: object, allowed: str) -> FieldError:
     return FieldError(f"{field} must be {allowed}, got {shown(value)}")
 
 
@@ -56,9 +55,9 @@ class Number:
 
     def parse(self, field: str, value: object) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise refuse(field, value, self.allowed)
-        if not math.isfinite(value) or not self.low <= value <= self.high or (self.low_open and value == self.low):
-            raise refuse(field, value, self.allowed)
+            raise wrong(field, value, self.allowed)
+        if not self.low <= value <= self.high or (self.low_open and value == self.low):  # true for NaN too
+            raise wrong(field, value, self.allowed)
         return float(value)
 
 
@@ -73,7 +72,7 @@ class Integer:
 
     def parse(self, field: str, value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
-            raise refuse(field, value, self.allowed)
+            raise wrong(field, value, self.allowed)
         return value
 
 
@@ -88,7 +87,7 @@ class Flag:
 
     def parse(self, field: str, value: object) -> bool:
         if not isinstance(value, bool):
-            raise refuse(field, value, self.allowed)
+            raise wrong(field, value, self.allowed)
         return value
 
 
@@ -105,17 +104,13 @@ class Text:
 
     def parse(self, field: str, value: object) -> str:
         if not isinstance(value, str) or not self.min_chars <= len(value) <= self.max_chars:
-            raise refuse(field, value, self.allowed)
-        check_scalar_values(field, value)
+            raise wrong(field, value, self.allowed)
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            at = error.start
+            raise FieldError(f"{field} holds a lone surrogate (U+{ord(value[at]):04X}) at character {at}") from None
         return value
-
-
-def check_scalar_values(field: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        at = error.start
-        raise FieldError(f"{field} holds a lone surrogate (U+{ord(text[at]):04X}) at character {at}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +123,12 @@ class Choice:
 
     def parse(self, field: str, value: object) -> str:
         if not isinstance(value, str) or value not in self.names:
-            raise refuse(field, value, self.allowed)
+            raise wrong(field, value, self.allowed)
         return value
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class Array:
     """An array of up to ``max_items`` values of one rule."""
 
     item: Rule
@@ -146,7 +141,7 @@ class Sequence:
 
     def parse(self, field: str, value: object) -> tuple[object, ...]:
         if not isinstance(value, (list, tuple)) or not self.min_items <= len(value) <= self.max_items:
-            raise refuse(field, value, self.allowed)
+            raise wrong(field, value, self.allowed)
         return tuple(self.item.parse(f"{field}[{at}]", item) for at, item in enumerate(value))
 
 
@@ -160,7 +155,7 @@ class TokenIds:
         if isinstance(value, (list, tuple)):
             value = self._pack(field, value)
         if not isinstance(value, bytes) or not value or len(value) % 4:
-            raise refuse(field, value, self.allowed)
+            raise wrong(field, value, self.allowed)
         lowest = min(int32_array(value))
         if lowest < 0:
             raise FieldError(f"{field} holds {lowest}; token ids are not negative")
@@ -169,7 +164,7 @@ class TokenIds:
     def _pack(self, field: str, ids: list[object] | tuple[object, ...]) -> bytes:
         for at, item in enumerate(ids):
             if type(item) is not int or not 0 <= item <= INT32_MAX:
-                raise refuse(f"{field}[{at}]", item, Integer(0, INT32_MAX).allowed)
+                raise wrong(f"{field}[{at}]", item, Integer(0, INT32_MAX).allowed)
         return int32_bytes(ids)  # type: ignore[arg-type]
 
 
@@ -186,11 +181,11 @@ class Pairs:
 
     def parse(self, field: str, value: object) -> tuple[tuple[int, float], ...]:
         if not isinstance(value, (list, tuple)) or len(value) > self.max_items:
-            raise refuse(field, value, self.allowed)
+            raise wrong(field, value, self.allowed)
         pairs: dict[int, float] = {}
         for at, pair in enumerate(value):
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise refuse(f"{field}[{at}]", pair, "a pair [token id, number]")
+                raise wrong(f"{field}[{at}]", pair, "a pair [token id, number]")
             token_id = Integer(0, INT32_MAX).parse(f"{field}[{at}][0]", pair[0])
             if token_id in pairs:
                 raise FieldError(f"{field} names token id {token_id} twice")
@@ -211,7 +206,7 @@ class Record:
 
     def parse(self, field: str, value: object) -> dict[str, object]:
         if not isinstance(value, Mapping):
-            raise refuse(field, value, "a map")
+            raise wrong(field, value, "a map")
         parsed = parse_fields(value, self.rules, field + ".")
         missing = [] if self.optional else [name for name in self.rules if name not in parsed]
         if missing:
