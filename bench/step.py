@@ -54,7 +54,7 @@ def make_runner(context: int, quant: Quant, kept: KvCacheDtype) -> ModelRunner:
     shape = facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim
     cache = KvCache(*shape, stored_dtype(kept, torch.bfloat16), device)
     rows = RowTable(MOST_ROWS, longest, BLOCK, blocks, device)
-    links = Links(group, None, (), None, (), None, [])
+    links = Links(group)
     return ModelRunner(stage, cache, rows, links, facts, place, 1)
 
 

@@ -1,8 +1,11 @@
 """Entry of one worker process: ``python -m mgpu.worker``.
 
-The environment is torchrun's: RANK, LOCAL_RANK, WORLD_SIZE, and MASTER_ADDR, MASTER_PORT where the spec names no
-rendezvous file. The spec comes on standard input (4 bytes of little-endian length, then the message), which
-the parent keeps open: its end ends the worker.
+The environment is torchrun's: RANK, LOCAL_RANK, WORLD_SIZE, and MASTER_ADDR, MASTER_PORT if the spec names no
+rendezvous file. The spec comes on standard input (4 bytes of little-endian length, then the message), which the parent
+keeps open.
+
+A worker never outlives its parent. It ends when standard input does, and the kernel kills it (PR_SET_PDEATHSIG) when
+the parent's thread ends, in case another process keeps standard input open.
 """
 
 import argparse
@@ -12,25 +15,26 @@ import importlib
 import os
 import signal
 import sys
+from threading import Thread
 
-from mgpu.protocol.internal.child import BadSpec, read_spec
+from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.worker_messages import CONTROL, WorkerSpec
 from mgpu.worker.device import start_cuda
-from mgpu.worker.start import lifeline
 
 EXIT_FAILED = 1
 EXIT_BAD_SPEC = 2
+EXIT_PARENT_GONE = 3
 
 
 def main() -> int:
     """Run one worker. The exit status is 0 after an orderly shutdown."""
     arguments = _parser().parse_args()
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)  # the orchestrator asks where a group that failed stands before it kills it
+    faulthandler.register(signal.SIGUSR1)  # before it kills a group that failed, the orchestrator asks for its stacks
     # Ctrl-C goes to the whole foreground group; the orchestrator decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        lifeline.die_with_parent()
+        _die_with_parent()
         if arguments.standby:
             _import_torch()
         spec = read_spec(CONTROL, WorkerSpec)
@@ -38,23 +42,36 @@ def main() -> int:
     except BadSpec as error:
         print(f"mgpu worker: {error}", file=sys.stderr)
         return EXIT_BAD_SPEC
-    lifeline.exit_when_stdin_ends()
+    Thread(target=_exit_when_stdin_ends, name="stdin-watch", daemon=True).start()
     start_cuda(spec.device)
-    # Only now the seconds of importing torch: a parent that is already gone must not wait for them.
-    _import_torch()
+    _import_torch()  # takes seconds, so not earlier: a worker whose parent is already gone has ended by now
     from mgpu.worker.start.worker import run_worker
 
     if not run_worker(spec, rank):
         sys.stderr.flush()
-        os._exit(EXIT_FAILED)  # no clean-up that waits for lost peers
+        os._exit(EXIT_FAILED)  # without a clean-up, which would wait for lost peers
     return 0
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the parent ends."""
+    parent = os.getppid()
+    end_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os._exit(EXIT_PARENT_GONE)
+
+
+def _exit_when_stdin_ends() -> None:
+    while os.read(0, 4096):
+        pass  # nothing is sent after the spec
+    os._exit(EXIT_PARENT_GONE)
 
 
 def _import_torch() -> None:
     """Import all that a worker needs; a second call does nothing.
 
-    The garbage collector would look at hundreds of thousands of new objects again and again and find nothing to free:
-    a fifth of the time.
+    The garbage collector is off meanwhile: it would visit hundreds of thousands of new objects again and again, free
+    none of them, and take a fifth of the time.
     """
     gc.disable()
     importlib.import_module("mgpu.worker.start.worker")
@@ -64,7 +81,7 @@ def _import_torch() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mgpu.worker", description="One worker of mgpu.")
-    parser.add_argument("--standby", action="store_true", help="import torch at once, not when the spec is there")
+    parser.add_argument("--standby", action="store_true", help="import torch at once, before the spec comes")
     return parser
 
 

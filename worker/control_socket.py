@@ -1,4 +1,4 @@
-"""The worker's end of its pair with the orchestrator."""
+"""The socket between a worker and the orchestrator: the worker's end."""
 
 import zmq
 
@@ -7,13 +7,13 @@ from mgpu.protocol.internal.worker_messages import CONTROL, AllocateCache, Shutd
 from mgpu.worker.errors import BadPlan
 
 _LINGER_MS = 2000
-"""Time for a last message to leave: the one that says why this worker ends."""
+"""Time for the last message to leave, which may say why this worker ends."""
 
 Order = AllocateCache | StepPlan | StaySpinning | Shutdown
 
 
 class ControlSocket:
-    """A DEALER of one thread. It owns its context; `close` it."""
+    """A DEALER socket for one thread. It owns its context; `close` it."""
 
     def __init__(self, endpoint: str, epoch: int) -> None:
         self._epoch = epoch
@@ -28,10 +28,9 @@ class ControlSocket:
         self._socket.send(CONTROL.encode(message))
 
     def receive(self, timeout_ms: int) -> Order | None:
-        """Give the next order of this epoch, or None when none came in time. 0 looks without waiting.
+        """Return the next order of this epoch, or None if none came in time. 0 looks without waiting.
 
-        Orders of another epoch are dropped: they are meant for the group that was here before. BadPlan for bytes
-        that are no order at all.
+        Orders of another epoch are dropped: they were meant for an earlier group. BadPlan for bytes that are no order.
         """
         while timeout_ms == 0 or self._socket.poll(timeout_ms):
             try:
@@ -44,7 +43,7 @@ class ControlSocket:
         return None
 
     def close(self) -> None:
-        """Let what was sent leave, for two seconds at most."""
+        """Close the socket once its messages have left, after two seconds at most."""
         self._context.destroy(linger=_LINGER_MS)
 
 
@@ -54,5 +53,5 @@ def _decode(data: bytes) -> Order:
     except CodecError as error:
         raise BadPlan(f"the orchestrator sent no message: {error}") from error
     if not isinstance(message, Order):
-        raise BadPlan(f"the orchestrator sent a {type(message).__name__}, which is for it to read")
+        raise BadPlan(f"the orchestrator sent a {type(message).__name__}, which only workers send")
     return message

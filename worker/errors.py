@@ -1,4 +1,4 @@
-"""What can go wrong in a worker, by name."""
+"""Errors of a worker."""
 
 
 class PeerLost(RuntimeError):
@@ -6,7 +6,7 @@ class PeerLost(RuntimeError):
 
 
 class BadPlan(ValueError):
-    """A step plan contradicts the rows that this worker keeps: a bug of the orchestrator, never of a user."""
+    """A step plan contradicts the rows of this worker: a bug of mgpu, never a mistake of a user."""
 
 
 class OutOfMemory(RuntimeError):

@@ -86,7 +86,7 @@ def missing_of(spec: WorkerSpec) -> dict[str, object]:
         place = spec.layout.placement.place_of(spec.layout.placement.ranks_of_stage(index)[-1])
         group = DryRun(SingleRank())
         group.rank, group.size, group.alone = place.tp_rank, place.tp_size, True
-        start_up = StartUp(spec, place, CPU, Links(group, None, (), None, (), None, []))
+        start_up = StartUp(spec, place, CPU, Links(group))
         asked = take(CompileAhead(spec, place, CPU, group, lambda n, s=start_up: (s._rows(n), s._cache(n))).launch_all)
         missing += sorted(take(lambda s=start_up, p=place: start(s, spec, p)) - asked)
         asked_in_all += len(asked)
@@ -98,7 +98,7 @@ def start(start_up: StartUp, spec: WorkerSpec, place: RankPlace) -> None:
     stage, _ = start_up.load(lambda done, total: None)
     attention_problem(CPU, stage.attention_shape)
     stage.assume_kernels()
-    start_up.run_worst_step(stage)
+    start_up.run_largest_step(stage)
     runner = start_up.allocate(stage, 40)
     if spec.layout.placement.num_stages == 1:
         start_up._links.group.alone = True

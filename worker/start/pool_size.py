@@ -10,19 +10,20 @@ from mgpu.worker.errors import OutOfMemory
 
 
 def pool_blocks(spec: WorkerSpec, pool_bytes: int, block_bytes: int) -> int:
-    """Give the blocks that fit, but no more than all rows at full length need. OutOfMemory when not one fits."""
-    most = spec.limits.max_rows * -(-(spec.limits.max_seq_len + 1) // spec.limits.block_size)
+    """Return how many blocks fit, at most as many as all rows at full length need. OutOfMemory if none fits."""
+    limits = spec.limits
+    most = limits.max_rows * -(-(limits.max_seq_len + 1) // limits.block_size)
     blocks = min(most, pool_bytes // block_bytes)
     if blocks < 1:
         raise OutOfMemory(
-            f"{pool_bytes / 2**20:.0f} MiB are left for the KV cache and one block of {spec.limits.block_size} "
+            f"{pool_bytes / 2**20:.0f} MiB are left for the KV cache and one block of {limits.block_size} "
             f"tokens takes {block_bytes / 2**20:.2f} MiB; use more GPUs, --quant, or a larger --memory-fraction"
         )
     return blocks
 
 
 def cpu_pool_bytes(spec: WorkerSpec) -> int:
-    """Give the pool of one of several workers that share a machine's memory."""
+    """Return the bytes of this worker's pool in a machine's memory, which all workers share."""
     return spec.kv_memory or layout.cpu_pool_bytes(_available_bytes() / spec.layout.placement.world_size)
 
 
@@ -34,14 +35,14 @@ def _available_bytes() -> int:
     raise RuntimeError("/proc/meminfo names no MemAvailable")
 
 
-def cuda_pool_bytes(spec: WorkerSpec, device: torch.device, ordinal: int, worst_step: Callable[[], None]) -> int:
-    """Measure what is left of a GPU once weights are there and the largest step has had its activations.
+def cuda_pool_bytes(spec: WorkerSpec, device: torch.device, ordinal: int, largest_step: Callable[[], None]) -> int:
+    """Return the bytes of this worker's pool on a GPU that has its weights; runs the largest step to measure it.
 
     ``ordinal`` is the plan's number of the device. OutOfMemory when nothing is left.
     """
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    worst_step()
+    largest_step()
     torch.cuda.synchronize(device)
     activations = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
@@ -50,7 +51,7 @@ def cuda_pool_bytes(spec: WorkerSpec, device: torch.device, ordinal: int, worst_
 
 
 def left_for_pool(spec: WorkerSpec, ordinal: int, free_bytes: int, total_bytes: int, activation_bytes: int) -> int:
-    """Give this rank's share of its device: ranks that the plan puts on the same one split what is left."""
+    """Return this rank's share of what is left of a device; ranks on the same device get equal shares."""
     sharers = sum(stage.devices.count(ordinal) for stage in spec.layout.placement.stages)
     used = total_bytes - free_bytes
     left = int((spec.memory_fraction * total_bytes - used) / sharers) - activation_bytes

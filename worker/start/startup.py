@@ -1,4 +1,4 @@
-"""What a worker does before its first step: weights, measure, cache."""
+"""What a worker does before its first step: load the weights, measure the memory that is left, allocate the cache."""
 
 from collections.abc import Callable
 
@@ -18,12 +18,15 @@ from mgpu.worker.state.kv_cache import KvCache, block_bytes, stored_dtype
 from mgpu.worker.state.rows import RowTable, SampleRequest
 from mgpu.worker.steps.model_runner import ModelRunner
 
+_GRAPH_BYTES = 256 << 20
+"""Bound of what CUDA graphs take beside activations."""
+
 Progress = Callable[[int, int], None]
-"""Told of bytes done and bytes in all."""
+"""Called with the bytes that were read and those of the whole load."""
 
 
 class StartUp:
-    """One rank's way to a `ModelRunner`."""
+    """Turns one rank's spec into a `ModelRunner`: `load`, then `measure`, then `allocate`."""
 
     def __init__(self, spec: WorkerSpec, place: RankPlace, device: torch.device, links: Links) -> None:
         self._spec = spec
@@ -37,15 +40,9 @@ class StartUp:
         self._kv_heads = head_shard(facts.num_q_heads, facts.num_kv_heads, place.tp_rank, place.tp_size).num_kv
 
     def load(self, progress: Progress) -> tuple[DecoderStage, int]:
-        """Build this rank's stage and give it weights; the second value is the bytes read from disk."""
-        compile_ahead = CompileAhead(
-            self._spec,
-            self._place,
-            self._device,
-            self._links.group,
-            lambda count: (self._rows(count), self._cache(count)),
-        )
-        with compile_ahead.running():
+        """Build this rank's stage and load its weights while kernels are compiled; return it and the bytes read."""
+        kernels = CompileAhead(self._spec, self._place, self._device, self._links.group, self._state)
+        with kernels.running():
             stage, loaded_bytes = self._load(progress)
         stage.choose_attention()
         return stage, loaded_bytes
@@ -67,15 +64,15 @@ class StartUp:
             done += nbytes
             progress(min(done, total), total)
 
-        return stage, load_weights(stage, checkpoint, add, ranks_here=self._spec.layout.placement.world_size)
+        return stage, load_weights(stage, checkpoint, add, ranks_here=spec.layout.placement.world_size)
 
     def measure(self, stage: DecoderStage) -> Loaded:
-        """Find out how many blocks this rank could hold. OutOfMemory when not one."""
+        """Return how many blocks this rank could hold, and its other sizes. OutOfMemory if it could hold none."""
         spec = self._spec
         sizes = self._own.num_layers, spec.limits.block_size, self._kv_heads, spec.facts.head_dim
         per_block = block_bytes(*sizes, self._kv_dtype)
         if self._device.type == "cuda":
-            pool = cuda_pool_bytes(spec, self._device, self._place.device, lambda: self.run_worst_step(stage))
+            pool = cuda_pool_bytes(spec, self._device, self._place.device, lambda: self.run_largest_step(stage))
             if not spec.kv_memory:
                 pool -= self._graph_bytes()
         else:
@@ -87,41 +84,35 @@ class StartUp:
         """Bound what the CUDA graphs of decode steps will hold: activations, logits, and the graphs themselves."""
         facts = self._spec.facts
         per_row = self._dtype.itemsize * (8 * facts.hidden_size + 4 * facts.intermediate_size + facts.vocab_size)
-        return 2 * self._spec.limits.max_rows * per_row + (256 << 20)
+        return 2 * self._spec.limits.max_rows * per_row + _GRAPH_BYTES
 
     def allocate(self, stage: DecoderStage, num_blocks: int) -> ModelRunner:
         """Allocate the pool and the rows."""
-        rows = self._rows(num_blocks)
-        cache = self._cache(num_blocks)
-        return ModelRunner(
-            stage, cache, rows, self._links, self._spec.facts, self._place, self._spec.layout.placement.num_stages
-        )
+        rows, cache = self._state(num_blocks)
+        num_stages = self._spec.layout.placement.num_stages
+        return ModelRunner(stage, cache, rows, self._links, self._spec.facts, self._place, num_stages)
+
+    def _state(self, num_blocks: int) -> tuple[RowTable, KvCache]:
+        return self._rows(num_blocks), self._cache(num_blocks)
 
     def _rows(self, num_blocks: int) -> RowTable:
-        spec = self._spec
-        return RowTable(spec.limits.max_rows, spec.limits.max_seq_len, spec.limits.block_size, num_blocks, self._device)
+        limits = self._spec.limits
+        return RowTable(limits.max_rows, limits.max_seq_len, limits.block_size, num_blocks, self._device)
 
     def _cache(self, num_blocks: int) -> KvCache:
-        return KvCache(
-            self._own.num_layers,
-            num_blocks,
-            self._spec.limits.block_size,
-            self._kv_heads,
-            self._spec.facts.head_dim,
-            self._kv_dtype,
-            self._device,
-        )
+        sizes = self._own.num_layers, num_blocks, self._spec.limits.block_size
+        return KvCache(*sizes, self._kv_heads, self._spec.facts.head_dim, self._kv_dtype, self._device)
 
     @torch.inference_mode()
-    def run_worst_step(self, stage: DecoderStage) -> None:
+    def run_largest_step(self, stage: DecoderStage) -> None:
         """Run the largest step there can be, without the other ranks, on a pool of one block."""
         self._links.group.alone = True
-        rows, cache = self._rows(1), self._cache(1)
+        rows, cache = self._state(1)
         batch = self._largest_batch()
-        shape = (len(batch.token_ids), self._spec.facts.hidden_size)
         if stage.is_first:
             x_TD = stage.embed(batch.token_ids)
         else:
+            shape = (len(batch.token_ids), self._spec.facts.hidden_size)
             x_TD = torch.zeros(shape, dtype=self._dtype, device=self._device)
         x_TD = stage.run_layers(x_TD, batch, cache)
         if stage.is_last:
@@ -129,31 +120,30 @@ class StartUp:
         self._links.group.alone = False
 
     def _sample_most(self, rows: RowTable, logits_SV: Tensor) -> None:
+        """Choose a token for each row, with every rule that takes memory."""
         count = len(logits_SV)
         rows.sampling = [RowSampling(temperature=1.0, top_p=0.9, num_logprobs=1)] * self._spec.limits.max_rows
         numbers = torch.arange(count, device=self._device)
-        Sampler(rows, self._links.group, logits_SV.shape[1]).sample(
-            logits_SV, SampleRequest([*range(count)], [1] * count, numbers, torch.ones_like(numbers))
-        )
+        request = SampleRequest([*range(count)], [1] * count, numbers, torch.ones_like(numbers))
+        Sampler(rows, self._links.group, logits_SV.shape[1]).sample(logits_SV, request)
 
     def _largest_batch(self) -> StepBatch:
-        """Lay out rows as long as can be, of which the step computes the last tokens."""
-        spec, device = self._spec, self._device
-        longest = spec.limits.max_seq_len
-        counts = [longest] * (spec.limits.max_batch_tokens // longest)
-        if rest := spec.limits.max_batch_tokens % longest:
+        """Return a step of as many tokens as possible: the last ones of rows of full length."""
+        limits, device = self._spec.limits, self._device
+        longest = limits.max_seq_len
+        counts = [longest] * (limits.max_batch_tokens // longest)
+        if rest := limits.max_batch_tokens % longest:
             counts.append(rest)
         positions = torch.cat([torch.arange(longest - count, longest, device=device) for count in counts])
         ends = torch.tensor([0, *counts], device=device).cumsum(0)
-        blocks = -(-longest // spec.limits.block_size)
         contexts = [longest] * len(counts)
         return StepBatch(
             token_ids=torch.zeros_like(positions),
             positions=positions,
-            slots=positions % spec.limits.block_size,
+            slots=positions % limits.block_size,
             query_starts=ends.to(torch.int32),
             context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
-            block_tables=torch.zeros((len(counts), blocks), dtype=torch.int32, device=device),
+            block_tables=torch.zeros((len(counts), -(-longest // limits.block_size)), dtype=torch.int32, device=device),
             logit_rows=ends[1:] - 1,
             query_lens_host=counts,
             context_lens_host=contexts,

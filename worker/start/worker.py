@@ -1,4 +1,4 @@
-"""The life of one worker: meet the others, load, allocate, warm up, then execute plans until told to stop."""
+"""The life of one worker: meet the other ranks, load, allocate, warm up, then execute plans until told to stop."""
 
 import gc
 import sys
@@ -29,38 +29,26 @@ from mgpu.worker.steps.step_loop import StepLoop
 
 PROGRESS_INTERVAL_S = 0.1
 PEERS_LOAD_TIMEOUT_S = 3600.0
-"""Longest silence between this rank's weights and the order to allocate: other ranks may load for long, and the
-orchestrator watches them; end of file on standard input tells of its own end."""
+"""Longest wait for the order to allocate once this rank has its weights. Other ranks may load for long. The
+orchestrator watches them, and if it ends itself, so does standard input."""
 _WARM_UP_TOKENS = 16
 
 
 def run_worker(spec: WorkerSpec, rank: int) -> bool:
-    """Live as one rank; gives False after a failure, which the orchestrator has been told by then."""
+    """Run one rank to its end. Return False after a failure, which has been sent to the orchestrator."""
     worker = Worker(spec, rank)
     try:
         worker.run()
         return True
-    except Exception as error:  # the edge of the process: whatever it was, the orchestrator must know
-        worker.fail(error)
+    except Exception as error:  # the edge of the process: the orchestrator must know, whatever it was
+        worker.report_failure(error)
         return False
     finally:
         worker.control.close()
 
 
-def _open_device(name: str) -> torch.device:
-    device = torch.device(name) if name == "cpu" else torch.device("cuda", cuda_ordinal(name))
-    start_triton(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-class Stopped(Exception):
-    """The orchestrator wants no more of this worker before it was ready."""
-
-
 class Worker:
-    """One rank. `run` returns after `Shutdown` and raises what went wrong, with ``phase`` saying where."""
+    """One rank. `run` returns after `Shutdown`; if it raises instead, ``phase`` says where."""
 
     def __init__(self, spec: WorkerSpec, rank: int) -> None:
         self.spec = spec
@@ -74,7 +62,7 @@ class Worker:
         self._reported_s = 0.0
 
     def run(self) -> None:
-        """Live: connect, load, allocate, warm up, execute."""
+        """Connect, load, allocate, warm up, execute."""
         spec, rank = self.spec, self.place.rank
         if spec.num_threads > 0:
             torch.set_num_threads(spec.num_threads)
@@ -86,9 +74,8 @@ class Worker:
             stage, loaded_bytes = start_up.load(self._progress)
             self._report(loaded_bytes, loaded_bytes)
             self.control.send(start_up.measure(stage))
-        try:
-            num_blocks = self._wait_for_allocation()
-        except Stopped:
+        num_blocks = self._wait_for_allocation()
+        if num_blocks is None:
             links.close()
             return
         with self._timed("cache"):
@@ -98,24 +85,22 @@ class Worker:
             tokens = max(1, min(_WARM_UP_TOKENS, spec.limits.max_batch_tokens, room - 2))
             runner.warm_up(tokens, spec.epoch)
             gc.collect()
-            gc.freeze()  # what is here now stays: no collection need look at it between steps
+            gc.freeze()  # all of these objects stay: no collection between steps need visit them
         self.control.send(Ready(spec.epoch, rank, self.phase_s, loaded_bytes, links.notes, tokens))
         self.phase = "steps"
         StepLoop(runner, self.control, self.device, reports=rank == spec.layout.placement.output_rank).run()
         links.close()
 
-    def fail(self, error: BaseException) -> None:
-        """Tell the other ranks and the orchestrator what ended this one."""
-        at_s = time.monotonic()
-        if self._links is not None:
-            self._links.report_failure()
-        is_mistake = isinstance(error, (CheckpointError, BadSpec))
-        is_told = is_mistake or isinstance(error, OutOfMemory)  # which may be another once memory is free again
-        message = str(error) if is_told else one_line(error, self.device)
-        text = "" if is_told else "".join(traceback.format_exception(error))
-        if text:
-            print(text, file=sys.stderr, flush=True)
-        self.control.send(WorkerFailure(self.spec.epoch, self.place.rank, self.phase, message, text, at_s, is_mistake))
+    def _wait_for_allocation(self) -> int | None:
+        """Return the blocks to allocate; None if the orchestrator stops this worker before."""
+        order = self.control.receive(int(PEERS_LOAD_TIMEOUT_S * 1000))
+        if order is None:
+            raise TimeoutError(f"no order to allocate the KV cache within {PEERS_LOAD_TIMEOUT_S:g} s")
+        if isinstance(order, Shutdown):
+            return None
+        if not isinstance(order, AllocateCache):
+            raise BadPlan(f"{type(order).__name__} before the KV cache was allocated")
+        return order.num_blocks
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -136,26 +121,45 @@ class Worker:
             LoadProgress(self.spec.epoch, self.place.rank, self.phase, done_bytes, total_bytes, elapsed_s)
         )
 
-    def _wait_for_allocation(self) -> int:
-        order = self.control.receive(int(PEERS_LOAD_TIMEOUT_S * 1000))
-        if order is None:
-            raise TimeoutError(f"no order to allocate the KV cache within {PEERS_LOAD_TIMEOUT_S:g} s")
-        if isinstance(order, Shutdown):
-            raise Stopped
-        if not isinstance(order, AllocateCache):
-            raise BadPlan(f"{type(order).__name__} before the KV cache was allocated")
-        return order.num_blocks
+    def report_failure(self, error: Exception) -> None:
+        """Tell the other ranks and the orchestrator what ended this one.
+
+        The failure of one rank soon makes the others fail, because they wait for it. The earliest is the cause, so each
+        rank reports when it failed, by a clock that all processes of a machine share; the orchestrator waits a moment
+        for all reports and shows the first. Example: rank 1 runs out of memory at 10.000 s. It takes the time, then
+        sets the word of the shared file that ends its peers' waits. Rank 0 raises PeerLost at 10.001 s, and its report
+        may even arrive first, but the user reads that rank 1 ran out of memory.
+        """
+        at_s = time.monotonic()
+        if self._links is not None:
+            self._links.report_failure()
+        is_mistake = isinstance(error, (CheckpointError, BadSpec))
+        # OutOfMemory is no mistake: a new start may find more memory free.
+        is_explained = is_mistake or isinstance(error, OutOfMemory)
+        message = str(error) if is_explained else one_line(error, self.device)
+        text = "" if is_explained else "".join(traceback.format_exception(error))
+        if text:
+            print(text, file=sys.stderr, flush=True)
+        self.control.send(WorkerFailure(self.spec.epoch, self.place.rank, self.phase, message, text, at_s, is_mistake))
 
 
-def one_line(error: BaseException, device: torch.device) -> str:
-    """Say in one line what happened, with the way out where there is one."""
+def _open_device(name: str) -> torch.device:
+    device = torch.device(name) if name == "cpu" else torch.device("cuda", cuda_ordinal(name))
+    start_triton(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def one_line(error: Exception, device: torch.device) -> str:
+    """Return in one line what happened, with the way out if there is one."""
     if isinstance(error, torch.OutOfMemoryError):
         free, total = torch.cuda.mem_get_info(device)
         return (
             f"{device} is out of memory ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free): use more GPUs, --quant, "
             "a smaller --memory-fraction or fewer tokens per step"
         )
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's on CPU
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's on a CPU
         return "out of memory: use a smaller model, fewer workers or a smaller KV cache"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

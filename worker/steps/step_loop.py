@@ -120,7 +120,7 @@ class StepLoop:
     def _next_order(self) -> object:
         """Wait for an order and send results meanwhile: spin while a result or an order may come soon, then sleep.
 
-        Sleeping for ever is safe: the end of the orchestrator ends this process (lifeline.py).
+        Sleeping for ever is safe: the end of the orchestrator ends this process (see __main__.py).
         """
         began_s = time.monotonic()
         while True:

@@ -35,7 +35,7 @@ SAMPLINGS = (
 def make_runner(model: TinyModel) -> ModelRunner:
     checkpoint = read_checkpoint(model.folder)
     facts, device, place = checkpoint.facts, torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0)
-    links = Links(DryRun(SingleRank()), None, (), None, (), None, [])
+    links = Links(DryRun(SingleRank()))
     stage = build_stage(facts, place, range(facts.num_layers), links.group, torch.float32, device)
     load_weights(stage, checkpoint, lambda count: None)
     blocks = ROWS * BLOCKS_OF_ROW
