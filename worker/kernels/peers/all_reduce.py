@@ -1,8 +1,8 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """Sums over the ranks of a stage in one shot, alone or with the residual add and RMSNorm that follow.
 
-One program per row. Every rank sends its row to all, and each adds them up: one way over the link. All ranks run the
-same code over the same numbers, so that they get the same bits. `two_shot` is for what is larger.
+One program per row. Every rank sends its row to all ranks, and each adds them up: one way over the link. All ranks run
+the same code over the same numbers, so that they get the same bits. `two_shot` is for larger messages.
 """
 
 # T tokens, D model dim
@@ -19,7 +19,7 @@ from mgpu.worker.kernels.peers.messages import BITS, TIMED, clean_bits, receive,
 from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 LEAST_BLOCK = 64
-"""A tile must not be smaller than a warp: see `receive`."""
+"""A tile must not have fewer elements than a warp has threads: see `receive`."""
 
 
 @triton.jit
@@ -33,21 +33,10 @@ def load_stream(residual_ptr, row, residual_stride, d, mask):
 
 @triton.jit
 def finish(
-    total,
-    stream,
-    row,
-    d,
-    mask,
-    residual_ptr,
-    residual_stride,
-    bias_ptr,
-    weight,
-    out_ptr,
-    out_stride,
-    eps,
+    total, stream, row, d, mask, residual_ptr, residual_stride, bias_ptr, weight, out_ptr, out_stride, eps,
     D: tl.constexpr,
-):
-    """Store a row's sum; with a residual stream add it there and store the normalized stream."""
+):  # fmt: skip
+    """Store a row's sum; with a residual stream, add the sum to it and store the normalized stream."""
     dtype = out_ptr.dtype.element_ty
     total = total.to(dtype).to(tl.float32)  # rounded as often as without fusion
     if bias_ptr is not None:
@@ -62,32 +51,11 @@ def finish(
 
 @triton.jit(do_not_specialize=["rank", "timeout_us"])
 def _one_shot_kernel(
-    x_ptr,
-    residual_ptr,
-    bias_ptr,
-    weight_ptr,
-    out_ptr,
-    inbox_ptr,
-    peers,
-    turns_ptr,
-    failed_ptr,
-    seen_ptr,
-    x_stride,
-    residual_stride,
-    out_stride,
-    rank,
-    timeout_us,
-    eps,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BITS: tl.constexpr,
-    EMPTY: tl.constexpr,
-    TIMED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x_ptr, residual_ptr, bias_ptr, weight_ptr, out_ptr, inbox_ptr, peers, turns_ptr, failed_ptr, seen_ptr,
+    x_stride, residual_stride, out_stride, rank, timeout_us, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, EMPTY: tl.constexpr, TIMED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     mask = d < D
@@ -119,9 +87,16 @@ class Residual:
     eps: float
 
 
+def stream_and_norm(residual: Residual | None) -> tuple[Tensor | None, Tensor | None, int, float]:
+    """Return what kernels take of a residual: the stream, the norm's weight, the stream's stride, and eps."""
+    if residual is None:
+        return None, None, 0, 0.0
+    return residual.stream_TD, residual.weight_D, residual.stream_TD.stride(0), residual.eps
+
+
 @dataclass(frozen=True, slots=True)
 class OneShot:
-    """What one-shot sums of up to ``rows`` rows of ``dim`` need; every rank holds the same numbers."""
+    """One-shot sums of up to ``rows`` rows of ``dim``; all ranks are made with the same numbers."""
 
     area: Area
     alarm: PeerAlarm
@@ -131,44 +106,25 @@ class OneShot:
 
     @staticmethod
     def shapes(ranks: int, rows: int, dim: int, dtype: torch.dtype) -> list[AreaShape]:
-        """Give the areas that must be there."""
+        """Return the areas that it needs."""
         return [AreaShape(dtype, ranks * rows * dim, rows)]
 
     def __call__(self, x_TD: Tensor, out_TD: Tensor, residual: Residual | None, bias_D: Tensor | None) -> Tensor:
         """Add up over the ranks into ``out``, which may be ``x``. With a residual, ``out`` is its norm."""
-        ranks = len(self.area.peers)
+        ranks, device = len(self.area.peers), x_TD.device
         block = max(LEAST_BLOCK, power_of_2(self.dim))
+        stream_TD, weight_D, stream_stride, eps = stream_and_norm(residual)
         _one_shot_kernel[(x_TD.shape[0],)](
-            x_TD,
-            None if residual is None else residual.stream_TD,
-            bias_D,
-            None if residual is None else residual.weight_D,
-            out_TD,
-            self.area.inbox,
-            self.area.peers,
-            self.area.turns,
-            self.alarm.failed,
-            self.alarm.seen,
-            x_TD.stride(0),
-            0 if residual is None else residual.stream_TD.stride(0),
-            out_TD.stride(0),
-            self.rank,
-            self.alarm.timeout_us,
-            0.0 if residual is None else residual.eps,
-            self.dim,
-            self.rows,
-            ranks,
-            power_of_2(ranks),
-            block,
-            BITS[self.area.inbox.dtype],
-            empty_bits(x_TD.dtype),
-            TIMED,
-            overlaps_launches(x_TD.device),
-            **launch_options(x_TD.device, num_warps(block)),
-        )
+            x_TD, stream_TD, bias_D, weight_D, out_TD,
+            self.area.inbox, self.area.peers, self.area.turns, self.alarm.failed, self.alarm.seen,
+            x_TD.stride(0), stream_stride, out_TD.stride(0), self.rank, self.alarm.timeout_us, eps,
+            self.dim, self.rows, ranks, power_of_2(ranks), block,
+            BITS[self.area.inbox.dtype], empty_bits(x_TD.dtype), TIMED, overlaps_launches(device),
+            **launch_options(device, num_warps(block)),
+        )  # fmt: skip
         return out_TD
 
 
 def num_warps(*blocks: int) -> int:
-    """Give each thread 16 bytes of bfloat16, and never more threads than the smallest tile has elements."""
+    """Return warps with 16 bytes of bfloat16 per thread, but no more threads than the smallest tile has elements."""
     return max(1, min(16, max(blocks) // 256, min(blocks) // 32))

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""Choose tokens among the best that each rank found in its slice of the vocabulary, through peer memory.
+"""Choose tokens among the best of each rank's slice of the vocabulary, through peer memory.
 
 Only (score, id) pairs are exchanged. Equal scores go to the lowest id, as within a slice.
 """
@@ -18,36 +18,17 @@ from mgpu.worker.kernels.peers.messages import BITS, TIMED, clean_bits, receive,
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 _BLOCK = 64
-"""Rows per program; not fewer than a warp has threads: see `receive`."""
+"""Rows per program, at least as many as a warp has threads: see `receive`."""
 
 
 @triton.jit(do_not_specialize=["rank", "timeout_us", "S", "last_id"])
 def _exchange_kernel(
-    scores_ptr,
-    ids_ptr,
-    rows_ptr,
-    positions_ptr,
-    out_ptr,
-    tokens_ptr,
-    inbox_ptr,
-    peers,
-    turns_ptr,
-    failed_ptr,
-    seen_ptr,
-    tokens_stride,
-    S,
-    last_id,
-    rank,
-    timeout_us,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BITS: tl.constexpr,
-    EMPTY: tl.constexpr,
-    TIMED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    scores_ptr, ids_ptr, rows_ptr, positions_ptr, out_ptr, tokens_ptr,
+    inbox_ptr, peers, turns_ptr, failed_ptr, seen_ptr,
+    tokens_stride, S, last_id, rank, timeout_us,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, EMPTY: tl.constexpr, TIMED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     s = block * BLOCK + tl.arange(0, BLOCK)
     mask = s < S
@@ -79,7 +60,7 @@ def _exchange_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What exchanging the pairs of up to ``rows`` rows needs; every rank holds the same numbers."""
+    """Exchange the pairs of up to ``rows`` rows; all ranks are made with the same numbers."""
 
     area: Area
     alarm: PeerAlarm
@@ -88,7 +69,7 @@ class Exchange:
 
     @staticmethod
     def shapes(ranks: int, rows: int) -> list[AreaShape]:
-        """Give the areas that must be there."""
+        """Return the areas that it needs."""
         return [AreaShape(torch.int32, ranks * 2 * rows, ceil_div(rows, _BLOCK))]
 
     def __call__(
@@ -100,7 +81,7 @@ class Exchange:
         positions_S: Tensor | None = None,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """Give the best of all ranks' tokens, int32 [S], from what `sample` gave on each.
+        """Return the best of all ranks' tokens, int32 [S], from the results of `sample` on each rank.
 
         ``last_id`` is the last of the whole vocabulary. With ``tokens``, the choice is also written where the next step
         reads it, as `sample` does for a single rank.
@@ -109,30 +90,11 @@ class Exchange:
         out_S = torch.empty(count, dtype=torch.int32, device=device)
         ranks = len(self.area.peers)
         _exchange_kernel[(ceil_div(count, _BLOCK),)](
-            scores_S,
-            ids_S,
-            rows_S,
-            positions_S,
-            out_S,
-            tokens,
-            self.area.inbox,
-            self.area.peers,
-            self.area.turns,
-            self.alarm.failed,
-            self.alarm.seen,
-            0 if tokens is None else tokens.stride(0),
-            count,
-            last_id,
-            self.rank,
-            self.alarm.timeout_us,
-            self.rows,
-            ranks,
-            power_of_2(ranks),
-            _BLOCK,
-            BITS[torch.int32],
-            empty_bits(torch.int32),
-            TIMED,
-            overlaps_launches(device),
+            scores_S, ids_S, rows_S, positions_S, out_S, tokens,
+            self.area.inbox, self.area.peers, self.area.turns, self.alarm.failed, self.alarm.seen,
+            0 if tokens is None else tokens.stride(0), count, last_id, self.rank, self.alarm.timeout_us,
+            self.rows, ranks, power_of_2(ranks), _BLOCK,
+            BITS[torch.int32], empty_bits(torch.int32), TIMED, overlaps_launches(device),
             **launch_options(device, 1),
-        )
+        )  # fmt: skip
         return out_S

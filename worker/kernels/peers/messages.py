@@ -1,9 +1,8 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""What kernels that talk to peer GPUs share: writing to a peer's memory, and waiting for what peers write here.
+"""Send to and receive from peer GPUs, as kernels do it; `memory` explains the protocol.
 
-See `mgpu.worker.kernels.peers.memory` for the protocol. A message needs one way over the link: no flag and
-no fence follow it, because every element shows by itself that it has arrived. Waits end at a deadline, so that a dead
-peer is an error.
+A message takes one way over the link: no flag and no fence follows it, because every element shows by itself that it
+has arrived. Waits end at a deadline, so that a dead peer is an error.
 """
 
 import torch
@@ -19,7 +18,7 @@ BITS = {torch.int16: tl.int16, torch.int32: tl.int32}
 
 @triton.jit
 def clean_bits(x, BITS: tl.constexpr, EMPTY: tl.constexpr):
-    """Give the bits of x; those that mean "nothing yet" (minus zero) become zero."""
+    """Return the bits of x, with those of an empty slot (-0.0) replaced by those of zero."""
     bits = x.to(BITS, bitcast=True)
     return tl.where(bits == EMPTY, 0, bits).to(BITS)
 
@@ -33,7 +32,7 @@ def send(address, place, bits, mask, BITS: tl.constexpr):
 
 @triton.jit
 def _clock(TIMED: tl.constexpr):
-    """Give nanoseconds; 0 in the interpreter."""
+    """Return nanoseconds; 0 in the interpreter."""
     now = tl.full((), 0, tl.int64)
     if TIMED:
         now = tl.extra.cuda.globaltimer()
@@ -47,10 +46,11 @@ def _missing(bits, EMPTY: tl.constexpr):
 
 @triton.jit
 def receive(places, arrives, failed_ptr, seen_ptr, timeout_us, EMPTY: tl.constexpr, TIMED: tl.constexpr):
-    """Wait until everything that ``arrives`` is there and empty its places; elsewhere the result is 0.
+    """Wait until every slot that ``arrives`` has its data, empty the slots, and return the bits; elsewhere they are 0.
 
-    Both are two-dimensional and no smaller than the program has threads: copies of an element in several threads could
-    be read at different moments. After a wait in vain the alarm is set and nobody waits again.
+    Both are two-dimensional and have at least as many elements as the program has threads: if several threads held a
+    copy of an element, they could read it at different moments. A wait past the deadline sets the alarm, and later
+    kernels do not wait.
     """
     patience = tl.where(tl.load(failed_ptr) == 0, timeout_us, 0).to(tl.int64)
     if TIMED:

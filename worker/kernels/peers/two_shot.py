@@ -1,7 +1,7 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """Sums over the ranks of a stage in two shots: rank j adds up the j-th part of the columns and sends the sum to all.
 
-Two ways over the link instead of one, but less to send from three ranks on. Otherwise like `all_reduce`.
+Two ways over the link instead of one, but fewer bytes from three ranks on. Otherwise like `all_reduce`.
 """
 
 # T tokens, D model dim
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.peers.all_reduce import LEAST_BLOCK, Residual, finish, load_stream, num_warps
+from mgpu.worker.kernels.peers.all_reduce import LEAST_BLOCK, Residual, finish, load_stream, num_warps, stream_and_norm
 from mgpu.worker.kernels.peers.memory import Area, AreaShape, PeerAlarm, empty_bits
 from mgpu.worker.kernels.peers.messages import BITS, TIMED, clean_bits, receive, send
 from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, power_of_2, wait_for_inputs
@@ -21,36 +21,13 @@ from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, power
 
 @triton.jit(do_not_specialize=["rank", "timeout_us"])
 def _two_shot_kernel(
-    x_ptr,
-    residual_ptr,
-    bias_ptr,
-    weight_ptr,
-    out_ptr,
-    parts_ptr,
-    part_peers,
-    sums_ptr,
-    sum_peers,
-    turns_ptr,
-    failed_ptr,
-    seen_ptr,
-    x_stride,
-    residual_stride,
-    out_stride,
-    rank,
-    timeout_us,
-    eps,
-    D: tl.constexpr,
-    PART: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PART_BLOCK: tl.constexpr,
-    BITS: tl.constexpr,
-    EMPTY: tl.constexpr,
-    TIMED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x_ptr, residual_ptr, bias_ptr, weight_ptr, out_ptr,
+    parts_ptr, part_peers, sums_ptr, sum_peers, turns_ptr, failed_ptr, seen_ptr,
+    x_stride, residual_stride, out_stride, rank, timeout_us, eps,
+    D: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, PART_BLOCK: tl.constexpr,
+    BITS: tl.constexpr, EMPTY: tl.constexpr, TIMED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     c = tl.arange(0, PART_BLOCK)
@@ -83,7 +60,7 @@ def _two_shot_kernel(
 
 @dataclass(frozen=True, slots=True)
 class TwoShot:
-    """What two-shot sums of up to ``rows`` rows of ``dim`` need."""
+    """Two-shot sums of up to ``rows`` rows of ``dim``; all ranks are made with the same numbers."""
 
     parts: Area
     sums: Area
@@ -94,57 +71,34 @@ class TwoShot:
 
     @staticmethod
     def shapes(ranks: int, rows: int, dim: int, dtype: torch.dtype) -> list[AreaShape]:
-        """Give the areas that must be there: parts to be summed, then sums."""
+        """Return the areas that it needs: parts to be summed, then sums."""
         columns = ranks * part_columns(ranks, dim, dtype)
         return [AreaShape(dtype, rows * columns, rows), AreaShape(dtype, rows * dim, rows)]
 
     def __call__(self, x_TD: Tensor, out_TD: Tensor, residual: Residual | None, bias_D: Tensor | None) -> Tensor:
         """Add up over the ranks into ``out``, which may be ``x``. With a residual, ``out`` is its norm."""
-        ranks = len(self.parts.peers)
+        ranks, device = len(self.parts.peers), x_TD.device
         part = part_columns(ranks, self.dim, x_TD.dtype)
-        block = max(LEAST_BLOCK, power_of_2(self.dim))
-        part_block = max(LEAST_BLOCK, power_of_2(part))
+        blocks = [max(LEAST_BLOCK, power_of_2(columns)) for columns in (self.dim, part)]
+        stream_TD, weight_D, stream_stride, eps = stream_and_norm(residual)
         _two_shot_kernel[(x_TD.shape[0],)](
-            x_TD,
-            None if residual is None else residual.stream_TD,
-            bias_D,
-            None if residual is None else residual.weight_D,
-            out_TD,
-            self.parts.inbox,
-            self.parts.peers,
-            self.sums.inbox,
-            self.sums.peers,
-            self.parts.turns,
-            self.alarm.failed,
-            self.alarm.seen,
-            x_TD.stride(0),
-            0 if residual is None else residual.stream_TD.stride(0),
-            out_TD.stride(0),
-            self.rank,
-            self.alarm.timeout_us,
-            0.0 if residual is None else residual.eps,
-            self.dim,
-            part,
-            self.rows,
-            ranks,
-            power_of_2(ranks),
-            block,
-            part_block,
-            BITS[self.parts.inbox.dtype],
-            empty_bits(x_TD.dtype),
-            TIMED,
-            overlaps_launches(x_TD.device),
-            **launch_options(x_TD.device, num_warps(block, part_block)),
-        )
+            x_TD, stream_TD, bias_D, weight_D, out_TD,
+            self.parts.inbox, self.parts.peers, self.sums.inbox, self.sums.peers, self.parts.turns,
+            self.alarm.failed, self.alarm.seen,
+            x_TD.stride(0), stream_stride, out_TD.stride(0), self.rank, self.alarm.timeout_us, eps,
+            self.dim, part, self.rows, ranks, power_of_2(ranks), *blocks,
+            BITS[self.parts.inbox.dtype], empty_bits(x_TD.dtype), TIMED, overlaps_launches(device),
+            **launch_options(device, num_warps(*blocks)),
+        )  # fmt: skip
         return out_TD
 
 
 def part_columns(ranks: int, dim: int, dtype: torch.dtype) -> int:
-    """Give the columns that one rank adds up, whole 16 bytes; the last rank may have fewer."""
+    """Return how many columns one rank adds up, in whole 16 bytes; the last rank may have fewer."""
     line = 16 // dtype.itemsize
     return -(-dim // (ranks * line)) * line
 
 
 def two_shot_divides(ranks: int, dim: int, dtype: torch.dtype) -> bool:
-    """Say whether every rank has a part: a rank that nobody writes to could not tell when its peers are done."""
+    """Return whether every rank has a part: a rank without one could not tell when its peers are done."""
     return (ranks - 1) * part_columns(ranks, dim, dtype) < dim
