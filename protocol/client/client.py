@@ -20,7 +20,7 @@ from mgpu.protocol.client.connection import Connection, Reply
 from mgpu.protocol.client.requests import GenerateOptions, generate_message, messages_field, prompt_field
 from mgpu.protocol.client.results import Completion, Piece
 from mgpu.protocol.client.resumable import ResumableRequest
-from mgpu.protocol.client.waits import (
+from mgpu.protocol.client.timeouts import (
     CONNECT_TIMEOUT_S,
     DEFAULT_TIMEOUT_S,
     SILENCE_TIMEOUT_S,

@@ -29,7 +29,7 @@ Reply = TypeVar("Reply", Health, Stats, Models)
 
 
 class Connection:
-    """Sends requests, gives each message that arrives to its request, and resumes requests on a new connection."""
+    """Send requests, hand each message that arrives to its request, and resume requests on a new connection."""
 
     def __init__(self, endpoint: str | None, keys: str | Path | None) -> None:
         """Begin to connect to what `find_endpoint` returns. ``keys`` is the key file for tcp, else MGPU_KEYS."""
@@ -50,10 +50,9 @@ class Connection:
 
     def cancel(self, request: ResumableRequest) -> None:
         """End a request, here and at the server."""
-        if not request.has_ended:
-            request.close()
-            if self.requests.pop(request.id, None) is not None:
-                self.send_cancel(request.id)
+        request.close()
+        if self.requests.pop(request.id, None) is not None:
+            self.send_cancel(request.id)
 
     def send_cancel(self, request_id: int) -> None:
         """Tell the server to end a request."""
@@ -87,13 +86,13 @@ class Connection:
 
     def fail_all(self, error: MgpuError) -> None:
         """End all requests with an error."""
-        for request in self.requests.values():
+        requests, self.requests = self.requests, {}
+        for request in requests.values():
             request.fail(error)
-        self.requests.clear()
 
     def close(self) -> None:
         """Cancel what is in flight and close the socket."""
-        for request_id in self.requests:
+        for request_id in list(self.requests):
             self.send_cancel(request_id)
         self.fail_all(MgpuError("the client is closed"))
         self.channel.close()
@@ -125,7 +124,7 @@ class Connection:
             self._try_to_send(to_send)
         self._resume_at_s = min(self._resume_at_s, request.resume_at_s)
         if request.has_ended:
-            del self.requests[request.id]
+            self.requests.pop(request.id, None)
 
     def _on_events(self, events: Sequence[Event]) -> None:
         """Take in what became of the connection, then resume the requests that are due.

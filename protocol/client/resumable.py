@@ -2,7 +2,8 @@
 
 Theory. A request belongs to the connection on which it was sent. When that is lost, the client makes another and sends
 `resume` with the number of tokens that it has (its offsets). The server answers `resumed` with the same offsets, and
-all that follows continues the answer. Whatever comes before `resumed` will come again, so the client skips it.
+all that follows continues the answer. Whatever comes before `resumed` will come again, so the client skips it. If the
+server does not know the request and no token has arrived, the client sends `generate` again.
 
 Example: 3 tokens have arrived when the gateway dies.
 
@@ -51,8 +52,8 @@ class State(Enum):
 
 
 TRANSITIONS: dict[State, frozenset[State]] = {
-    # On the right: a connection fails (DISCONNECTED), `resume` is sent (RESUMING) and answered (RESUMED, BUSY, or
-    # unknown_request, after which `generate` is sent once more: RUNNING), and the end.
+    # What leads to each state: the loss of a connection to DISCONNECTED, a sent `resume` to RESUMING, the answers to it
+    # to RESUMED, BUSY or, after unknown_request and a second `generate`, RUNNING.
     State.RUNNING: frozenset({State.DISCONNECTED, State.RESUMING, State.RESUMED, State.ENDED}),
     State.DISCONNECTED: frozenset(State),
     State.RESUMING: frozenset(State) - {State.RESUMING},
@@ -107,9 +108,10 @@ class ResumableRequest:
         self.close()
 
     def close(self) -> None:
-        """End the request: no further message is expected."""
-        self._enter(State.ENDED)
-        self.notify()
+        """End the request: no further message is expected. A second call does nothing."""
+        if not self.has_ended:
+            self._enter(State.ENDED)
+            self.notify()
 
     def take(self, message: ServerMessage) -> Message | None:
         """Handle a message about this request. Return the message to send in reply, or None."""
