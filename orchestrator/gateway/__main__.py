@@ -52,15 +52,8 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the gateway can stop in good order
         end_with_parent(signal.SIGTERM)  # in case something else keeps its end of our standard input open
         _serve(spec, context, link, parent_fds)
-    except (BindError, TokenizerError) as error:  # the user can repair it; a traceback would only distract
-        is_mistake = isinstance(error, TokenizerError)  # an endpoint that is in use may become free by itself
-        link.send(LINK.encode(GatewayFailure(str(error), "", is_mistake=is_mistake)))
-        return 1
-    except MemoryFull as error:  # clients are not told that the server has stopped: they resume
-        link.send(LINK.encode(GatewayFailure(str(error), "", caused_by_clients=True)))
-        return 1
     except Exception as error:  # the edge of the process: the parent is told why it ends
-        link.send(LINK.encode(GatewayFailure(str(error) or type(error).__name__, traceback.format_exc())))
+        link.send(LINK.encode(_failure_of(error)))
         return 1
     finally:
         context.destroy()  # closes all sockets: after an exception the front channel is still open
@@ -85,6 +78,16 @@ def _serve(
     signal.signal(signal.SIGTERM, lambda *_: gateway.stop())
     gateway.run()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the kernel sends one for each thread of the parent
+
+
+def _failure_of(error: Exception) -> GatewayFailure:
+    if isinstance(error, MemoryFull):  # clients are not told that the server has stopped: they resume
+        return GatewayFailure(str(error), "", caused_by_clients=True)
+    if isinstance(error, TokenizerError):  # the user can repair it; a traceback would only distract
+        return GatewayFailure(str(error), "", is_mistake=True)
+    if isinstance(error, BindError):  # no mistake of the files: an endpoint in use may become free by itself
+        return GatewayFailure(str(error), "")
+    return GatewayFailure(str(error) or type(error).__name__, traceback.format_exc())
 
 
 def _allow_many_connections() -> None:

@@ -1,12 +1,12 @@
-"""Whose turn it is: weighted fair queueing of the waiting requests over clients, in tokens.
+"""Whose turn it is: weighted fair queueing of the waiting requests over accounts, in tokens.
 
-Every client has an account with a tag, its virtual time: the tokens that it was served, divided by its weight. Next is
-the client with the smallest tag, and of its requests the one with the smallest (priority, arrival). A client that
-comes, or comes back, starts at the present, which advances as if everybody in line were served at once, each by its
-weight: nobody saves up turns by being away, nobody pays for having been alone, and an endless row of newcomers cannot
-keep those waiting that were served before. So while requests wait, clients get tokens in proportion to their
-weights, however many requests each of them has. (Weighted fair queueing, Demers, Keshav and Shenker 1989, with start
-tags; what an answer will cost is unknown, so a guess is charged first and corrected at its end.)
+Every account has a tag, its virtual time: the tokens that it was served, divided by its weight. The account with the
+smallest tag is next, and of its requests the one with the smallest (priority, arrival). An account that comes, or comes
+back, starts at the present, which advances as if all accounts in line were served at once, each by its weight. So no
+account saves up turns while it is away or pays for having been alone, and an endless row of newcomers does not keep
+those waiting that were served before. While requests wait, accounts get tokens in proportion to their weights, however
+many requests each of them has. (Weighted fair queueing, Demers, Keshav and Shenker 1989, with start tags. The length of
+an answer is unknown, so a guess is charged first and corrected at its end.)
 
 Pure and deterministic; O(log n) per operation, amortized.
 """
@@ -21,25 +21,25 @@ FIRST_GUESS = 128.0
 _SMOOTHING = 0.05
 _SLACK = 64
 _MAX_IDLE = 4096
-"""Accounts that are kept of clients with nothing in line; more of them are forgotten, which forgives what they owe."""
+"""Accounts that are kept with nothing in line; more of them are forgotten, which forgives what they owe."""
 
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """One client: its requests in line and what it was served."""
+    """The requests of one account in line, and what it was served."""
 
     tag: float
     weight: float = 1.0
     waiting: list[tuple[tuple[int, int], Sequence]] = field(default_factory=list)
     """Heap by (priority, arrival); endings stay until they are met."""
     entry: int = -1
-    """Its valid entry in the line of clients; -1 when it has none."""
+    """Its valid entry in the line of accounts; -1 when it has none."""
     counted: float = 0.0
     """Its part of the weight in line."""
 
 
 class FairQueue:
-    """Requests that have never run. `head` is next; `pop` takes it and charges its client."""
+    """Requests that have never run. `head` is next; `pop` takes it and charges its account."""
 
     def __init__(self) -> None:
         self._accounts: dict[int, Account] = {}
@@ -64,7 +64,7 @@ class FairQueue:
         return self._num_waiting + self._num_ended
 
     def push(self, seq: Sequence) -> None:
-        """Add a request to its client's own."""
+        """Add a request to those of its account."""
         account = self._accounts.get(seq.account)
         if account is None:
             account = self._accounts[seq.account] = Account(self._now)
@@ -92,7 +92,7 @@ class FairQueue:
         return None
 
     def pop(self) -> Sequence:
-        """Take the head and charge its client for the prompt that is left to compute and the answer to expect."""
+        """Take the head and charge its account for the prompt that is left to compute and the answer to expect."""
         seq = self.head()
         assert seq is not None, "nobody waits"
         account = heapq.heappop(self._line)[2]
@@ -156,7 +156,7 @@ class FairQueue:
         self._num_ended = 0
 
     def _forget_idle(self) -> None:
-        """Forget clients that have nothing in line and nothing to pay back."""
+        """Forget accounts that have nothing in line and nothing to pay back."""
         kept = {number: each for number, each in self._accounts.items() if each.entry >= 0 or each.tag > self._now}
         if len(kept) > self._num_waiting + _MAX_IDLE:
             kept = {number: each for number, each in kept.items() if each.entry >= 0}

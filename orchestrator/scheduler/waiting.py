@@ -39,7 +39,7 @@ class WaitingLine:
         return self._returning[0][-1] if self._returning else self._new.head()
 
     def take_first(self) -> Sequence:
-        """Take who runs next; one that has never run gets its turn, and its client is charged."""
+        """Take the sequence that runs next; one that has never run gets its turn, and its account is charged."""
         if self._returning:
             return heapq.heappop(self._returning)[-1]
         seq = self._new.pop()

@@ -83,6 +83,7 @@ def admit(
 
 def _checked_max_tokens(request: Generate, ids: "array[int]", vocab_size: int, info: EngineInfo) -> int:
     """Return how many tokens may follow the prompt. Refusal when the request can never run."""
+    # The engine would emit one token more than the KV pool holds; what clients are told is the size of the pool.
     rule = AdmissionRule(min(info.max_seq_len, info.kv_tokens), vocab_size)
     room = rule.room_after(len(ids))
     wanted = room if request.max_tokens is None else request.max_tokens
