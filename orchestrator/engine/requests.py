@@ -16,9 +16,9 @@ from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.gateway_messages import (
     Cancel,
     GatewayReady,
+    RecordQuery,
+    RecordReply,
     Resumable,
-    Resume,
-    Resumed,
     StateKnown,
     StatsQuery,
     StatsReply,
@@ -103,7 +103,7 @@ class Requests:
             self._scheduler.cancel(message.sequence_id, message.reason)
         elif isinstance(message, StatsQuery):
             self._gateway.send(StatsReply(message.query_id, self._counters()))
-        elif isinstance(message, Resume):
+        elif isinstance(message, RecordQuery):
             self._answer_resume(message)
         elif isinstance(message, GatewayReady):
             self._claim_deadline_s = time.monotonic() + self._resume_timeout_s
@@ -132,10 +132,10 @@ class Requests:
             self._submit(submit)
             self._journal.attach(submit.sequence_id, self._scheduler.find(submit.sequence_id))
 
-    def _answer_resume(self, message: Resume) -> None:
+    def _answer_resume(self, message: RecordQuery) -> None:
         self.emit()  # what is said so far is part of the answer; what is said later continues it
         name = (message.session, message.request_id)
-        self._gateway.send(Resumed(message.query_id, *self._journal.look_up(*name, message.known, message.offsets)))
+        self._gateway.send(RecordReply(message.query_id, *self._journal.look_up(*name, message.known, message.offsets)))
 
     def _counters(self) -> dict[str, float]:
         return self._steps.counters() | {

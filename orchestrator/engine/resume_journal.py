@@ -60,7 +60,7 @@ class _Entry:
         self.cached_tokens, self.seq = self.seq.cached_tokens if self.seq else 0, None
 
     def portion(self, known: int, offset: int, room: _Room) -> SequenceRecord:
-        """Give what follows ``known`` tokens, as far as there is room; see `link.Resume`."""
+        """Give what follows ``known`` tokens, as far as there is room; see `gateway_messages.RecordQuery`."""
         total = self.num_tokens
         start = total if known < 0 else min(known, total)
         first = total if offset < 0 else min(max(start, offset), total)
@@ -159,7 +159,7 @@ class Journal:
     ) -> tuple[bytes, list[SequenceRecord]]:
         """Give the gateway's own note of a request, and a portion of what was generated; nothing when it is not known.
 
-        The request counts as claimed from now on. ``known`` and ``offsets`` are those of `link.Resume`.
+        The request counts as claimed from now on. ``known`` and ``offsets`` are those of `RecordQuery`.
         """
         request = self._requests.get((session, request_id))
         if request is None:

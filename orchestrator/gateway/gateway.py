@@ -40,8 +40,8 @@ from mgpu.protocol.internal.gateway_messages import (
     GatewayReady,
     GatewaySpec,
     Outputs,
+    RecordReply,
     Reload,
-    Resumed,
     StateKnown,
     StatsReply,
     WakeUp,
@@ -156,7 +156,7 @@ class Gateway:
                 self._on_reload(message)
             elif isinstance(message, StatsReply):
                 self._queries.on_stats(message)
-            elif isinstance(message, Resumed):
+            elif isinstance(message, RecordReply):
                 self._resumptions.on_record(message)
 
     def _send_alive(self) -> None:

@@ -118,7 +118,7 @@ class Resumable:
 
 
 @dataclass(frozen=True, slots=True)
-class Resume:
+class RecordQuery:
     """Ask for a portion of what the engine knows of a request.
 
     Once a portion completes every sequence, the `Outputs` that follow it continue them.
@@ -155,7 +155,7 @@ class SequenceRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Resumed:
+class RecordReply:
     query_id: int
     context: bytes
     sequences: list[SequenceRecord]
@@ -240,8 +240,8 @@ LINK = Codec(
     StatsReply,
     Outputs,
     Resumable,
-    Resume,
-    Resumed,
+    RecordQuery,
+    RecordReply,
     Reload,
     Ping,
     Alive,

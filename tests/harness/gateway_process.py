@@ -31,9 +31,9 @@ from mgpu.protocol.internal.gateway_messages import (
     GatewayReady,
     GatewaySpec,
     Outputs,
+    RecordQuery,
+    RecordReply,
     Resumable,
-    Resume,
-    Resumed,
     SequenceRecord,
     StateKnown,
     StatsQuery,
@@ -179,11 +179,11 @@ class FakeEngine:
             message = LINK.decode(link.recv())
             if isinstance(message, Submit | Resumable):
                 self._begin(message)
-            elif isinstance(message, Resume):
+            elif isinstance(message, RecordQuery):
                 context, records = self._records.get((message.session, message.request_id), (b"", []))
                 starts = zip([*message.known, *[0] * 16], [*message.offsets, *[0] * 16], strict=False)
                 rest = [_portion(record, *at, self.portion) for record, at in zip(records, starts, strict=False)]
-                self._send(link, Resumed(message.query_id, context, rest))
+                self._send(link, RecordReply(message.query_id, context, rest))
                 self.portions += 1
             elif isinstance(message, Cancel):
                 self.cancels.append(message)
@@ -243,7 +243,7 @@ class FakeEngine:
 
 
 def _portion(record: SequenceRecord, known: int, offset: int, size: int) -> SequenceRecord:
-    """Cut out what `link.Resume` asks for, at most ``size`` tokens of it."""
+    """Cut out what `gateway_messages.RecordQuery` asks for, at most ``size`` tokens of it."""
     total = record.num_tokens
     start = total if known < 0 else known
     first = total if offset < 0 else max(start, offset)

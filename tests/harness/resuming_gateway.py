@@ -17,7 +17,14 @@ from mgpu.protocol.front.client_messages import Generate, ResumeRequest
 from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.front.server_messages import Accepted, ServerMessage, Tokens
 from mgpu.protocol.internal.client_limits import ClientLimits
-from mgpu.protocol.internal.gateway_messages import Cancel, EngineInfo, GatewaySpec, Resume, Resumed, SequenceRecord
+from mgpu.protocol.internal.gateway_messages import (
+    Cancel,
+    EngineInfo,
+    GatewaySpec,
+    RecordQuery,
+    RecordReply,
+    SequenceRecord,
+)
 
 SPEC = GatewaySpec("", "", "", "", "safetensors", "tiny", 300, [], 1 << 20)
 INFO = EngineInfo("ready", 512, 4096, "")
@@ -56,11 +63,11 @@ class ResumingGateway:
     def answer(self, at: int, *records: SequenceRecord) -> None:
         """Let the engine answer the question that it was asked as number ``at``."""
         question = self.questions[at]
-        self.resumptions.on_record(Resumed(question.query_id, context(len(records)), list(records)))
+        self.resumptions.on_record(RecordReply(question.query_id, context(len(records)), list(records)))
 
     @property
-    def questions(self) -> list[Resume]:
-        return [message for message in self.sent_to_engine if isinstance(message, Resume)]
+    def questions(self) -> list[RecordQuery]:
+        return [message for message in self.sent_to_engine if isinstance(message, RecordQuery)]
 
     def tokens(self, client: bytes) -> list[int]:
         """Return the token ids that a client was sent, of all choices."""

@@ -30,10 +30,10 @@ from mgpu.protocol.internal.gateway_messages import (
     Cancel,
     EngineInfo,
     Outputs,
+    RecordQuery,
+    RecordReply,
     Reload,
     Resumable,
-    Resume,
-    Resumed,
     StatsQuery,
     StatsReply,
     Submit,
@@ -110,7 +110,7 @@ class ServerProcess:
         self.log_path = log
         self.infos: list[EngineInfo] = []
         self.stats: list[StatsReply] = []
-        self.records: list[Resumed] = []
+        self.records: list[RecordReply] = []
         self.reloads: list[Reload] = []
         self.tokens: dict[int, list[int]] = {}
         self.finish: dict[int, str] = {}
@@ -124,7 +124,7 @@ class ServerProcess:
         ids = array("i", prompt).tobytes()
         self.send(Submit(sequence_id, ids, max_tokens, list(stop_ids), RowSampling(), b"", 0))
 
-    def send(self, message: Submit | Resumable | Resume | Cancel | WakeUp | StatsQuery) -> None:
+    def send(self, message: Submit | Resumable | RecordQuery | Cancel | WakeUp | StatsQuery) -> None:
         self.socket.send(LINK.encode(message))
 
     def wait_for(self, done: Callable[[], bool]) -> None:
@@ -179,7 +179,7 @@ class ServerProcess:
             self.infos.append(message)
         elif isinstance(message, StatsReply):
             self.stats.append(message)
-        elif isinstance(message, Resumed):
+        elif isinstance(message, RecordReply):
             self.records.append(message)
         elif isinstance(message, Reload):
             self.reloads.append(message)

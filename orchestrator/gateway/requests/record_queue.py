@@ -4,7 +4,7 @@ from collections import deque
 
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.resumption import Resumption, State
-from mgpu.protocol.internal.gateway_messages import Resume
+from mgpu.protocol.internal.gateway_messages import RecordQuery
 
 MAX_RECORDS_AT_ONCE = 32
 """What the engine says of other requests comes behind as many portions; `resume_journal` bounds the size of each."""
@@ -54,4 +54,4 @@ class RecordQueue:
 
     def _ask(self, resumption: Resumption, known: list[int], offsets: list[int]) -> None:
         resumption.query_id, self._next_query = self._next_query, self._next_query + 1
-        self._outgoing.to_engine(Resume(resumption.query_id, *resumption.name, known, offsets))
+        self._outgoing.to_engine(RecordQuery(resumption.query_id, *resumption.name, known, offsets))

@@ -28,7 +28,7 @@ class Replay:
 
     @property
     def known(self) -> int:
-        """How many tokens have come, -1 when no more are wanted; see `gateway_messages.Resume`."""
+        """How many tokens have come, -1 when no more are wanted; see `gateway_messages.RecordQuery`."""
         return -1 if self.choice.is_over else self._num_replayed
 
     def is_complete(self, record: SequenceRecord) -> bool:

@@ -16,8 +16,7 @@ from mgpu.orchestrator.gateway.requests.resumption import Resumption, State
 from mgpu.orchestrator.gateway.requests.table import Name
 from mgpu.protocol.front.client_messages import ResumeRequest
 from mgpu.protocol.front.server_messages import Resumed
-from mgpu.protocol.internal.gateway_messages import Cancel, SequenceRecord
-from mgpu.protocol.internal.gateway_messages import Resumed as Record
+from mgpu.protocol.internal.gateway_messages import Cancel, RecordReply, SequenceRecord
 
 RECORD_TIMEOUT_S = 10.0
 """Longer than for other questions: the client has waited already, and the engine may be replacing its workers."""
@@ -91,7 +90,7 @@ class Resumptions:
 
     # ------------------------------------------------------- from the engine
 
-    def on_record(self, record: Record) -> None:
+    def on_record(self, record: RecordReply) -> None:
         """Continue the request that the engine tells of, for the connection that asked for it last."""
         resumption = self._queue.take_answered(record.query_id)
         if resumption is None:
@@ -112,7 +111,7 @@ class Resumptions:
             else:
                 self._take_portion(resumption, record)
 
-    def _check(self, resumption: Resumption, record: Record) -> None:
+    def _check(self, resumption: Resumption, record: RecordReply) -> None:
         """Raise Refusal if the request cannot be continued for the client that wants it."""
         message = resumption.message
         if not record.sequences:
@@ -130,7 +129,7 @@ class Resumptions:
         if errors:
             raise Refusal("engine_error", errors[0] or "the engine failed")
 
-    def _refuse(self, resumption: Resumption, record: Record, refusal: Refusal) -> None:
+    def _refuse(self, resumption: Resumption, record: RecordReply, refusal: Refusal) -> None:
         self._end(resumption)
         if resumption.request is not None:
             self._table.remove(resumption.request)
@@ -138,7 +137,7 @@ class Resumptions:
         is_other = refusal.code == "duplicate_id"  # an answer under its id would end the other request
         self._outgoing.to_client(resumption.connection, refusal.answer(None if is_other else resumption.message.id))
 
-    def _take_portion(self, resumption: Resumption, record: Record) -> None:
+    def _take_portion(self, resumption: Resumption, record: RecordReply) -> None:
         request = resumption.request or self._restore(resumption, record)
         request.cached_tokens = record.sequences[0].cached_tokens
         portions = list(zip(resumption.replays, record.sequences, strict=True))
@@ -163,7 +162,7 @@ class Resumptions:
         if replay.choice.is_over:
             self._requests.end_choice(replay.choice, engine_goes_on=not sequence.finish)
 
-    def _restore(self, resumption: Resumption, record: Record) -> Request:
+    def _restore(self, resumption: Resumption, record: RecordReply) -> Request:
         """Put the request of a first portion into the table, and tell its client."""
         context: Context = CONTEXT_CODEC.decode(record.context)
         connection, message, accepted = resumption.connection, resumption.message, context.accepted
@@ -241,6 +240,6 @@ class Resumptions:
                 self._outgoing.to_engine(Cancel(number, "cancelled"))
 
 
-def _running(record: Record) -> list[int]:
+def _running(record: RecordReply) -> list[int]:
     """Return the sequences that have not ended."""
     return [each.sequence_id for each in record.sequences if not each.finish]

@@ -10,7 +10,7 @@ from harness.fake_model import solo_tokens
 from harness.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
 from harness.server_process import ServerProcess, running_server
 from mgpu import Client
-from mgpu.protocol.internal.gateway_messages import Resume
+from mgpu.protocol.internal.gateway_messages import RecordQuery
 
 MANY = 1000
 """Restarts: on a loaded machine the short deadlines of these tests may be missed once more than meant."""
@@ -31,7 +31,7 @@ def test_a_request_goes_on_while_a_gateway_that_hangs_is_replaced(folder: Path) 
         server.wait_for(lambda: 1 in server.tokens)
         stop_the_gateway(server)
         assert "the gateway failed: it hangs: it did not answer for 2 s" in server.log
-        server.send(Resume(5, SESSION, 1))
+        server.send(RecordQuery(5, SESSION, 1))
         server.wait_for(lambda: bool(server.records))
         known = array("i", server.records[0].sequences[0].token_ids).tolist()
         server.tokens.clear()  # what came before the record is part of it

@@ -14,7 +14,7 @@ from harness.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of,
 from harness.server_process import DEADLINE_S, ServerProcess, running_server
 from harness.waiting import eventually
 from mgpu import Client
-from mgpu.protocol.internal.gateway_messages import Resumable, Resume, WakeUp
+from mgpu.protocol.internal.gateway_messages import RecordQuery, Resumable, WakeUp
 
 
 class Streams:
@@ -71,7 +71,7 @@ def test_a_request_goes_on_while_the_gateway_is_replaced(folder: Path, order: by
         lose_the_gateway(server, order)
         assert f"the gateway failed: {message}" in server.log
         server.tokens.clear()
-        server.send(Resume(5, SESSION, 1))
+        server.send(RecordQuery(5, SESSION, 1))
         server.wait_for(lambda: bool(server.records))
         record = server.records[0]
         assert (record.query_id, record.context) == (5, b"context")
@@ -83,7 +83,7 @@ def test_a_request_goes_on_while_the_gateway_is_replaced(folder: Path, order: by
         counters = server.counters()
         assert counters["gateway_restarts"] == 1
         assert counters["restarts"] == counters["running"] == 0  # request 2 could not be resumed: it has ended
-        server.send(Resume(6, SESSION, 99))
+        server.send(RecordQuery(6, SESSION, 99))
         server.wait_for(lambda: len(server.records) == 2)
         assert server.records[1].sequences == []
 
@@ -116,7 +116,7 @@ def test_requests_that_nobody_comes_back_for_end(folder: Path) -> None:
             server.send(resumable(request_id, [1, 2, request_id], 240))
         server.wait_for(lambda: server.tokens.keys() >= {1, 2})
         lose_the_gateway(server)
-        server.send(Resume(5, SESSION, 2))
+        server.send(RecordQuery(5, SESSION, 2))
         server.wait_for(lambda: server.finish.get(1) == "cancelled")
         assert 2 not in server.finish
         server.wait_for(lambda: server.finish.get(2) == "length")
