@@ -1,8 +1,8 @@
-"""Account for the blocks of the KV pool: who holds them, which can be reused, which is evicted next.
+"""Account for the blocks of the KV pool: which are held, which can be reused, which is evicted next.
 
 Integers only: the blocks themselves live on the workers. A full block may carry a key that stands for all tokens up to
-its end, so a request that begins alike takes the block instead of computing it. A block nobody holds keeps its content
-and key until it is the least recently used one and space is needed.
+its end, so a request that begins alike takes the block instead of computing it. A block without a holder keeps its
+content and key until space is needed and it is the least recently used one.
 """
 
 import hashlib
@@ -37,11 +37,11 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds, whether their content is reusable or not."""
+        """Blocks without a holder, with reusable content or not."""
         return len(self._blank) + len(self._reusable)
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """Give the blocks of the longest known prefix, without taking them."""
+        """Return the blocks of the longest known prefix, without taking them."""
         found: list[int] = []
         for key in keys:
             block = self._by_key.get(key)
@@ -51,7 +51,7 @@ class BlockPool:
         return found
 
     def num_idle(self, blocks: Sequence[int]) -> int:
-        """Count how many of ``blocks`` nobody holds: taking them uses up free blocks."""
+        """Count the ``blocks`` without a holder: taking them uses up free blocks."""
         holders = self._holders
         return sum(not holders[block] for block in blocks)
 

@@ -1,4 +1,4 @@
-"""Give requests their blocks: reuse what is computed already, offer what they compute, grow while they decode."""
+"""The block tables of requests: reuse computed blocks, offer new ones to others, grow while a request decodes."""
 
 from mgpu.orchestrator.scheduler.block_pool import BlockPool, extend_block_keys
 from mgpu.orchestrator.scheduler.sequence import Sequence
@@ -10,7 +10,7 @@ class BlockTables:
     def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool) -> None:
         self.pool = BlockPool(num_blocks)
         self.changes = 0
-        """Grows when blocks are released or offered: a request that could not be served need not be tried before."""
+        """Counts releases and offers: a request that got no blocks need not be tried again before the next one."""
         self._block_size = block_size
         self._prefix_cache = prefix_cache
         self._promised: set[bytes] = set()
@@ -19,8 +19,8 @@ class BlockTables:
     def take(self, seq: Sequence, reserve: int) -> bool:
         """Take blocks for all known tokens of a request, reused ones where they exist.
 
-        False, and nothing taken, when fewer than ``reserve`` blocks would stay free, or when another request is
-        computing the block that this one would compute next: waiting for it is cheaper.
+        False, with nothing taken, when fewer than ``reserve`` blocks would stay free, or when another request is
+        computing the block that this one would compute next: then it is cheaper to wait and reuse it.
         """
         size, num_tokens = self._block_size, len(seq.tokens)
         # The last token is always computed: its logits are what the request wants.
@@ -40,7 +40,7 @@ class BlockTables:
         return True
 
     def grow(self, seq: Sequence) -> int | None:
-        """Append one block to a request's table and give it; None when none is free."""
+        """Append one block to a request's table and return it; None when none is free."""
         if not self.pool.num_free:
             return None
         (block,) = self.pool.allocate(1)
@@ -48,7 +48,7 @@ class BlockTables:
         return block
 
     def offer(self, seq: Sequence, num_computed: int) -> None:
-        """Let others reuse the full blocks of a request whose tokens are known and computed by published plans."""
+        """Let others reuse the full blocks of a request, of which published plans compute ``num_computed`` tokens."""
         if not self._prefix_cache:
             return
         num_full = min(num_computed, len(seq.tokens)) // self._block_size
@@ -62,7 +62,7 @@ class BlockTables:
         self.changes += 1
 
     def release(self, seq: Sequence) -> None:
-        """Take a request's blocks away; what it offered stays reusable until the space is needed."""
+        """Take a request's blocks away. Offered ones stay reusable until their space is needed."""
         self.offer(seq, seq.num_computed)
         self._promised.difference_update(seq.block_keys[seq.num_registered : len(seq.blocks)])
         self.pool.release(seq.blocks)

@@ -1,7 +1,10 @@
-"""Requests that decode in lockstep: each step of a batch gives every member one token.
+"""Requests that decode in lockstep: each step of a batch computes one token of every member.
 
-The columns of the step plan are kept between steps, and a member is looked at only when it is due: when it needs
-another block or when all of its tokens are planned. So a step costs what changed, not how many are running.
+The columns of the step plan are kept between steps. A member is looked at only in the step in which it is due: when it
+needs another block, or when all of its tokens are planned. So the work of a step grows with what changes.
+
+Example: blocks of 16 tokens; a member joins with 20 tokens in 2 blocks and may have 100. It is due in 12 steps, when
+position 32 needs a third block, and every 16 steps after that, until position 98 is computed, which samples its last.
 """
 
 from mgpu.orchestrator.scheduler.sequence import Sequence
@@ -14,11 +17,12 @@ class DecodeBatch:
         self.members: list[Sequence] = []
         self.rows: list[int] = []
         self.starts: list[int] = []
-        """Position that the next step computes, parallel to ``members``; it chooses the token after it."""
+        """Position that the next step computes, parallel to ``members``; the step samples the token after it."""
         self._index = index
         self._block_size = block_size
         self._tick = 0
         self._due: dict[int, list[Sequence]] = {}
+        """By tick. An entry is stale when its member has left or is due at another tick."""
 
     def add(self, seq: Sequence, start: int) -> None:
         """Let a request decode here; its token at ``start`` is known to the workers and not computed yet."""
@@ -29,7 +33,7 @@ class DecodeBatch:
         self.remind(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Take a member out and tell it how far it got; the last member moves to its slot."""
+        """Take a member out and note how far it got. The last member moves to its slot."""
         slot = seq.slot
         seq.num_computed = self.starts[slot]
         seq.batch = seq.slot = seq.due_tick = -1
@@ -42,7 +46,7 @@ class DecodeBatch:
         return seq.batch == self._index
 
     def due(self) -> list[Sequence]:
-        """Give the members to look at before this step, oldest first; forget their reminders."""
+        """Return the members to look at before this step, oldest first, and forget their reminders."""
         tick = self._tick
         due = [seq for seq in self._due.pop(tick, ()) if seq.batch == self._index and seq.due_tick == tick]
         for seq in due:

@@ -1,12 +1,15 @@
-"""Whose turn it is: weighted fair queueing of the waiting requests over accounts, in tokens.
+"""Whose turn it is: weighted fair queueing of waiting requests over accounts, in tokens.
 
 Every account has a tag, its virtual time: the tokens that it was served, divided by its weight. The account with the
-smallest tag is next, and of its requests the one with the smallest (priority, arrival). An account that comes, or comes
-back, starts at the present, which advances as if all accounts in line were served at once, each by its weight. So no
-account saves up turns while it is away or pays for having been alone, and an endless row of newcomers does not keep
-those waiting that were served before. While requests wait, accounts get tokens in proportion to their weights, however
-many requests each of them has. (Weighted fair queueing, Demers, Keshav and Shenker 1989, with start tags. The length of
-an answer is unknown, so a guess is charged first and corrected at its end.)
+smallest tag is next, and of its requests the one with the smallest (priority, arrival). An account that joins the line
+starts at the present time at least. The present advances as if all accounts in line were served at once, each by its
+weight. So an account saves up no turns while it is away, pays nothing for having been alone, and is not kept waiting by
+an endless row of newcomers. While requests wait, accounts get tokens in proportion to their weights, however many
+requests each of them has. (Weighted fair queueing, Demers, Keshav and Shenker 1989, with start tags. The length of an
+answer is unknown, so a guess is charged first and corrected at its end.)
+
+Example: A (weight 1) and B (weight 2) join at time 0, and every request costs 100 tokens. A is served once, to tag 100;
+B is served twice, to tags 50 and 100. If C joins now, it starts at the present, 300 tokens / weight 3 = 100, not at 0.
 
 Pure and deterministic; O(log n) per operation, amortized.
 """
@@ -17,25 +20,27 @@ from dataclasses import dataclass, field
 from mgpu.orchestrator.scheduler.sequence import Sequence
 
 FIRST_GUESS = 128.0
-"""Tokens of an answer, as long as nothing is known."""
+"""Expected tokens of an answer before the first one has ended."""
 _SMOOTHING = 0.05
+"""Weight of the latest answer in the mean."""
 _SLACK = 64
+"""Stale entries that are always allowed, so that cleaning up stays rare."""
 _MAX_IDLE = 4096
-"""Accounts that are kept with nothing in line; more of them are forgotten, which forgives what they owe."""
+"""Most accounts that are kept with nothing in line. Beyond that they are forgotten, and so are their debts."""
 
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """The requests of one account in line, and what it was served."""
+    """Its requests in line, and its virtual time."""
 
     tag: float
     weight: float = 1.0
     waiting: list[tuple[tuple[int, int], Sequence]] = field(default_factory=list)
-    """Heap by (priority, arrival); endings stay until they are met."""
+    """Heap by (priority, arrival). A request that ended stays until it comes to the front."""
     entry: int = -1
-    """Its valid entry in the line of accounts; -1 when it has none."""
+    """Number of its valid entry in the line of accounts; -1 when it has none."""
     counted: float = 0.0
-    """Its part of the weight in line."""
+    """Its part of the weight in line: its weight when it entered."""
 
 
 class FairQueue:
@@ -44,9 +49,9 @@ class FairQueue:
     def __init__(self) -> None:
         self._accounts: dict[int, Account] = {}
         self._line: list[tuple[float, int, Account]] = []
-        """Heap by tag, then by who came first; an entry is stale when it is not its account's latest."""
+        """Heap by (tag, entry number). An entry is stale when it is not its account's latest."""
         self._charges: dict[int, tuple[Account, float]] = {}
-        """By sequence id: the account that was charged for a request that runs, and the tokens."""
+        """For every request that runs, by sequence id: the account that was charged, and the tokens."""
         self._entries = 0
         self._now = 0.0
         self._weight_in_line = 0.0
@@ -60,7 +65,7 @@ class FairQueue:
 
     @property
     def num_held(self) -> int:
-        """Requests in memory: those that wait, and some that ended in line."""
+        """Requests in memory: waiting ones, and some that ended in line."""
         return self._num_waiting + self._num_ended
 
     def push(self, seq: Sequence) -> None:
@@ -78,7 +83,7 @@ class FairQueue:
             self._forget_idle()
 
     def head(self) -> Sequence | None:
-        """Give the request whose turn it is, without taking it."""
+        """Return the request whose turn it is, without taking it."""
         while self._line:
             _, entry, account = self._line[0]
             if account.entry == entry:
@@ -92,9 +97,9 @@ class FairQueue:
         return None
 
     def pop(self) -> Sequence:
-        """Take the head and charge its account for the prompt that is left to compute and the answer to expect."""
+        """Take the head, and charge its account for the rest of the prompt and the expected answer."""
         seq = self.head()
-        assert seq is not None, "nobody waits"
+        assert seq is not None, "no request waits"
         account = heapq.heappop(self._line)[2]
         heapq.heappop(account.waiting)
         charge = seq.prompt_len - seq.cached_tokens + min(self._mean_answer, seq.max_len - seq.prompt_len)
@@ -108,7 +113,7 @@ class FairQueue:
         return seq
 
     def drop(self, seq: Sequence) -> None:
-        """Note that a request ended in line."""
+        """Note that a request ended in line, before it ran."""
         self._num_ended += 1
         self._leave()
         if self._num_ended > self._num_waiting + _SLACK:  # do not keep their prompts in memory
@@ -145,7 +150,7 @@ class FairQueue:
 
     def _leave(self) -> None:
         self._num_waiting -= 1
-        if not self._num_waiting:  # nobody was kept waiting, so nobody owes anything
+        if not self._num_waiting:  # no account was kept waiting, so none owes anything
             self._accounts, self._line, self._charges = {}, [], {}
             self._num_ended, self._now, self._weight_in_line, self._sweep_at = 0, 0.0, 0.0, _SLACK
 
@@ -156,7 +161,7 @@ class FairQueue:
         self._num_ended = 0
 
     def _forget_idle(self) -> None:
-        """Forget accounts that have nothing in line and nothing to pay back."""
+        """Forget accounts that have nothing in line and no debt."""
         kept = {number: each for number, each in self._accounts.items() if each.entry >= 0 or each.tag > self._now}
         if len(kept) > self._num_waiting + _MAX_IDLE:
             kept = {number: each for number, each in kept.items() if each.entry >= 0}

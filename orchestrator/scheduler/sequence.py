@@ -1,4 +1,4 @@
-"""Everything known of one request while it lives: enough to start it again from nothing on another worker group."""
+"""Everything known of one request while it lives: enough to start it again on another worker group."""
 
 from array import array
 from dataclasses import dataclass, field
@@ -38,19 +38,19 @@ class Sequence:
     block_keys: list[bytes] = field(default_factory=list)
     """Keys of its first full blocks, as far as they were needed."""
     num_registered: int = 0
-    """Leading blocks that were offered for reuse under their keys."""
+    """How many of its first blocks were offered for reuse under their keys."""
     num_computed: int = 0
-    """Tokens whose keys and values a published plan computes; while it decodes, its batch knows better."""
+    """Tokens whose keys and values a published plan computes; out of date while it is in a decode batch."""
     batch: int = -1
     """Index of its decode batch; -1 outside of one."""
     slot: int = -1
     """Index in the batch's columns."""
     due_tick: int = -1
-    """When the batch must look at it again: it needs a block or has all its tokens planned."""
+    """Tick at which the batch must look at it again; see decode_batch.py."""
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache when it first ran."""
     turn: int = -1
-    """How many ran before it did for the first time, -1 as long as it has not: the smallest is preempted last."""
+    """How many requests ran before it did; -1 before it first runs. The largest is preempted first."""
     finished: bool = False
     crashes: int = 0
     """Consecutive crashes of the workers during which it was running."""
@@ -72,7 +72,7 @@ class Sequence:
         )
 
     def forget_workers(self) -> None:
-        """Stand as if it had never run: all that the workers held of it is gone, its tokens are not."""
+        """Reset what mirrors the workers, as if it had never run; its tokens stay."""
         self.row = self.batch = self.slot = self.due_tick = -1
         self.blocks = []
         self.num_registered = self.num_computed = 0
