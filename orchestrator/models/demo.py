@@ -24,10 +24,10 @@ _CHUNK = 1 << 20
 
 
 def demo_model_path(cache: Path, report: Callable[[str], None], verify: bool = True) -> Path:
-    """Give the demo model's file, fetching it first when the cache lacks it. ModelError when that fails.
+    """Return the demo model's file, fetched first if the cache lacks it. ModelError when that fails.
 
-    Processes that fetch it at once do so side by side; the file appears whole, by one rename. ``verify=False`` trusts
-    a cached file of the right size, where only its header will be read.
+    Several processes may fetch it at once: the file appears whole, by one rename. ``verify=False`` trusts a cached
+    file of the right size, for callers that read only its header.
     """
     target = cache / "models" / DEMO_FILE
     if _has_size(target) and (not verify or _sha256(target) == DEMO_SHA256):

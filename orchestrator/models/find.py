@@ -45,11 +45,11 @@ class ResolvedModel:
     path: str
     format: CheckpointFormat
     name: str
-    """What clients and people call it."""
+    """Its name for clients and logs."""
 
 
 def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
-    """Give the folder for downloads: MGPU_CACHE, else XDG_CACHE_HOME/mgpu, else ~/.cache/mgpu."""
+    """Return the folder for downloads: MGPU_CACHE, else XDG_CACHE_HOME/mgpu, else ~/.cache/mgpu."""
     if own := environ.get("MGPU_CACHE"):
         return Path(own)
     base = environ.get("XDG_CACHE_HOME")
@@ -63,16 +63,16 @@ def resolve_model(
     report: Callable[[str], None] = lambda line: None,
     environ: Mapping[str, str] = os.environ,
 ) -> ResolvedModel:
-    """Find a model, fetching it when it is the demo or a hub id. ModelError says which forms there are.
+    """Find a model, fetching the demo or a model of the hub. ModelError lists the forms that -m takes.
 
-    ``part`` says what of a hub model is needed: for dummy weights and for planning less is fetched. ``report`` is told
+    ``part`` is what the caller needs of a hub model: dummy weights and planning need less. ``report`` gets a line
     before anything is fetched.
     """
     if not name.strip():
         raise ModelError(f"no model is named; {FORMS}")
     try:
         return _resolved(name, part, report, environ)
-    except (OSError, RuntimeError) as error:  # too long, not to be entered; the latter is expanduser's, for ~nobody
+    except (OSError, RuntimeError) as error:  # a name too long, a closed folder; RuntimeError: expanduser, for ~nobody
         reason = (error.strerror if isinstance(error, OSError) else "") or error
         raise ModelError(f"{name[:200]}: cannot be looked up: {reason}; {FORMS}") from error
 
@@ -94,7 +94,7 @@ def _resolved(name: str, part: Part, report: Callable[[str], None], environ: Map
 
 
 def _fetch_from_hub(name: str, patterns: Sequence[str], report: Callable[[str], None]) -> str:
-    """Give the snapshot folder of a hub model, using the local cache first. Never fetches code or pickles."""
+    """Return the snapshot folder of a hub model, from the local cache if possible. Never fetches code or pickles."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -102,7 +102,7 @@ def _fetch_from_hub(name: str, patterns: Sequence[str], report: Callable[[str], 
     report(f"looking up {name} in the hub cache, else downloading it")
     try:
         return str(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(_UNWANTED_FILES)))
-    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's own errors and those of HTTP are such
+    except (OSError, ValueError, RuntimeError) as error:  # the errors of huggingface_hub and of HTTP derive from these
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"{name}: not a folder here, and the hub did not give it: {reason[0][:300]}. {FORMS}"
@@ -110,7 +110,7 @@ def _fetch_from_hub(name: str, patterns: Sequence[str], report: Callable[[str], 
 
 
 def read_model(model: ResolvedModel, load_format: LoadFormat = "auto") -> Checkpoint:
-    """Read the headers of a resolved model. ModelError for everything wrong with the files."""
+    """Read the headers of a resolved model. ModelError when the files cannot be used."""
     try:
         return read_checkpoint(model.path, load_format)
     except CheckpointError as error:
@@ -118,14 +118,14 @@ def read_model(model: ResolvedModel, load_format: LoadFormat = "auto") -> Checkp
 
 
 def check_loadable(checkpoint: Checkpoint) -> None:
-    """Refuse weights that need a package which is not here. ModelError names it."""
+    """Raise ModelError when reading the weights needs a package that is not installed."""
     blocks = sorted({entry.dtype for entry in checkpoint.tensors.values() if entry.dtype not in _PLAIN_TYPES})
     if blocks and checkpoint.source.format == "gguf" and importlib.util.find_spec("gguf") is None:
         raise ModelError(f"reading {', '.join(blocks)} tensors needs the gguf package; type: pip install gguf")
 
 
 def read_model_to_plan(model: ResolvedModel) -> Checkpoint:
-    """Read a model whose weights may be absent: a folder with config.json alone can be planned."""
+    """Read a model to plan it. Its weights may be absent: a folder with config.json alone is enough."""
     try:
         is_complete = model.format == "gguf" or has_weights(Path(model.path))
     except OSError as error:

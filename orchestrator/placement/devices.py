@@ -1,4 +1,4 @@
-"""Say what devices there are to place a model on: real GPUs, CPU workers, or a machine that the user describes."""
+"""Find the devices to place a model on: visible GPUs, CPU workers, or a machine that the user describes."""
 
 import importlib.metadata
 import os
@@ -33,9 +33,8 @@ class DeviceInfo:
     total_bytes: int
     free_bytes: int
     uuid: str = ""
-    pci: str = ""
     selector: str = ""
-    """What names this device in CUDA_VISIBLE_DEVICES: its index in PCI bus order, or a MIG UUID."""
+    """Its name in CUDA_VISIBLE_DEVICES: the index in PCI bus order, or a MIG UUID."""
     capability: tuple[int, int] | None = None
     """CUDA compute capability; None: not known, or no GPU."""
 
@@ -46,11 +45,10 @@ class Machine:
 
     devices: tuple[DeviceInfo, ...]
     links: tuple[tuple[Link, ...], ...]
-    nccl: bool
-    nccl_problem: str = ""
-    """Why NCCL cannot be used."""
+    nccl_problem: str
+    """Why NCCL cannot be used; empty if it can."""
     shared_memory: bool = False
-    """Whether CPU workers can add up in shared memory (its protocol relies on x86-64's store order)."""
+    """True if CPU workers can sum in shared memory: its protocol relies on the store order of x86-64."""
     notes: tuple[str, ...] = ()
     """Lines for the start-up log."""
 
@@ -59,12 +57,16 @@ class Machine:
         return self.devices[0].kind
 
     @property
+    def nccl(self) -> bool:
+        return not self.nccl_problem
+
+    @property
     def least_bytes(self) -> int:
         """Memory of the smallest device."""
         return min(device.total_bytes for device in self.devices)
 
     def peers(self, first: int, second: int) -> bool:
-        """Tell whether two devices, by ordinal, can reach each other's memory."""
+        """Return True if two devices, by ordinal, can reach each other's memory."""
         return self.links[first][second] != "none" and self.links[second][first] != "none"
 
 
@@ -75,10 +77,10 @@ def find_machine(
     environ: Mapping[str, str] = os.environ,
     nvml: Nvml | None = None,
 ) -> Machine:
-    """Look at this machine. ``workers`` is how many CPU workers, or GPU workers with ``oversubscribe``, are wanted.
+    """Describe this machine. ``workers`` is the number of CPU workers, or of GPU workers with ``oversubscribe``.
 
-    ``auto`` takes the visible GPUs, else the CPU. DeviceError when what the user asked for is not there,
-    NoDeviceError when that is any GPU at all.
+    ``auto`` takes the visible GPUs, else the CPU. NoDeviceError when the user asked for GPUs and none is visible,
+    DeviceError when the number of workers is impossible.
     """
     if workers is not None and not 1 <= workers <= MAX_WORKERS:
         raise DeviceError(f"--workers {workers}: it must be between 1 and {MAX_WORKERS}")
@@ -100,7 +102,7 @@ def find_machine(
 
 
 def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine | None, str]:
-    """Give the machine of visible GPUs, or None and why there are none."""
+    """Return the machine of visible GPUs, or None and the reason why there are none."""
     variable = environ.get("CUDA_VISIBLE_DEVICES")
     with NvmlSession(nvml) as session:
         inventory = session.inventory()
@@ -115,26 +117,26 @@ def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine
         note = order_note(inventory.gpus, variable)
     if environ.get("MGPU_NO_P2P") == "1":
         links = tuple(tuple("none" for _ in row) for row in links)
-    return Machine(devices, links, not problem, problem, notes=(note,) if note else ()), ""
+    return Machine(devices, links, problem, notes=(note,) if note else ()), ""
 
 
 def _device(ordinal: int, gpu: Gpu) -> DeviceInfo:
     selector = gpu.uuid if gpu.mig else str(gpu.index)
     size = gpu.total_bytes, gpu.free_bytes
-    return DeviceInfo(ordinal, "cuda", gpu.name, *size, gpu.uuid, gpu.pci, selector, gpu.capability)
+    return DeviceInfo(ordinal, "cuda", gpu.name, *size, gpu.uuid, selector, gpu.capability)
 
 
 def visible_gpus(gpus: Sequence[Gpu], variable: str | None) -> list[Gpu]:
-    """Give the GPUs that CUDA_VISIBLE_DEVICES leaves, in PCI bus order like ``gpus``; None: unset, all of them.
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves, in PCI bus order like ``gpus``; None means unset: all of them.
 
-    Ordinals count these, so that they are in the order of `nvidia-smi` whatever order the variable has.
+    Ordinals count these, so they follow the order of `nvidia-smi` whatever the order in the variable.
     """
     named = {gpu.uuid for gpu in named_gpus(gpus, variable)}
     return [gpu for gpu in gpus if gpu.uuid in named]
 
 
 def order_note(gpus: Sequence[Gpu], variable: str | None) -> str:
-    """Say which GPU each ordinal is where the variable names them in another order; else empty."""
+    """Return a note on which GPU each ordinal is if the variable names them in another order; else an empty text."""
     visible = visible_gpus(gpus, variable)
     if [gpu.uuid for gpu in visible] == [gpu.uuid for gpu in named_gpus(gpus, variable)]:
         return ""
@@ -143,10 +145,10 @@ def order_note(gpus: Sequence[Gpu], variable: str | None) -> str:
 
 
 def named_gpus(gpus: Sequence[Gpu], variable: str | None) -> list[Gpu]:
-    """Give the GPUs that the variable names, in its order.
+    """Return the GPUs that the variable names, in its order.
 
     Entries are indices in PCI bus order, UUIDs or unique beginnings of UUIDs (``GPU-…``, ``MIG-…``). CUDA silently
-    stops at the first entry that it cannot resolve; here it is a DeviceError that names the entry.
+    stops at the first entry that it cannot resolve; here that entry is a DeviceError.
     """
     if variable is None:
         return _default_gpus(gpus)
@@ -162,14 +164,14 @@ def named_gpus(gpus: Sequence[Gpu], variable: str | None) -> list[Gpu]:
 
 
 def _default_gpus(gpus: Sequence[Gpu]) -> list[Gpu]:
-    """Without a choice CUDA offers whole GPUs, and where there is none, one MIG instance."""
+    """Return what CUDA offers without a choice: the whole GPUs, or one MIG instance if there are none."""
     cut = {gpu.pci for gpu in gpus if gpu.mig}
     whole = [gpu for gpu in gpus if gpu.pci not in cut]
     return whole or [gpu for gpu in gpus if gpu.mig][:1]
 
 
 def _usable(gpus: Sequence[Gpu], gpu: Gpu) -> Gpu:
-    """Give a GPU itself, or its first MIG instance: CUDA cannot use one that is cut up as a whole."""
+    """Return the GPU, or its first MIG instance: CUDA cannot use a GPU with MIG instances as a whole."""
     return next((other for other in gpus if other.mig and other.pci == gpu.pci and not gpu.mig), gpu)
 
 
@@ -193,7 +195,7 @@ def _visible_error(gpus: Sequence[Gpu], variable: str, problem: str) -> DeviceEr
 
 
 def nccl_problem(environ: Mapping[str, str], mig: bool = False) -> str:
-    """Say why NCCL must not be used; empty when it may."""
+    """Return why NCCL must not be used; empty when it may."""
     if environ.get("MGPU_NO_NCCL") == "1":
         return "MGPU_NO_NCCL=1"
     if mig:
@@ -202,7 +204,7 @@ def nccl_problem(environ: Mapping[str, str], mig: bool = False) -> str:
 
 
 def missing_nccl() -> str:
-    """Say which NCCL package the installed torch asks for and lacks; empty when it has one or brings its own."""
+    """Return a text that names the NCCL package that torch needs and lacks; empty when none is missing."""
     try:
         needs = importlib.metadata.requires("torch") or []
     except importlib.metadata.PackageNotFoundError:
@@ -216,23 +218,23 @@ def missing_nccl() -> str:
 
 
 def cpu_machine(workers: int, notes: tuple[str, ...] = ()) -> Machine:
-    """Give N workers that share the cores and the memory of this machine."""
+    """Return a machine of N workers that share the cores and the memory of this one."""
     total, free = _host_memory()
     devices = tuple(
         DeviceInfo(ordinal, "cpu", f"CPU worker {ordinal}", total // workers, free // workers)
         for ordinal in range(workers)
     )
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return Machine(devices, _uniform_links(workers, "none"), False, "NCCL needs GPUs", x86, notes)
+    return Machine(devices, _uniform_links(workers, "none"), "NCCL needs GPUs", x86, notes)
 
 
 def _uniform_links(count: int, between: Link) -> tuple[tuple[Link, ...], ...]:
-    """Give the links of devices that all reach each other in the same way."""
+    """Return the links of devices that all reach each other in the same way."""
     return tuple(tuple("self" if a == b else between for b in range(count)) for a in range(count))
 
 
 def _host_memory() -> tuple[int, int]:
-    """Give total and available bytes, within the limit of this process's control group if there is one."""
+    """Return total and available bytes, within the limit of this process's control group if there is one."""
     memory = psutil.virtual_memory()
     total, free = int(memory.total), int(memory.available)
     try:
@@ -257,11 +259,10 @@ def described_machine(text: str, environ: Mapping[str, str] = os.environ) -> Mac
     if not sizes:
         return cpu_machine(1, ("no GPU is described: running on the CPU",))
     devices = tuple(
-        DeviceInfo(i, "cuda", "described GPU", size, size, f"described-{i}", "", str(i)) for i, size in enumerate(sizes)
+        DeviceInfo(i, "cuda", "described GPU", size, size, f"described-{i}", str(i)) for i, size in enumerate(sizes)
     )
-    problem = nccl_problem(environ)
     note = "a described machine: empty GPUs, NVLink between all of them"
-    return Machine(devices, _uniform_links(len(sizes), "nvlink"), not problem, problem, notes=(note,))
+    return Machine(devices, _uniform_links(len(sizes), "nvlink"), nccl_problem(environ), notes=(note,))
 
 
 def _parse_size(part: str, text: str) -> int:
@@ -277,7 +278,7 @@ def _parse_size(part: str, text: str) -> int:
 
 
 def oversubscribed(machine: Machine, workers: int) -> Machine:
-    """Give each of N workers a share of a GPU, round-robin; only sensible for tests."""
+    """Return a machine on which N workers share the GPUs, round-robin; for tests only."""
     count = len(machine.devices)
     sharers = [len(range(first, workers, count)) for first in range(count)]
     devices = tuple(
@@ -294,11 +295,11 @@ def oversubscribed(machine: Machine, workers: int) -> Machine:
         return replace(machine, devices=devices, links=links)
     note = f"{workers} workers share {count} GPU{'s' if count > 1 else ''} (--oversubscribe): expect it to be slow"
     problem = "NCCL refuses two ranks on one GPU"
-    return Machine(devices, links, False, problem, machine.shared_memory, (*machine.notes, note))
+    return Machine(devices, links, problem, machine.shared_memory, (*machine.notes, note))
 
 
 def worker_environment(machine: Machine, ordinal: int) -> tuple[dict[str, str], str]:
-    """Give a worker's environment additions and what it is to use: ``cpu`` or ``cuda:N`` under that environment.
+    """Return what a worker's environment needs, and its device under that environment: ``cpu`` or ``cuda:N``.
 
     All workers see the same GPUs in the same order, so that peers can map each other's memory. A process can use only
     one MIG instance, so it sees that one alone.
@@ -314,5 +315,5 @@ def worker_environment(machine: Machine, ordinal: int) -> tuple[dict[str, str], 
 
 
 def selectors(devices: Sequence[DeviceInfo]) -> str:
-    """Give the value of CUDA_VISIBLE_DEVICES that makes exactly these devices visible."""
+    """Return the value of CUDA_VISIBLE_DEVICES that makes exactly these devices visible."""
     return ",".join(device.selector for device in devices)

@@ -10,7 +10,7 @@ def compatible_sizes(facts: ModelFacts, quant: Quant = "none") -> tuple[int, ...
 
 
 def split_problems(facts: ModelFacts, size: int, quant: Quant = "none") -> list[str]:
-    """Say which parts of the model ``size`` ranks cannot share; empty when it is a compatible size.
+    """List the parts of the model that ``size`` ranks cannot share; empty when the size is compatible.
 
     Shares of the MLP's width may differ by one column. The vocabulary never stands in the way (it is padded), nor do
     a file's quantization blocks (rows are read as needed and dequantized), but int4 groups must not be cut. More ranks
@@ -30,7 +30,7 @@ def split_problems(facts: ModelFacts, size: int, quant: Quant = "none") -> list[
 
 
 def without_groups(facts: ModelFacts, size: int, quant: Quant) -> str:
-    """Say that another quantization would split, where int4 groups alone stand in the way; else nothing."""
+    """Return the advice to use int8 if int4 groups are the only obstacle; else an empty text."""
     if not split_problems(facts, size, quant) or split_problems(facts, size):
         return ""
     return "; or --quant 8, which has no groups"

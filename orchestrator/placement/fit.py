@@ -20,12 +20,12 @@ from mgpu.protocol.model.placement import HeadShard, PlacementPlan, RankPlace, S
 from mgpu.protocol.model.quantization import FLOAT8_CAPABILITY, Quant
 
 LEAST_TOKENS = 512
-"""A pool below this is refused rather than served with hardly any context (unless the model's own is shorter)."""
+"""A smaller pool is refused, unless the model's own context is shorter: it would serve hardly any request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """A layout on a machine, about to be measured."""
+    """A layout on a machine whose fit is to be computed."""
 
     facts: ModelFacts
     machine: Machine
@@ -53,9 +53,9 @@ class RankRow:
     heads: HeadShard
     weight_bytes: int
     reserve_bytes: int
-    """Estimate of everything that is neither weights nor KV cache."""
+    """Estimate of all memory that is neither weights nor KV cache."""
     budget_bytes: int
-    """What the worker may use in all."""
+    """All memory that the worker may use."""
     kv_token_bytes: int
     kv_tokens: int
     """Tokens that this rank alone could hold, in whole blocks."""
@@ -65,12 +65,12 @@ class RankRow:
         return self.kv_tokens * self.kv_token_bytes
 
     def needs(self, tokens: int) -> int:
-        """Give the bytes that the rank needs in all for a KV pool of some tokens."""
+        """Return all bytes that the rank needs for a KV pool of ``tokens``."""
         return self.weight_bytes + self.reserve_bytes + tokens * self.kv_token_bytes
 
 
 def device_budget(device: DeviceInfo, options: LayoutOptions) -> int:
-    """Give the bytes of a device that its worker may use: of a GPU, its share less what others hold already."""
+    """Return the bytes of a device that its worker may use: of a GPU, its share minus what other processes hold."""
     share = int(device.total_bytes * options.memory_fraction)
     if device.kind == "cpu":
         return min(share, device.free_bytes)
@@ -78,12 +78,12 @@ def device_budget(device: DeviceInfo, options: LayoutOptions) -> int:
 
 
 def weight_capacity(device: DeviceInfo, options: LayoutOptions) -> int:
-    """Give what layers, embedding and KV cache may take of a device, to balance layers by."""
+    """Return the bytes of a device for layers, embedding and KV cache, to balance layers by."""
     return device_budget(device, options) - _fixed_bytes(device)
 
 
 def rank_rows(sizing: Sizing) -> tuple[RankRow, ...]:
-    """Do the arithmetic of every rank; nothing is refused here."""
+    """Compute what every rank holds, whether it fits or not."""
     return tuple(_row(sizing, rank) for rank in range(sizing.layout.placement.world_size))
 
 
@@ -98,7 +98,7 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
         facts, stage.num_layers, place.tp_size, kv_element_bytes(layout.kv_cache_dtype, layout.dtype)
     )
     pool = options.kv_memory or _pool_bytes(device, budget - weights - reserve)
-    # More than all rows at full length is of no use.
+    # All rows at full length cannot use more.
     most = options.max_rows * _up_to_blocks((options.max_seq_len or facts.max_position) + 1, options)
     return RankRow(
         rank=rank,
@@ -116,7 +116,7 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
 
 
 def _pool_bytes(device: DeviceInfo, left: int) -> int:
-    """Give the KV pool where the user fixed none: all that is left of a GPU, a modest share of the host's memory."""
+    """Return the KV pool that was not asked for: the rest of a GPU, or a modest share of the host's memory."""
     if device.kind == "cpu":
         left = min(left, cpu_pool_bytes(device.free_bytes))
     return max(0, left)
@@ -142,9 +142,9 @@ def _whole_blocks(tokens: int, options: LayoutOptions) -> int:
 
 
 def fit_tokens(sizing: Sizing, rows: tuple[RankRow, ...]) -> tuple[int, int]:
-    """Give the tokens of the KV pool and the longest request. PlacementError when the model does not fit as asked.
+    """Return the tokens of the KV pool and the longest request. PlacementError when the model does not fit as asked.
 
-    Where no length was asked for, requests may be as long as the model and the pool allow.
+    Without --max-seq-len, requests may be as long as the model and the pool allow.
     """
     asked, context = sizing.options.max_seq_len, sizing.facts.max_position
     if asked is not None and not 1 <= asked <= context:
@@ -164,7 +164,7 @@ def _up_to_blocks(tokens: int, options: LayoutOptions) -> int:
 
 
 def _too_big(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
-    """Say that weights alone, or with the asked KV memory, exceed a device."""
+    """Return the error that weights, or weights and --kv-memory, exceed a device."""
     needed = row.needs(0) + sizing.options.kv_memory
     pool = f" + {gib(sizing.options.kv_memory)} of --kv-memory" if sizing.options.kv_memory else ""
     return PlacementError(
@@ -175,7 +175,7 @@ def _too_big(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
 
 
 def _too_long(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
-    """Say that the KV cache has no room for one request."""
+    """Return the error that the KV cache has no room for one request."""
     asked = sizing.options.max_seq_len
     left = gib(sizing.options.kv_memory or max(0, row.budget_bytes - row.needs(0)))
     text = (
@@ -189,7 +189,7 @@ def _too_long(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
 
 
 def _narrower_cache(sizing: Sizing, tokens: int) -> str:
-    """Name the float8 cache where it would hold so many tokens."""
+    """Return the advice to use a float8 cache if it would hold so many tokens."""
     if sizing.layout.kv_cache_dtype == "fp8" or device_without_fp8(sizing.machine, sizing.layout.placement) is not None:
         return ""
     held = min(row.kv_tokens for row in rank_rows(replace(sizing, layout=replace(sizing.layout, kv_cache_dtype="fp8"))))
@@ -218,7 +218,7 @@ def _ways_out(sizing: Sizing, tokens: int) -> str:
 
 
 def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:
-    """Find the mildest quantization with which the placement fits."""
+    """Return the mildest quantization with which the layout fits; None if there is none."""
     others: dict[Quant, tuple[Quant, ...]] = {"none": ("8", "4"), "8": ("4",), "fp8": ("4",), "4": ()}
     for quant in others[sizing.layout.quant]:
         if any(split_problems(sizing.facts, len(stage.devices), quant) for stage in sizing.layout.placement.stages):
@@ -230,7 +230,7 @@ def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:
 
 
 def _size_that_fits(sizing: Sizing, tokens: int) -> int | None:
-    """Find the smallest tensor-parallel size whose ranks fit the smallest of the devices in use."""
+    """Return the smallest tensor-parallel size whose ranks fit the smallest device in use; None if there is none."""
     used = [sizing.machine.devices[device] for stage in sizing.layout.placement.stages for device in stage.devices]
     smallest = min(used, key=lambda device: device_budget(device, sizing.options))
     for size in compatible_sizes(sizing.facts, sizing.layout.quant):
@@ -246,7 +246,7 @@ def _size_that_fits(sizing: Sizing, tokens: int) -> int | None:
 
 
 def gib(nbytes: int) -> str:
-    """Write bytes the way people read memory sizes."""
+    """Write bytes as people read memory sizes: 1.5 GiB, 12.0 MiB."""
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 100 << 20 else f"{nbytes / 2**20:.1f} MiB"
 
 

@@ -1,4 +1,4 @@
-"""Divide the layers of a model over devices: by the map that the user typed, or balanced by bytes."""
+"""Divide the layers of a model over devices: by a typed map, or balanced by bytes."""
 
 import bisect
 import re
@@ -103,7 +103,7 @@ def _stages(counts: Sequence[int], ordinals: Sequence[int]) -> PlacementPlan:
 def balanced_stages(
     num_layers: int, ordinals: Sequence[int], capacities: Sequence[int], layer_bytes: int, extras: Sequence[int]
 ) -> PlacementPlan:
-    """Divide layers so that the fullest device, relative to its capacity, is as little full as possible.
+    """Divide layers so that the device with the largest used share of its capacity is as empty as possible.
 
     ``capacities`` and ``extras`` (what a device holds besides layers: embedding, LM head) are bytes per device. Every
     device gets at least one layer, so there must not be more devices than layers.

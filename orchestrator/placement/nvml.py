@@ -1,4 +1,4 @@
-"""Ask the NVIDIA driver which GPUs there are, without creating a CUDA context."""
+"""Ask the NVIDIA driver for the GPUs of this machine, without creating a CUDA context."""
 
 import importlib
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """All GPUs in PCI bus order, MIG instances after their parents; ``problem`` says why there are none."""
+    """All GPUs in PCI bus order, MIG instances after their GPU; ``problem`` is the reason why there are none."""
 
     gpus: tuple[Gpu, ...]
     problem: str = ""
@@ -95,7 +95,7 @@ class NvmlSession:
             self._nvml.nvmlShutdown()
 
     def inventory(self) -> Inventory:
-        """List every GPU. DeviceError when one is there but does not answer."""
+        """List every GPU. DeviceError when one does not answer."""
         nvml = self._nvml
         if nvml is None:
             return Inventory((), self._problem)
@@ -111,7 +111,7 @@ class NvmlSession:
         return Inventory(tuple(found), "" if found else "the driver lists no GPU")
 
     def links(self, gpus: Sequence[Gpu]) -> tuple[tuple[Link, ...], ...]:
-        """Give the peer-access matrix of some GPUs of the inventory."""
+        """Return the peer-access matrix of some GPUs of the inventory."""
         return tuple(tuple(self._link(first, second) for second in gpus) for first in gpus)
 
     def _link(self, first: Gpu, second: Gpu) -> Link:
@@ -127,7 +127,7 @@ class NvmlSession:
         assert self._nvml is not None
         try:
             return self._nvml.nvmlDeviceGetP2PStatus(first.handle, second.handle, index) == _P2P_OK
-        except self._nvml.NVMLError:  # old drivers do not know the question: the way through the host always works
+        except self._nvml.NVMLError:  # an old driver without this query: the way through the host always works
             return False
 
 

@@ -90,7 +90,7 @@ def _layout(machine: Machine, placement: PlacementPlan, options: LayoutOptions) 
 
 
 def _on_real_devices(placement: PlacementPlan, machine: Machine) -> PlacementPlan:
-    """Name a shared GPU by one ordinal in all its ranks, so that its workers know how many they are."""
+    """Name a shared GPU by one ordinal in all of its ranks, so that its workers can count each other."""
     if machine.kind == "cpu":
         return placement
     first = {device.uuid: device.ordinal for device in reversed(machine.devices)}
@@ -107,7 +107,7 @@ def _dtype(machine: Machine, options: LayoutOptions) -> Dtype:
 
 
 def _choose(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> _Choice:
-    """Apply the selection table of the documentation: a typed map, a typed size, else by what is visible."""
+    """Choose by the layer map or the size that was typed, else by the visible devices (the table in docs)."""
     if options.device_layers is not None:
         return _choose_map(facts, machine, options, options.device_layers)
     if options.tp is not None:
@@ -182,7 +182,7 @@ def _split_error(
 
 
 def _first(machine: Machine, count: int) -> str:
-    """Say what to type to use only the first ``count`` devices."""
+    """Return what to type to use only the first ``count`` devices."""
     if machine.kind == "cpu":
         return f"--workers {count}"
     return f"CUDA_VISIBLE_DEVICES={selectors(machine.devices[:count])}"
@@ -216,7 +216,7 @@ def _mode(placement: PlacementPlan, machine: Machine) -> Mode:
 
 
 def _transports(placement: PlacementPlan, machine: Machine) -> tuple[Transport, Transport]:
-    """Say how partial sums move inside stages, and activations between them."""
+    """Return how partial sums move inside stages, and activations between them."""
     splits = any(len(stage.devices) > 1 for stage in placement.stages)
     crosses = placement.num_stages > 1
     if machine.kind == "cpu":
@@ -239,7 +239,7 @@ def boundary_ranks(placement: PlacementPlan) -> list[tuple[int, int]]:
 
 
 def staged_ranks(placement: PlacementPlan, machine: Machine) -> tuple[tuple[int, int], ...]:
-    """List those of them whose devices cannot reach each other's memory."""
+    """List the boundary ranks whose devices cannot reach each other's memory."""
     pairs = boundary_ranks(placement)
     return tuple(pair for pair in pairs if not machine.peers(*(placement.place_of(rank).device for rank in pair)))
 

@@ -1,4 +1,4 @@
-"""Compute what each rank holds, in bytes, from the shapes of the model alone."""
+"""Compute the bytes that each rank holds, from the shapes of the model alone."""
 
 import math
 
@@ -8,7 +8,7 @@ from mgpu.protocol.model.placement import PlacementPlan, RankPlace, head_shard, 
 from mgpu.protocol.model.quantization import Quant, rank_matrices, weight_format
 
 CUDA_FIXED_BYTES = 700 << 20
-"""Estimate of a worker's CUDA context, cuBLAS workspaces and allocator slack; the worker measures the truth."""
+"""Estimate of a worker's CUDA context, cuBLAS workspaces and allocator slack; the worker measures the real value."""
 NCCL_BYTES = 300 << 20
 """Estimate of NCCL's channel buffers for the communicators of one worker."""
 
@@ -22,7 +22,7 @@ def layer_elements(facts: ModelFacts, tp_size: int) -> int:
 
 
 def _share(facts: ModelFacts, name: str, elements: int, tp_size: int) -> int:
-    """Give a rank's part of one tensor, the largest where shares differ.
+    """Return the elements of a rank's part of one tensor, the largest part where they differ.
 
     Norms, and biases that are added after the sum, are whole on every rank.
     """
@@ -43,16 +43,16 @@ def vocab_elements(facts: ModelFacts, tp_size: int) -> int:
 
 
 def edge_elements(facts: ModelFacts, tp_size: int, first: bool, last: bool) -> int:
-    """Count what a stage holds besides its layers: embedding on the first, final norm and LM head on the last.
+    """Count the elements of a stage outside of its layers: embedding on the first, final norm and LM head on the last.
 
-    A tied LM head is the embedding itself where one stage has both, and a copy where they are apart.
+    A tied LM head is the embedding itself if one stage has both, else a copy.
     """
     tables = int(first) + int(last) - int(first and last and facts.tie_embeddings)
     return tables * vocab_elements(facts, tp_size) + (facts.hidden_size if last else 0)
 
 
 def layer_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int, quant: Quant) -> int:
-    """Give the bytes of one layer on one of ``tp_size`` ranks: quantized matrices with their scales, the rest dense."""
+    """Return the bytes of one layer on one of ``tp_size`` ranks: quantized matrices with scales, the rest dense."""
     form = weight_format(quant)
     matrices = rank_matrices(facts, tp_size)
     rest = layer_elements(facts, tp_size) - sum(math.prod(shape) for shape in matrices)
@@ -60,14 +60,14 @@ def layer_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int, quant: Quant)
 
 
 def largest_matrix_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int) -> int:
-    """Give the bytes of a rank's largest linear weight while it is dense."""
+    """Return the bytes of a rank's largest linear weight while it is dense."""
     return max(math.prod(shape) for shape in rank_matrices(facts, tp_size)) * dtype_bytes
 
 
 def rank_weight_bytes(
     facts: ModelFacts, plan: PlacementPlan, place: RankPlace, dtype_bytes: int, quant: Quant = "none"
 ) -> int:
-    """Give the bytes of all weights that one rank of a plan holds."""
+    """Return the bytes of all weights that one rank of a plan holds."""
     stage = plan.stages[place.stage_index]
     layers = stage.num_layers * layer_bytes(facts, place.tp_size, dtype_bytes, quant)
     first, last = place.stage_index == 0, place.stage_index == plan.num_stages - 1
@@ -75,7 +75,7 @@ def rank_weight_bytes(
 
 
 def kv_token_bytes(facts: ModelFacts, num_layers: int, tp_size: int, element_bytes: int) -> int:
-    """Give the KV-cache bytes of one token on a rank that holds ``num_layers`` layers."""
+    """Return the KV-cache bytes of one token on a rank of ``num_layers`` layers."""
     held = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size).num_kv
     return 2 * num_layers * held * facts.head_dim * element_bytes
 

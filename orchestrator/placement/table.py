@@ -19,7 +19,7 @@ _LINK_NAMES = {"self": "-", "nvlink": "NVL", "pcie": "PCI", "none": "no"}
 
 
 def layout_text(plan: Plan) -> str:
-    """Give mode and reason, one row per rank, what the KV cache holds, and the peer-access matrix of several GPUs."""
+    """Return mode and reason, one row per rank, the size of the KV cache, and the peer access of several GPUs."""
     lines = [_headline(plan), *_table(_COLUMNS, [_cells(row) for row in plan.rows])]
     lines.append(
         f"KV cache{_narrow(plan)}: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
@@ -101,7 +101,7 @@ def _matrix(plan: Plan) -> list[str]:
 
 
 def layout_json(plan: Plan) -> dict[str, object]:
-    """Give the same as plain data. Sizes are bytes, ranges half-open."""
+    """Return the same as plain data. Sizes are bytes, ranges half-open."""
     return {
         "mode": plan.mode,
         "reason": plan.reason,

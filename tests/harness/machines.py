@@ -71,7 +71,6 @@ def gpus(
             total_bytes=int((total_gib or free) * GIB),
             free_bytes=int(free * GIB),
             uuid=f"GPU-{i:04}",
-            pci=f"0000:{i:02}:00.0",
             selector=selectors[i] if selectors else str(i),
         )
         for i, free in enumerate(free_gib)
@@ -79,7 +78,7 @@ def gpus(
     links: tuple[tuple[Link, ...], ...] = tuple(
         tuple("self" if a == b else link for b in range(count)) for a in range(count)
     )
-    return Machine(devices, links, nccl, "" if nccl else "MGPU_NO_NCCL=1")
+    return Machine(devices, links, "" if nccl else "MGPU_NO_NCCL=1")
 
 
 def cpus(count: int, gib_each: float = 8, shared_memory: bool = True) -> Machine:
@@ -88,7 +87,7 @@ def cpus(count: int, gib_each: float = 8, shared_memory: bool = True) -> Machine
     links: tuple[tuple[Link, ...], ...] = tuple(
         tuple("self" if a == b else "none" for b in range(count)) for a in range(count)
     )
-    return Machine(devices, links, False, "NCCL needs GPUs", shared_memory)
+    return Machine(devices, links, "NCCL needs GPUs", shared_memory)
 
 
 class FakeNvmlError(Exception):

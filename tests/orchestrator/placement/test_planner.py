@@ -336,7 +336,7 @@ def test_pairs_that_never_talk_do_not_matter() -> None:
     machine = gpus(80, 80, 80, nccl=False)
     rows = [list(row) for row in machine.links]
     rows[0][2] = rows[2][0] = "none"
-    islands = Machine(machine.devices, tuple(map(tuple, rows)), False, "MGPU_NO_NCCL=1")
+    islands = Machine(machine.devices, tuple(map(tuple, rows)), "MGPU_NO_NCCL=1")
     assert plan(TINY, islands, LayoutOptions()).layout.stage_transport == "peer"
 
 
@@ -344,7 +344,7 @@ def test_one_boundary_without_peer_access_leaves_the_others_direct() -> None:
     machine = gpus(*[80] * 4, nccl=False)
     rows = [list(row) for row in machine.links]
     rows[0][2] = rows[2][0] = "none"
-    islands = Machine(machine.devices, tuple(map(tuple, rows)), False, "MGPU_NO_NCCL=1")
+    islands = Machine(machine.devices, tuple(map(tuple, rows)), "MGPU_NO_NCCL=1")
     mapped = plan(TINY, islands, LayoutOptions(device_layers="0:3;2:3;1:2"))
     assert (mapped.layout.stage_transport, mapped.layout.staged) == ("peer", ((0, 1),))
     assert any("between GPUs 0 and 2:" in note for note in mapped.notes)
