@@ -1,4 +1,4 @@
-"""Cut the unlikely tokens off: top_k, top_p and min_p as one threshold per row.
+"""Exclude unlikely tokens: top_k, top_p and min_p become one threshold per row.
 
 A threshold keeps every token that is as likely as the last one kept, so ties never depend on the order of a sort.
 """
@@ -13,11 +13,11 @@ from torch import Tensor
 from mgpu.protocol.internal.worker_messages import RowSampling
 
 _CANDIDATES = 1024
-"""Candidates looked at first: sorting a whole vocabulary takes several times as long as finding these."""
+"""Candidates to try first: sorting a whole vocabulary takes several times as long as finding so many."""
 
 
 def thresholds(z_FV: Tensor, sampling: Sequence[RowSampling]) -> Tensor:
-    """Give the least scaled logit (``logits / temperature``) that each row may choose, fp32 [F].
+    """Return the least scaled logit (``logits / temperature``) that each row may choose, fp32 [F].
 
     Rules in order: the ``top_k`` likeliest; of those the fewest whose probability reaches ``top_p``; of those the
     tokens at least ``min_p`` times as likely as the likeliest.
@@ -38,13 +38,13 @@ def _column(like: Tensor, values: list[int] | list[float], dtype: torch.dtype = 
 def _depth(z_FV: Tensor, sampling: Sequence[RowSampling]) -> int:
     depth = max(row.top_k for row in sampling)
     if any(row.top_p < 1.0 and row.top_k == 0 for row in sampling):
-        # On a GPU sorting all is cheaper than asking it whether a part was enough.
+        # On a GPU, sorting all is cheaper than waiting to hear whether a part was enough.
         depth = max(depth, _CANDIDATES if z_FV.device.type == "cpu" else z_FV.shape[1])
     return min(depth, z_FV.shape[1])
 
 
 def _nucleus(z_FV: Tensor, top_k_F: Tensor, top_p_F: Tensor, depth: int) -> Tensor:
-    """Give the value of the last token that top_k and top_p keep, with ``depth`` candidates if they suffice."""
+    """Return the value of the last token that top_k and top_p keep; tries ``depth`` candidates first."""
     values_FC = torch.topk(z_FV, depth).values
     kept_FC = torch.arange(depth, device=z_FV.device) < torch.where(top_k_F > 0, top_k_F, depth)[:, None]
     values_FC = values_FC.masked_fill(~kept_FC, -torch.inf)

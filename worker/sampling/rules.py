@@ -13,7 +13,7 @@ from mgpu.protocol.internal.worker_messages import RowSampling
 def apply_rules(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L: Tensor, prompt_len: int) -> None:
     """Apply a row's rules to its logits for the ids from ``first_id`` on.
 
-    ``tokens_L`` are all tokens before the one to choose; its length is that one's position.
+    ``tokens_L`` are all tokens before the one to choose, so its length is the position of that one.
     """
     if sampling.logit_bias:
         _add_bias(logits_V, first_id, sampling.logit_bias)
@@ -46,7 +46,7 @@ def _penalize(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L: 
 
 
 def _counts(tokens_L: Tensor, first_id: int, count: int) -> Tensor:
-    """Count each id of the slice, fp32 [V]; ids of other slices go to a column that is cut off."""
+    """Count each id of the slice, fp32 [V]. Ids of other slices are counted in one more column, which is cut off."""
     local_L = tokens_L.long() - first_id
     local_L = torch.where((local_L >= 0) & (local_L < count), local_L, count)
     counts = torch.zeros(count + 1, dtype=torch.float32, device=tokens_L.device)

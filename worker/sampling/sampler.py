@@ -1,17 +1,18 @@
 """Choose the next token of every row that samples, the same one on every rank of the stage.
 
-Logits stay split by vocabulary: greedy rows and rows with a temperature alone exchange one (value, id) pair per rank.
-Only rows with top_k, top_p, min_p or log-probabilities gather their logits.
+Each rank has the logits of its slice of the vocabulary. Most rows need only the best of each slice: greedy rows, and
+rows with a temperature and no filter, exchange one (value, id) pair per rank. Rows with top_k, top_p, min_p or
+log-probabilities gather all logits.
 """
 
 # S rows that sample, V tokens (of this rank's slice, or all where a comment says so), F rows that need all logits
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs
+from mgpu.protocol.internal.worker_messages import TokenLogprobs
 from mgpu.worker.kernels.use import aligned, uses_kernels
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.sampling.filters import thresholds
@@ -22,7 +23,7 @@ from mgpu.worker.state.rows import RowTable, SampleRequest
 
 @dataclass(frozen=True, slots=True)
 class LogprobTensors:
-    """Log-probabilities of the rows that asked, still on the device; ``wanted`` are their counts of top tokens."""
+    """Log-probabilities of the rows ``indices``, still on the device; ``wanted`` are their counts of top tokens."""
 
     indices: list[int]
     wanted: list[int]
@@ -39,7 +40,7 @@ class Sampled:
     logprobs: LogprobTensors | None
 
     def logprob_list(self) -> list[TokenLogprobs | None] | None:
-        """Read the log-probabilities back, parallel to the tokens; None when nobody asked."""
+        """Read the log-probabilities back, parallel to the tokens; None if no row asked for them."""
         if self.logprobs is None:
             return None
         asked = self.logprobs
@@ -51,7 +52,7 @@ class Sampled:
 
 
 class Sampler:
-    """Sampler of one rank of the last stage; ``slice_size`` logits of each row are its own."""
+    """Sampler of one rank of the last stage, which has ``slice_size`` logits of each row."""
 
     def __init__(self, rows: RowTable, group: TensorParallelGroup, slice_size: int) -> None:
         self._rows = rows
@@ -63,35 +64,30 @@ class Sampler:
 
     def sample(self, logits_SV: Tensor, request: SampleRequest) -> Sampled:
         """Choose from this rank's fp32 logits [S, V], which may be overwritten."""
-        sampling = [self._rows.sampling[row] for row in request.rows]
-        whole = [i for i, row in enumerate(sampling) if row.needs_all_logits]
+        whole = [i for i, row in enumerate(request.sampling) if row.needs_all_logits]
         if not whole:
-            return Sampled(self._choose_split(logits_SV, request, sampling), None)
-        if len(whole) == len(sampling):
-            return self._choose_whole(logits_SV, request, sampling)
-        return self._choose_mixed(logits_SV, request, sampling, whole)
+            return Sampled(self._choose_by_slices(logits_SV, request), None)
+        if len(whole) == len(request.sampling):
+            return self._choose_from_all(logits_SV, request)
+        return self._choose_mixed(logits_SV, request, whole)
 
-    def _choose_mixed(
-        self, logits_SV: Tensor, request: SampleRequest, sampling: list[RowSampling], whole: list[int]
-    ) -> Sampled:
-        split = sorted(set(range(len(sampling))) - set(whole))
+    def _choose_mixed(self, logits_SV: Tensor, request: SampleRequest, whole: list[int]) -> Sampled:
+        """Choose from all logits for the rows ``whole``, by slices for the others."""
+        split = sorted(set(range(len(request.rows))) - set(whole))
         whole_F, split_S = self._rows.to_device([whole, split])
-        part = self._choose_whole(logits_SV[whole_F], request.pick(whole, whole_F), [sampling[i] for i in whole])
-        ids_S = torch.empty(len(sampling), dtype=torch.int32, device=logits_SV.device)
-        ids_S[whole_F] = part.ids_S
-        ids_S[split_S] = self._choose_split(
-            logits_SV[split_S], request.pick(split, split_S), [sampling[i] for i in split]
-        )
-        if part.logprobs is None:
-            return Sampled(ids_S, None)
-        asked = part.logprobs
-        indices = [whole[i] for i in asked.indices]
-        return Sampled(ids_S, LogprobTensors(indices, asked.wanted, asked.chosen_F, asked.top_ids_FN, asked.top_FN))
+        from_all = self._choose_from_all(logits_SV[whole_F], request.pick(whole, whole_F))
+        ids_S = torch.empty(len(request.rows), dtype=torch.int32, device=logits_SV.device)
+        ids_S[whole_F] = from_all.ids_S
+        ids_S[split_S] = self._choose_by_slices(logits_SV[split_S], request.pick(split, split_S))
+        logprobs = from_all.logprobs
+        if logprobs is not None:
+            logprobs = replace(logprobs, indices=[whole[i] for i in logprobs.indices])
+        return Sampled(ids_S, logprobs)
 
-    def _choose_split(self, logits_SV: Tensor, request: SampleRequest, sampling: list[RowSampling]) -> Tensor:
-        """Choose with each rank's slice alone, then take the best of the ranks; equal values: the lowest id."""
-        self._apply_rules(logits_SV, self._first_id, request, sampling)
-        best_S, ids_S = self._best(logits_SV, request, sampling)
+    def _choose_by_slices(self, logits_SV: Tensor, request: SampleRequest) -> Tensor:
+        """Choose in each rank's slice alone, then take the best of the ranks. Of equal values, the lowest id wins."""
+        self._apply_rules(logits_SV, self._first_id, request)
+        best_S, ids_S = self._best(logits_SV, request)
         if self._group.size == 1:
             return ids_S
         # One message: the value's bits beside the id.
@@ -100,8 +96,8 @@ class Sampler:
         winner_S = pairs_SR2[:, :, 0].contiguous().view(torch.float32).argmax(-1)
         return pairs_SR2[:, :, 1].gather(-1, winner_S[:, None])[:, 0]
 
-    def _best(self, logits_SV: Tensor, request: SampleRequest, sampling: list[RowSampling]) -> tuple[Tensor, Tensor]:
-        """Give the largest of this rank's logits with noise, float32 [S], and its token, int32 [S]."""
+    def _best(self, logits_SV: Tensor, request: SampleRequest) -> tuple[Tensor, Tensor]:
+        """Return the largest of this rank's logits with noise, float32 [S], and its token, int32 [S]."""
         if self._uses_kernel:
             from mgpu.worker.kernels.sample import sample
 
@@ -113,59 +109,51 @@ class Sampler:
                 temperatures=self._rows.temperatures,
                 seeds=self._rows.seeds,
             )
-        z_SV = self._with_noise(logits_SV, self._slice, request, sampling, filtered=False)
+        z_SV = self._with_noise(logits_SV, self._slice, request, filtered=False)
         local_S = z_SV.argmax(-1)
         best_S = z_SV.gather(-1, local_S[:, None])[:, 0]
         return best_S, (local_S + self._first_id).to(torch.int32)
 
-    def _choose_whole(self, logits_FV: Tensor, request: SampleRequest, sampling: list[RowSampling]) -> Sampled:
-        """Choose with the logits of all ranks, on every rank alike."""
+    def _choose_from_all(self, logits_FV: Tensor, request: SampleRequest) -> Sampled:
+        """Gather the logits of all ranks, and choose on every rank alike."""
         raw_FV = self._group.all_gather(logits_FV)
-        asked = [i for i, row in enumerate(sampling) if row.num_logprobs >= 0]
+        asked = [i for i, row in enumerate(request.sampling) if row.num_logprobs >= 0]
         z_FV = raw_FV.clone() if asked else raw_FV
-        self._apply_rules(z_FV, 0, request, sampling)
-        z_FV = self._with_noise(z_FV, self._all, request, sampling, filtered=True)
+        self._apply_rules(z_FV, 0, request)
+        z_FV = self._with_noise(z_FV, self._all, request, filtered=True)
         ids_F = z_FV.argmax(-1)
-        logprobs = self._logprobs(raw_FV, ids_F, asked, sampling) if asked else None
-        return Sampled(ids_F.to(torch.int32), logprobs)
+        return Sampled(ids_F.to(torch.int32), self._logprobs(raw_FV, ids_F, asked, request) if asked else None)
 
-    def _apply_rules(
-        self, logits_SV: Tensor, first_id: int, request: SampleRequest, sampling: list[RowSampling]
-    ) -> None:
-        for i, row in enumerate(sampling):
+    def _apply_rules(self, logits_SV: Tensor, first_id: int, request: SampleRequest) -> None:
+        for i, row in enumerate(request.sampling):
             if row.has_rules:
                 number = request.rows[i]
                 tokens_L = self._rows.tokens[number, : request.positions[i]]
                 apply_rules(logits_SV[i], first_id, row, tokens_L, self._rows.prompt_lens[number])
 
-    def _with_noise(
-        self, logits_SV: Tensor, factors_V: Tensor, request: SampleRequest, sampling: list[RowSampling], filtered: bool
-    ) -> Tensor:
-        """Scale, filter and add noise where a row has a temperature; greedy rows stay as they are."""
-        drawn = [i for i, row in enumerate(sampling) if not row.is_greedy]
+    def _with_noise(self, logits_SV: Tensor, factors_V: Tensor, request: SampleRequest, filtered: bool) -> Tensor:
+        """Scale, filter and add noise to rows with a temperature; greedy rows stay as they are."""
+        drawn = [i for i, row in enumerate(request.sampling) if not row.is_greedy]
         if not drawn:
             return logits_SV
-        if len(drawn) == len(sampling):
-            return self._draw(logits_SV, factors_V, request, sampling, filtered)
+        if len(drawn) == len(request.sampling):
+            return self._draw(logits_SV, factors_V, request, filtered)
         (drawn_N,) = self._rows.to_device([drawn])
-        picked = request.pick(drawn, drawn_N)
-        logits_SV[drawn_N] = self._draw(logits_SV[drawn_N], factors_V, picked, [sampling[i] for i in drawn], filtered)
+        logits_SV[drawn_N] = self._draw(logits_SV[drawn_N], factors_V, request.pick(drawn, drawn_N), filtered)
         return logits_SV
 
-    def _draw(
-        self, logits_SV: Tensor, factors_V: Tensor, request: SampleRequest, sampling: list[RowSampling], filtered: bool
-    ) -> Tensor:
+    def _draw(self, logits_SV: Tensor, factors_V: Tensor, request: SampleRequest, filtered: bool) -> Tensor:
         z_SV = logits_SV / self._rows.temperatures[request.rows_S][:, None]
-        if filtered and any(row.has_filters for row in sampling):
-            z_SV.masked_fill_(z_SV < thresholds(z_SV, sampling)[:, None], -torch.inf)
+        if filtered and any(row.has_filters for row in request.sampling):
+            z_SV.masked_fill_(z_SV < thresholds(z_SV, request.sampling)[:, None], -torch.inf)
         keys_S = row_keys(self._rows.seeds[request.rows_S], request.positions_S)
         return add_gumbel(z_SV, keys_S, factors_V)
 
-    def _logprobs(self, raw_FV: Tensor, ids_F: Tensor, asked: list[int], sampling: list[RowSampling]) -> LogprobTensors:
+    def _logprobs(self, raw_FV: Tensor, ids_F: Tensor, asked: list[int], request: SampleRequest) -> LogprobTensors:
         (asked_N,) = self._rows.to_device([asked])
         raw_NV, ids_N = raw_FV[asked_N], ids_F[asked_N]
         total_N1 = raw_NV.logsumexp(-1, keepdim=True)
-        wanted = [min(sampling[i].num_logprobs, raw_NV.shape[1]) for i in asked]
+        wanted = [min(request.sampling[i].num_logprobs, raw_NV.shape[1]) for i in asked]
         top = torch.topk(raw_NV, max(wanted))
         chosen_N = (raw_NV.gather(-1, ids_N[:, None]) - total_N1)[:, 0]
         return LogprobTensors(asked, wanted, chosen_N, top.indices, top.values - total_N1)

@@ -122,9 +122,9 @@ class StartUp:
     def _sample_most(self, rows: RowTable, logits_SV: Tensor) -> None:
         """Choose a token for each row, with every rule that takes memory."""
         count = len(logits_SV)
-        rows.sampling = [RowSampling(temperature=1.0, top_p=0.9, num_logprobs=1)] * self._spec.limits.max_rows
+        sampling = [RowSampling(temperature=1.0, top_p=0.9, num_logprobs=1)] * count
         numbers = torch.arange(count, device=self._device)
-        request = SampleRequest([*range(count)], [1] * count, numbers, torch.ones_like(numbers))
+        request = SampleRequest([*range(count)], [1] * count, sampling, numbers, torch.ones_like(numbers))
         Sampler(rows, self._links.group, logits_SV.shape[1]).sample(logits_SV, request)
 
     def _largest_batch(self) -> StepBatch:

@@ -34,6 +34,7 @@ class SampleRequest:
     rows: list[int]
     positions: list[int]
     """Position of the token that is chosen."""
+    sampling: list[RowSampling]
     rows_S: Tensor
     """int64 [S]."""
     positions_S: Tensor
@@ -44,6 +45,7 @@ class SampleRequest:
         return SampleRequest(
             [self.rows[i] for i in indices],
             [self.positions[i] for i in indices],
+            [self.sampling[i] for i in indices],
             self.rows_S[indices_N],
             self.positions_S[indices_N],
         )
@@ -174,8 +176,13 @@ class RowTable:
             query_lens_host=plan.counts,
             context_lens_host=contexts,
         )
-        request = SampleRequest(sampled_rows, positions, rows_S, positions_S) if sampling else None
-        return batch, request
+        if not sampling:
+            return batch, None
+        return batch, self.request(sampled_rows, positions, rows_S, positions_S)
+
+    def request(self, rows: list[int], positions: list[int], rows_S: Tensor, positions_S: Tensor) -> SampleRequest:
+        """Return the request to choose tokens of ``rows`` at ``positions``, which are also on the device."""
+        return SampleRequest(rows, positions, [self.sampling[row] for row in rows], rows_S, positions_S)
 
     def check(self, plan: StepPlan) -> list[int]:
         """Return each row's context after the step. BadPlan if a row has no room or no blocks for it."""

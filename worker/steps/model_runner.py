@@ -107,7 +107,7 @@ class ModelRunner:
             return Sampled(ids_R[: len(sampling)].clone() if all_sample else ids_R[rows.to_device([sampling])[0]], None)
         positions = [plan.starts[i] + plan.counts[i] for i in sampling]
         sampling_S, rows_S, positions_S = rows.to_device([sampling, numbers, positions])
-        request = SampleRequest(numbers, positions, rows_S, positions_S)
+        request = rows.request(numbers, positions, rows_S, positions_S)
         sampled = self._sampler.sample(output.logits_RV[sampling_S].float(), request)
         rows.write_sampled(request, sampled.ids_S)
         return sampled

@@ -38,8 +38,9 @@ def table_of(sampling: list[RowSampling], tokens: list[int], prompt_len: int) ->
     return rows
 
 
-def request_of(rows: list[int], positions: list[int]) -> SampleRequest:
-    return SampleRequest(rows, positions, torch.tensor(rows), torch.tensor(positions))
+def request_of(rows: RowTable, count: int, positions: list[int]) -> SampleRequest:
+    numbers = [*range(count)]
+    return rows.request(numbers, positions, torch.tensor(numbers), torch.tensor(positions))
 
 
 def choose(
@@ -52,7 +53,7 @@ def choose(
 ) -> Sampled:
     """Sample one token per row on ``ranks`` ranks, which must agree."""
     rows = table_of(sampling, list(tokens), prompt_len)
-    request = request_of([*range(len(sampling))], positions or [len(tokens)] * len(sampling))
+    request = request_of(rows, len(sampling), positions or [len(tokens)] * len(sampling))
 
     def work(group: ThreadGroup) -> Sampled:
         width = logits_SV.shape[1] // ranks
@@ -184,8 +185,8 @@ def draw_many(logits_V: Tensor, sampling: RowSampling, count: int) -> list[int]:
     ids: list[int] = []
     for seed in range(count // 1000):
         rows = [replace(sampling, seed=seed)] * 1000
-        request = request_of([*range(1000)], [*range(7, 1007)])
         table = table_of(rows, [1, 2], 1)
+        request = request_of(table, 1000, [*range(7, 1007)])
         logits_SV = logits_V.expand(1000, -1).clone()
         ids += Sampler(table, SingleRank(), len(logits_V)).sample(logits_SV, request).ids_S.tolist()
     return ids
