@@ -5,9 +5,8 @@ times. The kernel can, but only for a whole process. Messages are four bytes of 
 """
 
 import json
-import os
 import resource
-import select
+import socket
 import struct
 import subprocess
 import sys
@@ -38,22 +37,22 @@ class TemplateProcess:
         self._setup = {"source": source, "special_tokens": dict(special_tokens), "time_limit_s": time_limit_s}
         self._render_limit_s = time_limit_s + MARGIN_S
         self._lock = threading.Lock()
-        self._pipe: _Pipe | None = None
+        self._renderer: _Renderer | None = None
 
     def render(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None = None) -> str:
         """Return the prompt for an answer to ``messages``. ChatTemplateError as in `ChatTemplate`, or at the limits."""
         request = {"messages": [dict(message) for message in messages], "options": dict(options or {})}
         with self._lock:
-            pipe, self._pipe = self._pipe, None  # restored only if it can be used again
-            pipe = pipe or self._start()
-            reply = pipe.ask(request, self._render_limit_s)
-            self._pipe = pipe
+            renderer, self._renderer = self._renderer, None  # restored only if it can be used again
+            renderer = renderer or self._start()
+            reply = renderer.ask(request, self._render_limit_s)
+            self._renderer = renderer
         return _text_of(reply)
 
-    def _start(self) -> "_Pipe":
-        pipe = _Pipe()
-        _text_of(pipe.ask(self._setup, START_LIMIT_S))
-        return pipe
+    def _start(self) -> "_Renderer":
+        renderer = _Renderer()
+        _text_of(renderer.ask(self._setup, START_LIMIT_S))
+        return renderer
 
 
 def _text_of(reply: Mapping[str, str]) -> str:
@@ -62,24 +61,22 @@ def _text_of(reply: Mapping[str, str]) -> str:
     return reply["text"]
 
 
-class _Pipe:
-    """A running process and its pipes. It is killed when this object is dropped."""
+class _Renderer:
+    """A running process and the socket that is its standard input and output. It is killed when this is dropped."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
-        for fd in (self._to, self._from):
-            os.set_blocking(fd, False)
-        self._end = weakref.finalize(self, _end, self._process)
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(COMMAND, stdin=theirs.fileno(), stdout=theirs.fileno())
+        self._end = weakref.finalize(self, _end, process, self._socket)
 
     def ask(self, message: Mapping[str, object], limit_s: float) -> dict[str, str]:
         """Send a message and return the reply. When none comes, kill the process and raise ChatTemplateError."""
         deadline_s = time.monotonic() + limit_s
         try:
             data = json.dumps(message).encode()
-            self._write(_LENGTH.pack(len(data)) + data, deadline_s)
+            self._socket.settimeout(limit_s)
+            self._socket.sendall(_LENGTH.pack(len(data)) + data)
             [size] = _LENGTH.unpack(self._read(_LENGTH.size, deadline_s))
             if size > _MAX_MESSAGE_BYTES:
                 raise EOFError
@@ -92,36 +89,21 @@ class _Pipe:
             raise ChatTemplateError("the chat template broke the process that renders it") from None
         return {str(name): str(text) for name, text in reply.items()}  # written by `main`, below
 
-    def _write(self, data: bytes, deadline_s: float) -> None:
-        view = memoryview(data)
-        while view:
-            _wait(self._to, select.POLLOUT, deadline_s)
-            view = view[os.write(self._to, view) :]
-
     def _read(self, size: int, deadline_s: float) -> bytes:
         parts = bytearray()
         while len(parts) < size:
-            _wait(self._from, select.POLLIN, deadline_s)
-            part = os.read(self._from, size - len(parts))
+            self._socket.settimeout(max(1e-3, deadline_s - time.monotonic()))
+            part = self._socket.recv(size - len(parts))
             if not part:
                 raise EOFError
             parts += part
         return bytes(parts)
 
 
-def _wait(fd: int, event: int, deadline_s: float) -> None:
-    poller = select.poll()
-    poller.register(fd, event)
-    if not poller.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
-        raise TimeoutError
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: "subprocess.Popen[bytes]", ours: socket.socket) -> None:
     process.kill()
     process.wait()
-    for stream in (process.stdin, process.stdout):
-        assert stream is not None
-        stream.close()
+    ours.close()
 
 
 # -- the process itself ------------------------------------------------------------------------------------------------
