@@ -44,7 +44,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and a non-zero status, never in a traceback."""
     open_standard_files()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may say what the terminal's encoding lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may hold characters that the terminal lacks
         sys.stdout.reconfigure(errors="replace")
     try:
         status = cli.main(standalone_mode=False)
@@ -63,18 +63,18 @@ def main() -> None:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries to write the rest once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries to write the rest again when it exits
         click.echo(f"error: cannot write everything: {error}; make room where the output goes", err=True)
         sys.exit(EXIT_OUTPUT)
 
 
 def open_standard_files() -> None:
-    """Put /dev/null where the caller has closed a standard file: else a socket gets its number, and logs go into it."""
+    """Open /dev/null for a standard file that is closed: else a socket gets its number, and logs go into the socket."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number, this one
     sys.stdin = sys.stdin or open(0)  # noqa: SIM115 (they stay open, like those that Python opens)
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115

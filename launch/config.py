@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from mgpu.orchestrator.config import Restarts, Timeouts
 from mgpu.orchestrator.errors import UserError
@@ -56,8 +56,8 @@ def parse_bytes(text: str) -> Bytes:
         raise ConfigError(f"a size of {len(match[1])} digits is more than any memory; write 512MiB or 2GiB") from None
 
 
-def _option(default: Any, text: str, *flags: str, minimum: float | None = None, maximum: float | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "flags": flags, "minimum": minimum, "maximum": maximum})
+def _option(default: Any, text: str, low: float | None = None, high: float | None = None, short: str = "") -> Any:
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "short": short})
 
 
 _LAYOUT, _TIMEOUTS, _RESTARTS, _CLIENTS = LayoutOptions(), Timeouts(), Restarts(), ClientLimits()
@@ -69,15 +69,13 @@ class ServeConfig:
     """Every option of ``mgpu-launch serve``. A field's unit (``_s``) is not part of the option's name."""
 
     model: str = _option(
-        "", "Model folder (Hugging Face format), .gguf file, hub id, or 'demo' for the small built-in one.", "-m"
+        "", "Model folder (Hugging Face format), .gguf file, hub id, or 'demo' for the small built-in one.", short="-m"
     )
     device: Literal["auto", "cuda", "cpu"] = _option("auto", "Where to run; auto takes all visible GPUs, else the CPU.")
-    workers: int = _option(
-        0, "Worker processes on the CPU (0: one), or on shared GPUs with --oversubscribe.", minimum=0
-    )
-    tp: int = _option(0, "Tensor-parallel size: use the first N visible GPUs (0: all of them).", minimum=0)
+    workers: int = _option(0, "Worker processes on the CPU (0: one), or on shared GPUs with --oversubscribe.", 0)
+    tp: int = _option(0, "Tensor-parallel size: use the first N visible GPUs (0: all of them).", 0)
     device_layers: str = _option(
-        "", 'Manual layer mapping, ordered ordinal:count pairs: "0:32;1:32"; a stage of several: "0+1:32".', "-n"
+        "", 'Manual layer mapping, ordered ordinal:count pairs: "0:32;1:32"; a stage of several: "0+1:32".', short="-n"
     )
     oversubscribe: bool = _option(False, "Let several workers share one GPU (for tests; slow).")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
@@ -86,29 +84,24 @@ class ServeConfig:
     quant: Quant = _option(  # noqa: RUF009 (a field like the others)
         _LAYOUT.quant, "Quantize linear layers while loading: int8 (8), group-wise int4 (4), or float8 (fp8) weights."
     )
-    kv_cache_dtype: KvCacheDtype = _option(  # noqa: RUF009 (a field like the others)
+    kv_cache_dtype: KvCacheDtype = _option(  # noqa: RUF009
         _LAYOUT.kv_cache_dtype, "Keys and values in the cache: auto is the type of --dtype; fp8 takes a byte each."
     )
     load_format: Literal["auto", "dummy"] = _option("auto", "'dummy' makes random weights from config.json alone.")
-    max_seq_len: int = _option(0, "Longest prompt plus output, in tokens (0: what the model allows).", minimum=0)
-    max_rows: int = _option(_LAYOUT.max_rows, "Most requests that run at once.", minimum=1, maximum=4096)
+    max_seq_len: int = _option(0, "Longest prompt plus output, in tokens (0: what the model allows).", 0)
+    max_rows: int = _option(_LAYOUT.max_rows, "Most requests that run at once.", 1, 4096)
     max_batch_tokens: int = _option(
         _LAYOUT.max_batch_tokens,
-        "Most tokens in one step (0: 8192 on GPUs of 40 GiB and more, 2048 on others, 512 on the CPU).",
-        minimum=0,
-        maximum=1 << 20,
-    )
+        "Most tokens in one step (0: 8192 on GPUs of 40 GiB and more, 2048 on others, 512 on the CPU).", 0, 1 << 20,
+    )  # fmt: skip
     block_size: int = _option(
-        _LAYOUT.block_size, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", minimum=0, maximum=256
-    )
+        _LAYOUT.block_size, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", 0, 256
+    )  # fmt: skip
     memory_fraction: float = _option(
-        _LAYOUT.memory_fraction,
-        "Share of each GPU's memory for weights, activations and KV cache.",
-        minimum=0.05,
-        maximum=0.99,
+        _LAYOUT.memory_fraction, "Share of each GPU's memory for weights, activations and KV cache.", 0.05, 0.99
     )
-    kv_memory: Bytes = _option(  # noqa: RUF009 (a field like the others)
-        Bytes(_LAYOUT.kv_memory), "KV-cache bytes per worker, such as 2GiB (0: what fits).", minimum=0, maximum=1 << 50
+    kv_memory: Bytes = _option(  # noqa: RUF009
+        Bytes(_LAYOUT.kv_memory), "KV-cache bytes per worker, such as 2GiB (0: what fits).", 0, 1 << 50
     )
     prefix_cache: bool = _option(True, "Reuse the KV cache of prompts that begin alike.")
     bind: str = _option(
@@ -117,54 +110,38 @@ class ServeConfig:
     keys: str = _option("", "Folder of keys (see keygen): tcp is encrypted, and only listed clients may connect.")
     served_name: str = _option("", "Model name that clients see (empty: from --model).")
     drain_timeout_s: float = _option(
-        _TIMEOUTS.drain_timeout_s, "Seconds that running requests get after SIGTERM.", minimum=0, maximum=86400
+        _TIMEOUTS.drain_timeout_s, "Seconds that running requests get after SIGTERM.", 0, 86400
     )
     worker_timeout_s: float = _option(
-        _TIMEOUTS.worker_timeout_s,
-        "Seconds that a worker waits for its peers before it gives up.",
-        minimum=1,
-        maximum=86400,
+        _TIMEOUTS.worker_timeout_s, "Seconds that a worker waits for its peers before it gives up.", 1, 86400
     )
     hang_timeout_s: float = _option(
-        _TIMEOUTS.hang_timeout_s,
-        "Least seconds without a result before the workers count as hung.",
-        minimum=0.1,
-        maximum=86400,
+        _TIMEOUTS.hang_timeout_s, "Least seconds without a result before the workers count as hung.", 0.1, 86400
     )
     max_restarts: int = _option(
-        _RESTARTS.max_restarts, "Restarts of failed processes within ten minutes before the server gives up.", minimum=0
+        _RESTARTS.max_restarts, "Restarts of failed processes within ten minutes before the server gives up.", 0
     )
     standby: bool = _option(
         _RESTARTS.standby, "Keep a second process per worker that has imported torch, to recover sooner (0.2 GB each)."
     )
     max_client_requests: int = _option(
         _CLIENTS.max_client_requests,
-        "Most requests of one client that run or wait; one more is answered 'overloaded'.",
-        minimum=1,
-        maximum=1 << 20,
-    )
+        "Most requests of one client that run or wait; one more is answered 'overloaded'.", 1, 1 << 20,
+    )  # fmt: skip
     max_client_queue: Bytes = _option(  # noqa: RUF009
         Bytes(_CLIENTS.max_client_queue),
-        "Most bytes of one client's requests that wait for their first token.",
-        minimum=1,
-        maximum=1 << 40,
-    )
+        "Most bytes of one client's requests that wait for their first token.", 1, 1 << 40,
+    )  # fmt: skip
     max_sequences: int = _option(
-        _CLIENTS.max_sequences,
-        "Most requests of all clients that run or wait; each of n choices counts.",
-        minimum=1,
-        maximum=1 << 20,
+        _CLIENTS.max_sequences, "Most requests of all clients that run or wait; each of n choices counts.", 1, 1 << 20
     )
     max_queue: Bytes = _option(  # noqa: RUF009
-        Bytes(_CLIENTS.max_queue),
-        "Most bytes of all requests that wait for their first token.",
-        minimum=1,
-        maximum=1 << 40,
+        Bytes(_CLIENTS.max_queue), "Most bytes of all requests that wait for their first token.", 1, 1 << 40
     )
     client_weights: str = _option(
         "", 'Shares of named clients while requests wait: "uid:1000=4,uid:1001=0.5" (others: 1).'
     )
-    seed: int = _option(0, "Seed of dummy weights.", minimum=0, maximum=(1 << 63) - 1)
+    seed: int = _option(0, "Seed of dummy weights.", 0, (1 << 63) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +155,9 @@ class Declared:
     choices: tuple[str, ...]
     default: Any
     help: str
-    short_flags: tuple[str, ...]
-    minimum: float | None
-    maximum: float | None
+    low: float | None
+    high: float | None
+    short: str
 
     @property
     def flag(self) -> str:
@@ -198,13 +175,10 @@ def declared_options() -> tuple[Declared, ...]:
         Declared(
             name=item.name.removesuffix("_s"),
             field=item.name,
-            type=str if get_origin(hints[item.name]) is Literal else hints[item.name],
-            choices=get_args(hints[item.name]) if get_origin(hints[item.name]) is Literal else (),
+            type=str if get_args(hints[item.name]) else hints[item.name],
+            choices=get_args(hints[item.name]),
             default=item.default,
-            help=item.metadata["help"],
-            short_flags=item.metadata["flags"],
-            minimum=item.metadata["minimum"],
-            maximum=item.metadata["maximum"],
+            **item.metadata,
         )
         for item in fields(ServeConfig)
     )
@@ -280,16 +254,11 @@ def _checked(option: Declared, value: object, origin: str) -> object:
     if option.choices and converted not in option.choices:
         raise ConfigError(f"{where} is {value!r}; choose one of {', '.join(option.choices)}")
     if isinstance(converted, (int, float)) and not isinstance(converted, bool):
-        low, high = option.minimum, option.maximum
+        low, high = option.low, option.high
         if converted != converted or (low is not None and converted < low) or (high is not None and converted > high):
-            raise ConfigError(f"{where} is {value!r}; it must be {_range_text(low, high)}")
+            allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ConfigError(f"{where} is {value!r}; it must be {allowed}")
     return converted
-
-
-def _range_text(low: float | None, high: float | None) -> str:
-    if high is None:
-        return f"at least {low}"
-    return f"between {low} and {high}"
 
 
 def _converted(option: Declared, value: object, where: str) -> object:

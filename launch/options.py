@@ -29,7 +29,7 @@ def config_options(command: F) -> F:
 def _names(option: Declared) -> list[str]:
     if option.type is bool:
         return [f"{option.flag}/--no-{option.flag.removeprefix('--')}"]
-    return [*option.short_flags, option.flag]
+    return [option.short, option.flag] if option.short else [option.flag]
 
 
 def _settings(option: Declared) -> dict[str, Any]:

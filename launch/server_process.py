@@ -1,4 +1,4 @@
-"""Run ``mgpu-launch serve`` as a child for as long as a block of code needs it: the demo, benchmarks, tests."""
+"""Run ``mgpu-launch serve`` as a child of a block of code: the demo, benchmarks, tests."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ STOP_S = 45.0
 
 
 class ServerDied(Exception):
-    """The server ended, or was not ready in time. ``output`` is what it logged, if that was captured."""
+    """The server ended, or was not ready in time. ``output`` is its log, if that was captured."""
 
     def __init__(self, message: str, output: str = "") -> None:
         super().__init__(f"{message}\n{output}" if output else message)
@@ -28,7 +28,7 @@ class ServerDied(Exception):
 class ServerProcess:
     """A server in a process group of its own, with a private runtime directory.
 
-    It ends with the thread that made it, also when that one is killed.
+    It ends with the thread that made it, even one that is killed.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class ServerProcess:
         return Path(self._base.name)
 
     def output(self) -> str:
-        """Give what the server logged so far."""
+        """Return what the server has logged."""
         return self._log_path.read_text(errors="replace") if self._log else ""
 
     def wait_ready(self, timeout_s: float = 300.0) -> str:
-        """Give the endpoint once the server is ready. ServerDied when it ends first, or after ``timeout_s``."""
+        """Wait for the server and return its endpoint. ServerDied when it ends first, or after ``timeout_s``."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             if servers := running_servers(self.environ):
@@ -77,7 +77,7 @@ class ServerProcess:
                 raise ServerDied(f"the server ended with status {status} before it was ready", self.output())
 
     def stop(self) -> int:
-        """End the server by SIGTERM; gives its exit status (minus the signal, if that ended it)."""
+        """End the server by SIGTERM and return its exit status: minus the signal, if that ended it."""
         self.process.terminate()
         return self.process.wait(STOP_S)
 
@@ -102,7 +102,7 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def orderly_end() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP leave the block as Ctrl-C does, so that servers in it are stopped and their files removed.
+    """Make SIGTERM and SIGHUP leave the block as Ctrl-C does, so that servers in it stop and their files are removed.
 
     SystemExit with the status that a shell would give to the signal. Call it from the main thread.
     """
@@ -122,6 +122,6 @@ def orderly_end() -> Iterator[None]:
 
 @contextlib.contextmanager
 def running_server(*arguments: str) -> Iterator[str]:
-    """Give the endpoint of a server that runs inside the block."""
+    """Yield the endpoint of a server that runs inside the block."""
     with ServerProcess(*arguments) as server:
         yield server.wait_ready()

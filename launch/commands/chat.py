@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mgpu.launch.commands.talk import ServerError, given, print_pieces, talk_options
+from mgpu.launch.commands.talk import ServerError, print_pieces, talk_options, typed
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.client.results import Piece
 from mgpu.protocol.errors import MgpuError, RequestFailed
@@ -14,30 +14,19 @@ from mgpu.protocol.errors import MgpuError, RequestFailed
 @click.command("chat")
 @talk_options
 @click.option("--system", default="", help="A system message before the first turn.")
-def chat_command(
-    endpoint: str | None,
-    keys: str | None,
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
-    timeout: float,
-    system: str,
-) -> None:
+def chat_command(endpoint: str | None, keys: str | None, timeout: float, system: str, **sampling: Any) -> None:
     """Chat with the model. Ctrl-C ends an answer; Ctrl-D leaves."""
-    options = given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     try:
         with Client(endpoint, timeout_s=timeout, keys=keys) as client:
             model = client.models()[0]["name"]
             click.secho(f"{model} — Ctrl-C ends an answer, Ctrl-D leaves, /new starts over", dim=True, err=True)
-            converse(client, system, options)
+            converse(client, system, typed(sampling))
     except MgpuError as error:
         raise ServerError(str(error)) from error
 
 
 def converse(client: Client, system: str, options: dict[str, Any]) -> None:
-    """Read a line, stream the answer, remember both; until end of input."""
+    """Read a line, stream the answer and remember both, until the end of input."""
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     while True:
@@ -54,7 +43,7 @@ def converse(client: Client, system: str, options: dict[str, Any]) -> None:
 
 
 def _read_line() -> str | None:
-    """Give the next line; None at the end of input. Ctrl-C at the prompt only clears the line."""
+    """Return the next line; None at the end of input. Ctrl-C at the prompt only clears the line."""
     while True:
         try:
             return input("> ")
@@ -66,7 +55,7 @@ def _read_line() -> str | None:
 
 
 def answer(client: Client, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
-    """Stream one answer to the screen and give its text; what came before Ctrl-C or a failure counts as the answer."""
+    """Stream one answer to the screen and return its text, up to Ctrl-C or a failure."""
     said: list[str] = []
 
     def remembered(piece: Piece) -> Piece:

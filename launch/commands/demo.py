@@ -1,4 +1,4 @@
-"""``mgpu-launch demo``: serve the built-in model, stream one answer, stop everything. The first thing people run."""
+"""``mgpu-launch demo``: serve the built-in model, stream one answer, stop everything."""
 
 import signal
 import time
@@ -14,7 +14,7 @@ from mgpu.protocol.errors import MgpuError
 
 QUESTION = "Give me three tips for writing clear code."
 CPU_WORKERS = 3
-"""The model has 3 KV heads, so that it splits over three workers even on two cores."""
+"""The model has 3 KV heads, so it splits over three workers, even on two cores."""
 
 
 @click.command("demo")
@@ -42,7 +42,7 @@ def demo_command(question: str, max_tokens: int) -> None:
 
 
 def ask(endpoint: str, question: str, max_tokens: int) -> None:
-    """Stream one chat answer to the screen, then say how fast it came."""
+    """Stream one chat answer to the screen, then print its speed."""
     click.secho(f"\n> {question}", bold=True)
     start_s = time.monotonic()
     try:

@@ -2,17 +2,18 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import click
 
-from mgpu.launch.commands.talk import ServerError, given, print_pieces, talk_options
+from mgpu.launch.commands.talk import ServerError, print_pieces, talk_options, typed
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.client.results import Piece
 from mgpu.protocol.errors import MgpuError
 
 MOST_TOKENS = 512
-"""A text that is only continued may never end: without --max-tokens it ends here, or where the context does."""
+"""Without --max-tokens a text ends here: a model that only continues it may never stop by itself."""
 
 
 @click.command("generate")
@@ -20,35 +21,24 @@ MOST_TOKENS = 512
 @talk_options
 @click.option("--stop", multiple=True, help="End the answer before this text; may be repeated.")
 def generate_command(
-    prompt: str,
-    endpoint: str | None,
-    keys: str | None,
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
-    timeout: float,
-    stop: tuple[str, ...],
+    prompt: str, endpoint: str | None, keys: str | None, timeout: float, stop: tuple[str, ...], **sampling: Any
 ) -> None:
     """Continue PROMPT and print the text as it arrives; "-" reads the prompt from standard input.
 
     Without --max-tokens it is stopped after 512 tokens.
     """
     text = _read_input() if prompt == "-" else prompt
-    options = given(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=list(stop) or None
-    )
+    options = typed({**sampling, "stop": list(stop) or None})
     try:
         with Client(endpoint, timeout_s=timeout, keys=keys) as client, client.stream(text, **options) as pieces:
-            print_pieces(pieces if max_tokens is not None else stopped(pieces))
+            print_pieces(pieces if "max_tokens" in options else stopped(pieces))
     except MgpuError as error:
         raise ServerError(str(error)) from error
     click.echo()
 
 
 def stopped(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Give pieces until there have been `MOST_TOKENS`, and say so if more would come."""
+    """Yield pieces up to `MOST_TOKENS` tokens, and say so if more would come."""
     left = MOST_TOKENS
     for piece in pieces:
         yield piece

@@ -15,9 +15,9 @@ from mgpu.launch.config import load_config
 from mgpu.orchestrator.errors import UserError
 
 PACKAGED_LAUNCHER = "/usr/bin/mgpu-launch"
-"""What the shipped units start; replaced by the launcher of this installation."""
+"""The launcher in the shipped units, to be replaced by that of this installation."""
 HIDDEN = (Path("/home"), Path("/root"), Path("/run/user"))
-"""What ProtectHome=yes hides from the system service."""
+"""Folders that ProtectHome=yes hides from the system service."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _UNIT_PATH = re.compile(r"/[\w/.+@-]+")
 
@@ -34,7 +34,7 @@ class NoPermission(InstallError):
 
 @dataclass(frozen=True, slots=True)
 class ServiceFile:
-    """One file to write. ``keep``: one that is there already belongs to the user."""
+    """One file to write. ``keep``: an existing one belongs to the user and stays."""
 
     path: Path
     text: str
@@ -58,7 +58,7 @@ def install_service_command(name: str, user: bool, root: Path | None, dry_run: b
     files = [at_root(file, root) for file in service_files(config, user, launcher)]
     kept = [file for file in files if file.keep and is_there(file.path)]
     for file in kept:
-        load_config({}, {}, file.path)  # ConfigError now rather than a service that does not start
+        load_config({}, {}, file.path)  # a ConfigError now is better than a service that does not start
     for file in files:
         if file in kept:
             click.echo(f"kept {file.path}")
@@ -71,14 +71,14 @@ def install_service_command(name: str, user: bool, root: Path | None, dry_run: b
 
 
 def checked_name(name: str) -> str:
-    """Give the instance's name if it can name both a unit and a file."""
+    """Return the instance's name. InstallError when it cannot name both a unit and a file."""
     if not _NAME.fullmatch(name):
         raise InstallError(f"{name!r} cannot name a service; use letters, digits, '_', '-' and '.', such as qwen3-32b")
     return name
 
 
 def find_launcher() -> str:
-    """Give the absolute path of this installation's ``mgpu-launch``."""
+    """Return the absolute path of this installation's ``mgpu-launch``."""
     launcher = Path(sys.executable).parent / "mgpu-launch"
     if not os.access(launcher, os.X_OK):
         raise InstallError(f"{launcher} is missing; install mgpu into this environment with pip")
@@ -88,12 +88,12 @@ def find_launcher() -> str:
 
 
 def installation_paths() -> list[str]:
-    """List what a process of this installation reads: the interpreter, its library, the package."""
+    """List the paths that a process of this installation reads: the interpreter, its library, the package."""
     return [os.path.realpath(sys.executable), sys.base_prefix, os.path.realpath(str(resources.files("mgpu.launch")))]
 
 
 def check_reachable(paths: Iterable[str]) -> None:
-    """InstallError when the system service, its own user in a sandbox, could not read one of these paths."""
+    """Raise InstallError when the system service, another user in a sandbox, could not read one of these paths."""
     way_out = "install it for the whole machine (python3 -m venv /opt/mgpu), or use --user"
     for path in map(Path, paths):
         for hidden in HIDDEN:
@@ -106,7 +106,7 @@ def check_reachable(paths: Iterable[str]) -> None:
 
 
 def config_dir(user: bool, environ: Mapping[str, str]) -> Path:
-    """Give the folder that the unit's %E/mgpu stands for."""
+    """Return the folder that the unit's %E/mgpu stands for."""
     return _user_config(environ) / "mgpu" if user else Path("/etc/mgpu")
 
 
@@ -115,7 +115,7 @@ def _user_config(environ: Mapping[str, str]) -> Path:
 
 
 def service_files(config: Path, user: bool, launcher: str) -> Iterator[ServiceFile]:
-    """Give the files of a service, the configuration last."""
+    """Yield the files of a service, the configuration last."""
     unit_dir = config.parent.parent / "systemd" / ("user" if user else "system")
     unit = shipped("mgpu-user@.service" if user else "mgpu@.service")
     yield ServiceFile(unit_dir / "mgpu@.service", unit.replace(PACKAGED_LAUNCHER, launcher))
@@ -138,7 +138,7 @@ def at_root(file: ServiceFile, root: Path | None) -> ServiceFile:
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether a file exists. NoPermission when this user may not know."""
+    """Return True if a file exists. NoPermission when this user may not look."""
     try:
         return path.exists()
     except PermissionError as error:
@@ -146,7 +146,7 @@ def is_there(path: Path) -> bool:
 
 
 def write(file: ServiceFile) -> None:
-    """Write a file that all may read, whole or not at all. NoPermission names the folder."""
+    """Write a file that all users may read, by one rename. NoPermission names the folder."""
     partial = file.path.with_name(f".{file.path.name}.new")
     try:
         file.path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def _no_permission(path: Path, verb: str) -> NoPermission:
 
 
 def next_commands(name: str, config: Path, user: bool, launcher: str) -> list[str]:
-    """Give what to type after the files are written."""
+    """Return what to type after the files are written."""
     if user:
         return [
             f"$EDITOR {config}    # name the model",

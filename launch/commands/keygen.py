@@ -1,4 +1,4 @@
-"""``mgpu-launch keygen``: make the keys that let clients connect by tcp, encrypted and proven."""
+"""``mgpu-launch keygen``: make the keys with which clients connect by tcp, encrypted and authenticated."""
 
 import os
 import re
@@ -39,12 +39,12 @@ def keygen_command(out: Path | None, client: str | None) -> None:
 
 
 def default_folder() -> Path:
-    """Give the folder that is used when none is named."""
+    """Return the folder for keys when --out names none."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mgpu" / "keys"
 
 
 def make_server(folder: Path) -> list[str]:
-    """Make ``server.secret`` and ``server.public``; gives what to tell the user. KeygenError when there is one."""
+    """Make ``server.secret`` and ``server.public``; return lines for the user. KeygenError when one exists."""
     secret_file, public_file = folder / SECRET_NAME, folder / PUBLIC_NAME
     _check_free(secret_file, f"for a client's key: mgpu-launch keygen --out {folder} --client NAME")
     _check_free(public_file, "choose another --out")
@@ -61,7 +61,7 @@ def make_server(folder: Path) -> list[str]:
 
 
 def make_client(folder: Path, name: str) -> list[str]:
-    """Make ``NAME.client`` with the secret key and ``clients/NAME.public``; gives what to tell the user.
+    """Make ``NAME.client`` with the secret key and ``clients/NAME.public``; return lines for the user.
 
     ``folder`` must hold the server's public key: it is the server's folder, or one on the client's machine.
     """
@@ -112,7 +112,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write(file: Path, text: str, mode: int) -> None:
-    """Create a file that did not exist, from the first moment with its final mode."""
+    """Create a file, with its final mode from the first moment. KeygenError when it exists."""
     try:
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         with os.fdopen(fd, "w", encoding="ascii") as stream:

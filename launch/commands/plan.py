@@ -1,4 +1,4 @@
-"""``mgpu-launch plan``: the layout that `serve` would choose, for this machine or a described one, without a GPU."""
+"""``mgpu-launch plan``: the layout that `serve` would choose, on this machine or a described one."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def plan_command(config_file: Path | None, gpus: str, as_json: bool, **flags: An
 
 
 def check_front(config: ServeConfig, keys_may_come: bool) -> None:
-    """Refuse what `serve` would refuse, apart from folders and keys that may be there by then. UserError."""
+    """Raise the UserError that `serve` would raise for its front; folders and keys may still be made until then."""
     client_limits(config)
     if config.bind and not config.bind.startswith("ipc://"):
         from mgpu.orchestrator.gateway.front.endpoint import (

@@ -23,9 +23,9 @@ from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
 LEAST_FILES = 256
-"""Open files that every process of a server has room for; libzmq aborts a process that has none left."""
+"""Open files that a process of a server may need; libzmq aborts a process that has none left."""
 RELOADED = frozenset({"keys", "drain_timeout_s", *(each.name for each in fields(ClientLimits))})
-"""Options that SIGHUP takes into use."""
+"""Fields that SIGHUP takes into use."""
 
 
 @click.command("serve")
@@ -56,7 +56,7 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
 def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, Any]) -> Reloadable:
     """Read the configuration file and the keys again, for a server that runs with ``config``.
 
-    What cannot change while it runs is left alone, and the log names it. UserError when a file cannot be used.
+    Other changed options are ignored, and the log names them. UserError when a file cannot be used.
     """
     if config_file is not None and config_file.exists() and not config_file.is_file():
         raise ConfigError(f"{config_file} is not a regular file and not read again: a pipe would hold up the server")
@@ -73,12 +73,12 @@ def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, A
 
 
 def keys_for(bind: str, folder: str, needs_clients: bool = True) -> ServerKeys | None:
-    """Load the keys if ``bind`` needs any: MGPU_KEYS may be meant for a client on this machine. Raises KeysError."""
+    """Load the keys if ``bind`` is tcp; else MGPU_KEYS may be meant for a client. KeysError for unusable keys."""
     return load_server_keys(folder, os.environ, needs_clients) if bind.startswith("tcp://") else None
 
 
 def allow_open_files() -> None:
-    """Raise a low limit of open files, for the processes to come as well. UserError where that is not allowed."""
+    """Raise a low limit of open files, also for child processes. UserError when that is not allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= LEAST_FILES:
         return
@@ -91,7 +91,7 @@ def allow_open_files() -> None:
 
 
 def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:
-    """Say who will be able to connect, if that is not just this user."""
+    """Log who can connect, if others than this user can."""
     log = logging.getLogger(__name__)
     if keys is not None:
         log.info("%s", describe(keys))
@@ -102,7 +102,7 @@ def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:
 
 
 def configure_logging() -> None:
-    """Log to standard error with the time; ``MGPU_LOG_LEVEL`` sets how much."""
+    """Log to standard error with the time, from the level ``MGPU_LOG_LEVEL`` on."""
     level = os.environ.get("MGPU_LOG_LEVEL", "INFO").upper()
     logging.basicConfig(
         level=level if level in logging.getLevelNamesMapping() else "INFO",

@@ -1,4 +1,4 @@
-"""``mgpu-launch status``: what the running server says of itself; the exit status suits probes."""
+"""``mgpu-launch status``: the state of the running server, with an exit status for probes."""
 
 import json
 from dataclasses import asdict

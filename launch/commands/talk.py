@@ -1,4 +1,4 @@
-"""Options and printing that ``generate`` and ``chat`` share."""
+"""Options and printing that commands share which talk to a server."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -13,13 +13,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ServerError(UserError):
-    """The server is missing, or refused or ended the request."""
+    """The server is missing, or it refused or ended the request."""
 
     exit_code = 69
 
 
 def talk_options(command: F) -> F:
-    """Add the endpoint and the sampling options; those not given arrive as None."""
+    """Add endpoint, keys, time limit and sampling; options that were not typed arrive as None."""
     for names, settings in reversed(
         [
             (("--endpoint",), {"help": "Server to use (default: MGPU_ENDPOINT, else the one on this machine)."}),
@@ -36,13 +36,13 @@ def talk_options(command: F) -> F:
     return command
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """Keep the options that the user typed."""
+def typed(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that the user typed."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def print_pieces(pieces: Iterable[Piece]) -> Usage | None:
-    """Write the text as it arrives; give the usage that the last piece brings."""
+    """Write the text as it arrives, and return the usage that comes with the last piece."""
     usage = None
     for piece in pieces:
         sys.stdout.write(piece.text)
