@@ -138,7 +138,7 @@ class Requests:
             self.fail(request, Refusal("stopped", "the server has stopped"))
 
     def drop(self, request: Request) -> None:
-        """End a request without a message: nobody can read it."""
+        """End a request without a message, because its connection is gone."""
         self._cancel_sequences(request)
         self.table.remove(request)
 

@@ -1,4 +1,4 @@
-"""Ask the engine for portions of its records: a few at a time, accounts in turns, so that nobody waits for a crowd."""
+"""Ask the engine for portions of its records, a few at a time, with accounts in turns."""
 
 from collections import deque
 
@@ -7,7 +7,7 @@ from mgpu.orchestrator.gateway.requests.resumption import Resumption, State
 from mgpu.protocol.internal.gateway_messages import RecordQuery
 
 MAX_RECORDS_AT_ONCE = 32
-"""What the engine says of other requests comes behind as many portions; `resume_journal` bounds the size of each."""
+"""The steps of other requests wait behind at most this many portions; `resume_journal` bounds the size of each."""
 
 
 class RecordQueue:

@@ -46,8 +46,8 @@ class Resumptions:
     def resume(self, connection: bytes, account: str, message: ResumeRequest) -> None:
         """Detach the request from the connection it was on, and ask for the engine's record of it if there is one.
 
-        Refusal when the engine cannot be asked now; then nothing has changed. No limit of requests counts: what the
-        engine knows runs already, or has ended, and its journal bounds it.
+        Refusal when the engine cannot be asked now; then nothing has changed. The limits of requests do not apply: what
+        the engine knows runs already, or has ended, and its journal bounds it.
         """
         request = self._table.by_session(message.session, message.id)
         same_id = self._table.get(connection, message.id)
@@ -62,7 +62,7 @@ class Resumptions:
         except Refusal as refusal:
             if same_id is None:
                 raise
-            # Under its id: this client may be reading the request already, and now waits for this answer alone.
+            # Under its id: the client may have resumed the request before, and now waits for this answer alone.
             self._outgoing.to_client(connection, refusal.answer(message.id))
             return
         if request is not None:
@@ -91,7 +91,7 @@ class Resumptions:
     # ------------------------------------------------------- from the engine
 
     def on_record(self, record: RecordReply) -> None:
-        """Continue the request that the engine tells of, for the connection that asked for it last."""
+        """Continue the request of a record, for the connection that asked for it last."""
         resumption = self._queue.take_answered(record.query_id)
         if resumption is None:
             late = self._abandoned.pop(record.query_id, None)
@@ -211,7 +211,7 @@ class Resumptions:
     # ---------------------------------------------------------- from the clock
 
     def give_up_overdue(self, now: float) -> None:
-        """Tell clients to ask again whose records do not come."""
+        """Tell clients whose records do not come to ask again."""
         overdue = [each for each in self._waiting.values() if now >= each.overdue_s]
         for resumption in overdue:
             self._forget(resumption)
@@ -225,7 +225,7 @@ class Resumptions:
             del self._abandoned[next(iter(self._abandoned))]
 
     def drop_orphans(self, now: float) -> None:
-        """End what the engine told of too late, unless its client has asked again."""
+        """Cancel what the engine named too late, unless its client has asked again."""
         orphans, self._orphans = self._orphans, []
         for due_s, name, sequence_ids in orphans:
             if now < due_s:
@@ -234,7 +234,7 @@ class Resumptions:
                 self._cancel_unfollowed(sequence_ids)
 
     def _cancel_unfollowed(self, sequence_ids: list[int]) -> None:
-        """End what runs for nobody."""
+        """Cancel those sequences that no request in the table follows."""
         for number in sequence_ids:
             if self._table.by_sequence(number) is None:
                 self._outgoing.to_engine(Cancel(number, "cancelled"))

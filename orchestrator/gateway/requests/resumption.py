@@ -1,6 +1,6 @@
 """One attempt to continue a request that another gateway, or another connection, began.
 
-The engine goes on generating while nobody listens, and its journal has every token. A resumption asks for that record
+The engine goes on generating without a gateway, and its journal has every token. A resumption asks for that record
 in portions and replays them (replay.py). A portion that leaves nothing out is the last one: from then on the engine's
 steps continue the request. What the engine says of it before is ignored, because the next portion has it as well.
 

@@ -24,12 +24,13 @@ _MAX_FILE_BYTES = 128 << 20
 class TextCodec:
     """Tokenizer and chat template of one model. Encoding is safe in several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None, special_tokens: Mapping[str, str]) -> None:
-        """``special_tokens`` maps bos_token, eos_token, … to their text, for the template."""
+    def __init__(self, tokenizer: Tokenizer, template: str | None, special_tokens: Mapping[str, str | None]) -> None:
+        """``special_tokens`` maps bos_token, eos_token, … to their text, for the template; None if there is none."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._template = None if template is None else TemplateProcess(template, special_tokens)
+        special = {name: text for name, text in special_tokens.items() if text is not None}
+        self._template = None if template is None else TemplateProcess(template, special)
         self._to_bytes = byte_level_bytes if _is_byte_level(tokenizer) else sentence_piece_bytes
         added = tokenizer.get_added_tokens_decoder()
         self._added = {number: token.content.encode() for number, token in added.items()}
@@ -100,11 +101,8 @@ def load_codec(path: str, model_format: CheckpointFormat) -> TextCodec | None:
 def _from_gguf(path: str) -> TextCodec:
     metadata = read_gguf(path, with_arrays=True).metadata
     tokenizer = build_tokenizer(metadata)
-    special = {
-        f"{name}_token": text
-        for name, key in zip(_SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True)
-        if (text := special_token(metadata, key)) is not None
-    }
+    keys = zip(_SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True)
+    special = {f"{name}_token": special_token(metadata, key) for name, key in keys}
     template = metadata.get("tokenizer.chat_template")
     return TextCodec(tokenizer, template if isinstance(template, str) else None, special)
 
@@ -115,11 +113,7 @@ def _from_folder(folder: Path, file: Path) -> TextCodec:
     except Exception as error:  # the Rust side raises bare Exception for any defect of the file
         raise TokenizerError(f"{file}: not a usable tokenizer: {str(error)[:200]}") from None
     config = _read_json(folder, "tokenizer_config.json")
-    special = {
-        f"{name}_token": text
-        for name in _SPECIAL_NAMES
-        if (text := _token_text(config.get(f"{name}_token"))) is not None
-    }
+    special = {f"{name}_token": _token_text(config.get(f"{name}_token")) for name in _SPECIAL_NAMES}
     return TextCodec(tokenizer, _template_of(folder, config), special)
 
 
