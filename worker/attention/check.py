@@ -1,7 +1,7 @@
 """Try the attention kernels on a small random case before a worker relies on them.
 
-Compilers, drivers and GPUs differ, and what a broken kernel gives looks like an answer. What the check compiles is what
-the server runs, so it costs little.
+Compilers, drivers and GPUs differ, and the output of a broken kernel looks like an answer. The check compiles the same
+kernels as the server runs, so it costs little.
 """
 
 # T tokens, R rows, A packed heads, J KV heads, K head dim
@@ -20,13 +20,13 @@ from mgpu.worker.state.kv_cache import LayerCache, stored_dtype, to_stored
 _BLOCK_SIZE = 64
 _CONTEXTS = (1, 150, 70, 200)
 _NEW_TOKENS = (1, 1, 70, 90)
-"""A first token, decoding, a whole prompt, and a chunk of one."""
+"""A first token, a token of decoding, a whole prompt, and a chunk of a prompt."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 @cache
 def attention_problem(device: torch.device, shape: AttentionShape) -> str | None:
-    """Say what is wrong with the kernels for these heads; None when they agree with plain torch."""
+    """Return what is wrong with the kernels for these heads; None if they agree with plain torch."""
     least = 32 if shape.kv_cache_dtype == "fp8" else 16  # even and odd halves of float8 are operands of their own
     if shape.head_dim < least or power_of_2(shape.head_dim) != shape.head_dim:
         return f"kernels need a head size that is a power of two from {least} on, not {shape.head_dim}"
@@ -41,7 +41,7 @@ def attention_problem(device: torch.device, shape: AttentionShape) -> str | None
 
 
 def _tolerance(shape: AttentionShape) -> float:
-    """Give the largest relative error that rounding explains; products with float8 are computed in float16."""
+    """Return the largest relative error that rounding explains; products with float8 are computed in float16."""
     if shape.kv_cache_dtype == "fp8":
         return max(_TOLERANCE[torch.float16], _TOLERANCE[shape.dtype])
     return _TOLERANCE[shape.dtype]
@@ -55,7 +55,7 @@ def launch_check(device: torch.device, shape: AttentionShape) -> None:
 
 @torch.inference_mode()
 def _error(device: torch.device, shape: AttentionShape, window: int | None) -> float:
-    """Give the distance to plain torch over the norm of the result; infinity where it is not finite."""
+    """Return the distance to plain torch, relative to the norm of the result; infinity if it is not finite."""
     generator = torch.Generator(device).manual_seed(0)
     num_qk = shape.num_q + shape.num_kv
     tokens, dim = sum(_NEW_TOKENS), shape.head_dim
@@ -92,7 +92,7 @@ def _error(device: torch.device, shape: AttentionShape, window: int | None) -> f
 
 
 def _batch(device: torch.device, pages: int) -> StepBatch:
-    """Lay the rows out over scattered blocks; the last block of the pool belongs to nobody and holds NaN."""
+    """Lay the rows out over scattered blocks. The last block of the pool belongs to no row and holds NaN."""
     rows = len(_CONTEXTS)
     tables_RP = torch.arange(rows * pages, dtype=torch.int32, device=device).flip(0).view(rows, pages).contiguous()
     positions, slots = [], []

@@ -1,14 +1,17 @@
 """Decode attention on the CPU without gathering contexts, as two sums over rows of a table.
 
 Gathering a context from its pages reads and writes all of it, in every layer of every step, only to read it once more;
-and products of so few rows run at a tenth of the CPU's speed in its matrix library. An embedding bag, the weighted sum
-of chosen rows of a table, is what attention is made of, and torch has a fast one:
+and the CPU's matrix library multiplies so few rows at a tenth of its speed. Both halves of attention are weighted sums
+of chosen rows of a table, and torch has a fast operator for that, the embedding bag:
 
 - the output of a head is the sum of its context's values, weighted by the probabilities. The table is the paged cache
-  itself, the rows are the context's slots;
-- the scores of a head are the sum over the head's dimensions of the keys' components there, weighted by the query's.
-  The table holds, for each dimension, the components of all keys of the context: a transposed copy, kept between steps
-  while the same rows go on decoding, one token a step, since the copy of the last step lacks just that token.
+  itself, the chosen rows are the context's slots;
+- the scores of a head are the sum over the head's dimensions of the keys' components, weighted by the query's. The
+  table has a row per dimension, with that component of all keys: a transposed copy. It is kept while the same rows go
+  on decoding, one token a step; each step adds that token.
+
+Worked example: one head of 2 dimensions, keys (1, 2), (3, 4), (5, 6). The copy has the rows [1, 3, 5] and [2, 4, 6].
+The query (10, 1) makes the scores 10 * [1, 3, 5] + 1 * [2, 4, 6] = [12, 34, 56], without a product of matrices.
 """
 
 # R rows, J KV heads, H query heads, G = H / J, K head dim, S longest context, C capacity of the copy (tokens)
@@ -25,9 +28,9 @@ from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import LayerCache
 
 MAX_BYTES = 64 << 20
-"""Largest copy of one layer's keys; longer or wider batches are gathered as before."""
+"""Largest copy of one layer's keys; for longer or wider batches, contexts are gathered."""
 _GROWTH = 64
-"""Capacities are multiples of this, so that the copies are not made anew at every step."""
+"""Capacities are multiples of this many tokens, so that a copy is not made anew at every step."""
 
 
 class Heads(NamedTuple):
@@ -43,28 +46,28 @@ class _KeyCopy:
     keys_RJKC: Tensor
     version: int
     memory: Tensor
-    """What the keys lie in, flat, with room."""
+    """Flat, with room to grow; ``keys_RJKC`` is a view of its beginning."""
 
 
 class TransposedKeys:
-    """The copies of all layers' keys, and which contexts they hold."""
+    """The transposed copies of all layers' keys, and the contexts that they hold."""
 
     def __init__(self) -> None:
         self._copies: dict[int, _KeyCopy] = {}
         self._tables_RB: Tensor | None = None
         self._lens: list[int] = []
         self._version = 0
-        """Counts the times that all copies became out of date."""
+        """Counts how often all copies became out of date."""
         self.capacity = 0
 
     def forget(self) -> None:
-        """Note a step that wrote to the cache without this copy."""
+        """Mark the copies as out of date: a step wrote to the cache only."""
         self._tables_RB = None
 
     def begin_step(self, batch: StepBatch, context_slots: Callable[[], Tensor]) -> "CpuDecodeStep":
         """Prepare a step in which every row has one new token.
 
-        ``context_slots`` gives where the contexts are in the cache, [R * S]; places past a context repeat its last.
+        ``context_slots`` returns the slots of the contexts, [R * S]; places past a context repeat its last.
         """
         lens = batch.context_lens_host
         if not self._continues(batch.block_tables, lens):
@@ -74,9 +77,9 @@ class TransposedKeys:
         return CpuDecodeStep(self, lens, context_slots)
 
     def _continues(self, tables_RB: Tensor, lens: list[int]) -> bool:
-        """Say whether these are the rows of the last step, each with one more token.
+        """Return whether these are the rows of the last step, each with one more token.
 
-        Blocks name the rows: other contents get into a row's blocks only by a step that is not its continuation.
+        Blocks identify the rows: only a step that does not continue a row can change the contents of its blocks.
         """
         before_RB = self._tables_RB
         if before_RB is None or max(lens) > self.capacity or lens != [count + 1 for count in self._lens]:
@@ -85,7 +88,7 @@ class TransposedKeys:
         return torch.equal(before_RB[:, :width], tables_RB[:, :width])
 
     def keys(self, cache: LayerCache, rows: int) -> tuple[Tensor, bool]:
-        """Give a layer's copy [R, J, K, C], and whether it holds the contexts up to the last step."""
+        """Return a layer's copy [R, J, K, C], and whether it holds the contexts up to the last step."""
         copy = self._copies.get(id(cache))
         num_kv, dim = cache.k_NBJK.shape[2:]
         shape = (rows, num_kv, dim, self.capacity)
@@ -97,20 +100,20 @@ class TransposedKeys:
 
 
 def _blank_copy(cache: LayerCache, shape: tuple[int, ...], old: _KeyCopy | None) -> _KeyCopy:
-    """Give a copy of another shape, in the memory of the old one if it fits there.
+    """Return a copy of another shape, in the memory of the old one if it fits there.
 
-    The shape changes with every request that comes or goes: made anew each time, the copies fragmented the heap.
+    The shape changes with every request that arrives or ends. Copies in fresh memory each time fragmented the heap.
     """
     size = math.prod(shape)
     memory = old.memory if old is not None else None
     if memory is None or memory.numel() < size:
         memory = cache.k_NBJK.new_empty(size + size // 4)
-    # Zeros: what lies past a context is masked, but it must be a number.
+    # Zeros: places past a context are masked, but they must hold numbers.
     return _KeyCopy(memory[:size].view(shape).zero_(), -1, memory)
 
 
 class _Bags:
-    """Which rows of which table make up the scores and the outputs of one step, for layers of one shape.
+    """The rows of both tables that one step chooses, for layers of one shape.
 
     Made when the first such layer attends: a step whose layers all gather, for their window or dtype, needs none.
     """
@@ -134,7 +137,7 @@ class _Bags:
 
 
 class CpuDecodeStep:
-    """One step over the copies; the new tokens are in the paged cache already."""
+    """One step over the copies. Its new tokens are in the paged cache already."""
 
     def __init__(self, transposed_keys: TransposedKeys, lens: list[int], context_slots: Callable[[], Tensor]) -> None:
         self._keys = transposed_keys
@@ -144,7 +147,7 @@ class CpuDecodeStep:
         self._bags: dict[Heads, _Bags] = {}
 
     def attend(self, q_RHK: Tensor, k_RJK: Tensor, cache: LayerCache, scale: float) -> Tensor:
-        """Give [R, H, K], float32."""
+        """Return the output [R, H, K], float32."""
         rows, num_kv, dim = k_RJK.shape
         heads = Heads(q_RHK.shape[1], num_kv, dim)
         bags = self._bags.get(heads)
@@ -166,5 +169,5 @@ class CpuDecodeStep:
 
 
 def _sum_rows(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-    """Give a weighted sum of rows of ``table`` for each run of ``rows`` that begins at one of ``starts``."""
+    """Return a weighted sum of rows of ``table`` for each run of ``rows`` that begins at one of ``starts``."""
     return torch.embedding_bag(table, rows, starts, False, 0, False, weights)[0]  # F's wrapper costs 4 us more

@@ -1,4 +1,4 @@
-"""Attention in plain torch, for every device and dtype: gather what each row sees, then torch's fused attention.
+"""Attention in plain torch, for every device and dtype: gather the context of each row, then torch's fused attention.
 
 Rows with one new token (decoding) are computed together, the query heads of a KV head being the queries of one call.
 Rows with more (prefill) are computed one by one. Keys are never copied once per query head.
@@ -20,11 +20,11 @@ from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import LayerCache, widen
 
 _SHORT_CONTEXT = 256
-"""Rows with contexts up to this length are padded alike; longer ones only to those less than twice theirs."""
+"""Rows with contexts up to this length are padded to one length; longer ones only with rows less than twice as long."""
 
 
 class PlainBackend:
-    """Keeps the memory that contexts are gathered into: fresh pages for each layer cost more than the gathering."""
+    """Keeps the memory that contexts are gathered into: fresh memory for each layer costs more than the gathering."""
 
     takes_packed = False
 
@@ -59,12 +59,12 @@ class PlainBackend:
 
 @dataclass(slots=True)
 class _View:
-    """What a group of rows sees of the cache in the layers of one window."""
+    """The part of the cache that a group of rows sees in the layers of one window."""
 
     slots: Tensor | None
     """int64 [R * S]; None: exactly the new tokens of the (prefill) row.
 
-    Places past a row's context repeat its last token, so that nothing unwritten is ever read.
+    Places past a row's context repeat its last token, so that only written slots are read.
     """
     mask: Tensor | None
     """[R, 1, 1, S], added to the scores, or for prefill bool [Q, S]. None: everything, or for prefill causal."""
@@ -74,7 +74,7 @@ class _View:
 class _DecodeGroup:
     rows: list[int]
     tokens: Tensor | None
-    """int64 [R]: the rows' tokens; None where they are all tokens of the step, in order."""
+    """int64 [R]: the rows' tokens; None: all tokens of the step, in order."""
     views: dict[int | None, _View] = field(default_factory=dict)
 
 
@@ -88,7 +88,7 @@ class _PrefillRow:
 
 
 class PlainStep:
-    """One step. Views depend on the window only, so the first layer of each window makes them for the others."""
+    """One step. Views depend on the window only: the first layer of each window makes them for the others."""
 
     packed = None
 
@@ -119,22 +119,23 @@ class PlainStep:
         return not self._prefill and len(self._decode) == 1 and self._decode[0].tokens is None
 
     def _context_slots(self) -> Tensor:
-        """Give where the whole contexts of plain decode rows are."""
+        """Return the slots of the whole contexts of plain decode rows."""
         slots = self._view_of(self._decode[0], None, torch.float32).slots
         assert slots is not None
         return slots
 
     def _decodes_on_cpu(self, k_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> bool:
-        """Answer for all layers of a window what was asked for the first."""
+        """Return whether transposed keys serve the layers of this window; the first layer decides for the others."""
         answer = self._uses_cpu_decode.get(spec.window)
         if answer is None:
             answer = self._uses_cpu_decode[spec.window] = self._can_decode_on_cpu(k_TJK, cache, spec)
         return answer
 
     def _can_decode_on_cpu(self, k_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> bool:
-        """Only in float32 (torch sums float16 products less exactly than its attention does) and without a window.
+        """Return True in float32 and if no window hides a token.
 
-        The sums read the cache itself, so that it must be in float32 too.
+        torch sums float16 products less exactly than its attention does. The sums read the cache itself, so it must be
+        in float32 too.
         """
         return (
             k_TJK.dtype == cache.v_NJK.dtype == torch.float32
@@ -155,7 +156,7 @@ class PlainStep:
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
         stores = cache.k_NJK, cache.v_NJK
-        # What is attended to is what was stored, so that no answer depends on how a prompt was cut into steps.
+        # Attend to keys and values as they are stored, so that no answer depends on how a prompt was cut into steps.
         k_TJK, v_TJK = cache.write(self._batch.slots, k_TJK, v_TJK)
         if self._cpu_decode is not None and self._decodes_on_cpu(k_TJK, cache, spec):
             return self._cpu_decode.attend(q_THK, k_TJK, cache, spec.scale)
@@ -251,6 +252,6 @@ class PlainStep:
         return _View(self._slots(keys_1S, table_1B).flatten(), mask_QS)
 
     def _slots(self, places_RS: Tensor, tables_RB: Tensor) -> Tensor:
-        """Turn positions in each row's context into slots of the cache."""
+        """Return the slots of the cache for positions in each row's context."""
         blocks_RS = tables_RB.long().gather(1, places_RS // self._block_size)
         return blocks_RS * self._block_size + places_RS % self._block_size

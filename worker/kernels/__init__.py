@@ -1,8 +1,8 @@
 """Triton kernels of the CUDA path, each beside a plain torch reference.
 
-The only package that imports triton: builds of torch for CPU have none, so nothing here but `packing`, which is plain
-torch, is imported unless the device is CUDA (or a test runs the kernels in Triton's interpreter). Every kernel is
-deterministic, reads lengths and block tables on the device, and has a grid that depends on shapes alone, so that a CUDA
-graph of it stays valid.
-``docs/kernels.md`` has the floors, the measured times and the choices.
+Builds of torch for the CPU come without Triton, so modules that import it are imported only if the device is CUDA, or
+if a test runs the kernels in Triton's interpreter. `use`, `attention.inputs` and `peers.memory` need no Triton.
+Every kernel is deterministic, reads lengths and block tables on the device, and has a grid that depends on shapes
+alone, so that a CUDA graph of it stays valid. Arguments of one kind share a line in a kernel's signature, and the
+launch has the same lines. ``docs/kernels.md`` has the floors, the measured times and the choices.
 """

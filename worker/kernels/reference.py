@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain torch and float32: the oracle of their tests and of ``bench/kernels``."""
+"""The kernels' results in plain torch and float32, for their tests and for ``bench/kernels``."""
 
 # T tokens, R rows, H query heads, J KV heads, G = H / J, K head dim, N blocks, B tokens per block, D model dim
 
@@ -49,7 +49,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def gated_activation(gate_up_TF2: Tensor, is_silu: bool) -> Tensor:
-    """Give act(gate) * up in float32."""
+    """Return act(gate) * up in float32."""
     gate_TF, up_TF = gate_up_TF2.float().chunk(2, dim=-1)
     return (F.silu(gate_TF) if is_silu else F.gelu(gate_TF, approximate="tanh")) * up_TF
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""What all kernels share: launch options, the scratch of split reductions, programmatic dependent launch."""
+"""Shared by all kernels: launch options, the scratch of split reductions, programmatic dependent launch."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -16,9 +16,9 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """True in Triton's interpreter (TRITON_INTERPRET=1 before the first import): no inline assembly, no launch options."""
 
 HOPPER_SMS = 132
-"""Multiprocessors of an H100 or H200: what the choice tables were measured with."""
+"""Multiprocessors of an H100 or H200, on which the tilings were measured."""
 HOPPER_SHARED_BYTES = 227 << 10
-"""What a program of an H100 or H200 may hold in shared memory."""
+"""Shared memory of a program on an H100 or H200."""
 
 
 @dataclass(slots=True)
@@ -34,13 +34,13 @@ LAUNCH_MODE = LaunchMode()
 
 @cache
 def overlaps_launches(device: torch.device) -> bool:
-    """Tell whether kernels may start before their predecessor ends (programmatic dependent launch, Hopper on)."""
+    """Return whether kernels may start before their predecessor ends (programmatic dependent launch, Hopper on)."""
     return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache
 def shared_bytes(device: torch.device) -> int:
-    """Give the shared memory that a program may hold: 99 KiB on most consumer GPUs, 163 on an A100, 227 on an H200."""
+    """Return the shared memory of a program: 99 KiB on most consumer GPUs, 163 on an A100, 227 on an H200."""
     if INTERPRETED or device.type != "cuda":
         return HOPPER_SHARED_BYTES
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -49,7 +49,7 @@ def shared_bytes(device: torch.device) -> int:
 
 @cache
 def has_float8(device: torch.device) -> bool:
-    """Tell whether the GPU has instructions for float8, conversions and products: Ada is the first that does."""
+    """Return whether the GPU converts and multiplies float8 in hardware: Ada is the first that does."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
@@ -113,5 +113,5 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def power_of_2(n: int) -> int:
-    """Give the smallest power of two that is at least ``n``."""
+    """Return the smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()

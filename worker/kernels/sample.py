@@ -1,8 +1,8 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """Choose tokens from one rank's slice of the vocabulary: greedy, or by Gumbel noise for rows with a temperature.
 
-The noise is the one of `mgpu.worker.sampling.noise` (see its docstring): it depends on (seed, position, global token
-id) alone, so ranks and layouts agree. Two kernels: the best of each stretch of the vocabulary, then the best of those.
+The noise is that of `mgpu.worker.sampling.noise`: it depends on (seed, position, global token id) alone, so ranks and
+layouts agree. Two kernels: the best token of each stretch of the vocabulary, then the best of those.
 Equal values go to the lowest id.
 """
 
@@ -38,7 +38,7 @@ def _mix(h):
 
 @triton.jit
 def _log(x, ASSEMBLY: tl.constexpr):
-    """Give log(x) in one instruction: absolute error 2^-22, where Triton's takes forty."""
+    """Return log(x) in one instruction, with an absolute error of 2^-22; Triton's own takes forty."""
     if ASSEMBLY:
         log2 = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -48,14 +48,14 @@ def _log(x, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _minus_log1p_minus(v, ASSEMBLY: tl.constexpr):
-    """Give -log(1 - v) without losing the small v, which are the winners of the draw."""
+    """Return -log(1 - v), also for small v, which are the winners of the draw."""
     series = v * (1.0 + v * (0.5 + v * (0.3333333333 + v * (0.25 + v * 0.2))))
     return tl.where(v < 0.03125, series, -_log(1.0 - v, ASSEMBLY))
 
 
 @triton.jit
 def _first_best(scores, ids):
-    """Give the largest score and the lowest id that has it."""
+    """Return the largest score and the lowest id that has it."""
     best = tl.max(scores, 0)
     return best, tl.min(tl.where(scores == best, ids, 2147483647), 0)
 
@@ -103,7 +103,7 @@ def _pick_kernel(
     values = tl.load(best_ptr + row * COUNT + c, mask=c < COUNT, other=float("-inf"))
     ids = tl.load(ids_ptr + row * COUNT + c, mask=c < COUNT, other=2147483647)
     best, chosen = _first_best(values, ids)
-    chosen = tl.minimum(chosen, last_id)  # logits that are all NaN: some token that exists
+    chosen = tl.minimum(chosen, last_id)  # all logits are NaN: a token that exists
     tl.store(value_out_ptr + row, best)
     tl.store(id_out_ptr + row, chosen)
     if tokens_ptr is not None:
@@ -123,12 +123,12 @@ def sample(
     seeds: Tensor | None = None,
     tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Give the best score, float32 [S], and its global token id, int32 [S], within this rank's slice.
+    """Return the best score, float32 [S], and its global token id, int32 [S], within this rank's slice.
 
-    ``temperatures`` float32 and ``seeds`` int32 [.., 2], rows of any stride, belong to persistent rows; ``rows_S`` says
-    which those are and ``positions_S`` for which position each token is chosen. Without temperatures all rows are
+    ``temperatures`` float32 and ``seeds`` int32 [.., 2], of any row stride, belong to persistent rows; ``rows_S`` are
+    their numbers, ``positions_S`` the positions that the tokens are chosen for. Without temperatures all rows are
     greedy. With ``tokens``, int32 [rows, positions], the choice is also written there, where the next step reads it
-    (one rank only: others have better candidates), except for position 0, which marks padding.
+    (for one rank only: another may have a better candidate), except for position 0, which marks padding.
     """
     count, vocab = logits_SV.shape
     if temperatures is not None and (rows_S is None or positions_S is None or seeds is None):

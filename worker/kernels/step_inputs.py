@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""Inputs of a decode step from the persistent rows, in one kernel: only the list of rows comes from the host."""
+"""Prepare the inputs of a decode step from the persistent rows in one kernel; only the list of rows is the host's."""
 
 # R rows of the (padded) batch, W width of the token table, P pages of a row
 
@@ -85,10 +85,10 @@ def prepare_decode(
 ) -> None:
     """Fill ``out`` for rows that each compute one token.
 
-    ``rows_R`` and ``starts_R`` (int32 or int64 [R]) name the rows and the positions of their next tokens; the first
-    ``count`` (int32 or int64 [1], on the device) are meant. ``tokens`` int32 [rows, W] and ``blocks`` int32 [rows, P]
-    are the persistent state. Pages of ``out.block_tables`` past a row's context are left as they are. ``fresh_R``: a
-    block to append to the row first, which the next token is in; -1: none.
+    ``rows_R`` and ``starts_R`` (int32 or int64 [R]) are the numbers of the rows and the positions of their next tokens,
+    of which the first ``count`` (int32 or int64 [1], on the device) count. ``tokens`` int32 [rows, W] and ``blocks``
+    int32 [rows, P] are the persistent state. ``fresh_R``: a block to append to the row first, for the next token; -1:
+    none. Pages of ``out.block_tables`` past a row's context keep their contents.
     """
     rows, pages = out.block_tables.shape
     device = out.token_ids.device

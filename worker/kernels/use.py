@@ -1,4 +1,4 @@
-"""Say where the Triton kernels of `mgpu.worker.kernels` are used; everywhere else the same layers are plain torch."""
+"""Decide where Triton kernels are used. Everywhere else the same layers run in plain torch."""
 
 import importlib.util
 import logging
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 @cache
 def uses_kernels(device: torch.device) -> bool:
-    """Give True on a GPU with Triton. MGPU_KERNELS=0 in a worker's environment keeps all of them off."""
+    """Return True on a GPU with Triton, unless MGPU_KERNELS=0 is in the worker's environment."""
     if device.type != "cuda":
         return False
     if os.environ.get("MGPU_KERNELS", "1") == "0":
@@ -26,5 +26,5 @@ def uses_kernels(device: torch.device) -> bool:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Give ``x`` at an address that is a multiple of 16: Triton compiles a kernel anew for any other."""
+    """Return ``x``, or a copy, at an address that is a multiple of 16: Triton compiles a kernel anew for any other."""
     return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -53,7 +53,7 @@ class Attention(Module):
     def __call__(self, x_TD: Activations, angles: Angles, attention: StepAttention, cache: LayerCache) -> Delta:
         qkv = self.qkv(x_TD)
         if isinstance(angles, Tensor):
-            assert attention.packed is not None, "tables are for attention that rotates by itself"
+            assert attention.packed is not None, "tables of angles are for packed attention"
             qkv_TAK, scale_T = self._heads(qkv)
             heads_THK = attention.packed.attend_packed(qkv_TAK, scale_T, angles, cache, self.spec)
         else:
@@ -62,7 +62,7 @@ class Attention(Module):
         return self.out.partial(heads_THK.flatten(1))
 
     def _heads(self, qkv: Product) -> tuple[Tensor, Tensor | None]:
-        """Give the stacked heads [T, A, K] and what each token's are still to be multiplied by."""
+        """Return the stacked heads [T, A, K], and the scale that each token's heads still lack."""
         values, scale_T = values_and_scale(qkv)
         return values.view(len(values), -1, self.head_dim), scale_T
 
@@ -73,7 +73,7 @@ class Attention(Module):
         return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
     def _rotated(self, qkv_TAK: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Split the stacked heads; rotate q and k, together where nothing comes between."""
+        """Split the stacked heads; rotate q and k, in one call if they are not normalized."""
         num_qk = self.num_q + self.num_kv
         v_TJK = qkv_TAK[:, num_qk:]
         if self.q_norm is None or self.k_norm is None:

@@ -26,14 +26,14 @@ PACKED_FOR_ROWS = 64
 
 
 def matmul(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Give ``x @ weight.T + bias``. A weight on the CPU may be one that `pack` returned."""
+    """Return ``x @ weight.T + bias``. The weight may be one that `pack` returned."""
     if weight_OI.device.type != "cpu" or not _onednn_usable(weight_OI.dtype):
         return F.linear(x_TI, weight_OI, bias_O)
     return matmul_repacked(x_TI, weight_OI, bias_O)
 
 
 def matmul_repacked(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Do the same for a weight that `pack` has changed, without asking again what is possible."""
+    """Do the same for a weight that `pack` has changed, without checking for oneDNN again."""
     rows = x_TI.shape[0]
     if FEWEST_ROWS <= rows <= EXACT_ROWS:
         return _onednn(x_TI, weight_OI, bias_O)
@@ -44,10 +44,10 @@ def matmul_repacked(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = Non
 
 
 def padded_rows(rows: int) -> int:
-    """Give the number of rows, zeros included, that oneDNN is asked for.
+    """Return the number of rows, zeros included, that oneDNN multiplies.
 
     It compiles and keeps a kernel of over half a megabyte for every number of rows of every shape, up to 1024 of them:
-    a worker that has seen prompts of all lengths would have grown by a gigabyte. So there are few numbers of rows.
+    a worker would grow by a gigabyte after prompts of all lengths. So only few numbers of rows are used.
     """
     step = next(step for most, step in _ROW_STEPS if rows <= most)
     return max(FEWEST_ROWS, -(-rows // step) * step)
@@ -59,7 +59,7 @@ def _onednn(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 
 def pack(weight_OI: Tensor) -> Tensor:
-    """Copy a CPU weight into oneDNN's layout; give any other weight back as it is.
+    """Return a CPU weight in oneDNN's layout, and any other weight as it is.
 
     The result is opaque: only `matmul` can read it.
     """

@@ -27,14 +27,14 @@ from mgpu.worker.ranks.peer_group import peers_of
 
 
 def even_range(total: int, rank: int, size: int) -> range:
-    """Give one rank's share of ``total`` items: equal shares where it divides, else they differ by at most one."""
+    """Return one rank's share of ``total`` items; shares differ by at most one."""
     return range(total * rank // size, total * (rank + 1) // size)
 
 
 class Linear(Module):
     """Hold one rank's weight [O, I], dense or quantized, and an optional bias [O].
 
-    A weight that is to be quantized is dense only while it is loaded: a rank never holds two of them.
+    A weight to be quantized is dense only while it is loaded, so that a rank never holds two dense ones.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Linear(Module):
 
     @property
     def held(self) -> Tensor | PackedWeight:
-        """The weight as it is held."""
+        """The weight, quantized or dense."""
         return self.weight if self.packed is None else self.packed
 
     def takes_float8(self, rows: int) -> bool:
-        """Say whether so many rows are multiplied in float8: then they may come quantized, by what makes them."""
+        """Return whether so many rows are multiplied in float8: the layer before may then quantize them."""
         return self._is_float8 and rows >= LEAST_ROWS
 
     def _product(self, x_TI: Activations, bias_O: Tensor | None) -> Product:
@@ -78,7 +78,7 @@ class Linear(Module):
         return self._multiply(x_TI, self.weight, bias_O)
 
     def _dense_weight(self) -> Tensor:
-        """Give undefined memory to load into; what comes of it is kept by `_keep`."""
+        """Return undefined memory to load into; `_keep` keeps the result."""
         return self.weight if self._form.quant == "none" else self.weight.new_empty(self._shape)
 
     def _keep(self, weight_OI: Tensor) -> None:
@@ -103,7 +103,7 @@ class Linear(Module):
             self.weight, self._multiply = repacked, matmul_repacked
 
     def weight_bytes(self) -> int:
-        """Give the memory of weight and bias."""
+        """Return the memory of weight and bias."""
         dense = self.weight.numel() + (0 if self.bias is None else self.bias.numel())
         packed = 0 if self.packed is None else self.packed.words.nbytes + self.packed.scales.nbytes
         return dense * self.weight.dtype.itemsize + packed
@@ -172,7 +172,7 @@ class RowParallelLinear(Linear):
         return whole(self.partial(x_TI))
 
     def partial(self, x_TI: Activations) -> Delta:
-        """Give the sum, or this rank's part of it where what follows can add up by itself."""
+        """Return the sum, or this rank's part of it if the next norm adds the parts up."""
         if self.group.size == 1:
             return self._product(x_TI, self.bias)
         y_TO = plain(self._product(x_TI, None))

@@ -1,4 +1,4 @@
-"""What the parts of a model have in common: they can be walked."""
+"""The base of the parts of a model: walk over all of them."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ class Module:
     """
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, "Module"]]:
-        """Give this part and all parts within, each once, with dotted names."""
+        """Yield this part and all parts within, each once, with dotted names."""
         yield from self._walk(prefix, set())
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, "Module"]]:

@@ -1,6 +1,6 @@
-"""What a row-parallel product gives: the sum over the ranks, or a rank's part whose sum the next norm makes.
+"""The result of a row-parallel product: the sum over the ranks, or a rank's part that the next norm adds up.
 
-Adding up, adding to the residual stream and normalizing are one kernel where the ranks reach each other's memory.
+If the ranks reach each other's memory, one kernel adds up, adds to the residual stream and normalizes.
 """
 
 # T tokens, D model dim
@@ -27,19 +27,19 @@ class PartialSum:
         return y_TD if self.bias_D is None else y_TD.add_(self.bias_D)
 
     def add_and_norm(self, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """Add the sum to ``residual`` in place and give the normalized stream."""
+        """Add the sum to ``residual`` in place and return the normalized stream."""
         return self.group.add_and_norm(residual_TD, self.part_TD, self.bias_D, weight_D, eps)
 
 
 Delta = Product | PartialSum
-"""What is to be added to the residual stream."""
+"""A summand of the residual stream."""
 
 
 def summed(delta: Delta) -> Product:
-    """Give the sum, whoever adds it up."""
+    """Return the sum; add it up if the next norm would have."""
     return delta.total() if isinstance(delta, PartialSum) else delta
 
 
 def whole(delta: Delta) -> Tensor:
-    """Give the sum as an ordinary tensor."""
+    """Return the sum as an ordinary tensor."""
     return plain(summed(delta))

@@ -12,7 +12,7 @@ from mgpu.protocol.model.facts import RopeScaling
 Rotation = tuple[Tensor, Tensor]
 """cos and signed sin, [T, 1, K] each; the first half of sin is negative, so that rotating takes one roll."""
 Angles = Rotation | Tensor
-"""What a layer is given: the rotation of the step's tokens, or for kernels the table of all positions."""
+"""Passed to layers: the rotation of the step's tokens, or for kernels the table of all positions."""
 
 
 class RotaryEmbedding:
@@ -23,7 +23,7 @@ class RotaryEmbedding:
         self._table_PK = torch.empty((0, head_dim), device=device)
 
     def __call__(self, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
-        """Give cos and sin of the positions; the angles are computed in float32 for any dtype."""
+        """Return cos and sin of the positions; the angles are computed in float32 for any dtype."""
         angles_T1F = (positions_T.unsqueeze(1).float() * self.inverse_frequencies).unsqueeze(1)
         sin_T1F = angles_T1F.sin()
         cos_T1F = angles_T1F.cos()
@@ -33,8 +33,7 @@ class RotaryEmbedding:
         )
 
     def table(self, num_positions: int) -> Tensor:
-        """Give float32 [P, K]: for each position cos of the K / 2 angles, then sin. Made once, kept while it is long
-        enough."""
+        """Return float32 [P, K]: for each position cos of the K / 2 angles, then sin. Kept while it is long enough."""
         if len(self._table_PK) < num_positions:
             positions_P1 = torch.arange(num_positions, device=self.inverse_frequencies.device).unsqueeze(1)
             angles_PF = positions_P1.float() * self.inverse_frequencies

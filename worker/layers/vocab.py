@@ -35,7 +35,7 @@ class VocabParallel(Module):
         self.weight = torch.empty((rows, hidden_size), dtype=dtype, device=device)
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
-        """Look the tokens up: each rank gives its own rows and zeros, the sum over ranks is the embedding."""
+        """Look the tokens up: each rank has its own rows and zeros elsewhere; the sum over ranks is the embedding."""
         if self.group.size == 1:
             return F.embedding(token_ids_T, self.weight)
         local_T = token_ids_T - self.start
@@ -45,7 +45,7 @@ class VocabParallel(Module):
         return self.group.all_reduce(x_TD.where(is_mine_T.unsqueeze(1), 0.0))
 
     def logits(self, x_SD: Tensor) -> Tensor:
-        """Give this rank's logits [S, W] in the model's dtype."""
+        """Return this rank's logits [S, W] in the model's dtype."""
         logits_SW = self._multiply(x_SD, self.weight if self.packed_head is None else self.packed_head, None)
         if self.num_valid < logits_SW.shape[1]:
             logits_SW[:, self.num_valid :] = -torch.inf
@@ -62,7 +62,7 @@ class VocabParallel(Module):
         self.weight[self.num_valid :].zero_()
 
     def finalize_head(self, is_embedding_too: bool) -> None:
-        """Repack the loaded rows for `logits`; rows that `embed` needs as well are kept beside the packed ones."""
+        """Repack the loaded rows for `logits`; if `embed` needs them too, keep them beside the packed ones."""
         if is_embedding_too and self.weight.nbytes > _TIED_COPY_BYTES:
             return
         packed = pack(self.weight)
@@ -73,6 +73,6 @@ class VocabParallel(Module):
             self.weight = torch.empty(0, dtype=packed.dtype)
 
     def weight_bytes(self) -> int:
-        """Give the memory of the rows, in whatever layouts they are held."""
+        """Return the memory of the rows in all layouts that they are held in."""
         held = self.weight.numel() + (0 if self.packed_head is None else self.packed_head.numel())
         return held * self.weight.dtype.itemsize

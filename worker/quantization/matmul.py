@@ -11,11 +11,11 @@ from torch import Tensor
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
 BLOCK_ELEMENTS = 1 << 18
-"""Weights that are dense at once: few enough to stay in a core's cache until they are multiplied."""
+"""Weights that are dequantized at once: few enough to stay in a core's cache until they are multiplied."""
 
 
 def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
-    """Give ``x @ w.T + bias`` with the weight dequantized to the activations' type, a block of outputs at a time."""
+    """Return ``x @ w.T + bias`` with the weight dequantized to the activations' type, a block of outputs at a time."""
     outputs = len(weight.words)
     rows = max(1, BLOCK_ELEMENTS // weight.k)
     y_TO = torch.empty((len(x_TI), outputs), dtype=x_TI.dtype, device=x_TI.device)

@@ -95,7 +95,7 @@ def _nibble_words(q_NK: Tensor) -> Tensor:
 
 
 def _padded(q_NK: Tensor, parts: int, filler: int) -> Tensor:
-    """Give the numbers as int32, of ``32 / parts`` bits each, filled up to whole blocks."""
+    """Return the numbers as int32, of ``32 / parts`` bits each, filled up to whole blocks."""
     n, k = q_NK.shape
     blocks = -(-k // (WORDS * parts))
     padded = torch.full((n, blocks * WORDS * parts), filler, dtype=torch.int32, device=q_NK.device)

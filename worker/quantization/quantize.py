@@ -25,12 +25,12 @@ _CLIPS = tuple((0.045 * below, 0.045 * above) for below in range(3) for above in
 for 0.4 % of the error of normal weights; five (without that of no clip) save a tenth and err by 1 to 2 % more."""
 _REFITS = 2
 _TICKS = 8192.0
-"""Steps of a group's range that it is searched in: integers whose sums of products with q are exact in float32."""
+"""Steps that a group's range is divided into: integers whose sums of products with q are exact in float32."""
 _FP8_LEAST = 2.0**-110
-"""What the largest value of an fp8 matrix counts as at least, so that its scale has an inverse."""
+"""Least value that the largest of an fp8 matrix counts as, so that its scale has an inverse."""
 _CHUNK_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 24}
-"""Weights that are quantized at once. On the CPU torch splits nothing this small over threads: a thread does a chunk,
-and none waits for another in each of a hundred short operations. On a GPU: few launches."""
+"""Weights that are quantized at once. On the CPU a chunk is too small for torch to split: each thread does its own
+chunks, and none waits for another in each of a hundred short operations. On a GPU large chunks mean few launches."""
 
 
 def quantize(weight_NK: Tensor, form: WeightFormat) -> PackedWeight:
@@ -58,13 +58,13 @@ def quantize(weight_NK: Tensor, form: WeightFormat) -> PackedWeight:
 
 
 def _largest(weight_NK: Tensor) -> Tensor:
-    """Give the largest absolute value, without a copy of the matrix."""
+    """Return the largest absolute value, without a copy of the matrix."""
     low, high = weight_NK.aminmax()
     return torch.maximum(-low, high).float()
 
 
 def _quantize_rows(weight_NK: Tensor, form: WeightFormat, most: Tensor | None) -> PackedWeight:
-    """Quantize some rows of a matrix whose largest value is ``most``, which fp8 wants to know."""
+    """Quantize some rows of a matrix; for fp8, ``most`` is the largest value of the whole matrix."""
     weight_NK = weight_NK.float()
     if form.quant == "8":
         scales_N = _scales(weight_NK, 127.0)
@@ -78,20 +78,20 @@ def _quantize_rows(weight_NK: Tensor, form: WeightFormat, most: Tensor | None) -
 
 
 def _fp8_scale(most: Tensor) -> Tensor:
-    """Give the least power of two that puts ``most`` at 448 or below."""
+    """Return the least power of two that puts ``most`` at 448 or below."""
     most = most.clamp(min=_FP8_LEAST)
     mantissa, _ = torch.frexp(most)  # 448 is 0.875 * 2^9
     return most * 2.0**-9 / mantissa * torch.where(mantissa > 0.875, 2.0, 1.0)
 
 
 def _scales(weight_NK: Tensor, most: float) -> Tensor:
-    """Give the scale of each output channel that puts its largest value at ``most``; 1 for a channel of zeros."""
+    """Return the scale of each output channel that puts its largest value at ``most``; 1 for a channel of zeros."""
     scales_N = weight_NK.abs().amax(dim=1) / most
     return torch.where(scales_N > 0, scales_N, 1.0)
 
 
 def search_int4(weight_NK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give int8 values [N, K] in [-8, 7], scales and offsets [N, G] of small squared error, without calibration.
+    """Return int8 values [N, K] in [-8, 7], scales and offsets [N, G] of small squared error, without calibration.
 
     Scales and offsets are float32 that bfloat16 holds exactly. Inputs missing from the last group count as copies of
     the last one. No group is worse than by the plain rounding of `_cover`.
@@ -109,14 +109,14 @@ def search_int4(weight_NK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cover(w_EM: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the scales and offsets of plain rounding: nothing is clipped, though the offset is stored as bfloat16."""
+    """Return the scales and offsets of plain rounding: nothing is clipped, though the offset is stored as bfloat16."""
     low_M, high_M = w_EM.amin(0), w_EM.amax(0)
     offsets_M = _stored(low_M + (high_M - low_M) * (8 / 15))
     return torch.maximum((offsets_M - low_M) / 8, (high_M - offsets_M) / 7), offsets_M
 
 
 def _search(w_EM: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the scales and offsets of least squared error among those tried, as float32."""
+    """Return the scales and offsets of least squared error among those tried, as float32."""
     low_M, high_M = w_EM.amin(0), w_EM.amax(0)
     range_M = torch.where(high_M > low_M, high_M - low_M, 1.0)
     u_EM = (w_EM - low_M).div_(range_M).mul_(_TICKS).round_()
@@ -141,8 +141,8 @@ def _search(w_EM: Tensor) -> tuple[Tensor, Tensor]:
 class Moments(NamedTuple):
     """Sums that give the least squares: the scale is covariance / variance, the error falls by covariance^2 / variance.
 
-    All summands are small integers, so float32 adds them exactly, in whichever order torch does: it depends on where in
-    a chunk a group is, and slices must quantize as the whole does.
+    All summands are small integers, so float32 adds them exactly in any order. torch's order depends on the place of a
+    group in its chunk, and slices must quantize to the same values as the whole.
     """
 
     q_sums_M: Tensor

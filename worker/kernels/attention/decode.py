@@ -40,7 +40,7 @@ from mgpu.worker.kernels.runtime import (
 )
 
 _OTHER_SHARED = 20 << 10
-"""What is in shared memory beside four tiles of keys and values with five stages, or two with three: at most this."""
+"""Most shared memory beside the tiles: four of keys and values with five stages, two with three."""
 COMBINE = 8
 """Stretches that the last program loads at once."""
 _READY = (None, None, None, None, None, 0.0)
@@ -109,7 +109,7 @@ def _decode_kernel(
         if (split == count - 1) & (context > 0):
             new_ptr = row_ptr + (num_heads * GROUP + head) * HEAD_DIM
             page = tl.load(table_ptr + (context - 1) // BLOCK_SIZE).to(tl.int64)
-            # The cache of 8-bit values is read as words of two, whose strides these are.
+            # A cache of 8-bit values is read as words of two, and these are the strides of words.
             place = (page * block_stride + ((context - 1) % BLOCK_SIZE) * token_stride + head * head_stride) * STEP
             store_new_token(
                 new_ptr, new_ptr + num_heads * HEAD_DIM, new_k_ptr + place, new_v_ptr + place, row_scale, angles_ptr,
@@ -168,9 +168,9 @@ def choose_tiling(
 ) -> DecodeTiling:
     """Choose by the size of the batch alone, so that graphs stay valid (see docs/kernels.md).
 
-    Few (row, KV head) pairs are split until each SM has one program with large tiles; many need no split, and small
-    tiles, of which several programs fit on an SM. Fewer tiles are under way at once where ``shared`` bytes of memory do
-    not hold more.
+    Few (row, KV head) pairs are split until each SM has one program with large tiles. Many need no split and get small
+    tiles, so that several programs fit on an SM. Fewer tiles are loaded at once if ``shared`` bytes of memory do not
+    hold more.
     """
     tiling = _fastest_tiling(rows, kv_heads, dim, cache_dtype)
     tile_bytes = tiling.block_n * dim * cache_dtype.itemsize

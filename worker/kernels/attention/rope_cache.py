@@ -69,7 +69,7 @@ def _rope_cache_kernel(
     q_out = q_ptr + token * (Q_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + i[None, :]
     tl.store(q_out, new_low.to(q_ptr.dtype.element_ty), mask=is_query[:, None])
     tl.store(q_out + HALF, new_high.to(q_ptr.dtype.element_ty), mask=is_query[:, None])
-    # Tokens that only fill up a graph's batch have slot -1 and are not stored.
+    # Tokens that only pad a graph's batch have slot -1 and are not stored.
     place = (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * token_stride
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     new_low, new_high = saturate(new_low * k_inverse_scale, dtype), saturate(new_high * k_inverse_scale, dtype)
@@ -119,9 +119,9 @@ def rope_and_cache(
 def turned_heads(
     heads_ptr, exists, d, row_scale, angles_ptr, weight_ptr, eps, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """Give dimensions ``d`` of COUNT heads in float32, scaled, normalized if there is a weight, and rotated.
+    """Return dimensions ``d`` of COUNT heads in float32, scaled, normalized if there is a weight, and rotated.
 
-    ``angles_ptr``: cos of the K / 2 angles, then sin. ``exists`` [COUNT, 1]: the others give zeros.
+    ``angles_ptr``: cos of the K / 2 angles, then sin. ``exists`` [COUNT, 1]: False for heads to return zeros for.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     partner = tl.where(d < HALF, d + HALF, d - HALF)
@@ -152,7 +152,7 @@ def store_new_token(
     v_inverse_scale,
     HEAD_DIM: tl.constexpr,
 ):
-    """Turn one key head and store it and its value head, divided by the scales of the cache."""
+    """Rotate one key head and store it and its value head, divided by the scales of the cache."""
     d = tl.arange(0, HEAD_DIM)
     one = tl.full([1, 1], 1, tl.int1)
     key = turned_heads(key_ptr, one, d, row_scale, angles_ptr, k_weight_ptr, eps, 1, HEAD_DIM)

@@ -65,7 +65,7 @@ def _gated_float8_kernel(
 def gated_activation(
     gate_up_TF2: Tensor, activation: Literal["silu", "gelu_tanh"], scale_T: Tensor | None = None
 ) -> Tensor:
-    """Give act(gate) * up, [T, F], from rows that hold gate [F], then up [F].
+    """Return act(gate) * up, [T, F], from rows that hold gate [F], then up [F].
 
     With ``scale_T`` (float32) the rows are multiplied by their scales first.
     """

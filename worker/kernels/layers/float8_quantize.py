@@ -18,14 +18,14 @@ from mgpu.worker.quantization.float8_rows import BLOCK, Float8Rows
 
 @triton.jit
 def word_channels(WIDTH: tl.constexpr):
-    """Give the channels [WIDTH, 4] that the words of a row hold."""
+    """Return the channels [WIDTH, 4] that the words of a row hold."""
     word = tl.arange(0, WIDTH)
     return (word // 32 * 128 + word % 32)[:, None] + (32 * tl.arange(0, 4))[None, :]
 
 
 @triton.jit
 def quantize_words(y):
-    """Give words [WIDTH] of e4m3 and the scale of a row [WIDTH, 4] (see `float8_rows.row_scales`)."""
+    """Return words [WIDTH] of e4m3 and the scale of a row [WIDTH, 4]: `float8_rows.quantize_rows` for one row."""
     most = tl.maximum(tl.max(tl.max(tl.abs(y), 1), 0), 1e-30)
     octets = (y * tl.math.div_rn(448.0, most)).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
     return tl.sum(octets << (8 * tl.arange(0, 4))[None, :], 1), tl.math.div_rn(most, 448.0)
@@ -62,7 +62,7 @@ def as_rows(words: Tensor, scale_T: Tensor) -> Float8Rows:
 
 
 def width_and_warps(words_per_row: int) -> tuple[int, int]:
-    """Give a row's width of words and the warps that hold 8 words, with all their parts, per thread."""
+    """Return the padded words of a row, and the warps for 8 words with all their parts per thread."""
     width = max(32, power_of_2(words_per_row))
     return width, min(16, max(1, width // 256))
 

@@ -78,7 +78,7 @@ def _launch(x_TD: Tensor, x_scale_T: Tensor | None, residual_TD: Tensor | None, 
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, scale_T: Tensor | None = None) -> Tensor:
-    """Give x / sqrt(mean(x^2) + eps) * weight per row, computed in float32. Gemma's 1 is part of the weight.
+    """Return x / sqrt(mean(x^2) + eps) * weight per row, computed in float32. Gemma's 1 is part of the weight.
 
     With ``scale_T`` (float32) row t of x is multiplied by its scale first.
     """
@@ -88,7 +88,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, scale_T: Tensor | None 
 def add_rms_norm(
     residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, delta_scale_T: Tensor | None = None
 ) -> Tensor:
-    """Add ``delta`` to ``residual`` in place and give the normalized sum.
+    """Add ``delta`` to ``residual`` in place and return the normalized sum.
 
     With ``delta_scale_T`` (float32) row t of ``delta`` is multiplied by its scale first.
     """
@@ -98,7 +98,7 @@ def add_rms_norm(
 def add_rms_norm_float8(
     residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, delta_scale_T: Tensor | None = None
 ) -> Float8Rows:
-    """Add ``delta`` (times its rows' scales) to ``residual`` in place and give the normalized sum, quantized."""
+    """Add ``delta`` (times its rows' scales) to ``residual`` in place and return the normalized sum, quantized."""
     tokens, dim = residual_TD.shape
     words, scale_T = empty_words(tokens, dim, residual_TD.device)
     width, warps = width_and_warps(words.shape[1])

@@ -16,7 +16,7 @@ ROWS = 32
 
 @triton.jit
 def _in_order(parts, ROWS: tl.constexpr):
-    """Give the eight parts of 32 words as 256 channels, so that they are stored side by side."""
+    """Return the eight parts of 32 words as 256 channels, so that they are stored side by side."""
     even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
     odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
     by_run = tl.reshape(tl.join(even, odd), [ROWS, 8, 4, 8])
@@ -52,7 +52,7 @@ def _dequantize_kernel(
 
 
 def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Give the weight [N, K] in ``dtype``; `packing.dequantize` is the reference."""
+    """Return the weight [N, K] in ``dtype``; `packing.dequantize` is the reference."""
     n, words_per_row = weight.words.shape
     out_NK = torch.empty(n, weight.k, dtype=dtype, device=weight.words.device)
     _dequantize_kernel[(ceil_div(n, ROWS), words_per_row // WORDS)](

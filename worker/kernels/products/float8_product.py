@@ -1,8 +1,8 @@
 """Products of float8 rows with packed float8 weights (W8A8), by the library's tensor-core kernels.
 
-The words of a weight, read as float8, are the weight with the channels of each block in another order; rows are
-quantized into the same order, so that there is no second copy of the weight. ``torch._scaled_mm`` is not public and
-differs between versions, so it is tried once per device before anything relies on it.
+The words of a weight, read as float8, are the weight with the channels of each block in another order. Rows are
+quantized into the same order, so that the weight needs no second copy. ``torch._scaled_mm`` is not public and differs
+between versions, so it is tried once per device before layers rely on it.
 """
 
 # T tokens, K input channels, N output channels
@@ -21,8 +21,8 @@ from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_fp8
 log = logging.getLogger(__name__)
 
 _TOLERANCE = 2e-2
-"""Of a row of the product, next to rows rounded alike. Rounding to bfloat16 twice explains 2e-3; a value half-way
-between two that is rounded the other way may add 1e-2. What is laid out wrongly is off by 1."""
+"""Largest relative error of a row of the product, compared with rows rounded alike. Rounding to bfloat16 twice explains
+2e-3; a value half-way between two that is rounded the other way may add 1e-2. A wrong layout is off by 1."""
 
 
 def float8_product(rows: Float8Rows, weight: PackedWeight) -> ScaledRows:
@@ -43,12 +43,12 @@ def float8_product(rows: Float8Rows, weight: PackedWeight) -> ScaledRows:
 
 @cache
 def _one(device: torch.device) -> Tensor:
-    """Make the constant before any graph is captured (the first trial does), so that its memory is of no graph."""
+    """Return the constant 1. The trial makes it before any graph is captured, so its memory belongs to no graph."""
     return torch.ones(1, 1, device=device)
 
 
 def multiplies_float8(device: torch.device) -> bool:
-    """Say whether float8 products work here; not to be asked first while a graph is captured."""
+    """Return whether float8 products work here. The first call must not be within the capture of a graph."""
     if not has_float8(device):
         return False
     if LAUNCH_MODE.compiles_only:
@@ -73,14 +73,14 @@ def _passes_trial(device: torch.device) -> bool:
 
 @torch.inference_mode()
 def trial_error(device: torch.device) -> float:
-    """Give the distance of a small product to plain torch over its norm; infinity where it is not finite."""
+    """Return the distance of a small product to plain torch, relative to its norm; infinity if it is not finite."""
     generator = torch.Generator(device).manual_seed(0)
     x_TK, w_NK = (torch.randn(shape, generator=generator, device=device) for shape in ((17, 320), (48, 320)))
     x_TK = (x_TK * torch.logspace(-3, 3, 17, device=device)[:, None]).bfloat16()
     weight = pack_fp8(w_NK.to(torch.float8_e4m3fn), torch.full((48,), 0.37, device=device))
     got_TN = float8_product(quantize_rows(x_TK), weight).plain().float()
     expected_TN = round_rows(x_TK) @ dequantize(weight, torch.float32).T
-    # By rows, since the large ones would hide the small ones.
+    # Row by row, since large rows would hide small ones.
     errors_T = (got_TN - expected_TN).norm(dim=1) / expected_TN.norm(dim=1)
     error = float(errors_T.max())
     return error if error == error else torch.inf

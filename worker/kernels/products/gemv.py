@@ -37,7 +37,7 @@ class GemvTiling:
 
 @triton.jit
 def weight_rows(N, GATE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Give the rows of the weight that this program multiplies by, [BLOCK_N]; those past the last repeat it."""
+    """Return the rows of the weight that this program multiplies by, [BLOCK_N]; those past the last repeat it."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if GATE > 0:  # noqa: SIM108 - compile-time condition
         row = tl.minimum(row // 2, N - 1) + row % 2 * N

@@ -162,7 +162,7 @@ def choose_tiling(
 
 
 def _shared_bytes(kind: WeightKind, tiling: Tiling, rows: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Give the shared memory that a step takes which is under way, and what the one in hand takes."""
+    """Return the shared memory of each step that is being loaded, and of the step that is being multiplied."""
     parts, scales = (8, 8) if kind == "int4" else (4, 0)
     weights, activations = tiling.block_n * 32, parts * tiling.block_m(rows) * 32
     step = 4 * (weights + tiling.block_n * scales) + activations * dtype.itemsize

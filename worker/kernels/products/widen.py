@@ -65,7 +65,7 @@ _INT4_ASM = tl.constexpr(
 
 @triton.jit
 def split_scales(pairs):
-    """Give the scale and the offset (float32) of int4's words of two bfloat16, which are the high halves of floats."""
+    """Return scale and offset (float32) of int4's words of two bfloat16, which are the high halves of floats."""
     return (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
 
 
@@ -76,7 +76,7 @@ def _nibble(words, scale, offset, PART: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def widen_int4(words, pairs, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Give the eight parts of each word as weights, rounded to DTYPE; ``pairs`` has each word's scale and offset."""
+    """Return the eight parts of each word as weights, rounded to DTYPE; ``pairs``: each word's scale and offset."""
     if ASSEMBLY and tl.bfloat16 == DTYPE:
         parts = tl.inline_asm_elementwise(
             _INT4_ASM,
@@ -123,7 +123,7 @@ def _octet(words, PART: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def widen_octets(words, KIND: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Give the four parts of each word (KIND 0: int8, 1: e4m3), lowest bits first, without their scale."""
+    """Return the four parts of each word (KIND 0: int8, 1: e4m3), lowest bits first, without their scale."""
     if ASSEMBLY and tl.bfloat16 == DTYPE:
         parts = tl.inline_asm_elementwise(
             _E4M3_ASM if KIND == 1 else _INT8_ASM,
@@ -157,7 +157,7 @@ _E4M3_PAIRS_ASM = tl.constexpr("""{
 
 @triton.jit
 def widen_fp8_pairs(pairs, ASSEMBLY: tl.constexpr):
-    """Give (even, odd) float16 elements of int16 words that hold two e4m3 values each.
+    """Return (even, odd) float16 elements of int16 words that hold two e4m3 values each.
 
     Words, because operands of 16 bits can be transposed on their way from shared memory and bytes cannot.
     """
@@ -212,12 +212,12 @@ _INT4_FLOATS_ASM = tl.constexpr("""{
 }""")
 
 INT4_BIAS = tl.constexpr(136.0)
-"""What `widen_to_floats` leaves added to int4 weights: cheaper to subtract once from a sum."""
+"""`widen_to_floats` leaves this added to int4 weights: subtracting it once from a sum is cheaper."""
 
 
 @triton.jit
 def widen_to_floats(words, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Give the parts of each word as float32: int8 and e4m3 as they are, int4 with `INT4_BIAS` added."""
+    """Return the parts of each word as float32: int8 and e4m3 as they are, int4 with `INT4_BIAS` added."""
     if KIND == 2:
         if ASSEMBLY:
             parts = tl.inline_asm_elementwise(
