@@ -1,4 +1,4 @@
-"""Show how loading goes and what came of it."""
+"""The start-up on the screen: progress while weights load, then a summary."""
 
 import logging
 import sys
@@ -63,7 +63,7 @@ def _progress_text(progress: list[LoadProgress], world_size: int) -> str:
 
 
 def phase_seconds(ready: Iterable[Ready]) -> dict[str, float]:
-    """Give the seconds of each phase on the slowest rank."""
+    """Return the seconds of each phase on the slowest rank."""
     slowest: dict[str, float] = {}
     for each in ready:
         for phase, seconds in each.phase_s.items():
@@ -72,7 +72,7 @@ def phase_seconds(ready: Iterable[Ready]) -> dict[str, float]:
 
 
 def ready_line(total_s: float, phases: dict[str, float], loaded_bytes: int) -> str:
-    """Put the whole start-up into one line: seconds in all and per phase, bytes and speed of the weights."""
+    """Return the whole start-up in one line: seconds in all and per phase, bytes and speed of the weights."""
     parts = []
     for phase, seconds in phases.items():
         part = f"{phase} {seconds:.1f}"
@@ -90,7 +90,7 @@ def format_bytes(count: int) -> str:
 
 
 def log_ready(config: ServerConfig, limits: Limits, ready: Mapping[int, Ready], total_s: float) -> None:
-    """Log what a server has become: what its workers note, where the time went, its layout and its KV cache."""
+    """Log the workers' notes, where the time of the start went, the layout and the KV cache."""
     for rank in sorted(ready):
         for note in ready[rank].notes:
             log.info("worker %d: %s", rank, note)

@@ -1,7 +1,7 @@
-"""Remember what was said about every request that can be resumed, so that a new gateway can go on where one died.
+"""The journal of requests that can be resumed: a new gateway goes on where the old one died.
 
-A client names its requests by a secret session and an id. While a request lives, its tokens are the sequence's own;
-after its end they are kept for a while, because nobody knows whether the last message reached the client.
+A client names its requests by a secret session and an id. While a request lives, its tokens are the sequence's own.
+After its end they are kept for a while, because the last message may not have reached the client.
 """
 
 import time
@@ -16,16 +16,16 @@ from mgpu.protocol.internal.packed_logprobs import LogprobPacking
 KEEP_S = 60.0
 KEEP_REQUESTS = 4096
 KEEP_BYTES = 64 << 20
-"""How long, and how many, requests are kept after their end; the oldest go first."""
+"""How long, and how many, requests are kept after their end; the oldest are dropped first."""
 PORTION_TOKENS, PORTION_LOGPROB_BYTES = 4096, 64 << 10
-"""What one look into the journal gives at most: neither the step loop nor the gateway is held up by it."""
+"""Most that one `Journal.look_up` returns, so that it holds up neither the step loop nor the gateway."""
 
 Key = tuple[str, int]
 
 
 @dataclass(slots=True)
 class _Room:
-    """What still fits into a portion."""
+    """Room that is left in a portion."""
 
     tokens: int
     logprob_bytes: int
@@ -38,12 +38,12 @@ class _Entry:
     sequence_id: int
     stop_token_ids: list[int]
     num_top: int
-    """Candidates whose log-probabilities are wanted beside each token's own; -1 when not even that is."""
+    """Candidates whose log-probabilities the client wants beside each token's own; -1: none at all."""
     packing: LogprobPacking | None
     seq: Sequence | None = None
-    """While it runs: where its tokens are."""
+    """Holds the tokens while it runs."""
     token_ids: bytes = b""
-    """After its end."""
+    """Holds the tokens after its end."""
     logprobs: bytearray = field(default_factory=bytearray)
     finish: str = ""
     error: str = ""
@@ -54,13 +54,13 @@ class _Entry:
         return len(self.token_ids) // 4 if self.seq is None else len(self.seq.tokens) - self.seq.prompt_len
 
     def end(self, finish: str, error: str) -> None:
-        """Keep the tokens of a sequence that goes."""
+        """Copy the tokens of a sequence that has ended."""
         self.token_ids = self._tokens(0, self.num_tokens)
         self.finish, self.error = finish, error
         self.cached_tokens, self.seq = self.seq.cached_tokens if self.seq else 0, None
 
     def portion(self, known: int, offset: int, room: _Room) -> SequenceRecord:
-        """Give what follows ``known`` tokens, as far as there is room; see `gateway_messages.RecordQuery`."""
+        """Return what follows the first ``known`` tokens, as far as there is room. See `gateway_messages.RecordQuery`."""
         total = self.num_tokens
         start = total if known < 0 else min(known, total)
         first = total if offset < 0 else min(max(start, offset), total)
@@ -100,13 +100,13 @@ class _Request:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes after its end."""
+        """Size after its end."""
         return len(self.context) + sum(len(entry.token_ids) + len(entry.logprobs) for entry in self.entries)
 
 
 @dataclass(slots=True)
 class Journal:
-    """Requests by key and by the numbers of their sequences. One thread."""
+    """Requests by key and by sequence id. For one thread."""
 
     clock_s: Callable[[], float] = time.monotonic
     _requests: dict[Key, _Request] = field(default_factory=dict)
@@ -119,11 +119,11 @@ class Journal:
         return len(self._requests)
 
     def knows(self, sequence_id: int) -> bool:
-        """Tell whether a running sequence can be resumed."""
+        """Return whether a running sequence can be resumed."""
         return sequence_id in self._by_sequence
 
     def open(self, message: Resumable) -> bool:
-        """Begin a request. False when one of the same name is running: it must not be answered twice."""
+        """Begin a request. Return False when one of the same name runs: it must not be answered twice."""
         key = (message.session, message.request_id)
         old = self._requests.get(key)
         if old is not None:
@@ -139,11 +139,11 @@ class Journal:
         return True
 
     def attach(self, sequence_id: int, seq: Sequence | None) -> None:
-        """Tell where the tokens of a sequence are; None when it was refused."""
+        """Say which sequence holds the tokens; None when it was refused."""
         self._by_sequence[sequence_id][1].seq = seq
 
     def note(self, outputs: Outputs) -> None:
-        """Take in what the gateway is told. Costs next to nothing for a step in which nothing ends."""
+        """Take in what goes to the gateway. Costs next to nothing for a step in which nothing ends."""
         if self._with_logprobs:
             for sequence_id, logprobs in zip(outputs.sequence_ids, outputs.logprobs, strict=True):
                 found = self._by_sequence.get(sequence_id)
@@ -157,9 +157,9 @@ class Journal:
     def look_up(
         self, session: str, request_id: int, known: list[int] | None = None, offsets: list[int] | None = None
     ) -> tuple[bytes, list[SequenceRecord]]:
-        """Give the gateway's own note of a request, and a portion of what was generated; nothing when it is not known.
+        """Return the gateway's own note of a request and a portion of its tokens; empty when it is unknown.
 
-        The request counts as claimed from now on. ``known`` and ``offsets`` are those of `RecordQuery`.
+        The request counts as claimed from now on. ``known`` and ``offsets`` are those of `gateway_messages.RecordQuery`.
         """
         request = self._requests.get((session, request_id))
         if request is None:
@@ -173,16 +173,16 @@ class Journal:
         return request.context, records
 
     def lose_clients(self) -> None:
-        """Note that every connection is gone; who comes back claims its requests by `look_up`."""
+        """Note that every connection is gone. Clients that come back claim their requests by `look_up`."""
         for request in self._requests.values():
             request.is_claimed = False
 
     def unclaimed(self) -> list[int]:
-        """Give the running sequences that nobody has come back for."""
+        """Return the running sequences that no client has claimed."""
         return [number for number, (request, _) in self._by_sequence.items() if not request.is_claimed]
 
     def prune(self) -> None:
-        """Drop what ended long ago, or too much of it."""
+        """Drop requests that ended long ago, and the oldest if there are too many."""
         while self._ended:
             oldest = next(iter(self._ended.values()))
             too_much = len(self._ended) > KEEP_REQUESTS or self._kept_bytes > KEEP_BYTES
@@ -213,5 +213,5 @@ def _entry(submit: Submit) -> _Entry:
 
 
 def _number_at(numbers: list[int] | None, index: int) -> int:
-    """Give a number of a list that may be too short: a client's own counts have not been checked yet."""
+    """Return a number of a list that may be too short: a client's own counts have not been checked."""
     return numbers[index] if numbers and index < len(numbers) else 0

@@ -1,4 +1,4 @@
-"""Count and time what the engine does, for the stats query."""
+"""Counters and times of the engine, for the stats query."""
 
 import time
 from bisect import bisect_left
@@ -35,7 +35,7 @@ class StepTime(Average):
 
 
 class EngineStats:
-    """Averages and sums in µs; everything else is counted where it happens."""
+    """Averages and sums in µs. Other counters are counted where the things happen."""
 
     def __init__(self) -> None:
         self.schedule_us = Average()
@@ -53,7 +53,7 @@ class EngineStats:
         self._dry_since_s = now_s
 
     def note_idle(self) -> None:
-        """Note that nothing runs: until something does, the workers lack nothing."""
+        """Note that nothing runs, so the workers lack nothing."""
         self._dry_since_s = None
 
     def note_fed(self, now_s: float) -> None:
@@ -63,7 +63,7 @@ class EngineStats:
             self._dry_since_s = None
 
     def counters(self, scheduler: Scheduler, last_step_age_s: float) -> dict[str, float]:
-        """Give every counter under the name that clients see."""
+        """Return every counter under the name that clients see."""
         blocks = scheduler.blocks.pool
         values: dict[str, float] = {
             "running": scheduler.num_running,
@@ -74,17 +74,12 @@ class EngineStats:
             "kv_blocks_used": blocks.num_blocks - blocks.num_free,
             **asdict(scheduler.counters),
             "uptime_s": time.monotonic() - self._started_s,
-            "schedule_us": self.schedule_us.value,
-            "publish_us": self.publish_us.value,
-            "apply_us": self.apply_us.value,
-            "compute_us": self.compute_us.value,
             "step_us": self.step_us.value,
-            "schedule_us_sum": self.schedule_us.sum,
-            "publish_us_sum": self.publish_us.sum,
-            "apply_us_sum": self.apply_us.sum,
-            "compute_us_sum": self.compute_us.sum,
             "starved_us_sum": self.starved_us_sum,
         }
+        for part in ("schedule_us", "publish_us", "apply_us", "compute_us"):
+            average: Average = getattr(self, part)
+            values[part], values[f"{part}_sum"] = average.value, average.sum
         count = 0
         for bound, steps in zip((*STEP_BUCKETS_MS, "inf"), self.step_us.buckets, strict=True):
             count += steps

@@ -1,7 +1,7 @@
 """Decide how long a step may take before the workers count as hung, from what steps of its size usually take."""
 
 USUAL_FACTOR = 20.0
-"""A step that takes so many times what it usually does will not end."""
+"""A step that takes this many times its usual time will not end."""
 FIRST_FACTOR = 6.0
 """Patience with the first step of a size, in multiples of the shortest deadline: kernels may be compiled for it."""
 _SMOOTHING = 0.1
@@ -11,7 +11,7 @@ class StepDeadline:
     """Usual step times, kept per power of two of tokens: one long prefill says little about decoding."""
 
     def __init__(self, shortest_s: float) -> None:
-        """``shortest_s`` is the least that any step gets."""
+        """``shortest_s`` is the least time that any step gets."""
         self._shortest_s = shortest_s
         self._usual_s: dict[int, float] = {}
 
@@ -22,11 +22,11 @@ class StepDeadline:
         self._usual_s[size] = usual_s + (seconds - usual_s) * _SMOOTHING
 
     def usual_s(self, num_tokens: int) -> float:
-        """Give what a step of so many tokens usually takes from its publication; 0 when none of its size was seen."""
+        """Return the usual time from a step's publication to its result; 0 when no step of this size was seen."""
         return self._usual_s.get(num_tokens.bit_length(), 0.0)
 
     def seconds_for(self, num_tokens: int) -> float:
-        """Give the time after which a step of so many tokens counts as hung.
+        """Return the time after which a step of so many tokens counts as hung.
 
         A size that was never seen is estimated from the next smaller one, in proportion to its tokens.
         """

@@ -1,4 +1,4 @@
-"""What SIGHUP does: read the configuration and the keys again, and take over what may change while the server runs.
+"""SIGHUP: read the configuration and the keys again, and use the options that may change while the server runs.
 
 All or nothing: if anything in the files is wrong, the server goes on as before and the log says what.
 """
@@ -28,12 +28,12 @@ class Reloader:
     """Reads the files of one server again."""
 
     def __init__(self, keys: ServerKeys | None, read: Callable[[], Reloadable] | None) -> None:
-        """``keys`` are those that the server runs with; ``read`` is None when there are no files to read."""
+        """``keys`` are those of the running server; ``read`` is None when there are no files to read."""
         self._keys = keys
         self._read = read
 
     def read(self) -> Reloadable | None:
-        """Give what the files say now; None, with the reason in the log, when that cannot be used."""
+        """Return what the files say now; None, with the reason in the log, when that cannot be used."""
         if self._read is None:
             log.warning("SIGHUP: this server has no files to read again")
             return None

@@ -1,4 +1,8 @@
-"""Own the private folder of one server: sockets, the rendezvous file, and what lets clients find it."""
+"""The private folder of one server: its sockets, the rendezvous file, and the file by which clients find it.
+
+The process that holds the lock in a folder owns it. Anything may remove files under /run or /tmp, so the folder is
+checked while the server runs and made again.
+"""
 
 import contextlib
 import errno
@@ -36,17 +40,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RuntimeDirError(UserError):
-    """There is no folder in which a server may put its sockets."""
+    """No folder can hold the server's sockets."""
 
 
 class RuntimeDirFullError(RuntimeDirError):
-    """There is one, but no room in it; that may pass. EX_UNAVAILABLE."""
+    """The folder's file system is full, which may pass. EX_UNAVAILABLE."""
 
     exit_code = 69
 
 
 class RuntimeDir:
-    """A folder of mode 0700 with a held lock, from construction to `close`."""
+    """A folder of mode 0700 with a held lock, from construction to `close`. A context manager closes it at its end."""
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self.base = choose_base(environ)
@@ -64,11 +68,11 @@ class RuntimeDir:
         self.close()
 
     def ipc(self, name: str) -> str:
-        """Give the endpoint of a socket in this folder."""
+        """Return the endpoint of a socket in this folder."""
         return f"ipc://{self.path / name}"
 
     def bind(self, socket: "zmq.Socket[bytes]", name: str) -> str:
-        """Bind a socket that only this user can connect to; gives its endpoint. RuntimeDirError when that fails."""
+        """Bind a socket that only this user can connect to; return its endpoint. RuntimeDirError."""
         endpoint = self.ipc(name)
         if self._is_removed():
             self._make_again()
@@ -90,7 +94,7 @@ class RuntimeDir:
         self._announced = server
 
     def restore_if_removed(self) -> None:
-        """Make the folder again if something has removed it; log, once, that it cannot be. Cheap: call it often."""
+        """Make the folder again if something has removed it; log once if that fails. Cheap: call it often."""
         now_s = time.monotonic()
         if now_s < self._check_at_s:
             return
@@ -111,7 +115,7 @@ class RuntimeDir:
                 )
 
     def _make_again(self) -> None:
-        """Make the folder as it was, without its sockets: whoever has bound one binds it again. RuntimeDirError."""
+        """Make the folder and its files again, but not its sockets. RuntimeDirError."""
         problem = _problem_of(self.base)
         if problem is not None:
             raise RuntimeDirError(f"cannot make {self.path} again, which is gone: {self.base}: {problem}")
@@ -128,10 +132,10 @@ class RuntimeDir:
         )
 
     def _is_removed(self) -> bool:
-        """Whether the lock file is gone, or is that of another server; without it nobody may use the folder."""
+        """Return whether the lock file is gone or another server's, so that the folder is no longer ours."""
         try:
             return not names_open_file(self.path / LOCK_NAME, self._lock_fd)
-        except OSError:  # for whatever reason it cannot be seen just now
+        except OSError:  # unknown, for example without permission: not taken for removed
             return False
 
     def close(self) -> None:
@@ -143,8 +147,8 @@ class RuntimeDir:
 
 
 def _made(path: Path) -> int:
-    """Make the folder of a server, or the lock in it if only that is missing; give the lock. RuntimeDirError."""
-    # Locked under a name that nobody sweeps, then renamed: no other server can take it for a left-over.
+    """Make a server's folder, or only the lock in it; return the lock's descriptor. RuntimeDirError."""
+    # Locked under a hidden name, which `sweep` skips, then renamed: no other server takes it for a left-over.
     hidden, lock_fd = path.with_name(f".{path.name}"), -1
     try:
         hidden.mkdir(mode=0o700)
@@ -163,7 +167,7 @@ def _made(path: Path) -> int:
 
 
 def _error(what: str, folder: Path, error: OSError | zmq.ZMQError) -> RuntimeDirError:
-    """Say why something in the folder could not be done."""
+    """Return an error that says why the folder could not be used."""
     if error.errno in _FULL:
         return RuntimeDirFullError(f"{what} {folder}: its file system is full (df -hi {folder})")
     reason = "something has removed it" if error.errno == errno.ENOENT else error.strerror
@@ -171,7 +175,7 @@ def _error(what: str, folder: Path, error: OSError | zmq.ZMQError) -> RuntimeDir
 
 
 def choose_base(environ: Mapping[str, str] | None = None) -> Path:
-    """Give the first base folder that is, or can be made, private. RuntimeDirError names what is wrong with each."""
+    """Return the first base folder that is, or can be made, private. RuntimeDirError names what is wrong with each."""
     problems: list[str] = []
     for base in base_dirs(environ):
         problem = _problem_of(base)
@@ -201,7 +205,7 @@ def _problem_of(base: Path) -> str | None:
 
 
 def sweep(base: Path) -> list[Path]:
-    """Remove the folders of servers that no longer live, and give them. Their lock tells, not their process id."""
+    """Remove the folders of servers that no longer live, and return them. Nobody holds the lock of such a folder."""
     removed: list[Path] = []
     for folder in server_dirs(base):
         if not is_locked(folder):
@@ -211,7 +215,7 @@ def sweep(base: Path) -> list[Path]:
 
 
 def _locked(path: Path) -> int:
-    """Create and lock a file. A client that looks for servers may hold its lock for a moment, so try again."""
+    """Create and lock a file. A client that looks for servers may hold the lock for a moment, so retry."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + _LOCK_WAIT_S
     while time.monotonic() < deadline:

@@ -20,7 +20,7 @@ PUBLIC_SUFFIX = ".public"
 CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"
 CREDENTIAL = "keys"
 MAX_CLIENTS = 1000
-"""All of them are part of what a gateway is told at its start, which must fit into a pipe."""
+"""All of them are part of a gateway's spec, which must fit into a pipe."""
 
 
 class KeysError(UserError):
@@ -28,10 +28,10 @@ class KeysError(UserError):
 
 
 def load_server_keys(folder: str, environ: Mapping[str, str], needs_clients: bool = True) -> ServerKeys | None:
-    """Load the keys of ``folder``; without one those that systemd passes on, or None when there are none either.
+    """Load the keys of ``folder``; without a folder those that systemd passes on; None when there are none either.
 
-    KeysError when a file is missing, damaged or, if it is secret, open to others; and when there is no client's, unless
-    ``needs_clients`` is False: the last key may be taken away while the server runs.
+    KeysError when a file is missing, damaged or, if it is secret, open to others. Also when no client has a key, unless
+    ``needs_clients`` is False: the last key may be removed while the server runs.
     """
     try:
         if folder:
@@ -44,7 +44,7 @@ def load_server_keys(folder: str, environ: Mapping[str, str], needs_clients: boo
 
 
 def describe(keys: ServerKeys) -> str:
-    """Say for the log whose keys these are; nothing in it is secret."""
+    """Return, for the log, whose keys these are; nothing in it is secret."""
     clients = ", ".join(map(fingerprint, keys.clients[:8])) + (", …" if len(keys.clients) > 8 else "")
     return f"server key {fingerprint(public_of(keys.secret))}; {len(keys.clients)} client keys may connect: {clients}"
 
@@ -85,7 +85,7 @@ def _from_credentials(folder: Path) -> ServerKeys | None:
 
 
 def _check_plain_credential(file: Path) -> None:
-    """Refuse a keys file: the unit sets an empty one when there is no keys folder, and nothing else is meant by it."""
+    """Refuse a keys file. Only an empty one is right: the unit sets it when there is no keys folder."""
     if file.is_file() and file.stat().st_size > 1:
         raise KeysError(
             f"the service's {CREDENTIAL} are a file, but must be a folder with {SECRET_NAME} and {CLIENTS_NAME}/; "

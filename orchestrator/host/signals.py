@@ -1,7 +1,7 @@
-"""Turn SIGINT and SIGTERM into requests to stop, and SIGHUP into one to reload, that a poll loop sees at once.
+"""Turn SIGINT and SIGTERM into requests to stop, and SIGHUP into a request to reload; each wakes a poll loop.
 
-SIGHUP has two senders: an administrator, who wants the files to be read again, and the kernel, when the terminal that
-the server was started from is gone; then it stops, as every program does that was not started to outlive it.
+SIGHUP has two senders. An administrator wants the files to be read again. The kernel sends it when the server's
+terminal is gone; then the server stops, as programs do that were not started with nohup.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """While entered, signals to stop are collected in ``received``; all make ``fd`` readable. Main thread only."""
+    """While entered, collects signals to stop in ``received``. Every signal makes ``fd`` readable. Main thread only."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -54,19 +54,19 @@ class StopSignals:
             self.received.append(number)
 
     def take_reload(self) -> bool:
-        """Tell whether a reload was asked for since the last call."""
+        """Return whether a reload was asked for since the last call."""
         asked, self._reload_asked = self._reload_asked, False
         return asked
 
     def clear(self) -> None:
-        """Make ``fd`` wait for the next signal."""
+        """Empty ``fd``, so that it is readable again at the next signal."""
         with contextlib.suppress(BlockingIOError):
             while self._reader.recv(64):
                 pass
 
 
 def _has_terminal() -> bool:
-    """Tell whether this process belongs to a terminal that is still there."""
+    """Return whether this process belongs to a terminal that still exists."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:

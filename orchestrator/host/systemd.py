@@ -1,8 +1,8 @@
 """Tell systemd how the server is doing, by the sd_notify protocol (systemd.service(5), sd_notify(3)).
 
-A service manager may be patient only with work that advances. So the start-up deadline is extended while bytes move,
-the stop deadline while tokens come, and the watchdog is fed while steps finish; whatever hangs is ended by systemd.
-Outside systemd nothing is said. Nothing here raises, and no manager that is gone or stuck holds up a step.
+systemd should wait only for work that advances. So the start-up deadline is extended while bytes move, the stop
+deadline while tokens come, and the watchdog is fed while steps finish; systemd ends a server that hangs. Outside
+systemd nothing is sent. Nothing here raises, and a manager that is gone or stuck holds up no step.
 """
 
 import faulthandler
@@ -18,23 +18,23 @@ from mgpu.protocol.internal.worker_messages import LoadProgress
 log = logging.getLogger(__name__)
 
 NOTIFY_INTERVAL_S = 5.0
-"""How often something is said at most, unless the watchdog needs more."""
+"""Shortest time between two messages, unless the watchdog needs them sooner."""
 EXTEND_S = 120.0
-"""Patience that is asked for with each sign of progress; the same as TimeoutStartSec in the unit."""
+"""Time that each sign of progress asks for; the same as TimeoutStartSec in the unit."""
 STALLED_S = 20.0
-"""A step that is out for longer is reported as stalled, unless the watchdog sets the measure."""
+"""A step that takes longer is reported as stalled, unless the watchdog asks for a shorter time."""
 IMPORTANT_WAIT_S = 2.0
 """How long the messages that change the service's state may wait for a full queue."""
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 class Notifier:
-    """One service's line to its manager. `loading` and `serving` are cheap: call them as often as you like."""
+    """Sends one service's state to its manager. `loading` and `serving` are cheap: call them as often as you like."""
 
     def __init__(
         self, address: str = "", watchdog_s: float = 0.0, clock_s: Callable[[], float] = time.monotonic
     ) -> None:
-        """Take the socket (a path, or ``@name`` in the abstract namespace; empty: say nothing) and the watchdog's time.
+        """Set the socket (a path, or ``@name`` in the abstract namespace; empty: send nothing) and the watchdog's time.
 
         ``clock_s`` is for tests.
         """
@@ -54,7 +54,7 @@ class Notifier:
 
     @classmethod
     def from_environment(cls, environ: MutableMapping[str, str]) -> "Notifier":
-        """Take over what the manager put into ``environ``, and remove it: children must not speak for the service."""
+        """Read the manager's variables and remove them from ``environ``: children must not speak for the service."""
         address, watchdog_us, watchdog_pid = (environ.pop(name, "") for name in VARIABLES)
         meant = watchdog_pid in ("", str(os.getpid())) and watchdog_us.isascii() and watchdog_us.isdigit()
         watchdog_s = int(watchdog_us) / 1e6 if meant else 0.0
@@ -62,10 +62,10 @@ class Notifier:
             faulthandler.enable()  # the watchdog ends a process by SIGABRT: the journal then shows where it hung
         return cls(address, watchdog_s)
 
-    # -- what the server says ------------------------------------------------------------------------------------------
+    # -- states --------------------------------------------------------------------------------------------------------
 
     def loading(self, progress: Iterable[LoadProgress], world_size: int) -> None:
-        """Report how far the workers are. Only a change since the last call counts as progress."""
+        """Report how far the workers have loaded. Only a change since the last call counts as progress."""
         reports = sorted(progress, key=lambda each: each.rank)
         now_s = self._clock_s()
         seen = [(each.rank, each.phase, each.done_bytes) for each in reports]
@@ -76,15 +76,15 @@ class Notifier:
             self._moved = False
 
     def ready(self, status: str) -> None:
-        """Report that requests can come; ``status`` says which model is served and where."""
+        """Report that the server takes requests; ``status`` says which model it serves and where."""
         self._phase = "ready"
         self._title = status
         self._say(self._clock_s(), status, "READY=1", alive=True)
 
     def serving(self, running: int, waiting: int, waited_s: float) -> None:
-        """Report the load. ``waited_s`` is how long the oldest step has been out, 0 when none is.
+        """Report the load. ``waited_s`` is how long the oldest step in flight has taken so far, 0 when there is none.
 
-        A step that has been out for longer than a third of the watchdog's time no longer counts as a sign of life.
+        After a third of the watchdog's time such a step no longer counts as a sign of life.
         """
         now_s = self._clock_s()
         if not self._is_due(now_s):
@@ -96,36 +96,36 @@ class Notifier:
         self._say(now_s, text, alive=not stalled)
 
     def recovering(self, waiting: int) -> None:
-        """Report that the workers are loaded again; how often and how long that may go on is not for the manager."""
+        """Report that the workers load again. The server itself limits how often and how long, not the manager."""
         now_s = self._clock_s()
         if self._is_due(now_s):
             self._say(now_s, f"{self._title}: recovering, {waiting} waiting", alive=True)
 
     def reloading(self, status: str) -> None:
-        """Report that the configuration is read again; `reloaded` must follow. A stop that has begun goes first."""
+        """Report that the configuration is read again; `reloaded` must follow. While stopping, report nothing."""
         if self._phase == "ready":
             usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
             self._say(self._clock_s(), status, "RELOADING=1", f"MONOTONIC_USEC={usec}")
 
     def reloaded(self) -> None:
-        """Report the end of what `reloading` began."""
+        """Report that the server has read its configuration again."""
         if self._phase == "ready":
             self.ready(self._title)
 
     def stopping(self, status: str) -> None:
-        """Report that the end has begun, or how it goes on; `serving` may still be called while requests finish."""
+        """Report that the server stops, or what it does next to stop; `serving` may follow while requests finish."""
         first = self._phase != "stopping"
         self._phase = "stopping"
         self._title = status
         self._say(self._clock_s(), status, *(("STOPPING=1",) if first else ()))
 
-    # -- how it is said ------------------------------------------------------------------------------------------------
+    # -- sending ---------------------------------------------------------------------------------------------------
 
     def _is_due(self, now_s: float) -> bool:
         return bool(self._address) and now_s - self._last_said_s >= self._interval_s
 
     def _say(self, now_s: float, status: str, *changes: str, alive: bool = False) -> None:
-        """Send ``changes`` of state, the status if it is new, and whatever a sign of life is in this phase."""
+        """Send ``changes`` of state, the status if it is new, and if ``alive`` the sign of life of this phase."""
         self._last_said_s = now_s
         lines = list(changes)
         status = " ".join(status.split())
@@ -146,14 +146,14 @@ class Notifier:
                 sender.settimeout(wait_s)
                 sender.connect(os.fsencode(name))
                 sender.send(text.encode(errors="replace"))
-        except (OSError, ValueError) as error:  # a manager that is gone must not disturb those who are served
+        except (OSError, ValueError) as error:  # a manager that is gone must not disturb the clients
             if not self._complained:
                 self._complained = True
                 log.warning("the service manager cannot be told anything: %s", error)
 
 
 def loading_text(progress: list[LoadProgress], world_size: int, still_s: float) -> str:
-    """Say what the slowest ranks do: ``loading weights 41% (57.4 of 140.0 GB, 6.1 GB/s)``."""
+    """Return what the slowest ranks do: ``loading weights 41% (57.4 of 140.0 GB, 6.1 GB/s)``."""
     weights = [each for each in progress if each.phase == "weights"]
     done, total = sum(each.done_bytes for each in weights), sum(each.total_bytes for each in weights)
     if total:

@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 log = logging.getLogger(__name__)
 
 REAP_S = 10.0
-"""What a killed process gets to vanish."""
+"""How long a killed process may take to vanish."""
 _PAGE = 4096
 _PIPE_BYTES = 1 << 20
-"""Asked for, so that the keys and weights of many clients fit: writing a spec must never wait for the child."""
+"""Size of the standard input. Writing a spec, with the keys and weights of many clients, never waits for the child."""
 
 
 class ChildProcess:
-    """A process of its own session whose standard input stays open: end of file tells it that the parent is gone.
+    """A process in its own session. Its standard input stays open: end of file tells it that the parent is gone.
 
     Start it from the main thread: the child asks the kernel to be killed when the thread that made it ends.
     """
@@ -41,12 +41,12 @@ class ChildProcess:
             command, stdin=subprocess.PIPE, stdout=2, env=dict(env), pass_fds=tuple(pass_fds), start_new_session=True
         )
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # too many large pipes for this user: what there is has to do
+        with contextlib.suppress(OSError):  # this user has too many large pipes: a small one must do
             fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self.pid = self._process.pid
         try:
             self.pidfd = os.pidfd_open(self.pid)
-        except OSError:  # no descriptor is left: nobody could see its end
+        except OSError:  # no descriptor is left, so its end could not be seen
             self._process.stdin.close()
             self._process.kill()
             self._process.wait()
@@ -60,7 +60,7 @@ class ChildProcess:
             raise
 
     def tell(self, spec: bytes) -> None:
-        """Give it its spec, once. ValueError for one that would have to wait until the child reads."""
+        """Write its spec, once. ValueError for a spec so large that writing would wait for the child."""
         assert self._process.stdin is not None
         room = fcntl.fcntl(self._process.stdin, fcntl.F_GETPIPE_SZ) - _PAGE
         if len(spec) > room:
@@ -70,7 +70,7 @@ class ChildProcess:
             self._process.stdin.flush()
 
     def exit_status(self) -> int | None:
-        """Give the exit code, negative for a signal, or None while it runs. The process stays to be reaped."""
+        """Return the exit code, negative for a signal, or None while it runs. The process is not reaped."""
         if self._process.returncode is not None:
             return self._process.returncode
         found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -79,7 +79,7 @@ class ChildProcess:
         return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal; one that has ended gets none."""
+        """Send a signal, unless the process has ended."""
         if self._process.returncode is not None:  # reaped: its pidfd may be a descriptor of something else by now
             return
         with contextlib.suppress(ProcessLookupError):
@@ -92,10 +92,7 @@ class ChildProcess:
             self._process.stdin.close()
 
     def wait(self, deadline_s: float, interrupt_fd: int = -1) -> bool:
-        """Wait for its end until CLOCK_MONOTONIC ``deadline_s`` or until ``interrupt_fd`` is readable.
-
-        Says whether it ended.
-        """
+        """Return whether it ends before CLOCK_MONOTONIC ``deadline_s`` and before ``interrupt_fd`` is readable."""
         if self._process.returncode is not None:
             return True
         poller = select.poll()
@@ -106,7 +103,7 @@ class ChildProcess:
         return any(fd == self.pidfd for fd, _ in ready)
 
     def reap(self) -> None:
-        """Kill what is left of its session and take its exit status; a second call does nothing."""
+        """Kill the whole session and collect the exit status; a second call does nothing."""
         if self._process.returncode is not None:
             return
         # Before the leader is reaped its process group id cannot belong to anyone else.

@@ -18,10 +18,12 @@ log = logging.getLogger(__name__)
 class ProcessFailure(Exception):
     """A child process failed, died or hangs."""
 
+    prefix = ""
+
     def __init__(
         self, message: str, traceback: str = "", is_mistake: bool = False, caused_by_clients: bool = False
     ) -> None:
-        super().__init__(message)
+        super().__init__(f"{self.prefix}{message}")
         self.traceback = traceback
         """As the process printed it; empty when it died without a word."""
         self.is_mistake = is_mistake
@@ -54,10 +56,7 @@ class WorkersHung(ProcessFailure):
 class GatewayLost(ProcessFailure):
     """The gateway process failed, died or got stuck."""
 
-    def __init__(
-        self, message: str, traceback: str = "", is_mistake: bool = False, caused_by_clients: bool = False
-    ) -> None:
-        super().__init__(f"the gateway failed: {message}", traceback, is_mistake, caused_by_clients)
+    prefix = "the gateway failed: "
 
 
 class TooManyRestarts(ProcessFailure):

@@ -1,7 +1,7 @@
-"""Keep workers of the next epoch at hand that have imported torch, which is most of what a small model's start takes.
+"""Standby workers: processes of the next epoch that have imported torch, most of the start of a small model.
 
-They wait on standard input for their spec, hold no GPU memory and no weights, and cost about what a process with torch
-costs. Whatever goes wrong with them only costs their advantage.
+They wait on standard input for their spec and hold no GPU memory and no weights; each costs what a process with torch
+costs. If anything goes wrong with them, the next recovery is only slower.
 """
 
 import logging
@@ -13,11 +13,11 @@ from mgpu.orchestrator.processes.worker_group import WorkerGroup
 log = logging.getLogger(__name__)
 
 RETRY_S = 60.0
-"""After a standby was lost: whatever ended it, such as a lack of memory, may still be there."""
+"""Pause after a standby was lost, because the cause, such as a lack of memory, may last."""
 
 
 class Standby:
-    """Gives started worker groups, out of one that waits if there is one. Use from the main thread only."""
+    """Starts worker groups, from waiting processes if there are any. Use from the main thread only."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Standby:
     ) -> None:
         """``new_group`` makes a group of the given epoch that is not started.
 
-        It begins to import ``delay_s`` after the workers are ready, not to compete with the replay of what ran.
+        Standby workers begin to import ``delay_s`` after the workers are ready: replayed requests get the cores first.
         """
         self._new_group = new_group
         self._enabled = enabled
@@ -55,15 +55,15 @@ class Standby:
         self._parked = self._new_group(epoch)
         try:
             self._parked.park()
-        except OSError as error:  # no memory, process or descriptor is left: what serves goes on without them
+        except OSError as error:  # no memory, process or descriptor is left; the server goes on without standby
             log.warning("standby workers cannot be started (%s); the next try is in %g s", error, RETRY_S)
             self.close()
             self._due_s = now_s + RETRY_S
 
     def start_group(self, epoch: int) -> WorkerGroup:
-        """Start the group of ``epoch``; the one that waits if it is that one and all of it lives.
+        """Start the group of ``epoch``, from the standby if that has this epoch and all its processes live.
 
-        Nothing is left of a group that cannot be started.
+        A group that cannot be started leaves nothing behind.
         """
         group, self._parked, self._due_s = self._parked, None, None
         if group is not None and (group.epoch != epoch or not group.is_whole):
@@ -78,7 +78,7 @@ class Standby:
         return group
 
     def close(self) -> None:
-        """End what waits."""
+        """End the standby workers."""
         if self._parked is not None:
             self._parked.end()
             self._parked = None

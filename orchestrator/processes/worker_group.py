@@ -1,7 +1,8 @@
-"""The worker group: start its processes, lead them through loading, notice the first failure, stop them all.
+"""The worker group of one epoch: start its processes, exchange messages, find the first failure, stop them all.
 
 The group lives and dies as one. When several ranks fail, the earliest failure is the cause: the others mostly report
-that a peer is gone.
+that a peer is gone. Example: rank 2 is killed; rank 0 notices a broken connection and reports a failure at 10.05 s;
+this process sees the death at 10.06 s. Deaths count as half a second earlier (9.56 s), so rank 2 is named.
 """
 
 import contextlib
@@ -33,11 +34,11 @@ ZmqContext = zmq.Context[zmq.Socket[bytes]]
 ZmqSocket = zmq.Socket[bytes]
 
 SILENT_DEATH_HEAD_START_S = 0.5
-"""A peer may notice a broken connection before this process notices the death, so deaths count as this much earlier."""
+"""Deaths count as this much earlier: a peer may notice the broken connection before this process sees the death."""
 GRACE_S = 1.0
 """How long to wait for other ranks' reports after the first sign of failure."""
 DUMP_S = 0.2
-"""What the ranks get to write their stacks: a signal handler in C does it, at once unless the process is stopped."""
+"""Time for the ranks to write their stacks. A signal handler in C does it at once, unless the process is stopped."""
 
 
 class WorkerGroup:
@@ -55,21 +56,21 @@ class WorkerGroup:
         self.epoch = epoch
         self._rendezvous = runtime.path / f"rendezvous-{epoch}"
         self._shared_fd = -1
-        """Its number in the workers."""
+        """Number of the shared memory's descriptor in the workers."""
         self._failures: list[WorkerLost] = []
         self._output_rank = config.layout.placement.output_rank
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def park(self) -> None:
-        """Spawn every rank, to import what it needs and wait until `start` tells it what to do.
+        """Spawn every rank; each imports its modules and waits for `start`.
 
         OSError when one cannot be spawned; `end` the group then.
         """
         self._spawn((*self._config.worker_command, "--standby"))
 
     def start(self) -> None:
-        """Spawn the ranks that are not there yet, and give every rank its spec."""
+        """Spawn the ranks unless `park` has, and send every rank its spec."""
         if not self.processes:
             self._spawn(self._config.worker_command)
         for rank, process in enumerate(self.processes):
@@ -124,7 +125,7 @@ class WorkerGroup:
         )
 
     def _environment(self, rank: int) -> dict[str, str]:
-        """Give a worker torchrun's variables, minus those of an address: the group meets in a file."""
+        """Return torchrun's variables for a worker, without an address: the group meets in a file."""
         env = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
         world = str(self._config.layout.placement.world_size)
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
@@ -132,18 +133,18 @@ class WorkerGroup:
             env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # ordinals as the planner and nvidia-smi count them
         if self._config.threads_per_worker:
             env["OMP_NUM_THREADS"] = str(self._config.threads_per_worker)
-            # Threads that wait for a peer sleep almost at once: on busy cores a spinning one takes the very time that
-            # the other needs (beside two busy processes a decode step took 60 ms instead of 780; alone, 5 % longer).
+            # Threads that wait for a peer sleep almost at once. On busy cores a spinning thread takes the time that the
+            # peer needs: beside two busy processes a decode step took 60 ms instead of 780; alone it takes 5 % longer.
             env.setdefault("GOMP_SPINCOUNT", "5000")
-            # glibc asks for huge pages where the system gives them on request: weights then stream without the page
-            # walks of small ones (one decode stream 15 % faster, eight 5 to 9 %).
+            # glibc asks for huge pages where the system grants them on request, which saves page walks while weights
+            # stream: one decode stream is 15 % faster, eight are 5 to 9 %.
             env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         return env | (self._config.worker_envs[rank] if self._config.worker_envs else {})
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
     def publish(self, data: bytes) -> None:
-        """Send the same bytes to every rank. WorkerLost when one is not there to take them."""
+        """Send the same bytes to every rank. WorkerLost when a rank's connection is gone."""
         for rank, socket in enumerate(self.sockets):
             try:
                 socket.send(data, zmq.NOBLOCK)
@@ -151,14 +152,14 @@ class WorkerGroup:
                 raise self._unreachable(rank) from None
 
     def allocate_cache(self, at_most: int | None = None) -> int:
-        """Tell all ranks the pool size that each of them can hold, the minimum of what they reported; give it."""
+        """Have all ranks allocate the smallest pool that any of them reported; return its number of blocks."""
         num_blocks = min(loaded.num_blocks for loaded in self.loaded.values())
         num_blocks = num_blocks if at_most is None else min(num_blocks, at_most)
         self.publish(CONTROL.encode(AllocateCache(self.epoch, num_blocks)))
         return num_blocks
 
     def try_result(self) -> StepResult | None:
-        """Give the next step's result if it is there. WorkerLost if the output rank reports a failure instead."""
+        """Return the next step's result if it has come. WorkerLost if the output rank reports a failure instead."""
         message = self._receive(self._output_rank)
         if message is None or isinstance(message, StepResult):
             return message
@@ -173,9 +174,9 @@ class WorkerGroup:
             self.read_all()
 
     def read_all(self) -> None:
-        """Take in what the workers said about loading and failing. WorkerLost with the earliest failure.
+        """Read progress and failures. WorkerLost with the earliest failure.
 
-        Results of steps are left for `try_result`: the output rank says nothing else once it is ready.
+        The output rank, once it is ready, sends only results, which are left for `try_result`.
         """
         for rank in range(len(self.sockets)):
             if rank == self._output_rank and rank in self.ready:
@@ -211,20 +212,20 @@ class WorkerGroup:
     # -- failure -------------------------------------------------------------------------------------------------------
 
     def phase_of(self, rank: int) -> str:
-        """Name what a rank was doing when it was last heard of."""
+        """Return the phase that a rank last reported."""
         if rank in self.ready:
             return "steps"
         return self.progress[rank].phase if rank in self.progress else "spawn"
 
     def broken(self, message: str) -> WorkerLost:
-        """Blame the output rank for a result that cannot be."""
+        """Return the failure of the output rank that sent an impossible result."""
         return self._lost(self._output_rank, "steps", message)
 
     def _lost(self, rank: int, phase: str, message: str) -> WorkerLost:
         return WorkerLost(rank, phase, message, time.monotonic())
 
     def _unreachable(self, rank: int) -> WorkerLost:
-        """Explain why a rank's connection is gone: its process ends with it, or did something worse."""
+        """Return why a rank's connection is gone: its process has ended, or has closed it."""
         if self.processes[rank].wait(time.monotonic() + GRACE_S):
             self._note_deaths()
         else:
@@ -232,7 +233,7 @@ class WorkerGroup:
         return self._earliest_failure()
 
     def _note_deaths(self) -> bool:
-        """Note the workers that ended without saying why; say whether any worker ended."""
+        """Note failures of the workers that have ended; return whether there are any."""
         died = {rank: status for rank, status in enumerate(self._exit_statuses()) if status is not None}
         for rank in self._unexplained(died):
             lost = self._read_failure(rank)
@@ -244,12 +245,12 @@ class WorkerGroup:
         return bool(died)
 
     def _unexplained(self, ranks: Iterable[int]) -> list[int]:
-        """Give those of ``ranks`` of which no failure is known."""
+        """Return those of ``ranks`` whose failure is not known."""
         explained = {failure.rank for failure in self._failures}
         return [rank for rank in ranks if rank not in explained]
 
     def _read_failure(self, rank: int) -> WorkerLost | None:
-        """Read what a worker has sent up to its failure; nothing else matters any more. None when it has sent none."""
+        """Read a worker's messages up to the report of its failure; None when there is none. The others are dropped."""
         while self.sockets[rank].poll(20):
             message = self._receive(rank)
             if isinstance(message, WorkerFailure):
@@ -257,12 +258,12 @@ class WorkerGroup:
         return None
 
     def _earliest_failure(self) -> WorkerLost:
-        """Wait shortly for the other ranks' reports, then give the earliest."""
+        """Wait shortly for the other ranks' reports, then return the earliest."""
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline:
             self._note_deaths()
             if any(status is not None and status < 0 for status in self._exit_statuses()):
-                break  # killed from outside: no other rank's failure can be the cause of that
+                break  # killed from outside, so no other rank's failure is the cause
             silent = self._unexplained(range(len(self.sockets)))
             if not silent:
                 break
@@ -281,27 +282,27 @@ class WorkerGroup:
         A worker that loads reads no messages, so one that has not become ready is not waited for.
         """
         if len(self.ready) == len(self.processes) and not self._failures:
-            with contextlib.suppress(WorkerLost):  # one that is gone already need not be told
+            with contextlib.suppress(WorkerLost):  # a rank that is gone needs no message
                 self.publish(CONTROL.encode(Shutdown(self.epoch)))
             for process in self.processes:
                 process.wait(deadline_s, hurry_fd)
         self.end()
 
     def kill(self) -> None:
-        """End all ranks now: let each of them write where it is to standard error, kill it, reap it."""
+        """End all ranks now: each writes its stacks to standard error, then it is killed and reaped."""
         for process in self.processes:
             process.send_signal(signal.SIGUSR1)
         deadline_s = time.monotonic() + DUMP_S
         for process in self.processes:
             process.wait(deadline_s)
-        for process in self.processes:  # all at once, so that none outlives another by long
+        for process in self.processes:  # all at once, then reap one after another
             process.send_signal(signal.SIGKILL)
         self.end()
         with contextlib.suppress(OSError):  # the next epoch has another one
             self._rendezvous.unlink()
 
     def end(self) -> None:
-        """Kill and reap what is left of the processes, without a word."""
+        """Kill and reap the processes that are left, and close the sockets. A second call does nothing."""
         for process in self.processes:
             process.reap()
         for socket in self.sockets:

@@ -1,0 +1,45 @@
+"""The steps in flight, without processes: results are applied once, and none is lost."""
+
+from array import array
+from types import SimpleNamespace
+from typing import cast
+
+from mgpu.orchestrator.engine.steps import StepPipeline
+from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
+from mgpu.orchestrator.scheduler.limits import Limits
+from mgpu.orchestrator.scheduler.scheduler import Scheduler
+from mgpu.protocol.internal.gateway_messages import Submit
+from mgpu.protocol.internal.worker_messages import CONTROL, RowSampling, StepPlan, StepResult
+
+
+class FakeGroup:
+    """Answers every plan, the oldest first."""
+
+    def __init__(self) -> None:
+        self.results: list[StepResult] = []
+
+    def publish(self, data: bytes) -> None:
+        plan = CONTROL.decode(data)
+        assert isinstance(plan, StepPlan)
+        self.results.append(StepResult(0, plan.step, [7] * sum(plan.samples), None, 10))
+
+    def try_result(self) -> StepResult | None:
+        return self.results.pop(0) if self.results else None
+
+
+def test_a_result_that_was_found_is_applied_even_when_something_fails_before_that() -> None:
+    scheduler = Scheduler(Limits(num_blocks=16, block_size=4, max_rows=4, max_batch_tokens=16, max_seq_len=64))
+    workers = SimpleNamespace(is_ready=True, group=FakeGroup())
+    steps = StepPipeline(scheduler, cast(WorkerProcesses, workers), spin_s=0.0, hang_timeout_s=10.0)
+    scheduler.submit(Submit(1, array("i", [1, 2, 3]).tobytes(), 3, [], RowSampling(), b"", 0))
+    tokens: list[int] = []
+    for _ in range(4):
+        steps.publish()
+        steps.spin()
+        steps.spin()  # as after a failure of the gateway, noticed between finding a result and applying it
+        steps.apply()
+        outputs = scheduler.take_outputs()
+        for new_tokens in outputs.token_ids if outputs else []:
+            tokens += new_tokens
+    assert tokens == [7, 7, 7]
+    assert scheduler.num_live == 0
