@@ -60,7 +60,7 @@ class _Entry:
         self.cached_tokens, self.seq = self.seq.cached_tokens if self.seq else 0, None
 
     def portion(self, known: int, offset: int, room: _Room) -> SequenceRecord:
-        """Return what follows the first ``known`` tokens, as far as there is room. See `gateway_messages.RecordQuery`."""
+        """Return what follows the first ``known`` tokens, as far as there is room. See `RecordQuery`."""
         total = self.num_tokens
         start = total if known < 0 else min(known, total)
         first = total if offset < 0 else min(max(start, offset), total)
@@ -159,7 +159,7 @@ class Journal:
     ) -> tuple[bytes, list[SequenceRecord]]:
         """Return the gateway's own note of a request and a portion of its tokens; empty when it is unknown.
 
-        The request counts as claimed from now on. ``known`` and ``offsets`` are those of `gateway_messages.RecordQuery`.
+        The request counts as claimed from now on. ``known`` and ``offsets`` are those of `RecordQuery`.
         """
         request = self._requests.get((session, request_id))
         if request is None:
