@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 
 import zmq
 
@@ -33,11 +34,8 @@ class Server:
         self._notifier = notifier or Notifier()
         self._reloader = Reloader(config.keys, read_again)
         limits = Limits(  # raises when no step could ever hold all rows
+            **asdict(config.limits),
             num_blocks=0,  # until the workers have said how many they can hold
-            block_size=config.limits.block_size,
-            max_rows=config.limits.max_rows,
-            max_batch_tokens=config.limits.max_batch_tokens,
-            max_seq_len=config.limits.max_seq_len,
             num_stages=config.layout.placement.num_stages,
             vocab_size=config.facts.vocab_size,
             prefix_cache=config.prefix_cache,

@@ -5,7 +5,7 @@ failed. Several suspects run again one at a time, each until it is past the poin
 crashes them again is the culprit, and one that gets past it is cleared.
 
 Example: A, B and C run, and the workers die twice. All three are suspects. A runs alone, gets 4 tokens and is
-cleared. B runs alone and the workers die: B is failed, C and A go on.
+cleared. B runs alone and the workers die: B fails. C runs alone and is cleared; A and C go on.
 """
 
 from collections.abc import Collection

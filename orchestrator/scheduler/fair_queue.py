@@ -63,11 +63,6 @@ class FairQueue:
     def __len__(self) -> int:
         return self._num_waiting
 
-    @property
-    def num_held(self) -> int:
-        """Requests in memory: waiting ones, and some that ended in line."""
-        return self._num_waiting + self._num_ended
-
     def push(self, seq: Sequence) -> None:
         """Add a request to those of its account."""
         account = self._accounts.get(seq.account)

@@ -6,21 +6,18 @@ from mgpu.orchestrator.placement.options import check_batch_tokens
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.internal.admission import AdmissionRule
 from mgpu.protocol.internal.gateway_messages import Submit
+from mgpu.protocol.model.layout import StepLimits
 
 
 class RequestRefused(ValueError):
-    """The request can never run on this server; the text tells the client why and what would."""
+    """The request can never run on this server; the text tells the client why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What the scheduler may use."""
+class Limits(StepLimits):
+    """What the scheduler may use: in one step, and in all."""
 
     num_blocks: int
-    block_size: int
-    max_rows: int
-    max_batch_tokens: int
-    max_seq_len: int
     num_stages: int = 1
     vocab_size: int = 1 << 31
     prefix_cache: bool = True
@@ -35,7 +32,7 @@ class Limits:
 
     @property
     def admission(self) -> AdmissionRule:
-        """One token more than the pool holds: the last one is only emitted, its keys and values are never needed."""
+        """The rule for one request: it may have a token more than the pool holds, as the last one is never computed."""
         return AdmissionRule(min(self.max_seq_len, self.kv_tokens + 1), self.vocab_size)
 
 
