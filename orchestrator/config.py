@@ -63,13 +63,13 @@ class ServerConfig:
     """For people: the start-up log and the API show it."""
     limits: StepLimits
     device_kind: Literal["cpu", "cuda"]
-    memory_fraction: float = 0.9
-    kv_memory: int = 0
+    memory_fraction: float
+    kv_memory: int
     """KV bytes per worker; 0: each worker measures what is free (CUDA) or takes the default (CPU)."""
-    prefix_cache: bool = True
+    prefix_cache: bool
+    seed: int
     num_threads: int = 0
     """CPU threads per worker; 0: what `threads_per_worker` chooses."""
-    seed: int = 0
     bind: str = ""
     """Front endpoint; empty: an ipc socket in the private runtime directory."""
     keys: ServerKeys | None = None
