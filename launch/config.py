@@ -89,10 +89,10 @@ class ServeConfig:
     )
     load_format: Literal["auto", "dummy"] = _option("auto", "'dummy' makes random weights from config.json alone.")
     max_seq_len: int = _option(0, "Longest prompt plus output, in tokens (0: what the model allows).", 0)
-    max_rows: int = _option(_LAYOUT.max_rows, "Most requests that run at once.", 1, 4096)
+    max_rows: int = _option(_LAYOUT.max_rows, "Largest number of requests that run at once.", 1, 4096)
     max_batch_tokens: int = _option(
         _LAYOUT.max_batch_tokens,
-        "Most tokens in one step (0: 8192 on GPUs of 40 GiB and more, 2048 on others, 512 on the CPU).", 0, 1 << 20,
+        "Tokens in one step, at most (0: 8192 on GPUs of 40 GiB and more, 2048 on others, 512 on the CPU).", 0, 1 << 20,
     )  # fmt: skip
     block_size: int = _option(
         _LAYOUT.block_size, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", 0, 256
@@ -116,7 +116,10 @@ class ServeConfig:
         _TIMEOUTS.worker_timeout_s, "Seconds that a worker waits for its peers before it gives up.", 1, 86400
     )
     hang_timeout_s: float = _option(
-        _TIMEOUTS.hang_timeout_s, "Least seconds without a result before the workers count as hung.", 0.1, 86400
+        _TIMEOUTS.hang_timeout_s,
+        "Seconds without a result after which workers count as hung; slow steps get longer.",
+        0.1,
+        86400,
     )
     max_restarts: int = _option(
         _RESTARTS.max_restarts, "Restarts of failed processes within ten minutes before the server gives up.", 0
@@ -126,17 +129,20 @@ class ServeConfig:
     )
     max_client_requests: int = _option(
         _CLIENTS.max_client_requests,
-        "Most requests of one client that run or wait; one more is answered 'overloaded'.", 1, 1 << 20,
+        "Requests of one client that run or wait, at most; one more is answered 'overloaded'.", 1, 1 << 20,
     )  # fmt: skip
     max_client_queue: Bytes = _option(  # noqa: RUF009
         Bytes(_CLIENTS.max_client_queue),
-        "Most bytes of one client's requests that wait for their first token.", 1, 1 << 40,
+        "Bytes of one client's requests that wait for their first token, at most.", 1, 1 << 40,
     )  # fmt: skip
     max_sequences: int = _option(
-        _CLIENTS.max_sequences, "Most requests of all clients that run or wait; each of n choices counts.", 1, 1 << 20
+        _CLIENTS.max_sequences,
+        "Requests of all clients that run or wait, at most; each of n choices counts.",
+        1,
+        1 << 20,
     )
     max_queue: Bytes = _option(  # noqa: RUF009
-        Bytes(_CLIENTS.max_queue), "Most bytes of all requests that wait for their first token.", 1, 1 << 40
+        Bytes(_CLIENTS.max_queue), "Bytes of all requests that wait for their first token, at most.", 1, 1 << 40
     )
     client_weights: str = _option(
         "", 'Shares of named clients while requests wait: "uid:1000=4,uid:1001=0.5" (others: 1).'

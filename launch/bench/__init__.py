@@ -18,10 +18,10 @@ BENCHES = {
     "bench",
     cls=LazyGroup,
     homes=BENCHES,
-    epilog="What stands after -- goes to serve: mgpu-launch bench decode --shape 8B -- --max-rows 64",
+    epilog="Options after -- go to serve: mgpu-launch bench decode --shape 8B -- --max-rows 64",
 )
 def bench_group() -> None:
-    """Measure speed: starts a server, asks it through its front channel, prints a table.
+    """Measure speed: start a server, ask it through its front channel, print a table.
 
     Without -m the model has random weights made in place: --shape 8B on GPUs, a tiny one on the CPU.
     """

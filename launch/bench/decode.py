@@ -17,11 +17,11 @@ SHOWN = ("batch", "context", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_h
 @target_options
 @list_option("--batches", "1,2,4,8,16,32,64,128,256", "Streams that decode at once.")
 @list_option("--contexts", "128,1024,8192", "Tokens of each prompt.")
-@seconds_option(1.0, "How long each run is counted.")
+@seconds_option(1.0, "Seconds that each run is counted.")
 def decode_command(wanted: Wanted, batches: tuple[int, ...], contexts: tuple[int, ...], seconds: float) -> None:
     """Decode with 1 to 256 streams at several contexts.
 
-    Counted by the engine while the whole batch decodes. The limit is that of the mean context meanwhile.
+    The engine counts tokens while the whole batch decodes. The limit is that of the mean context in that time.
     """
     with prepared(wanted) as target, probing(target) as probe:
         report = Report("decode", "mgpu", SHOWN, wanted.save, "pyzmq", "triton", seconds=seconds, **target.facts)

@@ -50,15 +50,19 @@ def target_options(command: F) -> F:
         click.option(
             "--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows: .csv, else JSON."
         ),
-        click.option("--repeat", default=5, show_default=True, type=click.IntRange(1), help="Medians of so many."),
+        click.option(
+            "--repeat", default=5, show_default=True, type=click.IntRange(1), help="Runs; the table has their medians."
+        ),
         click.option(
             "--bandwidth",
             default="",
             metavar="SPEED",
-            help="Read bandwidth of one GPU, such as 4.30TB/s, for shares of the limit. CPU: measured if not given.",
+            help="Read bandwidth of one GPU, such as 4.30TB/s, for shares of the limit (CPU: else measured).",
         ),
         click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape, instead of -m."),
-        click.option("--model", "-m", default="", help="What serve takes; a folder with only config.json is enough."),
+        click.option(
+            "--model", "-m", default="", help="A model, as for serve; a folder with only config.json is enough."
+        ),
     ):
         wrapped = option(wrapped)
     return wrapped  # type: ignore[return-value]

@@ -49,10 +49,16 @@ class Sizes:
 
 @click.command("serve")
 @target_options
-@list_option("--concurrency", "", "Closed loop: so many clients wait for their answers.")
+@list_option("--concurrency", "", "Closed loop: this many clients, each waiting for its answer.")
 @click.option("--rate", default="", metavar="X,X,…", callback=rates, help="Poisson arrivals: requests per second.")
-@list_option("--burst", "", "So many requests, all at once.")
-@click.option("--requests", type=click.IntRange(1), default=64, show_default=True, help="Per run; at least 4 a client.")
+@list_option("--burst", "", "This many requests, all at once.")
+@click.option(
+    "--requests",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Requests of each run; at least 4 a client.",
+)
 @click.option("--prompt-tokens", type=click.IntRange(1), default=1024, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(1), default=256, show_default=True)
 def serve_bench_command(

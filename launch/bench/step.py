@@ -22,7 +22,7 @@ SHOWN = ("batch", "wall_us", *(f"{part}_us" for part in PARTS), "worker_us", "st
 @target_options
 @list_option("--batches", "1,8,64", "Streams that decode at once.")
 @click.option("--context", type=click.IntRange(1), default=128, show_default=True, help="Tokens of each prompt.")
-@seconds_option(1.0, "How long each run is counted.")
+@seconds_option(1.0, "Seconds that each run is counted.")
 @click.option("--kernels", is_flag=True, help="Profile one worker's GPU kernels instead (bench/step.py; needs a GPU).")
 def step_command(wanted: Wanted, batches: tuple[int, ...], context: int, seconds: float, kernels: bool) -> None:
     """Break decode steps down, in µs per step.

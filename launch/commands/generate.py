@@ -25,7 +25,7 @@ def generate_command(
 ) -> None:
     """Continue PROMPT and print the text as it arrives; "-" reads the prompt from standard input.
 
-    Without --max-tokens it is stopped after 512 tokens.
+    Without --max-tokens the answer stops after 512 tokens.
     """
     text = _read_input() if prompt == "-" else prompt
     options = typed({**sampling, "stop": list(stop) or None})

@@ -43,7 +43,7 @@ class ServiceFile:
 
 @click.command("install-service")
 @click.argument("name")
-@click.option("--user", is_flag=True, help="A service of this user, without root, instead of one of the system.")
+@click.option("--user", is_flag=True, help="Install a service of this user, without root, instead of a system service.")
 @click.option("--root", type=click.Path(path_type=Path, file_okay=False), help="Write below this folder instead of /.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
 def install_service_command(name: str, user: bool, root: Path | None, dry_run: bool) -> None:
