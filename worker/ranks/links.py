@@ -97,20 +97,21 @@ class _Connector:
 
     def __init__(self, spec: WorkerSpec, rank: int, device: torch.device) -> None:
         self.spec = spec
-        self.place = spec.layout.placement.place_of(rank)
+        self.placement = spec.layout.placement
+        self.place = self.placement.place_of(rank)
         self.device = device
         self.notes: list[str] = []
         self.peer_setup: PeerSetup | None = None
-        self.layout = layout_of(spec) if spec.shared_fd >= 0 else None
-        self.segment = _open_segment(spec, self.layout, rank) if self.layout is not None else None
+        self.shared = layout_of(spec) if spec.shared_fd >= 0 else None
+        self.segment = _open_segment(spec, self.shared, rank) if self.shared is not None else None
 
     def connect(self) -> Links:
         start_s = max(START_TIMEOUT_S, self.spec.worker_timeout_s)
-        stage, last = self.place.stage_index, self.spec.layout.placement.num_stages - 1
+        stage, last = self.place.stage_index, self.placement.num_stages - 1
         self._join_process_group(start_s)
         group = self._stage_group()
         if self.segment is not None:
-            self.segment.barrier(self.spec.layout.placement.world_size, start_s)
+            self.segment.barrier(self.placement.world_size, start_s)
         return Links(
             group=DryRun(group),
             upstream=self._activations(stage - 1, stage)[0] if stage > 0 else None,
@@ -130,7 +131,7 @@ class _Connector:
             start_process_group(
                 spec.rendezvous,
                 self.place.rank,
-                spec.layout.placement.world_size,
+                self.placement.world_size,
                 nccl_device=self.device if "nccl" in transports else None,
                 start_s=start_s,
                 timeout_s=spec.worker_timeout_s,
@@ -138,25 +139,23 @@ class _Connector:
 
     def _stage_group(self) -> TensorParallelGroup:
         """Return the group of this rank's stage."""
-        spec, place = self.spec, self.place
-        stages = [spec.layout.placement.ranks_of_stage(index) for index in range(spec.layout.placement.num_stages)]
+        transport, place = self.spec.layout.transport, self.place
+        stages = [self.placement.ranks_of_stage(index) for index in range(self.placement.num_stages)]
         own = None
-        if spec.layout.transport in ("gloo", "nccl") and max(map(len, stages)) > 1:
-            own = new_groups(stages, spec.worker_timeout_s)[place.stage_index]  # all ranks make all groups
+        if transport in ("gloo", "nccl") and max(map(len, stages)) > 1:
+            own = new_groups(stages, self.spec.worker_timeout_s)[place.stage_index]  # all ranks make all groups
         if place.tp_size == 1:
             return SingleRank()
         if own is not None:
             group: TensorParallelGroup = DistGroup(own, place.tp_rank, place.tp_size)
-        elif spec.layout.transport == "shared-memory" and self.segment is not None and self.layout is not None:
-            region = self.layout.reduce[place.stage_index]
+        elif transport == "shared-memory" and self.segment is not None and self.shared is not None:
+            region = self.shared.reduce[place.stage_index]
             group = SharedMemoryGroup(self.segment, region, place.tp_rank, stages[place.stage_index])
         else:
-            raise BadSpec(
-                f"a stage of {place.tp_size} ranks cannot use transport {spec.layout.transport!r} without a memfd"
-            )
+            raise BadSpec(f"a stage of {place.tp_size} ranks cannot use transport {transport!r} without a memfd")
         if self.device.type != "cuda":
             return group
-        return self._with_kernels(group if spec.layout.transport == "nccl" else ThroughHost(group), host_group=group)
+        return self._with_kernels(group if transport == "nccl" else ThroughHost(group), host_group=group)
 
     def _with_kernels(self, group: TensorParallelGroup, host_group: TensorParallelGroup) -> TensorParallelGroup:
         """Let own kernels make the sums that they can, if all ranks of the stage reach each other's memory."""
@@ -174,32 +173,27 @@ class _Connector:
 
     def _warm_up(self, group: TensorParallelGroup) -> None:
         """Let NCCL open its connections now: its first use may otherwise be in a user's long prompt."""
-        dtype: torch.dtype = getattr(torch, self.spec.layout.dtype)
-        x_TD = torch.zeros(
-            self.spec.limits.max_batch_tokens, self.spec.facts.hidden_size, dtype=dtype, device=self.device
-        )
+        shape = self.spec.limits.max_batch_tokens, self.spec.facts.hidden_size
+        x_TD = torch.zeros(shape, dtype=getattr(torch, self.spec.layout.dtype), device=self.device)
         group.all_reduce(x_TD)
         group.all_gather(x_TD[:1])
         torch.cuda.synchronize(self.device)
 
     def _activations(self, sender: int, receiver: int) -> tuple[Channel, ...]:
-        regions = self.layout.activations[sender] if self.layout is not None else None
+        regions = self.shared.activations[sender] if self.shared is not None else None
         return self._channels(sender, receiver, regions, self.spec.layout.stage_transport, tag=0)
 
     def _tokens(self, last: int) -> tuple[Channel, ...]:
         # Token ids are few and the host needs them anyway, so they go through shared memory where there is any.
-        if self.layout is not None:
-            return self._channels(last, 0, self.layout.feedback, "shared-memory", tag=_TOKENS_TAG)
+        if self.shared is not None:
+            return self._channels(last, 0, self.shared.feedback, "shared-memory", tag=_TOKENS_TAG)
         return self._channels(last, 0, None, "gloo", tag=_TOKENS_TAG)
 
     def _channels(
         self, sender: int, receiver: int, regions: Sequence[ChannelRegion] | None, transport: Transport, tag: int
     ) -> tuple[Channel, ...]:
         """Open this rank's ends between two stages: one as a receiver, none or several as a sender."""
-        senders, receivers = (
-            self.spec.layout.placement.ranks_of_stage(sender),
-            self.spec.layout.placement.ranks_of_stage(receiver),
-        )
+        senders, receivers = self.placement.ranks_of_stage(sender), self.placement.ranks_of_stage(receiver)
         sends = self.place.stage_index == sender
         channels = []
         for j, to_rank in enumerate(receivers):
@@ -225,7 +219,7 @@ class _Connector:
 
 
 def pair_transport(spec: WorkerSpec, transport: Transport, sender: int, receiver: int) -> Transport:
-    """Return how one pair of ranks talks: as their stages do, but through the host if their GPUs are no peers."""
+    """Return the transport between two ranks: that of their stages, or through the host if their GPUs are no peers."""
     return "pinned" if transport == "peer" and (sender, receiver) in spec.layout.staged else transport
 
 
