@@ -2,7 +2,6 @@
 
 # T tokens, S rows that sample, D model dim
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -56,6 +55,9 @@ class BuildContext:
         sizes = facts.hidden_size, facts.intermediate_size
         return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, self.dtype, self.device, self.form)
 
+    def vocab(self) -> VocabParallel:
+        return VocabParallel(self.facts.vocab_size, self.facts.hidden_size, self.group, self.dtype, self.device)
+
     def norm(self, unit_offset: bool = False, before: Linear | None = None) -> RMSNorm:
         """Make a norm over the model dimension. ``before``: the only layer that its result goes into."""
         norm = RMSNorm(self.facts.hidden_size, self.facts.rms_norm_eps, self.dtype, self.device, unit_offset)
@@ -98,7 +100,11 @@ class DecoderStage(Module):
         self.embedding_scale = float(torch.tensor(facts.embedding_scale, dtype=context.dtype))
         self.layers = [make_layer(context, index) for index in layers]
         self.norm = context.norm(norms_unit_offset) if self.is_last else None
-        self._build_vocab(context)
+        self.embedding = context.vocab() if self.is_first else None
+        self.head: VocabParallel | None = None
+        if self.is_last:
+            is_tied = self.embedding is not None and facts.tie_embeddings
+            self.head = self.embedding if is_tied else context.vocab()
         self._is_sliding = [facts.sliding_layers[index] for index in layers]
         self._rotary = _rotary_embeddings(facts, context.device)
         self.attention_shape = self._shape_of_attention(context)
@@ -137,17 +143,6 @@ class DecoderStage(Module):
             return {kind: self._rotary[kind].table(self.max_positions) for kind in kinds}
         return {kind: self._rotary[kind](positions_T, self.dtype) for kind in kinds}
 
-    def _build_vocab(self, context: BuildContext) -> None:
-        facts = context.facts
-
-        def build() -> VocabParallel:
-            return VocabParallel(facts.vocab_size, facts.hidden_size, context.group, context.dtype, context.device)
-
-        self.embedding = build() if self.is_first else None
-        self.head: VocabParallel | None = None
-        if self.is_last:
-            self.head = self.embedding if self.embedding is not None and facts.tie_embeddings else build()
-
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """Return the first layer's input [T, D]."""
         assert self.embedding is not None, "only the first stage has the embedding"
@@ -181,7 +176,7 @@ class DecoderStage(Module):
         """Fill every weight from the checkpoint, in the order of the files."""
         if self.embedding is not None:
             self.embedding.load(reader, "model.embed_tokens")
-        for index, layer in self._numbered_layers():
+        for index, layer in zip(self.layer_range, self.layers, strict=True):
             layer.load(reader, f"model.layers.{index}")
         if self.norm is not None and self.head is not None:
             self.norm.load(reader, "model.norm")
@@ -199,9 +194,6 @@ class DecoderStage(Module):
     def weight_bytes(self) -> int:
         """Return the bytes of all weights, packed ones included; a tied matrix counts once."""
         return sum(module.weight_bytes() for _, module in self.named_modules() if isinstance(module, WEIGHT_HOLDERS))
-
-    def _numbered_layers(self) -> Iterator[tuple[int, DecoderLayer]]:
-        return zip(self.layer_range, self.layers, strict=True)
 
 
 def _rotary_embeddings(facts: ModelFacts, device: torch.device) -> dict[bool, RotaryEmbedding]:

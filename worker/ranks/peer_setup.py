@@ -75,10 +75,11 @@ class PeerSetup:
         areas = cut(buffer, self._map_all(buffer, peers), shapes)
         torch.cuda.synchronize(self._device)
         self._agree("")  # no rank writes before all areas are empty
-        alarm = new_alarm(self._device, min(timeout_s, _CHECK_S))
+        failed = torch.zeros(1, dtype=torch.int32, device=self._device)
+        seen = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        alarm = PeerAlarm(failed, seen, int(min(timeout_s, _CHECK_S) * 1e6))
         self._agree(peer_problem(PeerGroup(self._group, areas, alarm, limits), self._device))
-        patient = PeerAlarm(alarm.failed, alarm.seen, int(timeout_s * 1e6))
-        return PeerGroup(self._group, areas, patient, limits)
+        return PeerGroup(self._group, areas, PeerAlarm(failed, seen, int(timeout_s * 1e6)), limits)
 
     def _allocate(self, shapes: list[AreaShape], problem: str) -> tuple[Tensor, list[_Status]]:
         """Return this rank's buffer, and what the ranks say of theirs."""
@@ -153,12 +154,6 @@ def refusal(limits: ReduceLimits, device: torch.device) -> str:
     if limits.dim * limits.dtype.itemsize % 16:
         return f"a row of {limits.dim} values is not a multiple of 16 bytes"
     return ""
-
-
-def new_alarm(device: torch.device, timeout_s: float) -> PeerAlarm:
-    """Make the flags by which kernels of a GPU say that they waited too long."""
-    failed = torch.zeros(1, dtype=torch.int32, device=device)
-    return PeerAlarm(failed, torch.zeros(1, dtype=torch.int32, pin_memory=True), int(timeout_s * 1e6))
 
 
 def _unpack(message: Tensor) -> _Status:

@@ -13,12 +13,8 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
-from mgpu.worker.models.build import DecoderStage
-from mgpu.worker.ranks.peer_group import PeerGroup
 from mgpu.worker.state.batch import StepBatch
-from mgpu.worker.state.kv_cache import KvCache
-from mgpu.worker.state.rows import RowTable
-from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, choose_tokens, padded, whole_lines
+from mgpu.worker.steps.graph_pool import GraphParts, StepGraph, StepOutput, padded, whole_lines
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 """Batches that graphs are made for; beyond the last, its multiples."""
@@ -27,16 +23,11 @@ _HEAD = 4
 
 
 class DecodeGraphs:
-    """The graphs of a rank that has all layers, whole or one of the slices that ``peers`` add up."""
+    """The graphs of a rank that has all layers, whole or in slices."""
 
-    def __init__(
-        self, pool: GraphPool, stage: DecoderStage, cache: KvCache, rows: RowTable, peers: PeerGroup | None = None
-    ) -> None:
-        self._pool = pool
-        self._stage = stage
-        self._cache = cache
-        self._rows = rows
-        self._peers = peers
+    def __init__(self, parts: GraphParts) -> None:
+        self._parts = parts
+        self._rows = rows = parts.rows
         self._graphs: dict[int, StepGraph] = {}
         most = graph_size(rows.max_rows)
         self._inputs = DecodeInputs.create(most, rows.blocks.shape[1], rows.device)
@@ -44,14 +35,16 @@ class DecodeGraphs:
 
     def takes(self, plan: StepPlan) -> bool:
         """Return True if every row of a plan computes and samples one token, and kernels can add up so many rows."""
-        if self._peers is not None and graph_size(len(plan.rows)) > self._peers.most_rows:
+        if self._parts.peers is not None and graph_size(len(plan.rows)) > self._parts.peers.most_rows:
             return False
         return bool(plan.rows) and max(plan.counts) == 1 and min(plan.samples) == 1
 
     def prepare(self, size: int) -> None:
         """Make the graph of a size, if it is not there yet."""
         if size not in self._graphs:
-            self._graphs[size] = self._pool.capture(staged_length(size), lambda staged: self._forward(size, staged))
+            self._graphs[size] = self._parts.pool.capture(
+                staged_length(size), lambda staged: self._forward(size, staged)
+            )
 
     def run(self, plan: StepPlan, fresh: list[int]) -> StepOutput:
         """Launch a step that `takes` accepts; ``fresh`` is the result of `RowTable.apply_decode`."""
@@ -59,7 +52,7 @@ class DecodeGraphs:
         self.prepare(size)
         column = whole_lines(size)
         columns = padded(plan.rows, column) + padded(plan.starts, column) + padded(fresh, column)
-        return self._pool.replay(self._graphs[size], array("i", padded([len(plan.rows)], _HEAD) + columns))
+        return self._parts.pool.replay(self._graphs[size], array("i", padded([len(plan.rows)], _HEAD) + columns))
 
     def _forward(self, size: int, staged: Tensor) -> StepOutput:
         rows, column = self._rows, whole_lines(size)
@@ -73,11 +66,11 @@ class DecodeGraphs:
             everything.block_tables[:size],
         )
         prepare_decode(rows_R, starts_R, staged[:1], rows.tokens, rows.blocks, rows.block_size, inputs, fresh_R)
-        x_RD = self._stage.embed(inputs.token_ids)
-        x_RD = self._stage.run_layers(x_RD, self._batch(inputs, size), self._cache)
-        logits_RV = self._stage.raw_logits(x_RD)
+        stage = self._parts.stage
+        x_RD = stage.embed(inputs.token_ids)
+        x_RD = stage.run_layers(x_RD, self._batch(inputs, size), self._parts.cache)
         # The position to choose for is the length of the context.
-        return StepOutput(logits_RV, choose_tokens(logits_RV, rows_R, inputs.context_lens, rows, self._peers))
+        return self._parts.finish(x_RD, rows_R, inputs.context_lens)
 
     def _batch(self, inputs: DecodeInputs, size: int) -> StepBatch:
         return StepBatch(

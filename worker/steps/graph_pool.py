@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.kernels.sample import sample
+from mgpu.worker.models.build import DecoderStage
 from mgpu.worker.ranks.peer_group import PeerGroup
+from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
 
-# R rows of the padded batch, V tokens of this rank's part of the vocabulary
+# R rows of the padded batch, V tokens of this rank's part of the vocabulary, D model dim
 
 _BUFFERS = 4
 """Pinned buffers, used in turn: two steps may be in flight."""
@@ -94,24 +96,33 @@ def whole_lines(length: int) -> int:
     return -(-length // 4) * 4
 
 
-def choose_tokens(
-    logits_RV: Tensor, rows_R: Tensor, positions_R: Tensor, rows: RowTable, peers: PeerGroup | None
-) -> Tensor:
-    """Choose tokens inside a graph, greedy or with noise, over all ranks; return them, int32 [R].
+@dataclass(frozen=True, slots=True)
+class GraphParts:
+    """What all graphs of a rank are made from. ``peers`` add up its slice of the layers; None: it has them whole."""
 
-    They are written to ``rows`` for the next step, except for rows whose position is 0.
-    """
-    slice_size = logits_RV.shape[1]
-    scores_R, ids_R = sample(
-        logits_RV,
-        first_id=0 if peers is None else peers.rank * slice_size,
-        rows_S=rows_R,
-        positions_S=positions_R,
-        temperatures=rows.temperatures,
-        seeds=rows.seeds,
-        tokens=rows.tokens if peers is None else None,
-    )
-    if peers is None:
-        return ids_R
-    last_id = peers.size * slice_size - 1
-    return peers.exchange(scores_R, ids_R, last_id, rows_R, positions_R, rows.tokens)
+    pool: GraphPool
+    stage: DecoderStage
+    cache: KvCache
+    rows: RowTable
+    peers: PeerGroup | None
+
+    def finish(self, x_RD: Tensor, rows_R: Tensor, positions_R: Tensor) -> StepOutput:
+        """Compute logits, then choose tokens, greedy or with noise: of several ranks the best that any of them finds.
+
+        They are written to the rows for the next step, except for rows whose position is 0.
+        """
+        logits_RV = self.stage.raw_logits(x_RD)
+        slice_size = logits_RV.shape[1]
+        scores_R, ids_R = sample(
+            logits_RV,
+            first_id=0 if self.peers is None else self.peers.rank * slice_size,
+            rows_S=rows_R,
+            positions_S=positions_R,
+            temperatures=self.rows.temperatures,
+            seeds=self.rows.seeds,
+            tokens=self.rows.tokens if self.peers is None else None,
+        )
+        if self.peers is not None:
+            last_id = self.peers.size * slice_size - 1
+            ids_R = self.peers.exchange(scores_R, ids_R, last_id, rows_R, positions_R, self.rows.tokens)
+        return StepOutput(logits_RV, ids_R)

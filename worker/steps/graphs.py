@@ -57,14 +57,14 @@ class Graphs:
         pool_type: type["GraphPool"] | None = None,
     ) -> None:
         from mgpu.worker.steps.decode_graphs import DecodeGraphs, graph_size, staged_length
-        from mgpu.worker.steps.graph_pool import GraphPool
+        from mgpu.worker.steps.graph_pool import GraphParts, GraphPool
         from mgpu.worker.steps.prompt_graphs import MOST_STAGED, PromptGraphs
 
         self._rows = rows
         self._most_rows = 2 * rows.max_rows if peers is None else min(2 * rows.max_rows, peers.most_rows + 1)
         pool = (pool_type or GraphPool)(rows.device, max(MOST_STAGED, staged_length(graph_size(rows.max_rows))))
-        self._decode = DecodeGraphs(pool, stage, cache, rows, peers)
-        self._prompts = PromptGraphs(pool, stage, cache, rows, peers)
+        parts = GraphParts(pool, stage, cache, rows, peers)
+        self._decode, self._prompts = DecodeGraphs(parts), PromptGraphs(parts)
 
     def run(self, plan: StepPlan) -> Optional["StepOutput"]:
         """Apply and launch a step. Return None, with nothing done, if no graph serves it."""

@@ -14,11 +14,7 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.attention.triton_backend import PagedRows, TritonStep
-from mgpu.worker.models.build import DecoderStage
-from mgpu.worker.ranks.peer_group import PeerGroup
-from mgpu.worker.state.kv_cache import KvCache
-from mgpu.worker.state.rows import RowTable
-from mgpu.worker.steps.graph_pool import GraphPool, StepGraph, StepOutput, choose_tokens, padded
+from mgpu.worker.steps.graph_pool import GraphParts, StepGraph, StepOutput, padded
 
 TOKENS = (64, 128, 192, 256, 384, 512)
 """Sizes of steps that graphs are made for. Longer steps keep the GPU busy while they are launched."""
@@ -31,16 +27,11 @@ Size = tuple[int, int, bool]
 
 
 class PromptGraphs:
-    """The graphs of a rank that has all layers, whole or one of the slices that ``peers`` add up."""
+    """The graphs of a rank that has all layers, whole or in slices."""
 
-    def __init__(
-        self, pool: GraphPool, stage: DecoderStage, cache: KvCache, rows: RowTable, peers: PeerGroup | None = None
-    ) -> None:
-        self._pool = pool
-        self._stage = stage
-        self._cache = cache
-        self._rows = rows
-        self._peers = peers
+    def __init__(self, parts: GraphParts) -> None:
+        self._parts = parts
+        self._rows, peers = parts.rows, parts.peers
         self.most_tokens = TOKENS[-1] if peers is None else min(TOKENS[-1], peers.most_rows)
         self._graphs: dict[Size, StepGraph] = {}
 
@@ -54,7 +45,7 @@ class PromptGraphs:
     def prepare(self, size: Size) -> None:
         """Make the graph of a size, if it is not there yet."""
         if size not in self._graphs:
-            self._graphs[size] = self._pool.capture(_length(size), lambda staged: self._forward(size, staged))
+            self._graphs[size] = self._parts.pool.capture(_length(size), lambda staged: self._forward(size, staged))
 
     def run(self, plan: StepPlan) -> StepOutput:
         """Launch a step that `takes` accepts, after `RowTable.apply`. Rows that do not sample get arbitrary ids."""
@@ -80,7 +71,7 @@ class PromptGraphs:
             # Rows that decode have no queries here: theirs begin and end where those of the first prompt begin.
             *padded([decoding] * (decoding + 1) + ends[decoding:], rows + _STARTS_PAD, total),
         ]
-        return self._pool.replay(self._graphs[size], array("i", values))
+        return self._parts.pool.replay(self._graphs[size], array("i", values))
 
     def _forward(self, size: Size, staged: Tensor) -> StepOutput:
         tokens, num_rows, decodes = size
@@ -98,10 +89,10 @@ class PromptGraphs:
             PagedRows(tables_RP, decode_lens_R) if decodes else None,
             PagedRows(tables_RP, prompt_lens_R, starts[: num_rows + 1]),
         )
-        x_TD = self._stage.embed(rows.tokens[token_rows_T, positions_T].long())
-        x_TD = self._stage.run_layers_with(x_TD, step, positions_T, self._cache)
-        logits_RV = self._stage.raw_logits(x_TD[last_R.long()])
-        return StepOutput(logits_RV, choose_tokens(logits_RV, rows_R, sampled_R, rows, self._peers))
+        stage = self._parts.stage
+        x_TD = stage.embed(rows.tokens[token_rows_T, positions_T].long())
+        x_TD = stage.run_layers_with(x_TD, step, positions_T, self._parts.cache)
+        return self._parts.finish(x_TD[last_R.long()], rows_R, sampled_R)
 
 
 def _first_fit(sizes: tuple[int, ...], needed: int) -> int:
