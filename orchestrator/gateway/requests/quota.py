@@ -6,7 +6,6 @@ the first, so that sending and cancelling requests in a loop is bounded as well.
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -55,20 +54,26 @@ class EndingRate:
 
 @dataclass(slots=True)
 class _Usage:
-    """What one account has in flight."""
+    """What an account has in flight, or what a change adds to it."""
 
     requests: int = 0
     queued_bytes: int = 0
+    unsubmitted: int = 0
+    """Sequences of requests whose prompt is being tokenized."""
     sequences: int = 0
     """Submitted and not ended."""
     dropped: int = 0
     """Of these, cancelled."""
-    unsubmitted: int = 0
-    """Of requests whose prompt is being tokenized."""
+    questions: int = 0
+    """To the engine, without an answer yet."""
 
-    @property
-    def is_empty(self) -> bool:
-        return not (self.requests or self.queued_bytes or self.sequences)
+    def add(self, change: "_Usage") -> None:
+        self.requests += change.requests
+        self.queued_bytes += change.queued_bytes
+        self.unsubmitted += change.unsubmitted
+        self.sequences += change.sequences
+        self.dropped += change.dropped
+        self.questions += change.questions
 
 
 @dataclass(slots=True)
@@ -88,16 +93,23 @@ class Quota:
         self._clock_s = clock_s
         self._usage: dict[str, _Usage] = {}
         self._open: dict[int, _OpenSequence] = {}
-        self.queued_bytes = 0
-        self._unsubmitted = 0
-        """Sequences of requests whose prompt is being tokenized."""
-        self._questions: Counter[str] = Counter()
-        self.num_questions = 0
+        self._all = _Usage()
         self._rate = EndingRate()
 
     @property
     def num_sequences(self) -> int:
-        return len(self._open) + self._unsubmitted
+        return self._all.sequences + self._all.unsubmitted
+
+    @property
+    def queued_bytes(self) -> int:
+        return self._all.queued_bytes
+
+    @property
+    def num_questions(self) -> int:
+        return self._all.questions
+
+    def usage_of(self, account: str) -> _Usage:
+        return self._usage.get(account) or _Usage()
 
     # ---------------------------------------------------------------- checks
 
@@ -106,7 +118,7 @@ class Quota:
 
         Whatever its size, a request is taken when nothing else waits.
         """
-        limits, usage = self.limits, self._usage.get(account) or _Usage()
+        limits, usage = self.limits, self.usage_of(account)
         if usage.requests >= limits.max_client_requests:
             self._refuse(
                 f"this client has {usage.requests} requests in flight, the limit is {limits.max_client_requests}"
@@ -132,7 +144,7 @@ class Quota:
 
     def check_question(self, account: str) -> None:
         """Raise Refusal if too many questions wait for the engine."""
-        asked, asked_by_all = self._questions[account], self.num_questions
+        asked, asked_by_all = self.usage_of(account).questions, self.num_questions
         most = max(MAX_QUESTIONS_OF_ACCOUNT, self.limits.max_client_requests)
         most_of_all = max(MAX_QUESTIONS, self.limits.max_sequences)
         if asked >= most or asked_by_all >= most_of_all:
@@ -152,58 +164,46 @@ class Quota:
 
     # ---------------------------------------------------------------- counts
 
-    def has_questions(self, account: str) -> bool:
-        return account in self._questions
+    def _count(self, account: str, change: _Usage) -> None:
+        """Change what an account has in flight, and what all have. An account with nothing is forgotten."""
+        usage = self._usage.setdefault(account, _Usage())
+        usage.add(change)
+        self._all.add(change)
+        if usage == _Usage():
+            del self._usage[account]
 
     def count_question(self, account: str, number: int = 1) -> None:
         """Count a question that waits for the engine; ``number`` -1: it waits no more."""
-        self.num_questions += number
-        self._questions[account] += number
-        if not self._questions[account]:
-            del self._questions[account]
+        self._count(account, _Usage(questions=number))
 
     def arrive(self, account: str, size: int, n: int) -> None:
         """Count a request whose prompt waits to be tokenized or submitted."""
-        usage = self._usage.setdefault(account, _Usage())
-        usage.requests += 1
-        usage.unsubmitted += n
-        self._unsubmitted += n
-        self._queue(usage, size)
-
-    def submit(self, account: str, sequence_ids: list[int], size: int) -> None:
-        """Record that a request that arrived has these sequences, new ones or those of an earlier connection."""
-        usage = self._usage[account]
-        self._unsubmitted -= len(sequence_ids)
-        usage.unsubmitted -= len(sequence_ids)
-        usage.sequences += len(sequence_ids)
-        for at, number in enumerate(sequence_ids):
-            self._close(number)
-            part = size // len(sequence_ids) + (size % len(sequence_ids) if at == 0 else 0)
-            self._open[number] = _OpenSequence(account, part)
+        self._count(account, _Usage(requests=1, queued_bytes=size, unsubmitted=n))
 
     def withdraw(self, account: str, size: int, n: int) -> None:
         """Undo the sequences and bytes that `arrive` has counted for a request that is not submitted."""
-        usage = self._usage[account]
-        self._unsubmitted -= n
-        usage.unsubmitted -= n
-        self._queue(usage, -size)
-        self._forget_if_empty(account, usage)
+        self._count(account, _Usage(queued_bytes=-size, unsubmitted=-n))
+
+    def submit(self, account: str, sequence_ids: list[int], size: int) -> None:
+        """Record that a request that arrived has these sequences, new ones or those of an earlier connection."""
+        n = len(sequence_ids)
+        self._count(account, _Usage(sequences=n, unsubmitted=-n))
+        for at, number in enumerate(sequence_ids):
+            self._close(number)
+            self._open[number] = _OpenSequence(account, size // n + (size % n if at == 0 else 0))
 
     def leave(self, account: str, sequence_ids: list[int]) -> None:
         """Record that a request is over for its client; its sequences count until the engine has ended them."""
-        usage = self._usage[account]
-        usage.requests -= 1
-        for number in sequence_ids:
-            if (sequence := self._open.get(number)) is not None and not sequence.dropped:
-                sequence.dropped = True
-                usage.dropped += 1
-        self._forget_if_empty(account, usage)
+        dropped = [each for number in sequence_ids if (each := self._open.get(number)) and not each.dropped]
+        for sequence in dropped:
+            sequence.dropped = True
+        self._count(account, _Usage(requests=-1, dropped=len(dropped)))
 
     def begun(self, sequence_id: int) -> None:
         """Record the engine's first output of a sequence: it waits no more."""
         sequence = self._open.get(sequence_id)
         if sequence is not None and sequence.queued_bytes:
-            self._queue(self._usage[sequence.account], -sequence.queued_bytes)
+            self._count(sequence.account, _Usage(queued_bytes=-sequence.queued_bytes))
             sequence.queued_bytes = 0
 
     def ended(self, sequence_id: int) -> None:
@@ -214,18 +214,6 @@ class Quota:
     def _close(self, sequence_id: int) -> bool:
         self.begun(sequence_id)
         sequence = self._open.pop(sequence_id, None)
-        if sequence is None:
-            return False
-        usage = self._usage[sequence.account]
-        usage.sequences -= 1
-        usage.dropped -= sequence.dropped
-        self._forget_if_empty(sequence.account, usage)
-        return True
-
-    def _queue(self, usage: _Usage, size: int) -> None:
-        usage.queued_bytes += size
-        self.queued_bytes += size
-
-    def _forget_if_empty(self, account: str, usage: _Usage) -> None:
-        if usage.is_empty:
-            del self._usage[account]
+        if sequence is not None:
+            self._count(sequence.account, _Usage(sequences=-1, dropped=-sequence.dropped))
+        return sequence is not None

@@ -70,7 +70,7 @@ class Resumptions:
 
     def cancel(self, connection: bytes, account: str, request_id: int) -> None:
         """End a request that its client waits to resume, as soon as it is known; nothing if there is none."""
-        if self._quota.has_questions(account):
+        if self._quota.usage_of(account).questions:
             for waiting in self._waiting.values():
                 if waiting.connection == connection and waiting.message.id == request_id:
                     waiting.is_cancelled = True

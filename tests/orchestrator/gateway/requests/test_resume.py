@@ -174,7 +174,7 @@ def test_however_often_a_client_resumes_a_request_the_engine_is_asked_once_at_a_
     gateway.answer(1, record())
     assert gateway.heard(A) == ["resumed", "accepted"]
     assert (len(gateway.questions), gateway.quota.num_questions) == (2, 0)
-    assert not gateway.quota._questions
+    assert f"uid:0 {A.hex()}" not in gateway.quota._usage
 
 
 def test_all_connections_of_a_key_share_the_bound_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
