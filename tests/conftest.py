@@ -13,6 +13,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
 )
 
+# Tests run side by side: a thread of torch that waits by spinning would take another test's core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 def ignore_without_inheritance() -> None:
     """Replace ignored signals by a handler that does nothing.

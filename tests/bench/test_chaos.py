@@ -12,8 +12,8 @@ import zmq
 
 from bench.chaos.bad_inputs import FIELDS, FRAMES, Peer
 from bench.chaos.table import Row
+from harness.demo_model import demo_model as obtain
 from mgpu.orchestrator.errors import ModelError
-from mgpu.orchestrator.models.find import resolve_model
 
 FAULTS = {
     "--gateway-kills": (1, "SIGKILL of the gateway"),
@@ -29,7 +29,7 @@ DEADLINE_S = 300.0
 @pytest.fixture
 def demo_model() -> str:
     try:
-        return resolve_model("demo").path
+        return obtain()
     except ModelError as error:
         pytest.skip(f"the demo model cannot be obtained: {error}")
 

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 
+from harness.demo_model import demo_model
 from mgpu.launch.server_process import ServerProcess
-from mgpu.orchestrator.models.find import resolve_model
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Path of SmolLM2-135M-Instruct; obtained like a user's, the first time."""
-    return str(resolve_model("demo").path)
+    return demo_model()
 
 
 @pytest.fixture(scope="session")
 def gemma3() -> str:
     """Path of Gemma 3 270M; its golden file says how to obtain it."""
-    path = Path(resolve_model("demo").path).parent / "gemma-3-270m-q4_k_m.gguf"
+    path = Path(demo_model()).parent / "gemma-3-270m-q4_k_m.gguf"
     if not path.exists():
         pytest.skip(f"{path.name} is not in the cache folder; tests/golden/gemma-3-270m.json says how to obtain it")
     return str(path)

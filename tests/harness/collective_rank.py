@@ -1,4 +1,4 @@
-"""One rank of a test of the collectives: ``python collective_rank.py CASE SIZES TRANSPORT RANK FD FOLDER TIMEOUT``.
+"""One rank of a test of the collectives: ``collective_rank RANK FD CASE SIZES TRANSPORT FOLDER TIMEOUT``.
 
 Prints ``ok`` and a digest of everything it received, or the name of the error that ended it.
 """
@@ -11,10 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness.fake_orchestrator import make_plan
+from harness.specs import make_facts, make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
-from mgpu.protocol.model.facts import ModelFacts, ModelSource
-from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import Transport
 from mgpu.worker.errors import PeerLost
 from mgpu.worker.ranks.links import Links, connect, layout_of
@@ -23,55 +21,14 @@ HIDDEN = 48
 TOKENS = 6000  # one message of it is larger than a slot
 
 
-def facts() -> ModelFacts:
-    return ModelFacts(
-        architecture="llama",
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_layers=4,
-        num_q_heads=4,
-        num_kv_heads=2,
-        head_dim=12,
-        vocab_size=100,
-        max_position=64,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        rope_local_theta=None,
-        rope_scaling=None,
-        sliding_window=None,
-        sliding_layers=(False,) * 4,
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        tie_embeddings=True,
-        activation="silu",
-        embedding_scale=1.0,
-        attention_scale=1.0,
-        bos_token_id=1,
-        eos_token_ids=(2,),
-        checkpoint_dtype="float32",
-    )
+FACTS = make_facts(q=4, kv=2, layers=4, hidden=HIDDEN, width=64, head_dim=12, vocab=100, context=64, tied=True)
 
 
 def spec_of(sizes: list[int], transport: Transport, fd: int, folder: Path, timeout_s: float) -> WorkerSpec:
-    spec = WorkerSpec(
-        epoch=1,
-        model=ModelSource("", "safetensors"),
-        facts=facts(),
-        layout=Layout(make_plan(4, sizes), "float32", transport, transport),
-        limits=StepLimits(block_size=16, max_rows=64, max_batch_tokens=TOKENS, max_seq_len=128),
-        device="cpu",
-        endpoint="",
-        rendezvous=f"file://{folder}/group",
-        shared_fd=fd,
-        shared_bytes=0,
-        num_threads=1,
-        memory_fraction=0.9,
-        kv_memory=0,
-        seed=0,
-        worker_timeout_s=timeout_s,
-    )
+    spec = make_spec(
+        FACTS, sizes, transport, epoch=1, rendezvous=f"file://{folder}/group", shared_fd=fd, max_rows=64,
+        max_batch_tokens=TOKENS, worker_timeout_s=timeout_s,
+    )  # fmt: skip
     return replace(spec, shared_bytes=layout_of(spec).total_bytes)
 
 
@@ -129,9 +86,10 @@ def check_pipeline(links: Links, digest: "hashlib._Hash") -> None:
 
 
 def main() -> None:
-    case, sizes, transport, rank, fd, folder, timeout_s = sys.argv[1:]
+    rank, fd, case, sizes, transport, folder, timeout_s = sys.argv[1:]
     torch.set_num_threads(1)
-    spec = spec_of([int(size) for size in sizes.split(",")], transport, int(fd), Path(folder), float(timeout_s))
+    plan, shared_fd = [int(size) for size in sizes.split(",")], int(fd) if transport == "shared-memory" else -1
+    spec = spec_of(plan, transport, shared_fd, Path(folder), float(timeout_s))
     links = connect(spec, int(rank), torch.device("cpu"))
     digest = hashlib.sha256()
     try:

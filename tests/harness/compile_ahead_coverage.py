@@ -18,8 +18,8 @@ from triton.runtime.jit import JITFunction
 
 import mgpu.worker.attention.choose as attention
 from bench.kernels.timing import compile_only, set_overlap
-from harness.fake_orchestrator import make_plan, make_spec
 from harness.parts import with_changes
+from harness.specs import make_plan, make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import zmq
 
-from harness.parts import with_changes
-from mgpu.protocol.checkpoint.read import read_checkpoint
+from harness.specs import BLOCK_SIZE
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
@@ -29,47 +28,9 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerSpec,
 )
 from mgpu.protocol.model.facts import DTYPE_BYTES
-from mgpu.protocol.model.layout import Layout, StepLimits
-from mgpu.protocol.model.placement import PlacementPlan, Stage, Transport
 from mgpu.protocol.model.shared_memory_layout import shared_layout
 
 DEADLINE_S = 60.0
-BLOCK_SIZE = 16
-
-
-def make_plan(num_layers: int, sizes: Sequence[int]) -> PlacementPlan:
-    """Split layers evenly into stages of ``sizes`` ranks."""
-    bounds = [num_layers * index // len(sizes) for index in range(len(sizes) + 1)]
-    stages, first = [], 0
-    for index, size in enumerate(sizes):
-        stages.append(Stage(bounds[index], bounds[index + 1], tuple(range(first, first + size))))
-        first += size
-    return PlacementPlan(tuple(stages))
-
-
-def make_spec(
-    model: Path, sizes: Sequence[int], transport: Transport = "shared-memory", **changes: object
-) -> WorkerSpec:
-    """Give a CPU spec without endpoint, rendezvous and memfd, which `Workers` fills in."""
-    checkpoint = read_checkpoint(model)
-    spec = WorkerSpec(
-        epoch=7,
-        model=checkpoint.source,
-        facts=checkpoint.facts,
-        layout=Layout(make_plan(checkpoint.facts.num_layers, sizes), "float32", transport, transport),
-        limits=StepLimits(block_size=BLOCK_SIZE, max_rows=8, max_batch_tokens=256, max_seq_len=128),
-        device="cpu",
-        endpoint="",
-        rendezvous="",
-        shared_fd=-1,
-        shared_bytes=0,
-        num_threads=1,
-        memory_fraction=0.9,
-        kv_memory=16 << 20,
-        seed=1,
-        worker_timeout_s=30.0,
-    )
-    return with_changes(spec, **changes)
 
 
 def frame(data: bytes) -> bytes:

@@ -3,54 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from harness.specs import make_facts
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.nvml import Link
-from mgpu.protocol.model.facts import ModelFacts
 
 GIB = 1 << 30
-
-
-def make_facts(
-    q: int = 64,
-    kv: int = 8,
-    layers: int = 64,
-    hidden: int = 5120,
-    width: int = 25600,
-    head_dim: int = 128,
-    vocab: int = 151936,
-    context: int = 40960,
-    tied: bool = False,
-    architecture: str = "llama",
-) -> ModelFacts:
-    """Give facts whose defaults are Qwen3-32B's sizes."""
-    return ModelFacts(
-        architecture=architecture,
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_layers=layers,
-        num_q_heads=q,
-        num_kv_heads=kv,
-        head_dim=head_dim,
-        vocab_size=vocab,
-        max_position=context,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_local_theta=None,
-        rope_scaling=None,
-        sliding_window=None,
-        sliding_layers=(False,) * layers,
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        qk_norm=architecture in ("qwen3", "gemma3"),
-        tie_embeddings=tied,
-        activation="silu",
-        embedding_scale=1.0,
-        attention_scale=head_dim**-0.5,
-        bos_token_id=1,
-        eos_token_ids=(2,),
-        checkpoint_dtype="bfloat16",
-    )
 
 
 QWEN3_32B = make_facts()

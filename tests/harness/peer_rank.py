@@ -1,4 +1,4 @@
-"""One rank of a test in the interpreter, on shared memory in place of peer GPUs: ``python peer_rank.py RANK RANKS FD``.
+"""One rank of a test in the interpreter, on shared memory in place of peer GPUs: ``peer_rank RANK FD RANKS``.
 
 Says ``empty`` once its areas are, and reads a line; then prints a digest of everything that it computed.
 """
@@ -23,7 +23,7 @@ LOOKS = 500_000
 
 
 def main() -> None:
-    rank, ranks, fd = map(int, sys.argv[1:])
+    rank, fd, ranks = map(int, sys.argv[1:])
     torch.set_num_threads(1)
     nbytes = region_bytes(ranks, DTYPE)
     memory = torch.frombuffer(mmap.mmap(fd, ranks * nbytes), dtype=torch.uint8)

@@ -17,6 +17,7 @@ import psutil
 import zmq
 
 from harness.parts import with_changes
+from harness.specs import make_facts
 from harness.waiting import eventually
 from mgpu.orchestrator.config import ServerConfig, Timeouts
 from mgpu.orchestrator.errors import UserError
@@ -40,46 +41,21 @@ from mgpu.protocol.internal.gateway_messages import (
     WakeUp,
 )
 from mgpu.protocol.internal.worker_messages import RowSampling
-from mgpu.protocol.model.facts import ModelFacts, ModelSource
+from mgpu.protocol.model.facts import ModelSource
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 
 DEADLINE_S = 30.0
 
 
-def facts() -> ModelFacts:
-    return ModelFacts(
-        architecture="llama",
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers=4,
-        num_q_heads=4,
-        num_kv_heads=4,
-        head_dim=16,
-        vocab_size=1000,
-        max_position=256,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        rope_local_theta=None,
-        rope_scaling=None,
-        sliding_window=None,
-        sliding_layers=(False,) * 4,
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        tie_embeddings=True,
-        activation="silu",
-        embedding_scale=1.0,
-        attention_scale=0.25,
-        bos_token_id=None,
-        eos_token_ids=(2,),
-        checkpoint_dtype="float32",
-    )
+FACTS = make_facts(
+    q=4, kv=4, layers=4, hidden=64, width=128, head_dim=16, vocab=1000, context=256, tied=True, bos_token_id=None,
+    checkpoint_dtype="float32",
+)  # fmt: skip
 
 
 def plan_of(num_stages: int, ranks_per_stage: int) -> PlacementPlan:
-    layers = 4 // num_stages
+    layers = FACTS.num_layers // num_stages
     return PlacementPlan(
         tuple(Stage(i * layers, (i + 1) * layers, tuple(range(ranks_per_stage))) for i in range(num_stages))
     )
@@ -88,11 +64,11 @@ def plan_of(num_stages: int, ranks_per_stage: int) -> PlacementPlan:
 def config(num_stages: int = 1, ranks_per_stage: int = 1, **changes: Any) -> ServerConfig:
     plain = ServerConfig(
         model=ModelSource("/nowhere", "safetensors"),
-        facts=facts(),
+        facts=FACTS,
         model_name="fake",
         layout=Layout(plan_of(num_stages, ranks_per_stage), "float32", "shared-memory", "shared-memory"),
         layout_table="layout of the test",
-        limits=StepLimits(block_size=4, max_rows=16, max_batch_tokens=64, max_seq_len=facts().max_position),
+        limits=StepLimits(block_size=4, max_rows=16, max_batch_tokens=64, max_seq_len=FACTS.max_position),
         device_kind="cpu",
         memory_fraction=0.9,
         kv_memory=0,

@@ -9,6 +9,9 @@ import torch
 
 from harness.tiny_models import TinyModel, make_tiny_model
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # other tests have the other cores
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any kernel module is imported
 

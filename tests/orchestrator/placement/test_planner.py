@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from harness.machines import GIB, QWEN3_32B, SMOLLM2, TINY, cpus, gpus, make_facts
+from harness.machines import GIB, QWEN3_32B, SMOLLM2, TINY, cpus, gpus
+from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.devices import Machine, oversubscribed
 from mgpu.orchestrator.placement.divisibility import compatible_sizes

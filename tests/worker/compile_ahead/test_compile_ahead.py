@@ -13,8 +13,8 @@ import pytest
 import torch
 from triton.runtime._async_compile import active_mode
 
-from harness.fake_orchestrator import make_spec
 from harness.random_model import write_random_model
+from harness.specs import make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.compile_ahead import compile_ahead, triton_internals
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead

@@ -10,6 +10,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
+from harness.specs import make_facts
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.worker.loaders import copiers
@@ -35,33 +36,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def facts(architecture: str = "qwen2") -> ModelFacts:
-    return ModelFacts(
-        architecture=architecture,
-        hidden_size=COLUMNS,
-        intermediate_size=64,
-        num_layers=1,
-        num_q_heads=2,
-        num_kv_heads=2,
-        head_dim=6,
-        vocab_size=ROWS,
-        max_position=64,
-        rms_norm_eps=1e-6,
-        rope_theta=1e4,
-        rope_local_theta=None,
-        rope_scaling=None,
-        sliding_window=None,
-        sliding_layers=(False,),
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        tie_embeddings=True,
-        activation="silu",
-        embedding_scale=1.0,
-        attention_scale=1.0,
-        bos_token_id=None,
-        eos_token_ids=(),
-        checkpoint_dtype="float32",
+    return make_facts(
+        q=2, kv=2, layers=1, hidden=COLUMNS, width=64, head_dim=6, vocab=ROWS, context=64, architecture=architecture
     )
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.fake_orchestrator import make_spec, running
+from harness.fake_orchestrator import running
 from harness.random_model import write_random_model
 from harness.rank_threads import ThreadGroup, run_ranks
+from harness.specs import make_spec
 from harness.stage_driver import CPU, Stages, logits_in_chunks
 from mgpu.orchestrator.placement.sizes import largest_matrix_bytes, rank_weight_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint

@@ -1,11 +1,8 @@
 """Ranks as real processes add up, gather and pass on; and notice when one of them is gone."""
 
-import os
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,67 +11,31 @@ import torch
 
 from harness.collective_rank import spec_of
 from harness.parts import with_changes
+from harness.rank_processes import outputs, rank_processes
 from mgpu.protocol.internal.child import BadSpec
 from mgpu.protocol.internal.worker_messages import CONTROL
+from mgpu.protocol.model.placement import Transport
 from mgpu.worker.ranks.collectives import DryRun, SingleRank, ThroughHost
 from mgpu.worker.ranks.links import connect, layout_of, pair_transport
 
 DEADLINE_S = 90.0
 
 
-@contextmanager
 def ranks(
-    case: str, sizes: list[int], transport: str, folder: Path, timeout_s: float = 60.0
-) -> "Iterator[list[subprocess.Popen[str]]]":
-    """Start one process per rank; none survives the block."""
-    spec = spec_of(sizes, transport, 0, folder, timeout_s)
-    fd = os.memfd_create("mgpu-test")
-    os.ftruncate(fd, spec.shared_bytes)
-    shared = str(fd) if transport == "shared-memory" else "-1"
+    case: str, sizes: list[int], transport: Transport, folder: Path, timeout_s: float = 60.0
+) -> "AbstractContextManager[list[subprocess.Popen[str]]]":
+    """Start one process per rank."""
+    shared_bytes = spec_of(sizes, transport, 0, folder, timeout_s).shared_bytes
     plan = ",".join(map(str, sizes))
-    processes = []
-    try:
-        for rank in range(spec.layout.placement.world_size):
-            command = [
-                sys.executable,
-                "-m",
-                "harness.collective_rank",
-                case,
-                plan,
-                transport,
-                str(rank),
-                shared,
-                str(folder),
-            ]
-            processes.append(
-                subprocess.Popen([*command, str(timeout_s)], pass_fds=[fd], stdout=subprocess.PIPE, text=True)
-            )
-        yield processes
-    finally:
-        os.close(fd)
-        for process in processes:
-            process.kill()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+    arguments = (case, plan, transport, str(folder), str(timeout_s))
+    return rank_processes("harness.collective_rank", sum(sizes), shared_bytes, *arguments)
 
 
-def outputs(processes: "list[subprocess.Popen[str]]") -> list[str]:
-    return [process.communicate(timeout=DEADLINE_S)[0].strip() for process in processes]
-
-
-@pytest.mark.parametrize("sizes", [[3], [2, 1, 2]], ids=str)
-def test_shared_memory_exchanges_the_same_bits(sizes: list[int], tmp_path: Path) -> None:
-    check_exchange(sizes, "shared-memory", tmp_path)
-
-
-@pytest.mark.parametrize("sizes", [[2, 1]], ids=str)
-def test_gloo_exchanges_the_same_bits(sizes: list[int], tmp_path: Path) -> None:
-    check_exchange(sizes, "gloo", tmp_path)
-
-
-def check_exchange(sizes: list[int], transport: str, folder: Path) -> None:
-    with ranks("exchange", sizes, transport, folder) as processes:
+@pytest.mark.parametrize(
+    ("transport", "sizes"), [("shared-memory", [3]), ("shared-memory", [2, 1, 2]), ("gloo", [2, 1])], ids=str
+)
+def test_ranks_exchange_the_same_bits(transport: Transport, sizes: list[int], tmp_path: Path) -> None:
+    with ranks("exchange", sizes, transport, tmp_path) as processes:
         found = outputs(processes)
     assert all(each.startswith("ok ") for each in found), found
     first = 0

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.fake_orchestrator import make_plan, make_spec
 from harness.parts import with_changes
+from harness.specs import make_plan, make_spec
 from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec

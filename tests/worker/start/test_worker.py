@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.fake_orchestrator import DEADLINE_S, Workers, frame, launch, make_spec, running
+from harness.fake_orchestrator import DEADLINE_S, Workers, frame, launch, running
+from harness.specs import make_spec
 from harness.tiny_models import TinyModel
 from harness.waiting import eventually
 from mgpu.protocol.internal.worker_messages import (

@@ -1,13 +1,10 @@
 """Kernels over peer memory: all ranks get the same bits of the right sum, and a peer that never writes is noticed."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from harness.peer_checks import Rank, compare, region_bytes
+from harness.rank_processes import outputs, rank_processes
 from mgpu.worker.kernels.peers.memory import PeerAlarm
 
 RANKS = 2 if not torch.cuda.is_available() else 3
@@ -16,32 +13,16 @@ RANKS = 2 if not torch.cuda.is_available() else 3
 def test_ranks_as_processes_compute_the_same_bits() -> None:
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here, not interpreted")
-    fd = os.memfd_create("mgpu-test")
-    os.ftruncate(fd, RANKS * region_bytes(RANKS, torch.bfloat16))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "harness.peer_rank", str(rank), str(RANKS), str(fd)],
-            pass_fds=[fd],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
+    shared_bytes = RANKS * region_bytes(RANKS, torch.bfloat16)
+    with rank_processes("harness.peer_rank", RANKS, shared_bytes, str(RANKS)) as processes:
         assert [process.stdout.readline() for process in processes if process.stdout] == ["empty\n"] * RANKS
         for process in processes:
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-        digests = {process.communicate(timeout=120)[0] for process in processes}
-    finally:
-        os.close(fd)
-        for process in processes:
-            process.kill()
-            process.wait()
+        digests = set(outputs(processes))
     assert len(digests) == 1
-    assert len(digests.pop().strip()) == 64
+    assert len(digests.pop()) == 64
 
 
 def test_a_peer_that_never_writes_is_noticed_once(device: torch.device) -> None:
