@@ -1,4 +1,4 @@
-"""The command ``mgpu-launch``. Commands import what they need when they run, so that ``--help`` is instant."""
+"""The command ``mgpu-launch``. Commands import what they need when they run, so ``--help`` is instant."""
 
 import errno
 import io

@@ -38,7 +38,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
 
 
 class ConfigError(UserError):
-    """A configuration value that cannot be used; the text names the option and what would be accepted."""
+    """A configuration value that cannot be used; the text names the option and the accepted values."""
 
 
 class Bytes(int):

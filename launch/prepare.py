@@ -1,4 +1,4 @@
-"""What `serve` does before the first process: turn options into parts, find the model, read its headers, place it."""
+"""Prepare a server before its first process: turn options into parts, find the model, read its headers, place it."""
 
 from dataclasses import dataclass, fields
 from typing import TypeVar
@@ -15,7 +15,7 @@ from mgpu.protocol.internal.client_limits import MAX_WEIGHT, MIN_WEIGHT, ClientL
 
 Part = TypeVar("Part")
 _NOT_ASKED = (0, "", "auto")
-"""What an option says that is None in its part."""
+"""Values of an option that mean: not asked. A part has None instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +27,23 @@ class PlannedModel:
     plan: Plan
 
 
-def part_of(config: ServeConfig, kind: type[Part]) -> Part:
-    """Build one of the parts that go on as a whole. Its fields have the names of the options that they come from."""
+def part_of(config: ServeConfig, kind: type[Part], **converted: object) -> Part:
+    """Build one of the parts that go on as a whole. Its fields have the names of the options that they come from.
+
+    Example: ``part_of(config, Timeouts)`` takes three of its fields from ``config`` and leaves the others at their
+    defaults. ``converted`` holds fields whose type differs from the option's.
+    """
     values: dict[str, object] = {}
     for each in fields(kind):  # type: ignore[arg-type]
         if hasattr(config, each.name):
             value = getattr(config, each.name)
             values[each.name] = None if each.default is None and value in _NOT_ASKED else value
-    return kind(**values)
+    return kind(**values | converted)
 
 
 def client_limits(config: ServeConfig) -> ClientLimits:
     """Return the limits of ``config``. ConfigError when the weights cannot be read."""
-    return ClientLimits(
-        max_client_requests=config.max_client_requests,
-        max_client_queue=config.max_client_queue,
-        max_sequences=config.max_sequences,
-        max_queue=config.max_queue,
-        client_weights=parse_weights(config.client_weights),
-    )
+    return part_of(config, ClientLimits, client_weights=parse_weights(config.client_weights))
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -88,7 +86,7 @@ def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig
 
 
 def _machine(config: ServeConfig, options: LayoutOptions) -> Machine:
-    """Find the devices that the options speak of; a size or map also says how many CPU workers there are."""
+    """Find the devices for these options. A size or a map also sets the number of CPU workers."""
     workers = config.workers or None
     if workers is None and (config.device == "cpu" or config.oversubscribe):
         workers = implied_workers(options)

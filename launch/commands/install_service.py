@@ -52,7 +52,7 @@ def install_service_command(name: str, user: bool, root: Path | None, dry_run: b
     An existing configuration is kept. Nothing is started.
     """
     launcher = find_launcher()
-    if not user and root is None:  # below another root lies what another machine will run
+    if not user and root is None:  # below another root, it is for another machine
         check_reachable([launcher, *installation_paths()])
     config = config_dir(user, os.environ) / f"{checked_name(name)}.toml"
     files = [at_root(file, root) for file in service_files(config, user, launcher)]

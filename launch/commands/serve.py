@@ -112,7 +112,7 @@ def configure_logging() -> None:
 
 
 def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys | None) -> ServerConfig:
-    """Put together what the server runs with."""
+    """Build the configuration of the server from the options and the plan."""
     plan, checkpoint = planned.plan, planned.checkpoint
     ordinals = [device for stage in plan.layout.placement.stages for device in stage.devices]
     placed = [worker_environment(plan.machine, ordinal) for ordinal in ordinals]

@@ -1,4 +1,4 @@
-"""Options and printing that commands share which talk to a server."""
+"""Options and printing of the commands that talk to a server."""
 
 import sys
 from collections.abc import Callable, Iterable

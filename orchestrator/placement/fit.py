@@ -260,7 +260,7 @@ def device_without_fp8(machine: Machine, placement: PlacementPlan) -> DeviceInfo
 
 
 def check_float8(machine: Machine, placement: PlacementPlan, options: LayoutOptions) -> None:
-    """Refuse a float8 cache where plain torch would have to serve it, many times slower. PlacementError."""
+    """Raise PlacementError for a float8 cache on a GPU without float8: plain torch would be many times slower."""
     device = device_without_fp8(machine, placement)
     if options.kv_cache_dtype != "fp8" or device is None:
         return

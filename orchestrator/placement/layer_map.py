@@ -105,8 +105,10 @@ def balanced_stages(
 ) -> PlacementPlan:
     """Divide layers so that the device with the largest used share of its capacity is as empty as possible.
 
-    ``capacities`` and ``extras`` (what a device holds besides layers: embedding, LM head) are bytes per device. Every
-    device gets at least one layer, so there must not be more devices than layers.
+    ``capacities`` and ``extras`` (embedding, LM head) are bytes per device. Every device gets at least one layer, so
+    there must not be more devices than layers. The answer is the smallest fullness at which all layers have room; only
+    the fullness of some device with some number of layers can be that, so it is found among those by bisection.
+    Example: 30 layers of 1 GiB on devices of 20 and 40 GiB: 10 and 20 layers, both half full.
     """
     assert 1 <= len(ordinals) <= num_layers
     limits = [max(1, capacity) for capacity in capacities]

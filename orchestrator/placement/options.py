@@ -1,4 +1,4 @@
-"""What the user asked of the layout, and what is chosen where nothing was asked."""
+"""The options that decide the layout, and the defaults that depend on the device."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,14 +8,14 @@ from mgpu.protocol.model.facts import Dtype, KvCacheDtype
 from mgpu.protocol.model.quantization import Quant
 
 BLOCK_SIZE = {"cuda": 64, "cpu": 16}
-"""Tokens per KV block where nothing was asked. Kernels are fastest with pages of 64 (see docs/kernels.md); shorter ones
+"""Default tokens per KV block. Kernels are fastest with pages of 64 (see docs/kernels.md); shorter ones
 share more of prompts that begin alike."""
 _CPU_TOKENS = 512
 _GPU_TOKENS = 2048
 _LARGE_GPU_TOKENS = 8192
 _LARGE_GPU = 40 << 30
-"""Bytes from which a GPU has room for the activations of a long step, a few GiB. Prompts of many requests then come
-through 3 to 5 % faster; decoding waits longer for them."""
+"""Bytes from which a GPU has room for the activations of a long step, a few GiB. Prompts of many requests are
+then computed 3 to 5 % faster, and decoding waits longer for them."""
 
 
 class LimitsError(UserError):
@@ -24,7 +24,7 @@ class LimitsError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class LayoutOptions:
-    """Options that decide the layout, under their names on the command line; None where nothing was asked."""
+    """Options that decide the layout, under their names on the command line; None if not asked."""
 
     tp: int | None = None
     device_layers: str | None = None
@@ -46,7 +46,7 @@ class LayoutOptions:
 
 
 def implied_workers(options: LayoutOptions) -> int | None:
-    """Return the number of workers that a size or a layer map speaks of; None without either."""
+    """Return the number of workers that a size or a layer map needs; None without either."""
     if options.tp is not None:
         return options.tp
     ordinals = [

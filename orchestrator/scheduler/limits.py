@@ -1,4 +1,4 @@
-"""What the scheduler may use, and which requests can therefore never run."""
+"""The limits of the scheduler, and the check of requests that can never run within them."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Collect what one engine step has to tell the gateway, and count it."""
+"""Collect the outputs of one engine step for the gateway, and count them."""
 
 from dataclasses import dataclass
 

@@ -43,7 +43,7 @@ class RowPool:
         seq.row = -1
 
     def release_until(self, step: int) -> list[Sequence]:
-        """Free the rows that no token can reach after the result of ``step``, and return who had them."""
+        """Free the rows that no token can reach after the result of ``step``, and return the requests that had them."""
         left = []
         while self._leaving and self._leaving[0][0] <= step:
             _, row, seq = self._leaving.popleft()

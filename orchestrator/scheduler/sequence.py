@@ -53,7 +53,7 @@ class Sequence:
     """How many requests ran before it did; -1 before it first runs. The largest is preempted first."""
     finished: bool = False
     crashes: int = 0
-    """Consecutive crashes of the workers during which it was running."""
+    """Crashes of the workers in a row during which it was running."""
 
     @classmethod
     def from_submit(cls, submit: Submit, arrival: int, max_len: int) -> "Sequence":

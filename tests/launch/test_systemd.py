@@ -37,7 +37,7 @@ def unit_file(folder: Path, user: bool) -> Path:
 
 
 def settings(name: str) -> dict[str, list[str]]:
-    """Give every value of every setting of a shipped unit."""
+    """Return every value of every setting of a shipped unit."""
     values: dict[str, list[str]] = defaultdict(list)
     for line in shipped(name).splitlines():
         if "=" in line and not line.startswith("#"):
