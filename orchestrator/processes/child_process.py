@@ -6,10 +6,11 @@ import logging
 import os
 import select
 import signal
-import struct
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+
+from mgpu.protocol.internal.child import frame_spec
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class ChildProcess:
         if len(spec) > room:
             raise ValueError(f"the spec of {self.name} has {len(spec)} bytes, at most {room} fit")
         with contextlib.suppress(BrokenPipeError):  # died already; its pidfd says so
-            self._process.stdin.write(struct.pack("<I", len(spec)) + spec)
+            self._process.stdin.write(frame_spec(spec))
             self._process.stdin.flush()
 
     def exit_status(self) -> int | None:

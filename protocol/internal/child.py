@@ -23,19 +23,19 @@ def end_with_parent(number: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
+def frame_spec(data: bytes) -> bytes:
+    """Return an encoded spec as `read_spec` expects it: 4 bytes of little-endian length, then the message."""
+    return len(data).to_bytes(4, "little") + data
+
+
 def read_spec(codec: Codec, kind: type[T]) -> T:
-    """Read a spec from standard input: 4 bytes of little-endian length, then the message. BadSpec for anything else."""
+    """Read a spec of class ``kind`` from standard input, as `frame_spec` wrote it. BadSpec for anything else."""
     length = int.from_bytes(_read_exactly(4), "little")
     if length > _MAX_SPEC_BYTES:
         raise BadSpec(f"standard input announces a spec of {length} bytes; the limit is {_MAX_SPEC_BYTES}")
-    return decode_spec(codec, kind, _read_exactly(length))
-
-
-def decode_spec(codec: Codec, kind: type[T], data: bytes) -> T:
-    """Decode a spec of class ``kind``. BadSpec when the bytes are something else."""
     name = kind.__name__.removesuffix("Spec").lower()
     try:
-        message = codec.decode(data)
+        message = codec.decode(_read_exactly(length))
     except CodecError as error:
         raise BadSpec(f"not a {name} spec: {error}") from error
     if not isinstance(message, kind):
@@ -44,7 +44,6 @@ def decode_spec(codec: Codec, kind: type[T], data: bytes) -> T:
 
 
 def _read_exactly(count: int) -> bytes:
-    # Not by sys.stdin, whose buffer would hide the end of file from a later wait for this descriptor.
     data = bytearray()
     while len(data) < count:
         chunk = os.read(_STDIN, count - len(data))

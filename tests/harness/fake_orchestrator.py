@@ -13,6 +13,7 @@ from pathlib import Path
 import zmq
 
 from harness.specs import BLOCK_SIZE
+from mgpu.protocol.internal.child import frame_spec
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
@@ -31,10 +32,6 @@ from mgpu.protocol.model.facts import DTYPE_BYTES
 from mgpu.protocol.model.shared_memory_layout import shared_layout
 
 DEADLINE_S = 60.0
-
-
-def frame(data: bytes) -> bytes:
-    return struct.pack("<I", len(data)) + data
 
 
 def launch(
@@ -72,7 +69,7 @@ class Workers:
             process = launch([], rank, spec.layout.placement.world_size, fds, **(address if master_port else {}))
             self.processes.append(process)
             assert process.stdin is not None
-            process.stdin.write(frame(CONTROL.encode(spec)))
+            process.stdin.write(frame_spec(CONTROL.encode(spec)))
             process.stdin.flush()
         if fd >= 0:
             os.close(fd)

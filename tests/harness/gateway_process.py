@@ -22,6 +22,7 @@ from harness.waiting import eventually
 from mgpu import Client
 from mgpu.orchestrator.gateway.text.detokenizer import byte_level_table
 from mgpu.protocol.front.fields import int32_array
+from mgpu.protocol.internal.child import frame_spec
 from mgpu.protocol.internal.gateway_messages import (
     LINK,
     Alive,
@@ -299,7 +300,7 @@ class GatewayProcess:
         command = ["sh", "-c", f'{self._before} exec "$0" -m mgpu.orchestrator.gateway', sys.executable]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdin is not None
-        process.stdin.write(len(data).to_bytes(4, "little") + data)
+        process.stdin.write(frame_spec(data))
         process.stdin.flush()
         return process
 

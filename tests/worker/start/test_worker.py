@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.fake_orchestrator import DEADLINE_S, Workers, frame, launch, running
+from harness.fake_orchestrator import DEADLINE_S, Workers, launch, running
 from harness.specs import make_spec
 from harness.tiny_models import TinyModel
 from harness.waiting import eventually
+from mgpu.protocol.internal.child import frame_spec
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
@@ -209,9 +210,9 @@ def reads_stdin(pid: int) -> bool:
     [
         (b"", "standard input ended after 0 of 4 bytes"),
         (b"GET / HTTP/1.1\r\n\r\n", "announces a spec of 542393671 bytes"),
-        (frame(b"\xff\x00 no message"), "not a worker spec: malformed"),
-        (frame(CONTROL.encode(Shutdown(1))), "expected a worker spec, got Shutdown"),
-        (frame(b"\x93\x00\x01\x02"), "not a worker spec: WorkerSpec has"),
+        (frame_spec(b"\xff\x00 no message"), "not a worker spec: malformed"),
+        (frame_spec(CONTROL.encode(Shutdown(1))), "expected a worker spec, got Shutdown"),
+        (frame_spec(b"\x93\x00\x01\x02"), "not a worker spec: WorkerSpec has"),
         (struct.pack("<I", 100) + b"abc", "ended after 3 of 100 bytes"),
     ],
     ids=["nothing", "http", "garbage", "other-message", "too-few-fields", "cut-off"],
@@ -227,7 +228,7 @@ def test_garbage_on_standard_input_is_a_clear_error(sent: bytes, complaint: str)
 
 def test_a_world_of_another_size_is_refused(tiny_model: MakeModel) -> None:
     process = launch([], 3, 2)
-    spec = frame(CONTROL.encode(make_spec(tiny_model("llama").folder, [1])))
+    spec = frame_spec(CONTROL.encode(make_spec(tiny_model("llama").folder, [1])))
     _, errors = process.communicate(spec, timeout=DEADLINE_S)
     assert process.returncode == 2
     assert errors.decode() == "mgpu worker: RANK=3 and WORLD_SIZE=2 do not fit a plan of 1 ranks\n"
