@@ -120,7 +120,7 @@ def logits_in_chunks(
     quant: Quant = "none",
     kv_cache_dtype: KvCacheDtype = "auto",
 ) -> Tensor:
-    """Give the logits of every token when one request is computed ``chunks`` tokens at a time."""
+    """Return the logits of every token when one request is computed ``chunks`` tokens at a time."""
     assert sum(chunks) == len(token_ids)
     total = checkpoint.facts.num_layers
     bounds = [total * index // num_stages for index in range(num_stages + 1)]

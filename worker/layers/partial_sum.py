@@ -36,7 +36,7 @@ Delta = Product | PartialSum
 
 
 def summed(delta: Delta) -> Product:
-    """Return the sum; add it up if the next norm would have."""
+    """Return the sum; add the parts of the ranks up now, if that is still to be done."""
     return delta.total() if isinstance(delta, PartialSum) else delta
 
 

@@ -25,7 +25,7 @@ class Pair:
             cache.layers[0].v_NBJK.fill_(torch.nan)
 
     def step(self, rows: list[tuple[Row, int]]) -> None:
-        """Give each row some new tokens, and compare the outputs."""
+        """Add new tokens to each row, and compare the outputs."""
         batch = make_batch([(row, [0] * count) for row, count in rows], BLOCK)
         total = sum(count for _, count in rows)
         q, k, v = (torch.randn(total, heads, DIM, generator=self.generator) for heads in (HEADS, KV_HEADS, KV_HEADS))

@@ -67,7 +67,7 @@ def run_steps(
 
 
 def shuffled_rows(lengths: list[int]) -> tuple[list[Row], int]:
-    """Give rows with scattered blocks, and how many blocks there are."""
+    """Return rows with scattered blocks, and the number of blocks."""
     sizes = [-(-length // BLOCK) for length in lengths]
     order = torch.randperm(sum(sizes) + 3).tolist()
     return [Row([order.pop() for _ in range(size)]) for size in sizes], sum(sizes) + 3

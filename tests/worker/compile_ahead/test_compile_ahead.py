@@ -40,6 +40,13 @@ def test_this_triton_has_every_private_part_that_is_used() -> None:
     assert triton_internals.missing_names() == []
 
 
+def test_one_module_uses_the_private_parts_of_triton() -> None:
+    private = ("_async_compile", "triton_key", "_init_handles", "JITFunction")
+    texts = {path: path.read_text(encoding="utf-8") for path in compile_ahead.SOURCES.rglob("*.py")}
+    users = {path.name for path, text in texts.items() if any(name in text for name in private)}
+    assert users == {"triton_internals.py"}
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
     """Return a list that grows with every run of `launch_all`; an item says whether the group was then alone."""

@@ -19,7 +19,7 @@ def _quiet_numpy() -> Iterator[None]:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Give the device a kernel runs on: cpu in the interpreter where there is no GPU, else cuda."""
+    """Return the device that kernels run on: without a GPU the CPU, in the interpreter, else cuda."""
     name: str = request.param
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")

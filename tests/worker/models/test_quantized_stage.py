@@ -121,7 +121,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def bytes_of_loading(facts: ModelFacts, quant: Quant) -> tuple[int, int]:
-    """Give the most bytes that were alive while a stage was built and filled, and what it holds in the end."""
+    """Return the peak of bytes alive while a stage was built and filled, and the bytes it holds in the end."""
     with LiveBytes() as memory:
         place = RankPlace(0, 0, 0, 1, 0)
         stage = build_stage(facts, place, range(facts.num_layers), SingleRank(), torch.float32, CPU, quant)

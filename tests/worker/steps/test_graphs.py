@@ -48,7 +48,7 @@ def make_runner(model: TinyModel) -> ModelRunner:
 
 
 def make_plans() -> list[StepPlan]:
-    """Give prompts in chunks, decoding beside them, blocks that come when they are needed, and rows that change."""
+    """Yield prompts in chunks, decoding beside them, blocks that arrive when they are needed, and rows that change."""
     draw = random.Random(0)
     plans: list[StepPlan] = []
     done: dict[int, tuple[int, int]] = {}  # row: tokens computed, tokens of the prompt

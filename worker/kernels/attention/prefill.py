@@ -47,7 +47,10 @@ class PrefillTiling:
 
 @triton.jit
 def _find_row(tile, starts_ptr, num_rows, BLOCK_M: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Return the row that owns a tile. Row r's tiles begin at (start_r - start_0) // BLOCK_M + r: enough for each."""
+    """Return the row that owns a tile. Row r's tiles begin at (start_r - start_0) // BLOCK_M + r: enough for each.
+
+    Example: rows of 100 and 10 queries, BLOCK_M 64. Tiles 0 and 1 are row 0's, tile 100 // 64 + 1 = 2 is row 1's.
+    """
     base = tl.load(starts_ptr)
     row = -1
     for first in range(0, num_rows, AT_ONCE):

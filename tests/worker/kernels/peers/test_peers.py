@@ -38,7 +38,7 @@ def test_a_peer_that_never_writes_is_noticed_once(device: torch.device) -> None:
 
 
 def make_ranks(device: torch.device, dtype: torch.dtype, ranks: int, timeout_us: int) -> list[Rank]:
-    """Give all ranks of a group in this process, each with a buffer of its own on one device."""
+    """Return all ranks of a group in this process, each with its own buffer on one device."""
     buffers = [torch.zeros(region_bytes(ranks, dtype), dtype=torch.uint8, device=device) for _ in range(ranks)]
     addresses = [buffer.data_ptr() for buffer in buffers]
 

@@ -46,7 +46,7 @@ def scales(tokens: int, device: torch.device) -> Tensor:
 
 
 def values(rows: Float8Rows, k: int) -> Tensor:
-    """Give what quantized rows are worth, in the usual order of channels."""
+    """Return the values of quantized rows, in the usual order of channels."""
     assert rows.values.shape[1] == -(-k // BLOCK) * BLOCK
     blocks = rows.values.float().view(len(rows.values), -1, WORDS, 4).transpose(2, 3)
     values = blocks.flatten(1) * rows.scale_T[:, None]

@@ -68,7 +68,7 @@ def stored(numbers: Tensor) -> Tensor:
 
 
 def random_weight(kind: str, n: int, k: int, device: torch.device) -> tuple[PackedWeight, Tensor]:
-    """Give a packed weight and its float32 values."""
+    """Return a packed weight and its float32 values."""
     if kind.startswith("int4"):
         group = int(kind.removeprefix("int4-"))
         q = torch.randint(-8, 8, (n, k), device=device)
