@@ -7,7 +7,7 @@ from typing import Literal
 
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
-from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, ModelSource
+from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.shared_memory_layout import shared_layout
 
@@ -102,11 +102,10 @@ class ServerConfig:
     @property
     def shared_bytes(self) -> int:
         """Size of the memory that all ranks map; 0 when the transports need none."""
-        layout, limits = self.layout, self.limits
+        layout = self.layout
         if layout.placement.world_size == 1 or not {layout.transport, layout.stage_transport} & _SHARED:
             return 0
-        step = limits.max_batch_tokens, limits.max_rows, self.facts.hidden_size
-        return shared_layout(layout.placement, *step, DTYPE_BYTES[layout.dtype]).total_bytes
+        return shared_layout(layout, self.limits, self.facts.hidden_size).total_bytes
 
     def device_of(self, rank: int) -> str:
         if self.worker_devices:

@@ -7,7 +7,8 @@ one rank that writes it.
 
 from dataclasses import dataclass
 
-from mgpu.protocol.model.placement import PlacementPlan
+from mgpu.protocol.model.facts import DTYPE_BYTES
+from mgpu.protocol.model.layout import Layout, StepLimits
 
 LINE = 64
 """Bytes of a cache line."""
@@ -74,20 +75,18 @@ class _Allocator:
         return ChannelRegion(sent, received, handle, self.take(depth * slot_bytes, PAGE), slot_bytes, depth)
 
 
-def shared_layout(
-    plan: PlacementPlan, max_batch_tokens: int, max_rows: int, hidden_size: int, dtype_bytes: int
-) -> SharedLayout:
+def shared_layout(layout: Layout, limits: StepLimits, hidden_size: int) -> SharedLayout:
     """Lay out reductions of every stage and channels of every boundary; a pure function of its arguments."""
-    space = _Allocator()
+    space, plan = _Allocator(), layout.placement
     failed, barrier = space.take(LINE), space.take(LINE * plan.world_size)
-    message_bytes = max_batch_tokens * hidden_size * dtype_bytes
+    message_bytes = limits.max_batch_tokens * hidden_size * DTYPE_BYTES[layout.dtype]
     reduce = tuple(_reduce_region(space, len(stage.devices), message_bytes) for stage in plan.stages)
     activations = tuple(
         tuple(space.channel(message_bytes, ACTIVATION_DEPTH) for _ in stage.devices) for stage in plan.stages[1:]
     )
     # Tokens of one step per stage can be unread, and of one more while the next step samples.
     receivers = plan.stages[0].devices if plan.num_stages > 1 else ()
-    feedback = tuple(space.channel(4 * max_rows, plan.num_stages + 2) for _ in receivers)
+    feedback = tuple(space.channel(4 * limits.max_rows, plan.num_stages + 2) for _ in receivers)
     return SharedLayout(failed, barrier, reduce, activations, feedback, space.take(0, PAGE))
 
 

@@ -28,7 +28,6 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerFailure,
     WorkerSpec,
 )
-from mgpu.protocol.model.facts import DTYPE_BYTES
 from mgpu.protocol.model.shared_memory_layout import shared_layout
 
 DEADLINE_S = 60.0
@@ -90,13 +89,7 @@ class Workers:
         if spec.layout.transport == "gloo":
             self.spec = replace(spec, rendezvous=f"file://{self.folder}/group")
             return -1
-        layout = shared_layout(
-            spec.layout.placement,
-            spec.limits.max_batch_tokens,
-            spec.limits.max_rows,
-            spec.facts.hidden_size,
-            DTYPE_BYTES[spec.layout.dtype],
-        )
+        layout = shared_layout(spec.layout, spec.limits, spec.facts.hidden_size)
         fd = os.memfd_create("mgpu-test")
         os.ftruncate(fd, layout.total_bytes)
         self.spec = replace(spec, shared_fd=fd, shared_bytes=layout.total_bytes)

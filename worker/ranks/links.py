@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mgpu.protocol.internal.child import BadSpec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
-from mgpu.protocol.model.facts import DTYPE_BYTES
 from mgpu.protocol.model.placement import Transport
 from mgpu.protocol.model.shared_memory_layout import ChannelRegion, SharedLayout, shared_layout
 from mgpu.worker.ranks.collectives import (
@@ -225,13 +224,7 @@ def pair_transport(spec: WorkerSpec, transport: Transport, sender: int, receiver
 
 def layout_of(spec: WorkerSpec) -> SharedLayout:
     """Return the layout of the shared file, as the orchestrator computed it."""
-    return shared_layout(
-        spec.layout.placement,
-        spec.limits.max_batch_tokens,
-        spec.limits.max_rows,
-        spec.facts.hidden_size,
-        DTYPE_BYTES[spec.layout.dtype],
-    )
+    return shared_layout(spec.layout, spec.limits, spec.facts.hidden_size)
 
 
 def _open_segment(spec: WorkerSpec, layout: SharedLayout, rank: int) -> SharedSegment:
