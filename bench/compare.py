@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.options import words
 from bench.performance.chart import caption, draw, read_lines
 
 RESULTS = Path(__file__).parent / "results" / "compare"
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--shape", default="135M")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bandwidth", default="")
-    parser.add_argument("--peers", type=lambda text: [p for p in text.split(",") if p], default=list(PEERS[:2]))
+    parser.add_argument("--peers", type=words, default=list(PEERS[:2]))
     parser.add_argument("--concurrency", default="1,2,4,8")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=128)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import machine
+from mgpu.launch.bench.report import describe, heading
 from mgpu.launch.server_process import running_server
 
 PROMPT_TOKENS = 128
@@ -113,8 +113,8 @@ def main() -> None:
     if options.transformers:
         transformers_process(options.streams, options.rounds)
         return
-    facts = machine.describe("transformers")
-    print(machine.heading(facts))
+    facts = describe("transformers")
+    print(heading(facts))
     rates: dict[str, dict[int, list[float]]] = {"mgpu": {}, "transformers": {}}
     for _ in range(options.rounds):
         for name, measure in (("transformers", measure_transformers), ("mgpu", measure_mgpu)):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import describe, heading
 from bench.model_shapes import SHAPES, write_weights
+from mgpu.launch.bench.report import describe, heading
 from mgpu.launch.bench.shapes import SMOLLM2_135M
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.model.placement import RankPlace

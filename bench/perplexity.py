@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import machine
+from mgpu.launch.bench.report import describe, heading
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
 from mgpu.orchestrator.models.find import cache_root, read_model, resolve_model
 from mgpu.protocol.checkpoint.read import Checkpoint
@@ -226,7 +226,7 @@ def read_options() -> argparse.Namespace:
 
 def main() -> None:
     options = read_options()
-    print(machine.heading(machine.describe()), flush=True)
+    print(heading(describe()), flush=True)
     for name in options.model:
         model = resolve_model(find(name))
         codec = load_codec(model.path, model.format)

@@ -20,12 +20,11 @@ from typing import get_args
 import torch
 
 from bench.kernels.gpu_spans import Span, busy_us, idle_before_steps
-from bench.machine import describe, heading
 from bench.model_shapes import LLAMA_8B, write_config
-from bench.option_lists import numbers
+from bench.options import numbers
 from bench.performance.rows import BENCH, GAP, OCCUPANCY, SHOWN
 from bench.performance.rows import row as make_row
-from mgpu.launch.bench.report import Report
+from mgpu.launch.bench.report import Report, describe, heading
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.facts import KvCacheDtype

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.all_reduce.rank import BACKENDS, shared_bytes
-from bench.machine import describe, heading
+from bench.options import numbers, words
 from bench.waiting import wait_until
+from mgpu.launch.bench.report import describe, heading
 from mgpu.orchestrator.placement.devices import Machine, find_machine, worker_environment
 
 DEADLINE_S = 180.0
@@ -113,13 +114,10 @@ def _wait(processes: "Sequence[subprocess.Popen[bytes]]", folder: Path) -> None:
 
 
 def main() -> None:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=numbers, default=[2, 3, 4])
     parser.add_argument("--kib", type=numbers)
-    parser.add_argument("--backends", type=lambda text: text.split(","))
+    parser.add_argument("--backends", type=words)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"

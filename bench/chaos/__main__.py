@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from bench import machine
 from bench.chaos.bad_inputs import send_bad_inputs
 from bench.chaos.ends import check_no_blocks, kill_loading_parents, kill_parents, leave, terminate, terminate_server
 from bench.chaos.kills import (
@@ -30,6 +29,7 @@ from bench.chaos.load import Job, Standstill, Streams, make_jobs, undisturbed
 from bench.chaos.server import Server, ServerOptions
 from bench.chaos.soak import soak
 from bench.chaos.table import Report, Row
+from mgpu.launch.bench.report import describe, heading
 
 SHORT = {
     "kills": 8,
@@ -156,9 +156,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    facts = machine.describe("pyzmq", "msgpack")
+    facts = describe("pyzmq", "msgpack")
     shape = f"{options.model}, {options.workers} CPU workers, {options.streams} streams"
-    report = Report(options.save, facts | {"options": shape}, f"{machine.heading(facts)} | {shape}")
+    report = Report(options.save, facts | {"options": shape}, f"{heading(facts)} | {shape}")
     try:
         for row in rows(options):
             report.add(row)
@@ -166,7 +166,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     report.close()
     assert threading.active_count() == 1, "a stream did not end"
-    if not all(row.is_good for row in report.rows):
+    if not report.is_good:
         raise SystemExit("something was lost, repeated, changed or left behind")
 
 

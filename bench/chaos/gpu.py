@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import machine
 from bench.chaos.ends import kill_parent
 from bench.chaos.kills import SILENCE_S
 from bench.chaos.load import Standstill, Streams, make_jobs, undisturbed
@@ -24,6 +23,7 @@ from bench.chaos.table import Report, Row
 from bench.model_shapes import LLAMA_8B
 from bench.waiting import wait_until
 from mgpu import Client
+from mgpu.launch.bench.report import describe, heading
 from mgpu.orchestrator.placement.nvml import NvmlSession
 
 TINY = {
@@ -137,8 +137,8 @@ def main() -> None:
     free_bytes: FreeBytes = (lambda: 0) if options.cpu else free_gpu_bytes
     if not options.cpu and not free_bytes():
         raise SystemExit("no GPU; --cpu rehearses without one")
-    facts = machine.describe("triton", "pyzmq")
-    report = Report(options.save, facts, machine.heading(facts))
+    facts = describe("triton", "pyzmq")
+    report = Report(options.save, facts, heading(facts))
     with tempfile.TemporaryDirectory() as folder:
         try:
             for row in run(server_options_of(options, Path(folder)), options, free_bytes):
@@ -146,7 +146,7 @@ def main() -> None:
         except Standstill as error:
             raise SystemExit(str(error)) from None
     report.close()
-    if not all(row.is_good for row in report.rows):
+    if not report.is_good:
         raise SystemExit("something was lost, repeated, changed or left behind")
 
 

@@ -1,13 +1,13 @@
 """The table of the fault tests: what each row counts, and how it is printed and kept."""
 
-import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.chaos.load import Tally
+from bench.report import Table
 
 HEADING = """| fault | injections | streams finished | tokens | lost | repeated | different | s, median / worst | good |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
@@ -57,32 +57,28 @@ class Row:
         return f"| {self.fault} | {' | '.join(map(str, numbers))} | {times} | {good} |"
 
 
-class Report:
-    """Print rows as they come, and keep them in a folder, so that a run that is cut short is not lost."""
+class Report(Table[Row]):
+    """Rows in a folder: ``chaos.json`` and, as it was printed, ``chaos.txt``."""
 
     def __init__(self, folder: Path, machine: dict[str, object], title: str) -> None:
-        self.rows: list[Row] = []
-        self._folder = folder
-        self._machine = machine
+        super().__init__(folder / "chaos.json", machine)
         self._text = ""
+        self._text_path = folder / "chaos.txt"
         folder.mkdir(parents=True, exist_ok=True)
-        self._say(f"{title}\n\n{HEADING}")
+        self.say(f"{title}\n\n{HEADING}")
 
     def add(self, row: Row) -> None:
-        self.rows.append(row)
-        self._say(row.line)
+        super().add(row)
         for problem in row.problems[:10]:
-            self._say(f"    {problem}")
-        data = {"machine": self._machine, "rows": [asdict(each) for each in self.rows]}
-        (self._folder / "chaos.json").write_text(json.dumps(data, indent=1))
+            self.say(f"    {problem}")
 
     def close(self) -> None:
-        """Say what does not fit into a table."""
+        """Print what does not fit into a table."""
         for row in self.rows:
             if row.notes:
-                self._say("\n".join(["", f"{row.fault}:", *row.notes]))
+                self.say("\n".join(["", f"{row.fault}:", *row.notes]))
 
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
+    def say(self, text: str) -> None:
+        super().say(text)
         self._text += text + "\n"
-        (self._folder / "chaos.txt").write_text(self._text)
+        self._text_path.write_text(self._text)

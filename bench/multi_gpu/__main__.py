@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.machine import describe, heading
 from bench.model_shapes import SHAPES
 from bench.multi_gpu import all_reduce as multi_gpu_all_reduce
 from bench.multi_gpu import faults as multi_gpu_faults
@@ -24,15 +23,12 @@ from bench.multi_gpu import tokens as multi_gpu_tokens
 from bench.multi_gpu.box import Box, find_box
 from bench.multi_gpu.report import Report
 from bench.multi_gpu.speed import Speed
-from bench.option_lists import numbers
+from bench.options import numbers, words
+from mgpu.launch.bench.report import describe, heading
 from mgpu.orchestrator.errors import DeviceError
 
 SECTIONS = ("all-reduce", "tokens", "speed", "faults")
 RESULTS = Path(__file__).parents[1] / "results"
-
-
-def words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def parse() -> argparse.Namespace:

@@ -1,17 +1,17 @@
 """Collect the rows of `multi_gpu.py`: printed as they come, saved after each, so that no interruption loses any."""
 
-import json
 import re
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bench.report import Table
+
 Verdict = Literal["ok", "FAIL", "met", "missed", "measured", "rehearsed", "skipped"]
-BAD: tuple[Verdict, ...] = ("FAIL", "missed")
 _WIDTHS = (11, 54, 34, 34)
 _MOST = 140
 
@@ -31,38 +31,34 @@ class Row:
     details: str = ""
     """More than fits the table, such as a traceback; in the JSON only."""
 
+    @property
+    def is_good(self) -> bool:
+        return self.verdict not in ("FAIL", "missed")
+
+    @property
     def line(self) -> str:
         found = self.found if len(self.found) <= _MOST else self.found[: _MOST - 1] + "…"
         cells = (self.section, self.asked, self.wanted, found)
         return " | ".join([*(cell.ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True)), self.verdict])
 
 
-@dataclass
-class Report:
+class Report(Table[Row]):
     """The table. ``rehearsal`` withholds every verdict about speed."""
 
-    machine: dict[str, object]
-    path: Path | None
-    rehearsal: bool
-    budget_s: float
-    rows: list[Row] = field(default_factory=list)
-    _began_s: float = field(default_factory=time.monotonic)
+    def __init__(self, machine: dict[str, object], path: Path | None, rehearsal: bool, budget_s: float) -> None:
+        super().__init__(path, machine)
+        self.rehearsal = rehearsal
+        self.budget_s = budget_s
+        self._began_s = time.monotonic()
+
+    @property
+    def facts(self) -> dict[str, object]:
+        return {"rehearsal": self.rehearsal, "seconds": self.seconds()}
 
     def heading(self) -> str:
         cells = ("section", "asked", "must be", "was")
         titles = " | ".join([*(cell.ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True)), "verdict"])
         return f"{titles}\n{'-' * len(titles)}"
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        print(row.line(), flush=True)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [asdict(row) for row in self.rows]
-            report = {"machine": self.machine, "rehearsal": self.rehearsal, "seconds": self.seconds(), "rows": rows}
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(report, indent=1))
-            partial.replace(self.path)
 
     def check(self, section: str, asked: str, wanted: str, found: str, good: bool, details: str = "") -> None:
         self.add(Row(section, asked, wanted, found, "ok" if good else "FAIL", details="" if good else details))
@@ -115,10 +111,6 @@ class Report:
         for row in self.rows:
             counts[row.verdict] = counts.get(row.verdict, 0) + 1
         return f"{len(self.rows)} rows in {self.seconds():g} s: " + ", ".join(f"{n} {v}" for v, n in counts.items())
-
-    @property
-    def is_good(self) -> bool:
-        return not any(row.verdict in BAD for row in self.rows)
 
 
 def _gist(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from bench.options import numbers, words
 from mgpu.launch.bench.load import Request, Send
 from mgpu.launch.bench.report import Report
 from mgpu.launch.bench.serve import SHOWN, Sizes, loads, measure_load
@@ -25,14 +26,8 @@ def parse(doc: str, *more: Callable[[argparse.ArgumentParser], object]) -> argpa
     """Read the options that all peers have; they are those of `mgpu-launch bench serve`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",") if part]
-
-    def rates(text: str) -> list[float]:
-        return [float(part) for part in text.split(",") if part]
-
     parser.add_argument("--concurrency", type=numbers, default=[])
-    parser.add_argument("--rate", type=rates, default=[])
+    parser.add_argument("--rate", type=lambda text: [float(part) for part in words(text)], default=[])
     parser.add_argument("--burst", type=numbers, default=[])
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=1024)
@@ -102,6 +97,3 @@ def streamed(start: Start) -> Send:
 def need(package: str, error: ImportError) -> SystemExit:
     """Say that a peer is not installed."""
     return SystemExit(f"error: {error}; install it with: {sys.executable} -m pip install {package}")
-
-
-__all__ = ["Start", "add_model_options", "measure", "most_at_once", "need", "parse", "streamed"]

@@ -26,9 +26,10 @@ from pathlib import Path
 import click
 
 from bench.model_shapes import write_config
+from bench.options import Sizes, size_text
 from bench.performance.ready import measure_ready
 from bench.performance.records import next_path, read_results, record_paths
-from bench.performance.rows import BENCH, FAILED, REAL, REHEARSED, SHOWN, Sizes, last_line, missing, size_text
+from bench.performance.rows import BENCH, FAILED, REAL, REHEARSED, SHOWN, last_line, missing
 from bench.performance.server import Part, Place, measure
 from bench.performance.table import BEGIN, END, table, write_between
 from bench.performance.throughput_plot import write_picture

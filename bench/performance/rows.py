@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.model_shapes import SHAPES, SMALL_SHAPES, Config
+from bench.options import Sizes, sizes
 from mgpu.launch.bench.report import Row, spread
 
 SHOWN = ("what", "count", "length", "value", "value_low", "value_high", "unit", "limit", "share")
@@ -60,21 +61,6 @@ class Effort:
 
 REAL = Effort(seconds=0.6, repeat=3)
 REHEARSED = Effort(seconds=0.2, repeat=2, fewer=32, is_rehearsal=True)
-
-
-Sizes = tuple[tuple[int, int], ...]
-"""Numbers of requests with lengths of their prompts."""
-
-
-def sizes(text: str) -> Sizes:
-    """Read ``32x1024,4x8192``. ValueError for anything else."""
-    pairs = [part.split("x") for part in text.split(",") if part]
-    return tuple((int(count), int(length)) for count, length in pairs)
-
-
-def size_text(pairs: Sizes) -> str:
-    """Write what `sizes` reads."""
-    return ",".join(f"{count}x{length}" for count, length in pairs)
 
 
 @dataclass(frozen=True, slots=True)

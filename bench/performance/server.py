@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from bench.options import Sizes
 from bench.performance.rows import (
     BENCH,
     BURST,
@@ -21,7 +22,6 @@ from bench.performance.rows import (
     SHOWN,
     TOKENS_PER_S,
     Effort,
-    Sizes,
     missing,
     row,
 )  # fmt: skip

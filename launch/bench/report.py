@@ -56,12 +56,10 @@ class Report:
         if self._save is None:
             return
         try:
-            self._save.parent.mkdir(parents=True, exist_ok=True)
             if self._save.suffix == ".csv":
                 self._write_csv(self._save)
             else:
-                whole = {**self._facts, "machine": self._machine, "rows": self._rows}
-                self._save.write_text(json.dumps(whole, indent=1) + "\n")
+                save_json(self._save, {**self._facts, "machine": self._machine, "rows": self._rows})
         except OSError as error:
             raise UserError(f"--save {self._save}: {error.strerror}; choose another place") from error
 
@@ -70,10 +68,19 @@ class Report:
         facts = {name: value for name, value in self._facts.items() if not isinstance(value, (dict, list, tuple))}
         facts |= {"measured_on": heading(self._machine)}
         names = list(dict.fromkeys(name for row in self._rows for name in row))
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*facts, *names])
             writer.writeheader()
             writer.writerows({**facts, **row} for row in self._rows)
+
+
+def save_json(path: Path, whole: object) -> None:
+    """Write a record in place of the last one, whole or not at all. OSError where that cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(whole, indent=1) + "\n")
+    partial.replace(path)
 
 
 def cell(name: str, value: Value) -> str:

@@ -8,9 +8,10 @@ import pytest
 
 from bench.chaos.gpu import leak
 from bench.kernels.gpu_spans import Span, busy_us, idle_before_steps
+from bench.options import size_text, sizes
 from bench.performance.__main__ import EXPECTED_S, PEERS, SERVERS, Run, note_failure
 from bench.performance.records import next_path, read_results, record_paths, together
-from bench.performance.rows import DECODE, FAILED, GAP, READY, REHEARSED, missing, row, size_text, sizes, window_rates
+from bench.performance.rows import DECODE, FAILED, GAP, READY, REHEARSED, missing, row, window_rates
 from bench.performance.server import Place
 from bench.performance.table import BEGIN, END, LINES, insert, table
 from bench.performance.throughput_plot import caption, lines_of
