@@ -45,29 +45,28 @@ def read_checkpoint(path: str | Path, load_format: LoadFormat = "auto") -> Check
 
 
 def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
+    stored: dict[str, TensorEntry] = {}
     if path.is_dir():
-        return _finish(path, "safetensors", load_format, read_config_facts(path), None)
+        kind: CheckpointFormat = "safetensors"
+        facts = read_config_facts(path)
+        if load_format != "dummy":
+            stored = _read_folder(path)
+    else:
+        kind = "gguf"
+        _check_gguf_path(path)
+        facts, stored = read_gguf_checkpoint(path)
+    source = ModelSource(str(path.absolute()), kind, load_format)
+    if load_format == "dummy":
+        return Checkpoint(source, facts, dummy_tensors(facts))
+    check_tensors(str(path), facts, stored)
+    return Checkpoint(source, facts, {name: stored[name] for name in expected_tensors(facts)})
+
+
+def _check_gguf_path(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     if not path.is_file() or path.suffix.lower() != ".gguf":
         raise CheckpointError(f"{path}: neither a model folder nor a .gguf file{_pickle_hint([path])}")
-    facts, tensors = read_gguf_checkpoint(path)
-    return _finish(path, "gguf", load_format, facts, tensors)
-
-
-def _finish(
-    path: Path,
-    kind: CheckpointFormat,
-    load_format: LoadFormat,
-    facts: ModelFacts,
-    found: dict[str, TensorEntry] | None,
-) -> Checkpoint:
-    source = ModelSource(str(path.absolute()), kind, load_format)
-    if load_format == "dummy":
-        return Checkpoint(source, facts, dummy_tensors(facts))
-    stored = _read_folder(path) if found is None else found
-    check_tensors(str(path), facts, stored)
-    return Checkpoint(source, facts, {name: stored[name] for name in expected_tensors(facts)})
 
 
 def _read_folder(folder: Path) -> dict[str, TensorEntry]:

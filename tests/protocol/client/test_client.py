@@ -92,7 +92,7 @@ def test_closing_the_client_ends_what_is_in_flight(gateway: GatewayProcess) -> N
         client.generate([1])
 
 
-def test_a_stream_gives_the_whole_completion_too(gateway: GatewayProcess) -> None:
+def test_a_stream_returns_the_whole_completion_too(gateway: GatewayProcess) -> None:
     gateway.engine.script = says("hello")
     with Client(gateway.endpoint) as client, client.stream([1], logprobs=0) as stream:
         assert next(stream).text == "h"

@@ -161,7 +161,7 @@ def scripted_server(folder: Path) -> "Iterator[zmq.Socket[bytes]]":
 
 
 def hear(server: "zmq.Socket[bytes]") -> tuple[bytes, dict[str, Any]]:
-    """Take one message and give it with the connection it came on."""
+    """Return one message with the connection on which it came."""
     assert server.poll(int(DEADLINE_S * 1000)), "nothing came in time"
     connection, *frames = server.recv_multipart()
     return connection, {str(name): value for name, value in framing.unpack(frames, framing.FROM_CLIENT).items()}

@@ -1,4 +1,4 @@
-"""The tables that bound every field of the front channel."""
+"""The rules that bound every field of the front channel."""
 
 import math
 import struct

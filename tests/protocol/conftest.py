@@ -1,1 +1,0 @@
-"""Let the tests of this folder import the helpers that lie beside them."""
