@@ -30,7 +30,7 @@ def idle_command(wanted: Wanted, seconds: float) -> None:
 
 
 def idle_share(pid: int, seconds: float) -> float:
-    """Give the processor time of a process and all that it started over ``seconds``, as a share of one core."""
+    """Return the processor time of a process and all that it started over ``seconds``, as a share of one core."""
     before, began_s = cpu_seconds(pid), time.monotonic()
     time.sleep(seconds)
     return (cpu_seconds(pid) - before) / (time.monotonic() - began_s)
@@ -43,6 +43,6 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Give the processor time that a process and its descendants have used so far."""
+    """Return the processor time that a process and its descendants have used so far."""
     times = [process.cpu_times() for process in family(pid)]
     return float(sum(each.user + each.system for each in times))

@@ -34,18 +34,18 @@ class Limit:
     """Of all devices that read at the same time, together; 0: not known."""
 
     def step_bytes(self, batch: int, context: float) -> float:
-        """Give the bytes of one step in which ``batch`` rows have ``context`` tokens behind them on average."""
+        """Return the bytes of one step in which ``batch`` rows have ``context`` tokens behind them on average."""
         return self.weight_bytes + self.kv_token_bytes * batch * context
 
     def tokens_per_s(self, batch: int, context: float) -> float | None:
-        """Give the most tokens per second of a whole batch; None where the bandwidth is not known."""
+        """Return the most tokens per second of a whole batch; None where the bandwidth is not known."""
         if not self.bytes_per_s:
             return None
         return batch * self.bytes_per_s / self.step_bytes(batch, context)
 
 
 def limit_of(plan: Plan, bytes_per_s: float) -> Limit:
-    """Give the limit of a planned server, in the types that weights and cache are held in.
+    """Return the limit of a planned server, in the types that weights and cache are held in.
 
     ``bytes_per_s`` is of one GPU, or of the whole machine on the CPU. GPUs of one stage read side by side; stages
     follow each other, so that their bytes add up.
@@ -56,7 +56,7 @@ def limit_of(plan: Plan, bytes_per_s: float) -> Limit:
 
 
 def weight_bytes(facts: ModelFacts, dtype_bytes: int, quant: Quant = "none") -> int:
-    """Give the bytes of the weights that a decode step reads: layers, final norm and head.
+    """Return the bytes of the weights that a decode step reads: layers, final norm and head.
 
     Quantized matrices come with their scales; the head keeps the type that the model is served in.
     """
@@ -87,7 +87,7 @@ def read_speed(seconds: float, nbytes: int = BLOCK_BYTES) -> float:
 
 
 def machine_read_speed() -> float:
-    """Give the bytes per second of processes that read side by side, one per core that this one may use."""
+    """Return the bytes per second of processes that read side by side, one per core that this one may use."""
     command = [sys.executable, "-m", "mgpu.launch.bench.limit"]
     readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in os.sched_getaffinity(0)]
     try:

@@ -34,12 +34,12 @@ class Outcome:
 
     @property
     def first_s(self) -> float | None:
-        """Give the time to the first token; None if none came."""
+        """Return the time to the first token; None if none came."""
         return self.pieces[0][0] - self.due_s if self.pieces else None
 
     @property
     def gaps_s(self) -> list[float]:
-        """Give the waits between arrivals, as a reader sees them."""
+        """Return the waits between arrivals, as a reader sees them."""
         times = [at_s for at_s, _ in self.pieces]
         return [late - early for early, late in itertools.pairwise(times)]
 
@@ -55,7 +55,7 @@ def random_requests(count: int, prompt_tokens: int, new_tokens: int, vocab_size:
 
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """Give ``count`` times, in seconds from the start, of requests that come independently ``rate`` times a second."""
+    """Return ``count`` times, in seconds from the start, of requests that come at random, ``rate`` a second."""
     chance, at_s, arrivals = random.Random(seed), 0.0, []
     for _ in range(count):
         at_s += chance.expovariate(rate)

@@ -80,7 +80,7 @@ def seconds_option(default: float, help_text: str) -> Callable[[F], F]:
 
 
 def seconds(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
-    """Give it back. BadParameter for what cannot be waited for; in no time at all nothing can be counted."""
+    """Return the seconds to count. BadParameter for times that are too long to wait for or too short to count in."""
     if not 0.01 <= value <= LONGEST_S:
         raise click.BadParameter(f"{value:g} is not between 0.01 and {LONGEST_S}")
     return value

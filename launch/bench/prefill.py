@@ -44,7 +44,7 @@ def prefill_command(wanted: Wanted, sizes: Sizes) -> None:
 
 
 def prefill_seconds(probe: Probe, count: int, length: int, repeat: int) -> list[float]:
-    """Give the seconds of every run, after one that warms up."""
+    """Return the seconds of every run, after one that warms up."""
     if count == 1:
         probe.first_token_s(length)
         return [probe.first_token_s(length) for _ in range(FIRST_TOKEN_ASKS * repeat)]

@@ -56,7 +56,7 @@ class Probe:
         return [self._random.randrange(3, self._vocab_size) for _ in range(length)]
 
     def decode_rate(self, batch: int, context: int, seconds: float) -> tuple[float, float]:
-        """Give tokens per second while a whole batch decodes, and the mean context meanwhile."""
+        """Return tokens per second while a whole batch decodes, and the mean context meanwhile."""
         decoded = self.decode(batch, context, seconds)
         return decoded.tokens_per_s, decoded.mean_context
 
@@ -93,7 +93,7 @@ class Probe:
         return prompts[:count]
 
     def _after_a_step(self) -> tuple[dict[str, float], float]:
-        """Give the counters as soon as a step has brought tokens, and when; a step cut in two would count as a whole.
+        """Return counters and time just after a step has brought tokens: a step cut in two would count as a whole.
 
         Where no step ends any more, give what there is.
         """
@@ -106,7 +106,7 @@ class Probe:
                 return stats, now_s
 
     def first_token_s(self, length: int) -> float:
-        """Give the seconds from sending a prompt to its first token on an idle server."""
+        """Return the seconds from sending a prompt to its first token on an idle server."""
         ids = self.prompt(length)
         time.sleep(0.05)
         began_s = time.perf_counter()
@@ -117,11 +117,11 @@ class Probe:
         return elapsed_s
 
     def first_token_ms(self, length: int) -> float:
-        """Give `first_token_s` in milliseconds."""
+        """Return `first_token_s` in milliseconds."""
         return self.first_token_s(length) * 1e3
 
     def prefill_rate(self, count: int, length: int) -> float:
-        """Give prompt tokens per second when ``count`` prompts come at once."""
+        """Return prompt tokens per second when ``count`` prompts come at once."""
         prompts = [self.prompt(length) for _ in range(count)]
         began_s = time.perf_counter()
         streams = [self._client.stream(ids, max_tokens=1, ignore_eos=True) for ids in prompts]
@@ -130,7 +130,7 @@ class Probe:
         return count * length / (time.perf_counter() - began_s)
 
     def closed_loop(self, count: int, length: int, new_tokens: int) -> float:
-        """Give output tokens per second when all requests come at once, until the last one ends."""
+        """Return output tokens per second when all requests come at once, until the last one ends."""
         prompts = [self.prompt(length) for _ in range(count)]
         began_s = time.perf_counter()
         streams = [self._client.stream(ids, max_tokens=new_tokens, ignore_eos=True) for ids in prompts]

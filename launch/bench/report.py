@@ -96,12 +96,12 @@ def cell(name: str, value: Value) -> str:
 
 
 def spread(name: str, values: Sequence[float]) -> Row:
-    """Give the median under ``name``, and beside it the least and the greatest. ValueError without values."""
+    """Return the median under ``name``, and beside it the least and the greatest. ValueError without values."""
     return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """Give the least value that ``percent`` of all values do not exceed (nearest rank); None without values."""
+    """Return the least value that ``percent`` of all values do not exceed (nearest rank); None without values."""
     if not values:
         return None
     rank = max(1, math.ceil(percent / 100 * len(values)))
@@ -109,7 +109,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 def cpu_name() -> str:
-    """Give the name that the kernel prints for the first core."""
+    """Return the name that the kernel prints for the first core."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -126,7 +126,7 @@ def gpu_names() -> list[str]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Give the versions of Python, of mgpu, which need not be installed, and of those packages that are."""
+    """Return the versions of Python, of mgpu, which need not be installed, and of those packages that are."""
     found = {"python": platform.python_version(), "mgpu": mgpu.__version__}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -135,7 +135,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def describe(*packages: str) -> dict[str, object]:
-    """Give what must stand beside every number: date, machine, its load just before, versions."""
+    """Return the facts that belong to every number: date, machine, its load just before, versions."""
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores",
@@ -146,7 +146,7 @@ def describe(*packages: str) -> dict[str, object]:
 
 
 def heading(facts: dict[str, object]) -> str:
-    """Put what `describe` gives into one line."""
+    """Return the facts of `describe` as one line."""
     versions_text = ", ".join(f"{name} {version}" for name, version in dict(facts["versions"]).items())  # type: ignore[call-overload]
     gpus = ", ".join(facts["gpus"]) or "no GPU"  # type: ignore[arg-type]
     return f"{facts['date']} | {facts['cpu']} | {gpus} | {versions_text}"

@@ -147,7 +147,7 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float:
-        """Give output tokens per second from the first request to the last token, without those of failed requests."""
+        """Return output tokens per second from the first request to the last token, without failed requests."""
         whole = [outcome for outcome in self.outcomes if not outcome.error]
         if not whole:
             return 0.0

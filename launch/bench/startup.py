@@ -46,7 +46,7 @@ def start_once(target: Target, environ: dict[str, str]) -> dict[str, float]:
 
 
 def startup_row(start: str, times: Sequence[dict[str, float]]) -> Row:
-    """Give medians of every phase, and the spread of the whole."""
+    """Return medians of every phase, and the spread of the whole."""
     row: Row = {"start": start, "repeats": len(times)}
     for phase in times[0]:
         found = spread(f"{phase}_s", [each.get(phase, 0.0) for each in times])

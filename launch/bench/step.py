@@ -56,7 +56,7 @@ def step_row(probe: Probe, batch: int, context: int, seconds: float, repeat: int
 
 
 def breakdown(decoded: Decoded) -> dict[str, float]:
-    """Give microseconds per step of what happened between two looks at the counters. NotMeasured without a step."""
+    """Return microseconds per step between two looks at the counters. NotMeasured without a step."""
     before, after, seconds = decoded.before, decoded.after, decoded.seconds
     steps = after["steps"] - before["steps"]
     if steps <= 0:

@@ -47,7 +47,7 @@ class Target:
 
     @property
     def facts(self) -> dict[str, object]:
-        """Give what is saved beside the numbers."""
+        """Return the facts that are saved beside the numbers."""
         return {
             "model": self.name,
             "dtype": self.plan.layout.dtype,
@@ -90,7 +90,7 @@ def prepared(wanted: Wanted) -> Iterator[Target]:
 
 
 def _model(wanted: Wanted, folder: Path) -> tuple[str, tuple[str, ...]]:
-    """Give a name ("": the model's own) and the first options of serve."""
+    """Return a name ("": the model's own) and the first options of serve."""
     if wanted.model:
         path = Path(wanted.model).expanduser()
         is_bare = path.is_dir() and not has_weights(path)
@@ -111,7 +111,7 @@ def serve_config(arguments: tuple[str, ...]) -> ServeConfig:
 
 @contextlib.contextmanager
 def started(target: Target, **settings: Any) -> Iterator[ServerProcess]:
-    """Give the target's server, which runs inside the block; see `Target.start`. UserError when it fails."""
+    """Run the target's server inside the block; see `Target.start`. UserError when it fails."""
     try:
         with target.start(**settings) as server:
             yield server
@@ -121,7 +121,7 @@ def started(target: Target, **settings: Any) -> Iterator[ServerProcess]:
 
 @contextlib.contextmanager
 def serving(target: Target) -> Iterator[str]:
-    """Give the endpoint of the target's server, which runs inside the block. UserError when it fails, then or later."""
+    """Run the target's server inside the block and yield its endpoint. UserError when it fails, then or later."""
     try:
         with started(target) as server:
             yield server.wait_ready(READY_S)
@@ -131,6 +131,6 @@ def serving(target: Target) -> Iterator[str]:
 
 @contextlib.contextmanager
 def probing(target: Target) -> Iterator[Probe]:
-    """Give a probe of the target's server, which runs inside the block. UserError as `serving`."""
+    """Run the target's server inside the block and yield a probe of it. UserError as `serving`."""
     with serving(target) as endpoint, Client(endpoint, timeout_s=TIMEOUT_S, silence_timeout_s=SILENCE_S) as client:
         yield Probe(client, target.plan.facts.vocab_size)
