@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.protocol.internal.worker_messages import GREEDY_BELOW
 from mgpu.worker.kernels.runtime import (
     INTERPRETED,
     ceil_div,
@@ -24,6 +25,7 @@ from mgpu.worker.kernels.runtime import (
 
 STRETCH = 4096
 """Logits per program."""
+_GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def _stretch_kernel(
     if not GREEDY:
         owner = tl.load(rows_ptr + row).to(tl.int64)
         temperature = tl.load(temperatures_ptr + owner * temperatures_stride)
-        if temperature >= 1e-5:
+        if temperature >= _GREEDY_BELOW:
             low = tl.load(seeds_ptr + owner * seeds_stride).to(tl.uint32, bitcast=True)
             high = tl.load(seeds_ptr + owner * seeds_stride + 1).to(tl.uint32, bitcast=True)
             key = _mix(_mix(_mix(low + 0x9E3779B9) ^ high) ^ tl.load(positions_ptr + row).to(tl.uint32))
