@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Container
 
 import zmq
 
@@ -57,7 +57,7 @@ class WorkerGroup:
         self._rendezvous = runtime.path / f"rendezvous-{epoch}"
         self._shared_fd = -1
         """Number of the shared memory's descriptor in the workers."""
-        self._failures: list[WorkerLost] = []
+        self._failures: dict[int, WorkerLost] = {}
         self._output_rank = config.layout.placement.output_rank
 
     # -- start ---------------------------------------------------------------------------------------------------------
@@ -167,27 +167,17 @@ class WorkerGroup:
         return None
 
     def take_in(self, events: Container[object]) -> None:
-        """Notice deaths and read messages, as far as the ``events`` of a poll announce any. WorkerLost."""
-        if any(process.pidfd in events for process in self.processes):
-            self.check_deaths()
-        if any(socket in events for socket in self.sockets):
-            self.read_all()
+        """Notice deaths and read messages, as far as the ``events`` of a poll announce any.
 
-    def read_all(self) -> None:
-        """Read progress and failures. WorkerLost with the earliest failure.
-
-        The output rank, once it is ready, sends only results, which are left for `try_result`.
+        WorkerLost with the earliest failure. A worker that ends has failed, whatever its status: none ends unasked. The
+        output rank, once it is ready, sends only results, which are left for `try_result`.
         """
-        for rank in range(len(self.sockets)):
-            if rank == self._output_rank and rank in self.ready:
-                continue
-            while (message := self._receive(rank)) is not None:
-                self._take(message)
-
-    def check_deaths(self) -> None:
-        """WorkerLost when a worker ended, whatever its status: none ends before it is told to."""
-        if self._note_deaths():
+        if any(process.pidfd in events for process in self.processes) and self._note_deaths():
             raise self._earliest_failure()
+        for rank, socket in enumerate(self.sockets):
+            if socket in events and not (rank == self._output_rank and rank in self.ready):
+                while (message := self._receive(rank)) is not None:
+                    self._take(message)
 
     def _receive(self, rank: int) -> object | None:
         try:
@@ -195,12 +185,12 @@ class WorkerGroup:
         except zmq.Again:
             return None
         except CodecError as error:
-            raise self._lost(rank, "steps", f"sent what is no message: {error}") from error
+            raise self._lost(rank, f"sent what is no message: {error}") from error
         return message if message.epoch == self.epoch else None
 
     def _take(self, message: object) -> None:
         if isinstance(message, WorkerFailure):
-            self._failures.append(_lost_by(message))
+            self._note_failure(message)
             raise self._earliest_failure()
         if isinstance(message, LoadProgress):
             self.progress[message.rank] = message
@@ -211,51 +201,45 @@ class WorkerGroup:
 
     # -- failure -------------------------------------------------------------------------------------------------------
 
-    def phase_of(self, rank: int) -> str:
-        """Return the phase that a rank last reported."""
-        if rank in self.ready:
-            return "steps"
-        return self.progress[rank].phase if rank in self.progress else "spawn"
-
     def broken(self, message: str) -> WorkerLost:
         """Return the failure of the output rank that sent an impossible result."""
-        return self._lost(self._output_rank, "steps", message)
+        return self._lost(self._output_rank, message)
 
-    def _lost(self, rank: int, phase: str, message: str) -> WorkerLost:
-        return WorkerLost(rank, phase, message, time.monotonic())
+    def _lost(self, rank: int, message: str, earlier_s: float = 0.0) -> WorkerLost:
+        progress = self.progress.get(rank)
+        phase = "steps" if rank in self.ready else progress.phase if progress else "spawn"
+        return WorkerLost(rank, phase, message, time.monotonic() - earlier_s)
+
+    def _note_failure(self, failure: WorkerFailure) -> None:
+        self._failures[failure.rank] = WorkerLost(
+            failure.rank, failure.phase, failure.message, failure.at_s, failure.traceback, failure.is_mistake
+        )
 
     def _unreachable(self, rank: int) -> WorkerLost:
         """Return why a rank's connection is gone: its process has ended, or has closed it."""
         if self.processes[rank].wait(time.monotonic() + GRACE_S):
             self._note_deaths()
         else:
-            self._failures.append(self._lost(rank, self.phase_of(rank), "it closed its connection"))
+            self._failures[rank] = self._lost(rank, "it closed its connection")
         return self._earliest_failure()
 
     def _note_deaths(self) -> bool:
         """Note failures of the workers that have ended; return whether there are any."""
-        died = {rank: status for rank, status in enumerate(self._exit_statuses()) if status is not None}
-        for rank in self._unexplained(died):
-            lost = self._read_failure(rank)
-            if lost is None:
-                at_s = time.monotonic() - SILENT_DEATH_HEAD_START_S
-                message = f"the process {describe_exit(died[rank])}"
-                lost = WorkerLost(rank, self.phase_of(rank), message, at_s)
-            self._failures.append(lost)
-        return bool(died)
+        statuses = self._exit_statuses()
+        for rank, status in enumerate(statuses):
+            if status is not None and rank not in self._failures and not self._read_failure(rank):
+                message = f"the process {describe_exit(status)}"
+                self._failures[rank] = self._lost(rank, message, SILENT_DEATH_HEAD_START_S)
+        return any(status is not None for status in statuses)
 
-    def _unexplained(self, ranks: Iterable[int]) -> list[int]:
-        """Return those of ``ranks`` whose failure is not known."""
-        explained = {failure.rank for failure in self._failures}
-        return [rank for rank in ranks if rank not in explained]
-
-    def _read_failure(self, rank: int) -> WorkerLost | None:
-        """Read a worker's messages up to the report of its failure; None when there is none. The others are dropped."""
+    def _read_failure(self, rank: int) -> bool:
+        """Note the failure that a worker has reported, if any; drop its other messages."""
         while self.sockets[rank].poll(20):
             message = self._receive(rank)
             if isinstance(message, WorkerFailure):
-                return _lost_by(message)
-        return None
+                self._note_failure(message)
+                return True
+        return False
 
     def _earliest_failure(self) -> WorkerLost:
         """Wait shortly for the other ranks' reports, then return the earliest."""
@@ -264,11 +248,12 @@ class WorkerGroup:
             self._note_deaths()
             if any(status is not None and status < 0 for status in self._exit_statuses()):
                 break  # killed from outside, so no other rank's failure is the cause
-            silent = self._unexplained(range(len(self.sockets)))
+            silent = [rank for rank in range(len(self.sockets)) if rank not in self._failures]
             if not silent:
                 break
-            self._failures += filter(None, map(self._read_failure, silent))
-        return min(self._failures, key=lambda failure: failure.at_s)
+            for rank in silent:
+                self._read_failure(rank)
+        return min(self._failures.values(), key=lambda failure: failure.at_s)
 
     def _exit_statuses(self) -> list[int | None]:
         return [process.exit_status() for process in self.processes]
@@ -308,7 +293,3 @@ class WorkerGroup:
         for socket in self.sockets:
             socket.close(linger=0)
         self.processes, self.sockets = [], []
-
-
-def _lost_by(failure: WorkerFailure) -> WorkerLost:
-    return WorkerLost(failure.rank, failure.phase, failure.message, failure.at_s, failure.traceback, failure.is_mistake)

@@ -4,7 +4,6 @@ import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,14 +14,6 @@ from harness.server_process import ServerProcess, running_server
 from harness.waiting import eventually
 from mgpu.protocol.discovery import running_servers
 from mgpu.protocol.internal.gateway_messages import LINK, Cancel, StateKnown, StatsQuery
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A short path: unix sockets have at most 107 bytes."""
-    path = Path(tempfile.mkdtemp(prefix="mgpu"))
-    yield path
-    shutil.rmtree(path)
 
 
 def prompt_of(seed: int, length: int) -> list[int]:

@@ -2,12 +2,9 @@
 
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +17,6 @@ from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
 KEYS = ServerKeys(b"s" * 32, [b"a" * 32])
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="mgpu"))  # shorter than tmp_path: sockets go into it
-    yield path
-    shutil.rmtree(path)
 
 
 def values(keys: ServerKeys | None) -> Reloadable:

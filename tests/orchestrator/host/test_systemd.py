@@ -5,7 +5,6 @@ import secrets
 import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,14 +74,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A short path: unix sockets have at most 107 bytes."""
-    path = Path(tempfile.mkdtemp(prefix="mgpu"))
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture
