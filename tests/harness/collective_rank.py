@@ -33,7 +33,7 @@ def spec_of(sizes: list[int], transport: Transport, fd: int, folder: Path, timeo
 
 
 def values(rank: int, turn: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Give what a rank contributes in a turn; every rank can compute everybody's."""
+    """Return what a rank contributes in a turn; every rank can compute it for all ranks."""
     generator = torch.Generator().manual_seed(1000 * turn + rank)
     if dtype is torch.int32:
         return torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, dtype=dtype)

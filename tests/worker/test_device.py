@@ -1,4 +1,4 @@
-"""CUDA is started early where there is one, and its absence is left to others to tell."""
+"""CUDA is started early on a GPU; a failure is left for torch to explain."""
 
 import ctypes
 
@@ -14,7 +14,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeDriver:
-    """Notes what is called; one call may fail."""
+    """Records the calls; one of them may fail."""
 
     def __init__(self, failing: str = "") -> None:
         self.calls: list[str] = []

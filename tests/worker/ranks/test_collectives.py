@@ -1,4 +1,4 @@
-"""Ranks as real processes add up, gather and pass on; and notice when one of them is gone."""
+"""Ranks as real processes add up, gather, send and receive, and notice when one of them is gone."""
 
 import subprocess
 import time

@@ -1,4 +1,4 @@
-"""Who adds up what: the choice of kernels by size, and what happens where they cannot be."""
+"""Which sums kernels make, by size, and what happens if a rank cannot use them."""
 
 from pathlib import Path
 

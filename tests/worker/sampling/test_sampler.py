@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small tensors, and ranks are threads already."""
+    """Use one thread for torch: the tensors are small, and ranks are threads already."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
 
 
 def table_of(sampling: list[RowSampling], tokens: list[int], prompt_len: int) -> RowTable:
-    """Give rows that all have the same tokens."""
+    """Return rows that all have the same tokens."""
     rows = RowTable(max(8, len(sampling)), 64, 16, 8, CPU)
     ids = struct.pack(f"<{len(tokens)}i", *tokens)
     new = [NewRow(row, ids, prompt_len, [0, 1, 2], each) for row, each in enumerate(sampling)]
@@ -72,7 +72,7 @@ def ids_of(logits_SV: Tensor, sampling: list[RowSampling], **options: object) ->
 
 
 def reference_bits(seed: int, position: int, token: int) -> int:
-    """The hash of sampling_noise.py's docstring, in Python integers."""
+    """The hash of noise.py's docstring, in Python integers."""
     mask = 0xFFFFFFFF
 
     def mix(h: int) -> int:
@@ -168,7 +168,7 @@ def test_seed_and_position_change_the_draw() -> None:
 
 
 def chi_square(ids: list[int], probabilities: Tensor) -> float:
-    """Give the statistic divided by its degrees of freedom: near 1 when the counts fit."""
+    """Return the statistic divided by its degrees of freedom: near 1 if the counts fit."""
     counts = torch.bincount(torch.tensor(ids), minlength=len(probabilities)).double()
     expected = probabilities.double() * len(ids)
     assert (counts[expected == 0] == 0).all(), "a token of probability zero was drawn"

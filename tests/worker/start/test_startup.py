@@ -1,4 +1,4 @@
-"""What a worker finds out before its first step: memory for the pool, bytes to read."""
+"""What a worker learns before its first step: memory for the pool, bytes to read."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +28,7 @@ def spec(tiny_model: MakeModel) -> WorkerSpec:
 
 
 def lone_links(size: int) -> Links:
-    """Give links of a rank whose peers do not exist."""
+    """Return links of a rank whose peers do not exist."""
     group = DryRun(SingleRank())
     group.size = size
     return Links(group)

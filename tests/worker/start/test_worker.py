@@ -95,7 +95,7 @@ def test_one_worker_lives_through_its_phases(tiny_model: MakeModel, tmp_path: Pa
 
 
 def check_epochs(workers: Workers) -> None:
-    """Orders of another epoch are as if they had never been sent; a word that steps may come is no step."""
+    """Orders of another epoch are ignored, and so is the message that steps may come soon."""
     workers.send(replace(step_of(90, [0], [0], [1]), epoch=6))
     workers.send(Shutdown(6))
     workers.send(AllocateCache(8, 1))
@@ -120,7 +120,7 @@ def check_overlap(workers: Workers, model: TinyModel) -> None:
 
 
 def check_signals(workers: Workers) -> None:
-    """Ctrl-C reaches the whole foreground group; the orchestrator says what it means. SIGUSR1 prints stacks."""
+    """A worker ignores Ctrl-C, which reaches the whole foreground group, and prints its stacks at SIGUSR1."""
     workers.processes[0].send_signal(signal.SIGINT)
     workers.processes[0].send_signal(signal.SIGUSR1)
     plan = step_of(200, [0, 1], [0, 0], [3, 2], new_rows=[new_row(0, [5, 6, 7], [0]), new_row(1, [8, 9], [1])])

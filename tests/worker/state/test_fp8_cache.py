@@ -1,4 +1,4 @@
-"""Keys and values kept as float8: near the answer without, and the same answer whatever the layout and the steps."""
+"""Keys and values kept as float8: answers stay near, and are the same for any layout and any steps."""
 
 from pathlib import Path
 
