@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file, read_json_object
-from mgpu.protocol.model.facts import ARCHITECTURES, Dtype, ModelFacts, RopeScaling
+from mgpu.protocol.model.facts import ARCHITECTURES, Activation, Dtype, ModelFacts, RopeScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ def _tied(outer: Fields, fields: Fields, base: _Family) -> bool:
     return holder.boolean("tie_word_embeddings", base.tie)
 
 
-def _activation(fields: Fields, family: str) -> Literal["silu", "gelu_tanh"]:
+def _activation(fields: Fields, family: str) -> Activation:
     if family == "gemma3":
         key, expected = "hidden_activation", "gelu_pytorch_tanh"
     else:

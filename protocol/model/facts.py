@@ -7,6 +7,9 @@ CheckpointFormat = Literal["safetensors", "gguf"]
 LoadFormat = Literal["auto", "dummy"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+Activation = Literal["silu", "gelu_tanh"]
+"""Of gated feed-forward networks."""
+
 KvCacheDtype = Literal["auto", "fp8"]
 """How keys and values are stored: in the model's dtype, or rounded to float8 (e4m3)."""
 
@@ -63,7 +66,7 @@ class ModelFacts:
     mlp_bias: bool
     qk_norm: bool
     tie_embeddings: bool
-    activation: Literal["silu", "gelu_tanh"]
+    activation: Activation
     embedding_scale: float
     """Factor on the embedding output: sqrt(hidden_size) for Gemma, else 1."""
     attention_scale: float

@@ -3,12 +3,12 @@
 # T tokens, D model dim, F feed-forward dim of this rank
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mgpu.protocol.model.facts import Activation
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, even_range
@@ -26,7 +26,7 @@ class GatedMLP(Module):
         self,
         hidden_size: int,
         intermediate_size: int,
-        activation: Literal["silu", "gelu_tanh"],
+        activation: Activation,
         bias: bool,
         group: TensorParallelGroup,
         dtype: torch.dtype,

@@ -3,13 +3,12 @@
 
 # T tokens, F feed-forward dim of this rank
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.layers.float8_quantize import as_rows, empty_words, store_words, width_and_warps, word_channels
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 from mgpu.worker.quantization.float8_rows import Float8Rows
@@ -62,9 +61,7 @@ def _gated_float8_kernel(
     store_words(y, words_ptr, scale_ptr, row, words_per_row, WIDTH)
 
 
-def gated_activation(
-    gate_up_TF2: Tensor, activation: Literal["silu", "gelu_tanh"], scale_T: Tensor | None = None
-) -> Tensor:
+def gated_activation(gate_up_TF2: Tensor, activation: Activation, scale_T: Tensor | None = None) -> Tensor:
     """Return act(gate) * up, [T, F], from rows that hold gate [F], then up [F].
 
     With ``scale_T`` (float32) the rows are multiplied by their scales first.
@@ -80,9 +77,7 @@ def gated_activation(
     return out_TF
 
 
-def gated_activation_float8(
-    gate_up_TF2: Tensor, activation: Literal["silu", "gelu_tanh"], scale_T: Tensor | None = None
-) -> Float8Rows:
+def gated_activation_float8(gate_up_TF2: Tensor, activation: Activation, scale_T: Tensor | None = None) -> Float8Rows:
     """Like `gated_activation`, quantized for the next product."""
     tokens, f = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
     words, out_scale_T = empty_words(tokens, f, gate_up_TF2.device)

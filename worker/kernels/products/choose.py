@@ -5,8 +5,9 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
-from mgpu.worker.kernels.products.gemv import Activation, gemv
+from mgpu.worker.kernels.products.gemv import gemv
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
 from mgpu.worker.quantization.packing import PackedWeight

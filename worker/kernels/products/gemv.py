@@ -12,16 +12,15 @@ plain outputs, and stores act(gate) * up: one kernel less per layer, and nothing
 # N output channels, K input channels
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
-Activation = Literal["silu", "gelu_tanh"]
 GATES: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 

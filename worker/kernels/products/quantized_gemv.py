@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.products.gemv import GATES, Activation, store_outputs, weight_rows
+from mgpu.protocol.model.facts import Activation
+from mgpu.worker.kernels.products.gemv import GATES, store_outputs, weight_rows
 from mgpu.worker.kernels.products.widen import INT4_BIAS, KINDS, split_scales, widen_to_floats
 from mgpu.worker.kernels.runtime import (
     INTERPRETED,

@@ -1,9 +1,8 @@
-from typing import Literal
-
 import pytest
 import torch
 
 from harness.kernel_checks import relative_error, tolerance
+from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.attention.inputs import PackedHeads
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
@@ -31,7 +30,7 @@ def test_norms_equal_reference(device: torch.device, dtype: torch.dtype, tokens:
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("width", [48, 2500])
 def test_gated_activation_equals_reference(
-    device: torch.device, dtype: torch.dtype, activation: Literal["silu", "gelu_tanh"], width: int
+    device: torch.device, dtype: torch.dtype, activation: Activation, width: int
 ) -> None:
     x = torch.randn(3, 2 * width, device=device).to(dtype)
     expected = reference.gated_activation(x, activation == "silu")

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.kernel_checks import relative_error, tolerance
+from mgpu.protocol.model.facts import Activation
 from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.worker.kernels.products.choose import matmul, quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
-from mgpu.worker.kernels.products.gemv import Activation, GemvTiling, gemv
+from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.products.quantized_gemm import Tiling, quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import QuantizedGemvTiling, quantized_gemv
 from mgpu.worker.kernels.reference import gated_activation
