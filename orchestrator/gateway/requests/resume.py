@@ -1,7 +1,6 @@
 """Continue requests for clients that come back, from the engine's records; resumption.py says how."""
 
 import time
-from dataclasses import replace
 
 from mgpu.orchestrator.gateway.front.access import AccessControl
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
@@ -105,14 +104,14 @@ class Resumptions:
             self._end(resumption)
         else:
             try:
-                self._check(resumption, record)
+                context = self._checked_context(resumption, record)
             except Refusal as refusal:
                 self._refuse(resumption, record, refusal)
             else:
-                self._take_portion(resumption, record)
+                self._take_portion(resumption, context, record)
 
-    def _check(self, resumption: Resumption, record: RecordReply) -> None:
-        """Raise Refusal if the request cannot be continued for the client that wants it."""
+    def _checked_context(self, resumption: Resumption, record: RecordReply) -> Context:
+        """Return the context of a request. Refusal if it cannot be continued for the client that wants it."""
         message = resumption.message
         if not record.sequences:
             raise Refusal("unknown_request", "no such request is known: it never arrived, or it ended too long ago")
@@ -128,6 +127,7 @@ class Resumptions:
         errors = [each.error for each in record.sequences if each.finish == "error"]
         if errors:
             raise Refusal("engine_error", errors[0] or "the engine failed")
+        return context
 
     def _refuse(self, resumption: Resumption, record: RecordReply, refusal: Refusal) -> None:
         self._end(resumption)
@@ -137,8 +137,8 @@ class Resumptions:
         is_other = refusal.code == "duplicate_id"  # an answer under its id would end the other request
         self._outgoing.to_client(resumption.connection, refusal.answer(None if is_other else resumption.message.id))
 
-    def _take_portion(self, resumption: Resumption, record: RecordReply) -> None:
-        request = resumption.request or self._restore(resumption, record)
+    def _take_portion(self, resumption: Resumption, context: Context, record: RecordReply) -> None:
+        request = resumption.request or self._restore(resumption, context, record)
         request.cached_tokens = record.sequences[0].cached_tokens
         portions = list(zip(resumption.replays, record.sequences, strict=True))
         for replay, sequence in portions:
@@ -162,19 +162,10 @@ class Resumptions:
         if replay.choice.is_over:
             self._requests.end_choice(replay.choice, engine_goes_on=not sequence.finish)
 
-    def _restore(self, resumption: Resumption, record: RecordReply) -> Request:
+    def _restore(self, resumption: Resumption, context: Context, record: RecordReply) -> Request:
         """Put the request of a first portion into the table, and tell its client."""
-        context: Context = CONTEXT_CODEC.decode(record.context)
-        connection, message, accepted = resumption.connection, resumption.message, context.accepted
-        request = Request(
-            connection,
-            replace(context.spec, session=message.session),
-            time.monotonic(),
-            context.deadline_s,
-            context.identity,
-            accepted.prompt_tokens,
-            size=context.size,
-        )
+        connection, message = resumption.connection, resumption.message
+        request = context.request(connection, message.session, time.monotonic())
         older = self._table.by_session(*resumption.name)
         if older is not None:
             self._table.remove(older)
@@ -190,7 +181,7 @@ class Resumptions:
             elif sequence.num_tokens:
                 self._quota.begun(sequence.sequence_id)
         self._outgoing.to_client(connection, Resumed(request.id, list(message.offsets)))
-        self._outgoing.to_client(connection, accepted)
+        self._outgoing.to_client(connection, context.accepted)
         resumption.request = request
         resumption.replays = [Replay(request, *each) for each in zip(choices, message.offsets, strict=True)]
         return request

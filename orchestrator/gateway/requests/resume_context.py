@@ -19,6 +19,11 @@ class Context:
     identity: str
     size: int
 
+    def request(self, connection: bytes, session: str, now_s: float) -> Request:
+        """Return the request as it was admitted."""
+        spec, tokens = replace(self.spec, session=session), self.accepted.prompt_tokens
+        return Request(connection, spec, now_s, self.deadline_s, self.identity, tokens, size=self.size)
+
 
 CONTEXT_CODEC = Codec(Context)
 
