@@ -151,7 +151,7 @@ class ServeConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Declared:
+class Option:
     """One option as flags, environment and files spell it."""
 
     name: str
@@ -174,11 +174,11 @@ class Declared:
         return "MGPU_" + self.name.upper()
 
 
-def declared_options() -> tuple[Declared, ...]:
+def declared_options() -> tuple[Option, ...]:
     """List the options in the order of the class."""
     hints = get_type_hints(ServeConfig)
     return tuple(
-        Declared(
+        Option(
             name=item.name.removesuffix("_s"),
             field=item.name,
             type=str if get_args(hints[item.name]) else hints[item.name],
@@ -206,7 +206,7 @@ def load_config(
         ("command line", flags),
     ):
         for name, value in layer.items():
-            values[name] = _checked(options[name], value, origin)
+            values[name] = _parsed(options[name], value, origin)
             origins[name] = options[name].variable if origin == "environment" else origin
     config = ServeConfig(**{options[name].field: value for name, value in values.items()})
     if config.device_layers and config.tp == 0 and origins["tp"] != "default":
@@ -217,7 +217,7 @@ def load_config(
     return config, origins
 
 
-def _file_values(file: Path | None, options: Mapping[str, Declared]) -> dict[str, object]:
+def _file_values(file: Path | None, options: Mapping[str, Option]) -> dict[str, object]:
     if file is None:
         return {}
     try:
@@ -237,7 +237,7 @@ def _file_values(file: Path | None, options: Mapping[str, Declared]) -> dict[str
     return values
 
 
-def _environment_values(environ: Mapping[str, str], options: Mapping[str, Declared]) -> dict[str, object]:
+def _environment_values(environ: Mapping[str, str], options: Mapping[str, Option]) -> dict[str, object]:
     by_variable = {option.variable: name for name, option in options.items()}
     values: dict[str, object] = {}
     for variable, text in environ.items():
@@ -254,7 +254,7 @@ def _nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def _checked(option: Declared, value: object, origin: str) -> object:
+def _parsed(option: Option, value: object, origin: str) -> object:
     where = f"{option.flag} ({origin})" if origin != "command line" else option.flag
     converted = _converted(option, value, where)
     if option.choices and converted not in option.choices:
@@ -267,7 +267,7 @@ def _checked(option: Declared, value: object, origin: str) -> object:
     return converted
 
 
-def _converted(option: Declared, value: object, where: str) -> object:
+def _converted(option: Option, value: object, where: str) -> object:
     if option.type is Bytes:
         if isinstance(value, int) and not isinstance(value, bool):
             return Bytes(value)

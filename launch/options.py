@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mgpu.launch.config import Bytes, Declared, ServeConfig, declared_options, load_config
+from mgpu.launch.config import Bytes, Option, ServeConfig, declared_options, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def config_options(command: F) -> F:
     """Add ``--config`` and one flag per option. Flags that were not typed arrive as None."""
     for option in reversed(declared_options()):
-        command = click.option(*_names(option), option.name, **_settings(option))(command)
+        command = _click_option(option)(command)
     file_option = click.option(
         "--config",
         "config_file",
@@ -26,23 +26,14 @@ def config_options(command: F) -> F:
     return file_option(command)
 
 
-def _names(option: Declared) -> list[str]:
-    if option.type is bool:
-        return [f"{option.flag}/--no-{option.flag.removeprefix('--')}"]
-    return [option.short, option.flag] if option.short else [option.flag]
-
-
-def _settings(option: Declared) -> dict[str, Any]:
+def _click_option(option: Option) -> Callable[[F], F]:
     default = f" [default: {option.default}]" if option.default not in ("", 0, False) else ""
-    settings: dict[str, Any] = {"default": None, "help": option.help + default}
-    if option.type is not bool:
-        settings["metavar"] = "|".join(option.choices) or _metavar(option)
-        settings["type"] = str
-    return settings
-
-
-def _metavar(option: Declared) -> str:
-    return {int: "N", float: "X", Bytes: "SIZE"}.get(option.type, "TEXT")
+    text = option.help + default
+    if option.type is bool:
+        return click.option(f"{option.flag}/--no-{option.flag[2:]}", option.name, default=None, help=text)
+    names = [option.short, option.flag] if option.short else [option.flag]
+    metavar = "|".join(option.choices) or {int: "N", float: "X", Bytes: "SIZE"}.get(option.type, "TEXT")
+    return click.option(*names, option.name, default=None, help=text, metavar=metavar, type=str)
 
 
 def read_config(config_file: Path | None, flags: dict[str, Any]) -> tuple[ServeConfig, dict[str, str]]:

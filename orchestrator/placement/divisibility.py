@@ -29,12 +29,12 @@ def split_problems(facts: ModelFacts, size: int, quant: Quant = "none") -> list[
     return problems + group_problems(quant, facts, size)
 
 
-def without_groups(facts: ModelFacts, size: int, quant: Quant) -> str:
+def advice_without_groups(facts: ModelFacts, size: int, quant: Quant) -> str:
     """Return the advice to use int8 if int4 groups are the only obstacle; else an empty text."""
     if not split_problems(facts, size, quant) or split_problems(facts, size):
         return ""
     return "; or --quant 8, which has no groups"
 
 
-def listed(sizes: tuple[int, ...]) -> str:
-    return ", ".join(map(str, sizes))
+def sizes_text(facts: ModelFacts, quant: Quant) -> str:
+    return ", ".join(map(str, compatible_sizes(facts, quant)))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.divisibility import compatible_sizes, listed, split_problems, without_groups
+from mgpu.orchestrator.placement.divisibility import advice_without_groups, sizes_text, split_problems
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.protocol.model.quantization import Quant
@@ -73,7 +73,7 @@ def _check_stage_split(text: str, facts: ModelFacts, ordinals: tuple[int, ...], 
     if problems := split_problems(facts, len(ordinals), quant):
         raise PlacementError(
             f'-n "{text}": a stage of {len(ordinals)} devices cannot split this model: {"; ".join(problems)}; '
-            f"compatible sizes: {listed(compatible_sizes(facts, quant))}{without_groups(facts, len(ordinals), quant)}"
+            f"compatible sizes: {sizes_text(facts, quant)}{advice_without_groups(facts, len(ordinals), quant)}"
         )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, selectors
-from mgpu.orchestrator.placement.divisibility import compatible_sizes, listed, split_problems, without_groups
+from mgpu.orchestrator.placement.divisibility import advice_without_groups, compatible_sizes, sizes_text, split_problems
 from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_float8, fit_tokens, rank_rows, weight_capacity
 from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map
 from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions, step_tokens
@@ -160,7 +160,7 @@ def _choose_size(facts: ModelFacts, machine: Machine, options: LayoutOptions, si
         way_out = f"use --tp {best}" + (f", or {more}" if size > count else "")
         raise PlacementError(
             f"--tp {size}: {count} {_noun(machine, count)} can be used; {way_out} "
-            f"(compatible sizes: {listed(compatible_sizes(facts, options.quant))})"
+            f"(compatible sizes: {sizes_text(facts, options.quant)})"
         )
     if size not in compatible_sizes(facts, options.quant):
         raise _split_error(facts, machine, options, size, f"--tp {size}: {size} {_noun(machine, size)}")
@@ -174,14 +174,14 @@ def _split_error(
     best = max(fitting for fitting in sizes if fitting <= size)
     text = (
         f"{subject} cannot split this model: {'; '.join(split_problems(facts, size, options.quant))}. "
-        f"Compatible sizes: {listed(sizes)}. Use {_first(machine, best)} (or --tp {best})"
+        f"Compatible sizes: {sizes_text(facts, options.quant)}. Use {_first_devices(machine, best)} (or --tp {best})"
     )
     if 2 <= size <= facts.num_layers:
         text += f', or give each its own layers: -n "{map_text(even_stages(facts.num_layers, range(size)))}"'
-    return PlacementError(text + without_groups(facts, size, options.quant))
+    return PlacementError(text + advice_without_groups(facts, size, options.quant))
 
 
-def _first(machine: Machine, count: int) -> str:
+def _first_devices(machine: Machine, count: int) -> str:
     """Return what to type to use only the first ``count`` devices."""
     if machine.kind == "cpu":
         return f"--workers {count}"
@@ -193,7 +193,7 @@ def _choose_balanced(facts: ModelFacts, machine: Machine, options: LayoutOptions
     if count > layers:
         raise PlacementError(
             f"{count} {_noun(machine, count)} cannot share {layers} layers, and layer mapping is needed ({reason}). "
-            f"Use at most {layers}: {_first(machine, layers)}"
+            f"Use at most {layers}: {_first_devices(machine, layers)}"
         )
     edges = [edge_elements(facts, 1, i == 0, i == count - 1) for i in range(count)]
     dtype_bytes = DTYPE_BYTES[_dtype(machine, options)]

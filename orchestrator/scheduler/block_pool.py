@@ -91,7 +91,7 @@ class BlockPool:
                     self._reusable[block] = None
 
     def register(self, block: int, key: bytes) -> None:
-        """Offer a full block for reuse. Where the key is known already, the older block stays the one to reuse."""
+        """Register a full block for reuse. If the key is known already, the older block stays the one to reuse."""
         if key not in self._by_key and self._keys[block] is None:
             self._by_key[key] = block
             self._keys[block] = key

@@ -1,4 +1,4 @@
-"""The block tables of requests: reuse computed blocks, offer new ones to others, grow while a request decodes."""
+"""The block tables of requests: reuse computed blocks, register new ones, grow while a request decodes."""
 
 from mgpu.orchestrator.scheduler.block_pool import BlockPool, extend_block_keys
 from mgpu.orchestrator.scheduler.sequence import Sequence
@@ -10,7 +10,7 @@ class BlockTables:
     def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool) -> None:
         self.pool = BlockPool(num_blocks)
         self.changes = 0
-        """Counts releases and offers: a request that got no blocks need not be tried again before the next one."""
+        """Counts releases and registrations: a request that got no blocks waits for the next one."""
         self._block_size = block_size
         self._prefix_cache = prefix_cache
         self._promised: set[bytes] = set()
@@ -47,8 +47,8 @@ class BlockTables:
         seq.blocks.append(block)
         return block
 
-    def offer(self, seq: Sequence, num_computed: int) -> None:
-        """Let others reuse the full blocks of a request, of which published plans compute ``num_computed`` tokens."""
+    def register(self, seq: Sequence, num_computed: int) -> None:
+        """Register the full blocks of a request for reuse; published plans compute ``num_computed`` of its tokens."""
         if not self._prefix_cache:
             return
         num_full = min(num_computed, len(seq.tokens)) // self._block_size
@@ -62,8 +62,8 @@ class BlockTables:
         self.changes += 1
 
     def release(self, seq: Sequence) -> None:
-        """Take a request's blocks away. Offered ones stay reusable until their space is needed."""
-        self.offer(seq, seq.num_computed)
+        """Take a request's blocks away. Registered ones stay reusable until their space is needed."""
+        self.register(seq, seq.num_computed)
         self._promised.difference_update(seq.block_keys[seq.num_registered : len(seq.blocks)])
         self.pool.release(seq.blocks)
         seq.blocks = []

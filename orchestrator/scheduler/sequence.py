@@ -38,7 +38,7 @@ class Sequence:
     block_keys: list[bytes] = field(default_factory=list)
     """Keys of its first full blocks, as far as they were needed."""
     num_registered: int = 0
-    """How many of its first blocks were offered for reuse under their keys."""
+    """How many of its first blocks are registered for reuse under their keys."""
     num_computed: int = 0
     """Tokens whose keys and values a published plan computes; out of date while it is in a decode batch."""
     batch: int = -1

@@ -115,7 +115,7 @@ class StepPlanner:
         if plan.rows:
             self.in_flight.append(StepRecord(step, sampled))
         for seq in prefilled:  # only now: a block can be reused from the next step on
-            self.blocks.offer(seq, seq.num_computed)
+            self.blocks.register(seq, seq.num_computed)
         return plan
 
     def _even_out(self, index: int) -> None:
@@ -134,7 +134,7 @@ class StepPlanner:
         due = batch.due()
         for seq in due:
             if batch.holds(seq) and batch.needs_block(seq):
-                self.blocks.offer(seq, batch.starts[seq.slot])
+                self.blocks.register(seq, batch.starts[seq.slot])
                 self._grow(seq, plan)
         count = len(batch.members)
         if not count:
