@@ -24,7 +24,7 @@ PEERS = ("hf_generate", "hf_continuous", "llama_cpp")
 
 
 def commands(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Give the command of every engine that was asked for, mgpu first."""
+    """Return the command of every engine that was asked for, mgpu first."""
     load = ["--concurrency", options.concurrency, "--requests", str(options.requests), "--repeat", str(options.repeat)]
     load += ["--prompt-tokens", str(options.prompt_tokens), "--new-tokens", str(options.new_tokens)]
     bandwidth = ["--bandwidth", options.bandwidth] if options.bandwidth else []

@@ -30,7 +30,7 @@ COPY_BYTES = 1 << 28
 
 
 def load_s(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, quant: Quant, rank: RankPlace) -> float:
-    """Give the seconds from files to weights that can be used, without allocating them."""
+    """Return the seconds from files to weights that can be used, without allocating them."""
     facts = checkpoint.facts
     group = DryRun(SingleRank())
     group.rank, group.size = rank.tp_rank, rank.tp_size
@@ -56,7 +56,7 @@ def forget(folder: Path) -> None:
 
 
 def copy_gbps() -> float:
-    """Give what one thread copies from memory to memory, GB/s of bytes copied."""
+    """Return the GB/s that one thread copies from memory to memory."""
     source, dest = torch.ones(COPY_BYTES, dtype=torch.uint8).numpy(), torch.ones(COPY_BYTES, dtype=torch.uint8).numpy()
     times = []
     for _ in range(3):

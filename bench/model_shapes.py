@@ -95,7 +95,7 @@ def _write_shard(out: BinaryIO, entries: list[TensorEntry], pool: np.ndarray) ->
 
 
 def _encoded(values: np.ndarray, dtype: str) -> memoryview:
-    """Give the bytes of values; bfloat16 is the upper half of a float32."""
+    """Return the bytes of values; bfloat16 is the upper half of a float32."""
     if dtype == "BF16":
         values = (values.view(np.uint32) >> 16).astype(_SAFETENSORS[dtype])
     return memoryview(values.astype(_SAFETENSORS[dtype], copy=False).tobytes())

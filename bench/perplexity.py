@@ -169,7 +169,7 @@ def window_batch(ids: list[int]) -> StepBatch:
 
 
 def negative_log_likelihoods(stage: DecoderStage, ids: list[int], kept: torch.dtype) -> Tensor:
-    """Give -log p of every token of a window but the first, in float64, with keys and values ``kept`` in a type."""
+    """Return -log p of every token of a window but the first, in float64, with keys and values ``kept`` in a type."""
     facts = stage.facts
     shape = (facts.num_layers, -(-len(ids) // BLOCK), BLOCK, facts.num_kv_heads, facts.head_dim)
     batch = window_batch(ids)

@@ -58,7 +58,7 @@ def make_runner(context: int, quant: Quant, kept: KvCacheDtype) -> ModelRunner:
 
 
 def fill(runner: ModelRunner, rows: int, context: int) -> float:
-    """Give every row a prompt; the milliseconds of the last one."""
+    """Compute a prompt for every row; return the milliseconds of the last one."""
     blocks = -(-(context + 4 * STEPS + BLOCK) // BLOCK)
     elapsed_s = 0.0
     for row in range(rows):
@@ -73,7 +73,7 @@ def fill(runner: ModelRunner, rows: int, context: int) -> float:
 
 
 def decode(runner: ModelRunner, rows: int, start: int, steps: int) -> tuple[float, float]:
-    """Give microseconds per step and of launching one."""
+    """Return microseconds per step and of launching one."""
     numbers_of_rows, ones = [*range(rows)], [1] * rows
     launch_s = 0.0
     torch.cuda.synchronize()
@@ -87,7 +87,7 @@ def decode(runner: ModelRunner, rows: int, start: int, steps: int) -> tuple[floa
 
 
 def record(what: Callable[[], object]) -> list[Span]:
-    """Give what the GPU did during ``what``, in the order in which it began."""
+    """Return the kernels and copies of the GPU during ``what``, in the order of their starts."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
 
@@ -99,7 +99,7 @@ def record(what: Callable[[], object]) -> list[Span]:
 
 
 def show(spans: Sequence[Span], times: int, top: int) -> float:
-    """Print the kernels of ``times`` steps; gives the share of the time in which something ran."""
+    """Print the kernels of ``times`` steps; return the share of the time in which something ran."""
     by_name = defaultdict(list)
     for span in spans:
         by_name[span.name].append(span.end_us - span.start_us)

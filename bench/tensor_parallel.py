@@ -38,7 +38,7 @@ DECODE = [
 
 
 def parts(ranks: str) -> dict[str, list[tuple[str, list[str], Mapping[str, str]]]]:
-    """Give commands by section: what it is, the arguments of Python, additions to the environment."""
+    """Return commands by section: what it is, the arguments of Python, additions to the environment."""
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     decode = [*DECODE, "--", "--tp", ranks, "--max-seq-len", "4096"]
     return {

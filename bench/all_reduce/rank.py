@@ -49,7 +49,7 @@ class Backend:
     """With residual add and RMSNorm behind it."""
 
     def call(self, links: Links, device: torch.device) -> AllReduce:
-        """Give the call that is timed. RuntimeError where the ranks do not have it."""
+        """Return the function to time. RuntimeError if these ranks cannot use this backend."""
         stream_TD = torch.zeros(MOST_TOKENS, DIM, dtype=torch.bfloat16, device=device)
         weight_D = torch.ones(DIM, dtype=torch.bfloat16, device=device)
         peers = peers_of(links.group)
@@ -87,7 +87,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 def spec_of(size: int, fd: int, folder: str, device: torch.device) -> WorkerSpec:
-    """Give a spec that is complete as far as links read it."""
+    """Return a spec with all fields that links read."""
     with tempfile.TemporaryDirectory() as model:
         checkpoint = read_checkpoint(write_config(Path(model), LLAMA_8B), "dummy")
     placement = PlacementPlan((Stage(0, checkpoint.facts.num_layers, tuple(range(size))),))
@@ -117,7 +117,7 @@ def calls_for(nbytes: int) -> int:
 
 
 def eager_us(all_reduce: AllReduce, x: Tensor) -> float:
-    """Give the median time of a call that is waited for."""
+    """Return the median time of one call, until its result is there."""
     seconds = []
     for _ in range(WARM_UP + calls_for(x.nbytes)):
         began_s = time.perf_counter()
@@ -134,7 +134,7 @@ def shared_bytes(size: int) -> int:
 
 
 def graph_us(all_reduce: AllReduce, x: Tensor) -> float:
-    """Give the median time of a call among many in one CUDA graph, which is how decode steps would use it."""
+    """Return the median time per call of many calls in one CUDA graph, as in a decode step."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(GRAPH_CALLS):
@@ -183,7 +183,7 @@ def warps_of(name: str) -> Iterator[None]:
 def measure(
     backend: Backend, all_reduce: AllReduce, lengths: list[int], device: torch.device
 ) -> list[tuple[int, float, float | None]]:
-    """Give bytes, microseconds of a call, and of one in a CUDA graph, for every length."""
+    """Return bytes, microseconds of a call, and of one in a CUDA graph, for every length."""
     results = []
     for nbytes in lengths:
         # Zeros stay zeros, however often added.

@@ -56,7 +56,7 @@ Answers = dict[Job, tuple[int, ...]]
 
 
 def faults(options: argparse.Namespace) -> Iterator[Fault]:
-    """Give what is done to a server that goes on, in this order."""
+    """Yield the faults that a server survives, in the order in which they are injected."""
     if options.soak_minutes:
         yield partial(soak, minutes=options.soak_minutes)
     if options.stops:

@@ -210,7 +210,7 @@ class Peer:
         self._socket = known
 
     def _answers(self, count: int) -> Iterator[dict[str, object]]:
-        """Give so many answers, or those that come in time."""
+        """Return ``count`` answers, or fewer if no more come in time."""
         for _ in range(count):
             if not self._socket.poll(int(STANDSTILL_S * 1000)):
                 return

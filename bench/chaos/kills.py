@@ -82,7 +82,7 @@ def kill_loading_workers(server: Server, streams: Streams, count: int) -> Row:
 
 
 def _replacements(server: Server, known: set[int]) -> list[psutil.Process]:
-    """Wait until as many others than the ``known`` workers run, and give them."""
+    """Wait until as many others than the ``known`` workers run, and return them."""
 
     def new() -> list[psutil.Process]:
         return [worker for worker in server.workers() if worker.pid not in known]

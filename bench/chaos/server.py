@@ -74,7 +74,7 @@ class Server:
         return next(child for child in self.children("mgpu.orchestrator.gateway") if child.ppid() == self.parent.pid)
 
     def everyone(self) -> dict[str, psutil.Process]:
-        """Give every process of the server under a name that stays the same."""
+        """Return every process of the server under a name that stays the same."""
         named = {"parent": self.parent, "gateway": self.gateway()}
         workers = sorted(self.workers(), key=lambda worker: worker.pid)
         named |= {f"worker {rank}": worker for rank, worker in enumerate(workers)}

@@ -51,7 +51,7 @@ class Samples:
         self.values.setdefault((what, whose), []).append((at_min, value))
 
     def slopes(self) -> dict[tuple[str, str], float]:
-        """Give the change per minute over the second half."""
+        """Return the change per minute over the second half."""
         found = {}
         for key, points in self.values.items():
             later = points[len(points) // 2 :]
@@ -61,13 +61,13 @@ class Samples:
         return found
 
     def bound(self, what: str, whose: str) -> float:
-        """Give the largest slope that counts as flat."""
+        """Return the largest slope that counts as flat."""
         if what.startswith("RSS") and whose.startswith("worker"):
             return LARGEST_OF_WORKERS * self.values[what, whose][-1][1]
         return LARGEST_SLOPE[what]
 
     def lines(self) -> list[str]:
-        """Give a table: first, middle and last value, and the slope."""
+        """Return a table: first, middle and last value, and the slope."""
         lines = ["| what | of | at first | half way | at last | per minute, second half |", "| --- " * 6 + "|"]
         for (what, whose), slope in self.slopes().items():
             points = [value for _, value in self.values[what, whose]]
@@ -76,7 +76,7 @@ class Samples:
         return lines
 
     def raw(self) -> list[str]:
-        """Give the RSS of everything, a value a minute, to see how it settles."""
+        """Return the RSS of every process, one value a minute, to show how it settles."""
         each_min = max(1, round(60 / SAMPLE_S))
         rss = {whose: points for (what, whose), points in self.values.items() if what.startswith("RSS")}
         return [

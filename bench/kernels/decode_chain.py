@@ -95,5 +95,5 @@ def _compile(device: torch.device, rows: int) -> None:
 
 
 def chain_jobs() -> list[tuple[Any, tuple[Any, ...]]]:
-    """Give what `compile_all` needs for the kernels of a step."""
+    """Return the jobs of `compile_all` for the kernels of a step."""
     return [(_compile, (rows,)) for rows in (1, 16)]

@@ -18,7 +18,7 @@ class Span:
 
 
 def idle_before_steps(spans: Sequence[Span]) -> list[float]:
-    """Give the µs before each step but the first in which no kernel ran; copies of its plan count as idle."""
+    """Return the idle µs before each step except the first. Copies of the plan count as idle."""
     kernels = [span for span in spans if not span.name.startswith(("Memcpy", "Memset"))]
     idle, last_us = [], 0.0
     for before, span in itertools.pairwise(kernels):
@@ -29,7 +29,7 @@ def idle_before_steps(spans: Sequence[Span]) -> list[float]:
 
 
 def busy_us(spans: Sequence[Span]) -> float:
-    """Give the µs in which something ran."""
+    """Return the µs in which a kernel or a copy ran."""
     busy, last_us = 0.0, 0.0
     for span in spans:
         busy += max(0.0, span.end_us - max(span.start_us, last_us))

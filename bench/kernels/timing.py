@@ -91,13 +91,13 @@ def views(pool: Tensor, n: int, k: int, most: int = 8) -> list[Tensor]:
 
 
 def rotate(weights: Sequence[Item], launch: Callable[[Item], Tensor], least: int = 12) -> list[Callable[[], Tensor]]:
-    """Give at least ``least`` launches that take turns with the inputs."""
+    """Return at least ``least`` launches that take turns with the inputs."""
     count = len(weights)
     return [partial(launch, weights[i % count]) for i in range(max(least, count))]
 
 
 def make_cache(rows: int, context: int, block_size: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give keys, values and block tables of full rows over 8 KV heads, pages in random order."""
+    """Return keys, values and block tables of full rows over 8 KV heads, pages in random order."""
     pages = -(-context // block_size)
     k, v = (torch.randn((rows * pages + 1, block_size, 8, dim), device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return k, v, torch.randperm(rows * pages, device="cuda").to(torch.int32).view(rows, pages)
@@ -182,7 +182,7 @@ Job = tuple[Callable[..., object], tuple[Any, ...]]
 
 
 def compile_job(job: Job, overlap: bool = True) -> str | None:
-    """Call ``function(cpu, *arguments)``; give the error as text."""
+    """Call ``function(cpu, *arguments)``; return the error as text."""
     function, arguments = job
     set_overlap(overlap)
     try:
@@ -193,7 +193,7 @@ def compile_job(job: Job, overlap: bool = True) -> str | None:
 
 
 def compile_all(jobs: Sequence[Job], without_overlap: Sequence[Job] = ()) -> list[str]:
-    """Fill Triton's cache from processes in which launches only compile; give the errors."""
+    """Fill Triton's cache from processes in which launches only compile; return the errors."""
     workers = max(1, (os.cpu_count() or 2) - 1)
     with ProcessPoolExecutor(workers, get_context("spawn"), compile_only) as pool:
         pending = [pool.submit(compile_job, job, True) for job in jobs]

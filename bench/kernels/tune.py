@@ -67,7 +67,7 @@ class Results:
             self.errors.append(f"{name}: {type(failure).__name__}: {str(failure)[:200]}")
 
     def best(self, prefix: str) -> str | None:
-        """Give the tiling with the least time among rows called ``prefix`` + tiling."""
+        """Return the tiling with the least time among rows called ``prefix`` + tiling."""
         rows = [row for row in self.rows if row.name.startswith(prefix) and row.error < 0.01]
         return min(rows, key=lambda row: row.us).name.removeprefix(prefix) if rows else None
 

@@ -56,7 +56,7 @@ class Box:
         return self.place(range(count))
 
     def used_bytes(self) -> dict[str, int]:
-        """Give what is taken of each GPU, by UUID, from the driver; empty without GPUs."""
+        """Return the used bytes of each GPU by UUID, from the driver; empty without GPUs."""
         with NvmlSession() as session:
             gpus = session.inventory().gpus
         wanted = {device.uuid for device in self.machine.devices}
@@ -95,7 +95,7 @@ def run_command(command: str, place: Place, *arguments: str, environ: Mapping[st
 
 
 def plan_of(place: Place, *arguments: str, environ: Mapping[str, str] | None = None) -> dict[str, object]:
-    """Give the layout that `serve` would choose. ValueError with the command's own words where it refuses."""
+    """Return the layout that `serve` would choose. ValueError with the command's own words where it refuses."""
     answer = run_command("plan", place, "--json", *arguments, environ=environ)
     if answer.status:
         raise ValueError(answer.output.strip().removeprefix("error: "))

@@ -114,7 +114,7 @@ class Report(Table[Row]):
 
 
 def _gist(error: BaseException) -> str:
-    """Give the first line of an error and, where it carries a log, the last line there that speaks of one."""
+    """Return the first line of an error and, if the text has a log, the last line of it that names an error."""
     first, *rest = str(error).strip().splitlines() or ["no message"]
     causes = [line.strip() for line in rest if re.search("error|failed|died", line, re.IGNORECASE)]
     return f"{type(error).__name__}: {first}" + (f" [{causes[-1][:160]}]" if causes else "")

@@ -140,7 +140,7 @@ class Speed:
                 self.report.number(SECTION, asked, rate, "tok/s", least=target if batch == 1 else None)
 
     def _decode_rate(self, model: Model, endpoints: Sequence[str], batch: int) -> float:
-        """Give tokens per second of all servers together, the median of the repetitions."""
+        """Return tokens per second of all servers together, the median of the repetitions."""
         effort, share, together = self.effort, batch // len(endpoints), threading.Barrier(len(endpoints))
 
         def measure(endpoint: str) -> list[float]:

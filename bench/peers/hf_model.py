@@ -16,7 +16,7 @@ except ImportError as error:
 
 
 def make_model(shape: str, config_of_shape: Config, device: str) -> tuple[Any, dict[str, object]]:
-    """Give the model of a shape's configuration and what is saved beside its numbers."""
+    """Return the model of a shape's configuration and what is saved beside its numbers."""
     logging.set_verbosity_error()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as folder:

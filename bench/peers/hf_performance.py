@@ -60,7 +60,7 @@ class Asked:
         self.report = report
 
     def run(self, count: int, length: int, new_tokens: int) -> list[float]:
-        """Answer fresh random prompts; give the seconds from the call to each token of the batch."""
+        """Answer fresh random prompts; return the seconds from the call to each token of the batch."""
         ids = torch.randint(3, self.model.config.vocab_size, (count, length), device=self.model.device)
         clock, began_s = Clock(), time.perf_counter()
         with torch.inference_mode():

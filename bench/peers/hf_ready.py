@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 
 def load(folder: str, device: str) -> Any:
-    """Give the model in the type that its configuration names."""
+    """Return the model in the type that its configuration names."""
     if importlib.util.find_spec("accelerate"):
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=device)
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)

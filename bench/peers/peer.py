@@ -49,7 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def most_at_once(options: argparse.Namespace) -> int:
-    """Give how many requests can be in flight together; at random, all of a run."""
+    """Return how many requests can be in flight together; at random, all of a run."""
     random_ones = [options.requests] if options.rate else []
     return int(max([*options.concurrency, *options.burst, *random_ones]))
 

@@ -83,7 +83,7 @@ class Run:
     results: Path
 
     def parts(self) -> dict[str, Callable[[Path], None]]:
-        """Give what measures each part and saves its rows in the file that it is given."""
+        """Return, by part, the function that measures it and saves its rows in a file."""
         return {
             **{name: partial(self.server, part) for name, part in SERVERS.items()},
             "ready": lambda save: measure_ready(self.place, "8B", save),

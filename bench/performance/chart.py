@@ -56,7 +56,7 @@ class Scale:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Read a result; gives its engine's line, and the limit if it has one. SystemExit when it is something else."""
+    """Read a result; return its engine's line, and the limit if it has one. SystemExit when it is something else."""
     result = json.loads(path.read_text())
     rows = [row for row in result.get("rows", []) if row.get("load") == "closed" and row.get("tokens_per_s")]
     if not rows:
@@ -99,7 +99,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def draw(lines: Sequence[Line], title: str) -> str:
-    """Give the whole picture."""
+    """Return the whole picture."""
     scale = scale_of(lines)
     engines = [line.name for line in lines if not line.is_limit]
     colours = dict(zip(engines, itertools.cycle(COLOURS), strict=False))

@@ -29,7 +29,7 @@ def record_paths(folder: Path, part: str) -> list[Path]:
 
 
 def next_path(folder: Path, part: str) -> Path:
-    """Give a name for a further record, or for the first."""
+    """Return a name for a further record, or for the first."""
     return next(path for path in _names(folder, part) if not path.exists())
 
 

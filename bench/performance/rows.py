@@ -35,7 +35,7 @@ def missing(what: str, count: int, length: int, note: str) -> Row:
 
 
 def last_line(text: str) -> str:
-    """Give what a program said last: of a traceback, the error."""
+    """Return a program's last line: of a traceback, the error."""
     return text.strip().rpartition("\n")[2] or "nothing was said"
 
 
@@ -51,11 +51,11 @@ class Effort:
     is_rehearsal: bool = False
 
     def size(self, asked: int) -> int:
-        """Give how many requests, or tokens, are really used."""
+        """Return the number of requests or tokens of this effort."""
         return max(1, asked // self.fewer)
 
     def config(self, shape: str) -> Config:
-        """Give the model of a shape."""
+        """Return the model of a shape."""
         return (SMALL_SHAPES if self.is_rehearsal else SHAPES)[shape]
 
 
@@ -91,7 +91,7 @@ def peer_options(doc: str) -> PeerOptions:
 
 
 def window_rates(arrivals: Sequence[tuple[float, int]], windows: int) -> list[float]:
-    """Give tokens per second in each of so many equal numbers of arrivals; the first arrival only starts the clock.
+    """Return tokens per second in each of so many equal numbers of arrivals; the first arrival only starts the clock.
 
     ValueError when there are too few for that.
     """

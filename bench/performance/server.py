@@ -72,7 +72,7 @@ class Place:
 
     @property
     def facts(self) -> dict[str, object]:
-        """Give what is saved beside the numbers."""
+        """Return what is saved beside the numbers."""
         return {"more_options": list(self.options)}
 
     def wanted(self, model: Path, options: tuple[str, ...] = ()) -> Wanted:

@@ -117,7 +117,7 @@ LINES = (
 
 
 def find(results: Results, part: str, what: str, count: int, length: int) -> Result:
-    """Give a row that a part saved; else one whose note says why there is none."""
+    """Return a row that a part saved, or a row with a note that says why it is missing."""
     rows: list[Result] = results.get(part, {}).get("rows", [])
     for row in rows:
         if (row["what"], row["count"], row["length"]) == (what, count, length):
@@ -134,7 +134,7 @@ def number(value: float, unit: str) -> str:
 
 
 def cells(line: Line, results: Results) -> list[str]:
-    """Give the cells of one line."""
+    """Return the cells of one line."""
     row = find(results, line.part, line.what, line.count, line.length)
     value = row.get(line.field)
     target = NONE if line.target is None else f"{'≥' if line.is_more_better else '≤'} {number(line.target, line.unit)}"
@@ -167,7 +167,7 @@ def verdict(line: Line, value: float | None) -> str:
 
 
 def of_peer(line: Line, results: Results) -> str:
-    """Give what transformers reaches, the better of its two ways, on the machine of its own result."""
+    """Return the better of transformers' two results, on the machine of that result."""
     what = line.peer_what or line.what
     rows = [(part, find(results, part, what, line.count, line.length)) for part in line.peer_parts]
     found = [(row["value"], part) for part, row in rows if row.get("value") is not None]
@@ -185,7 +185,7 @@ def short(note: str) -> str:
 
 
 def table(results: Results) -> str:
-    """Give the whole Markdown text between the markers."""
+    """Return the whole Markdown text between the markers."""
     lines = "\n".join(f"| {' | '.join(cells(line, results))} |" for line in LINES)
     notes = f"{NOTE}\n{BATCHED_NOTE}" if f"{BATCHED} |" in lines else NOTE
     machines = "\n".join(f"- {line}" for line in machine_lines(results.items()))

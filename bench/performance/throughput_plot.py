@@ -32,7 +32,7 @@ def write_picture(results: Results, picture: Path, readme: Path) -> None:
 
 
 def lines_of(results: Results) -> list[Line]:
-    """Give a line per engine that was measured, and one per limit."""
+    """Return a line per engine that was measured, and one per limit."""
     lines, limits = [], []
     for part, name in ENGINES.items():
         rows = _rows(results.get(part, {}))

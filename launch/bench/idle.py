@@ -11,7 +11,7 @@ from mgpu.launch.bench.target import READY_S, prepared, started
 
 SHOWN = ("processes", "core_share", "core_share_low", "core_share_high", "seconds")
 SETTLE_S = 1.0
-"""What ends a start (a last collection, a last log line) is not idling."""
+"""Wait after the start: its last work, such as a garbage collection, is not idling."""
 
 
 @click.command("idle")

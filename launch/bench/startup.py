@@ -37,7 +37,7 @@ def startup_command(wanted: Wanted) -> None:
 
 
 def start_once(target: Target, environ: dict[str, str]) -> dict[str, float]:
-    """Start and stop a server; give its phases and, as "ready", the whole, in seconds. UserError if it fails."""
+    """Start and stop a server; return its phases and, as "ready", the whole, in seconds. UserError if it fails."""
     began_s = time.perf_counter()
     with started(target, environ=environ) as server:
         server.wait_ready(READY_S)

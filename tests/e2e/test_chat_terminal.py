@@ -33,7 +33,7 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def wait_for(self, text: bytes, after: int = 0) -> int:
-        """Read until ``text`` shows up beyond a place on the screen; give the place behind it."""
+        """Read until ``text`` shows up beyond a place on the screen; return the place behind it."""
         deadline_s = time.monotonic() + TURN_S
         while (found := self.screen.find(text, after)) < 0:
             left_s = deadline_s - time.monotonic()

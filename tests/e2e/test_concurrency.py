@@ -35,7 +35,7 @@ def make_jobs(seed: int) -> list[Job]:
 
 
 def run_together(client: Client, jobs: list[Job]) -> dict[int, list[int]]:
-    """Run all jobs interleaved on one client; give the tokens of those that were not cancelled."""
+    """Run all jobs interleaved on one client; return the tokens of those that were not cancelled."""
     tokens: dict[int, list[int]] = {number: [] for number in range(len(jobs))}
     open_streams: dict[int, CompletionStream] = {
         number: client.stream(job.prompt, max_tokens=job.max_tokens, ignore_eos=True) for number, job in enumerate(jobs)

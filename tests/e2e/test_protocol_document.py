@@ -38,7 +38,7 @@ def blocks(language: str) -> list[str]:
 
 
 def table(header: str) -> list[list[str]]:
-    """Give the rows of the table whose header line begins as given, cells without backquotes."""
+    """Return the rows of the table whose header line begins as given, cells without backquotes."""
     lines = PAGE[PAGE.index(f"| {header} |") :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")] for line in lines]
 

@@ -96,7 +96,7 @@ class Workers:
         return fd
 
     def receive(self, rank: int) -> object:
-        """Give a rank's next message, kept in `seen`."""
+        """Return a rank's next message, and keep it in `seen`."""
         if not self.sockets[rank].poll(int(DEADLINE_S * 1000)):
             raise TimeoutError(f"rank {rank} is silent; exit status {self.processes[rank].poll()}")
         message = CONTROL.decode(self.sockets[rank].recv())

@@ -8,6 +8,6 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def golden(name: str) -> list[dict[str, Any]]:
-    """Give the golden prompts of a model, each with prompt, prompt_ids, output_ids and output_logprobs."""
+    """Return the golden prompts of a model, each with prompt, prompt_ids, output_ids and output_logprobs."""
     prompts: list[dict[str, Any]] = json.loads((GOLDEN / f"{name}.json").read_text())["prompts"]
     return prompts

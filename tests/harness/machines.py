@@ -18,7 +18,7 @@ TINY = make_facts(q=4, kv=2, layers=8, hidden=64, width=128, head_dim=16, vocab=
 def gpus(
     *free_gib: float, nccl: bool = True, link: Link = "nvlink", selectors: Sequence[str] = (), total_gib: float = 0
 ) -> Machine:
-    """Give a machine of GPUs with so much free memory (all of it, unless a total is given)."""
+    """Return a machine whose GPUs have this much free memory, which is all of it unless ``total_gib`` is given."""
     count = len(free_gib)
     devices = tuple(
         DeviceInfo(

@@ -31,7 +31,7 @@ def write_config(folder: Path, config: Mapping[str, object]) -> None:
 
 
 def safetensors_bytes(shapes: Shapes, dtype: str = "F32", changes: Mapping[str, object] | None = None) -> bytes:
-    """Give a file whose tensors are zeros. ``changes`` replaces parts of the descriptions: ``{"name": {...}}``."""
+    """Return a file whose tensors are zeros. ``changes`` replaces parts of the descriptions: ``{"name": {...}}``."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -103,7 +103,7 @@ def gguf_bytes(
     tensors: Mapping[str, tuple[Sequence[int], int, bytes]],
     alignment: int = 32,
 ) -> bytes:
-    """Give a GGUF file. Tensors are (row-major shape, ggml type number, data)."""
+    """Return a GGUF file. Tensors are (row-major shape, ggml type number, data)."""
     out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     for key, (kind, data) in metadata.items():
         out += gguf_string(key) + struct.pack("<I", kind) + data
@@ -133,7 +133,7 @@ LLAMA_METADATA: dict[str, GgufValue] = {
 
 
 def llama_gguf_tensors(qk_norm: bool = False) -> dict[str, tuple[Sequence[int], int, bytes]]:
-    """Give the tensors of the tiny model as F32 zeros."""
+    """Return the tensors of the tiny model as F32 zeros."""
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (100, 64), "output_norm.weight": (64,)}
     for layer in range(2):
         shapes |= {

@@ -11,7 +11,7 @@ from mgpu.protocol.checkpoint.read import expected_tensors
 
 
 def write_random_model(folder: Path, seed: int = 0, **changes: object) -> Path:
-    """Write a llama of random weights whose slices are whole int4 groups for 1, 2 and 4 ranks; give its folder."""
+    """Write a llama of random weights whose slices are whole int4 groups for 1, 2 and 4 ranks; return its folder."""
     config = {
         "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 256, "vocab_size": 100,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,

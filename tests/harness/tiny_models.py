@@ -21,7 +21,7 @@ TINY = {
 
 
 def tiny_config(family: str) -> object:
-    """Give a transformers configuration of a family, small but with all of the family's peculiarities."""
+    """Return a transformers configuration of a family, small but with all of the family's peculiarities."""
     import transformers as hf
 
     llama3 = {

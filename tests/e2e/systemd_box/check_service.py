@@ -208,7 +208,7 @@ def test_keys_reach_the_service_and_nobody_else(service: Service, kind: str) -> 
 
 
 def key_files(folder: Path) -> Iterator[tuple[str, int]]:
-    """Give names, as systemd makes credentials of them, and sizes."""
+    """Return names, as systemd makes credentials of them, and sizes."""
     for path in folder.rglob("*"):
         if path.is_file():
             yield str(path.relative_to(folder)).replace("/", "_"), path.stat().st_size

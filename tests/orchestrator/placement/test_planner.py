@@ -29,7 +29,7 @@ def refusal(facts: ModelFacts, machine: Machine, options: LayoutOptions = Layout
 
 
 def outcome(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan | str:
-    """Give the plan, or the text of the refusal."""
+    """Return the plan, or the text of the refusal."""
     try:
         return plan(facts, machine, options)
     except PlacementError as error:

@@ -31,7 +31,7 @@ class Load:
         self.expected: dict[int, list[int]] = {}
 
     def submit(self, count: int, least_tokens: int = 1) -> list[int]:
-        """Send requests; gives their ids."""
+        """Send requests; return their ids."""
         ids = list(range(len(self.expected), len(self.expected) + count))
         for sequence_id in ids:
             prompt = [self._rng.randrange(900) for _ in range(self._rng.randrange(1, 60))]

@@ -25,7 +25,7 @@ class Books:
         self._next = 0
 
     def begin(self, account: str, size: int = 1000, n: int = 1) -> list[int]:
-        """Take a request up to its submission, and give its sequences."""
+        """Take a request up to its submission, and return its sequences."""
         self.quota.check(account, size, n)
         self.quota.arrive(account, size, n)
         numbers = list(range(self._next, self._next + n))
