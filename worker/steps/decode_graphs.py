@@ -57,14 +57,9 @@ class DecodeGraphs:
     def _forward(self, size: int, staged: Tensor) -> StepOutput:
         rows, column = self._rows, whole_lines(size)
         rows_R, starts_R, fresh_R = (staged[_HEAD + i * column :][:size] for i in range(3))
-        everything = self._inputs
-        inputs = DecodeInputs(
-            everything.token_ids[:size],
-            everything.positions[:size],
-            everything.slots[:size],
-            everything.context_lens[:size],
-            everything.block_tables[:size],
-        )
+        whole = self._inputs
+        buffers = whole.token_ids, whole.positions, whole.slots, whole.context_lens, whole.block_tables
+        inputs = DecodeInputs(*(buffer[:size] for buffer in buffers))
         prepare_decode(rows_R, starts_R, staged[:1], rows.tokens, rows.blocks, rows.block_size, inputs, fresh_R)
         stage = self._parts.stage
         x_RD = stage.embed(inputs.token_ids)

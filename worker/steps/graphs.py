@@ -12,7 +12,7 @@ from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
 
 if TYPE_CHECKING:
-    from mgpu.worker.steps.graph_pool import GraphPool, StepOutput
+    from mgpu.worker.steps.graph_pool import StepOutput
 
 _FIRST_DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _FIRST_PROMPTS = ((512, 8, False), (256, 8, False), (128, 8, False), (64, 8, False))
@@ -40,29 +40,23 @@ def _on_all_ranks(value: bool, group: TensorParallelGroup, device: torch.device)
 
 def prepare_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
     """Launch all kernels of the first graphs, but capture none."""
-    from mgpu.worker.steps.graph_pool import Uncaptured
-
-    Graphs(stage, cache, rows, None, Uncaptured).prepare()
+    Graphs(stage, cache, rows, None, capture=False).prepare()
 
 
 class Graphs:
     """All graphs of one worker."""
 
     def __init__(
-        self,
-        stage: DecoderStage,
-        cache: KvCache,
-        rows: RowTable,
-        peers: PeerGroup | None,
-        pool_type: type["GraphPool"] | None = None,
+        self, stage: DecoderStage, cache: KvCache, rows: RowTable, peers: PeerGroup | None, capture: bool = True
     ) -> None:
         from mgpu.worker.steps.decode_graphs import DecodeGraphs, graph_size, staged_length
-        from mgpu.worker.steps.graph_pool import GraphParts, GraphPool
+        from mgpu.worker.steps.graph_pool import GraphParts, GraphPool, Uncaptured
         from mgpu.worker.steps.prompt_graphs import MOST_STAGED, PromptGraphs
 
         self._rows = rows
         self._most_rows = 2 * rows.max_rows if peers is None else min(2 * rows.max_rows, peers.most_rows + 1)
-        pool = (pool_type or GraphPool)(rows.device, max(MOST_STAGED, staged_length(graph_size(rows.max_rows))))
+        most_staged = max(MOST_STAGED, staged_length(graph_size(rows.max_rows)))
+        pool = (GraphPool if capture else Uncaptured)(rows.device, most_staged)
         parts = GraphParts(pool, stage, cache, rows, peers)
         self._decode, self._prompts = DecodeGraphs(parts), PromptGraphs(parts)
 
