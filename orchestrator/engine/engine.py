@@ -136,8 +136,8 @@ class Engine:
         """Take requests from now on. The gateway hears it before anybody can find the server."""
         self._progress.close()
         ready = self._workers.group.ready
-        if self._config.device_kind == "cpu":  # on GPUs the trial compiles kernels, which says nothing of later steps
-            self._steps.expect(list(ready.values()))
+        on_cpu = self._config.device_kind == "cpu"  # on GPUs a warm-up compiles kernels: it says nothing of later steps
+        self._steps.begin(ready.values() if on_cpu else ())
         log_ready(self._config, self._scheduler.limits, ready, time.monotonic() - self._began_s)
         self._announce_by_s = time.monotonic() + self._config.timeouts.gateway_timeout_s
         self._enter(State.READY)
@@ -235,7 +235,7 @@ class Engine:
         self._notifier.reloaded()
 
     def _watch(self) -> None:
-        """Poll the processes of now."""
+        """Have the poll watch the current processes."""
         self._poller = poller_of(self._signals, self._gateway, self._workers.group)
 
     # -- failures and the end ------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ class Engine:
     def _shut_down(self, failure: str) -> None:
         """End requests, then processes, within one shared deadline. `Server.run` removes what is left."""
         self._notifier.stopping(f"failed: {failure}" if failure else "stopping the workers")
-        self._signals.clear()  # readable from now on: one more signal, so stop at once
+        self._signals.clear()  # if it is readable from now on, another signal has come: stop at once
         patience_s = FAILED_STOP_S if failure else self._config.timeouts.stop_timeout_s
         began_s = time.monotonic()
         deadline_s = began_s + (0.0 if len(self._signals.received) > 1 else patience_s)

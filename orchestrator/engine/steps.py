@@ -7,6 +7,7 @@ With one stage two steps are in flight: step 7 computes while step 6's tokens tr
 import math
 import time
 from collections import deque
+from collections.abc import Collection
 
 from mgpu.orchestrator.engine.polling import SpinPolicy
 from mgpu.orchestrator.engine.stats import EngineStats
@@ -35,10 +36,13 @@ class StepPipeline:
         """A result that `spin` has found and `apply` has not taken in."""
         self._last_result_s = self._woke_s = time.monotonic()
 
-    def expect(self, ready: list[Ready]) -> None:
-        """Learn from the warm-up what a step takes: a large model on a slow CPU must not count as hung."""
-        warmup_s = max(each.phase_s.get("warmup", 0.0) for each in ready)
-        self._deadline.note(max(each.step_tokens for each in ready), warmup_s * TRIAL_STEP_SHARE)
+    def begin(self, warm_up: Collection[Ready]) -> None:
+        """Count from now on, and learn from the ``warm_up`` what a step takes: a slow one must not count as hung."""
+        self._stats = EngineStats()
+        self._last_result_s = time.monotonic()
+        if warm_up:
+            seconds = max(each.phase_s.get("warmup", 0.0) for each in warm_up) * TRIAL_STEP_SHARE
+            self._deadline.note(max(each.step_tokens for each in warm_up), seconds)
 
     def publish(self) -> None:
         """Fill the pipeline."""
