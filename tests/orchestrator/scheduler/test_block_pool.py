@@ -35,71 +35,71 @@ def test_keys_are_extended_not_recomputed() -> None:
 
 
 def test_a_released_block_is_reused_by_its_key() -> None:
-    manager = BlockPool(4)
+    pool = BlockPool(4)
     (key,) = keys_of([1, 2, 3, 4], 1)
-    blocks = manager.allocate(1)
-    manager.register(blocks[0], key)
-    manager.release(blocks)
-    assert manager.num_free == 4
-    assert manager.find([key]) == blocks
-    manager.take(blocks)
-    assert manager.num_free == 3
-    manager.check_integrity([blocks])
+    blocks = pool.allocate(1)
+    pool.register(blocks[0], key)
+    pool.release(blocks)
+    assert pool.num_free == 4
+    assert pool.find([key]) == blocks
+    pool.take(blocks)
+    assert pool.num_free == 3
+    pool.check_integrity([blocks])
 
 
 def test_a_prefix_ends_at_the_first_unknown_key() -> None:
-    manager = BlockPool(4)
+    pool = BlockPool(4)
     keys = keys_of(list(range(12)), 3)
-    blocks = manager.allocate(3)
-    manager.register(blocks[0], keys[0])
-    manager.register(blocks[2], keys[2])
-    assert manager.find(keys) == blocks[:1]
+    blocks = pool.allocate(3)
+    pool.register(blocks[0], keys[0])
+    pool.register(blocks[2], keys[2])
+    assert pool.find(keys) == blocks[:1]
 
 
 def test_blocks_without_content_are_used_first_then_the_least_recently_used() -> None:
-    manager = BlockPool(3)
+    pool = BlockPool(3)
     keys = keys_of(list(range(8)), 2)
-    older, newer = manager.allocate(1), manager.allocate(1)
-    manager.register(older[0], keys[0])
-    manager.register(newer[0], keys[1])
-    manager.release(older)
-    manager.release(newer)
-    manager.allocate(1)
-    assert manager.find([keys[0]]) == older
-    assert manager.allocate(1) == older
-    assert manager.find([keys[0]]) == []
-    assert manager.find([keys[1]]) == newer
+    older, newer = pool.allocate(1), pool.allocate(1)
+    pool.register(older[0], keys[0])
+    pool.register(newer[0], keys[1])
+    pool.release(older)
+    pool.release(newer)
+    pool.allocate(1)
+    assert pool.find([keys[0]]) == older
+    assert pool.allocate(1) == older
+    assert pool.find([keys[0]]) == []
+    assert pool.find([keys[1]]) == newer
 
 
 def test_the_tail_of_a_request_is_evicted_before_its_head() -> None:
-    manager = BlockPool(2)
+    pool = BlockPool(2)
     keys = keys_of(list(range(8)), 2)
-    blocks = manager.allocate(2)
+    blocks = pool.allocate(2)
     for block, key in zip(blocks, keys, strict=True):
-        manager.register(block, key)
-    manager.release(blocks)
-    manager.allocate(1)
-    assert manager.find(keys) == blocks[:1]
+        pool.register(block, key)
+    pool.release(blocks)
+    pool.allocate(1)
+    assert pool.find(keys) == blocks[:1]
 
 
 def test_equal_content_keeps_the_older_block_under_the_key() -> None:
-    manager = BlockPool(2)
+    pool = BlockPool(2)
     (key,) = keys_of([1, 2, 3, 4], 1)
-    first, second = manager.allocate(1), manager.allocate(1)
-    manager.register(first[0], key)
-    manager.register(second[0], key)
-    assert manager.find([key]) == first
-    manager.release(first)
-    manager.release(second)
-    manager.check_integrity([])
+    first, second = pool.allocate(1), pool.allocate(1)
+    pool.register(first[0], key)
+    pool.register(second[0], key)
+    assert pool.find([key]) == first
+    pool.release(first)
+    pool.release(second)
+    pool.check_integrity([])
 
 
 def test_releasing_twice_is_noticed() -> None:
-    manager = BlockPool(2)
-    blocks = manager.allocate(1)
-    manager.release(blocks)
+    pool = BlockPool(2)
+    blocks = pool.allocate(1)
+    pool.release(blocks)
     with pytest.raises(AssertionError, match="released twice"):
-        manager.release(blocks)
+        pool.release(blocks)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -107,29 +107,29 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = BlockPool(6)
+        self.pool = BlockPool(6)
         self.tables: list[list[int]] = []
 
     @rule(group=st.integers(0, 2), length=st.integers(1, 4))
     def start(self, group: int, length: int) -> None:
         keys = keys_of([group] * 4 * length, length)
-        reused = self.manager.find(keys)
-        if length - len(reused) > self.manager.num_free - self.manager.num_idle(reused):
+        reused = self.pool.find(keys)
+        if length - len(reused) > self.pool.num_free - self.pool.num_idle(reused):
             return
-        self.manager.take(reused)
-        table = reused + self.manager.allocate(length - len(reused))
+        self.pool.take(reused)
+        table = reused + self.pool.allocate(length - len(reused))
         for block, key in zip(table, keys, strict=True):
-            self.manager.register(block, key)
+            self.pool.register(block, key)
         self.tables.append(table)
 
     @rule(index=st.integers(0, 20))
     def end(self, index: int) -> None:
         if self.tables:
-            self.manager.release(self.tables.pop(index % len(self.tables)))
+            self.pool.release(self.tables.pop(index % len(self.tables)))
 
     @invariant()
     def adds_up(self) -> None:
-        self.manager.check_integrity(self.tables)
+        self.pool.check_integrity(self.tables)
 
 
 TestPool = PoolMachine.TestCase

@@ -160,7 +160,7 @@ def test_next_step_is_published_before_the_tokens_of_the_last_one_arrive() -> No
 
 
 @pytest.mark.parametrize("stages", [2, 4])
-def test_rows_spread_over_the_lanes_of_a_pipeline(stages: int) -> None:
+def test_rows_spread_over_the_batches_of_a_pipeline(stages: int) -> None:
     harness = Harness(num_stages=stages, max_rows=16, max_batch_tokens=64)
     for i in range(8):
         harness.submit(i, prompt_of(i, 3), 40)
