@@ -5,10 +5,10 @@ Needs a Hopper GPU: ``PYTHONPATH=src python -m bench.kernels.tune OUT_DIRECTORY`
 parallel; each is checked against its reference before it is timed.
 """
 
+import argparse
 import dataclasses
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -309,7 +309,9 @@ def time_chain(results: Results) -> None:
 
 
 def main() -> None:
-    results = Results(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for tune.txt and tune.json")
+    results = Results(parser.parse_args().folder)
     begin = time.monotonic()
     jobs = list(all_jobs())
     results.errors += compile_all(jobs, chain_jobs())

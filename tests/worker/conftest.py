@@ -3,11 +3,14 @@
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
+from harness.random_model import write_random_model
 from harness.tiny_models import TinyModel, make_tiny_model
+from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # other tests have the other cores
@@ -32,3 +35,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny
         return made[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a llama with random weights."""
+    return write_random_model(tmp_path_factory.mktemp("random-model"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(random_model: Path) -> Checkpoint:
+    return read_checkpoint(random_model)

@@ -10,6 +10,7 @@ import pytest
 
 from harness.fake_model import solo_tokens
 from harness.server_process import ServerProcess, running_server
+from harness.waiting import eventually
 from mgpu.orchestrator.engine.step_deadline import StepDeadline
 from mgpu.orchestrator.processes.failures import RestartLimit, TooManyRestarts
 from mgpu.protocol.internal.gateway_messages import Cancel
@@ -124,8 +125,7 @@ def test_the_state_is_told_before_counters_that_know_of_the_restart(folder: Path
     with running_server(folder) as server:
         server.wait_ready()
         server.workers()[0].kill()
-        while (counters := server.counters())["restarts"] == 0:
-            pass  # each call waits for a reply
+        counters = eventually(lambda: found if (found := server.counters())["restarts"] else {}, lambda: server.log)
         assert states(server)[2:] == (["recovering", "ready"] if counters["last_recovery_s"] else ["recovering"])
 
 

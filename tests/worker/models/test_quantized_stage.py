@@ -26,16 +26,6 @@ IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]
 EVERY: list[Quant] = ["8", "4", "fp8"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder: Path) -> Checkpoint:
-    return read_checkpoint(folder)
-
-
 def logits(checkpoint: Checkpoint, quant: Quant, tp_size: int = 1, num_stages: int = 1) -> Tensor:
     return logits_in_chunks(checkpoint, IDS, [6, 1, 1, 1, 1], tp_size, num_stages, quant=quant)
 
@@ -144,13 +134,13 @@ def test_loading_holds_one_dense_matrix_beside_the_quantized_shard(tmp_path: Pat
 
 
 @pytest.mark.parametrize("quant", EVERY)
-def test_a_worker_process_quantizes_as_its_spec_says(folder: Path, tmp_path: Path, quant: Quant) -> None:
-    spec = make_spec(folder, [1], quant=quant)
+def test_a_worker_process_quantizes_as_its_spec_says(random_model: Path, tmp_path: Path, quant: Quant) -> None:
+    spec = make_spec(random_model, [1], quant=quant)
     with running(spec, tmp_path) as workers:
         workers.make_ready()
         tokens = workers.generate(IDS, 3)
         workers.shut_down()
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(random_model)
     assert tokens[0] == int(logits(checkpoint, quant)[-1].argmax())
     [loaded] = [message for message in workers.seen if isinstance(message, Loaded)]
     whole = PlacementPlan((Stage(0, 3, (0,)),))

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from harness.fake_orchestrator import running
-from harness.random_model import write_random_model
 from harness.specs import make_spec
 from harness.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
@@ -17,16 +16,6 @@ from mgpu.worker.state.kv_cache import FP8, KvCache, to_stored, widen
 
 IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]
 CHUNKS = [6, 1, 1, 1, 1]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder: Path) -> Checkpoint:
-    return read_checkpoint(folder)
 
 
 def logits(
@@ -74,15 +63,15 @@ def test_a_cache_gives_back_what_it_stores() -> None:
     assert torch.equal(layer.v_NJK.float()[slots], v_TJK)
 
 
-def test_worker_processes_keep_a_byte_per_component(folder: Path, tmp_path: Path) -> None:
+def test_worker_processes_keep_a_byte_per_component(random_model: Path, tmp_path: Path) -> None:
     answers, block_bytes = [], []
     for sizes in ([1], [2], [1, 1]):
-        with running(make_spec(folder, sizes, kv_cache_dtype="fp8"), tmp_path) as workers:
+        with running(make_spec(random_model, sizes, kv_cache_dtype="fp8"), tmp_path) as workers:
             workers.make_ready()
             answers.append(workers.generate(IDS, 6))
             workers.shut_down()
         block_bytes.append([seen.block_bytes for seen in workers.seen if isinstance(seen, Loaded)])
     assert answers[0] == answers[1] == answers[2]
-    assert answers[0][0] == int(logits(read_checkpoint(folder))[-1].argmax())
+    assert answers[0][0] == int(logits(read_checkpoint(random_model))[-1].argmax())
     assert block_bytes[0] == [2 * 3 * 16 * 2 * 32]
     assert block_bytes[1] == [3 * 16 * 2 * 32] * 2
