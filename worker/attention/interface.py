@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache: what a backend is. `choose` selects one; this module imports none of them.
+"""Attention over the paged KV cache: the interface of a backend. `choose` selects one; this module imports none.
 
 A backend prepares each step once, and every layer of that step calls what it prepared. The plain backend, in torch, is
 what the others are tested against.
@@ -84,7 +84,7 @@ class AttentionBackend(Protocol):
         ...
 
     def begin_step(self, batch: StepBatch, block_size: int) -> StepAttention:
-        """Prepare what the layers of a step share.
+        """Prepare the state that the layers of a step share.
 
         Entries of the cache that no token of the step can see may be NaN, and must not reach the output.
         """

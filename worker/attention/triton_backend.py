@@ -37,12 +37,12 @@ class PagedRows:
     """int32 [R + 1]: the rows' queries; None: row r has token r."""
 
     def of(self, cache: LayerCache) -> PagedCache:
-        """Return what these rows have in one layer's cache."""
+        """Return these rows of one layer's cache, as kernels take them."""
         return PagedCache(cache.k_NBJK, cache.v_NBJK, self.tables_RP, self.lens_R)
 
 
 class TritonBackend:
-    """Keeps nothing: kernels share their scratch between steps by themselves, one per device."""
+    """Stateless: kernels keep their scratch themselves, one per device."""
 
     takes_packed = True
 

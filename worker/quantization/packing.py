@@ -31,7 +31,7 @@ class PackedWeight:
     `quantize` are all the same, for float8 products). For int4 it is int32 [N, G], a word per output channel and
     ``group`` input channels: two bfloat16, the scale in the low half, the offset in the high one, and a weight is
     scale * q + offset with q in [-8, 7]. bfloat16 has the range of the weights, and three digits are enough, since q is
-    rounded to what is stored. Padded channels are worth the offset, not zero: products mask them.
+    rounded to what is stored. Padded channels have the value of the offset, not zero: products mask them.
     """
 
     kind: WeightKind
@@ -62,7 +62,7 @@ def pack_int4(q_NK: Tensor, scales_NG: Tensor, offsets_NG: Tensor, group: int) -
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Unpack to [N, K]: the reference of the kernels, and what the CPU multiplies by."""
+    """Unpack to [N, K]: the reference of the kernels, and the weights that the CPU multiplies by."""
     if weight.kind == "int4":
         return _dequantize_int4(weight, dtype)
     stored = weight.words.view(torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn)

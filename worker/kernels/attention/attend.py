@@ -28,7 +28,7 @@ def attend(
         else:
             page = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
         offsets = (page * block_stride + (n % BLOCK_SIZE) * token_stride)[:, None] + d[None, :]
-        # Masked, not merely ignored: what is past the context may be NaN, and 0 * NaN is NaN.
+        # Masked, not merely ignored: values past the context may be NaN, and 0 * NaN is NaN.
         k = tl.load(k_ptr + offsets, mask=valid[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
         scores = tl.where(valid[None, :], scores, float("-inf"))

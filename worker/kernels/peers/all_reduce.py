@@ -88,7 +88,7 @@ class Residual:
 
 
 def stream_and_norm(residual: Residual | None) -> tuple[Tensor | None, Tensor | None, int, float]:
-    """Return what kernels take of a residual: the stream, the norm's weight, the stream's stride, and eps."""
+    """Return a residual as arguments of a kernel: the stream, the norm's weight, the stream's stride, and eps."""
     if residual is None:
         return None, None, 0, 0.0
     return residual.stream_TD, residual.weight_D, residual.stream_TD.stride(0), residual.eps
