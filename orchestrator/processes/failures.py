@@ -44,7 +44,6 @@ class WorkerLost(ProcessFailure):
         self, rank: int, phase: str, message: str, at_s: float, traceback: str = "", is_mistake: bool = False
     ) -> None:
         super().__init__(f"worker {rank} failed in phase {phase}: {message}", traceback, is_mistake)
-        self.rank = rank
         self.at_s = at_s
         """CLOCK_MONOTONIC of the failure."""
 
