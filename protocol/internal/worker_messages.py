@@ -137,7 +137,7 @@ class RowSampling:
     @property
     def needs_all_logits(self) -> bool:
         """True if the token, or its log-probabilities, depend on more than the best logit of each rank."""
-        return self.num_logprobs >= 0 or (self.has_filters and not self.is_greedy)
+        return self.num_logprobs >= 0 or (not self.is_greedy and self.has_filters)
 
     @property
     def is_simple(self) -> bool:
