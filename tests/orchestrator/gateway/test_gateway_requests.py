@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from harness.gateway_process import BOS, EOS, GatewayProcess, says
+from harness.waiting import eventually
 from mgpu import Client, DeadlineExceeded, RequestFailed
 from mgpu.orchestrator.gateway.requests.admission import seed_of_choice
 from mgpu.protocol.front.fields import int32_array
@@ -24,6 +25,8 @@ def test_an_engine_that_wants_to_know_hears_of_a_request_before_it_is_read(model
     with GatewayProcess(model_folder, sends_wake_up=True) as gateway, Client(gateway.endpoint) as client:
         engine = gateway.engine
         engine.going.clear()
+        # A message that comes in the same turn as one of the engine is read without a word: ask until one comes alone.
+        eventually(lambda: client.health() and engine.messages.qsize(), "no word of a question")
         streams = [client.stream([1], max_tokens=1)]
         engine.wait(lambda: len(engine.submits) == 1)
         heard = engine.messages.qsize()
