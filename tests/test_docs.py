@@ -182,36 +182,5 @@ def test_a_link_on_a_page_leads_somewhere(page: Path) -> None:
             assert anchor in map(slug, headings), f"{target}: no such heading"
 
 
-def wing_levels() -> dict[str, dict[str, int]]:
-    """Return for each folder of the architecture page's lines the place of each wing in its line."""
-    block = next(
-        each for each in fences(ROOT / "docs" / "architecture.md") if each.startswith("protocol ") and "→" in each
-    )
-    levels: dict[str, dict[str, int]] = {}
-    for line in re.sub(r"\n +", " ", block).splitlines():
-        folder, _, order = line.partition(" ")
-        names = [level.replace(".py", "").split(",") for level in order.split("→")]
-        levels[folder] = {name.strip(): place for place, level in enumerate(names) for name in level}
-    return levels
-
-
-@pytest.mark.parametrize("folder", wing_levels())
-def test_a_wing_imports_only_wings_before_it_on_the_architecture_page(folder: str) -> None:
-    levels, prefix = wing_levels()[folder], "mgpu." + folder.replace("/", ".")
-    for wing, place in levels.items():
-        path = ROOT / folder / wing
-        for source in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
-            text = source.read_text(encoding="utf-8")
-            imported = set(re.findall(rf"^\s*from {re.escape(prefix)}\.(\w+)", text, re.MULTILINE)) - {wing}
-            late = {name for name in imported if levels.get(name, -1) >= place}
-            assert not late, f"{source.relative_to(ROOT)} imports {late}"
-
-
-def test_the_architecture_page_has_every_wing() -> None:
-    for folder, levels in wing_levels().items():
-        wings = {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
-        assert wings - {"gateway"} == {name for name in levels if (ROOT / folder / name).is_dir()}
-
-
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < README_LINES

@@ -46,15 +46,18 @@ def check_still_serves(server: ServerProcess, sequence_id: int) -> None:
     assert server.tokens[sequence_id] == solo_tokens([1, 2, 3], 5)
 
 
-@pytest.mark.parametrize(("data", "max_tokens", "error"), [
-    (b"", 1, "not a list of int32"),
-    (b"\0" * 7, 1, "not a list of int32"),
-    (array("i", [1000]).tobytes(), 1, "between 0 and 999"),
-    (array("i", [-5]).tobytes(), 1, "between 0 and 999"),
-    (array("i", [1] * 250).tobytes(), 7, "exceeds the context of 256 tokens; ask for at most 6"),
-    (array("i", [1] * 256).tobytes(), 1, "shorten the prompt to at most 255"),
-    (array("i", [1]).tobytes(), 0, "must be at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "max_tokens", "error"),
+    [
+        (b"", 1, "not a list of int32"),
+        (b"\0" * 7, 1, "not a list of int32"),
+        (array("i", [1000]).tobytes(), 1, "between 0 and 999"),
+        (array("i", [-5]).tobytes(), 1, "between 0 and 999"),
+        (array("i", [1] * 250).tobytes(), 7, "exceeds the context of 256 tokens; ask for at most 6"),
+        (array("i", [1] * 256).tobytes(), 1, "shorten the prompt to at most 255"),
+        (array("i", [1]).tobytes(), 0, "must be at least 1"),
+    ],
+)
 def test_a_request_that_cannot_run_is_refused_and_the_next_is_served(
     server: ServerProcess, data: bytes, max_tokens: int, error: str
 ) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from harness.gateway_process import BOS, EOS, GatewayProcess, says
-from harness.waiting import eventually
 from mgpu import Client, DeadlineExceeded, RequestFailed
 from mgpu.orchestrator.gateway.requests.admission import seed_of_choice
 from mgpu.protocol.front.fields import int32_array
@@ -25,8 +24,6 @@ def test_an_engine_that_wants_to_know_hears_of_a_request_before_it_is_read(model
     with GatewayProcess(model_folder, sends_wake_up=True) as gateway, Client(gateway.endpoint) as client:
         engine = gateway.engine
         engine.going.clear()
-        # A message that comes in the same turn as one of the engine is read without a word: ask until one comes alone.
-        eventually(lambda: client.health() and engine.messages.qsize(), "no word of a question")
         streams = [client.stream([1], max_tokens=1)]
         engine.wait(lambda: len(engine.submits) == 1)
         heard = engine.messages.qsize()
@@ -39,7 +36,9 @@ def test_an_engine_that_wants_to_know_hears_of_a_request_before_it_is_read(model
         assert all(isinstance(engine.messages.get(), WakeUp) for _ in range(heard))
 
 
-def test_an_engine_that_starts_or_is_silent_does_not_hear_of_every_message(model_folder: Path) -> None:
+def test_an_engine_that_starts_or_is_silent_does_not_hear_of_every_message(
+    model_folder: Path,
+) -> None:
     with GatewayProcess(model_folder, sends_wake_up=True, ready=False) as gateway, Client(gateway.endpoint) as client:
         for _ in range(10):
             client.health()
@@ -169,10 +168,20 @@ def test_logprobs_name_tokens_and_their_text(gateway: GatewayProcess) -> None:
 def test_sampling_reaches_the_engine_unchanged(gateway: GatewayProcess) -> None:
     with Client(gateway.endpoint) as client:
         client.generate(
-            [1, 2], max_tokens=1, temperature=0.5, top_k=-1, top_p=0.9, min_p=0.1, repetition_penalty=1.1,
-            presence_penalty=-1, frequency_penalty=2, seed=2**64 - 1, logit_bias={7: -100.0, 8: 1.5}, priority=-3,
+            [1, 2],
+            max_tokens=1,
+            temperature=0.5,
+            top_k=-1,
+            top_p=0.9,
+            min_p=0.1,
+            repetition_penalty=1.1,
+            presence_penalty=-1,
+            frequency_penalty=2,
+            seed=2**64 - 1,
+            logit_bias={7: -100.0, 8: 1.5},
+            priority=-3,
             cache_salt="tenant",
-        )  # fmt: skip
+        )
     submit = gateway.engine.submits[0]
     sampling = submit.sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.5, 0, 0.9, 0.1)
@@ -186,14 +195,17 @@ def test_max_tokens_defaults_to_the_room_that_is_left(gateway: GatewayProcess) -
         assert client.generate([1] * 500).usage.completion_tokens == 12
 
 
-@pytest.mark.parametrize(("prompt", "options", "words"), [
-    ([1] * 512, {}, ["512 tokens", "context holds 512", "at most 511"]),
-    ([1] * 500, {"max_tokens": 13}, ["make 513", "holds 512", "max_tokens 12 or less"]),
-    ([1] * 500, {"min_tokens": 13}, ["min_tokens 13", "12"]),
-    ([1, 300], {}, ["token id 300", "0 to 299"]),
-    ([1], {"stop_token_ids": [300]}, ["stop_token_ids", "token id 300"]),
-    ([1], {"logit_bias": {299: 1.0, 301: 1.0}}, ["logit_bias", "token id 301"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "options", "words"),
+    [
+        ([1] * 512, {}, ["512 tokens", "context holds 512", "at most 511"]),
+        ([1] * 500, {"max_tokens": 13}, ["make 513", "holds 512", "max_tokens 12 or less"]),
+        ([1] * 500, {"min_tokens": 13}, ["min_tokens 13", "12"]),
+        ([1, 300], {}, ["token id 300", "0 to 299"]),
+        ([1], {"stop_token_ids": [300]}, ["stop_token_ids", "token id 300"]),
+        ([1], {"logit_bias": {299: 1.0, 301: 1.0}}, ["logit_bias", "token id 301"]),
+    ],
+)
 def test_what_does_not_fit_the_model_is_refused_with_the_numbers(
     gateway: GatewayProcess, prompt: list[int], options: dict[str, object], words: list[str]
 ) -> None:

@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from harness.assertions import assert_has_all
 from harness.machines import GIB, QWEN3_32B, SMOLLM2, TINY, cpus, gpus
 from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
@@ -74,21 +73,24 @@ def test_compatible_sizes(facts: ModelFacts, sizes: tuple[int, ...]) -> None:
 # The selection table
 
 
-@pytest.mark.parametrize(("facts", "machine", "mode", "layout"), [
-    (QWEN3_32B, gpus(80), "single", "0:64"),
-    (QWEN3_32B, gpus(80, nccl=False), "single", "0:64"),
-    (QWEN3_32B, gpus(80, 80), "tensor-parallel", "0+1:64"),
-    (QWEN3_32B, gpus(*[80] * 4), "tensor-parallel", "0+1+2+3:64"),
-    (QWEN3_32B, gpus(*[80] * 8), "tensor-parallel", "0+1+2+3+4+5+6+7:64"),
-    (QWEN3_32B, gpus(80, 80, nccl=False), "layer-mapped", "0:32;1:32"),
-    (QWEN3_32B, gpus(80, 80, 80, nccl=False), "layer-mapped", "0:21;1:22;2:21"),
-    (ONE_HEAD, gpus(8, 8), "layer-mapped", "0:3;1:3"),
-    (ONE_HEAD, cpus(2), "layer-mapped", "0:3;1:3"),
-    (SMOLLM2, cpus(1), "cpu", "0:30"),
-    (SMOLLM2, cpus(3), "tensor-parallel", "0+1+2:30"),
-    (GEMMA3_270M, cpus(2), "tensor-parallel", "0+1:18"),
-    (GEMMA3_270M, cpus(4), "tensor-parallel", "0+1+2+3:18"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("facts", "machine", "mode", "layout"),
+    [
+        (QWEN3_32B, gpus(80), "single", "0:64"),
+        (QWEN3_32B, gpus(80, nccl=False), "single", "0:64"),
+        (QWEN3_32B, gpus(80, 80), "tensor-parallel", "0+1:64"),
+        (QWEN3_32B, gpus(*[80] * 4), "tensor-parallel", "0+1+2+3:64"),
+        (QWEN3_32B, gpus(*[80] * 8), "tensor-parallel", "0+1+2+3+4+5+6+7:64"),
+        (QWEN3_32B, gpus(80, 80, nccl=False), "layer-mapped", "0:32;1:32"),
+        (QWEN3_32B, gpus(80, 80, 80, nccl=False), "layer-mapped", "0:21;1:22;2:21"),
+        (ONE_HEAD, gpus(8, 8), "layer-mapped", "0:3;1:3"),
+        (ONE_HEAD, cpus(2), "layer-mapped", "0:3;1:3"),
+        (SMOLLM2, cpus(1), "cpu", "0:30"),
+        (SMOLLM2, cpus(3), "tensor-parallel", "0+1+2:30"),
+        (GEMMA3_270M, cpus(2), "tensor-parallel", "0+1:18"),
+        (GEMMA3_270M, cpus(4), "tensor-parallel", "0+1+2+3:18"),
+    ],
+)
 def test_default_selection(facts: ModelFacts, machine: Machine, mode: Mode, layout: str) -> None:
     result = plan(facts, machine, NO_KV_CARE)
     assert (result.mode, shape(result)) == (mode, layout)
@@ -102,9 +104,13 @@ def test_qwen3_32b_on_any_number_of_gpus(count: int, outcome: str) -> None:
     machine = gpus(*[80] * count)
     if outcome == "refused":
         message = refusal(QWEN3_32B, machine)
-        assert_has_all(message, f"{count} GPUs", "64 query heads", "8 KV heads", "1, 2, 4, 8, 16, 32, 64")
+        assert f"{count} GPUs" in message
+        assert "64 query heads" in message
+        assert "8 KV heads" in message
+        assert "1, 2, 4, 8, 16, 32, 64" in message
         best = 2 if count == 3 else 4
-        assert_has_all(message, f"CUDA_VISIBLE_DEVICES={','.join(map(str, range(best)))} ", f"--tp {best}")
+        assert f"CUDA_VISIBLE_DEVICES={','.join(map(str, range(best)))} " in message
+        assert f"--tp {best}" in message
         return
     result = plan(QWEN3_32B, machine, LayoutOptions())
     assert result.mode == ("single" if outcome == "single" else "tensor-parallel")
@@ -115,14 +121,17 @@ def test_qwen3_32b_on_any_number_of_gpus(count: int, outcome: str) -> None:
         assert [row.heads.kv_start for row in result.rows] == [rank // 2 for rank in range(16)]
 
 
-@pytest.mark.parametrize(("facts", "machine", "reason"), [
-    (QWEN3_32B, gpus(80), "one GPU"),
-    (QWEN3_32B, gpus(80, 80), "NCCL is usable and 64 query heads, 8 KV heads"),
-    (QWEN3_32B, gpus(80, 80, nccl=False), "MGPU_NO_NCCL=1"),
-    (ONE_HEAD, gpus(8, 8), "no tensor-parallel size above 1"),
-    (SMOLLM2, cpus(1), "one CPU worker"),
-    (SMOLLM2, cpus(3), "9 query heads, 3 KV heads"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("facts", "machine", "reason"),
+    [
+        (QWEN3_32B, gpus(80), "one GPU"),
+        (QWEN3_32B, gpus(80, 80), "NCCL is usable and 64 query heads, 8 KV heads"),
+        (QWEN3_32B, gpus(80, 80, nccl=False), "MGPU_NO_NCCL=1"),
+        (ONE_HEAD, gpus(8, 8), "no tensor-parallel size above 1"),
+        (SMOLLM2, cpus(1), "one CPU worker"),
+        (SMOLLM2, cpus(3), "9 query heads, 3 KV heads"),
+    ],
+)
 def test_the_reason_says_why(facts: ModelFacts, machine: Machine, reason: str) -> None:
     assert reason in plan(facts, machine, NO_KV_CARE).reason
 
@@ -140,7 +149,8 @@ def test_the_visible_count_is_never_lowered_silently() -> None:
 
 
 def test_the_error_names_gpus_the_way_that_the_driver_does() -> None:
-    assert "CUDA_VISIBLE_DEVICES=4,6 " in refusal(QWEN3_32B, gpus(80, 80, 80, selectors=["4", "6", "7"]))
+    message = refusal(QWEN3_32B, gpus(80, 80, 80, selectors=["4", "6", "7"]))
+    assert "CUDA_VISIBLE_DEVICES=4,6 " in message
 
 
 def test_the_error_offers_a_layer_map_that_works() -> None:
@@ -153,7 +163,8 @@ def test_the_error_offers_a_layer_map_that_works() -> None:
 @pytest.mark.parametrize(("count", "best"), [(2, 1), (4, 3), (8, 3)])
 def test_cpu_workers_are_told_how_many_would_work(count: int, best: int) -> None:
     message = refusal(SMOLLM2, cpus(count))
-    assert_has_all(message, f"{count} CPU workers", f"--workers {best} ")
+    assert f"{count} CPU workers" in message
+    assert f"--workers {best} " in message
     assert "CUDA" not in message
 
 
@@ -186,12 +197,15 @@ def test_tp_takes_the_first_gpus(size: int, mode: Mode, layout: str) -> None:
 
 @pytest.mark.parametrize("size", [-1, 4, 100])
 def test_tp_beyond_the_visible_gpus_is_refused(size: int) -> None:
-    assert_has_all(refusal(QWEN3_32B, gpus(80, 80), LayoutOptions(tp=size)), f"--tp {size}", "2 GPUs")
+    message = refusal(QWEN3_32B, gpus(80, 80), LayoutOptions(tp=size))
+    assert f"--tp {size}" in message
+    assert "2 GPUs" in message
 
 
 def test_tp_of_a_size_that_does_not_fit_lists_the_sizes() -> None:
     message = refusal(QWEN3_32B, gpus(80, 80, 80), LayoutOptions(tp=3))
-    assert_has_all(message, "Compatible sizes: 1, 2, 4, 8, 16, 32, 64.", "--tp 2")
+    assert "Compatible sizes: 1, 2, 4, 8, 16, 32, 64." in message
+    assert "--tp 2" in message
 
 
 def test_tp_without_nccl_goes_over_the_host_and_says_so() -> None:
@@ -203,17 +217,20 @@ def test_tp_without_nccl_goes_over_the_host_and_says_so() -> None:
 # -n
 
 
-@pytest.mark.parametrize(("text", "mode", "layout"), [
-    ("0:32;1:32", "layer-mapped", "0:32;1:32"),
-    ("1:64", "single", "1:64"),
-    ("0:44;1:20", "layer-mapped", "0:44;1:20"),
-    ("2:1;0:62;1:1", "layer-mapped", "2:1;0:62;1:1"),
-    (" 0 : 32 ; 1 : 32 ", "layer-mapped", "0:32;1:32"),
-    ("0+1:64", "tensor-parallel", "0+1:64"),
-    ("0+1:16;2+3:48", "hybrid", "0+1:16;2+3:48"),
-    ("3 + 0:16;2:48", "hybrid", "3+0:16;2:48"),
-    ("0+1+2+3:64", "tensor-parallel", "0+1+2+3:64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "mode", "layout"),
+    [
+        ("0:32;1:32", "layer-mapped", "0:32;1:32"),
+        ("1:64", "single", "1:64"),
+        ("0:44;1:20", "layer-mapped", "0:44;1:20"),
+        ("2:1;0:62;1:1", "layer-mapped", "2:1;0:62;1:1"),
+        (" 0 : 32 ; 1 : 32 ", "layer-mapped", "0:32;1:32"),
+        ("0+1:64", "tensor-parallel", "0+1:64"),
+        ("0+1:16;2+3:48", "hybrid", "0+1:16;2+3:48"),
+        ("3 + 0:16;2:48", "hybrid", "3+0:16;2:48"),
+        ("0+1+2+3:64", "tensor-parallel", "0+1+2+3:64"),
+    ],
+)
 @pytest.mark.parametrize("nccl", [True, False])
 def test_a_typed_map_wins(text: str, mode: Mode, layout: str, nccl: bool) -> None:
     result = plan(QWEN3_32B, gpus(*[141] * 4, nccl=nccl), LayoutOptions(device_layers=text))
@@ -235,19 +252,24 @@ def test_layers_follow_the_order_of_the_pairs() -> None:
 )  # fmt: skip
 def test_a_map_of_the_wrong_form_shows_the_right_one(text: str) -> None:
     message = refusal(QWEN3_32B, gpus(80, 80), LayoutOptions(device_layers=text))
-    assert_has_all(message, "ordinal:count", '-n "0:32;1:32"', "64 layers")
+    assert "ordinal:count" in message
+    assert '-n "0:32;1:32"' in message
+    assert "64 layers" in message
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("2:64", ["GPU 2 is not visible", "0 to 1"]),
-    ("0:32;7:32", ["GPU 7 is not visible"]),
-    ("0:32;0:32", ["GPU 0 is named twice"]),
-    ("0+0:64", ["GPU 0 is named twice"]),
-    ("0:0;1:64", ["0 layers", "at least 1"]),
-    ("0:32;1:31", ["add up to 63", "64 layers", '-n "0:32;1:32"']),
-    ("0:64;1:1", ["add up to 65", "64 layers"]),
-    ("0:1", ["add up to 1", "64 layers"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("2:64", ["GPU 2 is not visible", "0 to 1"]),
+        ("0:32;7:32", ["GPU 7 is not visible"]),
+        ("0:32;0:32", ["GPU 0 is named twice"]),
+        ("0+0:64", ["GPU 0 is named twice"]),
+        ("0:0;1:64", ["0 layers", "at least 1"]),
+        ("0:32;1:31", ["add up to 63", "64 layers", '-n "0:32;1:32"']),
+        ("0:64;1:1", ["add up to 65", "64 layers"]),
+        ("0:1", ["add up to 1", "64 layers"]),
+    ],
+)
 def test_a_map_that_cannot_be_says_why_with_the_numbers(text: str, parts: list[str]) -> None:
     message = refusal(QWEN3_32B, gpus(80, 80), LayoutOptions(device_layers=text))
     for part in [text, *parts]:
@@ -256,12 +278,14 @@ def test_a_map_that_cannot_be_says_why_with_the_numbers(text: str, parts: list[s
 
 def test_a_stage_that_cannot_be_split_lists_the_sizes() -> None:
     message = refusal(QWEN3_32B, gpus(*[80] * 4), LayoutOptions(device_layers="0+1+2:32;3:32"))
-    assert_has_all(message, "64 query heads % 3 = 1", "1, 2, 4, 8")
+    assert "64 query heads % 3 = 1" in message
+    assert "1, 2, 4, 8" in message
 
 
 @pytest.mark.parametrize("text", ["0:32;1:32", "nonsense"])
 def test_a_map_and_tp_contradict_each_other(text: str) -> None:
-    assert "contradict" in refusal(QWEN3_32B, gpus(80, 80), LayoutOptions(device_layers=text, tp=2))
+    message = refusal(QWEN3_32B, gpus(80, 80), LayoutOptions(device_layers=text, tp=2))
+    assert "contradict" in message
 
 
 def test_cpu_workers_can_be_mapped() -> None:
@@ -273,25 +297,28 @@ def test_cpu_workers_can_be_mapped() -> None:
 # Transports
 
 
-@pytest.mark.parametrize(("machine", "layers", "expected"), [
-    (gpus(80), None, ("none", "none")),
-    (gpus(80, 80), None, ("nccl", "none")),
-    (gpus(80, 80), "0:4;1:4", ("none", "nccl")),
-    (gpus(*[80] * 4), "0+1:4;2+3:4", ("nccl", "nccl")),
-    (gpus(80, 80, nccl=False), None, ("none", "peer")),
-    (gpus(80, 80, nccl=False, link="pcie"), None, ("none", "peer")),
-    (gpus(80, 80, nccl=False, link="none"), None, ("none", "pinned")),
-    (gpus(*[80] * 4, nccl=False, link="none"), "0+1:4;2+3:4", ("gloo", "pinned")),
-    (oversubscribed(gpus(80), 2), None, ("none", "peer")),
-    (oversubscribed(gpus(80), 2), "0+1:8", ("gloo", "none")),
-    (oversubscribed(gpus(80), 2), "0:4;1:4", ("none", "peer")),
-    (cpus(1), None, ("none", "none")),
-    (cpus(2), None, ("shared-memory", "none")),
-    (cpus(2), "0:4;1:4", ("none", "shared-memory")),
-    (cpus(2, shared_memory=False), None, ("gloo", "none")),
-    (cpus(2, shared_memory=False), "0:4;1:4", ("none", "gloo")),
-    (cpus(4), "0+1:4;2+3:4", ("shared-memory", "shared-memory")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("machine", "layers", "expected"),
+    [
+        (gpus(80), None, ("none", "none")),
+        (gpus(80, 80), None, ("nccl", "none")),
+        (gpus(80, 80), "0:4;1:4", ("none", "nccl")),
+        (gpus(*[80] * 4), "0+1:4;2+3:4", ("nccl", "nccl")),
+        (gpus(80, 80, nccl=False), None, ("none", "peer")),
+        (gpus(80, 80, nccl=False, link="pcie"), None, ("none", "peer")),
+        (gpus(80, 80, nccl=False, link="none"), None, ("none", "pinned")),
+        (gpus(*[80] * 4, nccl=False, link="none"), "0+1:4;2+3:4", ("gloo", "pinned")),
+        (oversubscribed(gpus(80), 2), None, ("none", "peer")),
+        (oversubscribed(gpus(80), 2), "0+1:8", ("gloo", "none")),
+        (oversubscribed(gpus(80), 2), "0:4;1:4", ("none", "peer")),
+        (cpus(1), None, ("none", "none")),
+        (cpus(2), None, ("shared-memory", "none")),
+        (cpus(2), "0:4;1:4", ("none", "shared-memory")),
+        (cpus(2, shared_memory=False), None, ("gloo", "none")),
+        (cpus(2, shared_memory=False), "0:4;1:4", ("none", "gloo")),
+        (cpus(4), "0+1:4;2+3:4", ("shared-memory", "shared-memory")),
+    ],
+)
 def test_transports(machine: Machine, layers: str | None, expected: tuple[str, str]) -> None:
     result = plan(TINY, machine, LayoutOptions(device_layers=layers))
     assert (result.layout.transport, result.layout.stage_transport) == expected
@@ -390,7 +417,9 @@ def test_a_large_vocabulary_counts_on_the_first_and_the_last_stage() -> None:
 
 def test_more_gpus_than_layers_is_an_error_with_the_way_out() -> None:
     message = refusal(TINY, gpus(*[8] * 9, nccl=False, selectors=list("012345678")))
-    assert_has_all(message, "9 GPUs", "8 layers", "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7")
+    assert "9 GPUs" in message
+    assert "8 layers" in message
+    assert "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7" in message
 
 
 # Memory
@@ -446,12 +475,16 @@ def test_concurrency_at_full_context() -> None:
 
 @pytest.mark.parametrize("length", [0, -5, 40961])
 def test_lengths_beyond_the_context_are_refused(length: int) -> None:
-    assert_has_all(refusal(QWEN3_32B, gpus(80), LayoutOptions(max_seq_len=length)), str(length), "40960")
+    message = refusal(QWEN3_32B, gpus(80), LayoutOptions(max_seq_len=length))
+    assert str(length) in message
+    assert "40960" in message
 
 
 def test_a_model_that_does_not_fit_says_what_would() -> None:
     message = refusal(QWEN3_32B, gpus(24))
-    assert_has_all(message, "24.0 GiB free of 24.0 GiB", "61.0 GiB of weights", "4 GPUs of this size would hold it")
+    assert "24.0 GiB free of 24.0 GiB" in message
+    assert "61.0 GiB of weights" in message
+    assert "4 GPUs of this size would hold it" in message
 
 
 def test_a_length_that_does_not_fit_says_what_would() -> None:
@@ -463,7 +496,8 @@ def test_a_length_that_does_not_fit_says_what_would() -> None:
 
 
 def test_a_busy_gpu_is_named() -> None:
-    assert "GPU 1 (Test GPU, 10.0 GiB free of 80.0 GiB)" in refusal(QWEN3_32B, gpus(80, 10, total_gib=80))
+    message = refusal(QWEN3_32B, gpus(80, 10, total_gib=80))
+    assert "GPU 1 (Test GPU, 10.0 GiB free of 80.0 GiB)" in message
 
 
 def test_no_number_of_tiny_gpus_holds_a_large_model() -> None:
@@ -481,7 +515,8 @@ def test_a_fixed_kv_pool_is_taken_as_it_is() -> None:
     per_token = 2 * 30 * 1 * 64 * 4
     assert result.kv_tokens == (64 << 20) // per_token // 16 * 16
     assert result.kv_memory == result.kv_tokens * per_token
-    assert "100.0 GiB of --kv-memory" in refusal(SMOLLM2, cpus(1), LayoutOptions(kv_memory=100 * GIB))
+    message = refusal(SMOLLM2, cpus(1), LayoutOptions(kv_memory=100 * GIB))
+    assert "100.0 GiB of --kv-memory" in message
 
 
 def test_workers_on_gpus_measure_their_pool_themselves() -> None:
@@ -499,12 +534,15 @@ def test_cpu_workers_take_a_modest_pool() -> None:
     assert uneven.kv_memory == uneven.kv_tokens * uneven.rows[0].kv_token_bytes
 
 
-@pytest.mark.parametrize(("machine", "options", "expected"), [
-    (gpus(80, 80), LayoutOptions(), "bfloat16"),
-    (gpus(80, 80), LayoutOptions(dtype="float16"), "float16"),
-    (cpus(2), LayoutOptions(), "float32"),
-    (cpus(2), LayoutOptions(dtype="bfloat16"), "bfloat16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("machine", "options", "expected"),
+    [
+        (gpus(80, 80), LayoutOptions(), "bfloat16"),
+        (gpus(80, 80), LayoutOptions(dtype="float16"), "float16"),
+        (cpus(2), LayoutOptions(), "float32"),
+        (cpus(2), LayoutOptions(dtype="bfloat16"), "bfloat16"),
+    ],
+)
 def test_the_type_follows_the_device_unless_asked(machine: Machine, options: LayoutOptions, expected: str) -> None:
     assert plan(TINY, machine, options).layout.dtype == expected
 
@@ -540,7 +578,8 @@ def test_any_machine_gives_a_whole_valid_plan_or_an_error(facts: ModelFacts, cou
     machine = gpus(*[80] * count, nccl=nccl)
     result = outcome(facts, machine, LayoutOptions())
     if isinstance(result, str):
-        assert_has_all(result, str(count), "CUDA_VISIBLE_DEVICES=")
+        assert str(count) in result
+        assert "CUDA_VISIBLE_DEVICES=" in result
         return
     placement = result.layout.placement
     assert placement.world_size == count == len(result.rows)

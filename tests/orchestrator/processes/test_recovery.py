@@ -67,7 +67,13 @@ def states(server: ServerProcess) -> list[str]:
 def test_requests_go_on_after_a_worker_failed(folder: Path, how: str, num_stages: int, ranks_per_stage: int) -> None:
     # Without collectives only the rank that reports results can hold up the others.
     rank = num_stages - 1 if how == "hang" else 1
-    options = {"fail": how, "fail_rank": rank, "fail_phase": "steps", "fail_step": 12, "fail_epochs": [0]}
+    options = {
+        "fail": how,
+        "fail_rank": rank,
+        "fail_phase": "steps",
+        "fail_step": 12,
+        "fail_epochs": [0],
+    }
     options |= {"stale": True, "step_s": 0.005}
     layout = {
         "num_stages": num_stages,
@@ -257,8 +263,13 @@ def test_a_result_that_cannot_be_costs_the_workers_their_lives_but_no_request(fo
 @pytest.mark.parametrize("how", ["sigkill", "exit", "raise"])
 def test_the_earliest_failure_is_reported_not_those_that_follow_from_it(folder: Path, how: str) -> None:
     options = {
-        "fail": how, "fail_rank": 2, "fail_phase": "steps", "fail_step": 3, "fail_epochs": [0], "peers_fail": True,
-    }  # fmt: skip
+        "fail": how,
+        "fail_rank": 2,
+        "fail_phase": "steps",
+        "fail_step": 3,
+        "fail_epochs": [0],
+        "peers_fail": True,
+    }
     with running_server(folder, options, ranks_per_stage=3) as server:
         server.wait_ready()
         load = Load(server)

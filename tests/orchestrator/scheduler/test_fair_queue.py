@@ -23,10 +23,17 @@ class Line:
 
     def add(self, account: int, prompt: int = 10, room: int = 10, priority: int = 0, weight: float = 1.0) -> Sequence:
         seq = Sequence(
-            sequence_id=self._arrivals, tokens=array("i", [1] * prompt), prompt_len=prompt, max_len=prompt + room,
-            stop_ids=frozenset(), sampling=RowSampling(), cache_salt=b"", order=(priority, self._arrivals),
-            account=account, weight=weight,
-        )  # fmt: skip
+            sequence_id=self._arrivals,
+            tokens=array("i", [1] * prompt),
+            prompt_len=prompt,
+            max_len=prompt + room,
+            stop_ids=frozenset(),
+            sampling=RowSampling(),
+            cache_salt=b"",
+            order=(priority, self._arrivals),
+            account=account,
+            weight=weight,
+        )
         self._arrivals += 1
         self.queue.push(seq)
         return seq

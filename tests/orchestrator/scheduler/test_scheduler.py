@@ -19,8 +19,13 @@ from mgpu.protocol.internal.worker_messages import RowSampling, StepPlan, StepRe
 
 def limits(**changes: int | bool) -> Limits:
     values: dict[str, int | bool] = {
-        "num_blocks": 64, "block_size": 4, "max_rows": 8, "max_batch_tokens": 32, "max_seq_len": 256, **changes,
-    }  # fmt: skip
+        "num_blocks": 64,
+        "block_size": 4,
+        "max_rows": 8,
+        "max_batch_tokens": 32,
+        "max_seq_len": 256,
+        **changes,
+    }
     return Limits(**values)  # type: ignore[arg-type]
 
 

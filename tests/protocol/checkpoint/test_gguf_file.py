@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.assertions import assert_has_all
 from harness.model_files import gguf_bytes, gguf_string, llama_gguf_tensors, string, string_array, u32
 from mgpu.protocol.checkpoint.gguf_file import GGUF_TYPES, read_gguf
 from mgpu.protocol.checkpoint.read import CheckpointError
@@ -81,7 +80,10 @@ def test_truncation_anywhere_in_the_header_is_refused(tmp_path: Path, length: in
 
 
 def test_a_truncated_body_names_the_tensor_and_both_sizes(tmp_path: Path) -> None:
-    assert_has_all(refusal(tmp_path, GOOD[:-1000]), "blk.1.ffn_down.weight", str(len(GOOD)), str(len(GOOD) - 1000))
+    message = refusal(tmp_path, GOOD[:-1000])
+    assert "blk.1.ffn_down.weight" in message
+    assert str(len(GOOD)) in message
+    assert str(len(GOOD) - 1000) in message
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
@@ -133,7 +135,9 @@ def test_repeated_keys_and_tensors_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "name"), [(10, "Q2_K"), (39, "MXFP4"), (4, "number 4"), (1 << 30, str(1 << 30))])
 def test_unsupported_types_name_the_type_and_the_tensor(tmp_path: Path, number: int, name: str) -> None:
     message = refusal(tmp_path, gguf_bytes({}, {"blk.0.attn_q.weight": ((256, 256), number, bytes(65536))}))
-    assert_has_all(message, name, "blk.0.attn_q.weight", "Q4_K")
+    assert name in message
+    assert "blk.0.attn_q.weight" in message
+    assert "Q4_K" in message
 
 
 def test_rows_that_are_not_whole_blocks_are_refused(tmp_path: Path) -> None:
