@@ -144,6 +144,7 @@ class GatewayProcess:
         except zmq.Again:
             self.process.wait(time.monotonic() + DEATH_S)
             self.check_alive()
+            self._unread.extend(self._receive_new(OUTBOX_LIMIT))  # one that ends has said why before its link closed
             raise GatewayLost(f"it has left {OUTBOX_LIMIT} messages unread") from None
 
     def tell(self, info: EngineInfo) -> None:
