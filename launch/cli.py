@@ -32,9 +32,7 @@ COMMANDS = {
 
 
 @click.group(
-    cls=LazyGroup,
-    homes=COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    cls=LazyGroup, homes=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.version_option(package_name="mgpu", prog_name="mgpu-launch")
 def cli() -> None:

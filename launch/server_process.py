@@ -32,11 +32,7 @@ class ServerProcess:
     """
 
     def __init__(
-        self,
-        *arguments: str,
-        log: Path | None = None,
-        environ: Mapping[str, str] | None = None,
-        quiet: bool = True,
+        self, *arguments: str, log: Path | None = None, environ: Mapping[str, str] | None = None, quiet: bool = True
     ) -> None:
         """Start ``mgpu-launch serve`` with ``arguments``; its log goes to ``log``, else nowhere or to the screen."""
         self._base = tempfile.TemporaryDirectory(prefix="mgpu-")

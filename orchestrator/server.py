@@ -24,10 +24,7 @@ class Server:
     """Signals, folder, gateway, workers, and the engine that connects them."""
 
     def __init__(
-        self,
-        config: ServerConfig,
-        notifier: Notifier | None = None,
-        read_again: Callable[[], Reloadable] | None = None,
+        self, config: ServerConfig, notifier: Notifier | None = None, read_again: Callable[[], Reloadable] | None = None
     ) -> None:
         """``read_again`` returns what SIGHUP takes into use; it may raise UserError."""
         self._config = config

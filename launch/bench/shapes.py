@@ -69,13 +69,7 @@ SMALL: Config = {
 TINY: Config = {**LLAMA_8B, **SMALL, "num_hidden_layers": 8}
 """Splits over 1, 2, 4 and 8 ranks, each with KV heads of its own."""
 
-SHAPES: dict[str, Config] = {
-    "8B": LLAMA_8B,
-    "32B": QWEN3_32B,
-    "70B": LLAMA_70B,
-    "135M": SMOLLM2_135M,
-    "tiny": TINY,
-}
+SHAPES: dict[str, Config] = {"8B": LLAMA_8B, "32B": QWEN3_32B, "70B": LLAMA_70B, "135M": SMOLLM2_135M, "tiny": TINY}
 
 
 def write_config(folder: Path, config: Config) -> Path:

@@ -263,10 +263,6 @@ def _rope_scaling(holder: Fields | None, fields: Fields, max_position: int) -> R
         if low >= high:
             raise holder.error("low_freq_factor", f"is {low}, not below high_freq_factor {high}")
         return RopeScaling(
-            "llama3",
-            holder.number("factor"),
-            low,
-            high,
-            holder.integer("original_max_position_embeddings", original),
+            "llama3", holder.number("factor"), low, high, holder.integer("original_max_position_embeddings", original)
         )
     raise holder.error("rope_type", f"is {kind[:40]!r}; supported: default, linear, llama3")

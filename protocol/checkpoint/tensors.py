@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from mgpu.protocol.checkpoint.untrusted import CheckpointError
 from mgpu.protocol.model.facts import ModelFacts
 
-LOADABLE_DTYPES = frozenset(
-    {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"},
-)
+LOADABLE_DTYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"})
 
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn_rot_embd.weight")
 """Constants that old checkpoints store, although they follow from the configuration."""

@@ -239,15 +239,6 @@ class WorkerFailure:
 
 
 CONTROL = Codec(
-    WorkerSpec,
-    LoadProgress,
-    Loaded,
-    AllocateCache,
-    Ready,
-    StepPlan,
-    StepResult,
-    StaySpinning,
-    Shutdown,
-    WorkerFailure,
+    WorkerSpec, LoadProgress, Loaded, AllocateCache, Ready, StepPlan, StepResult, StaySpinning, Shutdown, WorkerFailure
 )
 """Encoder and decoder of everything on a worker's socket and on its standard input."""

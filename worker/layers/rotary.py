@@ -27,10 +27,7 @@ class RotaryEmbedding:
         angles_T1F = (positions_T.unsqueeze(1).float() * self.inverse_frequencies).unsqueeze(1)
         sin_T1F = angles_T1F.sin()
         cos_T1F = angles_T1F.cos()
-        return (
-            torch.cat((cos_T1F, cos_T1F), dim=-1).to(dtype),
-            torch.cat((-sin_T1F, sin_T1F), dim=-1).to(dtype),
-        )
+        return torch.cat((cos_T1F, cos_T1F), dim=-1).to(dtype), torch.cat((-sin_T1F, sin_T1F), dim=-1).to(dtype)
 
     def table(self, num_positions: int) -> Tensor:
         """Return float32 [P, K]: for each position cos of the K / 2 angles, then sin. Kept while it is long enough."""
