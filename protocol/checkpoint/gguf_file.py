@@ -10,22 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from mgpu.protocol.checkpoint.tensors import BLOCKS
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, file_size, reading
 
-GGUF_TYPES: dict[int, tuple[str, int, int]] = {
-    # ggml type number: name, elements per block, bytes per block
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    30: ("BF16", 1, 2),
-}
+GGUF_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
+    30: "BF16",
+}  # fmt: skip
+"""Names of ggml's type numbers."""
 _UNSUPPORTED_TYPES = {
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
@@ -243,10 +235,11 @@ def _place_tensors(
 
 def _tensor_bytes(cursor: _Cursor, name: str, shape: tuple[int, ...], type_number: int) -> tuple[str, int]:
     if type_number not in GGUF_TYPES:
-        known = ", ".join(type_name for type_name, _, _ in GGUF_TYPES.values())
+        known = ", ".join(GGUF_TYPES.values())
         stored = _UNSUPPORTED_TYPES.get(type_number, f"number {type_number}")
         raise cursor.error(f"tensor {name!r} has the unsupported GGUF type {stored}; supported types: {known}")
-    dtype, block, block_bytes = GGUF_TYPES[type_number]
+    dtype = GGUF_TYPES[type_number]
+    block, block_bytes = BLOCKS[dtype]
     if min(shape) < 1:
         raise cursor.error(f"tensor {name!r} has shape {shape}")
     if shape[-1] % block:

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from mgpu.protocol.checkpoint.untrusted import CheckpointError
 from mgpu.protocol.model.facts import ModelFacts
 
-LOADABLE_DTYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"})
+BLOCKS: dict[str, tuple[int, int]] = {
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
+    "Q5_1": (32, 24), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+}  # fmt: skip
+"""Elements and bytes of a block of each type that can be loaded; for GGUF's types from ggml's ggml-common.h."""
 
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn_rot_embd.weight")
 """Constants that old checkpoints store, although they follow from the configuration."""
@@ -94,10 +98,9 @@ def check_tensors(source: str, facts: ModelFacts, tensors: dict[str, TensorEntry
             raise CheckpointError(
                 f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, the configuration asks for {list(shape)}"
             )
-        if entry.dtype not in LOADABLE_DTYPES:
+        if entry.dtype not in BLOCKS:
             raise CheckpointError(
-                f"{entry.file}: tensor {name!r} is stored as {entry.dtype}; "
-                f"supported: {', '.join(sorted(LOADABLE_DTYPES))}"
+                f"{entry.file}: tensor {name!r} is stored as {entry.dtype}; supported: {', '.join(sorted(BLOCKS))}"
             )
     _check_no_others(source, facts, expected, tensors)
 

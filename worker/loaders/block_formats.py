@@ -8,20 +8,9 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import CheckpointError
+from mgpu.protocol.checkpoint.tensors import BLOCKS
 
 PLAIN_TYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# name: elements and bytes per block, from ggml's ggml-common.h
-QUANTIZED_TYPES: dict[str, tuple[int, int]] = {
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q8_0": (32, 34),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +29,7 @@ def block_type(name: str) -> BlockType:
     if name in PLAIN_TYPES:
         dtype = PLAIN_TYPES[name]
         return BlockType(1, dtype.itemsize, lambda raw: raw.view(dtype), dtype)
-    elements, size = QUANTIZED_TYPES[name]
+    elements, size = BLOCKS[name]
     return BlockType(elements, size, partial(_dequantize, name))
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from harness.model_files import gguf_bytes, gguf_string, llama_gguf_tensors, string, string_array, u32
 from mgpu.protocol.checkpoint.gguf_file import GGUF_TYPES, read_gguf
 from mgpu.protocol.checkpoint.read import CheckpointError
+from mgpu.protocol.checkpoint.tensors import BLOCKS
 
 GOOD = gguf_bytes(
     {"general.architecture": string("llama"), "llama.block_count": u32(2), "words": string_array(["a", "bc"])},
@@ -46,7 +47,9 @@ def test_tensor_offsets_point_at_the_data(tmp_path: Path) -> None:
     assert struct.unpack("<2f", path.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]) == (4, 5)
 
 
-@pytest.mark.parametrize(("number", "name", "block", "nbytes"), [(n, *known) for n, known in GGUF_TYPES.items()])
+@pytest.mark.parametrize(
+    ("number", "name", "block", "nbytes"), [(n, name, *BLOCKS[name]) for n, name in GGUF_TYPES.items()]
+)
 def test_block_sizes_agree_with_the_reference_package(number: int, name: str, block: int, nbytes: int) -> None:
     gguf = pytest.importorskip("gguf")
     kind = gguf.GGMLQuantizationType(number)
