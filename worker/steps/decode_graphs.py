@@ -8,12 +8,11 @@ reads its inputs from the persistent rows, and writes the chosen tokens to them 
 
 from array import array
 
-import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
+from mgpu.worker.attention.triton_backend import PagedRows, TritonStep
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
-from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.steps.graph_pool import GraphParts, StepGraph, StepOutput, padded, whole_lines
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
@@ -29,9 +28,7 @@ class DecodeGraphs:
         self._parts = parts
         self._rows = rows = parts.rows
         self._graphs: dict[int, StepGraph] = {}
-        most = graph_size(rows.max_rows)
-        self._inputs = DecodeInputs.create(most, rows.blocks.shape[1], rows.device)
-        self._starts_R = torch.arange(most + 1, dtype=torch.int32, device=rows.device)
+        self._inputs = DecodeInputs.create(graph_size(rows.max_rows), rows.blocks.shape[1], rows.device)
 
     def takes(self, plan: StepPlan) -> bool:
         """Return True if every row of a plan computes and samples one token, and kernels can add up so many rows."""
@@ -63,22 +60,10 @@ class DecodeGraphs:
         prepare_decode(rows_R, starts_R, staged[:1], rows.tokens, rows.blocks, rows.block_size, inputs, fresh_R)
         stage = self._parts.stage
         x_RD = stage.embed(inputs.token_ids)
-        x_RD = stage.run_layers(x_RD, self._batch(inputs, size), self._parts.cache)
+        step = TritonStep(inputs.positions, inputs.slots, PagedRows(inputs.block_tables, inputs.context_lens), None)
+        x_RD = stage.run_layers_with(x_RD, step, inputs.positions, self._parts.cache)
         # The position to choose for is the length of the context.
         return self._parts.finish(x_RD, rows_R, inputs.context_lens)
-
-    def _batch(self, inputs: DecodeInputs, size: int) -> StepBatch:
-        return StepBatch(
-            token_ids=inputs.token_ids,
-            positions=inputs.positions,
-            slots=inputs.slots,
-            query_starts=self._starts_R[: size + 1],
-            context_lens=inputs.context_lens,
-            block_tables=inputs.block_tables,
-            logit_rows=self._starts_R[:size],
-            query_lens_host=[1] * size,
-            context_lens_host=[1] * size,
-        )
 
 
 def graph_size(rows: int) -> int:
