@@ -93,15 +93,10 @@ class StartUp:
         return ModelRunner(stage, cache, rows, self._links, self._spec.facts, self._place, num_stages)
 
     def _state(self, num_blocks: int) -> tuple[RowTable, KvCache]:
-        return self._rows(num_blocks), self._cache(num_blocks)
-
-    def _rows(self, num_blocks: int) -> RowTable:
-        limits = self._spec.limits
-        return RowTable(limits.max_rows, limits.max_seq_len, limits.block_size, num_blocks, self._device)
-
-    def _cache(self, num_blocks: int) -> KvCache:
-        sizes = self._own.num_layers, num_blocks, self._spec.limits.block_size
-        return KvCache(*sizes, self._kv_heads, self._spec.facts.head_dim, self._kv_dtype, self._device)
+        limits, head_dim = self._spec.limits, self._spec.facts.head_dim
+        rows = RowTable(limits.max_rows, limits.max_seq_len, limits.block_size, num_blocks, self._device)
+        sizes = self._own.num_layers, num_blocks, limits.block_size, self._kv_heads, head_dim
+        return rows, KvCache(*sizes, self._kv_dtype, self._device)
 
     @torch.inference_mode()
     def run_largest_step(self, stage: DecoderStage) -> None:
