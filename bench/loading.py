@@ -23,7 +23,7 @@ from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.models.build import build_stage, load_weights
-from mgpu.worker.ranks.collectives import DryRun, SingleRank
+from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 
 ALL_SHAPES = {**SHAPES, "135M": SMOLLM2_135M}
 COPY_BYTES = 1 << 28
@@ -32,7 +32,7 @@ COPY_BYTES = 1 << 28
 def load_s(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, quant: Quant, rank: RankPlace) -> float:
     """Return the seconds from files to weights that can be used, without allocating them."""
     facts = checkpoint.facts
-    group = DryRun(SingleRank())
+    group = MeasurableGroup(SingleRank())
     group.rank, group.size = rank.tp_rank, rank.tp_size
     stage = build_stage(facts, rank, range(facts.num_layers), group, dtype, device, quant)
     wait_for(device)

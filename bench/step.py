@@ -31,7 +31,7 @@ from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.models.build import build_stage, init_dummy_weights
-from mgpu.worker.ranks.collectives import DryRun, SingleRank
+from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.state.kv_cache import KvCache, stored_dtype
 from mgpu.worker.state.rows import RowTable
@@ -44,7 +44,7 @@ PROFILED_STEPS = 12
 def make_runner(context: int, quant: Quant, kept: KvCacheDtype) -> ModelRunner:
     with tempfile.TemporaryDirectory() as folder:
         facts = read_checkpoint(write_config(Path(folder), LLAMA_8B), "dummy").facts
-    device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), DryRun(SingleRank())
+    device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), MeasurableGroup(SingleRank())
     layers = range(facts.num_layers)
     stage = build_stage(facts, place, layers, group, torch.bfloat16, device, quant, kv_cache_dtype=kept)
     stage.max_positions = longest = context + 4 * STEPS + BLOCK

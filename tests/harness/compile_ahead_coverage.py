@@ -26,7 +26,7 @@ from mgpu.worker.attention.check import attention_problem
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.kernels.products import choose as products
 from mgpu.worker.layers import linear, mlp, norm, vocab
-from mgpu.worker.ranks.collectives import DryRun, SingleRank
+from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.sampling import sampler
 from mgpu.worker.start.startup import StartUp
@@ -84,7 +84,7 @@ def missing_of(spec: WorkerSpec) -> dict[str, object]:
     asked_in_all = 0
     for index in range(spec.layout.placement.num_stages):
         place = spec.layout.placement.place_of(spec.layout.placement.ranks_of_stage(index)[-1])
-        group = DryRun(SingleRank())
+        group = MeasurableGroup(SingleRank())
         group.rank, group.size, group.alone = place.tp_rank, place.tp_size, True
         start_up = StartUp(spec, place, CPU, Links(group))
         asked = take(CompileAhead(spec, place, CPU, group, lambda n, s=start_up: (s._rows(n), s._cache(n))).launch_all)

@@ -21,7 +21,7 @@ from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.placement import RankPlace, padded_vocab
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.models.build import DecoderStage, build_stage, init_linear
-from mgpu.worker.ranks.collectives import DryRun
+from mgpu.worker.ranks.collectives import MeasurableGroup
 from mgpu.worker.sampling.sampler import Sampler
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
@@ -48,7 +48,7 @@ class CompileAhead:
     spec: WorkerSpec
     place: RankPlace
     device: torch.device
-    group: DryRun
+    group: MeasurableGroup
     make_state: Callable[[int], tuple[RowTable, KvCache]]
     """Returns rows and a cache of so many blocks, as the worker will have them."""
 

@@ -104,8 +104,12 @@ class ThroughHost:
         return self._inner.all_gather(x.cpu()).to(x.device)
 
 
-class DryRun:
-    """Wraps a group. While ``alone``, calls reach no rank but give the same shapes, to measure a step's memory."""
+class MeasurableGroup:
+    """Wraps every rank's group; links.py shows what is inside.
+
+    Calls pass through, except while start-up measures memory or compiles kernels: then the rank works ``alone``. Calls
+    reach no other rank, and results only have the right shapes.
+    """
 
     def __init__(self, inner: TensorParallelGroup) -> None:
         self.rank = inner.rank

@@ -1,7 +1,22 @@
 """Connect one rank to the others as its spec says.
 
-Rank j of a stage sends to every rank i of the next stage with ``i % size == j``: all ranks of a stage hold the same
-activations, so stages of different sizes fit together. Sampled tokens go from the last stage to the first likewise.
+Between stages, rank j of a stage sends to every rank i of the next one with ``i % size == j``, where ``size`` counts
+the senders. All ranks of a stage hold the same activations, so stages of different sizes fit together. From 2 to 4
+ranks, rank 0 sends to ranks 0 and 2, rank 1 to ranks 1 and 3. From 4 to 2, ranks 2 and 3 send nothing. Sampled tokens
+go from the last stage to the first likewise.
+
+Inside a stage of several GPUs, `Links.group` is a stack. Each group passes on what it does not do itself:
+
+    MeasurableGroup     nothing itself, except while start-up runs this rank alone
+      PeerGroup         sums of up to `most_rows` tokens by own kernels; absent where GPUs do not reach each other
+        DistGroup       NCCL; without NCCL, a ThroughHost around a DistGroup that uses gloo
+
+    embedding           all_reduce of the stack: PeerGroup's kernel up to `most_rows` tokens, else NCCL
+    layers              `peers_of` takes the PeerGroup out of the stack; its kernel adds up within the next norm
+    long prompts        more tokens than `most_rows`: all_reduce of the stack, which NCCL does
+    choice of tokens    `PeerGroup.exchange` in a CUDA graph; without a graph all_gather of the stack, always by NCCL
+
+On one GPU the stack is a MeasurableGroup around a SingleRank; on the CPU, around a SharedMemoryGroup or a DistGroup.
 """
 
 from collections.abc import Sequence
@@ -18,7 +33,7 @@ from mgpu.worker.ranks.collectives import (
     Channel,
     DistChannel,
     DistGroup,
-    DryRun,
+    MeasurableGroup,
     SingleRank,
     TensorParallelGroup,
     ThroughHost,
@@ -41,7 +56,7 @@ _TOKENS_TAG = 1
 class Links:
     """One rank's links to the others. Messages of one link arrive in the order of steps."""
 
-    group: DryRun
+    group: MeasurableGroup
     upstream: Channel | None = None
     downstream: tuple[Channel, ...] = ()
     tokens_from: Channel | None = None
@@ -87,7 +102,7 @@ class Links:
 def connect(spec: WorkerSpec, rank: int, device: torch.device) -> Links:
     """Meet the other ranks and open this rank's links. PeerLost when a rank does not come."""
     if spec.layout.placement.world_size == 1:
-        return Links(DryRun(SingleRank()))
+        return Links(MeasurableGroup(SingleRank()))
     return _Connector(spec, rank, device).connect()
 
 
@@ -112,7 +127,7 @@ class _Connector:
         if self.segment is not None:
             self.segment.barrier(self.placement.world_size, start_s)
         return Links(
-            group=DryRun(group),
+            group=MeasurableGroup(group),
             upstream=self._activations(stage - 1, stage)[0] if stage > 0 else None,
             downstream=self._activations(stage, stage + 1) if stage < last else (),
             tokens_from=self._tokens(last)[0] if stage == 0 < last else None,

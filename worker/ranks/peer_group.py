@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mgpu.worker.errors import PeerLost
 from mgpu.worker.kernels.peers.memory import Area, AreaShape, PeerAlarm
-from mgpu.worker.ranks.collectives import DryRun, TensorParallelGroup
+from mgpu.worker.ranks.collectives import MeasurableGroup, TensorParallelGroup
 
 if TYPE_CHECKING:
     from mgpu.worker.kernels.peers.all_reduce import OneShot
@@ -125,7 +125,7 @@ class PeerGroup:
 
 
 def peers_of(group: TensorParallelGroup) -> PeerGroup | None:
-    """Return the `PeerGroup` behind ``group``; None if there is none, or while a step's memory is measured."""
-    if isinstance(group, DryRun):
+    """Return the `PeerGroup` in the stack of ``group``; None if it has none, or while the rank works alone."""
+    if isinstance(group, MeasurableGroup):
         return None if group.alone else peers_of(group.inner)
     return group if isinstance(group, PeerGroup) else None

@@ -18,7 +18,7 @@ from harness.specs import make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.compile_ahead import compile_ahead, triton_internals
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
-from mgpu.worker.ranks.collectives import DryRun, SingleRank
+from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 
 CASES = ("[1] none auto", "[1] none fp8", "[1] 4 auto", "[2] 8 auto", "[1,1,1] fp8 auto")
 DEADLINE_S = 120
@@ -69,7 +69,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
 
 def make_ahead(folder: Path, **changes: object) -> CompileAhead:
     spec = make_spec(write_random_model(folder), [1], **changes)
-    group = DryRun(SingleRank())
+    group = MeasurableGroup(SingleRank())
     return CompileAhead(
         spec, spec.layout.placement.place_of(0), torch.device("cpu"), group, lambda count: pytest.fail("not needed")
     )

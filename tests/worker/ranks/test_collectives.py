@@ -15,7 +15,7 @@ from harness.rank_processes import outputs, rank_processes
 from mgpu.protocol.internal.child import BadSpec
 from mgpu.protocol.internal.worker_messages import CONTROL
 from mgpu.protocol.model.placement import Transport
-from mgpu.worker.ranks.collectives import DryRun, SingleRank, ThroughHost
+from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank, ThroughHost
 from mgpu.worker.ranks.links import connect, layout_of, pair_transport
 
 DEADLINE_S = 90.0
@@ -91,8 +91,8 @@ def test_only_pairs_without_peer_access_use_the_host(tmp_path: Path) -> None:
     assert pair_transport(spec, "nccl", 1, 2) == "nccl"
 
 
-def test_a_dry_run_keeps_shapes_without_the_other_ranks() -> None:
-    group = DryRun(SingleRank())
+def test_a_rank_that_works_alone_gets_the_shapes_of_the_group() -> None:
+    group = MeasurableGroup(SingleRank())
     group.size, group.alone = 3, True
     assert group.all_reduce(torch.ones(2, 4)).shape == (2, 4)
     assert group.all_gather(torch.ones(2, 4)).shape == (2, 12)

@@ -11,7 +11,7 @@ from harness.rank_threads import ThreadGroup, run_ranks
 from harness.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.worker.kernels.peers.memory import buffer_bytes
-from mgpu.worker.ranks.collectives import DryRun, SingleRank
+from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.peer_group import MOST_ROWS, ReduceLimits, area_shapes, peers_of
 from mgpu.worker.ranks.peer_setup import SWITCH, PeerSetup, refusal
 
@@ -49,8 +49,8 @@ def test_a_rank_that_cannot_makes_all_keep_their_group(monkeypatch: pytest.Monke
     assert refusal(ReduceLimits.of(2, 64, torch.float32), CPU) == "MGPU_PEER_REDUCE=0"
 
 
-def test_a_dry_run_waits_for_no_peers() -> None:
-    group = DryRun(SingleRank())
+def test_a_rank_that_works_alone_waits_for_no_peers() -> None:
+    group = MeasurableGroup(SingleRank())
     assert peers_of(group) is None
     group.alone = True
     assert peers_of(group) is None

@@ -13,7 +13,7 @@ from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.errors import OutOfMemory
-from mgpu.worker.ranks.collectives import DryRun, SingleRank
+from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.start.pool_size import cpu_pool_bytes, left_for_pool, pool_blocks
 from mgpu.worker.start.startup import StartUp, bytes_to_read
@@ -29,7 +29,7 @@ def spec(tiny_model: MakeModel) -> WorkerSpec:
 
 def lone_links(size: int) -> Links:
     """Return links of a rank whose peers do not exist."""
-    group = DryRun(SingleRank())
+    group = MeasurableGroup(SingleRank())
     group.size = size
     return Links(group)
 

@@ -11,7 +11,7 @@ from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.models.build import build_stage, load_weights
-from mgpu.worker.ranks.collectives import DryRun, SingleRank
+from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
@@ -35,7 +35,7 @@ SAMPLINGS = (
 def make_runner(model: TinyModel) -> ModelRunner:
     checkpoint = read_checkpoint(model.folder)
     facts, device, place = checkpoint.facts, torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0)
-    links = Links(DryRun(SingleRank()))
+    links = Links(MeasurableGroup(SingleRank()))
     stage = build_stage(facts, place, range(facts.num_layers), links.group, torch.float32, device)
     load_weights(stage, checkpoint, lambda count: None)
     blocks = ROWS * BLOCKS_OF_ROW
