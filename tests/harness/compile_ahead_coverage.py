@@ -87,7 +87,7 @@ def missing_of(spec: WorkerSpec) -> dict[str, object]:
         group = MeasurableGroup(SingleRank())
         group.rank, group.size, group.alone = place.tp_rank, place.tp_size, True
         start_up = StartUp(spec, place, CPU, Links(group))
-        asked = take(CompileAhead(spec, place, CPU, group, lambda n, s=start_up: (s._rows(n), s._cache(n))).launch_all)
+        asked = take(CompileAhead(spec, place, CPU, group, start_up._state).launch_all)
         missing += sorted(take(lambda s=start_up, p=place: start(s, spec, p)) - asked)
         asked_in_all += len(asked)
     return {"asked": asked_in_all, "missing": missing}
