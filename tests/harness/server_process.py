@@ -104,6 +104,16 @@ class ServerProcess:
         ids = array("i", prompt).tobytes()
         self.send(Submit(sequence_id, ids, max_tokens, list(stop_ids), RowSampling(), b"", 0))
 
+    def begin(self, sequence_id: int, prompt: list[int], max_tokens: int) -> None:
+        """Submit a request, and wait for its first token."""
+        self.submit(sequence_id, prompt, max_tokens)
+        self.wait_for(lambda: sequence_id in self.tokens)
+
+    def serve(self, sequence_id: int, prompt: list[int], max_tokens: int) -> None:
+        """Submit a request, and wait for its end."""
+        self.submit(sequence_id, prompt, max_tokens)
+        self.wait_for(lambda: sequence_id in self.finish)
+
     def send(self, message: Submit | Resumable | RecordQuery | Cancel | WakeUp | StatsQuery) -> None:
         self.socket.send(LINK.encode(message))
 
@@ -127,6 +137,11 @@ class ServerProcess:
         while self.socket.poll(100):
             self._take(LINK.decode(self.socket.recv()))
         return status
+
+    def end(self, signal_number: signal.Signals) -> int:
+        """Send a signal, and return the exit status."""
+        self.process.send_signal(signal_number)
+        return self.wait_exit()
 
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -203,6 +218,14 @@ def running_server(
             process.send_signal(signal.SIGKILL)
             process.wait(DEADLINE_S)
         context.destroy(linger=0)
+
+
+@contextlib.contextmanager
+def ready_server(folder: Path, options: dict[str, Any] | None = None, **changes: Any) -> Iterator[ServerProcess]:
+    """Start a server as ``running_server`` does, and wait until it is ready."""
+    with running_server(folder, options, **changes) as server:
+        server.wait_ready()
+        yield server
 
 
 def read_again() -> Reloadable:

@@ -18,14 +18,9 @@ FULL = Path("/dev/full")
 def test_output_that_finds_no_room_ends_in_one_message(unbuffered: str) -> None:
     with FULL.open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "mgpu.launch.cli", "config"],
-            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+            [sys.executable, "-m", "mgpu.launch.cli", "config"], env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
     assert done.returncode == 74
     assert done.stderr.splitlines() == [
         "error: cannot write everything: [Errno 28] No space left on device; make room where the output goes"
@@ -34,13 +29,9 @@ def test_output_that_finds_no_room_ends_in_one_message(unbuffered: str) -> None:
 
 def run(*arguments: str, encoding: str, data: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run(
-        [sys.executable, "-m", "mgpu.launch.cli", *arguments],
-        env={**os.environ, "PYTHONIOENCODING": encoding},
-        input=data,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
+        [sys.executable, "-m", "mgpu.launch.cli", *arguments], env={**os.environ, "PYTHONIOENCODING": encoding},
+        input=data, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
 
 
 def test_the_package_can_be_run_as_the_command() -> None:

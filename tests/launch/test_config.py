@@ -29,22 +29,19 @@ def test_nothing_given_is_the_default() -> None:
     assert load_config({}, {}, None)[0] == ServeConfig()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("max-seq-lens = 3", "unknown key 'max-seq-lens'; did you mean 'max_seq_len'?"),
-        ("max-rows = 3\nmax_rows = 4", "max_rows is set twice"),
-        ("max-rows = true", "must be of type int"),
-        ("max-rows = 0", "must be between 1 and 4096"),
-        ("memory-fraction = nan", "must be between 0.05 and 0.99"),
-        ("model = 3", "must be text in quotes"),
-        ('model = ""', "is empty"),
-        ('device = "tpu"', "choose one of auto, cuda, cpu"),
-        ('kv-memory = "2 apples"', "is not a size"),
-        ('prefix-cache = "maybe"', "write true or false"),
-        ("model = ", "is not valid TOML"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("max-seq-lens = 3", "unknown key 'max-seq-lens'; did you mean 'max_seq_len'?"),
+    ("max-rows = 3\nmax_rows = 4", "max_rows is set twice"),
+    ("max-rows = true", "must be of type int"),
+    ("max-rows = 0", "must be between 1 and 4096"),
+    ("memory-fraction = nan", "must be between 0.05 and 0.99"),
+    ("model = 3", "must be text in quotes"),
+    ('model = ""', "is empty"),
+    ('device = "tpu"', "choose one of auto, cuda, cpu"),
+    ('kv-memory = "2 apples"', "is not a size"),
+    ('prefix-cache = "maybe"', "write true or false"),
+    ("model = ", "is not valid TOML"),
+])  # fmt: skip
 def test_a_bad_file_is_refused_with_what_would_work(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load_config({}, {}, write(tmp_path, text))
@@ -95,17 +92,14 @@ def test_every_variable_that_sources_and_docs_name_is_accepted() -> None:
     assert named <= OTHER_VARIABLES | {option.variable for option in declared_options()}
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("kv_memory", "abc", "--kv-memory: 'abc' is not a size"),
-        ("kv_memory", "9" * 400, "--kv-memory: a size of 400 digits"),
-        ("kv_memory", -5, "--kv-memory is -5; it must be between 0 and"),
-        ("seed", str(2**64), "--seed is '18446744073709551616'; it must be between 0 and 9223372036854775807"),
-        ("max_batch_tokens", 2**21, "--max-batch-tokens is 2097152; it must be between 0 and 1048576"),
-        ("hang_timeout", 0.0, "--hang-timeout is 0.0; it must be between 0.1 and 86400"),
-    ],
-)
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("kv_memory", "abc", "--kv-memory: 'abc' is not a size"),
+    ("kv_memory", "9" * 400, "--kv-memory: a size of 400 digits"),
+    ("kv_memory", -5, "--kv-memory is -5; it must be between 0 and"),
+    ("seed", str(2**64), "--seed is '18446744073709551616'; it must be between 0 and 9223372036854775807"),
+    ("max_batch_tokens", 2**21, "--max-batch-tokens is 2097152; it must be between 0 and 1048576"),
+    ("hang_timeout", 0.0, "--hang-timeout is 0.0; it must be between 0.1 and 86400"),
+])  # fmt: skip
 def test_numbers_beyond_reason_are_refused_with_the_option(name: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config({name: value}, {}, None)

@@ -55,11 +55,8 @@ def system_unit() -> dict[str, list[str]]:
 def test_systemd_accepts_the_unit_without_a_remark(tmp_path: Path, user: bool) -> None:
     done = subprocess.run(
         [tool("systemd-analyze"), *(["--user"] if user else []), "verify", unit_file(tmp_path, user)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
-    )
+        capture_output=True, text=True, timeout=60, env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

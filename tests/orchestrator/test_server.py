@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from harness.fake_model import solo_tokens
-from harness.server_process import ServerProcess, running_server
+from harness.server_process import ServerProcess, ready_server, running_server
 from harness.waiting import eventually
 from mgpu.protocol.discovery import running_servers
 from mgpu.protocol.internal.gateway_messages import LINK, Cancel, StateKnown, StatsQuery
@@ -29,8 +29,7 @@ def assert_nothing_is_left(folder: Path, children: list[psutil.Process]) -> None
 
 @pytest.mark.parametrize(("num_stages", "ranks_per_stage"), [(1, 1), (1, 2), (2, 1)])
 def test_requests_equal_their_solo_runs(folder: Path, num_stages: int, ranks_per_stage: int) -> None:
-    with running_server(folder, num_stages=num_stages, ranks_per_stage=ranks_per_stage) as server:
-        server.wait_ready()
+    with ready_server(folder, num_stages=num_stages, ranks_per_stage=ranks_per_stage) as server:
         shapes = {i: (1 + 7 * i % 50, 1 + 11 * i % 40) for i in range(24)}
         for i, (prompt_len, max_tokens) in shapes.items():
             server.submit(i, prompt_of(i, prompt_len), max_tokens)
@@ -48,15 +47,13 @@ def test_requests_equal_their_solo_runs(folder: Path, num_stages: int, ranks_per
         assert counters["running"] == counters["waiting"] == counters["kv_blocks_used"] == 0
         assert counters["generated_tokens"] >= sum(len(tokens) for tokens in server.tokens.values())
         children = server.children()
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait_exit() == -signal.SIGTERM
+        assert server.end(signal.SIGTERM) == -signal.SIGTERM
         assert [info.state for info in server.infos] == ["starting", "ready", "draining", "stopped"]
         assert_nothing_is_left(folder, children)
 
 
 def test_the_pool_is_the_smallest_of_all_ranks(folder: Path) -> None:
-    with running_server(folder, {"num_blocks": [50, 30]}, ranks_per_stage=2) as server:
-        server.wait_ready()
+    with ready_server(folder, {"num_blocks": [50, 30]}, ranks_per_stage=2) as server:
         assert server.infos[-1].kv_tokens == 120
         assert server.infos[-1].max_seq_len == 120
         assert "requests are limited to that instead of 256" in server.log
@@ -64,8 +61,7 @@ def test_the_pool_is_the_smallest_of_all_ranks(folder: Path) -> None:
 
 def test_a_ready_server_can_be_found_and_a_stopped_one_cannot(folder: Path) -> None:
     environ = {"MGPU_RUNTIME_DIR": str(folder / "run")}
-    with running_server(folder) as server:
-        server.wait_ready()
+    with ready_server(folder) as server:
         found = eventually(lambda: running_servers(environ), "the gateway knows, but nobody else")
         assert [(each.pid, each.model) for each in found] == [(server.process.pid, "fake")]
         server.process.send_signal(signal.SIGTERM)
@@ -77,8 +73,7 @@ def test_nobody_finds_a_server_whose_gateway_does_not_know_that_it_is_ready(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_GATEWAY_SILENT", "1")
-    with running_server(folder) as server:
-        server.wait_ready()
+    with ready_server(folder) as server:
         assert "listening on" not in server.log
         assert running_servers({"MGPU_RUNTIME_DIR": str(folder / "run")}) == []
         server.socket.send(LINK.encode(StateKnown("ready")))
@@ -110,10 +105,8 @@ def test_two_servers_share_a_machine(folder: Path) -> None:
 
 
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(folder: Path) -> None:
-    with running_server(folder, {"step_s": 0.01}) as server:
-        server.wait_ready()
-        server.submit(1, [1, 2, 3], 60)
-        server.wait_for(lambda: 1 in server.tokens)
+    with ready_server(folder, {"step_s": 0.01}) as server:
+        server.begin(1, [1, 2, 3], 60)
         server.process.send_signal(signal.SIGTERM)
         server.wait_for(lambda: server.infos[-1].state == "draining")
         server.submit(2, [1, 2, 3], 60)
@@ -124,26 +117,20 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(folder: Path)
 
 
 def test_drain_timeout_ends_what_still_runs(folder: Path) -> None:
-    with running_server(folder, {"step_s": 0.02}, drain_timeout_s=0.2) as server:
-        server.wait_ready()
-        server.submit(1, [1, 2, 3], 200)
-        server.wait_for(lambda: 1 in server.tokens)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait_exit() == -signal.SIGTERM
+    with ready_server(folder, {"step_s": 0.02}, drain_timeout_s=0.2) as server:
+        server.begin(1, [1, 2, 3], 200)
+        assert server.end(signal.SIGTERM) == -signal.SIGTERM
         assert server.finish == {1: "error"}
         assert "stopped before this was finished" in server.errors[1]
 
 
 def test_second_sigint_stops_at_once(folder: Path) -> None:
-    with running_server(folder, {"step_s": 0.02}) as server:
-        server.wait_ready()
-        server.submit(1, [1, 2, 3], 200)
-        server.wait_for(lambda: 1 in server.tokens)
+    with ready_server(folder, {"step_s": 0.02}) as server:
+        server.begin(1, [1, 2, 3], 200)
         children = server.children()
         server.process.send_signal(signal.SIGINT)
         server.wait_for(lambda: server.infos[-1].state == "draining")
-        server.process.send_signal(signal.SIGINT)
-        assert server.wait_exit() == -signal.SIGINT
+        assert server.end(signal.SIGINT) == -signal.SIGINT
         assert server.finish == {1: "error"}
         assert_nothing_is_left(folder, children)
 
@@ -152,8 +139,7 @@ def test_a_signal_while_loading_stops_the_start(folder: Path) -> None:
     with running_server(folder, {"fail": "hang", "fail_phase": "weights"}) as server:
         server.wait_for(lambda: bool(server.infos))
         children = server.children()
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait_exit() == -signal.SIGTERM
+        assert server.end(signal.SIGTERM) == -signal.SIGTERM
         assert_nothing_is_left(folder, children)
 
 
@@ -180,10 +166,8 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_start_as_a_mistake_of_the_user
 
 
 def test_sigkill_of_the_parent_leaves_nothing(folder: Path) -> None:
-    with running_server(folder, {"step_s": 0.01}, ranks_per_stage=2) as server:
-        server.wait_ready()
-        server.submit(1, [1, 2, 3], 200)
-        server.wait_for(lambda: 1 in server.tokens)
+    with ready_server(folder, {"step_s": 0.01}, ranks_per_stage=2) as server:
+        server.begin(1, [1, 2, 3], 200)
         children = server.children()
         assert len(children) == 3
         server.process.kill()
@@ -197,8 +181,7 @@ def cpu_seconds(server: ServerProcess) -> float:
 
 
 def test_an_idle_server_uses_less_than_one_percent_of_a_core(folder: Path) -> None:
-    with running_server(folder) as server:
-        server.wait_ready()
+    with ready_server(folder) as server:
         before = cpu_seconds(server)
         assert not server.socket.poll(2000)
         assert cpu_seconds(server) - before <= 0.02

@@ -106,28 +106,22 @@ def test_startup_reads_the_phases_of_a_cold_start_and_of_warm_ones(bench: Bench,
     assert warm["ready_s"] > 0
 
 
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        (("decode", "-m", "x", "--shape", "tiny"), "drop one of them"),
-        (("decode", "--bandwidth", "fast", "--shape", "tiny"), "4.30TB/s"),
-        (("serve", "--shape", "tiny", "--", "--device", "cpu", "--tp", "3"), "3"),
-    ],
-)
+@pytest.mark.parametrize(("words", "text"), [
+    (("decode", "-m", "x", "--shape", "tiny"), "drop one of them"),
+    (("decode", "--bandwidth", "fast", "--shape", "tiny"), "4.30TB/s"),
+    (("serve", "--shape", "tiny", "--", "--device", "cpu", "--tp", "3"), "3"),
+])  # fmt: skip
 def test_mistakes_end_before_any_server_is_started(words: tuple[str, ...], text: str) -> None:
     with pytest.raises(UserError, match=text):
         CliRunner().invoke(cli, ["bench", *words], catch_exceptions=False)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        *(("idle", "--seconds", text) for text in ("nan", "0", "-1", "inf", "1e99")),
-        ("decode", "--batches", ""),
-        ("decode", "--contexts", ","),
-        ("prefill", "--sizes", ""),
-    ],
-)
+@pytest.mark.parametrize("words", [
+    *(("idle", "--seconds", text) for text in ("nan", "0", "-1", "inf", "1e99")),
+    ("decode", "--batches", ""),
+    ("decode", "--contexts", ","),
+    ("prefill", "--sizes", ""),
+])  # fmt: skip
 def test_nothing_is_measured_for_numbers_that_mean_nothing(words: tuple[str, ...]) -> None:
     done = CliRunner().invoke(cli, ["bench", *words, "--shape", "tiny", "--", "--device", "cpu"])
     assert isinstance(done.exception, SystemExit), done.exception

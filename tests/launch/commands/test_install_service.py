@@ -21,11 +21,9 @@ from mgpu.launch.config import ConfigError
 
 LAUNCHER = "/opt/mgpu/bin/mgpu-launch"
 SYSTEM_FILES = {
-    "etc/systemd/system/mgpu@.service",
-    "etc/sysusers.d/mgpu.conf",
-    "etc/tmpfiles.d/mgpu.conf",
+    "etc/systemd/system/mgpu@.service", "etc/sysusers.d/mgpu.conf", "etc/tmpfiles.d/mgpu.conf",
     "etc/mgpu/qwen3-32b.toml",
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -131,10 +129,8 @@ def test_a_folder_that_may_not_be_written_to_is_named_with_the_way_out(
 def test_the_command_is_registered_and_ends_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mgpu.launch.cli", "install-service", "--root", str(tmp_path), "a b"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
     assert done.returncode == 78
     assert done.stderr.startswith("error: 'a b' cannot name a service")
     assert "Traceback" not in done.stderr

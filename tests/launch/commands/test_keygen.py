@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from harness.assertions import assert_has_all
 from mgpu.launch.commands.keygen import default_folder, keygen_command
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.server_keys import load_server_keys
@@ -38,8 +39,7 @@ def test_what_it_makes_fits_together(tmp_path: Path) -> None:
     assert alice.server == bob.server == public_of(keys.secret)
     assert keys.clients == [alice.public, bob.public]
     for result, public in ((made, alice.server), (added[0], alice.public)):
-        assert key_text(public) in result.output
-        assert fingerprint(public) in result.output
+        assert_has_all(result.output, key_text(public), fingerprint(public))
     for secret in (keys.secret, alice.secret, bob.secret):
         assert all(key_text(secret) not in result.output for result in (made, *added))
         assert key_text(secret) not in repr(keys) + repr(alice) + repr(bob)
@@ -77,9 +77,7 @@ def test_a_name_that_is_no_plain_file_name_is_refused(tmp_path: Path, name: str)
 
 
 def test_a_client_needs_its_servers_key_first(tmp_path: Path) -> None:
-    text = refusal("--out", str(tmp_path), "--client", "alice")
-    assert "server.public is missing" in text
-    assert "copy" in text
+    assert_has_all(refusal("--out", str(tmp_path), "--client", "alice"), "server.public is missing", "copy")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.assertions import assert_has_all
+
 QWEN3_32B = {
     "architectures": ["Qwen3ForCausalLM"], "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
     "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
@@ -26,12 +28,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def launch(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("MGPU_", "CUDA_"))}
     return subprocess.run(
-        [sys.executable, "-m", "mgpu.launch.cli", "plan", *args],
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, "-m", "mgpu.launch.cli", "plan", *args], capture_output=True, text=True, timeout=60,
         env=kept | environ,
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -51,8 +50,7 @@ def test_refusals_are_one_line_with_a_status(model: str, count: int) -> None:
     assert done.returncode == 78
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
-    assert "1, 2, 4, 8, 16, 32, 64" in done.stderr
-    assert "CUDA_VISIBLE_DEVICES=0,1" in done.stderr
+    assert_has_all(done.stderr, "1, 2, 4, 8, 16, 32, 64", "CUDA_VISIBLE_DEVICES=0,1")
 
 
 def test_json(model: str) -> None:
@@ -80,21 +78,18 @@ def test_cpu_workers(tmp_path: Path) -> None:
     assert "layer-mapped over 3 CPU workers" in launch(*args, "-n", "0:1;2:2;1:1").stdout
 
 
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        (["--gpus", "4", "-n", "0:32"], "64 layers"),
-        (["--gpus", "4", "-n", "0:32;1:32", "--tp", "2"], "contradict"),
-        (["--gpus", "4", "--max-seq-len", "99999"], "40960"),
-        (["--gpus", "4", "--workers", "2"], "--gpus"),
-        (["--gpus", "many"], "141GiB,80GiB"),
-        (["--gpus", "24GiB"], "4 GPUs of this size"),
-        (["--device", "cuda"], "--device cpu"),
-        (["--client-weights", "x"], "--client-weights"),
-        (["--bind", "tcp://0.0.0.0:5555"], "refusing to bind tcp://0.0.0.0:5555"),
-        (["--bind", "/tmp/x"], "use ipc:///path/to/socket or tcp://"),
-    ],
-)
+@pytest.mark.parametrize(("args", "expected"), [
+    (["--gpus", "4", "-n", "0:32"], "64 layers"),
+    (["--gpus", "4", "-n", "0:32;1:32", "--tp", "2"], "contradict"),
+    (["--gpus", "4", "--max-seq-len", "99999"], "40960"),
+    (["--gpus", "4", "--workers", "2"], "--gpus"),
+    (["--gpus", "many"], "141GiB,80GiB"),
+    (["--gpus", "24GiB"], "4 GPUs of this size"),
+    (["--device", "cuda"], "--device cpu"),
+    (["--client-weights", "x"], "--client-weights"),
+    (["--bind", "tcp://0.0.0.0:5555"], "refusing to bind tcp://0.0.0.0:5555"),
+    (["--bind", "/tmp/x"], "use ipc:///path/to/socket or tcp://"),
+])  # fmt: skip
 def test_mistakes_end_without_a_traceback(model: str, args: list[str], expected: str) -> None:
     done = launch("-m", model, *args, CUDA_VISIBLE_DEVICES="")
     assert done.returncode not in (0, 1)

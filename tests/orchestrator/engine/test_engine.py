@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.fake_model import solo_tokens
-from harness.server_process import ServerProcess, running_server
+from harness.server_process import ServerProcess, ready_server
 from mgpu.orchestrator.engine.engine import PARK_S
 from mgpu.protocol.internal.gateway_messages import LINK, Cancel, Outputs, StatsQuery, Submit, WakeUp
 from mgpu.protocol.internal.worker_messages import RowSampling
@@ -31,33 +31,27 @@ def slow_server() -> Iterator[ServerProcess]:
 
 def serving(options: dict[str, object]) -> Iterator[ServerProcess]:
     folder = Path(tempfile.mkdtemp(prefix="mgpu"))
-    with running_server(folder, options) as server:
-        server.wait_ready()
+    with ready_server(folder, options) as server:
         yield server
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait_exit() == -signal.SIGTERM
+        assert server.end(signal.SIGTERM) == -signal.SIGTERM
         assert "Traceback" not in server.log
     shutil.rmtree(folder)
 
 
 def check_still_serves(server: ServerProcess, sequence_id: int) -> None:
-    server.submit(sequence_id, [1, 2, 3], 5)
-    server.wait_for(lambda: sequence_id in server.finish)
+    server.serve(sequence_id, [1, 2, 3], 5)
     assert server.tokens[sequence_id] == solo_tokens([1, 2, 3], 5)
 
 
-@pytest.mark.parametrize(
-    ("data", "max_tokens", "error"),
-    [
-        (b"", 1, "not a list of int32"),
-        (b"\0" * 7, 1, "not a list of int32"),
-        (array("i", [1000]).tobytes(), 1, "between 0 and 999"),
-        (array("i", [-5]).tobytes(), 1, "between 0 and 999"),
-        (array("i", [1] * 250).tobytes(), 7, "exceeds the context of 256 tokens; ask for at most 6"),
-        (array("i", [1] * 256).tobytes(), 1, "shorten the prompt to at most 255"),
-        (array("i", [1]).tobytes(), 0, "must be at least 1"),
-    ],
-)
+@pytest.mark.parametrize(("data", "max_tokens", "error"), [
+    (b"", 1, "not a list of int32"),
+    (b"\0" * 7, 1, "not a list of int32"),
+    (array("i", [1000]).tobytes(), 1, "between 0 and 999"),
+    (array("i", [-5]).tobytes(), 1, "between 0 and 999"),
+    (array("i", [1] * 250).tobytes(), 7, "exceeds the context of 256 tokens; ask for at most 6"),
+    (array("i", [1] * 256).tobytes(), 1, "shorten the prompt to at most 255"),
+    (array("i", [1]).tobytes(), 0, "must be at least 1"),
+])  # fmt: skip
 def test_a_request_that_cannot_run_is_refused_and_the_next_is_served(
     server: ServerProcess, data: bytes, max_tokens: int, error: str
 ) -> None:
@@ -89,8 +83,7 @@ def test_a_request_id_in_use_is_not_started_twice(slow_server: ServerProcess) ->
 def test_cancelling_gives_the_reason_as_the_ending(slow_server: ServerProcess) -> None:
     server = slow_server
     server.send(Cancel(12345, "cancelled"))
-    server.submit(10, [1], 200)
-    server.wait_for(lambda: 10 in server.tokens)
+    server.begin(10, [1], 200)
     server.send(Cancel(10, "stop"))
     server.wait_for(lambda: 10 in server.finish)
     assert server.finish[10] == "stop"
@@ -145,8 +138,7 @@ def test_one_request_does_not_wait_for_all_those_that_another_client_has_queued(
 
 
 def test_beside_gpus_all_are_awake_when_a_request_has_been_read(tmp_path: Path) -> None:
-    with running_server(tmp_path, device_kind="cuda", ranks_per_stage=2) as server:
-        server.wait_ready()
+    with ready_server(tmp_path, device_kind="cuda", ranks_per_stage=2) as server:
         for sequence_id in range(1, 4):
             server.send(WakeUp())
             check_still_serves(server, sequence_id)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from harness.gateway_process import GatewayProcess, make_model_folder
+from mgpu import Client
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +29,9 @@ def gateway(shared_gateway: GatewayProcess) -> Iterator[GatewayProcess]:
     shared_gateway.set_info()
     shared_gateway.wait_until_idle()
     assert shared_gateway.process.poll() is None
+
+
+@pytest.fixture
+def client(gateway: GatewayProcess) -> Iterator[Client]:
+    with Client(gateway.endpoint) as client:
+        yield client

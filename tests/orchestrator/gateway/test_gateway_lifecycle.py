@@ -124,20 +124,17 @@ def test_a_forged_zmtp1_greeting_on_tcp_is_not_delivered(model_folder: Path) -> 
             assert client.generate([1], max_tokens=1).token_ids == (1,)
 
 
-@pytest.mark.parametrize(
-    ("bind", "words"),
-    [
-        ("tcp://0.0.0.0:5000", "loopback"),
-        ("tcp://*:5000", "loopback"),
-        ("tcp://example.org:5000", "loopback"),
-        ("tcp://::1:5000", "in brackets, such as tcp://[::1]:5000"),
-        ("ipc://relative/path", "absolute"),
-        ("ipc:///" + "x" * 120, "107"),
-        ("ipc:///no-such-folder-here/front", "does not exist"),
-        ("ipc:///dev/null", "not a socket"),
-        ("udp://127.0.0.1:1", "use ipc://"),
-    ],
-)
+@pytest.mark.parametrize(("bind", "words"), [
+    ("tcp://0.0.0.0:5000", "loopback"),
+    ("tcp://*:5000", "loopback"),
+    ("tcp://example.org:5000", "loopback"),
+    ("tcp://::1:5000", "in brackets, such as tcp://[::1]:5000"),
+    ("ipc://relative/path", "absolute"),
+    ("ipc:///" + "x" * 120, "107"),
+    ("ipc:///no-such-folder-here/front", "does not exist"),
+    ("ipc:///dev/null", "not a socket"),
+    ("udp://127.0.0.1:1", "use ipc://"),
+])  # fmt: skip
 def test_an_unsuitable_endpoint_is_refused_with_the_way_out(model_folder: Path, bind: str, words: str) -> None:
     with GatewayProcess(model_folder, bind=bind, ready=False) as gateway:
         assert isinstance(gateway.first, GatewayFailure)

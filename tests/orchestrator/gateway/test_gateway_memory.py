@@ -13,10 +13,7 @@ from mgpu.protocol.internal.gateway_messages import GatewayFailure
 
 
 def test_a_message_without_an_end_ends_the_gateway_and_no_stream(model_folder: Path) -> None:
-    with (
-        GatewayProcess(model_folder, memory_bytes=64 * MiB) as gateway,
-        Client(gateway.endpoint) as client,
-    ):
+    with GatewayProcess(model_folder, memory_bytes=64 * MiB) as gateway, Client(gateway.endpoint) as client:
         stream = client.stream([1, 2, 3], max_tokens=50)
         tokens = [*next(stream).token_ids]
         gateway.engine.going.clear()

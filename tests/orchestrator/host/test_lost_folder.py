@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.server_process import ServerProcess, running_server
+from harness.server_process import ServerProcess, ready_server, running_server
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 
 MOUNT = 'mount -t tmpfs -o size=1m,nr_inodes=100,mode=0700 none "$MGPU_RUNTIME_DIR" && exec "$@"'
@@ -29,8 +29,7 @@ def kill_gateway(server: ServerProcess) -> None:
 def begin(server: ServerProcess) -> None:
     """Let a long request run."""
     server.wait_ready()
-    server.submit(1, [1, 2, 3], 240)
-    server.wait_for(lambda: 1 in server.tokens)
+    server.begin(1, [1, 2, 3], 240)
 
 
 @pytest.mark.parametrize("kill", [kill_worker, kill_gateway])
@@ -42,8 +41,7 @@ def test_a_recovery_makes_a_removed_folder_again(folder: Path, kill: Callable[[S
         server.infos.clear()
         kill(server)
         server.wait_ready()
-        server.submit(2, [1, 2, 3], 5)
-        server.wait_for(lambda: 2 in server.finish)
+        server.serve(2, [1, 2, 3], 5)
         assert server.finish[2] == "length"
         server.wait_for_log("it is there again")
         assert [each.pid for each in running_servers({BASE_VARIABLE: str(folder / "run")})] == [server.process.pid]
@@ -68,17 +66,14 @@ def test_a_recovery_without_a_folder_is_a_failure_that_a_restart_may_help(
 
 
 def test_a_folder_that_cannot_be_made_again_is_told_once_and_who_is_connected_is_served(folder: Path) -> None:
-    with running_server(folder) as server:
-        server.wait_ready()
+    with ready_server(folder) as server:
         server.counters()  # it serves: who tells that it is ready also has to announce it, in that folder
         shutil.rmtree(folder / "run")
         (folder / "run").touch()
         server.wait_for_log("something has removed")
-        server.submit(1, [1, 2, 3], 5)
-        server.wait_for(lambda: 1 in server.finish)
+        server.serve(1, [1, 2, 3], 5)
         assert server.finish == {1: "length"}
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait_exit() == -signal.SIGTERM
+        assert server.end(signal.SIGTERM) == -signal.SIGTERM
         assert server.log.count("something has removed") == 1
 
 

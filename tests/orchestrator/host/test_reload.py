@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.assertions import assert_has_all
 from harness.fake_model import solo_tokens
-from harness.server_process import DEADLINE_S, running_server
+from harness.server_process import DEADLINE_S, ready_server, running_server
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.reload import Reloadable, Reloader
 from mgpu.protocol.internal.client_limits import ClientLimits
@@ -28,20 +29,16 @@ def test_other_clients_are_taken_in() -> None:
     assert Reloader(KEYS, lambda: changed).read() == changed
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "words"),
-    [
-        (KEYS, None, "while the server runs; restart"),
-        (None, KEYS, "while the server runs; restart"),
-        (KEYS, ServerKeys(b"t" * 32, KEYS.clients), "own key has changed; restart"),
-    ],
-)
+@pytest.mark.parametrize(("before", "after", "words"), [
+    (KEYS, None, "while the server runs; restart"),
+    (None, KEYS, "while the server runs; restart"),
+    (KEYS, ServerKeys(b"t" * 32, KEYS.clients), "own key has changed; restart"),
+])  # fmt: skip
 def test_what_belongs_to_the_socket_cannot_change(
     before: ServerKeys | None, after: ServerKeys | None, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert Reloader(before, lambda: values(after)).read() is None
-    assert words in caplog.text
-    assert "everything stays as it was" in caplog.text
+    assert_has_all(caplog.text, words, "everything stays as it was")
 
 
 def test_a_file_that_cannot_be_used_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -53,10 +50,8 @@ def test_a_file_that_cannot_be_used_changes_nothing(caplog: pytest.LogCaptureFix
 
 
 def test_a_running_server_reloads_on_sighup_and_goes_on(folder: Path) -> None:
-    with running_server(folder, {"step_s": 0.01}) as server:
-        server.wait_ready()
-        server.submit(1, [1, 2, 3], 60)
-        server.wait_for(lambda: 1 in server.tokens)
+    with ready_server(folder, {"step_s": 0.01}) as server:
+        server.begin(1, [1, 2, 3], 60)
         (folder / "reload").write_text("seven")
         server.process.send_signal(signal.SIGHUP)
         server.wait_for(lambda: "'seven' is not a number" in server.log)
@@ -67,8 +62,7 @@ def test_a_running_server_reloads_on_sighup_and_goes_on(folder: Path) -> None:
         assert [(each.client_keys, each.limits.max_client_requests) for each in server.reloads] == [(None, 7)]
         server.wait_for(lambda: 1 in server.finish)
         assert server.tokens[1] == solo_tokens([1, 2, 3], 60)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait_exit() == -signal.SIGTERM
+        assert server.end(signal.SIGTERM) == -signal.SIGTERM
 
 
 def test_a_reload_that_comes_while_loading_waits_until_the_server_is_ready(folder: Path) -> None:

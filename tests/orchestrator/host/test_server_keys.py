@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.assertions import assert_has_all
 from mgpu.orchestrator.host import server_keys
 from mgpu.orchestrator.host.server_keys import KeysError, describe, load_server_keys
 from mgpu.protocol.keys import KeyFileError, find_client_keys, fingerprint, key_text, new_pair, read_client_keys
@@ -35,8 +36,7 @@ def test_a_folder_gives_the_secret_and_the_list(folder: Path) -> None:
     assert keys is not None
     assert (keys.secret, keys.clients) == (SECRET, [CLIENT_PUBLIC])
     text = describe(keys)
-    assert fingerprint(PUBLIC) in text
-    assert fingerprint(CLIENT_PUBLIC) in text
+    assert_has_all(text, fingerprint(PUBLIC), fingerprint(CLIENT_PUBLIC))
     assert key_text(SECRET) not in text
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.server_process import ServerProcess, running_server
+from harness.server_process import ServerProcess, ready_server, running_server
 from mgpu.orchestrator.host.systemd import EXTEND_S, NOTIFY_INTERVAL_S, VARIABLES, Notifier
 from mgpu.protocol.internal.worker_messages import LoadProgress
 
@@ -265,8 +265,7 @@ def is_status(text: str) -> Callable[[str], bool]:
 
 
 def test_a_service_is_ready_after_loading_and_says_when_it_stops(folder: Path, service: FakeManager) -> None:
-    with running_server(folder, {"step_s": 0.01}) as server:
-        server.wait_ready()
+    with ready_server(folder, {"step_s": 0.01}) as server:
         service.wait_for(is_status("serving fake on ipc:///"))
         assert all(VARIABLES[0] not in child.environ() for child in server.children())
         server.submit(1, [1, 2, 3], 100)
@@ -296,8 +295,7 @@ def test_a_load_that_hangs_gets_no_more_time(folder: Path, service: FakeManager)
 
 
 def test_the_watchdog_starves_when_a_worker_is_stopped_while_work_is_queued(folder: Path, service: FakeManager) -> None:
-    with running_server(folder, {"step_s": 0.01}, ranks_per_stage=2) as server:
-        server.wait_ready()
+    with ready_server(folder, {"step_s": 0.01}, ranks_per_stage=2) as server:
         worker = worker_of(server, "0")
         worker.suspend()
         service.wait_for(lambda line: line == "WATCHDOG=1")  # an idle server lives, whatever its workers do
@@ -318,8 +316,7 @@ def test_the_status_of_a_failed_service_says_why(folder: Path, service: FakeMana
 
 
 def test_the_status_of_a_server_that_lost_its_folder_says_why(folder: Path, service: FakeManager) -> None:
-    with running_server(folder) as server:
-        server.wait_ready()
+    with ready_server(folder) as server:
         server.counters()  # it serves: who tells that it is ready also has to announce it, in that folder
         shutil.rmtree(folder / "run")
         (folder / "run").touch()

@@ -46,22 +46,10 @@ def test_another_file(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "pytorch_model.bin"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "  ",
-        "nothing-here",
-        "/no/such/folder",
-        "a/b/c",
-        "../x",
-        "org/m.gguf",
-        "a b/c",
-        "ö/ä",
-        "x" * 300,
-        "~no-such-user/x",
-    ],
-)
+@pytest.mark.parametrize("name", [
+    "", "  ", "nothing-here", "/no/such/folder", "a/b/c", "../x", "org/m.gguf", "a b/c", "ö/ä", "x" * 300,
+    "~no-such-user/x",
+])  # fmt: skip
 def test_what_cannot_be_found_says_what_forms_there_are(name: str) -> None:
     with pytest.raises(ModelError) as caught:
         resolve_model(name)
@@ -69,14 +57,11 @@ def test_what_cannot_be_found_says_what_forms_there_are(name: str) -> None:
         assert form in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({"MGPU_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, Path("/a")),
-        ({"XDG_CACHE_HOME": "/b"}, Path("/b/mgpu")),
-        ({}, Path.home() / ".cache" / "mgpu"),
-    ],
-)
+@pytest.mark.parametrize(("environ", "expected"), [
+    ({"MGPU_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, Path("/a")),
+    ({"XDG_CACHE_HOME": "/b"}, Path("/b/mgpu")),
+    ({}, Path.home() / ".cache" / "mgpu"),
+])  # fmt: skip
 def test_the_cache_folder(environ: dict[str, str], expected: Path) -> None:
     assert cache_root(environ) == expected
 

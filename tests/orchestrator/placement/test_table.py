@@ -35,8 +35,7 @@ def test_the_table_has_a_row_per_gpu_with_all_numbers() -> None:
 
 
 def test_own_heads_are_told_from_replicated_ones() -> None:
-    text = layout_text(plan(QWEN3_32B, gpus(80, 80), LayoutOptions()))
-    assert "4 own [4, 8)" in text
+    assert "4 own [4, 8)" in layout_text(plan(QWEN3_32B, gpus(80, 80), LayoutOptions()))
 
 
 def test_the_peer_matrix_is_printed_for_several_gpus() -> None:

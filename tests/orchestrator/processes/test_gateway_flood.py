@@ -58,12 +58,7 @@ def test_a_flood_while_the_model_loads_does_not_end_the_start(folder: Path) -> N
     endpoint = f"ipc://{folder}/front"
     options = {"load_s": 4.0}
     with running_server(
-        folder,
-        options,
-        bind=endpoint,
-        gateway_command=REAL_GATEWAY,
-        gateway_memory_bytes=64 * MiB,
-        max_restarts=0,
+        folder, options, bind=endpoint, gateway_command=REAL_GATEWAY, gateway_memory_bytes=64 * MiB, max_restarts=0
     ) as server:
         flood_until(endpoint, server, 1)
         endpoint_of(server, folder)

@@ -8,7 +8,7 @@ import pytest
 
 from harness.fake_model import solo_tokens
 from harness.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
-from harness.server_process import ServerProcess, running_server
+from harness.server_process import ServerProcess, ready_server, running_server
 from mgpu import Client
 from mgpu.protocol.internal.gateway_messages import RecordQuery
 
@@ -25,8 +25,7 @@ def stop_the_gateway(server: ServerProcess) -> None:
 
 
 def test_a_request_goes_on_while_a_gateway_that_hangs_is_replaced(folder: Path) -> None:
-    with running_server(folder, {"step_s": 0.01}, gateway_timeout_s=2.0, max_restarts=MANY) as server:
-        server.wait_ready()
+    with ready_server(folder, {"step_s": 0.01}, gateway_timeout_s=2.0, max_restarts=MANY) as server:
         server.send(resumable(1, [1, 2, 3], 200))
         server.wait_for(lambda: 1 in server.tokens)
         stop_the_gateway(server)
@@ -42,8 +41,7 @@ def test_a_request_goes_on_while_a_gateway_that_hangs_is_replaced(folder: Path) 
 
 
 def test_a_gateway_that_hangs_counts_as_a_failure(folder: Path) -> None:
-    with running_server(folder, gateway_timeout_s=2.0, max_restarts=0) as server:
-        server.wait_ready()
+    with ready_server(folder, gateway_timeout_s=2.0, max_restarts=0) as server:
         [gateway] = server.children_like("harness.fake_gateway")
         gateway.suspend()
         assert server.wait_exit() == 1
@@ -53,8 +51,7 @@ def test_a_gateway_that_hangs_counts_as_a_failure(folder: Path) -> None:
 def test_a_new_gateway_that_does_not_get_ready_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "stuck").touch()
     monkeypatch.setenv("FAKE_GATEWAY_STUCK", str(folder / "stuck"))
-    with running_server(folder, gateway_start_timeout_s=4.0, max_restarts=MANY) as server:
-        server.wait_ready()
+    with ready_server(folder, gateway_start_timeout_s=4.0, max_restarts=MANY) as server:
         lose_the_gateway(server)
         assert not (folder / "stuck").exists()
         assert "the gateway failed: it hangs: it was not ready for 4 s" in server.log

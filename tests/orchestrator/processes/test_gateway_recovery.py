@@ -11,7 +11,7 @@ import pytest
 
 from harness.fake_model import solo_tokens
 from harness.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
-from harness.server_process import DEADLINE_S, ServerProcess, running_server
+from harness.server_process import DEADLINE_S, ServerProcess, ready_server, running_server
 from harness.waiting import eventually
 from mgpu import Client
 from mgpu.protocol.internal.gateway_messages import RecordQuery, Resumable, WakeUp
@@ -63,8 +63,7 @@ class Streams:
     ("order", "message"), [(b"die", "the process exited with status 9"), (b"fail", "told to fail")]
 )
 def test_a_request_goes_on_while_the_gateway_is_replaced(folder: Path, order: bytes, message: str) -> None:
-    with running_server(folder, {"step_s": 0.002}) as server:
-        server.wait_ready()
+    with ready_server(folder, {"step_s": 0.002}) as server:
         server.send(resumable(1, [1, 2, 3], 200))
         server.submit(2, [1, 2, 3], 200)
         server.wait_for(lambda: 1 in server.tokens)
@@ -90,8 +89,7 @@ def test_a_request_goes_on_while_the_gateway_is_replaced(folder: Path, order: by
 
 def test_gateway_and_worker_may_die_while_word_of_a_request_is_under_way(folder: Path) -> None:
     """What the gateway has still said is read when it is replaced: by then there is nobody to wake for it."""
-    with running_server(folder, device_kind="cuda") as server:
-        server.wait_ready()
+    with ready_server(folder, device_kind="cuda") as server:
         server.process.send_signal(signal.SIGSTOP)
         worker = server.workers()[0]
         worker.kill()
@@ -102,16 +100,14 @@ def test_gateway_and_worker_may_die_while_word_of_a_request_is_under_way(folder:
         known = len(server.infos)
         server.process.send_signal(signal.SIGCONT)
         server.wait_for(lambda: any(info.state == "ready" for info in server.infos[known:]))
-        server.submit(1, [1, 2, 3], 5)
-        server.wait_for(lambda: 1 in server.finish)
+        server.serve(1, [1, 2, 3], 5)
         assert server.tokens[1] == solo_tokens([1, 2, 3], 5)
         counters = server.counters()
         assert counters["restarts"] == counters["gateway_restarts"] == 1
 
 
 def test_requests_that_nobody_comes_back_for_end(folder: Path) -> None:
-    with running_server(folder, {"step_s": 0.02}, resume_timeout_s=0.3) as server:
-        server.wait_ready()
+    with ready_server(folder, {"step_s": 0.02}, resume_timeout_s=0.3) as server:
         for request_id in (1, 2):
             server.send(resumable(request_id, [1, 2, request_id], 240))
         server.wait_for(lambda: server.tokens.keys() >= {1, 2})
@@ -123,8 +119,7 @@ def test_requests_that_nobody_comes_back_for_end(folder: Path) -> None:
 
 
 def test_a_gateway_that_fails_again_and_again_ends_the_server(folder: Path) -> None:
-    with running_server(folder, max_restarts=2) as server:
-        server.wait_ready()
+    with ready_server(folder, max_restarts=2) as server:
         children = server.children()
         for _ in range(2):
             lose_the_gateway(server)
@@ -136,8 +131,7 @@ def test_a_gateway_that_fails_again_and_again_ends_the_server(folder: Path) -> N
 
 
 def test_a_request_is_not_started_twice_under_one_name(folder: Path) -> None:
-    with running_server(folder, {"step_s": 0.002}) as server:
-        server.wait_ready()
+    with ready_server(folder, {"step_s": 0.002}) as server:
         server.send(resumable(1, [1, 2], 100))
         again = resumable(2, [1, 2], 100)
         server.send(Resumable(SESSION, 1, again.context, again.submits))

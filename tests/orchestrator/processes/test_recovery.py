@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from harness.fake_model import solo_tokens
-from harness.server_process import ServerProcess, running_server
+from harness.server_process import ServerProcess, ready_server, running_server
 from harness.waiting import eventually
 from mgpu.orchestrator.engine.step_deadline import StepDeadline
 from mgpu.orchestrator.processes.failures import RestartLimit, TooManyRestarts
@@ -48,6 +48,12 @@ class Load:
         assert {self._server.finish[i] for i in self.expected} <= {"length"}
 
 
+def serve(server: ServerProcess, count: int, least_tokens: int = 1) -> None:
+    load = Load(server)
+    load.submit(count, least_tokens)
+    load.check()
+
+
 def kill_a_worker_under(server: ServerProcess) -> Load:
     """Let requests run, and kill a worker when the first of them has a token."""
     server.wait_ready()
@@ -67,24 +73,15 @@ def states(server: ServerProcess) -> list[str]:
 def test_requests_go_on_after_a_worker_failed(folder: Path, how: str, num_stages: int, ranks_per_stage: int) -> None:
     # Without collectives only the rank that reports results can hold up the others.
     rank = num_stages - 1 if how == "hang" else 1
-    options = {
-        "fail": how,
-        "fail_rank": rank,
-        "fail_phase": "steps",
-        "fail_step": 12,
-        "fail_epochs": [0],
-    }
+    options = {"fail": how, "fail_rank": rank, "fail_phase": "steps", "fail_step": 12, "fail_epochs": [0]}
     options |= {"stale": True, "step_s": 0.005}
     layout = {
         "num_stages": num_stages,
         "ranks_per_stage": ranks_per_stage,
         "hang_timeout_s": 1.0 if how == "hang" else 10.0,
     }
-    with running_server(folder, options, **layout) as server:
-        server.wait_ready()
-        load = Load(server)
-        load.submit(12, least_tokens=30)
-        load.check()
+    with ready_server(folder, options, **layout) as server:
+        serve(server, 12, least_tokens=30)
         assert states(server) == ["starting", "ready", "recovering", "ready"]
         assert FAILURES[how] in server.log
         counters = server.counters()
@@ -94,13 +91,11 @@ def test_requests_go_on_after_a_worker_failed(folder: Path, how: str, num_stages
         assert counters["kv_blocks_used"] == counters["running"] == 0
         if how == "hang":
             assert "most recent call first" in server.log  # the stacks of the ranks
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait_exit() == -signal.SIGTERM
+        assert server.end(signal.SIGTERM) == -signal.SIGTERM
 
 
 def test_a_counted_restart_is_never_told_before_the_state_that_goes_with_it(folder: Path) -> None:
-    with running_server(folder, {}, ranks_per_stage=1) as server:
-        server.wait_ready()
+    with ready_server(folder, {}, ranks_per_stage=1) as server:
         server.workers()[0].kill()
         server.wait_for(lambda: server.counters()["restarts"] == 1)
         assert "recovering" in states(server)
@@ -108,8 +103,7 @@ def test_a_counted_restart_is_never_told_before_the_state_that_goes_with_it(fold
 
 def test_many_kills_at_any_moment_lose_nothing(folder: Path) -> None:
     rng = random.Random(7)
-    with running_server(folder, {"step_s": 0.002}, ranks_per_stage=2, max_restarts=1000) as server:
-        server.wait_ready()
+    with ready_server(folder, {"step_s": 0.002}, ranks_per_stage=2, max_restarts=1000) as server:
         load = Load(server)
         for _ in range(12):
             ids = load.submit(8, least_tokens=20)
@@ -122,27 +116,22 @@ def test_many_kills_at_any_moment_lose_nothing(folder: Path) -> None:
 
 
 def test_the_state_is_told_before_counters_that_know_of_the_restart(folder: Path) -> None:
-    with running_server(folder) as server:
-        server.wait_ready()
+    with ready_server(folder) as server:
         server.workers()[0].kill()
         counters = eventually(lambda: found if (found := server.counters())["restarts"] else {}, lambda: server.log)
         assert states(server)[2:] == (["recovering", "ready"] if counters["last_recovery_s"] else ["recovering"])
 
 
 def test_a_kill_of_an_idle_worker_is_repaired_before_the_next_request(folder: Path) -> None:
-    with running_server(folder) as server:
-        server.wait_ready()
+    with ready_server(folder) as server:
         server.workers()[0].kill()
         server.wait_for(lambda: states(server)[-2:] == ["recovering", "ready"])
-        load = Load(server)
-        load.submit(3)
-        load.check()
+        serve(server, 3)
         assert server.counters()["replays"] == 0
 
 
 def test_a_stopped_worker_is_replaced_within_the_hang_deadline(folder: Path) -> None:
-    with running_server(folder, {"step_s": 0.002}, ranks_per_stage=2, hang_timeout_s=1.0) as server:
-        server.wait_ready()
+    with ready_server(folder, {"step_s": 0.002}, ranks_per_stage=2, hang_timeout_s=1.0) as server:
         load = Load(server)
         ids = load.submit(4, least_tokens=40)
         server.wait_for(lambda: len(server.tokens.get(ids[0], [])) > 5)
@@ -152,8 +141,7 @@ def test_a_stopped_worker_is_replaced_within_the_hang_deadline(folder: Path) -> 
 
 
 def test_workers_are_not_blamed_for_a_time_in_which_the_whole_server_was_stopped(folder: Path) -> None:
-    with running_server(folder, {"step_s": 0.05}, ranks_per_stage=2, hang_timeout_s=2.0) as server:
-        server.wait_ready()
+    with ready_server(folder, {"step_s": 0.05}, ranks_per_stage=2, hang_timeout_s=2.0) as server:
         load = Load(server)
         ids = load.submit(4, least_tokens=40)
         server.wait_for(lambda: len(server.tokens.get(ids[0], [])) > 5)
@@ -167,8 +155,7 @@ def test_workers_are_not_blamed_for_a_time_in_which_the_whole_server_was_stopped
 
 
 def test_what_comes_while_the_workers_load_again_waits_for_them(folder: Path) -> None:
-    with running_server(folder, {"load_s": 1.0}) as server:
-        server.wait_ready()
+    with ready_server(folder, {"load_s": 1.0}) as server:
         server.workers()[0].kill()
         server.wait_for(lambda: states(server)[-1] == "recovering")
         load = Load(server)
@@ -198,11 +185,9 @@ def test_workers_that_hang_while_loading_again_are_replaced(folder: Path) -> Non
 
 def test_too_many_restarts_end_the_server_with_the_cause(folder: Path) -> None:
     options = {"fail": "raise", "fail_phase": "weights", "fail_epochs": [1, 2, 3, 4], "step_s": 0.02}
-    with running_server(folder, options, ranks_per_stage=2) as server:
-        server.wait_ready()
+    with ready_server(folder, options, ranks_per_stage=2) as server:
         children = server.children()
-        server.submit(1, [1, 2], 200)
-        server.wait_for(lambda: 1 in server.tokens)
+        server.begin(1, [1, 2], 200)
         server.workers()[1].kill()
         assert server.wait_exit() == 1
         assert "giving up after 3 restarts within 600 s" in server.log
@@ -214,21 +199,16 @@ def test_too_many_restarts_end_the_server_with_the_cause(folder: Path) -> None:
 
 
 def test_a_request_that_kills_the_workers_twice_is_failed_and_the_others_are_served(folder: Path) -> None:
-    with running_server(folder, {"poison": 666}) as server:
-        server.wait_ready()
-        server.submit(1000, [1, 666, 2], 5)
-        server.wait_for(lambda: 1000 in server.finish)
+    with ready_server(folder, {"poison": 666}) as server:
+        server.serve(1000, [1, 666, 2], 5)
         assert server.finish[1000] == "error"
         assert "failed 2 times in a row while they ran this request" in server.errors[1000]
-        load = Load(server)
-        load.submit(5)
-        load.check()
+        serve(server, 5)
         assert server.counters()["restarts"] == 2
 
 
 def test_those_that_ran_beside_a_request_that_kills_the_workers_are_served(folder: Path) -> None:
-    with running_server(folder, {"poison": 666, "step_s": 0.002}) as server:
-        server.wait_ready()
+    with ready_server(folder, {"poison": 666, "step_s": 0.002}) as server:
         load = Load(server)
         load.submit(5)
         server.submit(1000, [1, 666, 2], 5)
@@ -239,11 +219,9 @@ def test_those_that_ran_beside_a_request_that_kills_the_workers_are_served(folde
 
 
 def test_a_smaller_pool_after_a_restart_fails_only_what_no_longer_fits(folder: Path) -> None:
-    with running_server(folder, {"late_blocks": [10], "step_s": 0.002}) as server:
-        server.wait_ready()
+    with ready_server(folder, {"late_blocks": [10], "step_s": 0.002}) as server:
         server.submit(1000, [1, 2, 3], 100)
-        server.submit(1001, [1, 2, 3], 30)
-        server.wait_for(lambda: 1001 in server.tokens)
+        server.begin(1001, [1, 2, 3], 30)
         server.workers()[0].kill()
         server.wait_for(lambda: server.finish.keys() >= {1000, 1001})
         assert "the KV cache holds only 40 tokens" in server.errors[1000]
@@ -252,36 +230,24 @@ def test_a_smaller_pool_after_a_restart_fails_only_what_no_longer_fits(folder: P
 
 
 def test_a_result_that_cannot_be_costs_the_workers_their_lives_but_no_request(folder: Path) -> None:
-    with running_server(folder, {"fail": "garbage", "fail_phase": "steps", "fail_step": 3}) as server:
-        server.wait_ready()
-        load = Load(server)
-        load.submit(4, least_tokens=10)
-        load.check()
+    with ready_server(folder, {"fail": "garbage", "fail_phase": "steps", "fail_step": 3}) as server:
+        serve(server, 4, least_tokens=10)
         assert "result of step 3 does not fit" in server.log
 
 
 @pytest.mark.parametrize("how", ["sigkill", "exit", "raise"])
 def test_the_earliest_failure_is_reported_not_those_that_follow_from_it(folder: Path, how: str) -> None:
     options = {
-        "fail": how,
-        "fail_rank": 2,
-        "fail_phase": "steps",
-        "fail_step": 3,
-        "fail_epochs": [0],
-        "peers_fail": True,
-    }
-    with running_server(folder, options, ranks_per_stage=3) as server:
-        server.wait_ready()
-        load = Load(server)
-        load.submit(1, least_tokens=20)
-        load.check()
+        "fail": how, "fail_rank": 2, "fail_phase": "steps", "fail_step": 3, "fail_epochs": [0], "peers_fail": True,
+    }  # fmt: skip
+    with ready_server(folder, options, ranks_per_stage=3) as server:
+        serve(server, 1, least_tokens=20)
         assert server.log.count("failed in phase") == 1
         assert "worker 2 failed" in server.log
 
 
 def test_sigterm_while_the_workers_load_again_still_finishes_what_ran(folder: Path) -> None:
-    with running_server(folder, {"load_s": 0.2, "step_s": 0.002}) as server:
-        server.wait_ready()
+    with ready_server(folder, {"load_s": 0.2, "step_s": 0.002}) as server:
         load = Load(server)
         ids = load.submit(3, least_tokens=20)
         server.wait_for(lambda: bool(server.tokens.get(ids[0])))

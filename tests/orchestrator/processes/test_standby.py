@@ -9,7 +9,7 @@ from typing import cast
 import psutil
 import pytest
 
-from harness.server_process import ServerProcess, running_server
+from harness.server_process import ServerProcess, ready_server
 from harness.waiting import eventually
 from mgpu.orchestrator.processes.standby import RETRY_S, Standby
 from mgpu.orchestrator.processes.worker_group import WorkerGroup
@@ -136,8 +136,7 @@ def wait_for_parked(server: ServerProcess, known: set[int]) -> set[int]:
 
 @pytest.mark.parametrize("harm", [False, True])
 def test_a_real_standby_serves_after_a_kill_and_ends_with_the_server(folder: Path, harm: bool) -> None:
-    with running_server(folder, standby=True, standby_delay_s=0.0, ranks_per_stage=2) as server:
-        server.wait_ready()
+    with ready_server(folder, standby=True, standby_delay_s=0.0, ranks_per_stage=2) as server:
         spares = wait_for_parked(server, set())
         if harm:
             psutil.Process(min(spares)).kill()
@@ -146,10 +145,8 @@ def test_a_real_standby_serves_after_a_kill_and_ends_with_the_server(folder: Pat
         server.wait_for(lambda: [info.state for info in server.infos][-2:] == ["recovering", "ready"])
         family = server.children_like("harness.fake_worker")
         assert (spares <= {worker.pid for worker in family}) is not harm
-        server.submit(0, [1, 2, 3], 5)
-        server.wait_for(lambda: 0 in server.finish)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait_exit() == -signal.SIGTERM
+        server.serve(0, [1, 2, 3], 5)
+        assert server.end(signal.SIGTERM) == -signal.SIGTERM
         assert not any(worker.is_running() for worker in family)
 
 
@@ -157,13 +154,9 @@ def test_a_server_goes_on_when_a_standby_cannot_be_spawned(folder: Path) -> None
     command = folder / "worker"
     command.write_text(f"#!/bin/sh\nrm {command}\nexec {sys.executable} -m harness.fake_worker\n")
     command.chmod(0o700)  # there once only: for the workers that serve
-    with running_server(folder, standby=True, standby_delay_s=0.0, worker_command=[str(command)]) as server:
-        server.wait_ready()
-        server.submit(0, [1, 2, 3], 5)
-        server.wait_for(lambda: 0 in server.finish)
+    with ready_server(folder, standby=True, standby_delay_s=0.0, worker_command=[str(command)]) as server:
+        server.serve(0, [1, 2, 3], 5)
         server.wait_for_log("standby workers cannot be started")
-        server.submit(1, [1, 2, 3], 5)
-        server.wait_for(lambda: 1 in server.finish)
+        server.serve(1, [1, 2, 3], 5)
         assert server.finish == {0: "length", 1: "length"}
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait_exit() == -signal.SIGTERM
+        assert server.end(signal.SIGTERM) == -signal.SIGTERM

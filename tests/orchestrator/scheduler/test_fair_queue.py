@@ -23,17 +23,10 @@ class Line:
 
     def add(self, account: int, prompt: int = 10, room: int = 10, priority: int = 0, weight: float = 1.0) -> Sequence:
         seq = Sequence(
-            sequence_id=self._arrivals,
-            tokens=array("i", [1] * prompt),
-            prompt_len=prompt,
-            max_len=prompt + room,
-            stop_ids=frozenset(),
-            sampling=RowSampling(),
-            cache_salt=b"",
-            order=(priority, self._arrivals),
-            account=account,
-            weight=weight,
-        )
+            sequence_id=self._arrivals, tokens=array("i", [1] * prompt), prompt_len=prompt, max_len=prompt + room,
+            stop_ids=frozenset(), sampling=RowSampling(), cache_salt=b"", order=(priority, self._arrivals),
+            account=account, weight=weight,
+        )  # fmt: skip
         self._arrivals += 1
         self.queue.push(seq)
         return seq
@@ -57,15 +50,18 @@ class Line:
         self.queue.drop(seq)
 
 
-def test_clients_take_turns_whatever_the_order_of_arrival() -> None:
-    line = Line()
+@pytest.fixture
+def line() -> Line:
+    return Line()
+
+
+def test_clients_take_turns_whatever_the_order_of_arrival(line: Line) -> None:
     for client in (1, 1, 1, 2, 2, 3):
         line.add(client)
     assert [line.serve().account for _ in range(6)] == [1, 2, 3, 1, 2, 1]
 
 
-def test_one_request_is_next_however_many_another_client_has() -> None:
-    line = Line()
+def test_one_request_is_next_however_many_another_client_has(line: Line) -> None:
     for _ in range(1000):
         line.add(1)
     for _ in range(10):
@@ -74,14 +70,12 @@ def test_one_request_is_next_however_many_another_client_has() -> None:
     assert 2 in [line.serve().account for _ in range(2)]
 
 
-def test_within_a_client_the_lower_priority_number_then_the_earlier_is_next() -> None:
-    line = Line()
+def test_within_a_client_the_lower_priority_number_then_the_earlier_is_next(line: Line) -> None:
     seqs = [line.add(1, priority=priority) for priority in (0, 5, -5, 0)]
     assert [line.serve() for _ in range(4)] == [seqs[2], seqs[0], seqs[3], seqs[1]]
 
 
-def test_shares_are_in_tokens_not_in_requests() -> None:
-    line = Line()
+def test_shares_are_in_tokens_not_in_requests(line: Line) -> None:
     for _ in range(400):
         line.add(1, prompt=10, room=10)
         line.add(2, prompt=100, room=100)
@@ -90,8 +84,7 @@ def test_shares_are_in_tokens_not_in_requests() -> None:
     assert line.served[1] == pytest.approx(line.served[2], abs=400)
 
 
-def test_shares_follow_the_weights() -> None:
-    line = Line()
+def test_shares_follow_the_weights(line: Line) -> None:
     for _ in range(600):
         line.add(1, weight=3.0)
         line.add(2, weight=1.0)
@@ -100,9 +93,8 @@ def test_shares_follow_the_weights() -> None:
     assert line.served[1] / line.served[2] == pytest.approx(3, rel=0.05)
 
 
-def test_who_asks_for_much_and_takes_little_pays_for_little() -> None:
+def test_who_asks_for_much_and_takes_little_pays_for_little(line: Line) -> None:
     """Both are charged the same guess; only what came out counts in the end."""
-    line = Line()
     for _ in range(2000):
         line.add(1, room=10_000)
         line.add(2, room=10_000)
@@ -114,8 +106,7 @@ def test_who_asks_for_much_and_takes_little_pays_for_little() -> None:
     assert line.served[1] == pytest.approx(line.served[2], rel=0.1)
 
 
-def test_nobody_saves_up_turns_by_being_away() -> None:
-    line = Line()
+def test_nobody_saves_up_turns_by_being_away(line: Line) -> None:
     for _ in range(300):
         line.add(1)
     for _ in range(200):
@@ -125,8 +116,7 @@ def test_nobody_saves_up_turns_by_being_away() -> None:
     assert Counter(line.serve().account for _ in range(100)) == pytest.approx({1: 50, 2: 50}, abs=1)
 
 
-def test_nobody_pays_for_having_been_alone() -> None:
-    line = Line()
+def test_nobody_pays_for_having_been_alone(line: Line) -> None:
     for _ in range(200):
         line.add(1)
         line.serve()
@@ -136,8 +126,7 @@ def test_nobody_pays_for_having_been_alone() -> None:
     assert Counter(line.serve().account for _ in range(10)) == {1: 5, 2: 5}
 
 
-def test_a_client_that_leaves_for_a_moment_still_owes_what_it_took() -> None:
-    line = Line()
+def test_a_client_that_leaves_for_a_moment_still_owes_what_it_took(line: Line) -> None:
     line.add(1, prompt=1000)
     for _ in range(60):
         line.add(2)
@@ -148,8 +137,7 @@ def test_a_client_that_leaves_for_a_moment_still_owes_what_it_took() -> None:
     assert clients.index(1) > 45
 
 
-def test_what_ended_in_line_is_never_next_and_does_not_pile_up() -> None:
-    line = Line()
+def test_what_ended_in_line_is_never_next_and_does_not_pile_up(line: Line) -> None:
     keeper = line.add(2)
     for _ in range(500):
         line.drop(line.add(1))
@@ -175,8 +163,7 @@ def assert_books_are_right(queue: FairQueue) -> None:
     assert {id(each) for _, entry, each in queue._line if each.entry == entry} == {id(each) for each in in_line}
 
 
-def test_a_request_that_outlives_its_line_changes_nothing_in_the_next_one() -> None:
-    line = Line()
+def test_a_request_that_outlives_its_line_changes_nothing_in_the_next_one(line: Line) -> None:
     first, second = line.add(1), line.add(1, prompt=1000)
     line.drop(second)
     assert line.queue.pop() is first
@@ -209,8 +196,7 @@ def test_the_books_are_right_whatever_begins_and_ends_in_whatever_order(actions:
         assert_books_are_right(line.queue)
 
 
-def test_an_endless_row_of_newcomers_does_not_starve_who_was_served_before() -> None:
-    line = Line()
+def test_an_endless_row_of_newcomers_does_not_starve_who_was_served_before(line: Line) -> None:
     line.add(1)
     line.add(2)
     line.serve()
@@ -223,8 +209,7 @@ def test_an_endless_row_of_newcomers_does_not_starve_who_was_served_before() -> 
         pytest.fail("97 newcomers went first")
 
 
-def test_clients_that_come_and_go_are_forgotten() -> None:
-    line = Line()
+def test_clients_that_come_and_go_are_forgotten(line: Line) -> None:
     for _ in range(20):
         line.add(0)
     for client in range(1, 30_000):

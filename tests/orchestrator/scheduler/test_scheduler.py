@@ -19,13 +19,8 @@ from mgpu.protocol.internal.worker_messages import RowSampling, StepPlan, StepRe
 
 def limits(**changes: int | bool) -> Limits:
     values: dict[str, int | bool] = {
-        "num_blocks": 64,
-        "block_size": 4,
-        "max_rows": 8,
-        "max_batch_tokens": 32,
-        "max_seq_len": 256,
-        **changes,
-    }
+        "num_blocks": 64, "block_size": 4, "max_rows": 8, "max_batch_tokens": 32, "max_seq_len": 256, **changes,
+    }  # fmt: skip
     return Limits(**values)  # type: ignore[arg-type]
 
 
@@ -120,6 +115,11 @@ def prompt_of(seed: int, length: int) -> list[int]:
     return [random.Random(seed * 1000 + i).randrange(1000) for i in range(length)]
 
 
+@pytest.fixture
+def harness() -> Harness:
+    return Harness()
+
+
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_requests_of_mixed_lengths_equal_their_solo_runs(stages: int) -> None:
     harness = Harness(num_stages=stages, num_blocks=400)
@@ -143,16 +143,14 @@ def test_stop_token_ends_the_request_and_is_emitted_once() -> None:
     assert harness.scheduler.counters.discarded_tokens == 1
 
 
-def test_max_tokens_is_never_planned_past() -> None:
-    harness = Harness()
+def test_max_tokens_is_never_planned_past(harness: Harness) -> None:
     harness.submit(1, prompt_of(1, 5), 7)
     harness.run()
     assert sum(sum(plan.samples) for plan in harness.plans) == 7
     assert harness.scheduler.counters.discarded_tokens == 0
 
 
-def test_next_step_is_published_before_the_tokens_of_the_last_one_arrive() -> None:
-    harness = Harness()
+def test_next_step_is_published_before_the_tokens_of_the_last_one_arrive(harness: Harness) -> None:
     harness.submit(1, prompt_of(1, 5), 7)
     assert harness.publish()
     assert harness.publish()
@@ -237,8 +235,7 @@ def test_requests_that_ran_when_the_workers_died_go_first_in_their_old_order() -
         assert harness.tokens[i] == solo_tokens(prompt_of(i, 4), 6)
 
 
-def test_equal_prompts_reuse_full_blocks_but_compute_the_last_token() -> None:
-    harness = Harness()
+def test_equal_prompts_reuse_full_blocks_but_compute_the_last_token(harness: Harness) -> None:
     prompt = prompt_of(1, 16)
     harness.submit(1, prompt, 3)
     harness.run()
@@ -250,8 +247,7 @@ def test_equal_prompts_reuse_full_blocks_but_compute_the_last_token() -> None:
     assert harness.tokens[2] == harness.tokens[1]
 
 
-def test_requests_of_one_prompt_at_the_same_time_compute_it_once() -> None:
-    harness = Harness()
+def test_requests_of_one_prompt_at_the_same_time_compute_it_once(harness: Harness) -> None:
     prompt = prompt_of(1, 18)
     for i in range(4):
         harness.submit(i, prompt, 3)
@@ -272,8 +268,7 @@ def test_a_cancelled_prefill_does_not_hold_up_those_that_waited_for_its_blocks()
     assert harness.tokens[2] == solo_tokens(prompt, 3)
 
 
-def test_the_next_turn_of_a_chat_reuses_prompt_and_answer() -> None:
-    harness = Harness()
+def test_the_next_turn_of_a_chat_reuses_prompt_and_answer(harness: Harness) -> None:
     prompt = prompt_of(1, 16)
     harness.submit(1, prompt, 9)
     harness.run()
@@ -282,8 +277,7 @@ def test_the_next_turn_of_a_chat_reuses_prompt_and_answer() -> None:
     assert harness.cached[2] == 24
 
 
-def test_other_salts_do_not_share_blocks() -> None:
-    harness = Harness()
+def test_other_salts_do_not_share_blocks(harness: Harness) -> None:
     prompt = prompt_of(1, 16)
     harness.submit(1, prompt, 3, salt=b"a")
     harness.run()
@@ -329,8 +323,7 @@ def test_requests_that_never_fit_are_refused_with_the_numbers() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"123"])
-def test_prompts_that_are_not_token_ids_are_refused(data: bytes) -> None:
-    harness = Harness()
+def test_prompts_that_are_not_token_ids_are_refused(harness: Harness, data: bytes) -> None:
     harness.scheduler.submit(Submit(1, data, 1, [], RowSampling(), b"", 0))
     harness.collect()
     assert harness.finish == {1: "error"}
@@ -367,8 +360,7 @@ def test_a_row_is_not_reused_while_its_token_is_under_way() -> None:
     assert harness.publish()
 
 
-def test_a_result_of_another_step_is_an_error_and_of_another_epoch_ignored() -> None:
-    harness = Harness()
+def test_a_result_of_another_step_is_an_error_and_of_another_epoch_ignored(harness: Harness) -> None:
     harness.submit(1, prompt_of(1, 4), 5)
     harness.publish()
     harness.scheduler.apply(StepResult(7, 0, [1], None, 0))
@@ -436,8 +428,7 @@ def test_of_many_suspects_only_the_one_that_crashes_alone_is_failed(stages: int,
     assert all(harness.tokens[i] == solo_tokens(prompt_of(i, 5 + i), 30) for i in harness.finish)
 
 
-def test_crashes_that_no_request_brings_about_cost_no_request() -> None:
-    harness = Harness()
+def test_crashes_that_no_request_brings_about_cost_no_request(harness: Harness) -> None:
     for i in range(8):
         harness.submit(i, prompt_of(i, 5), 30)
     for epoch in (1, 2):
@@ -452,8 +443,7 @@ def test_crashes_that_no_request_brings_about_cost_no_request() -> None:
     assert all(harness.tokens[i] == solo_tokens(prompt_of(i, 5), 30) for i in harness.finish)
 
 
-def test_a_pool_that_was_smaller_for_a_while_has_its_old_context_again() -> None:
-    harness = Harness()
+def test_a_pool_that_was_smaller_for_a_while_has_its_old_context_again(harness: Harness) -> None:
     harness.crash(1, 10)
     assert harness.scheduler.limits.max_seq_len == 40
     harness.crash(2, 64)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.assertions import assert_has_all
 from harness.model_files import gguf_bytes, gguf_string, llama_gguf_tensors, string, string_array, u32
 from mgpu.protocol.checkpoint.gguf_file import GGUF_TYPES, read_gguf
 from mgpu.protocol.checkpoint.read import CheckpointError
@@ -77,43 +78,41 @@ def test_every_scalar_type_is_read(tmp_path: Path) -> None:
     assert header.metadata == {key: value for key, (_, _, value) in values.items()}
 
 
-@pytest.mark.parametrize("length", [0, 3, 4, 23, 24, 60, 200])
-def test_truncation_anywhere_in_the_header_is_refused(tmp_path: Path, length: int) -> None:
-    refusal(tmp_path, GOOD[:length])
+def header(num_tensors: int, num_keys: int, rest: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_keys) + rest
 
 
-def test_a_truncated_body_names_the_tensor_and_both_sizes(tmp_path: Path) -> None:
-    message = refusal(tmp_path, GOOD[:-1000])
-    assert "blk.1.ffn_down.weight" in message
-    assert str(len(GOOD)) in message
-    assert str(len(GOOD) - 1000) in message
+REFUSALS: dict[str, tuple[bytes, list[str]]] = {
+    **{f"cut off at byte {length}": (GOOD[:length], []) for length in (0, 3, 4, 23, 24, 60, 200)},
+    "a truncated body names the tensor and both sizes":
+        (GOOD[:-1000], ["blk.1.ffn_down.weight", str(len(GOOD)), str(len(GOOD) - 1000)]),
+    "another format": (b"PK\x03\x04" + bytes(100), ["not a GGUF file"]),
+    **{f"version {version}": (GOOD[:4] + struct.pack("<I", version) + GOOD[8:], [str(version)])
+       for version in (0, 1, 4, 3 << 24)},
+    **{f"count {count} at byte {at}": (GOOD[:at] + struct.pack("<Q", count) + GOOD[at + 8 :], [str(count)])
+       for at in (8, 16) for count in (1 << 20, 1 << 40, (1 << 64) - 1)},
+    **{f"an endless array of type {kind}":
+       (gguf_bytes({"a": (9, struct.pack("<IQ", kind, 1 << 50))}, {}), [str(1 << 50)]) for kind in (6, 8, 9)},
+    "an endless string": (gguf_bytes({"a": (8, struct.pack("<Q", (1 << 64) - 1))}, {}), []),
+    "an endless key": (header(0, 1, struct.pack("<Q", 1 << 62) + bytes(100)), []),
+    "a value of an unknown type": (gguf_bytes({"a": (99, b"1234")}, {}), ["type 99"]),
+    "an array of an unknown type": (gguf_bytes({"a": (9, struct.pack("<IQ", 99, 0))}, {}), ["type 99"]),
+    **{f"tensor type {name} is not supported":
+       (gguf_bytes({}, {"blk.0.attn_q": ((256, 256), number, bytes(65536))}), [name, "blk.0.attn_q", "Q4_K"])
+       for number, name in ((10, "Q2_K"), (39, "MXFP4"), (4, "number 4"), (1 << 30, str(1 << 30)))},
+    "rows that are not whole blocks": (gguf_bytes({}, {"t": ((4, 33), 8, bytes(1000))}), ["not a multiple of 32"]),
+    **{f"shape {shape}": (gguf_bytes({}, {"t": (shape, 0, bytes(64))}), [])
+       for shape in ((0, 4), (1 << 62, 1 << 62), (1 << 63,), (1, 1, 1, 1 << 40))},
+    **{f"{count} dimensions": (header(1, 0, gguf_string("t") + struct.pack("<I", count) + bytes(200)), [str(count)])
+       for count in (0, 5, 1 << 31)},
+    **{f"alignment {value}": (gguf_bytes({"general.alignment": u32(value)}, {}), [str(value)])
+       for value in (0, 1, 33, 1 << 31)},
+}  # fmt: skip
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
-    assert "not a GGUF file" in refusal(tmp_path, b"PK\x03\x04" + bytes(100))
-
-
-@pytest.mark.parametrize("version", [0, 1, 4, 3 << 24])
-def test_other_versions_are_refused(tmp_path: Path, version: int) -> None:
-    assert str(version) in refusal(tmp_path, GOOD[:4] + struct.pack("<I", version) + GOOD[8:])
-
-
-@pytest.mark.parametrize("position", [8, 16])
-@pytest.mark.parametrize("count", [1 << 20, 1 << 40, (1 << 64) - 1])
-def test_absurd_counts_are_refused_before_reading(tmp_path: Path, position: int, count: int) -> None:
-    data = GOOD[:position] + struct.pack("<Q", count) + GOOD[position + 8 :]
-    assert str(count) in refusal(tmp_path, data)
-
-
-@pytest.mark.parametrize("kind", [6, 8, 9])
-def test_absurd_array_lengths_are_refused(tmp_path: Path, kind: int) -> None:
-    data = gguf_bytes({"a": (9, struct.pack("<IQ", kind, 1 << 50))}, {})
-    assert str(1 << 50) in refusal(tmp_path, data)
-
-
-def test_absurd_string_lengths_are_refused(tmp_path: Path) -> None:
-    refusal(tmp_path, gguf_bytes({"a": (8, struct.pack("<Q", (1 << 64) - 1))}, {}))
-    refusal(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1 << 62) + bytes(100))
+@pytest.mark.parametrize(("data", "words"), REFUSALS.values(), ids=REFUSALS)
+def test_a_damaged_or_hostile_file_is_refused_with_what_is_wrong(tmp_path: Path, data: bytes, words: list[str]) -> None:
+    assert_has_all(refusal(tmp_path, data), *words)
 
 
 def test_deep_nesting_is_refused(tmp_path: Path) -> None:
@@ -123,44 +122,11 @@ def test_deep_nesting_is_refused(tmp_path: Path) -> None:
     assert "nested" in refusal(tmp_path, gguf_bytes({"a": (9, value)}, {}))
 
 
-def test_unknown_metadata_types_are_refused(tmp_path: Path) -> None:
-    assert "type 99" in refusal(tmp_path, gguf_bytes({"a": (99, b"1234")}, {}))
-    assert "type 99" in refusal(tmp_path, gguf_bytes({"a": (9, struct.pack("<IQ", 99, 0))}, {}))
-
-
 def test_repeated_keys_and_tensors_are_refused(tmp_path: Path) -> None:
     pair = gguf_string("a") + struct.pack("<II", 4, 1)
-    assert "'a' occurs twice" in refusal(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + pair + pair)
+    assert "'a' occurs twice" in refusal(tmp_path, header(0, 2, pair + pair))
     info = gguf_string("t") + struct.pack("<IQIQ", 1, 1, 0, 0)
-    assert "'t' occurs twice" in refusal(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, 2, 0) + info + info + bytes(100))
-
-
-@pytest.mark.parametrize(("number", "name"), [(10, "Q2_K"), (39, "MXFP4"), (4, "number 4"), (1 << 30, str(1 << 30))])
-def test_unsupported_types_name_the_type_and_the_tensor(tmp_path: Path, number: int, name: str) -> None:
-    message = refusal(tmp_path, gguf_bytes({}, {"blk.0.attn_q.weight": ((256, 256), number, bytes(65536))}))
-    assert name in message
-    assert "blk.0.attn_q.weight" in message
-    assert "Q4_K" in message
-
-
-def test_rows_that_are_not_whole_blocks_are_refused(tmp_path: Path) -> None:
-    assert "not a multiple of 32" in refusal(tmp_path, gguf_bytes({}, {"t": ((4, 33), 8, bytes(1000))}))
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (1 << 62, 1 << 62), (1 << 63,), (1, 1, 1, 1 << 40)])
-def test_shapes_that_cannot_be_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    refusal(tmp_path, gguf_bytes({}, {"t": (shape, 0, bytes(64))}))
-
-
-@pytest.mark.parametrize("num_dims", [0, 5, 1 << 31])
-def test_the_number_of_dimensions_is_bounded(tmp_path: Path, num_dims: int) -> None:
-    info = gguf_string("t") + struct.pack("<I", num_dims) + bytes(200)
-    assert str(num_dims) in refusal(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + info)
-
-
-@pytest.mark.parametrize("value", [0, 1, 33, 1 << 31])
-def test_absurd_alignments_are_refused(tmp_path: Path, value: int) -> None:
-    assert str(value) in refusal(tmp_path, gguf_bytes({"general.alignment": u32(value)}, {}))
+    assert "'t' occurs twice" in refusal(tmp_path, header(2, 0, info + info + bytes(100)))
 
 
 def test_misaligned_and_overlapping_tensors_are_refused(tmp_path: Path) -> None:
@@ -169,7 +135,7 @@ def test_misaligned_and_overlapping_tensors_are_refused(tmp_path: Path) -> None:
             gguf_string(name) + struct.pack("<IQIQ", 1, 64, 0, offset)
             for name, offset in (("a", 0), ("b", second_offset))
         )
-        return b"GGUF" + struct.pack("<IQQ", 3, 2, 0) + infos + bytes(2000)
+        return header(2, 0, infos + bytes(2000))
 
     assert "not a multiple" in refusal(tmp_path, two(257))
     assert "overlap" in refusal(tmp_path, two(128))

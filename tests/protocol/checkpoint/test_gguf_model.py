@@ -7,16 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.model_files import (
-    LLAMA_METADATA,
-    GgufValue,
-    bool_array,
-    f32,
-    gguf_bytes,
-    llama_gguf_tensors,
-    string,
-    u32,
-)
+from harness.model_files import LLAMA_METADATA, GgufValue, bool_array, f32, gguf_bytes, llama_gguf_tensors, string, u32
 from mgpu.protocol.checkpoint.gguf_model import llama3_divisors
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
 from mgpu.protocol.model.facts import RopeScaling
@@ -143,28 +134,25 @@ def test_unsupported_architectures_list_the_supported_ones(tmp_path: Path, archi
         read(tmp_path, {"general.architecture": string(architecture)})
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("general.architecture", None),
-        ("general.architecture", u32(1)),
-        ("llama.block_count", None),
-        ("llama.block_count", u32(0)),
-        ("llama.block_count", u32(1 << 31)),
-        ("llama.embedding_length", u32(0)),
-        ("llama.embedding_length", string("64")),
-        ("llama.attention.head_count", u32(3)),
-        ("llama.attention.head_count_kv", u32(3)),
-        ("llama.attention.head_count_kv", bool_array([True, True])),
-        ("llama.attention.value_length", u32(8)),
-        ("llama.rope.dimension_count", u32(8)),
-        ("llama.rope.freq_base", f32(float("nan"))),
-        ("llama.rope.scaling.type", string("yarn")),
-        ("llama.expert_count", u32(8)),
-        ("llama.final_logit_softcapping", f32(30.0)),
-        ("tokenizer.ggml.eos_token_id", string("</s>")),
-    ],
-)
+@pytest.mark.parametrize(("key", "value"), [
+    ("general.architecture", None),
+    ("general.architecture", u32(1)),
+    ("llama.block_count", None),
+    ("llama.block_count", u32(0)),
+    ("llama.block_count", u32(1 << 31)),
+    ("llama.embedding_length", u32(0)),
+    ("llama.embedding_length", string("64")),
+    ("llama.attention.head_count", u32(3)),
+    ("llama.attention.head_count_kv", u32(3)),
+    ("llama.attention.head_count_kv", bool_array([True, True])),
+    ("llama.attention.value_length", u32(8)),
+    ("llama.rope.dimension_count", u32(8)),
+    ("llama.rope.freq_base", f32(float("nan"))),
+    ("llama.rope.scaling.type", string("yarn")),
+    ("llama.expert_count", u32(8)),
+    ("llama.final_logit_softcapping", f32(30.0)),
+    ("tokenizer.ggml.eos_token_id", string("</s>")),
+])  # fmt: skip
 def test_values_that_cannot_be_served_name_the_key(tmp_path: Path, key: str, value: GgufValue | None) -> None:
     with pytest.raises(CheckpointError) as caught:
         read(tmp_path, {key: value})

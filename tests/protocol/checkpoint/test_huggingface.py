@@ -60,15 +60,11 @@ def test_qwen3_has_its_own_head_size_and_norms(tmp_path: Path) -> None:
     assert (facts.sliding_window, facts.tie_embeddings, facts.eos_token_ids) == (None, False, (151645,))
 
 
-@pytest.mark.parametrize(
-    "style",
-    [
-        {"rope_theta": 500000.0, "rope_scaling": LLAMA31_SCALING},
-        {"rope_theta": 500000.0, "rope_scaling": {**LLAMA31_SCALING, "rope_type": None, "type": "llama3"}},
-        {"rope_parameters": {"rope_theta": 500000.0, **LLAMA31_SCALING}},
-    ],
-    ids=["old", "older", "transformers 5"],
-)
+@pytest.mark.parametrize("style", [
+    {"rope_theta": 500000.0, "rope_scaling": LLAMA31_SCALING},
+    {"rope_theta": 500000.0, "rope_scaling": {**LLAMA31_SCALING, "rope_type": None, "type": "llama3"}},
+    {"rope_parameters": {"rope_theta": 500000.0, **LLAMA31_SCALING}},
+], ids=["old", "older", "transformers 5"])  # fmt: skip
 def test_llama31_scaling_is_read_in_every_style(tmp_path: Path, style: dict[str, object]) -> None:
     facts = facts_of(tmp_path, LLAMA_CONFIG | style)
     assert facts.rope_theta == 500000.0
@@ -86,8 +82,7 @@ def test_no_scaling(tmp_path: Path, empty: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "window"),
-    [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 7}, 7)],
+    ("given", "window"), [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 7}, 7)]
 )
 def test_mistral_slides_in_every_layer_unless_null(
     tmp_path: Path, given: dict[str, object], window: int | None
@@ -196,42 +191,19 @@ def test_absurd_sizes_name_the_key(tmp_path: Path, key: str, value: object) -> N
     assert key in refusal(tmp_path, LLAMA_CONFIG | {key: value})
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("intermediate_size", 0),
-        ("num_key_value_heads", 3),
-        ("num_key_value_heads", 8),
-        ("head_dim", 15),
-        ("head_dim", 1 << 20),
-        ("max_position_embeddings", 0),
-        ("rms_norm_eps", -1e-5),
-        ("rms_norm_eps", float("nan")),
-        ("rope_theta", float("inf")),
-        ("rope_theta", 0),
-        ("rope_theta", 10**400),
-        ("rope_theta", "1e4"),
-        ("tie_word_embeddings", "yes"),
-        ("attention_bias", 1),
-        ("eos_token_id", "</s>"),
-        ("eos_token_id", [-1]),
-        ("eos_token_id", [[1]]),
-        ("hidden_act", "relu"),
-        ("hidden_act", 5),
-        ("torch_dtype", "int8"),
-        ("architectures", "LlamaForCausalLM"),
-        ("architectures", [1]),
-        ("rope_scaling", "llama3"),
-        ("rope_scaling", [1]),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-        ("rope_scaling", {"rope_type": "linear"}),
-        ("rope_scaling", {"rope_type": "linear", "factor": 0}),
-        ("rope_scaling", LLAMA31_SCALING | {"low_freq_factor": 4.0}),
-        ("rope_scaling", LLAMA31_SCALING | {"original_max_position_embeddings": 0}),
-        ("partial_rotary_factor", 0.5),
-        ("quantization_config", {"quant_method": "gptq"}),
-    ],
-)
+@pytest.mark.parametrize(("key", "value"), [
+    ("intermediate_size", 0), ("num_key_value_heads", 3), ("num_key_value_heads", 8), ("head_dim", 15),
+    ("head_dim", 1 << 20), ("max_position_embeddings", 0), ("rms_norm_eps", -1e-5), ("rms_norm_eps", float("nan")),
+    ("rope_theta", float("inf")), ("rope_theta", 0), ("rope_theta", 10**400), ("rope_theta", "1e4"),
+    ("tie_word_embeddings", "yes"), ("attention_bias", 1), ("eos_token_id", "</s>"), ("eos_token_id", [-1]),
+    ("eos_token_id", [[1]]), ("hidden_act", "relu"), ("hidden_act", 5), ("torch_dtype", "int8"),
+    ("architectures", "LlamaForCausalLM"), ("architectures", [1]), ("rope_scaling", "llama3"), ("rope_scaling", [1]),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}), ("rope_scaling", {"rope_type": "linear"}),
+    ("rope_scaling", {"rope_type": "linear", "factor": 0}),
+    ("rope_scaling", LLAMA31_SCALING | {"low_freq_factor": 4.0}),
+    ("rope_scaling", LLAMA31_SCALING | {"original_max_position_embeddings": 0}), ("partial_rotary_factor", 0.5),
+    ("quantization_config", {"quant_method": "gptq"}),
+])  # fmt: skip
 def test_values_that_cannot_be_served_name_the_key(tmp_path: Path, key: str, value: object) -> None:
     message = refusal(tmp_path, LLAMA_CONFIG | {key: value})
     leaf = next(iter(value)) if isinstance(value, dict) and key != "rope_scaling" else key
@@ -259,12 +231,9 @@ def test_configurations_that_are_not_a_json_object(tmp_path: Path, text: str) ->
 
 
 TRANSFORMERS_CASES: dict[str, dict[str, object]] = {
-    "LlamaConfig": {},
-    "MistralConfig": {},
-    "Qwen2Config": {"use_sliding_window": True, "max_window_layers": 2},
-    "Qwen3Config": {},
-    "Gemma3TextConfig": {},
-}
+    "LlamaConfig": {}, "MistralConfig": {}, "Qwen2Config": {"use_sliding_window": True, "max_window_layers": 2},
+    "Qwen3Config": {}, "Gemma3TextConfig": {},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(TRANSFORMERS_CASES))

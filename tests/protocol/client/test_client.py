@@ -112,21 +112,18 @@ def test_n_choices_stream_under_their_index(gateway: GatewayProcess) -> None:
     assert [piece.usage is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "options", "words"),
-    [
-        ("", {}, "prompt must be"),
-        ([], {}, "at least one"),
-        ([-1], {}, r"prompt\[0\]"),
-        (None, {}, "prompt must be text or a sequence of token ids, got NoneType"),
-        (5, {}, "prompt must be text or a sequence of token ids, got int"),
-        ("a\ud800", {}, "lone surrogate"),
-        ("x", {"temperature": float("nan")}, "temperature"),
-        ("x", {"temprature": 1}, "did you mean temperature"),
-        ("x", {"stop": [""]}, r"stop\[0\]"),
-        ("x" * (1 << 20), {}, "the limit is 1048576"),
-    ],
-)
+@pytest.mark.parametrize(("prompt", "options", "words"), [
+    ("", {}, "prompt must be"),
+    ([], {}, "at least one"),
+    ([-1], {}, r"prompt\[0\]"),
+    (None, {}, "prompt must be text or a sequence of token ids, got NoneType"),
+    (5, {}, "prompt must be text or a sequence of token ids, got int"),
+    ("a\ud800", {}, "lone surrogate"),
+    ("x", {"temperature": float("nan")}, "temperature"),
+    ("x", {"temprature": 1}, "did you mean temperature"),
+    ("x", {"stop": [""]}, r"stop\[0\]"),
+    ("x" * (1 << 20), {}, "the limit is 1048576"),
+])  # fmt: skip
 def test_wrong_arguments_fail_before_they_are_sent(
     gateway: GatewayProcess, prompt: str, options: dict[str, object], words: str
 ) -> None:
@@ -221,11 +218,9 @@ def test_a_gateway_that_does_not_come_back_is_given_up(tmp_path: Path) -> None:
 
 
 OPTIONS: list[dict[str, Any]] = [
-    {"max_tokens": 100},
-    {"max_tokens": 100, "n": 3, "logprobs": 1},
-    {"max_tokens": 100, "stop": ["cd" * 30 + "c!"]},
+    {"max_tokens": 100}, {"max_tokens": 100, "n": 3, "logprobs": 1}, {"max_tokens": 100, "stop": ["cd" * 30 + "c!"]},
     {"max_tokens": 480, "ignore_eos": True},
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("portion", [1000, 7])

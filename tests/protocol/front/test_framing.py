@@ -16,13 +16,8 @@ MAX_FRAME_BYTES = FROM_CLIENT.frame_bytes
 
 def test_a_message_survives_packing() -> None:
     values = {
-        "type": "generate",
-        "id": 1,
-        "prompt": "é€😀",
-        "prompt_ids": b"\x01\x00",
-        "nothing": None,
-        "x": [1.5, True],
-    }
+        "type": "generate", "id": 1, "prompt": "é€😀", "prompt_ids": b"\x01\x00", "nothing": None, "x": [1.5, True],
+    }  # fmt: skip
     assert unpack(pack(values)) == values
 
 
@@ -32,19 +27,16 @@ def test_what_cannot_be_packed_is_a_value_error(value: object) -> None:
         pack({"x": value})
 
 
-@pytest.mark.parametrize(
-    ("frames", "code", "words"),
-    [
-        ([], "bad_version", "no frame"),
-        ([b""], "bad_version", "mgpu1"),
-        ([b"mgpu0", b"\x80"], "bad_version", "mgpu0"),
-        ([VERSION], "bad_request", "got 1"),
-        ([VERSION, b"\x80", b"\x80"], "bad_request", "got 3"),
-        ([VERSION] * 6, "bad_request", "more than 4"),
-        ([VERSION, b"\x90"], "bad_request", "list"),
-        ([VERSION, bytes(MAX_FRAME_BYTES + 1)], "bad_request", f"{MAX_FRAME_BYTES + 1} bytes"),
-    ],
-)
+@pytest.mark.parametrize(("frames", "code", "words"), [
+    ([], "bad_version", "no frame"),
+    ([b""], "bad_version", "mgpu1"),
+    ([b"mgpu0", b"\x80"], "bad_version", "mgpu0"),
+    ([VERSION], "bad_request", "got 1"),
+    ([VERSION, b"\x80", b"\x80"], "bad_request", "got 3"),
+    ([VERSION] * 6, "bad_request", "more than 4"),
+    ([VERSION, b"\x90"], "bad_request", "list"),
+    ([VERSION, bytes(MAX_FRAME_BYTES + 1)], "bad_request", f"{MAX_FRAME_BYTES + 1} bytes"),
+])  # fmt: skip
 def test_wrong_frames_are_told_what_is_expected(frames: list[bytes], code: str, words: str) -> None:
     with pytest.raises(WireError, match=words) as caught:
         unpack(frames)

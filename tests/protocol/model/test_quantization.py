@@ -25,16 +25,10 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
     return read_config_facts(folder)
 
 
-@pytest.mark.parametrize(
-    ("form", "expected"),
-    [
-        (WeightFormat(), 2 * 96 * 256),
-        (WeightFormat("8"), 96 * (256 + 4)),
-        (WeightFormat("fp8"), 96 * (256 + 4)),
-        (WeightFormat("4", 64), 96 * (128 + 4 * 4)),
-        (WeightFormat("4", 32), 96 * (128 + 8 * 4)),
-    ],
-)
+@pytest.mark.parametrize(("form", "expected"), [
+    (WeightFormat(), 2 * 96 * 256), (WeightFormat("8"), 96 * (256 + 4)), (WeightFormat("fp8"), 96 * (256 + 4)),
+    (WeightFormat("4", 64), 96 * (128 + 4 * 4)), (WeightFormat("4", 32), 96 * (128 + 8 * 4)),
+])  # fmt: skip
 def test_a_matrix_takes_its_words_and_its_scales(form: WeightFormat, expected: int) -> None:
     assert form.matrix_bytes(96, 256, 2) == expected
 

@@ -18,36 +18,19 @@ def with_key(address: str, *credentials: bytes) -> list[bytes]:
     return question(address, DOMAIN, b"CURVE", *credentials)
 
 
-@pytest.mark.parametrize(
-    ("address", "identity"),
-    [
-        (f"localhost:{os.getuid()}:0:1", f"uid:{os.getuid()}"),
-        ("localhost:0:0:1", "uid:0"),
-        ("127.0.0.1", ""),
-        ("127.8.8.8", ""),
-        ("::1", ""),
-    ],
-)
+@pytest.mark.parametrize(("address", "identity"), [
+    (f"localhost:{os.getuid()}:0:1", f"uid:{os.getuid()}"), ("localhost:0:0:1", "uid:0"), ("127.0.0.1", ""),
+    ("127.8.8.8", ""), ("::1", ""),
+])  # fmt: skip
 def test_own_processes_root_and_the_loopback_may(address: str, identity: str) -> None:
     assert identify(question(address), None) == identity
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        question(f"localhost:{os.getuid() + 1}:0:1"),
-        question("localhost:-1:0:1"),
-        question("localhost::"),
-        question("192.168.1.5"),
-        question("12.7.0.1"),
-        question(""),
-        question("127.0.0.1", domain=b"other"),
-        question("127.0.0.1", mechanism=b"PLAIN"),
-        with_key("127.0.0.1", ALICE),
-        [b"2.0", *question("127.0.0.1")[1:]],
-        [],
-    ],
-)
+@pytest.mark.parametrize("asked", [
+    question(f"localhost:{os.getuid() + 1}:0:1"), question("localhost:-1:0:1"), question("localhost::"),
+    question("192.168.1.5"), question("12.7.0.1"), question(""), question("127.0.0.1", domain=b"other"),
+    question("127.0.0.1", mechanism=b"PLAIN"), with_key("127.0.0.1", ALICE), [b"2.0", *question("127.0.0.1")[1:]], [],
+])  # fmt: skip
 def test_others_may_not(asked: list[bytes]) -> None:
     assert identify(asked, None) is None
 
@@ -57,18 +40,11 @@ def test_with_keys_a_listed_key_may_come_from_anywhere(address: str) -> None:
     assert identify(with_key(address, ALICE), {ALICE}) == f"key:{fingerprint(ALICE)}"
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        with_key("127.0.0.1", MALLORY),
-        with_key("127.0.0.1", b""),
-        with_key("127.0.0.1"),
-        with_key("127.0.0.1", ALICE, ALICE),
-        question("127.0.0.1"),
-        question("127.0.0.1", DOMAIN, b"NULL", ALICE),
-        question("127.0.0.1", DOMAIN, b"PLAIN", ALICE),
-    ],
-)
+@pytest.mark.parametrize("asked", [
+    with_key("127.0.0.1", MALLORY), with_key("127.0.0.1", b""), with_key("127.0.0.1"),
+    with_key("127.0.0.1", ALICE, ALICE), question("127.0.0.1"), question("127.0.0.1", DOMAIN, b"NULL", ALICE),
+    question("127.0.0.1", DOMAIN, b"PLAIN", ALICE),
+])  # fmt: skip
 def test_with_keys_nobody_else_may_not_even_from_the_loopback(asked: list[bytes]) -> None:
     assert identify(asked, {ALICE}) is None
 

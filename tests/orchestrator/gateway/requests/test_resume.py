@@ -13,8 +13,12 @@ from mgpu.protocol.front import client_messages, server_messages
 from mgpu.protocol.front.client_messages import Generate
 
 
-def test_of_two_connections_that_resume_a_request_the_later_one_gets_it() -> None:
-    gateway = ResumingGateway()
+@pytest.fixture
+def gateway() -> ResumingGateway:
+    return ResumingGateway()
+
+
+def test_of_two_connections_that_resume_a_request_the_later_one_gets_it(gateway: ResumingGateway) -> None:
     gateway.resume(A)
     gateway.resume(B)
     gateway.answer(0, record())
@@ -24,8 +28,7 @@ def test_of_two_connections_that_resume_a_request_the_later_one_gets_it() -> Non
     assert [request.connection for request in gateway.table] == [B]
 
 
-def test_resumed_says_from_where() -> None:
-    gateway = ResumingGateway()
+def test_resumed_says_from_where(gateway: ResumingGateway) -> None:
     gateway.resume(A, offsets=(2, -1))
     gateway.answer(0, record(1), record(2, finish="stop"))
     assert gateway.sent[0] == (A, server_messages.Resumed(1, [2, -1]))
@@ -44,8 +47,7 @@ def test_a_second_resume_that_cannot_be_asked_leaves_the_first_alone(monkeypatch
     assert [request.connection for request in gateway.table] == [A]
 
 
-def test_one_connection_may_resume_a_request_twice() -> None:
-    gateway = ResumingGateway()
+def test_one_connection_may_resume_a_request_twice(gateway: ResumingGateway) -> None:
     gateway.resume(A)
     gateway.answer(0, record())
     gateway.resume(A)
@@ -54,8 +56,7 @@ def test_one_connection_may_resume_a_request_twice() -> None:
     assert (len(gateway.table), gateway.quota.num_sequences) == (1, 1)
 
 
-def test_a_request_that_was_taken_over_leaves_the_sequences_to_the_new_one() -> None:
-    gateway = ResumingGateway()
+def test_a_request_that_was_taken_over_leaves_the_sequences_to_the_new_one(gateway: ResumingGateway) -> None:
     older, newer = (Request(client, Generate(1, session="s"), 0.0, None, size=SIZE) for client in (A, B))
     for request in (older, newer):
         gateway.table.add(request)
@@ -70,8 +71,7 @@ def test_a_request_that_was_taken_over_leaves_the_sequences_to_the_new_one() -> 
     assert not gateway.quota._usage
 
 
-def test_a_resumed_request_weighs_what_it_did_until_its_first_token() -> None:
-    gateway = ResumingGateway()
+def test_a_resumed_request_weighs_what_it_did_until_its_first_token(gateway: ResumingGateway) -> None:
     gateway.resume(A, offsets=(0, 0, 0, 0))
     gateway.answer(0, record(1, []), record(2, []), record(3), record(4, finish="length"))
     assert gateway.quota.queued_bytes == SIZE // 2
@@ -91,16 +91,14 @@ def test_a_full_server_refuses_no_resume_and_counts_it() -> None:
     assert gateway.quota.num_sequences == 3
 
 
-def test_a_resume_with_wrong_offsets_leaves_nothing_running() -> None:
-    gateway = ResumingGateway()
+def test_a_resume_with_wrong_offsets_leaves_nothing_running(gateway: ResumingGateway) -> None:
     gateway.resume(A, offsets=(9, 0))
     gateway.answer(0, record(7), record(8, finish="length"))
     assert gateway.heard(A) == ["bad_request"]
     assert gateway.cancelled == [7]
 
 
-def test_when_one_choice_has_failed_the_others_end() -> None:
-    gateway = ResumingGateway()
+def test_when_one_choice_has_failed_the_others_end(gateway: ResumingGateway) -> None:
     gateway.resume(A, offsets=(0, 0))
     gateway.answer(0, record(7, finish="error", error="broken"), record(8))
     assert gateway.heard(A) == ["engine_error"]
@@ -154,8 +152,7 @@ def test_a_resume_that_cannot_be_asked_takes_nothing_from_the_connection_before(
     assert gateway.cancelled == []
 
 
-def test_a_key_that_is_taken_away_before_the_engine_answers_gets_nothing() -> None:
-    gateway = ResumingGateway()
+def test_a_key_that_is_taken_away_before_the_engine_answers_gets_nothing(gateway: ResumingGateway) -> None:
     gateway.resume(A)
     gateway.revoked.add(ACCOUNT)
     gateway.answer(0, record())
@@ -164,8 +161,7 @@ def test_a_key_that_is_taken_away_before_the_engine_answers_gets_nothing() -> No
     assert len(gateway.table) == 0
 
 
-def test_however_often_a_client_resumes_a_request_the_engine_is_asked_once_at_a_time() -> None:
-    gateway = ResumingGateway()
+def test_however_often_a_client_resumes_a_request_the_engine_is_asked_once_at_a_time(gateway: ResumingGateway) -> None:
     for _ in range(1000):
         gateway.resume(A)
     assert len(gateway.questions) == gateway.quota.num_questions == 1

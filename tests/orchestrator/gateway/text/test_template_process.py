@@ -28,20 +28,17 @@ def helpers() -> list[psutil.Process]:
     return [each for each in psutil.Process().children() if each.cmdline()[-1].endswith("template_process")]
 
 
-@pytest.mark.parametrize(
-    "bomb",
-    [
-        "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-        "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-        "{{ range(99999) | join('a' * 65536) }}",
-        "{{ ('a' * 65536).replace('a', 'b' * 65536) }}",
-        "{{ 'a'.center(10 ** 10) }}",
-        "{{ 'a' | center(10 ** 10) }}",
-        "{{ 'a' * 300000000 }}",
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{% set n = namespace(i=3) %}{% for i in range(60) %}{% set n.i = n.i * n.i %}{% endfor %}",
-    ],
-)
+@pytest.mark.parametrize("bomb", [
+    "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "{{ range(99999) | join('a' * 65536) }}",
+    "{{ ('a' * 65536).replace('a', 'b' * 65536) }}",
+    "{{ 'a'.center(10 ** 10) }}",
+    "{{ 'a' | center(10 ** 10) }}",
+    "{{ 'a' * 300000000 }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set n = namespace(i=3) %}{% for i in range(60) %}{% set n.i = n.i * n.i %}{% endfor %}",
+])  # fmt: skip
 def test_a_bomb_ends_in_an_error_and_the_next_messages_are_rendered(bomb: str) -> None:
     template, before = process_of(bomb), psutil.Process().memory_info().rss
     assert say(template, "hello") == "<s>hello"

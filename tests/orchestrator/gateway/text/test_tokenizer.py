@@ -99,13 +99,9 @@ def test_the_default_models_tokenizer_loads_at_once() -> None:
 def byte_level(pre: str, **extra: object) -> dict[str, Any]:
     tokens = [*byte_level_table(), "Ġa", "12", "<|x|>"]
     return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1] * 258 + [3],
-        "tokenizer.ggml.merges": ["Ġ a", "1 2"],
-        **extra,
-    }
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 258 + [3], "tokenizer.ggml.merges": ["Ġ a", "1 2"], **extra,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
@@ -157,17 +153,14 @@ def test_sentence_piece_merges_follow_the_scores_and_bytes_are_the_fallback() ->
     assert build_tokenizer(sentence_piece(space_prefix=True)).encode("ab").tokens == ["<s>", "▁ab"]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"tokenizer.ggml.pre": "unheard-of"}, "supported: default"),
-        ({"tokenizer.ggml.model": "t5"}, "send token ids"),
-        ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
-        ({"tokenizer.ggml.token_type": [1]}, "259 entries"),
-        ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges"),
-        ({"tokenizer.ggml.merges": ["Ġ nonsense"]}, "nonsense"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [
+    ({"tokenizer.ggml.pre": "unheard-of"}, "supported: default"),
+    ({"tokenizer.ggml.model": "t5"}, "send token ids"),
+    ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
+    ({"tokenizer.ggml.token_type": [1]}, "259 entries"),
+    ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges"),
+    ({"tokenizer.ggml.merges": ["Ġ nonsense"]}, "nonsense"),
+])  # fmt: skip
 def test_an_unusable_vocabulary_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(TokenizerError, match=words):
         build_tokenizer({**byte_level("gpt-2"), **change})
