@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.worker.kernels.attention.decode import decode_attention_packed
+from mgpu.worker.kernels.attention.decode import decode_attention
 from mgpu.worker.kernels.attention.inputs import PackedHeads, PagedCache
 from mgpu.worker.kernels.layers.activation import gated_activation
 from mgpu.worker.kernels.layers.norm import add_rms_norm, rms_norm
@@ -75,7 +75,7 @@ class DecodeChain:
         rows = qkv.shape[0]
         heads = PackedHeads(qkv.view(rows, -1, DIM), self.cos_sin)
         cache = PagedCache(*self.caches[layer], self.tables[:rows], self.lens[:rows])
-        out = decode_attention_packed(heads, cache, scale=DIM**-0.5, workspace=self.workspace)
+        out = decode_attention(heads, cache, scale=DIM**-0.5, workspace=self.workspace)
         return out.view(rows, -1)
 
     def step(self, rows: int, tilings: Tilings | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.attention.interface import AttentionSpec
-from mgpu.worker.kernels.attention.decode import decode_attention, decode_attention_packed
+from mgpu.worker.kernels.attention.decode import decode_attention
 from mgpu.worker.kernels.attention.inputs import PackedHeads, PagedCache
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
@@ -79,7 +79,7 @@ class TritonStep:
         norms = (spec.norms.q_weight, spec.norms.k_weight, spec.norms.eps) if spec.norms is not None else ()
         heads = PackedHeads(qkv_TAK, table_PK, scale_T, *norms)
         if self._decode is not None and self._prompts is None:
-            return decode_attention_packed(heads, self._decode.of(cache), scale=spec.scale, window=spec.window)
+            return decode_attention(heads, self._decode.of(cache), scale=spec.scale, window=spec.window)
         q_THK = rope_and_cache(heads, self._positions_T, self._slots_T, cache.k_NBJK, cache.v_NBJK)
         out_THK = torch.empty_like(q_THK)
         if self._decode is not None:

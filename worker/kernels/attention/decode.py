@@ -10,8 +10,8 @@ rounded up to a tile: 128. So programs 0 to 7 have work (the last one 104 tokens
 stores its sum, its largest score and its sum of weights. The last one to finish merges all eight in the order of the
 context, so that the result does not depend on which one that was.
 
-`decode_attention_packed` starts from the packed product: every program rotates its query heads, and the program with
-the end of the context first writes the new key and value to the cache. That saves a kernel per layer.
+From the packed product, every program rotates its query heads, and the program with the end of the context first
+writes the new key and value to the cache. That saves a kernel per layer.
 """
 
 # R rows, H query heads, A packed heads, K head dim
@@ -190,7 +190,7 @@ def _fastest_tiling(rows: int, kv_heads: int, dim: int, cache_dtype: torch.dtype
 
 
 def decode_attention(
-    q_RHK: Tensor,
+    heads: Tensor | PackedHeads,
     cache: PagedCache,
     *,
     scale: float,
@@ -199,50 +199,22 @@ def decode_attention(
     out_RHK: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """Attend from each row's last token (position ``context_len - 1``, already in the cache) to its context.
+    """Attend from each row's last token (position ``context_len - 1``) to its context.
 
-    q may have any row stride. ``window``: the last tokens that are seen, itself included. Rows with a context of 0
-    yield zeros. K is a power of two from 16 on, of a float8 cache from 32 on.
+    ``heads``: queries [R, H, K] with any row stride, whose tokens are in the cache already. Or the packed product, for
+    which `rope_and_cache` is done at once: the new key and value go to the place that the block table says, and rows
+    with a context of 0 write nothing. ``window``: the last tokens that are seen, itself included. Rows with a context
+    of 0 yield zeros. K is a power of two from 16 on, of a float8 cache from 32 on.
     """
-    return _launch(q_RHK, None, cache, q_RHK.shape[1], scale, window, tiling, out_RHK, workspace)
-
-
-def decode_attention_packed(
-    heads: PackedHeads,
-    cache: PagedCache,
-    *,
-    scale: float,
-    window: int | None = None,
-    tiling: DecodeTiling | None = None,
-    out_RHK: Tensor | None = None,
-    workspace: Workspace | None = None,
-) -> Tensor:
-    """Do `rope_and_cache` and `decode_attention` at once for rows whose new token is at ``context_len - 1``.
-
-    The new key and value go to the place that the block table says; rows with a context of 0 write nothing.
-    """
-    num_q = heads.qkv_TAK.shape[1] - 2 * cache.num_kv
-    return _launch(heads.qkv_TAK, heads, cache, num_q, scale, window, tiling, out_RHK, workspace)
-
-
-def _launch(
-    heads_RAK: Tensor,
-    packed: PackedHeads | None,
-    cache: PagedCache,
-    num_q: int,
-    scale: float,
-    window: int | None,
-    tiling: DecodeTiling | None,
-    out_RHK: Tensor | None,
-    workspace: Workspace | None,
-) -> Tensor:
-    """Launch over heads that are ready (``packed`` is None) or packed."""
-    rows, dim, device = heads_RAK.shape[0], heads_RAK.shape[2], heads_RAK.device
-    num_kv = cache.num_kv
+    num_kv, packed = cache.num_kv, None
+    if isinstance(heads, PackedHeads):
+        packed, heads = heads, heads.qkv_TAK
+    rows, num_heads, dim = heads.shape
+    num_q, device = num_heads if packed is None else num_heads - 2 * num_kv, heads.device
     group = num_q // num_kv
     tiling = tiling or choose_tiling(rows, num_kv, dim, cache.k_NBJK.dtype, shared_bytes(device))
     if out_RHK is None:
-        out_RHK = torch.empty(rows, num_q, dim, dtype=heads_RAK.dtype, device=device)
+        out_RHK = torch.empty(rows, num_q, dim, dtype=heads.dtype, device=device)
     workspace = workspace or default_workspace(device)
     slots = rows * num_kv * tiling.splits
     if tiling.splits > 1:
@@ -252,11 +224,11 @@ def _launch(
         k, v = k.view(torch.int16), v.view(torch.int16)
     _, cos_sin, row_scale, q_weight, k_weight, eps = packed or _READY
     _decode_kernel[(num_kv, tiling.splits, rows)](
-        heads_RAK, k, v, cache.tables_RP, cache.lens_R, out_RHK, workspace.partials, workspace.counters,
+        heads, k, v, cache.tables_RP, cache.lens_R, out_RHK, workspace.partials, workspace.counters,
         row_scale, cos_sin, q_weight, k_weight, cache.k_NBJK, cache.v_NBJK,
         eps, 1.0 / cache.k_scale, 1.0 / cache.v_scale,
         scale * cache.k_scale * LOG2_E, cache.v_scale, window or UNLIMITED,
-        cache.tables_RP.stride(0), heads_RAK.stride(0), *k.stride()[:3], slots * group * dim, tiling.splits,
+        cache.tables_RP.stride(0), heads.stride(0), *k.stride()[:3], slots * group * dim, tiling.splits,
         group, max(16, power_of_2(group)), power_of_2(group), dim,
         cache.block_size, tiling.block_n, tiling.stretch, COMBINE,
         cache.is_fp8, packed is not None, overlaps_launches(device), not INTERPRETED,

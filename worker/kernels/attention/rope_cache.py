@@ -1,7 +1,7 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """Between the packed product and attention: scale, normalize and rotate heads, and write keys and values to the cache.
 
-`rope_and_cache` does it in a kernel of its own. `decode_attention_packed` does it within attention, one head at a time:
+`rope_and_cache` does it in a kernel of its own. `decode_attention` can do it within attention, one head at a time:
 `turned_heads` and `store_new_token` are its parts.
 """
 

@@ -1,5 +1,7 @@
 """The check that kernels must pass before a worker uses them: it passes here, and finds what is wrong."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.worker.attention import check as kernel_check
 from mgpu.worker.attention import triton_backend as triton_attention
 from mgpu.worker.attention.interface import AttentionShape
+from mgpu.worker.kernels.attention.decode import decode_attention
 
 
 @pytest.mark.parametrize(("window", "kept"), [(None, "auto"), (40, "fp8")])
@@ -26,7 +29,10 @@ def test_a_head_size_that_kernels_cannot_have_is_named(device: torch.device, dim
 def test_a_kernel_that_computes_something_else_is_found(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, result: float
 ) -> None:
-    monkeypatch.setattr(triton_attention, "decode_attention", lambda *args, out_RHK, **options: out_RHK.fill_(result))
+    def wrong(*args: Any, out_RHK: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        return decode_attention(*args, **options) if out_RHK is None else out_RHK.fill_(result)
+
+    monkeypatch.setattr(triton_attention, "decode_attention", wrong)
     problem = kernel_check.attention_problem(device, AttentionShape(2, 1, 16, torch.float32, (None,)))
     assert problem is not None
     assert "off by" in problem

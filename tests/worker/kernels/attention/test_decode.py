@@ -2,12 +2,7 @@ import pytest
 import torch
 
 from harness.kernel_checks import paged_cache, relative_error, tolerance
-from mgpu.worker.kernels.attention.decode import (
-    DecodeTiling,
-    choose_tiling,
-    decode_attention,
-    decode_attention_packed,
-)
+from mgpu.worker.kernels.attention.decode import DecodeTiling, choose_tiling, decode_attention
 from mgpu.worker.kernels.attention.inputs import PackedHeads, PagedCache
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.reference import paged_attention
@@ -94,7 +89,7 @@ def test_the_packed_product_is_turned_stored_and_attended_to(
     options = {"scale": 0.125, "window": window, "tiling": DecodeTiling(splits, 32, 32)}
     expected = decode_attention(q, PagedCache(k, v, cache.tables, cache.lens, **scales), **options)
 
-    got = decode_attention_packed(heads, cache.inputs(**scales), **options)
+    got = decode_attention(heads, cache.inputs(**scales), **options)
 
     torch.testing.assert_close(cache.k.float(), k.float(), equal_nan=True, rtol=0.01, atol=0.01)
     assert torch.equal(cache.v.view(torch.uint8), v.view(torch.uint8))
