@@ -18,6 +18,7 @@ from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.float8_product import float8_product
 from mgpu.worker.kernels.products.quantized_gemm import Tiling, quantized_gemm
 from mgpu.worker.kernels.runtime import Workspace
+from mgpu.worker.layers.linear import Storage
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.quantization.float8_rows import values_and_scale
@@ -136,7 +137,7 @@ def run_half(norm: RMSNorm, mlp: GatedMLP, residual: Tensor, x: Tensor) -> Tenso
 def half_layers(form: WeightFormat) -> list[tuple[RMSNorm, GatedMLP]]:
     device, halves = torch.device("cuda"), []
     for seed in range(3):
-        mlp = GatedMLP(4096, 14336, "silu", False, SingleRank(), BF16, device, form)
+        mlp = GatedMLP(4096, 14336, "silu", False, SingleRank(), Storage(BF16, device, form))
         norm = RMSNorm(4096, 1e-5, BF16, device)
         norm.takes_float8 = mlp.gate_up.takes_float8
         for linear in (mlp.gate_up, mlp.down):

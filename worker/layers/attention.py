@@ -6,14 +6,12 @@ consecutive ranks hold copies of one.
 
 # T tokens, D model dim, H query heads of this rank, J KV heads of this rank, K head dim
 
-import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import head_shard
-from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
-from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_slices
+from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, Storage, qkv_slices
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta
@@ -32,21 +30,19 @@ class Attention(Module):
         facts: ModelFacts,
         group: TensorParallelGroup,
         window: int | None,
-        dtype: torch.dtype,
-        device: torch.device,
+        storage: Storage,
         norms_unit_offset: bool = False,
-        form: WeightFormat = DENSE,
     ) -> None:
         heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
         self.head_dim = facts.head_dim
         self.num_q, self.num_kv = heads.num_q, heads.num_kv
         slices = qkv_slices(heads, facts.head_dim)
-        self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, dtype, device, form)
-        self.out = RowParallelLinear(slices[0].rows, facts.hidden_size, facts.output_bias, group, dtype, device, form)
+        self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, storage)
+        self.out = RowParallelLinear(slices[0].rows, facts.hidden_size, facts.output_bias, group, storage)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if facts.qk_norm:
-            of_heads = facts.head_dim, facts.rms_norm_eps, dtype, device, norms_unit_offset, True
+            of_heads = facts.head_dim, facts.rms_norm_eps, storage.dtype, storage.device, norms_unit_offset, True
             self.q_norm, self.k_norm = RMSNorm(*of_heads), RMSNorm(*of_heads)
         self.spec = AttentionSpec(facts.attention_scale, window, self._head_norms())
 

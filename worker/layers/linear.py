@@ -31,21 +31,23 @@ def even_range(total: int, rank: int, size: int) -> range:
     return range(total * rank // size, total * (rank + 1) // size)
 
 
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How weights are held: in which type and where, and those of linear layers in which format."""
+
+    dtype: torch.dtype
+    device: torch.device
+    form: WeightFormat = DENSE
+
+
 class Linear(Module):
     """Hold one rank's weight [O, I], dense or quantized, and an optional bias [O].
 
     A weight to be quantized is dense only while it is loaded, so that a rank never holds two dense ones.
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        bias: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        form: WeightFormat = DENSE,
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, storage: Storage) -> None:
+        dtype, device, form = storage.dtype, storage.device, storage.form
         self._shape = (outputs, inputs)
         self._form = form
         self.packed: PackedWeight | None = None
@@ -120,16 +122,8 @@ class RowSlice:
 class ColumnParallelLinear(Linear):
     """Compute this rank's outputs of several matrices over the same input, stacked in one weight."""
 
-    def __init__(
-        self,
-        inputs: int,
-        slices: tuple[RowSlice, ...],
-        bias: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        form: WeightFormat = DENSE,
-    ) -> None:
-        super().__init__(inputs, sum(len(part.rows) for part in slices), bias, dtype, device, form)
+    def __init__(self, inputs: int, slices: tuple[RowSlice, ...], bias: bool, storage: Storage) -> None:
+        super().__init__(inputs, sum(len(part.rows) for part in slices), bias, storage)
         self.slices = slices
 
     def load(self, reader: WeightReader, prefix: str) -> None:
@@ -154,17 +148,8 @@ def qkv_slices(heads: HeadShard, head_dim: int) -> tuple[RowSlice, ...]:
 class RowParallelLinear(Linear):
     """Multiply this rank's inputs by its columns and sum over the ranks; the bias is added once, after the sum."""
 
-    def __init__(
-        self,
-        columns: range,
-        outputs: int,
-        bias: bool,
-        group: TensorParallelGroup,
-        dtype: torch.dtype,
-        device: torch.device,
-        form: WeightFormat = DENSE,
-    ) -> None:
-        super().__init__(len(columns), outputs, bias, dtype, device, form)
+    def __init__(self, columns: range, outputs: int, bias: bool, group: TensorParallelGroup, storage: Storage) -> None:
+        super().__init__(len(columns), outputs, bias, storage)
         self.columns = columns
         self.group = group
 

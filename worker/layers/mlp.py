@@ -4,14 +4,12 @@
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation
-from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.kernels.use import uses_kernels
-from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, even_range
+from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, Storage, even_range
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.loaders.reader import WeightReader
@@ -29,17 +27,15 @@ class GatedMLP(Module):
         activation: Activation,
         bias: bool,
         group: TensorParallelGroup,
-        dtype: torch.dtype,
-        device: torch.device,
-        form: WeightFormat = DENSE,
+        storage: Storage,
     ) -> None:
         mine = even_range(intermediate_size, group.rank, group.size)
         self.activation = activation
-        self._activate = _kernel_activation() if uses_kernels(device) else _plain_activation
+        self._activate = _kernel_activation() if uses_kernels(storage.device) else _plain_activation
         self.width = len(mine)
         slices = (RowSlice("gate_proj", mine), RowSlice("up_proj", mine))
-        self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, dtype, device, form)
-        self.down = RowParallelLinear(mine, hidden_size, bias, group, dtype, device, form)
+        self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, storage)
+        self.down = RowParallelLinear(mine, hidden_size, bias, group, storage)
 
     def __call__(self, x_TD: Activations) -> Delta:
         return self.down.partial(self._activate(self, x_TD))

@@ -9,7 +9,7 @@ from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant, weight_format
-from mgpu.worker.layers.linear import Linear
+from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.loaders.copiers import reading_threads
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.gemma3 import Gemma3Layer
@@ -35,7 +35,7 @@ def build_stage(
     Linear weights that will be quantized get their memory when they are loaded, one after the other.
     """
     assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
-    context = BuildContext(facts, group, dtype, device, weight_format(quant), kv_cache_dtype)
+    context = BuildContext(facts, group, Storage(dtype, device, weight_format(quant)), kv_cache_dtype)
     if facts.architecture == "gemma3":
         return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
     return DecoderStage(context, layers, LlamaLayer)

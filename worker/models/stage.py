@@ -11,11 +11,10 @@ from torch import Tensor
 
 from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import head_shard
-from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention
 from mgpu.worker.layers.attention import Attention
-from mgpu.worker.layers.linear import Linear
+from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
@@ -37,30 +36,28 @@ class BuildContext:
 
     facts: ModelFacts
     group: TensorParallelGroup
-    dtype: torch.dtype
-    device: torch.device
-    form: WeightFormat = DENSE
-    """Of linear layers."""
+    storage: Storage
     kv_cache_dtype: KvCacheDtype = "auto"
 
     def window_of(self, layer: int) -> int | None:
         return self.facts.sliding_window if self.facts.sliding_layers[layer] else None
 
     def attention(self, layer: int, norms_unit_offset: bool = False) -> Attention:
-        window = self.window_of(layer)
-        return Attention(self.facts, self.group, window, self.dtype, self.device, norms_unit_offset, self.form)
+        return Attention(self.facts, self.group, self.window_of(layer), self.storage, norms_unit_offset)
 
     def mlp(self) -> GatedMLP:
         facts = self.facts
         sizes = facts.hidden_size, facts.intermediate_size
-        return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, self.dtype, self.device, self.form)
+        return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, self.storage)
 
     def vocab(self) -> VocabParallel:
-        return VocabParallel(self.facts.vocab_size, self.facts.hidden_size, self.group, self.dtype, self.device)
+        sizes = self.facts.vocab_size, self.facts.hidden_size
+        return VocabParallel(*sizes, self.group, self.storage.dtype, self.storage.device)
 
     def norm(self, unit_offset: bool = False, before: Linear | None = None) -> RMSNorm:
         """Make a norm over the model dimension. ``before``: the only layer that its result goes into."""
-        norm = RMSNorm(self.facts.hidden_size, self.facts.rms_norm_eps, self.dtype, self.device, unit_offset)
+        facts, storage = self.facts, self.storage
+        norm = RMSNorm(facts.hidden_size, facts.rms_norm_eps, storage.dtype, storage.device, unit_offset)
         if before is not None:
             norm.takes_float8 = before.takes_float8
         return norm
@@ -91,13 +88,13 @@ class DecoderStage(Module):
         facts = context.facts
         self.facts = facts
         self.layer_range = layers
-        self.dtype = context.dtype
-        self.device = context.device
+        self.dtype = context.storage.dtype
+        self.device = context.storage.device
         self.max_positions = facts.max_position
         """Positions in the tables of angles. A server with shorter requests lowers it before the first step."""
         self.is_first = layers.start == 0
         self.is_last = layers.stop == facts.num_layers
-        self.embedding_scale = float(torch.tensor(facts.embedding_scale, dtype=context.dtype))
+        self.embedding_scale = float(torch.tensor(facts.embedding_scale, dtype=self.dtype))
         self.layers = [make_layer(context, index) for index in layers]
         self.norm = context.norm(norms_unit_offset) if self.is_last else None
         self.embedding = context.vocab() if self.is_first else None
@@ -106,7 +103,7 @@ class DecoderStage(Module):
             is_tied = self.embedding is not None and facts.tie_embeddings
             self.head = self.embedding if is_tied else context.vocab()
         self._is_sliding = [facts.sliding_layers[index] for index in layers]
-        self._rotary = _rotary_embeddings(facts, context.device)
+        self._rotary = _rotary_embeddings(facts, self.device)
         self.attention_shape = self._shape_of_attention(context)
 
     @cached_property
@@ -129,7 +126,7 @@ class DecoderStage(Module):
         heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
         windows = tuple({context.window_of(index): None for index in self.layer_range})
         sizes = heads.num_q, heads.num_kv, facts.head_dim
-        return AttentionShape(*sizes, context.dtype, windows, context.kv_cache_dtype)
+        return AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype)
 
     @property
     def has_kernels(self) -> bool:

@@ -22,6 +22,7 @@ from mgpu.worker.kernels.layers.norm import add_rms_norm, add_rms_norm_float8, r
 from mgpu.worker.kernels.products import float8_product as products
 from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.layers import linear, mlp, norm
+from mgpu.worker.layers.linear import Storage
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.models import stage
@@ -144,7 +145,7 @@ def test_layers_hand_quantized_rows_and_scales_on(
     use_float8_layers(device, monkeypatch)
     separate = count_calls(monkeypatch, quantize_rows)
     torch.manual_seed(0)
-    layer = GatedMLP(64, 80, "silu", bias, SingleRank(), BF16, device, weight_format("fp8"))
+    layer = GatedMLP(64, 80, "silu", bias, SingleRank(), Storage(BF16, device, weight_format("fp8")))
     before, after = (RMSNorm(64, 1e-6, BF16, device) for _ in range(2))
     before.takes_float8 = layer.gate_up.takes_float8
     for part in (layer.gate_up, layer.down):
