@@ -29,20 +29,18 @@ LLAMA_70B: Config = {
     "num_attention_heads": 64,
 }
 QWEN3_32B: Config = {
+    **LLAMA_8B,
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "hidden_size": 5120,
     "intermediate_size": 25600,
     "num_hidden_layers": 64,
     "num_attention_heads": 64,
-    "num_key_value_heads": 8,
     "head_dim": 128,
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
 }
 SMOLLM2_135M: Config = {
     **LLAMA_8B,
