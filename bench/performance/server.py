@@ -126,7 +126,9 @@ class _Asked:
         for batch, context in part.decode:
             self._decode(batch, context)
         if part.first_token:
-            self._measure(FIRST_TOKEN, 1, part.first_token, "ms", self.fresh.first_token_ms, FIRST_TOKENS)
+            self._measure(
+                FIRST_TOKEN, 1, part.first_token, "ms", lambda size: self.fresh.first_token_s(size) * 1e3, FIRST_TOKENS
+            )
         for count, length in part.prefill:
             self._measure(PREFILL, count, length, TOKENS_PER_S, partial(self.fresh.prefill_rate, effort.size(count)))
         for count, length in part.bursts:

@@ -1,8 +1,9 @@
 """Options of the benchmarks: what each of them takes, and numbers such as ``--batches 1,8,64`` and ``--seconds 1``."""
 
+import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from mgpu.launch.bench.shapes import SHAPES
 from mgpu.launch.server_process import orderly_end
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 Sizes = tuple[tuple[int, int], ...]
 
 LONGEST_S = 86400
@@ -22,7 +24,7 @@ class Wanted:
     """What the user typed about the server and the measuring."""
 
     model: str
-    shape: str
+    shape: str | None
     bandwidth: str
     repeat: int
     save: Path | None
@@ -33,17 +35,10 @@ def target_options(command: F) -> F:
     """Add what every benchmark takes; it arrives as one `Wanted`."""
 
     @functools.wraps(command)  # which also keeps the options that are declared below this one
-    def wrapped(
-        model: str,
-        shape: str | None,
-        bandwidth: str,
-        repeat: int,
-        save: Path | None,
-        serve_options: tuple[str, ...],
-        **others: Any,
-    ) -> Any:
+    def wrapped(**values: Any) -> Any:
+        wanted = Wanted(**{field.name: values.pop(field.name) for field in fields(Wanted)})
         with orderly_end():
-            return command(Wanted(model, shape or "", bandwidth, repeat, save, serve_options), **others)
+            return command(wanted, **values)
 
     for option in (
         click.argument("serve_options", nargs=-1, type=click.UNPROCESSED),
@@ -88,32 +83,29 @@ def seconds(_ctx: click.Context, _param: click.Parameter, value: float) -> float
 
 def whole_numbers(_ctx: click.Context, param: click.Parameter, text: str) -> tuple[int, ...]:
     """Read ``1,8,64``. BadParameter for anything that is no list of positive whole numbers, or empty without leave."""
-    try:
-        numbers = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        numbers = (0,)
-    if any(number <= 0 for number in numbers) or (param.default and not numbers):
-        raise click.BadParameter(f"{text!r} is not a list of positive whole numbers such as 1,8,64")
-    return numbers
+    least = 1 if param.default else 0
+    return _listed(text, int, lambda number: number > 0, "of positive whole numbers such as 1,8,64", least)
 
 
 def rates(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[float, ...]:
     """Read ``0.5,2``. BadParameter for anything that is no list of positive numbers."""
-    try:
-        numbers = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        numbers = (0.0,)
-    if not all(0 < number < float("inf") for number in numbers):
-        raise click.BadParameter(f"{text!r} is not a list of positive numbers such as 0.5,2")
-    return numbers
+    return _listed(text, float, lambda number: 0 < number < float("inf"), "of positive numbers such as 0.5,2", 0)
 
 
 def sizes(_ctx: click.Context, _param: click.Parameter, text: str) -> Sizes:
     """Read ``32x1024,4x8192``. BadParameter for anything that is no list of COUNTxLENGTH."""
-    try:
-        pairs = [tuple(map(int, part.split("x"))) for part in text.split(",") if part.strip()]
-    except ValueError:
-        pairs = [()]
-    if not pairs or any(len(pair) != 2 or min(pair) <= 0 for pair in pairs):
-        raise click.BadParameter(f"{text!r} is not a list such as 32x1024,4x8192")
-    return tuple((pair[0], pair[1]) for pair in pairs)
+    return _listed(text, _pair, lambda pair: min(pair) > 0, "such as 32x1024,4x8192", 1)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    count, length = text.split("x")
+    return int(count), int(length)
+
+
+def _listed(text: str, read: Callable[[str], T], is_right: Callable[[T], bool], what: str, least: int) -> tuple[T, ...]:
+    """Read parts between commas. BadParameter when one of them is wrong, or when there are fewer than ``least``."""
+    with contextlib.suppress(ValueError):
+        items = tuple(read(part) for part in text.split(",") if part.strip())
+        if len(items) >= least and all(map(is_right, items)):
+            return items
+    raise click.BadParameter(f"{text!r} is not a list {what}")

@@ -116,10 +116,6 @@ class Probe:
         stream.completion()
         return elapsed_s
 
-    def first_token_ms(self, length: int) -> float:
-        """Return `first_token_s` in milliseconds."""
-        return self.first_token_s(length) * 1e3
-
     def prefill_rate(self, count: int, length: int) -> float:
         """Return prompt tokens per second when ``count`` prompts come at once."""
         prompts = [self.prompt(length) for _ in range(count)]
