@@ -7,6 +7,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping
+from configparser import RawConfigParser
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -290,11 +291,7 @@ def _converted(option: Option, value: object, where: str) -> object:
 
 
 def _to_bool(value: object, where: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).lower()
-    if text in ("1", "true", "yes", "on"):
-        return True
-    if text in ("0", "false", "no", "off"):
-        return False
-    raise ConfigError(f"{where} is {value!r}; write true or false")
+    found = RawConfigParser.BOOLEAN_STATES.get(str(value).lower())  # 1 and 0, true and false, yes and no, on and off
+    if found is None:
+        raise ConfigError(f"{where} is {value!r}; write true or false")
+    return found

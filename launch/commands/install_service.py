@@ -107,11 +107,8 @@ def check_reachable(paths: Iterable[str]) -> None:
 
 def config_dir(user: bool, environ: Mapping[str, str]) -> Path:
     """Return the folder that the unit's %E/mgpu stands for."""
-    return _user_config(environ) / "mgpu" if user else Path("/etc/mgpu")
-
-
-def _user_config(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    own = Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return own / "mgpu" if user else Path("/etc/mgpu")
 
 
 def service_files(config: Path, user: bool, launcher: str) -> Iterator[ServiceFile]:
