@@ -41,10 +41,8 @@ class Plan:
         return self.kv_tokens / self.limits.max_seq_len
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    placement: PlacementPlan
-    reason: str
+_Choice = tuple[PlacementPlan, str]
+"""A placement and the reason for it."""
 
 
 def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
@@ -54,9 +52,9 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     """
     options = replace(options, block_size=options.block_size or BLOCK_SIZE[machine.kind])
     max_batch_tokens = step_tokens(options, machine.kind, machine.least_bytes)
-    choice = _choose(facts, machine, options)
-    check_float8(machine, choice.placement, options)
-    layout = _layout(machine, choice.placement, options)
+    placement, reason = _choose(facts, machine, options)
+    check_float8(machine, placement, options)
+    layout = _layout(machine, placement, options)
     sizing = Sizing(facts, machine, layout, options)
     rows = rank_rows(sizing)
     kv_tokens, max_seq_len = fit_tokens(sizing, rows)
@@ -65,10 +63,10 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     return Plan(
         facts=facts,
         machine=machine,
-        layout=replace(layout, placement=_on_real_devices(choice.placement, machine)),
+        layout=replace(layout, placement=_on_real_devices(placement, machine)),
         limits=StepLimits(options.block_size, options.max_rows, max_batch_tokens, max_seq_len),
-        mode=_mode(choice.placement, machine),
-        reason=choice.reason,
+        mode=_mode(placement, machine),
+        reason=reason,
         rows=rows,
         kv_tokens=kv_tokens,
         kv_memory=0 if machine.kind == "cuda" and not options.kv_memory else kv_memory,
@@ -114,7 +112,7 @@ def _choose(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> _Cho
         return _choose_size(facts, machine, options, options.tp)
     count = len(machine.devices)
     if count == 1:
-        return _Choice(_one_stage(facts, 1), "one CPU worker" if machine.kind == "cpu" else "one GPU is visible")
+        return _one_stage(facts, 1), "one CPU worker" if machine.kind == "cpu" else "one GPU is visible"
     if machine.kind == "cuda" and not machine.nccl:
         return _choose_balanced(facts, machine, options, machine.nccl_problem)
     sizes = compatible_sizes(facts, options.quant)
@@ -124,7 +122,7 @@ def _choose(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> _Cho
         return _choose_balanced(facts, machine, options, reason)
     if count not in sizes:
         raise _split_error(facts, machine, options, count, f"{count} {_noun(machine, count)}")
-    return _Choice(_one_stage(facts, count), _split_reason(facts, machine, count))
+    return _one_stage(facts, count), _split_reason(facts, machine, count)
 
 
 def _noun(machine: Machine, count: int) -> str:
@@ -149,7 +147,7 @@ def _choose_map(facts: ModelFacts, machine: Machine, options: LayoutOptions, tex
             f'used. Drop one of them, or write a hybrid such as -n "0+1:{facts.num_layers}"'
         )
     placement = parse_layer_map(text, facts, len(machine.devices), _noun(machine, 1), options.quant)
-    return _Choice(placement, f'-n "{text}"')
+    return placement, f'-n "{text}"'
 
 
 def _choose_size(facts: ModelFacts, machine: Machine, options: LayoutOptions, size: int) -> _Choice:
@@ -164,7 +162,7 @@ def _choose_size(facts: ModelFacts, machine: Machine, options: LayoutOptions, si
         )
     if size not in compatible_sizes(facts, options.quant):
         raise _split_error(facts, machine, options, size, f"--tp {size}: {size} {_noun(machine, size)}")
-    return _Choice(_one_stage(facts, size), f"--tp {size}")
+    return _one_stage(facts, size), f"--tp {size}"
 
 
 def _split_error(
@@ -204,7 +202,7 @@ def _choose_balanced(facts: ModelFacts, machine: Machine, options: LayoutOptions
         layer_bytes(facts, 1, dtype_bytes, options.quant),
         [elements * dtype_bytes for elements in edges],
     )
-    return _Choice(placement, reason)
+    return placement, reason
 
 
 def _mode(placement: PlacementPlan, machine: Machine) -> Mode:

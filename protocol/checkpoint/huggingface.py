@@ -80,7 +80,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation_eos: tuple[int
     num_q_heads = fields.integer("num_attention_heads", base.num_q_heads, high=Limit.HEADS)
     head_dim = _head_dim(fields, base, hidden, num_q_heads)
     max_position = fields.integer("max_position_embeddings", base.max_position, high=Limit.POSITION)
-    rope = _rope(fields, family, max_position)
+    theta, local_theta, scaling = _rope(fields, family, max_position)
     window, sliding = _sliding(fields, family, num_layers)
     biased = fields.boolean("attention_bias", False) and family != "mistral"
     eos = generation_eos + (fields.token_ids("eos_token_id") or outer.token_ids("eos_token_id") or base.eos)
@@ -95,9 +95,9 @@ def _facts(family: str, outer: Fields, fields: Fields, generation_eos: tuple[int
         vocab_size=fields.integer("vocab_size", base.vocab_size, high=Limit.VOCAB),
         max_position=max_position,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=rope.theta,
-        rope_local_theta=rope.local_theta,
-        rope_scaling=rope.scaling,
+        rope_theta=theta,
+        rope_local_theta=local_theta,
+        rope_scaling=scaling,
         sliding_window=window,
         sliding_layers=sliding,
         qkv_bias=biased or family == "qwen2",
@@ -204,15 +204,8 @@ def _dtype(outer: Fields, fields: Fields) -> Dtype:
     return "float32"
 
 
-@dataclass(frozen=True, slots=True)
-class _Rope:
-    theta: float
-    local_theta: float | None
-    scaling: RopeScaling | None
-
-
-def _rope(fields: Fields, family: str, max_position: int) -> _Rope:
-    """Read rotary-embedding parameters in the old style or that of transformers 5.
+def _rope(fields: Fields, family: str, max_position: int) -> tuple[float, float | None, RopeScaling | None]:
+    """Read theta, that of sliding layers and the scaling, in the old style or that of transformers 5.
 
     Old: ``rope_theta`` and ``rope_scaling``. New: ``rope_parameters``, flat or one object per layer type.
     """
@@ -229,7 +222,7 @@ def _rope(fields: Fields, family: str, max_position: int) -> _Rope:
     for holder in (fields, full, sliding):
         if holder is not None and holder.number("partial_rotary_factor", 1.0) != 1.0:
             raise holder.error("partial_rotary_factor", "is not 1, which is not supported")
-    return _Rope(theta, local if family == "gemma3" else None, _rope_scaling(scaling, fields, max_position))
+    return theta, local if family == "gemma3" else None, _rope_scaling(scaling, fields, max_position)
 
 
 def _theta(holder: Fields | None, fields: Fields, key: str, default: float) -> float:
