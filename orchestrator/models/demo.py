@@ -30,7 +30,8 @@ def demo_model_path(cache: Path, report: Callable[[str], None], verify: bool = T
     file of the right size, for callers that read only its header.
     """
     target = cache / "models" / DEMO_FILE
-    if _has_size(target) and (not verify or _sha256(target) == DEMO_SHA256):
+    has_size = target.is_file() and target.stat().st_size == DEMO_BYTES
+    if has_size and (not verify or _sha256(target) == DEMO_SHA256):
         return target
     report(f"fetching {DEMO_NAME} ({DEMO_BYTES / 1e6:.0f} MB) into {target.parent}")
     try:
@@ -41,10 +42,6 @@ def demo_model_path(cache: Path, report: Callable[[str], None], verify: bool = T
     except OSError as error:
         raise ModelError(f"cannot write the demo model to {target}: {error.strerror or error}") from error
     return target
-
-
-def _has_size(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size == DEMO_BYTES
 
 
 def _sha256(path: Path) -> str:

@@ -36,10 +36,6 @@ class Sizing:
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.layout.dtype]
 
-    @property
-    def uses_nccl(self) -> bool:
-        return "nccl" in (self.layout.transport, self.layout.stage_transport)
-
 
 @dataclass(frozen=True, slots=True)
 class RankRow:
@@ -111,7 +107,7 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
         reserve_bytes=reserve,
         budget_bytes=budget,
         kv_token_bytes=per_token,
-        kv_tokens=min(_whole_blocks(pool // per_token, options), most),
+        kv_tokens=min(pool // per_token // options.block_size * options.block_size, most),
     )
 
 
@@ -130,15 +126,12 @@ def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
     if sizing.layout.quant != "none":
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
         step += largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes)
-    return step + _fixed_bytes(machine.devices[place.device]) + (NCCL_BYTES if sizing.uses_nccl else 0)
+    uses_nccl = "nccl" in (sizing.layout.transport, sizing.layout.stage_transport)
+    return step + _fixed_bytes(machine.devices[place.device]) + (NCCL_BYTES if uses_nccl else 0)
 
 
 def _fixed_bytes(device: DeviceInfo) -> int:
     return CUDA_FIXED_BYTES if device.kind == "cuda" else 0
-
-
-def _whole_blocks(tokens: int, options: LayoutOptions) -> int:
-    return tokens // options.block_size * options.block_size
 
 
 def fit_tokens(sizing: Sizing, rows: tuple[RankRow, ...]) -> tuple[int, int]:

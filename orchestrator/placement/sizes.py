@@ -16,11 +16,6 @@ _KV_SPLIT = ("k_proj", "v_proj")
 _MLP_SPLIT = ("gate_proj", "up_proj")
 
 
-def layer_elements(facts: ModelFacts, tp_size: int) -> int:
-    """Count the weights of one layer (they all have the same shapes) on one of ``tp_size`` ranks."""
-    return sum(_share(facts, name, math.prod(shape), tp_size) for name, shape in layer_tensors(facts, 0).items())
-
-
 def _share(facts: ModelFacts, name: str, elements: int, tp_size: int) -> int:
     """Return the elements of a rank's part of one tensor, the largest part where they differ.
 
@@ -37,25 +32,25 @@ def _share(facts: ModelFacts, name: str, elements: int, tp_size: int) -> int:
     return elements
 
 
-def vocab_elements(facts: ModelFacts, tp_size: int) -> int:
-    """Count a rank's rows of the embedding, or of the LM head, with padding."""
-    return padded_vocab(facts.vocab_size, tp_size) // tp_size * facts.hidden_size
-
-
 def edge_elements(facts: ModelFacts, tp_size: int, first: bool, last: bool) -> int:
     """Count the elements of a stage outside of its layers: embedding on the first, final norm and LM head on the last.
 
-    A tied LM head is the embedding itself if one stage has both, else a copy.
+    A tied LM head is the embedding itself if one stage has both, else a copy. Their rows are padded.
     """
+    table = padded_vocab(facts.vocab_size, tp_size) // tp_size * facts.hidden_size
     tables = int(first) + int(last) - int(first and last and facts.tie_embeddings)
-    return tables * vocab_elements(facts, tp_size) + (facts.hidden_size if last else 0)
+    return tables * table + (facts.hidden_size if last else 0)
 
 
 def layer_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int, quant: Quant) -> int:
-    """Return the bytes of one layer on one of ``tp_size`` ranks: quantized matrices with scales, the rest dense."""
+    """Return the bytes of one layer on one of ``tp_size`` ranks: quantized matrices with scales, the rest dense.
+
+    All layers have the same shapes.
+    """
+    elements = sum(_share(facts, name, math.prod(shape), tp_size) for name, shape in layer_tensors(facts, 0).items())
     form = weight_format(quant)
     matrices = rank_matrices(facts, tp_size)
-    rest = layer_elements(facts, tp_size) - sum(math.prod(shape) for shape in matrices)
+    rest = elements - sum(math.prod(shape) for shape in matrices)
     return rest * dtype_bytes + sum(form.matrix_bytes(*shape, dtype_bytes) for shape in matrices)
 
 

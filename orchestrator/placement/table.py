@@ -21,8 +21,9 @@ _LINK_NAMES = {"self": "-", "nvlink": "NVL", "pcie": "PCI", "none": "no"}
 def layout_text(plan: Plan) -> str:
     """Return mode and reason, one row per rank, the size of the KV cache, and the peer access of several GPUs."""
     lines = [_headline(plan), *_table(_COLUMNS, [_cells(row) for row in plan.rows])]
+    narrow = " in fp8 (e4m3)" if plan.layout.kv_cache_dtype == "fp8" else ""
     lines.append(
-        f"KV cache{_narrow(plan)}: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
+        f"KV cache{narrow}: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
         f"{plan.limits.max_seq_len:,}{_shortened(plan)}"
     )
     if plan.layout.placement.world_size > 1:
@@ -42,10 +43,6 @@ def _headline(plan: Plan) -> str:
 def _quantized(plan: Plan) -> str:
     name = weight_format(plan.layout.quant).name
     return f", linear layers in {name}" if name else ""
-
-
-def _narrow(plan: Plan) -> str:
-    return " in fp8 (e4m3)" if plan.layout.kv_cache_dtype == "fp8" else ""
 
 
 def _shortened(plan: Plan) -> str:

@@ -59,16 +59,12 @@ def group_problems(quant: Quant, facts: ModelFacts, tp_size: int) -> list[str]:
     """Return a line for each kind of layer whose slices on ``tp_size`` ranks are not whole int4 groups."""
     if quant != "4" or tp_size == 1:
         return []
+    split_inputs = {"attention output": facts.num_q_heads * facts.head_dim, "MLP width": facts.intermediate_size}
     return [
         f"{name} {inputs} / {tp_size} ranks = {inputs / tp_size:g}, not a multiple of {INT4_GROUP} (int4 groups)"
-        for name, inputs in _row_parallel_inputs(facts).items()
+        for name, inputs in split_inputs.items()
         if inputs % (tp_size * INT4_GROUP)
     ]
-
-
-def _row_parallel_inputs(facts: ModelFacts) -> dict[str, int]:
-    """Return the total inputs of the layers that are split along their inputs."""
-    return {"attention output": facts.num_q_heads * facts.head_dim, "MLP width": facts.intermediate_size}
 
 
 def rank_matrices(facts: ModelFacts, tp_size: int) -> tuple[tuple[int, int], ...]:

@@ -2,8 +2,6 @@
 
 # V tokens of a vocabulary slice, L tokens of a request so far
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -20,12 +18,8 @@ def apply_rules(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L
     if sampling.has_penalties:
         _penalize(logits_V, first_id, sampling, tokens_L, prompt_len)
     if sampling.banned_ids and len(tokens_L) < sampling.banned_until:
-        banned = _local(sampling.banned_ids, first_id, len(logits_V))
+        banned = [id_ - first_id for id_ in sampling.banned_ids if first_id <= id_ < first_id + len(logits_V)]
         logits_V[torch.tensor(banned, dtype=torch.int64, device=logits_V.device)] = -torch.inf
-
-
-def _local(ids: Iterable[int], first_id: int, count: int) -> list[int]:
-    return [id_ - first_id for id_ in ids if first_id <= id_ < first_id + count]
 
 
 def _add_bias(logits_V: Tensor, first_id: int, bias: list[tuple[int, float]]) -> None:
