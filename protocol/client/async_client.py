@@ -17,19 +17,11 @@ from typing import Self, Unpack
 
 import zmq
 
+from mgpu.protocol.client import timeouts
 from mgpu.protocol.client.connection import Connection, Reply
 from mgpu.protocol.client.requests import GenerateOptions, generate_message, messages_field, prompt_field
 from mgpu.protocol.client.results import Completion, Piece
 from mgpu.protocol.client.resumable import ResumableRequest
-from mgpu.protocol.client.timeouts import (
-    CONNECT_TIMEOUT_S,
-    DEFAULT_TIMEOUT_S,
-    SILENCE_TIMEOUT_S,
-    Timeouts,
-    until_connected,
-    until_progress,
-    until_reply,
-)
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.server_messages import Health, Models, Stats
@@ -110,16 +102,16 @@ class AsyncClient:
     def __init__(
         self,
         endpoint: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float = timeouts.DEFAULT_TIMEOUT_S,
         *,
         keys: str | Path | None = None,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
-        silence_timeout_s: float = SILENCE_TIMEOUT_S,
+        connect_timeout_s: float = timeouts.CONNECT_TIMEOUT_S,
+        silence_timeout_s: float = timeouts.SILENCE_TIMEOUT_S,
     ) -> None:
         """See `Client`; nothing is connected before the first call."""
         self._endpoint = endpoint
         self._keys = keys
-        self._timeouts = Timeouts(timeout_s, connect_timeout_s, silence_timeout_s)
+        self._timeouts = timeouts.Timeouts(timeout_s, connect_timeout_s, silence_timeout_s)
         self._ids = count(1)
         self._open: Connection | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -186,14 +178,14 @@ class AsyncClient:
         connection, query_id = await self._connect(), next(self._ids)
         connection.channel.send({"type": kind, "id": query_id})
         self._read()
-        await self._wait(until_reply(connection, query_id))
+        await self._wait(timeouts.until_reply(connection, query_id))
         return connection.take_reply(query_id, reply_type)
 
     async def _connect(self) -> Connection:
         """Return the connection once the server is connected, the first time or after a disconnection."""
         connection = self._opened()
         try:
-            await self._wait(until_connected(connection, self._timeouts))
+            await self._wait(timeouts.until_connected(connection, self._timeouts))
         except MgpuError:
             if not connection.requests and not connection.channel.server_has_ended():
                 self._disconnect()  # the next call tries again
@@ -235,7 +227,7 @@ class AsyncClient:
             self._read()
 
     def _waits_for(self, request: ResumableRequest, deadline_s: float) -> Iterable[float]:
-        return until_progress(self._opened(), request, deadline_s, self._timeouts)
+        return timeouts.until_progress(self._opened(), request, deadline_s, self._timeouts)
 
     def _cancel(self, request: ResumableRequest) -> None:
         if self._open is not None and not request.has_ended:

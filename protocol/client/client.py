@@ -16,19 +16,11 @@ from typing import Self, Unpack
 
 import zmq
 
+from mgpu.protocol.client import timeouts
 from mgpu.protocol.client.connection import Connection, Reply
 from mgpu.protocol.client.requests import GenerateOptions, generate_message, messages_field, prompt_field
 from mgpu.protocol.client.results import Completion, Piece
 from mgpu.protocol.client.resumable import ResumableRequest
-from mgpu.protocol.client.timeouts import (
-    CONNECT_TIMEOUT_S,
-    DEFAULT_TIMEOUT_S,
-    SILENCE_TIMEOUT_S,
-    Timeouts,
-    until_connected,
-    until_progress,
-    until_reply,
-)
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.server_messages import Health, Models, Stats
@@ -84,11 +76,11 @@ class Client:
     def __init__(
         self,
         endpoint: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float = timeouts.DEFAULT_TIMEOUT_S,
         *,
         keys: str | Path | None = None,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
-        silence_timeout_s: float = SILENCE_TIMEOUT_S,
+        connect_timeout_s: float = timeouts.CONNECT_TIMEOUT_S,
+        silence_timeout_s: float = timeouts.SILENCE_TIMEOUT_S,
     ) -> None:
         """Connect to ``endpoint``, else to MGPU_ENDPOINT, else to the server that runs on this machine.
 
@@ -96,7 +88,7 @@ class Client:
         file, else MGPU_KEYS, for servers on tcp that want one. ServerUnreachable when nobody answers within
         ``connect_timeout_s``, or the server and this client do not accept each other's keys.
         """
-        self._timeouts = Timeouts(timeout_s, connect_timeout_s, silence_timeout_s)
+        self._timeouts = timeouts.Timeouts(timeout_s, connect_timeout_s, silence_timeout_s)
         self._thread = threading.get_ident()
         self._closed = False
         self._ids = count(1)
@@ -171,19 +163,19 @@ class Client:
         self._connect()
         query_id = next(self._ids)
         self._connection.channel.send({"type": kind, "id": query_id})
-        self._wait(until_reply(self._connection, query_id))
+        self._wait(timeouts.until_reply(self._connection, query_id))
         return self._connection.take_reply(query_id, reply_type)
 
     def _connect(self) -> None:
         """Wait until the server is connected, the first time or after a disconnection."""
         self._connection.receive()
-        self._wait(until_connected(self._connection, self._timeouts))
+        self._wait(timeouts.until_connected(self._connection, self._timeouts))
 
     def _wait_for(self, request: ResumableRequest, deadline_s: float) -> None:
         """Wait for a piece of the answer or its end. If time runs out, cancel the request and raise."""
         self._check_usable()
         try:
-            self._wait(until_progress(self._connection, request, deadline_s, self._timeouts))
+            self._wait(timeouts.until_progress(self._connection, request, deadline_s, self._timeouts))
         except MgpuError:
             self._cancel(request)
             raise

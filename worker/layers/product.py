@@ -6,6 +6,7 @@ Modules of kernels are imported here and not above, since they import triton, wh
 # T tokens, I inputs, O outputs
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,15 @@ from torch import Tensor
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers import cpu_matmul
 from mgpu.worker.quantization.float8_rows import Float8Rows, ScaledRows
-from mgpu.worker.quantization.matmul import quantized_matmul
-from mgpu.worker.quantization.packing import PackedWeight
+from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
 DenseProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [T, I], weight [O, I], bias [O]) -> ``x @ weight.T + bias``."""
 PackedProduct = Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
 """The same for a quantized weight."""
+
+BLOCK_ELEMENTS = 1 << 18
+"""Weights that are dequantized at once: few enough to stay in a core's cache until they are multiplied."""
 
 
 def dense_product(device: torch.device) -> DenseProduct:
@@ -41,6 +44,19 @@ def packed_product(device: torch.device) -> PackedProduct:
 
         return choose.quantized_matmul
     return quantized_matmul
+
+
+def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
+    """Return ``x @ w.T + bias`` with the weight dequantized to the activations' type, a block of outputs at a time."""
+    outputs = len(weight.words)
+    rows = max(1, BLOCK_ELEMENTS // weight.k)
+    y_TO = torch.empty((len(x_TI), outputs), dtype=x_TI.dtype, device=x_TI.device)
+    for first in range(0, outputs, rows):
+        end = min(outputs, first + rows)
+        block = replace(weight, words=weight.words[first:end], scales=weight.scales[first:end])
+        bias = None if bias_O is None else bias_O[first:end]
+        y_TO[:, first:end] = F.linear(x_TI, dequantize(block, x_TI.dtype), bias)
+    return y_TO
 
 
 def multiplies_float8(device: torch.device, dtype: torch.dtype) -> bool:
