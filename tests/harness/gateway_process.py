@@ -80,6 +80,12 @@ def echo(submit: Submit) -> Iterator[int]:
         yield from ids
 
 
+def assert_serves(endpoint: str, keys: Path | None = None) -> None:
+    """Fail unless a new client gets an answer."""
+    with Client(endpoint, keys=keys) as client:
+        assert client.generate([5], max_tokens=2).token_ids == (5, 5)
+
+
 def says(text: str | bytes, then: int | None = EOS) -> Script:
     """Generate the bytes of a text, then the end-of-sequence token."""
     data = text.encode() if isinstance(text, str) else text

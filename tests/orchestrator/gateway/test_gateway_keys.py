@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from harness.gateway_process import DEADLINE_S, GatewayProcess
+from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
 from harness.raw_peer import read_until_closed
 from mgpu import Client, RequestFailed
 from mgpu.protocol.errors import ServerUnreachable
@@ -48,19 +48,16 @@ def keyed(model_folder: Path, tmp_path: Path) -> Iterator[GatewayProcess]:
 def test_a_listed_key_gets_in_by_argument_and_by_environment(
     keyed: GatewayProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Client(keyed.endpoint, keys=key_file(tmp_path, "alice")) as client:
-        assert client.generate([1], max_tokens=1).token_ids == (1,)
+    assert_serves(keyed.endpoint, keys=key_file(tmp_path, "alice"))
     monkeypatch.setenv(KEYS_VARIABLE, str(key_file(tmp_path, "bob")))
-    with Client(keyed.endpoint) as client:
-        assert client.generate([2], max_tokens=1).token_ids == (2,)
+    assert_serves(keyed.endpoint)
 
 
 def test_with_keys_all_addresses_can_be_bound(model_folder: Path, tmp_path: Path) -> None:
     keys, alice = ServerKeys(SERVER_SECRET, [public("alice")]), key_file(tmp_path, "alice")
     with GatewayProcess(model_folder, bind="tcp://*:0", keys=keys, client_keys=alice) as gateway:
         port = gateway.endpoint.removeprefix("tcp://0.0.0.0:")
-        with Client(f"tcp://127.0.0.1:{port}", keys=alice) as client:
-            assert client.generate([1], max_tokens=1).token_ids == (1,)
+        assert_serves(f"tcp://127.0.0.1:{port}", keys=alice)
 
 
 def test_an_unlisted_key_is_refused_at_once_and_logged_by_its_fingerprint(model_folder: Path, tmp_path: Path) -> None:
@@ -107,8 +104,7 @@ def test_raw_bytes_are_not_delivered(keyed: GatewayProcess, tmp_path: Path, data
     with socket.create_connection(("127.0.0.1", int(keyed.endpoint.rpartition(":")[2])), timeout=DEADLINE_S) as raw:
         raw.sendall(data)
         assert b"mgpu1" not in read_until_closed(raw)
-    with Client(keyed.endpoint, keys=key_file(tmp_path, "alice")) as client:
-        assert client.generate([1], max_tokens=1).token_ids == (1,)
+    assert_serves(keyed.endpoint, keys=key_file(tmp_path, "alice"))
 
 
 def test_prefixes_are_shared_within_a_key_only(keyed: GatewayProcess, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from harness.gateway_process import DEADLINE_S, GatewayProcess
+from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
 from harness.raw_peer import read_until_closed
 from mgpu import Client, RequestFailed
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayFailure, GatewayReady, Outputs, Ping
@@ -68,8 +68,7 @@ def test_end_of_standard_input_fails_what_runs_and_removes_the_runtime_folder(mo
 def test_sigint_is_left_to_the_parent_and_sigterm_stops(model_folder: Path) -> None:
     with GatewayProcess(model_folder) as gateway:
         gateway.process.send_signal(signal.SIGINT)
-        with Client(gateway.endpoint) as client:
-            assert client.generate([1], max_tokens=1).token_ids == (1,)
+        assert_serves(gateway.endpoint)
         gateway.process.send_signal(signal.SIGTERM)
         assert gateway.process.wait(DEADLINE_S) == 0
         assert gateway.runtime_dir.exists()  # the parent lives and cleans up itself
@@ -81,8 +80,7 @@ def test_a_second_server_cannot_take_a_live_endpoint(model_folder: Path) -> None
             assert isinstance(second.first, GatewayFailure)
             assert "another server is listening" in second.first.message
             assert second.process.wait(DEADLINE_S) == 1
-        with Client(first.endpoint) as client:
-            assert client.generate([1], max_tokens=1).token_ids == (1,)
+        assert_serves(first.endpoint)
 
 
 def test_a_socket_file_that_a_dead_server_left_is_replaced(model_folder: Path) -> None:
@@ -120,8 +118,7 @@ def test_a_forged_zmtp1_greeting_on_tcp_is_not_delivered(model_folder: Path) -> 
             raw.sendall(b"\x01\x00\x0d\x00hello-forged")
             received = read_until_closed(raw)
         assert b"mgpu1" not in received  # a delivered message would have been answered with bad_version
-        with Client(gateway.endpoint) as client:
-            assert client.generate([1], max_tokens=1).token_ids == (1,)
+        assert_serves(gateway.endpoint)
 
 
 @pytest.mark.parametrize(("bind", "words"), [
@@ -199,8 +196,7 @@ def test_more_half_open_connections_than_the_usual_limit_of_files_do_no_harm(mod
         for each in idle:
             each.connect(path)
             each.sendall(b"\xff\0\0\0\0\0\0\0\1\x7f")  # the first half of a greeting
-        with Client(gateway.endpoint) as client:
-            assert client.generate([1], max_tokens=1).token_ids == (1,)
+        assert_serves(gateway.endpoint)
         for each in idle:
             each.close()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from harness.gateway_process import DEADLINE_S, GatewayProcess
+from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
 from harness.raw_peer import RawPeer
 from mgpu import Client
 from mgpu.orchestrator.gateway.requests.quota import MAX_QUESTIONS_OF_ACCOUNT, MAX_RETRY_S, MIN_RETRY_S
@@ -35,8 +35,7 @@ def gateway(small_gateway: GatewayProcess) -> Iterator[GatewayProcess]:
     gateway.engine.reset()
     gateway.set_info()
     gateway.wait_until_idle()
-    with Client(gateway.endpoint) as client:
-        assert client.generate([5], max_tokens=2).token_ids == (5, 5)
+    assert_serves(gateway.endpoint)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -96,7 +96,8 @@ def test_the_text_part_of_a_multimodal_model_is_found(tmp_path: Path, prefix: st
         "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 50, "model_type": "gemma3_text",
     }  # fmt: skip
     write_config(
-        tmp_path, {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+        tmp_path,
+        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text},
     )
     names = expected_tensors(read_checkpoint(tmp_path, "dummy").facts)
     wrapped = {prefix + name.removeprefix("model."): shape for name, shape in names.items()}
@@ -124,7 +125,10 @@ def test_a_configuration_without_weights(tmp_path: Path) -> None:
 def test_pickles_are_refused_with_a_way_to_convert_them(tmp_path: Path, name: str) -> None:
     write_config(tmp_path, LLAMA_CONFIG)
     (tmp_path / name).write_bytes(b"\x80\x04")
-    assert_has_all(refusal(tmp_path), name, "can run code", "save_pretrained")
+    message = refusal(tmp_path)
+    assert name in message
+    assert "can run code" in message
+    assert "save_pretrained" in message
 
 
 def test_a_file_that_is_neither_folder_nor_gguf(tmp_path: Path) -> None:
@@ -179,7 +183,9 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     assert "model-00002-of-00003.safetensors" in refusal(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
-    assert_has_all(refusal(tmp_path), "2 weight files", "3")
+    message = refusal(tmp_path)
+    assert "2 weight files" in message
+    assert "3" in message
 
 
 @pytest.mark.parametrize("cut", [1, 100, 5000])
@@ -188,103 +194,86 @@ def test_a_truncated_shard_names_the_file_and_both_sizes(tmp_path: Path, cut: in
     path = tmp_path / "model-00002-of-00002.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-cut])
-    assert_has_all(refusal(tmp_path), path.name, str(len(data)), str(len(data) - cut))
+    message = refusal(tmp_path)
+    assert path.name in message
+    assert str(len(data)) in message
+    assert str(len(data) - cut) in message
 
 
-def test_trailing_bytes(tmp_path: Path) -> None:
-    write_llama_folder(tmp_path)
-    with open(tmp_path / "model.safetensors", "ab") as file:
-        file.write(b"x")
-    assert "trailing" in refusal(tmp_path)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+Damage = Callable[[Path], object]
 
 
-@pytest.mark.parametrize("content", [b"", b"1234567", bytes(8), b"PK\x03\x04" + bytes(100)])
-def test_files_that_are_not_safetensors(tmp_path: Path, content: bytes) -> None:
-    write_llama_folder(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(content)
-    assert "model.safetensors" in refusal(tmp_path)
+def written(name: str, content: bytes) -> Damage:
+    return lambda folder: (folder / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("length", [1 << 20, 1 << 62, (1 << 64) - 1, MAX_HEADER_BYTES + 1])
-def test_absurd_header_lengths(tmp_path: Path, length: int) -> None:
-    write_llama_folder(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", length) + bytes(1000))
-    assert str(length) in refusal(tmp_path)
+def reshaped(change: Mapping[str, tuple[int, ...] | None], dtype: str = "F32") -> Damage:
+    """Write the weights with other shapes; None leaves a tensor out."""
+
+    def rewrite(folder: Path) -> None:
+        shapes = expected_tensors(read_checkpoint(folder, "dummy").facts) | change
+        kept = {name: shape for name, shape in shapes.items() if shape is not None}
+        (folder / WEIGHTS).write_bytes(safetensors_bytes(kept, dtype))
+
+    return rewrite
 
 
-@pytest.mark.parametrize(
-    "header", [b"[]", b"null", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":1,"a":2}', b'{"t":' + b"9" * 5000 + b"}"]
-)
-def test_headers_that_are_not_an_object(tmp_path: Path, header: bytes) -> None:
-    write_llama_folder(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    refusal(tmp_path)
+def described(change: object) -> Damage:
+    """Write the weights with another description of one tensor."""
+    return lambda folder: (folder / WEIGHTS).write_bytes(
+        safetensors_bytes(expected_tensors(read_checkpoint(folder).facts), changes={NORM: change})
+    )
 
 
-NORM = "model.norm.weight"
-
-
-@pytest.mark.parametrize(("change", "expected"), [
-    ({"dtype": "F13"}, "unknown dtype"),
-    ({"dtype": ["F32"]}, "unknown dtype"),
-    ({"shape": [65]}, "needs 260 bytes"),
-    ({"shape": [1 << 61, 1 << 61]}, "needs"),
-    ({"shape": [-64]}, "no usable shape"),
-    ({"shape": "64"}, "no usable shape"),
-    ({"shape": [64.0]}, "no usable shape"),
-    ({"shape": [1] * 1000}, "no usable shape"),
-    ({"data_offsets": [0, 256]}, "overlaps"),
-    ({"data_offsets": [256, 0]}, "no usable byte range"),
-    ({"data_offsets": [-256, 0]}, "no usable byte range"),
-    ({"data_offsets": [1 << 60, (1 << 60) + 256]}, "gap"),
-    ({"data_offsets": [0]}, "no usable byte range"),
-    ({"data_offsets": None}, "no usable byte range"),
+DESCRIPTIONS: list[tuple[object, str]] = [
+    ({"dtype": "F13"}, "unknown dtype"), ({"dtype": ["F32"]}, "unknown dtype"),
+    ({"shape": [65]}, "needs 260 bytes"), ({"shape": [1 << 61, 1 << 61]}, "needs"),
+    ({"shape": [-64]}, "no usable shape"), ({"shape": "64"}, "no usable shape"),
+    ({"shape": [64.0]}, "no usable shape"), ({"shape": [1] * 1000}, "no usable shape"),
+    ({"data_offsets": [0, 256]}, "overlaps"), ({"data_offsets": [256, 0]}, "no usable byte range"),
+    ({"data_offsets": [-256, 0]}, "no usable byte range"), ({"data_offsets": [1 << 60, (1 << 60) + 256]}, "gap"),
+    ({"data_offsets": [0]}, "no usable byte range"), ({"data_offsets": None}, "no usable byte range"),
     (5, "not described by an object"),
-])  # fmt: skip
-def test_wrong_descriptions_of_a_tensor(tmp_path: Path, change: object, expected: str) -> None:
+]  # fmt: skip
+DAMAGES: dict[str, tuple[Damage, list[str]]] = {
+    "trailing bytes":
+        (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes() + b"x"), ["trailing"]),
+    **{f"no safetensors but {content[:9]!r}": (written(WEIGHTS, content), [WEIGHTS])
+       for content in (b"", b"1234567", bytes(8), b"PK\x03\x04" + bytes(100))},
+    **{f"a header of {length} bytes": (written(WEIGHTS, struct.pack("<Q", length) + bytes(1000)), [str(length)])
+       for length in (1 << 20, 1 << 62, (1 << 64) - 1, MAX_HEADER_BYTES + 1)},
+    **{f"a header that is no object but {text[:13]!r}": (written(WEIGHTS, struct.pack("<Q", len(text)) + text), [])
+       for text in (b"[]", b"null", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":1,"a":2}', b'{"t":%s}' % (b"9" * 5000))},
+    **{f"a tensor described as {str(change)[:40]}": (described(change), [words, WEIGHTS])
+       for change, words in DESCRIPTIONS},
+    "a missing tensor is named": (reshaped({UP: None}), [UP]),
+    "a wrong shape is named with the expected one": (reshaped({UP: (64, 96)}), ["[64, 96]", "[96, 64]"]),
+    **{f"{name}, which the family does not have, is not left out silently": (reshaped({name: (64,)}), [name])
+       for name in ("model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight")},
+    "types that cannot be loaded are named": (reshaped({}, "F8_E4M3"), ["F8_E4M3", "BF16"]),
+    **{f"an index like {text}": (written(INDEX, text.encode()), [INDEX]) for text in (
+        "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["x"]}}', "{", "")},
+    "a configuration of many megabytes":
+        (lambda folder: os.truncate(folder / "config.json", MAX_JSON_BYTES + 1), [str(MAX_JSON_BYTES + 1)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_folder_is_refused_with_what_is_wrong(tmp_path: Path, damage: Damage, words: list[str]) -> None:
     write_llama_folder(tmp_path)
-    shapes = expected_tensors(read_checkpoint(tmp_path).facts)
-    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(shapes, changes={NORM: change}))
-    assert_has_all(refusal(tmp_path), expected, "model.safetensors")
-
-
-def rewrite(folder: Path, change: Mapping[str, tuple[int, ...] | None], dtype: str = "F32") -> None:
-    """Write the folder's weights again with other shapes; None leaves a tensor out."""
-    shapes = expected_tensors(read_checkpoint(folder, "dummy").facts) | change
-    kept = {name: shape for name, shape in shapes.items() if shape is not None}
-    (folder / "model.safetensors").write_bytes(safetensors_bytes(kept, dtype))
-
-
-def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    write_llama_folder(tmp_path)
-    rewrite(tmp_path, {"model.layers.1.mlp.up_proj.weight": None})
-    assert "model.layers.1.mlp.up_proj.weight" in refusal(tmp_path)
-
-
-def test_a_wrong_shape_is_named_with_the_expected_one(tmp_path: Path) -> None:
-    write_llama_folder(tmp_path)
-    rewrite(tmp_path, {"model.layers.1.mlp.up_proj.weight": (64, 96)})
-    assert_has_all(refusal(tmp_path), "[64, 96]", "[96, 64]")
-
-
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight"])
-def test_weights_that_the_family_does_not_have_are_not_left_out_silently(tmp_path: Path, name: str) -> None:
-    write_llama_folder(tmp_path)
-    rewrite(tmp_path, {name: (64,)})
-    assert name in refusal(tmp_path)
-
-
-def test_types_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
-    write_llama_folder(tmp_path)
-    rewrite(tmp_path, {}, dtype="F8_E4M3")
-    assert_has_all(refusal(tmp_path), "F8_E4M3", "BF16")
+    damage(tmp_path)
+    assert_has_all(refusal(tmp_path), *words)
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     write_llama_folder(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(safetensors_bytes({NORM: (64,)}))
-    assert_has_all(refusal(tmp_path), NORM, "also in")
+    message = refusal(tmp_path)
+    assert NORM in message
+    assert "also in" in message
 
 
 def test_an_index_that_contradicts_its_shards(tmp_path: Path) -> None:
@@ -297,22 +286,6 @@ def test_an_index_that_contradicts_its_shards(tmp_path: Path) -> None:
     assert NORM in refusal(tmp_path)
     write_index(tmp_path, weight_map | {"model.extra.weight": shards[0]})
     assert "model.extra.weight" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content", ["{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["x"]}}', "{", ""]
-)
-def test_an_index_of_the_wrong_form(tmp_path: Path, content: str) -> None:
-    write_llama_folder(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(content)
-    assert "model.safetensors.index.json" in refusal(tmp_path)
-
-
-def test_a_configuration_of_many_megabytes(tmp_path: Path) -> None:
-    write_llama_folder(tmp_path)
-    with open(tmp_path / "config.json", "ab") as file:
-        file.truncate(MAX_JSON_BYTES + 1)
-    assert str(MAX_JSON_BYTES + 1) in refusal(tmp_path)
 
 
 def test_facts_survive_the_way_to_a_worker(tmp_path: Path) -> None:
