@@ -18,10 +18,10 @@ from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.float8_product import float8_product
 from mgpu.worker.kernels.products.quantized_gemm import Tiling, quantized_gemm
 from mgpu.worker.kernels.runtime import Workspace
+from mgpu.worker.layers.activations import values_and_scale
 from mgpu.worker.layers.linear import Storage
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
-from mgpu.worker.quantization.float8_rows import values_and_scale
 from mgpu.worker.quantization.packing import PackedWeight, WeightKind, dequantize
 from mgpu.worker.ranks.collectives import SingleRank
 
@@ -112,7 +112,7 @@ def float8_products() -> Iterator[Row]:
         other = graph_us(rotate(dense, lambda w: F.linear(x, w)))
         ways = {
             "float8 alone": lambda w: float8_product(eights, w).values,
-            "float8 apart": lambda w: float8_product(quantize_rows(x), w).plain(),
+            "float8 apart": lambda w: float8_product(quantize_rows(x), w).scaled(),
             "weight-only": lambda w: quantized_matmul(x, w),
         }
         for way, multiply in ways.items():

@@ -11,13 +11,13 @@ from torch import Tensor
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import head_shard
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
+from mgpu.worker.layers.activations import Activations, Product, scaled, values_and_scale
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, Storage, qkv_slices
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.layers.rotary import Angles, Rotation, rotate
 from mgpu.worker.loaders.reader import WeightReader
-from mgpu.worker.quantization.float8_rows import Activations, Product, plain, values_and_scale
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.state.kv_cache import LayerCache
 
@@ -53,7 +53,7 @@ class Attention(Module):
             qkv_TAK, scale_T = self._heads(qkv)
             heads_THK = attention.packed.attend_packed(qkv_TAK, scale_T, angles, cache, self.spec)
         else:
-            q_THK, k_TJK, v_TJK = self._rotated(self._heads(plain(qkv))[0], angles)
+            q_THK, k_TJK, v_TJK = self._rotated(self._heads(scaled(qkv))[0], angles)
             heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
         return self.out.partial(heads_THK.flatten(1))
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from mgpu.protocol.model.placement import HeadShard
 from mgpu.protocol.model.quantization import DENSE, WeightFormat
+from mgpu.worker.layers.activations import Activations, Product, scaled
 from mgpu.worker.layers.cpu_matmul import matmul_repacked, pack
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.partial_sum import Delta, PartialSum, whole
+from mgpu.worker.layers.partial_sum import Delta, PartialSum, summed_tensor
 from mgpu.worker.layers.product import dense_product, matmul_float8, multiplies_float8, packed_product
 from mgpu.worker.loaders.reader import WeightReader
-from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Activations, Float8Rows, Product, plain
+from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows
 from mgpu.worker.quantization.packing import PackedWeight
 from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.ranks.collectives import TensorParallelGroup
@@ -74,7 +75,7 @@ class Linear(Module):
         if isinstance(x_TI, Float8Rows) or self.takes_float8(len(x_TI)):
             assert self.packed is not None, "only quantized layers take float8"
             y_TO = matmul_float8(x_TI, self.packed)
-            return y_TO if bias_O is None else y_TO.plain().add_(bias_O)
+            return y_TO if bias_O is None else y_TO.scaled().add_(bias_O)
         if self.packed is not None:
             return self._multiply_packed(x_TI, self.packed, bias_O)
         return self._multiply(x_TI, self.weight, bias_O)
@@ -154,13 +155,13 @@ class RowParallelLinear(Linear):
         self.group = group
 
     def __call__(self, x_TI: Activations) -> Tensor:
-        return whole(self.partial(x_TI))
+        return summed_tensor(self.partial(x_TI))
 
     def partial(self, x_TI: Activations) -> Delta:
         """Return the sum, or this rank's part of it if the next norm adds the parts up."""
         if self.group.size == 1:
             return self._product(x_TI, self.bias)
-        y_TO = plain(self._product(x_TI, None))
+        y_TO = scaled(self._product(x_TI, None))
         peers = peers_of(self.group)
         if peers is not None and peers.takes(y_TO):
             return PartialSum(y_TO, self.bias, peers)

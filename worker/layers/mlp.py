@@ -9,11 +9,11 @@ from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.use import uses_kernels
+from mgpu.worker.layers.activations import Activations, scaled, values_and_scale
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, Storage, even_range
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.loaders.reader import WeightReader
-from mgpu.worker.quantization.float8_rows import Activations, plain, values_and_scale
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 
 
@@ -50,7 +50,7 @@ Activate = Callable[[GatedMLP, Activations], Activations]
 
 
 def _plain_activation(mlp: GatedMLP, x_TD: Activations) -> Activations:
-    gate_TF, up_TF = plain(mlp.gate_up(x_TD)).chunk(2, dim=-1)
+    gate_TF, up_TF = scaled(mlp.gate_up(x_TD)).chunk(2, dim=-1)
     hidden_TF = F.silu(gate_TF) if mlp.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
     return hidden_TF.mul_(up_TF)
 

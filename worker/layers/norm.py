@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernels.use import uses_kernels
+from mgpu.worker.layers.activations import Activations, Product, scaled, values_and_scale
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, PartialSum
 from mgpu.worker.loaders.reader import WeightReader
-from mgpu.worker.quantization.float8_rows import Activations, Product, ScaledRows, plain, values_and_scale
 
 TakesFloat8 = Callable[[int], bool]
 
@@ -85,7 +85,7 @@ class _Torch:
         self._eps = eps
 
     def norm(self, x: Product, weight: Tensor) -> Tensor:
-        x = plain(x)
+        x = scaled(x)
         if x.dtype != weight.dtype:
             return F.rms_norm(x.float(), self._shape, weight, self._eps).to(x.dtype)
         return F.rms_norm(x, self._shape, weight, self._eps)
@@ -93,7 +93,7 @@ class _Torch:
     def add_and_norm(
         self, residual_TD: Tensor, delta: Product, weight: Tensor, takes_float8: TakesFloat8
     ) -> Activations:
-        return self.norm(residual_TD.add_(plain(delta)), weight)
+        return self.norm(residual_TD.add_(scaled(delta)), weight)
 
 
 class _FewOperations(_Torch):
@@ -104,7 +104,7 @@ class _FewOperations(_Torch):
         self._eps_tensor = torch.tensor(eps)
 
     def norm(self, x: Product, weight: Tensor) -> Tensor:
-        x = x.plain() if isinstance(x, ScaledRows) else x
+        x = scaled(x)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(self._eps_tensor, length, length, value=1.0 / self._shape[0]).rsqrt_()
         return torch.mul(x, scale).mul_(weight)

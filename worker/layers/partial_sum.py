@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mgpu.worker.quantization.float8_rows import Product, plain
+from mgpu.worker.layers.activations import Product, scaled
 from mgpu.worker.ranks.peer_group import PeerGroup
 
 
@@ -32,14 +32,14 @@ class PartialSum:
 
 
 Delta = Product | PartialSum
-"""A summand of the residual stream."""
+"""What a layer adds to the residual stream: the whole product, or one rank's part of it."""
 
 
 def summed(delta: Delta) -> Product:
-    """Return the sum; add the parts of the ranks up now, if that is still to be done."""
+    """Return the whole product. For a `PartialSum` the ranks add up their parts now, so every rank must call this."""
     return delta.total() if isinstance(delta, PartialSum) else delta
 
 
-def whole(delta: Delta) -> Tensor:
-    """Return the sum as an ordinary tensor."""
-    return plain(summed(delta))
+def summed_tensor(delta: Delta) -> Tensor:
+    """Return the whole product as a Tensor: a float8 product is multiplied by its scales."""
+    return scaled(summed(delta))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers import cpu_matmul
-from mgpu.worker.quantization.float8_rows import Float8Rows, ScaledRows
+from mgpu.worker.quantization.float8_rows import Float8Rows, UnscaledProduct
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
 DenseProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -68,7 +68,7 @@ def multiplies_float8(device: torch.device, dtype: torch.dtype) -> bool:
     return float8_product.multiplies_float8(device)
 
 
-def matmul_float8(x_TI: Tensor | Float8Rows, weight: PackedWeight) -> ScaledRows:
+def matmul_float8(x_TI: Tensor | Float8Rows, weight: PackedWeight) -> UnscaledProduct:
     """Return ``x @ w.T`` where `multiplies_float8`; quantize x if it is not yet."""
     from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
     from mgpu.worker.kernels.products.float8_product import float8_product

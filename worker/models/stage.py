@@ -18,7 +18,7 @@ from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
-from mgpu.worker.layers.partial_sum import Delta, whole
+from mgpu.worker.layers.partial_sum import Delta, summed_tensor
 from mgpu.worker.layers.rotary import Angles, RotaryEmbedding
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
@@ -157,7 +157,7 @@ class DecoderStage(Module):
         delta_TD: Delta | None = None
         for layer, sliding, layer_cache in zip(self.layers, self._is_sliding, cache.layers, strict=True):
             delta_TD = layer(delta_TD, x_TD, angles[sliding], attention, layer_cache)
-        return x_TD if delta_TD is None else x_TD.add_(whole(delta_TD))
+        return x_TD if delta_TD is None else x_TD.add_(summed_tensor(delta_TD))
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Apply norm and head; return this rank's part of the logits, float32 [S, padded vocabulary / ranks]."""

@@ -1,4 +1,4 @@
-"""The inputs and results of float8 products (W8A8), in plain torch, so that layers pass them on without Triton.
+"""The rows and results of float8 products (W8A8), in plain torch, so that layers pass them on without Triton.
 
 A row of activations has one scale, chosen from that row alone, so that no result depends on the rest of the batch. Its
 largest value becomes 448. Scales that are powers of two would make rescaling exact, but cost more quality than they
@@ -36,31 +36,18 @@ class Float8Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledRows:
-    """A product whose rows still lack their scales, ``scale_T`` (float32). The next kernel applies them for free."""
+class UnscaledProduct:
+    """A float8 product [T, N]: its rows still have to be multiplied by ``scale_T`` (float32).
+
+    The kernel that reads the product multiplies in passing, which costs nothing.
+    """
 
     values: Tensor
     scale_T: Tensor
 
-    def plain(self) -> Tensor:
+    def scaled(self) -> Tensor:
         """Multiply in place and return the values. Call it only once."""
         return self.values.mul_(self.scale_T[:, None])
-
-
-Activations = Tensor | Float8Rows
-"""The input of a linear layer."""
-Product = Tensor | ScaledRows
-"""The result of a linear layer."""
-
-
-def plain(product: Product) -> Tensor:
-    """Return a product as an ordinary tensor."""
-    return product.plain() if isinstance(product, ScaledRows) else product
-
-
-def values_and_scale(product: Product) -> tuple[Tensor, Tensor | None]:
-    """Return a product's values, and the scales that its rows still lack."""
-    return (product.values, product.scale_T) if isinstance(product, ScaledRows) else (product, None)
 
 
 def quantize_rows(x_TK: Tensor) -> Float8Rows:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
 from mgpu.worker.kernels.runtime import LAUNCH_MODE, has_float8
-from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows, ScaledRows, round_rows
+from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows, UnscaledProduct, round_rows
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_fp8
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _TOLERANCE = 2e-2
 2e-3; a value half-way between two that is rounded the other way may add 1e-2. A wrong layout is off by 1."""
 
 
-def float8_product(rows: Float8Rows, weight: PackedWeight) -> ScaledRows:
+def float8_product(rows: Float8Rows, weight: PackedWeight) -> UnscaledProduct:
     """Multiply by the weight's transpose, in bfloat16.
 
     All scales of the weight must be the same, as `quantize` makes them, and N a multiple of 16.
@@ -38,7 +38,7 @@ def float8_product(rows: Float8Rows, weight: PackedWeight) -> ScaledRows:
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return ScaledRows(values_TN, rows.scale_T)
+    return UnscaledProduct(values_TN, rows.scale_T)
 
 
 @cache
@@ -78,7 +78,7 @@ def trial_error(device: torch.device) -> float:
     x_TK, w_NK = (torch.randn(shape, generator=generator, device=device) for shape in ((17, 320), (48, 320)))
     x_TK = (x_TK * torch.logspace(-3, 3, 17, device=device)[:, None]).bfloat16()
     weight = pack_fp8(w_NK.to(torch.float8_e4m3fn), torch.full((48,), 0.37, device=device))
-    got_TN = float8_product(quantize_rows(x_TK), weight).plain().float()
+    got_TN = float8_product(quantize_rows(x_TK), weight).scaled().float()
     expected_TN = round_rows(x_TK) @ dequantize(weight, torch.float32).T
     # Row by row, since large rows would hide small ones.
     errors_T = (got_TN - expected_TN).norm(dim=1) / expected_TN.norm(dim=1)

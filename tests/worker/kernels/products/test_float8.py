@@ -22,12 +22,13 @@ from mgpu.worker.kernels.layers.norm import add_rms_norm, add_rms_norm_float8, r
 from mgpu.worker.kernels.products import float8_product as products
 from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.layers import linear, mlp, norm
+from mgpu.worker.layers.activations import scaled
 from mgpu.worker.layers.linear import Storage
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.models import stage
 from mgpu.worker.quantization import float8_rows
-from mgpu.worker.quantization.float8_rows import BLOCK, Float8Rows, ScaledRows
+from mgpu.worker.quantization.float8_rows import BLOCK, Float8Rows, UnscaledProduct
 from mgpu.worker.quantization.packing import WORDS, dequantize
 from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.ranks.collectives import SingleRank
@@ -74,7 +75,7 @@ def test_a_float8_product_is_that_of_rounded_rows(device: torch.device) -> None:
     assert products.trial_error(device) < BF16_ROUNDING
     weight = quantize(draw(48, 320, device=device, dtype=torch.float32), weight_format("fp8"))
     x = draw(17, 320, device=device)
-    got = products.float8_product(quantize_rows(x), weight).plain()
+    got = products.float8_product(quantize_rows(x), weight).scaled()
     assert 0 < relative_error(got, x.float() @ dequantize(weight, torch.float32).T) < ROUNDING
 
 
@@ -100,7 +101,7 @@ def test_what_reads_a_product_multiplies_by_its_scales(device: torch.device) -> 
     expected = reference.gated_activation(scaled, True)
     assert relative_error(gated_activation(x, "silu", scale), expected) < BF16_ROUNDING
     assert relative_error(values(gated_activation_float8(x, "silu", scale), 96), expected) < ROUNDING
-    assert relative_error(ScaledRows(x.clone(), scale).plain(), scaled) < BF16_ROUNDING
+    assert relative_error(UnscaledProduct(x.clone(), scale).scaled(), scaled) < BF16_ROUNDING
 
 
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
@@ -155,7 +156,7 @@ def test_layers_hand_quantized_rows_and_scales_on(
     streams.append(streams[0].clone())
     # Rows that are too few for float8 give the weight-only products.
     few = [layer(before.add_and_norm(streams[0][i : i + 3], delta[i : i + 3])) for i in range(0, 9, 3)]
-    expected = after.add_and_norm(streams[0], torch.cat([float8_rows.plain(part) for part in few]))
+    expected = after.add_and_norm(streams[0], torch.cat([scaled(part) for part in few]))
     rows = before.add_and_norm(streams[1], delta)
     assert isinstance(rows, Float8Rows)
     product = layer(rows)
