@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mgpu.orchestrator.placement.options import check_batch_tokens
 from mgpu.orchestrator.scheduler.sequence import Sequence
-from mgpu.protocol.internal.admission import AdmissionRule
+from mgpu.protocol.internal.admission_rule import AdmissionRule
 from mgpu.protocol.internal.gateway_messages import Submit
 from mgpu.protocol.model.layout import StepLimits
 

@@ -18,10 +18,10 @@ from typing import Self, Unpack
 import zmq
 
 from mgpu.protocol.client import timeouts
-from mgpu.protocol.client.connection import Connection, Reply
-from mgpu.protocol.client.requests import GenerateOptions, generate_message, messages_field, prompt_field
+from mgpu.protocol.client.request_message import GenerateOptions, generate_message, messages_field, prompt_field
 from mgpu.protocol.client.results import Completion, Piece
 from mgpu.protocol.client.resumable import ResumableRequest
+from mgpu.protocol.client.session import Reply, Session
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.server_messages import Health, Models, Stats
@@ -97,7 +97,10 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
 
 
 class AsyncClient:
-    """A connection to one server, made when it is first needed. An async context manager."""
+    """Talks to one server; connects when this is first needed. An async context manager.
+
+    What happens when the connection is lost is told at `Client`.
+    """
 
     def __init__(
         self,
@@ -111,9 +114,9 @@ class AsyncClient:
         """See `Client`; nothing is connected before the first call."""
         self._endpoint = endpoint
         self._keys = keys
-        self._timeouts = timeouts.Timeouts(timeout_s, connect_timeout_s, silence_timeout_s)
+        self._timeouts = timeouts.ClientTimeouts(timeout_s, connect_timeout_s, silence_timeout_s)
         self._ids = count(1)
-        self._open: Connection | None = None
+        self._open: Session | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._progress = asyncio.Event()
         self._closed = False
@@ -121,7 +124,7 @@ class AsyncClient:
     # ------------------------------------------------------------- requests
 
     async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
-        """Continue ``prompt``, text or token ids, and return the whole answer. Options: `Generate`."""
+        """Continue ``prompt``, text or token ids, and return the whole answer. Options: see request_message.py."""
         return await self._stream(prompt_field(prompt), options, stream=False).completion()
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncCompletionStream:
@@ -170,34 +173,34 @@ class AsyncClient:
         return AsyncCompletionStream(self, ResumableRequest(message), timeout_s)
 
     async def _start(self, request: ResumableRequest) -> None:
-        connection = await self._connect()
-        connection.begin(request)
+        session = await self._connect()
+        session.begin(request)
         self._read()
 
     async def _query(self, kind: QueryKind, reply_type: type[Reply]) -> Reply:
-        connection, query_id = await self._connect(), next(self._ids)
-        connection.channel.send({"type": kind, "id": query_id})
+        session, query_id = await self._connect(), next(self._ids)
+        session.channel.send({"type": kind, "id": query_id})
         self._read()
-        await self._wait(timeouts.until_reply(connection, query_id))
-        return connection.take_reply(query_id, reply_type)
+        await self._wait(timeouts.until_reply(session, query_id))
+        return session.take_reply(query_id, reply_type)
 
-    async def _connect(self) -> Connection:
-        """Return the connection once the server is connected, the first time or after a disconnection."""
-        connection = self._opened()
+    async def _connect(self) -> Session:
+        """Return the session once the server is connected, the first time or after a disconnection."""
+        session = self._opened()
         try:
-            await self._wait(timeouts.until_connected(connection, self._timeouts))
+            await self._wait(timeouts.until_connected(session, self._timeouts))
         except MgpuError:
-            if not connection.requests and not connection.channel.server_has_ended():
+            if not session.requests and not session.channel.server_has_ended():
                 self._disconnect()  # the next call tries again
             raise
-        return connection
+        return session
 
-    def _opened(self) -> Connection:
+    def _opened(self) -> Session:
         loop = asyncio.get_running_loop()
         if self._closed:
             raise MgpuError("the client is closed")
         if self._open is None:
-            self._open, self._loop = Connection(self._endpoint, self._keys), loop
+            self._open, self._loop = Session(self._endpoint, self._keys), loop
             for fd in self._fds(self._open):
                 loop.add_reader(fd, self._read)
             self._read()
@@ -206,14 +209,14 @@ class AsyncClient:
         return self._open
 
     def _disconnect(self) -> None:
-        connection, self._open = self._open, None
-        if connection is not None and self._loop is not None:
-            for fd in self._fds(connection):
+        session, self._open = self._open, None
+        if session is not None and self._loop is not None:
+            for fd in self._fds(session):
                 self._loop.remove_reader(fd)
-            connection.close()
+            session.close()
 
-    def _fds(self, connection: Connection) -> list[int]:
-        return [int(socket.getsockopt(zmq.FD)) for socket in (connection.channel.socket, connection.channel.monitor)]
+    def _fds(self, session: Session) -> list[int]:
+        return [int(socket.getsockopt(zmq.FD)) for socket in (session.channel.socket, session.channel.monitor)]
 
     def _read(self) -> None:
         """Handle what has arrived. A ZeroMQ descriptor only reports changes, so this also follows every send."""
@@ -221,6 +224,7 @@ class AsyncClient:
             self._progress.set()
 
     async def _wait(self, waits: Iterable[float]) -> None:
+        """Wait until ``waits`` ends. It yields how long to poll next; see timeouts.py."""
         for seconds in waits:
             self._progress.clear()
             await _wait_until(self._progress, seconds)

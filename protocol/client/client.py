@@ -17,10 +17,10 @@ from typing import Self, Unpack
 import zmq
 
 from mgpu.protocol.client import timeouts
-from mgpu.protocol.client.connection import Connection, Reply
-from mgpu.protocol.client.requests import GenerateOptions, generate_message, messages_field, prompt_field
+from mgpu.protocol.client.request_message import GenerateOptions, generate_message, messages_field, prompt_field
 from mgpu.protocol.client.results import Completion, Piece
 from mgpu.protocol.client.resumable import ResumableRequest
+from mgpu.protocol.client.session import Reply, Session
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.server_messages import Health, Models, Stats
@@ -67,10 +67,11 @@ class CompletionStream(Iterator[Piece]):
 
 
 class Client:
-    """A connection to one server. A context manager; `close` ends everything in flight.
+    """Talks to one server. A context manager; `close` ends everything in flight.
 
-    A connection that is lost is made again, and answers go on where they were, within their deadline and as long as
-    the server comes back within ``silence_timeout_s``.
+    If the gateway dies, the client connects to the next one and answers go on, within their deadline and if the next
+    one comes within ``silence_timeout_s``. If only the connection breaks, the server ends its requests when it next
+    sends to it; only a request that the client has resumed before goes on.
     """
 
     def __init__(
@@ -88,14 +89,14 @@ class Client:
         file, else MGPU_KEYS, for servers on tcp that want one. ServerUnreachable when nobody answers within
         ``connect_timeout_s``, or the server and this client do not accept each other's keys.
         """
-        self._timeouts = timeouts.Timeouts(timeout_s, connect_timeout_s, silence_timeout_s)
+        self._timeouts = timeouts.ClientTimeouts(timeout_s, connect_timeout_s, silence_timeout_s)
         self._thread = threading.get_ident()
         self._closed = False
         self._ids = count(1)
-        self._connection = Connection(endpoint, keys)
+        self._session = Session(endpoint, keys)
         self._poller = zmq.Poller()
-        self._poller.register(self._connection.channel.socket, zmq.POLLIN)
-        self._poller.register(self._connection.channel.monitor, zmq.POLLIN)
+        self._poller.register(self._session.channel.socket, zmq.POLLIN)
+        self._poller.register(self._session.channel.monitor, zmq.POLLIN)
         try:
             self._connect()
         except BaseException:
@@ -105,7 +106,7 @@ class Client:
     # ------------------------------------------------------------- requests
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
-        """Continue ``prompt``, text or token ids, and return the whole answer. Options: `Generate`."""
+        """Continue ``prompt``, text or token ids, and return the whole answer. Options: see request_message.py."""
         with self._begin(prompt_field(prompt), options, stream=False) as stream:
             return stream.completion()
 
@@ -140,7 +141,7 @@ class Client:
         """End everything in flight and close the socket; a second call does nothing."""
         if not self._closed:
             self._closed = True
-            self._connection.close()
+            self._session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -155,40 +156,41 @@ class Client:
         timeout_s = options.get("timeout_s", self._timeouts.request_s)
         request = ResumableRequest(generate_message(next(self._ids), what, options, stream=stream, timeout_s=timeout_s))
         self._connect()
-        self._connection.begin(request)
+        self._session.begin(request)
         return CompletionStream(self, request, time.monotonic() + timeout_s)
 
     def _query(self, kind: QueryKind, reply_type: type[Reply]) -> Reply:
         self._check_usable()
         self._connect()
         query_id = next(self._ids)
-        self._connection.channel.send({"type": kind, "id": query_id})
-        self._wait(timeouts.until_reply(self._connection, query_id))
-        return self._connection.take_reply(query_id, reply_type)
+        self._session.channel.send({"type": kind, "id": query_id})
+        self._wait(timeouts.until_reply(self._session, query_id))
+        return self._session.take_reply(query_id, reply_type)
 
     def _connect(self) -> None:
         """Wait until the server is connected, the first time or after a disconnection."""
-        self._connection.receive()
-        self._wait(timeouts.until_connected(self._connection, self._timeouts))
+        self._session.receive()
+        self._wait(timeouts.until_connected(self._session, self._timeouts))
 
     def _wait_for(self, request: ResumableRequest, deadline_s: float) -> None:
         """Wait for a piece of the answer or its end. If time runs out, cancel the request and raise."""
         self._check_usable()
         try:
-            self._wait(timeouts.until_progress(self._connection, request, deadline_s, self._timeouts))
+            self._wait(timeouts.until_progress(self._session, request, deadline_s, self._timeouts))
         except MgpuError:
             self._cancel(request)
             raise
 
     def _wait(self, waits: Iterable[float]) -> None:
+        """Wait until ``waits`` ends. It yields how long to poll next; see timeouts.py."""
         for seconds in waits:
             self._poller.poll(max(0, int(seconds * 1000) + 1))
-            self._connection.receive()
+            self._session.receive()
 
     def _cancel(self, request: ResumableRequest) -> None:
         """Cancel a request, unless the garbage collector drops its stream in a thread that must not use the socket."""
         if not self._closed and threading.get_ident() == self._thread:
-            self._connection.cancel(request)
+            self._session.cancel(request)
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -28,7 +28,7 @@ from enum import Enum, auto
 
 from mgpu.protocol.client.answer import Answer
 from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
-from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Resumed, ServerMessage, Tokens
+from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Keepalive, Resumed, ServerMessage, Tokens
 
 RETRY_S = 1.0
 """When to ask a busy server again if it does not say."""
@@ -36,7 +36,7 @@ RETRY_S = 1.0
 Message = Mapping[str, object]
 
 
-class State(Enum):
+class RequestState(Enum):
     RUNNING = auto()
     """`generate` was sent; the server answers it."""
     DISCONNECTED = auto()
@@ -51,19 +51,21 @@ class State(Enum):
     """No more messages are expected: finished, failed or cancelled."""
 
 
-TRANSITIONS: dict[State, frozenset[State]] = {
+TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     # What leads to each state: the loss of a connection to DISCONNECTED, a sent `resume` to RESUMING, the answers to it
     # to RESUMED, BUSY or, after unknown_request and a second `generate`, RUNNING.
-    State.RUNNING: frozenset({State.DISCONNECTED, State.RESUMING, State.RESUMED, State.ENDED}),
-    State.DISCONNECTED: frozenset(State),
-    State.RESUMING: frozenset(State) - {State.RESUMING},
-    State.BUSY: frozenset(State),
-    State.RESUMED: frozenset(State) - {State.RUNNING},
-    State.ENDED: frozenset(),
+    RequestState.RUNNING: frozenset(
+        {RequestState.DISCONNECTED, RequestState.RESUMING, RequestState.RESUMED, RequestState.ENDED}
+    ),
+    RequestState.DISCONNECTED: frozenset(RequestState),
+    RequestState.RESUMING: frozenset(RequestState) - {RequestState.RESUMING},
+    RequestState.BUSY: frozenset(RequestState),
+    RequestState.RESUMED: frozenset(RequestState) - {RequestState.RUNNING},
+    RequestState.ENDED: frozenset(),
 }
 """The states that may follow each state. Any other step is a bug of this client, whatever the server sends."""
 
-_INTERRUPTED = frozenset({State.DISCONNECTED, State.RESUMING, State.BUSY})
+_INTERRUPTED = frozenset({RequestState.DISCONNECTED, RequestState.RESUMING, RequestState.BUSY})
 
 
 class ResumableRequest:
@@ -76,7 +78,7 @@ class ResumableRequest:
         self.id = request_id
         self.message = message
         self.answer = Answer(message)
-        self.state = State.RUNNING
+        self.state = RequestState.RUNNING
         self.heard_s = time.monotonic()
         """When the server last said anything about this request."""
         self.resume_at_s = math.inf
@@ -86,7 +88,7 @@ class ResumableRequest:
 
     @property
     def has_ended(self) -> bool:
-        return self.state is State.ENDED
+        return self.state is RequestState.ENDED
 
     @property
     def is_interrupted(self) -> bool:
@@ -95,11 +97,11 @@ class ResumableRequest:
 
     def disconnect(self) -> None:
         """Note that the connection was lost."""
-        self._enter(State.DISCONNECTED, resume_at_s=0.0)
+        self._enter(RequestState.DISCONNECTED, resume_at_s=0.0)
 
     def resume(self) -> Message:
         """Return the message that asks for what follows the tokens that have arrived."""
-        self._enter(State.RESUMING)
+        self._enter(RequestState.RESUMING)
         return {"type": "resume", "id": self.id, "session": self.message["session"], "offsets": self.answer.offsets()}
 
     def fail(self, error: MgpuError) -> None:
@@ -110,7 +112,7 @@ class ResumableRequest:
     def close(self) -> None:
         """End the request: no further message is expected. A second call does nothing."""
         if not self.has_ended:
-            self._enter(State.ENDED)
+            self._enter(RequestState.ENDED)
             self.notify()
 
     def take(self, message: ServerMessage) -> Message | None:
@@ -132,13 +134,13 @@ class ResumableRequest:
         elif isinstance(message, Finished):
             self._on_finished(message)
             return
-        else:
-            self.answer.release()
+        elif isinstance(message, Keepalive):
+            self.answer.release()  # other choices go on: the piece held back for `Finished` need not wait for it
         self.notify()
 
     def _on_finished(self, message: Finished) -> None:
-        if self.state is State.RESUMED and "cancelled" in message.finish_reasons:
-            self.fail(ServerUnreachable("the connection was lost for so long that the server gave the request up"))
+        if self.state is RequestState.RESUMED and "cancelled" in message.finish_reasons:
+            self.fail(ServerUnreachable("the connection was lost, and the server ended the request"))
         else:
             self.answer.finish(message)
             self.close()
@@ -146,7 +148,7 @@ class ResumableRequest:
     def _on_resumed(self, message: Resumed) -> Message | None:
         """Go on if what follows fits the tokens that have arrived. Otherwise ask, unless an answer is awaited."""
         if message.offsets is None or message.offsets == self.answer.offsets():
-            self._enter(State.RESUMED)
+            self._enter(RequestState.RESUMED)
             self.heard_s = time.monotonic()
             self.answer.release()
             self.notify()
@@ -156,21 +158,21 @@ class ResumableRequest:
     def _on_failed(self, message: Failed) -> Message | None:
         if message.code == "unknown_request" and not any(self.answer.offsets()):
             return self._send_again() if self.is_interrupted else None  # else an earlier `resume` was answered late
-        if message.code in ("overloaded", "not_ready") and self.state is not State.RUNNING:
+        if message.code in ("overloaded", "not_ready") and self.state is not RequestState.RUNNING:
             self.heard_s = time.monotonic()
-            self._enter(State.BUSY, resume_at_s=self.heard_s + (message.retry_after_s or RETRY_S))
+            self._enter(RequestState.BUSY, resume_at_s=self.heard_s + (message.retry_after_s or RETRY_S))
         else:
             self.fail(error_of(message))
         return None
 
     def _send_again(self) -> Message:
         """Return the message that began the request, which did not get as far as the engine."""
-        self._enter(State.RUNNING)
+        self._enter(RequestState.RUNNING)
         if self.answer.accepted is not None:  # the engine never heard of it, but the seed was promised
             self.message = {**self.message, "seed": self.answer.accepted.seed}
         return self.message
 
-    def _enter(self, state: State, resume_at_s: float = math.inf) -> None:
+    def _enter(self, state: RequestState, resume_at_s: float = math.inf) -> None:
         assert state in TRANSITIONS[self.state], f"{self.state.name} -> {state.name}"
         self.state, self.resume_at_s = state, resume_at_s
 

@@ -3,17 +3,17 @@
 Each function is a generator of seconds. The client waits that long at most for its socket, reads what has arrived and
 takes the next number. The generator ends when the awaited thing is there, and raises MgpuError when it gives up:
 
-    for seconds in until_connected(connection, timeouts):
+    for seconds in until_connected(session, timeouts):
         poller.poll(seconds * 1000)
-        connection.receive()
+        session.receive()
 """
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mgpu.protocol.client.connection import Connection
 from mgpu.protocol.client.resumable import ResumableRequest
+from mgpu.protocol.client.session import Session
 from mgpu.protocol.errors import DeadlineExceeded
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -26,7 +26,7 @@ _CHECK_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Timeouts:
+class ClientTimeouts:
     """The longest times that one client waits, in seconds."""
 
     request_s: float
@@ -35,9 +35,9 @@ class Timeouts:
     silence_s: float
 
 
-def until_connected(connection: Connection, timeouts: Timeouts) -> Iterator[float]:
+def until_connected(session: Session, timeouts: ClientTimeouts) -> Iterator[float]:
     """Wait for the handshake, the first one or that after a disconnection. ServerUnreachable if there is none."""
-    channel = connection.channel
+    channel = session.channel
     timeout_s = timeouts.silence_s if channel.was_connected else timeouts.connect_s
     deadline_s = time.monotonic() + timeout_s
     while not channel.is_connected:
@@ -52,7 +52,7 @@ def until_connected(connection: Connection, timeouts: Timeouts) -> Iterator[floa
 
 
 def until_progress(
-    connection: Connection, request: ResumableRequest, deadline_s: float, timeouts: Timeouts
+    session: Session, request: ResumableRequest, deadline_s: float, timeouts: ClientTimeouts
 ) -> Iterator[float]:
     """Wait for a piece of the answer or its end. DeadlineExceeded, or ServerUnreachable after too much silence."""
     started_s = time.monotonic()
@@ -62,16 +62,16 @@ def until_progress(
         if now >= deadline_s:
             raise DeadlineExceeded("the answer was not complete within timeout_s; the request has been cancelled")
         if now >= silent_s:
-            raise connection.channel.silent(timeouts.silence_s)
+            raise session.channel.silent(timeouts.silence_s)
         left_s = min(deadline_s, silent_s) - now
         yield min(left_s, _CHECK_S) if request.is_interrupted else left_s
 
 
-def until_reply(connection: Connection, query_id: int) -> Iterator[float]:
+def until_reply(session: Session, query_id: int) -> Iterator[float]:
     """Wait for the reply to a query. ServerUnreachable if there is none in time."""
     deadline_s = time.monotonic() + QUERY_TIMEOUT_S
-    while not connection.has_reply(query_id):
+    while not session.has_reply(query_id):
         left_s = deadline_s - time.monotonic()
-        if left_s <= 0 or not connection.channel.is_connected:
-            raise connection.channel.unreachable("does not answer")
+        if left_s <= 0 or not session.channel.is_connected:
+            raise session.channel.unreachable("does not answer")
         yield left_s

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 from mgpu.protocol.front.fields import (
     INT32_MAX,
     Array,
-    Choice,
     FieldError,
     Flag,
     Integer,
     Number,
+    OneOf,
     Pairs,
     Record,
     Rule,
@@ -32,7 +32,7 @@ MAX_TEXT_CHARS = 2**27 - 1
 """Bound of one string; the frame size is the tighter one."""
 
 SESSION = Text(64, 16)
-ROLE = Choice(("system", "developer", "user", "assistant", "tool"))
+ROLE = OneOf(("system", "developer", "user", "assistant", "tool"))
 CHAT_MESSAGE = Record({"role": ROLE, "content": Text(MAX_TEXT_CHARS)})
 TEMPLATE_OPTIONS = Record(
     {"enable_thinking": Flag(), "thinking": Flag(), "reasoning_effort": Text(32), "date_string": Text(64)},
@@ -123,7 +123,7 @@ def _rules_of(message: type) -> dict[str, Rule]:
 GENERATE_RULES = _rules_of(Generate)
 _RESUME_RULES = _rules_of(ResumeRequest)
 _ID_RULES = _rules_of(CancelRequest)
-_TYPE = Choice(("generate", "resume", "cancel", *get_args(QueryKind)))
+_TYPE = OneOf(("generate", "resume", "cancel", *get_args(QueryKind)))
 
 
 def parse_client_message(data: Mapping[object, object]) -> ClientMessage:

@@ -114,7 +114,7 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class OneOf:
     names: tuple[str, ...]
 
     @property

@@ -17,7 +17,7 @@ MAX_FRAMES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class MessageLimits:
     """Bounds of one message."""
 
     frame_bytes: int
@@ -27,8 +27,8 @@ class Limits:
     """Arrays and maps together. Without this bound, a megabyte of tiny arrays takes a third of a second to decode."""
 
 
-FROM_CLIENT = Limits(frame_bytes=1 << 20, array_items=1 << 16, map_items=64, containers=1 << 13)
-FROM_SERVER = Limits(frame_bytes=16 << 20, array_items=1 << 16, map_items=1 << 12, containers=1 << 18)
+FROM_CLIENT = MessageLimits(frame_bytes=1 << 20, array_items=1 << 16, map_items=64, containers=1 << 13)
+FROM_SERVER = MessageLimits(frame_bytes=16 << 20, array_items=1 << 16, map_items=1 << 12, containers=1 << 18)
 """Larger, for log-probabilities of 20 candidates of hundreds of tokens."""
 
 UNREAD_MESSAGES = 64
@@ -54,7 +54,7 @@ def pack(values: Mapping[str, object]) -> list[bytes]:
         raise ValueError(f"cannot be sent: {error}") from None
 
 
-def unpack(frames: list[bytes], limits: Limits = FROM_CLIENT) -> dict[object, object]:
+def unpack(frames: list[bytes], limits: MessageLimits = FROM_CLIENT) -> dict[object, object]:
     """Decode one message within the limits. WireError for any other bytes."""
     if not frames or frames[0] != VERSION:
         raise WireError("bad_version", f"the first frame must be {VERSION.decode()!r}, got {_head(frames)}")
@@ -68,7 +68,7 @@ def unpack(frames: list[bytes], limits: Limits = FROM_CLIENT) -> dict[object, ob
     return data
 
 
-def _decode(body: bytes, limits: Limits) -> object:
+def _decode(body: bytes, limits: MessageLimits) -> object:
     containers = 0
 
     def count(value: Any) -> Any:
@@ -127,7 +127,9 @@ def set_client_options(socket: "zmq.Socket[Any]", endpoint: str) -> None:
     """Prepare a client's DEALER.
 
     Not ZMQ_IMMEDIATE: with it, libzmq drops unread messages when the server closes the connection, such as the one that
-    says why. The client sends only while its monitor says that it is connected.
+    says why. Without it, libzmq keeps a message that finds no connection for the next one. So the client begins
+    requests, asks queries and resumes only while its monitor says that it is connected. `cancel`, and what it sends in
+    reply to a message, go out without this check: the next connection may deliver them.
     """
     set_common_options(socket)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))

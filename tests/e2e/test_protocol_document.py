@@ -107,7 +107,7 @@ def test_the_table_of_codes_is_the_codes() -> None:
 
 
 def test_the_numbers_on_the_page_are_the_codes() -> None:
-    for field in fields(framing.Limits):
+    for field in fields(framing.MessageLimits):
         assert str(getattr(framing.FROM_CLIENT, field.name)) in PAGE
     limits = ClientLimits()
     assert f"this client ({limits.max_client_requests} requests; {limits.max_client_queue >> 20} MiB" in PAGE

@@ -10,7 +10,7 @@ from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.server_messages import Accepted
-from mgpu.protocol.internal.admission import AdmissionRule
+from mgpu.protocol.internal.admission_rule import AdmissionRule
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Submit
 from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, RowSampling
 

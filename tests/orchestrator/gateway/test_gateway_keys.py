@@ -120,7 +120,7 @@ def test_a_session_of_another_key_cannot_be_resumed(keyed: GatewayProcess, tmp_p
     resume = {"type": "resume", "id": 9, "offsets": [0]}
     with Client(keyed.endpoint, keys=key_file(tmp_path, "alice")) as alice:
         alice.generate([1], max_tokens=1)
-        message = {**resume, "id": 1, "session": alice._connection.session}
+        message = {**resume, "id": 1, "session": alice._session.secret}
         with Client(keyed.endpoint, keys=key_file(tmp_path, "bob")) as bob:
             assert _ask(bob, message) == "unknown_request"
         assert _ask(alice, message) == "resumed"
@@ -128,7 +128,7 @@ def test_a_session_of_another_key_cannot_be_resumed(keyed: GatewayProcess, tmp_p
 
 def _ask(client: Client, message: dict[str, object]) -> str:
     """Send a message beside the client's own requests and return the type of the answer, or its code."""
-    channel = client._connection.channel
+    channel = client._session.channel
     channel.send(message)
     assert channel.socket.poll(int(DEADLINE_S * 1000), zmq.POLLIN)
     answer = framing.unpack(channel.socket.recv_multipart(), framing.FROM_SERVER)

@@ -27,19 +27,19 @@ class ScriptedServer:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._socket.bind(f"ipc://{folder}/front")
-        self._connection = b""
+        self._session = b""
 
     def wait_for_handshake(self) -> None:
         assert self._monitor.poll(int(DEADLINE_S * 1000)), "nobody connected in time"
 
     def hear(self) -> dict[str, Any]:
         assert self._socket.poll(int(DEADLINE_S * 1000)), "nothing came in time"
-        self._connection, *frames = self._socket.recv_multipart()
+        self._session, *frames = self._socket.recv_multipart()
         return {str(name): value for name, value in framing.unpack(frames, framing.FROM_CLIENT).items()}
 
     def say(self, **fields: object) -> None:
         """Send a message about request 1."""
-        self._socket.send_multipart([self._connection, *framing.pack({"id": 1, **fields})])
+        self._socket.send_multipart([self._session, *framing.pack({"id": 1, **fields})])
 
     def say_tokens(self, *tokens: int, **more: object) -> None:
         self.say(type="tokens", index=0, token_ids=list(tokens), **{"text": "x" * len(tokens), **more})
@@ -94,7 +94,7 @@ def test_a_resume_that_is_refused_for_now_is_sent_again(server: ScriptedServer, 
     server.hear()
     server.say_tokens(5, text="a")
     assert next(stream).text == "a"
-    client._connection._on_events(LOST_AND_MADE_AGAIN)
+    client._session._on_events(LOST_AND_MADE_AGAIN)
     resume = server.hear()
     server.say(type="failed", code=code, message="later", retry_after_s=0.01)
     pieces, again = read_while(resume_and_finish, stream)
@@ -118,7 +118,7 @@ def test_a_server_that_is_replaced_twice_while_nobody_reads_is_asked_once(
         pieces, resume = read_while(lambda: third.resume_and_finish(3, 4, 5), stream)
         assert [piece.token_ids for piece in pieces] == [(3, 4), (5,)]
         assert resume["offsets"] == [2]
-        client._connection.send_cancel(7)
+        client._session.send_cancel(7)
         assert third.hear() == {"type": "cancel", "id": 7}, "another resume before it"
 
 
@@ -130,7 +130,7 @@ def test_a_second_answer_with_what_the_first_has_brought_repeats_nothing(
     server.say_tokens(1, 2)
     assert next(stream).token_ids == (1, 2)
     for _ in range(3):  # the connections broke before the first two could be sent: all go out on the last one
-        client._connection._on_events(LOST_AND_MADE_AGAIN)
+        client._session._on_events(LOST_AND_MADE_AGAIN)
     for _ in range(3):
         assert server.hear()["offsets"] == [2]
         server.say(type="resumed", offsets=[2])
@@ -147,7 +147,7 @@ def test_a_second_resume_that_is_refused_for_now_does_not_end_the_request(
     stream = client.stream([1])
     server.hear()
     for _ in range(2):
-        client._connection._on_events(LOST_AND_MADE_AGAIN)
+        client._session._on_events(LOST_AND_MADE_AGAIN)
         server.hear()
     server.say(type="resumed", offsets=[0])
     server.say_tokens(1)
@@ -167,7 +167,7 @@ def test_a_request_that_never_arrived_is_sent_again_once(server: ScriptedServer,
     stream = client.stream([1])
     generate = server.hear()
     for _ in range(2):
-        client._connection._on_events(LOST_AND_MADE_AGAIN)
+        client._session._on_events(LOST_AND_MADE_AGAIN)
         server.hear()
         server.say(type="failed", code="unknown_request", message="it never arrived")
     pieces, again = read_while(hear_and_answer, stream)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from mgpu import RequestFailed, ServerUnreachable
-from mgpu.protocol.client.resumable import TRANSITIONS, Message, ResumableRequest, State
+from mgpu.protocol.client.resumable import TRANSITIONS, Message, RequestState, ResumableRequest
 from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Keepalive, Resumed, ServerMessage, Tokens
 
 REQUEST: Message = {"type": "generate", "id": 1, "prompt": "x", "session": "s" * 16}
@@ -27,19 +27,19 @@ def take(request: ResumableRequest, messages: Sequence[ServerMessage]) -> list[M
 def test_the_example_of_the_theory_goes_from_state_to_state() -> None:
     request = ResumableRequest(REQUEST)
     assert not take(request, [Accepted(1, "tiny", 1, 8, 7), tokens(1, 2, 3)])
-    assert request.state is State.RUNNING
+    assert request.state is RequestState.RUNNING
     request.disconnect()
-    assert request.state is State.DISCONNECTED
+    assert request.state is RequestState.DISCONNECTED
     assert request.resume()["offsets"] == [3]
     assert not take(request, [tokens(4)])
-    assert request.state is State.RESUMING
+    assert request.state is RequestState.RESUMING
     assert not take(request, [Failed(1, "overloaded", "later", 1.0)])
-    assert request.state is State.BUSY
+    assert request.state is RequestState.BUSY
     assert request.resume()["offsets"] == [3], "the tokens of an earlier connection were not skipped"
     assert not take(request, [Resumed(1, [3]), tokens(4, 5, finish_reason="stop")])
-    assert request.state is State.RESUMED
+    assert request.state is RequestState.RESUMED
     assert not take(request, [finished("stop")])
-    assert request.state is State.ENDED
+    assert request.state is RequestState.ENDED
     assert request.answer.completion().token_ids == (1, 2, 3, 4, 5)
     assert request.answer.completion().seed == 7
 
@@ -50,7 +50,7 @@ def test_a_request_that_never_arrived_is_sent_again_with_the_seed_it_was_promise
     request.disconnect()
     request.resume()
     assert take(request, [Failed(1, "unknown_request", "")]) == [{**REQUEST, "seed": 7}]
-    assert request.state is State.RUNNING
+    assert request.state is RequestState.RUNNING
     take(request, [Failed(1, "overloaded", "full")])
     with pytest.raises(RequestFailed, match="full"):
         request.answer.completion()
@@ -61,7 +61,7 @@ def test_a_request_that_was_cancelled_while_nobody_was_connected_has_failed() ->
     request.disconnect()
     request.resume()
     take(request, [Resumed(1, [0]), finished("cancelled")])
-    with pytest.raises(ServerUnreachable, match="gave the request up"):
+    with pytest.raises(ServerUnreachable, match="the server ended the request"):
         request.answer.completion()
 
 
@@ -76,17 +76,17 @@ def test_no_server_can_lead_a_client_into_a_wrong_state() -> None:
         lambda: Failed(1, rng.choice(["overloaded", "not_ready", "unknown_request", "stopped"]), ""),
         lambda: finished(rng.choice(["stop", "cancelled"])),
     ]
-    steps: set[tuple[State, State]] = set()
+    steps: set[tuple[RequestState, RequestState]] = set()
     for _ in range(3000):
         request = ResumableRequest(REQUEST)
         while not request.has_ended:
             before = request.state
             if rng.random() < 0.2:
                 request.disconnect()
-            elif request.state in (State.DISCONNECTED, State.BUSY) and rng.random() < 0.5:
+            elif request.state in (RequestState.DISCONNECTED, RequestState.BUSY) and rng.random() < 0.5:
                 request.resume()
             else:
                 request.take(rng.choice(messages)())
             steps.add((before, request.state))
-    kept = {(state, state) for state in State}
+    kept = {(state, state) for state in RequestState}
     assert steps | kept == {(state, after) for state in TRANSITIONS for after in TRANSITIONS[state]} | kept

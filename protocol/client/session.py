@@ -1,4 +1,7 @@
-"""The requests and queries in flight between one client and its server. No waiting: both clients share it."""
+"""The requests and queries in flight between one client and its server. No waiting: both clients share it.
+
+A session lasts as long as its client. Its channel may lose the connection and make another meanwhile.
+"""
 
 import contextlib
 import math
@@ -28,15 +31,15 @@ from mgpu.protocol.keys import find_client_keys
 Reply = TypeVar("Reply", Health, Stats, Models)
 
 
-class Connection:
+class Session:
     """Send requests, hand each message that arrives to its request, and resume requests on a new connection."""
 
     def __init__(self, endpoint: str | None, keys: str | Path | None) -> None:
         """Begin to connect to what `find_endpoint` returns. ``keys`` is the key file for tcp, else MGPU_KEYS."""
         found = find_endpoint(endpoint)
         self.channel = Channel(found, find_client_keys(keys) if found.startswith("tcp://") else None)
-        self.session = secrets.token_hex(16)
-        """With its id it names a request on any later connection. Only this client knows it."""
+        self.secret = secrets.token_hex(16)
+        """Secret of this client. (session, request id) identifies a request also after a reconnection."""
         self.requests: dict[int, ResumableRequest] = {}
         self._resume_at_s = math.inf
         """The earliest `resume_at_s` of the requests."""
@@ -44,7 +47,7 @@ class Connection:
 
     def begin(self, request: ResumableRequest) -> None:
         """Send a request. Raises what `Channel.send` does."""
-        request.message = {**request.message, "session": self.session}
+        request.message = {**request.message, "session": self.secret}
         self.channel.send(request.message)
         self.requests[request.id] = request
 

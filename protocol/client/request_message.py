@@ -11,7 +11,10 @@ T = TypeVar("T")
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of the client's generate, stream, chat and stream_chat; see the fields of `Generate`."""
+    """Keyword arguments of the client's generate, stream, chat and stream_chat.
+
+    They are fields of `Generate` in protocol/front/client_messages.py, which says what they mean and may be.
+    """
 
     model: str
     n: int
