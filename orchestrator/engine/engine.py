@@ -14,9 +14,9 @@ import zmq
 
 from mgpu import __version__
 from mgpu.orchestrator.config import ServerConfig
-from mgpu.orchestrator.engine.life_cycle import LifeCycle, State
+from mgpu.orchestrator.engine.gateway_bridge import GatewayBridge
+from mgpu.orchestrator.engine.life_cycle import LifeCycle, ServerState
 from mgpu.orchestrator.engine.polling import poller_of
-from mgpu.orchestrator.engine.requests import Requests
 from mgpu.orchestrator.engine.steps import StepPipeline
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.reload import Reloader
@@ -71,7 +71,7 @@ class Engine:
         self._life = LifeCycle()
         timeouts = config.timeouts
         self._steps = StepPipeline(scheduler, workers, config.spin_s, timeouts.hang_timeout_s)
-        self._requests = Requests(self._life, scheduler, self._steps, gateway, workers, timeouts.resume_timeout_s)
+        self._bridge = GatewayBridge(self._life, scheduler, self._steps, gateway, workers, timeouts.resume_timeout_s)
         self._progress = ProgressBar(config.layout.placement.world_size)
         self._began_s = self._looked_s = time.monotonic()
         self._is_announced = False
@@ -85,16 +85,16 @@ class Engine:
         failure: Exception | None = None
         try:
             self._start()
-            while self._life.state is not State.STOPPED:
+            while self._life.state is not ServerState.STOPPED:
                 try:
-                    self._requests.take_in()
+                    self._bridge.take_in()
                     if not self._is_announced:  # what the gateway said may be the last thing that was missing
                         self._update_state()
                     self._steps.publish()
-                    self._requests.emit()  # what was refused or cancelled must not wait for the next result
+                    self._bridge.emit()  # what was refused or cancelled must not wait for the next result
                     self._wait()  # the only place that sleeps
                     self._steps.apply()
-                    self._requests.emit()
+                    self._bridge.emit()
                 except GatewayLost as lost:
                     self._replace_gateway(lost)
                 except ProcessFailure as lost:
@@ -116,15 +116,15 @@ class Engine:
         state = self._life.state
         if self._signals.received:
             self._drain_or_stop(state)
-        elif state is State.STARTING:
+        elif state is ServerState.STARTING:
             if self._workers.is_ready and self._gateway.is_ready:
                 self._become_ready()
-        elif self._workers.is_ready is not (state is State.READY):
-            self._enter(State.READY if self._workers.is_ready else State.RECOVERING)
-        elif not self._is_announced and state is State.READY:
+        elif self._workers.is_ready is not (state is ServerState.READY):
+            self._enter(ServerState.READY if self._workers.is_ready else ServerState.RECOVERING)
+        elif not self._is_announced and state is ServerState.READY:
             self._announce_when_known()
 
-    def _enter(self, state: State) -> None:
+    def _enter(self, state: ServerState) -> None:
         self._life.enter(state)
         self._gateway.tell(self._info())
 
@@ -140,7 +140,7 @@ class Engine:
         self._steps.begin(ready.values() if on_cpu else ())
         log_ready(self._config, self._scheduler.limits, ready, time.monotonic() - self._began_s)
         self._announce_by_s = time.monotonic() + self._config.timeouts.gateway_timeout_s
-        self._enter(State.READY)
+        self._enter(ServerState.READY)
 
     def _announce_when_known(self) -> None:
         """Let clients find the server once the gateway acts on the state ready: no first request is refused.
@@ -148,7 +148,7 @@ class Engine:
         A gateway that does not answer is not waited for.
         """
         config, endpoint = self._config, self._gateway.endpoint
-        if self._gateway.known_state != State.READY:
+        if self._gateway.known_state != ServerState.READY:
             if time.monotonic() <= self._announce_by_s:
                 return
             silence_s = config.timeouts.gateway_timeout_s
@@ -162,21 +162,21 @@ class Engine:
         gc.collect()
         gc.freeze()
 
-    def _drain_or_stop(self, state: State) -> None:
+    def _drain_or_stop(self, state: ServerState) -> None:
         """After one signal running requests may finish; after a second one, or in time, the server stops."""
         signals, num_live = self._signals.received, self._scheduler.num_live
-        if state is State.STARTING:
+        if state is ServerState.STARTING:
             log.info("stopped while starting")
-            self._life.enter(State.STOPPED)
+            self._life.enter(ServerState.STOPPED)
             return
-        if state is not State.DRAINING:
+        if state is not ServerState.DRAINING:
             if num_live:
                 log.info("stopping: %d requests get up to %g s to finish", num_live, self._drain_timeout_s)
             self._drain_until_s = time.monotonic() + self._drain_timeout_s
             self._notifier.stopping("finishing the last requests")
-            self._enter(State.DRAINING)
+            self._enter(ServerState.DRAINING)
         if len(signals) > 1 or not num_live or time.monotonic() >= self._drain_until_s:
-            self._life.enter(State.STOPPED)
+            self._life.enter(ServerState.STOPPED)
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class Engine:
             self._look_around(min(sleep_s, self._park_s()))
 
     def _park_s(self) -> float:
-        if self._life.state is not State.DRAINING:
+        if self._life.state is not ServerState.DRAINING:
             return PARK_S
         return min(PARK_S, max(0.0, self._drain_until_s - time.monotonic()))
 
@@ -200,24 +200,24 @@ class Engine:
         self._looked_s = now_s
         if self._signals.fd in events:
             self._signals.clear()
-        if self._life.state is not State.STARTING and self._signals.take_reload():
+        if self._life.state is not ServerState.STARTING and self._signals.take_reload():
             self._reload()
         self._gateway.advance(events)
         if self._workers.advance(events):
             self._scheduler.resume(self._workers.group.epoch, self._workers.num_blocks)
-            if self._life.state is not State.STARTING:
+            if self._life.state is not ServerState.STARTING:
                 took_s = self._workers.last_recovery_s
                 log.info("recovered in %.2f s; %d requests go on", took_s, self._scheduler.num_live)
 
     def _run_periodic_work(self) -> None:
         """Watchdog, journal, runtime folder, standby workers and systemd: each acts when its own time has come."""
         self._gateway.check_watchdog()
-        if self._life.state is State.STARTING:
+        if self._life.state is ServerState.STARTING:
             progress = self._workers.group.progress.values()
             self._progress.show(progress)
             self._notifier.loading(progress, self._config.layout.placement.world_size)
             return
-        self._requests.run_periodic_work()
+        self._bridge.run_periodic_work()
         self._runtime.restore_if_removed()
         running, live = self._scheduler.num_running, self._scheduler.num_live
         if self._workers.is_ready:
@@ -242,7 +242,7 @@ class Engine:
 
     def _replace_workers(self, failure: ProcessFailure) -> None:
         """Throw the worker group away and start another one; what ran waits until it is ready."""
-        if self._life.state is State.STARTING:
+        if self._life.state is ServerState.STARTING:
             raise failure
         was_ready, running = self._workers.is_ready, self._scheduler.num_running
         if was_ready:
@@ -255,16 +255,16 @@ class Engine:
 
     def _replace_gateway(self, failure: GatewayLost) -> None:
         """Start another gateway on the same endpoint; requests whose clients can resume them go on meanwhile."""
-        if self._life.state is State.STARTING and not failure.caused_by_clients:
+        if self._life.state is ServerState.STARTING and not failure.caused_by_clients:
             raise failure
         last_messages = self._gateway.replace(failure, self._info())
-        self._requests.on_gateway_replaced(last_messages)
+        self._bridge.on_gateway_replaced(last_messages)
         self._watch()
 
     def _end(self, failure: Exception | None) -> int:
         self._progress.close()
-        if self._life.state is not State.STOPPED:
-            self._life.enter(State.STOPPED)
+        if self._life.state is not ServerState.STOPPED:
+            self._life.enter(ServerState.STOPPED)
         if failure is None:
             self._shut_down("")
             return -self._signals.received[0]
@@ -289,7 +289,7 @@ class Engine:
 
     def _notify_clients(self, error: str) -> None:
         try:
-            self._requests.fail_all(error)
+            self._bridge.fail_all(error)
             self._gateway.send(self._info())
         except GatewayLost as lost:
             log.warning("clients could not be told: %s", lost)

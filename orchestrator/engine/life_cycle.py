@@ -14,7 +14,7 @@ Stopped is reached from everywhere: by a second signal, by a failure, or when al
 from enum import StrEnum
 
 
-class State(StrEnum):
+class ServerState(StrEnum):
     """What clients see as the state of the server."""
 
     STARTING = "starting"
@@ -25,11 +25,11 @@ class State(StrEnum):
 
 
 NEXT = {
-    State.STARTING: {State.READY, State.STOPPED},
-    State.READY: {State.RECOVERING, State.DRAINING, State.STOPPED},
-    State.RECOVERING: {State.READY, State.DRAINING, State.STOPPED},
-    State.DRAINING: {State.STOPPED},
-    State.STOPPED: set(),
+    ServerState.STARTING: {ServerState.READY, ServerState.STOPPED},
+    ServerState.READY: {ServerState.RECOVERING, ServerState.DRAINING, ServerState.STOPPED},
+    ServerState.RECOVERING: {ServerState.READY, ServerState.DRAINING, ServerState.STOPPED},
+    ServerState.DRAINING: {ServerState.STOPPED},
+    ServerState.STOPPED: set(),
 }
 """Every legal transition."""
 
@@ -38,9 +38,9 @@ class LifeCycle:
     """The state of one server, written by the engine only."""
 
     def __init__(self) -> None:
-        self.state = State.STARTING
+        self.state = ServerState.STARTING
 
-    def enter(self, state: State) -> None:
+    def enter(self, state: ServerState) -> None:
         """Change the state."""
         assert state in NEXT[self.state], f"{self.state} → {state}"
         self.state = state

@@ -1,7 +1,16 @@
 """The gateway's loop: clients on one side, the engine on the other, text in between.
 
-Everything that happens comes through one of four sources, each read once per turn: the engine's link, the front
-socket, threads that have tokenized a prompt, and the clock. What a request goes through is in `requests/lifecycle.py`.
+One turn of the loop waits until something is ready or the clock is due, and then, in this order:
+
+    client's message    if one is waiting, wake an idle engine before it is read
+    parent              if its descriptors are readable it is gone, and this turn is the last
+    access control      answer all handshakes that wait
+    threads             take all results: the loaded tokenizer, encoded prompts
+    engine              handle up to 8 messages
+    clients             send what slow readers now take, handle up to 64 messages, drop lost connections
+    clock               every 0.25 s: keepalives, deadlines, memory, a removed socket file
+
+What a request goes through is in `requests/request_handler.py`.
 """
 
 import logging
@@ -17,11 +26,11 @@ from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.gateway.memory_limit import MemoryLimit
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
-from mgpu.orchestrator.gateway.requests.lifecycle import Requests
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.prompts import Prompts
 from mgpu.orchestrator.gateway.requests.queries import Queries
 from mgpu.orchestrator.gateway.requests.quota import Quota
+from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.requests.resume import Resumptions
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
@@ -77,14 +86,14 @@ class Gateway:
         self._quota = Quota(spec.limits)
         self._table = RequestTable(self._quota)
         self._outgoing = Outgoing(front, link)
-        self._requests = Requests(self._model, self._table, self._outgoing)
+        self._requests = RequestHandler(self._model, self._table, self._outgoing)
         self._prompts = Prompts(self._requests, background)
         self._queries = Queries(self._model, self._table, self._outgoing)
         self._resumptions = Resumptions(self._requests, front.access, self._outgoing)
         self._memory = MemoryLimit(spec.memory_bytes)
         self._next_period_s = self._next_alive_s = 0.0
         self._has_sent_wake_up = False
-        """Since the engine's last message; it sends one at least every second."""
+        """True from a `WakeUp` until the engine next sends anything."""
         self._running = True
         self._failure: BaseException | None = None
 

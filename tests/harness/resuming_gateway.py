@@ -5,11 +5,11 @@ from typing import Any, cast
 
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
-from mgpu.orchestrator.gateway.requests.lifecycle import Requests
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.queries import Queries
 from mgpu.orchestrator.gateway.requests.quota import Quota
 from mgpu.orchestrator.gateway.requests.request import Choice, Request
+from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.requests.resume import Resumptions
 from mgpu.orchestrator.gateway.requests.resume_context import pack_context
 from mgpu.orchestrator.gateway.requests.table import RequestTable
@@ -43,7 +43,7 @@ class ResumingGateway:
         self.table = RequestTable(self.quota)
         model, outgoing, access = ServedModel(SPEC, INFO, is_loaded=True), cast("Outgoing", self), cast("Any", self)
         self.queries = Queries(model, self.table, outgoing)
-        self.resumptions = Resumptions(Requests(model, self.table, outgoing), access, outgoing)
+        self.resumptions = Resumptions(RequestHandler(model, self.table, outgoing), access, outgoing)
 
     def to_client(self, connection: bytes, message: ServerMessage) -> None:
         self.sent.append((connection, message))

@@ -4,8 +4,8 @@ import logging
 from concurrent.futures import Future
 
 from mgpu.orchestrator.gateway.front.refusal import Refusal
-from mgpu.orchestrator.gateway.requests.lifecycle import Requests
 from mgpu.orchestrator.gateway.requests.request import Request
+from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Prompts:
     """Tokenizes every request and admits or refuses it; while a thread has the prompt, the request is in the table."""
 
-    def __init__(self, requests: Requests, background: BackgroundTasks) -> None:
+    def __init__(self, requests: RequestHandler, background: BackgroundTasks) -> None:
         self._requests = requests
         self._background = background
 

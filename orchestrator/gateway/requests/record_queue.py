@@ -3,7 +3,7 @@
 from collections import deque
 
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
-from mgpu.orchestrator.gateway.requests.resumption import Resumption, State
+from mgpu.orchestrator.gateway.requests.resumption import Resumption, ResumptionState
 from mgpu.protocol.internal.gateway_messages import RecordQuery
 
 MAX_RECORDS_AT_ONCE = 32
@@ -33,11 +33,11 @@ class RecordQueue:
     def abandon(self, resumptions: list[Resumption]) -> None:
         """Wait no longer for these. Of those that have not been asked for, ask what runs, without any tokens."""
         for resumption in resumptions:
-            if resumption.state is State.QUEUED:
+            if resumption.state is ResumptionState.QUEUED:
                 self._ask(resumption, [-1] * len(resumption.message.offsets), [-1] * len(resumption.message.offsets))
             else:
                 del self._asked[resumption.query_id]
-            resumption.move_to(State.ABANDONED)
+            resumption.move_to(ResumptionState.ABANDONED)
         self._ask_next()
 
     def _ask_next(self) -> None:
@@ -47,8 +47,8 @@ class RecordQueue:
             resumption = line.popleft()
             if line:
                 self._lines[account] = line  # behind all others
-            if resumption.state is State.QUEUED:  # else it was abandoned
-                resumption.move_to(State.ASKED)
+            if resumption.state is ResumptionState.QUEUED:  # else it was abandoned
+                resumption.move_to(ResumptionState.ASKED)
                 self._ask(resumption, resumption.known, list(resumption.message.offsets))
                 self._asked[resumption.query_id] = resumption
 

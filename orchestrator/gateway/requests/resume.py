@@ -1,17 +1,24 @@
-"""Continue requests for clients that come back, from the engine's records; resumption.py says how."""
+"""Continue requests for clients that come back, from the engine's records. Five files, in the order of their use:
+
+1. resume_context.py: when a request is admitted, pack what a later gateway needs and leave it with the engine.
+2. resume.py (this file): take a client's `resume`, and later the records of the engine.
+3. resumption.py: the state of one attempt, from QUEUED to OVER. Its example shows the whole way.
+4. record_queue.py: ask the engine for portions of its records, accounts in turns.
+5. replay.py: turn each portion into the messages that the client lacks.
+"""
 
 import time
 
 from mgpu.orchestrator.gateway.front.access import AccessControl
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
-from mgpu.orchestrator.gateway.requests.lifecycle import Requests
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.quota import MAX_QUESTIONS
 from mgpu.orchestrator.gateway.requests.record_queue import RecordQueue
 from mgpu.orchestrator.gateway.requests.replay import Replay
 from mgpu.orchestrator.gateway.requests.request import Request
+from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.requests.resume_context import CONTEXT_CODEC, Context
-from mgpu.orchestrator.gateway.requests.resumption import Resumption, State
+from mgpu.orchestrator.gateway.requests.resumption import Resumption, ResumptionState
 from mgpu.orchestrator.gateway.requests.table import Name
 from mgpu.protocol.front.client_messages import ResumeRequest
 from mgpu.protocol.front.server_messages import Resumed
@@ -26,7 +33,7 @@ GRACE_S = 5.0
 class Resumptions:
     """At most one resumption per request waits for the engine; the last client that asked gets the request."""
 
-    def __init__(self, requests: Requests, access: AccessControl, outgoing: Outgoing) -> None:
+    def __init__(self, requests: RequestHandler, access: AccessControl, outgoing: Outgoing) -> None:
         self._requests = requests
         self._table = requests.table
         self._quota = requests.table.quota
@@ -95,10 +102,10 @@ class Resumptions:
         if resumption is None:
             late = self._abandoned.pop(record.query_id, None)
             if late is not None:
-                late.move_to(State.OVER)
+                late.move_to(ResumptionState.OVER)
             name = None if late is None else late.name
             self._orphans.append((time.monotonic() + GRACE_S, name, _running(record)))
-        elif resumption.state is State.OUTDATED:  # to continue for a connection that is lost would end the request
+        elif resumption.state is ResumptionState.OUTDATED:  # continued for a lost connection, the request would end
             self._ask_again(resumption)
         elif resumption.request is not None and resumption.request.is_over:  # cancelled, say, between two portions
             self._end(resumption)
@@ -187,12 +194,12 @@ class Resumptions:
         return request
 
     def _ask_again(self, resumption: Resumption) -> None:
-        resumption.move_to(State.QUEUED)
+        resumption.move_to(ResumptionState.QUEUED)
         resumption.overdue_s = time.monotonic() + RECORD_TIMEOUT_S
         self._queue.add(resumption)
 
     def _end(self, resumption: Resumption) -> None:
-        resumption.move_to(State.OVER)
+        resumption.move_to(ResumptionState.OVER)
         self._forget(resumption)
 
     def _forget(self, resumption: Resumption) -> None:

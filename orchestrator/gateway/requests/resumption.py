@@ -21,7 +21,7 @@ from mgpu.orchestrator.gateway.requests.table import Name
 from mgpu.protocol.front.client_messages import ResumeRequest
 
 
-class State(Enum):
+class ResumptionState(Enum):
     QUEUED = auto()
     """It waits for its turn to ask the engine."""
     ASKED = auto()
@@ -33,12 +33,17 @@ class State(Enum):
     OVER = auto()
 
 
-TRANSITIONS: dict[State, tuple[State, ...]] = {
-    State.QUEUED: (State.ASKED, State.ABANDONED),
-    State.ASKED: (State.QUEUED, State.OUTDATED, State.ABANDONED, State.OVER),
-    State.OUTDATED: (State.QUEUED, State.ABANDONED),
-    State.ABANDONED: (State.OVER,),
-    State.OVER: (),
+TRANSITIONS: dict[ResumptionState, tuple[ResumptionState, ...]] = {
+    ResumptionState.QUEUED: (ResumptionState.ASKED, ResumptionState.ABANDONED),
+    ResumptionState.ASKED: (
+        ResumptionState.QUEUED,
+        ResumptionState.OUTDATED,
+        ResumptionState.ABANDONED,
+        ResumptionState.OVER,
+    ),
+    ResumptionState.OUTDATED: (ResumptionState.QUEUED, ResumptionState.ABANDONED),
+    ResumptionState.ABANDONED: (ResumptionState.OVER,),
+    ResumptionState.OVER: (),
 }
 
 
@@ -50,7 +55,7 @@ class Resumption:
     account: str
     message: ResumeRequest
     overdue_s: float
-    state: State = State.QUEUED
+    state: ResumptionState = ResumptionState.QUEUED
     query_id: int = 0
     """Of the last question to the engine; 0: it has not been asked."""
     request: Request | None = None
@@ -69,7 +74,7 @@ class Resumption:
         """Per choice, the tokens that have come; empty before the first portion."""
         return [replay.known for replay in self.replays]
 
-    def move_to(self, state: State) -> None:
+    def move_to(self, state: ResumptionState) -> None:
         """Change the state. AssertionError for a transition that is not in the table: our own mistake."""
         assert state in TRANSITIONS[self.state], f"a resumption cannot go from {self.state.name} to {state.name}"
         self.state = state
@@ -78,5 +83,5 @@ class Resumption:
         """Start again for the connection that has resumed the request last. The time to answer stays as it is."""
         self.connection, self.account, self.message = connection, account, message
         self.request, self.replays, self.is_cancelled = None, [], False
-        if self.state is State.ASKED:
-            self.move_to(State.OUTDATED)
+        if self.state is ResumptionState.ASKED:
+            self.move_to(ResumptionState.OUTDATED)

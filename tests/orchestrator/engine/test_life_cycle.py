@@ -2,22 +2,28 @@
 
 import pytest
 
-from mgpu.orchestrator.engine.life_cycle import NEXT, LifeCycle, State
+from mgpu.orchestrator.engine.life_cycle import NEXT, LifeCycle, ServerState
 
 
 def test_a_server_starts_serves_recovers_drains_and_stops() -> None:
     life = LifeCycle()
-    for state in (State.READY, State.RECOVERING, State.READY, State.DRAINING, State.STOPPED):
+    for state in (
+        ServerState.READY,
+        ServerState.RECOVERING,
+        ServerState.READY,
+        ServerState.DRAINING,
+        ServerState.STOPPED,
+    ):
         life.enter(state)
     assert life.state == "stopped"
 
 
-@pytest.mark.parametrize("state", [State.STARTING, State.RECOVERING, State.DRAINING])
-def test_a_start_leads_to_ready_or_ends(state: State) -> None:
+@pytest.mark.parametrize("state", [ServerState.STARTING, ServerState.RECOVERING, ServerState.DRAINING])
+def test_a_start_leads_to_ready_or_ends(state: ServerState) -> None:
     with pytest.raises(AssertionError):
         LifeCycle().enter(state)
 
 
 def test_every_state_can_stop_and_nothing_follows_that() -> None:
-    assert [state for state, following in NEXT.items() if State.STOPPED not in following] == [State.STOPPED]
-    assert NEXT[State.STOPPED] == set()
+    assert [state for state, following in NEXT.items() if ServerState.STOPPED not in following] == [ServerState.STOPPED]
+    assert NEXT[ServerState.STOPPED] == set()

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from harness.resuming_gateway import A, B, ResumingGateway, portion
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests import quota, record_queue
-from mgpu.orchestrator.gateway.requests.resumption import TRANSITIONS, Resumption, State
+from mgpu.orchestrator.gateway.requests.resumption import TRANSITIONS, Resumption, ResumptionState
 from mgpu.protocol.front.client_messages import ResumeRequest
 
 EVENTS = st.tuples(st.sampled_from(["resume", "cancel", "answer", "end", "clock"]), st.integers(0, 11))
 
 
-@pytest.mark.parametrize("state", State)
-def test_a_transition_that_is_not_in_the_table_is_our_own_mistake(state: State) -> None:
-    for other in State:
+@pytest.mark.parametrize("state", ResumptionState)
+def test_a_transition_that_is_not_in_the_table_is_our_own_mistake(state: ResumptionState) -> None:
+    for other in ResumptionState:
         resumption = Resumption(A, "", ResumeRequest(1, "s", (0,)), 0.0, state)
         if other in TRANSITIONS[state]:
             resumption.move_to(other)

@@ -19,8 +19,8 @@ from mgpu.protocol.internal.gateway_messages import Cancel, Outputs, Resumable
 KEEPALIVE_S = 1.0
 
 
-class Requests:
-    """Everything that can happen to a request. Those in flight are in ``table``."""
+class RequestHandler:
+    """Handles whatever happens to a request. Those in flight are in ``table``."""
 
     def __init__(self, model: ServedModel, table: RequestTable, outgoing: Outgoing) -> None:
         self.table = table

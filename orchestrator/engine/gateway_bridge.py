@@ -1,13 +1,13 @@
-"""Requests between the gateway and the scheduler: submissions, cancellations and questions in, outputs out.
+"""Connect the gateway with the scheduler: submissions, cancellations and questions in, outputs out.
 
-A request outlives the gateway that brought it: the journal knows it by its client's own name, and a new gateway asks
-for what has been said so far.
+A request outlives the gateway that brought it. The journal knows it by its session and its client's id, and a new
+gateway asks for what has been said so far.
 """
 
 import logging
 import time
 
-from mgpu.orchestrator.engine.life_cycle import LifeCycle, State
+from mgpu.orchestrator.engine.life_cycle import LifeCycle, ServerState
 from mgpu.orchestrator.engine.resume_journal import Journal
 from mgpu.orchestrator.engine.steps import StepPipeline
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
@@ -32,8 +32,8 @@ MESSAGES_PER_STEP = 256
 """Most gateway messages taken in between two steps, so that a flood of them does not hold up the workers."""
 
 
-class Requests:
-    """Every request from its submission to its one ending."""
+class GatewayBridge:
+    """Handles the messages of the gateway, and sends it what the scheduler puts out."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Requests:
         self.emit()
 
     def _take(self, message: object) -> None:
-        if self._life.state is State.STARTING:
+        if self._life.state is ServerState.STARTING:
             self._ignore(message)
         elif isinstance(message, Submit):
             self._submit(message)
@@ -114,7 +114,7 @@ class Requests:
             log.warning("ignored %s: the engine is not ready", type(message).__name__)
 
     def _submit(self, submit: Submit) -> None:
-        if self._life.state is State.DRAINING:
+        if self._life.state is ServerState.DRAINING:
             self._scheduler.refuse(submit.sequence_id, "the server is finishing its last requests before it stops")
             return
         try:
