@@ -44,7 +44,7 @@ class DecodeInputs:
 
 @triton.jit
 def _inputs_kernel(
-    rows_ptr, starts_ptr, count_ptr, fresh_ptr, tokens_ptr, blocks_ptr,
+    rows_ptr, starts_ptr, count_ptr, appended_ptr, tokens_ptr, blocks_ptr,
     token_ids_ptr, positions_ptr, slots_ptr, lens_ptr, tables_ptr,
     PAGES, tokens_stride, blocks_stride,
     BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
@@ -57,10 +57,10 @@ def _inputs_kernel(
     token = tl.load(tokens_ptr + row * tokens_stride + position, mask=active, other=0)
     current = position // BLOCK_SIZE
     block = tl.load(blocks_ptr + row * blocks_stride + current, mask=active, other=0)
-    if fresh_ptr is not None:
-        fresh = tl.load(fresh_ptr + r, mask=active, other=-1).to(tl.int32)
-        block = tl.where(fresh >= 0, fresh, block)
-        tl.store(blocks_ptr + row * blocks_stride + current, block, mask=fresh >= 0)
+    if appended_ptr is not None:
+        appended = tl.load(appended_ptr + r, mask=active, other=-1).to(tl.int32)
+        block = tl.where(appended >= 0, appended, block)
+        tl.store(blocks_ptr + row * blocks_stride + current, block, mask=appended >= 0)
     tl.store(token_ids_ptr + r, token.to(tl.int64))
     tl.store(positions_ptr + r, position)
     tl.store(slots_ptr + r, tl.where(active, block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE, -1))
@@ -81,19 +81,19 @@ def prepare_decode(
     blocks: Tensor,
     block_size: int,
     out: DecodeInputs,
-    fresh_R: Tensor | None = None,
+    appended_R: Tensor | None = None,
 ) -> None:
     """Fill ``out`` for rows that each compute one token.
 
     ``rows_R`` and ``starts_R`` (int32 or int64 [R]) are the numbers of the rows and the positions of their next tokens,
     of which the first ``count`` (int32 or int64 [1], on the device) count. ``tokens`` int32 [rows, W] and ``blocks``
-    int32 [rows, P] are the persistent state. ``fresh_R``: a block to append to the row first, for the next token; -1:
-    none. Pages of ``out.block_tables`` past a row's context keep their contents.
+    int32 [rows, P] are the persistent state. ``appended_R``: a block to append to the row first, for the next token;
+    -1: none. Pages of ``out.block_tables`` past a row's context keep their contents.
     """
     rows, pages = out.block_tables.shape
     device = out.token_ids.device
     _inputs_kernel[(rows,)](
-        rows_R, starts_R, count, fresh_R, tokens, blocks,
+        rows_R, starts_R, count, appended_R, tokens, blocks,
         out.token_ids, out.positions, out.slots, out.context_lens, out.block_tables,
         pages, tokens.stride(0), blocks.stride(0),
         block_size, _CHUNK, overlaps_launches(device),

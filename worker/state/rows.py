@@ -54,10 +54,11 @@ class SampleRequest:
 class RowTable:
     """State of all rows of one worker.
 
-    ``tokens`` is int32 [max_rows, max_seq_len + 1]: a request of full length may be sampled once more before its end is
-    known, and that token needs a place. ``blocks`` is int32 [max_rows, blocks of the longest], ``seeds`` int32
-    [max_rows, 2], ``temperatures`` float32 [max_rows]. All are columns of one table, so that a new request is one copy,
-    for which the first step of its prompt waits.
+    ``tokens`` is int32 [max_rows, max_seq_len + 1]. Requests never reach the last column: the last token of a request
+    of full length goes to position max_seq_len - 1, and no step is planned past it. It is there for the warm-up, which
+    may choose a token for position max_seq_len if that is at most 18 (`ModelRunner.warm_up`). ``blocks`` is int32
+    [max_rows, blocks of the longest], ``seeds`` int32 [max_rows, 2], ``temperatures`` float32 [max_rows]. All are
+    columns of one table, so that a new request is one copy, for which the first step of its prompt waits.
     """
 
     def __init__(self, max_rows: int, max_seq_len: int, block_size: int, num_blocks: int, device: torch.device) -> None:
@@ -79,7 +80,10 @@ class RowTable:
         self._block_counts = [0] * max_rows
 
     def apply(self, plan: StepPlan) -> None:
-        """Free, fill and extend rows as the plan says. BadPlan when it names impossible rows or blocks."""
+        """Free, fill and extend rows as the plan says. BadPlan when it names impossible rows or blocks.
+
+        Freed rows change only what the host knows of them. New rows and new blocks are copied to the device.
+        """
         self._change_occupants(plan)
         if plan.block_rows:
             self._append(plan.block_rows, plan.block_ids)
@@ -87,10 +91,10 @@ class RowTable:
     def apply_decode(self, plan: StepPlan) -> list[int]:
         """Like `apply`, for a step of one token per row, except that the step's own kernel appends the blocks.
 
-        Return the block that each row of the plan must append, -1 for none.
+        Return for each row of the plan the block that the kernel must append to it, -1 for none.
         """
         self._change_occupants(plan)
-        fresh = [-1] * len(plan.rows)
+        appended_blocks = [-1] * len(plan.rows)
         if plan.block_rows:
             index_of = {row: index for index, row in enumerate(plan.rows)}
             is_once = len(index_of.keys() & set(plan.block_rows)) == len(plan.block_rows)
@@ -100,12 +104,12 @@ class RowTable:
             ):
                 self._check_blocks(plan.block_ids)
                 for row, block in zip(plan.block_rows, plan.block_ids, strict=True):
-                    fresh[index_of[row]] = block
+                    appended_blocks[index_of[row]] = block
                     self._block_counts[row] += 1
             else:
                 self._append(plan.block_rows, plan.block_ids)
         self.check(plan)
-        return fresh
+        return appended_blocks
 
     def _change_occupants(self, plan: StepPlan) -> None:
         for row in plan.free_rows:

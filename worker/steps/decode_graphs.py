@@ -22,7 +22,10 @@ _HEAD = 4
 
 
 class DecodeGraphs:
-    """The graphs of a rank that has all layers, whole or in slices."""
+    """One graph per batch size, for steps in which every row computes and samples one token.
+
+    For plans of one stage: one GPU with whole layers, or several with slices of them that a `PeerGroup` adds up.
+    """
 
     def __init__(self, parts: GraphParts) -> None:
         self._parts = parts
@@ -43,21 +46,21 @@ class DecodeGraphs:
                 staged_length(size), lambda staged: self._forward(size, staged)
             )
 
-    def run(self, plan: StepPlan, fresh: list[int]) -> StepOutput:
-        """Launch a step that `takes` accepts; ``fresh`` is the result of `RowTable.apply_decode`."""
+    def run(self, plan: StepPlan, appended_blocks: list[int]) -> StepOutput:
+        """Launch a step that `takes` accepts; ``appended_blocks`` is the result of `RowTable.apply_decode`."""
         size = graph_size(len(plan.rows))
         self.prepare(size)
         column = whole_lines(size)
-        columns = padded(plan.rows, column) + padded(plan.starts, column) + padded(fresh, column)
+        columns = padded(plan.rows, column) + padded(plan.starts, column) + padded(appended_blocks, column)
         return self._parts.pool.replay(self._graphs[size], array("i", padded([len(plan.rows)], _HEAD) + columns))
 
     def _forward(self, size: int, staged: Tensor) -> StepOutput:
         rows, column = self._rows, whole_lines(size)
-        rows_R, starts_R, fresh_R = (staged[_HEAD + i * column :][:size] for i in range(3))
+        rows_R, starts_R, appended_R = (staged[_HEAD + i * column :][:size] for i in range(3))
         whole = self._inputs
         buffers = whole.token_ids, whole.positions, whole.slots, whole.context_lens, whole.block_tables
         inputs = DecodeInputs(*(buffer[:size] for buffer in buffers))
-        prepare_decode(rows_R, starts_R, staged[:1], rows.tokens, rows.blocks, rows.block_size, inputs, fresh_R)
+        prepare_decode(rows_R, starts_R, staged[:1], rows.tokens, rows.blocks, rows.block_size, inputs, appended_R)
         stage = self._parts.stage
         x_RD = stage.embed(inputs.token_ids)
         step = TritonStep(inputs.positions, inputs.slots, PagedRows(inputs.block_tables, inputs.context_lens), None)

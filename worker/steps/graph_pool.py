@@ -26,7 +26,8 @@ class StepOutput:
     logits_RV: Tensor
     """In the model's dtype."""
     ids_R: Tensor
-    """int32: the tokens of rows that are `RowSampling.is_simple`."""
+    """int32: the tokens by arg-max, with or without noise. They hold for rows that are `RowSampling.is_simple`; for
+    others `ModelRunner` chooses again from the logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,8 @@ class GraphParts:
     def finish(self, x_RD: Tensor, rows_R: Tensor, positions_R: Tensor) -> StepOutput:
         """Compute logits, then choose tokens, greedy or with noise: of several ranks the best that any of them finds.
 
-        They are written to the rows for the next step, except for rows whose position is 0.
+        They are written to the rows for the next step, except for rows whose position is 0. The graph ignores rules and
+        filters: where a row has any, `ModelRunner` overwrites the tokens before the next step reads them.
         """
         logits_RV = self.stage.raw_logits(x_RD)
         slice_size = logits_RV.shape[1]

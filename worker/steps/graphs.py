@@ -54,7 +54,10 @@ class Graphs:
         from mgpu.worker.steps.prompt_graphs import MOST_STAGED, PromptGraphs
 
         self._rows = rows
-        self._most_rows = 2 * rows.max_rows if peers is None else min(2 * rows.max_rows, peers.most_rows + 1)
+        # Sizes double, so the least that holds `max_rows` rows is below twice that. Larger ones would never be used.
+        self._first_decode = [size for size in _FIRST_DECODE if size < 2 * rows.max_rows]
+        if peers is not None:
+            self._first_decode = [size for size in self._first_decode if size <= peers.most_rows]
         most_staged = max(MOST_STAGED, staged_length(graph_size(rows.max_rows)))
         pool = (GraphPool if capture else Uncaptured)(rows.device, most_staged)
         parts = GraphParts(pool, stage, cache, rows, peers)
@@ -72,9 +75,8 @@ class Graphs:
 
     def prepare(self) -> None:
         """Make the first graphs, the largest first, so that smaller ones fit into its memory."""
-        for size in reversed(_FIRST_DECODE):
-            if size < self._most_rows:
-                self._decode.prepare(size)
+        for size in reversed(self._first_decode):
+            self._decode.prepare(size)
         for prompts in _FIRST_PROMPTS:
             if prompts[0] <= self._prompts.most_tokens:
                 self._prompts.prepare(prompts)

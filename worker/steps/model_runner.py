@@ -95,7 +95,13 @@ class ModelRunner:
         return self._choose(x_TD[batch.logit_rows], request) if request is not None else None
 
     def _sampled_by_graph(self, output: "StepOutput", plan: StepPlan) -> Sampled | None:
-        """Return the tokens that a graph chose. Choose again from its logits if a row needs more than an arg-max."""
+        """Return the tokens that a graph chose, or choose all of them again if that was not enough for some row.
+
+        A graph takes the arg-max, with or without noise. Rows with top_p, top_k, min_p, penalties, biased or banned
+        tokens or log-probabilities need more. If one row of the step does, the sampler chooses for all of its rows from
+        the graph's logits. The graph's tokens are discarded, also in the rows: the new ones are written over them, on
+        the same stream, before the next step reads them. Simple rows get the same token again.
+        """
         rows = self._rows
         sampling = [i for i, samples in enumerate(plan.samples) if samples]
         if not sampling:

@@ -27,7 +27,10 @@ Size = tuple[int, int, bool]
 
 
 class PromptGraphs:
-    """The graphs of a rank that has all layers, whole or in slices."""
+    """One graph per `Size`, for steps with prompts that have at most 512 tokens and 64 rows in all.
+
+    For the same layouts as `DecodeGraphs`.
+    """
 
     def __init__(self, parts: GraphParts) -> None:
         self._parts = parts

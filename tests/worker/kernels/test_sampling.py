@@ -74,14 +74,14 @@ def test_decode_inputs_come_from_the_persistent_rows(device: torch.device) -> No
     assert inputs.token_ids[3] == 0
 
 
-def test_fresh_blocks_are_appended_before_they_are_used(device: torch.device) -> None:
+def test_new_blocks_are_appended_before_they_are_used(device: torch.device) -> None:
     table = torch.zeros((4, 99), dtype=torch.int32, device=device)
     blocks, tokens = table[:, 3:9], table[:, 9:]
     blocks.copy_(torch.arange(24, dtype=torch.int32).view(4, 6))
     rows, starts = torch.tensor([3, 1, 0], device=device), torch.tensor([32, 33, 7], device=device)
-    fresh = torch.tensor([77, -1, 88], device=device)
+    appended = torch.tensor([77, -1, 88], device=device)
     inputs = DecodeInputs.create(3, 6, device)
-    prepare_decode(rows, starts, torch.tensor([2], device=device), tokens, blocks, 16, inputs, fresh)
+    prepare_decode(rows, starts, torch.tensor([2], device=device), tokens, blocks, 16, inputs, appended)
     assert inputs.slots.tolist() == [77 * 16, 8 * 16 + 1, -1]
     assert inputs.block_tables[:2, :3].tolist() == [[18, 19, 77], [6, 7, 8]]
     assert blocks[3].tolist() == [18, 19, 77, 21, 22, 23]
