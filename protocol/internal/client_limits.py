@@ -1,6 +1,6 @@
 """What clients may ask of one server at the same time. The gateway applies it; a reload replaces it as a whole.
 
-The options say client, as users do. What they bound is an account: a key, or without keys one connection.
+The options say client, as users do. What they bound is an account: a key, or one connection without a key.
 """
 
 from dataclasses import dataclass, field
