@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from mgpu.launch.commands.talk import ServerError, print_pieces, talk_options, typed
+from mgpu.launch.commands.talk import print_pieces, server_errors, talk_options, typed
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.client.results import Piece
-from mgpu.protocol.errors import MgpuError, RequestFailed
+from mgpu.protocol.errors import RequestFailed
 
 
 @click.command("chat")
@@ -16,13 +16,10 @@ from mgpu.protocol.errors import MgpuError, RequestFailed
 @click.option("--system", default="", help="A system message before the first turn.")
 def chat_command(endpoint: str | None, keys: str | None, timeout: float, system: str, **sampling: Any) -> None:
     """Chat with the model. Ctrl-C ends an answer; Ctrl-D leaves."""
-    try:
-        with Client(endpoint, timeout_s=timeout, keys=keys) as client:
-            model = client.models()[0]["name"]
-            click.secho(f"{model} — Ctrl-C ends an answer, Ctrl-D leaves, /new starts over", dim=True, err=True)
-            converse(client, system, typed(sampling))
-    except MgpuError as error:
-        raise ServerError(str(error)) from error
+    with server_errors(), Client(endpoint, timeout_s=timeout, keys=keys) as client:
+        model = client.models()[0]["name"]
+        click.secho(f"{model} — Ctrl-C ends an answer, Ctrl-D leaves, /new starts over", dim=True, err=True)
+        converse(client, system, typed(sampling))
 
 
 def converse(client: Client, system: str, options: dict[str, Any]) -> None:

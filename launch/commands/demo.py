@@ -5,12 +5,11 @@ import time
 
 import click
 
-from mgpu.launch.commands.talk import ServerError, print_pieces
+from mgpu.launch.commands.talk import ServerError, print_pieces, server_errors
 from mgpu.launch.server_process import ServerDied, ServerProcess, orderly_end
 from mgpu.orchestrator.models.find import resolve_model
 from mgpu.orchestrator.placement.devices import find_machine
 from mgpu.protocol.client.client import Client
-from mgpu.protocol.errors import MgpuError
 
 QUESTION = "Give me three tips for writing clear code."
 CPU_WORKERS = 3
@@ -45,12 +44,9 @@ def ask(endpoint: str, question: str, max_tokens: int) -> None:
     """Stream one chat answer to the screen, then print its speed."""
     click.secho(f"\n> {question}", bold=True)
     start_s = time.monotonic()
-    try:
-        with Client(endpoint) as client:
-            messages = [{"role": "user", "content": question}]
-            usage = print_pieces(client.stream_chat(messages, max_tokens=max_tokens))
-    except MgpuError as error:
-        raise ServerError(str(error)) from error
+    with server_errors(), Client(endpoint) as client:
+        messages = [{"role": "user", "content": question}]
+        usage = print_pieces(client.stream_chat(messages, max_tokens=max_tokens))
     seconds = time.monotonic() - start_s
     assert usage is not None
     rate = usage.completion_tokens / seconds

@@ -6,11 +6,10 @@ from typing import Any
 
 import click
 
-from mgpu.launch.commands.talk import ServerError, print_pieces, talk_options, typed
+from mgpu.launch.commands.talk import print_pieces, server_errors, talk_options, typed
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.client.results import Piece
-from mgpu.protocol.errors import MgpuError
 
 MOST_TOKENS = 512
 """Without --max-tokens a text ends here: a model that only continues it may never stop by itself."""
@@ -29,11 +28,12 @@ def generate_command(
     """
     text = _read_input() if prompt == "-" else prompt
     options = typed({**sampling, "stop": list(stop) or None})
-    try:
-        with Client(endpoint, timeout_s=timeout, keys=keys) as client, client.stream(text, **options) as pieces:
-            print_pieces(pieces if "max_tokens" in options else stopped(pieces))
-    except MgpuError as error:
-        raise ServerError(str(error)) from error
+    with (
+        server_errors(),
+        Client(endpoint, timeout_s=timeout, keys=keys) as client,
+        client.stream(text, **options) as pieces,
+    ):
+        print_pieces(pieces if "max_tokens" in options else stopped(pieces))
     click.echo()
 
 

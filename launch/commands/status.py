@@ -5,9 +5,8 @@ from dataclasses import asdict
 
 import click
 
-from mgpu.launch.commands.talk import ServerError
+from mgpu.launch.commands.talk import ServerError, server_errors
 from mgpu.protocol.client.client import Client
-from mgpu.protocol.errors import MgpuError
 
 
 @click.command("status")
@@ -16,11 +15,8 @@ from mgpu.protocol.errors import MgpuError
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def status_command(endpoint: str | None, keys: str | None, as_json: bool) -> None:
     """Show the state of the running server. Exit status 0 when it is ready, 69 otherwise."""
-    try:
-        with Client(endpoint, keys=keys) as client:
-            health, stats, models = client.health(), client.stats(), client.models()
-    except MgpuError as error:
-        raise ServerError(str(error)) from error
+    with server_errors(), Client(endpoint, keys=keys) as client:
+        health, stats, models = client.health(), client.stats(), client.models()
     facts = asdict(health)
     if as_json:
         click.echo(json.dumps({"health": facts, "stats": stats, "models": models}, indent=2))

@@ -1,13 +1,15 @@
 """Options and printing of the commands that talk to a server."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import click
 
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.results import Piece, Usage
+from mgpu.protocol.errors import MgpuError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,6 +18,15 @@ class ServerError(UserError):
     """The server is missing, or it refused or ended the request."""
 
     exit_code = 69
+
+
+@contextlib.contextmanager
+def server_errors() -> Iterator[None]:
+    """Turn an error of the client into a ServerError."""
+    try:
+        yield
+    except MgpuError as error:
+        raise ServerError(str(error)) from error
 
 
 def talk_options(command: F) -> F:
