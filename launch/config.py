@@ -95,9 +95,7 @@ class ServeConfig:
         _LAYOUT.max_batch_tokens,
         "Tokens in one step, at most (0: 8192 on GPUs of 40 GiB and more, 2048 on others, 512 on the CPU).", 0, 1 << 20,
     )  # fmt: skip
-    block_size: int = _option(
-        _LAYOUT.block_size, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", 0, 256
-    )  # fmt: skip
+    block_size: int = _option(_LAYOUT.block_size, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", 0, 256)
     memory_fraction: float = _option(
         _LAYOUT.memory_fraction, "Share of each GPU's memory for weights, activations and KV cache.", 0.05, 0.99
     )
@@ -118,10 +116,8 @@ class ServeConfig:
     )
     hang_timeout_s: float = _option(
         _TIMEOUTS.hang_timeout_s,
-        "Seconds without a result after which workers count as hung; slow steps get longer.",
-        0.1,
-        86400,
-    )
+        "Seconds without a result after which workers count as hung; slow steps get longer.", 0.1, 86400,
+    )  # fmt: skip
     max_restarts: int = _option(
         _RESTARTS.max_restarts, "Restarts of failed processes within ten minutes before the server gives up.", 0
     )
@@ -138,10 +134,8 @@ class ServeConfig:
     )  # fmt: skip
     max_sequences: int = _option(
         _CLIENTS.max_sequences,
-        "Requests of all clients that run or wait, at most; each of n choices counts.",
-        1,
-        1 << 20,
-    )
+        "Requests of all clients that run or wait, at most; each of n choices counts.", 1, 1 << 20,
+    )  # fmt: skip
     max_queue: Bytes = _option(  # noqa: RUF009
         Bytes(_CLIENTS.max_queue), "Bytes of all requests that wait for their first token, at most.", 1, 1 << 40
     )
