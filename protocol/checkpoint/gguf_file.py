@@ -101,12 +101,10 @@ class _Cursor:
         return layout.unpack_from(self._buffer, start)
 
     def u32(self) -> int:
-        start = self.take(4)
-        return int.from_bytes(self._buffer[start : start + 4], "little")
+        return int.from_bytes(self.data(4), "little")
 
     def u64(self) -> int:
-        start = self.take(8)
-        return int.from_bytes(self._buffer[start : start + 8], "little")
+        return int.from_bytes(self.data(8), "little")
 
     def data(self, count: int) -> bytes:
         start = self.take(count)
