@@ -58,16 +58,14 @@ class TritonBackend:
         return TritonStep(aligned(batch.positions), aligned(batch.slots), decode, prompts)
 
 
+@dataclass(frozen=True, slots=True)
 class TritonStep:
     """One step. Rows that decode have the first tokens, the others the tokens after them."""
 
-    def __init__(
-        self, positions_T: Tensor, slots_T: Tensor, decode: PagedRows | None, prompts: PagedRows | None
-    ) -> None:
-        self._positions_T = positions_T
-        self._slots_T = slots_T
-        self._decode = decode
-        self._prompts = prompts
+    positions_T: Tensor
+    slots_T: Tensor
+    decode: PagedRows | None
+    prompts: PagedRows | None
 
     @property
     def packed(self) -> "TritonStep":
@@ -78,17 +76,17 @@ class TritonStep:
     ) -> Tensor:
         norms = (spec.norms.q_weight, spec.norms.k_weight, spec.norms.eps) if spec.norms is not None else ()
         heads = PackedHeads(qkv_TAK, table_PK, scale_T, *norms)
-        if self._decode is not None and self._prompts is None:
-            return decode_attention(heads, self._decode.of(cache), scale=spec.scale, window=spec.window)
-        q_THK = rope_and_cache(heads, self._positions_T, self._slots_T, cache.k_NBJK, cache.v_NBJK)
+        if self.decode is not None and self.prompts is None:
+            return decode_attention(heads, self.decode.of(cache), scale=spec.scale, window=spec.window)
+        q_THK = rope_and_cache(heads, self.positions_T, self.slots_T, cache.k_NBJK, cache.v_NBJK)
         out_THK = torch.empty_like(q_THK)
-        if self._decode is not None:
-            count = len(self._decode.lens_R)
-            rows, out_RHK = self._decode.of(cache), out_THK[:count]
+        if self.decode is not None:
+            count = len(self.decode.lens_R)
+            rows, out_RHK = self.decode.of(cache), out_THK[:count]
             decode_attention(q_THK[:count], rows, scale=spec.scale, window=spec.window, out_RHK=out_RHK)
-        if self._prompts is not None:
-            assert self._prompts.starts is not None
-            rows, starts = self._prompts.of(cache), self._prompts.starts
+        if self.prompts is not None:
+            assert self.prompts.starts is not None
+            rows, starts = self.prompts.of(cache), self.prompts.starts
             prefill_attention(q_THK, rows, starts, scale=spec.scale, window=spec.window, out_THK=out_THK)
         return out_THK
 
