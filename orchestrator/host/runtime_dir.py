@@ -19,17 +19,7 @@ from pathlib import Path
 import zmq
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.discovery import (
-    BASE_VARIABLE,
-    IPC_PATH_MAX,
-    LOCK_NAME,
-    RunningServer,
-    base_dirs,
-    is_locked,
-    names_open_file,
-    server_dirs,
-    write_server,
-)
+from mgpu.protocol import discovery
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +47,7 @@ class RuntimeDir:
         sweep(self.base)
         self.path = self.base / secrets.token_hex(4)
         self._lock_fd = _made(self.path)
-        self._announced: RunningServer | None = None
+        self._announced: discovery.RunningServer | None = None
         self._check_at_s = 0.0
         self._is_missed = False
 
@@ -85,10 +75,10 @@ class RuntimeDir:
             os.umask(old_mask)
         return endpoint
 
-    def announce(self, server: RunningServer) -> None:
+    def announce(self, server: discovery.RunningServer) -> None:
         """Let clients find a ready server. RuntimeDirError when that cannot be written."""
         try:
-            write_server(self.path, server)
+            discovery.write_server(self.path, server)
         except OSError as error:
             raise _error("cannot write to", self.path, error) from error
         self._announced = server
@@ -128,13 +118,13 @@ class RuntimeDir:
             "something has removed %s, the folder of this server's sockets; it is there again. If old files are "
             "cleaned up there, set %s=/short/path to another folder.",
             self.path,
-            BASE_VARIABLE,
+            discovery.BASE_VARIABLE,
         )
 
     def _is_removed(self) -> bool:
         """Return whether the lock file is gone or another server's, so that the folder is no longer ours."""
         try:
-            return not names_open_file(self.path / LOCK_NAME, self._lock_fd)
+            return not discovery.names_open_file(self.path / discovery.LOCK_NAME, self._lock_fd)
         except OSError:  # unknown, for example without permission: not taken for removed
             return False
 
@@ -152,9 +142,9 @@ def _made(path: Path) -> int:
     hidden, lock_fd = path.with_name(f".{path.name}"), -1
     try:
         hidden.mkdir(mode=0o700)
-        lock_fd = _locked(hidden / LOCK_NAME)
+        lock_fd = _locked(hidden / discovery.LOCK_NAME)
         if path.is_dir():
-            os.link(hidden / LOCK_NAME, path / LOCK_NAME)
+            os.link(hidden / discovery.LOCK_NAME, path / discovery.LOCK_NAME)
             shutil.rmtree(hidden)
         else:
             hidden.rename(path)
@@ -177,19 +167,21 @@ def _error(what: str, folder: Path, error: OSError | zmq.ZMQError) -> RuntimeDir
 def choose_base(environ: Mapping[str, str] | None = None) -> Path:
     """Return the first base folder that is, or can be made, private. RuntimeDirError names what is wrong with each."""
     problems: list[str] = []
-    for base in base_dirs(environ):
+    for base in discovery.base_dirs(environ):
         problem = _problem_of(base)
         if problem is None:
             return base
         problems.append(f"{base}: {problem}")
     listed = "; ".join(problems)
-    raise RuntimeDirError(f"no private folder for the server's sockets ({listed}). Set {BASE_VARIABLE}=/short/path")
+    raise RuntimeDirError(
+        f"no private folder for the server's sockets ({listed}). Set {discovery.BASE_VARIABLE}=/short/path"
+    )
 
 
 def _problem_of(base: Path) -> str | None:
     length = len(os.fsencode(base / "01234567" / _LONGEST_NAME))
-    if length > IPC_PATH_MAX:
-        return f"socket paths would have {length} bytes, the system allows {IPC_PATH_MAX}"
+    if length > discovery.IPC_PATH_MAX:
+        return f"socket paths would have {length} bytes, the system allows {discovery.IPC_PATH_MAX}"
     try:
         base.mkdir(mode=0o700, exist_ok=True)
         found = base.lstat()
@@ -207,8 +199,8 @@ def _problem_of(base: Path) -> str | None:
 def sweep(base: Path) -> list[Path]:
     """Remove the folders of servers that no longer live, and return them. Nobody holds the lock of such a folder."""
     removed: list[Path] = []
-    for folder in server_dirs(base):
-        if not is_locked(folder):
+    for folder in discovery.server_dirs(base):
+        if not discovery.is_locked(folder):
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)
     return removed

@@ -3,17 +3,10 @@
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.errors import PlacementError
+from mgpu.orchestrator.placement import sizes
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.divisibility import compatible_sizes, split_problems
 from mgpu.orchestrator.placement.options import LayoutOptions, step_tokens
-from mgpu.orchestrator.placement.sizes import (
-    CUDA_FIXED_BYTES,
-    NCCL_BYTES,
-    kv_token_bytes,
-    largest_matrix_bytes,
-    rank_weight_bytes,
-    step_bytes,
-)
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.layout import Layout, cpu_pool_bytes
 from mgpu.protocol.model.placement import HeadShard, PlacementPlan, RankPlace, Stage, head_shard
@@ -87,10 +80,10 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
     facts, layout, options = sizing.facts, sizing.layout, sizing.options
     place = layout.placement.place_of(rank)
     stage, device = layout.placement.stages[place.stage_index], sizing.machine.devices[place.device]
-    weights = rank_weight_bytes(facts, layout.placement, place, sizing.dtype_bytes, layout.quant)
+    weights = sizes.rank_weight_bytes(facts, layout.placement, place, sizing.dtype_bytes, layout.quant)
     reserve = _reserve_bytes(sizing, place)
     budget = device_budget(device, options)
-    per_token = kv_token_bytes(
+    per_token = sizes.kv_token_bytes(
         facts, stage.num_layers, place.tp_size, kv_element_bytes(layout.kv_cache_dtype, layout.dtype)
     )
     pool = options.kv_memory or _pool_bytes(device, budget - weights - reserve)
@@ -122,16 +115,16 @@ def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
     last = place.stage_index == sizing.layout.placement.num_stages - 1
     options, machine = sizing.options, sizing.machine
     tokens = step_tokens(options, machine.kind, machine.least_bytes)
-    step = step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, options.max_rows)
+    step = sizes.step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, options.max_rows)
     if sizing.layout.quant != "none":
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
-        step += largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes)
+        step += sizes.largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes)
     uses_nccl = "nccl" in (sizing.layout.transport, sizing.layout.stage_transport)
-    return step + _fixed_bytes(machine.devices[place.device]) + (NCCL_BYTES if uses_nccl else 0)
+    return step + _fixed_bytes(machine.devices[place.device]) + (sizes.NCCL_BYTES if uses_nccl else 0)
 
 
 def _fixed_bytes(device: DeviceInfo) -> int:
-    return CUDA_FIXED_BYTES if device.kind == "cuda" else 0
+    return sizes.CUDA_FIXED_BYTES if device.kind == "cuda" else 0
 
 
 def fit_tokens(sizing: Sizing, rows: tuple[RankRow, ...]) -> tuple[int, int]:
