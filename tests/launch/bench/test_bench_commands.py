@@ -76,11 +76,8 @@ def test_serve_measures_closed_loops_poisson_arrivals_and_bursts(bench: Bench, t
     assert done.exit_code == 0, done.output
     rows = saved(tmp_path / "s")
     assert [(row["load"], row["requests"], row["errors"]) for row in rows] == [
-        ("closed", 4, 0),
-        ("closed", 8, 0),
-        ("poisson", 3, 0),
-        ("burst", 3, 0),
-    ]
+        ("closed", 4, 0), ("closed", 8, 0), ("poisson", 3, 0), ("burst", 3, 0),
+    ]  # fmt: skip
     assert all(row["tokens_per_s"] > 0 and row["ttft_p50_ms"] > 0 and row["gap_p99_ms"] > 0 for row in rows)
 
 

@@ -76,11 +76,8 @@ def test_lists_on_the_command_line_are_read_or_refused_with_an_example() -> None
 def test_phases_are_read_from_the_line_that_the_server_logs() -> None:
     line = ready_line(3.8, {"spawn": 2.4, "rendezvous": 0.1, "weights": 1.1, "warmup": 0.2}, 96_900_000)
     assert phases(f"08:37:26 starting\n08:37:30 {line}\nmore") == {
-        "spawn": 2.4,
-        "rendezvous": 0.1,
-        "weights": 1.1,
-        "warmup": 0.2,
-    }
+        "spawn": 2.4, "rendezvous": 0.1, "weights": 1.1, "warmup": 0.2,
+    }  # fmt: skip
     assert phases("nothing") == {}
 
 

@@ -17,11 +17,8 @@ def run_of(rate: float, errors: int = 0) -> Run:
 
 def test_closed_loops_get_more_requests_where_they_have_many_clients() -> None:
     assert loads([1, 100], [2.5], [256], 64) == [
-        Load("closed", 1, 64),
-        Load("closed", 100, 400),
-        Load("poisson", 2.5, 64),
-        Load("burst", 256, 256),
-    ]
+        Load("closed", 1, 64), Load("closed", 100, 400), Load("poisson", 2.5, 64), Load("burst", 256, 256),
+    ]  # fmt: skip
 
 
 def test_a_row_has_the_median_rate_its_spread_and_percentiles_over_all_runs() -> None:

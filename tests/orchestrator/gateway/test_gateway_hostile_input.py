@@ -94,30 +94,27 @@ def test_what_is_not_a_map_is_refused(peer: RawPeer, body: bytes) -> None:
     assert (failed["type"], failed["code"]) == ("failed", "bad_request")
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"type": "gernate"}, ["type must be one of generate"]),
-        ({"type": "tokens", "index": 0}, ["type must be one of"]),
-        ({"type": "generate", "prompt": "x", "temprature": 1}, ["temprature", "did you mean temperature?"]),
-        ({"type": "health", "prompt": "x"}, ["unknown field", "known fields: id"]),
-        ({"type": "generate", "prompt": "x", "temperature": float("nan")}, ["temperature", "0 to 100", "nan"]),
-        ({"type": "generate", "prompt": ""}, ["prompt", "1 to"]),
-        ({"type": "generate", "prompt_ids": b""}, ["prompt_ids", "at least one"]),
-        ({"type": "generate", "prompt_ids": b"123"}, ["prompt_ids", "3 bytes"]),
-        ({"type": "generate", "prompt_ids": struct.pack("<2i", 3, -1)}, ["prompt_ids", "-1"]),
-        ({"type": "generate", "prompt_ids": struct.pack("<i", 300)}, ["token id 300", "0 to 299"]),
-        ({"type": "generate", "prompt_ids": [1, -2]}, ["prompt_ids[1]", "-2"]),
-        ({"type": "generate"}, ["exactly one of prompt, prompt_ids and messages"]),
-        ({"type": "generate", "prompt": "x", "prompt_ids": [1]}, ["exactly one"]),
-        ({"type": "generate", "messages": []}, ["messages", "1 to 2048"]),
-        ({"type": "generate", "messages": [{"role": "wizard", "content": ""}]}, ["messages[0].role", "wizard"]),
-        ({"type": "generate", "messages": [{"role": "user"}]}, ["messages[0] lacks content"]),
-        ({"type": "generate", "messages": [{"role": "user", "content": "x"}], "template_options": {"tokenize": True}},
-         ["template_options.'tokenize'"]),
-        ({"type": "generate", "prompt": "x", "chat_template": "{{ 1 }}"}, ["unknown field"]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"type": "gernate"}, ["type must be one of generate"]),
+    ({"type": "tokens", "index": 0}, ["type must be one of"]),
+    ({"type": "generate", "prompt": "x", "temprature": 1}, ["temprature", "did you mean temperature?"]),
+    ({"type": "health", "prompt": "x"}, ["unknown field", "known fields: id"]),
+    ({"type": "generate", "prompt": "x", "temperature": float("nan")}, ["temperature", "0 to 100", "nan"]),
+    ({"type": "generate", "prompt": ""}, ["prompt", "1 to"]),
+    ({"type": "generate", "prompt_ids": b""}, ["prompt_ids", "at least one"]),
+    ({"type": "generate", "prompt_ids": b"123"}, ["prompt_ids", "3 bytes"]),
+    ({"type": "generate", "prompt_ids": struct.pack("<2i", 3, -1)}, ["prompt_ids", "-1"]),
+    ({"type": "generate", "prompt_ids": struct.pack("<i", 300)}, ["token id 300", "0 to 299"]),
+    ({"type": "generate", "prompt_ids": [1, -2]}, ["prompt_ids[1]", "-2"]),
+    ({"type": "generate"}, ["exactly one of prompt, prompt_ids and messages"]),
+    ({"type": "generate", "prompt": "x", "prompt_ids": [1]}, ["exactly one"]),
+    ({"type": "generate", "messages": []}, ["messages", "1 to 2048"]),
+    ({"type": "generate", "messages": [{"role": "wizard", "content": ""}]}, ["messages[0].role", "wizard"]),
+    ({"type": "generate", "messages": [{"role": "user"}]}, ["messages[0] lacks content"]),
+    ({"type": "generate", "messages": [{"role": "user", "content": "x"}], "template_options": {"tokenize": True}},
+     ["template_options.'tokenize'"]),
+    ({"type": "generate", "prompt": "x", "chat_template": "{{ 1 }}"}, ["unknown field"]),
+])  # fmt: skip
 def test_a_wrong_field_is_named_with_its_value_and_what_is_allowed(
     peer: RawPeer, fields: dict[str, Any], words: list[str]
 ) -> None:

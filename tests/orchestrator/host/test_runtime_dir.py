@@ -203,11 +203,8 @@ def test_bases_follow_the_session_and_the_service_manager() -> None:
     temporary = Path(tempfile.gettempdir()) / f"mgpu-{os.geteuid()}"
     assert base_dirs({"MGPU_RUNTIME_DIR": "/a", "XDG_RUNTIME_DIR": "/b"}) == [Path("/a")]
     assert base_dirs({"RUNTIME_DIRECTORY": "/run/x", "XDG_RUNTIME_DIR": "/b"}) == [
-        Path("/run/x"),
-        Path("/b/mgpu"),
-        Path("/run/mgpu"),
-        temporary,
-    ]
+        Path("/run/x"), Path("/b/mgpu"), Path("/run/mgpu"), temporary,
+    ]  # fmt: skip
     assert base_dirs({}) == [Path("/run/mgpu"), temporary]
 
 

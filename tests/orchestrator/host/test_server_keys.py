@@ -77,25 +77,22 @@ def change(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (remove("server.secret"), "server.secret is missing; make it with: mgpu-launch keygen --out"),
-        (remove("clients/alice.public"), "nobody could connect; make a client's key with"),
-        (lambda folder: (folder / "server.secret").chmod(0o640), "chmod 600"),
-        (lambda folder: (folder / "server.secret").chmod(0o602), "mode 0602"),
-        (change("server.secret", ""), "has 0 keys"),
-        (change("server.secret", "secret short"), "line 1: damaged"),
-        (change("server.secret", f"secret {'~' * 40}"), "line 1: damaged"),
-        (change("server.secret", f"secret {'#' * 40}"), "line 1: damaged"),
-        (change("server.secret", f"secret {key_text(SECRET)}\nsecret {key_text(SECRET)}"), "line 2: damaged"),
-        (change("server.secret", f"public {key_text(PUBLIC)}"), "must hold just 'secret'"),
-        (change("server.secret", "x" * 5000), "more than 4096 bytes"),
-        (change("clients/alice.public", "\x00\xff garbage"), "line 1: damaged"),
-        (change("clients/alice.public", f"secret {key_text(CLIENT_SECRET)}"), "must hold just 'public'"),
-        (lambda folder: (folder / "clients/x.public").mkdir(), "x.public: Is a directory"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "words"), [
+    (remove("server.secret"), "server.secret is missing; make it with: mgpu-launch keygen --out"),
+    (remove("clients/alice.public"), "nobody could connect; make a client's key with"),
+    (lambda folder: (folder / "server.secret").chmod(0o640), "chmod 600"),
+    (lambda folder: (folder / "server.secret").chmod(0o602), "mode 0602"),
+    (change("server.secret", ""), "has 0 keys"),
+    (change("server.secret", "secret short"), "line 1: damaged"),
+    (change("server.secret", f"secret {'~' * 40}"), "line 1: damaged"),
+    (change("server.secret", f"secret {'#' * 40}"), "line 1: damaged"),
+    (change("server.secret", f"secret {key_text(SECRET)}\nsecret {key_text(SECRET)}"), "line 2: damaged"),
+    (change("server.secret", f"public {key_text(PUBLIC)}"), "must hold just 'secret'"),
+    (change("server.secret", "x" * 5000), "more than 4096 bytes"),
+    (change("clients/alice.public", "\x00\xff garbage"), "line 1: damaged"),
+    (change("clients/alice.public", f"secret {key_text(CLIENT_SECRET)}"), "must hold just 'public'"),
+    (lambda folder: (folder / "clients/x.public").mkdir(), "x.public: Is a directory"),
+])  # fmt: skip
 def test_what_cannot_be_used_is_named_and_never_quoted(
     folder: Path, damage: Callable[[Path], object], words: str
 ) -> None:

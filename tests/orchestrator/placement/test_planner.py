@@ -55,23 +55,20 @@ GEMMA3_270M = make_facts(
 ONE_HEAD = make_facts(q=1, kv=1, layers=6, hidden=64, width=128, head_dim=64, vocab=100, context=128)
 
 
-@pytest.mark.parametrize(
-    ("facts", "sizes"),
-    [
-        (QWEN3_32B, (1, 2, 4, 8, 16, 32, 64)),
-        (LLAMA_70B, (1, 2, 4, 8, 16, 32, 64)),
-        (LLAMA_8B, (1, 2, 4, 8, 16, 32)),
-        (LLAMA2_7B, (1, 2, 4, 8, 16, 32)),
-        (QWEN25_05B, (1, 2, 14)),  # 7 ranks do not share 2 KV heads; 14 shares of the MLP differ by a column
-        (QWEN25_7B, (1, 2, 4, 28)),
-        (SMOLLM2, (1, 3, 9)),
-        (GEMMA3_270M, (1, 2, 4)),
-        (ONE_HEAD, (1,)),
-        (make_facts(q=6, kv=6, width=6 * 64), (1, 2, 3, 6)),
-        (make_facts(q=12, kv=4, width=12 * 64), (1, 2, 4, 12)),
-        (make_facts(q=24, kv=3, width=24 * 64), (1, 3, 6, 12, 24)),
-    ],
-)
+@pytest.mark.parametrize(("facts", "sizes"), [
+    (QWEN3_32B, (1, 2, 4, 8, 16, 32, 64)),
+    (LLAMA_70B, (1, 2, 4, 8, 16, 32, 64)),
+    (LLAMA_8B, (1, 2, 4, 8, 16, 32)),
+    (LLAMA2_7B, (1, 2, 4, 8, 16, 32)),
+    (QWEN25_05B, (1, 2, 14)),  # 7 ranks do not share 2 KV heads; 14 shares of the MLP differ by a column
+    (QWEN25_7B, (1, 2, 4, 28)),
+    (SMOLLM2, (1, 3, 9)),
+    (GEMMA3_270M, (1, 2, 4)),
+    (ONE_HEAD, (1,)),
+    (make_facts(q=6, kv=6, width=6 * 64), (1, 2, 3, 6)),
+    (make_facts(q=12, kv=4, width=12 * 64), (1, 2, 4, 12)),
+    (make_facts(q=24, kv=3, width=24 * 64), (1, 3, 6, 12, 24)),
+])  # fmt: skip
 def test_compatible_sizes(facts: ModelFacts, sizes: tuple[int, ...]) -> None:
     assert compatible_sizes(facts) == sizes
 
@@ -238,14 +235,11 @@ def test_layers_follow_the_order_of_the_pairs() -> None:
     assert stages == (Stage(0, 10, (2,)), Stage(10, 60, (0,)), Stage(60, 64, (1,)))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", ";", "0", "0:", ":64", "0:64;", ";0:64", "0:32,1:32", "0:32;;1:32", "0-32", "a:64", "0:b", "0:6.4", "0:-64",
-        "-1:64", "0:64:1", "0+:64", "+0:64",
-        "0++1:64", "0;1", "0:0x40", "\u0660:64", "0:" + "9" * 40, "0:64\n;", "cuda0:64",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("text", [
+    "", ";", "0", "0:", ":64", "0:64;", ";0:64", "0:32,1:32", "0:32;;1:32", "0-32", "a:64", "0:b", "0:6.4", "0:-64",
+    "-1:64", "0:64:1", "0+:64", "+0:64",
+    "0++1:64", "0;1", "0:0x40", "\u0660:64", "0:" + "9" * 40, "0:64\n;", "cuda0:64",
+])  # fmt: skip
 def test_a_map_of_the_wrong_form_shows_the_right_one(text: str) -> None:
     message = refusal(QWEN3_32B, gpus(80, 80), device_layers=text)
     assert_has_all(message, "ordinal:count", '-n "0:32;1:32"', "64 layers")

@@ -13,21 +13,9 @@ def test_the_table_has_a_row_per_gpu_with_all_numbers() -> None:
     assert "tensor-parallel over 16 GPUs in bfloat16" in lines[0]
     assert "NCCL is usable and 64 query heads" in lines[0]
     assert lines[1].split() == [
-        "rank",
-        "device",
-        "memory",
-        "free/total",
-        "layers",
-        "q",
-        "heads",
-        "KV",
-        "heads",
-        "weights",
-        "KV",
-        "cache",
-        "KV",
+        "rank", "device", "memory", "free/total", "layers", "q", "heads", "KV", "heads", "weights", "KV", "cache", "KV",
         "tokens",
-    ]
+    ]  # fmt: skip
     row = next(line for line in lines if line.startswith("3 "))
     for part in ("cuda[3] Test GPU", "80.0/80.0 GiB", "[0, 64)", "4 [12, 16)", "1 [1, 2) on 2 ranks", "3.9 GiB"):
         assert part in row
