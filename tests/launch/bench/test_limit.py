@@ -19,10 +19,8 @@ def facts_of(config: Config, folder: Path) -> ModelFacts:
 
 def test_the_8b_in_bf16_can_decode_286_tokens_a_second_at_4_3_tb_per_s(tmp_path: Path) -> None:
     facts, machine = facts_of(LLAMA_8B, tmp_path), described_machine("141GiB")
-    limit, narrow = (
-        limit_of(plan(facts, machine, options), 4.3e12)
-        for options in (LayoutOptions(), LayoutOptions(kv_cache_dtype="fp8"))
-    )
+    choices = (LayoutOptions(), LayoutOptions(kv_cache_dtype="fp8"))
+    limit, narrow = (limit_of(plan(facts, machine, options), 4.3e12) for options in choices)
     assert (limit.kv_token_bytes, narrow.kv_token_bytes) == (128 << 10, 64 << 10)
     assert round(limit.tokens_per_s(1, 128) or 0) == 286
     assert round((limit.tokens_per_s(256, 1024) or 0) / 100) == 223

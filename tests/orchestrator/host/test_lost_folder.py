@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.server_process import ServerProcess, ready_server, running_server
+from harness.server_process import ServerProcess, ready_server
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 
 MOUNT = 'mount -t tmpfs -o size=1m,nr_inodes=100,mode=0700 none "$MGPU_RUNTIME_DIR" && exec "$@"'
@@ -26,16 +26,10 @@ def kill_gateway(server: ServerProcess) -> None:
     server.socket.send(b"die")
 
 
-def begin(server: ServerProcess) -> None:
-    """Let a long request run."""
-    server.wait_ready()
-    server.begin(1, [1, 2, 3], 240)
-
-
 @pytest.mark.parametrize("kill", [kill_worker, kill_gateway])
 def test_a_recovery_makes_a_removed_folder_again(folder: Path, kill: Callable[[ServerProcess], None]) -> None:
-    with running_server(folder, {"step_s": 0.001}) as server:
-        begin(server)
+    with ready_server(folder, {"step_s": 0.001}) as server:
+        server.begin(1, [1, 2, 3], 240)
         server.counters()  # it serves: the folder has its last file
         shutil.rmtree(folder / "run")
         server.infos.clear()
@@ -51,8 +45,8 @@ def test_a_recovery_makes_a_removed_folder_again(folder: Path, kill: Callable[[S
 def test_a_recovery_without_a_folder_is_a_failure_that_a_restart_may_help(
     folder: Path, kill: Callable[[ServerProcess], None]
 ) -> None:
-    with running_server(folder, {"step_s": 0.02}) as server:
-        begin(server)
+    with ready_server(folder, {"step_s": 0.02}) as server:
+        server.begin(1, [1, 2, 3], 240)
         server.counters()
         shutil.rmtree(folder / "run")
         (folder / "run").touch()
@@ -101,8 +95,8 @@ def fill(path: Path) -> None:
 def test_a_recovery_on_a_full_file_system_is_a_failure_that_a_restart_may_help(
     folder: Path, own_mount: tuple[str, ...], kill: Callable[[ServerProcess], None]
 ) -> None:
-    with running_server(folder, {"step_s": 0.02}, own_mount) as server:
-        begin(server)
+    with ready_server(folder, {"step_s": 0.02}, through=own_mount) as server:
+        server.begin(1, [1, 2, 3], 240)
         fill(Path(f"/proc/{server.process.pid}/root{folder}/run"))
         kill(server)
         assert server.wait_exit() == 1

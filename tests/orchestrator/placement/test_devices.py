@@ -49,9 +49,8 @@ def test_all_gpus_are_found_with_their_memory_and_the_session_is_closed() -> Non
 
 
 def test_a_capability_that_the_driver_does_not_say_is_not_known() -> None:
-    assert (
-        found(None, FakeNvml([FakeGpu("GPU-old", "00000000:1B:00.0", capability=None)])).devices[0].capability is None
-    )
+    old = FakeNvml([FakeGpu("GPU-old", "00000000:1B:00.0", capability=None)])
+    assert found(None, old).devices[0].capability is None
 
 
 def test_ordinals_follow_the_pci_bus_not_the_order_of_the_driver() -> None:

@@ -498,10 +498,7 @@ def test_the_pool_is_never_larger_than_all_requests_could_use() -> None:
 
 
 def test_what_others_hold_of_a_gpu_is_not_counted_twice() -> None:
-    idle, busy = (
-        planned(TINY, gpus(80)).rows[0],
-        planned(TINY, gpus(60, total_gib=80)).rows[0],
-    )
+    idle, busy = (planned(TINY, machine).rows[0] for machine in (gpus(80), gpus(60, total_gib=80)))
     assert idle.budget_bytes - busy.budget_bytes == 20 * GIB
 
 

@@ -75,12 +75,8 @@ def test_requests_go_on_after_a_worker_failed(folder: Path, how: str, num_stages
     rank = num_stages - 1 if how == "hang" else 1
     options = {"fail": how, "fail_rank": rank, "fail_phase": "steps", "fail_step": 12, "fail_epochs": [0]}
     options |= {"stale": True, "step_s": 0.005}
-    layout = {
-        "num_stages": num_stages,
-        "ranks_per_stage": ranks_per_stage,
-        "hang_timeout_s": 1.0 if how == "hang" else 10.0,
-    }
-    with ready_server(folder, options, **layout) as server:
+    layout = {"num_stages": num_stages, "ranks_per_stage": ranks_per_stage}
+    with ready_server(folder, options, **layout, hang_timeout_s=1.0 if how == "hang" else 10.0) as server:
         serve(server, 12, least_tokens=30)
         assert states(server) == ["starting", "ready", "recovering", "ready"]
         assert FAILURES[how] in server.log

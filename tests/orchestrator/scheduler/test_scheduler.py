@@ -231,8 +231,7 @@ def test_requests_that_ran_when_the_workers_died_go_first_in_their_old_order() -
     harness.submit(9, prompt_of(9, 4), 6, account=7)
     harness.run()
     assert sorted(list(harness.finish)[:2]) == began
-    for i in range(4):
-        assert harness.tokens[i] == solo_tokens(prompt_of(i, 4), 6)
+    assert all(harness.tokens[i] == solo_tokens(prompt_of(i, 4), 6) for i in range(4))
 
 
 def test_equal_prompts_reuse_full_blocks_but_compute_the_last_token(harness: Harness) -> None:
@@ -300,8 +299,7 @@ def test_running_out_of_blocks_preempts_the_youngest_and_changes_no_token() -> N
         harness.submit(i, prompt_of(i, 6), 30)
     harness.run()
     assert harness.scheduler.counters.preemptions > 0
-    for i in range(4):
-        assert harness.tokens[i] == solo_tokens(prompt_of(i, 6), 30)
+    assert all(harness.tokens[i] == solo_tokens(prompt_of(i, 6), 30) for i in range(4))
     assert next(iter(harness.finish)) == 0, "the oldest always progresses"
 
 

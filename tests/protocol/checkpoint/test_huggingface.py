@@ -21,20 +21,13 @@ LLAMA31_SCALING = {
     "rope_type": "llama3",
 }  # fmt: skip
 GEMMA3_4B = {
-    "architectures": ["Gemma3ForConditionalGeneration"],
-    "model_type": "gemma3",
-    "eos_token_id": [1, 106],
-    "torch_dtype": "bfloat16",
+    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [1, 106],
+    "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152},
     "text_config": {
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 34,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "sliding_window": 1024,
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
     },
-    "vision_config": {"hidden_size": 1152},
-}
+}  # fmt: skip
 
 
 def facts_of(folder: Path, config: Mapping[str, object], generation: Mapping[str, object] | None = None) -> ModelFacts:
@@ -241,14 +234,8 @@ def test_defaults_agree_with_transformers(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, name)(**TRANSFORMERS_CASES[name])
     config.save_pretrained(tmp_path)
-    sparse = {
-        "model_type": config.model_type,
-        **TRANSFORMERS_CASES[name],
-        **{
-            key: getattr(config, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-        },
-        "num_attention_heads": config.num_attention_heads,
-    }
+    kept = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+    sparse = TRANSFORMERS_CASES[name] | {key: getattr(config, key) for key in kept}
     complete = read_config_facts(tmp_path)
     write_config(tmp_path, sparse)
     facts = read_config_facts(tmp_path)

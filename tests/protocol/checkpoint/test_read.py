@@ -95,10 +95,8 @@ def test_the_text_part_of_a_multimodal_model_is_found(tmp_path: Path, prefix: st
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 50, "model_type": "gemma3_text",
     }  # fmt: skip
-    write_config(
-        tmp_path,
-        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text},
-    )
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    write_config(tmp_path, config)
     names = expected_tensors(read_checkpoint(tmp_path, "dummy").facts)
     wrapped = {prefix + name.removeprefix("model."): shape for name, shape in names.items()}
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(wrapped | {"vision_tower.x.weight": (3, 3)}))

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
 
 from harness.gateway_process import DEADLINE_S, GatewayProcess, make_model_folder, says
+from harness.scripted_server import ScriptedServer
 from mgpu import AsyncClient, Client, DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
 from mgpu.protocol.discovery import LOCK_NAME, RunningServer, write_server
 
@@ -289,32 +290,21 @@ def test_async_answers_go_on_through_a_gateway_that_was_killed(tmp_path: Path) -
 
 
 def test_a_server_that_falls_silent_is_given_up(tmp_path: Path) -> None:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    mute = context.socket(zmq.ROUTER)
-    mute.setsockopt(zmq.LINGER, 0)
-    mute.bind(f"ipc://{tmp_path}/mute")
     with (
-        Client(f"ipc://{tmp_path}/mute", silence_timeout_s=0.2) as client,
+        closing(ScriptedServer(tmp_path)) as mute,
+        Client(mute.endpoint, silence_timeout_s=0.2) as client,
         pytest.raises(ServerUnreachable, match="silent"),
     ):
         client.generate([1])
-    mute.close()
-    context.term()
 
 
 def test_a_peer_that_speaks_something_else_is_reported(tmp_path: Path) -> None:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    stranger = context.socket(zmq.ROUTER)
-    stranger.setsockopt(zmq.LINGER, 0)
-    stranger.bind(f"ipc://{tmp_path}/stranger")
-    with Client(f"ipc://{tmp_path}/stranger") as client:
+    with closing(ScriptedServer(tmp_path)) as stranger, Client(stranger.endpoint) as client:
         stream = client.stream([1])
-        route, *_ = stranger.recv_multipart()
-        stranger.send_multipart([route, b"hello"])
+        stranger.hear()
+        stranger.send(b"hello")
         with pytest.raises(MgpuError, match="does not speak this protocol"):
             next(stream)
-    stranger.close()
-    context.term()
 
 
 def test_the_async_client_has_the_same_methods(gateway: GatewayProcess) -> None:

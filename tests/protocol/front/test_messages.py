@@ -19,6 +19,8 @@ from mgpu.protocol.front.client_messages import (
 from mgpu.protocol.front.fields import FieldError, shown
 from mgpu.protocol.front.server_messages import Failed, Finished, Tokens, parse_server_message, to_map
 
+CONTENTS = {"prompt", "prompt_ids", "messages"}
+
 
 def generate(**changes: Any) -> Generate:
     message = parse_client_message({"type": "generate", "id": 1, "prompt": "x", **changes})
@@ -29,14 +31,7 @@ def generate(**changes: Any) -> Generate:
 def test_every_field_has_a_rule_and_every_option_is_a_field() -> None:
     names = {field.name for field in fields(Generate)}
     assert names == set(GENERATE_RULES)
-    assert set(GenerateOptions.__annotations__) == names - {
-        "id",
-        "prompt",
-        "prompt_ids",
-        "messages",
-        "stream",
-        "session",
-    }
+    assert set(GenerateOptions.__annotations__) == names - {"id", *CONTENTS, "stream", "session"}
 
 
 def test_defaults_pass_their_own_rules() -> None:
@@ -156,12 +151,8 @@ def test_resuming_needs_a_session_that_cannot_be_guessed_and_an_offset_per_choic
 
 
 def test_server_messages_survive_their_map_and_skip_what_is_new() -> None:
-    messages = [
-        Tokens(1, 0, "é", [5, 6], None, "stop"),
-        Finished(1, ["stop"], 2, 3, 0),
-        Failed(None, "overloaded", "later", 1.5),
-    ]
-    for message in messages:
+    tokens = Tokens(1, 0, "é", [5, 6], None, "stop")
+    for message in (tokens, Finished(1, ["stop"], 2, 3, 0), Failed(None, "overloaded", "later", 1.5)):
         values: dict[Any, Any] = {**to_map(message), "added_in_a_later_version": 1}
         assert parse_server_message(values) == message
     for wrong in ({"type": "surprise"}, {"type": "tokens", "id": 1}, {}):

@@ -32,10 +32,8 @@ def test_conventions_of_the_field_hold() -> None:
 
 
 def test_options_reach_the_template() -> None:
-    assert (
-        render("{% if enable_thinking is defined and not enable_thinking %}off{% endif %}", enable_thinking=False)
-        == "off"
-    )
+    source = "{% if enable_thinking is defined and not enable_thinking %}off{% endif %}"
+    assert render(source, enable_thinking=False) == "off"
 
 
 def test_the_templates_own_complaint_is_told() -> None:

@@ -136,14 +136,10 @@ def sentence_piece(space_prefix: bool) -> dict[str, Any]:
     pieces = ["<unk>", "<s>", "▁", "a", "b", "▁a", "ab", "▁ab", "\n\n", *[f"<0x{byte:02X}>" for byte in range(256)]]
     scores = [0.0, 0.0, -9.0, -8.0, -7.0, -3.0, -2.0, -1.0, -1000.0, *[0.0] * 256]
     return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": pieces,
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": [2, 3, 1, 1, 1, 1, 1, 1, 4, *[6] * 256],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.add_space_prefix": space_prefix,
-    }
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": [2, 3, 1, 1, 1, 1, 1, 1, 4, *[6] * 256], "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.add_space_prefix": space_prefix,
+    }  # fmt: skip
 
 
 def test_sentence_piece_merges_follow_the_scores_and_bytes_are_the_fallback() -> None:
