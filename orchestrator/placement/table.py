@@ -37,12 +37,9 @@ def _headline(plan: Plan) -> str:
     title, count = _TITLES[plan.mode], plan.layout.placement.world_size
     if count > 1:
         title += f" over {count} {'GPUs' if plan.machine.kind == 'cuda' else 'CPU workers'}"
-    return f"layout: {title} in {plan.layout.dtype}{_quantized(plan)} ({plan.reason})"
-
-
-def _quantized(plan: Plan) -> str:
     name = weight_format(plan.layout.quant).name
-    return f", linear layers in {name}" if name else ""
+    quantized = f", linear layers in {name}" if name else ""
+    return f"layout: {title} in {plan.layout.dtype}{quantized} ({plan.reason})"
 
 
 def _shortened(plan: Plan) -> str:

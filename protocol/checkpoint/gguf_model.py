@@ -199,15 +199,12 @@ def _llama3_scaling(path: Path, factors: GgufTensor, theta: float, head_dim: int
         values = struct.unpack(f"<{head_dim // 2}f", file.read(factors.nbytes))
     scaling = RopeScaling("llama3", max(values), 1.0, 4.0, 8192)
     expected = llama3_divisors(scaling, theta, head_dim) if 1.0 <= scaling.factor <= 1e6 else []
-    if len(expected) != len(values) or not all(map(_close, values, expected)):
+    pairs = zip(values, expected, strict=False)
+    if len(expected) != len(values) or not all(abs(value - right) <= 0.01 * right for value, right in pairs):
         raise CheckpointError(
             f"{path}: tensor {factors.name!r} does not follow Llama 3.1's rule, the only one supported"
         )
     return scaling
-
-
-def _close(value: float, expected: float) -> bool:
-    return abs(value - expected) <= 0.01 * expected
 
 
 def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> list[float]:

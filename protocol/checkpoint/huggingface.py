@@ -75,6 +75,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation_eos: tuple[int
     _refuse_unsupported(outer)
     _refuse_unsupported(fields)
     base = _FAMILIES[family]
+    tying = outer if outer.has("tie_word_embeddings") else fields
     hidden = fields.integer("hidden_size", base.hidden_size, high=Limit.HIDDEN)
     num_layers = fields.integer("num_hidden_layers", base.num_layers, high=Limit.LAYERS)
     num_q_heads = fields.integer("num_attention_heads", base.num_q_heads, high=Limit.HEADS)
@@ -104,7 +105,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation_eos: tuple[int
         output_bias=biased and family != "qwen2",
         mlp_bias=family == "llama" and fields.boolean("mlp_bias", False),
         qk_norm=family in ("qwen3", "gemma3"),
-        tie_embeddings=_tied(outer, fields, base),
+        tie_embeddings=tying.boolean("tie_word_embeddings", base.tie),
         activation=_activation(fields, family),
         embedding_scale=hidden**0.5 if family == "gemma3" else 1.0,
         attention_scale=_attention_scale(fields, family, head_dim),
@@ -171,11 +172,6 @@ def _is_sliding(fields: Fields, kind: object) -> bool:
     if kind not in ("sliding_attention", "full_attention"):
         raise fields.error("layer_types", f"has {str(kind)[:40]!r}; supported: sliding_attention, full_attention")
     return kind == "sliding_attention"
-
-
-def _tied(outer: Fields, fields: Fields, base: _Family) -> bool:
-    holder = outer if outer.has("tie_word_embeddings") else fields
-    return holder.boolean("tie_word_embeddings", base.tie)
 
 
 def _activation(fields: Fields, family: str) -> Activation:
