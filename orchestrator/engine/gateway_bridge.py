@@ -92,7 +92,8 @@ class GatewayBridge:
 
     def _take(self, message: object) -> None:
         if self._life.state is ServerState.STARTING:
-            self._ignore(message)
+            if not isinstance(message, GatewayReady | StateKnown):
+                log.warning("ignored %s: the engine is not ready", type(message).__name__)
         elif isinstance(message, Submit):
             self._submit(message)
         elif isinstance(message, Resumable):
@@ -108,10 +109,6 @@ class GatewayBridge:
         elif isinstance(message, GatewayReady):
             self._claim_deadline_s = time.monotonic() + self._resume_timeout_s
             log.info("the gateway is back; clients may resume %d requests", self._scheduler.num_live)
-
-    def _ignore(self, message: object) -> None:
-        if not isinstance(message, GatewayReady | StateKnown):
-            log.warning("ignored %s: the engine is not ready", type(message).__name__)
 
     def _submit(self, submit: Submit) -> None:
         if self._life.state is ServerState.DRAINING:
