@@ -99,7 +99,10 @@ def load_codec(path: str, model_format: CheckpointFormat) -> TextCodec | None:
 
 
 def _from_gguf(path: str) -> TextCodec:
-    metadata = read_gguf(path, with_arrays=True).metadata
+    try:
+        metadata = read_gguf(path, with_arrays=True).metadata
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
     tokenizer = build_tokenizer(metadata)
     keys = zip(_SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True)
     special = {f"{name}_token": special_token(metadata, key) for name, key in keys}
@@ -152,8 +155,9 @@ def _read_json(folder: Path, name: str) -> dict[str, object]:
     file = _find(folder, name)
     if file is None:
         return {}
+    text = _read_text(file)
     try:
-        value = json.loads(_read_text(file))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{file}: not JSON: {error}") from None
     return value if isinstance(value, dict) else {}
@@ -162,5 +166,7 @@ def _read_json(folder: Path, name: str) -> dict[str, object]:
 def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TokenizerError(f"{file}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{file}: not UTF-8: {error}") from None

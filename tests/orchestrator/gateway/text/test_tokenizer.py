@@ -1,5 +1,6 @@
 """Tokenizers from GGUF files and from Hugging Face folders."""
 
+import errno
 import json
 import os
 import shutil
@@ -231,3 +232,27 @@ def test_json_that_is_nested_without_end_is_refused(model_folder: Path, tmp_path
     (tmp_path / "tokenizer_config.json").write_text("[" * 200_000)
     with pytest.raises(TokenizerError, match="not JSON"):
         load_codec(str(tmp_path), "safetensors")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_file_that_cannot_be_read_is_a_mistake_of_the_user(
+    model_folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("X")
+    read_text = Path.read_text
+
+    def read(file: Path, encoding: str) -> str:
+        if file.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_text(file, encoding=encoding)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    with pytest.raises(TokenizerError, match=rf"{name}: cannot be read: Input/output error"):
+        load_codec(str(folder), "safetensors")
+
+
+def test_a_gguf_file_that_is_none_is_a_mistake_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(TokenizerError, match=r"x\.gguf"):
+        load_codec(str(tmp_path / "x.gguf"), "gguf")
