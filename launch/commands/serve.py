@@ -56,20 +56,18 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
 def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, Any]) -> Reloadable:
     """Read the configuration file and the keys again, for a server that runs with ``config``.
 
-    Other changed options are ignored, and the log names them. UserError when a file cannot be used.
+    Other changed options are only named. UserError when a file cannot be used.
     """
     if config_file is not None and config_file.exists() and not config_file.is_file():
         raise ConfigError(f"{config_file} is not a regular file and not read again: a pipe would hold up the server")
     changed, _ = read_config(config_file, flags)
     keys = keys_for(config.bind, changed.keys, needs_clients=False)
-    fixed = [
+    needs_restart = tuple(
         each.name
         for each in declared_options()
         if each.field not in RELOADED and getattr(changed, each.field) != getattr(config, each.field)
-    ]
-    if fixed:
-        logging.getLogger(__name__).warning("a changed %s takes effect at the next start", ", ".join(fixed))
-    return Reloadable(keys, client_limits(changed), changed.drain_timeout_s)
+    )
+    return Reloadable(keys, client_limits(changed), changed.drain_timeout_s, needs_restart)
 
 
 def keys_for(bind: str, folder: str, needs_clients: bool = True) -> ServerKeys | None:

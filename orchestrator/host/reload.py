@@ -22,6 +22,8 @@ class Reloadable:
     """Only the list of clients: the server's own key is part of the socket."""
     client_limits: ClientLimits
     drain_timeout_s: float
+    needs_restart: tuple[str, ...] = ()
+    """Options that have changed too and take effect at the next start."""
 
 
 class Reloader:
@@ -43,6 +45,8 @@ class Reloader:
         except (UserError, OSError) as error:
             log.error("not reloaded, everything stays as it was: %s", error)
             return None
+        if values.needs_restart:
+            log.warning("a changed %s takes effect at the next start", ", ".join(values.needs_restart))
         log.info("reloaded%s", "" if values.keys is None else f"; {len(values.keys.clients)} client keys may connect")
         return values
 

@@ -9,6 +9,7 @@ from mgpu.launch.commands.keygen import make_client, make_server
 from mgpu.launch.commands.serve import keys_for, read_again
 from mgpu.launch.config import load_config
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.host.reload import Reloader
 
 
 def test_limits_and_clients_are_read_again_and_what_needs_a_restart_is_named(
@@ -24,7 +25,8 @@ def test_limits_and_clients_are_read_again_and_what_needs_a_restart_is_named(
     config, _ = load_config(flags, {}, file)
     make_client(keys, "bob")
     file.write_text(text + "drain_timeout = 7\nmax_client_requests = 3\nmax_rows = 9\n")
-    values = read_again(config, file, flags)
+    values = Reloader(keys_for(config.bind, config.keys), lambda: read_again(config, file, flags)).read()
+    assert values is not None
     assert values.keys is not None
     assert len(values.keys.clients) == 2
     assert (values.drain_timeout_s, values.client_limits.max_client_requests) == (7.0, 3)

@@ -49,6 +49,16 @@ def test_a_file_that_cannot_be_used_changes_nothing(caplog: pytest.LogCaptureFix
     assert "everything stays as it was: line 3 is wrong" in caplog.text
 
 
+def test_nothing_is_said_of_options_for_the_next_start_when_the_reload_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    changed = Reloadable(None, ClientLimits(), 1.0, ("max_rows",))
+    assert Reloader(KEYS, lambda: changed).read() is None
+    assert "next start" not in caplog.text
+    assert Reloader(None, lambda: changed).read() == changed
+    assert "a changed max_rows takes effect at the next start" in caplog.text
+
+
 def test_a_running_server_reloads_on_sighup_and_goes_on(folder: Path) -> None:
     with ready_server(folder, {"step_s": 0.01}) as server:
         server.begin(1, [1, 2, 3], 60)
@@ -76,10 +86,10 @@ def test_a_reload_that_comes_while_loading_waits_until_the_server_is_ready(folde
 
 LISTENER = """
 import os, select, sys
-from mgpu.orchestrator.host.signals import StopSignals
+from mgpu.orchestrator.host.signals import Signals
 if len(sys.argv) > 1:
     os.open(sys.argv[1], os.O_RDWR)  # a session leader's first terminal becomes its own
-with StopSignals() as signals:
+with Signals() as signals:
     for _ in range(2):
         print("ready", flush=True)
         select.select([signals.fd], [], [], 30)
