@@ -10,8 +10,10 @@ from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.engine.engine import Engine
 from mgpu.orchestrator.host.reload import Reloadable, Reloader
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
-from mgpu.orchestrator.host.signals import StopSignals
+from mgpu.orchestrator.host.signals import Signals
 from mgpu.orchestrator.host.systemd import Notifier
+from mgpu.orchestrator.processes.child_process import ProcessStartError
+from mgpu.orchestrator.processes.failures import ending_of
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
 from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.limits import Limits
@@ -48,7 +50,7 @@ class Server:
         config = self._config
         try:
             with (
-                StopSignals() as signals,
+                Signals() as signals,
                 zmq.Context() as context,
                 RuntimeDir() as folder,
                 GatewayProcess(context, folder, config) as gateway,
@@ -58,6 +60,10 @@ class Server:
                     config, self._scheduler, gateway, workers, signals, folder, self._notifier, self._reloader
                 )
                 return engine.run()
+        except ProcessStartError as error:  # the first gateway's; the engine handles the others
+            text, status = ending_of(error, is_announced=False)
+            self._notifier.stopping(f"failed: {text}")
+            return status
         except Exception as error:  # systemd shows why; who called this prints it
             self._notifier.stopping(f"failed: {error}")
             raise

@@ -1,6 +1,7 @@
 """Start one child, tell it its spec, notice its death, and make sure that it ends."""
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -16,9 +17,23 @@ log = logging.getLogger(__name__)
 
 REAP_S = 10.0
 """How long a killed process may take to vanish."""
+LIMITS = {
+    errno.EAGAIN: "the limit of processes is reached (ulimit -u, or TasksMax in a unit)",
+    errno.ENOMEM: "memory has run out",
+    errno.EMFILE: "the limit of open files is reached (ulimit -n, or LimitNOFILE in a unit)",
+}
+"""What an error at a start of a process means, with the way out."""
 _PAGE = 4096
 _PIPE_BYTES = 1 << 20
 """Size of the standard input. Writing a spec, with the keys and weights of many clients, never waits for the child."""
+
+
+class ProcessStartError(OSError):
+    """A child cannot be started; the text names it and what is lacking."""
+
+    def __init__(self, name: str, error: OSError) -> None:
+        hint = LIMITS.get(error.errno or 0)
+        super().__init__(f"{name} cannot be started: {error}" + (f"; {hint}" if hint else ""))
 
 
 class ChildProcess:
@@ -35,23 +50,26 @@ class ChildProcess:
         env: Mapping[str, str],
         pass_fds: Sequence[int] = (),
     ) -> None:
-        """Start ``command``. Without a ``spec`` it waits for `tell`. OSError when it cannot be started."""
+        """Start ``command``. Without a ``spec`` it waits for `tell`. ProcessStartError."""
         self.name = name
         # Its own session: Ctrl-C reaches the parent only. Standard output may be a pipe of the user's: keep it clean.
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=2, env=dict(env), pass_fds=tuple(pass_fds), start_new_session=True
-        )
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=2, env=env, pass_fds=pass_fds, start_new_session=True
+            )
+        except OSError as error:
+            raise ProcessStartError(name, error) from error
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # this user has too many large pipes: a small one must do
             fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self.pid = self._process.pid
         try:
             self.pidfd = os.pidfd_open(self.pid)
-        except OSError:  # no descriptor is left, so its end could not be seen
+        except OSError as error:  # no descriptor is left, so its end could not be seen
             self._process.stdin.close()
             self._process.kill()
             self._process.wait()
-            raise
+            raise ProcessStartError(name, error) from error
         if spec is None:
             return
         try:

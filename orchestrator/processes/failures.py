@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.processes.child_process import ProcessStartError
 
 log = logging.getLogger(__name__)
 
@@ -92,19 +93,22 @@ class RestartLimit:
         self.count += 1
 
 
-def ending_of(cause: Exception, was_ready: bool) -> tuple[str, int]:
+def ending_of(cause: Exception, is_announced: bool) -> tuple[str, int]:
     """Log what ends the server; return the text for clients and systemd, and the exit status.
 
-    The status of a user's mistake keeps the service manager from starting the server again as it is. After the server
-    ``was_ready`` nothing counts as such a mistake: what could be used once may be usable again.
+    The status of a user's mistake keeps the service manager from starting the server again as it is. Once the server
+    ``is_announced``, nothing counts as such a mistake: what could be used once may be usable again.
     """
     if isinstance(cause, ProcessFailure):
         log.error("%s", cause.report)
-        return str(cause), UserError.exit_code if cause.is_mistake and not was_ready else 1
+        return str(cause), UserError.exit_code if cause.is_mistake and not is_announced else 1
     if isinstance(cause, UserError):
-        if was_ready:  # else the command prints it
+        if is_announced:  # else the command prints it
             log.error("%s", cause)
-        return str(cause), 1 if was_ready else cause.exit_code
+        return str(cause), 1 if is_announced else cause.exit_code
+    if isinstance(cause, ProcessStartError):
+        log.error("%s", cause)
+        return str(cause), 1
     text = f"internal error: {cause!r}"
     log.error("the server ends: %s", text, exc_info=cause)
     return text, 1

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
+from harness.assertions import assert_has_all
+from mgpu.orchestrator.processes.child_process import ChildProcess, ProcessStartError, describe_exit
+from mgpu.orchestrator.processes.failures import ending_of
 
 READ_SPEC = "import sys; n = int.from_bytes(sys.stdin.buffer.read(4), 'little'); spec = sys.stdin.buffer.read(n); "
 
@@ -120,3 +123,19 @@ def test_a_child_that_cannot_be_watched_is_not_left_behind(monkeypatch: pytest.M
     with pytest.raises(OSError, match="Too many open files"):
         ChildProcess("test", [sys.executable, "-c", "input()"], None, os.environ)
     assert set(psutil.Process().children()) <= before
+
+
+def test_a_child_that_cannot_be_started_is_named_with_the_limit_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_process(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", no_process)
+    with pytest.raises(ProcessStartError) as refused:
+        ChildProcess("worker 3", ["true"], None, os.environ)
+    text, status = ending_of(refused.value, is_announced=True)
+    assert status == 1
+    assert_has_all(text, "worker 3 cannot be started", "temporarily unavailable", "ulimit -u")
+    assert text in caplog.text
+    assert "Traceback" not in caplog.text
