@@ -2,7 +2,8 @@
 
 The group lives and dies as one. When several ranks fail, the earliest failure is the cause: the others mostly report
 that a peer is gone. Example: rank 2 is killed; rank 0 notices a broken connection and reports a failure at 10.05 s;
-this process sees the death at 10.06 s. Deaths count as half a second earlier (9.56 s), so rank 2 is named.
+this process sees the death at 10.06 s. Deaths count as half a second earlier (9.56 s), so rank 2 is named. A report
+that the model's files are at fault goes before everything else: no lost peer provokes it.
 """
 
 import contextlib
@@ -34,7 +35,10 @@ ZmqContext = zmq.Context[zmq.Socket[bytes]]
 ZmqSocket = zmq.Socket[bytes]
 
 SILENT_DEATH_HEAD_START_S = 0.5
-"""Deaths count as this much earlier: a peer may notice the broken connection before this process sees the death."""
+"""Deaths count as this much earlier: a peer may notice the broken connection before this process sees the death.
+
+Not deaths by a signal other than SIGKILL: such as SIGABRT may be provoked by a lost peer.
+"""
 GRACE_S = 1.0
 """How long to wait for other ranks' reports after the first sign of failure."""
 DUMP_S = 0.2
@@ -229,7 +233,8 @@ class WorkerGroup:
         for rank, status in enumerate(statuses):
             if status is not None and rank not in self._failures and not self._read_failure(rank):
                 message = f"the process {describe_exit(status)}"
-                self._failures[rank] = self._lost(rank, message, SILENT_DEATH_HEAD_START_S)
+                head_start_s = SILENT_DEATH_HEAD_START_S if status >= 0 or status == -signal.SIGKILL else 0.0
+                self._failures[rank] = self._lost(rank, message, head_start_s)
         return any(status is not None for status in statuses)
 
     def _read_failure(self, rank: int) -> bool:
@@ -246,14 +251,14 @@ class WorkerGroup:
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline:
             self._note_deaths()
-            if any(status is not None and status < 0 for status in self._exit_statuses()):
+            if -signal.SIGKILL in self._exit_statuses():
                 break  # killed from outside, so no other rank's failure is the cause
             silent = [rank for rank in range(len(self.sockets)) if rank not in self._failures]
             if not silent:
                 break
             for rank in silent:
                 self._read_failure(rank)
-        return min(self._failures.values(), key=lambda failure: failure.at_s)
+        return min(self._failures.values(), key=lambda failure: (not failure.is_mistake, failure.at_s))
 
     def _exit_statuses(self) -> list[int | None]:
         return [process.exit_status() for process in self.processes]
@@ -273,7 +278,7 @@ class WorkerGroup:
                 process.wait(deadline_s, hurry_fd)
         self.end()
 
-    def kill(self) -> None:
+    def kill_with_stacks(self) -> None:
         """End all ranks now: each writes its stacks to standard error, then it is killed and reaped."""
         for process in self.processes:
             process.send_signal(signal.SIGUSR1)

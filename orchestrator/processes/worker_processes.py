@@ -81,8 +81,8 @@ class WorkerProcesses:
             self._began_s = time.monotonic()
         self.is_ready = False
         log.error("%s", failure.report)
+        self.group.kill_with_stacks()
         self.restarts.note(failure)
-        self.group.kill()
         self._start_epoch(self.group.epoch + 1)
         log.warning("restart %d: starting the workers again as epoch %d", self.restarts.count, self.group.epoch)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness.assertions import assert_has_all
 from harness.fake_model import solo_tokens
 from harness.server_process import ServerProcess, ready_server, running_server
 from harness.waiting import eventually
@@ -192,6 +193,14 @@ def test_too_many_restarts_end_the_server_with_the_cause(folder: Path) -> None:
         _, alive = psutil.wait_procs(children, timeout=10)
         assert not alive
         assert list((folder / "run").iterdir()) == []
+
+
+def test_workers_that_hang_at_the_restart_limit_write_their_stacks(folder: Path) -> None:
+    options = {"fail": "hang", "fail_phase": "steps", "fail_step": 3}
+    with ready_server(folder, options, hang_timeout_s=0.5, max_restarts=0) as server:
+        server.submit(1, [1, 2], 200)
+        assert server.wait_exit() == 1
+        assert_has_all(server.log, "giving up after 0 restarts", "the workers hang", "most recent call first")
 
 
 def test_a_request_that_kills_the_workers_twice_is_failed_and_the_others_are_served(folder: Path) -> None:
