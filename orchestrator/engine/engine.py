@@ -21,9 +21,9 @@ from mgpu.orchestrator.engine.steps import StepPipeline
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.reload import Reloader
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
-from mgpu.orchestrator.host.signals import StopSignals
+from mgpu.orchestrator.host.signals import Signals
 from mgpu.orchestrator.host.systemd import Notifier
-from mgpu.orchestrator.processes.failures import GatewayLost, ProcessFailure, ending_of
+from mgpu.orchestrator.processes.failures import GatewayLost, ProcessFailure, WorkersHung, ending_of
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
 from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
@@ -54,7 +54,7 @@ class Engine:
         scheduler: Scheduler,
         gateway: GatewayProcess,
         workers: WorkerProcesses,
-        signals: StopSignals,
+        signals: Signals,
         runtime: RuntimeDir,
         notifier: Notifier,
         reloader: Reloader,
@@ -126,6 +126,8 @@ class Engine:
 
     def _enter(self, state: ServerState) -> None:
         self._life.enter(state)
+        if state is ServerState.READY:
+            self._announce_by_s = time.monotonic() + self._config.timeouts.gateway_timeout_s
         self._gateway.tell(self._info())
 
     def _info(self) -> EngineInfo:
@@ -139,7 +141,6 @@ class Engine:
         on_cpu = self._config.device_kind == "cpu"  # on GPUs a warm-up compiles kernels: it says nothing of later steps
         self._steps.begin(ready.values() if on_cpu else ())
         log_ready(self._config, self._scheduler.limits, ready, time.monotonic() - self._began_s)
-        self._announce_by_s = time.monotonic() + self._config.timeouts.gateway_timeout_s
         self._enter(ServerState.READY)
 
     def _announce_when_known(self) -> None:
@@ -164,18 +165,23 @@ class Engine:
 
     def _drain_or_stop(self, state: ServerState) -> None:
         """After one signal running requests may finish; after a second one, or in time, the server stops."""
-        signals, num_live = self._signals.received, self._scheduler.num_live
+        num_live, has_second = self._scheduler.num_live, len(self._signals.received) > 1
         if state is ServerState.STARTING:
             log.info("stopped while starting")
             self._life.enter(ServerState.STOPPED)
             return
         if state is not ServerState.DRAINING:
             if num_live:
-                log.info("stopping: %d requests get up to %g s to finish", num_live, self._drain_timeout_s)
+                log.info("stopping: %d sequence(s) get up to %g s to finish", num_live, self._drain_timeout_s)
             self._drain_until_s = time.monotonic() + self._drain_timeout_s
             self._notifier.stopping("finishing the last requests")
             self._enter(ServerState.DRAINING)
-        if len(signals) > 1 or not num_live or time.monotonic() >= self._drain_until_s:
+        is_over = time.monotonic() >= self._drain_until_s
+        if num_live and has_second:
+            log.warning("a second signal: ending %d sequence(s)", num_live)
+        elif num_live and is_over:
+            log.warning("the drain timeout of %g s is over: ending %d sequence(s)", self._drain_timeout_s, num_live)
+        if has_second or is_over or not num_live:
             self._life.enter(ServerState.STOPPED)
 
     # -- waiting -------------------------------------------------------------------------------------------------------
@@ -207,7 +213,7 @@ class Engine:
             self._scheduler.resume(self._workers.group.epoch, self._workers.num_blocks)
             if self._life.state is not ServerState.STARTING:
                 took_s = self._workers.last_recovery_s
-                log.info("recovered in %.2f s; %d requests go on", took_s, self._scheduler.num_live)
+                log.info("recovered in %.2f s; %d sequence(s) go on", took_s, self._scheduler.num_live)
 
     def _run_periodic_work(self) -> None:
         """Watchdog, journal, runtime folder, standby workers and systemd: each acts when its own time has come."""
@@ -228,11 +234,13 @@ class Engine:
 
     def _reload(self) -> None:
         self._notifier.reloading("reading the configuration again")
-        values = self._reloader.read()
-        if values is not None:
-            self._drain_timeout_s = values.drain_timeout_s
-            self._gateway.reload(values.keys, values.client_limits)
-        self._notifier.reloaded()
+        try:
+            values = self._reloader.read()
+            if values is not None:
+                self._drain_timeout_s = values.drain_timeout_s
+                self._gateway.reload(values.keys, values.client_limits)  # GatewayLost: the next gateway gets them
+        finally:
+            self._notifier.reloaded()
 
     def _watch(self) -> None:
         """Have the poll watch the current processes."""
@@ -243,14 +251,16 @@ class Engine:
     def _replace_workers(self, failure: ProcessFailure) -> None:
         """Throw the worker group away and start another one; what ran waits until it is ready."""
         if self._life.state is ServerState.STARTING:
+            if isinstance(failure, WorkersHung):
+                self._workers.group.kill_with_stacks()
             raise failure
-        was_ready, running = self._workers.is_ready, self._scheduler.num_running
+        was_ready, num_waiting = self._workers.is_ready, 0
         if was_ready:
-            self._scheduler.forget_workers(str(failure))
+            num_waiting = self._scheduler.forget_workers(str(failure))
             self._steps.forget()
         self._workers.replace(failure)
         if was_ready:
-            log.warning("%d running requests wait for new workers", running)
+            log.warning("%d running sequence(s) wait for new workers", num_waiting)
         self._watch()
 
     def _replace_gateway(self, failure: GatewayLost) -> None:
@@ -277,7 +287,8 @@ class Engine:
     def _shut_down(self, failure: str) -> None:
         """End requests, then processes, within one shared deadline. `Server.run` removes what is left."""
         self._notifier.stopping(f"failed: {failure}" if failure else "stopping the workers")
-        self._signals.clear()  # if it is readable from now on, another signal has come: stop at once
+        self._signals.ignore_reloads()
+        self._signals.clear()  # if it is readable from now on, another signal to stop has come: stop at once
         patience_s = FAILED_STOP_S if failure else self._config.timeouts.stop_timeout_s
         began_s = time.monotonic()
         deadline_s = began_s + (0.0 if len(self._signals.received) > 1 else patience_s)

@@ -108,7 +108,7 @@ class GatewayBridge:
             self._answer_resume(message)
         elif isinstance(message, GatewayReady):
             self._claim_deadline_s = time.monotonic() + self._resume_timeout_s
-            log.info("the gateway is back; clients may resume %d requests", self._scheduler.num_live)
+            log.info("the gateway is back; clients may resume %d sequence(s)", self._scheduler.num_live)
 
     def _submit(self, submit: Submit) -> None:
         if self._life.state is ServerState.DRAINING:
@@ -117,7 +117,7 @@ class GatewayBridge:
         try:
             self._scheduler.submit(submit)
         except Exception:  # whatever is wrong with one request must not end the others
-            log.exception("request %d could not be taken in", submit.sequence_id)
+            log.exception("sequence %d could not be taken in", submit.sequence_id)
             self._scheduler.refuse(submit.sequence_id, "internal error: the request could not be taken in")
 
     def _open_resumable(self, message: Resumable) -> None:

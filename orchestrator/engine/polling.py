@@ -4,12 +4,12 @@ import math
 
 import zmq
 
-from mgpu.orchestrator.host.signals import StopSignals
+from mgpu.orchestrator.host.signals import Signals
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
 from mgpu.orchestrator.processes.worker_group import WorkerGroup
 
 
-def poller_of(signals: StopSignals, gateway: GatewayProcess, workers: WorkerGroup) -> zmq.Poller:
+def poller_of(signals: Signals, gateway: GatewayProcess, workers: WorkerGroup) -> zmq.Poller:
     """Watch signals, messages and the ends of processes; make another one when a process has been replaced."""
     poller = zmq.Poller()
     processes = (gateway.process, *workers.processes)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class StopSignals:
+class Signals:
     """While entered, collects signals to stop in ``received``. Every signal makes ``fd`` readable. Main thread only."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StopSignals:
     def fd(self) -> int:
         return self._reader.fileno()
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> "Signals":
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in _SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
@@ -57,6 +57,10 @@ class StopSignals:
         """Return whether a reload was asked for since the last call."""
         asked, self._reload_asked = self._reload_asked, False
         return asked
+
+    def ignore_reloads(self) -> None:
+        """Ignore SIGHUP from now on, so that only a signal to stop makes ``fd`` readable."""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def clear(self) -> None:
         """Empty ``fd``, so that it is readable again at the next signal."""

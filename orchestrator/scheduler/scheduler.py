@@ -109,20 +109,21 @@ class Scheduler:
         self._append_tokens(record.sampled, result)
         self._planner.release_rows(record.step)
 
-    def forget_workers(self, cause: str) -> None:
-        """Note that the workers are gone: every live request waits, to be replayed from its tokens.
+    def forget_workers(self, cause: str) -> int:
+        """Note that the workers are gone; return how many of the sequences that ran will be prefilled again.
 
-        The request that crashed them is failed; see crash_suspects.py.
+        The sequence that crashed them is failed; see crash_suspects.py.
         """
         culprits = note_crash(self._live.values())
+        num_again = sum(seq.row >= 0 for seq in self._live.values()) - len(culprits)
+        self.counters.replays += num_again
         for seq in self._live.values():
-            self.counters.replays += seq.row >= 0
             seq.forget_workers()
         self._expect_new_workers(self._planner.epoch)
         self._waiting.bring_back(self._live.values())
         for seq in culprits:
-            self.counters.replays -= 1
             self._fail(seq, f"the workers failed {seq.crashes} times in a row while they ran this request: {cause}")
+        return num_again
 
     def resume(self, epoch: int, num_blocks: int) -> None:
         """Go on with new workers of another epoch; call after `forget_workers`.

@@ -122,6 +122,7 @@ def test_drain_timeout_ends_what_still_runs(folder: Path) -> None:
         assert server.end(signal.SIGTERM) == -signal.SIGTERM
         assert server.finish == {1: "error"}
         assert "stopped before this was finished" in server.errors[1]
+        assert "the drain timeout of 0.2 s is over: ending 1 sequence(s)" in server.log
 
 
 def test_second_sigint_stops_at_once(folder: Path) -> None:
@@ -132,6 +133,7 @@ def test_second_sigint_stops_at_once(folder: Path) -> None:
         server.wait_for(lambda: server.infos[-1].state == "draining")
         assert server.end(signal.SIGINT) == -signal.SIGINT
         assert server.finish == {1: "error"}
+        assert "a second signal: ending 1 sequence(s)" in server.log
         assert_nothing_is_left(folder, children)
 
 
@@ -147,6 +149,21 @@ def test_a_worker_that_fails_while_loading_ends_the_start(folder: Path) -> None:
     with running_server(folder, {"fail": "raise", "fail_phase": "weights"}) as server:
         assert server.wait_exit() == 1
         assert "worker 0 failed in phase weights: rank 0 was told to fail" in server.log
+
+
+@pytest.mark.parametrize(("how", "status"), [("raise", 1), ("mistake", 78)])
+def test_a_peer_that_aborts_for_a_lost_rank_is_not_the_cause(folder: Path, how: str, status: int) -> None:
+    options = {"fail": how, "fail_phase": "weights", "peers_abort": True}
+    with running_server(folder, options, ranks_per_stage=2) as server:
+        assert server.wait_exit() == status
+        assert "worker 0 failed in phase weights: rank 0 was told to fail" in server.log
+
+
+def test_workers_that_hang_in_the_first_start_write_their_stacks(folder: Path) -> None:
+    with running_server(folder, {"fail": "hang", "fail_phase": "weights"}, start_timeout_s=3.0) as server:
+        assert server.wait_exit() == 1
+        assert "the new workers have said nothing for 3 s" in server.log
+        assert "most recent call first" in server.log
 
 
 def test_weights_that_cannot_be_read_end_the_start_as_a_mistake_of_the_user(folder: Path) -> None:

@@ -51,6 +51,7 @@ class Harness:
         self.finish: dict[int, str] = {}
         self.errors: dict[int, str] = {}
         self.cached: dict[int, int] = {}
+        self.prefilled_again = 0
 
     def submit(self, sequence_id: int, prompt: list[int], max_tokens: int, **more: object) -> None:
         self.scheduler.submit(submit_of(sequence_id, prompt, max_tokens, **more))  # type: ignore[arg-type]
@@ -71,7 +72,7 @@ class Harness:
 
     def crash(self, epoch: int, num_blocks: int) -> None:
         """Lose the workers with everything that is under way, and go on with new ones."""
-        self.scheduler.forget_workers("boom")
+        self.prefilled_again = self.scheduler.forget_workers("boom")
         self.model = FakeModel(num_blocks, self.limits.block_size, self.limits.num_stages)
         self.results.clear()
         self.scheduler.resume(epoch, num_blocks)
@@ -393,7 +394,9 @@ def test_a_request_that_waited_during_a_crash_is_innocent_of_it() -> None:
     harness.publish()
     harness.crash(1, 64)
     harness.publish()
+    assert harness.prefilled_again == 1
     harness.crash(2, 64)  # 1 ran both times, 2 never
+    assert harness.prefilled_again == 0
     assert harness.finish == {1: "error"}
     assert "failed 2 times in a row while they ran this request: boom" in harness.errors[1]
     harness.publish()
