@@ -1,7 +1,7 @@
 """Account for the blocks of the KV pool: which are held, which can be reused, which is evicted next.
 
 Integers only: the blocks themselves live on the workers. A full block may carry a key that stands for all tokens up to
-its end, so a request that begins alike takes the block instead of computing it. A block without a holder keeps its
+its end, so a sequence that begins alike takes the block instead of computing it. A block without a holder keeps its
 content and key until space is needed and it is the least recently used one.
 """
 
@@ -15,7 +15,7 @@ def extend_block_keys(keys: list[bytes], tokens: "array[int]", block_size: int, 
     """Append to ``keys`` until it covers ``num_blocks`` full blocks of ``tokens``.
 
     A key is SHA-256 over the previous key and the block's tokens, so it stands for the whole prefix; the first one is
-    chained to the salt, so that requests of different salts never meet.
+    chained to the salt, so that sequences of different salts never meet.
     """
     parent = keys[-1] if keys else hashlib.sha256(salt).digest()
     for index in range(len(keys), num_blocks):
@@ -80,7 +80,7 @@ class BlockPool:
         return block
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Remove one holder from each of ``blocks``, a request's table in order: its tail is evicted first."""
+        """Remove one holder from each of ``blocks``, a sequence's table in order: its tail is evicted first."""
         for block in reversed(blocks):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, f"block {block} released twice"

@@ -1,29 +1,29 @@
-"""The block tables of requests: reuse computed blocks, register new ones, grow while a request decodes."""
+"""The block tables of sequences: reuse computed blocks, register new ones, grow while a sequence decodes."""
 
 from mgpu.orchestrator.scheduler.block_pool import BlockPool, extend_block_keys
 from mgpu.orchestrator.scheduler.sequence import Sequence
 
 
 class BlockTables:
-    """The block tables of all requests on top of one pool."""
+    """The block tables of all sequences on top of one pool."""
 
     def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool) -> None:
         self.pool = BlockPool(num_blocks)
         self.changes = 0
-        """Counts releases and registrations: a request that got no blocks waits for the next one."""
+        """Counts releases and registrations: a sequence that got no blocks waits for the next one."""
         self._block_size = block_size
         self._prefix_cache = prefix_cache
         self._promised: set[bytes] = set()
-        """Keys of prompt blocks that running requests are about to compute."""
+        """Keys of prompt blocks that running sequences are about to compute."""
 
     def take(self, seq: Sequence, reserve: int) -> bool:
-        """Take blocks for all known tokens of a request, reused ones where they exist.
+        """Take blocks for all known tokens of a sequence, reused ones where they exist.
 
-        False, with nothing taken, when fewer than ``reserve`` blocks would stay free, or when another request is
+        False, with nothing taken, when fewer than ``reserve`` blocks would stay free, or when another sequence is
         computing the block that this one would compute next: then it is cheaper to wait and reuse it.
         """
         size, num_tokens = self._block_size, len(seq.tokens)
-        # The last token is always computed: its logits are what the request wants.
+        # The last token is always computed: its logits are what the sequence wants.
         num_reusable = (num_tokens - 1) // size if self._prefix_cache else 0
         extend_block_keys(seq.block_keys, seq.tokens, size, num_reusable, seq.cache_salt)
         reused = self.pool.find(seq.block_keys[:num_reusable])
@@ -40,7 +40,7 @@ class BlockTables:
         return True
 
     def grow(self, seq: Sequence) -> int | None:
-        """Append one block to a request's table and return it; None when none is free."""
+        """Append one block to a sequence's table and return it; None when none is free."""
         if not self.pool.num_free:
             return None
         (block,) = self.pool.allocate(1)
@@ -48,7 +48,7 @@ class BlockTables:
         return block
 
     def register(self, seq: Sequence, num_computed: int) -> None:
-        """Register the full blocks of a request for reuse; published plans compute ``num_computed`` of its tokens."""
+        """Register the full blocks of a sequence for reuse; published plans compute ``num_computed`` of its tokens."""
         if not self._prefix_cache:
             return
         num_full = min(num_computed, len(seq.tokens)) // self._block_size
@@ -62,7 +62,7 @@ class BlockTables:
         self.changes += 1
 
     def release(self, seq: Sequence) -> None:
-        """Take a request's blocks away. Registered ones stay reusable until their space is needed."""
+        """Take a sequence's blocks away. Registered ones stay reusable until their space is needed."""
         self.register(seq, seq.num_computed)
         self._promised.difference_update(seq.block_keys[seq.num_registered : len(seq.blocks)])
         self.pool.release(seq.blocks)

@@ -1,6 +1,6 @@
-"""Find the request that crashes the workers, among all that were running when they died.
+"""Find the sequence that crashes the workers, among all that were running when they died.
 
-A request that was running in `FATAL_CRASHES` crashes in a row is a suspect. A single suspect is the culprit and is
+A sequence that was running in `FATAL_CRASHES` crashes in a row is a suspect. A single suspect is the culprit and is
 failed. Several suspects run again one at a time, each until it is past the point where the workers died: one that
 crashes them again is the culprit, and one that gets past it is cleared.
 
@@ -13,7 +13,7 @@ from collections.abc import Collection
 from mgpu.orchestrator.scheduler.sequence import Sequence
 
 FATAL_CRASHES = 2
-"""Crashes in a row that make a suspect of a request that was running in all of them."""
+"""Crashes in a row that make a suspect of a sequence that was running in all of them."""
 CLEARING_TOKENS = 4
 """Tokens that clear a suspect that runs alone; at most two of its steps were in flight when the workers died."""
 
@@ -23,7 +23,7 @@ def is_suspect(seq: Sequence) -> bool:
 
 
 def note_crash(live: Collection[Sequence]) -> list[Sequence]:
-    """Count a crash against the requests that were running, and return the culprit, if it is certain.
+    """Count a crash against the sequences that were running, and return the culprit, if it is certain.
 
     Call it before they forget their rows.
     """
@@ -49,7 +49,7 @@ class SoloRun:
         return self._suspect is not None or (is_suspect(seq) and not is_idle)
 
     def begin(self, seq: Sequence) -> None:
-        """Note that a request begins to run. It runs alone if it is a suspect."""
+        """Note that a sequence begins to run. It runs alone if it is a suspect."""
         if is_suspect(seq):
             self._suspect, self._cleared_at = seq, len(seq.tokens) + CLEARING_TOKENS
 
@@ -62,6 +62,6 @@ class SoloRun:
         return seq
 
     def end(self, seq: Sequence) -> None:
-        """Note that a request has left the workers."""
+        """Note that a sequence has left the workers."""
         if seq is self._suspect:
             self._suspect = None

@@ -1,4 +1,4 @@
-"""Requests that decode in lockstep: each step of a batch computes one token of every member.
+"""Sequences that decode in lockstep: each step of a batch computes one token of every member.
 
 The columns of the step plan are kept between steps. A member is looked at only in the step in which it is due: when it
 needs another block, or when all of its tokens are planned. So the work of a step grows with what changes.
@@ -25,7 +25,7 @@ class DecodeBatch:
         """By tick. An entry is stale when its member has left or is due at another tick."""
 
     def add(self, seq: Sequence, start: int) -> None:
-        """Let a request decode here; its token at ``start`` is known to the workers and not computed yet."""
+        """Let a sequence decode here; its token at ``start`` is known to the workers and not computed yet."""
         seq.batch, seq.slot = self._index, len(self.members)
         self.members.append(seq)
         self.rows.append(seq.row)

@@ -1,14 +1,14 @@
-"""Whose turn it is: weighted fair queueing of waiting requests over accounts, in tokens.
+"""Whose turn it is: weighted fair queueing of waiting sequences over accounts, in tokens.
 
 Every account has a tag, its virtual time: the tokens that it was served, divided by its weight. The account with the
-smallest tag is next, and of its requests the one with the smallest (priority, arrival). An account that joins the line
+smallest tag is next, and of its sequences the one with the smallest (priority, arrival). An account that joins the line
 starts at the present time at least. The present advances as if all accounts in line were served at once, each by its
 weight. So an account saves up no turns while it is away, pays nothing for having been alone, and is not kept waiting by
-an endless row of newcomers. While requests wait, accounts get tokens in proportion to their weights, however many
-requests each of them has. (Weighted fair queueing, Demers, Keshav and Shenker 1989, with start tags. The length of an
+an endless row of newcomers. While sequences wait, accounts get tokens in proportion to their weights, however many
+sequences each of them has. (Weighted fair queueing, Demers, Keshav and Shenker 1989, with start tags. The length of an
 answer is unknown, so a guess is charged first and corrected at its end.)
 
-Example: A (weight 1) and B (weight 2) join at time 0, and every request costs 100 tokens. A is served once, to tag 100;
+Example: A (weight 1) and B (weight 2) join at time 0, and each sequence costs 100 tokens. A is served once, to tag 100;
 B is served twice, to tags 50 and 100. If C joins now, it starts at the present, 300 tokens / weight 3 = 100, not at 0.
 
 Pure and deterministic; O(log n) per operation, amortized.
@@ -31,12 +31,12 @@ _MAX_IDLE = 4096
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """Its requests in line, and its virtual time."""
+    """Its sequences in line, and its virtual time."""
 
     tag: float
     weight: float = 1.0
     waiting: list[tuple[tuple[int, int], Sequence]] = field(default_factory=list)
-    """Heap by (priority, arrival). A request that ended stays until it comes to the front."""
+    """Heap by (priority, arrival). A sequence that ended stays until it comes to the front."""
     entry: int = -1
     """Number of its valid entry in the line of accounts; -1 when it has none."""
     counted: float = 0.0
@@ -44,14 +44,14 @@ class Account:
 
 
 class FairQueue:
-    """Requests that have never run. `head` is next; `pop` takes it and charges its account."""
+    """Sequences that have never run. `head` is next; `pop` takes it and charges its account."""
 
     def __init__(self) -> None:
         self._accounts: dict[int, Account] = {}
         self._line: list[tuple[float, int, Account]] = []
         """Heap by (tag, entry number). An entry is stale when it is not its account's latest."""
         self._charges: dict[int, tuple[Account, float]] = {}
-        """For every request that runs, by sequence id: the account that was charged, and the tokens."""
+        """For every sequence that runs, by sequence id: the account that was charged, and the tokens."""
         self._entries = 0
         self._now = 0.0
         self._weight_in_line = 0.0
@@ -64,7 +64,7 @@ class FairQueue:
         return self._num_waiting
 
     def push(self, seq: Sequence) -> None:
-        """Add a request to those of its account."""
+        """Add a sequence to those of its account."""
         account = self._accounts.get(seq.account)
         if account is None:
             account = self._accounts[seq.account] = Account(self._now)
@@ -78,7 +78,7 @@ class FairQueue:
             self._forget_idle()
 
     def head(self) -> Sequence | None:
-        """Return the request whose turn it is, without taking it."""
+        """Return the sequence whose turn it is, without taking it."""
         while self._line:
             _, entry, account = self._line[0]
             if account.entry == entry:
@@ -94,7 +94,7 @@ class FairQueue:
     def pop(self) -> Sequence:
         """Take the head, and charge its account for the rest of the prompt and the expected answer."""
         seq = self.head()
-        assert seq is not None, "no request waits"
+        assert seq is not None, "no sequence waits"
         account = heapq.heappop(self._line)[2]
         heapq.heappop(account.waiting)
         charge = seq.prompt_len - seq.cached_tokens + min(self._mean_answer, seq.max_len - seq.prompt_len)
@@ -108,14 +108,14 @@ class FairQueue:
         return seq
 
     def drop(self, seq: Sequence) -> None:
-        """Note that a request ended in line, before it ran."""
+        """Note that a sequence ended in line, before it ran."""
         self._num_ended += 1
         self._leave()
         if self._num_ended > self._num_waiting + _SLACK:  # do not keep their prompts in memory
             self._drop_ended()
 
     def settle(self, seq: Sequence) -> None:
-        """Correct what `pop` has charged, now that the request has ended."""
+        """Correct what `pop` has charged, now that the sequence has ended."""
         answer = len(seq.tokens) - seq.prompt_len
         self._mean_answer += (answer - self._mean_answer) * _SMOOTHING
         account, charge = self._charges.pop(seq.sequence_id, (None, 0.0))

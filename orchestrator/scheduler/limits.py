@@ -1,4 +1,4 @@
-"""The limits of the scheduler, and the check of requests that can never run within them."""
+"""The limits of the scheduler, and the check of sequences that can never run within them."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class Limits(StepLimits):
 
     @property
     def admission(self) -> AdmissionRule:
-        """The rule for one request: it may have a token more than the pool holds, as the last one is never computed."""
+        """The rule for a sequence: it may have a token more than the pool holds, as the last one is never computed."""
         return AdmissionRule(min(self.max_seq_len, self.kv_tokens + 1), self.vocab_size)
 
 

@@ -1,4 +1,4 @@
-"""Collect the outputs of one engine step for the gateway, and count them."""
+"""Collect the tokens and endings of one turn of the engine for the gateway, and count them."""
 
 from dataclasses import dataclass
 

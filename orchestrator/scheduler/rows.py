@@ -4,11 +4,11 @@ Plans are published before the results of earlier ones are back, and the workers
 themselves: with pipeline stages the token travels from the last stage to the first while later plans are on their way.
 So a row must not change its owner while a token for it is under way.
 
-Example: request A has row 3 and decodes in steps 7 and 8. Both are published when A is cancelled, and the result of
-step 7 has arrived. Step 9 tells the workers to free row 3, but no new request gets it in step 9: the token of step 8
+Example: sequence A has row 3 and decodes in steps 7 and 8. Both are published when A is cancelled, and the result of
+step 7 has arrived. Step 9 tells the workers to free row 3, but no new sequence gets it in step 9: the token of step 8
 would land in it. Row 3 is free when the result of step 8 has arrived.
 
-A preempted request waits just as long, because only then are all of its tokens known from which it starts again.
+A preempted sequence waits just as long, because only then are all of its tokens known from which it starts again.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ from mgpu.orchestrator.scheduler.sequence import Sequence
 
 
 class RowPool:
-    """Rows ``[0, num_rows)``: free, held by a request, or leaving (given back, and a token may be under way)."""
+    """Rows ``[0, num_rows)``: free, held by a sequence, or leaving (given back, and a token may be under way)."""
 
     def __init__(self, num_rows: int) -> None:
         self.to_free: list[int] = []
@@ -33,17 +33,17 @@ class RowPool:
         return bool(self._free)
 
     def take(self, seq: Sequence) -> None:
-        """Give a request a free row."""
+        """Give a sequence a free row."""
         seq.row = self._free.pop()
 
     def give_back(self, seq: Sequence, last_step: int) -> None:
-        """Take the row of a request that is in no step after ``last_step``."""
+        """Take the row of a sequence that is in no step after ``last_step``."""
         self.to_free.append(seq.row)
         self._leaving.append((last_step, seq.row, seq))
         seq.row = -1
 
     def release_until(self, step: int) -> list[Sequence]:
-        """Free the rows that no token can reach after the result of ``step``, and return the requests that had them."""
+        """Free the rows that no token can reach after the result of ``step``, and return their sequences."""
         left = []
         while self._leaving and self._leaving[0][0] <= step:
             _, row, seq = self._leaving.popleft()

@@ -1,4 +1,4 @@
-"""Everything known of one request while it lives: enough to start it again on another worker group."""
+"""Everything known of one sequence while it lives: enough to start it again on another worker group."""
 
 from array import array
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from mgpu.protocol.internal.worker_messages import NewRow, RowSampling
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request: what the client asked for, what was emitted, and where it stands on the workers.
+    """One sequence: what the client asked for, what was emitted, and where it stands on the workers.
 
-    To replay it, prefill ``tokens`` (prompt and all emitted tokens) and go on: the randomness of a token depends on
-    ``sampling.seed`` and its position only.
+    After a crash ``tokens`` (prompt and all emitted tokens) are prefilled again, and it goes on: the randomness of a
+    token depends on ``sampling.seed`` and its position only.
     """
 
     sequence_id: int
@@ -26,7 +26,7 @@ class Sequence:
     sampling: RowSampling
     cache_salt: bytes
     order: tuple[int, int]
-    """(priority, arrival): of one account's waiting requests the smallest runs first."""
+    """(priority, arrival): of one account's waiting sequences the smallest runs first."""
     account: int = 0
     """Whose share of the server it counts to; see fair_queue.py."""
     weight: float = 1.0
@@ -50,7 +50,7 @@ class Sequence:
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache when it first ran."""
     turn: int = -1
-    """How many requests ran before it did; -1 before it first runs. The largest is preempted first."""
+    """How many sequences ran before it did; -1 before it first runs. The largest is preempted first."""
     finished: bool = False
     crashes: int = 0
     """Crashes of the workers in a row during which it was running."""
@@ -78,5 +78,5 @@ class Sequence:
         self.num_registered = self.num_computed = 0
 
     def to_new_row(self) -> NewRow:
-        """Describe the request to the workers as it stands now."""
+        """Describe the sequence to the workers as it stands now."""
         return NewRow(self.row, self.tokens.tobytes(), self.prompt_len, list(self.blocks), self.sampling)

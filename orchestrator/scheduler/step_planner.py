@@ -1,13 +1,13 @@
 """Plan the steps of one worker group: who gets a row and blocks, who decodes, who is prefilled, who must leave.
 
-A `StepPlanner` mirrors what the workers hold, so new workers get a new one. A step decodes the requests of one batch
+A `StepPlanner` mirrors what the workers hold, so new workers get a new one. A step decodes the sequences of one batch
 (see decode_batch.py) and fills the rest of its token budget with prefill. The budget is larger than the number of rows,
 so neither starves the other.
 
 Steps overlap: step n + 1 is planned and published before the tokens of step n are known. Only their number is needed
-for that, since the workers write a sampled token into its row themselves. Example: a request of 10 tokens that may have
-12 is prefilled in step 1, which samples its 11th, and decodes in step 2 to its 12th, before the 11th is here. It is in
-no step after that. If the 11th then is a stop token, the request ends with it, and the 12th is discarded.
+for that, since the workers write a sampled token into its row themselves. Example: a sequence of 10 tokens that may
+have 12 is prefilled in step 1, which samples its 11th, and decodes in step 2 to its 12th, before the 11th is here. It
+is in no step after that. If the 11th then is a stop token, the sequence ends with it, and the 12th is discarded.
 """
 
 from bisect import insort
@@ -34,7 +34,7 @@ class StepRecord:
 
 
 class StepPlanner:
-    """The requests that run on one worker group, and its steps in flight."""
+    """The sequences that run on one worker group, and its steps in flight."""
 
     def __init__(
         self, limits: Limits, waiting: WaitingLine, counters: StepCounters, epoch: int, next_step: int
@@ -80,7 +80,7 @@ class StepPlanner:
         return self.in_flight.popleft()
 
     def leave(self, seq: Sequence) -> None:
-        """Take row and blocks away from a request."""
+        """Take row and blocks away from a sequence."""
         if seq.batch >= 0:
             self._batches[seq.batch].remove(seq)
         elif seq in self._prefilling:
@@ -93,7 +93,7 @@ class StepPlanner:
             self.release_rows(self.next_step)
 
     def release_rows(self, step: int) -> None:
-        """Free the rows of requests that left, up to those whose last token came with the result of ``step``."""
+        """Free the rows of sequences that left, up to those whose last token came with the result of ``step``."""
         for seq in self._rows.release_until(step):
             if not seq.finished:  # it was preempted
                 self._waiting.join(seq)
@@ -154,7 +154,7 @@ class StepPlanner:
         return sampled
 
     def _grow(self, seq: Sequence, plan: StepPlan) -> None:
-        """Append a block to a decoding request; while none is free, preempt the request that began last."""
+        """Append a block to a decoding sequence; while none is free, preempt the sequence that began last."""
         while (block := self.blocks.grow(seq)) is None:
             victim = max(self.admitted.values(), key=lambda each: each.turn)
             self._preempt(victim)
@@ -164,14 +164,14 @@ class StepPlanner:
         plan.block_ids.append(block)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Let a request leave; it runs again from its tokens when those in flight have arrived."""
+        """Let a sequence leave; it runs again from its tokens when those in flight have arrived."""
         self.leave(seq)
         self._counters.preemptions += 1
 
     def _plan_prefill(self, batch: DecodeBatch, plan: StepPlan, sampled: list[Sequence]) -> list[Sequence]:
         """Spend the rest of the token budget on prompts, admitted ones first; return those that got a share.
 
-        A request whose prompt is complete is added to ``sampled`` and, if it may have another token, to the batch.
+        A sequence whose prompt is complete is added to ``sampled`` and, if it may have another token, to the batch.
         """
         budget = self._limits.max_batch_tokens - len(plan.rows)
         touched: list[Sequence] = []
@@ -196,13 +196,13 @@ class StepPlanner:
     # -- admission -----------------------------------------------------------------------------------------------------
 
     def _admit_next(self) -> Sequence | None:
-        """Give a row and blocks to the first in line and return it. None when it must wait: no request overtakes it."""
+        """Give a row and blocks to the first in line and return it. None when it must wait: no other overtakes it."""
         seq = self._waiting.first()
         if seq is None or not self._rows.has_free or self._blocked == (self.blocks.changes, seq):
             return None
         if self._solo_run.holds_back(seq, is_idle=not self.admitted and not self.in_flight):
             return None
-        # One block per running request stays free, so that the newcomer is not preempted right away.
+        # One block per running sequence stays free, so that the newcomer is not preempted right away.
         if not self.blocks.take(seq, reserve=len(self.admitted)):
             self._blocked = (self.blocks.changes, seq)
             return None

@@ -1,4 +1,4 @@
-"""The requests that wait for a row: first those that have run before, in their old order, then new ones in fair order.
+"""The sequences that wait for a row: first those that have run before, in their old order, then new ones in fair order.
 
 Of those that have run, crash suspects come first: each runs alone, so the others then start only once.
 """
@@ -12,12 +12,12 @@ from mgpu.orchestrator.scheduler.sequence import Sequence
 
 
 class WaitingLine:
-    """All live requests that are not on the workers. A request that ended (see `end`) never comes to the front."""
+    """All live sequences that are not on the workers. A sequence that ended (see `end`) never comes to the front."""
 
     def __init__(self) -> None:
         self._new = FairQueue()
         self._returning: list[tuple[bool, int, Sequence]] = []
-        """Heap by turn. A request that has begun goes first: its computed blocks may still be in the pool."""
+        """Heap by turn. A sequence that has begun goes first: its computed blocks may still be in the pool."""
         self._turns = 0
 
     def join(self, seq: Sequence) -> None:
@@ -28,18 +28,18 @@ class WaitingLine:
             heapq.heappush(self._returning, _place_of(seq))
 
     def bring_back(self, live: Iterable[Sequence]) -> None:
-        """Line up every request that has ever run, because the workers are gone."""
+        """Line up every sequence that has ever run, because the workers are gone."""
         self._returning = [_place_of(seq) for seq in live if seq.turn >= 0]
         heapq.heapify(self._returning)
 
     def first(self) -> Sequence | None:
-        """Return the request that runs next, without taking it."""
+        """Return the sequence that runs next, without taking it."""
         while self._returning and self._returning[0][-1].finished:
             heapq.heappop(self._returning)
         return self._returning[0][-1] if self._returning else self._new.head()
 
     def take_first(self) -> Sequence:
-        """Take the request that runs next. A new one gets its turn, and its account is charged."""
+        """Take the sequence that runs next. A new one gets its turn, and its account is charged."""
         if self._returning:
             return heapq.heappop(self._returning)[-1]
         seq = self._new.pop()
@@ -47,7 +47,7 @@ class WaitingLine:
         return seq
 
     def end(self, seq: Sequence) -> None:
-        """Note that a request has ended, in line or on the workers."""
+        """Note that a sequence has ended, in line or on the workers."""
         if seq.turn < 0:
             self._new.drop(seq)
         else:
