@@ -1,4 +1,4 @@
-"""Run ``mgpu-launch serve`` as a child of a block of code: the demo, benchmarks, tests."""
+"""Run ``mgpu-launch serve`` as a child process, for the demo, benchmarks and tests; this is not the server itself."""
 
 import contextlib
 import os

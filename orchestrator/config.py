@@ -26,7 +26,7 @@ class Timeouts:
     worker_timeout_s: float = 120.0
     """How long a worker waits for its peers."""
     hang_timeout_s: float = 10.0
-    """Least time that a step gets before the workers count as hung; see engine/step_deadline.py."""
+    """Least time that a step gets before the workers count as hung; see engine/step_times.py."""
     start_timeout_s: float = 1800.0
     """Longest start-up without any progress."""
     gateway_timeout_s: float = 10.0

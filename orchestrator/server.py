@@ -42,10 +42,11 @@ class Server:
         self._scheduler = Scheduler(limits)
 
     def run(self) -> int:
-        """Serve until a signal or a failure; return the exit status: 0, 1, minus the signal (see `end_process`), or 78.
+        """Serve until a signal or a failure; return the exit status: minus the signal (see `end_process`), 1, or 78.
 
-        78 says that the model's files are at fault, so that nobody starts the server again as it is. Call it from the
-        main thread, once. UserError, before the server is ready only, when there is no place for the sockets.
+        78 says that the model's files or the options are at fault, so that the service manager does not start the
+        server again as it is. UserError, with its own ``exit_code``, before clients can find the server, such as when
+        there is no place for the sockets. Call it from the main thread, once.
         """
         config = self._config
         try:

@@ -1,14 +1,19 @@
 """The engine: the one loop of a server, from its start to its end.
 
 A start, a failure and the end are told here from top to bottom: `run`, `_update_state`, `_replace_workers`,
-`_replace_gateway`, `_shut_down`. Each turn of the loop is one step: what clients want goes in, a step goes out to the
-workers, tokens come back and go to the gateway.
+`_replace_gateway`, `_end`. Each turn of the loop takes messages in, publishes steps until the pipeline is full, waits,
+and applies the results that have come. A turn may publish no step or several.
+
+Example, with one stage: a turn takes in a submission and publishes two plans, step 7 for the prompt and step 8 for the
+token after it, then sleeps. The result of step 7 wakes it, and its token goes to the gateway. The next turn publishes
+step 9.
 """
 
 import gc
 import logging
 import os
 import time
+from typing import Any
 
 import zmq
 
@@ -35,14 +40,14 @@ log = logging.getLogger(__name__)
 
 LOOK_INTERVAL_S = 0.01
 """How often signals and processes are looked at while results keep coming without a wait."""
-PARK_S = 1.0
+LONGEST_SLEEP_S = 1.0
 """Longest sleep; every deadline is checked at least this often."""
-STANDSTILL_S = PARK_S + 1.0
+STANDSTILL_S = LONGEST_SLEEP_S + 1.0
 """After a longer time between two looks this process was stopped itself; the workers are not to blame."""
 FAILED_STOP_S = 1.0
-"""What healthy ranks get to leave by themselves after a failure."""
+"""Time that healthy ranks get to leave by themselves after a failure."""
 GATEWAY_STOP_S = 2.0
-"""What the gateway gets at least: it has the last words for every client."""
+"""Least time that the gateway gets to leave: it passes the last messages on to the clients."""
 
 
 class Engine:
@@ -88,10 +93,10 @@ class Engine:
             while self._life.state is not ServerState.STOPPED:
                 try:
                     self._bridge.take_in()
-                    if not self._is_announced:  # what the gateway said may be the last thing that was missing
+                    if not self._is_announced:  # the announcement may have waited for a message of the gateway only
                         self._update_state()
                     self._steps.publish()
-                    self._bridge.emit()  # what was refused or cancelled must not wait for the next result
+                    self._bridge.emit()  # refusals and cancellations do not wait for the next result
                     self._wait()  # the only place that sleeps
                     self._steps.apply()
                     self._bridge.emit()
@@ -108,7 +113,7 @@ class Engine:
 
     def _start(self) -> None:
         self._workers.start()
-        self._watch()
+        self._make_poller()
         log.info("starting %d worker(s) for %s", self._config.layout.placement.world_size, self._config.model_name)
 
     def _update_state(self) -> None:
@@ -187,30 +192,34 @@ class Engine:
     # -- waiting -------------------------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        """Return when there is something to do: a result, or anything that `_look_around` takes in."""
-        sleep_s = self._steps.spin() if self._workers.is_ready else PARK_S
+        """Return when there is something to do: a result, a message of the gateway, a signal, or news of a process."""
+        sleep_s = self._steps.spin() if self._workers.is_ready else LONGEST_SLEEP_S
         if sleep_s or time.monotonic() - self._looked_s > LOOK_INTERVAL_S:
-            self._look_around(min(sleep_s, self._park_s()))
+            self._handle(self._sleep(min(sleep_s, self._longest_sleep_s())))
 
-    def _park_s(self) -> float:
+    def _longest_sleep_s(self) -> float:
         if self._life.state is not ServerState.DRAINING:
-            return PARK_S
-        return min(PARK_S, max(0.0, self._drain_until_s - time.monotonic()))
+            return LONGEST_SLEEP_S
+        return min(LONGEST_SLEEP_S, max(0.0, self._drain_until_s - time.monotonic()))
 
-    def _look_around(self, timeout_s: float) -> None:
-        """Sleep until something happens, and take in all that is no result and no gateway message."""
-        self._run_periodic_work()  # before the sleep: what ends it is in more of a hurry
+    def _sleep(self, timeout_s: float) -> dict[Any, int]:
+        """Run the periodic work, then sleep until something happens; return the events."""
+        self._run_periodic_work()  # done before sleeping, so that an arriving result is not delayed by it
         events = dict(self._poller.poll(int(timeout_s * 1000)))
         if (now_s := time.monotonic()) - self._looked_s > STANDSTILL_S:
             self._steps.excuse_standstill(now_s)
         self._looked_s = now_s
+        return events
+
+    def _handle(self, events: dict[Any, int]) -> None:
+        """Handle signals, deaths, and messages of workers that load. `run` reads results and gateway messages."""
         if self._signals.fd in events:
             self._signals.clear()
         if self._life.state is not ServerState.STARTING and self._signals.take_reload():
             self._reload()
-        self._gateway.advance(events)
+        self._gateway.notice_death(events)
         if self._workers.advance(events):
-            self._scheduler.resume(self._workers.group.epoch, self._workers.num_blocks)
+            self._scheduler.use_workers(self._workers.group.epoch, self._workers.num_blocks)
             if self._life.state is not ServerState.STARTING:
                 took_s = self._workers.last_recovery_s
                 log.info("recovered in %.2f s; %d sequence(s) go on", took_s, self._scheduler.num_live)
@@ -242,14 +251,14 @@ class Engine:
         finally:
             self._notifier.reloaded()
 
-    def _watch(self) -> None:
-        """Have the poll watch the current processes."""
+    def _make_poller(self) -> None:
+        """Watch the current processes: call it after each replacement."""
         self._poller = poller_of(self._signals, self._gateway, self._workers.group)
 
     # -- failures and the end ------------------------------------------------------------------------------------------
 
     def _replace_workers(self, failure: ProcessFailure) -> None:
-        """Throw the worker group away and start another one; what ran waits until it is ready."""
+        """Throw the worker group away and start another one; sequences that ran wait until it is ready."""
         if self._life.state is ServerState.STARTING:
             if isinstance(failure, WorkersHung):
                 self._workers.group.kill_with_stacks()
@@ -261,7 +270,7 @@ class Engine:
         self._workers.replace(failure)
         if was_ready:
             log.warning("%d running sequence(s) wait for new workers", num_waiting)
-        self._watch()
+        self._make_poller()
 
     def _replace_gateway(self, failure: GatewayLost) -> None:
         """Start another gateway on the same endpoint; requests whose clients can resume them go on meanwhile."""
@@ -269,9 +278,14 @@ class Engine:
             raise failure
         last_messages = self._gateway.replace(failure, self._info())
         self._bridge.on_gateway_replaced(last_messages)
-        self._watch()
+        self._make_poller()
 
     def _end(self, failure: Exception | None) -> int:
+        """End the server and return its exit status; raise a UserError that came before the announcement.
+
+        `_shut_down` does the work: it ends the requests, then the processes, within one shared deadline. `Server.run`
+        removes what is left.
+        """
         self._progress.close()
         if self._life.state is not ServerState.STOPPED:
             self._life.enter(ServerState.STOPPED)
@@ -285,7 +299,6 @@ class Engine:
         return status
 
     def _shut_down(self, failure: str) -> None:
-        """End requests, then processes, within one shared deadline. `Server.run` removes what is left."""
         self._notifier.stopping(f"failed: {failure}" if failure else "stopping the workers")
         self._signals.ignore_reloads()
         self._signals.clear()  # if it is readable from now on, another signal to stop has come: stop at once

@@ -1,9 +1,10 @@
 """The states of a server.
 
-Starting is recovering with epoch 0 and no requests: the same code leads the workers to ready. Two things differ. A
-failure while starting ends the server, because nothing has shown yet that it can work; and requests are not taken.
-Draining says nothing of the workers: they may fail and be replaced meanwhile, so that running requests still finish.
-Stopped is reached from everywhere: by a second signal, by a failure, or when all requests have ended.
+The start uses the code of a recovery. The epoch is the number of the worker group: 0 for the first one, and one more
+after each replacement. Two things differ at the start. A failure ends the server, because nothing has shown yet that it
+can work; and requests are not taken. Draining says nothing of the workers: they are replaced while draining too, so
+that running requests still finish. Every state may go to stopped: by a second signal, by a failure, or when all
+requests have ended.
 
     starting ──▶ ready ◀──▶ recovering
         │          └────┬───────┘

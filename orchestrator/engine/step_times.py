@@ -1,4 +1,4 @@
-"""Decide how long a step may take before the workers count as hung, from what steps of its size usually take."""
+"""Learn how long steps usually take: when to expect a result, and when the workers count as hung."""
 
 USUAL_FACTOR = 20.0
 """A step that takes this many times its usual time will not end."""
@@ -7,7 +7,7 @@ FIRST_FACTOR = 6.0
 _SMOOTHING = 0.1
 
 
-class StepDeadline:
+class StepTimes:
     """Usual step times, kept per power of two of tokens: one long prefill says little about decoding."""
 
     def __init__(self, shortest_s: float) -> None:

@@ -11,14 +11,14 @@ from collections.abc import Collection
 
 from mgpu.orchestrator.engine.polling import SpinPolicy
 from mgpu.orchestrator.engine.stats import EngineStats
-from mgpu.orchestrator.engine.step_deadline import StepDeadline
+from mgpu.orchestrator.engine.step_times import StepTimes
 from mgpu.orchestrator.processes.failures import WorkersHung
 from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.worker_messages import CONTROL, Ready, StaySpinning, StepResult
 
 TRIAL_STEP_SHARE = 0.5
-"""A prompt's part of the warm-up, which takes two of them and four decoding steps."""
+"""The warm-up runs two prompts and four decode steps; one prompt takes about half of its time."""
 
 
 class StepPipeline:
@@ -29,7 +29,7 @@ class StepPipeline:
         self._scheduler = scheduler
         self._workers = workers
         self._spin = SpinPolicy(spin_s)
-        self._deadline = StepDeadline(hang_timeout_s)
+        self._times = StepTimes(hang_timeout_s)
         self._published: deque[tuple[float, int]] = deque()
         """When each step in flight went out, and its tokens."""
         self._arrived: StepResult | None = None
@@ -42,10 +42,10 @@ class StepPipeline:
         self._last_result_s = time.monotonic()
         if warm_up:
             seconds = max(each.phase_s.get("warmup", 0.0) for each in warm_up) * TRIAL_STEP_SHARE
-            self._deadline.note(max(each.step_tokens for each in warm_up), seconds)
+            self._times.note(max(each.step_tokens for each in warm_up), seconds)
 
     def publish(self) -> None:
-        """Fill the pipeline."""
+        """Publish steps until the pipeline is full."""
         while self._workers.is_ready:
             began = time.perf_counter()
             plan = self._scheduler.schedule()
@@ -71,7 +71,7 @@ class StepPipeline:
         while self._arrived is None:
             if sleep_s := self._spin.sleep_s(time.monotonic(), due_s):
                 return sleep_s
-            if due_s is None:  # what is about to come will come from the gateway
+            if due_s is None:  # no step is in flight: stop looking for results, a request is about to arrive
                 break
             self._arrived = group.try_result()
         return 0.0
@@ -109,7 +109,7 @@ class StepPipeline:
 
     def counters(self) -> dict[str, float]:
         """Return what the scheduler and this pipeline count, under the names that clients see."""
-        deadline_s = self._deadline.seconds_for(self._published[0][1]) if self._published else math.inf
+        deadline_s = self._times.seconds_for(self._published[0][1]) if self._published else math.inf
         counters = self._stats.counters(self._scheduler, time.monotonic() - self._last_result_s)
         return counters | {"stalled": float(self.waited_s() > deadline_s / 2)}
 
@@ -117,7 +117,7 @@ class StepPipeline:
         if not self._published:
             return None
         published_s, num_tokens = self._published[0]
-        return published_s + self._deadline.usual_s(num_tokens)
+        return published_s + self._times.usual_s(num_tokens)
 
     def _apply(self, result: StepResult) -> None:
         began = time.perf_counter()
@@ -129,7 +129,7 @@ class StepPipeline:
         if self._published:
             published_s, num_tokens = self._published.popleft()
             self._stats.step_us.add((self._last_result_s - published_s) * 1e6)
-            self._deadline.note(num_tokens, self._last_result_s - published_s)
+            self._times.note(num_tokens, self._last_result_s - published_s)
             if not self._published and self._scheduler.num_running:
                 self._stats.note_dry(self._last_result_s)
         self._stats.compute_us.add(result.compute_us)
@@ -139,7 +139,7 @@ class StepPipeline:
         if not self._published:
             return
         waited_s, num_tokens = self.waited_s(), self._published[0][1]
-        if waited_s > (limit_s := self._deadline.seconds_for(num_tokens)):
+        if waited_s > (limit_s := self._times.seconds_for(num_tokens)):
             raise WorkersHung(
                 f"the workers hang: no result of a step of {num_tokens} tokens for {waited_s:.1f} s, longer than "
                 f"{limit_s:.1f} s (at least --hang-timeout)"

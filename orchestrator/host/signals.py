@@ -16,7 +16,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signals:
-    """While entered, collects signals to stop in ``received``. Every signal makes ``fd`` readable. Main thread only."""
+    """Collects signals to stop in ``received``, and notes reloads. Every signal makes ``fd`` readable.
+
+    Use it as a context manager, in the main thread.
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []

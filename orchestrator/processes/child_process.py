@@ -15,7 +15,7 @@ from mgpu.protocol.internal.child import frame_spec
 
 log = logging.getLogger(__name__)
 
-REAP_S = 10.0
+KILL_S = 10.0
 """How long a killed process may take to vanish."""
 LIMITS = {
     errno.EAGAIN: "the limit of processes is reached (ulimit -u, or TasksMax in a unit)",
@@ -75,7 +75,7 @@ class ChildProcess:
         try:
             self.tell(spec)
         except ValueError:
-            self.reap()
+            self.kill()
             raise
 
     def tell(self, spec: bytes) -> None:
@@ -121,7 +121,7 @@ class ChildProcess:
         ready = poller.poll(max(0.0, deadline_s - time.monotonic()) * 1000)
         return any(fd == self.pidfd for fd, _ in ready)
 
-    def reap(self) -> None:
+    def kill(self) -> None:
         """Kill the whole session and collect the exit status; a second call does nothing."""
         if self._process.returncode is not None:
             return
@@ -130,9 +130,9 @@ class ChildProcess:
             os.killpg(self.pid, signal.SIGKILL)
         self.close_stdin()
         try:
-            self._process.wait(REAP_S)
+            self._process.wait(KILL_S)
         except subprocess.TimeoutExpired:  # in the kernel, for example in a GPU's driver: nothing can hurry it
-            log.error("%s (process %d) does not die, %g s after SIGKILL; see dmesg", self.name, self.pid, REAP_S)
+            log.error("%s (process %d) does not die, %g s after SIGKILL; see dmesg", self.name, self.pid, KILL_S)
             return
         os.close(self.pidfd)
 

@@ -1,8 +1,8 @@
 """What becomes of a failure, on one path.
 
 A child's last message, its exit status or its silence becomes a `ProcessFailure`. While the server starts, it ends the
-server; later the process is replaced, within a `RestartLimit`. `ending_of` turns whatever ends the server into the log
-line, the text for clients and systemd, and the exit status.
+server, unless clients caused it at the gateway; later the process is replaced, within a `RestartLimit`. `ending_of`
+turns whatever ends the server into the log line, the text for clients and systemd, and the exit status.
 """
 
 import logging

@@ -37,7 +37,7 @@ FRONT_NAME = "front.sock"
 GENERATION_BITS = 40
 """Sequences that one gateway may number."""
 OUTBOX_LIMIT = 100_000
-"""Messages that may wait for the gateway; one is sent per step, so a gateway this far behind is stuck."""
+"""Messages that may wait for the gateway; a turn of the engine sends few, so a gateway this far behind is stuck."""
 DEATH_S = 0.2
 """The connection of a process that dies is gone a moment before the process is."""
 DUMP_S = 0.2
@@ -74,12 +74,15 @@ class Watchdog:
 
 
 class GatewayProcess:
-    """The gateway process and the socket to it; `replace` makes both anew. While entered; its end leaves no process."""
+    """The gateway process and the socket to it; `replace` makes both anew.
+
+    Use it as a context manager; leaving it kills the process.
+    """
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", runtime: RuntimeDir, config: ServerConfig) -> None:
         """Start the process. RuntimeDirError, OSError when it cannot be started."""
         self.endpoint = ""
-        """Where clients connect, once the gateway is ready; another process serves the same."""
+        """Where clients connect, once the gateway is ready; a replacement binds the same endpoint."""
         self.is_ready = False
         self.known_state = ""
         """The engine's state that the gateway acts on, as it has said."""
@@ -101,7 +104,7 @@ class GatewayProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.reap()
+        self.process.kill()
         self.socket.close(linger=0)
 
     def _start(self) -> None:
@@ -193,7 +196,7 @@ class GatewayProcess:
 
     # -- failure -------------------------------------------------------------------------------------------------------
 
-    def advance(self, events: Container[object]) -> None:
+    def notice_death(self, events: Container[object]) -> None:
         """GatewayLost when the ``events`` of a poll say that the process has ended."""
         if self.process.pidfd in events:
             self.check_alive()
@@ -235,7 +238,7 @@ class GatewayProcess:
         """
         log.error("%s", failure.report)
         self.restarts.note(failure, is_free=failure.caused_by_clients)
-        self.process.reap()
+        self.process.kill()
         with contextlib.suppress(GatewayLost):
             self._unread.extend(self._receive_new(OUTBOX_LIMIT))
         last_messages, self._unread = self._unread, []
@@ -248,8 +251,11 @@ class GatewayProcess:
         return last_messages
 
     def stop(self, deadline_s: float) -> None:
-        """Let it read what was sent, end its input, wait until CLOCK_MONOTONIC ``deadline_s``."""
+        """Stop it by CLOCK_MONOTONIC ``deadline_s``.
+
+        The gateway does not leave by itself: this waits half a second for it to read, then closes its input.
+        """
         if not self.process.wait(min(self._last_sent_s + FAREWELL_S, deadline_s)):
             self.process.close_stdin()
             self.process.wait(deadline_s)
-        self.process.reap()
+        self.process.kill()

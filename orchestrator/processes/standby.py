@@ -1,7 +1,8 @@
-"""Standby workers: processes of the next epoch that have imported torch, most of the start of a small model.
+"""Start every worker group, from standby workers if there are any.
 
-They wait on standard input for their spec and hold no GPU memory and no weights; each costs what a process with torch
-costs. If anything goes wrong with them, the next recovery is only slower.
+Standby workers are processes of the next epoch that have imported torch, most of the start of a small model. They wait
+on standard input for their spec and hold no GPU memory and no weights; each costs what a process with torch costs. If
+anything goes wrong with them, the next recovery is only slower.
 """
 
 import logging
@@ -17,7 +18,7 @@ RETRY_S = 60.0
 
 
 class Standby:
-    """Starts worker groups, from waiting processes if there are any. Use from the main thread only."""
+    """Starts the worker group of every epoch, from waiting processes if there are any. For the main thread only."""
 
     def __init__(
         self,
@@ -28,7 +29,7 @@ class Standby:
     ) -> None:
         """``new_group`` makes a group of the given epoch that is not started.
 
-        Standby workers begin to import ``delay_s`` after the workers are ready: replayed requests get the cores first.
+        Standby workers begin to import ``delay_s`` after the workers are ready: prefilling again gets the cores first.
         """
         self._new_group = new_group
         self._enabled = enabled
@@ -46,7 +47,7 @@ class Standby:
             self._due_s = now_s + self._delay_s
         if self._parked is not None and not self._parked.is_whole:
             log.warning("a standby worker ended; the next ones start in %g s", RETRY_S)
-            self.close()
+            self.kill()
             self._due_s = now_s + RETRY_S
         if self._parked is None and now_s >= self._due_s:
             self._park(epoch, now_s)
@@ -57,7 +58,7 @@ class Standby:
             self._parked.park()
         except OSError as error:  # no memory, process or descriptor is left; the server goes on without standby
             log.warning("standby workers cannot be started (%s); the next try is in %g s", error, RETRY_S)
-            self.close()
+            self.kill()
             self._due_s = now_s + RETRY_S
 
     def start_group(self, epoch: int) -> WorkerGroup:
@@ -67,18 +68,18 @@ class Standby:
         """
         group, self._parked, self._due_s = self._parked, None, None
         if group is not None and (group.epoch != epoch or not group.is_whole):
-            group.end()
+            group.kill()
             group = None
         group = group or self._new_group(epoch)
         try:
             group.start()
         except BaseException:
-            group.end()
+            group.kill()
             raise
         return group
 
-    def close(self) -> None:
-        """End the standby workers."""
+    def kill(self) -> None:
+        """Kill the standby workers."""
         if self._parked is not None:
-            self._parked.end()
+            self._parked.kill()
             self._parked = None

@@ -1,5 +1,8 @@
 """The worker group of one epoch: start its processes, exchange messages, find the first failure, stop them all.
 
+Three words for its end: `stop` asks all ranks to leave, waits, and kills the rest; `kill_with_stacks` has each rank
+write its stacks first; `kill` sends SIGKILL and collects the exit statuses. `ChildProcess.kill` does that for one.
+
 The group lives and dies as one. When several ranks fail, the earliest failure is the cause: the others mostly report
 that a peer is gone. Example: rank 2 is killed; rank 0 notices a broken connection and reports a failure at 10.05 s;
 this process sees the death at 10.06 s. Deaths count as half a second earlier (9.56 s), so rank 2 is named. A report
@@ -69,7 +72,7 @@ class WorkerGroup:
     def park(self) -> None:
         """Spawn every rank; each imports its modules and waits for `start`.
 
-        OSError when one cannot be spawned; `end` the group then.
+        OSError when one cannot be spawned; `kill` the group then.
         """
         self._spawn((*self._config.worker_command, "--standby"))
 
@@ -266,7 +269,7 @@ class WorkerGroup:
     # -- stop ----------------------------------------------------------------------------------------------------------
 
     def stop(self, deadline_s: float, hurry_fd: int = -1) -> None:
-        """Tell every worker to leave, wait for all of them, kill the rest, reap them.
+        """Ask every worker to leave, wait for all of them, kill the rest.
 
         The wait ends at CLOCK_MONOTONIC ``deadline_s`` or when ``hurry_fd`` is readable.
         A worker that loads reads no messages, so one that has not become ready is not waited for.
@@ -276,25 +279,25 @@ class WorkerGroup:
                 self.publish(CONTROL.encode(Shutdown(self.epoch)))
             for process in self.processes:
                 process.wait(deadline_s, hurry_fd)
-        self.end()
+        self.kill()
 
     def kill_with_stacks(self) -> None:
-        """End all ranks now: each writes its stacks to standard error, then it is killed and reaped."""
+        """Have each rank write its stacks to standard error, then kill all of them."""
         for process in self.processes:
             process.send_signal(signal.SIGUSR1)
         deadline_s = time.monotonic() + DUMP_S
         for process in self.processes:
             process.wait(deadline_s)
-        for process in self.processes:  # all at once, then reap one after another
+        for process in self.processes:  # all at once; `kill` collects them one after another
             process.send_signal(signal.SIGKILL)
-        self.end()
+        self.kill()
         with contextlib.suppress(OSError):  # the next epoch has another one
             self._rendezvous.unlink()
 
-    def end(self) -> None:
-        """Kill and reap the processes that are left, and close the sockets. A second call does nothing."""
+    def kill(self) -> None:
+        """Kill the processes that are left, and close the sockets. A second call does nothing."""
         for process in self.processes:
-            process.reap()
+            process.kill()
         for socket in self.sockets:
             socket.close(linger=0)
         self.processes, self.sockets = [], []

@@ -1,8 +1,8 @@
 """The workers, through all epochs: lead each from spawned to ready, and replace them when they fail.
 
-The engine keeps every request (sequence.py), so workers can be thrown away as a whole: after a failure the old group is
-killed, the group of the next epoch loads, and the requests are prefilled again from what is known of them. The start
-of the server is epoch 0, and the same code leads it.
+The engine keeps every sequence (sequence.py), so workers can be thrown away as a whole: after a failure the old group
+is killed, the group of the next epoch loads, and the sequences are prefilled again from what is known of them. The
+start of the server is epoch 0, and uses the same code.
 """
 
 import logging
@@ -19,11 +19,14 @@ log = logging.getLogger(__name__)
 
 RELOAD_SILENCE_S = 60.0
 RELOAD_FACTOR = 10.0
-"""Workers that load again may say nothing for so many times as long as the whole first start took."""
+"""Workers that load again count as hung after 10 times the duration of the first start, at least 60 s, of silence."""
 
 
 class WorkerProcesses:
-    """The worker group of the current epoch and its replacement. While entered; its end leaves no process."""
+    """The worker group of the current epoch and its replacement.
+
+    Use it as a context manager; leaving it kills the processes.
+    """
 
     def __init__(self, context: ZmqContext, runtime: RuntimeDir, config: ServerConfig) -> None:
         self.group = WorkerGroup(context, runtime, config, epoch=0)
@@ -49,8 +52,8 @@ class WorkerProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._standby.close()
-        self.group.end()
+        self._standby.kill()
+        self.group.kill()
 
     def start(self) -> None:
         """Start the workers of epoch 0."""
@@ -93,7 +96,7 @@ class WorkerProcesses:
     def stop(self, deadline_s: float, hurry_fd: int) -> None:
         """Tell the workers to leave, kill them at CLOCK_MONOTONIC ``deadline_s`` or when ``hurry_fd`` is readable."""
         self.group.stop(deadline_s, hurry_fd)
-        self._standby.close()
+        self._standby.kill()
 
     def _start_epoch(self, epoch: int) -> None:
         self.group = self._standby.start_group(epoch)

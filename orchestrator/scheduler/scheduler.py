@@ -1,4 +1,6 @@
-"""Keep all live requests from their arrival to their one ending: the scheduler as the engine sees it.
+"""Keep all live sequences from their arrival to their one ending: the scheduler as the engine sees it.
+
+The scheduler and the workers know sequences only. A request with n = 3 is three sequences.
 
 Continuous batching over a paged KV cache, for a pipeline of any depth. Pure bookkeeping on integers: no clock, no
 socket, no torch. step_planner.py decides what a step computes.
@@ -18,7 +20,7 @@ from mgpu.protocol.internal.worker_messages import StepPlan, StepResult, TokenLo
 
 
 class Scheduler:
-    """All live requests and the steps in flight. One call per event; every request ends in exactly one output."""
+    """All live sequences and the steps in flight. One call per event; every sequence ends in exactly one output."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -49,7 +51,7 @@ class Scheduler:
         return self._planner.blocks
 
     def find(self, sequence_id: int) -> Sequence | None:
-        """Return a live request; None for any other id."""
+        """Return a live sequence; None for any other id."""
         return self._live.get(sequence_id)
 
     def live_ids(self) -> list[int]:
@@ -63,12 +65,12 @@ class Scheduler:
         """Prove that blocks and rows add up. AssertionError if not; cheap enough for an idle moment."""
         self._planner.check_integrity()
         if not self._live:
-            assert self.blocks.pool.num_free == self.limits.num_blocks, "blocks are held without a request"
+            assert self.blocks.pool.num_free == self.limits.num_blocks, "blocks are held without a sequence"
 
     # -- events --------------------------------------------------------------------------------------------------------
 
     def submit(self, submit: Submit) -> None:
-        """Queue a request; one that can never run is answered with an error now."""
+        """Queue a sequence; one that can never run is answered with an error now."""
         if submit.sequence_id in self._live:
             return  # every id has one ending, and the gateway never reuses an id
         try:
@@ -81,19 +83,19 @@ class Scheduler:
         self._waiting.join(seq)
 
     def refuse(self, sequence_id: int, error: str) -> None:
-        """Answer a request that will not be queued, with its one ending."""
+        """Answer a sequence that will not be queued, with its one ending."""
         if sequence_id not in self._live:
             self._outputs.add_end(sequence_id, "error", error)
 
     def cancel(self, sequence_id: int, reason: str) -> None:
-        """End a request now, wherever it stands; unknown ids are ignored."""
+        """End a sequence now, wherever it stands; unknown ids are ignored."""
         seq = self._live.get(sequence_id)
         if seq is not None:
             self._finish(seq)
             self._outputs.add_end(sequence_id, reason, cached_tokens=seq.cached_tokens)
 
     def fail_all(self, error: str) -> None:
-        """End every live request with an error."""
+        """End every live sequence with an error."""
         for seq in list(self._live.values()):
             self._fail(seq, error)
 
@@ -125,7 +127,7 @@ class Scheduler:
             self._fail(seq, f"the workers failed {seq.crashes} times in a row while they ran this request: {cause}")
         return num_again
 
-    def resume(self, epoch: int, num_blocks: int) -> None:
+    def use_workers(self, epoch: int, num_blocks: int) -> None:
         """Go on with new workers of another epoch; call after `forget_workers`.
 
         Their pool may be smaller than the first one was, or of that size again.

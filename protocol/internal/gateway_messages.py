@@ -1,4 +1,4 @@
-"""Messages between the gateway process and the engine in the orchestrator; one `Outputs` per engine step."""
+"""Messages between the gateway process and the engine in the orchestrator; `Outputs` has all news of one turn."""
 
 from dataclasses import dataclass, field
 
@@ -186,7 +186,7 @@ class StatsReply:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Tokens and endings of one engine step, as parallel columns.
+    """All tokens and endings since the last one, as parallel columns: mostly one message per turn of the engine.
 
     ``finish[i]`` is empty while the sequence runs, else stop, length, cancelled or error. Every submitted sequence gets
     exactly one non-empty ``finish``.

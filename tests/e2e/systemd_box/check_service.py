@@ -127,7 +127,7 @@ def test_a_parent_that_hangs_is_replaced_and_the_journal_shows_where_it_hung(ser
     os.kill(pid, signal.SIGSTOP)
     service.wait_restarted(pid)
     assert "Watchdog timeout" in service.journal()
-    assert "in _look_around" in service.journal()
+    assert "in _sleep" in service.journal()
     assert_serves()
 
 

@@ -23,7 +23,7 @@ def children() -> Iterator[list[ChildProcess]]:
     started: list[ChildProcess] = []
     yield started
     for child in started:
-        child.reap()
+        child.kill()
 
 
 def start(children: list[ChildProcess], code: str, spec: bytes = b"spec") -> ChildProcess:
@@ -40,7 +40,7 @@ def test_a_child_reads_its_spec_and_its_exit_code_is_seen(children: list[ChildPr
     assert child.wait(soon())
     assert child.exit_status() == 5
     assert child.exit_status() == 5, "looking does not reap"
-    child.reap()
+    child.kill()
     assert child.exit_status() == 5
 
 
@@ -83,7 +83,7 @@ def test_reaping_kills_grandchildren_of_the_same_session(children: list[ChildPro
     assert os.read(reader, 1) == b"!"
     os.close(reader)
     grandchildren = psutil.Process(child.pid).children()
-    child.reap()
+    child.kill()
     _, alive = psutil.wait_procs(grandchildren, timeout=10)
     assert grandchildren
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
@@ -93,7 +93,7 @@ def test_a_reaped_child_is_not_looked_for_behind_a_descriptor_that_is_another_on
     children: list[ChildProcess],
 ) -> None:
     first = start(children, "0")
-    first.reap()
+    first.kill()
     second = start(children, "sys.stdin.read()")
     first.pidfd = second.pidfd  # the system gives free numbers again
     assert first.wait(time.monotonic())

@@ -12,7 +12,7 @@ from harness.assertions import assert_has_all
 from harness.fake_model import solo_tokens
 from harness.server_process import ServerProcess, ready_server, running_server
 from harness.waiting import eventually
-from mgpu.orchestrator.engine.step_deadline import StepDeadline
+from mgpu.orchestrator.engine.step_times import StepTimes
 from mgpu.orchestrator.processes.failures import RestartLimit, TooManyRestarts
 from mgpu.protocol.internal.gateway_messages import Cancel
 
@@ -275,7 +275,7 @@ def test_the_restart_limit_forgets_what_is_long_ago() -> None:
 
 
 def test_a_step_gets_twenty_times_what_its_size_usually_takes() -> None:
-    deadline = StepDeadline(10.0)
+    deadline = StepTimes(10.0)
     assert deadline.seconds_for(1) == 60.0  # nothing is known: kernels may be compiled
     deadline.note(1, 0.02)
     assert deadline.seconds_for(1) == 10.0

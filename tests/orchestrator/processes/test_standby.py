@@ -36,8 +36,8 @@ class FakeGroup:
         if self.error is not None:
             raise self.error
 
-    def end(self) -> None:
-        self.calls.append("end")
+    def kill(self) -> None:
+        self.calls.append("kill")
 
 
 class Fakes:
@@ -79,7 +79,7 @@ def test_a_standby_that_lost_a_process_or_is_of_another_epoch_is_not_used(epoch:
     fakes.prepare(1, DELAY_S)
     fakes.groups[0].is_whole = whole
     assert fakes.standby.start_group(epoch) is cast(WorkerGroup, fakes.groups[1])
-    assert fakes.groups[0].calls == ["park", "end"]
+    assert fakes.groups[0].calls == ["park", "kill"]
     assert fakes.groups[1].calls == ["start"]
 
 
@@ -90,7 +90,7 @@ def test_a_lost_standby_is_replaced_after_a_minute() -> None:
     fakes.groups[0].is_whole = False
     fakes.prepare(1)
     fakes.prepare(1, RETRY_S - 0.1)
-    assert [group.calls for group in fakes.groups] == [["park", "end"]]
+    assert [group.calls for group in fakes.groups] == [["park", "kill"]]
     fakes.prepare(1, 0.1)
     assert fakes.groups[1].calls == ["park"]
 
@@ -102,7 +102,7 @@ def test_a_standby_that_cannot_be_spawned_is_tried_again_after_a_minute() -> Non
     fakes.prepare(1, DELAY_S)
     fakes.error = None
     fakes.prepare(1, RETRY_S - 0.1)
-    assert [group.calls for group in fakes.groups] == [["park", "end"]]
+    assert [group.calls for group in fakes.groups] == [["park", "kill"]]
     fakes.prepare(1, 0.1)
     assert fakes.groups[1].calls == ["park"]
 
@@ -112,7 +112,7 @@ def test_nothing_is_left_of_a_group_that_cannot_be_started() -> None:
     fakes.error = OSError(errno.EMFILE, "Too many open files")
     with pytest.raises(OSError, match="Too many open files"):
         fakes.standby.start_group(1)
-    assert fakes.groups[0].calls == ["start", "end"]
+    assert fakes.groups[0].calls == ["start", "kill"]
 
 
 def test_without_standby_groups_are_made_when_they_are_needed() -> None:

@@ -75,7 +75,7 @@ class Harness:
         self.prefilled_again = self.scheduler.forget_workers("boom")
         self.model = FakeModel(num_blocks, self.limits.block_size, self.limits.num_stages)
         self.results.clear()
-        self.scheduler.resume(epoch, num_blocks)
+        self.scheduler.use_workers(epoch, num_blocks)
         self.collect()
 
     def gather(self) -> bool:
