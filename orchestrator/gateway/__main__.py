@@ -45,8 +45,7 @@ def main() -> int:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link = context.socket(zmq.DEALER)
     link.setsockopt(zmq.LINGER, LINK_LINGER_MS)
-    link.setsockopt(zmq.SNDHWM, 0)
-    link.setsockopt(zmq.RCVHWM, 0)
+    link.set_hwm(0)
     link.connect(spec.link)
     try:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the gateway can stop in good order

@@ -107,8 +107,7 @@ class WorkerGroup:
         socket = self._context.socket(zmq.DEALER)
         self.sockets.append(socket)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, 0)  # at most a few steps are in flight; the pipeline's depth is the bound
-        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.set_hwm(0)  # at most a few steps are in flight; the pipeline's depth is the bound
         return self._runtime.bind(socket, f"worker-{self.epoch}-{rank}")
 
     def _spec(self, endpoint: str, rank: int) -> WorkerSpec:
