@@ -3,9 +3,9 @@
 FAKE_WORKER in the environment is a JSON map: ``num_blocks`` per rank; ``step_s``: seconds per step; ``fail``: "exit",
 "sigkill", "raise", "garbage" or "hang", at ``fail_rank`` in ``fail_phase`` ("weights" or "steps", there at step
 ``fail_step``) of every epoch in ``fail_epochs`` (all); ``peers_fail``: the other ranks raise at that step, 50 ms later,
-as if a collective had lost its peer; ``peers_abort``: they end by SIGABRT instead; ``poison``: a token that no worker
-survives; ``stale``: send results of the epoch before too; ``late_blocks``: ``num_blocks`` of every later epoch;
-``load_s``: seconds that weights take.
+as if a collective had lost its peer; ``peers_end``: they end silently instead, by "abort" or "exit"; ``poison``: a
+token that no worker survives; ``stale``: send results of the epoch before too; ``late_blocks``: ``num_blocks`` of every
+later epoch; ``load_s``: seconds that weights take.
 """
 
 import faulthandler
@@ -64,9 +64,9 @@ def fail_if_asked(phase: str, step: int = 0) -> None:
     if EPOCH not in OPTIONS.get("fail_epochs", [EPOCH]):
         return
     if OPTIONS.get("fail_rank", 0) != RANK:
-        if OPTIONS.get("peers_abort"):
+        if how := OPTIONS.get("peers_end"):
             time.sleep(0.05)
-            os.kill(os.getpid(), signal.SIGABRT)
+            os.kill(os.getpid(), signal.SIGABRT) if how == "abort" else os._exit(7)
         if OPTIONS.get("peers_fail"):
             time.sleep(0.05)
             raise InjectedFailure(f"rank {RANK} lost its peer")

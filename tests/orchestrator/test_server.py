@@ -151,9 +151,11 @@ def test_a_worker_that_fails_while_loading_ends_the_start(folder: Path) -> None:
         assert "worker 0 failed in phase weights: rank 0 was told to fail" in server.log
 
 
-@pytest.mark.parametrize(("how", "status"), [("raise", 1), ("mistake", 78)])
-def test_a_peer_that_aborts_for_a_lost_rank_is_not_the_cause(folder: Path, how: str, status: int) -> None:
-    options = {"fail": how, "fail_phase": "weights", "peers_abort": True}
+@pytest.mark.parametrize(
+    ("how", "peers_end", "status"), [("raise", "abort", 1), ("mistake", "abort", 78), ("mistake", "exit", 78)]
+)
+def test_a_peer_that_ends_for_a_lost_rank_is_not_the_cause(folder: Path, how: str, peers_end: str, status: int) -> None:
+    options = {"fail": how, "fail_phase": "weights", "peers_end": peers_end}
     with running_server(folder, options, ranks_per_stage=2) as server:
         assert server.wait_exit() == status
         assert "worker 0 failed in phase weights: rank 0 was told to fail" in server.log
