@@ -197,12 +197,12 @@ class GatewayProcess:
     # -- failure -------------------------------------------------------------------------------------------------------
 
     def notice_death(self, events: Container[object]) -> None:
-        """GatewayLost when the ``events`` of a poll say that the process has ended."""
+        """Raise GatewayLost when the ``events`` of a poll say that the process has ended."""
         if self.process.pidfd in events:
             self.check_alive()
 
     def check_alive(self) -> None:
-        """GatewayLost when the process has ended, with its last words if it left any."""
+        """Raise GatewayLost when the process has ended, with its last words if it left any."""
         status = self.process.exit_status()
         if status is None:
             return
@@ -217,7 +217,7 @@ class GatewayProcess:
         self._watchdog = Watchdog()
 
     def check_watchdog(self) -> None:
-        """GatewayLost when it has been silent for too long, or takes too long to start. Call it at least every second.
+        """Raise GatewayLost when it is silent for too long, or takes too long to start. Call it at least every second.
 
         That costs a look at the clock; once a second the gateway is asked for a sign of life.
         """
