@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-IGNORED = "MGPU_TEST_IGNORED_SIGNALS"
-"""Names the ignored signals to the processes of pytest-xdist."""
+IGNORED = "PYTEST_IGNORED_SIGNALS"
+"""Names the ignored signals to the processes of pytest-xdist. A name in MGPU_ would be refused by `serve`."""
 
 # Let every process that a test starts import `harness` and `bench`, as pytest itself does (see pyproject.toml).
 os.environ["PYTHONPATH"] = os.pathsep.join(
