@@ -10,6 +10,8 @@ import click
 from mgpu.launch.config import Bytes, Option, ServeConfig, declared_options, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
+POSITIONAL = "positional_model"
+"""The model as `model_argument` hands it over."""
 
 
 def config_options(command: F) -> F:
@@ -26,6 +28,11 @@ def config_options(command: F) -> F:
     return file_option(command)
 
 
+def model_argument(command: F) -> F:
+    """Let the model also be named without ``-m``."""
+    return click.argument(POSITIONAL, metavar="[MODEL]", required=False)(command)
+
+
 def _click_option(option: Option) -> Callable[[F], F]:
     default = f" [default: {option.default}]" if option.default not in ("", 0, False) else ""
     text = option.help + default
@@ -39,4 +46,7 @@ def _click_option(option: Option) -> Callable[[F], F]:
 def read_config(config_file: Path | None, flags: dict[str, Any]) -> tuple[ServeConfig, dict[str, str]]:
     """Merge what was typed with environment and file; see `load_config`."""
     typed = {name: value for name, value in flags.items() if value is not None}
+    positional = typed.pop(POSITIONAL, None)
+    if positional is not None and typed.setdefault("model", positional) != positional:
+        raise click.UsageError(f"two models: {positional!r}, and -m {typed['model']!r}; name one")
     return load_config(typed, os.environ, config_file)

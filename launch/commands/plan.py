@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mgpu.launch.config import ServeConfig
-from mgpu.launch.options import config_options, read_config
+from mgpu.launch.options import config_options, model_argument, read_config
 from mgpu.launch.prepare import client_limits, plan_model
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.models.find import read_model_to_plan, resolve_model
@@ -15,11 +15,12 @@ from mgpu.orchestrator.placement.table import layout_json, layout_text
 
 
 @click.command("plan")
+@model_argument
 @config_options
 @click.option("--gpus", default="", metavar="N|SIZES", help='Describe a machine: "4" (of 80 GiB) or "141GiB,80GiB".')
 @click.option("--json", "as_json", is_flag=True, help="Print the layout as JSON.")
 def plan_command(config_file: Path | None, gpus: str, as_json: bool, **flags: Any) -> None:
-    """Show how a model would be laid out, without starting anything.
+    """Show how MODEL (or -m MODEL) would be laid out, without starting anything.
 
     Takes the options of serve. A model folder that holds only config.json is enough.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mgpu.launch.config import ConfigError, ServeConfig, declared_options
-from mgpu.launch.options import config_options, read_config
+from mgpu.launch.options import config_options, model_argument, read_config
 from mgpu.launch.prepare import PlannedModel, client_limits, part_of, prepare
 from mgpu.orchestrator.config import Restarts, ServerConfig, Timeouts
 from mgpu.orchestrator.errors import UserError
@@ -29,9 +29,10 @@ RELOADED = frozenset({"keys", "drain_timeout_s", *(each.name for each in fields(
 
 
 @click.command("serve")
+@model_argument
 @config_options
 def serve_command(config_file: Path | None, **flags: Any) -> None:
-    """Serve a model until Ctrl-C or SIGTERM.
+    """Serve MODEL (or -m MODEL) until Ctrl-C or SIGTERM.
 
     Running requests are finished first; a second Ctrl-C stops at once.
     """

@@ -44,6 +44,15 @@ def test_described_machines(model: str, count: int, title: str) -> None:
     assert done.stderr == ""
 
 
+def test_the_model_may_be_named_without_its_option(model: str) -> None:
+    named = launch("-m", model, "--gpus", "2")
+    for arguments in ([model], [model, "-m", model]):
+        assert launch(*arguments, "--gpus", "2").stdout == named.stdout != ""
+    done = launch(model, "-m", "another", "--gpus", "2")
+    assert done.returncode == 64
+    assert_has_all(done.stderr, model, "-m 'another'", "name one")
+
+
 @pytest.mark.parametrize("count", [3, 6])
 def test_refusals_are_one_line_with_a_status(model: str, count: int) -> None:
     done = launch("-m", model, "--gpus", str(count))
