@@ -49,7 +49,7 @@ def read_config_facts(folder: Path) -> ModelFacts:
     outer = Fields(str(path), read_json_object(path))
     family = _family_of(outer)
     fields = outer.nested("text_config") if family == "gemma3" else None
-    return _facts(family, outer, fields or outer, _generation_eos(folder))
+    return _facts(family, outer, fields or outer, _generation_config(folder))
 
 
 def _family_of(fields: Fields) -> str:
@@ -64,14 +64,30 @@ def _family_of(fields: Fields) -> str:
     return family
 
 
-def _generation_eos(folder: Path) -> tuple[int, ...]:
+def _generation_config(folder: Path) -> Fields:
     if not (folder / "generation_config.json").is_file():
-        return ()
+        return Fields("", {})
     path = checked_file(folder, "generation_config.json")
-    return Fields(str(path), read_json_object(path)).token_ids("eos_token_id")
+    return Fields(str(path), read_json_object(path))
 
 
-def _facts(family: str, outer: Fields, fields: Fields, generation_eos: tuple[int, ...]) -> ModelFacts:
+def _end_tokens(base: _Family, *files: Fields) -> tuple[int, ...]:
+    """Return the tokens that end an answer: those of the first file that names any.
+
+    The class default counts only when no file has the key: an explicit null, or -1, means none.
+    """
+    for fields in files:
+        if fields.has("eos_token_id"):
+            return tuple(dict.fromkeys(fields.token_ids("eos_token_id")))
+    return () if any(fields.declares("eos_token_id") for fields in files) else base.eos
+
+
+def _bos(base: _Family, fields: Fields) -> int | None:
+    default = None if fields.declares("bos_token_id") else base.bos
+    return next(iter(fields.token_ids("bos_token_id")), None) if fields.has("bos_token_id") else default
+
+
+def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> ModelFacts:
     _refuse_unsupported(outer)
     _refuse_unsupported(fields)
     base = _FAMILIES[family]
@@ -84,7 +100,6 @@ def _facts(family: str, outer: Fields, fields: Fields, generation_eos: tuple[int
     theta, local_theta, scaling = _rope(fields, family, max_position)
     window, sliding = _sliding(fields, family, num_layers)
     biased = fields.boolean("attention_bias", False) and family != "mistral"
-    eos = generation_eos + (fields.token_ids("eos_token_id") or outer.token_ids("eos_token_id") or base.eos)
     return ModelFacts(
         architecture=family,
         hidden_size=hidden,
@@ -109,8 +124,8 @@ def _facts(family: str, outer: Fields, fields: Fields, generation_eos: tuple[int
         activation=_activation(fields, family),
         embedding_scale=hidden**0.5 if family == "gemma3" else 1.0,
         attention_scale=_attention_scale(fields, family, head_dim),
-        bos_token_id=next(iter(fields.token_ids("bos_token_id")), base.bos),
-        eos_token_ids=tuple(dict.fromkeys(eos)),
+        bos_token_id=_bos(base, outer if outer.has("bos_token_id") else fields),
+        eos_token_ids=_end_tokens(base, generation, outer if outer.has("eos_token_id") else fields),
         checkpoint_dtype=_dtype(outer, fields),
     )
 

@@ -51,6 +51,8 @@ def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
         facts = read_config_facts(path)
         if load_format != "dummy":
             stored = _read_folder(path)
+            # A stored head is used, whatever config.json says, as transformers does.
+            facts = replace(facts, tie_embeddings=facts.tie_embeddings and "lm_head.weight" not in stored)
     else:
         kind = "gguf"
         _check_gguf_path(path)

@@ -176,9 +176,10 @@ class Fields:
         return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """Return token ids, which may be written as one integer or as a list."""
+        """Return token ids, which may be written as one integer or as a list. -1, signed or not, stands for none."""
         value = self.raw(key)
         items = value if isinstance(value, list) else [] if value is None else [value]
+        items = [item for item in items if type(item) is not int or item not in (-1, 0xFFFFFFFF)]
         if any(type(item) is not int or not 0 <= item < 1 << 31 for item in items):
             raise self.error(key, f"must be a token id or a list of them, found {_shown(value)}")
         return tuple(items)

@@ -151,11 +151,42 @@ def test_llama2_has_as_many_kv_heads_as_query_heads(tmp_path: Path) -> None:
     assert facts_of(tmp_path, config).num_kv_heads == 4
 
 
-def test_stop_tokens_come_from_both_files_once(tmp_path: Path) -> None:
-    facts = facts_of(tmp_path, LLAMA_CONFIG | {"eos_token_id": 5}, {"eos_token_id": [7, 5, 9]})
-    assert facts.eos_token_ids == (7, 5, 9)
-    facts = facts_of(tmp_path, LLAMA_CONFIG | {"eos_token_id": 6}, {"eos_token_id": [7, 5]})
-    assert facts.eos_token_ids == (7, 5, 6)
+ABSENT = "absent"
+
+
+@pytest.mark.parametrize(("config", "generation", "expected"), [
+    (5, [7, 5, 9, 7], (7, 5, 9)), (6, [7, 5], (7, 5)), (3, 60, (60,)), (2, 60, (60,)), (ABSENT, 60, (60,)),
+    (None, 60, (60,)), (6, None, (6,)), (6, ABSENT, (6,)), ([6, 8], ABSENT, (6, 8)), (6, -1, ()), (-1, ABSENT, ()),
+    ([-1, 4], ABSENT, (4,)), (None, ABSENT, ()), (ABSENT, None, ()), (None, None, ()), (ABSENT, ABSENT, (2,)),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM"])
+def test_end_tokens_are_those_of_the_first_file_that_names_any(
+    tmp_path: Path, name: str, config: object, generation: object, expected: tuple[int, ...]
+) -> None:
+    own = {} if config == ABSENT else {"eos_token_id": config}
+    given = {"temperature": 0.5} | ({} if generation == ABSENT else {"eos_token_id": generation})
+    facts = facts_of(tmp_path, LLAMA_CONFIG | {"architectures": [name]} | own, given)
+    assert facts.eos_token_ids == expected
+
+
+@pytest.mark.parametrize(("outer", "inner", "expected"), [
+    (ABSENT, ABSENT, (1,)), (5, ABSENT, (5,)), (5, 7, (5,)),
+    (ABSENT, 9, (9,)), (ABSENT, None, ()), (None, ABSENT, (1,)),
+])  # fmt: skip
+def test_end_tokens_of_a_multimodal_file_are_those_of_transformers(
+    tmp_path: Path, outer: object, inner: object, expected: tuple[int, ...]
+) -> None:
+    own = {} if outer == ABSENT else {"eos_token_id": outer}
+    text = {} if inner == ABSENT else {"eos_token_id": inner}
+    config = {key: value for key, value in GEMMA3_4B.items() if key != "eos_token_id"}
+    config["text_config"] = {**GEMMA3_4B["text_config"], **text}  # type: ignore[dict-item]
+    assert facts_of(tmp_path, config | own).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 1), ({"bos_token_id": -1}, None), ({"bos_token_id": None}, None),
+                                                ({"bos_token_id": 0}, 0)])  # fmt: skip
+def test_a_bos_of_minus_one_or_null_is_none(tmp_path: Path, given: dict[str, object], expected: int | None) -> None:
+    assert facts_of(tmp_path, LLAMA_CONFIG | given).bos_token_id == expected
 
 
 @pytest.mark.parametrize(("key", "value"), [("dtype", "bfloat16"), ("torch_dtype", "torch.bfloat16")])
@@ -188,7 +219,7 @@ def test_absurd_sizes_name_the_key(tmp_path: Path, key: str, value: object) -> N
     ("intermediate_size", 0), ("num_key_value_heads", 3), ("num_key_value_heads", 8), ("head_dim", 15),
     ("head_dim", 1 << 20), ("max_position_embeddings", 0), ("rms_norm_eps", -1e-5), ("rms_norm_eps", float("nan")),
     ("rope_theta", float("inf")), ("rope_theta", 0), ("rope_theta", 10**400), ("rope_theta", "1e4"),
-    ("tie_word_embeddings", "yes"), ("attention_bias", 1), ("eos_token_id", "</s>"), ("eos_token_id", [-1]),
+    ("tie_word_embeddings", "yes"), ("attention_bias", 1), ("eos_token_id", "</s>"), ("eos_token_id", [-2]),
     ("eos_token_id", [[1]]), ("hidden_act", "relu"), ("hidden_act", 5), ("torch_dtype", "int8"),
     ("architectures", "LlamaForCausalLM"), ("architectures", [1]), ("rope_scaling", "llama3"), ("rope_scaling", [1]),
     ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}), ("rope_scaling", {"rope_type": "linear"}),

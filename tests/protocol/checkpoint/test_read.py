@@ -103,6 +103,16 @@ def test_the_text_part_of_a_multimodal_model_is_found(tmp_path: Path, prefix: st
     assert is_complete(read_checkpoint(tmp_path))
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_stored_head_is_used_whatever_the_configuration_says(tmp_path: Path, shards: int) -> None:
+    write_llama_folder(tmp_path, shards)
+    write_config(tmp_path, LLAMA_CONFIG | {"tie_word_embeddings": True})
+    checkpoint = read_checkpoint(tmp_path)
+    assert not checkpoint.facts.tie_embeddings
+    assert is_complete(checkpoint)
+    assert "lm_head.weight" in checkpoint.tensors
+
+
 # What may be wrong with a folder
 
 
