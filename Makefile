@@ -8,7 +8,7 @@ PARALLEL ?= -n $(shell nproc) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check format bench-cpu chaos clean
+.PHONY: help demo test test-gpu check format bench-cpu chaos attack clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -37,6 +37,9 @@ bench-cpu: $(VENV)/installed-dev ## Compare decode speed on the CPU with Hugging
 
 chaos: $(VENV)/installed-dev ## Break a real server under load and count what its clients lose (CHAOS=--long: an hour or two)
 	@$(BIN)/python -m bench.chaos $(CHAOS)
+
+attack: $(VENV)/installed-dev ## Attack a real server beside honest streams and count what those lose (ATTACK='--seconds 10')
+	@$(BIN)/python -m bench.attack $(ATTACK)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

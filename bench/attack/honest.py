@@ -1,0 +1,111 @@
+"""Honest clients beside an attack: streams that are compared token for token, and a prober of first tokens."""
+
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+
+from bench.attack.victim import Victim
+from bench.chaos.load import Job
+
+PROBE_PAUSE_S = 0.2
+
+
+@dataclass
+class Window:
+    """What honest clients saw for a while."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    first_token_s: list[float] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def median_first_token_s(self) -> float:
+        return statistics.median(self.first_token_s) if self.first_token_s else float("inf")
+
+    @property
+    def worst_first_token_s(self) -> float:
+        return max(self.first_token_s, default=float("inf"))
+
+
+class Honest:
+    """``count`` streams without end and one prober; `watch` says what they see in the next seconds."""
+
+    def __init__(self, victim: Victim, expected: dict[Job, tuple[int, ...]], count: int) -> None:
+        self._victim = victim
+        self._expected = expected
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._window = Window()
+        self.lost = self.different = self.finished = 0
+        targets = [self._stream] * count + [self._probe]
+        self._threads = [threading.Thread(target=each, args=(at,), daemon=True) for at, each in enumerate(targets)]
+
+    def __enter__(self) -> "Honest":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(90.0)
+
+    def watch(self, seconds: float) -> Window:
+        """Let ``seconds`` pass and return what was seen meanwhile."""
+        with self._lock:
+            self._window = window = Window()
+        began_s = time.monotonic()
+        self._stop.wait(seconds)
+        with self._lock:
+            self._window = Window()
+        window.seconds = time.monotonic() - began_s
+        return window
+
+    def _stream(self, number: int) -> None:
+        jobs = list(self._expected)
+        with self._victim.client() as client:
+            turn = number
+            while not self._stop.is_set():
+                job = jobs[turn % len(jobs)]
+                turn += 1
+                found: list[int] = []
+                try:
+                    for piece in client.stream(job.prompt, **job.options()):  # type: ignore[arg-type]
+                        found += piece.token_ids
+                        with self._lock:
+                            self._window.tokens += len(piece.token_ids)
+                except Exception as error:  # whatever it is, it is what this program is looking for
+                    if self._stop.is_set():
+                        return
+                    self._note("lost", f"stream {number}: {type(error).__name__}: {error}")
+                    time.sleep(0.5)
+                    continue
+                self.finished += 1
+                if tuple(found) != self._expected[job]:
+                    self._note("different", f"stream {number}: job {job.number} gave other tokens")
+
+    def _note(self, what: str, problem: str) -> None:
+        with self._lock:
+            setattr(self, what, getattr(self, what) + 1)
+            self._window.problems.append(problem)
+
+    def _probe(self, _number: int) -> None:
+        with self._victim.client() as client:
+            while not self._stop.wait(PROBE_PAUSE_S):
+                began_s = time.monotonic()
+                try:
+                    for _piece in client.stream_chat([{"role": "user", "content": "Hello!"}], max_tokens=1):
+                        break
+                except Exception as error:  # as above
+                    if self._stop.is_set():
+                        return
+                    self._note("lost", f"the prober: {type(error).__name__}: {error}")
+                    continue
+                with self._lock:
+                    self._window.first_token_s.append(time.monotonic() - began_s)

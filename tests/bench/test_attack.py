@@ -1,0 +1,62 @@
+"""`make attack` in its shortest form, and its judgement of what it sees."""
+
+import argparse
+
+import pytest
+
+from bench.attack.__main__ import Row, run_attack
+from bench.attack.attacks import ATTACKS
+from harness.demo_model import demo_model as obtain
+from mgpu.orchestrator.errors import ModelError
+
+GOOD = {"first_token_ratio": 1.2, "rate_ratio": 0.9}
+
+
+@pytest.fixture(scope="module")
+def options() -> argparse.Namespace:
+    try:
+        model = obtain()
+    except ModelError as error:
+        pytest.skip(f"the demo model cannot be obtained: {error}")
+    return argparse.Namespace(model=model, streams=2, seconds=3.0)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("name", "transport"), [("random-sessions", "tcp"), ("bad-fields", "ipc")])
+def test_an_attack_costs_no_stream_a_token(options: argparse.Namespace, name: str, transport: str) -> None:
+    """How slow streams become is for a machine that does nothing else: `make attack` judges that."""
+    row = run_attack(name, transport, 1, options)  # type: ignore[arg-type]
+    assert (row.lost, row.different, row.counted_restarts) == (0, 0, 0), row.problems
+    assert row.cost["messages"] > 10, "nothing was attacked"
+    assert not [problem for problem in row.problems if "ended" in problem]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"first_token_ratio": 3.5}, "first token"),
+        ({"rate_ratio": 0.5}, "tokens per second"),
+        ({"counted_restarts": 1}, "counted restarts"),
+        ({"lost": 1}, "lost streams"),
+        ({"different": 1}, "different streams"),
+        ({"log_bytes_per_s": 2000.0}, "log"),
+        ({"grown_bytes": 1 << 30}, "bytes kept"),
+        ({"grown_descriptors": 3}, "descriptors kept"),
+    ],
+)
+def test_what_an_attack_may_not_do_is_a_problem(changes: dict[str, float], problem: str) -> None:
+    row = Row("x", "ipc", 1, **(GOOD | changes))  # type: ignore[arg-type]
+    row.judge()
+    assert [problem in each for each in row.problems] == [True]
+    assert "NO" in row.line
+
+
+def test_a_row_within_its_bounds_is_good() -> None:
+    row = Row("x", "ipc", 1, **GOOD)  # type: ignore[arg-type]
+    row.judge()
+    assert row.is_good
+    assert "yes" in row.line
+
+
+def test_attacks_are_named_as_options_are_written() -> None:
+    assert all(name == name.lower() and "_" not in name for name in ATTACKS)
