@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 from mgpu.protocol.internal.child import end_with_parent
 
@@ -35,7 +36,12 @@ class ServerProcess:
         self, *arguments: str, log: Path | None = None, environ: Mapping[str, str] | None = None, quiet: bool = True
     ) -> None:
         """Start ``mgpu-launch serve`` with ``arguments``; its log goes to ``log``, else nowhere or to the screen."""
-        self._base = tempfile.TemporaryDirectory(prefix="mgpu-")
+        try:
+            self._base = tempfile.TemporaryDirectory(prefix="mgpu-")
+        except OSError as error:
+            raise UserError(
+                f"no folder for temporary files can be written to: {error}. Set TMPDIR=/path/to/a/writable/folder"
+            ) from error
         self.environ = {**os.environ, **(environ or {}), BASE_VARIABLE: self._base.name}
         self._log_path = log or Path(self._base.name) / "log"
         self._log = self._log_path.open("w") if quiet else None

@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,15 +39,19 @@ def base_dirs(environ: Mapping[str, str] | None = None) -> list[Path]:
     """Return the folders that may hold servers' runtime directories, the preferred first; they need not exist.
 
     ``MGPU_RUNTIME_DIR`` alone if it is set; else systemd's ``RUNTIME_DIRECTORY``, ``$XDG_RUNTIME_DIR/mgpu``,
-    ``/run/mgpu`` and ``mgpu-<uid>`` in the folder for temporary files.
+    ``/run/mgpu`` and ``mgpu-<uid>`` in each folder for temporary files. All are absolute.
     """
     environ = os.environ if environ is None else environ
     if explicit := environ.get(BASE_VARIABLE):
-        return [Path(explicit)]
+        return [Path(explicit).absolute()]
     bases = [Path(part) for part in environ.get("RUNTIME_DIRECTORY", "").split(":") if part]
     if session := environ.get("XDG_RUNTIME_DIR"):
         bases.append(Path(session) / "mgpu")
-    return [*bases, Path("/run/mgpu"), Path(tempfile.gettempdir()) / f"mgpu-{os.geteuid()}"]
+    # Not tempfile.gettempdir(): it writes a file to try each folder, and a client needs no folder that it can write to.
+    temporary = [environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")] + ["/tmp", "/var/tmp"]
+    bases.append(Path("/run/mgpu"))
+    bases.extend(Path(folder) / f"mgpu-{os.geteuid()}" for folder in temporary if folder)
+    return [base.absolute() for base in dict.fromkeys(bases)]
 
 
 def find_endpoint(endpoint: str | None) -> str:
@@ -61,7 +64,11 @@ def find_endpoint(endpoint: str | None) -> str:
         return endpoint
     servers = running_servers()
     if not servers:
-        raise ServerUnreachable(f"no mgpu server is running here; {START_HINT}, or set {ENDPOINT_VARIABLE}")
+        looked = ", ".join(str(base) for base in base_dirs())
+        raise ServerUnreachable(
+            f"no mgpu server is running here (looked in {looked}); {START_HINT}. For a server with another TMPDIR or "
+            f"{BASE_VARIABLE}, set the same here, or set {ENDPOINT_VARIABLE}"
+        )
     if len(servers) > 1:
         listed = ", ".join(f"{server.endpoint} ({server.model})" for server in servers)
         raise ServerUnreachable(f"several mgpu servers are running: {listed}; choose one with {ENDPOINT_VARIABLE}")
@@ -74,7 +81,7 @@ def running_servers(environ: Mapping[str, str] | None = None) -> list[RunningSer
     Only folders of this user or of root are trusted.
     """
     found: list[tuple[float, RunningServer]] = []
-    for base in dict.fromkeys(base_dirs(environ)):
+    for base in base_dirs(environ):
         for folder in server_dirs(base):
             with contextlib.suppress(OSError):  # a server that ends may remove it at any time
                 server = _read_server(folder)

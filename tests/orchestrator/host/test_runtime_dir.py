@@ -21,10 +21,12 @@ from mgpu.protocol.discovery import (
     LOCK_NAME,
     RunningServer,
     base_dirs,
+    find_endpoint,
     is_locked,
     running_servers,
     write_server,
 )
+from mgpu.protocol.errors import ServerUnreachable
 
 SERVER = RunningServer("ipc:///x/front.sock", 1234, "tiny", "0.1.0")
 
@@ -200,12 +202,54 @@ def test_a_loss_of_the_folder_that_cannot_be_mended_is_told_once(
 
 
 def test_bases_follow_the_session_and_the_service_manager() -> None:
-    temporary = Path(tempfile.gettempdir()) / f"mgpu-{os.geteuid()}"
+    name = f"mgpu-{os.geteuid()}"
+    temporary = [Path("/tmp") / name, Path("/var/tmp") / name]
     assert base_dirs({"MGPU_RUNTIME_DIR": "/a", "XDG_RUNTIME_DIR": "/b"}) == [Path("/a")]
     assert base_dirs({"RUNTIME_DIRECTORY": "/run/x", "XDG_RUNTIME_DIR": "/b"}) == [
-        Path("/run/x"), Path("/b/mgpu"), Path("/run/mgpu"), temporary,
+        Path("/run/x"), Path("/b/mgpu"), Path("/run/mgpu"), *temporary,
     ]  # fmt: skip
-    assert base_dirs({}) == [Path("/run/mgpu"), temporary]
+    assert base_dirs({}) == [Path("/run/mgpu"), *temporary]
+    assert base_dirs({"TMPDIR": "/scratch", "TMP": "/tmp"}) == [Path("/run/mgpu"), Path("/scratch") / name, *temporary]
+
+
+def test_a_relative_base_is_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in ("MGPU_RUNTIME_DIR", "RUNTIME_DIRECTORY", "TMPDIR"):
+        assert all(base.is_absolute() for base in base_dirs({variable: "here"}))
+    assert base_dirs({"MGPU_RUNTIME_DIR": "here"}) == [tmp_path / "here"]
+
+
+def test_looking_for_a_server_writes_no_file(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.delenv("MGPU_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    with RuntimeDir() as runtime:
+        runtime.announce(SERVER)
+        assert SERVER in running_servers()
+
+
+def test_a_server_that_is_not_found_was_looked_for_in_named_folders(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MGPU_ENDPOINT", raising=False)
+    monkeypatch.setenv("MGPU_RUNTIME_DIR", str(base))
+    with pytest.raises(ServerUnreachable, match=f"looked in {base}.*TMPDIR.*MGPU_RUNTIME_DIR.*MGPU_ENDPOINT"):
+        find_endpoint(None)
+
+
+def test_no_usable_folder_is_one_line_that_names_each_and_what_to_type(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.touch()
+    with pytest.raises(RuntimeDirError) as caught:
+        RuntimeDir({"MGPU_RUNTIME_DIR": str(taken)})
+    text = str(caught.value)
+    assert str(taken) in text
+    assert "Set MGPU_RUNTIME_DIR=/" in text
+    assert "\n" not in text
 
 
 def test_a_server_that_ends_while_it_is_looked_for_is_not_found(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
