@@ -4,11 +4,12 @@
         async for piece in client.stream("Once upon a time", max_tokens=64):
             print(piece.text, end="")
 
-An AsyncClient belongs to the event loop in which it is first used; any number of tasks may share it.
+Any number of tasks of one event loop may share an AsyncClient. In another loop, or after a fork, it connects anew.
 """
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from itertools import count
@@ -18,6 +19,7 @@ from typing import Self, Unpack
 import zmq
 
 from mgpu.protocol.client import timeouts
+from mgpu.protocol.client.connection import keep_inherited
 from mgpu.protocol.client.request_message import GenerateOptions, generate_message, messages_field, prompt_field
 from mgpu.protocol.client.results import Completion, Piece
 from mgpu.protocol.client.resumable import ResumableRequest
@@ -118,6 +120,7 @@ class AsyncClient:
         self._ids = count(1)
         self._open: Session | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
         self._progress = asyncio.Event()
         self._closed = False
 
@@ -199,21 +202,33 @@ class AsyncClient:
         loop = asyncio.get_running_loop()
         if self._closed:
             raise MgpuError("the client is closed")
+        if loop is not self._loop:
+            self._leave_loop()
         if self._open is None:
-            self._open, self._loop = Session(self._endpoint, self._keys), loop
+            self._open, self._loop, self._pid = Session(self._endpoint, self._keys), loop, os.getpid()
+            self._progress = asyncio.Event()
             for fd in self._fds(self._open):
                 loop.add_reader(fd, self._read)
             self._read()
-        if loop is not self._loop:
-            raise MgpuError("an AsyncClient belongs to the event loop that used it first; make one per loop")
         return self._open
+
+    def _leave_loop(self) -> None:
+        """Forget the event loop of earlier calls. MgpuError if it still runs."""
+        if self._open is not None and self._pid == os.getpid() and self._loop is not None and self._loop.is_running():
+            raise MgpuError("this AsyncClient is in use in another event loop, which still runs; make one per loop")
+        self._disconnect()
 
     def _disconnect(self) -> None:
         session, self._open = self._open, None
-        if session is not None and self._loop is not None:
+        if session is None or self._loop is None:
+            return
+        if self._pid != os.getpid():
+            keep_inherited(session)
+            return
+        if not self._loop.is_closed():
             for fd in self._fds(session):
                 self._loop.remove_reader(fd)
-            session.close()
+        session.close()
 
     def _fds(self, session: Session) -> list[int]:
         return [int(socket.getsockopt(zmq.FD)) for socket in (session.channel.socket, session.channel.monitor)]
@@ -234,7 +249,7 @@ class AsyncClient:
         return timeouts.until_progress(self._opened(), request, deadline_s, self._timeouts)
 
     def _cancel(self, request: ResumableRequest) -> None:
-        if self._open is not None and not request.has_ended:
+        if self._open is not None and not request.has_ended and self._pid == os.getpid():
             self._open.cancel(request)
             self._read()
 

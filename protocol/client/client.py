@@ -4,23 +4,23 @@ Everything streams on one socket, so that any number of answers can be read in t
 
     streams = [client.stream(prompt, max_tokens=64) for prompt in prompts]
 
-A client belongs to the thread that made it; use one client per thread, or AsyncClient.
+Any number of threads may share a client, and so may processes that fork: connection.py says how.
 """
 
-import threading
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Self, Unpack
 
-import zmq
-
 from mgpu.protocol.client import timeouts
+from mgpu.protocol.client.connection import Connection, ProcessConnections
 from mgpu.protocol.client.request_message import GenerateOptions, generate_message, messages_field, prompt_field
 from mgpu.protocol.client.results import Completion, Piece
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply, Session
+from mgpu.protocol.discovery import find_endpoint
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.server_messages import Health, Models, Stats
@@ -29,8 +29,8 @@ from mgpu.protocol.front.server_messages import Health, Models, Stats
 class CompletionStream(Iterator[Piece]):
     """Iterate over the pieces of one answer. Closing it, or dropping it unfinished, cancels the request."""
 
-    def __init__(self, client: "Client", request: ResumableRequest, deadline_s: float) -> None:
-        self._client = client
+    def __init__(self, connection: Connection, request: ResumableRequest, deadline_s: float) -> None:
+        self._connection = connection
         self._request = request
         self._deadline_s = deadline_s
 
@@ -38,7 +38,7 @@ class CompletionStream(Iterator[Piece]):
         """Wait for the next piece. RequestFailed, DeadlineExceeded or ServerUnreachable when there will be none."""
         answer = self._request.answer
         if not answer.pieces and not self._request.has_ended:
-            self._client._wait_for(self._request, self._deadline_s)
+            self._connection.wait_for(self._request, self._deadline_s)
         if answer.pieces:
             return answer.pieces.popleft()
         if answer.error is not None:
@@ -48,13 +48,13 @@ class CompletionStream(Iterator[Piece]):
     def completion(self) -> Completion:
         """Wait for the end and return the whole answer, whether or not pieces were taken."""
         while not self._request.has_ended:
-            self._client._wait_for(self._request, self._deadline_s)
+            self._connection.wait_for(self._request, self._deadline_s)
             self._request.answer.pieces.clear()
         return self._request.answer.completion()
 
     def close(self) -> None:
         """Cancel what is still to come; a second call does nothing."""
-        self._client._cancel(self._request)
+        self._connection.cancel(self._request)
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +63,7 @@ class CompletionStream(Iterator[Piece]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        self._connection.drop(self._request)
 
 
 class Client:
@@ -90,18 +90,13 @@ class Client:
         ``connect_timeout_s``, or the server and this client do not accept each other's keys.
         """
         self._timeouts = timeouts.ClientTimeouts(timeout_s, connect_timeout_s, silence_timeout_s)
-        self._thread = threading.get_ident()
+        self._endpoint = find_endpoint(endpoint)
+        self._keys = keys
         self._closed = False
         self._ids = count(1)
-        self._session = Session(endpoint, keys)
-        self._poller = zmq.Poller()
-        self._poller.register(self._session.channel.socket, zmq.POLLIN)
-        self._poller.register(self._session.channel.monitor, zmq.POLLIN)
-        try:
-            self._connect()
-        except BaseException:
-            self.close()
-            raise
+        self._processes: dict[int, ProcessConnections] = {}
+        """The connections of each process: this one, and its parents if it was forked."""
+        self._connection()
 
     # ------------------------------------------------------------- requests
 
@@ -138,10 +133,9 @@ class Client:
         return self._query("models", Models).models
 
     def close(self) -> None:
-        """End everything in flight and close the socket; a second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._session.close()
+        """End everything in flight in all threads of this process and close the sockets; a second call does nothing."""
+        self._closed = True
+        self._connections().close()
 
     def __enter__(self) -> Self:
         return self
@@ -152,48 +146,37 @@ class Client:
     # ------------------------------------------------------------- plumbing
 
     def _begin(self, what: Mapping[str, object], options: GenerateOptions, *, stream: bool) -> CompletionStream:
-        self._check_usable()
+        connection = self._connection()
         timeout_s = options.get("timeout_s", self._timeouts.request_s)
         request = ResumableRequest(generate_message(next(self._ids), what, options, stream=stream, timeout_s=timeout_s))
-        self._connect()
-        self._session.begin(request)
-        return CompletionStream(self, request, time.monotonic() + timeout_s)
+        connection.begin(request)
+        return CompletionStream(connection, request, time.monotonic() + timeout_s)
 
     def _query(self, kind: QueryKind, reply_type: type[Reply]) -> Reply:
-        self._check_usable()
-        self._connect()
-        query_id = next(self._ids)
-        self._session.channel.send({"type": kind, "id": query_id})
-        self._wait(timeouts.until_reply(self._session, query_id))
-        return self._session.take_reply(query_id, reply_type)
+        return self._connection().query(kind, next(self._ids), reply_type)
 
-    def _connect(self) -> None:
-        """Wait until the server is connected, the first time or after a disconnection."""
-        self._session.receive()
-        self._wait(timeouts.until_connected(self._session, self._timeouts))
+    def _connections(self) -> ProcessConnections:
+        return self._processes.setdefault(os.getpid(), ProcessConnections())
 
-    def _wait_for(self, request: ResumableRequest, deadline_s: float) -> None:
-        """Wait for a piece of the answer or its end. If time runs out, cancel the request and raise."""
-        self._check_usable()
-        try:
-            self._wait(timeouts.until_progress(self._session, request, deadline_s, self._timeouts))
-        except MgpuError:
-            self._cancel(request)
-            raise
-
-    def _wait(self, waits: Iterable[float]) -> None:
-        """Wait until ``waits`` ends. It yields how long to poll next; see timeouts.py."""
-        for seconds in waits:
-            self._poller.poll(max(0, int(seconds * 1000) + 1))
-            self._session.receive()
-
-    def _cancel(self, request: ResumableRequest) -> None:
-        """Cancel a request, unless the garbage collector drops its stream in a thread that must not use the socket."""
-        if not self._closed and threading.get_ident() == self._thread:
-            self._session.cancel(request)
-
-    def _check_usable(self) -> None:
+    def _connection(self) -> Connection:
+        """Return the connection of this thread. If it has none, make it and wait for the server."""
         if self._closed:
             raise MgpuError("the client is closed")
-        if threading.get_ident() != self._thread:
-            raise MgpuError("a Client belongs to the thread that made it; use one per thread, or AsyncClient")
+        connections = self._processes.get(os.getpid()) or self._connections()
+        connection = connections.of_this_thread()
+        if connection is None:
+            connection = Connection(lambda: Session(self._endpoint, self._keys), self._timeouts)
+            try:
+                connection.connect()
+            except BaseException:
+                connection.close()
+                raise
+            connections.add(connection)
+        return connection
+
+    @property
+    def _session(self) -> Session:
+        return self._connection().session
+
+    def _wait(self, waits: Iterable[float]) -> None:
+        self._connection().wait(waits)

@@ -21,6 +21,9 @@ CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 15.0
 """The server says something about every request each second; after this much silence it is taken for dead."""
 QUERY_TIMEOUT_S = 5.0
+_LOOK_S = 0.5
+"""The longest wait at once, so that a process that was stopped meanwhile notices it."""
+_LATE_S = 0.5
 _CHECK_S = 0.25
 """While the connection is lost: how often to look if the server has ended, or if a busy one can be asked again."""
 
@@ -33,6 +36,12 @@ class ClientTimeouts:
     """For a whole answer, if the call names no ``timeout_s``."""
     connect_s: float
     silence_s: float
+
+
+def _stood_still(asked_s: float, wait_s: float) -> float:
+    """Return for how many seconds this process did not run, 0 if it did: it was stopped (Ctrl-Z), or busy elsewhere."""
+    late_s = time.monotonic() - asked_s - wait_s
+    return late_s if late_s > _LATE_S else 0.0
 
 
 def until_connected(session: Session, timeouts: ClientTimeouts) -> Iterator[float]:
@@ -48,13 +57,18 @@ def until_connected(session: Session, timeouts: ClientTimeouts) -> Iterator[floa
             raise channel.unreachable(f"did not answer within {timeout_s:g} s")
         if channel.server_has_ended():
             raise channel.unreachable("has ended")
-        yield min(left_s, _CHECK_S)
+        now, wait_s = time.monotonic(), min(left_s, _CHECK_S)
+        yield wait_s
+        deadline_s += _stood_still(now, wait_s)
 
 
 def until_progress(
     session: Session, request: ResumableRequest, deadline_s: float, timeouts: ClientTimeouts
 ) -> Iterator[float]:
-    """Wait for a piece of the answer or its end. DeadlineExceeded, or ServerUnreachable after too much silence."""
+    """Wait for a piece of the answer or its end. DeadlineExceeded, or ServerUnreachable after too much silence.
+
+    Silence counts only while this process runs: it could not have heard anything while it was stopped.
+    """
     started_s = time.monotonic()
     while not request.answer.pieces and not request.has_ended:
         now = time.monotonic()
@@ -64,7 +78,10 @@ def until_progress(
         if now >= silent_s:
             raise session.channel.silent(timeouts.silence_s)
         left_s = min(deadline_s, silent_s) - now
-        yield min(left_s, _CHECK_S) if request.is_interrupted else left_s
+        wait_s = min(left_s, _CHECK_S if request.is_interrupted else _LOOK_S)
+        yield wait_s
+        if _stood_still(now, wait_s):
+            started_s = time.monotonic()
 
 
 def until_reply(session: Session, query_id: int) -> Iterator[float]:
@@ -74,4 +91,6 @@ def until_reply(session: Session, query_id: int) -> Iterator[float]:
         left_s = deadline_s - time.monotonic()
         if left_s <= 0 or not session.channel.is_connected:
             raise session.channel.unreachable("does not answer")
-        yield left_s
+        now, wait_s = time.monotonic(), min(left_s, _LOOK_S)
+        yield wait_s
+        deadline_s += _stood_still(now, wait_s)

@@ -5,7 +5,6 @@ import gc
 import random
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harness.gateway_process import DEADLINE_S, GatewayProcess, make_model_folder, says
+from harness.gateway_process import GatewayProcess, make_model_folder, says
 from harness.scripted_server import ScriptedServer
 from mgpu import AsyncClient, Client, DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
 from mgpu.protocol.discovery import LOCK_NAME, RunningServer, write_server
@@ -133,22 +132,6 @@ def test_wrong_arguments_fail_before_they_are_sent(
             client.generate(prompt, **options)  # type: ignore[arg-type]
         assert caught.value.code == "bad_request"
         assert client.generate([1], max_tokens=1).token_ids == (1,)
-
-
-def test_another_thread_is_told_to_make_its_own_client(gateway: GatewayProcess) -> None:
-    errors: list[BaseException] = []
-    with Client(gateway.endpoint) as client:
-
-        def use() -> None:
-            try:
-                client.generate([1])
-            except MgpuError as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=use)
-        thread.start()
-        thread.join(DEADLINE_S)
-    assert "belongs to the thread" in str(errors[0])
 
 
 def test_deadlines_hold_while_streaming(gateway: GatewayProcess) -> None:

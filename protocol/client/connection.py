@@ -1,0 +1,191 @@
+"""The connections of one `Client`: one for each thread that uses it, in each process.
+
+Theory. A ZeroMQ socket serves one thread at a time, and none survives a fork: the threads that move its bytes exist in
+the parent only. So a thread that first uses a client makes a connection, and a child process makes its own. A child
+never touches what it inherited, because closing such a socket would wait for threads that are not there.
+
+A stream may be read by another thread than the one that began it (web frameworks do so). It then uses the connection
+of that thread, and a lock lets them take turns.
+"""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from weakref import WeakSet
+
+import zmq
+
+from mgpu.protocol.client import timeouts
+from mgpu.protocol.client.resumable import ResumableRequest
+from mgpu.protocol.client.session import Reply, Session
+from mgpu.protocol.errors import MgpuError
+from mgpu.protocol.front.client_messages import QueryKind
+
+_SHARED_POLL_S = 0.02
+"""The longest wait for messages if several threads take turns."""
+_inherited: list[object] = []
+"""Sessions of a parent process, kept so that nothing closes them."""
+
+
+def keep_inherited(session: Session) -> None:
+    """Keep what a child process inherited from being closed there."""
+    _inherited.append(session)
+
+
+class Connection:
+    """A session with the server and the lock that guards it."""
+
+    def __init__(self, make_session: Callable[[], Session], limits: timeouts.ClientTimeouts) -> None:
+        """Begin to connect."""
+        self.pid = os.getpid()
+        self.is_closed = False
+        self.session = make_session()
+        self._limits = limits
+        self._lock = threading.RLock()
+        self._depth = 0
+        """How often the owner of the lock has taken it."""
+        self._thread = threading.get_ident()
+        self._is_shared = False
+        self._dropped: deque[ResumableRequest] = deque()
+        """Requests whose streams were garbage while the session was in use."""
+        self._poller = zmq.Poller()
+        self._poller.register(self.session.channel.socket, zmq.POLLIN)
+        self._poller.register(self.session.channel.monitor, zmq.POLLIN)
+
+    def begin(self, request: ResumableRequest) -> None:
+        """Send a request, after waiting for the server if the connection was lost."""
+        self.connect()
+        with self:
+            self.session.begin(request)
+
+    def query(self, kind: QueryKind, query_id: int, reply_type: type[Reply]) -> Reply:
+        """Ask and wait for the reply."""
+        self.connect()
+        with self:
+            self.session.channel.send({"type": kind, "id": query_id})
+        self.wait(timeouts.until_reply(self.session, query_id))
+        with self:
+            return self.session.take_reply(query_id, reply_type)
+
+    def connect(self) -> None:
+        """Wait until the server is connected, the first time or after a disconnection."""
+        with self:
+            self.session.receive()
+        self.wait(timeouts.until_connected(self.session, self._limits))
+
+    def wait_for(self, request: ResumableRequest, deadline_s: float) -> None:
+        """Wait for a piece of the answer or its end. If time runs out, cancel the request and raise."""
+        self.check_usable()
+        if threading.get_ident() != self._thread:
+            self._is_shared = True
+        try:
+            self.wait(timeouts.until_progress(self.session, request, deadline_s, self._limits))
+        except MgpuError:
+            self.cancel(request)
+            raise
+
+    def wait(self, waits: Iterable[float]) -> None:
+        """Wait until ``waits`` ends. It yields how long to poll next; see timeouts.py."""
+        for seconds in waits:
+            if self._is_shared:
+                seconds = min(seconds, _SHARED_POLL_S)
+                time.sleep(0)  # let another thread have its turn
+            with self:
+                self._poller.poll(max(0, int(seconds * 1000) + 1))
+                self.session.receive()
+
+    def cancel(self, request: ResumableRequest) -> None:
+        """End a request, here and at the server. In a child of the process that began it, do nothing."""
+        if not self._is_ours() or request.has_ended:
+            return
+        with suppress(MgpuError), self:  # a client that was closed has ended it
+            self.session.cancel(request)
+
+    def drop(self, request: ResumableRequest) -> None:
+        """Cancel a request from a destructor: at once if the session is free, else when it is used next."""
+        if not self._is_ours() or request.has_ended:
+            return
+        self._dropped.append(request)
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._depth:
+                    self._cancel_dropped()
+            finally:
+                self._lock.release()
+
+    def close(self) -> None:
+        """End everything in flight and close the socket; a second call does nothing."""
+        if self._is_ours():
+            self.is_closed = True  # a thread that waits leaves
+            with self._lock:
+                self.session.close()
+
+    def check_usable(self) -> None:
+        """Raise MgpuError if the connection was closed, or belongs to another process."""
+        if self.is_closed:
+            raise MgpuError("the client is closed")
+        if self.pid != os.getpid():
+            raise MgpuError("this stream belongs to the process that began it; ask again in this one")
+
+    def __enter__(self) -> None:
+        """Take the session. MgpuError if it is closed."""
+        self._lock.acquire()
+        self._depth += 1
+        if self.is_closed:
+            self.__exit__()
+            raise MgpuError("the client is closed")
+        if self._dropped:
+            self._cancel_dropped()
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        self._lock.release()
+
+    def __del__(self) -> None:
+        """Close the socket when its thread has ended and no stream needs it."""
+        if hasattr(self, "_lock"):
+            if self.pid != os.getpid():
+                keep_inherited(self.session)
+            self.close()
+
+    def _is_ours(self) -> bool:
+        return not self.is_closed and self.pid == os.getpid()
+
+    def _cancel_dropped(self) -> None:
+        while self._dropped and not self.is_closed:
+            self.session.cancel(self._dropped.popleft())
+
+
+class ProcessConnections:
+    """The connections of one client in one process."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._lock = threading.RLock()
+        self._all: WeakSet[Connection] = WeakSet()
+        self._is_closed = False
+
+    def of_this_thread(self) -> Connection | None:
+        """Return the connection of the calling thread, if it has one."""
+        return getattr(self._local, "connection", None)
+
+    def add(self, connection: Connection) -> None:
+        """Keep a connection for as long as the calling thread lives. Close it if the client was closed meanwhile."""
+        with self._lock:
+            self._all.add(connection)
+            is_closed = self._is_closed
+        if is_closed:
+            connection.close()
+        self._local.connection = connection
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        with self._lock:
+            self._is_closed = True
+            connections = list(self._all)
+        for connection in connections:
+            connection.close()
+        self._local = threading.local()
