@@ -38,6 +38,23 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
           "TIB": 2**40}  # fmt: skip
 
 
+_ALIASES = {
+    "dtype": {"bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "fp32": "float32",
+              "f32": "float32", "float": "float32"},
+    "quant": {"int4": "4", "4bit": "4", "4-bit": "4", "q4": "4", "int8": "8", "8bit": "8", "8-bit": "8", "q8": "8",
+              "float8": "fp8"},
+    "kv_cache_dtype": {"fp8_e4m3": "fp8", "float8": "fp8"},
+}  # fmt: skip
+"""What other programs call the values of these options."""
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+_SERVICE_LINK = re.compile(
+    r"MGPU(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+"""Kubernetes sets such variables in every container beside a service whose name begins with mgpu."""
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
+"""How the value of a variable in _PORT begins, if Kubernetes has set it."""
+
+
 class ConfigError(UserError):
     """A configuration value that cannot be used; the text names the option and the accepted values."""
 
@@ -55,6 +72,18 @@ def parse_bytes(text: str) -> Bytes:
         return Bytes(float(match[1]) * _UNITS[match[2].upper()])
     except OverflowError:
         raise ConfigError(f"a size of {len(match[1])} digits is more than any memory; write 512MiB or 2GiB") from None
+
+
+class Tokens(int):
+    """A number of tokens, which may be written like ``8k``."""
+
+
+def parse_tokens(text: str) -> int:
+    """Read ``8192``, ``8k``, ``25.6K``, ``1M``; 1k is 1024. ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(-?\d+)\s*|\s*(\d+(?:\.\d+)?)\s*([kKmM])\s*", text)
+    if match is None or len(text) > 30:
+        raise ConfigError(f"{text!r} is not a number of tokens; write for example 8192 or 8k (1k = 1024)")
+    return int(match[1]) if match[1] else int(float(match[2]) * (1 << 10 if match[3] in "kK" else 1 << 20))
 
 
 def _option(default: Any, text: str, low: float | None = None, high: float | None = None, short: str = "") -> Any:
@@ -89,10 +118,12 @@ class ServeConfig:
         _LAYOUT.kv_cache_dtype, "Keys and values in the cache: auto is the type of --dtype; fp8 takes a byte each."
     )
     load_format: Literal["auto", "dummy"] = _option("auto", "'dummy' makes random weights from config.json alone.")
-    max_seq_len: int = _option(0, "Longest prompt plus output, in tokens (0: what the model allows).", 0)
+    max_seq_len: Tokens = _option(  # noqa: RUF009
+        Tokens(0), "Longest prompt plus output, in tokens, such as 8192 or 8k (0: what the model allows).", 0
+    )
     max_rows: int = _option(_LAYOUT.max_rows, "Largest number of requests that run at once.", 1, 4096)
-    max_batch_tokens: int = _option(
-        _LAYOUT.max_batch_tokens,
+    max_batch_tokens: Tokens = _option(  # noqa: RUF009
+        Tokens(_LAYOUT.max_batch_tokens),
         "Tokens in one step, at most (0: 8192 on GPUs of 40 GiB and more, 2048 on others, 512 on the CPU).", 0, 1 << 20,
     )  # fmt: skip
     block_size: int = _option(_LAYOUT.block_size, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", 0, 256)
@@ -216,7 +247,7 @@ def _file_values(file: Path | None, options: Mapping[str, Option]) -> dict[str, 
     if file is None:
         return {}
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read configuration file {file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -238,10 +269,18 @@ def _environment_values(environ: Mapping[str, str], options: Mapping[str, Option
     for variable, text in environ.items():
         if variable in by_variable:
             values[by_variable[variable]] = text
-        elif variable.startswith("MGPU_") and variable not in OTHER_VARIABLES:
+        elif variable == "MGPU_LOG_LEVEL" and text and text.lower() not in LOG_LEVELS:
+            raise ConfigError(f"MGPU_LOG_LEVEL is {text!r}; choose one of {', '.join(LOG_LEVELS)}")
+        elif variable.startswith("MGPU_") and variable not in OTHER_VARIABLES and not _is_service_link(variable, text):
             known = by_variable.keys() | OTHER_VARIABLES
             raise ConfigError(f"unknown environment variable {variable}{_nearest(variable, known)}")
     return values
+
+
+def _is_service_link(variable: str, text: str) -> bool:
+    if variable.endswith("_PORT") and _SERVICE_URL.match(text):
+        return True
+    return _SERVICE_LINK.fullmatch(variable) is not None
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -252,6 +291,10 @@ def _nearest(name: str, known: Any) -> str:
 def _parsed(option: Option, value: object, origin: str) -> object:
     where = f"{option.flag} ({origin})" if origin != "command line" else option.flag
     converted = _converted(option, value, where)
+    if option.choices and isinstance(converted, str) and converted not in option.choices:
+        lower = converted.strip().lower()
+        converted = next((each for each in (lower, _ALIASES.get(option.name, {}).get(lower)) if each in option.choices),
+                         converted)  # fmt: skip
     if option.choices and converted not in option.choices:
         raise ConfigError(f"{where} is {value!r}; choose one of {', '.join(option.choices)}")
     if isinstance(converted, (int, float)) and not isinstance(converted, bool):
@@ -270,6 +313,11 @@ def _converted(option: Option, value: object, where: str) -> object:
             return parse_bytes(str(value))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+    if option.type is Tokens and isinstance(value, str) and value:
+        try:
+            return parse_tokens(value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
     if option.type is bool:
         return _to_bool(value, where)
     if option.type is str and not isinstance(value, str):
@@ -279,9 +327,10 @@ def _converted(option: Option, value: object, where: str) -> object:
     try:
         if isinstance(value, bool) or (option.type is int and isinstance(value, float)):
             raise ValueError
-        return option.type(value)
+        return int(value) if option.type is Tokens else option.type(value)  # type: ignore[call-overload]
     except (TypeError, ValueError):
-        raise ConfigError(f"{where} is {value!r}; it must be of type {option.type.__name__}") from None
+        kind = "int" if option.type is Tokens else option.type.__name__
+        raise ConfigError(f"{where} is {value!r}; it must be of type {kind}") from None
 
 
 def _to_bool(value: object, where: str) -> bool:

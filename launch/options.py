@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mgpu.launch.config import Bytes, Option, ServeConfig, declared_options, load_config
+from mgpu.launch.config import Bytes, Option, ServeConfig, Tokens, declared_options, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 POSITIONAL = "positional_model"
@@ -39,7 +39,7 @@ def _click_option(option: Option) -> Callable[[F], F]:
     if option.type is bool:
         return click.option(f"{option.flag}/--no-{option.flag[2:]}", option.name, default=None, help=text)
     names = [option.short, option.flag] if option.short else [option.flag]
-    metavar = "|".join(option.choices) or {int: "N", float: "X", Bytes: "SIZE"}.get(option.type, "TEXT")
+    metavar = "|".join(option.choices) or {int: "N", Tokens: "N", float: "X", Bytes: "SIZE"}.get(option.type, "TEXT")
     return click.option(*names, option.name, default=None, help=text, metavar=metavar, type=str)
 
 

@@ -102,12 +102,8 @@ def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:
 
 def configure_logging() -> None:
     """Log to standard error with the time, from the level ``MGPU_LOG_LEVEL`` on."""
-    level = os.environ.get("MGPU_LOG_LEVEL", "INFO").upper()
-    logging.basicConfig(
-        level=level if level in logging.getLevelNamesMapping() else "INFO",
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    level = (os.environ.get("MGPU_LOG_LEVEL") or "info").upper()  # read_config has refused other words
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
 def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys | None) -> ServerConfig:

@@ -103,3 +103,52 @@ def test_every_variable_that_sources_and_docs_name_is_accepted() -> None:
 def test_numbers_beyond_reason_are_refused_with_the_option(name: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config({name: value}, {}, None)
+
+
+@pytest.mark.parametrize(("name", "text", "value"), [
+    ("dtype", "bf16", "bfloat16"), ("dtype", "half", "float16"), ("dtype", "fp16", "float16"),
+    ("dtype", "fp32", "float32"), ("dtype", "float", "float32"), ("dtype", "BFloat16", "bfloat16"),
+    ("quant", "int4", "4"), ("quant", "4bit", "4"), ("quant", "int8", "8"), ("quant", "8bit", "8"),
+    ("quant", "none", ServeConfig().quant), ("quant", "FP8", "fp8"),
+    ("max_seq_len", "8k", 8192), ("max_seq_len", "32K", 32768), ("max_seq_len", "25.6k", 26214),
+    ("max_seq_len", "4096", 4096), ("max_batch_tokens", "2k", 2048), ("max_batch_tokens", "1M", 1 << 20),
+])  # fmt: skip
+def test_common_ways_to_write_a_value_mean_the_same_everywhere(
+    tmp_path: Path, name: str, text: str, value: object
+) -> None:
+    variable, file = {f"MGPU_{name.upper()}": text}, write(tmp_path, f'{name} = "{text}"')
+    for flags, environ, path in (({name: text}, {}, None), ({}, variable, None), ({}, {}, file)):
+        assert getattr(load_config(flags, environ, path)[0], name) == value
+
+
+@pytest.mark.parametrize("text", ["8q", "k", "8kk", "-8k", "1e3", "8 apples", "9" * 400])
+def test_what_is_no_number_of_tokens_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--max-seq-len.* is not a number of tokens.*8k \(1k = 1024\)"):
+        load_config({"max_seq_len": text}, {}, None)
+
+
+def test_a_byte_order_mark_does_not_spoil_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mgpu.toml"
+    file.write_bytes(b"\xef\xbb\xbfmax-rows = 8\n")
+    assert load_config({}, {}, file)[0].max_rows == 8
+
+
+def test_a_wrong_log_level_is_refused() -> None:
+    for level in ("debug", "WARNING", "Info", ""):
+        load_config({}, {"MGPU_LOG_LEVEL": level}, None)
+    with pytest.raises(ConfigError, match="MGPU_LOG_LEVEL is 'foo'; choose one of debug, info, warning"):
+        load_config({}, {"MGPU_LOG_LEVEL": "foo"}, None)
+
+
+@pytest.mark.parametrize("service", ["MGPU", "MGPU_X", "MGPU_MODEL_2", "MGPU_SERVICE", "MGPU_PORT"])
+def test_variables_that_kubernetes_sets_for_a_service_are_ignored(service: str) -> None:
+    links = {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "5555", "SERVICE_PORT_FRONT_TCP": "5555"}
+    links |= {"PORT": "tcp://10.0.0.1:5555", "PORT_5555_TCP": "tcp://10.0.0.1:5555", "PORT_5555_TCP_PROTO": "tcp"}
+    links |= {"PORT_5555_TCP_PORT": "5555", "PORT_5555_TCP_ADDR": "10.0.0.1", "PORT_53_UDP": "udp://10.0.0.1:53"}
+    environ = {f"{service}_{name}": value for name, value in links.items()}
+    assert load_config({}, environ, None)[0] == ServeConfig()
+
+
+def test_a_port_that_a_person_sets_is_still_unknown() -> None:
+    with pytest.raises(ConfigError, match="unknown environment variable MGPU_PORT"):
+        load_config({}, {"MGPU_PORT": "8000"}, None)
