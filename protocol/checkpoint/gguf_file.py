@@ -1,14 +1,16 @@
 """Read the header of a GGUF file: metadata and the places of its tensors. Stdlib only; tensor data is not read.
 
-Every count and size is checked against the size of the file before anything is allocated.
+Every count and size is checked against the size of the file before anything is allocated. A file may be sparse and
+cost its author nothing, so what is built has bounds of its own; what nobody uses is stepped over.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
 """
 
 import math
 import struct
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mgpu.protocol.checkpoint.tensors import BLOCKS
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, file_size, reading
@@ -33,6 +35,19 @@ _MAX_NESTING = 4
 _CHUNK = 1 << 20
 _MAX_HEADER_BYTES = 256 << 20
 """Ten times the largest vocabulary in use."""
+MAX_TENSORS = 1 << 17
+MAX_ENTRIES = 1 << 16
+MAX_STRINGS = 1 << 22
+"""Strings of all arrays together, and numbers of one array that is used: a vocabulary, its merges."""
+MAX_INNER = 1 << 16
+"""Arrays inside arrays. Nobody uses any."""
+MAX_LISTED = 1 << 20
+"""Numbers in lists, of all arrays together."""
+MAX_TEXT_BYTES = 64 << 20
+"""Of all strings that are built. The largest vocabulary in use has 12 MiB with its merges."""
+_BIG_ARRAYS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "token_type"))
+_OTHER_ARRAY = 1 << 16
+"""The longest array of another name that is built."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +64,7 @@ class GgufTensor:
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
     metadata: dict[str, object]
-    """Values as int, float, bool, str or lists of them. Skipped arrays are absent."""
+    """Values as int, float, bool, str or lists of them. Big arrays of numbers are `array`; skipped ones are absent."""
     tensors: dict[str, GgufTensor]
 
 
@@ -71,7 +86,8 @@ class _Cursor:
         self.size = size
         self.position = 0
         self._file = file
-        self._buffer = bytearray()
+        self._buffer, self._buffer_start = b"", 0
+        self._strings = self._inner = self._listed = self._text_bytes = 0
 
     def error(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {problem}")
@@ -82,19 +98,37 @@ class _Cursor:
 
     def take(self, count: int) -> int:
         """Advance over ``count`` bytes and return where they start in the buffer."""
-        start, end = self.position, self.position + count
-        if end > len(self._buffer):
+        start, end = self.position - self._buffer_start, self.position + count
+        if start + count > len(self._buffer):
             self._fill(end)
+            start = 0
         self.position = end
         return start
 
-    def _fill(self, end: int) -> None:
-        if end > min(self.size, _MAX_HEADER_BYTES):
+    def skip(self, count: int) -> None:
+        """Advance over ``count`` bytes without reading them."""
+        end = self.position + count
+        self._check_end(end)
+        if end > self._buffer_start + len(self._buffer):
+            self._file.seek(end)
+            self._buffer, self._buffer_start = b"", end
+        self.position = end
+
+    def _check_end(self, end: int) -> None:
+        if end > self.size:
             raise self.error(f"truncated or corrupt GGUF: the header needs byte {end}, the file has {self.size}")
-        missing = max(end - len(self._buffer), _CHUNK)
-        self._buffer += self._file.read(missing)
-        if end > len(self._buffer):
-            raise self.error(f"truncated while reading: {len(self._buffer)} of {self.size} bytes")
+        if end > _MAX_HEADER_BYTES:
+            raise self.error(f"the header needs byte {end}; at most {_MAX_HEADER_BYTES} are allowed")
+
+    def _fill(self, end: int) -> None:
+        """Drop what has been read, and have the bytes up to ``end`` in the buffer."""
+        self._check_end(end)
+        rest = self._buffer[self.position - self._buffer_start :]
+        self._buffer_start = self.position
+        self._buffer = rest + self._file.read(max(end - self.position - len(rest), _CHUNK))
+        if end > self._buffer_start + len(self._buffer):
+            found = self._buffer_start + len(self._buffer)
+            raise self.error(f"truncated while reading: {found} of {self.size} bytes")
 
     def unpack(self, layout: struct.Struct) -> tuple[object, ...]:
         start = self.take(layout.size)
@@ -108,11 +142,37 @@ class _Cursor:
 
     def data(self, count: int) -> bytes:
         start = self.take(count)
-        return bytes(self._buffer[start : start + count])
+        return self._buffer[start : start + count]
 
     def string(self) -> str:
         # Tokens of a vocabulary need not be UTF-8. They are displayed, never used as keys.
-        return self.data(self.u64()).decode("utf-8", "replace")
+        length = self.u64()
+        self._text_bytes += length
+        if self._text_bytes > MAX_TEXT_BYTES and length <= self.remaining:
+            raise self.error(
+                f"its metadata has {self._text_bytes} bytes of text at byte {self.position}; at most {MAX_TEXT_BYTES}"
+            )
+        return self.data(length).decode("utf-8", "replace")
+
+    def count_strings(self, key: str, count: int) -> None:
+        """Add strings to those of all arrays read so far. CheckpointError when they are too many."""
+        self._strings += count
+        if self._strings > MAX_STRINGS:
+            raise self.error(
+                f"{key} has {count} entries, all arrays {self._strings}; at most {MAX_STRINGS} are allowed"
+            )
+
+    def count_inner(self, key: str, count: int) -> None:
+        """Add arrays inside arrays to those so far. CheckpointError when they are too many."""
+        self._inner += count
+        if self._inner > MAX_INNER:
+            raise self.error(f"{key} has {count} inner arrays, all {self._inner}; at most {MAX_INNER} are allowed")
+
+    def count_listed(self, key: str, count: int) -> None:
+        """Add numbers that become a list to those so far. CheckpointError when they are too many."""
+        self._listed += count
+        if self._listed > MAX_LISTED:
+            raise self.error(f"{key} has {count} numbers, all lists {self._listed}; at most {MAX_LISTED} are allowed")
 
     def key(self) -> str:
         length = self.u64()
@@ -135,6 +195,9 @@ def _read(cursor: _Cursor, with_arrays: bool) -> GgufHeader:
     if version not in (2, 3):
         raise cursor.error(f"GGUF version {version} is not supported (2 and 3 are; big-endian files are not)")
     num_tensors, num_pairs = cursor.u64(), cursor.u64()
+    for count, most, what in ((num_pairs, MAX_ENTRIES, "metadata entries"), (num_tensors, MAX_TENSORS, "tensors")):
+        if count > most:
+            raise cursor.error(f"claims {count} {what}; at most {most} are allowed")
     cursor.check_count(num_pairs, 13, "metadata entries")
     metadata = _read_metadata(cursor, num_pairs, with_arrays)
     cursor.check_count(num_tensors, 24, "tensors")
@@ -151,7 +214,7 @@ def _read_metadata(cursor: _Cursor, count: int, with_arrays: bool) -> dict[str, 
             raise cursor.error(f"metadata key {key!r} occurs twice")
         seen.add(key)
         kind = cursor.u32()
-        value = _read_array(cursor, with_arrays, 1) if kind == _ARRAY else _read_value(cursor, kind)
+        value = _read_array(cursor, key, with_arrays, 1) if kind == _ARRAY else _read_value(cursor, kind)
         if value is not None:
             metadata[key] = value
     return metadata
@@ -170,28 +233,45 @@ def _scalar_code(cursor: _Cursor, kind: int) -> str:
     return _SCALARS[kind]
 
 
-def _read_array(cursor: _Cursor, with_arrays: bool, depth: int) -> list[object] | None:
+def _read_array(cursor: _Cursor, key: str, with_arrays: bool, depth: int) -> "list[object] | array[Any] | None":
     """Read an array. A big one that is not wanted is stepped over; the result is None."""
     kind, count = cursor.u32(), cursor.u64()
-    keep = with_arrays or count <= _SMALL_ARRAY
+    is_big = with_arrays and key in _BIG_ARRAYS and depth == 1
+    keep = is_big or count <= (_OTHER_ARRAY if with_arrays else _SMALL_ARRAY)
     if kind == _STRING:
         cursor.check_count(count, 8, "strings")
+        cursor.count_strings(key, count)
         if keep:
             return [cursor.string() for _ in range(count)]
         for _ in range(count):
-            cursor.take(cursor.u64())
+            cursor.skip(cursor.u64())
         return None
     if kind == _ARRAY:
         if depth == _MAX_NESTING:
             raise cursor.error(f"arrays nested deeper than {_MAX_NESTING}")
         cursor.check_count(count, 12, "arrays")
-        return [_read_array(cursor, with_arrays, depth + 1) for _ in range(count)]
-    code = _scalar_code(cursor, kind)
+        cursor.count_inner(key, count)
+        inner: list[object] = [_read_array(cursor, key, with_arrays, depth + 1) for _ in range(count)]
+        return inner if keep else None
+    return _read_numbers(cursor, key, _scalar_code(cursor, kind), count, is_big, keep)
+
+
+def _read_numbers(
+    cursor: _Cursor, key: str, code: str, count: int, is_big: bool, keep: bool
+) -> "list[object] | array[Any] | None":
+    """Read an array of numbers. One of a used name is packed (bool as 0 and 1), another short one is a list."""
     width = struct.calcsize("<" + code)
     cursor.check_count(count, width, "numbers")
+    if key in _BIG_ARRAYS and count > MAX_STRINGS:
+        raise cursor.error(f"{key} has {count} numbers; at most {MAX_STRINGS} are allowed")
+    if is_big:
+        numbers = array(code.replace("?", "B"))
+        numbers.frombytes(cursor.data(count * width))
+        return numbers
     if keep:
+        cursor.count_listed(key, count)
         return list(cursor.unpack(struct.Struct(f"<{count}{code}")))
-    cursor.take(count * width)
+    cursor.skip(count * width)
     return None
 
 

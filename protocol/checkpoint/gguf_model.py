@@ -5,7 +5,7 @@ import re
 import struct
 from pathlib import Path
 
-from mgpu.protocol.checkpoint.gguf_file import GgufHeader, GgufTensor, read_gguf
+from mgpu.protocol.checkpoint.gguf_file import MAX_TENSORS, GgufHeader, GgufTensor, read_gguf
 from mgpu.protocol.checkpoint.tensors import TensorEntry
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file
 from mgpu.protocol.model.facts import Dtype, ModelFacts, RopeScaling
@@ -54,6 +54,8 @@ def read_gguf_checkpoint(path: Path) -> tuple[ModelFacts, dict[str, TensorEntry]
             if name in located:
                 raise CheckpointError(f"{part}: tensor {name!r} is also in {located[name][0]}")
             located[name] = part, tensor
+        if len(located) > MAX_TENSORS:
+            raise CheckpointError(f"{part}: {len(located)} tensors up to this part; at most {MAX_TENSORS} are allowed")
     tensors = {name: tensor for name, (_, tensor) in located.items()}
     rope_file = located[_ROPE_FACTORS][0] if _ROPE_FACTORS in located else path
     facts = _facts(path, architecture, GgufHeader(header.metadata, tensors), rope_file)

@@ -11,6 +11,7 @@ from mgpu.protocol.checkpoint.tensors import TensorEntry
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, file_size, parse_json_object, reading
 
 MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 1 << 17
 MAX_DIMS = 8
 
 DTYPE_BYTES = {
@@ -23,6 +24,8 @@ def read_safetensors(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of one file by name. CheckpointError when the header and the file disagree."""
     size = file_size(path)
     header, data_start = _read_header(path, size)
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{path}: header: {len(header)} tensors, more than the {MAX_TENSORS} allowed")
     entries = [_entry(path, name, info, data_start) for name, info in header.items() if name != "__metadata__"]
     _check_coverage(path, entries, data_start, size)
     return {entry.name: entry for entry in entries}

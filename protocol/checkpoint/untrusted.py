@@ -11,6 +11,9 @@ from pathlib import Path
 MAX_JSON_BYTES = 16 << 20
 """Larger than any real config.json or shard index; bounds what a hostile folder makes us parse."""
 
+MAX_JSON_ITEMS = 1 << 21
+"""Commas and brackets: an empty object of three bytes costs forty times as much in memory."""
+
 
 class Limit:
     """What a model may claim. Larger claims are mistakes or attacks."""
@@ -84,6 +87,9 @@ def parse_json_object(data: bytes, source: str) -> dict[str, object]:
             raise CheckpointError(f"{source}: a JSON object names the same key twice")
         return result
 
+    items = data.count(b",") + data.count(b"{") + data.count(b"[")
+    if items > MAX_JSON_ITEMS:
+        raise CheckpointError(f"{source}: {items} items of JSON, more than the {MAX_JSON_ITEMS} allowed")
     try:
         value = json.loads(data, object_pairs_hook=unique)
     except CheckpointError:

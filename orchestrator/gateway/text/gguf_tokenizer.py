@@ -5,7 +5,9 @@ BPE, whose merges follow from the scores). The pre-tokenizer, which GGUF only na
 the model was trained with; an unknown name is refused rather than approximated.
 """
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -62,10 +64,14 @@ def _strings(metadata: Mapping[str, object], key: str) -> list[str]:
     return value
 
 
-def _token_kinds(metadata: Mapping[str, object], count: int) -> list[int]:
-    value = metadata.get("tokenizer.ggml.token_type", [NORMAL] * count)
-    if not isinstance(value, list) or len(value) != count:
-        raise TokenizerError(f"tokenizer.ggml.token_type must have {count} entries, one per token")
+def _token_kinds(metadata: Mapping[str, object], count: int) -> Sequence[int]:
+    return _numbers(metadata.get("tokenizer.ggml.token_type", [NORMAL] * count), "token_type", count)
+
+
+def _numbers(value: object, key: str, count: int) -> Sequence[Any]:
+    if not isinstance(value, (list, array)) or len(value) != count:
+        found = f", found {len(value)}" if isinstance(value, (list, array)) else ""
+        raise TokenizerError(f"tokenizer.ggml.{key} must have {count} entries, one per token{found}")
     return value
 
 
@@ -101,10 +107,8 @@ def _pre_tokenizers(pre: str) -> list[pre_tokenizers.PreTokenizer]:
     ]
 
 
-def _sentence_piece(metadata: Mapping[str, object], tokens: list[str], kinds: list[int]) -> Tokenizer:
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise TokenizerError(f"tokenizer.ggml.scores must have {len(tokens)} entries, one per token")
+def _sentence_piece(metadata: Mapping[str, object], tokens: list[str], kinds: Sequence[int]) -> Tokenizer:
+    scores = _numbers(metadata.get("tokenizer.ggml.scores"), "scores", len(tokens))
     vocabulary = {token: number for number, token in enumerate(tokens)}
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
     if unknown is None:
@@ -120,7 +124,7 @@ def _sentence_piece(metadata: Mapping[str, object], tokens: list[str], kinds: li
     return tokenizer
 
 
-def _merges_of(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
+def _merges_of(tokens: list[str], kinds: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """List the merges that a SentencePiece vocabulary implies, best score first.
 
     SentencePiece always joins the adjacent pair whose union scores highest; so every way to cut a piece into two
@@ -139,7 +143,7 @@ def _merges_of(tokens: list[str], kinds: list[int], scores: list[float]) -> list
     return merges
 
 
-def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
+def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: Sequence[int]) -> None:
     """Add control tokens as special (skipped in text), and user-defined ones, which are matched first but shown."""
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNKNOWN)]
     shown = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]

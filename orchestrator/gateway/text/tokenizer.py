@@ -13,7 +13,7 @@ from mgpu.orchestrator.gateway.text.detokenizer import byte_level_bytes, sentenc
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_tokenizer, special_token
 from mgpu.orchestrator.gateway.text.template_process import TemplateProcess
 from mgpu.protocol.checkpoint.gguf_file import read_gguf
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, checked_file
+from mgpu.protocol.checkpoint.untrusted import MAX_JSON_BYTES, CheckpointError, checked_file
 from mgpu.protocol.model.facts import CheckpointFormat
 
 _SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
@@ -146,8 +146,9 @@ def _find(folder: Path, name: str) -> Path | None:
         file = checked_file(folder, name)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from None
-    if (size := file.stat().st_size) > _MAX_FILE_BYTES:
-        raise TokenizerError(f"{file}: {size} bytes, more than the {_MAX_FILE_BYTES} allowed")
+    most = _MAX_FILE_BYTES if name == "tokenizer.json" else MAX_JSON_BYTES
+    if (size := file.stat().st_size) > most:
+        raise TokenizerError(f"{file}: {size} bytes, more than the {most} allowed")
     return file
 
 
