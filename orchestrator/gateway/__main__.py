@@ -31,6 +31,7 @@ LINK_LINGER_MS = 1000
 def main() -> int:
     """Run until the parent closes standard input or SIGTERM comes. 1 after a failure, once the parent knows it."""
     logging.basicConfig(level=logging.INFO, format="gateway: %(message)s", stream=sys.stderr)
+    _limit_tokenizers()
     faulthandler.register(signal.SIGUSR1)  # the parent asks for the stacks of a gateway that hangs before it kills it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
     parent_fds = [sys.stdin.fileno(), os.pidfd_open(os.getppid())]
@@ -51,7 +52,9 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the gateway can stop in good order
         end_with_parent(signal.SIGTERM)  # in case something else keeps its end of our standard input open
         _serve(spec, context, link, parent_fds)
-    except Exception as error:  # the edge of the process: the parent is told why it ends
+    except SystemExit:  # SIGTERM
+        raise
+    except BaseException as error:  # the edge of the process: the parent is told why it ends, be it a panic
         link.send(LINK.encode(_failure_of(error)))
         return 1
     finally:
@@ -79,7 +82,7 @@ def _serve(
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the kernel sends one for each thread of the parent
 
 
-def _failure_of(error: Exception) -> GatewayFailure:
+def _failure_of(error: BaseException) -> GatewayFailure:
     if isinstance(error, MemoryFull):  # clients are not told that the server has stopped: they resume
         return GatewayFailure(str(error), "", caused_by_clients=True)
     if isinstance(error, TokenizerError):  # the user can repair it; a traceback would only distract
@@ -87,6 +90,14 @@ def _failure_of(error: Exception) -> GatewayFailure:
     if isinstance(error, BindError):  # no mistake of the files: an endpoint in use may become free by itself
         return GatewayFailure(str(error), "")
     return GatewayFailure(str(error) or type(error).__name__, traceback.format_exc())
+
+
+def _limit_tokenizers() -> None:
+    """Let the tokenizer library start no threads, and write no stack of a panic, whose input clients choose.
+
+    Single texts need no threads of its own, and where the limit of processes is reached, starting them is a panic.
+    """
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
 
 
 def _allow_many_connections() -> None:

@@ -48,10 +48,11 @@ class Prompts:
         table.remove(request)
         error = future.exception()
         try:
-            if error is not None:
-                if not isinstance(error, (TokenizerError, ChatTemplateError)):
-                    log.error("a prompt could not be tokenized", exc_info=error)
+            if isinstance(error, (TokenizerError, ChatTemplateError)):
                 raise Refusal("bad_request", str(error)[:500])
+            if error is not None:  # the server's own failure, such as a process that cannot be started
+                log.error("a prompt could not be tokenized", exc_info=error)
+                raise Refusal("engine_error", "internal error in the gateway")
             self._requests.admit(request, int32_bytes(future.result()))
         except Refusal as refusal:
             self._requests.refuse(request.connection, request.id, refusal)

@@ -1,5 +1,6 @@
 """The life of a request: admitted as one sequence per choice, fed with the engine's steps, ended by one message."""
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -17,6 +18,9 @@ from mgpu.protocol.front.server_messages import Keepalive
 from mgpu.protocol.internal.gateway_messages import Cancel, Outputs, Resumable
 
 KEEPALIVE_S = 1.0
+_FAILURE_LOG_INTERVAL_S = 1.0
+
+log = logging.getLogger(__name__)
 
 
 class RequestHandler:
@@ -28,6 +32,7 @@ class RequestHandler:
         self._quota = table.quota
         self._outgoing = outgoing
         self._next_sequence = model.spec.first_sequence
+        self._next_failure_log_s = 0.0
 
     # ------------------------------------------------------------- beginning
 
@@ -88,7 +93,11 @@ class RequestHandler:
                 self.fail(request, Refusal("engine_error", outputs.errors[at] or "the engine failed"))
                 continue
             logprobs = outputs.logprobs[at] if outputs.logprobs else ()
-            choice.add_tokens(outputs.token_ids[at], logprobs, outputs.finish[at])
+            try:
+                choice.add_tokens(outputs.token_ids[at], logprobs, outputs.finish[at])
+            except BaseException as error:
+                self.fail(request, self.text_failure(error))
+                continue
             if choice.is_over:
                 self.end_choice(choice, engine_goes_on=not outputs.finish[at])
             if request.wants_message(choice):
@@ -96,6 +105,15 @@ class RequestHandler:
                 self._outgoing.to_client(request.connection, choice.take_message(request.id))
             if request.is_done:
                 self.finish(request)
+
+    def text_failure(self, error: BaseException) -> Refusal:
+        """Return how a request ends whose tokens cannot be turned into text. Signals to stop are raised again."""
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            raise error
+        if (now := time.monotonic()) >= self._next_failure_log_s:
+            self._next_failure_log_s = now + _FAILURE_LOG_INTERVAL_S
+            log.error("the tokens of an answer could not be turned into text", exc_info=error)
+        return Refusal("engine_error", "the model's tokenizer cannot turn this answer into text")
 
     def end_choice(self, choice: Choice, engine_goes_on: bool) -> None:
         """Forget a choice that has ended; a stop string ends it before the engine does."""

@@ -111,11 +111,9 @@ class Resumptions:
             self._end(resumption)
         else:
             try:
-                context = self._checked_context(resumption, record)
+                self._take_portion(resumption, self._checked_context(resumption, record), record)
             except Refusal as refusal:
                 self._refuse(resumption, record, refusal)
-            else:
-                self._take_portion(resumption, context, record)
 
     def _checked_context(self, resumption: Resumption, record: RecordReply) -> Context:
         """Return the context of a request. Refusal if it cannot be continued for the client that wants it."""
@@ -164,7 +162,11 @@ class Resumptions:
         self._end(resumption)
 
     def _replay(self, request: Request, replay: Replay, sequence: SequenceRecord) -> None:
-        for message in replay.take(sequence):
+        try:
+            messages = list(replay.take(sequence))
+        except BaseException as error:
+            raise self._requests.text_failure(error) from None
+        for message in messages:
             self._outgoing.to_client(request.connection, message)
         if replay.choice.is_over:
             self._requests.end_choice(replay.choice, engine_goes_on=not sequence.finish)

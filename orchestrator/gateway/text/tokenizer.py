@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.detokenizer import byte_level_bytes, sentence_piece_bytes
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_tokenizer, special_token
+from mgpu.orchestrator.gateway.text.panics import Panic, no_panics
 from mgpu.orchestrator.gateway.text.template_process import TemplateProcess
 from mgpu.protocol.checkpoint.gguf_file import read_gguf
 from mgpu.protocol.checkpoint.untrusted import MAX_JSON_BYTES, CheckpointError, checked_file
@@ -46,7 +47,10 @@ class TextCodec:
         """Return the token ids of ``text``, with the beginning-of-sequence token if the model wants one."""
         try:
             # Only the batch call releases the interpreter lock, so that a long prompt does not stop the poll loop.
-            [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+            with no_panics("the text cannot be tokenized"):
+                [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        except Panic as panic:
+            raise TokenizerError(str(panic)) from None
         except Exception as error:  # the Rust side raises bare Exception
             raise TokenizerError(f"the text cannot be tokenized: {str(error)[:200]}") from None
         return list(encoding.ids)
@@ -69,7 +73,8 @@ class TextCodec:
         added = self._added.get(token_id)
         if added is not None:
             return added
-        piece = self._tokenizer.id_to_token(token_id)
+        with no_panics(f"token {token_id} has no text"):
+            piece = self._tokenizer.id_to_token(token_id)
         return b"" if piece is None else self._to_bytes(piece)  # ids of vocabulary padding have no piece
 
 
@@ -91,6 +96,14 @@ def _decoder_kinds(state: object) -> set[str]:
 
 def load_codec(path: str, model_format: CheckpointFormat) -> TextCodec | None:
     """Load the tokenizer beside the weights; None when the folder has none. TokenizerError when it is unusable."""
+    try:
+        with no_panics(f"{path}: not a usable tokenizer"):
+            return _load(path, model_format)
+    except Panic as panic:
+        raise TokenizerError(str(panic)) from None
+
+
+def _load(path: str, model_format: CheckpointFormat) -> TextCodec | None:
     if model_format == "gguf":
         return _from_gguf(path)
     folder = Path(path)

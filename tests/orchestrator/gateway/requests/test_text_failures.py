@@ -1,0 +1,66 @@
+"""A tokenizer that fails, or panics, at a token of an answer costs that request only."""
+
+from typing import Any, cast
+
+import pytest
+
+from harness.resuming_gateway import A, B, ResumingGateway, record
+from mgpu.protocol.internal.gateway_messages import Outputs
+
+
+class LibraryPanic(BaseException):
+    """Stands for pyo3's PanicException, which cannot be made from Python."""
+
+
+class FailingCodec:
+    def __init__(self, failure: type[BaseException]) -> None:
+        self._failure = failure
+
+    def shown_bytes(self, token_id: int) -> bytes:
+        if token_id == 66:
+            raise self._failure("no such piece")
+        return b"x"
+
+
+def failing_gateway(failure: type[BaseException] = LibraryPanic) -> ResumingGateway:
+    gateway = ResumingGateway()
+    cast("Any", gateway.resumptions)._requests._model.codec = FailingCodec(failure)
+    return gateway
+
+
+def step(*tokens: tuple[int, int]) -> Outputs:
+    """Return one engine step; each token is the number of its sequence and its id."""
+    n = len(tokens)
+    ids = [[token] for _, token in tokens]
+    return Outputs([number for number, _ in tokens], ids, [[]] * n, [""] * n, [""] * n, [0] * n)
+
+
+@pytest.mark.parametrize("failure", [LibraryPanic, ValueError])
+def test_a_token_without_text_fails_its_request_and_the_others_go_on(failure: type[BaseException]) -> None:
+    gateway = failing_gateway(failure)
+    gateway.resume(A, session="a")
+    gateway.resume(B, session="b")
+    gateway.answer(0, record(7))
+    gateway.answer(1, record(8))
+    cast("Any", gateway.resumptions)._requests.on_outputs(step((7, 66), (8, 5)))
+    assert gateway.heard(A)[2:] == ["engine_error"]
+    assert gateway.cancelled == [7]
+    [request] = gateway.table
+    assert (request.connection, request.choices[0].num_tokens) == (B, 3)
+
+
+def test_a_replayed_token_without_text_fails_its_request() -> None:
+    gateway = failing_gateway()
+    gateway.resume(A)
+    gateway.answer(0, record(7, tokens=(5, 66)))
+    assert gateway.heard(A) == ["resumed", "accepted", "engine_error"]
+    assert gateway.cancelled == [7]
+    assert len(gateway.table) == 0
+
+
+@pytest.mark.parametrize("signal", [SystemExit, KeyboardInterrupt])
+def test_signals_to_stop_go_on(signal: type[BaseException]) -> None:
+    gateway = failing_gateway(signal)
+    gateway.resume(A)
+    with pytest.raises(signal):
+        gateway.answer(0, record(7, tokens=(66,)))
