@@ -1,5 +1,6 @@
 """The public socket: receive hostile frames, send without ever waiting, notice clients that vanish or do not read."""
 
+import ctypes
 import logging
 import os
 import time
@@ -56,6 +57,7 @@ class FrontSocket:
         self, context: "zmq.Context[Any]", endpoint: str, max_bytes: int, keys: ServerKeys | None = None
     ) -> None:
         """Bind ``endpoint``; BindError when that is impossible or not allowed. With ``keys``, tcp is encrypted."""
+        _randomize_routing_ids()
         self.access = AccessControl(context, None if keys is None else keys.clients)
         self.socket = context.socket(zmq.ROUTER)
         if keys is not None and endpoint.startswith("tcp://"):
@@ -182,6 +184,16 @@ class FrontSocket:
         """Close the socket, letting libzmq flush for a moment, and free the endpoint."""
         self.close_sockets()
         release(self.endpoint, self._lock)
+
+
+def _randomize_routing_ids() -> None:
+    """Let the ROUTERs of this process number their peers from an unpredictable start.
+
+    libzmq (4.3.5, router.cpp) numbers the peers that choose no id ``b"\\0"`` + counter, and aborts the process when a
+    peer has chosen the id that is next. The counter starts at rand(), which nobody seeds: without this it would start
+    at the same number in every gateway, and a client could claim the next ids.
+    """
+    ctypes.CDLL(None).srand(ctypes.c_uint(int.from_bytes(os.urandom(4), "little")))
 
 
 def _identity_of(frame: zmq.Frame) -> str:
