@@ -198,9 +198,10 @@ class Engine:
             self._handle(self._sleep(min(sleep_s, self._longest_sleep_s())))
 
     def _longest_sleep_s(self) -> float:
+        longest_s = min(LONGEST_SLEEP_S, self._gateway.pause_left_s())
         if self._life.state is not ServerState.DRAINING:
-            return LONGEST_SLEEP_S
-        return min(LONGEST_SLEEP_S, max(0.0, self._drain_until_s - time.monotonic()))
+            return longest_s
+        return min(longest_s, max(0.0, self._drain_until_s - time.monotonic()))
 
     def _sleep(self, timeout_s: float) -> dict[Any, int]:
         """Run the periodic work, then sleep until something happens; return the events."""
@@ -226,6 +227,8 @@ class Engine:
 
     def _run_periodic_work(self) -> None:
         """Watchdog, journal, runtime folder, standby workers and systemd: each acts when its own time has come."""
+        if self._gateway.start_if_due():  # after a pause
+            self._make_poller()
         self._gateway.check_watchdog()
         if self._life.state is ServerState.STARTING:
             progress = self._workers.group.progress.values()

@@ -12,7 +12,7 @@ from mgpu.orchestrator.processes.worker_group import WorkerGroup
 def poller_of(signals: Signals, gateway: GatewayProcess, workers: WorkerGroup) -> zmq.Poller:
     """Watch signals, messages and the ends of processes; make another one when a process has been replaced."""
     poller = zmq.Poller()
-    processes = (gateway.process, *workers.processes)
+    processes = (*gateway.processes, *workers.processes)
     for source in (signals.fd, gateway.socket, *workers.sockets, *(process.pidfd for process in processes)):
         poller.register(source, zmq.POLLIN)
     return poller

@@ -97,6 +97,14 @@ class ChildProcess:
             return None
         return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
+    def is_stopped(self) -> bool:
+        """Return whether somebody has stopped it (SIGSTOP, a debugger), so that it cannot do anything."""
+        try:
+            with open(f"/proc/{self.pid}/stat", encoding="latin-1") as file:
+                return file.read().rpartition(") ")[2][:1] in ("T", "t")
+        except OSError:
+            return False
+
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
         if self._process.returncode is not None:  # reaped: its pidfd may be a descriptor of something else by now
@@ -135,6 +143,15 @@ class ChildProcess:
             log.error("%s (process %d) does not die, %g s after SIGKILL; see dmesg", self.name, self.pid, KILL_S)
             return
         os.close(self.pidfd)
+
+
+def count_memory_kills() -> int:
+    """Return how many processes the kernel has killed for want of memory; 0 where it does not say."""
+    try:
+        with open("/proc/vmstat", encoding="ascii") as file:
+            return sum(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
+    except OSError:
+        return 0
 
 
 def describe_exit(status: int) -> str:

@@ -1,7 +1,8 @@
 """What becomes of a failure, on one path.
 
 A child's last message, its exit status or its silence becomes a `ProcessFailure`. While the server starts, it ends the
-server, unless clients caused it at the gateway; later the process is replaced, within a `RestartLimit`. `ending_of`
+server, unless clients caused it at the gateway; later the process is replaced, within a `RestartLimit`, or after a
+`RestartPause` if clients may have caused it. `ending_of`
 turns whatever ends the server into the log line, the text for clients and systemd, and the exit status.
 """
 
@@ -30,7 +31,7 @@ class ProcessFailure(Exception):
         self.is_mistake = is_mistake
         """The model's files or the options are at fault: only the user can mend it."""
         self.caused_by_clients = caused_by_clients
-        """Clients brought it about, and can again as often as they like."""
+        """Clients brought it about, or may have, and can again as often as they like."""
 
     @property
     def report(self) -> str:
@@ -91,6 +92,32 @@ class RestartLimit:
             ) from cause
         self._recent_s.append(now_s)
         self.count += 1
+
+
+class RestartPause:
+    """Says how long to wait before a restart that no limit counts: nothing, then 0.5, 1, 2, 4 and at most 8 s.
+
+    Clients give up after 15 s of silence, so the longest pause leaves them time to resume. Each quiet minute takes one
+    step back.
+    """
+
+    FIRST_S, LONGEST_S, QUIET_S = 0.5, 8.0, 60.0
+    MOST_STEPS = 5
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._steps = 0
+        self._last_start_s = 0.0
+
+    def next_s(self) -> float:
+        """Return the pause before the restart that is about to be made, in seconds."""
+        now_s = self._clock_s()
+        quiet_minutes = int(max(0.0, now_s - self._last_start_s) / self.QUIET_S)
+        self._steps = max(0, self._steps - quiet_minutes)
+        pause_s = min(self.FIRST_S * 2 ** (self._steps - 1), self.LONGEST_S) if self._steps else 0.0
+        self._steps = min(self._steps + 1, self.MOST_STEPS)
+        self._last_start_s = now_s + pause_s
+        return pause_s
 
 
 def ending_of(cause: Exception, is_announced: bool) -> tuple[str, int]:

@@ -14,8 +14,8 @@ import zmq
 
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
-from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
-from mgpu.orchestrator.processes.failures import GatewayLost, RestartLimit
+from mgpu.orchestrator.processes.child_process import ChildProcess, count_memory_kills, describe_exit
+from mgpu.orchestrator.processes.failures import GatewayLost, RestartLimit, RestartPause
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.codec import CodecError
 from mgpu.protocol.internal.gateway_messages import (
@@ -44,6 +44,8 @@ DUMP_S = 0.2
 """What a gateway that hangs gets to write where it is; a stopped one cannot."""
 FAREWELL_S = 0.5
 """Time that the gateway gets to read the last message before end of file tells it to leave."""
+INPUT_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+"""A process brings these upon itself, and what it reads can make it do so."""
 ASK_INTERVAL_S = 1.0
 LONGEST_GAP_S = 2.0
 """Most that the time between two checks counts: a parent that was stopped itself has not listened meanwhile."""
@@ -74,7 +76,7 @@ class Watchdog:
 
 
 class GatewayProcess:
-    """The gateway process and the socket to it; `replace` makes both anew.
+    """The gateway process and the socket to it; `replace` makes both anew, the process perhaps after a pause.
 
     Use it as a context manager; leaving it kills the process.
     """
@@ -87,6 +89,9 @@ class GatewayProcess:
         self.known_state = ""
         """The engine's state that the gateway acts on, as it has said."""
         self.restarts = RestartLimit(config.restarts.max_restarts, config.restarts.restart_window_s)
+        self._pause = RestartPause()
+        self._start_at_s: float | None = None
+        """When the next process is to be started; None while there is one."""
         self._context = context
         self._runtime = runtime
         self._config = config
@@ -98,6 +103,7 @@ class GatewayProcess:
         """What has changed since the gateway got its spec, until it can be told."""
         self._last_sent_s = 0.0
         self._start_limit_s, self._answer_limit_s = config.timeouts.start_timeout_s, math.inf
+        self._make_socket()
         self._start()
 
     def __enter__(self) -> "GatewayProcess":
@@ -107,12 +113,15 @@ class GatewayProcess:
         self.process.kill()
         self.socket.close(linger=0)
 
-    def _start(self) -> None:
-        runtime, config = self._runtime, self._config
+    def _make_socket(self) -> None:
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, OUTBOX_LIMIT)
         self.socket.setsockopt(zmq.RCVHWM, 0)  # the gateway bounds what clients may queue
+
+    def _start(self) -> None:
+        runtime, config = self._runtime, self._config
+        self._start_at_s = None
         link = runtime.bind(self.socket, f"link-{self._generation}")
         spec = GatewaySpec(
             runtime_dir=str(runtime.path),
@@ -132,6 +141,7 @@ class GatewayProcess:
             sends_wake_up=config.spin_s > 0,
         )
         self.known_state, self._first_state = "", self._info.state if self._generation else ""
+        self._memory_kills = count_memory_kills()
         self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)
         self._watchdog = Watchdog()
 
@@ -148,7 +158,7 @@ class GatewayProcess:
             self.process.wait(time.monotonic() + DEATH_S)
             self.check_alive()
             self._unread.extend(self._receive_new(OUTBOX_LIMIT))  # one that ends has said why before its link closed
-            raise GatewayLost(f"it has left {OUTBOX_LIMIT} messages unread") from None
+            raise self._stuck(f"it has left {OUTBOX_LIMIT} messages unread") from None
 
     def tell(self, info: EngineInfo) -> None:
         """Let the gateway know the engine's state and limits, now or as soon as it is ready."""
@@ -196,9 +206,14 @@ class GatewayProcess:
 
     # -- failure -------------------------------------------------------------------------------------------------------
 
+    @property
+    def processes(self) -> list[ChildProcess]:
+        """The process to watch; none during a pause between two."""
+        return [self.process] if self._start_at_s is None else []
+
     def notice_death(self, events: Container[object]) -> None:
         """Raise GatewayLost when the ``events`` of a poll say that the process has ended."""
-        if self.process.pidfd in events:
+        if any(process.pidfd in events for process in self.processes):
             self.check_alive()
 
     def check_alive(self) -> None:
@@ -208,7 +223,19 @@ class GatewayProcess:
             return
         while self.socket.poll(20):
             self._unread.extend(self._receive_new(1))
-        raise GatewayLost(f"the process {describe_exit(status)}")
+        raise GatewayLost(f"the process {describe_exit(status)}", caused_by_clients=self._may_be_input(status))
+
+    def _may_be_input(self, status: int) -> bool:
+        """Return whether clients can have ended the process. Before any was ready, the model's files are to blame."""
+        if not self.endpoint:
+            return False
+        if -status == signal.SIGKILL:  # by the kernel's memory killer, or by a person
+            return count_memory_kills() > self._memory_kills
+        return -status in INPUT_SIGNALS
+
+    def _stuck(self, message: str) -> GatewayLost:
+        """Return the failure of a process that lives. Clients may have caused it unless somebody has stopped it."""
+        return GatewayLost(message, caused_by_clients=bool(self.endpoint) and not self.process.is_stopped())
 
     def watch(self) -> None:
         """From now on the gateway must answer: start-up is over, which keeps the machine too busy to expect that."""
@@ -221,20 +248,24 @@ class GatewayProcess:
 
         That costs a look at the clock; once a second the gateway is asked for a sign of life.
         """
+        if self._start_at_s is not None:
+            return
         if self._watchdog.check():
             self.send(Ping())
         limit_s = self._answer_limit_s if self.is_ready else self._start_limit_s
         if self._watchdog.silent_s <= limit_s or self.socket.poll(0):  # what it has said is read first
             return
+        what = "did not answer" if self.is_ready else "was not ready"
+        failure = self._stuck(f"it hangs: it {what} for {limit_s:g} s")
         self.process.send_signal(signal.SIGUSR1)  # where does it hang?
         self.process.wait(time.monotonic() + DUMP_S)
-        what = "did not answer" if self.is_ready else "was not ready"
-        raise GatewayLost(f"it hangs: it {what} for {limit_s:g} s")
+        raise failure
 
     def replace(self, failure: GatewayLost, info: EngineInfo) -> list[Any]:
-        """Start another process that takes over the endpoint, and return what the old one had still sent.
+        """End the process and return what it had still sent. Another one takes over the endpoint.
 
-        TooManyRestarts when that happened too often; a failure that clients caused does not count.
+        TooManyRestarts when that happened too often. A failure that clients caused does not count; after the first
+        such the next process has to wait: call `start_if_due`.
         """
         log.error("%s", failure.report)
         self.restarts.note(failure, is_free=failure.caused_by_clients)
@@ -246,9 +277,24 @@ class GatewayProcess:
         self.socket.close(linger=0)
         self._generation += 1
         self._info = info
-        self._start()
-        log.warning("restart %d of the gateway", self.restarts.count)
+        self._make_socket()
+        pause_s = self._pause.next_s() if failure.caused_by_clients else 0.0
+        when = f" in {pause_s:g} s" if pause_s else ""
+        log.warning("restart %d of the gateway%s", self.restarts.count, when)
+        self._start_at_s = time.monotonic() + pause_s
+        self.start_if_due()
         return last_messages
+
+    def pause_left_s(self) -> float:
+        """Return how long the next process still has to wait; infinity while there is one."""
+        return math.inf if self._start_at_s is None else max(0.0, self._start_at_s - time.monotonic())
+
+    def start_if_due(self) -> bool:
+        """Start the next process if its pause is over; return whether that was done. RuntimeDirError, OSError."""
+        if self.pause_left_s() > 0.0:
+            return False
+        self._start()
+        return True
 
     def stop(self, deadline_s: float) -> None:
         """Stop it by CLOCK_MONOTONIC ``deadline_s``.

@@ -55,6 +55,11 @@ def main() -> int:
             data = test.recv()
             if data == b"die":
                 os._exit(9)
+            if data == b"abort":
+                os.abort()
+            if data == b"spin":
+                while True:
+                    pass
             if data == b"fail":
                 link.send(LINK.encode(GatewayFailure("told to fail", "Traceback of the gateway")))
             else:
