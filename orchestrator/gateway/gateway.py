@@ -7,7 +7,7 @@ One turn of the loop waits until something is ready or the clock is due, and the
     access control      answer all handshakes that wait
     threads             take all results: the loaded tokenizer, encoded prompts
     engine              handle up to 8 messages
-    clients             send what slow readers now take, handle up to 64 messages, drop lost connections
+    clients             send what slow readers now take, handle up to 64 messages or 2000 frames, drop lost connections
     clock               every 0.25 s: keepalives, deadlines, memory, a removed socket file
 
 What a request goes through is in `requests/request_handler.py`.
@@ -201,6 +201,7 @@ class Gateway:
 
     def _read_front(self) -> None:
         self._front.flush()
+        self._front.begin_turn()
         for _ in range(MESSAGES_PER_TURN):
             received = self._front.receive()
             if received is None:

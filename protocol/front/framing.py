@@ -13,7 +13,7 @@ import zmq
 
 VERSION = b"mgpu1"
 MAX_FRAMES = 4
-"""A message with more frames is refused without reading the rest."""
+"""A message with more frames is refused, and its rest is dropped undecoded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ MAX_BACKLOG_BYTES = 4 << 20
 MAX_TOTAL_BACKLOG_BYTES = 256 << 20
 """Of all connections; beyond it the one that is furthest behind is given up."""
 CHECK_INTERVAL_S = 2.0
+FRAMES_PER_TURN = 2000
+"""Read in one turn of the gateway's loop, of all messages: a few milliseconds."""
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,9 @@ class FrontSocket:
         self._backlogs: dict[bytes, _Backlog] = {}
         self._backlog_bytes = 0
         self._lost: dict[bytes, Loss] = {}
+        self._frames_left = FRAMES_PER_TURN
+        self._is_skipping = False
+        """The rest of a message with too many frames is still to be read, and dropped."""
         self._next_check_s, self._failed_binds = 0.0, 0
         try:
             self.endpoint, self._lock = bind(self.socket, endpoint, has_keys=keys is not None)
@@ -104,20 +109,37 @@ class FrontSocket:
             self._failed_binds = 0
             log.warning("something has removed the socket; listening on %s again", self.endpoint)
 
+    def begin_turn(self) -> None:
+        """Let `receive` read another `FRAMES_PER_TURN` frames."""
+        self._frames_left = FRAMES_PER_TURN
+
     def receive(self) -> Received | None:
-        """Return the next message; None if none is waiting."""
+        """Return the next message; None if none is waiting, or if this turn has read all the frames that it may.
+
+        A message with too many frames is returned, without its rest, after the first `framing.MAX_FRAMES` + 1. The
+        socket has all of its frames, and gives no other message before they are read. The next calls drop them, in as
+        many turns as it takes.
+        """
+        while self._is_skipping and self._frames_left > 0:
+            self._frames_left -= 1
+            self._is_skipping = self.socket.recv(zmq.NOBLOCK, copy=False).more
+        if self._frames_left <= 0:
+            return None
         try:
             connection = self.socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
         frames: list[bytes] = []
         identity = ""
-        while self.socket.getsockopt(zmq.RCVMORE):
+        has_more = bool(self.socket.getsockopt(zmq.RCVMORE))
+        while has_more and len(frames) <= framing.MAX_FRAMES:
             frame = self.socket.recv(zmq.NOBLOCK, copy=False)
             if not frames:
                 identity = _identity_of(frame)
-            if len(frames) <= framing.MAX_FRAMES:  # the rest is read, since it has arrived, and dropped
-                frames.append(frame.bytes)
+            frames.append(frame.bytes)
+            has_more = frame.more
+        self._frames_left -= 1 + len(frames)
+        self._is_skipping = has_more
         return Received(connection, frames, identity)
 
     def unpack(self, frames: list[bytes]) -> dict[object, object]:

@@ -1,14 +1,16 @@
-"""The front channel: one slow reader, and the numbers of connections."""
+"""The front channel: one slow reader, too many frames, and the numbers of connections."""
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import zmq
 
 from mgpu.orchestrator.gateway.front import socket as module
-from mgpu.orchestrator.gateway.front.socket import FrontSocket
+from mgpu.orchestrator.gateway.front.socket import FRAMES_PER_TURN, FrontSocket, Received
+from mgpu.protocol.front import framing
 
 CLIENT = b"slow"
 
@@ -61,3 +63,55 @@ def test_the_first_routing_id_of_a_gateway_cannot_be_foretold(tmp_path: Path) ->
     outputs = [subprocess.check_output([*command, f"ipc://{tmp_path}/front{at}"], timeout=60) for at in range(3)]
     assert len(set(outputs)) == 3, outputs
     assert all(len(output.strip()) == 10 and output.startswith(b"00") for output in outputs), outputs
+
+
+def test_a_message_of_many_frames_is_read_in_bounded_turns(tmp_path: Path) -> None:
+    num_turns, deadline_s = 0, time.monotonic() + 20
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    front = FrontSocket(context, f"ipc://{tmp_path}/front", 1 << 20)
+
+    def next_message() -> Received:
+        """Take turns until a message comes."""
+        nonlocal num_turns
+        while time.monotonic() < deadline_s:
+            front.access.answer_requests()
+            front.begin_turn()
+            num_turns += 1
+            if (received := front.receive()) is not None:
+                return received
+        raise AssertionError("no message")
+
+    peer = context.socket(zmq.DEALER)
+    peer.connect(front.endpoint)
+    for _ in range(2):
+        peer.send_multipart([framing.VERSION, *[b""] * (10 * FRAMES_PER_TURN)])
+    peer.send_multipart(framing.pack({"id": 1}))
+    assert len(next_message().frames) == framing.MAX_FRAMES + 1
+    assert front.receive() is None, "the rest does not fit into this turn"
+    for expected in (framing.MAX_FRAMES + 1, 2):
+        num_turns = 0
+        assert len(next_message().frames) == expected
+        assert num_turns >= 10
+    front.close()
+    context.destroy(0)
+
+
+def test_messages_of_several_frames_share_the_frames_of_a_turn(tmp_path: Path) -> None:
+    deadline_s, num_read = time.monotonic() + 20, 0
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    front = FrontSocket(context, f"ipc://{tmp_path}/front", 1 << 20)
+    peer = context.socket(zmq.DEALER)
+    peer.connect(front.endpoint)
+    for _ in range(4):
+        peer.send_multipart([framing.VERSION, *[b""] * (FRAMES_PER_TURN - 50)])
+    while num_read < 4 and time.monotonic() < deadline_s:
+        front.access.answer_requests()
+        front.begin_turn()
+        in_turn = 0
+        while front.receive() is not None:
+            in_turn += 1
+        num_read += in_turn
+        assert in_turn <= 2
+    assert num_read == 4
+    front.close()
+    context.destroy(0)
