@@ -22,6 +22,7 @@ from typing import Any
 import zmq
 
 from mgpu.orchestrator.gateway.front.access import scope_to_key
+from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.gateway.memory_limit import MemoryLimit
@@ -90,6 +91,7 @@ class Gateway:
         self._prompts = Prompts(self._requests, background)
         self._queries = Queries(self._model, self._table, self._outgoing)
         self._resumptions = Resumptions(self._requests, front.access, self._outgoing)
+        self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)
         self._memory = MemoryLimit(spec.memory_bytes)
         self._next_period_s = self._next_alive_s = 0.0
         self._has_sent_wake_up = False
@@ -223,8 +225,8 @@ class Gateway:
             self._requests.refuse(connection, request_id, Refusal("bad_request", str(error)))
         except Refusal as refusal:
             self._requests.refuse(connection, request_id, refusal)
-        except Exception:  # the border to clients: our own bug must cost one request, not the server
-            log.exception("a client's message could not be handled")
+        except Exception as error:  # the border to clients: our own bug must cost one request, not the server
+            self._bug_log.write("a client's message could not be handled", error=error)
             self._requests.refuse(connection, request_id, Refusal("engine_error", "internal error in the gateway"))
 
     def _handle(self, received: Received, data: dict[object, object]) -> None:
@@ -245,7 +247,7 @@ class Gateway:
         """End the requests of connections that are gone, or whose clients do not read what they are sent."""
         for connection, loss in self._front.take_lost().items():
             requests = self._table.of_connection(connection)
-            log.info("client %s is %s; %d requests end", connection.hex(), loss, len(requests))
+            self._lost_log.write("client %s is %s; %d requests end", connection.hex(), loss, len(requests))
             for request in requests:
                 self._requests.drop(request)
             if loss == "slow":

@@ -11,12 +11,12 @@ peer must prove (CURVE) that it has a key of the allow-list; without one, only t
 
 import logging
 import os
-import time
 from collections.abc import Collection
 from dataclasses import replace
 
 import zmq
 
+from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.protocol.front.client_messages import ClientMessage, Generate, ResumeRequest
 from mgpu.protocol.keys import KEY_BYTES, fingerprint
@@ -24,8 +24,6 @@ from mgpu.protocol.keys import KEY_BYTES, fingerprint
 ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"mgpu"
 KEY_PREFIX = "key:"
-LOG_INTERVAL_S = 1.0
-"""Refusals are logged at most this often, so that connecting again and again cannot fill the disk."""
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +34,7 @@ class AccessControl:
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", client_keys: Collection[bytes] | None = None) -> None:
         """``client_keys`` are the public keys that may connect by tcp; None: there are no keys."""
         self.set_client_keys(client_keys)
-        self._logged_s = -LOG_INTERVAL_S
-        self._unlogged = 0
+        self._refusals = BoundedLog(log, logging.WARNING)
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(ENDPOINT)
@@ -58,7 +55,7 @@ class AccessControl:
             route, question = frames[:split], frames[split:]
             identity = identify(question, self._client_keys)
             if identity is None:
-                self._log_refusal(question)
+                self._refusals.write("refused a connection from %s", _describe(question))
             status = [b"400", b"refused"] if identity is None else [b"200", b"OK"]
             request_id = question[1] if len(question) > 1 else b""
             self.socket.send_multipart([*route, b"1.0", request_id, *status, (identity or "").encode(), b""])
@@ -70,15 +67,6 @@ class AccessControl:
 
     def close(self) -> None:
         self.socket.close()
-
-    def _log_refusal(self, question: list[bytes]) -> None:
-        now_s = time.monotonic()
-        if now_s - self._logged_s < LOG_INTERVAL_S:
-            self._unlogged += 1
-            return
-        more = f" ({self._unlogged} more since the last such line)" if self._unlogged else ""
-        self._logged_s, self._unlogged = now_s, 0
-        log.warning("refused a connection from %s%s", _describe(question), more)
 
 
 def account_of(identity: str, connection: bytes) -> str:

@@ -3,6 +3,7 @@
 import logging
 from concurrent.futures import Future
 
+from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
@@ -24,6 +25,7 @@ class Prompts:
     def __init__(self, requests: RequestHandler, background: BackgroundTasks) -> None:
         self._requests = requests
         self._background = background
+        self._bug_log = BoundedLog(log, logging.ERROR)
 
     def encode(self, request: Request, codec: TextCodec | None) -> None:
         """Begin with ``request``. Refusal when it is known at once that it will not run."""
@@ -51,7 +53,7 @@ class Prompts:
             if isinstance(error, (TokenizerError, ChatTemplateError)):
                 raise Refusal("bad_request", str(error)[:500])
             if error is not None:  # the server's own failure, such as a process that cannot be started
-                log.error("a prompt could not be tokenized", exc_info=error)
+                self._bug_log.write("a prompt could not be tokenized", error=error)
                 raise Refusal("engine_error", "internal error in the gateway")
             self._requests.admit(request, int32_bytes(future.result()))
         except Refusal as refusal:

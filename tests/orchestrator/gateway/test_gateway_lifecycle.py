@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
-from harness.raw_peer import read_until_closed
+from harness.raw_peer import RawPeer, read_until_closed
 from mgpu import Client, RequestFailed
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayFailure, GatewayReady, Outputs, Ping
 
@@ -226,3 +226,21 @@ time.sleep(60)
     finally:
         os.close(ended)
         os.kill(int(holder_pid), signal.SIGKILL)
+
+
+def test_connections_that_leave_do_not_fill_the_log(model_folder: Path) -> None:
+    gateway = GatewayProcess(model_folder)
+    try:
+        for request_id in range(30):
+            gateway.engine.going.clear()
+            peer = RawPeer(gateway.endpoint)
+            peer.say(type="generate", id=request_id, prompt_ids=[5], max_tokens=500, stream=True)
+            assert peer.hear()["type"] == "accepted"
+            known = len(gateway.engine.cancels)
+            peer.close()
+            gateway.engine.going.set()
+            gateway.engine.wait(lambda known=known: len(gateway.engine.cancels) > known)
+    finally:
+        log = gateway.close()
+    assert "is gone; 1 requests end" in log
+    assert log.count("requests end") <= 10, log
