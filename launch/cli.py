@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from mgpu.launch import peer_names
 from mgpu.launch.lazy_group import LazyGroup
 from mgpu.orchestrator.errors import UserError
 
@@ -32,7 +33,10 @@ COMMANDS = {
 
 
 @click.group(
-    cls=LazyGroup, homes=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    cls=LazyGroup,
+    homes=COMMANDS,
+    hints=peer_names.COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(package_name="mgpu", prog_name="mgpu-launch")
 def cli() -> None:

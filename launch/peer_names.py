@@ -1,0 +1,114 @@
+"""What users of other servers type, and the name that it has here. Only for error messages."""
+
+from collections.abc import Sequence
+
+COMMANDS = {
+    "run": "'mgpu-launch serve MODEL' starts a server, and 'mgpu-launch chat' talks to it",
+    "start": "'mgpu-launch serve MODEL' starts a server; 'mgpu-launch install-service NAME' makes a systemd service",
+    "server": "type 'mgpu-launch serve MODEL'",
+    "up": "type 'mgpu-launch serve MODEL'",
+    "api_server": "type 'mgpu-launch serve MODEL'",
+    "launch": "type 'mgpu-launch serve MODEL'",
+    "list": "a server has one model: 'mgpu-launch status' shows it; downloaded models are in the hub's cache",
+    "ls": "a server has one model: 'mgpu-launch status' shows it; downloaded models are in the hub's cache",
+    "ps": "type 'mgpu-launch status'",
+    "show": "type 'mgpu-launch plan MODEL'",
+    "pull": "'mgpu-launch serve MODEL' downloads a model of the hub by itself",
+    "download": "'mgpu-launch serve MODEL' downloads a model of the hub by itself",
+    "rm": "remove the model's folder, or its entry in the hub's cache",
+    "stop": "end the server with Ctrl-C or SIGTERM; a systemd service with 'systemctl stop mgpu@NAME'",
+    "kill": "end the server with Ctrl-C or SIGTERM; a systemd service with 'systemctl stop mgpu@NAME'",
+    "version": "type 'mgpu-launch --version'",
+    "help": "type 'mgpu-launch --help' or 'mgpu-launch COMMAND --help'",
+    "doctor": "'mgpu-launch plan MODEL' shows the GPUs and what fits; 'mgpu-launch status' asks the running server",
+    "env": "'mgpu-launch config' shows every option and where its value comes from",
+    "complete": "type 'mgpu-launch generate PROMPT'",
+    "quantize": "'mgpu-launch serve MODEL --quant 8' (or 4, fp8) quantizes while it loads",
+    "tune": "'mgpu-launch plan MODEL' shows what fits",
+}
+"""Commands of ollama, llama.cpp, vLLM, SGLang and mistral.rs."""
+
+_QUANTS = {"int8": "8", "8bit": "8", "bitsandbytes": "8", "int4": "4", "4bit": "4", "q4k": "4", "q8_0": "8"}
+
+_SERVE = {
+    "--port": "--bind tcp://{host}:{port}",
+    "--host": "--bind tcp://{host}:{port}",
+    "--uds": "--bind ipc://{}",
+    **dict.fromkeys(("--tensor-parallel-size", "--tp-size", "-tp", "--num-gpus", "--num-shard"), "--tp {}"),
+    **dict.fromkeys(
+        ("--max-model-len", "--ctx-size", "--context-length", "--max-total-tokens", "--num-ctx", "--session-len", "-c"),
+        "--max-seq-len {}",
+    ),
+    **dict.fromkeys(
+        ("--gpu-memory-utilization", "--mem-fraction-static", "--cache-max-entry-count"), "--memory-fraction {}"
+    ),
+    **dict.fromkeys(("--quantization", "--isq", "-q"), "--quant {quant}"),
+    **dict.fromkeys(("--served-model-name", "--alias", "--model-name", "-a"), "--served-name {}"),
+    **dict.fromkeys(
+        ("--max-num-seqs", "--max-running-requests", "--max-batch-size", "--max-seqs", "--parallel", "-np"),
+        "--max-rows {}",
+    ),
+    **dict.fromkeys(
+        ("--max-num-batched-tokens", "--chunked-prefill-size", "--batch-size", "--ubatch-size", "-b", "-ub"),
+        "--max-batch-tokens {}",
+    ),
+    **dict.fromkeys(("--model-path", "--model-id", "--hf-repo", "-hf", "-hfr"), "-m {}"),
+    **dict.fromkeys(("--cache-type-k", "--cache-type-v", "-ctk", "-ctv"), "--kv-cache-dtype fp8"),
+    **dict.fromkeys(("--kv-cache-memory-bytes", "--kv-cache-memory"), "--kv-memory {}"),
+    **dict.fromkeys(("--enable-prefix-caching", "--cache-prompt"), "--prefix-cache"),
+    **dict.fromkeys(("--no-enable-prefix-caching", "--disable-radix-cache", "--no-cache-prompt"), "--no-prefix-cache"),
+    **dict.fromkeys(("--tensor-split", "-ts", "--pipeline-parallel-size", "--pp-size", "-pp", "--num-device-layers"),
+                    '--device-layers, for example --device-layers "0:32;1:32"'),
+    "--page-size": "--block-size {}",
+    "--max-waiting-requests": "--max-sequences {}",
+    **dict.fromkeys(("--api-key", "--api-key-file"), "--keys FOLDER (see 'mgpu-launch keygen')"),
+}  # fmt: skip
+"""Options of servers. ``{}`` stands for the value that was typed."""
+
+_SERVE_REMARKS = {
+    **dict.fromkeys(
+        ("--n-gpu-layers", "--gpu-layers", "-ngl", "--num-gpu"),
+        "all layers run on the GPUs; --device cpu runs all on the CPU",
+    ),
+    **dict.fromkeys(
+        ("--main-gpu", "-mg", "--gpus", "--device-ids"), "CUDA_VISIBLE_DEVICES chooses the GPUs, and --tp how many"
+    ),
+    **dict.fromkeys(("--data-parallel-size", "--dp-size", "-dp"), "start one server for each group of GPUs"),
+    "--trust-remote-code": "mgpu runs no code of a model; leave it out",
+    "--flash-attn": "mgpu chooses the attention kernel itself; leave it out",
+    "-fa": "mgpu chooses the attention kernel itself; leave it out",
+    "--enforce-eager": "leave it out",
+    "--tokenizer": "the tokenizer comes from the model's folder or file",
+    "--chat-template": "the chat template comes from the model's folder or file",
+    "--download-dir": "HF_HOME names the folder for downloaded models",
+    "--log-level": "MGPU_LOG_LEVEL=debug sets the level of the log",
+    **dict.fromkeys(("--verbose", "-v"), "MGPU_LOG_LEVEL=debug shows more"),
+    **dict.fromkeys(("--daemon", "-d"), "'mgpu-launch install-service NAME' makes a systemd service"),
+    **dict.fromkeys(("--threads", "-t"), "each CPU worker takes its share of the cores; --workers sets their number"),
+}
+
+_TALK = {
+    **dict.fromkeys(("--host", "--port", "--url", "--base-url"), "--endpoint tcp://{host}:{port}"),
+    **dict.fromkeys(("--max-new-tokens", "--n-predict", "--num-predict", "-n"), "--max-tokens {}"),
+    "--temp": "--temperature {}",
+    **dict.fromkeys(("--system-prompt", "-sys"), "--system {}"),
+    "--api-key": "--keys FILE",
+}
+_TALK_REMARKS = {
+    **dict.fromkeys(("--model", "-m"), "the model is chosen when the server starts: 'mgpu-launch serve MODEL'"),
+    **dict.fromkeys(("--prompt", "-p"), "the prompt is an argument: 'mgpu-launch generate PROMPT'"),
+    "--json": "the answer is printed as text; mgpu.Client returns it with its fields",
+}
+
+
+def option_hint(typed: str, value: str, own: Sequence[str], host: str, port: str) -> str:
+    """Return how an option of another program is written here, or ''. ``own`` holds the options of the command."""
+    serves = "--max-rows" in own
+    remarks = _SERVE_REMARKS if serves else _TALK_REMARKS
+    if typed in remarks:
+        return remarks[typed]
+    pattern = (_SERVE if serves else _TALK).get(typed, "")
+    if not pattern or pattern.split()[0].strip(",") not in own:
+        return ""
+    quant = _QUANTS.get(value.lower(), value or "8")
+    return "here it is " + pattern.format(value or "VALUE", host=host, port=port, quant=quant)

@@ -1,0 +1,71 @@
+"""Unknown commands and options: the message names what is meant."""
+
+import pytest
+from click.testing import CliRunner
+
+from mgpu.launch.cli import cli
+
+
+def refused(*args: str) -> str:
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 2, done.output
+    return " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("serv", "'serve'"), ("generat", "'generate'"), ("stat", "'status'")])
+def test_a_command_with_a_typing_mistake_gets_the_near_name(typed: str, meant: str) -> None:
+    assert f"No such command '{typed}'. Did you mean {meant}" in refused(typed)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("run", "serve MODEL"), ("list", "mgpu-launch status"), ("pull", "downloads"), ("stop", "SIGTERM"),
+    ("server", "serve MODEL"), ("version", "--version"), ("doctor", "mgpu-launch plan"), ("help", "--help"),
+])  # fmt: skip
+def test_a_command_of_another_program_gets_a_sentence(typed: str, meant: str) -> None:
+    said = refused(typed)
+    assert meant in said
+    assert "Did you mean" not in said
+
+
+def test_a_word_that_resembles_nothing_gets_the_list() -> None:
+    assert "The commands are: serve, plan," in refused("xyzzy")
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    (("--port", "8000"), "--bind tcp://127.0.0.1:8000"),
+    (("--port=8000", "--host=10.0.0.5"), "--bind tcp://10.0.0.5:8000"),
+    (("--host", "10.0.0.5"), "--bind tcp://10.0.0.5:PORT"),
+    (("--tensor-parallel-size", "2"), "--tp 2"),
+    (("-tp", "2"), "--tp 2"),
+    (("--max-model-len=8k",), "--max-seq-len 8k"),
+    (("-c", "4096"), "--max-seq-len 4096"),
+    (("--ctx-size", "4096"), "--max-seq-len 4096"),
+    (("--gpu-memory-utilization", "0.8"), "--memory-fraction 0.8"),
+    (("--quantization", "bitsandbytes"), "--quant 8"),
+    (("--quantization", "fp8"), "--quant fp8"),
+    (("-ngl", "99"), "all layers run on the GPUs"),
+    (("--n-gpu-layers", "99"), "all layers run on the GPUs"),
+    (("--served-model-name", "x"), "--served-name x"),
+    (("--max-num-seqs", "64"), "--max-rows 64"),
+    (("--max-num-batched-tokens", "2048"), "--max-batch-tokens 2048"),
+])  # fmt: skip
+@pytest.mark.parametrize("command", ["serve", "plan", "config"])
+def test_an_option_of_another_server_gets_ours_with_the_value(command: str, typed: tuple[str, ...], meant: str) -> None:
+    said = refused(command, *typed)
+    assert meant.lower() in said.lower()
+    assert "Did you mean" not in said
+
+
+@pytest.mark.parametrize(("command", "typed"), [("generate", "--json"), ("serve", "--qort"), ("status", "--port")])
+def test_names_that_only_look_alike_are_not_suggested(command: str, typed: str) -> None:
+    assert "Did you mean" not in refused(command, typed)
+
+
+def test_an_option_with_a_typing_mistake_gets_the_near_name() -> None:
+    assert "Did you mean '--max-rows'?" in refused("serve", "--max-row", "3")
+    assert "Did you mean '--temperature'?" in refused("chat", "--temper", "3")
+
+
+def test_a_value_that_looks_like_an_option_is_a_value() -> None:
+    assert CliRunner().invoke(cli, ["config", "--served-name", "--port"]).exit_code == 0
+    assert CliRunner().invoke(cli, ["config", "-n0:1"]).exit_code == 0
