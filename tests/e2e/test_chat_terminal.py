@@ -1,5 +1,6 @@
 """``mgpu-launch chat`` on a terminal: Ctrl-C ends the answer, not the program."""
 
+import json
 import os
 import pty
 import select
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from mgpu.launch.server_process import ServerProcess
 
@@ -16,12 +18,12 @@ TURN_S = 60.0
 class Terminal:
     """A command on a pseudo-terminal of its own."""
 
-    def __init__(self, server: ServerProcess, *arguments: str) -> None:
+    def __init__(self, server: ServerProcess, *arguments: str, **environ: str) -> None:
         self.screen = b""
         self.fd, child = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mgpu.launch.cli", *arguments],
-            env=server.environ,
+            env={**server.environ, **environ},
             stdin=child,
             stdout=child,
             stderr=child,
@@ -42,11 +44,57 @@ class Terminal:
                 self.screen += os.read(self.fd, 65536)
         return found + len(text)
 
+    def turn(self, text: str, after: int = 0, prompt: bytes = b"> ") -> int:
+        """Type at a prompt; return the place behind the next prompt."""
+        place = len(self.screen) if after else self.wait_for(b"> ")
+        self.type(text)
+        return self.wait_for(prompt, self.wait_for(b"\n", place))
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(TURN_S)
         os.close(self.fd)
+
+
+def test_lines_are_edited_and_commands_are_not_sent(server: ServerProcess, endpoint: str, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    terminal = Terminal(server, "chat", "--max-tokens", "600", TERM="xterm")
+    try:
+        place = terminal.turn("/set max_tokens 4\n")
+        place = terminal.turn("/system Be short.\n", place)
+        place = terminal.turn("/helo\n", place)
+        assert b"/helo is no command" in terminal.screen
+        assert b"/save FILE" in terminal.screen
+        place = terminal.turn("Hi therX\x1b[D\x1b[C\x7fe\n", place)  # left, right, backspace
+        place = terminal.wait_for(b"tokens/s]", place - 60)
+        place = terminal.turn("\x1b[A\n", place)  # the same line again
+        place = terminal.turn('"""one\n', place, b". ")
+        place = terminal.turn('two"""\n', place)
+        place = terminal.turn("/retry\n", place)
+        place = terminal.turn(f"/save {file}\n", place)
+        terminal.type("/bye\n")
+        assert terminal.process.wait(TURN_S) == 0
+    finally:
+        terminal.close()
+    messages = json.loads(file.read_text())
+    assert messages[0] == {"role": "system", "content": "Be short."}
+    assert [each["content"] for each in messages if each["role"] == "user"] == ["Hi there", "Hi there", "one\ntwo"]
+
+
+NO_READLINE = "import sys; sys.modules['readline'] = None; from mgpu.launch.cli import main; main()"
+
+
+def test_without_readline_escape_codes_do_not_reach_the_model(
+    server: ServerProcess, endpoint: str, tmp_path: Path
+) -> None:
+    typed = f"/set max_tokens 2\nx\x1b[Dy\x1b[A\n/save {tmp_path / 'talk.json'}\n/clear\n/retry\n/bye\n"
+    done = subprocess.run(
+        [sys.executable, "-c", NO_READLINE, "chat"], env=server.environ, input=typed, capture_output=True, text=True,
+        timeout=TURN_S, check=True,
+    )  # fmt: skip
+    assert "there is no message to answer again" in done.stderr
+    assert json.loads((tmp_path / "talk.json").read_text())[0]["content"] == "xy"
 
 
 def test_ctrl_c_ends_the_answer_and_the_next_turn_works(server: ServerProcess, endpoint: str) -> None:
