@@ -1,6 +1,7 @@
 """Prepare a server before its first process: turn options into parts, find the model, read its headers, place it."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -10,7 +11,7 @@ from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_mo
 from mgpu.orchestrator.placement.devices import Machine, described_machine, find_machine
 from mgpu.orchestrator.placement.options import LayoutOptions, implied_workers
 from mgpu.orchestrator.placement.planner import Plan, plan
-from mgpu.protocol.checkpoint.read import Checkpoint
+from mgpu.protocol.checkpoint.read import Checkpoint, has_weights
 from mgpu.protocol.internal.client_limits import MAX_WEIGHT, MIN_WEIGHT, ClientLimits
 
 Part = TypeVar("Part")
@@ -74,12 +75,20 @@ def prepare(config: ServeConfig) -> PlannedModel:
         report=lambda line: click.echo(line, err=True),
     )
     checkpoint = read_model(model, config.load_format)
-    check_loadable(checkpoint)
+    note_missing_tokenizer(model)
     return plan_model(model, checkpoint, config)
+
+
+def note_missing_tokenizer(model: ResolvedModel) -> None:
+    """Say so if a folder has weights and no tokenizer: its server takes token ids only."""
+    folder = Path(model.path)
+    if model.format == "safetensors" and has_weights(folder) and not (folder / "tokenizer.json").exists():
+        click.echo(f"{model.path} has no tokenizer.json: only requests with prompt_ids will work", err=True)
 
 
 def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, gpus: str = "") -> PlannedModel:
     """Place a model as the options say, on this machine or the one that ``gpus`` describes. UserError as `prepare`."""
+    check_loadable(checkpoint)
     options = part_of(config, LayoutOptions)
     machine = described_machine(gpus) if gpus else _machine(config, options)
     return PlannedModel(model, checkpoint, plan(checkpoint.facts, machine, options))

@@ -8,7 +8,7 @@ import click
 
 from mgpu.launch.config import ServeConfig
 from mgpu.launch.options import config_options, model_argument, read_config
-from mgpu.launch.prepare import client_limits, plan_model
+from mgpu.launch.prepare import client_limits, note_missing_tokenizer, plan_model
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.models.find import read_model_to_plan, resolve_model
 from mgpu.orchestrator.placement.table import layout_json, layout_text
@@ -29,7 +29,9 @@ def plan_command(config_file: Path | None, gpus: str, as_json: bool, **flags: An
         raise UserError("--gpus describes GPUs; drop --device cpu, --workers and --oversubscribe")
     check_front(config, keys_may_come=config_file is not None)  # a unit gets them as a credential
     model = resolve_model(config.model, part="config", report=lambda line: click.echo(line, err=True))
-    planned = plan_model(model, read_model_to_plan(model), config, gpus)
+    checkpoint = read_model_to_plan(model)
+    note_missing_tokenizer(model)
+    planned = plan_model(model, checkpoint, config, gpus)
     if as_json:
         click.echo(json.dumps({"model": model.name, **layout_json(planned.plan)}, indent=2))
     else:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from harness.assertions import assert_has_all
+from harness.demo_model import demo_model
+from harness.model_files import write_llama_folder
 
 QWEN3_32B = {
     "architectures": ["Qwen3ForCausalLM"], "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
@@ -118,6 +120,34 @@ def test_wrong_usage_has_another_status(model: str, args: list[str], status: int
     done = launch("-m", model, *args)
     assert done.returncode == status
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path)
+    done = launch(str(tmp_path), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert_has_all(done.stderr, "no tokenizer.json", "only requests with prompt_ids will work")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert launch(str(tmp_path), "--device", "cpu").stderr == ""
+
+
+WITHOUT_GGUF = """
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "gguf" else found(name, *rest)
+from mgpu.launch.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["plan", "serve"])
+def test_plan_and_serve_refuse_a_file_that_needs_the_gguf_package(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_GGUF, command, demo_model(), "--device", "cpu"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 78
+    assert "tensors needs the gguf package; type: pip install gguf" in done.stderr
 
 
 def test_planning_takes_less_than_half_a_second_of_cpu_time(model: str) -> None:
