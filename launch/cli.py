@@ -10,6 +10,7 @@ import click
 from mgpu.launch import peer_names
 from mgpu.launch.lazy_group import LazyGroup
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.host.signals import end_first_process_at_sigterm
 
 EXIT_USAGE = 64
 """A mistake on the command line; systemd does not restart after it."""
@@ -46,6 +47,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and a non-zero status, never in a traceback."""
     open_standard_files()
+    end_first_process_at_sigterm()
     if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may hold characters that the terminal lacks
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.host.signals import end_at_once
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 from mgpu.protocol.internal.child import end_with_parent
 
@@ -112,14 +113,15 @@ def orderly_end() -> Iterator[None]:
     def leave(number: int, _frame: object) -> None:
         sys.exit(128 + number)
 
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = [number for number in previous if previous[number] in (signal.SIG_DFL, end_at_once)]
     for number in numbers:
         signal.signal(number, leave)
     try:
         yield
     finally:
         for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, previous[number])
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mgpu.orchestrator.placement.control_groups import usable_cpus
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
@@ -94,10 +95,17 @@ class ServerConfig:
 
     @property
     def threads_per_worker(self) -> int:
-        """As configured; else the cores shared out on the CPU, and torch's default (0) beside GPUs."""
-        if self.num_threads or self.device_kind != "cpu":
+        """As configured; else the usable cores shared out on the CPU.
+
+        Beside GPUs torch's default (0), which does not know of a quota of CPU time: under one, the same share.
+        """
+        if self.num_threads:
             return self.num_threads
-        return max(1, len(os.sched_getaffinity(0)) // self.layout.placement.world_size)
+        cores = len(os.sched_getaffinity(0))
+        usable = usable_cpus(cores)
+        if self.device_kind != "cpu" and usable == cores:
+            return 0
+        return max(1, usable // self.layout.placement.world_size)
 
     @property
     def shared_bytes(self) -> int:

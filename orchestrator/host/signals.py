@@ -82,10 +82,25 @@ def _has_terminal() -> bool:
 
 
 def end_process(status: int) -> NoReturn:
-    """Exit with ``status``; a negative one ends the process by that signal, so that the parent sees the truth."""
+    """Exit with ``status``; a negative one ends the process by that signal, so that the parent sees the truth.
+
+    The first process of a PID namespace, such as a container's, cannot be ended by its own signal. It exits with what a
+    shell would report: 128 and the signal's number.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
-    sys.exit(status)
+    sys.exit(128 - status if status < 0 else status)
+
+
+def end_first_process_at_sigterm() -> None:
+    """Let SIGTERM end this process if it is the first of a PID namespace, where the default action does not apply."""
+    if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end_at_once)
+
+
+def end_at_once(number: int, _frame: FrameType | None) -> NoReturn:
+    """Do what the default action of a signal does. Nothing is waited for, such as the threads of a download."""
+    os._exit(128 + number)

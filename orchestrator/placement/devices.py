@@ -6,12 +6,12 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import psutil
 
 from mgpu.orchestrator.errors import DeviceError, NoDeviceError
+from mgpu.orchestrator.placement.control_groups import memory_within_limits
 from mgpu.orchestrator.placement.nvml import Gpu, Link, Nvml, NvmlSession
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
@@ -234,17 +234,9 @@ def _uniform_links(count: int, between: Link) -> tuple[tuple[Link, ...], ...]:
 
 
 def _host_memory() -> tuple[int, int]:
-    """Return total and available bytes, within the limit of this process's control group if there is one."""
+    """Return total and available bytes, within the limits of this process's control groups."""
     memory = psutil.virtual_memory()
-    total, free = int(memory.total), int(memory.available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return total, free
-    if limit.isdecimal() and int(limit) < total:
-        return int(limit), max(0, min(free, int(limit) - used))
-    return total, free
+    return memory_within_limits(int(memory.total), int(memory.available))
 
 
 def described_machine(text: str, environ: Mapping[str, str] = os.environ) -> Machine:

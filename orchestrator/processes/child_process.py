@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 KILL_S = 10.0
 """How long a killed process may take to vanish."""
+_REAP_S = 1.0
+"""How long the killed orphans of a killed process may take to vanish."""
 LIMITS = {
     errno.EAGAIN: "the limit of processes is reached (ulimit -u, or TasksMax in a unit)",
     errno.ENOMEM: "memory has run out",
@@ -143,6 +145,20 @@ class ChildProcess:
             log.error("%s (process %d) does not die, %g s after SIGKILL; see dmesg", self.name, self.pid, KILL_S)
             return
         os.close(self.pidfd)
+        _reap_orphans(self.pid)
+
+
+def _reap_orphans(group: int) -> None:
+    """Collect what a killed child leaves of its process group, such as the template process of a gateway.
+
+    Orphans become children of the first process of the PID namespace, or of a subreaper. If this is another process,
+    none of the group is a child of this one.
+    """
+    deadline_s = time.monotonic() + _REAP_S
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < deadline_s:
+            if os.waitpid(-group, os.WNOHANG)[0] == 0:
+                time.sleep(0.001)
 
 
 def count_memory_kills() -> int:
