@@ -26,3 +26,9 @@ class PlacementError(UserError):
 
 class ModelError(UserError):
     """The model cannot be found, obtained or read."""
+
+
+class HubUnreachable(ModelError):
+    """The hub did not answer, and the local cache lacks the model. It may answer later. EX_TEMPFAIL."""
+
+    exit_code = 75

@@ -3,12 +3,13 @@
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from mgpu.orchestrator.errors import ModelError
+from mgpu.orchestrator.errors import HubUnreachable, ModelError
 from mgpu.orchestrator.models.demo import DEMO_NAME, demo_model_path
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, has_weights, read_checkpoint
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat
@@ -36,6 +37,11 @@ _FILES: dict[Part, tuple[str, ...]] = {
     "all": _CONFIG_FILES + _TOKENIZER_FILES + _WEIGHT_FILES,
 }
 _UNWANTED_FILES = ("*/*", "consolidated*")
+_LASTING = frozenset({
+    "HFValidationError", "RepositoryNotFoundError", "RevisionNotFoundError", "OfflineModeIsEnabled", "ImportError",
+    "InvalidURL", "UnsupportedProtocol",
+})  # fmt: skip
+"""Errors of the hub's package and its HTTP library that only the user can help, by name: the library changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +95,52 @@ def _resolved(name: str, part: Part, report: Callable[[str], None], environ: Map
         file = demo_model_path(cache_root(environ), report, verify=part != "config")
         return ResolvedModel(str(file.absolute()), "gguf", DEMO_NAME)
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(".gguf"):
-        return ResolvedModel(_fetch_from_hub(name, _FILES[part], report), "safetensors", name)
+        return ResolvedModel(_fetch_from_hub(name, part, report), "safetensors", name)
     raise ModelError(f"{name}: no such file or folder; {FORMS}")
 
 
-def _fetch_from_hub(name: str, patterns: Sequence[str], report: Callable[[str], None]) -> str:
-    """Return the snapshot folder of a hub model, from the local cache if possible. Never fetches code or pickles."""
+def _fetch_from_hub(name: str, part: Part, report: Callable[[str], None]) -> str:
+    """Return the snapshot folder of a hub model, from the local cache if the hub fails. Never fetches code or pickles.
+
+    HubUnreachable when the hub may answer later, else ModelError.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ModelError(f"{name}: no such folder, and without the package huggingface_hub no hub: {FORMS}") from error
     report(f"looking up {name} in the hub cache, else downloading it")
+    fetch = partial(snapshot_download, name, allow_patterns=list(_FILES[part]), ignore_patterns=list(_UNWANTED_FILES))
     try:
-        return str(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(_UNWANTED_FILES)))
-    except (OSError, ValueError, RuntimeError) as error:  # the errors of huggingface_hub and of HTTP derive from these
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"{name}: not a folder here, and the hub did not give it: {reason[0][:300]}. {FORMS}"
-        ) from error
+        return str(fetch())
+    except Exception as error:  # proxies, addresses and servers fail in the HTTP library's own ways, not all OSError
+        kept = _cached(fetch, part)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        if kept is not None:
+            report(f"{name}: taken from the hub cache, because the hub did not answer: {reason}")
+            return kept
+        kind = HubUnreachable if may_pass(error) else ModelError
+        raise kind(f"{name}: not a folder here, and the hub did not give it: {reason}. {FORMS}") from error
+
+
+def _cached(fetch: Callable[..., object], part: Part) -> str | None:
+    """Return the snapshot folder in the local cache; None if it lacks what is needed."""
+    try:
+        folder = Path(str(fetch(local_files_only=True)))
+    except Exception:  # the same library; the first error is the one to tell
+        return None
+    return str(folder) if (folder / "config.json").is_file() and (part != "all" or has_weights(folder)) else None
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return True if the same request to the hub may succeed later, as when the network is down."""
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain]
+    if any(isinstance(status, int) and 400 <= status < 500 and status not in (408, 429) for status in statuses):
+        return False
+    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    return not names & _LASTING and not any(type(each) in (ValueError, TypeError) for each in chain)
 
 
 def read_model(model: ResolvedModel, load_format: LoadFormat = "auto") -> Checkpoint:

@@ -109,6 +109,7 @@ def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine
         if not inventory.gpus:
             return None, inventory.problem
         gpus = visible_gpus(inventory.gpus, variable)
+        check_answers(inventory.gpus, gpus)
         if not gpus:
             return None, f"CUDA_VISIBLE_DEVICES={variable} hides {len(inventory.gpus)}"
         devices = tuple(_device(ordinal, gpu) for ordinal, gpu in enumerate(gpus))
@@ -118,6 +119,15 @@ def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine
     if environ.get("MGPU_NO_P2P") == "1":
         links = tuple(tuple("none" for _ in row) for row in links)
     return Machine(devices, links, problem, notes=(note,) if note else ()), ""
+
+
+def check_answers(known: Sequence[Gpu], visible: Sequence[Gpu]) -> None:
+    """Raise DeviceError if a visible GPU does not answer the driver. Those that are not visible may be lost."""
+    lost = next((gpu for gpu in visible if gpu.problem), None)
+    if lost is not None:
+        healthy = ",".join(str(gpu.index) for gpu in known if not gpu.problem and not gpu.mig)
+        hint = f"; CUDA_VISIBLE_DEVICES={healthy} leaves it out" if healthy else ""
+        raise DeviceError(f"a GPU does not answer the driver: GPU {lost.index}: {lost.problem}{hint}; see `nvidia-smi`")
 
 
 def _device(ordinal: int, gpu: Gpu) -> DeviceInfo:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Literal, Protocol, cast
 
+import psutil
+
 from mgpu.orchestrator.errors import DeviceError
 
 Link = Literal["self", "nvlink", "pcie", "none"]
@@ -61,6 +63,8 @@ class Gpu:
     mig: bool = False
     capability: tuple[int, int] | None = None
     """CUDA compute capability; None: the driver does not say."""
+    problem: str = ""
+    """Why it does not answer the driver; empty if it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +99,20 @@ class NvmlSession:
             self._nvml.nvmlShutdown()
 
     def inventory(self) -> Inventory:
-        """List every GPU. DeviceError when one does not answer."""
+        """List every GPU, with its ``problem`` if it does not answer. DeviceError when they cannot be counted."""
         nvml = self._nvml
         if nvml is None:
             return Inventory((), self._problem)
         try:
-            gpus = [_query(nvml, nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(nvml.nvmlDeviceGetCount())]
+            gpus = [_query_or_lost(nvml, i) for i in range(nvml.nvmlDeviceGetCount())]
         except nvml.NVMLError as error:
-            raise DeviceError(f"a GPU does not answer the driver: {error}; `nvidia-smi` shows which one") from error
-        gpus.sort(key=lambda gpu: gpu.pci)
+            raise DeviceError(f"no GPU answers the driver: {error}; see `nvidia-smi`") from error
+        if not any(gpu.problem for gpu in gpus):  # the place of a lost GPU is known from the driver's order alone
+            gpus.sort(key=lambda gpu: gpu.pci)
         found: list[Gpu] = []
         for index, gpu in enumerate(gpus):
             found.append(replace(gpu, index=index))
-            found.extend(_mig_instances(nvml, gpu))
+            found.extend(() if gpu.problem else _mig_instances(nvml, gpu))
         return Inventory(tuple(found), "" if found else "the driver lists no GPU")
 
     def links(self, gpus: Sequence[Gpu]) -> tuple[tuple[Link, ...], ...]:
@@ -139,15 +144,34 @@ def _import_nvml() -> Nvml | None:
     return cast(Nvml, module)
 
 
+def _query_or_lost(nvml: Nvml, index: int) -> Gpu:
+    try:
+        return _query(nvml, nvml.nvmlDeviceGetHandleByIndex(index))
+    except nvml.NVMLError as error:
+        return Gpu(index, "lost GPU", f"lost-{index}", f"lost-{index}", 0, 0, None, problem=str(error))
+
+
+def _memory(nvml: Nvml, handle: object) -> tuple[int, int]:
+    """Return total and free bytes; those of the machine where the driver has none of its own (unified memory)."""
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError as error:
+        if "not supported" not in str(error).lower():
+            raise
+        machine = psutil.virtual_memory()
+        return int(machine.total), int(machine.available)
+    return int(memory.total), int(memory.free)
+
+
 def _query(nvml: Nvml, handle: object) -> Gpu:
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    total_bytes, free_bytes = _memory(nvml, handle)
     return Gpu(
         index=-1,
         name=_text(nvml.nvmlDeviceGetName(handle)),
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
         pci=_text(nvml.nvmlDeviceGetPciInfo(handle).busId).upper(),
-        total_bytes=int(memory.total),
-        free_bytes=int(memory.free),
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
         handle=handle,
         capability=_capability(nvml, handle),
     )

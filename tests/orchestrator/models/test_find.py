@@ -1,9 +1,16 @@
 """What `-m` may name, and how the demo model gets into the cache."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+import os
+import socket
+import subprocess
+import sys
+import threading
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +167,62 @@ def test_only_weights_configuration_and_tokenizer_are_asked_for(
     assert set(kept) == wanted
     resolve_model("org/model", part="config")
     assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
+
+
+HUB_FAULTS = {
+    "hang-up": {"HF_ENDPOINT": "{url}"},
+    "nobody listens": {"HF_ENDPOINT": "http://127.0.0.1:9"},
+    "no scheme": {"HF_ENDPOINT": "127.0.0.1:9"},
+    "SOCKS proxy": {"ALL_PROXY": "socks5://127.0.0.1:9", "HF_ENDPOINT": "http://hub.invalid"},
+    "# in the password": {"ALL_PROXY": "http://me:a#b@127.0.0.1:9", "HF_ENDPOINT": "http://hub.invalid"},
+}
+LOOK_UP = """
+import sys
+from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.models.find import resolve_model
+try:
+    print(resolve_model("org/model", part=sys.argv[1]).path)
+except UserError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.fixture
+def hang_up() -> Iterator[str]:
+    """The address of a server that closes every connection at once."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    listener.accept()[0].close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("fault", HUB_FAULTS)
+def test_a_hub_that_fails_is_one_sentence_and_the_cache_wins(fault: str, hang_up: str, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    variables = {name: value.format(url=hang_up) for name, value in HUB_FAULTS[fault].items()}
+    environ = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environ = {**environ, **variables, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+
+    def look_up(part: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", LOOK_UP, part]
+        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+
+    nothing = look_up("config")
+    assert nothing.returncode == (75 if fault in ("hang-up", "nobody listens") else 78), nothing.stdout
+    assert nothing.stdout.startswith("org/model: not a folder here, and the hub did not give it: ")
+    assert nothing.stdout.count("\n") == 1
+    assert "Traceback" not in nothing.stderr
+    snapshot = hub_cache(tmp_path)
+    assert look_up("config").stdout.strip() == str(snapshot)
+    if fault != "nobody listens":  # there the hub's package returns the snapshot by itself
+        assert look_up("all").returncode in (75, 78), "a snapshot without weights is not the model"
 
 
 # The demo model, with a small stand-in for its bytes

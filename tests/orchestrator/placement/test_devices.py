@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from harness.assertions import assert_has_all
@@ -127,6 +128,25 @@ def test_a_lost_gpu_is_an_error_not_a_smaller_machine() -> None:
     with pytest.raises(DeviceError, match="lost"):
         found(None, nvml)
     assert nvml.open_sessions == 0
+
+
+@pytest.mark.parametrize("visible", ["0,2", "GPU-0,GPU-2"])
+def test_a_lost_gpu_that_is_not_visible_leaves_the_others_their_numbers(visible: str) -> None:
+    nvml = FakeNvml([FakeGpu(f"GPU-{i}", f"00:0{i}", lost=i == 1) for i in range(3)])
+    assert uuids(found(visible, nvml)) == ["GPU-0", "GPU-2"]
+    for with_the_lost in ("1", "0,1"):
+        with pytest.raises(DeviceError, match="GPU 1: GPU is lost; CUDA_VISIBLE_DEVICES=0,2 leaves it out"):
+            found(with_the_lost, nvml)
+
+
+def test_memory_that_the_driver_does_not_know_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = four_gpus()
+
+    def refuse(_: object) -> FakeMemory:
+        raise nvml.NVMLError("Not Supported")
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetMemoryInfo", refuse)
+    assert found(None, nvml).devices[0].total_bytes == psutil.virtual_memory().total
 
 
 def test_the_cpu_is_used_when_asked_for_whatever_gpus_there_are() -> None:
