@@ -26,7 +26,7 @@ def generate_command(
 
     Without --max-tokens the answer stops after 512 tokens.
     """
-    text = _read_input() if prompt == "-" else prompt
+    text = _utf8("standard input", _read_input()) if prompt == "-" else _utf8("PROMPT", prompt)
     options = typed({**sampling, "stop": list(stop) or None})
     with (
         server_errors(),
@@ -46,6 +46,18 @@ def stopped(pieces: Iterable[Piece]) -> Iterator[Piece]:
         if left <= 0 and piece.finish_reason is None:
             click.echo(f" [stopped after {MOST_TOKENS} tokens; --max-tokens allows more]", err=True, nl=False)
             return
+
+
+def _utf8(what: str, text: str) -> str:
+    """Return the text. UserError if it holds bytes that are not UTF-8, which Python keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} is no UTF-8 text at character {error.start + 1}; convert it, for example with: iconv -f LATIN1 "
+            "-t UTF-8"
+        ) from None
+    return text
 
 
 def _read_input() -> str:

@@ -42,6 +42,8 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
 
     notifier = Notifier.from_environment(os.environ)
     config, _ = read_config(config_file, flags)
+    if any("\ud800" <= character <= "\udfff" for character in config.served_name):  # bytes that are not UTF-8
+        raise ConfigError("--served-name must be UTF-8 text")
     allow_open_files()
     keys = keys_for(config.bind, config.keys)
     if config.bind:

@@ -77,7 +77,12 @@ def resolve_model(
     if not name.strip():
         raise ModelError(f"no model is named; {FORMS}")
     try:
-        return _resolved(name, part, report, environ)
+        model = _resolved(name, part, report, environ)
+        f"{model.path}{model.name}".encode()
+        return model
+    except UnicodeEncodeError as error:  # such names cannot be sent to workers and clients
+        shown = name.encode(errors="surrogateescape").decode(errors="replace")
+        raise ModelError(f"{shown[:200]}: the path of a model must be UTF-8; rename it") from error
     except (OSError, RuntimeError) as error:  # a name too long, a closed folder; RuntimeError: expanduser, for ~nobody
         reason = (error.strerror if isinstance(error, OSError) else "") or error
         raise ModelError(f"{name[:200]}: cannot be looked up: {reason}; {FORMS}") from error

@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+from click.testing import CliRunner
 
-from mgpu.launch.commands.generate import MOST_TOKENS, stopped
+from mgpu.launch.commands.generate import MOST_TOKENS, generate_command, stopped
+from mgpu.launch.commands.serve import serve_command
+from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.results import Piece
 
 
@@ -22,3 +25,15 @@ def test_it_is_stopped_and_says_what_to_type(capsys: pytest.CaptureFixture[str])
 def test_what_ends_by_itself_is_given_whole(count: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(stopped(pieces(count, "stop"))) == list(pieces(count, "stop"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_before_a_server_is_looked_for() -> None:
+    result = CliRunner().invoke(generate_command, ["caf\udce9"])
+    assert isinstance(result.exception, UserError)
+    assert "PROMPT is no UTF-8 text at character 4" in str(result.exception)
+
+
+def test_a_served_name_that_is_not_utf8_is_refused_before_the_model_is_read() -> None:
+    result = CliRunner().invoke(serve_command, ["-m", "/nowhere", "--served-name", "caf\udce9"])
+    assert isinstance(result.exception, UserError)
+    assert "--served-name" in str(result.exception)

@@ -169,6 +169,16 @@ def test_only_weights_configuration_and_tokenizer_are_asked_for(
     assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
 
 
+def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_config(folder)
+    (tmp_path / "link").symlink_to(folder)
+    for name in (folder, tmp_path / "link"):
+        with pytest.raises(ModelError) as caught:
+            resolve_model(str(name))
+        str(caught.value).encode()
+
+
 HUB_FAULTS = {
     "hang-up": {"HF_ENDPOINT": "{url}"},
     "nobody listens": {"HF_ENDPOINT": "http://127.0.0.1:9"},
