@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, TokenLogprob, Usage
-from mgpu.protocol.errors import MgpuError
+from mgpu.protocol.errors import DeadlineExceeded, MgpuError
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.server_messages import Accepted, Finished, Tokens
 
@@ -18,6 +18,7 @@ class _Choice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     has_ended: bool = False
+    finish_reason: str = "cancelled"
 
 
 class Answer:
@@ -56,7 +57,7 @@ class Answer:
         if message.finish_reason is None:
             self.pieces.append(piece)
         else:
-            choice.has_ended = True
+            choice.has_ended, choice.finish_reason = True, message.finish_reason
             self._last = piece
 
     def finish(self, message: Finished) -> None:
@@ -73,6 +74,8 @@ class Answer:
     def fail(self, error: MgpuError) -> None:
         """End the answer with an error; pieces that came before can still be taken."""
         self.release()
+        if isinstance(error, DeadlineExceeded):
+            error.partial = self.partial()
         self.error = error
 
     def release(self, usage: Usage | None = None) -> None:
@@ -91,6 +94,13 @@ class Answer:
         choices = tuple(self._completed(index, reasons[index]) for index in range(len(self._choices)))
         accepted = self.accepted or Accepted(self._finished.id, "", self._finished.prompt_tokens, 0, 0)
         return Completion(choices, _usage(self._finished), accepted.model, accepted.seed)
+
+    def partial(self) -> Completion:
+        """Return what has arrived. Choices that have not ended count as cancelled; the usage is what is known."""
+        choices = tuple(self._completed(index, choice.finish_reason) for index, choice in enumerate(self._choices))
+        usage = Usage(self.accepted.prompt_tokens if self.accepted else 0, sum(len(c.token_ids) for c in choices), 0)
+        model, seed = (self.accepted.model, self.accepted.seed) if self.accepted else ("", 0)
+        return Completion(choices, usage, model, seed)
 
     def _completed(self, index: int, reason: str) -> CompletionChoice:
         choice = self._choices[index]

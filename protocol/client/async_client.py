@@ -91,7 +91,7 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
             for seconds in self._client._waits_for(self._request, self._deadline_s):
                 self._event.clear()
                 await _wait_until(self._event, seconds)
-                if self._request.is_interrupted:
+                if self._request.is_interrupted or not self._event.is_set():
                     self._client._read()
         except MgpuError:
             await self.aclose()
@@ -112,6 +112,7 @@ class AsyncClient:
         keys: str | Path | None = None,
         connect_timeout_s: float = timeouts.CONNECT_TIMEOUT_S,
         silence_timeout_s: float = timeouts.SILENCE_TIMEOUT_S,
+        retries: int = timeouts.RETRIES,
     ) -> None:
         """See `Client`; nothing is connected before the first call."""
         self._endpoint = endpoint
@@ -122,6 +123,7 @@ class AsyncClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
         self._progress = asyncio.Event()
+        self._retries = retries
         self._closed = False
 
     # ------------------------------------------------------------- requests
@@ -173,7 +175,7 @@ class AsyncClient:
     def _stream(self, what: Mapping[str, object], options: GenerateOptions, *, stream: bool) -> AsyncCompletionStream:
         timeout_s = options.get("timeout_s", self._timeouts.request_s)
         message = generate_message(next(self._ids), what, options, stream=stream, timeout_s=timeout_s)
-        return AsyncCompletionStream(self, ResumableRequest(message), timeout_s)
+        return AsyncCompletionStream(self, ResumableRequest(message, self._retries), timeout_s)
 
     async def _start(self, request: ResumableRequest) -> None:
         session = await self._connect()

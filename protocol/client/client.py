@@ -82,16 +82,19 @@ class Client:
         keys: str | Path | None = None,
         connect_timeout_s: float = timeouts.CONNECT_TIMEOUT_S,
         silence_timeout_s: float = timeouts.SILENCE_TIMEOUT_S,
+        retries: int = timeouts.RETRIES,
     ) -> None:
         """Connect to ``endpoint``, else to MGPU_ENDPOINT, else to the server that runs on this machine.
 
         ``timeout_s`` is the longest a request may take unless the call says otherwise. ``keys`` is this client's key
         file, else MGPU_KEYS, for servers on tcp that want one. ServerUnreachable when nobody answers within
-        ``connect_timeout_s``, or the server and this client do not accept each other's keys.
+        ``connect_timeout_s``, or the server and this client do not accept each other's keys. A request that an
+        overloaded server refuses is sent again after its ``retry_after_s``, ``retries`` times at most; 0 turns it off.
         """
         self._timeouts = timeouts.ClientTimeouts(timeout_s, connect_timeout_s, silence_timeout_s)
         self._endpoint = find_endpoint(endpoint)
         self._keys = keys
+        self._retries = retries
         self._closed = False
         self._ids = count(1)
         self._processes: dict[int, ProcessConnections] = {}
@@ -148,7 +151,8 @@ class Client:
     def _begin(self, what: Mapping[str, object], options: GenerateOptions, *, stream: bool) -> CompletionStream:
         connection = self._connection()
         timeout_s = options.get("timeout_s", self._timeouts.request_s)
-        request = ResumableRequest(generate_message(next(self._ids), what, options, stream=stream, timeout_s=timeout_s))
+        message = generate_message(next(self._ids), what, options, stream=stream, timeout_s=timeout_s)
+        request = ResumableRequest(message, self._retries)
         connection.begin(request)
         return CompletionStream(connection, request, time.monotonic() + timeout_s)
 

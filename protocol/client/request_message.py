@@ -44,6 +44,10 @@ def prompt_field(prompt: str | Sequence[int]) -> dict[str, object]:
     """Return the field for a prompt of text or token ids. RequestFailed says what is wrong with it."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
+    if isinstance(prompt, (bytes, bytearray, memoryview)):
+        raise RequestFailed("bad_request", "prompt must be text or a sequence of token ids, got bytes; use .decode()")
+    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], str):
+        raise RequestFailed("bad_request", "prompt must be one prompt, got several strings; use map(prompts) for them")
     try:
         return {"prompt_ids": TokenIds().parse("prompt", _listed("prompt", prompt, "text or a sequence of token ids"))}
     except FieldError as error:

@@ -1,6 +1,6 @@
 """What a caller gets back: pieces while an answer streams, and whole completions."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class CompletionChoice:
     finish_reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Completion:
     """A whole answer. ``text``, ``token_ids``, ``logprobs`` and ``finish_reason`` are those of the first choice."""
 
@@ -71,3 +71,23 @@ class Completion:
     @property
     def finish_reason(self) -> str:
         return self.choices[0].finish_reason
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
+        more = f", {len(self.choices)} choices" if len(self.choices) > 1 else ""
+        return f"Completion({text!r}, {self.usage.completion_tokens} tokens, {self.finish_reason!r}{more})"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return all fields as maps, lists, strings and numbers, which `json.dumps` takes."""
+        return asdict(self, dict_factory=_plain)
+
+
+def _plain(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    return {name: _listed(value) for name, value in pairs}
+
+
+def _listed(value: object) -> object:
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum, auto
 
 from mgpu.protocol.client.answer import Answer
-from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
+from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerStopped, ServerUnreachable
 from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Keepalive, Resumed, ServerMessage, Tokens
 
 RETRY_S = 1.0
@@ -71,12 +71,13 @@ _INTERRUPTED = frozenset({RequestState.DISCONNECTED, RequestState.RESUMING, Requ
 class ResumableRequest:
     """A request in flight: the message that began it, the answer so far, and the state between client and server."""
 
-    def __init__(self, message: Message) -> None:
-        """``message`` is a checked generate message."""
+    def __init__(self, message: Message, retries: int = 0) -> None:
+        """``message`` is a checked generate message. It is sent again ``retries`` times if the server is overloaded."""
         request_id = message["id"]
         assert isinstance(request_id, int)
         self.id = request_id
         self.message = message
+        self.retries = retries
         self.answer = Answer(message)
         self.state = RequestState.RUNNING
         self.heard_s = time.monotonic()
@@ -94,6 +95,11 @@ class ResumableRequest:
     def is_interrupted(self) -> bool:
         """True from the loss of a connection until the server has agreed to continue."""
         return self.state in _INTERRUPTED
+
+    def can_retry(self, message: Failed) -> bool:
+        """Return True if the server refused the request for now, before anything of its answer has arrived."""
+        is_new = self.state is RequestState.RUNNING and not any(self.answer.offsets())
+        return message.code == "overloaded" and self.retries > 0 and is_new
 
     def disconnect(self) -> None:
         """Note that the connection was lost."""
@@ -181,4 +187,6 @@ def error_of(message: Failed) -> MgpuError:
     """Return the error that the caller of a failed request or query gets."""
     if message.code == "deadline_exceeded":
         return DeadlineExceeded(message.message)
+    if message.code == "stopped":
+        return ServerStopped(message.code, message.message, message.retry_after_s)
     return RequestFailed(message.code, message.message, message.retry_after_s)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mgpu.protocol.client.channel import Channel, Event
-from mgpu.protocol.client.resumable import ResumableRequest, error_of
+from mgpu.protocol.client.resumable import RETRY_S, ResumableRequest, error_of
 from mgpu.protocol.discovery import find_endpoint
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front import framing
@@ -44,6 +44,10 @@ class Session:
         self._resume_at_s = math.inf
         """The earliest `resume_at_s` of the requests."""
         self._replies: dict[int, ServerMessage] = {}
+        self._refused: dict[int, float] = {}
+        """When to send a request again that an overloaded server has refused."""
+        self._window = 0
+        """How many requests of this client the server was busy with when it last refused one."""
 
     def begin(self, request: ResumableRequest) -> None:
         """Send a request. Raises what `Channel.send` does."""
@@ -54,12 +58,18 @@ class Session:
     def cancel(self, request: ResumableRequest) -> None:
         """End a request, here and at the server."""
         request.close()
+        self._refused.pop(request.id, None)
         if self.requests.pop(request.id, None) is not None:
             self.send_cancel(request.id)
 
     def send_cancel(self, request_id: int) -> None:
         """Tell the server to end a request."""
         self._try_to_send({"type": "cancel", "id": request_id})
+
+    def until_retry_s(self) -> float:
+        """Return the seconds until a refused request is sent again; infinity if none waits."""
+        left_s = next(iter(self._refused.values()), math.inf) - time.monotonic()
+        return left_s if left_s > 0 else math.inf  # else it waits until another request ends
 
     def has_reply(self, query_id: int) -> bool:
         """Return True if a query has been answered."""
@@ -83,6 +93,8 @@ class Session:
             self._on_frames(frames)
         # Events come after messages: what a server says before it closes the connection still counts.
         self._on_events(events)
+        if self._refused:
+            self._retry()
         if not self.channel.is_connected and self.requests and self.channel.server_has_ended():
             self.fail_all(self.channel.unreachable("has ended"))
         return received
@@ -90,6 +102,7 @@ class Session:
     def fail_all(self, error: MgpuError) -> None:
         """End all requests with an error."""
         requests, self.requests = self.requests, {}
+        self._refused.clear()
         for request in requests.values():
             request.fail(error)
 
@@ -122,12 +135,40 @@ class Session:
             self.send_cancel(message.id)
 
     def _on_request_message(self, request: ResumableRequest, message: ServerMessage) -> None:
+        if isinstance(message, Failed) and request.can_retry(message):
+            self._refuse(request, message.retry_after_s or RETRY_S)
+            return
         to_send = request.take(message)
         if to_send is not None:
             self._try_to_send(to_send)
         self._resume_at_s = min(self._resume_at_s, request.resume_at_s)
         if request.has_ended:
             self.requests.pop(request.id, None)
+
+    def _refuse(self, request: ResumableRequest, retry_after_s: float) -> None:
+        self._refused[request.id] = time.monotonic() + retry_after_s
+        request.heard_s = math.inf  # the server owes it nothing meanwhile
+        self._window = len(self.requests) - len(self._refused)
+
+    def _retry(self) -> None:
+        """Send again what was refused and is due, the oldest first.
+
+        No more requests than the server took last time are under way together, so that a thousand requests against a
+        limit of 256 do not all try again at once: each that ends makes room for one. Waiting for room costs no try.
+        """
+        now = time.monotonic()
+        room = max(1, self._window) - (len(self.requests) - len(self._refused))
+        for request_id, at_s in list(self._refused.items()):
+            request = self.requests.get(request_id)
+            if request is not None and not request.is_interrupted:
+                if not self.channel.is_connected or room <= 0 or now < at_s:
+                    break
+                request.retries -= 1
+                room -= 1
+                self._try_to_send(request.message)
+            del self._refused[request_id]  # it was sent, has ended, or is resumed, which sends it too
+            if request is not None:
+                request.heard_s = now
 
     def _on_events(self, events: Sequence[Event]) -> None:
         """Take in what became of the connection, then resume the requests that are due.

@@ -21,6 +21,8 @@ CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 15.0
 """The server says something about every request each second; after this much silence it is taken for dead."""
 QUERY_TIMEOUT_S = 5.0
+RETRIES = 10
+"""How often a request that an overloaded server refuses is sent again."""
 _LOOK_S = 0.5
 """The longest wait at once, so that a process that was stopped meanwhile notices it."""
 _LATE_S = 0.5
@@ -74,11 +76,12 @@ def until_progress(
         now = time.monotonic()
         silent_s = max(started_s, request.heard_s) + timeouts.silence_s
         if now >= deadline_s:
-            raise DeadlineExceeded("the answer was not complete within timeout_s; the request has been cancelled")
+            text = "the answer was not complete within timeout_s; the request has been cancelled"
+            raise DeadlineExceeded(text, request.answer.partial())
         if now >= silent_s:
             raise session.channel.silent(timeouts.silence_s)
         left_s = min(deadline_s, silent_s) - now
-        wait_s = min(left_s, _CHECK_S if request.is_interrupted else _LOOK_S)
+        wait_s = min(left_s, _CHECK_S if request.is_interrupted else _LOOK_S, session.until_retry_s())
         yield wait_s
         if _stood_still(now, wait_s):
             started_s = time.monotonic()

@@ -9,26 +9,42 @@ clients only when they are asked for.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mgpu.protocol.client.async_client import AsyncClient
-    from mgpu.protocol.client.client import Client
-    from mgpu.protocol.client.results import Completion
-    from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
+    from mgpu.protocol.client.async_client import AsyncClient, AsyncCompletionStream
+    from mgpu.protocol.client.client import Client, CompletionStream
+    from mgpu.protocol.client.request_message import GenerateOptions
+    from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, TokenLogprob, Usage
+    from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerStopped, ServerUnreachable
+    from mgpu.protocol.front.server_messages import Health
 
 __version__ = "0.1.0"
 __all__ = [
     "AsyncClient",
+    "AsyncCompletionStream",
     "Client",
     "Completion",
+    "CompletionChoice",
+    "CompletionStream",
     "DeadlineExceeded",
+    "GenerateOptions",
+    "Health",
     "MgpuError",
+    "Piece",
     "RequestFailed",
+    "ServerStopped",
     "ServerUnreachable",
+    "TokenLogprob",
+    "Usage",
 ]
 
+_RESULTS = ("Completion", "CompletionChoice", "Piece", "TokenLogprob", "Usage")
 _HOMES = {
     "AsyncClient": "mgpu.protocol.client.async_client",
+    "AsyncCompletionStream": "mgpu.protocol.client.async_client",
     "Client": "mgpu.protocol.client.client",
-    "Completion": "mgpu.protocol.client.results",
+    "CompletionStream": "mgpu.protocol.client.client",
+    "GenerateOptions": "mgpu.protocol.client.request_message",
+    "Health": "mgpu.protocol.front.server_messages",
+    **dict.fromkeys(_RESULTS, "mgpu.protocol.client.results"),
 }
 
 
@@ -41,3 +57,7 @@ def __getattr__(name: str) -> object:
     value = getattr(import_module(_HOMES.get(name, "mgpu.protocol.errors")), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__", "protocol"})

@@ -36,7 +36,7 @@ def silent(seconds: float) -> ServerUnreachable:
 
 
 def test_time_in_which_the_process_stood_still_is_no_silence_of_the_server(clock: Clock) -> None:
-    session = cast("Session", SimpleNamespace(channel=SimpleNamespace(silent=silent)))
+    session = cast("Session", SimpleNamespace(channel=SimpleNamespace(silent=silent), until_retry_s=lambda: 1.0))
     request = ResumableRequest({"type": "generate", "id": 1})
     limits = timeouts.ClientTimeouts(600, 5, 15)
     waits = timeouts.until_progress(session, request, clock.now_s + 600, limits)
