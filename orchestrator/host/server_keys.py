@@ -6,6 +6,7 @@ A keys folder, as `mgpu-launch keygen` makes it: ``server.secret``, ``server.pub
 """
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def _from_folder(folder: Path, needs_clients: bool) -> ServerKeys:
         raise KeysError(f"{folder} is no folder of keys; make one with: mgpu-launch keygen --out {folder}")
     if not os.path.lexists(secret):
         raise KeysError(f"{secret} is missing; make it with: mgpu-launch keygen --out {folder}")
+    for place in (folder, clients):
+        _check_writers(place)
     try:
         listed = sorted(path for path in clients.iterdir() if path.suffix == PUBLIC_SUFFIX)
     except OSError as error:
@@ -66,7 +69,32 @@ def _from_folder(folder: Path, needs_clients: bool) -> ServerKeys:
             f"{clients} has no *{PUBLIC_SUFFIX} file, so nobody could connect; make a client's key with: "
             f"mgpu-launch keygen --out {folder} --client NAME"
         )
+    for file in listed:
+        _check_writers(file)
     return _load(secret, listed, check_mode=True)
+
+
+def _check_writers(path: Path) -> None:
+    """Raise KeysError when another user could put a client on the list by changing ``path``, as sshd's StrictModes.
+
+    A link is judged itself by the folder that it lies in, and here by what it leads to, with the folder of that.
+    """
+    places = [path, path.resolve().parent] if path.is_symlink() else [path]
+    for place in places:
+        try:
+            found = place.stat()
+        except OSError as error:
+            raise KeysError(f"cannot look at {place}: {error.strerror}") from None
+        if found.st_uid not in (0, os.geteuid()):
+            raise KeysError(
+                f"{place} belongs to user {found.st_uid}, not to {os.geteuid()} or root, who could let anybody in: "
+                f"chown {os.geteuid()} {place}"
+            )
+        if found.st_mode & 0o022:
+            mode = stat.S_IMODE(found.st_mode)
+            raise KeysError(
+                f"other users may change {place} (mode {mode:04o}), and so let anybody in: chmod go-w {place}"
+            )
 
 
 def _from_credentials(folder: Path) -> ServerKeys | None:

@@ -1,5 +1,7 @@
 """The keys folder and systemd's credentials: what is accepted, and what each mistake is answered with."""
 
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +105,37 @@ def test_what_cannot_be_used_is_named_and_never_quoted(
     assert key_text(SECRET) not in str(refused.value)
     assert key_text(CLIENT_SECRET) not in str(refused.value)
     assert refused.value.exit_code == 78
+
+
+@pytest.mark.parametrize("name", ["", "clients", "clients/alice.public"])
+@pytest.mark.parametrize("bits", [0o020, 0o002])
+def test_what_other_users_may_change_is_refused_with_what_to_type(folder: Path, name: str, bits: int) -> None:
+    place = folder / name
+    place.chmod(place.stat().st_mode | bits)
+    with pytest.raises(KeysError, match="other users may change") as refused:
+        load_server_keys(str(folder), {})
+    assert f"chmod go-w {place}" in str(refused.value)
+    subprocess.run(str(refused.value).rpartition(": ")[2].split(), check=True)
+    assert load_server_keys(str(folder), {}) is not None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("name", ["", "clients", "clients/alice.public"])
+def test_what_another_user_owns_is_refused(folder: Path, name: str) -> None:
+    os.chown(folder / name, 12345, -1)
+    with pytest.raises(KeysError, match=f"belongs to user 12345.*chown {os.geteuid()} {folder / name}"):
+        load_server_keys(str(folder), {})
+
+
+def test_a_link_leads_to_nothing_that_others_may_change(folder: Path, tmp_path: Path) -> None:
+    open_folder = tmp_path / "open"
+    open_folder.mkdir()
+    (folder / "clients/alice.public").rename(open_folder / "alice.public")
+    (folder / "clients/alice.public").symlink_to(open_folder / "alice.public")
+    assert load_server_keys(str(folder), {}) is not None
+    open_folder.chmod(0o777)
+    with pytest.raises(KeysError, match=f"chmod go-w {open_folder}"):
+        load_server_keys(str(folder), {})
 
 
 def test_a_clients_file_is_not_taken_for_a_servers_folder(folder: Path) -> None:
