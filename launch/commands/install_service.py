@@ -11,13 +11,17 @@ from pathlib import Path
 
 import click
 
-from mgpu.launch.config import load_config
+from mgpu.launch.config import ServeConfig, load_config
 from mgpu.orchestrator.errors import UserError
 
 PACKAGED_LAUNCHER = "/usr/bin/mgpu-launch"
 """The launcher in the shipped units, to be replaced by that of this installation."""
 HIDDEN = (Path("/home"), Path("/root"), Path("/run/user"))
 """Folders that ProtectHome=yes hides from the system service."""
+REPLACED = (Path("/tmp"), Path("/var/tmp"))
+"""Folders that PrivateTmp=yes replaces by empty ones."""
+_MAX_LINKS = 40
+"""As many as Linux follows."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _UNIT_PATH = re.compile(r"/[\w/.+@-]+")
 
@@ -58,7 +62,9 @@ def install_service_command(name: str, user: bool, root: Path | None, dry_run: b
     files = [at_root(file, root) for file in service_files(config, user, launcher)]
     kept = [file for file in files if file.keep and is_there(file.path)]
     for file in kept:
-        load_config({}, {}, file.path)  # a ConfigError now is better than a service that does not start
+        found, _ = load_config({}, {}, file.path)  # a ConfigError now is better than a service that does not start
+        if not user and root is None:
+            check_named(file.path, found)
     for file in files:
         if file in kept:
             click.echo(f"kept {file.path}")
@@ -89,20 +95,51 @@ def find_launcher() -> str:
 
 def installation_paths() -> list[str]:
     """List the paths that a process of this installation reads: the interpreter, its library, the package."""
-    return [os.path.realpath(sys.executable), sys.base_prefix, os.path.realpath(str(resources.files("mgpu.launch")))]
+    return [sys.executable, sys.prefix, sys.base_prefix, str(resources.files("mgpu.launch"))]
 
 
 def check_reachable(paths: Iterable[str]) -> None:
     """Raise InstallError when the system service, another user in a sandbox, could not read one of these paths."""
     way_out = "install it for the whole machine (python3 -m venv /opt/mgpu), or use --user"
     for path in map(Path, paths):
-        for hidden in HIDDEN:
-            if path.is_relative_to(hidden):
-                raise InstallError(f"mgpu runs from {path}, and {hidden} is hidden from a system service: {way_out}")
-        for folder in (path, *path.parents):
+        _check_hidden(path, HIDDEN, f"mgpu runs from {path}", way_out)
+        for folder in (path, *path.parents, *path.resolve().parents):
             if folder.is_dir() and not folder.stat().st_mode & stat.S_IXOTH:
                 mode = stat.S_IMODE(folder.stat().st_mode)
                 raise InstallError(f"mgpu runs from {path}, and {folder} is closed to others ({mode:04o}): {way_out}")
+        _check_hidden(path, REPLACED, f"mgpu runs from {path}", way_out)
+
+
+def check_named(file: Path, config: ServeConfig) -> None:
+    """Raise InstallError when a configuration, or what it names by an absolute path, is hidden from the service."""
+    named = {f"the configuration {file}": str(file)}
+    for option in ("model", "keys", "bind"):
+        value = str(getattr(config, option)).removeprefix("ipc://")
+        named[f"{file} has {option} = {value!r}"] = value
+    for subject, path in named.items():
+        if path.startswith("/"):
+            way_out = "move it, such as below /var/lib/mgpu, or use --user"
+            _check_hidden(Path(path), HIDDEN + REPLACED, subject, way_out)
+
+
+def _check_hidden(path: Path, hidden_folders: Iterable[Path], subject: str, way_out: str) -> None:
+    for place in places_on_the_way(path):
+        for hidden in hidden_folders:
+            if place.is_relative_to(hidden) or place.is_relative_to(os.path.realpath(hidden)):
+                link = "" if place == path else f", which leads to {place}"
+                raise InstallError(f"{subject}{link}, and {hidden} is hidden from a system service: {way_out}")
+
+
+def places_on_the_way(path: Path) -> list[Path]:
+    """Return every path that the system passes on the way to ``path``: itself, and one for each link followed."""
+    places = [Path(os.path.normpath(path))]
+    for _ in range(_MAX_LINKS):
+        here = places[-1]
+        link = next((part for part in (*reversed(here.parents), here) if part.is_symlink()), None)
+        if link is None:
+            break
+        places.append(Path(os.path.normpath(link.parent / os.readlink(link) / here.relative_to(link))))
+    return places
 
 
 def config_dir(user: bool, environ: Mapping[str, str]) -> Path:

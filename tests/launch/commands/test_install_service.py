@@ -13,11 +13,13 @@ from mgpu.launch.commands.install_service import (
     InstallError,
     NoPermission,
     ServiceFile,
+    check_named,
     check_reachable,
     install_service_command,
+    places_on_the_way,
     write,
 )
-from mgpu.launch.config import ConfigError
+from mgpu.launch.config import ConfigError, ServeConfig
 
 LAUNCHER = "/opt/mgpu/bin/mgpu-launch"
 SYSTEM_FILES = {
@@ -105,6 +107,47 @@ def test_a_name_that_no_unit_can_have_is_refused(tmp_path: Path, name: str) -> N
 def test_an_installation_that_the_sandbox_hides_is_refused_with_the_way_out(path: str) -> None:
     with pytest.raises(InstallError, match=r"is hidden from a system service.*/opt/mgpu.*--user"):
         check_reachable([path])
+
+
+@pytest.mark.parametrize("path", ["/tmp/venv/bin/python", "/var/tmp/venv/bin/python"])
+def test_an_installation_that_private_tmp_hides_is_refused_with_the_way_out(path: str) -> None:
+    with pytest.raises(InstallError, match=r"is hidden from a system service.*/opt/mgpu.*--user"):
+        check_reachable([path])
+
+
+def test_links_are_followed_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, shown = tmp_path / "hidden", tmp_path / "shown"
+    hidden.mkdir()
+    shown.mkdir()
+    monkeypatch.setattr(install_service, "HIDDEN", (hidden,))
+    monkeypatch.setattr(install_service, "REPLACED", ())
+    (shown / "real").mkdir()
+    (hidden / "link").symlink_to(shown / "real")
+    (shown / "link").symlink_to(hidden / "link")
+    assert places_on_the_way(shown / "link/python") == [
+        shown / "link/python", hidden / "link/python", shown / "real/python"
+    ]  # fmt: skip
+    with pytest.raises(InstallError, match=f"leads to {hidden}/link/python, and {hidden} is hidden"):
+        check_reachable([str(shown / "link/python")])
+    (shown / "circle").symlink_to(shown / "circle")
+    assert len(places_on_the_way(shown / "circle")) > 2
+
+
+@pytest.mark.parametrize("named", [
+    {"model": "/home/me/model"}, {"model": "/tmp/model.gguf"}, {"model": "/opt/../var/tmp/model"},
+    {"keys": "/root/keys"}, {"bind": "ipc:///run/user/1000/front.sock"}, {"bind": "ipc:///tmp/front.sock"},
+])  # fmt: skip
+def test_a_configuration_that_names_what_the_sandbox_hides_is_refused(named: dict[str, str]) -> None:
+    file = Path("/etc/mgpu/x.toml")
+    with pytest.raises(InstallError, match=r"/etc/mgpu/x\.toml has .* is hidden from a system service: move it"):
+        check_named(file, ServeConfig(**named))  # type: ignore[arg-type]
+    with pytest.raises(InstallError, match=r"the configuration /tmp/x\.toml"):
+        check_named(Path("/tmp/x.toml"), ServeConfig())
+
+
+def test_a_configuration_that_names_what_the_service_sees_is_taken() -> None:
+    for model in ("demo", "Qwen/Qwen3-0.6B", "/var/lib/mgpu/models/x", "/tmpfs/x", "/homes/x"):
+        check_named(Path("/etc/mgpu/x.toml"), ServeConfig(model=model, keys="/etc/mgpu/keys", bind="tcp://*:5555"))
 
 
 def test_an_installation_in_a_private_folder_is_refused(tmp_path: Path) -> None:
