@@ -7,7 +7,7 @@ import click
 
 from mgpu.launch.commands.talk import ServerError, print_pieces, server_errors
 from mgpu.launch.server_process import ServerDied, ServerProcess, orderly_end
-from mgpu.orchestrator.models.find import resolve_model
+from mgpu.orchestrator.models.find import BUILT_IN_DEMO, resolve_model
 from mgpu.orchestrator.placement.devices import find_machine
 from mgpu.protocol.client.client import Client
 
@@ -21,7 +21,7 @@ CPU_WORKERS = 3
 @click.option("--max-tokens", default=160, show_default=True)
 def demo_command(question: str, max_tokens: int) -> None:
     """Serve the built-in model on all GPUs (else on three CPU workers), stream one answer, stop."""
-    model = resolve_model("demo", report=lambda line: click.echo(line, err=True))
+    model = resolve_model(BUILT_IN_DEMO, report=lambda line: click.echo(line, err=True))
     arguments = ["-m", model.path, "--served-name", "SmolLM2-135M-Instruct", "--max-seq-len", "2048"]
     machine = find_machine("auto")
     if machine.kind == "cpu":

@@ -21,6 +21,8 @@ FORMS = (
     "Qwen/Qwen3-0.6B"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+HUB_PREFIX, BUILT_IN_DEMO = "hf:", "builtin:demo"
+"""How to name a model of the hub, and the demo, where a folder has the same name."""
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -89,19 +91,30 @@ def resolve_model(
 
 
 def _resolved(name: str, part: Part, report: Callable[[str], None], environ: Mapping[str, str]) -> ResolvedModel:
+    if name.startswith(HUB_PREFIX) and _HUB_ID.fullmatch(hub_id := name.removeprefix(HUB_PREFIX)):
+        return ResolvedModel(_fetch_from_hub(hub_id, part, report), "safetensors", hub_id)
     path = Path(name).expanduser()
+    other = {"demo": f"the built-in model, type -m {BUILT_IN_DEMO}"}.get(name, "")
+    if _is_hub_id(name):
+        other = f"the model of the hub, type -m {HUB_PREFIX}{name}"
     if path.is_dir():
+        if other:
+            report(f"using the folder ./{name}; for {other}")
         return ResolvedModel(str(path.absolute()), "safetensors", path.resolve().name or name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ModelError(f"{name}: a file that is not .gguf; {FORMS}")
+            raise ModelError(f"{name}: a file that is not .gguf; {f'for {other}; ' if other else ''}{FORMS}")
         return ResolvedModel(str(path.absolute()), "gguf", path.stem)
-    if name == "demo":
+    if name in ("demo", BUILT_IN_DEMO):
         file = demo_model_path(cache_root(environ), report, verify=part != "config")
         return ResolvedModel(str(file.absolute()), "gguf", DEMO_NAME)
-    if _HUB_ID.fullmatch(name) and not name.lower().endswith(".gguf"):
+    if _is_hub_id(name):
         return ResolvedModel(_fetch_from_hub(name, part, report), "safetensors", name)
     raise ModelError(f"{name}: no such file or folder; {FORMS}")
+
+
+def _is_hub_id(name: str) -> bool:
+    return _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(".gguf")
 
 
 def _fetch_from_hub(name: str, part: Part, report: Callable[[str], None]) -> str:

@@ -18,6 +18,8 @@ import pytest
 
 from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.models import demo as demo_model
+from mgpu.orchestrator.models import find
+from mgpu.orchestrator.models.demo import DEMO_NAME
 from mgpu.orchestrator.models.find import cache_root, check_loadable, read_model, read_model_to_plan, resolve_model
 from mgpu.protocol.checkpoint.tensors import TensorEntry
 
@@ -39,6 +41,34 @@ def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_model("my-model").path == str(tmp_path / "my-model")
     assert resolve_model("./my-model/").name == "my-model"
+
+
+@pytest.mark.parametrize(("name", "other"), [("demo", "builtin:demo"), ("org/model", "hf:org/model")])
+def test_a_folder_that_has_the_name_of_another_model_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, other: str
+) -> None:
+    write_config(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    assert resolve_model(name, report=said.append).path == str(tmp_path / name)
+    [line] = said
+    assert f"using the folder ./{name}; for " in line
+    assert line.endswith(f"type -m {other}")
+    for plain in (f"./{name}", f"{name}/", str(tmp_path / name)):
+        said.clear()
+        resolve_model(plain, report=said.append)
+        assert said == []
+
+
+def test_the_other_model_can_be_named_beside_such_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("demo", "org/model"):
+        write_config(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(find, "_fetch_from_hub", lambda name, *_: f"/hub/{name}")
+    monkeypatch.setattr(find, "demo_model_path", lambda *_, **__: Path("/cache/demo.gguf"))
+    hub, demo = resolve_model("hf:org/model"), resolve_model("builtin:demo")
+    assert (hub.path, hub.name) == ("/hub/org/model", "org/model")
+    assert (demo.path, demo.name) == ("/cache/demo.gguf", DEMO_NAME)
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
