@@ -99,6 +99,7 @@ class GatewayProcess:
         """What the gateway must know of the engine now."""
         self._generation = 0
         self._unread: list[Any] = []
+        self._has_logged_garbage = False
         self._reload: Reload | None = None
         """What has changed since the gateway got its spec, until it can be told."""
         self._last_sent_s = 0.0
@@ -189,8 +190,11 @@ class GatewayProcess:
                 message = LINK.decode(self.socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
-            except CodecError as error:
-                raise GatewayLost(f"it sent what is no message: {error}") from error
+            except CodecError as error:  # need not come from the gateway: the socket's folder may have been opened
+                if not self._has_logged_garbage:
+                    self._has_logged_garbage = True
+                    log.warning("ignored what is no message at the gateway's socket: %s", error)
+                continue
             self._watchdog.heard()
             if isinstance(message, Alive):
                 continue

@@ -10,10 +10,12 @@ that the model's files are at fault goes before everything else: no lost peer pr
 """
 
 import contextlib
+import logging
 import os
 import signal
 import time
 from collections.abc import Container
+from typing import cast
 
 import zmq
 
@@ -34,6 +36,8 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerSpec,
 )
 
+log = logging.getLogger(__name__)
+
 ZmqContext = zmq.Context[zmq.Socket[bytes]]
 ZmqSocket = zmq.Socket[bytes]
 
@@ -44,6 +48,8 @@ Not deaths by a signal other than SIGKILL: such as SIGABRT may be provoked by a 
 """
 GRACE_S = 1.0
 """How long to wait for other ranks' reports after the first sign of failure."""
+RECEIVE_LIMIT = 64
+"""Messages to drop before others get their turn."""
 DUMP_S = 0.2
 """Time for the ranks to write their stacks. A signal handler in C does it at once, unless the process is stopped."""
 
@@ -64,6 +70,7 @@ class WorkerGroup:
         self._rendezvous = runtime.path / f"rendezvous-{epoch}"
         self._shared_fd = -1
         """Number of the shared memory's descriptor in the workers."""
+        self._has_logged_garbage = False
         self._failures: dict[int, WorkerLost] = {}
         self._output_rank = config.layout.placement.output_rank
 
@@ -186,13 +193,23 @@ class WorkerGroup:
                     self._take(message)
 
     def _receive(self, rank: int) -> object | None:
-        try:
-            message = CONTROL.decode(self.sockets[rank].recv(zmq.NOBLOCK))
-        except zmq.Again:
-            return None
-        except CodecError as error:
-            raise self._lost(rank, f"sent what is no message: {error}") from error
-        return message if message.epoch == self.epoch else None
+        """Return the next message of this epoch. What is no message, or of another epoch, is dropped.
+
+        It need not come from the worker: the socket's folder may have been opened to others.
+        """
+        for _ in range(RECEIVE_LIMIT):
+            try:
+                message = CONTROL.decode(self.sockets[rank].recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return None
+            except CodecError as error:
+                if not self._has_logged_garbage:
+                    self._has_logged_garbage = True
+                    log.warning("ignored what is no message at the socket of worker %d: %s", rank, error)
+                continue
+            if message.epoch == self.epoch:
+                return cast("object", message)
+        return None
 
     def _take(self, message: object) -> None:
         if isinstance(message, WorkerFailure):
