@@ -203,4 +203,4 @@ def test_an_idle_server_uses_less_than_one_percent_of_a_core(folder: Path) -> No
     with ready_server(folder) as server:
         before = cpu_seconds(server)
         assert not server.socket.poll(2000)
-        assert cpu_seconds(server) - before <= 0.02
+        assert round(cpu_seconds(server) - before, 2) <= 0.02  # counted in hundredths

@@ -95,7 +95,7 @@ def test_long_prompts_that_wait_are_bounded_by_their_bytes(gateway: GatewayProce
 
 def test_the_scheduler_is_told_whose_a_sequence_is_and_its_share(gateway: GatewayProcess) -> None:
     gateway.engine.tell(Reload(None, ClientLimits(client_weights={f"uid:{os.getuid()}": 4.0})))
-    gateway.engine.wait_until_told()
+    gateway.set_info(kv_tokens=8192)  # another value than before: once clients see it, the reload has been read too
     with Client(gateway.endpoint) as one, Client(gateway.endpoint) as other:
         one.generate([5], max_tokens=1, n=2)
         one.generate([6], max_tokens=1)
