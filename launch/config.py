@@ -47,6 +47,8 @@ _ALIASES = {
 }  # fmt: skip
 """What other programs call the values of these options."""
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+_OTHER_LOG_LEVELS = ("warn", "fatal", "notset")
+"""Further names that Python's logging knows."""
 _SERVICE_LINK = re.compile(
     r"MGPU(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
@@ -269,7 +271,7 @@ def _environment_values(environ: Mapping[str, str], options: Mapping[str, Option
     for variable, text in environ.items():
         if variable in by_variable:
             values[by_variable[variable]] = text
-        elif variable == "MGPU_LOG_LEVEL" and text and text.lower() not in LOG_LEVELS:
+        elif variable == "MGPU_LOG_LEVEL" and text and text.lower() not in (*LOG_LEVELS, *_OTHER_LOG_LEVELS):
             raise ConfigError(f"MGPU_LOG_LEVEL is {text!r}; choose one of {', '.join(LOG_LEVELS)}")
         elif variable.startswith("MGPU_") and variable not in OTHER_VARIABLES and not _is_service_link(variable, text):
             known = by_variable.keys() | OTHER_VARIABLES
