@@ -75,8 +75,9 @@ def prepare(config: ServeConfig) -> PlannedModel:
         report=lambda line: click.echo(line, err=True),
     )
     checkpoint = read_model(model, config.load_format)
-    note_missing_tokenizer(model)
-    return plan_model(model, checkpoint, config)
+    planned = plan_model(model, checkpoint, config)
+    note_missing_tokenizer(model)  # after what may be refused: an error stands alone
+    return planned
 
 
 def note_missing_tokenizer(model: ResolvedModel) -> None:

@@ -30,8 +30,8 @@ def plan_command(config_file: Path | None, gpus: str, as_json: bool, **flags: An
     check_front(config, keys_may_come=config_file is not None)  # a unit gets them as a credential
     model = resolve_model(config.model, part="config", report=lambda line: click.echo(line, err=True))
     checkpoint = read_model_to_plan(model)
-    note_missing_tokenizer(model)
     planned = plan_model(model, checkpoint, config, gpus)
+    note_missing_tokenizer(model)
     if as_json:
         click.echo(json.dumps({"model": model.name, **layout_json(planned.plan)}, indent=2))
     else:
