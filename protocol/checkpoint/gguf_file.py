@@ -8,6 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 an
 import math
 import struct
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,14 +69,14 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
 
 
-def read_gguf(path: str | Path, with_arrays: bool) -> GgufHeader:
-    """Read a GGUF header. ``with_arrays=False`` skips big arrays (vocabulary, merges) instead of building them.
+def read_gguf(path: str | Path, with_arrays: bool, kept: Collection[str] = ()) -> GgufHeader:
+    """Read a GGUF header. ``with_arrays=False`` skips big arrays, but for those ``kept``, instead of building them.
 
     CheckpointError for anything that is not a whole, consistent GGUF file.
     """
     path = Path(path)
     with reading(path), open(path, "rb") as file:
-        return _read(_Cursor(path, file, file_size(path)), with_arrays)
+        return _read(_Cursor(path, file, file_size(path)), with_arrays, kept)
 
 
 class _Cursor:
@@ -188,7 +189,7 @@ class _Cursor:
             raise self.error(f"claims {count} {what}, but only {self.remaining} bytes follow")
 
 
-def _read(cursor: _Cursor, with_arrays: bool) -> GgufHeader:
+def _read(cursor: _Cursor, with_arrays: bool, kept: Collection[str]) -> GgufHeader:
     if cursor.size < 24 or cursor.data(4) != b"GGUF":
         raise cursor.error("not a GGUF file (it does not begin with GGUF)")
     version = cursor.u32()
@@ -199,13 +200,13 @@ def _read(cursor: _Cursor, with_arrays: bool) -> GgufHeader:
         if count > most:
             raise cursor.error(f"claims {count} {what}; at most {most} are allowed")
     cursor.check_count(num_pairs, 13, "metadata entries")
-    metadata = _read_metadata(cursor, num_pairs, with_arrays)
+    metadata = _read_metadata(cursor, num_pairs, with_arrays, kept)
     cursor.check_count(num_tensors, 24, "tensors")
     infos = [_read_tensor_info(cursor) for _ in range(num_tensors)]
     return GgufHeader(metadata, _place_tensors(cursor, infos, _alignment(cursor, metadata)))
 
 
-def _read_metadata(cursor: _Cursor, count: int, with_arrays: bool) -> dict[str, object]:
+def _read_metadata(cursor: _Cursor, count: int, with_arrays: bool, kept: Collection[str]) -> dict[str, object]:
     metadata: dict[str, object] = {}
     seen: set[str] = set()
     for _ in range(count):
@@ -214,7 +215,7 @@ def _read_metadata(cursor: _Cursor, count: int, with_arrays: bool) -> dict[str, 
             raise cursor.error(f"metadata key {key!r} occurs twice")
         seen.add(key)
         kind = cursor.u32()
-        value = _read_array(cursor, key, with_arrays, 1) if kind == _ARRAY else _read_value(cursor, kind)
+        value = _read_array(cursor, key, with_arrays or key in kept, 1) if kind == _ARRAY else _read_value(cursor, kind)
         if value is not None:
             metadata[key] = value
     return metadata

@@ -34,12 +34,23 @@ _GEMMA_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+END_TEXTS = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>",
+    "<\uff5cend▁of▁sentence\uff5c>", "</s>", "<eos>", "<|fim_pad|>", "<fim-pad>", "<PAD>", "<|fim_repo|>",
+    "<|repo_name|>", "<fim-repo>", "<REPO>", "<|file_sep|>",
+))  # fmt: skip
+"""Texts of tokens that end an answer, whatever the file says of them. Converters often name only one of several.
+
+llama.cpp goes by the text too (llama-vocab.cpp, special_eog_ids).
+"""
+_TOKENS = "tokenizer.ggml.tokens"
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
 def read_gguf_checkpoint(path: Path) -> tuple[ModelFacts, dict[str, TensorEntry]]:
     """Read facts and tensor index of a GGUF model. CheckpointError when it cannot be served."""
-    header = read_gguf(path, with_arrays=False)
+    header = read_gguf(path, with_arrays=False, kept=(_TOKENS,))
     fields = Fields(str(path), header.metadata)
     others = _other_parts(path, fields)
     architecture = fields.text("general.architecture")
@@ -137,7 +148,7 @@ def _facts(path: Path, architecture: str, header: GgufHeader, rope_file: Path) -
         embedding_scale=hidden**0.5 if gemma else 1.0,
         attention_scale=_attention_scale(gemma, num_layers, hidden, num_q_heads, head_dim),
         bos_token_id=next(iter(tokenizer.token_ids("bos_token_id")), None),
-        eos_token_ids=_eos(tokenizer),
+        eos_token_ids=end_tokens(tokenizer),
         checkpoint_dtype=_dtype(tensors),
     )
 
@@ -226,9 +237,16 @@ def _attention_scale(gemma: bool, num_layers: int, hidden: int, num_q_heads: int
     return float(width**-0.5)
 
 
-def _eos(tokenizer: Fields) -> tuple[int, ...]:
-    ids = [token for key in ("eos_token_id", "eot_token_id", "eom_token_id") for token in tokenizer.token_ids(key)]
-    return tuple(dict.fromkeys(ids))
+def end_tokens(tokenizer: Fields) -> tuple[int, ...]:
+    """Return the tokens that end an answer: those that the metadata names, then those known by their text.
+
+    ``tokenizer`` are the metadata below ``tokenizer.ggml.``.
+    """
+    keys = [f"{name}_token_{ids}" for name in ("eos", "eot", "eom") for ids in ("id", "ids")]
+    named = [token for key in keys for token in tokenizer.token_ids(key)]
+    texts = tokenizer.raw("tokens")
+    known = [number for number, text in enumerate(texts) if text in END_TEXTS] if isinstance(texts, list) else []
+    return tuple(dict.fromkeys(named + known))
 
 
 def _dtype(tensors: dict[str, GgufTensor]) -> Dtype:

@@ -11,6 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from mgpu.protocol.checkpoint.gguf_model import END_TEXTS
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """``tokenizer.ggml.token_type``."""
 
@@ -25,7 +27,7 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3")
-PRE_TOKENIZERS = ("default", "gpt-2", "smollm", *_LLAMA3_NAMES, "qwen2", "deepseek-r1-qwen", "tekken")
+PRE_TOKENIZERS = ("gpt-2", "smollm", *_LLAMA3_NAMES, "qwen2", "deepseek-r1-qwen", "tekken")
 
 
 class TokenizerError(ValueError):
@@ -76,7 +78,7 @@ def _numbers(value: object, key: str, count: int) -> Sequence[Any]:
 
 
 def _byte_level(metadata: Mapping[str, object], tokens: list[str]) -> Tokenizer:
-    pre = str(metadata.get("tokenizer.ggml.pre", "default"))
+    pre = _pre_tokenizer_name(metadata, tokens)
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise TokenizerError(
@@ -94,9 +96,23 @@ def _byte_level(metadata: Mapping[str, object], tokens: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def _pre_tokenizer_name(metadata: Mapping[str, object], tokens: list[str]) -> str:
+    """Return the pre-tokenizer that the file names. Early converters wrote none, or ``default``.
+
+    Then the model tells it: every Qwen 2 and 3 has the same one, and Llama 3's vocabulary is known by its first
+    special token. Other vocabularies are refused by name, because a wrong guess would go unnoticed.
+    """
+    pre = metadata.get("tokenizer.ggml.pre") or "default"
+    if pre == "default" and metadata.get("general.architecture") in ("qwen2", "qwen3"):
+        return "qwen2"
+    if pre == "default" and "<|begin_of_text|>" in tokens:
+        return "llama-bpe"
+    return str(pre)
+
+
 def _pre_tokenizers(pre: str) -> list[pre_tokenizers.PreTokenizer]:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre in ("default", "gpt-2"):
+    if pre == "gpt-2":
         return [plain]
     if pre == "smollm":
         return [pre_tokenizers.Digits(individual_digits=True), plain]
@@ -144,16 +160,20 @@ def _merges_of(tokens: list[str], kinds: Sequence[int], scores: Sequence[float])
 
 
 def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: Sequence[int]) -> None:
-    """Add control tokens as special (skipped in text), and user-defined ones, which are matched first but shown."""
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNKNOWN)]
-    shown = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
+    """Add control tokens as special (skipped in text), and user-defined ones, which are matched first but shown.
+
+    A token that ends an answer by its text is a control token, whatever its type.
+    """
+    pairs = list(zip(tokens, kinds, strict=True))
+    special = [token for token, kind in pairs if kind in (CONTROL, UNKNOWN) or token in END_TEXTS]
+    shown = [token for token, kind in pairs if kind == USER_DEFINED and token not in END_TEXTS]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in shown])
 
 
 def _add_bos(tokenizer: Tokenizer, metadata: Mapping[str, object]) -> None:
-    pre = metadata.get("tokenizer.ggml.pre")
-    usual = metadata.get("tokenizer.ggml.model") == "llama" or pre in _LLAMA3_NAMES
+    pre = _pre_tokenizer_name(metadata, _strings(metadata, "tokens"))
+    usual = metadata.get("tokenizer.ggml.model") == "llama" or pre in (*_LLAMA3_NAMES, "tekken")
     if metadata.get("tokenizer.ggml.add_bos_token", usual):
         bos = special_token(metadata, "bos")
         if bos is not None:
@@ -164,4 +184,6 @@ def _add_bos(tokenizer: Tokenizer, metadata: Mapping[str, object]) -> None:
 def special_token(metadata: Mapping[str, object], name: str) -> str | None:
     """Return the token that the file calls ``name``, such as bos or unknown; None if it names none."""
     tokens, number = _strings(metadata, "tokens"), metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if isinstance(number, list):
+        number = next(iter(number), None)
     return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None

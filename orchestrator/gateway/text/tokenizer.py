@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.detokenizer import byte_level_bytes, sentence_piece_bytes
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_tokenizer, special_token
 from mgpu.orchestrator.gateway.text.panics import Panic, no_panics
+from mgpu.orchestrator.gateway.text.special_tokens import add_folder_tokens
 from mgpu.orchestrator.gateway.text.template_process import TemplateProcess
 from mgpu.protocol.checkpoint.gguf_file import read_gguf
-from mgpu.protocol.checkpoint.untrusted import MAX_JSON_BYTES, CheckpointError, checked_file
+from mgpu.protocol.checkpoint.gguf_model import end_tokens
+from mgpu.protocol.checkpoint.untrusted import MAX_JSON_BYTES, CheckpointError, Fields, checked_file
 from mgpu.protocol.model.facts import CheckpointFormat
 
 _SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
@@ -25,8 +27,17 @@ _MAX_FILE_BYTES = 128 << 20
 class TextCodec:
     """Tokenizer and chat template of one model. Encoding is safe in several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None, special_tokens: Mapping[str, str | None]) -> None:
-        """``special_tokens`` maps bos_token, eos_token, … to their text, for the template; None if there is none."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | None,
+        special_tokens: Mapping[str, str | None],
+        end_tokens: Collection[int] = (),
+    ) -> None:
+        """``special_tokens`` maps bos_token, eos_token, … to their text, for the template; None if there is none.
+
+        ``end_tokens`` are not shown, like the special tokens.
+        """
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -34,8 +45,8 @@ class TextCodec:
         self._template = None if template is None else TemplateProcess(template, special)
         self._to_bytes = byte_level_bytes if _is_byte_level(tokenizer) else sentence_piece_bytes
         added = tokenizer.get_added_tokens_decoder()
-        self._added = {number: token.content.encode() for number, token in added.items()}
-        self._special = frozenset(number for number, token in added.items() if token.special)
+        self._added = {number: self._to_bytes(token.content) for number, token in added.items()}
+        self._special = frozenset(number for number, token in added.items() if token.special).union(end_tokens)
         self.shown_bytes = lru_cache(maxsize=1 << 18)(self._shown_bytes)
         self.all_bytes = lru_cache(maxsize=1 << 18)(self._all_bytes)
 
@@ -114,13 +125,14 @@ def _load(path: str, model_format: CheckpointFormat) -> TextCodec | None:
 def _from_gguf(path: str) -> TextCodec:
     try:
         metadata = read_gguf(path, with_arrays=True).metadata
+        ends = end_tokens(Fields(path, metadata, "tokenizer.ggml."))
     except CheckpointError as error:
         raise TokenizerError(str(error)) from None
     tokenizer = build_tokenizer(metadata)
     keys = zip(_SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True)
     special = {f"{name}_token": special_token(metadata, key) for name, key in keys}
     template = metadata.get("tokenizer.chat_template")
-    return TextCodec(tokenizer, template if isinstance(template, str) else None, special)
+    return TextCodec(tokenizer, template if isinstance(template, str) else None, special, ends)
 
 
 def _from_folder(folder: Path, file: Path) -> TextCodec:
@@ -129,14 +141,9 @@ def _from_folder(folder: Path, file: Path) -> TextCodec:
     except Exception as error:  # the Rust side raises bare Exception for any defect of the file
         raise TokenizerError(f"{file}: not a usable tokenizer: {str(error)[:200]}") from None
     config = _read_json(folder, "tokenizer_config.json")
-    special = {f"{name}_token": _token_text(config.get(f"{name}_token")) for name in _SPECIAL_NAMES}
-    return TextCodec(tokenizer, _template_of(folder, config), special)
-
-
-def _token_text(value: object) -> str | None:
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+    special_map = _read_json(folder, "special_tokens_map.json")
+    named = add_folder_tokens(tokenizer, config, special_map, _read_json(folder, "added_tokens.json"))
+    return TextCodec(tokenizer, _template_of(folder, config), named)
 
 
 def _template_of(folder: Path, config: Mapping[str, object]) -> str | None:

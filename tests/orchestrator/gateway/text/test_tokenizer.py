@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from harness.model_files import gguf_bytes, string, string_array, u32
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer, byte_level_table
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import PRE_TOKENIZERS, TokenizerError, build_tokenizer
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
@@ -129,6 +131,7 @@ def test_bos_follows_the_file_else_the_kind_of_model() -> None:
     bos = {"tokenizer.ggml.bos_token_id": 258}
     assert build_tokenizer(byte_level("gpt-2", **bos)).encode("x").ids[0] != 258
     assert build_tokenizer(byte_level("llama-bpe", **bos)).encode("x").ids[0] == 258
+    assert build_tokenizer(byte_level("tekken", **bos)).encode("x").ids[0] == 258
     flag = {"tokenizer.ggml.add_bos_token": True}
     assert build_tokenizer(byte_level("gpt-2", **bos, **flag)).encode("x").ids[0] == 258
 
@@ -151,7 +154,7 @@ def test_sentence_piece_merges_follow_the_scores_and_bytes_are_the_fallback() ->
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"tokenizer.ggml.pre": "unheard-of"}, "supported: default"),
+    ({"tokenizer.ggml.pre": "unheard-of"}, "supported: gpt-2"),
     ({"tokenizer.ggml.model": "t5"}, "send token ids"),
     ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
     ({"tokenizer.ggml.token_type": [1]}, "259 entries"),
@@ -161,6 +164,62 @@ def test_sentence_piece_merges_follow_the_scores_and_bytes_are_the_fallback() ->
 def test_an_unusable_vocabulary_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(TokenizerError, match=words):
         build_tokenizer({**byte_level("gpt-2"), **change})
+
+
+@pytest.mark.parametrize("text", ["<|eot_id|>", "<end_of_turn>", "<|im_end|>", "</s>"])
+@pytest.mark.parametrize("kind", [1, 3, 4])
+def test_a_token_that_ends_an_answer_is_never_shown(tmp_path: Path, text: str, kind: int) -> None:
+    tokens = [*byte_level_table(), "x", text]
+    metadata = {
+        "tokenizer.ggml.model": string("gpt2"), "tokenizer.ggml.pre": string("gpt-2"),
+        "tokenizer.ggml.tokens": string_array(tokens), "tokenizer.ggml.merges": string_array(["a b"]),
+        "tokenizer.ggml.token_type": (9, struct.pack("<IQ258i", 5, 258, *[1] * 257, kind)),
+        "tokenizer.ggml.eos_token_id": u32(256),
+    }  # fmt: skip
+    metadata["tokenizer.ggml.tokens"] = string_array([*tokens[:98], "ab", *tokens[99:]])
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes(metadata, {}))
+    codec = load_codec(str(path), "gguf")
+    assert codec is not None
+    assert codec.encode(text) == [257]
+    assert (codec.shown_bytes(257), codec.all_bytes(257)) == (b"", text.encode())
+    assert codec.shown_bytes(256) == b""  # named in the metadata
+
+
+@pytest.mark.parametrize("kind", [1, 4])
+def test_runs_of_spaces_of_a_sentence_piece_file_are_shown_as_spaces(kind: int) -> None:
+    metadata = sentence_piece(space_prefix=False)
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "▁▁▁▁"]
+    metadata["tokenizer.ggml.scores"] = [*metadata["tokenizer.ggml.scores"], 0.0]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], kind]
+    codec = TextCodec(build_tokenizer(metadata), None, {})
+    last = len(metadata["tokenizer.ggml.tokens"]) - 1
+    assert (codec.shown_bytes(last), codec.text_of(last)) == (b"    ", "    ")
+    assert text_of(codec, [8, last, 3]) == "\n\n    a"
+
+
+def llama3(**changes: object) -> dict[str, Any]:
+    tokens = [*byte_level_table(), "12", "123", "45", "456", "Ġi", "it", "'S", "x", "y", "z", "<|begin_of_text|>"]
+    return {
+        "tokenizer.ggml.model": "gpt2", "general.architecture": "llama", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * (len(tokens) - 1) + [3], "tokenizer.ggml.bos_token_id": len(tokens) - 1,
+        "tokenizer.ggml.merges": ["1 2", "12 3", "4 5", "45 6", "i t", "' S"], **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("named", [{}, {"tokenizer.ggml.pre": "default"}, {"tokenizer.ggml.pre": ""}])
+def test_llama3_and_qwen_are_known_without_the_name_of_a_pre_tokenizer(named: dict[str, object]) -> None:
+    tokens = ["<|begin_of_text|>", "123", "456", "Ġ", "it", "'S"]
+    assert build_tokenizer(llama3(**named)).encode("123456 it'S").tokens == tokens
+    for architecture in ("qwen2", "qwen3"):
+        metadata = {**byte_level("gpt-2", **{"general.architecture": architecture}), "tokenizer.ggml.pre": "default"}
+        assert build_tokenizer(metadata | named).encode("1212").tokens == ["1", "2", "1", "2"]
+
+
+@pytest.mark.parametrize("named", [{"tokenizer.ggml.pre": None}, {"tokenizer.ggml.pre": "default"}])
+def test_an_unknown_vocabulary_without_the_name_of_a_pre_tokenizer_is_refused(named: dict[str, object]) -> None:
+    with pytest.raises(TokenizerError, match=r"pre-tokenizer 'default' is not supported.*tokenizer\.json"):
+        build_tokenizer(byte_level("gpt-2", **{"general.architecture": "llama"}) | named)
 
 
 def test_a_folder_is_read_as_transformers_does(model_folder: Path, tmp_path: Path) -> None:
@@ -187,7 +246,15 @@ def test_a_folder_without_tokenizer_has_none_and_a_broken_one_is_named(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"]
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ],
 )
 def test_a_link_out_of_the_folder_a_pipe_and_a_huge_file_are_refused(
     model_folder: Path, tmp_path: Path, name: str
