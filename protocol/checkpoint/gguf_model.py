@@ -188,14 +188,21 @@ def _sliding(fields: Fields, gemma: bool, num_layers: int) -> tuple[int | None, 
 
 
 def _rope_scaling(path: Path, fields: Fields, factors: GgufTensor | None, head_dim: int) -> RopeScaling | None:
-    if factors is not None:
-        return _llama3_scaling(path, factors, fields.number("rope.freq_base", 1e4), head_dim)
-    kind = fields.text("rope.scaling.type", "none")
-    if kind == "linear":
-        return RopeScaling("linear", fields.number("rope.scaling.factor"))
-    if kind != "none":
+    kind, factor = fields.text("rope.scaling.type", "linear"), _linear_factor(fields)
+    if kind not in ("none", "linear"):
         raise fields.error("rope.scaling.type", f"is {kind[:40]!r}; supported: none, linear")
-    return None
+    is_linear = kind == "linear" and factor != 1.0
+    if factors is not None:
+        if is_linear:
+            raise fields.error("rope.scaling.factor", f"is {factor:g}, beside {factors.name!r}, which is not supported")
+        return _llama3_scaling(path, factors, fields.number("rope.freq_base", 1e4), head_dim)
+    return RopeScaling("linear", factor) if is_linear else None
+
+
+def _linear_factor(fields: Fields) -> float:
+    """Return by how much positions are divided. llama.cpp: 0 means not at all, and no type means linear."""
+    key = "rope.scaling.factor" if fields.has("rope.scaling.factor") else "rope.scale_linear"
+    return 1.0 if fields.raw(key) == 0 else fields.number(key, 1.0)
 
 
 def _llama3_scaling(path: Path, factors: GgufTensor, theta: float, head_dim: int) -> RopeScaling:

@@ -43,11 +43,16 @@ _CLASSES = {
 _MODEL_TYPES = {name: name for name in ARCHITECTURES} | {"gemma3_text": "gemma3"}
 
 
-def read_config_facts(folder: Path) -> ModelFacts:
-    """Read config.json and, for its stop tokens, generation_config.json. CheckpointError when unusable."""
+def read_config_facts(folder: Path, is_plain: bool = False) -> ModelFacts:
+    """Read config.json and, for its stop tokens, generation_config.json. CheckpointError when unusable.
+
+    ``is_plain`` ignores a quantization that config.json names: the weights beside it are not quantized.
+    """
     path = checked_file(folder, "config.json")
     outer = Fields(str(path), read_json_object(path))
     family = _family_of(outer)
+    if not is_plain:
+        _refuse_quantized(outer)
     fields = outer.nested("text_config") if family == "gemma3" else None
     return _facts(family, outer, fields or outer, _generation_config(folder))
 
@@ -130,13 +135,16 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
     )
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse_quantized(fields: Fields) -> None:
     if (quantization := fields.nested("quantization_config")) is not None:
         method = quantization.text("quant_method", "unknown")
         raise CheckpointError(
             f"{fields.source}: the checkpoint is already quantized ({method[:40]}), which is not supported; "
             "use the original weights, or a GGUF file"
         )
+
+
+def _refuse_unsupported(fields: Fields) -> None:
     for key in ("final_logit_softcapping", "attn_logit_softcapping"):
         if fields.has(key):
             raise fields.error(key, "is set, which is not supported")
@@ -191,10 +199,10 @@ def _is_sliding(fields: Fields, kind: object) -> bool:
 
 def _activation(fields: Fields, family: str) -> Activation:
     if family == "gemma3":
-        key, expected = "hidden_activation", "gelu_pytorch_tanh"
+        key, expected, synonyms = "hidden_activation", "gelu_pytorch_tanh", ("gelu_new", "gelu_python_tanh")
     else:
-        key, expected = "hidden_act", "silu"
-    if (name := fields.text(key, expected)) != expected:
+        key, expected, synonyms = "hidden_act", "silu", ("swish", "swish")
+    if (name := fields.text(key, expected)) not in (expected, *synonyms):
         raise fields.error(key, f"is {name[:40]!r}; {family} is supported with {expected!r}")
     return "gelu_tanh" if family == "gemma3" else "silu"
 
@@ -206,9 +214,8 @@ def _attention_scale(fields: Fields, family: str, head_dim: int) -> float:
 def _dtype(outer: Fields, fields: Fields) -> Dtype:
     for holder in (outer, fields):
         for key in ("dtype", "torch_dtype"):
-            if not holder.has(key):
+            if (name := holder.text(key, "auto").removeprefix("torch.")) == "auto":
                 continue
-            name = holder.text(key).removeprefix("torch.")
             if name in get_args(Dtype):
                 return cast("Dtype", name)
             raise holder.error(key, f"is {name[:40]!r}; supported: float32, float16, bfloat16")
@@ -227,7 +234,8 @@ def _rope(fields: Fields, family: str, max_position: int) -> tuple[float, float 
         full, sliding = parameters.nested("full_attention"), parameters.nested("sliding_attention")
     # transformers lets a `rope_scaling` of the old style win where both are present.
     scaling = fields.nested("rope_scaling") or full
-    theta = _theta(full, fields, "rope_theta", 1e6 if family == "gemma3" else 1e4)
+    inside = scaling if scaling is not None and scaling.has("rope_theta") else full
+    theta = _theta(inside, fields, "rope_theta", 1e6 if family == "gemma3" else 1e4)
     local = _theta(sliding, fields, "rope_local_base_freq", 1e4)
     _check_sliding_rope(fields, family, sliding, local, theta)
     for holder in (fields, full, sliding):

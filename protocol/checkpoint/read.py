@@ -3,6 +3,7 @@
 Files come from strangers and nothing in them is trusted. Each fault raises `CheckpointError` with file and numbers.
 """
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +11,27 @@ from pathlib import Path
 from mgpu.protocol.checkpoint.gguf_model import read_gguf_checkpoint
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.checkpoint.safetensors_file import read_safetensors
-from mgpu.protocol.checkpoint.tensors import TensorEntry, check_tensors, dummy_tensors, expected_tensors
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, checked_file, read_json_object, reading
+from mgpu.protocol.checkpoint.tensors import (
+    TensorEntry,
+    check_tensors,
+    dummy_tensors,
+    expected_tensors,
+    without_absent_biases,
+)
+from mgpu.protocol.checkpoint.untrusted import (
+    CheckpointError,
+    check_plain_name,
+    checked_file,
+    read_json_object,
+    reading,
+)
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelFacts, ModelSource
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorEntry", "expected_tensors", "read_checkpoint"]
 
 _INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -48,11 +63,10 @@ def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
     stored: dict[str, TensorEntry] = {}
     if path.is_dir():
         kind: CheckpointFormat = "safetensors"
-        facts = read_config_facts(path)
+        facts = read_config_facts(path, is_plain=load_format != "dummy")
         if load_format != "dummy":
             stored = _read_folder(path)
-            # A stored head is used, whatever config.json says, as transformers does.
-            facts = replace(facts, tie_embeddings=facts.tie_embeddings and "lm_head.weight" not in stored)
+            facts = _facts_of_weights(path, facts, stored)
     else:
         kind = "gguf"
         _check_gguf_path(path)
@@ -64,6 +78,15 @@ def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
     return Checkpoint(source, facts, {name: stored[name] for name in expected_tensors(facts)})
 
 
+def _facts_of_weights(folder: Path, facts: ModelFacts, stored: dict[str, TensorEntry]) -> ModelFacts:
+    """Correct the facts by what is stored, as transformers does. Refuse weights that are quantized."""
+    if any(entry.dtype not in _FLOATS for name, entry in stored.items() if name.startswith("model.layers.")):
+        read_config_facts(folder, is_plain=False)
+    # A stored head is used, whatever config.json says.
+    facts = replace(facts, tie_embeddings=facts.tie_embeddings and "lm_head.weight" not in stored)
+    return without_absent_biases(facts, stored)
+
+
 def _check_gguf_path(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
@@ -72,49 +95,51 @@ def _check_gguf_path(path: Path) -> None:
 
 
 def _read_folder(folder: Path) -> dict[str, TensorEntry]:
-    """Read the headers of all shards; tensors keep their names but for a multimodal prefix."""
-    if (folder / _INDEX).exists():
-        weight_map = _read_index(folder)
-        shards = list(dict.fromkeys(weight_map.values()))
-    else:
-        weight_map, shards = {}, _find_shards(folder)
+    """Read the headers of all shards; tensors keep their names but for a multimodal prefix.
+
+    As in transformers, the index only says which files belong to the model, and one whole file goes before it. Of a
+    tensor in two files the last counts.
+    """
+    indexed = _read_index(folder) if (folder / _INDEX).exists() else []
+    shards = _find_shards(folder) if not indexed or os.path.lexists(folder / _WHOLE) else indexed
     tensors: dict[str, TensorEntry] = {}
     for shard in shards:
         for name, entry in read_safetensors(checked_file(folder, shard)).items():
-            if weight_map.get(name, shard) != shard:
-                raise CheckpointError(
-                    f"{folder / shard}: holds tensor {name!r}, which the index puts in {weight_map[name]!r}"
-                )
             text_name = _text_name(name)
-            if text_name in tensors:
+            if text_name in tensors and not indexed:
                 raise CheckpointError(f"{entry.file}: tensor {name!r} is also in {tensors[text_name].file}")
             tensors[text_name] = replace(entry, name=text_name)
-    lost = [name for name in weight_map if _text_name(name) not in tensors]
-    if lost:
-        raise CheckpointError(f"{folder / weight_map[lost[0]]}: lacks tensor {lost[0]!r}, which the index puts there")
     return tensors
 
 
 def _text_name(name: str) -> str:
-    """Return the name that a text-only model would use. Gemma 3's multimodal checkpoints wrap it in two ways."""
+    """Return the name that a text-only model with a head would use.
+
+    Gemma 3's multimodal checkpoints wrap it in two ways, and a model saved without its head has no ``model.``.
+    """
     for prefix, plain in (("language_model.", ""), ("model.language_model.", "model.")):
         if name.startswith(prefix):
-            return plain + name[len(prefix) :]
-    return name
+            name = plain + name[len(prefix) :]
+            break
+    return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def _read_index(folder: Path) -> list[str]:
+    """Return the files that the index names, in the order in which transformers reads them."""
     path = checked_file(folder, _INDEX)
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
-    return {name: str(shard) for name, shard in weight_map.items()}
+    shards = sorted({str(shard) for shard in weight_map.values()})
+    for shard in shards:
+        check_plain_name(folder, shard)
+    return shards
 
 
 def _find_shards(folder: Path) -> list[str]:
     """Name the weight files of a folder without index: one file, or a complete set of numbered ones."""
-    if (folder / "model.safetensors").exists():
-        return ["model.safetensors"]
+    if os.path.lexists(folder / _WHOLE):
+        return [_WHOLE]
     names = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors")
     names = [name for name in names if not name.startswith("consolidated")] or names
     if not names:

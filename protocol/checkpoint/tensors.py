@@ -1,19 +1,23 @@
 """Name the tensors that a model must have, and where each one lies."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from mgpu.protocol.checkpoint.untrusted import CheckpointError
 from mgpu.protocol.model.facts import ModelFacts
 
 BLOCKS: dict[str, tuple[int, int]] = {
-    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
+    "F64": (1, 8), "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
     "Q5_1": (32, 24), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
 }  # fmt: skip
 """Elements and bytes of a block of each type that can be loaded; for GGUF's types from ggml's ggml-common.h."""
 
-_IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn_rot_embd.weight")
-"""Constants that old checkpoints store, although they follow from the configuration."""
+_IGNORED_ENDINGS = (
+    ".rotary_emb.inv_freq", ".attn.masked_bias", ".attn_rot_embd.weight", ".k_scale", ".v_scale", ".q_scale",
+    ".kv_scale", ".prob_scale", ".output_scale", ".k_zero_point", ".v_zero_point",
+)  # fmt: skip
+"""Constants that old checkpoints store, although they follow from the configuration, and scales of a float8 cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,20 @@ def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
     if facts.qk_norm:
         shapes |= {attention + "q_norm.weight": (facts.head_dim,), attention + "k_norm.weight": (facts.head_dim,)}
     return shapes | {head + name + ".weight": (hidden,) for name in layer_norms(facts)}
+
+
+def without_absent_biases(facts: ModelFacts, names: Collection[str]) -> ModelFacts:
+    """Return the facts without kinds of biases of which no file has any: transformers takes them as zero."""
+
+    def has(*projections: str) -> bool:
+        return any(name.endswith(tuple(f".{projection}.bias" for projection in projections)) for name in names)
+
+    return replace(
+        facts,
+        qkv_bias=facts.qkv_bias and has("q_proj", "k_proj", "v_proj"),
+        output_bias=facts.output_bias and has("o_proj"),
+        mlp_bias=facts.mlp_bias and has("gate_proj", "up_proj", "down_proj"),
+    )
 
 
 def layer_norms(facts: ModelFacts) -> tuple[str, ...]:

@@ -46,8 +46,7 @@ def checked_file(folder: Path, name: str) -> Path:
     A symlink may leave the folder only into the ``blobs`` directory of the same Hugging Face cache entry.
     CheckpointError when the name is not a plain file name, or the file is missing, special or elsewhere.
     """
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise CheckpointError(f"{folder}: {name!r} is not a plain file name inside the model folder")
+    check_plain_name(folder, name)
     path = folder / name
     with reading(path):
         try:
@@ -62,10 +61,17 @@ def checked_file(folder: Path, name: str) -> Path:
     return path
 
 
+def check_plain_name(folder: Path, name: str) -> None:
+    """Raise CheckpointError when the name is more than the name of a file in ``folder``."""
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{folder}: {name!r} is not a plain file name inside the model folder")
+
+
 def _allowed_parents(folder: Path) -> tuple[Path, ...]:
     home = folder.resolve()
-    if home.parent.name == "snapshots":
-        return home, home.parent.parent / "blobs"
+    for revision in (home, *home.parents):  # a model may lie in a folder below that of its revision
+        if revision.parent.name == "snapshots":
+            return home, revision.parent.parent / "blobs"
     return (home,)
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from mgpu.protocol.checkpoint.read import CheckpointError
 from mgpu.protocol.checkpoint.tensors import BLOCKS
 
-PLAIN_TYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN_TYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

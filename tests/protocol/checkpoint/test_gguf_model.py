@@ -121,6 +121,16 @@ def test_linear_scaling(tmp_path: Path) -> None:
     assert read(tmp_path, changes).facts.rope_scaling == RopeScaling("linear", 4.0)
 
 
+@pytest.mark.parametrize(("given", "factor"), [
+    ({"scale_linear": f32(4.0)}, 4.0), ({"scaling.factor": f32(4.0)}, 4.0), ({"scaling.type": string("linear")}, None),
+    ({"scale_linear": f32(4.0), "scaling.factor": f32(2.0)}, 2.0), ({"scale_linear": f32(1.0)}, None),
+    ({"scaling.factor": f32(0.0)}, None), ({"scaling.type": string("none"), "scaling.factor": f32(4.0)}, None),
+])  # fmt: skip
+def test_a_factor_without_a_type_is_linear(tmp_path: Path, given: dict[str, GgufValue], factor: float | None) -> None:
+    scaling = read(tmp_path, {f"llama.rope.{key}": value for key, value in given.items()}).facts.rope_scaling
+    assert scaling == (None if factor is None else RopeScaling("linear", factor))
+
+
 def test_gemma_facts(tmp_path: Path) -> None:
     facts = gemma(tmp_path).facts
     assert (facts.architecture, facts.activation, facts.embedding_scale) == ("gemma3", "gelu_tanh", 8.0)

@@ -195,6 +195,27 @@ def test_the_type_of_the_weights_in_either_spelling(tmp_path: Path, key: str, va
     assert facts_of(tmp_path, config | {key: value}).checkpoint_dtype == "bfloat16"
 
 
+def test_other_words_for_the_usual(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path, LLAMA_CONFIG | {"torch_dtype": "auto", "hidden_act": "swish"})
+    assert (facts.checkpoint_dtype, facts.activation) == ("float32", "silu")
+    assert facts_of(tmp_path, LLAMA_CONFIG | {"dtype": "auto", "torch_dtype": "float16"}).checkpoint_dtype == "float16"
+
+
+@pytest.mark.parametrize("given", [
+    {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+    {"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+])  # fmt: skip
+def test_theta_may_stand_beside_the_scaling(tmp_path: Path, given: dict[str, object]) -> None:
+    transformers = pytest.importorskip("transformers")
+    facts = facts_of(tmp_path, LLAMA_CONFIG | given)
+    right = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert facts.rope_theta == right["rope_theta"] == 5e5
+    assert (facts.rope_scaling is not None) == (right["rope_type"] == "linear")
+
+
 @pytest.mark.parametrize(
     "named", [{"architectures": ["GPT2LMHeadModel"]}, {"architectures": None, "model_type": "gpt2"}]
 )

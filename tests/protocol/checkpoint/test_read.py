@@ -284,16 +284,96 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     assert "also in" in message
 
 
-def test_an_index_that_contradicts_its_shards(tmp_path: Path) -> None:
+def test_an_index_may_name_tensors_that_nobody_needs_and_places_that_are_wrong(tmp_path: Path) -> None:
     write_llama_folder(tmp_path, num_shards=2)
     path = tmp_path / "model.safetensors.index.json"
     weight_map = json.loads(path.read_text())["weight_map"]
     shards = sorted(set(weight_map.values()))
     other = shards[1] if weight_map[NORM] == shards[0] else shards[0]
-    write_index(tmp_path, weight_map | {NORM: other})
-    assert NORM in refusal(tmp_path)
-    write_index(tmp_path, weight_map | {"model.extra.weight": shards[0]})
-    assert "model.extra.weight" in refusal(tmp_path)
+    write_index(tmp_path, weight_map | {NORM: other, "model.layers.0.self_attn.rotary_emb.inv_freq": shards[0]})
+    assert is_complete(read_checkpoint(tmp_path))
+    write_index(tmp_path, weight_map | {"lm_head.weight": "model-00003-of-00003.safetensors"})
+    assert "model-00003-of-00003.safetensors" in refusal(tmp_path)
+
+
+def test_a_whole_file_goes_before_a_stale_index(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path)
+    write_index(tmp_path, {NORM: "model-00001-of-00002.safetensors", UP: "model-00002-of-00002.safetensors"})
+    assert is_complete(read_checkpoint(tmp_path))
+
+
+def test_of_a_tensor_in_two_indexed_files_the_last_counts(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path, num_shards=2)
+    weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    (tmp_path / "model-x.safetensors").write_bytes(safetensors_bytes({NORM: (64,)}))
+    write_index(tmp_path, weight_map | {NORM: "model-x.safetensors"})
+    checkpoint = read_checkpoint(tmp_path)
+    assert is_complete(checkpoint)
+    assert checkpoint.tensors[NORM].file.endswith("model-x.safetensors")
+
+
+SCALES = ("self_attn.k_scale", "self_attn.v_scale", "self_attn.kv_scale", "self_attn.k_proj.k_scale",
+          "self_attn.v_proj.output_scale", "self_attn.rotary_emb.inv_freq")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_of_a_float8_cache_are_ignored(tmp_path: Path, name: str) -> None:
+    write_llama_folder(tmp_path)
+    reshaped({f"model.layers.1.{name}": (1,)})(tmp_path)
+    assert is_complete(read_checkpoint(tmp_path))
+
+
+def test_names_without_their_prefix(tmp_path: Path) -> None:
+    config = LLAMA_CONFIG | {"tie_word_embeddings": True}
+    write_config(tmp_path, config)
+    shapes = expected_tensors(read_checkpoint(tmp_path, "dummy").facts)
+    bare = {name.removeprefix("model."): shape for name, shape in shapes.items()}
+    (tmp_path / WEIGHTS).write_bytes(safetensors_bytes(bare))
+    assert is_complete(read_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(("config", "kinds", "expected"), [
+    ({"attention_bias": True}, ("q_proj", "k_proj", "v_proj"), (True, False, False)),
+    ({"attention_bias": True}, (), (False, False, False)),
+    ({"attention_bias": True, "mlp_bias": True}, ("q_proj", "k_proj", "v_proj", "o_proj"), (True, True, False)),
+])  # fmt: skip
+def test_biases_that_no_file_has_are_zero(
+    tmp_path: Path, config: dict[str, object], kinds: tuple[str, ...], expected: tuple[bool, ...]
+) -> None:
+    write_config(tmp_path, LLAMA_CONFIG | config)
+    shapes = expected_tensors(read_checkpoint(tmp_path, "dummy").facts)
+    kept = {name: shape for name, shape in shapes.items() if not name.endswith(".bias") or name.split(".")[-2] in kinds}
+    (tmp_path / WEIGHTS).write_bytes(safetensors_bytes(kept))
+    facts = read_checkpoint(tmp_path).facts
+    assert (facts.qkv_bias, facts.output_bias, facts.mlp_bias) == expected
+
+
+def test_a_quantization_left_over_beside_plain_weights_is_ignored(tmp_path: Path) -> None:
+    write_llama_folder(tmp_path)
+    write_config(tmp_path, LLAMA_CONFIG | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    assert is_complete(read_checkpoint(tmp_path))
+    assert "already quantized (gptq)" in refusal(tmp_path, "dummy")
+    reshaped_by_config = expected_tensors(read_checkpoint(tmp_path).facts)
+    changed = {UP.replace("weight", "qweight"): {"dtype": "I32"}}
+    shapes = {name.replace(UP, UP.replace("weight", "qweight")): shape for name, shape in reshaped_by_config.items()}
+    (tmp_path / WEIGHTS).write_bytes(safetensors_bytes(shapes, changes=changed))
+    assert "already quantized (gptq)" in refusal(tmp_path)
+
+
+def test_links_from_a_folder_below_a_snapshot_are_followed_into_the_same_entry_only(tmp_path: Path) -> None:
+    entry = tmp_path / "models--org--m"
+    folder, blobs = entry / "snapshots" / "abc" / "checkpoint-10", entry / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    write_llama_folder(folder)
+    for name in ("config.json", WEIGHTS):
+        (folder / name).rename(blobs / name)
+        (folder / name).symlink_to(Path("../../../blobs") / name)
+    assert is_complete(read_checkpoint(folder))
+    (folder / WEIGHTS).unlink()
+    (blobs / WEIGHTS).rename(entry / WEIGHTS)
+    (folder / WEIGHTS).symlink_to(entry / WEIGHTS)
+    assert "outside the model folder" in refusal(folder)
 
 
 def test_facts_survive_the_way_to_a_worker(tmp_path: Path) -> None:
