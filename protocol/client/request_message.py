@@ -47,7 +47,9 @@ def prompt_field(prompt: str | Sequence[int]) -> dict[str, object]:
     if isinstance(prompt, (bytes, bytearray, memoryview)):
         raise RequestFailed("bad_request", "prompt must be text or a sequence of token ids, got bytes; use .decode()")
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], str):
-        raise RequestFailed("bad_request", "prompt must be one prompt, got several strings; use map(prompts) for them")
+        raise RequestFailed(
+            "bad_request", "prompt must be one prompt, got several strings; ask for each with a call of its own"
+        )
     try:
         return {"prompt_ids": TokenIds().parse("prompt", _listed("prompt", prompt, "text or a sequence of token ids"))}
     except FieldError as error:
