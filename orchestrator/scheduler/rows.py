@@ -33,7 +33,7 @@ class RowPool:
         return bool(self._free)
 
     def take(self, seq: Sequence) -> None:
-        """Give a sequence a free row."""
+        """Assign a free row to a sequence."""
         seq.row = self._free.pop()
 
     def give_back(self, seq: Sequence, last_step: int) -> None:

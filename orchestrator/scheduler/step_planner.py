@@ -196,7 +196,7 @@ class StepPlanner:
     # -- admission -----------------------------------------------------------------------------------------------------
 
     def _admit_next(self) -> Sequence | None:
-        """Give a row and blocks to the first in line and return it. None when it must wait: no other overtakes it."""
+        """Assign a row and blocks to the first in line and return it. None when it must wait: no other overtakes it."""
         seq = self._waiting.first()
         if seq is None or not self._rows.has_free or self._blocked == (self.blocks.changes, seq):
             return None

@@ -49,7 +49,7 @@ class RequestHandler:
         return Request(received.connection, message, now, deadline, received.identity, size=size)
 
     def admit(self, request: Request, prompt: bytes) -> None:
-        """Give the engine one sequence per choice. Refusal when the request cannot run."""
+        """Send the engine one sequence per choice. Refusal when the request cannot run."""
         spec, account = request.spec, account_number(request.account)
         weight = self._quota.limits.weight_of(request.identity)
         accepted, submits = admit(self._model, spec, prompt, self._next_sequence, account, weight)
