@@ -5,7 +5,6 @@ import gc
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,6 @@ from harness.gateway_process import GatewayProcess, make_model_folder, says
 from harness.scripted_server import ScriptedServer
 from mgpu import AsyncClient, Client, DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
 from mgpu.protocol.discovery import LOCK_NAME, RunningServer, write_server
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with GatewayProcess(make_model_folder(tmp_path_factory.mktemp("tiny-model"))) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def gateway(server: GatewayProcess) -> Iterator[GatewayProcess]:
-    server.engine.reset()
-    yield server
-    server.engine.reset()
-    assert server.process.poll() is None
 
 
 def test_importing_the_client_is_light() -> None:

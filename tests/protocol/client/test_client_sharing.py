@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from harness.gateway_process import DEADLINE_S, GatewayProcess, make_model_folder
+from harness.gateway_process import DEADLINE_S, GatewayProcess
 from mgpu import AsyncClient, Client, MgpuError
 
 PRELUDE = "import multiprocessing, os, sys; from mgpu import Client; client = Client(sys.argv[1])\n"
@@ -78,19 +77,6 @@ for _ in range(3):
 assert [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(3)] == [7] * 3
 """,
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with GatewayProcess(make_model_folder(tmp_path_factory.mktemp("tiny-model"))) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def gateway(server: GatewayProcess) -> Iterator[GatewayProcess]:
-    server.engine.reset()
-    yield server
-    server.engine.reset()
 
 
 @pytest.mark.parametrize("code", FORKS.values(), ids=list(FORKS))
