@@ -90,7 +90,7 @@ def note_missing_tokenizer(model: ResolvedModel) -> None:
 def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, gpus: str = "") -> PlannedModel:
     """Place a model as the options say, on this machine or the one that ``gpus`` describes. UserError as `prepare`."""
     check_loadable(checkpoint)
-    options = part_of(config, LayoutOptions)
+    options = part_of(config, LayoutOptions, fewer_devices=model.is_demo)
     machine = described_machine(gpus) if gpus else _machine(config, options)
     return PlannedModel(model, checkpoint, plan(checkpoint.facts, machine, options))
 

@@ -20,14 +20,11 @@ CPU_WORKERS = 3
 @click.option("--question", default=QUESTION, show_default=True)
 @click.option("--max-tokens", default=160, show_default=True)
 def demo_command(question: str, max_tokens: int) -> None:
-    """Serve the built-in model on all GPUs (else on three CPU workers), stream one answer, stop."""
-    model = resolve_model(BUILT_IN_DEMO, report=lambda line: click.echo(line, err=True))
-    arguments = ["-m", model.path, "--served-name", "SmolLM2-135M-Instruct", "--max-seq-len", "2048"]
-    machine = find_machine("auto")
-    if machine.kind == "cpu":
+    """Serve the built-in model on the GPUs (else on three CPU workers), stream one answer, stop."""
+    resolve_model(BUILT_IN_DEMO, report=lambda line: click.echo(line, err=True))
+    arguments = ["-m", BUILT_IN_DEMO, "--max-seq-len", "2048"]
+    if find_machine("auto").kind == "cpu":
         arguments += ["--device", "cpu", "--workers", str(CPU_WORKERS)]
-    elif len(machine.devices) not in (1, 3, 9):
-        arguments += ["--tp", "1"]  # 9 query heads and 3 KV heads split over 1, 3 or 9 GPUs
     click.secho(f"$ mgpu-launch serve {' '.join(arguments)}", bold=True)
     try:
         with orderly_end(), ServerProcess(*arguments, quiet=False) as server:

@@ -55,6 +55,8 @@ class ResolvedModel:
     format: CheckpointFormat
     name: str
     """Its name for clients and logs."""
+    is_demo: bool = False
+    """True: it runs on any machine, if need be on some of the GPUs."""
 
 
 def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
@@ -108,7 +110,7 @@ def _resolved(name: str, part: Part, report: Callable[[str], None], environ: Map
         return ResolvedModel(str(path.absolute()), "gguf", path.stem)
     if name in ("demo", BUILT_IN_DEMO):
         file = demo_model_path(cache_root(environ), report, verify=part != "config")
-        return ResolvedModel(str(file.absolute()), "gguf", DEMO_NAME)
+        return ResolvedModel(str(file.absolute()), "gguf", DEMO_NAME, is_demo=True)
     if _is_hub_id(name):
         return ResolvedModel(_fetch_from_hub(name, part, report), "safetensors", name)
     raise ModelError(f"{name}: no such file or folder; {FORMS}")

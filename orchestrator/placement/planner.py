@@ -1,5 +1,6 @@
 """Choose the layout of a model on a machine: a pure function, checked in full before any process is started."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.errors import PlacementError
@@ -112,7 +113,7 @@ def _choose(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> _Cho
         return _choose_size(facts, machine, options, options.tp)
     count = len(machine.devices)
     if count == 1:
-        return _one_stage(facts, 1), "one CPU worker" if machine.kind == "cpu" else "one GPU is visible"
+        return _one_stage(facts, (0,)), "one CPU worker" if machine.kind == "cpu" else "one GPU is visible"
     if machine.kind == "cuda" and not machine.nccl:
         return _choose_balanced(facts, machine, options, machine.nccl_problem)
     sizes = compatible_sizes(facts, options.quant)
@@ -120,9 +121,30 @@ def _choose(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> _Cho
         cause = f"{facts.num_q_heads} query heads" if compatible_sizes(facts) == (1,) else "int4 groups would be cut"
         reason = f"the model has no tensor-parallel size above 1 ({cause})"
         return _choose_balanced(facts, machine, options, reason)
-    if count not in sizes:
-        raise _split_error(facts, machine, options, count, f"{count} {_noun(machine, count)}")
-    return _one_stage(facts, count), _split_reason(facts, machine, count)
+    if count in sizes:
+        return _one_stage(facts, range(count)), _split_reason(facts, machine, count)
+    if options.fewer_devices:
+        return _choose_fewer(facts, machine, options)
+    raise _split_error(facts, machine, options, count, f"{count} {_noun(machine, count)}")
+
+
+def _choose_fewer(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> _Choice:
+    count = len(machine.devices)
+    taken = _emptiest(machine, max(size for size in compatible_sizes(facts, options.quant) if size <= count))
+    return _one_stage(facts, taken), (
+        f"{_named(machine, taken)} of {count}, because {facts.num_q_heads} query heads and {facts.num_kv_heads} KV "
+        f"heads do not split over {count}; sizes that do: {sizes_text(facts, options.quant)}"
+    )
+
+
+def _emptiest(machine: Machine, count: int) -> list[int]:
+    """Return the ordinals of the devices with most free memory, in order."""
+    ordered = sorted(machine.devices, key=lambda device: (-device.free_bytes, device.ordinal))
+    return sorted(device.ordinal for device in ordered[:count])
+
+
+def _named(machine: Machine, ordinals: Sequence[int]) -> str:
+    return f"{_noun(machine, len(ordinals))} {', '.join(map(str, ordinals))}"
 
 
 def _noun(machine: Machine, count: int) -> str:
@@ -130,8 +152,8 @@ def _noun(machine: Machine, count: int) -> str:
     return word if count == 1 else word + "s"
 
 
-def _one_stage(facts: ModelFacts, size: int) -> PlacementPlan:
-    return PlacementPlan((Stage(0, facts.num_layers, tuple(range(size))),))
+def _one_stage(facts: ModelFacts, ordinals: Sequence[int]) -> PlacementPlan:
+    return PlacementPlan((Stage(0, facts.num_layers, tuple(ordinals)),))
 
 
 def _split_reason(facts: ModelFacts, machine: Machine, size: int) -> str:
@@ -162,7 +184,7 @@ def _choose_size(facts: ModelFacts, machine: Machine, options: LayoutOptions, si
         )
     if size not in compatible_sizes(facts, options.quant):
         raise _split_error(facts, machine, options, size, f"--tp {size}: {size} {_noun(machine, size)}")
-    return _one_stage(facts, size), f"--tp {size}"
+    return _one_stage(facts, range(size)), f"--tp {size}"
 
 
 def _split_error(
@@ -188,17 +210,22 @@ def _first_devices(machine: Machine, count: int) -> str:
 
 def _choose_balanced(facts: ModelFacts, machine: Machine, options: LayoutOptions, reason: str) -> _Choice:
     count, layers = len(machine.devices), facts.num_layers
-    if count > layers:
+    ordinals: Sequence[int] = range(count)
+    if count > layers and options.fewer_devices:
+        ordinals = _emptiest(machine, layers)
+        reason += f"; {layers} of {count} {_noun(machine, count)}, because the model has {layers} layers"
+    elif count > layers:
         raise PlacementError(
             f"{count} {_noun(machine, count)} cannot share {layers} layers, and layer mapping is needed ({reason}). "
             f"Use at most {layers}: {_first_devices(machine, layers)}"
         )
-    edges = [edge_elements(facts, 1, i == 0, i == count - 1) for i in range(count)]
+    last = len(ordinals) - 1
+    edges = [edge_elements(facts, 1, i == 0, i == last) for i in range(len(ordinals))]
     dtype_bytes = DTYPE_BYTES[_dtype(machine, options)]
     placement = balanced_stages(
         layers,
-        range(count),
-        [weight_capacity(device, options) for device in machine.devices],
+        ordinals,
+        [weight_capacity(machine.devices[ordinal], options) for ordinal in ordinals],
         layer_bytes(facts, 1, dtype_bytes, options.quant),
         [elements * dtype_bytes for elements in edges],
     )
@@ -252,7 +279,7 @@ def _notes(machine: Machine, layout: Layout, rows: tuple[RankRow, ...]) -> list[
         notes.append(f"partial sums go over the host (gloo), which is slow: {machine.nccl_problem}")
     used = {device for stage in placement.stages for device in stage.devices}
     if idle := [device for device in machine.devices if device.ordinal not in used]:
-        notes.append(f"not used: {_noun(machine, len(idle))} {', '.join(str(device.ordinal) for device in idle)}")
+        notes.append(f"not used: {_named(machine, [device.ordinal for device in idle])}")
     if machine.kind == "cuda" and len(placement.stages) == 1 and len(rows) > 1:
         notes += _uneven_note([row.device for row in rows])
     return notes

@@ -46,6 +46,19 @@ def test_described_machines(model: str, count: int, title: str) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(("count", "taken"), [(1, "one GPU"), (2, "GPU 0 of 2"), (4, "0, 1, 2 of 4"), (8, "1, 2 of 8")])
+def test_the_demo_runs_on_any_number_of_gpus_and_says_on_which(count: int, taken: str) -> None:
+    done = launch("demo", "--gpus", str(count), MGPU_CACHE=str(Path(demo_model()).parent.parent))
+    assert done.returncode == 0, done.stderr
+    assert taken in next(line for line in done.stdout.splitlines() if line.startswith("layout:"))
+
+
+def test_the_file_of_the_demo_is_a_model_like_others() -> None:
+    done = launch(demo_model(), "--gpus", "2")
+    assert done.returncode == 78
+    assert_has_all(done.stderr, "Compatible sizes: 1, 3, 9", "CUDA_VISIBLE_DEVICES=0 (or --tp 1)")
+
+
 def test_the_model_may_be_named_without_its_option(model: str) -> None:
     named = launch("-m", model, "--gpus", "2")
     for arguments in ([model], [model, "-m", model]):

@@ -73,6 +73,45 @@ def test_compatible_sizes(facts: ModelFacts, sizes: tuple[int, ...]) -> None:
     assert compatible_sizes(facts) == sizes
 
 
+# The demo, which takes the devices that it splits over
+
+
+@pytest.mark.parametrize(("count", "stages"), [
+    (1, "0:30"), (2, "0:30"), (3, "0+1+2:30"), (4, "0+1+2:30"), (5, "0+1+2:30"), (8, "0+1+2:30"),
+    (9, "0+1+2+3+4+5+6+7+8:30"), (16, "0+1+2+3+4+5+6+7+8:30"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+def test_the_demo_takes_the_most_devices_that_it_splits_over(count: int, stages: str, kind: str) -> None:
+    machine = gpus(*[80.0] * count) if kind == "gpu" else cpus(count)
+    result = planned(SMOLLM2, machine, fewer_devices=True)
+    assert shape(result) == stages
+    if result.layout.placement.world_size < count:
+        assert_has_all(result.reason, f" of {count}, because 9 query heads and 3 KV heads do not split", "1, 3, 9")
+        assert "not used" in result.notes[-1]
+
+
+def test_the_demo_takes_the_emptiest_devices() -> None:
+    assert shape(planned(SMOLLM2, gpus(4, 80, 80, 4, 80, total_gib=80), fewer_devices=True)) == "1+2+4:30"
+    assert planned(SMOLLM2, gpus(4, 80, total_gib=80), fewer_devices=True).reason.startswith("GPU 1 of 2, because")
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 8, 30])
+def test_the_demo_maps_layers_to_all_devices_where_nccl_is_missing(count: int) -> None:
+    result = planned(SMOLLM2, gpus(*[80.0] * count, nccl=False), fewer_devices=True)
+    assert result.layout.placement.num_stages == count
+
+
+def test_the_demo_leaves_devices_out_where_layers_are_too_few() -> None:
+    result = planned(SMOLLM2, gpus(4, *[80.0] * 31, total_gib=80, nccl=False), fewer_devices=True)
+    assert result.layout.placement.num_stages == 30
+    assert_has_all(result.reason, "30 of 32 GPUs", "30 layers")
+    assert result.notes[-1] == "not used: GPUs 0, 31"
+
+
+def test_a_size_typed_for_the_demo_is_not_lowered() -> None:
+    assert_has_all(refusal(SMOLLM2, gpus(80, 80), tp=2, fewer_devices=True), "9 query heads % 2 = 1", "1, 3, 9")
+
+
 # The selection table
 
 
