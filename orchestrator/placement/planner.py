@@ -71,7 +71,7 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
         rows=rows,
         kv_tokens=kv_tokens,
         kv_memory=0 if machine.kind == "cuda" and not options.kv_memory else kv_memory,
-        notes=(*machine.notes, *_notes(machine, layout, rows)),
+        notes=(*machine.notes, *_notes(machine, layout, rows), *_rope_note(facts, max_seq_len)),
     )
 
 
@@ -283,6 +283,19 @@ def _notes(machine: Machine, layout: Layout, rows: tuple[RankRow, ...]) -> list[
     if machine.kind == "cuda" and len(placement.stages) == 1 and len(rows) > 1:
         notes += _uneven_note([row.device for row in rows])
     return notes
+
+
+def _rope_note(facts: ModelFacts, max_seq_len: int) -> list[str]:
+    scaling = facts.rope_scaling
+    if scaling is None or not scaling.long_divisors:
+        return []
+    original = scaling.original_max_position
+    if max_seq_len <= original:
+        return [f"LongRoPE: rotary factors for short contexts, as requests have at most {original:,} tokens"]
+    return [
+        f"LongRoPE: rotary factors for long contexts, as requests may exceed {original:,} tokens. "
+        f"--max-seq-len {original} uses those for short ones"
+    ]
 
 
 def _uneven_note(devices: list[DeviceInfo]) -> list[str]:

@@ -1,14 +1,13 @@
 """Turn the header of a GGUF file into `ModelFacts` and tensors under their Hugging Face names."""
 
-import math
 import re
-import struct
 from pathlib import Path
 
 from mgpu.protocol.checkpoint.gguf_file import MAX_TENSORS, GgufHeader, GgufTensor, read_gguf
+from mgpu.protocol.checkpoint.gguf_rope import Located, read_gguf_rope
 from mgpu.protocol.checkpoint.tensors import TensorEntry
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file
-from mgpu.protocol.model.facts import Dtype, ModelFacts, RopeScaling
+from mgpu.protocol.model.facts import Dtype, ModelFacts
 
 _GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 _TOP_NAMES = {
@@ -45,7 +44,6 @@ END_TEXTS = frozenset((
 llama.cpp goes by the text too (llama-vocab.cpp, special_eog_ids).
 """
 _TOKENS = "tokenizer.ggml.tokens"
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 def read_gguf_checkpoint(path: Path) -> tuple[ModelFacts, dict[str, TensorEntry]]:
@@ -68,8 +66,7 @@ def read_gguf_checkpoint(path: Path) -> tuple[ModelFacts, dict[str, TensorEntry]
         if len(located) > MAX_TENSORS:
             raise CheckpointError(f"{part}: {len(located)} tensors up to this part; at most {MAX_TENSORS} are allowed")
     tensors = {name: tensor for name, (_, tensor) in located.items()}
-    rope_file = located[_ROPE_FACTORS][0] if _ROPE_FACTORS in located else path
-    facts = _facts(path, architecture, GgufHeader(header.metadata, tensors), rope_file)
+    facts = _facts(path, architecture, GgufHeader(header.metadata, tensors), located)
     return facts, _entries(architecture, located)
 
 
@@ -107,7 +104,7 @@ def hugging_face_name(architecture: str, name: str) -> str | None:
     return f"model.layers.{parts[1]}.{names.get(parts[2], parts[2])}.{parts[3]}"
 
 
-def _facts(path: Path, architecture: str, header: GgufHeader, rope_file: Path) -> ModelFacts:
+def _facts(path: Path, architecture: str, header: GgufHeader, located: Located) -> ModelFacts:
     fields = Fields(str(path), header.metadata, architecture + ".")
     for key in ("expert_count", "final_logit_softcapping", "attn_logit_softcapping"):
         if fields.raw(key):
@@ -121,6 +118,9 @@ def _facts(path: Path, architecture: str, header: GgufHeader, rope_file: Path) -
     head_dim = _head_dim(fields, hidden, num_q_heads)
     gemma = architecture == "gemma3"
     window, sliding = _sliding(fields, gemma, num_layers)
+    theta = fields.number("rope.freq_base", 1e6 if gemma else 1e4)
+    context = fields.integer("context_length", 4096, high=Limit.POSITION)
+    scaling, context = read_gguf_rope(fields, located, theta, head_dim, context)
     tokenizer = Fields(str(path), header.metadata, "tokenizer.ggml.")
     tensors = header.tensors
     return ModelFacts(
@@ -132,11 +132,11 @@ def _facts(path: Path, architecture: str, header: GgufHeader, rope_file: Path) -
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=_vocab_size(path, tensors),
-        max_position=fields.integer("context_length", 4096, high=Limit.POSITION),
+        max_position=context,
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", 1e-6),
-        rope_theta=fields.number("rope.freq_base", 1e6 if gemma else 1e4),
+        rope_theta=theta,
         rope_local_theta=fields.number("rope.freq_base_swa", 1e4) if gemma else None,
-        rope_scaling=_rope_scaling(rope_file, fields, tensors.get(_ROPE_FACTORS), head_dim),
+        rope_scaling=scaling,
         sliding_window=window,
         sliding_layers=sliding,
         qkv_bias="blk.0.attn_q.bias" in tensors,
@@ -185,57 +185,6 @@ def _sliding(fields: Fields, gemma: bool, num_layers: int) -> tuple[int | None, 
         return window, tuple(bool(flag) for flag in flags or ())
     period = fields.integer("attention.sliding_window_pattern", 6)
     return window, tuple((layer + 1) % period != 0 for layer in range(num_layers))
-
-
-def _rope_scaling(path: Path, fields: Fields, factors: GgufTensor | None, head_dim: int) -> RopeScaling | None:
-    kind, factor = fields.text("rope.scaling.type", "linear"), _linear_factor(fields)
-    if kind not in ("none", "linear"):
-        raise fields.error("rope.scaling.type", f"is {kind[:40]!r}; supported: none, linear")
-    is_linear = kind == "linear" and factor != 1.0
-    if factors is not None:
-        if is_linear:
-            raise fields.error("rope.scaling.factor", f"is {factor:g}, beside {factors.name!r}, which is not supported")
-        return _llama3_scaling(path, factors, fields.number("rope.freq_base", 1e4), head_dim)
-    return RopeScaling("linear", factor) if is_linear else None
-
-
-def _linear_factor(fields: Fields) -> float:
-    """Return by how much positions are divided. llama.cpp: 0 means not at all, and no type means linear."""
-    key = "rope.scaling.factor" if fields.has("rope.scaling.factor") else "rope.scale_linear"
-    return 1.0 if fields.raw(key) == 0 else fields.number(key, 1.0)
-
-
-def _llama3_scaling(path: Path, factors: GgufTensor, theta: float, head_dim: int) -> RopeScaling:
-    """Recover Llama 3.1's rule from the stored divisors: the lowest frequencies are divided by the whole factor.
-
-    The other three parameters are the same in every Llama 3.1, 3.2 and 3.3; other rules are refused.
-    """
-    if factors.dtype != "F32" or factors.shape != (head_dim // 2,):
-        raise CheckpointError(
-            f"{path}: tensor {factors.name!r} is {factors.dtype} {list(factors.shape)} instead of F32 [{head_dim // 2}]"
-        )
-    with open(path, "rb") as file:
-        file.seek(factors.offset)
-        values = struct.unpack(f"<{head_dim // 2}f", file.read(factors.nbytes))
-    scaling = RopeScaling("llama3", max(values), 1.0, 4.0, 8192)
-    expected = llama3_divisors(scaling, theta, head_dim) if 1.0 <= scaling.factor <= 1e6 else []
-    pairs = zip(values, expected, strict=False)
-    if len(expected) != len(values) or not all(abs(value - right) <= 0.01 * right for value, right in pairs):
-        raise CheckpointError(
-            f"{path}: tensor {factors.name!r} does not follow Llama 3.1's rule, the only one supported"
-        )
-    return scaling
-
-
-def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> list[float]:
-    """Return the divisor of each rotary frequency by Llama 3.1's rule."""
-    divisors = []
-    for index in range(head_dim // 2):
-        turns = scaling.original_max_position / (2 * math.pi * theta ** (2 * index / head_dim))
-        span = scaling.high_freq_factor - scaling.low_freq_factor
-        smooth = min(1.0, max(0.0, (turns - scaling.low_freq_factor) / span))
-        divisors.append(1 / ((1 - smooth) / scaling.factor + smooth))
-    return divisors
 
 
 def _attention_scale(gemma: bool, num_layers: int, hidden: int, num_q_heads: int, head_dim: int) -> float:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
+from mgpu.protocol.checkpoint.huggingface_rope import read_rope
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file, read_json_object
-from mgpu.protocol.model.facts import ARCHITECTURES, Activation, Dtype, ModelFacts, RopeScaling
+from mgpu.protocol.model.facts import ARCHITECTURES, Activation, Dtype, ModelFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
     num_q_heads = fields.integer("num_attention_heads", base.num_q_heads, high=Limit.HEADS)
     head_dim = _head_dim(fields, base, hidden, num_q_heads)
     max_position = fields.integer("max_position_embeddings", base.max_position, high=Limit.POSITION)
-    theta, local_theta, scaling = _rope(fields, family, max_position)
+    rope = read_rope(fields, family, max_position, head_dim)
     window, sliding = _sliding(fields, family, num_layers)
     biased = fields.boolean("attention_bias", False) and family != "mistral"
     return ModelFacts(
@@ -114,11 +115,11 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         num_kv_heads=_num_kv_heads(fields, base, num_q_heads),
         head_dim=head_dim,
         vocab_size=fields.integer("vocab_size", base.vocab_size, high=Limit.VOCAB),
-        max_position=max_position,
+        max_position=rope.max_position,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_local_theta=local_theta,
-        rope_scaling=scaling,
+        rope_theta=rope.theta,
+        rope_local_theta=rope.local_theta,
+        rope_scaling=rope.scaling,
         sliding_window=window,
         sliding_layers=sliding,
         qkv_bias=biased or family == "qwen2",
@@ -220,61 +221,3 @@ def _dtype(outer: Fields, fields: Fields) -> Dtype:
                 return cast("Dtype", name)
             raise holder.error(key, f"is {name[:40]!r}; supported: float32, float16, bfloat16")
     return "float32"
-
-
-def _rope(fields: Fields, family: str, max_position: int) -> tuple[float, float | None, RopeScaling | None]:
-    """Read theta, that of sliding layers and the scaling, in the old style or that of transformers 5.
-
-    Old: ``rope_theta`` and ``rope_scaling``. New: ``rope_parameters``, flat or one object per layer type.
-    """
-    parameters = fields.nested("rope_parameters")
-    per_type = parameters is not None and (parameters.has("full_attention") or parameters.has("sliding_attention"))
-    full, sliding = parameters, None
-    if parameters is not None and per_type:
-        full, sliding = parameters.nested("full_attention"), parameters.nested("sliding_attention")
-    # transformers lets a `rope_scaling` of the old style win where both are present.
-    scaling = fields.nested("rope_scaling") or full
-    inside = scaling if scaling is not None and scaling.has("rope_theta") else full
-    theta = _theta(inside, fields, "rope_theta", 1e6 if family == "gemma3" else 1e4)
-    local = _theta(sliding, fields, "rope_local_base_freq", 1e4)
-    _check_sliding_rope(fields, family, sliding, local, theta)
-    for holder in (fields, full, sliding):
-        if holder is not None and holder.number("partial_rotary_factor", 1.0) != 1.0:
-            raise holder.error("partial_rotary_factor", "is not 1, which is not supported")
-    return theta, local if family == "gemma3" else None, _rope_scaling(scaling, fields, max_position)
-
-
-def _theta(holder: Fields | None, fields: Fields, key: str, default: float) -> float:
-    if holder is not None and holder.has("rope_theta"):
-        return holder.number("rope_theta")
-    return fields.number(key, default)
-
-
-def _check_sliding_rope(fields: Fields, family: str, sliding: Fields | None, local: float, theta: float) -> None:
-    """Refuse sliding layers that differ from the others in more than theta, which Gemma 3 alone may do."""
-    if sliding is None:
-        return
-    if _rope_kind(sliding) != "default":
-        raise fields.error("rope_parameters", "scales the sliding-attention layers, which is not supported")
-    if family != "gemma3" and sliding.has("rope_theta") and local != theta:
-        raise fields.error("rope_parameters", f"differ per layer type, which is not supported for {family}")
-
-
-def _rope_kind(holder: Fields) -> str:
-    return holder.text("rope_type", holder.text("type", "default"))
-
-
-def _rope_scaling(holder: Fields | None, fields: Fields, max_position: int) -> RopeScaling | None:
-    if holder is None or (kind := _rope_kind(holder)) == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", holder.number("factor"))
-    if kind == "llama3":
-        original = fields.integer("original_max_position_embeddings", max_position)
-        low, high = holder.number("low_freq_factor"), holder.number("high_freq_factor")
-        if low >= high:
-            raise holder.error("low_freq_factor", f"is {low}, not below high_freq_factor {high}")
-        return RopeScaling(
-            "llama3", holder.number("factor"), low, high, holder.integer("original_max_position_embeddings", original)
-        )
-    raise holder.error("rope_type", f"is {kind[:40]!r}; supported: default, linear, llama3")

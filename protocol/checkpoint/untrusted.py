@@ -147,7 +147,18 @@ class Fields:
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a finite number above 0."""
-        value = self._present(key, default)
+        return self._number(key, self._present(key, default))
+
+    def numbers(self, key: str, length: int) -> tuple[float, ...]:
+        """Return a list of ``length`` finite numbers above 0."""
+        values = self._present(key, None)
+        if not isinstance(values, list):
+            raise self.error(key, f"must be a list of numbers, found {_shown(values)}")
+        if len(values) != length:
+            raise self.error(key, f"has {len(values)} entries, expected {length}")
+        return tuple(self._number(key, value) for value in values)
+
+    def _number(self, key: str, value: object) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise self.error(key, f"must be a number, found {_shown(value)}")
         # The comparison comes first: an integer beyond float's range must not reach isfinite.

@@ -26,17 +26,21 @@ def kv_element_bytes(stored: KvCacheDtype, dtype: Dtype) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Scaling of rotary frequencies.
+    """Scaling of rotary frequencies, by any rule.
 
-    ``linear`` divides all of them by ``factor``. ``llama3`` is Llama 3.1's wavelength-dependent rule; its four
-    parameters are those of ``rope_scaling`` in config.json.
+    Each of the K / 2 frequencies is divided by its own number of ``divisors``, then cos and sin are multiplied by
+    ``attention_factor``. With ``long_divisors`` (LongRoPE) these count instead on a server whose longest request
+    exceeds ``original_max_position``: all keys of a cache must be rotated alike.
     """
 
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    divisors: tuple[float, ...]
+    attention_factor: float = 1.0
+    long_divisors: tuple[float, ...] = ()
+    original_max_position: int = 0
+
+    def divisors_for(self, longest: int) -> tuple[float, ...]:
+        """Return the divisors on a server whose longest request has so many tokens."""
+        return self.long_divisors if self.long_divisors and longest > self.original_max_position else self.divisors
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,9 @@ def tiny_config(family: str) -> object:
         "original_max_position_embeddings": 32,
     }
     linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}
+    halves = {"short_factor": [1.0] * 8, "long_factor": [1.0 + 0.5 * index for index in range(8)]}
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 16, **halves}
     gemma_rope = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
@@ -44,6 +47,8 @@ def tiny_config(family: str) -> object:
         "llama-linear-bias": lambda: hf.LlamaConfig(
             **TINY, rope_parameters=linear, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
         ),
+        "llama-longrope": lambda: hf.LlamaConfig(**TINY, rope_parameters=longrope, tie_word_embeddings=False),
+        "qwen2-yarn": lambda: hf.Qwen2Config(**TINY, rope_parameters=yarn, tie_word_embeddings=False),
         "mistral-window": lambda: hf.MistralConfig(**TINY, sliding_window=7, tie_word_embeddings=False),
         "qwen2": lambda: hf.Qwen2Config(**TINY, tie_word_embeddings=True),
         "qwen3": lambda: hf.Qwen3Config(**TINY, head_dim=32, tie_word_embeddings=False),

@@ -138,7 +138,7 @@ class DecoderStage(Module):
         kinds = set(self._is_sliding)
         if self._attention_backend.takes_packed:
             return {kind: self._rotary[kind].table(self.max_positions) for kind in kinds}
-        return {kind: self._rotary[kind](positions_T, self.dtype) for kind in kinds}
+        return {kind: self._rotary[kind](positions_T, self.dtype, self.max_positions) for kind in kinds}
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """Return the first layer's input [T, D]."""

@@ -18,9 +18,7 @@ from harness.model_files import (
     string_array,
     u32,
 )
-from mgpu.protocol.checkpoint.gguf_model import llama3_divisors
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
-from mgpu.protocol.model.facts import RopeScaling
 
 
 def read(folder: Path, metadata: Mapping[str, GgufValue | None] = {}) -> Checkpoint:
@@ -68,69 +66,6 @@ def test_stop_tokens_of_all_kinds(tmp_path: Path) -> None:
     assert read(tmp_path, changes).facts.eos_token_ids == (2, 9)
 
 
-def with_factors(folder: Path, factors: list[float]) -> Checkpoint:
-    data = struct.pack(f"<{len(factors)}f", *factors)
-    tensors = llama_gguf_tensors() | {"rope_freqs.weight": ((len(factors),), 0, data)}
-    path = folder / "model.gguf"
-    path.write_bytes(gguf_bytes(LLAMA_METADATA, tensors))
-    return read_checkpoint(path)
-
-
-LLAMA3 = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
-
-
-def test_rope_factors_give_the_llama3_rule(tmp_path: Path) -> None:
-    factors = llama3_divisors(LLAMA3, 1e4, 16)
-    assert factors[0] == 1.0
-    assert 1.0 < factors[6] < 32.0
-    assert factors[7] == 32.0
-    scaling = with_factors(tmp_path, factors).facts.rope_scaling
-    assert scaling is not None
-    assert scaling.factor == pytest.approx(32.0)
-    assert scaling.original_max_position == 8192
-
-
-def test_llama3_divisors_agree_with_transformers() -> None:
-    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
-    from transformers import LlamaConfig
-
-    parameters = {
-        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192, "rope_theta": 5e5,
-    }  # fmt: skip
-    config = LlamaConfig(head_dim=64, max_position_embeddings=131072, rope_parameters=parameters)
-    scaled, _ = rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain = [5e5 ** (-2 * index / 64) for index in range(32)]
-    divisors = [frequency / float(after) for frequency, after in zip(plain, scaled, strict=True)]
-    assert llama3_divisors(LLAMA3, 5e5, 64) == pytest.approx(divisors, rel=1e-4)
-
-
-@pytest.mark.parametrize("worst", [float("nan"), 0.5, -1.0, 1e9, 2.0])
-def test_rope_factors_of_another_rule_are_refused(tmp_path: Path, worst: float) -> None:
-    with pytest.raises(CheckpointError, match="rope_freqs"):
-        with_factors(tmp_path, [worst, *llama3_divisors(LLAMA3, 1e4, 16)[1:]])
-
-
-def test_rope_factors_of_another_length_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"\[4\] instead of F32 \[8\]"):
-        with_factors(tmp_path, [1.0] * 4)
-
-
-def test_linear_scaling(tmp_path: Path) -> None:
-    changes = {"llama.rope.scaling.type": string("linear"), "llama.rope.scaling.factor": f32(4.0)}
-    assert read(tmp_path, changes).facts.rope_scaling == RopeScaling("linear", 4.0)
-
-
-@pytest.mark.parametrize(("given", "factor"), [
-    ({"scale_linear": f32(4.0)}, 4.0), ({"scaling.factor": f32(4.0)}, 4.0), ({"scaling.type": string("linear")}, None),
-    ({"scale_linear": f32(4.0), "scaling.factor": f32(2.0)}, 2.0), ({"scale_linear": f32(1.0)}, None),
-    ({"scaling.factor": f32(0.0)}, None), ({"scaling.type": string("none"), "scaling.factor": f32(4.0)}, None),
-])  # fmt: skip
-def test_a_factor_without_a_type_is_linear(tmp_path: Path, given: dict[str, GgufValue], factor: float | None) -> None:
-    scaling = read(tmp_path, {f"llama.rope.{key}": value for key, value in given.items()}).facts.rope_scaling
-    assert scaling == (None if factor is None else RopeScaling("linear", factor))
-
-
 def test_gemma_facts(tmp_path: Path) -> None:
     facts = gemma(tmp_path).facts
     assert (facts.architecture, facts.activation, facts.embedding_scale) == ("gemma3", "gelu_tanh", 8.0)
@@ -168,7 +103,7 @@ def test_unsupported_architectures_list_the_supported_ones(tmp_path: Path, archi
     ("llama.attention.value_length", u32(8)),
     ("llama.rope.dimension_count", u32(8)),
     ("llama.rope.freq_base", f32(float("nan"))),
-    ("llama.rope.scaling.type", string("yarn")),
+    ("llama.rope.scaling.type", string("xpos")),
     ("llama.expert_count", u32(8)),
     ("llama.final_logit_softcapping", f32(30.0)),
     ("tokenizer.ggml.eos_token_id", string("</s>")),

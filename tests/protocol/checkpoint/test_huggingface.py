@@ -9,6 +9,7 @@ import pytest
 from harness.model_files import LLAMA_CONFIG, write_config
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.checkpoint.read import CheckpointError
+from mgpu.protocol.checkpoint.rope_rules import llama3_divisors
 from mgpu.protocol.model.facts import ModelFacts, RopeScaling
 
 QWEN3 = {
@@ -61,12 +62,12 @@ def test_qwen3_has_its_own_head_size_and_norms(tmp_path: Path) -> None:
 def test_llama31_scaling_is_read_in_every_style(tmp_path: Path, style: dict[str, object]) -> None:
     facts = facts_of(tmp_path, LLAMA_CONFIG | style)
     assert facts.rope_theta == 500000.0
-    assert facts.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert facts.rope_scaling == RopeScaling(llama3_divisors(8.0, 1.0, 4.0, 8192, 5e5, 16))
 
 
 def test_linear_scaling(tmp_path: Path) -> None:
     facts = facts_of(tmp_path, LLAMA_CONFIG | {"rope_scaling": {"type": "linear", "factor": 2}})
-    assert facts.rope_scaling == RopeScaling("linear", 2.0)
+    assert facts.rope_scaling == RopeScaling((2.0,) * 8)
 
 
 @pytest.mark.parametrize("empty", [None, {}, {"rope_type": "default"}])
@@ -103,7 +104,7 @@ def test_gemma3_defaults_fill_a_sparse_text_config(tmp_path: Path) -> None:
     facts = facts_of(tmp_path, GEMMA3_4B)
     assert (facts.num_q_heads, facts.num_kv_heads, facts.head_dim, facts.vocab_size) == (8, 4, 256, 262208)
     assert (facts.rope_theta, facts.rope_local_theta) == (1e6, 1e4)
-    assert facts.rope_scaling == RopeScaling("linear", 8.0)
+    assert facts.rope_scaling == RopeScaling((8.0,) * 128)
     assert facts.sliding_window == 1024
     assert [layer for layer in range(34) if not facts.sliding_layers[layer]] == [5, 11, 17, 23, 29]
     assert (facts.tie_embeddings, facts.activation, facts.embedding_scale) == (True, "gelu_tanh", 2560**0.5)
@@ -122,7 +123,7 @@ def test_gemma3_reads_parameters_per_layer_type(tmp_path: Path) -> None:
     }  # fmt: skip
     facts = facts_of(tmp_path, config)
     assert (facts.rope_theta, facts.rope_local_theta, facts.attention_scale) == (5e5, 2e4, 1 / 8)
-    assert facts.rope_scaling == RopeScaling("linear", 8.0)
+    assert facts.rope_scaling == RopeScaling((8.0,) * 8)
     assert facts.sliding_layers == (False, True)
 
 
@@ -243,7 +244,7 @@ def test_absurd_sizes_name_the_key(tmp_path: Path, key: str, value: object) -> N
     ("tie_word_embeddings", "yes"), ("attention_bias", 1), ("eos_token_id", "</s>"), ("eos_token_id", [-2]),
     ("eos_token_id", [[1]]), ("hidden_act", "relu"), ("hidden_act", 5), ("torch_dtype", "int8"),
     ("architectures", "LlamaForCausalLM"), ("architectures", [1]), ("rope_scaling", "llama3"), ("rope_scaling", [1]),
-    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}), ("rope_scaling", {"rope_type": "linear"}),
+    ("rope_scaling", {"rope_type": "proportional"}), ("rope_scaling", {"rope_type": "linear"}),
     ("rope_scaling", {"rope_type": "linear", "factor": 0}),
     ("rope_scaling", LLAMA31_SCALING | {"low_freq_factor": 4.0}),
     ("rope_scaling", LLAMA31_SCALING | {"original_max_position_embeddings": 0}), ("partial_rotary_factor", 0.5),

@@ -12,7 +12,10 @@ from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.worker.models.build import DecoderStage
 
-FAMILIES = ("llama", "llama3-rope", "llama-linear-bias", "mistral-window", "qwen2", "qwen3", "gemma3")
+FAMILIES = (
+    "llama", "llama3-rope", "llama-linear-bias", "llama-longrope", "mistral-window", "qwen2", "qwen2-yarn", "qwen3",
+    "gemma3",
+)  # fmt: skip
 MakeModel = Callable[[str], TinyModel]
 
 
