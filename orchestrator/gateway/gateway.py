@@ -37,8 +37,16 @@ from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
+from mgpu.orchestrator.gateway.text.text_queries import as_request
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
-from mgpu.protocol.front.client_messages import CancelRequest, Generate, ResumeRequest, parse_client_message
+from mgpu.protocol.front.client_messages import (
+    CancelRequest,
+    Detokenize,
+    Generate,
+    ResumeRequest,
+    Tokenize,
+    parse_client_message,
+)
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.framing import WireError
 from mgpu.protocol.front.server_messages import Failed
@@ -88,7 +96,7 @@ class Gateway:
         self._table = RequestTable(self._quota)
         self._outgoing = Outgoing(front, link)
         self._requests = RequestHandler(self._model, self._table, self._outgoing)
-        self._prompts = Prompts(self._requests, background)
+        self._prompts = Prompts(self._requests, background, spec.vocab_size)
         self._queries = Queries(self._model, self._table, self._outgoing)
         self._resumptions = Resumptions(self._requests, front.access, self._outgoing)
         self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)
@@ -234,6 +242,8 @@ class Gateway:
         message = scope_to_key(parse_client_message(data), received.identity)
         if isinstance(message, Generate):
             self._prompts.encode(self._requests.begin(received, message), self._model.codec)
+        elif isinstance(message, (Tokenize, Detokenize)):
+            self._prompts.encode(self._requests.begin(received, as_request(message), message), self._model.codec)
         elif isinstance(message, ResumeRequest):
             self._resumptions.resume(connection, account, message)
         elif not isinstance(message, CancelRequest):

@@ -24,9 +24,17 @@ from mgpu.protocol.client.request_message import GenerateOptions, generate_messa
 from mgpu.protocol.client.results import Completion, Piece
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply, Session
-from mgpu.protocol.errors import MgpuError
+from mgpu.protocol.client.text_queries import (
+    Prompt,
+    TemplateOptions,
+    detokenize_message,
+    tokenize_message,
+    wait_before_retry_s,
+)
+from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.client_messages import QueryKind
-from mgpu.protocol.front.server_messages import Health, Models, Stats
+from mgpu.protocol.front.fields import int32_array
+from mgpu.protocol.front.server_messages import Detokenized, Health, Models, Stats, Tokenized
 
 
 class AsyncCompletionStream(AsyncIterator[Piece]):
@@ -146,6 +154,31 @@ class AsyncClient:
         """Answer chat messages and return an iterator over the pieces as they come."""
         return self._stream(messages_field(messages), options, stream=True)
 
+    async def count_tokens(self, prompt: Prompt, *, template_options: TemplateOptions = None) -> int:
+        """Return how many prompt tokens a request with ``prompt``, text or chat messages, would have."""
+        message = tokenize_message(prompt, "count", template_options)
+        return (await self._ask_text(message, Tokenized)).num_tokens or 0
+
+    async def tokenize(
+        self, prompt: Prompt, *, add_special_tokens: bool = True, template_options: TemplateOptions = None
+    ) -> list[int]:
+        """Return the token ids that a request with ``prompt``, text or chat messages, would have.
+
+        Without ``add_special_tokens`` a text gets no beginning-of-sequence token.
+        """
+        message = tokenize_message(prompt, "token_ids", template_options, add_special_tokens)
+        return int32_array((await self._ask_text(message, Tokenized)).token_ids or b"").tolist()
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of ``token_ids``."""
+        return (await self._ask_text(detokenize_message(token_ids, skip_special_tokens), Detokenized)).text
+
+    async def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], *, template_options: TemplateOptions = None
+    ) -> str:
+        """Return the text that the model's chat template makes of ``messages``."""
+        return (await self._ask_text(tokenize_message(messages, "text", template_options), Tokenized)).text or ""
+
     async def health(self) -> Health:
         """Ask for the server's state."""
         return await self._query("health", Health)
@@ -183,11 +216,29 @@ class AsyncClient:
         self._read()
 
     async def _query(self, kind: QueryKind, reply_type: type[Reply]) -> Reply:
-        session, query_id = await self._connect(), next(self._ids)
-        session.channel.send({"type": kind, "id": query_id})
-        self._read()
-        await self._wait(timeouts.until_reply(session, query_id))
-        return session.take_reply(query_id, reply_type)
+        return await self._ask({"type": kind, "id": next(self._ids)}, reply_type)
+
+    async def _ask_text(self, message: Mapping[str, object], reply_type: type[Reply]) -> Reply:
+        timeout_s, silence_s = self._timeouts.request_s, self._timeouts.silence_s
+        deadline_s, retries_left = time.monotonic() + timeout_s, self._retries
+        while True:
+            try:
+                asked = {**message, "id": next(self._ids)}
+                return await self._ask(asked, reply_type, silence_s, deadline_s - time.monotonic())
+            except RequestFailed as error:
+                await asyncio.sleep(wait_before_retry_s(error, retries_left, deadline_s))
+                retries_left -= 1
+
+    async def _ask(self, message: Mapping[str, object], reply_type: type[Reply], *waits_s: float) -> Reply:
+        session = await self._connect()
+        query_id = session.ask(message)
+        try:
+            self._read()
+            await self._wait(timeouts.until_reply(session, query_id, *waits_s))
+            return session.take_reply(query_id, reply_type)
+        finally:
+            if session is self._open:  # else it is closed
+                session.forget(query_id)
 
     async def _connect(self) -> Session:
         """Return the session once the server is connected, the first time or after a disconnection."""

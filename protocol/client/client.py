@@ -20,10 +20,18 @@ from mgpu.protocol.client.request_message import GenerateOptions, generate_messa
 from mgpu.protocol.client.results import Completion, Piece
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply, Session
+from mgpu.protocol.client.text_queries import (
+    Prompt,
+    TemplateOptions,
+    detokenize_message,
+    tokenize_message,
+    wait_before_retry_s,
+)
 from mgpu.protocol.discovery import find_endpoint
-from mgpu.protocol.errors import MgpuError
+from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.client_messages import QueryKind
-from mgpu.protocol.front.server_messages import Health, Models, Stats
+from mgpu.protocol.front.fields import int32_array
+from mgpu.protocol.front.server_messages import Detokenized, Health, Models, Stats, Tokenized
 
 
 class CompletionStream(Iterator[Piece]):
@@ -123,6 +131,31 @@ class Client:
         """Answer chat messages and return an iterator over the pieces as they come."""
         return self._begin(messages_field(messages), options, stream=True)
 
+    def count_tokens(self, prompt: Prompt, *, template_options: TemplateOptions = None) -> int:
+        """Return how many prompt tokens a request with ``prompt``, text or chat messages, would have."""
+        message = tokenize_message(prompt, "count", template_options)
+        return self._ask_text(message, Tokenized).num_tokens or 0
+
+    def tokenize(
+        self, prompt: Prompt, *, add_special_tokens: bool = True, template_options: TemplateOptions = None
+    ) -> list[int]:
+        """Return the token ids that a request with ``prompt``, text or chat messages, would have.
+
+        Without ``add_special_tokens`` a text gets no beginning-of-sequence token.
+        """
+        message = tokenize_message(prompt, "token_ids", template_options, add_special_tokens)
+        return int32_array(self._ask_text(message, Tokenized).token_ids or b"").tolist()
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of ``token_ids``."""
+        return self._ask_text(detokenize_message(token_ids, skip_special_tokens), Detokenized).text
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], *, template_options: TemplateOptions = None
+    ) -> str:
+        """Return the text that the model's chat template makes of ``messages``."""
+        return self._ask_text(tokenize_message(messages, "text", template_options), Tokenized).text or ""
+
     def health(self) -> Health:
         """Ask for the server's state."""
         return self._query("health", Health)
@@ -157,7 +190,18 @@ class Client:
         return CompletionStream(connection, request, time.monotonic() + timeout_s)
 
     def _query(self, kind: QueryKind, reply_type: type[Reply]) -> Reply:
-        return self._connection().query(kind, next(self._ids), reply_type)
+        return self._connection().query({"type": kind, "id": next(self._ids)}, reply_type)
+
+    def _ask_text(self, message: Mapping[str, object], reply_type: type[Reply]) -> Reply:
+        timeout_s, silence_s = self._timeouts.request_s, self._timeouts.silence_s
+        deadline_s, retries_left = time.monotonic() + timeout_s, self._retries
+        while True:
+            try:
+                asked = {**message, "id": next(self._ids)}
+                return self._connection().query(asked, reply_type, silence_s, deadline_s - time.monotonic())
+            except RequestFailed as error:
+                time.sleep(wait_before_retry_s(error, retries_left, deadline_s))
+                retries_left -= 1
 
     def _connections(self) -> ProcessConnections:
         return self._processes.setdefault(os.getpid(), ProcessConnections())

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from weakref import WeakSet
 
@@ -22,7 +22,6 @@ from mgpu.protocol.client import timeouts
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply, Session
 from mgpu.protocol.errors import MgpuError
-from mgpu.protocol.front.client_messages import QueryKind
 
 _SHARED_POLL_S = 0.02
 """The longest wait for messages if several threads take turns."""
@@ -61,14 +60,18 @@ class Connection:
         with self:
             self.session.begin(request)
 
-    def query(self, kind: QueryKind, query_id: int, reply_type: type[Reply]) -> Reply:
-        """Ask and wait for the reply."""
+    def query(self, message: Mapping[str, object], reply_type: type[Reply], *waits_s: float) -> Reply:
+        """Ask and wait for the reply; ``waits_s`` are for `until_reply`."""
         self.connect()
         with self:
-            self.session.channel.send({"type": kind, "id": query_id})
-        self.wait(timeouts.until_reply(self.session, query_id))
-        with self:
-            return self.session.take_reply(query_id, reply_type)
+            query_id = self.session.ask(message)
+        try:
+            self.wait(timeouts.until_reply(self.session, query_id, *waits_s))
+            with self:
+                return self.session.take_reply(query_id, reply_type)
+        finally:
+            with suppress(MgpuError), self:  # a client that was closed has forgotten it
+                self.session.forget(query_id)
 
     def connect(self) -> None:
         """Wait until the server is connected, the first time or after a disconnection."""

@@ -76,6 +76,11 @@ def generate_message(
         values["stop"] = [stop]
     if isinstance(bias, Mapping):
         values["logit_bias"] = [[token_id, value] for token_id, value in bias.items()]
+    return checked(values)
+
+
+def checked(values: Mapping[str, object]) -> dict[str, object]:
+    """Return a message without its empty fields, if the server's rules allow it. RequestFailed says what is wrong."""
     try:
         parse_client_message(cast("Mapping[object, object]", values))
     except FieldError as error:

@@ -19,16 +19,19 @@ from mgpu.protocol.front import framing
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.server_messages import (
     Accepted,
+    Detokenized,
     Failed,
     Health,
+    Keepalive,
     Models,
     ServerMessage,
     Stats,
+    Tokenized,
     parse_server_message,
 )
 from mgpu.protocol.keys import find_client_keys
 
-Reply = TypeVar("Reply", Health, Stats, Models)
+Reply = TypeVar("Reply", Health, Stats, Models, Tokenized, Detokenized)
 
 
 class Session:
@@ -43,7 +46,9 @@ class Session:
         self.requests: dict[int, ResumableRequest] = {}
         self._resume_at_s = math.inf
         """The earliest `resume_at_s` of the requests."""
-        self._replies: dict[int, ServerMessage] = {}
+        self._asked: dict[int, float] = {}
+        """When the server last said anything about each open query."""
+        self._replies: dict[int, ServerMessage | MgpuError] = {}
         self._refused: dict[int, float] = {}
         """When to send a request again that an overloaded server has refused."""
         self._window = 0
@@ -71,6 +76,23 @@ class Session:
         left_s = next(iter(self._refused.values()), math.inf) - time.monotonic()
         return left_s if left_s > 0 else math.inf  # else it waits until another request ends
 
+    def ask(self, message: Mapping[str, object]) -> int:
+        """Send a query and return its id, for `take_reply` or `forget`. Raises what `Channel.send` does."""
+        self.channel.send(message)
+        query_id = message["id"]
+        assert isinstance(query_id, int)
+        self._asked[query_id] = time.monotonic()
+        return query_id
+
+    def heard_s(self, query_id: int) -> float:
+        """Return when the server last said anything about an open query."""
+        return self._asked[query_id]
+
+    def forget(self, query_id: int) -> None:
+        """Give up a query: tell the server to end it, and skip a reply that comes nevertheless."""
+        if self._asked.pop(query_id, None) is not None and self._replies.pop(query_id, None) is None:
+            self.send_cancel(query_id)
+
     def has_reply(self, query_id: int) -> bool:
         """Return True if a query has been answered."""
         return query_id in self._replies
@@ -78,6 +100,9 @@ class Session:
     def take_reply(self, query_id: int, kind: type[Reply]) -> Reply:
         """Return the reply to a query. RequestFailed if the query failed."""
         reply = self._replies.pop(query_id)
+        del self._asked[query_id]
+        if isinstance(reply, MgpuError):
+            raise reply
         if isinstance(reply, Failed):
             raise error_of(reply)
         if not isinstance(reply, kind):
@@ -100,7 +125,9 @@ class Session:
         return received
 
     def fail_all(self, error: MgpuError) -> None:
-        """End all requests with an error."""
+        """End all requests and queries with an error."""
+        for query_id in self._asked:
+            self._replies.setdefault(query_id, error)
         requests, self.requests = self.requests, {}
         self._refused.clear()
         for request in requests.values():
@@ -126,10 +153,11 @@ class Session:
             self.fail_all(error_of(message))
         elif message.id in self.requests:
             self._on_request_message(self.requests[message.id], message)
-        elif isinstance(message, (Health, Stats, Models)) or (
-            isinstance(message, Failed) and message.code != "unknown_request"
-        ):
-            self._replies[message.id] = message
+        elif message.id in self._asked:
+            if isinstance(message, Keepalive):
+                self._asked[message.id] = time.monotonic()
+            else:
+                self._replies[message.id] = message
         elif isinstance(message, Accepted):
             # Sent just before a connection was lost, cancelled here, and delivered by the next connection all the same.
             self.send_cancel(message.id)

@@ -87,13 +87,21 @@ def until_progress(
             started_s = time.monotonic()
 
 
-def until_reply(session: Session, query_id: int) -> Iterator[float]:
-    """Wait for the reply to a query. ServerUnreachable if there is none in time."""
-    deadline_s = time.monotonic() + QUERY_TIMEOUT_S
+def until_reply(
+    session: Session, query_id: int, silence_s: float = QUERY_TIMEOUT_S, timeout_s: float = QUERY_TIMEOUT_S
+) -> Iterator[float]:
+    """Wait for the reply to a query. ServerUnreachable after too much silence, DeadlineExceeded after ``timeout_s``."""
+    started_s = time.monotonic()
+    deadline_s = started_s + timeout_s
     while not session.has_reply(query_id):
-        left_s = deadline_s - time.monotonic()
+        now = time.monotonic()
+        left_s = max(started_s, session.heard_s(query_id)) + silence_s - now
         if left_s <= 0 or not session.channel.is_connected:
             raise session.channel.unreachable("does not answer")
-        now, wait_s = time.monotonic(), min(left_s, _LOOK_S)
+        if now >= deadline_s:
+            raise DeadlineExceeded(f"the server did not answer within timeout_s {timeout_s:g}")
+        wait_s = min(left_s, deadline_s - now, _LOOK_S)
         yield wait_s
-        deadline_s += _stood_still(now, wait_s)
+        if stood_s := _stood_still(now, wait_s):
+            started_s = time.monotonic()
+            deadline_s += stood_s

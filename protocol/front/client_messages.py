@@ -26,6 +26,8 @@ from mgpu.protocol.front.fields import (
 
 QueryKind = Literal["health", "stats", "models"]
 
+TextResult = Literal["token_ids", "count", "text"]
+
 MAX_CHOICES = 16
 REQUEST_ID = Integer(0, 2**63 - 1)
 MAX_TEXT_CHARS = 2**27 - 1
@@ -112,7 +114,35 @@ class Query:
     id: int
 
 
-ClientMessage = Generate | ResumeRequest | CancelRequest | Query
+@dataclass(frozen=True, slots=True)
+class Tokenize:
+    """Ask what the server makes of exactly one of ``prompt`` and ``messages`` before the model sees it."""
+
+    id: Annotated[int, REQUEST_ID]
+    prompt: Annotated[str | None, Text(MAX_TEXT_CHARS)] = None
+    messages: Annotated[tuple[dict[str, str], ...] | None, Array(CHAT_MESSAGE, 2048, 1)] = None
+    template_options: Annotated[dict[str, object] | None, TEMPLATE_OPTIONS] = None
+    model: Annotated[str | None, Text(512, 1)] = None
+    returns: Annotated[TextResult, OneOf(get_args(TextResult))] = "token_ids"
+    """The token ids, only their number, or the text that the chat template makes of ``messages``."""
+    add_special_tokens: Annotated[bool, Flag()] = True
+    """Begin a ``prompt`` with the beginning-of-sequence token if the model wants one, as `Generate` does."""
+    timeout_s: Annotated[float | None, Number(0, 86400, low_open=True)] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenize:
+    """Ask for the text of token ids."""
+
+    id: Annotated[int, REQUEST_ID]
+    token_ids: Annotated[bytes, TokenIds()]
+    model: Annotated[str | None, Text(512, 1)] = None
+    skip_special_tokens: Annotated[bool, Flag()] = False
+    timeout_s: Annotated[float | None, Number(0, 86400, low_open=True)] = None
+
+
+TextQuery = Tokenize | Detokenize
+ClientMessage = Generate | ResumeRequest | CancelRequest | Query | TextQuery
 
 
 def _rules_of(message: type) -> dict[str, Rule]:
@@ -123,7 +153,9 @@ def _rules_of(message: type) -> dict[str, Rule]:
 GENERATE_RULES = _rules_of(Generate)
 _RESUME_RULES = _rules_of(ResumeRequest)
 _ID_RULES = _rules_of(CancelRequest)
-_TYPE = OneOf(("generate", "resume", "cancel", *get_args(QueryKind)))
+TOKENIZE_RULES = _rules_of(Tokenize)
+DETOKENIZE_RULES = _rules_of(Detokenize)
+_TYPE = OneOf(("generate", "resume", "cancel", "tokenize", "detokenize", *get_args(QueryKind)))
 
 
 def parse_client_message(data: Mapping[object, object]) -> ClientMessage:
@@ -134,6 +166,10 @@ def parse_client_message(data: Mapping[object, object]) -> ClientMessage:
         return _parse_generate(rest)
     if kind == "resume":
         return ResumeRequest(**_parsed(rest, _RESUME_RULES, *_RESUME_RULES))
+    if kind == "tokenize":
+        return _parse_tokenize(rest)
+    if kind == "detokenize":
+        return Detokenize(**_parsed(rest, DETOKENIZE_RULES, "id", "token_ids"))
     request_id = _parsed(rest, _ID_RULES, "id")["id"]
     return CancelRequest(request_id) if kind == "cancel" else Query(cast("QueryKind", kind), request_id)
 
@@ -149,6 +185,17 @@ def _parse_generate(data: Mapping[object, object]) -> Generate:
     if request.max_tokens is not None and request.min_tokens > request.max_tokens:
         raise FieldError(f"min_tokens ({request.min_tokens}) is above max_tokens ({request.max_tokens})")
     return request
+
+
+def _parse_tokenize(data: Mapping[object, object]) -> Tokenize:
+    query = Tokenize(**_parsed(data, TOKENIZE_RULES, "id"))
+    if (query.prompt is None) == (query.messages is None):
+        given = "both" if query.messages is not None else "neither"
+        raise FieldError(f"give exactly one of prompt and messages, got {given}")
+    if query.messages is None and (query.template_options or query.returns == "text"):
+        what = "template_options" if query.template_options else "returns 'text'"
+        raise FieldError(f"{what} only applies to messages")
+    return query
 
 
 def _parsed(data: Mapping[object, object], rules: Mapping[str, Rule], *required: str) -> dict[str, Any]:

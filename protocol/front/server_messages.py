@@ -129,7 +129,26 @@ class Models:
     """name, max_seq_len, vocab_size, chat (whether it has a chat template)."""
 
 
-ServerMessage = Accepted | Resumed | Tokens | Finished | Failed | Keepalive | Health | Stats | Models
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """What a prompt or chat becomes. Only what was asked for is set."""
+
+    id: int
+    num_tokens: int | None = None
+    token_ids: bytes | None = None
+    """Little-endian int32."""
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenized:
+    id: int
+    text: str
+
+
+ServerMessage = (
+    Accepted | Resumed | Tokens | Finished | Failed | Keepalive | Health | Stats | Models | Tokenized | Detokenized
+)
 
 SERVER_TYPES: dict[str, type[Any]] = {cls.__name__.lower(): cls for cls in get_args(ServerMessage)}
 _FIELDS = {kind: tuple(field.name for field in fields(cls)) for kind, cls in SERVER_TYPES.items()}

@@ -19,7 +19,8 @@ import zmq
 
 from harness.gateway_process import GatewayProcess, make_model_folder
 from mgpu.protocol.front import framing
-from mgpu.protocol.front.client_messages import GENERATE_RULES
+from mgpu.protocol.front.client_messages import DETOKENIZE_RULES, GENERATE_RULES, TOKENIZE_RULES
+from mgpu.protocol.front.fields import Rule
 from mgpu.protocol.front.server_messages import SERVER_TYPES, FailureCode
 from mgpu.protocol.internal.client_limits import ClientLimits
 
@@ -91,9 +92,13 @@ def test_the_pages_own_client_streams_an_answer(gateway: GatewayProcess) -> None
     assert done.stdout.endswith("[length, 20 tokens]\n")
 
 
-def test_the_field_table_is_the_codes() -> None:
-    assert {name: allowed for name, allowed, _ in table("field")} == {
-        name: rule.allowed for name, rule in GENERATE_RULES.items()
+@pytest.mark.parametrize(("header", "rules"), [
+    ("field", GENERATE_RULES), ("tokenize field", TOKENIZE_RULES), ("detokenize field", DETOKENIZE_RULES),
+])  # fmt: skip
+def test_the_field_table_is_the_codes(header: str, rules: dict[str, Rule]) -> None:
+    assert {name: allowed for name, allowed, _ in table(header)} == {
+        name: "as in generate" if header != "field" and name in ("messages", "template_options") else rule.allowed
+        for name, rule in rules.items()
     }
 
 

@@ -25,6 +25,10 @@ class ScriptedServer:
     def wait_for_handshake(self) -> None:
         assert self._monitor.poll(int(DEADLINE_S * 1000)), "nobody connected in time"
 
+    def has_message(self, seconds: float) -> bool:
+        """Wait for a message, at most so long. Return True if there is one."""
+        return bool(self._socket.poll(int(seconds * 1000)))
+
     def hear(self) -> dict[str, Any]:
         assert self._socket.poll(int(DEADLINE_S * 1000)), "nothing came in time"
         self._connection, *frames = self._socket.recv_multipart()

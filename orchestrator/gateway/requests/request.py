@@ -7,7 +7,7 @@ from typing import Any
 from mgpu.orchestrator.gateway.front.access import account_of
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
-from mgpu.protocol.front.client_messages import Generate
+from mgpu.protocol.front.client_messages import Generate, TextQuery
 from mgpu.protocol.front.server_messages import Finished, Tokens
 from mgpu.protocol.internal.worker_messages import TokenLogprobs
 
@@ -111,6 +111,8 @@ class Request:
     """A thread tokenizes its prompt, or will."""
     is_over: bool = False
     """It has left the table."""
+    query: TextQuery | None = None
+    """Set if only its text matters: the engine does not hear of it."""
 
     @property
     def account(self) -> str:

@@ -13,8 +13,8 @@ from mgpu.orchestrator.gateway.requests.request import Choice, Request
 from mgpu.orchestrator.gateway.requests.resume_context import pack_context
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
-from mgpu.protocol.front.client_messages import Generate
-from mgpu.protocol.front.server_messages import Keepalive
+from mgpu.protocol.front.client_messages import Generate, TextQuery
+from mgpu.protocol.front.server_messages import Detokenized, Keepalive, Tokenized
 from mgpu.protocol.internal.gateway_messages import Cancel, Outputs, Resumable
 
 KEEPALIVE_S = 1.0
@@ -36,7 +36,7 @@ class RequestHandler:
 
     # ------------------------------------------------------------- beginning
 
-    def begin(self, received: Received, message: Generate) -> Request:
+    def begin(self, received: Received, message: Generate, query: TextQuery | None = None) -> Request:
         """Return a request that is not in the table yet. Refusal for what can be seen before its prompt is read."""
         known = self.table.get(received.connection, message.id) or self.table.by_session(message.session, message.id)
         if known is not None:
@@ -46,7 +46,7 @@ class RequestHandler:
         self._quota.check(received.account, size, message.n)
         now = time.monotonic()
         deadline = None if message.timeout_s is None else now + message.timeout_s
-        return Request(received.connection, message, now, deadline, received.identity, size=size)
+        return Request(received.connection, message, now, deadline, received.identity, size=size, query=query)
 
     def admit(self, request: Request, prompt: bytes) -> None:
         """Send the engine one sequence per choice. Refusal when the request cannot run."""
@@ -65,6 +65,10 @@ class RequestHandler:
             for submit in submits:
                 self._outgoing.to_engine(submit)
         self._outgoing.to_client(request.connection, accepted)
+
+    def reply(self, request: Request, message: Tokenized | Detokenized) -> None:
+        """Answer a text query; it is not in the table any more."""
+        self._outgoing.to_client(request.connection, message)
 
     def new_choice(self, spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[int]) -> Choice:
         codec, text = self._model.codec, None

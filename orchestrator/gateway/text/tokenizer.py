@@ -68,10 +68,24 @@ class TextCodec:
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None) -> list[int]:
         """Render ``messages`` with the template and encode them. ChatTemplateError when there is none or it refuses."""
+        # The template writes the special tokens itself.
+        return self.encode(self.render_chat(messages, options), add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None) -> str:
+        """Return the text that the template makes of ``messages``. ChatTemplateError as in `encode_chat`."""
         if self._template is None:
             raise ChatTemplateError("the model has no chat template; send a prompt instead of messages")
-        # The template writes the special tokens itself.
-        return self.encode(self._template.render(messages, options), add_special_tokens=False)
+        return self._template.render(messages, options)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Return the text of ``token_ids``; bytes that are no character are U+FFFD."""
+        try:
+            with no_panics("the token ids have no text"):
+                return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        except Panic as panic:
+            raise TokenizerError(str(panic)) from None
+        except Exception as error:  # the Rust side raises bare Exception
+            raise TokenizerError(f"the token ids have no text: {str(error)[:200]}") from None
 
     def text_of(self, token_id: int) -> str:
         """Return one token as text on its own; bytes that are no character are U+FFFD."""

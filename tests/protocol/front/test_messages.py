@@ -11,9 +11,11 @@ from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.front.client_messages import (
     GENERATE_RULES,
     CancelRequest,
+    Detokenize,
     Generate,
     Query,
     ResumeRequest,
+    Tokenize,
     parse_client_message,
 )
 from mgpu.protocol.front.fields import FieldError, shown
@@ -136,7 +138,9 @@ def test_queries_and_cancel_need_an_id_only() -> None:
     assert parse_client_message({"type": "stats", "id": 0}) == Query("stats", 0)
     with pytest.raises(FieldError, match="id is missing"):
         parse_client_message({"type": "health"})
-    with pytest.raises(FieldError, match="type must be one of generate, resume, cancel, health, stats, models"):
+    with pytest.raises(
+        FieldError, match="type must be one of generate, resume, cancel, tokenize, detokenize, health, stats, models"
+    ):
         parse_client_message({"id": 1})
 
 
@@ -158,3 +162,26 @@ def test_server_messages_survive_their_map_and_skip_what_is_new() -> None:
     for wrong in ({"type": "surprise"}, {"type": "tokens", "id": 1}, {}):
         with pytest.raises(FieldError):
             parse_server_message(wrong)
+
+
+def test_a_tokenize_has_one_text_and_a_result_that_fits_it() -> None:
+    chat = [{"role": "user", "content": "x"}]
+    assert parse_client_message({"type": "tokenize", "id": 1, "prompt": ""}) == Tokenize(1, "")
+    assert parse_client_message({"type": "tokenize", "id": 1, "messages": chat, "returns": "text"}) == Tokenize(
+        1, messages=tuple(chat), returns="text"
+    )
+    for given, words in (
+        ({}, "got neither"),
+        ({"prompt": "x", "messages": chat}, "got both"),
+        ({"prompt": "x", "returns": "text"}, "returns 'text' only applies to messages"),
+        ({"prompt": "x", "template_options": {"thinking": True}}, "template_options only applies to messages"),
+        ({"prompt": "x", "session": "0123456789abcdef"}, "unknown field 'session'"),
+    ):
+        with pytest.raises(FieldError, match=words):
+            parse_client_message({"type": "tokenize", "id": 1, **given})
+
+
+def test_a_detokenize_has_token_ids() -> None:
+    assert parse_client_message({"type": "detokenize", "id": 1, "token_ids": [1]}) == Detokenize(1, b"\1\0\0\0")
+    with pytest.raises(FieldError, match="token_ids is missing"):
+        parse_client_message({"type": "detokenize", "id": 1})
