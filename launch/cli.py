@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "mgpu.launch.commands.generate:generate_command",
     "chat": "mgpu.launch.commands.chat:chat_command",
     "status": "mgpu.launch.commands.status:status_command",
+    "top": "mgpu.launch.commands.top:top_command",
     "bench": "mgpu.launch.bench:bench_group",
     "config": "mgpu.launch.commands.show_config:config_command",
     "keygen": "mgpu.launch.commands.keygen:keygen_command",

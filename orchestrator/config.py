@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -85,6 +86,8 @@ class ServerConfig:
     """Per rank: added to the worker's environment, such as CUDA_VISIBLE_DEVICES; empty: nothing."""
     worker_devices: tuple[str, ...] = ()
     """Per rank: the device under that environment, ``cpu`` or ``cuda:N``; empty: the placement's ordinals."""
+    gpu_uuids: Mapping[int, str] = field(default_factory=dict)
+    """The GPUs in use, by ordinal; the parent asks the driver for their memory."""
     worker_command: tuple[str, ...] = WORKER_COMMAND
     gateway_command: tuple[str, ...] = GATEWAY_COMMAND
 

@@ -112,6 +112,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
     """Build the configuration of the server from the options and the plan."""
     plan, checkpoint = planned.plan, planned.checkpoint
     ordinals = [device for stage in plan.layout.placement.stages for device in stage.devices]
+    devices = {ordinal: plan.machine.devices[ordinal] for ordinal in ordinals}
     placed = [worker_environment(plan.machine, ordinal) for ordinal in ordinals]
     return ServerConfig(
         model=checkpoint.source,
@@ -132,4 +133,5 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         restarts=part_of(config, Restarts),
         worker_envs=tuple(environment for environment, _ in placed),
         worker_devices=tuple(device for _, device in placed),
+        gpu_uuids={ordinal: device.uuid for ordinal, device in devices.items() if device.kind == "cuda"},
     )

@@ -29,12 +29,17 @@ def server_errors() -> Iterator[None]:
         raise ServerError(str(error)) from error
 
 
+def server_options(command: F) -> F:
+    """Add endpoint and keys, which arrive as None where they were not typed."""
+    keys = click.option("--keys", help="This client's key file, for a server that wants one (default: MGPU_KEYS).")
+    endpoint = click.option("--endpoint", help="Server to use (default: MGPU_ENDPOINT, else the one on this machine).")
+    return endpoint(keys(command))
+
+
 def talk_options(command: F) -> F:
     """Add endpoint, keys, time limit and sampling; options that were not typed arrive as None."""
     for names, settings in reversed(
         [
-            (("--endpoint",), {"help": "Server to use (default: MGPU_ENDPOINT, else the one on this machine)."}),
-            (("--keys",), {"help": "This client's key file, for a server that wants one (default: MGPU_KEYS)."}),
             (("--max-tokens",), {"type": int, "help": "Longest answer, in tokens."}),
             (("--temperature",), {"type": float, "help": "0 is greedy. [default: 0]"}),
             (("--top-p",), {"type": float, "help": "Sample from the likeliest tokens of this total probability."}),
@@ -44,7 +49,7 @@ def talk_options(command: F) -> F:
         ]
     ):
         command = click.option(*names, **settings)(command)  # type: ignore[arg-type]
-    return command
+    return server_options(command)
 
 
 def typed(options: dict[str, Any]) -> dict[str, Any]:

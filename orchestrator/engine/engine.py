@@ -20,6 +20,7 @@ import zmq
 from mgpu import __version__
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.engine.gateway_bridge import GatewayBridge
+from mgpu.orchestrator.engine.gpu_memory import GpuMemory
 from mgpu.orchestrator.engine.life_cycle import LifeCycle, ServerState
 from mgpu.orchestrator.engine.polling import poller_of
 from mgpu.orchestrator.engine.steps import StepPipeline
@@ -76,7 +77,10 @@ class Engine:
         self._life = LifeCycle()
         timeouts = config.timeouts
         self._steps = StepPipeline(scheduler, workers, config.spin_s, timeouts.hang_timeout_s)
-        self._bridge = GatewayBridge(self._life, scheduler, self._steps, gateway, workers, timeouts.resume_timeout_s)
+        self._gpu_memory = GpuMemory(config.gpu_uuids)
+        self._bridge = GatewayBridge(
+            self._life, scheduler, self._steps, gateway, workers, timeouts.resume_timeout_s, self._gpu_memory
+        )
         self._progress = ProgressBar(config.layout.placement.world_size)
         self._began_s = self._looked_s = time.monotonic()
         self._is_announced = False

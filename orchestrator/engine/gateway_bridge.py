@@ -7,6 +7,7 @@ gateway asks for what has been said so far.
 import logging
 import time
 
+from mgpu.orchestrator.engine.gpu_memory import GpuMemory
 from mgpu.orchestrator.engine.life_cycle import LifeCycle, ServerState
 from mgpu.orchestrator.engine.resume_journal import Journal
 from mgpu.orchestrator.engine.steps import StepPipeline
@@ -43,6 +44,7 @@ class GatewayBridge:
         gateway: GatewayProcess,
         workers: WorkerProcesses,
         resume_timeout_s: float,
+        gpu_memory: GpuMemory,
     ) -> None:
         self._life = life
         self._scheduler = scheduler
@@ -51,6 +53,7 @@ class GatewayBridge:
         self._workers = workers
         self._journal = Journal()
         self._resume_timeout_s = resume_timeout_s
+        self._gpu_memory = gpu_memory
         self._claim_deadline_s: float | None = None
         """Until when clients may come back after the gateway was lost."""
 
@@ -139,4 +142,5 @@ class GatewayBridge:
             "restarts": float(self._workers.restarts.count),
             "last_recovery_s": self._workers.last_recovery_s,
             "gateway_restarts": float(self._gateway.restarts.count),
+            **self._gpu_memory.counters(),
         }

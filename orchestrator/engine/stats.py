@@ -2,11 +2,14 @@
 
 import time
 from bisect import bisect_left
+from collections import deque
 from dataclasses import asdict
 
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 
 _SMOOTHING = 0.02
+RATE_WINDOW_S = 5.0
+RATE_SAMPLE_S = 0.25
 STEP_BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -34,6 +37,35 @@ class StepTime(Average):
         self.buckets[bisect_left(STEP_BUCKETS_MS, value / 1000)] += 1
 
 
+class RecentRate:
+    """How fast a total grows, over the last seconds.
+
+    The last total is always known; of older ones a few per second are kept, so that noting one is cheap.
+    Example: 50 at 5 s and nothing older, asked at 10 s with a total of 60: 10 in 5 s, so 2.0 per second.
+    """
+
+    def __init__(self, started_s: float) -> None:
+        self._totals = deque([(started_s, 0)])
+
+    def note(self, now_s: float, total: int) -> None:
+        """Keep the total of now, and drop what is older than the window needs."""
+        if len(self._totals) > 1 and now_s - self._totals[-2][0] < RATE_SAMPLE_S:
+            self._totals[-1] = (now_s, total)
+            return
+        self._totals.append((now_s, total))
+        while len(self._totals) > 1 and self._totals[1][0] <= now_s - RATE_WINDOW_S:
+            self._totals.popleft()
+
+    def per_second(self, now_s: float, total: int) -> float:
+        """Return the growth per second since the newest total that is `RATE_WINDOW_S` old, or since the first."""
+        base_s, base = self._totals[0]
+        for at_s, kept in self._totals:
+            if at_s > now_s - RATE_WINDOW_S:
+                break
+            base_s, base = max(at_s, now_s - RATE_WINDOW_S - RATE_SAMPLE_S), kept
+        return (total - base) / (now_s - base_s) if now_s > base_s else 0.0
+
+
 class EngineStats:
     """Averages and sums in µs. Other counters are counted where the things happen."""
 
@@ -47,6 +79,13 @@ class EngineStats:
         """How long the workers had no step in flight although something was running."""
         self._dry_since_s: float | None = None
         self._started_s = time.monotonic()
+        self._generated = RecentRate(self._started_s)
+        self._prompts = RecentRate(self._started_s)
+
+    def note_tokens(self, now_s: float, generated: int, prompts: int) -> None:
+        """Note the totals of generated tokens and of prompt tokens after a step."""
+        self._generated.note(now_s, generated)
+        self._prompts.note(now_s, prompts)
 
     def note_dry(self, now_s: float) -> None:
         """Note that the last step in flight has come back while something runs."""
@@ -64,7 +103,7 @@ class EngineStats:
 
     def counters(self, scheduler: Scheduler, last_step_age_s: float) -> dict[str, float]:
         """Return every counter under the name that clients see."""
-        blocks = scheduler.blocks.pool
+        blocks, totals, now_s = scheduler.blocks.pool, scheduler.counters, time.monotonic()
         values: dict[str, float] = {
             "running": scheduler.num_running,
             "waiting": scheduler.num_live - scheduler.num_running,
@@ -72,8 +111,10 @@ class EngineStats:
             "last_step_age_s": last_step_age_s,
             "kv_blocks_total": blocks.num_blocks,
             "kv_blocks_used": blocks.num_blocks - blocks.num_free,
-            **asdict(scheduler.counters),
-            "uptime_s": time.monotonic() - self._started_s,
+            **asdict(totals),
+            "tokens_per_s": self._generated.per_second(now_s, totals.generated_tokens),
+            "prompt_tokens_per_s": self._prompts.per_second(now_s, totals.prompt_tokens),
+            "uptime_s": now_s - self._started_s,
             "step_us": self.step_us.value,
             "starved_us_sum": self.starved_us_sum,
         }

@@ -132,6 +132,8 @@ class StepPipeline:
             self._times.note(num_tokens, self._last_result_s - published_s)
             if not self._published and self._scheduler.num_running:
                 self._stats.note_dry(self._last_result_s)
+        totals = self._scheduler.counters
+        self._stats.note_tokens(self._last_result_s, totals.generated_tokens, totals.prompt_tokens)
         self._stats.compute_us.add(result.compute_us)
         self._stats.apply_us.add((time.perf_counter() - began) * 1e6)
 

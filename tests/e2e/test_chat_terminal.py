@@ -1,4 +1,4 @@
-"""``mgpu-launch chat`` on a terminal: Ctrl-C ends the answer, not the program."""
+"""``mgpu-launch chat`` and ``top`` on a terminal."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from mgpu.launch.server_process import ServerProcess
 
@@ -55,6 +57,23 @@ class Terminal:
             self.process.kill()
         self.process.wait(TURN_S)
         os.close(self.fd)
+
+
+@pytest.mark.parametrize("end", ["q", signal.SIGINT])
+def test_top_refreshes_the_page_until_it_is_ended(server: ServerProcess, endpoint: str, end: str | int) -> None:
+    terminal = Terminal(server, "top", "--interval", "0.1")
+    try:
+        place = terminal.wait_for(b"READY")
+        place = terminal.wait_for(b"READY", place)
+        if isinstance(end, str):
+            terminal.type(end)
+        else:
+            terminal.process.send_signal(end)
+        terminal.wait_for(b"\x1b[?1049l", place)
+        terminal.wait_for(b"restarts", terminal.wait_for(b"\x1b[?1049l", place))
+        assert terminal.process.wait(TURN_S) == 0
+    finally:
+        terminal.close()
 
 
 def test_lines_are_edited_and_commands_are_not_sent(server: ServerProcess, endpoint: str, tmp_path: Path) -> None:

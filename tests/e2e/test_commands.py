@@ -43,9 +43,23 @@ def test_status_tells_the_state(server: ServerProcess, endpoint: str) -> None:
     assert facts["health"]["state"] == "ready"
     assert facts["models"][0]["max_seq_len"] == 1024
     assert facts["stats"]["kv_blocks_total"] > 0
+    assert facts["stats"]["tokens_per_s"] >= 0
 
 
-@pytest.mark.parametrize("command", [["generate", "x"], ["chat"], ["status"]])
+@pytest.mark.parametrize("command", [["status"], ["top"], ["status", "--stats"]])
+def test_the_status_page_is_printed_once_where_there_is_no_terminal(
+    command: list[str], server: ServerProcess, endpoint: str
+) -> None:
+    done = run(server, *command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("READY")
+    assert ("step_ms_le_10" in done.stdout) == ("--stats" in command)
+    assert "\x1b" not in done.stdout
+    for word in ("tokens/s", "running", "waiting", "KV cache", "restarts"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["chat"], ["status"], ["top"]])
 def test_without_a_server_the_error_says_how_to_start_one(command: list[str], server: ServerProcess) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mgpu.launch.cli", *command],

@@ -97,6 +97,7 @@ class Queries:
 
     def _stats(self, query: Query, counters: Mapping[str, float]) -> Stats:
         own = {
+            "gateway_clients": self._quota.num_clients,
             "gateway_requests": len(self._table),
             "gateway_sequences": self._quota.num_sequences,
             "gateway_queued_bytes": self._quota.queued_bytes,

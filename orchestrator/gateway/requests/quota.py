@@ -101,6 +101,11 @@ class Quota:
         return self._all.sequences + self._all.unsubmitted
 
     @property
+    def num_clients(self) -> int:
+        """Accounts with requests in flight."""
+        return sum(1 for usage in self._usage.values() if usage.requests > 0)
+
+    @property
     def queued_bytes(self) -> int:
         return self._all.queued_bytes
 

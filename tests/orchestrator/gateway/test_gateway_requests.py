@@ -239,7 +239,8 @@ def test_health_models_and_stats_tell_what_runs(client: Client) -> None:
     assert "fake engine" in health.layout
     assert client.models() == [{"name": "tiny", "max_seq_len": 512, "vocab_size": 300, "chat": True}]
     assert client.stats() == {
-        "running": 0.0, "gateway_requests": 0.0, "gateway_sequences": 0.0, "gateway_queued_bytes": 0.0,
+        "running": 0.0, "gateway_clients": 0.0, "gateway_requests": 0.0, "gateway_sequences": 0.0,
+        "gateway_queued_bytes": 0.0,
     }  # fmt: skip
 
 
