@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
-from mgpu.launch.config import Bytes, Option, ServeConfig, Tokens, declared_options, load_config
+from mgpu.launch.config import ServeConfig, declared_options, load_config
+from mgpu.launch.values import Bytes, Option, Tokens
 
 F = TypeVar("F", bound=Callable[..., Any])
 POSITIONAL = "positional_model"

@@ -6,7 +6,8 @@ from typing import TypeVar
 
 import click
 
-from mgpu.launch.config import ConfigError, ServeConfig
+from mgpu.launch.config import ServeConfig
+from mgpu.launch.values import ConfigError
 from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_model, resolve_model
 from mgpu.orchestrator.placement.devices import Machine, described_machine, find_machine
 from mgpu.orchestrator.placement.options import LayoutOptions, implied_workers

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from mgpu.launch.config import ConfigError, ServeConfig, declared_options
+from mgpu.launch.config import ServeConfig, declared_options
 from mgpu.launch.options import config_options, model_argument, read_config
 from mgpu.launch.prepare import PlannedModel, client_limits, part_of, prepare
+from mgpu.launch.values import ConfigError
 from mgpu.orchestrator.config import Restarts, ServerConfig, Timeouts
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway.front.endpoint import check_endpoint

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.launch.config import OTHER_VARIABLES, ConfigError, ServeConfig, declared_options, load_config, parse_bytes
+from mgpu.launch.config import OTHER_VARIABLES, ServeConfig, declared_options, load_config
+from mgpu.launch.values import ConfigError, parse_bytes
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -41,6 +42,8 @@ def test_nothing_given_is_the_default() -> None:
     ('kv-memory = "2 apples"', "is not a size"),
     ('prefix-cache = "maybe"', "write true or false"),
     ("model = ", "is not valid TOML"),
+    ('[server]\nmodel = "x"', "[server] begins a table, and there are none; write the keys without it"),
+    ('tp = {size = 2}', "[tp] begins a table"),
 ])  # fmt: skip
 def test_a_bad_file_is_refused_with_what_would_work(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:

@@ -19,7 +19,8 @@ from mgpu.launch.commands.install_service import (
     places_on_the_way,
     write,
 )
-from mgpu.launch.config import ConfigError, ServeConfig
+from mgpu.launch.config import ServeConfig
+from mgpu.launch.values import ConfigError
 
 LAUNCHER = "/opt/mgpu/bin/mgpu-launch"
 SYSTEM_FILES = {
