@@ -121,10 +121,25 @@ class GatewayProcess:
         self.socket.setsockopt(zmq.RCVHWM, 0)  # the gateway bounds what clients may queue
 
     def _start(self) -> None:
-        runtime, config = self._runtime, self._config
         self._start_at_s = None
-        link = runtime.bind(self.socket, f"link-{self._generation}")
-        spec = GatewaySpec(
+        self.known_state, self._first_state = "", self._info.state if self._generation else ""
+        self._memory_kills = count_memory_kills()
+        self.process = ChildProcess("gateway", self._config.gateway_command, None, os.environ)
+        try:
+            self.process.tell(LINK.encode(self._spec(self._bind_link())))
+        except BaseException:
+            self.process.kill()
+            raise
+        self._watchdog = Watchdog()
+
+    def _bind_link(self) -> str:
+        """Make the socket that only the process just started can connect to."""
+        self.socket.setsockopt(zmq.IPC_FILTER_PID, self.process.pid)
+        return self._runtime.bind(self.socket, f"link-{self._generation}")
+
+    def _spec(self, link: str) -> GatewaySpec:
+        runtime, config = self._runtime, self._config
+        return GatewaySpec(
             runtime_dir=str(runtime.path),
             bind=self.endpoint or config.bind or runtime.ipc(FRONT_NAME),
             link=link,
@@ -141,10 +156,6 @@ class GatewayProcess:
             memory_bytes=config.gateway_memory_bytes,
             sends_wake_up=config.spin_s > 0,
         )
-        self.known_state, self._first_state = "", self._info.state if self._generation else ""
-        self._memory_kills = count_memory_kills()
-        self.process = ChildProcess("gateway", config.gateway_command, LINK.encode(spec), os.environ)
-        self._watchdog = Watchdog()
 
     # -- messages ------------------------------------------------------------------------------------------------------
 

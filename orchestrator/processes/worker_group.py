@@ -115,6 +115,7 @@ class WorkerGroup:
         self.sockets.append(socket)
         socket.setsockopt(zmq.LINGER, 0)
         socket.set_hwm(0)  # at most a few steps are in flight; the pipeline's depth is the bound
+        socket.setsockopt(zmq.IPC_FILTER_PID, self.processes[rank].pid)  # nobody else can connect
         return self._runtime.bind(socket, f"worker-{self.epoch}-{rank}")
 
     def _spec(self, endpoint: str, rank: int) -> WorkerSpec:
