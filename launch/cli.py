@@ -9,6 +9,7 @@ import click
 
 from mgpu.launch import peer_names
 from mgpu.launch.lazy_group import LazyGroup
+from mgpu.launch.pages.help import WIDTH
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.signals import end_first_process_at_sigterm
 
@@ -38,7 +39,7 @@ COMMANDS = {
     cls=LazyGroup,
     homes=COMMANDS,
     hints=peer_names.COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
 )
 @click.version_option(package_name="mgpu", prog_name="mgpu-launch")
 def cli() -> None:

@@ -6,8 +6,9 @@ Precedence: flag, then ``MGPU_*`` environment variable, then the TOML file of ``
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -44,8 +45,11 @@ _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
 """How the value of a variable in _PORT begins, if Kubernetes has set it."""
 
 
-def _option(default: Any, text: str, low: float | None = None, high: float | None = None, short: str = "") -> Any:
-    return field(default=default, metadata={"help": text, "low": low, "high": high, "short": short})
+def _option(
+    default: Any, text: str, low: float | None = None, high: float | None = None, short: str = "", group: str = ""
+) -> Any:
+    """Declare an option. ``group`` begins a group of the help page, which goes on to the next one that is named."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "short": short, "group": group})
 
 
 _LAYOUT, _TIMEOUTS, _RESTARTS, _CLIENTS = LayoutOptions(), Timeouts(), Restarts(), ClientLimits()
@@ -57,62 +61,54 @@ class ServeConfig:
     """Every option of ``mgpu-launch serve``. A field's unit (``_s``) is not part of the option's name."""
 
     model: str = _option(
-        "", "Model folder (Hugging Face format), .gguf file, hub id, or 'demo' for the small built-in one.", short="-m"
+        "",
+        "Model folder (Hugging Face format), .gguf file, hub id, or 'demo' for the small built-in one.",
+        short="-m",
+        group="Model",
     )
-    device: Literal["auto", "cuda", "cpu"] = _option("auto", "Where to run; auto takes all visible GPUs, else the CPU.")
-    workers: int = _option(0, "Worker processes on the CPU (0: one), or on shared GPUs with --oversubscribe.", 0)
-    tp: int = _option(0, "Tensor-parallel size: use the first N visible GPUs (0: all of them).", 0)
-    device_layers: str = _option(
-        "", 'Manual layer mapping, ordered ordinal:count pairs: "0:32;1:32"; a stage of several: "0+1:32".', short="-n"
-    )
-    oversubscribe: bool = _option(False, "Let several workers share one GPU (for tests; slow).")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "Arithmetic: auto is bfloat16 on GPUs and float32 on the CPU."
-    )
+    served_name: str = _option("", "Model name that clients see (empty: from --model).")
     quant: Quant = _option(  # noqa: RUF009 (a field like the others)
         _LAYOUT.quant, "Quantize linear layers while loading: int8 (8), group-wise int4 (4), or float8 (fp8) weights."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Arithmetic: auto is bfloat16 on GPUs and float32 on the CPU."
     )
     kv_cache_dtype: KvCacheDtype = _option(  # noqa: RUF009
         _LAYOUT.kv_cache_dtype, "Keys and values in the cache: auto is the type of --dtype; fp8 takes a byte each."
     )
-    load_format: Literal["auto", "dummy"] = _option("auto", "'dummy' makes random weights from config.json alone.")
+    device: Literal["auto", "cuda", "cpu"] = _option(
+        "auto", "Where to run; auto takes all visible GPUs, else the CPU.", group="Devices and layout"
+    )
+    tp: int = _option(0, "Tensor-parallel size: use the first N visible GPUs (0: all of them).", 0)
+    device_layers: str = _option(
+        "", 'Manual layer mapping, ordered ordinal:count pairs: "0:32;1:32"; a stage of several: "0+1:32".', short="-n"
+    )
+    workers: int = _option(0, "Worker processes on the CPU (0: one), or on shared GPUs with --oversubscribe.", 0)
     max_seq_len: Tokens = _option(  # noqa: RUF009
-        Tokens(0), "Longest prompt plus output, in tokens, such as 8192 or 8k (0: what the model allows).", 0
+        Tokens(0),
+        "Longest prompt plus output, in tokens, such as 8192 or 8k (0: what the model allows).",
+        0,
+        group="Memory and batching",
     )
     max_rows: int = _option(_LAYOUT.max_rows, "Largest number of requests that run at once.", 1, 4096)
     max_batch_tokens: Tokens = _option(  # noqa: RUF009
         Tokens(_LAYOUT.max_batch_tokens),
         "Tokens in one step, at most (0: 8192 on GPUs of 40 GiB and more, 2048 on others, 512 on the CPU).", 0, 1 << 20,
     )  # fmt: skip
-    block_size: int = _option(_LAYOUT.block_size, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", 0, 256)
     memory_fraction: float = _option(
         _LAYOUT.memory_fraction, "Share of each GPU's memory for weights, activations and KV cache.", 0.05, 0.99
     )
     kv_memory: Bytes = _option(  # noqa: RUF009
         Bytes(_LAYOUT.kv_memory), "KV-cache bytes per worker, such as 2GiB (0: what fits).", 0, 1 << 50
     )
+    block_size: int = _option(_LAYOUT.block_size, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", 0, 256)
     prefix_cache: bool = _option(True, "Reuse the KV cache of prompts that begin alike.")
     bind: str = _option(
-        "", "Front endpoint: tcp://127.0.0.1:PORT, with --keys any tcp://ADDRESS:PORT; empty: a private ipc socket."
+        "",
+        "Front endpoint: tcp://127.0.0.1:PORT, with --keys any tcp://ADDRESS:PORT; empty: a private ipc socket.",
+        group="Clients",
     )
     keys: str = _option("", "Folder of keys (see keygen): tcp is encrypted, and only listed clients may connect.")
-    served_name: str = _option("", "Model name that clients see (empty: from --model).")
-    drain_timeout_s: float = _option(
-        _TIMEOUTS.drain_timeout_s, "Seconds that running requests get after SIGTERM.", 0, 86400
-    )
-    worker_timeout_s: float = _option(
-        _TIMEOUTS.worker_timeout_s, "Seconds that a worker waits for its peers before it gives up.", 1, 86400
-    )
-    hang_timeout_s: float = _option(
-        _TIMEOUTS.hang_timeout_s,
-        "Seconds without a result after which workers count as hung; slow steps get longer.", 0.1, 86400,
-    )  # fmt: skip
-    max_restarts: int = _option(
-        _RESTARTS.max_restarts, "Restarts of failed processes within ten minutes before the server gives up.", 0
-    )
-    standby: bool = _option(
-        _RESTARTS.standby, "Keep a second process per worker that has imported torch, to recover sooner (0.2 GB each)."
-    )
     max_client_requests: int = _option(
         _CLIENTS.max_client_requests,
         "Requests of one client that run or wait, at most; one more is answered 'overloaded'.", 1, 1 << 20,
@@ -131,12 +127,39 @@ class ServeConfig:
     client_weights: str = _option(
         "", 'Shares of named clients while requests wait: "uid:1000=4,uid:1001=0.5" (others: 1).'
     )
+    drain_timeout_s: float = _option(
+        _TIMEOUTS.drain_timeout_s,
+        "Seconds that running requests get after SIGTERM.",
+        0,
+        86400,
+        group="Stopping and recovering",
+    )
+    worker_timeout_s: float = _option(
+        _TIMEOUTS.worker_timeout_s, "Seconds that a worker waits for its peers before it gives up.", 1, 86400
+    )
+    hang_timeout_s: float = _option(
+        _TIMEOUTS.hang_timeout_s,
+        "Seconds without a result after which workers count as hung; slow steps get longer.", 0.1, 86400,
+    )  # fmt: skip
+    max_restarts: int = _option(
+        _RESTARTS.max_restarts, "Restarts of failed processes within ten minutes before the server gives up.", 0
+    )
+    standby: bool = _option(
+        _RESTARTS.standby, "Keep a second process per worker that has imported torch, to recover sooner (0.2 GB each)."
+    )
+    load_format: Literal["auto", "dummy"] = _option(
+        "auto", "'dummy' makes random weights from config.json alone.", group="For tests"
+    )
     seed: int = _option(0, "Seed of dummy weights.", 0, (1 << 63) - 1)
+    oversubscribe: bool = _option(False, "Let several workers share one GPU (for tests; slow).")
 
 
 def declared_options() -> tuple[Option, ...]:
     """List the options in the order of the class."""
     hints = get_type_hints(ServeConfig)
+    groups: Iterator[str] = accumulate(
+        (item.metadata["group"] for item in fields(ServeConfig)), lambda last, named: named or last
+    )
     return tuple(
         Option(
             name=item.name.removesuffix("_s"),
@@ -144,9 +167,9 @@ def declared_options() -> tuple[Option, ...]:
             type=str if get_args(hints[item.name]) else hints[item.name],
             choices=get_args(hints[item.name]),
             default=item.default,
-            **item.metadata,
+            **{**item.metadata, "group": group},
         )
-        for item in fields(ServeConfig)
+        for item, group in zip(fields(ServeConfig), groups, strict=True)
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from mgpu.launch.config import ServeConfig, declared_options, load_config
+from mgpu.launch.pages.help import GroupedOption
 from mgpu.launch.values import Bytes, Option, Tokens
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,9 +23,10 @@ def config_options(command: F) -> F:
     file_option = click.option(
         "--config",
         "config_file",
+        cls=GroupedOption,
         type=click.Path(path_type=Path, dir_okay=False),
         envvar="MGPU_CONFIG",
-        help="TOML file with any of the options below.",
+        help="TOML file with any of these options.",
     )
     return file_option(command)
 
@@ -35,13 +37,24 @@ def model_argument(command: F) -> F:
 
 
 def _click_option(option: Option) -> Callable[[F], F]:
-    default = f" [default: {option.default}]" if option.default not in ("", 0, False) else ""
+    default = f" [default: {_shown(option.default)}]" if option.default not in ("", 0, False) else ""
     text = option.help + default
+    grouped: dict[str, Any] = {"cls": GroupedOption, "group": option.group, "default": None, "help": text}
     if option.type is bool:
-        return click.option(f"{option.flag}/--no-{option.flag[2:]}", option.name, default=None, help=text)
+        return click.option(f"{option.flag}/--no-{option.flag[2:]}", option.name, **grouped)
     names = [option.short, option.flag] if option.short else [option.flag]
     metavar = "|".join(option.choices) or {int: "N", Tokens: "N", float: "X", Bytes: "SIZE"}.get(option.type, "TEXT")
-    return click.option(*names, option.name, default=None, help=text, metavar=metavar, type=str)
+    return click.option(*names, option.name, metavar=metavar, type=str, **grouped)
+
+
+def _shown(default: object) -> object:
+    """Write a default as people type it."""
+    if isinstance(default, Bytes):
+        units = ((30, "GiB"), (20, "MiB"), (10, "KiB"), (0, ""))
+        return next(f"{default >> shift}{unit}" for shift, unit in units if default % (1 << shift) == 0)
+    if isinstance(default, float):
+        return f"{default:g}"
+    return "on" if default is True else default
 
 
 def read_config(config_file: Path | None, flags: dict[str, Any]) -> tuple[ServeConfig, dict[str, str]]:

@@ -66,6 +66,8 @@ class Option:
     low: float | None
     high: float | None
     short: str
+    group: str
+    """Title of its group on the help page."""
 
     @property
     def flag(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mgpu.launch.commands.talk import print_pieces, server_errors, talk_options, typed
+from mgpu.launch.pages.help import Command
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.client.results import Piece
 from mgpu.protocol.errors import RequestFailed
@@ -38,7 +39,14 @@ HELP = """\
 \"\"\"                 begins and ends a message of several lines"""
 
 
-@click.command("chat")
+@click.command(
+    "chat",
+    cls=Command,
+    examples=(
+        "mgpu-launch chat",
+        "mgpu-launch chat --system 'Answer in one sentence.' --temperature 0.7",
+    ),
+)
 @talk_options
 @click.option("--system", default="", help="A system message before the first turn.")
 def chat_command(endpoint: str | None, keys: str | None, timeout: float, system: str, **sampling: Any) -> None:

@@ -6,6 +6,7 @@ import time
 import click
 
 from mgpu.launch.commands.talk import ServerError, print_pieces, server_errors
+from mgpu.launch.pages.help import Command
 from mgpu.launch.server_process import ServerDied, ServerProcess, orderly_end
 from mgpu.orchestrator.models.find import BUILT_IN_DEMO, resolve_model
 from mgpu.orchestrator.placement.devices import find_machine
@@ -16,7 +17,11 @@ CPU_WORKERS = 3
 """The model has 3 KV heads, so it splits over three workers, even on two cores."""
 
 
-@click.command("demo")
+@click.command(
+    "demo",
+    cls=Command,
+    examples=("mgpu-launch demo --question 'Why is the sky blue?'",),
+)
 @click.option("--question", default=QUESTION, show_default=True)
 @click.option("--max-tokens", default=160, show_default=True)
 def demo_command(question: str, max_tokens: int) -> None:

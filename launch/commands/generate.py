@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mgpu.launch.commands.talk import print_pieces, server_errors, talk_options, typed
+from mgpu.launch.pages.help import Command
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.client.results import Piece
@@ -15,7 +16,14 @@ MOST_TOKENS = 512
 """Without --max-tokens a text ends here: a model that only continues it may never stop by itself."""
 
 
-@click.command("generate")
+@click.command(
+    "generate",
+    cls=Command,
+    examples=(
+        "mgpu-launch generate 'Once upon a time' --max-tokens 64",
+        "mgpu-launch generate - --temperature 0.7 < prompt.txt",
+    ),
+)
 @click.argument("prompt")
 @talk_options
 @click.option("--stop", multiple=True, help="End the answer before this text; may be repeated.")

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from mgpu.launch.config import ServeConfig, load_config
+from mgpu.launch.pages.help import Command
 from mgpu.orchestrator.errors import UserError
 
 PACKAGED_LAUNCHER = "/usr/bin/mgpu-launch"
@@ -45,7 +46,14 @@ class ServiceFile:
     keep: bool = False
 
 
-@click.command("install-service")
+@click.command(
+    "install-service",
+    cls=Command,
+    examples=(
+        "sudo mgpu-launch install-service qwen3-32b",
+        "mgpu-launch install-service qwen3-32b --user",
+    ),
+)
 @click.argument("name")
 @click.option("--user", is_flag=True, help="Install a service of this user, without root, instead of a system service.")
 @click.option("--root", type=click.Path(path_type=Path, file_okay=False), help="Write below this folder instead of /.")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mgpu.launch.pages.help import Command
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.server_keys import CLIENTS_NAME, PUBLIC_NAME, PUBLIC_SUFFIX, SECRET_NAME
 from mgpu.protocol.errors import MgpuError
@@ -18,7 +19,14 @@ class KeygenError(UserError):
     """The keys cannot be made as asked; nothing that existed was changed."""
 
 
-@click.command("keygen")
+@click.command(
+    "keygen",
+    cls=Command,
+    examples=(
+        "mgpu-launch keygen",
+        "mgpu-launch keygen --client laptop",
+    ),
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

@@ -8,18 +8,43 @@ import click
 
 from mgpu.launch.config import ServeConfig
 from mgpu.launch.options import config_options, model_argument, read_config
+from mgpu.launch.pages.help import Command, GroupedOption
+from mgpu.launch.pages.layout import narrow_layout
 from mgpu.launch.prepare import client_limits, note_missing_tokenizer, plan_model
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.models.find import read_model_to_plan, resolve_model
 from mgpu.orchestrator.placement.table import layout_json, layout_text
 
 
-@click.command("plan")
+@click.command(
+    "plan",
+    cls=Command,
+    examples=(
+        "mgpu-launch plan ./model                      # on this machine",
+        "mgpu-launch plan ./model --gpus 4             # on 4 GPUs of 80 GiB",
+        "mgpu-launch plan ./model --gpus 24GiB,24GiB --quant 4",
+    ),
+)
 @model_argument
 @config_options
-@click.option("--gpus", default="", metavar="N|SIZES", help='Describe a machine: "4" (of 80 GiB) or "141GiB,80GiB".')
-@click.option("--json", "as_json", is_flag=True, help="Print the layout as JSON.")
-def plan_command(config_file: Path | None, gpus: str, as_json: bool, **flags: Any) -> None:
+@click.option(
+    "--gpus",
+    cls=GroupedOption,
+    group="Plan",
+    default="",
+    metavar="N|SIZES",
+    help='Describe a machine: "4" (of 80 GiB) or "141GiB,80GiB".',
+)
+@click.option(
+    "-v",
+    "--verbose",
+    cls=GroupedOption,
+    group="Plan",
+    is_flag=True,
+    help="Print the wide table, as in the log of serve.",
+)
+@click.option("--json", "as_json", cls=GroupedOption, group="Plan", is_flag=True, help="Print the layout as JSON.")
+def plan_command(config_file: Path | None, gpus: str, verbose: bool, as_json: bool, **flags: Any) -> None:
     """Show how MODEL (or -m MODEL) would be laid out, without starting anything.
 
     Takes the options of serve. A model folder that holds only config.json is enough.
@@ -36,7 +61,7 @@ def plan_command(config_file: Path | None, gpus: str, as_json: bool, **flags: An
         click.echo(json.dumps({"model": model.name, **layout_json(planned.plan)}, indent=2))
     else:
         click.echo(f"model: {model.name}")
-        click.echo(layout_text(planned.plan))
+        click.echo(layout_text(planned.plan) if verbose else narrow_layout(planned.plan))
 
 
 def check_front(config: ServeConfig, keys_may_come: bool) -> None:

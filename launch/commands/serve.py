@@ -3,6 +3,8 @@
 import logging
 import os
 import resource
+import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import click
 
 from mgpu.launch.config import ServeConfig, declared_options
 from mgpu.launch.options import config_options, model_argument, read_config
+from mgpu.launch.pages.help import Command
+from mgpu.launch.pages.layout import layout_for
 from mgpu.launch.prepare import PlannedModel, client_limits, part_of, prepare
 from mgpu.launch.values import ConfigError
 from mgpu.orchestrator.config import Restarts, ServerConfig, Timeouts
@@ -19,7 +23,6 @@ from mgpu.orchestrator.gateway.front.endpoint import check_endpoint
 from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.server_keys import describe, load_server_keys
 from mgpu.orchestrator.placement.devices import worker_environment
-from mgpu.orchestrator.placement.table import layout_text
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
@@ -29,7 +32,17 @@ RELOADED = frozenset({"keys", "drain_timeout_s", *(each.name for each in fields(
 """Fields that SIGHUP takes into use."""
 
 
-@click.command("serve")
+@click.command(
+    "serve",
+    cls=Command,
+    examples=(
+        "mgpu-launch serve demo                    # a small model, built in",
+        "mgpu-launch serve Qwen/Qwen3-0.6B         # downloaded from the hub",
+        "mgpu-launch serve ./model --quant 8 --max-seq-len 16k",
+        'mgpu-launch serve ./model -n "0:32;1:16"  # layers by hand',
+        "mgpu-launch serve ./model --bind tcp://127.0.0.1:5555",
+    ),
+)
 @model_argument
 @config_options
 def serve_command(config_file: Path | None, **flags: Any) -> None:
@@ -120,7 +133,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         facts=checkpoint.facts,
         model_name=config.served_name or planned.model.name,
         layout=plan.layout,
-        layout_table=layout_text(plan),
+        layout_table=layout_for(plan, shutil.get_terminal_size().columns if sys.stderr.isatty() else None),
         limits=plan.limits,
         device_kind=plan.machine.kind,
         memory_fraction=config.memory_fraction,

@@ -7,9 +7,14 @@ import click
 
 from mgpu.launch.config import declared_options
 from mgpu.launch.options import config_options, read_config
+from mgpu.launch.pages.help import Command
 
 
-@click.command("config")
+@click.command(
+    "config",
+    cls=Command,
+    examples=("MGPU_TP=2 mgpu-launch config --config server.toml",),
+)
 @config_options
 def config_command(config_file: Path | None, **flags: Any) -> None:
     """Show the configuration that serve would use, with the origin of every value."""

@@ -5,12 +5,20 @@ from dataclasses import asdict
 
 import click
 
-from mgpu.launch.commands.status_page import ask, counters, page
 from mgpu.launch.commands.talk import ServerError, server_errors, server_options
+from mgpu.launch.pages.help import Command
+from mgpu.launch.pages.status import ask, counters, page
 from mgpu.protocol.client.client import Client
 
 
-@click.command("status")
+@click.command(
+    "status",
+    cls=Command,
+    examples=(
+        "mgpu-launch status",
+        "mgpu-launch status --json | jq .stats.tokens_per_s",
+    ),
+)
 @server_options
 @click.option("--stats", "with_stats", is_flag=True, help="Print every counter too.")
 @click.option("--json", "as_json", is_flag=True, help="Print state, counters and models as JSON.")

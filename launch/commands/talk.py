@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mgpu.launch.pages.help import GroupedOption
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.results import Piece, Usage
 from mgpu.protocol.errors import MgpuError
@@ -31,8 +32,18 @@ def server_errors() -> Iterator[None]:
 
 def server_options(command: F) -> F:
     """Add endpoint and keys, which arrive as None where they were not typed."""
-    keys = click.option("--keys", help="This client's key file, for a server that wants one (default: MGPU_KEYS).")
-    endpoint = click.option("--endpoint", help="Server to use (default: MGPU_ENDPOINT, else the one on this machine).")
+    keys = click.option(
+        "--keys",
+        cls=GroupedOption,
+        group="Server",
+        help="This client's key file, for a server that wants one (default: MGPU_KEYS).",
+    )
+    endpoint = click.option(
+        "--endpoint",
+        cls=GroupedOption,
+        group="Server",
+        help="Server to use (default: MGPU_ENDPOINT, else the one on this machine).",
+    )
     return endpoint(keys(command))
 
 
@@ -48,7 +59,7 @@ def talk_options(command: F) -> F:
             (("--timeout",), {"type": float, "default": 600.0, "show_default": True, "help": "Seconds per answer."}),
         ]
     ):
-        command = click.option(*names, **settings)(command)  # type: ignore[arg-type]
+        command = click.option(*names, cls=GroupedOption, group="Answer", **settings)(command)
     return server_options(command)
 
 

@@ -9,15 +9,20 @@ from collections.abc import Iterator
 
 import click
 
-from mgpu.launch.commands.status_page import ask, page
 from mgpu.launch.commands.talk import server_errors, server_options
+from mgpu.launch.pages.help import Command
+from mgpu.launch.pages.status import ask, page
 from mgpu.protocol.client.client import Client
 
 OWN_SCREEN, USUAL_SCREEN, CLEAR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[H\x1b[J"
 """A screen of its own, so that what was on the terminal before is there again at the end."""
 
 
-@click.command("top")
+@click.command(
+    "top",
+    cls=Command,
+    examples=("mgpu-launch top --interval 5",),
+)
 @server_options
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True, help="Seconds.")
 def top_command(endpoint: str | None, keys: str | None, interval: float) -> None:

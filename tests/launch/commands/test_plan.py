@@ -50,7 +50,14 @@ def test_described_machines(model: str, count: int, title: str) -> None:
 def test_the_demo_runs_on_any_number_of_gpus_and_says_on_which(count: int, taken: str) -> None:
     done = launch("demo", "--gpus", str(count), MGPU_CACHE=str(Path(demo_model()).parent.parent))
     assert done.returncode == 0, done.stderr
-    assert taken in next(line for line in done.stdout.splitlines() if line.startswith("layout:"))
+    assert taken in " ".join(done.stdout.split())
+
+
+def test_the_layout_fits_80_columns_unless_the_wide_one_is_asked_for(model: str) -> None:
+    done = launch(model, "--gpus", "8")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "own [0, 1)" not in done.stdout
+    assert "own [0, 1)" in launch(model, "--gpus", "8", "-v").stdout
 
 
 def test_the_file_of_the_demo_is_a_model_like_others() -> None:

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 from harness.assertions import assert_has_all
 from mgpu.launch.commands import status
-from mgpu.launch.commands.status_page import WIDTH, ServerStatus, counters, duration, page
 from mgpu.launch.commands.top import is_pressed
+from mgpu.launch.pages.status import WIDTH, ServerStatus, counters, duration, page
 from mgpu.protocol.errors import RequestFailed
 from mgpu.protocol.front.server_messages import Health
 
