@@ -8,22 +8,30 @@ Any number of tasks of one event loop may share an AsyncClient. In another loop,
 """
 
 import asyncio
-import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Self, Unpack
-
-import zmq
+from typing import Any, Literal, Self, Unpack, overload
 
 from mgpu.protocol.client import timeouts
-from mgpu.protocol.client.connection import keep_inherited
+from mgpu.protocol.client.async_connection import AsyncConnection, wait_until
+from mgpu.protocol.client.many import (
+    MAX_IN_FLIGHT,
+    Answers,
+    AnyPrompt,
+    Chat,
+    ManyPrompts,
+    OnePrompt,
+    Progress,
+    any_field,
+    are_many,
+)
+from mgpu.protocol.client.option_help import with_options
 from mgpu.protocol.client.request_message import GenerateOptions, generate_message, messages_field, prompt_field
 from mgpu.protocol.client.results import Completion, Piece
 from mgpu.protocol.client.resumable import ResumableRequest
-from mgpu.protocol.client.session import Reply, Session
+from mgpu.protocol.client.session import Reply
 from mgpu.protocol.client.text_queries import (
     Prompt,
     TemplateOptions,
@@ -43,8 +51,8 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
     The request is sent when the first piece is awaited.
     """
 
-    def __init__(self, client: "AsyncClient", request: ResumableRequest, timeout_s: float) -> None:
-        self._client = client
+    def __init__(self, connection: AsyncConnection, request: ResumableRequest, timeout_s: float) -> None:
+        self._connection = connection
         self._request = request
         self._timeout_s = timeout_s
         self._deadline_s: float | None = None
@@ -76,7 +84,7 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
 
     async def aclose(self) -> None:
         """Cancel what is still to come; a second call does nothing."""
-        self._client._cancel(self._request)
+        self._connection.cancel(self._request)
 
     async def __aenter__(self) -> Self:
         return self
@@ -84,23 +92,26 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
+    def __repr__(self) -> str:
+        return f"AsyncCompletionStream({self._request.described()})"
+
     def __del__(self) -> None:
-        self._client._cancel(self._request)
+        self._connection.cancel(self._request)
 
     async def _begin(self) -> None:
         if self._deadline_s is None and not self._request.has_ended:
             self._deadline_s = time.monotonic() + self._timeout_s
-            await self._client._start(self._request)
+            await self._connection.begin(self._request)
 
     async def _wait(self) -> None:
         """Wait for a piece or the end. If time runs out, cancel the request and raise."""
         assert self._deadline_s is not None
         try:
-            for seconds in self._client._waits_for(self._request, self._deadline_s):
+            for seconds in self._connection.waits_for(self._request, self._deadline_s):
                 self._event.clear()
-                await _wait_until(self._event, seconds)
+                await wait_until(self._event, seconds)
                 if self._request.is_interrupted or not self._event.is_set():
-                    self._client._read()
+                    self._connection.read()
         except MgpuError:
             await self.aclose()
             raise
@@ -123,36 +134,101 @@ class AsyncClient:
         retries: int = timeouts.RETRIES,
     ) -> None:
         """See `Client`; nothing is connected before the first call."""
-        self._endpoint = endpoint
-        self._keys = keys
         self._timeouts = timeouts.ClientTimeouts(timeout_s, connect_timeout_s, silence_timeout_s)
-        self._ids = count(1)
-        self._open: Session | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = os.getpid()
-        self._progress = asyncio.Event()
+        self._connection = AsyncConnection(endpoint, keys, self._timeouts)
         self._retries = retries
-        self._closed = False
+        self._ids = count(1)
 
     # ------------------------------------------------------------- requests
 
-    async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
-        """Continue ``prompt``, text or token ids, and return the whole answer. Options: see request_message.py."""
+    @overload
+    async def generate(self, prompt: OnePrompt, **options: Unpack[GenerateOptions]) -> Completion: ...
+
+    @overload
+    async def generate(self, prompt: ManyPrompts, **options: Unpack[GenerateOptions]) -> list[Completion]: ...
+
+    @with_options
+    async def generate(self, prompt: Any, **options: Unpack[GenerateOptions]) -> Completion | list[Completion]:
+        """Continue ``prompt``, text or token ids, and return the whole answer.
+
+        A list of prompts gets the list of their answers; `map` can do more.
+        """
+        if are_many(prompt):
+            return await self.map(prompt, **options)
         return await self._stream(prompt_field(prompt), options, stream=False).completion()
 
-    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncCompletionStream:
+    @with_options
+    def stream(self, prompt: OnePrompt, **options: Unpack[GenerateOptions]) -> AsyncCompletionStream:
         """Continue ``prompt`` and return an iterator over its pieces as they come."""
         return self._stream(prompt_field(prompt), options, stream=True)
 
-    async def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[GenerateOptions]) -> Completion:
-        """Answer chat messages (maps with role and content) through the model's template."""
+    @overload
+    async def chat(self, messages: Chat, **options: Unpack[GenerateOptions]) -> Completion: ...
+
+    @overload
+    async def chat(self, messages: Sequence[Chat], **options: Unpack[GenerateOptions]) -> list[Completion]: ...
+
+    @with_options
+    async def chat(self, messages: Any, **options: Unpack[GenerateOptions]) -> Completion | list[Completion]:
+        """Answer chat messages (maps with role and content) through the model's template.
+
+        A list of chats gets the list of their answers; `map` can do more.
+        """
+        if are_many(messages):
+            return await self.map(messages, **options)
         return await self._stream(messages_field(messages), options, stream=False).completion()
 
-    def stream_chat(
-        self, messages: Sequence[Mapping[str, str]], **options: Unpack[GenerateOptions]
-    ) -> AsyncCompletionStream:
+    @with_options
+    def stream_chat(self, messages: Chat, **options: Unpack[GenerateOptions]) -> AsyncCompletionStream:
         """Answer chat messages and return an iterator over the pieces as they come."""
         return self._stream(messages_field(messages), options, stream=True)
+
+    @overload
+    async def map(
+        self,
+        prompts: Iterable[AnyPrompt],
+        *,
+        max_in_flight: int = ...,
+        on_progress: Progress | None = ...,
+        return_exceptions: Literal[False] = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+
+    @overload
+    async def map(
+        self,
+        prompts: Iterable[AnyPrompt],
+        *,
+        max_in_flight: int = ...,
+        on_progress: Progress | None = ...,
+        return_exceptions: bool,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion | MgpuError]: ...
+
+    @with_options
+    async def map(
+        self,
+        prompts: Iterable[AnyPrompt],
+        *,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        on_progress: Progress | None = None,
+        return_exceptions: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Any:
+        """Answer many prompts, each text, token ids or chat messages, and return the answers in their order.
+
+        At most ``max_in_flight`` requests run at the same time. ``on_progress(done, total)`` is called after each
+        answer. The first error ends all of it; with ``return_exceptions`` it takes the place of its answer.
+        """
+        answers = Answers(prompts, max_in_flight, on_progress, return_exceptions)
+        workers = [asyncio.create_task(self._work(answers, options)) for _ in range(answers.max_in_flight)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        return answers.in_order()
 
     async def count_tokens(self, prompt: Prompt, *, template_options: TemplateOptions = None) -> int:
         """Return how many prompt tokens a request with ``prompt``, text or chat messages, would have."""
@@ -193,121 +269,44 @@ class AsyncClient:
 
     async def close(self) -> None:
         """End everything in flight and close the socket; a second call does nothing."""
-        self._closed = True
-        self._disconnect()
+        self._connection.close()
 
     async def __aenter__(self) -> Self:
-        await self._connect()
+        await self._connection.connect()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def __repr__(self) -> str:
+        return f"AsyncClient({self._connection.endpoint!r}{', closed' if self._connection.is_closed else ''})"
+
     # ------------------------------------------------------------- plumbing
 
     def _stream(self, what: Mapping[str, object], options: GenerateOptions, *, stream: bool) -> AsyncCompletionStream:
-        timeout_s = options.get("timeout_s", self._timeouts.request_s)
+        named_s = options.get("timeout_s")
+        timeout_s = self._timeouts.request_s if named_s is None else named_s
         message = generate_message(next(self._ids), what, options, stream=stream, timeout_s=timeout_s)
-        return AsyncCompletionStream(self, ResumableRequest(message, self._retries), timeout_s)
+        return AsyncCompletionStream(self._connection, ResumableRequest(message, self._retries), timeout_s)
 
-    async def _start(self, request: ResumableRequest) -> None:
-        session = await self._connect()
-        session.begin(request)
-        self._read()
+    async def _work(self, answers: Answers, options: GenerateOptions) -> None:
+        """Answer one prompt after the other until there are no more."""
+        for number, prompt in answers.next_prompts():
+            try:
+                completion = await self._stream(any_field(prompt), options, stream=False).completion()
+                answers.add(number, completion)
+            except MgpuError as error:
+                answers.fail(number, error)
 
     async def _query(self, kind: QueryKind, reply_type: type[Reply]) -> Reply:
-        return await self._ask({"type": kind, "id": next(self._ids)}, reply_type)
+        return await self._connection.ask({"type": kind, "id": next(self._ids)}, reply_type)
 
     async def _ask_text(self, message: Mapping[str, object], reply_type: type[Reply]) -> Reply:
-        timeout_s, silence_s = self._timeouts.request_s, self._timeouts.silence_s
-        deadline_s, retries_left = time.monotonic() + timeout_s, self._retries
+        deadline_s, retries_left = time.monotonic() + self._timeouts.request_s, self._retries
         while True:
             try:
-                asked = {**message, "id": next(self._ids)}
-                return await self._ask(asked, reply_type, silence_s, deadline_s - time.monotonic())
+                asked, left_s = {**message, "id": next(self._ids)}, deadline_s - time.monotonic()
+                return await self._connection.ask(asked, reply_type, self._timeouts.silence_s, left_s)
             except RequestFailed as error:
                 await asyncio.sleep(wait_before_retry_s(error, retries_left, deadline_s))
                 retries_left -= 1
-
-    async def _ask(self, message: Mapping[str, object], reply_type: type[Reply], *waits_s: float) -> Reply:
-        session = await self._connect()
-        query_id = session.ask(message)
-        try:
-            self._read()
-            await self._wait(timeouts.until_reply(session, query_id, *waits_s))
-            return session.take_reply(query_id, reply_type)
-        finally:
-            if session is self._open:  # else it is closed
-                session.forget(query_id)
-
-    async def _connect(self) -> Session:
-        """Return the session once the server is connected, the first time or after a disconnection."""
-        session = self._opened()
-        try:
-            await self._wait(timeouts.until_connected(session, self._timeouts))
-        except MgpuError:
-            if not session.requests and not session.channel.server_has_ended():
-                self._disconnect()  # the next call tries again
-            raise
-        return session
-
-    def _opened(self) -> Session:
-        loop = asyncio.get_running_loop()
-        if self._closed:
-            raise MgpuError("the client is closed")
-        if loop is not self._loop:
-            self._leave_loop()
-        if self._open is None:
-            self._open, self._loop, self._pid = Session(self._endpoint, self._keys), loop, os.getpid()
-            self._progress = asyncio.Event()
-            for fd in self._fds(self._open):
-                loop.add_reader(fd, self._read)
-            self._read()
-        return self._open
-
-    def _leave_loop(self) -> None:
-        """Forget the event loop of earlier calls. MgpuError if it still runs."""
-        if self._open is not None and self._pid == os.getpid() and self._loop is not None and self._loop.is_running():
-            raise MgpuError("this AsyncClient is in use in another event loop, which still runs; make one per loop")
-        self._disconnect()
-
-    def _disconnect(self) -> None:
-        session, self._open = self._open, None
-        if session is None or self._loop is None:
-            return
-        if self._pid != os.getpid():
-            keep_inherited(session)
-            return
-        if not self._loop.is_closed():
-            for fd in self._fds(session):
-                self._loop.remove_reader(fd)
-        session.close()
-
-    def _fds(self, session: Session) -> list[int]:
-        return [int(socket.getsockopt(zmq.FD)) for socket in (session.channel.socket, session.channel.monitor)]
-
-    def _read(self) -> None:
-        """Handle what has arrived. A ZeroMQ descriptor only reports changes, so this also follows every send."""
-        if self._open is not None and self._open.receive():
-            self._progress.set()
-
-    async def _wait(self, waits: Iterable[float]) -> None:
-        """Wait until ``waits`` ends. It yields how long to poll next; see timeouts.py."""
-        for seconds in waits:
-            self._progress.clear()
-            await _wait_until(self._progress, seconds)
-            self._read()
-
-    def _waits_for(self, request: ResumableRequest, deadline_s: float) -> Iterable[float]:
-        return timeouts.until_progress(self._opened(), request, deadline_s, self._timeouts)
-
-    def _cancel(self, request: ResumableRequest) -> None:
-        if self._open is not None and not request.has_ended and self._pid == os.getpid():
-            self._open.cancel(request)
-            self._read()
-
-
-async def _wait_until(event: asyncio.Event, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

@@ -9,17 +9,30 @@ Any number of threads may share a client, and so may processes that fork: connec
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Self, Unpack
+from typing import Any, Literal, Self, Unpack, overload
 
 from mgpu.protocol.client import timeouts
 from mgpu.protocol.client.connection import Connection, ProcessConnections
+from mgpu.protocol.client.many import (
+    MAX_IN_FLIGHT,
+    Answers,
+    AnyPrompt,
+    Chat,
+    ManyPrompts,
+    OnePrompt,
+    Progress,
+    any_field,
+    are_many,
+)
+from mgpu.protocol.client.option_help import with_options
 from mgpu.protocol.client.request_message import GenerateOptions, generate_message, messages_field, prompt_field
-from mgpu.protocol.client.results import Completion, Piece
+from mgpu.protocol.client.results import Completion
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply, Session
+from mgpu.protocol.client.stream import CompletionStream
 from mgpu.protocol.client.text_queries import (
     Prompt,
     TemplateOptions,
@@ -32,46 +45,6 @@ from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.server_messages import Detokenized, Health, Models, Stats, Tokenized
-
-
-class CompletionStream(Iterator[Piece]):
-    """Iterate over the pieces of one answer. Closing it, or dropping it unfinished, cancels the request."""
-
-    def __init__(self, connection: Connection, request: ResumableRequest, deadline_s: float) -> None:
-        self._connection = connection
-        self._request = request
-        self._deadline_s = deadline_s
-
-    def __next__(self) -> Piece:
-        """Wait for the next piece. RequestFailed, DeadlineExceeded or ServerUnreachable when there will be none."""
-        answer = self._request.answer
-        if not answer.pieces and not self._request.has_ended:
-            self._connection.wait_for(self._request, self._deadline_s)
-        if answer.pieces:
-            return answer.pieces.popleft()
-        if answer.error is not None:
-            raise answer.error
-        raise StopIteration
-
-    def completion(self) -> Completion:
-        """Wait for the end and return the whole answer, whether or not pieces were taken."""
-        while not self._request.has_ended:
-            self._connection.wait_for(self._request, self._deadline_s)
-            self._request.answer.pieces.clear()
-        return self._request.answer.completion()
-
-    def close(self) -> None:
-        """Cancel what is still to come; a second call does nothing."""
-        self._connection.cancel(self._request)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self._connection.drop(self._request)
 
 
 class Client:
@@ -111,25 +84,91 @@ class Client:
 
     # ------------------------------------------------------------- requests
 
-    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
-        """Continue ``prompt``, text or token ids, and return the whole answer. Options: see request_message.py."""
+    @overload
+    def generate(self, prompt: OnePrompt, **options: Unpack[GenerateOptions]) -> Completion: ...
+
+    @overload
+    def generate(self, prompt: ManyPrompts, **options: Unpack[GenerateOptions]) -> list[Completion]: ...
+
+    @with_options
+    def generate(self, prompt: Any, **options: Unpack[GenerateOptions]) -> Completion | list[Completion]:
+        """Continue ``prompt``, text or token ids, and return the whole answer.
+
+        A list of prompts gets the list of their answers; `map` can do more.
+        """
+        if are_many(prompt):
+            return self.map(prompt, **options)
         with self._begin(prompt_field(prompt), options, stream=False) as stream:
             return stream.completion()
 
-    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> CompletionStream:
+    @with_options
+    def stream(self, prompt: OnePrompt, **options: Unpack[GenerateOptions]) -> CompletionStream:
         """Continue ``prompt`` and return an iterator over its pieces as they come."""
         return self._begin(prompt_field(prompt), options, stream=True)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[GenerateOptions]) -> Completion:
-        """Answer chat messages (maps with role and content) through the model's template."""
+    @overload
+    def chat(self, messages: Chat, **options: Unpack[GenerateOptions]) -> Completion: ...
+
+    @overload
+    def chat(self, messages: Sequence[Chat], **options: Unpack[GenerateOptions]) -> list[Completion]: ...
+
+    @with_options
+    def chat(self, messages: Any, **options: Unpack[GenerateOptions]) -> Completion | list[Completion]:
+        """Answer chat messages (maps with role and content) through the model's template.
+
+        A list of chats gets the list of their answers; `map` can do more.
+        """
+        if are_many(messages):
+            return self.map(messages, **options)
         with self._begin(messages_field(messages), options, stream=False) as stream:
             return stream.completion()
 
-    def stream_chat(
-        self, messages: Sequence[Mapping[str, str]], **options: Unpack[GenerateOptions]
-    ) -> CompletionStream:
+    @with_options
+    def stream_chat(self, messages: Chat, **options: Unpack[GenerateOptions]) -> CompletionStream:
         """Answer chat messages and return an iterator over the pieces as they come."""
         return self._begin(messages_field(messages), options, stream=True)
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[AnyPrompt],
+        *,
+        max_in_flight: int = ...,
+        on_progress: Progress | None = ...,
+        return_exceptions: Literal[False] = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[AnyPrompt],
+        *,
+        max_in_flight: int = ...,
+        on_progress: Progress | None = ...,
+        return_exceptions: bool,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion | MgpuError]: ...
+
+    @with_options
+    def map(
+        self,
+        prompts: Iterable[AnyPrompt],
+        *,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        on_progress: Progress | None = None,
+        return_exceptions: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Any:
+        """Answer many prompts, each text, token ids or chat messages, and return the answers in their order.
+
+        At most ``max_in_flight`` requests run at the same time. ``on_progress(done, total)`` is called after each
+        answer. The first error ends all of it; with ``return_exceptions`` it takes the place of its answer.
+        """
+        answers = Answers(prompts, max_in_flight, on_progress, return_exceptions)
+        connection = self._connection()
+        connection.answer_all(answers, lambda prompt: self._request(any_field(prompt), options, stream=False))
+        return answers.in_order()
 
     def count_tokens(self, prompt: Prompt, *, template_options: TemplateOptions = None) -> int:
         """Return how many prompt tokens a request with ``prompt``, text or chat messages, would have."""
@@ -179,15 +218,25 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"Client({self._endpoint!r}{', closed' if self._closed else ''})"
+
     # ------------------------------------------------------------- plumbing
 
     def _begin(self, what: Mapping[str, object], options: GenerateOptions, *, stream: bool) -> CompletionStream:
         connection = self._connection()
-        timeout_s = options.get("timeout_s", self._timeouts.request_s)
-        message = generate_message(next(self._ids), what, options, stream=stream, timeout_s=timeout_s)
-        request = ResumableRequest(message, self._retries)
+        request, timeout_s = self._request(what, options, stream=stream)
         connection.begin(request)
         return CompletionStream(connection, request, time.monotonic() + timeout_s)
+
+    def _request(
+        self, what: Mapping[str, object], options: GenerateOptions, *, stream: bool
+    ) -> tuple[ResumableRequest, float]:
+        """Return a checked request that is not sent yet, and its longest time in seconds."""
+        named_s = options.get("timeout_s")
+        timeout_s = self._timeouts.request_s if named_s is None else named_s
+        message = generate_message(next(self._ids), what, options, stream=stream, timeout_s=timeout_s)
+        return ResumableRequest(message, self._retries), timeout_s
 
     def _query(self, kind: QueryKind, reply_type: type[Reply]) -> Reply:
         return self._connection().query({"type": kind, "id": next(self._ids)}, reply_type)

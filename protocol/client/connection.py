@@ -19,12 +19,15 @@ from weakref import WeakSet
 import zmq
 
 from mgpu.protocol.client import timeouts
+from mgpu.protocol.client.many import Answers, AnyPrompt
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply, Session
 from mgpu.protocol.errors import MgpuError
 
 _SHARED_POLL_S = 0.02
 """The longest wait for messages if several threads take turns."""
+MakeRequest = Callable[[AnyPrompt], tuple[ResumableRequest, float]]
+"""Returns a request that is not sent yet, and its longest time in seconds."""
 _inherited: list[object] = []
 """Sessions of a parent process, kept so that nothing closes them."""
 
@@ -89,6 +92,51 @@ class Connection:
         except MgpuError:
             self.cancel(request)
             raise
+
+    def answer_all(self, answers: Answers, make_request: MakeRequest) -> None:
+        """Send the requests of many prompts, so many at the same time as ``answers`` allows, and add what comes."""
+        running: dict[ResumableRequest, tuple[int, float]] = {}
+        prompts = answers.next_prompts()
+        try:
+            while True:
+                while len(running) < answers.max_in_flight and (prompt := next(prompts, None)) is not None:
+                    self._begin_one(answers, make_request, *prompt, running)
+                if not running:
+                    return
+                self.wait_for_any({request: deadline_s for request, (_, deadline_s) in running.items()})
+                for request in [each for each in running if each.has_ended]:
+                    number, _ = running.pop(request)
+                    _add_answer(answers, number, request)
+        finally:
+            for request in running:
+                self.cancel(request)
+
+    def _begin_one(
+        self,
+        answers: Answers,
+        make_request: MakeRequest,
+        number: int,
+        prompt: AnyPrompt,
+        running: dict[ResumableRequest, tuple[int, float]],
+    ) -> None:
+        try:
+            request, timeout_s = make_request(prompt)
+            self.begin(request)
+        except MgpuError as error:
+            answers.fail(number, error)
+        else:
+            running[request] = number, time.monotonic() + timeout_s
+
+    def wait_for_any(self, deadlines_s: Mapping[ResumableRequest, float]) -> None:
+        """Wait until one of several requests has ended; one that is overdue is cancelled and gets its error."""
+        self.check_usable()
+        self.wait(timeouts.until_one_ends(self.session, deadlines_s, self._limits))
+        with self:
+            for request, at_s in deadlines_s.items():
+                error = None if request.has_ended else timeouts.overdue(self.session, request, at_s, self._limits)
+                if error is not None:
+                    request.fail(error)
+                    self.session.cancel(request)
 
     def wait(self, waits: Iterable[float]) -> None:
         """Wait until ``waits`` ends. It yields how long to poll next; see timeouts.py."""
@@ -160,6 +208,15 @@ class Connection:
     def _cancel_dropped(self) -> None:
         while self._dropped and not self.is_closed:
             self.session.cancel(self._dropped.popleft())
+
+
+def _add_answer(answers: Answers, number: int, request: ResumableRequest) -> None:
+    try:
+        completion = request.answer.completion()
+    except MgpuError as error:
+        answers.fail(number, error)
+    else:
+        answers.add(number, completion)
 
 
 class ProcessConnections:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of the client's generate, stream, chat and stream_chat.
 
-    They are fields of `Generate` in protocol/front/client_messages.py, which says what they mean and may be.
+    ``help(mgpu.Client.generate)`` says what they mean, may be and are by default.
     """
 
     model: str
@@ -48,7 +48,7 @@ def prompt_field(prompt: str | Sequence[int]) -> dict[str, object]:
         raise RequestFailed("bad_request", "prompt must be text or a sequence of token ids, got bytes; use .decode()")
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], str):
         raise RequestFailed(
-            "bad_request", "prompt must be one prompt, got several strings; ask for each with a call of its own"
+            "bad_request", "prompt must be one prompt, got several strings; generate and map take several"
         )
     try:
         return {"prompt_ids": TokenIds().parse("prompt", _listed("prompt", prompt, "text or a sequence of token ids"))}
@@ -67,10 +67,10 @@ def generate_message(
 ) -> dict[str, object]:
     """Build and check a generate message; ``what`` is its prompt or chat messages. RequestFailed says what is wrong.
 
-    ``timeout_s`` holds if the options name none.
+    ``timeout_s`` is that of the options, or the client's if they name none.
     """
     values: dict[str, object] = {"type": "generate", "id": request_id, **what, "stream": stream}
-    values |= {"timeout_s": timeout_s, **options}
+    values |= {**options, "timeout_s": timeout_s}
     stop, bias = values.get("stop"), values.get("logit_bias")
     if isinstance(stop, str):
         values["stop"] = [stop]

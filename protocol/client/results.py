@@ -1,6 +1,7 @@
 """What a caller gets back: pieces while an answer streams, and whole completions."""
 
 from dataclasses import asdict, dataclass
+from html import escape
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,12 @@ class Completion:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
         more = f", {len(self.choices)} choices" if len(self.choices) > 1 else ""
         return f"Completion({text!r}, {self.usage.completion_tokens} tokens, {self.finish_reason!r}{more})"
+
+    def _repr_html_(self) -> str:
+        """Return the text as a notebook shows it: wrapped, and without meaning as HTML."""
+        facts = f"{self.usage.completion_tokens} tokens, {self.finish_reason}, {self.model}"
+        texts = "".join(f'<pre style="white-space: pre-wrap">{escape(each.text)}</pre>' for each in self.choices)
+        return f"{texts}<small>{escape(facts)}</small>"
 
     def to_dict(self) -> dict[str, object]:
         """Return all fields as maps, lists, strings and numbers, which `json.dumps` takes."""

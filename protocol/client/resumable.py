@@ -96,6 +96,12 @@ class ResumableRequest:
         """True from the loss of a connection until the server has agreed to continue."""
         return self.state in _INTERRUPTED
 
+    def described(self) -> str:
+        """Return the state and the beginning of the answer in a few words."""
+        text = self.answer.partial().text
+        state = "failed" if self.answer.error is not None else "ended" if self.has_ended else "running"
+        return f"{text if len(text) <= 60 else text[:57] + '...'!r}, {state}"
+
     def can_retry(self, message: Failed) -> bool:
         """Return True if the server refused the request for now, before anything of its answer has arrived."""
         is_new = self.state is RequestState.RUNNING and not any(self.answer.offsets())

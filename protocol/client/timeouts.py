@@ -9,12 +9,12 @@ takes the next number. The generator ends when the awaited thing is there, and r
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Session
-from mgpu.protocol.errors import DeadlineExceeded
+from mgpu.protocol.errors import DeadlineExceeded, MgpuError
 
 DEFAULT_TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 5.0
@@ -71,20 +71,54 @@ def until_progress(
 
     Silence counts only while this process runs: it could not have heard anything while it was stopped.
     """
-    started_s = time.monotonic()
+    _begin_to_listen([request])
     while not request.answer.pieces and not request.has_ended:
-        now = time.monotonic()
-        silent_s = max(started_s, request.heard_s) + timeouts.silence_s
-        if now >= deadline_s:
-            text = "the answer was not complete within timeout_s; the request has been cancelled"
-            raise DeadlineExceeded(text, request.answer.partial())
-        if now >= silent_s:
-            raise session.channel.silent(timeouts.silence_s)
-        left_s = min(deadline_s, silent_s) - now
-        wait_s = min(left_s, _CHECK_S if request.is_interrupted else _LOOK_S, session.until_retry_s())
+        if (error := overdue(session, request, deadline_s, timeouts)) is not None:
+            raise error
+        now, wait_s = time.monotonic(), _wait_for(session, request, deadline_s, timeouts)
         yield wait_s
         if _stood_still(now, wait_s):
-            started_s = time.monotonic()
+            _begin_to_listen([request])
+
+
+def until_one_ends(
+    session: Session, deadlines_s: Mapping[ResumableRequest, float], timeouts: ClientTimeouts
+) -> Iterator[float]:
+    """Wait until one of several requests has ended, or is `overdue`."""
+    _begin_to_listen(deadlines_s)
+    while not any(request.has_ended for request in deadlines_s):
+        if any(overdue(session, request, at_s, timeouts) for request, at_s in deadlines_s.items()):
+            return
+        now = time.monotonic()
+        wait_s = min(_wait_for(session, request, at_s, timeouts) for request, at_s in deadlines_s.items())
+        yield wait_s
+        if _stood_still(now, wait_s):
+            _begin_to_listen(deadlines_s)
+
+
+def overdue(
+    session: Session, request: ResumableRequest, deadline_s: float, timeouts: ClientTimeouts
+) -> MgpuError | None:
+    """Return the error of a request that has taken too long, or of which nothing was heard for too long."""
+    now = time.monotonic()
+    if now >= deadline_s:
+        text = "the answer was not complete within timeout_s; the request has been cancelled"
+        return DeadlineExceeded(text, request.answer.partial())
+    if now >= request.heard_s + timeouts.silence_s:
+        return session.channel.silent(timeouts.silence_s)
+    return None
+
+
+def _begin_to_listen(requests: Iterable[ResumableRequest]) -> None:
+    """Let silence count from now on."""
+    now = time.monotonic()
+    for request in requests:
+        request.heard_s = max(request.heard_s, now)
+
+
+def _wait_for(session: Session, request: ResumableRequest, deadline_s: float, timeouts: ClientTimeouts) -> float:
+    left_s = min(deadline_s, request.heard_s + timeouts.silence_s) - time.monotonic()
+    return min(left_s, _CHECK_S if request.is_interrupted else _LOOK_S, session.until_retry_s())
 
 
 def until_reply(

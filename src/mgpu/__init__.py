@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mgpu.protocol.client.async_client import AsyncClient, AsyncCompletionStream
-    from mgpu.protocol.client.client import Client, CompletionStream
+    from mgpu.protocol.client.client import Client
     from mgpu.protocol.client.request_message import GenerateOptions
     from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, TokenLogprob, Usage
+    from mgpu.protocol.client.stream import CompletionStream
     from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerStopped, ServerUnreachable
     from mgpu.protocol.front.server_messages import Health
 
@@ -41,7 +42,7 @@ _HOMES = {
     "AsyncClient": "mgpu.protocol.client.async_client",
     "AsyncCompletionStream": "mgpu.protocol.client.async_client",
     "Client": "mgpu.protocol.client.client",
-    "CompletionStream": "mgpu.protocol.client.client",
+    "CompletionStream": "mgpu.protocol.client.stream",
     "GenerateOptions": "mgpu.protocol.client.request_message",
     "Health": "mgpu.protocol.front.server_messages",
     **dict.fromkeys(_RESULTS, "mgpu.protocol.client.results"),

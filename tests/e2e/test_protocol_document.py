@@ -18,6 +18,8 @@ import pytest
 import zmq
 
 from harness.gateway_process import GatewayProcess, make_model_folder
+from mgpu import GenerateOptions
+from mgpu.protocol.client.option_help import default_words
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.client_messages import DETOKENIZE_RULES, GENERATE_RULES, TOKENIZE_RULES
 from mgpu.protocol.front.fields import Rule
@@ -100,6 +102,11 @@ def test_the_field_table_is_the_codes(header: str, rules: dict[str, Rule]) -> No
         name: "as in generate" if header != "field" and name in ("messages", "template_options") else rule.allowed
         for name, rule in rules.items()
     }
+
+
+def test_the_defaults_of_the_page_are_the_codes() -> None:
+    defaults = {name: default for name, _, default in table("field") if name in GenerateOptions.__annotations__}
+    assert defaults == {name: default_words(name) for name in GenerateOptions.__annotations__}
 
 
 def test_the_message_table_is_the_codes() -> None:

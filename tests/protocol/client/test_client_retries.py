@@ -122,12 +122,12 @@ def test_a_completion_is_short_to_read_and_fit_for_json(server: ScriptedServer) 
     assert json.loads(json.dumps(done.to_dict())) == done.to_dict()
 
 
-def test_bytes_and_lists_of_prompts_are_refused_with_the_way_out(server: ScriptedServer) -> None:
+def test_bytes_and_lists_for_a_stream_are_refused_with_the_way_out(server: ScriptedServer) -> None:
     with Client(server.endpoint) as client:
         with pytest.raises(RequestFailed, match="decode"):
             client.generate(b"x")
         with pytest.raises(RequestFailed, match="several strings"):
-            client.generate(["a", "b"])  # type: ignore[list-item]
+            client.stream(["a", "b"])  # type: ignore[list-item]
 
 
 def test_dir_shows_what_the_package_offers() -> None:

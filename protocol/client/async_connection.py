@@ -1,0 +1,133 @@
+"""The connection of one `AsyncClient`: a session with the server, read by the event loop that uses it."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import zmq
+
+from mgpu.protocol.client import timeouts
+from mgpu.protocol.client.connection import keep_inherited
+from mgpu.protocol.client.resumable import ResumableRequest
+from mgpu.protocol.client.session import Reply, Session
+from mgpu.protocol.errors import MgpuError
+
+
+class AsyncConnection:
+    """Connects when this is first needed, and anew in another event loop or after a fork."""
+
+    def __init__(self, endpoint: str | None, keys: str | Path | None, limits: timeouts.ClientTimeouts) -> None:
+        """Nothing is connected yet."""
+        self.is_closed = False
+        self._named = endpoint
+        self._keys = keys
+        self._limits = limits
+        self._open: Session | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+        self._progress = asyncio.Event()
+
+    @property
+    def endpoint(self) -> str | None:
+        """The server's endpoint; None if none was named and nothing is connected."""
+        return self._named if self._open is None else self._open.channel.endpoint
+
+    async def begin(self, request: ResumableRequest) -> None:
+        """Send a request, after waiting for the server if need be."""
+        session = await self.connect()
+        session.begin(request)
+        self.read()
+
+    async def ask(self, message: Mapping[str, object], reply_type: type[Reply], *waits_s: float) -> Reply:
+        """Ask and wait for the reply; ``waits_s`` are for `until_reply`."""
+        session = await self.connect()
+        query_id = session.ask(message)
+        try:
+            self.read()
+            await self._wait(timeouts.until_reply(session, query_id, *waits_s))
+            return session.take_reply(query_id, reply_type)
+        finally:
+            if session is self._open:  # else it is closed
+                session.forget(query_id)
+
+    async def connect(self) -> Session:
+        """Return the session once the server is connected, the first time or after a disconnection."""
+        session = self._opened()
+        try:
+            await self._wait(timeouts.until_connected(session, self._limits))
+        except MgpuError:
+            if not session.requests and not session.channel.server_has_ended():
+                self._disconnect()  # the next call tries again
+            raise
+        return session
+
+    def read(self) -> None:
+        """Handle what has arrived. A ZeroMQ descriptor only reports changes, so this also follows every send."""
+        if self._open is not None and self._open.receive():
+            self._progress.set()
+
+    def waits_for(self, request: ResumableRequest, deadline_s: float) -> Iterable[float]:
+        """Return how long to wait for a piece of the answer or its end; see timeouts.py."""
+        return timeouts.until_progress(self._opened(), request, deadline_s, self._limits)
+
+    def cancel(self, request: ResumableRequest) -> None:
+        """End a request, here and at the server. In a child of the process that began it, do nothing."""
+        if self._open is not None and not request.has_ended and self._pid == os.getpid():
+            self._open.cancel(request)
+            self.read()
+
+    def close(self) -> None:
+        """End everything in flight and close the socket; a second call does nothing."""
+        self.is_closed = True
+        self._disconnect()
+
+    def _opened(self) -> Session:
+        loop = asyncio.get_running_loop()
+        if self.is_closed:
+            raise MgpuError("the client is closed")
+        if loop is not self._loop:
+            self._leave_loop()
+        if self._open is None:
+            self._open, self._loop, self._pid = Session(self._named, self._keys), loop, os.getpid()
+            self._progress = asyncio.Event()
+            for fd in self._fds(self._open):
+                loop.add_reader(fd, self.read)
+            self.read()
+        return self._open
+
+    def _leave_loop(self) -> None:
+        """Forget the event loop of earlier calls. MgpuError if it still runs."""
+        if self._open is not None and self._pid == os.getpid() and self._loop is not None and self._loop.is_running():
+            raise MgpuError("this AsyncClient is in use in another event loop, which still runs; make one per loop")
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        session, self._open = self._open, None
+        if session is None or self._loop is None:
+            return
+        if self._pid != os.getpid():
+            keep_inherited(session)
+            return
+        if not self._loop.is_closed():
+            for fd in self._fds(session):
+                self._loop.remove_reader(fd)
+        session.close()
+
+    def _fds(self, session: Session) -> list[int]:
+        return [int(socket.getsockopt(zmq.FD)) for socket in (session.channel.socket, session.channel.monitor)]
+
+    async def _wait(self, waits: Iterable[float]) -> None:
+        """Wait until ``waits`` ends. It yields how long to poll next; see timeouts.py."""
+        for seconds in waits:
+            self._progress.clear()
+            await wait_until(self._progress, seconds)
+            self.read()
+
+
+async def wait_until(event: asyncio.Event, seconds: float) -> None:
+    """Wait for the event, so many seconds at most."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
