@@ -7,12 +7,14 @@ import sys
 
 import click
 
+import mgpu
 from mgpu.launch import peer_names
 from mgpu.launch.lazy_group import LazyGroup
 from mgpu.launch.pages.help import WIDTH
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.signals import end_first_process_at_sigterm
 
+PROGRAM = "mgpu-launch"
 EXIT_USAGE = 64
 """A mistake on the command line; systemd does not restart after it."""
 
@@ -30,6 +32,7 @@ COMMANDS = {
     "bench": "mgpu.launch.bench:bench_group",
     "config": "mgpu.launch.commands.show_config:config_command",
     "keygen": "mgpu.launch.commands.keygen:keygen_command",
+    "completion": "mgpu.launch.commands.completion:completion_command",
     "install-service": "mgpu.launch.commands.install_service:install_service_command",
     "demo": "mgpu.launch.commands.demo:demo_command",
 }
@@ -40,10 +43,23 @@ COMMANDS = {
     homes=COMMANDS,
     hints=peer_names.COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+    invoke_without_command=True,
+    no_args_is_help=True,
 )
-@click.version_option(package_name="mgpu", prog_name="mgpu-launch")
-def cli() -> None:
+@click.option("--version", "shows_version", is_flag=True, help="Show the version; with -v of all that matters.")
+@click.option("-v", "--verbose", is_flag=True, help="With --version: torch, CUDA, NCCL, driver, commit.")
+@click.pass_context
+def cli(ctx: click.Context, shows_version: bool, verbose: bool) -> None:
     """Serve one large language model on all GPUs of this machine."""
+    if shows_version:
+        click.echo(f"{PROGRAM}, version {mgpu.__version__}")
+        if verbose:
+            from mgpu.launch.pages.versions import version_text
+
+            click.echo(version_text())
+        ctx.exit()
+    if ctx.invoked_subcommand is None:
+        raise click.UsageError("Missing command.", ctx)
 
 
 def main() -> None:

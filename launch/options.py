@@ -7,10 +7,12 @@ from typing import Any, TypeVar
 
 import click
 
+from mgpu.launch.completion import complete_choices, complete_folder, complete_model
 from mgpu.launch.config import ServeConfig, declared_options, load_config
 from mgpu.launch.pages.help import GroupedOption
 from mgpu.launch.values import Bytes, Option, Tokens
 
+_COMPLETE = {"model": complete_model, "keys": complete_folder}
 F = TypeVar("F", bound=Callable[..., Any])
 POSITIONAL = "positional_model"
 """The model as `model_argument` hands it over."""
@@ -33,7 +35,7 @@ def config_options(command: F) -> F:
 
 def model_argument(command: F) -> F:
     """Let the model also be named without ``-m``."""
-    return click.argument(POSITIONAL, metavar="[MODEL]", required=False)(command)
+    return click.argument(POSITIONAL, metavar="[MODEL]", required=False, shell_complete=complete_model)(command)
 
 
 def _click_option(option: Option) -> Callable[[F], F]:
@@ -44,7 +46,8 @@ def _click_option(option: Option) -> Callable[[F], F]:
         return click.option(f"{option.flag}/--no-{option.flag[2:]}", option.name, **grouped)
     names = [option.short, option.flag] if option.short else [option.flag]
     metavar = "|".join(option.choices) or {int: "N", Tokens: "N", float: "X", Bytes: "SIZE"}.get(option.type, "TEXT")
-    return click.option(*names, option.name, metavar=metavar, type=str, **grouped)
+    complete = complete_choices(option.choices) if option.choices else _COMPLETE.get(option.name)
+    return click.option(*names, option.name, metavar=metavar, type=str, shell_complete=complete, **grouped)
 
 
 def _shown(default: object) -> object:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mgpu.launch.completion import complete_endpoint, complete_file
 from mgpu.launch.pages.help import GroupedOption
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.results import Piece, Usage
@@ -32,19 +33,12 @@ def server_errors() -> Iterator[None]:
 
 def server_options(command: F) -> F:
     """Add endpoint and keys, which arrive as None where they were not typed."""
-    keys = click.option(
-        "--keys",
-        cls=GroupedOption,
-        group="Server",
-        help="This client's key file, for a server that wants one (default: MGPU_KEYS).",
-    )
-    endpoint = click.option(
-        "--endpoint",
-        cls=GroupedOption,
-        group="Server",
-        help="Server to use (default: MGPU_ENDPOINT, else the one on this machine).",
-    )
-    return endpoint(keys(command))
+    for name, complete, text in (
+        ("--keys", complete_file, "This client's key file, for a server that wants one (default: MGPU_KEYS)."),
+        ("--endpoint", complete_endpoint, "Server to use (default: MGPU_ENDPOINT, else the one on this machine)."),
+    ):
+        command = click.option(name, cls=GroupedOption, group="Server", shell_complete=complete, help=text)(command)
+    return command
 
 
 def talk_options(command: F) -> F:

@@ -45,7 +45,7 @@ def page(status: ServerStatus) -> str:
         lines.append(_line("", "the engine does not answer, so there are no numbers"))
     lines += [
         _line("context", f"{health.max_seq_len:,} tokens at most"),
-        _line("up", duration(health.uptime_s)),
+        _line("up", f"{duration(health.uptime_s)}, mgpu {health.version or 'of an older version'}"),
         _line("restarts", _restarts(health, stats)),
     ]
     return "\n".join(line[:WIDTH] for line in lines)

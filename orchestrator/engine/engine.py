@@ -118,7 +118,8 @@ class Engine:
     def _start(self) -> None:
         self._workers.start()
         self._make_poller()
-        log.info("starting %d worker(s) for %s", self._config.layout.placement.world_size, self._config.model_name)
+        world_size = self._config.layout.placement.world_size
+        log.info("mgpu %s: starting %d worker(s) for %s", __version__, world_size, self._config.model_name)
 
     def _update_state(self) -> None:
         """Follow the processes and the signals; tell gateway, systemd and log about a change."""

@@ -36,6 +36,8 @@ class Nvml(Protocol):
 
     def nvmlInit(self) -> None: ...
     def nvmlShutdown(self) -> None: ...
+    def nvmlSystemGetDriverVersion(self) -> str | bytes: ...
+    def nvmlSystemGetCudaDriverVersion(self) -> int: ...
     def nvmlDeviceGetCount(self) -> int: ...
     def nvmlDeviceGetHandleByIndex(self, index: int) -> object: ...
     def nvmlDeviceGetName(self, handle: object) -> str | bytes: ...
@@ -114,6 +116,17 @@ class NvmlSession:
             found.append(replace(gpu, index=index))
             found.extend(() if gpu.problem else _mig_instances(nvml, gpu))
         return Inventory(tuple(found), "" if found else "the driver lists no GPU")
+
+    def driver_version(self) -> str:
+        """Return the version of the driver, and the newest CUDA that it runs; empty without one."""
+        if self._nvml is None:
+            return ""
+        try:
+            version = _text(self._nvml.nvmlSystemGetDriverVersion())
+            number = self._nvml.nvmlSystemGetCudaDriverVersion()
+        except self._nvml.NVMLError as error:
+            return f"unknown: {error}"
+        return f"{version}, for CUDA up to {number // 1000}.{number % 1000 // 10}"
 
     def links(self, gpus: Sequence[Gpu]) -> tuple[tuple[Link, ...], ...]:
         """Return the peer-access matrix of some GPUs of the inventory."""

@@ -114,6 +114,8 @@ class Health:
     """Restarts of the workers since the start."""
     last_recovery_s: float = 0.0
     """Duration of the last restart."""
+    version: str = ""
+    """Of mgpu, as the server runs it."""
 
 
 @dataclass(frozen=True, slots=True)

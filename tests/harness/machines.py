@@ -95,6 +95,12 @@ class FakeNvml:
     def nvmlShutdown(self) -> None:
         self.open_sessions -= 1
 
+    def nvmlSystemGetDriverVersion(self) -> str | bytes:
+        return b"580.95.05"
+
+    def nvmlSystemGetCudaDriverVersion(self) -> int:
+        return 13000
+
     def nvmlDeviceGetCount(self) -> int:
         return len(self.devices)
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mgpu import __version__
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
@@ -93,6 +94,7 @@ class Queries:
             last_step_age_s=round(counters.get("last_step_age_s", 0.0), 3),
             restarts=int(counters.get("restarts", 0)),
             last_recovery_s=round(counters.get("last_recovery_s", 0.0), 3),
+            version=__version__,
         )
 
     def _stats(self, query: Query, counters: Mapping[str, float]) -> Stats:

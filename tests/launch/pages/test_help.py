@@ -1,5 +1,6 @@
 """Help pages: they fit a terminal, group their options, and end with examples that work."""
 
+import re
 import shlex
 from collections.abc import Iterator
 
@@ -72,8 +73,9 @@ def test_examples_use_commands_and_options_that_exist(name: str) -> None:
     assert command.examples
     for line in command.examples:
         assert line in help_of(name)
-        words = shlex.split(line, comments=True)
-        words = words[words.index("mgpu-launch") + 1 :]
+        typed = re.search(r"mgpu-launch ([^|>)]*)", line)
+        assert typed is not None
+        words = shlex.split(typed[1], comments=True)
         assert words[0] == name
         check_options(command, words[1:], click.Context(command))
 
