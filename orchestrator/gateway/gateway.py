@@ -7,7 +7,8 @@ One turn of the loop waits until something is ready or the clock is due, and the
     access control      answer all handshakes that wait
     threads             take all results: the loaded tokenizer, encoded prompts
     engine              handle up to 8 messages
-    clients             send what slow readers now take, handle up to 64 messages or 2000 frames, drop lost connections
+    clients             send what slow readers now take, handle messages in turns by account for 4 ms, drop lost
+                        connections
     clock               every 0.25 s: keepalives, deadlines, memory, a removed socket file
 
 What a request goes through is in `requests/request_handler.py`.
@@ -23,7 +24,8 @@ import zmq
 
 from mgpu.orchestrator.gateway.front.access import scope_to_key
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
-from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.front.inbox import MAX_BYTES, Inbox
+from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.gateway.memory_limit import MemoryLimit
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
@@ -68,8 +70,23 @@ from mgpu.protocol.internal.gateway_messages import (
 PERIOD_S = 0.25
 BACKLOG_RETRY_MS = 20
 STEPS_PER_TURN = 8
-MESSAGES_PER_TURN = 64
-"""Engine steps, and client messages, handled before the other side is looked at again: neither may starve the other."""
+"""Messages of the engine handled before clients are looked at."""
+CLIENTS_PER_TURN_S = 0.004
+"""How long clients' messages are handled before the engine is looked at again."""
+
+_GIVEN_UP = {
+    "slow": Failed(
+        None, "slow_reader", "messages were not read fast enough; everything in flight on this connection has ended"
+    ),
+    "flooding": Failed(
+        None,
+        "overloaded",
+        f"more than {MAX_BYTES >> 20} MiB of messages wait to be read; they were dropped, and everything in flight on "
+        "this connection has ended",
+        RETRY_AFTER_S,
+    ),
+}
+"""What the client of a connection is told that was given up."""
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +106,7 @@ class Gateway:
         self._spec = spec
         self._link = link
         self._front = front
+        self._inbox = Inbox(front, self._on_client)
         self._background = background
         self._parent_fds = tuple(parent_fds)
         self._model = ServedModel(spec, spec.info)
@@ -125,7 +143,7 @@ class Gateway:
             self._front.access.answer_requests()
             self._background.deliver_results()
             self._read_link()
-            self._read_front()
+            self._serve_clients()
             self._run_periodic_work()
         self._requests.fail_all()
         self._front.flush()
@@ -152,6 +170,8 @@ class Gateway:
         self.serve_with(future.result())
 
     def _wait_ms(self) -> int:
+        if self._inbox:
+            return 0
         if self._front.has_backlog:
             return BACKLOG_RETRY_MS
         return max(0, int((self._next_period_s - time.monotonic()) * 1000) + 1)
@@ -209,14 +229,13 @@ class Gateway:
 
     # --------------------------------------------------------------- clients
 
-    def _read_front(self) -> None:
+    def _serve_clients(self) -> None:
+        """Handle messages of clients, the account that has cost the least first, until the time of this turn is over.
+
+        Whatever clients send, the loop is back at the engine's messages in a few milliseconds.
+        """
         self._front.flush()
-        self._front.begin_turn()
-        for _ in range(MESSAGES_PER_TURN):
-            received = self._front.receive()
-            if received is None:
-                break
-            self._on_client(received)
+        self._inbox.serve(CLIENTS_PER_TURN_S)
         self._drop_lost()
 
     def _on_client(self, received: Received) -> None:
@@ -254,15 +273,14 @@ class Gateway:
             self._resumptions.cancel(connection, account, message.id)
 
     def _drop_lost(self) -> None:
-        """End the requests of connections that are gone, or whose clients do not read what they are sent."""
+        """End the requests of connections that are gone, do not read what they are sent, or send too much."""
         for connection, loss in self._front.take_lost().items():
             requests = self._table.of_connection(connection)
             self._lost_log.write("client %s is %s; %d requests end", connection.hex(), loss, len(requests))
             for request in requests:
                 self._requests.drop(request)
-            if loss == "slow":
-                text = "messages were not read fast enough; everything in flight on this connection has ended"
-                self._outgoing.to_client(connection, Failed(None, "slow_reader", text))
+            if loss != "gone":
+                self._outgoing.to_client(connection, _GIVEN_UP[loss])
 
     # ----------------------------------------------------------------- clock
 

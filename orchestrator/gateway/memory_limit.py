@@ -8,6 +8,7 @@ own size and exits when it has grown too much; another one takes its place, and 
 import re
 from pathlib import Path
 
+from mgpu.orchestrator.gateway.front.inbox import MAX_TOTAL_BYTES
 from mgpu.orchestrator.gateway.front.socket import MAX_TOTAL_BACKLOG_BYTES
 from mgpu.protocol.internal.client_limits import ClientLimits
 
@@ -48,7 +49,7 @@ class MemoryLimit:
 
 def room_for(limits: ClientLimits) -> int:
     """Return the bytes that the other bounds allow, each twice: as received or sent, and as decoded."""
-    return BASE_BYTES + 2 * (limits.max_queue + MAX_TOTAL_BACKLOG_BYTES)
+    return BASE_BYTES + 2 * (limits.max_queue + MAX_TOTAL_BACKLOG_BYTES + MAX_TOTAL_BYTES)
 
 
 def private_bytes() -> int:

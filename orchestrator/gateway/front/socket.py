@@ -29,7 +29,7 @@ FRAMES_PER_TURN = 2000
 
 log = logging.getLogger(__name__)
 
-Loss = Literal["gone", "slow"]
+Loss = Literal["gone", "slow", "flooding"]
 
 
 class Received(NamedTuple):
@@ -44,6 +44,10 @@ class Received(NamedTuple):
     @property
     def account(self) -> str:
         return account_of(self.identity, self.connection)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.frames))
 
 
 @dataclass(slots=True)
@@ -172,6 +176,12 @@ class FrontSocket:
         self._add(backlog, -backlog.size)
         self._lost[connection] = "slow"
 
+    def drop_sender(self, connection: bytes) -> None:
+        """Send a connection nothing more of what was meant for it, because its own messages were dropped."""
+        if connection in self._backlogs:
+            self._give_up(connection)
+        self._lost.setdefault(connection, "flooding")
+
     def flush(self) -> None:
         """Try again to send the messages that wait for slow readers."""
         for connection, backlog in list(self._backlogs.items()):
@@ -182,7 +192,7 @@ class FrontSocket:
                 del self._backlogs[connection]
 
     def take_lost(self) -> dict[bytes, Loss]:
-        """Return the connections that were found gone, or too slow to be kept, since the last call."""
+        """Return the connections that were found gone, or were given up, since the last call."""
         lost, self._lost = self._lost, {}
         return lost
 

@@ -49,7 +49,7 @@ def test_growth_counts_from_the_baseline() -> None:
     assert len(held) == 64 * MiB
 
 
-@pytest.mark.parametrize(("limits", "allowed"), [(ClientLimits(), 1536), (ClientLimits(max_queue=1 << 30), 3 * 1024)])
+@pytest.mark.parametrize(("limits", "allowed"), [(ClientLimits(), 1792), (ClientLimits(max_queue=1 << 30), 3328)])
 def test_the_bound_leaves_room_for_what_the_other_bounds_allow(limits: ClientLimits, allowed: int) -> None:
     assert room_for(limits) == allowed * MiB
 

@@ -1,0 +1,119 @@
+"""What clients have sent and nobody has looked at yet, in turns by account.
+
+The ROUTER hands out messages connection by connection, and no connection can be left out. So the inbox reads ahead a
+little, and accounts take turns from there, however many connections each of them has. While an account has `FULL_BYTES`
+here, nothing more is read, and its senders soon meet full pipes. But others may wait behind them. So every few
+milliseconds one lap is read all the same: until a connection comes up again, which means that each connection with a
+message has been read once. What a flood brings along in these laps piles up, so it has a bound too: a connection whose
+account would have more than `MAX_BYTES` here is given up. One connection alone does not get there, because more is
+served between two laps than a lap brings.
+"""
+
+import time
+from collections.abc import Callable
+
+from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
+from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received
+
+FULL_BYTES = 64 << 10
+MAX_BYTES = 16 << 20
+"""Of one account. Whoever waits for answers within the limits of requests never has as much here."""
+MAX_TOTAL_BYTES = 128 << 20
+"""Of all accounts; beyond it the one that has most is given up with all of its connections."""
+OVERHEAD_BYTES = 1024
+"""What a message counts for however short it is."""
+MIN_PAUSE_S, MAX_PAUSE_S = 0.002, 0.02
+"""Between two laps. The more a lap takes, the longer the pause, so that most of the time is left for serving."""
+PAUSE_PER_READING, PAUSE_S_PER_BYTE = 2.0, 0.02 / (1 << 20)
+READ_AT_ONCE_S = 0.001
+"""Spent on reading before the next message is served."""
+
+
+class Inbox:
+    """Reads the front socket and has every message handled when it is its account's turn."""
+
+    def __init__(self, front: FrontSocket, handle: Callable[[Received], None]) -> None:
+        self._front = front
+        self._handle = handle
+        self._turns: FairTurns[Received] = FairTurns()
+        self._full: set[str] = set()
+        self._lap: set[bytes] = set()
+        """The connections that have been read in this lap."""
+        self._lap_s, self._lap_bytes = 0.0, 0
+        """What this lap has cost so far."""
+        self._next_lap_s = 0.0
+
+    def __bool__(self) -> bool:
+        """Return whether a message waits here."""
+        return bool(self._turns)
+
+    def serve(self, seconds: float) -> None:
+        """Read and handle messages until none is left or the time is over; the last one may take longer."""
+        self._front.begin_turn()
+        now_s = time.perf_counter()
+        end_s = now_s + seconds
+        while now_s < end_s:
+            self._read()
+            taken = self._turns.take()
+            if taken is None:
+                return
+            account, received = taken
+            self._note_room(account)
+            began_s = time.perf_counter()
+            self._handle(received)
+            now_s = time.perf_counter()
+            self._turns.charge(account, now_s - began_s)
+
+    def _read(self) -> None:
+        """Read what waits in the socket, as far as there is room or a lap is due."""
+        began_s = now_s = time.perf_counter()
+        end_s = began_s + READ_AT_ONCE_S
+        while now_s < end_s and self._may_read():
+            received = self._front.receive()
+            if received is None:
+                self._end_lap()
+                return
+            began_s, now_s = now_s, time.perf_counter()
+            self._turns.charge(received.account, now_s - began_s)
+            self._note_lap(received, now_s - began_s)
+            self._add(received)
+
+    def _may_read(self) -> bool:
+        return not self._full or time.monotonic() >= self._next_lap_s
+
+    def _note_lap(self, received: Received, cost_s: float) -> None:
+        if received.connection in self._lap:
+            self._end_lap()
+        self._lap.add(received.connection)
+        self._lap_s += cost_s
+        self._lap_bytes += received.nbytes
+
+    def _end_lap(self) -> None:
+        pause_s = max(MIN_PAUSE_S, self._lap_s * PAUSE_PER_READING, self._lap_bytes * PAUSE_S_PER_BYTE)
+        self._next_lap_s = time.monotonic() + min(pause_s, MAX_PAUSE_S)
+        self._lap.clear()
+        self._lap_s, self._lap_bytes = 0.0, 0
+
+    def _add(self, received: Received) -> None:
+        account, size = received.account, received.nbytes + OVERHEAD_BYTES
+        if self._turns.bytes_of(account) + size > MAX_BYTES:
+            self._give_up(account, received.connection)
+            return
+        self._turns.put(account, received, size)
+        if self._turns.bytes_of(account) >= FULL_BYTES:
+            self._full.add(account)
+        if self._turns.nbytes > MAX_TOTAL_BYTES:
+            largest = self._turns.largest()
+            for each in {message.connection for message in self._turns.remove(largest)}:
+                self._front.drop_sender(each)
+            self._note_room(largest)
+
+    def _give_up(self, account: str, connection: bytes) -> None:
+        """Drop what a connection has sent. What it has in flight ends too, so that nothing waits for an answer."""
+        self._turns.remove(account, lambda message: message.connection == connection)
+        self._front.drop_sender(connection)
+        self._note_room(account)
+
+    def _note_room(self, account: str) -> None:
+        if self._turns.bytes_of(account) < FULL_BYTES:
+            self._full.discard(account)
