@@ -83,6 +83,9 @@ class ServeConfig:
     device_layers: str = _option(
         "", 'Manual layer mapping, ordered ordinal:count pairs: "0:32;1:32"; a stage of several: "0+1:32".', short="-n"
     )
+    experts: Literal["auto", "tensor", "parallel"] = _option(
+        "auto", "How GPUs share experts: a slice of each (tensor), or some whole (parallel); auto: slices if they fit."
+    )
     workers: int = _option(0, "Worker processes on the CPU (0: one), or on shared GPUs with --oversubscribe.", 0)
     max_seq_len: Tokens = _option(  # noqa: RUF009
         Tokens(0),

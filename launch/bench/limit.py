@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.planner import Plan
-from mgpu.orchestrator.placement.sizes import layer_bytes
+from mgpu.orchestrator.placement.sizes import layers_bytes
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts
 from mgpu.protocol.model.quantization import Quant
 
@@ -61,7 +61,7 @@ def weight_bytes(facts: ModelFacts, dtype_bytes: int, quant: Quant = "none") -> 
     Quantized matrices come with their scales; the head keeps the type that the model is served in.
     """
     head = (facts.vocab_size + 1) * facts.hidden_size * dtype_bytes
-    return facts.num_layers * layer_bytes(facts, 1, dtype_bytes, quant) + head
+    return layers_bytes(facts, range(facts.num_layers), 1, dtype_bytes, quant) + head
 
 
 def parse_bandwidth(text: str) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement import sizes
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
-from mgpu.orchestrator.placement.divisibility import compatible_sizes, split_problems
+from mgpu.orchestrator.placement.divisibility import compatible_sizes, expert_split, split_problems
 from mgpu.orchestrator.placement.options import LayoutOptions, step_tokens
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.layout import Layout, cpu_pool_bytes
@@ -80,7 +80,8 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
     facts, layout, options = sizing.facts, sizing.layout, sizing.options
     place = layout.placement.place_of(rank)
     stage, device = layout.placement.stages[place.stage_index], sizing.machine.devices[place.device]
-    weights = sizes.rank_weight_bytes(facts, layout.placement, place, sizing.dtype_bytes, layout.quant)
+    types = sizing.dtype_bytes, layout.quant, layout.expert_split
+    weights = sizes.rank_weight_bytes(facts, layout.placement, place, *types)
     reserve = _reserve_bytes(sizing, place)
     budget = device_budget(device, options)
     per_token = sizes.kv_token_bytes(
@@ -118,7 +119,8 @@ def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
     step = sizes.step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, options.max_rows)
     if sizing.layout.quant != "none":
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
-        step += sizes.largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes)
+        split = sizing.layout.expert_split
+        step += sizes.largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes, split)
     uses_nccl = "nccl" in (sizing.layout.transport, sizing.layout.stage_transport)
     return step + _fixed_bytes(machine.devices[place.device]) + (sizes.NCCL_BYTES if uses_nccl else 0)
 
@@ -207,9 +209,11 @@ def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:
     """Return the mildest quantization with which the layout fits; None if there is none."""
     others: dict[Quant, tuple[Quant, ...]] = {"none": ("8", "4"), "8": ("4",), "fp8": ("4",), "4": ()}
     for quant in others[sizing.layout.quant]:
-        if any(split_problems(sizing.facts, len(stage.devices), quant) for stage in sizing.layout.placement.stages):
+        ranks = [len(stage.devices) for stage in sizing.layout.placement.stages]
+        if any(split_problems(sizing.facts, size, quant, sizing.options.experts) for size in ranks):
             continue
-        rows = rank_rows(replace(sizing, layout=replace(sizing.layout, quant=quant)))
+        split = sizing.options.experts or expert_split(sizing.facts, ranks, quant)
+        rows = rank_rows(replace(sizing, layout=replace(sizing.layout, quant=quant, expert_split=split)))
         if all(row.needs(tokens) <= row.budget_bytes for row in rows):
             return quant
     return None
@@ -219,7 +223,7 @@ def _size_that_fits(sizing: Sizing, tokens: int) -> int | None:
     """Return the smallest tensor-parallel size whose ranks fit the smallest device in use; None if there is none."""
     used = [sizing.machine.devices[device] for stage in sizing.layout.placement.stages for device in stage.devices]
     smallest = min(used, key=lambda device: device_budget(device, sizing.options))
-    for size in compatible_sizes(sizing.facts, sizing.layout.quant):
+    for size in compatible_sizes(sizing.facts, sizing.layout.quant, sizing.options.experts):
         placement = PlacementPlan((Stage(0, sizing.facts.num_layers, tuple(range(size))),))
         machine = replace(sizing.machine, devices=(smallest,) * size)
         layout = replace(

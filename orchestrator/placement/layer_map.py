@@ -6,14 +6,21 @@ from collections.abc import Sequence
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.divisibility import advice_without_groups, sizes_text, split_problems
-from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.protocol.model.quantization import Quant
 
 _PAIR = re.compile(r"\s*([0-9]{1,6}(?:\s*\+\s*[0-9]{1,6})*)\s*:\s*([0-9]{1,9})\s*")
 
 
-def parse_layer_map(text: str, facts: ModelFacts, num_devices: int, noun: str, quant: Quant = "none") -> PlacementPlan:
+def parse_layer_map(
+    text: str,
+    facts: ModelFacts,
+    num_devices: int,
+    noun: str,
+    quant: Quant = "none",
+    experts: ExpertSplit | None = None,
+) -> PlacementPlan:
     """Read ``"0:32;1:32"``; ``"0+1:16;2+3:16"`` splits each range tensor-parallel over several devices.
 
     PlacementError with the numbers when the format is wrong, an ordinal is not visible or named twice, a count is
@@ -34,7 +41,7 @@ def parse_layer_map(text: str, facts: ModelFacts, num_devices: int, noun: str, q
                 f'-n "{text}": device {match[1]} gets {count} layers; every range needs at least 1 of the '
                 f"{facts.num_layers} layers"
             )
-        _check_stage_split(text, facts, ordinals, quant)
+        _check_stage_split(text, facts, ordinals, quant, experts)
         stages.append(Stage(first, first + count, ordinals))
         first += count
     if first != facts.num_layers:
@@ -69,11 +76,14 @@ def _check_ordinal(text: str, ordinal: int, seen: set[int], num_devices: int, no
         )
 
 
-def _check_stage_split(text: str, facts: ModelFacts, ordinals: tuple[int, ...], quant: Quant) -> None:
-    if problems := split_problems(facts, len(ordinals), quant):
+def _check_stage_split(
+    text: str, facts: ModelFacts, ordinals: tuple[int, ...], quant: Quant, experts: ExpertSplit | None
+) -> None:
+    if problems := split_problems(facts, len(ordinals), quant, experts):
         raise PlacementError(
             f'-n "{text}": a stage of {len(ordinals)} devices cannot split this model: {"; ".join(problems)}; '
-            f"compatible sizes: {sizes_text(facts, quant)}{advice_without_groups(facts, len(ordinals), quant)}"
+            f"compatible sizes: {sizes_text(facts, quant, experts)}"
+            f"{advice_without_groups(facts, len(ordinals), quant, experts)}"
         )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.model.facts import Dtype, KvCacheDtype
+from mgpu.protocol.model.facts import Dtype, ExpertSplit, KvCacheDtype
 from mgpu.protocol.model.quantization import Quant
 
 BLOCK_SIZE = {"cuda": 64, "cpu": 16}
@@ -28,6 +28,8 @@ class LayoutOptions:
 
     tp: int | None = None
     device_layers: str | None = None
+    experts: ExpertSplit | None = None
+    """None: slices of every expert, unless only whole experts can be shared."""
     dtype: Dtype | None = None
     """None: bfloat16 on CUDA, float32 on the CPU."""
     quant: Quant = "none"

@@ -5,11 +5,17 @@ from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, selectors
-from mgpu.orchestrator.placement.divisibility import advice_without_groups, compatible_sizes, sizes_text, split_problems
+from mgpu.orchestrator.placement.divisibility import (
+    advice_without_groups,
+    compatible_sizes,
+    expert_split,
+    sizes_text,
+    split_problems,
+)
 from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_float8, fit_tokens, rank_rows, weight_capacity
 from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map
 from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions, step_tokens
-from mgpu.orchestrator.placement.sizes import edge_elements, layer_bytes
+from mgpu.orchestrator.placement.sizes import edge_elements, layers_bytes
 from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, ModelFacts
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import Mode, PlacementPlan, Stage, Transport
@@ -35,6 +41,8 @@ class Plan:
     """KV bytes of every worker; 0 on CUDA, where workers measure, unless the user fixed it."""
     notes: tuple[str, ...]
     """Lines for the start-up log."""
+    expert_reason: str = ""
+    """Why the ranks share experts as they do."""
 
     @property
     def concurrency(self) -> float:
@@ -53,9 +61,10 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     """
     options = replace(options, block_size=options.block_size or BLOCK_SIZE[machine.kind])
     max_batch_tokens = step_tokens(options, machine.kind, machine.least_bytes)
+    _check_experts(facts, options)
     placement, reason = _choose(facts, machine, options)
     check_float8(machine, placement, options)
-    layout = _layout(machine, placement, options)
+    layout = _layout(facts, machine, placement, options)
     sizing = Sizing(facts, machine, layout, options)
     rows = rank_rows(sizing)
     kv_tokens, max_seq_len = fit_tokens(sizing, rows)
@@ -71,12 +80,19 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
         rows=rows,
         kv_tokens=kv_tokens,
         kv_memory=0 if machine.kind == "cuda" and not options.kv_memory else kv_memory,
+        expert_reason=_expert_reason(layout, options),
         notes=(*machine.notes, *_notes(machine, layout, rows), *_rope_note(facts, max_seq_len)),
     )
 
 
-def _layout(machine: Machine, placement: PlacementPlan, options: LayoutOptions) -> Layout:
+def _check_experts(facts: ModelFacts, options: LayoutOptions) -> None:
+    if options.experts is not None and facts.experts is None:
+        raise PlacementError(f"--experts {options.experts}: this model has no experts to split; leave it out")
+
+
+def _layout(facts: ModelFacts, machine: Machine, placement: PlacementPlan, options: LayoutOptions) -> Layout:
     transport, stage_transport = _transports(placement, machine)
+    ranks = [len(stage.devices) for stage in placement.stages]
     return Layout(
         placement=placement,
         dtype=_dtype(machine, options),
@@ -85,7 +101,16 @@ def _layout(machine: Machine, placement: PlacementPlan, options: LayoutOptions) 
         staged=staged_ranks(placement, machine) if stage_transport in ("peer", "pinned") else (),
         quant=options.quant,
         kv_cache_dtype=options.kv_cache_dtype,
+        expert_split=options.experts or expert_split(facts, ranks, options.quant),
     )
+
+
+def _expert_reason(layout: Layout, options: LayoutOptions) -> str:
+    if options.experts is not None:
+        return f"--experts {options.experts}"
+    if layout.expert_split == "tensor":
+        return "so all ranks have the same work, whatever the router chooses"
+    return "slices of them are too narrow" if options.quant != "4" else "slices of them would cut int4 groups"
 
 
 def _on_real_devices(placement: PlacementPlan, machine: Machine) -> PlacementPlan:
@@ -116,7 +141,7 @@ def _choose(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> _Cho
         return _one_stage(facts, (0,)), "one CPU worker" if machine.kind == "cpu" else "one GPU is visible"
     if machine.kind == "cuda" and not machine.nccl:
         return _choose_balanced(facts, machine, options, machine.nccl_problem)
-    sizes = compatible_sizes(facts, options.quant)
+    sizes = compatible_sizes(facts, options.quant, options.experts)
     if sizes == (1,):
         cause = f"{facts.num_q_heads} query heads" if compatible_sizes(facts) == (1,) else "int4 groups would be cut"
         reason = f"the model has no tensor-parallel size above 1 ({cause})"
@@ -130,10 +155,12 @@ def _choose(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> _Cho
 
 def _choose_fewer(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> _Choice:
     count = len(machine.devices)
-    taken = _emptiest(machine, max(size for size in compatible_sizes(facts, options.quant) if size <= count))
+    taken = _emptiest(
+        machine, max(size for size in compatible_sizes(facts, options.quant, options.experts) if size <= count)
+    )
     return _one_stage(facts, taken), (
         f"{_named(machine, taken)} of {count}, because {facts.num_q_heads} query heads and {facts.num_kv_heads} KV "
-        f"heads do not split over {count}; sizes that do: {sizes_text(facts, options.quant)}"
+        f"heads do not split over {count}; sizes that do: {sizes_text(facts, options.quant, options.experts)}"
     )
 
 
@@ -157,7 +184,11 @@ def _one_stage(facts: ModelFacts, ordinals: Sequence[int]) -> PlacementPlan:
 
 
 def _split_reason(facts: ModelFacts, machine: Machine, size: int) -> str:
-    parts = f"{facts.num_q_heads} query heads, {facts.num_kv_heads} KV heads and MLP width {facts.intermediate_size}"
+    mlp = f"MLP width {facts.intermediate_size}"
+    if facts.experts is not None:
+        experts = f"{facts.experts.count} experts of width {facts.experts.width}"
+        mlp = f"{mlp} or {experts}" if facts.has_dense_layers else experts
+    parts = f"{facts.num_q_heads} query heads, {facts.num_kv_heads} KV heads and {mlp}"
     usable = "NCCL is usable and " if machine.nccl else ""
     return f"{usable}{parts} split over {size}"
 
@@ -168,7 +199,7 @@ def _choose_map(facts: ModelFacts, machine: Machine, options: LayoutOptions, tex
             f'-n "{text}" and --tp {options.tp} contradict each other: a layer map already says which devices are '
             f'used. Drop one of them, or write a hybrid such as -n "0+1:{facts.num_layers}"'
         )
-    placement = parse_layer_map(text, facts, len(machine.devices), _noun(machine, 1), options.quant)
+    placement = parse_layer_map(text, facts, len(machine.devices), _noun(machine, 1), options.quant, options.experts)
     return placement, f'-n "{text}"'
 
 
@@ -176,13 +207,13 @@ def _choose_size(facts: ModelFacts, machine: Machine, options: LayoutOptions, si
     count = len(machine.devices)
     if not 1 <= size <= count:
         more = f"--workers {size}" if machine.kind == "cpu" else "CUDA_VISIBLE_DEVICES with more of them"
-        best = max(fitting for fitting in compatible_sizes(facts, options.quant) if fitting <= count)
+        best = max(fitting for fitting in compatible_sizes(facts, options.quant, options.experts) if fitting <= count)
         way_out = f"use --tp {best}" + (f", or {more}" if size > count else "")
         raise PlacementError(
             f"--tp {size}: {count} {_noun(machine, count)} can be used; {way_out} "
-            f"(compatible sizes: {sizes_text(facts, options.quant)})"
+            f"(compatible sizes: {sizes_text(facts, options.quant, options.experts)})"
         )
-    if size not in compatible_sizes(facts, options.quant):
+    if size not in compatible_sizes(facts, options.quant, options.experts):
         raise _split_error(facts, machine, options, size, f"--tp {size}: {size} {_noun(machine, size)}")
     return _one_stage(facts, range(size)), f"--tp {size}"
 
@@ -190,15 +221,17 @@ def _choose_size(facts: ModelFacts, machine: Machine, options: LayoutOptions, si
 def _split_error(
     facts: ModelFacts, machine: Machine, options: LayoutOptions, size: int, subject: str
 ) -> PlacementError:
-    sizes = compatible_sizes(facts, options.quant)
+    sizes = compatible_sizes(facts, options.quant, options.experts)
     best = max(fitting for fitting in sizes if fitting <= size)
+    problems = split_problems(facts, size, options.quant, options.experts)
     text = (
-        f"{subject} cannot split this model: {'; '.join(split_problems(facts, size, options.quant))}. "
-        f"Compatible sizes: {sizes_text(facts, options.quant)}. Use {_first_devices(machine, best)} (or --tp {best})"
+        f"{subject} cannot split this model: {'; '.join(problems)}. "
+        f"Compatible sizes: {sizes_text(facts, options.quant, options.experts)}. "
+        f"Use {_first_devices(machine, best)} (or --tp {best})"
     )
     if 2 <= size <= facts.num_layers:
         text += f', or give each its own layers: -n "{map_text(even_stages(facts.num_layers, range(size)))}"'
-    return PlacementError(text + advice_without_groups(facts, size, options.quant))
+    return PlacementError(text + advice_without_groups(facts, size, options.quant, options.experts))
 
 
 def _first_devices(machine: Machine, count: int) -> str:
@@ -226,7 +259,7 @@ def _choose_balanced(facts: ModelFacts, machine: Machine, options: LayoutOptions
         layers,
         ordinals,
         [weight_capacity(machine.devices[ordinal], options) for ordinal in ordinals],
-        layer_bytes(facts, 1, dtype_bytes, options.quant),
+        layers_bytes(facts, range(layers), 1, dtype_bytes, options.quant) // layers,
         [elements * dtype_bytes for elements in edges],
     )
     return placement, reason

@@ -1,9 +1,11 @@
 """Compute the bytes that each rank holds, from the shapes of the model alone."""
 
 import math
+from dataclasses import replace
+from functools import cache
 
 from mgpu.protocol.checkpoint.tensors import layer_tensors
-from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, RankPlace, head_shard, padded_vocab
 from mgpu.protocol.model.quantization import Quant, rank_matrices, weight_format
 
@@ -12,21 +14,23 @@ CUDA_FIXED_BYTES = 700 << 20
 NCCL_BYTES = 300 << 20
 """Estimate of NCCL's channel buffers for the communicators of one worker."""
 
-_KV_SPLIT = ("k_proj", "v_proj")
-_MLP_SPLIT = ("gate_proj", "up_proj")
+_MATRICES = tuple(f"{kind}_proj.weight" for kind in ("q", "k", "v", "o", "gate", "up", "down"))
+"""Ends of the names of linear layers, which `rank_matrices` counts."""
 
 
 def _share(facts: ModelFacts, name: str, elements: int, tp_size: int) -> int:
-    """Return the elements of a rank's part of one tensor, the largest part where they differ.
+    """Return the elements of a rank's part of a norm, a router or a bias, the largest part where they differ.
 
-    Norms, and biases that are added after the sum, are whole on every rank.
+    Biases of column-parallel layers are split as their rows are; all else is whole on every rank.
     """
     module, kind = name.split(".")[-2:]
-    if module in _MLP_SPLIT or (module == "down_proj" and kind == "weight"):
-        return elements // facts.intermediate_size * -(-facts.intermediate_size // tp_size)
-    if module == "q_proj" or (module == "o_proj" and kind == "weight"):
+    if kind != "bias":
+        return elements
+    if module in ("gate_proj", "up_proj"):
+        return -(-elements // tp_size)
+    if module == "q_proj":
         return elements // tp_size
-    if module in _KV_SPLIT:
+    if module in ("k_proj", "v_proj"):
         held = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size).num_kv
         return elements // facts.num_kv_heads * held
     return elements
@@ -42,31 +46,64 @@ def edge_elements(facts: ModelFacts, tp_size: int, first: bool, last: bool) -> i
     return tables * table + (facts.hidden_size if last else 0)
 
 
-def layer_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int, quant: Quant) -> int:
-    """Return the bytes of one layer on one of ``tp_size`` ranks: quantized matrices with scales, the rest dense.
-
-    All layers have the same shapes.
-    """
-    elements = sum(_share(facts, name, math.prod(shape), tp_size) for name, shape in layer_tensors(facts, 0).items())
+@cache
+def layer_bytes(
+    facts: ModelFacts, layer: int, tp_size: int, dtype_bytes: int, quant: Quant, split: ExpertSplit = "tensor"
+) -> int:
+    """Return the bytes of a layer on one of ``tp_size`` ranks: quantized matrices with scales, the rest dense."""
+    rest = sum(
+        _share(facts, name, math.prod(shape), tp_size)
+        for name, shape in layer_tensors(facts, layer).items()
+        if not name.endswith(_MATRICES)
+    )
     form = weight_format(quant)
-    matrices = rank_matrices(facts, tp_size)
-    rest = elements - sum(math.prod(shape) for shape in matrices)
+    matrices = rank_matrices(facts, tp_size, layer, split)
     return rest * dtype_bytes + sum(form.matrix_bytes(*shape, dtype_bytes) for shape in matrices)
 
 
-def largest_matrix_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int) -> int:
+def layers_bytes(
+    facts: ModelFacts, layers: range, tp_size: int, dtype_bytes: int, quant: Quant, split: ExpertSplit = "tensor"
+) -> int:
+    """Return the bytes of some layers on a rank. Layers with experts are all alike, and so are those without."""
+    kinds = [facts.experts_of(layer) is not None for layer in layers]
+    return sum(
+        kinds.count(kind) * layer_bytes(facts, layers[kinds.index(kind)], tp_size, dtype_bytes, quant, split)
+        for kind in set(kinds)
+    )
+
+
+def active_bytes(facts: ModelFacts, dtype_bytes: int, quant: Quant) -> tuple[int, int]:
+    """Return the bytes of all weights, and of those that the computation of one token uses."""
+    layers, edges = range(facts.num_layers), edge_elements(facts, 1, first=True, last=True) * dtype_bytes
+    total = layers_bytes(facts, layers, 1, dtype_bytes, quant) + edges
+    if facts.experts is None:
+        return total, total
+    few = replace(facts, experts=replace(facts.experts, count=facts.experts.active))
+    routers = sum(facts.experts.sparse_layers) * (facts.experts.count - facts.experts.active) * facts.hidden_size
+    return total, layers_bytes(few, layers, 1, dtype_bytes, quant) + routers * dtype_bytes + edges
+
+
+def largest_matrix_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int, split: ExpertSplit = "tensor") -> int:
     """Return the bytes of a rank's largest linear weight while it is dense."""
-    return max(math.prod(shape) for shape in rank_matrices(facts, tp_size)) * dtype_bytes
+    kinds = {facts.experts_of(layer) is not None: layer for layer in range(facts.num_layers)}
+    shapes = {shape for layer in kinds.values() for shape in rank_matrices(facts, tp_size, layer, split)}
+    return max(map(math.prod, shapes)) * dtype_bytes
 
 
 def rank_weight_bytes(
-    facts: ModelFacts, plan: PlacementPlan, place: RankPlace, dtype_bytes: int, quant: Quant = "none"
+    facts: ModelFacts,
+    plan: PlacementPlan,
+    place: RankPlace,
+    dtype_bytes: int,
+    quant: Quant = "none",
+    split: ExpertSplit = "tensor",
 ) -> int:
-    """Return the bytes of all weights that one rank of a plan holds."""
+    """Return the bytes of all weights that one rank of a plan holds, the most of its stage."""
     stage = plan.stages[place.stage_index]
-    layers = stage.num_layers * layer_bytes(facts, place.tp_size, dtype_bytes, quant)
+    layers = range(stage.first_layer, stage.end_layer)
     first, last = place.stage_index == 0, place.stage_index == plan.num_stages - 1
-    return layers + edge_elements(facts, place.tp_size, first, last) * dtype_bytes
+    edges = edge_elements(facts, place.tp_size, first, last) * dtype_bytes
+    return layers_bytes(facts, layers, place.tp_size, dtype_bytes, quant, split) + edges
 
 
 def kv_token_bytes(facts: ModelFacts, num_layers: int, tp_size: int, element_bytes: int) -> int:
@@ -80,10 +117,19 @@ def step_bytes(
 ) -> int:
     """Estimate the largest activations of one step on a rank.
 
-    Residual stream, its norm and a partial sum; QKV and attention output; gate, up and their product; on the last
-    stage float32 logits of every row, three times over for sampling.
+    Residual stream, its norm and a partial sum; QKV and attention output; gate, up and their product, of all experts
+    of a token with their outputs; on the last stage float32 logits of every row, three times over for sampling.
     """
     qkv = (2 * facts.num_q_heads + 2 * max(facts.num_kv_heads, tp_size)) * facts.head_dim // tp_size
-    width = 4 * facts.hidden_size + qkv + 3 * facts.intermediate_size // tp_size
+    width = 4 * facts.hidden_size + qkv + _mlp_elements(facts, tp_size)
     logits = 3 * 4 * max_rows * padded_vocab(facts.vocab_size, tp_size) // tp_size if last else 0
     return max_batch_tokens * width * dtype_bytes + logits
+
+
+def _mlp_elements(facts: ModelFacts, tp_size: int) -> int:
+    """Return the largest activations of one token in a feed-forward network, where each rank has its share."""
+    dense, experts = 3 * facts.intermediate_size // tp_size, facts.experts
+    if experts is None:
+        return dense
+    sparse = experts.active * (3 * experts.width // tp_size + facts.hidden_size)
+    return sparse if all(experts.sparse_layers) else max(dense, sparse)

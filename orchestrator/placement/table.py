@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from mgpu.orchestrator.placement.fit import RankRow, gib
 from mgpu.orchestrator.placement.planner import Plan
+from mgpu.orchestrator.placement.sizes import active_bytes
+from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts
 from mgpu.protocol.model.placement import Mode
 from mgpu.protocol.model.quantization import weight_format
 
@@ -21,6 +23,8 @@ _LINK_NAMES = {"self": "-", "nvlink": "NVL", "pcie": "PCI", "none": "no"}
 def layout_text(plan: Plan) -> str:
     """Return mode and reason, one row per rank, the size of the KV cache, and the peer access of several GPUs."""
     lines = [_headline(plan), *_table(_COLUMNS, [_cells(row) for row in plan.rows])]
+    if plan.facts.experts is not None:
+        lines.append(_experts_line(plan, plan.facts.experts))
     narrow = " in fp8 (e4m3)" if plan.layout.kv_cache_dtype == "fp8" else ""
     lines.append(
         f"KV cache{narrow}: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
@@ -40,6 +44,23 @@ def _headline(plan: Plan) -> str:
     name = weight_format(plan.layout.quant).name
     quantized = f", linear layers in {name}" if name else ""
     return f"layout: {title} in {plan.layout.dtype}{quantized} ({plan.reason})"
+
+
+def _experts_line(plan: Plan, experts: ExpertFacts) -> str:
+    layout = plan.layout
+    total, active = active_bytes(plan.facts, DTYPE_BYTES[layout.dtype], layout.quant)
+    line = (
+        f"experts: {experts.count} in {sum(experts.sparse_layers)} of {plan.facts.num_layers} layers, "
+        f"{experts.active} active: a token uses {gib(active)} of {gib(total)} of weights"
+    )
+    most = max(len(stage.devices) for stage in layout.placement.stages)
+    if most == 1:
+        return line
+    if layout.expert_split == "tensor":
+        width = -(-experts.width // most)
+        return f"{line}; each rank has {width} of {experts.width} columns of every expert ({plan.expert_reason})"
+    count = -(-experts.count // most)
+    return f"{line}; each rank has up to {count} whole experts ({plan.expert_reason})"
 
 
 def _shortened(plan: Plan) -> str:
@@ -106,6 +127,7 @@ def layout_json(plan: Plan) -> dict[str, object]:
         "stage_transport": plan.layout.stage_transport,
         "staged": [list(pair) for pair in plan.layout.staged],
         "num_layers": plan.facts.num_layers,
+        "experts": _experts_json(plan),
         "kv_tokens": plan.kv_tokens,
         "max_seq_len": plan.limits.max_seq_len,
         "max_position": plan.facts.max_position,
@@ -117,6 +139,21 @@ def layout_json(plan: Plan) -> dict[str, object]:
         "ranks": [_rank_json(row) for row in plan.rows],
         "p2p": [list(row) for row in plan.machine.links],
         "notes": list(plan.notes),
+    }
+
+
+def _experts_json(plan: Plan) -> dict[str, object] | None:
+    if plan.facts.experts is None:
+        return None
+    total, active = active_bytes(plan.facts, DTYPE_BYTES[plan.layout.dtype], plan.layout.quant)
+    return {
+        "count": plan.facts.experts.count,
+        "active": plan.facts.experts.active,
+        "layers": sum(plan.facts.experts.sparse_layers),
+        "split": plan.layout.expert_split,
+        "reason": plan.expert_reason,
+        "total_weight_bytes": total,
+        "active_weight_bytes": active,
     }
 
 

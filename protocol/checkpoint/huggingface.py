@@ -1,47 +1,13 @@
 """Turn config.json of a Hugging Face folder into `ModelFacts`, with the defaults of the transformers library."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
+from mgpu.protocol.checkpoint.experts import expert_facts
+from mgpu.protocol.checkpoint.families import CLASSES, FAMILIES, MODEL_TYPES, Family
 from mgpu.protocol.checkpoint.huggingface_rope import read_rope
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file, read_json_object
-from mgpu.protocol.model.facts import ARCHITECTURES, Activation, Dtype, ModelFacts
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """Class defaults of a transformers configuration; None: the key must be present (or follows another)."""
-
-    num_kv_heads: int | None
-    head_dim: int | None
-    max_position: int
-    tie: bool
-    bos: int | None
-    eos: tuple[int, ...]
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_layers: int | None = None
-    num_q_heads: int | None = None
-    vocab_size: int | None = None
-
-
-_FAMILIES = {
-    "llama": _Family(None, None, 2048, False, 1, (2,)),
-    "mistral": _Family(8, None, 131072, False, 1, (2,)),
-    "qwen2": _Family(32, None, 32768, False, None, ()),
-    "qwen3": _Family(32, 128, 32768, False, None, ()),
-    "gemma3": _Family(4, 256, 131072, True, 2, (1,), 2304, 9216, 26, 8, 262208),
-}
-_CLASSES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Gemma3ForCausalLM": "gemma3",
-    "Gemma3ForConditionalGeneration": "gemma3",
-}
-_MODEL_TYPES = {name: name for name in ARCHITECTURES} | {"gemma3_text": "gemma3"}
+from mgpu.protocol.model.facts import Activation, Dtype, ModelFacts
 
 
 def read_config_facts(folder: Path, is_plain: bool = False) -> ModelFacts:
@@ -61,11 +27,11 @@ def read_config_facts(folder: Path, is_plain: bool = False) -> ModelFacts:
 def _family_of(fields: Fields) -> str:
     classes = fields.list_of("architectures", str)
     name = str(classes[0]) if classes else fields.text("model_type", "")
-    family = _CLASSES.get(name) if classes else _MODEL_TYPES.get(name)
+    family = CLASSES.get(name) if classes else MODEL_TYPES.get(name)
     if family is None:
         shown = repr(name[:80]) if name else "not named (no `architectures`, no `model_type`)"
         raise CheckpointError(
-            f"{fields.source}: the architecture is {shown}; supported architectures: {', '.join(_CLASSES)}"
+            f"{fields.source}: the architecture is {shown}; supported architectures: {', '.join(CLASSES)}"
         )
     return family
 
@@ -77,7 +43,7 @@ def _generation_config(folder: Path) -> Fields:
     return Fields(str(path), read_json_object(path))
 
 
-def _end_tokens(base: _Family, *files: Fields) -> tuple[int, ...]:
+def _end_tokens(base: Family, *files: Fields) -> tuple[int, ...]:
     """Return the tokens that end an answer: those of the first file that names any.
 
     The class default counts only when no file has the key: an explicit null, or -1, means none.
@@ -88,7 +54,7 @@ def _end_tokens(base: _Family, *files: Fields) -> tuple[int, ...]:
     return () if any(fields.declares("eos_token_id") for fields in files) else base.eos
 
 
-def _bos(base: _Family, fields: Fields) -> int | None:
+def _bos(base: Family, fields: Fields) -> int | None:
     default = None if fields.declares("bos_token_id") else base.bos
     return next(iter(fields.token_ids("bos_token_id")), None) if fields.has("bos_token_id") else default
 
@@ -96,16 +62,16 @@ def _bos(base: _Family, fields: Fields) -> int | None:
 def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> ModelFacts:
     _refuse_unsupported(outer)
     _refuse_unsupported(fields)
-    base = _FAMILIES[family]
+    base = FAMILIES[family]
     tying = outer if outer.has("tie_word_embeddings") else fields
     hidden = fields.integer("hidden_size", base.hidden_size, high=Limit.HIDDEN)
     num_layers = fields.integer("num_hidden_layers", base.num_layers, high=Limit.LAYERS)
     num_q_heads = fields.integer("num_attention_heads", base.num_q_heads, high=Limit.HEADS)
     head_dim = _head_dim(fields, base, hidden, num_q_heads)
     max_position = fields.integer("max_position_embeddings", base.max_position, high=Limit.POSITION)
-    rope = read_rope(fields, family, max_position, head_dim)
+    rope = read_rope(fields, family, base.theta, max_position, head_dim)
     window, sliding = _sliding(fields, family, num_layers)
-    biased = fields.boolean("attention_bias", False) and family != "mistral"
+    biased = fields.boolean("attention_bias", False) and family not in ("mistral", "mixtral")
     return ModelFacts(
         architecture=family,
         hidden_size=hidden,
@@ -116,7 +82,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         head_dim=head_dim,
         vocab_size=fields.integer("vocab_size", base.vocab_size, high=Limit.VOCAB),
         max_position=rope.max_position,
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=fields.number("rms_norm_eps", base.eps),
         rope_theta=rope.theta,
         rope_local_theta=rope.local_theta,
         rope_scaling=rope.scaling,
@@ -125,7 +91,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         qkv_bias=biased or family == "qwen2",
         output_bias=biased and family != "qwen2",
         mlp_bias=family == "llama" and fields.boolean("mlp_bias", False),
-        qk_norm=family in ("qwen3", "gemma3"),
+        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3"),
         tie_embeddings=tying.boolean("tie_word_embeddings", base.tie),
         activation=_activation(fields, family),
         embedding_scale=hidden**0.5 if family == "gemma3" else 1.0,
@@ -133,6 +99,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         bos_token_id=_bos(base, outer if outer.has("bos_token_id") else fields),
         eos_token_ids=_end_tokens(base, generation, outer if outer.has("eos_token_id") else fields),
         checkpoint_dtype=_dtype(outer, fields),
+        experts=expert_facts(fields, family, num_layers),
     )
 
 
@@ -153,7 +120,7 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise fields.error("use_bidirectional_attention", "is true: not a model that generates text")
 
 
-def _head_dim(fields: Fields, base: _Family, hidden: int, num_q_heads: int) -> int:
+def _head_dim(fields: Fields, base: Family, hidden: int, num_q_heads: int) -> int:
     default = base.head_dim or hidden // num_q_heads
     if not fields.has("head_dim") and base.head_dim is None and hidden % num_q_heads:
         raise fields.error("hidden_size", f"is {hidden}, not a multiple of the {num_q_heads} attention heads")
@@ -163,7 +130,7 @@ def _head_dim(fields: Fields, base: _Family, hidden: int, num_q_heads: int) -> i
     return head_dim
 
 
-def _num_kv_heads(fields: Fields, base: _Family, num_q_heads: int) -> int:
+def _num_kv_heads(fields: Fields, base: Family, num_q_heads: int) -> int:
     # An explicit null means "as many as query heads"; an absent key means the class default.
     default = num_q_heads if fields.declares("num_key_value_heads") else base.num_kv_heads or num_q_heads
     num_kv_heads = fields.integer("num_key_value_heads", default, high=Limit.HEADS)
@@ -175,15 +142,18 @@ def _num_kv_heads(fields: Fields, base: _Family, num_q_heads: int) -> int:
 def _sliding(fields: Fields, family: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """Return the window and which layers use it; (None, all False) without one."""
     none = None, (False,) * num_layers
-    if family == "llama" or (fields.declares("sliding_window") and not fields.has("sliding_window")):
+    if family == "llama" or (family == "mixtral" and not fields.has("sliding_window")):
         return none
-    if family in ("qwen2", "qwen3") and not fields.boolean("use_sliding_window", False):
+    if fields.declares("sliding_window") and not fields.has("sliding_window"):
+        return none
+    if family in ("qwen2", "qwen3", "qwen3_moe") and not fields.boolean("use_sliding_window", False):
         return none
     window = fields.integer("sliding_window", 4096)
-    types = fields.list_of("layer_types", str, num_layers) if family != "mistral" else None
+    slides_everywhere = family in ("mistral", "mixtral", "qwen3_moe")
+    types = fields.list_of("layer_types", str, num_layers) if not slides_everywhere else None
     if types is not None:
         return window, tuple(_is_sliding(fields, kind) for kind in types)
-    if family == "mistral":
+    if slides_everywhere:
         return window, (True,) * num_layers
     if family == "gemma3":
         pattern = fields.integer("sliding_window_pattern", 6)

@@ -35,7 +35,7 @@ class _Base:
     max_position: int
 
 
-def read_rope(fields: Fields, family: str, max_position: int, head_dim: int) -> Rope:
+def read_rope(fields: Fields, family: str, default_theta: float, max_position: int, head_dim: int) -> Rope:
     """Read theta, that of sliding layers and the scaling, in the old style or that of transformers 5.
 
     Old: ``rope_theta`` and ``rope_scaling``. New: ``rope_parameters``, flat or one object per layer type.
@@ -48,7 +48,7 @@ def read_rope(fields: Fields, family: str, max_position: int, head_dim: int) -> 
     # transformers lets a `rope_scaling` of the old style win where both are present.
     scaling = fields.nested("rope_scaling") or full
     inside = scaling if scaling is not None and scaling.has("rope_theta") else full
-    theta = _theta(inside, fields, "rope_theta", 1e6 if family == "gemma3" else 1e4)
+    theta = _theta(inside, fields, "rope_theta", default_theta)
     local = _theta(sliding, fields, "rope_local_base_freq", 1e4)
     _check_sliding(fields, family, sliding, local, theta)
     for holder in (fields, full, sliding):

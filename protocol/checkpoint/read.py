@@ -6,11 +6,13 @@ Files come from strangers and nothing in them is trusted. Each fault raises `Che
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mgpu.protocol.checkpoint.gguf_model import read_gguf_checkpoint
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.checkpoint.safetensors_file import read_safetensors
+from mgpu.protocol.checkpoint.stacked import separate_tensors, stored_name
 from mgpu.protocol.checkpoint.tensors import (
     TensorEntry,
     check_tensors,
@@ -67,6 +69,7 @@ def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
         if load_format != "dummy":
             stored = _read_folder(path)
             facts = _facts_of_weights(path, facts, stored)
+            stored = separate_tensors(facts, stored)
     else:
         kind = "gguf"
         _check_gguf_path(path)
@@ -74,7 +77,7 @@ def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
     source = ModelSource(str(path.absolute()), kind, load_format)
     if load_format == "dummy":
         return Checkpoint(source, facts, dummy_tensors(facts))
-    check_tensors(str(path), facts, stored)
+    check_tensors(str(path), facts, stored, partial(stored_name, facts.architecture))
     return Checkpoint(source, facts, {name: stored[name] for name in expected_tensors(facts)})
 
 

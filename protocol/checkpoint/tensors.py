@@ -1,7 +1,7 @@
 """Name the tensors that a model must have, and where each one lies."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from mgpu.protocol.checkpoint.untrusted import CheckpointError
@@ -51,28 +51,46 @@ def expected_tensors(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
 def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
     """Return the tensors of one decoder layer."""
     head = f"model.layers.{layer}."
-    attention, mlp = head + "self_attn.", head + "mlp."
-    hidden, inner = facts.hidden_size, facts.intermediate_size
+    attention = head + "self_attn."
+    hidden = facts.hidden_size
     q_size, kv_size = facts.num_q_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         attention + "q_proj.weight": (q_size, hidden),
         attention + "k_proj.weight": (kv_size, hidden),
         attention + "v_proj.weight": (kv_size, hidden),
         attention + "o_proj.weight": (hidden, q_size),
-        mlp + "gate_proj.weight": (inner, hidden),
-        mlp + "up_proj.weight": (inner, hidden),
-        mlp + "down_proj.weight": (hidden, inner),
     }
     if facts.qkv_bias:
         shapes[attention + "q_proj.bias"] = (q_size,)
         shapes[attention + "k_proj.bias"] = shapes[attention + "v_proj.bias"] = (kv_size,)
     if facts.output_bias:
         shapes[attention + "o_proj.bias"] = (hidden,)
-    if facts.mlp_bias:
-        shapes |= {mlp + "gate_proj.bias": (inner,), mlp + "up_proj.bias": (inner,), mlp + "down_proj.bias": (hidden,)}
     if facts.qk_norm:
         shapes |= {attention + "q_norm.weight": (facts.head_dim,), attention + "k_norm.weight": (facts.head_dim,)}
+    shapes |= _mlp_tensors(facts, layer, head + "mlp.")
     return shapes | {head + name + ".weight": (hidden,) for name in layer_norms(facts)}
+
+
+def _mlp_tensors(facts: ModelFacts, layer: int, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a layer's feed-forward network, or of its router and experts."""
+    hidden, experts = facts.hidden_size, facts.experts_of(layer)
+    if experts is None:
+        return _gated_tensors(prefix, hidden, facts.intermediate_size, facts.mlp_bias)
+    shapes: dict[str, tuple[int, ...]] = {prefix + "gate.weight": (experts.count, hidden)}
+    for index in range(experts.count):
+        shapes |= _gated_tensors(f"{prefix}experts.{index}.", hidden, experts.width, bias=False)
+    return shapes
+
+
+def _gated_tensors(prefix: str, hidden: int, width: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        prefix + "gate_proj.weight": (width, hidden),
+        prefix + "up_proj.weight": (width, hidden),
+        prefix + "down_proj.weight": (hidden, width),
+    }
+    if bias:
+        shapes |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in shapes.items()}
+    return shapes
 
 
 def without_absent_biases(facts: ModelFacts, names: Collection[str]) -> ModelFacts:
@@ -101,10 +119,15 @@ def layer_norms(facts: ModelFacts) -> tuple[str, ...]:
     return "input_layernorm", "post_attention_layernorm"
 
 
-def check_tensors(source: str, facts: ModelFacts, tensors: dict[str, TensorEntry]) -> None:
-    """Refuse a checkpoint that lacks a tensor, or has one of the wrong shape or an unsupported type."""
+def check_tensors(
+    source: str, facts: ModelFacts, tensors: dict[str, TensorEntry], called: Callable[[str], str] = lambda name: name
+) -> None:
+    """Refuse a checkpoint that lacks a tensor, or has one of the wrong shape or an unsupported type.
+
+    ``called`` turns mgpu's name of a tensor into the one that its file has.
+    """
     expected = expected_tensors(facts)
-    missing = [name for name in expected if name not in tensors]
+    missing = [called(name) for name in expected if name not in tensors]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(
@@ -114,28 +137,35 @@ def check_tensors(source: str, facts: ModelFacts, tensors: dict[str, TensorEntry
         entry = tensors[name]
         if entry.shape != shape:
             raise CheckpointError(
-                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, the configuration asks for {list(shape)}"
+                f"{entry.file}: tensor {called(name)!r} has shape {list(entry.shape)}, the configuration asks for "
+                f"{list(shape)}"
             )
         if entry.dtype not in BLOCKS:
             raise CheckpointError(
-                f"{entry.file}: tensor {name!r} is stored as {entry.dtype}; supported: {', '.join(sorted(BLOCKS))}"
+                f"{entry.file}: tensor {called(name)!r} is stored as {entry.dtype}; supported: "
+                f"{', '.join(sorted(BLOCKS))}"
             )
-    _check_no_others(source, facts, expected, tensors)
+    _check_no_others(source, facts, expected, tensors, called)
 
 
 def _check_no_others(
-    source: str, facts: ModelFacts, expected: dict[str, tuple[int, ...]], tensors: dict[str, TensorEntry]
+    source: str,
+    facts: ModelFacts,
+    expected: dict[str, tuple[int, ...]],
+    tensors: dict[str, TensorEntry],
+    called: Callable[[str], str],
 ) -> None:
     """Refuse weights inside layers that the family does not have: leaving them out would give wrong answers."""
     extra = [
-        name
+        called(name)
         for name in tensors
         if name not in expected and name.startswith("model.layers.") and not name.endswith(_IGNORED_ENDINGS)
     ]
     if extra:
+        experts = f" with {facts.experts.count} experts" if facts.experts is not None else ""
         raise CheckpointError(
             f"{source}: {len(extra)} tensors do not belong to a {facts.architecture} model of {facts.num_layers} "
-            f"layers: {', '.join(map(repr, extra[:3]))}"
+            f"layers{experts}: {', '.join(map(repr, extra[:3]))}"
         )
 
 

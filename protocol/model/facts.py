@@ -1,6 +1,7 @@
 """What the planner and the workers must know of a model, independent of its file format."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 CheckpointFormat = Literal["safetensors", "gguf"]
@@ -15,7 +16,7 @@ KvCacheDtype = Literal["auto", "fp8"]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe")
 """Family names used inside mgpu; protocol/checkpoint maps Hugging Face and GGUF names to them."""
 
 
@@ -41,6 +42,25 @@ class RopeScaling:
     def divisors_for(self, longest: int) -> tuple[float, ...]:
         """Return the divisors on a server whose longest request has so many tokens."""
         return self.long_divisors if self.long_divisors and longest > self.original_max_position else self.divisors
+
+
+ExpertSplit = Literal["tensor", "parallel"]
+"""How the ranks of a stage share experts: each has a slice of every expert, or some experts whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFacts:
+    """The feed-forward networks of a mixture of experts, of which a router chooses a few for each token."""
+
+    count: int
+    active: int
+    """Experts that the router chooses for a token."""
+    width: int
+    """Feed-forward width of one expert."""
+    sparse_layers: tuple[bool, ...]
+    """One flag per layer: True if it has experts, False if its feed-forward network is dense."""
+    normalizes: bool
+    """True if the weights of a token's chosen experts are divided by their sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +98,24 @@ class ModelFacts:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     checkpoint_dtype: Dtype
+    experts: ExpertFacts | None = None
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """True if the feed-forward network of some layer is dense."""
+        return self.experts is None or not all(self.experts.sparse_layers)
+
+    def experts_of(self, layer: int) -> ExpertFacts | None:
+        """Return the experts of a layer; None if its feed-forward network is dense."""
+        return self.experts if self.experts is not None and self.experts.sparse_layers[layer] else None
+
+    def with_layers(self, layers: Sequence[int]) -> "ModelFacts":
+        """Return the facts of a model that consists of these layers of this one."""
+        experts = self.experts
+        if experts is not None:
+            experts = replace(experts, sparse_layers=tuple(experts.sparse_layers[layer] for layer in layers))
+        sliding = tuple(self.sliding_layers[layer] for layer in layers)
+        return replace(self, num_layers=len(layers), sliding_layers=sliding, experts=experts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ the scheduler and every worker read them.
 
 from dataclasses import dataclass
 
-from mgpu.protocol.model.facts import Dtype, KvCacheDtype
+from mgpu.protocol.model.facts import Dtype, ExpertSplit, KvCacheDtype
 from mgpu.protocol.model.placement import PlacementPlan, Transport
 from mgpu.protocol.model.quantization import Quant
 
@@ -30,6 +30,8 @@ class Layout:
     """What linear layers are quantized to while they are loaded."""
     kv_cache_dtype: KvCacheDtype = "auto"
     """What keys and values are rounded to when they are stored."""
+    expert_split: ExpertSplit = "tensor"
+    """How the ranks of a stage share the experts of a mixture."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ each, a hybrid is both. Ranks are numbered stage by stage.
 from dataclasses import dataclass
 from typing import Literal
 
+from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit
+
 Mode = Literal["cpu", "single", "tensor-parallel", "layer-mapped", "hybrid"]
 Transport = Literal["none", "nccl", "gloo", "shared-memory", "peer", "pinned"]
 
@@ -107,3 +109,30 @@ def head_shard(num_q_heads: int, num_kv_heads: int, tp_rank: int, tp_size: int) 
 def padded_vocab(vocab_size: int, tp_size: int) -> int:
     """Round the vocabulary up so that every rank holds the same number of rows."""
     return -(-vocab_size // tp_size) * tp_size
+
+
+def even_range(total: int, rank: int, size: int) -> range:
+    """Return one rank's share of ``total`` items; shares differ by at most one."""
+    return range(total * rank // size, total * (rank + 1) // size)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShard:
+    """What one tensor-parallel rank holds of a layer's experts: which ones, and which columns of their width."""
+
+    experts: range
+    columns: range
+
+
+def expert_shard(experts: ExpertFacts, split: ExpertSplit, rank: int, size: int) -> ExpertShard:
+    """Return a slice of every expert (tensor), or all of some experts (parallel)."""
+    if split == "parallel":
+        return ExpertShard(even_range(experts.count, rank, size), range(experts.width))
+    return ExpertShard(range(experts.count), even_range(experts.width, rank, size))
+
+
+def largest_expert_shard(experts: ExpertFacts, split: ExpertSplit, size: int) -> tuple[int, int]:
+    """Return the most experts, and the most columns of their width, that one of ``size`` ranks holds."""
+    if split == "parallel":
+        return -(-experts.count // size), experts.width
+    return experts.count, -(-experts.width // size)

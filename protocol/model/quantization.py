@@ -7,8 +7,8 @@ the packed words is in ``worker/quantization/packing.py``.
 from dataclasses import dataclass
 from typing import Literal
 
-from mgpu.protocol.model.facts import ModelFacts
-from mgpu.protocol.model.placement import head_shard
+from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
+from mgpu.protocol.model.placement import head_shard, largest_expert_shard
 
 Quant = Literal["none", "8", "4", "fp8"]
 """The values of ``--quant``: nothing, int8, group-wise int4, or float8 (e4m3)."""
@@ -55,11 +55,16 @@ def weight_format(quant: Quant) -> WeightFormat:
     return WeightFormat(quant, INT4_GROUP if quant == "4" else 0)
 
 
-def group_problems(quant: Quant, facts: ModelFacts, tp_size: int) -> list[str]:
+def group_problems(quant: Quant, facts: ModelFacts, tp_size: int, split: ExpertSplit = "tensor") -> list[str]:
     """Return a line for each kind of layer whose slices on ``tp_size`` ranks are not whole int4 groups."""
     if quant != "4" or tp_size == 1:
         return []
-    split_inputs = {"attention output": facts.num_q_heads * facts.head_dim, "MLP width": facts.intermediate_size}
+    split_inputs = {"attention output": facts.num_q_heads * facts.head_dim}
+    experts = facts.experts
+    if facts.has_dense_layers:
+        split_inputs["MLP width"] = facts.intermediate_size
+    if experts is not None and split == "tensor":
+        split_inputs["expert width"] = experts.width
     return [
         f"{name} {inputs} / {tp_size} ranks = {inputs / tp_size:g}, not a multiple of {INT4_GROUP} (int4 groups)"
         for name, inputs in split_inputs.items()
@@ -67,10 +72,14 @@ def group_problems(quant: Quant, facts: ModelFacts, tp_size: int) -> list[str]:
     ]
 
 
-def rank_matrices(facts: ModelFacts, tp_size: int) -> tuple[tuple[int, int], ...]:
+def rank_matrices(
+    facts: ModelFacts, tp_size: int, layer: int = 0, split: ExpertSplit = "tensor"
+) -> tuple[tuple[int, int], ...]:
     """Return (outputs, inputs) of the linear layers of one decoder layer on one rank, the largest of its stage."""
     heads = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size)
-    width = -(-facts.intermediate_size // tp_size)
     q_size, kv_size = heads.num_q * facts.head_dim, heads.num_kv * facts.head_dim
-    hidden = facts.hidden_size
-    return ((q_size + 2 * kv_size, hidden), (hidden, q_size), (2 * width, hidden), (hidden, width))
+    hidden, count, width = facts.hidden_size, 1, -(-facts.intermediate_size // tp_size)
+    if (experts := facts.experts_of(layer)) is not None:
+        count, width = largest_expert_shard(experts, split, tp_size)
+    mlp = ((2 * width, hidden), (hidden, width))
+    return ((q_size + 2 * kv_size, hidden), (hidden, q_size), *mlp * count)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harness.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.checkpoint.read import Checkpoint
-from mgpu.protocol.model.facts import KvCacheDtype
+from mgpu.protocol.model.facts import ExpertSplit, KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace, head_shard
 from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.models.build import DecoderStage, build_stage, init_dummy_weights, load_weights
@@ -71,6 +71,7 @@ class Stages:
     """Random weights instead of the checkpoint's."""
     quant: Quant = "none"
     kv_cache_dtype: KvCacheDtype = "auto"
+    expert_split: ExpertSplit = "tensor"
     stages: list[DecoderStage] = field(init=False)
     caches: list[KvCache] = field(init=False)
     bytes_read: int = 0
@@ -82,7 +83,7 @@ class Stages:
         for index, layers in enumerate(self.splits):
             place = RankPlace(self.group.rank, index, self.group.rank, self.group.size, 0)
             where = place, layers, self.group, self.dtype, self.device
-            stage = build_stage(facts, *where, self.quant, self.kv_cache_dtype)
+            stage = build_stage(facts, *where, self.quant, self.kv_cache_dtype, self.expert_split)
             self._fill(stage)
             shape = (len(layers), self.num_blocks, self.block_size, heads.num_kv, facts.head_dim)
             cache = KvCache(*shape, stored_dtype(self.kv_cache_dtype, self.dtype), self.device)
@@ -119,6 +120,7 @@ def logits_in_chunks(
     device: torch.device = CPU,
     quant: Quant = "none",
     kv_cache_dtype: KvCacheDtype = "auto",
+    expert_split: ExpertSplit = "tensor",
 ) -> Tensor:
     """Return the logits of every token when one request is computed ``chunks`` tokens at a time."""
     assert sum(chunks) == len(token_ids)
@@ -127,7 +129,8 @@ def logits_in_chunks(
 
     def work(group: ThreadGroup) -> Tensor:
         splits = [range(*pair) for pair in pairwise(bounds)]
-        stages = Stages(checkpoint, group, splits, dtype, device, quant=quant, kv_cache_dtype=kv_cache_dtype)
+        types = {"quant": quant, "kv_cache_dtype": kv_cache_dtype, "expert_split": expert_split}
+        stages = Stages(checkpoint, group, splits, dtype, device, **types)
         row = Row(list(range(stages.num_blocks))[::-1])  # a table that is not the identity
         parts, first = [], 0
         for count in chunks:

@@ -40,6 +40,7 @@ def tiny_config(family: str) -> object:
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
     }
+    experts = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
     pattern = ["sliding_attention", "sliding_attention", "full_attention"]
     configs = {
         "llama": lambda: hf.LlamaConfig(**TINY, tie_word_embeddings=False),
@@ -60,6 +61,25 @@ def tiny_config(family: str) -> object:
             layer_types=pattern,
             rope_parameters=gemma_rope,
             tie_word_embeddings=True,
+        ),
+        "mixtral": lambda: hf.MixtralConfig(**TINY, **experts, num_local_experts=6),
+        "mixtral-window": lambda: hf.MixtralConfig(**TINY, **experts, num_local_experts=6, sliding_window=7),
+        "qwen3-moe": lambda: hf.Qwen3MoeConfig(
+            **TINY,
+            **experts,
+            head_dim=32,
+            num_experts=6,
+            moe_intermediate_size=30,
+            norm_topk_prob=True,
+            mlp_only_layers=[1],
+        ),
+        "qwen3-moe-plain": lambda: hf.Qwen3MoeConfig(
+            **TINY,
+            **experts,
+            head_dim=32,
+            num_experts=6,
+            moe_intermediate_size=30,
+            norm_topk_prob=False,
         ),
     }
     return configs[family]()
@@ -82,10 +102,11 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
     import transformers as hf
 
     hf.set_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager").float().eval()
+    ways = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = hf.AutoModelForCausalLM.from_config(tiny_config(family), **ways).float().eval()
     for name, parameter in model.named_parameters():
         # The defaults, zero biases and unit norms, would hide mistakes; larger weights tell tokens apart.
-        parameter.normal_(0.0, 0.3 if name.endswith(("norm.weight", "bias")) else 0.1)
+        parameter.normal_(0.0, 0.3 if name.endswith(("norm.weight", "bias", "gate.weight")) else 0.1)
         if name.endswith("norm.weight") and family != "gemma3":
             parameter.add_(1.0)
     model.save_pretrained(folder, max_shard_size="100KB")

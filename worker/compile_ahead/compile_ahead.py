@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Thread
 
@@ -121,14 +121,18 @@ class CompileAhead:
         """Build this rank's stage with one layer of each kind and undefined weights."""
         spec, facts = self.spec, self.spec.facts
         own = spec.layout.placement.stages[self.place.stage_index]
-        kinds = tuple(dict.fromkeys(facts.sliding_layers[own.first_layer : own.end_layer]))
-        before, after = int(own.first_layer > 0), int(own.end_layer < facts.num_layers)
-        sliding = (*[False] * before, *kinds, *[False] * after)
-        short = replace(facts, num_layers=len(sliding), sliding_layers=sliding)
-        layers = range(before, before + len(kinds))
+        kinds = {
+            (facts.sliding_layers[layer], facts.experts_of(layer) is not None): layer
+            for layer in range(own.first_layer, own.end_layer)
+        }
+        # A layer before and one after stand for those of other stages: what they are does not matter.
+        before, after = own.first_layer > 0, own.end_layer < facts.num_layers
+        short = facts.with_layers([*[0] * before, *kinds.values(), *[0] * after])
+        layers = range(int(before), int(before) + len(kinds))
         dtype: torch.dtype = getattr(torch, spec.layout.dtype)
         where = self.place, layers, self.group, dtype, self.device
-        stage = build_stage(short, *where, spec.layout.quant, spec.layout.kv_cache_dtype)
+        layout = spec.layout
+        stage = build_stage(short, *where, layout.quant, layout.kv_cache_dtype, layout.expert_split)
         stage.max_positions = spec.limits.max_seq_len + 1
         stage.assume_kernels()
         if spec.layout.quant != "none":

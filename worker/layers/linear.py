@@ -17,19 +17,13 @@ from mgpu.protocol.model.quantization import DENSE, WeightFormat
 from mgpu.worker.layers.activations import Activations, Product, scaled
 from mgpu.worker.layers.cpu_matmul import matmul_repacked, pack
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.partial_sum import Delta, PartialSum, summed_tensor
+from mgpu.worker.layers.partial_sum import Delta, sum_of_parts, summed_tensor
 from mgpu.worker.layers.product import dense_product, matmul_float8, multiplies_float8, packed_product
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows
 from mgpu.worker.quantization.packing import PackedWeight
 from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.ranks.collectives import TensorParallelGroup
-from mgpu.worker.ranks.peer_group import peers_of
-
-
-def even_range(total: int, rank: int, size: int) -> range:
-    """Return one rank's share of ``total`` items; shares differ by at most one."""
-    return range(total * rank // size, total * (rank + 1) // size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +155,11 @@ class RowParallelLinear(Linear):
         """Return the sum, or this rank's part of it if the next norm adds the parts up."""
         if self.group.size == 1:
             return self._product(x_TI, self.bias)
-        y_TO = scaled(self._product(x_TI, None))
-        peers = peers_of(self.group)
-        if peers is not None and peers.takes(y_TO):
-            return PartialSum(y_TO, self.bias, peers)
-        y_TO = self.group.all_reduce(y_TO)
-        return y_TO if self.bias is None else y_TO.add_(self.bias)
+        return sum_of_parts(self.part(x_TI), self.bias, self.group)
+
+    def part(self, x_TI: Activations) -> Tensor:
+        """Return this rank's part of the sum, without bias."""
+        return scaled(self._product(x_TI, None))
 
     def load(self, reader: WeightReader, name: str) -> None:
         """Read this rank's columns."""

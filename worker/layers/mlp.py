@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation
+from mgpu.protocol.model.placement import even_range
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, scaled, values_and_scale
-from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, Storage, even_range
+from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, Storage
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.loaders.reader import WeightReader

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mgpu.worker.layers.activations import Product, scaled
-from mgpu.worker.ranks.peer_group import PeerGroup
+from mgpu.worker.ranks.collectives import TensorParallelGroup
+from mgpu.worker.ranks.peer_group import PeerGroup, peers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,19 @@ class PartialSum:
 
 Delta = Product | PartialSum
 """What a layer adds to the residual stream: the whole product, or one rank's part of it."""
+
+
+def sum_of_parts(part_TD: Tensor, bias_D: Tensor | None, group: TensorParallelGroup) -> Delta:
+    """Return the sum of the ranks' parts, or this rank's part of it if the next norm adds them up.
+
+    The bias is added once, after the sum.
+    """
+    if group.size > 1:
+        peers = peers_of(group)
+        if peers is not None and peers.takes(part_TD):
+            return PartialSum(part_TD, bias_D, peers)
+        part_TD = group.all_reduce(part_TD)
+    return part_TD if bias_D is None else part_TD.add_(bias_D)
 
 
 def summed(delta: Delta) -> Product:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 
 from mgpu.protocol.checkpoint.read import Checkpoint
-from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
+from mgpu.protocol.model.facts import ExpertSplit, KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant, weight_format
+from mgpu.worker.layers.experts import ExpertMatrices
 from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.loaders.copiers import reading_threads
 from mgpu.worker.loaders.reader import WeightReader
@@ -29,13 +30,14 @@ def build_stage(
     device: torch.device,
     quant: Quant = "none",
     kv_cache_dtype: KvCacheDtype = "auto",
+    expert_split: ExpertSplit = "tensor",
 ) -> DecoderStage:
     """Allocate one rank's part of a model on its device, with undefined weights.
 
     Linear weights that will be quantized get their memory when they are loaded, one after the other.
     """
     assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
-    context = BuildContext(facts, group, Storage(dtype, device, weight_format(quant)), kv_cache_dtype)
+    context = BuildContext(facts, group, Storage(dtype, device, weight_format(quant)), kv_cache_dtype, expert_split)
     if facts.architecture == "gemma3":
         return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
     return DecoderStage(context, layers, LlamaLayer)
@@ -57,9 +59,9 @@ def load_weights(
 
 
 def init_linear(stage: DecoderStage) -> None:
-    """Draw weights of linear layers, which have no memory until they are quantized."""
+    """Draw weights of linear layers and experts, which have no memory until they are quantized."""
     for _, module in stage.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, (Linear, ExpertMatrices)):
             module.init_dummy(torch.Generator(module.weight.device))
 
 

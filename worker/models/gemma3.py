@@ -20,10 +20,10 @@ class Gemma3Layer(Module):
     def __init__(self, context: BuildContext, layer: int) -> None:
         self.attention = context.attention(layer, norms_unit_offset=True)
         self.attention_out_norm = context.norm(unit_offset=True)
-        self.mlp = context.mlp()
+        self.mlp = context.mlp(layer)
         self.mlp_out_norm = context.norm(unit_offset=True)
         self.input_norm = context.norm(unit_offset=True, before=self.attention.qkv)
-        self.mlp_norm = context.norm(unit_offset=True, before=self.mlp.gate_up)
+        self.mlp_norm = context.norm(unit_offset=True, before=self.mlp)
 
     def __call__(
         self, delta_TD: Delta | None, residual_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2, Mistral: norm before attention and before the feed-forward network."""
+"""Llama 2 and 3, SmolLM2, Mistral, Mixtral, Qwen: norm before attention and before the feed-forward network."""
 
 # T tokens, D model dim
 
@@ -14,13 +14,13 @@ from mgpu.worker.state.kv_cache import LayerCache
 
 
 class LlamaLayer(Module):
-    """Biases and the norms of q and k are as the model's facts say, so Qwen is wired the same way."""
+    """Biases, the norms of q and k, and experts are as the model's facts say."""
 
     def __init__(self, context: BuildContext, layer: int) -> None:
         self.attention = context.attention(layer)
-        self.mlp = context.mlp()
+        self.mlp = context.mlp(layer)
         self.input_norm = context.norm(before=self.attention.qkv)
-        self.mlp_norm = context.norm(before=self.mlp.gate_up)
+        self.mlp_norm = context.norm(before=self.mlp)
 
     def __call__(
         self, delta_TD: Delta | None, residual_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache

@@ -9,24 +9,26 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
+from mgpu.protocol.model.facts import ExpertSplit, KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import head_shard
 from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention
 from mgpu.worker.layers.attention import Attention
+from mgpu.worker.layers.experts import ExpertMatrices
 from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta, summed_tensor
 from mgpu.worker.layers.rotary import Angles, RotaryEmbedding
+from mgpu.worker.layers.sparse_mlp import SparseMLP
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, LayerCache
 
-WEIGHT_HOLDERS = (Linear, RMSNorm, VocabParallel)
+WEIGHT_HOLDERS = (Linear, ExpertMatrices, RMSNorm, VocabParallel)
 """The modules that own weights; all others are wiring."""
 
 
@@ -38,6 +40,7 @@ class BuildContext:
     group: TensorParallelGroup
     storage: Storage
     kv_cache_dtype: KvCacheDtype = "auto"
+    expert_split: ExpertSplit = "tensor"
 
     def window_of(self, layer: int) -> int | None:
         return self.facts.sliding_window if self.facts.sliding_layers[layer] else None
@@ -45,8 +48,11 @@ class BuildContext:
     def attention(self, layer: int, norms_unit_offset: bool = False) -> Attention:
         return Attention(self.facts, self.group, self.window_of(layer), self.storage, norms_unit_offset)
 
-    def mlp(self) -> GatedMLP:
+    def mlp(self, layer: int) -> GatedMLP | SparseMLP:
+        """Make the feed-forward network of a layer: dense, or a mixture of experts."""
         facts = self.facts
+        if (experts := facts.experts_of(layer)) is not None:
+            return SparseMLP(facts, experts, self.expert_split, self.group, self.storage)
         sizes = facts.hidden_size, facts.intermediate_size
         return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, self.storage)
 
@@ -54,11 +60,13 @@ class BuildContext:
         sizes = self.facts.vocab_size, self.facts.hidden_size
         return VocabParallel(*sizes, self.group, self.storage.dtype, self.storage.device)
 
-    def norm(self, unit_offset: bool = False, before: Linear | None = None) -> RMSNorm:
+    def norm(self, unit_offset: bool = False, before: Linear | GatedMLP | SparseMLP | None = None) -> RMSNorm:
         """Make a norm over the model dimension. ``before``: the only layer that its result goes into."""
+        if isinstance(before, GatedMLP):
+            before = before.gate_up
         facts, storage = self.facts, self.storage
         norm = RMSNorm(facts.hidden_size, facts.rms_norm_eps, storage.dtype, storage.device, unit_offset)
-        if before is not None:
+        if isinstance(before, Linear):
             norm.takes_float8 = before.takes_float8
         return norm
 

@@ -50,7 +50,8 @@ class StartUp:
     def _load(self, progress: Progress) -> tuple[DecoderStage, int]:
         spec, layers = self._spec, range(self._own.first_layer, self._own.end_layer)
         where = self._place, layers, self._links.group, self._dtype, self._device
-        stage = build_stage(spec.facts, *where, spec.layout.quant, spec.layout.kv_cache_dtype)
+        layout = spec.layout
+        stage = build_stage(spec.facts, *where, layout.quant, layout.kv_cache_dtype, layout.expert_split)
         stage.max_positions = spec.limits.max_seq_len + 1
         if spec.model.load_format == "dummy":
             init_dummy_weights(stage, spec.seed)

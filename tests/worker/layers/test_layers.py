@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.rank_threads import ThreadGroup, run_ranks
-from mgpu.protocol.model.placement import head_shard, padded_vocab
+from mgpu.protocol.model.placement import even_range, head_shard, padded_vocab
 from mgpu.worker.layers import cpu_matmul
-from mgpu.worker.layers.linear import even_range, qkv_slices
+from mgpu.worker.layers.linear import qkv_slices
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.vocab import VocabParallel
 

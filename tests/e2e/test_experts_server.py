@@ -1,0 +1,46 @@
+"""A mixture of experts through whole servers: many streams, every way to share experts, and a killed worker."""
+
+import psutil
+import pytest
+
+from harness.tiny_models import TinyModel, make_tiny_model
+from harness.waiting import eventually
+from mgpu import Client
+from mgpu.launch.server_process import ServerProcess
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return make_tiny_model("qwen3-moe", tmp_path_factory.mktemp("qwen3-moe"))
+
+
+def answers(client: Client, prompts: list[list[int]], kill: psutil.Process | None = None) -> list[list[int]]:
+    """Return the greedy answers of prompts that run side by side; a process may be killed once the first has begun."""
+    streams = [client.stream(prompt, max_tokens=6 + at % 3, ignore_eos=True) for at, prompt in enumerate(prompts)]
+    firsts = [next(stream) for stream in streams]
+    if kill is not None:
+        kill.kill()
+    return [
+        [token for piece in (first, *stream) for token in piece.token_ids]
+        for first, stream in zip(firsts, streams, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "layout", [["--workers", "2", "--experts", "parallel"], ["--workers", "3", "-n", "0:1;1+2:2"]], ids=" ".join
+)
+def test_answers_are_those_of_transformers_in_a_crowd_and_after_a_killed_worker(
+    model: TinyModel, layout: list[str]
+) -> None:
+    arguments = ["-m", str(model.folder), "--device", "cpu", "--kv-memory", "16MiB", *layout]
+    prompts = [model.prompt_ids[at % 8 :] for at in range(64)]
+    with ServerProcess(*arguments) as server, Client(server.wait_ready(), silence_timeout_s=60) as client:
+        alone = client.generate(model.prompt_ids, max_tokens=8, ignore_eos=True)
+        assert list(alone.token_ids) == model.output_ids
+        together = answers(client, prompts)
+        assert together[0] == model.output_ids[:6]
+        workers = [each for each in psutil.Process(server.process.pid).children() if "mgpu.worker" in each.cmdline()]
+        assert answers(client, prompts, kill=workers[-1]) == together
+        eventually(lambda: client.health().state == "ready")
+        assert client.health().restarts == 1
+        assert "experts: 6 in 2 of 3 layers, 2 active" in server.output()

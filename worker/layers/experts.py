@@ -1,0 +1,126 @@
+"""The experts of one layer, as one rank holds them: a slice of each, or some of them whole.
+
+Either way a rank computes a part of the sum over the chosen experts of a token, and the ranks' parts are added up like
+those of a row-parallel layer. So both splits take one all-reduce, and no token moves between ranks.
+"""
+
+# T tokens, D model dim, N experts of this rank, F width of an expert on this rank, A active experts of a token
+# O outputs and I inputs of one matrix, R tokens of one expert
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgpu.protocol.model.facts import Activation, ExpertFacts
+from mgpu.protocol.model.placement import ExpertShard
+from mgpu.worker.layers.cpu_matmul import matmul
+from mgpu.worker.layers.linear import Storage
+from mgpu.worker.layers.module import Module
+from mgpu.worker.layers.product import quantized_matmul
+from mgpu.worker.layers.router import Routing
+from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.quantization.packing import PackedWeight
+from mgpu.worker.quantization.quantize import quantize
+from mgpu.worker.quantization.stacks import empty_stack, matrix_of, put_matrix
+
+
+class ExpertMatrices(Module):
+    """One matrix [O, I] of each expert, stacked: dense [N, O, I], or packed in stacks of words and scales.
+
+    Experts that are to be quantized are dense one at a time, while they are loaded.
+    """
+
+    def __init__(self, count: int, outputs: int, inputs: int, storage: Storage) -> None:
+        self._shape = (outputs, inputs)
+        self._storage = storage
+        is_dense = storage.form.quant == "none"
+        self.weight = torch.empty((count if is_dense else 0, *self._shape), dtype=storage.dtype, device=storage.device)
+        self.packed: PackedWeight | None = None
+        self._count = count
+
+    @property
+    def held(self) -> Tensor | PackedWeight:
+        """The stack, quantized or dense."""
+        return self.weight if self.packed is None else self.packed
+
+    def dense(self, expert: int) -> Tensor:
+        """Return undefined memory [O, I] to load an expert into; `keep` keeps the result."""
+        return self.weight[expert] if self._storage.form.quant == "none" else self.weight.new_empty(self._shape)
+
+    def keep(self, expert: int, weight_OI: Tensor, reader: WeightReader | None = None) -> None:
+        if self._storage.form.quant == "none":
+            return
+        if reader is not None:
+            reader.wait()
+        matrix = quantize(weight_OI, self._storage.form)
+        if self.packed is None:
+            self.packed = empty_stack(matrix, self._count)
+        put_matrix(self.packed, expert, matrix)
+
+    def multiply(self, x_RI: Tensor, expert: int) -> Tensor:
+        """Multiply by one expert's matrix."""
+        if self.packed is not None:
+            return quantized_matmul(x_RI, matrix_of(self.packed, expert))
+        return matmul(x_RI, self.weight[expert])
+
+    def init_dummy(self, generator: torch.Generator) -> None:
+        """Draw weights that keep the scale of their input."""
+        for expert in range(self._count):
+            weight_OI = self.dense(expert).normal_(0.0, self._shape[1] ** -0.5, generator=generator)
+            self.keep(expert, weight_OI)
+
+    def weight_bytes(self) -> int:
+        packed = 0 if self.packed is None else self.packed.words.nbytes + self.packed.scales.nbytes
+        return self.weight.nbytes + packed
+
+
+class Experts(Module):
+    """This rank's share of all experts: ``down(act(gate(x)) * up(x))`` of each."""
+
+    def __init__(
+        self, facts: ExpertFacts, hidden_size: int, activation: Activation, shard: ExpertShard, storage: Storage
+    ) -> None:
+        self._facts = facts
+        self._activation = activation
+        self.shard = shard
+        width = len(shard.columns)
+        self.gate_up = ExpertMatrices(len(shard.experts), 2 * width, hidden_size, storage)
+        self.down = ExpertMatrices(len(shard.experts), hidden_size, width, storage)
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Return this rank's part of the weighted sum over each token's experts, [T, D].
+
+        Experts are visited in order, each with all of its tokens. Which ones have any is read on the host, so a GPU
+        takes kernels instead.
+        """
+        out_TD = torch.zeros_like(x_TD)
+        experts = routing.experts_TA.flatten()
+        places = experts.argsort(stable=True)
+        ends = experts.bincount(minlength=self._facts.count).cumsum(0).tolist()
+        weights = routing.weights_TA.flatten()
+        for index, expert in enumerate(self.shard.experts):
+            mine_R = places[ends[expert - 1] if expert else 0 : ends[expert]]
+            if len(mine_R) == 0:
+                continue
+            tokens_R = mine_R // self._facts.active
+            gate_RF, up_RF = self.gate_up.multiply(x_TD[tokens_R], index).chunk(2, dim=-1)
+            y_RD = self.down.multiply(_gated(gate_RF, up_RF, self._activation), index)
+            out_TD.index_add_(0, tokens_R, y_RD * weights[mine_R].unsqueeze(1).to(y_RD.dtype))
+        return out_TD
+
+    def load(self, reader: WeightReader, prefix: str) -> None:
+        """Read this rank's experts, and its columns of them."""
+        columns, width = self.shard.columns, len(self.shard.columns)
+        for index, expert in enumerate(self.shard.experts):
+            name = f"{prefix}.{expert}"
+            gate_up_OI, down_OI = self.gate_up.dense(index), self.down.dense(index)
+            reader.fill_rows(gate_up_OI[:width], f"{name}.gate_proj.weight", columns.start)
+            reader.fill_rows(gate_up_OI[width:], f"{name}.up_proj.weight", columns.start)
+            reader.fill_columns(down_OI, f"{name}.down_proj.weight", columns.start)
+            self.gate_up.keep(index, gate_up_OI, reader)
+            self.down.keep(index, down_OI, reader)
+
+
+def _gated(gate_RF: Tensor, up_RF: Tensor, activation: Activation) -> Tensor:
+    hidden_RF = F.silu(gate_RF) if activation == "silu" else F.gelu(gate_RF, approximate="tanh")
+    return hidden_RF.mul_(up_RF)
