@@ -48,7 +48,7 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing mgpu into $(VENV) (the first time takes a minute or two)"
-	@$(PIP) install -c constraints.txt -e '.[gguf]'
+	@$(PIP) install -c constraints.txt -e '.[serve]'
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python

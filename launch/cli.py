@@ -9,6 +9,7 @@ import click
 
 import mgpu
 from mgpu.launch import peer_names
+from mgpu.launch.installed import PLANNING, SERVING
 from mgpu.launch.lazy_group import LazyGroup
 from mgpu.launch.pages.help import WIDTH
 from mgpu.orchestrator.errors import UserError
@@ -36,12 +37,20 @@ COMMANDS = {
     "install-service": "mgpu.launch.commands.install_service:install_service_command",
     "demo": "mgpu.launch.commands.demo:demo_command",
 }
+NEEDS = {
+    "serve": SERVING,
+    "plan": PLANNING,
+    "bench": SERVING,
+    "install-service": SERVING,
+    "demo": SERVING,
+}
 
 
 @click.group(
     cls=LazyGroup,
     homes=COMMANDS,
     hints=peer_names.COMMANDS,
+    needs=NEEDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
     invoke_without_command=True,
     no_args_is_help=True,

@@ -9,16 +9,25 @@ from typing import Any
 import click
 
 from mgpu.launch import peer_names
+from mgpu.launch.installed import WAY_OUT, NotInstalled, missing
 
 
 class LazyGroup(click.Group):
     """Finds commands by ``module:attribute``, in the order in which help lists them."""
 
-    def __init__(self, *, homes: Mapping[str, str], hints: Mapping[str, str] | None = None, **settings: Any) -> None:
-        """``hints``: sentences about words that are no commands here."""
+    def __init__(
+        self,
+        *,
+        homes: Mapping[str, str],
+        hints: Mapping[str, str] | None = None,
+        needs: Mapping[str, Sequence[str]] | None = None,
+        **settings: Any,
+    ) -> None:
+        """``hints``: sentences about words that are no commands here. ``needs``: modules that a command imports."""
         super().__init__(**settings)
         self._homes = homes
         self._hints = hints or {}
+        self._needs = needs or {}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._homes)
@@ -26,6 +35,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._homes:
             return None
+        if missing(self._needs.get(cmd_name, ())):  # help lists it nevertheless
+            return click.Command(cmd_name, short_help=f"(needs more: {WAY_OUT})")
         module, _, attribute = self._homes[cmd_name].partition(":")
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
@@ -37,6 +48,9 @@ class LazyGroup(click.Group):
         """Find the command. Unknown names of commands and options are refused with the name that is meant."""
         if not args[0].startswith("-") and args[0] not in self._homes and not ctx.resilient_parsing:
             raise click.UsageError(self._no_such_command(args[0]), ctx)
+        lacks = [] if ctx.resilient_parsing else missing(self._needs.get(args[0], ()))
+        if lacks:
+            raise NotInstalled(f"{ctx.command_path} {args[0]}", lacks)
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None and not isinstance(command, click.Group) and not ctx.resilient_parsing:
             check_options(command, rest, click.Context(command, info_name=name, parent=ctx))

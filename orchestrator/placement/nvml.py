@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Literal, Protocol, cast
 
-import psutil
-
 from mgpu.orchestrator.errors import DeviceError
 
 Link = Literal["self", "nvlink", "pcie", "none"]
@@ -171,6 +169,8 @@ def _memory(nvml: Nvml, handle: object) -> tuple[int, int]:
     except nvml.NVMLError as error:
         if "not supported" not in str(error).lower():
             raise
+        import psutil  # an installation of the clients alone lacks it, and `--version -v` comes here
+
         machine = psutil.virtual_memory()
         return int(machine.total), int(machine.available)
     return int(memory.total), int(memory.free)
