@@ -67,6 +67,7 @@ class ServeConfig:
         group="Model",
     )
     served_name: str = _option("", "Model name that clients see (empty: from --model).")
+    offline: bool = _option(False, "Download nothing: a model of the hub must be in its local cache.")
     quant: Quant = _option(  # noqa: RUF009 (a field like the others)
         _LAYOUT.quant, "Quantize linear layers while loading: int8 (8), group-wise int4 (4), or float8 (fp8) weights."
     )

@@ -81,6 +81,8 @@ _SERVE_REMARKS = {
     "--enforce-eager": "leave it out",
     "--tokenizer": "the tokenizer comes from the model's folder or file",
     "--chat-template": "the chat template comes from the model's folder or file",
+    "--revision": "write it behind the model: -m ORG/NAME@REVISION",
+    **dict.fromkeys(("--hf-file", "-hff"), "write it behind the repository: -m ORG/NAME/FILE.gguf"),
     "--download-dir": "HF_HOME names the folder for downloaded models",
     "--log-level": "MGPU_LOG_LEVEL=debug sets the level of the log",
     **dict.fromkeys(("--verbose", "-v"), "MGPU_LOG_LEVEL=debug shows more"),

