@@ -20,7 +20,7 @@ COMMANDS = {
     "kill": "end the server with Ctrl-C or SIGTERM; a systemd service with 'systemctl stop mgpu@NAME'",
     "version": "type 'mgpu-launch --version -v'",
     "help": "type 'mgpu-launch --help' or 'mgpu-launch COMMAND --help'",
-    "doctor": "'mgpu-launch plan MODEL' shows the GPUs and what fits; 'mgpu-launch status' asks the running server",
+    "check": "'mgpu-launch doctor' checks this machine",
     "env": "'mgpu-launch config' shows every option and where its value comes from",
     "completions": "type 'mgpu-launch completion bash', or zsh, or fish",
     "complete": "type 'mgpu-launch generate PROMPT'",

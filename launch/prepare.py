@@ -16,6 +16,8 @@ from mgpu.protocol.checkpoint.read import Checkpoint, has_weights
 from mgpu.protocol.internal.client_limits import MAX_WEIGHT, MIN_WEIGHT, ClientLimits
 
 Part = TypeVar("Part")
+LEAST_FILES = 256
+"""Open files that a process of a server may need; libzmq aborts a process that has none left."""
 _NOT_ASKED = (0, "", "auto")
 """Values of an option that mean: not asked. A part has None instead."""
 

@@ -15,7 +15,7 @@ from mgpu.launch.config import ServeConfig, declared_options
 from mgpu.launch.options import config_options, model_argument, read_config
 from mgpu.launch.pages.help import Command
 from mgpu.launch.pages.layout import layout_for
-from mgpu.launch.prepare import PlannedModel, client_limits, part_of, prepare
+from mgpu.launch.prepare import LEAST_FILES, PlannedModel, client_limits, part_of, prepare
 from mgpu.launch.values import ConfigError
 from mgpu.orchestrator.config import Restarts, ServerConfig, Timeouts
 from mgpu.orchestrator.errors import UserError
@@ -26,8 +26,6 @@ from mgpu.orchestrator.placement.devices import worker_environment
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
-LEAST_FILES = 256
-"""Open files that a process of a server may need; libzmq aborts a process that has none left."""
 RELOADED = frozenset({"keys", "drain_timeout_s", *(each.name for each in fields(ClientLimits))})
 """Fields that SIGHUP takes into use."""
 

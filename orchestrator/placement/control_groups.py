@@ -1,4 +1,4 @@
-"""Read what this process's control groups allow: memory and CPU time, in versions 1 and 2.
+"""Read what this process's control groups allow: memory, CPU time and processes, in versions 1 and 2.
 
 A limit may stand at the group itself, at the root of a container, or at any group between, such as a unit's MemoryMax.
 All of them hold, so the least counts. ``root`` is the root of the file system; tests pass an imitated one.
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path("/")
-_DEFAULT_MOUNTS = {"": "sys/fs/cgroup", "memory": "sys/fs/cgroup/memory", "cpu": "sys/fs/cgroup/cpu"}
+_DEFAULT_MOUNTS = {"": "sys/fs/cgroup", "memory": "sys/fs/cgroup/memory", "cpu": "sys/fs/cgroup/cpu",
+                   "pids": "sys/fs/cgroup/pids"}  # fmt: skip
 """Where version 2 ("") and the controllers of version 1 are mounted, when the kernel does not tell."""
 _FILE_PAGES_V2 = ("inactive_file", "active_file")
 _FILE_PAGES_V1 = ("total_inactive_file", "total_active_file")
@@ -41,6 +42,17 @@ def memory_limits(root: Path = ROOT) -> list[MemoryLimit]:
         for group in _groups("memory", root)
     ]
     return [each for each in found if each is not None]
+
+
+def tasks_limits(root: Path = ROOT) -> list[tuple[int, int]]:
+    """Return, for each group with a limit of processes and threads, the limit and how many there are."""
+    found = []
+    for controller in ("", "pids"):
+        for group in _groups(controller, root):
+            limit, used = _text(group / "pids.max"), _text(group / "pids.current")
+            if limit.isdecimal() and used.isdecimal():
+                found.append((int(limit), int(used)))
+    return found
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:

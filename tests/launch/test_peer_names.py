@@ -19,7 +19,7 @@ def test_a_command_with_a_typing_mistake_gets_the_near_name(typed: str, meant: s
 
 @pytest.mark.parametrize(("typed", "meant"), [
     ("run", "serve MODEL"), ("list", "mgpu-launch status"), ("pull", "downloads"), ("stop", "SIGTERM"),
-    ("server", "serve MODEL"), ("version", "--version"), ("doctor", "mgpu-launch plan"), ("help", "--help"),
+    ("server", "serve MODEL"), ("version", "--version"), ("check", "mgpu-launch doctor"), ("help", "--help"),
 ])  # fmt: skip
 def test_a_command_of_another_program_gets_a_sentence(typed: str, meant: str) -> None:
     said = refused(typed)

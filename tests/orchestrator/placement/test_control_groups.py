@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.orchestrator.placement.control_groups import cpu_quota, memory_within_limits, usable_cpus
+from mgpu.orchestrator.placement.control_groups import cpu_quota, memory_within_limits, tasks_limits, usable_cpus
 
 GIB = 1 << 30
 NO_LIMIT_V1 = 9223372036854771712
@@ -89,3 +89,19 @@ def test_a_group_that_uses_more_than_its_limit_leaves_nothing(tmp_path: Path) ->
 def test_threads_follow_affinity_and_quota(tmp_path: Path, quota: str, affinity: int, threads: int) -> None:
     write(machine(tmp_path, "0::/a/b\n", V2_MOUNT) / "a/cpu.max", f"{quota}\n")
     assert usable_cpus(affinity, tmp_path) == threads
+
+
+def test_limits_of_processes_count_at_every_group(tmp_path: Path) -> None:
+    mount = machine(tmp_path, "0::/a/b\n", V2_MOUNT)
+    for group, limit, used in (("a", "max", 7), ("a/b", "64", 5)):
+        write(mount / group / "pids.max", f"{limit}\n")
+        write(mount / group / "pids.current", f"{used}\n")
+    assert tasks_limits(tmp_path) == [(64, 5)]
+
+
+def test_limits_of_processes_are_read_in_version_1(tmp_path: Path) -> None:
+    mounts = "36 31 0:33 {inside} /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n"
+    mount = machine(tmp_path, "8:pids:/docker/x\n", mounts, "/docker/x")
+    write(mount / "pids" / "pids.max", "100\n")
+    write(mount / "pids" / "pids.current", "3\n")
+    assert tasks_limits(tmp_path) == [(100, 3)]

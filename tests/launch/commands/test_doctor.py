@@ -1,0 +1,47 @@
+"""`mgpu-launch doctor` as people type it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mgpu.launch.commands import doctor
+from mgpu.launch.doctor.finding import Finding, fail, ok, warn
+
+
+def run(*options: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "mgpu.launch.cli", "doctor", "--offline", *options], env={**os.environ, **environ},
+        capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+
+
+def test_a_machine_without_gpus_is_checked_too() -> None:
+    done = run(CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for check in ("memory", "open files", "processes", "shared memory", "runtime folder", "torch", "gloo"):
+        assert f" {check} " in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_a_failure_ends_with_1_and_has_advice(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("--json", CUDA_VISIBLE_DEVICES="", MGPU_RUNTIME_DIR=str(tmp_path / "file" / "folder"))
+    assert done.returncode == 1
+    failed = [each for each in json.loads(done.stdout) if each["level"] == "FAIL"]
+    assert [each["check"] for each in failed] == ["runtime folder"]
+    assert "MGPU_RUNTIME_DIR=" in failed[0]["advice"]
+
+
+@pytest.mark.parametrize(("found", "status"), [
+    ([ok("a", "b")], 0), ([ok("a", "b"), warn("c", "d", "e")], 0), ([fail("a", "b", "c"), ok("d", "e")], 1),
+])  # fmt: skip
+def test_only_a_failure_changes_the_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: list[Finding], status: int
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda offline, timeout: iter(found))
+    assert doctor.doctor_command.main(["--offline"], standalone_mode=False) == status
+    assert f"{len(found)} checks" in capsys.readouterr().out
