@@ -11,7 +11,7 @@ from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.protocol.model.layout import Layout, StepLimits
-from mgpu.protocol.model.shared_memory_layout import shared_layout
+from mgpu.protocol.model.shared_memory_layout import orders_stores, shared_layout
 
 WORKER_COMMAND = (sys.executable, "-m", "mgpu.worker")
 GATEWAY_COMMAND = (sys.executable, "-m", "mgpu.orchestrator.gateway")
@@ -114,7 +114,10 @@ class ServerConfig:
     def shared_bytes(self) -> int:
         """Size of the memory that all ranks map; 0 when the transports need none."""
         layout = self.layout
-        if layout.placement.world_size == 1 or not {layout.transport, layout.stage_transport} & _SHARED:
+        is_shared = bool({layout.transport, layout.stage_transport} & _SHARED)
+        # Stages on GPUs meet here to let kernels pass activations on, whatever their transport is.
+        can_relay = self.device_kind == "cuda" and layout.placement.num_stages > 1 and orders_stores()
+        if layout.placement.world_size == 1 or not (is_shared or can_relay):
             return 0
         return shared_layout(layout, self.limits, self.facts.hidden_size).total_bytes
 

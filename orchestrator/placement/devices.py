@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import psutil
 from mgpu.orchestrator.errors import DeviceError, NoDeviceError
 from mgpu.orchestrator.placement.control_groups import memory_within_limits
 from mgpu.orchestrator.placement.nvml import Gpu, Link, Nvml, NvmlSession
+from mgpu.protocol.model.shared_memory_layout import orders_stores
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 
@@ -234,8 +234,7 @@ def cpu_machine(workers: int, notes: tuple[str, ...] = ()) -> Machine:
         DeviceInfo(ordinal, "cpu", f"CPU worker {ordinal}", total // workers, free // workers)
         for ordinal in range(workers)
     )
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return Machine(devices, _uniform_links(workers, "none"), "NCCL needs GPUs", x86, notes)
+    return Machine(devices, _uniform_links(workers, "none"), "NCCL needs GPUs", orders_stores(), notes)
 
 
 def _uniform_links(count: int, between: Link) -> tuple[tuple[Link, ...], ...]:

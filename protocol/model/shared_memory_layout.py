@@ -5,10 +5,12 @@ same plan, so nothing is negotiated. All offsets are in bytes. Counters are 64-b
 one rank that writes it.
 """
 
+import platform
 from dataclasses import dataclass
 
 from mgpu.protocol.model.facts import DTYPE_BYTES
 from mgpu.protocol.model.layout import Layout, StepLimits
+from mgpu.protocol.model.placement import PlacementPlan
 
 LINE = 64
 """Bytes of a cache line."""
@@ -19,6 +21,14 @@ ACTIVATION_DEPTH = 2
 """Activations that may be unread at a stage boundary before the sender waits."""
 HANDLE_BYTES = 1024
 """Room for one CUDA IPC handle."""
+RELAY_ROWS = 2048
+"""Most rows of a step whose activations kernels pass on. Longer steps go through the channels."""
+_LETTER_BYTES = 8
+
+
+def orders_stores() -> bool:
+    """Return True if this machine's plain stores are seen in their order, which readers of the file rely on."""
+    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,26 @@ class ChannelRegion:
 
 
 @dataclass(frozen=True, slots=True)
+class RelayRegion:
+    """Host memory that stands in for a rank's GPU memory where the GPUs that write to it cannot reach that."""
+
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RelaySizes:
+    """What kernels pass between stages: activations of ``rows`` rows, ``depth`` steps at once; a letter per row."""
+
+    rows: int
+    depth: int
+    inbox_bytes: int
+    """Of a rank of any stage but the first."""
+    mailbox_bytes: int
+    """Of a rank of the first stage."""
+
+
+@dataclass(frozen=True, slots=True)
 class SharedLayout:
     """The whole file. A rank that fails sets the word at ``failed``, so that no peer waits for it to the deadline."""
 
@@ -57,6 +87,10 @@ class SharedLayout:
     """``activations[s][j]``: to rank j of stage s + 1."""
     feedback: tuple[ChannelRegion, ...]
     """Sampled tokens, to rank j of stage 0; empty for a single stage."""
+    world: ReduceRegion
+    """Where all ranks of the plan meet before they have any other way to talk."""
+    relay: tuple[RelayRegion, ...]
+    """One per rank; empty for a single stage."""
     total_bytes: int
 
 
@@ -87,7 +121,26 @@ def shared_layout(layout: Layout, limits: StepLimits, hidden_size: int) -> Share
     # Tokens of one step per stage can be unread, and of one more while the next step samples.
     receivers = plan.stages[0].devices if plan.num_stages > 1 else ()
     feedback = tuple(space.channel(4 * limits.max_rows, plan.num_stages + 2) for _ in receivers)
-    return SharedLayout(failed, barrier, reduce, activations, feedback, space.take(0, PAGE))
+    world = ReduceRegion(space.take(LINE * plan.world_size), space.take(2 * plan.world_size * PAGE, PAGE), PAGE,
+                         plan.world_size)  # fmt: skip
+    relay = _relay_regions(space, plan, relay_sizes(layout, limits, hidden_size)) if plan.num_stages > 1 else ()
+    return SharedLayout(failed, barrier, reduce, activations, feedback, world, relay, space.take(0, PAGE))
+
+
+def relay_sizes(layout: Layout, limits: StepLimits, hidden_size: int) -> RelaySizes:
+    """Return the sizes of the relay. One step per stage and one more can be in flight: each needs a place."""
+    rows, depth = min(RELAY_ROWS, limits.max_batch_tokens), layout.placement.num_stages + 2
+    inbox_bytes = depth * rows * hidden_size * DTYPE_BYTES[layout.dtype]
+    return RelaySizes(rows, depth, inbox_bytes, _LETTER_BYTES * limits.max_rows)
+
+
+def _relay_regions(space: _Allocator, plan: PlacementPlan, sizes: RelaySizes) -> tuple[RelayRegion, ...]:
+    regions = []
+    for rank in range(plan.world_size):
+        is_first = plan.place_of(rank).stage_index == 0
+        nbytes = -(-(sizes.mailbox_bytes if is_first else sizes.inbox_bytes) // PAGE) * PAGE
+        regions.append(RelayRegion(space.take(nbytes, PAGE), nbytes))
+    return tuple(regions)
 
 
 def _reduce_region(space: _Allocator, size: int, message_bytes: int) -> ReduceRegion:

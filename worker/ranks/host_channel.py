@@ -70,10 +70,10 @@ class HostChannel(RingChannel):
         super().__init__(segment, region, device, peer)
         self._slots = segment.view(region.slots, region.depth * region.slot_bytes, torch.uint8)
         if device.type == "cuda":
-            _pin(self._slots)
+            pin(self._slots)
 
 
-def _pin(memory: Tensor) -> None:
+def pin(memory: Tensor) -> None:
     """Register pages with CUDA. RuntimeError with CUDA's reason when it refuses."""
     code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
     torch.cuda.check_error(code)

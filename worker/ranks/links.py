@@ -3,7 +3,8 @@
 Between stages, rank j of a stage sends to every rank i of the next one with ``i % size == j``, where ``size`` counts
 the senders. All ranks of a stage hold the same activations, so stages of different sizes fit together. From 2 to 4
 ranks, rank 0 sends to ranks 0 and 2, rank 1 to ranks 1 and 3. From 4 to 2, ranks 2 and 3 send nothing. Sampled tokens
-go from the last stage to the first likewise.
+go from the last stage to the first likewise. On GPUs a `Relay` (relay.py) carries both, by the same rule; channels are
+left with the activations of long steps.
 
 Inside a stage of several GPUs, `Links.group` is a stack. Each group passes on what it does not do itself:
 
@@ -21,6 +22,7 @@ On one GPU the stack is a MeasurableGroup around a SingleRank; on the CPU, aroun
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from mgpu.protocol.internal.child import BadSpec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import Transport
 from mgpu.protocol.model.shared_memory_layout import ChannelRegion, SharedLayout, shared_layout
+from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.ranks.collectives import (
     Channel,
     DistChannel,
@@ -46,6 +49,10 @@ from mgpu.worker.ranks.host_channel import HostChannel
 from mgpu.worker.ranks.peer_group import MOST_RANKS, ReduceLimits
 from mgpu.worker.ranks.peer_setup import PeerSetup
 from mgpu.worker.ranks.shared_memory import SharedMemoryGroup, SharedSegment
+
+if TYPE_CHECKING:
+    from mgpu.worker.ranks.relay import Relay
+    from mgpu.worker.ranks.relay_setup import RelaySetup
 
 START_TIMEOUT_S = 180.0
 """Least time for all ranks to import torch and meet: many of them may share few cores."""
@@ -66,6 +73,10 @@ class Links:
     """Lines for the start-up log."""
     peer_setup: PeerSetup | None = None
     """Owner of the memory behind ``group``, if that adds up by own kernels."""
+    relay: "Relay | None" = None
+    """Passes between stages by kernels whatever it takes; None: everything goes through the channels."""
+    relay_setup: "RelaySetup | None" = None
+    """Owner of the memory behind ``relay``."""
 
     def send(self, x_TD: Tensor) -> None:
         """Send activations to the ranks of the next stage that read from this one."""
@@ -89,6 +100,8 @@ class Links:
 
     def close(self) -> None:
         """Part from the other ranks in good order; all of them must call this."""
+        if self.relay_setup is not None:
+            self.relay_setup.close()
         if self.peer_setup is not None:
             self.peer_setup.close()
         leave_process_group()
@@ -126,6 +139,7 @@ class _Connector:
         group = self._stage_group()
         if self.segment is not None:
             self.segment.barrier(self.placement.world_size, start_s)
+        relay_setup = self._relay_setup()
         return Links(
             group=MeasurableGroup(group),
             upstream=self._activations(stage - 1, stage)[0] if stage > 0 else None,
@@ -135,7 +149,25 @@ class _Connector:
             segment=self.segment,
             notes=self.notes,
             peer_setup=self.peer_setup,
+            relay=self._open_relay(relay_setup),
+            relay_setup=relay_setup,
         )
+
+    def _relay_setup(self) -> "RelaySetup | None":
+        """Return what opens a relay between the stages; None on the CPU, and for a single stage."""
+        if self.device.type != "cuda" or self.segment is None or self.shared is None or not self.shared.relay:
+            return None
+        if not uses_kernels(self.device):
+            return None  # on every rank alike: they are of one machine and one environment
+        from mgpu.worker.ranks.relay_setup import RelaySetup
+
+        return RelaySetup(self.spec, self.place, self.segment, self.shared, self.device)
+
+    def _open_relay(self, setup: "RelaySetup | None") -> "Relay | None":
+        relay = None if setup is None else setup.open()
+        if setup is not None and self.place.rank == 0:
+            self.notes.append(setup.note)
+        return relay
 
     def _join_process_group(self, start_s: float) -> None:
         """Join torch.distributed if any transport needs it."""

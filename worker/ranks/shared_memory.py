@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.shared_memory_layout import LINE, ReduceRegion, SharedLayout
+from mgpu.protocol.model.shared_memory_layout import LINE, ReduceRegion, SharedLayout, orders_stores
 from mgpu.worker.errors import PeerLost
 
 WORD = 8
@@ -29,7 +29,7 @@ class SharedSegment:
     """
 
     def __init__(self, fd: int, layout: SharedLayout, rank: int, timeout_s: float) -> None:
-        if platform.machine() not in ("x86_64", "AMD64"):
+        if not orders_stores():
             raise RuntimeError(
                 f"shared-memory transport needs x86-64's store order, not {platform.machine()}; use gloo"
             )

@@ -201,6 +201,10 @@ class RowTable:
                 )
         return contexts
 
+    def are_simple(self, plan: StepPlan) -> bool:
+        """Return True if all rows of a step that sample are `RowSampling.is_simple`."""
+        return all(self.is_simple[row] for row, samples in zip(plan.rows, plan.samples, strict=True) if samples)
+
     def write_sampled(self, request: SampleRequest, ids_S: Tensor) -> None:
         """Write chosen tokens, int32 [S], to where the next step of their rows reads them."""
         self.tokens[request.rows_S, request.positions_S] = ids_S

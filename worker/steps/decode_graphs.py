@@ -13,18 +13,16 @@ from torch import Tensor
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.attention.triton_backend import PagedRows, TritonStep
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
-from mgpu.worker.steps.graph_pool import GraphParts, StepGraph, StepOutput, padded, whole_lines
+from mgpu.worker.steps.graph_pool import HEAD, GraphParts, StepGraph, StepOutput, padded, whole_lines
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 """Batches that graphs are made for; beyond the last, its multiples."""
-_HEAD = 4
-"""Numbers before the columns of a staged step: the count of rows, then padding."""
 
 
 class DecodeGraphs:
     """One graph per batch size, for steps in which every row computes and samples one token.
 
-    For plans of one stage: one GPU with whole layers, or several with slices of them that a `PeerGroup` adds up.
+    A rank has whole layers, or slices of them that a `PeerGroup` adds up. A `Relay` connects it with other stages.
     """
 
     def __init__(self, parts: GraphParts) -> None:
@@ -46,27 +44,34 @@ class DecodeGraphs:
                 staged_length(size), lambda staged: self._forward(size, staged)
             )
 
-    def run(self, plan: StepPlan, appended_blocks: list[int]) -> StepOutput:
+    def run(self, plan: StepPlan, appended_blocks: list[int], tag: int, is_simple: bool) -> StepOutput | None:
         """Launch a step that `takes` accepts; ``appended_blocks`` is the result of `RowTable.apply_decode`."""
         size = graph_size(len(plan.rows))
         self.prepare(size)
         column = whole_lines(size)
         columns = padded(plan.rows, column) + padded(plan.starts, column) + padded(appended_blocks, column)
-        return self._parts.pool.replay(self._graphs[size], array("i", padded([len(plan.rows)], _HEAD) + columns))
+        return self._parts.pool.replay(
+            self._graphs[size], array("i", [*padded([len(plan.rows), tag, int(is_simple)], HEAD), *columns])
+        )
 
-    def _forward(self, size: int, staged: Tensor) -> StepOutput:
+    def _forward(self, size: int, staged: Tensor) -> StepOutput | None:
         rows, column = self._rows, whole_lines(size)
-        rows_R, starts_R, appended_R = (staged[_HEAD + i * column :][:size] for i in range(3))
+        rows_R, starts_R, appended_R = (staged[HEAD + i * column :][:size] for i in range(3))
         whole = self._inputs
         buffers = whole.token_ids, whole.positions, whole.slots, whole.context_lens, whole.block_tables
         inputs = DecodeInputs(*(buffer[:size] for buffer in buffers))
+        parts, stage = self._parts, self._parts.stage
+        parts.fetch_tokens(rows_R, starts_R, staged)
         prepare_decode(rows_R, starts_R, staged[:1], rows.tokens, rows.blocks, rows.block_size, inputs, appended_R)
-        stage = self._parts.stage
-        x_RD = stage.embed(inputs.token_ids)
+        parts.expect_tokens(rows_R, inputs.context_lens, staged)
+        x_RD = stage.embed(inputs.token_ids) if stage.is_first else parts.receive(size, staged)
         step = TritonStep(inputs.positions, inputs.slots, PagedRows(inputs.block_tables, inputs.context_lens), None)
-        x_RD = stage.run_layers_with(x_RD, step, inputs.positions, self._parts.cache)
+        x_RD = stage.run_layers_with(x_RD, step, inputs.positions, parts.cache)
+        if not stage.is_last:
+            parts.send(x_RD, staged)
+            return None
         # The position to choose for is the length of the context.
-        return self._parts.finish(x_RD, rows_R, inputs.context_lens)
+        return parts.finish(x_RD, rows_R, inputs.context_lens, staged)
 
 
 def graph_size(rows: int) -> int:
@@ -76,4 +81,4 @@ def graph_size(rows: int) -> int:
 
 def staged_length(size: int) -> int:
     """Return how many numbers a step of this size is staged in."""
-    return _HEAD + 3 * whole_lines(size)
+    return HEAD + 3 * whole_lines(size)

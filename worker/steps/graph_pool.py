@@ -10,11 +10,15 @@ from torch import Tensor
 from mgpu.worker.kernels.sample import sample
 from mgpu.worker.models.build import DecoderStage
 from mgpu.worker.ranks.peer_group import PeerGroup
+from mgpu.worker.ranks.relay import Relay
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
 
 # R rows of the padded batch, V tokens of this rank's part of the vocabulary, D model dim
 
+HEAD = 4
+"""Numbers before the columns of a staged step: how many rows or tokens it has, the tag of the tokens that it chooses,
+whether the graph's own choice holds for all of its rows, and padding."""
 _BUFFERS = 4
 """Pinned buffers, used in turn: two steps may be in flight."""
 
@@ -36,7 +40,12 @@ class StepGraph:
 
     graph: torch.cuda.CUDAGraph
     staged: Tensor
-    output: StepOutput
+    output: StepOutput | None
+    """None on every stage but the last, which alone has logits and chooses."""
+
+
+Forward = Callable[[Tensor], StepOutput | None]
+"""Computes a step from its staged vector."""
 
 
 class GraphPool:
@@ -51,7 +60,7 @@ class GraphPool:
         self._turn = 0
 
     @torch.inference_mode()
-    def capture(self, length: int, forward: Callable[[Tensor], StepOutput]) -> StepGraph:
+    def capture(self, length: int, forward: Forward) -> StepGraph:
         """Capture a step over ``length`` staged numbers. With zeros only, the step must change nothing."""
         staged = torch.zeros(length, dtype=torch.int32, device=self._device)
         forward(staged)  # compiles and loads kernels, which a capture cannot
@@ -66,7 +75,7 @@ class GraphPool:
                 graph.capture_end()
         return StepGraph(graph, staged, output)
 
-    def replay(self, graph: StepGraph, values: "array[int]") -> StepOutput:
+    def replay(self, graph: StepGraph, values: "array[int]") -> StepOutput | None:
         """Copy these values to a step's staged vector, which they fill, and launch it."""
         self._turn = (self._turn + 1) % _BUFFERS
         pinned, copied = self._pinned[self._turn][: len(values)], self._copied[self._turn]
@@ -82,7 +91,7 @@ class Uncaptured(GraphPool):
     """Launches each step once instead of capturing it."""
 
     @torch.inference_mode()
-    def capture(self, length: int, forward: Callable[[Tensor], StepOutput]) -> StepGraph:
+    def capture(self, length: int, forward: Forward) -> StepGraph:
         staged = torch.zeros(length, dtype=torch.int32, device=self._device)
         return StepGraph(torch.cuda.CUDAGraph(), staged, forward(staged))
 
@@ -99,19 +108,47 @@ def whole_lines(length: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class GraphParts:
-    """What all graphs of a rank are made from. ``peers`` add up its slice of the layers; None: it has them whole."""
+    """What all graphs of a rank are made from.
+
+    ``peers`` add up its slice of the layers; None: it has them whole. ``relay`` connects it with the other stages;
+    None: there is one stage.
+    """
 
     pool: GraphPool
     stage: DecoderStage
     cache: KvCache
     rows: RowTable
     peers: PeerGroup | None
+    relay: Relay | None
 
-    def finish(self, x_RD: Tensor, rows_R: Tensor, positions_R: Tensor) -> StepOutput:
+    def fetch_tokens(self, rows_N: Tensor, positions_N: Tensor, staged: Tensor) -> None:
+        """On the first of several stages: wait for the tokens that the last stage chose for these positions."""
+        if self.relay is not None and self.relay.mailbox is not None:
+            self.relay.mailbox.fetch(self.rows.tokens, rows_N, positions_N, staged[:1])
+
+    def expect_tokens(self, rows_R: Tensor, positions_R: Tensor, staged: Tensor) -> None:
+        """On the first of several stages: note that the last stage will choose tokens for these positions."""
+        if self.relay is not None and self.relay.mailbox is not None:
+            self.relay.mailbox.expect(self.rows.tokens, rows_R, positions_R, staged[1:2])
+
+    def receive(self, num_tokens: int, staged: Tensor) -> Tensor:
+        """Wait for the activations of the stage before, [T, D]."""
+        assert self.relay is not None, "a stage that does not embed has a relay"
+        assert self.relay.receive is not None
+        return self.relay.receive(num_tokens, staged[:1])
+
+    def send(self, x_TD: Tensor, staged: Tensor) -> None:
+        """Send activations to the next stage."""
+        assert self.relay is not None, "a stage that does not choose has a relay"
+        assert self.relay.send is not None
+        self.relay.send(x_TD, staged[:1])
+
+    def finish(self, x_RD: Tensor, rows_R: Tensor, positions_R: Tensor, staged: Tensor) -> StepOutput:
         """Compute logits, then choose tokens, greedy or with noise: of several ranks the best that any of them finds.
 
         They are written to the rows for the next step, except for rows whose position is 0. The graph ignores rules and
-        filters: where a row has any, `ModelRunner` overwrites the tokens before the next step reads them.
+        filters: where a row has any, `ModelRunner` overwrites the tokens before the next step reads them. With several
+        stages they are sent to the first one if they hold for all rows.
         """
         logits_RV = self.stage.raw_logits(x_RD)
         slice_size = logits_RV.shape[1]
@@ -127,4 +164,6 @@ class GraphParts:
         if self.peers is not None:
             last_id = self.peers.size * slice_size - 1
             ids_R = self.peers.exchange(scores_R, ids_R, last_id, rows_R, positions_R, self.rows.tokens)
+        if self.relay is not None and self.relay.post is not None:
+            self.relay.post(ids_R, rows_R, positions_R, staged[1:2], staged[2:3])
         return StepOutput(logits_RV, ids_R)

@@ -12,6 +12,7 @@ from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
 
 if TYPE_CHECKING:
+    from mgpu.worker.ranks.relay import Relay
     from mgpu.worker.steps.graph_pool import StepOutput
 
 _FIRST_DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -19,16 +20,18 @@ _FIRST_PROMPTS = ((512, 8, False), (256, 8, False), (128, 8, False), (64, 8, Fal
 """Sizes of the graphs that a ready worker has. Others are made when first needed, in about 50 ms."""
 
 
-def make_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable, group: TensorParallelGroup) -> Optional["Graphs"]:
-    """Return the graphs of a rank that has all layers; None if its steps cannot be captured.
+def make_graphs(
+    stage: DecoderStage, cache: KvCache, rows: RowTable, group: TensorParallelGroup, relay: Optional["Relay"]
+) -> Optional["Graphs"]:
+    """Return the graphs of a rank; None if its steps cannot be captured. Several stages need a relay between them.
 
     Sums over ranks can be captured if own kernels make them, because those wait for peers on the GPU. All ranks get the
     same plans, so they make and replay the same graphs in the same order.
     """
-    peers = peers_of(group)
-    if group.size > 1 and peers is None:
+    peers, is_whole = peers_of(group), stage.is_first and stage.is_last
+    if (group.size > 1 and peers is None) or (relay is None and not is_whole):
         return None
-    return Graphs(stage, cache, rows, peers) if _on_all_ranks(stage.has_kernels, group, rows.device) else None
+    return Graphs(stage, cache, rows, peers, relay) if _on_all_ranks(stage.has_kernels, group, rows.device) else None
 
 
 def _on_all_ranks(value: bool, group: TensorParallelGroup, device: torch.device) -> bool:
@@ -40,38 +43,49 @@ def _on_all_ranks(value: bool, group: TensorParallelGroup, device: torch.device)
 
 def prepare_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
     """Launch all kernels of the first graphs, but capture none."""
-    Graphs(stage, cache, rows, None, capture=False).prepare()
+    Graphs(stage, cache, rows, None, None, capture=False).prepare()
 
 
 class Graphs:
     """All graphs of one worker."""
 
     def __init__(
-        self, stage: DecoderStage, cache: KvCache, rows: RowTable, peers: PeerGroup | None, capture: bool = True
+        self,
+        stage: DecoderStage,
+        cache: KvCache,
+        rows: RowTable,
+        peers: PeerGroup | None,
+        relay: Optional["Relay"],
+        capture: bool = True,
     ) -> None:
         from mgpu.worker.steps.decode_graphs import DecodeGraphs, graph_size, staged_length
         from mgpu.worker.steps.graph_pool import GraphParts, GraphPool, Uncaptured
         from mgpu.worker.steps.prompt_graphs import MOST_STAGED, PromptGraphs
 
         self._rows = rows
+        self._posts = relay is not None and relay.post is not None
         # Sizes double, so the least that holds `max_rows` rows is below twice that. Larger ones would never be used.
         self._first_decode = [size for size in _FIRST_DECODE if size < 2 * rows.max_rows]
         if peers is not None:
             self._first_decode = [size for size in self._first_decode if size <= peers.most_rows]
         most_staged = max(MOST_STAGED, staged_length(graph_size(rows.max_rows)))
         pool = (GraphPool if capture else Uncaptured)(rows.device, most_staged)
-        parts = GraphParts(pool, stage, cache, rows, peers)
+        parts = GraphParts(pool, stage, cache, rows, peers, relay)
         self._decode, self._prompts = DecodeGraphs(parts), PromptGraphs(parts)
 
-    def run(self, plan: StepPlan) -> Optional["StepOutput"]:
-        """Apply and launch a step. Return None, with nothing done, if no graph serves it."""
+    def take(self, plan: StepPlan) -> bool:
+        """Return True if a graph serves a step."""
+        return self._decode.takes(plan) or self._prompts.takes(plan)
+
+    def run(self, plan: StepPlan, tag: int) -> Optional["StepOutput"]:
+        """Apply and launch a step that `take` accepts; its tokens get the tag. None unless this stage chooses."""
+        rows = self._rows
         if self._decode.takes(plan):
-            return self._decode.run(plan, self._rows.apply_decode(plan))
-        if self._prompts.takes(plan):
-            self._rows.apply(plan)
-            self._rows.check(plan)
-            return self._prompts.run(plan)
-        return None
+            appended_blocks = rows.apply_decode(plan)
+            return self._decode.run(plan, appended_blocks, tag, self._posts and rows.are_simple(plan))
+        rows.apply(plan)
+        rows.check(plan)
+        return self._prompts.run(plan, tag, self._posts and rows.are_simple(plan))
 
     def prepare(self) -> None:
         """Make the first graphs, the largest first, so that smaller ones fit into its memory."""

@@ -15,6 +15,7 @@ from mgpu.protocol.model.placement import RankPlace, padded_vocab
 from mgpu.worker.models.build import DecoderStage
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.ranks.peer_group import peers_of
+from mgpu.worker.ranks.relay import Relay, tag_of
 from mgpu.worker.sampling.sampler import Sampled, Sampler
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable, SampleRequest
@@ -38,9 +39,9 @@ class ModelRunner:
     """One rank's model, cache and rows. The same plans in the same order on every rank give the same state.
 
     With several stages the last one chooses tokens and the first one needs them. A row that samples in step n is not
-    planned before step n + S (S stages), so the first stage receives the tokens of step n just before step n + S: the
-    other stages work on the steps in between. Meanwhile the row may have been freed and given to another request, whose
-    tokens must stay: occupant ids tell the two apart.
+    planned before step n + S (S stages): the other stages work on the steps in between. On GPUs a `Relay` brings tokens
+    back as kernels. Elsewhere the first stage receives the tokens of step n just before step n + S. Meanwhile the row
+    may have been freed and given to another request, whose tokens must stay: occupant ids tell the two apart.
     """
 
     def __init__(
@@ -63,38 +64,40 @@ class ModelRunner:
         self._is_last = place.stage_index == num_stages - 1
         self._sampler = Sampler(rows, links.group, padded_vocab(facts.vocab_size, place.tp_size) // place.tp_size)
         self._pending: deque[_PendingTokens] = deque()
-        self._graphs = make_graphs(stage, cache, rows, links.group) if num_stages == 1 else None
+        self._relay: Relay | None = links.relay
+        self._graphs = make_graphs(stage, cache, rows, links.group, links.relay)
 
     def check_peers(self) -> None:
         """Raise PeerLost if a computed step has waited for another rank in vain."""
         if (peers := peers_of(self._links.group)) is not None:
             peers.check()
+        if self._relay is not None:
+            self._relay.check()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sampled | None:
         """Execute one step. Return the chosen tokens on the last stage, None if no row samples. BadPlan, PeerLost."""
         self.check_peers()
         self._receive_tokens(plan.step - self._num_stages)
-        if self._graphs is not None and (output := self._graphs.run(plan)) is not None:
-            return self._sampled_by_graph(output, plan)
+        tag = tag_of(plan.step)
+        if self._graphs is not None and self._graphs.take(plan):
+            output = self._graphs.run(plan, tag)
+            return self._sampled_by_graph(output, plan, tag) if output is not None else None
         self._rows.apply(plan)
         if not plan.rows:
             return None
+        self._fetch_tokens(plan)
         batch, request = self._rows.batch(plan)
-        if self._is_first:
-            x_TD = self._stage.embed(batch.token_ids)
-        else:
-            x_TD = self._links.recv(len(batch.positions), self._hidden_size, self._stage.dtype)
+        if self._is_first and request is not None:
+            self._expect_tokens(plan.step, request, tag)
+        x_TD = self._stage.embed(batch.token_ids) if self._is_first else self._receive(len(batch.positions))
         x_TD = self._stage.run_layers(x_TD, batch, self._cache)
         if not self._is_last:
-            self._links.send(x_TD)
-            if self._is_first and request is not None:
-                occupant_ids = [self._rows.occupant_ids[row] for row in request.rows]
-                self._pending.append(_PendingTokens(plan.step, request, occupant_ids))
+            self._send(x_TD)
             return None
-        return self._choose(x_TD[batch.logit_rows], request) if request is not None else None
+        return self._choose(x_TD[batch.logit_rows], request, tag) if request is not None else None
 
-    def _sampled_by_graph(self, output: "StepOutput", plan: StepPlan) -> Sampled | None:
+    def _sampled_by_graph(self, output: "StepOutput", plan: StepPlan, tag: int) -> Sampled | None:
         """Return the tokens that a graph chose, or choose all of them again if that was not enough for some row.
 
         A graph takes the arg-max, with or without noise. Rows with top_p, top_k, min_p, penalties, biased or banned
@@ -114,15 +117,50 @@ class ModelRunner:
         positions = [plan.starts[i] + plan.counts[i] for i in sampling]
         sampling_S, rows_S, positions_S = rows.to_device([sampling, numbers, positions])
         request = rows.request(numbers, positions, rows_S, positions_S)
-        sampled = self._sampler.sample(output.logits_RV[sampling_S].float(), request)
-        rows.write_sampled(request, sampled.ids_S)
+        return self._chosen(self._sampler.sample(output.logits_RV[sampling_S].float(), request), request, tag)
+
+    def _choose(self, x_SD: Tensor, request: SampleRequest, tag: int) -> Sampled:
+        return self._chosen(self._sampler.sample(self._stage.logits(x_SD), request), request, tag)
+
+    def _chosen(self, sampled: Sampled, request: SampleRequest, tag: int) -> Sampled:
+        """Write chosen tokens to where the next step of their rows reads them, on this stage and on the first."""
+        self._rows.write_sampled(request, sampled.ids_S)
+        if self._relay is None:
+            self._links.send_tokens(sampled.ids_S)
+        elif self._relay.post is not None:
+            (tag_1,) = self._rows.to_device([[tag]])
+            self._relay.post(sampled.ids_S.contiguous(), request.rows_S, request.positions_S, tag_1)
         return sampled
 
-    def _choose(self, x_SD: Tensor, request: SampleRequest) -> Sampled:
-        sampled = self._sampler.sample(self._stage.logits(x_SD), request)
-        self._rows.write_sampled(request, sampled.ids_S)
-        self._links.send_tokens(sampled.ids_S)
-        return sampled
+    # -- other stages --------------------------------------------------------------------------------------------------
+
+    def _receive(self, num_tokens: int) -> Tensor:
+        """Wait for the activations of the stage before, [T, D]."""
+        if self._relay is not None and self._relay.receive is not None and self._relay.takes(num_tokens):
+            return self._relay.receive(num_tokens)
+        return self._links.recv(num_tokens, self._hidden_size, self._stage.dtype)
+
+    def _send(self, x_TD: Tensor) -> None:
+        """Send activations to the next stage."""
+        if self._relay is not None and self._relay.send is not None and self._relay.takes(len(x_TD)):
+            self._relay.send(x_TD)
+        else:
+            self._links.send(x_TD)
+
+    def _fetch_tokens(self, plan: StepPlan) -> None:
+        """With a relay, on the first stage: wait on the device for tokens that this step computes."""
+        if self._relay is not None and self._relay.mailbox is not None:
+            rows_R, starts_R = self._rows.to_device([plan.rows, plan.starts])
+            self._relay.mailbox.fetch(self._rows.tokens, rows_R, starts_R)
+
+    def _expect_tokens(self, step: int, request: SampleRequest, tag: int) -> None:
+        """On the first of several stages: remember that the last one will choose tokens for these rows."""
+        if self._relay is not None and self._relay.mailbox is not None:
+            (tag_1,) = self._rows.to_device([[tag]])
+            self._relay.mailbox.expect(self._rows.tokens, request.rows_S, request.positions_S, tag_1)
+        elif not self._is_last:
+            occupant_ids = [self._rows.occupant_ids[row] for row in request.rows]
+            self._pending.append(_PendingTokens(step, request, occupant_ids))
 
     def _receive_tokens(self, last_step: int) -> None:
         """Receive and write the tokens of all steps up to ``last_step``, except those of rows freed since."""

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.attention.triton_backend import PagedRows, TritonStep
-from mgpu.worker.steps.graph_pool import GraphParts, StepGraph, StepOutput, padded
+from mgpu.worker.steps.graph_pool import HEAD, GraphParts, StepGraph, StepOutput, padded
 
 TOKENS = (64, 128, 192, 256, 384, 512)
 """Sizes of steps that graphs are made for. Longer steps keep the GPU busy while they are launched."""
 ROWS = (8, 64)
-_HEAD = 4
 _STARTS_PAD = 4
 
 Size = tuple[int, int, bool]
@@ -50,7 +49,7 @@ class PromptGraphs:
         if size not in self._graphs:
             self._graphs[size] = self._parts.pool.capture(_length(size), lambda staged: self._forward(size, staged))
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def run(self, plan: StepPlan, tag: int, is_simple: bool) -> StepOutput | None:
         """Launch a step that `takes` accepts, after `RowTable.apply`. Rows that do not sample get arbitrary ids."""
         decoding = next((i for i, count in enumerate(plan.counts) if count > 1), len(plan.rows))
         total, num_rows = sum(plan.counts), len(plan.rows)
@@ -63,7 +62,7 @@ class PromptGraphs:
         positions = [p for start, end in zip(plan.starts, contexts, strict=True) for p in range(start, end)]
         sampled = [context if samples else 0 for context, samples in zip(contexts, plan.samples, strict=True)]
         values = [
-            *padded([total], _HEAD),
+            *padded([total, tag, int(is_simple)], HEAD),
             *padded(token_rows, tokens),
             *padded(positions, tokens),
             *padded(plan.rows, rows),
@@ -76,11 +75,13 @@ class PromptGraphs:
         ]
         return self._parts.pool.replay(self._graphs[size], array("i", values))
 
-    def _forward(self, size: Size, staged: Tensor) -> StepOutput:
+    def _forward(self, size: Size, staged: Tensor) -> StepOutput | None:
         tokens, num_rows, decodes = size
-        columns = torch.split(staged, [_HEAD, tokens, tokens, *[num_rows] * 5, num_rows + _STARTS_PAD])
+        columns = torch.split(staged, [HEAD, tokens, tokens, *[num_rows] * 5, num_rows + _STARTS_PAD])
         head, token_rows_T, positions_T, rows_R, sampled_R, last_R, decode_lens_R, prompt_lens_R, starts = columns
-        rows = self._rows
+        rows, parts, stage = self._rows, self._parts, self._parts.stage
+        parts.fetch_tokens(token_rows_T, positions_T, staged)
+        parts.expect_tokens(rows_R, sampled_R, staged)
         token_rows_T, positions_T = token_rows_T.long(), positions_T.long()
         blocks_T = rows.blocks[token_rows_T, positions_T // rows.block_size].long()
         slots_T = blocks_T * rows.block_size + positions_T % rows.block_size
@@ -92,10 +93,15 @@ class PromptGraphs:
             PagedRows(tables_RP, decode_lens_R) if decodes else None,
             PagedRows(tables_RP, prompt_lens_R, starts[: num_rows + 1]),
         )
-        stage = self._parts.stage
-        x_TD = stage.embed(rows.tokens[token_rows_T, positions_T].long())
-        x_TD = stage.run_layers_with(x_TD, step, positions_T, self._parts.cache)
-        return self._parts.finish(x_TD[last_R.long()], rows_R, sampled_R)
+        if stage.is_first:
+            x_TD = stage.embed(rows.tokens[token_rows_T, positions_T].long())
+        else:
+            x_TD = parts.receive(tokens, staged)
+        x_TD = stage.run_layers_with(x_TD, step, positions_T, parts.cache)
+        if not stage.is_last:
+            parts.send(x_TD, staged)
+            return None
+        return parts.finish(x_TD[last_R.long()], rows_R, sampled_R, staged)
 
 
 def _first_fit(sizes: tuple[int, ...], needed: int) -> int:
@@ -104,7 +110,7 @@ def _first_fit(sizes: tuple[int, ...], needed: int) -> int:
 
 def _length(size: Size) -> int:
     tokens, num_rows, _ = size
-    return _HEAD + 2 * tokens + 6 * num_rows + _STARTS_PAD
+    return HEAD + 2 * tokens + 6 * num_rows + _STARTS_PAD
 
 
 MOST_STAGED = _length((TOKENS[-1], ROWS[-1], True))

@@ -31,7 +31,7 @@ def send(address, place, bits, mask, BITS: tl.constexpr):
 
 
 @triton.jit
-def _clock(TIMED: tl.constexpr):
+def clock(TIMED: tl.constexpr):
     """Return nanoseconds; 0 in the interpreter."""
     now = tl.full((), 0, tl.int64)
     if TIMED:
@@ -57,13 +57,13 @@ def receive(places, arrives, failed_ptr, seen_ptr, timeout_us, EMPTY: tl.constex
         patience *= 1000
     bits = tl.load(places, mask=arrives, other=0, volatile=True)
     missing = _missing(bits, EMPTY)
-    began = _clock(TIMED)
+    began = clock(TIMED)
     looks = tl.full((), 0, tl.int64)
     while (missing != 0) & (looks < patience):
         bits = tl.load(places, mask=arrives, other=0, volatile=True)
         missing = _missing(bits, EMPTY)
         if TIMED:
-            looks = _clock(TIMED) - began
+            looks = clock(TIMED) - began
         else:
             looks += 1
     if missing != 0:

@@ -1,0 +1,59 @@
+"""Try a relay before a server relies on it: links have been seen that hang, or that return wrong data."""
+
+# T tokens, D model dim
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.model.placement import PlacementPlan
+from mgpu.worker.ranks.relay import Relay, tag_of
+
+_ROUNDS = 3
+_SMALL = 5
+"""Rows of a decode step; a round sends so many and then as many as an inbox holds."""
+
+
+@torch.inference_mode()
+def relay_problem(relay: Relay, plan: PlacementPlan, device: torch.device) -> str:
+    """Return what is wrong; empty if rows and tokens arrive as they were sent. All ranks of the plan call this."""
+    stage = plan.place_of(relay.rank).stage_index
+    for turn in range(_ROUNDS):
+        for count in (_SMALL, relay.most_rows):
+            rows = min(count, relay.most_rows)
+            if problem := _pass_on(relay, stage, turn, rows, device) or _return_tokens(relay, turn, rows, device):
+                return problem
+    torch.cuda.synchronize(device)
+    return "a rank waited in vain" if bool(relay.alarm.seen) else ""
+
+
+def _pass_on(relay: Relay, stage: int, turn: int, rows: int, device: torch.device) -> str:
+    """Send rows that the next stage expects, and compare those of the stage before."""
+    if relay.send is not None:
+        relay.send(_rows(stage, turn, rows, relay.send.shape.dim, relay.send.shape.dtype, device))
+    if relay.receive is None:
+        return ""
+    found_TD = relay.receive(rows)
+    wanted_TD = _rows(stage - 1, turn, rows, relay.receive.shape.dim, relay.receive.shape.dtype, device)
+    return "" if torch.equal(found_TD, wanted_TD) else f"{rows} rows of stage {stage - 1} did not arrive as sent"
+
+
+def _rows(stage: int, turn: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return rows that any GPU computes alike, of whole numbers that every type holds; no two in line are equal."""
+    numbers = torch.arange(rows * dim, device=device) * 40503 + 7919 * stage + 104729 * turn
+    return (numbers % 251 - 125).view(rows, dim).to(dtype)
+
+
+def _return_tokens(relay: Relay, turn: int, rows: int, device: torch.device) -> str:
+    """Send a token for each of some rows back to the first stage, which compares them."""
+    count = min(rows, _SMALL)
+    numbers_S = torch.arange(count, dtype=torch.int32, device=device)
+    tag = torch.full((1,), tag_of(2 * turn + (rows == relay.most_rows)), dtype=torch.int32, device=device)
+    positions_S, ids_S = torch.ones_like(numbers_S), 7 * numbers_S + turn
+    if relay.post is not None:
+        relay.post(ids_S, numbers_S, positions_S, tag)
+    if relay.mailbox is None:
+        return ""
+    tokens = torch.zeros((count, 2), dtype=torch.int32, device=device)
+    relay.mailbox.expect(tokens, numbers_S, positions_S, tag)
+    relay.mailbox.fetch(tokens, numbers_S, positions_S)
+    return "" if torch.equal(tokens[:, 1], ids_S) else f"{count} tokens did not come back as sent"
