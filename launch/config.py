@@ -29,6 +29,7 @@ OTHER_VARIABLES = frozenset(
         "MGPU_NO_NCCL",
         "MGPU_NO_P2P",
         "MGPU_PEER_REDUCE",
+        "MGPU_STAGE_RELAY",
         "MGPU_RUNTIME_DIR",
     }
 )

@@ -30,7 +30,7 @@ from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.ranks.cuda_ipc import export, map_exported
 from mgpu.worker.ranks.host_channel import pin
 from mgpu.worker.ranks.relay import Relay
-from mgpu.worker.ranks.relay_check import relay_problem
+from mgpu.worker.ranks.relay_check import load_kernels, relay_problem
 from mgpu.worker.ranks.shared_memory import SharedMemoryGroup, SharedSegment
 
 SWITCH = "MGPU_STAGE_RELAY"
@@ -101,6 +101,7 @@ class RelaySetup:
         self._agree("")  # no rank writes before all memory is empty
         turns = self._turns()
         trial = self._relay(PeerAlarm(failed, seen, int(_CHECK_S * 1e6)), in_file, turns)
+        self._agree(self._try(lambda: load_kernels(trial, self._device)))
         self._agree(self._try(lambda: relay_problem(trial, self._plan, self._device)))
         timeout_us = int(self._spec.worker_timeout_s * 1e6)
         return self._relay(PeerAlarm(failed, seen, timeout_us), in_file, turns)
