@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.placement import PlacementPlan
+from mgpu.worker.kernels.peers.activations import InboxShape
 from mgpu.worker.ranks.relay import Relay, tag_of
 
 _ROUNDS = 3
@@ -32,32 +32,33 @@ def load_kernels(relay: Relay, device: torch.device) -> str:
 
 
 @torch.inference_mode()
-def relay_problem(relay: Relay, plan: PlacementPlan, device: torch.device) -> str:
-    """Return what is wrong; empty if rows and tokens arrive as they were sent. All ranks of the plan call this."""
-    stage = plan.place_of(relay.rank).stage_index
+def relay_problem(relay: Relay, device: torch.device) -> str:
+    """Return what is wrong; empty if rows and tokens arrive as they were sent. All ranks of the plan call this.
+
+    Every stage passes on what it has received, so no stage is further ahead than steps of a server could be.
+    """
     for turn in range(_ROUNDS):
         for count in (_SMALL, relay.most_rows):
             rows = min(count, relay.most_rows)
-            if problem := _pass_on(relay, stage, turn, rows, device) or _return_tokens(relay, turn, rows, device):
+            if problem := _pass_on(relay, turn, rows, device) or _return_tokens(relay, turn, rows, device):
                 return f"waited in vain: {problem}" if bool(relay.alarm.seen) else problem
     return ""
 
 
-def _pass_on(relay: Relay, stage: int, turn: int, rows: int, device: torch.device) -> str:
-    """Send rows that the next stage expects, and compare those of the stage before."""
+def _pass_on(relay: Relay, turn: int, rows: int, device: torch.device) -> str:
+    """Compare the rows of the stage before with what the first stage sends, and send them on."""
+    shape = (relay.send or relay.receive).shape  # type: ignore[union-attr]  # every stage has one of them
+    wanted_TD = _rows(turn, rows, shape, device)
+    found_TD = wanted_TD if relay.receive is None else relay.receive(rows)
     if relay.send is not None:
-        relay.send(_rows(stage, turn, rows, relay.send.shape.dim, relay.send.shape.dtype, device))
-    if relay.receive is None:
-        return ""
-    found_TD = relay.receive(rows)
-    wanted_TD = _rows(stage - 1, turn, rows, relay.receive.shape.dim, relay.receive.shape.dtype, device)
-    return "" if torch.equal(found_TD, wanted_TD) else f"{rows} rows of stage {stage - 1} did not arrive as sent"
+        relay.send(found_TD)
+    return "" if torch.equal(found_TD, wanted_TD) else f"{rows} rows did not arrive as sent"
 
 
-def _rows(stage: int, turn: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _rows(turn: int, rows: int, shape: InboxShape, device: torch.device) -> Tensor:
     """Return rows that any GPU computes alike, of whole numbers that every type holds; no two in line are equal."""
-    numbers = torch.arange(rows * dim, device=device) * 40503 + 7919 * stage + 104729 * turn
-    return (numbers % 251 - 125).view(rows, dim).to(dtype)
+    numbers = torch.arange(rows * shape.dim, device=device) * 40503 + 104729 * turn
+    return (numbers % 251 - 125).view(rows, shape.dim).to(shape.dtype)
 
 
 def _return_tokens(relay: Relay, turn: int, rows: int, device: torch.device) -> str:

@@ -37,8 +37,8 @@ SWITCH = "MGPU_STAGE_RELAY"
 """0: never use a relay. 1: use it also if ranks share a GPU; there waiting kernels take turns: for tests only."""
 _MESSAGE_BYTES = 1024
 _MOST_TEXT = 300
-_CHECK_S = 30.0
-"""Longest wait of a kernel while the relay is tried: ranks compile the same kernels, but not equally fast."""
+_CHECK_S = 10.0
+"""Longest wait of a kernel while the relay is tried: all kernels are loaded by then."""
 
 
 class _CannotUse(Exception):
@@ -102,7 +102,7 @@ class RelaySetup:
         turns = self._turns()
         trial = self._relay(PeerAlarm(failed, seen, int(_CHECK_S * 1e6)), in_file, turns)
         self._agree(self._try(lambda: load_kernels(trial, self._device)))
-        self._agree(self._try(lambda: relay_problem(trial, self._plan, self._device)))
+        self._agree(self._try(lambda: relay_problem(trial, self._device)))
         timeout_us = int(self._spec.worker_timeout_s * 1e6)
         return self._relay(PeerAlarm(failed, seen, timeout_us), in_file, turns)
 
