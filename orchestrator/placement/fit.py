@@ -8,9 +8,10 @@ from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.divisibility import compatible_sizes, expert_split, split_problems
 from mgpu.orchestrator.placement.options import LayoutOptions, step_tokens
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, kv_element_bytes
-from mgpu.protocol.model.layout import Layout, cpu_pool_bytes
+from mgpu.protocol.model.layout import Layout, StepLimits, cpu_pool_bytes
 from mgpu.protocol.model.placement import HeadShard, PlacementPlan, RankPlace, Stage, head_shard
 from mgpu.protocol.model.quantization import FLOAT8_CAPABILITY, Quant
+from mgpu.protocol.model.shared_memory_layout import relay_sizes
 
 LEAST_TOKENS = 512
 """A smaller pool is refused, unless the model's own context is shorter: it would serve hardly any request."""
@@ -115,12 +116,15 @@ def _pool_bytes(device: DeviceInfo, left: int) -> int:
 def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
     last = place.stage_index == sizing.layout.placement.num_stages - 1
     options, machine = sizing.options, sizing.machine
-    tokens = step_tokens(options, machine.kind, machine.least_bytes)
+    tokens = step_tokens(options, machine.kind, machine.least_bytes, sizing.layout.placement.num_stages)
     step = sizes.step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, options.max_rows)
     if sizing.layout.quant != "none":
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
         split = sizing.layout.expert_split
         step += sizes.largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes, split)
+    if machine.kind == "cuda" and place.stage_index > 0:
+        limits = StepLimits(options.block_size, options.max_rows, tokens, max_seq_len=0)
+        step += relay_sizes(sizing.layout, limits, sizing.facts.hidden_size).inbox_bytes
     uses_nccl = "nccl" in (sizing.layout.transport, sizing.layout.stage_transport)
     return step + _fixed_bytes(machine.devices[place.device]) + (sizes.NCCL_BYTES if uses_nccl else 0)
 

@@ -10,6 +10,8 @@ from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.protocol.model.quantization import Quant
 
+ROOM_KEPT = 0.9
+"""Least share of the room for keys and values that a faster division of layers must leave."""
 _PAIR = re.compile(r"\s*([0-9]{1,6}(?:\s*\+\s*[0-9]{1,6})*)\s*:\s*([0-9]{1,9})\s*")
 
 
@@ -140,3 +142,33 @@ def balanced_stages(
         fullest = max((d for d in devices if counts[d] > 1), key=lambda d: (fullness(d, counts[d]), d))
         counts[fullest] -= 1
     return _stages(counts, ordinals)
+
+
+def quick_stages(
+    num_layers: int,
+    ordinals: Sequence[int],
+    capacities: Sequence[int],
+    layer_bytes: int,
+    extras: Sequence[int],
+    read_extras: Sequence[int],
+) -> PlacementPlan:
+    """Divide layers over devices of one kind so that stages take equally long, if that leaves room for the KV cache.
+
+    A stage of a decode step takes as long as reading its weights. Beside its layers, the last one reads the LM head,
+    but the first one reads only some rows of the embedding: ``read_extras`` (bytes per device). Where that division
+    would leave less than `ROOM_KEPT` of the KV cache, the answer is that of `balanced_stages`.
+    Example: 32 layers of 436 MB and a head of 1,051 MB, as Llama 3.1 8B has: 17 and 15 layers.
+    """
+
+    def room(plan: PlacementPlan) -> float:
+        used = [count * layer_bytes + extra for count, extra in zip(_counts(plan), extras, strict=True)]
+        left = [capacity - each for capacity, each in zip(capacities, used, strict=True)]
+        return min(each / count for each, count in zip(left, _counts(plan), strict=True))
+
+    by_room = balanced_stages(num_layers, ordinals, capacities, layer_bytes, extras)
+    by_time = balanced_stages(num_layers, ordinals, [1] * len(ordinals), layer_bytes, read_extras)
+    return by_time if room(by_time) >= max(0.0, ROOM_KEPT * room(by_room)) else by_room
+
+
+def _counts(plan: PlacementPlan) -> list[int]:
+    return [stage.num_layers for stage in plan.stages]

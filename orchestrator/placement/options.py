@@ -62,12 +62,14 @@ def implied_workers(options: LayoutOptions) -> int | None:
     return max(ordinals) + 1 if ordinals else None
 
 
-def step_tokens(options: LayoutOptions, device_kind: Literal["cpu", "cuda"], device_bytes: int) -> int:
+def step_tokens(options: LayoutOptions, device_kind: Literal["cpu", "cuda"], device_bytes: int, num_stages: int) -> int:
     """Return the most tokens of a step: as asked, else what suits the device and leaves room to prefill.
 
-    ``device_bytes``: memory of the smallest device. LimitsError when the budget leaves no room to prefill.
+    ``device_bytes``: memory of the smallest device. With several stages steps stay short on any GPU: the first and the
+    last steps of a prompt keep only some stages busy. LimitsError when the budget leaves no room to prefill.
     """
-    on_gpu = _LARGE_GPU_TOKENS if device_bytes >= _LARGE_GPU else _GPU_TOKENS
+    is_large = device_bytes >= _LARGE_GPU and num_stages == 1
+    on_gpu = _LARGE_GPU_TOKENS if is_large else _GPU_TOKENS
     default = max(on_gpu if device_kind == "cuda" else _CPU_TOKENS, 2 * options.max_rows)
     check_batch_tokens(options.max_batch_tokens or default, options.max_rows)
     return options.max_batch_tokens or default

@@ -13,7 +13,7 @@ from mgpu.orchestrator.placement.divisibility import (
     split_problems,
 )
 from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_float8, fit_tokens, rank_rows, weight_capacity
-from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map
+from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map, quick_stages
 from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions, step_tokens
 from mgpu.orchestrator.placement.sizes import edge_elements, layers_bytes
 from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, ModelFacts
@@ -60,10 +60,10 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     PlacementError or LimitsError, with the numbers and what to type, when the model cannot be placed as asked.
     """
     options = replace(options, block_size=options.block_size or BLOCK_SIZE[machine.kind])
-    max_batch_tokens = step_tokens(options, machine.kind, machine.least_bytes)
     _check_experts(facts, options)
     placement, reason = _choose(facts, machine, options)
     check_float8(machine, placement, options)
+    max_batch_tokens = step_tokens(options, machine.kind, machine.least_bytes, placement.num_stages)
     layout = _layout(facts, machine, placement, options)
     sizing = Sizing(facts, machine, layout, options)
     rows = rank_rows(sizing)
@@ -255,14 +255,15 @@ def _choose_balanced(facts: ModelFacts, machine: Machine, options: LayoutOptions
     last = len(ordinals) - 1
     edges = [edge_elements(facts, 1, i == 0, i == last) for i in range(len(ordinals))]
     dtype_bytes = DTYPE_BYTES[_dtype(machine, options)]
-    placement = balanced_stages(
-        layers,
-        ordinals,
-        [weight_capacity(machine.devices[ordinal], options) for ordinal in ordinals],
-        layers_bytes(facts, range(layers), 1, dtype_bytes, options.quant) // layers,
-        [elements * dtype_bytes for elements in edges],
-    )
-    return placement, reason
+    devices = [machine.devices[ordinal] for ordinal in ordinals]
+    capacities = [weight_capacity(device, options) for device in devices]
+    per_layer = layers_bytes(facts, range(layers), 1, dtype_bytes, options.quant) // layers
+    extras = [elements * dtype_bytes for elements in edges]
+    if len({device.name for device in devices}) > 1 and machine.kind == "cuda":
+        return balanced_stages(layers, ordinals, capacities, per_layer, extras), reason
+    head = edge_elements(facts, 1, first=False, last=True) * dtype_bytes
+    read_extras = [head if i == last else 0 for i in range(len(ordinals))]
+    return quick_stages(layers, ordinals, capacities, per_layer, extras, read_extras), reason
 
 
 def _mode(placement: PlacementPlan, machine: Machine) -> Mode:

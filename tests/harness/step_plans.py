@@ -1,4 +1,4 @@
-"""Step plans that exercise the rows of a worker: prompts in chunks, decoding beside them, blocks and rows that change."""
+"""Step plans that exercise a worker's rows: prompts in chunks, decoding beside them, blocks and rows that change."""
 
 import random
 

@@ -121,8 +121,8 @@ def test_a_size_typed_for_the_demo_is_not_lowered() -> None:
     (QWEN3_32B, gpus(80, 80), "tensor-parallel", "0+1:64"),
     (QWEN3_32B, gpus(*[80] * 4), "tensor-parallel", "0+1+2+3:64"),
     (QWEN3_32B, gpus(*[80] * 8), "tensor-parallel", "0+1+2+3+4+5+6+7:64"),
-    (QWEN3_32B, gpus(80, 80, nccl=False), "layer-mapped", "0:32;1:32"),
-    (QWEN3_32B, gpus(80, 80, 80, nccl=False), "layer-mapped", "0:21;1:22;2:21"),
+    (QWEN3_32B, gpus(80, 80, nccl=False), "layer-mapped", "0:33;1:31"),
+    (QWEN3_32B, gpus(80, 80, 80, nccl=False), "layer-mapped", "0:22;1:22;2:20"),
     (ONE_HEAD, gpus(8, 8), "layer-mapped", "0:3;1:3"),
     (ONE_HEAD, cpus(2), "layer-mapped", "0:3;1:3"),
     (SMOLLM2, cpus(1), "cpu", "0:30"),
@@ -405,7 +405,7 @@ def fullness(facts: ModelFacts, machine: Machine, counts: list[int]) -> float:
     return max(row.weight_bytes / (row.budget_bytes - (700 << 20)) for row in rows)
 
 
-@pytest.mark.parametrize("free", [(8, 8), (12, 4), (4, 12), (8, 8, 8), (16, 4, 8), (4, 4, 16, 8)])
+@pytest.mark.parametrize("free", [(12, 4), (4, 12), (16, 4, 8), (4, 4, 16, 8)])
 @pytest.mark.parametrize("facts", [GEMMA3_270M, TINY], ids=["gemma", "tiny"])
 def test_no_other_division_has_a_less_full_fullest_gpu(facts: ModelFacts, free: tuple[float, ...]) -> None:
     machine = gpus(*free, nccl=False)
@@ -420,12 +420,11 @@ def test_unequal_gpus_get_layers_by_their_free_memory() -> None:
     assert busy[0].num_layers > 1.5 * busy[1].num_layers
 
 
-def test_a_large_vocabulary_counts_on_the_first_and_the_last_stage() -> None:
+def test_the_head_costs_the_last_stage_time_but_the_embedding_costs_the_first_none() -> None:
     counts = [
         stage.num_layers for stage in plan(GEMMA3_270M, gpus(8, 8, 8, nccl=False), NO_KV_CARE).layout.placement.stages
     ]
-    assert counts[1] > counts[0]
-    assert counts[1] > counts[2]
+    assert min(counts[:2]) > counts[2]
 
 
 # Memory

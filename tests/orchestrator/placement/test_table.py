@@ -54,6 +54,6 @@ def test_the_json_form_holds_the_same_numbers() -> None:
     result = plan(QWEN3_32B, gpus(80, 80, nccl=False), LayoutOptions())
     data = json.loads(json.dumps(layout_json(result)))
     assert (data["mode"], data["reason"]) == ("layer-mapped", "MGPU_NO_NCCL=1")
-    assert data["stages"] == [{"layers": [0, 32], "devices": [0]}, {"layers": [32, 64], "devices": [1]}]
+    assert data["stages"] == [{"layers": [0, 33], "devices": [0]}, {"layers": [33, 64], "devices": [1]}]
     assert [rank["weight_bytes"] for rank in data["ranks"]] == [row.weight_bytes for row in result.rows]
     assert data["kv_tokens"] == min(rank["kv_tokens"] for rank in data["ranks"])
