@@ -8,8 +8,9 @@ Any number of tasks of one event loop may share an AsyncClient. In another loop,
 """
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
@@ -42,7 +43,7 @@ from mgpu.protocol.client.text_queries import (
 from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.front.server_messages import Detokenized, Health, Models, Stats, Tokenized
+from mgpu.protocol.front.server_messages import Accepted, Detokenized, Health, Models, Stats, Tokenized
 
 
 class AsyncCompletionStream(AsyncIterator[Piece]):
@@ -70,6 +71,37 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
         if answer.error is not None:
             raise answer.error
         raise StopAsyncIteration
+
+    @property
+    def has_ended(self) -> bool:
+        """True if no more will arrive. Pieces that have arrived can still be taken."""
+        return self._request.has_ended and not self._request.answer.pieces
+
+    async def accepted(self) -> Accepted:
+        """Send the request and wait until the server has accepted it. The error of a request that it refuses."""
+        answer = self._request.answer
+        await self._begin()
+        while answer.accepted is None and not answer.pieces and not self._request.has_ended:
+            await self._wait(lambda: answer.accepted is not None)
+        if answer.error is not None and answer.accepted is None:
+            raise answer.error
+        return answer.accepted or Accepted(self._request.id, "", 0, 0, 0)
+
+    async def take(self, longest_s: float) -> list[Piece]:
+        """Return all pieces that have arrived. If there are none, wait for the next one, ``longest_s`` at most.
+
+        Empty at the end of the answer, or if nothing has come in time. The error of a request that failed.
+        """
+        answer = self._request.answer
+        await self._begin()
+        if not answer.pieces and not self._request.has_ended:
+            until_s = time.monotonic() + longest_s
+            await self._wait(lambda: time.monotonic() >= until_s, longest_s)
+        if not answer.pieces and answer.error is not None:
+            raise answer.error
+        pieces = list(answer.pieces)
+        answer.pieces.clear()
+        return pieces
 
     async def completion(self) -> Completion:
         """Wait for the end and return the whole answer, whether or not pieces were taken."""
@@ -103,15 +135,17 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
             self._deadline_s = time.monotonic() + self._timeout_s
             await self._connection.begin(self._request)
 
-    async def _wait(self) -> None:
-        """Wait for a piece or the end. If time runs out, cancel the request and raise."""
+    async def _wait(self, enough: Callable[[], bool] = lambda: False, longest_s: float = math.inf) -> None:
+        """Wait for a piece, the end, or ``enough``. If time runs out, cancel the request and raise."""
         assert self._deadline_s is not None
         try:
             for seconds in self._connection.waits_for(self._request, self._deadline_s):
                 self._event.clear()
-                await wait_until(self._event, seconds)
+                await wait_until(self._event, min(seconds, longest_s))
                 if self._request.is_interrupted or not self._event.is_set():
                     self._connection.read()
+                if enough():
+                    return
         except MgpuError:
             await self.aclose()
             raise
