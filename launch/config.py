@@ -108,6 +108,10 @@ class ServeConfig:
     )
     block_size: int = _option(_LAYOUT.block_size, "Tokens per KV-cache block (0: 64 on GPUs, 16 on the CPU).", 0, 256)
     prefix_cache: bool = _option(True, "Reuse the KV cache of prompts that begin alike.")
+    http: str = _option(
+        "127.0.0.1:8000", "OpenAI-compatible HTTP: ADDRESS:PORT, unix:/path/to/socket, or none.", group="HTTP"
+    )
+    http_no_auth: bool = _option(False, "Let anyone use HTTP who reaches it, also beyond this machine.")
     bind: str = _option(
         "",
         "Front endpoint: tcp://127.0.0.1:PORT, with --keys any tcp://ADDRESS:PORT; empty: a private ipc socket.",

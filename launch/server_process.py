@@ -36,7 +36,10 @@ class ServerProcess:
     def __init__(
         self, *arguments: str, log: Path | None = None, environ: Mapping[str, str] | None = None, quiet: bool = True
     ) -> None:
-        """Start ``mgpu-launch serve`` with ``arguments``; its log goes to ``log``, else nowhere or to the screen."""
+        """Start ``mgpu-launch serve`` with ``arguments``; its log goes to ``log``, else nowhere or to the screen.
+
+        It has no HTTP unless ``arguments`` say ``--http``: many may run side by side.
+        """
         try:
             self._base = tempfile.TemporaryDirectory(prefix="mgpu-")
         except OSError as error:
@@ -44,10 +47,11 @@ class ServerProcess:
                 f"no folder for temporary files can be written to: {error}. Set TMPDIR=/path/to/a/writable/folder"
             ) from error
         self.environ = {**os.environ, **(environ or {}), BASE_VARIABLE: self._base.name}
+        http = () if any(each.split("=")[0] == "--http" for each in arguments) else ("--http", "none")
         self._log_path = log or Path(self._base.name) / "log"
         self._log = self._log_path.open("w") if quiet else None
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mgpu.launch.cli", "serve", *arguments],
+            [sys.executable, "-m", "mgpu.launch.cli", "serve", *arguments, *http],
             env=self.environ,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -60,6 +64,10 @@ class ServerProcess:
     def runtime_base(self) -> Path:
         """The folder that holds the server's runtime directory."""
         return Path(self._base.name)
+
+    def http_url(self) -> str:
+        """Return where a ready server's HTTP is; empty if it has none."""
+        return running_servers(self.environ)[0].http
 
     def output(self) -> str:
         """Return what the server has logged."""

@@ -15,6 +15,7 @@ from mgpu.protocol.model.shared_memory_layout import orders_stores, shared_layou
 
 WORKER_COMMAND = (sys.executable, "-m", "mgpu.worker")
 GATEWAY_COMMAND = (sys.executable, "-m", "mgpu.orchestrator.gateway")
+HTTP_COMMAND = (sys.executable, "-m", "mgpu.orchestrator.http")
 GPU_SPIN_S = 0.002
 _SHARED = {"shared-memory", "peer", "pinned"}
 
@@ -90,6 +91,7 @@ class ServerConfig:
     """The GPUs in use, by ordinal; the parent asks the driver for their memory."""
     worker_command: tuple[str, ...] = WORKER_COMMAND
     gateway_command: tuple[str, ...] = GATEWAY_COMMAND
+    http_command: tuple[str, ...] = HTTP_COMMAND
 
     @property
     def spin_s(self) -> float:

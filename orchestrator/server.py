@@ -8,6 +8,7 @@ import zmq
 
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.engine.engine import Engine
+from mgpu.orchestrator.host.listening import HttpListener
 from mgpu.orchestrator.host.reload import Reloadable, Reloader
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.host.signals import Signals
@@ -15,6 +16,7 @@ from mgpu.orchestrator.host.systemd import Notifier
 from mgpu.orchestrator.processes.child_process import ProcessStartError
 from mgpu.orchestrator.processes.failures import ending_of
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
+from mgpu.orchestrator.processes.http_process import HttpProcess
 from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
@@ -23,14 +25,19 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """Signals, folder, gateway, workers, and the engine that connects them."""
+    """Signals, folder, gateway, HTTP, workers, and the engine that connects them."""
 
     def __init__(
-        self, config: ServerConfig, notifier: Notifier | None = None, read_again: Callable[[], Reloadable] | None = None
+        self,
+        config: ServerConfig,
+        notifier: Notifier | None = None,
+        read_again: Callable[[], Reloadable] | None = None,
+        listener: HttpListener | None = None,
     ) -> None:
-        """``read_again`` returns what SIGHUP takes into use; it may raise UserError."""
+        """``read_again`` returns what SIGHUP takes into use; it may raise UserError. No ``listener``: no HTTP."""
         self._config = config
         self._notifier = notifier or Notifier()
+        self._listener = listener
         self._reloader = Reloader(config.keys, read_again)
         limits = Limits(  # raises when no step could ever hold all rows
             **asdict(config.limits),
@@ -55,10 +62,11 @@ class Server:
                 zmq.Context() as context,
                 RuntimeDir() as folder,
                 GatewayProcess(context, folder, config) as gateway,
+                HttpProcess(self._listener, config) as http,
                 WorkerProcesses(context, folder, config) as workers,
             ):
                 engine = Engine(
-                    config, self._scheduler, gateway, workers, signals, folder, self._notifier, self._reloader
+                    config, self._scheduler, gateway, http, workers, signals, folder, self._notifier, self._reloader
                 )
                 return engine.run()
         except ProcessStartError as error:  # the first gateway's; the engine handles the others

@@ -33,6 +33,8 @@ class RunningServer:
     pid: int
     model: str
     version: str
+    http: str = ""
+    """URL of the HTTP server; empty if there is none."""
 
 
 def base_dirs(environ: Mapping[str, str] | None = None) -> list[Path]:
@@ -144,5 +146,6 @@ def _read_server(folder: Path) -> RunningServer | None:
         if isinstance(found, dict) and isinstance(found.get("pid"), int):
             texts = [found.get(name) for name in ("endpoint", "model", "version")]
             if all(isinstance(text, str) for text in texts):
-                return RunningServer(found["endpoint"], found["pid"], found["model"], found["version"])
+                http = str(found.get("http") or "")
+                return RunningServer(found["endpoint"], found["pid"], found["model"], found["version"], http)
     return None

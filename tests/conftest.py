@@ -16,6 +16,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 # Tests run side by side: a thread of torch that waits by spinning would take another test's core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Servers of tests run side by side: the default port of HTTP is for one of them only, and none needs it unless it asks.
+os.environ.setdefault("MGPU_HTTP", "none")
+
 
 def ignore_without_inheritance() -> None:
     """Replace ignored signals by a handler that does nothing.

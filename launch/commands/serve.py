@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from mgpu.launch.config import ServeConfig, declared_options
+from mgpu.launch.http import http_address
 from mgpu.launch.options import config_options, model_argument, read_config
 from mgpu.launch.pages.help import Command
 from mgpu.launch.pages.layout import layout_for
@@ -20,6 +21,7 @@ from mgpu.launch.values import ConfigError
 from mgpu.orchestrator.config import Restarts, ServerConfig, Timeouts
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.gateway.front.endpoint import check_endpoint
+from mgpu.orchestrator.host.listening import listening
 from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.server_keys import describe, load_server_keys
 from mgpu.orchestrator.placement.devices import worker_environment
@@ -53,7 +55,7 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
     from mgpu.orchestrator.server import Server
 
     notifier = Notifier.from_environment(os.environ)
-    config, _ = read_config(config_file, flags)
+    config, origins = read_config(config_file, flags)
     if any("\ud800" <= character <= "\udfff" for character in config.served_name):  # bytes that are not UTF-8
         raise ConfigError("--served-name must be UTF-8 text")
     allow_open_files()
@@ -62,10 +64,11 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
         check_endpoint(config.bind, keys is not None)
     configure_logging()
     log_security(config, keys)
-    server = Server(
-        server_config(config, prepare(config), keys), notifier, lambda: read_again(config, config_file, flags)
-    )
-    end_process(server.run())
+    with listening(http_address(config, origins["http"] != "default"), config.http_no_auth) as listener:
+        described = server_config(config, prepare(config), keys)
+        server = Server(described, notifier, lambda: read_again(config, config_file, flags), listener)
+        status = server.run()
+    end_process(status)
 
 
 def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, Any]) -> Reloadable:

@@ -1,8 +1,8 @@
 """The engine: the one loop of a server, from its start to its end.
 
 A start, a failure and the end are told here from top to bottom: `run`, `_update_state`, `_replace_workers`,
-`_replace_gateway`, `_end`. Each turn of the loop takes messages in, publishes steps until the pipeline is full, waits,
-and applies the results that have come. A turn may publish no step or several.
+`_replace_gateway`, `_replace_http`, `_end`. Each turn of the loop takes messages in, publishes steps until the pipeline
+is full, waits, and applies the results that have come. A turn may publish no step or several.
 
 Example, with one stage: a turn takes in a submission and publishes two plans, step 7 for the prompt and step 8 for the
 token after it, then sleeps. The result of step 7 wakes it, and its token goes to the gateway. The next turn publishes
@@ -29,8 +29,9 @@ from mgpu.orchestrator.host.reload import Reloader
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.host.signals import Signals
 from mgpu.orchestrator.host.systemd import Notifier
-from mgpu.orchestrator.processes.failures import GatewayLost, ProcessFailure, WorkersHung, ending_of
+from mgpu.orchestrator.processes.failures import GatewayLost, HttpLost, ProcessFailure, WorkersHung, ending_of
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
+from mgpu.orchestrator.processes.http_process import HttpProcess
 from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.orchestrator.startup_log import ProgressBar, log_ready
@@ -59,6 +60,7 @@ class Engine:
         config: ServerConfig,
         scheduler: Scheduler,
         gateway: GatewayProcess,
+        http: HttpProcess,
         workers: WorkerProcesses,
         signals: Signals,
         runtime: RuntimeDir,
@@ -69,6 +71,7 @@ class Engine:
         self._config = config
         self._scheduler = scheduler
         self._gateway = gateway
+        self._http = http
         self._workers = workers
         self._signals = signals
         self._runtime = runtime
@@ -106,6 +109,8 @@ class Engine:
                     self._bridge.emit()
                 except GatewayLost as lost:
                     self._replace_gateway(lost)
+                except HttpLost as lost:
+                    self._replace_http(lost)
                 except ProcessFailure as lost:
                     self._replace_workers(lost)
                 self._update_state()
@@ -159,13 +164,18 @@ class Engine:
         A gateway that does not answer is not waited for.
         """
         config, endpoint = self._config, self._gateway.endpoint
-        if self._gateway.known_state != ServerState.READY:
+        late = [] if self._gateway.known_state == ServerState.READY else ["the gateway"]
+        late += [] if self._http.is_ready else ["the HTTP process"]
+        if late:
             if time.monotonic() <= self._announce_by_s:
                 return
-            silence_s = config.timeouts.gateway_timeout_s
-            log.warning("the gateway has not answered for %g s; it may refuse the first requests", silence_s)
+            who, silence_s = " and ".join(late), config.timeouts.gateway_timeout_s
+            log.warning("%s has not answered for %g s; it may refuse the first requests", who, silence_s)
         log.info("listening on %s", endpoint)
-        self._runtime.announce(RunningServer(endpoint, os.getpid(), config.model_name, __version__))
+        if self._http.url:
+            log.info("HTTP (OpenAI-compatible) on %s", self._http.url)
+        server = RunningServer(endpoint, os.getpid(), config.model_name, __version__, self._http.url)
+        self._runtime.announce(server)
         self._notifier.ready(f"serving {config.model_name} on {endpoint}")
         self._gateway.watch()
         self._is_announced = True
@@ -203,7 +213,7 @@ class Engine:
             self._handle(self._sleep(min(sleep_s, self._longest_sleep_s())))
 
     def _longest_sleep_s(self) -> float:
-        longest_s = min(LONGEST_SLEEP_S, self._gateway.pause_left_s())
+        longest_s = min(LONGEST_SLEEP_S, self._gateway.pause_left_s(), self._http.pause_left_s() or LONGEST_SLEEP_S)
         if self._life.state is not ServerState.DRAINING:
             return longest_s
         return min(longest_s, max(0.0, self._drain_until_s - time.monotonic()))
@@ -224,6 +234,8 @@ class Engine:
         if self._life.state is not ServerState.STARTING and self._signals.take_reload():
             self._reload()
         self._gateway.notice_death(events)
+        if self._http.notice(events):
+            self._make_poller()
         if self._workers.advance(events):
             self._scheduler.use_workers(self._workers.group.epoch, self._workers.num_blocks)
             if self._life.state is not ServerState.STARTING:
@@ -232,7 +244,7 @@ class Engine:
 
     def _run_periodic_work(self) -> None:
         """Watchdog, journal, runtime folder, standby workers and systemd: each acts when its own time has come."""
-        if self._gateway.start_if_due():  # after a pause
+        if self._gateway.start_if_due() | self._http.start_if_due(self._gateway.endpoint):  # after a pause
             self._make_poller()
         self._gateway.check_watchdog()
         if self._life.state is ServerState.STARTING:
@@ -261,7 +273,7 @@ class Engine:
 
     def _make_poller(self) -> None:
         """Watch the current processes: call it after each replacement."""
-        self._poller = poller_of(self._signals, self._gateway, self._workers.group)
+        self._poller = poller_of(self._signals, self._gateway, self._http, self._workers.group)
 
     # -- failures and the end ------------------------------------------------------------------------------------------
 
@@ -286,6 +298,11 @@ class Engine:
             raise failure
         last_messages = self._gateway.replace(failure, self._info())
         self._bridge.on_gateway_replaced(last_messages)
+        self._make_poller()
+
+    def _replace_http(self, failure: HttpLost) -> None:
+        """Let another HTTP process follow, after a pause. Its requests are cancelled: their clients have lost them."""
+        self._http.replace(failure)
         self._make_poller()
 
     def _end(self, failure: Exception | None) -> int:
@@ -318,6 +335,7 @@ class Engine:
         )
         self._workers.stop(deadline_s, self._signals.fd)
         self._gateway.stop(max(deadline_s, began_s + GATEWAY_STOP_S))
+        self._http.stop()
 
     def _notify_clients(self, error: str) -> None:
         try:

@@ -6,14 +6,15 @@ import zmq
 
 from mgpu.orchestrator.host.signals import Signals
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
+from mgpu.orchestrator.processes.http_process import HttpProcess
 from mgpu.orchestrator.processes.worker_group import WorkerGroup
 
 
-def poller_of(signals: Signals, gateway: GatewayProcess, workers: WorkerGroup) -> zmq.Poller:
+def poller_of(signals: Signals, gateway: GatewayProcess, http: HttpProcess, workers: WorkerGroup) -> zmq.Poller:
     """Watch signals, messages and the ends of processes; make another one when a process has been replaced."""
     poller = zmq.Poller()
     processes = (*gateway.processes, *workers.processes)
-    for source in (signals.fd, gateway.socket, *workers.sockets, *(process.pidfd for process in processes)):
+    for source in (signals.fd, gateway.socket, *workers.sockets, *http.fds, *(process.pidfd for process in processes)):
         poller.register(source, zmq.POLLIN)
     return poller
 

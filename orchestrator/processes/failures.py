@@ -60,6 +60,12 @@ class GatewayLost(ProcessFailure):
     prefix = "the gateway failed: "
 
 
+class HttpLost(ProcessFailure):
+    """The HTTP process failed or died."""
+
+    prefix = "the HTTP process failed: "
+
+
 class TooManyRestarts(ProcessFailure):
     """A process fails again and again: the service manager, or a person, must decide."""
 

@@ -20,12 +20,13 @@ class Parts:
     """An engine, and what it was made of."""
 
     def __init__(self, signals: Signals) -> None:
-        self.scheduler, self.gateway, self.workers = MagicMock(), MagicMock(), MagicMock()
+        self.scheduler, self.gateway, self.http, self.workers = MagicMock(), MagicMock(), MagicMock(), MagicMock()
         self.runtime, self.notifier, self.reloader = MagicMock(), MagicMock(), MagicMock()
         self.engine: Any = Engine(
             config(),
             self.scheduler,
             self.gateway,
+            self.http,
             self.workers,
             signals,
             self.runtime,

@@ -1,0 +1,85 @@
+"""The HTTP application: which path leads to which route, and what becomes of errors."""
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mgpu.orchestrator.http.edge.errors import CLIENT_CLOSED_STATUS, HttpError, error_of
+from mgpu.orchestrator.http.routes.call import Call, Served, to_json
+from mgpu.orchestrator.http.routes.chat import chat_completions
+from mgpu.orchestrator.http.routes.completions import completions
+from mgpu.orchestrator.http.routes.health import live, ready, version
+from mgpu.orchestrator.http.routes.models import model, models
+from mgpu.protocol.errors import MgpuError
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Call], Awaitable[ASGIApp]]
+
+ROUTES: tuple[tuple[str, str, Handler], ...] = (
+    ("POST", "/v1/chat/completions", chat_completions),
+    ("POST", "/v1/completions", completions),
+    ("GET", "/v1/models", models),
+    ("GET", "/v1/models/{name:path}", model),
+    ("GET", "/health", ready),
+    ("GET", "/health/ready", ready),
+    ("GET", "/health/live", live),
+    ("GET", "/version", version),
+)
+
+
+def make_app(served: Served) -> ASGIApp:
+    """Build the application."""
+    routes = [Route(path, _Endpoint(handler, served), methods=[method]) for method, path, handler in ROUTES]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _on_http_exception})
+    app.router.redirect_slashes = False
+    return app
+
+
+class _Endpoint:
+    """Runs a handler for a request, and turns its errors into answers. An ASGI application."""
+
+    def __init__(self, handler: Handler, served: Served) -> None:
+        self._handler = handler
+        self._served = served
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = Call(Request(scope, receive, send), self._served)
+        response = await self._response(call)
+        await response(scope, receive, send)
+
+    async def _response(self, call: Call) -> ASGIApp:
+        try:
+            return await self._handler(call)
+        except HttpError as error:
+            return _answer(error, call.headers)
+        except MgpuError as error:
+            return _answer(error_of(error), call.headers)
+        except ClientDisconnect:
+            return _answer(HttpError(CLIENT_CLOSED_STATUS, "the client closed the connection"), call.headers)
+        except Exception as error:  # the border to clients: our own bug costs one request, not the server
+            log.error("%s could not be answered", call.request.url.path, exc_info=error)
+            return _answer(HttpError(500, "internal error", "server_error", "internal_error"), call.headers)
+
+
+def _answer(error: HttpError, headers: Mapping[str, str]) -> Response:
+    return Response(to_json(error.body()), error.status, {**headers, **error.headers}, "application/json")
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Answer a path or a method that does not exist."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        found = HttpError(405, f"{request.method} is not for this path; use {allowed}", code="method_not_allowed")
+        found.headers["allow"] = allowed
+    else:
+        text = "there is no such path; GET /openapi.json lists what there is"
+        found = HttpError(error.status_code, text, code="not_found")
+    return _answer(found, {})

@@ -1,0 +1,75 @@
+"""Read the JSON object of a request: bounded in bytes and time, strict in its encoding."""
+
+import asyncio
+import json
+from typing import NoReturn
+
+from starlette.requests import ClientDisconnect, Request
+
+from mgpu.orchestrator.http.edge.errors import HttpError, bad_request
+
+MAX_BODY_BYTES = 4 << 20
+"""A request of the front channel has 1 MiB at most, and escapes make text up to three times as long in JSON."""
+BODY_TIMEOUT_S = 60.0
+
+
+async def read_object(request: Request) -> dict[str, object]:
+    """Return the body. HttpError for another type, too many bytes, or what is no JSON object."""
+    _check_type(request.headers.get("content-type", ""))
+    return parse_object(await _read(request))
+
+
+def _check_type(written: str) -> None:
+    kind = written.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        shown = f"got {kind[:60]!a}" if kind else "got none"
+        raise HttpError(
+            415, f"content-type must be application/json, {shown} (curl: -H 'content-type: application/json')",
+            code="unsupported_media_type",
+        )  # fmt: skip
+
+
+async def _read(request: Request) -> bytes:
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+        raise _too_large(int(length[:20]))
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > MAX_BODY_BYTES:
+                    raise _too_large(len(data))
+    except TimeoutError:
+        text = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
+        raise HttpError(408, text, "timeout_error", "body_timeout", headers={"connection": "close"}) from None
+    return bytes(data)
+
+
+def _too_large(size: int) -> HttpError:
+    return HttpError(413, f"the body has {size} bytes or more, the limit is {MAX_BODY_BYTES}", code="request_too_large")
+
+
+def parse_object(data: bytes) -> dict[str, object]:
+    """Return the JSON object in ``data``. HttpError says what is wrong with it, without any of its text."""
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise bad_request(f"the body is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}") from None
+    except json.JSONDecodeError as error:
+        raise bad_request(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise bad_request("the body is nested too deeply") from None
+    except ValueError as error:  # a constant that JSON lacks, or a number of thousands of digits
+        text = str(error) if str(error).startswith("JSON") else "the body has a number of too many digits"
+        raise bad_request(text) from None
+    if not isinstance(value, dict):
+        raise bad_request(f"the body must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}; leave the field out or write a number")
+
+
+__all__ = ["BODY_TIMEOUT_S", "MAX_BODY_BYTES", "ClientDisconnect", "parse_object", "read_object"]

@@ -1,0 +1,77 @@
+"""Errors as HTTP clients see them: a status and OpenAI's form. No internal address and no traceback is in a text."""
+
+import math
+from dataclasses import dataclass, field
+
+from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
+
+CLIENT_CLOSED_STATUS = 499
+"""The client has gone before its answer. Nobody reads it; it is for logs."""
+_UNREACHABLE = "the server is not reachable just now; it is starting, recovering or stopping"
+_RETRY_S = 1.0
+
+_OF_CODE: dict[str, tuple[int, str, str]] = {
+    "bad_request": (400, "invalid_request_error", "invalid_value"),
+    "bad_version": (500, "server_error", "internal_error"),
+    "duplicate_id": (409, "conflict_error", "duplicate_id"),
+    "unknown_model": (404, "invalid_request_error", "model_not_found"),
+    "unknown_request": (500, "server_error", "internal_error"),
+    "not_allowed": (403, "permission_error", "not_allowed"),
+    "not_ready": (503, "service_unavailable_error", "not_ready"),
+    "draining": (503, "service_unavailable_error", "draining"),
+    "overloaded": (429, "rate_limit_error", "overloaded"),
+    "slow_reader": (503, "service_unavailable_error", "slow_reader"),
+    "deadline_exceeded": (504, "timeout_error", "deadline_exceeded"),
+    "engine_error": (500, "server_error", "engine_error"),
+    "stopped": (503, "service_unavailable_error", "stopped"),
+}
+"""Status, type and code of a failure on the front channel."""
+_RETRIED = frozenset({"not_ready", "draining", "overloaded", "slow_reader", "stopped"})
+
+
+@dataclass(eq=False)
+class HttpError(Exception):
+    """An answer other than success."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    code: str | None = None
+    param: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, object]:
+        """Return OpenAI's form of the error."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> HttpError:
+    return HttpError(400, message, "invalid_request_error", code, param)
+
+
+def error_of(error: MgpuError) -> HttpError:
+    """Return the HTTP error for one of the front channel's clients."""
+    if isinstance(error, DeadlineExceeded):
+        return HttpError(504, str(error), "timeout_error", "deadline_exceeded")
+    if isinstance(error, RequestFailed):
+        return _of_failure(error)
+    if isinstance(error, ServerUnreachable):  # its text has the endpoint
+        return _with_retry(HttpError(503, _UNREACHABLE, "service_unavailable_error", "unreachable"), _RETRY_S)
+    return HttpError(500, "internal error", "server_error", "internal_error")
+
+
+def _of_failure(error: RequestFailed) -> HttpError:
+    status, kind, code = _OF_CODE.get(error.code, (500, "server_error", error.code))
+    text = str(error)
+    if error.code == "bad_request" and text.startswith("the request has ") and "the limit is" in text:
+        return HttpError(413, text, kind, "request_too_large")
+    if error.code == "bad_request" and " holds " in text:
+        code = "context_length_exceeded"
+    found = HttpError(status, text, kind, code)
+    return _with_retry(found, error.retry_after_s or _RETRY_S) if error.code in _RETRIED else found
+
+
+def _with_retry(error: HttpError, seconds: float) -> HttpError:
+    error.headers["retry-after"] = str(math.ceil(seconds))
+    error.headers["retry-after-ms"] = str(round(seconds * 1000))  # openai's clients read it
+    return error

@@ -1,0 +1,79 @@
+"""One HTTP request on its way through a route: its body, the front channel, and the headers of its answer."""
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mgpu.orchestrator.http.edge.body import read_object
+from mgpu.orchestrator.http.requests.fields import Fields, parse_fields
+from mgpu.protocol.client.async_client import AsyncClient
+from mgpu.protocol.front.fields import Rule
+
+log = logging.getLogger(__name__)
+
+_MOST_NAMES = 20
+_NAME_CHARS = 40
+_MOST_LOGGED = 200
+
+
+@dataclass(slots=True)
+class Served:
+    """What all requests of one HTTP process share."""
+
+    client: AsyncClient
+    model_name: str
+    started_s: int = field(default_factory=lambda: int(time.time()))
+    logged_fields: set[str] = field(default_factory=set)
+    """Names of fields without effect that the log has already named."""
+
+
+class Call:
+    """One request."""
+
+    def __init__(self, request: Request, served: Served) -> None:
+        self.request = request
+        self.served = served
+        self.client = served.client
+        self.headers: dict[str, str] = {}
+        """Of the answer."""
+        self.created = int(time.time())
+
+    def new_id(self, prefix: str) -> str:
+        return f"{prefix}-{secrets.token_hex(16)}"
+
+    async def fields(self, rules: Mapping[str, Rule], *required: str) -> Fields:
+        """Read and check the body. Fields without effect are named in a header of the answer."""
+        fields = parse_fields(await read_object(self.request), rules, *required)
+        if fields.ignored:
+            self._warn(fields.ignored)
+        return fields
+
+    def _warn(self, names: list[str]) -> None:
+        shown = ", ".join(ascii(name[:_NAME_CHARS])[1:-1].replace('"', "'") for name in names[:_MOST_NAMES])
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        self.headers["warning"] = f'299 mgpu "fields without effect: {shown}{more}"'
+        logged = self.served.logged_fields
+        for name in names:
+            if name not in logged and len(logged) < _MOST_LOGGED:
+                logged.add(name)
+                log.warning("%s: the field %s has no effect", self.request.url.path, ascii(name[:_NAME_CHARS]))
+
+    def json(self, body: Mapping[str, Any], status: int = 200) -> Response:
+        """Return an answer in JSON."""
+        return Response(to_json(body), status, self.headers, "application/json")
+
+
+def to_json(body: object) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def event(body: object) -> bytes:
+    """Return a server-sent event with JSON."""
+    return b"data: " + to_json(body) + b"\n\n"

@@ -1,0 +1,40 @@
+"""GET /v1/models and /v1/models/{name}."""
+
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from mgpu.orchestrator.http.edge.errors import HttpError
+from mgpu.orchestrator.http.routes.call import Call
+
+
+async def models(call: Call) -> ASGIApp:
+    """List what is served: the one model."""
+    return call.json({"object": "list", "data": await _described(call)})
+
+
+async def model(call: Call) -> ASGIApp:
+    """Describe the model, if it is the one that is served."""
+    name = call.request.path_params["name"]
+    for each in await _described(call):
+        if each["id"] == name:
+            return call.json(each)
+    raise HttpError(
+        404, f"model {name[:80]!a} is not served here; this server has {call.served.model_name!r}",
+        code="model_not_found", param="model",
+    )  # fmt: skip
+
+
+async def _described(call: Call) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": each["name"],
+            "object": "model",
+            "created": call.served.started_s,
+            "owned_by": "mgpu",
+            "root": each["name"],
+            "parent": None,
+            "max_model_len": each["max_seq_len"],
+        }
+        for each in await call.client.models()
+    ]

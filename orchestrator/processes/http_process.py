@@ -1,0 +1,139 @@
+"""The HTTP process: start it, notice its end, replace it. Its listening socket outlives it, so nobody is refused."""
+
+import contextlib
+import logging
+import math
+import os
+import time
+from collections.abc import Container
+
+from mgpu.orchestrator.config import ServerConfig
+from mgpu.orchestrator.host.listening import HttpListener
+from mgpu.orchestrator.processes.child_process import ChildProcess, ProcessStartError, describe_exit
+from mgpu.orchestrator.processes.failures import HttpLost, RestartPause
+from mgpu.protocol.internal.http_spec import HTTP_SPEC, READY, HttpSpec
+
+log = logging.getLogger(__name__)
+
+_REPORT_BYTES = 4096
+STOP_S = 2.0
+"""Time that the process gets to send the last words of its streams."""
+
+
+class HttpProcess:
+    """The HTTP server's process; none while ``listener`` is None, and until `start_if_due` knows the front channel.
+
+    Use it as a context manager; leaving it kills the process.
+    """
+
+    def __init__(self, listener: HttpListener | None, config: ServerConfig) -> None:
+        self.is_ready = listener is None
+        """Nothing has to be waited for: it accepts connections, or there is no HTTP."""
+        self.restarts = 0
+        self._listener = listener
+        self._config = config
+        self._pause = RestartPause()
+        self._start_at_s = math.inf if listener is None else 0.0
+        """When the next process is to be started; infinity while there is one."""
+        self._process: ChildProcess | None = None
+        self._report_fd = -1
+        self._was_ready = False
+
+    def __enter__(self) -> "HttpProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kill()
+
+    @property
+    def url(self) -> str:
+        """Where clients connect; empty if there is no HTTP."""
+        return "" if self._listener is None else self._listener.url
+
+    @property
+    def fds(self) -> list[int]:
+        """The descriptors to watch: the end of the process, and its report until that has come."""
+        fds = [] if self._process is None else [self._process.pidfd]
+        return fds if self._report_fd < 0 else [*fds, self._report_fd]
+
+    def pause_left_s(self) -> float:
+        """Return how long the next process still has to wait; infinity while there is one."""
+        return max(0.0, self._start_at_s - time.monotonic())
+
+    def start_if_due(self, endpoint: str) -> bool:
+        """Start the next process if its pause is over and the front channel has its ``endpoint``; return whether."""
+        if self._listener is None or not endpoint or self.pause_left_s() > 0.0:
+            return False
+        self._start_at_s = math.inf
+        self._start(self._listener, endpoint)
+        return True
+
+    def _start(self, listener: HttpListener, endpoint: str) -> None:
+        self._report_fd, report_to = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        listen_fd = listener.socket.fileno()
+        spec = HttpSpec(
+            listen_fd=listen_fd,
+            report_fd=report_to,
+            endpoint=endpoint,
+            model_name=self._config.model_name,
+            unix_path=listener.address.path,
+        )
+        try:
+            self._process = ChildProcess(
+                "http", self._config.http_command, HTTP_SPEC.encode(spec), os.environ, (listen_fd, report_to)
+            )
+        except ProcessStartError as error:
+            self._close_report()
+            raise HttpLost(str(error)) from error
+        finally:
+            os.close(report_to)
+
+    def notice(self, events: Container[object]) -> bool:
+        """Read what the process reports; return whether it has become ready. HttpLost when it has ended."""
+        if self._report_fd in events:
+            report = os.read(self._report_fd, _REPORT_BYTES)
+            self._close_report()
+            if report == READY:
+                self.is_ready = self._was_ready = True
+                return True
+            if report:
+                raise HttpLost(report.decode(errors="replace").strip())
+        if self._process is not None and self._process.pidfd in events:
+            status = self._process.exit_status()
+            if status is not None:
+                raise HttpLost(f"the process {describe_exit(status)}")
+        return False
+
+    def replace(self, failure: HttpLost) -> None:
+        """End what is left of the process; the next one has to wait: call `start_if_due`.
+
+        Input may have ended it, so no number of replacements ends the server. The first process must have been ready.
+        """
+        if not self._was_ready:
+            raise failure
+        log.error("%s", failure.report)
+        self._kill()
+        self.is_ready = False
+        self.restarts += 1
+        pause_s = self._pause.next_s()
+        log.warning("restart %d of the HTTP process%s", self.restarts, f" in {pause_s:g} s" if pause_s else "")
+        self._start_at_s = time.monotonic() + pause_s
+
+    def stop(self) -> None:
+        """Let the process end its streams, whose last words have come from the gateway, and leave."""
+        if self._process is not None:
+            self._process.close_stdin()
+            self._process.wait(time.monotonic() + STOP_S)
+        self._kill()
+
+    def _kill(self) -> None:
+        self._close_report()
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    def _close_report(self) -> None:
+        if self._report_fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._report_fd)
+            self._report_fd = -1

@@ -1,0 +1,101 @@
+"""The HTTP process beside the others: its port, its death, and what is left when a server ends."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from http.client import HTTPException
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.http_client import JSON_TYPE, connection_to, get, opened, post
+from harness.waiting import eventually
+from mgpu import Client
+from mgpu.launch.server_process import ServerProcess
+
+OPTIONS = ("--device", "cpu", "--max-seq-len", "1024")
+LONG = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
+
+
+def http_processes(server: ServerProcess) -> list[psutil.Process]:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [each for each in children if each.cmdline()[-1:] == ["mgpu.orchestrator.http"]]
+
+
+def serve(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "mgpu.launch.cli", "serve", "demo", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=dict(os.environ))
+
+
+@pytest.fixture(scope="module")
+def http_server(smollm2: str) -> Iterator[ServerProcess]:
+    with ServerProcess("-m", smollm2, *OPTIONS, "--http", "127.0.0.1:0") as server:
+        server.wait_ready()
+        yield server
+
+
+def test_a_killed_http_process_is_replaced_and_its_streams_end(http_server: ServerProcess) -> None:
+    url = http_server.http_url()
+    [first] = http_processes(http_server)
+    with Client(http_server.wait_ready()) as client, opened(url, "POST", "/v1/completions", LONG) as response:
+        assert response.readline().startswith(b"data: ")
+        first.kill()
+        with contextlib.suppress(OSError, HTTPException):  # the client sees an end, of whatever kind
+            response.read()
+        assert post(url, "/v1/completions", {"prompt": "Once", "max_tokens": 2}).status == 200
+        eventually(lambda: client.stats()["kv_blocks_used"] == 0, lambda: str(client.stats()))
+        assert client.health().restarts == 0
+    [second] = http_processes(http_server)
+    assert second.pid != first.pid
+    assert http_server.http_url() == url
+
+
+def test_a_client_that_goes_frees_its_blocks_within_a_second(http_server: ServerProcess) -> None:
+    with Client(http_server.wait_ready()) as client:
+        for stream in (True, False):
+            connection = connection_to(http_server.http_url())
+            body = json.dumps({**LONG, "stream": stream})
+            connection.request("POST", "/v1/completions", body, JSON_TYPE)
+            eventually(lambda: client.stats()["kv_blocks_used"] > 0, lambda: "it never ran")
+            connection.close()
+            gone_s = time.monotonic()
+            eventually(lambda: client.stats()["kv_blocks_used"] == 0, lambda: str(client.stats()))
+            assert time.monotonic() - gone_s < 1.0
+
+
+def test_a_unix_socket_serves_and_is_gone_afterwards(smollm2: str, tmp_path: Path) -> None:
+    path = tmp_path / "http.sock"
+    with ServerProcess("-m", smollm2, *OPTIONS, "--http", f"unix:{path}") as server:
+        server.wait_ready()
+        assert server.http_url() == f"unix:{path}"
+        assert get(f"unix:{path}", "/health").status == 200
+        server.process.kill()  # nobody tells the HTTP process: it must notice
+        eventually(lambda: not path.exists(), lambda: "the file stays")
+
+
+def test_a_taken_port_is_an_error_before_anything_is_loaded(http_server: ServerProcess) -> None:
+    done = serve("--http", http_server.http_url().removeprefix("http://"))
+    assert done.returncode == 1
+    assert f"process {http_server.process.pid} (" in done.stderr
+    assert "--http none" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("0.0.0.0:0", ("--http-no-auth", "127.0.0.1:0")),
+        ("nowhere", ("127.0.0.1:8000", "none")),
+        ("unix:relative", ("must be absolute",)),
+    ],
+)
+def test_an_address_that_is_not_safe_or_not_one_is_refused(value: str, words: tuple[str, ...]) -> None:
+    done = serve("--http", value)
+    assert done.returncode == 78
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr
