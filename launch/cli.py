@@ -44,6 +44,7 @@ NEEDS = {
     "bench": SERVING,
     "install-service": SERVING,
     "demo": SERVING,
+    "doctor": PLANNING,
 }
 
 

@@ -35,10 +35,23 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._homes:
             return None
-        if missing(self._needs.get(cmd_name, ())):  # help lists it nevertheless
+        try:
+            return self._load(ctx, cmd_name)
+        except NotInstalled:  # help and completion name it nevertheless
             return click.Command(cmd_name, short_help=f"(needs more: {WAY_OUT})")
-        module, _, attribute = self._homes[cmd_name].partition(":")
-        command = getattr(importlib.import_module(module), attribute)
+
+    def _load(self, ctx: click.Context, name: str) -> click.Command:
+        """Import a command. NotInstalled if it needs a package that is missing."""
+        full_name, lacks = f"{ctx.command_path} {name}", missing(self._needs.get(name, ()))
+        if lacks:
+            raise NotInstalled(full_name, lacks)
+        module, _, attribute = self._homes[name].partition(":")
+        try:
+            command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("mgpu"):
+                raise
+            raise NotInstalled(full_name, [error.name]) from None
         assert isinstance(command, click.Command)
         return command
 
@@ -48,9 +61,8 @@ class LazyGroup(click.Group):
         """Find the command. Unknown names of commands and options are refused with the name that is meant."""
         if not args[0].startswith("-") and args[0] not in self._homes and not ctx.resilient_parsing:
             raise click.UsageError(self._no_such_command(args[0]), ctx)
-        lacks = [] if ctx.resilient_parsing else missing(self._needs.get(args[0], ()))
-        if lacks:
-            raise NotInstalled(f"{ctx.command_path} {args[0]}", lacks)
+        if args[0] in self._homes and not ctx.resilient_parsing:
+            self._load(ctx, args[0])  # says what is missing, if anything is
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None and not isinstance(command, click.Group) and not ctx.resilient_parsing:
             check_options(command, rest, click.Context(command, info_name=name, parent=ctx))

@@ -68,7 +68,7 @@ def test_the_command_line_without_click_says_what_to_install(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("arguments", [
     ("serve", "demo"), ("serve", "--no-such-option"), ("serve", "--help"), ("plan", "demo"), ("demo",), ("bench",),
-    ("install-service", "x"),
+    ("install-service", "x"), ("doctor",),
 ])  # fmt: skip
 def test_commands_that_serve_say_what_to_install(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     done = run(tmp_path, (*BASE, "click"), COMMAND, *arguments)
