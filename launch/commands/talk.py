@@ -9,6 +9,7 @@ import click
 
 from mgpu.launch.completion import complete_endpoint, complete_file
 from mgpu.launch.pages.help import GroupedOption
+from mgpu.launch.pages.terminal import shown
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.results import Piece, Usage
 from mgpu.protocol.errors import MgpuError
@@ -66,7 +67,7 @@ def print_pieces(pieces: Iterable[Piece]) -> Usage | None:
     """Write the text as it arrives, and return the usage that comes with the last piece."""
     usage = None
     for piece in pieces:
-        sys.stdout.write(piece.text)
+        sys.stdout.write(shown(piece.text))
         sys.stdout.flush()
         usage = piece.usage or usage
     return usage

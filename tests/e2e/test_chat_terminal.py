@@ -2,83 +2,18 @@
 
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pytest
-
+from harness.terminal import TURN_S, Terminal
 from mgpu.launch.server_process import ServerProcess
-
-TURN_S = 60.0
-
-
-class Terminal:
-    """A command on a pseudo-terminal of its own."""
-
-    def __init__(self, server: ServerProcess, *arguments: str, **environ: str) -> None:
-        self.screen = b""
-        self.fd, child = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mgpu.launch.cli", *arguments],
-            env={**server.environ, **environ},
-            stdin=child,
-            stdout=child,
-            stderr=child,
-            start_new_session=True,
-        )
-        os.close(child)
-
-    def type(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def wait_for(self, text: bytes, after: int = 0) -> int:
-        """Read until ``text`` shows up beyond a place on the screen; return the place behind it."""
-        deadline_s = time.monotonic() + TURN_S
-        while (found := self.screen.find(text, after)) < 0:
-            left_s = deadline_s - time.monotonic()
-            assert left_s > 0, self.screen
-            if select.select([self.fd], [], [], left_s)[0]:
-                self.screen += os.read(self.fd, 65536)
-        return found + len(text)
-
-    def turn(self, text: str, after: int = 0, prompt: bytes = b"> ") -> int:
-        """Type at a prompt; return the place behind the next prompt."""
-        place = len(self.screen) if after else self.wait_for(b"> ")
-        self.type(text)
-        return self.wait_for(prompt, self.wait_for(b"\n", place))
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(TURN_S)
-        os.close(self.fd)
-
-
-@pytest.mark.parametrize("end", ["q", signal.SIGINT])
-def test_top_refreshes_the_page_until_it_is_ended(server: ServerProcess, endpoint: str, end: str | int) -> None:
-    terminal = Terminal(server, "top", "--interval", "0.1")
-    try:
-        place = terminal.wait_for(b"READY")
-        place = terminal.wait_for(b"READY", place)
-        if isinstance(end, str):
-            terminal.type(end)
-        else:
-            terminal.process.send_signal(end)
-        terminal.wait_for(b"\x1b[?1049l", place)
-        terminal.wait_for(b"restarts", terminal.wait_for(b"\x1b[?1049l", place))
-        assert terminal.process.wait(TURN_S) == 0
-    finally:
-        terminal.close()
 
 
 def test_lines_are_edited_and_commands_are_not_sent(server: ServerProcess, endpoint: str, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
-    terminal = Terminal(server, "chat", "--max-tokens", "600", TERM="xterm")
+    terminal = Terminal(server.environ, "chat", "--max-tokens", "600", TERM="xterm")
     try:
         place = terminal.turn("/set max_tokens 4\n")
         place = terminal.turn("/system Be short.\n", place)
@@ -117,7 +52,7 @@ def test_without_readline_escape_codes_do_not_reach_the_model(
 
 
 def test_ctrl_c_ends_the_answer_and_the_next_turn_works(server: ServerProcess, endpoint: str) -> None:
-    terminal = Terminal(server, "chat", "--max-tokens", "600")
+    terminal = Terminal(server.environ, "chat", "--max-tokens", "600")
     try:
         terminal.wait_for(b"> ")
         terminal.type("Write a very long story about a lighthouse.\n")
