@@ -133,6 +133,9 @@ class ServeConfig:
     max_queue: Bytes = _option(  # noqa: RUF009
         Bytes(_CLIENTS.max_queue), "Bytes of all requests that wait for their first token, at most.", 1, 1 << 40
     )
+    max_client_connections: int = _option(
+        _CLIENTS.max_client_connections, "Connections of one key that are open at the same time, at most.", 1, 1 << 20
+    )
     client_weights: str = _option(
         "", 'Shares of named clients while requests wait: "uid:1000=4,uid:1001=0.5" (others: 1).'
     )

@@ -38,6 +38,9 @@ def page(status: ServerStatus) -> str:
     lines = [_headline(health)]
     if stats:
         lines += [_line("speed", speed), _line("requests", _requests(stats))]
+        if health.connections:
+            own = f"{health.connections:,} open, {health.own_connections:,} of this client"
+            lines.append(_line("connections", own))
         if health.running:
             lines.append(_line("last step", f"{health.last_step_age_s:.1f} s ago"))
         lines += [_line("KV cache", _kv_cache(health, stats)), _line("prompts", _prompts(stats)), *_gpu_lines(stats)]

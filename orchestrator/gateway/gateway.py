@@ -7,8 +7,8 @@ One turn of the loop waits until something is ready or the clock is due, and the
     access control      answer all handshakes that wait
     threads             take all results: the loaded tokenizer, encoded prompts
     engine              handle up to 8 messages
-    clients             send what slow readers now take, handle messages in turns by account for 4 ms, drop lost
-                        connections
+    clients             note who has connected, send what slow readers now take, handle messages in turns by account
+                        for 4 ms, drop lost connections
     clock               every 0.25 s: keepalives, deadlines, memory, a removed socket file
 
 What a request goes through is in `requests/request_handler.py`.
@@ -69,6 +69,8 @@ from mgpu.protocol.internal.gateway_messages import (
 
 PERIOD_S = 0.25
 BACKLOG_RETRY_MS = 20
+MANY_HANDSHAKES = 32
+"""At the same time; fewer cannot fill the memory."""
 STEPS_PER_TURN = 8
 """Messages of the engine handled before clients are looked at."""
 CLIENTS_PER_TURN_S = 0.004
@@ -115,10 +117,11 @@ class Gateway:
         self._outgoing = Outgoing(front, link)
         self._requests = RequestHandler(self._model, self._table, self._outgoing)
         self._prompts = Prompts(self._requests, background, spec.vocab_size)
-        self._queries = Queries(self._model, self._table, self._outgoing)
+        self._queries = Queries(self._model, self._table, self._outgoing, front.connections.count_for)
         self._resumptions = Resumptions(self._requests, front.access, self._outgoing)
         self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)
         self._memory = MemoryLimit(spec.memory_bytes)
+        front.connections.max_of_key = spec.limits.max_client_connections
         self._next_period_s = self._next_alive_s = 0.0
         self._has_sent_wake_up = False
         """True from a `WakeUp` until the engine next sends anything."""
@@ -128,7 +131,8 @@ class Gateway:
     def run(self) -> None:
         """Load the tokenizer, say `GatewayReady`, then serve. Raises what made loading fail, and MemoryFull."""
         poller = zmq.Poller()
-        for socket in (self._link, self._front.socket, self._front.access.socket):
+        front = self._front
+        for socket in (self._link, front.socket, front.access.socket, front.connections.monitor):
             poller.register(socket, zmq.POLLIN)
         for fd in (self._background.fd, *self._parent_fds):
             poller.register(fd, zmq.POLLIN)
@@ -144,6 +148,7 @@ class Gateway:
             self._background.deliver_results()
             self._read_link()
             self._serve_clients()
+            self._bound_handshakes()
             self._run_periodic_work()
         self._requests.fail_all()
         self._front.flush()
@@ -221,6 +226,7 @@ class Gateway:
     def _on_reload(self, reload: Reload) -> None:
         self._front.access.set_client_keys(reload.client_keys)
         self._quota.limits = reload.limits
+        self._front.connections.max_of_key = reload.limits.max_client_connections
         for request in self._table:
             try:
                 self._front.access.check(request.identity)
@@ -244,7 +250,7 @@ class Gateway:
         try:
             data = self._front.unpack(received.frames)
             request_id = id_of(data)
-            self._front.access.check(received.identity)
+            self._front.check(received)
             self._handle(received, data)
         except WireError as error:
             self._outgoing.to_client(connection, Failed(None, error.code, str(error)))
@@ -284,12 +290,18 @@ class Gateway:
 
     # ----------------------------------------------------------------- clock
 
+    def _bound_handshakes(self) -> None:
+        """End slow handshakes while memory is tight: a peer without a key can fill it in less than a period."""
+        if self._front.connections.num_unproven > MANY_HANDSHAKES and self._memory.is_tight(self._quota.limits):
+            self._front.connections.end_slow_handshakes()
+
     def _run_periodic_work(self) -> None:
         """Check memory and the endpoint, keep clients informed that wait, and end what is over time."""
         now = time.monotonic()
         if now < self._next_period_s:
             return
         self._next_period_s = now + PERIOD_S
+        self._memory.release(self._quota.limits)
         self._memory.check(self._quota.limits)
         self._front.restore_endpoint()
         self._requests.run_periodic_work(now)

@@ -116,6 +116,10 @@ class Health:
     """Duration of the last restart."""
     version: str = ""
     """Of mgpu, as the server runs it."""
+    connections: int = 0
+    """Open connections of all clients."""
+    own_connections: int = 0
+    """Those of the key that asks; without keys, of the process (ipc) or address."""
 
 
 @dataclass(frozen=True, slots=True)

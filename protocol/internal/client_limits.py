@@ -23,6 +23,8 @@ class ClientLimits:
     """As ``max_client_queue``, of all accounts."""
     client_weights: dict[str, float] = field(default_factory=dict)
     """Share of the server while it is full, by identity such as ``uid:1000``; others have `DEFAULT_WEIGHT`."""
+    max_client_connections: int = 512
+    """Open connections of one key; a process on ipc may have half of all that are possible."""
 
     @property
     def max_client_sequences(self) -> int:

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator
 
 DEADLINE_S = 30.0
-_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 _READY = b"\x05READY" + b"\x0bSocket-Type" + b"\0\0\0\x06DEALER"
 _COMMAND, _LONG_AND_MORE = b"\x04", b"\x03"
 MiB = 1 << 20
@@ -17,7 +17,7 @@ def raw_connection(endpoint: str) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as peer:
         peer.settimeout(DEADLINE_S)
         peer.connect(endpoint.removeprefix("ipc://"))
-        peer.sendall(_GREETING + _COMMAND + bytes([len(_READY)]) + _READY)
+        peer.sendall(GREETING + _COMMAND + bytes([len(_READY)]) + _READY)
         hear(peer, b"READY")
         yield peer
 

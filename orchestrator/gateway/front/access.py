@@ -1,8 +1,9 @@
 """Decide who may connect, and as whom: the handler that libzmq asks for every handshake (ZAP, RFC 27).
 
-Three words say who: a *connection* is the ROUTER's id of a peer; its *identity* is what the transport proved:
+Four words say who: a *connection* is the ROUTER's id of a peer; its *identity* is what the transport proved:
 ``key:FINGERPRINT`` (CURVE), ``uid:N`` (ipc), or nothing (tcp without keys); an *account* is whose limits and share of
-the server a request counts to.
+the server a request counts to; an *owner* is who is held responsible for a connection: a key, else a process
+(``pid:N``, ipc), else an address.
 
 Without a ZAP domain libzmq also accepts ZMTP/1.0 greetings, so that sixteen raw bytes on a TCP port would arrive as
 a message; with one they are rejected. On ipc the kernel tells the peer's uid, which must be ours or root's. On tcp the
@@ -11,12 +12,14 @@ peer must prove (CURVE) that it has a key of the allow-list; without one, only t
 
 import logging
 import os
+import time
 from collections.abc import Collection
 from dataclasses import replace
 
 import zmq
 
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
+from mgpu.orchestrator.gateway.front.descriptors import PROCESS
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.protocol.front.client_messages import ClientMessage, Generate, ResumeRequest
 from mgpu.protocol.keys import KEY_BYTES, fingerprint
@@ -24,6 +27,7 @@ from mgpu.protocol.keys import KEY_BYTES, fingerprint
 ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"mgpu"
 KEY_PREFIX = "key:"
+_IPC_ADDRESS = "localhost:"
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,9 @@ class AccessControl:
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", client_keys: Collection[bytes] | None = None) -> None:
         """``client_keys`` are the public keys that may connect by tcp; None: there are no keys."""
         self.set_client_keys(client_keys)
+        self.shut_out: dict[str, float] = {}
+        """Owner, and until when (CLOCK_MONOTONIC) it is not let in."""
+        self._admitted: list[tuple[str, str]] = []
         self._refusals = BoundedLog(log, logging.WARNING)
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
@@ -54,11 +61,27 @@ class AccessControl:
             split = frames.index(b"") + 1
             route, question = frames[:split], frames[split:]
             identity = identify(question, self._client_keys)
-            if identity is None:
-                self._refusals.write("refused a connection from %s", _describe(question))
-            status = [b"400", b"refused"] if identity is None else [b"200", b"OK"]
+            status = self._decide(question, identity)
             request_id = question[1] if len(question) > 1 else b""
             self.socket.send_multipart([*route, b"1.0", request_id, *status, (identity or "").encode(), b""])
+
+    def _decide(self, question: list[bytes], identity: str | None) -> list[bytes]:
+        """Return the status of a ZAP reply. After 300 clients with libzmq try again by themselves, after 400 not."""
+        if identity is None:
+            self._refusals.write("refused a connection from %s", _describe(question))
+            return [b"400", b"refused"]
+        origin = origin_of(question[3].decode("latin-1"))
+        owner = owner_of(identity, origin)
+        if self.shut_out.get(owner, 0.0) > time.monotonic():
+            self._refusals.write("%s is shut out for a while", owner)
+            return [b"300", b"shut out for a while"]
+        self._admitted.append((origin, owner))
+        return [b"200", b"OK"]
+
+    def take_admitted(self) -> list[tuple[str, str]]:
+        """Return origin and owner of the connections that were let in since the last call."""
+        admitted, self._admitted = self._admitted, []
+        return admitted
 
     def check(self, identity: str) -> None:
         """Raise Refusal if the key of a connected peer has been taken off the list."""
@@ -67,6 +90,16 @@ class AccessControl:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def origin_of(address: str) -> str:
+    """Return who a peer is before it has proven anything: ``pid:N``, or an address, from libzmq's name of it."""
+    return PROCESS + address.rpartition(":")[2] if address.startswith(_IPC_ADDRESS) else address
+
+
+def owner_of(identity: str, origin: str) -> str:
+    """Return who is held responsible for a connection."""
+    return identity if identity.startswith(KEY_PREFIX) else origin
 
 
 def account_of(identity: str, connection: bytes) -> str:
@@ -98,7 +131,7 @@ def identify(question: list[bytes], client_keys: Collection[bytes] | None) -> st
     if len(question) < 6 or question[0] != b"1.0" or question[2] != DOMAIN:
         return None
     address, mechanism = question[3].decode("latin-1"), question[5]
-    if address.startswith("localhost:"):  # ipc: localhost:uid:gid:pid from the kernel
+    if address.startswith(_IPC_ADDRESS):  # localhost:uid:gid:pid from the kernel
         uid = address.split(":")[1]
         allowed = mechanism == b"NULL" and uid.isdigit() and int(uid) in (0, os.getuid())
         return f"uid:{int(uid)}" if allowed else None

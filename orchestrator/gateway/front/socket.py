@@ -1,8 +1,8 @@
 """The public socket: receive hostile frames, send without ever waiting, notice clients that vanish or do not read."""
 
-import ctypes
 import logging
 import os
+import resource
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -11,8 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import zmq
 
-from mgpu.orchestrator.gateway.front.access import DOMAIN, AccessControl, account_of
+from mgpu.orchestrator.gateway.front.access import DOMAIN, AccessControl, account_of, owner_of
+from mgpu.orchestrator.gateway.front.connections import Connections
 from mgpu.orchestrator.gateway.front.endpoint import BindError, bind, is_lost, release
+from mgpu.orchestrator.gateway.front.routing_ids import AutomaticIds, seed
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.client_messages import REQUEST_ID
 from mgpu.protocol.front.fields import FieldError
@@ -24,6 +26,8 @@ MAX_BACKLOG_BYTES = 4 << 20
 MAX_TOTAL_BACKLOG_BYTES = 256 << 20
 """Of all connections; beyond it the one that is furthest behind is given up."""
 CHECK_INTERVAL_S = 2.0
+CONNECTIONS_SHARE = 0.8
+"""Of the files that the process may open; the rest is for what libzmq accepts before it is counted."""
 FRAMES_PER_TURN = 2000
 """Read in one turn of the gateway's loop, of all messages: a few milliseconds."""
 
@@ -63,14 +67,17 @@ class FrontSocket:
         self, context: "zmq.Context[Any]", endpoint: str, max_bytes: int, keys: ServerKeys | None = None
     ) -> None:
         """Bind ``endpoint``; BindError when that is impossible or not allowed. With ``keys``, tcp is encrypted."""
-        _randomize_routing_ids()
         self.access = AccessControl(context, None if keys is None else keys.clients)
+        seed()
         self.socket = context.socket(zmq.ROUTER)
-        if keys is not None and endpoint.startswith("tcp://"):
+        has_keys = keys is not None and endpoint.startswith("tcp://")
+        if keys is not None and has_keys:
             use_server_key(self.socket, keys.secret)
         framing.set_server_options(self.socket, max_bytes)
         self.socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        automatic_ids = AutomaticIds(context, self.socket)
+        self.connections = Connections(context, self.socket, automatic_ids, _room_for_connections(), has_keys)
         self._limits = replace(framing.FROM_CLIENT, frame_bytes=max_bytes)
         self._backlogs: dict[bytes, _Backlog] = {}
         self._backlog_bytes = 0
@@ -84,6 +91,7 @@ class FrontSocket:
         except BaseException:
             self.close_sockets()
             raise
+        self.connections.on_bound()
 
     @property
     def has_backlog(self) -> bool:
@@ -114,8 +122,14 @@ class FrontSocket:
             log.warning("something has removed the socket; listening on %s again", self.endpoint)
 
     def begin_turn(self) -> None:
-        """Let `receive` read another `FRAMES_PER_TURN` frames."""
+        """Take in who has connected or left, and let `receive` read another `FRAMES_PER_TURN` frames."""
+        self.connections.update(self.access.take_admitted())
         self._frames_left = FRAMES_PER_TURN
+
+    def check(self, received: Received) -> None:
+        """Raise Refusal if this client, or one with so many connections, is not served."""
+        self.access.check(received.identity)
+        self.connections.check(received.connection)
 
     def receive(self) -> Received | None:
         """Return the next message; None if none is waiting, or if this turn has read all the frames that it may.
@@ -140,6 +154,7 @@ class FrontSocket:
             frame = self.socket.recv(zmq.NOBLOCK, copy=False)
             if not frames:
                 identity = _identity_of(frame)
+                self.connections.introduce(connection, frame, owner_of(identity, ""))
             frames.append(frame.bytes)
             has_more = frame.more
         self._frames_left -= 1 + len(frames)
@@ -209,6 +224,7 @@ class FrontSocket:
         return True
 
     def close_sockets(self) -> None:
+        self.connections.close()
         self.socket.close()
         self.access.close()
 
@@ -218,14 +234,10 @@ class FrontSocket:
         release(self.endpoint, self._lock)
 
 
-def _randomize_routing_ids() -> None:
-    """Let the ROUTERs of this process number their peers from an unpredictable start.
-
-    libzmq (4.3.5, router.cpp) numbers the peers that choose no id ``b"\\0"`` + counter, and aborts the process when a
-    peer has chosen the id that is next. The counter starts at rand(), which nobody seeds: without this it would start
-    at the same number in every gateway, and a client could claim the next ids.
-    """
-    ctypes.CDLL(None).srand(ctypes.c_uint(int.from_bytes(os.urandom(4), "little")))
+def _room_for_connections() -> int:
+    """Return how many connections the limit of open files leaves room for."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, int(soft * CONNECTIONS_SHARE) - len(os.listdir("/proc/self/fd")))
 
 
 def _identity_of(frame: zmq.Frame) -> str:

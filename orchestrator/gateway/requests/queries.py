@@ -1,7 +1,7 @@
 """Answer health, stats and models. For two of them the engine is asked, which may not answer."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mgpu import __version__
@@ -29,7 +29,15 @@ class _Question:
 class Queries:
     """Queries of clients, among them those that wait for the engine's counters."""
 
-    def __init__(self, model: ServedModel, table: RequestTable, outgoing: Outgoing) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        table: RequestTable,
+        outgoing: Outgoing,
+        count_connections: Callable[[bytes], tuple[int, int]] = lambda _connection: (0, 0),
+    ) -> None:
+        """``count_connections`` returns the number of all, and of those with the same owner as the one that asks."""
+        self._count_connections = count_connections
         self._model = model
         self._table = table
         self._quota = table.quota
@@ -45,7 +53,7 @@ class Queries:
         if query.kind == "models":
             self._outgoing.to_client(connection, self._models(query))
         elif query.kind == "health" and self._model.public_info.state in ("starting", "stopped"):
-            self._outgoing.to_client(connection, self._health(query, {}))
+            self._outgoing.to_client(connection, self._health(connection, query, {}))
         else:
             self._quota.check_question(account)
             self._quota.count_question(account)
@@ -59,9 +67,11 @@ class Queries:
         question = self._waiting.pop(reply.query_id, None)
         if question is not None:  # else its client has been answered
             self._quota.count_question(question.account, -1)
-            query = question.query
-            answer = (self._health if query.kind == "health" else self._stats)(query, reply.counters)
-            self._outgoing.to_client(question.connection, answer)
+            connection, query = question.connection, question.query
+            is_health = query.kind == "health"
+            counters = reply.counters
+            answer = self._health(connection, query, counters) if is_health else self._stats(query, counters)
+            self._outgoing.to_client(connection, answer)
 
     def give_up_overdue(self, now: float) -> None:
         """Answer in place of an engine that does not: it is stalled."""
@@ -71,15 +81,16 @@ class Queries:
             self._quota.count_question(question.account, -1)
             query = question.query
             if query.kind == "health":
-                stalled = self._health(query, {**self._counters, "stalled": 1.0})
+                stalled = self._health(question.connection, query, {**self._counters, "stalled": 1.0})
                 self._outgoing.to_client(question.connection, stalled)
             else:
                 text = f"the engine did not answer within {ENGINE_TIMEOUT_S:g} s"
                 refusal = Refusal("not_ready", text, RETRY_AFTER_S)
                 self._outgoing.to_client(question.connection, refusal.answer(query.id))
 
-    def _health(self, query: Query, counters: Mapping[str, float]) -> Health:
+    def _health(self, connection: bytes, query: Query, counters: Mapping[str, float]) -> Health:
         info = self._model.public_info
+        connections, own_connections = self._count_connections(connection)
         return Health(
             query.id,
             "stalled" if counters.get("stalled") else info.state,
@@ -95,6 +106,8 @@ class Queries:
             restarts=int(counters.get("restarts", 0)),
             last_recovery_s=round(counters.get("last_recovery_s", 0.0), 3),
             version=__version__,
+            connections=connections,
+            own_connections=own_connections,
         )
 
     def _stats(self, query: Query, counters: Mapping[str, float]) -> Stats:

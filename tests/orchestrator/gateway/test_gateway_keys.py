@@ -1,5 +1,6 @@
 """tcp with keys: who gets in, who is refused and told why, and what is kept apart between keys."""
 
+import contextlib
 import socket
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import zmq
 
 from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
 from harness.raw_peer import read_until_closed
+from harness.waiting import eventually
 from mgpu import Client, RequestFailed
 from mgpu.protocol.errors import ServerUnreachable
 from mgpu.protocol.front import framing
@@ -156,3 +158,24 @@ def test_a_reload_ends_what_a_removed_key_runs_and_lets_in_a_new_one(keyed: Gate
             Client(keyed.endpoint, keys=key_file(tmp_path, "alice"))
         keyed.engine.going.set()
         assert streams[1].completion().usage.completion_tokens == 400
+
+
+def test_a_key_may_have_so_many_connections_and_others_are_not_concerned(model_folder: Path, tmp_path: Path) -> None:
+    keys = ServerKeys(SERVER_SECRET, [public("alice"), public("bob")])
+    alice, bob = key_file(tmp_path, "alice"), key_file(tmp_path, "bob")
+    limits = ClientLimits(max_client_connections=3)
+    with (
+        GatewayProcess(model_folder, bind="tcp://127.0.0.1:0", keys=keys, client_keys=bob, limits=limits) as gateway,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(Client(gateway.endpoint, keys=alice)) for _ in range(3)]
+        assert [client.generate([5], max_tokens=1).token_ids for client in clients] == [(5,)] * 3
+        with pytest.raises(RequestFailed, match="has 4 connections, the limit is 3") as refused:
+            stack.enter_context(Client(gateway.endpoint, keys=alice, retries=0)).generate([5])
+        assert refused.value.code == "overloaded"
+        assert clients[0].generate([5], max_tokens=1).token_ids == (5,)
+        assert_serves(gateway.endpoint, keys=bob)
+        eventually(lambda: clients[0].health().own_connections == 3)
+        gateway.engine.tell(Reload(keys.clients, ClientLimits(max_client_connections=5)))
+        gateway.engine.wait_until_told()
+        assert_serves(gateway.endpoint, keys=alice)

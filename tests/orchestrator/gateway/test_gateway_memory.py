@@ -57,3 +57,13 @@ def test_the_bound_leaves_room_for_what_the_other_bounds_allow(limits: ClientLim
 def test_the_kernel_prefers_the_gateway_when_memory_runs_out(model_folder: Path) -> None:
     with GatewayProcess(model_folder, ready=False) as gateway:
         assert int(Path(f"/proc/{gateway.process.pid}/oom_score_adj").read_text()) >= 500
+
+
+def test_memory_is_tight_from_a_quarter_of_the_bound_on() -> None:
+    bound, limits = MemoryLimit(256 * MiB), ClientLimits()
+    assert not bound.is_tight(limits)
+    held = b"x" * (80 * MiB)
+    assert bound.is_tight(limits)
+    assert len(held) == 80 * MiB
+    del held
+    assert not bound.is_tight(limits)

@@ -1,0 +1,323 @@
+"""Every open connection of the front socket: whose it is, and which ones are ended.
+
+libzmq accepts connections by itself, as many as come. Its monitor reports the descriptor of each, and `descriptors.py`
+says whose it is and ends it. Ended are
+
+- connections that have not proven who they are, beyond a number for each address and for all, and those that take
+  long for it while memory is tight: libzmq keeps up to --max-request-bytes of each, unseen, for
+  `framing.HANDSHAKE_TIMEOUT_MS`. Chance decides which: an honest handshake takes milliseconds, and is hit as rarely as
+  it is short.
+- connections beyond what the limit of open files leaves: at the limit libzmq aborts the process. The owner with the
+  most goes first, and of its connections those that have never said anything. `accept_gate.py` keeps libzmq from
+  accepting more than can be ended in time.
+- connections of an owner beyond its own number, after they were told (`check`).
+- holders of a routing id that libzmq may be about to give to another (`routing_ids.py`).
+
+An *origin* is what is known at once: ``pid:N`` on ipc, an address on tcp. The *owner* is the origin, until the
+transport has proven a key. libzmq does not say which connection has just completed its handshake. The oldest that has
+not is taken for it (with keys: the oldest of the same address), until its first message tells.
+"""
+
+import random
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import zmq
+
+from mgpu.orchestrator.gateway.front.accept_gate import AcceptGate
+from mgpu.orchestrator.gateway.front.descriptors import PROCESS, Ender, inode_and_origin, unread_bytes
+from mgpu.orchestrator.gateway.front.open_connection import OpenConnection, excess
+from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.gateway.front.routing_ids import AutomaticIds
+from mgpu.protocol.front.framing import HANDSHAKE_TIMEOUT_MS
+
+MAX_UNPROVEN_OF_ADDRESS = 256
+MAX_UNPROVEN = 4096
+SLOW_HANDSHAKE_S = 0.1
+HANDSHAKE_S = HANDSHAKE_TIMEOUT_MS / 1000
+"""A connection that is open for longer has proven itself: else libzmq would have ended it."""
+GOODBYE_S = 1.0
+"""Time for the answer that says why a connection ends."""
+SILENCE_S = 0.5
+"""Who says nothing for so long may hold a routing id for no good purpose."""
+CHECK_INTERVAL_S = 0.25
+IDS_AHEAD, MAX_IDS_AHEAD = 64, 4000
+EVENTS_PER_TURN = 2000
+KEPT_SHARE, MOST_SHARE = 0.95, 1.1
+"""Of the connections that are possible: so many stay when there are more, and so many are accepted at all."""
+FREE_SHARE, LEAST_FREE = 0.25, 1000
+"""While no more than this share is open, and it is so many, libzmq accepts connections as they come."""
+_MONITOR = "inproc://front-monitor"
+_EVENTS = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+_GATE_S = 0.05
+
+
+class Connections:
+    """The table of open connections, kept by the events of libzmq's monitor."""
+
+    def __init__(
+        self,
+        context: "zmq.Context[Any]",
+        router: "zmq.Socket[Any]",
+        automatic_ids: AutomaticIds,
+        max_open: int,
+        has_keys: bool,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make it before ``router`` is bound. ``max_open``: all that the process has descriptors for."""
+        self.max_of_key = self.max_open = max_open
+        self.crowd = ""
+        """The owner of the most connections while there are too many."""
+        self._router = router
+        self._ids = automatic_ids
+        self._clock_s = clock_s
+        self._open: dict[int, OpenConnection] = {}
+        self._by_name: dict[bytes, OpenConnection] = {}
+        self._unproven: defaultdict[str, dict[int, OpenConnection]] = defaultdict(dict)
+        """By origin, the oldest first."""
+        self._in_handshake: dict[int, OpenConnection] = {}
+        """The same, of all origins."""
+        self._has_keys = has_keys
+        self._counts: Counter[str] = Counter()
+        """By owner."""
+        self._ending: list[OpenConnection] = []
+        self._closing: set[int] = set()
+        """Descriptors of ended connections that libzmq has not closed yet."""
+        self._gate = AcceptGate()
+        self._num_admitted = 0
+        """Since routing ids were last looked at."""
+        self._next_check_s = 0.0
+        self._random = random.Random()
+        self._ender = Ender()
+        self.monitor = context.socket(zmq.PAIR)
+        self.monitor.setsockopt(zmq.LINGER, 0)
+        self.monitor.setsockopt(zmq.RCVHWM, 0)  # at a limit libzmq's own thread would wait for this one
+        router.monitor(_MONITOR, _EVENTS)
+        self.monitor.connect(_MONITOR)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_unproven(self) -> int:
+        return len(self._in_handshake)
+
+    def count_for(self, connection: bytes) -> tuple[int, int]:
+        """Return the number of open connections, and of those that have the same owner as this one."""
+        return len(self._open), self._counts[self.owner_of(connection)]
+
+    def owner_of(self, connection: bytes) -> str:
+        """Return whose a connection is that has sent a message; empty if that is not known."""
+        found = self._by_name.get(connection)
+        return "" if found is None else found.owner
+
+    def flooding(self) -> str:
+        """Return the owner of whose bytes the kernel holds the most because they come faster than libzmq reads."""
+        unread: Counter[str] = Counter()
+        for each in self._open.values():
+            with suppress(OSError):
+                unread[each.owner] += unread_bytes(each.fd)
+        [(owner, nbytes)] = unread.most_common(1) or [("", 0)]
+        return owner if nbytes else ""
+
+    # ------------------------------------------------------------ what happens
+
+    def update(self, admitted: Iterable[tuple[str, str]]) -> None:
+        """Take in what has happened, and end what is too much. Call it in every turn.
+
+        ``admitted`` are origin and owner of the connections that access control has let in since the last call.
+        """
+        now_s = self._clock_s()
+        self._read_events(now_s)
+        for origin, owner in admitted:
+            if owner != origin:  # without a key access control is asked before the handshake
+                self._prove_oldest(self._unproven.get(origin, {}), owner)
+        self._bound_unproven(now_s)
+        self._bound_open()
+        self._accept_more()
+        if now_s >= self._next_check_s:
+            self._next_check_s = now_s + CHECK_INTERVAL_S
+            self._end_due(now_s)
+            self._free_routing_ids(now_s)
+
+    def end_slow_handshakes(self) -> None:
+        """End what has been open for a while and has not proven anything: libzmq may hold a megabyte of each."""
+        oldest_s = self._clock_s() - SLOW_HANDSHAKE_S
+        for found in [each for each in self._in_handshake.values() if each.since_s < oldest_s]:
+            self._end(found)
+
+    def on_bound(self) -> None:
+        """Begin to bound what is accepted; call it when the socket was bound."""
+        deadline_s = self._clock_s() + _GATE_S
+        self.update(())
+        while not self._gate.is_complete and self._clock_s() < deadline_s:
+            self.update(())
+
+    def introduce(self, connection: bytes, frame: zmq.Frame, owner: str) -> None:
+        """Note whose ``connection`` is by a ``frame`` of its message. For one that is known this costs a look-up."""
+        if connection in self._by_name:
+            return
+        with suppress(zmq.ZMQError, ValueError):  # not from a descriptor
+            fd = int(frame.get("__fd"))
+            if fd not in self._open:
+                self._read_events(self._clock_s())
+            found = self._open.get(fd)
+            if found is not None:
+                self._prove(found, owner or found.origin)
+                found.name = connection
+                self._by_name[connection] = found
+                if self._ids.is_chosen(connection):
+                    self._judge(found)
+
+    def check(self, connection: bytes) -> None:
+        """Raise Refusal if a connection that has sent a message may not stay; it is ended a moment later."""
+        found = self._by_name.get(connection)
+        if found is not None and found.has_chosen_id:
+            text = "a routing id of five bytes that begins with zero is the server's own; choose another, or none"
+            raise Refusal("bad_request", text)
+        if found is not None and found.end_at_s is not None:
+            most, count = self._most_of(found.owner), self._counts[found.owner]
+            text = f"this client has {count} connections, the limit is {most}; close some, or let programs share one"
+            raise Refusal("overloaded", text, RETRY_AFTER_S)
+
+    def _judge(self, found: OpenConnection) -> None:
+        """End a connection that has chosen its id. libzmq reports each handshake before the first message after it."""
+        self._read_events(self._clock_s(), sys.maxsize)
+        if self._ids.is_chosen(found.name):
+            found.has_chosen_id = True
+            self._end_soon(found)
+
+    def _read_events(self, now_s: float, most: int = EVENTS_PER_TURN) -> None:
+        for _ in range(most):
+            try:
+                data = self.monitor.recv_multipart(zmq.NOBLOCK)[0]
+            except zmq.Again:
+                return
+            event, fd = int.from_bytes(data[:2], "little"), int.from_bytes(data[2:6], "little")
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._num_admitted += 1
+                self._ids.num_given += 1
+                if not self._has_keys:
+                    self._prove_oldest(self._in_handshake)
+                continue
+            self._closing.discard(fd)
+            if fd in self._open:
+                self._forget(self._open[fd])
+            if event == zmq.EVENT_LISTENING:
+                self._gate.add(fd)
+            elif event == zmq.EVENT_ACCEPTED:
+                with suppress(OSError):  # it has ended already
+                    self._add(fd, now_s)
+
+    def _add(self, fd: int, now_s: float) -> None:
+        inode, origin = inode_and_origin(fd)
+        found = OpenConnection(fd, inode, origin, origin, now_s)
+        self._open[fd] = self._unproven[origin][fd] = self._in_handshake[fd] = found
+        self._counts[origin] += 1
+
+    def _prove_oldest(self, waiting: dict[int, OpenConnection], owner: str = "") -> None:
+        for found in waiting.values():
+            self._prove(found, owner or found.origin)
+            return
+
+    def _prove(self, found: OpenConnection, owner: str) -> None:
+        """Note that a connection has proven to be ``owner``'s; if that is one too many, it has to go."""
+        found.is_proven = True
+        self._leave_unproven(found)
+        if found.owner != owner:
+            self._uncount(found)
+            found.owner = owner
+            self._counts[owner] += 1
+        if self._counts[owner] > self._most_of(owner):
+            self._end_soon(found)
+
+    def _most_of(self, owner: str) -> int:
+        """Return how many connections an owner may have. An address may be that of many, so it may have all."""
+        if owner.startswith(PROCESS):
+            return max(self.max_of_key, self.max_open // 2)
+        return self.max_of_key if owner.startswith("key:") else self.max_open
+
+    def _forget(self, found: OpenConnection) -> None:
+        del self._open[found.fd]
+        self._leave_unproven(found)
+        self._uncount(found)
+        if self._by_name.get(found.name) is found:
+            del self._by_name[found.name]
+
+    def _uncount(self, found: OpenConnection) -> None:
+        self._counts[found.owner] -= 1
+        if not self._counts[found.owner]:
+            del self._counts[found.owner]
+
+    def _leave_unproven(self, found: OpenConnection) -> None:
+        self._in_handshake.pop(found.fd, None)
+        of_origin = self._unproven.get(found.origin, {})
+        if of_origin.pop(found.fd, None) is not None and not of_origin:
+            del self._unproven[found.origin]
+
+    # -------------------------------------------------------- what is too much
+
+    def _bound_unproven(self, now_s: float) -> None:
+        for origin, waiting in list(self._unproven.items()):
+            for old in [each for each in waiting.values() if now_s - each.since_s > HANDSHAKE_S]:
+                self._prove(old, old.owner)
+            most = MAX_UNPROVEN if origin.startswith(PROCESS) else MAX_UNPROVEN_OF_ADDRESS
+            self._end_any(origin, len(waiting) - most)
+        while self.num_unproven > MAX_UNPROVEN:
+            self._end_any(max(self._unproven, key=lambda origin: len(self._unproven[origin])), 1)
+
+    def _end_any(self, origin: str, count: int) -> None:
+        if count > 0:
+            for found in self._random.sample(list(self._unproven[origin].values()), count):
+                self._end(found)
+
+    def _bound_open(self) -> None:
+        kept = int(self.max_open * KEPT_SHARE)
+        if len(self._open) > self.max_open:
+            self.crowd = self._counts.most_common(1)[0][0]
+            for found in excess(self._open.values(), kept):
+                self._end(found)
+        elif len(self._open) < kept:
+            self.crowd = ""
+
+    def _accept_more(self) -> None:
+        num_open = len(self._open) + len(self._closing)
+        free = self.max_open * FREE_SHARE
+        if num_open <= free and free >= LEAST_FREE:
+            self._gate.set(one_at_a_time=False)
+        elif num_open < int(self.max_open * MOST_SHARE):
+            self._gate.set(one_at_a_time=True)
+
+    def _end_due(self, now_s: float) -> None:
+        due = [each for each in self._ending if each.end_at_s is not None and each.end_at_s <= now_s]
+        self._ending = self._ending[len(due) :]  # all have waited equally long
+        for found in due:
+            self._end(found)
+
+    def _free_routing_ids(self, now_s: float) -> None:
+        """End the silent connections if an id that is about to be given away is held."""
+        admitted, self._num_admitted = self._num_admitted, 0
+        if admitted and self._ids.held_ahead(min(IDS_AHEAD + 4 * admitted, MAX_IDS_AHEAD)):
+            for found in list(self._open.values()):
+                if found.is_proven and not found.name and now_s - found.since_s > SILENCE_S:
+                    self._end(found)
+
+    def _end_soon(self, found: OpenConnection) -> None:
+        if found.end_at_s is None:
+            found.end_at_s = self._clock_s() + GOODBYE_S
+            self._ending.append(found)
+
+    def _end(self, found: OpenConnection) -> None:
+        if self._open.get(found.fd) is found:
+            self._forget(found)
+            self._closing.add(found.fd)
+            self._ender.end(found.fd, found.inode)
+
+    def close(self) -> None:
+        self._router.monitor(None, 0)
+        self.monitor.close()
+        self._ender.close()

@@ -1,0 +1,62 @@
+"""What the kernel knows of a connection that libzmq has accepted, and how to end it, by the number of its descriptor.
+
+libzmq reads, writes and closes these descriptors in its own thread, at any time. Looking at one is safe; what is seen
+may be of another file by then, so `Ender` compares the inode of the socket before it ends anything.
+"""
+
+import fcntl
+import os
+import socket
+import struct
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+PROCESS = "pid:"
+"""How the origin of an ipc connection begins."""
+_CREDENTIALS = struct.Struct("iII")
+
+
+def inode_and_origin(fd: int) -> tuple[int, str]:
+    """Return the inode of a connection's socket, and whose it is: ``pid:N`` or an address. OSError when it is gone."""
+    inode = os.fstat(fd).st_ino
+    with _borrowed(fd) as connection:
+        if connection.family == socket.AF_UNIX:
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            return inode, f"{PROCESS}{_CREDENTIALS.unpack(credentials)[0]}"
+        return inode, str(connection.getpeername()[0])
+
+
+def unread_bytes(fd: int) -> int:
+    """Return how many bytes of a connection the kernel holds because libzmq has not read them. OSError."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), "little")
+
+
+class Ender:
+    """Ends connections, also when no further descriptor can be opened."""
+
+    def __init__(self) -> None:
+        self._null, self._spare = (os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(2))
+
+    def end(self, fd: int, inode: int) -> None:
+        """Shut down the connection, unless libzmq has closed it. libzmq sees the end of the stream and closes it."""
+        with suppress(OSError):
+            os.dup2(fd, self._spare, inheritable=False)  # this number cannot pass to another file meanwhile
+            if os.fstat(self._spare).st_ino == inode:
+                with _borrowed(self._spare) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+        os.dup2(self._null, self._spare, inheritable=False)
+
+    def close(self) -> None:
+        os.close(self._null)
+        os.close(self._spare)
+
+
+@contextmanager
+def _borrowed(fd: int) -> Iterator[socket.socket]:
+    """Use a descriptor as a socket without closing it. OSError if it is none."""
+    connection = socket.socket(fileno=fd)
+    try:
+        yield connection
+    finally:
+        connection.detach()

@@ -1,0 +1,33 @@
+"""One open connection of the front socket, and the choice of those that have to go."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, eq=False)
+class OpenConnection:
+    """One connection of the front socket."""
+
+    fd: int
+    inode: int
+    origin: str
+    owner: str
+    since_s: float
+    is_proven: bool = False
+    name: bytes = b""
+    """The ROUTER's id, once it has sent a message."""
+    has_chosen_id: bool = False
+    """``name`` is one that the ROUTER has yet to give to another."""
+    end_at_s: float | None = None
+
+
+def excess(connections: Iterable[OpenConnection], kept: int) -> list[OpenConnection]:
+    """Return what has to go so that ``kept`` stay: of the owner with the most, first the silent, then the oldest."""
+    groups: defaultdict[str, list[OpenConnection]] = defaultdict(list)
+    for each in connections:
+        groups[each.owner].append(each)
+    for group in groups.values():
+        group.sort(key=lambda each: (bool(each.name), each.since_s), reverse=True)
+    count = sum(map(len, groups.values()))
+    return [max(groups.values(), key=len).pop() for _ in range(count - kept)]

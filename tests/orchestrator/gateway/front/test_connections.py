@@ -1,0 +1,204 @@
+"""The open connections of the front channel: counted by owner, bounded, and ended without harm to others."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from harness.gateway_process import GatewayProcess, assert_serves
+from harness.raw_peer import RawPeer
+from harness.waiting import eventually
+from harness.zmtp_flood import GREETING, raw_connection
+from mgpu.orchestrator.gateway.front import connections as module
+from mgpu.orchestrator.gateway.front.open_connection import OpenConnection, excess
+from mgpu.orchestrator.gateway.front.socket import FrontSocket
+from mgpu.protocol.front import framing
+
+
+class Front:
+    """A front socket whose loop is the test."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = FrontSocket(self.context, endpoint, 1 << 20)
+        self.connections = self.socket.connections
+        self.received: list[bytes] = []
+        self.peers: list[zmq.Socket[bytes]] = []
+
+    def turn(self) -> bool:
+        self.socket.access.answer_requests()
+        self.socket.begin_turn()
+        while (received := self.socket.receive()) is not None:
+            self.received.append(received.connection)
+        return True
+
+    def run_until(self, count: int) -> None:
+        """Take turns until so many connections are open."""
+        eventually(lambda: self.turn() and len(self.connections) == count, lambda: len(self.connections))
+
+    def dealer(self, routing_id: bytes = b"", speaks: bool = True) -> "zmq.Socket[bytes]":
+        peer = self.context.socket(zmq.DEALER)
+        self.peers.append(peer)
+        peer.setsockopt(zmq.LINGER, 0)
+        peer.setsockopt(zmq.RECONNECT_IVL, -1)
+        if routing_id:
+            peer.setsockopt(zmq.ROUTING_ID, routing_id)
+        peer.connect(self.socket.endpoint)
+        if speaks:
+            peer.send_multipart(framing.pack({"id": 1}))
+        return peer
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def front(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Front]:
+    found = Front(f"ipc://{tmp_path}/front" if request.param == "ipc" else "tcp://127.0.0.1:0")
+    yield found
+    for peer in found.peers:
+        peer.close()
+    found.socket.close()
+    found.context.destroy(0)
+
+
+def test_connections_are_counted_by_owner_while_they_are_open(front: Front) -> None:
+    peers = [front.dealer() for _ in range(3)]
+    eventually(lambda: front.turn() and len(front.received) == 3)
+    owner = f"pid:{os.getpid()}" if front.socket.endpoint.startswith("ipc") else "127.0.0.1"
+    assert {front.connections.owner_of(name) for name in front.received} == {owner}
+    assert front.connections.count_for(front.received[0]) == (3, 3)
+    peers.pop().close()
+    front.run_until(2)
+    for peer in peers:
+        peer.close()
+    front.run_until(0)
+    assert front.connections.count_for(front.received[0]) == (0, 0)
+
+
+def test_of_many_that_prove_nothing_only_a_bounded_number_stays(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_UNPROVEN_OF_ADDRESS", 5)
+    monkeypatch.setattr(module, "MAX_UNPROVEN", 5)
+    family, address = endpoint_address(front.socket.endpoint)
+    with contextlib.ExitStack() as stack:
+        proven = front.dealer()
+        eventually(lambda: front.turn() and front.received)
+        for _ in range(40):
+            raw = stack.enter_context(socket.socket(family))
+            raw.connect(address)
+        front.run_until(6)
+        front.dealer().close()
+        proven.send_multipart(framing.pack({"id": 2}))
+        eventually(lambda: front.turn() and front.received[-1] == front.received[0])
+
+
+def endpoint_address(endpoint: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
+    if endpoint.startswith("ipc://"):
+        return socket.AF_UNIX, endpoint.removeprefix("ipc://")
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    return socket.AF_INET, (host, int(port))
+
+
+def test_a_chosen_id_of_the_kind_that_libzmq_gives_is_refused_and_ended(front: Front) -> None:
+    front.dealer(b"\0mine")  # chosen: 4.3 billion to one that it was not given yet
+    front.dealer(b"\0of another kind")
+    eventually(lambda: front.turn() and len(front.received) == 2)
+    chosen = front.received.index(b"\0mine")
+    with pytest.raises(module.Refusal, match="routing id"):
+        front.connections.check(front.received[chosen])
+    front.connections.check(front.received[1 - chosen])
+    front.run_until(1)
+
+
+def test_a_held_id_that_libzmq_comes_near_is_freed(front: Front) -> None:
+    """Holders that say nothing: libzmq would abort the process when it gives their id to another."""
+    ids = front.connections._ids
+    ahead = [b"\0" + ((ids._first + distance) % 2**32).to_bytes(4, "big") for distance in range(150, 190)]
+    for name in ahead:
+        front.dealer(name, speaks=False)
+    speaker = front.dealer()
+    front.run_until(41)
+    eventually(lambda: front.turn() and ids.held_ahead(150))
+
+    def connect_once() -> bool:
+        count = len(front.received)
+        peer = front.dealer()
+        eventually(lambda: front.turn() and len(front.received) > count)
+        peer.close()
+        return front.turn()
+
+    eventually(lambda: connect_once() and len(front.connections) < 20)
+    assert ids.num_given < 150, "before libzmq is there"
+    eventually(lambda: front.turn() and not ids.held_ahead(200))
+    speaker.send_multipart(framing.pack({"id": 2}))
+    eventually(lambda: front.turn() and front.received[-1] == front.received[0])
+
+
+def test_the_owner_of_the_most_loses_its_silent_and_oldest_connections_first() -> None:
+    def connection(fd: int, owner: str, name: bytes = b"") -> OpenConnection:
+        return OpenConnection(fd, 0, owner, owner, since_s=float(fd), name=name)
+
+    many = [connection(fd, "pid:1", b"spoke" if fd % 2 else b"") for fd in range(10)]
+    few = [connection(fd, "pid:2") for fd in range(10, 13)]
+    assert [each.fd for each in excess(many + few, 13)] == []
+    assert [each.fd for each in excess(many + few, 6)] == [0, 2, 4, 6, 8, 1, 3]
+
+
+@pytest.mark.parametrize("limit", [256, 128, 80])
+def test_idle_connections_up_to_the_limit_of_files_end_nothing(model_folder: Path, limit: int) -> None:
+    """At the limit libzmq (4.3.5, ipc_listener.cpp) aborts the process."""
+    with GatewayProcess(model_folder, before=f"ulimit -n {limit};") as gateway, contextlib.ExitStack() as stack:
+        running = RawPeer(gateway.endpoint)
+        gateway.engine.going.clear()
+        running.say(type="generate", id=1, prompt_ids=[5], max_tokens=5)
+        assert running.hear()["type"] == "accepted"
+        idle = open_idle(gateway.endpoint, 300, stack)
+        gateway.engine.going.set()
+        assert running.hear_all(1)[-1]["finish_reasons"] == ["length"]
+        assert_serves(gateway.endpoint)
+        assert gateway.process.poll() is None
+        running.close()
+        assert idle
+
+
+def test_halves_of_handshakes_fill_no_memory(model_folder: Path) -> None:
+    """Each may be as large as a message, and libzmq keeps it for seconds."""
+    mib = 1 << 20
+    half = GREETING + b"\x06" + mib.to_bytes(8, "big") + bytes(mib - 1)
+    with GatewayProcess(model_folder, memory_bytes=512 * mib) as gateway, contextlib.ExitStack() as stack:
+        for _ in range(1000):
+            peer = stack.enter_context(socket.socket(socket.AF_UNIX))
+            peer.connect(gateway.endpoint.removeprefix("ipc://"))
+            with contextlib.suppress(OSError):  # it is ended already
+                peer.sendall(half)
+        assert_serves(gateway.endpoint)
+        assert gateway.process.poll() is None
+        eventually(lambda: gateway.resident_bytes() < 256 * mib)
+
+
+def open_idle(endpoint: str, count: int, stack: contextlib.ExitStack) -> list[object]:
+    """Open connections that complete their handshake and say nothing; a few at a time, as the gateway ends some."""
+    found: list[object] = []
+    for _ in range(count):
+        with contextlib.suppress(OSError):
+            found.append(stack.enter_context(raw_connection(endpoint)))
+    return found
+
+
+def test_a_process_is_asked_for_by_its_number(front: Front, tmp_path: Path) -> None:
+    if front.socket.endpoint.startswith("tcp"):
+        pytest.skip("tcp does not tell the process")
+    code = (
+        "import sys, zmq; s = zmq.Context().socket(zmq.DEALER); s.connect(sys.argv[1]); "
+        "s.send_multipart([b'mgpu1', b'x']); sys.stdin.read()"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, front.socket.endpoint], stdin=subprocess.PIPE)
+    try:
+        eventually(lambda: front.turn() and front.received)
+        assert front.connections.owner_of(front.received[0]) == f"pid:{child.pid}"
+    finally:
+        child.kill()
+        child.communicate()
