@@ -11,7 +11,9 @@ from pathlib import Path
 
 import click
 
+from mgpu.launch.completion import complete_model
 from mgpu.launch.config import ServeConfig, load_config
+from mgpu.launch.config_file import absolute, toml_value
 from mgpu.launch.pages.help import Command
 from mgpu.orchestrator.errors import UserError
 
@@ -23,6 +25,7 @@ REPLACED = (Path("/tmp"), Path("/var/tmp"))
 """Folders that PrivateTmp=yes replaces by empty ones."""
 _MAX_LINKS = 40
 """As many as Linux follows."""
+_EXAMPLE_MODEL = 'model = "/var/lib/mgpu/models/NAME-OF-THE-MODEL"'
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _UNIT_PATH = re.compile(r"/[\w/.+@-]+")
 
@@ -50,15 +53,19 @@ class ServiceFile:
     "install-service",
     cls=Command,
     examples=(
-        "sudo mgpu-launch install-service qwen3-32b",
+        "sudo mgpu-launch install-service qwen3-32b -m /srv/models/Qwen3-32B",
         "mgpu-launch install-service qwen3-32b --user",
     ),
 )
 @click.argument("name")
+@click.option(
+    "-m", "--model", default="", shell_complete=complete_model,
+    help="The model that the new configuration names, as for serve.",
+)  # fmt: skip
 @click.option("--user", is_flag=True, help="Install a service of this user, without root, instead of a system service.")
 @click.option("--root", type=click.Path(path_type=Path, file_okay=False), help="Write below this folder instead of /.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
-def install_service_command(name: str, user: bool, root: Path | None, dry_run: bool) -> None:
+def install_service_command(name: str, model: str, user: bool, root: Path | None, dry_run: bool) -> None:
     """Install the systemd unit mgpu@.service and a configuration for mgpu@NAME, and say what to type next.
 
     An existing configuration is kept. Nothing is started.
@@ -67,12 +74,17 @@ def install_service_command(name: str, user: bool, root: Path | None, dry_run: b
     if not user and root is None:  # below another root, it is for another machine
         check_reachable([launcher, *installation_paths()])
     config = config_dir(user, os.environ) / f"{checked_name(name)}.toml"
-    files = [at_root(file, root) for file in service_files(config, user, launcher)]
+    model = absolute(model)
+    files = [at_root(file, root) for file in service_files(config, user, launcher, model)]
     kept = [file for file in files if file.keep and is_there(file.path)]
     for file in kept:
         found, _ = load_config({}, {}, file.path)  # a ConfigError now is better than a service that does not start
+        if model and found.model != model:
+            raise InstallError(f"{file.path} is kept and has model = {found.model!r}; change it there, or remove it")
         if not user and root is None:
             check_named(file.path, found)
+    if model and not kept and root is None:
+        check_model(config, model, user)
     for file in files:
         if file in kept:
             click.echo(f"kept {file.path}")
@@ -81,7 +93,9 @@ def install_service_command(name: str, user: bool, root: Path | None, dry_run: b
         else:
             write(file)
             click.echo(f"wrote {file.path}")
-    click.echo("\nNext:\n" + "\n".join(f"  {line}" for line in next_commands(name, config, user, launcher)))
+    click.echo(
+        "\nNext:\n" + "\n".join(f"  {line}" for line in next_commands(name, config, user, launcher, bool(model)))
+    )
 
 
 def checked_name(name: str) -> str:
@@ -130,6 +144,14 @@ def check_named(file: Path, config: ServeConfig) -> None:
             _check_hidden(Path(path), HIDDEN + REPLACED, subject, way_out)
 
 
+def check_model(config: Path, model: str, user: bool) -> None:
+    """Raise InstallError for a path that does not exist, or that the system service cannot see."""
+    if model.startswith(("/", ".")) and not os.path.exists(model):
+        raise InstallError(f"-m {model}: no such file or folder")
+    if not user:
+        check_named(config, ServeConfig(model=model))
+
+
 def _check_hidden(path: Path, hidden_folders: Iterable[Path], subject: str, way_out: str) -> None:
     for place in places_on_the_way(path):
         for hidden in hidden_folders:
@@ -156,7 +178,7 @@ def config_dir(user: bool, environ: Mapping[str, str]) -> Path:
     return own / "mgpu" if user else Path("/etc/mgpu")
 
 
-def service_files(config: Path, user: bool, launcher: str) -> Iterator[ServiceFile]:
+def service_files(config: Path, user: bool, launcher: str, model: str = "") -> Iterator[ServiceFile]:
     """Yield the files of a service, the configuration last."""
     unit_dir = config.parent.parent / "systemd" / ("user" if user else "system")
     unit = shipped("mgpu-user@.service" if user else "mgpu@.service")
@@ -164,7 +186,13 @@ def service_files(config: Path, user: bool, launcher: str) -> Iterator[ServiceFi
     if not user:
         yield ServiceFile(Path("/etc/sysusers.d/mgpu.conf"), shipped("mgpu.sysusers.conf"))
         yield ServiceFile(Path("/etc/tmpfiles.d/mgpu.conf"), shipped("mgpu.tmpfiles.conf"))
-    yield ServiceFile(config, shipped("example.toml"), keep=True)
+    yield ServiceFile(config, example_config(model), keep=True)
+
+
+def example_config(model: str) -> str:
+    """Return the shipped configuration, with this model if one is named."""
+    text = shipped("example.toml")
+    return text.replace(_EXAMPLE_MODEL, f"model = {toml_value(model)}") if model else text
 
 
 def shipped(name: str) -> str:
@@ -205,11 +233,12 @@ def _no_permission(path: Path, verb: str) -> NoPermission:
     return NoPermission(f"no permission to {verb} {path}: run it with sudo, or use --user for a service of your own")
 
 
-def next_commands(name: str, config: Path, user: bool, launcher: str) -> list[str]:
+def next_commands(name: str, config: Path, user: bool, launcher: str, has_model: bool = False) -> list[str]:
     """Return what to type after the files are written."""
+    edit = [] if has_model else [f"{'$EDITOR' if user else 'sudoedit'} {config}    # name the model"]
     if user:
         return [
-            f"$EDITOR {config}    # name the model",
+            *edit,
             f"{launcher} plan --config {config}    # does it fit?",
             "systemctl --user daemon-reload",
             f"systemctl --user enable --now mgpu@{name}",
@@ -218,7 +247,7 @@ def next_commands(name: str, config: Path, user: bool, launcher: str) -> list[st
         ]
     return [
         "sudo systemd-sysusers mgpu.conf && sudo systemd-tmpfiles --create mgpu.conf",
-        f"sudoedit {config}    # name the model",
+        *edit,
         f"sudo -u mgpu {launcher} plan --config {config}    # does it fit, may the service read it?",
         "sudo systemctl daemon-reload",
         f"sudo systemctl enable --now mgpu@{name}",

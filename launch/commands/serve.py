@@ -16,14 +16,14 @@ from mgpu.launch.http import http_address
 from mgpu.launch.options import config_options, model_argument, read_config
 from mgpu.launch.pages.help import Command
 from mgpu.launch.pages.layout import layout_for
+from mgpu.launch.preflight import check_open_files, check_options, keys_for
 from mgpu.launch.prepare import LEAST_FILES, PlannedModel, client_limits, part_of, prepare
 from mgpu.launch.values import ConfigError
 from mgpu.orchestrator.config import Restarts, ServerConfig, Timeouts
-from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.gateway.front.endpoint import check_endpoint
+from mgpu.orchestrator.gateway.front.endpoint import try_endpoint
 from mgpu.orchestrator.host.listening import listening
 from mgpu.orchestrator.host.reload import Reloadable
-from mgpu.orchestrator.host.server_keys import describe, load_server_keys
+from mgpu.orchestrator.host.server_keys import describe
 from mgpu.orchestrator.placement.devices import worker_environment
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
@@ -56,12 +56,10 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
 
     notifier = Notifier.from_environment(os.environ)
     config, origins = read_config(config_file, flags)
-    if any("\ud800" <= character <= "\udfff" for character in config.served_name):  # bytes that are not UTF-8
-        raise ConfigError("--served-name must be UTF-8 text")
     allow_open_files()
-    keys = keys_for(config.bind, config.keys)
+    keys = check_options(config, origins)
     if config.bind:
-        check_endpoint(config.bind, keys is not None)
+        try_endpoint(config.bind, keys is not None)
     configure_logging()
     log_security(config, keys)
     with listening(http_address(config, origins["http"] != "default"), config.http_no_auth) as listener:
@@ -88,21 +86,12 @@ def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, A
     return Reloadable(keys, client_limits(changed), changed.drain_timeout_s, needs_restart)
 
 
-def keys_for(bind: str, folder: str, needs_clients: bool = True) -> ServerKeys | None:
-    """Load the keys if ``bind`` is tcp; else MGPU_KEYS may be meant for a client. KeysError for unusable keys."""
-    return load_server_keys(folder, os.environ, needs_clients) if bind.startswith("tcp://") else None
-
-
 def allow_open_files() -> None:
     """Raise a low limit of open files, also for child processes. UserError when that is not allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= LEAST_FILES:
         return
-    if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
-        raise UserError(
-            f"a process may have {hard} open files here and a server needs {LEAST_FILES}: raise the limit first "
-            "(ulimit -n 1024, or LimitNOFILE=1024 in a unit)"
-        )
+    check_open_files()
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 4 * LEAST_FILES, hard))
 
 

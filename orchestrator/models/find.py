@@ -130,8 +130,10 @@ def check_loadable(checkpoint: Checkpoint) -> None:
         raise ModelError(f"reading {', '.join(blocks)} tensors needs the gguf package; type: pip install gguf")
 
 
-def read_model_to_plan(model: ResolvedModel) -> Checkpoint:
+def read_model_to_plan(model: ResolvedModel, load_format: LoadFormat = "auto") -> Checkpoint:
     """Read a model to plan it. Its weights may be absent: a folder with config.json alone is enough."""
+    if load_format == "dummy":
+        return read_model(model, load_format)
     try:
         is_complete = model.format == "gguf" or has_weights(Path(model.path))
     except OSError as error:

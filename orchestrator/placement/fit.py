@@ -196,6 +196,15 @@ def _where(row: RankRow) -> str:
 
 
 def _ways_out(sizing: Sizing, tokens: int) -> str:
+    """Return what to change. If a long --max-seq-len is what rules a simpler way out, that is said."""
+    ways, asked = _ways_for(sizing, tokens), sizing.options.max_seq_len
+    least = _up_to_blocks(min(LEAST_TOKENS, sizing.facts.max_position), sizing.options)
+    if asked is None or asked <= least or (shorter := _ways_for(sizing, least)) == ways:
+        return ways
+    return f"For --max-seq-len {asked}: {ways}. With a shorter one, or without it: {shorter}"
+
+
+def _ways_for(sizing: Sizing, tokens: int) -> str:
     if sizing.options.kv_memory:
         return "Lower --kv-memory, or leave it out"
     if sizing.machine.kind == "cpu":

@@ -4,7 +4,8 @@ import resource
 
 import pytest
 
-from mgpu.launch.commands.serve import LEAST_FILES, allow_open_files
+from mgpu.launch.commands.serve import allow_open_files
+from mgpu.launch.prepare import LEAST_FILES
 from mgpu.orchestrator.errors import UserError
 
 ENDLESS = resource.RLIM_INFINITY

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mgpu.launch.commands.keygen import make_client, make_server
-from mgpu.launch.commands.serve import keys_for, read_again
+from mgpu.launch.commands.serve import read_again
 from mgpu.launch.config import load_config
+from mgpu.launch.preflight import keys_for
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.reload import Reloader
 

@@ -22,6 +22,20 @@ class BindError(UserError):
     """The front endpoint cannot be bound; the text says what to use instead."""
 
 
+class EndpointInUse(BindError):
+    """Another program has the endpoint. It may end, so this is no mistake of the configuration."""
+
+    exit_code = 1
+
+
+def try_endpoint(endpoint: str, has_keys: bool = False) -> None:
+    """Bind an endpoint for a moment. BindError says before anything is started what the gateway would meet later."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        bound, lock = bind(socket, endpoint, has_keys)
+    release(bound, lock)
+
+
 def bind(socket: "zmq.Socket[Any]", endpoint: str, has_keys: bool = False) -> tuple[str, int]:
     """Bind ``socket``; return the endpoint for clients (a TCP port 0 is resolved) and the lock of an ipc path, else -1.
 
@@ -81,8 +95,9 @@ def _bind(socket: "zmq.Socket[Any]", endpoint: str) -> None:
     except zmq.ZMQError as error:
         reason, way_out = error.strerror, "choose another --bind"
         if error.errno == errno.EADDRINUSE:
-            reason = "another program is listening there"
-        elif error.errno in (errno.ENODEV, errno.EADDRNOTAVAIL):
+            text = f"cannot bind {endpoint}: another program is listening there; {way_out}"
+            raise EndpointInUse(text) from None
+        if error.errno in (errno.ENODEV, errno.EADDRNOTAVAIL):
             reason, way_out = "this machine has no such address", "see `ip address`"
         raise BindError(f"cannot bind {endpoint}: {reason}; {way_out}") from None
 
@@ -110,7 +125,7 @@ def _lock_ipc(path: str) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise BindError(f"another server is listening on ipc://{path}; choose another --bind") from None
+            raise EndpointInUse(f"another server is listening on ipc://{path}; choose another --bind") from None
         if names_open_file(path + ".lock", lock):
             return lock
         os.close(lock)  # its owner has just removed it (see `release`): a file without a name locks nobody out

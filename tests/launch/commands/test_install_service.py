@@ -19,7 +19,7 @@ from mgpu.launch.commands.install_service import (
     places_on_the_way,
     write,
 )
-from mgpu.launch.config import ServeConfig
+from mgpu.launch.config import ServeConfig, load_config
 from mgpu.launch.values import ConfigError
 
 LAUNCHER = "/opt/mgpu/bin/mgpu-launch"
@@ -51,6 +51,35 @@ def test_the_system_service_is_made_for_this_installation(tmp_path: Path) -> Non
     assert "/usr/bin/mgpu-launch" not in unit
     assert "systemctl enable --now mgpu@qwen3-32b" in done.output
     assert "sudoedit /etc/mgpu/qwen3-32b.toml" in done.output
+
+
+def test_the_model_that_is_named_stands_in_the_configuration(tmp_path: Path) -> None:
+    done = install("--root", str(tmp_path), "qwen3-32b", "-m", '/srv/models/a "b"')
+    assert done.exit_code == 0
+    config, _ = load_config({}, {}, tmp_path / "etc/mgpu/qwen3-32b.toml")
+    assert config.model == '/srv/models/a "b"'
+    assert "name the model" not in done.output
+    assert "plan --config /etc/mgpu/qwen3-32b.toml" in done.output
+    assert install("--root", str(tmp_path), "qwen3-32b", "-m", '/srv/models/a "b"').exit_code == 0
+    with pytest.raises(InstallError, match="is kept and has model = "):
+        install("--root", str(tmp_path), "qwen3-32b", "-m", "demo")
+    assert install("--root", str(tmp_path), "tiny", "-m", "org/name").exit_code == 0
+    assert load_config({}, {}, tmp_path / "etc/mgpu/tiny.toml")[0].model == "org/name"
+
+
+def test_a_model_that_the_service_could_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install_service, "check_reachable", lambda paths: None)
+    monkeypatch.setattr(install_service, "config_dir", lambda user, environ: Path("/etc/mgpu-none"))
+    monkeypatch.setattr(install_service, "write", lambda file: pytest.fail("something was written"))
+    with pytest.raises(InstallError, match="no such file or folder"):
+        install("x", "-m", "/srv/none/such")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InstallError, match="is hidden from a system service"):
+        install("x", "-m", "model")  # below /tmp, which the unit's PrivateTmp replaces
+    monkeypatch.setattr(install_service, "write", lambda file: None)
+    done = install("x", "-m", "model", "--user", "--dry-run")
+    assert f'model = "{tmp_path / "model"}"' in done.output
 
 
 def test_every_user_can_read_what_is_written_whatever_the_umask(tmp_path: Path) -> None:

@@ -73,6 +73,17 @@ def test_compatible_sizes(facts: ModelFacts, sizes: tuple[int, ...]) -> None:
     assert compatible_sizes(facts) == sizes
 
 
+def test_a_long_context_is_named_where_it_is_the_reason() -> None:
+    """Without 131072 tokens two GPUs, or int8 weights, would do."""
+    long = refusal(LLAMA_8B, gpus(16), max_seq_len=131072)
+    assert_has_all(long, "does not fit", "For --max-seq-len 131072: ", "With a shorter one, or without it: ")
+    first, second = long.split("With a shorter one, or without it: ")
+    assert "--quant" not in first.split("For --max-seq-len 131072: ")[1]
+    assert_has_all(second, "--quant 8 would fit", "2 GPUs of this size")
+    assert "--max-seq-len" not in refusal(LLAMA_8B, gpus(16))
+    assert "--max-seq-len" not in refusal(LLAMA_8B, gpus(16), max_seq_len=512)
+
+
 # The demo, which takes the devices that it splits over
 
 

@@ -1,0 +1,58 @@
+"""Refuse what no server could be started with. `serve` and `plan` ask here, so they say the same."""
+
+import os
+import resource
+from collections.abc import Mapping
+
+from mgpu.launch.config import ServeConfig
+from mgpu.launch.http import http_address
+from mgpu.launch.prepare import LEAST_FILES, client_limits
+from mgpu.launch.values import ConfigError
+from mgpu.orchestrator.errors import UserError
+from mgpu.protocol.internal.gateway_messages import ServerKeys
+
+
+def check_options(
+    config: ServeConfig,
+    origins: Mapping[str, str],
+    environ: Mapping[str, str] = os.environ,
+    keys_may_come: bool = False,
+) -> ServerKeys | None:
+    """Return the keys of a server with these options. UserError for a name, limits, keys or addresses that are wrong.
+
+    ``keys_may_come``: a unit gets them as a credential, of which a plan knows nothing.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in config.served_name):  # bytes that are not UTF-8
+        raise ConfigError("--served-name must be UTF-8 text")
+    client_limits(config)
+    if origins["http"] != "default":
+        http_address(config, is_typed=True)
+    keys = keys_for(config.bind, config.keys, environ)
+    if config.bind:
+        from mgpu.orchestrator.gateway.front.endpoint import (
+            check_endpoint,  # imports zmq, which most plans can do without
+        )
+
+        check_endpoint(config.bind, keys is not None or (keys_may_come and not config.keys))
+    return keys
+
+
+def keys_for(
+    bind: str, folder: str, environ: Mapping[str, str] = os.environ, needs_clients: bool = True
+) -> ServerKeys | None:
+    """Load the keys if ``bind`` is tcp; else MGPU_KEYS may be meant for a client. KeysError for unusable keys."""
+    if not bind.startswith("tcp://"):
+        return None
+    from mgpu.orchestrator.host.server_keys import load_server_keys  # imports zmq
+
+    return load_server_keys(folder, environ, needs_clients)
+
+
+def check_open_files() -> None:
+    """Raise UserError when a process may have too few open files."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
+        raise UserError(
+            f"a process may have {hard} open files here and a server needs {LEAST_FILES}: raise the limit first "
+            "(ulimit -n 1024, or LimitNOFILE=1024 in a unit)"
+        )
