@@ -80,5 +80,5 @@ def test_norms_that_add_up_give_the_logits_of_sums(tmp_path: Path, monkeypatch: 
     checkpoint = read_checkpoint(write_random_model(tmp_path, attention_bias=True, mlp_bias=True))
     ids, chunks = list(range(3, 13)), [5, 1, 3, 1]  # sums of both kinds
     expected = logits_in_chunks(checkpoint, ids, chunks, tp_size=2)
-    monkeypatch.setattr("mgpu.worker.layers.linear.peers_of", FusedThreads)
+    monkeypatch.setattr("mgpu.worker.layers.partial_sum.peers_of", FusedThreads)
     torch.testing.assert_close(logits_in_chunks(checkpoint, ids, chunks, tp_size=2), expected)
