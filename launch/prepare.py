@@ -9,7 +9,8 @@ import click
 from mgpu.launch.config import ServeConfig
 from mgpu.launch.values import ConfigError
 from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_model, resolve_model
-from mgpu.orchestrator.placement.devices import Machine, described_machine, find_machine
+from mgpu.orchestrator.placement.described import described_machine
+from mgpu.orchestrator.placement.devices import Machine, find_machine
 from mgpu.orchestrator.placement.options import LayoutOptions, implied_workers
 from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.protocol.checkpoint.read import Checkpoint, has_weights
@@ -94,9 +95,14 @@ def note_missing_tokenizer(model: ResolvedModel) -> None:
 def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, gpus: str = "") -> PlannedModel:
     """Place a model as the options say, on this machine or the one that ``gpus`` describes. UserError as `prepare`."""
     check_loadable(checkpoint)
-    options = part_of(config, LayoutOptions, fewer_devices=model.is_demo)
-    machine = described_machine(gpus) if gpus else _machine(config, options)
+    machine, options = ground(model, config, gpus)
     return PlannedModel(model, checkpoint, plan(checkpoint.facts, machine, options))
+
+
+def ground(model: ResolvedModel, config: ServeConfig, gpus: str = "") -> tuple[Machine, LayoutOptions]:
+    """Return what a plan is made from beside the model. UserError when there is no such machine."""
+    options = part_of(config, LayoutOptions, fewer_devices=model.is_demo)
+    return described_machine(gpus) if gpus else _machine(config, options), options
 
 
 def _machine(config: ServeConfig, options: LayoutOptions) -> Machine:

@@ -1,20 +1,28 @@
 """``mgpu-launch plan``: the layout that `serve` would choose, on this machine or a described one."""
 
 import json
+import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mgpu.launch.config import declared_options
 from mgpu.launch.config_file import config_text, write_new
 from mgpu.launch.options import config_options, model_argument, read_config
 from mgpu.launch.pages.help import Command, GroupedOption
-from mgpu.launch.pages.layout import narrow_layout
+from mgpu.launch.pages.layout import WIDTH, narrow_layout
 from mgpu.launch.preflight import check_open_files, check_options
-from mgpu.launch.prepare import note_missing_tokenizer, plan_model
+from mgpu.launch.prepare import ground, note_missing_tokenizer, plan_model
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.models.find import read_model_to_plan, resolve_model
+from mgpu.orchestrator.placement.recommend import recommend, recommendation_json, recommendation_lines, stored_bits
+from mgpu.orchestrator.placement.speed import estimate_speed, speed_json, speed_lines
 from mgpu.orchestrator.placement.table import layout_json, layout_text
+
+_RECOMMENDED = ("tp", "device_layers", "quant", "kv_cache_dtype")
+"""Options that the table of layouts chooses."""
 
 
 @click.command(
@@ -22,7 +30,7 @@ from mgpu.orchestrator.placement.table import layout_json, layout_text
     cls=Command,
     examples=(
         "mgpu-launch plan ./model                      # on this machine",
-        "mgpu-launch plan ./model --gpus 4             # on 4 GPUs of 80 GiB",
+        "mgpu-launch plan ./model --gpus 2xH200        # on others, with their speed",
         "mgpu-launch plan ./model --gpus 24GiB,24GiB --quant 4",
         "mgpu-launch plan ./model --write server.toml  # for serve --config",
     ),
@@ -34,8 +42,8 @@ from mgpu.orchestrator.placement.table import layout_json, layout_text
     cls=GroupedOption,
     group="Plan",
     default="",
-    metavar="N|SIZES",
-    help='Describe a machine: "4" (of 80 GiB) or "141GiB,80GiB".',
+    metavar="N|SIZES|KINDS",
+    help='Describe a machine: "2xH200", "4" (of 80 GiB) or "141GiB,80GiB".',
 )
 @click.option(
     "-v",
@@ -58,7 +66,7 @@ def plan_command(
 ) -> None:
     """Show how MODEL (or -m MODEL) would be laid out, without starting anything.
 
-    Takes the options of serve. A model folder that holds only config.json is enough.
+    Takes the options of serve. A model folder that holds only config.json is enough. Speeds are estimates.
     """
     config, origins = read_config(config_file, flags)
     if gpus and (config.device == "cpu" or config.workers or config.oversubscribe):
@@ -72,12 +80,30 @@ def plan_command(
     checkpoint = read_model_to_plan(model, config.load_format)
     planned = plan_model(model, checkpoint, config, gpus)
     note_missing_tokenizer(model)
+    machine, options = ground(model, config, gpus)
+    fitting = recommend(checkpoint.facts, machine, options, stored_bits(checkpoint.tensors))
+    speed = estimate_speed(planned.plan)
     if as_json:
-        click.echo(json.dumps({"model": model.name, **layout_json(planned.plan)}, indent=2))
+        also = {"speed": speed_json(speed), "recommended": recommendation_json(fitting)}
+        click.echo(json.dumps({"model": model.name, **layout_json(planned.plan), **also}, indent=2))
     else:
         click.echo(f"model: {model.name}")
         click.echo(layout_text(planned.plan) if verbose else narrow_layout(planned.plan))
+        for line in speed_lines(planned.plan, speed):
+            click.echo(line if verbose else textwrap.fill(line, WIDTH, subsequent_indent="  "))
+        click.echo("\n".join(recommendation_lines(serve_command_of(config.model, flags), fitting)), nl=bool(fitting))
     if write is not None:
         layout = narrow_layout(planned.plan).splitlines()
         write_new(write, config_text(config, origins, [f"mgpu-launch serve --config {write}", "", *layout]))
         click.echo(f"wrote {write}; start the server with: mgpu-launch serve --config {write}", err=True)
+
+
+def serve_command_of(model: str, flags: dict[str, Any]) -> str:
+    """Return the command that serves a model with the options that were typed, but for those of the layout."""
+    words = ["mgpu-launch", "serve", model]
+    for option in declared_options():
+        value = flags.get(option.name)
+        if value is None or option.name in ("model", *_RECOMMENDED):
+            continue
+        words += [option.flag if value else f"--no-{option.flag[2:]}"] if option.type is bool else [option.flag, value]
+    return shlex.join(map(str, words))

@@ -16,8 +16,6 @@ from mgpu.protocol.model.shared_memory_layout import orders_stores
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 
-DESCRIBED_BYTES = 80 << 30
-"""Memory of each GPU of a machine described by a count alone."""
 MAX_WORKERS = 1024
 NO_DEVICES = ("", "-1", "NoDevFiles")
 """Values that hide all GPUs; Slurm writes the last one."""
@@ -37,6 +35,8 @@ class DeviceInfo:
     """Its name in CUDA_VISIBLE_DEVICES: the index in PCI bus order, or a MIG UUID."""
     capability: tuple[int, int] | None = None
     """CUDA compute capability; None: not known, or no GPU."""
+    bytes_per_s: float = 0.0
+    """How fast it reads its memory, by the driver's clock and bus width; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def check_answers(known: Sequence[Gpu], visible: Sequence[Gpu]) -> None:
 def _device(ordinal: int, gpu: Gpu) -> DeviceInfo:
     selector = gpu.uuid if gpu.mig else str(gpu.index)
     size = gpu.total_bytes, gpu.free_bytes
-    return DeviceInfo(ordinal, "cuda", gpu.name, *size, gpu.uuid, selector, gpu.capability)
+    return DeviceInfo(ordinal, "cuda", gpu.name, *size, gpu.uuid, selector, gpu.capability, gpu.bytes_per_s)
 
 
 def visible_gpus(gpus: Sequence[Gpu], variable: str | None) -> list[Gpu]:
@@ -234,10 +234,10 @@ def cpu_machine(workers: int, notes: tuple[str, ...] = ()) -> Machine:
         DeviceInfo(ordinal, "cpu", f"CPU worker {ordinal}", total // workers, free // workers)
         for ordinal in range(workers)
     )
-    return Machine(devices, _uniform_links(workers, "none"), "NCCL needs GPUs", orders_stores(), notes)
+    return Machine(devices, uniform_links(workers, "none"), "NCCL needs GPUs", orders_stores(), notes)
 
 
-def _uniform_links(count: int, between: Link) -> tuple[tuple[Link, ...], ...]:
+def uniform_links(count: int, between: Link) -> tuple[tuple[Link, ...], ...]:
     """Return the links of devices that all reach each other in the same way."""
     return tuple(tuple("self" if a == b else between for b in range(count)) for a in range(count))
 
@@ -246,36 +246,6 @@ def _host_memory() -> tuple[int, int]:
     """Return total and available bytes, within the limits of this process's control groups."""
     memory = psutil.virtual_memory()
     return memory_within_limits(int(memory.total), int(memory.available))
-
-
-def described_machine(text: str, environ: Mapping[str, str] = os.environ) -> Machine:
-    """Build a machine from ``4`` (GPUs of 80 GiB) or ``141GiB,80GiB``, all linked by NVLink and empty."""
-    if re.fullmatch(r"\s*[0-9]{1,5}\s*", text):
-        count = int(text)
-        if count > MAX_WORKERS:
-            raise DeviceError(f"--gpus {count}: it must be between 0 and {MAX_WORKERS}")
-        sizes = [DESCRIBED_BYTES] * count
-    else:
-        sizes = [_parse_size(part, text) for part in text.split(",")]
-    if not sizes:
-        return cpu_machine(1, ("no GPU is described: running on the CPU",))
-    devices = tuple(
-        DeviceInfo(i, "cuda", "described GPU", size, size, f"described-{i}", str(i)) for i, size in enumerate(sizes)
-    )
-    note = "a described machine: empty GPUs, NVLink between all of them"
-    return Machine(devices, _uniform_links(len(sizes), "nvlink"), nccl_problem(environ), notes=(note,))
-
-
-def _parse_size(part: str, text: str) -> int:
-    match = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([KMGT]i?)?B?\s*", part, re.IGNORECASE)
-    if match is None:
-        raise DeviceError(f'--gpus {text[:80]!r}: write a count such as "4", or sizes such as "141GiB,80GiB"')
-    unit = (match[2] or "").upper()
-    scale = 1 if not unit else (1024 if unit.endswith("I") else 1000) ** ("KMGT".index(unit[0]) + 1)
-    size = int(float(match[1]) * scale)
-    if not 1 << 20 <= size <= 1 << 50:
-        raise DeviceError(f"--gpus {text[:80]!r}: {part.strip()} is not a plausible GPU memory size")
-    return size
 
 
 def oversubscribed(machine: Machine, workers: int) -> Machine:

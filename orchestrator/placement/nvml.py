@@ -13,6 +13,7 @@ Link = Literal["self", "nvlink", "pcie", "none"]
 
 _P2P_READ, _P2P_WRITE, _P2P_NVLINK = 0, 1, 2
 _P2P_OK = 0
+_MEMORY_CLOCK = 2
 
 
 class _Memory(Protocol):
@@ -63,6 +64,8 @@ class Gpu:
     mig: bool = False
     capability: tuple[int, int] | None = None
     """CUDA compute capability; None: the driver does not say."""
+    bytes_per_s: float = 0.0
+    """How fast it reads its memory at most; 0: the driver does not say."""
     problem: str = ""
     """Why it does not answer the driver; empty if it does."""
 
@@ -187,7 +190,21 @@ def _query(nvml: Nvml, handle: object) -> Gpu:
         free_bytes=free_bytes,
         handle=handle,
         capability=_capability(nvml, handle),
+        bytes_per_s=_bytes_per_s(nvml, handle),
     )
+
+
+def _bytes_per_s(nvml: Nvml, handle: object) -> float:
+    """Return the memory clock times the width of the bus, twice per beat; 0 where driver or package do not tell."""
+    ask_clock, ask_width = (
+        getattr(nvml, name, None) for name in ("nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetMemoryBusWidth")
+    )
+    if ask_clock is None or ask_width is None:
+        return 0.0
+    try:
+        return 2e6 * float(ask_clock(handle, _MEMORY_CLOCK)) * float(ask_width(handle)) / 8
+    except nvml.NVMLError:
+        return 0.0
 
 
 def _capability(nvml: Nvml, handle: object) -> tuple[int, int] | None:

@@ -72,6 +72,9 @@ class FakeGpu:
     """Instances when MIG is on."""
     lost: bool = False
     capability: tuple[int, int] | None = (9, 0)
+    clock_mhz: int | None = 3201
+    """Of the memory; None: the driver does not say."""
+    bus_bits: int = 6144
 
 
 class FakeNvml:
@@ -122,6 +125,15 @@ class FakeNvml:
         if handle.capability is None:
             raise FakeNvmlError("Not Supported")
         return handle.capability
+
+    def nvmlDeviceGetMaxClockInfo(self, handle: FakeGpu, kind: int) -> int:
+        if handle.clock_mhz is None:
+            raise FakeNvmlError("Not Supported")
+        assert kind == 2  # NVML_CLOCK_MEM
+        return handle.clock_mhz
+
+    def nvmlDeviceGetMemoryBusWidth(self, handle: FakeGpu) -> int:
+        return handle.bus_bits
 
     def nvmlDeviceGetMemoryInfo(self, handle: FakeGpu) -> FakeMemory:
         return handle.memory

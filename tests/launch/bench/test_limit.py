@@ -7,7 +7,8 @@ import pytest
 from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth, read_speed, weight_bytes
 from mgpu.launch.bench.shapes import LLAMA_8B, SMOLLM2_135M, Config, write_config
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.placement.devices import described_machine, find_machine
+from mgpu.orchestrator.placement.described import described_machine
+from mgpu.orchestrator.placement.devices import find_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.facts import ModelFacts

@@ -207,3 +207,15 @@ def test_the_status_says_that_there_is_no_gpu(model: str) -> None:
     done = launch("-m", model, "--device", "cuda", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 69
     assert "no GPU is visible" in done.stderr
+
+
+def test_a_plan_has_the_speed_and_recommends_what_to_type(model: str) -> None:
+    done = launch(model, "--gpus", "2xH200", "--max-rows", "64", "--no-prefix-cache")
+    text = " ".join(done.stdout.split())
+    assert "speed, estimated: 107 tokens/s of one stream" in text
+    assert "within 15 % of measurements" in text
+    command = text[text.index("type: ") :].replace(" \\", "")
+    assert command == f"type: mgpu-launch serve {model} --max-rows 64 --no-prefix-cache --quant fp8"
+    found = json.loads(launch(model, "--gpus", "2xH200", "--json").stdout)
+    assert found["speed"]["tokens_per_s_of_1_stream"] == pytest.approx(104.5, rel=0.15)
+    assert found["recommended"][0]["options"] == "--quant fp8"

@@ -8,12 +8,10 @@ import pytest
 
 from harness.assertions import assert_has_all
 from harness.machines import GIB, FakeGpu, FakeMemory, FakeNvml, cpus, gpus
-from mgpu.orchestrator.errors import DeviceError, UserError
+from mgpu.orchestrator.errors import DeviceError
 from mgpu.orchestrator.placement.devices import (
-    DESCRIBED_BYTES,
     Machine,
     cpu_machine,
-    described_machine,
     find_machine,
     oversubscribed,
     worker_environment,
@@ -249,35 +247,6 @@ def test_cpu_workers_divide_the_memory() -> None:
 def test_absurd_worker_counts_are_refused(workers: int) -> None:
     with pytest.raises(DeviceError, match="--workers"):
         find_machine("cpu", workers, environ={})
-
-
-@pytest.mark.parametrize(("text", "sizes"), [
-    ("1", [DESCRIBED_BYTES]), ("4", [DESCRIBED_BYTES] * 4), (" 2 ", [DESCRIBED_BYTES] * 2),
-    ("141GiB,80GiB", [141 * GIB, 80 * GIB]), ("141GiB, 80 GiB", [141 * GIB, 80 * GIB]), ("24GB", [24 * 10**9]),
-    ("1.5GiB", [3 * GIB // 2]), ("80g", [80 * 10**9]), ("512MiB,1TiB", [GIB // 2, 1024 * GIB]),
-])  # fmt: skip
-def test_machines_can_be_described(text: str, sizes: list[int]) -> None:
-    machine = described_machine(text, {})
-    assert [device.total_bytes for device in machine.devices] == sizes
-    assert machine.kind == "cuda"
-    assert machine.nccl
-    assert "described" in machine.notes[0]
-
-
-def test_a_described_machine_without_gpus_is_the_cpu() -> None:
-    assert described_machine("0", {}).kind == "cpu"
-
-
-def test_a_described_machine_obeys_the_nccl_switch() -> None:
-    assert not described_machine("2", {"MGPU_NO_NCCL": "1"}).nccl
-
-
-@pytest.mark.parametrize(
-    "text", ["-1", "four", "80GiB,", ",", "80GiB;80GiB", "0GiB", "80XB", "1e9", "99999", "9" * 50, "80GiBx4"]
-)
-def test_descriptions_that_make_no_sense_are_errors(text: str) -> None:
-    with pytest.raises(UserError, match="--gpus"):
-        described_machine(text, {})
 
 
 def test_planning_leaves_torch_and_the_driver_unimported() -> None:

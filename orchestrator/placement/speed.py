@@ -1,0 +1,294 @@
+"""Estimate how fast a plan decodes and reads prompts: bytes over bandwidth, products over arithmetic, and overheads.
+
+The time of a decode step is that of reading the weights and the KV cache once, plus what each layer costs beside that.
+The constants were fitted to measurements on H200s (docs/performance.md and docs/notes/multi-gpu.md), which the
+estimates meet within 15 %. Other GPUs are scaled by their data sheets and were not measured.
+"""
+
+from dataclasses import dataclass, replace
+
+from mgpu.orchestrator.placement.devices import DeviceInfo
+from mgpu.orchestrator.placement.gpu_facts import GpuFacts, find_gpu
+from mgpu.orchestrator.placement.planner import Plan
+from mgpu.orchestrator.placement.sizes import layers_bytes
+from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts, ModelFacts
+from mgpu.protocol.model.placement import Stage, padded_vocab
+from mgpu.protocol.model.quantization import Quant
+
+MANY = 64
+"""Streams of the second estimate."""
+CONTEXT = 1024
+"""Tokens behind each stream."""
+PROMPT = 2048
+"""Tokens of the prompt whose first token is estimated."""
+
+_READ = 0.896
+"""Share of the data sheet's bandwidth that a copy reaches: 4.30 of 4.80 TB/s."""
+_PRODUCTS: dict[Quant, float] = {"none": 0.965, "fp8": 0.845, "8": 0.845, "4": 0.615}
+"""Share of that at which products of few rows read their weights. int4 is bound by arithmetic."""
+_LAYER_S, _LAYER_MANY_S = 15.5e-6, 15e-6
+"""What a layer costs beside its bytes, and how much more with many rows."""
+_OVERLAP = 0.5
+"""Share of the arithmetic of many rows that does not hide behind the reading of weights."""
+_ROWS_FLOPS: dict[Quant, float] = {"8": 0.276, "4": 0.17}
+"""Share of the bfloat16 rate that products of many rows with quantized weights reach at most."""
+_SUM_S = 5e-6
+"""One all-reduce of few rows by own kernels; a layer has two."""
+_LINK = 0.44
+"""Share of a link's bandwidth that sums reach."""
+_PROMPT_FLOPS: dict[Quant, float] = {"none": 0.655, "fp8": 0.565, "8": 0.62, "4": 0.62}
+"""Share of the data sheet's rate that products of a prompt reach: of float8 for fp8, else of bfloat16."""
+_ATTENTION_FLOPS = 0.55
+REQUEST_S = 3.8e-3
+"""What a request costs on its way, beside its kernels."""
+_LAUNCHED_S = 314e-6
+"""A layer whose kernels are launched one by one, on the processors of the measured machine."""
+_NCCL_S, _GLOO_S = 590e-6, 1.56e-3
+"""The same with sums by NCCL, or over the host."""
+_GRAPHS_FROM = (8, 0)
+"""Compute capability from which steps are CUDA graphs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """An estimate. Tokens per second of one stream, and of many together; seconds to a prompt's first token."""
+
+    one_stream: float
+    many_streams: float | None
+    """None where only the bandwidth of the GPU is known."""
+    first_token_s: float | None
+    source: str
+    """What of the GPU the estimate is based on."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """Rates of the slowest device of a stage."""
+
+    bytes_per_s: float
+    flops: float
+    float8_flops: float
+    link_bytes_per_s: float
+    has_graphs: bool
+
+
+def estimate_speed(plan: Plan, context: int = CONTEXT, prompt: int = PROMPT) -> Speed | None:
+    """Return the speed of a plan. None on the CPU, and where a GPU's bandwidth is not known."""
+    if plan.machine.kind == "cpu":
+        return None
+    stages = plan.layout.placement.stages
+    devices = [_slowest([_by_ordinal(plan, ordinal) for ordinal in stage.devices]) for stage in stages]
+    known = [device for device in devices if device is not None]
+    if len(known) < len(devices):
+        return None
+    pairs = list(zip(stages, known, strict=True))
+
+    def step_s(rows: int, behind: int) -> float:
+        return sum(_stage_s(plan, stage, device, rows, behind) for stage, device in pairs)
+
+    can_compute = all(device.flops for device in known)
+    first_token_s = REQUEST_S + max(step_s(prompt, 0), sum(_prompt_s(plan, *pair, prompt) for pair in pairs))
+    return Speed(
+        one_stream=1 / step_s(1, context),
+        many_streams=MANY / step_s(MANY, context) if can_compute else None,
+        first_token_s=first_token_s if can_compute else None,
+        source=_source([device for stage in stages for device in _devices_of(plan, stage)], len(stages)),
+    )
+
+
+def _by_ordinal(plan: Plan, ordinal: int) -> DeviceInfo:
+    return next(device for device in plan.machine.devices if device.ordinal == ordinal)
+
+
+def _devices_of(plan: Plan, stage: Stage) -> list[DeviceInfo]:
+    return [_by_ordinal(plan, ordinal) for ordinal in stage.devices]
+
+
+def _slowest(devices: list[DeviceInfo]) -> _Device | None:
+    rates = [_rates(device) for device in devices]
+    known = [each for each in rates if each is not None]
+    if len(known) < len(rates):
+        return None
+    return _Device(
+        min(each.bytes_per_s for each in known),
+        min(each.flops for each in known),
+        min(each.float8_flops for each in known),
+        min(each.link_bytes_per_s for each in known),
+        all(each.has_graphs for each in known),
+    )
+
+
+def _rates(device: DeviceInfo) -> _Device | None:
+    gpu = find_gpu(device.name)
+    has_graphs = device.capability is None or device.capability >= _GRAPHS_FROM
+    if gpu is not None:
+        return _Device(gpu.bytes_per_s, gpu.flops, gpu.float8_flops, gpu.link_bytes_per_s, has_graphs)
+    return _Device(device.bytes_per_s, 0, 0, 0, has_graphs) if device.bytes_per_s else None
+
+
+def _source(devices: list[DeviceInfo], num_stages: int) -> str:
+    """Say which numbers of which GPUs count, and how well they were tried."""
+    parts = []
+    for name in dict.fromkeys(device.name for device in devices):
+        gpu, device = find_gpu(name), next(each for each in devices if each.name == name)
+        if gpu is not None:
+            parts.append(f"{gpu.bytes_per_s / 1e12:.3g} TB/s and {gpu.flops / 1e12:.0f} TFLOP/s ({gpu.name})")
+        else:
+            parts.append(f"{device.bytes_per_s / 1e12:.3g} TB/s (the driver's memory clock and bus width; {name})")
+    tried = f"within {15 if num_stages == 1 else 35} % of measurements"
+    if not all(map(_is_measured, devices)) or len(devices) > 2:
+        tried = "not measured on such a machine"
+    return f"{', '.join(parts)}; {tried}"
+
+
+def _is_measured(device: DeviceInfo) -> bool:
+    gpu: GpuFacts | None = find_gpu(device.name)
+    return gpu is not None and gpu.name == "H200"
+
+
+def _stage_s(plan: Plan, stage: Stage, device: _Device, rows: int, behind: int) -> float:
+    """Return the seconds of one step of a stage with ``rows`` tokens, each with ``behind`` tokens in the cache."""
+    facts, quant, size = plan.facts, plan.layout.quant, len(stage.devices)
+    layers, has_many = range(stage.first_layer, stage.end_layer), min(1.0, (rows - 1) / 16)
+    reads = device.bytes_per_s * _READ
+    elements = _elements(facts, layers, size)
+    products_s = layers_read_bytes(plan, layers, size, rows) / (reads * _PRODUCTS[quant])
+    if device.flops:
+        if quant in _ROWS_FLOPS and 1 < rows <= MANY:
+            products_s = max(products_s, 2 * elements * rows / (device.flops * _ROWS_FLOPS[quant]))
+        else:
+            rate = device.float8_flops if quant == "fp8" and device.float8_flops else device.flops
+            products_s += _OVERLAP * has_many * 2 * elements * rows / rate
+    head_s = _head_bytes(plan, stage) / (reads * _PRODUCTS["none"])
+    kv_bytes = rows * _kv_tokens(facts, layers, behind) * _kv_bytes_per_layer(plan, stage)
+    graph_s = products_s + head_s + kv_bytes / reads + len(layers) * (_LAYER_S + has_many * _LAYER_MANY_S)
+    work_s = graph_s + len(layers) * _sums_s(plan, stage, device, rows)
+    launch_s = len(layers) * _launch_s(plan, stage, device)
+    return max(work_s, launch_s) + has_many * min(work_s, launch_s)  # kernels of many rows hide less of the launching
+
+
+def layers_read_bytes(plan: Plan, layers: range, size: int, rows: int) -> float:
+    """Return the bytes of the layers' weights that one rank reads in a step: of experts only those that a row needs."""
+    facts, layout = plan.facts, plan.layout
+    types = size, DTYPE_BYTES[layout.dtype], layout.quant, layout.expert_split
+    whole = layers_bytes(facts, layers, *types)
+    experts = facts.experts
+    if experts is None or layout.expert_split != "tensor":
+        return whole
+    few = layers_bytes(_with_experts(facts, experts, experts.active), layers, *types)
+    if experts.count == experts.active:
+        return whole
+    needed = experts.count * (1 - (1 - experts.active / experts.count) ** rows)
+    return few + (whole - few) * (needed - experts.active) / (experts.count - experts.active)
+
+
+def _with_experts(facts: ModelFacts, experts: ExpertFacts, count: int) -> ModelFacts:
+    return replace(facts, experts=replace(experts, count=count))
+
+
+def _elements(facts: ModelFacts, layers: range, size: int) -> float:
+    """Return the weights of the layers that one token is multiplied with on one rank."""
+    few = facts if facts.experts is None else _with_experts(facts, facts.experts, facts.experts.active)
+    return layers_bytes(few, layers, 1, 2, "none") / 2 / size
+
+
+def _head_bytes(plan: Plan, stage: Stage) -> float:
+    if stage is not plan.layout.placement.stages[-1]:
+        return 0
+    size, facts = len(stage.devices), plan.facts
+    return padded_vocab(facts.vocab_size, size) / size * facts.hidden_size * DTYPE_BYTES[plan.layout.dtype]
+
+
+def _kv_tokens(facts: ModelFacts, layers: range, behind: int) -> float:
+    """Return the tokens that attention reads, summed over the layers; a window bounds those of its layers."""
+    window = facts.sliding_window
+    return sum(min(behind, window) if window and facts.sliding_layers[layer] else behind for layer in layers)
+
+
+def _kv_bytes_per_layer(plan: Plan, stage: Stage) -> float:
+    rank = plan.layout.placement.ranks_of_stage(plan.layout.placement.stages.index(stage))[0]
+    return plan.rows[rank].kv_token_bytes / stage.num_layers
+
+
+def _has_own_sums(plan: Plan, stage: Stage) -> bool:
+    devices = stage.devices
+    reach = all(plan.machine.peers(a, b) for a in devices for b in devices if a != b)
+    return plan.layout.transport == "nccl" and reach
+
+
+def _sums_s(plan: Plan, stage: Stage, device: _Device, rows: int) -> float:
+    """Return the seconds that a layer's two sums over ranks take."""
+    if len(stage.devices) == 1:
+        return 0.0
+    nbytes = rows * plan.facts.hidden_size * DTYPE_BYTES[plan.layout.dtype]
+    return 2 * (_SUM_S + nbytes / _sum_bytes_per_s(plan, stage, device))
+
+
+def _sum_bytes_per_s(plan: Plan, stage: Stage, device: _Device) -> float:
+    if plan.layout.transport == "gloo":
+        return 0.6e9
+    links = {plan.machine.links[a][b] for a in stage.devices for b in stage.devices if a != b}
+    if links == {"nvlink"} and device.link_bytes_per_s > 100e9:
+        return device.link_bytes_per_s * _LINK
+    return 10e9  # through a PCIe slot or the host, both ways
+
+
+def _launch_s(plan: Plan, stage: Stage, device: _Device) -> float:
+    """Return the seconds that the host needs to launch a layer's kernels; 0 for CUDA graphs."""
+    if len(stage.devices) > 1 and not _has_own_sums(plan, stage):
+        return _GLOO_S if plan.layout.transport == "gloo" else _NCCL_S
+    return 0.0 if device.has_graphs and plan.layout.placement.num_stages == 1 else _LAUNCHED_S
+
+
+def _prompt_s(plan: Plan, stage: Stage, device: _Device, prompt: int) -> float:
+    """Return the seconds of a stage for a whole prompt, bound by arithmetic and by the sums over ranks."""
+    if not device.flops:
+        return 0.0
+    facts, quant, size = plan.facts, plan.layout.quant, len(stage.devices)
+    layers = range(stage.first_layer, stage.end_layer)
+    rate = device.float8_flops if quant == "fp8" and device.float8_flops else device.flops
+    products = 2 * _elements(facts, layers, size) * prompt / (rate * _PROMPT_FLOPS[quant])
+    seen = _kv_tokens(facts, layers, prompt // 2)
+    attention = 4 * seen * prompt * facts.num_q_heads * facts.head_dim / size / (device.flops * _ATTENTION_FLOPS)
+    return products + attention + len(layers) * _sums_s(plan, stage, device, prompt)
+
+
+def speed_lines(plan: Plan, speed: Speed | None) -> list[str]:
+    """Return the estimate in words, or why there is none; nothing on the CPU."""
+    if plan.machine.kind == "cpu":
+        return []
+    if speed is None:
+        names = {device.name for device in plan.machine.devices if _rates(device) is None}
+        return [
+            f"speed: not estimated, the bandwidth of {', '.join(sorted(names))} is not known; --gpus 2xH200 describes "
+            "a known kind"
+        ]
+    text = f"speed, estimated: {number(speed.one_stream)} tokens/s of one stream"
+    if speed.many_streams is not None:
+        text += f", {number(speed.many_streams)} of {MANY} together (at {CONTEXT:,} tokens of context)"
+    if speed.first_token_s is not None:
+        text += f"; first token of a {PROMPT:,}-token prompt after {seconds(speed.first_token_s)}"
+    return [text, f"  from {speed.source}"]
+
+
+def speed_json(speed: Speed | None) -> dict[str, object] | None:
+    """Return the estimate as plain data; its names have what it holds for."""
+    if speed is None:
+        return None
+    return {
+        "tokens_per_s_of_1_stream": speed.one_stream,
+        f"tokens_per_s_of_{MANY}_streams": speed.many_streams,
+        f"first_token_s_of_a_prompt_of_{PROMPT}": speed.first_token_s,
+        "context": CONTEXT,
+        "source": speed.source,
+    }
+
+
+def number(value: float) -> str:
+    """Return an estimate with the digits that it deserves."""
+    return f"{value:.2g}" if value < 9.95 else f"{float(f'{value:.3g}'):,.0f}"
+
+
+def seconds(value: float) -> str:
+    """Return an estimated time, in milliseconds below a second."""
+    return f"{number(value)} s" if value >= 0.995 else f"{float(f'{value * 1000:.2g}'):g} ms"
