@@ -5,7 +5,7 @@ One turn of the loop waits until something is ready or the clock is due, and the
     client's message    if one is waiting, wake an idle engine before it is read
     parent              if its descriptors are readable it is gone, and this turn is the last
     access control      answer all handshakes that wait
-    threads             take all results: the loaded tokenizer, encoded prompts
+    threads             take all results: the loaded tokenizer, prompts encoded by other processes
     engine              handle up to 8 messages
     clients             note who has connected, send what slow readers now take, handle messages in turns by account
                         for 4 ms, drop lost connections
@@ -15,6 +15,7 @@ What a request goes through is in `requests/request_handler.py`.
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -38,6 +39,7 @@ from mgpu.orchestrator.gateway.requests.resume import Resumptions
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
+from mgpu.orchestrator.gateway.text.encoder_process import EncoderProcesses
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.text_queries import as_request
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
@@ -75,6 +77,9 @@ STEPS_PER_TURN = 8
 """Messages of the engine handled before clients are looked at."""
 CLIENTS_PER_TURN_S = 0.004
 """How long clients' messages are handled before the engine is looked at again."""
+
+LOAD_AGAIN_AFTER_S = 30.0
+"""After the server is ready, the processes for text load the tokenizer too, unless they have been needed before."""
 
 _GIVEN_UP = {
     "slow": Failed(
@@ -116,13 +121,15 @@ class Gateway:
         self._table = RequestTable(self._quota)
         self._outgoing = Outgoing(front, link)
         self._requests = RequestHandler(self._model, self._table, self._outgoing)
-        self._prompts = Prompts(self._requests, background, spec.vocab_size)
+        self._encoders = EncoderProcesses(spec.model_path, spec.model_format, spec.vocab_size)
+        self._prompts = Prompts(self._requests, background, self._encoders, spec.vocab_size)
         self._queries = Queries(self._model, self._table, self._outgoing, front.connections.count_for)
         self._resumptions = Resumptions(self._requests, front.access, self._outgoing)
         self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)
         self._memory = MemoryLimit(spec.memory_bytes)
         front.connections.max_of_key = spec.limits.max_client_connections
         self._next_period_s = self._next_alive_s = 0.0
+        self._encoders_due_s = math.inf
         self._has_sent_wake_up = False
         """True from a `WakeUp` until the engine next sends anything."""
         self._running = True
@@ -153,6 +160,7 @@ class Gateway:
         self._requests.fail_all()
         self._front.flush()
         self._front.close()
+        self._encoders.close()
         self._background.close()
         if self._failure is not None:
             raise self._failure
@@ -219,6 +227,8 @@ class Gateway:
 
     def _on_info(self, info: EngineInfo) -> None:
         self._model.info = info
+        if info.state == "ready":
+            self._encoders_due_s = time.monotonic() + LOAD_AGAIN_AFTER_S
         if info.state == "stopped":
             self._requests.fail_all()
         self._outgoing.to_engine(StateKnown(info.state))
@@ -302,6 +312,9 @@ class Gateway:
             return
         self._next_period_s = now + PERIOD_S
         self._memory.release(self._quota.limits)
+        if now >= self._encoders_due_s and self._model.codec is not None:
+            self._encoders_due_s = math.inf
+            self._encoders.start()
         self._memory.check(self._quota.limits)
         self._front.restore_endpoint()
         self._requests.run_periodic_work(now)

@@ -52,6 +52,18 @@ class ServedModel:
         return info  # ready, or recovering: then the engine queues
 
 
+def longest_prompt(info: EngineInfo) -> int:
+    """Return the most tokens that a prompt may have and leave room for one more."""
+    return min(info.max_seq_len, info.kv_tokens) - 1
+
+
+def check_length(model: ServedModel, num_tokens: int, is_exact: bool = True) -> None:
+    """Raise Refusal if a prompt of so many tokens, or of at least so many, fits in no case."""
+    info = model.limits()
+    if num_tokens > longest_prompt(info):
+        raise Refusal("bad_request", _no_room(num_tokens, longest_prompt(info) + 1, info, is_exact))
+
+
 def admit(
     model: ServedModel, request: Generate, prompt: bytes, first_sequence: int, account: int, weight: float
 ) -> tuple[Accepted, list[Submit]]:
@@ -106,17 +118,24 @@ def _checked_max_tokens(request: Generate, ids: "array[int]", vocab_size: int, i
 
 
 def _too_long(prompt_tokens: int, wanted: int, room: int, info: EngineInfo) -> str:
-    reason = "context" if info.max_seq_len <= info.kv_tokens else "KV cache"
     limit = prompt_tokens + room
     if room < 1:
-        return (
-            f"the prompt has {prompt_tokens} tokens, but the {reason} holds {limit}: "
-            f"at most {limit - 1} for the prompt and one new token"
-        )
+        return _no_room(prompt_tokens, limit, info)
     return (
-        f"{prompt_tokens} prompt tokens and max_tokens {wanted} make {prompt_tokens + wanted}, but the {reason} "
-        f"holds {limit}; use max_tokens {room} or less"
+        f"{prompt_tokens} prompt tokens and max_tokens {wanted} make {prompt_tokens + wanted}, but the "
+        f"{_bottleneck(info)} holds {limit}; use max_tokens {room} or less"
     )
+
+
+def _no_room(prompt_tokens: int, limit: int, info: EngineInfo, is_exact: bool = True) -> str:
+    return (
+        f"the prompt has {'' if is_exact else 'at least '}{prompt_tokens} tokens, but the {_bottleneck(info)} holds "
+        f"{limit}: at most {limit - 1} for the prompt and one new token"
+    )
+
+
+def _bottleneck(info: EngineInfo) -> str:
+    return "context" if info.max_seq_len <= info.kv_tokens else "KV cache"
 
 
 def seed_of_choice(seed: int, index: int) -> int:

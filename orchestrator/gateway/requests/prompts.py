@@ -1,93 +1,144 @@
-"""Turn what clients send into token ids, or into text: what is short at once, what is long and chats in a thread."""
+"""Turn what clients send into token ids, or into text: what is short at once, what is long and chats in processes.
+
+Accounts take turns by the CPU time that their texts took (`front/fair_turns.py`), and none has two under way. So an
+account whose texts are long, or hang until they are killed, delays others by one of them at most.
+"""
 
 import logging
+import time
 from concurrent.futures import Future
 
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
+from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
-from mgpu.orchestrator.gateway.text.background import BackgroundTasks
-from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
-from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
-from mgpu.orchestrator.gateway.text.text_queries import reply_to
+from mgpu.orchestrator.gateway.text.background import NUM_THREADS, BackgroundTasks
+from mgpu.orchestrator.gateway.text.encoder_messages import TextReply, TextTask
+from mgpu.orchestrator.gateway.text.encoder_process import EncoderProcesses
+from mgpu.orchestrator.gateway.text.text_tasks import do
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
-from mgpu.protocol.front.client_messages import Generate
-from mgpu.protocol.front.fields import int32_bytes
-from mgpu.protocol.front.server_messages import Detokenized, Tokenized
+from mgpu.protocol.front.client_messages import Detokenize, Generate, Tokenize
 
-INLINE_CHARS = 4096
-"""Longer prompts are tokenized in a thread."""
+INLINE_CHARS = 2048
+"""Longer prompts go to another process."""
 INLINE_IDS = 256
-"""More token ids are turned into text in a thread."""
-
-Encoded = bytes | Tokenized | Detokenized
-"""Token ids as little-endian int32, or the reply to a text query."""
+"""More token ids are turned into text in another process."""
+SLOW_S = 0.05
+"""If a short prompt takes longer, all further ones go to another process too."""
 
 log = logging.getLogger(__name__)
 
 
 class Prompts:
-    """Tokenizes every request and admits or refuses it; while a thread has the prompt, the request is in the table.
+    """Tokenizes every request and admits or refuses it; while another process has the text, it is in the table.
 
     Text queries (tokenize, detokenize) go the same way, and are answered where a request is admitted.
     """
 
-    def __init__(self, requests: RequestHandler, background: BackgroundTasks, vocab_size: int) -> None:
+    def __init__(
+        self, requests: RequestHandler, background: BackgroundTasks, encoders: EncoderProcesses, vocab_size: int
+    ) -> None:
         self._requests = requests
-        self._vocab_size = vocab_size
         self._background = background
+        self._encoders = encoders
+        self._vocab_size = vocab_size
+        self._turns: FairTurns[Request] = FairTurns()
+        self._num_running = 0
         self._bug_log = BoundedLog(log, logging.ERROR)
 
     def encode(self, request: Request, codec: TextCodec | None) -> None:
         """Begin with ``request``. Refusal when it is known at once that it will not run."""
-        spec = request.spec
-        if spec.prompt_ids is not None and request.query is None:
+        spec, is_query = request.spec, request.query is not None
+        if spec.prompt_ids is not None and not is_query:
+            self._requests.check_length(len(spec.prompt_ids) // 4)
             self._requests.admit(request, spec.prompt_ids)
-        elif codec is None:
-            way_out = "" if request.query else "; send prompt_ids"
-            raise Refusal("bad_request", f"the model's folder has no tokenizer{way_out}")
-        elif _is_short(spec):
-            self._conclude(request, self._encoded(codec, request))
-        else:
-            request.is_encoding = True
-            self._requests.table.add(request)
-            self._background.run(lambda: self._encoded(codec, request), lambda future: self._finish(request, future))
-
-    def _encoded(self, codec: TextCodec, request: Request) -> Encoded:
-        """Do the work on the text, perhaps in a thread, unless the request has ended before its turn."""
-        spec = request.spec
-        if request.is_over:
-            return b""
-        if request.query is not None:
-            return reply_to(codec, request.query, self._vocab_size)
-        if spec.prompt is not None:
-            return int32_bytes(codec.encode(spec.prompt))
-        return int32_bytes(codec.encode_chat(spec.messages or (), spec.template_options))
-
-    def _conclude(self, request: Request, encoded: Encoded) -> None:
-        if isinstance(encoded, bytes):
-            self._requests.admit(request, encoded)
-        else:
-            self._requests.reply(request, encoded)
-
-    def _finish(self, request: Request, future: "Future[Encoded]") -> None:
-        request.is_encoding = False
-        table = self._requests.table
-        if table.get(request.connection, request.id) is not request:  # it has ended meanwhile
-            table.forget_prompt(request)
             return
-        table.remove(request)
+        if codec is None:
+            way_out = "" if is_query else "; send prompt_ids"
+            raise Refusal("bad_request", f"the model's folder has no tokenizer{way_out}")
+        if spec.prompt is not None and not is_query:
+            self._requests.check_length(codec.least_tokens(spec.prompt), is_exact=False)
+        if codec.is_quick and _is_short(spec):
+            self._conclude(request, self._done_here(codec, request))
+            return
+        request.is_encoding = True
+        self._requests.table.add(request)
+        self._turns.put(request.account, request)
+        self._start_next()
+
+    def _done_here(self, codec: TextCodec, request: Request) -> TextReply:
+        began_s = time.thread_time()
+        try:
+            return do(codec, self._task_of(request), self._vocab_size)
+        finally:
+            if time.thread_time() - began_s > SLOW_S:
+                codec.is_quick = False
+
+    def _task_of(self, request: Request) -> TextTask:
+        longest, query, spec = self._requests.longest_prompt, request.query, request.spec
+        if isinstance(query, Tokenize):
+            return TextTask(longest, tokenize=query)
+        if isinstance(query, Detokenize):
+            return TextTask(longest, detokenize=query)
+        return TextTask(longest, spec.prompt, spec.messages, spec.template_options)
+
+    # ---------------------------------------------------------------- in turns
+
+    def _start_next(self) -> None:
+        """Let as many processes work as there may be, for the accounts whose turn it is."""
+        while self._num_running < NUM_THREADS and (taken := self._turns.take()) is not None:
+            account, request = taken
+            if self._has_ended(request):
+                self._turns.charge(account, 0.0)
+            else:
+                self._start(account, request)
+
+    def _start(self, account: str, request: Request) -> None:
+        began_s, task = time.monotonic(), self._task_of(request)
+
+        def finish(future: "Future[TextReply]") -> None:
+            self._num_running -= 1
+            cpu_s = 0.0 if future.exception() else future.result().cpu_s
+            self._turns.charge(account, cpu_s or time.monotonic() - began_s)
+            self._start_next()
+            if not self._has_ended(request):
+                self._finish(request, future)
+
+        self._num_running += 1
+        self._background.run(lambda: self._encoders.do(task), finish)
+
+    def _has_ended(self, request: Request) -> bool:
+        """Return whether the request has ended meanwhile; then its prompt is not counted any longer."""
+        table = self._requests.table
+        if table.get(request.connection, request.id) is request:
+            return False
+        request.is_encoding = False
+        table.forget_prompt(request)
+        return True
+
+    def _finish(self, request: Request, future: "Future[TextReply]") -> None:
+        request.is_encoding = False
+        self._requests.table.remove(request)
         error = future.exception()
         try:
-            if isinstance(error, (TokenizerError, ChatTemplateError)):
-                raise Refusal("bad_request", str(error)[:500])
             if error is not None:  # the server's own failure, such as a process that cannot be started
                 self._bug_log.write("a prompt could not be tokenized", error=error)
                 raise Refusal("engine_error", "internal error in the gateway")
             self._conclude(request, future.result())
         except Refusal as refusal:
             self._requests.refuse(request.connection, request.id, refusal)
+
+    def _conclude(self, request: Request, result: TextReply) -> None:
+        """Admit the request, or answer the query. Refusal when there is no result, or one that does not fit."""
+        reply = result.tokenized or result.detokenized
+        if result.error:
+            raise Refusal("bad_request", result.error)
+        if reply is not None:
+            self._requests.reply(request, reply)
+            return
+        self._requests.check_length(result.num_tokens, result.is_exact)
+        self._requests.admit(request, result.token_ids)
 
 
 def _is_short(spec: Generate) -> bool:

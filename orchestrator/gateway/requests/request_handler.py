@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import Received
-from mgpu.orchestrator.gateway.requests.admission import ServedModel, admit
+from mgpu.orchestrator.gateway.requests.admission import ServedModel, admit, check_length, longest_prompt
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.quota import account_number, size_of
 from mgpu.orchestrator.gateway.requests.request import Choice, Request
@@ -47,6 +47,15 @@ class RequestHandler:
         now = time.monotonic()
         deadline = None if message.timeout_s is None else now + message.timeout_s
         return Request(received.connection, message, now, deadline, received.identity, size=size, query=query)
+
+    @property
+    def longest_prompt(self) -> int:
+        """The most tokens of a prompt that can be admitted now."""
+        return longest_prompt(self._model.public_info)
+
+    def check_length(self, num_tokens: int, is_exact: bool = True) -> None:
+        """Raise Refusal if a prompt of so many tokens, or of at least so many, cannot run."""
+        check_length(self._model, num_tokens, is_exact)
 
     def admit(self, request: Request, prompt: bytes) -> None:
         """Send the engine one sequence per choice. Refusal when the request cannot run."""

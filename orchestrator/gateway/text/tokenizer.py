@@ -8,12 +8,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
+from mgpu.orchestrator.gateway.text.chat_template import ChatTemplate, ChatTemplateError
 from mgpu.orchestrator.gateway.text.detokenizer import byte_level_bytes, sentence_piece_bytes
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_tokenizer, special_token
+from mgpu.orchestrator.gateway.text.length_bound import has_nested_repeats, longest_token_bytes
 from mgpu.orchestrator.gateway.text.panics import Panic, no_panics
 from mgpu.orchestrator.gateway.text.special_tokens import add_folder_tokens
-from mgpu.orchestrator.gateway.text.template_process import TemplateProcess
 from mgpu.protocol.checkpoint.gguf_file import read_gguf
 from mgpu.protocol.checkpoint.gguf_model import end_tokens
 from mgpu.protocol.checkpoint.untrusted import MAX_JSON_BYTES, CheckpointError, Fields, checked_file
@@ -42,7 +42,12 @@ class TextCodec:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         special = {name: text for name, text in special_tokens.items() if text is not None}
-        self._template = None if template is None else TemplateProcess(template, special)
+        self._template_source, self._template_tokens = template, special
+        self._template: ChatTemplate | None = None
+        """Compiled when it is first used."""
+        self._longest = longest_token_bytes(tokenizer)
+        self.is_quick = not has_nested_repeats(tokenizer)
+        """As far as is known, every short text is encoded in a moment."""
         self._to_bytes = byte_level_bytes if _is_byte_level(tokenizer) else sentence_piece_bytes
         added = tokenizer.get_added_tokens_decoder()
         self._added = {number: self._to_bytes(token.content) for number, token in added.items()}
@@ -52,7 +57,11 @@ class TextCodec:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return self._template_source is not None
+
+    def least_tokens(self, text: str) -> int:
+        """Return how many tokens ``text`` has at least; 0 if only encoding it can tell."""
+        return 0 if self._longest is None else -(-len(text.encode()) // self._longest)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of ``text``, with the beginning-of-sequence token if the model wants one."""
@@ -73,8 +82,10 @@ class TextCodec:
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None) -> str:
         """Return the text that the template makes of ``messages``. ChatTemplateError as in `encode_chat`."""
-        if self._template is None:
+        if self._template_source is None:
             raise ChatTemplateError("the model has no chat template; send a prompt instead of messages")
+        if self._template is None:
+            self._template = ChatTemplate(self._template_source, self._template_tokens)
         return self._template.render(messages, options)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:

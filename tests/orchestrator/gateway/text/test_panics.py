@@ -38,18 +38,23 @@ def pathological(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def peer(pathological: Path) -> Iterator[RawPeer]:
+def gateway(pathological: Path) -> Iterator[GatewayProcess]:
     with GatewayProcess(pathological, max_request_bytes=1 << 20) as gateway:
-        peer = RawPeer(gateway.endpoint)
-        yield peer
-        peer.close()
+        yield gateway
         assert_serves(gateway.endpoint)
         assert gateway.process.poll() is None
 
 
+@pytest.fixture
+def peer(gateway: GatewayProcess) -> Iterator[RawPeer]:
+    peer = RawPeer(gateway.endpoint)
+    yield peer
+    peer.close()
+
+
 @pytest.mark.parametrize("fields", [
     {"prompt": "a" * 30},
-    {"prompt": "x" * 5000 + "a" * 30},
+    {"prompt": "x" * 3000 + "a" * 30},
     {"messages": [{"role": "user", "content": "a" * 30}]},
 ], ids=["short", "long", "chat"])  # fmt: skip
 def test_a_panic_at_a_prompt_fails_that_request(peer: RawPeer, fields: dict[str, Any]) -> None:
@@ -58,6 +63,27 @@ def test_a_panic_at_a_prompt_fails_that_request(peer: RawPeer, fields: dict[str,
         failed = peer.hear_all(number)[-1]  # a chat waits for the start of its template's process
         assert failed["code"] == "bad_request"
         assert failed["message"] == "the text cannot be tokenized: the tokenizer library gave up"
+
+
+def test_prompts_that_never_end_delay_nobody_else(gateway: GatewayProcess) -> None:
+    hanging, other = RawPeer(gateway.endpoint), RawPeer(gateway.endpoint)
+    gateway.set_info(max_seq_len=1 << 20, kv_tokens=1 << 20)
+    for number in range(5):
+        hanging.say(type="generate", id=number, prompt=("a" * 20 + "c") * 40_000, max_tokens=1)
+    for number in range(3):
+        other.say(type="generate", id=number, messages=[{"role": "user", "content": "hello"}], max_tokens=1)
+        assert other.hear_all(number)[-1]["type"] == "finished"
+    heard = [hanging.hear()]
+    while hanging.socket.poll(0):
+        heard.append(hanging.hear())
+    failed = [message for message in heard if message["type"] == "failed"]
+    assert len(failed) <= 1, "each takes seconds until its process is ended"
+    for number in range(1, 5):
+        hanging.say(type="cancel", id=number)
+    while "CPU time" not in (message := hanging.hear()).get("message", ""):
+        assert message["type"] in ("keepalive", "finished")
+    hanging.close()
+    other.close()
 
 
 def test_a_special_token_that_is_missing_fails_each_prompt(model_folder: Path, tmp_path: Path) -> None:

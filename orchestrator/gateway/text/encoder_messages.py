@@ -1,0 +1,56 @@
+"""Messages between the gateway and the processes that work on text: four bytes of length, then a body."""
+
+import struct
+from dataclasses import dataclass
+
+from mgpu.protocol.front.client_messages import Detokenize, Tokenize
+from mgpu.protocol.front.server_messages import Detokenized, Tokenized
+from mgpu.protocol.internal.codec import Codec
+from mgpu.protocol.model.facts import CheckpointFormat
+
+LENGTH = struct.Struct("<I")
+MAX_MESSAGE_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """Where the tokenizer is, and what one piece of work may take."""
+
+    path: str
+    model_format: CheckpointFormat
+    vocab_size: int
+    cpu_limit_s: float
+    memory_bytes: int
+    """Of address space, more than the process has once it has loaded the tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextTask:
+    """One of: a prompt as text, as messages for the chat template, or a question about text."""
+
+    longest: int
+    """Most tokens that a prompt can have; of a longer one only the number of tokens is wanted."""
+    prompt: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+    template_options: dict[str, object] | None = None
+    tokenize: Tokenize | None = None
+    detokenize: Detokenize | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextReply:
+    """The token ids of a prompt, the reply to a question, or why there is none."""
+
+    token_ids: bytes = b""
+    """Little-endian int32; empty if there are more than `TextTask.longest`."""
+    num_tokens: int = 0
+    is_exact: bool = True
+    """False: there are at least ``num_tokens``."""
+    tokenized: Tokenized | None = None
+    detokenized: Detokenized | None = None
+    error: str = ""
+    """For the client."""
+    cpu_s: float = 0.0
+
+
+ENCODER = Codec(EncoderSpec, TextTask, TextReply)
