@@ -34,12 +34,13 @@ _SMALL_ARRAY = 4096
 _MAX_KEY_BYTES = 65535
 _MAX_NESTING = 4
 _CHUNK = 1 << 20
-_MAX_HEADER_BYTES = 256 << 20
+MAX_HEADER_BYTES = 256 << 20
 """Ten times the largest vocabulary in use."""
 MAX_TENSORS = 1 << 17
 MAX_ENTRIES = 1 << 16
-MAX_STRINGS = 1 << 22
-"""Strings of all arrays together, and numbers of one array that is used: a vocabulary, its merges."""
+MAX_STRINGS = 1 << 21
+"""Strings of all arrays together, and numbers of one array that is used: a vocabulary, its merges. Three times the most
+in use."""
 MAX_INNER = 1 << 16
 """Arrays inside arrays. Nobody uses any."""
 MAX_LISTED = 1 << 20
@@ -67,6 +68,8 @@ class GgufHeader:
     metadata: dict[str, object]
     """Values as int, float, bool, str or lists of them. Big arrays of numbers are `array`; skipped ones are absent."""
     tensors: dict[str, GgufTensor]
+    nbytes: int = 0
+    """Of the header in its file."""
 
 
 def read_gguf(path: str | Path, with_arrays: bool, kept: Collection[str] = ()) -> GgufHeader:
@@ -115,11 +118,24 @@ class _Cursor:
             self._buffer, self._buffer_start = b"", end
         self.position = end
 
+    def skip_strings(self, count: int) -> None:
+        """Advance over ``count`` strings. The loop is for the many short ones that the buffer holds."""
+        while count:
+            buffer, at = self._buffer, self.position - self._buffer_start
+            last = len(buffer) - 8
+            while count and at <= last:
+                at += 8 + int.from_bytes(buffer[at : at + 8], "little")
+                count -= 1
+            self.skip(self._buffer_start + at - self.position)
+            if count:
+                self.skip(self.u64())
+                count -= 1
+
     def _check_end(self, end: int) -> None:
         if end > self.size:
             raise self.error(f"truncated or corrupt GGUF: the header needs byte {end}, the file has {self.size}")
-        if end > _MAX_HEADER_BYTES:
-            raise self.error(f"the header needs byte {end}; at most {_MAX_HEADER_BYTES} are allowed")
+        if end > MAX_HEADER_BYTES:
+            raise self.error(f"the header needs byte {end}; at most {MAX_HEADER_BYTES} are allowed")
 
     def _fill(self, end: int) -> None:
         """Drop what has been read, and have the bytes up to ``end`` in the buffer."""
@@ -203,7 +219,8 @@ def _read(cursor: _Cursor, with_arrays: bool, kept: Collection[str]) -> GgufHead
     metadata = _read_metadata(cursor, num_pairs, with_arrays, kept)
     cursor.check_count(num_tensors, 24, "tensors")
     infos = [_read_tensor_info(cursor) for _ in range(num_tensors)]
-    return GgufHeader(metadata, _place_tensors(cursor, infos, _alignment(cursor, metadata)))
+    nbytes = cursor.position
+    return GgufHeader(metadata, _place_tensors(cursor, infos, _alignment(cursor, metadata)), nbytes)
 
 
 def _read_metadata(cursor: _Cursor, count: int, with_arrays: bool, kept: Collection[str]) -> dict[str, object]:
@@ -244,8 +261,7 @@ def _read_array(cursor: _Cursor, key: str, with_arrays: bool, depth: int) -> "li
         cursor.count_strings(key, count)
         if keep:
             return [cursor.string() for _ in range(count)]
-        for _ in range(count):
-            cursor.skip(cursor.u64())
+        cursor.skip_strings(count)
         return None
     if kind == _ARRAY:
         if depth == _MAX_NESTING:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mgpu.protocol.checkpoint.gguf_file import MAX_TENSORS, GgufHeader, GgufTensor, read_gguf
+from mgpu.protocol.checkpoint.gguf_file import MAX_HEADER_BYTES, MAX_TENSORS, GgufHeader, GgufTensor, read_gguf
 from mgpu.protocol.checkpoint.gguf_rope import Located, read_gguf_rope
 from mgpu.protocol.checkpoint.tensors import TensorEntry
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file
@@ -58,8 +58,13 @@ def read_gguf_checkpoint(path: Path) -> tuple[ModelFacts, dict[str, TensorEntry]
             f"supported in GGUF files: {', '.join(_GGUF_ARCHITECTURES)}"
         )
     located = {name: (path, tensor) for name, tensor in header.tensors.items()}
+    nbytes = header.nbytes
     for part in others:
-        for name, tensor in read_gguf(part, with_arrays=False).tensors.items():
+        further = read_gguf(part, with_arrays=False)
+        nbytes += further.nbytes
+        if nbytes > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{part}: {nbytes} bytes of headers up to this part; at most {MAX_HEADER_BYTES}")
+        for name, tensor in further.tensors.items():
             if name in located:
                 raise CheckpointError(f"{part}: tensor {name!r} is also in {located[name][0]}")
             located[name] = part, tensor

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from harness.assertions import assert_has_all
-from harness.model_files import gguf_bytes, gguf_string, safetensors_bytes, string_array, u32
-from mgpu.protocol.checkpoint import gguf_file, safetensors_file, untrusted
+from harness.model_files import gguf_bytes, gguf_string, safetensors_bytes, string, string_array, u32
+from mgpu.protocol.checkpoint import gguf_file, gguf_model, safetensors_file, untrusted
 from mgpu.protocol.checkpoint.gguf_file import read_gguf
 from mgpu.protocol.checkpoint.safetensors_file import read_safetensors
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, read_json_object
@@ -51,7 +51,8 @@ HOSTILE = {
     "strings": array_start(8, 30 * MIB),
     "tokens": array_start(8, 30 * MIB, "tokenizer.ggml.tokens"),
     "arrays": array_start(9, 20 * MIB),
-    "as many tokens as allowed": array_start(8, 4 * MIB, "tokenizer.ggml.tokens"),
+    "as many tokens as allowed": array_start(8, gguf_file.MAX_STRINGS, "tokenizer.ggml.tokens"),
+    "as many other strings as allowed": array_start(8, gguf_file.MAX_STRINGS),
     "as many arrays as allowed": array_start(9, 1 << 16),
     "one string": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + gguf_string("a") + struct.pack("<IQ", 8, 250 * MIB),
     "tensors": b"GGUF" + struct.pack("<IQQ", 3, 2_000_000, 0),
@@ -95,6 +96,35 @@ def test_many_small_lists_and_much_text_are_refused(tmp_path: Path) -> None:
     text = 8, struct.pack("<Q", 10 * MIB) + bytes(10 * MIB)
     path.write_bytes(gguf_bytes({f"a{index}": text for index in range(8)}, {}))
     assert_has_all(refusal(path), str(70 * MIB), str(gguf_file.MAX_TEXT_BYTES))
+
+
+def test_strings_are_skipped_wherever_a_read_of_the_file_ends(tmp_path: Path) -> None:
+    """The file is read in portions of a megabyte: a string or its length may lie across their edge, or be longer."""
+    path = tmp_path / "model.gguf"
+    for shift in range(12):
+        words = ["x" * shift, *["y" * 5] * 90_000, "z" * (3 * MIB), "", "z"]
+        path.write_bytes(gguf_bytes({"unused": string_array(words), "after": u32(7)}, {}))
+        assert read_gguf(path, with_arrays=False).metadata == {"after": 7}
+
+
+def test_the_last_skipped_string_must_end_inside_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    whole = gguf_bytes({"unused": string_array(["y"] * 5000)}, {}, alignment=1)
+    path.write_bytes(whole[:-9] + struct.pack("<Q", 1 << 63) + b"y")
+    assert "the file has" in refusal(path)
+
+
+def test_the_headers_of_all_parts_of_a_model_have_the_bound_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hostile model may name 9999 parts, each a sparse file."""
+    monkeypatch.setattr(gguf_model, "MAX_HEADER_BYTES", MIB)
+    split = {"general.architecture": string("llama"), "split.count": u32(9)}
+    (tmp_path / "m-00001-of-00009.gguf").write_bytes(gguf_bytes(split, {}))
+    for part in range(2, 10):
+        sparse(tmp_path / f"m-{part:05}-of-00009.gguf", array_start(8, 30_000), MIB)
+    with pytest.raises(CheckpointError, match=rf"00006.*bytes of headers up to this part; at most {MIB}"):
+        gguf_model.read_gguf_checkpoint(tmp_path / "m-00001-of-00009.gguf")
 
 
 def test_a_big_vocabulary_is_read_packed_and_an_unused_array_beside_it_is_absent(tmp_path: Path) -> None:
