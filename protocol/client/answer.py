@@ -113,7 +113,10 @@ def _usage(message: Finished) -> Usage:
 
 
 def _logprobs(message: Tokens) -> tuple[TokenLogprob, ...]:
-    return tuple(
-        TokenLogprob(token_id, entry["text"], entry["logprob"], tuple((a, b, c) for a, b, c in entry["top"]))
-        for token_id, entry in zip(message.token_ids, message.logprobs or (), strict=False)
-    )
+    try:
+        return tuple(
+            TokenLogprob(token_id, entry["text"], entry["logprob"], tuple((a, b, c) for a, b, c in entry["top"]))
+            for token_id, entry in zip(message.token_ids, message.logprobs or (), strict=False)
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FieldError(f"malformed log-probabilities: {type(error).__name__}: {error}") from None

@@ -3,11 +3,13 @@
 Every request ends in exactly one `Finished` or `Failed`, and every query in its reply or `Failed`.
 """
 
-from collections.abc import Mapping
+import math
+import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from mgpu.protocol.front.fields import FieldError
+from mgpu.protocol.front.fields import FieldError, shown
 
 FailureCode = Literal[
     "bad_request",
@@ -171,6 +173,30 @@ def to_map(message: ServerMessage) -> dict[str, object]:
     return values
 
 
+def _fits(hint: Any) -> Callable[[object], bool]:
+    """Return the test of whether a value has the annotated type. A boolean is no number."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        tests = [_fits(each) for each in args]
+        return lambda value: any(test(value) for test in tests)
+    if origin is list:
+        item = _fits(args[0])
+        return lambda value: isinstance(value, list) and all(map(item, value))
+    if origin is dict:
+        item = _fits(args[1])
+        return lambda value: isinstance(value, dict) and all(map(item, value.values()))
+    if hint is int:
+        return lambda value: type(value) is int
+    if hint is float:
+        return lambda value: type(value) is int or type(value) is float
+    return (lambda _: True) if hint is Any else (lambda value: isinstance(value, hint))
+
+
+_TESTS = {kind: {name: _fits(hint) for name, hint in get_type_hints(cls).items()} for kind, cls in SERVER_TYPES.items()}
+_fits_retry = _TESTS["failed"]["retry_after_s"]
+_TESTS["failed"]["retry_after_s"] = lambda value: _fits_retry(value) and 0 <= cast("float", value or 0) < math.inf
+
+
 def parse_server_message(data: Mapping[object, object]) -> ServerMessage:
     """Build a server message from its map; fields unknown to this version are skipped. FieldError for a wrong map."""
     kind = str(data.get("type"))
@@ -180,6 +206,9 @@ def parse_server_message(data: Mapping[object, object]) -> ServerMessage:
     known = {name: data[name] for name in _FIELDS[kind] if name in data}
     if cls is Failed:
         known.setdefault("id", None)
+    for name, value in known.items():
+        if not _TESTS[kind][name](value):
+            raise FieldError(f"{name} of {kind} is {shown(value)}")
     try:
         return cast("ServerMessage", cls(**known))
     except TypeError as error:

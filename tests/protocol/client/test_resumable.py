@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import pytest
 
 from mgpu import RequestFailed, ServerUnreachable
+from mgpu.protocol.client.answer import Answer
 from mgpu.protocol.client.resumable import TRANSITIONS, Message, RequestState, ResumableRequest
+from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Keepalive, Resumed, ServerMessage, Tokens
 
 REQUEST: Message = {"type": "generate", "id": 1, "prompt": "x", "session": "s" * 16}
@@ -90,3 +92,12 @@ def test_no_server_can_lead_a_client_into_a_wrong_state() -> None:
             steps.add((before, request.state))
     kept = {(state, state) for state in RequestState}
     assert steps | kept == {(state, after) for state in TRANSITIONS for after in TRANSITIONS[state]} | kept
+
+
+@pytest.mark.parametrize(
+    "entry", [{}, {"text": "x", "logprob": -1.0}, {"text": "x", "logprob": -1.0, "top": [[1]]}, None, 5, "abc"]
+)
+def test_log_probabilities_of_another_shape_are_refused(entry: object) -> None:
+    message = Tokens(1, 0, "x", [5], [entry])  # type: ignore[list-item]
+    with pytest.raises(FieldError, match="log-probabilities"):
+        Answer({**REQUEST, "logprobs": 1}).add(message)

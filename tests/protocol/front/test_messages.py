@@ -185,3 +185,30 @@ def test_a_detokenize_has_token_ids() -> None:
     assert parse_client_message({"type": "detokenize", "id": 1, "token_ids": [1]}) == Detokenize(1, b"\1\0\0\0")
     with pytest.raises(FieldError, match="token_ids is missing"):
         parse_client_message({"type": "detokenize", "id": 1})
+
+
+WHOLE: dict[str, dict[str, object]] = {
+    "accepted": {"id": 1, "model": "m", "prompt_tokens": 3, "max_tokens": 9, "seed": 5},
+    "resumed": {"id": 1, "offsets": [0]},
+    "tokens": {"id": 1, "index": 0, "text": "x", "token_ids": [5], "logprobs": [{}], "finish_reason": "stop"},
+    "finished": {
+        "id": 1, "finish_reasons": ["stop"], "prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0
+    },
+    "failed": {"id": 1, "code": "overloaded", "message": "busy", "retry_after_s": 0.5},
+    "stats": {"id": 1, "counters": {"running": 1}},
+    "models": {"id": 1, "models": [{"name": "m"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, fields in WHOLE.items() for name in fields])
+def test_a_server_message_with_a_field_of_another_type_is_refused(kind: str, name: str) -> None:
+    parse_server_message({"type": kind, **WHOLE[kind]})
+    for wrong in (b"x", True, [None], [1.5], {"a": []}, [[]], math.nan):
+        with pytest.raises(FieldError, match=f"^{name} of {kind} is "):
+            parse_server_message({"type": kind, **WHOLE[kind], name: wrong})
+
+
+@pytest.mark.parametrize("seconds", [-1, math.inf, math.nan])
+def test_a_server_cannot_put_a_retry_off_for_ever(seconds: float) -> None:
+    with pytest.raises(FieldError, match="retry_after_s"):
+        parse_server_message({"type": "failed", **WHOLE["failed"], "retry_after_s": seconds})
