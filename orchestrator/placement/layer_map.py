@@ -12,7 +12,8 @@ from mgpu.protocol.model.quantization import Quant
 
 ROOM_KEPT = 0.9
 """Least share of the room for keys and values that a faster division of layers must leave."""
-_PAIR = re.compile(r"\s*([0-9]{1,6}(?:\s*\+\s*[0-9]{1,6})*)\s*:\s*([0-9]{1,9})\s*")
+_PAIR = re.compile(r"\s*([0-9]{1,6}(?:\s*\+\s*[0-9]{1,6})*)\s*:\s*([0-9]{1,9})\s*", re.ASCII)
+"""ASCII: `int` does not strip every character that counts as a space elsewhere."""
 
 
 def parse_layer_map(

@@ -74,8 +74,8 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise ChatTemplateError(f"the model's chat template is not valid: {error}") from None
+        except Exception as error:  # Jinja's own, and those of Python's compiler: `break` without a loop, deep nesting
+            raise ChatTemplateError(f"the model's chat template is not valid: {str(error)[:300]}") from None
         self._special_tokens = dict(special_tokens)
         self._time_limit_s = time_limit_s
 

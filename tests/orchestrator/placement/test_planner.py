@@ -213,6 +213,13 @@ def test_a_refusal_has_the_numbers_and_the_way_out(
     assert_has_all(refusal(facts, machine, **options), *words)
 
 
+@pytest.mark.parametrize("text", ["0\x1e:32;1:32", "0:32;1:32\u3000", "0+\x851:64", "\u0661:64"])
+def test_only_plain_spaces_may_stand_in_a_layer_map(text: str) -> None:
+    """A regular expression knows more spaces and digits than `int` takes."""
+    with pytest.raises(PlacementError, match="is not an ordinal:count pair"):
+        planned(QWEN3_32B, gpus(80, 80), device_layers=text)
+
+
 def test_the_error_offers_a_layer_map_that_works() -> None:
     machine = gpus(80, 80, 80)
     match = re.search(r'-n "([^"]+)"', refusal(QWEN3_32B, machine))

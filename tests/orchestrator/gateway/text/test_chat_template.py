@@ -88,3 +88,13 @@ def test_a_template_that_is_none_is_refused_when_it_is_compiled() -> None:
         ChatTemplate("{% if %}", {})
     with pytest.raises(ChatTemplateError, match="characters"):
         ChatTemplate("x" * (1 << 21), {})
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{% break %}", "{% continue %}", "{% for a in b %}" * 30 + "x" + "{% endfor %}" * 30, "{{ " + "(" * 3000 + "1"],
+)
+def test_a_template_that_python_cannot_compile_is_not_valid(source: str) -> None:
+    """Jinja turns it into a program, and Python's compiler refuses that with errors of its own."""
+    with pytest.raises(ChatTemplateError, match="not valid"):
+        ChatTemplate(source, {})
