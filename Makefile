@@ -8,7 +8,7 @@ PARALLEL ?= -n $(shell nproc) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check format bench-cpu chaos attack clean
+.PHONY: help demo test test-gpu check format bench-cpu chaos attack fuzz clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -41,6 +41,9 @@ chaos: $(VENV)/installed-dev ## Break a real server under load and count what it
 attack: $(VENV)/installed-dev ## Attack a real server beside honest streams and count what those lose (ATTACK='--seconds 10')
 	@$(BIN)/python -m bench.attack $(ATTACK)
 
+fuzz: $(VENV)/installed-fuzz ## Feed hostile bytes to everything that reads them (MINUTES=10, of CPU time for each reader)
+	@$(BIN)/python -m bench.fuzz --minutes $(or $(MINUTES),1) $(FUZZ)
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "mgpu needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -55,6 +58,10 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing mgpu and its test tools into $(VENV) (the first time takes a minute or two)"
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-fuzz: $(VENV)/installed-dev
+	@$(PIP) install -c constraints.txt -e '.[dev,fuzz]'
+	@touch $@
 
 clean: ## Remove the virtual environment and all caches
 	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
