@@ -193,8 +193,9 @@ def _fits(hint: Any) -> Callable[[object], bool]:
 
 
 _TESTS = {kind: {name: _fits(hint) for name, hint in get_type_hints(cls).items()} for kind, cls in SERVER_TYPES.items()}
-_fits_retry = _TESTS["failed"]["retry_after_s"]
+_fits_retry, _fits_ids = _TESTS["failed"]["retry_after_s"], _TESTS["tokenized"]["token_ids"]
 _TESTS["failed"]["retry_after_s"] = lambda value: _fits_retry(value) and 0 <= cast("float", value or 0) < math.inf
+_TESTS["tokenized"]["token_ids"] = lambda value: _fits_ids(value) and len(cast("bytes", value or b"")) % 4 == 0
 
 
 def parse_server_message(data: Mapping[object, object]) -> ServerMessage:

@@ -19,6 +19,7 @@ from mgpu.protocol.internal.worker_messages import CONTROL
 
 CLIENT_WORDS = (
     "type", *GENERATE_RULES, "offsets", "generate", "resume", "cancel", "health", "stats", "models", "role", "content",
+    "tokenize", "detokenize", "returns", "token_ids", "text", "count",
     "user", "enable_thinking", "thinking", "reasoning_effort", "date_string", "0123456789abcdef",
 )  # fmt: skip
 SERVER_WORDS = (
@@ -32,6 +33,8 @@ EXAMPLES: tuple[dict[str, object], ...] = (
     {"type": "resume", "id": 3, "session": "0" * 16, "offsets": [0, -1]},
     {"type": "cancel", "id": 3},
     {"type": "stats", "id": 4},
+    {"type": "tokenize", "id": 5, "messages": [{"role": "user", "content": "x"}], "returns": "text"},
+    {"type": "detokenize", "id": 6, "token_ids": [5, 6]},
 )  # fmt: skip
 ANSWERS: tuple[dict[str, object], ...] = (
     {"type": "accepted", "id": 1, "model": "m", "prompt_tokens": 3, "max_tokens": 9, "seed": 5},

@@ -196,6 +196,8 @@ WHOLE: dict[str, dict[str, object]] = {
     },
     "failed": {"id": 1, "code": "overloaded", "message": "busy", "retry_after_s": 0.5},
     "stats": {"id": 1, "counters": {"running": 1}},
+    "tokenized": {"id": 1, "num_tokens": 1, "token_ids": b"\5\0\0\0", "text": "x"},
+    "detokenized": {"id": 1, "text": "x"},
     "models": {"id": 1, "models": [{"name": "m"}]},
 }  # fmt: skip
 
