@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mgpu.protocol.checkpoint.gguf_file import MAX_HEADER_BYTES, MAX_TENSORS, GgufHeader, GgufTensor, read_gguf
 from mgpu.protocol.checkpoint.gguf_rope import Located, read_gguf_rope
+from mgpu.protocol.checkpoint.gguf_tokens import end_tokens
 from mgpu.protocol.checkpoint.tensors import TensorEntry
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file
 from mgpu.protocol.model.facts import Dtype, ModelFacts
@@ -33,16 +34,6 @@ _GEMMA_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-END_TEXTS = frozenset((
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
-    "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>",
-    "<\uff5cend▁of▁sentence\uff5c>", "</s>", "<eos>", "<|fim_pad|>", "<fim-pad>", "<PAD>", "<|fim_repo|>",
-    "<|repo_name|>", "<fim-repo>", "<REPO>", "<|file_sep|>",
-))  # fmt: skip
-"""Texts of tokens that end an answer, whatever the file says of them. Converters often name only one of several.
-
-llama.cpp goes by the text too (llama-vocab.cpp, special_eog_ids).
-"""
 _TOKENS = "tokenizer.ggml.tokens"
 
 
@@ -196,18 +187,6 @@ def _attention_scale(gemma: bool, num_layers: int, hidden: int, num_q_heads: int
     # GGUF has no query_pre_attn_scalar; only the 62-layer Gemma 3 27B deviates from the head size.
     width = hidden // num_q_heads if gemma and num_layers == 62 else head_dim
     return float(width**-0.5)
-
-
-def end_tokens(tokenizer: Fields) -> tuple[int, ...]:
-    """Return the tokens that end an answer: those that the metadata names, then those known by their text.
-
-    ``tokenizer`` are the metadata below ``tokenizer.ggml.``.
-    """
-    keys = [f"{name}_token_{ids}" for name in ("eos", "eot", "eom") for ids in ("id", "ids")]
-    named = [token for key in keys for token in tokenizer.token_ids(key)]
-    texts = tokenizer.raw("tokens")
-    known = [number for number, text in enumerate(texts) if text in END_TEXTS] if isinstance(texts, list) else []
-    return tuple(dict.fromkeys(named + known))
 
 
 def _dtype(tensors: dict[str, GgufTensor]) -> Dtype:

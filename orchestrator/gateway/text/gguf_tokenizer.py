@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from mgpu.protocol.checkpoint.gguf_model import END_TEXTS
+from mgpu.protocol.checkpoint.gguf_tokens import SENTENCE_PIECE_IDS, hidden_texts, shown_texts
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """``tokenizer.ggml.token_type``."""
@@ -55,7 +55,7 @@ def _build(metadata: Mapping[str, object]) -> Tokenizer:
     else:
         raise TokenizerError(f"tokenizer model {model!r} is not supported (gpt2 and llama are); send token ids instead")
     _add_special_tokens(tokenizer, tokens, kinds)
-    _add_bos(tokenizer, metadata)
+    _add_ends(tokenizer, metadata)
     return tokenizer
 
 
@@ -162,28 +162,38 @@ def _merges_of(tokens: list[str], kinds: Sequence[int], scores: Sequence[float])
 def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: Sequence[int]) -> None:
     """Add control tokens as special (skipped in text), and user-defined ones, which are matched first but shown.
 
-    A token that ends an answer by its text is a control token, whatever its type.
+    Some tokens are known by their text: those that end an answer are control tokens, whatever their type.
     """
+    hidden, always_shown = hidden_texts(tokens), shown_texts(tokens)
     pairs = list(zip(tokens, kinds, strict=True))
-    special = [token for token, kind in pairs if kind in (CONTROL, UNKNOWN) or token in END_TEXTS]
-    shown = [token for token, kind in pairs if kind == USER_DEFINED and token not in END_TEXTS]
+    special = [
+        token for token, kind in pairs if (kind in (CONTROL, UNKNOWN) and token not in always_shown) or token in hidden
+    ]
+    shown = [token for token, kind in pairs if (kind == USER_DEFINED and token not in hidden) or token in always_shown]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in shown])
 
 
-def _add_bos(tokenizer: Tokenizer, metadata: Mapping[str, object]) -> None:
+def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, object]) -> None:
+    """Put BOS before a text and EOS behind it, as the file asks; else BOS where models of its kind have one."""
     pre = _pre_tokenizer_name(metadata, _strings(metadata, "tokens"))
     usual = metadata.get("tokenizer.ggml.model") == "llama" or pre in (*_LLAMA3_NAMES, "tekken")
-    if metadata.get("tokenizer.ggml.add_bos_token", usual):
-        bos = special_token(metadata, "bos")
-        if bos is not None:
-            number = tokenizer.token_to_id(bos)
-            tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+    bos = special_token(metadata, "bos") if metadata.get("tokenizer.ggml.add_bos_token", usual) else None
+    eos = special_token(metadata, "eos") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    ends = [(text, tokenizer.token_to_id(text)) for text in dict.fromkeys((bos, eos)) if text is not None]
+    if ends:
+        parts = [*([bos] if bos is not None else []), "$A", *([eos] if eos is not None else [])]
+        tokenizer.post_processor = processors.TemplateProcessing(single=parts, special_tokens=ends)
 
 
 def special_token(metadata: Mapping[str, object], name: str) -> str | None:
-    """Return the token that the file calls ``name``, such as bos or unknown; None if it names none."""
+    """Return the token that the file calls ``name``, such as bos or unknown; None if there is none.
+
+    Files of SentencePiece's kind that name none have its own numbers for them.
+    """
     tokens, number = _strings(metadata, "tokens"), metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if number is None and metadata.get("tokenizer.ggml.model") == "llama":
+        number = SENTENCE_PIECE_IDS.get(name)
     if isinstance(number, list):
         number = next(iter(number), None)
     return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None

@@ -15,7 +15,7 @@ from mgpu.orchestrator.gateway.text.length_bound import has_nested_repeats, long
 from mgpu.orchestrator.gateway.text.panics import Panic, no_panics
 from mgpu.orchestrator.gateway.text.special_tokens import add_folder_tokens
 from mgpu.protocol.checkpoint.gguf_file import read_gguf
-from mgpu.protocol.checkpoint.gguf_model import end_tokens
+from mgpu.protocol.checkpoint.gguf_tokens import end_tokens
 from mgpu.protocol.checkpoint.untrusted import MAX_JSON_BYTES, CheckpointError, Fields, checked_file
 from mgpu.protocol.model.facts import CheckpointFormat
 

@@ -153,6 +153,49 @@ def test_sentence_piece_merges_follow_the_scores_and_bytes_are_the_fallback() ->
     assert build_tokenizer(sentence_piece(space_prefix=True)).encode("ab").tokens == ["<s>", "▁ab"]
 
 
+def test_sentence_piece_has_its_own_numbers_where_a_file_names_none() -> None:
+    metadata = sentence_piece(space_prefix=False)
+    for key in ("bos", "unknown"):
+        del metadata[f"tokenizer.ggml.{key}_token_id"]
+    assert build_tokenizer(metadata).encode("ab").tokens == ["<s>", "ab"]
+    metadata["tokenizer.ggml.bos_token_id"] = 0xFFFFFFFF
+    assert build_tokenizer(metadata).encode("ab").tokens == ["ab"]
+
+
+def test_an_end_of_sequence_is_added_if_the_file_asks_for_it() -> None:
+    ends = {
+        "tokenizer.ggml.bos_token_id": 258,
+        "tokenizer.ggml.eos_token_id": 257,
+        "tokenizer.ggml.add_eos_token": True,
+    }
+    assert build_tokenizer(byte_level("llama-bpe", **ends)).encode("x").ids == [258, 87, 257]
+    assert build_tokenizer(byte_level("gpt-2", **ends)).encode("x").ids == [87, 257]
+    assert build_tokenizer(byte_level("gpt-2", **ends)).encode("x", add_special_tokens=False).ids == [87]
+    same = ends | {"tokenizer.ggml.bos_token_id": 257}
+    assert build_tokenizer(byte_level("llama-bpe", **same)).encode("x").ids == [257, 87, 257]
+
+
+@pytest.mark.parametrize(("text", "kind", "shown"), [
+    ("<|fim_prefix|>", 1, False), ("<fim_middle>", 4, False), ("<|file_sep|>", 1, False), ("<reponame>", 4, False),
+    ("<|channel|>", 3, True), ("<|message|>", 4, True), ("<|other|>", 3, False), ("<|other|>", 4, True),
+])  # fmt: skip
+def test_some_tokens_are_known_by_their_text(text: str, kind: int, shown: bool) -> None:
+    metadata = byte_level("gpt-2")
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"][:-1], text]
+    metadata["tokenizer.ggml.token_type"] = [1] * 258 + [kind]
+    codec = TextCodec(build_tokenizer(metadata), None, {})
+    assert codec.encode(text) == [258]
+    assert codec.shown_bytes(258) == (text.encode() if shown else b"")
+
+
+def test_a_special_token_as_a_stop_string_is_found_only_where_it_is_shown() -> None:
+    codec = TextCodec(build_tokenizer(byte_level("gpt-2")), None, {})
+    for bytes_of, stops in ((codec.shown_bytes, False), (codec.all_bytes, True)):
+        detokenizer = Detokenizer(bytes_of, ["<|x|>"])
+        shown = "".join(detokenizer.push(token) for token in codec.encode("hi<|x|>you")) + detokenizer.flush()
+        assert (detokenizer.stopped, shown) == (stops, "hi" if stops else "hiyou")
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"tokenizer.ggml.pre": "unheard-of"}, "supported: gpt-2"),
     ({"tokenizer.ggml.model": "t5"}, "send token ids"),
