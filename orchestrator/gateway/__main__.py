@@ -69,7 +69,7 @@ def _serve(
 ) -> None:
     # Clients connect at once to a gateway that replaces another, so it binds only when it can serve.
     codec = None if spec.info is None else load_codec(spec.model_path, spec.model_format)
-    front = FrontSocket(context, spec.bind, spec.max_request_bytes, spec.keys)
+    front = FrontSocket(context, spec.bind, spec.max_request_bytes, spec.keys, spec.own_key)
     background = BackgroundTasks()
     gateway = Gateway(spec, link, front, background, parent_fds)
     if spec.info is not None:

@@ -276,6 +276,7 @@ class Gateway:
         connection, account = received.connection, received.account
         message = scope_to_key(parse_client_message(data), received.identity)
         if isinstance(message, Generate):
+            received = received._replace(identity=self._front.access.identity_of(message, received.identity))
             self._prompts.encode(self._requests.begin(received, message), self._model.codec)
         elif isinstance(message, (Tokenize, Detokenize)):
             self._prompts.encode(self._requests.begin(received, as_request(message), message), self._model.codec)

@@ -36,6 +36,7 @@ MEANINGS = {
     "skip_special_tokens": "leave special tokens out of the text",
     "priority": "of a client's waiting requests, the lower number runs first",
     "cache_salt": "prefixes are shared only between requests of the same salt",
+    "account": "for a program that serves several clients: whose request this is",
     "timeout_s": "the request fails after so many seconds",
     "template_options": "variables for the chat template",
 }
@@ -48,6 +49,7 @@ DEFAULTS = {
     "stop": "none",
     "stop_token_ids": "none",
     "cache_salt": "empty",
+    "account": "the connection's",
     "timeout_s": "none",
     "template_options": "none",
 }

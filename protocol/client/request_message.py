@@ -36,6 +36,7 @@ class GenerateOptions(TypedDict, total=False):
     skip_special_tokens: bool
     priority: int
     cache_salt: str
+    account: str
     timeout_s: float
     template_options: Mapping[str, object]
 

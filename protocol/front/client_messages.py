@@ -83,6 +83,8 @@ class Generate:
     priority: Annotated[int, Integer(-1000, 1000)] = 0
     cache_salt: Annotated[str, Text(256)] = ""
     """Prefixes are shared only between requests of the same salt."""
+    account: Annotated[str, Text(128)] = ""
+    """From a server that speaks for several clients, such as the HTTP process: whose request this is."""
     timeout_s: Annotated[float | None, Number(0, 86400, low_open=True)] = None
     """The gateway ends the request with deadline_exceeded after this many seconds."""
     session: Annotated[str | None, SESSION] = None

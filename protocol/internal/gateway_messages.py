@@ -39,6 +39,8 @@ class GatewaySpec:
     """For a gateway that replaces another: the state of the running engine. The gateway binds when it can serve."""
     keys: ServerKeys | None = None
     """None: only ipc, and tcp on the loopback without encryption."""
+    own_key: bytes = b""
+    """Public key of the HTTP process, which speaks for several clients; empty where there are no keys."""
     limits: ClientLimits = field(default_factory=ClientLimits)
     memory_bytes: int = 0
     """How much the process may grow; 0: as much as the limits need."""

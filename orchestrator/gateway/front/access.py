@@ -28,6 +28,8 @@ ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"mgpu"
 KEY_PREFIX = "key:"
 _IPC_ADDRESS = "localhost:"
+NAMED_PREFIX = "client:"
+"""Begins the identity of a client for whom a server of ours speaks, such as the HTTP process."""
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,17 @@ log = logging.getLogger(__name__)
 class AccessControl:
     """Answers libzmq's ZAP requests in the gateway's own loop; owns the ZAP socket."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", client_keys: Collection[bytes] | None = None) -> None:
-        """``client_keys`` are the public keys that may connect by tcp; None: there are no keys."""
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        client_keys: Collection[bytes] | None = None,
+        own_key: bytes = b"",
+    ) -> None:
+        """``client_keys`` are the public keys that may connect by tcp; None: there are no keys.
+
+        ``own_key`` is that of the server's own HTTP process, which is on the list always; empty: it needs none.
+        """
+        self._own_keys = {own_key} if own_key else set()
         self.set_client_keys(client_keys)
         self.shut_out: dict[str, float] = {}
         """Owner, and until when (CLOCK_MONOTONIC) it is not let in."""
@@ -48,8 +59,8 @@ class AccessControl:
 
     def set_client_keys(self, client_keys: Collection[bytes] | None) -> None:
         """Replace the list of public keys; `check` refuses connected peers whose key is no longer on it."""
-        self._client_keys = None if client_keys is None else frozenset(client_keys)
-        self._identities = frozenset(map(_identity_of_key, client_keys or ()))
+        self._client_keys = None if client_keys is None else frozenset(client_keys) | self._own_keys
+        self._identities = frozenset(map(_identity_of_key, self._client_keys or ()))
 
     def answer_requests(self) -> None:
         """Answer every ZAP request that is waiting."""
@@ -88,6 +99,18 @@ class AccessControl:
         if self._client_keys is not None and identity.startswith(KEY_PREFIX) and identity not in self._identities:
             raise Refusal("not_allowed", "this client's key is no longer on the server's list")
 
+    def identity_of(self, message: Generate, identity: str) -> str:
+        """Return whose request a message is: the client's that it names, else the peer's.
+
+        A peer without a key can make as many connections, and so accounts, as it likes: it may name accounts too. A
+        client's key may not, since it would escape its limits. Refusal.
+        """
+        if not message.account:
+            return identity
+        if identity.startswith(KEY_PREFIX) and identity not in map(_identity_of_key, self._own_keys):
+            raise Refusal("bad_request", "account is for connections without a key: a key is an account of its own")
+        return NAMED_PREFIX + message.account
+
     def close(self) -> None:
         self.socket.close()
 
@@ -105,10 +128,11 @@ def owner_of(identity: str, origin: str) -> str:
 def account_of(identity: str, connection: bytes) -> str:
     """Return the account of a connection.
 
-    A key is one account with all its connections. Without keys all connections belong to one user, or cannot be told
-    apart; then each connection is an account of its own, so that the programs of that user are fair to each other.
+    A key is one account with all its connections, and so is a client that a server of ours names. Without keys all
+    connections belong to one user, or cannot be told apart; then each connection is an account of its own, so that the
+    programs of that user are fair to each other.
     """
-    return identity if identity.startswith(KEY_PREFIX) else f"{identity} {connection.hex()}"
+    return identity if identity.startswith((KEY_PREFIX, NAMED_PREFIX)) else f"{identity} {connection.hex()}"
 
 
 def scope_to_key(message: ClientMessage, identity: str) -> ClientMessage:

@@ -64,10 +64,15 @@ class FrontSocket:
     """ROUTER of the front channel, its ZAP handler and the messages that wait for slow readers."""
 
     def __init__(
-        self, context: "zmq.Context[Any]", endpoint: str, max_bytes: int, keys: ServerKeys | None = None
+        self,
+        context: "zmq.Context[Any]",
+        endpoint: str,
+        max_bytes: int,
+        keys: ServerKeys | None = None,
+        own_key: bytes = b"",
     ) -> None:
         """Bind ``endpoint``; BindError when that is impossible or not allowed. With ``keys``, tcp is encrypted."""
-        self.access = AccessControl(context, None if keys is None else keys.clients)
+        self.access = AccessControl(context, None if keys is None else keys.clients, own_key)
         seed()
         self.socket = context.socket(zmq.ROUTER)
         has_keys = keys is not None and endpoint.startswith("tcp://")

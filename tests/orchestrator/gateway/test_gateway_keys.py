@@ -179,3 +179,11 @@ def test_a_key_may_have_so_many_connections_and_others_are_not_concerned(model_f
         gateway.engine.tell(Reload(keys.clients, ClientLimits(max_client_connections=5)))
         gateway.engine.wait_until_told()
         assert_serves(gateway.endpoint, keys=alice)
+
+
+def test_a_key_names_no_other_account(keyed: GatewayProcess, tmp_path: Path) -> None:
+    with (
+        Client(keyed.endpoint, keys=key_file(tmp_path, "alice")) as client,
+        pytest.raises(RequestFailed, match="a key is an account of its own"),
+    ):
+        client.generate([1], max_tokens=1, account="bob")

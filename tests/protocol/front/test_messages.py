@@ -62,6 +62,7 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("logit_bias", [[[at, 0] for at in range(1024)]], [[[5, 1], [5, 2]], [[at, 0] for at in range(1025)], [5, 6]]),
     ("priority", [-1000, 1000], [-1001, 1001, 0.5]),
     ("cache_salt", ["", "x" * 256], ["x" * 257, b"x", 5]),
+    ("account", ["", "x" * 128], ["x" * 129, b"x", 5]),
     ("timeout_s", [0.1, 86400], [0, -1, 86401, math.inf, math.nan]),
     ("stream", [True, False], [0, 1, "yes"]),
     ("ignore_eos", [True, False], [1]),
