@@ -30,6 +30,7 @@ COMMANDS = {
     "chat": "mgpu.launch.commands.chat:chat_command",
     "status": "mgpu.launch.commands.status:status_command",
     "top": "mgpu.launch.commands.top:top_command",
+    "http": "mgpu.launch.commands.http:http_command",
     "doctor": "mgpu.launch.commands.doctor:doctor_command",
     "bench": "mgpu.launch.bench:bench_group",
     "config": "mgpu.launch.commands.show_config:config_command",

@@ -111,7 +111,11 @@ class ServeConfig:
     http: str = _option(
         "127.0.0.1:8000", "OpenAI-compatible HTTP: ADDRESS:PORT, unix:/path/to/socket, or none.", group="HTTP"
     )
+    http_keys: str = _option("", "File of API keys for HTTP, each line a name and a key; read again on SIGHUP.")
     http_no_auth: bool = _option(False, "Let anyone use HTTP who reaches it, also beyond this machine.")
+    http_cors: str = _option("", "Origins whose web pages may use HTTP, such as https://chat.example.com; *: all.")
+    http_tls_cert: str = _option("", "Certificate file (PEM, with its chain) to serve HTTPS.")
+    http_tls_key: str = _option("", "Key file of the certificate.")
     bind: str = _option(
         "",
         "Front endpoint: tcp://127.0.0.1:PORT, with --keys any tcp://ADDRESS:PORT; empty: a private ipc socket.",

@@ -7,15 +7,27 @@ from typing import Any, TypeVar
 
 import click
 
-from mgpu.launch.completion import complete_choices, complete_folder, complete_model
+from mgpu.launch.completion import complete_choices, complete_file, complete_folder, complete_model
 from mgpu.launch.config import ServeConfig, declared_options, load_config
 from mgpu.launch.pages.help import GroupedOption
 from mgpu.launch.values import Bytes, Option, Tokens
 
-_COMPLETE = {"model": complete_model, "keys": complete_folder}
+_COMPLETE = {
+    "model": complete_model,
+    "keys": complete_folder,
+    **dict.fromkeys(("http_keys", "http_tls_cert", "http_tls_key"), complete_file),
+}
 F = TypeVar("F", bound=Callable[..., Any])
 POSITIONAL = "positional_model"
 """The model as `model_argument` hands it over."""
+
+
+def http_flags(command: F) -> F:
+    """Add the flags of the options about HTTP. Flags that were not typed arrive as None."""
+    for option in reversed(declared_options()):
+        if option.name.startswith("http"):
+            command = _click_option(option)(command)
+    return command
 
 
 def config_options(command: F) -> F:

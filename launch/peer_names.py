@@ -32,9 +32,12 @@ COMMANDS = {
 _QUANTS = {"int8": "8", "8bit": "8", "bitsandbytes": "8", "int4": "4", "4bit": "4", "q4k": "4", "q8_0": "8"}
 
 _SERVE = {
-    "--port": "--bind tcp://{host}:{port}",
-    "--host": "--bind tcp://{host}:{port}",
-    "--uds": "--bind ipc://{}",
+    "--port": "--http {host}:{port} (--bind tcp://{host}:{port} is for mgpu's own clients)",
+    "--host": "--http {host}:{port} (--bind tcp://{host}:{port} is for mgpu's own clients)",
+    "--uds": "--http unix:{}",
+    **dict.fromkeys(("--ssl-certfile", "--ssl-cert-file"), "--http-tls-cert {}"),
+    **dict.fromkeys(("--ssl-keyfile", "--ssl-key-file"), "--http-tls-key {}"),
+    **dict.fromkeys(("--allowed-origins", "--cors-allow-origins"), "--http-cors {}"),
     **dict.fromkeys(("--tensor-parallel-size", "--tp-size", "-tp", "--num-gpus", "--num-shard"), "--tp {}"),
     **dict.fromkeys(
         ("--max-model-len", "--ctx-size", "--context-length", "--max-total-tokens", "--num-ctx", "--session-len", "-c"),
@@ -62,7 +65,7 @@ _SERVE = {
                     '--device-layers, for example --device-layers "0:32;1:32"'),
     "--page-size": "--block-size {}",
     "--max-waiting-requests": "--max-sequences {}",
-    **dict.fromkeys(("--api-key", "--api-key-file"), "--keys FOLDER (see 'mgpu-launch keygen')"),
+    **dict.fromkeys(("--api-key", "--api-keys", "--api-key-file"), "--http-keys FILE, each line a name and a key"),
 }  # fmt: skip
 """Options of servers. ``{}`` stands for the value that was typed."""
 

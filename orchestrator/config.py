@@ -9,6 +9,7 @@ from typing import Literal
 from mgpu.orchestrator.placement.control_groups import usable_cpus
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
+from mgpu.protocol.internal.http_spec import HttpOptions
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.shared_memory_layout import orders_stores, shared_layout
@@ -77,10 +78,13 @@ class ServerConfig:
     """Front endpoint; empty: an ipc socket in the private runtime directory."""
     keys: ServerKeys | None = None
     """None: tcp is for the loopback only."""
+    own_pair: tuple[bytes, bytes] | None = field(default=None, repr=False)
+    """With keys: the public and the secret key with which the HTTP process connects to the front channel."""
     max_request_bytes: int = 1 << 20
     gateway_memory_bytes: int = 0
     """What the gateway may grow by before it is replaced; see gateway/memory_limit.py."""
     client_limits: ClientLimits = field(default_factory=ClientLimits)
+    http: HttpOptions = field(default_factory=HttpOptions)
     timeouts: Timeouts = field(default_factory=Timeouts)
     restarts: Restarts = field(default_factory=Restarts)
     worker_envs: tuple[dict[str, str], ...] = ()

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import zmq
 
@@ -20,6 +20,7 @@ from mgpu.orchestrator.processes.http_process import HttpProcess
 from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
+from mgpu.protocol.keys import new_pair
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,12 @@ class Server:
         listener: HttpListener | None = None,
     ) -> None:
         """``read_again`` returns what SIGHUP takes into use; it may raise UserError. No ``listener``: no HTTP."""
+        if config.keys is not None and listener is not None:
+            config = replace(config, own_pair=new_pair())
         self._config = config
         self._notifier = notifier or Notifier()
         self._listener = listener
-        self._reloader = Reloader(config.keys, read_again)
+        self._reloader = Reloader(config.keys, read_again, config.http.api_keys)
         limits = Limits(  # raises when no step could ever hold all rows
             **asdict(config.limits),
             num_blocks=0,  # until the workers have said how many they can hold

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from mgpu.launch.config import ServeConfig, declared_options
-from mgpu.launch.http import http_address
+from mgpu.launch.http import http_address, http_options
 from mgpu.launch.options import config_options, model_argument, read_config
 from mgpu.launch.pages.help import Command
 from mgpu.launch.pages.layout import layout_for
@@ -28,7 +28,7 @@ from mgpu.orchestrator.placement.devices import worker_environment
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
-RELOADED = frozenset({"keys", "drain_timeout_s", *(each.name for each in fields(ClientLimits))})
+RELOADED = frozenset({"keys", "http_keys", "drain_timeout_s", *(each.name for each in fields(ClientLimits))})
 """Fields that SIGHUP takes into use."""
 
 
@@ -62,7 +62,9 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
         try_endpoint(config.bind, keys is not None)
     configure_logging()
     log_security(config, keys)
-    with listening(http_address(config, origins["http"] != "default"), config.http_no_auth) as listener:
+    http = http_options(config)
+    for_all_users = config.http_no_auth or http.api_keys is not None
+    with listening(http_address(config, origins["http"] != "default"), for_all_users) as listener:
         described = server_config(config, prepare(config), keys)
         server = Server(described, notifier, lambda: read_again(config, config_file, flags), listener)
         status = server.run()
@@ -83,7 +85,8 @@ def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, A
         for each in declared_options()
         if each.field not in RELOADED and getattr(changed, each.field) != getattr(config, each.field)
     )
-    return Reloadable(keys, client_limits(changed), changed.drain_timeout_s, needs_restart)
+    api_keys = http_options(changed).api_keys
+    return Reloadable(keys, client_limits(changed), changed.drain_timeout_s, needs_restart, api_keys)
 
 
 def allow_open_files() -> None:
@@ -133,6 +136,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         bind=config.bind,
         keys=keys,
         client_limits=client_limits(config),
+        http=http_options(config),
         timeouts=part_of(config, Timeouts),
         restarts=part_of(config, Restarts),
         worker_envs=tuple(environment for environment, _ in placed),

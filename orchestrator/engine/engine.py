@@ -267,6 +267,7 @@ class Engine:
             values = self._reloader.read()
             if values is not None:
                 self._drain_timeout_s = values.drain_timeout_s
+                self._http.reload(values.api_keys)
                 self._gateway.reload(values.keys, values.client_limits)  # GatewayLost: the next gateway gets them
         finally:
             self._notifier.reloaded()

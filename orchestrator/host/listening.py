@@ -12,7 +12,7 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -46,6 +46,7 @@ class HttpAddress:
     """Empty for a unix socket."""
     port: int
     path: str
+    is_encrypted: bool = False
 
     @property
     def is_loopback(self) -> bool:
@@ -138,7 +139,8 @@ def _listen_tcp(address: HttpAddress) -> HttpListener:
         socket_.close()
         raise _tcp_error(address, error) from None
     port = socket_.getsockname()[1]
-    return HttpListener(socket_, HttpAddress(address.host, port, ""), f"http://{_joined(address.host, port)}")
+    scheme = "https" if address.is_encrypted else "http"
+    return HttpListener(socket_, replace(address, port=port), f"{scheme}://{_joined(address.host, port)}")
 
 
 def _tcp_error(address: HttpAddress, error: OSError) -> HttpAddressError:

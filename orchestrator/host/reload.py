@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
+from mgpu.protocol.internal.http_spec import ApiKey
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +25,22 @@ class Reloadable:
     drain_timeout_s: float
     needs_restart: tuple[str, ...] = ()
     """Options that have changed too and take effect at the next start."""
+    api_keys: list[ApiKey] | None = None
+    """Those of the HTTP server."""
 
 
 class Reloader:
     """Reads the files of one server again."""
 
-    def __init__(self, keys: ServerKeys | None, read: Callable[[], Reloadable] | None) -> None:
-        """``keys`` are those of the running server; ``read`` is None when there are no files to read."""
+    def __init__(
+        self,
+        keys: ServerKeys | None,
+        read: Callable[[], Reloadable] | None,
+        api_keys: list[ApiKey] | None = None,
+    ) -> None:
+        """The keys are those of the running server; ``read`` is None when there are no files to read."""
         self._keys = keys
+        self._api_keys = api_keys
         self._read = read
 
     def read(self) -> Reloadable | None:
@@ -42,6 +51,8 @@ class Reloader:
         try:
             values = self._read()
             self._check_keys(values.keys)
+            if (values.api_keys is None) != (self._api_keys is None):
+                raise UserError("API keys cannot be taken into use, or out of it, while the server runs; restart it")
         except (UserError, OSError) as error:
             log.error("not reloaded, everything stays as it was: %s", error)
             return None

@@ -4,20 +4,22 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import select
 import signal
 import socket
 import sys
 
 from mgpu.orchestrator.host.listening import remove_file
-from mgpu.orchestrator.http.server import new_event_loop, serve
+from mgpu.orchestrator.http.edge.guard import ApiKeys
+from mgpu.orchestrator.http.server import allow_many_connections, front_client, new_event_loop, serve
 from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
-from mgpu.protocol.internal.http_spec import HTTP_SPEC, READY, HttpSpec
+from mgpu.protocol.internal.http_spec import HTTP_LINK, READY, HttpSpec, NewApiKeys
+from mgpu.protocol.keys import ClientKeys
 
 _PARENT_DEATH_S = 0.5
 """The death signal comes when the parent's first thread has ended, shortly before the parent itself has."""
-_MANY_FILES = 1 << 16
+
+log = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -26,44 +28,53 @@ def main() -> int:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    parent_fds = [sys.stdin.fileno(), os.pidfd_open(os.getppid())]
-    _allow_many_connections()
+    parent_fd = os.pidfd_open(os.getppid())
+    allow_many_connections()
     try:
-        spec = read_spec(HTTP_SPEC, HttpSpec)
+        spec = read_spec(HTTP_LINK, HttpSpec)
     except BadSpec as error:
         sys.exit(f"http: {error}")
     try:
         end_with_parent(signal.SIGTERM)  # in case something else keeps its end of our standard input open
-        _serve(spec, parent_fds)
+        _serve(spec, parent_fd)
     except SystemExit:  # SIGTERM
         raise
     except BaseException as error:  # the edge of the process: the parent is told why it ends
-        logging.getLogger(__name__).error("the HTTP process ends", exc_info=error)
+        log.error("the HTTP process ends", exc_info=error)
         _report(spec.report_fd, str(error).encode() or type(error).__name__.encode())
         return 1
     finally:
-        if spec.unix_path and select.select(parent_fds[1:], [], [], _PARENT_DEATH_S)[0]:  # the parent cannot clean up
+        if spec.unix_path and select.select([parent_fd], [], [], _PARENT_DEATH_S)[0]:  # the parent cannot clean up
             remove_file(spec.unix_path)
     return 0
 
 
-def _serve(spec: HttpSpec, parent_fds: list[int]) -> None:
+def _serve(spec: HttpSpec, parent_fd: int) -> None:
+    api_keys = ApiKeys(spec.options.api_keys)
+    watched = {sys.stdin.fileno(): lambda: _read_input(api_keys), parent_fd: lambda: True}
+    client = front_client(spec.endpoint, ClientKeys(*spec.front_keys) if spec.front_keys else None)
     listener = socket.socket(fileno=spec.listen_fd)
+
+    def report() -> None:
+        _report(spec.report_fd, READY)
+
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(serve(listener, spec.endpoint, spec.model_name, parent_fds, lambda: _report(spec.report_fd, READY)))
+        runner.run(serve(listener, client, spec.options, spec.is_private, api_keys, watched, report))
+
+
+def _read_input(api_keys: ApiKeys) -> bool:
+    """Take other API keys from the parent; return True at the end of the input."""
+    try:
+        api_keys.keys = read_spec(HTTP_LINK, NewApiKeys).api_keys
+    except BadSpec:
+        return True
+    return False
 
 
 def _report(fd: int, text: bytes) -> None:
     with contextlib.suppress(OSError):  # it has been said already, or the parent is gone
         os.write(fd, text)
         os.close(fd)
-
-
-def _allow_many_connections() -> None:
-    """Use all file descriptors that the system allows: each connection takes one."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    soft = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 if __name__ == "__main__":

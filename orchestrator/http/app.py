@@ -1,17 +1,19 @@
 """The HTTP application: which path leads to which route, and what becomes of errors."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mgpu.orchestrator.http.edge.errors import CLIENT_CLOSED_STATUS, HttpError, error_of
-from mgpu.orchestrator.http.routes.call import Call, Served, to_json
+from mgpu.orchestrator.http.edge.guard import ApiKeys, Guard
+from mgpu.orchestrator.http.routes.call import Call, Served
 from mgpu.orchestrator.http.routes.chat import chat_completions
 from mgpu.orchestrator.http.routes.completions import completions
 from mgpu.orchestrator.http.routes.health import live, ready, version
@@ -34,12 +36,17 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
 )
 
 
-def make_app(served: Served) -> ASGIApp:
-    """Build the application."""
+def make_app(served: Served, api_keys: ApiKeys, cors: Sequence[str], is_private: bool) -> ASGIApp:
+    """Build the application; see `Guard` about who may use it."""
     routes = [Route(path, _Endpoint(handler, served), methods=[method]) for method, path, handler in ROUTES]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _on_http_exception})
     app.router.redirect_slashes = False
-    return app
+    guarded: ASGIApp = Guard(app, api_keys, cors, is_private)
+    if cors:  # outermost: a browser asks first, without a key
+        guarded = CORSMiddleware(
+            guarded, cors, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=["*"], max_age=600
+        )
+    return guarded
 
 
 class _Endpoint:
@@ -58,18 +65,14 @@ class _Endpoint:
         try:
             return await self._handler(call)
         except HttpError as error:
-            return _answer(error, call.headers)
+            return error.response(call.headers)
         except MgpuError as error:
-            return _answer(error_of(error), call.headers)
+            return error_of(error).response(call.headers)
         except ClientDisconnect:
-            return _answer(HttpError(CLIENT_CLOSED_STATUS, "the client closed the connection"), call.headers)
+            return HttpError(CLIENT_CLOSED_STATUS, "the client closed the connection").response()
         except Exception as error:  # the border to clients: our own bug costs one request, not the server
             log.error("%s could not be answered", call.request.url.path, exc_info=error)
-            return _answer(HttpError(500, "internal error", "server_error", "internal_error"), call.headers)
-
-
-def _answer(error: HttpError, headers: Mapping[str, str]) -> Response:
-    return Response(to_json(error.body()), error.status, {**headers, **error.headers}, "application/json")
+            return HttpError(500, "internal error", "server_error", "internal_error").response(call.headers)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -82,4 +85,4 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     else:
         text = "there is no such path; GET /openapi.json lists what there is"
         found = HttpError(error.status_code, text, code="not_found")
-    return _answer(found, {})
+    return found.response()

@@ -2,15 +2,20 @@
 
 import asyncio
 import contextlib
+import resource
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from mgpu.orchestrator.http.app import make_app
+from mgpu.orchestrator.http.edge.guard import ApiKeys
 from mgpu.orchestrator.http.routes.call import Served
 from mgpu.protocol.client.async_client import AsyncClient
+from mgpu.protocol.internal.http_spec import HttpOptions
+from mgpu.protocol.keys import ClientKeys
 
 GRACE_S = 1
 """Time that open streams get at the end. The gateway has told them by then that the server stops."""
@@ -18,6 +23,20 @@ KEEP_ALIVE_S = 75
 BACKLOG = 2048
 REQUEST_TIMEOUT_S = 3600.0
 """The longest answer."""
+OWN_FILES = 64
+"""Descriptors that are no connections."""
+
+
+def front_client(endpoint: str | None, keys: str | ClientKeys | None) -> AsyncClient:
+    """Return the client through which all requests go. It connects when this is first needed."""
+    return AsyncClient(endpoint, REQUEST_TIMEOUT_S, keys=keys, retries=0)
+
+
+def allow_many_connections() -> None:
+    """Use all file descriptors that the system allows: each connection takes one."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = HttpOptions().max_connections + OWN_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most if hard == resource.RLIM_INFINITY else min(hard, most), hard))
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -30,26 +49,41 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 async def serve(
-    listener: socket.socket, endpoint: str, model_name: str, parent_fds: Sequence[int], report: Callable[[], None]
+    listener: socket.socket,
+    client: AsyncClient,
+    options: HttpOptions,
+    is_private: bool,
+    api_keys: ApiKeys,
+    watched: Mapping[int, Callable[[], bool]],
+    report: Callable[[], None],
 ) -> None:
-    """Serve until one of ``parent_fds`` is readable. ``report`` is called when connections are accepted."""
-    client = AsyncClient(endpoint, REQUEST_TIMEOUT_S, retries=0)  # connects when this is first needed
-    server = _Server(_config(make_app(Served(client, model_name))), report)
+    """Serve until a descriptor of ``watched`` is readable and its function returns True.
+
+    ``api_keys`` may be changed meanwhile; ``report`` is called when connections are accepted.
+    """
+    app = make_app(Served(client), api_keys, options.cors, is_private)
+    server = _Server(_config(app, options), report)
     loop = asyncio.get_running_loop()
-    for fd in parent_fds:
-        loop.add_reader(fd, server.stop)
+
+    def read(fd: int) -> None:
+        if watched[fd]():
+            loop.remove_reader(fd)
+            server.should_exit = True
+
+    for fd in watched:
+        loop.add_reader(fd, read, fd)
     try:
         await server.serve([listener])
     finally:
-        for fd in parent_fds:
+        for fd in watched:
             loop.remove_reader(fd)
         await client.close()
 
 
-def _config(app: ASGIApp) -> uvicorn.Config:
+def _config(app: ASGIApp, options: HttpOptions) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="auto",  # httptools where it is installed, else h11
+        http=_protocol(options),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -59,7 +93,21 @@ def _config(app: ASGIApp) -> uvicorn.Config:
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
+        ssl_certfile=options.tls_cert or None,
+        ssl_keyfile=options.tls_key or None,
     )
+
+
+def _protocol(options: HttpOptions) -> Literal["h11"] | type[asyncio.Protocol]:
+    """Return the bounded protocol on httptools; h11, which has a bound for heads only, where that is not installed."""
+    try:
+        from mgpu.orchestrator.http.edge.connections import BoundedProtocol
+    except ImportError:
+        return "h11"
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OWN_FILES
+    BoundedProtocol.most_connections = min(options.max_connections, most)
+    BoundedProtocol.head_timeout_s = options.head_timeout_s
+    return BoundedProtocol
 
 
 class _Server(uvicorn.Server):
@@ -72,10 +120,6 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._report()
-
-    def stop(self) -> None:
-        """Accept no more connections, let streams end for a moment, and leave."""
-        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

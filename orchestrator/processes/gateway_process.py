@@ -152,6 +152,7 @@ class GatewayProcess:
             first_sequence=(self._generation << GENERATION_BITS) + 1,
             info=self._info if self._generation else None,
             keys=config.keys,
+            own_key=b"" if config.own_pair is None else config.own_pair[0],
             limits=config.client_limits,
             memory_bytes=config.gateway_memory_bytes,
             sends_wake_up=config.spin_s > 0,

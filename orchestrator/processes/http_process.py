@@ -6,12 +6,14 @@ import math
 import os
 import time
 from collections.abc import Container
+from dataclasses import replace
 
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.host.listening import HttpListener
 from mgpu.orchestrator.processes.child_process import ChildProcess, ProcessStartError, describe_exit
 from mgpu.orchestrator.processes.failures import HttpLost, RestartPause
-from mgpu.protocol.internal.http_spec import HTTP_SPEC, READY, HttpSpec
+from mgpu.protocol.internal.http_spec import HTTP_LINK, READY, ApiKey, HttpSpec, NewApiKeys
+from mgpu.protocol.keys import public_of
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +77,14 @@ class HttpProcess:
             listen_fd=listen_fd,
             report_fd=report_to,
             endpoint=endpoint,
-            model_name=self._config.model_name,
+            front_keys=_front_keys(self._config),
+            options=self._config.http,
             unix_path=listener.address.path,
+            is_private=listener.address.is_loopback,
         )
         try:
             self._process = ChildProcess(
-                "http", self._config.http_command, HTTP_SPEC.encode(spec), os.environ, (listen_fd, report_to)
+                "http", self._config.http_command, HTTP_LINK.encode(spec), os.environ, (listen_fd, report_to)
             )
         except ProcessStartError as error:
             self._close_report()
@@ -119,6 +123,12 @@ class HttpProcess:
         log.warning("restart %d of the HTTP process%s", self.restarts, f" in {pause_s:g} s" if pause_s else "")
         self._start_at_s = time.monotonic() + pause_s
 
+    def reload(self, api_keys: list[ApiKey] | None) -> None:
+        """Let this process, and those that replace it, use other API keys."""
+        self._config = replace(self._config, http=replace(self._config.http, api_keys=api_keys))
+        if self._process is not None:
+            self._process.tell(HTTP_LINK.encode(NewApiKeys(api_keys)))
+
     def stop(self) -> None:
         """Let the process end its streams, whose last words have come from the gateway, and leave."""
         if self._process is not None:
@@ -137,3 +147,11 @@ class HttpProcess:
             with contextlib.suppress(OSError):
                 os.close(self._report_fd)
             self._report_fd = -1
+
+
+def _front_keys(config: ServerConfig) -> list[bytes]:
+    """Return the keys of `HttpSpec`."""
+    if config.keys is None or config.own_pair is None:
+        return []
+    public, secret = config.own_pair
+    return [secret, public, public_of(config.keys.secret)]

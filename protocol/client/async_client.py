@@ -44,6 +44,7 @@ from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.server_messages import Accepted, Detokenized, Health, Models, Stats, Tokenized
+from mgpu.protocol.keys import ClientKeys
 
 
 class AsyncCompletionStream(AsyncIterator[Piece]):
@@ -162,7 +163,7 @@ class AsyncClient:
         endpoint: str | None = None,
         timeout_s: float = timeouts.DEFAULT_TIMEOUT_S,
         *,
-        keys: str | Path | None = None,
+        keys: str | Path | ClientKeys | None = None,
         connect_timeout_s: float = timeouts.CONNECT_TIMEOUT_S,
         silence_timeout_s: float = timeouts.SILENCE_TIMEOUT_S,
         retries: int = timeouts.RETRIES,

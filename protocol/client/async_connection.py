@@ -13,12 +13,15 @@ from mgpu.protocol.client.connection import keep_inherited
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply, Session
 from mgpu.protocol.errors import MgpuError
+from mgpu.protocol.keys import ClientKeys
 
 
 class AsyncConnection:
     """Connects when this is first needed, and anew in another event loop or after a fork."""
 
-    def __init__(self, endpoint: str | None, keys: str | Path | None, limits: timeouts.ClientTimeouts) -> None:
+    def __init__(
+        self, endpoint: str | None, keys: str | Path | ClientKeys | None, limits: timeouts.ClientTimeouts
+    ) -> None:
         """Nothing is connected yet."""
         self.is_closed = False
         self._named = endpoint

@@ -29,7 +29,7 @@ from mgpu.protocol.front.server_messages import (
     Tokenized,
     parse_server_message,
 )
-from mgpu.protocol.keys import find_client_keys
+from mgpu.protocol.keys import ClientKeys, find_client_keys
 
 Reply = TypeVar("Reply", Health, Stats, Models, Tokenized, Detokenized)
 
@@ -37,10 +37,14 @@ Reply = TypeVar("Reply", Health, Stats, Models, Tokenized, Detokenized)
 class Session:
     """Send requests, hand each message that arrives to its request, and resume requests on a new connection."""
 
-    def __init__(self, endpoint: str | None, keys: str | Path | None) -> None:
-        """Begin to connect to what `find_endpoint` returns. ``keys`` is the key file for tcp, else MGPU_KEYS."""
+    def __init__(self, endpoint: str | None, keys: str | Path | ClientKeys | None) -> None:
+        """Begin to connect to what `find_endpoint` returns. ``keys`` or their file are for tcp; else MGPU_KEYS."""
         found = find_endpoint(endpoint)
-        self.channel = Channel(found, find_client_keys(keys) if found.startswith("tcp://") else None)
+        if not found.startswith("tcp://"):
+            keys = None
+        elif not isinstance(keys, ClientKeys):
+            keys = find_client_keys(keys)
+        self.channel = Channel(found, keys)
         self.secret = secrets.token_hex(16)
         """Secret of this client. (session, request id) identifies a request also after a reconnection."""
         self.requests: dict[int, ResumableRequest] = {}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,12 +69,24 @@ def test_a_client_that_goes_frees_its_blocks_within_a_second(http_server: Server
             assert time.monotonic() - gone_s < 1.0
 
 
-def test_a_unix_socket_serves_and_is_gone_afterwards(smollm2: str, tmp_path: Path) -> None:
-    path = tmp_path / "http.sock"
-    with ServerProcess("-m", smollm2, *OPTIONS, "--http", f"unix:{path}") as server:
+def test_a_unix_socket_with_keys_takes_new_ones_on_sighup_and_is_gone_afterwards(smollm2: str, tmp_path: Path) -> None:
+    path, keys = tmp_path / "http.sock", tmp_path / "keys"
+    url = f"unix:{path}"
+
+    def models(key: str) -> int:
+        return get(url, "/v1/models", authorization=f"Bearer {key}").status
+
+    keys.touch(0o600)
+    keys.write_text("alice sk-0123456789-alice\n")
+    with ServerProcess("-m", smollm2, *OPTIONS, "--http", url, "--http-keys", str(keys)) as server:
         server.wait_ready()
-        assert server.http_url() == f"unix:{path}"
-        assert get(f"unix:{path}", "/health").status == 200
+        assert server.http_url() == url
+        assert path.stat().st_mode & 0o777 == 0o666, "a key is asked for, so any user may connect"
+        assert [models("sk-0123456789-alice"), models("sk-0123456789-bob")] == [200, 401]
+        keys.write_text("bob sk-0123456789-bob\n")
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: models("sk-0123456789-bob") == 200, server.output)
+        assert models("sk-0123456789-alice") == 401
         server.process.kill()  # nobody tells the HTTP process: it must notice
         eventually(lambda: not path.exists(), lambda: "the file stays")
 

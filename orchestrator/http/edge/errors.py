@@ -1,7 +1,11 @@
 """Errors as HTTP clients see them: a status and OpenAI's form. No internal address and no traceback is in a text."""
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from starlette.responses import Response
 
 from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
 
@@ -43,6 +47,12 @@ class HttpError(Exception):
     def body(self) -> dict[str, object]:
         """Return OpenAI's form of the error."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def json(self) -> bytes:
+        return json.dumps(self.body(), ensure_ascii=False).encode("utf-8", "replace")
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        return Response(self.json(), self.status, {**(headers or {}), **self.headers}, "application/json")
 
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> HttpError:

@@ -11,6 +11,7 @@ from mgpu.orchestrator.http.edge.errors import CLIENT_CLOSED_STATUS, HttpError
 from mgpu.orchestrator.http.edge.event_stream import KEEPALIVE_S, until_disconnect
 from mgpu.protocol.client.async_client import AsyncCompletionStream
 from mgpu.protocol.client.results import Piece, Usage
+from mgpu.protocol.front.server_messages import Accepted
 
 T = TypeVar("T")
 NumberedPiece = tuple[int, Piece]
@@ -44,14 +45,13 @@ async def all_of(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def all_accepted(streams: Sequence[AsyncCompletionStream]) -> list[int]:
-    """Send all requests and wait until each is accepted; return their prompts' tokens. If one fails, end the others."""
+async def all_accepted(streams: Sequence[AsyncCompletionStream]) -> list[Accepted]:
+    """Send all requests and wait until each is accepted. If one fails, end the others."""
     try:
-        accepted = await all_of([stream.accepted() for stream in streams])
+        return await all_of([stream.accepted() for stream in streams])
     except BaseException:
         await close(streams)
         raise
-    return [each.prompt_tokens for each in accepted]
 
 
 async def close(streams: Sequence[AsyncCompletionStream]) -> None:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 from starlette.requests import Request
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from mgpu.orchestrator.http.edge.body import read_object
 from mgpu.orchestrator.http.requests.fields import Fields, parse_fields
 from mgpu.protocol.client.async_client import AsyncClient
+from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.front.fields import Rule
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,6 @@ class Served:
     """What all requests of one HTTP process share."""
 
     client: AsyncClient
-    model_name: str
     started_s: int = field(default_factory=lambda: int(time.time()))
     logged_fields: set[str] = field(default_factory=set)
     """Names of fields without effect that the log has already named."""
@@ -47,6 +48,15 @@ class Call:
 
     def new_id(self, prefix: str) -> str:
         return f"{prefix}-{secrets.token_hex(16)}"
+
+    def options(self, options: GenerateOptions) -> GenerateOptions:
+        """Add whose request it is. Clients with keys share no prefixes, so that none learns what others have asked."""
+        state = self.request.scope["state"]
+        options["account"] = state["account"]
+        if state["has_key"]:
+            salted = f"{state['account']} {options.get('cache_salt', '')}"
+            options["cache_salt"] = blake2b(salted.encode(), digest_size=32).hexdigest()
+        return options
 
     async def fields(self, rules: Mapping[str, Rule], *required: str) -> Fields:
         """Read and check the body. Fields without effect are named in a header of the answer."""

@@ -43,12 +43,12 @@ RULES: dict[str, Rule] = {
 async def chat_completions(call: Call) -> ASGIApp:
     """Answer chat messages, whole or as a stream."""
     fields = await call.fields(RULES, "messages")
-    options = chat_options(fields)
+    options = call.options(chat_options(fields))
     messages = fields.values["messages"]
     if fields.values.get("stream"):
         stream = call.client.stream_chat(messages, **options)
-        await unless_disconnected(call.request, all_accepted([stream]))
-        return EventStream(_events(call, fields, stream), call.headers)
+        [accepted] = await unless_disconnected(call.request, all_accepted([stream]))
+        return EventStream(_events(call, fields, stream, accepted.model), call.headers)
     completion = await unless_disconnected(call.request, call.client.chat(messages, **options))
     return call.json(_body(call.new_id("chatcmpl"), call.created, completion))
 
@@ -90,12 +90,12 @@ def _choice(choice: CompletionChoice) -> dict[str, Any]:
     }
 
 
-async def _events(call: Call, fields: Fields, stream: AsyncCompletionStream) -> AsyncGenerator[bytes, None]:
+async def _events(call: Call, fields: Fields, stream: AsyncCompletionStream, model: str) -> AsyncGenerator[bytes, None]:
     head = {
         "id": call.new_id("chatcmpl"),
         "object": "chat.completion.chunk",
         "created": call.created,
-        "model": call.served.model_name,
+        "model": model,
         "system_fingerprint": None,
     }
     wants_usage = fields.values.get("stream_options", {}).get("include_usage", False)

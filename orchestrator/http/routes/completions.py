@@ -43,11 +43,11 @@ RULES: dict[str, Rule] = {
 async def completions(call: Call) -> ASGIApp:
     """Continue prompts, whole or as a stream."""
     fields = await call.fields(RULES, "prompt")
-    prompts, options = fields.values["prompt"], _options(fields)
+    prompts, options = fields.values["prompt"], call.options(_options(fields))
     if fields.values.get("stream"):
         streams = [call.client.stream(prompt, **options) for prompt in prompts]
-        await unless_disconnected(call.request, all_accepted(streams))
-        return EventStream(_events(call, fields, streams), call.headers)
+        accepted = await unless_disconnected(call.request, all_accepted(streams))
+        return EventStream(_events(call, fields, streams, accepted[0].model), call.headers)
     work = all_of([call.client.generate(prompt, **options) for prompt in prompts])
     return call.json(_body(call, fields, await unless_disconnected(call.request, work)))
 
@@ -98,12 +98,14 @@ def _echoed(fields: Fields, at: int) -> str:
     return prompt
 
 
-async def _events(call: Call, fields: Fields, streams: Sequence[AsyncCompletionStream]) -> AsyncGenerator[bytes, None]:
+async def _events(
+    call: Call, fields: Fields, streams: Sequence[AsyncCompletionStream], model: str
+) -> AsyncGenerator[bytes, None]:
     head = {
         "id": call.new_id("cmpl"),
         "object": "text_completion",
         "created": call.created,
-        "model": call.served.model_name,
+        "model": model,
         "system_fingerprint": None,
     }
     n = fields.values.get("n", 1)

@@ -19,7 +19,7 @@ async def ready(call: Call) -> ASGIApp:
     try:
         health = await call.client.health()
     except MgpuError:
-        state, model = "unreachable", call.served.model_name
+        state, model = "unreachable", None
     else:
         state, model = health.state, health.model
     is_ready = state == "ready"

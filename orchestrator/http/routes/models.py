@@ -16,11 +16,11 @@ async def models(call: Call) -> ASGIApp:
 async def model(call: Call) -> ASGIApp:
     """Describe the model, if it is the one that is served."""
     name = call.request.path_params["name"]
-    for each in await _described(call):
-        if each["id"] == name:
-            return call.json(each)
+    [described] = await _described(call)
+    if described["id"] == name:
+        return call.json(described)
     raise HttpError(
-        404, f"model {name[:80]!a} is not served here; this server has {call.served.model_name!r}",
+        404, f"model {name[:80]!a} is not served here; this server has {described['id']!r}",
         code="model_not_found", param="model",
     )  # fmt: skip
 

@@ -1,0 +1,100 @@
+"""What every request passes first: a request id, the check of browsers, and that of API keys."""
+
+import hmac
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mgpu.orchestrator.http.edge.errors import HttpError
+from mgpu.protocol.internal.http_spec import ApiKey
+
+_OPEN_PATHS = frozenset({"/health", "/health/ready", "/health/live"})
+"""Load balancers and orchestrators ask without a key."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")
+
+
+class ApiKeys:
+    """The keys that are accepted now."""
+
+    def __init__(self, keys: Sequence[ApiKey] | None) -> None:
+        """None: no key is asked for."""
+        self.keys = keys
+
+    def name_of(self, presented: Iterable[str]) -> str | None:
+        """Return whose key is presented. All keys are compared, each in constant time: the time tells nothing."""
+        found = None
+        for text in presented:
+            digest = sha256(text.encode("utf-8", "surrogateescape")).digest()
+            for key in self.keys or ():
+                if hmac.compare_digest(digest, key.digest):
+                    found = key.name
+        return found
+
+
+class Guard:
+    """Lets requests through that may use the server. An ASGI application around another."""
+
+    def __init__(self, app: ASGIApp, api_keys: ApiKeys, cors: Sequence[str], is_private: bool) -> None:
+        """``is_private``: only programs of this machine can connect, so no other host name can be meant."""
+        self._app = app
+        self._api_keys = api_keys
+        self._cors = frozenset(cors)
+        self._is_private = is_private
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
+        request_id = asked if _REQUEST_ID.fullmatch(asked) else f"req-{secrets.token_hex(12)}"
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            self._check_origin(headers)
+            scope["state"]["account"], scope["state"]["has_key"] = self._account(scope, headers, request_id)
+        except HttpError as error:
+            await error.response()(scope, receive, send_with_id)
+            return
+        await self._app(scope, receive, send_with_id)
+
+    def _check_origin(self, headers: Headers) -> None:
+        """Refuse pages of other sites: a browser on this machine can reach what is closed to the network."""
+        origin = headers.get("origin")
+        if origin is None or origin in self._cors or "*" in self._cors:
+            return
+        host = headers.get("host", "")
+        name = host.rpartition(":")[0] or host
+        is_ours = not self._is_private or name == "localhost" or _ADDRESS.fullmatch(name) is not None
+        if urlsplit(origin).netloc != host or not is_ours:
+            raise HttpError(
+                403, f"pages of {origin[:100]!a} may not use this server; --http-cors {origin[:100]!a} lets them",
+                "permission_error", "origin_not_allowed",
+            )  # fmt: skip
+
+    def _account(self, scope: Scope, headers: Headers, request_id: str) -> tuple[str, bool]:
+        """Return whose request this is and whether a key says so. HttpError 401 if a key is lacking or wrong."""
+        if self._api_keys.keys is None or scope["path"] in _OPEN_PATHS:
+            client = scope.get("client")
+            return f"http {client[0]}:{client[1]}" if client else f"http {request_id[:100]}", False
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        presented = [token.strip()] if scheme.lower() == "bearer" else []
+        if "x-api-key" in headers:
+            presented.append(headers["x-api-key"])
+        name = self._api_keys.name_of(presented)
+        if name is None:
+            what = "the API key is not known" if presented else "an API key is needed: Authorization: Bearer KEY"
+            raise HttpError(
+                401, what, "authentication_error", "invalid_api_key", headers={"www-authenticate": "Bearer"}
+            )
+        return name, True
