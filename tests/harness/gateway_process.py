@@ -168,18 +168,20 @@ class FakeEngine:
         link = context.socket(zmq.DEALER)
         link.setsockopt(zmq.LINGER, 0)
         link.setsockopt(zmq.SNDHWM, 0)
-        link.bind(self.endpoint)
-        while not self._stopping:
-            link.poll(1 if self._running and self.going.is_set() else 5)
-            self._read(link)
-            while not self._outbox.empty():
-                self._send(link, self._outbox.get())
-            if self.going.is_set() and self._running:
-                self._send(link, self._step())
-            with self._changed:
-                self._changed.notify_all()
-        link.close()
-        context.term()
+        try:
+            link.bind(self.endpoint)
+            while not self._stopping:
+                link.poll(1 if self._running and self.going.is_set() else 5)
+                self._read(link)
+                while not self._outbox.empty():
+                    self._send(link, self._outbox.get())
+                if self.going.is_set() and self._running:
+                    self._send(link, self._step())
+                with self._changed:
+                    self._changed.notify_all()
+        finally:  # a script that raises must not leave a socket to the garbage collector, and so to another test
+            link.close()
+            context.term()
 
     def _read(self, link: "zmq.Socket[bytes]") -> None:
         while link.poll(0):

@@ -63,13 +63,7 @@ class RequestTable:
 
     def remove(self, request: Request) -> None:
         """Forget a request that has ended."""
-        requests = self._by_connection[request.connection]
-        del requests[request.id]
-        if not requests:
-            del self._by_connection[request.connection]
-        if self.by_session(request.spec.session, request.id) is request:
-            del self._by_session[request.spec.session or "", request.id]
-        self._count -= 1
+        self._take_out(request)
         request.is_over = True
         if not request.choices and not request.is_encoding:
             self.forget_prompt(request)
@@ -77,14 +71,27 @@ class RequestTable:
         for choice in request.choices:
             self.end_choice(choice)
 
+    def _take_out(self, request: Request) -> None:
+        requests = self._by_connection[request.connection]
+        del requests[request.id]
+        if not requests:
+            del self._by_connection[request.connection]
+        if self.by_session(request.spec.session, request.id) is request:
+            del self._by_session[request.spec.session or "", request.id]
+        self._count -= 1
+
     def _is_own(self, request: Request, choice: Choice) -> bool:
         """Return whether no other request has taken over the sequence of ``choice``."""
         found = self._by_sequence.get(choice.sequence_id)
         return found is None or found[0] is request
 
     def move(self, request: Request, connection: bytes) -> None:
-        """Continue a request whose prompt is being tokenized on another connection."""
-        self.remove(request)
+        """Continue a request whose prompt is being tokenized on another connection.
+
+        It is never over meanwhile: the thread that has its prompt looks at any time.
+        """
+        self._take_out(request)
+        self.quota.leave(request.account, [])
         self.forget_prompt(request)
         request.connection = connection
         self.add(request)

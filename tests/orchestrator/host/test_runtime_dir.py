@@ -1,5 +1,6 @@
 """The private folder of a server, and how others find it."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -50,6 +51,22 @@ def test_folder_is_private_locked_and_gone_after_close(base: Path) -> None:
     runtime.close()
     runtime.close()
     assert list(base.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["link", "x" * 200])
+def test_files_that_are_made_after_a_socket_have_the_users_own_modes(base: Path, name: str) -> None:
+    runtime, context = RuntimeDir(environ(base)), zmq.Context[zmq.Socket[bytes]]()
+    socket = context.socket(zmq.PAIR)
+    before = os.umask(0o022)
+    try:
+        with contextlib.suppress(RuntimeDirError):
+            runtime.bind(socket, name)
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+        socket.close(linger=0)
+        context.term()
+        runtime.close()
 
 
 def test_servers_do_not_share_a_folder(base: Path) -> None:

@@ -193,6 +193,18 @@ def test_the_watchdog_is_fed_in_time_while_steps_finish(manager: FakeManager, cl
         assert manager.read() == ["WATCHDOG=1"], "a status is said when it changes"
 
 
+def test_a_busy_server_sends_one_message_an_interval(manager: FakeManager, clock: Clock, notifier: Notifier) -> None:
+    notifier.ready("serving m")
+    clock.now_s += NOTIFY_INTERVAL_S
+    for running in range(100):  # turns of the loop in which the load changes
+        notifier.serving(running, 0, 0.0)
+    manager.read()
+    assert len(manager.messages) == 2
+    clock.now_s += NOTIFY_INTERVAL_S
+    notifier.serving(7, 0, 0.0)
+    assert "STATUS=serving m: 7 running, 0 waiting" in manager.read()
+
+
 def test_a_step_that_does_not_finish_starves_the_watchdog(
     manager: FakeManager, clock: Clock, notifier: Notifier
 ) -> None:

@@ -8,6 +8,7 @@ from harness.machines import QWEN3_32B, SMOLLM2, TINY, cpus, gpus
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.divisibility import compatible_sizes
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
+from mgpu.orchestrator.placement.sizes import largest_matrix_bytes
 from mgpu.orchestrator.placement.table import layout_json, layout_text
 from mgpu.protocol.model.quantization import Quant
 
@@ -83,3 +84,16 @@ def test_a_model_whose_groups_allow_no_split_is_layer_mapped_with_the_reason() -
     chosen = plan(replace(TINY, intermediate_size=94), cpus(2), LayoutOptions(quant="4"))
     assert chosen.mode == "layer-mapped"
     assert chosen.reason == "the model has no tensor-parallel size above 1 (int4 groups would be cut)"
+
+
+@pytest.mark.parametrize(("tp_size", "dtype_bytes"), [(1, 2), (1, 4), (2, 2), (8, 2)])
+def test_the_largest_matrix_is_counted_while_it_is_dense(tp_size: int, dtype_bytes: int) -> None:
+    gate_and_up = 2 * 25600 // tp_size * 5120
+    assert largest_matrix_bytes(QWEN3_32B, tp_size, dtype_bytes) == gate_and_up * dtype_bytes
+
+
+def test_memory_to_quantize_the_largest_matrix_is_kept_free() -> None:
+    dense, quantized = (plan(QWEN3_32B, gpus(80), LayoutOptions(quant=quant)).rows[0] for quant in ("none", "8"))
+    reserve = 2 * 25600 * 5120 * 2
+    freed = dense.weight_bytes - quantized.weight_bytes
+    assert dense.kv_bytes + freed - quantized.kv_bytes >= 0.9 * reserve

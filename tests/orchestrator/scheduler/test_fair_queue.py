@@ -209,6 +209,18 @@ def test_an_endless_row_of_newcomers_does_not_starve_who_was_served_before(line:
         pytest.fail("97 newcomers went first")
 
 
+def test_a_debt_outlasts_the_forgetting_of_others(line: Line) -> None:
+    line.add(1, prompt=500, room=1)
+    line.add(2)
+    assert line.serve().account == 1  # it has nothing in line now, and owes its share of 500 tokens
+    for newcomer in range(100, 180):  # more than are kept without a look
+        line.add(newcomer)
+    mine, other = line.add(1), line.add(3)
+    order = [line.serve() for _ in range(83)]
+    assert order.index(other) < order.index(mine)
+    assert order[-1] is mine
+
+
 def test_clients_that_come_and_go_are_forgotten(line: Line) -> None:
     for _ in range(20):
         line.add(0)

@@ -257,6 +257,15 @@ def test_requests_of_one_prompt_at_the_same_time_compute_it_once(harness: Harnes
     assert all(harness.tokens[i] == solo_tokens(prompt, 3) for i in range(4))
 
 
+def test_a_request_that_shares_a_prefix_waits_for_its_blocks_only(harness: Harness) -> None:
+    prompt = prompt_of(1, 18)
+    harness.submit(1, prompt, 100)
+    harness.submit(2, prompt, 2)
+    harness.run(until=lambda: 2 in harness.finish)
+    assert len(harness.tokens[1]) < 20
+    assert 1 not in harness.finish
+
+
 def test_a_cancelled_prefill_does_not_hold_up_those_that_waited_for_its_blocks() -> None:
     harness = Harness(max_batch_tokens=12)
     prompt = prompt_of(1, 40)
@@ -365,6 +374,18 @@ def test_a_result_of_another_step_is_an_error_and_of_another_epoch_ignored(harne
     harness.scheduler.apply(StepResult(7, 0, [1], None, 0))
     with pytest.raises(ValueError, match="step 5 does not fit"):
         harness.scheduler.apply(StepResult(0, 5, [1], None, 0))
+
+
+def test_a_late_result_of_dead_workers_becomes_no_token(harness: Harness) -> None:
+    prompt = prompt_of(1, 4)
+    harness.submit(1, prompt, 6)
+    harness.run(until=lambda: len(harness.tokens.get(1, [])) == 2)
+    harness.crash(epoch=1, num_blocks=64)
+    assert harness.publish()
+    step = harness.plans[-1].step
+    harness.scheduler.apply(StepResult(0, step, [999], None, 0))  # as if both epochs had a step of this number
+    harness.run()
+    assert harness.tokens[1] == solo_tokens(prompt, 6)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])

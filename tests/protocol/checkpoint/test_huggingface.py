@@ -259,6 +259,22 @@ def test_values_that_cannot_be_served_name_the_key(tmp_path: Path, key: str, val
 @pytest.mark.parametrize("key", ["final_logit_softcapping", "attn_logit_softcapping"])
 def test_softcapping_is_refused(tmp_path: Path, key: str) -> None:
     assert key in refusal(tmp_path, {"model_type": "gemma3_text", key: 30.0})
+    inner = {**GEMMA3_4B["text_config"], key: 30.0}  # type: ignore[dict-item]
+    assert key in refusal(tmp_path, {**GEMMA3_4B, "text_config": inner})
+
+
+def test_bidirectional_attention_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    key = "use_bidirectional_attention"
+    assert key in refusal(tmp_path, {"model_type": "gemma3_text", key: True})
+    inner = {**GEMMA3_4B["text_config"], key: True}  # type: ignore[dict-item]
+    assert key in refusal(tmp_path, {**GEMMA3_4B, "text_config": inner})
+
+
+@pytest.mark.parametrize("scaled", [{"rope_type": "linear", "factor": 8.0}, {"type": "dynamic", "factor": 2.0}])
+def test_scaled_rope_of_sliding_layers_is_refused(tmp_path: Path, scaled: dict[str, object]) -> None:
+    rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": scaled}
+    message = refusal(tmp_path, {"model_type": "gemma3_text", "rope_parameters": rope})
+    assert "scales the sliding-attention layers" in message
 
 
 def test_unknown_layer_types_are_refused(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """The states of a request: a server can say anything at any time, and never leads its client into a wrong state."""
 
 import random
+import time
 from collections.abc import Sequence
 
 import pytest
 
 from mgpu import RequestFailed, ServerUnreachable
 from mgpu.protocol.client.answer import Answer
-from mgpu.protocol.client.resumable import TRANSITIONS, Message, RequestState, ResumableRequest
+from mgpu.protocol.client.resumable import RETRY_S, TRANSITIONS, Message, RequestState, ResumableRequest
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Keepalive, Resumed, ServerMessage, Tokens
 
@@ -101,3 +102,16 @@ def test_log_probabilities_of_another_shape_are_refused(entry: object) -> None:
     message = Tokens(1, 0, "x", [5], [entry])  # type: ignore[list-item]
     with pytest.raises(FieldError, match="log-probabilities"):
         Answer({**REQUEST, "logprobs": 1}).add(message)
+
+
+@pytest.mark.parametrize("code", ["overloaded", "not_ready"])
+@pytest.mark.parametrize(("retry_after_s", "wait_s"), [(5.0, 5.0), (None, RETRY_S)])
+def test_a_resume_that_is_refused_for_now_is_sent_again_later(
+    code: str, retry_after_s: float | None, wait_s: float
+) -> None:
+    request = ResumableRequest(REQUEST)
+    request.disconnect()
+    request.resume()
+    before_s = time.monotonic()
+    assert not take(request, [Failed(1, code, "later", retry_after_s)])
+    assert before_s + wait_s <= request.resume_at_s <= time.monotonic() + wait_s

@@ -61,3 +61,13 @@ def test_random_megabytes_are_wire_errors() -> None:
     for _ in range(20):
         with pytest.raises(WireError):
             unpack([VERSION, os.urandom(MAX_FRAME_BYTES)])
+
+
+def test_a_message_of_exactly_the_limit_is_read() -> None:
+    frames = pack({"x": b""})
+    filler = MAX_FRAME_BYTES - len(pack({"x": bytes(70_000)})[1]) + 70_000
+    frames = pack({"x": bytes(filler)})
+    assert len(frames[1]) == MAX_FRAME_BYTES
+    assert unpack(frames) == {"x": bytes(filler)}
+    with pytest.raises(WireError, match=f"{MAX_FRAME_BYTES + 1} bytes, the limit is {MAX_FRAME_BYTES}"):
+        unpack(pack({"x": bytes(filler + 1)}))

@@ -1,16 +1,22 @@
 """What layers promise beside what whole models show."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.model_files import LLAMA_CONFIG, write_config
 from harness.rank_threads import ThreadGroup, run_ranks
+from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.model.placement import even_range, head_shard, padded_vocab
-from mgpu.worker.layers import cpu_matmul
-from mgpu.worker.layers.linear import qkv_slices
-from mgpu.worker.layers.norm import RMSNorm
+from mgpu.worker.layers import cpu_matmul, product
+from mgpu.worker.layers.attention import Attention
+from mgpu.worker.layers.linear import Linear, Storage, qkv_slices
+from mgpu.worker.layers.norm import RMSNorm, _FewOperations, _Torch
 from mgpu.worker.layers.vocab import VocabParallel
+from mgpu.worker.ranks.collectives import SingleRank
 
 CPU = torch.device("cpu")
 
@@ -114,3 +120,61 @@ def test_add_and_norm_updates_the_residual_in_place() -> None:
     normed = norm.add_and_norm(residual, delta)
     assert torch.equal(residual, expected)
     torch.testing.assert_close(normed, F.rms_norm(expected, (8,), eps=1e-6))
+
+
+@pytest.mark.parametrize("family", ["Qwen3ForCausalLM", "LlamaForCausalLM"])
+def test_attention_hands_its_head_norms_to_kernels_if_it_has_them(family: str, tmp_path: Path) -> None:
+    write_config(tmp_path, {**LLAMA_CONFIG, "architectures": [family]})
+    attention = Attention(read_config_facts(tmp_path), SingleRank(), None, Storage(torch.float32, CPU))
+    norms = attention.spec.norms
+    if family == "LlamaForCausalLM":
+        assert norms is None
+        return
+    assert norms is not None
+    assert attention.q_norm is not None
+    assert attention.k_norm is not None
+    assert (norms.q_weight, norms.k_weight, norms.eps) == (
+        attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps
+    )  # fmt: skip
+
+
+def test_weights_that_are_drawn_differ_and_keep_the_scale_of_their_input() -> None:
+    linear = Linear(256, 128, True, Storage(torch.float32, CPU))
+    linear.init_dummy(torch.Generator().manual_seed(1))
+    assert len(linear.weight.unique()) > 30_000
+    assert abs(float(linear.weight.std()) * 16 - 1) < 0.02
+    assert linear.bias is not None
+    assert not linear.bias.any()
+    x = torch.randn(200, 256)
+    assert 0.9 < float(linear(x).std()) < 1.1
+
+
+@pytest.mark.skipif(not cpu_matmul._onednn_usable(torch.float32), reason="this torch lacks oneDNN's own entries")
+def test_a_weight_on_the_cpu_is_packed_and_others_are_not() -> None:
+    weight = torch.randn(96, 64)
+    packed = cpu_matmul.pack(weight)
+    assert packed.is_mkldnn
+    assert not weight.is_mkldnn
+    linear = Linear(64, 96, False, Storage(torch.float32, CPU))
+    linear.weight.copy_(weight)
+    linear.finalize()
+    assert linear.weight.is_mkldnn
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(linear(x), F.linear(x, weight), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "arithmetic"), [(torch.float32, _FewOperations), (torch.bfloat16, _Torch)])
+def test_a_norm_takes_few_operations_in_float32_on_the_cpu(dtype: torch.dtype, arithmetic: type) -> None:
+    norm = RMSNorm(8, 1e-6, dtype, CPU)
+    assert type(norm._arithmetic) is arithmetic
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_float8_products_need_kernels_and_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, has_kernels: bool, dtype: torch.dtype
+) -> None:
+    float8_product = pytest.importorskip("mgpu.worker.kernels.products.float8_product")
+    monkeypatch.setattr(product, "uses_kernels", lambda device: has_kernels)
+    monkeypatch.setattr(float8_product, "multiplies_float8", lambda device: True)
+    assert product.multiplies_float8(CPU, dtype) == (has_kernels and dtype == torch.bfloat16)

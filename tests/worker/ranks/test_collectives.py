@@ -15,7 +15,8 @@ from harness.rank_processes import outputs, rank_processes
 from mgpu.protocol.internal.child import BadSpec
 from mgpu.protocol.internal.worker_messages import CONTROL
 from mgpu.protocol.model.placement import Transport
-from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank, ThroughHost
+from mgpu.worker.ranks import collectives
+from mgpu.worker.ranks.collectives import UNREAD_SENDS, DistChannel, MeasurableGroup, SingleRank, ThroughHost
 from mgpu.worker.ranks.links import connect, layout_of, pair_transport
 
 DEADLINE_S = 90.0
@@ -120,3 +121,25 @@ def test_regions_of_the_shared_file_do_not_overlap(tmp_path: Path) -> None:
     assert len(layout.activations[0]) == 1
     assert len(layout.activations[1]) == 3
     assert len(layout.feedback) == 2
+
+
+def test_a_sender_waits_only_for_the_message_of_some_sends_ago(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+
+    class Work:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def wait(self) -> None:
+            waited.append(self.number)
+
+    numbers = iter(range(100))
+    monkeypatch.setattr(collectives.dist, "isend", lambda *_, **__: Work(next(numbers)))
+    channel = DistChannel(1, 0, torch.device("cpu"), torch.device("cpu"))
+    for _ in range(UNREAD_SENDS):
+        channel.send(torch.ones(2))
+    assert waited == []
+    channel.send(torch.ones(2))
+    channel.send(torch.ones(2))
+    assert waited == [0, 1]
+    assert UNREAD_SENDS == 4, "an idle first stage leaves the feedback of so many steps unread"

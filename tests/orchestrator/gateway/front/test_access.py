@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mgpu.orchestrator.gateway.front.access import DOMAIN, identify
+from mgpu.orchestrator.gateway.front.access import DOMAIN, _describe, identify
 from mgpu.protocol.keys import fingerprint
 
 ALICE, MALLORY = b"a" * 32, b"m" * 32
@@ -51,3 +51,17 @@ def test_with_keys_nobody_else_may_not_even_from_the_loopback(asked: list[bytes]
 
 def test_keys_do_not_close_ipc_to_the_own_user() -> None:
     assert identify(question(f"localhost:{os.getuid()}:0:1"), {ALICE}) == f"uid:{os.getuid()}"
+
+
+@pytest.mark.parametrize(("asked", "words"), [
+    (question("192.168.1.5"), "192.168.1.5"),
+    (question("192.168.1.5", DOMAIN, b"CURVE"), "192.168.1.5"),
+    (question("192.168.1.5", DOMAIN, b"PLAIN", b"x" * 32), "192.168.1.5"),
+    (with_key("192.168.1.5", b"short"), "192.168.1.5"),
+    (with_key("192.168.1.5", MALLORY), f"192.168.1.5: key {fingerprint(MALLORY)} is not on the list"),
+    (with_key("192.168.1.5", MALLORY, b"more"), "192.168.1.5"),
+    (question("evil\nline"), "evil\\nline"),
+    ([b"1.0", b"7"], "nowhere"), ([], "nowhere"),
+])  # fmt: skip
+def test_any_refused_peer_is_named_in_one_line(asked: list[bytes], words: str) -> None:
+    assert _describe(asked) == words

@@ -209,3 +209,13 @@ def test_clients_take_turns_at_the_engines_records(monkeypatch: pytest.MonkeyPat
     for at in range(4):
         gateway.answer(at)
     assert [question.session for question in gateway.questions] == list("stwuv")
+
+
+def test_a_request_whose_prompt_is_being_tokenized_goes_on_on_the_new_connection(gateway: ResumingGateway) -> None:
+    request = Request(A, Generate(1, prompt="x", session="s", n=2), 0.0, None, size=SIZE, is_encoding=True)
+    gateway.table.add(request)
+    gateway.resume(B, offsets=(0, 0))
+    assert gateway.sent == [(B, server_messages.Resumed(1, [0, 0]))]
+    assert not gateway.questions
+    assert [each.connection for each in gateway.table] == [B]
+    assert gateway.table.get(B, 1) is gateway.table.by_session("s", 1) is request

@@ -98,3 +98,18 @@ def test_a_template_that_python_cannot_compile_is_not_valid(source: str) -> None
     """Jinja turns it into a program, and Python's compiler refuses that with errors of its own."""
     with pytest.raises(ChatTemplateError, match="not valid"):
         ChatTemplate(source, {})
+
+
+@pytest.mark.parametrize(("source", "allowed"), [
+    ("{{ ('a' * 65536) | length }}", "65536"), ("{{ (65536 * 'a') | length }}", "65536"),
+    ("{{ ([0, 1] * 32768) | length }}", "65536"), ("{{ (-5 * 'a') | length }}", "0"),
+    ("{{ 70000 * 70000 }}", "4900000000"),
+    ("{{ ('a' * 65537) | length }}", None), ("{{ (65537 * 'a') | length }}", None),
+    ("{{ ([0, 1] * 32769) | length }}", None), ("{{ (32769 * (0, 1)) | length }}", None),
+])  # fmt: skip
+def test_a_text_or_list_is_repeated_up_to_a_bound(source: str, allowed: str | None) -> None:
+    if allowed is not None:
+        assert render(source) == allowed
+        return
+    with pytest.raises(ChatTemplateError, match="repeats a text or list too often"):
+        render(source)

@@ -1,0 +1,61 @@
+"""Messages between our own processes, by position: whatever does not fit is one kind of error."""
+
+from dataclasses import dataclass
+
+import msgpack
+import pytest
+
+from mgpu.protocol.internal.codec import Codec, CodecError
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    a: int
+    b: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    inner: Inner
+    pair: tuple[int, float]
+    more: list[Inner]
+    names: list[str]
+    note: str | None = None
+
+
+CODEC = Codec(Outer, Inner)
+MESSAGE = Outer(Inner(1, "x"), (2, 0.5), [Inner(3, "y")], ["z"])
+
+
+def test_a_message_survives() -> None:
+    assert CODEC.decode(CODEC.encode(MESSAGE)) == MESSAGE
+    assert CODEC.decode(CODEC.encode(Inner(5, ""))) == Inner(5, "")
+
+
+GOOD = [[1, "x"], [2, 0.5], [[3, "y"]], ["z"], None]
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    (GOOD[:4], "Outer has 5 fields, got 4"),
+    ([*GOOD, 7], "Outer has 5 fields, got 6"),
+    ([[1], *GOOD[1:]], "Inner has 2 fields, got 1"),
+    ([*GOOD[:2], [[3, "y", "z"]], *GOOD[3:]], "Inner has 2 fields, got 3"),
+    ([1, *GOOD[1:]], "expected .*list.*, got int"),
+    ([["1", "x"], *GOOD[1:]], "expected .*int.*, got str"),
+    ([*GOOD[:3], [1], None], "expected list of str, got list"),
+])  # fmt: skip
+def test_fields_that_do_not_fit_are_named(fields: list[object], words: str) -> None:
+    tag_and_fields = msgpack.unpackb(CODEC.encode(MESSAGE))
+    good = msgpack.packb(_replaced(tag_and_fields, fields))
+    with pytest.raises(CodecError, match=words):
+        CODEC.decode(good)
+
+
+def _replaced(message: object, fields: list[object]) -> object:
+    """Put other fields in the place of those of `MESSAGE`, wherever the framing has them."""
+    if message == GOOD:
+        return fields
+    assert isinstance(message, list)
+    if message[1:] == GOOD:
+        return [message[0], *fields]
+    return [_replaced(each, fields) if isinstance(each, list) else each for each in message]
