@@ -34,9 +34,11 @@ def complete_file(_context: click.Context, _parameter: click.Parameter, typed: s
 
 
 def complete_endpoint(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[CompletionItem]:
-    """Complete the endpoint of a server that runs on this machine."""
-    return [CompletionItem(each.endpoint, help=each.model) for each in running_servers()
-            if each.endpoint.startswith(typed)]  # fmt: skip
+    """Complete the endpoint, or the model, of a server that runs on this machine."""
+    servers = running_servers()
+    items = [CompletionItem(each.endpoint, help=each.model) for each in servers]
+    items += [CompletionItem(each.model, help=each.endpoint) for each in servers]
+    return [item for item in items if item.value.startswith(typed)]
 
 
 def models_in_hub_cache(environ: Mapping[str, str]) -> list[str]:

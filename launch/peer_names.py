@@ -29,7 +29,13 @@ COMMANDS = {
 }
 """Commands of ollama, llama.cpp, vLLM, SGLang and mistral.rs."""
 
-_QUANTS = {"int8": "8", "8bit": "8", "bitsandbytes": "8", "int4": "4", "4bit": "4", "q4k": "4", "q8_0": "8"}
+_QUANTS = {"": "8", "8": "8", "4": "4", "fp8": "fp8", "int8": "8", "8bit": "8", "bitsandbytes": "8", "int4": "4",
+           "4bit": "4", "q4k": "4", "q8_0": "8", "float8": "fp8", "fp8_e4m3": "fp8"}  # fmt: skip
+_QUANT_OPTIONS = ("--quantization", "--isq", "-q")
+_OTHER_QUANT = (
+    "{!r} names a format of files, and that comes from the model's files: leave it out. --quant 8, 4 or fp8 quantizes "
+    "while loading"
+)
 
 _SERVE = {
     "--port": "--http {host}:{port} (--bind tcp://{host}:{port} is for mgpu's own clients)",
@@ -46,7 +52,7 @@ _SERVE = {
     **dict.fromkeys(
         ("--gpu-memory-utilization", "--mem-fraction-static", "--cache-max-entry-count"), "--memory-fraction {}"
     ),
-    **dict.fromkeys(("--quantization", "--isq", "-q"), "--quant {quant}"),
+    **dict.fromkeys(_QUANT_OPTIONS, "--quant {quant}"),
     **dict.fromkeys(("--served-model-name", "--alias", "--model-name", "-a"), "--served-name {}"),
     **dict.fromkeys(
         ("--max-num-seqs", "--max-running-requests", "--max-batch-size", "--max-seqs", "--parallel", "-np"),
@@ -116,5 +122,7 @@ def option_hint(typed: str, value: str, own: Sequence[str], host: str, port: str
     pattern = (_SERVE if serves else _TALK).get(typed, "")
     if not pattern or pattern.split()[0].strip(",") not in own:
         return ""
-    quant = _QUANTS.get(value.lower(), value or "8")
+    quant = _QUANTS.get(value.lower(), "")
+    if typed in _QUANT_OPTIONS and not quant:
+        return _OTHER_QUANT.format(value[:40])
     return "here it is " + pattern.format(value or "VALUE", host=host, port=port, quant=quant)

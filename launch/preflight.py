@@ -54,5 +54,5 @@ def check_open_files() -> None:
     if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
         raise UserError(
             f"a process may have {hard} open files here and a server needs {LEAST_FILES}: raise the limit first "
-            "(ulimit -n 1024, or LimitNOFILE=1024 in a unit)"
+            "(ulimit -n 1024, or LimitNOFILE=65536 in a unit)"
         )

@@ -1,5 +1,6 @@
 """Prepare a server before its first process: turn options into parts, find the model, read its headers, place it."""
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -8,11 +9,14 @@ import click
 
 from mgpu.launch.config import ServeConfig
 from mgpu.launch.values import ConfigError
+from mgpu.orchestrator.host.listening import NONE
 from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_model, resolve_model
+from mgpu.orchestrator.placement.control_groups import usable_cpus
 from mgpu.orchestrator.placement.described import described_machine
 from mgpu.orchestrator.placement.devices import Machine, find_machine
 from mgpu.orchestrator.placement.options import LayoutOptions, implied_workers
 from mgpu.orchestrator.placement.planner import Plan, plan
+from mgpu.orchestrator.processes.task_limits import check_task_limit, tasks_of_server
 from mgpu.protocol.checkpoint.read import Checkpoint, has_weights
 from mgpu.protocol.internal.client_limits import MAX_WEIGHT, MIN_WEIGHT, ClientLimits
 
@@ -96,7 +100,17 @@ def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig
     """Place a model as the options say, on this machine or the one that ``gpus`` describes. UserError as `prepare`."""
     check_loadable(checkpoint)
     machine, options = ground(model, config, gpus)
-    return PlannedModel(model, checkpoint, plan(checkpoint.facts, machine, options))
+    planned = plan(checkpoint.facts, machine, options)
+    if not gpus:
+        _check_tasks(config, planned)
+    return PlannedModel(model, checkpoint, planned)
+
+
+def _check_tasks(config: ServeConfig, planned: Plan) -> None:
+    """Raise UserError when so many processes and threads as the server starts are not allowed here."""
+    workers, on_cpu = planned.layout.placement.world_size, planned.machine.kind == "cpu"
+    threads = usable_cpus(len(os.sched_getaffinity(0))) // workers if on_cpu else 1
+    check_task_limit(tasks_of_server(workers, threads, http=config.http != NONE))
 
 
 def ground(model: ResolvedModel, config: ServeConfig, gpus: str = "") -> tuple[Machine, LayoutOptions]:

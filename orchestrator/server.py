@@ -41,7 +41,10 @@ class Server:
         self._config = config
         self._notifier = notifier or Notifier()
         self._listener = listener
-        self._reloader = Reloader(config.keys, read_again, config.http.api_keys)
+        used = Reloadable(
+            config.keys, config.client_limits, config.timeouts.drain_timeout_s, api_keys=config.http.api_keys
+        )
+        self._reloader = Reloader(config.keys, read_again, config.http.api_keys, used)
         limits = Limits(  # raises when no step could ever hold all rows
             **asdict(config.limits),
             num_blocks=0,  # until the workers have said how many they can hold

@@ -59,12 +59,15 @@ def base_dirs(environ: Mapping[str, str] | None = None) -> list[Path]:
 def find_endpoint(endpoint: str | None) -> str:
     """Return the endpoint to use: the argument, else MGPU_ENDPOINT, else that of the only running server.
 
-    ServerUnreachable when no server runs, or when several run and none was named.
+    Either may also be the name of a model that a server here serves. ServerUnreachable when no server runs, or when
+    several run and none was named.
     """
     endpoint = endpoint or os.environ.get(ENDPOINT_VARIABLE)
-    if endpoint:
+    if endpoint and "://" in endpoint:
         return endpoint
     servers = running_servers()
+    if endpoint:
+        return _serving(endpoint, servers)
     if not servers:
         looked = ", ".join(str(base) for base in base_dirs())
         raise ServerUnreachable(
@@ -73,8 +76,25 @@ def find_endpoint(endpoint: str | None) -> str:
         )
     if len(servers) > 1:
         listed = ", ".join(f"{server.endpoint} ({server.model})" for server in servers)
-        raise ServerUnreachable(f"several mgpu servers are running: {listed}; choose one with {ENDPOINT_VARIABLE}")
+        raise ServerUnreachable(
+            f"several mgpu servers are running: {listed}; choose one by its endpoint or its model, with --endpoint or "
+            f"{ENDPOINT_VARIABLE}"
+        )
     return servers[0].endpoint
+
+
+def _serving(model: str, servers: list[RunningServer]) -> str:
+    """Return the endpoint of the only server with that model."""
+    found = [server.endpoint for server in servers if server.model == model]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ServerUnreachable(f"several servers here serve {model!r}: {', '.join(found)}; choose one by its endpoint")
+    known = f"running: {', '.join(server.model for server in servers)}" if servers else "no server is running"
+    raise ServerUnreachable(
+        f"{model!r} is no endpoint, such as tcp://127.0.0.1:5555 or ipc:///path, and no model of a server here "
+        f"({known})"
+    )
 
 
 def running_servers(environ: Mapping[str, str] | None = None) -> list[RunningServer]:

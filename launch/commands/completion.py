@@ -5,7 +5,9 @@ from click.shell_completion import get_completion_class
 
 from mgpu.launch.pages.help import Command
 
-PROGRAM, VARIABLE = "mgpu-launch", "_MGPU_LAUNCH_COMPLETE"
+PROGRAM = "mgpu-launch"
+VARIABLE = f"_{PROGRAM}_COMPLETE".replace("-", "_").upper()
+"""As click names it."""
 
 
 @click.command(

@@ -18,8 +18,8 @@ from mgpu.launch.values import ConfigError
     "http",
     cls=Command,
     examples=(
-        "mgpu-launch http                                    # for the server on this machine",
-        "mgpu-launch http --endpoint tcp://10.0.0.5:5555 --keys me.client --http 127.0.0.1:8080",
+        "mgpu-launch http  # for the server on this machine",
+        "mgpu-launch http --endpoint tcp://10.0.0.5:5555 --keys me.client",
     ),
 )
 @server_options

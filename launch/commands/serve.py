@@ -25,6 +25,7 @@ from mgpu.orchestrator.host.listening import listening
 from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.server_keys import describe
 from mgpu.orchestrator.placement.devices import worker_environment
+from mgpu.protocol.internal.child import log_level
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
@@ -111,8 +112,7 @@ def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:
 
 def configure_logging() -> None:
     """Log to standard error with the time, from the level ``MGPU_LOG_LEVEL`` on."""
-    level = (os.environ.get("MGPU_LOG_LEVEL") or "info").upper()  # read_config has refused other words
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level=log_level(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
 def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys | None) -> ServerConfig:

@@ -36,7 +36,7 @@ def server_options(command: F) -> F:
     """Add endpoint and keys, which arrive as None where they were not typed."""
     for name, complete, text in (
         ("--keys", complete_file, "This client's key file, for a server that wants one (default: MGPU_KEYS)."),
-        ("--endpoint", complete_endpoint, "Server to use (default: MGPU_ENDPOINT, else the one on this machine)."),
+        ("--endpoint", complete_endpoint, "Server to use, or its model (default: MGPU_ENDPOINT, else the one here)."),
     ):
         command = click.option(name, cls=GroupedOption, group="Server", shell_complete=complete, help=text)(command)
     return command

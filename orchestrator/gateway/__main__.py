@@ -19,7 +19,7 @@ from mgpu.orchestrator.gateway.memory_limit import MemoryFull, prefer_as_oom_vic
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
-from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
+from mgpu.protocol.internal.child import BadSpec, end_with_parent, log_level, read_spec
 from mgpu.protocol.internal.gateway_messages import LINK, GatewayFailure, GatewaySpec
 
 _PARENT_DEATH_S = 0.5
@@ -30,7 +30,7 @@ LINK_LINGER_MS = 1000
 
 def main() -> int:
     """Run until the parent closes standard input or SIGTERM comes. 1 after a failure, once the parent knows it."""
-    logging.basicConfig(level=logging.INFO, format="gateway: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=log_level(), format="gateway: %(message)s", stream=sys.stderr)
     _limit_tokenizers()
     faulthandler.register(signal.SIGUSR1)  # the parent asks for the stacks of a gateway that hangs before it kills it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides

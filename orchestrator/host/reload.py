@@ -5,12 +5,13 @@ All or nothing: if anything in the files is wrong, the server goes on as before 
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.internal.http_spec import ApiKey
+from mgpu.protocol.keys import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,21 @@ class Reloadable:
     api_keys: list[ApiKey] | None = None
     """Those of the HTTP server."""
 
+    def changes_from(self, before: "Reloadable") -> list[str]:
+        """Say what differs from the values in use, with both values."""
+        changes = [
+            f"{each.name} {getattr(before.client_limits, each.name)} -> {getattr(self.client_limits, each.name)}"
+            for each in fields(ClientLimits)
+            if getattr(before.client_limits, each.name) != getattr(self.client_limits, each.name)
+        ]
+        if before.drain_timeout_s != self.drain_timeout_s:
+            changes.append(f"drain_timeout {before.drain_timeout_s:g} -> {self.drain_timeout_s:g}")
+        if before.api_keys != self.api_keys:
+            changes.append(f"{len(self.api_keys or ())} API keys instead of {len(before.api_keys or ())}")
+        old, new = (set(each.keys.clients if each.keys else ()) for each in (before, self))
+        changes += [f"the key {fingerprint(key)} may connect" for key in sorted(new - old)]
+        return changes + [f"the key {fingerprint(key)} may not connect any more" for key in sorted(old - new)]
+
 
 class Reloader:
     """Reads the files of one server again."""
@@ -37,11 +53,16 @@ class Reloader:
         keys: ServerKeys | None,
         read: Callable[[], Reloadable] | None,
         api_keys: list[ApiKey] | None = None,
+        used: Reloadable | None = None,
     ) -> None:
-        """The keys are those of the running server; ``read`` is None when there are no files to read."""
+        """The keys are those of the running server; ``read`` is None when there are no files to read.
+
+        ``used`` are the values of the start, to say what has changed since.
+        """
         self._keys = keys
         self._api_keys = api_keys
         self._read = read
+        self._used = used
 
     def read(self) -> Reloadable | None:
         """Return what the files say now; None, with the reason in the log, when that cannot be used."""
@@ -58,7 +79,10 @@ class Reloader:
             return None
         if values.needs_restart:
             log.warning("a changed %s takes effect at the next start", ", ".join(values.needs_restart))
-        log.info("reloaded%s", "" if values.keys is None else f"; {len(values.keys.clients)} client keys may connect")
+        changes = values.changes_from(self._used) if self._used is not None else []
+        self._used = values
+        keys = "" if values.keys is None else f"; {len(values.keys.clients)} client keys may connect"
+        log.info("reloaded: %s%s", ", ".join(changes) or "nothing has changed", keys)
         return values
 
     def _check_keys(self, keys: ServerKeys | None) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 
+from mgpu.orchestrator.processes.task_limits import task_limit_hint
 from mgpu.protocol.internal.child import frame_spec
 
 log = logging.getLogger(__name__)
@@ -173,10 +174,12 @@ def count_memory_kills() -> int:
 def describe_exit(status: int) -> str:
     """Say in words how a process ended."""
     if status >= 0:
-        return f"exited with status {status}"
+        return f"exited with status {status}" + (task_limit_hint() if status else "")
     try:
         name = signal.Signals(-status).name
     except ValueError:
         name = "an unknown signal"
-    hint = "; the kernel does that when memory runs out (see dmesg)" if -status == signal.SIGKILL else ""
+    hint = task_limit_hint() if -status in (signal.SIGABRT, signal.SIGSEGV) else ""
+    if -status == signal.SIGKILL:
+        hint = "; the kernel does that when memory runs out (see dmesg)"
     return f"was killed by signal {-status} ({name}){hint}"

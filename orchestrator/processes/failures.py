@@ -13,8 +13,12 @@ from collections.abc import Callable
 
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.processes.child_process import ProcessStartError
+from mgpu.orchestrator.processes.task_limits import task_limit_hint
 
 log = logging.getLogger(__name__)
+
+_NO_THREAD = "can't start new thread"
+"""What Python says where the limit of processes and threads is reached."""
 
 
 class ProcessFailure(Exception):
@@ -133,7 +137,7 @@ def ending_of(cause: Exception, is_announced: bool) -> tuple[str, int]:
     ``is_announced``, nothing counts as such a mistake: what could be used once may be usable again.
     """
     if isinstance(cause, ProcessFailure):
-        log.error("%s", cause.report)
+        log.error("%s%s", cause.report, task_limit_hint() if _NO_THREAD in cause.report else "")
         return str(cause), UserError.exit_code if cause.is_mistake and not is_announced else 1
     if isinstance(cause, UserError):
         if is_announced:  # else the command prints it

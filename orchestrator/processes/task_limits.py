@@ -7,11 +7,16 @@ from pathlib import Path
 
 import psutil
 
+from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.control_groups import tasks_limits
 
 TASKS_NEEDED = 200
 """Processes and threads of a small server: torch, the tokenizer and libzmq start several threads a process each."""
 ULIMIT = "ulimit -u"
+NEAR = 32
+"""With fewer left, the limit may be why a process has just died: its own processes and threads are gone by now."""
+_PARENT, _GATEWAY, _HTTP, _WORKER = 2, 6, 4, 5
+"""Processes and threads of each: measured on the CPU, where a worker has as many threads more as it computes with."""
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
 
 
@@ -27,6 +32,32 @@ class TaskLimit:
     @property
     def left(self) -> int:
         return max(0, self.most - self.used)
+
+
+def tasks_of_server(workers: int, threads_each: int, http: bool) -> int:
+    """Return how many processes and threads a server starts, at least."""
+    return _PARENT + _GATEWAY + (_HTTP if http else 0) + workers * (_WORKER + max(1, threads_each))
+
+
+def check_task_limit(needed: int) -> None:
+    """Raise UserError if ``needed`` processes and threads cannot be started: libraries abort where one fails."""
+    limit = least_task_limit()
+    if limit is not None and limit.left < needed:
+        raise UserError(
+            f"this server starts at least {needed} processes and threads, and {limit.name} allows {limit.most}, of "
+            f"which {limit.used} run: raise it first ({limit.way_out})"
+        )
+
+
+def task_limit_hint() -> str:
+    """Return a remark for the death of a process if a limit is near; else an empty text."""
+    limit = least_task_limit()
+    if limit is None or limit.left >= NEAR:
+        return ""
+    return (
+        f"; perhaps no further thread could be started: {limit.name} allows {limit.most}, and {limit.used} run "
+        f"({limit.way_out})"
+    )
 
 
 def least_task_limit(root: Path = Path("/")) -> TaskLimit | None:

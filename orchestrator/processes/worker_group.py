@@ -305,7 +305,11 @@ class WorkerGroup:
         deadline_s = time.monotonic() + DUMP_S
         for process in self.processes:
             process.wait(deadline_s)
-        for process in self.processes:  # all at once; `kill` collects them one after another
+        self.kill_at_once()
+
+    def kill_at_once(self) -> None:
+        """Kill all ranks at the same time, and collect them."""
+        for process in self.processes:  # `kill` collects them one after another
             process.send_signal(signal.SIGKILL)
         self.kill()
         with contextlib.suppress(OSError):  # the next epoch has another one

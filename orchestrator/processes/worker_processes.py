@@ -84,7 +84,10 @@ class WorkerProcesses:
             self._began_s = time.monotonic()
         self.is_ready = False
         log.error("%s", failure.report)
-        self.group.kill_with_stacks()
+        if isinstance(failure, WorkersHung) or log.isEnabledFor(logging.DEBUG):
+            self.group.kill_with_stacks()  # they show where a rank hangs; after a death they would hide its cause
+        else:
+            self.group.kill_at_once()
         self.restarts.note(failure)
         self._start_epoch(self.group.epoch + 1)
         log.warning("restart %d: starting the workers again as epoch %d", self.restarts.count, self.group.epoch)

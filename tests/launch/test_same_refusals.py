@@ -18,6 +18,8 @@ from mgpu.launch.commands.keygen import make_server
 from mgpu.launch.config import ServeConfig, load_config
 from mgpu.launch.config_file import config_text
 from mgpu.orchestrator.gateway.front.endpoint import bind, release
+from mgpu.orchestrator.processes import task_limits
+from mgpu.orchestrator.processes.task_limits import TaskLimit
 from mgpu.orchestrator.server import Server
 
 GOOD = "good"
@@ -210,6 +212,17 @@ def test_a_low_limit_of_open_files_is_refused_alike(
     assert planned == served
     assert planned[0] == 78
     assert "40 open files here and a server needs 256" in planned[1]
+
+
+def test_a_low_limit_of_processes_is_refused_alike(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(task_limits, "least_task_limit", lambda: TaskLimit("ulimit -u", 20, 9, "ulimit -u 4096"))
+    planned, served = (outcome(command, [GOOD], monkeypatch, capsys) for command in ("plan", "serve"))
+    assert planned == served
+    assert planned[0] == 78
+    assert "processes and threads, and ulimit -u allows 20, of which 9 run" in planned[1]
+    assert outcome("plan", [GOOD, "--gpus", "2"], monkeypatch, capsys)[0] == 0  # another machine
 
 
 def test_weights_that_are_not_needed_are_not_read(

@@ -10,12 +10,12 @@ from concurrent.futures import Future
 
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
-from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.text.background import NUM_THREADS, BackgroundTasks
 from mgpu.orchestrator.gateway.text.encoder_messages import TextReply, TextTask
-from mgpu.orchestrator.gateway.text.encoder_process import EncoderProcesses
+from mgpu.orchestrator.gateway.text.encoder_process import EncoderFailed, EncoderProcesses, reason_of
 from mgpu.orchestrator.gateway.text.text_tasks import do
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.client_messages import Detokenize, Generate, Tokenize
@@ -45,7 +45,7 @@ class Prompts:
         self._vocab_size = vocab_size
         self._turns: FairTurns[Request] = FairTurns()
         self._num_running = 0
-        self._bug_log = BoundedLog(log, logging.ERROR)
+        self._bug_log, self._limit_log = BoundedLog(log, logging.ERROR), BoundedLog(log, logging.ERROR)
 
     def encode(self, request: Request, codec: TextCodec | None) -> None:
         """Begin with ``request``. Refusal when it is known at once that it will not run."""
@@ -122,7 +122,11 @@ class Prompts:
         self._requests.table.remove(request)
         error = future.exception()
         try:
-            if error is not None:  # the server's own failure, such as a process that cannot be started
+            if isinstance(error, (EncoderFailed, OSError)):  # at a limit of this machine, which may pass
+                self._limit_log.write("no process for texts can be started: %s", reason_of(error))
+                text = f"the server cannot start a process for this text: {reason_of(error)}"
+                raise Refusal("overloaded", text, RETRY_AFTER_S)
+            if error is not None:  # a failure of the server's own
                 self._bug_log.write("a prompt could not be tokenized", error=error)
                 raise Refusal("engine_error", "internal error in the gateway")
             self._conclude(request, future.result())

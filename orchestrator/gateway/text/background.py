@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,18 @@ class BackgroundTasks:
         self.fd, self.wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         """Anything written to ``wake_fd`` makes ``fd`` readable (signal.set_wakeup_fd writes there)."""
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="gateway-task")
+        self._start_threads()
         self._finished: deque[tuple[Callable[[Future[Any]], None], Future[Any]]] = deque()
+
+    def _start_threads(self) -> None:
+        """Start all threads now: later the limit of processes may be reached. RuntimeError if it is."""
+        all_run = threading.Barrier(NUM_THREADS)
+        try:
+            for _ in range(NUM_THREADS):
+                self._pool.submit(all_run.wait)  # keeps its thread busy, so that the next task gets another
+        except RuntimeError:
+            all_run.abort()
+            raise
 
     def run(self, work: Callable[[], object], then: Callable[[Future[Any]], None]) -> None:
         """Run ``work`` in a thread; `deliver_results` calls ``then`` with its future in the loop's own thread."""

@@ -5,6 +5,7 @@ abort. No sandbox stops that, and no thread can be ended. The kernel can end a p
 loads the tokenizer, and those that do the work are forked from it: a killed one is replaced in milliseconds.
 """
 
+import errno
 import os
 import socket
 import subprocess
@@ -38,6 +39,15 @@ FORK_LIMIT_S = 10.0
 
 class EncoderFailed(Exception):
     """The processes cannot be started: no fault of the text."""
+
+
+def reason_of(error: Exception) -> str:
+    """Say what a process that cannot be started lacks."""
+    if isinstance(error, OSError) and error.errno == errno.EAGAIN:
+        return "the limit of processes is reached (ulimit -u, or TasksMax in a unit)"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return "memory has run out"
+    return str(error)
 
 
 class EncoderProcesses:

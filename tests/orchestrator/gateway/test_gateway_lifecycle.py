@@ -228,6 +228,22 @@ time.sleep(60)
         os.kill(int(holder_pid), signal.SIGKILL)
 
 
+@pytest.mark.parametrize(("level", "is_logged"), [("error", False), ("INFO", True), ("", True)])
+def test_the_gateway_logs_from_the_level_that_the_server_does(model_folder: Path, level: str, is_logged: bool) -> None:
+    gateway = GatewayProcess(model_folder, before=f"export MGPU_LOG_LEVEL={level};")
+    try:
+        gateway.engine.going.clear()
+        peer = RawPeer(gateway.endpoint)
+        peer.say(type="generate", id=1, prompt_ids=[5], max_tokens=500, stream=True)
+        assert peer.hear()["type"] == "accepted"
+        peer.close()
+        gateway.engine.going.set()
+        gateway.engine.wait(lambda: bool(gateway.engine.cancels))
+    finally:
+        log = gateway.close()
+    assert ("is gone; 1 requests end" in log) == is_logged
+
+
 def test_connections_that_leave_do_not_fill_the_log(model_folder: Path) -> None:
     gateway = GatewayProcess(model_folder)
     try:

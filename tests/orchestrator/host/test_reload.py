@@ -5,6 +5,7 @@ import pty
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,23 @@ with Signals() as signals:
         signals.clear()
         print("reload" if signals.take_reload() else f"stop {signals.received}", flush=True)
 """
+
+
+def test_the_log_says_what_a_reload_has_changed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    used = values(KEYS)
+    limits = replace(used.client_limits, max_client_requests=3)
+    changed = Reloadable(ServerKeys(KEYS.secret, [b"b" * 32]), limits, 7.0)
+    answers = iter((used, changed, changed))
+    reloader = Reloader(KEYS, lambda: next(answers), used=used)
+    for _ in range(3):
+        reloader.read()
+    first, second, third = (record.getMessage() for record in caplog.records)
+    assert "nothing has changed" in first
+    assert_has_all(
+        second, "max_client_requests 256 -> 3", "drain_timeout 1 -> 7", "may connect, ", "may not connect any"
+    )
+    assert "nothing has changed" in third
 
 
 def listen(*arguments: str) -> "subprocess.Popen[str]":

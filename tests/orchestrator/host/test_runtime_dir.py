@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -256,6 +257,29 @@ def test_a_server_that_is_not_found_was_looked_for_in_named_folders(
     monkeypatch.setenv("MGPU_RUNTIME_DIR", str(base))
     with pytest.raises(ServerUnreachable, match=f"looked in {base}.*TMPDIR.*MGPU_RUNTIME_DIR.*MGPU_ENDPOINT"):
         find_endpoint(None)
+
+
+def test_a_server_is_found_by_its_model(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MGPU_RUNTIME_DIR", str(base))
+    monkeypatch.delenv("MGPU_ENDPOINT", raising=False)
+    with pytest.raises(ServerUnreachable, match=r"'small' is no endpoint, .*no server is running"):
+        find_endpoint("small")
+    with RuntimeDir() as one, RuntimeDir() as two, RuntimeDir() as three:
+        for runtime, endpoint, model in (
+            (one, "ipc:///1", "small"),
+            (two, "ipc:///2", "large"),
+            (three, "ipc:///3", "large"),
+        ):
+            runtime.announce(replace(SERVER, endpoint=endpoint, model=model))
+        assert find_endpoint("small") == "ipc:///1"
+        monkeypatch.setenv("MGPU_ENDPOINT", "small")
+        assert find_endpoint(None) == "ipc:///1"
+        monkeypatch.delenv("MGPU_ENDPOINT")
+        for asked, words in (("large", "several servers here serve 'large'"), (None, "--endpoint or MGPU_ENDPOINT"),
+                             ("other", "no model of a server here .*small")):  # fmt: skip
+            with pytest.raises(ServerUnreachable, match=words):
+                find_endpoint(asked)
+        assert find_endpoint("tcp://127.0.0.1:5") == "tcp://127.0.0.1:5"
 
 
 def test_no_usable_folder_is_one_line_that_names_each_and_what_to_type(tmp_path: Path) -> None:

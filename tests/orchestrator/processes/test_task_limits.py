@@ -4,8 +4,17 @@ import resource
 
 import pytest
 
+from harness.assertions import assert_has_all
+from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.processes import task_limits
-from mgpu.orchestrator.processes.task_limits import TaskLimit, least_task_limit
+from mgpu.orchestrator.processes.child_process import describe_exit
+from mgpu.orchestrator.processes.task_limits import (
+    TaskLimit,
+    check_task_limit,
+    least_task_limit,
+    task_limit_hint,
+    tasks_of_server,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +47,33 @@ def test_no_limit_is_none(monkeypatch: pytest.MonkeyPatch, soft: int, exempt: bo
 
 def test_nothing_is_left_of_a_limit_that_is_exceeded() -> None:
     assert TaskLimit("x", 4, 9, "").left == 0
+
+
+def test_more_workers_threads_and_http_need_more() -> None:
+    least = tasks_of_server(1, 2, http=False)
+    assert 14 <= least <= 16  # a server of one worker on two cores was counted: 14
+    assert tasks_of_server(1, 2, http=True) > least
+    assert tasks_of_server(4, 1, http=False) > tasks_of_server(2, 1, http=False) > tasks_of_server(1, 1, http=False)
+
+
+@pytest.mark.parametrize("allowed", range(30, 46))
+def test_too_few_are_refused_with_the_numbers_and_the_way_out(monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
+    limit_user(monkeypatch, allowed)
+    if allowed - 30 >= 15:
+        check_task_limit(15)
+        return
+    with pytest.raises(UserError) as caught:
+        check_task_limit(15)
+    assert_has_all(str(caught.value), "at least 15", f"ulimit -u allows {allowed}", "30 run", "ulimit -u 4096")
+
+
+@pytest.mark.parametrize(("status", "is_told"), [(-6, True), (1, True), (-9, False), (0, False)])
+def test_a_death_near_the_limit_names_it(monkeypatch: pytest.MonkeyPatch, status: int, is_told: bool) -> None:
+    limit_user(monkeypatch, 40)
+    assert ("ulimit -u allows 40, and 30 run" in describe_exit(status)) == is_told
+
+
+def test_a_death_far_from_any_limit_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_user(monkeypatch, 4096)
+    assert task_limit_hint() == ""
+    assert describe_exit(-6) == "was killed by signal 6 (SIGABRT)"

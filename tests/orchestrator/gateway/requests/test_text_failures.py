@@ -1,10 +1,18 @@
 """A tokenizer that fails, or panics, at a token of an answer costs that request only."""
 
+import errno
+import logging
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from harness.resuming_gateway import A, B, ResumingGateway, record
+from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
+from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.requests.prompts import Prompts
+from mgpu.orchestrator.gateway.text.encoder_process import EncoderFailed
 from mgpu.protocol.internal.gateway_messages import Outputs
 
 
@@ -64,3 +72,28 @@ def test_signals_to_stop_go_on(signal: type[BaseException]) -> None:
     gateway.resume(A)
     with pytest.raises(signal):
         gateway.answer(0, record(7, tokens=(66,)))
+
+
+@pytest.mark.parametrize(("failure", "code", "words"), [
+    (BlockingIOError(errno.EAGAIN, "x"), "overloaded", "the limit of processes is reached (ulimit -u"),
+    (EncoderFailed("no process for texts could be started"), "overloaded", "no process for texts"),
+    (KeyError("bug"), "engine_error", "internal error"),
+])  # fmt: skip
+def test_a_failure_of_the_server_is_not_told_as_one_of_the_request(
+    failure: Exception, code: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused: list[Refusal] = []
+    prompts = object.__new__(Prompts)
+    log = BoundedLog(logging.getLogger("test"), logging.ERROR)
+    requests = SimpleNamespace(
+        table=SimpleNamespace(remove=lambda request: None),
+        refuse=lambda connection, request_id, refusal: refused.append(refusal),
+    )
+    for name, value in (("_requests", requests), ("_bug_log", log), ("_limit_log", log)):
+        setattr(prompts, name, value)
+    future: Future[Any] = Future()
+    future.set_exception(failure)
+    prompts._finish(cast("Any", SimpleNamespace(connection=A, id=1, is_encoding=True)), future)
+    assert [(each.code, words in str(each)) for each in refused] == [(code, True)]
+    assert (refused[0].retry_after_s is not None) == (code == "overloaded")
+    assert ("KeyError: 'bug'" in caplog.text) == (code == "engine_error")

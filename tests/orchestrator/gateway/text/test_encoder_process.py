@@ -1,5 +1,7 @@
 """Text that no sandbox can stop: the process that works on it ends, and the next one serves."""
 
+import errno
+import os
 import threading
 import time
 from array import array
@@ -14,7 +16,7 @@ from harness.gateway_process import BOS, VOCAB_SIZE, make_model_folder
 from harness.waiting import eventually
 from mgpu.orchestrator.gateway.text import encoder_process as module
 from mgpu.orchestrator.gateway.text.encoder_messages import TextTask
-from mgpu.orchestrator.gateway.text.encoder_process import EncoderFailed, EncoderProcesses
+from mgpu.orchestrator.gateway.text.encoder_process import EncoderFailed, EncoderProcesses, reason_of
 from mgpu.protocol.front.client_messages import Detokenize, Tokenize
 
 CPU_LIMIT_S, MEMORY_BYTES = 1.0, 256 << 20
@@ -159,3 +161,19 @@ def test_processes_that_cannot_be_started_are_no_fault_of_the_text(make: Make, m
     monkeypatch.setattr(module, "COMMAND", ("/bin/false",))
     with pytest.raises(EncoderFailed):
         make().do(chat("hello"))
+
+
+@pytest.mark.parametrize(("number", "words"), [
+    (errno.EAGAIN, "the limit of processes is reached (ulimit -u, or TasksMax in a unit)"),
+    (errno.ENOMEM, "memory has run out"), (errno.EMFILE, "Too many open files"),
+])  # fmt: skip
+def test_what_a_process_that_cannot_be_started_lacks_is_said(
+    make: Make, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    def refuse(*_: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(module.subprocess, "Popen", refuse)
+    with pytest.raises(OSError) as caught:
+        make().do(chat("hello"))
+    assert words in reason_of(caught.value)
