@@ -8,7 +8,7 @@ One turn of the loop waits until something is ready or the clock is due, and the
     threads             take all results: the loaded tokenizer, prompts encoded by other processes
     engine              handle up to 8 messages
     clients             note who has connected, send what slow readers now take, handle messages in turns by account
-                        for 4 ms, drop lost connections
+                        for 4 ms, unless the pace asks for a pause, drop lost connections (`clients.py`)
     clock               every 0.25 s: keepalives, deadlines, memory, a removed socket file
 
 What a request goes through is in `requests/request_handler.py`.
@@ -23,11 +23,9 @@ from typing import Any
 
 import zmq
 
-from mgpu.orchestrator.gateway.front.access import scope_to_key
-from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
-from mgpu.orchestrator.gateway.front.inbox import MAX_BYTES, Inbox
-from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
-from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
+from mgpu.orchestrator.gateway.clients import Clients
+from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.gateway.memory_limit import MemoryLimit
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
@@ -38,22 +36,8 @@ from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.requests.resume import Resumptions
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
-from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.encoder_process import EncoderProcesses
-from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
-from mgpu.orchestrator.gateway.text.text_queries import as_request
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
-from mgpu.protocol.front.client_messages import (
-    CancelRequest,
-    Detokenize,
-    Generate,
-    ResumeRequest,
-    Tokenize,
-    parse_client_message,
-)
-from mgpu.protocol.front.fields import FieldError
-from mgpu.protocol.front.framing import WireError
-from mgpu.protocol.front.server_messages import Failed
 from mgpu.protocol.internal.gateway_messages import (
     ALIVE_INTERVAL_S,
     LINK,
@@ -70,30 +54,13 @@ from mgpu.protocol.internal.gateway_messages import (
 )
 
 PERIOD_S = 0.25
-BACKLOG_RETRY_MS = 20
+BACKLOG_RETRY_S = 0.02
 MANY_HANDSHAKES = 32
 """At the same time; fewer cannot fill the memory."""
 STEPS_PER_TURN = 8
 """Messages of the engine handled before clients are looked at."""
-CLIENTS_PER_TURN_S = 0.004
-"""How long clients' messages are handled before the engine is looked at again."""
-
 LOAD_AGAIN_AFTER_S = 30.0
 """After the server is ready, the processes for text load the tokenizer too, unless they have been needed before."""
-
-_GIVEN_UP = {
-    "slow": Failed(
-        None, "slow_reader", "messages were not read fast enough; everything in flight on this connection has ended"
-    ),
-    "flooding": Failed(
-        None,
-        "overloaded",
-        f"more than {MAX_BYTES >> 20} MiB of messages wait to be read; they were dropped, and everything in flight on "
-        "this connection has ended",
-        RETRY_AFTER_S,
-    ),
-}
-"""What the client of a connection is told that was given up."""
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +80,6 @@ class Gateway:
         self._spec = spec
         self._link = link
         self._front = front
-        self._inbox = Inbox(front, self._on_client)
         self._background = background
         self._parent_fds = tuple(parent_fds)
         self._model = ServedModel(spec, spec.info)
@@ -122,10 +88,12 @@ class Gateway:
         self._outgoing = Outgoing(front, link)
         self._requests = RequestHandler(self._model, self._table, self._outgoing)
         self._encoders = EncoderProcesses(spec.model_path, spec.model_format, spec.vocab_size)
-        self._prompts = Prompts(self._requests, background, self._encoders, spec.vocab_size)
+        prompts = Prompts(self._requests, background, self._encoders, spec.vocab_size)
         self._queries = Queries(self._model, self._table, self._outgoing, front.connections.count_for)
         self._resumptions = Resumptions(self._requests, front.access, self._outgoing)
-        self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)
+        self._clients = Clients(
+            front, self._requests, self._model, prompts, self._queries, self._resumptions, self._outgoing
+        )
         self._memory = MemoryLimit(spec.memory_bytes)
         front.connections.max_of_key = spec.limits.max_client_connections
         self._next_period_s = self._next_alive_s = 0.0
@@ -137,16 +105,12 @@ class Gateway:
 
     def run(self) -> None:
         """Load the tokenizer, say `GatewayReady`, then serve. Raises what made loading fail, and MemoryFull."""
-        poller = zmq.Poller()
-        front = self._front
-        for socket in (self._link, front.socket, front.access.socket, front.connections.monitor):
-            poller.register(socket, zmq.POLLIN)
-        for fd in (self._background.fd, *self._parent_fds):
-            poller.register(fd, zmq.POLLIN)
+        poller, paused = self._poller(), self._poller()
+        poller.register(self._front.socket, zmq.POLLIN)
         if not self._model.is_loaded:
             self._background.run(lambda: load_codec(self._spec.model_path, self._spec.model_format), self._on_loaded)
         while self._running:
-            ready = dict(poller.poll(self._wait_ms()))
+            ready = dict((paused if self._clients.wait_s() else poller).poll(self._wait_ms()))
             if self._front.socket in ready:
                 self._send_wake_up()
             if not ready.keys().isdisjoint(self._parent_fds):
@@ -154,7 +118,7 @@ class Gateway:
             self._front.access.answer_requests()
             self._background.deliver_results()
             self._read_link()
-            self._serve_clients()
+            self._clients.serve()
             self._bound_handshakes()
             self._run_periodic_work()
         self._requests.fail_all()
@@ -182,12 +146,22 @@ class Gateway:
             return
         self.serve_with(future.result())
 
+    def _poller(self) -> zmq.Poller:
+        """Return a poller for all but the front socket."""
+        poller = zmq.Poller()
+        for socket in (self._link, self._front.access.socket, self._front.connections.monitor):
+            poller.register(socket, zmq.POLLIN)
+        for fd in (self._background.fd, *self._parent_fds):
+            poller.register(fd, zmq.POLLIN)
+        return poller
+
     def _wait_ms(self) -> int:
-        if self._inbox:
-            return 0
+        wait_s = self._next_period_s - time.monotonic()
         if self._front.has_backlog:
-            return BACKLOG_RETRY_MS
-        return max(0, int((self._next_period_s - time.monotonic()) * 1000) + 1)
+            wait_s = min(wait_s, BACKLOG_RETRY_S)
+        if (pause_s := self._clients.wait_s()) or self._clients.has_messages:
+            wait_s = min(wait_s, pause_s)
+        return max(0, math.ceil(wait_s * 1000))
 
     # ---------------------------------------------------------------- engine
 
@@ -243,62 +217,6 @@ class Gateway:
             except Refusal as refusal:
                 self._requests.fail(request, refusal)
 
-    # --------------------------------------------------------------- clients
-
-    def _serve_clients(self) -> None:
-        """Handle messages of clients, the account that has cost the least first, until the time of this turn is over.
-
-        Whatever clients send, the loop is back at the engine's messages in a few milliseconds.
-        """
-        self._front.flush()
-        self._inbox.serve(CLIENTS_PER_TURN_S)
-        self._drop_lost()
-
-    def _on_client(self, received: Received) -> None:
-        """Handle a client's message; if something is wrong with it, its client is told and nothing else happens."""
-        connection, request_id = received.connection, None
-        try:
-            data = self._front.unpack(received.frames)
-            request_id = id_of(data)
-            self._front.check(received)
-            self._handle(received, data)
-        except WireError as error:
-            self._outgoing.to_client(connection, Failed(None, error.code, str(error)))
-        except (FieldError, TokenizerError, ChatTemplateError) as error:
-            self._requests.refuse(connection, request_id, Refusal("bad_request", str(error)))
-        except Refusal as refusal:
-            self._requests.refuse(connection, request_id, refusal)
-        except Exception as error:  # the border to clients: our own bug must cost one request, not the server
-            self._bug_log.write("a client's message could not be handled", error=error)
-            self._requests.refuse(connection, request_id, Refusal("engine_error", "internal error in the gateway"))
-
-    def _handle(self, received: Received, data: dict[object, object]) -> None:
-        connection, account = received.connection, received.account
-        message = scope_to_key(parse_client_message(data), received.identity)
-        if isinstance(message, Generate):
-            received = received._replace(identity=self._front.access.identity_of(message, received.identity))
-            self._prompts.encode(self._requests.begin(received, message), self._model.codec)
-        elif isinstance(message, (Tokenize, Detokenize)):
-            self._prompts.encode(self._requests.begin(received, as_request(message), message), self._model.codec)
-        elif isinstance(message, ResumeRequest):
-            self._resumptions.resume(connection, account, message)
-        elif not isinstance(message, CancelRequest):
-            self._queries.on_query(connection, account, message)
-        elif (request := self._table.get(connection, message.id)) is not None:
-            self._requests.cancel(request)
-        else:
-            self._resumptions.cancel(connection, account, message.id)
-
-    def _drop_lost(self) -> None:
-        """End the requests of connections that are gone, do not read what they are sent, or send too much."""
-        for connection, loss in self._front.take_lost().items():
-            requests = self._table.of_connection(connection)
-            self._lost_log.write("client %s is %s; %d requests end", connection.hex(), loss, len(requests))
-            for request in requests:
-                self._requests.drop(request)
-            if loss != "gone":
-                self._outgoing.to_client(connection, _GIVEN_UP[loss])
-
     # ----------------------------------------------------------------- clock
 
     def _bound_handshakes(self) -> None:
@@ -322,4 +240,4 @@ class Gateway:
         self._queries.give_up_overdue(now)
         self._resumptions.give_up_overdue(now)
         self._resumptions.drop_orphans(now)
-        self._drop_lost()
+        self._clients.drop_lost()

@@ -44,6 +44,8 @@ class Queries:
         self._outgoing = outgoing
         self._waiting: dict[int, _Question] = {}
         self._next_query = 1
+        self._asked: int | None = None
+        """The query for which the engine has been asked last, and has not answered."""
         self._counters: dict[str, float] = {}
         """The engine's last ones."""
         self._started_s = time.monotonic()
@@ -59,19 +61,31 @@ class Queries:
             self._quota.count_question(account)
             number, self._next_query = self._next_query, self._next_query + 1
             self._waiting[number] = _Question(connection, account, query, time.monotonic() + ENGINE_TIMEOUT_S)
+            if self._asked is None:
+                self._ask(number)
+
+    def _ask(self, number: int | None) -> None:
+        """Ask the engine for its counters, for the queries up to ``number``; None: nobody waits for them."""
+        self._asked = number
+        if number is not None:
             self._outgoing.to_engine(StatsQuery(number))
 
     def on_stats(self, reply: StatsReply) -> None:
-        """Answer the query for which the engine's counters have come."""
+        """Answer the queries that were there when the engine was asked. Then ask it for those that have come since.
+
+        So the engine has one question at a time, whatever clients ask, and no answer is older than its query.
+        """
         self._counters = reply.counters
-        question = self._waiting.pop(reply.query_id, None)
-        if question is not None:  # else its client has been answered
+        for number in [number for number in self._waiting if number <= reply.query_id]:
+            question = self._waiting.pop(number)
             self._quota.count_question(question.account, -1)
             connection, query = question.connection, question.query
             is_health = query.kind == "health"
             counters = reply.counters
             answer = self._health(connection, query, counters) if is_health else self._stats(query, counters)
             self._outgoing.to_client(connection, answer)
+        if reply.query_id == self._asked:
+            self._ask(max(self._waiting, default=None))
 
     def give_up_overdue(self, now: float) -> None:
         """Answer in place of an engine that does not: it is stalled."""
@@ -87,6 +101,8 @@ class Queries:
                 text = f"the engine did not answer within {ENGINE_TIMEOUT_S:g} s"
                 refusal = Refusal("not_ready", text, RETRY_AFTER_S)
                 self._outgoing.to_client(question.connection, refusal.answer(query.id))
+        if self._asked in overdue:
+            self._ask(max(self._waiting, default=None))
 
     def _health(self, connection: bytes, query: Query, counters: Mapping[str, float]) -> Health:
         info = self._model.public_info

@@ -1,0 +1,145 @@
+"""What clients send: in turns by account, a few milliseconds at a time, at a pace that leaves time to the streams."""
+
+import logging
+import time
+
+from mgpu.orchestrator.gateway.front.access import scope_to_key
+from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
+from mgpu.orchestrator.gateway.front.inbox import MAX_BYTES, Inbox
+from mgpu.orchestrator.gateway.front.pace import Pace
+from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
+from mgpu.orchestrator.gateway.requests.admission import ServedModel
+from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
+from mgpu.orchestrator.gateway.requests.prompts import Prompts
+from mgpu.orchestrator.gateway.requests.queries import Queries
+from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
+from mgpu.orchestrator.gateway.requests.resume import Resumptions
+from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
+from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
+from mgpu.orchestrator.gateway.text.text_queries import as_request
+from mgpu.protocol.front.client_messages import (
+    CancelRequest,
+    Detokenize,
+    Generate,
+    ResumeRequest,
+    Tokenize,
+    parse_client_message,
+)
+from mgpu.protocol.front.fields import FieldError
+from mgpu.protocol.front.framing import WireError
+from mgpu.protocol.front.server_messages import Failed
+
+TURN_S = 0.004
+"""How long messages are handled before the engine is looked at again."""
+FLUSH_INTERVAL_S = 0.005
+
+_GIVEN_UP = {
+    "slow": Failed(
+        None, "slow_reader", "messages were not read fast enough; everything in flight on this connection has ended"
+    ),
+    "flooding": Failed(
+        None,
+        "overloaded",
+        f"more than {MAX_BYTES >> 20} MiB of messages wait to be read; they were dropped, and everything in flight on "
+        "this connection has ended",
+        RETRY_AFTER_S,
+    ),
+}
+"""What the client of a connection is told that was given up."""
+
+log = logging.getLogger(__name__)
+
+
+class Clients:
+    """Hands every message of a client to what it is for, and ends the requests of clients that are lost."""
+
+    def __init__(
+        self,
+        front: FrontSocket,
+        requests: RequestHandler,
+        model: ServedModel,
+        prompts: Prompts,
+        queries: Queries,
+        resumptions: Resumptions,
+        outgoing: Outgoing,
+    ) -> None:
+        self._front = front
+        self._requests = requests
+        self._table = requests.table
+        self._model = model
+        self._prompts = prompts
+        self._queries = queries
+        self._resumptions = resumptions
+        self._outgoing = outgoing
+        self._inbox, self._pace = Inbox(front, self._on_client), Pace()
+        self._next_flush_s = 0.0
+        self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether messages have been read and wait for their turn."""
+        return bool(self._inbox)
+
+    def wait_s(self) -> float:
+        """Return how long messages have to wait for the sake of the requests that run; 0 if they need not."""
+        return self._pace.wait_s() if len(self._table) else 0.0
+
+    def serve(self) -> None:
+        """Handle messages, the account that has cost the least first, until the time of this turn is over.
+
+        Whatever clients send, the loop is back at the engine's messages in a few milliseconds.
+        """
+        began_s = time.monotonic()
+        if began_s >= self._next_flush_s:
+            self._next_flush_s = began_s + FLUSH_INTERVAL_S
+            self._front.flush()
+        if self.wait_s() == 0:
+            self._inbox.serve(min(TURN_S, self._pace.left_s()) if len(self._table) else TURN_S)
+            self._pace.spend(time.monotonic() - began_s)
+        self.drop_lost()
+
+    def _on_client(self, received: Received) -> None:
+        """Handle a client's message; if something is wrong with it, its client is told and nothing else happens."""
+        connection, request_id = received.connection, None
+        try:
+            data = self._front.unpack(received.frames)
+            request_id = id_of(data)
+            self._front.check(received)
+            self._handle(received, data)
+        except WireError as error:
+            self._outgoing.to_client(connection, Failed(None, error.code, str(error)))
+        except (FieldError, TokenizerError, ChatTemplateError) as error:
+            self._requests.refuse(connection, request_id, Refusal("bad_request", str(error)))
+        except Refusal as refusal:
+            self._requests.refuse(connection, request_id, refusal)
+        except Exception as error:  # the border to clients: our own bug must cost one request, not the server
+            self._bug_log.write("a client's message could not be handled", error=error)
+            self._requests.refuse(connection, request_id, Refusal("engine_error", "internal error in the gateway"))
+
+    def _handle(self, received: Received, data: dict[object, object]) -> None:
+        connection, account = received.connection, received.account
+        message = scope_to_key(parse_client_message(data), received.identity)
+        if isinstance(message, Generate):
+            received = received._replace(identity=self._front.access.identity_of(message, received.identity))
+            self._prompts.encode(self._requests.begin(received, message), self._model.codec)
+        elif isinstance(message, (Tokenize, Detokenize)):
+            self._prompts.encode(self._requests.begin(received, as_request(message), message), self._model.codec)
+        elif isinstance(message, ResumeRequest):
+            self._resumptions.resume(connection, account, message)
+        elif not isinstance(message, CancelRequest):
+            self._queries.on_query(connection, account, message)
+        elif (request := self._table.get(connection, message.id)) is not None:
+            self._requests.cancel(request)
+        else:
+            self._resumptions.cancel(connection, account, message.id)
+
+    def drop_lost(self) -> None:
+        """End the requests of connections that are gone, do not read what they are sent, or send too much."""
+        for connection, loss in self._front.take_lost().items():
+            requests = self._table.of_connection(connection)
+            self._lost_log.write("client %s is %s; %d requests end", connection.hex(), loss, len(requests))
+            for request in requests:
+                self._requests.drop(request)
+            if loss != "gone":
+                self._outgoing.to_client(connection, _GIVEN_UP[loss])
