@@ -236,9 +236,8 @@ class RelaySetup:
         mine = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
         mine[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         statuses = [_unpack(each) for each in self._world.all_gather(mine).view(-1, _MESSAGE_BYTES)]
-        for rank, status in enumerate(statuses):
-            if status.problem:
-                raise _CannotUse(f"rank {rank} of {len(statuses)}: {status.problem}")
+        if problems := [f"rank {rank}: {status.problem}" for rank, status in enumerate(statuses) if status.problem]:
+            raise _CannotUse("; ".join(problems))
         return statuses
 
     def close(self) -> None:

@@ -51,6 +51,7 @@ def _send_kernel(
     turn = tl.load(turns_ptr + row)
     for receiver in tl.static_range(RECEIVERS):
         send(inboxes[receiver], (turn * ROWS + row).to(tl.int64) * D + d, bits, mask, BITS)
+    tl.debug_barrier()  # a warp that starts late must not load the next turn
     tl.store(turns_ptr + row, (turn + 1) % DEPTH, mask=active)
 
 
