@@ -18,6 +18,7 @@ BENCHES = {
     "bench",
     cls=LazyGroup,
     homes=BENCHES,
+    short_help="Measure speed.",
     epilog="Options after -- go to serve: mgpu-launch bench decode --shape 8B -- --max-rows 64",
 )
 def bench_group() -> None:

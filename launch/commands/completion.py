@@ -13,6 +13,7 @@ VARIABLE = f"_{PROGRAM}_COMPLETE".replace("-", "_").upper()
 @click.command(
     "completion",
     cls=Command,
+    short_help="Print a completion script for your shell.",
     examples=(
         "source <(mgpu-launch completion bash)    # in ~/.bashrc",
         "source <(mgpu-launch completion zsh)     # in ~/.zshrc",

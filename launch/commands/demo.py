@@ -20,6 +20,7 @@ CPU_WORKERS = 3
 @click.command(
     "demo",
     cls=Command,
+    short_help="Serve the built-in model and stream one answer.",
     examples=("mgpu-launch demo --question 'Why is the sky blue?'",),
 )
 @click.option("--question", default=QUESTION, show_default=True)

@@ -11,7 +11,12 @@ from mgpu.launch.pages.help import Command
 from mgpu.launch.server_process import orderly_end
 
 
-@click.command("doctor", cls=Command, examples=("mgpu-launch doctor", "mgpu-launch doctor --offline --json"))
+@click.command(
+    "doctor",
+    cls=Command,
+    short_help="Check this machine: GPUs, NCCL, limits, folders.",
+    examples=("mgpu-launch doctor", "mgpu-launch doctor --offline --json"),
+)
 @click.option("--offline", is_flag=True, help="Do not ask the hub.")
 @click.option(
     "--timeout", type=click.FloatRange(1, 3600), default=120.0, show_default=True, metavar="SECONDS",

@@ -19,6 +19,7 @@ MOST_TOKENS = 512
 @click.command(
     "generate",
     cls=Command,
+    short_help="Continue a text.",
     examples=(
         "mgpu-launch generate 'Once upon a time' --max-tokens 64",
         "mgpu-launch generate - --temperature 0.7 < prompt.txt",

@@ -17,6 +17,7 @@ from mgpu.launch.values import ConfigError
 @click.command(
     "http",
     cls=Command,
+    short_help="Serve OpenAI-compatible HTTP for a running server.",
     examples=(
         "mgpu-launch http  # for the server on this machine",
         "mgpu-launch http --endpoint tcp://10.0.0.5:5555 --keys me.client",

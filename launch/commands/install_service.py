@@ -52,6 +52,7 @@ class ServiceFile:
 @click.command(
     "install-service",
     cls=Command,
+    short_help="Install a systemd service.",
     examples=(
         "sudo mgpu-launch install-service qwen3-32b -m /srv/models/Qwen3-32B",
         "mgpu-launch install-service qwen3-32b --user",

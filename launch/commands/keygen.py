@@ -22,6 +22,7 @@ class KeygenError(UserError):
 @click.command(
     "keygen",
     cls=Command,
+    short_help="Make keys for servers that are reached by tcp.",
     examples=(
         "mgpu-launch keygen",
         "mgpu-launch keygen --client laptop",

@@ -28,6 +28,7 @@ _RECOMMENDED = ("tp", "device_layers", "quant", "kv_cache_dtype")
 @click.command(
     "plan",
     cls=Command,
+    short_help="Show how a model would be laid out, and what fits.",
     examples=(
         "mgpu-launch plan ./model                      # on this machine",
         "mgpu-launch plan ./model --gpus 2xH200        # on others, with their speed",

@@ -15,6 +15,7 @@ from mgpu.launch.pages.help import Command
 @click.command(
     "config",
     cls=Command,
+    short_help="Show the configuration that serve would use.",
     examples=(
         "MGPU_TP=2 mgpu-launch config --config server.toml",
         "mgpu-launch config -m ./model --tp 2 --toml > server.toml",

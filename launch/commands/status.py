@@ -14,6 +14,7 @@ from mgpu.protocol.client.client import Client
 @click.command(
     "status",
     cls=Command,
+    short_help="Show state, speed and memory of a server.",
     examples=(
         "mgpu-launch status",
         "mgpu-launch status --json | jq .stats.tokens_per_s",

@@ -21,6 +21,7 @@ OWN_SCREEN, USUAL_SCREEN, CLEAR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[H\x1b[J"
 @click.command(
     "top",
     cls=Command,
+    short_help="Show the page of status, refreshed.",
     examples=("mgpu-launch top --interval 5",),
 )
 @server_options

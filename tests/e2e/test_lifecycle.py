@@ -37,6 +37,12 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
+def shared_files(process: psutil.Process) -> list[str]:
+    """Return the files in /dev/shm that a process has mapped or opened. Shared memory without a name is no file."""
+    mapped = [each.path for each in process.memory_maps(grouped=True)]
+    return [path for path in (*mapped, *(each.path for each in process.open_files())) if path.startswith("/dev/shm/")]
+
+
 def assert_nothing_left(server: ServerProcess, family: list[psutil.Process], timeout_s: float = LEFT_BEHIND_S) -> None:
     eventually(lambda: not any(map(is_alive, family)), lambda: family, timeout_s)
     left = lambda: [path for path in server.runtime_base.rglob("*") if path.name != "log"]  # noqa: E731
@@ -86,6 +92,7 @@ def test_sigkill_of_the_parent_leaves_nothing(smollm2: str) -> None:
     with start(smollm2, "--workers", "3") as server, Client(server.wait_ready()) as client:
         family = family_of(server)
         assert len(family) == 4  # three workers and the gateway
+        assert [path for process in family for path in shared_files(process)] == []  # nobody would remove them
         stream = client.stream("Tell me a long story.", max_tokens=400, ignore_eos=True)
         next(stream)
         server.process.kill()

@@ -84,3 +84,7 @@ def test_defaults_are_written_as_people_type_them() -> None:
     text = " ".join(help_of("serve").split())
     for part in ("[default: 8MiB]", "[default: 256MiB]", "[default: 30]", "[default: on]"):
         assert part in text
+
+
+def test_the_list_of_commands_cuts_no_sentence() -> None:
+    assert "..." not in help_of().split("Commands:")[1]
