@@ -1,7 +1,7 @@
 """The HTTP application: which path leads to which route, and what becomes of errors."""
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,32 +13,53 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mgpu.orchestrator.http.edge.errors import CLIENT_CLOSED_STATUS, HttpError, error_of
 from mgpu.orchestrator.http.edge.guard import ApiKeys, Guard
-from mgpu.orchestrator.http.routes.call import Call, Served
+from mgpu.orchestrator.http.requests.anthropic_rules import PROMPT_RULES
+from mgpu.orchestrator.http.requests.anthropic_rules import RULES as MESSAGE_RULES
+from mgpu.orchestrator.http.requests.response_rules import RULES as RESPONSE_RULES
+from mgpu.orchestrator.http.routes.call import Call, Handler, Served
+from mgpu.orchestrator.http.routes.chat import RULES as CHAT_RULES
 from mgpu.orchestrator.http.routes.chat import chat_completions
+from mgpu.orchestrator.http.routes.completions import RULES as COMPLETION_RULES
 from mgpu.orchestrator.http.routes.completions import completions
 from mgpu.orchestrator.http.routes.health import live, ready, version
+from mgpu.orchestrator.http.routes.messages import count_tokens, messages
 from mgpu.orchestrator.http.routes.models import model, models
+from mgpu.orchestrator.http.routes.openapi import Path, openapi
+from mgpu.orchestrator.http.routes.responses import responses
+from mgpu.orchestrator.http.routes.text import (
+    DETOKENIZE_RULES,
+    TEMPLATE_RULES,
+    TOKENIZE_RULES,
+    apply_template,
+    detokenize,
+    tokenize,
+)
 from mgpu.protocol.errors import MgpuError
 
 log = logging.getLogger(__name__)
 
-Handler = Callable[[Call], Awaitable[ASGIApp]]
-
-ROUTES: tuple[tuple[str, str, Handler], ...] = (
-    ("POST", "/v1/chat/completions", chat_completions),
-    ("POST", "/v1/completions", completions),
-    ("GET", "/v1/models", models),
-    ("GET", "/v1/models/{name:path}", model),
-    ("GET", "/health", ready),
-    ("GET", "/health/ready", ready),
-    ("GET", "/health/live", live),
-    ("GET", "/version", version),
+_PATHS = (
+    Path("POST", "/v1/chat/completions", chat_completions, CHAT_RULES, ("messages",), streams=True),
+    Path("POST", "/v1/completions", completions, COMPLETION_RULES, ("prompt",), streams=True),
+    Path("POST", "/v1/responses", responses, RESPONSE_RULES, ("input",), streams=True),
+    Path("POST", "/v1/messages", messages, MESSAGE_RULES, ("messages", "max_tokens"), streams=True),
+    Path("POST", "/v1/messages/count_tokens", count_tokens, PROMPT_RULES, ("messages",)),
+    Path("GET", "/v1/models", models),
+    Path("GET", "/v1/models/{name:path}", model),
+    Path("POST", "/tokenize", tokenize, TOKENIZE_RULES),
+    Path("POST", "/detokenize", detokenize, DETOKENIZE_RULES, ("tokens",)),
+    Path("POST", "/apply-template", apply_template, TEMPLATE_RULES, ("messages",)),
+    Path("GET", "/health", ready),
+    Path("GET", "/health/ready", ready),
+    Path("GET", "/health/live", live),
+    Path("GET", "/version", version),
 )
+PATHS = (*_PATHS, openapi(_PATHS))
 
 
 def make_app(served: Served, api_keys: ApiKeys, cors: Sequence[str], is_private: bool) -> ASGIApp:
     """Build the application; see `Guard` about who may use it."""
-    routes = [Route(path, _Endpoint(handler, served), methods=[method]) for method, path, handler in ROUTES]
+    routes = [Route(each.path, _Endpoint(each.handler, served), methods=[each.method]) for each in PATHS]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _on_http_exception})
     app.router.redirect_slashes = False
     guarded: ASGIApp = Guard(app, api_keys, cors, is_private)
@@ -62,17 +83,18 @@ class _Endpoint:
         await response(scope, receive, send)
 
     async def _response(self, call: Call) -> ASGIApp:
+        path = call.request.url.path
         try:
             return await self._handler(call)
         except HttpError as error:
-            return error.response(call.headers)
+            return error.response(path, call.headers)
         except MgpuError as error:
-            return error_of(error).response(call.headers)
+            return error_of(error).response(path, call.headers)
         except ClientDisconnect:
-            return HttpError(CLIENT_CLOSED_STATUS, "the client closed the connection").response()
+            return HttpError(CLIENT_CLOSED_STATUS, "the client closed the connection").response(path)
         except Exception as error:  # the border to clients: our own bug costs one request, not the server
-            log.error("%s could not be answered", call.request.url.path, exc_info=error)
-            return HttpError(500, "internal error", "server_error", "internal_error").response(call.headers)
+            log.error("%s could not be answered", path, exc_info=error)
+            return HttpError(500, "internal error", "server_error", "internal_error").response(path, call.headers)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -85,4 +107,4 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     else:
         text = "there is no such path; GET /openapi.json lists what there is"
         found = HttpError(error.status_code, text, code="not_found")
-    return found.response()
+    return found.response(request.url.path)

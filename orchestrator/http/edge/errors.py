@@ -11,6 +11,16 @@ from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, Ser
 
 CLIENT_CLOSED_STATUS = 499
 """The client has gone before its answer. Nobody reads it; it is for logs."""
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _UNREACHABLE = "the server is not reachable just now; it is starting, recovering or stopping"
 _RETRY_S = 1.0
 
@@ -48,11 +58,18 @@ class HttpError(Exception):
         """Return OpenAI's form of the error."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def json(self) -> bytes:
-        return json.dumps(self.body(), ensure_ascii=False).encode("utf-8", "replace")
+    def anthropic_body(self) -> dict[str, dict[str, object] | str]:
+        """Return Anthropic's form of the error."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
 
-    def response(self, headers: Mapping[str, str] | None = None) -> Response:
-        return Response(self.json(), self.status, {**(headers or {}), **self.headers}, "application/json")
+    def json(self, path: str = "") -> bytes:
+        """Return the form that clients of ``path`` expect."""
+        body = self.anthropic_body() if path.startswith(ANTHROPIC_PATH) else self.body()
+        return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+
+    def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
+        return Response(self.json(path), self.status, {**(headers or {}), **self.headers}, "application/json")
 
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> HttpError:

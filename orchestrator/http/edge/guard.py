@@ -64,7 +64,7 @@ class Guard:
             self._check_origin(headers)
             scope["state"]["account"], scope["state"]["has_key"] = self._account(scope, headers, request_id)
         except HttpError as error:
-            await error.response()(scope, receive, send_with_id)
+            await error.response(scope["path"])(scope, receive, send_with_id)
             return
         await self._app(scope, receive, send_with_id)
 

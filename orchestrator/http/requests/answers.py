@@ -67,10 +67,8 @@ async def batches(streams: Sequence[AsyncCompletionStream]) -> AsyncGenerator[li
     """
     try:
         if len(streams) == 1:
-            while not streams[0].has_ended:
-                pieces = await streams[0].take(KEEPALIVE_S)
-                if pieces or not streams[0].has_ended:
-                    yield [(0, piece) for piece in pieces]
+            while (pieces := await streams[0].take(KEEPALIVE_S)) or not streams[0].has_ended:
+                yield [(0, piece) for piece in pieces]
         else:
             async for batch in _merged(streams):
                 yield batch
@@ -87,9 +85,9 @@ async def _merged(streams: Sequence[AsyncCompletionStream]) -> AsyncGenerator[li
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             batch: list[NumberedPiece] = []
             for task in done:
-                at = waiting.pop(task)
-                batch += [(at, piece) for piece in task.result()]
-                if not streams[at].has_ended:
+                at, pieces = waiting.pop(task), task.result()
+                batch += [(at, piece) for piece in pieces]
+                if pieces or not streams[at].has_ended:  # the error of a stream comes after its pieces
                     waiting[asyncio.create_task(streams[at].take(KEEPALIVE_S))] = at
             if batch or waiting:
                 yield batch

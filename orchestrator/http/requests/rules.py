@@ -11,9 +11,10 @@ _BIAS = Number(-100, 100)
 _MAX_BIASES = 1024
 _TOKEN_ID = Integer(0, INT32_MAX)
 _TEXT = Text(2**27 - 1)
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 MAX_MESSAGES = 2048
+NO_TOOLS = "this server does not call tools yet; leave it out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,8 @@ class Messages:
         if not isinstance(message, Mapping):
             raise wrong(field, message, 'an object such as {"role": "user", "content": "Hi"}')
         role = message.get("role")
-        if role not in _ROLES:
-            raise wrong(f"{field}.role", role, "one of " + ", ".join(_ROLES))
+        if role not in ROLES:
+            raise wrong(f"{field}.role", role, "one of " + ", ".join(ROLES))
         if "content" not in message and role != "assistant":
             raise FieldError(f"{field} lacks content")
         return {"role": role, "content": parse_content(f"{field}.content", message.get("content"))}

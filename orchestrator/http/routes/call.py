@@ -4,13 +4,14 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from mgpu.orchestrator.http.edge.body import read_object
 from mgpu.orchestrator.http.requests.fields import Fields, parse_fields
@@ -80,8 +81,16 @@ class Call:
         return Response(to_json(body), status, self.headers, "application/json")
 
 
+Handler = Callable[[Call], Awaitable[ASGIApp]]
+
+
 def to_json(body: object) -> bytes:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def named_event(name: str, body: Mapping[str, Any]) -> bytes:
+    """Return a server-sent event that has its name also in its JSON."""
+    return f"event: {name}\n".encode() + event({"type": name, **body})
 
 
 def event(body: object) -> bytes:

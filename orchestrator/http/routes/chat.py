@@ -11,7 +11,7 @@ from mgpu.orchestrator.http.edge.event_stream import KEEPALIVE, EventStream
 from mgpu.orchestrator.http.requests.answers import all_accepted, batches, unless_disconnected, usage_body
 from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Fields, Unsupported
 from mgpu.orchestrator.http.requests.logprobs import chat_logprobs
-from mgpu.orchestrator.http.requests.rules import Messages, StreamOptions
+from mgpu.orchestrator.http.requests.rules import NO_TOOLS, Messages, StreamOptions
 from mgpu.orchestrator.http.routes.call import Call, event
 from mgpu.protocol.client.async_client import AsyncCompletionStream
 from mgpu.protocol.client.request_message import GenerateOptions
@@ -20,7 +20,6 @@ from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.client_messages import TEMPLATE_OPTIONS
 from mgpu.protocol.front.fields import INT32_MAX, Flag, Integer, Rule
 
-NO_TOOLS = "this server does not call tools yet; leave it out"
 RULES: dict[str, Rule] = {
     **SAMPLING,
     "model": MODEL,

@@ -43,6 +43,8 @@ RULES: dict[str, Rule] = {
 async def completions(call: Call) -> ASGIApp:
     """Continue prompts, whole or as a stream."""
     fields = await call.fields(RULES, "prompt")
+    if fields.values.get("echo"):
+        fields.values["echoed"] = await _texts(call, fields.values["prompt"])
     prompts, options = fields.values["prompt"], call.options(_options(fields))
     if fields.values.get("stream"):
         streams = [call.client.stream(prompt, **options) for prompt in prompts]
@@ -89,13 +91,13 @@ def _body(call: Call, fields: Fields, completions: Sequence[Completion]) -> dict
     }
 
 
+async def _texts(call: Call, prompts: Sequence[str | list[int]]) -> list[str]:
+    return [each if isinstance(each, str) else await call.client.detokenize(each) for each in prompts]
+
+
 def _echoed(fields: Fields, at: int) -> str:
-    prompt = fields.values["prompt"][at]
-    if not fields.values.get("echo"):
-        return ""
-    if not isinstance(prompt, str):
-        raise bad_request("echo needs a prompt of text, not of token ids", "echo")
-    return prompt
+    """Return what comes before the answer to a prompt: the prompt, if it was asked for."""
+    return str(fields.values["echoed"][at]) if "echoed" in fields.values else ""
 
 
 async def _events(

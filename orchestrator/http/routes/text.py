@@ -1,0 +1,65 @@
+"""POST /tokenize, /detokenize and /apply-template: what becomes of text before and after the model."""
+
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from mgpu.orchestrator.http.edge.errors import bad_request
+from mgpu.orchestrator.http.requests.answers import unless_disconnected
+from mgpu.orchestrator.http.requests.fields import MODEL
+from mgpu.orchestrator.http.requests.rules import Messages
+from mgpu.orchestrator.http.routes.call import Call
+from mgpu.protocol.front.client_messages import TEMPLATE_OPTIONS
+from mgpu.protocol.front.fields import INT32_MAX, Array, Flag, Integer, Rule, Text
+
+_TEXT = Text(2**27 - 1)
+MAX_IDS = 1 << 20
+TOKENIZE_RULES: dict[str, Rule] = {
+    "model": MODEL,
+    "prompt": _TEXT,
+    "content": _TEXT,
+    "messages": Messages(),
+    "add_special_tokens": Flag(),
+    "chat_template_kwargs": TEMPLATE_OPTIONS,
+}
+DETOKENIZE_RULES: dict[str, Rule] = {
+    "model": MODEL,
+    "tokens": Array(Integer(0, INT32_MAX), MAX_IDS),
+    "skip_special_tokens": Flag(),
+}
+TEMPLATE_RULES: dict[str, Rule] = {"model": MODEL, "messages": Messages(), "chat_template_kwargs": TEMPLATE_OPTIONS}
+
+
+async def tokenize(call: Call) -> ASGIApp:
+    """Return the token ids of a text (`prompt` or `content`) or of chat messages."""
+    values = (await call.fields(TOKENIZE_RULES)).values
+    given = [name for name in ("prompt", "content", "messages") if name in values]
+    if len(given) != 1:
+        raise bad_request(f"give one of prompt, content and messages, got {' and '.join(given) or 'none'}", "prompt")
+    work = call.client.tokenize(
+        values[given[0]],
+        add_special_tokens=values.get("add_special_tokens", True),
+        template_options=values.get("chat_template_kwargs"),
+    )
+    tokens = await unless_disconnected(call.request, work) if values[given[0]] else []
+    [model] = await call.client.models()
+    return call.json({"tokens": tokens, "count": len(tokens), "max_model_len": model["max_seq_len"]})
+
+
+async def detokenize(call: Call) -> ASGIApp:
+    """Return the text of token ids, as `prompt` and as `content`."""
+    values = (await call.fields(DETOKENIZE_RULES, "tokens")).values
+    text = ""
+    if values["tokens"]:
+        skip = values.get("skip_special_tokens", False)
+        work = call.client.detokenize(values["tokens"], skip_special_tokens=skip)
+        text = await unless_disconnected(call.request, work)
+    return call.json({"prompt": text, "content": text})
+
+
+async def apply_template(call: Call) -> ASGIApp:
+    """Return the text that the model's chat template makes of messages."""
+    values: dict[str, Any] = (await call.fields(TEMPLATE_RULES, "messages")).values
+    options = values.get("chat_template_kwargs")
+    work = call.client.apply_chat_template(values["messages"], template_options=options)
+    return call.json({"prompt": await unless_disconnected(call.request, work)})
