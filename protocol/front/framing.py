@@ -105,17 +105,25 @@ def _count(frames: list[bytes]) -> str:
 
 
 def set_common_options(socket: "zmq.Socket[Any]") -> None:
-    """Set the options of both ends: heartbeats, a short handshake, a bounded wait on close."""
+    """Set the options of both ends: a short handshake, a bounded wait on close."""
     socket.setsockopt(zmq.LINGER, 500)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
 
 
 def set_server_options(socket: "zmq.Socket[Any]", max_bytes: int) -> None:
-    """Prepare the gateway's ROUTER: a send to a vanished peer fails, and a routing id cannot be taken over."""
+    """Prepare the gateway's ROUTER: a send to a vanished peer fails, and a routing id cannot be taken over.
+
+    Not ZMQ_HEARTBEAT_IVL: libzmq (4.3.5, stream_engine_base.cpp) aborts the process when a heartbeat is due on a
+    connection that is closed and whose messages were not all read, because the ROUTER has enough of them. So any client
+    could end the gateway by sending much and leaving. The kernel notices dead machines instead, and heartbeats of
+    clients are answered.
+    """
     set_common_options(socket)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, HEARTBEAT_INTERVAL_MS // 1000)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, HEARTBEAT_INTERVAL_MS // 1000)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, HEARTBEAT_TIMEOUT_MS // HEARTBEAT_INTERVAL_MS - 1)
+    socket.setsockopt(zmq.TCP_MAXRT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
     socket.setsockopt(zmq.SNDHWM, 1000)
@@ -132,6 +140,9 @@ def set_client_options(socket: "zmq.Socket[Any]", endpoint: str) -> None:
     reply to a message, go out without this check: the next connection may deliver them.
     """
     set_common_options(socket)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     socket.setsockopt(zmq.SNDHWM, 1000)
     socket.setsockopt(zmq.RCVHWM, 10_000)

@@ -115,3 +115,33 @@ def test_messages_of_several_frames_share_the_frames_of_a_turn(tmp_path: Path) -
     assert num_read == 4
     front.close()
     context.destroy(0)
+
+
+LEAVE_UNREAD = """
+import sys, time, zmq
+from mgpu.protocol.front import framing
+framing.HEARTBEAT_INTERVAL_MS = 1000
+context = zmq.Context()
+router = context.socket(zmq.ROUTER)
+framing.set_server_options(router, 1 << 20)
+if router.getsockopt(zmq.HEARTBEAT_IVL):
+    router.setsockopt(zmq.HEARTBEAT_IVL, 50)
+router.bind(sys.argv[1])
+peers = zmq.Context()
+peer = peers.socket(zmq.DEALER)
+peer.setsockopt(zmq.SNDHWM, 0)
+peer.connect(sys.argv[1])
+for _ in range(5000):
+    peer.send(bytes(1000))
+assert router.poll(20000)
+peers.destroy(0)  # most of it is unread, and stays so
+time.sleep(0.5)
+print("alive")
+"""
+
+
+def test_a_client_that_sends_much_and_leaves_does_not_abort_the_gateway(tmp_path: Path) -> None:
+    """A heartbeat that is due on such a connection is an assertion in libzmq."""
+    command = [sys.executable, "-c", LEAVE_UNREAD, f"ipc://{tmp_path}/front"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "alive\n", done.stderr
