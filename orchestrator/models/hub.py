@@ -29,6 +29,7 @@ from mgpu.orchestrator.models.hub_cache import (
 )
 from mgpu.orchestrator.models.hub_errors import HubAnswer, NotTheHub, may_pass, reason_of
 from mgpu.orchestrator.models.hub_files import INDEX, Part, gguf_files, is_gguf_wanted, small_files, weight_files
+from mgpu.orchestrator.models.hub_headers import fetch_header
 from mgpu.orchestrator.models.hub_names import HubName
 from mgpu.orchestrator.models.hub_transfer import (
     RemoteFile,
@@ -130,6 +131,8 @@ class _Fetch:
         if is_gguf_wanted(self._name, repository.files):
             sizes = {file.name: file.size for file in repository.files.values()}
             wanted = gguf_files(self._name, repository.files, sizes)
+            if part == "config" and not all((repository.snapshot / path).is_file() for path in wanted):
+                return CachedModel(self._bring_headers(repository, wanted), repository.commit)
             self._bring(repository, wanted)
             found = repository.snapshot / wanted[0]
         else:
@@ -233,6 +236,18 @@ class _Fetch:
             progress.clear()
         if needed > 50e6:
             progress.finish()
+
+    def _bring_headers(self, repository: _Repository, wanted: list[str]) -> Path:
+        """Have files with the headers of GGUF files, in which all else is a hole. Return the first."""
+        folder = repository.folder / "mgpu-headers" / repository.commit
+        with _writing(self._cache):
+            for path in wanted:
+                target = folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.is_file():
+                    self._report(f"{self._name}: reading the header of {path}")
+                    fetch_header(self._session, repository.files[path], self._headers, target, self._pause)
+        return folder / wanted[0]
 
     def _bring_all(self, repository: _Repository, files: list[RemoteFile], progress: DownloadProgress) -> None:
         def on_bytes(count: int) -> None:

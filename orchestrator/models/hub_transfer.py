@@ -13,6 +13,8 @@ from mgpu.orchestrator.errors import HubUnreachable, ModelError
 from mgpu.orchestrator.models.download_progress import size_text
 from mgpu.orchestrator.models.hub_errors import HubAnswer, is_passing
 
+STALL_S = 10.0
+"""How long the hub may send nothing."""
 _TRIES = 5
 """Attempts in a row that bring no new byte."""
 _PATIENCE_S = 60.0
@@ -141,7 +143,7 @@ def _receive(
     """Append what one answer brings."""
     start = out.tell()
     asked = {**headers, "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    with session.stream("GET", file.url, headers=asked, timeout=10.0, follow_redirects=True) as response:
+    with session.stream("GET", file.url, headers=asked, timeout=STALL_S, follow_redirects=True) as response:
         status = response.status_code
         if status == 416 or (start and status == 200):  # the hub cannot resume: from the beginning
             on_bytes(-start)

@@ -34,9 +34,15 @@ class FakeHub:
     """False: a Range is ignored, and the whole file is sent."""
     redirects: bool = False
     """Large files are sent by another address, as the hub does."""
+    stalls_after: int | None = None
+    """Bytes of a file after which nothing comes any more, though the connection stays."""
+    gates_files: bool = False
+    """Files are refused, though they are listed: so is a gated model."""
     wrong_bytes: bool = False
     wrong_length: bool = False
     lists_wrong_size: bool = False
+    released: threading.Event = field(default_factory=threading.Event)
+    """Set at the end: connections that stand still go on."""
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
 
     def asked(self, part: str) -> list[str]:
@@ -89,14 +95,19 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in hub.files:
             self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
+        if hub.gates_files:
+            self._send(403, b"", {"X-Error-Code": "GatedRepo"})
+            return
         data = hub.files[name]
         if hub.wrong_bytes:
             data = bytes(byte ^ 1 for byte in data)
         start, status = 0, 200
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and hub.resumes:
             start, status = int(wanted[1]), 206
-        self._send(status, data[start:] + (b"more" if hub.wrong_length else b""), {"ETag": '"wrong"'}, hub.cut_after)
+            data = data[: int(wanted[2]) + 1] if wanted[2] else data
+        cut_after = hub.cut_after if hub.stalls_after is None else hub.stalls_after
+        self._send(status, data[start:] + (b"more" if hub.wrong_length else b""), {"ETag": '"wrong"'}, cut_after)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], cut_after: int | None = None) -> None:
         self.send_response(status)
@@ -107,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
         if cut_after is not None and cut_after < len(body):
             self.wfile.write(body[:cut_after])
             self.wfile.flush()
+            if self.server.hub.stalls_after is not None:
+                self.server.hub.released.wait(20)
             self.close_connection = True
         else:
             self.wfile.write(body)
@@ -130,6 +143,7 @@ def serving(files: dict[str, bytes]) -> Iterator[FakeHub]:
     try:
         yield server.hub
     finally:
+        server.hub.released.set()
         server.shutdown()
         server.server_close()
         thread.join(5)

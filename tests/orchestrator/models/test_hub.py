@@ -14,11 +14,12 @@ import pytest
 from harness.fake_hub import COMMIT, FakeHub, serving
 from harness.model_files import LLAMA_METADATA, gguf_bytes, llama_gguf_tensors, write_llama_folder
 from mgpu.orchestrator.errors import HubUnreachable, ModelError
-from mgpu.orchestrator.models import demo, hub, hub_transfer
+from mgpu.orchestrator.models import demo, hub, hub_headers, hub_transfer
 from mgpu.orchestrator.models.find import ResolvedModel, read_model, resolve_model
 from mgpu.orchestrator.models.hub_names import HubName
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
 Look = Callable[..., ResolvedModel]
 GGUF = gguf_bytes(LLAMA_METADATA, llama_gguf_tensors())
 UNWANTED = {"pytorch_model.bin": b"x" * 100, "README.md": b"hello", "original/consolidated.00.pth": b"x" * 100}
@@ -37,7 +38,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture
 def fake_hub(repository: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with serving(dict(repository)) as found:
-        constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "ENDPOINT", found.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -81,9 +81,7 @@ def test_planning_needs_the_configuration_alone(look: Look, fake_hub: FakeHub) -
 def test_the_cache_is_laid_out_as_its_owner_does(look: Look, fake_hub: FakeHub) -> None:
     path = look().path
     for name in ("config.json", "model-00001-of-00003.safetensors"):
-        found = huggingface_hub.try_to_load_from_cache(
-            "org/model", name, cache_dir=huggingface_hub.constants.HF_HUB_CACHE
-        )
+        found = huggingface_hub.try_to_load_from_cache("org/model", name, cache_dir=constants.HF_HUB_CACHE)
         assert found == str(Path(path) / name)
 
 
@@ -262,6 +260,44 @@ def test_a_hub_that_is_busy_is_asked_again_when_it_says(look: Look, fake_hub: Fa
     assert "org/model: the hub asks to wait 7 s" in said
 
 
+def test_files_of_a_gated_model_are_listed_and_refused(look: Look, fake_hub: FakeHub) -> None:
+    fake_hub.gates_files = True
+    with pytest.raises(ModelError, match="org/model is gated: accept its terms") as caught:
+        look()
+    assert caught.value.exit_code == 78
+
+
+def test_a_hub_that_sends_nothing_any_more_is_left_after_a_while(
+    look: Look, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_transfer, "STALL_S", 0.2)
+    fake_hub.stalls_after = 0
+    with pytest.raises(HubUnreachable, match=r"(?i)time") as caught:
+        look()
+    assert caught.value.exit_code == 75
+    fake_hub.stalls_after = 30_000  # each attempt brings some bytes
+    assert read_model(look())
+
+
+def test_planning_a_gguf_file_needs_its_header_alone(
+    look: Look, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_headers, "_FIRST_BYTES", 1024)
+    fake_hub.files = {"m-Q8_0.gguf": GGUF, "s-Q4_0-00001-of-00002.gguf": GGUF, "s-Q4_0-00002-of-00002.gguf": GGUF}
+    for _ in range(2):
+        model = look("org/model:Q8_0", part="config")
+        assert read_model(model).facts.num_layers == 2
+        assert Path(model.path).stat().st_size == len(GGUF)
+    ranges = [headers["range"] for path, headers in fake_hub.requests if "resolve" in path]
+    assert ranges == ["bytes=0-1023", "bytes=0-2047", "bytes=0-4095"]
+    assert len(list(Path(look("org/model:Q4_0", part="config").path).parent.iterdir())) == 3
+    fake_hub.files["m-Q8_0.gguf"] = bytes(len(GGUF))
+    fake_hub.commit = "e" * 40
+    with pytest.raises(HubUnreachable, match="does not begin with the header of a GGUF file"):
+        look("org/model:Q8_0", part="config")
+    assert look("org/model:Q4_0").path.endswith("00001-of-00002.gguf")
+
+
 @pytest.mark.parametrize("fault", ["wrong_bytes", "wrong_length", "lists_wrong_size"])
 def test_other_bytes_than_listed_are_never_used(look: Look, fake_hub: FakeHub, fault: str, tmp_path: Path) -> None:
     setattr(fake_hub, fault, True)
@@ -315,7 +351,7 @@ def test_offline_asks_nobody(look: Look, fake_hub: FakeHub, monkeypatch: pytest.
     whole = look()
     fake_hub.requests.clear()
     assert look(offline=True).path == whole.path
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert look().path == whole.path
     assert fake_hub.requests == []
 
