@@ -107,8 +107,8 @@ class _Group:
 
 def _answer(process: "subprocess.Popen[bytes]", out: Path, err: Path, late: str) -> Answer:
     lines = out.read_text(errors="replace").splitlines()
-    if process.returncode == 0 and lines:
-        return Answer(json.loads(lines[-1]))
+    if process.returncode == 0 and (values := _last_object(lines)) is not None:
+        return Answer(values)
     said = [line.strip() for line in err.read_text(errors="replace").splitlines() if line.strip()]
     words = (said or [""])[-1][:_SHOWN]
     if process.returncode is None:
@@ -119,3 +119,12 @@ def _answer(process: "subprocess.Popen[bytes]", out: Path, err: Path, late: str)
         return Answer({}, "")  # killed because another one failed
     ended = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
     return Answer({}, words or f"it ended with {ended}")
+
+
+def _last_object(lines: Sequence[str]) -> dict[str, Any] | None:
+    """Return the answer among what libraries write to standard output too, as NCCL does."""
+    for line in reversed(lines):
+        if line.startswith("{"):
+            with contextlib.suppress(ValueError):
+                return dict(json.loads(line))
+    return None

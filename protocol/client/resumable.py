@@ -33,6 +33,11 @@ from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Keep
 RETRY_S = 1.0
 """When to ask a busy server again if it does not say."""
 
+_LOST_TWICE = (
+    "the server has lost this request twice before it accepted it; it is not sent a third time, because it may be what "
+    "ends the process that reads it"
+)
+
 Message = Mapping[str, object]
 
 
@@ -82,6 +87,8 @@ class ResumableRequest:
         self.state = RequestState.RUNNING
         self.heard_s = time.monotonic()
         """When the server last said anything about this request."""
+        self._losses = 0
+        """How often it was lost before the server accepted it."""
         self.resume_at_s = math.inf
         """When to send `resume`: at once while DISCONNECTED, after a while if BUSY, else never."""
         self.notify: Callable[[], object] = lambda: None
@@ -177,8 +184,16 @@ class ResumableRequest:
             self.fail(error_of(message))
         return None
 
-    def _send_again(self) -> Message:
-        """Return the message that began the request, which did not get as far as the engine."""
+    def _send_again(self) -> Message | None:
+        """Return the message that began the request, which did not get as far as the engine; None if it has ended.
+
+        The server may have died of it while it read it. So it is sent again once, unless it has been accepted.
+        """
+        if self.answer.accepted is None:
+            self._losses += 1
+            if self._losses > 1:
+                self.fail(RequestFailed("engine_error", _LOST_TWICE))
+                return None
         self._enter(RequestState.RUNNING)
         if self.answer.accepted is not None:  # the engine never heard of it, but the seed was promised
             self.message = {**self.message, "seed": self.answer.accepted.seed}

@@ -212,6 +212,7 @@ def test_a_low_limit_of_open_files_is_refused_alike(
     assert planned == served
     assert planned[0] == 78
     assert "40 open files here and a server needs 256" in planned[1]
+    assert "LimitNOFILE=65536" in planned[1]  # a unit's limit is the hard one too: 1024 would stop clients early
 
 
 def test_a_low_limit_of_processes_is_refused_alike(

@@ -192,6 +192,19 @@ def test_processes_that_hang_are_killed_at_the_deadline(tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.iterdir() if each.suffix in (".out", ".err")) == []
 
 
+def test_lines_of_libraries_around_the_answer_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import types\nprint('NCCL version 2.27')\n__version__ = '2'\n"
+        "version = types.SimpleNamespace(cuda=None)\ncuda = types.SimpleNamespace(is_available=lambda: False)\n"
+        "class Generator:\n    def manual_seed(self, seed): return self\n"
+        "class Matrix:\n    def float(self): return self\n    def __matmul__(self, other): return self\n"
+        "def randint(*args, **options): return Matrix()\n"
+    )
+    stand_in = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    [[answer]] = run_groups([[Probe(("devices",), {**os.environ, **stand_in})]], cpu_trial(tmp_path))
+    assert answer.values == {"torch": "2", "cuda": None, "devices": []}
+
+
 def test_a_signal_is_told_by_its_number(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(f"import os\nos.kill(os.getpid(), {int(signal.SIGSEGV)})")
     crashing = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}

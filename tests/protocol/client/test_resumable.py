@@ -47,6 +47,30 @@ def test_the_example_of_the_theory_goes_from_state_to_state() -> None:
     assert request.answer.completion().seed == 7
 
 
+def lose(request: ResumableRequest) -> list[Message]:
+    """Let the connection break and the next server say that it does not know the request; return what is sent then."""
+    request.disconnect()
+    request.resume()
+    return take(request, [Failed(1, "unknown_request", "")])
+
+
+def test_a_request_that_two_gateways_died_of_is_not_sent_a_third_time() -> None:
+    request = ResumableRequest(REQUEST)
+    assert lose(request) == [REQUEST]
+    assert lose(request) == []
+    assert request.has_ended
+    with pytest.raises(RequestFailed, match="lost this request twice before it accepted it") as caught:
+        request.answer.completion()
+    assert caught.value.code == "engine_error"
+
+
+def test_a_request_that_was_accepted_is_not_to_blame_for_what_follows() -> None:
+    request = ResumableRequest(REQUEST)
+    for _ in range(4):
+        take(request, [Accepted(1, "tiny", 1, 8, 7)])
+        assert lose(request) == [{**REQUEST, "seed": 7}]
+
+
 def test_a_request_that_never_arrived_is_sent_again_with_the_seed_it_was_promised() -> None:
     request = ResumableRequest(REQUEST)
     take(request, [Accepted(1, "tiny", 1, 8, 7)])
