@@ -56,7 +56,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing mgpu and its test tools into $(VENV) (the first time takes a minute or two)"
-	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(PIP) install -c constraints.txt -e '.[dev,compat]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-fuzz: $(VENV)/installed-dev

@@ -1,0 +1,193 @@
+"""The clients that people own, unchanged, against the real small model (extra ``compat``, which `make test` brings)."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mgpu import Client
+from mgpu.launch.server_process import ServerProcess
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of those clients
+REASON = "needs the packages of mgpu[compat]"
+NAME = "smollm2"
+HELLO: list[Any] = [{"role": "user", "content": "Say hello."}]
+STOP = "!"
+"""In the answer to that. Helpers of clients raise an error for an answer that its length has ended."""
+GREEDY = {"temperature": 0}
+"""Clients of Anthropic have no such argument any more."""
+
+
+@pytest.fixture(scope="module")
+def http_server(smollm2: str) -> Iterator[ServerProcess]:
+    options = ("--device", "cpu", "--max-seq-len", "1024", "--served-name", NAME, "--http", "127.0.0.1:0")
+    with ServerProcess("-m", smollm2, *options) as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.fixture(scope="module")
+def url(http_server: ServerProcess) -> str:
+    return http_server.http_url()
+
+
+@pytest.fixture(scope="module")
+def expected(http_server: ServerProcess) -> str:
+    """What the model says, by the front channel."""
+    with Client(http_server.wait_ready()) as client:
+        return client.chat(HELLO, max_tokens=8, temperature=0).text
+
+
+@pytest.fixture(scope="module")
+def openai(url: str) -> Iterator[Any]:
+    module = pytest.importorskip("openai", reason=REASON)
+    with module.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def anthropic(url: str) -> Iterator[Any]:
+    module = pytest.importorskip("anthropic", reason=REASON)
+    with module.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_openai_chats(openai: Any, expected: str) -> None:
+    completion = openai.chat.completions.create(model=NAME, messages=HELLO, max_tokens=8, temperature=0)
+    assert completion.choices[0].message.content == expected
+    assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
+
+
+def test_openai_streams_a_chat(openai: Any, expected: str) -> None:
+    stream = openai.chat.completions.create(
+        model=NAME, messages=HELLO, max_tokens=8, temperature=0, stream=True, stream_options={"include_usage": True},
+        logprobs=True, top_logprobs=2,
+    )  # fmt: skip
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
+    assert chunks[-1].usage.completion_tokens == 8
+    logprobs = [entry for chunk in chunks if chunk.choices and chunk.choices[0].logprobs
+                for entry in chunk.choices[0].logprobs.content]  # fmt: skip
+    assert len(logprobs) == 8
+    assert len(logprobs[0].top_logprobs) == 2
+
+
+def test_openais_stream_helper_collects_a_chat(openai: Any, expected: str) -> None:
+    with openai.chat.completions.stream(model=NAME, messages=HELLO, temperature=0, stop=STOP) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.content == expected.partition(STOP)[0]
+
+
+def test_openai_completes_text(openai: Any) -> None:
+    done = openai.completions.create(model=NAME, prompt=["One, two,", "A, B,"], max_tokens=3, n=2, temperature=0)
+    assert [choice.index for choice in done.choices] == [0, 1, 2, 3]
+    pieces = openai.completions.create(model=NAME, prompt="One, two,", max_tokens=3, temperature=0, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == done.choices[0].text
+
+
+def test_openai_creates_responses(openai: Any, expected: str) -> None:
+    response = openai.responses.create(model=NAME, input="Say hello.", max_output_tokens=8, temperature=0)
+    assert response.output_text == expected
+    assert response.status == "incomplete"
+    events = list(openai.responses.create(model=NAME, input=HELLO, max_output_tokens=8, temperature=0, stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected
+    assert events[-1].response.usage.output_tokens == 8
+    with openai.responses.stream(model=NAME, input="Say hello.", temperature=0, extra_body={"stop": STOP}) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_response().output_text == expected.partition(STOP)[0]
+
+
+def test_openai_lists_models(openai: Any) -> None:
+    assert [model.id for model in openai.models.list()] == [NAME]
+    assert openai.models.retrieve(NAME).id == NAME
+
+
+def test_openai_raises_its_own_errors(openai: Any) -> None:
+    import openai as module
+
+    with pytest.raises(module.NotFoundError, match="not served here"):
+        openai.chat.completions.create(model="gpt-4", messages=HELLO)
+    with pytest.raises(module.BadRequestError) as wrong:
+        openai.chat.completions.create(model=NAME, messages=HELLO, temperature=1000)
+    assert wrong.value.param == "temperature"
+    with pytest.raises(module.BadRequestError) as long:
+        openai.chat.completions.create(model=NAME, messages=HELLO, max_tokens=9000)
+    assert long.value.code == "context_length_exceeded"
+
+
+def test_openai_async_chats_side_by_side(url: str, expected: str) -> None:
+    module = pytest.importorskip("openai", reason=REASON)
+
+    async def chat_all() -> list[str]:
+        async with module.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            ask = client.chat.completions.create
+            answers = await asyncio.gather(
+                *(ask(model=NAME, messages=HELLO, max_tokens=8, temperature=0) for _ in range(8))
+            )
+            stream = await ask(model=NAME, messages=HELLO, max_tokens=8, temperature=0, stream=True)
+            streamed = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            return [*(answer.choices[0].message.content for answer in answers), streamed]
+
+    assert asyncio.run(chat_all()) == [expected] * 9
+
+
+def test_anthropic_creates_and_streams_messages(anthropic: Any, expected: str) -> None:
+    message = anthropic.messages.create(model=NAME, messages=HELLO, max_tokens=8, extra_body=GREEDY)
+    assert message.content[0].text == expected
+    assert message.stop_reason == "max_tokens"
+    with anthropic.messages.stream(model=NAME, messages=HELLO, max_tokens=8, extra_body=GREEDY) as stream:
+        assert "".join(stream.text_stream) == expected
+        assert stream.get_final_message().usage.output_tokens == 8
+    count = anthropic.messages.count_tokens(model=NAME, messages=HELLO, system="Be kind.")
+    assert count.input_tokens > 10
+
+
+def test_anthropic_raises_its_own_errors(anthropic: Any) -> None:
+    import anthropic as module
+
+    with pytest.raises(module.NotFoundError):
+        anthropic.messages.create(model="claude", messages=HELLO, max_tokens=8)
+    with pytest.raises(module.BadRequestError, match="does not call tools"):
+        anthropic.messages.create(model=NAME, messages=HELLO, max_tokens=8, tools=[{"name": "f", "input_schema": {}}])
+
+
+def test_langchain_invokes_and_streams(url: str, expected: str) -> None:
+    module = pytest.importorskip("langchain_openai", reason=REASON)
+    chat = module.ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=NAME, max_tokens=8, temperature=0)
+    answer = chat.invoke("Say hello.")
+    assert answer.content == expected
+    assert answer.usage_metadata["output_tokens"] == 8
+    assert "".join(chunk.content for chunk in chat.stream("Say hello.")) == expected
+    assert [each.content for each in chat.batch(["Say hello."] * 3)] == [expected] * 3
+
+
+LITELLM = """
+import sys
+import litellm
+
+url, name = sys.argv[1:]
+ask = dict(messages=[{"role": "user", "content": "Say hello."}], max_tokens=8, temperature=0, api_key="none")
+by_openai = litellm.completion(f"openai/{name}", api_base=f"{url}/v1", **ask)
+by_vllm = litellm.completion(f"hosted_vllm/{name}", api_base=f"{url}/v1", **ask)
+pieces = litellm.completion(f"openai/{name}", api_base=f"{url}/v1", stream=True, **ask)
+print(by_openai.choices[0].message.content)
+print(by_vllm.choices[0].message.content)
+print("".join(piece.choices[0].delta.content or "" for piece in pieces))
+"""
+
+
+def test_litellm_completes_and_streams(url: str, expected: str) -> None:
+    pytest.importorskip("openai", reason=REASON)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LITELLM, url, NAME],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+    )  # fmt: skip
+    if "No module named 'litellm'" in done.stderr:
+        pytest.skip(REASON)
+    assert done.stdout.splitlines() == expected.splitlines() * 3, done.stderr
