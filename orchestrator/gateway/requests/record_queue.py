@@ -6,7 +6,7 @@ from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.resumption import Resumption, ResumptionState
 from mgpu.protocol.internal.gateway_messages import RecordQuery
 
-MAX_RECORDS_AT_ONCE = 32
+MAX_RECORDS_AT_ONCE = 8
 """The steps of other requests wait behind at most this many portions; `resume_journal` bounds the size of each."""
 
 
