@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received
+from mgpu.protocol.front.framing import MAX_FRAMES
 
 FULL_BYTES = 64 << 10
 MAX_BYTES = 16 << 20
@@ -42,6 +43,8 @@ class Inbox:
         self._lap_s, self._lap_bytes = 0.0, 0
         """What this lap has cost so far."""
         self._next_lap_s = 0.0
+        self._skipped = ""
+        """The account whose message has too many frames: the socket skips the rest of it before the next message."""
 
     def __bool__(self) -> bool:
         """Return whether a message waits here."""
@@ -66,15 +69,18 @@ class Inbox:
 
     def _read(self) -> None:
         """Read what waits in the socket, as far as there is room or a lap is due."""
-        began_s = now_s = time.perf_counter()
-        end_s = began_s + READ_AT_ONCE_S
+        now_s = time.perf_counter()
+        end_s = now_s + READ_AT_ONCE_S
         while now_s < end_s and self._may_read():
             received = self._front.receive()
+            began_s, now_s = now_s, time.perf_counter()
+            payer = self._skipped or ("" if received is None else received.account)
+            if payer:
+                self._turns.charge(payer, now_s - began_s)
             if received is None:
                 self._end_lap()
                 return
-            began_s, now_s = now_s, time.perf_counter()
-            self._turns.charge(received.account, now_s - began_s)
+            self._skipped = received.account if len(received.frames) > MAX_FRAMES else ""
             self._note_lap(received, now_s - began_s)
             self._add(received)
 

@@ -8,6 +8,7 @@ import pytest
 from mgpu.orchestrator.gateway.front import inbox as module
 from mgpu.orchestrator.gateway.front.inbox import FULL_BYTES, Inbox
 from mgpu.orchestrator.gateway.front.socket import Received
+from mgpu.protocol.front.framing import MAX_FRAMES
 
 KEY = "key:abc"
 MiB = 1 << 20
@@ -160,3 +161,25 @@ def test_a_turn_ends_after_its_time_whatever_waits(front: FakeFront, reader: Rea
     reader.inbox.serve(0.012)
     assert len(reader.handled) <= 3
     assert reader.inbox, "the loop must not sleep now"
+
+
+def test_skipping_the_frames_of_a_message_is_charged_to_its_sender(front: FakeFront, reader: Reader) -> None:
+    frames = [b"x"] * (MAX_FRAMES + 1)
+    front.pipes[b"bad"] = deque([Received(b"bad", frames, "key:bad")] * 2)
+    reader.serve(1)
+    receive = front.receive
+
+    def skip_and_receive() -> Received | None:
+        end_s = time.perf_counter() + 0.01
+        while time.perf_counter() < end_s:
+            pass
+        return receive()
+
+    front.receive = skip_and_receive  # type: ignore[method-assign]
+    front.pipes.clear()
+    front.send(b"honest", identity="key:other")
+    reader.serve(1)
+    front.receive = receive  # type: ignore[method-assign]
+    for name in (b"bad", b"honest"):
+        front.send(name, count=3, identity="key:bad" if name == b"bad" else "key:other")
+    assert [message.connection for message in reader.serve(3)] == [b"honest"] * 3
