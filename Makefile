@@ -8,7 +8,7 @@ PARALLEL ?= -n $(shell nproc) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check format bench-cpu chaos attack fuzz clean
+.PHONY: help demo test test-gpu check format bench-cpu chaos attack fuzz mutation clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -37,6 +37,10 @@ bench-cpu: $(VENV)/installed-dev ## Compare decode speed on the CPU with Hugging
 
 chaos: $(VENV)/installed-dev ## Break a real server under load and count what its clients lose (CHAOS=--long: an hour or two)
 	@$(BIN)/python -m bench.chaos $(CHAOS)
+
+mutation: $(VENV)/installed-dev ## Change 300 places one at a time and list what no test notices (hours; MUTATION='--places 40')
+	@$(PIP) install -c constraints.txt -e '.[mutation]'
+	@$(BIN)/python -m bench.mutation $(MUTATION)
 
 attack: $(VENV)/installed-dev ## Attack a real server beside honest streams and count what those lose (ATTACK='--seconds 10')
 	@$(BIN)/python -m bench.attack $(ATTACK)
