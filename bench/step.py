@@ -1,10 +1,11 @@
 """Break one worker's step down on a GPU, without a server: time per step, kernels, and what the GPU waits.
 
-    python -m bench.step [--rows 1,8,64] [--context 128] [--quant fp8] [--kv-cache-dtype fp8] [--top 12] [--save FILE]
+    python -m bench.step [--shape 8B] [--rows 1,8,64] [--context 128] [--quant fp8] [--top 12] [--save FILE]
 
-Llama-3.1-8B in bfloat16 (or quantized) with random weights. ``step`` is the time per decode step with two in flight,
-as the worker runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is what the host does for one
-step. A step begins with the kernel that makes its inputs; ``idle before a step`` is from the end of the kernel before.
+Llama-3.1-8B or another shape in bfloat16 (or quantized) with random weights. ``step`` is the time per decode step with
+two in flight, as the worker runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is what the host
+does for one step. A step begins with the kernel that makes its inputs; ``idle before a step`` is from the end of the
+kernel before.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from typing import get_args
 import torch
 
 from bench.kernels.gpu_spans import Span, busy_us, idle_before_steps
-from bench.model_shapes import LLAMA_8B, write_config
 from bench.options import numbers
 from bench.performance.rows import BENCH, GAP, OCCUPANCY, SHOWN
 from bench.performance.rows import row as make_row
 from mgpu.launch.bench.report import Report, describe, heading
+from mgpu.launch.bench.shapes import SHAPES, write_config
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.facts import KvCacheDtype
@@ -41,17 +42,17 @@ BLOCK, STEPS, MOST_ROWS = 64, 60, 256
 PROFILED_STEPS = 12
 
 
-def make_runner(context: int, quant: Quant, kept: KvCacheDtype) -> ModelRunner:
+def make_runner(shape: str, context: int, quant: Quant, kept: KvCacheDtype) -> ModelRunner:
     with tempfile.TemporaryDirectory() as folder:
-        facts = read_checkpoint(write_config(Path(folder), LLAMA_8B), "dummy").facts
+        facts = read_checkpoint(write_config(Path(folder), SHAPES[shape]), "dummy").facts
     device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), MeasurableGroup(SingleRank())
     layers = range(facts.num_layers)
     stage = build_stage(facts, place, layers, group, torch.bfloat16, device, quant, kv_cache_dtype=kept)
     stage.max_positions = longest = context + 4 * STEPS + BLOCK
     init_dummy_weights(stage, 0)
     blocks = MOST_ROWS * -(-(longest + 1) // BLOCK)
-    shape = facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim
-    cache = KvCache(*shape, stored_dtype(kept, torch.bfloat16), device)
+    sizes = facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim
+    cache = KvCache(*sizes, stored_dtype(kept, torch.bfloat16), device)
     rows = RowTable(MOST_ROWS, longest, BLOCK, blocks, device)
     links = Links(group)
     return ModelRunner(stage, cache, rows, links, facts, place, 1)
@@ -112,6 +113,7 @@ def show(spans: Sequence[Span], times: int, top: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8B")
     parser.add_argument("--rows", type=numbers, default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--quant", choices=["none", "8", "4", "fp8"], default="none")
@@ -120,12 +122,12 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="where idle times go, as rows of bench/performance")
     arguments = parser.parse_args()
     print(heading(describe("triton")))
-    runner = make_runner(arguments.context, arguments.quant, arguments.kv_cache_dtype)
+    runner = make_runner(arguments.shape, arguments.context, arguments.quant, arguments.kv_cache_dtype)
     began_s = time.perf_counter()
     runner.warm_up(16, 0)
     torch.cuda.synchronize()
     print(f"warm-up {time.perf_counter() - began_s:.2f} s")
-    report = Report(BENCH, "mgpu", SHOWN, arguments.save, "triton", shape="8B")
+    report = Report(BENCH, "mgpu", SHOWN, arguments.save, "triton", shape=arguments.shape)
     for rows in arguments.rows:
         fill(runner, min(rows, 3), arguments.context)
         prompt_ms = fill(runner, rows, arguments.context)

@@ -42,6 +42,20 @@ QWEN3_32B: Config = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0,
 }
+QWEN3_30B_A3B: Config = {
+    **QWEN3_32B,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
 SMOLLM2_135M: Config = {
     **LLAMA_8B,
     "hidden_size": 576,
@@ -67,7 +81,14 @@ SMALL: Config = {
 TINY: Config = {**LLAMA_8B, **SMALL, "num_hidden_layers": 8}
 """Splits over 1, 2, 4 and 8 ranks, each with KV heads of its own."""
 
-SHAPES: dict[str, Config] = {"8B": LLAMA_8B, "32B": QWEN3_32B, "70B": LLAMA_70B, "135M": SMOLLM2_135M, "tiny": TINY}
+SHAPES: dict[str, Config] = {
+    "8B": LLAMA_8B,
+    "32B": QWEN3_32B,
+    "30B-A3B": QWEN3_30B_A3B,
+    "70B": LLAMA_70B,
+    "135M": SMOLLM2_135M,
+    "tiny": TINY,
+}
 
 
 def write_config(folder: Path, config: Config) -> Path:

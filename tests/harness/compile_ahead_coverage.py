@@ -25,7 +25,7 @@ from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.kernels.products import choose as products
-from mgpu.worker.layers import linear, mlp, norm, vocab
+from mgpu.worker.layers import linear, mlp, norm, sparse_mlp, vocab
 from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.sampling import sampler
@@ -60,7 +60,7 @@ class FakePool:
 def use_kernels_on_the_cpu() -> None:
     compile_only()
     set_overlap(True)
-    for module in (mlp, norm, sampler, attention):
+    for module in (mlp, norm, sparse_mlp, sampler, attention):
         module.uses_kernels = lambda device: True
     linear.dense_product = vocab.dense_product = lambda device: products.matmul
     linear.packed_product = lambda device: products.quantized_matmul

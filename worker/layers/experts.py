@@ -80,8 +80,8 @@ class Experts(Module):
     def __init__(
         self, facts: ExpertFacts, hidden_size: int, activation: Activation, shard: ExpertShard, storage: Storage
     ) -> None:
-        self._facts = facts
-        self._activation = activation
+        self.facts = facts
+        self.activation = activation
         self.shard = shard
         width = len(shard.columns)
         self.gate_up = ExpertMatrices(len(shard.experts), 2 * width, hidden_size, storage)
@@ -94,17 +94,17 @@ class Experts(Module):
         takes kernels instead.
         """
         out_TD = torch.zeros_like(x_TD)
-        experts = routing.experts_TA.flatten()
-        places = experts.argsort(stable=True)
-        ends = experts.bincount(minlength=self._facts.count).cumsum(0).tolist()
+        chosen = routing.experts_TA.flatten()
+        places = chosen.argsort(stable=True)
+        ends = chosen.bincount(minlength=self.facts.count).cumsum(0).tolist()
         weights = routing.weights_TA.flatten()
         for index, expert in enumerate(self.shard.experts):
             mine_R = places[ends[expert - 1] if expert else 0 : ends[expert]]
             if len(mine_R) == 0:
                 continue
-            tokens_R = mine_R // self._facts.active
+            tokens_R = mine_R // self.facts.active
             gate_RF, up_RF = self.gate_up.multiply(x_TD[tokens_R], index).chunk(2, dim=-1)
-            y_RD = self.down.multiply(_gated(gate_RF, up_RF, self._activation), index)
+            y_RD = self.down.multiply(_gated(gate_RF, up_RF, self.activation), index)
             out_TD.index_add_(0, tokens_R, y_RD * weights[mine_R].unsqueeze(1).to(y_RD.dtype))
         return out_TD
 

@@ -27,13 +27,13 @@ class Router(Linear):
 
     def __init__(self, facts: ExpertFacts, hidden_size: int, storage: Storage) -> None:
         super().__init__(hidden_size, facts.count, False, Storage(storage.dtype, storage.device))
-        self._facts = facts
+        self.facts = facts
 
     def route(self, x_TD: Tensor) -> Routing:
-        """Choose in float32, from scores in the model's dtype."""
+        """Choose in float32."""
         probabilities_TE = scaled(self(x_TD)).float().softmax(-1)
-        weights_TA, experts_TA = torch.topk(probabilities_TE, self._facts.active, dim=-1)
-        if self._facts.normalizes:
+        weights_TA, experts_TA = torch.topk(probabilities_TE, self.facts.active, dim=-1)
+        if self.facts.normalizes:
             weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
         return Routing(experts_TA, weights_TA)
 

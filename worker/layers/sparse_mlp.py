@@ -2,10 +2,13 @@
 
 # T tokens, D model dim
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import expert_shard
+from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations
 from mgpu.worker.layers.experts import Experts
 from mgpu.worker.layers.linear import Storage
@@ -23,14 +26,31 @@ class SparseMLP(Module):
         self, facts: ModelFacts, experts: ExpertFacts, split: ExpertSplit, group: TensorParallelGroup, storage: Storage
     ) -> None:
         self._group = group
+        self._compute = _kernel_mlp() if uses_kernels(storage.device) else _plain_mlp
         shard = expert_shard(experts, split, group.rank, group.size)
         self.router = Router(experts, facts.hidden_size, storage)
         self.experts = Experts(experts, facts.hidden_size, facts.activation, shard, storage)
 
     def __call__(self, x_TD: Activations) -> Delta:
         assert isinstance(x_TD, Tensor), "the norm before a router does not quantize"
-        return sum_of_parts(self.experts(x_TD, self.router.route(x_TD)), None, self._group)
+        return sum_of_parts(self._compute(self, x_TD), None, self._group)
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         self.router.load(reader, f"{prefix}.gate")
         self.experts.load(reader, f"{prefix}.experts")
+
+
+def _plain_mlp(mlp: SparseMLP, x_TD: Tensor) -> Tensor:
+    return mlp.experts(x_TD, mlp.router.route(x_TD))
+
+
+def _kernel_mlp() -> Callable[[SparseMLP, Tensor], Tensor]:
+    from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, sparse_mlp
+
+    def compute(mlp: SparseMLP, x_TD: Tensor) -> Tensor:
+        router, experts = mlp.router, mlp.experts
+        weights = RouterWeights(router.weight, router.facts.active, router.facts.normalizes)
+        held = experts.gate_up.held, experts.down.held
+        return sparse_mlp(x_TD, weights, ExpertStacks(*held, experts.shard.experts.start, experts.activation))
+
+    return compute

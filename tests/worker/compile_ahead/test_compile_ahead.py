@@ -20,19 +20,27 @@ from mgpu.worker.compile_ahead import compile_ahead, triton_internals
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 
-CASES = ("[1] none auto", "[1] none fp8", "[1] 4 auto", "[2] 8 auto", "[1,1,1] fp8 auto")
+DENSE = ("[1] none auto", "[1] none fp8", "[1] 4 auto", "[2] 8 auto", "[1,1,1] fp8 auto")
+SPARSE = ("[1] none auto", "[2] 4 auto")
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128, "mlp_only_layers": [1],
+}  # fmt: skip
 DEADLINE_S = 120
 
 
-def test_every_kernel_that_a_start_launches_is_compiled_ahead(tmp_path: Path) -> None:
-    model = write_random_model(tmp_path, hidden_size=256, intermediate_size=512)
+@pytest.mark.parametrize(("cases", "changes"), [(DENSE, {}), (SPARSE, EXPERTS)], ids=["dense", "experts"])
+def test_every_kernel_that_a_start_launches_is_compiled_ahead(
+    tmp_path: Path, cases: tuple[str, ...], changes: dict[str, object]
+) -> None:
+    model = write_random_model(tmp_path, **{"hidden_size": 256, "intermediate_size": 512} | changes)
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "harness.compile_ahead_coverage", model, *CASES]
+    command = [sys.executable, "-m", "harness.compile_ahead_coverage", model, *cases]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [each["case"] for each in found] == list(CASES)
-    assert [each["missing"] for each in found] == [[]] * len(CASES)
+    assert [each["case"] for each in found] == list(cases)
+    assert [each["missing"] for each in found] == [[]] * len(cases)
     assert min(each["asked"] for each in found) >= 10
 
 

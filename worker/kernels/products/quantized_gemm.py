@@ -67,7 +67,7 @@ def _arrange_kernel(x_ptr, out_ptr, K, places, x_stride, BLOCK: tl.constexpr, OV
     tl.store(out_ptr + row * places + place, x, mask=place < places)
 
 
-def _arrange_rows(x_TK: Tensor, places: int) -> Tensor:
+def arrange_rows(x_TK: Tensor, places: int) -> Tensor:
     """Return rows [T, places], zeros past K: place ``i * 32 + j`` of 256 is what part i of word j is multiplied by."""
     tokens, k = x_TK.shape
     out = torch.empty(tokens, places, dtype=x_TK.dtype, device=x_TK.device)
@@ -213,7 +213,7 @@ def quantized_gemm(
     row_tiles = ceil_div(rows, block_m)
     is_int4 = weight.kind == "int4"
     if is_int4:
-        x_MK = _arrange_rows(x_MK, words_per_row * 8)
+        x_MK = arrange_rows(x_MK, words_per_row * 8)
     tiles = ceil_div(n, tiling.block_n) * row_tiles
     workspace = workspace or default_workspace(x_MK.device)
     if tiling.splits > 1:

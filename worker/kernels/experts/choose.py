@@ -1,0 +1,109 @@
+"""Choose how experts are computed for a number of tokens: kernel by kernel, with the fastest measured tiles."""
+
+# T tokens, D model dim, E experts, N experts of this rank, F width on this rank, A active experts of a token
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.model.facts import Activation
+from mgpu.worker.kernels.experts.few import few_tokens
+from mgpu.worker.kernels.experts.grouped import GroupedTiling, combine, grouped_down, grouped_gate_up
+from mgpu.worker.kernels.experts.grouped_packed import PackedTiling, grouped_packed
+from mgpu.worker.kernels.experts.route import route
+from mgpu.worker.kernels.experts.sort import sort_pairs
+from mgpu.worker.kernels.products.dequantize import dequantize_packed
+from mgpu.worker.kernels.products.gemv import GATES
+from mgpu.worker.quantization.packing import PackedWeight
+
+FEW_TOKENS = 4
+"""Tokens up to which each pair of token and expert reads its weights by itself."""
+PACKED_TOKENS = 1024
+"""Tokens beyond which quantized experts are dequantized once per step and layer."""
+
+Stack = Tensor | PackedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class RouterWeights:
+    """A router, and how it chooses."""
+
+    weight_ED: Tensor
+    active: int
+    normalizes: bool
+    bias_E: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStacks:
+    """The experts of one rank, from ``first`` on: ``gate_up`` [N, 2 F, D] and ``down`` [N, D, F], dense or packed."""
+
+    gate_up: Stack
+    down: Stack
+    first: int
+    activation: Activation
+
+    @property
+    def count(self) -> int:
+        return len(self.down.words if isinstance(self.down, PackedWeight) else self.down)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Rows of a tile, and how both products are cut."""
+
+    block_m: int
+    gate_up: GroupedTiling
+    down: GroupedTiling
+
+
+def choose_tiles(pairs_per_expert: float, dtype: torch.dtype) -> Tiles:
+    """Choose by the average rows of an expert."""
+    if dtype == torch.float32:
+        small = GroupedTiling(32, 32, 4, 2)
+        return Tiles(16, small, small)
+    if pairs_per_expert <= 8:
+        return Tiles(16, GroupedTiling(64, 128, 4, 3), GroupedTiling(64, 128, 4, 3))
+    if pairs_per_expert <= 24:
+        return Tiles(32, GroupedTiling(64, 64, 4, 3), GroupedTiling(64, 64, 4, 4))
+    if pairs_per_expert <= 96:
+        return Tiles(64, GroupedTiling(64, 64, 4, 3), GroupedTiling(128, 64, 4, 3))
+    return Tiles(128, GroupedTiling(128, 64, 8, 3, bulk=False), GroupedTiling(256, 64, 8, 4))
+
+
+def sparse_mlp(x_TD: Tensor, router: RouterWeights, stacks: ExpertStacks) -> Tensor:
+    """Return this rank's part of the weighted sum over each token's experts, [T, D]."""
+    routing = route(x_TD, router.weight_ED, router.active, router.normalizes, router.bias_E)
+    if len(x_TD) > PACKED_TOKENS:
+        stacks = replace(stacks, gate_up=_dense(stacks.gate_up, x_TD.dtype), down=_dense(stacks.down, x_TD.dtype))
+    return routed_experts(x_TD, stacks, routing)
+
+
+def routed_experts(x_TD: Tensor, stacks: ExpertStacks, routing: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the weighted sum over experts that `route` has chosen."""
+    experts_TA, weights_TA = routing
+    gate_up, down, gate, count = stacks.gate_up, stacks.down, GATES[stacks.activation], stacks.count
+    tiles = choose_tiles(experts_TA.numel() / count, x_TD.dtype)
+    if isinstance(gate_up, PackedWeight):
+        assert isinstance(down, PackedWeight), "both stacks are packed"
+        pairs = sort_pairs(experts_TA, stacks.first, count, min(32, tiles.block_m))
+        h_PF = grouped_packed(x_TD, gate_up, pairs, weights_TA, gate, PackedTiling())
+        y_PD = grouped_packed(h_PF, down, pairs, weights_TA, 0, PackedTiling())
+    else:
+        assert isinstance(down, Tensor), "no stack is packed"
+        if len(x_TD) <= FEW_TOKENS:
+            return few_tokens(x_TD, gate_up, down, routing, stacks.first, gate)
+        pairs = sort_pairs(experts_TA, stacks.first, count, tiles.block_m)
+        h_PF = grouped_gate_up(x_TD, gate_up, pairs, weights_TA, gate, tiles.gate_up)
+        y_PD = grouped_down(h_PF, down, pairs, weights_TA, tiles.down)
+    return combine(y_PD, experts_TA, stacks.first, count)
+
+
+def _dense(stack: Stack, dtype: torch.dtype) -> Tensor:
+    """Return a stack as it is, or dequantized into temporary memory."""
+    if isinstance(stack, Tensor):
+        return stack
+    count, outputs, _ = stack.words.shape
+    rows = replace(stack, words=stack.words.flatten(0, 1), scales=stack.scales.flatten(0, 1))
+    return dequantize_packed(rows, dtype).view(count, outputs, stack.k)
