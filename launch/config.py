@@ -69,6 +69,9 @@ class ServeConfig:
     )
     served_name: str = _option("", "Model name that clients see (empty: from --model).")
     offline: bool = _option(False, "Download nothing: a model of the hub must be in its local cache.")
+    generation_config: Literal["auto", "none"] = _option(
+        "auto", "Sampling of requests that do not say: auto is what the model's files say, none is greedy."
+    )
     quant: Quant = _option(  # noqa: RUF009 (a field like the others)
         _LAYOUT.quant, "Quantize linear layers while loading: int8 (8), group-wise int4 (4), or float8 (fp8) weights."
     )

@@ -1,7 +1,7 @@
 """Prepare a server before its first process: turn options into parts, find the model, read its headers, place it."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,6 +9,7 @@ import click
 
 from mgpu.launch.config import ServeConfig
 from mgpu.launch.values import ConfigError
+from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.host.listening import NONE
 from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_model, resolve_model
 from mgpu.orchestrator.placement.control_groups import usable_cpus
@@ -18,7 +19,11 @@ from mgpu.orchestrator.placement.options import LayoutOptions, implied_workers
 from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.orchestrator.processes.task_limits import check_task_limit, tasks_of_server
 from mgpu.protocol.checkpoint.read import Checkpoint, has_weights
+from mgpu.protocol.checkpoint.sampling_defaults import read_sampling_defaults
+from mgpu.protocol.checkpoint.untrusted import CheckpointError
 from mgpu.protocol.internal.client_limits import MAX_WEIGHT, MIN_WEIGHT, ClientLimits
+from mgpu.protocol.model.facts import CheckpointFormat, ModelSource
+from mgpu.protocol.model.sampling import SamplingDefaults
 
 Part = TypeVar("Part")
 LEAST_FILES = 256
@@ -34,6 +39,7 @@ class PlannedModel:
     model: ResolvedModel
     checkpoint: Checkpoint
     plan: Plan
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 def part_of(config: ServeConfig, kind: type[Part], **converted: object) -> Part:
@@ -85,8 +91,19 @@ def prepare(config: ServeConfig) -> PlannedModel:
     )
     checkpoint = read_model(model, config.load_format)
     planned = plan_model(model, checkpoint, config)
+    planned = replace(planned, sampling=sampling_defaults(config, model.path, model.format))
     note_missing_tokenizer(model)  # after what may be refused: an error stands alone
     return planned
+
+
+def sampling_defaults(config: ServeConfig, path: str, format: CheckpointFormat) -> SamplingDefaults:
+    """Return what a model's files say about sampling, unless the options leave it out. ModelError."""
+    if config.generation_config == "none":
+        return SamplingDefaults()
+    try:
+        return read_sampling_defaults(ModelSource(path, format))
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
 
 
 def note_missing_tokenizer(model: ResolvedModel) -> None:

@@ -12,6 +12,7 @@ from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.internal.http_spec import HttpOptions
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.protocol.model.layout import Layout, StepLimits
+from mgpu.protocol.model.sampling import SamplingDefaults
 from mgpu.protocol.model.shared_memory_layout import orders_stores, shared_layout
 
 WORKER_COMMAND = (sys.executable, "-m", "mgpu.worker")
@@ -72,6 +73,8 @@ class ServerConfig:
     """KV bytes per worker; 0: each worker measures what is free (CUDA) or takes the default (CPU)."""
     prefix_cache: bool
     seed: int
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """How requests are sampled that do not say."""
     num_threads: int = 0
     """CPU threads per worker; 0: what `threads_per_worker` chooses."""
     bind: str = ""

@@ -99,6 +99,7 @@ def log_ready(config: ServerConfig, limits: Limits, ready: Mapping[int, Ready], 
     loaded_bytes = sum(each.loaded_bytes for each in ready.values())
     log.info("%s", ready_line(total_s, {"spawn": spawn_s, **phases}, loaded_bytes))
     log.info("%s", config.layout_table)
+    log.info("sampling of requests that do not say: %s", config.sampling)
     if limits.max_seq_len < config.limits.max_seq_len:
         log.warning(
             "the KV cache holds %d tokens, so requests are limited to that instead of %d",

@@ -133,6 +133,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         kv_memory=plan.kv_memory,
         prefix_cache=config.prefix_cache,
         seed=config.seed,
+        sampling=planned.sampling,
         bind=config.bind,
         keys=keys,
         client_limits=client_limits(config),

@@ -6,10 +6,12 @@ from typing import Any
 
 import click
 
-from mgpu.launch.config import declared_options
+from mgpu.launch.config import ServeConfig, declared_options
 from mgpu.launch.config_file import config_text
 from mgpu.launch.options import config_options, read_config
 from mgpu.launch.pages.help import Command
+from mgpu.orchestrator.errors import UserError
+from mgpu.protocol.model.sampling import SamplingDefaults
 
 
 @click.command(
@@ -37,4 +39,22 @@ def config_command(config_file: Path | None, form: str | None, **flags: Any) -> 
         return
     width = max(len(option.name) for option in options)
     for option in options:
-        click.echo(f"{option.name:<{width}}  {getattr(config, option.field)!r:<24}  {origins[option.name]}")
+        line = f"{option.name:<{width}}  {getattr(config, option.field)!r:<24}  {origins[option.name]}"
+        click.echo(line + (_sampling_text(config) if option.name == "generation_config" else ""))
+
+
+def _sampling_text(config: ServeConfig) -> str:
+    """Say how requests are sampled that do not say; nothing if the model is not here."""
+    try:
+        return f": {_sampling(config)}"
+    except (UserError, ImportError):  # no model, not here yet, or this is an installation of clients
+        return ""
+
+
+def _sampling(config: ServeConfig) -> SamplingDefaults:
+    """Return the defaults of a model that is on this machine. UserError if it is not."""
+    from mgpu.launch.prepare import sampling_defaults
+    from mgpu.orchestrator.models.find import resolve_model
+
+    model = resolve_model(config.model, part="no weights", report=lambda line: None, offline=True)
+    return sampling_defaults(config, model.path, model.format)

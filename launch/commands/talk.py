@@ -47,7 +47,7 @@ def talk_options(command: F) -> F:
     for names, settings in reversed(
         [
             (("--max-tokens",), {"type": int, "help": "Longest answer, in tokens."}),
-            (("--temperature",), {"type": float, "help": "0 is greedy. [default: 0]"}),
+            (("--temperature",), {"type": float, "help": "0 is greedy. [default: what the model says, else 0]"}),
             (("--top-p",), {"type": float, "help": "Sample from the likeliest tokens of this total probability."}),
             (("--top-k",), {"type": int, "help": "Sample from this many likeliest tokens."}),
             (("--seed",), {"type": int, "help": "Same seed, same answer."}),

@@ -119,7 +119,7 @@ class Clients:
 
     def _handle(self, received: Received, data: dict[object, object]) -> None:
         connection, account = received.connection, received.account
-        message = scope_to_key(parse_client_message(data), received.identity)
+        message = scope_to_key(parse_client_message(self._model.with_defaults(data)), received.identity)
         if isinstance(message, Generate):
             received = received._replace(identity=self._front.access.identity_of(message, received.identity))
             self._prompts.encode(self._requests.begin(received, message), self._model.codec)

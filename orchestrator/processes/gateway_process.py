@@ -155,6 +155,7 @@ class GatewayProcess:
             own_key=b"" if config.own_pair is None else config.own_pair[0],
             limits=config.client_limits,
             memory_bytes=config.gateway_memory_bytes,
+            sampling=config.sampling,
             sends_wake_up=config.spin_s > 0,
         )
 

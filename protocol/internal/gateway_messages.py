@@ -6,6 +6,7 @@ from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.codec import Codec
 from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs
 from mgpu.protocol.model.facts import CheckpointFormat
+from mgpu.protocol.model.sampling import SamplingDefaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class GatewaySpec:
     limits: ClientLimits = field(default_factory=ClientLimits)
     memory_bytes: int = 0
     """How much the process may grow; 0: as much as the limits need."""
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """For requests that do not say."""
     sends_wake_up: bool = False
     """True if the engine wants `WakeUp`."""
 

@@ -35,6 +35,7 @@ def client(http_server: ServerProcess) -> Iterator[Client]:
 
 def test_the_log_says_where_http_is(http_server: ServerProcess, url: str) -> None:
     assert f"HTTP (OpenAI-compatible) on {url}" in http_server.output()
+    assert "sampling of requests that do not say: temperature 0 (greedy)" in http_server.output()
 
 
 def test_models_lists_the_one_model(url: str) -> None:

@@ -2,7 +2,7 @@
 
 import secrets
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
@@ -26,6 +26,18 @@ class ServedModel:
     """None when the model's folder has no tokenizer, and until it is loaded."""
     is_loaded: bool = False
     """The tokenizer is loaded, or there is none."""
+
+    _sampling: dict[str, float] = field(default_factory=dict)
+    """What the model's files say, for requests that do not."""
+
+    def __post_init__(self) -> None:
+        self._sampling = self.spec.sampling.given()
+
+    def with_defaults(self, data: dict[object, object]) -> dict[object, object]:
+        """Return a client's message with the model's sampling, where it is a request that does not say."""
+        if not self._sampling or data.get("type") != "generate":
+            return data
+        return {**data, **{name: value for name, value in self._sampling.items() if data.get(name) is None}}
 
     @property
     def public_info(self) -> EngineInfo:

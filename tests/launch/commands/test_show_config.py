@@ -1,6 +1,7 @@
 """`mgpu-launch config` in its three forms."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,20 @@ def test_toml_is_a_file_that_gives_the_same_configuration(
 
 def test_the_plain_form_is_a_line_an_option(shown: list[str]) -> None:
     assert len(CliRunner().invoke(config_command, shown).output.splitlines()) == len(declared_options())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sampling"),
+    [((), "temperature 0.6, top_p 0.9"), (("--generation-config", "none"), "temperature 0 (greedy)")],
+)
+def test_the_models_sampling_is_shown(tmp_path: Path, arguments: tuple[str, ...], sampling: str) -> None:
+    values = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    done = CliRunner().invoke(config_command, ["-m", str(tmp_path), *arguments])
+    assert re.search(rf"^generation_config .*: {re.escape(sampling)}$", done.output, re.MULTILINE)
+
+
+def test_without_a_model_only_options_are_shown() -> None:
+    done = CliRunner().invoke(config_command, ["-m", "no/where"])
+    assert done.exit_code == 0
+    assert "temperature" not in done.output
