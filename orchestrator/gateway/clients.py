@@ -94,8 +94,10 @@ class Clients:
         if began_s >= self._next_flush_s:
             self._next_flush_s = began_s + FLUSH_INTERVAL_S
             self._front.flush()
-        if self.wait_s() == 0:
-            self._inbox.serve(min(TURN_S, self._pace.left_s()) if len(self._table) else TURN_S)
+        if not len(self._table):
+            self._inbox.serve(TURN_S)
+        elif self._pace.wait_s() == 0:
+            self._inbox.serve(min(TURN_S, self._pace.left_s()))
             self._pace.spend(time.monotonic() - began_s)
         self.drop_lost()
 

@@ -35,4 +35,5 @@ class Pace:
         return max(0.0, LEAST_S - self.left_s()) / SHARE
 
     def spend(self, seconds: float) -> None:
-        self._left_s -= seconds
+        """Note what was spent. A debt is at most as large as the credit, and so a pause at most about half a second."""
+        self._left_s = max(-MOST_S, self._left_s - seconds)

@@ -28,9 +28,16 @@ def test_a_flood_gets_its_burst_and_then_its_share() -> None:
 def test_what_was_spent_beyond_is_waited_for() -> None:
     clock = Clock()
     pace = Pace(clock)
-    pace.spend(MOST_S + 0.03)
+    pace.spend(MOST_S)
+    pace.spend(0.03)
     assert pace.left_s() == pytest.approx(-0.03)
     assert pace.wait_s() == pytest.approx((0.03 + LEAST_S) / SHARE)
     clock.now_s += 1000.0
     assert pace.left_s() == MOST_S
     assert pace.wait_s() == 0
+
+
+def test_no_pause_is_long_whatever_was_spent() -> None:
+    pace = Pace(Clock())
+    pace.spend(60.0)
+    assert pace.wait_s() <= (MOST_S + LEAST_S) / SHARE + 1e-9
