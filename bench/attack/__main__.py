@@ -17,10 +17,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.attack.attacks import ATTACKS
+from bench.attack.attacks import ATTACKS, situation_of
 from bench.attack.honest import Honest, Window
-from bench.attack.victim import HOSTILE, Footprint, Transport, Victim
-from bench.chaos.load import Job, make_jobs
+from bench.attack.victim import HOSTILE, Footprint, Transport, Victim, undisturbed
 from bench.options import numbers, words
 from bench.report import Table
 from mgpu.launch.bench.report import describe, heading
@@ -95,8 +94,8 @@ def run_attack(name: str, transport: Transport, strength: int, options: argparse
     row = Row(name, transport, strength)
     cores = sorted(os.sched_getaffinity(0))
     ours, theirs = (set(cores[:-1]), cores[-1]) if len(cores) > 1 else (set(cores), -1)
-    with Victim(options.model, transport, ours) as victim:
-        expected = _undisturbed(victim, options.streams)
+    with Victim(options.model, transport, ours, situation=situation_of(name)) as victim:
+        expected = undisturbed(victim, options.streams)
         with Honest(victim, expected, options.streams) as honest:
             os.sched_setaffinity(0, ours)
             honest.watch(2.0)
@@ -111,14 +110,8 @@ def run_attack(name: str, transport: Transport, strength: int, options: argparse
     return row
 
 
-def _undisturbed(victim: Victim, count: int) -> dict[Job, tuple[int, ...]]:
-    with victim.client() as client:
-        jobs = make_jobs(count, 24)
-        return {job: client.generate(job.prompt, **job.options()).token_ids for job in jobs}  # type: ignore[arg-type]
-
-
 def _attacked(row: Row, victim: Victim, honest: Honest, seconds: float, core: int) -> Window:
-    key = victim.key_file(HOSTILE)
+    key = victim.key_file(f"{HOSTILE}0")
     words = [row.attack, victim.endpoint, str(seconds), str(row.strength), str(core), *([str(key)] if key else [])]
     attacker = subprocess.Popen(
         [sys.executable, "-m", "bench.attack.attacker", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -145,10 +138,7 @@ def _compare(row: Row, victim: Victim, before: Window, during: Window, held: Foo
         row.problems.append(f"the server has ended with status {victim.server.process.returncode}: {tail}")
         return
     after = victim.settled(held, GROWTH_BYTES)
-    with victim.client() as client:
-        counters = client.stats()
-    row.gateways = int(counters["gateway_restarts"])
-    row.counted_restarts = int(counters["restarts"] + counters.get("gateway_restarts_counted", 0))
+    row.gateways, row.counted_restarts = victim.restarts()
     row.first_token_ratio = during.median_first_token_s / before.median_first_token_s
     row.worst_first_token_ratio = during.worst_first_token_s / before.worst_first_token_s
     row.rate_ratio = during.tokens_per_s / before.tokens_per_s

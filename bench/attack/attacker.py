@@ -11,7 +11,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.attack.attacks import ATTACKS, Clock
+from bench.attack.attacks import ATTACKS
+from bench.attack.attacks.clock import Clock
 from bench.attack.peers import Attacker
 
 

@@ -15,6 +15,7 @@ PROBE_PAUSE_S = 0.2
 class Window:
     """What honest clients saw for a while."""
 
+    began_s: float = 0.0
     seconds: float = 0.0
     tokens: int = 0
     first_token_s: list[float] = field(default_factory=list)
@@ -58,13 +59,21 @@ class Honest:
 
     def watch(self, seconds: float) -> Window:
         """Let ``seconds`` pass and return what was seen meanwhile."""
-        with self._lock:
-            self._window = window = Window()
-        began_s = time.monotonic()
+        window = self.begin()
         self._stop.wait(seconds)
+        return self.end(window)
+
+    def begin(self) -> Window:
+        """Begin a window and return it; `end` ends it."""
+        window = Window(began_s=time.monotonic())
+        with self._lock:
+            self._window = window
+        return window
+
+    def end(self, window: Window) -> Window:
         with self._lock:
             self._window = Window()
-        window.seconds = time.monotonic() - began_s
+        window.seconds = time.monotonic() - window.began_s
         return window
 
     def _stream(self, number: int) -> None:

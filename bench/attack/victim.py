@@ -1,8 +1,7 @@
 """The server under attack: on ipc or on tcp with keys, kept to cores of its own, and what can be seen of it."""
 
 import os
-import subprocess
-import sys
+import resource
 import tempfile
 import time
 from contextlib import suppress
@@ -12,7 +11,11 @@ from typing import Literal
 
 import psutil
 
+from bench.attack.situations import ORDINARY, Situation, make_model
+from bench.chaos.load import Job, make_jobs
+from bench.waiting import wait_until
 from mgpu import Client
+from mgpu.launch.commands.keygen import make_client, make_server
 from mgpu.launch.server_process import ServerProcess
 
 Transport = Literal["ipc", "tcp"]
@@ -34,20 +37,31 @@ class Footprint:
 class Victim:
     """One server; a context manager that waits until it is ready."""
 
-    def __init__(self, model: str, transport: Transport, cores: set[int]) -> None:
+    def __init__(
+        self, model: str, transport: Transport, cores: set[int], hostile_keys: int = 1, situation: Situation = ORDINARY
+    ) -> None:
+        """``hostile_keys``: how many keys attackers have, on tcp. They are named hostile0, hostile1, …"""
         self._folder = tempfile.TemporaryDirectory(prefix="mgpu-attack-")
         self._transport = transport
         self._cores = cores
         self._model = model
+        self._situation = situation
+        self._clients = [HONEST, *(f"{HOSTILE}{number}" for number in range(hostile_keys))]
         self.endpoint = ""
 
     def __enter__(self) -> "Victim":
-        options = ["-m", self._model, "--device", "cpu", "--max-seq-len", "512", "--kv-memory", "128MiB"]
+        model = ["-m", self._model]
+        if self._situation.split:
+            folder = make_model(Path(self._folder.name) / "model", self._situation)
+            model = ["-m", str(folder), "--load-format", "dummy"]
+        options = [*model, "--device", "cpu", "--max-seq-len", "512", "--kv-memory", "128MiB"]
         if self._transport == "tcp":
             options += ["--bind", "tcp://127.0.0.1:0", "--keys", str(self._make_keys())]
         self.log = Path(self._folder.name) / "log"
         self.server = ServerProcess(*options, log=self.log)
         os.sched_setaffinity(self.server.process.pid, self._cores)
+        if most := self._situation.open_files:
+            resource.prlimit(self.server.process.pid, resource.RLIMIT_NOFILE, (most, most))
         self.endpoint = self.server.wait_ready()
         return self
 
@@ -57,9 +71,9 @@ class Victim:
 
     def _make_keys(self) -> Path:
         keys = Path(self._folder.name) / "keys"
-        keygen = [sys.executable, "-m", "mgpu.launch.cli", "keygen", "--out", str(keys)]
-        for client in ([], ["--client", HONEST], ["--client", HOSTILE]):
-            subprocess.run([*keygen, *client], check=True, stdout=subprocess.DEVNULL)
+        make_server(keys)
+        for client in self._clients:
+            make_client(keys, client)
         return keys
 
     def key_file(self, name: str) -> Path | None:
@@ -88,6 +102,12 @@ class Victim:
             processes[1].pid,
         )
 
+    def restarts(self) -> tuple[int, int]:
+        """Return how many gateways were replaced, and how many restarts of anything count to `--max-restarts`."""
+        with self.client() as client:
+            counters = wait_until(client.stats, BACK_S) or client.stats()
+        return int(counters["gateway_restarts"]), int(counters["restarts"] + counters["gateway_restarts_counted"])
+
     def settled(self, before: Footprint, growth_bytes: int) -> Footprint:
         """Return what the server holds once that is little more than before, or after `BACK_S`."""
         deadline_s = time.monotonic() + BACK_S
@@ -100,3 +120,10 @@ class Victim:
             if not self.lives:
                 return before
             time.sleep(0.2)
+
+
+def undisturbed(victim: Victim, count: int) -> dict[Job, tuple[int, ...]]:
+    """Return ``count`` requests with the tokens that each gets when nothing else goes on."""
+    with victim.client() as client:
+        jobs = make_jobs(count, 24)
+        return {job: client.generate(job.prompt, **job.options()).token_ids for job in jobs}  # type: ignore[arg-type]

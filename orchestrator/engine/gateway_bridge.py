@@ -142,5 +142,6 @@ class GatewayBridge:
             "restarts": float(self._workers.restarts.count),
             "last_recovery_s": self._workers.last_recovery_s,
             "gateway_restarts": float(self._gateway.restarts.count),
+            "gateway_restarts_counted": float(self._gateway.restarts.counted),
             **self._gpu_memory.counters(),
         }

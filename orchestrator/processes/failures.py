@@ -80,6 +80,8 @@ class RestartLimit:
     def __init__(self, most: int, window_s: float, clock_s: Callable[[], float] = time.monotonic) -> None:
         self.count = 0
         """Restarts since the beginning."""
+        self.counted = 0
+        """Those of them that the limit applies to."""
         self._most = most
         self._window_s = window_s
         self._clock_s = clock_s
@@ -102,6 +104,7 @@ class RestartLimit:
             ) from cause
         self._recent_s.append(now_s)
         self.count += 1
+        self.counted += 1
 
 
 class RestartPause:

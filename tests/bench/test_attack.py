@@ -1,13 +1,18 @@
 """`make attack` in its shortest form, and its judgement of what it sees."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
+from bench.attack import hostile
 from bench.attack.__main__ import Row, run_attack
-from bench.attack.attacks import ATTACKS
+from bench.attack.attacks import ATTACKS, situation_of
+from bench.attack.situations import ORDINARY, make_model
 from harness.demo_model import demo_model as obtain
 from mgpu.orchestrator.errors import ModelError
+from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
+from mgpu.orchestrator.gateway.text.tokenizer import load_codec
 
 GOOD = {"first_token_ratio": 1.2, "rate_ratio": 0.9}
 
@@ -18,17 +23,43 @@ def options() -> argparse.Namespace:
         model = obtain()
     except ModelError as error:
         pytest.skip(f"the demo model cannot be obtained: {error}")
-    return argparse.Namespace(model=model, streams=2, seconds=3.0)
+    return argparse.Namespace(
+        model=model, streams=2, seconds=3.0, seed=1, settle_s=0.5, minutes=1.0, processes=1, width=64
+    )
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("name", "transport"), [("random-sessions", "tcp"), ("bad-fields", "ipc")])
+@pytest.mark.parametrize(("name", "transport"), [("garbage-bytes", "tcp"), ("bad-fields", "ipc")])
 def test_an_attack_costs_no_stream_a_token(options: argparse.Namespace, name: str, transport: str) -> None:
     """How slow streams become is for a machine that does nothing else: `make attack` judges that."""
     row = run_attack(name, transport, 1, options)  # type: ignore[arg-type]
     assert (row.lost, row.different, row.counted_restarts) == (0, 0, 0), row.problems
-    assert row.cost["messages"] > 10, "nothing was attacked"
+    assert row.cost["nbytes"] > 100, "nothing was attacked"
     assert not [problem for problem in row.problems if "ended" in problem]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_hundreds_of_hostile_sessions_cost_no_stream_a_token(options: argparse.Namespace, transport: str) -> None:
+    row = hostile.run(transport, 200, options)  # type: ignore[arg-type]
+    assert (row.lost, row.different, row.never_ended, row.counted_restarts) == (0, 0, 0, 0), row.problems
+    assert row.sessions == 200, row.problems
+    assert row.honest_answers > 0
+    assert len(row.of_character) == 10
+    assert row.answers["finished"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(name for name in ATTACKS if situation_of(name) != ORDINARY))
+def test_a_situation_has_what_its_attack_needs(name: str, tmp_path: Path) -> None:
+    situation = situation_of(name)
+    if not situation.split:
+        assert situation.open_files
+        return
+    codec = load_codec(str(make_model(tmp_path / "model", situation)), "safetensors")
+    assert codec is not None
+    assert codec.encode("hello", add_special_tokens=False) == [72, 69, 76, 76, 79]
+    with pytest.raises(TokenizerError, match="gave up"):
+        codec.encode("a" * 30)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""What is tried against the front channel, by name. Each attack goes on until its `Clock` says that the time is over.
+
+An attacker's ``strength`` multiplies connections, or what one message holds. None of these needs more than what a
+client that is let in has (on tcp, a key). Those before the handshake need not even that.
+"""
+
+from collections.abc import Callable
+
+from bench.attack.attacks.clock import Clock
+from bench.attack.attacks.connections import CONNECTIONS, idle_connections
+from bench.attack.attacks.floods import FLOODS
+from bench.attack.attacks.requests import REQUESTS, regular_expression
+from bench.attack.peers import Attacker
+from bench.attack.situations import FEW_DESCRIPTORS, LOST_TOKEN, ORDINARY, SLOW_EXPRESSION, Situation
+
+Attack = Callable[[Attacker, Clock], None]
+
+ATTACKS: dict[str, Attack] = {
+    attack.__name__.replace("_", "-"): attack for attack in (*CONNECTIONS, *REQUESTS, *FLOODS)
+} | {
+    "few-descriptors": idle_connections,
+    "slow-expression": regular_expression,
+    "lost-token": regular_expression,
+}
+_SITUATIONS = {"few-descriptors": FEW_DESCRIPTORS, "slow-expression": SLOW_EXPRESSION, "lost-token": LOST_TOKEN}
+
+
+def situation_of(name: str) -> Situation:
+    """Return the server that an attack needs; mostly an ordinary one."""
+    return _SITUATIONS.get(name, ORDINARY)

@@ -1,0 +1,52 @@
+"""Servers that an attack needs: with few descriptors, or with a model whose tokenizer can be made to panic."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+VOCABULARY = 49_152
+"""Honest streams draw their prompts below this."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What differs from an ordinary server."""
+
+    open_files: int = 0
+    """Limit of open files of each process; 0: that of this process."""
+    split: str = ""
+    """Regular expression by which the model's tokenizer cuts a text; empty: the ordinary model."""
+    lacks_token: bool = False
+    """True: the tokenizer names a special token that it lacks."""
+
+
+ORDINARY = Situation()
+FEW_DESCRIPTORS = Situation(open_files=256)
+SLOW_EXPRESSION = Situation(split="(a+)+b|.")
+LOST_TOKEN = Situation(split=".", lacks_token=True)
+
+
+def make_model(folder: Path, situation: Situation) -> Path:
+    """Write a small Llama without weights (``--load-format dummy``) whose tokenizer is the situation's."""
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 512,
+    }  # fmt: skip
+    vocabulary = {chr(code): code - 32 for code in range(32, 127)}
+    single: list[dict[str, object]] = [{"Sequence": {"id": "A", "type_id": 0}}]
+    if situation.lacks_token:
+        single.insert(0, {"SpecialToken": {"id": "<lost>", "type_id": 0}})
+    split = {"type": "Split", "pattern": {"Regex": situation.split}, "behavior": "Isolated", "invert": False}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": split,
+        "post_processor": {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}},
+        "decoder": {"type": "ByteFallback"},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    return folder
