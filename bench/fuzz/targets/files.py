@@ -117,7 +117,7 @@ def read_server_file(data: bytes) -> None:
 
 
 FILES: dict[str, Target] = {
-    "gguf": Target(read_gguf_model, (), gguf_seeds, GGUF_WORDS, most_s=2.0, longest=8192),
+    "gguf": Target(read_gguf_model, (), gguf_seeds, GGUF_WORDS, most_s=6.0, longest=8192),
     "safetensors": Target(read_weights, (CheckpointError,), safetensors_seeds),
     "config": Target(
         read_model_config, (CheckpointError,), lambda: [bytes([at, 1, 0, 1, 0]) for at in range(len(CONFIGS))]
