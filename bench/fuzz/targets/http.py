@@ -22,8 +22,8 @@ TEXT: dict[str, object] = {
     "prompt": ["x", [5, 6]], "max_tokens": 5, "echo": False, "logprobs": 2, "best_of": 1, "suffix": "", "stream": False,
 }  # fmt: skip
 WORDS = (
-    *chat.RULES, *completions.RULES, "role", "content", "type", "text", "refusal", "user", "assistant", "input_text", "50256",
-    "json_object", "none", "auto", "include_usage", "image_url",
+    *chat.RULES, *completions.RULES, "role", "content", "type", "text", "refusal", "user", "assistant", "input_text",
+    "50256", "json_object", "none", "auto", "include_usage", "image_url",
 )  # fmt: skip
 
 
@@ -55,7 +55,11 @@ def _parsed(body: bytes, rules: Mapping[str, object], required: str) -> Fields:
 
 
 def _seeds() -> list[bytes]:
-    return [b"\0" + json.dumps(CHAT).encode(), b"\1" + json.dumps(TEXT).encode(), *(bytes([kind, 1]) for kind in range(8))]
+    return [
+        b"\0" + json.dumps(CHAT).encode(),
+        b"\1" + json.dumps(TEXT).encode(),
+        *(bytes([kind, 1]) for kind in range(8)),
+    ]
 
 
 HTTP: dict[str, Target] = {

@@ -12,7 +12,8 @@ _MAX_BIASES = 1024
 _TOKEN_ID = Integer(0, INT32_MAX)
 _TEXT = Text(2**27 - 1)
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+"""A tuple: what a body names may be of a type that no set can look up."""
 MAX_MESSAGES = 2048
 NO_TOOLS = "this server does not call tools yet; leave it out"
 
