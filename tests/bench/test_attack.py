@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from bench.attack import hostile
-from bench.attack.__main__ import Row, run_attack
+from bench.attack.__main__ import run_attacks
 from bench.attack.attacks import ATTACKS, situation_of
+from bench.attack.row import Row
 from bench.attack.situations import ORDINARY, make_model
 from harness.demo_model import demo_model as obtain
 from mgpu.orchestrator.errors import ModelError
@@ -24,18 +25,29 @@ def options() -> argparse.Namespace:
     except ModelError as error:
         pytest.skip(f"the demo model cannot be obtained: {error}")
     return argparse.Namespace(
-        model=model, streams=2, seconds=3.0, seed=1, settle_s=0.5, minutes=1.0, processes=1, width=64
-    )
+        model=model,
+        streams=2,
+        seconds=1.0,
+        only=["garbage-bytes", "bad-fields"],
+        strengths=[1],
+        seed=1,
+        settle_s=0.5,
+        minutes=1.0,
+        processes=1,
+        width=64,
+    )  # fmt: skip
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("name", "transport"), [("garbage-bytes", "tcp"), ("bad-fields", "ipc")])
-def test_an_attack_costs_no_stream_a_token(options: argparse.Namespace, name: str, transport: str) -> None:
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_attacks_cost_no_stream_a_token(options: argparse.Namespace, transport: str) -> None:
     """How slow streams become is for a machine that does nothing else: `make attack` judges that."""
-    row = run_attack(name, transport, 1, options)  # type: ignore[arg-type]
-    assert (row.lost, row.different, row.counted_restarts) == (0, 0, 0), row.problems
-    assert row.cost["nbytes"] > 100, "nothing was attacked"
-    assert not [problem for problem in row.problems if "ended" in problem]
+    rows = list(run_attacks(transport, options))  # type: ignore[arg-type]
+    assert [(row.attack, row.strength) for row in rows] == [("garbage-bytes", 1), ("bad-fields", 1)]
+    for row in rows:
+        assert (row.lost, row.different, row.counted_restarts) == (0, 0, 0), row.problems
+        assert row.cost["nbytes"] > 100, "nothing was attacked"
+        assert not [problem for problem in row.problems if "ended" in problem]
 
 
 @pytest.mark.timeout(240)
