@@ -1,6 +1,7 @@
 """One server and its honest clients, attacked again and again."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -99,9 +100,14 @@ def _compare(
     (before, during), (footprint, restarts) = windows, held
     after = victim.settled(footprint, GROWTH_BYTES)
     row.gateways, row.counted_restarts = (now - then for now, then in zip(victim.restarts(), restarts, strict=True))
-    row.first_token_ratio = during.median_first_token_s / before.median_first_token_s
-    row.worst_first_token_ratio = during.worst_first_token_s / before.worst_first_token_s
-    row.rate_ratio = during.tokens_per_s / before.tokens_per_s
+    row.first_token_ratio = _ratio(during.median_first_token_s, before.median_first_token_s)
+    row.worst_first_token_ratio = _ratio(during.worst_first_token_s, before.worst_first_token_s)
+    row.rate_ratio = _ratio(during.tokens_per_s, before.tokens_per_s)
     row.log_bytes_per_s = (after.log_bytes - footprint.log_bytes) / seconds
     row.grown_bytes = max(0, after.rss_bytes - footprint.rss_bytes)
     row.grown_descriptors = max(0, after.descriptors - footprint.descriptors)
+
+
+def _ratio(during: float, before: float) -> float:
+    """Return a ratio that is not a number where there was nothing to compare with: the machine was too busy."""
+    return during / before if before else math.nan
