@@ -22,14 +22,13 @@ from pathlib import Path
 
 from bench.attack.honest import Honest
 from bench.attack.peers import Attacker
+from bench.attack.row import GROWTH_BYTES, GROWTH_DESCRIPTORS
 from bench.attack.sessions import Seen, run_sessions
 from bench.attack.victim import HOSTILE, Footprint, Transport, Victim, undisturbed
 from bench.options import words
 from bench.report import Table
 from mgpu.launch.bench.report import describe, heading
 
-GROWTH_BYTES = 96 << 20
-"""Memory that the processes may keep: allocators keep some of what they were given."""
 NUM_KEYS = 8
 COLUMNS = (
     "transport | sessions | min | sessions/s | actions | answers | honest answers | lost | different | never ended "
@@ -63,8 +62,9 @@ class Row:
 
     @property
     def is_good(self) -> bool:
-        bad = self.lost + self.different + self.never_ended + self.counted_restarts + self.grown_descriptors
-        return not (bad or self.problems or self.grown_bytes > GROWTH_BYTES)
+        is_back = self.grown_bytes <= GROWTH_BYTES and self.grown_descriptors <= GROWTH_DESCRIPTORS
+        bad = self.lost + self.different + self.never_ended + self.counted_restarts
+        return is_back and not (bad or self.problems)
 
     @property
     def line(self) -> str:

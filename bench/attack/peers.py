@@ -26,6 +26,12 @@ class Cost:
     connections: int = 0
 
 
+def _context() -> "zmq.Context[zmq.Socket[bytes]]":
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, 10_000)
+    return context
+
+
 @dataclass
 class Attacker:
     """One attacking process: where the server is, its key if it has one, and what it has spent."""
@@ -34,7 +40,7 @@ class Attacker:
     key_file: Path | None
     strength: int
     cost: Cost = field(default_factory=Cost)
-    context: "zmq.Context[zmq.Socket[bytes]]" = field(default_factory=zmq.Context)
+    context: "zmq.Context[zmq.Socket[bytes]]" = field(default_factory=_context)
     _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def connect(self, routing_id: bytes | None = None, unread: int = 1000) -> "zmq.Socket[bytes]":

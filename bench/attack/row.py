@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 GROWTH_BYTES = 96 << 20
 """Memory that a process may keep after an attack: allocators keep some of what they were given."""
+GROWTH_DESCRIPTORS = 4
+"""Processes for text are started when they are first needed, each with a socket and a descriptor of the process."""
 LOG_BYTES_PER_S = 1000
 MOST_FIRST_TOKEN, LEAST_RATE = 3.0, 0.6
 """Bounds of the ratios: median first token, tokens per second."""
@@ -50,7 +52,7 @@ class Row:
             ("different streams", self.different, 0),
             ("log, bytes per second", self.log_bytes_per_s, LOG_BYTES_PER_S),
             ("bytes kept", self.grown_bytes, GROWTH_BYTES),
-            ("descriptors kept", self.grown_descriptors, 0),
+            ("descriptors kept", self.grown_descriptors, GROWTH_DESCRIPTORS),
         ):
             if value > most:
                 self.problems.append(f"{name}: {value:.3g}, at most {most:g}")
