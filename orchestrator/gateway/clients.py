@@ -15,6 +15,7 @@ from mgpu.orchestrator.gateway.requests.prompts import Prompts
 from mgpu.orchestrator.gateway.requests.queries import Queries
 from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.requests.resume import Resumptions
+from mgpu.orchestrator.gateway.suspects import Suspects
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.text_queries import as_request
@@ -63,6 +64,7 @@ class Clients:
         queries: Queries,
         resumptions: Resumptions,
         outgoing: Outgoing,
+        suspects: Suspects,
     ) -> None:
         self._front = front
         self._requests = requests
@@ -72,6 +74,7 @@ class Clients:
         self._queries = queries
         self._resumptions = resumptions
         self._outgoing = outgoing
+        self._suspects = suspects
         self._inbox, self._pace = Inbox(front, self._on_client), Pace()
         self._next_flush_s = 0.0
         self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)
@@ -104,9 +107,11 @@ class Clients:
     def _on_client(self, received: Received) -> None:
         """Handle a client's message; if something is wrong with it, its client is told and nothing else happens."""
         connection, request_id = received.connection, None
+        name = self._suspects.begin(self._front.connections.owner_of(connection), received.frames)
         try:
             data = self._front.unpack(received.frames)
             request_id = id_of(data)
+            self._suspects.check(name)
             self._front.check(received)
             self._handle(received, data)
         except WireError as error:
@@ -118,6 +123,8 @@ class Clients:
         except Exception as error:  # the border to clients: our own bug must cost one request, not the server
             self._bug_log.write("a client's message could not be handled", error=error)
             self._requests.refuse(connection, request_id, Refusal("engine_error", "internal error in the gateway"))
+        finally:
+            self._suspects.end(name)
 
     def _handle(self, received: Received, data: dict[object, object]) -> None:
         connection, account = received.connection, received.account

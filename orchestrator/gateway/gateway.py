@@ -4,11 +4,11 @@ One turn of the loop waits until something is ready or the clock is due, and the
 
     client's message    if one is waiting, wake an idle engine before it is read
     parent              if its descriptors are readable it is gone, and this turn is the last
-    access control      answer all handshakes that wait
+    connections         answer all handshakes that wait, end connections that are too many
     threads             take all results: the loaded tokenizer, prompts encoded by other processes
     engine              handle up to 8 messages
-    clients             note who has connected, send what slow readers now take, handle messages in turns by account
-                        for 4 ms, unless the pace asks for a pause, drop lost connections (`clients.py`)
+    clients             send what slow readers now take, handle messages in turns by account for 4 ms, unless the
+                        pace asks for a pause, drop lost connections (`clients.py`)
     clock               every 0.25 s: keepalives, deadlines, memory, a removed socket file
 
 What a request goes through is in `requests/request_handler.py`.
@@ -26,7 +26,7 @@ import zmq
 from mgpu.orchestrator.gateway.clients import Clients
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
-from mgpu.orchestrator.gateway.memory_limit import MemoryLimit
+from mgpu.orchestrator.gateway.memory_limit import MemoryFull, MemoryLimit
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.prompts import Prompts
@@ -35,6 +35,7 @@ from mgpu.orchestrator.gateway.requests.quota import Quota
 from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.requests.resume import Resumptions
 from mgpu.orchestrator.gateway.requests.table import RequestTable
+from mgpu.orchestrator.gateway.suspects import Suspects
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.encoder_process import EncoderProcesses
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
@@ -86,15 +87,24 @@ class Gateway:
         self._quota = Quota(spec.limits)
         self._table = RequestTable(self._quota)
         self._outgoing = Outgoing(front, link)
+        self._suspects = Suspects(spec, self._outgoing)
         self._requests = RequestHandler(self._model, self._table, self._outgoing)
         self._encoders = EncoderProcesses(spec.model_path, spec.model_format, spec.vocab_size)
         prompts = Prompts(self._requests, background, self._encoders, spec.vocab_size)
         self._queries = Queries(self._model, self._table, self._outgoing, front.connections.count_for)
         self._resumptions = Resumptions(self._requests, front.access, self._outgoing)
         self._clients = Clients(
-            front, self._requests, self._model, prompts, self._queries, self._resumptions, self._outgoing
+            front,
+            self._requests,
+            self._model,
+            prompts,
+            self._queries,
+            self._resumptions,
+            self._outgoing,
+            self._suspects,
         )
         self._memory = MemoryLimit(spec.memory_bytes)
+        front.access.shut_out = {owner: time.monotonic() + seconds for owner, seconds in spec.shut_out.items()}
         front.connections.max_of_key = spec.limits.max_client_connections
         self._next_period_s = self._next_alive_s = 0.0
         self._encoders_due_s = math.inf
@@ -115,7 +125,7 @@ class Gateway:
                 self._send_wake_up()
             if not ready.keys().isdisjoint(self._parent_fds):
                 self.stop()
-            self._front.access.answer_requests()
+            self._front.admit()
             self._background.deliver_results()
             self._read_link()
             self._clients.serve()
@@ -224,17 +234,25 @@ class Gateway:
         if self._front.connections.num_unproven > MANY_HANDSHAKES and self._memory.is_tight(self._quota.limits):
             self._front.connections.end_slow_handshakes()
 
+    def _check_memory(self) -> None:
+        """Raise MemoryFull if the process has grown too much, and note who is to blame if that can be seen."""
+        self._memory.release(self._quota.limits)
+        try:
+            self._memory.check(self._quota.limits)
+        except MemoryFull:
+            self._suspects.accuse(self._front.connections.flooding())
+            raise
+
     def _run_periodic_work(self) -> None:
         """Check memory and the endpoint, keep clients informed that wait, and end what is over time."""
         now = time.monotonic()
         if now < self._next_period_s:
             return
         self._next_period_s = now + PERIOD_S
-        self._memory.release(self._quota.limits)
         if now >= self._encoders_due_s and self._model.codec is not None:
             self._encoders_due_s = math.inf
             self._encoders.start()
-        self._memory.check(self._quota.limits)
+        self._check_memory()
         self._front.restore_endpoint()
         self._requests.run_periodic_work(now)
         self._queries.give_up_overdue(now)

@@ -15,12 +15,14 @@ import zmq
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.processes.child_process import ChildProcess, count_memory_kills, describe_exit
+from mgpu.orchestrator.processes.culprits import Culprits
 from mgpu.orchestrator.processes.failures import GatewayLost, RestartLimit, RestartPause
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.codec import CodecError
 from mgpu.protocol.internal.gateway_messages import (
     LINK,
     Alive,
+    Cleared,
     EngineInfo,
     GatewayFailure,
     GatewayReady,
@@ -90,6 +92,7 @@ class GatewayProcess:
         """The engine's state that the gateway acts on, as it has said."""
         self.restarts = RestartLimit(config.restarts.max_restarts, config.restarts.restart_window_s)
         self._pause = RestartPause()
+        self._culprits = Culprits()
         self._start_at_s: float | None = None
         """When the next process is to be started; None while there is one."""
         self._context = context
@@ -113,6 +116,7 @@ class GatewayProcess:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.socket.close(linger=0)
+        self._culprits.close()
 
     def _make_socket(self) -> None:
         self.socket = self._context.socket(zmq.DEALER)
@@ -124,7 +128,9 @@ class GatewayProcess:
         self._start_at_s = None
         self.known_state, self._first_state = "", self._info.state if self._generation else ""
         self._memory_kills = count_memory_kills()
-        self.process = ChildProcess("gateway", self._config.gateway_command, None, os.environ)
+        self._culprits.begin()
+        command = self._config.gateway_command
+        self.process = ChildProcess("gateway", command, None, os.environ, (self._culprits.fd,))
         try:
             self.process.tell(LINK.encode(self._spec(self._bind_link())))
         except BaseException:
@@ -157,6 +163,10 @@ class GatewayProcess:
             memory_bytes=config.gateway_memory_bytes,
             sampling=config.sampling,
             sends_wake_up=config.spin_s > 0,
+            record_fd=self._culprits.fd,
+            shut_out=self._culprits.shut_out(),
+            died_once=self._culprits.died_of(once=True),
+            died_twice=self._culprits.died_of(once=False),
         )
 
     # -- messages ------------------------------------------------------------------------------------------------------
@@ -210,6 +220,9 @@ class GatewayProcess:
                 continue
             self._watchdog.heard()
             if isinstance(message, Alive):
+                continue
+            if isinstance(message, Cleared):
+                self._culprits.clear(message.name)
                 continue
             if isinstance(message, GatewayFailure):
                 raise GatewayLost(message.message, message.traceback, message.is_mistake, message.caused_by_clients)
@@ -295,12 +308,21 @@ class GatewayProcess:
         self._generation += 1
         self._info = info
         self._make_socket()
-        pause_s = self._pause.next_s() if failure.caused_by_clients else 0.0
+        pause_s = self._pause_after(failure)
         when = f" in {pause_s:g} s" if pause_s else ""
         log.warning("restart %d of the gateway%s", self.restarts.count, when)
         self._start_at_s = time.monotonic() + pause_s
         self.start_if_due()
         return last_messages
+
+    def _pause_after(self, failure: GatewayLost) -> float:
+        """Return how long the next process has to wait, and have the one who is to blame shut out."""
+        if not failure.caused_by_clients:
+            return 0.0
+        blame = self._culprits.note_death()
+        if blame is not None:
+            log.warning("the gateway has died of input of %s, shut out for %g s", blame.owner, blame.seconds)
+        return 0.0 if blame is not None and blame.is_known else self._pause.next_s()
 
     def pause_left_s(self) -> float:
         """Return how long the next process still has to wait; infinity while there is one."""

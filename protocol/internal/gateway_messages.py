@@ -49,6 +49,14 @@ class GatewaySpec:
     """For requests that do not say."""
     sends_wake_up: bool = False
     """True if the engine wants `WakeUp`."""
+    record_fd: int = -1
+    """Inherited descriptor of the `work_record.WorkRecord`; -1: nobody reads it."""
+    shut_out: dict[str, float] = field(default_factory=dict)
+    """Owners of connections that are not let in, and for how many seconds: gateways have died of their input."""
+    died_once: list[bytes] = field(default_factory=list)
+    """Names of messages that an earlier gateway has died of: `Cleared` is wanted if this one handles them."""
+    died_twice: list[bytes] = field(default_factory=list)
+    """Names of messages to refuse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +236,13 @@ class WakeUp:
 
 
 @dataclass(frozen=True, slots=True)
+class Cleared:
+    """From the gateway: it has handled a message that an earlier gateway had died of."""
+
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Alive:
     """From the gateway: its loop runs, it has read something. Sent at most every `ALIVE_INTERVAL_S`."""
 
@@ -252,4 +267,5 @@ LINK = Codec(
     Alive,
     StateKnown,
     WakeUp,
+    Cleared,
 )

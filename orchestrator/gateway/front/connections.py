@@ -29,7 +29,7 @@ from typing import Any
 import zmq
 
 from mgpu.orchestrator.gateway.front.accept_gate import AcceptGate
-from mgpu.orchestrator.gateway.front.descriptors import PROCESS, Ender, inode_and_origin, unread_bytes
+from mgpu.orchestrator.gateway.front.descriptors import PROCESS, Ender, inode_and_origin, received_bytes, unread_bytes
 from mgpu.orchestrator.gateway.front.open_connection import OpenConnection, excess
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.routing_ids import AutomaticIds
@@ -45,12 +45,13 @@ GOODBYE_S = 1.0
 SILENCE_S = 0.5
 """Who says nothing for so long may hold a routing id for no good purpose."""
 CHECK_INTERVAL_S = 0.25
-IDS_AHEAD, MAX_IDS_AHEAD = 64, 4000
+IDS_AHEAD, MAX_IDS_AHEAD = 128, 4000
 EVENTS_PER_TURN = 2000
 KEPT_SHARE, MOST_SHARE = 0.95, 1.1
 """Of the connections that are possible: so many stay when there are more, and so many are accepted at all."""
 FREE_SHARE, LEAST_FREE = 0.25, 1000
 """While no more than this share is open, and it is so many, libzmq accepts connections as they come."""
+SAMPLES, SAMPLE_S = 10, 0.001
 _MONITOR = "inproc://front-monitor"
 _EVENTS = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
 _GATE_S = 0.05
@@ -70,8 +71,6 @@ class Connections:
     ) -> None:
         """Make it before ``router`` is bound. ``max_open``: all that the process has descriptors for."""
         self.max_of_key = self.max_open = max_open
-        self.crowd = ""
-        """The owner of the most connections while there are too many."""
         self._router = router
         self._ids = automatic_ids
         self._clock_s = clock_s
@@ -116,12 +115,26 @@ class Connections:
         return "" if found is None else found.owner
 
     def flooding(self) -> str:
-        """Return the owner of whose bytes the kernel holds the most because they come faster than libzmq reads."""
-        unread: Counter[str] = Counter()
-        for each in self._open.values():
-            with suppress(OSError):
-                unread[each.owner] += unread_bytes(each.fd)
-        [(owner, nbytes)] = unread.most_common(1) or [("", 0)]
+        """Return the owner who seems to have filled the memory; empty if that cannot be seen. It takes some ms.
+
+        It is the one whose bytes wait in the kernel because they come faster than libzmq reads. If nobody's do, it is
+        the one that has sent the most without a whole message, or the only one that has not sent a whole message.
+        """
+        return self._largest(unread_bytes, self._open.values(), SAMPLES) or self._largest_without_message()
+
+    def _largest_without_message(self) -> str:
+        silent = [each for each in self._open.values() if not each.name]
+        owners = {each.owner for each in silent}
+        return owners.pop() if len(owners) == 1 else self._largest(received_bytes, silent, 1)
+
+    def _largest(self, measure: Callable[[int], int], among: Iterable[OpenConnection], samples: int) -> str:
+        sums: Counter[str] = Counter()
+        for _ in range(samples):
+            for each in among:
+                with suppress(OSError):  # libzmq has closed it
+                    sums[each.owner] += measure(each.fd)
+            time.sleep(SAMPLE_S)
+        [(owner, nbytes)] = sums.most_common(1) or [("", 0)]
         return owner if nbytes else ""
 
     # ------------------------------------------------------------ what happens
@@ -276,13 +289,9 @@ class Connections:
                 self._end(found)
 
     def _bound_open(self) -> None:
-        kept = int(self.max_open * KEPT_SHARE)
         if len(self._open) > self.max_open:
-            self.crowd = self._counts.most_common(1)[0][0]
-            for found in excess(self._open.values(), kept):
+            for found in excess(self._open.values(), int(self.max_open * KEPT_SHARE)):
                 self._end(found)
-        elif len(self._open) < kept:
-            self.crowd = ""
 
     def _accept_more(self) -> None:
         num_open = len(self._open) + len(self._closing)

@@ -8,6 +8,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from contextlib import contextmanager, suppress
 PROCESS = "pid:"
 """How the origin of an ipc connection begins."""
 _CREDENTIALS = struct.Struct("iII")
+_RECEIVED = slice(128, 136)
+"""tcpi_bytes_received in <linux/tcp.h>"""
 
 
 def inode_and_origin(fd: int) -> tuple[int, str]:
@@ -29,7 +32,17 @@ def inode_and_origin(fd: int) -> tuple[int, str]:
 
 def unread_bytes(fd: int) -> int:
     """Return how many bytes of a connection the kernel holds because libzmq has not read them. OSError."""
-    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), "little")
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def received_bytes(fd: int) -> int:
+    """Return how many bytes have come over a tcp connection so far; 0 for ipc. OSError."""
+    with _borrowed(fd) as connection:
+        if connection.family == socket.AF_UNIX:
+            return 0
+        return int.from_bytes(
+            connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED.stop)[_RECEIVED], sys.byteorder
+        )
 
 
 class Ender:

@@ -12,7 +12,7 @@ things keep that from happening:
 3. Who holds such an id and says nothing is found when the counter comes near: `held_ahead` asks for the next ids.
 
 Example: the start is 1000, and 20 handshakes were completed. A message from id 1500 means that its sender has chosen
-the id; a message from 1010 does not. Id 1030 exists: somebody holds it in silence, and the tenth connection from now
+the id; a message from 1010 does not. Id 1230 exists: somebody holds it in silence, and the 210th connection from now
 could meet it.
 """
 
@@ -24,6 +24,8 @@ import zmq
 
 _ENDPOINT = "inproc://first-routing-id"
 _PROBE_MS = 5000
+JUST_GIVEN = 128
+"""Handshakes that are completed while the next ids are asked for, at most."""
 _NUM_IDS = 1 << 32
 
 
@@ -49,8 +51,11 @@ class AutomaticIds:
         return (int.from_bytes(connection[1:], "big") - self._first) % _NUM_IDS >= self.num_given
 
     def held_ahead(self, count: int) -> bool:
-        """Return whether a connected peer holds one of the next ``count`` ids."""
-        return any(self._is_held(self.num_given + ahead) for ahead in range(count))
+        """Return whether a connected peer holds one of the next ``count`` ids.
+
+        The very next ones are left out: a connection may have got its id a moment ago, before it was counted.
+        """
+        return any(self._is_held(self.num_given + ahead) for ahead in range(JUST_GIVEN, JUST_GIVEN + count))
 
     def _is_held(self, distance: int) -> bool:
         connection = b"\0" + ((self._first + distance) % _NUM_IDS).to_bytes(4, "big")

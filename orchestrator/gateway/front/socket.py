@@ -126,9 +126,13 @@ class FrontSocket:
             self._failed_binds = 0
             log.warning("something has removed the socket; listening on %s again", self.endpoint)
 
-    def begin_turn(self) -> None:
-        """Take in who has connected or left, and let `receive` read another `FRAMES_PER_TURN` frames."""
+    def admit(self) -> None:
+        """Answer the handshakes that wait, take in who has connected or left, and end what is too much."""
+        self.access.answer_requests()
         self.connections.update(self.access.take_admitted())
+
+    def begin_turn(self) -> None:
+        """Let `receive` read another `FRAMES_PER_TURN` frames."""
         self._frames_left = FRAMES_PER_TURN
 
     def check(self, received: Received) -> None:

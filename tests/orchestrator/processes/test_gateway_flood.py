@@ -1,6 +1,7 @@
 """Somebody fills the gateway's memory again and again: it is replaced each time, and the server goes on."""
 
 import contextlib
+import os
 import threading
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def test_floods_end_neither_the_server_nor_a_stream(folder: Path) -> None:
         assert tokens == solo_tokens(prompt, max_tokens), server.log
         with Client(endpoint) as client:
             assert client.stats()["gateway_restarts"] >= NUM_FLOODS, server.log
+        assert f"the gateway has died of input of pid:{os.getpid()}, shut out for 2 s" in server.log
 
 
 def test_a_flood_while_the_model_loads_does_not_end_the_start(folder: Path) -> None:
