@@ -26,35 +26,78 @@ def add_folder_tokens(
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     listed = config.get("added_tokens_decoder")
     if isinstance(listed, dict):
-        described = dict(sorted((_number(key), _described(value)) for key, value in listed.items()))
-        merged = dict(config)
+        values, extra = _named_values(config), _extra(config)
+        numbered = sorted((_number(key), _described(value)) for key, value in listed.items())
+        described = {token.content: token for _, token in numbered}
     else:
-        merged = {**config, **special_map}
-        special = set(_named(merged).values()) | {token.content for token in _extra(merged)}
-        described = dict(sorted((_number(key), _plain(text, text in special)) for text, key in added_tokens.items()))
-    objects = known | {token.content: token for token in described.values()}
-    named, extra = _named(merged), [objects.get(token.content, token) for token in _extra(merged)]
-    known_reprs = set(map(repr, known.values()))
-    tokenizer.add_tokens([token for token in described.values() if repr(token) not in known_reprs])
-    values = [objects.get(text, AddedToken(text, special=True, normalized=False)) for text in named.values()]
-    tokenizer.add_special_tokens([*values, *extra])
-    return named
+        values = _named_values({**config, **{key: _always_special(value) for key, value in special_map.items()}})
+        own = special_map.get("extra_special_tokens")
+        listed_there = [_always_special(item) for item in own] if isinstance(own, list) else []
+        mapped = _extra({"extra_special_tokens": listed_there})
+        extra = _extra(config) + mapped or _extra(special_map)
+        special = _texts_of_strings(config, special_map) | {token.content for token in mapped}
+        numbered = sorted((_number(key), _plain(text, text in special)) for text, key in added_tokens.items())
+        described = known | {token.content: token for _, token in numbered}
+    texts = {token.content for token in values.values()}
+    described = {text: _special(token) if text in texts else token for text, token in described.items()}
+    named = [described.get(token.content, _special(token)) for token in values.values()]
+    _add_once(tokenizer, known.values(), described.values(), named + extra)
+    return {key: token.content for key, token in values.items()}
 
 
-def _named(config: Mapping[str, object]) -> dict[str, str]:
+def _add_once(
+    tokenizer: Tokenizer, known: Iterable[AddedToken], described: Iterable[AddedToken], others: Iterable[AddedToken]
+) -> None:
+    """Add described tokens unless they are known just so, and others unless their text is known."""
+    known_reprs = set(map(repr, known))
+    added = [token for token in described if repr(token) not in known_reprs]
+    texts = {token.content for token in (*known, *added)}
+    for token in others:
+        if token.content not in texts and repr(token) not in map(repr, added):
+            added.append(token)
+    tokenizer.add_tokens(added)
+
+
+def _special(token: AddedToken) -> AddedToken:
+    """Return the same token as a special one."""
+    return AddedToken(token.content, **{key: getattr(token, key) for key in _FLAGS if key != "special"}, special=True)
+
+
+def _named_values(config: Mapping[str, object]) -> dict[str, AddedToken]:
     """Return the named special tokens: the usual names first, then further ones that a template may use."""
     others = config.get("extra_special_tokens")
     found = {key: value for key, value in config.items() if key.endswith("_token")}
     found |= others if isinstance(others, dict) else {}
-    texts = {key: text for key, value in found.items() if (text := token_text(value)) is not None}
-    return {key: texts[key] for key in _ATTRIBUTES if key in texts} | texts
+    tokens = {key: token for key, value in found.items() if (token := _as_token(value)) is not None}
+    return {key: tokens[key] for key in _ATTRIBUTES if key in tokens} | tokens
 
 
 def _extra(config: Mapping[str, object]) -> list[AddedToken]:
     """Return the special tokens without a name."""
-    value = config.get("extra_special_tokens", config.get("additional_special_tokens"))
-    texts: Iterable[object] = value if isinstance(value, list) else ()
-    return [AddedToken(text, special=True, normalized=False) for item in texts if (text := token_text(item))]
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        if isinstance(value := config.get(key), list) and value:
+            return [token for item in value if (token := _as_token(item)) is not None]
+    return []
+
+
+def _texts_of_strings(config: Mapping[str, object], special_map: Mapping[str, object]) -> set[str]:
+    """Return the texts of special tokens that are written as strings, or in special_tokens_map.json."""
+    named = {key: value for key in _ATTRIBUTES if (value := special_map.get(key, config.get(key)))}
+    texts = {value if isinstance(value, str) else token_text(special_map.get(key)) for key, value in named.items()}
+    unnamed = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    return {text for text in (*texts, *(unnamed if isinstance(unnamed, list) else ())) if isinstance(text, str)}
+
+
+def _as_token(value: object) -> AddedToken | None:
+    """Return a token that is written as a string or as an object; None for anything else."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True, normalized=False)
+    return None if token_text(value) is None else _described(value)
+
+
+def _always_special(value: object) -> object:
+    """Return what special_tokens_map.json says of a token: it is special, whatever its flag."""
+    return {**value, "special": True} if isinstance(value, dict) and "content" in value else value
 
 
 def token_text(value: object) -> str | None:

@@ -51,9 +51,15 @@ class TextCodec:
         self._to_bytes = byte_level_bytes if _is_byte_level(tokenizer) else sentence_piece_bytes
         added = tokenizer.get_added_tokens_decoder()
         self._added = {number: self._to_bytes(token.content) for number, token in added.items()}
-        self._special = frozenset(number for number, token in added.items() if token.special).union(end_tokens)
+        hidden = (number for number, token in added.items() if token.special or self._is_skipped(number))
+        self._special = frozenset(hidden).union(end_tokens)
         self.shown_bytes = lru_cache(maxsize=1 << 18)(self._shown_bytes)
         self.all_bytes = lru_cache(maxsize=1 << 18)(self._all_bytes)
+
+    def _is_skipped(self, number: int) -> bool:
+        """Return True for a token that was special once: it stays so, though it was added again without the flag."""
+        shown = self._tokenizer.decode([number], skip_special_tokens=False)
+        return bool(shown) and not self._tokenizer.decode([number], skip_special_tokens=True)
 
     @property
     def has_chat_template(self) -> bool:

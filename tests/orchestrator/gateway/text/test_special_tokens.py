@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -33,6 +34,19 @@ CASES: dict[str, dict[str, Any]] = {
     "additional tokens": {"tokenizer_config": {"additional_special_tokens": [START, END]}},
     "extra tokens": {"tokenizer_config": {"extra_special_tokens": [START, END]}},
     "a name alone": {"tokenizer_config": {"eos_token": "</s>", "bos_token": "<s>"}},
+    "flags of a named object": {"special_tokens_map": {"eos_token": {"content": END, "rstrip": True, "lstrip": True}}},
+    "flags in the configuration": {
+        "tokenizer_config": {"pad_token": {"content": END, "rstrip": True, "__type": "AddedToken"}}
+    },
+    "a named token that is no special one": {
+        "tokenizer_config": {"eos_token": "</s>", "additional_special_tokens": ["<s>"]}
+    },
+    "additional tokens beside further names": {
+        "tokenizer_config": {"additional_special_tokens": [START], "extra_special_tokens": {"image_token": END}}
+    },
+    "a special token without its flag in the decoder": {
+        "tokenizer_config": {"eos_token": END, "added_tokens_decoder": DECODER}
+    },
     "nothing": {},
 }
 
@@ -87,3 +101,56 @@ def test_added_tokens_that_cannot_be_read_are_refused(tmp_path: Path, files: dic
     write_folder(tmp_path, files)
     with pytest.raises(TokenizerError, match="added token"):
         load_codec(str(tmp_path), "safetensors")
+
+
+TEXTS = ["<s>", "</s>", "<pad>", START, END, "<x>", "<think>"]
+
+
+def random_token(random: Random, text: str) -> object:
+    """Write a token as a string, or as an object with random flags."""
+    if random.random() < 0.5:
+        return text
+    flags = {key: random.random() < 0.15 for key in ("single_word", "lstrip", "rstrip", "normalized")}
+    special = {"special": random.random() < 0.8} if random.random() < 0.7 else {}
+    return {"content": text, **flags, **special, "__type": "AddedToken"}
+
+
+def random_files(random: Random) -> dict[str, Any]:
+    """Name tokens in some of the three files, in some of the ways that each of them has."""
+    config: dict[str, Any] = {}
+    special_map: dict[str, Any] = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        if random.random() < 0.4:
+            config[key] = random.choice([None, random_token(random, random.choice(TEXTS))])
+        if random.random() < 0.25:
+            special_map[key] = random_token(random, random.choice(TEXTS))
+    if random.random() < 0.3:
+        config["additional_special_tokens"] = [random_token(random, text) for text in random.sample(TEXTS, 2)]
+    if random.random() < 0.2:
+        special_map["additional_special_tokens"] = random.sample(TEXTS, 2)
+    if random.random() < 0.15:
+        config["extra_special_tokens"] = {"image_token": random.choice(TEXTS)}
+    fresh = random.sample(TEXTS[2:], random.randint(1, 4))
+    files: dict[str, Any] = {"tokenizer_config": config}
+    if random.random() < 0.4:
+        described = {
+            str(258 + number): {"content": text, "special": random.random() < 0.6} for number, text in enumerate(fresh)
+        }
+        config["added_tokens_decoder"] = described | {"256": {"content": "<s>", "special": random.random() < 0.5}}
+    elif random.random() < 0.5:
+        files["added_tokens"] = {text: 258 + number for number, text in enumerate(fresh)}
+    return files | ({"special_tokens_map": special_map} if special_map else {})
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_folders_are_read_as_by_transformers(tmp_path: Path, seed: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    random = Random(seed)
+    write_folder(tmp_path, random_files(random))
+    right = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    codec = load_codec(str(tmp_path), "safetensors")
+    assert codec is not None
+    text = "a " + "".join(each + random.choice(["", " ", "b", "\n"]) for each in random.choices(TEXTS, k=8)) + "end"
+    ids = codec.encode(text, add_special_tokens=False)
+    assert ids == right.encode(text, add_special_tokens=False)
+    assert b"".join(map(codec.shown_bytes, ids)).decode() == right.decode(ids, skip_special_tokens=True)
