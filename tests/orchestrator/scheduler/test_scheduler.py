@@ -344,6 +344,15 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
     assert harness.errors[1] == harness.errors[2] == "token ids must be between 0 and 999"
 
 
+@pytest.mark.parametrize(("prompt_len", "advice"), [
+    (254, "ask for at most 2 tokens"), (255, "ask for at most 1 tokens"),
+    (256, "shorten the prompt to at most 255 tokens"),
+])  # fmt: skip
+def test_a_request_that_is_too_long_is_told_what_would_fit(harness: Harness, prompt_len: int, advice: str) -> None:
+    harness.submit(1, prompt_of(1, prompt_len), 5)
+    assert advice in harness.errors[1]
+
+
 def test_cancelling_anywhere_frees_everything() -> None:
     harness = Harness(max_rows=2, max_batch_tokens=8)
     harness.submit(1, prompt_of(1, 4), 50)
