@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.http_client import JSON_TYPE, connection_to, get, opened, post
+from harness.http_client import JSON_TYPE, Answer, connection_to, get, opened, post
 from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
@@ -23,9 +23,9 @@ OPTIONS = ("--device", "cpu", "--max-seq-len", "1024")
 LONG = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
 
 
-def http_processes(server: ServerProcess) -> list[psutil.Process]:
+def processes(server: ServerProcess, module: str) -> list[psutil.Process]:
     children = psutil.Process(server.process.pid).children(recursive=True)
-    return [each for each in children if each.cmdline()[-1:] == ["mgpu.orchestrator.http"]]
+    return [each for each in children if module in each.cmdline()]
 
 
 def serve(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -42,7 +42,7 @@ def http_server(smollm2: str) -> Iterator[ServerProcess]:
 
 def test_a_killed_http_process_is_replaced_and_its_streams_end(http_server: ServerProcess) -> None:
     url = http_server.http_url()
-    [first] = http_processes(http_server)
+    [first] = processes(http_server, "mgpu.orchestrator.http")
     with Client(http_server.wait_ready()) as client, opened(url, "POST", "/v1/completions", LONG) as response:
         assert response.readline().startswith(b"data: ")
         first.kill()
@@ -51,7 +51,7 @@ def test_a_killed_http_process_is_replaced_and_its_streams_end(http_server: Serv
         assert post(url, "/v1/completions", {"prompt": "Once", "max_tokens": 2}).status == 200
         eventually(lambda: client.stats()["kv_blocks_used"] == 0, lambda: str(client.stats()))
         assert client.health().restarts == 0
-    [second] = http_processes(http_server)
+    [second] = processes(http_server, "mgpu.orchestrator.http")
     assert second.pid != first.pid
     assert http_server.http_url() == url
 
@@ -67,6 +67,26 @@ def test_a_client_that_goes_frees_its_blocks_within_a_second(http_server: Server
             gone_s = time.monotonic()
             eventually(lambda: client.stats()["kv_blocks_used"] == 0, lambda: str(client.stats()))
             assert time.monotonic() - gone_s < 1.0
+
+
+@pytest.mark.parametrize("module", ["mgpu.worker", "mgpu.orchestrator.gateway"])
+def test_a_killed_worker_or_gateway_costs_a_stream_nothing(http_server: ServerProcess, module: str) -> None:
+    url, body = http_server.http_url(), {"prompt": "Once upon a time", "max_tokens": 60, "stream": True}
+    expected = text_of(post(url, "/v1/completions", body).body)
+    with opened(url, "POST", "/v1/completions", body) as response:
+        first = response.readline()
+        [process] = processes(http_server, module)
+        process.kill()
+        assert text_of(first + response.read()) == expected
+    with Client(http_server.wait_ready()) as client:
+        eventually(lambda: client.stats()["kv_blocks_used"] == 0, lambda: str(client.stats()))
+
+
+def text_of(stream: bytes) -> str:
+    """Return the text of a stream that has ended as it should."""
+    events = Answer(200, {}, stream).events
+    assert events[-1] == "[DONE]"
+    return "".join(event["choices"][0]["text"] for event in events[:-1])
 
 
 def test_a_unix_socket_with_keys_takes_new_ones_on_sighup_and_is_gone_afterwards(smollm2: str, tmp_path: Path) -> None:
