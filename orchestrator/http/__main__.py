@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import sys
+from pathlib import Path
 
 from mgpu.orchestrator.host.listening import remove_file
 from mgpu.orchestrator.http.edge.guard import ApiKeys
@@ -16,6 +17,7 @@ from mgpu.protocol.internal.child import BadSpec, end_with_parent, log_level, re
 from mgpu.protocol.internal.http_spec import HTTP_LINK, READY, HttpSpec, NewApiKeys
 from mgpu.protocol.keys import ClientKeys
 
+OOM_SCORE = "600"
 _PARENT_DEATH_S = 0.5
 """The death signal comes when the parent's first thread has ended, shortly before the parent itself has."""
 
@@ -30,6 +32,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parent_fd = os.pidfd_open(os.getppid())
     allow_many_connections()
+    with contextlib.suppress(OSError):  # if memory runs out, the kernel ends this process before the others
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     try:
         spec = read_spec(HTTP_LINK, HttpSpec)
     except BadSpec as error:

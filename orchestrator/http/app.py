@@ -80,7 +80,10 @@ class _Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = Call(Request(scope, receive, send), self._served)
         response = await self._response(call)
-        await response(scope, receive, send)
+        try:
+            await response(scope, receive, send)
+        except Exception as error:  # our own bug, after the answer has begun: its connection is closed
+            log.error("an answer of %s broke off", scope["path"], exc_info=error)
 
     async def _response(self, call: Call) -> ASGIApp:
         path = call.request.url.path

@@ -11,6 +11,15 @@ from mgpu.orchestrator.http.edge.errors import HttpError, bad_request
 MAX_BODY_BYTES = 4 << 20
 """A request of the front channel has 1 MiB at most, and escapes make text up to three times as long in JSON."""
 BODY_TIMEOUT_S = 60.0
+MAX_HELD_BYTES = 256 << 20
+"""Bodies of all requests that are being read. Thousands of connections could each hold one for a minute."""
+_RETRY_S = 1
+
+
+class _Held:
+    """Bytes of the bodies that are being read in this process."""
+
+    nbytes = 0
 
 
 async def read_object(request: Request) -> dict[str, object]:
@@ -38,12 +47,22 @@ async def _read(request: Request) -> bytes:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for chunk in request.stream():
                 data += chunk
+                _Held.nbytes += len(chunk)
                 if len(data) > MAX_BODY_BYTES:
                     raise _too_large(len(data))
+                if _Held.nbytes > MAX_HELD_BYTES:
+                    raise _too_many()
     except TimeoutError:
         text = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
         raise HttpError(408, text, "timeout_error", "body_timeout", headers={"connection": "close"}) from None
+    finally:
+        _Held.nbytes -= len(data)
     return bytes(data)
+
+
+def _too_many() -> HttpError:
+    text = f"requests that are being read hold {_Held.nbytes} bytes, the limit is {MAX_HELD_BYTES}; try again"
+    return HttpError(503, text, "service_unavailable_error", "overloaded", headers={"retry-after": str(_RETRY_S)})
 
 
 def _too_large(size: int) -> HttpError:

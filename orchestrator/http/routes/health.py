@@ -1,5 +1,7 @@
 """GET /health, /health/ready, /health/live and /version: for people, load balancers and orchestrators."""
 
+import asyncio
+
 from starlette.types import ASGIApp
 
 from mgpu import __version__
@@ -7,6 +9,9 @@ from mgpu.orchestrator.http.routes.call import Call
 from mgpu.protocol.errors import MgpuError
 
 RETRY_S = "1"
+ASK_S = 2.5
+"""A gateway that is being replaced may be away for longer, but a probe wants to know now. The gateway reports an engine
+that does not answer after 2 s."""
 
 
 async def live(call: Call) -> ASGIApp:
@@ -17,8 +22,9 @@ async def live(call: Call) -> ASGIApp:
 async def ready(call: Call) -> ASGIApp:
     """Say whether requests are taken now: 200, or 503 while the server loads, recovers, drains or cannot be reached."""
     try:
-        health = await call.client.health()
-    except MgpuError:
+        async with asyncio.timeout(ASK_S):
+            health = await call.client.health()
+    except (MgpuError, TimeoutError):
         state, model = "unreachable", None
     else:
         state, model = health.state, health.model

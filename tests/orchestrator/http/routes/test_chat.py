@@ -1,6 +1,7 @@
 """POST /v1/chat/completions and /v1/completions: each option arrives, and answers have OpenAI's forms."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from harness.gateway_process import EOS, GatewayProcess, says
 from harness.http_client import JSON_TYPE, connection_to, opened
 from harness.http_process import HttpServer
+from harness.waiting import eventually
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -185,6 +187,19 @@ def test_a_server_that_takes_no_requests_answers_503(http: HttpServer, gateway: 
     health = http.get("/health")
     assert (health.status, health.json["status"]) == (503, state)
     assert http.get("/health/live").status == 200
+
+
+def test_health_answers_soon_while_the_gateway_is_away(model_folder: Any) -> None:
+    with GatewayProcess(model_folder) as gateway, HttpServer(gateway.endpoint) as http:
+        assert http.get("/health").status == 200
+        gateway.kill()
+        began_s = time.monotonic()
+        answer = http.get("/health")
+        assert (answer.status, answer.json["status"]) == (503, "unreachable")
+        assert time.monotonic() - began_s < 10
+        assert http.get("/health/live").status == 200
+        gateway.replace()
+        eventually(lambda: http.get("/health").status == 200, lambda: str(http.get("/health")))
 
 
 def test_an_engine_error_is_a_500_and_ends_a_stream_with_an_event(http: HttpServer, gateway: GatewayProcess) -> None:

@@ -1,0 +1,55 @@
+"""The body of a request: its bounds, alone and together with others."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+from mgpu.orchestrator.http.edge import body
+from mgpu.orchestrator.http.edge.errors import HttpError
+
+
+def request_of(pieces: Iterator[bytes]) -> Request:
+    async def receive() -> dict[str, Any]:
+        piece = next(pieces, None)
+        return {"type": "http.request", "body": piece or b"", "more_body": piece is not None}
+
+    headers = [(b"content-type", b"application/json")]
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""}, receive)
+
+
+def read(*pieces: bytes) -> dict[str, object]:
+    return asyncio.run(body.read_object(request_of(iter(pieces))))
+
+
+def test_pieces_are_put_together() -> None:
+    assert read(b'{"a": ', b"1}") == {"a": 1}
+
+
+def test_one_body_and_all_together_are_bounded_and_counted_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "MAX_BODY_BYTES", 100)
+    with pytest.raises(HttpError) as large:
+        read(b" " * 60, b" " * 60)
+    assert large.value.status == 413
+    monkeypatch.setattr(body, "MAX_HELD_BYTES", 50)
+    with pytest.raises(HttpError) as many:
+        read(b" " * 60)
+    assert (many.value.status, many.value.headers["retry-after"]) == (503, "1")
+    assert read(b'{"a": 1}') == {"a": 1}
+    assert body._Held.nbytes == 0
+
+
+def test_a_body_that_does_not_come_in_time_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.01)
+
+    async def never() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(HttpError) as late:
+        asyncio.run(body.read_object(Request(scope, never)))
+    assert late.value.status == 408
+    assert body._Held.nbytes == 0
