@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ def curl_commands() -> list[str]:
     return found
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is missing")
 @pytest.mark.parametrize("command", curl_commands())
 def test_a_curl_command_of_the_pages_works(url: str, command: str) -> None:
     typed = re.sub(r"(http://)?(localhost|127\.0\.0\.1):8000", url, command)

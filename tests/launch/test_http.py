@@ -1,6 +1,7 @@
 """The options of the HTTP server: what is refused before a model is looked for, and the way out."""
 
 import importlib.util
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
     return cert, key
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 def test_tls_files_are_tried_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--http-tls-key is missing"):
         http_options(ServeConfig(http_tls_cert="x"))

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions."""
 
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -12,7 +11,7 @@ from mgpu.orchestrator.http.requests.answers import all_accepted, batches, unles
 from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Fields, Unsupported
 from mgpu.orchestrator.http.requests.logprobs import chat_logprobs
 from mgpu.orchestrator.http.requests.rules import NO_TOOLS, Messages, StreamOptions
-from mgpu.orchestrator.http.routes.call import Call, event
+from mgpu.orchestrator.http.routes.call import Call, event, to_json
 from mgpu.protocol.client.async_client import AsyncCompletionStream
 from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, Usage
@@ -121,7 +120,7 @@ class _Chunks:
 
     def __init__(self, head: dict[str, Any], wants_usage: bool) -> None:
         self._head = {**head, "usage": None} if wants_usage else head
-        self._prefix = b"data: " + json.dumps(self._head, ensure_ascii=False)[:-1].encode() + b',"choices":[{"index":'
+        self._prefix = b"data: " + to_json(self._head)[:-1] + b',"choices":[{"index":'
 
     def first(self, index: int) -> bytes:
         return self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
@@ -136,5 +135,5 @@ class _Chunks:
         return text
 
     def _chunk(self, index: int, delta: dict[str, Any], logprobs: object, reason: str | None) -> bytes:
-        rest = json.dumps({"delta": delta, "logprobs": logprobs, "finish_reason": reason}, ensure_ascii=False)
-        return self._prefix + f"{index},{rest[1:]}]}}\n\n".encode("utf-8", "replace")
+        rest = to_json({"delta": delta, "logprobs": logprobs, "finish_reason": reason})
+        return self._prefix + b"%d,%b]}\n\n" % (index, rest[1:])

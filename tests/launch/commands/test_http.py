@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import ssl
 import subprocess
@@ -51,6 +52,7 @@ def test_several_servers_speak_for_one_and_end_by_their_signal(gateway: GatewayP
         assert get(second, "/health").status == 200
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 def test_keys_and_tls_are_those_of_the_files(gateway: GatewayProcess, tmp_path: Path) -> None:
     keys, cert, key = tmp_path / "keys", tmp_path / "cert.pem", tmp_path / "key.pem"
     keys.write_text(f"alice {SECRET}\n")
