@@ -16,6 +16,7 @@ from mgpu.launch.values import Bytes, ConfigError, Option, Tokens, parsed
 from mgpu.orchestrator.config import Restarts, Timeouts
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.logs import LEVEL_VARIABLE, LogFormat, LogLevel
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.quantization import Quant
 
@@ -25,7 +26,6 @@ OTHER_VARIABLES = frozenset(
         "MGPU_CONFIG",
         "MGPU_ENDPOINT",
         "MGPU_KERNELS",
-        "MGPU_LOG_LEVEL",
         "MGPU_NO_NCCL",
         "MGPU_NO_P2P",
         "MGPU_PEER_REDUCE",
@@ -35,9 +35,6 @@ OTHER_VARIABLES = frozenset(
 )
 """Variables that start with MGPU_ and are read elsewhere."""
 
-LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-_OTHER_LOG_LEVELS = ("warn", "fatal", "notset")
-"""Further names that Python's logging knows."""
 _SERVICE_LINK = re.compile(
     r"MGPU(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
@@ -166,6 +163,11 @@ class ServeConfig:
     standby: bool = _option(
         _RESTARTS.standby, "Keep a second process per worker that has imported torch, to recover sooner (0.2 GB each)."
     )
+    log_level: LogLevel = _option("info", "Least weight of lines in the log.", group="Log")  # noqa: RUF009
+    log_format: LogFormat = _option(  # noqa: RUF009
+        "text", "text for people, json for programs, journal for systemd's journal (with priorities)."
+    )
+    access_log: bool = _option(False, "Log a line for each request: account, tokens, times, how it ended; no text.")
     load_format: Literal["auto", "dummy"] = _option(
         "auto", "'dummy' makes random weights from config.json alone.", group="For tests"
     )
@@ -245,10 +247,10 @@ def _environment_values(environ: Mapping[str, str], options: Mapping[str, Option
     by_variable = {option.variable: name for name, option in options.items()}
     values: dict[str, object] = {}
     for variable, text in environ.items():
+        if variable == LEVEL_VARIABLE and not text:
+            continue
         if variable in by_variable:
             values[by_variable[variable]] = text
-        elif variable == "MGPU_LOG_LEVEL" and text and text.lower() not in (*LOG_LEVELS, *_OTHER_LOG_LEVELS):
-            raise ConfigError(f"MGPU_LOG_LEVEL is {text!r}; choose one of {', '.join(LOG_LEVELS)}")
         elif variable.startswith("MGPU_") and variable not in OTHER_VARIABLES and not _is_service_link(variable, text):
             known = by_variable.keys() | OTHER_VARIABLES
             raise ConfigError(f"unknown environment variable {variable}{_nearest(variable, known)}")

@@ -23,9 +23,9 @@ POSITIONAL = "positional_model"
 
 
 def http_flags(command: F) -> F:
-    """Add the flags of the options about HTTP. Flags that were not typed arrive as None."""
+    """Add the flags of the options about HTTP and the log. Flags that were not typed arrive as None."""
     for option in reversed(declared_options()):
-        if option.name.startswith("http"):
+        if option.name.startswith(("http", "log_")):
             command = _click_option(option)(command)
     return command
 

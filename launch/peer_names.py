@@ -93,8 +93,7 @@ _SERVE_REMARKS = {
     "--revision": "write it behind the model: -m ORG/NAME@REVISION",
     **dict.fromkeys(("--hf-file", "-hff"), "write it behind the repository: -m ORG/NAME/FILE.gguf"),
     "--download-dir": "HF_HOME names the folder for downloaded models",
-    "--log-level": "MGPU_LOG_LEVEL=debug sets the level of the log",
-    **dict.fromkeys(("--verbose", "-v"), "MGPU_LOG_LEVEL=debug shows more"),
+    **dict.fromkeys(("--verbose", "-v"), "--log-level debug shows more"),
     **dict.fromkeys(("--daemon", "-d"), "'mgpu-launch install-service NAME' makes a systemd service"),
     **dict.fromkeys(("--threads", "-t"), "each CPU worker takes its share of the cores; --workers sets their number"),
 }

@@ -16,6 +16,7 @@ _ALIASES = {
               "f32": "float32", "float": "float32"},
     "quant": {"int4": "4", "4bit": "4", "4-bit": "4", "q4": "4", "int8": "8", "8bit": "8", "8-bit": "8", "q8": "8",
               "float8": "fp8"},
+    "log_level": {"warn": "warning", "fatal": "critical", "notset": "debug"},
     "kv_cache_dtype": {"fp8_e4m3": "fp8", "float8": "fp8"},
 }  # fmt: skip
 """What other programs call the values of these options."""
@@ -80,7 +81,8 @@ class Option:
 
 def parsed(option: Option, value: object, origin: str) -> object:
     """Return the value as the option's type. ConfigError names the option, where it came from and what is allowed."""
-    where = f"{option.flag} ({origin})" if origin != "command line" else option.flag
+    where = f"{option.flag} ({option.variable if origin == 'environment' else origin})"
+    where = option.flag if origin == "command line" else where
     converted = _converted(option, value, where)
     if option.choices and isinstance(converted, str) and converted not in option.choices:
         lower = converted.strip().lower()

@@ -88,6 +88,8 @@ class ServerConfig:
     """What the gateway may grow by before it is replaced; see gateway/memory_limit.py."""
     client_limits: ClientLimits = field(default_factory=ClientLimits)
     http: HttpOptions = field(default_factory=HttpOptions)
+    logs_requests: bool = False
+    """Log a line for each request that ends."""
     timeouts: Timeouts = field(default_factory=Timeouts)
     restarts: Restarts = field(default_factory=Restarts)
     worker_envs: tuple[dict[str, str], ...] = ()

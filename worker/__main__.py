@@ -18,6 +18,7 @@ import sys
 from threading import Thread
 
 from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
+from mgpu.protocol.internal.logs import configure_logging
 from mgpu.protocol.internal.worker_messages import CONTROL, WorkerSpec
 from mgpu.worker.device import start_cuda
 
@@ -39,6 +40,7 @@ def main() -> int:
             _import_torch()
         spec = read_spec(CONTROL, WorkerSpec)
         rank = _rank(spec.layout.placement.world_size)
+        configure_logging(f"worker {rank}")
     except BadSpec as error:
         print(f"mgpu worker: {error}", file=sys.stderr)
         return EXIT_BAD_SPEC

@@ -34,13 +34,13 @@ def http_command(endpoint: str | None, keys: str | None, **flags: Any) -> None:
     options, address = http_options(config), http_address(config, is_typed=True)
     if address is None:
         raise ConfigError("--http none: there is nothing to do; name an address")
-    from mgpu.launch.commands.serve import configure_logging
+    from mgpu.launch.commands.serve import begin_log
     from mgpu.orchestrator.host.listening import HttpListener, listening
     from mgpu.orchestrator.host.signals import end_process
     from mgpu.orchestrator.http.edge.guard import ApiKeys
     from mgpu.orchestrator.http.server import allow_many_connections, front_client, new_event_loop, serve
 
-    configure_logging()
+    begin_log(config, "http")
     allow_many_connections()
     received: list[int] = []
     wake_fd, wake_by = os.pipe()

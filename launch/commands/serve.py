@@ -25,9 +25,9 @@ from mgpu.orchestrator.host.listening import listening
 from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.server_keys import describe
 from mgpu.orchestrator.placement.devices import worker_environment
-from mgpu.protocol.internal.child import log_level
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
+from mgpu.protocol.internal.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
 
 RELOADED = frozenset({"keys", "http_keys", "drain_timeout_s", *(each.name for each in fields(ClientLimits))})
 """Fields that SIGHUP takes into use."""
@@ -61,7 +61,7 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
     keys = check_options(config, origins)
     if config.bind:
         try_endpoint(config.bind, keys is not None)
-    configure_logging()
+    begin_log(config)
     log_security(config, keys)
     http = http_options(config)
     for_all_users = config.http_no_auth or http.api_keys is not None
@@ -110,9 +110,11 @@ def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:
         log.info("every user of this machine can connect to %s; --keys would change that", config.bind)
 
 
-def configure_logging() -> None:
-    """Log to standard error with the time, from the level ``MGPU_LOG_LEVEL`` on."""
-    logging.basicConfig(level=log_level(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+def begin_log(config: ServeConfig, component: str = "server") -> None:
+    """Log as the options say, in this process and in all that it starts."""
+    os.environ[LEVEL_VARIABLE] = config.log_level
+    os.environ[FORMAT_VARIABLE] = config.log_format
+    configure_logging(component)
 
 
 def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys | None) -> ServerConfig:
@@ -138,6 +140,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         keys=keys,
         client_limits=client_limits(config),
         http=http_options(config),
+        logs_requests=config.access_log,
         timeouts=part_of(config, Timeouts),
         restarts=part_of(config, Restarts),
         worker_envs=tuple(environment for environment, _ in placed),

@@ -118,7 +118,7 @@ class GatewayBridge:
             self._scheduler.refuse(submit.sequence_id, "the server is finishing its last requests before it stops")
             return
         try:
-            self._scheduler.submit(submit)
+            self._scheduler.submit(submit, time.monotonic())
         except Exception:  # whatever is wrong with one request must not end the others
             log.exception("sequence %d could not be taken in", submit.sequence_id)
             self._scheduler.refuse(submit.sequence_id, "internal error: the request could not be taken in")

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import asdict
 
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
+from mgpu.protocol.internal.histogram import LONG_S, Histogram
 
 _SMOOTHING = 0.02
 RATE_WINDOW_S = 5.0
@@ -75,6 +76,8 @@ class EngineStats:
         self.apply_us = Average()
         self.compute_us = Average()
         self.step_us = StepTime()
+        self.queue_s = Histogram(LONG_S)
+        """How long sequences have waited until their first step went out."""
         self.starved_us_sum = 0.0
         """How long the workers had no step in flight although something was running."""
         self._dry_since_s: float | None = None
@@ -116,7 +119,9 @@ class EngineStats:
             "prompt_tokens_per_s": self._prompts.per_second(now_s, totals.prompt_tokens),
             "uptime_s": now_s - self._started_s,
             "step_us": self.step_us.value,
+            "step_ms_sum": self.step_us.sum / 1000,
             "starved_us_sum": self.starved_us_sum,
+            **self.queue_s.counters("queue_s"),
         }
         for part in ("schedule_us", "publish_us", "apply_us", "compute_us"):
             average: Average = getattr(self, part)

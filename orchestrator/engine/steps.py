@@ -56,6 +56,8 @@ class StepPipeline:
             planned = time.perf_counter()
             self._workers.group.publish(CONTROL.encode(plan))
             published_s = time.monotonic()
+            for submitted_s in self._scheduler.take_submitted_s():
+                self._stats.queue_s.add(published_s - submitted_s)
             if not self._published:
                 self._stats.note_fed(published_s)
             self._published.append((published_s, sum(plan.counts)))

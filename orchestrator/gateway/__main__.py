@@ -1,7 +1,6 @@
 """`python -m mgpu.orchestrator.gateway`: the gateway process. Its spec comes on standard input, which stays open."""
 
 import faulthandler
-import logging
 import os
 import resource
 import select
@@ -19,8 +18,9 @@ from mgpu.orchestrator.gateway.memory_limit import MemoryFull, prefer_as_oom_vic
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
-from mgpu.protocol.internal.child import BadSpec, end_with_parent, log_level, read_spec
+from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.gateway_messages import LINK, GatewayFailure, GatewaySpec
+from mgpu.protocol.internal.logs import configure_logging
 
 _PARENT_DEATH_S = 0.5
 """The death signal comes when the parent's first thread has ended, shortly before the parent itself has."""
@@ -30,7 +30,7 @@ LINK_LINGER_MS = 1000
 
 def main() -> int:
     """Run until the parent closes standard input or SIGTERM comes. 1 after a failure, once the parent knows it."""
-    logging.basicConfig(level=log_level(), format="gateway: %(message)s", stream=sys.stderr)
+    configure_logging("gateway")
     _limit_tokenizers()
     faulthandler.register(signal.SIGUSR1)  # the parent asks for the stacks of a gateway that hangs before it kills it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides

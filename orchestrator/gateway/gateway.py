@@ -91,7 +91,9 @@ class Gateway:
         self._requests = RequestHandler(self._model, self._table, self._outgoing)
         self._encoders = EncoderProcesses(spec.model_path, spec.model_format, spec.vocab_size)
         prompts = Prompts(self._requests, background, self._encoders, spec.vocab_size)
-        self._queries = Queries(self._model, self._table, self._outgoing, front.connections.count_for)
+        self._queries = Queries(
+            self._model, self._table, self._outgoing, self._requests.times, front.connections.count_for
+        )
         self._resumptions = Resumptions(self._requests, front.access, self._outgoing)
         self._clients = Clients(
             front,

@@ -13,8 +13,9 @@ from pathlib import Path
 from mgpu.orchestrator.host.listening import remove_file
 from mgpu.orchestrator.http.edge.guard import ApiKeys
 from mgpu.orchestrator.http.server import allow_many_connections, front_client, new_event_loop, serve
-from mgpu.protocol.internal.child import BadSpec, end_with_parent, log_level, read_spec
+from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.http_spec import HTTP_LINK, READY, HttpSpec, NewApiKeys
+from mgpu.protocol.internal.logs import configure_logging
 from mgpu.protocol.keys import ClientKeys
 
 OOM_SCORE = "600"
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 def main() -> int:
     """Run until the parent closes standard input or SIGTERM comes. 1 after a failure, once the parent knows it."""
-    logging.basicConfig(level=log_level(), format="http: %(message)s", stream=sys.stderr)
+    configure_logging("http")
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

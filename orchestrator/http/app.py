@@ -23,6 +23,7 @@ from mgpu.orchestrator.http.routes.completions import RULES as COMPLETION_RULES
 from mgpu.orchestrator.http.routes.completions import completions
 from mgpu.orchestrator.http.routes.health import live, ready, version
 from mgpu.orchestrator.http.routes.messages import count_tokens, messages
+from mgpu.orchestrator.http.routes.metrics import metrics
 from mgpu.orchestrator.http.routes.models import model, models
 from mgpu.orchestrator.http.routes.openapi import Path, openapi
 from mgpu.orchestrator.http.routes.responses import responses
@@ -52,6 +53,7 @@ _PATHS = (
     Path("GET", "/health", ready),
     Path("GET", "/health/ready", ready),
     Path("GET", "/health/live", live),
+    Path("GET", "/metrics", metrics),
     Path("GET", "/version", version),
 )
 PATHS = (*_PATHS, openapi(_PATHS))

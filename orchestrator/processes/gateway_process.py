@@ -163,6 +163,7 @@ class GatewayProcess:
             memory_bytes=config.gateway_memory_bytes,
             sampling=config.sampling,
             sends_wake_up=config.spin_s > 0,
+            logs_requests=config.logs_requests,
             record_fd=self._culprits.fd,
             shut_out=self._culprits.shut_out(),
             died_once=self._culprits.died_of(once=True),

@@ -69,7 +69,7 @@ class Scheduler:
 
     # -- events --------------------------------------------------------------------------------------------------------
 
-    def submit(self, submit: Submit) -> None:
+    def submit(self, submit: Submit, now_s: float = 0.0) -> None:
         """Queue a sequence; one that can never run is answered with an error now."""
         if submit.sequence_id in self._live:
             return  # every id has one ending, and the gateway never reuses an id
@@ -78,6 +78,7 @@ class Scheduler:
         except RequestRefused as refusal:
             self._outputs.add_end(submit.sequence_id, "error", str(refusal))
             return
+        seq.submitted_s = now_s
         self._arrivals += 1
         self._live[seq.sequence_id] = seq
         self._waiting.join(seq)
@@ -98,6 +99,10 @@ class Scheduler:
         """End every live sequence with an error."""
         for seq in list(self._live.values()):
             self._fail(seq, error)
+
+    def take_submitted_s(self) -> list[float]:
+        """Return when those sequences came that have begun to run, for the first time, since the last call."""
+        return self._planner.take_submitted_s()
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step. None when the pipeline is full or there is nothing to compute."""

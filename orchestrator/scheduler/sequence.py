@@ -31,6 +31,8 @@ class Sequence:
     """Whose share of the server it counts to; see fair_queue.py."""
     weight: float = 1.0
     """The account's share."""
+    submitted_s: float = 0.0
+    """When it came, by the engine's clock."""
 
     row: int = -1
     """Row on the workers; -1 while it waits."""

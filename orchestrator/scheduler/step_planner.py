@@ -52,6 +52,8 @@ class StepPlanner:
         """By turn."""
         self._batches = [DecodeBatch(index, limits.block_size) for index in range(limits.num_stages)]
         self._solo_run = SoloRun()
+        self._submitted_s: list[float] = []
+        """Of sequences that have begun to run since `take_submitted_s`."""
         self._blocked: tuple[int, Sequence] | None = None
         """(changes, sequence): the first in line has to wait until the blocks change."""
 
@@ -71,6 +73,11 @@ class StepPlanner:
                 self._counters.steps += 1
                 return plan
         return None
+
+    def take_submitted_s(self) -> list[float]:
+        """Return when those sequences came that have begun to run, for the first time, since the last call."""
+        taken, self._submitted_s = self._submitted_s, []
+        return taken
 
     def take_record(self, result: StepResult) -> StepRecord:
         """Return the oldest step in flight and forget it. ValueError when the result belongs to another step."""
@@ -210,6 +217,7 @@ class StepPlanner:
             seq.cached_tokens = seq.num_computed
             self._counters.prompt_tokens += seq.prompt_len
             self._counters.prefix_hit_tokens += seq.num_computed
+            self._submitted_s.append(seq.submitted_s)
         self._waiting.take_first()
         self._rows.take(seq)
         self.admitted[seq.sequence_id] = seq

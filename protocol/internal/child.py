@@ -1,16 +1,13 @@
 """What every child process does first: read its spec from standard input, and end when its parent ends."""
 
 import ctypes
-import logging
 import os
-from collections.abc import Mapping
 from typing import TypeVar
 
 from mgpu.protocol.internal.codec import Codec, CodecError
 
 T = TypeVar("T")
 
-LOG_VARIABLE = "MGPU_LOG_LEVEL"
 _PR_SET_PDEATHSIG = 1
 _STDIN = 0
 _MAX_SPEC_BYTES = 16 << 20
@@ -18,12 +15,6 @@ _MAX_SPEC_BYTES = 16 << 20
 
 class BadSpec(ValueError):
     """The spec of a child process is unreadable, or contradicts its environment."""
-
-
-def log_level(environ: Mapping[str, str] = os.environ) -> int:
-    """Return the level from which on a process logs: MGPU_LOG_LEVEL, which the parent has checked, else INFO."""
-    level = logging.getLevelName((environ.get(LOG_VARIABLE) or "info").upper())
-    return level if isinstance(level, int) else logging.INFO
 
 
 def end_with_parent(number: int) -> None:

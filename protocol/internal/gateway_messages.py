@@ -49,6 +49,8 @@ class GatewaySpec:
     """For requests that do not say."""
     sends_wake_up: bool = False
     """True if the engine wants `WakeUp`."""
+    logs_requests: bool = False
+    """Log a line for each request that ends."""
     record_fd: int = -1
     """Inherited descriptor of the `work_record.WorkRecord`; -1: nobody reads it."""
     shut_out: dict[str, float] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from mgpu.orchestrator.gateway.requests.queries import Queries
 from mgpu.orchestrator.gateway.requests.quota import Quota
 from mgpu.orchestrator.gateway.requests.request import Choice, Request
 from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
+from mgpu.orchestrator.gateway.requests.request_times import RequestTimes
 from mgpu.orchestrator.gateway.requests.resume import Resumptions
 from mgpu.orchestrator.gateway.requests.resume_context import pack_context
 from mgpu.orchestrator.gateway.requests.table import RequestTable
@@ -42,7 +43,7 @@ class ResumingGateway:
         self.quota = Quota(ClientLimits(**limits))  # type: ignore[arg-type]
         self.table = RequestTable(self.quota)
         model, outgoing, access = ServedModel(SPEC, INFO, is_loaded=True), cast("Outgoing", self), cast("Any", self)
-        self.queries = Queries(model, self.table, outgoing)
+        self.queries = Queries(model, self.table, outgoing, RequestTimes())
         self.resumptions = Resumptions(RequestHandler(model, self.table, outgoing), access, outgoing)
 
     def to_client(self, connection: bytes, message: ServerMessage) -> None:

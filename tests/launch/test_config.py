@@ -139,7 +139,7 @@ def test_a_byte_order_mark_does_not_spoil_the_file(tmp_path: Path) -> None:
 def test_a_wrong_log_level_is_refused() -> None:
     for level in ("debug", "WARNING", "Info", ""):
         load_config({}, {"MGPU_LOG_LEVEL": level}, None)
-    with pytest.raises(ConfigError, match="MGPU_LOG_LEVEL is 'foo'; choose one of debug, info, warning"):
+    with pytest.raises(ConfigError, match=r"--log-level .MGPU_LOG_LEVEL. is 'foo'; choose one of debug, info, warning"):
         load_config({}, {"MGPU_LOG_LEVEL": "foo"}, None)
 
 

@@ -8,6 +8,7 @@ from mgpu import __version__
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
+from mgpu.orchestrator.gateway.requests.request_times import RequestTimes
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.protocol.front.client_messages import Query
 from mgpu.protocol.front.server_messages import Health, Models, Stats
@@ -34,6 +35,7 @@ class Queries:
         model: ServedModel,
         table: RequestTable,
         outgoing: Outgoing,
+        times: RequestTimes,
         count_connections: Callable[[bytes], tuple[int, int]] = lambda _connection: (0, 0),
     ) -> None:
         """``count_connections`` returns the number of all, and of those with the same owner as the one that asks."""
@@ -42,6 +44,7 @@ class Queries:
         self._table = table
         self._quota = table.quota
         self._outgoing = outgoing
+        self._times = times
         self._waiting: dict[int, _Question] = {}
         self._next_query = 1
         self._asked: int | None = None
@@ -133,7 +136,8 @@ class Queries:
             "gateway_sequences": self._quota.num_sequences,
             "gateway_queued_bytes": self._quota.queued_bytes,
         }
-        return Stats(query.id, {**counters, **{name: float(value) for name, value in own.items()}})
+        sums = {name: float(value) for name, value in own.items()}
+        return Stats(query.id, {**counters, **sums, **self._times.counters()})
 
     def _models(self, query: Query) -> Models:
         """List the one model that is served."""

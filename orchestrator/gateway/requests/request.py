@@ -32,6 +32,8 @@ class Choice:
     offset: int = 0
     """How many of its first tokens the client has from another connection; -1 if it has all and the finish reason."""
     num_tokens: int = 0
+    last_token_s: float | None = None
+    """When its last token came; None before the first."""
     finish_reason: str | None = None
     held_text: str = ""
     held_ids: list[int] = field(default_factory=list)
@@ -111,6 +113,9 @@ class Request:
     """A thread tokenizes its prompt, or will."""
     is_over: bool = False
     """It has left the table."""
+    began_s: float | None = None
+    """When it arrived; None if another gateway took it."""
+    first_token_s: float | None = None
     query: TextQuery | None = None
     """Set if only its text matters: the engine does not hear of it."""
 

@@ -10,6 +10,7 @@ from mgpu.orchestrator.gateway.requests.admission import ServedModel, admit, che
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.quota import account_number, size_of
 from mgpu.orchestrator.gateway.requests.request import Choice, Request
+from mgpu.orchestrator.gateway.requests.request_times import RequestTimes
 from mgpu.orchestrator.gateway.requests.resume_context import pack_context
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
@@ -31,6 +32,7 @@ class RequestHandler:
         self._model = model
         self._quota = table.quota
         self._outgoing = outgoing
+        self.times = RequestTimes(model.spec.logs_requests)
         self._next_sequence = model.spec.first_sequence
         self._next_failure_log_s = 0.0
 
@@ -46,7 +48,9 @@ class RequestHandler:
         self._quota.check(received.account, size, message.n)
         now = time.monotonic()
         deadline = None if message.timeout_s is None else now + message.timeout_s
-        return Request(received.connection, message, now, deadline, received.identity, size=size, query=query)
+        return Request(
+            received.connection, message, now, deadline, received.identity, size=size, query=query, began_s=now
+        )
 
     @property
     def longest_prompt(self) -> int:
@@ -106,6 +110,7 @@ class RequestHandler:
                 self.fail(request, Refusal("engine_error", outputs.errors[at] or "the engine failed"))
                 continue
             logprobs = outputs.logprobs[at] if outputs.logprobs else ()
+            self.times.on_tokens(request, choice, len(outputs.token_ids[at]), now)
             try:
                 choice.add_tokens(outputs.token_ids[at], logprobs, outputs.finish[at])
             except BaseException as error:
@@ -148,6 +153,7 @@ class RequestHandler:
 
     def finish(self, request: Request) -> None:
         """End a request whose choices have ended."""
+        self.times.on_end(request, time.monotonic())
         self.table.remove(request)
         self._outgoing.to_client(request.connection, request.finished())
 
@@ -160,7 +166,7 @@ class RequestHandler:
 
     def fail(self, request: Request, refusal: Refusal) -> None:
         """End a request that was accepted."""
-        self.drop(request)
+        self._remove(request, refusal.code)
         self._outgoing.to_client(request.connection, refusal.answer(request.id))
 
     def fail_all(self) -> None:
@@ -170,7 +176,12 @@ class RequestHandler:
 
     def drop(self, request: Request) -> None:
         """End a request without a message, because its connection is gone."""
+        self._remove(request)
+
+    def _remove(self, request: Request, failure: str = "") -> None:
         self._cancel_sequences(request)
+        if request.query is None:
+            self.times.on_end(request, time.monotonic(), failure)
         self.table.remove(request)
 
     def refuse(self, connection: bytes, request_id: int | None, refusal: Refusal) -> None:

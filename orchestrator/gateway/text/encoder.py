@@ -5,7 +5,6 @@ process, and is answered with the pidfd of it. This process has one thread and r
 forking is safe, takes milliseconds, and shares the memory of the tokenizer.
 """
 
-import logging
 import os
 import resource
 import signal
@@ -20,7 +19,8 @@ from mgpu.orchestrator.gateway.text.encoder_messages import ENCODER, LENGTH, Enc
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.text_tasks import do
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
-from mgpu.protocol.internal.child import end_with_parent, log_level
+from mgpu.protocol.internal.child import end_with_parent
+from mgpu.protocol.internal.logs import configure_logging
 
 NICENESS = 5
 """Streams come first where there are too few cores for both."""
@@ -33,7 +33,7 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps; the gateway has a pidfd of each process
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
     os.nice(NICENESS)
-    logging.basicConfig(level=log_level(), format="gateway: %(message)s", stream=os.fdopen(os.dup(2), "w"))
+    configure_logging("gateway", os.fdopen(os.dup(2), "w"))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the library writes a line of its own for each panic
     control = socket.socket(fileno=os.dup(0))
     spec = ENCODER.decode(control.recv(_MAX_SPEC_BYTES))

@@ -9,6 +9,7 @@ from harness.raw_peer import RawPeer
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.queries import ENGINE_TIMEOUT_S, Queries
 from mgpu.orchestrator.gateway.requests.quota import Quota
+from mgpu.orchestrator.gateway.requests.request_times import RequestTimes
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.protocol.front.client_messages import Query
 from mgpu.protocol.internal.client_limits import ClientLimits
@@ -42,7 +43,7 @@ def sent() -> Sent:
 def queries(sent: Sent) -> Queries:
     spec = GatewaySpec("/run", "ipc:///front", "ipc:///link", "/model", "safetensors", "tiny", 300, [1], 1 << 20)
     model = ServedModel(spec, EngineInfo("ready", 512, 4096, ""), None, is_loaded=True)
-    return Queries(model, RequestTable(Quota(ClientLimits())), sent)  # type: ignore[arg-type]
+    return Queries(model, RequestTable(Quota(ClientLimits())), sent, RequestTimes())  # type: ignore[arg-type]
 
 
 def ask(queries: Queries, connection: bytes) -> None:

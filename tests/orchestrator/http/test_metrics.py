@@ -1,0 +1,54 @@
+"""/metrics: names that dashboards know, from the counters of the stats query."""
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from harness.http_process import HttpServer
+from mgpu.orchestrator.http.metrics import render
+
+STATS = {
+    "running": 3.0, "waiting": 2.0, "kv_blocks_used": 25.0, "kv_blocks_total": 100.0, "generated_tokens": 70.0,
+    "prompt_tokens": 40.0, "prefix_hit_tokens": 16.0, "first_token_s_le_0.005": 1.0, "first_token_s_le_inf": 4.0,
+    "first_token_s_sum": 2.5, "step_ms_le_1": 1.0, "step_ms_le_inf": 2.0, "step_ms_sum": 30.0, "ended_stop": 6.0,
+    "gpu0_memory_used_bytes": 5e9, "gpu0_memory_total_bytes": 8e10,
+}  # fmt: skip
+
+
+def samples(page: str) -> dict[str, float]:
+    """Return every sample under its name and its labels but the model's."""
+    found = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            labels = ",".join(f"{key}={value}" for key, value in sample.labels.items() if key != "model_name")
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def test_counters_have_the_names_that_dashboards_know() -> None:
+    found = samples(render("tiny", "ready", STATS).decode())
+    assert found["vllm:num_requests_running"] == 3
+    assert found["vllm:kv_cache_usage_perc"] == 0.25
+    assert found["vllm:generation_tokens_total"] == 70
+    assert found["vllm:prefix_cache_hits_total"] == 16
+    assert found["vllm:time_to_first_token_seconds_bucket{le=0.005}"] == 1
+    assert found["vllm:time_to_first_token_seconds_bucket{le=+Inf}"] == 4
+    assert found["vllm:time_to_first_token_seconds_count"] == 4
+    assert found["vllm:time_to_first_token_seconds_sum"] == 2.5
+    assert found["vllm:request_success_total{finished_reason=stop}"] == 6
+    assert found["mgpu:step_time_seconds_bucket{le=0.001}"] == 1
+    assert found["mgpu:step_time_seconds_sum"] == 0.03
+    assert found["mgpu:gpu_memory_used_bytes{gpu=0}"] == 5e9
+    assert found["mgpu:ready{state=ready}"] == 1
+
+
+def test_a_server_that_cannot_be_asked_is_only_not_ready() -> None:
+    assert samples(render("", "unreachable", {}).decode()) == {"mgpu:ready{state=unreachable}": 0.0}
+
+
+def test_the_page_of_a_server(http: HttpServer) -> None:
+    answer = httpx.get(f"{http.url}/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    found = samples(answer.text)
+    assert found["mgpu:ready{state=ready}"] == 1
+    assert "vllm:inter_token_latency_seconds_count" in found
