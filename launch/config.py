@@ -165,7 +165,7 @@ class ServeConfig:
     )
     log_level: LogLevel = _option("info", "Least weight of lines in the log.", group="Log")  # noqa: RUF009
     log_format: LogFormat = _option(  # noqa: RUF009
-        "text", "text for people, json for programs, journal for systemd's journal (with priorities)."
+        "auto", "text for people, json for programs, journal for systemd's journal; auto: journal where it is one."
     )
     access_log: bool = _option(False, "Log a line for each request: account, tokens, times, how it ended; no text.")
     load_format: Literal["auto", "dummy"] = _option(

@@ -9,10 +9,10 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import IO, Literal, get_args
+from typing import IO, Literal
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
-LogFormat = Literal["text", "json", "journal"]
+LogFormat = Literal["auto", "text", "json", "journal"]
 LEVEL_VARIABLE = "MGPU_LOG_LEVEL"
 FORMAT_VARIABLE = "MGPU_LOG_FORMAT"
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -27,10 +27,21 @@ def log_level(environ: Mapping[str, str] = os.environ) -> int:
 
 def configure_logging(component: str, stream: IO[str] | None = None, environ: Mapping[str, str] = os.environ) -> None:
     """Log to ``stream`` (standard error) as the environment asks. ``component`` names this process in every line."""
-    chosen = environ.get(FORMAT_VARIABLE) or "text"
+    chosen = environ.get(FORMAT_VARIABLE) or "auto"
+    if chosen == "auto" and stream is None and _goes_to_journal(environ):
+        chosen = "journal"
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_FORMATTERS.get(chosen, TextFormatter)(component))
     logging.basicConfig(level=log_level(environ), handlers=[handler])
+
+
+def _goes_to_journal(environ: Mapping[str, str]) -> bool:
+    """Return True if systemd has connected standard error to its journal, as JOURNAL_STREAM says."""
+    try:
+        status = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):  # closed, or replaced by an object without a file
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 class _Formatter(logging.Formatter):
@@ -78,6 +89,4 @@ class JournalFormatter(_Formatter):
         return "\n".join(prefix + line for line in lines)
 
 
-_FORMATTERS: dict[str, type[_Formatter]] = dict(
-    zip(get_args(LogFormat), (TextFormatter, JsonFormatter, JournalFormatter), strict=True)
-)
+_FORMATTERS: dict[str, type[_Formatter]] = {"json": JsonFormatter, "journal": JournalFormatter}

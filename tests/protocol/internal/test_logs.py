@@ -3,7 +3,9 @@
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +64,17 @@ def test_a_level_below_the_chosen_one_is_silent(root: logging.Logger) -> None:
 @pytest.mark.parametrize(("text", "level"), [("", logging.INFO), ("debug", logging.DEBUG), ("odd", logging.INFO)])
 def test_the_level_comes_from_the_environment(text: str, level: int) -> None:
     assert log_level({"MGPU_LOG_LEVEL": text}) == level
+
+
+@pytest.mark.parametrize(("matches", "begins"), [(True, "<6>gateway: hello"), (False, "2")])
+def test_a_log_that_goes_to_the_journal_has_its_form(
+    root: logging.Logger, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, matches: bool, begins: str
+) -> None:
+    with (tmp_path / "log").open("w+") as file:
+        monkeypatch.setattr("sys.stderr", file)
+        status = os.fstat(file.fileno())
+        logging.getLogger().handlers.clear()
+        configure_logging("gateway", None, {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not matches)}"})
+        logging.getLogger("mgpu.test").info("hello")
+        file.seek(0)
+        assert file.read().startswith(begins)
