@@ -53,7 +53,7 @@ _PATHS = (
     Path("GET", "/health", ready),
     Path("GET", "/health/ready", ready),
     Path("GET", "/health/live", live),
-    Path("GET", "/metrics", metrics),
+    Path("GET", "/metrics", metrics, media="text/plain"),
     Path("GET", "/version", version),
 )
 PATHS = (*_PATHS, openapi(_PATHS))

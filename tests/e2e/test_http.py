@@ -1,8 +1,12 @@
 """The HTTP server on a real model: what a newcomer's curl gets."""
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from harness.http_client import get, post
 from mgpu import Client
@@ -145,3 +149,17 @@ def test_other_paths_and_methods_say_so(url: str) -> None:
     assert get(url, "/nothing").error["code"] == "not_found"
     answer = get(url, CHAT)
     assert (answer.status, answer.headers["allow"]) == (405, "POST")
+
+
+def test_the_page_of_metrics_answers_every_query_of_the_grafana_dashboard(url: str) -> None:
+    post(url, CHAT, {"messages": HELLO, "max_tokens": 4})
+    families = list(text_string_to_metric_families(get(url, "/metrics").body.decode()))
+    values = {sample.name: sample.value for family in families for sample in family.samples}
+    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
+    targets = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in targets for name in re.findall(r"(?:vllm|mgpu):[a-z0-9_]+", query)}
+    assert asked - values.keys() == {"mgpu:gpu_memory_used_bytes"}, "a server without GPUs has no memory of theirs"
+    assert "mgpu:gpu_memory_used_bytes" in {family.name for family in families}
+    for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time"):
+        assert values[f"vllm:{name}_seconds_count"] >= 1, name
+    assert values["vllm:generation_tokens_total"] >= 4

@@ -31,6 +31,8 @@ class Path:
     required: tuple[str, ...] = ()
     streams: bool = False
     """``stream: true`` makes the answer server-sent events."""
+    media: str = "application/json"
+    """Type of the answer."""
 
 
 def openapi(paths: Sequence[Path]) -> Path:
@@ -57,7 +59,8 @@ def _described(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _operation(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+    kind = "object" if path.media == "application/json" else "string"
+    content: dict[str, Any] = {path.media: {"schema": {"type": kind}}}
     if path.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     failed = {"description": "an error", "content": {"application/json": {"schema": _ERROR}}}
