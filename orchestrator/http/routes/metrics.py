@@ -3,8 +3,8 @@
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from mgpu.orchestrator.http.metrics import CONTENT_TYPE, render
 from mgpu.orchestrator.http.routes.call import Call
+from mgpu.orchestrator.http.routes.prometheus import CONTENT_TYPE, render
 from mgpu.protocol.errors import MgpuError
 
 

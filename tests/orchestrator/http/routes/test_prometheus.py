@@ -4,7 +4,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from harness.http_process import HttpServer
-from mgpu.orchestrator.http.metrics import render
+from mgpu.orchestrator.http.routes.prometheus import render
 
 STATS = {
     "running": 3.0, "waiting": 2.0, "kv_blocks_used": 25.0, "kv_blocks_total": 100.0, "generated_tokens": 70.0,
