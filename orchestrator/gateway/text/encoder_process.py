@@ -7,6 +7,7 @@ loads the tokenizer, and those that do the work are forked from it: a killed one
 
 import errno
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -79,16 +80,22 @@ class EncoderProcesses:
 
     def do(self, task: TextTask) -> TextReply:
         """Return the result, or an error for the client. EncoderFailed, OSError if no process can be started."""
-        try:
-            encoder = self._idle.pop()
-        except IndexError:
-            encoder = self._fork()
+        encoder = self._take_idle() or self._fork()
         reply = encoder.ask(task, self._wall_limit_s)
         if reply is None:
             limits = f"{self._spec.cpu_limit_s:g} s of CPU time or {self._spec.memory_bytes >> 20} MiB"
             return TextReply(error=f"the process that worked on this text has ended; it may take {limits}")
         self._idle.append(encoder)
         return reply
+
+    def _take_idle(self) -> "_Encoder | None":
+        """Return a process that waits for work. One that has ended meanwhile must not cost the next text."""
+        with suppress(IndexError):
+            while True:
+                encoder = self._idle.pop()
+                if encoder.is_alive():
+                    return encoder
+        return None
 
     def _fork(self) -> "_Encoder":
         """Return a new process. If the one to fork from is gone, it is started again, once."""
@@ -115,8 +122,12 @@ class _Loader:
 
     def __init__(self, spec: EncoderSpec) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            process = subprocess.Popen(COMMAND, stdin=theirs.fileno())
+        try:
+            with theirs:
+                process = subprocess.Popen(COMMAND, stdin=theirs.fileno())
+        except BaseException:
+            self._control.close()
+            raise
         self.close = weakref.finalize(self, _end, process, self._control)
         with suppress(OSError):  # a process that has ended at once is noticed by `fork`
             self._control.send(ENCODER.encode(spec))
@@ -147,8 +158,13 @@ class _Encoder:
     """A process that does one task after the other. It is killed when this is dropped."""
 
     def __init__(self, peer: socket.socket, pidfd: int) -> None:
-        self._socket = peer
+        self._socket, self._pidfd = peer, pidfd
         self._end = weakref.finalize(self, _kill, peer, pidfd)
+
+    def is_alive(self) -> bool:
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        return not poller.poll(0)
 
     def ask(self, task: TextTask, limit_s: float) -> TextReply | None:
         """Return the reply; None if the process has ended, or has been killed because none came."""
@@ -178,9 +194,9 @@ class _Encoder:
 
 
 def _end(process: "subprocess.Popen[bytes]", control: socket.socket) -> None:
+    control.close()
     process.kill()
     process.wait()
-    control.close()
 
 
 def _kill(peer: socket.socket, pidfd: int) -> None:

@@ -141,8 +141,7 @@ def test_processes_that_somebody_has_killed_are_replaced(make: Make) -> None:
     for process in helpers():
         process.kill()
         process.wait(10)
-    assert "has ended" in encoders.do(chat("two")).error
-    assert encoders.do(chat("three")).token_ids == ids("three")
+    assert encoders.do(chat("two")).token_ids == ids("two")
 
 
 def test_nothing_is_started_before_it_is_needed_and_nothing_stays(make: Make) -> None:
