@@ -13,11 +13,13 @@ not come back.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from bench.attack.honest import Honest
@@ -28,6 +30,7 @@ from bench.attack.victim import HOSTILE, Footprint, Transport, Victim, undisturb
 from bench.options import words
 from bench.report import Table
 from mgpu.launch.bench.report import describe, heading
+from mgpu.protocol.internal.child import end_with_parent
 
 NUM_KEYS = 8
 COLUMNS = (
@@ -116,7 +119,7 @@ def _attack(row: Row, victim: Victim, sessions: int, options: argparse.Namespace
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "bench.attack.hostile", "--worker", *shape, str(number), *files],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=partial(_begin, cores),
         )
         for number in range(options.processes)
     ]  # fmt: skip
@@ -138,6 +141,12 @@ def _attack(row: Row, victim: Victim, sessions: int, options: argparse.Namespace
         for process in processes:
             process.kill()
             process.wait()
+
+
+def _begin(cores: set[int]) -> None:
+    """Keep an attacker to its cores, and let it end with the program that started it."""
+    os.sched_setaffinity(0, cores)
+    end_with_parent(signal.SIGKILL)
 
 
 def _look_back(row: Row, victim: Victim, held: Footprint) -> None:

@@ -55,7 +55,7 @@ class Siege:
         """Watch the honest clients without and with an attack, and see what it leaves behind."""
         row = Row(name, self._transport, strength, load=os.getloadavg()[0])
         honest, victim = self._honest, self._victim
-        honest.watch(0.5)
+        victim.wait_quiet(self._streams + 1)
         before = honest.watch(min(max(5.0, seconds / 4), 2 * seconds))
         held, restarts, lost, different = victim.footprint(), victim.restarts(), honest.lost, honest.different
         during = self._attacked(row, seconds)

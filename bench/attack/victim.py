@@ -102,6 +102,11 @@ class Victim:
             processes[1].pid,
         )
 
+    def wait_quiet(self, most: int) -> None:
+        """Wait until no more than ``most`` requests are in flight: those of an earlier attack have ended."""
+        with self.client() as client:
+            wait_until(lambda: client.health().in_flight <= most, BACK_S)
+
     def restarts(self) -> tuple[int, int]:
         """Return how many gateways were replaced, and how many restarts of anything count to `--max-restarts`."""
         with self.client() as client:
