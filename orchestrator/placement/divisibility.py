@@ -41,7 +41,9 @@ def split_problems(
 def _expert_problems(facts: ModelFacts, size: int, split: ExpertSplit) -> list[str]:
     if facts.experts is None:
         return []
-    width, count = facts.experts.width, facts.experts.count
+    width, count, shared = facts.experts.width, facts.experts.count, facts.experts.shared_width
+    if 0 < shared < size:
+        return [f"shared expert's width {shared} < {size} ranks"]
     if split == "tensor":
         return [f"expert width {width} < {size} ranks"] if width < size else []
     return [f"{count} experts < {size} ranks"] if count < size else []

@@ -1,12 +1,19 @@
 """Compute the bytes that each rank holds, from the shapes of the model alone."""
 
 import math
+import re
 from dataclasses import replace
 from functools import cache
 
 from mgpu.protocol.checkpoint.tensors import layer_tensors
 from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
-from mgpu.protocol.model.placement import PlacementPlan, RankPlace, head_shard, padded_vocab
+from mgpu.protocol.model.placement import (
+    PlacementPlan,
+    RankPlace,
+    head_shard,
+    largest_expert_shard,
+    padded_vocab,
+)
 from mgpu.protocol.model.quantization import Quant, rank_matrices, weight_format
 
 CUDA_FIXED_BYTES = 700 << 20
@@ -18,22 +25,41 @@ _MATRICES = tuple(f"{kind}_proj.weight" for kind in ("q", "k", "v", "o", "gate",
 """Ends of the names of linear layers, which `rank_matrices` counts."""
 
 
-def _share(facts: ModelFacts, name: str, elements: int, tp_size: int) -> int:
-    """Return the elements of a rank's part of a norm, a router or a bias, the largest part where they differ.
+def _share(facts: ModelFacts, name: str, elements: int, tp_size: int, split: ExpertSplit) -> int:
+    """Return the elements of a rank's part of a norm, a router, sinks or a bias, the largest part where they differ.
 
-    Biases of column-parallel layers are split as their rows are; all else is whole on every rank.
+    Biases of column-parallel layers are split as their rows are, and so are the norms of whole heads; all else is whole
+    on every rank.
     """
     module, kind = name.split(".")[-2:]
-    if kind != "bias":
-        return elements
-    if module in ("gate_proj", "up_proj"):
-        return -(-elements // tp_size)
-    if module == "q_proj":
+    if facts.experts is not None and ".experts." in name and split == "parallel":
+        return elements * largest_expert_shard(facts.experts, split, tp_size)[0] // facts.experts.count
+    if kind == "sinks" or (kind == "bias" and module == "q_proj"):
         return elements // tp_size
-    if module in ("k_proj", "v_proj"):
+    if kind == "bias" and module in ("gate_proj", "up_proj"):
+        return -(-elements // tp_size)
+    if facts.norms_whole_heads and module == "q_norm":
+        return elements // tp_size
+    if (kind == "bias" and module in ("k_proj", "v_proj")) or (facts.norms_whole_heads and module == "k_norm"):
         held = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size).num_kv
         return elements // facts.num_kv_heads * held
     return elements
+
+
+def _other_elements(facts: ModelFacts, layer: int, tp_size: int, split: ExpertSplit) -> int:
+    """Return the elements on a rank of all tensors of a layer that are no linear layers."""
+    sums: dict[str, int] = {}
+    for name, shape in layer_tensors(facts, layer).items():
+        if not name.endswith(_MATRICES):
+            kind = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+            sums[kind] = sums.get(kind, 0) + math.prod(shape)
+    count = facts.experts.count if facts.experts is not None else 1
+    return sum(
+        _share(facts, name, size // count, tp_size, split) * count
+        if ".experts." in name and split == "tensor"
+        else _share(facts, name, size, tp_size, split)
+        for name, size in sums.items()
+    )
 
 
 def edge_elements(facts: ModelFacts, tp_size: int, first: bool, last: bool) -> int:
@@ -51,11 +77,7 @@ def layer_bytes(
     facts: ModelFacts, layer: int, tp_size: int, dtype_bytes: int, quant: Quant, split: ExpertSplit = "tensor"
 ) -> int:
     """Return the bytes of a layer on one of ``tp_size`` ranks: quantized matrices with scales, the rest dense."""
-    rest = sum(
-        _share(facts, name, math.prod(shape), tp_size)
-        for name, shape in layer_tensors(facts, layer).items()
-        if not name.endswith(_MATRICES)
-    )
+    rest = _other_elements(facts, layer, tp_size, split)
     form = weight_format(quant)
     matrices = rank_matrices(facts, tp_size, layer, split)
     return rest * dtype_bytes + sum(form.matrix_bytes(*shape, dtype_bytes) for shape in matrices)

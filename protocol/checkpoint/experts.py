@@ -1,23 +1,49 @@
 """Read the mixture of experts of a Hugging Face configuration."""
 
+from dataclasses import replace
+
 from mgpu.protocol.checkpoint.untrusted import Fields, Limit
-from mgpu.protocol.model.facts import ExpertFacts
+from mgpu.protocol.model.facts import Clamp, ExpertFacts
 
 MOST_EXPERTS = 1 << 12
+_ALL_SPARSE = {
+    "mixtral": (14336, 8, 2),
+    "granitemoe": (11008, 8, 2),
+    "granitemoeshared": (11008, 8, 2),
+    "gpt_oss": (2880, 128, 4),
+}
+"""Families with experts in every layer: default width, number and active ones."""
 
 
 def expert_facts(fields: Fields, family: str, num_layers: int) -> ExpertFacts | None:
     """Return the experts of a family that has some, with the defaults of transformers; None for the others."""
-    if family == "mixtral":
-        width = fields.integer("intermediate_size", 14336, high=8 * Limit.HIDDEN)
-        count, active = _counts(fields, "num_local_experts", 8, 2)
-        return ExpertFacts(count, active, width, (True,) * num_layers, normalizes=True)
+    if family in ("qwen2_moe", "qwen3_moe"):
+        return _qwen(fields, family, num_layers)
+    if family not in _ALL_SPARSE:
+        return None
+    width, count, active = _ALL_SPARSE[family]
+    width = fields.integer("intermediate_size", width, high=8 * Limit.HIDDEN)
+    count, active = _counts(fields, "num_local_experts", count, active)
+    experts = ExpertFacts(count, active, width, (True,) * num_layers, normalizes=True)
+    if family == "gpt_oss":
+        clamp = Clamp(fields.number("swiglu_alpha", 1.702), fields.number("swiglu_limit", 7.0))
+        return replace(experts, router_bias=True, bias=True, clamp=clamp)
+    if family == "granitemoeshared":
+        shared = fields.integer("shared_intermediate_size", 1024, low=0, high=8 * Limit.HIDDEN)
+        return replace(experts, shared_width=shared)
+    return experts
+
+
+def _qwen(fields: Fields, family: str, num_layers: int) -> ExpertFacts:
+    width, count, active = (1408, 60, 4) if family == "qwen2_moe" else (768, 128, 8)
+    width = fields.integer("moe_intermediate_size", width, high=8 * Limit.HIDDEN)
+    count, active = _counts(fields, _first_of(fields, "num_experts", "num_local_experts"), count, active)
+    normalizes = fields.boolean("norm_topk_prob", False)
+    experts = ExpertFacts(count, active, width, _sparse_layers(fields, num_layers), normalizes)
     if family == "qwen3_moe":
-        width = fields.integer("moe_intermediate_size", 768, high=8 * Limit.HIDDEN)
-        count, active = _counts(fields, _first_of(fields, "num_experts", "num_local_experts"), 128, 8)
-        normalizes = fields.boolean("norm_topk_prob", False)
-        return ExpertFacts(count, active, width, _sparse_layers(fields, num_layers), normalizes)
-    return None
+        return experts
+    shared = fields.integer("shared_expert_intermediate_size", 5632, high=8 * Limit.HIDDEN)
+    return replace(experts, shared_width=shared, shared_gate=True)
 
 
 def _first_of(fields: Fields, *keys: str) -> str:

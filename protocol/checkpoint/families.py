@@ -1,8 +1,12 @@
 """The families that mgpu serves: what their classes are called, and the defaults of their configurations."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mgpu.protocol.model.facts import ARCHITECTURES
+
+Biases = Literal["none", "qkv", "asked", "asked qkv"]
+"""Of attention: none, always those of q, k and v, or what the configuration asks for: all four, or q, k and v."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,25 +26,65 @@ class Family:
     vocab_size: int | None = None
     theta: float = 1e4
     eps: float = 1e-6
+    biases: Biases = "asked"
+    has_bias: bool = False
+    """Default of the key that asks for biases."""
+    mlp_bias: bool = False
+    """True if the configuration may ask for biases of the feed-forward network."""
+    qk_norm: bool = False
+    is_gemma: bool = False
+    """Weights of norms are stored minus one, embeddings scaled, and the gate is a tanh-GELU."""
+    is_granite: bool = False
+    """The configuration has four multipliers."""
 
 
 FAMILIES = {
-    "llama": Family(None, None, 2048, False, 1, (2,)),
-    "mistral": Family(8, None, 131072, False, 1, (2,)),
-    "qwen2": Family(32, None, 32768, False, None, ()),
-    "qwen3": Family(32, 128, 32768, False, None, ()),
-    "gemma3": Family(4, 256, 131072, True, 2, (1,), 2304, 9216, 26, 8, 262208, theta=1e6),
-    "mixtral": Family(8, None, 131072, False, 1, (2,), theta=1e6, eps=1e-5),
-    "qwen3_moe": Family(4, None, 32768, False, None, ()),
+    "llama": Family(None, None, 2048, False, 1, (2,), mlp_bias=True),
+    "mistral": Family(8, None, 131072, False, 1, (2,), biases="none"),
+    "ministral": Family(8, None, 131072, False, 1, (2,), biases="none"),
+    "ministral3": Family(8, 128, 262144, False, 1, (2,), theta=1e6, eps=1e-5, biases="none"),
+    "qwen2": Family(32, None, 32768, False, None, (), biases="qkv"),
+    "qwen2_5_vl": Family(8, None, 32768, False, 151643, (151645,), theta=1e6, eps=1e-5, biases="qkv"),
+    "qwen3": Family(32, 128, 32768, False, None, (), qk_norm=True),
+    "gemma2": Family(4, 256, 8192, True, 2, (1,), 2304, 9216, 26, 8, 256000, is_gemma=True),
+    "gemma3": Family(4, 256, 131072, True, 2, (1,), 2304, 9216, 26, 8, 262208, theta=1e6, qk_norm=True, is_gemma=True),
+    "phi3": Family(None, None, 4096, False, 1, (32000,), eps=1e-5, biases="none"),
+    "granite": Family(None, None, 2048, False, 1, (2,), mlp_bias=True, is_granite=True),
+    "olmo2": Family(None, None, 2048, False, None, (50279,), eps=1e-5, qk_norm=True),
+    "olmo3": Family(None, None, 2048, False, None, (50279,), theta=5e5, eps=1e-5, qk_norm=True),
+    "smollm3": Family(4, None, 32768, True, 128000, (128001,), theta=2e6, mlp_bias=True),
+    "mixtral": Family(8, None, 131072, False, 1, (2,), theta=1e6, eps=1e-5, biases="none"),
+    "qwen2_moe": Family(16, None, 32768, False, None, (), biases="asked qkv", has_bias=True),
+    "qwen3_moe": Family(4, None, 32768, False, None, (), qk_norm=True),
+    "granitemoe": Family(None, None, 2048, False, 1, (2,), is_granite=True),
+    "granitemoeshared": Family(None, None, 2048, False, 1, (2,), is_granite=True),
+    "gpt_oss": Family(8, 64, 131072, False, None, (), theta=1.5e5, eps=1e-5, has_bias=True),
 }
 CLASSES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "Mistral3ForConditionalGeneration": "mistral",
+    "MinistralForCausalLM": "ministral",
+    "Ministral3ForCausalLM": "ministral3",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
     "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "Gemma3ForConditionalGeneration": "gemma3",
+    "Phi3ForCausalLM": "phi3",
+    "GraniteForCausalLM": "granite",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
+    "SmolLM3ForCausalLM": "smollm3",
     "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "GraniteMoeForCausalLM": "granitemoe",
+    "GraniteMoeSharedForCausalLM": "granitemoeshared",
+    "GptOssForCausalLM": "gpt_oss",
 }
-MODEL_TYPES = {name: name for name in ARCHITECTURES} | {"gemma3_text": "gemma3"}
+MODEL_TYPES = {name: name for name in ARCHITECTURES} | {
+    "gemma3_text": "gemma3", "mistral3": "mistral", "qwen2_5_vl_text": "qwen2_5_vl",
+}  # fmt: skip
+"""Models that only name their type."""

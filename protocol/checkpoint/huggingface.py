@@ -5,7 +5,8 @@ from typing import cast, get_args
 
 from mgpu.protocol.checkpoint.experts import expert_facts
 from mgpu.protocol.checkpoint.families import CLASSES, FAMILIES, MODEL_TYPES, Family
-from mgpu.protocol.checkpoint.huggingface_rope import read_rope
+from mgpu.protocol.checkpoint.huggingface_rope import read_rope, rotated_size
+from mgpu.protocol.checkpoint.sliding import read_sliding
 from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file, read_json_object
 from mgpu.protocol.model.facts import Activation, Dtype, ModelFacts
 
@@ -18,10 +19,12 @@ def read_config_facts(folder: Path, is_plain: bool = False) -> ModelFacts:
     path = checked_file(folder, "config.json")
     outer = Fields(str(path), read_json_object(path))
     family = _family_of(outer)
-    if not is_plain:
+    if not is_plain and not _widens(family, outer):
         _refuse_quantized(outer)
-    fields = outer.nested("text_config") if family == "gemma3" else None
-    return _facts(family, outer, fields or outer, _generation_config(folder))
+    fields = outer.nested("text_config") or outer
+    if family == "mistral" and fields is not outer:
+        family = _text_family(fields)
+    return _facts(family, outer, fields, _generation_config(folder))
 
 
 def _family_of(fields: Fields) -> str:
@@ -31,9 +34,36 @@ def _family_of(fields: Fields) -> str:
     if family is None:
         shown = repr(name[:80]) if name else "not named (no `architectures`, no `model_type`)"
         raise CheckpointError(
-            f"{fields.source}: the architecture is {shown}; supported architectures: {', '.join(CLASSES)}"
+            f"{fields.source}: the architecture is {shown}{_what_is_missing(fields)}; supported architectures: "
+            f"{', '.join(CLASSES)}"
         )
     return family
+
+
+_FOREIGN_KEYS = {
+    "kv_lora_rank": "latent attention", "is_encoder_decoder": "cross attention",
+    "cross_attention_layers": "cross attention", "mamba_d_state": "recurrent states",
+    "ssm_state_size": "recurrent states",
+    "state_size": "recurrent states", "linear_num_value_heads": "recurrent states", "lru_width": "recurrent states",
+    "rwkv_version": "recurrent states", "full_attn_idxs": "recurrent states",
+}  # fmt: skip
+"""Keys of models whose code needs what mgpu does not have."""
+
+
+def _what_is_missing(fields: Fields) -> str:
+    """Return what a model of an unknown architecture would need besides, by the first key that tells."""
+    for key, part in _FOREIGN_KEYS.items():
+        if fields.has(key) and fields.raw(key) is not False:
+            return f", which needs {part} ({key}), and mgpu has none"
+    return ""
+
+
+def _text_family(fields: Fields) -> str:
+    """Return the family of a multimodal Mistral's text model."""
+    kind = fields.text("model_type", "mistral")
+    if kind not in ("mistral", "ministral", "ministral3"):
+        raise fields.error("model_type", f"is {kind[:40]!r}; supported: mistral, ministral, ministral3")
+    return kind
 
 
 def _generation_config(folder: Path) -> Fields:
@@ -60,8 +90,8 @@ def _bos(base: Family, fields: Fields) -> int | None:
 
 
 def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> ModelFacts:
-    _refuse_unsupported(outer)
-    _refuse_unsupported(fields)
+    for holder in (outer, fields):
+        _refuse_unsupported(holder, family)
     base = FAMILIES[family]
     tying = outer if outer.has("tie_word_embeddings") else fields
     hidden = fields.integer("hidden_size", base.hidden_size, high=Limit.HIDDEN)
@@ -69,9 +99,10 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
     num_q_heads = fields.integer("num_attention_heads", base.num_q_heads, high=Limit.HEADS)
     head_dim = _head_dim(fields, base, hidden, num_q_heads)
     max_position = fields.integer("max_position_embeddings", base.max_position, high=Limit.POSITION)
-    rope = read_rope(fields, family, base.theta, max_position, head_dim)
-    window, sliding = _sliding(fields, family, num_layers)
-    biased = fields.boolean("attention_bias", False) and family not in ("mistral", "mixtral")
+    rotated = rotated_size(fields, family, head_dim)
+    rope = read_rope(fields, family, base.theta, max_position, rotated)
+    window, sliding = read_sliding(fields, family, num_layers)
+    qkv_bias, output_bias = _biases(fields, base)
     return ModelFacts(
         architecture=family,
         hidden_size=hidden,
@@ -88,19 +119,64 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         rope_scaling=rope.scaling,
         sliding_window=window,
         sliding_layers=sliding,
-        qkv_bias=biased or family == "qwen2",
-        output_bias=biased and family != "qwen2",
-        mlp_bias=family == "llama" and fields.boolean("mlp_bias", False),
-        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3"),
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        mlp_bias=base.mlp_bias and fields.boolean("mlp_bias", False),
+        qk_norm=base.qk_norm,
         tie_embeddings=tying.boolean("tie_word_embeddings", base.tie),
-        activation=_activation(fields, family),
-        embedding_scale=hidden**0.5 if family == "gemma3" else 1.0,
-        attention_scale=_attention_scale(fields, family, head_dim),
+        activation=_activation(fields, family, base),
+        embedding_scale=hidden**0.5 if base.is_gemma else _multiplier(fields, base, "embedding_multiplier"),
+        attention_scale=_attention_scale(fields, base, head_dim),
         bos_token_id=_bos(base, outer if outer.has("bos_token_id") else fields),
         eos_token_ids=_end_tokens(base, generation, outer if outer.has("eos_token_id") else fields),
         checkpoint_dtype=_dtype(outer, fields),
         experts=expert_facts(fields, family, num_layers),
+        norms_whole_heads=family in ("olmo2", "olmo3"),
+        rotated_size=0 if rotated == head_dim else rotated,
+        unrotated_layers=_unrotated_layers(fields, family, num_layers),
+        attention_softcap=_softcap(fields, family, "attn_logit_softcapping", 50.0),
+        attention_sinks=family == "gpt_oss",
+        residual_scale=_multiplier(fields, base, "residual_multiplier"),
+        logit_scale=1.0 / _multiplier(fields, base, "logits_scaling"),
+        logit_softcap=_softcap(fields, family, "final_logit_softcapping", 30.0),
     )
+
+
+def _biases(fields: Fields, base: Family) -> tuple[bool, bool]:
+    """Return whether q, k and v have biases, and whether the output projection has one."""
+    if base.biases in ("none", "qkv"):
+        return base.biases == "qkv", False
+    key = "qkv_bias" if base.biases == "asked qkv" else "attention_bias"
+    biased = fields.boolean(key, base.has_bias)
+    return biased, biased and base.biases == "asked"
+
+
+def _multiplier(fields: Fields, base: Family, key: str) -> float:
+    return fields.number(key, 1.0) if base.is_granite else 1.0
+
+
+def _softcap(fields: Fields, family: str, key: str, default: float) -> float:
+    """Return Gemma 2's cap; 0 where it is null."""
+    if family != "gemma2" or (fields.declares(key) and not fields.has(key)):
+        return 0.0
+    return fields.number(key, default)
+
+
+def _unrotated_layers(fields: Fields, family: str, num_layers: int) -> tuple[int, ...]:
+    """Return SmolLM3's layers without rotary embedding; its key names the others, in spite of what it is called."""
+    if family != "smollm3":
+        return ()
+    rotated = fields.list_of("no_rope_layers", int, num_layers)
+    if not rotated:
+        interval = fields.integer("no_rope_layer_interval", 4)
+        rotated = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    return tuple(layer for layer, is_rotated in enumerate(rotated) if not is_rotated)
+
+
+def _widens(family: str, fields: Fields) -> bool:
+    """Return True for gpt-oss' own quantization, whose weights are widened while they are read."""
+    quantization = fields.nested("quantization_config")
+    return family == "gpt_oss" and quantization is not None and quantization.text("quant_method", "") == "mxfp4"
 
 
 def _refuse_quantized(fields: Fields) -> None:
@@ -112,9 +188,9 @@ def _refuse_quantized(fields: Fields) -> None:
         )
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse_unsupported(fields: Fields, family: str) -> None:
     for key in ("final_logit_softcapping", "attn_logit_softcapping"):
-        if fields.has(key):
+        if fields.has(key) and family != "gemma2":
             raise fields.error(key, "is set, which is not supported")
     if fields.boolean("use_bidirectional_attention", False):
         raise fields.error("use_bidirectional_attention", "is true: not a model that generates text")
@@ -139,47 +215,20 @@ def _num_kv_heads(fields: Fields, base: Family, num_q_heads: int) -> int:
     return num_kv_heads
 
 
-def _sliding(fields: Fields, family: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """Return the window and which layers use it; (None, all False) without one."""
-    none = None, (False,) * num_layers
-    if family == "llama" or (family == "mixtral" and not fields.has("sliding_window")):
-        return none
-    if fields.declares("sliding_window") and not fields.has("sliding_window"):
-        return none
-    if family in ("qwen2", "qwen3", "qwen3_moe") and not fields.boolean("use_sliding_window", False):
-        return none
-    window = fields.integer("sliding_window", 4096)
-    slides_everywhere = family in ("mistral", "mixtral", "qwen3_moe")
-    types = fields.list_of("layer_types", str, num_layers) if not slides_everywhere else None
-    if types is not None:
-        return window, tuple(_is_sliding(fields, kind) for kind in types)
-    if slides_everywhere:
-        return window, (True,) * num_layers
-    if family == "gemma3":
-        pattern = fields.integer("sliding_window_pattern", 6)
-        return window, tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
-    first = fields.integer("max_window_layers", 28, low=0)
-    return window, tuple(layer >= first for layer in range(num_layers))
-
-
-def _is_sliding(fields: Fields, kind: object) -> bool:
-    if kind not in ("sliding_attention", "full_attention"):
-        raise fields.error("layer_types", f"has {str(kind)[:40]!r}; supported: sliding_attention, full_attention")
-    return kind == "sliding_attention"
-
-
-def _activation(fields: Fields, family: str) -> Activation:
-    if family == "gemma3":
+def _activation(fields: Fields, family: str, base: Family) -> Activation:
+    if base.is_gemma:
         key, expected, synonyms = "hidden_activation", "gelu_pytorch_tanh", ("gelu_new", "gelu_python_tanh")
     else:
         key, expected, synonyms = "hidden_act", "silu", ("swish", "swish")
     if (name := fields.text(key, expected)) not in (expected, *synonyms):
         raise fields.error(key, f"is {name[:40]!r}; {family} is supported with {expected!r}")
-    return "gelu_tanh" if family == "gemma3" else "silu"
+    return "gelu_tanh" if base.is_gemma else "silu"
 
 
-def _attention_scale(fields: Fields, family: str, head_dim: int) -> float:
-    return float((fields.number("query_pre_attn_scalar", 256.0) if family == "gemma3" else head_dim) ** -0.5)
+def _attention_scale(fields: Fields, base: Family, head_dim: int) -> float:
+    if base.is_granite:
+        return fields.number("attention_multiplier", 1.0)
+    return float((fields.number("query_pre_attn_scalar", 256.0) if base.is_gemma else head_dim) ** -0.5)
 
 
 def _dtype(outer: Fields, fields: Fields) -> Dtype:

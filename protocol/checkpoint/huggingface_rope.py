@@ -12,6 +12,7 @@ from mgpu.protocol.checkpoint.rope_rules import (
 from mgpu.protocol.checkpoint.untrusted import Fields, Limit
 from mgpu.protocol.model.facts import RopeScaling
 
+_PARTIAL = "partial_rotary_factor"
 _KINDS = "default, linear, dynamic, llama3, yarn, longrope"
 
 
@@ -35,7 +36,21 @@ class _Base:
     max_position: int
 
 
-def read_rope(fields: Fields, family: str, default_theta: float, max_position: int, head_dim: int) -> Rope:
+def rotated_size(fields: Fields, family: str, head_dim: int) -> int:
+    """Return how many components of a head are rotated: all, or the first of them. Else CheckpointError."""
+    holders = (fields.nested("rope_parameters"), fields.nested("rope_scaling"), fields)
+    holder = next((each for each in holders if each is not None and each.has(_PARTIAL)), None)
+    if holder is None or (factor := holder.number(_PARTIAL)) == 1.0:
+        return head_dim
+    size = int(head_dim * factor)
+    if family != "phi3":
+        raise holder.error(_PARTIAL, f"is not 1, which is not supported for {family}")
+    if factor > 1 or size < 2 or size % 2:
+        raise holder.error(_PARTIAL, f"is {factor:g}: {head_dim * factor:g} of {head_dim} components cannot be rotated")
+    return size
+
+
+def read_rope(fields: Fields, family: str, default_theta: float, max_position: int, size: int) -> Rope:
     """Read theta, that of sliding layers and the scaling, in the old style or that of transformers 5.
 
     Old: ``rope_theta`` and ``rope_scaling``. New: ``rope_parameters``, flat or one object per layer type.
@@ -47,15 +62,16 @@ def read_rope(fields: Fields, family: str, default_theta: float, max_position: i
         full, sliding = parameters.nested("full_attention"), parameters.nested("sliding_attention")
     # transformers lets a `rope_scaling` of the old style win where both are present.
     scaling = fields.nested("rope_scaling") or full
+    if family == "qwen2_5_vl" and scaling is not None and _kind(scaling) == "mrope":
+        scaling = None  # positions of text are the same in all three dimensions
     inside = scaling if scaling is not None and scaling.has("rope_theta") else full
     theta = _theta(inside, fields, "rope_theta", default_theta)
     local = _theta(sliding, fields, "rope_local_base_freq", 1e4)
     _check_sliding(fields, family, sliding, local, theta)
-    for holder in (fields, full, sliding):
-        if holder is not None and holder.number("partial_rotary_factor", 1.0) != 1.0:
-            raise holder.error("partial_rotary_factor", "is not 1, which is not supported")
-    base = _Base(fields, theta, head_dim, max_position)
+    base = _Base(fields, theta, size, max_position)
     longest = max_position if scaling is None else _stretched(scaling, base)
+    if scaling is not None and scaling.has("llama_4_scaling_beta"):
+        longest = min(longest, _original(scaling, base))  # past it, queries are scaled by their position
     return Rope(theta, local if family == "gemma3" else None, _scaling(scaling, base), longest)
 
 

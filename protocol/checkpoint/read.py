@@ -34,6 +34,8 @@ __all__ = ["Checkpoint", "CheckpointError", "TensorEntry", "expected_tensors", "
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_MXFP4 = ("_proj_blocks", "_proj_scales")
+"""Ends of the names of quantized experts that are widened while they are read."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -83,7 +85,8 @@ def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
 
 def _facts_of_weights(folder: Path, facts: ModelFacts, stored: dict[str, TensorEntry]) -> ModelFacts:
     """Correct the facts by what is stored, as transformers does. Refuse weights that are quantized."""
-    if any(entry.dtype not in _FLOATS for name, entry in stored.items() if name.startswith("model.layers.")):
+    others = (name for name, entry in stored.items() if name.startswith("model.layers.") and entry.dtype not in _FLOATS)
+    if not all(facts.architecture == "gpt_oss" and name.endswith(_MXFP4) for name in others):
         read_config_facts(folder, is_plain=False)
     # A stored head is used, whatever config.json says.
     facts = replace(facts, tie_embeddings=facts.tie_embeddings and "lm_head.weight" not in stored)

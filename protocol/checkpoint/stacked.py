@@ -1,24 +1,35 @@
 """Give every tensor the name and the shape that layers load: one tensor per projection, and per expert.
 
-Checkpoints store some projections stacked in one tensor (all experts, or gate and up), and families name theirs
-differently. A part of a stacked tensor is a range of bytes in the same file, so it gets an entry of its own and loaders
-read it like any other.
+Checkpoints store some projections stacked in one tensor (all experts, gate and up, or q, k and v), and families name
+theirs differently. A part of a stacked tensor is a range of bytes in the same file, so it gets an entry of its own and
+loaders read it like any other.
 
 Example: a stack `experts.gate_up_proj` [8, 192, 64] in BF16 holds gate and up of 8 experts. Row 0 of `up_proj` of
 expert 3 is row 3 * 192 + 96 of the stack, which begins 672 * 64 * 2 bytes after the stack does.
 """
 
-import math
+from collections.abc import Mapping
 from dataclasses import replace
 
-from mgpu.protocol.checkpoint.tensors import TensorEntry
-from mgpu.protocol.checkpoint.untrusted import CheckpointError
-from mgpu.protocol.model.facts import ExpertFacts, ModelFacts
+from mgpu.protocol.checkpoint.gpt_oss import gpt_oss_tensors
+from mgpu.protocol.checkpoint.tensors import TensorEntry, check_shape, rows_of
+from mgpu.protocol.model.facts import ModelFacts
 
 _LAYERS = "model.layers."
+_EXPERTS = ".mlp.experts."
+_GRANITE = (
+    (".block_sparse_moe.router.layer.", ".mlp.gate."),
+    (".block_sparse_moe.input_linear.weight", ".mlp.experts.gate_up_proj"),
+    (".block_sparse_moe.output_linear.weight", ".mlp.experts.down_proj"),
+    (".shared_mlp.input_linear.", ".mlp.shared_expert.gate_up_proj."),
+    (".shared_mlp.output_linear.", ".mlp.shared_expert.down_proj."),
+)
 _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
     "mixtral": ((".block_sparse_moe.", ".mlp."), (".w1.", ".gate_proj."), (".w2.", ".down_proj."),
                 (".w3.", ".up_proj.")),
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "gpt_oss": ((".mlp.router.", ".mlp.gate."),),
 }  # fmt: skip
 """Parts of stored names, and what stands for them in mgpu, by family."""
 
@@ -31,13 +42,14 @@ def stored_name(architecture: str, name: str) -> str:
     return name
 
 
-def separate_tensors(facts: ModelFacts, stored: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+def separate_tensors(facts: ModelFacts, stored: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Return entries under mgpu's names, with stacks taken apart. CheckpointError for a stack of wrong shape."""
+    renamed = {_own_name(facts.architecture, name): entry for name, entry in stored.items()}
     tensors: dict[str, TensorEntry] = {}
-    for name, entry in stored.items():
-        own = _own_name(facts.architecture, name)
-        parts = _parts(facts, own, entry) or {own: entry}
-        tensors |= {part: replace(piece, name=part) for part, piece in parts.items()}
+    for name, entry in renamed.items():
+        parts = _parts(facts, name, entry, renamed) if name.startswith(_LAYERS) else None
+        for part, piece in ({name: entry} if parts is None else parts).items():
+            tensors[part] = replace(piece, name=part)
     return tensors
 
 
@@ -48,43 +60,52 @@ def _own_name(architecture: str, name: str) -> str:
     return name
 
 
-def _parts(facts: ModelFacts, name: str, entry: TensorEntry) -> dict[str, TensorEntry]:
-    """Return the tensors that a stacked one consists of; none if it is not stacked."""
-    if not name.startswith(_LAYERS) or facts.experts is None:
-        return {}
+def _parts(
+    facts: ModelFacts, name: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry]
+) -> dict[str, TensorEntry] | None:
+    """Return the tensors that a stacked one consists of; None if it is not stacked."""
+    if facts.architecture == "gpt_oss" and _EXPERTS in name:
+        return gpt_oss_tensors(facts, name, entry, tensors)
     head, _, last = name.rpartition(".mlp.experts.")
-    if last == "gate_up_proj":
-        return _experts(facts, facts.experts, entry, f"{head}.mlp.experts", ("gate_proj", "up_proj"))
-    if last == "down_proj":
-        return _experts(facts, facts.experts, entry, f"{head}.mlp.experts", ("down_proj",))
-    return {}
+    if facts.experts is not None and last in ("gate_up_proj", "down_proj"):
+        return _experts(facts, entry, f"{head}.mlp.experts", last)
+    if name.endswith(".self_attn.qkv_proj.weight"):
+        sizes = facts.num_q_heads * facts.head_dim, *2 * (facts.num_kv_heads * facts.head_dim,)
+        return _stack(facts, entry, name, "qkv_proj", dict(zip(("q_proj", "k_proj", "v_proj"), sizes, strict=True)))
+    for end, width in (("mlp.gate_up_proj.weight", facts.intermediate_size), _shared(facts)):
+        if end and name.endswith(end):
+            return _stack(facts, entry, name, "gate_up_proj", {"gate_proj": width, "up_proj": width})
+    return None
 
 
-def _experts(
-    facts: ModelFacts, experts: ExpertFacts, entry: TensorEntry, prefix: str, projections: tuple[str, ...]
+def _shared(facts: ModelFacts) -> tuple[str, int]:
+    width = facts.experts.shared_width if facts.experts is not None else 0
+    return "mlp.shared_expert.gate_up_proj.weight" if width else "", width
+
+
+def _stack(
+    facts: ModelFacts, entry: TensorEntry, name: str, stacked: str, parts: Mapping[str, int]
 ) -> dict[str, TensorEntry]:
+    """Return matrices of so many rows each that lie one after the other."""
+    check_shape(entry, (sum(parts.values()), facts.hidden_size))
+    first, found = 0, {}
+    for part, rows in parts.items():
+        found[name.replace(stacked, part)] = rows_of(entry, first, rows)
+        first += rows
+    return found
+
+
+def _experts(facts: ModelFacts, entry: TensorEntry, prefix: str, last: str) -> dict[str, TensorEntry]:
+    experts = facts.experts
+    assert experts is not None
+    projections = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
     rows, columns = experts.width, facts.hidden_size
-    if projections == ("down_proj",):
+    if last == "down_proj":
         rows, columns = columns, rows
     count = len(projections)
-    _check_shape(entry, (experts.count, count * rows, columns))
+    check_shape(entry, (experts.count, count * rows, columns))
     return {
-        f"{prefix}.{expert}.{projection}.weight": _matrix(entry, (expert * count + index) * rows, rows)
+        f"{prefix}.{expert}.{projection}.weight": rows_of(entry, (expert * count + index) * rows, rows)
         for expert in range(experts.count)
         for index, projection in enumerate(projections)
     }
-
-
-def _matrix(entry: TensorEntry, first_row: int, rows: int) -> TensorEntry:
-    """Return some rows of a stored tensor, all of whose dimensions but the last count as rows, as a matrix."""
-    row_bytes = entry.nbytes // math.prod(entry.shape[:-1])
-    shape, offset = (rows, entry.shape[-1]), entry.offset + first_row * row_bytes
-    return replace(entry, shape=shape, offset=offset, nbytes=rows * row_bytes)
-
-
-def _check_shape(entry: TensorEntry, expected: tuple[int, ...]) -> None:
-    if entry.shape != expected:
-        raise CheckpointError(
-            f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, the configuration asks for "
-            f"{list(expected)}"
-        )

@@ -34,6 +34,31 @@ class TensorEntry:
     file: str
     offset: int
     nbytes: int
+    row_step: int = 1
+    """Rows of the file from one row of the tensor to the next: 2 where gate and up rows take turns."""
+    is_transposed: bool = False
+    """True if the file holds (in, out): ``row_step`` then counts its columns, and ``shape`` is still (out, in)."""
+    stored_columns: int = 0
+    """Columns of a row in the file, if it is transposed."""
+    scales_offset: int = 0
+    """Where in ``scales_file`` the scales of an MXFP4 tensor are: a byte for each block."""
+    scales_file: str = ""
+
+
+def rows_of(entry: TensorEntry, first_row: int, rows: int) -> TensorEntry:
+    """Return some rows of a stored tensor, all of whose dimensions but the last count as rows, as a matrix."""
+    row_bytes = entry.nbytes // math.prod(entry.shape[:-1])
+    shape, offset = (rows, entry.shape[-1]), entry.offset + first_row * row_bytes
+    return replace(entry, shape=shape, offset=offset, nbytes=rows * row_bytes)
+
+
+def check_shape(entry: TensorEntry, expected: tuple[int, ...]) -> None:
+    """Raise CheckpointError if a stored tensor has another shape."""
+    if entry.shape != expected:
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, the configuration asks for "
+            f"{list(expected)}"
+        )
 
 
 def expected_tensors(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
@@ -66,7 +91,11 @@ def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
     if facts.output_bias:
         shapes[attention + "o_proj.bias"] = (hidden,)
     if facts.qk_norm:
-        shapes |= {attention + "q_norm.weight": (facts.head_dim,), attention + "k_norm.weight": (facts.head_dim,)}
+        whole = facts.norms_whole_heads
+        shapes[attention + "q_norm.weight"] = (q_size if whole else facts.head_dim,)
+        shapes[attention + "k_norm.weight"] = (kv_size if whole else facts.head_dim,)
+    if facts.attention_sinks:
+        shapes[attention + "sinks"] = (facts.num_q_heads,)
     shapes |= _mlp_tensors(facts, layer, head + "mlp.")
     return shapes | {head + name + ".weight": (hidden,) for name in layer_norms(facts)}
 
@@ -77,8 +106,14 @@ def _mlp_tensors(facts: ModelFacts, layer: int, prefix: str) -> dict[str, tuple[
     if experts is None:
         return _gated_tensors(prefix, hidden, facts.intermediate_size, facts.mlp_bias)
     shapes: dict[str, tuple[int, ...]] = {prefix + "gate.weight": (experts.count, hidden)}
+    if experts.router_bias:
+        shapes[prefix + "gate.bias"] = (experts.count,)
     for index in range(experts.count):
-        shapes |= _gated_tensors(f"{prefix}experts.{index}.", hidden, experts.width, bias=False)
+        shapes |= _gated_tensors(f"{prefix}experts.{index}.", hidden, experts.width, experts.bias)
+    if experts.shared_width:
+        shapes |= _gated_tensors(prefix + "shared_expert.", hidden, experts.shared_width, bias=False)
+    if experts.shared_gate:
+        shapes[prefix + "shared_expert_gate.weight"] = (1, hidden)
     return shapes
 
 
@@ -108,8 +143,10 @@ def without_absent_biases(facts: ModelFacts, names: Collection[str]) -> ModelFac
 
 
 def layer_norms(facts: ModelFacts) -> tuple[str, ...]:
-    """Name the norms around the two halves of a layer; Gemma 3 has one on each side of both."""
-    if facts.architecture == "gemma3":
+    """Name the norms around the two halves of a layer: before each, after each (OLMo), or both (Gemma)."""
+    if facts.architecture in ("olmo2", "olmo3"):
+        return "post_attention_layernorm", "post_feedforward_layernorm"
+    if facts.architecture in ("gemma2", "gemma3"):
         return (
             "input_layernorm",
             "post_attention_layernorm",
@@ -140,7 +177,7 @@ def check_tensors(
                 f"{entry.file}: tensor {called(name)!r} has shape {list(entry.shape)}, the configuration asks for "
                 f"{list(shape)}"
             )
-        if entry.dtype not in BLOCKS:
+        if entry.dtype not in BLOCKS and not entry.scales_file:
             raise CheckpointError(
                 f"{entry.file}: tensor {called(name)!r} is stored as {entry.dtype}; supported: "
                 f"{', '.join(sorted(BLOCKS))}"

@@ -16,7 +16,11 @@ KvCacheDtype = Literal["auto", "fp8"]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe")
+ARCHITECTURES = (
+    "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen2_5_vl", "qwen3", "gemma2", "gemma3", "phi3",
+    "granite", "olmo2", "olmo3", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared",
+    "gpt_oss",
+)  # fmt: skip
 """Family names used inside mgpu; protocol/checkpoint maps Hugging Face and GGUF names to them."""
 
 
@@ -61,6 +65,22 @@ class ExpertFacts:
     """One flag per layer: True if it has experts, False if its feed-forward network is dense."""
     normalizes: bool
     """True if the weights of a token's chosen experts are divided by their sum."""
+    router_bias: bool = False
+    bias: bool = False
+    """True if every projection of an expert has a bias."""
+    shared_width: int = 0
+    """Width of the network that every token goes through beside its experts; 0: there is none."""
+    shared_gate: bool = False
+    """True if that network's output is multiplied by a learned share of each token."""
+    clamp: "Clamp | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """gpt-oss' gate: ``(up + 1) * gate * sigmoid(alpha * gate)``, gate and up clamped to ``limit`` before."""
+
+    alpha: float
+    limit: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +119,21 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     checkpoint_dtype: Dtype
     experts: ExpertFacts | None = None
+    norms_whole_heads: bool = False
+    """With ``qk_norm``: all query heads are normalized as one vector, and so are all key heads (OLMo)."""
+    rotated_size: int = 0
+    """Components of a head that are rotated, the first ones; 0: all."""
+    unrotated_layers: tuple[int, ...] = ()
+    """Layers without rotary embedding (SmolLM3)."""
+    attention_softcap: float = 0.0
+    """Scores of attention become ``cap * tanh(score / cap)`` (Gemma 2); 0: they stay."""
+    attention_sinks: bool = False
+    """Each query head has a learned score beside those of the context, which takes its share (gpt-oss)."""
+    residual_scale: float = 1.0
+    """Factor on what each half of a layer adds to the residual stream (Granite)."""
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    """Logits become ``cap * tanh(logit / cap)`` (Gemma 2); 0: they stay."""
 
     @property
     def has_dense_layers(self) -> bool:
@@ -115,7 +150,10 @@ class ModelFacts:
         if experts is not None:
             experts = replace(experts, sparse_layers=tuple(experts.sparse_layers[layer] for layer in layers))
         sliding = tuple(self.sliding_layers[layer] for layer in layers)
-        return replace(self, num_layers=len(layers), sliding_layers=sliding, experts=experts)
+        unrotated = tuple(place for place, layer in enumerate(layers) if layer in self.unrotated_layers)
+        return replace(
+            self, num_layers=len(layers), sliding_layers=sliding, experts=experts, unrotated_layers=unrotated
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,8 @@ def group_problems(quant: Quant, facts: ModelFacts, tp_size: int, split: ExpertS
         split_inputs["MLP width"] = facts.intermediate_size
     if experts is not None and split == "tensor":
         split_inputs["expert width"] = experts.width
+    if experts is not None and experts.shared_width:
+        split_inputs["shared expert's width"] = experts.shared_width
     return [
         f"{name} {inputs} / {tp_size} ranks = {inputs / tp_size:g}, not a multiple of {INT4_GROUP} (int4 groups)"
         for name, inputs in split_inputs.items()
@@ -81,5 +83,8 @@ def rank_matrices(
     hidden, count, width = facts.hidden_size, 1, -(-facts.intermediate_size // tp_size)
     if (experts := facts.experts_of(layer)) is not None:
         count, width = largest_expert_shard(experts, split, tp_size)
-    mlp = ((2 * width, hidden), (hidden, width))
-    return ((q_size + 2 * kv_size, hidden), (hidden, q_size), *mlp * count)
+    mlp = ((2 * width, hidden), (hidden, width)) * count
+    if experts is not None and experts.shared_width:
+        shared = -(-experts.shared_width // tp_size)
+        mlp += ((2 * shared, hidden), (hidden, shared))
+    return ((q_size + 2 * kv_size, hidden), (hidden, q_size), *mlp)

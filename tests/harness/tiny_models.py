@@ -40,6 +40,27 @@ def tiny_config(family: str) -> object:
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
     }
+    gpt_oss_rope = {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "truncate": False, "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    phi_rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+        "short_factor": [1.0 + 0.1 * at for at in range(12)], "long_factor": [2.0 + at for at in range(12)],
+    }  # fmt: skip
+    ministral_rope = gpt_oss_rope | {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}
+    mrope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    granite = {
+        "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    pixtral = {
+        "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "head_dim": 16,
+    }  # fmt: skip
+    qwen_vision = {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+    }  # fmt: skip
     experts = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
     pattern = ["sliding_attention", "sliding_attention", "full_attention"]
     configs = {
@@ -81,8 +102,64 @@ def tiny_config(family: str) -> object:
             moe_intermediate_size=30,
             norm_topk_prob=False,
         ),
+        "qwen2-moe": lambda: hf.Qwen2MoeConfig(
+            **TINY,
+            **experts,
+            num_experts=6,
+            moe_intermediate_size=30,
+            shared_expert_intermediate_size=46,
+            mlp_only_layers=[1],
+        ),
+        "gpt-oss": lambda: hf.GptOssConfig(
+            **TINY,
+            **experts,
+            num_local_experts=6,
+            head_dim=32,
+            sliding_window=7,
+            swiglu_limit=0.5,
+            rope_parameters=gpt_oss_rope,
+        ),
+        "gemma2": lambda: hf.Gemma2Config(
+            **TINY,
+            head_dim=32,
+            query_pre_attn_scalar=24,
+            sliding_window=7,
+            attn_logit_softcapping=0.7,
+            final_logit_softcapping=1.5,
+            tie_word_embeddings=True,
+        ),
+        "granite": lambda: hf.GraniteConfig(**TINY, **granite, attention_bias=True, mlp_bias=True),
+        "granite-moe": lambda: hf.GraniteMoeConfig(**TINY, **granite, num_local_experts=6, num_experts_per_tok=2),
+        "granite-moe-shared": lambda: hf.GraniteMoeSharedConfig(
+            **TINY, **granite, num_local_experts=6, num_experts_per_tok=2, shared_intermediate_size=50
+        ),
+        "olmo2": lambda: hf.Olmo2Config(**TINY, tie_word_embeddings=False),
+        "olmo3": lambda: hf.Olmo3Config(**TINY, sliding_window=7, layer_types=pattern, tie_word_embeddings=False),
+        "smollm3": lambda: hf.SmolLM3Config(**TINY, no_rope_layers=[1, 0, 1], tie_word_embeddings=True),
+        "phi3": lambda: hf.Phi3Config(**TINY, sliding_window=9),
+        "phi4-mini": lambda: hf.Phi3Config(
+            **(TINY | {"hidden_size": 128}),
+            original_max_position_embeddings=256,
+            rope_parameters=phi_rope,
+            tie_word_embeddings=True,
+        ),
+        "ministral": lambda: hf.MinistralConfig(
+            **TINY, head_dim=32, sliding_window=7, layer_types=pattern, tie_word_embeddings=False
+        ),
+        "ministral3": lambda: hf.Ministral3Config(**TINY, head_dim=32, rope_parameters=ministral_rope),
+        "mistral3": lambda: hf.Mistral3Config(
+            text_config=dict(TINY, model_type="mistral", sliding_window=None),
+            vision_config=pixtral,
+            tie_word_embeddings=False,
+        ),
+        "qwen2.5-vl": lambda: hf.Qwen2_5_VLConfig(
+            text_config=dict(TINY, rope_parameters=mrope), vision_config=qwen_vision
+        ),
     }
     return configs[family]()
+
+
+MULTIMODAL = ("mistral3", "qwen2.5-vl")
 
 
 @dataclass(frozen=True)
@@ -103,11 +180,13 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
 
     hf.set_seed(0)
     ways = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = hf.AutoModelForCausalLM.from_config(tiny_config(family), **ways).float().eval()
+    kind = hf.AutoModelForImageTextToText if family in MULTIMODAL else hf.AutoModelForCausalLM
+    model = kind.from_config(tiny_config(family), **ways).float().eval()
     for name, parameter in model.named_parameters():
         # The defaults, zero biases and unit norms, would hide mistakes; larger weights tell tokens apart.
-        parameter.normal_(0.0, 0.3 if name.endswith(("norm.weight", "bias", "gate.weight")) else 0.1)
-        if name.endswith("norm.weight") and family != "gemma3":
+        is_wide = name.endswith(("norm.weight", "bias", "gate.weight", "router.weight", "layer.weight", "sinks"))
+        parameter.normal_(0.0, 0.3 if is_wide else 0.1)
+        if name.endswith("norm.weight") and family not in ("gemma2", "gemma3"):
             parameter.add_(1.0)
     model.save_pretrained(folder, max_shard_size="100KB")
     prompt_ids = torch.randint(3, TINY["vocab_size"], (24,)).tolist()

@@ -27,6 +27,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 @cache
 def attention_problem(device: torch.device, shape: AttentionShape) -> str | None:
     """Return what is wrong with the kernels for these heads; None if they agree with plain torch."""
+    if not shape.has_plain_scores:
+        return "kernels have neither capped scores nor sinks"
     least = 32 if shape.kv_cache_dtype == "fp8" else 16  # even and odd halves of float8 are operands of their own
     if shape.head_dim < least or power_of_2(shape.head_dim) != shape.head_dim:
         return f"kernels need a head size that is a power of two from {least} on, not {shape.head_dim}"

@@ -35,6 +35,10 @@ class AttentionSpec:
     """A token sees itself and the ``window - 1`` tokens before it; None: all."""
     norms: HeadNorms | None = None
     """Applied by `PackedAttention` only; `StepAttention.attend` takes heads that are normalized already."""
+    softcap: float = 0.0
+    """Scores become ``cap * tanh(score / cap)``; 0: they stay. Plain attention only."""
+    sinks: Tensor | None = None
+    """[H]: a score of each query head beside those of its context. Plain attention only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,8 @@ class AttentionShape:
     dtype: torch.dtype
     windows: tuple[int | None, ...]
     kv_cache_dtype: KvCacheDtype = "auto"
+    has_plain_scores: bool = True
+    """False if scores are capped, or have sinks beside them."""
 
 
 class PackedAttention(Protocol):

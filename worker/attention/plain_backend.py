@@ -11,11 +11,11 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.attention.cpu_decode import MAX_BYTES, CpuDecodeStep, TransposedKeys
 from mgpu.worker.attention.interface import AttentionSpec
+from mgpu.worker.attention.plain_attention import attend
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import LayerCache, widen
 
@@ -139,6 +139,8 @@ class PlainStep:
         """
         return (
             k_TJK.dtype == cache.v_NJK.dtype == torch.float32
+            and not spec.softcap
+            and spec.sinks is None
             and (spec.window is None or self._longest <= spec.window)
             and self._longest * k_TJK.nbytes <= MAX_BYTES
         )
@@ -182,7 +184,8 @@ class PlainStep:
         k_SJK, v_SJK = self._gather(stores, view.slots, q_RHK.dtype)
         k_RJSK, v_RJSK = (x.view(rows, -1, num_kv, dim).transpose(1, 2) for x in (k_SJK, v_SJK))
         q_RJGK = q_RHK.reshape(rows, num_kv, num_q // num_kv, dim)
-        out_RJGK = F.scaled_dot_product_attention(q_RJGK, k_RJSK, v_RJSK, attn_mask=view.mask, scale=spec.scale)
+        sinks = None if spec.sinks is None else spec.sinks.view(num_kv, -1, 1)
+        out_RJGK = attend(q_RJGK, k_RJSK, v_RJSK, view.mask, False, spec, sinks)
         return out_RJGK.reshape(rows, num_q, dim)
 
     def _gather(self, stores: tuple[Tensor, Tensor], slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -231,9 +234,8 @@ class PlainStep:
         q_JGQK = q_QHK.view(len(q_QHK), num_kv, groups, -1).permute(1, 2, 0, 3)
         k_JGSK = k_SJK.transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
         v_JGSK = v_SJK.transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
-        out_JGQK = F.scaled_dot_product_attention(
-            q_JGQK, k_JGSK, v_JGSK, attn_mask=view.mask, is_causal=view.mask is None, scale=spec.scale
-        )
+        sinks = None if spec.sinks is None else spec.sinks.view(num_kv, groups, 1, 1)
+        out_JGQK = attend(q_JGQK, k_JGSK, v_JGSK, view.mask, view.mask is None, spec, sinks)
         return out_JGQK.permute(2, 0, 1, 3).reshape(q_QHK.shape)
 
     def _prefill_view(self, row: _PrefillRow, window: int | None) -> _View:

@@ -12,6 +12,7 @@ from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import head_shard
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.layers.activations import Activations, Product, scaled, values_and_scale
+from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, Storage, qkv_slices
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
@@ -41,13 +42,20 @@ class Attention(Module):
         self.out = RowParallelLinear(slices[0].rows, facts.hidden_size, facts.output_bias, group, storage)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
-        if facts.qk_norm:
+        self.whole_norm: WholeHeadsNorm | None = None
+        if facts.qk_norm and facts.norms_whole_heads:
+            self.whole_norm = WholeHeadsNorm(heads, facts.head_dim, facts.rms_norm_eps, group, storage)
+        elif facts.qk_norm:
             of_heads = facts.head_dim, facts.rms_norm_eps, storage.dtype, storage.device, norms_unit_offset, True
             self.q_norm, self.k_norm = RMSNorm(*of_heads), RMSNorm(*of_heads)
-        self.spec = AttentionSpec(facts.attention_scale, window, self._head_norms())
+        self.sinks = HeadSinks(heads, storage) if facts.attention_sinks else None
+        sinks = None if self.sinks is None else self.sinks.weight
+        self.spec = AttentionSpec(facts.attention_scale, window, self._head_norms(), facts.attention_softcap, sinks)
 
     def __call__(self, x_TD: Activations, angles: Angles, attention: StepAttention, cache: LayerCache) -> Delta:
         qkv = self.qkv(x_TD)
+        if self.whole_norm is not None:
+            qkv = self.whole_norm(self._heads(scaled(qkv))[0]).flatten(1)
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables of angles are for packed attention"
             qkv_TAK, scale_T = self._heads(qkv)
@@ -85,3 +93,7 @@ class Attention(Module):
         if self.q_norm is not None and self.k_norm is not None:
             self.q_norm.load(reader, f"{prefix}.q_norm")
             self.k_norm.load(reader, f"{prefix}.k_norm")
+        if self.whole_norm is not None:
+            self.whole_norm.load(reader, prefix)
+        if self.sinks is not None:
+            self.sinks.load(reader, f"{prefix}.sinks")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.protocol.model.facts import Activation, ExpertFacts
+from mgpu.protocol.model.facts import Activation, Clamp, ExpertFacts
 from mgpu.protocol.model.placement import ExpertShard
 from mgpu.worker.layers.cpu_matmul import matmul
 from mgpu.worker.layers.linear import Storage
@@ -30,12 +30,13 @@ class ExpertMatrices(Module):
     Experts that are to be quantized are dense one at a time, while they are loaded.
     """
 
-    def __init__(self, count: int, outputs: int, inputs: int, storage: Storage) -> None:
+    def __init__(self, count: int, outputs: int, inputs: int, bias: bool, storage: Storage) -> None:
         self._shape = (outputs, inputs)
         self._storage = storage
         is_dense = storage.form.quant == "none"
         self.weight = torch.empty((count if is_dense else 0, *self._shape), dtype=storage.dtype, device=storage.device)
         self.packed: PackedWeight | None = None
+        self.bias = torch.empty((count, outputs), dtype=storage.dtype, device=storage.device) if bias else None
         self._count = count
 
     @property
@@ -59,19 +60,22 @@ class ExpertMatrices(Module):
 
     def multiply(self, x_RI: Tensor, expert: int) -> Tensor:
         """Multiply by one expert's matrix."""
+        bias_O = None if self.bias is None else self.bias[expert]
         if self.packed is not None:
-            return quantized_matmul(x_RI, matrix_of(self.packed, expert))
-        return matmul(x_RI, self.weight[expert])
+            return quantized_matmul(x_RI, matrix_of(self.packed, expert), bias_O)
+        return matmul(x_RI, self.weight[expert], bias_O)
 
     def init_dummy(self, generator: torch.Generator) -> None:
         """Draw weights that keep the scale of their input."""
         for expert in range(self._count):
             weight_OI = self.dense(expert).normal_(0.0, self._shape[1] ** -0.5, generator=generator)
             self.keep(expert, weight_OI)
+        if self.bias is not None:
+            self.bias.zero_()
 
     def weight_bytes(self) -> int:
         packed = 0 if self.packed is None else self.packed.words.nbytes + self.packed.scales.nbytes
-        return self.weight.nbytes + packed
+        return self.weight.nbytes + packed + (0 if self.bias is None else self.bias.nbytes)
 
 
 class Experts(Module):
@@ -84,8 +88,8 @@ class Experts(Module):
         self.activation = activation
         self.shard = shard
         width = len(shard.columns)
-        self.gate_up = ExpertMatrices(len(shard.experts), 2 * width, hidden_size, storage)
-        self.down = ExpertMatrices(len(shard.experts), hidden_size, width, storage)
+        self.gate_up = ExpertMatrices(len(shard.experts), 2 * width, hidden_size, facts.bias, storage)
+        self.down = ExpertMatrices(len(shard.experts), hidden_size, width, facts.bias, storage)
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Return this rank's part of the weighted sum over each token's experts, [T, D].
@@ -104,7 +108,8 @@ class Experts(Module):
                 continue
             tokens_R = mine_R // self.facts.active
             gate_RF, up_RF = self.gate_up.multiply(x_TD[tokens_R], index).chunk(2, dim=-1)
-            y_RD = self.down.multiply(_gated(gate_RF, up_RF, self.activation), index)
+            hidden_RF = _gated(gate_RF, up_RF, self.activation, self.facts.clamp)
+            y_RD = self.down.multiply(hidden_RF, index)
             out_TD.index_add_(0, tokens_R, y_RD * weights[mine_R].unsqueeze(1).to(y_RD.dtype))
         return out_TD
 
@@ -119,8 +124,24 @@ class Experts(Module):
             reader.fill_columns(down_OI, f"{name}.down_proj.weight", columns.start)
             self.gate_up.keep(index, gate_up_OI, reader)
             self.down.keep(index, down_OI, reader)
+            self._load_biases(reader, index, name)
+
+    def _load_biases(self, reader: WeightReader, index: int, name: str) -> None:
+        """Read an expert's biases. Of ranks that have slices of it, the first adds that of ``down``."""
+        if self.gate_up.bias is None or self.down.bias is None:
+            return
+        columns, width = self.shard.columns, len(self.shard.columns)
+        reader.fill_rows(self.gate_up.bias[index, :width], f"{name}.gate_proj.bias", columns.start)
+        reader.fill_rows(self.gate_up.bias[index, width:], f"{name}.up_proj.bias", columns.start)
+        if columns.start == 0:
+            reader.fill_rows(self.down.bias[index], f"{name}.down_proj.bias")
+        else:
+            self.down.bias[index].zero_()
 
 
-def _gated(gate_RF: Tensor, up_RF: Tensor, activation: Activation) -> Tensor:
+def _gated(gate_RF: Tensor, up_RF: Tensor, activation: Activation, clamp: Clamp | None) -> Tensor:
+    if clamp is not None:
+        gate_RF, up_RF = gate_RF.clamp(max=clamp.limit), up_RF.clamp(-clamp.limit, clamp.limit)
+        return (up_RF + 1) * gate_RF * torch.sigmoid(gate_RF * clamp.alpha)
     hidden_RF = F.silu(gate_RF) if activation == "silu" else F.gelu(gate_RF, approximate="tanh")
     return hidden_RF.mul_(up_RF)

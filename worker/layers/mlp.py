@@ -41,6 +41,10 @@ class GatedMLP(Module):
     def __call__(self, x_TD: Activations) -> Delta:
         return self.down.partial(self._activate(self, x_TD))
 
+    def part(self, x_TD: Activations) -> Tensor:
+        """Return this rank's part of the sum, without the bias of ``down``."""
+        return self.down.part(self._activate(self, x_TD))
+
     def load(self, reader: WeightReader, prefix: str) -> None:
         self.gate_up.load(reader, prefix)
         self.down.load(reader, f"{prefix}.down_proj")

@@ -3,6 +3,7 @@
 # T tokens, H heads of this rank, K head dim, P positions
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.facts import RopeScaling
@@ -16,21 +17,29 @@ Angles = Rotation | Tensor
 class RotaryEmbedding:
     """The angles of one kind of layer. Computed once per step, shared by all layers of that kind.
 
+    Of a head's K / 2 pairs the first ``rotated`` / 2 turn, as its reader has laid them out; others do not.
     ``num_positions`` is one more than the longest request of the server: LongRoPE's frequencies depend on it.
     """
 
-    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> None:
+    def __init__(
+        self, head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device, rotated: int | None = None
+    ) -> None:
+        rotated = head_dim if rotated is None else rotated
         self._scaling = scaling
-        self._attention_factor = 1.0 if scaling is None else scaling.attention_factor
+        factor = 1.0 if scaling is None else scaling.attention_factor
+        still = head_dim // 2 - rotated // 2
+        self._factor_F = F.pad(torch.full((rotated // 2,), factor), (0, still), value=1.0).to(device)
         divisors = [] if scaling is None else [scaling.divisors, scaling.long_divisors]
-        self._frequencies = {of: inverse_frequencies(head_dim, theta, of).to(device) for of in {(), *divisors}}
+        self._frequencies = {
+            of: F.pad(inverse_frequencies(rotated, theta, of), (0, still)).to(device) for of in {(), *divisors}
+        }
         self._table_PK = torch.empty((0, head_dim), device=device)
 
     def __call__(self, positions_T: Tensor, dtype: torch.dtype, num_positions: int) -> Rotation:
         """Return cos and sin of the positions; the angles are computed in float32 for any dtype."""
         angles_T1F = (positions_T.unsqueeze(1).float() * self._frequencies_for(num_positions)).unsqueeze(1)
-        sin_T1F = angles_T1F.sin() * self._attention_factor
-        cos_T1F = angles_T1F.cos() * self._attention_factor
+        sin_T1F = angles_T1F.sin() * self._factor_F
+        cos_T1F = angles_T1F.cos() * self._factor_F
         return torch.cat((cos_T1F, cos_T1F), dim=-1).to(dtype), torch.cat((-sin_T1F, sin_T1F), dim=-1).to(dtype)
 
     def table(self, num_positions: int) -> Tensor:
@@ -39,7 +48,8 @@ class RotaryEmbedding:
             frequencies_F = self._frequencies_for(num_positions)
             positions_P1 = torch.arange(num_positions, device=frequencies_F.device).unsqueeze(1)
             angles_PF = positions_P1.float() * frequencies_F
-            self._table_PK = torch.cat((angles_PF.cos(), angles_PF.sin()), dim=-1) * self._attention_factor
+            angles = angles_PF.cos() * self._factor_F, angles_PF.sin() * self._factor_F
+            self._table_PK = torch.cat(angles, dim=-1)
         return self._table_PK
 
     def _frequencies_for(self, num_positions: int) -> Tensor:

@@ -26,7 +26,7 @@ class Router(Linear):
     """Score all experts and choose the best of each token. Never quantized: it is small, and a wrong choice is not."""
 
     def __init__(self, facts: ExpertFacts, hidden_size: int, storage: Storage) -> None:
-        super().__init__(hidden_size, facts.count, False, Storage(storage.dtype, storage.device))
+        super().__init__(hidden_size, facts.count, facts.router_bias, Storage(storage.dtype, storage.device))
         self.facts = facts
 
     def route(self, x_TD: Tensor) -> Routing:
@@ -39,3 +39,5 @@ class Router(Linear):
 
     def load(self, reader: WeightReader, name: str) -> None:
         reader.fill_rows(self.weight, f"{name}.weight")
+        if self.bias is not None:
+            reader.fill_rows(self.bias, f"{name}.bias")

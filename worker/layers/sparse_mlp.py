@@ -4,19 +4,28 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import expert_shard
 from mgpu.worker.kernels.use import uses_kernels
-from mgpu.worker.layers.activations import Activations
+from mgpu.worker.layers.activations import Activations, scaled
 from mgpu.worker.layers.experts import Experts
-from mgpu.worker.layers.linear import Storage
+from mgpu.worker.layers.linear import Linear, Storage
+from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, sum_of_parts
 from mgpu.worker.layers.router import Router
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
+
+
+class SharedGate(Linear):
+    """The share of each token in the output of the network that all tokens go through. Never quantized."""
+
+    def load(self, reader: WeightReader, name: str) -> None:
+        reader.fill_rows(self.weight, f"{name}.weight")
 
 
 class SparseMLP(Module):
@@ -26,18 +35,37 @@ class SparseMLP(Module):
         self, facts: ModelFacts, experts: ExpertFacts, split: ExpertSplit, group: TensorParallelGroup, storage: Storage
     ) -> None:
         self._group = group
-        self._compute = _kernel_mlp() if uses_kernels(storage.device) else _plain_mlp
+        # Kernels have neither biases nor clamped gates.
+        has_kernels = uses_kernels(storage.device) and not experts.bias and experts.clamp is None
+        self._compute = _kernel_mlp() if has_kernels else _plain_mlp
         shard = expert_shard(experts, split, group.rank, group.size)
         self.router = Router(experts, facts.hidden_size, storage)
         self.experts = Experts(experts, facts.hidden_size, facts.activation, shard, storage)
+        self.shared: GatedMLP | None = None
+        self.shared_gate: SharedGate | None = None
+        if experts.shared_width:
+            sizes = facts.hidden_size, experts.shared_width
+            self.shared = GatedMLP(*sizes, facts.activation, False, group, storage)
+        if experts.shared_gate:
+            self.shared_gate = SharedGate(facts.hidden_size, 1, False, Storage(storage.dtype, storage.device))
 
     def __call__(self, x_TD: Activations) -> Delta:
         assert isinstance(x_TD, Tensor), "the norm before a router does not quantize"
-        return sum_of_parts(self._compute(self, x_TD), None, self._group)
+        y_TD = self._compute(self, x_TD)
+        if self.shared is not None:
+            shared_TD = self.shared.part(x_TD)
+            if self.shared_gate is not None:
+                shared_TD = shared_TD * torch.sigmoid(scaled(self.shared_gate(x_TD)))
+            y_TD = y_TD.add_(shared_TD)
+        return sum_of_parts(y_TD, None, self._group)
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         self.router.load(reader, f"{prefix}.gate")
         self.experts.load(reader, f"{prefix}.experts")
+        if self.shared is not None:
+            self.shared.load(reader, f"{prefix}.shared_expert")
+        if self.shared_gate is not None:
+            self.shared_gate.load(reader, f"{prefix}.shared_expert_gate")
 
 
 def _plain_mlp(mlp: SparseMLP, x_TD: Tensor) -> Tensor:
@@ -49,7 +77,7 @@ def _kernel_mlp() -> Callable[[SparseMLP, Tensor], Tensor]:
 
     def compute(mlp: SparseMLP, x_TD: Tensor) -> Tensor:
         router, experts = mlp.router, mlp.experts
-        weights = RouterWeights(router.weight, router.facts.active, router.facts.normalizes)
+        weights = RouterWeights(router.weight, router.facts.active, router.facts.normalizes, router.bias)
         held = experts.gate_up.held, experts.down.held
         return sparse_mlp(x_TD, weights, ExpertStacks(*held, experts.shard.experts.start, experts.activation))
 

@@ -15,6 +15,7 @@ Files are read by ``preadv``, not mapped: a file that shrinks is then a clear er
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 
@@ -45,6 +46,7 @@ class WeightReader:
         """True where the file's Gemma norm weights already have the 1 added that the model adds."""
         # llama.cpp stores the q and k rows of llama-family models with the two rotary halves of a head interleaved.
         self._interleaved_head_dim = facts.head_dim if is_gguf and facts.architecture in ("llama", "mistral") else 0
+        self._head_dim, self._rotated_size = facts.head_dim, facts.rotated_size
         self._tensors = checkpoint.tensors
         self._progress = progress
         self._files: dict[str, int] = {}
@@ -90,12 +92,21 @@ class WeightReader:
                 f"tensor {name!r} has shape {list(entry.shape)}; rows {start} to {start + len(dest)} of width "
                 f"{list(dest.shape[1:])} were expected"
             )
-        if len(entry.shape) == 1:  # read as columns of one row, so that the elements stay contiguous
+        if len(entry.shape) == 1 and entry.row_step > 1:
+            self._fill(dest.unsqueeze(1), entry, first_row=start, first_column=0, row_width=1)
+        elif len(entry.shape) == 1:  # read as columns of one row, so that the elements stay contiguous
             self._fill(dest.unsqueeze(0), entry, first_row=0, first_column=start, row_width=entry.shape[0])
         else:
             self._fill(dest, entry, first_row=start, first_column=0, row_width=entry.shape[1])
-        if self._interleaved_head_dim and ("q_proj." in name or "k_proj." in name):
-            self.after(partial(_deinterleave, dest, self._interleaved_head_dim))
+        if "q_proj." in name or "k_proj." in name:
+            self._arrange_heads(dest)
+
+    def _arrange_heads(self, rows: Tensor) -> None:
+        """Bring rows of queries or keys into the order in which heads are rotated, once they are there."""
+        if self._interleaved_head_dim:
+            self.after(partial(_deinterleave, rows, self._interleaved_head_dim))
+        if self._rotated_size:
+            self.after(partial(_spread_rotated, rows, self._head_dim, self._rotated_size))
 
     def fill_columns(self, dest: Tensor, name: str, start: int = 0) -> None:
         """Copy columns ``[start, start + dest.shape[1])`` of a matrix into ``dest``. Errors as in `fill_rows`."""
@@ -113,16 +124,30 @@ class WeightReader:
         return self._tensors[name]
 
     def _fill(self, dest: Tensor, entry: TensorEntry, first_row: int, first_column: int, row_width: int) -> None:
+        if entry.is_transposed:
+            self._fill_transposed(dest, entry, first_row, first_column)
+            return
         try:
             blocks = block_type(entry.dtype)
         except KeyError as error:
             raise CheckpointError(f"tensor {entry.name!r} has type {entry.dtype}, which mgpu cannot read") from error
-        whole = slice_of(entry, blocks, self._file(entry), dest, first_row, first_column, row_width)
+        scales = self._open(entry.scales_file, entry) if entry.scales_file else -1
+        file = self._open(str(entry.file), entry)
+        whole = slice_of(entry, blocks, file, dest, first_row, first_column, row_width, scales)
         for part in whole.split(self._copier.most_bytes):
             self._copier.copy(part)
 
-    def _file(self, entry: TensorEntry) -> int:
-        path = str(entry.file)
+    def _fill_transposed(self, dest: Tensor, entry: TensorEntry, first_row: int, first_column: int) -> None:
+        """Read the columns of the file that are the rows of ``dest``, then turn them."""
+        rows, columns = dest.shape
+        step = entry.row_step
+        stored = dest.new_empty((columns, (rows - 1) * step + 1))
+        plain = replace(entry, is_transposed=False, row_step=1)
+        self._fill(stored, plain, first_column, first_row * step, entry.stored_columns)
+        self.wait()
+        dest.copy_(stored[:, ::step].T)
+
+    def _open(self, path: str, entry: TensorEntry) -> int:
         if path not in self._files:
             try:
                 self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -135,3 +160,17 @@ def _deinterleave(rows: Tensor, head_dim: int) -> None:
     """Undo llama.cpp's rotary order in place: rows 0, 2, 4, … of each head become its first half."""
     heads = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
     rows.copy_(heads.transpose(1, 2).reshape(rows.shape))
+
+
+def _spread_rotated(rows: Tensor, head_dim: int, rotated: int) -> None:
+    """Reorder the rows of each head so that its rotated components are the first of each half.
+
+    A whole head is rotated in pairs (i, i + K / 2). Of a head of which only the first R components are, in pairs
+    (i, i + R / 2), the two parts move to the beginnings of the halves, and the others follow with angles of zero.
+    Queries and keys are reordered alike, so their products stay.
+    """
+    first, second, rest = range(rotated // 2), range(rotated // 2, rotated), range(rotated, head_dim)
+    half = len(rest) // 2
+    order = torch.tensor([*first, *rest[:half], *second, *rest[half:]], device=rows.device)
+    heads = rows.view(-1, head_dim, *rows.shape[1:])
+    rows.copy_(heads.index_select(1, order).reshape(rows.shape))

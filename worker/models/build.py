@@ -14,11 +14,19 @@ from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.loaders.copiers import reading_threads
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.gemma3 import Gemma3Layer
+from mgpu.worker.models.granite import GraniteLayer
 from mgpu.worker.models.llama import LlamaLayer
-from mgpu.worker.models.stage import WEIGHT_HOLDERS, BuildContext, DecoderStage
+from mgpu.worker.models.olmo import OlmoLayer
+from mgpu.worker.models.stage import WEIGHT_HOLDERS, BuildContext, DecoderStage, LayerFactory
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 
 __all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "init_linear", "load_weights"]
+
+_LAYERS: dict[str, LayerFactory] = {
+    "granite": GraniteLayer, "granitemoe": GraniteLayer, "granitemoeshared": GraniteLayer,
+    "olmo2": OlmoLayer, "olmo3": OlmoLayer,
+}  # fmt: skip
+"""Families that are wired in another way than Llama's."""
 
 
 def build_stage(
@@ -38,9 +46,9 @@ def build_stage(
     """
     assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
     context = BuildContext(facts, group, Storage(dtype, device, weight_format(quant)), kv_cache_dtype, expert_split)
-    if facts.architecture == "gemma3":
+    if facts.architecture in ("gemma2", "gemma3"):
         return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
-    return DecoderStage(context, layers, LlamaLayer)
+    return DecoderStage(context, layers, _LAYERS.get(facts.architecture, LlamaLayer))
 
 
 @torch.inference_mode()

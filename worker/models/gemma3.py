@@ -1,4 +1,4 @@
-"""Gemma 3 text: norms on both sides of attention and feed-forward, weights stored minus one, q and k normalized."""
+"""Gemma 2 and 3 text: norms on both sides of attention and feed-forward, with weights stored minus one."""
 
 # T tokens, D model dim
 

@@ -15,6 +15,7 @@ from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention
 from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.experts import ExpertMatrices
+from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
 from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
@@ -28,8 +29,12 @@ from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, LayerCache
 
-WEIGHT_HOLDERS = (Linear, ExpertMatrices, RMSNorm, VocabParallel)
+WEIGHT_HOLDERS = (Linear, ExpertMatrices, RMSNorm, HeadSinks, WholeHeadsNorm, VocabParallel)
 """The modules that own weights; all others are wiring."""
+
+
+AngleKind = tuple[bool, bool]
+"""Of a layer: whether its attention slides, and whether its heads are rotated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,7 @@ class DecoderStage(Module):
         facts = context.facts
         self.facts = facts
         self.layer_range = layers
+        self._is_split = context.group.size > 1
         self.dtype = context.storage.dtype
         self.device = context.storage.device
         self.max_positions = facts.max_position
@@ -110,7 +116,9 @@ class DecoderStage(Module):
         if self.is_last:
             is_tied = self.embedding is not None and facts.tie_embeddings
             self.head = self.embedding if is_tied else context.vocab()
-        self._is_sliding = [facts.sliding_layers[index] for index in layers]
+        self._angle_kinds: list[AngleKind] = [
+            (facts.sliding_layers[index], index not in facts.unrotated_layers) for index in layers
+        ]
         self._rotary = _rotary_embeddings(facts, self.device)
         self.attention_shape = self._shape_of_attention(context)
 
@@ -134,16 +142,20 @@ class DecoderStage(Module):
         heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
         windows = tuple({context.window_of(index): None for index in self.layer_range})
         sizes = heads.num_q, heads.num_kv, facts.head_dim
-        return AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype)
+        is_plain = not facts.attention_softcap and not facts.attention_sinks
+        return AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype, is_plain)
 
     @property
     def has_kernels(self) -> bool:
-        """True if a step can be captured as a CUDA graph: its kernels read lengths and tables on the device."""
-        return self._attention_backend.takes_packed
+        """True if a step can be captured as a CUDA graph: its kernels read lengths and tables on the device.
 
-    def _angles(self, positions_T: Tensor) -> dict[bool, Angles]:
-        """Return the angles for layers with sliding (True) and full (False) attention, if the stage has such layers."""
-        kinds = set(self._is_sliding)
+        Norms over all heads add up numbers of the ranks in a way that cannot be captured.
+        """
+        return self._attention_backend.takes_packed and not (self._is_split and self.facts.norms_whole_heads)
+
+    def _angles(self, positions_T: Tensor) -> dict[AngleKind, Angles]:
+        """Return the angles for each kind of layer that the stage has."""
+        kinds = set(self._angle_kinds)
         if self._attention_backend.takes_packed:
             return {kind: self._rotary[kind].table(self.max_positions) for kind in kinds}
         return {kind: self._rotary[kind](positions_T, self.dtype, self.max_positions) for kind in kinds}
@@ -163,8 +175,8 @@ class DecoderStage(Module):
         """Run the layers with attention that was prepared elsewhere."""
         angles = self._angles(positions_T)
         delta_TD: Delta | None = None
-        for layer, sliding, layer_cache in zip(self.layers, self._is_sliding, cache.layers, strict=True):
-            delta_TD = layer(delta_TD, x_TD, angles[sliding], attention, layer_cache)
+        for layer, kind, layer_cache in zip(self.layers, self._angle_kinds, cache.layers, strict=True):
+            delta_TD = layer(delta_TD, x_TD, angles[kind], attention, layer_cache)
         return x_TD if delta_TD is None else x_TD.add_(summed_tensor(delta_TD))
 
     def logits(self, x_SD: Tensor) -> Tensor:
@@ -175,7 +187,14 @@ class DecoderStage(Module):
         """Like `logits`, but in the model's dtype."""
         assert self.norm is not None, "only the last stage has the norm and the head"
         assert self.head is not None
-        return self.head.logits(self.norm(x_SD))
+        logits_SW = self.head.logits(self.norm(x_SD))
+        if self.facts.logit_scale != 1.0:
+            logits_SW = logits_SW.mul_(self.facts.logit_scale)
+        if cap := self.facts.logit_softcap:
+            # Padding stays at -inf, which the tanh would make -cap.
+            capped_SW = torch.tanh(logits_SW / cap) * cap
+            logits_SW = capped_SW.masked_fill_(logits_SW == -torch.inf, -torch.inf)
+        return logits_SW
 
     def load(self, reader: WeightReader) -> None:
         """Fill every weight from the checkpoint, in the order of the files."""
@@ -201,9 +220,12 @@ class DecoderStage(Module):
         return sum(module.weight_bytes() for _, module in self.named_modules() if isinstance(module, WEIGHT_HOLDERS))
 
 
-def _rotary_embeddings(facts: ModelFacts, device: torch.device) -> dict[bool, RotaryEmbedding]:
-    """Make the rotary embedding of full (False) and sliding (True) layers; they differ in Gemma 3 only."""
-    full = RotaryEmbedding(facts.head_dim, facts.rope_theta, facts.rope_scaling, device)
-    if facts.rope_local_theta is None:
-        return {False: full, True: full}
-    return {False: full, True: RotaryEmbedding(facts.head_dim, facts.rope_local_theta, None, device)}
+def _rotary_embeddings(facts: ModelFacts, device: torch.device) -> dict[AngleKind, RotaryEmbedding]:
+    """Make the rotary embedding of each kind of layer; sliding ones differ in Gemma 3 and OLMo 3 only."""
+    size, rotated = facts.head_dim, facts.rotated_size or facts.head_dim
+    full = RotaryEmbedding(size, facts.rope_theta, facts.rope_scaling, device, rotated)
+    still = RotaryEmbedding(size, facts.rope_theta, None, device, rotated=0)
+    sliding = full
+    if facts.rope_local_theta is not None:
+        sliding = RotaryEmbedding(size, facts.rope_local_theta, None, device, rotated)
+    return {(False, True): full, (True, True): sliding, (False, False): still, (True, False): still}

@@ -21,6 +21,17 @@ MIXTRAL_8X22B = make_facts(
     q=48, kv=8, layers=56, hidden=6144, width=16384, vocab=32768, context=65536, architecture="mixtral",
     experts=ExpertFacts(8, 2, 16384, (True,) * 56, normalizes=True),
 )  # fmt: skip
+GPT_OSS_120B = make_facts(
+    q=64, kv=8, layers=36, hidden=2880, width=2880, head_dim=64, vocab=201088, context=131072, architecture="gpt_oss",
+    qkv_bias=True, output_bias=True, attention_sinks=True,
+    experts=ExpertFacts(128, 4, 2880, (True,) * 36, normalizes=True, router_bias=True, bias=True),
+)  # fmt: skip
+DEEPSEEK_SHAPED = make_facts(
+    q=128, kv=128, layers=61, hidden=7168, width=18432, head_dim=128, vocab=129280, architecture="qwen2_moe",
+    experts=ExpertFacts(
+        256, 8, 2048, tuple(layer >= 3 for layer in range(61)), normalizes=True, shared_width=2048, shared_gate=True
+    ),
+)  # fmt: skip
 TINY = make_facts(
     q=4, kv=2, layers=4, hidden=64, width=128, head_dim=32, vocab=100, context=256, architecture="qwen3_moe",
     qk_norm=True, experts=ExpertFacts(6, 2, 96, (True, False, True, True), normalizes=True),
@@ -130,3 +141,42 @@ def test_a_hybrid_shares_experts_inside_each_stage() -> None:
     planned = plan(TINY, cpus(3), LayoutOptions(device_layers="0:1;1+2:3", experts="parallel"))
     assert planned.mode == "hybrid"
     assert "up to 3 whole experts" in layout_text(planned)
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_gpt_oss_120b_widened_to_bf16(tp: int) -> None:
+    planned = plan(GPT_OSS_120B, gpus(*[141] * tp), LayoutOptions())
+    attention = 2880 * (64 + 2 * 8) * 64 // tp + 64 * 64 * 2880 // tp
+    biases = (64 + 2 * 8) * 64 // tp + 2880 + 64 // tp  # q, k, v; output; sinks
+    experts = 128 * (3 * 2880 * 2880 // tp + 2 * 2880 // tp + 2880) + 128 * 2880 + 128
+    layer = attention + biases + experts + 2 * 2880
+    assert planned.rows[0].weight_bytes == 2 * (36 * layer + 2 * 201088 * 2880 // tp + 2880)
+    whole = plan(GPT_OSS_120B, gpus(*[200] * tp), LayoutOptions(experts="parallel"))
+    fewer_biases = 128 * (2 * 2880 // tp + 2880) - 128 // tp * 3 * 2880
+    assert whole.rows[0].weight_bytes == planned.rows[0].weight_bytes - 2 * 36 * fewer_biases
+
+
+def test_gpt_oss_120b_does_not_fit_one_gpu() -> None:
+    with pytest.raises(PlacementError, match="2 GPUs of this size would hold it"):
+        plan(GPT_OSS_120B, gpus(141), LayoutOptions())
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_model_of_deepseeks_shape_is_too_large_for_four(count: int) -> None:
+    with pytest.raises(PlacementError, match="16 GPUs of this size would hold it"):
+        plan(DEEPSEEK_SHAPED, gpus(*[141] * count), LayoutOptions())
+
+
+def test_a_model_of_deepseeks_shape_in_int4_on_eight() -> None:
+    planned = plan(DEEPSEEK_SHAPED, gpus(*[141] * 8), LayoutOptions(quant="4"))
+
+    def int4(outputs: int, inputs: int) -> int:
+        return outputs * (inputs // 2 + inputs // 32 * 4)
+
+    attention = int4(3 * 16 * 128, 7168) + int4(7168, 16 * 128)
+    dense = int4(2 * 2304, 7168) + int4(7168, 2304)
+    expert = int4(2 * 256, 7168) + int4(7168, 256)
+    sparse = 257 * expert + 2 * (256 * 7168 + 7168)  # 256 and the shared one; router and the shared one's gate in bf16
+    layers = 61 * (attention + 2 * 2 * 7168) + 3 * dense + 58 * sparse
+    assert planned.rows[0].weight_bytes == layers + 2 * (2 * 129280 * 7168 // 8 + 7168)
+    assert "experts: 256 in 58 of 61 layers, 8 active" in layout_text(planned)

@@ -13,8 +13,9 @@ from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.worker.models.build import DecoderStage
 
 FAMILIES = (
-    "llama", "llama3-rope", "llama-linear-bias", "llama-longrope", "mistral-window", "qwen2", "qwen2-yarn", "qwen3",
-    "gemma3",
+    "llama", "llama3-rope", "llama-linear-bias", "llama-longrope", "mistral-window", "mistral3", "ministral",
+    "ministral3", "qwen2", "qwen2-yarn", "qwen2.5-vl", "qwen3", "gemma2", "gemma3", "phi3", "phi4-mini", "granite",
+    "olmo2", "olmo3", "smollm3",
 )  # fmt: skip
 MakeModel = Callable[[str], TinyModel]
 

@@ -1,0 +1,51 @@
+"""Read from config.json which layers see a window of the context only."""
+
+from mgpu.protocol.checkpoint.untrusted import Fields
+
+_EVERYWHERE = ("mistral", "mixtral", "qwen3_moe", "phi3", "ministral3")
+"""Families whose layers all slide if one does."""
+_NOWHERE = ("llama", "granite", "granitemoe", "granitemoeshared", "olmo2")
+_IF_GIVEN = ("mixtral", "phi3", "smollm3", "ministral3")
+"""Families without a window by default."""
+_IF_ASKED = ("qwen2", "qwen2_moe", "qwen2_5_vl", "qwen3", "qwen3_moe", "smollm3")
+"""Families whose window counts only with `use_sliding_window`."""
+_DEFAULT_WINDOW = {"gpt_oss": 128}
+_PERIODS = {"gemma2": 2, "gpt_oss": 2, "olmo3": 4}
+"""Every so manieth layer sees everything."""
+
+
+def read_sliding(fields: Fields, family: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """Return the window and which layers use it; (None, all False) without one."""
+    if not _has_window(fields, family):
+        return None, (False,) * num_layers
+    window = fields.integer("sliding_window", _DEFAULT_WINDOW.get(family, 4096))
+    types = fields.list_of("layer_types", str, num_layers) if family not in _EVERYWHERE else None
+    if types is not None:
+        return window, tuple(_is_sliding(fields, kind) for kind in types)
+    return window, tuple(_slides(fields, family, layer) for layer in range(num_layers))
+
+
+def _has_window(fields: Fields, family: str) -> bool:
+    if family in _NOWHERE or (family in _IF_GIVEN and not fields.has("sliding_window")):
+        return False
+    if fields.declares("sliding_window") and not fields.has("sliding_window"):
+        return False
+    return family not in _IF_ASKED or fields.boolean("use_sliding_window", False)
+
+
+def _slides(fields: Fields, family: str, layer: int) -> bool:
+    """Return what a family does with a layer where the configuration has no `layer_types`."""
+    if family in _EVERYWHERE or family == "ministral":
+        return True
+    if family in _PERIODS or family == "gemma3":
+        period = _PERIODS.get(family) or fields.integer("sliding_window_pattern", 6)
+        return (layer + 1) % period != 0
+    if family == "qwen2_moe":
+        return layer % 2 == 0 and layer < fields.integer("max_window_layers", 28, low=0)
+    return layer >= fields.integer("max_window_layers", 80 if family == "qwen2_5_vl" else 28, low=0)
+
+
+def _is_sliding(fields: Fields, kind: object) -> bool:
+    if kind not in ("sliding_attention", "full_attention"):
+        raise fields.error("layer_types", f"has {str(kind)[:40]!r}; supported: sliding_attention, full_attention")
+    return kind == "sliding_attention"
