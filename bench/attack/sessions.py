@@ -10,7 +10,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -54,12 +54,16 @@ class Seen:
 class HostileSession:
     """One session. `step` takes its next action."""
 
-    def __init__(self, number: int, seed: int, attacker: Attacker, seen: Seen) -> None:
+    def __init__(self, number: int, seed: int, attackers: Sequence[Attacker], seen: Seen) -> None:
+        """The last quarter of ``attackers`` is for sessions that wait: an account's flood holds up its own requests."""
         self._number = number
         self._rng = random.Random(f"{seed}/{number}")
-        self._attacker = attacker
         self._seen = seen
         self.character = self._rng.choice(COMMON)
+        first_patient = len(attackers) - len(attackers) // 4
+        is_patient = "wait" in CHARACTERS[self.character]
+        of_kind = attackers[first_patient:] if is_patient else attackers[:first_patient]
+        self._attacker = self._rng.choice(of_kind or attackers)
         seen.sessions[self.character] += 1
         self._actions = self._plan()
         self._last_id = self._rng.choice([0, 0, 0, 1 << 40])
@@ -263,13 +267,13 @@ def run_sessions(
 ) -> int:
     """Run sessions, ``width`` of them at a time, until there are no more numbers or the time is over.
 
-    Return how many were run to their end. ``attackers`` take turns: each has a key of its own.
+    Return how many were run to their end. Each of ``attackers`` has a key of its own.
     """
     running: list[HostileSession] = []
     done = 0
     while True:
         while len(running) < width and time.monotonic() < until_s and (number := next(numbers, None)) is not None:
-            running.append(HostileSession(number, seed, attackers[number % len(attackers)], seen))
+            running.append(HostileSession(number, seed, attackers, seen))
         if not running:
             return done
         if all(session.is_waiting for session in running):
