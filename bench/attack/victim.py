@@ -22,6 +22,8 @@ Transport = Literal["ipc", "tcp"]
 HONEST, HOSTILE = "honest", "hostile"
 BACK_S = 20.0
 """How long memory and descriptors may take to come back after an attack."""
+ANSWER_S = 90.0
+"""How long the engine may take to answer: the steps of an attack may be long, and the machine busy."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Victim:
     def restarts(self) -> tuple[int, int]:
         """Return how many gateways were replaced, and how many restarts of anything count to `--max-restarts`."""
         with self.client() as client:
-            counters = wait_until(client.stats, BACK_S) or client.stats()
+            counters = wait_until(client.stats, ANSWER_S) or client.stats()
         return int(counters["gateway_restarts"]), int(counters["restarts"] + counters["gateway_restarts_counted"])
 
     def settled(self, before: Footprint, growth_bytes: int) -> Footprint:
