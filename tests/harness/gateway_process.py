@@ -261,6 +261,10 @@ def _portion(record: SequenceRecord, known: int, offset: int, size: int) -> Sequ
     return replace(record, token_ids=token_ids, logprobs=logprobs)
 
 
+IN_FLIGHT = ("running", "gateway_requests", "gateway_sequences", "gateway_queued_bytes")
+"""Counters of what runs or waits; the others add up what has been."""
+
+
 class GatewayProcess:
     """Start `python -m mgpu.orchestrator.gateway` as the orchestrator does. A context manager."""
 
@@ -344,7 +348,7 @@ class GatewayProcess:
     def wait_until_idle(self) -> None:
         """Wait until the books say that nothing is in flight or waits."""
         with Client(self.endpoint) as client:
-            eventually(lambda: not any(client.stats().values()), client.stats)
+            eventually(lambda: not any(client.stats()[name] for name in IN_FLIGHT), client.stats)
 
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
