@@ -12,7 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mgpu.orchestrator.http.edge.errors import CLIENT_CLOSED_STATUS, HttpError, error_of
-from mgpu.orchestrator.http.edge.guard import ApiKeys, Guard
+from mgpu.orchestrator.http.edge.guard import PAGE_PREFIX, ApiKeys, Guard
 from mgpu.orchestrator.http.requests.anthropic_rules import PROMPT_RULES
 from mgpu.orchestrator.http.requests.anthropic_rules import RULES as MESSAGE_RULES
 from mgpu.orchestrator.http.requests.response_rules import RULES as RESPONSE_RULES
@@ -26,7 +26,9 @@ from mgpu.orchestrator.http.routes.messages import count_tokens, messages
 from mgpu.orchestrator.http.routes.metrics import metrics
 from mgpu.orchestrator.http.routes.models import model, models
 from mgpu.orchestrator.http.routes.openapi import Path, openapi
+from mgpu.orchestrator.http.routes.page import page
 from mgpu.orchestrator.http.routes.responses import responses
+from mgpu.orchestrator.http.routes.status import status
 from mgpu.orchestrator.http.routes.text import (
     DETOKENIZE_RULES,
     TEMPLATE_RULES,
@@ -54,9 +56,12 @@ _PATHS = (
     Path("GET", "/health/ready", ready),
     Path("GET", "/health/live", live),
     Path("GET", "/metrics", metrics, media="text/plain"),
+    Path("GET", "/status", status),
     Path("GET", "/version", version),
 )
-PATHS = (*_PATHS, openapi(_PATHS))
+_PAGE = (Path("GET", "/", page), Path("GET", f"{PAGE_PREFIX}{{name}}", page))
+"""For people: not in the document of the API."""
+PATHS = (*_PATHS, openapi(_PATHS), *_PAGE)
 
 
 def make_app(served: Served, api_keys: ApiKeys, cors: Sequence[str], is_private: bool) -> ASGIApp:

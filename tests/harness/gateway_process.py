@@ -119,6 +119,8 @@ class FakeEngine:
     going: threading.Event = field(default_factory=threading.Event)
     """Cleared: no step is made."""
     answers_stats: bool = True
+    stats: dict[str, float] = field(default_factory=dict)
+    """Counters beside that of what runs."""
     signs_of_life: int = 0
     known_state: str = ""
     """The last that the gateway has said to act on."""
@@ -156,6 +158,7 @@ class FakeEngine:
         self.script, self.error, self.answers_stats, self.portion = echo, "", True, 1000
         self.going.set()
         self.wait(lambda: not self._running)
+        self.stats.clear()
         self.submits.clear()
         self.cancels.clear()
 
@@ -201,7 +204,7 @@ class FakeEngine:
                     self._send(link, Outputs([message.sequence_id], [[]], [[]], [message.reason], [""], [0]))
             elif isinstance(message, StatsQuery):
                 if self.answers_stats:
-                    self._send(link, StatsReply(message.query_id, {"running": float(len(self._running))}))
+                    self._send(link, StatsReply(message.query_id, {"running": float(len(self._running)), **self.stats}))
             elif isinstance(message, Alive):
                 self.signs_of_life += 1
             elif isinstance(message, StateKnown):

@@ -13,8 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mgpu.orchestrator.http.edge.errors import HttpError
 from mgpu.protocol.internal.http_spec import ApiKey
 
-_OPEN_PATHS = frozenset({"/health", "/health/ready", "/health/live"})
-"""Load balancers and orchestrators ask without a key."""
+PAGE_PREFIX = "/page/"
+_OPEN_PATHS = frozenset({"/health", "/health/ready", "/health/live", "/"})
+"""Load balancers and orchestrators ask without a key. So do browsers for the page, which then asks its user for one."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")
 
@@ -84,7 +85,8 @@ class Guard:
 
     def _account(self, scope: Scope, headers: Headers, request_id: str) -> tuple[str, bool]:
         """Return whose request this is and whether a key says so. HttpError 401 if a key is lacking or wrong."""
-        if self._api_keys.keys is None or scope["path"] in _OPEN_PATHS:
+        is_open = scope["path"] in _OPEN_PATHS or scope["path"].startswith(PAGE_PREFIX)
+        if self._api_keys.keys is None or is_open:
             client = scope.get("client")
             return f"http {client[0]}:{client[1]}" if client else f"http {request_id[:100]}", False
         scheme, _, token = headers.get("authorization", "").partition(" ")
