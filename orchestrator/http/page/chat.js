@@ -1,7 +1,7 @@
 // The view of conversations: the list, the messages of one, and the field for the next message.
 import { streamAnswer } from "./answer.js";
 import * as store from "./conversations.js";
-import { byId, element } from "./dom.js";
+import { byId, element, showMenu } from "./dom.js";
 import { messageNode, updateMessage } from "./message.js";
 import { makeSettings, openSettings } from "./settings.js";
 
@@ -103,8 +103,7 @@ function scrollToEnd() {
 function show(conversation) {
   shown = running.get(conversation.id)?.conversation ?? conversation;
   store.setLastId(shown.id);
-  document.body.classList.remove("menu-open");
-  byId("menu").setAttribute("aria-expanded", "false");
+  showMenu(false);
   showMessages();
   showRunning();
   showList();
@@ -143,6 +142,7 @@ function discard(conversation) {
   if (conversation.messages.length && !confirm(`Delete “${store.titleOf(conversation)}”?`)) return;
   store.remove(conversation);
   running.get(conversation.id)?.controller.abort();
+  running.delete(conversation.id); // so that no late piece keeps it again
   show(conversation.id === shown.id ? store.allConversations()[0] ?? store.newConversation(shown) : shown);
 }
 

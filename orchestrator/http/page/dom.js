@@ -13,6 +13,12 @@ export function element(name, attributes = {}, ...children) {
   return node;
 }
 
+// Show or hide the list of conversations on a narrow screen.
+export function showMenu(isOpen) {
+  document.body.classList.toggle("menu-open", isOpen);
+  byId("menu").setAttribute("aria-expanded", String(isOpen));
+}
+
 export async function copyText(text, button) {
   const label = button.textContent;
   try {

@@ -7,7 +7,7 @@ const FIELDS = [
   ["top_p", "Top p", 0, 1, 0.01],
   ["top_k", "Top k", 0, 1000, 1],
   ["min_p", "Min p", 0, 1, 0.01],
-  ["max_tokens", "Most tokens of an answer", 1, 10000000, 1],
+  ["max_tokens", "Most new tokens", 1, 10000000, 1],
   ["repetition_penalty", "Repetition penalty", 0.05, 5, 0.05],
   ["presence_penalty", "Presence penalty", -2, 2, 0.1],
   ["frequency_penalty", "Frequency penalty", -2, 2, 0.1],

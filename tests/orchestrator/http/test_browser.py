@@ -161,6 +161,33 @@ def test_conversations_stay_in_the_browser(page: Browser, gateway: GatewayProces
     page.wait(lambda: page.text("article.user") == "Second" and page.count("#conversations li") == 1)
 
 
+def test_a_conversation_that_is_deleted_while_it_streams_stays_deleted(page: Browser, gateway: GatewayProcess) -> None:
+    gateway.engine.script = says("word " * 100_000)
+    say(page, "Go")
+    page.wait(lambda: "word" in page.text(f"{ANSWER} .text"))
+    page.click("#conversations .drop")
+    page.driver.switch_to.alert.accept()
+    eventually(lambda: len(gateway.engine.cancels) == 1, lambda: "not cancelled")
+    page.wait(lambda: page.count("article") == 0 and not page.find("#stop").is_displayed())
+    stored = "return Object.keys(localStorage).filter((each) => each.startsWith('mgpu.conversation.'))"
+    assert page.script(stored) == []
+
+
+def test_two_conversations_stream_side_by_side(page: Browser, gateway: GatewayProcess) -> None:
+    gateway.engine.script = says("word " * 100_000)
+    say(page, "First")
+    page.wait(lambda: "word" in page.text(f"{ANSWER} .text"))
+    page.click("#new")
+    gateway.engine.script = says("short")
+    say(page, "Second")
+    page.wait(lambda: page.text(f"{ANSWER} .text") == "short" and is_done(page))
+    page.click("#conversations li:last-child .title")
+    page.wait(lambda: page.text("article.user") == "First" and page.find("#stop").is_displayed())
+    page.press(ESCAPE)
+    page.wait(lambda: is_done(page))
+    assert "stopped" in page.text(f"{ANSWER} .hint")
+
+
 def test_settings_reach_the_server_and_stay(page: Browser, gateway: GatewayProcess) -> None:
     gateway.engine.script = says("ok")
     page.click("#to-settings")
@@ -225,6 +252,10 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page: Browser, gateway: Gat
     assert not page.find("#side").is_displayed()
     page.click("#menu")
     assert page.find("#side").is_displayed()
+    page.press(ESCAPE)
+    assert not page.find("#side").is_displayed()
+    assert page.script("return document.activeElement.id") == "menu"
+    page.click("#menu")
     page.click("#new")
     assert not page.find("#side").is_displayed()
 
