@@ -64,6 +64,7 @@ def http_command(endpoint: str | None, keys: str | None, **flags: Any) -> None:
             api_keys,
             watched,
             lambda: click.echo(f"HTTP (OpenAI-compatible) on {listener.url}", err=True),
+            names_accounts=keys is None,
         )
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(served)

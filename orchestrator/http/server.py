@@ -56,12 +56,14 @@ async def serve(
     api_keys: ApiKeys,
     watched: Mapping[int, Callable[[], bool]],
     report: Callable[[], None],
+    names_accounts: bool = True,
 ) -> None:
     """Serve until a descriptor of ``watched`` is readable and its function returns True.
 
-    ``api_keys`` may be changed meanwhile; ``report`` is called when connections are accepted.
+    ``api_keys`` may be changed meanwhile; ``report`` is called when connections are accepted. ``names_accounts``: see
+    `Served`.
     """
-    app = make_app(Served(client), api_keys, options.cors, is_private)
+    app = make_app(Served(client, names_accounts), api_keys, options.cors, is_private)
     server = _Server(_config(app, options), report)
     loop = asyncio.get_running_loop()
 

@@ -31,6 +31,8 @@ class Served:
     """What all requests of one HTTP process share."""
 
     client: AsyncClient
+    names_accounts: bool = True
+    """Tell the server whose each request is. Refused on a connection with a client's key, which is one account."""
     started_s: int = field(default_factory=lambda: int(time.time()))
     logged_fields: set[str] = field(default_factory=set)
     """Names of fields without effect that the log has already named."""
@@ -53,7 +55,8 @@ class Call:
     def options(self, options: GenerateOptions) -> GenerateOptions:
         """Add whose request it is. Clients with keys share no prefixes, so that none learns what others have asked."""
         state = self.request.scope["state"]
-        options["account"] = state["account"]
+        if self.served.names_accounts:
+            options["account"] = state["account"]
         if state["has_key"]:
             salted = f"{state['account']} {options.get('cache_salt', '')}"
             options["cache_salt"] = blake2b(salted.encode(), digest_size=32).hexdigest()

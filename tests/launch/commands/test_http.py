@@ -16,6 +16,8 @@ import pytest
 
 from harness.gateway_process import GatewayProcess, make_model_folder
 from harness.http_client import get, post
+from mgpu.protocol.internal.gateway_messages import ServerKeys
+from mgpu.protocol.keys import key_text, new_pair
 
 SECRET = "sk-0123456789abcdef"
 TEXT = "/v1/completions"
@@ -50,6 +52,19 @@ def test_several_servers_speak_for_one_and_end_by_their_signal(gateway: GatewayP
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == -signal.SIGTERM
         assert get(second, "/health").status == 200
+
+
+def test_an_encrypted_front_channel_is_used_with_a_clients_key(tmp_path: Path) -> None:
+    (server_public, server_secret), (public, secret) = new_pair(), new_pair()
+    file = tmp_path / "web.client"
+    file.touch(0o600)
+    file.write_text(f"secret {key_text(secret)}\nserver {key_text(server_public)}\n")
+    front = {"bind": "tcp://127.0.0.1:0", "keys": ServerKeys(server_secret, [public])}
+    with (
+        GatewayProcess(make_model_folder(tmp_path), client_keys=file, **front) as gateway,
+        http_command(gateway, "--keys", str(file), "--http", "127.0.0.1:0") as (url, _),
+    ):
+        assert post(url, TEXT, BODY).json["usage"]["completion_tokens"] == 2
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
