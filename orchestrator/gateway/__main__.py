@@ -21,6 +21,7 @@ from mgpu.orchestrator.gateway.text.tokenizer import load_codec
 from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.gateway_messages import LINK, GatewayFailure, GatewaySpec
 from mgpu.protocol.internal.logs import configure_logging
+from mgpu.protocol.internal.work_record import WorkRecord
 
 _PARENT_DEATH_S = 0.5
 """The death signal comes when the parent's first thread has ended, shortly before the parent itself has."""
@@ -70,6 +71,7 @@ def _serve(
     # Clients connect at once to a gateway that replaces another, so it binds only when it can serve.
     codec = None if spec.info is None else load_codec(spec.model_path, spec.model_format)
     front = FrontSocket(context, spec.bind, spec.max_request_bytes, spec.keys, spec.own_key)
+    WorkRecord(spec.record_fd).note_bound()
     background = BackgroundTasks()
     gateway = Gateway(spec, link, front, background, parent_fds)
     if spec.info is not None:

@@ -72,6 +72,10 @@ class Culprits:
         """Prepare the memory for another gateway."""
         self._record.clear()
 
+    def had_clients(self) -> bool:
+        """Return True if clients could connect to the gateway."""
+        return self._record.is_bound()
+
     def note_death(self) -> Blame | None:
         """Read what the gateway has left. Return who is shut out, if that is known."""
         now_s = self._clock_s()

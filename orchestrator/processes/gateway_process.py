@@ -257,8 +257,8 @@ class GatewayProcess:
         raise GatewayLost(f"the process {describe_exit(status)}", caused_by_clients=self._may_be_input(status))
 
     def _may_be_input(self, status: int) -> bool:
-        """Return whether clients can have ended the process. Before any was ready, the model's files are to blame."""
-        if not self.endpoint:
+        """Return whether clients can have ended it. Before they can connect, the model's files are to blame."""
+        if not self.endpoint and not self._culprits.had_clients():
             return False
         if -status == signal.SIGKILL:  # by the kernel's memory killer, or by a person
             return count_memory_kills() > self._memory_kills

@@ -3,8 +3,8 @@
 The parent makes an anonymous file (memfd) and passes its descriptor on; both map it. The gateway writes before it works
 on a message and when it is done. A write is a copy of some bytes: no system call, and no message that could be lost.
 
-Layout: a byte that is 1 while a message is worked on; its owner and name; who else is accused. A text is its length in
-one byte and up to `_TEXT_BYTES` bytes of UTF-8.
+Layout: a byte that is 1 while a message is worked on; one that is 1 when clients can connect; owner and name of the
+message; who else is accused. A text is its length in one byte and up to `_TEXT_BYTES` bytes of UTF-8.
 """
 
 import hashlib
@@ -45,6 +45,14 @@ class WorkRecord:
     def end(self) -> None:
         """Note that the work is done."""
         self._memory[0] = 0
+
+    def note_bound(self) -> None:
+        """Note that clients can connect from now on."""
+        self._memory[1] = 1
+
+    def is_bound(self) -> bool:
+        """Return True if clients could connect."""
+        return bool(self._memory[1])
 
     def accuse(self, owner: str) -> None:
         """Note who is to blame if the process ends while it works on nothing; "" for nobody."""

@@ -16,6 +16,7 @@ from mgpu.orchestrator.processes import gateway_process
 from mgpu.orchestrator.processes.failures import GatewayLost, RestartPause
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
 from mgpu.protocol.internal.gateway_messages import RecordQuery
+from mgpu.protocol.internal.work_record import WorkRecord
 
 
 @pytest.mark.parametrize(("max_restarts", "deaths", "least_s"), [(0, 6, 15.5), (3, 4, 3.5)])
@@ -79,6 +80,20 @@ def test_a_kill_for_want_of_memory_is_told_apart(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(GatewayLost) as lost:
             gateway.check_alive()
         assert lost.value.caused_by_clients is bool(kills)
+
+
+@pytest.mark.parametrize("is_bound", [False, True])
+def test_an_abort_during_the_first_start_may_be_input_once_clients_can_connect(is_bound: bool) -> None:
+    runtime = MagicMock(path="/nowhere")
+    runtime.bind.return_value = runtime.ipc.return_value = "ipc:///nowhere/front"
+    with zmq.Context() as context, GatewayProcess(context, runtime, config(gateway_command=("sleep", "60"))) as gateway:
+        if is_bound:
+            WorkRecord(gateway._culprits.fd).note_bound()
+        gateway.process.send_signal(signal.SIGABRT)
+        assert gateway.process.wait(time.monotonic() + 10)
+        with pytest.raises(GatewayLost) as lost:
+            gateway.check_alive()
+        assert lost.value.caused_by_clients is is_bound
 
 
 def test_pauses_grow_and_shrink_again_after_quiet_minutes() -> None:
