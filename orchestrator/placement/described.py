@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 from mgpu.orchestrator.errors import DeviceError
 from mgpu.orchestrator.placement.devices import (
@@ -20,6 +21,7 @@ DESCRIBED_BYTES = 80 << 30
 """Memory of each GPU of a machine described by a count alone."""
 _LINKS: tuple[Link, ...] = ("nvlink", "pcie", "none")
 """From the best to the worst."""
+_UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
 
 
 def described_machine(text: str, environ: Mapping[str, str] = os.environ) -> Machine:
@@ -31,10 +33,25 @@ def described_machine(text: str, environ: Mapping[str, str] = os.environ) -> Mac
     if not kinds:
         return cpu_machine(1, ("no GPU is described: running on the CPU",))
     devices = tuple(_device(ordinal, kind) for ordinal, kind in enumerate(kinds))
+    names = tuple(kind.name if isinstance(kind, GpuFacts) else _size_text(kind) for kind in kinds)
     link = max((kind.link if isinstance(kind, GpuFacts) else "nvlink" for kind in kinds), key=_LINKS.index)
     between = {"nvlink": "NVLink", "pcie": "PCIe", "none": "no direct access"}[link]
     note = f"a described machine: empty GPUs, {between} between all of them"
-    return Machine(devices, uniform_links(len(devices), link), nccl_problem(environ), notes=(note,))
+    return Machine(devices, uniform_links(len(devices), link), nccl_problem(environ), notes=(note,), kinds=names)
+
+
+def kinds_text(kinds: Sequence[str]) -> str:
+    """Write GPUs as ``--gpus`` takes them: a count if all are of the usual size, else each kind with its count."""
+    if set(kinds) == {_size_text(DESCRIBED_BYTES)}:
+        return str(len(kinds))
+    groups = ((kind, len(list(group))) for kind, group in groupby(kinds))
+    return ",".join(f"{count}x{kind}" for kind, count in groups)
+
+
+def _size_text(size: int) -> str:
+    """Write a size in the largest unit that divides it."""
+    unit, scale = next((unit, scale) for unit, scale in _UNITS if size % scale == 0)
+    return f"{size // scale}{unit}"
 
 
 def _count(text: str, whole: str) -> int:

@@ -51,6 +51,8 @@ class Machine:
     """True if CPU workers can sum in shared memory: its protocol relies on the store order of x86-64."""
     notes: tuple[str, ...] = ()
     """Lines for the start-up log."""
+    kinds: tuple[str, ...] = ()
+    """How ``--gpus`` writes each GPU of a described machine; empty for a real one."""
 
     @property
     def kind(self) -> Literal["cpu", "cuda"]:

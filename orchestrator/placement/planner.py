@@ -1,9 +1,11 @@
 """Choose the layout of a model on a machine: a pure function, checked in full before any process is started."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.errors import PlacementError
+from mgpu.orchestrator.placement.described import kinds_text
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, selectors
 from mgpu.orchestrator.placement.divisibility import (
     advice_without_groups,
@@ -204,16 +206,14 @@ def _choose_map(facts: ModelFacts, machine: Machine, options: LayoutOptions, tex
 
 
 def _choose_size(facts: ModelFacts, machine: Machine, options: LayoutOptions, size: int) -> _Choice:
-    count = len(machine.devices)
+    count, sizes = len(machine.devices), compatible_sizes(facts, options.quant, options.experts)
     if not 1 <= size <= count:
-        more = f"--workers {size}" if machine.kind == "cpu" else "CUDA_VISIBLE_DEVICES with more of them"
-        best = max(fitting for fitting in compatible_sizes(facts, options.quant, options.experts) if fitting <= count)
-        way_out = f"use --tp {best}" + (f", or {more}" if size > count else "")
+        best = max(fitting for fitting in sizes if fitting <= count)
         raise PlacementError(
-            f"--tp {size}: {count} {_noun(machine, count)} can be used; {way_out} "
-            f"(compatible sizes: {sizes_text(facts, options.quant, options.experts)})"
+            f"--tp {size}: {count} {_noun(machine, count)} can be used; use --tp {best}"
+            f"{_more_devices(machine, sizes, size)} (compatible sizes: {', '.join(map(str, sizes))})"
         )
-    if size not in compatible_sizes(facts, options.quant, options.experts):
+    if size not in sizes:
         raise _split_error(facts, machine, options, size, f"--tp {size}: {size} {_noun(machine, size)}")
     return _one_stage(facts, range(size)), f"--tp {size}"
 
@@ -227,16 +227,42 @@ def _split_error(
     text = (
         f"{subject} cannot split this model: {'; '.join(problems)}. "
         f"Compatible sizes: {sizes_text(facts, options.quant, options.experts)}. "
-        f"Use {_first_devices(machine, best)} (or --tp {best})"
+        f"Use {_fewer_devices(machine, options, best)}"
     )
     if 2 <= size <= facts.num_layers:
         text += f', or give each its own layers: -n "{map_text(even_stages(facts.num_layers, range(size)))}"'
     return PlacementError(text + advice_without_groups(facts, size, options.quant, options.experts))
 
 
+def _more_devices(machine: Machine, sizes: Sequence[int], size: int) -> str:
+    """Return what else to type for a size above the number of devices: the size itself, or the nearest that splits."""
+    count = len(machine.devices)
+    if machine.kind == "cpu":
+        larger = [fitting for fitting in sizes if fitting > count]
+        if not larger or size <= count:
+            return ""
+        near = max((fitting for fitting in larger if fitting <= size), default=larger[0])
+        return f", or --workers {near}" + ("" if near == size else f" instead of --tp {size}")
+    if size <= count or size not in sizes:
+        return ""
+    return ", or --gpus with more of them" if machine.kinds else ", or CUDA_VISIBLE_DEVICES with more of them"
+
+
+def _fewer_devices(machine: Machine, options: LayoutOptions, count: int) -> str:
+    """Return what to type, instead of what was typed, to split over ``count`` devices."""
+    if options.tp is not None:
+        return f"--tp {count}"
+    # CPU workers are as many as --workers says: --tp alone would find one.
+    if machine.kind == "cpu" or machine.kinds:
+        return f"{_first_devices(machine, count)} instead"
+    return f"{_first_devices(machine, count)} (or --tp {count})"
+
+
 def _first_devices(machine: Machine, count: int) -> str:
     """Return what to type to use only the first ``count`` devices."""
-    if machine.kind == "cpu":
+    if machine.kinds:
+        return f"--gpus {shlex.quote(kinds_text(machine.kinds[:count]))}"
+    if machine.kind == "cpu" or len({device.uuid for device in machine.devices}) < len(machine.devices):
         return f"--workers {count}"
     return f"CUDA_VISIBLE_DEVICES={selectors(machine.devices[:count])}"
 

@@ -1,10 +1,13 @@
 """Machines that the user describes, by counts, sizes and kinds of GPUs."""
 
+import re
+
 import pytest
 
-from harness.machines import GIB
-from mgpu.orchestrator.errors import UserError
+from harness.machines import GIB, TINY
+from mgpu.orchestrator.errors import PlacementError, UserError
 from mgpu.orchestrator.placement.described import DESCRIBED_BYTES, described_machine
+from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 
 
 @pytest.mark.parametrize(("text", "sizes"), [
@@ -54,3 +57,18 @@ def test_an_unknown_kind_lists_the_known_ones_and_a_large_number_may_be_one() ->
         described_machine("2xH300", {})
     with pytest.raises(UserError, match="write 1x4090"):
         described_machine("4090", {})
+
+
+@pytest.mark.parametrize(("text", "advised"), [
+    ("3", "2"), ("3x80GiB", "2"), ("3x24GiB", "2x24GiB"), ("3xH200", "2xH200"),
+    ("1.5GiB,1GiB,1GiB", "1x1536MiB,1x1GiB"), ("2xT4,1xL4", "2xT4"), ("3xA100 40GB", "'2xA100 40GB'"),
+])  # fmt: skip
+def test_the_way_out_on_a_described_machine_is_another_description(text: str, advised: str) -> None:
+    with pytest.raises(PlacementError) as refused:
+        plan(TINY, described_machine(text, {}), LayoutOptions())
+    assert f"Use --gpus {advised} instead," in str(refused.value)
+    assert not re.search("CUDA_VISIBLE_DEVICES|--tp", str(refused.value))
+    fewer = described_machine(advised.strip("'"), {}).devices
+    assert [each.total_bytes for each in fewer] == [
+        each.total_bytes for each in described_machine(text, {}).devices[:2]
+    ]

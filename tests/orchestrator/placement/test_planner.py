@@ -261,6 +261,35 @@ def test_tp_beyond_the_visible_gpus_is_refused(size: int) -> None:
     assert_has_all(refusal(QWEN3_32B, gpus(80, 80), tp=size), f"--tp {size}", "2 GPUs")
 
 
+@pytest.mark.parametrize(("size", "advice"), [
+    (2, "use --tp 1, or --workers 2 ("), (3, "use --tp 1, or --workers 2 instead of --tp 3 ("),
+    (4, "use --tp 1, or --workers 4 ("), (9, "use --tp 1, or --workers 4 instead of --tp 9 ("),
+    (0, "use --tp 1 ("),
+])  # fmt: skip
+def test_tp_beyond_the_cpu_workers_is_told_only_numbers_that_split_the_model(size: int, advice: str) -> None:
+    """TINY has 4 query heads and 2 KV heads: 1, 2 and 4 split it."""
+    assert advice in refusal(TINY, cpus(1), tp=size)
+    for count in map(int, re.findall(r"--workers (\d+)", advice)):
+        assert planned(TINY, cpus(count)).layout.placement.world_size == count
+
+
+def test_tp_beyond_the_gpus_is_not_told_to_show_more_if_more_would_not_do() -> None:
+    assert "use --tp 2 (" in refusal(QWEN3_32B, gpus(80, 80), tp=3)
+    assert "use --tp 2, or CUDA_VISIBLE_DEVICES with more" in refusal(QWEN3_32B, gpus(80, 80), tp=4)
+
+
+def test_a_tp_that_does_not_split_is_answered_by_one_that_does() -> None:
+    """Fewer devices would leave what was typed wrong."""
+    for machine in (gpus(80, 80, 80), cpus(3), cpus(4)):
+        assert ". Use --tp 2, or give" in refusal(TINY, machine, tp=3)
+        assert planned(TINY, machine, tp=2).layout.placement.world_size == 2
+
+
+def test_too_many_workers_are_told_fewer_and_no_tp() -> None:
+    """On the CPU --tp alone would find one worker."""
+    assert ". Use --workers 2 instead, or give" in refusal(TINY, cpus(3))
+
+
 def test_tp_without_nccl_goes_over_the_host_and_says_so() -> None:
     result = planned(QWEN3_32B, gpus(80, 80, nccl=False), tp=2)
     assert (result.mode, result.layout.transport) == ("tensor-parallel", "gloo")
