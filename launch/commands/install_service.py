@@ -4,8 +4,9 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -26,6 +27,14 @@ REPLACED = (Path("/tmp"), Path("/var/tmp"))
 _MAX_LINKS = 40
 """As many as Linux follows."""
 _EXAMPLE_MODEL = 'model = "/var/lib/mgpu/models/NAME-OF-THE-MODEL"'
+_USERS_WORDS = (
+    ("systemctl ", "systemctl --user "),
+    ("that the service's user can read, not below /home or\n# /tmp. Or a hub id that is in its cache already: the "
+     "service does not reach the network.", "that you can read. Or a hub id."),
+    ("the service's own user, and root,", "you, and root,"),
+    ("sudo mgpu-launch keygen --out /etc/mgpu/", "mgpu-launch keygen --out ~/.config/mgpu/"),
+)  # fmt: skip
+"""What the comments of the example say to a user with a service of their own."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _UNIT_PATH = re.compile(r"/[\w/.+@-]+")
 
@@ -73,7 +82,7 @@ def install_service_command(name: str, model: str, user: bool, root: Path | None
     """
     launcher = find_launcher()
     if not user and root is None:  # below another root, it is for another machine
-        check_reachable([launcher, *installation_paths()])
+        _require(dry_run, lambda: check_reachable([launcher, *installation_paths()]))
     config = config_dir(user, os.environ) / f"{checked_name(name)}.toml"
     model = absolute(model)
     files = [at_root(file, root) for file in service_files(config, user, launcher, model)]
@@ -83,9 +92,9 @@ def install_service_command(name: str, model: str, user: bool, root: Path | None
         if model and found.model != model:
             raise InstallError(f"{file.path} is kept and has model = {found.model!r}; change it there, or remove it")
         if not user and root is None:
-            check_named(file.path, found)
+            _require(dry_run, partial(check_named, file.path, found))
     if model and not kept and root is None:
-        check_model(config, model, user)
+        _require(dry_run, lambda: check_model(config, model, user))
     for file in files:
         if file in kept:
             click.echo(f"kept {file.path}")
@@ -97,6 +106,16 @@ def install_service_command(name: str, model: str, user: bool, root: Path | None
     click.echo(
         "\nNext:\n" + "\n".join(f"  {line}" for line in next_commands(name, config, user, launcher, bool(model)))
     )
+
+
+def _require(is_dry_run: bool, check: Callable[[], None]) -> None:
+    """Run a check. A dry run writes nothing, so it warns and goes on to show the files."""
+    try:
+        check()
+    except InstallError as error:
+        if not is_dry_run:
+            raise
+        click.secho(f"warning: without --dry-run this is refused: {error}", fg="yellow", err=True)
 
 
 def checked_name(name: str) -> str:
@@ -187,12 +206,14 @@ def service_files(config: Path, user: bool, launcher: str, model: str = "") -> I
     if not user:
         yield ServiceFile(Path("/etc/sysusers.d/mgpu.conf"), shipped("mgpu.sysusers.conf"))
         yield ServiceFile(Path("/etc/tmpfiles.d/mgpu.conf"), shipped("mgpu.tmpfiles.conf"))
-    yield ServiceFile(config, example_config(model), keep=True)
+    yield ServiceFile(config, example_config(model, user), keep=True)
 
 
-def example_config(model: str) -> str:
+def example_config(model: str, user: bool = False) -> str:
     """Return the shipped configuration, with this model if one is named."""
     text = shipped("example.toml")
+    for of_system, of_user in _USERS_WORDS if user else ():
+        text = text.replace(of_system, of_user)
     return text.replace(_EXAMPLE_MODEL, f"model = {toml_value(model)}") if model else text
 
 
@@ -218,12 +239,12 @@ def is_there(path: Path) -> bool:
 
 def write(file: ServiceFile) -> None:
     """Write a file that all users may read, by one rename. NoPermission names the folder."""
-    partial = file.path.with_name(f".{file.path.name}.new")
+    new = file.path.with_name(f".{file.path.name}.new")
     try:
         file.path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(file.text, encoding="utf-8")
-        partial.chmod(0o644)
-        partial.replace(file.path)
+        new.write_text(file.text, encoding="utf-8")
+        new.chmod(0o644)
+        new.replace(file.path)
     except PermissionError as error:
         raise _no_permission(file.path, "write") from error
     except OSError as error:

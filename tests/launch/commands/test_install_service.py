@@ -1,6 +1,7 @@
 """``mgpu-launch install-service``: what it writes, what it keeps, what it refuses."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,9 @@ def test_a_users_service_lies_in_the_users_configuration(tmp_path: Path, monkeyp
     assert files_below(tmp_path) == {"systemd/user/mgpu@.service", "mgpu/small.toml"}
     assert "systemctl --user enable --now mgpu@small" in done.output
     assert "sudo" not in done.output
+    config = (tmp_path / "mgpu/small.toml").read_text()
+    assert config.count("systemctl --user ") == config.count("systemctl ") == 2
+    assert not re.search("sudo|/home|/etc|system service", config)
 
 
 def test_a_dry_run_shows_all_and_writes_nothing(tmp_path: Path) -> None:
@@ -104,6 +108,22 @@ def test_a_dry_run_shows_all_and_writes_nothing(tmp_path: Path) -> None:
     assert files_below(tmp_path) == set()
     assert all(f"would write {tmp_path}/{name}" in done.output for name in SYSTEM_FILES)
     assert f"ExecStart={LAUNCHER}" in done.output
+
+
+def test_a_dry_run_shows_the_files_also_where_it_would_be_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(install_service, "installation_paths", lambda: ["/tmp/checkout"])
+    monkeypatch.setattr(install_service, "write", lambda file: pytest.fail("something was written"))
+    monkeypatch.setattr(install_service, "config_dir", lambda user, environ: Path("/etc/mgpu-none"))
+    done = install("x", "-m", "./model", "--dry-run")
+    assert done.exit_code == 0
+    assert "warning: without --dry-run this is refused: mgpu runs from /tmp/checkout" in done.output
+    assert "would write /etc/mgpu-none/x.toml" in done.output
+    with pytest.raises(InstallError, match="/tmp/checkout"):
+        install("x", "-m", "./model")
 
 
 def test_a_configuration_that_is_there_is_kept_and_the_unit_is_renewed(tmp_path: Path) -> None:
