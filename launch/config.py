@@ -4,6 +4,7 @@ Precedence: flag, then ``MGPU_*`` environment variable, then the TOML file of ``
 """
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from mgpu.launch.peer_names import key_hint
 from mgpu.launch.values import Bytes, ConfigError, Option, Tokens, parsed
 from mgpu.orchestrator.config import Restarts, Timeouts
 from mgpu.orchestrator.placement.options import LayoutOptions
@@ -225,22 +227,39 @@ def _file_values(file: Path | None, options: Mapping[str, Option]) -> dict[str, 
     if file is None:
         return {}
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        table = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read configuration file {file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}{_quotes_hint(text, str(error))}") from error
     values: dict[str, object] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         if isinstance(value, dict):
             raise ConfigError(f"{file}: [{key}] begins a table, and there are none; write the keys without it")
         if name not in options:
-            raise ConfigError(f"{file}: unknown key {key!r}{_nearest(name, options)}")
+            hint = key_hint(key, table, options)
+            raise ConfigError(f"{file}: unknown key {key!r}{f'; {hint}' if hint else _nearest(name, options)}")
         if name in values:
             raise ConfigError(f"{file}: {name} is set twice, with a hyphen and with an underscore")
         values[name] = value
     return values
+
+
+def _quotes_hint(text: str, error: str) -> str:
+    """Return how the line that a TOML error names is written if it only lacks its quotes, or ''."""
+    at = re.search(r"at line (\d+)", error)
+    line = text.splitlines()[int(at[1]) - 1] if at else ""
+    found = re.fullmatch(r"\s*([\w-]+)\s*=\s*([^\s\"'\[{#][^\"']*?)\s*(#.*)?", line)
+    if found is None:
+        return ""
+    key, value = found[1], found[2]
+    if value.lower() in ("true", "false"):
+        return f"; write it in small letters: {key} = {value.lower()}"
+    return f"; text stands in quotes: {key} = {json.dumps(value, ensure_ascii=False)}"
 
 
 def _environment_values(environ: Mapping[str, str], options: Mapping[str, Option]) -> dict[str, object]:
@@ -265,4 +284,4 @@ def _is_service_link(variable: str, text: str) -> bool:
 
 def _nearest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+    return f"; did you mean {close[0]!r}?" if close else "; 'mgpu-launch config' lists all"

@@ -1,6 +1,8 @@
 """What users of other servers type, and the name that it has here. Only for error messages."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
 
 COMMANDS = {
     "run": "'mgpu-launch serve MODEL' starts a server, and 'mgpu-launch chat' talks to it",
@@ -46,7 +48,8 @@ _SERVE = {
     **dict.fromkeys(("--allowed-origins", "--cors-allow-origins"), "--http-cors {}"),
     **dict.fromkeys(("--tensor-parallel-size", "--tp-size", "-tp", "--num-gpus", "--num-shard"), "--tp {}"),
     **dict.fromkeys(
-        ("--max-model-len", "--ctx-size", "--context-length", "--max-total-tokens", "--num-ctx", "--session-len", "-c"),
+        ("--max-model-len", "--ctx-size", "--context-length", "--max-total-tokens", "--num-ctx", "--session-len", "-c",
+         "--max-sequence-len", "--max-sequence-length", "--max-seq-length", "--max-length", "--seq-len"),
         "--max-seq-len {}",
     ),
     **dict.fromkeys(
@@ -125,3 +128,36 @@ def option_hint(typed: str, value: str, own: Sequence[str], host: str, port: str
     if typed in _QUANT_OPTIONS and not quant:
         return _OTHER_QUANT.format(value[:40])
     return "here it is " + pattern.format(value or "VALUE", host=host, port=port, quant=quant)
+
+
+def key_hint(typed: str, table: Mapping[str, object], own: Collection[str]) -> str:
+    """Return how a key of a configuration file that another program's option resembles is written here, or ''.
+
+    ``own`` holds the keys there are.
+    """
+    name, value = typed.replace("_", "-"), table[typed]
+    options = [f"--{key.replace('_', '-')}" for key in own] + ["--no-prefix-cache", "-m"]
+    text = "" if isinstance(value, (dict, list, bool)) else str(value)
+    host, port = str(table.get("host", "127.0.0.1")), str(table.get("port", "PORT"))
+    for option in (f"--{name}", f"-{name}"):
+        hint = option_hint(option, text, options, host, port)
+        if hint.startswith("here it is "):
+            return _OPTION.sub(lambda found: _as_key(found, is_off=value is False), hint)
+        if hint:
+            return hint
+    return ""
+
+
+_OPTION = re.compile(r'(--[a-z-]+|-m\b)(?: ("[^"]*"|[^\s,)]+(?<!:)))?')
+
+
+def _as_key(found: re.Match[str], is_off: bool) -> str:
+    """Write an option of the command line as a line of the file."""
+    option, value = found.groups()
+    name = "model" if option == "-m" else option.removeprefix("--").replace("-", "_")
+    if name in ("prefix_cache", "no_prefix_cache"):
+        return f"prefix_cache = {json.dumps((name == 'prefix_cache') != is_off)}"
+    if value is None:
+        return name
+    is_plain = re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) and name != "quant"
+    return f"{name} = {value if is_plain or value[0] == chr(34) else json.dumps(value, ensure_ascii=False)}"

@@ -14,6 +14,7 @@ from mgpu.launch.pages.terminal import shown
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.client.results import Usage
 from mgpu.protocol.errors import MgpuError
+from mgpu.protocol.internal.counted import counted
 
 
 class Screen(Protocol):
@@ -53,7 +54,7 @@ class Said:
 def answer(client: Client, messages: Sequence[dict[str, str]], options: dict[str, Any], screen: Screen) -> Said:
     """Stream one answer to the screen, then print its speed, or why it has ended early."""
     said: list[str] = []
-    usage, start_s, first_s = None, time.monotonic(), 0.0
+    usage, finish_reason, start_s, first_s = None, None, time.monotonic(), 0.0
     try:
         with first_interrupt_only(), client.stream_chat(messages, **options) as pieces:
             try:
@@ -61,6 +62,7 @@ def answer(client: Client, messages: Sequence[dict[str, str]], options: dict[str
                     first_s = first_s or time.monotonic()
                     said.append(piece.text)
                     usage = piece.usage or usage
+                    finish_reason = piece.finish_reason or finish_reason
                     screen.write(piece.text)
             finally:
                 screen.finish()
@@ -72,14 +74,23 @@ def answer(client: Client, messages: Sequence[dict[str, str]], options: dict[str
     else:
         if usage is not None:
             click.secho(f"[{_speed(usage, start_s, first_s, time.monotonic())}]", dim=True, err=True)
+        if finish_reason == "length":
+            click.secho(f"[{_cut(options)}]", dim=True, err=True)
     return Said("".join(said))
+
+
+def _cut(options: dict[str, Any]) -> str:
+    """Say why an answer ended before its end."""
+    if "max_tokens" in options:
+        return f"cut at max_tokens {options['max_tokens']}; /set max_tokens N allows more"
+    return "cut: the context is full; /clear starts over"
 
 
 def _speed(usage: Usage, start_s: float, first_s: float, end_s: float) -> str:
     """Say how fast the answer came: the time to its first token, and tokens per second from then on."""
     tokens = usage.completion_tokens
     rate = (tokens - 1) / (end_s - first_s) if tokens > 1 and end_s > first_s else tokens / (end_s - start_s)
-    return f"{tokens} tokens, first after {first_s - start_s:.2f} s, {rate:.1f} tokens/s"
+    return f"{counted(tokens, 'token')}, first after {first_s - start_s:.2f} s, {rate:.1f} tokens/s"
 
 
 @contextmanager

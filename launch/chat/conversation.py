@@ -1,6 +1,7 @@
 """What was said in a chat, and the commands that change it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import click
 from mgpu.launch.chat.answer import Screen, answer
 from mgpu.launch.chat.settings import RULES, Settings
 from mgpu.protocol.client.client import Client
+from mgpu.protocol.internal.counted import counted
 
 HELP = """\
 /help               list these commands
@@ -85,6 +87,8 @@ class Conversation:
         if said.text:  # a turn without an answer (refused, or stopped at once) is not part of the conversation
             self._turns += [turn, {"role": "assistant", "content": said.text}]
             self._is_answered = True
+        elif fitting := re.search(r"use max_tokens (\d+) or less", str(said.error)):
+            note(f"/set max_tokens {fitting[1]} makes it fit")
         elif said.error is not None and self._turns:
             note("/clear starts over, /retry asks again")
 
@@ -118,7 +122,7 @@ class Conversation:
             note(f"cannot write {name}: {error}")
         else:
             self._saved.add(path)
-            note(f"wrote {len(messages)} messages to {path}")
+            note(f"wrote {counted(len(messages), 'message')} to {path}")
 
 
 def note(text: str) -> None:

@@ -11,7 +11,7 @@ from mgpu.launch.chat.history import History, history_file
 from mgpu.launch.chat.lines import Lines
 from mgpu.launch.chat.markdown import MarkdownScreen, can_render
 from mgpu.launch.chat.settings import Settings
-from mgpu.launch.commands.talk import server_errors, talk_options, typed
+from mgpu.launch.commands.talk import NO_MODEL, server_errors, talk_options, typed
 from mgpu.launch.pages.help import Command
 from mgpu.protocol.client.client import Client
 
@@ -19,6 +19,7 @@ from mgpu.protocol.client.client import Client
 @click.command(
     "chat",
     cls=Command,
+    no_argument=f"{NO_MODEL} Messages are typed in the chat.",
     examples=(
         "mgpu-launch chat",
         "mgpu-launch chat --system 'Answer in one sentence.' --temperature 0.7",

@@ -9,6 +9,7 @@ from mgpu.launch.doctor.examine import examine
 from mgpu.launch.doctor.finding import Finding, finding_text
 from mgpu.launch.pages.help import Command
 from mgpu.launch.server_process import orderly_end
+from mgpu.protocol.internal.counted import counted
 
 
 @click.command(
@@ -38,5 +39,5 @@ def doctor_command(offline: bool, timeout: float, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps([asdict(each) for each in found], indent=2))
     else:
-        click.echo(f"\n{len(found)} checks, {warnings} of them warn, {failures} of them FAIL")
+        click.echo(f"\n{counted(len(found), 'check')}, {warnings} of them warn, {failures} of them FAIL")
     return 1 if failures else 0

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import click
 
-from mgpu.launch.commands.talk import ServerError, server_errors, server_options
+from mgpu.launch.commands.talk import NO_MODEL, ServerError, server_errors, server_options
 from mgpu.launch.pages.help import Command
 from mgpu.launch.pages.status import ask, counters, page
 from mgpu.protocol.client.client import Client
@@ -14,6 +14,7 @@ from mgpu.protocol.client.client import Client
 @click.command(
     "status",
     cls=Command,
+    no_argument=NO_MODEL,
     short_help="Show state, speed and memory of a server.",
     examples=(
         "mgpu-launch status",

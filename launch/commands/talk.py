@@ -14,6 +14,12 @@ from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.results import Piece, Usage
 from mgpu.protocol.errors import MgpuError
 
+NO_MODEL = (
+    "The model is chosen when the server starts: 'mgpu-launch serve MODEL'. "
+    "Of several servers, --endpoint MODEL chooses one."
+)
+"""What to say to a word behind a command that talks to a running server."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import click
 
-from mgpu.launch.commands.talk import server_errors, server_options
+from mgpu.launch.commands.talk import NO_MODEL, server_errors, server_options
 from mgpu.launch.pages.help import Command
 from mgpu.launch.pages.status import ask, page
 from mgpu.protocol.client.client import Client
@@ -21,6 +21,7 @@ OWN_SCREEN, USUAL_SCREEN, CLEAR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[H\x1b[J"
 @click.command(
     "top",
     cls=Command,
+    no_argument=NO_MODEL,
     short_help="Show the page of status, refreshed.",
     examples=("mgpu-launch top --interval 5",),
 )

@@ -21,10 +21,21 @@ class GroupedOption(click.Option):
 class Command(click.Command):
     """A command whose help has groups of options, in the order in which they first appear, and examples."""
 
-    def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any) -> None:
-        """``examples``: what to type, each a line; after ``#`` comes what it does."""
+    def __init__(self, *args: Any, examples: Sequence[str] = (), no_argument: str = "", **settings: Any) -> None:
+        """``examples``: what to type, each a line; after ``#`` comes what it does.
+
+        ``no_argument``: what to say to a word behind a command that takes none.
+        """
         super().__init__(*args, **settings)
+        self._no_argument = no_argument
         self.examples = tuple(examples)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = ctx.allow_extra_args or bool(self._no_argument)
+        rest = super().parse_args(ctx, args)
+        if rest and self._no_argument and not ctx.resilient_parsing:
+            ctx.fail(f"{ctx.info_name} takes no argument, and got {rest[0]!r}. {self._no_argument}")
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}

@@ -36,6 +36,7 @@ from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.orchestrator.startup_log import ProgressBar, log_ready
 from mgpu.protocol.discovery import RunningServer
+from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.gateway_messages import EngineInfo
 
 log = logging.getLogger(__name__)
@@ -192,15 +193,18 @@ class Engine:
             return
         if state is not ServerState.DRAINING:
             if num_live:
-                log.info("stopping: %d sequence(s) get up to %g s to finish", num_live, self._drain_timeout_s)
+                log.info(
+                    "stopping: %s may take up to %g s to finish", counted(num_live, "sequence"), self._drain_timeout_s
+                )
             self._drain_until_s = time.monotonic() + self._drain_timeout_s
             self._notifier.stopping("finishing the last requests")
             self._enter(ServerState.DRAINING)
         is_over = time.monotonic() >= self._drain_until_s
         if num_live and has_second:
-            log.warning("a second signal: ending %d sequence(s)", num_live)
+            log.warning("a second signal: ending %s", counted(num_live, "sequence"))
         elif num_live and is_over:
-            log.warning("the drain timeout of %g s is over: ending %d sequence(s)", self._drain_timeout_s, num_live)
+            ended = counted(num_live, "sequence")
+            log.warning("the drain timeout of %g s is over: ending %s", self._drain_timeout_s, ended)
         if has_second or is_over or not num_live:
             self._life.enter(ServerState.STOPPED)
 
@@ -240,7 +244,7 @@ class Engine:
             self._scheduler.use_workers(self._workers.group.epoch, self._workers.num_blocks)
             if self._life.state is not ServerState.STARTING:
                 took_s = self._workers.last_recovery_s
-                log.info("recovered in %.2f s; %d sequence(s) go on", took_s, self._scheduler.num_live)
+                log.info("recovered in %.2f s with %s", took_s, counted(self._scheduler.num_live, "sequence"))
 
     def _run_periodic_work(self) -> None:
         """Watchdog, journal, runtime folder, standby workers and systemd: each acts when its own time has come."""
@@ -290,7 +294,7 @@ class Engine:
             self._steps.forget()
         self._workers.replace(failure)
         if was_ready:
-            log.warning("%d running sequence(s) wait for new workers", num_waiting)
+            log.warning("new workers are needed for %s", counted(num_waiting, "running sequence"))
         self._make_poller()
 
     def _replace_gateway(self, failure: GatewayLost) -> None:

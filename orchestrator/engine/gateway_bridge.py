@@ -14,6 +14,7 @@ from mgpu.orchestrator.engine.steps import StepPipeline
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
 from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
+from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.gateway_messages import (
     Cancel,
     GatewayReady,
@@ -111,7 +112,7 @@ class GatewayBridge:
             self._answer_resume(message)
         elif isinstance(message, GatewayReady):
             self._claim_deadline_s = time.monotonic() + self._resume_timeout_s
-            log.info("the gateway is back; clients may resume %d sequence(s)", self._scheduler.num_live)
+            log.info("the gateway is back; clients may resume %s", counted(self._scheduler.num_live, "sequence"))
 
     def _submit(self, submit: Submit) -> None:
         if self._life.state is ServerState.DRAINING:

@@ -1,5 +1,6 @@
 """Turn config.json of a Hugging Face folder into `ModelFacts`, with the defaults of the transformers library."""
 
+import os
 from pathlib import Path
 from typing import cast, get_args
 
@@ -16,6 +17,8 @@ def read_config_facts(folder: Path, is_plain: bool = False) -> ModelFacts:
 
     ``is_plain`` ignores a quantization that config.json names: the weights beside it are not quantized.
     """
+    if folder.is_dir() and not os.path.lexists(folder / "config.json"):
+        raise CheckpointError(f"{folder}: not a model folder: no config.json")
     path = checked_file(folder, "config.json")
     outer = Fields(str(path), read_json_object(path))
     family = _family_of(outer)

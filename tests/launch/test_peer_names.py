@@ -42,6 +42,7 @@ def test_a_word_that_resembles_nothing_gets_the_list() -> None:
     (("-tp", "2"), "--tp 2"),
     (("--max-model-len=8k",), "--max-seq-len 8k"),
     (("-c", "4096"), "--max-seq-len 4096"),
+    (("--max-sequence-len", "4096"), "--max-seq-len 4096"),
     (("--ctx-size", "4096"), "--max-seq-len 4096"),
     (("--gpu-memory-utilization", "0.8"), "--memory-fraction 0.8"),
     (("--quantization", "bitsandbytes"), "--quant 8"),
@@ -75,3 +76,10 @@ def test_an_option_with_a_typing_mistake_gets_the_near_name() -> None:
 def test_a_value_that_looks_like_an_option_is_a_value() -> None:
     assert CliRunner().invoke(cli, ["config", "--served-name", "--port"]).exit_code == 0
     assert CliRunner().invoke(cli, ["config", "-n0:1"]).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["chat", "status", "top"])
+def test_a_model_behind_a_command_that_takes_none_is_answered(command: str) -> None:
+    said = refused(command, "nomodel")
+    assert f"{command} takes no argument, and got 'nomodel'" in said
+    assert "The model is chosen when the server starts: 'mgpu-launch serve MODEL'" in said

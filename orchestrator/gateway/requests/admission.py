@@ -11,6 +11,7 @@ from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.server_messages import Accepted
 from mgpu.protocol.internal.admission_rule import AdmissionRule
+from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Submit
 from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, RowSampling
 
@@ -134,15 +135,15 @@ def _too_long(prompt_tokens: int, wanted: int, room: int, info: EngineInfo) -> s
     if room < 1:
         return _no_room(prompt_tokens, limit, info)
     return (
-        f"{prompt_tokens} prompt tokens and max_tokens {wanted} make {prompt_tokens + wanted}, but the "
+        f"{counted(prompt_tokens, 'prompt token')} and max_tokens {wanted} make {prompt_tokens + wanted}, but the "
         f"{_bottleneck(info)} holds {limit}; use max_tokens {room} or less"
     )
 
 
 def _no_room(prompt_tokens: int, limit: int, info: EngineInfo, is_exact: bool = True) -> str:
     return (
-        f"the prompt has {'' if is_exact else 'at least '}{prompt_tokens} tokens, but the {_bottleneck(info)} holds "
-        f"{limit}: at most {limit - 1} for the prompt and one new token"
+        f"the prompt has {'' if is_exact else 'at least '}{counted(prompt_tokens, 'token')}, but the "
+        f"{_bottleneck(info)} holds {limit}: at most {limit - 1} for the prompt and one new token"
     )
 
 

@@ -21,6 +21,7 @@ class FakeClient:
         self.asked: list[list[str]] = []
         self.options: list[dict[str, Any]] = []
         self._answers = list(answers)
+        self.finish_reason = "stop"
 
     @contextmanager
     def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Iterator[Iterator[Piece]]:
@@ -37,7 +38,7 @@ class FakeClient:
             yield Piece(0, text, (1, 2), None, None, None)
         if error is not None:
             raise error
-        yield Piece(0, "", (), None, "stop", Usage(1, 2, 0))
+        yield Piece(0, "", (), None, self.finish_reason, Usage(1, 2, 0))
 
 
 def talk(client: FakeClient, *typed: str, system: str = "") -> FakeClient:
@@ -137,3 +138,23 @@ def test_commands_and_options_are_completed() -> None:
     assert completions("/set temp") == ["/set temperature "]
     assert "/bye" in completions("/")
     assert completions("s") == completions("") == []
+
+
+def test_an_answer_that_was_cut_is_said_with_the_way_to_more(capsys: pytest.CaptureFixture[str]) -> None:
+    talk(FakeClient("A"), "/set max_tokens 5", "one")
+    assert "cut" not in capsys.readouterr().err
+    client = FakeClient("A", "B")
+    client.finish_reason = "length"
+    talk(client, "/set max_tokens 5", "one", "/set max_tokens default", "two")
+    told = capsys.readouterr().err
+    assert "cut at max_tokens 5; /set max_tokens N allows more" in told
+    assert "cut: the context is full; /clear starts over" in told
+
+
+def test_too_many_max_tokens_are_answered_by_the_number_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "9 prompt tokens and max_tokens 999 make 1008, but the context holds 128; use max_tokens 119 or less"
+    refusal = RequestFailed("bad_request", text)
+    talk(FakeClient(refusal, "A", refusal), "one", "two", "three")
+    told = capsys.readouterr().err
+    assert told.count("/set max_tokens 119 makes it fit") == 2
+    assert "/retry" not in told

@@ -320,3 +320,8 @@ def test_defaults_agree_with_transformers(tmp_path: Path, name: str) -> None:
     types = getattr(config, "layer_types", None)
     if types is not None:
         assert facts.sliding_layers == tuple(kind == "sliding_attention" for kind in types)
+
+
+def test_a_folder_without_a_configuration_is_no_model_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not a model folder: no config\.json"):
+        read_config_facts(tmp_path)
