@@ -63,6 +63,12 @@ class Honest:
         self._stop.wait(seconds)
         return self.end(window)
 
+    def wait_for_an_answer(self, within_s: float = 60.0) -> None:
+        """Return when a stream has ended for the first time, or after so long: a short attack may be over before."""
+        deadline_s = time.monotonic() + within_s
+        while not self.finished and time.monotonic() < deadline_s:
+            self._stop.wait(0.05)
+
     def begin(self) -> Window:
         """Begin a window and return it; `end` ends it."""
         window = Window(began_s=time.monotonic())

@@ -97,6 +97,7 @@ def run(transport: Transport, sessions: int, options: argparse.Namespace) -> Row
             row.seconds = time.monotonic() - began_s
             honest.end(window)
             honest.watch(options.settle_s)
+            honest.wait_for_an_answer()
             row.honest_answers, row.lost, row.different = honest.finished, honest.lost, honest.different
         row.problems += window.problems[:5]
         row.worst_first_token_s = max(window.first_token_s, default=0.0)

@@ -77,5 +77,5 @@ def test_a_size_that_cuts_int4_groups_starts_nothing(tmp_path: Path) -> None:
     assert done.stdout == ""
     [line] = done.stderr.splitlines()
     assert "MLP width 192 / 4 ranks = 48, not a multiple of 32" in line
-    assert "Use --workers 2 (or --tp 2)" in line
+    assert "Use --workers 2 instead" in line
     assert line.endswith("or --quant 8, which has no groups")

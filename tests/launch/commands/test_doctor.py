@@ -44,4 +44,4 @@ def test_only_a_failure_changes_the_status(
 ) -> None:
     monkeypatch.setattr(doctor, "examine", lambda offline, timeout: iter(found))
     assert doctor.doctor_command.main(["--offline"], standalone_mode=False) == status
-    assert f"{len(found)} checks" in capsys.readouterr().out
+    assert f"{len(found)} check{'s' if len(found) > 1 else ''}" in capsys.readouterr().out
