@@ -58,7 +58,7 @@ def test_hundreds_of_hostile_sessions_cost_no_stream_a_token(options: argparse.N
     assert row.sessions == 200, row.problems
     assert row.honest_answers > 0
     assert len(row.of_character) == 10
-    assert sum(row.answers.values()) > 0  # which ones is a matter of speed: few sessions wait for their end
+    assert sum(row.actions.values()) > 200  # few sessions wait for an answer, and a fast run sees none
 
 
 @pytest.mark.parametrize("name", sorted(name for name in ATTACKS if situation_of(name) != ORDINARY))

@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -32,10 +33,28 @@ class Terminal:
 
     def wait_for(self, text: bytes, after: int = 0) -> int:
         """Read until ``text`` shows up beyond a place on the screen; return the place behind it."""
-        deadline_s = time.monotonic() + TURN_S
+        found = self._look_for(text, after, TURN_S)
+        assert found >= 0, self.screen
+        return found
+
+    def interrupt(self, after: int, prompt: bytes = b"> ") -> int:
+        """Press Ctrl-C at a prompt until the next one shows up; return the place behind it.
+
+        Python misses a signal that comes between the echo of a key and its wait for the next key; a person presses
+        the key again.
+        """
+        for _ in range(int(TURN_S)):
+            os.killpg(self.process.pid, signal.SIGINT)
+            if (found := self._look_for(prompt, after, 1.0)) >= 0:
+                return found
+        raise AssertionError(self.screen)
+
+    def _look_for(self, text: bytes, after: int, timeout_s: float) -> int:
+        deadline_s = time.monotonic() + timeout_s
         while (found := self.screen.find(text, after)) < 0:
             left_s = deadline_s - time.monotonic()
-            assert left_s > 0, self.screen
+            if left_s <= 0:
+                return -1
             if select.select([self.fd], [], [], left_s)[0]:
                 self.screen += os.read(self.fd, 65536)
         return found + len(text)

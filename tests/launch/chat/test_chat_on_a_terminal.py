@@ -93,14 +93,10 @@ def test_ctrl_c_ends_the_answer_only_however_often_it_is_pressed(
         place = terminal.wait_for(b"> ", place)
     gateway.engine.wait(lambda: not gateway.engine._running)
     terminal.type("half a line")
-    place = terminal.wait_for(b"half a line", place)
-    os.killpg(terminal.process.pid, signal.SIGINT)
-    place = terminal.wait_for(b"> ", place)
+    place = terminal.interrupt(terminal.wait_for(b"half a line", place))
     terminal.type('"""a block')
     terminal.type("\n")
-    place = terminal.wait_for(b". ", place)
-    os.killpg(terminal.process.pid, signal.SIGINT)
-    terminal.wait_for(b"> ", place)
+    terminal.interrupt(terminal.wait_for(b". ", place))
     leave(terminal)
 
 
