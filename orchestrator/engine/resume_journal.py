@@ -209,7 +209,10 @@ class Journal:
 def _entry(submit: Submit) -> _Entry:
     num_top = submit.sampling.num_logprobs
     packing = LogprobPacking(num_top) if num_top >= 0 else None
-    return _Entry(submit.sequence_id, submit.stop_token_ids, num_top, packing)
+    entry = _Entry(submit.sequence_id, submit.stop_token_ids, num_top, packing)
+    if packing is not None:  # whoever sent the emitted tokens has their log-probabilities
+        entry.logprobs = bytearray(packing.width * submit.num_emitted)
+    return entry
 
 
 def _number_at(numbers: list[int] | None, index: int) -> int:

@@ -40,9 +40,9 @@ def checked_sequence(submit: Submit, arrival: int, limits: Limits) -> Sequence:
     """Turn a submission into a sequence. RequestRefused when it can never run."""
     if len(submit.token_ids) % 4:
         raise RequestRefused(f"a prompt of {len(submit.token_ids)} bytes is not a list of int32 token ids")
-    prompt_len = len(submit.token_ids) // 4
+    prompt_len = len(submit.token_ids) // 4 - submit.num_emitted
     seq = Sequence.from_submit(submit, arrival, prompt_len + submit.max_tokens)
-    problem = limits.admission.problem_of(seq.tokens, submit.max_tokens)
+    problem = limits.admission.problem_of(seq.tokens, submit.max_tokens - submit.num_emitted)
     if problem == "empty prompt":
         raise RequestRefused("a prompt of 0 bytes is not a list of int32 token ids")
     if problem == "unknown token":

@@ -63,7 +63,7 @@ class Sequence:
         return cls(
             sequence_id=submit.sequence_id,
             tokens=tokens,
-            prompt_len=len(tokens),
+            prompt_len=len(tokens) - submit.num_emitted,
             max_len=max_len,
             stop_ids=frozenset(submit.stop_token_ids),
             sampling=submit.sampling,

@@ -214,9 +214,9 @@ class StepPlanner:
             self._blocked = (self.blocks.changes, seq)
             return None
         if seq.turn < 0:
-            seq.cached_tokens = seq.num_computed
+            seq.cached_tokens = min(seq.num_computed, seq.prompt_len)
             self._counters.prompt_tokens += seq.prompt_len
-            self._counters.prefix_hit_tokens += seq.num_computed
+            self._counters.prefix_hit_tokens += seq.cached_tokens
             self._submitted_s.append(seq.submitted_s)
         self._waiting.take_first()
         self._rows.take(seq)

@@ -29,6 +29,8 @@ QueryKind = Literal["health", "stats", "models"]
 TextResult = Literal["token_ids", "count", "text"]
 
 MAX_CHOICES = 16
+MAX_EMITTED_TOKENS = 1 << 16
+"""Their text is made in one turn of the gateway's loop."""
 REQUEST_ID = Integer(0, 2**63 - 1)
 MAX_TEXT_CHARS = 2**27 - 1
 """Bound of one string; the frame size is the tighter one."""
@@ -89,6 +91,11 @@ class Generate:
     """The gateway ends the request with deadline_exceeded after this many seconds."""
     session: Annotated[str | None, SESSION] = None
     """The client's secret, the same in all its requests. Without it a request ends with its connection's gateway."""
+    emitted_ids: Annotated[bytes | None, TokenIds()] = None
+    """The tokens that another server has answered to the same request with the same seed: this one goes on from there.
+
+    Little-endian int32.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +193,16 @@ def _parse_generate(data: Mapping[object, object]) -> Generate:
         raise FieldError("template_options only apply to messages")
     if request.max_tokens is not None and request.min_tokens > request.max_tokens:
         raise FieldError(f"min_tokens ({request.min_tokens}) is above max_tokens ({request.max_tokens})")
+    if request.emitted_ids is not None:
+        _check_emitted(len(request.emitted_ids) // 4, request.n)
     return request
+
+
+def _check_emitted(num_tokens: int, n: int) -> None:
+    if n != 1:
+        raise FieldError(f"emitted_ids continue one choice, and n is {n}")
+    if num_tokens > MAX_EMITTED_TOKENS:
+        raise FieldError(f"emitted_ids are {num_tokens} tokens; at most {MAX_EMITTED_TOKENS} can be continued")
 
 
 def _parse_tokenize(data: Mapping[object, object]) -> Tokenize:

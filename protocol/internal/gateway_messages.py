@@ -118,6 +118,8 @@ class Submit:
     """Whose share of the server it counts to: requests that wait take turns by account."""
     weight: float = 1.0
     """The account's share while others wait too."""
+    num_emitted: int = 0
+    """How many of the last ``token_ids`` are no prompt but the beginning of the answer, emitted by another server."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,13 +87,19 @@ def admit(
     """
     ids, eos_ids = int32_array(prompt), [] if request.ignore_eos else model.spec.eos_token_ids
     max_tokens = _checked_max_tokens(request, ids, model.spec.vocab_size, model.limits())
+    emitted = request.emitted_ids or b""
+    num_emitted = len(emitted) // 4
+    if num_emitted >= max_tokens:
+        raise Refusal(
+            "bad_request", f"emitted_ids are {num_emitted} tokens and max_tokens is {max_tokens}: all is said"
+        )
     seed = secrets.randbits(53) if request.seed is None else request.seed  # 53: exact in every language
     stop_ids = list(dict.fromkeys([*eos_ids, *request.stop_token_ids]))
     accepted = Accepted(request.id, model.spec.model_name, len(ids), max_tokens, seed)
     return accepted, [
         Submit(
             sequence_id=first_sequence + index,
-            token_ids=prompt,
+            token_ids=prompt + emitted,
             max_tokens=max_tokens,
             stop_token_ids=stop_ids,
             sampling=_sampling(request, len(ids), stop_ids, seed_of_choice(seed, index)),
@@ -101,6 +107,7 @@ def admit(
             priority=request.priority,
             account=account,
             weight=weight,
+            num_emitted=num_emitted,
         )
         for index in range(request.n)
     ]
@@ -117,6 +124,7 @@ def _checked_max_tokens(request: Generate, ids: "array[int]", vocab_size: int, i
         raise Refusal("bad_request", "the prompt is empty: it has no tokens")
     for what, token_ids in (
         ("the prompt", ids if problem == "unknown token" else ()),
+        ("emitted_ids", int32_array(request.emitted_ids or b"")),
         ("stop_token_ids", request.stop_token_ids),
         ("logit_bias", [token_id for token_id, _ in request.logit_bias]),
     ):

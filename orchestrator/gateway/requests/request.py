@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mgpu.orchestrator.gateway.front.access import account_of
+from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.client_messages import Generate, TextQuery
@@ -58,6 +59,13 @@ class Choice:
                     return
         if finish:
             self._end(finish)
+
+    def begin_after(self, token_ids: Sequence[int]) -> None:
+        """Begin with tokens that another server has sent. Refusal if they cannot be all of an unfinished answer."""
+        self.add_tokens(token_ids, (), "")
+        if self.is_over:
+            raise Refusal("bad_request", "emitted_ids hold a stop string: all is said")
+        self.discard_held()
 
     def _end(self, finish: str) -> None:
         if self.text is not None:

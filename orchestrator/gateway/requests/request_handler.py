@@ -15,6 +15,7 @@ from mgpu.orchestrator.gateway.requests.resume_context import pack_context
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.protocol.front.client_messages import Generate, TextQuery
+from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.server_messages import Detokenized, Keepalive, Tokenized
 from mgpu.protocol.internal.gateway_messages import Cancel, Outputs, Resumable
 
@@ -68,8 +69,10 @@ class RequestHandler:
         accepted, submits = admit(self._model, spec, prompt, self._next_sequence, account, weight)
         self._next_sequence += len(submits)
         request.prompt_tokens = accepted.prompt_tokens
-        self.table.add(request)
         choices = [self.new_choice(spec, at, each.sequence_id, each.stop_token_ids) for at, each in enumerate(submits)]
+        if spec.emitted_ids is not None:
+            choices[0].begin_after(int32_array(spec.emitted_ids))
+        self.table.add(request)
         self.table.start(request, choices)
         if spec.session is not None:
             context = pack_context(request, accepted)
@@ -99,12 +102,12 @@ class RequestHandler:
             found = self.table.by_sequence(sequence_id)
             if outputs.finish[at]:
                 self._quota.ended(sequence_id)
-            elif found is None or not found[1].num_tokens:
+            elif found is None or found[1].last_token_s is None:
                 self._quota.begun(sequence_id)
             if found is None or found[1].is_replaying:
                 continue  # the request has ended here, or a portion of the engine's record will bring the tokens
             request, choice = found
-            if choice.num_tokens == 0 and choice.index == 0:
+            if choice.last_token_s is None and choice.index == 0:
                 request.cached_tokens = outputs.cached_tokens[at]
             if outputs.finish[at] == "error":
                 self.fail(request, Refusal("engine_error", outputs.errors[at] or "the engine failed"))

@@ -30,6 +30,13 @@ CONTEXT_CODEC = Codec(Context)
 
 def pack_context(request: Request, accepted: Accepted) -> bytes:
     spec = replace(
-        request.spec, prompt=None, prompt_ids=None, messages=None, template_options=None, logit_bias=(), session=None
+        request.spec,
+        prompt=None,
+        prompt_ids=None,
+        messages=None,
+        template_options=None,
+        logit_bias=(),
+        session=None,
+        emitted_ids=None,
     )
     return CONTEXT_CODEC.encode(Context(spec, accepted, request.deadline_s, request.identity, request.size))

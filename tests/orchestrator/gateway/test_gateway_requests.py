@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,31 @@ def test_an_engine_that_starts_or_is_silent_does_not_hear_of_every_message(model
         for _ in range(10):
             client.models()
         assert gateway.engine.messages.qsize() <= 2
+
+
+def test_an_answer_that_another_server_began_is_continued(gateway: GatewayProcess, client: Client) -> None:
+    began = "né".encode()[:2]  # ends inside a character
+    gateway.engine.script = says("é!".encode()[1:])
+    done = client.generate("x", max_tokens=9, seed=1, emitted_ids=list(began))
+    [submit] = gateway.engine.submits
+    assert (list(int32_array(submit.token_ids)), submit.num_emitted) == ([BOS, *b"x", *began], 2)
+    assert (done.text, done.token_ids, done.finish_reason) == ("é!", (*"é!".encode()[1:], EOS), "stop")
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"max_tokens": 2}, "max_tokens is 2: all is said"),
+        ({"n": 2}, "continue one choice"),
+        ({"emitted_ids": [300]}, "emitted_ids has token id 300"),
+        ({"emitted_ids": [5] * 65537}, "at most 65536 can be continued"),
+        ({"stop": ["ab"]}, "hold a stop string"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(client: Client, options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RequestFailed, match=problem):
+        client.generate([5], **{"emitted_ids": list(b"ab"), **options})
 
 
 def test_text_is_tokenized_with_the_models_bos(gateway: GatewayProcess, client: Client) -> None:

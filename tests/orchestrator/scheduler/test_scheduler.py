@@ -33,9 +33,11 @@ def submit_of(
     salt: bytes = b"",
     account: int = 0,
     weight: float = 1.0,
+    emitted: tuple[int, ...] = (),
 ) -> Submit:
-    ids = array("i", prompt).tobytes()
-    return Submit(sequence_id, ids, max_tokens, list(stop_ids), RowSampling(), salt, priority, account, weight)
+    ids, stops = array("i", [*prompt, *emitted]).tobytes(), list(stop_ids)
+    row = RowSampling()
+    return Submit(sequence_id, ids, max_tokens, stops, row, salt, priority, account, weight, len(emitted))
 
 
 class Harness:
@@ -487,6 +489,17 @@ def test_a_pool_that_was_smaller_for_a_while_has_its_old_context_again(harness: 
 def test_batch_budget_must_exceed_rows() -> None:
     with pytest.raises(LimitsError, match="max_batch_tokens 8 must exceed max_rows 8"):
         limits(max_batch_tokens=8)
+
+
+@pytest.mark.parametrize("num_emitted", [1, 4, 7])
+def test_an_answer_that_another_server_began_goes_on_as_it_would_have(num_emitted: int) -> None:
+    whole, harness = solo_tokens([1, 2, 3], 8, ()), Harness()
+    harness.submit(1, [1, 2, 3], 8, emitted=tuple(whole[:num_emitted]))
+    harness.run()
+    assert (harness.tokens[1], harness.finish[1]) == (whole[num_emitted:], "length")
+    harness.submit(2, [1, 2, 3], 8, emitted=tuple(whole[:num_emitted]))
+    harness.run()
+    assert harness.cached[2] <= 3, "what was emitted is no prompt"
 
 
 request_shapes = st.tuples(
