@@ -13,8 +13,8 @@ from typing import BinaryIO
 import numpy as np
 
 from mgpu.launch.bench.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B, SMALL, TINY, Config, write_config
+from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.checkpoint.read import read_checkpoint
-from mgpu.protocol.checkpoint.tensors import TensorEntry
 
 SHAPES = {"8B": LLAMA_8B, "32B": QWEN3_32B, "70B": LLAMA_70B}
 TINY_FEW_KV: Config = {**TINY, "num_key_value_heads": 2}

@@ -1,1 +1,1 @@
-"""The command line: thin click commands, one declared configuration, and the service unit."""
+"""The command line: thin click commands, one declared configuration (`settings/`), and the service unit."""

@@ -8,10 +8,10 @@ import sys
 import click
 
 import mgpu
-from mgpu.launch import peer_names
 from mgpu.launch.installed import PLANNING, SERVING
 from mgpu.launch.lazy_group import LazyGroup
 from mgpu.launch.pages.help import WIDTH
+from mgpu.launch.settings import peer_names
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.signals import end_first_process_at_sigterm
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mgpu.launch.config import ServeConfig
-from mgpu.launch.values import ConfigError
+from mgpu.launch.settings.config import ServeConfig
+from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.api_keys import read_api_keys
 from mgpu.orchestrator.host.listening import HttpAddress, HttpAddressError, parse_address

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from mgpu.launch import peer_names
 from mgpu.launch.installed import WAY_OUT, NotInstalled, missing
+from mgpu.launch.settings import peer_names
 
 
 class LazyGroup(click.Group):

@@ -4,10 +4,10 @@ import os
 import resource
 from collections.abc import Mapping
 
-from mgpu.launch.config import ServeConfig
 from mgpu.launch.http import http_address
 from mgpu.launch.prepare import LEAST_FILES, client_limits
-from mgpu.launch.values import ConfigError
+from mgpu.launch.settings.config import ServeConfig
+from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import click
 
-from mgpu.launch.config import ServeConfig
-from mgpu.launch.values import ConfigError
+from mgpu.launch.settings.config import ServeConfig
+from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.host.listening import NONE
 from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_model, resolve_model
@@ -18,9 +18,9 @@ from mgpu.orchestrator.placement.devices import Machine, find_machine
 from mgpu.orchestrator.placement.options import LayoutOptions, implied_workers
 from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.orchestrator.processes.task_limits import check_task_limit, tasks_of_server
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.checkpoint.read import Checkpoint, has_weights
 from mgpu.protocol.checkpoint.sampling_defaults import read_sampling_defaults
-from mgpu.protocol.checkpoint.untrusted import CheckpointError
 from mgpu.protocol.internal.client_limits import MAX_WEIGHT, MIN_WEIGHT, ClientLimits
 from mgpu.protocol.model.facts import CheckpointFormat, ModelSource
 from mgpu.protocol.model.sampling import SamplingDefaults

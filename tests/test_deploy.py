@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.launch.config import OTHER_VARIABLES, declared_options
+from mgpu.launch.settings.config import OTHER_VARIABLES, declared_options
 from mgpu.orchestrator.http.app import PATHS
 
 yaml = pytest.importorskip("yaml", reason="PyYAML, which transformers brings along, is not installed")

@@ -15,7 +15,7 @@ from mgpu.launch.bench.load import Outcome, Request, Send, closed_loop, open_loo
 from mgpu.launch.bench.options import Wanted, list_option, rates, target_options
 from mgpu.launch.bench.report import Report, Row, percentile, spread
 from mgpu.launch.bench.target import SILENCE_S, TIMEOUT_S, Target, prepared, serving
-from mgpu.launch.config import ServeConfig
+from mgpu.launch.settings.config import ServeConfig
 from mgpu.protocol.client.async_client import AsyncClient
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 128, 256)

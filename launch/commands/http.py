@@ -9,9 +9,9 @@ import click
 
 from mgpu.launch.commands.talk import server_options
 from mgpu.launch.http import http_address, http_options
-from mgpu.launch.options import http_flags, read_config
 from mgpu.launch.pages.help import Command
-from mgpu.launch.values import ConfigError
+from mgpu.launch.settings.options import http_flags, read_config
+from mgpu.launch.settings.values import ConfigError
 
 
 @click.command(

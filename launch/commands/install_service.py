@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 
 from mgpu.launch.completion import complete_model
-from mgpu.launch.config import ServeConfig, load_config
-from mgpu.launch.config_file import absolute, toml_value
 from mgpu.launch.pages.help import Command
+from mgpu.launch.settings.config import ServeConfig, load_config
+from mgpu.launch.settings.config_file import absolute, toml_value
 from mgpu.orchestrator.errors import UserError
 
 PACKAGED_LAUNCHER = "/usr/bin/mgpu-launch"

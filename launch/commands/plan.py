@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from mgpu.launch.config import declared_options
-from mgpu.launch.config_file import config_text, write_new
-from mgpu.launch.options import config_options, model_argument, read_config
 from mgpu.launch.pages.help import Command, GroupedOption
 from mgpu.launch.pages.layout import WIDTH, narrow_layout
 from mgpu.launch.preflight import check_open_files, check_options
 from mgpu.launch.prepare import ground, note_missing_tokenizer, plan_model
+from mgpu.launch.settings.config import declared_options
+from mgpu.launch.settings.config_file import config_text, write_new
+from mgpu.launch.settings.options import config_options, model_argument, read_config
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.models.find import read_model_to_plan, resolve_model
 from mgpu.orchestrator.placement.recommend import recommend, recommendation_json, recommendation_lines, stored_bits

@@ -11,14 +11,14 @@ from typing import Any
 
 import click
 
-from mgpu.launch.config import ServeConfig, declared_options
 from mgpu.launch.http import http_address, http_options
-from mgpu.launch.options import config_options, model_argument, read_config
 from mgpu.launch.pages.help import Command
 from mgpu.launch.pages.layout import layout_for
 from mgpu.launch.preflight import check_open_files, check_options, keys_for
 from mgpu.launch.prepare import LEAST_FILES, PlannedModel, client_limits, part_of, prepare
-from mgpu.launch.values import ConfigError
+from mgpu.launch.settings.config import ServeConfig, declared_options
+from mgpu.launch.settings.options import config_options, model_argument, read_config
+from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.config import Restarts, ServerConfig, Timeouts
 from mgpu.orchestrator.gateway.front.endpoint import try_endpoint
 from mgpu.orchestrator.host.listening import listening

@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from mgpu.launch.config import ServeConfig, declared_options
-from mgpu.launch.config_file import config_text
-from mgpu.launch.options import config_options, read_config
 from mgpu.launch.pages.help import Command
+from mgpu.launch.settings.config import ServeConfig, declared_options
+from mgpu.launch.settings.config_file import config_text
+from mgpu.launch.settings.options import config_options, read_config
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.model.sampling import SamplingDefaults
 

@@ -9,8 +9,8 @@ from typing import Any
 from mgpu.orchestrator.errors import HubUnreachable
 from mgpu.orchestrator.models.hub_errors import HubAnswer
 from mgpu.orchestrator.models.hub_transfer import STALL_S, RemoteFile, pause_before_retry
-from mgpu.protocol.checkpoint.gguf_file import read_gguf
-from mgpu.protocol.checkpoint.untrusted import CheckpointError
+from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 
 _FIRST_BYTES, _MOST_BYTES = 16 << 20, 256 << 20
 """How much is asked for at first, which most headers do not fill, and at most."""

@@ -11,7 +11,7 @@ from mgpu.orchestrator.placement.layer_map import even_stages, map_text
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.orchestrator.placement.speed import MANY, PROMPT, Speed, estimate_speed, number, seconds, speed_json
-from mgpu.protocol.checkpoint.tensors import TensorEntry
+from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.model.facts import DTYPE_BYTES, KvCacheDtype, ModelFacts
 from mgpu.protocol.model.quantization import FLOAT8_CAPABILITY, Quant
 

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from functools import cache
 
-from mgpu.protocol.checkpoint.tensors import layer_tensors
+from mgpu.protocol.checkpoint.files.tensors import layer_tensors
 from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import (
     PlacementPlan,

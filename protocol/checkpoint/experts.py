@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from mgpu.protocol.checkpoint.untrusted import Fields, Limit
+from mgpu.protocol.checkpoint.files.untrusted import Fields, Limit
 from mgpu.protocol.model.facts import Clamp, ExpertFacts
 
 MOST_EXPERTS = 1 << 12

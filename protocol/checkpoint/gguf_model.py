@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-from mgpu.protocol.checkpoint.gguf_file import MAX_HEADER_BYTES, MAX_TENSORS, GgufHeader, GgufTensor, read_gguf
-from mgpu.protocol.checkpoint.gguf_rope import Located, read_gguf_rope
+from mgpu.protocol.checkpoint.files.gguf_file import MAX_HEADER_BYTES, MAX_TENSORS, GgufHeader, GgufTensor, read_gguf
+from mgpu.protocol.checkpoint.files.tensors import TensorEntry
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit, checked_file
 from mgpu.protocol.checkpoint.gguf_tokens import end_tokens
-from mgpu.protocol.checkpoint.tensors import TensorEntry
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file
+from mgpu.protocol.checkpoint.rope.gguf import Located, read_gguf_rope
 from mgpu.protocol.model.facts import Dtype, ModelFacts
 
 _GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")

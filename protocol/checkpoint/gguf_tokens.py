@@ -6,7 +6,7 @@ several, and give wrong types.
 
 from collections.abc import Collection, Sequence
 
-from mgpu.protocol.checkpoint.untrusted import Fields
+from mgpu.protocol.checkpoint.files.untrusted import Fields
 
 END_TEXTS = frozenset((
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",

@@ -8,8 +8,8 @@ alike. Biases: [E, 2 F] and [E, D].
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mgpu.protocol.checkpoint.tensors import TensorEntry, check_shape
-from mgpu.protocol.checkpoint.untrusted import CheckpointError
+from mgpu.protocol.checkpoint.files.tensors import TensorEntry, check_shape
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.model.facts import ModelFacts
 
 _BLOCK, _BLOCK_BYTES = 32, 16

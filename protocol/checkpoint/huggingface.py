@@ -6,9 +6,9 @@ from typing import cast, get_args
 
 from mgpu.protocol.checkpoint.experts import expert_facts
 from mgpu.protocol.checkpoint.families import CLASSES, FAMILIES, MODEL_TYPES, Family
-from mgpu.protocol.checkpoint.huggingface_rope import read_rope, rotated_size
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit, checked_file, read_json_object
+from mgpu.protocol.checkpoint.rope.huggingface import read_rope, rotated_size
 from mgpu.protocol.checkpoint.sliding import read_sliding
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit, checked_file, read_json_object
 from mgpu.protocol.model.facts import Activation, Dtype, ModelFacts
 
 

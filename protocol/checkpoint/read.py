@@ -9,24 +9,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from mgpu.protocol.checkpoint.gguf_model import read_gguf_checkpoint
-from mgpu.protocol.checkpoint.huggingface import read_config_facts
-from mgpu.protocol.checkpoint.safetensors_file import read_safetensors
-from mgpu.protocol.checkpoint.stacked import separate_tensors, stored_name
-from mgpu.protocol.checkpoint.tensors import (
+from mgpu.protocol.checkpoint.files.safetensors_file import read_safetensors
+from mgpu.protocol.checkpoint.files.tensors import (
     TensorEntry,
     check_tensors,
     dummy_tensors,
     expected_tensors,
     without_absent_biases,
 )
-from mgpu.protocol.checkpoint.untrusted import (
+from mgpu.protocol.checkpoint.files.untrusted import (
     CheckpointError,
     check_plain_name,
     checked_file,
     read_json_object,
     reading,
 )
+from mgpu.protocol.checkpoint.gguf_model import read_gguf_checkpoint
+from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.stacked import separate_tensors, stored_name
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelFacts, ModelSource
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorEntry", "expected_tensors", "read_checkpoint"]

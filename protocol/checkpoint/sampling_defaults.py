@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mgpu.protocol.checkpoint.gguf_file import read_gguf
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, checked_file, read_json_object, reading
+from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, checked_file, read_json_object, reading
 from mgpu.protocol.front.client_messages import GENERATE_RULES
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.model.facts import ModelSource

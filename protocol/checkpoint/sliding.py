@@ -1,6 +1,6 @@
 """Read from config.json which layers see a window of the context only."""
 
-from mgpu.protocol.checkpoint.untrusted import Fields
+from mgpu.protocol.checkpoint.files.untrusted import Fields
 
 _EVERYWHERE = ("mistral", "mixtral", "qwen3_moe", "phi3", "ministral3")
 """Families whose layers all slide if one does."""

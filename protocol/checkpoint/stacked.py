@@ -11,8 +11,8 @@ expert 3 is row 3 * 192 + 96 of the stack, which begins 672 * 64 * 2 bytes after
 from collections.abc import Mapping
 from dataclasses import replace
 
+from mgpu.protocol.checkpoint.files.tensors import TensorEntry, check_shape, rows_of
 from mgpu.protocol.checkpoint.gpt_oss import gpt_oss_tensors
-from mgpu.protocol.checkpoint.tensors import TensorEntry, check_shape, rows_of
 from mgpu.protocol.model.facts import ModelFacts
 
 _LAYERS = "model.layers."

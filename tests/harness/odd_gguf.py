@@ -222,7 +222,7 @@ def rope_of(**parameters: object) -> dict[str, object]:
 
 
 def llama3_stored() -> list[float]:
-    from mgpu.protocol.checkpoint.rope_rules import llama3_divisors
+    from mgpu.protocol.checkpoint.rope.rules import llama3_divisors
 
     return list(llama3_divisors(8.0, 1.0, 4.0, 32, 1e4, 16))
 

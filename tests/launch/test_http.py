@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.launch.config import ServeConfig
 from mgpu.launch.http import http_address, http_options
+from mgpu.launch.settings.config import ServeConfig
 from mgpu.orchestrator.errors import UserError
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mgpu.launch.config import ServeConfig, load_config
 from mgpu.launch.prepare import client_limits, parse_weights
-from mgpu.launch.values import ConfigError
+from mgpu.launch.settings.config import ServeConfig, load_config
+from mgpu.launch.settings.values import ConfigError
 from mgpu.protocol.internal.client_limits import ClientLimits
 
 

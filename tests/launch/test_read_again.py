@@ -7,8 +7,8 @@ import pytest
 
 from mgpu.launch.commands.keygen import make_client, make_server
 from mgpu.launch.commands.serve import read_again
-from mgpu.launch.config import load_config
 from mgpu.launch.preflight import keys_for
+from mgpu.launch.settings.config import load_config
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.reload import Reloader
 

@@ -15,8 +15,8 @@ from harness.demo_model import demo_model
 from harness.model_files import LLAMA_CONFIG, write_config, write_llama_folder
 from mgpu.launch import cli
 from mgpu.launch.commands.keygen import make_server
-from mgpu.launch.config import ServeConfig, load_config
-from mgpu.launch.config_file import config_text
+from mgpu.launch.settings.config import ServeConfig, load_config
+from mgpu.launch.settings.config_file import config_text
 from mgpu.orchestrator.gateway.front.endpoint import bind, release
 from mgpu.orchestrator.processes import task_limits
 from mgpu.orchestrator.processes.task_limits import TaskLimit

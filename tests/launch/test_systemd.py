@@ -12,7 +12,7 @@ import pytest
 
 from mgpu.launch.cli import EXIT_USAGE
 from mgpu.launch.commands.install_service import config_dir, service_files, shipped
-from mgpu.launch.config import ServeConfig, load_config
+from mgpu.launch.settings.config import ServeConfig, load_config
 from mgpu.orchestrator.config import Timeouts
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.systemd import EXTEND_S

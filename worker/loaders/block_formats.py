@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mgpu.protocol.checkpoint.files.tensors import BLOCKS
 from mgpu.protocol.checkpoint.read import CheckpointError
-from mgpu.protocol.checkpoint.tensors import BLOCKS
 
 PLAIN_TYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -10,16 +10,16 @@ from bench.fuzz.choices import Choices
 from bench.fuzz.target import Target
 from bench.fuzz.targets.model_files import CONFIGS, GGUF_WORDS, HEADER, gguf_seeds, safetensors_seeds
 from bench.fuzz.targets.scratch import written
-from mgpu.launch.config import ConfigError, load_config
+from mgpu.launch.settings.config import ConfigError, load_config
 from mgpu.orchestrator.errors import PlacementError, UserError
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
 from mgpu.orchestrator.placement.layer_map import parse_layer_map
-from mgpu.protocol.checkpoint.gguf_file import read_gguf
+from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
+from mgpu.protocol.checkpoint.files.safetensors_file import read_safetensors
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.checkpoint.read import read_checkpoint
-from mgpu.protocol.checkpoint.safetensors_file import read_safetensors
-from mgpu.protocol.checkpoint.untrusted import CheckpointError
 from mgpu.protocol.discovery import INFO_NAME, LOCK_NAME, running_servers
 from mgpu.protocol.keys import KeyFileError, read_keys
 from mgpu.protocol.model.facts import ModelFacts

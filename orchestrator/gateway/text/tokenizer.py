@@ -14,9 +14,9 @@ from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_
 from mgpu.orchestrator.gateway.text.length_bound import has_nested_repeats, longest_token_bytes
 from mgpu.orchestrator.gateway.text.panics import Panic, no_panics
 from mgpu.orchestrator.gateway.text.special_tokens import add_folder_tokens
-from mgpu.protocol.checkpoint.gguf_file import read_gguf
+from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
+from mgpu.protocol.checkpoint.files.untrusted import MAX_JSON_BYTES, CheckpointError, Fields, checked_file
 from mgpu.protocol.checkpoint.gguf_tokens import end_tokens
-from mgpu.protocol.checkpoint.untrusted import MAX_JSON_BYTES, CheckpointError, Fields, checked_file
 from mgpu.protocol.model.facts import CheckpointFormat
 
 _SPECIAL_NAMES = ("bos", "eos", "unk", "pad")

@@ -20,8 +20,8 @@ from mgpu.launch.commands.install_service import (
     places_on_the_way,
     write,
 )
-from mgpu.launch.config import ServeConfig, load_config
-from mgpu.launch.values import ConfigError
+from mgpu.launch.settings.config import ServeConfig, load_config
+from mgpu.launch.settings.values import ConfigError
 
 LAUNCHER = "/opt/mgpu/bin/mgpu-launch"
 SYSTEM_FILES = {

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from mgpu.launch.commands.show_config import config_command
-from mgpu.launch.config import declared_options, load_config
+from mgpu.launch.settings.config import declared_options, load_config
 
 
 @pytest.fixture

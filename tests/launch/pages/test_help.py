@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from mgpu.launch.cli import COMMANDS, cli
-from mgpu.launch.config import declared_options
 from mgpu.launch.lazy_group import check_options
 from mgpu.launch.pages.help import WIDTH, Command
+from mgpu.launch.settings.config import declared_options
 
 GROUPED = ("serve", "plan", "config", "chat", "generate", "status", "top")
 

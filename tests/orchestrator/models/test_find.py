@@ -27,7 +27,7 @@ from mgpu.orchestrator.models.find import (
     read_model_to_plan,
     resolve_model,
 )
-from mgpu.protocol.checkpoint.tensors import TensorEntry
+from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

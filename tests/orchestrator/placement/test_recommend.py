@@ -13,7 +13,7 @@ from mgpu.orchestrator.placement.recommend import (
     recommendation_lines,
     stored_bits,
 )
-from mgpu.protocol.checkpoint.tensors import TensorEntry
+from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.model.facts import ModelFacts
 
 LLAMA_8B = make_facts(q=32, kv=8, layers=32, hidden=4096, width=14336, vocab=128256, context=131072)

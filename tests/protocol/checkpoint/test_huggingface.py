@@ -9,7 +9,7 @@ import pytest
 from harness.model_files import LLAMA_CONFIG, write_config
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.checkpoint.read import CheckpointError
-from mgpu.protocol.checkpoint.rope_rules import llama3_divisors
+from mgpu.protocol.checkpoint.rope.rules import llama3_divisors
 from mgpu.protocol.model.facts import ModelFacts, RopeScaling
 
 QWEN3 = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mgpu.protocol.checkpoint.rope_rules import linear_divisors, llama3_divisors, yarn_attention, yarn_divisors
+from mgpu.protocol.checkpoint.rope.rules import linear_divisors, llama3_divisors, yarn_attention, yarn_divisors
 from mgpu.protocol.model.facts import RopeScaling
 from mgpu.worker.layers.rotary import RotaryEmbedding
 

@@ -7,8 +7,8 @@ Format: 8 bytes little-endian header length, a JSON object, then the tensors bac
 import math
 from pathlib import Path
 
-from mgpu.protocol.checkpoint.tensors import TensorEntry
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, file_size, parse_json_object, reading
+from mgpu.protocol.checkpoint.files.tensors import TensorEntry
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, file_size, parse_json_object, reading
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 1 << 17

@@ -13,16 +13,17 @@ import pytest
 
 from harness.assertions import assert_has_all
 from harness.model_files import gguf_bytes, gguf_string, safetensors_bytes, string, string_array, u32
-from mgpu.protocol.checkpoint import gguf_file, gguf_model, safetensors_file, untrusted
-from mgpu.protocol.checkpoint.gguf_file import read_gguf
-from mgpu.protocol.checkpoint.safetensors_file import read_safetensors
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, read_json_object
+from mgpu.protocol.checkpoint import gguf_model
+from mgpu.protocol.checkpoint.files import gguf_file, safetensors_file, untrusted
+from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
+from mgpu.protocol.checkpoint.files.safetensors_file import read_safetensors
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, read_json_object
 
 MIB = 1 << 20
 READ = """
 import sys
-from mgpu.protocol.checkpoint.gguf_file import read_gguf
-from mgpu.protocol.checkpoint.untrusted import CheckpointError
+from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 try:
     read_gguf(sys.argv[1], with_arrays=True)
 except CheckpointError as error:

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mgpu.launch.config import ServeConfig, declared_options
-from mgpu.launch.values import Bytes, ConfigError
+from mgpu.launch.settings.config import ServeConfig, declared_options
+from mgpu.launch.settings.values import Bytes, ConfigError
 
 PATHS = ("model", "keys")
 """Options that may name a file or a folder: relative to where they were typed, which a service does not know."""

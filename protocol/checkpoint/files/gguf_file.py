@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mgpu.protocol.checkpoint.tensors import BLOCKS
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, file_size, reading
+from mgpu.protocol.checkpoint.files.tensors import BLOCKS
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, file_size, reading
 
 GGUF_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",

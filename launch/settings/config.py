@@ -13,8 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from mgpu.launch.peer_names import key_hint
-from mgpu.launch.values import Bytes, ConfigError, Option, Tokens, parsed
+from mgpu.launch.settings.peer_names import key_hint
+from mgpu.launch.settings.values import Bytes, ConfigError, Option, Tokens, parsed
 from mgpu.orchestrator.config import Restarts, Timeouts
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.protocol.internal.client_limits import ClientLimits

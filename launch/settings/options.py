@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import click
 
 from mgpu.launch.completion import complete_choices, complete_file, complete_folder, complete_model
-from mgpu.launch.config import ServeConfig, declared_options, load_config
 from mgpu.launch.pages.help import GroupedOption
-from mgpu.launch.values import Bytes, Option, Tokens
+from mgpu.launch.settings.config import ServeConfig, declared_options, load_config
+from mgpu.launch.settings.values import Bytes, Option, Tokens
 
 _COMPLETE = {
     "model": complete_model,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from mgpu.protocol.checkpoint.untrusted import CheckpointError
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.model.facts import ModelFacts
 
 BLOCKS: dict[str, tuple[int, int]] = {

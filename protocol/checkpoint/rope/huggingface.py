@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from mgpu.protocol.checkpoint.rope_rules import (
+from mgpu.protocol.checkpoint.files.untrusted import Fields, Limit
+from mgpu.protocol.checkpoint.rope.rules import (
     linear_divisors,
     llama3_divisors,
     longrope_attention,
     yarn_attention,
     yarn_divisors,
 )
-from mgpu.protocol.checkpoint.untrusted import Fields, Limit
 from mgpu.protocol.model.facts import RopeScaling
 
 _PARTIAL = "partial_rotary_factor"

@@ -8,9 +8,9 @@ import math
 import struct
 from pathlib import Path
 
-from mgpu.protocol.checkpoint.gguf_file import GgufTensor
-from mgpu.protocol.checkpoint.rope_rules import linear_divisors, yarn_attention, yarn_divisors
-from mgpu.protocol.checkpoint.untrusted import CheckpointError, Fields, Limit
+from mgpu.protocol.checkpoint.files.gguf_file import GgufTensor
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit
+from mgpu.protocol.checkpoint.rope.rules import linear_divisors, yarn_attention, yarn_divisors
 from mgpu.protocol.model.facts import RopeScaling
 
 ONE_SET, SHORT_SET, LONG_SET = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.launch.config import OTHER_VARIABLES, ServeConfig, declared_options, load_config
-from mgpu.launch.values import ConfigError, parse_bytes
+from mgpu.launch.settings.config import OTHER_VARIABLES, ServeConfig, declared_options, load_config
+from mgpu.launch.settings.values import ConfigError, parse_bytes
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -101,7 +101,7 @@ def test_every_option_has_help_and_its_own_flag() -> None:
 
 
 def test_every_variable_that_sources_and_docs_name_is_accepted() -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     files = [root / "README.md", *root.glob("docs/*.md")]
     files += [
         file for folder in ("launch", "orchestrator", "protocol", "worker") for file in root.glob(f"{folder}/**/*.py")
