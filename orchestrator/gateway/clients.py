@@ -5,6 +5,7 @@ import time
 
 from mgpu.orchestrator.gateway.front.access import scope_to_key
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
+from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.inbox import MAX_BYTES, Inbox
 from mgpu.orchestrator.gateway.front.pace import Pace
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
@@ -58,6 +59,7 @@ class Clients:
     def __init__(
         self,
         front: FrontSocket,
+        turns: FairTurns[Received],
         requests: RequestHandler,
         model: ServedModel,
         prompts: Prompts,
@@ -75,7 +77,7 @@ class Clients:
         self._resumptions = resumptions
         self._outgoing = outgoing
         self._suspects = suspects
-        self._inbox, self._pace = Inbox(front, self._on_client), Pace()
+        self._inbox, self._pace = Inbox(front, turns, self._on_client), Pace()
         self._next_flush_s = 0.0
         self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)
 
@@ -107,7 +109,7 @@ class Clients:
     def _on_client(self, received: Received) -> None:
         """Handle a client's message; if something is wrong with it, its client is told and nothing else happens."""
         connection, request_id = received.connection, None
-        name = self._suspects.begin(self._front.connections.owner_of(connection), received.frames)
+        name = self._suspects.begin(received.owner, received.frames)
         try:
             data = self._front.unpack(received.frames)
             request_id = id_of(data)
@@ -130,7 +132,7 @@ class Clients:
         connection, account = received.connection, received.account
         message = scope_to_key(parse_client_message(self._model.with_defaults(data)), received.identity)
         if isinstance(message, Generate):
-            received = received._replace(identity=self._front.access.identity_of(message, received.identity))
+            received = received._replace(client=self._front.access.client_of(message, received.identity))
             self._prompts.encode(self._requests.begin(received, message), self._model.codec)
         elif isinstance(message, (Tokenize, Detokenize)):
             self._prompts.encode(self._requests.begin(received, as_request(message), message), self._model.codec)

@@ -24,8 +24,9 @@ from typing import Any
 import zmq
 
 from mgpu.orchestrator.gateway.clients import Clients
+from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.refusal import Refusal
-from mgpu.orchestrator.gateway.front.socket import FrontSocket
+from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received
 from mgpu.orchestrator.gateway.memory_limit import MemoryFull, MemoryLimit
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
@@ -95,8 +96,10 @@ class Gateway:
             self._model, self._table, self._outgoing, self._requests.times, front.connections.count_for
         )
         self._resumptions = Resumptions(self._requests, front.access, self._outgoing)
+        turns: FairTurns[Received] = FairTurns()
         self._clients = Clients(
             front,
+            turns,
             self._requests,
             self._model,
             prompts,

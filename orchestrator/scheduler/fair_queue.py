@@ -11,11 +11,16 @@ answer is unknown, so a guess is charged first and corrected at its end.)
 Example: A (weight 1) and B (weight 2) join at time 0, and each sequence costs 100 tokens. A is served once, to tag 100;
 B is served twice, to tags 50 and 100. If C joins now, it starts at the present, 300 tokens / weight 3 = 100, not at 0.
 
+An account may have parts, which divide its turns in the same way: a sequence names a path of numbers, such as a process
+and one of its connections. Nobody gains tokens by having more parts. The last part of a path is never part of another.
+
 Pure and deterministic; O(log n) per operation, amortized.
 """
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from mgpu.orchestrator.scheduler.sequence import Sequence
 
@@ -26,139 +31,189 @@ _SMOOTHING = 0.05
 _SLACK = 64
 """Stale entries that are always allowed, so that cleaning up stays rare."""
 _MAX_IDLE = 4096
-"""Most accounts that are kept with nothing in line. Beyond that they are forgotten, and so are their debts."""
+"""Most parts that are kept with nothing in line. Beyond that they are forgotten, and so are their debts."""
 
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """Its sequences in line, and its virtual time."""
+    """An account or a part of one: what is in line there, and its virtual time among its siblings."""
 
-    tag: float
+    number: int = 0
+    tag: float = 0.0
     weight: float = 1.0
+    num_waiting: int = 0
+    """Sequences in line, here and in all parts, without those that have ended."""
     waiting: list[tuple[tuple[int, int], Sequence]] = field(default_factory=list)
-    """Heap by (priority, arrival). A sequence that ended stays until it comes to the front."""
+    """Heap by (priority, arrival), in last parts. A sequence that ended stays until it comes to the front."""
     entry: int = -1
-    """Number of its valid entry in the line of accounts; -1 when it has none."""
+    """Number of its valid entry in the line of its parent; -1 when it has none."""
     counted: float = 0.0
     """Its part of the weight in line: its weight when it entered."""
+
+    parts: "dict[int, Account]" = field(default_factory=dict)
+    line: "list[tuple[float, int, Account]]" = field(default_factory=list)
+    """Heap of parts by (tag, entry number). An entry is stale when it is not its part's latest."""
+    entries: int = 0
+    now: float = 0.0
+    """The present in the virtual time of the parts."""
+    weight_in_line: float = 0.0
+    sweep_at: int = _SLACK
+
+    def part(self, number: int) -> "Account":
+        found = self.parts.get(number)
+        if found is None:
+            found = self.parts[number] = Account(number, self.now)
+            if len(self.parts) > self.sweep_at:
+                self._forget_idle()
+                self.parts[number] = found
+        return found
+
+    def head(self) -> "Account | None":
+        """Return the part whose turn it is, at the front of the line."""
+        while self.line:
+            _, entry, part = self.line[0]
+            if part.entry == entry:
+                if part.num_waiting:
+                    return part
+                self.step_out(part)
+            heapq.heappop(self.line)
+        return None
+
+    def join(self, part: "Account") -> None:
+        """Let a part in line, at the present at least, unless it is there."""
+        if part.entry < 0:
+            part.tag = max(part.tag, self.now)
+            self.enter(part)
+
+    def enter(self, part: "Account") -> None:
+        """Give a part an entry with its tag; an earlier one is stale then."""
+        if part.entry < 0:
+            part.counted = part.weight
+            self.weight_in_line += part.counted
+        self.entries += 1
+        part.entry = self.entries
+        heapq.heappush(self.line, (part.tag, part.entry, part))
+        if len(self.line) > 2 * len(self.parts) + _SLACK:
+            self.line = [each for each in self.line if each[2].entry == each[1]]
+            heapq.heapify(self.line)
+
+    def step_out(self, part: "Account") -> None:
+        part.entry = -1
+        self.weight_in_line = max(0.0, self.weight_in_line - part.counted)
+
+    def charge_head(self, charge: float) -> None:
+        """Charge the part at the front of the line, one of whose sequences was taken."""
+        part = heapq.heappop(self.line)[2]
+        self.now = max(self.now, part.tag) + charge / max(self.weight_in_line, part.weight)
+        self.step_out(part)
+        part.tag += charge / part.weight
+        if part.num_waiting:
+            self.enter(part)
+
+    def correct(self, part: "Account", excess: float) -> None:
+        """Charge a part for what its sequence has cost beyond its first charge."""
+        part.tag += excess / part.weight
+        if part.entry >= 0:
+            self.enter(part)
+        if self.weight_in_line:
+            self.now += excess / max(self.weight_in_line, part.weight)
+
+    def _forget_idle(self) -> None:
+        """Forget parts that have nothing in line and no debt."""
+        kept = {number: each for number, each in self.parts.items() if each.entry >= 0 or each.tag > self.now}
+        if len(kept) > self.num_waiting + _MAX_IDLE:
+            kept = {number: each for number, each in kept.items() if each.entry >= 0}
+        self.parts = kept
+        self.sweep_at = 2 * len(kept) + _SLACK
 
 
 class FairQueue:
     """Sequences that have never run. `head` is next; `pop` takes it and charges its account."""
 
     def __init__(self) -> None:
-        self._accounts: dict[int, Account] = {}
-        self._line: list[tuple[float, int, Account]] = []
-        """Heap by (tag, entry number). An entry is stale when it is not its account's latest."""
-        self._charges: dict[int, tuple[Account, float]] = {}
-        """For every sequence that runs, by sequence id: the account that was charged, and the tokens."""
-        self._entries = 0
-        self._now = 0.0
-        self._weight_in_line = 0.0
-        self._num_waiting = 0
+        self._all = Account()
+        self._charges: dict[int, tuple[list[Account], float]] = {}
+        """For every sequence that runs, by sequence id: the accounts that were charged, and the tokens."""
         self._num_ended = 0
-        self._sweep_at = _SLACK
         self._mean_answer = FIRST_GUESS
 
     def __len__(self) -> int:
-        return self._num_waiting
+        return self._all.num_waiting
 
     def push(self, seq: Sequence) -> None:
         """Add a sequence to those of its account."""
-        account = self._accounts.get(seq.account)
-        if account is None:
-            account = self._accounts[seq.account] = Account(self._now)
-        account.weight = seq.weight
-        heapq.heappush(account.waiting, (seq.order, seq))
-        self._num_waiting += 1
-        if account.entry < 0:
-            account.tag = max(account.tag, self._now)
-            self._enter(account)
-        if len(self._accounts) > self._sweep_at:
-            self._forget_idle()
+        line = [self._all]
+        for number, weight in zip(seq.account, seq.weights, strict=True):
+            line.append(line[-1].part(number))
+            line[-1].weight = weight
+        heapq.heappush(line[-1].waiting, (seq.order, seq))
+        for account in line:
+            account.num_waiting += 1
+        for parent, part in pairwise(line):
+            parent.join(part)
 
     def head(self) -> Sequence | None:
         """Return the sequence whose turn it is, without taking it."""
-        while self._line:
-            _, entry, account = self._line[0]
-            if account.entry == entry:
-                while account.waiting and account.waiting[0][1].finished:
-                    heapq.heappop(account.waiting)
-                    self._num_ended -= 1
-                if account.waiting:
-                    return account.waiting[0][1]
-                self._step_out(account)
-            heapq.heappop(self._line)
-        return None
+        account = self._head_line()[-1]
+        while account.waiting and account.waiting[0][1].finished:
+            heapq.heappop(account.waiting)
+            self._num_ended -= 1
+        return account.waiting[0][1] if account.waiting else None
+
+    def _head_line(self) -> list[Account]:
+        """Return the accounts whose turn it is, from all to the last part."""
+        line = [self._all]
+        while (part := line[-1].head()) is not None:
+            line.append(part)
+        return line
 
     def pop(self) -> Sequence:
         """Take the head, and charge its account for the rest of the prompt and the expected answer."""
         seq = self.head()
         assert seq is not None, "no sequence waits"
-        account = heapq.heappop(self._line)[2]
-        heapq.heappop(account.waiting)
-        charge = seq.prompt_len - seq.cached_tokens + min(self._mean_answer, seq.max_len - seq.prompt_len)
-        self._charges[seq.sequence_id] = account, charge
-        self._now = max(self._now, account.tag) + charge / max(self._weight_in_line, account.weight)
-        self._step_out(account)
-        account.tag += charge / account.weight
-        if account.waiting:
-            self._enter(account)
-        self._leave()
+        line = self._head_line()
+        heapq.heappop(line[-1].waiting)
+        answer = min(self._mean_answer, seq.max_len - seq.prompt_len)
+        charge = seq.prompt_len - seq.cached_tokens + answer
+        self._charges[seq.sequence_id] = line, charge
+        for account in line:
+            account.num_waiting -= 1
+        for parent in line[:-1]:
+            parent.charge_head(charge)
+        self._reset_if_empty()
         return seq
 
     def drop(self, seq: Sequence) -> None:
         """Note that a sequence ended in line, before it ran."""
         self._num_ended += 1
-        self._leave()
-        if self._num_ended > self._num_waiting + _SLACK:  # do not keep their prompts in memory
-            self._drop_ended()
+        account = self._all
+        account.num_waiting -= 1
+        for number in seq.account:
+            account = account.parts[number]
+            account.num_waiting -= 1
+        self._reset_if_empty()
+        if self._num_ended > len(self) + _SLACK:  # do not keep their prompts in memory
+            _drop_ended([self._all])
+            self._num_ended = 0
 
     def settle(self, seq: Sequence) -> None:
         """Correct what `pop` has charged, now that the sequence has ended."""
         answer = len(seq.tokens) - seq.prompt_len
         self._mean_answer += (answer - self._mean_answer) * _SMOOTHING
-        account, charge = self._charges.pop(seq.sequence_id, (None, 0.0))
-        if account is None or self._accounts.get(seq.account) is not account:  # forgotten, and its debt with it
-            return
-        excess = len(seq.tokens) - seq.cached_tokens - charge
-        account.tag += excess / account.weight
-        if account.entry >= 0:
-            self._enter(account)
-        if self._weight_in_line:
-            self._now += excess / max(self._weight_in_line, account.weight)
+        line, charge = self._charges.pop(seq.sequence_id, ([], 0.0))
+        excess = seq.prompt_len - seq.cached_tokens + answer - charge
+        for parent, part in pairwise(line):
+            if parent.parts.get(part.number) is not part:  # forgotten, and its debt with it
+                return
+            parent.correct(part, excess)
 
-    def _enter(self, account: Account) -> None:
-        if account.entry < 0:
-            account.counted = account.weight
-            self._weight_in_line += account.counted
-        self._entries += 1
-        account.entry = self._entries
-        heapq.heappush(self._line, (account.tag, account.entry, account))
-        if len(self._line) > 2 * len(self._accounts) + _SLACK:
-            self._line = [each for each in self._line if each[2].entry == each[1]]
-            heapq.heapify(self._line)
+    def _reset_if_empty(self) -> None:
+        if not len(self):  # no account was kept waiting, so none owes anything
+            self._all, self._charges, self._num_ended = Account(), {}, 0
 
-    def _step_out(self, account: Account) -> None:
-        account.entry = -1
-        self._weight_in_line = max(0.0, self._weight_in_line - account.counted)
 
-    def _leave(self) -> None:
-        self._num_waiting -= 1
-        if not self._num_waiting:  # no account was kept waiting, so none owes anything
-            self._accounts, self._line, self._charges = {}, [], {}
-            self._num_ended, self._now, self._weight_in_line, self._sweep_at = 0, 0.0, 0.0, _SLACK
-
-    def _drop_ended(self) -> None:
-        for account in self._accounts.values():
-            account.waiting = [each for each in account.waiting if not each[1].finished]
-            heapq.heapify(account.waiting)
-        self._num_ended = 0
-
-    def _forget_idle(self) -> None:
-        """Forget accounts that have nothing in line and no debt."""
-        kept = {number: each for number, each in self._accounts.items() if each.entry >= 0 or each.tag > self._now}
-        if len(kept) > self._num_waiting + _MAX_IDLE:
-            kept = {number: each for number, each in kept.items() if each.entry >= 0}
-        self._accounts = kept
-        self._sweep_at = 2 * len(kept) + _SLACK
+def _drop_ended(accounts: Iterable[Account]) -> None:
+    for account in accounts:
+        account.waiting = [each for each in account.waiting if not each[1].finished]
+        heapq.heapify(account.waiting)
+        _drop_ended(account.parts.values())

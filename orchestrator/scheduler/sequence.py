@@ -27,10 +27,10 @@ class Sequence:
     cache_salt: bytes
     order: tuple[int, int]
     """(priority, arrival): of one account's waiting sequences the smallest runs first."""
-    account: int = 0
-    """Whose share of the server it counts to; see fair_queue.py."""
-    weight: float = 1.0
-    """The account's share."""
+    account: tuple[int, ...] = (0,)
+    """Whose share of the server it counts to, as a path; see fair_queue.py."""
+    weights: tuple[float, ...] = (1.0,)
+    """The shares of the parts of that path."""
     submitted_s: float = 0.0
     """When it came, by the engine's clock."""
 
@@ -69,8 +69,8 @@ class Sequence:
             sampling=submit.sampling,
             cache_salt=submit.cache_salt,
             order=(submit.priority, arrival),
-            account=submit.account,
-            weight=submit.weight,
+            account=tuple(submit.account),
+            weights=tuple(submit.weights),
         )
 
     def forget_workers(self) -> None:

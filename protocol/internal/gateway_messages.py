@@ -114,10 +114,11 @@ class Submit:
     """Prefix blocks are shared only between requests of the same salt."""
     priority: int
     """Lower runs first of the requests of one account; equal priorities in order of arrival."""
-    account: int = 0
-    """Whose share of the server it counts to: requests that wait take turns by account."""
-    weight: float = 1.0
-    """The account's share while others wait too."""
+    account: list[int] = field(default_factory=lambda: [0])
+    """Whose share of the server it counts to, as a path: requests that wait take turns by its first number, among those
+    by the second, and so on. The last number of a path is not in the middle of another."""
+    weights: list[float] = field(default_factory=lambda: [1.0])
+    """For each part of the path, its share while others wait too."""
     num_emitted: int = 0
     """How many of the last ``token_ids`` are no prompt but the beginning of the answer, emitted by another server."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
+from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
@@ -30,7 +31,8 @@ from mgpu.protocol.internal.gateway_messages import (
 SPEC = GatewaySpec("", "", "", "", "safetensors", "tiny", 300, [], 1 << 20)
 INFO = EngineInfo("ready", 512, 4096, "")
 A, B = b"connection A", b"connection B"
-SIZE, ACCOUNT = 5000, "key:someone"
+KEY = "key:someone"
+SIZE, ACCOUNT = 5000, Account(KEY, KEY)
 
 
 class ResumingGateway:
@@ -56,10 +58,12 @@ class ResumingGateway:
         if identity in self.revoked:
             raise Refusal("not_allowed", "its key is no longer on the list")
 
-    def resume(self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,), account: str = "") -> None:
+    def resume(
+        self, client: bytes, session: str = "s", offsets: tuple[int, ...] = (0,), account: Account | None = None
+    ) -> None:
         """Let a client ask for request 1 of a session."""
         message = ResumeRequest(1, session, offsets)
-        self.resumptions.resume(client, account or f"uid:0 {client.hex()}", message)
+        self.resumptions.resume(client, account or account_of("uid:0", client, "pid:1"), message)
 
     def answer(self, at: int, *records: SequenceRecord) -> None:
         """Let the engine answer the question that it was asked as number ``at``."""
@@ -91,7 +95,7 @@ def new_choice(spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[
 def context(n: int) -> bytes:
     """Return what an earlier gateway has left with the engine."""
     spec = Generate(1, n=n, session="s")
-    return pack_context(Request(b"", spec, 0.0, None, ACCOUNT, size=SIZE), Accepted(1, "tiny", 3, 16, 0))
+    return pack_context(Request(b"", spec, 0.0, None, KEY, KEY, size=SIZE), Accepted(1, "tiny", 3, 16, 0))
 
 
 def record(sequence_id: int = 7, tokens: Sequence[int] = (5, 6), finish: str = "", error: str = "") -> SequenceRecord:

@@ -1,9 +1,6 @@
 """Decide who may connect, and as whom: the handler that libzmq asks for every handshake (ZAP, RFC 27).
 
-Four words say who: a *connection* is the ROUTER's id of a peer; its *identity* is what the transport proved:
-``key:FINGERPRINT`` (CURVE), ``uid:N`` (ipc), or nothing (tcp without keys); an *account* is whose limits and share of
-the server a request counts to; an *owner* is who is held responsible for a connection: a key, else a process
-(``pid:N``, ipc), else an address.
+`account.py` has the words that say who: connection, identity, owner, account.
 
 Without a ZAP domain libzmq also accepts ZMTP/1.0 greetings, so that sixteen raw bytes on a TCP port would arrive as
 a message; with one they are rejected. On ipc the kernel tells the peer's uid, which must be ours or root's. On tcp the
@@ -18,6 +15,7 @@ from dataclasses import replace
 
 import zmq
 
+from mgpu.orchestrator.gateway.front.account import KEY_PREFIX, NAMED_PREFIX
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.descriptors import PROCESS
 from mgpu.orchestrator.gateway.front.refusal import Refusal
@@ -26,10 +24,7 @@ from mgpu.protocol.keys import KEY_BYTES, fingerprint
 
 ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"mgpu"
-KEY_PREFIX = "key:"
 _IPC_ADDRESS = "localhost:"
-NAMED_PREFIX = "client:"
-"""Begins the identity of a client for whom a server of ours speaks, such as the HTTP process."""
 
 log = logging.getLogger(__name__)
 
@@ -99,14 +94,14 @@ class AccessControl:
         if self._client_keys is not None and identity.startswith(KEY_PREFIX) and identity not in self._identities:
             raise Refusal("not_allowed", "this client's key is no longer on the server's list")
 
-    def identity_of(self, message: Generate, identity: str) -> str:
-        """Return whose request a message is: the client's that it names, else the peer's.
+    def client_of(self, message: Generate, identity: str) -> str:
+        """Return whose request a message is if it names a client; else nothing.
 
-        A peer without a key can make as many connections, and so accounts, as it likes: it may name accounts too. A
-        client's key may not, since it would escape its limits. Refusal.
+        A peer without a key may make as many connections, and so accounts, as it likes, all within its own share: it
+        may name clients too. A client's key may not, since it would escape its limits. Refusal.
         """
         if not message.account:
-            return identity
+            return ""
         if identity.startswith(KEY_PREFIX) and identity not in map(_identity_of_key, self._own_keys):
             raise Refusal("bad_request", "account is for connections without a key: a key is an account of its own")
         return NAMED_PREFIX + message.account
@@ -123,16 +118,6 @@ def origin_of(address: str) -> str:
 def owner_of(identity: str, origin: str) -> str:
     """Return who is held responsible for a connection."""
     return identity if identity.startswith(KEY_PREFIX) else origin
-
-
-def account_of(identity: str, connection: bytes) -> str:
-    """Return the account of a connection.
-
-    A key is one account with all its connections, and so is a client that a server of ours names. Without keys all
-    connections belong to one user, or cannot be told apart; then each connection is an account of its own, so that the
-    programs of that user are fair to each other.
-    """
-    return identity if identity.startswith((KEY_PREFIX, NAMED_PREFIX)) else f"{identity} {connection.hex()}"
 
 
 def scope_to_key(message: ClientMessage, identity: str) -> ClientMessage:

@@ -170,7 +170,7 @@ class Connections:
         while not self._gate.is_complete and self._clock_s() < deadline_s:
             self.update(())
 
-    def introduce(self, connection: bytes, frame: zmq.Frame, owner: str) -> None:
+    def introduce(self, connection: bytes, frame: zmq.Frame, origin: str, owner: str) -> None:
         """Note whose ``connection`` is by a ``frame`` of its message. For one that is known this costs a look-up."""
         if connection in self._by_name:
             return
@@ -179,8 +179,9 @@ class Connections:
             if fd not in self._open:
                 self._read_events(self._clock_s())
             found = self._open.get(fd)
-            if found is not None:
-                self._prove(found, owner or found.origin)
+            if found is not None and found.origin == origin:  # else it has ended, and another has its descriptor
+                self._prove(found, owner)
+                self._by_name.pop(found.name, None)
                 found.name = connection
                 self._by_name[connection] = found
                 if self._ids.is_chosen(connection):

@@ -1,7 +1,7 @@
-"""What clients have sent and nobody has looked at yet, in turns by account.
+"""What clients have sent and nobody has looked at yet, in turns by owner and account.
 
 The ROUTER hands out messages connection by connection, and no connection can be left out. So the inbox reads ahead a
-little, and accounts take turns from there, however many connections each of them has. While an account has `FULL_BYTES`
+little, and owners take turns from there, however many connections each of them has. While an owner has `FULL_BYTES`
 here, nothing more is read, and its senders soon meet full pipes. But others may wait behind them. So every few
 milliseconds one lap is read all the same: until a connection comes up again, which means that each connection with a
 message has been read once. What a flood brings along in these laps piles up, so it has a bound too: a connection whose
@@ -12,6 +12,7 @@ served between two laps than a lap brings.
 import time
 from collections.abc import Callable
 
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received
 from mgpu.protocol.front.framing import MAX_FRAMES
@@ -20,7 +21,7 @@ FULL_BYTES = 64 << 10
 MAX_BYTES = 16 << 20
 """Of one account. Whoever waits for answers within the limits of requests never has as much here."""
 MAX_TOTAL_BYTES = 128 << 20
-"""Of all accounts; beyond it the one that has most is given up with all of its connections."""
+"""Of all; beyond it the largest account of the owner that has most is given up with all of its connections."""
 OVERHEAD_BYTES = 1024
 """What a message counts for however short it is."""
 MIN_PAUSE_S, MAX_PAUSE_S = 0.002, 0.02
@@ -33,18 +34,18 @@ READ_AT_ONCE_S = 0.001
 class Inbox:
     """Reads the front socket and has every message handled when it is its account's turn."""
 
-    def __init__(self, front: FrontSocket, handle: Callable[[Received], None]) -> None:
+    def __init__(self, front: FrontSocket, turns: FairTurns[Received], handle: Callable[[Received], None]) -> None:
         self._front = front
         self._handle = handle
-        self._turns: FairTurns[Received] = FairTurns()
+        self._turns = turns
         self._full: set[str] = set()
         self._lap: set[bytes] = set()
         """The connections that have been read in this lap."""
         self._lap_s, self._lap_bytes = 0.0, 0
         """What this lap has cost so far."""
         self._next_lap_s = 0.0
-        self._skipped = ""
-        """The account whose message has too many frames: the socket skips the rest of it before the next message."""
+        self._skipped: Account | None = None
+        """Whose message has too many frames: the socket skips the rest of it before the next message."""
 
     def __bool__(self) -> bool:
         """Return whether a message waits here."""
@@ -60,12 +61,12 @@ class Inbox:
             taken = self._turns.take()
             if taken is None:
                 return
-            account, received = taken
-            self._note_room(account)
+            path, received = taken
+            self._note_room(received.owner)
             began_s = time.perf_counter()
             self._handle(received)
             now_s = time.perf_counter()
-            self._turns.charge(account, now_s - began_s)
+            self._turns.charge(path, now_s - began_s)
 
     def _read(self) -> None:
         """Read what waits in the socket, as far as there is room or a lap is due."""
@@ -74,13 +75,13 @@ class Inbox:
         while now_s < end_s and self._may_read():
             received = self._front.receive()
             began_s, now_s = now_s, time.perf_counter()
-            payer = self._skipped or ("" if received is None else received.account)
-            if payer:
-                self._turns.charge(payer, now_s - began_s)
+            payer = self._skipped or (None if received is None else received.account)
+            if payer is not None:
+                self._turns.charge_beside(payer.path, now_s - began_s)
             if received is None:
                 self._end_lap()
                 return
-            self._skipped = received.account if len(received.frames) > MAX_FRAMES else ""
+            self._skipped = received.account if len(received.frames) > MAX_FRAMES else None
             self._note_lap(received, now_s - began_s)
             self._add(received)
 
@@ -102,24 +103,24 @@ class Inbox:
 
     def _add(self, received: Received) -> None:
         account, size = received.account, received.nbytes + OVERHEAD_BYTES
-        if self._turns.bytes_of(account) + size > MAX_BYTES:
+        if self._turns.bytes_of(account.path) + size > MAX_BYTES:
             self._give_up(account, received.connection)
             return
-        self._turns.put(account, received, size)
-        if self._turns.bytes_of(account) >= FULL_BYTES:
-            self._full.add(account)
+        self._turns.put(account.path, received, size)
+        if self._turns.bytes_of((account.owner,)) >= FULL_BYTES:
+            self._full.add(account.owner)
         if self._turns.nbytes > MAX_TOTAL_BYTES:
-            largest = self._turns.largest()
+            owner, *_ = largest = self._turns.largest()
             for each in {message.connection for message in self._turns.remove(largest)}:
                 self._front.drop_sender(each)
-            self._note_room(largest)
+            self._note_room(owner)
 
-    def _give_up(self, account: str, connection: bytes) -> None:
+    def _give_up(self, account: Account, connection: bytes) -> None:
         """Drop what a connection has sent. What it has in flight ends too, so that nothing waits for an answer."""
-        self._turns.remove(account, lambda message: message.connection == connection)
+        self._turns.remove(account.path, lambda message: message.connection == connection)
         self._front.drop_sender(connection)
-        self._note_room(account)
+        self._note_room(account.owner)
 
-    def _note_room(self, account: str) -> None:
-        if self._turns.bytes_of(account) < FULL_BYTES:
-            self._full.discard(account)
+    def _note_room(self, owner: str) -> None:
+        if self._turns.bytes_of((owner,)) < FULL_BYTES:
+            self._full.discard(owner)

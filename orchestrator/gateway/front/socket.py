@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import zmq
 
-from mgpu.orchestrator.gateway.front.access import DOMAIN, AccessControl, account_of, owner_of
+from mgpu.orchestrator.gateway.front.access import DOMAIN, AccessControl, origin_of, owner_of
+from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.connections import Connections
 from mgpu.orchestrator.gateway.front.endpoint import BindError, bind, is_lost, release
 from mgpu.orchestrator.gateway.front.routing_ids import AutomaticIds, seed
@@ -43,11 +44,14 @@ class Received(NamedTuple):
     frames: list[bytes]
     """At most ``framing.MAX_FRAMES`` + 1."""
     identity: str
-    """What the transport proved; see access.py."""
+    """What the transport proved; see account.py."""
+    owner: str
+    client: str = ""
+    """The client that the message names."""
 
     @property
-    def account(self) -> str:
-        return account_of(self.identity, self.connection)
+    def account(self) -> Account:
+        return account_of(self.identity, self.connection, self.owner, self.client)
 
     @property
     def nbytes(self) -> int:
@@ -157,18 +161,20 @@ class FrontSocket:
         except zmq.Again:
             return None
         frames: list[bytes] = []
-        identity = ""
+        identity = owner = ""
         has_more = bool(self.socket.getsockopt(zmq.RCVMORE))
         while has_more and len(frames) <= framing.MAX_FRAMES:
             frame = self.socket.recv(zmq.NOBLOCK, copy=False)
             if not frames:
-                identity = _identity_of(frame)
-                self.connections.introduce(connection, frame, owner_of(identity, ""))
+                identity = _property_of(frame, "User-Id")
+                origin = origin_of(_property_of(frame, "Peer-Address"))
+                owner = owner_of(identity, origin)
+                self.connections.introduce(connection, frame, origin, owner)
             frames.append(frame.bytes)
             has_more = frame.more
         self._frames_left -= 1 + len(frames)
         self._is_skipping = has_more
-        return Received(connection, frames, identity)
+        return Received(connection, frames, identity, owner)
 
     def unpack(self, frames: list[bytes]) -> dict[object, object]:
         """Decode the frames of a message. WireError for anything else."""
@@ -249,11 +255,14 @@ def _room_for_connections() -> int:
     return max(1, int(soft * CONNECTIONS_SHARE) - len(os.listdir("/proc/self/fd")))
 
 
-def _identity_of(frame: zmq.Frame) -> str:
-    """Return the identity that access control gave the peer; every frame of its connection carries it."""
+def _property_of(frame: zmq.Frame, name: str) -> str:
+    """Return the identity that access control gave the peer (User-Id), or the kernel's name of it (Peer-Address).
+
+    Every frame of its connection carries both, also those that are read after the connection has ended.
+    """
     try:
-        return str(frame.get("User-Id"))
-    except zmq.ZMQError:  # the property is missing: the identity is empty
+        return str(frame.get(name))
+    except zmq.ZMQError:  # the property is missing: it is empty
         return ""
 
 

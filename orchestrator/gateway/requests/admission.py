@@ -2,6 +2,7 @@
 
 import secrets
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -78,12 +79,12 @@ def check_length(model: ServedModel, num_tokens: int, is_exact: bool = True) -> 
 
 
 def admit(
-    model: ServedModel, request: Generate, prompt: bytes, first_sequence: int, account: int, weight: float
+    model: ServedModel, request: Generate, prompt: bytes, first_sequence: int, share: Sequence[tuple[int, float]]
 ) -> tuple[Accepted, list[Submit]]:
     """Return the answer to the client and the sequences for the engine, numbered from ``first_sequence``.
 
-    ``prompt`` is little-endian int32; ``account`` and ``weight`` are for the scheduler. Refusal with the numbers when
-    ids or lengths do not fit the model.
+    ``prompt`` is little-endian int32; ``share`` has number and weight of each part of the account, for the scheduler.
+    Refusal with the numbers when ids or lengths do not fit the model.
     """
     ids, eos_ids = int32_array(prompt), [] if request.ignore_eos else model.spec.eos_token_ids
     max_tokens = _checked_max_tokens(request, ids, model.spec.vocab_size, model.limits())
@@ -105,8 +106,8 @@ def admit(
             sampling=_sampling(request, len(ids), stop_ids, seed_of_choice(seed, index)),
             cache_salt=request.cache_salt.encode(),
             priority=request.priority,
-            account=account,
-            weight=weight,
+            account=[number for number, _ in share],
+            weights=[weight for _, weight in share],
             num_emitted=num_emitted,
         )
         for index in range(request.n)

@@ -1,7 +1,8 @@
 """Turn what clients send into token ids, or into text: what is short at once, what is long and chats in processes.
 
-Accounts take turns by the CPU time that their texts took (`front/fair_turns.py`), and none has two under way. So an
-account whose texts are long, or hang until they are killed, delays others by one of them at most.
+Owners take turns by the CPU time that their texts took (`front/fair_turns.py`), and so do the accounts of each, none
+of which has two under way. So an owner whose texts are long, or hang until they are killed, delays others by one of
+them at most.
 """
 
 import logging
@@ -9,7 +10,7 @@ import time
 from concurrent.futures import Future
 
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
-from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
+from mgpu.orchestrator.gateway.front.fair_turns import FairTurns, Path
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
@@ -64,7 +65,7 @@ class Prompts:
             return
         request.is_encoding = True
         self._requests.table.add(request)
-        self._turns.put(request.account, request)
+        self._turns.put(request.account.path, request)
         self._start_next()
 
     def _done_here(self, codec: TextCodec, request: Request) -> TextReply:
@@ -88,19 +89,19 @@ class Prompts:
     def _start_next(self) -> None:
         """Let as many processes work as there may be, for the accounts whose turn it is."""
         while self._num_running < NUM_THREADS and (taken := self._turns.take()) is not None:
-            account, request = taken
+            path, request = taken
             if self._has_ended(request):
-                self._turns.charge(account, 0.0)
+                self._turns.charge(path, 0.0)
             else:
-                self._start(account, request)
+                self._start(path, request)
 
-    def _start(self, account: str, request: Request) -> None:
+    def _start(self, path: Path, request: Request) -> None:
         began_s, task = time.monotonic(), self._task_of(request)
 
         def finish(future: "Future[TextReply]") -> None:
             self._num_running -= 1
             cpu_s = 0.0 if future.exception() else future.result().cpu_s
-            self._turns.charge(account, cpu_s or time.monotonic() - began_s)
+            self._turns.charge(path, cpu_s or time.monotonic() - began_s)
             self._start_next()
             if not self._has_ended(request):
                 self._finish(request, future)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mgpu import __version__
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
@@ -22,7 +23,7 @@ class _Question:
     """A query that waits for the engine."""
 
     connection: bytes
-    account: str
+    account: Account
     query: Query
     overdue_s: float
 
@@ -53,7 +54,7 @@ class Queries:
         """The engine's last ones."""
         self._started_s = time.monotonic()
 
-    def on_query(self, connection: bytes, account: str, query: Query) -> None:
+    def on_query(self, connection: bytes, account: Account, query: Query) -> None:
         """Answer at once, or ask the engine. Refusal when too many questions wait for it."""
         if query.kind == "models":
             self._outgoing.to_client(connection, self._models(query))

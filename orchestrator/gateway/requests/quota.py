@@ -1,4 +1,4 @@
-"""Count what every account has in flight, refuse what is too much, and say when to come back.
+"""Count what every account and every owner has in flight, refuse what is too much, and say when to come back.
 
 Bounds hold for the engine's queues too: a sequence counts until the engine's last output of it, and its bytes until
 the first, so that sending and cancelling requests in a loop is bounded as well.
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NoReturn
 
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
-from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.client_limits import FREE_TIMES, ClientLimits
 
 REQUEST_OVERHEAD_BYTES = 1024
 """What a request counts for however short it is."""
@@ -23,13 +24,14 @@ MAX_QUESTIONS, MAX_QUESTIONS_OF_ACCOUNT = 8192, 1024
 sequences or requests, because each may be resumed."""
 MIN_RETRY_S, FIRST_RETRY_S, MAX_RETRY_S = 0.25, 1.0, 30.0
 _RATE_WINDOW_S = 10.0
+_OWNER = "the key, process or address of this client"
 _SHARE_TO_END = 1 / 8
 """A refused client should come back when this part of what is in flight has ended."""
 
 
-def account_number(account: str) -> int:
-    """Return the number by which the scheduler knows an account, the same in every gateway."""
-    return int.from_bytes(blake2b(account.encode(), digest_size=7).digest(), "little")
+def account_number(name: str) -> int:
+    """Return the number by which the scheduler knows a part of an account's path, the same in every gateway."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=7).digest(), "little")
 
 
 def size_of(body_bytes: int, n: int) -> int:
@@ -80,7 +82,7 @@ class _Usage:
 class _OpenSequence:
     """A sequence that the engine has not ended."""
 
-    account: str
+    account: Account
     queued_bytes: int
     dropped: bool = False
 
@@ -91,7 +93,8 @@ class Quota:
     def __init__(self, limits: ClientLimits, clock_s: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self._clock_s = clock_s
-        self._usage: dict[str, _Usage] = {}
+        self._usage: dict[Account, _Usage] = {}
+        self._of_owner: dict[str, _Usage] = {}
         self._open: dict[int, _OpenSequence] = {}
         self._all = _Usage()
         self._rate = EndingRate()
@@ -113,13 +116,16 @@ class Quota:
     def num_questions(self) -> int:
         return self._all.questions
 
-    def usage_of(self, account: str) -> _Usage:
+    def usage_of(self, account: Account) -> _Usage:
         return self._usage.get(account) or _Usage()
+
+    def usage_of_owner(self, owner: str) -> _Usage:
+        return self._of_owner.get(owner) or _Usage()
 
     # ---------------------------------------------------------------- checks
 
-    def check(self, account: str, size: int, n: int) -> None:
-        """Raise Refusal if ``n`` more sequences of ``size`` bytes are too much for their account or the server.
+    def check(self, account: Account, size: int, n: int) -> None:
+        """Raise Refusal if ``n`` more sequences of ``size`` bytes are too much for account, owner or server.
 
         Whatever its size, a request is taken when nothing else waits.
         """
@@ -139,6 +145,16 @@ class Quota:
             )
         self._check_bytes("this client", usage.queued_bytes, size, limits.max_client_queue)
         self._check_bytes("the server", self.queued_bytes, size, limits.max_queue)
+        self._check_owner(account.owner, size, n)
+
+    def _check_owner(self, owner: str, size: int, n: int) -> None:
+        """Raise Refusal if the accounts of an owner have so much that too little is left for others."""
+        usage = self.usage_of_owner(owner)
+        held, most = usage.sequences + usage.unsubmitted, self.limits.most_sequences_of_owner(self.num_sequences)
+        if held and held + n > most:
+            self._refuse(f"{_OWNER} has {held} sequences in flight, the limit is {most} now")
+        most = self.limits.most_bytes_of_owner(self.queued_bytes)
+        self._check_bytes(_OWNER, usage.queued_bytes, size, most)
 
     def _check_bytes(self, who: str, queued: int, size: int, limit: int) -> None:
         if queued and queued + size > limit:
@@ -147,15 +163,17 @@ class Quota:
     def _refuse(self, text: str) -> NoReturn:
         raise Refusal("overloaded", text, self.retry_after_s())
 
-    def check_question(self, account: str) -> None:
+    def check_question(self, account: Account) -> None:
         """Raise Refusal if too many questions wait for the engine."""
         asked, asked_by_all = self.usage_of(account).questions, self.num_questions
         most = max(MAX_QUESTIONS_OF_ACCOUNT, self.limits.max_client_requests)
         most_of_all = max(MAX_QUESTIONS, self.limits.max_sequences)
-        if asked >= most or asked_by_all >= most_of_all:
+        asked_by_owner = self.usage_of_owner(account.owner).questions
+        most_of_owner = max(most, FREE_TIMES * (most_of_all - asked_by_all))
+        if asked >= most or asked_by_owner >= most_of_owner or asked_by_all >= most_of_all:
             text = (
-                f"{asked} questions of this client and {asked_by_all} of all wait for the engine, "
-                f"the limits are {most} and {most_of_all}"
+                f"{asked} questions of this client, {asked_by_owner} of its key, process or address and "
+                f"{asked_by_all} of all wait for the engine, the limits are {most}, {most_of_owner} and {most_of_all}"
             )
             raise Refusal("overloaded", text, RETRY_AFTER_S)
 
@@ -169,27 +187,30 @@ class Quota:
 
     # ---------------------------------------------------------------- counts
 
-    def _count(self, account: str, change: _Usage) -> None:
-        """Change what an account has in flight, and what all have. An account with nothing is forgotten."""
+    def _count(self, account: Account, change: _Usage) -> None:
+        """Change what an account has in flight, its owner, and all. An account or owner with nothing is forgotten."""
         usage = self._usage.setdefault(account, _Usage())
-        usage.add(change)
-        self._all.add(change)
+        of_owner = self._of_owner.setdefault(account.owner, _Usage())
+        for each in (usage, of_owner, self._all):
+            each.add(change)
         if usage == _Usage():
             del self._usage[account]
+        if of_owner == _Usage():
+            del self._of_owner[account.owner]
 
-    def count_question(self, account: str, number: int = 1) -> None:
+    def count_question(self, account: Account, number: int = 1) -> None:
         """Count a question that waits for the engine; ``number`` -1: it waits no more."""
         self._count(account, _Usage(questions=number))
 
-    def arrive(self, account: str, size: int, n: int) -> None:
+    def arrive(self, account: Account, size: int, n: int) -> None:
         """Count a request whose prompt waits to be tokenized or submitted."""
         self._count(account, _Usage(requests=1, queued_bytes=size, unsubmitted=n))
 
-    def withdraw(self, account: str, size: int, n: int) -> None:
+    def withdraw(self, account: Account, size: int, n: int) -> None:
         """Undo the sequences and bytes that `arrive` has counted for a request that is not submitted."""
         self._count(account, _Usage(queued_bytes=-size, unsubmitted=-n))
 
-    def submit(self, account: str, sequence_ids: list[int], size: int) -> None:
+    def submit(self, account: Account, sequence_ids: list[int], size: int) -> None:
         """Record that a request that arrived has these sequences, new ones or those of an earlier connection."""
         n = len(sequence_ids)
         self._count(account, _Usage(sequences=n, unsubmitted=-n))
@@ -197,7 +218,7 @@ class Quota:
             self._close(number)
             self._open[number] = _OpenSequence(account, size // n + (size % n if at == 0 else 0))
 
-    def leave(self, account: str, sequence_ids: list[int]) -> None:
+    def leave(self, account: Account, sequence_ids: list[int]) -> None:
         """Record that a request is over for its client; its sequences count until the engine has ended them."""
         dropped = [each for number in sequence_ids if (each := self._open.get(number)) and not each.dropped]
         for sequence in dropped:

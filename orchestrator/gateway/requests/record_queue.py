@@ -1,7 +1,6 @@
-"""Ask the engine for portions of its records, a few at a time, with accounts in turns."""
+"""Ask the engine for portions of its records, a few at a time, in turns by owner and account."""
 
-from collections import deque
-
+from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.resumption import Resumption, ResumptionState
 from mgpu.protocol.internal.gateway_messages import RecordQuery
@@ -15,13 +14,13 @@ class RecordQueue:
 
     def __init__(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
-        self._lines: dict[str, deque[Resumption]] = {}
-        """By account, in order of their turns."""
+        self._turns: FairTurns[Resumption] = FairTurns()
+        """Each portion counts the same."""
         self._asked: dict[int, Resumption] = {}
         self._next_query = 1
 
     def add(self, resumption: Resumption) -> None:
-        self._lines.setdefault(resumption.account, deque()).append(resumption)
+        self._turns.put(resumption.account.path, resumption)
         self._ask_next()
 
     def take_answered(self, query_id: int) -> Resumption | None:
@@ -41,12 +40,9 @@ class RecordQueue:
         self._ask_next()
 
     def _ask_next(self) -> None:
-        while self._lines and len(self._asked) < MAX_RECORDS_AT_ONCE:
-            account = next(iter(self._lines))
-            line = self._lines.pop(account)
-            resumption = line.popleft()
-            if line:
-                self._lines[account] = line  # behind all others
+        while len(self._asked) < MAX_RECORDS_AT_ONCE and (taken := self._turns.take()) is not None:
+            path, resumption = taken
+            self._turns.charge(path, 1.0)
             if resumption.state is ResumptionState.QUEUED:  # else it was abandoned
                 resumption.move_to(ResumptionState.ASKED)
                 self._ask(resumption, resumption.known, list(resumption.message.offsets))

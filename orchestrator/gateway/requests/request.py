@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mgpu.orchestrator.gateway.front.access import account_of
+from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
@@ -111,6 +111,9 @@ class Request:
     last_sent_s: float
     deadline_s: float | None
     identity: str = ""
+    owner: str = ""
+    client: str = ""
+    """These three say whose request it is; see front/account.py."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     choices: list[Choice] = field(default_factory=list)
@@ -128,8 +131,8 @@ class Request:
     """Set if only its text matters: the engine does not hear of it."""
 
     @property
-    def account(self) -> str:
-        return account_of(self.identity, self.connection)
+    def account(self) -> Account:
+        return account_of(self.identity, self.connection, self.owner, self.client)
 
     @property
     def id(self) -> int:

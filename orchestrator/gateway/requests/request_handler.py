@@ -50,7 +50,16 @@ class RequestHandler:
         now = time.monotonic()
         deadline = None if message.timeout_s is None else now + message.timeout_s
         return Request(
-            received.connection, message, now, deadline, received.identity, size=size, query=query, began_s=now
+            received.connection,
+            message,
+            now,
+            deadline,
+            received.identity,
+            received.owner,
+            received.client,
+            size=size,
+            query=query,
+            began_s=now,
         )
 
     @property
@@ -64,9 +73,8 @@ class RequestHandler:
 
     def admit(self, request: Request, prompt: bytes) -> None:
         """Send the engine one sequence per choice. Refusal when the request cannot run."""
-        spec, account = request.spec, account_number(request.account)
-        weight = self._quota.limits.weight_of(request.identity)
-        accepted, submits = admit(self._model, spec, prompt, self._next_sequence, account, weight)
+        spec = request.spec
+        accepted, submits = admit(self._model, spec, prompt, self._next_sequence, self._share_of(request))
         self._next_sequence += len(submits)
         request.prompt_tokens = accepted.prompt_tokens
         choices = [self.new_choice(spec, at, each.sequence_id, each.stop_token_ids) for at, each in enumerate(submits)]
@@ -81,6 +89,13 @@ class RequestHandler:
             for submit in submits:
                 self._outgoing.to_engine(submit)
         self._outgoing.to_client(request.connection, accepted)
+
+    def _share_of(self, request: Request) -> list[tuple[int, float]]:
+        """Return number and weight of each part of the account, the owner first."""
+        owner, *parts = request.account.path
+        weight_of = self._quota.limits.weight_of
+        weights = [weight_of(request.identity), *map(weight_of, parts)]
+        return [(account_number(name), weight) for name, weight in zip((owner, *parts), weights, strict=True)]
 
     def reply(self, request: Request, message: Tokenized | Detokenized) -> None:
         """Answer a text query; it is not in the table any more."""

@@ -67,7 +67,7 @@ def _fields(request: Request, reason: str, now_s: float) -> dict[str, str]:
     new_tokens = sum(choice.num_tokens for choice in request.choices)
     return {
         "id": str(request.id),
-        "account": ascii(request.account)[1:-1],
+        "account": ascii(request.account.name)[1:-1],
         "prompt": str(request.prompt_tokens),
         "cached": str(request.cached_tokens),
         "new": str(new_tokens),

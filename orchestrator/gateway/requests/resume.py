@@ -10,6 +10,7 @@
 import time
 
 from mgpu.orchestrator.gateway.front.access import AccessControl
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.quota import MAX_QUESTIONS
@@ -49,7 +50,7 @@ class Resumptions:
 
     # ---------------------------------------------------------- from clients
 
-    def resume(self, connection: bytes, account: str, message: ResumeRequest) -> None:
+    def resume(self, connection: bytes, account: Account, message: ResumeRequest) -> None:
         """Detach the request from the connection it was on, and ask for the engine's record of it if there is one.
 
         Refusal when the engine cannot be asked now; then nothing has changed. The limits of requests do not apply: what
@@ -60,7 +61,8 @@ class Resumptions:
         if same_id is not None and same_id is not request:
             raise Refusal("duplicate_id", "another request with this id is in flight; choose another id")
         if request is not None and not request.choices:
-            self._table.move(request, connection)  # its prompt is being tokenized: nothing has been sent yet
+            # Its prompt is being tokenized: nothing has been sent yet.
+            self._table.move(request, connection, account.owner)
             self._outgoing.to_client(connection, Resumed(message.id, [0] * request.spec.n))
             return
         try:
@@ -74,14 +76,14 @@ class Resumptions:
         if request is not None:
             self._table.remove(request)
 
-    def cancel(self, connection: bytes, account: str, request_id: int) -> None:
+    def cancel(self, connection: bytes, account: Account, request_id: int) -> None:
         """End a request that its client waits to resume, as soon as it is known; nothing if there is none."""
         if self._quota.usage_of(account).questions:
             for waiting in self._waiting.values():
                 if waiting.connection == connection and waiting.message.id == request_id:
                     waiting.is_cancelled = True
 
-    def _wait_for_record(self, connection: bytes, account: str, message: ResumeRequest) -> None:
+    def _wait_for_record(self, connection: bytes, account: Account, message: ResumeRequest) -> None:
         waiting = self._waiting.get((message.session, message.id))
         if waiting is None or waiting.account != account:
             self._quota.check_question(account)
@@ -174,7 +176,7 @@ class Resumptions:
     def _restore(self, resumption: Resumption, context: Context, record: RecordReply) -> Request:
         """Put the request of a first portion into the table, and tell its client."""
         connection, message = resumption.connection, resumption.message
-        request = context.request(connection, message.session, time.monotonic())
+        request = context.request(connection, resumption.account.owner, message.session, time.monotonic())
         older = self._table.by_session(*resumption.name)
         if older is not None:
             self._table.remove(older)

@@ -17,12 +17,14 @@ class Context:
     deadline_s: float | None
     """CLOCK_MONOTONIC, the same for all processes of a machine."""
     identity: str
+    client: str
     size: int
 
-    def request(self, connection: bytes, session: str, now_s: float) -> Request:
-        """Return the request as it was admitted."""
+    def request(self, connection: bytes, owner: str, session: str, now_s: float) -> Request:
+        """Return the request as it was admitted, for a connection of ``owner``."""
         spec, tokens = replace(self.spec, session=session), self.accepted.prompt_tokens
-        return Request(connection, spec, now_s, self.deadline_s, self.identity, tokens, size=self.size)
+        whose = self.identity, owner, self.client
+        return Request(connection, spec, now_s, self.deadline_s, *whose, prompt_tokens=tokens, size=self.size)
 
 
 CONTEXT_CODEC = Codec(Context)
@@ -39,4 +41,6 @@ def pack_context(request: Request, accepted: Accepted) -> bytes:
         session=None,
         emitted_ids=None,
     )
-    return CONTEXT_CODEC.encode(Context(spec, accepted, request.deadline_s, request.identity, request.size))
+    return CONTEXT_CODEC.encode(
+        Context(spec, accepted, request.deadline_s, request.identity, request.client, request.size)
+    )

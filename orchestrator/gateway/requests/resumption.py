@@ -15,6 +15,7 @@ would have been OUTDATED, and the new connection QUEUED to get everything anew.
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.requests.replay import Replay
 from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.requests.table import Name
@@ -52,7 +53,7 @@ class Resumption:
     """Which connection wants the request, and how far it is."""
 
     connection: bytes
-    account: str
+    account: Account
     message: ResumeRequest
     overdue_s: float
     state: ResumptionState = ResumptionState.QUEUED
@@ -79,7 +80,7 @@ class Resumption:
         assert state in TRANSITIONS[self.state], f"a resumption cannot go from {self.state.name} to {state.name}"
         self.state = state
 
-    def hand_over(self, connection: bytes, account: str, message: ResumeRequest) -> None:
+    def hand_over(self, connection: bytes, account: Account, message: ResumeRequest) -> None:
         """Start again for the connection that has resumed the request last. The time to answer stays as it is."""
         self.connection, self.account, self.message = connection, account, message
         self.request, self.replays, self.is_cancelled = None, [], False

@@ -85,7 +85,7 @@ class RequestTable:
         found = self._by_sequence.get(choice.sequence_id)
         return found is None or found[0] is request
 
-    def move(self, request: Request, connection: bytes) -> None:
+    def move(self, request: Request, connection: bytes, owner: str) -> None:
         """Continue a request whose prompt is being tokenized on another connection.
 
         It is never over meanwhile: the thread that has its prompt looks at any time.
@@ -93,7 +93,7 @@ class RequestTable:
         self._take_out(request)
         self.quota.leave(request.account, [])
         self.forget_prompt(request)
-        request.connection = connection
+        request.connection, request.owner = connection, owner
         self.add(request)
 
     def forget_prompt(self, request: Request) -> None:

@@ -88,7 +88,7 @@ class Guard:
         is_open = scope["path"] in _OPEN_PATHS or scope["path"].startswith(PAGE_PREFIX)
         if self._api_keys.keys is None or is_open:
             client = scope.get("client")
-            return f"http {client[0]}:{client[1]}" if client else f"http {request_id[:100]}", False
+            return f"http {client[0]}/{client[1]}" if client else f"http {request_id[:100]}", False
         scheme, _, token = headers.get("authorization", "").partition(" ")
         presented = [token.strip()] if scheme.lower() == "bearer" else []
         if "x-api-key" in headers:

@@ -129,8 +129,8 @@ def test_one_request_does_not_wait_for_all_those_that_another_client_has_queued(
     prompt = array("i", [3, 1, 4]).tobytes()
     many = range(700_000, 700_100)
     for sequence_id in many:
-        slow_server.send(Submit(sequence_id, prompt, 20, [], RowSampling(), b"", 0, account=1))
-    slow_server.send(Submit(800_000, prompt, 20, [], RowSampling(), b"", 0, account=2))
+        slow_server.send(Submit(sequence_id, prompt, 20, [], RowSampling(), b"", 0, account=[1]))
+    slow_server.send(Submit(800_000, prompt, 20, [], RowSampling(), b"", 0, account=[2]))
     slow_server.wait_for(lambda: 800_000 in slow_server.finish)
     assert sum(sequence_id in slow_server.finish for sequence_id in many) < 50
     slow_server.wait_for(lambda: all(sequence_id in slow_server.finish for sequence_id in many))

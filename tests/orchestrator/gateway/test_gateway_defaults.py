@@ -16,10 +16,12 @@ def test_a_named_account_is_one_on_all_connections_and_has_its_weight(model_fold
         for account in ("alice", "alice", "bob", ""):
             with Client(gateway.endpoint) as client:
                 client.generate([1], max_tokens=1, account=account)
-        accounts = [submit.account for submit in gateway.engine.submits]
+        owners, accounts = zip(*((each.account[0], each.account[1:]) for each in gateway.engine.submits), strict=True)
+        assert len(set(owners)) == 1, "names are parts of the share of the process that sends them"
         assert accounts[0] == accounts[1]
-        assert len(set(accounts)) == 3
-        assert [submit.weight for submit in gateway.engine.submits] == [4.0, 4.0, 1.0, 1.0]
+        assert len(set(map(tuple, accounts))) == 3
+        weights = [submit.weights for submit in gateway.engine.submits]
+        assert weights == [[1.0, 4.0, 4.0], [1.0, 4.0, 4.0], [1.0, 1.0, 1.0], [1.0, 1.0]]
 
 
 def test_the_models_sampling_is_for_requests_that_do_not_say(model_folder: Path) -> None:

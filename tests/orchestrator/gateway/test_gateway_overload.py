@@ -100,9 +100,10 @@ def test_the_scheduler_is_told_whose_a_sequence_is_and_its_share(gateway: Gatewa
         one.generate([5], max_tokens=1, n=2)
         one.generate([6], max_tokens=1)
         other.generate([7], max_tokens=1)
-    numbers = [submit.account for submit in gateway.engine.submits]
-    assert numbers[0] == numbers[1] == numbers[2] != numbers[3]
-    assert {submit.weight for submit in gateway.engine.submits} == {4.0}
+    paths = [submit.account for submit in gateway.engine.submits]
+    assert paths[0] == paths[1] == paths[2] != paths[3]
+    assert paths[2][0] == paths[3][0], "both connections are of this process"
+    assert all(submit.weights == [4.0, 1.0] for submit in gateway.engine.submits)
 
 
 def test_new_limits_hold_without_a_restart(gateway: GatewayProcess, peers: list[RawPeer]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgpu.orchestrator.scheduler.fair_queue import FairQueue
+from mgpu.orchestrator.scheduler.fair_queue import Account, FairQueue
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.internal.worker_messages import RowSampling
 
@@ -21,11 +21,12 @@ class Line:
         self.served: Counter[int] = Counter()
         self._arrivals = 0
 
-    def add(self, account: int, prompt: int = 10, room: int = 10, priority: int = 0, weight: float = 1.0) -> Sequence:
+    def add(self, *account: int, prompt: int = 10, room: int = 10, priority: int = 0, weight: float = 1.0) -> Sequence:
+        """Add a sequence of an account, or of a part of one; ``weight`` is that of the account."""
         seq = Sequence(
             sequence_id=self._arrivals, tokens=array("i", [1] * prompt), prompt_len=prompt, max_len=prompt + room,
             stop_ids=frozenset(), sampling=RowSampling(), cache_salt=b"", order=(priority, self._arrivals),
-            account=account, weight=weight,
+            account=account, weights=(weight, *[1.0] * len(account))[: len(account)],
         )  # fmt: skip
         self._arrivals += 1
         self.queue.push(seq)
@@ -43,7 +44,7 @@ class Line:
         seq.tokens.extend([2] * count)
         seq.finished = True
         self.queue.settle(seq)
-        self.served[seq.account] += len(seq.tokens)
+        self.served[seq.account[0]] += len(seq.tokens)
 
     def drop(self, seq: Sequence) -> None:
         seq.finished = True
@@ -58,7 +59,7 @@ def line() -> Line:
 def test_clients_take_turns_whatever_the_order_of_arrival(line: Line) -> None:
     for client in (1, 1, 1, 2, 2, 3):
         line.add(client)
-    assert [line.serve().account for _ in range(6)] == [1, 2, 3, 1, 2, 1]
+    assert [line.serve().account[0] for _ in range(6)] == [1, 2, 3, 1, 2, 1]
 
 
 def test_one_request_is_next_however_many_another_client_has(line: Line) -> None:
@@ -67,7 +68,7 @@ def test_one_request_is_next_however_many_another_client_has(line: Line) -> None
     for _ in range(10):
         line.serve()
     line.add(2)
-    assert 2 in [line.serve().account for _ in range(2)]
+    assert 2 in [line.serve().account[0] for _ in range(2)]
 
 
 def test_within_a_client_the_lower_priority_number_then_the_earlier_is_next(line: Line) -> None:
@@ -102,7 +103,7 @@ def test_who_asks_for_much_and_takes_little_pays_for_little(line: Line) -> None:
     for _ in range(1000):
         head = line.queue.head()
         assert head is not None
-        line.serve(answers[head.account])
+        line.serve(answers[head.account[0]])
     assert line.served[1] == pytest.approx(line.served[2], rel=0.1)
 
 
@@ -113,7 +114,7 @@ def test_nobody_saves_up_turns_by_being_away(line: Line) -> None:
         line.serve()
     for _ in range(100):
         line.add(2)
-    assert Counter(line.serve().account for _ in range(100)) == pytest.approx({1: 50, 2: 50}, abs=1)
+    assert Counter(line.serve().account[0] for _ in range(100)) == pytest.approx({1: 50, 2: 50}, abs=1)
 
 
 def test_nobody_pays_for_having_been_alone(line: Line) -> None:
@@ -123,16 +124,16 @@ def test_nobody_pays_for_having_been_alone(line: Line) -> None:
     for _ in range(10):
         line.add(1)
         line.add(2)
-    assert Counter(line.serve().account for _ in range(10)) == {1: 5, 2: 5}
+    assert Counter(line.serve().account[0] for _ in range(10)) == {1: 5, 2: 5}
 
 
 def test_a_client_that_leaves_for_a_moment_still_owes_what_it_took(line: Line) -> None:
     line.add(1, prompt=1000)
     for _ in range(60):
         line.add(2)
-    assert line.serve().account == 1
+    assert line.serve().account == (1,)
     line.add(1)
-    clients = [line.serve().account for _ in range(52)]
+    clients = [line.serve().account[0] for _ in range(52)]
     assert clients.count(1) == 1
     assert clients.index(1) > 45
 
@@ -148,19 +149,26 @@ def test_what_ended_in_line_is_never_next_and_does_not_pile_up(line: Line) -> No
     assert num_held(line.queue) == 0
 
 
+def accounts_of(account: Account) -> list[Account]:
+    """Return an account and all of its parts."""
+    return [account, *(each for part in account.parts.values() for each in accounts_of(part))]
+
+
 def num_held(queue: FairQueue) -> int:
     """Return the requests in memory: waiting ones, and some that ended in line."""
-    return sum(len(account.waiting) for account in queue._accounts.values())
+    return sum(len(account.waiting) for account in accounts_of(queue._all))
 
 
 def assert_books_are_right(queue: FairQueue) -> None:
     """Recount what the queue keeps count of."""
-    waiting = [seq for account in queue._accounts.values() for _, seq in account.waiting]
+    waiting = [seq for account in accounts_of(queue._all) for _, seq in account.waiting]
     assert queue._num_ended == sum(seq.finished for seq in waiting)
-    assert len(queue) == sum(not seq.finished for seq in waiting)
-    in_line = [account for account in queue._accounts.values() if account.entry >= 0]
-    assert queue._weight_in_line == pytest.approx(sum(account.counted for account in in_line))
-    assert {id(each) for _, entry, each in queue._line if each.entry == entry} == {id(each) for each in in_line}
+    for account in accounts_of(queue._all):
+        held = [seq for each in accounts_of(account) for _, seq in each.waiting]
+        assert account.num_waiting == sum(not seq.finished for seq in held)
+        in_line = [part for part in account.parts.values() if part.entry >= 0]
+        assert account.weight_in_line == pytest.approx(sum(part.counted for part in in_line))
+        assert {id(each) for _, entry, each in account.line if each.entry == entry} == {id(each) for each in in_line}
 
 
 def test_a_request_that_outlives_its_line_changes_nothing_in_the_next_one(line: Line) -> None:
@@ -169,23 +177,23 @@ def test_a_request_that_outlives_its_line_changes_nothing_in_the_next_one(line: 
     assert line.queue.pop() is first
     for client in (2, 3, 4):
         line.add(client)
-    now = line.queue._now
+    now = line.queue._all.now
     assert not line.queue._charges, "what runs does not keep what ended in memory"
     line.finish(first)
     assert_books_are_right(line.queue)
-    assert line.queue._now == now, "what was charged before nobody waited is not corrected after"
-    assert [line.serve().account for _ in range(3)] == [2, 3, 4]
+    assert line.queue._all.now == now, "what was charged before nobody waited is not corrected after"
+    assert [line.serve().account[0] for _ in range(3)] == [2, 3, 4]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["add", "pop", "drop", "finish"]), st.integers(0, 30)), max_size=80))
 def test_the_books_are_right_whatever_begins_and_ends_in_whatever_order(actions: list[tuple[str, int]]) -> None:
-    line = Line()
+    line, paths = Line(), [(0,), (1, 1), (1, 2), (2, 1, 1)]
     waiting: list[Sequence] = []
     running: list[Sequence] = []
     for action, number in actions:
         if action == "add":
-            waiting.append(line.add(number % 2, weight=1.0 + number % 3))
+            waiting.append(line.add(*paths[number % 4], weight=1.0 + number % 3))
         elif action == "pop" and line.queue.head() is not None:
             running.append(line.queue.pop())
             waiting.remove(running[-1])
@@ -212,7 +220,7 @@ def test_an_endless_row_of_newcomers_does_not_starve_who_was_served_before(line:
 def test_a_debt_outlasts_the_forgetting_of_others(line: Line) -> None:
     line.add(1, prompt=500, room=1)
     line.add(2)
-    assert line.serve().account == 1  # it has nothing in line now, and owes its share of 500 tokens
+    assert line.serve().account == (1,)  # it has nothing in line now, and owes its share of 500 tokens
     for newcomer in range(100, 180):  # more than are kept without a look
         line.add(newcomer)
     mine, other = line.add(1), line.add(3)
@@ -227,8 +235,8 @@ def test_clients_that_come_and_go_are_forgotten(line: Line) -> None:
     for client in range(1, 30_000):
         line.add(client, prompt=1, room=1)
         line.serve(1)
-    assert len(line.queue._accounts) < 10_000
-    assert len(line.queue._line) < 30_000
+    assert len(line.queue._all.parts) < 10_000
+    assert len(line.queue._all.line) < 30_000
 
 
 @settings(max_examples=100, deadline=None)
@@ -246,7 +254,44 @@ def test_clients_that_always_wait_never_differ_by_more_than_a_few_requests(seed:
                 waiting[client] += 1
         seq = line.serve()
         largest = max(largest, len(seq.tokens))
-        waiting[seq.account] -= 1
+        waiting[seq.account[0]] -= 1
         normalized = [line.served[client] / weight for client, weight in enumerate(weights)]
         bound = 2 * 400 / min(weights) + 2 * 400
         assert max(normalized) - min(normalized) <= bound
+
+
+def test_an_account_gains_nothing_by_having_many_parts(line: Line) -> None:
+    """1,200 names that one connection has invented are one share, and so are 1,200 connections of one process."""
+    for part in range(1200):
+        line.add(1, part)
+        line.add(2, part, part)
+    for _ in range(1200):
+        line.add(3, 1)
+    for _ in range(900):
+        line.serve()
+    assert line.served[1] == pytest.approx(line.served[2], abs=100)
+    assert line.served[1] == pytest.approx(line.served[3], abs=100)
+
+
+def test_a_newcomer_does_not_stand_behind_the_parts_of_another_account(line: Line) -> None:
+    for part in range(1200):
+        line.add(1, part)
+    for _ in range(100):
+        line.serve()
+    line.add(2, 7)
+    assert 2 in [line.serve().account[0] for _ in range(2)]
+
+
+def test_parts_divide_the_share_of_their_account(line: Line) -> None:
+    for _ in range(300):
+        for path in ((1, 1), (1, 2), (2, 1)):
+            line.add(*path)
+    parts = Counter(line.serve().account for _ in range(400))
+    assert parts == pytest.approx({(1, 1): 100, (1, 2): 100, (2, 1): 200}, abs=3)
+
+
+def test_priorities_count_within_a_part_alone(line: Line) -> None:
+    line.add(1, 1, priority=5)
+    line.add(1, 1, priority=-5)
+    line.add(1, 2, priority=1000)
+    assert [line.serve().order[0] for _ in range(3)] == [-5, 1000, 5]

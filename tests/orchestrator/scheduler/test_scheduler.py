@@ -37,7 +37,7 @@ def submit_of(
 ) -> Submit:
     ids, stops = array("i", [*prompt, *emitted]).tobytes(), list(stop_ids)
     row = RowSampling()
-    return Submit(sequence_id, ids, max_tokens, stops, row, salt, priority, account, weight, len(emitted))
+    return Submit(sequence_id, ids, max_tokens, stops, row, salt, priority, [account], [weight], len(emitted))
 
 
 class Harness:

@@ -31,6 +31,10 @@ class Front:
         self.received: list[bytes] = []
         self.peers: list[zmq.Socket[bytes]] = []
 
+    def turn_without_reading(self) -> bool:
+        self.socket.admit()
+        return True
+
     def turn(self) -> bool:
         self.socket.admit()
         self.socket.begin_turn()
@@ -38,9 +42,10 @@ class Front:
             self.received.append(received.connection)
         return True
 
-    def run_until(self, count: int) -> None:
+    def run_until(self, count: int, reads: bool = True) -> None:
         """Take turns until so many connections are open."""
-        eventually(lambda: self.turn() and len(self.connections) == count, lambda: len(self.connections))
+        turn = self.turn if reads else self.turn_without_reading
+        eventually(lambda: turn() and len(self.connections) == count, lambda: len(self.connections))
 
     def dealer(self, routing_id: bytes = b"", speaks: bool = True) -> "zmq.Socket[bytes]":
         peer = self.context.socket(zmq.DEALER)
@@ -77,6 +82,17 @@ def test_connections_are_counted_by_owner_while_they_are_open(front: Front) -> N
         peer.close()
     front.run_until(0)
     assert front.connections.count_for(front.received[0]) == (0, 0)
+
+
+def test_every_message_tells_its_owner_also_after_its_connection_has_ended(front: Front) -> None:
+    owner = f"pid:{os.getpid()}" if front.socket.endpoint.startswith("ipc") else "127.0.0.1"
+    for _ in range(20):
+        front.dealer().close(linger=30_000)
+    eventually(lambda: front.turn_without_reading() and front.connections._ids.num_given == 21)
+    front.run_until(0, reads=False)
+    front.socket.begin_turn()
+    received = [front.socket.receive() for _ in range(20)]
+    assert [each and each.owner for each in received] == [owner] * 20
 
 
 def test_of_many_that_prove_nothing_only_a_bounded_number_stays(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:

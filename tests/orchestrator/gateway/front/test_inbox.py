@@ -6,6 +6,7 @@ from collections import deque
 import pytest
 
 from mgpu.orchestrator.gateway.front import inbox as module
+from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.inbox import FULL_BYTES, Inbox
 from mgpu.orchestrator.gateway.front.socket import Received
 from mgpu.protocol.front.framing import MAX_FRAMES
@@ -22,8 +23,8 @@ class FakeFront:
         self.dropped: list[bytes] = []
         self.num_read = 0
 
-    def send(self, connection: bytes, nbytes: int = 10, count: int = 1, identity: str = KEY) -> None:
-        message = Received(connection, [b"x" * nbytes], identity)
+    def send(self, connection: bytes, nbytes: int = 10, count: int = 1, identity: str = KEY, owner: str = "") -> None:
+        message = Received(connection, [b"x" * nbytes], identity, owner or identity)
         self.pipes.setdefault(connection, deque()).extend([message] * count)
 
     def receive(self) -> Received | None:
@@ -60,7 +61,7 @@ class Reader:
     def __init__(self, front: FakeFront) -> None:
         self.handled: list[Received] = []
         self.cost_s = 0.0
-        self.inbox = Inbox(front, self._handle)  # type: ignore[arg-type]
+        self.inbox = Inbox(front, FairTurns(), self._handle)  # type: ignore[arg-type]
 
     def _handle(self, received: Received) -> None:
         self.handled.append(received)
@@ -89,6 +90,18 @@ def test_an_account_with_many_connections_gains_nothing(front: FakeFront, reader
     reader.cost_s = 0.0005
     from_one = sum(message.connection == b"one" for message in reader.serve(60))
     assert from_one >= 15, "its messages come up in every lap of the others, and are served at once"
+
+
+@pytest.mark.usefixtures("laps")
+def test_a_process_that_connects_again_and_again_gains_nothing(front: FakeFront, reader: Reader) -> None:
+    reader.cost_s = 0.0005
+    front.send(b"honest", count=100, identity="uid:0", owner="pid:2")
+    handled = []
+    for number in range(60):
+        for again in range(5):
+            front.send(b"hostile %d %d" % (number, again), count=3, identity="uid:0", owner="pid:1")
+        handled += reader.serve(1)
+    assert sum(message.owner == "pid:2" for message in handled) >= 15
 
 
 @pytest.mark.usefixtures("laps")
@@ -165,7 +178,7 @@ def test_a_turn_ends_after_its_time_whatever_waits(front: FakeFront, reader: Rea
 
 def test_skipping_the_frames_of_a_message_is_charged_to_its_sender(front: FakeFront, reader: Reader) -> None:
     frames = [b"x"] * (MAX_FRAMES + 1)
-    front.pipes[b"bad"] = deque([Received(b"bad", frames, "key:bad")] * 2)
+    front.pipes[b"bad"] = deque([Received(b"bad", frames, "key:bad", "key:bad")] * 2)
     reader.serve(1)
     receive = front.receive
 

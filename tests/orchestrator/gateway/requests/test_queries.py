@@ -6,6 +6,7 @@ import pytest
 
 from harness.gateway_process import GatewayProcess
 from harness.raw_peer import RawPeer
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.queries import ENGINE_TIMEOUT_S, Queries
 from mgpu.orchestrator.gateway.requests.quota import Quota
@@ -47,7 +48,7 @@ def queries(sent: Sent) -> Queries:
 
 
 def ask(queries: Queries, connection: bytes) -> None:
-    queries.on_query(connection, "account", Query("stats", 1))
+    queries.on_query(connection, Account("pid:1", "account"), Query("stats", 1))
 
 
 def test_questions_that_come_meanwhile_share_the_next_answer(queries: Queries, sent: Sent) -> None:

@@ -2,18 +2,24 @@
 
 import pytest
 
-from mgpu.orchestrator.gateway.front.access import account_of
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests.quota import (
     FIRST_RETRY_S,
     MAX_DROPPED,
+    MAX_QUESTIONS,
     MAX_RETRY_S,
     MIN_RETRY_S,
     Quota,
-    account_number,
     size_of,
 )
 from mgpu.protocol.internal.client_limits import ClientLimits
+
+
+def account(name: str) -> Account:
+    """Return the account that a name such as "owner name" means; an owner that is alone has one of its own name."""
+    owner, _, rest = name.partition(" ")
+    return Account(owner, rest or owner)
 
 
 class Books:
@@ -24,23 +30,23 @@ class Books:
         self.quota = Quota(ClientLimits(**limits), lambda: self.now_s)  # type: ignore[arg-type]
         self._next = 0
 
-    def begin(self, account: str, size: int = 1000, n: int = 1) -> list[int]:
+    def begin(self, name: str, size: int = 1000, n: int = 1) -> list[int]:
         """Take a request up to its submission, and return its sequences."""
-        self.quota.check(account, size, n)
-        self.quota.arrive(account, size, n)
+        self.quota.check(account(name), size, n)
+        self.quota.arrive(account(name), size, n)
         numbers = list(range(self._next, self._next + n))
         self._next += n
-        self.quota.submit(account, numbers, size)
+        self.quota.submit(account(name), numbers, size)
         return numbers
 
-    def finish(self, account: str, numbers: list[int]) -> None:
+    def finish(self, name: str, numbers: list[int]) -> None:
         for number in numbers:
             self.quota.ended(number)
-        self.quota.leave(account, numbers)
+        self.quota.leave(account(name), numbers)
 
-    def refusal(self, account: str, size: int = 1000, n: int = 1) -> str:
+    def refusal(self, name: str, size: int = 1000, n: int = 1) -> str:
         with pytest.raises(Refusal) as refused:
-            self.quota.check(account, size, n)
+            self.quota.check(account(name), size, n)
         assert refused.value.code == "overloaded"
         assert refused.value.retry_after_s is not None
         assert MIN_RETRY_S <= refused.value.retry_after_s <= MAX_RETRY_S
@@ -103,7 +109,7 @@ def test_asking_and_cancelling_in_a_loop_is_bounded_until_the_engine_has_let_go(
     cancelled: list[int] = []
     for _ in range(MAX_DROPPED):
         numbers = books.begin("a", 10)
-        books.quota.leave("a", numbers)
+        books.quota.leave(account("a"), numbers)
         cancelled += numbers
     assert f"cancelled {MAX_DROPPED} sequences" in books.refusal("a", 10)
     books.begin("b", 10)
@@ -113,25 +119,25 @@ def test_asking_and_cancelling_in_a_loop_is_bounded_until_the_engine_has_let_go(
 
 def test_a_prompt_that_a_thread_still_has_weighs_on_after_its_request_is_cancelled() -> None:
     books = Books(max_client_queue=1500)
-    books.quota.arrive("a", 1000, 1)
-    books.quota.leave("a", [])
+    books.quota.arrive(account("a"), 1000, 1)
+    books.quota.leave(account("a"), [])
     books.refusal("a", 1000)
-    books.quota.withdraw("a", 1000, 1)
+    books.quota.withdraw(account("a"), 1000, 1)
     books.begin("a", 1000)
 
 
 def test_nothing_is_remembered_of_clients_without_requests() -> None:
     books = Books()
     for at in range(1000):
-        account = f"client {at}"
-        numbers = books.begin(account, n=2)
+        name = f"client{at}"
+        numbers = books.begin(name, n=2)
         books.quota.begun(numbers[0])
         if at % 2:
-            books.quota.leave(account, numbers)
+            books.quota.leave(account(name), numbers)
             for number in numbers:
                 books.quota.ended(number)
         else:
-            books.finish(account, numbers)
+            books.finish(name, numbers)
     assert not books.quota._usage
     assert not books.quota._open
     assert (books.quota.num_sequences, books.quota.queued_bytes) == (0, 0)
@@ -140,11 +146,11 @@ def test_nothing_is_remembered_of_clients_without_requests() -> None:
 def test_a_request_that_is_resumed_on_another_connection_counts_once() -> None:
     books = Books()
     numbers = books.begin("a", n=2)
-    books.quota.leave("a", numbers)
-    books.quota.arrive("b", 0, 2)
-    books.quota.submit("b", numbers, 0)
+    books.quota.leave(account("a"), numbers)
+    books.quota.arrive(account("b"), 0, 2)
+    books.quota.submit(account("b"), numbers, 0)
     assert books.quota.num_sequences == 2
-    assert "a" not in books.quota._usage
+    assert account("a") not in books.quota._usage
     books.finish("b", numbers)
     assert not books.quota._usage
     assert books.quota.num_sequences == 0
@@ -181,12 +187,53 @@ def test_new_limits_hold_for_the_next_request() -> None:
     books.refusal("a")
 
 
-def test_a_key_is_one_client_and_without_keys_a_connection_is() -> None:
-    assert account_of("key:abc", b"\x00\x01") == account_of("key:abc", b"\x00\x02")
-    assert account_of("uid:0", b"\x00\x01") != account_of("uid:0", b"\x00\x02")
-    assert account_of("", b"\x00\x01") != account_of("", b"\x00\x02")
-    assert account_number("key:abc") == account_number("key:abc") < 2**63
-    assert account_number("key:abc") != account_number("key:abd")
+def fill(books: Books, owner: str, size: int) -> str:
+    """Begin requests of one account after another until one is refused; return why."""
+    for number in range(512):
+        try:
+            books.begin(f"{owner} {number}", size)
+        except Refusal as refusal:
+            return f"{refusal.code}: {refusal}"
+    raise AssertionError("nothing was refused")
+
+
+def test_an_owner_leaves_room_for_newcomers_whatever_parts_it_has() -> None:
+    books = Books(max_sequences=512, max_queue=10**6)
+    refusal = fill(books, "pid:1", size=10)
+    assert "overloaded: the key, process or address of this client has 384 sequences in flight" in refusal
+    for owner in range(2, 5):
+        fill(books, f"pid:{owner}", size=10)
+    assert books.quota.num_sequences < 512
+    books.begin("pid:9 newcomer", size=10)
+
+
+def test_an_owner_leaves_room_for_the_bytes_of_newcomers() -> None:
+    books = Books(max_client_queue=1000, max_queue=100_000)
+    assert "process or address of this client has 75000 bytes of requests" in fill(books, "pid:1", size=1000)
+    books.begin("pid:2 newcomer", size=1000)
+
+
+def test_the_questions_of_an_owner_leave_room_for_others() -> None:
+    books = Books()
+    for number in range(MAX_QUESTIONS * 3 // 4):
+        books.quota.check_question(account(f"pid:1 {number}"))
+        books.quota.count_question(account(f"pid:1 {number}"))
+    with pytest.raises(Refusal, match="6144 of its key, process or address"):
+        books.quota.check_question(account("pid:1 next"))
+    books.quota.check_question(account("pid:2 newcomer"))
+
+
+def test_what_one_owner_names_is_not_what_another_names() -> None:
+    books = Books(max_client_requests=1)
+    books.begin("pid:1 client:alice")
+    books.begin("pid:2 client:alice")
+    books.refusal("pid:1 client:alice")
+
+
+def test_a_few_sequences_are_all_for_one_owner_if_nobody_else_asks() -> None:
+    books = Books(max_sequences=8)
+    for number in range(8):
+        books.begin(f"pid:1 {number}")
 
 
 def test_every_choice_holds_the_prompt() -> None:

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from harness.resuming_gateway import ACCOUNT, SIZE, A, B, ResumingGateway, new_choice, record
+from harness.resuming_gateway import ACCOUNT, KEY, SIZE, A, B, ResumingGateway, new_choice, record
+from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests import quota, record_queue
 from mgpu.orchestrator.gateway.requests.request import Request
@@ -39,7 +40,7 @@ def test_a_second_resume_that_cannot_be_asked_leaves_the_first_alone(monkeypatch
     gateway = ResumingGateway(max_client_requests=1)
     gateway.resume(A)
     gateway.answer(0, record())
-    gateway.queries.on_query(A, f"uid:0 {A.hex()}", client_messages.Query("stats", 2))
+    gateway.queries.on_query(A, account_of("uid:0", A, "pid:1"), client_messages.Query("stats", 2))
     gateway.resume(A)
     failed = gateway.sent[-1][1]
     assert isinstance(failed, server_messages.Failed)
@@ -154,7 +155,7 @@ def test_a_resume_that_cannot_be_asked_takes_nothing_from_the_connection_before(
 
 def test_a_key_that_is_taken_away_before_the_engine_answers_gets_nothing(gateway: ResumingGateway) -> None:
     gateway.resume(A)
-    gateway.revoked.add(ACCOUNT)
+    gateway.revoked.add(KEY)
     gateway.answer(0, record())
     assert gateway.heard(A) == ["not_allowed"]
     assert gateway.cancelled == [7]
@@ -170,7 +171,7 @@ def test_however_often_a_client_resumes_a_request_the_engine_is_asked_once_at_a_
     gateway.answer(1, record())
     assert gateway.heard(A) == ["resumed", "accepted"]
     assert (len(gateway.questions), gateway.quota.num_questions) == (2, 0)
-    assert f"uid:0 {A.hex()}" not in gateway.quota._usage
+    assert account_of("uid:0", A, "pid:1") not in gateway.quota._usage
 
 
 def test_all_connections_of_a_key_share_the_bound_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +182,7 @@ def test_all_connections_of_a_key_share_the_bound_of_questions(monkeypatch: pyte
     gateway.resume(B, session="s", account=ACCOUNT)  # in the place of the first
     with pytest.raises(Refusal, match="2 questions of this client"):
         gateway.resume(b"connection C", session="u", account=ACCOUNT)
-    gateway.resume(b"connection C", session="u", account="key:another")
+    gateway.resume(b"connection C", session="u", account=Account("key:another", "key:another"))
 
 
 def test_the_engine_is_asked_for_so_many_records_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +209,7 @@ def test_clients_take_turns_at_the_engines_records(monkeypatch: pytest.MonkeyPat
     gateway.resume(B, "w")
     for at in range(4):
         gateway.answer(at)
-    assert [question.session for question in gateway.questions] == list("stwuv")
+    assert [question.session for question in gateway.questions] == list("swtuv")
 
 
 def test_a_request_whose_prompt_is_being_tokenized_goes_on_on_the_new_connection(gateway: ResumingGateway) -> None:

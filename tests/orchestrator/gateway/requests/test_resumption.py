@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.resuming_gateway import A, B, ResumingGateway, portion
+from mgpu.orchestrator.gateway.front.account import account_of
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests import quota, record_queue
 from mgpu.orchestrator.gateway.requests.resumption import TRANSITIONS, Resumption, ResumptionState
@@ -42,7 +43,7 @@ def test_no_order_of_events_causes_another_transition_or_leaves_anything_behind(
                 with contextlib.suppress(Refusal):
                     gateway.resume(connection, session, (number % 2,))
             elif event == "cancel":
-                gateway.resumptions.cancel(connection, f"uid:0 {connection.hex()}", 1)
+                gateway.resumptions.cancel(connection, account_of("uid:0", connection, "pid:1"), 1)
             elif event == "answer" and gateway.questions:
                 finish = "stop" if number % 4 == 0 else ""
                 gateway.answer(-1 - number % len(gateway.questions), portion([1, 2], 2 + number % 3, finish, number))

@@ -3,7 +3,7 @@
 import pytest
 
 from harness.resuming_gateway import SIZE, A, B, new_choice
-from mgpu.orchestrator.gateway.front.access import account_of
+from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests.quota import MAX_DROPPED, Quota
 from mgpu.orchestrator.gateway.requests.request import Request
@@ -14,7 +14,7 @@ from mgpu.protocol.internal.client_limits import ClientLimits
 
 def test_cancelled_sequences_count_until_the_engine_has_ended_them() -> None:
     quota = Quota(ClientLimits(max_client_requests=10**6, max_sequences=10**6))
-    table, account = RequestTable(quota), account_of("", A)
+    table, account = RequestTable(quota), account_of("", A, "")
     for number in range(MAX_DROPPED):
         quota.check(account, SIZE, 1)
         request = Request(A, Generate(number), 0.0, None, size=0)
@@ -36,7 +36,7 @@ class WatchedQuota(Quota):
     request: Request
     seen: list[bool]
 
-    def _count(self, account: str, change: object) -> None:
+    def _count(self, account: Account, change: object) -> None:
         self.seen.append(self.request.is_over)
         super()._count(account, change)  # type: ignore[arg-type]
 
@@ -47,11 +47,11 @@ def test_a_request_that_changes_connections_is_never_over_meanwhile() -> None:
     quota.seen = []
     table = RequestTable(quota)
     table.add(quota.request)
-    table.move(quota.request, B)
+    table.move(quota.request, B, "")
     assert quota.seen
     assert not any(quota.seen)
-    assert quota.usage_of(account_of("", A)).requests == 0
-    usage = quota.usage_of(account_of("", B))
+    assert quota.usage_of(account_of("", A, "")).requests == 0
+    usage = quota.usage_of(account_of("", B, ""))
     assert (usage.requests, usage.queued_bytes, usage.unsubmitted) == (1, SIZE, 1)
     quota.request.is_encoding = False
     table.remove(quota.request)

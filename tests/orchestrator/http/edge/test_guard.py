@@ -79,6 +79,7 @@ def test_without_keys_each_connection_is_an_account_and_prefixes_are_shared(
     for _ in range(2):
         assert http.post(CHAT, BODY).status == 200
     first, second = gateway.engine.submits
+    assert first.account[:2] == second.account[:2], "they divide the share of their address"
     assert first.account != second.account
     assert first.cache_salt == second.cache_salt == b""
 
