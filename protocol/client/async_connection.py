@@ -9,7 +9,6 @@ from pathlib import Path
 import zmq
 
 from mgpu.protocol.client import timeouts
-from mgpu.protocol.client.connection import keep_inherited
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply, Session
 from mgpu.protocol.errors import MgpuError
@@ -108,10 +107,7 @@ class AsyncConnection:
 
     def _disconnect(self) -> None:
         session, self._open = self._open, None
-        if session is None or self._loop is None:
-            return
-        if self._pid != os.getpid():
-            keep_inherited(session)
+        if session is None or self._loop is None or self._pid != os.getpid():
             return
         if not self._loop.is_closed():
             for fd in self._fds(session):

@@ -1,13 +1,15 @@
 """The socket of a client: send and receive messages, and know the state of the connection. No waiting."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from weakref import finalize
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from mgpu.protocol.discovery import START_HINT, server_has_ended
-from mgpu.protocol.errors import RequestFailed, ServerUnreachable
+from mgpu.protocol.errors import MgpuError, RequestFailed, ServerUnreachable
 from mgpu.protocol.front import framing
 from mgpu.protocol.keys import KEYS_VARIABLE, ClientKeys, fingerprint, use_client_keys
 
@@ -18,6 +20,8 @@ _OTHER_MECHANISM = zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 
 Event = tuple[int, int]
 """An event of the socket's monitor and its value."""
+_inherited: list[object] = []
+"""Sockets of a parent process, kept so that nothing closes them."""
 
 
 class Channel:
@@ -33,12 +37,15 @@ class Channel:
         """Why connecting cannot succeed, once that is known."""
         self._keys = keys
         self._handshake_failed = False
-        self._context: zmq.Context[Any] = zmq.Context()
-        self.socket = self._context.socket(zmq.DEALER)
+        context: zmq.Context[Any] = zmq.Context()
+        self.socket = context.socket(zmq.DEALER)
         framing.set_client_options(self.socket, endpoint)
         if keys is not None:
             use_client_keys(self.socket, keys)
         self.monitor = self.socket.get_monitor_socket(_EVENTS)
+        # Without this, the garbage collector may come to the context before the sockets, and wait for them for ever.
+        self._finalizer = finalize(self, _close, os.getpid(), context, self.socket, self.monitor)
+        self._finalizer.atexit = False
         try:
             self.socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -49,6 +56,8 @@ class Channel:
 
     def send(self, message: Mapping[str, object]) -> None:
         """Send one message now. RequestFailed if it cannot be packed; ServerUnreachable if it cannot be sent."""
+        if self.socket.closed:
+            raise MgpuError("the client is closed")
         try:
             frames = framing.pack(message)
         except ValueError as error:
@@ -124,15 +133,27 @@ class Channel:
         return f"its key is probably not {server}, the one in this client's key file, or it has no keys"
 
     def close(self) -> None:
-        """Close the sockets. What is unsent has LINGER milliseconds to go out."""
-        self.socket.disable_monitor()
-        self.monitor.close(linger=0)
-        self.socket.close()
-        self._context.term()
+        """Close the sockets; a second call does nothing. What is unsent has LINGER milliseconds to go out.
+
+        A child process leaves alone what it inherited: closing it would wait for threads that exist in the parent only.
+        """
+        if (still_open := self._finalizer.detach()) is not None:
+            _, close, arguments, _ = still_open
+            close(*arguments)
+
+
+def _close(pid: int, context: "zmq.Context[Any]", socket: "zmq.Socket[Any]", monitor: "zmq.Socket[Any]") -> None:
+    if pid != os.getpid():
+        _inherited.append((context, socket, monitor))
+        return
+    socket.disable_monitor()
+    monitor.close(linger=0)
+    socket.close()
+    context.term()
 
 
 def _drain(socket: "zmq.Socket[Any]") -> Iterator[list[bytes]]:
-    while True:
+    while not socket.closed:
         try:
             frames = socket.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:

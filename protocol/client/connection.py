@@ -28,13 +28,6 @@ _SHARED_POLL_S = 0.02
 """The longest wait for messages if several threads take turns."""
 MakeRequest = Callable[[AnyPrompt], tuple[ResumableRequest, float]]
 """Returns a request that is not sent yet, and its longest time in seconds."""
-_inherited: list[object] = []
-"""Sessions of a parent process, kept so that nothing closes them."""
-
-
-def keep_inherited(session: Session) -> None:
-    """Keep what a child process inherited from being closed there."""
-    _inherited.append(session)
 
 
 class Connection:
@@ -198,8 +191,6 @@ class Connection:
     def __del__(self) -> None:
         """Close the socket when its thread has ended and no stream needs it."""
         if hasattr(self, "_lock"):
-            if self.pid != os.getpid():
-                keep_inherited(self.session)
             self.close()
 
     def _is_ours(self) -> bool:

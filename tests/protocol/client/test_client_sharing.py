@@ -183,3 +183,26 @@ assert asyncio.run(ask()) == (1, 1)
         [sys.executable, "-c", PRELUDE + code, gateway.endpoint], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("make", ["Client", "AsyncClient"])
+def test_a_client_that_is_dropped_with_things_that_know_each_other_is_collected(
+    gateway: GatewayProcess, make: str
+) -> None:
+    code = f"""
+import asyncio, gc; from mgpu import AsyncClient
+async def ask(client):
+    await client.health()
+    return client
+for _ in range(3):
+    client = Client(sys.argv[1]) if "{make}" == "Client" else asyncio.run(ask(AsyncClient(sys.argv[1])))
+    connection = client._connection() if "{make}" == "Client" else client._connection
+    connection.known_by = client.known_by = [client, connection]
+    sockets = [fd for fd in os.listdir("/proc/self/fd")]
+    del client, connection
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) < len(sockets)
+"""
+    command = [sys.executable, "-c", PRELUDE + code, gateway.endpoint]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
