@@ -83,6 +83,29 @@ def find_endpoint(endpoint: str | None) -> str:
     return servers[0].endpoint
 
 
+class ServerFinder:
+    """Finds the endpoint once, and again when that server has ended: each start has another runtime directory."""
+
+    def __init__(self, named: str | None) -> None:
+        """``named`` is what `find_endpoint` takes. Nothing is looked for yet."""
+        self.found: str | None = None
+        self.named = named
+
+    def endpoint(self) -> str:
+        """Return the endpoint to use. Raises what `find_endpoint` does. An endpoint that was named stays."""
+        if self.found is None or self._has_ended(self.found):
+            self.found = find_endpoint(self.named)
+        return self.found
+
+    def _has_ended(self, found: str) -> bool:
+        if found.startswith("ipc://"):
+            return server_has_ended(found)
+        if "://" in (self.named or os.environ.get(ENDPOINT_VARIABLE, "")):
+            return False
+        servers = running_servers()  # empty also where this process may not see the server's folder
+        return bool(servers) and found not in [server.endpoint for server in servers]
+
+
 def _serving(model: str, servers: list[RunningServer]) -> str:
     """Return the endpoint of the only server with that model."""
     found = [server.endpoint for server in servers if server.model == model]
@@ -142,7 +165,10 @@ def server_has_ended(endpoint: str) -> bool:
     if not endpoint.startswith("ipc://"):
         return False
     folder = Path(endpoint.removeprefix("ipc://")).parent
-    return not folder.is_dir() or ((folder / LOCK_NAME).exists() and not is_locked(folder))
+    try:
+        return not folder.is_dir() or ((folder / LOCK_NAME).exists() and not is_locked(folder))
+    except PermissionError:  # the folder of another user
+        return False
 
 
 def names_open_file(path: str | Path, fd: int) -> bool:

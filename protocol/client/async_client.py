@@ -27,6 +27,7 @@ from mgpu.protocol.client.many import (
     Progress,
     any_field,
     are_many,
+    are_many_chats,
 )
 from mgpu.protocol.client.option_help import with_options
 from mgpu.protocol.client.request_message import GenerateOptions, generate_message, messages_field, prompt_field
@@ -134,7 +135,7 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
     async def _begin(self) -> None:
         if self._deadline_s is None and not self._request.has_ended:
             self._deadline_s = time.monotonic() + self._timeout_s
-            await self._connection.begin(self._request)
+            await self._connection.begin(self._request, self._timeout_s)
 
     async def _wait(self, enough: Callable[[], bool] = lambda: False, longest_s: float = math.inf) -> None:
         """Wait for a piece, the end, or ``enough``. If time runs out, cancel the request and raise."""
@@ -209,7 +210,7 @@ class AsyncClient:
 
         A list of chats gets the list of their answers; `map` can do more.
         """
-        if are_many(messages):
+        if are_many_chats(messages):
             return await self.map(messages, **options)
         return await self._stream(messages_field(messages), options, stream=False).completion()
 
@@ -307,7 +308,7 @@ class AsyncClient:
         self._connection.close()
 
     async def __aenter__(self) -> Self:
-        await self._connection.connect()
+        await self._connection.connect(self._timeouts.request_s)
         return self
 
     async def __aexit__(self, *_: object) -> None:

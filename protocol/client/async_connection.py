@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,19 +12,20 @@ import zmq
 from mgpu.protocol.client import timeouts
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply, Session
+from mgpu.protocol.discovery import ServerFinder
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.keys import ClientKeys
 
 
 class AsyncConnection:
-    """Connects when this is first needed, and anew in another event loop or after a fork."""
+    """Connects when this is first needed, and anew in another event loop, after a fork, or to a restarted server."""
 
     def __init__(
         self, endpoint: str | None, keys: str | Path | ClientKeys | None, limits: timeouts.ClientTimeouts
     ) -> None:
         """Nothing is connected yet."""
         self.is_closed = False
-        self._named = endpoint
+        self._server = ServerFinder(endpoint)
         self._keys = keys
         self._limits = limits
         self._open: Session | None = None
@@ -33,18 +35,18 @@ class AsyncConnection:
 
     @property
     def endpoint(self) -> str | None:
-        """The server's endpoint; None if none was named and nothing is connected."""
-        return self._named if self._open is None else self._open.channel.endpoint
+        """The server's endpoint; None if none was named and none was needed yet."""
+        return self._server.found or self._server.named
 
-    async def begin(self, request: ResumableRequest) -> None:
-        """Send a request, after waiting for the server if need be."""
-        session = await self.connect()
+    async def begin(self, request: ResumableRequest, longest_s: float) -> None:
+        """Send a request, after waiting for the server, ``longest_s`` at most, if need be."""
+        session = await self.connect(longest_s)
         session.begin(request)
         self.read()
 
     async def ask(self, message: Mapping[str, object], reply_type: type[Reply], *waits_s: float) -> Reply:
         """Ask and wait for the reply; ``waits_s`` are for `until_reply`."""
-        session = await self.connect()
+        session = await self.connect(min(waits_s, default=math.inf))
         query_id = session.ask(message)
         try:
             self.read()
@@ -54,13 +56,14 @@ class AsyncConnection:
             if session is self._open:  # else it is closed
                 session.forget(query_id)
 
-    async def connect(self) -> Session:
+    async def connect(self, longest_s: float = math.inf) -> Session:
         """Return the session once the server is connected, the first time or after a disconnection."""
+        self._leave_ended_server()
         session = self._opened()
         try:
-            await self._wait(timeouts.until_connected(session, self._limits))
+            await self._wait(timeouts.until_connected(session, self._limits, longest_s))
         except MgpuError:
-            if not session.requests and not session.channel.server_has_ended():
+            if session is self._open and not session.requests and not session.channel.server_has_ended():
                 self._disconnect()  # the next call tries again
             raise
         return session
@@ -92,12 +95,22 @@ class AsyncConnection:
         if loop is not self._loop:
             self._leave_loop()
         if self._open is None:
-            self._open, self._loop, self._pid = Session(self._named, self._keys), loop, os.getpid()
+            self._open, self._loop, self._pid = Session(self._server.endpoint(), self._keys), loop, os.getpid()
             self._progress = asyncio.Event()
             for fd in self._fds(self._open):
                 loop.add_reader(fd, self.read)
             self.read()
         return self._open
+
+    def _leave_ended_server(self) -> None:
+        """Disconnect if the server has ended and another is to be used. What is in flight fails."""
+        session = self._open
+        if session is None or self._pid != os.getpid() or self._loop is not asyncio.get_running_loop():
+            return
+        self.read()
+        if not session.channel.is_connected and self._server.endpoint() != session.channel.endpoint:
+            session.fail_all(session.channel.ended())
+            self._disconnect()
 
     def _leave_loop(self) -> None:
         """Forget the event loop of earlier calls. MgpuError if it still runs."""

@@ -29,6 +29,11 @@ class Channel:
 
     def __init__(self, endpoint: str, keys: ClientKeys | None = None) -> None:
         """Begin to connect. ServerUnreachable for a malformed endpoint. ``keys`` are for tcp only."""
+        if endpoint.startswith(("http://", "https://")):
+            raise ServerUnreachable(
+                f"{endpoint!r} is not an endpoint but an HTTP address, for curl and HTTP clients such as openai; use "
+                "ipc:///path or tcp://host:port, or name none: the server that runs on this machine is found"
+            )
         self.endpoint = endpoint
         self.is_connected = False
         self.was_connected = False
@@ -118,6 +123,10 @@ class Channel:
         if self._handshake_failed and not self.was_connected and self.endpoint.startswith("tcp:"):
             return ServerUnreachable(f"the server at {self.endpoint} ends every attempt to connect: {self._key_hint()}")
         return ServerUnreachable(f"the server at {self.endpoint} {what}; is it running? If not, {START_HINT}")
+
+    def ended(self) -> ServerUnreachable:
+        """Return the error which says that the server has ended for good."""
+        return ServerUnreachable(f"the server at {self.endpoint} has ended; {START_HINT}")
 
     def silent(self, seconds: float) -> ServerUnreachable:
         """Return the error for a request of which nothing was heard for so long."""

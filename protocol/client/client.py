@@ -7,6 +7,7 @@ Everything streams on one socket, so that any number of answers can be read in t
 Any number of threads may share a client, and so may processes that fork: connection.py says how.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from mgpu.protocol.client.many import (
     Progress,
     any_field,
     are_many,
+    are_many_chats,
 )
 from mgpu.protocol.client.option_help import with_options
 from mgpu.protocol.client.request_message import GenerateOptions, generate_message, messages_field, prompt_field
@@ -40,7 +42,7 @@ from mgpu.protocol.client.text_queries import (
     tokenize_message,
     wait_before_retry_s,
 )
-from mgpu.protocol.discovery import find_endpoint
+from mgpu.protocol.discovery import ServerFinder
 from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.fields import int32_array
@@ -51,8 +53,9 @@ class Client:
     """Talks to one server. A context manager; `close` ends everything in flight.
 
     If the gateway dies, the client connects to the next one and answers go on, within their deadline and if the next
-    one comes within ``silence_timeout_s``. If only the connection breaks, the server ends its requests when it next
-    sends to it; only a request that the client has resumed before goes on.
+    one comes within ``silence_timeout_s``. If the server itself ends, its requests fail; a client without a named
+    endpoint looks for the server again at its next request. If only the connection breaks, the server ends its requests
+    when it next sends to it; only a request that the client has resumed before goes on.
     """
 
     def __init__(
@@ -69,18 +72,19 @@ class Client:
 
         ``timeout_s`` is the longest a request may take unless the call says otherwise. ``keys`` is this client's key
         file, else MGPU_KEYS, for servers on tcp that want one. ServerUnreachable when nobody answers within
-        ``connect_timeout_s``, or the server and this client do not accept each other's keys. A request that an
-        overloaded server refuses is sent again after its ``retry_after_s``, ``retries`` times at most; 0 turns it off.
+        ``connect_timeout_s``, or ``timeout_s`` if that is shorter, or the server and this client do not accept each
+        other's keys. A request that an overloaded server refuses is sent again after its ``retry_after_s``, ``retries``
+        times at most; 0 turns it off.
         """
         self._timeouts = timeouts.ClientTimeouts(timeout_s, connect_timeout_s, silence_timeout_s)
-        self._endpoint = find_endpoint(endpoint)
+        self._server = ServerFinder(endpoint)
         self._keys = keys
         self._retries = retries
         self._closed = False
         self._ids = count(1)
         self._processes: dict[int, ProcessConnections] = {}
         """The connections of each process: this one, and its parents if it was forked."""
-        self._connection()
+        self._connection(timeout_s)
 
     # ------------------------------------------------------------- requests
 
@@ -118,7 +122,7 @@ class Client:
 
         A list of chats gets the list of their answers; `map` can do more.
         """
-        if are_many(messages):
+        if are_many_chats(messages):
             return self.map(messages, **options)
         with self._begin(messages_field(messages), options, stream=False) as stream:
             return stream.completion()
@@ -219,15 +223,16 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Client({self._endpoint!r}{', closed' if self._closed else ''})"
+        return f"Client({self._server.found!r}{', closed' if self._closed else ''})"
 
     # ------------------------------------------------------------- plumbing
 
     def _begin(self, what: Mapping[str, object], options: GenerateOptions, *, stream: bool) -> CompletionStream:
-        connection = self._connection()
         request, timeout_s = self._request(what, options, stream=stream)
-        connection.begin(request)
-        return CompletionStream(connection, request, time.monotonic() + timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        connection = self._connection(timeout_s)
+        connection.begin(request, deadline_s - time.monotonic())
+        return CompletionStream(connection, request, deadline_s)
 
     def _request(
         self, what: Mapping[str, object], options: GenerateOptions, *, stream: bool
@@ -247,7 +252,9 @@ class Client:
         while True:
             try:
                 asked = {**message, "id": next(self._ids)}
-                return self._connection().query(asked, reply_type, silence_s, deadline_s - time.monotonic())
+                return self._connection(deadline_s - time.monotonic()).query(
+                    asked, reply_type, silence_s, deadline_s - time.monotonic()
+                )
             except RequestFailed as error:
                 time.sleep(wait_before_retry_s(error, retries_left, deadline_s))
                 retries_left -= 1
@@ -255,25 +262,32 @@ class Client:
     def _connections(self) -> ProcessConnections:
         return self._processes.setdefault(os.getpid(), ProcessConnections())
 
-    def _connection(self) -> Connection:
-        """Return the connection of this thread. If it has none, make it and wait for the server."""
+    def _connection(self, longest_s: float = math.inf) -> Connection:
+        """Return the connection of this thread. If it has none, make it and wait for the server, so long at most.
+
+        The same if the server has ended and another is to be used. Streams of the old one keep its connection.
+        """
         if self._closed:
             raise MgpuError("the client is closed")
         connections = self._processes.get(os.getpid()) or self._connections()
         connection = connections.of_this_thread()
-        if connection is None:
-            connection = Connection(lambda: Session(self._endpoint, self._keys), self._timeouts)
+        if connection is None or self._has_another_server(connection):
+            connection = Connection(lambda: Session(self._server.endpoint(), self._keys), self._timeouts)
             try:
-                connection.connect()
+                connection.connect(longest_s)
             except BaseException:
                 connection.close()
                 raise
             connections.add(connection)
         return connection
 
+    def _has_another_server(self, connection: Connection) -> bool:
+        return connection.is_lost() and self._server.endpoint() != connection.session.channel.endpoint
+
     @property
     def _session(self) -> Session:
-        return self._connection().session
+        """The session of this thread, as it is: nothing is received to return it."""
+        return (self._connections().of_this_thread() or self._connection()).session
 
     def _wait(self, waits: Iterable[float]) -> None:
         self._connection().wait(waits)

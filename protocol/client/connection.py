@@ -8,6 +8,7 @@ A stream may be read by another thread than the one that began it (web framework
 of that thread, and a lock lets them take turns.
 """
 
+import math
 import os
 import threading
 import time
@@ -50,15 +51,15 @@ class Connection:
         self._poller.register(self.session.channel.socket, zmq.POLLIN)
         self._poller.register(self.session.channel.monitor, zmq.POLLIN)
 
-    def begin(self, request: ResumableRequest) -> None:
-        """Send a request, after waiting for the server if the connection was lost."""
-        self.connect()
+    def begin(self, request: ResumableRequest, longest_s: float) -> None:
+        """Send a request, after waiting for the server, ``longest_s`` at most, if the connection was lost."""
+        self.connect(longest_s)
         with self:
             self.session.begin(request)
 
     def query(self, message: Mapping[str, object], reply_type: type[Reply], *waits_s: float) -> Reply:
         """Ask and wait for the reply; ``waits_s`` are for `until_reply`."""
-        self.connect()
+        self.connect(min(waits_s, default=math.inf))
         with self:
             query_id = self.session.ask(message)
         try:
@@ -69,11 +70,17 @@ class Connection:
             with suppress(MgpuError), self:  # a client that was closed has forgotten it
                 self.session.forget(query_id)
 
-    def connect(self) -> None:
-        """Wait until the server is connected, the first time or after a disconnection."""
+    def connect(self, longest_s: float = math.inf) -> None:
+        """Wait until the server is connected, the first time or after a disconnection, ``longest_s`` at most."""
         with self:
             self.session.receive()
-        self.wait(timeouts.until_connected(self.session, self._limits))
+        self.wait(timeouts.until_connected(self.session, self._limits, longest_s))
+
+    def is_lost(self) -> bool:
+        """Return True if the server was connected and is not now."""
+        with self:
+            self.session.receive()
+            return not self.session.channel.is_connected
 
     def wait_for(self, request: ResumableRequest, deadline_s: float) -> None:
         """Wait for a piece of the answer or its end. If time runs out, cancel the request and raise."""
@@ -114,11 +121,12 @@ class Connection:
     ) -> None:
         try:
             request, timeout_s = make_request(prompt)
-            self.begin(request)
+            deadline_s = time.monotonic() + timeout_s
+            self.begin(request, timeout_s)
         except MgpuError as error:
             answers.fail(number, error)
         else:
-            running[request] = number, time.monotonic() + timeout_s
+            running[request] = number, deadline_s
 
     def wait_for_any(self, deadlines_s: Mapping[ResumableRequest, float]) -> None:
         """Wait until one of several requests has ended; one that is overdue is cancelled and gets its error."""
@@ -224,7 +232,7 @@ class ProcessConnections:
         return getattr(self._local, "connection", None)
 
     def add(self, connection: Connection) -> None:
-        """Keep a connection for as long as the calling thread lives. Close it if the client was closed meanwhile."""
+        """Keep a connection for as long as the calling thread uses it. Close it if the client was closed meanwhile."""
         with self._lock:
             self._all.add(connection)
             is_closed = self._is_closed

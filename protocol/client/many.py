@@ -24,6 +24,11 @@ def are_many(prompt: object) -> bool:
     return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], (str, list, tuple))
 
 
+def are_many_chats(messages: object) -> bool:
+    """Return True for a list of lists of chat messages. Texts are no chats."""
+    return are_many(messages) and not isinstance(messages[0], str)  # type: ignore[index]  # it is a list
+
+
 def any_field(prompt: AnyPrompt) -> dict[str, object]:
     """Return the field of a message for a prompt of any kind. RequestFailed says what is wrong with it."""
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):

@@ -59,7 +59,12 @@ def prompt_field(prompt: str | Sequence[int]) -> dict[str, object]:
 
 def messages_field(messages: Sequence[Mapping[str, str]]) -> dict[str, object]:
     """Return the field for chat messages. RequestFailed says what is wrong with them."""
-    turns = _listed("messages", messages, 'a list such as [{"role": "user", "content": "Hi"}]')
+    allowed = 'a list such as [{"role": "user", "content": "Hello"}]'
+    is_text = isinstance(messages, (str, bytes, bytearray, memoryview, Mapping))
+    turns = [] if is_text else _listed("messages", messages, allowed)
+    if is_text or any(isinstance(turn, (str, bytes)) for turn in turns):
+        got = type(messages).__name__ if is_text else "a list of texts"
+        raise RequestFailed("bad_request", f"messages must be {allowed}, got {got}")
     return {"messages": [dict(turn) if isinstance(turn, Mapping) else turn for turn in turns]}
 
 

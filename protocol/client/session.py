@@ -1,6 +1,6 @@
 """The requests and queries in flight between one client and its server. No waiting: both clients share it.
 
-A session lasts as long as its client. Its channel may lose the connection and make another meanwhile.
+A session lasts as long as its server or its client. Its channel may lose the connection and make another meanwhile.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ from typing import TypeVar
 
 from mgpu.protocol.client.channel import Channel, Event
 from mgpu.protocol.client.resumable import RETRY_S, ResumableRequest, error_of
-from mgpu.protocol.discovery import find_endpoint
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.fields import FieldError
@@ -37,14 +36,13 @@ Reply = TypeVar("Reply", Health, Stats, Models, Tokenized, Detokenized)
 class Session:
     """Send requests, hand each message that arrives to its request, and resume requests on a new connection."""
 
-    def __init__(self, endpoint: str | None, keys: str | Path | ClientKeys | None) -> None:
-        """Begin to connect to what `find_endpoint` returns. ``keys`` or their file are for tcp; else MGPU_KEYS."""
-        found = find_endpoint(endpoint)
-        if not found.startswith("tcp://"):
+    def __init__(self, endpoint: str, keys: str | Path | ClientKeys | None) -> None:
+        """Begin to connect. ``keys`` or their file are for tcp; else MGPU_KEYS."""
+        if not endpoint.startswith("tcp://"):
             keys = None
         elif not isinstance(keys, ClientKeys):
             keys = find_client_keys(keys)
-        self.channel = Channel(found, keys)
+        self.channel = Channel(endpoint, keys)
         self.secret = secrets.token_hex(16)
         """Secret of this client. (session, request id) identifies a request also after a reconnection."""
         self.requests: dict[int, ResumableRequest] = {}
@@ -125,7 +123,7 @@ class Session:
         if self._refused:
             self._retry()
         if not self.channel.is_connected and self.requests and self.channel.server_has_ended():
-            self.fail_all(self.channel.unreachable("has ended"))
+            self.fail_all(self.channel.ended())
         return received
 
     def fail_all(self, error: MgpuError) -> None:

@@ -8,6 +8,7 @@ takes the next number. The generator ends when the awaited thing is there, and r
         session.receive()
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,10 +47,13 @@ def _stood_still(asked_s: float, wait_s: float) -> float:
     return late_s if late_s > _LATE_S else 0.0
 
 
-def until_connected(session: Session, timeouts: ClientTimeouts) -> Iterator[float]:
-    """Wait for the handshake, the first one or that after a disconnection. ServerUnreachable if there is none."""
+def until_connected(session: Session, timeouts: ClientTimeouts, longest_s: float = math.inf) -> Iterator[float]:
+    """Wait for the handshake, the first one or that after a disconnection. ServerUnreachable if there is none.
+
+    ``longest_s`` is the time of the call that needs the connection.
+    """
     channel = session.channel
-    timeout_s = timeouts.silence_s if channel.was_connected else timeouts.connect_s
+    timeout_s = min(timeouts.silence_s if channel.was_connected else timeouts.connect_s, longest_s)
     deadline_s = time.monotonic() + timeout_s
     while not channel.is_connected:
         left_s = deadline_s - time.monotonic()
@@ -58,7 +62,7 @@ def until_connected(session: Session, timeouts: ClientTimeouts) -> Iterator[floa
         if left_s <= 0:
             raise channel.unreachable(f"did not answer within {timeout_s:g} s")
         if channel.server_has_ended():
-            raise channel.unreachable("has ended")
+            raise channel.ended()
         now, wait_s = time.monotonic(), min(left_s, _CHECK_S)
         yield wait_s
         deadline_s += _stood_still(now, wait_s)
