@@ -1,4 +1,4 @@
-"""Give every tensor the name and the shape that layers load: one tensor per projection, and per expert.
+"""Map every tensor to the name and the shape that layers load: one tensor per projection, and per expert.
 
 Checkpoints store some projections stacked in one tensor (all experts, gate and up, or q, k and v), and families name
 theirs differently. A part of a stacked tensor is a range of bytes in the same file, so it gets an entry of its own and

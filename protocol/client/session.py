@@ -91,7 +91,7 @@ class Session:
         return self._asked[query_id]
 
     def forget(self, query_id: int) -> None:
-        """Give up a query: tell the server to end it, and skip a reply that comes nevertheless."""
+        """Abandon a query: tell the server to end it, and skip a reply that comes nevertheless."""
         if self._asked.pop(query_id, None) is not None and self._replies.pop(query_id, None) is None:
             self.send_cancel(query_id)
 
