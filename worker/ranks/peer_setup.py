@@ -14,16 +14,13 @@ Without that problem the steps left are: empty the areas (no rank writes before 
 """
 
 import os
-from contextlib import suppress
-from pathlib import Path
 
-import msgpack
 import torch
 from torch import Tensor
 
-from mgpu.worker.errors import PeerLost
 from mgpu.worker.kernels.peers.memory import AreaShape, PeerAlarm, buffer_bytes, cut
 from mgpu.worker.kernels.use import uses_kernels
+from mgpu.worker.ranks.agreement import CannotUse, RankStatus, exchange, gpu_of, leave_in_order, this_machine
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.cuda_ipc import export, map_exported
 from mgpu.worker.ranks.peer_check import peer_problem
@@ -31,17 +28,8 @@ from mgpu.worker.ranks.peer_group import PeerGroup, ReduceLimits, area_shapes
 
 SWITCH = "MGPU_PEER_REDUCE"
 """0: never use the kernels. 1: use them also if ranks share a GPU; there waiting kernels take turns: for tests only."""
-_MESSAGE_BYTES = 1024
-_MOST_TEXT = 300
 _CHECK_S = 30.0
 """Longest wait of a kernel while the group is tried: ranks compile the same kernels, but not equally fast."""
-
-_Status = tuple[str, str, str, int, bytes]
-"""What a rank says: its problem or nothing, its machine, its GPU's UUID and index, and the handle of its buffer."""
-
-
-class _CannotUse(Exception):
-    """Some rank cannot use the kernels; the text says why."""
 
 
 class PeerSetup:
@@ -61,7 +49,7 @@ class PeerSetup:
         """Return a `PeerGroup`, or the group as it was if any rank cannot have one. PeerLost when a rank is gone."""
         try:
             opened = self._open(limits, timeout_s)
-        except _CannotUse as reason:
+        except CannotUse as reason:
             self._mapped, self._mine = [], None
             self.note = f"partial sums do not go by own kernels: {reason}"
             return self._group
@@ -81,7 +69,7 @@ class PeerSetup:
         self._agree(peer_problem(PeerGroup(self._group, areas, alarm, limits), self._device))
         return PeerGroup(self._group, areas, PeerAlarm(failed, seen, int(timeout_s * 1e6)), limits)
 
-    def _allocate(self, shapes: list[AreaShape], problem: str) -> tuple[Tensor, list[_Status]]:
+    def _allocate(self, shapes: list[AreaShape], problem: str) -> tuple[Tensor, list[RankStatus]]:
         """Return this rank's buffer, and what the ranks say of theirs."""
         handle = b""
         if not problem:
@@ -94,53 +82,42 @@ class PeerSetup:
         assert self._mine is not None
         return self._mine, peers
 
-    def _map_all(self, buffer: Tensor, peers: list[_Status]) -> list[int]:
+    def _map_all(self, buffer: Tensor, peers: list[RankStatus]) -> list[int]:
         """Return where each rank's buffer begins as this process sees it."""
         addresses, problem = [], ""
         for rank, peer in enumerate(peers):
             try:
                 addresses.append(buffer.data_ptr() if rank == self._group.rank else self._map(peer))
-            except (_CannotUse, RuntimeError) as error:
+            except (CannotUse, RuntimeError) as error:
                 problem = problem or f"rank {rank}'s memory cannot be mapped: {str(error).splitlines()[0]}"
         self._agree(problem)
         return addresses
 
-    def _map(self, peer: _Status) -> int:
-        _, machine, gpu, index, handle = peer
-        if machine != _machine():
-            raise _CannotUse("it is on another machine")
-        if gpu == _gpu(self._device) and os.environ.get(SWITCH) != "1":
-            raise _CannotUse("it shares this GPU")
-        is_other = gpu != _gpu(self._device) and index != self._device.index and index < torch.cuda.device_count()
+    def _map(self, peer: RankStatus) -> int:
+        index, this_gpu = peer.index, gpu_of(self._device)
+        if peer.machine != this_machine():
+            raise CannotUse("it is on another machine")
+        if peer.gpu == this_gpu and os.environ.get(SWITCH) != "1":
+            raise CannotUse("it shares this GPU")
+        is_other = peer.gpu != this_gpu and index != self._device.index and index < torch.cuda.device_count()
         if is_other and not torch.cuda.can_device_access_peer(self._device, index):
-            raise _CannotUse(f"no peer access between GPUs {self._device.index} and {index}")
-        self._mapped.append(map_exported(handle, self._device))
+            raise CannotUse(f"no peer access between GPUs {self._device.index} and {index}")
+        self._mapped.append(map_exported(peer.handle, self._device))
         return self._mapped[-1].data_ptr()
 
-    def _agree(self, problem: str, handle: bytes = b"") -> list[_Status]:
-        """Tell all ranks how this one is doing, and return what they say. _CannotUse if one has a problem."""
-        packed = msgpack.packb([problem[:_MOST_TEXT], _machine(), _gpu(self._device), self._device.index or 0, handle])
-        if len(packed) > _MESSAGE_BYTES:
-            packed = msgpack.packb([f"a handle of {len(handle)} bytes", "", "", 0, b""])
-        mine = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
-        mine[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-        peers = [_unpack(each) for each in self._host_group.all_gather(mine).view(-1, _MESSAGE_BYTES)]
+    def _agree(self, problem: str, handle: bytes = b"") -> list[RankStatus]:
+        """Tell all ranks how this one is doing, and return what they say. CannotUse if one has a problem."""
+        peers = exchange(self._host_group, self._device, problem, handle)
         for rank, peer in enumerate(peers):
-            if peer[0]:
-                raise _CannotUse(f"rank {rank} of {len(peers)}: {peer[0]}")
+            if peer.problem:
+                raise CannotUse(f"rank {rank} of {len(peers)}: {peer.problem}")
         return peers
 
     def close(self) -> None:
         """Unmap when no rank writes any more, then free when no rank has this buffer mapped."""
-        if self._mine is None:
-            return
-        with suppress(PeerLost, RuntimeError):
-            torch.cuda.synchronize(self._device)
-            self._host_group.all_gather(torch.zeros(1, dtype=torch.uint8))
-        self._mapped = []
-        with suppress(PeerLost, RuntimeError):
-            self._host_group.all_gather(torch.zeros(1, dtype=torch.uint8))
-        self._mine = None
+        if self._mine is not None:
+            leave_in_order(self._host_group, self._device, self._mapped.clear)
+            self._mine = None
 
 
 def refusal(limits: ReduceLimits, device: torch.device) -> str:
@@ -154,18 +131,3 @@ def refusal(limits: ReduceLimits, device: torch.device) -> str:
     if limits.dim * limits.dtype.itemsize % 16:
         return f"a row of {limits.dim} values is not a multiple of 16 bytes"
     return ""
-
-
-def _unpack(message: Tensor) -> _Status:
-    unpacker = msgpack.Unpacker()
-    unpacker.feed(bytes(message.tolist()))
-    problem, machine, gpu, index, handle = unpacker.unpack()
-    return problem, machine, gpu, index, handle
-
-
-def _machine() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _gpu(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""

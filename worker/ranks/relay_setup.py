@@ -12,21 +12,18 @@ protocol. Ranks decide that together, since sender and receiver must mean the sa
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 
-import msgpack
 import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.shared_memory_layout import SharedLayout, relay_sizes
-from mgpu.worker.errors import PeerLost
 from mgpu.worker.kernels.peers.activations import ActivationReceiver, ActivationSender, InboxShape
 from mgpu.worker.kernels.peers.memory import PeerAlarm
 from mgpu.worker.kernels.peers.token_mail import Mailbox, Postman
 from mgpu.worker.kernels.use import uses_kernels
+from mgpu.worker.ranks.agreement import CannotUse, RankStatus, exchange, gpu_of, leave_in_order
 from mgpu.worker.ranks.cuda_ipc import export, map_exported
 from mgpu.worker.ranks.host_channel import pin
 from mgpu.worker.ranks.relay import Relay
@@ -35,25 +32,8 @@ from mgpu.worker.ranks.shared_memory import SharedMemoryGroup, SharedSegment
 
 SWITCH = "MGPU_STAGE_RELAY"
 """0: never use a relay. 1: use it also if ranks share a GPU; there waiting kernels take turns: for tests only."""
-_MESSAGE_BYTES = 1024
-_MOST_TEXT = 300
 _CHECK_S = 10.0
 """Longest wait of a kernel while the relay is tried: all kernels are loaded by then."""
-
-
-class _CannotUse(Exception):
-    """Some rank cannot use a relay; the text says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Status:
-    """What a rank says of itself."""
-
-    problem: str
-    gpu: str
-    index: int
-    handle: bytes
-    unreachable: tuple[int, ...]
 
 
 class RelaySetup:
@@ -80,7 +60,7 @@ class RelaySetup:
         """Return this rank's ends; None if any rank cannot use a relay. PeerLost when a rank is gone."""
         try:
             relay = self._open()
-        except _CannotUse as reason:
+        except CannotUse as reason:
             self._mapped, self._mine = {}, None
             self.note = f"activations do not go by own kernels: {reason}"
             return None
@@ -126,29 +106,29 @@ class RelaySetup:
         except RuntimeError as error:  # CUDA's, out of memory included: a server without a relay still works
             return f"memory cannot be shared: {str(error).splitlines()[0]}", b""
 
-    def _refuse_shared_gpus(self, statuses: list[_Status]) -> None:
+    def _refuse_shared_gpus(self, statuses: list[RankStatus]) -> None:
         gpus = [status.gpu for status in statuses]
         if len(set(gpus)) < len(gpus) and os.environ.get(SWITCH) != "1":
-            raise _CannotUse("ranks share a GPU")
+            raise CannotUse("ranks share a GPU")
 
-    def _map_all(self, statuses: list[_Status]) -> tuple[int, ...]:
+    def _map_all(self, statuses: list[RankStatus]) -> tuple[int, ...]:
         """Map the memory of the ranks that this one writes to; return those that it cannot reach."""
         unreachable = []
         for rank in {*self._receivers(), *self._readers_of_tokens()}:
             try:
                 self._map(rank, statuses[rank])
-            except (_CannotUse, RuntimeError):
+            except (CannotUse, RuntimeError):
                 unreachable.append(rank)
         return tuple(unreachable)
 
-    def _map(self, rank: int, status: _Status) -> None:
+    def _map(self, rank: int, status: RankStatus) -> None:
         place = self._plan.place_of
         if not status.handle or (self._place.rank, rank) in self._spec.layout.staged:
-            raise _CannotUse(f"no peer access between GPUs {self._place.device} and {place(rank).device}")
-        is_other = status.gpu != _gpu(self._device)
+            raise CannotUse(f"no peer access between GPUs {self._place.device} and {place(rank).device}")
+        is_other = status.gpu != gpu_of(self._device)
         is_visible = status.index != self._device.index and status.index < torch.cuda.device_count()
         if is_other and is_visible and not torch.cuda.can_device_access_peer(self._device, status.index):
-            raise _CannotUse(f"no peer access between GPUs {self._device.index} and {status.index}")
+            raise CannotUse(f"no peer access between GPUs {self._device.index} and {status.index}")
         self._mapped[rank] = map_exported(status.handle, self._device)
 
     def _move_to_file(self, in_file: set[int]) -> str:
@@ -227,30 +207,18 @@ class RelaySetup:
 
     # -- agreement -----------------------------------------------------------------------------------------------------
 
-    def _agree(self, problem: str, handle: bytes = b"", unreachable: tuple[int, ...] = ()) -> list[_Status]:
-        """Tell all ranks how this one is doing, and return what they say. _CannotUse if one has a problem."""
-        fields = [problem[:_MOST_TEXT], _gpu(self._device), self._device.index or 0, handle, list(unreachable)]
-        packed = msgpack.packb(fields)
-        if len(packed) > _MESSAGE_BYTES:
-            packed = msgpack.packb([f"a handle of {len(handle)} bytes", "", 0, b"", []])
-        mine = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
-        mine[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-        statuses = [_unpack(each) for each in self._world.all_gather(mine).view(-1, _MESSAGE_BYTES)]
+    def _agree(self, problem: str, handle: bytes = b"", unreachable: tuple[int, ...] = ()) -> list[RankStatus]:
+        """Tell all ranks how this one is doing, and return what they say. CannotUse if one has a problem."""
+        statuses = exchange(self._world, self._device, problem, handle, unreachable)
         if problems := [f"rank {rank}: {status.problem}" for rank, status in enumerate(statuses) if status.problem]:
-            raise _CannotUse("; ".join(problems))
+            raise CannotUse("; ".join(problems))
         return statuses
 
     def close(self) -> None:
         """Unmap when no rank writes any more, then free when no rank has this memory mapped."""
-        if self._mine is None:
-            return
-        with suppress(PeerLost, RuntimeError):
-            torch.cuda.synchronize(self._device)
-            self._world.all_gather(torch.zeros(1, dtype=torch.uint8))
-        self._mapped = {}
-        with suppress(PeerLost, RuntimeError):
-            self._world.all_gather(torch.zeros(1, dtype=torch.uint8))
-        self._mine = None
+        if self._mine is not None:
+            leave_in_order(self._world, self._device, self._mapped.clear)
+            self._mine = None
 
 
 def refusal(spec: WorkerSpec, device: torch.device) -> str:
@@ -263,14 +231,3 @@ def refusal(spec: WorkerSpec, device: torch.device) -> str:
     if spec.facts.hidden_size * dtype.itemsize % 16:
         return f"a row of {spec.facts.hidden_size} values is not a multiple of 16 bytes"
     return ""
-
-
-def _unpack(message: Tensor) -> _Status:
-    unpacker = msgpack.Unpacker()
-    unpacker.feed(bytes(message.tolist()))
-    problem, gpu, index, handle, unreachable = unpacker.unpack()
-    return _Status(problem, gpu, index, handle, tuple(unreachable))
-
-
-def _gpu(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
