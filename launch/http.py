@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 import ssl
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from mgpu.protocol.internal.http_spec import HttpOptions
 
 log = logging.getLogger(__name__)
 
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 PACKAGES = ("starlette", "uvicorn")
 """What the extra ``http`` brings, and nothing works without."""
 
@@ -52,7 +54,17 @@ def http_options(config: ServeConfig) -> HttpOptions:
     _check_tls(config.http_tls_cert, config.http_tls_key)
     api_keys = read_api_keys(Path(config.http_keys)) if config.http_keys else None
     origins = [_checked_origin(each.strip()) for each in config.http_cors.split(",") if each.strip()]
-    return HttpOptions(api_keys, origins, config.http_tls_cert, config.http_tls_key)
+    hosts = [_checked_host(each.strip()) for each in config.http_allowed_hosts.split(",") if each.strip()]
+    return HttpOptions(api_keys, origins, hosts, config.http_tls_cert, config.http_tls_key)
+
+
+def _checked_host(name: str) -> str:
+    if name != "*" and not _HOST_NAME.fullmatch(name):
+        raise ConfigError(
+            f"--http-allowed-hosts has {name!r}; write names such as llm.example.com, without http:// and a port, "
+            "separated by commas, or *"
+        )
+    return name
 
 
 def _checked_origin(origin: str) -> str:

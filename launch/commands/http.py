@@ -60,7 +60,7 @@ def http_command(endpoint: str | None, keys: str | None, **flags: Any) -> None:
             listener.socket,
             client,
             options,
-            address.is_loopback,
+            address.is_loopback_port,
             api_keys,
             watched,
             lambda: click.echo(f"HTTP (OpenAI-compatible) on {listener.url}", err=True),

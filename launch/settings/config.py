@@ -116,6 +116,9 @@ class ServeConfig:
     http_keys: str = _option("", "File of API keys for HTTP, each line a name and a key; read again on SIGHUP.")
     http_no_auth: bool = _option(False, "Let anyone use HTTP who reaches it, also beyond this machine.")
     http_cors: str = _option("", "Origins whose web pages may use HTTP, such as https://chat.example.com; *: all.")
+    http_allowed_hosts: str = _option(
+        "", "Host names, such as llm.example.com, for which HTTP on the loopback answers beside localhost; *: all."
+    )
     http_tls_cert: str = _option("", "Certificate file (PEM, with its chain) to serve HTTPS.")
     http_tls_key: str = _option("", "Key file of the certificate.")
     bind: str = _option(

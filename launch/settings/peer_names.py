@@ -46,6 +46,7 @@ _SERVE = {
     **dict.fromkeys(("--ssl-certfile", "--ssl-cert-file"), "--http-tls-cert {}"),
     **dict.fromkeys(("--ssl-keyfile", "--ssl-key-file"), "--http-tls-key {}"),
     **dict.fromkeys(("--allowed-origins", "--cors-allow-origins"), "--http-cors {}"),
+    **dict.fromkeys(("--allowed-hosts", "--allowed-host", "--http-hosts"), "--http-allowed-hosts {}"),
     **dict.fromkeys(("--tensor-parallel-size", "--tp-size", "-tp", "--num-gpus", "--num-shard"), "--tp {}"),
     **dict.fromkeys(
         ("--max-model-len", "--ctx-size", "--context-length", "--max-total-tokens", "--num-ctx", "--session-len", "-c",

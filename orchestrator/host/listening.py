@@ -51,7 +51,12 @@ class HttpAddress:
     @property
     def is_loopback(self) -> bool:
         """True if only this machine can connect."""
-        return bool(self.path) or ipaddress.ip_address(self.host).is_loopback
+        return bool(self.path) or self.is_loopback_port
+
+    @property
+    def is_loopback_port(self) -> bool:
+        """True for a port that programs of this machine can reach, browsers among them. No unix socket is one."""
+        return not self.path and ipaddress.ip_address(self.host).is_loopback
 
     def __str__(self) -> str:
         return f"{UNIX_PREFIX}{self.path}" if self.path else _joined(self.host, self.port)

@@ -64,7 +64,7 @@ def _serve(spec: HttpSpec, parent_fd: int) -> None:
         _report(spec.report_fd, READY)
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(serve(listener, client, spec.options, spec.is_private, api_keys, watched, report))
+        runner.run(serve(listener, client, spec.options, spec.is_loopback_port, api_keys, watched, report))
 
 
 def _read_input(api_keys: ApiKeys) -> bool:

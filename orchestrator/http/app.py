@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mgpu.orchestrator.http.edge.errors import CLIENT_CLOSED_STATUS, HttpError, error_of
 from mgpu.orchestrator.http.edge.guard import PAGE_PREFIX, ApiKeys, Guard
+from mgpu.orchestrator.http.edge.hosts import Hosts
 from mgpu.orchestrator.http.requests.anthropic_rules import PROMPT_RULES
 from mgpu.orchestrator.http.requests.anthropic_rules import RULES as MESSAGE_RULES
 from mgpu.orchestrator.http.requests.response_rules import RULES as RESPONSE_RULES
@@ -64,12 +65,12 @@ _PAGE = (Path("GET", "/", page), Path("GET", f"{PAGE_PREFIX}{{name}}", page))
 PATHS = (*_PATHS, openapi(_PATHS), *_PAGE)
 
 
-def make_app(served: Served, api_keys: ApiKeys, cors: Sequence[str], is_private: bool) -> ASGIApp:
+def make_app(served: Served, api_keys: ApiKeys, cors: Sequence[str], hosts: Hosts) -> ASGIApp:
     """Build the application; see `Guard` about who may use it."""
     routes = [Route(each.path, _Endpoint(each.handler, served), methods=[each.method]) for each in PATHS]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _on_http_exception})
     app.router.redirect_slashes = False
-    guarded: ASGIApp = Guard(app, api_keys, cors, is_private)
+    guarded: ASGIApp = Guard(app, api_keys, cors, hosts)
     if cors:  # outermost: a browser asks first, without a key
         guarded = CORSMiddleware(
             guarded, cors, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=["*"], max_age=600

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from mgpu.orchestrator.http.app import make_app
 from mgpu.orchestrator.http.edge.guard import ApiKeys
+from mgpu.orchestrator.http.edge.hosts import Hosts
 from mgpu.orchestrator.http.routes.call import Served
 from mgpu.protocol.client.async_client import AsyncClient
 from mgpu.protocol.internal.http_spec import HttpOptions
@@ -52,7 +53,7 @@ async def serve(
     listener: socket.socket,
     client: AsyncClient,
     options: HttpOptions,
-    is_private: bool,
+    is_loopback_port: bool,
     api_keys: ApiKeys,
     watched: Mapping[int, Callable[[], bool]],
     report: Callable[[], None],
@@ -60,10 +61,11 @@ async def serve(
 ) -> None:
     """Serve until a descriptor of ``watched`` is readable and its function returns True.
 
-    ``api_keys`` may be changed meanwhile; ``report`` is called when connections are accepted. ``names_accounts``: see
-    `Served`.
+    ``is_loopback_port``: see `HttpSpec`. ``names_accounts``: see `Served`. ``api_keys`` may be changed meanwhile;
+    ``report`` is called when connections are accepted.
     """
-    app = make_app(Served(client, names_accounts), api_keys, options.cors, is_private)
+    hosts = Hosts(options.allowed_hosts, is_loopback_port and "*" not in options.cors)
+    app = make_app(Served(client, names_accounts), api_keys, options.cors, hosts)
     server = _Server(_config(app, options), report)
     loop = asyncio.get_running_loop()
 

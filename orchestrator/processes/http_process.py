@@ -80,7 +80,7 @@ class HttpProcess:
             front_keys=_front_keys(self._config),
             options=self._config.http,
             unix_path=listener.address.path,
-            is_private=listener.address.is_loopback,
+            is_loopback_port=listener.address.is_loopback_port,
         )
         try:
             self._process = ChildProcess(

@@ -25,6 +25,8 @@ class HttpOptions:
     """None: no key is asked for."""
     cors: list[str] = field(default_factory=list)
     """Origins whose pages may use the server; ``*``: all."""
+    allowed_hosts: list[str] = field(default_factory=list)
+    """More host names that requests may name; ``*``: all."""
     tls_cert: str = ""
     tls_key: str = ""
     head_timeout_s: float = 10.0
@@ -45,8 +47,8 @@ class HttpSpec:
     options: HttpOptions
     unix_path: str
     """The file of a unix socket, empty for TCP. The process removes it if the parent is gone and cannot."""
-    is_private: bool
-    """Only programs of this machine can connect."""
+    is_loopback_port: bool
+    """It is a TCP port of a loopback address: only this machine reaches it, but every browser there."""
 
 
 @dataclass(frozen=True, slots=True)

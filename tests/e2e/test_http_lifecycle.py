@@ -103,12 +103,19 @@ def test_a_unix_socket_with_keys_takes_new_ones_on_sighup_and_is_gone_afterwards
         assert server.http_url() == url
         assert path.stat().st_mode & 0o777 == 0o666, "a key is asked for, so any user may connect"
         assert [models("sk-0123456789-alice"), models("sk-0123456789-bob")] == [200, 401]
+        assert get(url, "/health", host="llm.example.com").status == 200, "no browser reaches a unix socket"
         keys.write_text("bob sk-0123456789-bob\n")
         server.process.send_signal(signal.SIGHUP)
         eventually(lambda: models("sk-0123456789-bob") == 200, server.output)
         assert models("sk-0123456789-alice") == 401
         server.process.kill()  # nobody tells the HTTP process: it must notice
         eventually(lambda: not path.exists(), lambda: "the file stays")
+
+
+def test_a_name_that_was_made_to_lead_here_is_refused(http_server: ServerProcess) -> None:
+    url = http_server.http_url()
+    answer = get(url, "/v1/models", host="evil.example")
+    assert (answer.status, answer.error["code"]) == (403, "host_not_allowed")
 
 
 def test_a_taken_port_is_an_error_before_anything_is_loaded(http_server: ServerProcess) -> None:

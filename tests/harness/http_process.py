@@ -20,7 +20,7 @@ class HttpServer:
     """`python -m mgpu.orchestrator.http` on a free port. A context manager."""
 
     def __init__(
-        self, endpoint: str, *, is_private: bool = True, front_keys: Sequence[bytes] = (), **options: Any
+        self, endpoint: str, *, is_loopback_port: bool = True, front_keys: Sequence[bytes] = (), **options: Any
     ) -> None:
         self._closing = contextlib.ExitStack()
         listener = self._closing.enter_context(listening(HttpAddress("127.0.0.1", 0, "")))
@@ -28,7 +28,7 @@ class HttpServer:
         self.url = listener.url
         report_fd, report_to = os.pipe()
         listen_fd = listener.socket.fileno()
-        spec = HttpSpec(listen_fd, report_to, endpoint, list(front_keys), HttpOptions(**options), "", is_private)
+        spec = HttpSpec(listen_fd, report_to, endpoint, list(front_keys), HttpOptions(**options), "", is_loopback_port)
         command = (sys.executable, "-m", "mgpu.orchestrator.http")
         self.process = ChildProcess("http", command, HTTP_LINK.encode(spec), os.environ, (listen_fd, report_to))
         self._closing.callback(self.process.kill)

@@ -46,6 +46,17 @@ def test_origins_are_checked() -> None:
             http_options(ServeConfig(http_cors=wrong))
 
 
+def test_host_names_are_checked() -> None:
+    assert http_options(ServeConfig(http_allowed_hosts="a.example, [fe80::1],*")).allowed_hosts == [
+        "a.example",
+        "[fe80::1]",
+        "*",
+    ]
+    for wrong in ("https://a.example", "a.example:80", "a/b", "a b", "*.example.com", "::1"):
+        with pytest.raises(UserError, match=r"llm\.example\.com"):
+            http_options(ServeConfig(http_allowed_hosts=wrong))
+
+
 def test_keys_and_no_keys_contradict() -> None:
     with pytest.raises(UserError, match="drop one"):
         http_options(ServeConfig(http_keys="x", http_no_auth=True))

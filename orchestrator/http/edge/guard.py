@@ -1,5 +1,6 @@
 """What every request passes first: a request id, the check of browsers, and that of API keys."""
 
+import contextlib
 import hmac
 import re
 import secrets
@@ -11,13 +12,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mgpu.orchestrator.http.edge.errors import HttpError
+from mgpu.orchestrator.http.edge.hosts import Hosts
 from mgpu.protocol.internal.http_spec import ApiKey
 
 PAGE_PREFIX = "/page/"
 _OPEN_PATHS = frozenset({"/health", "/health/ready", "/health/live", "/"})
 """Load balancers and orchestrators ask without a key. So do browsers for the page, which then asks its user for one."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")
 
 
 class ApiKeys:
@@ -41,12 +42,11 @@ class ApiKeys:
 class Guard:
     """Lets requests through that may use the server. An ASGI application around another."""
 
-    def __init__(self, app: ASGIApp, api_keys: ApiKeys, cors: Sequence[str], is_private: bool) -> None:
-        """``is_private``: only programs of this machine can connect, so no other host name can be meant."""
+    def __init__(self, app: ASGIApp, api_keys: ApiKeys, cors: Sequence[str], hosts: Hosts) -> None:
         self._app = app
         self._api_keys = api_keys
         self._cors = frozenset(cors)
-        self._is_private = is_private
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,6 +62,7 @@ class Guard:
             await send(message)
 
         try:
+            self._hosts.check(headers.getlist("host"), self._api_keys.keys is not None)
             self._check_origin(headers)
             scope["state"]["account"], scope["state"]["has_key"] = self._account(scope, headers, request_id)
         except HttpError as error:
@@ -70,14 +71,14 @@ class Guard:
         await self._app(scope, receive, send_with_id)
 
     def _check_origin(self, headers: Headers) -> None:
-        """Refuse pages of other sites: a browser on this machine can reach what is closed to the network."""
+        """Refuse pages of other sites: a browser on this machine can reach what is closed to the network.
+
+        A page is this server's own if it came from the host that the request names, which has been checked.
+        """
         origin = headers.get("origin")
         if origin is None or origin in self._cors or "*" in self._cors:
             return
-        host = headers.get("host", "")
-        name = host.rpartition(":")[0] or host
-        is_ours = not self._is_private or name == "localhost" or _ADDRESS.fullmatch(name) is not None
-        if urlsplit(origin).netloc != host or not is_ours:
+        if _netloc(origin) != headers.get("host", ""):
             raise HttpError(
                 403, f"pages of {origin[:100]!a} may not use this server; --http-cors {origin[:100]!a} lets them",
                 "permission_error", "origin_not_allowed",
@@ -100,3 +101,10 @@ class Guard:
                 401, what, "authentication_error", "invalid_api_key", headers={"www-authenticate": "Bearer"}
             )
         return name, True
+
+
+def _netloc(origin: str) -> str | None:
+    """Return host and port of an origin; None for what is none, such as ``null``."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(origin).netloc or None
+    return None

@@ -153,7 +153,7 @@ def test_doubled_and_strange_headers_do_no_harm(http: HttpServer, headers: list[
 def test_half_closed_streams_end_and_free_what_they_had(http: HttpServer, gateway: GatewayProcess) -> None:
     gateway.engine.going.clear()
     data = json.dumps({"prompt": "x", "max_tokens": 200, "stream": True}).encode()
-    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    head = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     with socket.create_connection(("127.0.0.1", http.port)) as raw:
         raw.sendall(head % (TEXT.encode(), len(data)) + data)
         gateway.engine.wait(lambda: len(gateway.engine.submits) == 1)
@@ -166,7 +166,7 @@ def test_a_thousand_clients_that_go_leave_nothing(http: HttpServer, gateway: Gat
     gateway.engine.going.clear()
     opened = []
     data = json.dumps({"prompt": "x", "max_tokens": 200, "stream": True}).encode()
-    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    head = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     for _ in range(1000):
         raw = socket.create_connection(("127.0.0.1", http.port))
         raw.sendall(head % (TEXT.encode(), len(data)) + data)

@@ -98,6 +98,8 @@ def test_other_keys_are_used_at_once_after_a_reload(shared_gateway: GatewayProce
         ("https://evil.example", "127.0.0.1:8000", 403),
         ("http://evil.example:8000", "evil.example:8000", 403),  # a name that leads to the loopback
         ("null", "127.0.0.1:8000", 403),
+        ("http://[", "127.0.0.1:8000", 403),
+        ("", "127.0.0.1:8000", 403),
         ("http://localhost:8000", "localhost:8000", 200),
         ("http://127.0.0.1:8000", "127.0.0.1:8000", 200),
         ("http://[::1]:8000", "[::1]:8000", 200),
@@ -107,6 +109,26 @@ def test_pages_of_other_sites_may_not_use_a_server_on_the_loopback(
     http: HttpServer, origin: str, host: str, status: int
 ) -> None:
     assert http.post(CHAT, BODY, origin=origin, host=host).status == status
+
+
+@pytest.mark.parametrize("path", ["/", "/page/app.js", "/v1/models", "/metrics", "/status", "/health", "/openapi.json"])
+def test_a_page_whose_name_leads_to_the_loopback_reads_nothing(http: HttpServer, path: str) -> None:
+    answer = http.get(path, host="evil.example:8000")  # its own server, to the browser: so no origin
+    assert (answer.status, answer.error["code"]) == (403, "host_not_allowed")
+    assert "--http-allowed-hosts evil.example" in answer.error["message"]
+
+
+def test_such_a_page_cannot_ask_the_model_either_and_gets_the_form_of_the_path(http: HttpServer) -> None:
+    assert http.post(CHAT, BODY, host="evil.example").error["code"] == "host_not_allowed"
+    answer = http.post("/v1/messages", BODY, host="evil.example")
+    assert (answer.status, answer.json["error"]["type"]) == (403, "permission_error")
+
+
+def test_with_keys_a_proxy_may_pass_on_its_own_name_and_serve_the_page(keyed: HttpServer) -> None:
+    headers = {"host": "llm.example.com", "origin": "https://llm.example.com"}
+    assert keyed.get("/", host="llm.example.com").status == 200
+    assert keyed.post(CHAT, BODY, authorization=bearer("bob"), **headers).status == 200
+    assert keyed.post(CHAT, BODY, **headers).status == 401
 
 
 def test_a_listed_origin_may_and_is_told_so(keyed: HttpServer, gateway: GatewayProcess) -> None:
