@@ -14,7 +14,7 @@ import pytest
 from harness.fake_hub import COMMIT, FakeHub, serving
 from harness.model_files import LLAMA_METADATA, gguf_bytes, llama_gguf_tensors, write_llama_folder
 from mgpu.orchestrator.errors import HubUnreachable, ModelError
-from mgpu.orchestrator.models import demo, hub, hub_headers, hub_transfer
+from mgpu.orchestrator.models import demo, hub_headers, hub_listing, hub_transfer
 from mgpu.orchestrator.models.find import ResolvedModel, read_model, resolve_model
 from mgpu.orchestrator.models.hub_names import HubName
 
@@ -44,7 +44,7 @@ def fake_hub(repository: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.M
         )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub, "_sleep", lambda seconds: time.sleep(min(seconds, 0.01)))
+        monkeypatch.setattr(hub_listing, "_sleep", lambda seconds: time.sleep(min(seconds, 0.01)))
         yield found
 
 
