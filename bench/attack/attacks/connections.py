@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
+import msgpack
 import zmq
 
 from bench.attack.attacks.clock import Clock
@@ -148,6 +149,37 @@ def connect_and_reset(attacker: Attacker, clock: Clock) -> None:
             time.sleep(0.001)
 
 
+def ping_and_close(attacker: Attacker, clock: Clock) -> None:
+    """Send questions and ZMTP PINGs in turns, as fast as they are taken, and leave without reading an answer."""
+    for _ in clock.turns():
+        for _ in range(attacker.strength):
+            if attacker.key_file is None:
+                _ping_and_close(attacker)
+            else:
+                _ping_and_close_with_key(attacker, min(0.2, clock.left_s))
+
+
+def _ping_and_close(attacker: Attacker) -> None:
+    ask = msgpack.packb({"type": "health", "id": 1})
+    message = bytes([1, len(VERSION)]) + VERSION + bytes([0, len(ask)]) + ask
+    with suppress(OSError), attacker.raw() as peer:
+        attacker.write(peer, null_handshake())
+        while b"READY" not in (heard := peer.recv(4096)):
+            if not heard:
+                return
+        peer.settimeout(0.1)
+        attacker.write(peer, (message + b"\x04\x07\x04PING\0\0") * 3000)
+
+
+def _ping_and_close_with_key(attacker: Attacker, seconds: float) -> None:
+    """Let libzmq send a heartbeat each millisecond: encrypted commands cannot be mixed in otherwise."""
+    peer = attacker.connect(unread=0, heartbeat_ms=1)
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s:
+        attacker.say(peer, type="health")
+    peer.close(linger=0)
+
+
 def garbage_bytes(attacker: Attacker, clock: Clock) -> None:
     """Send what other protocols send, random bytes, and frames that claim to be huge."""
     rng = random.Random(3)
@@ -199,5 +231,5 @@ def idle_connections(attacker: Attacker, clock: Clock) -> None:
 
 CONNECTIONS: tuple[Callable[[Attacker, Clock], None], ...] = (
     connect_and_ask, claim_routing_ids, guess_routing_ids, empty_frames, many_frames, half_hello, slow_hello,
-    connect_and_reset, garbage_bytes, unlisted_keys, idle_connections,
+    connect_and_reset, ping_and_close, garbage_bytes, unlisted_keys, idle_connections,
 )  # fmt: skip
