@@ -46,6 +46,7 @@ attack: $(VENV)/installed-dev ## Attack a real server beside honest streams and 
 	@$(BIN)/python -m bench.attack $(ATTACK)
 
 fuzz: $(VENV)/installed-fuzz ## Feed hostile bytes to everything that reads them (MINUTES=10, of CPU time for each reader)
+	@$(BIN)/python -m bench.http.document_fuzz --minutes $(or $(MINUTES),1)
 	@$(BIN)/python -m bench.fuzz --minutes $(or $(MINUTES),1) $(FUZZ)
 
 $(VENV)/bin/python:

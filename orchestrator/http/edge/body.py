@@ -14,6 +14,8 @@ BODY_TIMEOUT_S = 60.0
 MAX_HELD_BYTES = 256 << 20
 """Bodies of all requests that are being read. Thousands of connections could each hold one for a minute."""
 _RETRY_S = 1
+_EXACT = 2.0**53
+"""Below it a float holds each integer."""
 
 
 class _Held:
@@ -72,7 +74,7 @@ def _too_large(size: int) -> HttpError:
 def parse_object(data: bytes) -> dict[str, object]:
     """Return the JSON object in ``data``. HttpError says what is wrong with it, without any of its text."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_number)
     except UnicodeDecodeError as error:
         raise bad_request(f"the body is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}") from None
     except json.JSONDecodeError as error:
@@ -85,6 +87,12 @@ def parse_object(data: bytes) -> dict[str, object]:
     if not isinstance(value, dict):
         raise bad_request(f"the body must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def _number(text: str) -> float:
+    """Read a number with a point or an exponent. JSON has one kind of number: 5.0 and 5e0 are the integer 5."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < _EXACT else value
 
 
 def _refuse_constant(name: str) -> NoReturn:

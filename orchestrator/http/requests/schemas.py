@@ -109,8 +109,8 @@ def _(rule: Maybe) -> Schema:
 
 @schema_of.register
 def _(rule: Prompt) -> Schema:
-    ids = {"type": "array", "items": _TOKEN_ID, "minItems": 1}
-    return {"anyOf": [_TEXT, ids, {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MAX_PROMPTS},
+    ids, text = {"type": "array", "items": _TOKEN_ID, "minItems": 1}, {"type": "string", "minLength": 1}
+    return {"anyOf": [text, ids, {"type": "array", "items": text, "minItems": 1, "maxItems": MAX_PROMPTS},
                       {"type": "array", "items": ids, "minItems": 1, "maxItems": MAX_PROMPTS}]}  # fmt: skip
 
 

@@ -36,14 +36,19 @@ async def tokenize(call: Call) -> ASGIApp:
     given = [name for name in ("prompt", "content", "messages") if name in values]
     if len(given) != 1:
         raise bad_request(f"give one of prompt, content and messages, got {' and '.join(given) or 'none'}", "prompt")
-    work = call.client.tokenize(
-        values[given[0]],
+    if "chat_template_kwargs" in values and given != ["messages"]:
+        raise bad_request("chat_template_kwargs is for messages; leave it out", "chat_template_kwargs")
+    tokens = await unless_disconnected(call.request, _tokens(call, values, given[0])) if values[given[0]] else []
+    [model] = await call.client.models()
+    return call.json({"tokens": tokens, "count": len(tokens), "max_model_len": model["max_seq_len"]})
+
+
+async def _tokens(call: Call, values: dict[str, Any], given: str) -> list[int]:
+    return await call.client.tokenize(
+        values[given],
         add_special_tokens=values.get("add_special_tokens", True),
         template_options=values.get("chat_template_kwargs"),
     )
-    tokens = await unless_disconnected(call.request, work) if values[given[0]] else []
-    [model] = await call.client.models()
-    return call.json({"tokens": tokens, "count": len(tokens), "max_model_len": model["max_seq_len"]})
 
 
 async def detokenize(call: Call) -> ASGIApp:

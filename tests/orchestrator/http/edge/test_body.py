@@ -28,6 +28,12 @@ def test_pieces_are_put_together() -> None:
     assert read(b'{"a": ', b"1}") == {"a": 1}
 
 
+def test_json_has_one_kind_of_number() -> None:
+    found = read(b'{"a": 5.0, "b": 5e2, "c": 0.5, "d": 1e300, "e": [7.0], "f": 9007199254740993.0}')
+    assert found == {"a": 5, "b": 500, "c": 0.5, "d": 1e300, "e": [7], "f": 9007199254740993.0}
+    assert [type(found[name]) for name in "abcdf"] == [int, int, float, float, float]
+
+
 def test_one_body_and_all_together_are_bounded_and_counted_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "MAX_BODY_BYTES", 100)
     with pytest.raises(HttpError) as large:
