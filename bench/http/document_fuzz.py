@@ -35,8 +35,10 @@ _LOOSE = frozenset({
 """Fields whose rules say more than their schemas."""
 _TOGETHER = frozenset({"model", "min_tokens", "best_of", "echo", "top_logprobs", "timeout_s"})
 """Fields that depend on other fields, on the model or on the time: a value may be allowed and yet not fit."""
-_DOES_NOT_FIT = (b"context_length_exceeded", b"the context holds", b"the vocabulary has", b"give one of prompt")
-"""In answers to bodies that the document allows, and this model or the combination of fields does not."""
+_ONE_OF = ("prompt", "content", "messages")
+"""Where a body may have each of these, it must have one."""
+_DOES_NOT_FIT = (b"context_length_exceeded", b"the context holds", b"the vocabulary has")
+"""In answers to bodies that the document allows, and this model does not."""
 _SHORT = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _MOST_SHOWN = 300
 TIMEOUT_S = 30.0
@@ -108,6 +110,11 @@ def _make_plain(body: Any, fields: Mapping[str, Any]) -> bool:
     for name in _SHORT:
         if name in fields:
             body[name] = 1 + body.get(name, 0) % 3
+    if fields.keys() >= set(_ONE_OF):
+        given = [name for name in _ONE_OF if name in body] or ["prompt"]
+        body.setdefault(given[0], "x")
+        for name in given[1:]:
+            del body[name]
     if "n" in body and "n" in fields:
         body["n"] = 1 + body["n"] % 3
     return is_plain
