@@ -58,7 +58,7 @@ NEEDS = {
     invoke_without_command=True,
     no_args_is_help=True,
 )
-@click.option("--version", "shows_version", is_flag=True, help="Show the version; with -v of all that matters.")
+@click.option("--version", "shows_version", is_flag=True, help="Show the version; -v adds torch, CUDA and others.")
 @click.option("-v", "--verbose", is_flag=True, help="With --version: torch, CUDA, NCCL, driver, commit.")
 @click.pass_context
 def cli(ctx: click.Context, shows_version: bool, verbose: bool) -> None:

@@ -4,11 +4,12 @@ import os
 import resource
 from collections.abc import Mapping
 
-from mgpu.launch.http import http_address
+from mgpu.launch.http import http_address, http_options
 from mgpu.launch.prepare import LEAST_FILES, client_limits
 from mgpu.launch.settings.config import ServeConfig
 from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.models.find import check_name
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
 
@@ -18,15 +19,19 @@ def check_options(
     environ: Mapping[str, str] = os.environ,
     keys_may_come: bool = False,
 ) -> ServerKeys | None:
-    """Return the keys of a server with these options. UserError for a name, limits, keys or addresses that are wrong.
+    """Return the keys of a server with these options. UserError for names, limits, keys or addresses that are wrong.
+
+    The model's name comes before addresses: a port that another program has must not hide a typo.
 
     ``keys_may_come``: a unit gets them as a credential, of which a plan knows nothing.
     """
     if any("\ud800" <= character <= "\udfff" for character in config.served_name):  # bytes that are not UTF-8
         raise ConfigError("--served-name must be UTF-8 text")
     client_limits(config)
+    check_name(config.model, environ)
     if origins["http"] != "default":
         http_address(config, is_typed=True)
+    http_options(config)
     keys = keys_for(config.bind, config.keys, environ)
     if config.bind:
         from mgpu.orchestrator.gateway.front.endpoint import (

@@ -102,14 +102,14 @@ def log_ready(config: ServerConfig, limits: Limits, ready: Mapping[int, Ready], 
     log.info("sampling of requests that do not say: %s", config.sampling)
     if limits.max_seq_len < config.limits.max_seq_len:
         log.warning(
-            "the KV cache holds %d tokens, so requests are limited to that instead of %d",
-            limits.kv_tokens,
-            config.limits.max_seq_len,
+            "the KV cache holds %s tokens, so requests are limited to that instead of %s",
+            f"{limits.kv_tokens:,}",
+            f"{config.limits.max_seq_len:,}",
         )
-    log.info(
-        "KV cache allocated: %d tokens in %d blocks, %.1f requests at the full context of %d tokens",
-        limits.kv_tokens,
-        limits.num_blocks,
-        limits.kv_tokens / limits.max_seq_len,
-        limits.max_seq_len,
-    )
+    if f"{limits.kv_tokens:,} tokens" not in config.layout_table:  # the memory that was free differs from the plan's
+        log.info(
+            "KV cache allocated: %s tokens, %.1f requests at the full context of %s",
+            f"{limits.kv_tokens:,}",
+            limits.kv_tokens / limits.max_seq_len,
+            f"{limits.max_seq_len:,}",
+        )

@@ -14,7 +14,7 @@ SETTLE_S = 1.0
 """Wait after the start: its last work, such as a garbage collection, is not idling."""
 
 
-@click.command("idle")
+@click.command("idle", short_help="Count the processor time of an idle server.")
 @target_options
 @seconds_option(10.0, "How long each look takes.")
 def idle_command(wanted: Wanted, seconds: float) -> None:

@@ -14,7 +14,7 @@ FIRST_TOKEN_ASKS = 5
 """A single prompt is short: it is asked this many times as often."""
 
 
-@click.command("prefill")
+@click.command("prefill", short_help="Process prompts, one new token each.")
 @target_options
 @click.option(
     "--sizes",

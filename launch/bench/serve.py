@@ -47,7 +47,7 @@ class Sizes:
     vocab_size: int
 
 
-@click.command("serve")
+@click.command("serve", short_help="Serve many clients: speed and waiting times.")
 @target_options
 @list_option("--concurrency", "", "Closed loop: this many clients, each waiting for its answer.")
 @click.option("--rate", default="", metavar="X,X,…", callback=rates, help="Poisson arrivals: requests per second.")

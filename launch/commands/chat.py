@@ -25,7 +25,7 @@ from mgpu.protocol.client.client import Client
         "mgpu-launch chat --system 'Answer in one sentence.' --temperature 0.7",
     ),
 )
-@talk_options
+@talk_options("[default: what fits the context]")
 @click.option("--system", default="", help="A system message before the first turn.")
 @click.option("--no-markdown", is_flag=True, help="Show Markdown as it comes; rendering it needs the extra mgpu[chat].")
 @click.option("--no-history", is_flag=True, help="Neither read nor write the history of messages.")

@@ -39,5 +39,7 @@ def doctor_command(offline: bool, timeout: float, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps([asdict(each) for each in found], indent=2))
     else:
-        click.echo(f"\n{counted(len(found), 'check')}, {warnings} of them warn, {failures} of them FAIL")
+        fine = len(found) - warnings - failures
+        outcome = f"{fine} ok, {counted(warnings, 'warning')}, {counted(failures, 'failure')}"
+        click.echo(f"\n{counted(len(found), 'check')}: {outcome}")
     return 1 if failures else 0

@@ -26,7 +26,7 @@ MOST_TOKENS = 512
     ),
 )
 @click.argument("prompt")
-@talk_options
+@talk_options(f"[default: {MOST_TOKENS}]")
 @click.option("--stop", multiple=True, help="End the answer before this text; may be repeated.")
 def generate_command(
     prompt: str, endpoint: str | None, keys: str | None, timeout: float, stop: tuple[str, ...], **sampling: Any

@@ -9,7 +9,7 @@ import click
 from mgpu.launch.pages.help import Command
 from mgpu.launch.settings.config import ServeConfig, declared_options
 from mgpu.launch.settings.config_file import config_text
-from mgpu.launch.settings.options import config_options, read_config
+from mgpu.launch.settings.options import config_options, model_argument, read_config
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.model.sampling import SamplingDefaults
 
@@ -20,14 +20,15 @@ from mgpu.protocol.model.sampling import SamplingDefaults
     short_help="Show the configuration that serve would use.",
     examples=(
         "MGPU_TP=2 mgpu-launch config --config server.toml",
-        "mgpu-launch config -m ./model --tp 2 --toml > server.toml",
+        "mgpu-launch config ./model --tp 2 --toml > server.toml",
     ),
 )
+@model_argument
 @config_options
 @click.option("--json", "form", flag_value="json", help="Print values and origins as JSON.")
 @click.option("--toml", "form", flag_value="toml", help="Print what was set as a configuration file.")
 def config_command(config_file: Path | None, form: str | None, **flags: Any) -> None:
-    """Show the configuration that serve would use, with the origin of every value."""
+    """Show the configuration with which serve would serve MODEL, with the origin of every value."""
     config, origins = read_config(config_file, flags)
     options = declared_options()
     if form == "json":

@@ -48,11 +48,18 @@ def server_options(command: F) -> F:
     return command
 
 
-def talk_options(command: F) -> F:
-    """Add endpoint, keys, time limit and sampling; options that were not typed arrive as None."""
+def talk_options(longest: str) -> Callable[[F], F]:
+    """Add endpoint, keys, time limit and sampling; options that were not typed arrive as None.
+
+    ``longest`` says how long an answer gets without --max-tokens.
+    """
+    return lambda command: _with_talk_options(command, longest)
+
+
+def _with_talk_options(command: F, longest: str) -> F:
     for names, settings in reversed(
         [
-            (("--max-tokens",), {"type": int, "help": "Longest answer, in tokens."}),
+            (("--max-tokens",), {"type": int, "help": f"Longest answer, in tokens. {longest}"}),
             (("--temperature",), {"type": float, "help": "0 is greedy. [default: what the model says, else 0]"}),
             (("--top-p",), {"type": float, "help": "Sample from the likeliest tokens of this total probability."}),
             (("--top-k",), {"type": int, "help": "Sample from this many likeliest tokens."}),

@@ -112,7 +112,8 @@ def _links(plan: Plan, matrix: list[str]) -> list[str]:
         return []
     kinds = {link for row in plan.machine.links for link in row if link != "self"}
     if len(kinds) == 1:
-        return [f"peer access between all {len(plan.machine.devices)} GPUs: {_LINK_WORDS[kinds.pop()]}"]
+        count = len(plan.machine.devices)
+        return [f"peer access between {'both' if count == 2 else f'all {count}'} GPUs: {_LINK_WORDS[kinds.pop()]}"]
     if max(map(len, matrix)) > WIDTH:
         return ["peer access differs between pairs of GPUs: -v shows the matrix"]
     return matrix

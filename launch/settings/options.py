@@ -54,6 +54,8 @@ def _click_option(option: Option) -> Callable[[F], F]:
     default = f" [default: {_shown(option.default)}]" if option.default not in ("", 0, False) else ""
     text = option.help + default
     grouped: dict[str, Any] = {"cls": GroupedOption, "group": option.group, "default": None, "help": text}
+    if option.type is bool and "-no-" in option.flag:
+        return click.option(option.flag, option.name, is_flag=True, **grouped)
     if option.type is bool:
         return click.option(f"{option.flag}/--no-{option.flag[2:]}", option.name, **grouped)
     names = [option.short, option.flag] if option.short else [option.flag]

@@ -125,7 +125,7 @@ class Engine:
         self._workers.start()
         self._make_poller()
         world_size = self._config.layout.placement.world_size
-        log.info("mgpu %s: starting %d worker(s) for %s", __version__, world_size, self._config.model_name)
+        log.info("mgpu %s: starting %s for %s", __version__, counted(world_size, "worker"), self._config.model_name)
 
     def _update_state(self) -> None:
         """Follow the processes and the signals; tell gateway, systemd and log about a change."""

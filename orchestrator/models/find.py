@@ -1,5 +1,6 @@
 """Find the model that ``-m`` names: a folder, a .gguf file, the demo model, or a model of the Hugging Face hub."""
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ FORMS = (
 )
 BUILT_IN_DEMO = "builtin:demo"
 """How to name the demo where a folder has the same name."""
+DEMO_NAMES = ("demo", BUILT_IN_DEMO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,7 @@ def resolve_model(
     ``part`` is what the caller needs of a hub model: dummy weights and planning need less. ``report`` gets a line
     before anything is fetched. ``offline`` fetches nothing: the model must be on this machine.
     """
-    if not name.strip():
-        raise ModelError(f"no model is named; {FORMS}")
+    check_name(name, environ)
     try:
         model = _resolved(name, part, report, environ, offline)
         f"{model.path}{model.name}".encode()
@@ -70,6 +71,16 @@ def resolve_model(
         raise ModelError(f"{name[:200]}: cannot be looked up: {reason}; {FORMS}") from error
 
 
+def check_name(name: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ModelError if a name is that of nothing on this machine and can be none of the hub. Fetches nothing."""
+    if not name.strip():
+        raise ModelError(f"no model is named; {FORMS}")
+    with contextlib.suppress(OSError, RuntimeError):  # names that cannot be looked up: `resolve_model` says why
+        is_here = Path(name).expanduser().exists()
+        if not is_here and name not in DEMO_NAMES and not parse_hub_name(name, environ.get("HF_ENDPOINT", "")):
+            raise ModelError(f"{name}: no such file or folder; {FORMS}")
+
+
 def _resolved(
     name: str, part: Part, report: Callable[[str], None], environ: Mapping[str, str], offline: bool
 ) -> ResolvedModel:
@@ -78,7 +89,7 @@ def _resolved(
     path = Path(name).expanduser()
     if found := _on_this_machine(name, path, report):
         return found
-    if name in ("demo", BUILT_IN_DEMO):
+    if name in DEMO_NAMES:
         file = demo_model_path(cache_root(environ), report, verify=part != "config", offline=offline)
         return ResolvedModel(str(file.absolute()), "gguf", DEMO_NAME, is_demo=True)
     if of_hub := parse_hub_name(name, environ.get("HF_ENDPOINT", "")):

@@ -130,8 +130,8 @@ def recommendation_lines(command: str, found: Sequence[Recommendation]) -> list[
     columns = ("add", "bits", "context", *(("of 1", f"of {MANY}", f"{PROMPT // 1024}k prompt") if has_speed else ()))
     rows = [_cells(each)[: len(columns)] for each in shown]
     widths = [max(len(row[index]) for row in (columns, *rows)) for index in range(len(columns))]
-    about = f" (estimated tokens/s of 1 and of {MANY} streams)" if has_speed else ""
-    lines = [f"what fits, best first{about}:"]
+    about = f"; estimated tokens/s of 1 and {MANY} streams" if has_speed else ""
+    lines = [f"what fits, best first (bits per weight{about}):"]
     for row in (columns, *rows):
         rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  " + "  ".join([row[0].ljust(widths[0]), *rest]).rstrip())

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import resource
+import socket
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -119,6 +120,13 @@ MISTAKES: list[tuple[list[str], int, str, Files]] = [
     ([GOOD, "--served-name", "\udcff"], 78, "UTF-8", nothing),
     ([GOOD, "--http", "0.0.0.0:80"], 78, "refusing to serve HTTP", nothing),
     ([GOOD, "--http", "nowhere"], 78, "--http nowhere", nothing),
+    ([GOOD, "--http-keys", "none.txt"], 78, "none.txt", nothing),
+    ([GOOD, "--http-keys", "m.bin", "--http-no-auth"], 78, "drop one of them", plain_file),
+    ([GOOD, "--http-tls-cert", "m.bin"], 78, "--http-tls-key is missing", plain_file),
+    ([GOOD, "--http-cors", "nowhere"], 78, "--http-cors has 'nowhere'", nothing),
+    (["./typo", "--http", "0.0.0.0:80"], 78, "no such file or folder", nothing),
+    (["hf:nothing"], 78, "not the name of a model of the hub", nothing),
+    (["x" * 300], 78, "cannot be looked up", nothing),
     ([GOOD, "--bind", "/tmp/x"], 78, "use ipc:///path/to/socket", nothing),
     ([GOOD, "--bind", "ipc://relative"], 78, "must be absolute", nothing),
     ([GOOD, "--bind", "ipc:///none/such/x"], 78, "does not exist", nothing),
@@ -287,3 +295,16 @@ def test_a_name_of_the_hub_stays_a_name(place: Path) -> None:
     origins = {"model": "x", "max_rows": "y", "tp": "default"}
     text = config_text(ServeConfig(model="demo", max_rows=3), origins, ["a", ""])
     assert text == '# a\n#\nmodel = "demo"\nmax_rows = 3\n'
+
+
+@pytest.mark.parametrize("option", ["--http", "--bind"])
+def test_a_port_that_another_program_has_does_not_hide_a_typo(
+    option: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        address = f"tcp://127.0.0.1:{port}" if option == "--bind" else f"127.0.0.1:{port}"
+        status, said = outcome("serve", ["./goood", option, address], monkeypatch, capsys)
+        assert (status, "./goood: no such file or folder" in said) == (78, True)
+        _, said = outcome("serve", [GOOD, option, address], monkeypatch, capsys)
+        assert str(port) in said

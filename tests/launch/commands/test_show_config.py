@@ -48,7 +48,7 @@ def test_the_plain_form_is_a_line_an_option(shown: list[str]) -> None:
 def test_the_models_sampling_is_shown(tmp_path: Path, arguments: tuple[str, ...], sampling: str) -> None:
     values = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     (tmp_path / "generation_config.json").write_text(json.dumps(values))
-    done = CliRunner().invoke(config_command, ["-m", str(tmp_path), *arguments])
+    done = CliRunner().invoke(config_command, [str(tmp_path), *arguments])
     assert re.search(rf"^generation_config .*: {re.escape(sampling)}$", done.output, re.MULTILINE)
 
 

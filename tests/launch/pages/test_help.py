@@ -87,4 +87,15 @@ def test_defaults_are_written_as_people_type_them() -> None:
 
 
 def test_the_list_of_commands_cuts_no_sentence() -> None:
-    assert "..." not in help_of().split("Commands:")[1]
+    for words in ((), ("bench",)):
+        assert "..." not in help_of(*words, columns=80).split("Commands:")[1]
+
+
+def test_an_option_that_says_no_has_no_second_no() -> None:
+    assert "--http-no-auth" in help_of("serve")
+    assert "--no-http-no-auth" not in help_of("serve")
+
+
+def test_the_length_of_an_answer_without_max_tokens_is_said() -> None:
+    for command, default in (("generate", "512"), ("chat", "what fits the context")):
+        assert f"Longest answer, in tokens. [default: {default}]" in " ".join(help_of(command).split())

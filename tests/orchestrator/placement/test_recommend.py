@@ -101,6 +101,7 @@ def test_without_known_speeds_the_table_has_none() -> None:
     assert lines[1].split() == ["add", "bits", "context"]
     assert "many bits" in lines[-2]
     assert "estimated" not in "".join(lines)
+    assert lines[0].endswith("(bits per weight):")
 
 
 def test_as_data() -> None:

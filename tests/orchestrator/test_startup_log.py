@@ -1,0 +1,21 @@
+"""What the log says when a server is ready."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+
+from harness.server_process import config
+from mgpu.orchestrator.scheduler.limits import Limits
+from mgpu.orchestrator.startup_log import log_ready
+
+
+@pytest.mark.parametrize(("blocks", "is_said"), [(64, False), (32, True)])
+def test_the_kv_cache_is_named_again_only_if_it_differs_from_the_plan(
+    caplog: pytest.LogCaptureFixture, blocks: int, is_said: bool
+) -> None:
+    planned = replace(config(), layout_table="KV cache: 256 tokens, 1.0 requests")
+    limits = Limits(4, 16, 64, 100, num_blocks=blocks)
+    with caplog.at_level(logging.INFO):
+        log_ready(planned, limits, {}, 1.0)
+    assert ("KV cache allocated: 128 tokens, 1.3 requests at the full context of 100" in caplog.text) is is_said
