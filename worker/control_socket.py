@@ -3,13 +3,13 @@
 import zmq
 
 from mgpu.protocol.internal.codec import CodecError
-from mgpu.protocol.internal.worker_messages import CONTROL, AllocateCache, Shutdown, StaySpinning, StepPlan
+from mgpu.protocol.internal.worker_messages import CONTROL, AllocateCache, Shutdown, StaySpinning, StepPlan, Vocabulary
 from mgpu.worker.errors import BadPlan
 
 _LINGER_MS = 2000
 """Time for the last message to leave, which may say why this worker ends."""
 
-Order = AllocateCache | StepPlan | StaySpinning | Shutdown
+Order = AllocateCache | StepPlan | StaySpinning | Shutdown | Vocabulary
 
 
 class ControlSocket:

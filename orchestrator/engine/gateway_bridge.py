@@ -27,6 +27,7 @@ from mgpu.protocol.internal.gateway_messages import (
     Submit,
     WakeUp,
 )
+from mgpu.protocol.internal.worker_messages import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ class GatewayBridge:
             self._submit(message)
         elif isinstance(message, Resumable):
             self._open_resumable(message)
+        elif isinstance(message, Vocabulary):
+            self._steps.vocabulary = message
         elif isinstance(message, WakeUp):
             self._steps.stay_awake()
         elif isinstance(message, Cancel):

@@ -8,6 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Collection
+from dataclasses import replace
 
 from mgpu.orchestrator.engine.polling import SpinPolicy
 from mgpu.orchestrator.engine.stats import EngineStats
@@ -15,7 +16,7 @@ from mgpu.orchestrator.engine.step_times import StepTimes
 from mgpu.orchestrator.processes.failures import WorkersHung
 from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
-from mgpu.protocol.internal.worker_messages import CONTROL, Ready, StaySpinning, StepResult
+from mgpu.protocol.internal.worker_messages import CONTROL, Ready, StaySpinning, StepPlan, StepResult, Vocabulary
 
 TRIAL_STEP_SHARE = 0.5
 """The warm-up runs two prompts and four decode steps; one prompt takes about half of its time."""
@@ -32,6 +33,10 @@ class StepPipeline:
         self._times = StepTimes(hang_timeout_s)
         self._published: deque[tuple[float, int]] = deque()
         """When each step in flight went out, and its tokens."""
+        self.vocabulary: Vocabulary | None = None
+        """What the gateway knows of the model's tokens; None before the first request with a grammar."""
+        self._vocabulary_epoch = -1
+        """The worker group that has it."""
         self._arrived: StepResult | None = None
         """A result that `spin` has found and `apply` has not taken in."""
         self._last_result_s = self._woke_s = time.monotonic()
@@ -54,6 +59,8 @@ class StepPipeline:
                     self._stats.note_idle()
                 return
             planned = time.perf_counter()
+            if plan.new_rows:
+                self._send_vocabulary(plan)
             self._workers.group.publish(CONTROL.encode(plan))
             published_s = time.monotonic()
             for submitted_s in self._scheduler.take_submitted_s():
@@ -63,6 +70,14 @@ class StepPipeline:
             self._published.append((published_s, sum(plan.counts)))
             self._stats.schedule_us.add((planned - began) * 1e6)
             self._stats.publish_us.add((time.perf_counter() - planned) * 1e6)
+
+    def _send_vocabulary(self, plan: StepPlan) -> None:
+        """Send a worker group the vocabulary, once, before the first row that has a grammar."""
+        group = self._workers.group
+        if self._vocabulary_epoch != group.epoch and any(new.sampling.grammar for new in plan.new_rows):
+            assert self.vocabulary is not None, "the gateway sends it before the first request with a grammar"
+            group.publish(CONTROL.encode(replace(self.vocabulary, epoch=group.epoch)))
+            self._vocabulary_epoch = group.epoch
 
     def spin(self) -> float:
         """Look for a result, without a pause while one is due; return how long to sleep, 0 when there is work to do."""

@@ -113,6 +113,9 @@ class Scheduler:
         if result.epoch != self._planner.epoch:
             return
         record = self._planner.take_record(result)
+        for index, error in result.failures or ():
+            if not record.sampled[index].finished:
+                self._fail(record.sampled[index], error)
         self._append_tokens(record.sampled, result)
         self._planner.release_rows(record.step)
 

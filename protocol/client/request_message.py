@@ -34,6 +34,7 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: list[int] | tuple[int, ...]
     ignore_eos: bool
     skip_special_tokens: bool
+    structured_outputs: Mapping[str, object] | None
     priority: int
     cache_salt: str
     account: str

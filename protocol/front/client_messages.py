@@ -23,6 +23,7 @@ from mgpu.protocol.front.fields import (
     TokenIds,
     parse_fields,
 )
+from mgpu.protocol.front.structured_outputs import StructuredOutputs
 
 QueryKind = Literal["health", "stats", "models"]
 
@@ -82,6 +83,8 @@ class Generate:
     stop_token_ids: Annotated[tuple[int, ...], Array(Integer(0, INT32_MAX), 64)] = ()
     ignore_eos: Annotated[bool, Flag()] = False
     skip_special_tokens: Annotated[bool, Flag()] = True
+    structured_outputs: Annotated[dict[str, object] | None, StructuredOutputs()] = None
+    """What the text must be: a JSON document, a match of an expression, one of some texts, or of a grammar."""
     priority: Annotated[int, Integer(-1000, 1000)] = 0
     cache_salt: Annotated[str, Text(256)] = ""
     """Prefixes are shared only between requests of the same salt."""
@@ -195,6 +198,9 @@ def _parse_generate(data: Mapping[object, object]) -> Generate:
         raise FieldError(f"min_tokens ({request.min_tokens}) is above max_tokens ({request.max_tokens})")
     if request.emitted_ids is not None:
         _check_emitted(len(request.emitted_ids) // 4, request.n)
+    if request.structured_outputs is not None and (request.ignore_eos or request.min_tokens):
+        option = "ignore_eos" if request.ignore_eos else "min_tokens"
+        raise FieldError(f"{option} does not go with structured_outputs, which alone decides when an answer may end")
     return request
 
 

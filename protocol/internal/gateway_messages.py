@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.codec import Codec
-from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs
+from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs, Vocabulary
 from mgpu.protocol.model.facts import CheckpointFormat
 from mgpu.protocol.model.sampling import SamplingDefaults
 
@@ -273,4 +273,5 @@ LINK = Codec(
     StateKnown,
     WakeUp,
     Cleared,
+    Vocabulary,
 )

@@ -90,6 +90,30 @@ class Ready:
     """Prompt tokens of the trial step at start."""
 
 
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The bytes of every token, from which workers know what a grammar allows.
+
+    The orchestrator sends it before the first row with a grammar. Servers that never see one never have it.
+    """
+
+    epoch: int
+    tokens: list[bytes]
+    """By token id. Empty for ids that stand for no text."""
+    special_ids: list[int]
+    """Tokens that are no text, though they have bytes: no grammar means them when it means these bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowGrammar:
+    """What the text of a row's answer must be."""
+
+    text: str
+    """A grammar of llguidance, which the gateway has checked."""
+    stop_ids: list[int]
+    """Can be chosen where the text is complete, and nowhere else. At least one."""
+
+
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow."""
 
@@ -113,6 +137,7 @@ class RowSampling:
     banned_until: int = 0
     """``banned_ids`` cannot be chosen for positions below this one (min_tokens)."""
     banned_ids: list[int] | None = None
+    grammar: RowGrammar | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -142,7 +167,7 @@ class RowSampling:
     @property
     def is_simple(self) -> bool:
         """True if the token is the arg-max of the row's logits, with or without noise."""
-        return not self.has_rules and not self.needs_all_logits
+        return not self.has_rules and not self.needs_all_logits and self.grammar is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +231,8 @@ class StepResult:
     """Parallel to ``token_ids``; None if no row asked for them."""
     compute_us: int
     """Time in the worker from reading the plan to having the tokens."""
+    failures: list[tuple[int, str]] | None = None
+    """Rows whose grammar cannot go on: an index into ``token_ids``, and why. Their token has no meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +266,7 @@ class WorkerFailure:
 
 
 CONTROL = Codec(
-    WorkerSpec, LoadProgress, Loaded, AllocateCache, Ready, StepPlan, StepResult, StaySpinning, Shutdown, WorkerFailure
-)
+    WorkerSpec, LoadProgress, Loaded, AllocateCache, Ready, StepPlan, StepResult, StaySpinning, Shutdown, WorkerFailure,
+    Vocabulary,
+)  # fmt: skip
 """Encoder and decoder of everything on a worker's socket and on its standard input."""

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from harness.waiting import eventually
 from mgpu import Client
@@ -84,12 +85,14 @@ def test_preempted_requests_equal_their_solo_runs(smollm2: str) -> None:
     arguments = ["-m", smollm2, "--device", "cpu", "--max-seq-len", "128", "--kv-memory", "8MiB", "--no-prefix-cache"]
     prompts = [[100 + 7 * stream + i for i in range(30 + stream)] for stream in range(6)]
     with running_server(*arguments) as small, Client(small) as client:  # a pool of 176 tokens for 6 requests of 60
-        streams = [client.stream(ids, max_tokens=24, ignore_eos=True) for ids in prompts]
+        more: list[dict[str, Any]] = [{"ignore_eos": True}, {"structured_outputs": {"regex": "([a-z]{1,9} ){40}"}}] * 3
+        streams = [client.stream(ids, max_tokens=24, **each) for ids, each in zip(prompts, more, strict=True)]
         together = [stream.completion().token_ids for stream in streams]
         stats = wait_for_idle(client)
         assert stats["preemptions"] > 0
         assert stats["kv_blocks_used"] == 0
-        assert together == [client.generate(ids, max_tokens=24, ignore_eos=True).token_ids for ids in prompts]
+        solo = [client.generate(ids, max_tokens=24, **each) for ids, each in zip(prompts, more, strict=True)]
+        assert together == [each.token_ids for each in solo]
 
 
 def test_seeded_sampling_does_not_depend_on_the_company(endpoint: str) -> None:

@@ -17,6 +17,10 @@ def child(server: ServerProcess, module: str) -> psutil.Process:
 def test_answers_go_on_after_a_worker_and_then_the_gateway_is_killed(smollm2: str) -> None:
     prompts = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "The first ten primes are"]
     options = [{"max_tokens": 24, "ignore_eos": True, "temperature": 0.7 * (at % 2), "seed": at} for at in range(4)]
+    options.append(
+        {"max_tokens": 24, "temperature": 0.7, "seed": 5, "structured_outputs": {"regex": r"(\d+ [a-z]+, ){40}"}}
+    )
+    prompts.append("A list of animals: ")
     with (
         ServerProcess("-m", smollm2, "--device", "cpu", "--workers", "3", "--max-seq-len", "512") as server,
         Client(server.wait_ready(), silence_timeout_s=LIMIT_S) as client,
@@ -33,6 +37,6 @@ def test_answers_go_on_after_a_worker_and_then_the_gateway_is_killed(smollm2: st
                 assert "".join(piece.text for piece in pieces) == expected.text
         eventually(lambda: client.health().state == "ready")
         health, stats = client.health(), client.stats()
-        assert (health.restarts, stats["gateway_restarts"], stats["replays"]) == (1, 1, 4)
+        assert (health.restarts, stats["gateway_restarts"], stats["replays"]) == (1, 1, 5)
         assert health.last_recovery_s > 0
         assert stats["kv_blocks_used"] == 0

@@ -7,7 +7,7 @@ log-probabilities gather all logits.
 
 # S rows that sample, V tokens (of this rank's slice, or all where a comment says so), F rows that need all logits
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from mgpu.protocol.internal.worker_messages import TokenLogprobs
 from mgpu.worker.kernels.use import aligned, uses_kernels
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.sampling.filters import thresholds
+from mgpu.worker.sampling.grammars import Grammars
 from mgpu.worker.sampling.noise import add_gumbel, row_keys, token_factors
 from mgpu.worker.sampling.rules import apply_rules
 from mgpu.worker.state.rows import RowTable, SampleRequest
@@ -38,6 +39,8 @@ class Sampled:
 
     ids_S: Tensor
     logprobs: LogprobTensors | None
+    failures: list[tuple[int, str]] = field(default_factory=list)
+    """Rows whose grammar cannot go on: their index, and why."""
 
     def logprob_list(self) -> list[TokenLogprobs | None] | None:
         """Read the log-probabilities back, parallel to the tokens; None if no row asked for them."""
@@ -60,10 +63,17 @@ class Sampler:
         self._uses_kernel = uses_kernels(rows.device)
         self._first_id = group.rank * slice_size
         self._slice = token_factors(self._first_id, slice_size, rows.device)
+        self.grammars = Grammars(rows.max_rows, slice_size * group.size, rows.device)
         self._all = self._slice if group.size == 1 else token_factors(0, slice_size * group.size, rows.device)
 
     def sample(self, logits_SV: Tensor, request: SampleRequest) -> Sampled:
         """Choose from this rank's fp32 logits [S, V], which may be overwritten."""
+        failures = self.grammars.wait(request)
+        sampled = self._choose(logits_SV, request)
+        self.grammars.take(request, sampled.ids_S)
+        return replace(sampled, failures=failures) if failures else sampled
+
+    def _choose(self, logits_SV: Tensor, request: SampleRequest) -> Sampled:
         whole = [i for i, row in enumerate(request.sampling) if row.needs_all_logits]
         if not whole:
             return Sampled(self._choose_by_slices(logits_SV, request), None)
@@ -130,6 +140,7 @@ class Sampler:
                 number = request.rows[i]
                 tokens_L = self._rows.tokens[number, : request.positions[i]]
                 apply_rules(logits_SV[i], first_id, row, tokens_L, self._rows.prompt_lens[number])
+        self.grammars.apply(logits_SV, first_id, request)
 
     def _with_noise(self, logits_SV: Tensor, factors_V: Tensor, request: SampleRequest, filtered: bool) -> Tensor:
         """Scale, filter and add noise to rows with a temperature; greedy rows stay as they are."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
+from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan, Vocabulary
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import RankPlace, padded_vocab
 from mgpu.worker.models.build import DecoderStage
@@ -74,12 +74,19 @@ class ModelRunner:
         if self._relay is not None:
             self._relay.check()
 
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Prepare for rows with a grammar, on the ranks that choose tokens."""
+        if self._is_last:
+            self._sampler.grammars.use(vocabulary)
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sampled | None:
         """Execute one step. Return the chosen tokens on the last stage, None if no row samples. BadPlan, PeerLost."""
         self.check_peers()
         self._receive_tokens(plan.step - self._num_stages)
         tag = tag_of(plan.step)
+        if self._is_last:
+            self._sampler.grammars.follow(plan)
         if self._graphs is not None and self._graphs.take(plan):
             output = self._graphs.run(plan, tag)
             return self._sampled_by_graph(output, plan, tag) if output is not None else None
@@ -101,9 +108,9 @@ class ModelRunner:
         """Return the tokens that a graph chose, or choose all of them again if that was not enough for some row.
 
         A graph takes the arg-max, with or without noise. Rows with top_p, top_k, min_p, penalties, biased or banned
-        tokens or log-probabilities need more. If one row of the step does, the sampler chooses for all of its rows from
-        the graph's logits. The graph's tokens are discarded, also in the rows: the new ones are written over them, on
-        the same stream, before the next step reads them. Simple rows get the same token again.
+        tokens, a grammar or log-probabilities need more. If one row of the step does, the sampler chooses for all of
+        its rows from the graph's logits. The graph's tokens are discarded, also in the rows: the new ones are written
+        over them, on the same stream, before the next step reads them. Simple rows get the same token again.
         """
         rows = self._rows
         sampling = [i for i, samples in enumerate(plan.samples) if samples]

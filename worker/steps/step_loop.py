@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mgpu.protocol.internal.worker_messages import Shutdown, StaySpinning, StepPlan, StepResult
+from mgpu.protocol.internal.worker_messages import Shutdown, StaySpinning, StepPlan, StepResult, Vocabulary
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.sampling.sampler import Sampled
@@ -56,8 +56,9 @@ class _InFlight:
             self.done.synchronize()
         token_ids: list[int] = self.ids_host.tolist()
         logprobs = self.sampled.logprob_list() if self.sampled is not None else None
+        failures = self.sampled.failures if self.sampled is not None else []
         compute_us = int((time.monotonic() - self.began_s) * 1e6)
-        return StepResult(self.plan.epoch, self.plan.step, token_ids, logprobs, compute_us)
+        return StepResult(self.plan.epoch, self.plan.step, token_ids, logprobs, compute_us, failures or None)
 
 
 class StepLoop:
@@ -77,6 +78,9 @@ class StepLoop:
             order = self._next_order()
             if isinstance(order, Shutdown):
                 break
+            if isinstance(order, Vocabulary):
+                self._runner.use_vocabulary(order)
+                continue
             if not isinstance(order, StepPlan):
                 raise BadPlan(f"{type(order).__name__} while steps are running")
             self._step(order)

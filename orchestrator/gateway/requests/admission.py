@@ -14,7 +14,7 @@ from mgpu.protocol.front.server_messages import Accepted
 from mgpu.protocol.internal.admission_rule import AdmissionRule
 from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Submit
-from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, RowSampling
+from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, RowGrammar, RowSampling
 
 
 @dataclass(slots=True)
@@ -79,11 +79,17 @@ def check_length(model: ServedModel, num_tokens: int, is_exact: bool = True) -> 
 
 
 def admit(
-    model: ServedModel, request: Generate, prompt: bytes, first_sequence: int, share: Sequence[tuple[int, float]]
+    model: ServedModel,
+    request: Generate,
+    prompt: bytes,
+    first_sequence: int,
+    share: Sequence[tuple[int, float]],
+    grammar: str = "",
 ) -> tuple[Accepted, list[Submit]]:
     """Return the answer to the client and the sequences for the engine, numbered from ``first_sequence``.
 
-    ``prompt`` is little-endian int32; ``share`` has number and weight of each part of the account, for the scheduler.
+    ``prompt`` is little-endian int32; ``share`` has number and weight of each part of the account, for the scheduler;
+    ``grammar`` is for workers.
     Refusal with the numbers when ids or lengths do not fit the model.
     """
     ids, eos_ids = int32_array(prompt), [] if request.ignore_eos else model.spec.eos_token_ids
@@ -96,6 +102,11 @@ def admit(
         )
     seed = secrets.randbits(53) if request.seed is None else request.seed  # 53: exact in every language
     stop_ids = list(dict.fromkeys([*eos_ids, *request.stop_token_ids]))
+    if grammar and not stop_ids:
+        raise Refusal(
+            "bad_request",
+            "structured_outputs needs a token that ends the answer, and this model has none; give stop_token_ids",
+        )
     accepted = Accepted(request.id, model.spec.model_name, len(ids), max_tokens, seed)
     return accepted, [
         Submit(
@@ -103,7 +114,7 @@ def admit(
             token_ids=prompt + emitted,
             max_tokens=max_tokens,
             stop_token_ids=stop_ids,
-            sampling=_sampling(request, len(ids), stop_ids, seed_of_choice(seed, index)),
+            sampling=_sampling(request, len(ids), stop_ids, seed_of_choice(seed, index), grammar),
             cache_salt=request.cache_salt.encode(),
             priority=request.priority,
             account=[number for number, _ in share],
@@ -168,7 +179,7 @@ def seed_of_choice(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _sampling(request: Generate, prompt_tokens: int, stop_ids: list[int], seed: int) -> RowSampling:
+def _sampling(request: Generate, prompt_tokens: int, stop_ids: list[int], seed: int, grammar: str) -> RowSampling:
     forbids = request.min_tokens > 0 and bool(stop_ids)
     return RowSampling(
         temperature=request.temperature if request.temperature >= GREEDY_BELOW else 0.0,
@@ -183,4 +194,5 @@ def _sampling(request: Generate, prompt_tokens: int, stop_ids: list[int], seed: 
         num_logprobs=-1 if request.logprobs is None else request.logprobs,
         banned_until=prompt_tokens + request.min_tokens if forbids else 0,
         banned_ids=stop_ids if forbids else None,
+        grammar=RowGrammar(grammar, stop_ids) if grammar else None,
     )

@@ -53,14 +53,15 @@ class Prompts:
         spec, is_query = request.spec, request.query is not None
         if spec.prompt_ids is not None and not is_query:
             self._requests.check_length(len(spec.prompt_ids) // 4)
-            self._requests.admit(request, spec.prompt_ids)
-            return
+            if spec.structured_outputs is None:
+                self._requests.admit(request, spec.prompt_ids)
+                return
         if codec is None:
-            way_out = "" if is_query else "; send prompt_ids"
+            way_out = "" if is_query or spec.structured_outputs else "; send prompt_ids"
             raise Refusal("bad_request", f"the model's folder has no tokenizer{way_out}")
         if spec.prompt is not None and not is_query:
             self._requests.check_length(codec.least_tokens(spec.prompt), is_exact=False)
-        if codec.is_quick and _is_short(spec):
+        if codec.is_quick and spec.structured_outputs is None and _is_short(spec):
             self._conclude(request, self._done_here(codec, request))
             return
         request.is_encoding = True
@@ -82,7 +83,11 @@ class Prompts:
             return TextTask(longest, tokenize=query)
         if isinstance(query, Detokenize):
             return TextTask(longest, detokenize=query)
-        return TextTask(longest, spec.prompt, spec.messages, spec.template_options)
+        return TextTask(
+            longest, spec.prompt, spec.messages, spec.template_options,
+            structured_outputs=spec.structured_outputs,
+            wants_vocabulary=spec.structured_outputs is not None and not self._requests.has_sent_vocabulary,
+        )  # fmt: skip
 
     # ---------------------------------------------------------------- in turns
 
@@ -143,7 +148,9 @@ class Prompts:
             self._requests.reply(request, reply)
             return
         self._requests.check_length(result.num_tokens, result.is_exact)
-        self._requests.admit(request, result.token_ids)
+        if result.vocabulary is not None:
+            self._requests.send_vocabulary(result.vocabulary)
+        self._requests.admit(request, request.spec.prompt_ids or result.token_ids, result.grammar)
 
 
 def _is_short(spec: Generate) -> bool:

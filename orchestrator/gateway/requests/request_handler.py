@@ -18,6 +18,7 @@ from mgpu.protocol.front.client_messages import Generate, TextQuery
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.server_messages import Detokenized, Keepalive, Tokenized
 from mgpu.protocol.internal.gateway_messages import Cancel, Outputs, Resumable
+from mgpu.protocol.internal.worker_messages import Vocabulary
 
 KEEPALIVE_S = 1.0
 _FAILURE_LOG_INTERVAL_S = 1.0
@@ -36,6 +37,7 @@ class RequestHandler:
         self.times = RequestTimes(model.spec.logs_requests)
         self._next_sequence = model.spec.first_sequence
         self._next_failure_log_s = 0.0
+        self.has_sent_vocabulary = False
 
     # ------------------------------------------------------------- beginning
 
@@ -71,10 +73,16 @@ class RequestHandler:
         """Raise Refusal if a prompt of so many tokens, or of at least so many, cannot run."""
         check_length(self._model, num_tokens, is_exact)
 
-    def admit(self, request: Request, prompt: bytes) -> None:
+    def send_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Send the engine what it needs before the first request with a grammar."""
+        if not self.has_sent_vocabulary:
+            self.has_sent_vocabulary = True
+            self._outgoing.to_engine(vocabulary)
+
+    def admit(self, request: Request, prompt: bytes, grammar: str = "") -> None:
         """Send the engine one sequence per choice. Refusal when the request cannot run."""
-        spec = request.spec
-        accepted, submits = admit(self._model, spec, prompt, self._next_sequence, self._share_of(request))
+        spec, share = request.spec, self._share_of(request)
+        accepted, submits = admit(self._model, spec, prompt, self._next_sequence, share, grammar)
         self._next_sequence += len(submits)
         request.prompt_tokens = accepted.prompt_tokens
         choices = [self.new_choice(spec, at, each.sequence_id, each.stop_token_ids) for at, each in enumerate(submits)]

@@ -40,6 +40,7 @@ def pack_context(request: Request, accepted: Accepted) -> bytes:
         logit_bias=(),
         session=None,
         emitted_ids=None,
+        structured_outputs=None,
     )
     return CONTEXT_CODEC.encode(
         Context(spec, accepted, request.deadline_s, request.identity, request.client, request.size)

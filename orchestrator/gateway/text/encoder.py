@@ -17,6 +17,7 @@ from pathlib import Path
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.encoder_messages import ENCODER, LENGTH, EncoderSpec, TextReply, TextTask
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
+from mgpu.orchestrator.gateway.text.grammar import GrammarError
 from mgpu.orchestrator.gateway.text.text_tasks import do
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
 from mgpu.protocol.internal.child import end_with_parent
@@ -81,7 +82,7 @@ def _answer(codec: TextCodec | None, task: TextTask, vocab_size: int) -> TextRep
     began_s = time.process_time()
     try:
         result = TextReply(error="the model has no tokenizer") if codec is None else do(codec, task, vocab_size)
-    except (TokenizerError, ChatTemplateError) as error:
+    except (TokenizerError, ChatTemplateError, GrammarError) as error:
         result = TextReply(error=str(error)[:500])
     except MemoryError:
         result = TextReply(error="the text takes more memory than it may")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mgpu.protocol.front.client_messages import Detokenize, Tokenize
 from mgpu.protocol.front.server_messages import Detokenized, Tokenized
 from mgpu.protocol.internal.codec import Codec
+from mgpu.protocol.internal.worker_messages import Vocabulary
 from mgpu.protocol.model.facts import CheckpointFormat
 
 LENGTH = struct.Struct("<I")
@@ -35,6 +36,9 @@ class TextTask:
     template_options: dict[str, object] | None = None
     tokenize: Tokenize | None = None
     detokenize: Detokenize | None = None
+    structured_outputs: dict[str, object] | None = None
+    """The form of the answer, to be made into a grammar; with it, there need be no prompt."""
+    wants_vocabulary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,9 @@ class TextReply:
     """False: there are at least ``num_tokens``."""
     tokenized: Tokenized | None = None
     detokenized: Detokenized | None = None
+    grammar: str = ""
+    """What workers make of `TextTask.structured_outputs`."""
+    vocabulary: Vocabulary | None = None
     error: str = ""
     """For the client."""
     cpu_s: float = 0.0

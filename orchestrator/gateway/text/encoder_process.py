@@ -84,7 +84,8 @@ class EncoderProcesses:
         reply = encoder.ask(task, self._wall_limit_s)
         if reply is None:
             limits = f"{self._spec.cpu_limit_s:g} s of CPU time or {self._spec.memory_bytes >> 20} MiB"
-            return TextReply(error=f"the process that worked on this text has ended; it may take {limits}")
+            what = "this text" if task.structured_outputs is None else "this text, or on its structured_outputs,"
+            return TextReply(error=f"the process that worked on {what} has ended; it may take {limits}")
         self._idle.append(encoder)
         return reply
 

@@ -17,6 +17,7 @@ from mgpu.orchestrator.gateway.text.special_tokens import add_folder_tokens
 from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
 from mgpu.protocol.checkpoint.files.untrusted import MAX_JSON_BYTES, CheckpointError, Fields, checked_file
 from mgpu.protocol.checkpoint.gguf_tokens import end_tokens
+from mgpu.protocol.internal.worker_messages import Vocabulary
 from mgpu.protocol.model.facts import CheckpointFormat
 
 _SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
@@ -107,6 +108,11 @@ class TextCodec:
     def text_of(self, token_id: int) -> str:
         """Return one token as text on its own; bytes that are no character are U+FFFD."""
         return self.all_bytes(token_id).decode(errors="replace")
+
+    def vocabulary(self, size: int) -> Vocabulary:
+        """Return the bytes of the tokens with ids below ``size``, for workers that follow grammars."""
+        special = sorted(number for number in self._special if number < size)
+        return Vocabulary(0, [self._all_bytes(number) for number in range(size)], special)
 
     def _shown_bytes(self, token_id: int) -> bytes:
         return b"" if token_id in self._special else self._all_bytes(token_id)

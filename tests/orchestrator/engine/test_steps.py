@@ -9,17 +9,22 @@ from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.gateway_messages import Submit
-from mgpu.protocol.internal.worker_messages import CONTROL, RowSampling, StepPlan, StepResult
+from mgpu.protocol.internal.worker_messages import CONTROL, RowGrammar, RowSampling, StepPlan, StepResult, Vocabulary
 
 
 class FakeGroup:
     """Answers every plan, the oldest first."""
 
     def __init__(self) -> None:
+        self.epoch = 0
         self.results: list[StepResult] = []
+        self.vocabularies: list[Vocabulary] = []
 
     def publish(self, data: bytes) -> None:
         plan = CONTROL.decode(data)
+        if isinstance(plan, Vocabulary):
+            self.vocabularies.append(plan)
+            return
         assert isinstance(plan, StepPlan)
         self.results.append(StepResult(0, plan.step, [7] * sum(plan.samples), None, 10))
 
@@ -43,3 +48,26 @@ def test_a_result_that_was_found_is_applied_even_when_something_fails_before_tha
             tokens += new_tokens
     assert tokens == [7, 7, 7]
     assert scheduler.num_live == 0
+
+
+def test_each_worker_group_gets_the_vocabulary_before_its_first_row_with_a_grammar() -> None:
+    scheduler = Scheduler(Limits(num_blocks=16, block_size=4, max_rows=4, max_batch_tokens=16, max_seq_len=64))
+    group = FakeGroup()
+    workers = SimpleNamespace(is_ready=True, group=group)
+    steps = StepPipeline(scheduler, cast(WorkerProcesses, workers), spin_s=0.0, hang_timeout_s=10.0)
+    prompt, structured = array("i", [1, 2, 3]).tobytes(), RowSampling(grammar=RowGrammar("start: /a/", [5]))
+    steps.vocabulary = Vocabulary(0, [b"a"], [])
+
+    def run(sequence_id: int, sampling: RowSampling) -> list[int]:
+        scheduler.submit(Submit(sequence_id, prompt, 1, [], sampling, b"", 0))
+        steps.publish()
+        steps.apply()
+        return [each.epoch for each in group.vocabularies]
+
+    assert run(1, RowSampling()) == []
+    assert run(2, structured) == [0]
+    assert run(3, structured) == [0]
+    scheduler.forget_workers("a test")
+    scheduler.use_workers(1, 16)
+    group.epoch = 1
+    assert run(4, structured) == [0, 1]

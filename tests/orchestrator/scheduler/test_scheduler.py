@@ -4,6 +4,7 @@ import random
 from array import array
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -385,6 +386,16 @@ def test_a_result_of_another_step_is_an_error_and_of_another_epoch_ignored(harne
     harness.scheduler.apply(StepResult(7, 0, [1], None, 0))
     with pytest.raises(ValueError, match="step 5 does not fit"):
         harness.scheduler.apply(StepResult(0, 5, [1], None, 0))
+
+
+def test_a_sequence_whose_grammar_cannot_go_on_ends_with_the_reason_and_the_others_go_on(harness: Harness) -> None:
+    for sequence_id in (1, 2):
+        harness.submit(sequence_id, prompt_of(sequence_id, 4), 6)
+    harness.publish()
+    harness.results.append(replace(harness.results.pop(), failures=[(0, "no token continues the text")]))
+    harness.run()
+    assert (harness.finish[1], harness.errors[1], harness.tokens[1]) == ("error", "no token continues the text", [])
+    assert harness.tokens[2] == solo_tokens(prompt_of(2, 4), 6)
 
 
 def test_a_late_result_of_dead_workers_becomes_no_token(harness: Harness) -> None:

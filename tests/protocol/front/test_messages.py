@@ -114,6 +114,31 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
         generate(template_options={"enable_thinking": True})
 
 
+@pytest.mark.parametrize(("wanted", "error"), [
+    ("json", "must be a map of one of json_schema"),
+    ({}, "exactly one of json_schema, json_object, regex, choice, grammar, got none"),
+    ({"regex": "a", "choice": ["b"]}, "got 'regex, choice'"),
+    ({"xml": "a"}, "got 'xml'"),
+    ({"json_object": False}, "json_object must be true"),
+    ({"json_schema": {"type": "object"}}, "json_schema must be a string of 1 to 131072"),
+    ({"regex": ""}, "regex must be a string of 1"),
+    ({"regex": "é" * 70_000}, "regex has 140000 bytes, the limit is 131072"),
+    ({"choice": []}, "choice must be an array of 1 to 1024"),
+    ({"choice": ["a" * 1000] * 200}, "choice has 200000 bytes"),
+    ({"grammar": "\ud800"}, "lone surrogate"),
+])  # fmt: skip
+def test_a_form_of_the_answer_that_is_none_is_refused(wanted: object, error: str) -> None:
+    with pytest.raises(FieldError, match=error):
+        generate(structured_outputs=wanted)
+
+
+@pytest.mark.parametrize("option", [{"ignore_eos": True}, {"min_tokens": 3}])
+def test_no_option_says_when_a_structured_answer_ends(option: dict[str, Any]) -> None:
+    assert generate(structured_outputs={"choice": ["a"]}).structured_outputs == {"choice": ("a",)}
+    with pytest.raises(FieldError, match=f"{next(iter(option))} does not go with structured_outputs"):
+        generate(structured_outputs={"choice": ["a"]}, **option)
+
+
 def test_ids_are_the_same_as_an_array_or_as_a_bin() -> None:
     packed = struct.pack("<3i", 1, 2, 70000)
     for given in ([1, 2, 70000], packed):

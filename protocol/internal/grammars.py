@@ -1,0 +1,54 @@
+"""What the check of a grammar and its use share: its bounds, and how llguidance is told the model's tokens.
+
+The library is imported when a grammar is first asked for, and not before.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mgpu.protocol.internal.worker_messages import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+
+def new_matcher(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":
+    """Compile a grammar; ask its `is_error` whether that went well."""
+    import llguidance
+
+    # The library's defaults, but fewer items and states. A hostile grammar makes as many as it may: 20,000 states take
+    # about 40 MB.
+    limits = llguidance.LLParserLimits(
+        max_items_in_row=2_000,
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,
+        step_max_items=10_000,
+        max_lexer_states=20_000,
+        max_grammar_size=200_000,
+        verbose_errors=False,
+    )
+    return llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+
+
+def token_table(vocabulary: Vocabulary) -> "LLTokenizer":
+    """Return the library's form of a vocabulary. It takes some tenths of a second to build."""
+    import llguidance
+
+    tokens = _Tokens(vocabulary)
+    return llguidance.LLTokenizer(tokens, n_vocab=len(tokens.tokens))  # type: ignore[arg-type]
+
+
+class _Tokens:
+    """A tokenizer as the library asks for one. Nothing is cut into tokens: grammars force no tokens."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        # One more token ends a text for the library. Which of the model's tokens do is known for each row only.
+        self.tokens = [*vocabulary.tokens, b"<|end of a grammar|>"]
+        self.eos_token_id = len(vocabulary.tokens)
+        self.special_token_ids: Sequence[int] = [*vocabulary.special_ids, self.eos_token_id]
+
+    def __call__(self, text: str) -> list[int]:
+        return []

@@ -1,0 +1,157 @@
+"""Rows with a grammar choose only what it allows, on every rank alike, and the same when they come again."""
+
+import struct
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("llguidance")
+
+from harness.rank_threads import ThreadGroup, run_ranks
+from mgpu.protocol.internal.grammars import new_matcher, token_table
+from mgpu.protocol.internal.worker_messages import NewRow, RowGrammar, RowSampling, StepPlan, Vocabulary
+from mgpu.worker.errors import BadPlan
+from mgpu.worker.sampling import grammar_state
+from mgpu.worker.sampling.grammar_state import GrammarState
+from mgpu.worker.sampling.sampler import Sampler
+from mgpu.worker.state.rows import RowTable
+
+TOKENS = [bytes([each]) for each in range(256)] + [b"ab", b"</s>", b"[]"]
+EOS = 257
+PADDED = 288
+"""Logits that the ranks have together: more than tokens, and no multiple of 64 on three ranks."""
+VOCABULARY = Vocabulary(0, TOKENS, [EOS])
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def logits_of(step: int, rows: int) -> Tensor:
+    return torch.randn(rows, PADDED, generator=torch.Generator().manual_seed(step))
+
+
+def answers(
+    sampling: list[RowSampling], steps: int, emitted: tuple[list[int], ...] = (), ranks: int = 1
+) -> tuple[list[list[int]], list[tuple[int, str]]]:
+    """Sample rows whose prompts have two tokens; return their tokens and the failures of the last step."""
+    before = list(emitted) or [[] for _ in sampling]
+
+    def work(group: ThreadGroup) -> tuple[list[list[int]], list[tuple[int, str]]]:
+        rows, width = RowTable(8, 64, 16, 8, CPU), PADDED // ranks
+        sampler = Sampler(rows, group, width)
+        sampler.grammars.use(VOCABULARY)
+        new = [
+            NewRow(row, struct.pack(f"<{2 + len(tokens)}i", 1, 2, *tokens), 2, [0, 1, 2], each)
+            for row, (each, tokens) in enumerate(zip(sampling, before, strict=True))
+        ]
+        plan = StepPlan(1, 1, [], new, [], [], [], [], [], [])
+        sampler.grammars.follow(plan)
+        rows.apply(plan)
+        tokens = [list(each) for each in before]
+        failures: list[tuple[int, str]] = []
+        numbers = list(range(len(sampling)))
+        for step in range(len(tokens[0]), steps):
+            positions = [2 + len(each) for each in tokens]
+            request = rows.request(numbers, positions, torch.tensor(numbers), torch.tensor(positions))
+            part = logits_of(step, len(sampling))[:, group.rank * width : (group.rank + 1) * width].clone()
+            sampled = sampler.sample(part, request)
+            rows.write_sampled(request, sampled.ids_S)
+            failures = sampled.failures
+            for each, token in zip(tokens, sampled.ids_S.tolist(), strict=True):
+                each.append(token)
+        return tokens, failures
+
+    results = run_ranks(ranks, work)
+    assert all(each == results[0] for each in results)
+    return results[0]
+
+
+def of(grammar: str, stop_ids: tuple[int, ...] = (EOS,), **options: object) -> RowSampling:
+    return RowSampling(
+        grammar=RowGrammar(f'%llguidance {{"no_forcing": true}}\nstart: {grammar}', [*stop_ids]), **options
+    )  # type: ignore[arg-type]
+
+
+MIXED = [
+    of("/[ab]{4}/"),
+    RowSampling(),
+    of('"x" ("y" | "z")', temperature=1.0, seed=7),
+    of('%json {"type": "boolean"}', temperature=0.7, top_p=0.9, seed=3, num_logprobs=1),
+    RowSampling(temperature=1.0, top_k=5, seed=9),
+    of("/[a-c]+d/", repetition_penalty=1.3, logit_bias=[(ord("d"), 5.0)]),
+]
+
+
+def text_of(tokens: list[int]) -> bytes:
+    end = tokens.index(EOS) if EOS in tokens else len(tokens)
+    return b"".join(TOKENS[token] for token in tokens[:end])
+
+
+def test_rows_choose_what_their_grammars_allow_and_stop_where_the_text_is_complete() -> None:
+    tokens, failures = answers(MIXED, 12)
+    first, third, fourth, last = (text_of(tokens[row]) for row in (0, 2, 3, 5))
+    assert len(first) == 4
+    assert set(first) <= set(b"ab")
+    assert third in (b"xy", b"xz")
+    assert fourth in (b"true", b"false")
+    assert last.endswith(b"d")
+    assert all(EOS in tokens[row] for row in (0, 2, 3, 5))
+    assert failures == []
+
+
+def test_rows_without_a_grammar_choose_as_they_do_alone() -> None:
+    plain = [RowSampling()] * 6
+    assert answers(MIXED, 6)[0][1] == answers(plain, 6)[0][1]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_ranks_choose_the_same(ranks: int) -> None:
+    assert answers(MIXED, 8, ranks=ranks) == answers(MIXED, 8)
+
+
+@pytest.mark.parametrize("done", [1, 3, 6])
+def test_a_row_that_comes_again_goes_on_as_it_would_have(done: int) -> None:
+    whole, _ = answers(MIXED, 10)
+    assert answers(MIXED, 10, tuple(each[:done] for each in whole))[0] == whole
+
+
+def test_a_token_after_the_end_is_no_failure() -> None:
+    tokens, failures = answers([of('"a"')], 5)
+    assert tokens[0][1:] == [EOS] * 4
+    assert failures == []
+
+
+def test_any_stop_token_ends_a_complete_text_and_none_an_incomplete_one() -> None:
+    newline = TOKENS.index(b"\n")  # the grammar means its text, but it was asked for as a stop token
+    tokens, _ = answers([of("/[a\\n]{2,3}/", (newline,), logit_bias=[(newline, 90.0)])], 3)
+    assert text_of(tokens[0]) == b"aa\n"
+
+
+def test_a_grammar_that_no_token_continues_is_reported() -> None:
+    tokens, failures = answers([RowSampling(), of('"a" <|gone|>')], 1)
+    assert failures[0][0] == 1
+    assert "cannot go on" in failures[0][1]
+    assert tokens[1] == [EOS]
+
+
+def test_a_slow_mask_is_reported_and_is_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = GrammarState(new_matcher(token_table(VOCABULARY), "start: /[a-c]+/"), [EOS], len(TOKENS))
+    monkeypatch.setattr(grammar_state, "MAX_MASK_S", 0.0)
+    slow = GrammarState(new_matcher(token_table(VOCABULARY), "start: /[a-c]+/"), [EOS], len(TOKENS))
+    assert slow.mask() == quick.mask()
+    assert "s for one token, the limit is 0 s" in slow.failure
+
+
+def test_a_row_with_a_grammar_needs_the_vocabulary() -> None:
+    sampler = Sampler(RowTable(8, 64, 16, 8, CPU), run_ranks(1, lambda group: group)[0], PADDED)
+    new = NewRow(0, struct.pack("<i", 1), 1, [0], of('"a"'))
+    with pytest.raises(BadPlan, match="vocabulary has not come"):
+        sampler.grammars.follow(StepPlan(1, 1, [], [new], [], [], [], [], [], []))

@@ -1,0 +1,185 @@
+"""Let rows choose only tokens that their grammars allow, without waiting for the host between steps.
+
+A row's mask for the next token is known only when its last token is. So that nobody waits for it, it is computed in
+threads beside the forward pass of the next step. Each rank that chooses tokens does all of this by itself: matchers are
+deterministic, so all ranks get the same masks without a message. For a row with a grammar, on a GPU:
+
+    host      launch 1 | launch 2's forward | wait for mask 2 | launch 2's sampling | launch 3's forward | …
+    GPU                | step 1: forward, choose A | step 2: forward ………………………… | choose B | step 3 …
+    threads            | mask 1                    | take A, mask 2 |            | take B, mask 3 | …
+
+Rows without a grammar in the same step wait with it, for less than a forward pass takes. Steps without such rows are as
+they were. The state of a row is a function of its grammar and its tokens. So a row that comes again, after preemption
+or on new workers, takes its emitted tokens first (`GrammarState`); nothing else is kept. A token that was chosen in
+vain, because the row had ended, changes only the state of a row that is freed.
+"""
+
+# S rows that sample, N of them with a grammar, V tokens of a vocabulary slice, W words of 32 tokens
+
+import os
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.front.fields import int32_array
+from mgpu.protocol.internal.grammars import new_matcher, token_table
+from mgpu.protocol.internal.worker_messages import NewRow, RowGrammar, StepPlan, Vocabulary
+from mgpu.worker.errors import BadPlan
+from mgpu.worker.sampling.grammar_state import GrammarState
+from mgpu.worker.state.rows import SampleRequest
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_MASK_THREADS = 4
+_MOST_COMPILED = 64
+"""Grammars that are kept for requests to come: many requests ask for the same one."""
+_WAIT_S = 60.0
+"""A grammar that passed the gateway's check takes far less."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """The state after the row's last token, and what may follow it, as soon as a thread has found out."""
+
+    state: "Future[GrammarState]"
+    mask: "Future[bytes]"
+
+
+class Grammars:
+    """The grammars of one rank's rows. Threads and tensors exist from the first row with a grammar on."""
+
+    def __init__(self, max_rows: int, padded_vocab: int, device: torch.device) -> None:
+        self._max_rows, self._padded_vocab, self._device = max_rows, padded_vocab, device
+        self._rows: dict[int, _Row] = {}
+        self._vocab_size = 0
+        self._tokens: Future[LLTokenizer] | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        # One thread compiles, so that others compute masks meanwhile. It alone uses the cache.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
+        self._maskers = ThreadPoolExecutor(min(_MASK_THREADS, os.cpu_count() or 1), thread_name_prefix="grammar-masks")
+        self._words: Tensor | None = None
+
+    def use(self, vocabulary: Vocabulary) -> None:
+        """Begin to prepare the tokens of the model."""
+        self._vocab_size = len(vocabulary.tokens)
+        self._tokens = self._compiler.submit(token_table, vocabulary)
+
+    def follow(self, plan: StepPlan) -> None:
+        """Forget rows that the plan frees, and begin with those that are new."""
+        if self._rows:
+            for row in plan.free_rows:
+                self._rows.pop(row, None)
+        for new in plan.new_rows:
+            if new.sampling.grammar is not None:
+                self._rows[new.row] = self._begin(new, new.sampling.grammar)
+            else:
+                self._rows.pop(new.row, None)
+
+    def wait(self, request: SampleRequest) -> list[tuple[int, str]]:
+        """Bring the masks of the rows of a step to the device; return which rows cannot go on, and why."""
+        found = self._with_grammar(request)
+        if not found:
+            return []
+        rows = [self._row(request.rows[index]) for index in found]
+        masks = [row.mask.result(_WAIT_S) for row in rows]
+        words_NW = self._packed(masks)
+        if self._words is None:
+            shape = (self._max_rows, words_NW.shape[1])
+            self._words = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        (found_N,) = self._to_device([found])
+        self._words[request.rows_S[found_N]] = words_NW.to(self._device, non_blocking=True)
+        states = [row.state.result(_WAIT_S) for row in rows]
+        return [(index, state.failure) for index, state in zip(found, states, strict=True) if state.failure]
+
+    def apply(self, logits_SV: Tensor, first_id: int, request: SampleRequest) -> None:
+        """Exclude what the masks that `wait` brought do not allow, in place; ids from ``first_id`` on."""
+        found = self._with_grammar(request)
+        if not found:
+            return
+        assert self._words is not None
+        first_word, end_word = first_id // 32, -(-(first_id + logits_SV.shape[1]) // 32)
+        is_all = len(found) == len(request.rows)
+        found_N = None if is_all else self._to_device([found])[0]
+        rows_N = request.rows_S if found_N is None else request.rows_S[found_N]
+        words_NW = self._words[rows_N, first_word:end_word]
+        bits_NW32 = (words_NW[:, :, None] >> torch.arange(32, dtype=torch.int32, device=self._device)) & 1
+        start = first_id - 32 * first_word
+        excluded_NV = bits_NW32.flatten(1)[:, start : start + logits_SV.shape[1]] == 0
+        if found_N is None:
+            logits_SV.masked_fill_(excluded_NV, -torch.inf)
+        else:
+            logits_SV[found_N] = logits_SV[found_N].masked_fill_(excluded_NV, -torch.inf)
+
+    def take(self, request: SampleRequest, ids_S: Tensor) -> None:
+        """Let threads go on by the tokens of a step, as soon as the device has chosen them."""
+        found = self._with_grammar(request)
+        if not found:
+            return
+        ids, chosen = ids_S, None
+        if self._device.type == "cuda":
+            ids = torch.empty(ids_S.shape, dtype=ids_S.dtype, pin_memory=True)
+            ids.copy_(ids_S, non_blocking=True)
+            chosen = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            chosen.record()
+        for index in found:
+            row = self._row(request.rows[index])
+            state = row.state.result(_WAIT_S)
+            row.mask = self._maskers.submit(_advance, state, ids, index, chosen)
+
+    # -- in threads ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, new: NewRow, grammar: RowGrammar) -> _Row:
+        if self._tokens is None:
+            raise BadPlan(f"row {new.row} has a grammar, but the vocabulary has not come")
+        emitted = int32_array(new.token_ids)[new.prompt_len :].tolist()
+        state = self._compiler.submit(self._state, grammar, emitted)
+        return _Row(state, self._maskers.submit(_first_mask, state))
+
+    def _state(self, grammar: RowGrammar, emitted: list[int]) -> GrammarState:
+        assert self._tokens is not None
+        matcher = self._compiled.pop(grammar.text, None) or new_matcher(self._tokens.result(), grammar.text)
+        self._compiled[grammar.text] = matcher
+        if len(self._compiled) > _MOST_COMPILED:
+            self._compiled.popitem(last=False)
+        state = GrammarState(matcher.deep_copy(), grammar.stop_ids, self._vocab_size)
+        state.take(emitted)
+        return state
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _with_grammar(self, request: SampleRequest) -> list[int]:
+        if not self._rows:
+            return []
+        return [index for index, sampling in enumerate(request.sampling) if sampling.grammar is not None]
+
+    def _row(self, number: int) -> _Row:
+        row = self._rows.get(number)
+        if row is None:
+            raise BadPlan(f"row {number} samples by a grammar that has not come")
+        return row
+
+    def _packed(self, masks: list[bytes]) -> Tensor:
+        """Return masks as int32 [N, W], in memory from which a copy to a GPU runs in the background."""
+        width = 4 * -(-self._padded_vocab // 32)
+        data = bytearray(b"".join(mask.ljust(width, b"\0") for mask in masks))
+        words = torch.frombuffer(data, dtype=torch.int32).view(len(masks), -1)
+        return words.pin_memory() if self._device.type == "cuda" else words
+
+    def _to_device(self, columns: list[list[int]]) -> tuple[Tensor, ...]:
+        return tuple(torch.tensor(column, dtype=torch.int64).to(self._device) for column in columns)
+
+
+def _first_mask(state: "Future[GrammarState]") -> bytes:
+    return state.result(_WAIT_S).mask()
+
+
+def _advance(state: GrammarState, ids: Tensor, index: int, chosen: torch.cuda.Event | None) -> bytes:
+    if chosen is not None:
+        chosen.synchronize()
+    state.take([int(ids[index])])
+    return state.mask()
