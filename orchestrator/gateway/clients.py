@@ -151,6 +151,7 @@ class Clients:
             requests = self._table.of_connection(connection)
             self._lost_log.write("client %s is %s; %d requests end", connection.hex(), loss, len(requests))
             for request in requests:
-                self._requests.drop(request)
+                if not self._resumptions.keep(request):
+                    self._requests.drop(request)
             if loss != "gone":
                 self._outgoing.to_client(connection, _GIVEN_UP[loss])

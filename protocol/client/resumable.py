@@ -76,17 +76,21 @@ _INTERRUPTED = frozenset({RequestState.DISCONNECTED, RequestState.RESUMING, Requ
 class ResumableRequest:
     """A request in flight: the message that began it, the answer so far, and the state between client and server."""
 
-    def __init__(self, message: Message, retries: int = 0) -> None:
-        """``message`` is a checked generate message. It is sent again ``retries`` times if the server is overloaded."""
+    def __init__(self, message: Message, retries: int = 0, answer: Answer | None = None) -> None:
+        """``message`` is a checked generate message. It is sent again ``retries`` times if the server is overloaded.
+
+        ``answer`` takes what arrives; it may hold the beginning of the answer already.
+        """
         request_id = message["id"]
         assert isinstance(request_id, int)
         self.id = request_id
         self.message = message
         self.retries = retries
-        self.answer = Answer(message)
+        self.answer = Answer(message) if answer is None else answer
         self.state = RequestState.RUNNING
         self.heard_s = time.monotonic()
         """When the server last said anything about this request."""
+        self._may_begin_again = True
         self._losses = 0
         """How often it was lost before the server accepted it."""
         self.resume_at_s = math.inf
@@ -113,6 +117,10 @@ class ResumableRequest:
         """Return True if the server refused the request for now, before anything of its answer has arrived."""
         is_new = self.state is RequestState.RUNNING and not any(self.answer.offsets())
         return message.code == "overloaded" and self.retries > 0 and is_new
+
+    def forbid_new(self) -> None:
+        """Fail rather than send the request again if the server does not know it."""
+        self._may_begin_again = False
 
     def disconnect(self) -> None:
         """Note that the connection was lost."""
@@ -175,7 +183,7 @@ class ResumableRequest:
         return None if self.is_interrupted else self.resume()
 
     def _on_failed(self, message: Failed) -> Message | None:
-        if message.code == "unknown_request" and not any(self.answer.offsets()):
+        if message.code == "unknown_request" and not any(self.answer.offsets()) and self._may_begin_again:
             return self._send_again() if self.is_interrupted else None  # else an earlier `resume` was answered late
         if message.code in ("overloaded", "not_ready") and self.state is not RequestState.RUNNING:
             self.heard_s = time.monotonic()

@@ -58,7 +58,7 @@ class Session:
 
     def begin(self, request: ResumableRequest) -> None:
         """Send a request. Raises what `Channel.send` does."""
-        request.message = {**request.message, "session": self.secret}
+        request.message = {"session": self.secret, **request.message}
         self.channel.send(request.message)
         self.requests[request.id] = request
 

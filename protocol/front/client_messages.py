@@ -94,6 +94,8 @@ class Generate:
     """The gateway ends the request with deadline_exceeded after this many seconds."""
     session: Annotated[str | None, SESSION] = None
     """The client's secret, the same in all its requests. Without it a request ends with its connection's gateway."""
+    keep_s: Annotated[float, Number(0, 60)] = 0.0
+    """With a session: how long the request goes on after its connection is lost, so that it can be resumed."""
     emitted_ids: Annotated[bytes | None, TokenIds()] = None
     """The tokens that another server has answered to the same request with the same seed: this one goes on from there.
 

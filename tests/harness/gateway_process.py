@@ -222,7 +222,16 @@ class FakeEngine:
             self._records[message.session, message.request_id] = (message.context, records)
         for submit, record in zip(submits, records, strict=True):
             self.submits.append(submit)
-            self._running[submit.sequence_id] = _Running(submit, self.script(submit), record)
+            self._running[submit.sequence_id] = self._continued(submit, record)
+
+    def _continued(self, submit: Submit, record: SequenceRecord) -> _Running:
+        """Let the script go on after the tokens that another engine has emitted."""
+        end = len(submit.token_ids) - 4 * submit.num_emitted
+        tokens = self.script(replace(submit, token_ids=submit.token_ids[:end]))
+        for _ in range(submit.num_emitted):
+            next(tokens)
+        record.num_tokens, record.token_ids = submit.num_emitted, submit.token_ids[end:]
+        return _Running(submit, tokens, record, submit.num_emitted)
 
     def _send(self, link: "zmq.Socket[bytes]", message: object) -> None:
         with contextlib.suppress(zmq.Again):  # a gateway that is gone takes nothing
@@ -286,6 +295,7 @@ class GatewayProcess:
         ``client_keys`` is a key file to look at the gateway with.
         """
         self._client_keys = client_keys
+        self._is_closed = False
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="mgpu-test-"))
         self.engine = FakeEngine(f"ipc://{self.runtime_dir}/link")
         self.engine.start()
@@ -358,7 +368,10 @@ class GatewayProcess:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def close(self) -> str:
-        """Close its standard input, as a dying parent does, and give what it wrote to standard error."""
+        """Close its standard input, as a dying parent does, and return what it wrote to standard error."""
+        if self._is_closed:
+            return ""
+        self._is_closed = True
         assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.stderr is not None

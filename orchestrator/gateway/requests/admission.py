@@ -4,12 +4,12 @@ import secrets
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_array
+from mgpu.protocol.front.seeds import seed_of_choice
 from mgpu.protocol.front.server_messages import Accepted
 from mgpu.protocol.internal.admission_rule import AdmissionRule
 from mgpu.protocol.internal.counted import counted
@@ -169,14 +169,6 @@ def _no_room(prompt_tokens: int, limit: int, info: EngineInfo, is_exact: bool = 
 
 def _bottleneck(info: EngineInfo) -> str:
     return "context" if info.max_seq_len <= info.kv_tokens else "KV cache"
-
-
-def seed_of_choice(seed: int, index: int) -> int:
-    """Return the seed of one of ``n`` choices; the first has the request's own, as if it were the only one."""
-    if index == 0:
-        return seed
-    digest = blake2b(seed.to_bytes(8, "little") + index.to_bytes(4, "little"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _sampling(request: Generate, prompt_tokens: int, stop_ids: list[int], seed: int, grammar: str) -> RowSampling:

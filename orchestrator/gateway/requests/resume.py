@@ -83,6 +83,16 @@ class Resumptions:
                 if waiting.connection == connection and waiting.message.id == request_id:
                     waiting.is_cancelled = True
 
+    def keep(self, request: Request) -> bool:
+        """Let a request whose connection is lost go on for its client to come back; return whether it may."""
+        if not request.spec.keep_s or request.spec.session is None or not request.choices:
+            return False
+        running = [each.sequence_id for each in request.choices if not each.is_over]
+        name = request.spec.session, request.id
+        self._orphans.append((time.monotonic() + request.spec.keep_s, name, running))
+        self._table.remove(request)
+        return True
+
     def _wait_for_record(self, connection: bytes, account: Account, message: ResumeRequest) -> None:
         waiting = self._waiting.get((message.session, message.id))
         if waiting is None or waiting.account != account:

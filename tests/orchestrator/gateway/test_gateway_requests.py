@@ -9,8 +9,8 @@ import pytest
 from harness.gateway_process import BOS, EOS, GatewayProcess, says
 from harness.waiting import eventually
 from mgpu import Client, DeadlineExceeded, RequestFailed
-from mgpu.orchestrator.gateway.requests.admission import seed_of_choice
 from mgpu.protocol.front.fields import int32_array
+from mgpu.protocol.front.seeds import seed_of_choice
 from mgpu.protocol.internal.gateway_messages import EngineInfo, Outputs, WakeUp
 
 
@@ -53,7 +53,7 @@ def test_an_engine_that_starts_or_is_silent_does_not_hear_of_every_message(model
 
 def test_an_answer_that_another_server_began_is_continued(gateway: GatewayProcess, client: Client) -> None:
     began = "né".encode()[:2]  # ends inside a character
-    gateway.engine.script = says("é!".encode()[1:])
+    gateway.engine.script = says("né!")
     done = client.generate("x", max_tokens=9, seed=1, emitted_ids=list(began))
     [submit] = gateway.engine.submits
     assert (list(int32_array(submit.token_ids)), submit.num_emitted) == ([BOS, *b"x", *began], 2)

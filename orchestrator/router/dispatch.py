@@ -1,0 +1,218 @@
+"""Give requests to replicas: where most of the prompt is cached and least waits; again where a replica was lost."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.router.part import Part
+from mgpu.orchestrator.router.relay import Ending
+from mgpu.orchestrator.router.replica import SILENT_S, Replica
+from mgpu.orchestrator.router.routed_request import RoutedRequest
+from mgpu.orchestrator.router.table import RoutedTable
+from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
+from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Tokens
+
+MAX_LOSSES = 3
+"""A request that so many replicas were lost with may be what they die of."""
+HOMELESS_S = 60.0
+"""How long a request waits for any replica that takes it."""
+_ELSEWHERE = frozenset({"stopped", "draining", "not_ready"})
+"""Refusals of one replica that say nothing about another."""
+
+log = logging.getLogger(__name__)
+
+
+class Dispatch:
+    """Places requests, and passes on what replicas say about them."""
+
+    def __init__(self, replicas: Sequence[Replica], table: RoutedTable) -> None:
+        self._replicas = replicas
+        self._table = table
+        self._homeless: list[tuple[float, RoutedRequest, list[int]]] = []
+        """(until when, request, choices): no replica takes them now."""
+        self._parts: dict[RoutedRequest, dict[Part, Replica]] = {}
+        """Where the choices of each request are made."""
+        self.moved = 0
+        """Requests that went on elsewhere because a replica was lost."""
+
+    # ----------------------------------------------------------------- placing
+
+    def begin(self, routed: RoutedRequest) -> None:
+        """Send a new request to a replica. Refusal when none takes requests."""
+        if not any(replica.takes_requests for replica in self._replicas):
+            raise Refusal("not_ready", self._why_none(), RETRY_AFTER_S)
+        self._table.add(routed)
+        self._place(routed, list(range(len(routed.choices))))
+
+    def choose(self, routed: RoutedRequest, avoid: Replica | None = None) -> Replica | None:
+        """Return the replica that will probably be the first to have computed the prompt."""
+        able = [each for each in self._replicas if each.takes_requests]
+        ready = [each for each in able if each.state == "ready"] or able
+        others = [each for each in ready if each is not avoid] or ready
+
+        def cost(replica: Replica) -> int:
+            return replica.load - replica.prefixes.matched(routed.keys)
+
+        return min(others, key=cost, default=None)
+
+    def _place(self, routed: RoutedRequest, indexes: list[int], avoid: Replica | None = None) -> None:
+        """Begin a part for these choices, or one for each if some have begun."""
+        is_new = len(indexes) == len(routed.choices) and not any(each.token_ids for each in routed.choices)
+        for group in [indexes] if is_new else [[index] for index in indexes]:
+            replica = self.choose(routed, avoid)
+            if replica is None or not self._send(routed, group, replica):
+                self._homeless.append((time.monotonic() + HOMELESS_S, routed, group))
+
+    def _send(self, routed: RoutedRequest, indexes: list[int], replica: Replica) -> bool:
+        left_s = None if routed.deadline_s is None else routed.deadline_s - time.monotonic()
+        try:
+            message = {k: v for k, v in routed.message_for(indexes, left_s).items() if v is not None}
+            part = Part(routed, indexes, message, self.on_end, self.on_tokens)
+            part.request.notify = lambda: self.on_progress(part)
+            if not replica.begin(part):
+                return False
+        except RequestFailed as error:  # too large with what has been emitted
+            self.fail(routed, Refusal("engine_error", f"cannot go on elsewhere: {error}"))
+            return True
+        self.attach(part, replica)
+        replica.prefixes.add(routed.keys)
+        return True
+
+    def attach(self, part: Part, replica: Replica) -> None:
+        """Note that a replica makes a part."""
+        self._parts.setdefault(part.routed, {})[part] = replica
+
+    def _detach(self, part: Part) -> Replica | None:
+        """Forget a part; return its replica, None if it was forgotten before."""
+        parts = self._parts.get(part.routed, {})
+        replica = parts.pop(part, None)
+        if not parts:
+            self._parts.pop(part.routed, None)
+        if replica is not None:
+            replica.parts.pop(part.request.id, None)
+        return replica
+
+    def _why_none(self) -> str:
+        states = ", ".join(f"{each.name} is {'held' if each.is_held else each.state}" for each in self._replicas)
+        return f"no replica takes requests now ({states or 'there are none'})"
+
+    # ----------------------------------------------------------- from replicas
+
+    def on_progress(self, part: Part) -> None:
+        """Tell the client that its request is accepted, once."""
+        accepted = part.relay.accepted
+        if accepted is not None and part.routed.accepted is None:
+            routed = part.routed
+            routed.accepted = Accepted(
+                routed.id, accepted.model, accepted.prompt_tokens, accepted.max_tokens, accepted.seed
+            )
+            routed.prompt_tokens = accepted.prompt_tokens
+            self._table.send(routed, routed.accepted)
+
+    def on_tokens(self, part: Part, message: Tokens) -> None:
+        """Pass tokens on."""
+        if part in self._parts.get(part.routed, ()):
+            part.has_tokens = True
+            self._table.send(part.routed, part.routed.note(part.indexes[message.index], message))
+
+    def on_end(self, part: Part, ending: Ending) -> None:
+        """End the request when all of its choices have ended, or go on elsewhere."""
+        routed, replica = part.routed, self._detach(part)
+        if replica is None:
+            return
+        if isinstance(ending, Finished):
+            if 0 in part.indexes and not routed.cached_tokens:
+                routed.cached_tokens = ending.cached_tokens
+            for at, index in enumerate(part.indexes):
+                if routed.choices[index].finish_reason is None:
+                    routed.choices[index].finish_reason = ending.finish_reasons[at]
+            if not routed.unfinished:
+                self._table.end(routed, routed.finished())
+        else:
+            self._on_error(part, replica, ending)
+
+    def _on_error(self, part: Part, replica: Replica, error: MgpuError) -> None:
+        routed, code = part.routed, error.code if isinstance(error, RequestFailed) else ""
+        if isinstance(error, ServerUnreachable) or code in _ELSEWHERE:
+            self._go_on_elsewhere(part, replica, str(error))
+        elif isinstance(error, DeadlineExceeded):
+            self.fail(routed, Failed(routed.id, "deadline_exceeded", str(error)))
+        elif isinstance(error, RequestFailed):
+            self.fail(routed, Failed(routed.id, code, str(error), error.retry_after_s))
+        else:
+            self.fail(routed, Failed(routed.id, "engine_error", str(error)))
+
+    def _go_on_elsewhere(self, part: Part, replica: Replica, why: str) -> None:
+        routed = part.routed
+        indexes = [index for index in part.indexes if routed.choices[index].finish_reason is None]
+        if not routed.message:
+            text = "the replica of this request was lost, and so was the router that knew its prompt"
+            self.fail(routed, Refusal("engine_error", text))
+            return
+        routed.losses += 1
+        if routed.losses > MAX_LOSSES:
+            text = f"{routed.losses} replicas were lost with this request; it is not sent to another"
+            self.fail(routed, Refusal("engine_error", text))
+            return
+        self.moved += 1
+        log.debug("request %d goes on elsewhere than at %s: %s", routed.id, replica.name, why)
+        self._place(routed, indexes, avoid=replica)
+
+    # ------------------------------------------------------------------ endings
+
+    def fail(self, routed: RoutedRequest, how: Refusal | Failed) -> None:
+        """End a request with an error, on all replicas."""
+        self.withdraw(routed)
+        self._table.end(routed, how.answer(routed.id) if isinstance(how, Refusal) else how)
+
+    def withdraw(self, routed: RoutedRequest) -> None:
+        """Stop a request on all replicas."""
+        for part, replica in self._parts.pop(routed, {}).items():
+            replica.cancel(part)
+        self._homeless = [each for each in self._homeless if each[1] is not routed]
+
+    def cancel(self, routed: RoutedRequest) -> None:
+        """End a request for its client, with the tokens so far."""
+        self.withdraw(routed)
+        for index in routed.unfinished:
+            self._table.send(routed, routed.note(index, Tokens(routed.id, index, "", [], None, "cancelled")))
+        self._table.end(routed, routed.finished())
+
+    # ------------------------------------------------------------ periodic work
+
+    def leave(self, replica: Replica, why: str) -> None:
+        """Take all requests off a replica that is lost."""
+        for part in list(replica.parts.values()):
+            self._leave(part, replica, why)
+
+    def _leave(self, part: Part, replica: Replica, why: str) -> None:
+        is_ours = self._detach(part) is not None
+        replica.cancel(part)
+        if is_ours:
+            self._go_on_elsewhere(part, replica, why)
+
+    def run_periodic_work(self, now_s: float) -> None:
+        """Leave lost replicas, and place what no replica took."""
+        for replica in self._replicas:
+            if replica.parts and replica.is_lost(now_s):
+                log.warning("%s is lost; %d requests go on elsewhere", replica.name, len(replica.parts))
+                self.leave(replica, "it is lost")
+            elif replica.is_connected:
+                for part in list(replica.parts.values()):
+                    if now_s - part.request.heard_s > SILENT_S:
+                        self._leave(part, replica, "it is silent")
+        homeless, self._homeless = self._homeless, []
+        for until_s, routed, indexes in homeless:
+            if routed.ended_s is not None:
+                continue
+            if routed.deadline_s is not None and now_s >= routed.deadline_s:
+                self.fail(routed, Refusal("deadline_exceeded", "not finished within timeout_s"))
+                continue
+            able = self.choose(routed)
+            if able is not None and self._send(routed, indexes, able):
+                continue
+            if now_s > until_s:
+                self.fail(routed, Refusal("not_ready", self._why_none(), RETRY_AFTER_S))
+            else:
+                self._homeless.append((until_s, routed, indexes))

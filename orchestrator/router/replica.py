@@ -1,0 +1,165 @@
+"""One copy of the server as the router sees it: its connection, its state, and what it works on."""
+
+import itertools
+import logging
+import time
+from pathlib import Path
+
+from mgpu.orchestrator.router.affinity import PrefixKeys
+from mgpu.orchestrator.router.part import Part
+from mgpu.protocol.client.session import Session
+from mgpu.protocol.errors import MgpuError, ServerUnreachable
+from mgpu.protocol.front.server_messages import Health, Models, Stats
+from mgpu.protocol.keys import ClientKeys
+
+ASK_INTERVAL_S = 0.5
+"""How often it is asked for its state and counters."""
+SILENT_S = 15.0
+"""A server says something about each request once a second; after this much silence it counts as lost."""
+LOST_S = 6.0
+"""How long its gateway may be away before the requests go elsewhere; a new gateway takes a second or two."""
+RUNNING_TOKENS = 32
+"""What a request that decodes counts for, beside prompts that wait."""
+_FIRST_QUERY = 1 << 62
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """A server behind the router. It may be started again under another endpoint: `connect`."""
+
+    def __init__(self, name: str, keys: str | Path | ClientKeys | None = None) -> None:
+        self.name = name
+        self.session: Session | None = None
+        self.prefixes = PrefixKeys()
+        self.health: Health | None = None
+        """The last that it has said; None while it is not known."""
+        self.models: list[dict[str, object]] = []
+        self.counters: dict[str, float] = {}
+        self.is_held = False
+        """It gets no new requests: it is about to be stopped."""
+        self.parts: dict[int, Part] = {}
+        """What it works on, by the id that it knows."""
+        self._keys = keys
+        self._numbers = itertools.count(_FIRST_QUERY)
+        self._asked: dict[str, int] = {}
+        self._next_ask_s = 0.0
+        self._seen_s = time.monotonic()
+        """When it was last connected."""
+        self._heard_s = time.monotonic()
+        """When it last answered a question."""
+
+    def connect(self, endpoint: str) -> None:
+        """Begin to connect. Requests on an earlier connection must have been taken off it."""
+        self.disconnect()
+        self.session = Session(endpoint, self._keys)
+        self._seen_s = self._heard_s = time.monotonic()
+
+    def disconnect(self) -> None:
+        """Close the connection; what runs there fails."""
+        session, self.session, self.health = self.session, None, None
+        self._asked.clear()
+        self.prefixes.clear()
+        if session is not None:
+            session.close()
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def is_connected(self) -> bool:
+        return self.session is not None and self.session.channel.is_connected
+
+    @property
+    def state(self) -> str:
+        """Return its own word, or ``unreachable``."""
+        return self.health.state if self.is_connected and self.health is not None else "unreachable"
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.state in ("ready", "stalled", "recovering") and not self.is_held
+
+    @property
+    def load(self) -> int:
+        """Tokens of prompts that wait there, and something for each request that decodes."""
+        return sum(part.waiting_tokens + RUNNING_TOKENS for part in self.parts.values())
+
+    def is_lost(self, now_s: float) -> bool:
+        """Return whether its requests should go elsewhere."""
+        if self.session is None or self.session.channel.server_has_ended():
+            return True
+        silent_s = now_s - (self._heard_s if self.is_connected else self._seen_s)
+        return silent_s > (SILENT_S if self.is_connected else LOST_S)
+
+    # --------------------------------------------------------------- messages
+
+    def begin(self, part: Part) -> bool:
+        """Send it a request; return False if it cannot be sent."""
+        assert self.session is not None
+        try:
+            self.session.begin(part.request)
+        except ServerUnreachable:
+            return False
+        self.parts[part.request.id] = part
+        return True
+
+    def cancel(self, part: Part) -> None:
+        """End a request there, without another word from it."""
+        self.parts.pop(part.request.id, None)
+        if self.session is not None:
+            self.session.cancel(part.request)
+
+    def new_id(self) -> int:
+        """Return an id for a question."""
+        return next(self._numbers)
+
+    def receive(self) -> None:
+        """Handle what has arrived; requests hear of it by themselves."""
+        if self.session is None:
+            return
+        self.session.receive()
+        now_s = time.monotonic()
+        if self.is_connected:
+            self._seen_s = now_s
+        elif self.health is not None and self.session.channel.was_connected:
+            self.health = None
+        self._take_replies(now_s)
+
+    def ask(self, now_s: float) -> None:
+        """Ask for its state and counters, if it is time."""
+        if now_s < self._next_ask_s or not self.is_connected:
+            return
+        self._next_ask_s = now_s + ASK_INTERVAL_S
+        assert self.session is not None
+        for kind in ("health", "models", "stats"):
+            if kind in self._asked or (kind == "models" and self.models):
+                continue
+            try:
+                self._asked[kind] = self.session.ask({"type": kind, "id": self.new_id()})
+            except MgpuError as error:
+                log.debug("%s was not asked for %s: %s", self.name, kind, error)
+
+    def _take_replies(self, now_s: float) -> None:
+        assert self.session is not None
+        for kind, number in list(self._asked.items()):
+            if not self.session.has_reply(number):
+                if not self.is_connected:
+                    self.session.forget(number)
+                    del self._asked[kind]
+                continue
+            del self._asked[kind]
+            self._heard_s = now_s
+            try:
+                if kind == "health":
+                    self._note(self.session.take_reply(number, Health))
+                elif kind == "models":
+                    self.models = self.session.take_reply(number, Models).models
+                else:
+                    self.counters = self.session.take_reply(number, Stats).counters
+            except MgpuError as error:
+                log.debug("%s did not tell its %s: %s", self.name, kind, error)
+
+    def _note(self, health: Health) -> None:
+        if self.health is not None and health.restarts != self.health.restarts:
+            self.prefixes.clear()
+        self.health = health
+        self.prefixes.room_tokens = health.kv_tokens

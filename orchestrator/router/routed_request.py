@@ -1,0 +1,111 @@
+"""One request on its way through the router: what its client asked for, what has been passed on, and where it runs.
+
+A request runs in one part, on one replica. If that replica is lost, each choice that has not ended becomes a part of
+its own on another replica, which begins with the tokens that have been passed on (`emitted_ids`).
+
+    parts                                   client
+    replica 0: choices 0 1   tokens ...     accepted, tokens of 0 and 1
+    replica 0 dies; choice 0 has ended
+    replica 1: choice 1, after its tokens   the next tokens of 1, finished
+"""
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.protocol.front.fields import int32_bytes
+from mgpu.protocol.front.seeds import seed_of_choice
+from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Tokens
+
+
+@dataclass(slots=True)
+class RoutedChoice:
+    """What has been passed on of one choice."""
+
+    token_ids: "array[int]" = field(default_factory=lambda: array("i"))
+    finish_reason: str | None = None
+    messages: list[Tokens] = field(default_factory=list)
+    """All of it, for a client that comes back."""
+    first: int = 0
+    """How many tokens the client had before this router knew the request."""
+
+    def since(self, offset: int) -> list[Tokens]:
+        """Return the messages after ``offset`` tokens. Refusal if no message ends there."""
+        if offset < 0:
+            return []
+        count = self.first
+        for at, message in enumerate(self.messages):
+            if count == offset:
+                return self.messages[at:]
+            count += len(message.token_ids)
+        if count != offset:
+            raise Refusal("bad_request", f"offset {offset} does not fit: the choice has {count} tokens so far")
+        return []
+
+
+@dataclass(slots=True, eq=False)
+class RoutedRequest:
+    """A generate request from arrival to its last message."""
+
+    connection: bytes
+    id: int
+    """The client's own."""
+    message: Mapping[str, object]
+    """What replicas are sent, but for ids and what has been emitted. Empty for a request of an earlier router."""
+    session: str
+    """By which replicas know the request."""
+    upstream_id: int
+    """With the session: by which replicas know it."""
+    is_resumable: bool
+    """Its client has a session of its own."""
+    deadline_s: float | None
+    choices: list[RoutedChoice]
+    keys: list[bytes] = field(default_factory=list)
+    """Of its prompt; see affinity.py."""
+    prompt_size: int = 0
+    """Tokens of the prompt, or about as many."""
+    accepted: Accepted | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    losses: int = 0
+    """How many replicas were lost with it."""
+    last_sent_s: float = 0.0
+    ended_s: float | None = None
+    last: Finished | Failed | None = None
+    """The message that ended it."""
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The choices that have not ended."""
+        return [at for at, choice in enumerate(self.choices) if choice.finish_reason is None]
+
+    def note(self, index: int, message: Tokens) -> Tokens:
+        """Return a message of a replica as the client gets it."""
+        choice, passed_on = self.choices[index], replace(message, id=self.id, index=index)
+        choice.token_ids.extend(message.token_ids)
+        choice.finish_reason = message.finish_reason
+        choice.messages.append(passed_on)
+        return passed_on
+
+    def finished(self) -> Finished:
+        """Return the last message of an answer whose choices have all ended."""
+        reasons = [choice.finish_reason or "cancelled" for choice in self.choices]
+        total = sum(choice.first + len(choice.token_ids) for choice in self.choices)
+        return Finished(self.id, reasons, self.prompt_tokens, total, self.cached_tokens)
+
+    def message_for(self, indexes: list[int], left_s: float | None) -> dict[str, object]:
+        """Return the generate message for a replica that is to make these choices; ``left_s`` is the time they get."""
+        message = {**self.message, "session": self.session, "id": self.upstream_id}
+        if left_s is not None:
+            message["timeout_s"] = max(0.001, left_s)
+        if self.accepted is None:
+            return message
+        message |= {"max_tokens": self.accepted.max_tokens, "seed": self.accepted.seed}
+        if len(indexes) < len(self.choices) or any(self.choices[at].token_ids for at in indexes):
+            [index] = indexes
+            emitted = self.choices[index].token_ids
+            seed = seed_of_choice(self.accepted.seed, index)
+            message |= {"id": self.upstream_id ^ index, "n": 1, "seed": seed}
+            message["emitted_ids"] = int32_bytes(list(emitted)) if emitted else None
+        return message
