@@ -16,7 +16,7 @@ from mgpu.orchestrator.host.systemd import Notifier
 from mgpu.orchestrator.processes.child_process import ProcessStartError
 from mgpu.orchestrator.processes.failures import ending_of
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
-from mgpu.orchestrator.processes.http_process import HttpProcess
+from mgpu.orchestrator.processes.http_process import HttpProcess, front_keys_of
 from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
@@ -68,7 +68,9 @@ class Server:
                 zmq.Context() as context,
                 RuntimeDir() as folder,
                 GatewayProcess(context, folder, config) as gateway,
-                HttpProcess(self._listener, config) as http,
+                HttpProcess(
+                    self._listener, config.http, front_keys_of(config.keys, config.own_pair), config.http_command
+                ) as http,
                 WorkerProcesses(context, folder, config) as workers,
             ):
                 engine = Engine(

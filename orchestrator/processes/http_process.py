@@ -8,11 +8,12 @@ import time
 from collections.abc import Container
 from dataclasses import replace
 
-from mgpu.orchestrator.config import ServerConfig
+from mgpu.orchestrator.config import HTTP_COMMAND
 from mgpu.orchestrator.host.listening import HttpListener
 from mgpu.orchestrator.processes.child_process import ChildProcess, ProcessStartError, describe_exit
 from mgpu.orchestrator.processes.failures import HttpLost, RestartPause
-from mgpu.protocol.internal.http_spec import HTTP_LINK, READY, ApiKey, HttpSpec, NewApiKeys
+from mgpu.protocol.internal.gateway_messages import ServerKeys
+from mgpu.protocol.internal.http_spec import HTTP_LINK, READY, ApiKey, HttpOptions, HttpSpec, NewApiKeys
 from mgpu.protocol.keys import public_of
 
 log = logging.getLogger(__name__)
@@ -28,12 +29,21 @@ class HttpProcess:
     Use it as a context manager; leaving it kills the process.
     """
 
-    def __init__(self, listener: HttpListener | None, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        listener: HttpListener | None,
+        options: HttpOptions,
+        front_keys: list[bytes],
+        command: tuple[str, ...] = HTTP_COMMAND,
+    ) -> None:
+        """``front_keys`` are those of `HttpSpec`: see `front_keys_of`."""
         self.is_ready = listener is None
         """Nothing has to be waited for: it accepts connections, or there is no HTTP."""
         self.restarts = 0
         self._listener = listener
-        self._config = config
+        self._options = options
+        self._front_keys = front_keys
+        self._command = command
         self._pause = RestartPause()
         self._start_at_s = math.inf if listener is None else 0.0
         """When the next process is to be started; infinity while there is one."""
@@ -77,14 +87,14 @@ class HttpProcess:
             listen_fd=listen_fd,
             report_fd=report_to,
             endpoint=endpoint,
-            front_keys=_front_keys(self._config),
-            options=self._config.http,
+            front_keys=self._front_keys,
+            options=self._options,
             unix_path=listener.address.path,
             is_loopback_port=listener.address.is_loopback_port,
         )
         try:
             self._process = ChildProcess(
-                "http", self._config.http_command, HTTP_LINK.encode(spec), os.environ, (listen_fd, report_to)
+                "http", self._command, HTTP_LINK.encode(spec), os.environ, (listen_fd, report_to)
             )
         except ProcessStartError as error:
             self._close_report()
@@ -125,7 +135,7 @@ class HttpProcess:
 
     def reload(self, api_keys: list[ApiKey] | None) -> None:
         """Let this process, and those that replace it, use other API keys."""
-        self._config = replace(self._config, http=replace(self._config.http, api_keys=api_keys))
+        self._options = replace(self._options, api_keys=api_keys)
         if self._process is not None:
             self._process.tell(HTTP_LINK.encode(NewApiKeys(api_keys)))
 
@@ -149,9 +159,9 @@ class HttpProcess:
             self._report_fd = -1
 
 
-def _front_keys(config: ServerConfig) -> list[bytes]:
-    """Return the keys of `HttpSpec`."""
-    if config.keys is None or config.own_pair is None:
+def front_keys_of(keys: ServerKeys | None, own_pair: tuple[bytes, bytes] | None) -> list[bytes]:
+    """Return the keys with which the process connects to a front channel that has ``keys``; none if it needs none."""
+    if keys is None or own_pair is None:
         return []
-    public, secret = config.own_pair
-    return [secret, public, public_of(config.keys.secret)]
+    public, secret = own_pair
+    return [secret, public, public_of(keys.secret)]

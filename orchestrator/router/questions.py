@@ -54,6 +54,8 @@ class Questions:
         self._open: list[_Question] = []
         self.state = ""
         """Set while the router itself drains or stops."""
+        self.own: dict[str, float] = {}
+        """Further counters."""
 
     # ------------------------------------------------------- about the server
 
@@ -115,7 +117,7 @@ class Questions:
             "replicas": float(len(self._replicas)),
             "replicas_ready": float(sum(each.takes_requests for each in self._replicas)),
         }
-        return {**sums, **own, **routed, **mine}
+        return {**sums, **own, **routed, **mine, **self.own}
 
     # --------------------------------------------------------------- about text
 

@@ -1,0 +1,81 @@
+"""Start one copy after the other again, without a refused request: the way to upgrade.
+
+HOLD        no new requests for the copy; those it has may end, for the drain timeout at most
+STOP        it is asked to end
+START       the new process loads
+(ready)     the next copy
+"""
+
+import logging
+from collections.abc import Sequence
+from enum import Enum, auto
+
+from mgpu.orchestrator.router.copies import Copy
+from mgpu.orchestrator.router.dispatch import Dispatch
+
+log = logging.getLogger(__name__)
+
+
+class _Step(Enum):
+    HOLD = auto()
+    STOP = auto()
+    START = auto()
+
+
+class Roll:
+    """At most one copy is held, stopped or starts at a time."""
+
+    def __init__(self, copies: Sequence[Copy], dispatch: Dispatch, drain_timeout_s: float) -> None:
+        self.done = 0
+        """Copies that have been started again, in all."""
+        self._copies = copies
+        self._dispatch = dispatch
+        self._drain_timeout_s = drain_timeout_s
+        self._left: list[Copy] = []
+        self._step = _Step.HOLD
+        self._drained_by_s = 0.0
+
+    @property
+    def is_going_on(self) -> bool:
+        return bool(self._left)
+
+    def begin(self) -> None:
+        """Begin, unless it goes on already."""
+        if self._left:
+            log.warning("the copies are being started again already")
+            return
+        log.info("starting %d copies again, one after the other", len(self._copies))
+        self._left = list(self._copies)
+        self._step, self._drained_by_s = _Step.HOLD, 0.0
+
+    def advance(self, now_s: float) -> None:
+        """Take the next step if it is time."""
+        if not self._left:
+            return
+        copy = self._left[0]
+        if self._step is _Step.HOLD:
+            self._hold(copy, now_s)
+        elif self._step is _Step.STOP and copy.is_gone:
+            self._step = _Step.START
+            copy.start_again()
+        elif self._step is _Step.START and copy.replica.state == "ready":
+            copy.replica.is_held = False
+            self.done += 1
+            log.info("%s is ready again", copy.replica.name)
+            self._left.pop(0)
+            self._step, self._drained_by_s = _Step.HOLD, 0.0
+
+    def _hold(self, copy: Copy, now_s: float) -> None:
+        others = [each for each in self._copies if each is not copy and each.replica.takes_requests]
+        if not others and len(self._copies) > 1:
+            copy.replica.is_held = False  # another one has just died: somebody must take requests
+            return
+        if not copy.replica.is_held:
+            copy.replica.is_held = True
+            self._drained_by_s = now_s + self._drain_timeout_s
+        if copy.replica.parts and now_s < self._drained_by_s:
+            return
+        self._dispatch.leave(copy.replica, "it is started again")
+        copy.begin_to_stop()
+        self._step = _Step.STOP
+        log.info("%s has no requests left and is stopped", copy.replica.name)
