@@ -30,6 +30,8 @@ COMMANDS = {
     "chat": "mgpu.launch.commands.chat:chat_command",
     "status": "mgpu.launch.commands.status:status_command",
     "top": "mgpu.launch.commands.top:top_command",
+    "route": "mgpu.launch.commands.route:route_command",
+    "roll": "mgpu.launch.commands.roll:roll_command",
     "http": "mgpu.launch.commands.http:http_command",
     "doctor": "mgpu.launch.commands.doctor:doctor_command",
     "bench": "mgpu.launch.bench:bench_group",
@@ -41,6 +43,7 @@ COMMANDS = {
 }
 NEEDS = {
     "serve": SERVING,
+    "route": SERVING,
     "plan": PLANNING,
     "bench": SERVING,
     "install-service": SERVING,

@@ -4,7 +4,9 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import sys
+from collections.abc import Mapping, MutableMapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,19 @@ from mgpu.launch.pages.help import Command
 from mgpu.launch.pages.layout import layout_for
 from mgpu.launch.preflight import check_open_files, check_options, keys_for
 from mgpu.launch.prepare import LEAST_FILES, PlannedModel, client_limits, part_of, prepare
+from mgpu.launch.replicas import copy_commands, of_one_copy
 from mgpu.launch.settings.config import ServeConfig, declared_options
 from mgpu.launch.settings.options import config_options, model_argument, read_config
 from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.config import Restarts, ServerConfig, Timeouts
 from mgpu.orchestrator.gateway.front.endpoint import try_endpoint
-from mgpu.orchestrator.host.listening import listening
+from mgpu.orchestrator.host.listening import HttpListener, listening
 from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.server_keys import describe
+from mgpu.orchestrator.host.systemd import Notifier
 from mgpu.orchestrator.placement.devices import worker_environment
+from mgpu.orchestrator.router.copies import COPY_VARIABLE
+from mgpu.protocol.internal.child import end_with_parent
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.internal.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
@@ -52,24 +58,52 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
     Running requests are finished first; a second Ctrl-C stops at once.
     """
     from mgpu.orchestrator.host.signals import end_process
-    from mgpu.orchestrator.host.systemd import Notifier
     from mgpu.orchestrator.server import Server
 
+    component = end_with_router(os.environ)
     notifier = Notifier.from_environment(os.environ)
     config, origins = read_config(config_file, flags)
     allow_open_files()
     keys = check_options(config, origins)
     if config.bind:
         try_endpoint(config.bind, keys is not None)
-    begin_log(config)
+    begin_log(config, component)
     log_security(config, keys)
     http = http_options(config)
     for_all_users = config.http_no_auth or http.api_keys is not None
     with listening(http_address(config, origins["http"] != "default"), for_all_users) as listener:
+        if config.replicas > 1:
+            end_process(serve_copies(config, origins, keys, notifier, listener))
         described = server_config(config, prepare(config), keys)
         server = Server(described, notifier, lambda: read_again(config, config_file, flags), listener)
         status = server.run()
     end_process(status)
+
+
+def end_with_router(environ: MutableMapping[str, str]) -> str:
+    """End with the process that started this server as one of its copies, if one did; return the name for the log."""
+    name, _, pid = environ.pop(COPY_VARIABLE, "").partition(":")
+    if name:
+        end_with_parent(signal.SIGKILL)
+        if pid != str(os.getppid()):  # it ended before
+            sys.exit(1)
+    return name or "server"
+
+
+def serve_copies(
+    config: ServeConfig,
+    origins: Mapping[str, str],
+    keys: ServerKeys | None,
+    notifier: Notifier,
+    listener: HttpListener | None,
+) -> int:
+    """Start several copies and the router in front of them; return minus the signal that ended them. UserError."""
+    from mgpu.orchestrator.router.server import RouterConfig, RouterServer
+
+    planned = prepare(of_one_copy(config))
+    copies = copy_commands(config, origins, planned)
+    described = RouterConfig(config.bind, keys, http_options(config), config.drain_timeout_s, copies)
+    return RouterServer(described, notifier, listener).run()
 
 
 def read_again(config: ServeConfig, config_file: Path | None, flags: dict[str, Any]) -> Reloadable:

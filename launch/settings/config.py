@@ -32,6 +32,7 @@ OTHER_VARIABLES = frozenset(
         "MGPU_NO_P2P",
         "MGPU_PEER_REDUCE",
         "MGPU_STAGE_RELAY",
+        "MGPU_COPY",
         "MGPU_RUNTIME_DIR",
     }
 )
@@ -91,6 +92,9 @@ class ServeConfig:
         "auto", "How GPUs share experts: a slice of each (tensor), or some whole (parallel); auto: slices if they fit."
     )
     workers: int = _option(0, "Worker processes on the CPU (0: one), or on shared GPUs with --oversubscribe.", 0)
+    replicas: int = _option(
+        1, "Whole copies of the model behind one endpoint, each on its share of the GPUs, or of the cores.", 1, 256
+    )
     max_seq_len: Tokens = _option(  # noqa: RUF009
         Tokens(0),
         "Longest prompt plus output, in tokens, such as 8192 or 8k (0: what the model allows).",

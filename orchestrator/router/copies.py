@@ -1,4 +1,4 @@
-"""The processes of `serve --replicas`: each is a whole server, started, watched and replaced by the router's process."""
+"""The processes of `serve --replicas`: whole servers, started, watched and replaced by the router's process."""
 
 import logging
 import os
@@ -15,8 +15,8 @@ from mgpu.orchestrator.router.dispatch import Dispatch
 from mgpu.orchestrator.router.replica import Replica
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 
-PARENT_VARIABLE = "MGPU_ROUTER_PID"
-"""Tells a server that it is a copy: it ends with the process that started it."""
+COPY_VARIABLE = "MGPU_COPY"
+"""Tells a server that it is a copy, its name and whose: ``NAME:PID``. It ends with the process of this number."""
 LOOK_S = 0.2
 """How often a copy that starts is looked for."""
 
@@ -85,7 +85,7 @@ class Copy:
 
     def _start(self) -> None:
         self._base.mkdir(mode=0o700, exist_ok=True)
-        env = {**self._command.env, BASE_VARIABLE: str(self._base), PARENT_VARIABLE: str(os.getpid())}
+        env = {**self._command.env, BASE_VARIABLE: str(self._base), COPY_VARIABLE: f"{self.replica.name}:{os.getpid()}"}
         ours = os.sched_getaffinity(0)
         os.sched_setaffinity(0, self._command.cpus)  # a child inherits it
         try:

@@ -135,6 +135,8 @@ class RouterServer:
             self._look_after_http(http, front.endpoint, ready)
             folder.restore_if_removed()
             self._announce(router, front, folder, http)
+            if self._is_announced:
+                self._notifier.serving(len(router.table), 0, 0.0)
             if self._roll_asked:
                 self._roll_asked = False
                 roll.begin()
