@@ -16,6 +16,8 @@ from pathlib import Path
 from mgpu.protocol.errors import ServerUnreachable
 
 LOCK_NAME = "lock"
+COPY_FOLDER = "copy"
+"""Begins the name of the folder for the runtime directory of a copy, in that of its router."""
 INFO_NAME = "server.json"
 SERVER_DIR_PATTERN = re.compile(r"[0-9a-f]{8}")
 BASE_VARIABLE = "MGPU_RUNTIME_DIR"

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 import zmq
 
@@ -18,6 +19,7 @@ from mgpu.orchestrator.gateway.memory_limit import MemoryFull, prefer_as_oom_vic
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
+from mgpu.protocol.discovery import COPY_FOLDER, LOCK_NAME, is_locked
 from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.gateway_messages import LINK, GatewayFailure, GatewaySpec
 from mgpu.protocol.internal.logs import configure_logging
@@ -61,8 +63,17 @@ def main() -> int:
     finally:
         context.destroy()  # closes all sockets: after an exception the front channel is still open
         if select.select(parent_fds, [], [], _PARENT_DEATH_S)[0]:  # the parent is gone and cannot clean up
-            shutil.rmtree(spec.runtime_dir, ignore_errors=True)
+            _remove_folders(Path(spec.runtime_dir))
     return 0
+
+
+def _remove_folders(own: Path) -> None:
+    """Remove the server's folder, and that of the router whose copy it was, if the router has ended too."""
+    shutil.rmtree(own, ignore_errors=True)
+    of_router = own.parent.parent
+    is_copy = own.parent.name.startswith(COPY_FOLDER) and (of_router / LOCK_NAME).is_file()
+    if is_copy and not is_locked(of_router):
+        shutil.rmtree(of_router, ignore_errors=True)
 
 
 def _serve(

@@ -22,7 +22,7 @@ from mgpu.orchestrator.router.copies import Copy, CopyCommand
 from mgpu.orchestrator.router.replica import Replica
 from mgpu.orchestrator.router.roll import Roll
 from mgpu.orchestrator.router.router import PERIOD_S, Router
-from mgpu.protocol.discovery import RunningServer
+from mgpu.protocol.discovery import COPY_FOLDER, RunningServer
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.internal.http_spec import HttpOptions
 from mgpu.protocol.keys import new_pair
@@ -80,7 +80,7 @@ class RouterServer:
         ):
             signal.signal(ROLL_SIGNAL, self._ask_for_roll)
             copies = [
-                Copy(replica, command, folder.path / f"copy{at}")
+                Copy(replica, command, folder.path / f"{COPY_FOLDER}{at}")
                 for at, (replica, command) in enumerate(zip(self._replicas, config.copies, strict=True))
             ]
             self._connect_endpoints(time.monotonic())

@@ -1,0 +1,58 @@
+"""`mgpu-launch route`: several servers behind one endpoint, and what it refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.gateway_process import GatewayProcess, make_model_folder
+from harness.waiting import eventually
+from mgpu import Client
+from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
+
+
+def route(*arguments: str, environ: dict[str, str] | None = None) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "mgpu.launch.cli", "route", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environ or {})})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ((), "no servers: name each with --replica ENDPOINT"),
+        (("--replica", "localhost:5555"), "no endpoint of a server; write ipc:///path or tcp://"),
+        (("--replica", "ipc:///a", "--replica", "ipc:///a"), "ipc:///a is named twice"),
+        (("--replica-file", "/nowhere/list"), "cannot be read"),
+        (("--replica", "ipc:///a", "--bind", "tcp://0.0.0.0:5555"), "keys"),
+    ],
+)
+def test_mistakes_are_refused_with_the_way_out(arguments: tuple[str, ...], problem: str) -> None:
+    with route(*arguments) as process:
+        _, error = process.communicate(timeout=60)
+    assert process.returncode in (1, 64, 78)
+    assert problem in error
+    assert "Traceback" not in error
+
+
+def test_a_list_of_servers_is_read_again(tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path)
+    listed, base = tmp_path / "servers.txt", {BASE_VARIABLE: str(tmp_path / "run")}
+    with GatewayProcess(model) as first, GatewayProcess(model) as second:
+        listed.write_text(f"{first.endpoint}  # the first\n")
+        with route("--replica-file", str(listed), "--http", "none", environ=base) as process:
+            try:
+                eventually(lambda: bool(running_servers(base)), "it is not ready")
+                with Client(running_servers(base)[0].endpoint) as client:
+                    assert client.generate([5], max_tokens=2).token_ids == (5, 5)
+                    listed.write_text(f"{second.endpoint}\n")
+                    eventually(lambda: "gets no new requests" in client.health().layout, client.health)
+                    eventually(lambda: client.stats()["replicas_ready"] == 1, client.stats)
+                    assert client.generate([6], max_tokens=2).token_ids == (6, 6)
+                assert [len(each.engine.submits) for each in (first, second)] == [1, 1]
+                process.terminate()
+                assert process.wait(30) == -15
+                assert not running_servers(base)
+            finally:
+                process.kill()
