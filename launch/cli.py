@@ -38,6 +38,7 @@ COMMANDS = {
     "config": "mgpu.launch.commands.show_config:config_command",
     "keygen": "mgpu.launch.commands.keygen:keygen_command",
     "completion": "mgpu.launch.commands.completion:completion_command",
+    "man": "mgpu.launch.commands.man:man_command",
     "install-service": "mgpu.launch.commands.install_service:install_service_command",
     "demo": "mgpu.launch.commands.demo:demo_command",
 }
