@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
 from mgpu.launch.commands.talk import print_pieces, server_errors, talk_options, typed
+from mgpu.launch.completion import complete_file
 from mgpu.launch.pages.help import Command
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.client import Client
@@ -23,20 +25,29 @@ MOST_TOKENS = 512
     examples=(
         "mgpu-launch generate 'Once upon a time' --max-tokens 64",
         "mgpu-launch generate - --temperature 0.7 < prompt.txt",
+        "mgpu-launch generate 'A person: ' --json-schema person.json",
     ),
 )
 @click.argument("prompt")
 @talk_options(f"[default: {MOST_TOKENS}]")
 @click.option("--stop", multiple=True, help="End the answer before this text; may be repeated.")
+@click.option("--json-schema", metavar="FILE", shell_complete=complete_file, help="The answer is JSON of this schema.")
 def generate_command(
-    prompt: str, endpoint: str | None, keys: str | None, timeout: float, stop: tuple[str, ...], **sampling: Any
+    prompt: str,
+    endpoint: str | None,
+    keys: str | None,
+    timeout: float,
+    stop: tuple[str, ...],
+    json_schema: str | None,
+    **sampling: Any,
 ) -> None:
     """Continue PROMPT and print the text as it arrives; "-" reads the prompt from standard input.
 
     Without --max-tokens the answer stops after 512 tokens.
     """
     text = _utf8("standard input", _read_input()) if prompt == "-" else _utf8("PROMPT", prompt)
-    options = typed({**sampling, "stop": list(stop) or None})
+    schema = None if json_schema is None else _read_schema(json_schema)
+    options = typed({**sampling, "stop": list(stop) or None, "json_schema": schema})
     with (
         server_errors(),
         Client(endpoint, timeout_s=timeout, keys=keys) as client,
@@ -66,6 +77,19 @@ def _utf8(what: str, text: str) -> str:
             f"{what} is no UTF-8 text at character {error.start + 1}; convert it, for example with: iconv -f LATIN1 "
             "-t UTF-8"
         ) from None
+    return text
+
+
+def _read_schema(path: str) -> str:
+    """Return the text of a file. UserError if it cannot be read or is too long; the server reads what it says."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json-schema {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--json-schema {path}: not a UTF-8 text") from None
+    if not text.strip():
+        raise UserError(f'--json-schema {path}: the file is empty; {{"type": "object"}} is the simplest schema')
     return text
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 from textwrap import fill
 from typing import Any, TypeVar, get_type_hints
 
-from mgpu.protocol.client.request_message import GenerateOptions
+from mgpu.protocol.client.request_message import SHORTCUTS, GenerateOptions
 from mgpu.protocol.front.client_messages import GENERATE_RULES, Generate
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,6 +35,10 @@ MEANINGS = {
     "ignore_eos": "go on after the end-of-sequence token",
     "skip_special_tokens": "leave special tokens out of the text",
     "structured_outputs": "the answer is of this form only; docs/structured.md",
+    "json_schema": "the answer is a JSON document that fits",
+    "regex": "the answer is a match of it",
+    "choice": "the answer is one of these texts",
+    "grammar": "the answer is a text of it",
     "priority": "of a client's waiting requests, the lower number runs first",
     "cache_salt": "prefixes are shared only between requests of the same salt",
     "account": "for a program that serves several clients: whose request this is",
@@ -50,6 +54,10 @@ DEFAULTS = {
     "stop": "none",
     "stop_token_ids": "none",
     "structured_outputs": "none",
+    "json_schema": "none",
+    "regex": "none",
+    "choice": "none",
+    "grammar": "none",
     "cache_salt": "empty",
     "account": "the connection's",
     "timeout_s": "none",
@@ -57,11 +65,16 @@ DEFAULTS = {
 }
 """Defaults whose value does not say what happens."""
 _PYTHON_FORMS = {
+    "structured_outputs": "a map of exactly one of json_schema, json_object, regex, choice, grammar",
+    "json_schema": "a JSON Schema as a map or text, or a class with model_json_schema, such as a pydantic model",
+    "regex": "a regular expression",
+    "choice": "a list of up to 1024 texts",
+    "grammar": "a context-free grammar in Lark's syntax or GBNF",
     "logit_bias": "a map of up to 1024 token ids to numbers from -100 to 100",
     "stop": "a text, or a list of up to 16, each of 1 to 256 characters",
 }
 _PYTHON_DEFAULTS = {"timeout_s": "that of the client"}
-_VALUES = {field.name: field.default for field in fields(Generate)}
+_VALUES = {**dict.fromkeys(SHORTCUTS), **{field.name: field.default for field in fields(Generate)}}
 _WIDTH = 100
 
 

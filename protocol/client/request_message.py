@@ -1,5 +1,6 @@
 """Build the message of a request and check it before it is sent."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict, TypeVar, cast
 
@@ -35,11 +36,19 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: bool
     skip_special_tokens: bool
     structured_outputs: Mapping[str, object] | None
+    json_schema: object
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
     priority: int
     cache_salt: str
     account: str
     timeout_s: float
     template_options: Mapping[str, object]
+
+
+SHORTCUTS = ("json_schema", "regex", "choice", "grammar")
+"""Options of their own for the forms of ``structured_outputs``."""
 
 
 def prompt_field(prompt: str | Sequence[int]) -> dict[str, object]:
@@ -78,12 +87,44 @@ def generate_message(
     """
     values: dict[str, object] = {"type": "generate", "id": request_id, **what, "stream": stream}
     values |= {**options, "timeout_s": timeout_s}
+    _join_forms(values)
     stop, bias = values.get("stop"), values.get("logit_bias")
     if isinstance(stop, str):
         values["stop"] = [stop]
     if isinstance(bias, Mapping):
         values["logit_bias"] = [[token_id, value] for token_id, value in bias.items()]
     return checked(values)
+
+
+def _join_forms(values: dict[str, object]) -> None:
+    """Make ``structured_outputs`` of the shortcuts. RequestFailed for several forms, or a schema that is none."""
+    given = {name: value for name in SHORTCUTS if (value := values.pop(name, None)) is not None}
+    form = values.get("structured_outputs")
+    if (given and form is not None) or len(given) > 1:
+        names = ", ".join([*given, *(["structured_outputs"] if form is not None else [])])
+        raise RequestFailed("bad_request", f"give one form of the answer, got {names}")
+    if given:
+        values["structured_outputs"] = form = given
+    if isinstance(form, Mapping) and form.get("json_schema") is not None:
+        values["structured_outputs"] = {**form, "json_schema": _schema_text(form["json_schema"])}
+
+
+def _schema_text(schema: object) -> str:
+    """Return a JSON Schema as text: of a map, a text, or a class that can describe itself, such as pydantic's models.
+
+    RequestFailed for anything else.
+    """
+    if isinstance(schema, str):
+        return schema
+    describe = getattr(schema, "model_json_schema", None)
+    value = describe() if callable(describe) else schema
+    if not isinstance(value, (Mapping, bool)):
+        kind = type(schema).__name__
+        raise RequestFailed("bad_request", f"json_schema must be a map, JSON text or a pydantic model, got {kind}")
+    try:
+        return json.dumps(value if isinstance(value, bool) else dict(value), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestFailed("bad_request", f"json_schema is no JSON: {str(error)[:200]}") from None
 
 
 def checked(values: Mapping[str, object]) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """A text that is continued without --max-tokens does not go on for ever."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -37,3 +38,17 @@ def test_a_served_name_that_is_not_utf8_is_refused_before_the_model_is_read() ->
     result = CliRunner().invoke(serve_command, ["-m", "/nowhere", "--served-name", "caf\udce9"])
     assert isinstance(result.exception, UserError)
     assert "--served-name" in str(result.exception)
+
+
+@pytest.mark.parametrize(("content", "error"), [
+    (None, "No such file"), (b"", "the file is empty"), (b"\xff", "not a UTF-8 text"),
+])  # fmt: skip
+def test_a_schema_file_that_cannot_be_used_is_refused_before_a_server_is_looked_for(
+    content: bytes | None, error: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "schema.json"
+    if content is not None:
+        file.write_bytes(content)
+    result = CliRunner().invoke(generate_command, ["x", "--json-schema", str(file)])
+    assert isinstance(result.exception, UserError)
+    assert error in str(result.exception)
