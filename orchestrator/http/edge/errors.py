@@ -92,6 +92,8 @@ def _of_failure(error: RequestFailed) -> HttpError:
     text = str(error)
     if error.code == "bad_request" and text.startswith("the request has ") and "the limit is" in text:
         return HttpError(413, text, kind, "request_too_large")
+    if error.code == "bad_request" and text.startswith("the chat template refuses "):
+        return HttpError(422, text, kind, "template_refused", "messages")  # right in form, but not for this model
     if error.code == "bad_request" and " holds " in text:
         code = "context_length_exceeded"
     found = HttpError(status, text, kind, code)

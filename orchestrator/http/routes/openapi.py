@@ -17,7 +17,7 @@ _ERROR = {
     "properties": {"error": {"type": "object", "properties": {"message": {"type": "string"}}, "required": ["message"]}},
     "required": ["error"],
 }
-_STATUSES = (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504)
+_STATUSES = (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,11 @@ def test_without_a_right_key_nothing_is_served(keyed: HttpServer, headers: dict[
         assert answer.error["code"] == "invalid_api_key"
 
 
+def test_a_wrong_key_is_an_error_in_anthropics_form_too(keyed: HttpServer) -> None:
+    answer = keyed.post("/v1/messages", BODY, **{"x-api-key": "wrong"})
+    assert (answer.status, answer.json["type"], answer.json["error"]["type"]) == (401, "error", "authentication_error")
+
+
 def test_both_ways_to_present_a_key_are_taken_and_health_needs_none(keyed: HttpServer, gateway: GatewayProcess) -> None:
     assert keyed.get("/v1/models", authorization=bearer("bob")).status == 200
     assert keyed.post(CHAT, BODY, **{"x-api-key": secret("alice")}).status == 200

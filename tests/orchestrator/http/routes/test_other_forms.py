@@ -105,6 +105,37 @@ def test_errors_of_messages_have_anthropics_form(http: HttpServer, body: Any, st
     assert answer.json["error"]["type"] == kind
 
 
+LONG = "x" * (1_100_000)
+STATUSES: list[tuple[Any, int, str, str]] = [
+    ({"messages": [{"role": "tool", "content": "x"}]}, 422, "template_refused", "invalid_request_error"),
+    ({"messages": HELLO, "model": "other"}, 404, "model_not_found", "not_found_error"),
+    ({"messages": HELLO, "max_tokens": 9999}, 400, "context_length_exceeded", "invalid_request_error"),
+    ({"messages": [{"role": "user", "content": LONG}]}, 413, "request_too_large", "request_too_large"),
+    (b"x" * (5 << 20), 413, "request_too_large", "request_too_large"),
+    (b"{", 400, "invalid_value", "invalid_request_error"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code", "kind"), STATUSES)
+def test_an_error_has_the_same_status_on_every_path_and_its_form(
+    http: HttpServer, body: Any, status: int, code: str, kind: str
+) -> None:
+    whole = {"max_tokens": 5, "temperature": 1, **body} if isinstance(body, dict) else body
+    openai, anthropic = http.post("/v1/chat/completions", whole), http.post(MESSAGES, whole)
+    assert (openai.status, openai.error["code"]) == (status, code)
+    assert (anthropic.status, anthropic.json["type"], anthropic.json["error"]["type"]) == (status, "error", kind)
+    if isinstance(body, dict):
+        streamed = http.post(MESSAGES, {**whole, "stream": True})
+        assert (streamed.status, streamed.json["error"]["type"]) == (status, kind), "no stream has begun"
+
+
+def test_a_full_and_a_loading_server_say_it_in_anthropics_form_too(http: HttpServer, gateway: GatewayProcess) -> None:
+    gateway.set_info(state="starting")
+    answer = http.post(MESSAGES, {"messages": HELLO, "max_tokens": 9})
+    assert (answer.status, answer.json["error"]["type"]) == (503, "overloaded_error")
+    assert int(answer.headers["retry-after"]) >= 1
+
+
 def test_texts_become_tokens_and_back(http: HttpServer, gateway: GatewayProcess) -> None:
     found = http.post("/tokenize", {"prompt": "ab"}).json
     assert (found["tokens"][-2:], found["count"]) == ([97, 98], len(found["tokens"]))
