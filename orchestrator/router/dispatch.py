@@ -69,6 +69,7 @@ class Dispatch:
         try:
             message = {k: v for k, v in routed.message_for(indexes, left_s).items() if v is not None}
             part = Part(routed, indexes, message, self.on_end, self.on_tokens)
+            part.uncached_tokens = max(1, routed.prompt_size - replica.prefixes.matched(routed.keys))
             part.request.notify = lambda: self.on_progress(part)
             if not replica.begin(part):
                 return False

@@ -23,6 +23,8 @@ class Part:
         self.indexes = indexes
         """Which choices of the client's request those of this part are."""
         self.has_tokens = False
+        self.uncached_tokens = routed.prompt_size
+        """Tokens of the prompt that its replica has still to compute, before the answer begins."""
         relay = Relay(message, lambda tokens: on_tokens(self, tokens), lambda ending: on_end(self, ending))
         self.relay = relay
         emitted = message.get("emitted_ids")
@@ -33,4 +35,4 @@ class Part:
     @property
     def waiting_tokens(self) -> int:
         """Tokens of a prompt that its replica has still to compute; 0 once the answer has begun."""
-        return 0 if self.has_tokens else self.routed.prompt_size
+        return 0 if self.has_tokens else self.uncached_tokens

@@ -18,7 +18,7 @@ SILENT_S = 15.0
 """A server says something about each request once a second; after this much silence it counts as lost."""
 LOST_S = 6.0
 """How long its gateway may be away before the requests go elsewhere; a new gateway takes a second or two."""
-RUNNING_TOKENS = 32
+RUNNING_TOKENS = 8
 """What a request that decodes counts for, beside prompts that wait."""
 _FIRST_QUERY = 1 << 62
 
