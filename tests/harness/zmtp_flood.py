@@ -7,17 +7,19 @@ from collections.abc import Iterator
 DEADLINE_S = 30.0
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 _READY = b"\x05READY" + b"\x0bSocket-Type" + b"\0\0\0\x06DEALER"
-_COMMAND, _LONG_AND_MORE = b"\x04", b"\x03"
+_IDENTITY = b"\x08Identity"
+_LONG_COMMAND, _LONG_AND_MORE = b"\x06", b"\x03"
 MiB = 1 << 20
 
 
 @contextlib.contextmanager
-def raw_connection(endpoint: str) -> Iterator[socket.socket]:
+def raw_connection(endpoint: str, routing_id: bytes = b"") -> Iterator[socket.socket]:
     """Connect to an ipc endpoint and complete the handshake. OSError when nobody answers."""
+    ready = _READY + (_IDENTITY + len(routing_id).to_bytes(4, "big") + routing_id if routing_id else b"")
     with socket.socket(socket.AF_UNIX) as peer:
         peer.settimeout(DEADLINE_S)
         peer.connect(endpoint.removeprefix("ipc://"))
-        peer.sendall(GREETING + _COMMAND + bytes([len(_READY)]) + _READY)
+        peer.sendall(GREETING + _LONG_COMMAND + len(ready).to_bytes(8, "big") + ready)
         hear(peer, b"READY")
         yield peer
 

@@ -67,6 +67,21 @@ def guess_routing_ids(attacker: Attacker, clock: Clock) -> None:
         connect_once.close(linger=0)
 
 
+def routing_id_in_use(attacker: Attacker, clock: Clock) -> None:
+    """Connect again and again under one routing id, send what nobody will read, and leave."""
+    holder = attacker.connect(b"taken")
+    attacker.say(holder, type="models")
+    holder.poll(1000)
+    for turn in clock.turns():
+        peers = [attacker.connect(b"taken", heartbeat_ms=1000) for _ in range(4 * attacker.strength)]
+        for peer in peers:
+            for _ in range(100):
+                attacker.say(peer, type="models" if turn % 2 else "x" * 100_000)
+        time.sleep(min(0.05, clock.left_s))
+        for peer in peers:
+            peer.close(linger=0)
+
+
 def empty_frames(attacker: Attacker, clock: Clock) -> None:
     """Send messages of millions of empty frames."""
     count = 2_000_000 * attacker.strength
@@ -230,6 +245,6 @@ def idle_connections(attacker: Attacker, clock: Clock) -> None:
 
 
 CONNECTIONS: tuple[Callable[[Attacker, Clock], None], ...] = (
-    connect_and_ask, claim_routing_ids, guess_routing_ids, empty_frames, many_frames, half_hello, slow_hello,
-    connect_and_reset, ping_and_close, garbage_bytes, unlisted_keys, idle_connections,
+    connect_and_ask, claim_routing_ids, guess_routing_ids, routing_id_in_use, empty_frames, many_frames, half_hello,
+    slow_hello, connect_and_reset, ping_and_close, garbage_bytes, unlisted_keys, idle_connections,
 )  # fmt: skip

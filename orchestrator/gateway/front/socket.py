@@ -15,7 +15,7 @@ from mgpu.orchestrator.gateway.front.access import DOMAIN, AccessControl, origin
 from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.connections import Connections
 from mgpu.orchestrator.gateway.front.endpoint import BindError, bind, is_lost, release
-from mgpu.orchestrator.gateway.front.read_size import read_frame_by_frame
+from mgpu.orchestrator.gateway.front.hidden_options import set_hidden_options
 from mgpu.orchestrator.gateway.front.routing_ids import AutomaticIds, seed
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.client_messages import REQUEST_ID
@@ -84,10 +84,10 @@ class FrontSocket:
         if keys is not None and has_keys:
             use_server_key(self.socket, keys.secret)
         framing.set_server_options(self.socket, max_bytes)
-        read_frame_by_frame(self.socket)
         self.socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
         automatic_ids = AutomaticIds(context, self.socket)
+        set_hidden_options(context, self.socket)
         self.connections = Connections(context, self.socket, automatic_ids, _room_for_connections(), has_keys)
         self._limits = replace(framing.FROM_CLIENT, frame_bytes=max_bytes)
         self._backlogs: dict[bytes, _Backlog] = {}

@@ -15,6 +15,7 @@ import zmq
 from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
 from harness.raw_peer import RawPeer, read_until_closed
 from mgpu import Client, RequestFailed
+from mgpu.protocol.front.framing import pack, unpack
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayFailure, GatewayReady, Outputs, Ping
 
 
@@ -172,19 +173,20 @@ def test_two_gateways_do_not_disturb_each_other(model_folder: Path) -> None:
         assert [len(each.engine.submits) for each in (one, two)] == [1, 1]
 
 
-def test_a_peer_with_the_routing_id_of_another_gets_nothing(model_folder: Path) -> None:
+def test_peers_that_ask_for_one_routing_id_get_their_own_answers_only(model_folder: Path) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with GatewayProcess(model_folder) as gateway:
-        sockets = [context.socket(zmq.DEALER) for _ in range(2)]
-        for each in sockets:
+        sockets = [context.socket(zmq.DEALER) for _ in range(3)]
+        for number, each in enumerate(sockets):
             each.setsockopt(zmq.LINGER, 0)
             each.setsockopt(zmq.ROUTING_ID, b"same")
             each.connect(gateway.endpoint)
-            each.send_multipart([b"nonsense"])
-            each.poll(500)
-        assert sockets[0].poll(0)
-        assert not sockets[1].poll(0)
-        for each in sockets:
+            each.send_multipart(pack({"type": "detokenize", "id": number, "token_ids": [65 + number]}))
+        for number, each in enumerate(sockets):
+            assert each.poll(int(DEADLINE_S * 1000))
+            answer = unpack(each.recv_multipart())
+            assert (answer["id"], answer["text"]) == (number, "ABC"[number])
+            assert not each.poll(0)
             each.close()
     context.term()
 

@@ -16,6 +16,7 @@ from harness.raw_peer import RawPeer
 from harness.waiting import eventually
 from harness.zmtp_flood import GREETING, raw_connection
 from mgpu.orchestrator.gateway.front import connections as module
+from mgpu.orchestrator.gateway.front import socket as socket_module
 from mgpu.orchestrator.gateway.front.open_connection import OpenConnection, excess
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.protocol.front import framing
@@ -58,6 +59,12 @@ class Front:
         if speaks:
             peer.send_multipart(framing.pack({"id": 1}))
         return peer
+
+
+@pytest.fixture
+def _other_libzmq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let peers choose routing ids, as where the options of libzmq are not found."""
+    monkeypatch.setattr(socket_module, "set_hidden_options", lambda *_: False)
 
 
 @pytest.fixture(params=["ipc", "tcp"])
@@ -117,6 +124,7 @@ def endpoint_address(endpoint: str) -> tuple[socket.AddressFamily, str | tuple[s
     return socket.AF_INET, (host, int(port))
 
 
+@pytest.mark.usefixtures("_other_libzmq")
 def test_a_chosen_id_of_the_kind_that_libzmq_gives_is_refused_and_ended(front: Front) -> None:
     front.dealer(b"\0mine")  # chosen: 4.3 billion to one that it was not given yet
     front.dealer(b"\0of another kind")
@@ -128,6 +136,7 @@ def test_a_chosen_id_of_the_kind_that_libzmq_gives_is_refused_and_ended(front: F
     front.run_until(1)
 
 
+@pytest.mark.usefixtures("_other_libzmq")
 def test_a_held_id_that_libzmq_comes_near_is_freed(front: Front) -> None:
     """Holders that say nothing: libzmq would abort the process when it gives their id to another."""
     speaker, ids = front.dealer(), front.connections._ids

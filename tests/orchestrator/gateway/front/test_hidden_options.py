@@ -1,4 +1,4 @@
-"""A client that mixes PINGs with its messages and leaves: libzmq aborts where it has read ahead."""
+"""Clients that mix PINGs with their messages and leave, or choose routing ids: libzmq alone would not stand that."""
 
 import contextlib
 import itertools
@@ -7,13 +7,15 @@ import time
 from pathlib import Path
 
 import msgpack
+import psutil
 import pytest
 import zmq
 
 from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
-from harness.zmtp_flood import raw_connection
-from mgpu.orchestrator.gateway.front import read_size
-from mgpu.orchestrator.gateway.front.read_size import read_frame_by_frame
+from harness.waiting import eventually
+from harness.zmtp_flood import hear, raw_connection
+from mgpu.orchestrator.gateway.front import hidden_options
+from mgpu.orchestrator.gateway.front.hidden_options import set_hidden_options
 from mgpu.protocol.front.framing import VERSION
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.keys import ClientKeys, new_pair, use_client_keys
@@ -65,12 +67,32 @@ def test_heartbeats_of_a_client_with_keys_that_leaves_do_not_end_the_gateway(mod
     context.destroy(0)
 
 
+def test_a_routing_id_is_not_chosen_by_a_peer_whatever_it_asks_for(gateway: GatewayProcess) -> None:
+    """An id in use would keep all that is sent under it, and its descriptor; a long one would cost time."""
+    gateway_process = psutil.Process(gateway.process.pid)
+    with raw_connection(gateway.endpoint, b"taken") as holder:
+        holder.sendall(MESSAGE)
+        hear(holder, b"running")
+        before = gateway_process.num_fds()
+        for _ in range(20):
+            with raw_connection(gateway.endpoint, b"taken") as peer:
+                peer.sendall(MESSAGE * 200)
+        with raw_connection(gateway.endpoint, b"taken") as peer:
+            peer.sendall(MESSAGE)
+            hear(peer, b"running")
+        with raw_connection(gateway.endpoint, bytes(1_000_000)) as peer:
+            peer.sendall(MESSAGE)
+            hear(peer, b"running")
+        eventually(lambda: gateway_process.num_fds() <= before)
+    assert_serves(gateway.endpoint)
+
+
 def test_large_and_small_messages_arrive_whole_in_any_pieces(tmp_path: Path) -> None:
     """The frames that lie just below, at and above the lengths at which ZMTP and libzmq change their ways."""
     sizes = [0, 1, 2, 3, 7, 8, 9, 32, 33, 34, 255, 256, 257, 8191, 8192, 8193, 1 << 20]
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router, dealer = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
-    assert read_frame_by_frame(router)
+    assert set_hidden_options(context, router)
     router.bind(f"ipc://{tmp_path}/front")
     dealer.connect(f"ipc://{tmp_path}/front")
     sent = [
@@ -87,7 +109,7 @@ def test_large_and_small_messages_arrive_whole_in_any_pieces(tmp_path: Path) -> 
 def test_another_libzmq_is_left_alone_and_said_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(read_size.zmq, "zmq_version_info", lambda: (4, 4, 0))
+    monkeypatch.setattr(hidden_options.zmq, "zmq_version_info", lambda: (4, 4, 0))
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router, caplog.at_level(logging.WARNING):
-        assert not read_frame_by_frame(router)
-    assert "reads ahead" in caplog.text
+        assert not set_hidden_options(context, router)
+    assert "are not found" in caplog.text
