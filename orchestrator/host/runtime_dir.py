@@ -75,6 +75,14 @@ class RuntimeDir:
             os.umask(old_mask)
         return endpoint
 
+    def close_socket(self, socket: "zmq.Socket[bytes]") -> None:
+        """Close a socket that may be bound here, at once, and remove its file: libzmq leaves that."""
+        path = str(socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0").removeprefix("ipc://")
+        socket.close(linger=0)
+        if path:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
     def announce(self, server: discovery.RunningServer) -> None:
         """Let clients find a ready server. RuntimeDirError when that cannot be written."""
         try:

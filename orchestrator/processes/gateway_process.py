@@ -305,7 +305,7 @@ class GatewayProcess:
             self._unread.extend(self._receive_new(OUTBOX_LIMIT))
         last_messages, self._unread = self._unread, []
         self.is_ready = False
-        self.socket.close(linger=0)
+        self._runtime.close_socket(self.socket)
         self._generation += 1
         self._info = info
         self._make_socket()

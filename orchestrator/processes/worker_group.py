@@ -320,5 +320,5 @@ class WorkerGroup:
         for process in self.processes:
             process.kill()
         for socket in self.sockets:
-            socket.close(linger=0)
+            self._runtime.close_socket(socket)
         self.processes, self.sockets = [], []

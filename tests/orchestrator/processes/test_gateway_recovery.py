@@ -17,6 +17,20 @@ from mgpu import Client
 from mgpu.protocol.internal.gateway_messages import RecordQuery, Resumable, WakeUp
 
 
+def test_sockets_of_those_that_were_replaced_are_removed(folder: Path) -> None:
+    with ready_server(folder) as server:
+
+        def sockets() -> list[str]:
+            return sorted(path.name for path in (folder / "run").rglob("*-*") if path.is_socket())
+
+        assert sockets() == ["link-0", "worker-0-0"]
+        lose_the_gateway(server)
+        assert sockets() == ["link-1", "worker-0-0"]
+        server.children_like("harness.fake_worker")[0].kill()
+        server.wait_for(lambda: "worker-0-0" not in sockets() and len(sockets()) == 2)
+        assert sockets() == ["link-1", "worker-1-0"]
+
+
 class Streams:
     """16 clients, each in its thread, that stream one request after another and compare every token."""
 
