@@ -16,6 +16,8 @@ from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.gateway_messages import (
+    DRAINING,
+    DUPLICATE,
     Cancel,
     GatewayReady,
     RecordQuery,
@@ -119,7 +121,7 @@ class GatewayBridge:
 
     def _submit(self, submit: Submit) -> None:
         if self._life.state is ServerState.DRAINING:
-            self._scheduler.refuse(submit.sequence_id, "the server is finishing its last requests before it stops")
+            self._scheduler.refuse(submit.sequence_id, DRAINING)
             return
         try:
             self._scheduler.submit(submit, time.monotonic())
@@ -130,7 +132,7 @@ class GatewayBridge:
     def _open_resumable(self, message: Resumable) -> None:
         if not self._journal.open(message):
             for submit in message.submits:
-                self._scheduler.refuse(submit.sequence_id, "a request of this session and id is running; resume it")
+                self._scheduler.refuse(submit.sequence_id, DUPLICATE)
             return
         for submit in message.submits:
             self._submit(submit)

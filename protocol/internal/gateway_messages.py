@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from mgpu.protocol.front.server_messages import FailureCode
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.codec import Codec
 from mgpu.protocol.internal.worker_messages import RowSampling, TokenLogprobs, Vocabulary
@@ -200,6 +201,12 @@ class StatsReply:
     counters: dict[str, float]
     """running, waiting, kv_blocks_total, kv_blocks_used, prompt_tokens, generated_tokens, steps, preemptions,
     prefix_hit_tokens, last_step_age_s, uptime_s, …"""
+
+
+DUPLICATE = "a request of this session and id is running; resume it, or choose another id"
+DRAINING = "the server is finishing its last requests before it stops"
+REFUSALS: dict[str, FailureCode] = {DUPLICATE: "duplicate_id", DRAINING: "draining"}
+"""Errors of `Outputs` with which the engine refuses what the gateway could not know to be in vain, and their codes."""
 
 
 @dataclass(frozen=True, slots=True)

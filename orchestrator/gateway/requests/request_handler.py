@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.socket import Received
 from mgpu.orchestrator.gateway.requests.admission import ServedModel, admit, check_length, longest_prompt
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
@@ -16,8 +16,8 @@ from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.protocol.front.client_messages import Generate, TextQuery
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.front.server_messages import Detokenized, Keepalive, Tokenized
-from mgpu.protocol.internal.gateway_messages import Cancel, Outputs, Resumable
+from mgpu.protocol.front.server_messages import Detokenized, FailureCode, Keepalive, Tokenized
+from mgpu.protocol.internal.gateway_messages import REFUSALS, Cancel, Outputs, Resumable
 from mgpu.protocol.internal.worker_messages import Vocabulary
 
 KEEPALIVE_S = 1.0
@@ -133,7 +133,7 @@ class RequestHandler:
             if choice.last_token_s is None and choice.index == 0:
                 request.cached_tokens = outputs.cached_tokens[at]
             if outputs.finish[at] == "error":
-                self.fail(request, Refusal("engine_error", outputs.errors[at] or "the engine failed"))
+                self.fail(request, _failure_of(outputs.errors[at]))
                 continue
             logprobs = outputs.logprobs[at] if outputs.logprobs else ()
             self.times.on_tokens(request, choice, len(outputs.token_ids[at]), now)
@@ -221,3 +221,9 @@ class RequestHandler:
         for choice in request.choices:
             if not choice.is_over:
                 self._outgoing.to_engine(Cancel(choice.sequence_id, "cancelled"))
+
+
+def _failure_of(error: str) -> Refusal:
+    """Return how a request ends that the engine has failed or refused."""
+    code: FailureCode = REFUSALS.get(error, "engine_error")
+    return Refusal(code, error or "the engine failed", RETRY_AFTER_S if code == "draining" else None)

@@ -11,7 +11,7 @@ from harness.waiting import eventually
 from mgpu import Client, DeadlineExceeded, RequestFailed
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.seeds import seed_of_choice
-from mgpu.protocol.internal.gateway_messages import EngineInfo, Outputs, WakeUp
+from mgpu.protocol.internal.gateway_messages import REFUSALS, EngineInfo, Outputs, WakeUp
 
 
 def test_ids_are_continued_and_come_back_as_text(client: Client) -> None:
@@ -245,6 +245,18 @@ def test_an_engine_error_fails_the_whole_request_and_the_next_one_is_served(gate
         assert caught.value.code == "engine_error"
         gateway.engine.error = ""
         assert client.generate([1], max_tokens=1).token_ids == (1,)
+
+
+@pytest.mark.parametrize(("error", "code"), REFUSALS.items())
+def test_what_the_engine_refuses_has_its_own_code(
+    gateway: GatewayProcess, client: Client, error: str, code: str
+) -> None:
+    """A name that another gateway has begun a request under; a stop that the gateway has not heard of."""
+    gateway.engine.error = error
+    with pytest.raises(RequestFailed) as caught:
+        client.generate([1], n=2)
+    assert caught.value.code == code
+    assert caught.value.retry_after_s == (1.0 if code == "draining" else None)
 
 
 def test_states_of_the_engine_decide_what_is_accepted(gateway: GatewayProcess, client: Client) -> None:
