@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from mgpu.protocol.client.parsed_text import ParsedText, parser_for
 from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, TokenLogprob, Usage
 from mgpu.protocol.errors import DeadlineExceeded, MgpuError
 from mgpu.protocol.front.fields import FieldError
@@ -14,7 +15,8 @@ from mgpu.protocol.front.server_messages import Accepted, Finished, Tokens
 class _Choice:
     """What has arrived of one choice."""
 
-    text: list[str] = field(default_factory=list)
+    text: ParsedText | None = None
+    """None before the first token."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     has_ended: bool = False
@@ -36,6 +38,7 @@ class Answer:
         self._finished: Finished | None = None
         self._last: Piece | None = None
         """The last piece of a choice, held back: if `Finished` comes next, this piece brings the usage."""
+        self._request = request
         self._wants_logprobs = request.get("logprobs") is not None
         self._choices = [_Choice() for _ in range(num_choices)]
 
@@ -50,24 +53,36 @@ class Answer:
         self.release()
         logprobs = _logprobs(message) if self._wants_logprobs else None
         choice = self._choices[message.index]
-        choice.text.append(message.text)
         choice.token_ids += message.token_ids
         choice.logprobs += logprobs or ()
-        piece = Piece(message.index, message.text, tuple(message.token_ids), logprobs, message.finish_reason, None)
+        piece = self._piece(choice, message.index, message.text, message.finish_reason)
+        piece = replace(piece, token_ids=tuple(message.token_ids), logprobs=logprobs)
         if message.finish_reason is None:
             self.pieces.append(piece)
         else:
-            choice.has_ended, choice.finish_reason = True, message.finish_reason
             self._last = piece
+
+    def _piece(self, choice: _Choice, index: int, text: str, reason: str | None) -> Piece:
+        """Return what a part of the text brings; with ``reason`` it is the last of its choice."""
+        if choice.text is None:
+            choice.text = ParsedText(parser_for(self._request, self.accepted))
+        part = choice.text.add(text, is_last=reason is not None)
+        if reason is not None:
+            reason = "tool_calls" if reason == "stop" and choice.text.has_calls else reason
+            choice.has_ended, choice.finish_reason = True, reason
+        return Piece(index, part.text, (), None, reason, None, part.reasoning, part.tool_calls)
 
     def finish(self, message: Finished) -> None:
         """End the answer. A choice without a last piece was cancelled before its first token."""
         if len(message.finish_reasons) != len(self._choices):
             raise FieldError(f"the server ended {len(message.finish_reasons)} choices of {len(self._choices)}")
         for index, reason in enumerate(message.finish_reasons):
-            if not self._choices[index].has_ended:
+            choice = self._choices[index]
+            if not choice.has_ended:
                 self.release()
-                self._last = Piece(index, "", (), () if self._wants_logprobs else None, reason, None)
+                self._last = replace(
+                    self._piece(choice, index, "", reason), logprobs=() if self._wants_logprobs else None
+                )
         self.release(_usage(message))
         self._finished = message
 
@@ -90,22 +105,25 @@ class Answer:
             raise self.error
         if self._finished is None:
             raise MgpuError("the answer is not complete: its stream was closed, or has not ended yet")
-        reasons = self._finished.finish_reasons
-        choices = tuple(self._completed(index, reasons[index]) for index in range(len(self._choices)))
+        choices = self._completed()
         accepted = self.accepted or Accepted(self._finished.id, "", self._finished.prompt_tokens, 0, 0)
         return Completion(choices, _usage(self._finished), accepted.model, accepted.seed)
 
     def partial(self) -> Completion:
         """Return what has arrived. Choices that have not ended count as cancelled; the usage is what is known."""
-        choices = tuple(self._completed(index, choice.finish_reason) for index, choice in enumerate(self._choices))
+        choices = self._completed()
         usage = Usage(self.accepted.prompt_tokens if self.accepted else 0, sum(len(c.token_ids) for c in choices), 0)
         model, seed = (self.accepted.model, self.accepted.seed) if self.accepted else ("", 0)
         return Completion(choices, usage, model, seed)
 
-    def _completed(self, index: int, reason: str) -> CompletionChoice:
-        choice = self._choices[index]
-        logprobs = tuple(choice.logprobs) if self._wants_logprobs else None
-        return CompletionChoice(index, "".join(choice.text), tuple(choice.token_ids), logprobs, reason)
+    def _completed(self) -> tuple[CompletionChoice, ...]:
+        choices = []
+        for index, choice in enumerate(self._choices):
+            logprobs = tuple(choice.logprobs) if self._wants_logprobs else None
+            text, reasoning, calls = ("", "", ()) if choice.text is None else choice.text.so_far(choice.has_ended)
+            ids, reason = tuple(choice.token_ids), choice.finish_reason
+            choices.append(CompletionChoice(index, text, ids, logprobs, reason, reasoning, calls))
+        return tuple(choices)
 
 
 def _usage(message: Finished) -> Usage:

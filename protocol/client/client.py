@@ -30,7 +30,7 @@ from mgpu.protocol.client.many import (
     are_many_chats,
 )
 from mgpu.protocol.client.option_help import with_options
-from mgpu.protocol.client.request_message import GenerateOptions, generate_message, messages_field, prompt_field
+from mgpu.protocol.client.request_message import GenerateOptions, chat_fields, generate_message, prompt_field
 from mgpu.protocol.client.results import Completion
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply, Session
@@ -38,6 +38,7 @@ from mgpu.protocol.client.stream import CompletionStream
 from mgpu.protocol.client.text_queries import (
     Prompt,
     TemplateOptions,
+    Tools,
     detokenize_message,
     tokenize_message,
     wait_before_retry_s,
@@ -120,17 +121,18 @@ class Client:
     def chat(self, messages: Any, **options: Unpack[GenerateOptions]) -> Completion | list[Completion]:
         """Answer chat messages (maps with role and content) through the model's template.
 
+        The answer's reasoning and tool calls are apart from its text; its `message` continues the chat.
         A list of chats gets the list of their answers; `map` can do more.
         """
         if are_many_chats(messages):
             return self.map(messages, **options)
-        with self._begin(messages_field(messages), options, stream=False) as stream:
+        with self._begin(chat_fields(messages), options, stream=False) as stream:
             return stream.completion()
 
     @with_options
     def stream_chat(self, messages: Chat, **options: Unpack[GenerateOptions]) -> CompletionStream:
         """Answer chat messages and return an iterator over the pieces as they come."""
-        return self._begin(messages_field(messages), options, stream=True)
+        return self._begin(chat_fields(messages), options, stream=True)
 
     @overload
     def map(
@@ -174,19 +176,24 @@ class Client:
         connection.answer_all(answers, lambda prompt: self._request(any_field(prompt), options, stream=False))
         return answers.in_order()
 
-    def count_tokens(self, prompt: Prompt, *, template_options: TemplateOptions = None) -> int:
+    def count_tokens(self, prompt: Prompt, *, template_options: TemplateOptions = None, tools: Tools = None) -> int:
         """Return how many prompt tokens a request with ``prompt``, text or chat messages, would have."""
-        message = tokenize_message(prompt, "count", template_options)
+        message = tokenize_message(prompt, "count", template_options, tools=tools)
         return self._ask_text(message, Tokenized).num_tokens or 0
 
     def tokenize(
-        self, prompt: Prompt, *, add_special_tokens: bool = True, template_options: TemplateOptions = None
+        self,
+        prompt: Prompt,
+        *,
+        add_special_tokens: bool = True,
+        template_options: TemplateOptions = None,
+        tools: Tools = None,
     ) -> list[int]:
         """Return the token ids that a request with ``prompt``, text or chat messages, would have.
 
         Without ``add_special_tokens`` a text gets no beginning-of-sequence token.
         """
-        message = tokenize_message(prompt, "token_ids", template_options, add_special_tokens)
+        message = tokenize_message(prompt, "token_ids", template_options, add_special_tokens, tools)
         return int32_array(self._ask_text(message, Tokenized).token_ids or b"").tolist()
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -194,10 +201,15 @@ class Client:
         return self._ask_text(detokenize_message(token_ids, skip_special_tokens), Detokenized).text
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, template_options: TemplateOptions = None
+        self, messages: Chat, *, template_options: TemplateOptions = None, tools: Tools = None, documents: Tools = None
     ) -> str:
         """Return the text that the model's chat template makes of ``messages``."""
-        return self._ask_text(tokenize_message(messages, "text", template_options), Tokenized).text or ""
+        return (
+            self._ask_text(
+                tokenize_message(messages, "text", template_options, tools=tools, documents=documents), Tokenized
+            ).text
+            or ""
+        )
 
     def health(self) -> Health:
         """Ask for the server's state."""

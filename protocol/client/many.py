@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 
-from mgpu.protocol.client.request_message import messages_field, prompt_field
+from mgpu.protocol.client.request_message import chat_fields, prompt_field
 from mgpu.protocol.client.results import Completion
 from mgpu.protocol.errors import MgpuError, RequestFailed
 
 OnePrompt = str | Sequence[int]
 """Text or token ids."""
-Chat = Sequence[Mapping[str, str]]
+Chat = Sequence[Mapping[str, object]]
 AnyPrompt = OnePrompt | Chat
 ManyPrompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]]
 Outcome = Completion | MgpuError
@@ -32,7 +32,7 @@ def are_many_chats(messages: object) -> bool:
 def any_field(prompt: AnyPrompt) -> dict[str, object]:
     """Return the field of a message for a prompt of any kind. RequestFailed says what is wrong with it."""
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
-        return messages_field(prompt)
+        return chat_fields(prompt)
     return prompt_field(prompt)  # type: ignore[arg-type]  # it checks
 
 

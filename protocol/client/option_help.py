@@ -43,6 +43,10 @@ MEANINGS = {
     "cache_salt": "prefixes are shared only between requests of the same salt",
     "account": "for a program that serves several clients: whose request this is",
     "timeout_s": "the request fails after so many seconds",
+    "tools": "functions that the model may call, in OpenAI's form",
+    "tool_choice": "whether it must call one; the name of one: this one",
+    "parallel_tool_calls": "false: only the first call of an answer counts",
+    "documents": "texts that the chat template shows the model",
     "template_options": "variables for the chat template",
 }
 DEFAULTS = {
@@ -61,6 +65,9 @@ DEFAULTS = {
     "cache_salt": "empty",
     "account": "the connection's",
     "timeout_s": "none",
+    "tools": "none",
+    "tool_choice": "auto",
+    "documents": "none",
     "template_options": "none",
 }
 """Defaults whose value does not say what happens."""

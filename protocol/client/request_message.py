@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict, TypeVar, cast
 
 from mgpu.protocol.errors import RequestFailed
+from mgpu.protocol.front.chat_messages import TOOL_CHOICES
 from mgpu.protocol.front.client_messages import parse_client_message
 from mgpu.protocol.front.fields import FieldError, TokenIds
 
@@ -44,6 +45,10 @@ class GenerateOptions(TypedDict, total=False):
     cache_salt: str
     account: str
     timeout_s: float
+    tools: Sequence[Mapping[str, object]]
+    tool_choice: str | Mapping[str, object]
+    parallel_tool_calls: bool
+    documents: Sequence[Mapping[str, object]]
     template_options: Mapping[str, object]
 
 
@@ -67,7 +72,12 @@ def prompt_field(prompt: str | Sequence[int]) -> dict[str, object]:
         raise RequestFailed("bad_request", str(error)) from None
 
 
-def messages_field(messages: Sequence[Mapping[str, str]]) -> dict[str, object]:
+def chat_fields(messages: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """Return the fields for chat messages whose answer is parsed. RequestFailed says what is wrong with them."""
+    return {**messages_field(messages), "show_markers": True}
+
+
+def messages_field(messages: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """Return the field for chat messages. RequestFailed says what is wrong with them."""
     allowed = 'a list such as [{"role": "user", "content": "Hello"}]'
     is_text = isinstance(messages, (str, bytes, bytearray, memoryview, Mapping))
@@ -93,6 +103,9 @@ def generate_message(
         values["stop"] = [stop]
     if isinstance(bias, Mapping):
         values["logit_bias"] = [[token_id, value] for token_id, value in bias.items()]
+    choice = values.get("tool_choice")
+    if isinstance(choice, str) and choice not in TOOL_CHOICES:
+        values["tool_choice"] = {"name": choice}
     return checked(values)
 
 

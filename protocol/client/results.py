@@ -25,6 +25,31 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the model wants to be called."""
+
+    id: str
+    """The result names it: `{"role": "tool", "tool_call_id": id, "content": …}`."""
+    name: str
+    arguments: dict[str, object]
+    arguments_text: str
+    """The same as the JSON that the model wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallPart:
+    """News of a tool call while streaming. The first part has id and name, all have a part of the arguments' JSON."""
+
+    index: int
+    id: str
+    """Empty in all but the first part."""
+    name: str
+    arguments: str
+    is_broken: bool = False
+    """The call does not parse after all: it is void, and its text follows as text of the answer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Part of the answer of one choice while streaming. ``text`` may lag behind ``token_ids``."""
 
@@ -33,9 +58,12 @@ class Piece:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None
     finish_reason: str | None
-    """stop, length or cancelled, in the last piece of a choice."""
+    """stop, length, tool_calls or cancelled, in the last piece of a choice."""
     usage: Usage | None
     """In the last piece of the request."""
+    reasoning: str = ""
+    """Of a chat: what the model has thought before its answer. It is not part of ``text``."""
+    tool_calls: tuple[ToolCallPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +73,27 @@ class CompletionChoice:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None
     finish_reason: str
+    reasoning: str = ""
+    """Of a chat: what the model has thought before its answer. It is not part of ``text``."""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def message(self) -> dict[str, object]:
+        """The answer as a message that continues the chat."""
+        message: dict[str, object] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.tool_calls
+            ]
+        return message
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Completion:
-    """A whole answer. ``text``, ``token_ids``, ``logprobs`` and ``finish_reason`` are those of the first choice."""
+    """A whole answer. What a choice has can be asked of the completion too: then it is that of the first choice."""
 
     choices: tuple[CompletionChoice, ...]
     usage: Usage
@@ -72,6 +116,18 @@ class Completion:
     @property
     def finish_reason(self) -> str:
         return self.choices[0].finish_reason
+
+    @property
+    def reasoning(self) -> str:
+        return self.choices[0].reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.choices[0].tool_calls
+
+    @property
+    def message(self) -> dict[str, object]:
+        return self.choices[0].message
 
     def __str__(self) -> str:
         return self.text

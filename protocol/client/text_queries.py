@@ -8,9 +8,10 @@ from mgpu.protocol.client.resumable import RETRY_S
 from mgpu.protocol.errors import RequestFailed
 from mgpu.protocol.front.client_messages import TextResult
 
-Prompt = str | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[Mapping[str, object]]
 """Text, or chat messages."""
 TemplateOptions = Mapping[str, object] | None
+Tools = Sequence[Mapping[str, object]] | None
 
 
 def tokenize_message(
@@ -18,10 +19,12 @@ def tokenize_message(
     returns: TextResult,
     template_options: TemplateOptions = None,
     add_special_tokens: bool = True,
-    timeout_s: float | None = None,
+    tools: Tools = None,
+    documents: Tools = None,
 ) -> dict[str, object]:
     """Build and check a tokenize message, but for its id. RequestFailed says what is wrong."""
-    options = {"template_options": template_options, "add_special_tokens": add_special_tokens, "timeout_s": timeout_s}
+    options = {"template_options": template_options, "tools": tools, "documents": documents}
+    options["add_special_tokens"] = add_special_tokens  # type: ignore[assignment]
     return checked({"type": "tokenize", "id": 0, **_field(prompt), "returns": returns, **options})
 
 

@@ -8,6 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
+from mgpu.protocol.front.chat_messages import (
+    CHAT,
+    DOCUMENTS,
+    MAX_TEXT_CHARS,
+    TEMPLATE_OPTIONS,
+    TOOL_CHOICE,
+    TOOLS,
+    check_choice,
+)
 from mgpu.protocol.front.fields import (
     INT32_MAX,
     Array,
@@ -17,7 +26,6 @@ from mgpu.protocol.front.fields import (
     Number,
     OneOf,
     Pairs,
-    Record,
     Rule,
     Text,
     TokenIds,
@@ -33,16 +41,7 @@ MAX_CHOICES = 16
 MAX_EMITTED_TOKENS = 1 << 16
 """Their text is made in one turn of the gateway's loop."""
 REQUEST_ID = Integer(0, 2**63 - 1)
-MAX_TEXT_CHARS = 2**27 - 1
-"""Bound of one string; the frame size is the tighter one."""
-
 SESSION = Text(64, 16)
-ROLE = OneOf(("system", "developer", "user", "assistant", "tool"))
-CHAT_MESSAGE = Record({"role": ROLE, "content": Text(MAX_TEXT_CHARS)})
-TEMPLATE_OPTIONS = Record(
-    {"enable_thinking": Flag(), "thinking": Flag(), "reasoning_effort": Text(32), "date_string": Text(64)},
-    optional=True,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +53,19 @@ class Generate:
     prompt: Annotated[str | None, Text(MAX_TEXT_CHARS, 1)] = None
     prompt_ids: Annotated[bytes | None, TokenIds()] = None
     """Little-endian int32."""
-    messages: Annotated[tuple[dict[str, str], ...] | None, Array(CHAT_MESSAGE, 2048, 1)] = None
-    """Chat turns with role and content, rendered by the model's own template."""
+    messages: Annotated[tuple[dict[str, object], ...] | None, CHAT] = None
+    """Chat turns, rendered by the model's own template."""
+    tools: Annotated[tuple[dict[str, object], ...] | None, TOOLS] = None
+    """Functions that the model may call."""
+    tool_choice: Annotated[object, TOOL_CHOICE] = "auto"
+    """A word, or a map with the name of the tool that must be called."""
+    parallel_tool_calls: Annotated[bool, Flag()] = True
+    """False: only the first call of an answer counts."""
+    documents: Annotated[tuple[dict[str, object], ...] | None, DOCUMENTS] = None
+    """Texts that the template shows the model, for models that know this."""
     template_options: Annotated[dict[str, object] | None, TEMPLATE_OPTIONS] = None
+    show_markers: Annotated[bool, Flag()] = False
+    """Show the special tokens that mark tool calls and reasoning; `Accepted` says what their format is."""
     model: Annotated[str | None, Text(512, 1)] = None
     stream: Annotated[bool, Flag()] = False
     """False: one `Tokens` per choice, at its end."""
@@ -134,7 +143,9 @@ class Tokenize:
 
     id: Annotated[int, REQUEST_ID]
     prompt: Annotated[str | None, Text(MAX_TEXT_CHARS)] = None
-    messages: Annotated[tuple[dict[str, str], ...] | None, Array(CHAT_MESSAGE, 2048, 1)] = None
+    messages: Annotated[tuple[dict[str, object], ...] | None, CHAT] = None
+    tools: Annotated[tuple[dict[str, object], ...] | None, TOOLS] = None
+    documents: Annotated[tuple[dict[str, object], ...] | None, DOCUMENTS] = None
     template_options: Annotated[dict[str, object] | None, TEMPLATE_OPTIONS] = None
     model: Annotated[str | None, Text(512, 1)] = None
     returns: Annotated[TextResult, OneOf(get_args(TextResult))] = "token_ids"
@@ -194,8 +205,8 @@ def _parse_generate(data: Mapping[object, object]) -> Generate:
     given = [name for name in ("prompt", "prompt_ids", "messages") if name in parsed]
     if len(given) != 1:
         raise FieldError(f"give exactly one of prompt, prompt_ids and messages, got {' and '.join(given) or 'none'}")
-    if request.template_options and request.messages is None:
-        raise FieldError("template_options only apply to messages")
+    _check_chat(request, "apply")
+    check_choice(request.tools, request.tool_choice)
     if request.max_tokens is not None and request.min_tokens > request.max_tokens:
         raise FieldError(f"min_tokens ({request.min_tokens}) is above max_tokens ({request.max_tokens})")
     if request.emitted_ids is not None:
@@ -218,10 +229,17 @@ def _parse_tokenize(data: Mapping[object, object]) -> Tokenize:
     if (query.prompt is None) == (query.messages is None):
         given = "both" if query.messages is not None else "neither"
         raise FieldError(f"give exactly one of prompt and messages, got {given}")
-    if query.messages is None and (query.template_options or query.returns == "text"):
-        what = "template_options" if query.template_options else "returns 'text'"
-        raise FieldError(f"{what} only applies to messages")
+    if query.messages is None and query.returns == "text":
+        raise FieldError("returns 'text' only applies to messages")
+    _check_chat(query, "applies")
     return query
+
+
+def _check_chat(request: Generate | Tokenize, verb: str) -> None:
+    """Raise FieldError for fields of a chat without messages."""
+    for name in ("template_options", "tools", "documents"):
+        if request.messages is None and getattr(request, name, None):
+            raise FieldError(f"{name} only {verb} to messages")
 
 
 def _parsed(data: Mapping[object, object], rules: Mapping[str, Rule], *required: str) -> dict[str, Any]:

@@ -35,6 +35,11 @@ class Accepted:
     prompt_tokens: int
     max_tokens: int
     seed: int
+    tool_format: str | None = None
+    """The format of tool calls, if the request has asked to show markers and the format is known."""
+    reasoning_format: str | None = None
+    in_reasoning: bool | None = None
+    """True if the prompt has begun the reasoning, so that the answer goes on with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +139,7 @@ class Stats:
 class Models:
     id: int
     models: list[dict[str, Any]]
-    """name, max_seq_len, vocab_size, chat (whether it has a chat template)."""
+    """name, max_seq_len, vocab_size, chat (whether it has a chat template), tool_format, reasoning_format."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,9 @@ class GatewaySpec:
     """How much the process may grow; 0: as much as the limits need."""
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """For requests that do not say."""
+    tool_format: str = "auto"
+    """A name of `chat.formats.TOOL_FORMAT_NAMES`; auto: as the chat template shows it."""
+    reasoning_format: str = "auto"
     sends_wake_up: bool = False
     """True if the engine wants `WakeUp`."""
     logs_requests: bool = False

@@ -95,12 +95,15 @@ def test_the_pages_own_client_streams_an_answer(gateway: GatewayProcess) -> None
     assert done.stdout.endswith("[length, 20 tokens]\n")
 
 
+CHAT_FIELDS = ("messages", "tools", "documents", "template_options")
+
+
 @pytest.mark.parametrize(("header", "rules"), [
     ("field", GENERATE_RULES), ("tokenize field", TOKENIZE_RULES), ("detokenize field", DETOKENIZE_RULES),
 ])  # fmt: skip
 def test_the_field_table_is_the_codes(header: str, rules: dict[str, Rule]) -> None:
     assert {name: allowed for name, allowed, _ in table(header)} == {
-        name: "as in generate" if header != "field" and name in ("messages", "template_options") else rule.allowed
+        name: "as in generate" if header != "field" and name in CHAT_FIELDS else rule.allowed
         for name, rule in rules.items()
     }
 

@@ -10,7 +10,7 @@ from bench.fuzz.choices import Choices
 from bench.fuzz.target import Target
 from bench.fuzz.targets.model_files import byte_level_metadata, sentence_piece_metadata
 from bench.fuzz.targets.scratch import written
-from mgpu.orchestrator.gateway.text.chat_template import ChatTemplate, ChatTemplateError
+from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt, ChatTemplate, ChatTemplateError
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_tokenizer
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
@@ -188,8 +188,12 @@ def render(data: bytes) -> None:
             parts.append(
                 choices.pick(("(", ")", "[", "]", "|", "~", "+", "'", '"', "{", "}", " if ", " is ", " not ", "\n"))
             )
-    messages = [{"role": "user", "content": "Hi {{ x }}"}, {"role": "assistant", "content": "é"}]
-    ChatTemplate("".join(parts), {"bos_token": "<s>"}, time_limit_s=0.2).render(messages, {"thinking": True})
+    messages: list[dict[str, object]] = [
+        {"role": "user", "content": "Hi {{ x }}"},
+        {"role": "assistant", "content": "é"},
+    ]
+    chat = ChatPrompt(tuple(messages), options={"thinking": True})
+    ChatTemplate("".join(parts), {"bos_token": "<s>"}, time_limit_s=0.2).render(chat)
 
 
 def _text_seeds() -> list[bytes]:

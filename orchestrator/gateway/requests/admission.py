@@ -2,11 +2,12 @@
 
 import secrets
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
+from mgpu.protocol.chat.formats import ChatFormat, detected
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.seeds import seed_of_choice
@@ -15,6 +16,8 @@ from mgpu.protocol.internal.admission_rule import AdmissionRule
 from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Submit
 from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, RowGrammar, RowSampling
+
+_NO_CHOICE = "a tool_choice that demands a call needs structured output, which this server lacks; use auto or none"
 
 
 @dataclass(slots=True)
@@ -31,9 +34,31 @@ class ServedModel:
 
     _sampling: dict[str, float] = field(default_factory=dict)
     """What the model's files say, for requests that do not."""
+    _shown_with_markers: Callable[[int], bytes] | None = None
 
     def __post_init__(self) -> None:
         self._sampling = self.spec.sampling.given()
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How the model marks tool calls and reasoning."""
+        template = None if self.codec is None else self.codec.template_source
+        return detected(template, self.spec.tool_format, self.spec.reasoning_format)
+
+    def with_format(self, accepted: Accepted, opens_reasoning: bool) -> Accepted:
+        """Return the answer to a client that parses calls and reasoning."""
+        found = self.chat_format
+        return replace(
+            accepted, tool_format=found.tools, reasoning_format=found.reasoning, in_reasoning=opens_reasoning
+        )
+
+    @property
+    def shown_with_markers(self) -> Callable[[int], bytes]:
+        """What a token shows to a client that parses calls and reasoning. The model has a tokenizer."""
+        if self._shown_with_markers is None:
+            assert self.codec is not None
+            self._shown_with_markers = self.codec.shown_bytes_with(self.chat_format.markers())
+        return self._shown_with_markers
 
     def with_defaults(self, data: dict[object, object]) -> dict[object, object]:
         """Return a client's message with the model's sampling, where it is a request that does not say."""
@@ -52,6 +77,8 @@ class ServedModel:
         if request.model is not None and request.model != name:
             text = f"model {request.model[:80]!r} is not served here; this server has {name!r}"
             raise Refusal("unknown_model", text)
+        if request.tool_choice not in ("auto", "none"):
+            raise Refusal("bad_request", _NO_CHOICE)
         self.limits()
 
     def limits(self) -> EngineInfo:

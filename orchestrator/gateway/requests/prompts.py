@@ -17,6 +17,7 @@ from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.text.background import NUM_THREADS, BackgroundTasks
 from mgpu.orchestrator.gateway.text.encoder_messages import TextReply, TextTask
 from mgpu.orchestrator.gateway.text.encoder_process import EncoderFailed, EncoderProcesses, reason_of
+from mgpu.orchestrator.gateway.text.text_queries import chat_of
 from mgpu.orchestrator.gateway.text.text_tasks import do
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.client_messages import Detokenize, Generate, Tokenize
@@ -84,7 +85,7 @@ class Prompts:
         if isinstance(query, Detokenize):
             return TextTask(longest, detokenize=query)
         return TextTask(
-            longest, spec.prompt, spec.messages, spec.template_options,
+            longest, spec.prompt, None if spec.messages is None else chat_of(spec),
             structured_outputs=spec.structured_outputs,
             wants_vocabulary=spec.structured_outputs is not None and not self._requests.has_sent_vocabulary,
         )  # fmt: skip
@@ -150,7 +151,9 @@ class Prompts:
         self._requests.check_length(result.num_tokens, result.is_exact)
         if result.vocabulary is not None:
             self._requests.send_vocabulary(result.vocabulary)
-        self._requests.admit(request, request.spec.prompt_ids or result.token_ids, result.grammar)
+        self._requests.admit(
+            request, request.spec.prompt_ids or result.token_ids, result.grammar, result.opens_reasoning
+        )
 
 
 def _is_short(spec: Generate) -> bool:

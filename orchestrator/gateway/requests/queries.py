@@ -143,10 +143,13 @@ class Queries:
     def _models(self, query: Query) -> Models:
         """List the one model that is served."""
         spec, codec = self._model.spec, self._model.codec
-        model = {
+        model: dict[str, object] = {
             "name": spec.model_name,
             "max_seq_len": self._model.public_info.max_seq_len,
             "vocab_size": spec.vocab_size,
             "chat": codec is not None and codec.has_chat_template,
         }
+        formats = self._model.chat_format
+        named = (("tool_format", formats.tools), ("reasoning_format", formats.reasoning))
+        model |= {name: value for name, value in named if value}
         return Models(query.id, [model])

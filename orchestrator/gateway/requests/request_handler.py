@@ -79,10 +79,15 @@ class RequestHandler:
             self.has_sent_vocabulary = True
             self._outgoing.to_engine(vocabulary)
 
-    def admit(self, request: Request, prompt: bytes, grammar: str = "") -> None:
-        """Send the engine one sequence per choice. Refusal when the request cannot run."""
+    def admit(self, request: Request, prompt: bytes, grammar: str = "", opens_reasoning: bool = False) -> None:
+        """Send the engine one sequence per choice. Refusal when the request cannot run.
+
+        ``opens_reasoning``: the prompt ends with the marker that begins reasoning.
+        """
         spec, share = request.spec, self._share_of(request)
         accepted, submits = admit(self._model, spec, prompt, self._next_sequence, share, grammar)
+        if spec.show_markers:
+            accepted = self._model.with_format(accepted, opens_reasoning)
         self._next_sequence += len(submits)
         request.prompt_tokens = accepted.prompt_tokens
         choices = [self.new_choice(spec, at, each.sequence_id, each.stop_token_ids) for at, each in enumerate(submits)]
@@ -112,7 +117,8 @@ class RequestHandler:
     def new_choice(self, spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[int]) -> Choice:
         codec, text = self._model.codec, None
         if codec is not None:
-            bytes_of = codec.shown_bytes if spec.skip_special_tokens else codec.all_bytes
+            shown = self._model.shown_with_markers if spec.show_markers else codec.shown_bytes
+            bytes_of = shown if spec.skip_special_tokens else codec.all_bytes
             text = Detokenizer(bytes_of, spec.stop, spec.min_tokens)
         return Choice(index, sequence_id, frozenset(stop_ids), codec, text)
 

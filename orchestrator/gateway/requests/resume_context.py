@@ -31,17 +31,8 @@ CONTEXT_CODEC = Codec(Context)
 
 
 def pack_context(request: Request, accepted: Accepted) -> bytes:
-    spec = replace(
-        request.spec,
-        prompt=None,
-        prompt_ids=None,
-        messages=None,
-        template_options=None,
-        logit_bias=(),
-        session=None,
-        emitted_ids=None,
-        structured_outputs=None,
-    )
+    spec = replace(request.spec, prompt=None, prompt_ids=None, messages=None, logit_bias=(), session=None)
+    spec = replace(spec, tools=None, documents=None, template_options=None, emitted_ids=None, structured_outputs=None)
     return CONTEXT_CODEC.encode(
         Context(spec, accepted, request.deadline_s, request.identity, request.client, request.size)
     )

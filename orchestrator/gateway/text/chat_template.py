@@ -8,7 +8,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
 from typing import Any, NoReturn
@@ -29,6 +30,17 @@ _WIDE_FORMAT = re.compile(r"\d{4}|\*")
 
 class ChatTemplateError(ValueError):
     """The messages cannot be rendered."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """What a template makes a prompt of."""
+
+    messages: tuple[dict[str, object], ...]
+    tools: tuple[dict[str, object], ...] | None = None
+    documents: tuple[dict[str, object], ...] | None = None
+    options: dict[str, object] | None = None
+    """Further variables of the template."""
 
 
 class _Generation(Extension):
@@ -79,15 +91,15 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._time_limit_s = time_limit_s
 
-    def render(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None = None) -> str:
-        """Return the prompt for an answer to ``messages``. ChatTemplateError with the template's own complaint."""
+    def render(self, chat: ChatPrompt) -> str:
+        """Return the prompt for an answer to ``chat``. ChatTemplateError with the template's own complaint."""
         values = {
             **self._special_tokens,
-            **(options or {}),
-            "messages": [dict(message) for message in messages],
+            **(chat.options or {}),
+            "messages": [dict(message) for message in chat.messages],
             "add_generation_prompt": True,
-            "tools": None,
-            "documents": None,
+            "tools": list(chat.tools) if chat.tools else None,
+            "documents": list(chat.documents) if chat.documents else None,
         }
         try:
             with _Deadline(self._time_limit_s):

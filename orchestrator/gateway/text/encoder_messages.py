@@ -3,6 +3,7 @@
 import struct
 from dataclasses import dataclass
 
+from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.protocol.front.client_messages import Detokenize, Tokenize
 from mgpu.protocol.front.server_messages import Detokenized, Tokenized
 from mgpu.protocol.internal.codec import Codec
@@ -32,8 +33,7 @@ class TextTask:
     longest: int
     """Most tokens that a prompt can have; of a longer one only the number of tokens is wanted."""
     prompt: str | None = None
-    messages: tuple[dict[str, str], ...] | None = None
-    template_options: dict[str, object] | None = None
+    chat: ChatPrompt | None = None
     tokenize: Tokenize | None = None
     detokenize: Detokenize | None = None
     structured_outputs: dict[str, object] | None = None
@@ -50,6 +50,8 @@ class TextReply:
     num_tokens: int = 0
     is_exact: bool = True
     """False: there are at least ``num_tokens``."""
+    opens_reasoning: bool = False
+    """The prompt ends with the marker that begins reasoning."""
     tokenized: Tokenized | None = None
     detokenized: Detokenized | None = None
     grammar: str = ""

@@ -1,5 +1,6 @@
 """Answer tokenize and detokenize: what a prompt becomes before the model sees it, and the text of token ids."""
 
+from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.client_messages import Detokenize, Generate, TextQuery, Tokenize
@@ -18,6 +19,8 @@ def as_request(query: TextQuery) -> Generate:
         query.id,
         prompt=query.prompt,
         messages=query.messages,
+        tools=query.tools,
+        documents=query.documents,
         template_options=query.template_options,
         model=query.model,
         timeout_s=query.timeout_s,
@@ -29,7 +32,7 @@ def reply_to(codec: TextCodec, query: TextQuery, vocab_size: int) -> Tokenized |
     if isinstance(query, Detokenize):
         return Detokenized(query.id, _text_of(codec, query, vocab_size))
     if query.returns == "text":
-        text = codec.render_chat(query.messages or (), query.template_options)
+        text = codec.render_chat(chat_of(query))
         _check_size("the rendered chat", len(text.encode()), "the count only")
         return Tokenized(query.id, text=text)
     ids = _ids_of(codec, query)
@@ -42,7 +45,14 @@ def reply_to(codec: TextCodec, query: TextQuery, vocab_size: int) -> Tokenized |
 def _ids_of(codec: TextCodec, query: Tokenize) -> list[int]:
     if query.prompt is not None:
         return codec.encode(query.prompt, query.add_special_tokens)
-    return codec.encode_chat(query.messages or (), query.template_options)
+    return codec.encode_chat(chat_of(query))
+
+
+def chat_of(request: Generate | Tokenize) -> ChatPrompt:
+    """Return what the template gets of a request. Tools that must not be called are not shown to the model."""
+    may_call = not isinstance(request, Generate) or request.tool_choice != "none"
+    tools = request.tools if may_call else None
+    return ChatPrompt(request.messages or (), tools, request.documents, request.template_options)
 
 
 def _text_of(codec: TextCodec, query: Detokenize, vocab_size: int) -> str:

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.encoder_messages import TextReply, TextTask
 from mgpu.orchestrator.gateway.text.grammar import checked_grammar
 from mgpu.orchestrator.gateway.text.text_queries import reply_to
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
+from mgpu.protocol.chat.formats import opens_reasoning
 from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.front.server_messages import Tokenized
 from mgpu.protocol.internal.grammars import token_table
@@ -25,14 +27,15 @@ def do(codec: TextCodec, task: TextTask, vocab_size: int) -> TextReply:
     if task.structured_outputs is not None:
         vocabulary = codec.vocabulary(vocab_size) if task.wants_vocabulary else None
         plain = replace(task, structured_outputs=None)
-        prompt = TextReply() if task.prompt is None and task.messages is None else do(codec, plain, vocab_size)
+        prompt = TextReply() if task.prompt is None and task.chat is None else do(codec, plain, vocab_size)
         return replace(prompt, grammar=_grammar(codec, task.structured_outputs, vocab_size), vocabulary=vocabulary)
     is_chat = task.prompt is None
-    text = codec.render_chat(task.messages or (), task.template_options) if task.prompt is None else task.prompt
+    text = codec.render_chat(task.chat or ChatPrompt(())) if task.prompt is None else task.prompt
     if (at_least := codec.least_tokens(text)) > task.longest:
         return TextReply(num_tokens=at_least, is_exact=False)
     ids = codec.encode(text, add_special_tokens=not is_chat)  # a template writes the special tokens itself
-    return TextReply(int32_bytes(ids) if len(ids) <= task.longest else b"", len(ids))
+    fits = len(ids) <= task.longest
+    return TextReply(int32_bytes(ids) if fits else b"", len(ids), opens_reasoning=is_chat and opens_reasoning(text))
 
 
 def _grammar(codec: TextCodec, wanted: Mapping[str, object], vocab_size: int) -> str:

@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mgpu.orchestrator.gateway.text.chat_template import ChatTemplate, ChatTemplateError
+from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt, ChatTemplate, ChatTemplateError
 from mgpu.orchestrator.gateway.text.detokenizer import byte_level_bytes, sentence_piece_bytes
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_tokenizer, special_token
 from mgpu.orchestrator.gateway.text.length_bound import has_nested_repeats, longest_token_bytes
@@ -66,6 +66,19 @@ class TextCodec:
     def has_chat_template(self) -> bool:
         return self._template_source is not None
 
+    @property
+    def template_source(self) -> str | None:
+        """The text of the chat template."""
+        return self._template_source
+
+    def shown_bytes_with(self, markers: Collection[str]) -> Callable[[int], bytes]:
+        """Return what `shown_bytes` does, but show special tokens whose text is one of ``markers``."""
+        shown = frozenset(marker.encode() for marker in markers)
+        also = frozenset(number for number, text in self._added.items() if number in self._special and text in shown)
+        if not also:
+            return self.shown_bytes
+        return lambda token_id: self.all_bytes(token_id) if token_id in also else self.shown_bytes(token_id)
+
     def least_tokens(self, text: str) -> int:
         """Return how many tokens ``text`` has at least; 0 if only encoding it can tell."""
         return 0 if self._longest is None else -(-len(text.encode()) // self._longest)
@@ -82,18 +95,18 @@ class TextCodec:
             raise TokenizerError(f"the text cannot be tokenized: {str(error)[:200]}") from None
         return list(encoding.ids)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None) -> list[int]:
-        """Render ``messages`` with the template and encode them. ChatTemplateError when there is none or it refuses."""
+    def encode_chat(self, chat: ChatPrompt) -> list[int]:
+        """Render ``chat`` with the template and encode it. ChatTemplateError when there is none or it refuses."""
         # The template writes the special tokens itself.
-        return self.encode(self.render_chat(messages, options), add_special_tokens=False)
+        return self.encode(self.render_chat(chat), add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, object] | None) -> str:
-        """Return the text that the template makes of ``messages``. ChatTemplateError as in `encode_chat`."""
+    def render_chat(self, chat: ChatPrompt) -> str:
+        """Return the text that the template makes of ``chat``. ChatTemplateError as in `encode_chat`."""
         if self._template_source is None:
             raise ChatTemplateError("the model has no chat template; send a prompt instead of messages")
         if self._template is None:
             self._template = ChatTemplate(self._template_source, self._template_tokens)
-        return self._template.render(messages, options)
+        return self._template.render(chat)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Return the text of ``token_ids``; bytes that are no character are U+FFFD."""

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Unsupported
-from mgpu.orchestrator.http.requests.rules import NO_TOOLS, Messages, parse_content
+from mgpu.orchestrator.http.requests.rules import Messages, parse_content
 from mgpu.protocol.client.results import Usage
-from mgpu.protocol.front.client_messages import TEMPLATE_OPTIONS
+from mgpu.protocol.front.chat_messages import TEMPLATE_OPTIONS
 from mgpu.protocol.front.fields import Array, FieldError, Flag, Rule, Text
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
@@ -38,8 +38,10 @@ PROMPT_RULES: dict[str, Rule] = {
     "messages": Messages(),
     "system": System(),
     "thinking": Thinking(),
-    "tools": Unsupported(NO_TOOLS, ([],)),
-    "tool_choice": Unsupported(NO_TOOLS, ({"type": "none"}, {"type": "auto"})),
+    "tools": Unsupported("this server does not call tools here; use /v1/chat/completions", ([],)),
+    "tool_choice": Unsupported(
+        "this server does not call tools here; use /v1/chat/completions", ({"type": "none"}, {"type": "auto"})
+    ),
     "chat_template_kwargs": TEMPLATE_OPTIONS,
 }
 RULES: dict[str, Rule] = {

@@ -81,4 +81,18 @@ class Unsupported:
             raise FieldError(f"{name}: {self.reason}")
 
 
-__all__ = ["MODEL", "SAMPLING", "Fields", "HttpError", "Unsupported", "parse_fields"]
+def add_chat_options(values: Mapping[str, Any], options: GenerateOptions) -> None:
+    """Add what decides how a chat becomes a prompt, and what may be called."""
+    template = dict(values.get("chat_template_kwargs", {}))
+    if effort := values.get("reasoning_effort"):
+        template.setdefault("reasoning_effort", effort)
+        if effort == "none":
+            template.setdefault("enable_thinking", False)
+    if template:
+        options["template_options"] = template
+    for name in ("model", "tools", "tool_choice", "parallel_tool_calls", "documents"):
+        if name in values:
+            options[name] = values[name]
+
+
+__all__ = ["MODEL", "SAMPLING", "Fields", "HttpError", "Unsupported", "add_chat_options", "parse_fields"]

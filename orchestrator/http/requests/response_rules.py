@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Unsupported
-from mgpu.orchestrator.http.requests.rules import MAX_MESSAGES, NO_TOOLS, ROLES, parse_content
+from mgpu.orchestrator.http.requests.rules import MAX_MESSAGES, ROLES, parse_content
 from mgpu.protocol.client.results import Usage
-from mgpu.protocol.front.client_messages import TEMPLATE_OPTIONS
+from mgpu.protocol.front.chat_messages import TEMPLATE_OPTIONS
 from mgpu.protocol.front.fields import INT32_MAX, FieldError, Flag, Integer, Rule, Text, wrong
 
 STATELESS = "this server keeps no responses; send the whole conversation in input"
@@ -73,8 +73,8 @@ RULES: dict[str, Rule] = {
     "metadata": Metadata(),
     "text": PlainText(),
     "chat_template_kwargs": TEMPLATE_OPTIONS,
-    "tools": Unsupported(NO_TOOLS, ([],)),
-    "tool_choice": Unsupported(NO_TOOLS, ("none", "auto")),
+    "tools": Unsupported("this server does not call tools here; use /v1/chat/completions", ([],)),
+    "tool_choice": Unsupported("this server does not call tools here; use /v1/chat/completions", ("none", "auto")),
     "previous_response_id": Unsupported(STATELESS),
     "conversation": Unsupported(STATELESS),
     "background": Unsupported("this server answers while you wait", (False,)),

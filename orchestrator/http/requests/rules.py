@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mgpu.orchestrator.http.requests.tool_rules import parse_calls
 from mgpu.protocol.front.fields import INT32_MAX, Array, FieldError, Flag, Integer, Number, Rule, Text, wrong
 
 MAX_PROMPTS = 256
@@ -15,7 +16,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 """A tuple: what a body names may be of a type that no set can look up."""
 MAX_MESSAGES = 2048
-NO_TOOLS = "this server does not call tools yet; leave it out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +121,16 @@ def _part_text(field: str, part: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Messages:
-    """Chat turns. Returns maps with role and content only."""
+    """Chat turns. Returns those of the front channel; fields that it does not know are left out."""
 
     allowed: str = f"an array of 1 to {MAX_MESSAGES} messages, each with role and content"
 
-    def parse(self, field: str, value: object) -> list[dict[str, str]]:
+    def parse(self, field: str, value: object) -> list[dict[str, object]]:
         if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
             raise wrong(field, value, self.allowed)
         return [self._message(f"{field}[{at}]", message) for at, message in enumerate(value)]
 
-    def _message(self, field: str, message: object) -> dict[str, str]:
+    def _message(self, field: str, message: object) -> dict[str, object]:
         if not isinstance(message, Mapping):
             raise wrong(field, message, 'an object such as {"role": "user", "content": "Hi"}')
         role = message.get("role")
@@ -138,7 +138,19 @@ class Messages:
             raise wrong(f"{field}.role", role, "one of " + ", ".join(ROLES))
         if "content" not in message and role != "assistant":
             raise FieldError(f"{field} lacks content")
-        return {"role": role, "content": parse_content(f"{field}.content", message.get("content"))}
+        turn = {"role": role, "content": parse_content(f"{field}.content", message.get("content"))}
+        turn |= {name: message[name] for name in ("name", "reasoning_content") if message.get(name) is not None}
+        if calls := parse_calls(f"{field}.tool_calls", message.get("tool_calls")):
+            turn["tool_calls"] = calls
+        if role == "tool":
+            turn["tool_call_id"] = _call_id(field, message.get("tool_call_id"))
+        return turn
+
+
+def _call_id(field: str, value: object) -> object:
+    if value is None:
+        raise FieldError(f"{field} lacks tool_call_id, the id of the call whose result it is")
+    return value
 
 
 STREAM_OPTIONS_FLAGS = {"include_usage": Flag(), "continuous_usage_stats": Flag()}

@@ -19,6 +19,8 @@ from mgpu.orchestrator.http.requests.rules import (
     Stop,
     StreamOptions,
 )
+from mgpu.orchestrator.http.requests.tool_rules import ChatToolChoice
+from mgpu.protocol.front.chat_messages import MAX_TOOLS, TOOL_CHOICES, JsonMap, TemplateOptions, Tools
 from mgpu.protocol.front.fields import INT32_MAX, Array, Flag, Integer, Number, OneOf, Record, Rule, Text
 
 Schema = dict[str, Any]
@@ -30,10 +32,41 @@ _PART: Schema = {
     "required": ["type", "text"],
 }
 _CONTENT: Schema = {"anyOf": [_TEXT, {"type": "array", "items": _PART}]}
+_CALL: Schema = {
+    "type": "object",
+    "properties": {
+        "id": _TEXT,
+        "type": {"const": "function"},
+        "function": {"type": "object", "properties": {"name": _TEXT, "arguments": _TEXT}, "required": ["name"]},
+    },
+    "required": ["id", "function"],
+}
 _MESSAGE: Schema = {
     "type": "object",
-    "properties": {"role": {"enum": list(ROLES)}, "content": _CONTENT},
+    "properties": {
+        "role": {"enum": list(ROLES)},
+        "content": _CONTENT,
+        "tool_calls": {"type": "array", "items": _CALL},
+        "tool_call_id": _TEXT,
+        "reasoning_content": _TEXT,
+    },
     "required": ["role", "content"],
+}
+_TOOL: Schema = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                "description": _TEXT,
+                "parameters": {"type": "object"},
+            },
+            "required": ["name"],
+        },
+    },
+    "required": ["type", "function"],
 }
 _MESSAGES: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": MAX_MESSAGES}
 
@@ -117,6 +150,22 @@ def _(rule: Prompt) -> Schema:
 @schema_of.register
 def _(rule: Messages) -> Schema:
     return _MESSAGES
+
+
+@schema_of.register
+def _(rule: Tools) -> Schema:
+    return {"type": "array", "items": _TOOL, "maxItems": MAX_TOOLS}
+
+
+@schema_of.register
+def _(rule: ChatToolChoice) -> Schema:
+    return {"anyOf": [{"enum": list(TOOL_CHOICES)}, {"type": "object"}], "description": rule.allowed}
+
+
+@schema_of.register(JsonMap)
+@schema_of.register(TemplateOptions)
+def _(rule: Rule) -> Schema:
+    return {"type": "object", "description": rule.allowed}
 
 
 @schema_of.register

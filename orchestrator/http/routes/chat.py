@@ -8,16 +8,17 @@ from starlette.types import ASGIApp
 from mgpu.orchestrator.http.edge.errors import bad_request, error_of
 from mgpu.orchestrator.http.edge.event_stream import KEEPALIVE, EventStream
 from mgpu.orchestrator.http.requests.answers import all_accepted, batches, unless_disconnected, usage_body
-from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Fields, Unsupported
+from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Fields, Unsupported, add_chat_options
 from mgpu.orchestrator.http.requests.logprobs import chat_logprobs
-from mgpu.orchestrator.http.requests.rules import NO_TOOLS, Messages, StreamOptions
+from mgpu.orchestrator.http.requests.rules import Messages, StreamOptions
+from mgpu.orchestrator.http.requests.tool_rules import ChatToolChoice, call_body, call_delta
 from mgpu.orchestrator.http.routes.call import Call, event, to_json
 from mgpu.protocol.client.async_client import AsyncCompletionStream
 from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, Usage
 from mgpu.protocol.errors import MgpuError
-from mgpu.protocol.front.client_messages import TEMPLATE_OPTIONS
-from mgpu.protocol.front.fields import INT32_MAX, Flag, Integer, Rule
+from mgpu.protocol.front.chat_messages import DOCUMENTS, TEMPLATE_OPTIONS, TOOLS
+from mgpu.protocol.front.fields import INT32_MAX, Flag, Integer, Rule, Text
 
 RULES: dict[str, Rule] = {
     **SAMPLING,
@@ -29,10 +30,13 @@ RULES: dict[str, Rule] = {
     "logprobs": Flag(),
     "top_logprobs": Integer(0, 20),
     "chat_template_kwargs": TEMPLATE_OPTIONS,
+    "documents": DOCUMENTS,
+    "reasoning_effort": Text(32),
+    "tools": TOOLS,
+    "tool_choice": ChatToolChoice(),
+    "parallel_tool_calls": Flag(),
     "response_format": Unsupported("this server has no structured output yet; leave it out", ({"type": "text"},)),
-    "tools": Unsupported(NO_TOOLS, ([],)),
-    "tool_choice": Unsupported(NO_TOOLS, ("none", "auto")),
-    "functions": Unsupported(NO_TOOLS, ([],)),
+    "functions": Unsupported("this form is obsolete; send tools", ([],)),
     "modalities": Unsupported("this server writes text only", (["text"],)),
     "audio": Unsupported("this server writes text only"),
 }
@@ -60,10 +64,7 @@ def chat_options(fields: Fields) -> GenerateOptions:
         options["logprobs"] = values.get("top_logprobs", 0)
     elif values.get("top_logprobs"):
         raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
-    if "chat_template_kwargs" in values:
-        options["template_options"] = values["chat_template_kwargs"]
-    if "model" in values:
-        options["model"] = values["model"]
+    add_chat_options(values, options)
     return options
 
 
@@ -82,10 +83,20 @@ def _body(answer_id: str, created: int, completion: Completion) -> dict[str, Any
 def _choice(choice: CompletionChoice) -> dict[str, Any]:
     return {
         "index": choice.index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "message": _message(choice),
         "logprobs": chat_logprobs(choice.logprobs),
         "finish_reason": choice.finish_reason,
     }
+
+
+def _message(choice: CompletionChoice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    if choice.tool_calls:
+        message["content"] = choice.text or None
+        message["tool_calls"] = [call_body(each) for each in choice.tool_calls]
+    return message
 
 
 async def _events(call: Call, fields: Fields, stream: AsyncCompletionStream, model: str) -> AsyncGenerator[bytes, None]:
@@ -128,8 +139,12 @@ class _Chunks:
     def of(self, piece: Piece) -> bytes:
         """Return the chunk of a piece, and that of its end."""
         text = b""
+        if piece.reasoning:
+            text = self._chunk(piece.index, {"reasoning_content": piece.reasoning}, None, None)
         if piece.text or piece.logprobs:
-            text = self._chunk(piece.index, {"content": piece.text}, chat_logprobs(piece.logprobs), None)
+            text += self._chunk(piece.index, {"content": piece.text}, chat_logprobs(piece.logprobs), None)
+        if calls := [call_delta(part) for part in piece.tool_calls if not part.is_broken]:
+            text += self._chunk(piece.index, {"tool_calls": calls}, None, None)
         if piece.finish_reason is not None:
             text += self._chunk(piece.index, {}, None, piece.finish_reason)
         return text

@@ -9,7 +9,7 @@ from mgpu.orchestrator.http.requests.answers import unless_disconnected
 from mgpu.orchestrator.http.requests.fields import MODEL
 from mgpu.orchestrator.http.requests.rules import Messages
 from mgpu.orchestrator.http.routes.call import Call
-from mgpu.protocol.front.client_messages import TEMPLATE_OPTIONS
+from mgpu.protocol.front.chat_messages import DOCUMENTS, TEMPLATE_OPTIONS, TOOLS
 from mgpu.protocol.front.fields import INT32_MAX, Array, Flag, Integer, Rule, Text
 
 _TEXT = Text(2**27 - 1)
@@ -21,13 +21,20 @@ TOKENIZE_RULES: dict[str, Rule] = {
     "messages": Messages(),
     "add_special_tokens": Flag(),
     "chat_template_kwargs": TEMPLATE_OPTIONS,
+    "tools": TOOLS,
 }
 DETOKENIZE_RULES: dict[str, Rule] = {
     "model": MODEL,
     "tokens": Array(Integer(0, INT32_MAX), MAX_IDS),
     "skip_special_tokens": Flag(),
 }
-TEMPLATE_RULES: dict[str, Rule] = {"model": MODEL, "messages": Messages(), "chat_template_kwargs": TEMPLATE_OPTIONS}
+TEMPLATE_RULES: dict[str, Rule] = {
+    "model": MODEL,
+    "messages": Messages(),
+    "chat_template_kwargs": TEMPLATE_OPTIONS,
+    "tools": TOOLS,
+    "documents": DOCUMENTS,
+}
 
 
 async def tokenize(call: Call) -> ASGIApp:
@@ -48,6 +55,7 @@ async def _tokens(call: Call, values: dict[str, Any], given: str) -> list[int]:
         values[given],
         add_special_tokens=values.get("add_special_tokens", True),
         template_options=values.get("chat_template_kwargs"),
+        tools=values.get("tools"),
     )
 
 
@@ -65,6 +73,10 @@ async def detokenize(call: Call) -> ASGIApp:
 async def apply_template(call: Call) -> ASGIApp:
     """Return the text that the model's chat template makes of messages."""
     values: dict[str, Any] = (await call.fields(TEMPLATE_RULES, "messages")).values
-    options = values.get("chat_template_kwargs")
-    work = call.client.apply_chat_template(values["messages"], template_options=options)
+    work = call.client.apply_chat_template(
+        values["messages"],
+        template_options=values.get("chat_template_kwargs"),
+        tools=values.get("tools"),
+        documents=values.get("documents"),
+    )
     return call.json({"prompt": await unless_disconnected(call.request, work)})

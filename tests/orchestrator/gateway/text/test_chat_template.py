@@ -5,13 +5,14 @@ import time
 
 import pytest
 
-from mgpu.orchestrator.gateway.text.chat_template import ChatTemplate, ChatTemplateError
+from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt, ChatTemplate, ChatTemplateError
 
-USER = [{"role": "user", "content": "hi"}]
+USER: tuple[dict[str, object], ...] = ({"role": "user", "content": "hi"},)
 
 
 def render(source: str, **options: object) -> str:
-    return ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}, time_limit_s=0.5).render(USER, options)
+    template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}, time_limit_s=0.5)
+    return template.render(ChatPrompt(USER, options=options))
 
 
 def test_conventions_of_the_field_hold() -> None:

@@ -15,6 +15,7 @@ import pytest
 from harness.gateway_process import BOS, VOCAB_SIZE, make_model_folder
 from harness.waiting import eventually
 from mgpu.orchestrator.gateway.text import encoder_process as module
+from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.encoder_messages import TextTask
 from mgpu.orchestrator.gateway.text.encoder_process import EncoderFailed, EncoderProcesses, reason_of
 from mgpu.protocol.front.client_messages import Detokenize, Tokenize
@@ -39,7 +40,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
 
 
 def chat(text: str, **options: object) -> TextTask:
-    return TextTask(512, messages=({"role": "user", "content": text},), template_options=options)
+    return TextTask(512, chat=ChatPrompt(({"role": "user", "content": text},), options=options))
 
 
 def ids(text: str) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.detokenizer import byte_level_table
 from mgpu.orchestrator.gateway.text.tokenizer import TokenizerError, load_codec
 
@@ -74,7 +75,7 @@ def test_added_and_special_tokens_are_those_of_transformers(tmp_path: Path, file
     assert ids == right(text, add_special_tokens=False)["input_ids"]
     for skip, shown in ((True, codec.shown_bytes), (False, codec.all_bytes)):
         assert b"".join(map(shown, ids)).decode() == right.decode(ids, skip_special_tokens=skip)
-    assert codec.encode_chat(CHAT, None) == right.apply_chat_template(CHAT, return_dict=False)
+    assert codec.encode_chat(ChatPrompt(tuple(CHAT))) == right.apply_chat_template(CHAT, return_dict=False)
 
 
 @pytest.mark.parametrize("name", ["decoder", "added tokens", "additional tokens", "map with additional tokens"])
@@ -90,7 +91,7 @@ def test_a_name_of_the_map_reaches_the_template(tmp_path: Path) -> None:
     write_folder(tmp_path, {"special_tokens_map": MAP, "added_tokens": {START: 258, END: 259}})
     codec = load_codec(str(tmp_path), "safetensors")
     assert codec is not None
-    assert codec.encode_chat(CHAT, None)[::3] == [258, 259]
+    assert codec.encode_chat(ChatPrompt(tuple(CHAT)))[::3] == [258, 259]
 
 
 @pytest.mark.parametrize("files", [

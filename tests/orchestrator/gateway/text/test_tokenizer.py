@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from harness.model_files import gguf_bytes, string, string_array, u32
+from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer, byte_level_table
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import PRE_TOKENIZERS, TokenizerError, build_tokenizer
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
@@ -85,7 +86,7 @@ def test_every_text_survives_encoding_and_decoding(codec_of: Callable[[str], Tex
 
 def test_the_default_models_chat_template_is_rendered(codec_of: Callable[[str], TextCodec]) -> None:
     codec = codec_of("smollm2-135m-instruct")
-    ids = codec.encode_chat([{"role": "user", "content": "Hi"}], None)
+    ids = codec.encode_chat(ChatPrompt(({"role": "user", "content": "Hi"},)))
     text = text_of(codec, ids)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert ids[0] == 1  # <|im_start|> as one token
@@ -278,7 +279,7 @@ def test_a_folder_is_read_as_transformers_does(model_folder: Path, tmp_path: Pat
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}X")
     newer = load_codec(str(tmp_path), "safetensors")
     assert newer is not None
-    assert newer.encode_chat([{"role": "user", "content": "x"}], None) == [256, ord("X")]
+    assert newer.encode_chat(ChatPrompt(({"role": "user", "content": "x"},))) == [256, ord("X")]
 
 
 def test_a_folder_without_tokenizer_has_none_and_a_broken_one_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,299 @@
+"""Answers as models of each format write them, and what a parser finds in them."""
+
+from dataclasses import dataclass, field
+
+from mgpu.protocol.chat.formats import ChatFormat
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "For tests.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string"},
+                    "days": {"type": "integer"},
+                    "code": {"type": "string"},
+                    "tags": {"type": "array"},
+                },
+            },
+        },
+    }
+    for name in ("get_weather", "get-time", "run_code")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    name: str
+    chat_format: ChatFormat
+    text: str
+    content: str = ""
+    calls: list[tuple[str, object]] = field(default_factory=list)
+    reasoning: str = ""
+    in_reasoning: bool = False
+
+
+_H = ChatFormat("hermes")
+_T = ChatFormat("hermes", "think")
+_Q = ChatFormat("qwen3-coder")
+_L = ChatFormat("llama")
+_M = ChatFormat("mistral", "mistral")
+_P = ChatFormat("pythonic")
+_O = ChatFormat("harmony", "harmony")
+_WEATHER = '{"name": "get_weather", "arguments": {"city": "Zürich 🌧", "days": 3}}'
+_WEATHER_CALL = ("get_weather", {"city": "Zürich 🌧", "days": 3})
+_CODE_VALUE = 'def f():\n    return "<a>\\n"  # </par'
+
+RECORDED = [
+    Recorded("hermes text", _H, "Just text, 1 < 2 <tool", "Just text, 1 < 2 <tool"),
+    Recorded("hermes call", _H, f"<tool_call>\n{_WEATHER}\n</tool_call>", calls=[_WEATHER_CALL]),
+    Recorded("hermes spaces after", _H, f"<tool_call>\n{_WEATHER}\n</tool_call>\n\n", calls=[_WEATHER_CALL]),
+    Recorded(
+        "hermes parallel calls",
+        _H,
+        f'I look.\n\n<tool_call>\n{_WEATHER}\n</tool_call>\n<tool_call>\n{{"arguments": {{}}, "name": "get-time"}}\n'
+        "</tool_call>",
+        "I look.",
+        [_WEATHER_CALL, ("get-time", {})],
+    ),
+    Recorded("hermes no arguments", _H, '<tool_call>{"name": "get-time"}</tool_call>', calls=[("get-time", {})]),
+    Recorded(
+        "hermes arguments as text",
+        _H,
+        r'<tool_call>{"name": "get_weather", "arguments": "{\"city\": \"A\"}"}</tool_call>',
+        calls=[("get_weather", {"city": "A"})],
+    ),
+    Recorded("hermes without end marker", _H, f"<tool_call>{_WEATHER}", calls=[_WEATHER_CALL]),
+    Recorded("hermes two in one tag", _H, f"<tool_call>{_WEATHER}\n{_WEATHER}</tool_call>", calls=[_WEATHER_CALL] * 2),
+    Recorded("hermes text after", _H, f"<tool_call>{_WEATHER}</tool_call>\nDone.", "Done.", [_WEATHER_CALL]),
+    Recorded(
+        "hermes cut in a call",
+        _H,
+        'A\n<tool_call>{"name": "get_weather", "arguments": {"city": "Zü',
+        'A\n<tool_call>{"name": "get_weather", "arguments": {"city": "Zü',
+    ),
+    Recorded(
+        "hermes broken arguments",
+        _H,
+        '<tool_call>{"name": "get_weather", "arguments": {city: 1}}</tool_call> B',
+        '<tool_call>{"name": "get_weather", "arguments": {city: 1}}</tool_call> B',
+    ),
+    Recorded(
+        "hermes unknown tool",
+        _H,
+        '<tool_call>{"name": "rm", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "rm", "arguments": {}}</tool_call>',
+    ),
+    Recorded(
+        "hermes arguments are a list",
+        _H,
+        '<tool_call>{"name": "get-time", "arguments": [1]}</tool_call>',
+        '<tool_call>{"name": "get-time", "arguments": [1]}</tool_call>',
+    ),
+    Recorded(
+        "hermes broken, then a call",
+        _H,
+        f"<tool_call>{{'name': 1}}</tool_call>\n<tool_call>{_WEATHER}</tool_call>",
+        "<tool_call>{'name': 1}</tool_call>",
+        [_WEATHER_CALL],
+    ),
+    Recorded(
+        "hermes call in a broken one",
+        _H,
+        f"<tool_call><tool_call>{_WEATHER}</tool_call>",
+        "<tool_call>",
+        [_WEATHER_CALL],
+    ),
+    Recorded(
+        "hermes replacement characters",
+        _H,
+        '<tool_call>{"name": "get-time", "arguments": {"\ufffd": "\ufffd"}}',
+        calls=[("get-time", {"\ufffd": "\ufffd"})],
+    ),
+    Recorded(
+        "thinking, then a call",
+        _T,
+        f"<think>\nIt may rain.\n\nYes.\n</think>\n\n<tool_call>{_WEATHER}</tool_call>",
+        "",
+        [_WEATHER_CALL],
+        "It may rain.\n\nYes.",
+    ),
+    Recorded("thinking, then text", _T, "<think>a < b</think>\nAnswer </think>", "Answer </think>", [], "a < b"),
+    Recorded("no thoughts", _T, "<think>\n\n</think>\n\nAnswer\n", "Answer\n"),
+    Recorded("prompt has opened think", _T, "Hm.\n</think>\n\nAnswer", "Answer", [], "Hm.", True),
+    Recorded("think is never closed", _T, "<think>\nHm. </thin", "", [], "Hm. </thin"),
+    Recorded("no think marker", _T, "Answer with <think>", "Answer with <think>"),
+    Recorded(
+        "a call inside of think",
+        _T,
+        f"<think><tool_call>{_WEATHER}</tool_call></think>B",
+        "B",
+        [],
+        f"<tool_call>{_WEATHER}</tool_call>",
+    ),
+    Recorded(
+        "coder call",
+        _Q,
+        "Look:\n<tool_call>\n<function=get_weather>\n<parameter=city>\nZürich\n</parameter>\n<parameter=days>\n3\n"
+        '</parameter>\n<parameter=tags>\n["a", 1]\n</parameter>\n</function>\n</tool_call>',
+        "Look:",
+        [("get_weather", {"city": "Zürich", "days": 3, "tags": ["a", 1]})],
+    ),
+    Recorded(
+        "coder code",
+        _Q,
+        f"<tool_call>\n<function=run_code>\n<parameter=code>\n{_CODE_VALUE}\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=get-time>\n</function>\n</tool_call>",
+        "",
+        [("run_code", {"code": _CODE_VALUE}), ("get-time", {})],
+    ),
+    Recorded(
+        "coder without tag",
+        _Q,
+        "<function=get_weather><parameter=city>A</parameter></function>",
+        "",
+        [("get_weather", {"city": "A"})],
+    ),
+    Recorded(
+        "coder value that is no number",
+        _Q,
+        "<function=get_weather><parameter=days>three</parameter></function>",
+        "",
+        [("get_weather", {"days": "three"})],
+    ),
+    Recorded(
+        "coder cut in a value",
+        _Q,
+        "<tool_call><function=run_code><parameter=code>x = 1\n</param",
+        "<tool_call><function=run_code><parameter=code>x = 1\n</param",
+    ),
+    Recorded(
+        "coder unknown function",
+        _Q,
+        "<tool_call><function=rm></function></tool_call>",
+        "<tool_call><function=rm></function></tool_call>",
+    ),
+    Recorded(
+        "llama call", _L, '{"name": "get_weather", "parameters": {"city": "A"}}', "", [("get_weather", {"city": "A"})]
+    ),
+    Recorded(
+        "llama tag",
+        _L,
+        '<|python_tag|>{"type": "function", "name": "get-time", "parameters": {}}',
+        "",
+        [("get-time", {})],
+    ),
+    Recorded(
+        "llama two calls",
+        _L,
+        '{"name": "get-time", "parameters": {}}; {"name": "get_weather", "parameters": {"city": "B"}}',
+        "",
+        [("get-time", {}), ("get_weather", {"city": "B"})],
+    ),
+    Recorded(
+        "llama JSON that is no call", _L, '{"city": "A", "name": "get-time"}', '{"city": "A", "name": "get-time"}'
+    ),
+    Recorded(
+        "llama text", _L, 'Say {"name": "get-time", "parameters": {}}', 'Say {"name": "get-time", "parameters": {}}'
+    ),
+    Recorded(
+        "llama built-in tool",
+        _L,
+        '<|python_tag|>brave_search.call(query="x")',
+        '<|python_tag|>brave_search.call(query="x")',
+    ),
+    Recorded(
+        "llama text after", _L, '{"name": "get-time", "parameters": {}}; and more', "; and more", [("get-time", {})]
+    ),
+    Recorded(
+        "mistral list",
+        _M,
+        '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "A"}}, {"name": "get-time", "arguments": {}}]',
+        "",
+        [("get_weather", {"city": "A"}), ("get-time", {})],
+    ),
+    Recorded(
+        "mistral names",
+        _M,
+        'So:[TOOL_CALLS]get_weather[ARGS]{"city": "A"}[TOOL_CALLS]get-time[CALL_ID]a1b2[ARGS]{}',
+        "So:",
+        [("get_weather", {"city": "A"}), ("get-time", {})],
+    ),
+    Recorded(
+        "mistral name without marker",
+        _M,
+        'x [TOOL_CALLS]get_weather{"city": "A"}',
+        "x",
+        [("get_weather", {"city": "A"})],
+    ),
+    Recorded(
+        "mistral broken",
+        _M,
+        '[TOOL_CALLS] [{"name": "get-time", "arguments": {]',
+        '[TOOL_CALLS] [{"name": "get-time", "arguments": {]',
+    ),
+    Recorded("mistral unknown", _M, "[TOOL_CALLS]rm[ARGS]{}", "[TOOL_CALLS]rm[ARGS]{}"),
+    Recorded("mistral reasoning", _M, "[THINK]Hm.[/THINK]Hello [", "Hello [", [], "Hm."),
+    Recorded(
+        "pythonic calls",
+        _P,
+        "[get_weather(city='Zürich, [A)', days=-3, tags=['a', None, {'b': True}]), get-time()]",
+        "",
+        [("get_weather", {"city": "Zürich, [A)", "days": -3, "tags": ["a", None, {"b": True}]}), ("get-time", {})],
+    ),
+    Recorded(
+        "pythonic markers",
+        _P,
+        '<|python_start|>[get_weather(city="A")]<|python_end|>',
+        "",
+        [("get_weather", {"city": "A"})],
+    ),
+    Recorded("pythonic list", _P, "[1, 2] is a list", "[1, 2] is a list"),
+    Recorded("pythonic code", _P, "[get_weather(city=open('x'))]", "[get_weather(city=open('x'))]"),
+    Recorded("pythonic position", _P, "[get_weather('A')]", "[get_weather('A')]"),
+    Recorded("pythonic cut", _P, "[get-time(), get_weather(city='A", ", get_weather(city='A", [("get-time", {})]),
+    Recorded(
+        "harmony answer",
+        _O,
+        "<|channel|>analysis<|message|>Hm. <b><|end|><|start|>assistant<|channel|>final<|message|>Hello!<|return|>",
+        "Hello!",
+        [],
+        "Hm. <b>",
+    ),
+    Recorded(
+        "harmony call",
+        _O,
+        "<|channel|>analysis<|message|>Look.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
+        '<|constrain|>json<|message|>{"city": "Zürich"}<|call|>',
+        "",
+        [("get_weather", {"city": "Zürich"})],
+        "Look.",
+    ),
+    Recorded(
+        "harmony recipient first, two calls",
+        _O,
+        "<|start|>assistant to=functions.get-time<|channel|>commentary json<|message|>{}<|call|><|start|>assistant "
+        'to=functions.get_weather<|channel|>commentary<|message|>{"city": "A"}',
+        "",
+        [("get-time", {}), ("get_weather", {"city": "A"})],
+    ),
+    Recorded("harmony preamble", _O, "<|channel|>commentary<|message|>I look.<|end|>", "I look."),
+    Recorded("harmony plain text", _O, "Hello <|", "Hello <|"),
+    Recorded("harmony cut in a header", _O, "<|channel|>final<|mess", "<|channel|>final<|mess"),
+    Recorded("harmony cut in reasoning", _O, "<|channel|>analysis<|message|>Hm", "", [], "Hm"),
+    Recorded(
+        "harmony broken call",
+        _O,
+        "<|channel|>commentary to=functions.get-time<|message|>{x}<|call|>",
+        "<|channel|>commentary to=functions.get-time<|message|>{x}",
+    ),
+    Recorded(
+        "harmony unknown tool",
+        _O,
+        "<|channel|>commentary to=browser.search<|message|>{}<|call|>",
+        "<|channel|>commentary to=browser.search<|message|>{}",
+    ),
+]

@@ -1,0 +1,69 @@
+"""Answers of each format, whole and cut at every character."""
+
+import json
+from collections.abc import Iterable
+from itertools import count
+
+import pytest
+
+from harness.recorded_answers import RECORDED, TOOLS, Recorded
+from mgpu.protocol.chat.answer_parser import AnswerParser, ParsedAnswer
+from mgpu.protocol.chat.events import CallArguments, CallBegin, Content, Event
+from mgpu.protocol.chat.formats import ChatFormat
+from mgpu.protocol.chat.tools import OfferedTools
+
+
+def parsed(recorded: Recorded, parts: Iterable[str]) -> tuple[str, str, list[tuple[str, str]]]:
+    numbers = count()
+    parser = AnswerParser(
+        recorded.chat_format, OfferedTools(TOOLS), recorded.in_reasoning, new_id=lambda: f"call{next(numbers)}"
+    )
+    answer = ParsedAnswer()
+    for part in parts:
+        answer.add(parser.push(part))
+    answer.add(parser.finish())
+    calls = [(call.name, call.arguments) for call in answer.calls()]
+    return "".join(answer.content), "".join(answer.reasoning), calls
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda each: each.name)
+def test_a_recorded_answer_is_found_whole_and_cut_anywhere(recorded: Recorded) -> None:
+    whole = content, reasoning, calls = parsed(recorded, [recorded.text])
+    assert (content, reasoning) == (recorded.content, recorded.reasoning)
+    assert [(name, json.loads(arguments)) for name, arguments in calls] == recorded.calls
+    assert parsed(recorded, recorded.text) == whole
+    for at in range(1, len(recorded.text)):
+        assert parsed(recorded, [recorded.text[:at], recorded.text[at:]]) == whole
+
+
+def test_arguments_are_passed_on_as_they_come() -> None:
+    parser = AnswerParser(ChatFormat("hermes"), OfferedTools(TOOLS))
+    text = '<tool_call>{"name": "get_weather", "arguments": {"city": "Ber'
+    events = [event for character in text for event in parser.push(character)]
+    assert [event.name for event in events if isinstance(event, CallBegin)] == ["get_weather"]
+    assert "".join(event.text for event in events if isinstance(event, CallArguments)) == '{"city": "Ber'
+
+
+def test_without_tools_markers_are_text() -> None:
+    parser = AnswerParser(ChatFormat("hermes"))
+    text = '<tool_call>{"name": "get_weather", "arguments": {}}</tool_call> \n'
+    assert joined([*parser.push(text), *parser.finish()]) == text
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3-coder", "mistral", "harmony", "llama", "pythonic"])
+def test_nothing_of_a_long_odd_answer_is_lost(name: str) -> None:
+    markers = ChatFormat(name).markers()
+    text = "".join(f"{marker} {{'[(\n" for marker in markers) * 40 + "x" + " " * 5000 + "y"
+    parser = AnswerParser(ChatFormat(name), OfferedTools(TOOLS))
+    found = joined(
+        [event for at in range(0, len(text), 7) for event in parser.push(text[at : at + 7])] + parser.finish()
+    )
+    if name == "harmony":
+        assert found.endswith("x" + " " * 5000 + "y")
+    else:
+        assert found == text
+
+
+def joined(events: list[Event]) -> str:
+    assert all(isinstance(event, Content) for event in events), events
+    return "".join(event.text for event in events if isinstance(event, Content))
