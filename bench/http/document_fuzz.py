@@ -30,15 +30,22 @@ HIDDEN = (b"Traceback", b"ipc://", b'File "', b"/tmp/", b"site-packages")
 """What no answer may show."""
 _LOOSE = frozenset({
     "tools", "tool_choice", "functions", "response_format", "text", "thinking", "reasoning", "modalities", "audio",
-    "chat_template_kwargs",
+    "chat_template_kwargs", "documents", "reasoning_effort",
 })  # fmt: skip
 """Fields whose rules say more than their schemas."""
 _TOGETHER = frozenset({"model", "min_tokens", "best_of", "echo", "top_logprobs", "timeout_s"})
 """Fields that depend on other fields, on the model or on the time: a value may be allowed and yet not fit."""
 _ONE_OF = ("prompt", "content", "messages")
 """Where a body may have each of these, it must have one."""
-_DOES_NOT_FIT = (b"context_length_exceeded", b"the context holds", b"the vocabulary has")
-"""In answers to bodies that the document allows, and this model does not."""
+_DOES_NOT_FIT = (
+    b"context_length_exceeded",
+    b"the context holds",
+    b"the vocabulary has",
+    b"tool_call_id",
+    b"a string with a JSON object",
+)
+"""In answers to bodies that the document allows, and this model or the combination of fields does not."""
+_HELLO = [{"role": "user", "content": "Hi"}]
 _SHORT = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _MOST_SHOWN = 300
 TIMEOUT_S = 30.0
@@ -115,6 +122,8 @@ def _make_plain(body: Any, fields: Mapping[str, Any]) -> bool:
         body.setdefault(given[0], "x")
         for name in given[1:]:
             del body[name]
+    if is_plain and isinstance(body.get("messages"), list):  # results need a call with the same id before them
+        body["messages"] = [each for each in body["messages"] if each["role"] != "tool"] or _HELLO
     if "n" in body and "n" in fields:
         body["n"] = 1 + body["n"] % 3
     return is_plain

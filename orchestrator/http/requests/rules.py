@@ -139,12 +139,20 @@ class Messages:
         if "content" not in message and role != "assistant":
             raise FieldError(f"{field} lacks content")
         turn = {"role": role, "content": parse_content(f"{field}.content", message.get("content"))}
-        turn |= {name: message[name] for name in ("name", "reasoning_content") if message.get(name) is not None}
-        if calls := parse_calls(f"{field}.tool_calls", message.get("tool_calls")):
-            turn["tool_calls"] = calls
+        if message.get("name") is not None:
+            turn["name"] = message["name"]
+        if role == "assistant":
+            self._add_answer(field, message, turn)
         if role == "tool":
             turn["tool_call_id"] = _call_id(field, message.get("tool_call_id"))
         return turn
+
+    def _add_answer(self, field: str, message: Mapping[str, object], turn: dict[str, object]) -> None:
+        """Add what only the model writes."""
+        if message.get("reasoning_content") is not None:
+            turn["reasoning_content"] = message["reasoning_content"]
+        if calls := parse_calls(f"{field}.tool_calls", message.get("tool_calls")):
+            turn["tool_calls"] = calls
 
 
 def _call_id(field: str, value: object) -> object:

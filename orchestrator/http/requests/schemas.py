@@ -20,7 +20,7 @@ from mgpu.orchestrator.http.requests.rules import (
     StreamOptions,
 )
 from mgpu.orchestrator.http.requests.tool_rules import ChatToolChoice
-from mgpu.protocol.front.chat_messages import MAX_TOOLS, TOOL_CHOICES, JsonMap, TemplateOptions, Tools
+from mgpu.protocol.front.chat_messages import MAX_CALLS, MAX_TOOLS, TOOL_CHOICES, JsonMap, TemplateOptions, Tools
 from mgpu.protocol.front.fields import INT32_MAX, Array, Flag, Integer, Number, OneOf, Record, Rule, Text
 
 Schema = dict[str, Any]
@@ -32,25 +32,44 @@ _PART: Schema = {
     "required": ["type", "text"],
 }
 _CONTENT: Schema = {"anyOf": [_TEXT, {"type": "array", "items": _PART}]}
+_TOOL_NAME: Schema = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"}
 _CALL: Schema = {
     "type": "object",
     "properties": {
-        "id": _TEXT,
+        "id": {"type": "string", "maxLength": 256},
         "type": {"const": "function"},
-        "function": {"type": "object", "properties": {"name": _TEXT, "arguments": _TEXT}, "required": ["name"]},
+        "function": {"type": "object", "properties": {"name": _TOOL_NAME, "arguments": _TEXT}, "required": ["name"]},
     },
     "required": ["id", "function"],
 }
-_MESSAGE: Schema = {
+_NAME: Schema = {"type": "string", "maxLength": 256}
+_TURN: Schema = {
     "type": "object",
     "properties": {
-        "role": {"enum": list(ROLES)},
+        "role": {"enum": [role for role in ROLES if role not in ("assistant", "tool")]},
         "content": _CONTENT,
-        "tool_calls": {"type": "array", "items": _CALL},
-        "tool_call_id": _TEXT,
-        "reasoning_content": _TEXT,
     },
     "required": ["role", "content"],
+}
+_ANSWER: Schema = {
+    "type": "object",
+    "properties": {
+        "role": {"const": "assistant"},
+        "content": _CONTENT,
+        "tool_calls": {"type": "array", "items": _CALL, "maxItems": MAX_CALLS},
+        "reasoning_content": _TEXT,
+    },
+    "required": ["role"],
+}
+_RESULT: Schema = {
+    "type": "object",
+    "properties": {"role": {"const": "tool"}, "content": _CONTENT, "tool_call_id": _NAME},
+    "required": ["role", "content", "tool_call_id"],
+}
+_MESSAGE: Schema = {
+    "type": "object",
+    "properties": {"role": {"enum": list(ROLES)}, "name": _NAME},
+    "anyOf": [_TURN, _ANSWER, _RESULT],
 }
 _TOOL: Schema = {
     "type": "object",
@@ -59,7 +78,7 @@ _TOOL: Schema = {
         "function": {
             "type": "object",
             "properties": {
-                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                "name": _TOOL_NAME,
                 "description": _TEXT,
                 "parameters": {"type": "object"},
             },
@@ -67,6 +86,11 @@ _TOOL: Schema = {
         },
     },
     "required": ["type", "function"],
+}
+_ITEM: Schema = {
+    "type": "object",
+    "properties": {"type": {"const": "message"}, "role": {"enum": list(ROLES)}, "content": _CONTENT},
+    "required": ["role", "content"],
 }
 _MESSAGES: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": MAX_MESSAGES}
 
@@ -170,7 +194,7 @@ def _(rule: Rule) -> Schema:
 
 @schema_of.register
 def _(rule: Input) -> Schema:
-    return {"anyOf": [_TEXT, _MESSAGES]}
+    return {"anyOf": [_TEXT, {**_MESSAGES, "items": _ITEM}]}
 
 
 @schema_of.register
