@@ -23,9 +23,13 @@ def apply_rules(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L
 
 
 def _add_bias(logits_V: Tensor, first_id: int, bias: list[tuple[int, float]]) -> None:
+    """Add to all biased logits of this slice at once; an id that is named twice gets the sum."""
+    sums: dict[int, float] = {}
     for id_, value in bias:
         if first_id <= id_ < first_id + len(logits_V):
-            logits_V[id_ - first_id] += value
+            sums[id_ - first_id] = sums.get(id_ - first_id, 0.0) + value
+    ids_N = torch.tensor(list(sums), dtype=torch.int64, device=logits_V.device)
+    logits_V[ids_N] += torch.tensor(list(sums.values()), dtype=logits_V.dtype, device=logits_V.device)
 
 
 def _penalize(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L: Tensor, prompt_len: int) -> None:

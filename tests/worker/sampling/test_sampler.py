@@ -232,13 +232,23 @@ def test_filters_draw_from_what_they_keep(sampling: RowSampling, keep: list[int]
     assert chi_square(ids, kept(LOGITS_V.softmax(-1), keep)) < 3.2
 
 
-def test_a_flat_nucleus_wider_than_the_first_candidates_is_exact() -> None:
+def test_a_flat_nucleus_of_thousands_of_tokens_is_exact() -> None:
     logits = torch.linspace(0, 0.5, 6_000)
     ids = draw_many(logits, RowSampling(temperature=1.0, top_p=0.5), 1_000)
     order = logits.softmax(-1).double().flip(0)
     cut = 6_000 - 1 - int((order.cumsum(-1) < 0.5).sum())
     assert min(ids) >= cut
     assert min(ids) < cut + 60
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.5, 0.99, 1.0])
+def test_a_top_k_of_the_whole_vocabulary_changes_nothing(top_p: float) -> None:
+    logits = torch.randn(100, VOCAB, generator=torch.Generator().manual_seed(3))
+    without, beyond = (
+        [RowSampling(temperature=1.0, top_p=top_p, top_k=top_k, seed=seed) for seed in range(100)]
+        for top_k in (0, 2**31 - 1)
+    )
+    assert ids_of(logits, without) == ids_of(logits, beyond)
 
 
 def test_top_k_one_is_greedy_at_any_temperature_and_seed() -> None:
@@ -259,6 +269,7 @@ def test_logit_bias_is_added() -> None:
     assert ids_of(logits, [RowSampling(logit_bias=[(50, 4.9)])], ranks=2) == [10]
     assert ids_of(logits, [RowSampling(logit_bias=[(50, 5.1)])], ranks=2) == [50]
     assert ids_of(logits, [RowSampling(logit_bias=[(10, -math.inf), (3, 1.0)])], ranks=2) == [3]
+    assert ids_of(logits, [RowSampling(logit_bias=[(50, 2.5), (3, 4.9), (50, 2.6)])], ranks=2) == [50]
 
 
 def test_repetition_penalty_counts_the_prompt_and_shrinks_either_sign() -> None:
