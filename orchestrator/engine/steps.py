@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from mgpu.orchestrator.engine.polling import SpinPolicy
 from mgpu.orchestrator.engine.stats import EngineStats
+from mgpu.orchestrator.engine.step_costs import StepCosts
 from mgpu.orchestrator.engine.step_times import StepTimes
 from mgpu.orchestrator.processes.failures import WorkersHung
 from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
@@ -30,9 +31,10 @@ class StepPipeline:
         self._scheduler = scheduler
         self._workers = workers
         self._spin = SpinPolicy(spin_s)
-        self._times = StepTimes(hang_timeout_s)
+        self._times, self._costs = StepTimes(hang_timeout_s), StepCosts()
+        scheduler.shares.room_beside = self._costs.room_beside
         self._published: deque[tuple[float, int]] = deque()
-        """When each step in flight went out, and its tokens."""
+        """When each step in flight went out, and its tokens; a token that is costly to choose counts for more."""
         self.vocabulary: Vocabulary | None = None
         """What the gateway knows of the model's tokens; None before the first request with a grammar."""
         self._vocabulary_epoch = -1
@@ -47,7 +49,9 @@ class StepPipeline:
         self._last_result_s = time.monotonic()
         if warm_up:
             seconds = max(each.phase_s.get("warmup", 0.0) for each in warm_up) * TRIAL_STEP_SHARE
-            self._times.note(max(each.step_tokens for each in warm_up), seconds)
+            num_tokens = max(each.step_tokens for each in warm_up)
+            self._times.note(num_tokens, seconds)
+            self._costs.note(num_tokens, seconds)
 
     def publish(self) -> None:
         """Publish steps until the pipeline is full."""
@@ -67,7 +71,7 @@ class StepPipeline:
                 self._stats.queue_s.add(published_s - submitted_s)
             if not self._published:
                 self._stats.note_fed(published_s)
-            self._published.append((published_s, sum(plan.counts)))
+            self._published.append((published_s, sum(plan.counts) + self._scheduler.shares.extra_cost))
             self._stats.schedule_us.add((planned - began) * 1e6)
             self._stats.publish_us.add((time.perf_counter() - planned) * 1e6)
 
@@ -142,9 +146,10 @@ class StepPipeline:
             self._scheduler.apply(result)
         except ValueError as error:
             raise self._workers.group.broken(str(error)) from error
-        self._last_result_s = time.monotonic()
+        before_s, self._last_result_s = self._last_result_s, time.monotonic()
         if self._published:
             published_s, num_tokens = self._published.popleft()
+            self._costs.note(num_tokens, self._last_result_s - max(published_s, before_s))
             self._stats.step_us.add((self._last_result_s - published_s) * 1e6)
             self._times.note(num_tokens, self._last_result_s - published_s)
             if not self._published and self._scheduler.num_running:

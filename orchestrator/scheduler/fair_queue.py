@@ -14,6 +14,9 @@ B is served twice, to tags 50 and 100. If C joins now, it starts at the present,
 An account may have parts, which divide its turns in the same way: a sequence names a path of numbers, such as a process
 and one of its connections. Nobody gains tokens by having more parts. The last part of a path is never part of another.
 
+Accounts that run as much as they may beside others are held: their sequences keep their order and are not next.
+A token counts for more if it is costly to choose (`Sequence.token_cost`).
+
 Pure and deterministic; O(log n) per operation, amortized.
 """
 
@@ -79,12 +82,6 @@ class Account:
             heapq.heappop(self.line)
         return None
 
-    def join(self, part: "Account") -> None:
-        """Let a part in line, at the present at least, unless it is there."""
-        if part.entry < 0:
-            part.tag = max(part.tag, self.now)
-            self.enter(part)
-
     def enter(self, part: "Account") -> None:
         """Give a part an entry with its tag; an earlier one is stale then."""
         if part.entry < 0:
@@ -120,9 +117,9 @@ class Account:
 
     def _forget_idle(self) -> None:
         """Forget parts that have nothing in line and no debt."""
-        kept = {number: each for number, each in self.parts.items() if each.entry >= 0 or each.tag > self.now}
-        if len(kept) > self.num_waiting + _MAX_IDLE:
-            kept = {number: each for number, each in kept.items() if each.entry >= 0}
+        busy = {number: each for number, each in self.parts.items() if each.num_waiting or each.entry >= 0}
+        in_debt = {number: each for number, each in self.parts.items() if each.tag > self.now}
+        kept = busy | in_debt if len(busy | in_debt) <= self.num_waiting + _MAX_IDLE else busy
         self.parts = kept
         self.sweep_at = 2 * len(kept) + _SLACK
 
@@ -136,6 +133,7 @@ class FairQueue:
         """For every sequence that runs, by sequence id: the accounts that were charged, and the tokens."""
         self._num_ended = 0
         self._mean_answer = FIRST_GUESS
+        self._held: set[int] = set()
 
     def __len__(self) -> int:
         return self._all.num_waiting
@@ -150,7 +148,21 @@ class FairQueue:
         for account in line:
             account.num_waiting += 1
         for parent, part in pairwise(line):
-            parent.join(part)
+            if part.num_waiting == 1 and part.entry < 0:
+                part.tag = max(part.tag, parent.now)
+            if part.entry < 0 and not (parent is self._all and part.number in self._held):
+                parent.enter(part)
+
+    def hold(self, numbers: set[int]) -> None:
+        """Hold these accounts from now on, and no others."""
+        if numbers == self._held:
+            return
+        changed, self._held = numbers ^ self._held, numbers
+        for account in filter(None, map(self._all.parts.get, changed)):
+            if account.number in numbers and account.entry >= 0:
+                self._all.step_out(account)
+            elif account.number not in numbers and account.entry < 0 and account.num_waiting:
+                self._all.enter(account)
 
     def head(self) -> Sequence | None:
         """Return the sequence whose turn it is, without taking it."""
@@ -174,7 +186,7 @@ class FairQueue:
         line = self._head_line()
         heapq.heappop(line[-1].waiting)
         answer = min(self._mean_answer, seq.max_len - seq.prompt_len)
-        charge = seq.prompt_len - seq.cached_tokens + answer
+        charge = seq.prompt_len - seq.cached_tokens + answer * seq.token_cost
         self._charges[seq.sequence_id] = line, charge
         for account in line:
             account.num_waiting -= 1
@@ -201,7 +213,7 @@ class FairQueue:
         answer = len(seq.tokens) - seq.prompt_len
         self._mean_answer += (answer - self._mean_answer) * _SMOOTHING
         line, charge = self._charges.pop(seq.sequence_id, ([], 0.0))
-        excess = seq.prompt_len - seq.cached_tokens + answer - charge
+        excess = seq.prompt_len - seq.cached_tokens + answer * seq.token_cost - charge
         for parent, part in pairwise(line):
             if parent.parts.get(part.number) is not part:  # forgotten, and its debt with it
                 return

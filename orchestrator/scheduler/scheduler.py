@@ -12,6 +12,7 @@ from mgpu.orchestrator.scheduler.block_tables import BlockTables
 from mgpu.orchestrator.scheduler.crash_suspects import note_crash
 from mgpu.orchestrator.scheduler.limits import Limits, RequestRefused, checked_sequence
 from mgpu.orchestrator.scheduler.outputs import StepCounters, StepOutputs
+from mgpu.orchestrator.scheduler.running_shares import RunningShares
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.orchestrator.scheduler.step_planner import StepPlanner
 from mgpu.orchestrator.scheduler.waiting import WaitingLine
@@ -30,7 +31,8 @@ class Scheduler:
         self._live: dict[int, Sequence] = {}
         self._waiting = WaitingLine()
         self._outputs = StepOutputs()
-        self._planner = StepPlanner(limits, self._waiting, self.counters, epoch=0, next_step=0)
+        self.shares = RunningShares()
+        self._planner = StepPlanner(limits, self._waiting, self.counters, self.shares, epoch=0, next_step=0)
 
     # -- what the engine asks ------------------------------------------------------------------------------------------
 
@@ -148,7 +150,9 @@ class Scheduler:
             self._fail(seq, f"after a restart the KV cache holds only {room} tokens, this needs {seq.max_len - 1}")
 
     def _expect_new_workers(self, epoch: int) -> None:
-        self._planner = StepPlanner(self.limits, self._waiting, self.counters, epoch, self._planner.next_step)
+        self._planner = StepPlanner(
+            self.limits, self._waiting, self.counters, self.shares, epoch, self._planner.next_step
+        )
 
     # -- endings and tokens --------------------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ class Sequence:
     """Whose share of the server it counts to, as a path; see fair_queue.py."""
     weights: tuple[float, ...] = (1.0,)
     """The shares of the parts of that path."""
+    token_cost: int = 1
+    """What one of its tokens counts for; see `token_cost_of`."""
     submitted_s: float = 0.0
     """When it came, by the engine's clock."""
 
@@ -71,6 +73,7 @@ class Sequence:
             order=(submit.priority, arrival),
             account=tuple(submit.account),
             weights=tuple(submit.weights),
+            token_cost=token_cost_of(submit.sampling),
         )
 
     def forget_workers(self) -> None:
@@ -82,3 +85,11 @@ class Sequence:
     def to_new_row(self) -> NewRow:
         """Describe the sequence to the workers as it stands now."""
         return NewRow(self.row, self.tokens.tobytes(), self.prompt_len, list(self.blocks), self.sampling)
+
+
+def token_cost_of(sampling: RowSampling) -> int:
+    """Return what choosing a token costs a step, in tokens that are chosen simply. An estimate.
+
+    On a CPU, rules and filters take about as long as computing the token; log-probabilities have to travel too.
+    """
+    return 1 + sampling.has_rules + sampling.needs_all_logits + (sampling.num_logprobs > 0)

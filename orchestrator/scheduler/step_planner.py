@@ -20,6 +20,7 @@ from mgpu.orchestrator.scheduler.decode_batch import DecodeBatch
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.outputs import StepCounters
 from mgpu.orchestrator.scheduler.rows import RowPool
+from mgpu.orchestrator.scheduler.running_shares import RunningShares
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.orchestrator.scheduler.waiting import WaitingLine
 from mgpu.protocol.internal.worker_messages import StepPlan, StepResult
@@ -37,7 +38,13 @@ class StepPlanner:
     """The sequences that run on one worker group, and its steps in flight."""
 
     def __init__(
-        self, limits: Limits, waiting: WaitingLine, counters: StepCounters, epoch: int, next_step: int
+        self,
+        limits: Limits,
+        waiting: WaitingLine,
+        counters: StepCounters,
+        shares: RunningShares,
+        epoch: int,
+        next_step: int,
     ) -> None:
         self.epoch = epoch
         self.next_step = next_step
@@ -47,6 +54,8 @@ class StepPlanner:
         self._limits = limits
         self._waiting = waiting
         self._counters = counters
+        self._shares = shares
+        shares.clear()
         self._rows = RowPool(limits.max_rows)
         self._prefilling: list[Sequence] = []
         """By turn."""
@@ -95,6 +104,7 @@ class StepPlanner:
         self.blocks.release(seq)
         self._solo_run.end(seq)
         del self.admitted[seq.sequence_id]
+        self._shares.end(seq)
         self._rows.give_back(seq, last_step=self.next_step - 1)
         if not self.in_flight:
             self.release_rows(self.next_step)
@@ -117,6 +127,7 @@ class StepPlanner:
         batch = self._batches[index]
         plan = StepPlan(self.epoch, step, self._rows.to_free, [], [], [], [], [], [], [])
         self._even_out(index)
+        self._shares.begin_step()
         sampled = self._plan_decode(batch, plan)
         prefilled = self._plan_prefill(batch, plan, sampled)
         if plan.rows:
@@ -178,19 +189,20 @@ class StepPlanner:
     def _plan_prefill(self, batch: DecodeBatch, plan: StepPlan, sampled: list[Sequence]) -> list[Sequence]:
         """Spend the rest of the token budget on prompts, admitted ones first; return those that got a share.
 
+        No owner gets more of it than leaves the others their speed (running_shares.py).
+
         A sequence whose prompt is complete is added to ``sampled`` and, if it may have another token, to the batch.
         """
         budget = self._limits.max_batch_tokens - len(plan.rows)
         touched: list[Sequence] = []
         for seq in self._prefilling:
-            if not budget:
-                break
-            budget -= _plan_chunk(seq, budget, plan)
-            touched.append(seq)
+            if room := min(budget, self._shares.prompt_tokens(seq)):
+                budget -= self._plan_chunk(seq, room, plan)
+                touched.append(seq)
         while budget and (admitted := self._admit_next()) is not None:
             plan.new_rows.append(admitted.to_new_row())
             insort(self._prefilling, admitted, key=lambda each: each.turn)
-            budget -= _plan_chunk(admitted, budget, plan)
+            budget -= self._plan_chunk(admitted, min(budget, self._shares.prompt_tokens(admitted)), plan)
             touched.append(admitted)
         for seq in touched:
             if seq.num_computed == len(seq.tokens):
@@ -198,14 +210,30 @@ class StepPlanner:
                 self._prefilling.remove(seq)
                 if len(seq.tokens) + 1 < seq.max_len:
                     batch.add(seq, seq.num_computed)
+                    self._shares.begin_decoding(seq)
         return touched
+
+    def _plan_chunk(self, seq: Sequence, budget: int, plan: StepPlan) -> int:
+        """Plan the next tokens of a prompt and return how many."""
+        start = seq.num_computed
+        count = min(budget, len(seq.tokens) - start)
+        seq.num_computed = start + count
+        plan.rows.append(seq.row)
+        plan.starts.append(start)
+        plan.counts.append(count)
+        plan.samples.append(int(seq.num_computed == len(seq.tokens)))
+        self._shares.spend(seq, count)
+        return count
 
     # -- admission -----------------------------------------------------------------------------------------------------
 
     def _admit_next(self) -> Sequence | None:
         """Assign a row and blocks to the first in line and return it. None when it must wait: no other overtakes it."""
+        self._waiting.hold(self._shares.full())
         seq = self._waiting.first()
         if seq is None or not self._rows.has_free or self._blocked == (self.blocks.changes, seq):
+            return None
+        if self._shares.prompt_tokens(seq) < 1:
             return None
         if self._solo_run.holds_back(seq, is_idle=not self.admitted and not self.in_flight):
             return None
@@ -221,6 +249,7 @@ class StepPlanner:
         self._waiting.take_first()
         self._rows.take(seq)
         self.admitted[seq.sequence_id] = seq
+        self._shares.begin(seq)
         self._solo_run.begin(seq)
         return seq
 
@@ -229,15 +258,3 @@ class StepPlanner:
         cleared, first = self._solo_run.clear(), self._waiting.first()
         if cleared is not None and first is not None and is_suspect(first):
             self._preempt(cleared)
-
-
-def _plan_chunk(seq: Sequence, budget: int, plan: StepPlan) -> int:
-    """Plan the next tokens of a prompt and return how many."""
-    start = seq.num_computed
-    count = min(budget, len(seq.tokens) - start)
-    seq.num_computed = start + count
-    plan.rows.append(seq.row)
-    plan.starts.append(start)
-    plan.counts.append(count)
-    plan.samples.append(int(seq.num_computed == len(seq.tokens)))
-    return count

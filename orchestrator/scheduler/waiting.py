@@ -20,6 +20,10 @@ class WaitingLine:
         """Heap by turn. A sequence that has begun goes first: its computed blocks may still be in the pool."""
         self._turns = 0
 
+    def hold(self, owners: set[int]) -> None:
+        """Let no new sequences of these owners come to the front until the next call; see running_shares.py."""
+        self._new.hold(owners)
+
     def join(self, seq: Sequence) -> None:
         """Line up, for the first time or after being preempted."""
         if seq.turn < 0:

@@ -186,7 +186,7 @@ def test_a_request_that_outlives_its_line_changes_nothing_in_the_next_one(line: 
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["add", "pop", "drop", "finish"]), st.integers(0, 30)), max_size=80))
+@given(st.lists(st.tuples(st.sampled_from(["add", "pop", "drop", "finish", "hold"]), st.integers(0, 30)), max_size=80))
 def test_the_books_are_right_whatever_begins_and_ends_in_whatever_order(actions: list[tuple[str, int]]) -> None:
     line, paths = Line(), [(0,), (1, 1), (1, 2), (2, 1, 1)]
     waiting: list[Sequence] = []
@@ -201,6 +201,8 @@ def test_the_books_are_right_whatever_begins_and_ends_in_whatever_order(actions:
             line.drop(waiting.pop(number % len(waiting)))
         elif action == "finish" and running:
             line.finish(running.pop(number % len(running)), number)
+        elif action == "hold":
+            line.queue.hold({at for at in range(3) if number >> at & 1})
         assert_books_are_right(line.queue)
 
 
@@ -295,3 +297,39 @@ def test_priorities_count_within_a_part_alone(line: Line) -> None:
     line.add(1, 1, priority=-5)
     line.add(1, 2, priority=1000)
     assert [line.serve().order[0] for _ in range(3)] == [-5, 1000, 5]
+
+
+def test_a_held_account_is_not_next_and_keeps_its_turn(line: Line) -> None:
+    mine = [line.add(1, 1) for _ in range(2)]
+    line.queue.hold({1, 5})
+    assert line.queue.head() is None
+    other = line.add(2)
+    late = line.add(1, 2)
+    assert line.serve() is other
+    line.add(2)
+    line.queue.hold(set())
+    order = [line.serve() for _ in range(4)]
+    assert order.index(mine[0]) < order.index(late) < order.index(mine[1]), "as if it had not been held"
+    assert_books_are_right(line.queue)
+
+
+def test_nobody_saves_up_turns_while_it_is_held(line: Line) -> None:
+    line.queue.hold({1})
+    for _ in range(100):
+        line.add(2)
+    for _ in range(50):
+        line.serve()
+    for _ in range(50):
+        line.add(1)
+    line.queue.hold(set())
+    served = Counter(line.serve().account[0] for _ in range(50))
+    assert served == pytest.approx({1: 25, 2: 25}, abs=2)
+
+
+def test_tokens_that_are_costly_to_choose_are_charged_for_what_they_cost(line: Line) -> None:
+    for _ in range(400):
+        line.add(1).token_cost = 4
+        line.add(2)
+    for _ in range(200):
+        line.serve()
+    assert line.served[2] / line.served[1] == pytest.approx(50 / 20, rel=0.1)

@@ -1,0 +1,164 @@
+"""How much an owner may run beside others, so that nobody's streams become much slower by it.
+
+Owners are the first numbers of accounts (fair_queue.py). While sequences of several owners run,
+
+- an owner may decode so many tokens in a step that it takes a third longer than with those of the others alone
+  (`room_beside`, measured by the engine), and at least as many as the smallest of the others. If its running sequences
+  fill that room, it is held: its next sequences wait in line, in nobody's way.
+- an owner beside others that decode has its prompts computed in portions, so that a step takes a third longer than
+  without them. What is not used in one step is kept for some steps, so that a short prompt is computed at once.
+
+Example: H decodes 8 sequences, and a step of 8 tokens takes 21 ms. One of 20 takes 28 ms, so that the room beside H is
+12 tokens. A sends prompts of 300 tokens for one token each. Its first prompts use what is kept for 16 steps; then 12
+tokens of them are computed in each step, and H has three quarters of its speed. A with 12 sequences that decode has no
+room for a 13th. A decodes nothing with such prompts, so H's own prompts are computed as if it were alone.
+
+An owner that runs alone has no bound, and what runs already is not stopped for others. With one owner in all, as on a
+server that is used over HTTP alone, nothing is different from first come, first served.
+"""
+
+from collections.abc import Callable
+
+from mgpu.orchestrator.scheduler.sequence import Sequence
+
+RoomBeside = Callable[[int], int]
+KEPT_STEPS = 16
+"""Steps for which an owner's unused room is kept."""
+RECENT_STEPS = 32
+"""An owner whose last sequence has ended counts for so many steps: its next request is on its way."""
+
+
+def unlimited(_num_tokens: int) -> int:
+    """Return the room beside any number of tokens while nothing has been measured: enough for all."""
+    return 1 << 30
+
+
+class RunningShares:
+    """What each owner runs, in tokens of one step, and what it has kept."""
+
+    def __init__(self) -> None:
+        self.room_beside: RoomBeside = unlimited
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what runs: the workers are gone."""
+        self._running: dict[int, int] = {}
+        """By owner, and so are the others."""
+        self._decoding: dict[int, int] = {}
+        """Of that, what decodes or will, when its prompt is computed."""
+        self._decoding_ids: set[int] = set()
+        self._streams: dict[int, int] = {}
+        """How many sequences are past their prompts."""
+        self._stream_ids: set[int] = set()
+        self._recent: dict[int, int] = {}
+        """The step until which an owner counts that runs nothing now."""
+        self._kept: dict[int, int] = {}
+        """Tokens of prompts that may be computed now beside what others decode."""
+        self._total, self._smallest = 0, [0]
+        """What all decode, and the two who decode the least, when this was last counted."""
+        self._rooms: dict[int, int] = {}
+        """Since then, by what the others decode."""
+        self._prompt_room = unlimited(0)
+        """Tokens of prompts that an owner may have computed in each step beside all that decode."""
+        self._step = 0
+        self.extra_cost = 0
+        """What the running sequences cost in a step beyond a token each."""
+
+    @property
+    def _are_several(self) -> bool:
+        return len(self._running) > 1 or bool(self._running and self._recent)
+
+    def begin_step(self) -> None:
+        """Let every owner have the room of another step."""
+        self._step += 1
+        if self._recent:
+            self._recent = {owner: step for owner, step in self._recent.items() if step > self._step}
+        if not self._are_several:
+            self._kept.clear()
+            return
+        self._count()
+        most = KEPT_STEPS * self._prompt_room
+        for owner in self._running | self._kept:
+            self._kept[owner] = min(self._kept.get(owner, most) + self._prompt_room, most)
+
+    def begin(self, seq: Sequence) -> None:
+        """Note that a sequence has got a row."""
+        owner = seq.account[0]
+        self._add(self._running, owner, seq.token_cost)
+        if seq.max_len > len(seq.tokens) + 1:
+            self._decoding_ids.add(seq.sequence_id)
+            self._add(self._decoding, owner, seq.token_cost)
+        self._recent.pop(owner, None)
+        self.extra_cost += seq.token_cost - 1
+        if len(self._running) > 1:
+            self._count()
+
+    def begin_decoding(self, seq: Sequence) -> None:
+        """Note that the prompt of a sequence is computed."""
+        self._stream_ids.add(seq.sequence_id)
+        self._add(self._streams, seq.account[0], 1)
+
+    def end(self, seq: Sequence) -> None:
+        """Note that a sequence has lost its row."""
+        owner = seq.account[0]
+        self._add(self._running, owner, -seq.token_cost)
+        self.extra_cost -= seq.token_cost - 1
+        if seq.sequence_id in self._stream_ids:
+            self._stream_ids.discard(seq.sequence_id)
+            self._add(self._streams, owner, -1)
+        if seq.sequence_id in self._decoding_ids:
+            self._decoding_ids.discard(seq.sequence_id)
+            self._add(self._decoding, owner, -seq.token_cost)
+        if owner not in self._running:
+            self._recent[owner] = self._step + RECENT_STEPS
+
+    def full(self) -> set[int]:
+        """Return the owners that may begin nothing now."""
+        if not self._are_several:
+            return set()
+        return {owner for owner in self._running | self._kept if self._is_full(owner)}
+
+    def prompt_tokens(self, seq: Sequence) -> int:
+        """Return how many tokens of a prompt may be computed in this step."""
+        return self._prompt_tokens(seq.account[0])
+
+    def spend(self, seq: Sequence, num_tokens: int) -> None:
+        """Note that so many tokens of a prompt are computed in this step."""
+        owner = seq.account[0]
+        if self._others_decode(owner):
+            self._kept[owner] = self._prompt_tokens(owner) - num_tokens
+
+    @staticmethod
+    def _add(costs: dict[int, int], owner: int, cost: int) -> None:
+        costs[owner] = costs.get(owner, 0) + cost
+        if not costs[owner]:
+            del costs[owner]
+
+    def _count(self) -> None:
+        costs = sorted([*self._decoding.values(), *[1] * len(self._recent)])
+        self._total, self._smallest = sum(costs), costs[:2]
+        self._rooms.clear()
+        self._prompt_room = self.room_beside(self._total) if self._total else unlimited(0)
+
+    def _is_full(self, owner: int) -> bool:
+        mine = self._running.get(owner, 0)
+        return (mine > 0 and mine >= self._room_of(owner)) or self._prompt_tokens(owner) < 1
+
+    def _others_decode(self, owner: int) -> bool:
+        return len(self._streams) > (owner in self._streams)
+
+    def _prompt_tokens(self, owner: int) -> int:
+        if not self._others_decode(owner):
+            return unlimited(0)
+        return self._kept.get(owner, KEPT_STEPS * self._prompt_room)
+
+    def _room_of(self, owner: int) -> int:
+        """Return the tokens that an owner may have in a step beside those that the others decode."""
+        mine = self._decoding.get(owner, 0) or int(owner in self._recent)
+        others = self._total - mine
+        if others <= 0:
+            return unlimited(0)
+        room = self._rooms.get(others)
+        if room is None:
+            room = self._rooms[others] = self.room_beside(others)
+        return max(room, self._smallest[mine == self._smallest[0] and len(self._smallest) > 1], 1)

@@ -1,0 +1,178 @@
+"""What owners run beside each other: nobody's streams become much slower by what another has computed."""
+
+import random
+from array import array
+
+import pytest
+
+from harness.fake_model import FakeModel
+from mgpu.orchestrator.scheduler.limits import Limits
+from mgpu.orchestrator.scheduler.running_shares import KEPT_STEPS, RECENT_STEPS
+from mgpu.orchestrator.scheduler.scheduler import Scheduler
+from mgpu.orchestrator.scheduler.sequence import token_cost_of
+from mgpu.protocol.internal.gateway_messages import Submit
+from mgpu.protocol.internal.worker_messages import RowSampling, StepPlan, StepResult
+
+HONEST, OTHER = 1, 2
+LIMITS = Limits(num_blocks=4096, block_size=4, max_rows=64, max_batch_tokens=512, max_seq_len=1024)
+COSTLY = RowSampling(temperature=1.0, top_p=0.5, num_logprobs=20, logit_bias=[(1, 1.0)])
+
+
+class Server:
+    """A scheduler whose steps take a time by their tokens, and a model that computes them."""
+
+    def __init__(self, room: int) -> None:
+        self.scheduler = Scheduler(LIMITS)
+        self.scheduler.shares.room_beside = lambda _num_tokens: room
+        self.model = FakeModel(LIMITS.num_blocks, LIMITS.block_size, 1)
+        self.owner_of: dict[int, int] = {}
+        self.rows: dict[int, int] = {}
+        self.ended: list[int] = []
+
+    def submit(self, owner: int, prompt: int = 4, max_tokens: int = 400, sampling: RowSampling | None = None) -> int:
+        number = len(self.owner_of)
+        self.owner_of[number] = owner
+        ids = array("i", [number % 50 + 1, *random.Random(number).choices(range(1, 90), k=prompt - 1)]).tobytes()
+        row = sampling or RowSampling()
+        self.scheduler.submit(Submit(number, ids, max_tokens, [], row, b"", 0, [owner, number], [1.0, 1.0]))
+        return number
+
+    def step(self) -> dict[int, int]:
+        """Run a step; return the tokens that it computed for each owner."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return {}
+        occupants = {seq.row: seq.account[0] for seq in self.scheduler._planner.admitted.values()}
+        tokens: dict[int, int] = {}
+        for row, count in zip(plan.rows, plan.counts, strict=True):
+            tokens[occupants[row]] = tokens.get(occupants[row], 0) + count
+        self._apply(plan)
+        return tokens
+
+    def _apply(self, plan: StepPlan) -> None:
+        self.scheduler.apply(StepResult(plan.epoch, plan.step, self.model.execute(plan), None, 0))
+        outputs = self.scheduler.take_outputs()
+        if outputs is not None:
+            self.ended += [each for each, why in zip(outputs.sequence_ids, outputs.finish, strict=True) if why]
+
+    def running(self, owner: int) -> int:
+        return sum(seq.account[0] == owner for seq in self.scheduler._planner.admitted.values())
+
+
+def test_the_prompts_of_another_owner_are_computed_in_portions_beside_streams() -> None:
+    server = Server(room=16)
+    for _ in range(8):
+        server.submit(HONEST)
+    server.step()
+    for _ in range(50):
+        server.submit(OTHER, prompt=300, max_tokens=1)
+    steps = [server.step() for _ in range(100)]
+    assert all(step[HONEST] == 8 for step in steps), "streams decode in every step"
+    assert sum(step.get(OTHER, 0) for step in steps) <= (100 + KEPT_STEPS + 1) * 16
+    assert all(step.get(OTHER, 0) >= 16 for step in steps), "the room beside them is used"
+
+
+def test_a_short_prompt_is_computed_at_once() -> None:
+    server = Server(room=16)
+    for _ in range(8):
+        server.submit(HONEST)
+    server.step()
+    server.submit(OTHER, prompt=100)
+    assert server.step() == {HONEST: 8, OTHER: 100}
+
+
+def test_prompts_of_a_decoding_owner_do_not_wait_for_prompts_of_another() -> None:
+    server = Server(room=2)
+    for _ in range(8):
+        server.submit(HONEST)
+    server.step()
+    for _ in range(50):
+        server.submit(OTHER, prompt=300, max_tokens=1)
+    for _ in range(KEPT_STEPS):
+        server.step()
+    server.submit(HONEST, prompt=100)
+    assert max(server.step().get(HONEST, 0) for _ in range(3)) >= 100
+
+
+@pytest.mark.parametrize(("sampling", "most"), [(None, 16), (COSTLY, 4)])
+def test_sequences_of_another_owner_run_as_far_as_there_is_room(sampling: RowSampling | None, most: int) -> None:
+    """What is costly to choose counts for more."""
+    server = Server(room=16)
+    for _ in range(8):
+        server.submit(HONEST)
+    server.step()
+    for _ in range(40):
+        server.submit(OTHER, sampling=sampling)
+    for _ in range(20):
+        server.step()
+    assert server.running(OTHER) == most
+    server.submit(HONEST)
+    server.step()
+    assert server.running(HONEST) == 9, "a held owner does not stand in the way of others"
+
+
+def test_an_owner_may_run_what_the_smallest_of_the_others_runs() -> None:
+    server = Server(room=1)
+    for _ in range(30):
+        server.submit(HONEST)
+    server.step()
+    for _ in range(40):
+        server.submit(OTHER)
+    for _ in range(150):
+        server.step()
+    assert server.running(OTHER) == 30
+
+
+def test_an_owner_alone_has_no_bound_and_others_find_none_when_it_has_gone() -> None:
+    server = Server(room=2)
+    numbers = [server.submit(HONEST, prompt=100) for _ in range(5)]
+    assert server.step() == {HONEST: 500}
+    for _ in range(20):
+        server.submit(OTHER, prompt=25)
+    server.step()
+    assert server.running(OTHER) < 20
+    for number in numbers:
+        server.scheduler.cancel(number, "cancelled")
+    for _ in range(RECENT_STEPS + 2):
+        server.step()
+    assert server.running(OTHER) == 20
+
+
+def test_an_owner_between_two_requests_is_not_forgotten() -> None:
+    server = Server(room=2)
+    first = server.submit(HONEST)
+    for _ in range(20):
+        server.submit(OTHER)
+    server.step()
+    server.scheduler.cancel(first, "cancelled")
+    server.step()
+    assert server.running(OTHER) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_everything_ends_whatever_room_there_is(seed: int) -> None:
+    rng = random.Random(seed)
+    server = Server(room=1)
+    server.scheduler.shares.room_beside = lambda _num_tokens: rng.choice([1, 1, 5, 1000])
+    for _ in range(300):
+        if rng.random() < 0.3:
+            server.submit(rng.randrange(4), rng.randrange(1, 200), rng.randrange(1, 8), rng.choice([None, COSTLY]))
+        server.step()
+        if rng.random() < 0.01:
+            server.scheduler.forget_workers("boom")
+            server.scheduler.use_workers(server.scheduler._planner.epoch + 1, LIMITS.num_blocks)
+            server.model = FakeModel(LIMITS.num_blocks, LIMITS.block_size, 1)
+        server.scheduler.check_integrity()
+    for _ in range(20_000):
+        if not server.step():
+            break
+    assert sorted(server.ended) == list(server.owner_of)
+    shares = server.scheduler.shares
+    assert (shares._running, shares.extra_cost) == ({}, 0)
+
+
+def test_what_is_costly_to_choose_counts_for_more() -> None:
+    assert token_cost_of(RowSampling()) == token_cost_of(RowSampling(temperature=1.0, seed=5)) == 1
+    assert token_cost_of(RowSampling(num_logprobs=0)) == 2
+    assert token_cost_of(RowSampling(repetition_penalty=1.1)) == 2
+    assert token_cost_of(COSTLY) == 4
