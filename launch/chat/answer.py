@@ -55,17 +55,27 @@ def answer(client: Client, messages: Sequence[dict[str, str]], options: dict[str
     """Stream one answer to the screen, then print its speed, or why it has ended early."""
     said: list[str] = []
     usage, finish_reason, start_s, first_s = None, None, time.monotonic(), 0.0
+    is_thinking = False
     try:
         with first_interrupt_only(), client.stream_chat(messages, **options) as pieces:
             try:
                 for piece in pieces:
                     first_s = first_s or time.monotonic()
+                    if piece.reasoning:
+                        is_thinking = True
+                        click.secho(shown(piece.reasoning), dim=True, nl=False)
+                    if piece.text and is_thinking:
+                        is_thinking = False
+                        click.echo("\n")
                     said.append(piece.text)
                     usage = piece.usage or usage
                     finish_reason = piece.finish_reason or finish_reason
-                    screen.write(piece.text)
+                    if piece.text:
+                        screen.write(piece.text)
             finally:
                 screen.finish()
+                if is_thinking:
+                    click.echo()
     except KeyboardInterrupt:
         click.secho("[stopped]", dim=True, err=True)
     except MgpuError as error:
