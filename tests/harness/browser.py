@@ -46,6 +46,7 @@ class Browser:
         width, height = size
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": width < 600})
 
     def use_scheme(self, scheme: str) -> None:
         features = [{"name": "prefers-color-scheme", "value": scheme}]

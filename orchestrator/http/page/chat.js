@@ -7,11 +7,14 @@ import { makeSettings, openSettings } from "./settings.js";
 
 const NEAR_END = 80; // pixels: so near to the end the view follows an answer
 const SAVE_MS = 3000;
+const NARROW = 600; // pixels: the longer text would be cut
 const running = new Map(); // conversation id: {controller, conversation}
+const isTouched = matchMedia("(pointer: coarse)").matches; // its keyboard has no Shift+Enter: Enter begins a line
 let shown;
 
 export function startChat() {
   makeSettings();
+  if (isTouched || innerWidth < NARROW) byId("input").placeholder = "Message";
   const all = store.allConversations();
   show(all.find((each) => each.id === store.lastId()) ?? all[0] ?? store.newConversation());
   byId("new").addEventListener("click", () => {
@@ -23,7 +26,7 @@ export function startChat() {
     send();
   });
   byId("input").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || isTouched) return;
     event.preventDefault();
     send();
   });

@@ -244,8 +244,14 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page: Browser, gateway: Gat
         "```\n" + "x" * 300 + "\n```\n\n" + "y" * 300 + "\n\n|" + "column|" * 30 + "\n|" + "-|" * 30
     )
     page.resize(NARROW)
-    say(page, "Hi")
+    page.driver.refresh()
+    page.wait(lambda: page.text("#state") == "ready")
+    assert page.find("#input").get_attribute("placeholder") == "Message", "a longer one would be cut"
+    page.type("#input", "Hi" + ENTER + "there")
+    assert page.count("article") == 0, "a touch screen has no Shift+Enter: Enter begins a line"
+    page.click("#send")
     page.wait(lambda: is_done(page))
+    assert page.text("article.user .text") == "Hi\nthere"
     for view in ("#to-status", "#to-chat"):
         page.click(view)
         assert page.script("return document.documentElement.scrollWidth <= innerWidth")
