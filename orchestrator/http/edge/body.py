@@ -1,6 +1,8 @@
 """Read the JSON object of a request: bounded in bytes and time, strict in its encoding."""
 
 import asyncio
+import contextlib
+import ctypes
 import json
 from typing import NoReturn
 
@@ -13,6 +15,9 @@ MAX_BODY_BYTES = 4 << 20
 BODY_TIMEOUT_S = 60.0
 MAX_HELD_BYTES = 256 << 20
 """Bodies of all requests that are being read. Thousands of connections could each hold one for a minute."""
+WORTH_RELEASING_BYTES = 32 << 20
+RELEASE_AFTER_S = 1.0
+"""The buffers of connections that end now are free by then."""
 _RETRY_S = 1
 _EXACT = 2.0**53
 """Below it a float holds each integer."""
@@ -22,6 +27,8 @@ class _Held:
     """Bytes of the bodies that are being read in this process."""
 
     nbytes = 0
+    freed = 0
+    """Bytes of bodies that have been read since free memory was last returned to the system."""
 
 
 async def read_object(request: Request) -> dict[str, object]:
@@ -59,7 +66,17 @@ async def _read(request: Request) -> bytes:
         raise HttpError(408, text, "timeout_error", "body_timeout", headers={"connection": "close"}) from None
     finally:
         _Held.nbytes -= len(data)
+        _Held.freed += len(data)
+        if _Held.freed >= WORTH_RELEASING_BYTES:
+            _Held.freed = 0
+            asyncio.get_running_loop().call_later(RELEASE_AFTER_S, _release)
     return bytes(data)
+
+
+def _release() -> None:
+    """Return free memory to the system. The allocator would keep what bodies of thousands of connections have held."""
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _too_many() -> HttpError:

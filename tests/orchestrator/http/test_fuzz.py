@@ -4,7 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http import client as http_client
 from typing import Any
 
@@ -23,6 +23,7 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 GROWTH_BYTES = 64 << 20
+HELD_BYTES = 40 << 20
 
 
 OPERATIONS = (
@@ -116,6 +117,20 @@ def test_a_body_of_100_mib_is_refused_and_its_memory_comes_back(http: HttpServer
     connection.close()
     eventually(lambda: process.memory_info().rss < before + GROWTH_BYTES, lambda: str(process.memory_info()))
     assert http.post(CHAT, HELLO).status == 200
+
+
+def test_the_memory_of_bodies_that_never_ended_comes_back(shared_gateway: GatewayProcess) -> None:
+    head = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1048576\r\n\r\n"
+    with HttpServer(shared_gateway.endpoint) as server, ExitStack() as opened:
+        process = psutil.Process(server.process.pid)
+        before = process.memory_info().rss
+        for _ in range(600):
+            raw = opened.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            raw.sendall(head % TEXT.encode() + b" " * 65536)
+        eventually(lambda: process.memory_info().rss > before + HELD_BYTES, lambda: str(process.memory_info()))
+        assert server.post(CHAT, HELLO).status == 200
+        opened.close()
+        eventually(lambda: process.memory_info().rss < before + HELD_BYTES // 2, lambda: str(process.memory_info()))
 
 
 @pytest.mark.parametrize(
