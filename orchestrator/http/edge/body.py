@@ -13,6 +13,8 @@ from mgpu.orchestrator.http.edge.errors import HttpError, bad_request
 MAX_BODY_BYTES = 4 << 20
 """A request of the front channel has 1 MiB at most, and escapes make text up to three times as long in JSON."""
 BODY_TIMEOUT_S = 60.0
+MAX_DEPTH = 200
+"""Objects and arrays in one another. How deep Python itself can read or write them depends on its version."""
 MAX_HELD_BYTES = 256 << 20
 """Bodies of all requests that are being read. Thousands of connections could each hold one for a minute."""
 WORTH_RELEASING_BYTES = 32 << 20
@@ -91,25 +93,51 @@ def _too_large(size: int) -> HttpError:
 def parse_object(data: bytes) -> dict[str, object]:
     """Return the JSON object in ``data``. HttpError says what is wrong with it, without any of its text."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_number)
+        value = json.loads(
+            data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_unambiguous
+        )
     except UnicodeDecodeError as error:
         raise bad_request(f"the body is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}") from None
     except json.JSONDecodeError as error:
         raise bad_request(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except RecursionError:
-        raise bad_request("the body is nested too deeply") from None
-    except ValueError as error:  # a constant that JSON lacks, or a number of thousands of digits
+        raise _too_deep() from None
+    except ValueError as error:  # a constant that JSON lacks, a field twice, a number of thousands of digits
         text = str(error) if str(error).startswith("JSON") else "the body has a number of too many digits"
         raise bad_request(text) from None
     if not isinstance(value, dict):
         raise bad_request(f"the body must be a JSON object, got {type(value).__name__}")
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH:
+        _check_depth(value)
     return value
+
+
+def _check_depth(value: dict[str, object]) -> None:
+    level: list[dict[str, object] | list[object]] = [value]
+    for _ in range(MAX_DEPTH):
+        children = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
+        level = [child for child in children if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> HttpError:
+    return bad_request(f"the body is nested too deeply: more than {MAX_DEPTH} objects and arrays in one another")
 
 
 def _number(text: str) -> float:
     """Read a number with a point or an exponent. JSON has one kind of number: 5.0 and 5e0 are the integer 5."""
     value = float(text)
     return int(value) if value.is_integer() and abs(value) < _EXACT else value
+
+
+def _unambiguous(fields: list[tuple[str, object]]) -> dict[str, object]:
+    """Build an object; a proxy might have looked at another field of the same name than we do."""
+    value = dict(fields)
+    if len(value) != len(fields):
+        raise ValueError("JSON leaves open which of two fields of one name counts; write each field once")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -32,6 +32,9 @@ OPERATIONS = (
     ("/v1/models", "GET"), ("/v1/models/{name}", "GET"), ("/health", "GET"), ("/status", "GET"), ("/version", "GET"),
     ("/metrics", "GET"), ("/health/ready", "GET"), ("/health/live", "GET"),
 )  # fmt: skip
+NESTINGS = (
+    ("[", "]", 100_000), ("[", "]", 990), ("[", "]", 500), ('{"a":', "}", 100_000), ('[{"a":', "}]", 450),
+)  # fmt: skip
 CASES = [(*each, kind) for each in OPERATIONS for kind in (ALLOWED, FORBIDDEN) if each[1] == "POST" or kind == ALLOWED]
 """A GET has no body that could be wrong."""
 
@@ -43,6 +46,16 @@ def lenient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
     folder = make_model_folder(tmp_path_factory.mktemp("lenient"), template)
     with GatewayProcess(folder) as gateway, HttpServer(gateway.endpoint) as server:
         yield server
+
+
+@pytest.mark.parametrize("path", [path for path, method in OPERATIONS if method == "POST"])
+def test_ambiguous_deep_and_endless_bodies_are_a_400_with_a_sentence(lenient: HttpServer, path: str) -> None:
+    hostile = [(begin * depth + "1" + end * depth, "nested too deeply") for begin, end, depth in NESTINGS]
+    hostile += [('{"a": 1, "a": 2}', "write each field once"), ("1" * 5000, "too many digits")]
+    for value, text in hostile:
+        for name in ("metadata", "messages", "input", "prompt", "unknown"):
+            answer = lenient.post(path, f'{{"{name}": {value}}}'.encode())
+            assert (answer.status, text in answer.body.decode()) == (400, True), (name, value[:20], answer.body[:200])
 
 
 @pytest.fixture(scope="module")

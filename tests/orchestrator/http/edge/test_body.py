@@ -59,3 +59,29 @@ def test_a_body_that_does_not_come_in_time_is_a_408(monkeypatch: pytest.MonkeyPa
         asyncio.run(body.read_object(Request(scope, never)))
     assert late.value.status == 408
     assert body._Held.nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("begin", "middle", "end", "most"),
+    [
+        (b"[", b"", b"]", body.MAX_DEPTH - 1),
+        (b'{"a":', b"1", b"}", body.MAX_DEPTH - 1),
+        (b'[{"a":', b"1", b"}]", body.MAX_DEPTH // 2 - 1),
+    ],
+)
+def test_nesting_is_bounded_whatever_python_can_do(begin: bytes, middle: bytes, end: bytes, most: int) -> None:
+    assert read(b'{"x":' + begin * most + middle + end * most + b"}")
+    for deep in (most + 1, 100_000):
+        with pytest.raises(HttpError, match="nested too deeply") as refused:
+            read(b'{"x":' + begin * deep + middle + end * deep + b"}")
+        assert refused.value.status == 400
+
+
+def test_many_objects_beside_one_another_are_not_deep() -> None:
+    assert len(read(b'{"x": [' + b'{"a": [1]}, ' * 5000 + b"{}]}")["x"]) == 5001  # type: ignore[arg-type]
+
+
+def test_a_field_that_comes_twice_is_refused() -> None:
+    for data in (b'{"a": 1, "a": 1}', b'{"x": [{"a": 1, "b": 2, "\\u0061": 3}]}'):
+        with pytest.raises(HttpError, match="write each field once"):
+            read(data)
