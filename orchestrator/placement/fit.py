@@ -118,7 +118,7 @@ def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
     options, machine = sizing.options, sizing.machine
     tokens = step_tokens(options, machine.kind, machine.least_bytes, sizing.layout.placement.num_stages)
     step = sizes.step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, options.max_rows)
-    if sizing.layout.quant != "none":
+    if sizing.layout.quant != "none" or sizing.facts.formats:
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
         split = sizing.layout.expert_split
         step += sizes.largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes, split)

@@ -85,6 +85,8 @@ def _choices(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Ite
     count = len(machine.devices)
     has_float8 = all(each.capability is None or each.capability >= FLOAT8_CAPABILITY for each in machine.devices)
     quants: tuple[Quant, ...] = ("none", "fp8", "8", "4") if has_float8 else ("none", "8", "4")
+    if facts.formats:  # quantizing it a second time would only lose quality
+        quants = ("none",)
     caches: tuple[KvCacheDtype, ...] = ("auto", "fp8") if options.kv_cache_dtype == "auto" else ("fp8",)
     for quant in quants:
         for cache in caches:

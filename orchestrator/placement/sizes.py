@@ -14,7 +14,7 @@ from mgpu.protocol.model.placement import (
     largest_expert_shard,
     padded_vocab,
 )
-from mgpu.protocol.model.quantization import Quant, rank_matrices, weight_format
+from mgpu.protocol.model.quantization import Quant, formats_of, matrices_of, rank_matrices
 
 CUDA_FIXED_BYTES = 700 << 20
 """Estimate of a worker's CUDA context, cuBLAS workspaces and allocator slack; the worker measures the real value."""
@@ -78,16 +78,16 @@ def layer_bytes(
 ) -> int:
     """Return the bytes of a layer on one of ``tp_size`` ranks: quantized matrices with scales, the rest dense."""
     rest = _other_elements(facts, layer, tp_size, split)
-    form = weight_format(quant)
-    matrices = rank_matrices(facts, tp_size, layer, split)
-    return rest * dtype_bytes + sum(form.matrix_bytes(*shape, dtype_bytes) for shape in matrices)
+    formats = formats_of(facts, layer, quant)
+    matrices = matrices_of(facts, tp_size, layer, split)
+    return rest * dtype_bytes + sum(count * matrix.nbytes(formats, dtype_bytes) for matrix, count in matrices)
 
 
 def layers_bytes(
     facts: ModelFacts, layers: range, tp_size: int, dtype_bytes: int, quant: Quant, split: ExpertSplit = "tensor"
 ) -> int:
-    """Return the bytes of some layers on a rank. Layers with experts are all alike, and so are those without."""
-    kinds = [facts.experts_of(layer) is not None for layer in layers]
+    """Return the bytes of some layers on a rank. Those with experts are alike, and those without, in equal formats."""
+    kinds = [(facts.experts_of(layer) is not None, formats_of(facts, layer, quant)) for layer in layers]
     return sum(
         kinds.count(kind) * layer_bytes(facts, layers[kinds.index(kind)], tp_size, dtype_bytes, quant, split)
         for kind in set(kinds)

@@ -73,8 +73,8 @@ class _Device:
 
 
 def estimate_speed(plan: Plan, context: int = CONTEXT, prompt: int = PROMPT) -> Speed | None:
-    """Return the speed of a plan. None on the CPU, and where a GPU's bandwidth is not known."""
-    if plan.machine.kind == "cpu":
+    """Return the speed of a plan. None on the CPU, for quantized checkpoints, and for GPUs of unknown bandwidth."""
+    if plan.machine.kind == "cpu" or _is_stored_quantized(plan):
         return None
     stages = plan.layout.placement.stages
     devices = [_slowest([_by_ordinal(plan, ordinal) for ordinal in stage.devices]) for stage in stages]
@@ -94,6 +94,10 @@ def estimate_speed(plan: Plan, context: int = CONTEXT, prompt: int = PROMPT) -> 
         first_token_s=first_token_s if can_compute else None,
         source=_source([device for stage in stages for device in _devices_of(plan, stage)], len(stages)),
     )
+
+
+def _is_stored_quantized(plan: Plan) -> bool:
+    return bool(plan.facts.formats) and plan.layout.quant == "none"
 
 
 def _by_ordinal(plan: Plan, ordinal: int) -> DeviceInfo:
@@ -189,7 +193,7 @@ def _with_experts(facts: ModelFacts, experts: ExpertFacts, count: int) -> ModelF
 def _elements(facts: ModelFacts, layers: range, size: int) -> float:
     """Return the weights of the layers that one token is multiplied with on one rank."""
     few = facts if facts.experts is None else _with_experts(facts, facts.experts, facts.experts.active)
-    return layers_bytes(few, layers, 1, 2, "none") / 2 / size
+    return layers_bytes(replace(few, formats=()), layers, 1, 2, "none") / 2 / size
 
 
 def _head_bytes(plan: Plan, stage: Stage) -> float:
@@ -257,6 +261,8 @@ def speed_lines(plan: Plan, speed: Speed | None) -> list[str]:
     """Return the estimate in words, or why there is none; nothing on the CPU."""
     if plan.machine.kind == "cpu":
         return []
+    if _is_stored_quantized(plan):
+        return ["speed: not estimated, products with weights of quantized checkpoints have not been measured"]
     if speed is None:
         names = {device.name for device in plan.machine.devices if _rates(device) is None}
         return [

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from mgpu.orchestrator.placement.fit import RankRow, gib
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.orchestrator.placement.sizes import active_bytes
+from mgpu.orchestrator.placement.stored_formats import stored_json, stored_lines
 from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts
 from mgpu.protocol.model.placement import Mode
 from mgpu.protocol.model.quantization import weight_format
@@ -23,6 +24,7 @@ _LINK_NAMES = {"self": "-", "nvlink": "NVL", "pcie": "PCI", "none": "no"}
 def layout_text(plan: Plan) -> str:
     """Return mode and reason, one row per rank, the size of the KV cache, and the peer access of several GPUs."""
     lines = [_headline(plan), *_table(_COLUMNS, [_cells(row) for row in plan.rows])]
+    lines += stored_lines(plan)
     if plan.facts.experts is not None:
         lines.append(_experts_line(plan, plan.facts.experts))
     narrow = " in fp8 (e4m3)" if plan.layout.kv_cache_dtype == "fp8" else ""
@@ -122,6 +124,7 @@ def layout_json(plan: Plan) -> dict[str, object]:
         "reason": plan.reason,
         "dtype": plan.layout.dtype,
         "quant": plan.layout.quant,
+        "checkpoint_formats": stored_json(plan),
         "kv_cache_dtype": plan.layout.kv_cache_dtype,
         "transport": plan.layout.transport,
         "stage_transport": plan.layout.stage_transport,

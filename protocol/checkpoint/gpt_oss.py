@@ -8,10 +8,12 @@ alike. Biases: [E, 2 F] and [E, D].
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mgpu.protocol.checkpoint.files.tensors import TensorEntry, check_shape
+from mgpu.protocol.checkpoint.files.tensors import PackedParts, TensorEntry, check_shape
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.weight_format import WeightFormat
 
+MXFP4 = WeightFormat("fp4", 32, scale_bytes=1, source="MXFP4")
 _BLOCK, _BLOCK_BYTES = 32, 16
 
 
@@ -58,9 +60,12 @@ def _transposed(entry: TensorEntry, expert: int, outputs: int, inputs: int) -> T
 
 
 def _mxfp4(entry: TensorEntry, scales: TensorEntry, expert: int, outputs: int, inputs: int) -> TensorEntry:
-    part = _part(entry, expert, (outputs, inputs), entry.nbytes // entry.shape[0])
-    offset = scales.offset + expert * (scales.nbytes // scales.shape[0])
-    return replace(part, dtype="MXFP4", scales_offset=offset, scales_file=scales.file)
+    blocks, count = inputs // _BLOCK, entry.shape[0]
+    values = _part(entry, expert, (outputs, blocks * _BLOCK_BYTES), entry.nbytes // count)
+    exponents = _part(scales, expert, (outputs, blocks), scales.nbytes // count)
+    parts = PackedParts(MXFP4, "mxfp4", 4, values, exponents)
+    nbytes = values.nbytes + exponents.nbytes
+    return replace(values, dtype="MXFP4", shape=(outputs, inputs), nbytes=nbytes, packed=parts)
 
 
 def _scales_of(name: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry]) -> TensorEntry:
@@ -73,10 +78,12 @@ def _scales_of(name: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry]
 def _turns(part: TensorEntry) -> tuple[tuple[str, TensorEntry], ...]:
     """Return gate and up, whose rows take turns."""
     rows = part.shape[0] // 2
+    if part.packed is not None:
+        gate, up = (replace(part.packed, first_row=first, row_step=2) for first in (0, 1))
+        half = replace(part, shape=(rows, part.shape[1]), nbytes=part.nbytes // 2)
+        return ("gate_proj", replace(half, packed=gate)), ("up_proj", replace(half, packed=up))
     step = part.nbytes // part.shape[0]  # from one row to the next
     if part.is_transposed:
         step //= part.shape[1]  # from one column to the next
-    scales_step = part.shape[-1] // _BLOCK if part.scales_file else 0
     half = replace(part, shape=(rows, *part.shape[1:]), nbytes=part.nbytes // 2, row_step=2)
-    up = replace(half, offset=part.offset + step, scales_offset=part.scales_offset + scales_step)
-    return ("gate_proj", half), ("up_proj", up)
+    return ("gate_proj", half), ("up_proj", replace(half, offset=part.offset + step))

@@ -7,6 +7,7 @@ from typing import cast, get_args
 from mgpu.protocol.checkpoint.experts import expert_facts
 from mgpu.protocol.checkpoint.families import CLASSES, FAMILIES, MODEL_TYPES, Family
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit, checked_file, read_json_object
+from mgpu.protocol.checkpoint.quantized.config import SchemeOf, read_schemes, refusal
 from mgpu.protocol.checkpoint.rope.huggingface import read_rope, rotated_size
 from mgpu.protocol.checkpoint.sliding import read_sliding
 from mgpu.protocol.model.facts import Activation, Dtype, ModelFacts
@@ -15,19 +16,34 @@ from mgpu.protocol.model.facts import Activation, Dtype, ModelFacts
 def read_config_facts(folder: Path, is_plain: bool = False) -> ModelFacts:
     """Read config.json and, for its stop tokens, generation_config.json. CheckpointError when unusable.
 
-    ``is_plain`` ignores a quantization that config.json names: the weights beside it are not quantized.
+    ``is_plain`` ignores a quantization that config.json names; else it is refused, since there are no weights.
     """
     if folder.is_dir() and not os.path.lexists(folder / "config.json"):
         raise CheckpointError(f"{folder}: not a model folder: no config.json")
     path = checked_file(folder, "config.json")
     outer = Fields(str(path), read_json_object(path))
     family = _family_of(outer)
-    if not is_plain and not _widens(family, outer):
-        _refuse_quantized(outer)
+    is_own = family == "gpt_oss" and _is_mxfp4(outer)
+    if not is_plain and outer.nested("quantization_config") is not None and not is_own:
+        raise refusal(outer)
     fields = outer.nested("text_config") or outer
     if family == "mistral" and fields is not outer:
         family = _text_family(fields)
     return _facts(family, outer, fields, _generation_config(folder))
+
+
+def read_config_schemes(folder: Path, family: str) -> SchemeOf | None:
+    """Return how the modules of a folder are quantized; None for gpt-oss' own way."""
+    path = checked_file(folder, "config.json")
+    outer = Fields(str(path), read_json_object(path))
+    inner = outer.nested("text_config")
+    holder = outer if inner is None or outer.has("quantization_config") else inner
+    return None if family == "gpt_oss" and _is_mxfp4(holder) else read_schemes(holder)
+
+
+def _is_mxfp4(fields: Fields) -> bool:
+    quantization = fields.nested("quantization_config")
+    return quantization is None or quantization.text("quant_method", "") == "mxfp4"
 
 
 def _family_of(fields: Fields) -> str:
@@ -174,21 +190,6 @@ def _unrotated_layers(fields: Fields, family: str, num_layers: int) -> tuple[int
         interval = fields.integer("no_rope_layer_interval", 4)
         rotated = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     return tuple(layer for layer, is_rotated in enumerate(rotated) if not is_rotated)
-
-
-def _widens(family: str, fields: Fields) -> bool:
-    """Return True for gpt-oss' own quantization, whose weights are widened while they are read."""
-    quantization = fields.nested("quantization_config")
-    return family == "gpt_oss" and quantization is not None and quantization.text("quant_method", "") == "mxfp4"
-
-
-def _refuse_quantized(fields: Fields) -> None:
-    if (quantization := fields.nested("quantization_config")) is not None:
-        method = quantization.text("quant_method", "unknown")
-        raise CheckpointError(
-            f"{fields.source}: the checkpoint is already quantized ({method[:40]}), which is not supported; "
-            "use the original weights, or a GGUF file"
-        )
 
 
 def _refuse_unsupported(fields: Fields, family: str) -> None:

@@ -25,7 +25,9 @@ from mgpu.protocol.checkpoint.files.untrusted import (
     reading,
 )
 from mgpu.protocol.checkpoint.gguf_model import read_gguf_checkpoint
-from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.huggingface import read_config_facts, read_config_schemes
+from mgpu.protocol.checkpoint.quantized.formats import layer_formats
+from mgpu.protocol.checkpoint.quantized.join import join_packed
 from mgpu.protocol.checkpoint.stacked import separate_tensors, stored_name
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelFacts, ModelSource
 
@@ -34,8 +36,8 @@ __all__ = ["Checkpoint", "CheckpointError", "TensorEntry", "expected_tensors", "
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_MXFP4 = ("_proj_blocks", "_proj_scales")
-"""Ends of the names of quantized experts that are widened while they are read."""
+_PLAIN_CONSTANTS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias", ".position_ids")
+"""Ends of the names of tensors that need not be floats though nothing is quantized."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -70,7 +72,8 @@ def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
         facts = read_config_facts(path, is_plain=load_format != "dummy")
         if load_format != "dummy":
             stored = _read_folder(path)
-            facts = _facts_of_weights(path, facts, stored)
+            stored = _join_quantized(path, facts, stored)
+            facts = _facts_of_weights(facts, stored)
             stored = separate_tensors(facts, stored)
     else:
         kind = "gguf"
@@ -80,14 +83,23 @@ def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
     if load_format == "dummy":
         return Checkpoint(source, facts, dummy_tensors(facts))
     check_tensors(str(path), facts, stored, partial(stored_name, facts.architecture))
+    facts = replace(facts, formats=layer_formats(facts, stored))
     return Checkpoint(source, facts, {name: stored[name] for name in expected_tensors(facts)})
 
 
-def _facts_of_weights(folder: Path, facts: ModelFacts, stored: dict[str, TensorEntry]) -> ModelFacts:
-    """Correct the facts by what is stored, as transformers does. Refuse weights that are quantized."""
-    others = (name for name, entry in stored.items() if name.startswith("model.layers.") and entry.dtype not in _FLOATS)
-    if not all(facts.architecture == "gpt_oss" and name.endswith(_MXFP4) for name in others):
-        read_config_facts(folder, is_plain=False)
+def _join_quantized(folder: Path, facts: ModelFacts, stored: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Join the parts of quantized matrices; gpt-oss' own experts are taken apart like other stacks.
+
+    What is stored decides: a quantization that config.json names beside plain weights does not count.
+    """
+    if all(entry.dtype in _FLOATS or name.endswith(_PLAIN_CONSTANTS) for name, entry in stored.items()):
+        return stored
+    schemes = read_config_schemes(folder, facts.architecture)
+    return stored if schemes is None else join_packed(stored, schemes)
+
+
+def _facts_of_weights(facts: ModelFacts, stored: dict[str, TensorEntry]) -> ModelFacts:
+    """Correct the facts by what is stored, as transformers does."""
     # A stored head is used, whatever config.json says.
     facts = replace(facts, tie_embeddings=facts.tie_embeddings and "lm_head.weight" not in stored)
     return without_absent_biases(facts, stored)

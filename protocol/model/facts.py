@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mgpu.protocol.model.weight_format import LayerFormats
+
 CheckpointFormat = Literal["safetensors", "gguf"]
 LoadFormat = Literal["auto", "dummy"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -134,6 +136,8 @@ class ModelFacts:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     """Logits become ``cap * tanh(logit / cap)`` (Gemma 2); 0: they stay."""
+    formats: tuple[LayerFormats, ...] = ()
+    """How the matrices of each layer are quantized in the checkpoint; empty: they are not."""
 
     @property
     def has_dense_layers(self) -> bool:
@@ -151,8 +155,14 @@ class ModelFacts:
             experts = replace(experts, sparse_layers=tuple(experts.sparse_layers[layer] for layer in layers))
         sliding = tuple(self.sliding_layers[layer] for layer in layers)
         unrotated = tuple(place for place, layer in enumerate(layers) if layer in self.unrotated_layers)
+        formats = tuple(self.formats[layer] for layer in layers) if self.formats else ()
         return replace(
-            self, num_layers=len(layers), sliding_layers=sliding, experts=experts, unrotated_layers=unrotated
+            self,
+            num_layers=len(layers),
+            sliding_layers=sliding,
+            experts=experts,
+            unrotated_layers=unrotated,
+            formats=formats,
         )
 
 

@@ -1,90 +1,117 @@
-"""The formats in which a rank may hold the weights of its linear layers, and how many bytes they take.
-
-Planner and workers share this arithmetic. Embedding, LM head, norms and biases keep the model's dtype. The layout of
-the packed words is in ``worker/quantization/packing.py``.
-"""
+"""Which matrices the layers of a model have on a rank, in which formats, and what must divide for them."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import head_shard, largest_expert_shard
+from mgpu.protocol.model.weight_format import (
+    DENSE,
+    INT4_GROUP,
+    LayerFormats,
+    Quant,
+    WeightFormat,
+    uniform,
+    weight_format,
+)
 
-Quant = Literal["none", "8", "4", "fp8"]
-"""The values of ``--quant``: nothing, int8, group-wise int4, or float8 (e4m3)."""
+__all__ = [
+    "DENSE", "FLOAT8_CAPABILITY", "INT4_GROUP", "LayerFormats", "Quant", "RankMatrix", "WeightFormat", "formats_of",
+    "group_problems", "matrices_of", "rank_matrices", "weight_format",
+]  # fmt: skip
 
 FLOAT8_CAPABILITY = (8, 9)
 """CUDA compute capability of the first GPUs with instructions for float8, conversions and products (Ada)."""
-INT4_GROUP = 32
-"""Input channels that share an int4 scale and offset. Groups of 64 save a tenth of the bytes and cost small models more
-quality (docs/quantization.md)."""
-_WORDS_PER_BLOCK = 32
-_SCALE_BYTES = 4
-"""A float32 scale, or for int4 a scale and an offset in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
-class WeightFormat:
-    """The format of one rank's linear weights. ``group`` is 0 if all inputs of an output share a scale."""
+class RankMatrix:
+    """One rank's part of a matrix, or of several that are stacked."""
 
-    quant: Quant = "none"
-    group: int = 0
-
-    def matrix_bytes(self, outputs: int, inputs: int, dtype_bytes: int) -> int:
-        """Return the bytes of a matrix: ``dtype_bytes`` per weight if not quantized, else padded words and scales."""
-        if self.quant == "none":
-            return outputs * inputs * dtype_bytes
-        channels_per_word = 8 if self.quant == "4" else 4
-        blocks = -(-inputs // (channels_per_word * _WORDS_PER_BLOCK))
-        scales = -(-inputs // self.group) if self.group else 1
-        return outputs * (4 * _WORDS_PER_BLOCK * blocks + _SCALE_BYTES * scales)
+    held: Literal["qkv", "out", "gate_up", "down", "shared_gate_up", "shared_down"]
+    parts: tuple[int, ...]
+    """Outputs of each matrix of the stack."""
+    inputs: int
+    whole_inputs: int
+    """Inputs of all ranks together, of which this one has ``inputs``; 0 if each has all of them."""
 
     @property
-    def name(self) -> str:
-        """The format in words, for the start-up log."""
-        if self.quant == "4":
-            return f"int4, groups of {self.group}"
-        return {"none": "", "8": "int8", "fp8": "fp8 (e4m3)"}[self.quant]
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return sum(self.parts), self.inputs
+
+    def nbytes(self, formats: LayerFormats, dtype_bytes: int) -> int:
+        """Return the bytes that the part takes in its format."""
+        form: WeightFormat = getattr(formats, self.held)
+        return form.matrix_bytes(*self.shape, dtype_bytes, self.parts, self.whole_inputs)
 
 
-DENSE = WeightFormat()
-
-
-def weight_format(quant: Quant) -> WeightFormat:
-    """Return the format that every rank uses."""
-    return WeightFormat(quant, INT4_GROUP if quant == "4" else 0)
+def formats_of(facts: ModelFacts, layer: int, quant: Quant) -> LayerFormats:
+    """Return the formats of a layer: those of ``--quant``, else those of the checkpoint."""
+    if quant != "none" or not facts.formats:
+        return uniform(weight_format(quant))
+    return facts.formats[layer]
 
 
 def group_problems(quant: Quant, facts: ModelFacts, tp_size: int, split: ExpertSplit = "tensor") -> list[str]:
-    """Return a line for each kind of layer whose slices on ``tp_size`` ranks are not whole int4 groups."""
-    if quant != "4" or tp_size == 1:
+    """Return a line for each kind of layer whose slices on ``tp_size`` ranks are not whole groups."""
+    if tp_size == 1 or (quant == "none" and not facts.formats):
         return []
-    split_inputs = {"attention output": facts.num_q_heads * facts.head_dim}
-    experts = facts.experts
-    if facts.has_dense_layers:
-        split_inputs["MLP width"] = facts.intermediate_size
-    if experts is not None and split == "tensor":
-        split_inputs["expert width"] = experts.width
-    if experts is not None and experts.shared_width:
-        split_inputs["shared expert's width"] = experts.shared_width
-    return [
-        f"{name} {inputs} / {tp_size} ranks = {inputs / tp_size:g}, not a multiple of {INT4_GROUP} (int4 groups)"
-        for name, inputs in split_inputs.items()
-        if inputs % (tp_size * INT4_GROUP)
+    found: dict[str, None] = {}
+    for layer in range(facts.num_layers):
+        for name, inputs, form in _split_inputs(facts, layer, formats_of(facts, layer, quant), split):
+            step = form.splits_at
+            if step > 1 and inputs % (tp_size * step):
+                what = "int4 groups" if quant == "4" else f"groups of {form.name}"
+                share = inputs / tp_size
+                found[f"{name} {inputs} / {tp_size} ranks = {share:g}, not a multiple of {step} ({what})"] = None
+    return list(found)
+
+
+def _split_inputs(
+    facts: ModelFacts, layer: int, formats: LayerFormats, split: ExpertSplit
+) -> list[tuple[str, int, WeightFormat]]:
+    """Return the inputs that ranks share out, what they are called, and the format of the matrix."""
+    found = [("attention output", facts.num_q_heads * facts.head_dim, formats.out)]
+    experts = facts.experts_of(layer)
+    if experts is None:
+        return [*found, ("MLP width", facts.intermediate_size, formats.down)]
+    if split == "tensor":
+        found.append(("expert width", experts.width, formats.down))
+    if experts.shared_width:
+        found.append(("shared expert's width", experts.shared_width, formats.shared_down))
+    return found
+
+
+def matrices_of(
+    facts: ModelFacts, tp_size: int, layer: int = 0, split: ExpertSplit = "tensor"
+) -> tuple[tuple[RankMatrix, int], ...]:
+    """Return the matrices of one decoder layer on one rank, the largest of its stage, each with its number."""
+    heads = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size)
+    q_size, kv_size = heads.num_q * facts.head_dim, heads.num_kv * facts.head_dim
+    hidden, count, width = facts.hidden_size, 1, -(-facts.intermediate_size // tp_size)
+    whole_width = facts.intermediate_size
+    if (experts := facts.experts_of(layer)) is not None:
+        count, width = largest_expert_shard(experts, split, tp_size)
+        whole_width = experts.width
+    found = [
+        (RankMatrix("qkv", (q_size, kv_size, kv_size), hidden, 0), 1),
+        (RankMatrix("out", (hidden,), q_size, facts.num_q_heads * facts.head_dim), 1),
+        (RankMatrix("gate_up", (width, width), hidden, 0), count),
+        (RankMatrix("down", (hidden,), width, whole_width), count),
     ]
+    if experts is not None and experts.shared_width:
+        shared = -(-experts.shared_width // tp_size)
+        found += [
+            (RankMatrix("shared_gate_up", (shared, shared), hidden, 0), 1),
+            (RankMatrix("shared_down", (hidden,), shared, experts.shared_width), 1),
+        ]
+    return tuple(found)
 
 
 def rank_matrices(
     facts: ModelFacts, tp_size: int, layer: int = 0, split: ExpertSplit = "tensor"
 ) -> tuple[tuple[int, int], ...]:
     """Return (outputs, inputs) of the linear layers of one decoder layer on one rank, the largest of its stage."""
-    heads = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size)
-    q_size, kv_size = heads.num_q * facts.head_dim, heads.num_kv * facts.head_dim
-    hidden, count, width = facts.hidden_size, 1, -(-facts.intermediate_size // tp_size)
-    if (experts := facts.experts_of(layer)) is not None:
-        count, width = largest_expert_shard(experts, split, tp_size)
-    mlp = ((2 * width, hidden), (hidden, width)) * count
-    if experts is not None and experts.shared_width:
-        shared = -(-experts.shared_width // tp_size)
-        mlp += ((2 * shared, hidden), (hidden, shared))
-    return ((q_size + 2 * kv_size, hidden), (hidden, q_size), *mlp)
+    matrices = matrices_of(facts, tp_size, layer, split)
+    return tuple(matrix.shape for matrix, count in matrices for _ in range(count))

@@ -122,7 +122,7 @@ class CompileAhead:
         spec, facts = self.spec, self.spec.facts
         own = spec.layout.placement.stages[self.place.stage_index]
         kinds = {
-            (facts.sliding_layers[layer], facts.experts_of(layer) is not None): layer
+            (facts.sliding_layers[layer], facts.experts_of(layer) is not None, facts.formats[layer : layer + 1]): layer
             for layer in range(own.first_layer, own.end_layer)
         }
         # A layer before and one after stand for those of other stages: what they are does not matter.
@@ -135,7 +135,7 @@ class CompileAhead:
         stage = build_stage(short, *where, layout.quant, layout.kv_cache_dtype, layout.expert_split)
         stage.max_positions = spec.limits.max_seq_len + 1
         stage.assume_kernels()
-        if spec.layout.quant != "none":
+        if spec.layout.quant != "none" or facts.formats:
             init_linear(stage)
         return stage
 

@@ -38,8 +38,8 @@ class Attention(Module):
         self.head_dim = facts.head_dim
         self.num_q, self.num_kv = heads.num_q, heads.num_kv
         slices = qkv_slices(heads, facts.head_dim)
-        self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, storage)
-        self.out = RowParallelLinear(slices[0].rows, facts.hidden_size, facts.output_bias, group, storage)
+        self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, storage.of_qkv())
+        self.out = RowParallelLinear(slices[0].rows, facts.hidden_size, facts.output_bias, group, storage.of_out())
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         self.whole_norm: WholeHeadsNorm | None = None

@@ -21,6 +21,7 @@ from mgpu.worker.layers.router import Routing
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.packing import PackedWeight
 from mgpu.worker.quantization.quantize import quantize
+from mgpu.worker.quantization.random_packed import random_packed
 from mgpu.worker.quantization.stacks import empty_stack, matrix_of, put_matrix
 
 
@@ -30,7 +31,8 @@ class ExpertMatrices(Module):
     Experts that are to be quantized are dense one at a time, while they are loaded.
     """
 
-    def __init__(self, count: int, outputs: int, inputs: int, bias: bool, storage: Storage) -> None:
+    def __init__(self, count: int, parts: tuple[int, ...], inputs: int, bias: bool, storage: Storage) -> None:
+        outputs = sum(parts)
         self._shape = (outputs, inputs)
         self._storage = storage
         is_dense = storage.form.quant == "none"
@@ -38,6 +40,8 @@ class ExpertMatrices(Module):
         self.packed: PackedWeight | None = None
         self.bias = torch.empty((count, outputs), dtype=storage.dtype, device=storage.device) if bias else None
         self._count = count
+        self._parts = parts
+        self.form = storage.form
 
     @property
     def held(self) -> Tensor | PackedWeight:
@@ -53,7 +57,10 @@ class ExpertMatrices(Module):
             return
         if reader is not None:
             reader.wait()
-        matrix = quantize(weight_OI, self._storage.form)
+        self.put(expert, quantize(weight_OI, self._storage.form))
+
+    def put(self, expert: int, matrix: PackedWeight) -> None:
+        """Keep a packed matrix."""
         if self.packed is None:
             self.packed = empty_stack(matrix, self._count)
         put_matrix(self.packed, expert, matrix)
@@ -68,13 +75,16 @@ class ExpertMatrices(Module):
     def init_dummy(self, generator: torch.Generator) -> None:
         """Draw weights that keep the scale of their input."""
         for expert in range(self._count):
+            if self.form.source:
+                self.put(expert, random_packed(self.form, self._parts, self._shape[1], generator))
+                continue
             weight_OI = self.dense(expert).normal_(0.0, self._shape[1] ** -0.5, generator=generator)
             self.keep(expert, weight_OI)
         if self.bias is not None:
             self.bias.zero_()
 
     def weight_bytes(self) -> int:
-        packed = 0 if self.packed is None else self.packed.words.nbytes + self.packed.scales.nbytes
+        packed = 0 if self.packed is None else self.packed.nbytes
         return self.weight.nbytes + packed + (0 if self.bias is None else self.bias.nbytes)
 
 
@@ -88,8 +98,8 @@ class Experts(Module):
         self.activation = activation
         self.shard = shard
         width = len(shard.columns)
-        self.gate_up = ExpertMatrices(len(shard.experts), 2 * width, hidden_size, facts.bias, storage)
-        self.down = ExpertMatrices(len(shard.experts), hidden_size, width, facts.bias, storage)
+        self.gate_up = ExpertMatrices(len(shard.experts), (width, width), hidden_size, facts.bias, storage.of_gate_up())
+        self.down = ExpertMatrices(len(shard.experts), (hidden_size,), width, facts.bias, storage.of_down())
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Return this rank's part of the weighted sum over each token's experts, [T, D].
@@ -115,16 +125,31 @@ class Experts(Module):
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         """Read this rank's experts, and its columns of them."""
-        columns, width = self.shard.columns, len(self.shard.columns)
         for index, expert in enumerate(self.shard.experts):
             name = f"{prefix}.{expert}"
-            gate_up_OI, down_OI = self.gate_up.dense(index), self.down.dense(index)
-            reader.fill_rows(gate_up_OI[:width], f"{name}.gate_proj.weight", columns.start)
-            reader.fill_rows(gate_up_OI[width:], f"{name}.up_proj.weight", columns.start)
-            reader.fill_columns(down_OI, f"{name}.down_proj.weight", columns.start)
-            self.gate_up.keep(index, gate_up_OI, reader)
-            self.down.keep(index, down_OI, reader)
+            self._load_gate_up(reader, index, name)
+            self._load_down(reader, index, name)
             self._load_biases(reader, index, name)
+
+    def _load_gate_up(self, reader: WeightReader, index: int, name: str) -> None:
+        columns, width = self.shard.columns, len(self.shard.columns)
+        names = f"{name}.gate_proj.weight", f"{name}.up_proj.weight"
+        if self.gate_up.form.source:
+            self.gate_up.put(index, reader.packed_rows([(each, columns) for each in names]))
+            return
+        weight_OI = self.gate_up.dense(index)
+        reader.fill_rows(weight_OI[:width], names[0], columns.start)
+        reader.fill_rows(weight_OI[width:], names[1], columns.start)
+        self.gate_up.keep(index, weight_OI, reader)
+
+    def _load_down(self, reader: WeightReader, index: int, name: str) -> None:
+        columns = self.shard.columns
+        if self.down.form.source:
+            self.down.put(index, reader.packed_columns(f"{name}.down_proj.weight", columns))
+            return
+        weight_OI = self.down.dense(index)
+        reader.fill_columns(weight_OI, f"{name}.down_proj.weight", columns.start)
+        self.down.keep(index, weight_OI, reader)
 
     def _load_biases(self, reader: WeightReader, index: int, name: str) -> None:
         """Read an expert's biases. Of ranks that have slices of it, the first adds that of ``down``."""

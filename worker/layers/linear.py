@@ -7,13 +7,13 @@ A column-parallel layer followed by a row-parallel one needs a single all-reduce
 
 # T tokens, I inputs of this rank, O outputs of this rank
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mgpu.protocol.model.placement import HeadShard
-from mgpu.protocol.model.quantization import DENSE, WeightFormat
+from mgpu.protocol.model.weight_format import DENSE, LayerFormats, WeightFormat
 from mgpu.worker.layers.activations import Activations, Product, scaled
 from mgpu.worker.layers.cpu_matmul import matmul_repacked, pack
 from mgpu.worker.layers.module import Module
@@ -23,6 +23,7 @@ from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows
 from mgpu.worker.quantization.packing import PackedWeight
 from mgpu.worker.quantization.quantize import quantize
+from mgpu.worker.quantization.random_packed import random_packed
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 
 
@@ -33,6 +34,29 @@ class Storage:
     dtype: torch.dtype
     device: torch.device
     form: WeightFormat = DENSE
+    layer: LayerFormats | None = None
+    """The formats of the matrices of one layer, if the checkpoint is quantized."""
+
+    def of_qkv(self) -> "Storage":
+        return self._holding(self.layer.qkv) if self.layer else self
+
+    def of_out(self) -> "Storage":
+        return self._holding(self.layer.out) if self.layer else self
+
+    def of_gate_up(self) -> "Storage":
+        return self._holding(self.layer.gate_up) if self.layer else self
+
+    def of_down(self) -> "Storage":
+        return self._holding(self.layer.down) if self.layer else self
+
+    def of_shared(self) -> "Storage":
+        """Return the storage for the network that all tokens go through beside the experts."""
+        if self.layer is None:
+            return self
+        return replace(self, layer=LayerFormats(gate_up=self.layer.shared_gate_up, down=self.layer.shared_down))
+
+    def _holding(self, form: WeightFormat) -> "Storage":
+        return replace(self, form=form, layer=None)
 
 
 class Linear(Module):
@@ -44,6 +68,8 @@ class Linear(Module):
     def __init__(self, inputs: int, outputs: int, bias: bool, storage: Storage) -> None:
         dtype, device, form = storage.dtype, storage.device, storage.form
         self._shape = (outputs, inputs)
+        self._parts: tuple[int, ...] = (outputs,)
+        """Outputs of each matrix, if several are stacked."""
         self._form = form
         self.packed: PackedWeight | None = None
         self.weight = torch.empty(self._shape if form.quant == "none" else 0, dtype=dtype, device=device)
@@ -51,7 +77,8 @@ class Linear(Module):
         self._multiply = dense_product(device)
         self._multiply_packed = packed_product(device)
         # The library takes multiples of 16 only.
-        self._is_float8 = form.quant == "fp8" and outputs % 16 == 0 and multiplies_float8(device, dtype)
+        is_asked = form.quant == "fp8" and not form.source  # of a checkpoint, outputs have scales of their own
+        self._is_float8 = is_asked and outputs % 16 == 0 and multiplies_float8(device, dtype)
 
     def __call__(self, x_TI: Activations) -> Product:
         return self._product(x_TI, self.bias)
@@ -89,8 +116,11 @@ class Linear(Module):
 
     def init_dummy(self, generator: torch.Generator) -> None:
         """Draw a weight that keeps the scale of its input."""
-        weight_OI = self._dense_weight()
-        self._keep(weight_OI.normal_(0.0, self._shape[1] ** -0.5, generator=generator))
+        if self._form.source:
+            self.packed = random_packed(self._form, self._parts, self._shape[1], generator)
+        else:
+            weight_OI = self._dense_weight()
+            self._keep(weight_OI.normal_(0.0, self._shape[1] ** -0.5, generator=generator))
         if self.bias is not None:
             self.bias.zero_()
 
@@ -102,7 +132,7 @@ class Linear(Module):
     def weight_bytes(self) -> int:
         """Return the memory of weight and bias."""
         dense = self.weight.numel() + (0 if self.bias is None else self.bias.numel())
-        packed = 0 if self.packed is None else self.packed.words.nbytes + self.packed.scales.nbytes
+        packed = 0 if self.packed is None else self.packed.nbytes
         return dense * self.weight.dtype.itemsize + packed
 
 
@@ -120,15 +150,23 @@ class ColumnParallelLinear(Linear):
     def __init__(self, inputs: int, slices: tuple[RowSlice, ...], bias: bool, storage: Storage) -> None:
         super().__init__(inputs, sum(len(part.rows) for part in slices), bias, storage)
         self.slices = slices
+        self._parts = tuple(len(part.rows) for part in slices)
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         """Read this rank's rows of each of the matrices."""
+        if self._form.source:
+            self.packed = reader.packed_rows([(f"{prefix}.{part.name}.weight", part.rows) for part in self.slices])
+        else:
+            self._load_dense(reader, prefix)
+        if self.bias is not None:
+            for part, bias in zip(self.slices, torch.split(self.bias, list(self._parts)), strict=True):
+                reader.fill_rows(bias, f"{prefix}.{part.name}.bias", part.rows.start)
+
+    def _load_dense(self, reader: WeightReader, prefix: str) -> None:
         weight_OI, first = self._dense_weight(), 0
         for part in self.slices:
             end = first + len(part.rows)
             reader.fill_rows(weight_OI[first:end], f"{prefix}.{part.name}.weight", part.rows.start)
-            if self.bias is not None:
-                reader.fill_rows(self.bias[first:end], f"{prefix}.{part.name}.bias", part.rows.start)
             first = end
         self._keep_read(weight_OI, reader)
 
@@ -163,8 +201,11 @@ class RowParallelLinear(Linear):
 
     def load(self, reader: WeightReader, name: str) -> None:
         """Read this rank's columns."""
-        weight_OI = self._dense_weight()
-        reader.fill_columns(weight_OI, f"{name}.weight", self.columns.start)
+        if self._form.source:
+            self.packed = reader.packed_columns(f"{name}.weight", self.columns)
+        else:
+            weight_OI = self._dense_weight()
+            reader.fill_columns(weight_OI, f"{name}.weight", self.columns.start)
+            self._keep_read(weight_OI, reader)
         if self.bias is not None:
             reader.fill_rows(self.bias, f"{name}.bias")
-        self._keep_read(weight_OI, reader)

@@ -35,8 +35,8 @@ class GatedMLP(Module):
         self._activate = _kernel_activation() if uses_kernels(storage.device) else _plain_activation
         self.width = len(mine)
         slices = (RowSlice("gate_proj", mine), RowSlice("up_proj", mine))
-        self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, storage)
-        self.down = RowParallelLinear(mine, hidden_size, bias, group, storage)
+        self.gate_up = ColumnParallelLinear(hidden_size, slices, bias, storage.of_gate_up())
+        self.down = RowParallelLinear(mine, hidden_size, bias, group, storage.of_down())
 
     def __call__(self, x_TD: Activations) -> Delta:
         return self.down.partial(self._activate(self, x_TD))
@@ -65,8 +65,10 @@ def _kernel_activation() -> Activate:
     from mgpu.worker.kernels.products.choose import one_row_matmul
 
     def activate(mlp: GatedMLP, x_TD: Activations) -> Activations:
-        if isinstance(x_TD, Tensor) and len(x_TD) == 1:
-            return one_row_matmul(x_TD, mlp.gate_up.held, mlp.gate_up.bias, mlp.activation)
+        held = mlp.gate_up.held
+        is_simple = isinstance(held, Tensor) or held.is_simple
+        if isinstance(x_TD, Tensor) and len(x_TD) == 1 and is_simple:
+            return one_row_matmul(x_TD, held, mlp.gate_up.bias, mlp.activation)
         gate_up_TF2, scale_T = values_and_scale(mlp.gate_up(x_TD))
         gated = gated_activation_float8 if mlp.down.takes_float8(len(gate_up_TF2)) else gated_activation
         return gated(gate_up_TF2, mlp.activation, scale_T)

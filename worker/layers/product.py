@@ -6,7 +6,6 @@ Modules of kernels are imported here and not above, since they import triton, wh
 # T tokens, I inputs, O outputs
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +48,12 @@ def packed_product(device: torch.device) -> PackedProduct:
 def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
     """Return ``x @ w.T + bias`` with the weight dequantized to the activations' type, a block of outputs at a time."""
     outputs = len(weight.words)
-    rows = max(1, BLOCK_ELEMENTS // weight.k)
+    step = -(-max(1, BLOCK_ELEMENTS // weight.k) // weight.rows) * weight.rows
     y_TO = torch.empty((len(x_TI), outputs), dtype=x_TI.dtype, device=x_TI.device)
-    for first in range(0, outputs, rows):
-        end = min(outputs, first + rows)
-        block = replace(weight, words=weight.words[first:end], scales=weight.scales[first:end])
+    for first in range(0, outputs, step):
+        end = min(outputs, first + step)
         bias = None if bias_O is None else bias_O[first:end]
-        y_TO[:, first:end] = F.linear(x_TI, dequantize(block, x_TI.dtype), bias)
+        y_TO[:, first:end] = F.linear(x_TI, dequantize(weight.outputs(first, end), x_TI.dtype), bias)
     return y_TO
 
 

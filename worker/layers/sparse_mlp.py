@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import expert_shard
+from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, scaled
 from mgpu.worker.layers.experts import Experts
@@ -37,6 +38,8 @@ class SparseMLP(Module):
         self._group = group
         # Kernels have neither biases nor clamped gates.
         has_kernels = uses_kernels(storage.device) and not experts.bias and experts.clamp is None
+        forms = storage.of_gate_up().form, storage.of_down().form
+        has_kernels = has_kernels and all(map(_is_for_kernels, forms)) and len({form.quant for form in forms}) == 1
         self._compute = _kernel_mlp() if has_kernels else _plain_mlp
         shard = expert_shard(experts, split, group.rank, group.size)
         self.router = Router(experts, facts.hidden_size, storage)
@@ -45,7 +48,7 @@ class SparseMLP(Module):
         self.shared_gate: SharedGate | None = None
         if experts.shared_width:
             sizes = facts.hidden_size, experts.shared_width
-            self.shared = GatedMLP(*sizes, facts.activation, False, group, storage)
+            self.shared = GatedMLP(*sizes, facts.activation, False, group, storage.of_shared())
         if experts.shared_gate:
             self.shared_gate = SharedGate(facts.hidden_size, 1, False, Storage(storage.dtype, storage.device))
 
@@ -66,6 +69,11 @@ class SparseMLP(Module):
             self.shared.load(reader, f"{prefix}.shared_expert")
         if self.shared_gate is not None:
             self.shared_gate.load(reader, f"{prefix}.shared_expert_gate")
+
+
+def _is_for_kernels(form: WeightFormat) -> bool:
+    """Return True for formats of which grouped products have kernels: dense, of `--quant`, or a scale per output."""
+    return not form.source or (form.quant in ("8", "fp8") and form.group == 0 and form.zero_bytes == 0)
 
 
 def _plain_mlp(mlp: SparseMLP, x_TD: Tensor) -> Tensor:

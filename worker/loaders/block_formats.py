@@ -14,9 +14,11 @@ PLAIN_TYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 
-MXFP4_VALUES, MXFP4_BYTES = 32, 16
-_E2M1 = torch.tensor([sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
-"""What the four bits of an MXFP4 value stand for: the highest is the sign."""
+NUMBERS: dict[str, torch.dtype] = PLAIN_TYPES | {
+    "I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8, "F8_E4M3": torch.uint8,
+    "F8_E8M0": torch.uint8,
+}  # fmt: skip
+"""How the parts of packed matrices are read; float8 as bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +37,8 @@ def block_type(name: str) -> BlockType:
     if name in PLAIN_TYPES:
         dtype = PLAIN_TYPES[name]
         return BlockType(1, dtype.itemsize, lambda raw: raw.view(dtype), dtype)
-    if name == "MXFP4":
-        return BlockType(MXFP4_VALUES, MXFP4_BYTES, _mxfp4_values)
     elements, size = BLOCKS[name]
     return BlockType(elements, size, partial(_dequantize, name))
-
-
-def _mxfp4_values(raw: Tensor) -> Tensor:
-    """Return the numbers of blocks before they are scaled: of each byte the low half, then the high one."""
-    codes = torch.stack((raw & 15, raw >> 4), dim=-1).flatten(1)
-    return _E2M1[codes.int()]
-
-
-def scale_mxfp4(values: Tensor, exponents: Tensor) -> Tensor:
-    """Multiply each block of [rows, numbers] by its power of two, stored as uint8 [rows, blocks] with a bias of 127."""
-    blocks = values.view(*exponents.shape, MXFP4_VALUES)
-    return torch.ldexp(blocks, (exponents.int() - 127).unsqueeze(-1)).view(values.shape)
 
 
 def _dequantize(name: str, raw: Tensor) -> Tensor:

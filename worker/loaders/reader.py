@@ -13,8 +13,9 @@ of 8 MiB: the matrix is read as slices of 1536, 1536 and 1024 rows. A copier (co
 Files are read by ``preadv``, not mapped: a file that shrinks is then a clear error and not a SIGBUS.
 """
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
-from mgpu.worker.loaders.block_formats import block_type
+from mgpu.worker.loaders.block_formats import NUMBERS, BlockType, block_type
 from mgpu.worker.loaders.copiers import Progress, make_copier
-from mgpu.worker.loaders.slices import slice_of
+from mgpu.worker.loaders.packed import Piece, read_packed
+from mgpu.worker.loaders.slices import FileRows, slice_of, total
+from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
 _CPU = torch.device("cpu")
 
@@ -51,6 +54,7 @@ class WeightReader:
         self._progress = progress
         self._files: dict[str, int] = {}
         self.bytes_read = 0
+        self._device = device
         self._copier = make_copier(device, threads, self._count)
 
     def _count(self, nbytes: int) -> None:
@@ -98,8 +102,63 @@ class WeightReader:
             self._fill(dest.unsqueeze(0), entry, first_row=0, first_column=start, row_width=entry.shape[0])
         else:
             self._fill(dest, entry, first_row=start, first_column=0, row_width=entry.shape[1])
-        if "q_proj." in name or "k_proj." in name:
+        if _has_heads(name):
             self._arrange_heads(dest)
+
+    def packed_rows(self, parts: Sequence[tuple[str, range]]) -> PackedWeight:
+        """Return some rows of each of several matrices of the same packed format, stacked. CheckpointError."""
+        pieces = [self._piece(name, rows, None) for name, rows in parts]
+        is_reordered = self._rotated_size > 0 and any(_has_heads(name) for name, _ in parts)
+        stack = read_packed(pieces, self._read_block, keeps_rows=is_reordered)
+        first = 0
+        for name, rows in parts:
+            if is_reordered and _has_heads(name):
+                for tensor in (stack.words, stack.scales, stack.zeros):
+                    if tensor is not None:
+                        _spread_rotated(tensor[first : first + len(rows)], self._head_dim, self._rotated_size)
+            first += len(rows)
+        return stack
+
+    def packed_columns(self, name: str, columns: range) -> PackedWeight:
+        """Return some columns of a packed matrix. CheckpointError."""
+        return read_packed([self._piece(name, None, columns)], self._read_block)
+
+    def _piece(self, name: str, rows: range | None, columns: range | None) -> Piece:
+        entry = self._entry(name)
+        assert entry.packed is not None, "only packed matrices are asked for"
+        rows, columns = rows or range(entry.shape[0]), columns or range(entry.shape[1])
+        if rows.stop > entry.shape[0] or columns.stop > entry.shape[1]:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(entry.shape)}; rows to {rows.stop} and columns to {columns.stop} "
+                "were expected"
+            )
+        return Piece(entry.packed, rows, columns)
+
+    def _read_block(self, entry: TensorEntry, rows: range, columns: range) -> Tensor:
+        """Read stored rows and columns of a part of a packed matrix, as they are. A vector counts as one row."""
+        numbers = NUMBERS[entry.dtype]
+        width = entry.shape[-1] if entry.shape else 1
+        size, row_bytes = numbers.itemsize, len(columns) * numbers.itemsize
+        offset = entry.offset + (rows.start * width + columns.start) * size
+        plain = BlockType(1, size, lambda raw: raw.view(numbers), numbers)
+        file = self._open(str(entry.file), entry)
+        source = FileRows(entry, plain, file, offset, len(rows), row_bytes, width * size * rows.step)
+        raw = torch.empty(source.nbytes, dtype=torch.uint8)
+        source.read(raw.numpy().data)
+        self._count(source.nbytes)
+        return raw.view(numbers).view(len(rows), len(columns)).to(self._device)
+
+    def _fill_dequantized(self, dest: Tensor, entry: TensorEntry, first_row: int, first_column: int) -> None:
+        """Fill ``dest`` with numbers of a packed matrix, some rows at a time."""
+        assert entry.packed is not None
+        columns = range(first_column, first_column + dest.shape[1])
+        step = entry.packed.block_rows * math.ceil((1 << 21) / max(1, dest.shape[1]) / entry.packed.block_rows)
+        for top in range(0, len(dest), step):
+            part = dest[top : top + step]
+            rows = range(first_row + top, first_row + top + len(part))
+            part.copy_(dequantize(read_packed([Piece(entry.packed, rows, columns)], self._read_block), dest.dtype))
+            if not torch.isfinite(total(part)):
+                raise CheckpointError(f"tensor {entry.name!r} in {entry.file} does not fit {dest.dtype}")
 
     def _arrange_heads(self, rows: Tensor) -> None:
         """Bring rows of queries or keys into the order in which heads are rotated, once they are there."""
@@ -124,6 +183,9 @@ class WeightReader:
         return self._tensors[name]
 
     def _fill(self, dest: Tensor, entry: TensorEntry, first_row: int, first_column: int, row_width: int) -> None:
+        if entry.packed is not None:
+            self._fill_dequantized(dest, entry, first_row, first_column)
+            return
         if entry.is_transposed:
             self._fill_transposed(dest, entry, first_row, first_column)
             return
@@ -131,9 +193,8 @@ class WeightReader:
             blocks = block_type(entry.dtype)
         except KeyError as error:
             raise CheckpointError(f"tensor {entry.name!r} has type {entry.dtype}, which mgpu cannot read") from error
-        scales = self._open(entry.scales_file, entry) if entry.scales_file else -1
         file = self._open(str(entry.file), entry)
-        whole = slice_of(entry, blocks, file, dest, first_row, first_column, row_width, scales)
+        whole = slice_of(entry, blocks, file, dest, first_row, first_column, row_width)
         for part in whole.split(self._copier.most_bytes):
             self._copier.copy(part)
 
@@ -154,6 +215,11 @@ class WeightReader:
             except OSError as error:
                 raise CheckpointError(f"cannot open {path} for tensor {entry.name!r}: {error.strerror}") from error
         return self._files[path]
+
+
+def _has_heads(name: str) -> bool:
+    """Return True for queries and keys, whose rows are in the order in which heads are rotated."""
+    return "q_proj." in name or "k_proj." in name
 
 
 def _deinterleave(rows: Tensor, head_dim: int) -> None:

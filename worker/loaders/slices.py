@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import CheckpointError, TensorEntry
-from mgpu.worker.loaders.block_formats import BlockType, scale_mxfp4
+from mgpu.worker.loaders.block_formats import BlockType
 
 MOST_VIEWS = 1024
 """Buffers that one call of the kernel may fill (IOV_MAX)."""
@@ -30,8 +30,6 @@ class FileRows:
     rows: int
     row_bytes: int
     stride: int
-    scales_fd: int = -1
-    """The file with a byte for each block, of MXFP4; -1: blocks hold all that they need."""
 
     @property
     def nbytes(self) -> int:
@@ -74,19 +72,7 @@ class FileRows:
 
     def decode(self, raw: Tensor) -> Tensor:
         """Return all numbers, [rows, numbers], of the bytes that `read` got, uint8 [nbytes]."""
-        values = self.blocks.decode(raw.view(self.rows, self.row_bytes))
-        return values if self.scales_fd < 0 else scale_mxfp4(values, self._read_scales())
-
-    def _read_scales(self) -> Tensor:
-        """Return uint8 [rows, blocks]. They lie as their blocks do, a byte for each."""
-        size = self.blocks.bytes
-        offset = self.entry.scales_offset + (self.offset - self.entry.offset) // size
-        scales = replace(
-            self, fd=self.scales_fd, offset=offset, row_bytes=self.row_bytes // size, stride=self.stride // size
-        )
-        raw = torch.empty(scales.nbytes, dtype=torch.uint8)
-        scales.read(raw.numpy().data)
-        return raw.view(self.rows, -1)
+        return self.blocks.decode(raw.view(self.rows, self.row_bytes))
 
     def not_finite(self, dtype: torch.dtype) -> CheckpointError:
         """Return the error for numbers whose sum in ``dtype`` is not finite; reads them again to find out why."""
@@ -144,7 +130,6 @@ def slice_of(
     first_row: int,
     first_column: int,
     row_width: int,
-    scales_fd: int = -1,
 ) -> Slice:
     """Return the slice that fills ``dest`` from ``first_row`` and ``first_column``; rows have ``row_width`` numbers."""
     rows, columns = dest.shape
@@ -152,7 +137,7 @@ def slice_of(
     end_block = -(-(first_column + columns) // blocks.elements)
     stride = row_width // blocks.elements * blocks.bytes * entry.row_step
     offset = entry.offset + first_row * stride + first_block * blocks.bytes
-    source = FileRows(entry, blocks, fd, offset, rows, (end_block - first_block) * blocks.bytes, stride, scales_fd)
+    source = FileRows(entry, blocks, fd, offset, rows, (end_block - first_block) * blocks.bytes, stride)
     return Slice(source, first_column - first_block * blocks.elements, dest)
 
 

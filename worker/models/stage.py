@@ -2,7 +2,7 @@
 
 # T tokens, S rows that sample, D model dim
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -50,16 +50,22 @@ class BuildContext:
     def window_of(self, layer: int) -> int | None:
         return self.facts.sliding_window if self.facts.sliding_layers[layer] else None
 
+    def storage_of(self, layer: int) -> Storage:
+        """Return how a layer's weights are held: as `--quant` says, else as the checkpoint has them."""
+        if self.storage.form.quant != "none" or not self.facts.formats:
+            return self.storage
+        return replace(self.storage, layer=self.facts.formats[layer])
+
     def attention(self, layer: int, norms_unit_offset: bool = False) -> Attention:
-        return Attention(self.facts, self.group, self.window_of(layer), self.storage, norms_unit_offset)
+        return Attention(self.facts, self.group, self.window_of(layer), self.storage_of(layer), norms_unit_offset)
 
     def mlp(self, layer: int) -> GatedMLP | SparseMLP:
         """Make the feed-forward network of a layer: dense, or a mixture of experts."""
         facts = self.facts
         if (experts := facts.experts_of(layer)) is not None:
-            return SparseMLP(facts, experts, self.expert_split, self.group, self.storage)
+            return SparseMLP(facts, experts, self.expert_split, self.group, self.storage_of(layer))
         sizes = facts.hidden_size, facts.intermediate_size
-        return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, self.storage)
+        return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, self.storage_of(layer))
 
     def vocab(self) -> VocabParallel:
         sizes = self.facts.vocab_size, self.facts.hidden_size

@@ -1,4 +1,4 @@
-"""Storage of quantized weights for `quantized_gemm`: plain torch, so that loaders can pack slice by slice.
+"""Weights that stay packed: how they are stored, packed, cut and dequantized. Plain torch, so that loaders can use it.
 
 The input channels of a row are cut into blocks of 32 words of 32 bits, and K is padded to whole blocks. Neighbouring
 words hold neighbouring channels in the same part, so that a pair of words widens to what the tensor core wants:
@@ -10,8 +10,9 @@ words hold neighbouring channels in the same part, so that a pair of words widen
 """
 
 # N outputs, K inputs, B blocks, P parts of a word, H halves of an octet, W or T words, G groups of E inputs
+# R outputs or groups of outputs with scales of their own, S stacked matrices
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,18 +21,28 @@ from torch import Tensor
 WORDS = 32
 """Words of a block."""
 
-WeightKind = Literal["int8", "fp8", "int4"]
+WeightKind = Literal["int8", "fp8", "int4", "fp4"]
+"""Integers of 8 or 4 bits, e4m3, or e2m1 (MXFP4)."""
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What the four bits of a kind fp4 stand for."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A quantized matrix [N, K]: ``words`` int32 [N, padded K / channels per word], contiguous.
+    """A packed matrix [N, K], or a stack of such with one more dimension in front of each tensor.
 
-    ``scales`` is float32 [N, 1] for int8 and fp8: one per output channel (those of an fp8 matrix that is made by
-    `quantize` are all the same, for float8 products). For int4 it is int32 [N, G], a word per output channel and
-    ``group`` input channels: two bfloat16, the scale in the low half, the offset in the high one, and a weight is
-    scale * q + offset with q in [-8, 7]. bfloat16 has the range of the weights, and three digits are enough, since q is
-    rounded to what is stored. Padded channels have the value of the offset, not zero: products mask them.
+    ``words``: int32 [N, padded K / channels per word], contiguous. Padded channels need not stand for zero.
+
+    A weight of ``--quant`` has ``scales`` float32 [N, 1] for int8 and fp8 (those of an fp8 matrix are all the same, for
+    float8 products). For int4 they are int32 [N, G], a word per output channel and ``group`` input channels: two
+    bfloat16, the scale in the low half, the offset in the high one, and a weight is scale * q + offset with q in
+    [-8, 7]. bfloat16 has the range of the weights, and three digits are enough, since q is rounded to what is stored.
+
+    A weight of a quantized checkpoint is (q - zero) * scale, with the numbers of the file. ``scales`` [R, G] have its
+    type (float32 if G is 1); uint8 stands for powers of two with a bias of 127. ``rows`` outputs share them. ``zeros``:
+    integers [N, G]. ``order``: int32 [S, K], the group of each input, for each of S stacked matrices, which end at
+    the rows ``ends``.
     """
 
     kind: WeightKind
@@ -39,17 +50,45 @@ class PackedWeight:
     scales: Tensor
     k: int
     group: int
-    """Input channels that share a scale (int4: and an offset): 32, 64 or 128 for int4; 0: all of them."""
+    """Input channels that share a scale (int4: and an offset): 32, 64 or 128 for ``--quant 4``; 0: all of them."""
+    rows: int = 1
+    zeros: Tensor | None = None
+    order: Tensor | None = None
+    ends: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    @property
+    def has_pairs(self) -> bool:
+        """True for int4 weights of ``--quant``."""
+        return self.scales.dtype == torch.int32
+
+    @property
+    def is_simple(self) -> bool:
+        """True if the kernels for weights of ``--quant`` take it: pairs for int4, else a scale per output channel."""
+        return self.has_pairs or (self.kind in ("int8", "fp8") and self.group == 0 and self.zeros is None)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in (self.words, self.scales, self.zeros, self.order) if tensor is not None)
+
+    def outputs(self, first: int, end: int) -> "PackedWeight":
+        """Return some outputs, from a border of ``rows`` on, of a single matrix; copies nothing."""
+        zeros = None if self.zeros is None else self.zeros[first:end]
+        scales = self.scales[first // self.rows : -(-end // self.rows)]
+        ends = tuple(max(0, min(each, end) - first) for each in self.ends)
+        return replace(self, words=self.words[first:end], scales=scales, zeros=zeros, ends=ends)
 
 
 def pack_int8(q_NK: Tensor, scales_N: Tensor) -> PackedWeight:
     """Pack int8 values in [-128, 127]."""
-    return PackedWeight("int8", _octet_words(q_NK), scales_N.float().reshape(-1, 1), q_NK.shape[1], 0)
+    return PackedWeight("int8", octet_words(q_NK), scales_N.float().reshape(-1, 1), q_NK.shape[1], 0)
 
 
 def pack_fp8(q_NK: Tensor, scales_N: Tensor) -> PackedWeight:
     """Pack float8_e4m3fn values for products with wider activations."""
-    return PackedWeight("fp8", _octet_words(q_NK.view(torch.uint8)), scales_N.float().reshape(-1, 1), q_NK.shape[1], 0)
+    return PackedWeight("fp8", octet_words(q_NK.view(torch.uint8)), scales_N.float().reshape(-1, 1), q_NK.shape[1], 0)
 
 
 def pack_int4(q_NK: Tensor, scales_NG: Tensor, offsets_NG: Tensor, group: int) -> PackedWeight:
@@ -58,39 +97,85 @@ def pack_int4(q_NK: Tensor, scales_NG: Tensor, offsets_NG: Tensor, group: int) -
         raise ValueError(f"int4 groups are 32, 64 or 128 input channels, not {group}")
     pairs_NG2 = torch.stack((scales_NG, offsets_NG), dim=2).to(torch.bfloat16)
     scales_NG = pairs_NG2.view(torch.int32).squeeze(2)
-    return PackedWeight("int4", _nibble_words(q_NK + 8), scales_NG, q_NK.shape[1], group)
+    return PackedWeight("int4", nibble_words(q_NK + 8), scales_NG, q_NK.shape[1], group)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Unpack to [N, K]: the reference of the kernels, and the weights that the CPU multiplies by."""
-    if weight.kind == "int4":
+    if weight.has_pairs:
         return _dequantize_int4(weight, dtype)
+    if weight.order is not None and len(weight.order) > 1:
+        return torch.cat([dequantize(part, dtype) for part in ordered_parts(weight)])
+    values_NK = unpack(weight)
+    if weight.zeros is not None:
+        values_NK.sub_(_per_input(weight.zeros.float(), weight))
+    scales_RG = torch.exp2(weight.scales.float() - 127) if weight.scales.dtype == torch.uint8 else weight.scales.float()
+    scales_NG = scales_RG.repeat_interleave(weight.rows, 0)[: len(values_NK)] if weight.rows > 1 else scales_RG
+    return values_NK.mul_(_per_input(scales_NG, weight)).to(dtype)
+
+
+def unpack(weight: PackedWeight) -> Tensor:
+    """Return what the words hold, float32 [N, K]: the q."""
+    if weight.kind in ("int4", "fp4"):
+        codes_NK = _nibbles(weight.words)[:, : weight.k]
+        if weight.kind == "int4":
+            return codes_NK.to(torch.float32).sub_(8)
+        return torch.tensor(E2M1, device=codes_NK.device)[codes_NK.int()]
     stored = weight.words.view(torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn)
     stored_NBPW = stored.view(len(stored), -1, WORDS, 4).transpose(2, 3)  # words are little-endian
     values_NK = stored_NBPW.to(torch.float32, memory_format=torch.contiguous_format).view(len(stored), -1)
-    return values_NK.mul_(weight.scales)[:, : weight.k].to(dtype)
+    return values_NK[:, : weight.k]
+
+
+def _per_input(numbers_NG: Tensor, weight: PackedWeight) -> Tensor:
+    """Return each output's numbers for its inputs, [N, K], or [N, 1] where all inputs share one."""
+    if weight.order is not None:
+        return numbers_NG[:, weight.order[0].long()]
+    if numbers_NG.shape[1] == 1:
+        return numbers_NG
+    return numbers_NG.repeat_interleave(weight.group, 1)[:, : weight.k]
+
+
+def ordered_parts(weight: PackedWeight) -> list[PackedWeight]:
+    """Return the matrices of a stack of which each has its own order, else the stack; none without rows."""
+    if weight.order is None:
+        return [weight]
+    firsts = (0, *weight.ends)
+    return [
+        replace(weight.outputs(first, end), order=weight.order[index : index + 1], ends=(end - first,))
+        for index, (first, end) in enumerate(zip(firsts, weight.ends, strict=False))
+        if end > first
+    ]
 
 
 def _dequantize_int4(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    octets_NBWP = weight.words.view(torch.uint8).view(len(weight.words), -1, 4, 4)  # B: runs of 32 channels
-    # Part 2p of a word is the low half of its octet p, part 2p + 1 the high half.
-    q_NBPHW = torch.stack((octets_NBWP & 15, octets_NBWP >> 4), dim=3).permute(0, 1, 4, 3, 2)
-    values_NGE = q_NBPHW.reshape(len(q_NBPHW), -1, weight.group).to(torch.float32).sub_(8)
+    q_NK = _nibbles(weight.words)
+    values_NGE = q_NK.view(len(q_NK), -1, weight.group).to(torch.float32).sub_(8)
     pairs_NG2 = weight.scales.view(torch.bfloat16).view(*weight.scales.shape, 2).float()
     scales_NG1, offsets_NG1 = (half_NG.unsqueeze(2) for half_NG in pairs_NG2.unbind(2))
     values_NGE = values_NGE[:, : weight.scales.shape[1]].mul_(scales_NG1).add_(offsets_NG1)
     return values_NGE.reshape(len(values_NGE), -1)[:, : weight.k].to(dtype)
 
 
-def _octet_words(q_NK: Tensor) -> Tensor:
+def _nibbles(words: Tensor) -> Tensor:
+    """Return the four bits of each channel, uint8 [N, padded K]."""
+    octets_NBWP = words.view(torch.uint8).view(len(words), -1, 4, 4)  # B: runs of 32 channels
+    # Part 2p of a word is the low half of its octet p, part 2p + 1 the high half.
+    q_NBPHW = torch.stack((octets_NBWP & 15, octets_NBWP >> 4), dim=3).permute(0, 1, 4, 3, 2)
+    return q_NBPHW.reshape(len(words), -1)
+
+
+def octet_words(q_NK: Tensor) -> Tensor:
+    """Return the words of 8-bit values."""
     padded_NK = _padded(q_NK, 4, filler=0)
     parts_NBPW = padded_NK.view(len(q_NK), -1, 4, WORDS)
     return _joined([parts_NBPW[:, :, part] for part in range(4)], 8)
 
 
-def _nibble_words(q_NK: Tensor) -> Tensor:
-    padded_NK = _padded(q_NK, 8, filler=8)
-    parts_NBPT = padded_NK.view(len(q_NK), -1, 8, 4)  # B: runs of 32 channels
+def nibble_words(codes_NK: Tensor) -> Tensor:
+    """Return the words of values in [0, 15]."""
+    padded_NK = _padded(codes_NK, 8, filler=8)
+    parts_NBPT = padded_NK.view(len(codes_NK), -1, 8, 4)  # B: runs of 32 channels
     return _joined([parts_NBPT[:, :, part] for part in range(8)], 4)
 
 

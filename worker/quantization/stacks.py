@@ -1,25 +1,30 @@
-"""Packed matrices of one shape in one stack, as the experts of a layer are: words and scales get a first dimension."""
+"""Packed matrices of one shape in one stack, as the experts of a layer are: each tensor gets a first dimension."""
 
+from collections.abc import Callable
 from dataclasses import replace
+
+from torch import Tensor
 
 from mgpu.worker.quantization.packing import PackedWeight
 
 
 def empty_stack(like: PackedWeight, count: int) -> PackedWeight:
     """Return undefined memory for ``count`` matrices packed as ``like`` is."""
-    return replace(
-        like,
-        words=like.words.new_empty((count, *like.words.shape)),
-        scales=like.scales.new_empty((count, *like.scales.shape)),
-    )
+    return _each(like, lambda tensor: tensor.new_empty((count, *tensor.shape)))
 
 
 def put_matrix(stack: PackedWeight, index: int, matrix: PackedWeight) -> None:
     """Copy one matrix into its place."""
-    stack.words[index] = matrix.words
-    stack.scales[index] = matrix.scales
+    for whole, part in zip(stack.tensors(), matrix.tensors(), strict=True):
+        whole[index] = part
 
 
 def matrix_of(stack: PackedWeight, index: int) -> PackedWeight:
     """Return one matrix of a stack, without copying it."""
-    return replace(stack, words=stack.words[index], scales=stack.scales[index])
+    return _each(stack, lambda tensor: tensor[index])
+
+
+def _each(weight: PackedWeight, change: Callable[[Tensor], Tensor]) -> PackedWeight:
+    zeros = None if weight.zeros is None else change(weight.zeros)
+    order = None if weight.order is None else change(weight.order)
+    return replace(weight, words=change(weight.words), scales=change(weight.scales), zeros=zeros, order=order)

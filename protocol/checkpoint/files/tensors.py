@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.weight_format import WeightFormat
 
 BLOCKS: dict[str, tuple[int, int]] = {
     "F64": (1, 8), "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
@@ -15,9 +17,11 @@ BLOCKS: dict[str, tuple[int, int]] = {
 
 _IGNORED_ENDINGS = (
     ".rotary_emb.inv_freq", ".attn.masked_bias", ".attn_rot_embd.weight", ".k_scale", ".v_scale", ".q_scale",
-    ".kv_scale", ".prob_scale", ".output_scale", ".k_zero_point", ".v_zero_point",
+    ".kv_scale", ".prob_scale", ".output_scale", ".k_zero_point", ".v_zero_point", ".q_zero_point", ".input_scale",
+    ".input_zero_point", ".input_scale_ub",
 )  # fmt: skip
-"""Constants that old checkpoints store, although they follow from the configuration, and scales of a float8 cache."""
+"""Constants that old checkpoints store, although they follow from the configuration, and scales of a float8 cache and
+of activations, which mgpu does not quantize by them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +44,44 @@ class TensorEntry:
     """True if the file holds (in, out): ``row_step`` then counts its columns, and ``shape`` is still (out, in)."""
     stored_columns: int = 0
     """Columns of a row in the file, if it is transposed."""
-    scales_offset: int = 0
-    """Where in ``scales_file`` the scales of an MXFP4 tensor are: a byte for each block."""
-    scales_file: str = ""
+    packed: "PackedParts | None" = None
+    """The stored tensors of which this one consists, if it is packed. ``offset`` then means nothing."""
+
+
+Packing = Literal["rows", "words", "gptq", "awq", "mxfp4"]
+"""How the values of a packed matrix [outputs, inputs] lie in the file, see `worker/loaders/unpack.py`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedParts:
+    """What a packed matrix of a checkpoint is made of, and the format in which a rank holds it."""
+
+    form: WeightFormat
+    packing: Packing
+    bits: int
+    values: TensorEntry
+    scales: TensorEntry
+    zeros: TensorEntry | None = None
+    order: TensorEntry | None = None
+    """The group of each input."""
+    block_rows: int = 1
+    """Outputs that share a scale."""
+    zero_bias: int = 0
+    """Added to stored zero points: 1 in GPTQ's first version."""
+    first_row: int = 0
+    row_step: int = 1
+    """Row i of the matrix is row ``first_row + i * row_step`` of what is stored."""
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        return tuple(part for part in (self.values, self.scales, self.zeros, self.order) if part is not None)
 
 
 def rows_of(entry: TensorEntry, first_row: int, rows: int) -> TensorEntry:
     """Return some rows of a stored tensor, all of whose dimensions but the last count as rows, as a matrix."""
+    if entry.packed is not None:
+        parts = replace(entry.packed, first_row=entry.packed.first_row + first_row)
+        return replace(entry, shape=(rows, entry.shape[1]), nbytes=entry.nbytes * rows // entry.shape[0], packed=parts)
     row_bytes = entry.nbytes // math.prod(entry.shape[:-1])
     shape, offset = (rows, entry.shape[-1]), entry.offset + first_row * row_bytes
     return replace(entry, shape=shape, offset=offset, nbytes=rows * row_bytes)
@@ -177,7 +212,7 @@ def check_tensors(
                 f"{entry.file}: tensor {called(name)!r} has shape {list(entry.shape)}, the configuration asks for "
                 f"{list(shape)}"
             )
-        if entry.dtype not in BLOCKS and not entry.scales_file:
+        if entry.dtype not in BLOCKS and entry.packed is None:
             raise CheckpointError(
                 f"{entry.file}: tensor {called(name)!r} is stored as {entry.dtype}; supported: "
                 f"{', '.join(sorted(BLOCKS))}"

@@ -187,6 +187,13 @@ class Fields:
             raise self.error(key, f"must be an object, found {_shown(value)}")
         return Fields(f"{self.source}: {self._prefix}{key}", value)
 
+    def names(self, most: int) -> list[str]:
+        """Return the keys that have a value, at most so many."""
+        names = [key for key, value in self._values.items() if value is not None]
+        if len(names) > most:
+            raise CheckpointError(f"{self.source} has {len(names)} entries, more than the {most} allowed")
+        return names
+
     def list_of(self, key: str, kind: type, length: int | None = None) -> list[object] | None:
         """Return a list whose items are all of ``kind``; None when absent."""
         value = self.raw(key)

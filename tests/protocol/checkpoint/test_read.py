@@ -357,7 +357,7 @@ def test_a_quantization_left_over_beside_plain_weights_is_ignored(tmp_path: Path
     changed = {UP.replace("weight", "qweight"): {"dtype": "I32"}}
     shapes = {name.replace(UP, UP.replace("weight", "qweight")): shape for name, shape in reshaped_by_config.items()}
     (tmp_path / WEIGHTS).write_bytes(safetensors_bytes(shapes, changes=changed))
-    assert "already quantized (gptq)" in refusal(tmp_path)
+    assert f"{UP.replace('weight', 'qweight')!r} has no scales beside it" in refusal(tmp_path)
 
 
 def test_links_from_a_folder_below_a_snapshot_are_followed_into_the_same_entry_only(tmp_path: Path) -> None:

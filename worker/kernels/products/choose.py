@@ -26,6 +26,8 @@ def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
 def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
     """Multiply by the dequantized weight's transpose; many rows dequantize it once, into temporary memory."""
     rows = x_TI.shape[0]
+    if not weight.is_simple:
+        return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
     if rows == 1:
         return quantized_gemv(x_TI, weight, bias_N=bias_O)
     if rows <= GEMM_ROWS[weight.kind]:

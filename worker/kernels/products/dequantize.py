@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.worker.kernels.products.dequantize_scaled import dequantize_scaled
 from mgpu.worker.kernels.products.widen import KINDS, widen_int4, widen_octets
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
 from mgpu.worker.quantization.packing import WORDS, PackedWeight
@@ -53,6 +54,8 @@ def _dequantize_kernel(
 
 def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Return the weight [N, K] in ``dtype``; `packing.dequantize` is the reference."""
+    if not weight.is_simple:
+        return dequantize_scaled(weight, dtype)
     n, words_per_row = weight.words.shape
     out_NK = torch.empty(n, weight.k, dtype=dtype, device=weight.words.device)
     _dequantize_kernel[(ceil_div(n, ROWS), words_per_row // WORDS)](

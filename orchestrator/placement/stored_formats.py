@@ -1,0 +1,69 @@
+"""Say how the matrices of a quantized checkpoint are held: in which formats, in how many bits, and which are dense."""
+
+import math
+from dataclasses import dataclass
+
+from mgpu.orchestrator.placement.planner import Plan
+from mgpu.protocol.model.facts import DTYPE_BYTES
+from mgpu.protocol.model.quantization import matrices_of
+from mgpu.protocol.model.weight_format import WeightFormat
+
+_DENSE = {
+    "qkv": "q, k and v", "out": "attention output", "gate_up": "gate and up", "down": "down",
+    "shared_gate_up": "the shared expert's gate and up", "shared_down": "the shared expert's down",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFormats:
+    """The matrices of all layers together, whatever their layout."""
+
+    names: tuple[str, ...]
+    bits_per_weight: float
+    """With scales, zero points and padding."""
+    dense: tuple[str, ...]
+    """Kinds of matrices that are held dense, and in how many layers."""
+
+
+def stored_formats(plan: Plan) -> StoredFormats | None:
+    """Return how the checkpoint's formats are held; None if it is not quantized, or quantized anew by ``--quant``."""
+    facts = plan.facts
+    if not facts.formats or plan.layout.quant != "none":
+        return None
+    names: dict[str, None] = {}
+    dense: dict[str, int] = {}
+    weights = nbytes = 0
+    for layer, formats in enumerate(facts.formats):
+        for matrix, count in matrices_of(facts, 1, layer):
+            form: WeightFormat = getattr(formats, matrix.held)
+            weights += count * math.prod(matrix.shape)
+            nbytes += count * matrix.nbytes(formats, DTYPE_BYTES[plan.layout.dtype])
+            if form.quant == "none":
+                dense[_DENSE[matrix.held]] = dense.get(_DENSE[matrix.held], 0) + 1
+            else:
+                names[form.name] = None
+    listed = tuple(f"{name} in {count} of {facts.num_layers} layers" for name, count in dense.items())
+    return StoredFormats(tuple(names), 8 * nbytes / weights, listed)
+
+
+def stored_lines(plan: Plan) -> list[str]:
+    """Return the formats in words."""
+    stored = stored_formats(plan)
+    if stored is None:
+        return []
+    kept = ", ".join(("embedding, head, norms", *stored.dense))
+    return [
+        f"checkpoint: layers in {'; '.join(stored.names) or 'no format that is held packed'}: "
+        f"{stored.bits_per_weight:.2f} bits per weight; dense: {kept}. Scales of activations, keys and values are not "
+        "used"
+    ]
+
+
+def stored_json(plan: Plan) -> dict[str, object] | None:
+    """Return the formats as plain data."""
+    stored = stored_formats(plan)
+    if stored is None:
+        return None
+    return {
+        "formats": list(stored.names), "bits_per_weight": round(stored.bits_per_weight, 3), "dense": list(stored.dense),
+    }  # fmt: skip

@@ -1,0 +1,40 @@
+"""Say in which format a rank holds each matrix of a quantized checkpoint.
+
+Matrices that are multiplied as one (q, k and v; gate and up; all experts of a layer) are held packed if all of them are
+stored in the same format. Else they are dequantized while they are read, and held dense.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from mgpu.protocol.checkpoint.files.tensors import TensorEntry
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.weight_format import DENSE, LayerFormats, WeightFormat
+
+
+def layer_formats(facts: ModelFacts, tensors: Mapping[str, TensorEntry]) -> tuple[LayerFormats, ...]:
+    """Return the formats of all layers; none if all are dense."""
+    if not any(entry.packed for entry in tensors.values()):
+        return ()
+    return tuple(_formats(facts, layer, tensors) for layer in range(facts.num_layers))
+
+
+def _formats(facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]) -> LayerFormats:
+    def common(*modules: str) -> WeightFormat:
+        return _common(tensors[f"model.layers.{layer}.{module}_proj.weight"] for module in modules)
+
+    attention = common("self_attn.q", "self_attn.k", "self_attn.v"), common("self_attn.o")
+    experts = facts.experts_of(layer)
+    if experts is None:
+        return LayerFormats(*attention, common("mlp.gate", "mlp.up"), common("mlp.down"))
+    each = [f"mlp.experts.{index}." for index in range(experts.count)]
+    gate_up = common(*(head + part for head in each for part in ("gate", "up")))
+    sparse = gate_up, common(*(head + "down" for head in each))
+    if not experts.shared_width:
+        return LayerFormats(*attention, *sparse)
+    shared = "mlp.shared_expert."
+    return LayerFormats(*attention, *sparse, common(f"{shared}gate", f"{shared}up"), common(f"{shared}down"))
+
+
+def _common(entries: Iterable[TensorEntry]) -> WeightFormat:
+    forms = {DENSE if entry.packed is None else entry.packed.form for entry in entries}
+    return forms.pop() if len(forms) == 1 else DENSE

@@ -1,0 +1,49 @@
+"""Kernels for weights of quantized checkpoints equal plain torch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mgpu.protocol.model.weight_format import WeightFormat
+from mgpu.worker.quantization.packing import PackedWeight, dequantize
+from mgpu.worker.quantization.random_packed import random_packed
+
+pytest.importorskip("triton")
+
+from mgpu.worker.kernels.products.dequantize import dequantize_packed
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMS = {
+    "fp8-blocks": WeightFormat("fp8", 128, 16, 2, source="x"),
+    "fp8-channel": WeightFormat("fp8", source="x"),
+    "int8-zeros": WeightFormat("8", 0, 1, 2, 2, source="x"),
+    "int8-groups": WeightFormat("8", 32, 1, 2, 2, source="x"),
+    "int4-channel": WeightFormat("4", 0, 1, 2, source="x"),
+    "int4-groups": WeightFormat("4", 32, 1, 2, 1, source="x"),
+    "int4-wide": WeightFormat("4", 128, 1, 4, source="x"),
+    "int4-order": WeightFormat("4", 32, 1, 2, 1, True, source="x"),
+    "mxfp4": WeightFormat("fp4", 32, 1, 1, source="x"),
+}
+
+
+def make(form: WeightFormat, parts: tuple[int, ...], inputs: int) -> PackedWeight:
+    """Return a random weight whose scales and zero points differ from group to group."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    weight = random_packed(form, parts, inputs, generator)
+    noise = torch.randint(0, 8, weight.scales.shape, generator=generator, device=DEVICE)
+    if weight.scales.dtype == torch.uint8:
+        scales = weight.scales + noise.to(torch.uint8)
+    else:
+        scales = (weight.scales.float() * (1 + noise / 8)).to(weight.scales.dtype)
+    zeros = weight.zeros
+    if zeros is not None:
+        zeros = torch.randint(-8, 9, zeros.shape, generator=generator, device=DEVICE).to(zeros.dtype)
+    return replace(weight, scales=scales, zeros=zeros)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_dequantized_weights_equal_the_reference(name: str) -> None:
+    for parts, inputs in (((48, 16), 256), ((33,), 416)):
+        weight = make(FORMS[name], parts, inputs)
+        assert torch.equal(dequantize_packed(weight, torch.float32), dequantize(weight, torch.float32))

@@ -1,0 +1,113 @@
+"""Read one rank's part of packed matrices, and pack it into the words that products take."""
+
+# N outputs, K inputs, G groups, S stacked matrices
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mgpu.protocol.checkpoint.files.tensors import PackedParts
+from mgpu.protocol.model.weight_format import WeightFormat
+from mgpu.worker.loaders.unpack import ReadBlock, Unpacked, read_order, unpack_rows
+from mgpu.worker.quantization.packing import PackedWeight, WeightKind, nibble_words, octet_words
+
+CHUNK_ELEMENTS = 1 << 21
+"""Weights that are unpacked at once. They take a few bytes each on the way."""
+
+_KINDS: dict[str, WeightKind] = {"8": "int8", "fp8": "fp8", "4": "int4", "fp4": "fp4"}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows and columns of one packed matrix."""
+
+    parts: PackedParts
+    rows: range
+    columns: range
+
+
+def read_packed(pieces: Sequence[Piece], read: ReadBlock, keeps_rows: bool = False) -> PackedWeight:
+    """Return a stack of parts of matrices that have the same format and the same columns. CheckpointError.
+
+    ``keeps_rows``: outputs share no scales, since their order is changed later.
+    """
+    form, columns = pieces[0].parts.form, pieces[0].columns
+    groups, order = _groups(pieces, read)
+    edges = [edge for piece in pieces for edge in (piece.rows.start, len(piece.rows))]
+    sharing = 1 if keeps_rows else math.gcd(form.rows, *edges)
+    outputs = sum(len(piece.rows) for piece in pieces)
+    stack: PackedWeight | None = None
+    first, ends = 0, []
+    for piece in pieces:
+        for rows in _chunks(piece, sharing):
+            chunk = _packed(unpack_rows(piece.parts, read, rows, columns, groups), form, len(columns), sharing)
+            stack = stack or _empty(chunk, outputs)
+            _put(stack, first, chunk)
+            first += len(rows)
+        ends.append(first)
+    assert stack is not None, "a matrix has rows"
+    if order is None:
+        return stack
+    return PackedWeight(
+        stack.kind, stack.words, stack.scales, stack.k, stack.group, sharing, stack.zeros, order, tuple(ends)
+    )
+
+
+def _groups(pieces: Sequence[Piece], read: ReadBlock) -> tuple[range, Tensor | None]:
+    """Return the groups that are needed, and each input's among them where the inputs are not in whole groups."""
+    form, columns = pieces[0].parts.form, pieces[0].columns
+    orders = [read_order(piece.parts, read, columns) for piece in pieces]
+    if form.group == 0:
+        return range(1), None
+    if form.is_ordered:
+        stored = pieces[0].parts.scales.shape
+        return range(stored[0 if pieces[0].parts.packing == "gptq" else -1]), torch.stack(
+            [order for order in orders if order is not None]
+        )
+    groups = range(columns.start // form.group, -(-columns.stop // form.group))
+    if columns.start % form.group == 0:
+        return groups, None
+    inputs = torch.arange(columns.start, columns.stop, dtype=torch.int32)
+    return groups, (inputs // form.group - groups.start).expand(len(pieces), -1)
+
+
+def _chunks(piece: Piece, sharing: int) -> list[range]:
+    size = -(-max(1, CHUNK_ELEMENTS // max(1, len(piece.columns))) // sharing) * sharing
+    rows = piece.rows
+    return [range(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size)]
+
+
+def _packed(chunk: Unpacked, form: WeightFormat, k: int, sharing: int) -> PackedWeight:
+    values = chunk.values if chunk.values.dtype != torch.float8_e4m3fn else chunk.values.view(torch.uint8)
+    if form.quant in ("4", "fp4"):
+        words = nibble_words(values + 8 if form.quant == "4" else values)
+    else:
+        words = octet_words(values)
+    scales = chunk.scales[::sharing]
+    if form.group == 0 and form.quant in ("8", "fp8") and chunk.zeros is None:
+        scales = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
+    zeros = chunk.zeros
+    if zeros is not None and form.zero_bytes == 1:
+        zeros = zeros.to(torch.int8)
+    return PackedWeight(_KINDS[form.quant], words, scales, k, form.group, sharing, zeros)
+
+
+def _empty(chunk: PackedWeight, outputs: int) -> PackedWeight:
+    """Return memory for as many outputs in the format of a chunk."""
+
+    def rows(tensor: Tensor, count: int) -> Tensor:
+        return torch.empty((count, tensor.shape[1]), dtype=tensor.dtype, device=tensor.device)
+
+    zeros = None if chunk.zeros is None else rows(chunk.zeros, outputs)
+    scales = rows(chunk.scales, outputs // chunk.rows)
+    return PackedWeight(chunk.kind, rows(chunk.words, outputs), scales, chunk.k, chunk.group, chunk.rows, zeros)
+
+
+def _put(stack: PackedWeight, first: int, chunk: PackedWeight) -> None:
+    """Copy a chunk's outputs to the place from ``first`` on."""
+    place = stack.outputs(first, first + len(chunk.words))
+    for whole, part in zip(place.tensors(), chunk.tensors(), strict=True):
+        whole.copy_(part)
