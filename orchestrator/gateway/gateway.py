@@ -95,8 +95,8 @@ class Gateway:
         self._queries = Queries(
             self._model, self._table, self._outgoing, self._requests.times, front.connections.count_for
         )
-        self._resumptions = Resumptions(self._requests, front.access, self._outgoing)
         turns: FairTurns[Received] = FairTurns()
+        self._resumptions = Resumptions(self._requests, front.access, self._outgoing, turns)
         self._clients = Clients(
             front,
             turns,

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from mgpu.orchestrator.gateway.front.account import Account, account_of
+from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.front.socket import Received
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.queries import Queries
@@ -46,7 +48,8 @@ class ResumingGateway:
         self.table = RequestTable(self.quota)
         model, outgoing, access = ServedModel(SPEC, INFO, is_loaded=True), cast("Outgoing", self), cast("Any", self)
         self.queries = Queries(model, self.table, outgoing, RequestTimes())
-        self.resumptions = Resumptions(RequestHandler(model, self.table, outgoing), access, outgoing)
+        self.turns: FairTurns[Received] = FairTurns()
+        self.resumptions = Resumptions(RequestHandler(model, self.table, outgoing), access, outgoing, self.turns)
 
     def to_client(self, connection: bytes, message: ServerMessage) -> None:
         self.sent.append((connection, message))

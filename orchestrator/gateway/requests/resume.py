@@ -11,7 +11,9 @@ import time
 
 from mgpu.orchestrator.gateway.front.access import AccessControl
 from mgpu.orchestrator.gateway.front.account import Account
+from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.gateway.front.socket import Received
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.quota import MAX_QUESTIONS
 from mgpu.orchestrator.gateway.requests.record_queue import RecordQueue
@@ -34,12 +36,16 @@ GRACE_S = 5.0
 class Resumptions:
     """At most one resumption per request waits for the engine; the last client that asked gets the request."""
 
-    def __init__(self, requests: RequestHandler, access: AccessControl, outgoing: Outgoing) -> None:
+    def __init__(
+        self, requests: RequestHandler, access: AccessControl, outgoing: Outgoing, turns: FairTurns[Received]
+    ) -> None:
+        """``turns`` are those of clients' messages: what a replay costs is charged there to who has resumed."""
         self._requests = requests
         self._table = requests.table
         self._quota = requests.table.quota
         self._access = access
         self._outgoing = outgoing
+        self._turns = turns
         self._queue = RecordQueue(outgoing)
         self._waiting: dict[Name, Resumption] = {}
         """QUEUED, ASKED and OUTDATED."""
@@ -122,10 +128,12 @@ class Resumptions:
         elif resumption.request is not None and resumption.request.is_over:  # cancelled, say, between two portions
             self._end(resumption)
         else:
+            began_s, account = time.perf_counter(), resumption.account
             try:
                 self._take_portion(resumption, self._checked_context(resumption, record), record)
             except Refusal as refusal:
                 self._refuse(resumption, record, refusal)
+            self._turns.charge_beside(account.path, time.perf_counter() - began_s)
 
     def _checked_context(self, resumption: Resumption, record: RecordReply) -> Context:
         """Return the context of a request. Refusal if it cannot be continued for the client that wants it."""

@@ -7,6 +7,7 @@ import pytest
 from harness.resuming_gateway import ACCOUNT, KEY, SIZE, A, B, ResumingGateway, new_choice, record
 from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.front.socket import Received
 from mgpu.orchestrator.gateway.requests import quota, record_queue
 from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.requests.resume import GRACE_S, RECORD_TIMEOUT_S
@@ -27,6 +28,18 @@ def test_of_two_connections_that_resume_a_request_the_later_one_gets_it(gateway:
     assert gateway.heard(A) == []
     assert gateway.heard(B) == ["resumed", "accepted"]
     assert [request.connection for request in gateway.table] == [B]
+
+
+def test_the_replay_of_an_answer_is_charged_to_who_has_resumed_it(gateway: ResumingGateway) -> None:
+    """Then others are served before its next message."""
+    gateway.resume(A)
+    gateway.answer(0, record(tokens=[5] * 1000))
+    for connection, owner in ((A, "pid:1"), (B, "pid:2")):
+        message = Received(connection, [b"x"], "uid:0", owner)
+        gateway.turns.put(message.account.path, message)
+    taken = gateway.turns.take()
+    assert taken is not None
+    assert taken[1].connection == B
 
 
 def test_resumed_says_from_where(gateway: ResumingGateway) -> None:
