@@ -90,6 +90,7 @@ class Sequence:
 def token_cost_of(sampling: RowSampling) -> int:
     """Return what choosing a token costs a step, in tokens that are chosen simply. An estimate.
 
-    On a CPU, rules and filters take about as long as computing the token; log-probabilities have to travel too.
+    On a CPU, rules and filters take about as long as computing the token. Log-probabilities have to travel too.
     """
-    return 1 + sampling.has_rules + sampling.needs_all_logits + (sampling.num_logprobs > 0)
+    has_grammar = sampling.grammar is not None
+    return 1 + sampling.has_rules + has_grammar + sampling.needs_all_logits + (sampling.num_logprobs > 0)

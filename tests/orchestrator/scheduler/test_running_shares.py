@@ -11,7 +11,7 @@ from mgpu.orchestrator.scheduler.running_shares import KEPT_STEPS, RECENT_STEPS
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.orchestrator.scheduler.sequence import token_cost_of
 from mgpu.protocol.internal.gateway_messages import Submit
-from mgpu.protocol.internal.worker_messages import RowSampling, StepPlan, StepResult
+from mgpu.protocol.internal.worker_messages import RowGrammar, RowSampling, StepPlan, StepResult
 
 HONEST, OTHER = 1, 2
 LIMITS = Limits(num_blocks=4096, block_size=4, max_rows=64, max_batch_tokens=512, max_seq_len=1024)
@@ -175,4 +175,5 @@ def test_what_is_costly_to_choose_counts_for_more() -> None:
     assert token_cost_of(RowSampling()) == token_cost_of(RowSampling(temperature=1.0, seed=5)) == 1
     assert token_cost_of(RowSampling(num_logprobs=0)) == 2
     assert token_cost_of(RowSampling(repetition_penalty=1.1)) == 2
+    assert token_cost_of(RowSampling(grammar=RowGrammar("x", [2]))) == 2
     assert token_cost_of(COSTLY) == 4
