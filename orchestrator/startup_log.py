@@ -57,7 +57,7 @@ def _progress_text(progress: list[LoadProgress], world_size: int) -> str:
         return ""
     share = done / total * len(progress) / world_size  # ranks that have not begun count as empty
     elapsed_s = max(each.elapsed_s for each in progress)
-    speed = f", {done / elapsed_s / 1e9:.2f} GB/s" if elapsed_s > 0 else ""
+    speed = f", {format_bytes(int(done / elapsed_s))}/s" if elapsed_s > 0 else ""
     bar = "#" * int(share * _BAR_WIDTH)
     return f"loading [{bar:<{_BAR_WIDTH}}] {share:4.0%}  {format_bytes(done)} of {format_bytes(total)}{speed}"
 

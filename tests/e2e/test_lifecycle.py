@@ -13,7 +13,7 @@ from mgpu import Client
 from mgpu.launch.server_process import ServerDied, ServerProcess
 from mgpu.protocol.errors import MgpuError, RequestFailed
 
-LEFT_BEHIND_S = 2.0
+LEFT_BEHIND_S = 20.0
 END_S = 30.0
 
 

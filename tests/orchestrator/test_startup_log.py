@@ -7,7 +7,8 @@ import pytest
 
 from harness.server_process import config
 from mgpu.orchestrator.scheduler.limits import Limits
-from mgpu.orchestrator.startup_log import log_ready
+from mgpu.orchestrator.startup_log import ProgressBar, log_ready
+from mgpu.protocol.internal.worker_messages import LoadProgress
 
 
 @pytest.mark.parametrize(("blocks", "is_said"), [(64, False), (32, True)])
@@ -19,3 +20,10 @@ def test_the_kv_cache_is_named_again_only_if_it_differs_from_the_plan(
     with caplog.at_level(logging.INFO):
         log_ready(planned, limits, {}, 1.0)
     assert ("KV cache allocated: 128 tokens, 1.3 requests at the full context of 100" in caplog.text) is is_said
+
+
+def test_a_slow_disk_has_a_speed_too(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgpu.orchestrator.startup_log.PLAIN_INTERVAL_S", 0.0)
+    with caplog.at_level(logging.INFO):
+        ProgressBar(world_size=1).show([LoadProgress(0, 0, "weights", 1_100_000, 4_400_000, 2.0)])
+    assert caplog.text.endswith("25%  1.1 MB of 4.4 MB, 0.6 MB/s\n")
