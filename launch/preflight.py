@@ -9,6 +9,7 @@ from mgpu.launch.prepare import LEAST_FILES, client_limits
 from mgpu.launch.settings.config import ServeConfig
 from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.host.listening import check_address
 from mgpu.orchestrator.models.find import check_name
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
@@ -30,7 +31,9 @@ def check_options(
     client_limits(config)
     check_name(config.model, environ)
     if origins["http"] != "default":
-        http_address(config, is_typed=True)
+        address = http_address(config, is_typed=True)
+        if address is not None and not keys_may_come:  # the folder of a unit's socket is made when it starts
+            check_address(address)
     http_options(config)
     keys = keys_for(config.bind, config.keys, environ)
     if config.bind:

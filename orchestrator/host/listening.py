@@ -106,6 +106,18 @@ def _checked_path(path: str) -> str:
     return path
 
 
+def check_address(address: HttpAddress) -> None:
+    """Raise HttpAddressError if nothing can ever listen there on this machine, whoever has the address now."""
+    if address.path:
+        os.close(_opened_folder(address))
+        return
+    with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
+        try:
+            probe.bind((address.host, 0))
+        except OSError as error:
+            raise _tcp_error(address, error) from None
+
+
 @contextlib.contextmanager
 def listening(address: HttpAddress | None, for_all_users: bool = False) -> Iterator[HttpListener | None]:
     """Listen on ``address`` inside the block; remove the file of a unix socket at its end. HttpAddressError.
@@ -205,17 +217,21 @@ def _process_text(pid: int) -> str:
 
 def _listen_unix(address: HttpAddress, for_all_users: bool) -> HttpListener:
     """Bind a path. The file of a server that was killed is replaced; one that is in use, or no socket, is not."""
-    path = Path(address.path)
-    try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise HttpAddressError(f"HTTP cannot listen on {address}: {path.parent}: {error.strerror}") from None
+    folder = _opened_folder(address)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # two servers that start together must not remove each other's file
         _remove_stale(address)
         return _bound_unix(address, for_all_users)
     finally:
         os.close(folder)
+
+
+def _opened_folder(address: HttpAddress) -> int:
+    folder = Path(address.path).parent
+    try:
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HttpAddressError(f"HTTP cannot listen on {address}: {folder}: {error.strerror}") from None
 
 
 def _bound_unix(address: HttpAddress, for_all_users: bool) -> HttpListener:

@@ -120,6 +120,8 @@ MISTAKES: list[tuple[list[str], int, str, Files]] = [
     ([GOOD, "--served-name", "\udcff"], 78, "UTF-8", nothing),
     ([GOOD, "--http", "0.0.0.0:80"], 78, "refusing to serve HTTP", nothing),
     ([GOOD, "--http", "nowhere"], 78, "--http nowhere", nothing),
+    ([GOOD, "--http", "unix:/none/such/x"], 78, "/none/such: No such file", nothing),
+    ([GOOD, "--http", "192.0.2.7:80", "--http-no-auth"], 78, "no such address", nothing),
     ([GOOD, "--http-keys", "none.txt"], 78, "none.txt", nothing),
     ([GOOD, "--http-keys", "m.bin", "--http-no-auth"], 78, "drop one of them", plain_file),
     ([GOOD, "--http-tls-cert", "m.bin"], 78, "--http-tls-key is missing", plain_file),
