@@ -12,7 +12,6 @@ from mgpu.launch.pages.help import Command, GroupedOption
 from mgpu.launch.pages.layout import WIDTH, narrow_layout
 from mgpu.launch.preflight import check_open_files, check_options
 from mgpu.launch.prepare import ground, note_missing_tokenizer, plan_model
-from mgpu.launch.replicas import of_one_copy
 from mgpu.launch.settings.config import declared_options
 from mgpu.launch.settings.config_file import config_text, write_new
 from mgpu.launch.settings.options import config_options, model_argument, read_config
@@ -77,6 +76,8 @@ def plan_command(
         check_open_files()
     check_options(config, origins, keys_may_come=config_file is not None)
     if config.replicas > 1 and not gpus:
+        from mgpu.launch.replicas import of_one_copy  # imports zmq, which most plans can do without
+
         config = of_one_copy(config)
         click.echo(f"{flags.get('replicas') or 'several'} copies; each of them:", err=True)
     model = resolve_model(
