@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.gateway.text.generic_tools import knows_tools
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.chat.formats import ChatFormat, detected
 from mgpu.protocol.front.client_messages import Generate
@@ -16,8 +17,6 @@ from mgpu.protocol.internal.admission_rule import AdmissionRule
 from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Submit
 from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, RowGrammar, RowSampling
-
-_NO_CHOICE = "a tool_choice that demands a call needs structured output, which this server lacks; use auto or none"
 
 
 @dataclass(slots=True)
@@ -40,10 +39,17 @@ class ServedModel:
         self._sampling = self.spec.sampling.given()
 
     @property
-    def chat_format(self) -> ChatFormat:
-        """How the model marks tool calls and reasoning."""
+    def detected_format(self) -> ChatFormat:
+        """How the model marks tool calls and reasoning, as its template or an option says."""
         template = None if self.codec is None else self.codec.template_source
         return detected(template, self.spec.tool_format, self.spec.reasoning_format)
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """The same; where the template knows no tools, that in which the server shows them to the model."""
+        found, template = self.detected_format, None if self.codec is None else self.codec.template_source
+        is_generic = not found.tools and self.spec.tool_format == "auto" and template and not knows_tools(template)
+        return ChatFormat("hermes", found.reasoning) if is_generic else found
 
     def with_format(self, accepted: Accepted, opens_reasoning: bool) -> Accepted:
         """Return the answer to a client that parses calls and reasoning."""
@@ -77,8 +83,6 @@ class ServedModel:
         if request.model is not None and request.model != name:
             text = f"model {request.model[:80]!r} is not served here; this server has {name!r}"
             raise Refusal("unknown_model", text)
-        if request.tool_choice not in ("auto", "none"):
-            raise Refusal("bad_request", _NO_CHOICE)
         self.limits()
 
     def limits(self) -> EngineInfo:

@@ -149,7 +149,7 @@ class Queries:
             "vocab_size": spec.vocab_size,
             "chat": codec is not None and codec.has_chat_template,
         }
-        formats = self._model.chat_format
+        formats = self._model.detected_format
         named = (("tool_format", formats.tools), ("reasoning_format", formats.reasoning))
         model |= {name: value for name, value in named if value}
         return Models(query.id, [model])

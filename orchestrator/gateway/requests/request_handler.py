@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.socket import Received
 from mgpu.orchestrator.gateway.requests.admission import ServedModel, admit, check_length, longest_prompt
+from mgpu.orchestrator.gateway.requests.demands import with_demanded_call
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.quota import account_number, size_of
 from mgpu.orchestrator.gateway.requests.request import Choice, Request
@@ -14,6 +15,7 @@ from mgpu.orchestrator.gateway.requests.request_times import RequestTimes
 from mgpu.orchestrator.gateway.requests.resume_context import pack_context
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
+from mgpu.protocol.chat.formats import ChatFormat
 from mgpu.protocol.front.client_messages import Generate, TextQuery
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.server_messages import Detokenized, FailureCode, Keepalive, Tokenized
@@ -47,6 +49,7 @@ class RequestHandler:
         if known is not None:
             raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
         self._model.check(message)
+        message = with_demanded_call(message, self._model.chat_format)
         size = size_of(len(received.frames[-1]), message.n)
         self._quota.check(received.account, size, message.n)
         now = time.monotonic()
@@ -63,6 +66,11 @@ class RequestHandler:
             query=query,
             began_s=now,
         )
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How the model marks tool calls and reasoning."""
+        return self._model.chat_format
 
     @property
     def longest_prompt(self) -> int:

@@ -37,6 +37,8 @@ class TextTask:
     tokenize: Tokenize | None = None
     detokenize: Detokenize | None = None
     structured_outputs: dict[str, object] | None = None
+    structured_after_reasoning: dict[str, object] | None = None
+    """Instead of it, if the prompt has begun the reasoning."""
     """The form of the answer, to be made into a grammar; with it, there need be no prompt."""
     wants_vocabulary: bool = False
 

@@ -28,7 +28,8 @@ def do(codec: TextCodec, task: TextTask, vocab_size: int) -> TextReply:
         vocabulary = codec.vocabulary(vocab_size) if task.wants_vocabulary else None
         plain = replace(task, structured_outputs=None)
         prompt = TextReply() if task.prompt is None and task.chat is None else do(codec, plain, vocab_size)
-        return replace(prompt, grammar=_grammar(codec, task.structured_outputs, vocab_size), vocabulary=vocabulary)
+        wanted = (prompt.opens_reasoning and task.structured_after_reasoning) or task.structured_outputs
+        return replace(prompt, grammar=_grammar(codec, wanted, vocab_size), vocabulary=vocabulary)
     is_chat = task.prompt is None
     text = codec.render_chat(task.chat or ChatPrompt(())) if task.prompt is None else task.prompt
     if (at_least := codec.least_tokens(text)) > task.longest:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt, ChatTemplate, ChatTemplateError
 from mgpu.orchestrator.gateway.text.detokenizer import byte_level_bytes, sentence_piece_bytes
+from mgpu.orchestrator.gateway.text.generic_tools import with_generic_tools
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_tokenizer, special_token
 from mgpu.orchestrator.gateway.text.length_bound import has_nested_repeats, longest_token_bytes
 from mgpu.orchestrator.gateway.text.panics import Panic, no_panics
@@ -106,7 +107,7 @@ class TextCodec:
             raise ChatTemplateError("the model has no chat template; send a prompt instead of messages")
         if self._template is None:
             self._template = ChatTemplate(self._template_source, self._template_tokens)
-        return self._template.render(chat)
+        return self._template.render(with_generic_tools(chat, self._template_source))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Return the text of ``token_ids``; bytes that are no character are U+FFFD."""

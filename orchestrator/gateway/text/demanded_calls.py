@@ -1,0 +1,58 @@
+"""The grammar of an answer that must call a tool, for a `tool_choice` that demands it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MOST_CALLS = 16
+"""In an answer that must have one, so that a small model comes to an end."""
+_FORMS: dict[str, tuple[str, str, str, str, str, str]] = {
+    # Before the first call, before a name, before arguments, after them, between two calls, after the last.
+    "hermes": ("", '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n", ""),
+    "llama": ("", '{"name": "', '", "parameters": ', "}", "; ", ""),
+    "mistral": ("[TOOL_CALLS][", '{"name": "', '", "arguments": ', "}", ", ", "]"),
+}
+FORMATS = tuple(_FORMS)
+_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+"""At most one blank after a comma or colon: small models may never end white space."""
+
+
+def call_grammar(
+    tools: Sequence[Mapping[str, Any]], choice: object, tool_format: str, is_parallel: bool, reasoning_end: str = ""
+) -> str:
+    """Return a grammar in Lark's syntax: calls of the tools, after the marker of the end of reasoning if there is one.
+
+    ``choice`` is `required`, or a map with the name of the one tool.
+    """
+    begin, before_name, before_arguments, end, between, last = _FORMS[tool_format]
+    functions = [tool["function"] for tool in tools]
+    if isinstance(choice, Mapping):
+        functions = [each for each in functions if each["name"] == choice["name"]]
+    more = f" ({_quoted(between)} call){{0,{MOST_CALLS - 1}}}" if is_parallel else ""
+    rules = [f"calls: {_quoted(begin)} call{more} {_quoted(last)}".replace(' ""', "").replace('"" ', "")]
+    rules.append("call: " + " | ".join(f"call_{at}" for at in range(len(functions))))
+    for at, function in enumerate(functions):
+        head = _quoted(before_name + function["name"] + before_arguments)
+        rules.append(f"call_{at}: {head} arguments_{at} {_quoted(end)}")
+        rules.append(f"arguments_{at}: %json {_without_brackets(json.dumps(_schema(function)))}")
+    if not reasoning_end:
+        return "\n".join(["start: calls", *rules])
+    thought = f"thought[suffix={_quoted(reasoning_end)}]: /(?s:.*)/"
+    return "\n".join(["start: thought SPACE calls", thought, "SPACE: /\\s{0,2}/", *rules])
+
+
+def _quoted(text: str) -> str:
+    return _without_brackets(json.dumps(text, ensure_ascii=False))
+
+
+def _without_brackets(text: str) -> str:
+    """Return JSON without the sign that could begin the name of a special token in a grammar."""
+    return text.replace("<", "\\u003c")
+
+
+def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of the arguments; an object without further properties unless it says otherwise."""
+    schema = {"type": "object", **function.get("parameters", {})}
+    if "properties" in schema:
+        schema.setdefault("additionalProperties", False)
+    return {**schema, "x-guidance": _JSON_OPTIONS}
