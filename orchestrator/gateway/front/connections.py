@@ -51,6 +51,8 @@ KEPT_SHARE, MOST_SHARE = 0.95, 1.1
 """Of the connections that are possible: so many stay when there are more, and so many are accepted at all."""
 FREE_SHARE, LEAST_FREE = 0.25, 1000
 """While no more than this share is open, and it is so many, libzmq accepts connections as they come."""
+MANY = 64
+"""Connections of one owner; honest programs rarely have so many."""
 SAMPLES, SAMPLE_S = 10, 0.001
 _MONITOR = "inproc://front-monitor"
 _EVENTS = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -118,9 +120,18 @@ class Connections:
         """Return the owner who seems to have filled the memory; empty if that cannot be seen. It takes some ms.
 
         It is the one whose bytes wait in the kernel because they come faster than libzmq reads. If nobody's do, it is
-        the one that has sent the most without a whole message, or the only one that has not sent a whole message.
+        the one that has sent the most without a whole message, or the only one that has not sent a whole message, or
+        the one that has many connections and most of all: libzmq keeps what their handshakes say of them.
         """
-        return self._largest(unread_bytes, self._open.values(), SAMPLES) or self._largest_without_message()
+        return (
+            self._largest(unread_bytes, self._open.values(), SAMPLES)
+            or self._largest_without_message()
+            or self._most_connected()
+        )
+
+    def _most_connected(self) -> str:
+        [(owner, count)] = self._counts.most_common(1) or [("", 0)]
+        return owner if count >= MANY and 2 * count > len(self._open) else ""
 
     def _largest_without_message(self) -> str:
         silent = [each for each in self._open.values() if not each.name]

@@ -102,6 +102,17 @@ def test_every_message_tells_its_owner_also_after_its_connection_has_ended(front
     assert [each and each.owner for each in received] == [owner] * 20
 
 
+def test_who_fills_the_memory_by_many_connections_is_found(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a handshake says of a peer, up to a megabyte, is kept as long as its connection."""
+    monkeypatch.setattr(module, "MANY", 5)
+    owner = f"pid:{os.getpid()}" if front.socket.endpoint.startswith("ipc") else "127.0.0.1"
+    for count in range(1, 6):
+        assert front.connections.flooding() == ""
+        front.dealer()
+        eventually(lambda count=count: front.turn() and len(front.received) == count)  # type: ignore[misc]
+    assert front.connections.flooding() == owner
+
+
 def test_of_many_that_prove_nothing_only_a_bounded_number_stays(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_UNPROVEN_OF_ADDRESS", 5)
     monkeypatch.setattr(module, "MAX_UNPROVEN", 5)
