@@ -21,6 +21,7 @@ WIDER = {
     "orchestrator/gateway": ("tests/orchestrator/gateway", "tests/protocol/client"),
     "orchestrator/engine": ("tests/orchestrator/engine", "tests/orchestrator/processes", "tests/orchestrator/host"),
     "orchestrator/processes": ("tests/orchestrator/processes", "tests/orchestrator/host"),
+    "orchestrator/http": ("tests/orchestrator/http/routes", "tests/orchestrator/http"),
     "orchestrator": ("tests/orchestrator/test_server.py", "tests/orchestrator/processes"),
     "worker": ("tests/worker/start", "tests/worker/models", "tests/worker/steps", "tests/worker/layers"),
 }

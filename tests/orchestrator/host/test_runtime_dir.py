@@ -16,7 +16,7 @@ from typing import cast
 import pytest
 import zmq
 
-from mgpu.orchestrator.host.runtime_dir import RuntimeDir, RuntimeDirError, sweep
+from mgpu.orchestrator.host.runtime_dir import RuntimeDir, RuntimeDirError, _made, sweep
 from mgpu.protocol.discovery import (
     INFO_NAME,
     IPC_PATH_MAX,
@@ -162,6 +162,22 @@ def test_a_full_file_system_may_pass_and_is_no_mistake_of_the_configuration(base
         runtime.bind(cast("zmq.Socket[bytes]", FullSocket()), "link")
     assert caught.value.exit_code == 69
     runtime.close()
+
+
+@pytest.mark.parametrize("step", ["mkdir", "rename"])
+def test_a_folder_that_cannot_be_made_is_told_and_leaves_no_descriptor(
+    base: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, step, fail)
+        with pytest.raises(RuntimeDirError, match="its file system is full"):
+            _made(base / "00000001")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert list(base.iterdir()) == []
 
 
 def lose_all(folder: Path) -> None:
