@@ -1,8 +1,9 @@
-"""Kill parts of copies under compared streams: ``python -m bench.router.kills [--kills 50] [--streams 64]``.
+"""Kill copies, their parts and the router under compared streams: ``python -m bench.router.kills [--kills 50]``.
 
 A small model with random weights runs in copies behind `serve --replicas`. Streams go on all the time, and each answer
 is compared, token for token, with that of the same request before anything was killed. In turns the parent of a copy,
-its worker and its gateway are killed with SIGKILL. At the end the copies are started again one by one (`roll`) twice.
+its worker, its gateway and the router are killed with SIGKILL. At the end the copies are started again one by one
+(`roll`) twice.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from mgpu.launch.server_process import ServerProcess
 SHOWN = ("fault", "times", "answers", "lost", "different", "moved", "longest gap, s")
 READY_S = 120.0
 NUM_TOKENS = 100
-KINDS = ("parent", "worker", "gateway")
+ROUTER = "mgpu.orchestrator.router"
+KINDS = ("parent", "worker", "gateway", "router")
 
 
 class Streams:
@@ -74,6 +76,11 @@ class Streams:
         with self._lock:
             self.counts[name] += 1
 
+    def wait_for_answers(self) -> None:
+        """Wait until as many answers have come as there are streams."""
+        before = self.counts["answers"]
+        wait_until(lambda: self.counts["answers"] >= before + len(self._threads), READY_S)
+
     def take(self) -> tuple[Counter[str], float]:
         """Return what happened since the last call."""
         with self._lock:
@@ -94,6 +101,8 @@ def options(seed: int) -> dict[str, object]:
 
 def victim_of(server: ServerProcess, kind: str, rng: random.Random) -> psutil.Process:
     """Return a process of one of the copies."""
+    if kind == "router":
+        return next(each for each in psutil.Process(server.process.pid).children() if each.cmdline()[-1] == ROUTER)
     copies = [each for each in psutil.Process(server.process.pid).children() if "serve" in each.cmdline()]
     copy = rng.choice(copies)
     if kind == "parent":
@@ -102,7 +111,7 @@ def victim_of(server: ServerProcess, kind: str, rng: random.Random) -> psutil.Pr
     return next(each for each in copy.children() if each.cmdline()[-1] == module)
 
 
-def kill(server: ServerProcess, client: Client, kind: str, rng: random.Random, count: int) -> None:
+def kill(server: ServerProcess, client: Client, streams: Streams, kind: str, rng: random.Random, count: int) -> None:
     """Kill something whenever all copies are ready, and wait until they are again."""
 
     def all_ready() -> bool:
@@ -114,6 +123,7 @@ def kill(server: ServerProcess, client: Client, kind: str, rng: random.Random, c
         time.sleep(0.7)  # what the router knows of it is half a second old
         if not wait_until(all_ready, READY_S):
             raise SystemExit(f"not all copies are ready again {READY_S:g} s after a {kind} was killed")
+        streams.wait_for_answers()  # a request that runs in several crashes in a row counts as their cause
 
 
 def main() -> None:
@@ -145,9 +155,9 @@ def main() -> None:
 
                 for at, kind in enumerate(KINDS):
                     before = client.stats()["router_moved"]
-                    times = options.kills // 3 + (at < options.kills % 3)
-                    kill(server, client, kind, rng, times)
-                    say(f"SIGKILL of a copy's {kind}", times, client.stats()["router_moved"] - before)
+                    times = options.kills // len(KINDS) + (at < options.kills % len(KINDS))
+                    kill(server, client, streams, kind, rng, times)
+                    say(f"SIGKILL of a {kind}", times, max(0.0, client.stats()["router_moved"] - before))
                 before = client.stats()["router_moved"]
                 for _ in range(options.rolls):
                     roll = [sys.executable, "-m", "mgpu.launch.cli", "roll", "--endpoint", endpoint]

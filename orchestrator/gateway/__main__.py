@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import resource
 import select
 import shutil
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import zmq
 
 from mgpu.orchestrator.gateway.front.endpoint import BindError
+from mgpu.orchestrator.gateway.front.open_files import allow_many_connections
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.gateway.gateway import Gateway
 from mgpu.orchestrator.gateway.memory_limit import MemoryFull, prefer_as_oom_victim
@@ -27,7 +27,6 @@ from mgpu.protocol.internal.work_record import WorkRecord
 
 _PARENT_DEATH_S = 0.5
 """The death signal comes when the parent's first thread has ended, shortly before the parent itself has."""
-_MANY_FILES = 1 << 16
 LINK_LINGER_MS = 1000
 
 
@@ -38,7 +37,7 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR1)  # the parent asks for the stacks of a gateway that hangs before it kills it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
     parent_fds = [sys.stdin.fileno(), os.pidfd_open(os.getppid())]
-    _allow_many_connections()
+    allow_many_connections()
     prefer_as_oom_victim()
     # From here on nothing may end this process without a clean-up; `run` notices a parent that is gone by now.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -111,17 +110,6 @@ def _limit_tokenizers() -> None:
     Single texts need no threads of its own, and where the limit of processes is reached, starting them is a panic.
     """
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
-
-
-def _allow_many_connections() -> None:
-    """Use all file descriptors that the system allows.
-
-    libzmq (4.3.5, ipc_listener.cpp) aborts the process when accepting a connection fails with EMFILE, and a few hundred
-    clients reach the usual soft limit of 1024.
-    """
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    soft = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from pathlib import Path
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.processes.child_process import ChildProcess, ProcessStartError, describe_exit
 from mgpu.orchestrator.processes.failures import RestartPause
-from mgpu.orchestrator.router.dispatch import Dispatch
-from mgpu.orchestrator.router.replica import Replica
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
+from mgpu.protocol.internal.router_messages import ReplicaReport
 
 COPY_VARIABLE = "MGPU_COPY"
 """Tells a server that it is a copy, its name and whose: ``NAME:PID``. It ends with the process of this number."""
@@ -44,9 +43,15 @@ class CopyCommand:
 class Copy:
     """One server process behind the router, from start to start."""
 
-    def __init__(self, replica: Replica, command: CopyCommand, base: Path) -> None:
+    def __init__(self, name: str, command: CopyCommand, base: Path) -> None:
         """``base`` is the folder for its own runtime folder, where no client looks."""
-        self.replica = replica
+        self.name = name
+        self.endpoint = ""
+        """Where the router finds it; empty while it is not there."""
+        self.is_held = False
+        """It gets no new requests."""
+        self.report = ReplicaReport(name, "unreachable", 0)
+        """The last that the router has said of it."""
         self.restarts = 0
         self._command = command
         self._base = base
@@ -66,7 +71,11 @@ class Copy:
     def is_gone(self) -> bool:
         return self._child is None
 
-    def advance(self, now_s: float, dispatch: Dispatch) -> None:
+    @property
+    def takes_requests(self) -> bool:
+        return bool(self.endpoint) and self.report.state in ("ready", "stalled", "recovering") and not self.is_held
+
+    def advance(self, now_s: float) -> None:
         """Start it when it is due, connect when it is ready, notice its end. CopyFailed before it was ready once."""
         if self._child is None:
             if now_s >= self._start_at_s and not self._is_stopping:
@@ -74,22 +83,22 @@ class Copy:
             return
         status = self._child.exit_status()
         if status is not None:
-            self._on_end(status, dispatch)
-        elif self.replica.session is None and now_s >= self._look_at_s:
+            self._on_end(status)
+        elif not self.endpoint and now_s >= self._look_at_s:
             self._look_at_s = now_s + LOOK_S
             for server in running_servers({BASE_VARIABLE: str(self._base)}):
                 if server.pid == self._child.pid:
-                    self.replica.connect(server.endpoint)
-        if self.replica.takes_requests:
+                    self.endpoint = server.endpoint
+        if self.takes_requests:
             self._was_ready = True
 
     def _start(self) -> None:
         self._base.mkdir(mode=0o700, exist_ok=True)
-        env = {**self._command.env, BASE_VARIABLE: str(self._base), COPY_VARIABLE: f"{self.replica.name}:{os.getpid()}"}
+        env = {**self._command.env, BASE_VARIABLE: str(self._base), COPY_VARIABLE: f"{self.name}:{os.getpid()}"}
         ours = os.sched_getaffinity(0)
         os.sched_setaffinity(0, self._command.cpus)  # a child inherits it
         try:
-            self._child = ChildProcess(self.replica.name, self._command.command, None, env)
+            self._child = ChildProcess(self.name, self._command.command, None, env)
         except ProcessStartError as error:
             if not self._was_ready:
                 raise CopyFailed(str(error), 1) from error
@@ -98,19 +107,17 @@ class Copy:
         finally:
             os.sched_setaffinity(0, ours)
 
-    def _on_end(self, status: int, dispatch: Dispatch) -> None:
+    def _on_end(self, status: int) -> None:
         assert self._child is not None
         self._child.kill()  # what is left of its session
-        self._child = None
+        self._child, self.endpoint = None, ""
         if not self._was_ready and not self._is_stopping:
-            raise CopyFailed(f"{self.replica.name} {describe_exit(status)} before it was ready", max(status, 1))
-        dispatch.leave(self.replica, "its process has ended")
-        self.replica.disconnect()
+            raise CopyFailed(f"{self.name} {describe_exit(status)} before it was ready", max(status, 1))
         if self._is_stopping:
             return
         pause_s = self._pause.next_s()
         self.restarts += 1
-        log.error("%s %s; it is started again", self.replica.name, describe_exit(status))
+        log.error("%s %s; it is started again", self.name, describe_exit(status))
         self._start_at_s = time.monotonic() + pause_s
 
     def begin_to_stop(self) -> None:
@@ -131,4 +138,4 @@ class Copy:
         """End it at once. The kernel ends its workers, and its gateway removes its files."""
         if self._child is not None:
             self._child.kill()
-            self._child = None
+            self._child, self.endpoint = None, ""

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from enum import Enum, auto
 
 from mgpu.orchestrator.router.copies import Copy
-from mgpu.orchestrator.router.dispatch import Dispatch
+
+TOLD_S = 1.0
+"""After this time a report of the router is younger than the order to hold a copy."""
 
 log = logging.getLogger(__name__)
 
@@ -25,15 +27,14 @@ class _Step(Enum):
 class Roll:
     """At most one copy is held, stopped or starts at a time."""
 
-    def __init__(self, copies: Sequence[Copy], dispatch: Dispatch, drain_timeout_s: float) -> None:
+    def __init__(self, copies: Sequence[Copy], drain_timeout_s: float) -> None:
         self.done = 0
         """Copies that have been started again, in all."""
         self._copies = copies
-        self._dispatch = dispatch
         self._drain_timeout_s = drain_timeout_s
         self._left: list[Copy] = []
         self._step = _Step.HOLD
-        self._drained_by_s = 0.0
+        self._held_s = self._drained_by_s = 0.0
 
     @property
     def is_going_on(self) -> bool:
@@ -58,24 +59,25 @@ class Roll:
         elif self._step is _Step.STOP and copy.is_gone:
             self._step = _Step.START
             copy.start_again()
-        elif self._step is _Step.START and copy.replica.state == "ready":
-            copy.replica.is_held = False
+        elif self._step is _Step.START and copy.endpoint and copy.report.state == "ready":
+            copy.is_held = False
             self.done += 1
-            log.info("%s is ready again", copy.replica.name)
+            log.info("%s is ready again", copy.name)
             self._left.pop(0)
             self._step, self._drained_by_s = _Step.HOLD, 0.0
 
     def _hold(self, copy: Copy, now_s: float) -> None:
-        others = [each for each in self._copies if each is not copy and each.replica.takes_requests]
+        others = [each for each in self._copies if each is not copy and each.takes_requests]
         if not others and len(self._copies) > 1:
-            copy.replica.is_held = False  # another one has just died: somebody must take requests
+            copy.is_held = False  # another one has just died: somebody must take requests
             return
-        if not copy.replica.is_held:
-            copy.replica.is_held = True
-            self._drained_by_s = now_s + self._drain_timeout_s
-        if copy.replica.parts and now_s < self._drained_by_s:
+        if not copy.is_held:
+            copy.is_held = True
+            self._held_s, self._drained_by_s = now_s, now_s + self._drain_timeout_s
+        is_told = now_s - self._held_s > TOLD_S
+        if not is_told or (copy.report.requests and now_s < self._drained_by_s):
             return
-        self._dispatch.leave(copy.replica, "it is started again")
+        copy.endpoint = ""  # what is left goes on elsewhere
         copy.begin_to_stop()
         self._step = _Step.STOP
-        log.info("%s has no requests left and is stopped", copy.replica.name)
+        log.info("%s has no requests left and is stopped", copy.name)

@@ -10,6 +10,7 @@ its own on another replica, which begins with the tokens that have been passed o
 """
 
 from array import array
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,9 @@ from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.front.seeds import seed_of_choice
 from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Tokens
 
+MAX_MESSAGES = 512
+"""Kept of each choice: more than a client can have missed whose connection was lost."""
+
 
 @dataclass(slots=True)
 class RoutedChoice:
@@ -25,8 +29,8 @@ class RoutedChoice:
 
     token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     finish_reason: str | None = None
-    messages: list[Tokens] = field(default_factory=list)
-    """All of it, for a client that comes back."""
+    messages: deque[Tokens] = field(default_factory=lambda: deque(maxlen=MAX_MESSAGES))
+    """The last, for a client that comes back."""
     first: int = 0
     """How many tokens the client had before this router knew the request."""
 
@@ -34,14 +38,17 @@ class RoutedChoice:
         """Return the messages after ``offset`` tokens. Refusal if no message ends there."""
         if offset < 0:
             return []
-        count = self.first
-        for at, message in enumerate(self.messages):
-            if count == offset:
-                return self.messages[at:]
-            count += len(message.token_ids)
+        count = self.first + len(self.token_ids)
+        missing: list[Tokens] = []
+        for message in reversed(self.messages):
+            if count == offset and (message.token_ids or message.finish_reason is None):
+                break
+            missing.append(message)
+            count -= len(message.token_ids)
         if count != offset:
-            raise Refusal("bad_request", f"offset {offset} does not fit: the choice has {count} tokens so far")
-        return []
+            text = f"offset {offset} does not fit: the choice has {self.first + len(self.token_ids)} tokens so far"
+            raise Refusal("bad_request", f"{text}, and the last {len(self.messages)} messages are kept")
+        return missing[::-1]
 
 
 @dataclass(slots=True, eq=False)

@@ -50,6 +50,19 @@ def test_a_copy_that_is_killed_costs_no_token_and_comes_back(replicas: ServerPro
 
 
 @pytest.mark.timeout(240)
+def test_a_router_that_is_killed_costs_no_token(replicas: ServerProcess) -> None:
+    with Client(replicas.wait_ready()) as client:
+        whole = client.generate(PROMPT, max_tokens=40, ignore_eos=True).token_ids
+        streams = [client.stream(PROMPT, max_tokens=40, ignore_eos=True) for _ in range(4)]
+        for stream in streams:
+            next(stream)
+        children = psutil.Process(replicas.process.pid).children()
+        next(each for each in children if each.cmdline()[-1] == "mgpu.orchestrator.router").kill()
+        assert [stream.completion().token_ids for stream in streams] == [whole] * 4
+        assert client.stats()["router_restarts"] == 1
+
+
+@pytest.mark.timeout(240)
 def test_a_roll_refuses_no_request(replicas: ServerProcess) -> None:
     endpoint = replicas.wait_ready()
     before = {each.pid for each in copies_of(replicas)}

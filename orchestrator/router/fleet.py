@@ -1,0 +1,41 @@
+"""The replicas as the parent orders them."""
+
+from mgpu.orchestrator.router.dispatch import Dispatch
+from mgpu.orchestrator.router.replica import Replica
+from mgpu.protocol.internal.router_messages import ReplicaReport, RouterOrders
+
+
+class Fleet:
+    """Replicas by name. ``replicas`` is the list that the router works with; it only grows."""
+
+    def __init__(self, keys: str | None = None) -> None:
+        self.replicas: list[Replica] = []
+        self._keys = keys
+        self._endpoints: dict[str, str] = {}
+
+    def follow(self, orders: RouterOrders, dispatch: Dispatch | None = None) -> None:
+        """Connect to what is there, and leave what is not; ``dispatch`` is None before there are any requests."""
+        known = {replica.name: replica for replica in self.replicas}
+        for order in orders.replicas:
+            replica = known.get(order.name)
+            if replica is None:
+                replica = Replica(order.name, self._keys)
+                self.replicas.append(replica)
+            replica.is_held = order.is_held
+            if self._endpoints.get(order.name, "") == order.endpoint:
+                continue
+            self._endpoints[order.name] = order.endpoint
+            if dispatch is not None:
+                dispatch.leave(replica, "it is not there")
+            if order.endpoint:
+                replica.connect(order.endpoint)
+            else:
+                replica.disconnect()
+
+    def reports(self) -> list[ReplicaReport]:
+        """Return what the parent is told."""
+        return [ReplicaReport(each.name, each.state, len(each.parts)) for each in self.replicas]
+
+    def close(self) -> None:
+        for replica in self.replicas:
+            replica.disconnect()
