@@ -128,6 +128,7 @@ KERNEL_MODULES = tuple(
         "products.gemv",
         "layers.norm",
         "attention.prefill",
+        "products.dequantize_scaled",
         "products.quantized_gemm",
         "products.quantized_gemv",
         "attention.rope_cache",

@@ -17,12 +17,15 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from bench.kernels.timing import KERNEL_MODULES, compile_only, set_overlap
+from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.attention.decode import decode_attention
 from mgpu.worker.kernels.attention.inputs import PagedCache
 from mgpu.worker.kernels.attention.prefill import prefill_attention
+from mgpu.worker.kernels.products.dequantize_scaled import dequantize_scaled
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
 from mgpu.worker.quantization.packing import PackedWeight, WeightKind
+from mgpu.worker.quantization.random_packed import random_packed
 
 BF16 = torch.bfloat16
 HEADS, GROUP = 8, 32
@@ -56,15 +59,24 @@ def multiply(kind: WeightKind, rows: int, n: int, dtype: torch.dtype) -> None:
     product(torch.zeros(rows, k, dtype=dtype), weight)
 
 
+def dequantize(form: WeightFormat) -> None:
+    dequantize_scaled(random_packed(form, (64, 64), 256, torch.Generator().manual_seed(0)), BF16)
+
+
 Case = tuple[Callable[..., None], tuple[Any, ...]]
 SIZES: tuple[Case, ...] = (
     (attend, ("decode", 128, 64, BF16)),
     (attend, ("prefill", 256, 64, BF16)),
     (multiply, ("int8", 64, 1024, BF16)),
     (multiply, ("int4", 64, 28672, BF16)),
+    (dequantize, (WeightFormat("4", 128, 1, 2, 1, True, "act-order"),)),
 )
 """The largest tiles of each kernel."""
-FLOAT8: tuple[Case, ...] = ((multiply, ("fp8", 1, 1024, BF16)), (multiply, ("fp8", 2, 1024, torch.float16)))
+FLOAT8: tuple[Case, ...] = (
+    (multiply, ("fp8", 1, 1024, BF16)),
+    (multiply, ("fp8", 2, 1024, torch.float16)),
+    (dequantize, (WeightFormat("fp8", 128, 128, 2, source="blocks"),)),
+)
 """What needs no instruction that converts float8."""
 
 

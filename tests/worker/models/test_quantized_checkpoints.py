@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from harness.fake_orchestrator import running
 from harness.quantized_folders import FORMATS, Store, write_quantized
 from harness.rank_threads import run_ranks
+from harness.specs import make_spec
 from harness.stage_driver import Stages, logits_in_chunks
 from mgpu.orchestrator.placement.sizes import rank_weight_bytes
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
@@ -51,6 +53,18 @@ def test_the_planner_counts_the_bytes_that_are_held_packed(folders: Make, name: 
     held = run_ranks(2, lambda group: Stages(checkpoint, group, [range(2)]).stages[0].weight_bytes())
     assert held == [rank_weight_bytes(checkpoint.facts, plan, plan.place_of(rank), 4) for rank in range(2)]
     assert held[0] < 0.5 * rank_weight_bytes(read_checkpoint(folders(name)[1]).facts, plan, plan.place_of(0), 4)
+
+
+def test_worker_processes_generate_the_tokens_of_the_dequantized_model(folders: Make, tmp_path: Path) -> None:
+    quantized, dense = folders("gptq-order")
+    with running(make_spec(quantized, [2]), tmp_path) as workers:
+        workers.make_ready()
+        tokens = workers.generate(IDS, 3)
+        workers.shut_down()
+    expected = list(IDS)
+    for _ in range(3):
+        expected.append(int(logits_in_chunks(read_checkpoint(dense), expected, [len(expected)])[-1].argmax()))
+    assert tokens == expected[len(IDS) :]
 
 
 def logits_of_both(
