@@ -153,8 +153,8 @@ def test_anthropic_raises_its_own_errors(anthropic: Any) -> None:
 
     with pytest.raises(module.NotFoundError):
         anthropic.messages.create(model="claude", messages=HELLO, max_tokens=8)
-    with pytest.raises(module.BadRequestError, match="does not call tools"):
-        anthropic.messages.create(model=NAME, messages=HELLO, max_tokens=8, tools=[{"name": "f", "input_schema": {}}])
+    with pytest.raises(module.BadRequestError, match="1 to 64 letters"):
+        anthropic.messages.create(model=NAME, messages=HELLO, max_tokens=8, tools=[{"name": "f g", "input_schema": {}}])
 
 
 def test_langchain_invokes_and_streams(url: str, expected: str) -> None:

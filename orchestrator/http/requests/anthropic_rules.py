@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Unsupported
-from mgpu.orchestrator.http.requests.rules import Messages, parse_content
+from mgpu.orchestrator.http.requests.anthropic_messages import AnthropicMessages, AnthropicToolChoice, AnthropicTools
+from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, add_chat_options
+from mgpu.orchestrator.http.requests.rules import parse_content
+from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.client.results import Usage
 from mgpu.protocol.front.chat_messages import TEMPLATE_OPTIONS
 from mgpu.protocol.front.fields import Array, FieldError, Flag, Rule, Text
 
-STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +29,21 @@ class System:
 class Thinking:
     """Returns whether the model is to think aloud."""
 
-    allowed: str = '{"type": "disabled"}: this server does not tell thoughts from answers yet'
+    allowed: str = '{"type": "enabled"}, {"type": "adaptive"} or {"type": "disabled"}'
 
-    def parse(self, field: str, value: object) -> None:
-        if not isinstance(value, Mapping) or value.get("type") not in ("disabled", "adaptive"):
+    def parse(self, field: str, value: object) -> bool:
+        if not isinstance(value, Mapping) or value.get("type") not in ("disabled", "adaptive", "enabled"):
             raise FieldError(f"{field} must be {self.allowed}")
+        return bool(value["type"] != "disabled")
 
 
 PROMPT_RULES: dict[str, Rule] = {
     "model": MODEL,
-    "messages": Messages(),
+    "messages": AnthropicMessages(),
     "system": System(),
     "thinking": Thinking(),
-    "tools": Unsupported("this server does not call tools here; use /v1/chat/completions", ([],)),
-    "tool_choice": Unsupported(
-        "this server does not call tools here; use /v1/chat/completions", ({"type": "none"}, {"type": "auto"})
-    ),
+    "tools": AnthropicTools(),
+    "tool_choice": AnthropicToolChoice(),
     "chat_template_kwargs": TEMPLATE_OPTIONS,
 }
 RULES: dict[str, Rule] = {
@@ -52,11 +54,22 @@ RULES: dict[str, Rule] = {
 }
 
 
-def messages_of(values: Mapping[str, object]) -> list[dict[str, str]]:
+def messages_of(values: Mapping[str, object]) -> list[dict[str, object]]:
     """Return the chat messages, the system prompt first."""
     messages, system = values["messages"], values.get("system")
     assert isinstance(messages, list)
     return [{"role": "system", "content": str(system)}, *messages] if system else messages
+
+
+def add_anthropic_options(values: Mapping[str, Any], options: GenerateOptions) -> None:
+    """Add the options of a chat. The model thinks only if it is asked to, as far as its template lets it choose."""
+    chat = {name: values[name] for name in ("model", "tools", "chat_template_kwargs") if name in values}
+    chat["chat_template_kwargs"] = {"enable_thinking": values.get("thinking", False)} | chat.get(
+        "chat_template_kwargs", {}
+    )
+    if "tool_choice" in values:
+        chat["tool_choice"], chat["parallel_tool_calls"] = values["tool_choice"]
+    add_chat_options(chat, options)
 
 
 def usage_body(usage: Usage) -> dict[str, int]:

@@ -143,8 +143,8 @@ class Messages:
             turn["name"] = message["name"]
         if role == "assistant":
             self._add_answer(field, message, turn)
-        if role == "tool":
-            turn["tool_call_id"] = _call_id(field, message.get("tool_call_id"))
+        if role == "tool" and message.get("tool_call_id") is not None:
+            turn["tool_call_id"] = message["tool_call_id"]
         return turn
 
     def _add_answer(self, field: str, message: Mapping[str, object], turn: dict[str, object]) -> None:
@@ -153,12 +153,6 @@ class Messages:
             turn["reasoning_content"] = message["reasoning_content"]
         if calls := parse_calls(f"{field}.tool_calls", message.get("tool_calls")):
             turn["tool_calls"] = calls
-
-
-def _call_id(field: str, value: object) -> object:
-    if value is None:
-        raise FieldError(f"{field} lacks tool_call_id, the id of the call whose result it is")
-    return value
 
 
 STREAM_OPTIONS_FLAGS = {"include_usage": Flag(), "continuous_usage_stats": Flag()}

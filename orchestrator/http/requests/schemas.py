@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import singledispatch
 from typing import Any
 
+from mgpu.orchestrator.http.requests.anthropic_messages import AnthropicMessages, AnthropicToolChoice, AnthropicTools
 from mgpu.orchestrator.http.requests.anthropic_rules import System, Thinking
 from mgpu.orchestrator.http.requests.fields import Unsupported
 from mgpu.orchestrator.http.requests.response_rules import Input, Metadata, PlainText
@@ -64,7 +65,7 @@ _ANSWER: Schema = {
 _RESULT: Schema = {
     "type": "object",
     "properties": {"role": {"const": "tool"}, "content": _CONTENT, "tool_call_id": _NAME},
-    "required": ["role", "content", "tool_call_id"],
+    "required": ["role", "content"],
 }
 _MESSAGE: Schema = {
     "type": "object",
@@ -179,6 +180,26 @@ def _(rule: Messages) -> Schema:
 @schema_of.register
 def _(rule: Tools) -> Schema:
     return {"type": "array", "items": _TOOL, "maxItems": MAX_TOOLS}
+
+
+@schema_of.register
+def _(rule: AnthropicMessages) -> Schema:
+    turn = {
+        "type": "object",
+        "properties": {"role": {"enum": list(ROLES)}, "content": _CONTENT},
+        "required": ["role", "content"],
+    }
+    return {"type": "array", "items": turn, "minItems": 1, "maxItems": MAX_MESSAGES}
+
+
+@schema_of.register
+def _(rule: AnthropicTools) -> Schema:
+    return {"type": "array", "items": {"type": "object"}, "description": rule.allowed}
+
+
+@schema_of.register
+def _(rule: AnthropicToolChoice) -> Schema:
+    return {"type": "object", "description": rule.allowed}
 
 
 @schema_of.register

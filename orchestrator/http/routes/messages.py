@@ -12,6 +12,7 @@ from mgpu.orchestrator.http.requests.anthropic_rules import (
     PROMPT_RULES,
     RULES,
     STOP_REASONS,
+    add_anthropic_options,
     messages_of,
     usage_body,
 )
@@ -19,7 +20,7 @@ from mgpu.orchestrator.http.requests.fields import Fields
 from mgpu.orchestrator.http.routes.call import Call, named_event
 from mgpu.protocol.client.async_client import AsyncCompletionStream
 from mgpu.protocol.client.request_message import GenerateOptions
-from mgpu.protocol.client.results import Usage
+from mgpu.protocol.client.results import Completion, ToolCallPart, Usage
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.server_messages import Accepted
 
@@ -31,9 +32,9 @@ async def messages(call: Call) -> ASGIApp:
     if fields.values.get("stream"):
         stream = call.client.stream_chat(chat, **options)
         [accepted] = await unless_disconnected(call.request, all_accepted([stream]))
-        return EventStream(_events(call, stream, accepted), call.headers)
+        return EventStream(_events(call, stream, accepted, fields.values.get("thinking", False)), call.headers)
     completion = await unless_disconnected(call.request, call.client.chat(chat, **options))
-    content = [{"type": "text", "text": completion.text}]
+    content = _content(completion, fields.values.get("thinking", False))
     body = _message(call, completion.model, content, usage_body(completion.usage))
     return call.json({**body, "stop_reason": STOP_REASONS.get(completion.finish_reason, "end_turn")})
 
@@ -41,16 +42,31 @@ async def messages(call: Call) -> ASGIApp:
 async def count_tokens(call: Call) -> ASGIApp:
     """Return how many tokens messages have as a prompt."""
     values = (await call.fields(PROMPT_RULES, "messages")).values
-    work = call.client.count_tokens(messages_of(values), template_options=values.get("chat_template_kwargs"))
+    options: GenerateOptions = {}
+    add_anthropic_options(values, options)
+    work = call.client.count_tokens(
+        messages_of(values), template_options=options["template_options"], tools=values.get("tools")
+    )
     return call.json({"input_tokens": await unless_disconnected(call.request, work)})
 
 
 def _options(fields: Fields) -> GenerateOptions:
     values, options = fields.values, fields.options()
-    for theirs, ours in (("stop_sequences", "stop"), ("chat_template_kwargs", "template_options"), ("model", "model")):
-        if theirs in values:
-            options[ours] = values[theirs]  # type: ignore[literal-required]
+    if "stop_sequences" in values:
+        options["stop"] = values["stop_sequences"]
+    add_anthropic_options(values, options)
     return options
+
+
+def _content(completion: Completion, shows_reasoning: bool) -> list[dict[str, Any]]:
+    """Return the blocks of an answer: reasoning if it was asked for, text, calls."""
+    blocks: list[dict[str, Any]] = []
+    if completion.reasoning and shows_reasoning:
+        blocks.append({"type": "thinking", "thinking": completion.reasoning, "signature": ""})
+    if completion.text or not completion.tool_calls:
+        blocks.append({"type": "text", "text": completion.text})
+    calls = completion.tool_calls
+    return blocks + [{"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments} for call in calls]
 
 
 def _message(call: Call, model: str, content: list[Any], usage: dict[str, int]) -> dict[str, Any]:
@@ -66,25 +82,72 @@ def _message(call: Call, model: str, content: list[Any], usage: dict[str, int]) 
     }
 
 
-async def _events(call: Call, stream: AsyncCompletionStream, accepted: Accepted) -> AsyncGenerator[bytes, None]:
+async def _events(
+    call: Call, stream: AsyncCompletionStream, accepted: Accepted, shows_reasoning: bool
+) -> AsyncGenerator[bytes, None]:
     usage = Usage(accepted.prompt_tokens, 0, 0)
     reason = "end_turn"
     message = _message(call, accepted.model, [], usage_body(usage))
-    block = {"type": "text", "text": ""}
+    blocks = _Blocks()
     yield named_event("message_start", {"message": message})
-    yield named_event("content_block_start", {"index": 0, "content_block": block})
     try:
         async for batch in batches([stream]):
             if not batch:
                 yield named_event("ping", {})
             for _, piece in batch:
+                if piece.reasoning and shows_reasoning:
+                    yield blocks.add("thinking", {"type": "thinking_delta", "thinking": piece.reasoning})
                 if piece.text:
-                    delta = {"type": "text_delta", "text": piece.text}
-                    yield named_event("content_block_delta", {"index": 0, "delta": delta})
+                    yield blocks.add("text", {"type": "text_delta", "text": piece.text})
+                for part in piece.tool_calls:
+                    yield blocks.add_call(part)
                 usage, reason = piece.usage or usage, STOP_REASONS.get(piece.finish_reason or "", reason)
-        yield named_event("content_block_stop", {"index": 0})
-        delta = {"stop_reason": reason, "stop_sequence": None}  # type: ignore[dict-item]
+        yield blocks.end()
+        delta = {"stop_reason": reason, "stop_sequence": None}
         yield named_event("message_delta", {"delta": delta, "usage": usage_body(usage)})
         yield named_event("message_stop", {})
     except MgpuError as error:
         yield named_event("error", {"error": error_of(error).anthropic_body()["error"]})
+
+
+_EMPTY_BLOCKS: dict[str, dict[str, Any]] = {
+    "text": {"type": "text", "text": ""},
+    "thinking": {"type": "thinking", "thinking": "", "signature": ""},
+}
+
+
+class _Blocks:
+    """The events of the content blocks of a stream. One block is open at a time."""
+
+    def __init__(self) -> None:
+        self._index = -1
+        self._open = ""
+        """The kind of the open block, or the number of its call."""
+
+    def add(self, kind: str, delta: dict[str, Any]) -> bytes:
+        """Add to the block of this kind; another one is closed first."""
+        head = b"" if self._open == kind else self._begin(kind, _EMPTY_BLOCKS[kind])
+        return head + self._delta(delta)
+
+    def add_call(self, part: ToolCallPart) -> bytes:
+        """Add a part of a call."""
+        head = b""
+        if part.id:
+            block = {"type": "tool_use", "id": part.id, "name": part.name, "input": {}}
+            head = self._begin(f"call {part.index}", block)
+        return head + (
+            self._delta({"type": "input_json_delta", "partial_json": part.arguments}) if part.arguments else b""
+        )
+
+    def end(self) -> bytes:
+        """Close the last block; an answer has one at least."""
+        head = self._begin("text", _EMPTY_BLOCKS["text"]) if self._index < 0 else b""
+        return head + named_event("content_block_stop", {"index": self._index})
+
+    def _begin(self, kind: str, block: dict[str, Any]) -> bytes:
+        closed = named_event("content_block_stop", {"index": self._index}) if self._open else b""
+        self._open, self._index = kind, self._index + 1
+        return closed + named_event("content_block_start", {"index": self._index, "content_block": block})
+
+    def _delta(self, delta: dict[str, Any]) -> bytes:
+        return named_event("content_block_delta", {"index": self._index, "delta": delta})

@@ -95,7 +95,7 @@ def test_streamed_messages_tell_anthropics_events_in_order(http: HttpServer, gat
     [
         ({"messages": HELLO}, 400, "invalid_request_error"),
         ({"messages": HELLO, "max_tokens": 9, "model": "claude"}, 404, "not_found_error"),
-        ({"messages": HELLO, "max_tokens": 9, "thinking": {"type": "enabled"}}, 400, "invalid_request_error"),
+        ({"messages": HELLO, "max_tokens": 9, "thinking": {"type": "deep"}}, 400, "invalid_request_error"),
     ],
 )
 def test_errors_of_messages_have_anthropics_form(http: HttpServer, body: Any, status: int, kind: str) -> None:
