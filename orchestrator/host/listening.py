@@ -12,7 +12,7 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -69,6 +69,12 @@ class HttpListener:
     socket: socket.socket
     address: HttpAddress
     url: str
+    inode: int = field(default=0, compare=False)
+    """Of the file of a unix socket: another program may put its own there."""
+
+    def remove_file(self) -> None:
+        """Remove the file of a unix socket, unless it is another program's by now. A second call does nothing."""
+        remove_file(self.address.path, self.inode)
 
 
 def parse_address(text: str) -> HttpAddress | None:
@@ -129,11 +135,10 @@ def listening(address: HttpAddress | None, for_all_users: bool = False) -> Itera
         return
     opened = _listen_unix(address, for_all_users) if address.path else _listen_tcp(address)
     with opened.socket as socket_:
-        inode = os.stat(address.path).st_ino if address.path else 0
         try:
             yield opened
         finally:
-            remove_file(address.path, inode)
+            opened.remove_file()
             socket_.close()
 
 
@@ -245,7 +250,7 @@ def _bound_unix(address: HttpAddress, for_all_users: bool) -> HttpListener:
         raise HttpAddressError(f"HTTP cannot listen on {address}: {error.strerror}") from None
     finally:
         os.umask(old_mask)
-    return HttpListener(socket_, address, str(address))
+    return HttpListener(socket_, address, str(address), os.stat(address.path).st_ino)
 
 
 def _remove_stale(address: HttpAddress) -> None:

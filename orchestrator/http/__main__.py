@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from mgpu.orchestrator.host.listening import remove_file
@@ -19,8 +20,10 @@ from mgpu.protocol.internal.logs import configure_logging
 from mgpu.protocol.keys import ClientKeys
 
 OOM_SCORE = "600"
-_PARENT_DEATH_S = 0.5
-"""The death signal comes when the parent's first thread has ended, shortly before the parent itself has."""
+_PARENT_DEATH_S = 10.0
+"""The death signal comes when the parent's first thread has ended. On a busy machine the others take seconds. A parent
+that lives has removed the file of its socket before it ends this process."""
+_POLL_S = 0.05
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +52,17 @@ def main() -> int:
         _report(spec.report_fd, str(error).encode() or type(error).__name__.encode())
         return 1
     finally:
-        if spec.unix_path and select.select([parent_fd], [], [], _PARENT_DEATH_S)[0]:  # the parent cannot clean up
-            remove_file(spec.unix_path)
+        _clean_up_for(parent_fd, spec.unix_path)
     return 0
+
+
+def _clean_up_for(parent_fd: int, unix_path: str) -> None:
+    """Remove the file of a unix socket if the parent is gone and cannot."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the death signal, after the end of the input, must not end this
+    until_s = time.monotonic() + _PARENT_DEATH_S
+    while unix_path and os.path.exists(unix_path) and time.monotonic() < until_s:
+        if select.select([parent_fd], [], [], _POLL_S)[0]:
+            remove_file(unix_path)
 
 
 def _serve(spec: HttpSpec, parent_fd: int) -> None:

@@ -140,7 +140,13 @@ class HttpProcess:
             self._process.tell(HTTP_LINK.encode(NewApiKeys(api_keys)))
 
     def stop(self) -> None:
-        """Let the process end its streams, whose last words have come from the gateway, and leave."""
+        """Let the process end its streams, whose last words have come from the gateway, and leave.
+
+        The file of a unix socket goes first. So the process, which would remove it for a parent that was killed, need
+        not find out whether this one was.
+        """
+        if self._listener is not None:
+            self._listener.remove_file()
         if self._process is not None:
             self._process.close_stdin()
             self._process.wait(time.monotonic() + STOP_S)

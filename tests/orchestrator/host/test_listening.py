@@ -104,6 +104,17 @@ def test_a_unix_socket_is_private_unless_all_may_use_it_and_goes_at_the_end(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_listener_removes_its_own_file_only(tmp_path: Path) -> None:
+    path = tmp_path / "http.sock"
+    with listening(HttpAddress("", 0, str(path))) as listener:
+        assert listener is not None
+        listener.remove_file()
+        assert not path.exists()
+        path.write_text("another program's")
+        listener.remove_file()
+    assert path.exists()
+
+
 def test_the_file_of_a_killed_server_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "http.sock"
     with socket.socket(socket.AF_UNIX) as dead:
