@@ -83,7 +83,7 @@ def plan_command(
     model = resolve_model(
         config.model, part="config", report=lambda line: click.echo(line, err=True), offline=config.offline
     )
-    checkpoint = read_model_to_plan(model, config.load_format)
+    checkpoint = read_model_to_plan(model, config.load_format, config.model_code)
     planned = plan_model(model, checkpoint, config, gpus)
     note_missing_tokenizer(model)
     machine, options = ground(model, config, gpus)

@@ -19,7 +19,7 @@ from mgpu.orchestrator.config import Restarts, Timeouts
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.logs import LEVEL_VARIABLE, LogFormat, LogLevel
-from mgpu.protocol.model.facts import KvCacheDtype
+from mgpu.protocol.model.facts import KvCacheDtype, ModelCode
 from mgpu.protocol.model.quantization import Quant
 
 OTHER_VARIABLES = frozenset(
@@ -71,6 +71,10 @@ class ServeConfig:
     offline: bool = _option(False, "Download nothing: a model of the hub must be in its local cache.")
     generation_config: Literal["auto", "none"] = _option(
         "auto", "Sampling of requests that do not say: auto is what the model's files say, none is greedy."
+    )
+    model_code: ModelCode = _option(  # noqa: RUF009
+        "auto",
+        "Whose code runs the model: mgpu's own, the installed transformers', or own if it has the family.",
     )
     quant: Quant = _option(  # noqa: RUF009 (a field like the others)
         _LAYOUT.quant, "Quantize linear layers while loading: int8 (8), group-wise int4 (4), or float8 (fp8) weights."

@@ -12,7 +12,7 @@ from mgpu.orchestrator.models.demo import DEMO_NAME, demo_model_path
 from mgpu.orchestrator.models.hub_files import Part
 from mgpu.orchestrator.models.hub_names import HUB_PREFIX, HubName, parse_hub_name
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, has_weights, read_checkpoint
-from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat
+from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelCode
 
 _PLAIN_TYPES = ("F32", "F16", "BF16")
 """Tensor types that torch reads by itself."""
@@ -126,27 +126,33 @@ def _from_hub(name: HubName, part: Part, report: Callable[[str], None], offline:
     return ResolvedModel(str(found.path), "gguf", shown)
 
 
-def read_model(model: ResolvedModel, load_format: LoadFormat = "auto") -> Checkpoint:
+def read_model(model: ResolvedModel, load_format: LoadFormat = "auto", code: ModelCode = "auto") -> Checkpoint:
     """Read the headers of a resolved model. ModelError when the files cannot be used."""
     try:
-        return read_checkpoint(model.path, load_format)
+        return read_checkpoint(model.path, load_format, code)
     except CheckpointError as error:
         raise ModelError(str(error)) from error
 
 
 def check_loadable(checkpoint: Checkpoint) -> None:
-    """Raise ModelError when reading the weights needs a package that is not installed."""
+    """Raise ModelError when the model needs a package that is not installed."""
+    facts = checkpoint.facts
+    if facts.borrowed is not None and importlib.util.find_spec("transformers") is None:
+        raise ModelError(
+            f"transformers' code runs {facts.architecture} models, and that library is not installed; type: "
+            "pip install 'mgpu[transformers]'"
+        )
     blocks = sorted({entry.dtype for entry in checkpoint.tensors.values() if entry.dtype not in _PLAIN_TYPES})
     if blocks and checkpoint.source.format == "gguf" and importlib.util.find_spec("gguf") is None:
         raise ModelError(f"reading {', '.join(blocks)} tensors needs the gguf package; type: pip install gguf")
 
 
-def read_model_to_plan(model: ResolvedModel, load_format: LoadFormat = "auto") -> Checkpoint:
+def read_model_to_plan(model: ResolvedModel, load_format: LoadFormat = "auto", code: ModelCode = "auto") -> Checkpoint:
     """Read a model to plan it. Its weights may be absent: a folder with config.json alone is enough."""
     if load_format == "dummy":
-        return read_model(model, load_format)
+        return read_model(model, load_format, code)
     try:
         is_complete = model.format == "gguf" or has_weights(Path(model.path))
     except OSError as error:
         raise ModelError(f"{model.path}: cannot be read: {error.strerror or error}") from error
-    return read_model(model, "auto" if is_complete else "dummy")
+    return read_model(model, "auto" if is_complete else "dummy", code)

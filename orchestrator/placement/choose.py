@@ -42,6 +42,8 @@ def choose_placement(facts: ModelFacts, machine: Machine, options: LayoutOptions
     sizes = compatible_sizes(facts, options.quant, options.experts)
     if sizes == (1,):
         cause = f"{facts.num_q_heads} query heads" if compatible_sizes(facts) == (1,) else "int4 groups would be cut"
+        if facts.borrowed is not None and not facts.borrowed.can_split:
+            cause = f"transformers has no plan to split {facts.architecture}"
         reason = f"the model has no tensor-parallel size above 1 ({cause})"
         return _choose_balanced(facts, machine, options, reason)
     if count in sizes:

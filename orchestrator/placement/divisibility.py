@@ -26,6 +26,8 @@ def split_problems(
     """
     q_heads, kv_heads = facts.num_q_heads, facts.num_kv_heads
     problems = []
+    if size > 1 and facts.borrowed is not None and not facts.borrowed.can_split:
+        problems.append(f"transformers has no plan to split {facts.architecture}")
     if q_heads % size:
         problems.append(f"{q_heads} query heads % {size} = {q_heads % size}")
     if size <= kv_heads and kv_heads % size:

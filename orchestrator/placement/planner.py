@@ -49,6 +49,7 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     """
     options = replace(options, block_size=options.block_size or BLOCK_SIZE[machine.kind])
     _check_experts(facts, options)
+    _check_borrowed(facts, options)
     placement, reason = choose_placement(facts, machine, options)
     check_float8(machine, placement, options)
     max_batch_tokens = step_tokens(options, machine.kind, machine.least_bytes, placement.num_stages)
@@ -69,13 +70,21 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
         kv_tokens=kv_tokens,
         kv_memory=0 if machine.kind == "cuda" and not options.kv_memory else kv_memory,
         expert_reason=_expert_reason(layout, options),
-        notes=(*machine.notes, *_notes(machine, layout, rows), *_rope_note(facts, max_seq_len)),
+        notes=(*machine.notes, *_code_note(facts), *_notes(machine, layout, rows), *_rope_note(facts, max_seq_len)),
     )
 
 
 def _check_experts(facts: ModelFacts, options: LayoutOptions) -> None:
     if options.experts is not None and facts.experts is None:
         raise PlacementError(f"--experts {options.experts}: this model has no experts to split; leave it out")
+
+
+def _check_borrowed(facts: ModelFacts, options: LayoutOptions) -> None:
+    if facts.borrowed is not None and options.quant != "none":
+        raise PlacementError(
+            f"--quant {options.quant}: not tested with transformers' code, which runs this {facts.architecture} model; "
+            "leave it out"
+        )
 
 
 def _layout(facts: ModelFacts, machine: Machine, placement: PlacementPlan, options: LayoutOptions) -> Layout:
@@ -165,6 +174,15 @@ def _notes(machine: Machine, layout: Layout, rows: tuple[RankRow, ...]) -> list[
     if machine.kind == "cuda" and len(placement.stages) == 1 and len(rows) > 1:
         notes += _uneven_note([row.device for row in rows])
     return notes
+
+
+def _code_note(facts: ModelFacts) -> list[str]:
+    if facts.borrowed is None:
+        return []
+    return [
+        f"mgpu runs this {facts.architecture} model through transformers' modelling code: slower than a family of its "
+        "own, and without CUDA graphs"
+    ]
 
 
 def _rope_note(facts: ModelFacts, max_seq_len: int) -> list[str]:

@@ -77,6 +77,8 @@ def layer_bytes(
     facts: ModelFacts, layer: int, tp_size: int, dtype_bytes: int, quant: Quant, split: ExpertSplit = "tensor"
 ) -> int:
     """Return the bytes of a layer on one of ``tp_size`` ranks: quantized matrices with scales, the rest dense."""
+    if facts.borrowed is not None and facts.borrowed.layer_elements:
+        return -(-facts.borrowed.layer_elements[layer] // tp_size) * dtype_bytes
     rest = _other_elements(facts, layer, tp_size, split)
     formats = formats_of(facts, layer, quant)
     matrices = matrices_of(facts, tp_size, layer, split)
@@ -87,6 +89,8 @@ def layers_bytes(
     facts: ModelFacts, layers: range, tp_size: int, dtype_bytes: int, quant: Quant, split: ExpertSplit = "tensor"
 ) -> int:
     """Return the bytes of some layers on a rank. Those with experts are alike, and those without, in equal formats."""
+    if facts.borrowed is not None:
+        return sum(layer_bytes(facts, layer, tp_size, dtype_bytes, quant, split) for layer in layers)
     kinds = [(facts.experts_of(layer) is not None, formats_of(facts, layer, quant)) for layer in layers]
     return sum(
         kinds.count(kind) * layer_bytes(facts, layers[kinds.index(kind)], tp_size, dtype_bytes, quant, split)

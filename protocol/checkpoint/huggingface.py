@@ -4,16 +4,17 @@ import os
 from pathlib import Path
 from typing import cast, get_args
 
+from mgpu.protocol.checkpoint.borrowed import BORROWED, borrowed_facts, borrowed_type
 from mgpu.protocol.checkpoint.experts import expert_facts
 from mgpu.protocol.checkpoint.families import CLASSES, FAMILIES, MODEL_TYPES, Family
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit, checked_file, read_json_object
 from mgpu.protocol.checkpoint.quantized.config import SchemeOf, read_schemes, refusal
 from mgpu.protocol.checkpoint.rope.huggingface import read_rope, rotated_size
 from mgpu.protocol.checkpoint.sliding import read_sliding
-from mgpu.protocol.model.facts import Activation, Dtype, ModelFacts
+from mgpu.protocol.model.facts import Activation, Dtype, ModelCode, ModelFacts
 
 
-def read_config_facts(folder: Path, is_plain: bool = False) -> ModelFacts:
+def read_config_facts(folder: Path, is_plain: bool = False, code: ModelCode = "auto") -> ModelFacts:
     """Read config.json and, for its stop tokens, generation_config.json. CheckpointError when unusable.
 
     ``is_plain`` ignores a quantization that config.json names; else it is refused, since there are no weights.
@@ -22,6 +23,10 @@ def read_config_facts(folder: Path, is_plain: bool = False) -> ModelFacts:
         raise CheckpointError(f"{folder}: not a model folder: no config.json")
     path = checked_file(folder, "config.json")
     outer = Fields(str(path), read_json_object(path))
+    if kind := borrowed_type(outer, code):
+        none = FAMILIES["qwen3"]  # a family without default tokens
+        ends = _end_tokens(none, _generation_config(folder), outer)
+        return borrowed_facts(outer, kind, ends, _bos(none, outer), _dtype(outer, outer))
     family = _family_of(outer)
     is_own = family == "gpt_oss" and _is_mxfp4(outer)
     if not is_plain and outer.nested("quantization_config") is not None and not is_own:
@@ -54,7 +59,7 @@ def _family_of(fields: Fields) -> str:
         shown = repr(name[:80]) if name else "not named (no `architectures`, no `model_type`)"
         raise CheckpointError(
             f"{fields.source}: the architecture is {shown}{_what_is_missing(fields)}; supported architectures: "
-            f"{', '.join(CLASSES)}"
+            f"{', '.join(CLASSES)}; through transformers' code: {', '.join(BORROWED.values())}"
         )
     return family
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from mgpu.protocol.checkpoint.borrowed import layer_elements
 from mgpu.protocol.checkpoint.files.safetensors_file import read_safetensors
 from mgpu.protocol.checkpoint.files.tensors import (
     TensorEntry,
@@ -29,7 +30,7 @@ from mgpu.protocol.checkpoint.huggingface import read_config_facts, read_config_
 from mgpu.protocol.checkpoint.quantized.formats import layer_formats
 from mgpu.protocol.checkpoint.quantized.join import join_packed
 from mgpu.protocol.checkpoint.stacked import separate_tensors, stored_name
-from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelFacts, ModelSource
+from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelCode, ModelFacts, ModelSource
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorEntry", "expected_tensors", "read_checkpoint"]
 
@@ -55,21 +56,23 @@ def has_weights(folder: Path) -> bool:
     return any(entry.suffix.lower() in _PICKLES or ".safetensors" in entry.name for entry in folder.iterdir())
 
 
-def read_checkpoint(path: str | Path, load_format: LoadFormat = "auto") -> Checkpoint:
+def read_checkpoint(path: str | Path, load_format: LoadFormat = "auto", code: ModelCode = "auto") -> Checkpoint:
     """Read a model folder or a ``.gguf`` file. ``dummy`` asks for config.json only; its tensors have no file.
 
     CheckpointError for everything wrong with the files.
     """
     path = Path(path)
     with reading(path):
-        return _read(path, load_format)
+        return _read(path, load_format, code)
 
 
-def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
+def _read(path: Path, load_format: LoadFormat, code: ModelCode) -> Checkpoint:
     stored: dict[str, TensorEntry] = {}
     if path.is_dir():
         kind: CheckpointFormat = "safetensors"
-        facts = read_config_facts(path, is_plain=load_format != "dummy")
+        facts = read_config_facts(path, load_format != "dummy", code)
+        if facts.borrowed is not None:
+            return _borrowed(path, facts, load_format, code)
         if load_format != "dummy":
             stored = _read_folder(path)
             stored = _join_quantized(path, facts, stored)
@@ -78,8 +81,10 @@ def _read(path: Path, load_format: LoadFormat) -> Checkpoint:
     else:
         kind = "gguf"
         _check_gguf_path(path)
+        if code == "transformers":
+            raise CheckpointError(f"{path}: --model-code transformers needs a model folder, not a GGUF file")
         facts, stored = read_gguf_checkpoint(path)
-    source = ModelSource(str(path.absolute()), kind, load_format)
+    source = ModelSource(str(path.absolute()), kind, load_format, code)
     if load_format == "dummy":
         return Checkpoint(source, facts, dummy_tensors(facts))
     check_tensors(str(path), facts, stored, partial(stored_name, facts.architecture))
@@ -96,6 +101,19 @@ def _join_quantized(folder: Path, facts: ModelFacts, stored: dict[str, TensorEnt
         return stored
     schemes = read_config_schemes(folder, facts.architecture)
     return stored if schemes is None else join_packed(stored, schemes)
+
+
+def _borrowed(path: Path, facts: ModelFacts, load_format: LoadFormat, code: ModelCode) -> Checkpoint:
+    """Read a model that transformers' code runs: which tensors it needs, only that code knows."""
+    source = ModelSource(str(path.absolute()), "safetensors", load_format, code)
+    assert facts.borrowed is not None
+    if load_format == "dummy":
+        return Checkpoint(source, facts, dummy_tensors(facts))
+    stored = _read_folder(path)
+    elements = layer_elements(str(path), facts.num_layers, stored)
+    tied = facts.tie_embeddings and "lm_head.weight" not in stored
+    facts = replace(facts, tie_embeddings=tied, borrowed=replace(facts.borrowed, layer_elements=elements))
+    return Checkpoint(source, facts, stored)
 
 
 def _facts_of_weights(facts: ModelFacts, stored: dict[str, TensorEntry]) -> ModelFacts:

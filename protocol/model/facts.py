@@ -10,6 +10,9 @@ CheckpointFormat = Literal["safetensors", "gguf"]
 LoadFormat = Literal["auto", "dummy"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+ModelCode = Literal["auto", "own", "transformers"]
+"""Whose modelling code runs a model; auto: mgpu's own if it has the family, else that of the transformers library."""
+
 Activation = Literal["silu", "gelu_tanh"]
 """Of gated feed-forward networks."""
 
@@ -86,6 +89,16 @@ class Clamp:
 
 
 @dataclass(frozen=True, slots=True)
+class BorrowedCode:
+    """What is known of a model that runs through transformers' modelling code beyond its sizes."""
+
+    layer_elements: tuple[int, ...]
+    """Elements of each layer's tensors; empty if the weights are not there."""
+    can_split: bool
+    """True if transformers has a plan to split the family's attention over ranks."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """Shape and arithmetic of a decoder-only transformer. All sizes are counts of elements, not bytes."""
 
@@ -138,6 +151,8 @@ class ModelFacts:
     """Logits become ``cap * tanh(logit / cap)`` (Gemma 2); 0: they stay."""
     formats: tuple[LayerFormats, ...] = ()
     """How the matrices of each layer are quantized in the checkpoint; empty: they are not."""
+    borrowed: BorrowedCode | None = None
+    """Set if transformers' modelling code runs the model. Then facts about arithmetic do not count, only sizes do."""
 
     @property
     def has_dense_layers(self) -> bool:
@@ -156,6 +171,9 @@ class ModelFacts:
         sliding = tuple(self.sliding_layers[layer] for layer in layers)
         unrotated = tuple(place for place, layer in enumerate(layers) if layer in self.unrotated_layers)
         formats = tuple(self.formats[layer] for layer in layers) if self.formats else ()
+        borrowed = self.borrowed
+        if borrowed is not None and borrowed.layer_elements:
+            borrowed = replace(borrowed, layer_elements=tuple(borrowed.layer_elements[layer] for layer in layers))
         return replace(
             self,
             num_layers=len(layers),
@@ -163,6 +181,7 @@ class ModelFacts:
             experts=experts,
             unrotated_layers=unrotated,
             formats=formats,
+            borrowed=borrowed,
         )
 
 
@@ -173,3 +192,4 @@ class ModelSource:
     path: str
     format: CheckpointFormat
     load_format: LoadFormat = "auto"
+    code: ModelCode = "auto"

@@ -83,7 +83,8 @@ class Stages:
         for index, layers in enumerate(self.splits):
             place = RankPlace(self.group.rank, index, self.group.rank, self.group.size, 0)
             where = place, layers, self.group, self.dtype, self.device
-            stage = build_stage(facts, *where, self.quant, self.kv_cache_dtype, self.expert_split)
+            how = self.quant, self.kv_cache_dtype, self.expert_split
+            stage = build_stage(facts, *where, *how, folder=self.checkpoint.source.path)
             self._fill(stage)
             shape = (len(layers), self.num_blocks, self.block_size, heads.num_kv, facts.head_dim)
             cache = KvCache(*shape, stored_dtype(self.kv_cache_dtype, self.dtype), self.device)

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mgpu.protocol.checkpoint.borrowed import BORROWED
+
 TINY = {
     "vocab_size": 101,  # divides by no number of ranks
     "hidden_size": 64,
@@ -156,9 +158,16 @@ def tiny_config(family: str) -> object:
             text_config=dict(TINY, rope_parameters=mrope), vision_config=qwen_vision
         ),
     }
+    if family in BORROWED.values():
+        return hf.CONFIG_MAPPING[family](**(TINY | _PECULIAR.get(family, {})))
     return configs[family]()
 
 
+_PECULIAR: dict[str, dict[str, object]] = {
+    "helium": {"head_dim": 16},
+    "persimmon": {"num_key_value_heads": 4},
+}
+"""What the tiny model of a borrowed family has beside `TINY`."""
 MULTIMODAL = ("mistral3", "qwen2.5-vl")
 
 

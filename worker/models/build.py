@@ -13,6 +13,7 @@ from mgpu.worker.layers.experts import ExpertMatrices
 from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.loaders.copiers import reading_threads
 from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.models.borrowed import BorrowedStage
 from mgpu.worker.models.gemma3 import Gemma3Layer
 from mgpu.worker.models.granite import GraniteLayer
 from mgpu.worker.models.llama import LlamaLayer
@@ -39,13 +40,18 @@ def build_stage(
     quant: Quant = "none",
     kv_cache_dtype: KvCacheDtype = "auto",
     expert_split: ExpertSplit = "tensor",
+    folder: str = "",
 ) -> DecoderStage:
     """Allocate one rank's part of a model on its device, with undefined weights.
+
+    ``folder`` has config.json, if transformers' code runs the model.
 
     Linear weights that will be quantized get their memory when they are loaded, one after the other.
     """
     assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
     context = BuildContext(facts, group, Storage(dtype, device, weight_format(quant)), kv_cache_dtype, expert_split)
+    if facts.borrowed is not None:
+        return BorrowedStage(context, layers, folder)
     if facts.architecture in ("gemma2", "gemma3"):
         return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
     return DecoderStage(context, layers, _LAYERS.get(facts.architecture, LlamaLayer))

@@ -51,12 +51,13 @@ class StartUp:
         spec, layers = self._spec, range(self._own.first_layer, self._own.end_layer)
         where = self._place, layers, self._links.group, self._dtype, self._device
         layout = spec.layout
-        stage = build_stage(spec.facts, *where, layout.quant, layout.kv_cache_dtype, layout.expert_split)
+        how = layout.quant, layout.kv_cache_dtype, layout.expert_split
+        stage = build_stage(spec.facts, *where, *how, folder=spec.model.path)
         stage.max_positions = spec.limits.max_seq_len + 1
         if spec.model.load_format == "dummy":
             init_dummy_weights(stage, spec.seed)
             return stage, 0
-        checkpoint = read_checkpoint(spec.model.path, spec.model.load_format)
+        checkpoint = read_checkpoint(spec.model.path, spec.model.load_format, spec.model.code)
         total = bytes_to_read(checkpoint, stage, self._place.tp_size)
         done = 0
 

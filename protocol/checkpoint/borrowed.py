@@ -1,0 +1,133 @@
+"""Families that mgpu has no code for and runs through transformers' modelling code: what is known of them beforehand.
+
+The classes' own defaults are unknown here, since the library would load torch. So config.json must have every size;
+files that transformers wrote have them.
+"""
+
+import math
+
+from mgpu.protocol.checkpoint.files.tensors import TensorEntry
+from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit
+from mgpu.protocol.model.facts import BorrowedCode, Dtype, ModelCode, ModelFacts
+
+BORROWED = {
+    "ArceeForCausalLM": "arcee",
+    "CohereForCausalLM": "cohere",
+    "Cohere2ForCausalLM": "cohere2",
+    "CwmForCausalLM": "cwm",
+    "Ernie4_5ForCausalLM": "ernie4_5",
+    "Exaone4ForCausalLM": "exaone4",
+    "GemmaForCausalLM": "gemma",
+    "GlmForCausalLM": "glm",
+    "Glm4ForCausalLM": "glm4",
+    "HeliumForCausalLM": "helium",
+    "HyperCLOVAXForCausalLM": "hyperclovax",
+    "Jais2ForCausalLM": "jais2",
+    "NemotronForCausalLM": "nemotron",
+    "OlmoForCausalLM": "olmo",
+    "PersimmonForCausalLM": "persimmon",
+    "PhiForCausalLM": "phi",
+    "SeedOssForCausalLM": "seed_oss",
+    "StableLmForCausalLM": "stablelm",
+    "Starcoder2ForCausalLM": "starcoder2",
+    "VaultGemmaForCausalLM": "vaultgemma",
+}
+"""Classes of transformers, and the `model_type` of each."""
+
+OWN_TOO = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "GraniteForCausalLM": "granite",
+    "SmolLM3ForCausalLM": "smollm3",
+}
+"""Families of mgpu's own that transformers' code runs if it is asked for."""
+
+UNSPLIT = ("persimmon", "stablelm")
+"""Families for which transformers has no plan to split attention: one worker, or layers mapped to workers."""
+
+
+def borrowed_type(fields: Fields, code: ModelCode) -> str:
+    """Return the `model_type` of a model that transformers' code is to run; '' if mgpu's own code is.
+
+    CheckpointError if that code is asked for by name, and the family has not been tested with it.
+    """
+    classes = fields.list_of("architectures", str)
+    name = str(classes[0]) if classes else ""
+    if code == "own":
+        return ""
+    kind = BORROWED.get(name, "")
+    if code == "transformers":
+        kind = kind or OWN_TOO.get(name, "")
+        if not kind:
+            raise CheckpointError(
+                f"{fields.source}: --model-code transformers: the architecture is {name[:80]!r}; it is tested with: "
+                f"{', '.join((*BORROWED, *OWN_TOO))}"
+            )
+    if kind and fields.text("model_type", "") != kind:
+        raise fields.error("model_type", f"is {fields.text('model_type', '')[:40]!r}; {name} needs {kind!r}")
+    return kind
+
+
+def borrowed_facts(
+    fields: Fields, kind: str, eos_token_ids: tuple[int, ...], bos_token_id: int | None, dtype: Dtype
+) -> ModelFacts:
+    """Return the sizes of a model that transformers' code runs. CheckpointError if config.json lacks one."""
+    if fields.nested("quantization_config") is not None:
+        raise fields.error(
+            "quantization_config", "says that weights are quantized already, which transformers' code cannot run here"
+        )
+    hidden = fields.integer("hidden_size", high=Limit.HIDDEN)
+    layers = fields.integer("num_hidden_layers", high=Limit.LAYERS)
+    num_q = fields.integer("num_attention_heads", high=Limit.HEADS)
+    num_kv = fields.integer("num_key_value_heads", num_q, high=Limit.HEADS)
+    if num_q % num_kv:
+        raise fields.error("num_key_value_heads", f"is {num_kv}, which does not divide {num_q} query heads")
+    if not fields.has("head_dim") and hidden % num_q:
+        raise fields.error("hidden_size", f"is {hidden}, not a multiple of the {num_q} attention heads")
+    head_dim = fields.integer("head_dim", hidden // num_q, high=Limit.HEAD_DIM)
+    return ModelFacts(
+        architecture=kind,
+        hidden_size=hidden,
+        intermediate_size=fields.integer("intermediate_size", high=8 * Limit.HIDDEN),
+        num_layers=layers,
+        num_q_heads=num_q,
+        num_kv_heads=num_kv,
+        head_dim=head_dim,
+        vocab_size=fields.integer("vocab_size", high=Limit.VOCAB),
+        max_position=fields.integer("max_position_embeddings", high=Limit.POSITION),
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_local_theta=None,
+        rope_scaling=None,
+        sliding_window=None,
+        sliding_layers=(False,) * layers,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        tie_embeddings=fields.boolean("tie_word_embeddings", False),
+        activation="silu",
+        embedding_scale=1.0,
+        attention_scale=1.0,
+        bos_token_id=bos_token_id,
+        eos_token_ids=eos_token_ids,
+        checkpoint_dtype=dtype,
+        borrowed=BorrowedCode((), kind not in UNSPLIT),
+    )
+
+
+def layer_elements(source: str, num_layers: int, tensors: dict[str, TensorEntry]) -> tuple[int, ...]:
+    """Return the elements of each layer's tensors. CheckpointError if a layer has none, or there are others."""
+    counts = [0] * num_layers
+    for name, entry in tensors.items():
+        if not name.startswith("model.layers."):
+            continue
+        index = name.split(".")[2]
+        if not index.isdecimal() or int(index) >= num_layers:
+            raise CheckpointError(f"{source}: tensor {name!r} is of no layer: the configuration says {num_layers}")
+        counts[int(index)] += math.prod(entry.shape)
+    if 0 in counts:
+        raise CheckpointError(f"{source}: layer {counts.index(0)} of {num_layers} has no tensors")
+    return tuple(counts)
