@@ -30,7 +30,8 @@ HIDDEN = (b"Traceback", b"ipc://", b'File "', b"/tmp/", b"site-packages")
 """What no answer may show."""
 _LOOSE = frozenset({
     "tools", "tool_choice", "functions", "response_format", "text", "thinking", "reasoning", "modalities", "audio",
-    "chat_template_kwargs", "documents", "reasoning_effort",
+    "chat_template_kwargs", "documents", "reasoning_effort", "structured_outputs", "guided_json", "guided_regex",
+    "guided_choice", "guided_grammar",
 })  # fmt: skip
 """Fields whose rules say more than their schemas."""
 _TOGETHER = frozenset({"model", "min_tokens", "best_of", "echo", "top_logprobs", "timeout_s"})

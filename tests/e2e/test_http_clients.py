@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -101,6 +101,20 @@ def test_openai_creates_responses(openai: Any, expected: str) -> None:
         for _ in stream:
             pass
         assert stream.get_final_response().output_text == expected.partition(STOP)[0]
+
+
+def test_openai_parses_answers_into_pydantic_models(openai: Any) -> None:
+    pytest.importorskip("llguidance")
+    from pydantic import BaseModel
+
+    class Answer(BaseModel):
+        colour: Literal["red", "green", "blue"]
+        is_bright: bool
+
+    chat = openai.chat.completions.parse(model=NAME, messages=HELLO, temperature=0, response_format=Answer)
+    assert isinstance(chat.choices[0].message.parsed, Answer)
+    response = openai.responses.parse(model=NAME, input="A colour?", temperature=0, text_format=Answer)
+    assert isinstance(response.output_parsed, Answer)
 
 
 def test_openai_lists_models(openai: Any) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mgpu.orchestrator.http.edge.errors import HttpError, bad_request
+from mgpu.orchestrator.http.requests.forms import GUIDED, FormField, form_of
 from mgpu.orchestrator.http.requests.rules import LogitBias, Seed, Stop
 from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.front.client_messages import GENERATE_RULES
@@ -21,9 +22,11 @@ SAMPLING: dict[str, Rule] = {
     "stop": Stop(),
     "seed": Seed(),
     "logit_bias": LogitBias(),
+    "structured_outputs": FormField(),
+    **{name: FormField(kind) for name, kind in GUIDED.items()},
 }
 """What decides how tokens are chosen, for all endpoints that generate."""
-OPTION_NAMES = frozenset(SAMPLING)
+OPTION_NAMES = frozenset(SAMPLING) - {"structured_outputs", *GUIDED}
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Fields for the provider's own books: they are to have no effect, so they need no warning."""
 MODEL = Text(512, 1)
@@ -37,8 +40,11 @@ class Fields:
     ignored: list[str] = field(default_factory=list)
 
     def options(self) -> GenerateOptions:
-        """Return those that the front channel knows by the same name."""
-        return {name: value for name, value in self.values.items() if name in OPTION_NAMES}  # type: ignore[return-value]
+        """Return those that the front channel knows by the same name, and the form of the answer."""
+        options: dict[str, Any] = {name: value for name, value in self.values.items() if name in OPTION_NAMES}
+        if (form := form_of(self.values)) is not None:
+            options["structured_outputs"] = form
+        return options  # type: ignore[return-value]
 
 
 def parse_fields(body: Mapping[str, object], rules: Mapping[str, Rule], *required: str) -> Fields:

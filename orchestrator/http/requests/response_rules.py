@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Unsupported
+from mgpu.orchestrator.http.requests.forms import TextSettings
 from mgpu.orchestrator.http.requests.rules import MAX_MESSAGES, ROLES, parse_content
 from mgpu.protocol.client.results import Usage
 from mgpu.protocol.front.chat_messages import TEMPLATE_OPTIONS
@@ -39,18 +40,6 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class PlainText:
-    """The form of the answer; only plain text is known."""
-
-    allowed: str = 'left out, or {"format": {"type": "text"}}: this server has no structured output yet'
-
-    def parse(self, field: str, value: object) -> None:
-        kind = value.get("format") if isinstance(value, Mapping) else value
-        if kind not in (None, {"type": "text"}):
-            raise FieldError(f"{field} must be {self.allowed}")
-
-
-@dataclass(frozen=True, slots=True)
 class Metadata:
     """Comes back as it was sent."""
 
@@ -71,7 +60,7 @@ RULES: dict[str, Rule] = {
     "stream": Flag(),
     "store": Flag(),
     "metadata": Metadata(),
-    "text": PlainText(),
+    "text": TextSettings(),
     "chat_template_kwargs": TEMPLATE_OPTIONS,
     "tools": Unsupported("this server does not call tools here; use /v1/chat/completions", ([],)),
     "tool_choice": Unsupported("this server does not call tools here; use /v1/chat/completions", ("none", "auto")),

@@ -7,7 +7,8 @@ from typing import Any
 from mgpu.orchestrator.http.requests.anthropic_messages import AnthropicMessages, AnthropicToolChoice, AnthropicTools
 from mgpu.orchestrator.http.requests.anthropic_rules import System, Thinking
 from mgpu.orchestrator.http.requests.fields import Unsupported
-from mgpu.orchestrator.http.requests.response_rules import Input, Metadata, PlainText
+from mgpu.orchestrator.http.requests.forms import FormField, ResponseFormat, TextSettings
+from mgpu.orchestrator.http.requests.response_rules import Input, Metadata
 from mgpu.orchestrator.http.requests.rules import (
     MAX_MESSAGES,
     MAX_PROMPTS,
@@ -229,10 +230,17 @@ def _(rule: StreamOptions) -> Schema:
 
 
 @schema_of.register(Thinking)
-@schema_of.register(PlainText)
+@schema_of.register(TextSettings)
+@schema_of.register(ResponseFormat)
 @schema_of.register(Metadata)
 def _(rule: Rule) -> Schema:
     return {"type": "object", "description": rule.allowed}
+
+
+@schema_of.register
+def _(rule: FormField) -> Schema:
+    kinds = {"regex": "string", "grammar": "string", "choice": "array"}
+    return {"type": kinds.get(rule.kind, "object"), "description": rule.allowed}
 
 
 @schema_of.register

@@ -9,6 +9,7 @@ from mgpu.orchestrator.http.edge.errors import bad_request, error_of
 from mgpu.orchestrator.http.edge.event_stream import KEEPALIVE, EventStream
 from mgpu.orchestrator.http.requests.answers import all_accepted, batches, unless_disconnected, usage_body
 from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Fields, Unsupported, add_chat_options
+from mgpu.orchestrator.http.requests.forms import ResponseFormat
 from mgpu.orchestrator.http.requests.logprobs import chat_logprobs
 from mgpu.orchestrator.http.requests.rules import Messages, StreamOptions
 from mgpu.orchestrator.http.requests.tool_rules import ChatToolChoice, call_body, call_delta
@@ -35,7 +36,7 @@ RULES: dict[str, Rule] = {
     "tools": TOOLS,
     "tool_choice": ChatToolChoice(),
     "parallel_tool_calls": Flag(),
-    "response_format": Unsupported("this server has no structured output yet; leave it out", ({"type": "text"},)),
+    "response_format": ResponseFormat(),
     "functions": Unsupported("this form is obsolete; send tools", ([],)),
     "modalities": Unsupported("this server writes text only", (["text"],)),
     "audio": Unsupported("this server writes text only"),

@@ -16,6 +16,7 @@ from mgpu.orchestrator.http.requests.answers import (
     usage_body,
 )
 from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Fields, Unsupported
+from mgpu.orchestrator.http.requests.forms import ResponseFormat
 from mgpu.orchestrator.http.requests.logprobs import text_logprobs
 from mgpu.orchestrator.http.requests.rules import Maybe, Prompt, StreamOptions
 from mgpu.orchestrator.http.routes.call import Call, event
@@ -36,6 +37,7 @@ RULES: dict[str, Rule] = {
     "logprobs": Maybe(Integer(0, 20), other=False),
     "echo": Flag(),
     "best_of": Integer(1, 16),
+    "response_format": ResponseFormat(),
     "suffix": Unsupported("this server does not fill in the middle; leave suffix out", ("",)),
 }
 

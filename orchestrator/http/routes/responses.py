@@ -64,7 +64,7 @@ class _Response:
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (values.get("text") or {}).get("format") or {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
             "truncation": "disabled",
