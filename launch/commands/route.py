@@ -23,7 +23,7 @@ _GROUP = "Router"
     short_help="Serve several running servers behind one endpoint.",
     examples=(
         "mgpu-launch route --replica ipc:///run/a.sock --replica ipc:///run/b.sock",
-        "mgpu-launch route --replica-file servers.txt --replica-keys me.client --bind tcp://0.0.0.0:5555 --keys keys/",
+        "mgpu-launch route --replica-file servers.txt --bind tcp://*:5555 --keys keys/",
     ),
 )
 @click.option(
