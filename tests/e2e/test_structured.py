@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("llguidance")
 
+from bench.structured import check
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 
@@ -54,3 +55,11 @@ def test_answers_without_a_form_are_the_same_beside_those_with_one(endpoint: str
             text = first.text + "".join(piece.text for piece in digits)
         assert beside.token_ids == alone.token_ids
         assert re.fullmatch("[0-9]{12}", text)
+
+
+def test_answers_of_random_forms_are_valid(endpoint: str) -> None:
+    pytest.importorskip("jsonschema")
+    with Client(endpoint) as client:
+        rows = check(client, 16, seed=3)
+    assert [(row.faults, row.refused, row.first_fault) for row in rows] == [(0, 0, "")] * 2
+    assert all(row.valid >= 4 for row in rows)
