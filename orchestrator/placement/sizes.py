@@ -91,7 +91,8 @@ def layers_bytes(
     """Return the bytes of some layers on a rank. Those with experts are alike, and those without, in equal formats."""
     if facts.borrowed is not None:
         return sum(layer_bytes(facts, layer, tp_size, dtype_bytes, quant, split) for layer in layers)
-    kinds = [(facts.experts_of(layer) is not None, formats_of(facts, layer, quant)) for layer in layers]
+    stored = facts.formats if quant == "none" else ()
+    kinds = [(facts.experts_of(layer) is not None, stored[layer : layer + 1]) for layer in layers]
     return sum(
         kinds.count(kind) * layer_bytes(facts, layers[kinds.index(kind)], tp_size, dtype_bytes, quant, split)
         for kind in set(kinds)

@@ -58,7 +58,9 @@ def group_problems(quant: Quant, facts: ModelFacts, tp_size: int, split: ExpertS
     if tp_size == 1 or (quant == "none" and not facts.formats):
         return []
     found: dict[str, None] = {}
-    for layer in range(facts.num_layers):
+    stored = facts.formats if quant == "none" else ()
+    kinds = {(facts.experts_of(layer) is None, stored[layer : layer + 1]): layer for layer in range(facts.num_layers)}
+    for layer in kinds.values():
         for name, inputs, form in _split_inputs(facts, layer, formats_of(facts, layer, quant), split):
             step = form.splits_at
             if step > 1 and inputs % (tp_size * step):
