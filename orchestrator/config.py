@@ -75,6 +75,8 @@ class ServerConfig:
     seed: int
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """How requests are sampled that do not say."""
+    tool_format: str = "auto"
+    reasoning_format: str = "auto"
     num_threads: int = 0
     """CPU threads per worker; 0: what `threads_per_worker` chooses."""
     bind: str = ""

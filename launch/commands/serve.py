@@ -170,6 +170,8 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         prefix_cache=config.prefix_cache,
         seed=config.seed,
         sampling=planned.sampling,
+        tool_format=config.tool_format,
+        reasoning_format=config.reasoning_format,
         bind=config.bind,
         keys=keys,
         client_limits=client_limits(config),

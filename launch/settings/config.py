@@ -76,6 +76,12 @@ class ServeConfig:
         "auto",
         "Whose code runs the model: mgpu's own, the installed transformers', or own if it has the family.",
     )
+    tool_format: Literal["auto", "none", "harmony", "qwen3-coder", "mistral", "hermes", "pythonic", "llama"] = _option(
+        "auto", "How the model writes tool calls: auto is what its chat template shows."
+    )
+    reasoning_format: Literal["auto", "none", "harmony", "think", "mistral"] = _option(
+        "auto", "How the model marks its reasoning: auto is what its chat template shows; none leaves it in the text."
+    )
     quant: Quant = _option(  # noqa: RUF009 (a field like the others)
         _LAYOUT.quant, "Quantize linear layers while loading: int8 (8), group-wise int4 (4), or float8 (fp8) weights."
     )

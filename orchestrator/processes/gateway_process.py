@@ -162,6 +162,8 @@ class GatewayProcess:
             limits=config.client_limits,
             memory_bytes=config.gateway_memory_bytes,
             sampling=config.sampling,
+            tool_format=config.tool_format,
+            reasoning_format=config.reasoning_format,
             sends_wake_up=config.spin_s > 0,
             logs_requests=config.logs_requests,
             record_fd=self._culprits.fd,

@@ -1,4 +1,4 @@
-"""The Python of the README and of docs/python.md runs as it stands, from the shortest script on."""
+"""The Python of the README, of docs/python.md and of docs/tools.md runs as it stands, from the shortest script on."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from harness.gateway_process import GatewayProcess, make_model_folder, says
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
     pytest.param(source, id=f"{page}-{number}")
-    for page in ("README.md", "docs/python.md")
+    for page in ("README.md", "docs/python.md", "docs/tools.md")
     for number, source in enumerate(re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S))
 ]
 
@@ -28,6 +28,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess
 @pytest.mark.parametrize("source", SCRIPTS)
 def test_a_script_runs_as_it_stands(gateway: GatewayProcess, source: str) -> None:
     gateway.engine.script = says("Paris")
+    gateway.set_info(max_seq_len=4096)  # tools are long
     environment = {**os.environ, "MGPU_ENDPOINT": gateway.endpoint, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore::ResourceWarning", "-c", source], env=environment, capture_output=True,
