@@ -53,7 +53,7 @@ class RunningShares:
         self._recent: dict[int, int] = {}
         """The step until which an owner counts that runs nothing now."""
         self._kept: dict[int, int] = {}
-        """Tokens of prompts that may be computed now beside what others decode."""
+        """Tokens of prompts that may be computed now beside what others decode; who is missing has the most."""
         self._total, self._smallest = 0, [0]
         """What all decode, and the two who decode the least, when this was last counted."""
         self._rooms: dict[int, int] = {}
@@ -78,8 +78,8 @@ class RunningShares:
             return
         self._count()
         most = KEPT_STEPS * self._prompt_room
-        for owner in self._running | self._kept:
-            self._kept[owner] = min(self._kept.get(owner, most) + self._prompt_room, most)
+        kept = {each: min(self._kept.get(each, most) + self._prompt_room, most) for each in self._running | self._kept}
+        self._kept = {each: tokens for each, tokens in kept.items() if tokens < most or each in self._running}
 
     def begin(self, seq: Sequence) -> None:
         """Note that a sequence has got a row."""

@@ -149,6 +149,18 @@ def test_an_owner_between_two_requests_is_not_forgotten() -> None:
     assert server.running(OTHER) == 2
 
 
+def test_owners_that_have_gone_are_forgotten_while_others_run() -> None:
+    server = Server(room=1000)
+    for owner in (HONEST, OTHER):
+        server.submit(owner, max_tokens=400)
+    for owner in range(100, 200):
+        server.submit(owner, max_tokens=2)
+        server.step()
+    for _ in range(RECENT_STEPS):
+        server.step()
+    assert set(server.scheduler.shares._kept) == {HONEST, OTHER}
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_everything_ends_whatever_room_there_is(seed: int) -> None:
     rng = random.Random(seed)
