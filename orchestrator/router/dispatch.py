@@ -146,7 +146,12 @@ class Dispatch:
 
     def _go_on_elsewhere(self, part: Part, replica: Replica, why: str) -> None:
         routed = part.routed
+        if not routed.unfinished:  # only its last message was lost
+            self._table.end(routed, routed.finished())
+            return
         indexes = [index for index in part.indexes if routed.choices[index].finish_reason is None]
+        if not indexes:
+            return
         if not routed.message:
             text = "the replica of this request was lost, and so was the router that knew its prompt"
             self.fail(routed, Refusal("engine_error", text))

@@ -167,6 +167,7 @@ class Router:
         known = self.table.named(session, request.id) if request.session else None
         if known is not None and known.ended_s is None:
             raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
+        values.pop("account", None)
         if self._names_accounts:
             values["account"] = _name_of(received.account)
         if has_key:

@@ -13,11 +13,11 @@ from mgpu.orchestrator.router.router import Router
 class RouterThread:
     """A router that runs until `end`, which is like a death: nobody is told anything."""
 
-    def __init__(self, endpoint: str, endpoints: list[str]) -> None:
+    def __init__(self, endpoint: str, endpoints: list[str], names_accounts: bool = True) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._front = FrontSocket(self._context, endpoint, 1 << 20)
         self.replicas = [Replica(f"replica{at}") for at in range(len(endpoints))]
-        self.router = Router(self._front, self.replicas)
+        self.router = Router(self._front, self.replicas, names_accounts)
         self.endpoint = endpoint
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(endpoints,), daemon=True)

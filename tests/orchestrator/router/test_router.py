@@ -1,6 +1,8 @@
 """What clients see of a router: one server, also while a replica or the router itself is lost."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -8,7 +10,14 @@ from harness.gateway_process import GatewayProcess, says
 from harness.router_thread import RouterThread
 from harness.waiting import eventually
 from mgpu import Client, RequestFailed
+from mgpu.orchestrator.gateway.front.socket import FrontSocket
+from mgpu.orchestrator.router.dispatch import Dispatch
+from mgpu.orchestrator.router.part import Part
+from mgpu.orchestrator.router.replica import Replica
+from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
+from mgpu.orchestrator.router.table import RoutedTable
 from mgpu.protocol.front.seeds import seed_of_choice
+from mgpu.protocol.front.server_messages import Tokens
 
 
 def test_answers_pass_through_whole(client: Client) -> None:
@@ -109,6 +118,38 @@ def test_a_router_that_is_replaced_costs_nothing(gateways: list[GatewayProcess],
             assert sum(len(each.engine.submits) for each in gateways) == 6, "nothing has run twice"
         finally:
             again.end()
+
+
+def test_a_request_ends_whose_replica_is_lost_before_its_last_message() -> None:
+    sent: list[dict[str, object]] = []
+    front = SimpleNamespace(send=lambda _connection, values: sent.append(values))
+    table = RoutedTable(cast(FrontSocket, front))
+    replica = Replica("replica0")
+    dispatch = Dispatch([replica], table)
+    choices = [RoutedChoice(finish_reason="length"), RoutedChoice()]
+    routed = RoutedRequest(b"c", 7, {"prompt_ids": b"1234"}, "s", 16, True, None, choices)
+    table.add(routed)
+    part = Part(routed, [0, 1], {"id": 16, "n": 2}, dispatch.on_end, dispatch.on_tokens)
+    replica.parts[16] = part
+    dispatch.attach(part, replica)
+    dispatch.on_tokens(part, Tokens(16, 1, "x", [5], None, "stop"))
+    dispatch.leave(replica, "it is lost")
+    assert [values["type"] for values in sent] == ["tokens", "finished"]
+    assert sent[-1]["finish_reasons"] == ["length", "stop"]
+    assert len(table) == 0
+
+
+def test_with_keys_of_its_own_a_router_names_no_accounts(gateways: list[GatewayProcess], tmp_path: Path) -> None:
+    """The HTTP process names its clients, and servers let no key do that."""
+    router = RouterThread(f"ipc://{tmp_path}/front", [each.endpoint for each in gateways], names_accounts=False)
+    try:
+        router.wait_until_ready()
+        with Client(router.endpoint) as client:
+            client.generate([5], max_tokens=1, account="alice")
+        [submit] = [each for gateway in gateways for each in gateway.engine.submits]
+        assert len(submit.account) == 2, "process and connection"
+    finally:
+        router.end()
 
 
 def test_a_cancelled_request_ends_on_its_replica(client: Client, gateways: list[GatewayProcess]) -> None:
