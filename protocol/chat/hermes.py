@@ -20,6 +20,14 @@ class Hermes(Machine):
         self._state = self._inside
         return True
 
+    def _begin_bare_object(self) -> bool:
+        """Begin a call whose marker is its bracket."""
+        self._object = CallObject(self._found)
+        self._object.scan("{")
+        self._take_call(1)
+        self._state = self._inside
+        return True
+
     def _inside(self) -> bool:
         try:
             end = self._object.scan(self._buffer)
@@ -37,8 +45,7 @@ class Hermes(Machine):
         if not self._skips_space(of_call=False) or self._may_begin(END):
             return False
         if self._buffer.startswith("{"):
-            self._state = self._begin_object
-            return True
+            return self._begin_bare_object()
         if self._buffer.startswith(END):
             self._taken(len(END))
         self._state = self._outside

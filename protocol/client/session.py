@@ -168,7 +168,14 @@ class Session:
         if isinstance(message, Failed) and request.can_retry(message):
             self._refuse(request, message.retry_after_s or RETRY_S)
             return
-        to_send = request.take(message)
+        try:
+            to_send = request.take(message)
+        except FieldError:
+            raise
+        except Exception as error:  # the text of one answer must end no other one on this connection
+            request.fail(MgpuError(f"the answer could not be read: {type(error).__name__}: {error}"))
+            self.cancel(request)
+            return
         if to_send is not None:
             self._try_to_send(to_send)
         self._resume_at_s = min(self._resume_at_s, request.resume_at_s)

@@ -68,6 +68,13 @@ RECORDED = [
     ),
     Recorded("hermes without end marker", _H, f"<tool_call>{_WEATHER}", calls=[_WEATHER_CALL]),
     Recorded("hermes two in one tag", _H, f"<tool_call>{_WEATHER}\n{_WEATHER}</tool_call>", calls=[_WEATHER_CALL] * 2),
+    Recorded(
+        "hermes a bracket after a call",
+        _H,
+        f"<tool_call>{_WEATHER}{{x}}</tool_call>",
+        "{x}</tool_call>",
+        [_WEATHER_CALL],
+    ),
     Recorded("hermes text after", _H, f"<tool_call>{_WEATHER}</tool_call>\nDone.", "Done.", [_WEATHER_CALL]),
     Recorded(
         "hermes cut in a call",

@@ -13,6 +13,7 @@ import pytest
 
 from harness.gateway_process import DEADLINE_S, GatewayProcess
 from mgpu import AsyncClient, Client, MgpuError
+from mgpu.protocol.client.parsed_text import ParsedText, TextPart
 
 PRELUDE = "import multiprocessing, os, sys; from mgpu import Client; client = Client(sys.argv[1])\n"
 FORKS = {
@@ -206,3 +207,21 @@ for _ in range(3):
     command = [sys.executable, "-c", PRELUDE + code, gateway.endpoint]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_answer_that_cannot_be_read_ends_no_other_one(
+    gateway: GatewayProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = ParsedText.add
+
+    def fails_at_x(self: ParsedText, text: str, is_last: bool) -> TextPart:
+        if "x" in text:
+            raise IndexError("a bug of a parser")
+        return add(self, text, is_last)
+
+    monkeypatch.setattr(ParsedText, "add", fails_at_x)
+    with Client(gateway.endpoint) as client, client.stream("a", max_tokens=200) as other:
+        next(other)
+        with pytest.raises(MgpuError, match="could not be read: IndexError"):
+            client.generate("x", max_tokens=3, timeout_s=DEADLINE_S)
+        assert other.completion().finish_reason == "length"
