@@ -14,7 +14,8 @@ class GrammarState:
     """How far one answer has come. Not for several threads at once.
 
     A grammar that cannot go on has a ``failure``. Then only stop tokens are allowed, until the orchestrator ends the
-    row. A mask does not depend on how long it took: ranks differ in speed, and must choose the same token.
+    row. One whose masks take too long has a ``failure`` too, but goes on by its grammar until then: ranks differ in
+    speed, only one of them reports failures, and all must choose the same token.
     """
 
     def __init__(self, matcher: "LLMatcher", stop_ids: list[int], vocab_size: int) -> None:
@@ -22,6 +23,7 @@ class GrammarState:
         self._stop_ids = stop_ids
         self._vocab_size = vocab_size
         self._has_ended = False
+        self._cannot_go_on = False
         self.failure = ""
         self._note_error()
 
@@ -29,7 +31,7 @@ class GrammarState:
         """Go on by tokens of the answer. Those after a stop token have no meaning."""
         for token_id in token_ids:
             self._has_ended = self._has_ended or token_id in self._stop_ids
-            if self._has_ended or self.failure:
+            if self._has_ended or self._cannot_go_on:
                 return
             self._matcher.consume_token(token_id)
             self._note_error()
@@ -44,7 +46,7 @@ class GrammarState:
 
     def _allowed(self) -> int:
         stops = sum(1 << token_id for token_id in set(self._stop_ids))
-        if self._has_ended or self.failure or self._matcher.is_stopped():
+        if self._has_ended or self._cannot_go_on or self._matcher.is_stopped():
             return stops
         bits = int.from_bytes(self._matcher.compute_bitmask(), "little") & ((1 << self._vocab_size) - 1)
         if self._note_error():
@@ -52,10 +54,14 @@ class GrammarState:
         # A stop token may have text that the grammar means too. It ends the answer all the same.
         allowed = bits | stops if self._matcher.is_accepting() else bits & ~stops
         if not allowed:
-            self.failure = "the grammar cannot go on: no token of this model continues the text"
+            self._fail("no token of this model continues the text")
         return allowed or stops
 
     def _note_error(self) -> bool:
-        if self._matcher.is_error() and not self.failure:
-            self.failure = f"the grammar cannot go on: {self._matcher.get_error().splitlines()[0][:300]}"
-        return bool(self.failure)
+        if self._matcher.is_error() and not self._cannot_go_on:
+            self._fail(self._matcher.get_error().splitlines()[0][:300])
+        return self._cannot_go_on
+
+    def _fail(self, why: str) -> None:
+        self._cannot_go_on = True
+        self.failure = self.failure or f"the grammar cannot go on: {why}"

@@ -142,11 +142,18 @@ def test_a_grammar_that_no_token_continues_is_reported() -> None:
     assert tokens[1] == [EOS]
 
 
-def test_a_slow_mask_is_reported_and_is_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = GrammarState(new_matcher(token_table(VOCABULARY), "start: /[a-c]+/"), [EOS], len(TOKENS))
+def test_slow_masks_are_reported_and_are_the_same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def masks() -> tuple[GrammarState, list[bytes]]:
+        state = GrammarState(new_matcher(token_table(VOCABULARY), "start: /a[b-c]+/"), [EOS], len(TOKENS))
+        first = state.mask()
+        state.take([ord("a")])
+        return state, [first, state.mask()]
+
+    quick, expected = masks()
     monkeypatch.setattr(grammar_state, "MAX_MASK_S", 0.0)
-    slow = GrammarState(new_matcher(token_table(VOCABULARY), "start: /[a-c]+/"), [EOS], len(TOKENS))
-    assert slow.mask() == quick.mask()
+    slow, found = masks()
+    assert found == expected
+    assert not quick.failure
     assert "s for one token, the limit is 0 s" in slow.failure
 
 
