@@ -1,6 +1,7 @@
 """POST /v1/messages and /v1/messages/count_tokens, as Anthropic's clients expect them."""
 
 from collections.abc import AsyncGenerator
+from itertools import takewhile
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -20,7 +21,7 @@ from mgpu.orchestrator.http.requests.fields import Fields
 from mgpu.orchestrator.http.routes.call import Call, named_event
 from mgpu.protocol.client.async_client import AsyncCompletionStream
 from mgpu.protocol.client.request_message import GenerateOptions
-from mgpu.protocol.client.results import Completion, ToolCallPart, Usage
+from mgpu.protocol.client.results import Completion, Piece, ToolCallPart, Usage
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.server_messages import Accepted
 
@@ -95,12 +96,8 @@ async def _events(
             if not batch:
                 yield named_event("ping", {})
             for _, piece in batch:
-                if piece.reasoning and shows_reasoning:
-                    yield blocks.add("thinking", {"type": "thinking_delta", "thinking": piece.reasoning})
-                if piece.text:
-                    yield blocks.add("text", {"type": "text_delta", "text": piece.text})
-                for part in piece.tool_calls:
-                    yield blocks.add_call(part)
+                if data := blocks.of(piece, shows_reasoning):
+                    yield data
                 usage, reason = piece.usage or usage, STOP_REASONS.get(piece.finish_reason or "", reason)
         yield blocks.end()
         delta = {"stop_reason": reason, "stop_sequence": None}
@@ -123,6 +120,17 @@ class _Blocks:
         self._index = -1
         self._open = ""
         """The kind of the open block, or the number of its call."""
+
+    def of(self, piece: Piece, shows_reasoning: bool) -> bytes:
+        """Return the events of a piece."""
+        # Parts of a call that has begun in an earlier piece come first: the call ends before the text.
+        begun = list(takewhile(lambda part: not part.id, piece.tool_calls))
+        data = b"".join(map(self.add_call, begun))
+        if piece.reasoning and shows_reasoning:
+            data += self.add("thinking", {"type": "thinking_delta", "thinking": piece.reasoning})
+        if piece.text:
+            data += self.add("text", {"type": "text_delta", "text": piece.text})
+        return data + b"".join(map(self.add_call, piece.tool_calls[len(begun) :]))
 
     def add(self, kind: str, delta: dict[str, Any]) -> bytes:
         """Add to the block of this kind; another one is closed first."""

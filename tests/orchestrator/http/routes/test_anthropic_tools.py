@@ -57,6 +57,18 @@ def test_calls_and_thoughts_are_blocks(client: anthropic.Anthropic, gateway: Gat
     assert (streamed.content[2].input, streamed.stop_reason) == ({"city": "Zürich"}, "tool_use")
 
 
+def test_the_end_of_a_call_and_text_in_one_piece_stay_apart(
+    client: anthropic.Anthropic, gateway: GatewayProcess
+) -> None:
+    gateway.engine.script = says(CALL + "\nDone.")
+    # What may be the beginning of the stop sequence is held back, and comes as one piece when it is not.
+    stop = '"}}\n</tool_call>\nDone!'
+    with client.messages.stream(**options(stop_sequences=[stop])) as stream:
+        call, text = stream.get_final_message().content
+    assert (call.type, call.input) == ("tool_use", {"city": "Zürich"})  # type: ignore[union-attr]
+    assert (text.type, text.text) == ("text", "Done.")  # type: ignore[union-attr]
+
+
 def test_a_model_thinks_only_if_it_is_asked_to(client: anthropic.Anthropic, gateway: GatewayProcess) -> None:
     gateway.engine.script = says(THOUGHT + "A")
     [block] = client.messages.create(**options()).content
