@@ -78,7 +78,7 @@ FIELDS: list[dict[str, object]] = [
     {"messages": [{"role": "user"}]},
     {"messages": [{"role": "wizard", "content": ""}]},
     {"messages": [5]},
-    {"messages": [TURN], "template_options": {"tokenize": True}},
+    {"messages": [TURN], "template_options": "tokenize"},
     {"type": "gernate"},
     {"type": "tokens", "index": 0},
     {"type": "health", "prompt": "x"},

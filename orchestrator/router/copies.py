@@ -1,5 +1,6 @@
 """The processes of `serve --replicas`: whole servers, started, watched and replaced by the router's process."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -93,7 +94,8 @@ class Copy:
             self._was_ready = True
 
     def _start(self) -> None:
-        self._base.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(OSError):  # the folder above is made again in a moment; the start fails then
+            self._base.mkdir(mode=0o700, exist_ok=True)
         env = {**self._command.env, BASE_VARIABLE: str(self._base), COPY_VARIABLE: f"{self.name}:{os.getpid()}"}
         ours = os.sched_getaffinity(0)
         os.sched_setaffinity(0, self._command.cpus)  # a child inherits it

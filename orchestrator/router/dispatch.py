@@ -1,6 +1,7 @@
 """Give requests to replicas: where most of the prompt is cached and least waits; again where a replica was lost."""
 
 import logging
+import secrets
 import time
 from collections.abc import Sequence
 
@@ -17,8 +18,8 @@ MAX_LOSSES = 3
 """A request that so many replicas were lost with may be what they die of."""
 HOMELESS_S = 60.0
 """How long a request waits for any replica that takes it."""
-_ELSEWHERE = frozenset({"stopped", "draining", "not_ready"})
-"""Refusals of one replica that say nothing about another."""
+_ELSEWHERE = frozenset({"stopped", "draining", "not_ready", "unknown_request", "slow_reader"})
+"""Refusals of one replica that say nothing about another; it may have been started again at the same place."""
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,12 @@ class Dispatch:
 
     def _place(self, routed: RoutedRequest, indexes: list[int], avoid: Replica | None = None) -> None:
         """Begin a part for these choices, or one for each if some have begun."""
-        is_new = len(indexes) == len(routed.choices) and not any(each.token_ids for each in routed.choices)
+        is_new = routed.accepted is None or (
+            len(indexes) == len(routed.choices) and not any(each.token_ids for each in routed.choices)
+        )
         for group in [indexes] if is_new else [[index] for index in indexes]:
+            if routed.ended_s is not None:
+                return
             replica = self.choose(routed, avoid)
             if replica is None or not self._send(routed, group, replica):
                 self._homeless.append((time.monotonic() + HOMELESS_S, routed, group))
@@ -68,6 +73,8 @@ class Dispatch:
         left_s = None if routed.deadline_s is None else routed.deadline_s - time.monotonic()
         try:
             message = {k: v for k, v in routed.message_for(indexes, left_s).items() if v is not None}
+            if replica.name in routed.lost_at:
+                message["id"] = secrets.randbits(58) << 4
             part = Part(routed, indexes, message, self.on_end, self.on_tokens)
             part.uncached_tokens = max(1, routed.prompt_size - replica.prefixes.matched(routed.keys))
             part.request.notify = lambda: self.on_progress(part)
@@ -157,6 +164,7 @@ class Dispatch:
             self.fail(routed, Refusal("engine_error", text))
             return
         routed.losses += 1
+        routed.lost_at.add(replica.name)
         if routed.losses > MAX_LOSSES:
             text = f"{routed.losses} replicas were lost with this request; it is not sent to another"
             self.fail(routed, Refusal("engine_error", text))

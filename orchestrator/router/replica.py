@@ -20,6 +20,8 @@ LOST_S = 6.0
 """How long its gateway may be away before the requests go elsewhere; a new gateway takes a second or two."""
 RUNNING_TOKENS = 8
 """What a request that decodes counts for, beside prompts that wait."""
+MESSAGES_PER_TURN = 500
+"""Of one replica, so that a fast one holds up neither clients nor the other replicas."""
 _FIRST_QUERY = 1 << 62
 
 log = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ class Replica:
         """Handle what has arrived; requests hear of it by themselves."""
         if self.session is None:
             return
-        self.session.receive()
+        self.session.receive(MESSAGES_PER_TURN)
         now_s = time.monotonic()
         if self.is_connected:
             self._seen_s = now_s

@@ -12,6 +12,8 @@ from enum import Enum, auto
 
 from mgpu.orchestrator.router.copies import Copy
 
+KILL_S = 15.0
+"""What a copy gets to end after its time for requests."""
 TOLD_S = 1.0
 """After this time a report of the router is younger than the order to hold a copy."""
 
@@ -56,7 +58,11 @@ class Roll:
         copy = self._left[0]
         if self._step is _Step.HOLD:
             self._hold(copy, now_s)
-        elif self._step is _Step.STOP and copy.is_gone:
+        elif self._step is _Step.STOP and not copy.is_gone:
+            if now_s > self._drained_by_s + KILL_S:
+                log.warning("%s does not stop and is killed", copy.name)
+                copy.kill()
+        elif self._step is _Step.STOP:
             self._step = _Step.START
             copy.start_again()
         elif self._step is _Step.START and copy.endpoint and copy.report.state == "ready":

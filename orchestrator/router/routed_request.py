@@ -77,6 +77,8 @@ class RoutedRequest:
     cached_tokens: int = 0
     losses: int = 0
     """How many replicas were lost with it."""
+    lost_at: set[str] = field(default_factory=set)
+    """Their names: it may still run there, under the id that they know."""
     last_sent_s: float = 0.0
     ended_s: float | None = None
     last: Finished | Failed | None = None

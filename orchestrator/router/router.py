@@ -38,7 +38,7 @@ from mgpu.protocol.front.client_messages import (
     Tokenize,
     parse_client_message,
 )
-from mgpu.protocol.front.fields import FieldError
+from mgpu.protocol.front.fields import FieldError, int32_array
 from mgpu.protocol.front.framing import WireError
 from mgpu.protocol.front.server_messages import Failed, Keepalive, Resumed, ServerMessage, to_map
 
@@ -184,7 +184,7 @@ class Router:
             upstream_id,
             request.session is not None,
             None if request.timeout_s is None else now_s + request.timeout_s,
-            [RoutedChoice() for _ in range(request.n)],
+            [RoutedChoice(int32_array(request.emitted_ids or b"")) for _ in range(request.n)],
             chunk_keys(prompt, str(values.get("cache_salt") or "")),
             max(1, len(prompt) // 4),
         )

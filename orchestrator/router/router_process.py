@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
+from mgpu.orchestrator.processes.child_process import ChildProcess, ProcessStartError, describe_exit
 from mgpu.orchestrator.processes.failures import RestartPause
 from mgpu.orchestrator.router.copies import CopyFailed
 from mgpu.protocol.internal.router_messages import ROUTER_LINK, RouterOrders, RouterReport, RouterSpec
@@ -85,6 +85,13 @@ class RouterProcess:
             spec = ROUTER_LINK.encode(self._spec_for(report_to))
             self._child = ChildProcess("router", ROUTER_COMMAND, spec, os.environ, (report_to,))
             self._child.tell(ROUTER_LINK.encode(self._orders))
+        except ProcessStartError as error:
+            os.close(self._report_fd)
+            if not self._was_ready:
+                raise CopyFailed(str(error), 1) from error
+            log.error("%s", error)
+            self._start_at_s = now_s + RestartPause.LONGEST_S
+            return
         finally:
             os.close(report_to)
         self._heard_s, self._received, self.report = now_s, b"", None

@@ -19,7 +19,7 @@ from mgpu.orchestrator.host.signals import Signals
 from mgpu.orchestrator.host.systemd import Notifier
 from mgpu.orchestrator.processes.failures import HttpLost
 from mgpu.orchestrator.processes.http_process import HttpProcess, front_keys_of
-from mgpu.orchestrator.router.copies import Copy, CopyCommand
+from mgpu.orchestrator.router.copies import Copy, CopyCommand, CopyFailed
 from mgpu.orchestrator.router.roll import Roll
 from mgpu.orchestrator.router.router_process import RouterProcess
 from mgpu.protocol.discovery import COPY_FOLDER, RunningServer
@@ -134,12 +134,12 @@ class RouterServer:
         return router.report is not None and router.is_up_to_date and not router.report.requests
 
     def _orders(self, roll: Roll, router: RouterProcess, now_s: float) -> RouterOrders:
-        counters = {
+        rolling = {
             "copies_started_again": float(roll.done),
             "copies_rolling": float(roll.is_going_on),
             "copies_restarts": float(sum(copy.restarts for copy in self._copies)),
-            "router_restarts": float(router.restarts),
         }
+        counters = {"router_restarts": float(router.restarts), **(rolling if self._copies else {})}
         if self._config.copies:
             known = [KnownReplica(copy.name, copy.endpoint, copy.is_held) for copy in self._copies]
             return RouterOrders(known, self._state, counters)
@@ -167,12 +167,15 @@ class RouterServer:
             self._notifier.serving(router.report.requests, 0, 0.0)
 
     def _look_after_http(self, http: HttpProcess, router: RouterProcess, ready: Container[object]) -> None:
-        if router.report is not None:
-            http.start_if_due(router.report.endpoint)
         try:
+            if router.report is not None:
+                http.start_if_due(router.report.endpoint)
             http.notice(ready)
         except HttpLost as failure:
-            http.replace(failure)
+            try:
+                http.replace(failure)
+            except HttpLost:  # it was never ready
+                raise CopyFailed(failure.report, 1) from failure
 
     def _announce(self, router: RouterProcess, folder: RuntimeDir, http: HttpProcess) -> None:
         """Let clients find the server once all copies, or the first of other servers, take requests."""

@@ -8,6 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -111,11 +112,11 @@ class Session:
             raise self._not_our_protocol(f"{type(reply).__name__} instead of {kind.__name__}")
         return reply
 
-    def receive(self) -> bool:
-        """Handle all messages and events that have arrived. Return True if there were any."""
+    def receive(self, most: int | None = None) -> bool:
+        """Handle the messages, ``most`` of them, and the events that have arrived. Return True if there were any."""
         events = self.channel.read_events()
         received = bool(events)
-        for frames in self.channel.receive():
+        for frames in islice(self.channel.receive(), most):
             received = True
             self._on_frames(frames)
         # Events come after messages: what a server says before it closes the connection still counts.

@@ -16,8 +16,8 @@ from mgpu.protocol.internal.grammars import new_matcher
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-MAX_CPU_S = 1.0
-"""To compile a grammar and to find out how it begins. Ordinary ones take milliseconds."""
+MAX_CPU_S = 0.5
+"""To compile a grammar and to find out how it begins. Ordinary ones take milliseconds, and a step waits for it."""
 _MAX_TRIALS = 500
 """Subschemas to compile when the one at fault is looked for."""
 _HEADER = '%llguidance {"no_forcing": true}\n'
@@ -41,8 +41,10 @@ def checked_grammar(wanted: Mapping[str, object], tokenizer: Tokenizer | None = 
 
     ``tokenizer`` makes one that knows the model's special tokens, which only a ``grammar`` can name.
     """
-    began_s = time.process_time()
     [(kind, value)] = wanted.items()
+    names_tokens = kind == "grammar" and "<" in str(value)
+    library_tokenizer = tokenizer() if tokenizer and names_tokens else _byte_tokenizer()
+    began_s = time.process_time()
     schema: object = {"type": "object"}
     if kind in ("json_schema", "json_object"):
         schema = _parsed_schema(str(value)) if kind == "json_schema" else schema
@@ -53,8 +55,7 @@ def checked_grammar(wanted: Mapping[str, object], tokenizer: Tokenizer | None = 
         text = _of_choice(value)
     else:
         text = _of_lark(str(value))
-    names_tokens = tokenizer is not None and kind == "grammar" and "<" in text
-    if error := _error_of(text, tokenizer() if tokenizer and names_tokens else _byte_tokenizer()):
+    if error := _error_of(text, library_tokenizer):
         if kind == "json_schema":
             error = _with_place(schema, error)
         raise GrammarError(f"structured_outputs.{kind}: {error}")

@@ -91,7 +91,8 @@ def form_of(values: Mapping[str, Any]) -> Form | None:
         if each is not None and each["type"] == "json_object":
             forms[name] = {"json_object": True}
         elif each is not None and each["type"] == "json_schema":
-            forms[name] = {"json_schema": _text(name, each.get("json_schema", each)["schema"])}
+            schema = each["schema"] if name == "text" else each["json_schema"]["schema"]
+            forms[name] = {"json_schema": _text(name, schema)}
     if len(forms) > 1:
         raise bad_request(f"give one form of the answer, got {', '.join(forms)}", next(iter(forms)))
     return next(iter(forms.values()), None)

@@ -169,3 +169,16 @@ def test_without_replicas_requests_are_refused_and_questions_answered(
     with pytest.raises(RequestFailed, match=r"takes requests now \(replica0 is unreachable"):
         client.generate([5], max_tokens=1)
     assert client.health().state == "starting"
+
+
+def test_tokens_that_a_client_brings_go_along_when_a_replica_is_lost(
+    client: Client, gateways: list[GatewayProcess]
+) -> None:
+    began = list(b"ab")
+    stream = client.stream([*b"abc"], max_tokens=200, seed=1, emitted_ids=began)
+    first = next(stream).token_ids
+    busy = next(each for each in gateways if each.engine.submits)
+    busy.close()
+    other = next(each for each in gateways if each is not busy)
+    assert first + tuple(token for piece in stream for token in piece.token_ids) == tuple(b"abc" * 67)[2:200]
+    assert [submit.num_emitted > 2 for submit in other.engine.submits] == [True]
