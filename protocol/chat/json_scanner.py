@@ -1,5 +1,6 @@
 """Follow a JSON value while its text arrives: say where it ends, and that all of it so far is valid."""
 
+import math
 import re
 from typing import Literal
 
@@ -93,7 +94,7 @@ class JsonScanner:
         if len(self._number) > _MAX_NUMBER_CHARS or not _NUMBER_BEGIN.fullmatch(self._number):
             raise BrokenJson("a number is not valid")
         if end < len(text):
-            if not _NUMBER.fullmatch(self._number):
+            if not _NUMBER.fullmatch(self._number) or not math.isfinite(float(self._number)):
                 raise BrokenJson("a number is not valid")
             self._number = ""
             self._end_value()

@@ -17,6 +17,7 @@ from mgpu.protocol.chat.json_scanner import BrokenJson
 from mgpu.protocol.chat.tools import OfferedTools
 
 _MAX_HELD_SPACES = 1024
+_MAX_BROKEN = 128
 
 
 def new_call_id() -> str:
@@ -37,6 +38,8 @@ class Found:
         self._raw: list[str] = []
         """All text of the call that is read."""
         self._index = -1
+        self._num_broken = 0
+        """Calls that were announced and broke; they take no place of those that may come."""
         self._is_open = False
         """A call has been announced and not ended."""
         self._follows_call = False
@@ -93,7 +96,7 @@ class Found:
         self._add_call(CallBegin(self._index, self._new_id(), name))
 
     def _add_call(self, event: Event) -> None:
-        if self._index < self._most_calls:
+        if self._index - min(self._num_broken, _MAX_BROKEN) < self._most_calls:
             self._events.append(event)
 
     def arguments(self, text: str) -> None:
@@ -111,6 +114,7 @@ class Found:
         if self._is_open:
             self._is_open = False
             self._add_call(CallBroken(self._index))
+            self._num_broken += 1
         marker, rest = self._raw[0], "".join(self._raw[1:])
         self._raw.clear()
         self.content(marker)

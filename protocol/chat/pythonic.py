@@ -158,7 +158,9 @@ def parse_call(text: str) -> tuple[str, str]:
             if keyword.arg is None or keyword.arg in values:
                 raise BrokenJson("a keyword is missing or comes twice")
             values[keyword.arg] = _literal(keyword.value)
-        return name.strip(), json.dumps(values, ensure_ascii=False, allow_nan=False)
+        arguments = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        arguments.encode()  # half of a surrogate pair is no text
+        return name.strip(), arguments
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise BrokenJson(f"the call is not Python: {type(error).__name__}") from None
 

@@ -75,7 +75,7 @@ class QwenCoder(Machine):
         end = self._buffer.find(_PARAMETER_END)
         if end < 0:
             if self._has_ended:
-                return self._break()
+                return self._give_up()
             held = held_chars(self._buffer, ("\n" + _PARAMETER_END, _PARAMETER_END))
             self._add_value(self._buffer[: len(self._buffer) - held])
             self._take_call(len(self._buffer) - held)
@@ -85,6 +85,13 @@ class QwenCoder(Machine):
         self._found.arguments('"' if self._is_string else _json_of("".join(self._value)))
         self._state = self._inside
         return True
+
+    def _give_up(self) -> bool:
+        """Pass on all that is left as content: a value that never ends may hold any number of markers."""
+        rest, self._buffer = self._found.broken() + self._buffer, ""
+        self._found.content(rest)
+        self._state = self._outside
+        return False
 
     def _add_value(self, text: str) -> None:
         if self._is_string:
@@ -141,8 +148,10 @@ class QwenCoder(Machine):
 def _json_of(text: str) -> str:
     """Return the JSON of a value: the text itself if it is JSON, else a string."""
     try:
-        return json.dumps(json.loads(text, parse_constant=_refuse), ensure_ascii=False)
-    except (ValueError, RecursionError):
+        value = json.dumps(json.loads(text, parse_constant=_refuse), ensure_ascii=False, allow_nan=False)
+        value.encode()
+        return value
+    except (ValueError, RecursionError):  # also of a number too large, or half of a surrogate pair
         return json.dumps(text, ensure_ascii=False)
 
 

@@ -46,8 +46,18 @@ _O = ChatFormat("harmony", "harmony")
 _WEATHER = '{"name": "get_weather", "arguments": {"city": "Zürich 🌧", "days": 3}}'
 _WEATHER_CALL = ("get_weather", {"city": "Zürich 🌧", "days": 3})
 _CODE_VALUE = 'def f():\n    return "<a>\\n"  # </par'
+_TOO_LARGE = '<tool_call>{"name": "get-time", "arguments": {"a": 1e999}}</tool_call>'
+_NEVER_ENDS = "<function=get_weather><parameter=city>" * 3
 
 RECORDED = [
+    Recorded(
+        "qwen3-coder number too large",
+        _Q,
+        "<tool_call><function=get_weather><parameter=days>1e999</parameter></function></tool_call>",
+        calls=[("get_weather", {"days": "1e999"})],
+    ),
+    Recorded("qwen3-coder values that never end", _Q, _NEVER_ENDS, _NEVER_ENDS),
+    Recorded("pythonic half a surrogate pair", _P, r"[get_weather(city='\ud800')]", r"[get_weather(city='\ud800')]"),
     Recorded("hermes text", _H, "Just text, 1 < 2 <tool", "Just text, 1 < 2 <tool"),
     Recorded("hermes call", _H, f"<tool_call>\n{_WEATHER}\n</tool_call>", calls=[_WEATHER_CALL]),
     Recorded("hermes spaces after", _H, f"<tool_call>\n{_WEATHER}\n</tool_call>\n\n", calls=[_WEATHER_CALL]),
@@ -66,6 +76,7 @@ RECORDED = [
         r'<tool_call>{"name": "get_weather", "arguments": "{\"city\": \"A\"}"}</tool_call>',
         calls=[("get_weather", {"city": "A"})],
     ),
+    Recorded("hermes number too large", _H, _TOO_LARGE, _TOO_LARGE),
     Recorded("hermes without end marker", _H, f"<tool_call>{_WEATHER}", calls=[_WEATHER_CALL]),
     Recorded("hermes two in one tag", _H, f"<tool_call>{_WEATHER}\n{_WEATHER}</tool_call>", calls=[_WEATHER_CALL] * 2),
     Recorded(

@@ -1,12 +1,13 @@
 """Through a real gateway: the engine gets grammars that were compiled before, and the vocabulary once."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("llguidance")
 
-from harness.gateway_process import EOS, VOCAB_SIZE, GatewayProcess, says
+from harness.gateway_process import EOS, VOCAB_SIZE, GatewayProcess, make_model_folder, says
 from harness.waiting import eventually
 from mgpu import Client, RequestFailed
 from mgpu.protocol.internal.worker_messages import Vocabulary
@@ -65,3 +66,12 @@ def test_a_model_without_an_end_needs_a_stop_token(model_folder: object) -> None
             client.generate("x", structured_outputs={"regex": "a"})
         gateway.engine.script = says("a", then=9)
         assert client.generate("x", structured_outputs={"regex": "a"}, stop_token_ids=[9]).text == "a"
+
+
+def test_an_answer_with_a_form_is_no_reasoning_where_the_template_has_begun_it(tmp_path: Path) -> None:
+    template = "{{ messages[0].content }}<think>\n"
+    with GatewayProcess(make_model_folder(tmp_path, template)) as gateway, Client(gateway.endpoint) as client:
+        gateway.engine.script = says("42")
+        asked = [{"role": "user", "content": "x"}]
+        assert client.chat(asked, max_tokens=9).reasoning == "42"
+        assert client.chat(asked, max_tokens=9, regex="[0-9]+").text == "42"

@@ -67,3 +67,11 @@ def test_nothing_of_a_long_odd_answer_is_lost(name: str) -> None:
 def joined(events: list[Event]) -> str:
     assert all(isinstance(event, Content) for event in events), events
     return "".join(event.text for event in events if isinstance(event, Content))
+
+
+def test_a_call_that_breaks_takes_no_place_of_another() -> None:
+    parser, answer = AnswerParser(ChatFormat("hermes"), OfferedTools(TOOLS), most_calls=1), ParsedAnswer()
+    broken, good = (f'<tool_call>{{"name": "get-time", "arguments": {rest}}}</tool_call>' for rest in ("{x}", "{}"))
+    answer.add(parser.push(f"{broken}\n{good}"))
+    answer.add(parser.finish())
+    assert [call.name for call in answer.calls()] == ["get-time"]
