@@ -80,6 +80,6 @@ def test_nothing_is_left_when_the_router_is_killed(replicas: ServerProcess) -> N
     family = psutil.Process(replicas.process.pid).children(recursive=True)
     os.kill(replicas.process.pid, signal.SIGKILL)
     replicas.process.wait(10)
-    eventually(lambda: not any(map(is_alive, family)), lambda: family, 10)
+    eventually(lambda: not any(map(is_alive, family)), lambda: family, 30)
     left = lambda: [path for path in replicas.runtime_base.rglob("*") if path.name != "log"]  # noqa: E731
-    eventually(lambda: not left(), left, 10)
+    eventually(lambda: not left(), left, 30)

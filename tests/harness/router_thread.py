@@ -34,7 +34,7 @@ class RouterThread:
 
     def end(self) -> None:
         self._stopping.set()
-        self._thread.join(10.0)
+        self._thread.join(30.0)
         assert not self._thread.is_alive()
         for replica in self.replicas:
             if replica.session is not None:
