@@ -1,4 +1,4 @@
-"""Give requests to replicas: where most of the prompt is cached and least waits; again where a replica was lost."""
+"""Send requests to replicas: where most of the prompt is cached and least waits; again where a replica was lost."""
 
 import logging
 import secrets

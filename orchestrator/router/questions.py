@@ -144,7 +144,7 @@ class Questions:
         return any(each.connection == connection and each.id == request_id for each in self._open)
 
     def cancel(self, connection: bytes, request_id: int | None = None) -> None:
-        """Give up a question, or all of a connection; a question that is given up by name is answered."""
+        """Drop a question, or all of a connection; a question that is dropped by name is answered."""
         for question in [each for each in self._open if each.connection == connection]:
             if request_id in (None, question.id):
                 self._forget(question)

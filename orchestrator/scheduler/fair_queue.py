@@ -83,7 +83,7 @@ class Account:
         return None
 
     def enter(self, part: "Account") -> None:
-        """Give a part an entry with its tag; an earlier one is stale then."""
+        """Enter a part with its tag; an earlier entry is stale then."""
         if part.entry < 0:
             part.counted = part.weight
             self.weight_in_line += part.counted

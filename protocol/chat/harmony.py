@@ -7,7 +7,7 @@ names (`to=functions.f`), is a call; all other messages are content.
 import re
 from collections.abc import Callable
 
-from mgpu.protocol.chat.json_scanner import BrokenJson, JsonScanner
+from mgpu.protocol.chat.json_scanner import JsonScanner
 from mgpu.protocol.chat.machine import Found, Machine, first_of, held_chars
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
@@ -97,17 +97,7 @@ class Harmony(Machine):
         return True
 
     def _read_arguments(self) -> bool:
-        try:
-            end = self._arguments.scan(self._buffer)
-        except BrokenJson:
-            return self._break()
-        self._found.arguments(self._buffer[:end])
-        self._take_call(end)
-        if self._arguments.is_complete:
-            self._found.complete()
-            self._state = self._after_call
-            return True
-        return self._has_ended and self._break()
+        return self._follow(self._arguments, self._after_call, are_arguments=True)
 
     def _after_call(self) -> bool:
         """Skip the marker of the end; what comes before it becomes content."""

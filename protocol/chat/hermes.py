@@ -1,7 +1,6 @@
 """Calls as Hermes and Qwen write them: `<tool_call>{"name": "f", "arguments": {…}}</tool_call>`, any number of them."""
 
 from mgpu.protocol.chat.call_object import CallObject
-from mgpu.protocol.chat.json_scanner import BrokenJson
 from mgpu.protocol.chat.machine import Found, Machine
 
 BEGIN, END = "<tool_call>", "</tool_call>"
@@ -29,16 +28,7 @@ class Hermes(Machine):
         return True
 
     def _inside(self) -> bool:
-        try:
-            end = self._object.scan(self._buffer)
-        except BrokenJson:
-            return self._break()
-        self._take_call(end)
-        if self._object.is_complete:
-            self._found.complete()
-            self._state = self._after
-            return True
-        return self._has_ended and self._break()
+        return self._follow(self._object, self._after)
 
     def _after(self) -> bool:
         """Skip the end marker, which may be missing. Another object may come before it."""

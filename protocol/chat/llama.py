@@ -4,7 +4,6 @@ The token `<|python_tag|>` may come before it. After other text, an object is a 
 """
 
 from mgpu.protocol.chat.call_object import CallObject
-from mgpu.protocol.chat.json_scanner import BrokenJson
 from mgpu.protocol.chat.machine import Found, Machine
 
 TAG, TAG_END = "<|python_tag|>", "<|eom_id|>"
@@ -43,16 +42,7 @@ class Llama(Machine):
         return True
 
     def _read_object(self) -> bool:
-        try:
-            end = self._object.scan(self._buffer)
-        except BrokenJson:
-            return self._break()
-        self._take_call(end)
-        if self._object.is_complete:
-            self._found.complete()
-            self._state = self._after
-            return True
-        return self._has_ended and self._break()
+        return self._follow(self._object, self._after)
 
     def _after(self) -> bool:
         """Look for another call, behind a separator or none."""

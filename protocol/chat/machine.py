@@ -11,6 +11,7 @@ a call are dropped.
 
 import secrets
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from mgpu.protocol.chat.events import CallArguments, CallBegin, CallBroken, CallEnd, Content, Event, Reasoning
 from mgpu.protocol.chat.json_scanner import BrokenJson
@@ -18,6 +19,15 @@ from mgpu.protocol.chat.tools import OfferedTools
 
 _MAX_HELD_SPACES = 1024
 _MAX_BROKEN = 128
+
+
+class Scanner(Protocol):
+    """Follows JSON while it arrives."""
+
+    is_complete: bool
+
+    def scan(self, text: str) -> int:
+        """Return the end of what belongs to it. BrokenJson where it is not valid."""
 
 
 def new_call_id() -> str:
@@ -160,6 +170,24 @@ class Machine:
         self._buffer = self._found.broken() + self._buffer
         self._state = self._outside
         return True
+
+    def _follow(self, scanner: Scanner, then: Callable[[], bool], are_arguments: bool = False) -> bool:
+        """Take what belongs to the JSON of a call; ``then`` is the state after its end.
+
+        ``are_arguments``: pass it on as such. Else the scanner does so itself.
+        """
+        try:
+            end = scanner.scan(self._buffer)
+        except BrokenJson:
+            return self._break()
+        if are_arguments:
+            self._found.arguments(self._buffer[:end])
+        self._take_call(end)
+        if scanner.is_complete:
+            self._found.complete()
+            self._state = then
+            return True
+        return self._has_ended and self._break()
 
     def _pass_content(self, markers: Sequence[str], then: Callable[[], bool]) -> bool:
         """Pass on what comes before the first marker. After the marker, which is part of a call, do ``then``."""

@@ -3,7 +3,7 @@
 import re
 
 from mgpu.protocol.chat.call_object import CallObject
-from mgpu.protocol.chat.json_scanner import BrokenJson, JsonScanner
+from mgpu.protocol.chat.json_scanner import JsonScanner
 from mgpu.protocol.chat.machine import Found, Machine
 
 BEGIN, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
@@ -39,16 +39,7 @@ class Mistral(Machine):
         return True
 
     def _read_object(self) -> bool:
-        try:
-            end = self._object.scan(self._buffer)
-        except BrokenJson:
-            return self._break()
-        self._take_call(end)
-        if self._object.is_complete:
-            self._found.complete()
-            self._state = self._after_object if self._in_list else self._outside
-            return True
-        return self._has_ended and self._break()
+        return self._follow(self._object, self._after_object if self._in_list else self._outside)
 
     def _after_object(self) -> bool:
         if not self._skips_space(of_call=False) or not self._buffer:
@@ -103,14 +94,4 @@ class Mistral(Machine):
         return True
 
     def _read_arguments(self) -> bool:
-        try:
-            end = self._arguments.scan(self._buffer)
-        except BrokenJson:
-            return self._break()
-        self._found.arguments(self._buffer[:end])
-        self._take_call(end)
-        if self._arguments.is_complete:
-            self._found.complete()
-            self._state = self._outside
-            return True
-        return self._has_ended and self._break()
+        return self._follow(self._arguments, self._outside, are_arguments=True)
