@@ -6,9 +6,9 @@ import time
 from mgpu.orchestrator.gateway.front.access import scope_to_key
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
-from mgpu.orchestrator.gateway.front.inbox import MAX_BYTES, Inbox
+from mgpu.orchestrator.gateway.front.inbox import GIVEN_UP, Inbox
 from mgpu.orchestrator.gateway.front.pace import Pace
-from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
@@ -35,20 +35,6 @@ from mgpu.protocol.front.server_messages import Failed
 TURN_S = 0.004
 """How long messages are handled before the engine is looked at again."""
 FLUSH_INTERVAL_S = 0.005
-
-_GIVEN_UP = {
-    "slow": Failed(
-        None, "slow_reader", "messages were not read fast enough; everything in flight on this connection has ended"
-    ),
-    "flooding": Failed(
-        None,
-        "overloaded",
-        f"more than {MAX_BYTES >> 20} MiB of messages wait to be read; they were dropped, and everything in flight on "
-        "this connection has ended",
-        RETRY_AFTER_S,
-    ),
-}
-"""What the client of a connection is told that was given up."""
 
 log = logging.getLogger(__name__)
 
@@ -154,4 +140,4 @@ class Clients:
                 if not self._resumptions.keep(request):
                     self._requests.drop(request)
             if loss != "gone":
-                self._outgoing.to_client(connection, _GIVEN_UP[loss])
+                self._outgoing.to_client(connection, GIVEN_UP[loss])

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.router.dispatch import Dispatch
-from mgpu.orchestrator.router.part import Part
-from mgpu.orchestrator.router.relay import Ending
+from mgpu.orchestrator.router.part import Ending, Part
 from mgpu.orchestrator.router.replica import Replica
 from mgpu.orchestrator.router.routed_request import RoutedRequest
 from mgpu.orchestrator.router.table import RoutedTable

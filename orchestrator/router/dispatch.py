@@ -6,8 +6,7 @@ import time
 from collections.abc import Sequence
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
-from mgpu.orchestrator.router.part import Part
-from mgpu.orchestrator.router.relay import Ending
+from mgpu.orchestrator.router.part import Ending, Part
 from mgpu.orchestrator.router.replica import SILENT_S, Replica
 from mgpu.orchestrator.router.routed_request import RoutedRequest
 from mgpu.orchestrator.router.table import RoutedTable

@@ -19,7 +19,7 @@ import zmq
 from mgpu.orchestrator.gateway.front.account import KEY_PREFIX, NAMED_PREFIX, PART_OF, Account
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
-from mgpu.orchestrator.gateway.front.inbox import Inbox
+from mgpu.orchestrator.gateway.front.inbox import GIVEN_UP, Inbox
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.router.adopt import Adoption
@@ -49,8 +49,6 @@ KEEP_S = 30.0
 """How long replicas go on with the requests of a router that is gone."""
 MAX_REQUESTS = 65536
 _ACCOUNT_CHARS = 128
-_SLOW = "messages were not read fast enough; everything in flight on this connection has ended"
-_FLOODING = "too many messages wait to be read; they were dropped, and everything in flight has ended"
 
 log = logging.getLogger(__name__)
 
@@ -253,10 +251,8 @@ class Router:
                 self.dispatch.withdraw(routed)
                 self.table.drop(routed)
             self.questions.cancel(connection)
-            if loss == "slow":
-                self._send(connection, Failed(None, "slow_reader", _SLOW))
-            elif loss == "flooding":
-                self._send(connection, Failed(None, "overloaded", _FLOODING, RETRY_AFTER_S))
+            if loss != "gone":
+                self._send(connection, GIVEN_UP[loss])
 
     def _send(self, connection: bytes, message: ServerMessage) -> None:
         self._front.send(connection, to_map(message))

@@ -14,8 +14,10 @@ from collections.abc import Callable
 
 from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
+from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received
 from mgpu.protocol.front.framing import MAX_FRAMES
+from mgpu.protocol.front.server_messages import Failed
 
 FULL_BYTES = 64 << 10
 MAX_BYTES = 16 << 20
@@ -29,6 +31,20 @@ MIN_PAUSE_S, MAX_PAUSE_S = 0.002, 0.02
 PAUSE_PER_READING, PAUSE_S_PER_BYTE = 2.0, 0.02 / (1 << 20)
 READ_AT_ONCE_S = 0.001
 """Spent on reading before the next message is served."""
+
+GIVEN_UP = {
+    "slow": Failed(
+        None, "slow_reader", "messages were not read fast enough; everything in flight on this connection has ended"
+    ),
+    "flooding": Failed(
+        None,
+        "overloaded",
+        f"more than {MAX_BYTES >> 20} MiB of messages wait to be read; they were dropped, and everything in flight on "
+        "this connection has ended",
+        RETRY_AFTER_S,
+    ),
+}
+"""What the client of a connection is told that was given up."""
 
 
 class Inbox:
