@@ -6,7 +6,10 @@ two cores or more the attacker has the last one to itself, in all of the run. An
 the one after a server that has ended, get their own.
 
     python -m bench.attack [--only NAME,…] [--transports ipc,tcp] [--seconds 60] [--strengths 1,4] [--streams 16]
-                           [--model demo] [--save FOLDER]
+                           [--calm SECONDS] [--model demo] [--save FOLDER]
+
+With ``--model small`` a model of random weights is made for the purpose. To run several side by side, give each its
+cores: `taskset -c 0-2 python -m bench.attack …`.
 """
 
 import argparse
@@ -31,7 +34,7 @@ def run_attacks(transport: Transport, options: argparse.Namespace) -> Iterator[R
         while waiting:
             with Siege(options.model, transport, situation, options.streams) as siege:
                 while waiting and siege.lives:
-                    yield siege.run(*waiting.pop(0), options.seconds)
+                    yield siege.run(*waiting.pop(0), options.seconds, options.calm)
 
 
 def parse() -> argparse.Namespace:
@@ -39,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", type=words, default=list(ATTACKS), metavar="NAME,…", help=f"of {', '.join(ATTACKS)}")
     parser.add_argument("--transports", type=words, default=["ipc", "tcp"])
     parser.add_argument("--seconds", type=float, default=60.0, help="of each attack")
+    parser.add_argument("--calm", type=float, help="seconds without an attack before each; a quarter of --seconds")
     parser.add_argument("--strengths", type=numbers, default=[1, 4])
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--model", default="demo")
@@ -46,6 +50,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := set(options.only) - set(ATTACKS):
         parser.error(f"no attack {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}")
+    if options.calm is None:
+        options.calm = min(max(5.0, options.seconds / 4), 2 * options.seconds)
     options.save = options.save or Path("bench/results") / time.strftime("attack-%Y%m%d-%H%M%S")
     return options
 

@@ -111,6 +111,7 @@ class HostileSession:
         if self._peer is not None:
             if self._monitor is not None:
                 self._peer.disable_monitor()
+                self._monitor.close(linger=0)
                 self._monitor = None
             self._peer.close(linger=0)
             self._peer = None
@@ -263,15 +264,23 @@ class HostileSession:
 
 
 def run_sessions(
-    numbers: Iterator[int], seed: int, attackers: list[Attacker], width: int, until_s: float, seen: Seen
+    numbers: Iterator[int],
+    seed: int,
+    attackers: list[Attacker],
+    width: int,
+    until_s: float,
+    seen: Seen,
+    *,
+    is_patient: bool = True,
 ) -> int:
     """Run sessions, ``width`` of them at a time, until there are no more numbers or the time is over.
 
-    Return how many were run to their end. Each of ``attackers`` has a key of its own.
+    What has begun then goes on to its end, unless ``is_patient`` is false. Return how many were run to their end. Each
+    of ``attackers`` has a key of its own.
     """
     running: list[HostileSession] = []
     done = 0
-    while True:
+    while is_patient or time.monotonic() < until_s:
         while len(running) < width and time.monotonic() < until_s and (number := next(numbers, None)) is not None:
             running.append(HostileSession(number, seed, attackers, seen))
         if not running:
@@ -281,3 +290,6 @@ def run_sessions(
         going = [session for session in running if session.step()]
         done += len(running) - len(going)
         running = going
+    for session in running:
+        session.close()
+    return done

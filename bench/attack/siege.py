@@ -51,12 +51,12 @@ class Siege:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(self, name: str, strength: int, seconds: float) -> Row:
-        """Watch the honest clients without and with an attack, and see what it leaves behind."""
+    def run(self, name: str, strength: int, seconds: float, calm_s: float) -> Row:
+        """Watch the honest clients for ``calm_s`` without an attack, then with it, and see what it leaves behind."""
         row = Row(name, self._transport, strength, load=os.getloadavg()[0])
         honest, victim = self._honest, self._victim
         victim.wait_quiet(self._streams + 1)
-        before = honest.watch(min(max(5.0, seconds / 4), 2 * seconds))
+        before = honest.watch(calm_s)
         held, restarts, lost, different = victim.footprint(), victim.restarts(), honest.lost, honest.different
         during = self._attacked(row, seconds)
         honest.watch(1.0)

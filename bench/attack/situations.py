@@ -4,8 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-VOCABULARY = 49_152
-"""Honest streams draw their prompts below this."""
+from bench.attack.small_model import config
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,6 @@ LOST_TOKEN = Situation(split=".", lacks_token=True)
 def make_model(folder: Path, situation: Situation) -> Path:
     """Write a small Llama without weights (``--load-format dummy``) whose tokenizer is the situation's."""
     folder.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 512,
-    }  # fmt: skip
     vocabulary = {chr(code): code - 32 for code in range(32, 127)}
     single: list[dict[str, object]] = [{"Sequence": {"id": "A", "type_id": 0}}]
     if situation.lacks_token:
@@ -46,7 +41,7 @@ def make_model(folder: Path, situation: Situation) -> Path:
         "decoder": {"type": "ByteFallback"},
         "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config()))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
     return folder

@@ -11,6 +11,7 @@ from typing import Literal
 
 import psutil
 
+from bench.attack import small_model
 from bench.attack.situations import ORDINARY, Situation, make_model
 from bench.chaos.load import Job, make_jobs
 from bench.waiting import wait_until
@@ -52,11 +53,15 @@ class Victim:
         self.endpoint = ""
 
     def __enter__(self) -> "Victim":
-        model = ["-m", self._model]
-        if self._situation.split:
-            folder = make_model(Path(self._folder.name) / "model", self._situation)
-            model = ["-m", str(folder), "--load-format", "dummy"]
-        options = [*model, "--device", "cpu", "--max-seq-len", "512", "--kv-memory", "128MiB"]
+        options = [
+            *self._model_options(Path(self._folder.name) / "model"),
+            "--device",
+            "cpu",
+            "--max-seq-len",
+            "512",
+            "--kv-memory",
+            "128MiB",
+        ]
         if self._transport == "tcp":
             options += ["--bind", "tcp://127.0.0.1:0", "--keys", str(self._make_keys())]
         self.log = Path(self._folder.name) / "log"
@@ -70,6 +75,13 @@ class Victim:
     def __exit__(self, *_: object) -> None:
         self.server.close()
         self._folder.cleanup()
+
+    def _model_options(self, folder: Path) -> list[str]:
+        if self._situation.split:
+            return ["-m", str(make_model(folder, self._situation)), "--load-format", "dummy"]
+        if self._model == small_model.NAME:
+            return ["-m", str(small_model.write_small_model(folder)), "--load-format", "dummy"]
+        return ["-m", self._model]
 
     def _make_keys(self) -> Path:
         keys = Path(self._folder.name) / "keys"

@@ -1,17 +1,19 @@
 """`make attack` in its shortest form, and its judgement of what it sees."""
 
 import argparse
+import itertools
+import time
 from pathlib import Path
 
 import pytest
 
-from bench.attack import hostile
+from bench.attack import hostile, small_model
 from bench.attack.__main__ import run_attacks
 from bench.attack.attacks import ATTACKS, situation_of
+from bench.attack.peers import Attacker
 from bench.attack.row import Row
+from bench.attack.sessions import Seen, run_sessions
 from bench.attack.situations import ORDINARY, make_model
-from harness.demo_model import demo_model as obtain
-from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
 
@@ -20,14 +22,11 @@ GOOD = {"first_token_ratio": 1.2, "rate_ratio": 0.9}
 
 @pytest.fixture(scope="module")
 def options() -> argparse.Namespace:
-    try:
-        model = obtain()
-    except ModelError as error:
-        pytest.skip(f"the demo model cannot be obtained: {error}")
     return argparse.Namespace(
-        model=model,
+        model=small_model.NAME,
         streams=2,
         seconds=1.0,
+        calm=2.0,
         only=["garbage-bytes", "bad-fields"],
         strengths=[1],
         seed=1,
@@ -72,6 +71,22 @@ def test_a_situation_has_what_its_attack_needs(name: str, tmp_path: Path) -> Non
     assert codec.encode("hello", add_special_tokens=False) == [72, 69, 76, 76, 79]
     with pytest.raises(TokenizerError, match="gave up"):
         codec.encode("a" * 30)
+
+
+def test_every_token_of_the_small_model_has_a_text_and_common_words_are_one_token(tmp_path: Path) -> None:
+    """So attacks by long texts, by texts that just fit and by stop strings do there what they do to a real model."""
+    codec = load_codec(str(small_model.write_small_model(tmp_path / "model")), "safetensors")
+    assert codec is not None
+    assert 250 < len(codec.encode("hello " * 300)) < 350
+    assert all(codec.all_bytes(token_id) for token_id in range(small_model.VOCABULARY))
+
+
+def test_sessions_of_an_impatient_attacker_end_with_its_time() -> None:
+    attacker = Attacker("ipc:///nowhere/at/all", None, 1)
+    seen = Seen()
+    done = run_sessions(itertools.count(), 7, [attacker], 8, time.monotonic() + 0.1, seen, is_patient=False)
+    attacker.close()
+    assert 0 < done < sum(seen.sessions.values())
 
 
 @pytest.mark.parametrize(
