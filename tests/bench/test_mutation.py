@@ -7,7 +7,7 @@ import pytest
 
 from bench.mutation.__main__ import score
 from bench.mutation.places import Change, annotated, changes_of, sample, sources
-from bench.mutation.trial import Trial, copy_of, stages_for, try_change
+from bench.mutation.trial import Suite, Trial, copy_of, stages_for, try_change
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
@@ -77,7 +77,7 @@ def test_a_copy_has_the_links_of_the_package(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("test", "outcome"),
-    [("within(3) is False", "caught"), ("within(None) is None", "survived"), ("within(2) is False", "unsure")],
+    [("within(3) is False", "caught"), ("within(None) is None", "survived"), ("within(2) is False", "survived")],
 )
 def test_a_change_is_caught_or_survives_and_the_file_is_restored(tmp_path: Path, test: str, outcome: str) -> None:
     pytest.importorskip("cosmic_ray", reason="the extra mutation is not installed")
@@ -90,7 +90,10 @@ def test_a_change_is_caught_or_survives_and_the_file_is_restored(tmp_path: Path,
     )
     found = changes_of(tmp_path, "launch/limits.py", ["core/NumberReplacer"])
     [upper] = [places[0] for places in found if places[0].line == 10]
-    trial = try_change(tmp_path, upper, 60.0)
+    tests = Suite(tmp_path, timeout_s=60.0)
+    trial = try_change(tests, upper)
     assert (trial.outcome, bool(trial.by)) == (outcome, outcome != "survived")
+    fails_anyway = test == "within(2) is False"
+    assert tests.failing == ({"tests/launch/test_limits.py::test_it"} if fails_anyway else set())
     assert "+    return low <= value < " in trial.diff
     assert (tmp_path / "launch" / "limits.py").read_text() == SOURCE
