@@ -33,8 +33,11 @@ class StepPipeline:
         self._spin = SpinPolicy(spin_s)
         self._times, self._costs = StepTimes(hang_timeout_s), StepCosts()
         scheduler.shares.room_beside = self._costs.room_beside
-        self._published: deque[tuple[float, int]] = deque()
-        """When each step in flight went out, and its tokens; a token that is costly to choose counts for more."""
+        scheduler.shares.prompt_room_beside = self._costs.prompt_room_beside
+        self._published: deque[tuple[float, int, bool]] = deque()
+        """When each step in flight went out, its tokens, and whether it computes prompts.
+
+        A token that is costly to choose counts for more."""
         self.vocabulary: Vocabulary | None = None
         """What the gateway knows of the model's tokens; None before the first request with a grammar."""
         self._vocabulary_epoch = -1
@@ -51,7 +54,6 @@ class StepPipeline:
             seconds = max(each.phase_s.get("warmup", 0.0) for each in warm_up) * TRIAL_STEP_SHARE
             num_tokens = max(each.step_tokens for each in warm_up)
             self._times.note(num_tokens, seconds)
-            self._costs.note(num_tokens, seconds)
 
     def publish(self) -> None:
         """Publish steps until the pipeline is full."""
@@ -71,7 +73,9 @@ class StepPipeline:
                 self._stats.queue_s.add(published_s - submitted_s)
             if not self._published:
                 self._stats.note_fed(published_s)
-            self._published.append((published_s, sum(plan.counts) + self._scheduler.shares.extra_cost))
+            num_tokens = sum(plan.counts)
+            has_prompt = num_tokens > len(plan.rows)
+            self._published.append((published_s, num_tokens + self._scheduler.shares.extra_cost, has_prompt))
             self._stats.schedule_us.add((planned - began) * 1e6)
             self._stats.publish_us.add((time.perf_counter() - planned) * 1e6)
 
@@ -137,7 +141,7 @@ class StepPipeline:
     def _due_s(self) -> float | None:
         if not self._published:
             return None
-        published_s, num_tokens = self._published[0]
+        published_s, num_tokens, _ = self._published[0]
         return published_s + self._times.usual_s(num_tokens)
 
     def _apply(self, result: StepResult) -> None:
@@ -148,8 +152,8 @@ class StepPipeline:
             raise self._workers.group.broken(str(error)) from error
         before_s, self._last_result_s = self._last_result_s, time.monotonic()
         if self._published:
-            published_s, num_tokens = self._published.popleft()
-            self._costs.note(num_tokens, self._last_result_s - max(published_s, before_s))
+            published_s, num_tokens, has_prompt = self._published.popleft()
+            self._costs.note(num_tokens, self._last_result_s - max(published_s, before_s), has_prompt)
             self._stats.step_us.add((self._last_result_s - published_s) * 1e6)
             self._times.note(num_tokens, self._last_result_s - published_s)
             if not self._published and self._scheduler.num_running:

@@ -3,8 +3,8 @@
 Owners are the first numbers of accounts (fair_queue.py). While sequences of several owners run,
 
 - an owner may decode so many tokens in a step that it takes a third longer than with those of the others alone
-  (`room_beside`, measured by the engine), and at least as many as the smallest of the others. If its running sequences
-  fill that room, it is held: its next sequences wait in line, in nobody's way.
+  (`room_beside`, measured in engine/step_costs.py), and at least as many as the smallest of the others. If its running
+  sequences fill that room, it is held: its next sequences wait in line, in nobody's way.
 - an owner beside others that decode has its prompts computed in portions, so that a step takes a third longer than
   without them. What is not used in one step is kept for some steps, so that a short prompt is computed at once.
 
@@ -38,6 +38,8 @@ class RunningShares:
 
     def __init__(self) -> None:
         self.room_beside: RoomBeside = unlimited
+        """For tokens that are decoded."""
+        self.prompt_room_beside: RoomBeside = unlimited
         self.clear()
 
     def clear(self) -> None:
@@ -138,7 +140,7 @@ class RunningShares:
         costs = sorted([*self._decoding.values(), *[1] * len(self._recent)])
         self._total, self._smallest = sum(costs), costs[:2]
         self._rooms.clear()
-        self._prompt_room = self.room_beside(self._total) if self._total else unlimited(0)
+        self._prompt_room = self.prompt_room_beside(self._total) if self._total else unlimited(0)
 
     def _is_full(self, owner: int) -> bool:
         mine = self._running.get(owner, 0)

@@ -8,8 +8,8 @@ from mgpu.orchestrator.engine.step_costs import StepCosts
 def costs_of(*points: tuple[int, float]) -> StepCosts:
     costs = StepCosts()
     for tokens, seconds in points:
-        for _ in range(50):
-            costs.note(tokens, seconds)
+        for _ in range(9):
+            costs.note(tokens, seconds, False)
     return costs
 
 
@@ -38,6 +38,53 @@ def test_before_anything_was_measured_time_grows_with_tokens() -> None:
 
 def test_what_is_measured_follows_the_machine() -> None:
     costs = costs_of((8, 0.020), (40, 0.060))
-    for _ in range(100):
-        costs.note(40, 0.020)
+    for _ in range(9):
+        costs.note(40, 0.020, False)
     assert costs.room_beside(8) >= 32
+
+
+def test_a_first_step_for_which_kernels_were_compiled_teaches_nothing() -> None:
+    costs = costs_of((8, 0.020))
+    costs.note(40, 30.0, False)
+    assert costs.room_beside(8) == 2, "as if no step of this size had been seen"
+    for _ in range(2):
+        costs.note(40, 0.060, False)
+    assert costs.room_beside(8) == 5
+
+
+def test_a_first_size_that_was_compiled_does_not_make_the_others_look_quick() -> None:
+    costs = StepCosts()
+    for seconds in (30.0, 0.020, 0.020):
+        costs.note(8, seconds, False)
+    for _ in range(3):
+        costs.note(40, 0.060, False)
+    assert costs.room_beside(8) == 5
+
+
+def test_prompts_have_the_room_that_steps_with_prompts_leave() -> None:
+    costs = costs_of((8, 0.020), (40, 0.060))
+    assert costs.prompt_room_beside(8) == costs.room_beside(8), "before one was computed beside others"
+    for tokens, seconds in ((50, 0.022), (120, 0.024), (500, 0.060)):
+        for _ in range(3):
+            costs.note(tokens, seconds, True)
+    assert costs.room_beside(8) == 5
+    assert 120 < costs.prompt_room_beside(8) < 250
+
+
+def test_costly_prompts_do_not_hold_back_what_is_decoded() -> None:
+    costs = costs_of((8, 0.020), (40, 0.021))
+    for _ in range(9):
+        costs.note(40, 0.400, True)
+    assert costs.room_beside(8) > 30
+    assert costs.prompt_room_beside(8) == 1
+
+
+def test_while_steps_take_no_longer_one_of_twice_the_size_is_tried() -> None:
+    costs = costs_of((1, 0.010))
+    tried = []
+    for _ in range(8):
+        tried.append(1 + costs.room_beside(1))
+        for _ in range(3):
+            costs.note(tried[-1], 0.010 if tried[-1] < 100 else 0.020, False)
+    assert tried[:6] == [2, 4, 8, 16, 32, 64]
+    assert 64 < tried[-1] < 128

@@ -23,7 +23,7 @@ class Server:
 
     def __init__(self, room: int) -> None:
         self.scheduler = Scheduler(LIMITS)
-        self.scheduler.shares.room_beside = lambda _num_tokens: room
+        self.scheduler.shares.room_beside = self.scheduler.shares.prompt_room_beside = lambda _num_tokens: room
         self.model = FakeModel(LIMITS.num_blocks, LIMITS.block_size, 1)
         self.owner_of: dict[int, int] = {}
         self.rows: dict[int, int] = {}
@@ -165,7 +165,8 @@ def test_owners_that_have_gone_are_forgotten_while_others_run() -> None:
 def test_everything_ends_whatever_room_there_is(seed: int) -> None:
     rng = random.Random(seed)
     server = Server(room=1)
-    server.scheduler.shares.room_beside = lambda _num_tokens: rng.choice([1, 1, 5, 1000])
+    shares = server.scheduler.shares
+    shares.room_beside = shares.prompt_room_beside = lambda _num_tokens: rng.choice([1, 1, 5, 1000])
     for _ in range(300):
         if rng.random() < 0.3:
             server.submit(rng.randrange(4), rng.randrange(1, 200), rng.randrange(1, 8), rng.choice([None, COSTLY]))
