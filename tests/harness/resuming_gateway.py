@@ -32,6 +32,7 @@ from mgpu.protocol.internal.gateway_messages import (
 
 SPEC = GatewaySpec("", "", "", "", "safetensors", "tiny", 300, [], 1 << 20)
 INFO = EngineInfo("ready", 512, 4096, "")
+KEEP_S = 30.0
 A, B = b"connection A", b"connection B"
 KEY = "key:someone"
 SIZE, ACCOUNT = 5000, Account(KEY, KEY)
@@ -97,7 +98,7 @@ def new_choice(spec: Generate, index: int, sequence_id: int, stop_ids: Sequence[
 
 def context(n: int) -> bytes:
     """Return what an earlier gateway has left with the engine."""
-    spec = Generate(1, n=n, session="s")
+    spec = Generate(1, n=n, session="s", keep_s=KEEP_S)
     return pack_context(Request(b"", spec, 0.0, None, KEY, KEY, size=SIZE), Accepted(1, "tiny", 3, 16, 0))
 
 

@@ -51,8 +51,8 @@ class Resumptions:
         """QUEUED, ASKED and OUTDATED."""
         self._abandoned: dict[int, Resumption] = {}
         """ABANDONED, by query id; the oldest are forgotten."""
-        self._orphans: list[tuple[float, Name | None, list[int]]] = []
-        """(due_s, name, sequence ids): what runs for clients that were told to ask again before the engine answered."""
+        self._orphans: dict[int, tuple[float, Name | None]] = {}
+        """By sequence, until when it runs for a client that nobody knows now, and the name of its request."""
 
     # ---------------------------------------------------------- from clients
 
@@ -94,8 +94,7 @@ class Resumptions:
         if not request.spec.keep_s or request.spec.session is None or not request.choices:
             return False
         running = [each.sequence_id for each in request.choices if not each.is_over]
-        name = request.spec.session, request.id
-        self._orphans.append((time.monotonic() + request.spec.keep_s, name, running))
+        self._wait_for_client((request.spec.session, request.id), running, request.spec.keep_s)
         self._table.remove(request)
         return True
 
@@ -122,7 +121,7 @@ class Resumptions:
             if late is not None:
                 late.move_to(ResumptionState.OVER)
             name = None if late is None else late.name
-            self._orphans.append((time.monotonic() + GRACE_S, name, _running(record)))
+            self._wait_for_client(name, _running(record), GRACE_S)
         elif resumption.state is ResumptionState.OUTDATED:  # continued for a lost connection, the request would end
             self._ask_again(resumption)
         elif resumption.request is not None and resumption.request.is_over:  # cancelled, say, between two portions
@@ -205,6 +204,7 @@ class Resumptions:
         ]
         self._table.start(request, choices)
         for sequence in record.sequences:
+            self._orphans.pop(sequence.sequence_id, None)
             if sequence.finish:
                 self._quota.ended(sequence.sequence_id)
             elif sequence.num_tokens:
@@ -245,13 +245,17 @@ class Resumptions:
             del self._abandoned[next(iter(self._abandoned))]
 
     def drop_orphans(self, now: float) -> None:
-        """Cancel what the engine named too late, unless its client has asked again."""
-        orphans, self._orphans = self._orphans, []
-        for due_s, name, sequence_ids in orphans:
-            if now < due_s:
-                self._orphans.append((due_s, name, sequence_ids))
-            elif name not in self._waiting:
-                self._cancel_unfollowed(sequence_ids)
+        """Cancel what has run long enough for clients that have not asked again."""
+        for number in [number for number, (due_s, _) in self._orphans.items() if now >= due_s]:
+            _, name = self._orphans.pop(number)
+            if name not in self._waiting:
+                self._cancel_unfollowed([number])
+
+    def _wait_for_client(self, name: Name | None, sequence_ids: list[int], seconds: float) -> None:
+        """Let sequences go on so long for a client that may ask for them again, or as long as they may already."""
+        due_s = time.monotonic() + seconds
+        for number in sequence_ids:
+            self._orphans[number] = max(due_s, self._orphans.get(number, (0.0, name))[0]), name
 
     def _cancel_unfollowed(self, sequence_ids: list[int]) -> None:
         """Cancel those sequences that no request in the table follows."""

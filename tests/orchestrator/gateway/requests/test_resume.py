@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from harness.resuming_gateway import ACCOUNT, KEY, SIZE, A, B, ResumingGateway, new_choice, record
+from harness.resuming_gateway import ACCOUNT, KEEP_S, KEY, SIZE, A, B, ResumingGateway, new_choice, record
 from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import Received
@@ -150,6 +150,31 @@ def test_an_answer_that_comes_too_late_ends_the_request_unless_its_client_asks_a
     gateway.resumptions.drop_orphans(time.monotonic() + GRACE_S)
     assert not gateway.resumptions._orphans
     assert gateway.cancelled == cancelled
+
+
+@pytest.mark.parametrize("has_late_answer", [False, True])
+def test_a_request_that_is_lost_again_has_all_of_its_time_again(
+    monkeypatch: pytest.MonkeyPatch, has_late_answer: bool
+) -> None:
+    lost_s = 20.0
+    gateway, began_s = ResumingGateway(), time.monotonic()
+    gateway.resume(A)
+    gateway.answer(0, record())
+    for now_s, client in ((0.0, B), (lost_s, None)):
+        monkeypatch.setattr(time, "monotonic", lambda now_s=now_s: began_s + now_s)
+        [request] = gateway.table
+        assert gateway.resumptions.keep(request)
+        if client:
+            gateway.resume(client)
+            gateway.answer(1, record())
+    if has_late_answer:  # an answer that nobody waits for shortens nothing
+        gateway.resume(A)
+        gateway.resumptions.give_up_overdue(began_s + lost_s + RECORD_TIMEOUT_S)
+        gateway.answer(2, record())
+    gateway.resumptions.drop_orphans(began_s + lost_s + KEEP_S - 1)
+    assert gateway.cancelled == []
+    gateway.resumptions.drop_orphans(began_s + lost_s + KEEP_S + 1)
+    assert gateway.cancelled == [7]
 
 
 def test_a_resume_that_cannot_be_asked_takes_nothing_from_the_connection_before(

@@ -55,5 +55,5 @@ def test_no_order_of_events_causes_another_transition_or_leaves_anything_behind(
                 gateway.resumptions.drop_orphans(now)
         gateway.resumptions.give_up_overdue(now + 1000)
         gateway.resumptions.drop_orphans(now + 1000)
-    assert (gateway.quota.num_questions, gateway.resumptions._waiting, gateway.resumptions._orphans) == (0, {}, [])
+    assert (gateway.quota.num_questions, gateway.resumptions._waiting, gateway.resumptions._orphans) == (0, {}, {})
     assert not any(choice.is_replaying for request in gateway.table for choice in request.choices)
