@@ -17,6 +17,7 @@ from mgpu.orchestrator.placement.described import described_machine
 from mgpu.orchestrator.placement.devices import Machine, find_machine
 from mgpu.orchestrator.placement.options import LayoutOptions, implied_workers
 from mgpu.orchestrator.placement.planner import Plan, plan
+from mgpu.orchestrator.placement.topology.file import read_topology
 from mgpu.orchestrator.processes.task_limits import check_task_limit, tasks_of_server
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.checkpoint.read import Checkpoint, has_weights
@@ -134,7 +135,8 @@ def _check_tasks(config: ServeConfig, planned: Plan) -> None:
 
 def ground(model: ResolvedModel, config: ServeConfig, gpus: str = "") -> tuple[Machine, LayoutOptions]:
     """Return what a plan is made from beside the model. UserError when there is no such machine."""
-    options = part_of(config, LayoutOptions, fewer_devices=model.is_demo)
+    topology = read_topology(Path(config.topology)) if config.topology else None
+    options = part_of(config, LayoutOptions, fewer_devices=model.is_demo, topology=topology)
     return described_machine(gpus) if gpus else _machine(config, options), options
 
 

@@ -96,6 +96,8 @@ class ServerConfig:
     restarts: Restarts = field(default_factory=Restarts)
     worker_envs: tuple[dict[str, str], ...] = ()
     """Per rank: added to the worker's environment, such as CUDA_VISIBLE_DEVICES; empty: nothing."""
+    worker_kv_memory: tuple[int, ...] = ()
+    """Per rank: as ``kv_memory``; empty: that of all."""
     worker_devices: tuple[str, ...] = ()
     """Per rank: the device under that environment, ``cpu`` or ``cuda:N``; empty: the placement's ordinals."""
     gpu_uuids: Mapping[int, str] = field(default_factory=dict)
@@ -122,6 +124,15 @@ class ServerConfig:
         if self.device_kind != "cpu" and usable == cores:
             return 0
         return max(1, usable // self.layout.placement.world_size)
+
+    def threads_of(self, rank: int) -> int:
+        """Return the CPU threads of a worker. CPU workers beside GPUs share all cores but one for each GPU."""
+        if self.num_threads or self.device_kind == "cpu" or self.device_of(rank) != "cpu":
+            return self.threads_per_worker
+        ranks = range(self.layout.placement.world_size)
+        on_cpu = sum(self.device_of(other) == "cpu" for other in ranks)
+        usable = usable_cpus(len(os.sched_getaffinity(0)))
+        return max(1, (usable - (len(ranks) - on_cpu)) // on_cpu)
 
     @property
     def shared_bytes(self) -> int:

@@ -20,8 +20,9 @@ from mgpu.orchestrator.models.find import read_model_to_plan, resolve_model
 from mgpu.orchestrator.placement.recommend import recommend, recommendation_json, recommendation_lines, stored_bits
 from mgpu.orchestrator.placement.speed import estimate_speed, speed_json, speed_lines
 from mgpu.orchestrator.placement.table import layout_json, layout_text
+from mgpu.orchestrator.placement.written_topology import topology_text
 
-_RECOMMENDED = ("tp", "device_layers", "quant", "kv_cache_dtype")
+_RECOMMENDED = ("tp", "device_layers", "topology", "quant", "kv_cache_dtype")
 """Options that the table of layouts chooses."""
 
 
@@ -62,8 +63,21 @@ _RECOMMENDED = ("tp", "device_layers", "quant", "kv_cache_dtype")
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write a new configuration file with these options, for serve --config.",
 )
+@click.option(
+    "--topology-out",
+    cls=GroupedOption,
+    group="Plan",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a new topology file of this layout, for --topology.",
+)
 def plan_command(
-    config_file: Path | None, gpus: str, verbose: bool, as_json: bool, write: Path | None, **flags: Any
+    config_file: Path | None,
+    gpus: str,
+    verbose: bool,
+    as_json: bool,
+    write: Path | None,
+    topology_out: Path | None,
+    **flags: Any,
 ) -> None:
     """Show how MODEL (or -m MODEL) would be laid out, without starting anything.
 
@@ -98,6 +112,9 @@ def plan_command(
         for line in speed_lines(planned.plan, speed):
             click.echo(line if verbose else textwrap.fill(line, WIDTH, subsequent_indent="  "))
         click.echo("\n".join(recommendation_lines(serve_command_of(config.model, flags), fitting)), nl=bool(fitting))
+    if topology_out is not None:
+        write_new(topology_out, topology_text(planned.plan, f"The layout of {model.name}, by mgpu-launch plan."))
+        click.echo(f"wrote {topology_out}; serve --topology {topology_out} uses it", err=True)
     if write is not None:
         layout = narrow_layout(planned.plan).splitlines()
         write_new(write, config_text(config, origins, [f"mgpu-launch serve --config {write}", "", *layout]))

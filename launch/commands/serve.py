@@ -159,7 +159,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
     placed = [worker_environment(plan.machine, ordinal) for ordinal in ordinals]
     return ServerConfig(
         model=checkpoint.source,
-        facts=checkpoint.facts,
+        facts=plan.facts,
         model_name=config.served_name or planned.model.name,
         layout=plan.layout,
         layout_table=layout_for(plan, shutil.get_terminal_size().columns if sys.stderr.isatty() else None),
@@ -167,6 +167,10 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         device_kind=plan.machine.kind,
         memory_fraction=config.memory_fraction,
         kv_memory=plan.kv_memory,
+        # CPU workers measure nothing, and would take a pool that suits a machine without GPUs.
+        worker_kv_memory=tuple(
+            row.kv_bytes if row.device.kind == "cpu" and not plan.kv_memory else plan.kv_memory for row in plan.rows
+        ),
         prefix_cache=config.prefix_cache,
         seed=config.seed,
         sampling=planned.sampling,

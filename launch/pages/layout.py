@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from mgpu.orchestrator.placement.devices import DeviceInfo
 from mgpu.orchestrator.placement.fit import RankRow
 from mgpu.orchestrator.placement.planner import Plan
-from mgpu.orchestrator.placement.table import layout_text
+from mgpu.orchestrator.placement.table import layers_text, layout_text
 
 WIDTH = 80
 _LOG_TIME = 9
@@ -33,7 +33,7 @@ def narrow_layout(plan: Plan) -> str:
     lines = [
         *_wrapped(wide[0], WIDTH - _LOG_TIME),
         *_devices(plan),
-        *_table([_cells(row) for row in plan.rows]),
+        *_table([_cells(row, plan.facts.num_layers) for row in plan.rows]),
         *_replicas(plan),
         *(part for line in wide[first:start] for part in _wrapped(line)),
         *_links(plan, wide[start:last]),
@@ -51,7 +51,7 @@ def _devices(plan: Plan) -> Iterator[str]:
     if plan.machine.kind == "cpu":
         return
     by_name: dict[str, list[int]] = {}
-    for device in dict.fromkeys(row.device for row in plan.rows):
+    for device in dict.fromkeys(row.device for row in plan.rows if row.device.kind == "cuda"):
         by_name.setdefault(device.name, []).append(device.ordinal)
     for name, ordinals in by_name.items():
         yield from _wrapped(f"{'GPU' if len(ordinals) == 1 else 'GPUs'} {_ranges(ordinals)}: {name}")
@@ -72,19 +72,20 @@ def _span(start: int, stop: int) -> str:
     return str(start) if stop - start == 1 else f"{start}-{stop - 1}"
 
 
-def _cells(row: RankRow) -> tuple[str, ...]:
+def _cells(row: RankRow, num_layers: int) -> tuple[str, ...]:
     device, heads = row.device, row.heads
+    has_layers = row.end_layer > row.first_layer
     replicas = f" x{heads.kv_replicas}" if heads.kv_replicas > 1 else ""
     return (
         str(row.rank),
         _short_name(device),
         f"{device.free_bytes / 2**30:.1f}/{device.total_bytes / 2**30:.1f}",
-        _span(row.first_layer, row.end_layer),
-        _span(heads.q_start, heads.q_stop),
-        _span(heads.kv_start, heads.kv_stop) + replicas,
+        layers_text(row, num_layers, _span(row.first_layer, row.end_layer)),
+        _span(heads.q_start, heads.q_stop) if has_layers else "-",
+        _span(heads.kv_start, heads.kv_stop) + replicas if has_layers else "-",
         f"{row.weight_bytes / 2**30:.2f}",
-        f"{row.kv_bytes / 2**30:.2f}",
-        f"{row.kv_tokens:,}",
+        f"{row.kv_bytes / 2**30:.2f}" if has_layers else "-",
+        f"{row.kv_tokens:,}" if has_layers else "-",
     )
 
 
@@ -110,9 +111,10 @@ def _links(plan: Plan, matrix: list[str]) -> list[str]:
     """Return how GPUs reach each other: in a sentence if all do it in the same way, else the matrix if it fits."""
     if not matrix:
         return []
-    kinds = {link for row in plan.machine.links for link in row if link != "self"}
+    gpus = len(plan.machine.gpus)
+    kinds = {link for row in plan.machine.links[:gpus] for link in row[:gpus] if link != "self"}
     if len(kinds) == 1:
-        count = len(plan.machine.devices)
+        count = len(plan.machine.gpus)
         return [f"peer access between {'both' if count == 2 else f'all {count}'} GPUs: {_LINK_WORDS[kinds.pop()]}"]
     if max(map(len, matrix)) > WIDTH:
         return ["peer access differs between pairs of GPUs: -v shows the matrix"]

@@ -96,8 +96,11 @@ class ServeConfig:
     )
     tp: int = _option(0, "Tensor-parallel size: use the first N visible GPUs (0: all of them).", 0)
     device_layers: str = _option(
-        "", 'Manual layer mapping, ordered ordinal:count pairs: "0:32;1:32"; a stage of several: "0+1:32".', short="-n"
+        "",
+        'Manual layer mapping, ordered device:count pairs: "0:32;1:32"; "0+1:32" splits, "cpu:8" offloads.',
+        short="-n",
     )
+    topology: str = _option("", "YAML file that places and quantizes by layer range or tensor (docs/multi-gpu.md).")
     experts: Literal["auto", "tensor", "parallel"] = _option(
         "auto", "How GPUs share experts: a slice of each (tensor), or some whole (parallel); auto: slices if they fit."
     )

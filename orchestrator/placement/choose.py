@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.described import kinds_text
@@ -14,8 +15,10 @@ from mgpu.orchestrator.placement.divisibility import (
 )
 from mgpu.orchestrator.placement.fit import weight_capacity
 from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map, quick_stages
+from mgpu.orchestrator.placement.named_layers import named_stages
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.sizes import edge_elements, layers_bytes
+from mgpu.orchestrator.placement.topology.rules import Topology
 from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 
@@ -30,6 +33,8 @@ def dtype_of(machine: Machine, options: LayoutOptions) -> Dtype:
 
 def choose_placement(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Choice:
     """Choose by the layer map or the size that was typed, else by the visible devices (the table in docs)."""
+    if options.topology is not None and options.topology.places:
+        return _choose_named(facts, machine, options, options.topology)
     if options.device_layers is not None:
         return _choose_map(facts, machine, options, options.device_layers)
     if options.tp is not None:
@@ -100,8 +105,28 @@ def _choose_map(facts: ModelFacts, machine: Machine, options: LayoutOptions, tex
             f'-n "{text}" and --tp {options.tp} contradict each other: a layer map already says which devices are '
             f'used. Drop one of them, or write a hybrid such as -n "0+1:{facts.num_layers}"'
         )
-    placement = parse_layer_map(text, facts, len(machine.devices), _noun(machine, 1), options.quant, options.experts)
+    count = len(machine.devices)
+    placement = parse_layer_map(text, facts, count, _noun(machine, 1), options.quant, options.experts)
+    if machine.kind == "cuda" and all(ordinal >= count for stage in placement.stages for ordinal in stage.devices):
+        raise PlacementError(f'-n "{text}": everything is on the CPU; use --device cpu instead')
     return placement, f'-n "{text}"'
+
+
+def _choose_named(facts: ModelFacts, machine: Machine, options: LayoutOptions, topology: Topology) -> Choice:
+    if options.tp is not None or options.device_layers is not None:
+        other = f"--tp {options.tp}" if options.tp is not None else f'-n "{options.device_layers}"'
+        raise PlacementError(
+            f"{topology.source} and {other} both say where layers go. Drop {other.split()[0]}, or leave devices out of "
+            "the file"
+        )
+    without = replace(options, topology=None)
+
+    def automatic(by_layer: bool) -> PlacementPlan:
+        if by_layer and len(machine.devices) > 1:
+            return _choose_balanced(facts, machine, replace(without, fewer_devices=True), topology.source)[0]
+        return choose_placement(facts, machine, without)[0]
+
+    return named_stages(topology, facts, machine, options, automatic), f"--topology {topology.source}"
 
 
 def _choose_size(facts: ModelFacts, machine: Machine, options: LayoutOptions, size: int) -> Choice:

@@ -11,6 +11,7 @@ from mgpu.orchestrator.placement.devices import (
     DeviceInfo,
     Machine,
     cpu_machine,
+    host_memory,
     nccl_problem,
     uniform_links,
 )
@@ -37,7 +38,8 @@ def described_machine(text: str, environ: Mapping[str, str] = os.environ) -> Mac
     link = max((kind.link if isinstance(kind, GpuFacts) else "nvlink" for kind in kinds), key=_LINKS.index)
     between = {"nvlink": "NVLink", "pcie": "PCIe", "none": "no direct access"}[link]
     note = f"a described machine: empty GPUs, {between} between all of them"
-    return Machine(devices, uniform_links(len(devices), link), nccl_problem(environ), notes=(note,), kinds=names)
+    links, problem = uniform_links(len(devices), link), nccl_problem(environ)
+    return Machine(devices, links, problem, notes=(note,), kinds=names, host_bytes=host_memory())
 
 
 def kinds_text(kinds: Sequence[str]) -> str:

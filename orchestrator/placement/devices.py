@@ -53,6 +53,8 @@ class Machine:
     """Lines for the start-up log."""
     kinds: tuple[str, ...] = ()
     """How ``--gpus`` writes each GPU of a described machine; empty for a real one."""
+    host_bytes: tuple[int, int] = (0, 0)
+    """Total and free bytes of the memory beside the GPUs, which CPU workers could use."""
 
     @property
     def kind(self) -> Literal["cpu", "cuda"]:
@@ -64,8 +66,13 @@ class Machine:
 
     @property
     def least_bytes(self) -> int:
-        """Memory of the smallest device."""
-        return min(device.total_bytes for device in self.devices)
+        """Memory of the smallest GPU, or of the smallest CPU worker where there are none."""
+        return min(device.total_bytes for device in self.gpus or self.devices)
+
+    @property
+    def gpus(self) -> tuple[DeviceInfo, ...]:
+        """The devices that are GPUs."""
+        return tuple(device for device in self.devices if device.kind == "cuda")
 
     def peers(self, first: int, second: int) -> bool:
         """Return True if two devices, by ordinal, can reach each other's memory."""
@@ -120,7 +127,8 @@ def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine
         note = order_note(inventory.gpus, variable)
     if environ.get("MGPU_NO_P2P") == "1":
         links = tuple(tuple("none" for _ in row) for row in links)
-    return Machine(devices, links, problem, notes=(note,) if note else ()), ""
+    shared, notes = orders_stores(), (note,) if note else ()
+    return Machine(devices, links, problem, shared, notes, host_bytes=host_memory()), ""
 
 
 def check_answers(known: Sequence[Gpu], visible: Sequence[Gpu]) -> None:
@@ -231,7 +239,7 @@ def missing_nccl() -> str:
 
 def cpu_machine(workers: int, notes: tuple[str, ...] = ()) -> Machine:
     """Return a machine of N workers that share the cores and the memory of this one."""
-    total, free = _host_memory()
+    total, free = host_memory()
     devices = tuple(
         DeviceInfo(ordinal, "cpu", f"CPU worker {ordinal}", total // workers, free // workers)
         for ordinal in range(workers)
@@ -244,7 +252,7 @@ def uniform_links(count: int, between: Link) -> tuple[tuple[Link, ...], ...]:
     return tuple(tuple("self" if a == b else between for b in range(count)) for a in range(count))
 
 
-def _host_memory() -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
     """Return total and available bytes, within the limits of this process's control groups."""
     memory = psutil.virtual_memory()
     return memory_within_limits(int(memory.total), int(memory.available))
@@ -268,7 +276,7 @@ def oversubscribed(machine: Machine, workers: int) -> Machine:
         return replace(machine, devices=devices, links=links)
     note = f"{workers} workers share {count} GPU{'s' if count > 1 else ''} (--oversubscribe): expect it to be slow"
     problem = "NCCL refuses two ranks on one GPU"
-    return Machine(devices, links, problem, machine.shared_memory, (*machine.notes, note))
+    return replace(machine, devices=devices, links=links, nccl_problem=problem, notes=(*machine.notes, note), kinds=())
 
 
 def worker_environment(machine: Machine, ordinal: int) -> tuple[dict[str, str], str]:
@@ -280,7 +288,7 @@ def worker_environment(machine: Machine, ordinal: int) -> tuple[dict[str, str], 
     device = machine.devices[ordinal]
     if device.kind == "cpu":
         return {"CUDA_VISIBLE_DEVICES": ""}, "cpu"
-    uuids = list(dict.fromkeys(other.uuid for other in machine.devices))
+    uuids = list(dict.fromkeys(other.uuid for other in machine.devices if other.kind == "cuda"))
     if device.uuid.startswith("MIG-"):
         uuids = [device.uuid]
     environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(uuids)}

@@ -84,11 +84,11 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
     types = sizing.dtype_bytes, layout.quant, layout.expert_split
     weights = sizes.rank_weight_bytes(facts, layout.placement, place, *types)
     reserve = _reserve_bytes(sizing, place)
-    budget = device_budget(device, options)
+    budget = device_budget(device, options) - _edges_on(sizing, place)
     per_token = sizes.kv_token_bytes(
         facts, stage.num_layers, place.tp_size, kv_element_bytes(layout.kv_cache_dtype, layout.dtype)
     )
-    pool = options.kv_memory or _pool_bytes(device, budget - weights - reserve)
+    pool = options.kv_memory or _pool_bytes(device, budget - weights - reserve, is_offload=sizing.machine.kind != "cpu")
     # All rows at full length cannot use more.
     most = options.max_rows * _up_to_blocks((options.max_seq_len or facts.max_position) + 1, options)
     return RankRow(
@@ -102,14 +102,31 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
         reserve_bytes=reserve,
         budget_bytes=budget,
         kv_token_bytes=per_token,
-        kv_tokens=min(pool // per_token // options.block_size * options.block_size, most),
+        # A stage of the embedding or the head alone stores nothing.
+        kv_tokens=min(pool // per_token // options.block_size * options.block_size, most) if per_token else most,
     )
 
 
-def _pool_bytes(device: DeviceInfo, left: int) -> int:
-    """Return the KV pool that was not asked for: the rest of a GPU, or a modest share of the host's memory."""
+def _edges_on(sizing: Sizing, place: RankPlace) -> int:
+    """Return what stages of the embedding or the head alone take of a device that also has layers."""
+    plan = sizing.layout.placement
+    if not plan.stages[place.stage_index].num_layers:
+        return 0
+    others = [plan.place_of(rank) for rank in range(plan.world_size) if rank != place.rank]
+    return sum(
+        sizes.rank_weight_bytes(sizing.facts, plan, other, sizing.dtype_bytes) + _reserve_bytes(sizing, other)
+        for other in others
+        if other.device == place.device and not plan.stages[other.stage_index].num_layers
+    )
+
+
+def _pool_bytes(device: DeviceInfo, left: int, is_offload: bool) -> int:
+    """Return the KV pool that was not asked for: the rest of a GPU, or a modest share of the host's memory.
+
+    A CPU worker beside GPUs may take half of what its weights leave: a small pool there would bound those of the GPUs.
+    """
     if device.kind == "cpu":
-        left = min(left, cpu_pool_bytes(device.free_bytes))
+        left = left // 2 if is_offload else min(left, cpu_pool_bytes(device.free_bytes))
     return max(0, left)
 
 
@@ -122,7 +139,7 @@ def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
         split = sizing.layout.expert_split
         step += sizes.largest_matrix_bytes(sizing.facts, place.tp_size, sizing.dtype_bytes, split)
-    if machine.kind == "cuda" and place.stage_index > 0:
+    if machine.devices[place.device].kind == "cuda" and place.stage_index > 0:
         limits = StepLimits(options.block_size, options.max_rows, tokens, max_seq_len=0)
         step += relay_sizes(sizing.layout, limits, sizing.facts.hidden_size).inbox_bytes
     uses_nccl = "nccl" in (sizing.layout.transport, sizing.layout.stage_transport)
@@ -234,7 +251,9 @@ def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:
 
 def _size_that_fits(sizing: Sizing, tokens: int) -> int | None:
     """Return the smallest tensor-parallel size whose ranks fit the smallest device in use; None if there is none."""
-    used = [sizing.machine.devices[device] for stage in sizing.layout.placement.stages for device in stage.devices]
+    stages = sizing.layout.placement.stages
+    used = [sizing.machine.devices[device] for stage in stages for device in stage.devices]
+    used = [device for device in used if device.kind == "cuda"]
     smallest = min(used, key=lambda device: device_budget(device, sizing.options))
     for size in compatible_sizes(sizing.facts, sizing.layout.quant, sizing.options.experts):
         placement = PlacementPlan((Stage(0, sizing.facts.num_layers, tuple(range(size))),))

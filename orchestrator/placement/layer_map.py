@@ -2,6 +2,7 @@
 
 import bisect
 import re
+import sys
 from collections.abc import Sequence
 
 from mgpu.orchestrator.errors import PlacementError
@@ -12,7 +13,8 @@ from mgpu.protocol.model.quantization import Quant
 
 ROOM_KEPT = 0.9
 """Least share of the room for keys and values that a faster division of layers must leave."""
-_PAIR = re.compile(r"\s*([0-9]{1,6}(?:\s*\+\s*[0-9]{1,6})*)\s*:\s*([0-9]{1,9})\s*", re.ASCII)
+_DEVICE = r"(?:[0-9]{1,6}|cpu)"
+_PAIR = re.compile(rf"\s*({_DEVICE}(?:\s*\+\s*{_DEVICE})*)\s*:\s*([0-9]{{1,9}})\s*", re.ASCII)
 """ASCII: `int` does not strip every character that counts as a space elsewhere."""
 
 
@@ -26,6 +28,7 @@ def parse_layer_map(
 ) -> PlacementPlan:
     """Read ``"0:32;1:32"``; ``"0+1:16;2+3:16"`` splits each range tensor-parallel over several devices.
 
+    Each ``cpu`` is a CPU worker of its own, after the ``num_devices`` others: ``"0:40;cpu:24"``.
     PlacementError with the numbers when the format is wrong, an ordinal is not visible or named twice, a count is
     below 1, the sum is not the number of layers, or a stage cannot be split over its devices.
     """
@@ -35,26 +38,35 @@ def parse_layer_map(
         match = _PAIR.fullmatch(pair)
         if match is None:
             raise _format_error(text, pair, facts, num_devices)
-        ordinals, count = tuple(map(int, match[1].split("+"))), int(match[2])
-        for ordinal in ordinals:
-            _check_ordinal(text, ordinal, seen, num_devices, noun, facts.num_layers)
+        ordinals, count = [], int(match[2])
+        for name in match[1].split("+"):
+            if name.strip() == "cpu":
+                ordinal = num_devices + sum(other >= num_devices for other in seen)
+            else:
+                ordinal = int(name)
+                _check_ordinal(text, ordinal, seen, num_devices, noun, facts.num_layers)
+            ordinals.append(ordinal)
             seen.add(ordinal)
         if count < 1:
             raise PlacementError(
                 f'-n "{text}": device {match[1]} gets {count} layers; every range needs at least 1 of the '
                 f"{facts.num_layers} layers"
             )
-        _check_stage_split(text, facts, ordinals, quant, experts)
-        stages.append(Stage(first, first + count, ordinals))
+        _check_stage_split(text, facts, tuple(ordinals), quant, experts)
+        stages.append(Stage(first, first + count, tuple(ordinals)))
         first += count
     if first != facts.num_layers:
-        raise _sum_error(text, first, facts, stages)
+        raise _sum_error(text, first, facts, stages, num_devices)
     return PlacementPlan(tuple(stages))
 
 
-def map_text(plan: PlacementPlan) -> str:
-    """Write a plan the way that ``-n`` reads it."""
-    return ";".join(f"{'+'.join(map(str, stage.devices))}:{stage.num_layers}" for stage in plan.stages)
+def map_text(plan: PlacementPlan, num_devices: int = sys.maxsize) -> str:
+    """Write a plan the way that ``-n`` reads it. Ordinals from ``num_devices`` on are CPU workers that it adds."""
+
+    def names(stage: Stage) -> str:
+        return "+".join(str(ordinal) if ordinal < num_devices else "cpu" for ordinal in stage.devices)
+
+    return ";".join(f"{names(stage)}:{stage.num_layers}" for stage in plan.stages)
 
 
 def _format_error(text: str, pair: str, facts: ModelFacts, num_devices: int) -> PlacementError:
@@ -90,12 +102,12 @@ def _check_stage_split(
         )
 
 
-def _sum_error(text: str, total: int, facts: ModelFacts, stages: list[Stage]) -> PlacementError:
+def _sum_error(text: str, total: int, facts: ModelFacts, stages: list[Stage], num_devices: int) -> PlacementError:
     layers = facts.num_layers
     problem = f'-n "{text}": the counts add up to {total}, but the model has {layers} layers'
     if (last := stages[-1].num_layers + layers - total) >= 1:
         fixed = (*stages[:-1], Stage(0, last, stages[-1].devices))
-        problem += f'; for example -n "{map_text(PlacementPlan(fixed))}"'
+        problem += f'; for example -n "{map_text(PlacementPlan(fixed), num_devices)}"'
     return PlacementError(problem)
 
 

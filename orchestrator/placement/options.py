@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.placement.topology.rules import Topology
 from mgpu.protocol.model.facts import Dtype, ExpertSplit, KvCacheDtype
 from mgpu.protocol.model.quantization import Quant
 
@@ -28,6 +29,8 @@ class LayoutOptions:
 
     tp: int | None = None
     device_layers: str | None = None
+    topology: Topology | None = None
+    """Devices and formats by layer, from a file."""
     experts: ExpertSplit | None = None
     """None: slices of every expert, unless only whole experts can be shared."""
     dtype: Dtype | None = None
@@ -53,6 +56,8 @@ def implied_workers(options: LayoutOptions) -> int | None:
     """Return the number of workers that a size or a layer map needs; None without either."""
     if options.tp is not None:
         return options.tp
+    if options.topology is not None and options.topology.last_cpu_number >= 0:
+        return options.topology.last_cpu_number + 1
     ordinals = [
         int(part)
         for pair in (options.device_layers or "").split(";")

@@ -1,16 +1,22 @@
 """Choose the layout of a model on a machine: a pure function, checked in full before any process is started."""
 
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.choose import choose_placement, devices_text, dtype_of
+from mgpu.orchestrator.placement.costs import cost_notes
+from mgpu.orchestrator.placement.cpu_workers import added_workers, mixed_stage, with_cpu_workers
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.divisibility import expert_split
 from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_float8, fit_tokens, rank_rows
 from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions, step_tokens
+from mgpu.orchestrator.placement.topology.select import check_rules, chosen_formats
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import Mode, PlacementPlan, Transport
+from mgpu.protocol.model.quantization import Quant
+from mgpu.protocol.model.weight_format import uniform, weight_format
 
 __all__ = ["LayoutOptions", "Plan", "RankRow", "plan"]
 
@@ -50,7 +56,15 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     options = replace(options, block_size=options.block_size or BLOCK_SIZE[machine.kind])
     _check_experts(facts, options)
     _check_borrowed(facts, options)
+    facts, options = with_named_formats(facts, options)
+    added = added_workers(machine, options)
     placement, reason = choose_placement(facts, machine, options)
+    machine = with_cpu_workers(machine, added)
+    if (mixed := mixed_stage(placement, machine)) is not None:
+        raise PlacementError(
+            f"{reason}: layers {mixed.first_layer} to {mixed.end_layer - 1} cannot be split over GPUs and CPU workers; "
+            'give each its own layers, such as -n "0:N;cpu:M"'
+        )
     check_float8(machine, placement, options)
     max_batch_tokens = step_tokens(options, machine.kind, machine.least_bytes, placement.num_stages)
     layout = _layout(facts, machine, placement, options)
@@ -68,10 +82,36 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
         reason=reason,
         rows=rows,
         kv_tokens=kv_tokens,
-        kv_memory=0 if machine.kind == "cuda" and not options.kv_memory else kv_memory,
+        kv_memory=0 if _is_measured(machine, placement, options) else kv_memory,
         expert_reason=_expert_reason(layout, options),
         notes=(*machine.notes, *_code_note(facts), *_notes(machine, layout, rows), *_rope_note(facts, max_seq_len)),
     )
+
+
+def with_named_formats(facts: ModelFacts, options: LayoutOptions) -> tuple[ModelFacts, LayoutOptions]:
+    """Return the facts with the formats that a topology file names; where all are alike, ``--quant`` says it all."""
+    topology = options.topology
+    if topology is None:
+        return facts, options
+    check_rules(topology, facts)
+    if not topology.quantizes:
+        return facts, options
+    if facts.borrowed is not None:
+        raise PlacementError(
+            f"{topology.source}: quant is not tested with transformers' code, which runs this {facts.architecture} "
+            "model; leave it out"
+        )
+    formats = chosen_formats(topology, facts, options.quant)
+    for quant in get_args(Quant):
+        if set(formats) == {uniform(weight_format(quant))} and (quant != "none" or not facts.formats):
+            return facts, replace(options, quant=quant)
+    return replace(facts, formats=formats), replace(options, quant="none")
+
+
+def _is_measured(machine: Machine, placement: PlacementPlan, options: LayoutOptions) -> bool:
+    """Return True if workers measure their KV pools: on GPUs that no two stages share, if nobody asked for a size."""
+    devices = [device for stage in placement.stages for device in stage.devices]
+    return machine.kind == "cuda" and not options.kv_memory and len(set(devices)) == len(devices)
 
 
 def _check_experts(facts: ModelFacts, options: LayoutOptions) -> None:
@@ -96,6 +136,7 @@ def _layout(facts: ModelFacts, machine: Machine, placement: PlacementPlan, optio
         transport=transport,
         stage_transport=stage_transport,
         staged=staged_ranks(placement, machine) if stage_transport in ("peer", "pinned") else (),
+        cpu_ranks=cpu_ranks(placement, machine),
         quant=options.quant,
         kv_cache_dtype=options.kv_cache_dtype,
         expert_split=options.experts or expert_split(facts, ranks, options.quant),
@@ -114,13 +155,13 @@ def _on_real_devices(placement: PlacementPlan, machine: Machine) -> PlacementPla
     """Name a shared GPU by one ordinal in all of its ranks, so that its workers can count each other."""
     if machine.kind == "cpu":
         return placement
-    first = {device.uuid: device.ordinal for device in reversed(machine.devices)}
-    return PlacementPlan(
-        tuple(
-            replace(stage, devices=tuple(first[machine.devices[device].uuid] for device in stage.devices))
-            for stage in placement.stages
-        )
-    )
+    first = {device.uuid: device.ordinal for device in reversed(machine.gpus)}
+
+    def real(ordinal: int) -> int:
+        device = machine.devices[ordinal]
+        return first[device.uuid] if device.kind == "cuda" else ordinal
+
+    return PlacementPlan(tuple(replace(stage, devices=tuple(map(real, stage.devices))) for stage in placement.stages))
 
 
 def _mode(placement: PlacementPlan, machine: Machine) -> Mode:
@@ -133,16 +174,34 @@ def _mode(placement: PlacementPlan, machine: Machine) -> Mode:
 
 def _transports(placement: PlacementPlan, machine: Machine) -> tuple[Transport, Transport]:
     """Return how partial sums move inside stages, and activations between them."""
-    splits = any(len(stage.devices) > 1 for stage in placement.stages)
+    on_cpu = cpu_ranks(placement, machine)
+    splits = any(
+        len(stage.devices) > 1 and (not on_cpu or machine.devices[stage.devices[0]].kind == "cuda")
+        for stage in placement.stages
+    )
     crosses = placement.num_stages > 1
     if machine.kind == "cpu":
         way: Transport = "shared-memory" if machine.shared_memory else "gloo"
         return way if splits else "none", way if crosses else "none"
-    if machine.nccl:
+    if machine.nccl and not has_shared_devices(placement) and not on_cpu:
         return "nccl" if splits else "none", "nccl" if crosses else "none"
     all_staged = len(staged_ranks(placement, machine)) == len(boundary_ranks(placement))
     boundary: Transport = "pinned" if all_staged else "peer"
     return "gloo" if splits else "none", boundary if crosses else "none"
+
+
+def has_shared_devices(placement: PlacementPlan) -> bool:
+    """Return True if two ranks are on one device, as the stage of an embedding or a head can be."""
+    devices = [device for stage in placement.stages for device in stage.devices]
+    return len(set(devices)) < len(devices)
+
+
+def cpu_ranks(placement: PlacementPlan, machine: Machine) -> tuple[int, ...]:
+    """Return the ranks on CPU workers beside others on GPUs."""
+    if machine.kind == "cpu":
+        return ()
+    ranks = range(placement.world_size)
+    return tuple(rank for rank in ranks if machine.devices[placement.place_of(rank).device].kind == "cpu")
 
 
 def boundary_ranks(placement: PlacementPlan) -> list[tuple[int, int]]:
@@ -162,12 +221,16 @@ def staged_ranks(placement: PlacementPlan, machine: Machine) -> tuple[tuple[int,
 
 def _notes(machine: Machine, layout: Layout, rows: tuple[RankRow, ...]) -> list[str]:
     notes, placement = [], layout.placement
-    if layout.staged:
-        devices = [tuple(placement.place_of(rank).device for rank in pair) for pair in layout.staged]
-        pairs = ", ".join(f"{a} and {b}" for a, b in devices)
+    devices = [tuple(placement.place_of(rank).device for rank in pair) for pair in layout.staged]
+    between_gpus = [pair for pair in devices if all(machine.devices[device].kind == "cuda" for device in pair)]
+    if between_gpus:
+        pairs = ", ".join(f"{a} and {b}" for a, b in between_gpus)
         notes.append(f"no peer access between GPUs {pairs}: activations are staged through pinned host memory")
     if layout.transport == "gloo" and machine.kind == "cuda":
-        notes.append(f"partial sums go over the host (gloo), which is slow: {machine.nccl_problem}")
+        shared = "NCCL connects GPUs only" if layout.cpu_ranks else "NCCL refuses two ranks on one GPU"
+        problem = machine.nccl_problem or shared
+        notes.append(f"partial sums go over the host (gloo), which is slow: {problem}")
+    notes += cost_notes(machine, layout, rows)
     used = {device for stage in placement.stages for device in stage.devices}
     if idle := [device for device in machine.devices if device.ordinal not in used]:
         notes.append(f"not used: {devices_text(machine, [device.ordinal for device in idle])}")

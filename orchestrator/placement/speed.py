@@ -7,10 +7,12 @@ estimates meet within 15 %. Other GPUs are scaled by their data sheets and were 
 
 from dataclasses import dataclass, replace
 
+from mgpu.orchestrator.placement.costs import HOST_BYTES_PER_S
 from mgpu.orchestrator.placement.devices import DeviceInfo
 from mgpu.orchestrator.placement.gpu_facts import GpuFacts, find_gpu
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.orchestrator.placement.sizes import layers_bytes
+from mgpu.orchestrator.placement.stored_formats import is_stored
 from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts, ModelFacts
 from mgpu.protocol.model.placement import Stage, padded_vocab
 from mgpu.protocol.model.quantization import Quant
@@ -123,6 +125,8 @@ def _slowest(devices: list[DeviceInfo]) -> _Device | None:
 
 
 def _rates(device: DeviceInfo) -> _Device | None:
+    if device.kind == "cpu":
+        return _Device(HOST_BYTES_PER_S, 0, 0, 0, has_graphs=False)
     gpu = find_gpu(device.name)
     has_graphs = device.capability is None or device.capability >= _GRAPHS_FROM
     if gpu is not None:
@@ -135,7 +139,9 @@ def _source(devices: list[DeviceInfo], num_stages: int) -> str:
     parts = []
     for name in dict.fromkeys(device.name for device in devices):
         gpu, device = find_gpu(name), next(each for each in devices if each.name == name)
-        if gpu is not None:
+        if device.kind == "cpu":
+            parts.append(f"{HOST_BYTES_PER_S / 1e12:.1g} TB/s (assumed; {name})")
+        elif gpu is not None:
             parts.append(f"{gpu.bytes_per_s / 1e12:.3g} TB/s and {gpu.flops / 1e12:.0f} TFLOP/s ({gpu.name})")
         else:
             parts.append(f"{device.bytes_per_s / 1e12:.3g} TB/s (the driver's memory clock and bus width; {name})")
@@ -211,7 +217,7 @@ def _kv_tokens(facts: ModelFacts, layers: range, behind: int) -> float:
 
 def _kv_bytes_per_layer(plan: Plan, stage: Stage) -> float:
     rank = plan.layout.placement.ranks_of_stage(plan.layout.placement.stages.index(stage))[0]
-    return plan.rows[rank].kv_token_bytes / stage.num_layers
+    return plan.rows[rank].kv_token_bytes / stage.num_layers if stage.num_layers else 0.0
 
 
 def _has_own_sums(plan: Plan, stage: Stage) -> bool:
@@ -262,7 +268,8 @@ def speed_lines(plan: Plan, speed: Speed | None) -> list[str]:
     if plan.machine.kind == "cpu":
         return []
     if _is_stored_quantized(plan):
-        return ["speed: not estimated, products with weights of quantized checkpoints have not been measured"]
+        whose = "quantized checkpoints" if is_stored(plan) else "several formats"
+        return [f"speed: not estimated, products with weights of {whose} have not been measured"]
     if speed is None:
         names = {device.name for device in plan.machine.devices if _rates(device) is None}
         return [

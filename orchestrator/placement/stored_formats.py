@@ -1,12 +1,13 @@
 """Say how the matrices of a quantized checkpoint are held: in which formats, in how many bits, and which are dense."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import groupby
 
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.protocol.model.facts import DTYPE_BYTES
 from mgpu.protocol.model.quantization import matrices_of
-from mgpu.protocol.model.weight_format import WeightFormat
+from mgpu.protocol.model.weight_format import LayerFormats, WeightFormat
 
 _DENSE = {
     "qkv": "q, k and v", "out": "attention output", "gate_up": "gate and up", "down": "down",
@@ -46,11 +47,33 @@ def stored_formats(plan: Plan) -> StoredFormats | None:
     return StoredFormats(tuple(names), 8 * nbytes / weights, listed)
 
 
+def is_stored(plan: Plan) -> bool:
+    """Return True if some format is that of the checkpoint, False if a topology file asks for all of them."""
+    matrices = (field.name for field in fields(LayerFormats))
+    return any(getattr(formats, name).source for name in matrices for formats in plan.facts.formats)
+
+
+def format_ranges(plan: Plan) -> str:
+    """Return the formats by layer, such as `0-15 int8, 16-31 dense (down: int4, groups of 32)`."""
+    parts, first = [], 0
+    for formats, run in groupby(plan.facts.formats):
+        end = first + len(list(run))
+        names = {field.name: getattr(formats, field.name).name or "dense" for field in fields(LayerFormats)}
+        usual = max(list(names.values())[:4], key=list(names.values())[:4].count)
+        others = [f"{_DENSE[held]}: {name}" for held, name in list(names.items())[:4] if name != usual]
+        layers = str(first) if end == first + 1 else f"{first}-{end - 1}"
+        parts.append(f"{layers} {usual}" + (f" ({'; '.join(others)})" if others else ""))
+        first = end
+    return ", ".join(parts)
+
+
 def stored_lines(plan: Plan) -> list[str]:
     """Return the formats in words."""
     stored = stored_formats(plan)
     if stored is None:
         return []
+    if not is_stored(plan):
+        return [f"formats by layer: {format_ranges(plan)}; {stored.bits_per_weight:.2f} bits per weight of the layers"]
     kept = ", ".join(("embedding, head, norms", *stored.dense))
     return [
         f"checkpoint: layers in {'; '.join(stored.names) or 'no format that is held packed'}: "

@@ -23,7 +23,7 @@ _LINK_NAMES = {"self": "-", "nvlink": "NVL", "pcie": "PCI", "none": "no"}
 
 def layout_text(plan: Plan) -> str:
     """Return mode and reason, one row per rank, the size of the KV cache, and the peer access of several GPUs."""
-    lines = [_headline(plan), *_table(_COLUMNS, [_cells(row) for row in plan.rows])]
+    lines = [_headline(plan), *_table(_COLUMNS, [_cells(row, plan.facts.num_layers) for row in plan.rows])]
     lines += stored_lines(plan)
     if plan.facts.experts is not None:
         lines.append(_experts_line(plan, plan.facts.experts))
@@ -34,7 +34,7 @@ def layout_text(plan: Plan) -> str:
     )
     if plan.layout.placement.world_size > 1:
         lines.append(_transport_line(plan))
-    if plan.machine.kind == "cuda" and len(plan.machine.devices) > 1:
+    if len(plan.machine.gpus) > 1:
         lines += _matrix(plan)
     return "\n".join(lines + [f"note: {note}" for note in plan.notes])
 
@@ -42,10 +42,27 @@ def layout_text(plan: Plan) -> str:
 def _headline(plan: Plan) -> str:
     title, count = _TITLES[plan.mode], plan.layout.placement.world_size
     if count > 1:
-        title += f" over {count} {'GPUs' if plan.machine.kind == 'cuda' else 'CPU workers'}"
+        title += f" over {_counted(plan)}"
     name = weight_format(plan.layout.quant).name
     quantized = f", linear layers in {name}" if name else ""
     return f"layout: {title} in {plan.layout.dtype}{quantized} ({plan.reason})"
+
+
+def _counted(plan: Plan) -> str:
+    """Return the devices in numbers, each kind by itself."""
+    used = {row.device.ordinal: row.device.kind for row in plan.rows}
+    gpus, workers = (sum(kind == each for each in used.values()) for kind in ("cuda", "cpu"))
+    parts = [f"{gpus} GPU{'s' * (gpus > 1)}"] * bool(gpus) + [f"{workers} CPU worker{'s' * (workers > 1)}"] * bool(
+        workers
+    )
+    return " and ".join(parts)
+
+
+def layers_text(row: RankRow, last_layer: int, layers: str) -> str:
+    """Return ``layers``, or what a stage without layers has."""
+    if row.end_layer > row.first_layer:
+        return layers
+    return "head" if row.end_layer == last_layer else "embedding"
 
 
 def _experts_line(plan: Plan, experts: ExpertFacts) -> str:
@@ -71,8 +88,9 @@ def _shortened(plan: Plan) -> str:
     return f" (the model allows {plan.facts.max_position:,})"
 
 
-def _cells(row: RankRow) -> tuple[str, ...]:
+def _cells(row: RankRow, num_layers: int) -> tuple[str, ...]:
     device, heads = row.device, row.heads
+    has_layers = row.end_layer > row.first_layer
     held = f"own [{heads.kv_start}, {heads.kv_stop})"
     if heads.kv_replicas > 1:
         held = f"[{heads.kv_start}, {heads.kv_stop}) on {heads.kv_replicas} ranks"
@@ -80,12 +98,11 @@ def _cells(row: RankRow) -> tuple[str, ...]:
         str(row.rank),
         device.name if device.kind == "cpu" else f"cuda[{device.ordinal}] {device.name}",
         f"{device.free_bytes / 2**30:.1f}/{device.total_bytes / 2**30:.1f} GiB",
-        f"[{row.first_layer}, {row.end_layer})",
-        f"{heads.num_q} [{heads.q_start}, {heads.q_stop})",
-        f"{heads.num_kv} {held}",
+        layers_text(row, num_layers, f"[{row.first_layer}, {row.end_layer})"),
+        *((f"{heads.num_q} [{heads.q_start}, {heads.q_stop})", f"{heads.num_kv} {held}") if has_layers else ("-", "-")),
         gib(row.weight_bytes),
-        gib(row.kv_bytes),
-        f"{row.kv_tokens:,}",
+        gib(row.kv_bytes) if has_layers else "-",
+        f"{row.kv_tokens:,}" if has_layers else "-",
     )
 
 
@@ -110,10 +127,10 @@ def _transport_line(plan: Plan) -> str:
 
 
 def _matrix(plan: Plan) -> list[str]:
-    ordinals = [str(device.ordinal) for device in plan.machine.devices]
-    rows = [
-        [ordinal, *map(_LINK_NAMES.__getitem__, row)] for ordinal, row in zip(ordinals, plan.machine.links, strict=True)
-    ]
+    ordinals = [str(device.ordinal) for device in plan.machine.gpus]
+    count = len(ordinals)
+    links = (row[:count] for row in plan.machine.links[:count])
+    rows = [[ordinal, *map(_LINK_NAMES.__getitem__, row)] for ordinal, row in zip(ordinals, links, strict=True)]
     return _table(["P2P", *ordinals], rows)
 
 

@@ -131,9 +131,9 @@ class WorkerGroup:
             rendezvous=f"file://{self._rendezvous}",
             shared_fd=self._shared_fd,
             shared_bytes=config.shared_bytes if self._shared_fd >= 0 else 0,
-            num_threads=config.threads_per_worker,
+            num_threads=config.threads_of(rank),
             memory_fraction=config.memory_fraction,
-            kv_memory=config.kv_memory,
+            kv_memory=config.worker_kv_memory[rank] if config.worker_kv_memory else config.kv_memory,
             seed=config.seed,
             worker_timeout_s=config.timeouts.worker_timeout_s,
         )
@@ -145,8 +145,8 @@ class WorkerGroup:
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         if self._config.device_kind == "cuda":
             env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # ordinals as the planner and nvidia-smi count them
-        if self._config.threads_per_worker:
-            env["OMP_NUM_THREADS"] = str(self._config.threads_per_worker)
+        if threads := self._config.threads_of(rank):
+            env["OMP_NUM_THREADS"] = str(threads)
             # Threads that wait for a peer sleep almost at once. On busy cores a spinning thread takes the time that the
             # peer needs: beside two busy processes a decode step took 60 ms instead of 780; alone it takes 5 % longer.
             env.setdefault("GOMP_SPINCOUNT", "5000")

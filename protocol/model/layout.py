@@ -26,6 +26,8 @@ class Layout:
     """How activations cross a stage boundary: the same, peer (CUDA IPC) or pinned (shared pinned host memory)."""
     staged: tuple[tuple[int, int], ...] = ()
     """Sending and receiving ranks without peer access: their activations go through pinned host memory."""
+    cpu_ranks: tuple[int, ...] = ()
+    """Ranks on CPU workers beside others on GPUs. They add up in shared memory, whatever ``transport`` is."""
     quant: Quant = "none"
     """What linear layers are quantized to while they are loaded."""
     kv_cache_dtype: KvCacheDtype = "auto"

@@ -15,7 +15,10 @@ Transport = Literal["none", "nccl", "gloo", "shared-memory", "peer", "pinned"]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Layers ``[first_layer, end_layer)`` split tensor-parallel over ``devices`` (visible ordinals)."""
+    """Layers ``[first_layer, end_layer)`` split tensor-parallel over ``devices`` (visible ordinals).
+
+    The first and the last stage may have no layers: then they are the embedding, or the norm and the head, alone.
+    """
 
     first_layer: int
     end_layer: int
@@ -64,6 +67,10 @@ class PlacementPlan:
     def ranks_of_stage(self, stage_index: int) -> range:
         first = sum(len(stage.devices) for stage in self.stages[:stage_index])
         return range(first, first + len(self.stages[stage_index].devices))
+
+    def ends_of(self, stage_index: int) -> tuple[bool, bool]:
+        """Return whether a stage is the first, which embeds tokens, and whether it is the last, which has the head."""
+        return stage_index == 0, stage_index == self.num_stages - 1
 
     @property
     def output_rank(self) -> int:

@@ -1,16 +1,24 @@
 """Greedy tokens through the whole server equal the reference, in fp32, on every kind of layout."""
 
+from pathlib import Path
+
 import pytest
 
 from harness.golden_prompts import golden
 from mgpu import Client
 from mgpu.launch.server_process import running_server
 
+TOPOLOGY = "topology.yaml"
+HEAD_APART = """
+0-30: {device: "cpu[0]+cpu[1]+cpu[2]"}
+13-30: {device: "cpu[3]+cpu[4]+cpu[5]"}
+/lm_head/: {device: cpu}
+"""
 SMOLLM2_LAYOUTS = {
     "one worker": ["--workers", "1"],
     "tensor-parallel over 3": ["--workers", "3"],
-    "layer-mapped over 4, uneven": ["-n", "0:3;1:10;2:9;3:8"],
-    "two stages of three": ["-n", "0+1+2:13;3+4+5:17"],
+    "layer-mapped over 4, uneven, the last one more CPU worker": ["-n", "0:3;1:10;2:9;cpu:8"],
+    "two stages of three, and the head apart": ["--topology", TOPOLOGY],
 }
 GEMMA3_LAYOUTS = {
     "one worker": ["--workers", "1"],
@@ -35,8 +43,10 @@ def assert_golden(path: str, name: str, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("layout", SMOLLM2_LAYOUTS)
-def test_smollm2_gives_the_golden_tokens(smollm2: str, layout: str) -> None:
-    assert_golden(smollm2, "smollm2-135m-instruct", SMOLLM2_LAYOUTS[layout])
+def test_smollm2_gives_the_golden_tokens(smollm2: str, layout: str, tmp_path: Path) -> None:
+    (tmp_path / TOPOLOGY).write_text(HEAD_APART)
+    arguments = [str(tmp_path / TOPOLOGY) if each == TOPOLOGY else each for each in SMOLLM2_LAYOUTS[layout]]
+    assert_golden(smollm2, "smollm2-135m-instruct", arguments)
 
 
 @pytest.mark.parametrize("layout", GEMMA3_LAYOUTS)

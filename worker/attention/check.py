@@ -36,7 +36,7 @@ def attention_problem(device: torch.device, shape: AttentionShape) -> str | None
         errors = [_error(device, shape, window) for window in shape.windows]
     except Exception as error:  # a compiler's or driver's failure may be of any type; plain torch still serves
         return f"the kernels failed: {type(error).__name__}: {error}"
-    worst = max(errors)
+    worst = max(errors, default=0.0)  # a stage without layers has no attention
     if worst <= _tolerance(shape):
         return None
     return f"the kernels' result is off by {worst:.1e} of its norm"

@@ -47,7 +47,7 @@ class BorrowedStage(DecoderStage):
         self._is_split = context.group.size > 1
         self.dtype, self.device = context.storage.dtype, context.storage.device
         self.max_positions = facts.max_position
-        self.is_first, self.is_last = layers.start == 0, layers.stop == facts.num_layers
+        self.is_first, self.is_last = context.ends_of(layers)
         self.attention_shape = self._shape_of_attention(context)
         causal = _library_model(folder, facts, self.dtype)
         base = causal.base_model

@@ -18,7 +18,7 @@ from mgpu.worker.models.gemma3 import Gemma3Layer
 from mgpu.worker.models.granite import GraniteLayer
 from mgpu.worker.models.llama import LlamaLayer
 from mgpu.worker.models.olmo import OlmoLayer
-from mgpu.worker.models.stage import WEIGHT_HOLDERS, BuildContext, DecoderStage, LayerFactory
+from mgpu.worker.models.stage import WEIGHT_HOLDERS, BuildContext, DecoderStage, Ends, LayerFactory
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 
 __all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "init_linear", "load_weights"]
@@ -41,15 +41,18 @@ def build_stage(
     kv_cache_dtype: KvCacheDtype = "auto",
     expert_split: ExpertSplit = "tensor",
     folder: str = "",
+    ends: Ends | None = None,
 ) -> DecoderStage:
     """Allocate one rank's part of a model on its device, with undefined weights.
 
-    ``folder`` has config.json, if transformers' code runs the model.
+    ``folder`` has config.json, if transformers' code runs the model. ``ends`` says whether the stage embeds and whether
+    it has the head; None: its layers say so.
 
     Linear weights that will be quantized get their memory when they are loaded, one after the other.
     """
     assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
-    context = BuildContext(facts, group, Storage(dtype, device, weight_format(quant)), kv_cache_dtype, expert_split)
+    storage = Storage(dtype, device, weight_format(quant))
+    context = BuildContext(facts, group, storage, kv_cache_dtype, expert_split, ends)
     if facts.borrowed is not None:
         return BorrowedStage(context, layers, folder)
     if facts.architecture in ("gemma2", "gemma3"):

@@ -37,6 +37,10 @@ AngleKind = tuple[bool, bool]
 """Of a layer: whether its attention slides, and whether its heads are rotated."""
 
 
+Ends = tuple[bool, bool]
+"""Whether a stage is the first, which embeds tokens, and whether it is the last, which has norm and head."""
+
+
 @dataclass(frozen=True, slots=True)
 class BuildContext:
     """What every module of a stage is built from."""
@@ -46,6 +50,12 @@ class BuildContext:
     storage: Storage
     kv_cache_dtype: KvCacheDtype = "auto"
     expert_split: ExpertSplit = "tensor"
+    ends: Ends | None = None
+    """None: the stage of the first layer embeds, that of the last has the head."""
+
+    def ends_of(self, layers: range) -> Ends:
+        """Return whether the stage of these layers embeds tokens, and whether it has the head."""
+        return self.ends or (layers.start == 0, layers.stop == self.facts.num_layers)
 
     def window_of(self, layer: int) -> int | None:
         return self.facts.sliding_window if self.facts.sliding_layers[layer] else None
@@ -99,7 +109,10 @@ class LayerFactory(Protocol):
 
 
 class DecoderStage(Module):
-    """Some layers of a model on one rank; also the embedding before the first, and norm and head after the last."""
+    """Some layers of a model on one rank; also the embedding before the first, and norm and head after the last.
+
+    An embedding or a head that is on another device than its neighbouring layers is a stage without layers.
+    """
 
     def __init__(
         self, context: BuildContext, layers: range, make_layer: LayerFactory, norms_unit_offset: bool = False
@@ -112,8 +125,7 @@ class DecoderStage(Module):
         self.device = context.storage.device
         self.max_positions = facts.max_position
         """Positions in the tables of angles. A server with shorter requests lowers it before the first step."""
-        self.is_first = layers.start == 0
-        self.is_last = layers.stop == facts.num_layers
+        self.is_first, self.is_last = context.ends_of(layers)
         self.embedding_scale = float(torch.tensor(facts.embedding_scale, dtype=self.dtype))
         self.layers = [make_layer(context, index) for index in layers]
         self.norm = context.norm(norms_unit_offset) if self.is_last else None

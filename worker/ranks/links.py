@@ -157,6 +157,8 @@ class _Connector:
         """Return what opens a relay between the stages; None on the CPU, and for a single stage."""
         if self.device.type != "cuda" or self.segment is None or self.shared is None or not self.shared.relay:
             return None
+        if self.spec.layout.cpu_ranks:
+            return None  # no kernel can wait for a CPU worker
         if not uses_kernels(self.device):
             return None  # on every rank alike: they are of one machine and one environment
         from mgpu.worker.ranks.relay_setup import RelaySetup
@@ -192,9 +194,10 @@ class _Connector:
             own = new_groups(stages, self.spec.worker_timeout_s)[place.stage_index]  # all ranks make all groups
         if place.tp_size == 1:
             return SingleRank()
-        if own is not None:
+        in_memory = transport == "shared-memory" or place.rank in self.spec.layout.cpu_ranks
+        if own is not None and not in_memory:
             group: TensorParallelGroup = DistGroup(own, place.tp_rank, place.tp_size)
-        elif transport == "shared-memory" and self.segment is not None and self.shared is not None:
+        elif in_memory and self.segment is not None and self.shared is not None:
             region = self.shared.reduce[place.stage_index]
             group = SharedMemoryGroup(self.segment, region, place.tp_rank, stages[place.stage_index])
         else:

@@ -10,9 +10,14 @@ from mgpu.worker.errors import OutOfMemory
 
 
 def pool_blocks(spec: WorkerSpec, pool_bytes: int, block_bytes: int) -> int:
-    """Return how many blocks fit, at most as many as all rows at full length need. OutOfMemory if none fits."""
+    """Return how many blocks fit, at most as many as all rows at full length need. OutOfMemory if none fits.
+
+    A stage without layers stores nothing, so any number fits.
+    """
     limits = spec.limits
     most = limits.max_rows * -(-(limits.max_seq_len + 1) // limits.block_size)
+    if block_bytes == 0:
+        return most
     blocks = min(most, pool_bytes // block_bytes)
     if blocks < 1:
         raise OutOfMemory(

@@ -52,7 +52,8 @@ class StartUp:
         where = self._place, layers, self._links.group, self._dtype, self._device
         layout = spec.layout
         how = layout.quant, layout.kv_cache_dtype, layout.expert_split
-        stage = build_stage(spec.facts, *where, *how, folder=spec.model.path)
+        ends = spec.layout.placement.ends_of(self._place.stage_index)
+        stage = build_stage(spec.facts, *where, *how, folder=spec.model.path, ends=ends)
         stage.max_positions = spec.limits.max_seq_len + 1
         if spec.model.load_format == "dummy":
             init_dummy_weights(stage, spec.seed)

@@ -1,0 +1,177 @@
+"""Read a topology file: YAML whose keys are layers or regular expressions, and whose values are devices and formats.
+
+    0-16:            {device: "cuda[0]"}             # layers 0 to 15
+    16-32:           {device: "cuda[1]", quant: 8}
+    31:              {quant: none}                   # later ranges win
+    /lm_head/:       {device: "cuda[0]"}             # regular expressions win over ranges
+
+The file is composed into nodes, not objects: their scalars keep their text and their lines, and a key that is there
+twice is seen. PyYAML's safe loader makes nothing but plain data of a file in any case.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, cast, get_args
+
+from mgpu.orchestrator.errors import PlacementError
+from mgpu.orchestrator.placement.topology.rules import DeviceNames, Rule, Topology
+from mgpu.protocol.model.quantization import Quant
+
+if TYPE_CHECKING:
+    from yaml.nodes import Node
+
+MOST_BYTES = 1 << 20
+_LONGEST_PATTERN = 2000
+_MOST_REPEATS = 4
+_KEYS = ("device", "quant")
+_RANGE = re.compile(r"([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?", re.ASCII)
+_DEVICE = re.compile(r"cuda\[[0-9]{1,4}\]|cpu(?:\[[0-9]{1,4}\])?", re.ASCII)
+_NUMBER = re.compile(r"[0-9]{1,4}", re.ASCII)
+_EXAMPLE = '0-16: {device: "cuda[0]", quant: 8}'
+
+
+def read_topology(path: Path) -> Topology:
+    """Read a file. PlacementError names the line and what to write instead."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise PlacementError(f"--topology {path}: {error.strerror}") from error
+    if len(data) > MOST_BYTES:
+        raise PlacementError(f"--topology {path}: larger than {MOST_BYTES >> 20} MiB, which no topology needs")
+    try:
+        return parse_topology(data.decode("utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise PlacementError(f"--topology {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def parse_topology(text: str, source: str) -> Topology:
+    """Read the text of a file that is called ``source``. PlacementError."""
+    rules = [_rule(key, value, source) for key, value in _entries(_compose(text, source), source, f"write {_EXAMPLE}")]
+    if not rules:
+        raise PlacementError(f"{source}: has no entries; write {_EXAMPLE}")
+    return Topology(source, tuple(rules))
+
+
+def _compose(text: str, source: str) -> "Node":
+    try:
+        import yaml
+    except ImportError as error:
+        raise PlacementError("--topology needs PyYAML; type: pip install pyyaml") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        quotes = "; between braces, device names stand in quotes" if "got '['" in (error.problem or "") else ""
+        raise PlacementError(f"{source}{at}: not YAML: {error.problem or error}; write {_EXAMPLE}{quotes}") from error
+    except yaml.YAMLError as error:
+        raise PlacementError(f"{source}: not YAML: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise PlacementError(f"{source}: nested too deeply; write {_EXAMPLE}") from error
+    if node is None:
+        raise PlacementError(f"{source}: has no entries; write {_EXAMPLE}")
+    return cast("Node", node)
+
+
+def _entries(node: "Node", where: str, hint: str) -> list[tuple["Node", "Node"]]:
+    """Return the pairs of a mapping, no key of which is there twice."""
+    from yaml.nodes import MappingNode, ScalarNode
+
+    if not isinstance(node, MappingNode):
+        raise PlacementError(f"{where}, line {_line(node)}: not a mapping; {hint}")
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, ScalarNode):
+            raise PlacementError(f"{where}, line {_line(key)}: a key must be text; {hint}")
+        if key.value in lines:
+            raise PlacementError(
+                f"{where}, line {_line(key)}: {key.value!r} is there already, in line {lines[key.value]}"
+            )
+        lines[key.value] = _line(key)
+    return list(node.value)
+
+
+def _line(node: "Node") -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _rule(key: "Node", value: "Node", source: str) -> Rule:
+    text, where = str(key.value), f"{source}, line {_line(key)}, {str(key.value)[:80]}"
+    devices: DeviceNames = ()
+    quant: Quant | None = None
+    for name, setting in _entries(value, where, f"write device, quant or both: {_EXAMPLE}"):
+        if name.value not in _KEYS:
+            near = difflib.get_close_matches(name.value, _KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_KEYS)}"
+            raise PlacementError(f"{where}: unknown key {str(name.value)[:80]!r}; {hint}")
+        if name.value == "device":
+            devices = _devices(_scalar(setting, where, "device"), where)
+        else:
+            quant = _quant(_scalar(setting, where, "quant"), where)
+    if not devices and quant is None:
+        raise PlacementError(f"{where}: says nothing; write device, quant or both: {_EXAMPLE}")
+    if text.startswith("/"):
+        return Rule(text, _line(key), pattern=_pattern(text, where), devices=devices, quant=quant)
+    first, end = _layers(text, where)
+    return Rule(text, _line(key), first, end, devices=devices, quant=quant)
+
+
+def _scalar(node: "Node", where: str, name: str) -> str:
+    from yaml.nodes import ScalarNode
+
+    if not isinstance(node, ScalarNode):
+        # An unquoted [1] begins a list in YAML only at the start of a value, so what comes here was meant as one.
+        raise PlacementError(f'{where}: {name} must be one value; several devices are written "cuda[0]+cuda[1]"')
+    return str(node.value).strip()
+
+
+def _devices(text: str, where: str) -> DeviceNames:
+    names = tuple(part.strip() for part in text.split("+"))
+    for name in names:
+        if _DEVICE.fullmatch(name) is None:
+            hint = f'; did you mean "cuda[{name}]"?' if _NUMBER.fullmatch(name) else ""
+            raise PlacementError(
+                f'{where}: {name[:80]!r} is no device; write "cuda[0]", "cpu", "cpu[0]", or several as '
+                f'"cuda[0]+cuda[1]"{hint}'
+            )
+    names = tuple(re.sub(r"\[0+(?=[0-9])", "[", name) for name in names)
+    if len(set(names)) < len(names):
+        raise PlacementError(f"{where}: {text!r} names a device twice")
+    return names
+
+
+def _quant(text: str, where: str) -> Quant:
+    if text not in get_args(Quant):
+        raise PlacementError(f"{where}: quant {text[:80]!r} is none of {', '.join(get_args(Quant))}")
+    return cast("Quant", text)
+
+
+def _layers(text: str, where: str) -> tuple[int, int]:
+    match = _RANGE.fullmatch(text.strip())
+    if match is None:
+        raise PlacementError(
+            f"{where}: no layers; write START-END with the end exclusive (0-16 are layers 0 to 15), one layer (5), or "
+            "/a regular expression/ over tensor names"
+        )
+    first = int(match[1])
+    end = first + 1 if match[2] is None else int(match[2])
+    if end <= first:
+        swapped = f"; write {end}-{first}" if end < first else f"; layer {first} alone is written {first}"
+        raise PlacementError(f"{where}: the range has {end - first} layers, since its end is exclusive{swapped}")
+    return first, end
+
+
+def _pattern(text: str, where: str) -> re.Pattern[str]:
+    if len(text) < 3 or not text.endswith("/"):
+        raise PlacementError(f"{where}: a regular expression stands between two slashes, such as /lm_head/")
+    # A repeated group with repeats inside can take longer than anyone waits.
+    if len(text) > _LONGEST_PATTERN or len(re.findall(r"[*+{]", text)) > _MOST_REPEATS or re.search(r"\)[*+{]", text):
+        raise PlacementError(
+            f"{where}: a regular expression may have {_LONGEST_PATTERN} characters and {_MOST_REPEATS} repeats, and "
+            "none of a group"
+        )
+    try:
+        return re.compile(text[1:-1])
+    except (re.error, OverflowError) as error:
+        raise PlacementError(f"{where}: not a regular expression: {error}") from error
