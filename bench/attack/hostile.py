@@ -1,10 +1,11 @@
 """Many seeded random hostile sessions beside compared streams: ``python -m bench.attack.hostile --sessions 100000``.
 
 Half of the sessions are on ipc, half on tcp with keys, where each of several hostile clients has a key of its own.
-Processes of attackers run them interleaved. Meanwhile honest clients stream greedy and sampled answers, and every
-token is compared with those of an undisturbed run. The run fails when a stream is lost or different, when a request
-of a hostile session that waited for it was never ended, when a restart is counted, or when memory or descriptors do
-not come back.
+Processes of attackers run them interleaved. Those that wait for their answers are in a process of their own, with keys
+of its own: an owner's floods hold up its own requests. Meanwhile honest clients stream greedy and sampled answers, and
+every token is compared with those of an undisturbed run. The run fails when a stream is lost or different, when a
+request of a hostile session that waited for it was never ended, when a restart is counted, or when memory or
+descriptors do not come back.
 
     python -m bench.attack.hostile [--sessions 100000] [--seed 1] [--transports ipc,tcp] [--minutes 60] [--streams 8]
                                    [--width 16] [--processes 1] [--model demo] [--save FOLDER]
@@ -25,14 +26,14 @@ from pathlib import Path
 from bench.attack.honest import Honest
 from bench.attack.peers import Attacker
 from bench.attack.row import GROWTH_BYTES, GROWTH_DESCRIPTORS
-from bench.attack.sessions import Seen, run_sessions
+from bench.attack.sessions import Seen, is_patient, run_sessions
 from bench.attack.victim import HOSTILE, Footprint, Transport, Victim, undisturbed
 from bench.options import words
 from bench.report import Table
 from mgpu.launch.bench.report import describe, heading
 from mgpu.protocol.internal.child import end_with_parent
 
-NUM_KEYS = 8
+NUM_KEYS, PATIENT_KEYS = 8, 2
 COLUMNS = (
     "transport | sessions | min | sessions/s | actions | answers | honest answers | lost | different | never ended "
     "| worst first token, s | gateways | counted | MiB more | descriptors more | log B/s | good"
@@ -109,20 +110,14 @@ def run(transport: Transport, sessions: int, options: argparse.Namespace) -> Row
 def _attack(row: Row, victim: Victim, sessions: int, options: argparse.Namespace, cores: set[int]) -> None:
     files = [str(key) for at in range(NUM_KEYS) if (key := victim.key_file(f"{HOSTILE}{at}"))]
     seconds = 60 * options.minutes
-    shape = [
-        victim.endpoint,
-        str(options.seed),
-        str(sessions),
-        str(options.processes),
-        str(options.width),
-        str(seconds),
-    ]
+    shape = [victim.endpoint, options.seed, sessions, options.processes, options.width, seconds]
+    kinds = [*((number, files[PATIENT_KEYS:]) for number in range(options.processes)), (-1, files[:PATIENT_KEYS])]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "bench.attack.hostile", "--worker", *shape, str(number), *files],
+            [sys.executable, "-m", "bench.attack.hostile", "--worker", *map(str, (*shape, number, *keys))],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=partial(_begin, cores),
         )
-        for number in range(options.processes)
+        for number, keys in kinds
     ]  # fmt: skip
     try:
         for process in processes:
@@ -133,7 +128,7 @@ def _attack(row: Row, victim: Victim, sessions: int, options: argparse.Namespace
             found = json.loads(output)
             row.sessions += found["done"]
             row.never_ended += len(found["problems"])
-            row.problems += found["problems"][:5]
+            row.problems += found["problems"][:20]
             for name, counts in (("of_character", "sessions"), ("actions", "actions"), ("answers", "answers")):
                 setattr(row, name, dict(Counter(getattr(row, name)) + Counter(found[counts])))
     except subprocess.TimeoutExpired:
@@ -162,12 +157,17 @@ def _look_back(row: Row, victim: Victim, held: Footprint) -> None:
 
 
 def work(words: list[str]) -> None:
-    """Be an attacking process: run every ``processes``-th session and print what was seen."""
+    """Be an attacking process: run every ``processes``-th session and print what was seen.
+
+    A ``number`` below zero runs all sessions that wait for their answers, the other processes those that do not.
+    """
     endpoint, seed, sessions, processes, width, seconds, number, *files = words
+    waits = int(number) < 0
     keys = [Path(file) for file in files] or [None]
     attackers = [Attacker(endpoint, key, 1) for key in keys]
     seen = Seen()
-    numbers = iter(range(int(number), int(sessions), int(processes)))
+    all_numbers = range(int(sessions)) if waits else range(int(number), int(sessions), int(processes))
+    numbers = (each for each in all_numbers if is_patient(each, int(seed)) == waits)
     done = run_sessions(numbers, int(seed), attackers, int(width), time.monotonic() + float(seconds), seen)
     for attacker in attackers:
         attacker.close()

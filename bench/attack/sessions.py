@@ -39,6 +39,12 @@ CHARACTERS: dict[str, tuple[str, ...]] = {
 }
 COMMON = (*CHARACTERS, *(name for name, words in CHARACTERS.items() if "wait" not in words for _ in range(3)))
 """How often each character is drawn: those that wait for the model take much longer than the others."""
+PATIENT = {name for name, words in CHARACTERS.items() if "wait" in words}
+
+
+def is_patient(number: int, seed: int) -> bool:
+    """Return whether a session waits for its answers."""
+    return random.Random(f"{seed}/{number}").choice(COMMON) in PATIENT
 
 
 @dataclass
@@ -55,20 +61,17 @@ class HostileSession:
     """One session. `step` takes its next action."""
 
     def __init__(self, number: int, seed: int, attackers: Sequence[Attacker], seen: Seen) -> None:
-        """The last quarter of ``attackers`` is for sessions that wait: an account's flood holds up its own requests."""
         self._number = number
         self._rng = random.Random(f"{seed}/{number}")
         self._seen = seen
         self.character = self._rng.choice(COMMON)
-        first_patient = len(attackers) - len(attackers) // 4
-        is_patient = "wait" in CHARACTERS[self.character]
-        of_kind = attackers[first_patient:] if is_patient else attackers[:first_patient]
-        self._attacker = self._rng.choice(of_kind or attackers)
+        self._attacker = self._rng.choice(attackers)
         seen.sessions[self.character] += 1
         self._actions = self._plan()
         self._last_id = self._rng.choice([0, 0, 0, 1 << 40])
         self._pending: set[int] = set()
         """Requests that the server must end, as long as this connection lasts."""
+        self._accepted: set[int] = set()
         self._wait_until_s: float | None = None
         self._question: int | None = None
         self._monitor: zmq.Socket[bytes] | None = None
@@ -86,7 +89,7 @@ class HostileSession:
         if chosen is not None and chosen[:1] == b"\0":
             chosen = b"\1" + chosen  # libzmq aborts the sender's own process at some of these
         peer = self._attacker.connect(chosen)
-        if "wait" in CHARACTERS[self.character]:
+        if self.character in PATIENT:
             self._monitor = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         return peer
 
@@ -220,7 +223,9 @@ class HostileSession:
                 self._say(type="health", id=self._question)
                 self._wait_until_s = time.monotonic() + ANSWER_S
                 return
+            forgotten = self._pending & self._accepted
             what = "silence" if self._question in self._pending else f"{len(self._pending)} requests were never ended"
+            what += f", {len(forgotten)} of them were accepted"
             self._seen.problems.append(f"session {self._number} ({self.character}): {what}")
             self._pending.clear()
         if not self._pending:
@@ -256,6 +261,8 @@ class HostileSession:
     def _note(self, message: dict[str, object]) -> None:
         kind, request_id = str(message.get("type")), message.get("id")
         self._seen.answers[f"failed: {message.get('code')}" if kind == "failed" else kind] += 1
+        if kind == "accepted" and isinstance(request_id, int):
+            self._accepted.add(request_id)
         if kind in ("finished", "failed", "health"):
             if isinstance(request_id, int):
                 self._pending.discard(request_id)
@@ -271,16 +278,16 @@ def run_sessions(
     until_s: float,
     seen: Seen,
     *,
-    is_patient: bool = True,
+    finishes: bool = True,
 ) -> int:
     """Run sessions, ``width`` of them at a time, until there are no more numbers or the time is over.
 
-    What has begun then goes on to its end, unless ``is_patient`` is false. Return how many were run to their end. Each
+    What has begun then goes on to its end, unless ``finishes`` is false. Return how many were run to their end. Each
     of ``attackers`` has a key of its own.
     """
     running: list[HostileSession] = []
     done = 0
-    while is_patient or time.monotonic() < until_s:
+    while finishes or time.monotonic() < until_s:
         while len(running) < width and time.monotonic() < until_s and (number := next(numbers, None)) is not None:
             running.append(HostileSession(number, seed, attackers, seen))
         if not running:

@@ -84,7 +84,7 @@ def test_every_token_of_the_small_model_has_a_text_and_common_words_are_one_toke
 def test_sessions_of_an_impatient_attacker_end_with_its_time() -> None:
     attacker = Attacker("ipc:///nowhere/at/all", None, 1)
     seen = Seen()
-    done = run_sessions(itertools.count(), 7, [attacker], 8, time.monotonic() + 0.1, seen, is_patient=False)
+    done = run_sessions(itertools.count(), 7, [attacker], 8, time.monotonic() + 0.1, seen, finishes=False)
     attacker.close()
     assert 0 < done < sum(seen.sessions.values())
 

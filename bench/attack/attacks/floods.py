@@ -109,7 +109,7 @@ def do_not_read(attacker: Attacker, clock: Clock) -> None:
 
 def random_sessions(attacker: Attacker, clock: Clock) -> None:
     """Run random hostile sessions, those of `bench/attack/hostile.py`, many at a time."""
-    run_sessions(itertools.count(), 7, [attacker], 16 * attacker.strength, clock.end_s, Seen(), is_patient=False)
+    run_sessions(itertools.count(), 7, [attacker], 16 * attacker.strength, clock.end_s, Seen(), finishes=False)
 
 
 FLOODS: tuple[Callable[[Attacker, Clock], None], ...] = (
