@@ -7,6 +7,7 @@ from typing import Any
 from mgpu.orchestrator.http.edge.errors import HttpError, bad_request
 from mgpu.orchestrator.http.requests.forms import GUIDED, FormField, form_of
 from mgpu.orchestrator.http.requests.rules import LogitBias, Seed, Stop
+from mgpu.orchestrator.http.requests.tool_rules import choose
 from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.front.client_messages import GENERATE_RULES
 from mgpu.protocol.front.fields import INT32_MAX, FieldError, Integer, Rule, Text
@@ -96,9 +97,17 @@ def add_chat_options(values: Mapping[str, Any], options: GenerateOptions) -> Non
             template.setdefault("enable_thinking", False)
     if template:
         options["template_options"] = template
-    for name in ("model", "tools", "tool_choice", "parallel_tool_calls", "documents"):
+    for name in ("model", "parallel_tool_calls", "documents"):
         if name in values:
             options[name] = values[name]
+    try:
+        choice, tools = choose(values.get("tool_choice"), values.get("tools", ()))
+    except FieldError as error:
+        raise bad_request(str(error), "tool_choice") from None
+    if "tools" in values:
+        options["tools"] = tools
+    if choice is not None:
+        options["tool_choice"] = choice
 
 
 __all__ = ["MODEL", "SAMPLING", "Fields", "HttpError", "Unsupported", "add_chat_options", "parse_fields"]

@@ -2,41 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Unsupported
+from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Unsupported, add_chat_options
 from mgpu.orchestrator.http.requests.forms import TextSettings
-from mgpu.orchestrator.http.requests.rules import MAX_MESSAGES, ROLES, parse_content
+from mgpu.orchestrator.http.requests.response_input import Input, ResponseTools
+from mgpu.orchestrator.http.requests.tool_rules import AllowedTools, ToolChoiceField
+from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.client.results import Usage
 from mgpu.protocol.front.chat_messages import TEMPLATE_OPTIONS
-from mgpu.protocol.front.fields import INT32_MAX, FieldError, Flag, Integer, Rule, Text, wrong
+from mgpu.protocol.front.fields import INT32_MAX, Flag, Integer, Rule, Text, wrong
 
 STATELESS = "this server keeps no responses; send the whole conversation in input"
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """A text, or items of type message. Returns chat messages."""
-
-    allowed: str = f"a string, or an array of 1 to {MAX_MESSAGES} messages, each with role and content"
-
-    def parse(self, field: str, value: object) -> list[dict[str, str]]:
-        if isinstance(value, str):
-            return [{"role": "user", "content": parse_content(field, value)}]
-        if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
-            raise wrong(field, value, self.allowed)
-        return [self._message(f"{field}[{at}]", item) for at, item in enumerate(value)]
-
-    def _message(self, field: str, item: object) -> dict[str, str]:
-        if not isinstance(item, Mapping):
-            raise wrong(field, item, 'an object such as {"role": "user", "content": "Hi"}')
-        if item.get("type", "message") != "message":
-            raise FieldError(
-                f"{field}.type is {str(item['type'])[:40]!a}: this server takes items of type message only"
-            )
-        role = item.get("role")
-        if role not in ROLES:
-            raise wrong(f"{field}.role", role, "one of " + ", ".join(ROLES))
-        return {"role": role, "content": parse_content(f"{field}.content", item.get("content"))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +28,19 @@ class Metadata:
         return value
 
 
+@dataclass(frozen=True, slots=True)
+class ReasoningSettings:
+    """``reasoning`` of responses: how much the model is to think. Returns the effort, None if it is not named."""
+
+    allowed: str = 'an object such as {"effort": "low"}'
+
+    def parse(self, field: str, value: object) -> str | None:
+        if not isinstance(value, Mapping):
+            raise wrong(field, value, self.allowed)
+        effort = value.get("effort")
+        return None if effort is None else Text(32, 1).parse(f"{field}.effort", effort)
+
+
 RULES: dict[str, Rule] = {
     **{name: rule for name, rule in SAMPLING.items() if name not in ("n", "max_tokens")},
     "model": MODEL,
@@ -62,12 +52,45 @@ RULES: dict[str, Rule] = {
     "metadata": Metadata(),
     "text": TextSettings(),
     "chat_template_kwargs": TEMPLATE_OPTIONS,
-    "tools": Unsupported("this server does not call tools here; use /v1/chat/completions", ([],)),
-    "tool_choice": Unsupported("this server does not call tools here; use /v1/chat/completions", ("none", "auto")),
+    "reasoning": ReasoningSettings(),
+    "tools": ResponseTools(),
+    "tool_choice": ToolChoiceField(),
+    "parallel_tool_calls": Flag(),
     "previous_response_id": Unsupported(STATELESS),
     "conversation": Unsupported(STATELESS),
     "background": Unsupported("this server answers while you wait", (False,)),
 }
+
+
+def response_options(values: Mapping[str, Any], options: GenerateOptions) -> GenerateOptions:
+    """Return the front channel's options for the checked fields of a body; ``options`` has those of the same names."""
+    if "max_output_tokens" in values:
+        options["max_tokens"] = values["max_output_tokens"]
+    add_chat_options({**values, "reasoning_effort": values.get("reasoning")}, options)
+    return options
+
+
+def echoed(values: Mapping[str, Any]) -> dict[str, object]:
+    """Return the fields of a body that an answer has again."""
+    return {
+        "instructions": values.get("instructions"),
+        "max_output_tokens": values.get("max_output_tokens"),
+        "metadata": values.get("metadata", {}),
+        "temperature": values.get("temperature"),
+        "top_p": values.get("top_p"),
+        "parallel_tool_calls": values.get("parallel_tool_calls", True),
+        "reasoning": {"effort": values.get("reasoning"), "summary": None},
+        "text": {"format": (values.get("text") or {}).get("format") or {"type": "text"}},
+        "tool_choice": _choice_body(values.get("tool_choice", "auto")),
+        "tools": [{"type": "function", "strict": None, **tool["function"]} for tool in values.get("tools", ())],
+    }
+
+
+def _choice_body(choice: object) -> object:
+    if isinstance(choice, AllowedTools):
+        tools = [{"type": "function", "name": name} for name in choice.names]
+        return {"type": "allowed_tools", "mode": choice.mode, "tools": tools}
+    return {"type": "function", **choice} if isinstance(choice, Mapping) else choice
 
 
 def usage_body(usage: Usage) -> dict[str, object]:

@@ -8,7 +8,8 @@ from mgpu.orchestrator.http.requests.anthropic_messages import AnthropicMessages
 from mgpu.orchestrator.http.requests.anthropic_rules import System, Thinking
 from mgpu.orchestrator.http.requests.fields import Unsupported
 from mgpu.orchestrator.http.requests.forms import FormField, ResponseFormat, TextSettings
-from mgpu.orchestrator.http.requests.response_rules import Input, Metadata
+from mgpu.orchestrator.http.requests.response_input import Input, ResponseTools
+from mgpu.orchestrator.http.requests.response_rules import Metadata, ReasoningSettings
 from mgpu.orchestrator.http.requests.rules import (
     MAX_MESSAGES,
     MAX_PROMPTS,
@@ -21,7 +22,7 @@ from mgpu.orchestrator.http.requests.rules import (
     Stop,
     StreamOptions,
 )
-from mgpu.orchestrator.http.requests.tool_rules import ChatToolChoice
+from mgpu.orchestrator.http.requests.tool_rules import ToolChoiceField
 from mgpu.protocol.front.chat_messages import MAX_CALLS, MAX_TOOLS, TOOL_CHOICES, JsonMap, TemplateOptions, Tools
 from mgpu.protocol.front.fields import INT32_MAX, Array, Flag, Integer, Number, OneOf, Record, Rule, Text
 
@@ -90,9 +91,33 @@ _TOOL: Schema = {
     "required": ["type", "function"],
 }
 _ITEM: Schema = {
-    "type": "object",
-    "properties": {"type": {"const": "message"}, "role": {"enum": list(ROLES)}, "content": _CONTENT},
-    "required": ["role", "content"],
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"type": {"const": "message"}, "role": {"enum": list(ROLES)}, "content": _CONTENT},
+            "required": ["role", "content"],
+        },
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function_call"},
+                "call_id": _NAME,
+                "name": _TOOL_NAME,
+                "arguments": _TEXT,
+            },
+            "required": ["type", "call_id", "name"],
+        },
+        {
+            "type": "object",
+            "properties": {"type": {"const": "function_call_output"}, "call_id": _NAME, "output": _CONTENT},
+            "required": ["type", "call_id", "output"],
+        },
+        {
+            "type": "object",
+            "properties": {"type": {"const": "reasoning"}, "content": {"type": "array"}, "summary": {"type": "array"}},
+            "required": ["type"],
+        },
+    ]
 }
 _MESSAGES: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": MAX_MESSAGES}
 
@@ -193,8 +218,9 @@ def _(rule: AnthropicMessages) -> Schema:
     return {"type": "array", "items": turn, "minItems": 1, "maxItems": MAX_MESSAGES}
 
 
-@schema_of.register
-def _(rule: AnthropicTools) -> Schema:
+@schema_of.register(AnthropicTools)
+@schema_of.register(ResponseTools)
+def _(rule: Rule) -> Schema:
     return {"type": "array", "items": {"type": "object"}, "description": rule.allowed}
 
 
@@ -204,7 +230,7 @@ def _(rule: AnthropicToolChoice) -> Schema:
 
 
 @schema_of.register
-def _(rule: ChatToolChoice) -> Schema:
+def _(rule: ToolChoiceField) -> Schema:
     return {"anyOf": [{"enum": list(TOOL_CHOICES)}, {"type": "object"}], "description": rule.allowed}
 
 
@@ -233,6 +259,7 @@ def _(rule: StreamOptions) -> Schema:
 @schema_of.register(TextSettings)
 @schema_of.register(ResponseFormat)
 @schema_of.register(Metadata)
+@schema_of.register(ReasoningSettings)
 def _(rule: Rule) -> Schema:
     return {"type": "object", "description": rule.allowed}
 

@@ -1,8 +1,9 @@
 """Rules for tools and their calls, in the form of OpenAI's chats, and what the front channel gets of them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mgpu.protocol.client.results import ToolCall, ToolCallPart
 from mgpu.protocol.front.chat_messages import TOOL_CHOICE, TOOL_CHOICES
@@ -10,21 +11,64 @@ from mgpu.protocol.front.fields import FieldError, shown, wrong
 
 
 @dataclass(frozen=True, slots=True)
-class ChatToolChoice:
-    """A word, or the function that must be called; also in the form of responses, without `function`."""
+class AllowedTools:
+    """Some of the tools that are offered, and whether one of them must be called."""
+
+    mode: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoiceField:
+    """A word, the function that must be called, or those that may be; in the form of chats or of responses.
+
+    Returns the front channel's form, or `AllowedTools`.
+    """
 
     allowed: str = 'auto, none, required, or {"type": "function", "function": {"name": "f"}}'
 
     def parse(self, field: str, value: object) -> object:
         if isinstance(value, Mapping):
-            function = value.get("function", value)
-            name = function.get("name") if isinstance(function, Mapping) else None
-            if value.get("type", "function") != "function" or name is None:
-                raise wrong(field, value, self.allowed)
-            return TOOL_CHOICE.parse(field, {"name": name})
+            if value.get("type") == "allowed_tools":
+                return self._allowed_tools(field, value.get("allowed_tools", value))
+            return TOOL_CHOICE.parse(field, {"name": self._name(field, value)})
         if not isinstance(value, str) or value not in TOOL_CHOICES:
             raise wrong(field, value, self.allowed)
         return value
+
+    def _name(self, field: str, value: object) -> str:
+        function = value.get("function", value) if isinstance(value, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(value, Mapping) or value.get("type", "function") != "function" or not isinstance(name, str):
+            raise wrong(field, value, self.allowed)
+        return name
+
+    def _allowed_tools(self, field: str, value: object) -> AllowedTools:
+        tools = value.get("tools") if isinstance(value, Mapping) else None
+        if (
+            not isinstance(value, Mapping)
+            or value.get("mode") not in ("auto", "required")
+            or not isinstance(tools, list)
+        ):
+            raise FieldError(f'{field} of type allowed_tools must have a mode, "auto" or "required", and tools')
+        return AllowedTools(
+            value["mode"], tuple(self._name(f"{field}.tools[{at}]", each) for at, each in enumerate(tools))
+        )
+
+
+Choice = str | Mapping[str, object] | None
+
+
+def choose(
+    choice: AllowedTools | Choice, tools: Sequence[Mapping[str, Any]]
+) -> tuple[Choice, Sequence[Mapping[str, Any]]]:
+    """Return the front channel's choice and the tools that are left to it. FieldError for a name without a tool."""
+    if not isinstance(choice, AllowedTools):
+        return choice, tools
+    offered = {tool["function"]["name"]: tool for tool in tools}
+    if missing := [name for name in choice.names if name not in offered]:
+        raise FieldError(f"tool_choice names {shown(missing[0])}, which is not among the tools: {', '.join(offered)}")
+    return choice.mode, [offered[name] for name in dict.fromkeys(choice.names)]
 
 
 def parse_calls(field: str, value: object) -> list[object]:

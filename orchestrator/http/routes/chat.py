@@ -12,7 +12,7 @@ from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Fields, Unsu
 from mgpu.orchestrator.http.requests.forms import ResponseFormat
 from mgpu.orchestrator.http.requests.logprobs import chat_logprobs
 from mgpu.orchestrator.http.requests.rules import Messages, StreamOptions
-from mgpu.orchestrator.http.requests.tool_rules import ChatToolChoice, call_body, call_delta
+from mgpu.orchestrator.http.requests.tool_rules import ToolChoiceField, call_body, call_delta
 from mgpu.orchestrator.http.routes.call import Call, event, to_json
 from mgpu.protocol.client.async_client import AsyncCompletionStream
 from mgpu.protocol.client.request_message import GenerateOptions
@@ -34,7 +34,7 @@ RULES: dict[str, Rule] = {
     "documents": DOCUMENTS,
     "reasoning_effort": Text(32),
     "tools": TOOLS,
-    "tool_choice": ChatToolChoice(),
+    "tool_choice": ToolChoiceField(),
     "parallel_tool_calls": Flag(),
     "response_format": ResponseFormat(),
     "functions": Unsupported("this form is obsolete; send tools", ([],)),

@@ -53,11 +53,12 @@ def test_a_streamed_response_tells_its_events_in_order(http: HttpServer, gateway
     ("fields", "words"),
     [
         ({"previous_response_id": "resp_1"}, "keeps no responses"),
-        ({"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, "type message only"),
+        ({"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, "no function_call before it"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "items of type message"),
         ({"input": []}, "1 to 2048"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format lacks a schema"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format must be"),
-        ({"tools": [{"type": "web_search"}]}, "does not call tools"),
+        ({"tools": [{"type": "web_search"}]}, "no tools of its own"),
         ({"background": True}, "while you wait"),
     ],
 )
