@@ -43,6 +43,7 @@ _DOES_NOT_FIT = (
     b"the context holds",
     b"the vocabulary has",
     b"tool_call_id",
+    b"no function_call before it",
     b"a string with a JSON object",
 )
 """In answers to bodies that the document allows, and this model or the combination of fields does not."""

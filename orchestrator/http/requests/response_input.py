@@ -17,7 +17,7 @@ from mgpu.protocol.front.fields import FieldError, shown, wrong
 
 Turn = dict[str, object]
 _KINDS = ("message", "function_call", "function_call_output", "reasoning")
-_REASONING_PARTS = ("reasoning_text", "summary_text", "text")
+REASONING_PARTS = ("reasoning_text", "summary_text", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Input:
         call_ids: set[object] = set()
         for at, item in enumerate(value):
             _add(turns, call_ids, f"{field}[{at}]", item)
-        return turns
+        return [{"content": "", **turn} for turn in turns]
 
 
 def _add(turns: list[Turn], call_ids: set[object], field: str, item: object) -> None:
@@ -82,7 +82,7 @@ def _reasoning(field: str, item: Mapping[str, object]) -> str:
         parts = item.get(name) or []
         if not isinstance(parts, list):
             raise wrong(f"{field}.{name}", parts, "an array of parts")
-        if any(not isinstance(part, Mapping) or part.get("type") not in _REASONING_PARTS for part in parts):
+        if any(not isinstance(part, Mapping) or part.get("type") not in REASONING_PARTS for part in parts):
             raise FieldError(f'{field}.{name} must have parts such as {{"type": "reasoning_text", "text": "…"}}')
         if parts:
             return "\n".join(parse_content(f"{field}.{name}", part.get("text")) for part in parts)

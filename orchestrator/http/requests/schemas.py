@@ -8,7 +8,7 @@ from mgpu.orchestrator.http.requests.anthropic_messages import AnthropicMessages
 from mgpu.orchestrator.http.requests.anthropic_rules import System, Thinking
 from mgpu.orchestrator.http.requests.fields import Unsupported
 from mgpu.orchestrator.http.requests.forms import FormField, ResponseFormat, TextSettings
-from mgpu.orchestrator.http.requests.response_input import Input, ResponseTools
+from mgpu.orchestrator.http.requests.response_input import REASONING_PARTS, Input, ResponseTools
 from mgpu.orchestrator.http.requests.response_rules import Metadata, ReasoningSettings
 from mgpu.orchestrator.http.requests.rules import (
     MAX_MESSAGES,
@@ -90,6 +90,14 @@ _TOOL: Schema = {
     },
     "required": ["type", "function"],
 }
+_THOUGHTS: Schema = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"type": {"enum": list(REASONING_PARTS)}, "text": _TEXT},
+        "required": ["type", "text"],
+    },
+}
 _ITEM: Schema = {
     "anyOf": [
         {
@@ -114,7 +122,7 @@ _ITEM: Schema = {
         },
         {
             "type": "object",
-            "properties": {"type": {"const": "reasoning"}, "content": {"type": "array"}, "summary": {"type": "array"}},
+            "properties": {"type": {"const": "reasoning"}, "content": _THOUGHTS, "summary": _THOUGHTS},
             "required": ["type"],
         },
     ]

@@ -103,6 +103,13 @@ def test_the_output_is_the_input_of_the_next_turn(openai_client: openai.OpenAI, 
     assert "<tool_response>\nNoon.\n</tool_response>" in prompt
 
 
+def test_an_item_may_stand_alone(http: HttpServer, gateway: GatewayProcess) -> None:
+    gateway.set_info(max_seq_len=4000)
+    gateway.engine.script = says("Yes.")
+    for item in ({"type": "reasoning", "summary": []}, {"type": "function_call", "call_id": "a", "name": "f"}):
+        assert http.post(RESPONSES, {"input": [item]}).status == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_does_not_parse_is_a_message(
     openai_client: openai.OpenAI, gateway: GatewayProcess, stream: bool
