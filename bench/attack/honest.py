@@ -9,6 +9,7 @@ from bench.attack.victim import Victim
 from bench.chaos.load import Job
 
 PROBE_PAUSE_S = 0.2
+WARM_PROBES = 5
 
 
 @dataclass
@@ -62,6 +63,13 @@ class Honest:
         window = self.begin()
         self._stop.wait(seconds)
         return self.end(window)
+
+    def warm_up(self, within_s: float = 60.0) -> None:
+        """Return when the prober has had some first tokens: processes for text are started when first needed."""
+        deadline_s = time.monotonic() + within_s
+        window = self.begin()
+        while len(window.first_token_s) < WARM_PROBES and time.monotonic() < deadline_s:
+            self._stop.wait(0.05)
 
     def wait_for_an_answer(self, within_s: float = 60.0) -> None:
         """Return when a stream has ended for the first time, or after so long: a short attack may be over before."""

@@ -44,15 +44,18 @@ class Attacker:
     _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def connect(
-        self, routing_id: bytes | None = None, unread: int = 1000, heartbeat_ms: int = 0
+        self, routing_id: bytes | None = None, unread: int = 1000, heartbeat_ms: int = 0, reads_ahead: bool = True
     ) -> "zmq.Socket[bytes]":
         """Return a DEALER that never waits; a message that finds no room is dropped by `say`."""
         found = self.context.socket(zmq.DEALER)
         found.setsockopt(zmq.LINGER, 0)
         found.setsockopt(zmq.SNDHWM, unread)
         found.setsockopt(zmq.RECONNECT_IVL, 50)
-        if heartbeat_ms:
+        if heartbeat_ms or not reads_ahead:
             found.setsockopt(zmq.RCVHWM, 1)
+        if not reads_ahead:
+            found.setsockopt(zmq.RCVBUF, 1 << 16)
+        if heartbeat_ms:
             found.setsockopt(zmq.HEARTBEAT_IVL, heartbeat_ms)
             found.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)
         if routing_id is not None:

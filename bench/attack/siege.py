@@ -44,7 +44,7 @@ class Siege:
             )
             stack.callback(os.sched_setaffinity, 0, set(self._all))
             os.sched_setaffinity(0, self._ours)
-            self._honest.watch(2.0)
+            self._honest.warm_up()
             self._stack = stack.pop_all()
         return self
 

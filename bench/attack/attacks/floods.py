@@ -107,6 +107,14 @@ def do_not_read(attacker: Attacker, clock: Clock) -> None:
             )  # fmt: skip
 
 
+def unread_texts(attacker: Attacker, clock: Clock) -> None:
+    """Have texts made that are as long as an answer can be, and read none of them."""
+    peers = [attacker.connect(reads_ahead=False) for _ in range(10 * attacker.strength)]
+    ids = b"\5\0\0\0" * 200_000
+    for turn in clock.turns(0.001):
+        attacker.say(peers[turn % len(peers)], type="detokenize", token_ids=ids)
+
+
 def random_sessions(attacker: Attacker, clock: Clock) -> None:
     """Run random hostile sessions, those of `bench/attack/hostile.py`, many at a time."""
     run_sessions(itertools.count(), 7, [attacker], 16 * attacker.strength, clock.end_s, Seen(), finishes=False)
@@ -114,5 +122,5 @@ def random_sessions(attacker: Attacker, clock: Clock) -> None:
 
 FLOODS: tuple[Callable[[Attacker, Clock], None], ...] = (
     questions, health_questions, tokenize_flood, detokenize_flood, cancel_flood, unknown_types, same_id, bad_versions,
-    submit_and_cancel, resume_flood, leave_in_the_middle, do_not_read, random_sessions,
+    submit_and_cancel, resume_flood, leave_in_the_middle, do_not_read, unread_texts, random_sessions,
 )  # fmt: skip

@@ -31,6 +31,7 @@ import zmq
 from mgpu.orchestrator.gateway.front.accept_gate import AcceptGate
 from mgpu.orchestrator.gateway.front.descriptors import PROCESS, Ender, inode_and_origin, received_bytes, unread_bytes
 from mgpu.orchestrator.gateway.front.open_connection import OpenConnection, excess
+from mgpu.orchestrator.gateway.front.pipe_room import PipeRoom
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.routing_ids import AutomaticIds
 from mgpu.protocol.front.framing import HANDSHAKE_TIMEOUT_MS
@@ -93,7 +94,7 @@ class Connections:
         """Since routing ids were last looked at."""
         self._next_check_s = 0.0
         self._random = random.Random()
-        self._ender = Ender()
+        self._ender, self._pipes = Ender(), PipeRoom()
         self.monitor = context.socket(zmq.PAIR)
         self.monitor.setsockopt(zmq.LINGER, 0)
         self.monitor.setsockopt(zmq.RCVHWM, 0)  # at a limit libzmq's own thread would wait for this one
@@ -115,6 +116,11 @@ class Connections:
         """Return whose a connection is that has sent a message; empty if that is not known."""
         found = self._by_name.get(connection)
         return "" if found is None else found.owner
+
+    def has_room(self, connection: bytes, nbytes: int) -> bool:
+        """Return whether libzmq may be handed so many bytes more for a connection, and count them then."""
+        found = self._by_name.get(connection)
+        return found is None or self._pipes.take(found, nbytes)
 
     def flooding(self) -> str:
         """Return the owner who seems to have filled the memory; empty if that cannot be seen. It takes some ms.
@@ -268,6 +274,7 @@ class Connections:
 
     def _forget(self, found: OpenConnection) -> None:
         del self._open[found.fd]
+        self._pipes.free(found)
         self._leave_unproven(found)
         self._uncount(found)
         if self._by_name.get(found.name) is found:

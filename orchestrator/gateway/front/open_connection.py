@@ -20,6 +20,8 @@ class OpenConnection:
     has_chosen_id: bool = False
     """``name`` is one that the ROUTER has yet to give to another."""
     end_at_s: float | None = None
+    piped_bytes: int = 0
+    """Handed to libzmq since it was last seen that the peer has taken everything; see pipe_room.py."""
 
 
 def excess(connections: Iterable[OpenConnection], kept: int) -> list[OpenConnection]:

@@ -24,7 +24,7 @@ from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.keys import use_server_key
 
 MAX_BACKLOG_BYTES = 4 << 20
-"""Per connection, beyond what its pipe holds (the HWM)."""
+"""Per connection, beyond what its pipe holds (the HWM, and pipe_room.py)."""
 MAX_TOTAL_BACKLOG_BYTES = 256 << 20
 """Of all connections; beyond it the one that is furthest behind is given up."""
 CHECK_INTERVAL_S = 2.0
@@ -230,6 +230,8 @@ class FrontSocket:
 
     def _try_send(self, message: list[bytes]) -> bool:
         """Send without waiting; False if the peer's pipe is full. A message to a vanished peer counts as sent."""
+        if not self.connections.has_room(message[0], len(message[-1])):
+            return False
         try:
             self.socket.send_multipart(message, zmq.NOBLOCK, copy=True)
         except zmq.Again:

@@ -1,0 +1,61 @@
+"""Bound the bytes of unread answers that lie in libzmq's pipes, which bound their number alone.
+
+libzmq does not tell how much of a pipe it has sent. The kernel tells whether bytes of a connection wait there for a
+peer that does not take them. So bytes are counted as they are handed to libzmq, and when they have become many the
+kernel is asked: if nothing waits, the peer reads, and the count begins again.
+
+Example: a client asks for texts of 1 MiB and reads none of them. The first fills the kernel's buffer and the pipe. The
+second finds bytes waiting and stays with the gateway, which gives the connection up when 4 MiB wait.
+"""
+
+import fcntl
+import struct
+import termios
+from collections.abc import Callable
+
+from mgpu.orchestrator.gateway.front.descriptors import PROCESS
+from mgpu.orchestrator.gateway.front.open_connection import OpenConnection
+
+FREE_BYTES = 64 << 10
+"""Of one connection, for which the kernel is not asked."""
+MAX_BYTES = 1 << 20
+"""Of one connection that does not read. A single message may be longer."""
+MAX_TOTAL_BYTES = 64 << 20
+"""Of all; beyond it each connection that does not read has `FREE_BYTES`."""
+_SIOCOUTQNSD = 0x894B
+"""<linux/sockios.h>: bytes of a tcp connection that were not even sent, because the peer's buffers are full."""
+
+
+class PipeRoom:
+    """What all connections have been handed."""
+
+    def __init__(self, unsent_bytes: Callable[[OpenConnection], int] | None = None) -> None:
+        self._unsent_bytes = unsent_bytes or unsent_bytes_of
+        self._total = 0
+
+    def take(self, connection: OpenConnection, nbytes: int) -> bool:
+        """Count so many bytes more for a connection; False if it has to read first. An idle one may have any number."""
+        held = connection.piped_bytes + nbytes
+        if held > FREE_BYTES and connection.piped_bytes:
+            if self._unsent_bytes(connection) == 0:
+                held = nbytes
+            elif held > (MAX_BYTES if self._total < MAX_TOTAL_BYTES else FREE_BYTES):
+                return False
+        self._total += held - connection.piped_bytes
+        connection.piped_bytes = held
+        return True
+
+    def free(self, connection: OpenConnection) -> None:
+        """Note that a connection has ended."""
+        self._total -= connection.piped_bytes
+        connection.piped_bytes = 0
+
+
+def unsent_bytes_of(connection: OpenConnection) -> int:
+    """Return how many bytes the kernel holds because the peer does not take them; 0 for a connection that is gone."""
+    request = termios.TIOCOUTQ if connection.origin.startswith(PROCESS) else _SIOCOUTQNSD
+    try:
+        [found] = struct.unpack("=i", fcntl.ioctl(connection.fd, request, bytes(4)))
+    except OSError:  # libzmq has closed it
+        return 0
+    return int(found)
