@@ -22,7 +22,7 @@ from mgpu.orchestrator.placement.speed import estimate_speed, speed_json, speed_
 from mgpu.orchestrator.placement.table import layout_json, layout_text
 from mgpu.orchestrator.placement.written_topology import topology_text
 
-_RECOMMENDED = ("tp", "device_layers", "topology", "quant", "kv_cache_dtype")
+_RECOMMENDED = ("tp", "tp_shares", "device_layers", "topology", "quant", "kv_cache_dtype")
 """Options that the table of layouts chooses."""
 
 

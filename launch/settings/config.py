@@ -95,6 +95,7 @@ class ServeConfig:
         "auto", "Where to run; auto takes all visible GPUs, else the CPU.", group="Devices and layout"
     )
     tp: int = _option(0, "Tensor-parallel size: use the first N visible GPUs (0: all of them).", 0)
+    tp_shares: str = _option("", "Tensor-parallel by unequal shares: the KV heads of each GPU, such as 3,3,2.")
     device_layers: str = _option(
         "",
         'Manual layer mapping, ordered device:count pairs: "0:32;1:32"; "0+1:32" splits, "cpu:8" offloads.',

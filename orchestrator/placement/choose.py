@@ -19,6 +19,7 @@ from mgpu.orchestrator.placement.named_layers import named_stages
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.sizes import edge_elements, layers_bytes
 from mgpu.orchestrator.placement.topology.rules import Topology
+from mgpu.orchestrator.placement.uneven import example_shares, uneven_stage
 from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 
@@ -33,6 +34,8 @@ def dtype_of(machine: Machine, options: LayoutOptions) -> Dtype:
 
 def choose_placement(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Choice:
     """Choose by the layer map or the size that was typed, else by the visible devices (the table in docs)."""
+    if options.tp_shares is not None:
+        return uneven_stage(facts, machine, options, options.tp_shares), f"--tp-shares {options.tp_shares}"
     if options.topology is not None and options.topology.places:
         return _choose_named(facts, machine, options, options.topology)
     if options.device_layers is not None:
@@ -153,6 +156,8 @@ def _split_error(
         f"Compatible sizes: {sizes_text(facts, options.quant, options.experts)}. "
         f"Use {_fewer_devices(machine, options, best)}"
     )
+    if size >= 2 and facts.borrowed is None and (shares := example_shares(facts, size)):
+        text += f", or --tp-shares {shares}"
     if 2 <= size <= facts.num_layers:
         text += f', or give each its own layers: -n "{map_text(even_stages(facts.num_layers, range(size)))}"'
     return PlacementError(text + advice_without_groups(facts, size, options.quant, options.experts))

@@ -9,7 +9,7 @@ from mgpu.orchestrator.placement.divisibility import compatible_sizes, expert_sp
 from mgpu.orchestrator.placement.options import LayoutOptions, step_tokens
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.layout import Layout, StepLimits, cpu_pool_bytes
-from mgpu.protocol.model.placement import HeadShard, PlacementPlan, RankPlace, Stage, head_shard
+from mgpu.protocol.model.placement import HeadShard, PlacementPlan, RankPlace, Stage
 from mgpu.protocol.model.quantization import FLOAT8_CAPABILITY, Quant
 from mgpu.protocol.model.shared_memory_layout import relay_sizes
 
@@ -78,9 +78,14 @@ def rank_rows(sizing: Sizing) -> tuple[RankRow, ...]:
 
 
 def _row(sizing: Sizing, rank: int) -> RankRow:
-    facts, layout, options = sizing.facts, sizing.layout, sizing.options
+    facts = whole = sizing.facts
+    layout, options = sizing.layout, sizing.options
     place = layout.placement.place_of(rank)
     stage, device = layout.placement.stages[place.stage_index], sizing.machine.devices[place.device]
+    part = place.part
+    if place.shares:
+        facts = sizes.part_facts(facts, part, layout.quant, layout.expert_split)
+        sizing, place = replace(sizing, facts=facts), replace(place, tp_rank=0, tp_size=1, shares=())
     types = sizing.dtype_bytes, layout.quant, layout.expert_split
     weights = sizes.rank_weight_bytes(facts, layout.placement, place, *types)
     reserve = _reserve_bytes(sizing, place)
@@ -97,7 +102,7 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
         stage_index=place.stage_index,
         first_layer=stage.first_layer,
         end_layer=stage.end_layer,
-        heads=head_shard(facts.num_q_heads, facts.num_kv_heads, place.tp_rank, place.tp_size),
+        heads=part.heads(whole.num_q_heads, whole.num_kv_heads),
         weight_bytes=weights,
         reserve_bytes=reserve,
         budget_bytes=budget,

@@ -28,6 +28,8 @@ class LayoutOptions:
     """Options that decide the layout, under their names on the command line; None if not asked."""
 
     tp: int | None = None
+    tp_shares: str | None = None
+    """KV heads of each device, such as ``3,3,2``."""
     device_layers: str | None = None
     topology: Topology | None = None
     """Devices and formats by layer, from a file."""
@@ -56,6 +58,8 @@ def implied_workers(options: LayoutOptions) -> int | None:
     """Return the number of workers that a size or a layer map needs; None without either."""
     if options.tp is not None:
         return options.tp
+    if options.tp_shares is not None:
+        return options.tp_shares.count(",") + 1
     if options.topology is not None and options.topology.last_cpu_number >= 0:
         return options.topology.last_cpu_number + 1
     ordinals = [

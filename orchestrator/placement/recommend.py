@@ -90,7 +90,8 @@ def _choices(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Ite
     caches: tuple[KvCacheDtype, ...] = ("auto", "fp8") if options.kv_cache_dtype == "auto" else ("fp8",)
     for quant in quants:
         for cache in caches:
-            base = replace(options, quant=quant, kv_cache_dtype=cache, tp=None, device_layers=None, topology=None)
+            free = replace(options, tp=None, tp_shares=None, device_layers=None, topology=None)
+            base = replace(free, quant=quant, kv_cache_dtype=cache)
             added = (f" --quant {quant}" if quant != "none" else "") + (
                 " --kv-cache-dtype fp8" if cache == "fp8" else ""
             )

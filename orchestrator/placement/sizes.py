@@ -10,6 +10,7 @@ from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import (
     PlacementPlan,
     RankPlace,
+    TensorPart,
     head_shard,
     largest_expert_shard,
     padded_vocab,
@@ -115,6 +116,31 @@ def largest_matrix_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int, spli
     kinds = {facts.experts_of(layer) is not None: layer for layer in range(facts.num_layers)}
     shapes = {shape for layer in kinds.values() for shape in rank_matrices(facts, tp_size, layer, split)}
     return max(map(math.prod, shapes)) * dtype_bytes
+
+
+def part_facts(facts: ModelFacts, part: TensorPart, quant: Quant, split: ExpertSplit) -> ModelFacts:
+    """Return the facts of a model that is as large as a rank's part, where ranks have unequal shares.
+
+    One rank of that model holds what this rank holds.
+    """
+    heads = part.heads(facts.num_q_heads, facts.num_kv_heads)
+    formats = formats_of(facts, 0, quant)
+    experts = facts.experts
+    if experts is not None:
+        shard = part.experts(experts, split, formats.down.splits_at)
+        shared = len(part.columns(experts.shared_width, formats.shared_down.splits_at)) if experts.shared_width else 0
+        active = min(experts.active, len(shard.experts))
+        experts = replace(
+            experts, count=len(shard.experts), active=active, width=len(shard.columns), shared_width=shared
+        )
+    return replace(
+        facts,
+        num_q_heads=heads.num_q,
+        num_kv_heads=heads.num_kv,
+        intermediate_size=len(part.columns(facts.intermediate_size, formats.down.splits_at)),
+        vocab_size=len(part.vocabulary(facts.vocab_size)[part.rank]),
+        experts=experts,
+    )
 
 
 def rank_weight_bytes(

@@ -11,10 +11,10 @@ from mgpu.orchestrator.placement.costs import HOST_BYTES_PER_S
 from mgpu.orchestrator.placement.devices import DeviceInfo
 from mgpu.orchestrator.placement.gpu_facts import GpuFacts, find_gpu
 from mgpu.orchestrator.placement.planner import Plan
-from mgpu.orchestrator.placement.sizes import layers_bytes
+from mgpu.orchestrator.placement.sizes import layers_bytes, part_facts
 from mgpu.orchestrator.placement.stored_formats import is_stored
 from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts, ModelFacts
-from mgpu.protocol.model.placement import Stage, padded_vocab
+from mgpu.protocol.model.placement import Stage, TensorPart, padded_vocab
 from mgpu.protocol.model.quantization import Quant
 
 MANY = 64
@@ -158,7 +158,9 @@ def _is_measured(device: DeviceInfo) -> bool:
 
 def _stage_s(plan: Plan, stage: Stage, device: _Device, rows: int, behind: int) -> float:
     """Return the seconds of one step of a stage with ``rows`` tokens, each with ``behind`` tokens in the cache."""
-    facts, quant, size = plan.facts, plan.layout.quant, len(stage.devices)
+    quant = plan.layout.quant
+    plan, size = _heaviest(plan, stage)
+    facts = plan.facts
     layers, has_many = range(stage.first_layer, stage.end_layer), min(1.0, (rows - 1) / 16)
     reads = device.bytes_per_s * _READ
     elements = _elements(facts, layers, size)
@@ -175,6 +177,14 @@ def _stage_s(plan: Plan, stage: Stage, device: _Device, rows: int, behind: int) 
     work_s = graph_s + len(layers) * _sums_s(plan, stage, device, rows)
     launch_s = len(layers) * _launch_s(plan, stage, device)
     return max(work_s, launch_s) + has_many * min(work_s, launch_s)  # kernels of many rows hide less of the launching
+
+
+def _heaviest(plan: Plan, stage: Stage) -> tuple[Plan, int]:
+    """Return the plan and the ranks that share it; with unequal shares, that of the rank with the largest alone."""
+    if not stage.shares:
+        return plan, len(stage.devices)
+    part = TensorPart(stage.shares.index(max(stage.shares)), len(stage.shares), stage.shares)
+    return replace(plan, facts=part_facts(plan.facts, part, plan.layout.quant, plan.layout.expert_split)), 1
 
 
 def layers_read_bytes(plan: Plan, layers: range, size: int, rows: int) -> float:
@@ -205,7 +215,7 @@ def _elements(facts: ModelFacts, layers: range, size: int) -> float:
 def _head_bytes(plan: Plan, stage: Stage) -> float:
     if stage is not plan.layout.placement.stages[-1]:
         return 0
-    size, facts = len(stage.devices), plan.facts
+    size, facts = 1 if stage.shares else len(stage.devices), plan.facts
     return padded_vocab(facts.vocab_size, size) / size * facts.hidden_size * DTYPE_BYTES[plan.layout.dtype]
 
 
@@ -216,7 +226,8 @@ def _kv_tokens(facts: ModelFacts, layers: range, behind: int) -> float:
 
 
 def _kv_bytes_per_layer(plan: Plan, stage: Stage) -> float:
-    rank = plan.layout.placement.ranks_of_stage(plan.layout.placement.stages.index(stage))[0]
+    ranks = plan.layout.placement.ranks_of_stage(plan.layout.placement.stages.index(stage))
+    rank = max(ranks, key=lambda rank: plan.rows[rank].kv_token_bytes)
     return plan.rows[rank].kv_token_bytes / stage.num_layers if stage.num_layers else 0.0
 
 
@@ -254,7 +265,9 @@ def _prompt_s(plan: Plan, stage: Stage, device: _Device, prompt: int) -> float:
     """Return the seconds of a stage for a whole prompt, bound by arithmetic and by the sums over ranks."""
     if not device.flops:
         return 0.0
-    facts, quant, size = plan.facts, plan.layout.quant, len(stage.devices)
+    quant = plan.layout.quant
+    plan, size = _heaviest(plan, stage)
+    facts = plan.facts
     layers = range(stage.first_layer, stage.end_layer)
     rate = device.float8_flops if quant == "fp8" and device.float8_flops else device.flops
     products = 2 * _elements(facts, layers, size) * prompt / (rate * _PROMPT_FLOPS[quant])

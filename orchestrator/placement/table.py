@@ -7,8 +7,8 @@ from mgpu.orchestrator.placement.planner import Plan
 from mgpu.orchestrator.placement.sizes import active_bytes
 from mgpu.orchestrator.placement.stored_formats import stored_json, stored_lines
 from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts
-from mgpu.protocol.model.placement import Mode
-from mgpu.protocol.model.quantization import weight_format
+from mgpu.protocol.model.placement import Mode, TensorPart
+from mgpu.protocol.model.quantization import formats_of, weight_format
 
 _TITLES: dict[Mode, str] = {
     "cpu": "one worker on the CPU",
@@ -24,6 +24,7 @@ _LINK_NAMES = {"self": "-", "nvlink": "NVL", "pcie": "PCI", "none": "no"}
 def layout_text(plan: Plan) -> str:
     """Return mode and reason, one row per rank, the size of the KV cache, and the peer access of several GPUs."""
     lines = [_headline(plan), *_table(_COLUMNS, [_cells(row, plan.facts.num_layers) for row in plan.rows])]
+    lines += _shares_lines(plan)
     lines += stored_lines(plan)
     if plan.facts.experts is not None:
         lines.append(_experts_line(plan, plan.facts.experts))
@@ -63,6 +64,21 @@ def layers_text(row: RankRow, last_layer: int, layers: str) -> str:
     if row.end_layer > row.first_layer:
         return layers
     return "head" if row.end_layer == last_layer else "embedding"
+
+
+def _shares_lines(plan: Plan) -> list[str]:
+    """Return what unequal shares of the heads mean for the rest of a layer."""
+    lines = []
+    for stage in (stage for stage in plan.layout.placement.stages if stage.shares):
+        parts = [TensorPart(rank, len(stage.shares), stage.shares) for rank in range(len(stage.shares))]
+        step = formats_of(plan.facts, stage.first_layer, plan.layout.quant).down.splits_at
+        columns = [len(part.columns(plan.facts.intermediate_size, step)) for part in parts]
+        rows = [len(each) for each in parts[0].vocabulary(plan.facts.vocab_size)]
+        lines.append(
+            f"shares {' + '.join(map(str, stage.shares))} of {plan.facts.num_kv_heads} KV heads: MLP columns "
+            f"{' + '.join(map(str, columns))}, vocabulary {' + '.join(map(str, rows))}"
+        )
+    return lines
 
 
 def _experts_line(plan: Plan, experts: ExpertFacts) -> str:
@@ -154,6 +170,7 @@ def layout_json(plan: Plan) -> dict[str, object]:
         "concurrency": round(plan.concurrency, 3),
         "stages": [
             {"layers": [stage.first_layer, stage.end_layer], "devices": list(stage.devices)}
+            | ({"shares": list(stage.shares)} if stage.shares else {})
             for stage in plan.layout.placement.stages
         ],
         "ranks": [_rank_json(row) for row in plan.rows],

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from itertools import groupby
 
+from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.cpu_workers import device_name
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.protocol.model.facts import ModelFacts
@@ -25,6 +26,8 @@ _ASKED: tuple[Quant, ...] = ("4", "8", "fp8")
 
 def topology_text(plan: Plan, heading: str) -> str:
     """Return the file. ``heading`` is its first line, a comment."""
+    if any(stage.shares for stage in plan.layout.placement.stages):
+        raise PlacementError("--topology-out: a topology file has no shares; --tp-shares stays an option beside it")
     lines = [f"# {heading}"]
     stages = [stage for stage in plan.layout.placement.stages if stage.num_layers]
     for stage in stages:

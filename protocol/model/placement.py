@@ -11,6 +11,8 @@ from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit
 
 Mode = Literal["cpu", "single", "tensor-parallel", "layer-mapped", "hybrid"]
 Transport = Literal["none", "nccl", "gloo", "shared-memory", "peer", "pinned"]
+_STEP, _COARSE = 16, 32
+"""Uneven shares end at multiples of so many columns, if a KV head's share has at least so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class Stage:
     first_layer: int
     end_layer: int
     devices: tuple[int, ...]
+    shares: tuple[int, ...] = ()
+    """KV heads of each device, where they differ; empty: all have equally many."""
 
     @property
     def num_layers(self) -> int:
@@ -38,6 +42,12 @@ class RankPlace:
     tp_rank: int
     tp_size: int
     device: int
+    shares: tuple[int, ...] = ()
+
+    @property
+    def part(self) -> "TensorPart":
+        """The part of each layer that the rank holds."""
+        return TensorPart(self.tp_rank, self.tp_size, self.shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +70,7 @@ class PlacementPlan:
         for index, stage in enumerate(self.stages):
             if first <= rank < first + len(stage.devices):
                 tp_rank = rank - first
-                return RankPlace(rank, index, tp_rank, len(stage.devices), stage.devices[tp_rank])
+                return RankPlace(rank, index, tp_rank, len(stage.devices), stage.devices[tp_rank], stage.shares)
             first += len(stage.devices)
         raise IndexError(f"rank {rank} is outside a plan of {self.world_size} ranks")
 
@@ -123,19 +133,65 @@ def even_range(total: int, rank: int, size: int) -> range:
     return range(total * rank // size, total * (rank + 1) // size)
 
 
+def shared_range(total: int, rank: int, shares: tuple[int, ...], step: int = 1) -> range:
+    """Return one rank's items where shares differ, in whole steps but for the last rank's.
+
+    Example: 14,336 columns in shares of 3, 3 and 2 are 5,376, 5,376 and 3,584 columns.
+    """
+    if step == 1 and total >= _COARSE * sum(shares):
+        step = _STEP  # products are fastest where slices begin at multiples of this
+
+    def bound(ranks: int) -> int:
+        return total if ranks == len(shares) else round(total * sum(shares[:ranks]) / sum(shares) / step) * step
+
+    return range(bound(rank), bound(rank + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPart:
+    """Which part of each layer a rank of a stage holds: an equal one, or by shares in KV heads."""
+
+    rank: int
+    size: int
+    shares: tuple[int, ...] = ()
+    """KV heads of each rank; empty: all have equally many."""
+
+    def heads(self, num_q_heads: int, num_kv_heads: int) -> HeadShard:
+        """Return the rank's heads. With shares, no KV head is on two ranks."""
+        if not self.shares:
+            return head_shard(num_q_heads, num_kv_heads, self.rank, self.size)
+        group = num_q_heads // num_kv_heads
+        first = sum(self.shares[: self.rank])
+        end = first + self.shares[self.rank]
+        return HeadShard(first * group, end * group, first, end, 1)
+
+    def columns(self, total: int, step: int = 1) -> range:
+        """Return the rank's columns of a feed-forward network, in whole steps if there are shares."""
+        return shared_range(total, self.rank, self.shares, step) if self.shares else self.evenly(total)
+
+    def evenly(self, total: int) -> range:
+        return even_range(total, self.rank, self.size)
+
+    def vocabulary(self, vocab_size: int) -> tuple[range, ...]:
+        """Return the rows of the vocabulary of each rank; without shares they are padded to equal lengths."""
+        if self.shares:
+            return tuple(shared_range(vocab_size, rank, self.shares) for rank in range(self.size))
+        rows = padded_vocab(vocab_size, self.size) // self.size
+        return tuple(range(rank * rows, (rank + 1) * rows) for rank in range(self.size))
+
+    def experts(self, experts: ExpertFacts, split: ExpertSplit, step: int = 1) -> "ExpertShard":
+        """Return a slice of every expert (tensor), or all of some experts (parallel)."""
+        if split == "parallel":
+            return ExpertShard(self.columns(experts.count), range(experts.width))
+        return ExpertShard(range(experts.count), self.columns(experts.width, step))
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertShard:
     """What one tensor-parallel rank holds of a layer's experts: which ones, and which columns of their width."""
 
     experts: range
     columns: range
-
-
-def expert_shard(experts: ExpertFacts, split: ExpertSplit, rank: int, size: int) -> ExpertShard:
-    """Return a slice of every expert (tensor), or all of some experts (parallel)."""
-    if split == "parallel":
-        return ExpertShard(even_range(experts.count, rank, size), range(experts.width))
-    return ExpertShard(range(experts.count), even_range(experts.width, rank, size))
 
 
 def largest_expert_shard(experts: ExpertFacts, split: ExpertSplit, size: int) -> tuple[int, int]:

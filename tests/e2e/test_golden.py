@@ -16,7 +16,7 @@ HEAD_APART = """
 """
 SMOLLM2_LAYOUTS = {
     "one worker": ["--workers", "1"],
-    "tensor-parallel over 3": ["--workers", "3"],
+    "tensor-parallel over 2, by unequal shares": ["--tp-shares", "2,1"],
     "layer-mapped over 4, uneven, the last one more CPU worker": ["-n", "0:3;1:10;2:9;cpu:8"],
     "two stages of three, and the head apart": ["--topology", TOPOLOGY],
 }

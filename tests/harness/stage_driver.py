@@ -9,9 +9,10 @@ from torch import Tensor
 from harness.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import ExpertSplit, KvCacheDtype
-from mgpu.protocol.model.placement import RankPlace, head_shard
+from mgpu.protocol.model.placement import RankPlace, TensorPart
 from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.models.build import DecoderStage, build_stage, init_dummy_weights, load_weights
+from mgpu.worker.sampling.sampler import gathered
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, stored_dtype
 
@@ -72,16 +73,20 @@ class Stages:
     quant: Quant = "none"
     kv_cache_dtype: KvCacheDtype = "auto"
     expert_split: ExpertSplit = "tensor"
+    shares: tuple[int, ...] = ()
+    """KV heads of each rank; empty: equally many."""
     stages: list[DecoderStage] = field(init=False)
     caches: list[KvCache] = field(init=False)
     bytes_read: int = 0
 
     def __post_init__(self) -> None:
         facts = self.checkpoint.facts
-        heads = head_shard(facts.num_q_heads, facts.num_kv_heads, self.group.rank, self.group.size)
+        part = TensorPart(self.group.rank, self.group.size, self.shares)
+        heads = part.heads(facts.num_q_heads, facts.num_kv_heads)
+        self.vocabulary = tuple(map(len, part.vocabulary(facts.vocab_size)))
         self.stages, self.caches = [], []
         for index, layers in enumerate(self.splits):
-            place = RankPlace(self.group.rank, index, self.group.rank, self.group.size, 0)
+            place = RankPlace(self.group.rank, index, self.group.rank, self.group.size, 0, self.shares)
             where = place, layers, self.group, self.dtype, self.device
             how = self.quant, self.kv_cache_dtype, self.expert_split
             stage = build_stage(facts, *where, *how, folder=self.checkpoint.source.path)
@@ -105,7 +110,7 @@ class Stages:
         x_TD = self.stages[0].embed(batch.token_ids)
         for stage, cache in zip(self.stages, self.caches, strict=True):
             x_TD = stage.run_layers(x_TD, batch, cache)
-        logits = self.group.all_gather(self.stages[-1].logits(x_TD[batch.logit_rows]))
+        logits = gathered(self.stages[-1].logits(x_TD[batch.logit_rows]), self.group, self.vocabulary)
         vocab_size = self.checkpoint.facts.vocab_size
         assert (logits[:, vocab_size:] == -torch.inf).all()
         return logits[:, :vocab_size]
@@ -122,6 +127,7 @@ def logits_in_chunks(
     quant: Quant = "none",
     kv_cache_dtype: KvCacheDtype = "auto",
     expert_split: ExpertSplit = "tensor",
+    shares: tuple[int, ...] = (),
 ) -> Tensor:
     """Return the logits of every token when one request is computed ``chunks`` tokens at a time."""
     assert sum(chunks) == len(token_ids)
@@ -130,7 +136,7 @@ def logits_in_chunks(
 
     def work(group: ThreadGroup) -> Tensor:
         splits = [range(*pair) for pair in pairwise(bounds)]
-        types = {"quant": quant, "kv_cache_dtype": kv_cache_dtype, "expert_split": expert_split}
+        types = {"quant": quant, "kv_cache_dtype": kv_cache_dtype, "expert_split": expert_split, "shares": shares}
         stages = Stages(checkpoint, group, splits, dtype, device, **types)
         row = Row(list(range(stages.num_blocks))[::-1])  # a table that is not the identity
         parts, first = [], 0

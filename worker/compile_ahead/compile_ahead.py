@@ -18,7 +18,7 @@ from threading import Thread
 import torch
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan, WorkerSpec
-from mgpu.protocol.model.placement import RankPlace, padded_vocab
+from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.models.build import DecoderStage, build_stage, init_linear
 from mgpu.worker.ranks.collectives import MeasurableGroup
@@ -142,8 +142,8 @@ class CompileAhead:
 
     def _run_steps(self, stage: DecoderStage, rows: RowTable, cache: KvCache) -> None:
         """Run the steps of `ModelRunner.warm_up` that use no graph. All tokens are 0, since nothing is sampled."""
-        facts, size = self.spec.facts, self.place.tp_size
-        sampler = Sampler(rows, self.group, padded_vocab(facts.vocab_size, size) // size)
+        facts = self.spec.facts
+        sampler = Sampler(rows, self.group, tuple(map(len, self.place.part.vocabulary(facts.vocab_size))))
         blocks = [*range(min(cache.num_blocks, rows.blocks.shape[1]))]
         most = min(self.spec.limits.max_batch_tokens, self.spec.limits.max_seq_len - 1)
         new = NewRow(0, bytes(4 * most), most, blocks, RowSampling(temperature=1.0))

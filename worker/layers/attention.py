@@ -1,7 +1,7 @@
 """Self-attention: q, k and v are column parallel by heads, the output projection is row parallel.
 
 Each rank computes its own query heads with the KV heads that they need; where there are more ranks than KV heads,
-consecutive ranks hold copies of one.
+consecutive ranks hold copies of one. Ranks may have unequal numbers of KV heads (`TensorPart.shares`).
 """
 
 # T tokens, D model dim, H query heads of this rank, J KV heads of this rank, K head dim
@@ -9,7 +9,7 @@ consecutive ranks hold copies of one.
 from torch import Tensor
 
 from mgpu.protocol.model.facts import ModelFacts
-from mgpu.protocol.model.placement import head_shard
+from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.layers.activations import Activations, Product, scaled, values_and_scale
 from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
@@ -33,8 +33,10 @@ class Attention(Module):
         window: int | None,
         storage: Storage,
         norms_unit_offset: bool = False,
+        part: TensorPart | None = None,
     ) -> None:
-        heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
+        part = part or TensorPart(group.rank, group.size)
+        heads = part.heads(facts.num_q_heads, facts.num_kv_heads)
         self.head_dim = facts.head_dim
         self.num_q, self.num_kv = heads.num_q, heads.num_kv
         slices = qkv_slices(heads, facts.head_dim)
@@ -44,7 +46,8 @@ class Attention(Module):
         self.k_norm: RMSNorm | None = None
         self.whole_norm: WholeHeadsNorm | None = None
         if facts.qk_norm and facts.norms_whole_heads:
-            self.whole_norm = WholeHeadsNorm(heads, facts.head_dim, facts.rms_norm_eps, group, storage)
+            totals = facts.num_q_heads, facts.num_kv_heads
+            self.whole_norm = WholeHeadsNorm(heads, totals, facts.head_dim, facts.rms_norm_eps, group, storage)
         elif facts.qk_norm:
             of_heads = facts.head_dim, facts.rms_norm_eps, storage.dtype, storage.device, norms_unit_offset, True
             self.q_norm, self.k_norm = RMSNorm(*of_heads), RMSNorm(*of_heads)

@@ -33,16 +33,21 @@ class WholeHeadsNorm(Module):
     """RMSNorm of all query heads as one vector, and of all key heads, before they are rotated (OLMo).
 
     Each rank has some of the heads, so the ranks add up their sums of squares. Ranks that hold copies of a KV head
-    count their part of it only.
+    count their part of it only. ``totals`` are the query heads and the KV heads of all ranks.
     """
 
     def __init__(
-        self, heads: HeadShard, head_dim: int, eps: float, group: TensorParallelGroup, storage: Storage
+        self,
+        heads: HeadShard,
+        totals: tuple[int, int],
+        head_dim: int,
+        eps: float,
+        group: TensorParallelGroup,
+        storage: Storage,
     ) -> None:
         self._heads, self._head_dim, self._eps, self._group = heads, head_dim, eps, group
         self._num_qk = heads.num_q + heads.num_kv
-        sizes = heads.num_q * group.size, heads.num_kv * group.size // heads.kv_replicas
-        self._lengths_2 = torch.tensor([size * head_dim for size in sizes], device=storage.device)
+        self._lengths_2 = torch.tensor([count * head_dim for count in totals], device=storage.device)
         self.weight = torch.empty((self._num_qk, head_dim), dtype=storage.dtype, device=storage.device)
 
     def __call__(self, qkv_TAK: Tensor) -> Tensor:

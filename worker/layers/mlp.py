@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation
-from mgpu.protocol.model.placement import even_range
+from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, scaled, values_and_scale
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, Storage
@@ -29,8 +29,10 @@ class GatedMLP(Module):
         bias: bool,
         group: TensorParallelGroup,
         storage: Storage,
+        part: TensorPart | None = None,
     ) -> None:
-        mine = even_range(intermediate_size, group.rank, group.size)
+        part = part or TensorPart(group.rank, group.size)
+        mine = part.columns(intermediate_size, storage.of_down().form.splits_at)
         self.activation = activation
         self._activate = _kernel_activation() if uses_kernels(storage.device) else _plain_activation
         self.width = len(mine)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit, ModelFacts
-from mgpu.protocol.model.placement import expert_shard
+from mgpu.protocol.model.placement import TensorPart
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, scaled
@@ -33,22 +33,29 @@ class SparseMLP(Module):
     """The weighted sum over a token's experts, summed over the ranks."""
 
     def __init__(
-        self, facts: ModelFacts, experts: ExpertFacts, split: ExpertSplit, group: TensorParallelGroup, storage: Storage
+        self,
+        facts: ModelFacts,
+        experts: ExpertFacts,
+        split: ExpertSplit,
+        group: TensorParallelGroup,
+        storage: Storage,
+        part: TensorPart | None = None,
     ) -> None:
         self._group = group
+        part = part or TensorPart(group.rank, group.size)
         # Kernels have neither biases nor clamped gates.
         has_kernels = uses_kernels(storage.device) and not experts.bias and experts.clamp is None
         forms = storage.of_gate_up().form, storage.of_down().form
         has_kernels = has_kernels and all(map(_is_for_kernels, forms)) and len({form.quant for form in forms}) == 1
         self._compute = _kernel_mlp() if has_kernels else _plain_mlp
-        shard = expert_shard(experts, split, group.rank, group.size)
+        shard = part.experts(experts, split, storage.of_down().form.splits_at)
         self.router = Router(experts, facts.hidden_size, storage)
         self.experts = Experts(experts, facts.hidden_size, facts.activation, shard, storage)
         self.shared: GatedMLP | None = None
         self.shared_gate: SharedGate | None = None
         if experts.shared_width:
             sizes = facts.hidden_size, experts.shared_width
-            self.shared = GatedMLP(*sizes, facts.activation, False, group, storage.of_shared())
+            self.shared = GatedMLP(*sizes, facts.activation, False, group, storage.of_shared(), part)
         if experts.shared_gate:
             self.shared_gate = SharedGate(facts.hidden_size, 1, False, Storage(storage.dtype, storage.device))
 

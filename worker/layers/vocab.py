@@ -1,6 +1,7 @@
 """Token embedding and language-model head, split over the ranks by vocabulary rows.
 
 The vocabulary is padded so that every rank holds the same number of rows; padding rows are zero and their logits -inf.
+Ranks with unequal shares of the heads have such shares of the vocabulary too, which then needs no padding.
 """
 
 # T tokens, S rows that sample, D model dim, W vocabulary rows of this rank
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.protocol.model.placement import padded_vocab
+from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.layers.cpu_matmul import pack
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.product import dense_product
@@ -24,11 +25,20 @@ class VocabParallel(Module):
     """One rank's rows of a [vocabulary, D] matrix, as embedding, as head, or as both when they are tied."""
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, group: TensorParallelGroup, dtype: torch.dtype, device: torch.device
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        group: TensorParallelGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+        part: TensorPart | None = None,
     ) -> None:
-        rows = padded_vocab(vocab_size, group.size) // group.size
+        slices = (part or TensorPart(group.rank, group.size)).vocabulary(vocab_size)
+        rows = len(slices[group.rank])
         self.group = group
-        self.start = rows * group.rank
+        self.start = slices[group.rank].start
+        self.padded_size = slices[-1].stop
+        """Rows of all ranks together."""
         self.num_valid = max(0, min(rows, vocab_size - self.start))
         self.packed_head: Tensor | None = None
         self._multiply = dense_product(device)

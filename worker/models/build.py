@@ -52,7 +52,7 @@ def build_stage(
     """
     assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
     storage = Storage(dtype, device, weight_format(quant))
-    context = BuildContext(facts, group, storage, kv_cache_dtype, expert_split, ends)
+    context = BuildContext(facts, group, storage, kv_cache_dtype, expert_split, place.shares, ends)
     if facts.borrowed is not None:
         return BorrowedStage(context, layers, folder)
     if facts.architecture in ("gemma2", "gemma3"):

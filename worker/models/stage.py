@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import ExpertSplit, KvCacheDtype, ModelFacts
-from mgpu.protocol.model.placement import head_shard
+from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention
 from mgpu.worker.layers.attention import Attention
@@ -50,12 +50,19 @@ class BuildContext:
     storage: Storage
     kv_cache_dtype: KvCacheDtype = "auto"
     expert_split: ExpertSplit = "tensor"
+    shares: tuple[int, ...] = ()
+    """KV heads of each rank, where they differ."""
     ends: Ends | None = None
     """None: the stage of the first layer embeds, that of the last has the head."""
 
     def ends_of(self, layers: range) -> Ends:
         """Return whether the stage of these layers embeds tokens, and whether it has the head."""
         return self.ends or (layers.start == 0, layers.stop == self.facts.num_layers)
+
+    @property
+    def part(self) -> TensorPart:
+        """The part of each layer that this rank holds."""
+        return TensorPart(self.group.rank, self.group.size, self.shares)
 
     def window_of(self, layer: int) -> int | None:
         return self.facts.sliding_window if self.facts.sliding_layers[layer] else None
@@ -67,19 +74,20 @@ class BuildContext:
         return replace(self.storage, layer=self.facts.formats[layer])
 
     def attention(self, layer: int, norms_unit_offset: bool = False) -> Attention:
-        return Attention(self.facts, self.group, self.window_of(layer), self.storage_of(layer), norms_unit_offset)
+        how = self.window_of(layer), self.storage_of(layer), norms_unit_offset
+        return Attention(self.facts, self.group, *how, self.part)
 
     def mlp(self, layer: int) -> GatedMLP | SparseMLP:
         """Make the feed-forward network of a layer: dense, or a mixture of experts."""
         facts = self.facts
         if (experts := facts.experts_of(layer)) is not None:
-            return SparseMLP(facts, experts, self.expert_split, self.group, self.storage_of(layer))
+            return SparseMLP(facts, experts, self.expert_split, self.group, self.storage_of(layer), self.part)
         sizes = facts.hidden_size, facts.intermediate_size
-        return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, self.storage_of(layer))
+        return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, self.storage_of(layer), self.part)
 
     def vocab(self) -> VocabParallel:
         sizes = self.facts.vocab_size, self.facts.hidden_size
-        return VocabParallel(*sizes, self.group, self.storage.dtype, self.storage.device)
+        return VocabParallel(*sizes, self.group, self.storage.dtype, self.storage.device, self.part)
 
     def norm(self, unit_offset: bool = False, before: Linear | GatedMLP | SparseMLP | None = None) -> RMSNorm:
         """Make a norm over the model dimension. ``before``: the only layer that its result goes into."""
@@ -156,8 +164,8 @@ class DecoderStage(Module):
         self._attention_backend = TritonBackend()
 
     def _shape_of_attention(self, context: BuildContext) -> AttentionShape:
-        facts, group = self.facts, context.group
-        heads = head_shard(facts.num_q_heads, facts.num_kv_heads, group.rank, group.size)
+        facts = self.facts
+        heads = context.part.heads(facts.num_q_heads, facts.num_kv_heads)
         windows = tuple({context.window_of(index): None for index in self.layer_range})
         sizes = heads.num_q, heads.num_kv, facts.head_dim
         is_plain = not facts.attention_softcap and not facts.attention_sinks

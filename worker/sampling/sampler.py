@@ -10,6 +10,7 @@ log-probabilities gather all logits.
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import TokenLogprobs
@@ -55,16 +56,17 @@ class Sampled:
 
 
 class Sampler:
-    """Sampler of one rank of the last stage, which has ``slice_size`` logits of each row."""
+    """Sampler of one rank of the last stage. ``slices`` are the logits of each rank, or one number for all of them."""
 
-    def __init__(self, rows: RowTable, group: TensorParallelGroup, slice_size: int) -> None:
+    def __init__(self, rows: RowTable, group: TensorParallelGroup, slices: int | tuple[int, ...]) -> None:
         self._rows = rows
         self._group = group
         self._uses_kernel = uses_kernels(rows.device)
-        self._first_id = group.rank * slice_size
-        self._slice = token_factors(self._first_id, slice_size, rows.device)
-        self.grammars = Grammars(rows.max_rows, slice_size * group.size, rows.device)
-        self._all = self._slice if group.size == 1 else token_factors(0, slice_size * group.size, rows.device)
+        self._slices = (slices,) * group.size if isinstance(slices, int) else slices
+        self._first_id, total = sum(self._slices[: group.rank]), sum(self._slices)
+        self._slice = token_factors(self._first_id, self._slices[group.rank], rows.device)
+        self.grammars = Grammars(rows.max_rows, total, rows.device)
+        self._all = self._slice if group.size == 1 else token_factors(0, total, rows.device)
 
     def sample(self, logits_SV: Tensor, request: SampleRequest) -> Sampled:
         """Choose from this rank's fp32 logits [S, V], which may be overwritten."""
@@ -126,7 +128,7 @@ class Sampler:
 
     def _choose_from_all(self, logits_FV: Tensor, request: SampleRequest) -> Sampled:
         """Gather the logits of all ranks, and choose on every rank alike."""
-        raw_FV = self._group.all_gather(logits_FV)
+        raw_FV = gathered(logits_FV, self._group, self._slices)
         asked = [i for i, row in enumerate(request.sampling) if row.num_logprobs >= 0]
         z_FV = raw_FV.clone() if asked else raw_FV
         self._apply_rules(z_FV, 0, request)
@@ -168,3 +170,13 @@ class Sampler:
         top = torch.topk(raw_NV, max(wanted))
         chosen_N = (raw_NV.gather(-1, ids_N[:, None]) - total_N1)[:, 0]
         return LogprobTensors(asked, wanted, chosen_N, top.indices, top.values - total_N1)
+
+
+def gathered(logits_FV: Tensor, group: TensorParallelGroup, slices: tuple[int, ...]) -> Tensor:
+    """Return the logits of all ranks, of which each has one of the slices. Unequal ones are padded on the way."""
+    longest = max(slices)
+    if longest == min(slices):
+        return group.all_gather(logits_FV)
+    padded_FV = group.all_gather(F.pad(logits_FV, (0, longest - logits_FV.shape[1])))
+    firsts = range(0, longest * len(slices), longest)
+    return torch.cat([padded_FV[:, at : at + size] for at, size in zip(firsts, slices, strict=True)], dim=1)

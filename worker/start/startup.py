@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded, RowSampling, WorkerSpec
-from mgpu.protocol.model.placement import RankPlace, head_shard
+from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.models.build import DecoderStage, build_stage, init_dummy_weights, load_weights
 from mgpu.worker.ranks.links import Links
@@ -37,7 +37,8 @@ class StartUp:
         self._kv_dtype = stored_dtype(spec.layout.kv_cache_dtype, self._dtype)
         self._own = spec.layout.placement.stages[place.stage_index]
         facts = spec.facts
-        self._kv_heads = head_shard(facts.num_q_heads, facts.num_kv_heads, place.tp_rank, place.tp_size).num_kv
+        self._kv_heads = place.part.heads(facts.num_q_heads, facts.num_kv_heads).num_kv
+        self._vocabulary = tuple(map(len, place.part.vocabulary(facts.vocab_size)))
 
     def load(self, progress: Progress) -> tuple[DecoderStage, int]:
         """Build this rank's stage and load its weights while kernels are compiled; return it and the bytes read."""
@@ -123,7 +124,7 @@ class StartUp:
         sampling = [RowSampling(temperature=1.0, top_p=0.9, num_logprobs=1)] * count
         numbers = torch.arange(count, device=self._device)
         request = SampleRequest([*range(count)], [1] * count, sampling, numbers, torch.ones_like(numbers))
-        Sampler(rows, self._links.group, logits_SV.shape[1]).sample(logits_SV, request)
+        Sampler(rows, self._links.group, self._vocabulary).sample(logits_SV, request)
 
     def _largest_batch(self) -> StepBatch:
         """Return a step of as many tokens as possible: the last ones of rows of full length."""

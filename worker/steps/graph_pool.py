@@ -151,10 +151,10 @@ class GraphParts:
         stages they are sent to the first one if they hold for all rows.
         """
         logits_RV = self.stage.raw_logits(x_RD)
-        slice_size = logits_RV.shape[1]
+        assert self.stage.head is not None, "only the last stage chooses"
         scores_R, ids_R = sample(
             logits_RV,
-            first_id=0 if self.peers is None else self.peers.rank * slice_size,
+            first_id=self.stage.head.start,
             rows_S=rows_R,
             positions_S=positions_R,
             temperatures=self.rows.temperatures,
@@ -162,7 +162,7 @@ class GraphParts:
             tokens=self.rows.tokens if self.peers is None else None,
         )
         if self.peers is not None:
-            last_id = self.peers.size * slice_size - 1
+            last_id = self.stage.head.padded_size - 1
             ids_R = self.peers.exchange(scores_R, ids_R, last_id, rows_R, positions_R, self.rows.tokens)
         if self.relay is not None and self.relay.post is not None:
             self.relay.post(ids_R, rows_R, positions_R, staged[1:2], staged[2:3])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan, Vocabulary
 from mgpu.protocol.model.facts import ModelFacts
-from mgpu.protocol.model.placement import RankPlace, padded_vocab
+from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.models.build import DecoderStage
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.ranks.peer_group import peers_of
@@ -62,7 +62,7 @@ class ModelRunner:
         self._num_stages = num_stages
         self._is_first = place.stage_index == 0
         self._is_last = place.stage_index == num_stages - 1
-        self._sampler = Sampler(rows, links.group, padded_vocab(facts.vocab_size, place.tp_size) // place.tp_size)
+        self._sampler = Sampler(rows, links.group, tuple(map(len, place.part.vocabulary(facts.vocab_size))))
         self._pending: deque[_PendingTokens] = deque()
         self._relay: Relay | None = links.relay
         self._graphs = make_graphs(stage, cache, rows, links.group, links.relay)
