@@ -33,7 +33,7 @@ COMMANDS = {
 
 _QUANTS = {"": "8", "8": "8", "4": "4", "fp8": "fp8", "int8": "8", "8bit": "8", "bitsandbytes": "8", "int4": "4",
            "4bit": "4", "q4k": "4", "q8_0": "8", "float8": "fp8", "fp8_e4m3": "fp8"}  # fmt: skip
-_QUANT_OPTIONS = ("--quantization", "--isq", "-q")
+_QUANT_OPTIONS = ("--quantization", "--quantize", "--bits", "--isq", "-q")
 _OTHER_QUANT = (
     "{!r} names a format of files, and that comes from the model's files: leave it out. --quant 8, 4 or fp8 quantizes "
     "while loading"
@@ -50,16 +50,20 @@ _SERVE = {
     **dict.fromkeys(("--tensor-parallel-size", "--tp-size", "-tp", "--num-gpus", "--num-shard"), "--tp {}"),
     **dict.fromkeys(
         ("--max-model-len", "--ctx-size", "--context-length", "--max-total-tokens", "--num-ctx", "--session-len", "-c",
-         "--max-sequence-len", "--max-sequence-length", "--max-seq-length", "--max-length", "--seq-len"),
+         "--ctx", "-ctx", "--max-sequence-len", "--max-sequence-length", "--max-seq-length", "--max-length",
+         "--seq-len"),
         "--max-seq-len {}",
     ),
     **dict.fromkeys(
         ("--gpu-memory-utilization", "--mem-fraction-static", "--cache-max-entry-count"), "--memory-fraction {}"
     ),
     **dict.fromkeys(_QUANT_OPTIONS, "--quant {quant}"),
+    **dict.fromkeys(("--load-in-4bit", "--load_in_4bit"), "--quant 4"),
+    **dict.fromkeys(("--load-in-8bit", "--load_in_8bit"), "--quant 8"),
     **dict.fromkeys(("--served-model-name", "--alias", "--model-name", "-a"), "--served-name {}"),
     **dict.fromkeys(
-        ("--max-num-seqs", "--max-running-requests", "--max-batch-size", "--max-seqs", "--parallel", "-np"),
+        ("--max-num-seqs", "--max-running-requests", "--max-batch-size", "--max-seqs", "--parallel", "-np",
+         "--max-concurrency", "--max-concurrent-requests"),
         "--max-rows {}",
     ),
     **dict.fromkeys(
@@ -73,58 +77,113 @@ _SERVE = {
     **dict.fromkeys(("--no-enable-prefix-caching", "--disable-radix-cache", "--no-cache-prompt"), "--no-prefix-cache"),
     **dict.fromkeys(("--tensor-split", "-ts", "--pipeline-parallel-size", "--pp-size", "-pp", "--num-device-layers"),
                     '--device-layers, for example --device-layers "0:32;1:32"'),
+    **dict.fromkeys(("--data-parallel-size", "--dp-size", "-dp", "--dp"), "--replicas {}"),
+    **dict.fromkeys(("--local-files-only", "--hf-offline"), "--offline"),
+    **dict.fromkeys(("--enable-log-requests", "--log-requests"), "--access-log"),
     "--page-size": "--block-size {}",
     "--max-waiting-requests": "--max-sequences {}",
     **dict.fromkeys(("--api-key", "--api-keys", "--api-key-file"), "--http-keys FILE, each line a name and a key"),
 }  # fmt: skip
 """Options of servers. ``{}`` stands for the value that was typed."""
 
+_ALWAYS = "a server does that by itself; leave it out"
+_CHOSEN = "kernels and graphs are chosen by the server; leave it out"
+_FROM_TEMPLATE = "the model's chat template shows it; leave it out. --tool-format and --reasoning-format can set it"
+_SAMPLING = "each request chooses its sampling; the model's generation_config.json has the defaults"
+_ALL_ON_GPUS = (
+    "all weights must fit the GPUs: 'mgpu-launch plan MODEL' shows what does, and --quant 4 makes them smaller"
+)
+_ONE_MACHINE = "a server is one machine, and starts its processes itself; leave it out"
+_TEXT_ONLY = "a server here takes and makes text only"
 _SERVE_REMARKS = {
     **dict.fromkeys(
         ("--n-gpu-layers", "--gpu-layers", "-ngl", "--num-gpu"),
         "all layers run on the GPUs; --device cpu runs all on the CPU",
     ),
     **dict.fromkeys(
-        ("--main-gpu", "-mg", "--gpus", "--device-ids"), "CUDA_VISIBLE_DEVICES chooses the GPUs, and --tp how many"
+        ("--main-gpu", "-mg", "--gpus", "--gpu", "--gpu-ids", "--device-ids"),
+        "CUDA_VISIBLE_DEVICES chooses the GPUs, and --tp how many",
     ),
-    **dict.fromkeys(("--data-parallel-size", "--dp-size", "-dp"), "start one server for each group of GPUs"),
-    "--trust-remote-code": "mgpu runs no code of a model; leave it out",
-    "--flash-attn": "mgpu chooses the attention kernel itself; leave it out",
-    "-fa": "mgpu chooses the attention kernel itself; leave it out",
-    "--enforce-eager": "leave it out",
+    "--trust-remote-code": "no code of a model is run; leave it out",
+    **dict.fromkeys(
+        ("--flash-attn", "-fa", "--attention-backend", "--enforce-eager", "--cuda-graph-max-bs", "--disable-cuda-graph",
+         "--cuda-graph-sizes", "--compilation-config", "-O", "--enable-torch-compile", "--disable-custom-all-reduce"),
+        _CHOSEN,
+    ),
+    **dict.fromkeys(
+        ("--enable-chunked-prefill", "--cont-batching", "-cb", "--jinja", "--metrics", "--enable-metrics",
+         "--disable-log-requests", "--no-enable-log-requests", "--disable-log-stats", "--async-scheduling",
+         "--no-mmap", "--mmap", "--mlock", "--numa", "--warmup", "--tokenizer-mode", "--config-format"),
+        _ALWAYS,
+    ),
+    **dict.fromkeys(("--reasoning-parser", "--tool-call-parser", "--enable-auto-tool-choice", "--enable-reasoning"),
+                    _FROM_TEMPLATE),
+    **dict.fromkeys(("--temp", "--temperature", "--top-p", "--top-k", "--min-p", "--repeat-penalty",
+                     "--repetition-penalty", "--n-predict", "--max-tokens", "--max-new-tokens"), _SAMPLING),
+    **dict.fromkeys(("--swap-space", "--cpu-offload-gb", "--cpu-moe", "--n-cpu-moe", "-ot", "--override-tensor"),
+                    _ALL_ON_GPUS),
+    **dict.fromkeys(("--distributed-executor-backend", "--nnodes", "--node-rank", "--dist-init-addr", "--master-addr",
+                     "--master-port", "--rpc"), _ONE_MACHINE),
+    **dict.fromkeys(("--embedding", "--embeddings", "--pooling", "--task", "--runner", "--rerank", "--mmproj",
+                     "--limit-mm-per-prompt", "--is-embedding"), _TEXT_ONLY),
+    **dict.fromkeys(("--enable-lora", "--lora", "--lora-modules", "--lora-paths", "--max-loras"),
+                    "there are no adapters here: merge them into the weights"),
+    **dict.fromkeys(("--speculative-config", "--speculative-algorithm", "--draft-model", "--model-draft", "-md",
+                     "--num-speculative-tokens"), "there is no speculative decoding here; leave it out"),
+    **dict.fromkeys(("--rope-scaling", "--rope-theta", "--rope-freq-base", "--rope-freq-scale", "--hf-overrides"),
+                    "config.json says it: change it in a copy of the model's folder"),
     "--tokenizer": "the tokenizer comes from the model's folder or file",
-    "--chat-template": "the chat template comes from the model's folder or file",
+    **dict.fromkeys(("--chat-template", "--chat-template-file"),
+                    "the chat template comes from the model's folder or file"),
     "--revision": "write it behind the model: -m ORG/NAME@REVISION",
     **dict.fromkeys(("--hf-file", "-hff"), "write it behind the repository: -m ORG/NAME/FILE.gguf"),
-    "--download-dir": "HF_HOME names the folder for downloaded models",
-    **dict.fromkeys(("--verbose", "-v"), "--log-level debug shows more"),
+    **dict.fromkeys(("--hf-token", "-hft", "--token"), "the environment variable HF_TOKEN has it"),
+    **dict.fromkeys(("--download-dir", "--cache-dir"), "HF_HOME names the folder for downloaded models"),
+    **dict.fromkeys(("--no-webui", "--no-ui"), "the page is a part of HTTP; --http none serves neither"),
+    "--keep-alive": "a server keeps its model until it is stopped",
+    **dict.fromkeys(("--verbose", "-v", "-vv"), "--log-level debug shows more"),
+    "--log-file": "the log goes to standard error: 2> FILE",
     **dict.fromkeys(("--daemon", "-d"), "'mgpu-launch install-service NAME' makes a systemd service"),
     **dict.fromkeys(("--threads", "-t"), "each CPU worker takes its share of the cores; --workers sets their number"),
-}
+}  # fmt: skip
+"""Options of servers that have no counterpart here."""
 
 _TALK = {
     **dict.fromkeys(("--host", "--port", "--url", "--base-url"), "--endpoint tcp://{host}:{port}"),
     **dict.fromkeys(("--max-new-tokens", "--n-predict", "--num-predict", "-n"), "--max-tokens {}"),
     "--temp": "--temperature {}",
     **dict.fromkeys(("--system-prompt", "-sys"), "--system {}"),
+    **dict.fromkeys(("--format", "--response-format", "--guided-json", "--schema", "-j"), "--json-schema FILE"),
+    **dict.fromkeys(("--replicas", "--worker-urls", "--workers", "--backends", "--upstream"), "--replica {}"),
     "--api-key": "--keys FILE",
 }
+_MORE = "other options of answers are those of mgpu.Client and of HTTP"
 _TALK_REMARKS = {
     **dict.fromkeys(("--model", "-m"), "the model is chosen when the server starts: 'mgpu-launch serve MODEL'"),
     **dict.fromkeys(("--prompt", "-p"), "the prompt is an argument: 'mgpu-launch generate PROMPT'"),
+    **dict.fromkeys(("--stream", "--no-stream"), "answers are shown as they come; leave it out"),
+    **dict.fromkeys(("--watch", "-w", "--follow", "-f"), "'mgpu-launch top' shows the page of status, refreshed"),
+    **dict.fromkeys(("--multiline", "--multiline-input"), 'a message of several lines stands between two lines of """'),
+    **dict.fromkeys(("--system", "-s"), "'mgpu-launch chat' takes a system message"),
+    **dict.fromkeys(("--grammar", "--repeat-penalty", "--repetition-penalty", "--presence-penalty", "--min-p",
+                     "--frequency-penalty", "--logprobs", "--ignore-eos", "--num-return-sequences"), _MORE),
     "--json": "the answer is printed as text; mgpu.Client returns it with its fields",
-}
+}  # fmt: skip
 
 
 def option_hint(typed: str, value: str, own: Sequence[str], host: str, port: str) -> str:
     """Return how an option of another program is written here, or ''. ``own`` holds the options of the command."""
     serves = "--max-rows" in own
+    if typed == "-c" and value.endswith(".toml"):
+        return f"here it is --config {value}"
     remarks = _SERVE_REMARKS if serves else _TALK_REMARKS
-    if typed in remarks:
-        return remarks[typed]
-    pattern = (_SERVE if serves else _TALK).get(typed, "")
-    if not pattern or pattern.split()[0].strip(",") not in own:
-        return ""
+    tables = (_SERVE,) if serves else (_SERVE, _TALK) if "--http" in own else (_TALK,)
+    patterns = [table[typed] for table in tables if typed in table]
+    pattern = next((each for each in patterns if each.split()[0].strip(",") in own), "")
+    if not pattern or typed in remarks:
+        return remarks.get(typed, "")
+    if "--bind" not in own:
+        pattern = pattern.partition(" (--bind")[0]
     quant = _QUANTS.get(value.lower(), "")
     if typed in _QUANT_OPTIONS and not quant:
         return _OTHER_QUANT.format(value[:40])

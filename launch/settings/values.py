@@ -18,8 +18,22 @@ _ALIASES = {
               "float8": "fp8"},
     "log_level": {"warn": "warning", "fatal": "critical", "notset": "debug"},
     "kv_cache_dtype": {"fp8_e4m3": "fp8", "float8": "fp8"},
+    "device": {"gpu": "cuda", "nvidia": "cuda"},
+    "load_format": {"safetensors": "auto", "hf": "auto"},
+    "reasoning_format": {"deepseek": "think", "deepseek_r1": "think", "deepseek-r1": "think", "qwen3": "think"},
+    "tool_format": {"qwen3_coder": "qwen3-coder", "llama3_json": "llama", "openai": "harmony"},
 }  # fmt: skip
 """What other programs call the values of these options."""
+
+_REMARKS = {
+    "device": (r"(cuda:?)?\d+(,\s*(cuda:?)?\d+)*", "CUDA_VISIBLE_DEVICES says which GPUs, such as 0,1"),
+    "quant": (
+        r"awq.*|gptq.*|mxfp4|nvfp4|fp4|nf4|compressed.tensors|i?q\d.*|gguf",
+        "other formats come from the model's files: leave the option out",
+    ),
+}
+"""By option: values that belong elsewhere, and where."""
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number"}
 
 
 class ConfigError(UserError):
@@ -89,7 +103,9 @@ def parsed(option: Option, value: object, origin: str) -> object:
         converted = next((each for each in (lower, _ALIASES.get(option.name, {}).get(lower)) if each in option.choices),
                          converted)  # fmt: skip
     if option.choices and converted not in option.choices:
-        raise ConfigError(f"{where} is {value!r}; choose one of {', '.join(option.choices)}")
+        pattern, remark = _REMARKS.get(option.name, ("", ""))
+        hint = f"; {remark}" if re.fullmatch(pattern, str(value), re.IGNORECASE) and remark else ""
+        raise ConfigError(f"{where} is {value!r}; choose one of {', '.join(option.choices)}{hint}")
     if isinstance(converted, (int, float)) and not isinstance(converted, bool):
         low, high = option.low, option.high
         if converted != converted or (low is not None and converted < low) or (high is not None and converted > high):
@@ -99,6 +115,11 @@ def parsed(option: Option, value: object, origin: str) -> object:
 
 
 def _converted(option: Option, value: object, where: str) -> object:
+    if isinstance(value, str):
+        if option.default == option.low == 0 and value.strip().lower() == "auto":
+            value = "0"  # the server chooses
+        elif option.high is not None and option.high < 1 and (share := re.fullmatch(r"\s*([\d.]+)\s*%\s*", value)):
+            value = f"{share[1]}e-2"
     if option.type is Bytes:
         if isinstance(value, int) and not isinstance(value, bool):
             return Bytes(value)
@@ -122,8 +143,8 @@ def _converted(option: Option, value: object, where: str) -> object:
             raise ValueError
         return int(value) if option.type is Tokens else option.type(value)  # type: ignore[call-overload]
     except (TypeError, ValueError):
-        kind = "int" if option.type is Tokens else option.type.__name__
-        raise ConfigError(f"{where} is {value!r}; it must be of type {kind}") from None
+        kind = _KINDS.get(int if option.type is Tokens else option.type, "text")
+        raise ConfigError(f"{where} is {value!r}; it must be {kind}") from None
 
 
 def _to_bool(value: object, where: str) -> bool:

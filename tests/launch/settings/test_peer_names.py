@@ -55,12 +55,48 @@ def test_a_word_that_resembles_nothing_gets_the_list() -> None:
     (("--served-model-name", "x"), "--served-name x"),
     (("--max-num-seqs", "64"), "--max-rows 64"),
     (("--max-num-batched-tokens", "2048"), "--max-batch-tokens 2048"),
+    (("-c", "server.toml"), "--config server.toml"),
+    (("-ctx", "4096"), "--max-seq-len 4096"),
+    (("--data-parallel-size", "2"), "--replicas 2"),
+    (("--load-in-4bit",), "--quant 4"),
+    (("--bits", "8"), "--quant 8"),
+    (("--local-files-only",), "--offline"),
+    (("--reasoning-parser", "qwen3"), "chat template shows it; leave it out"),
+    (("--temp", "0.7"), "each request chooses its sampling"),
+    (("--cpu-offload-gb", "4"), "all weights must fit the GPUs"),
+    (("--enable-chunked-prefill",), "by itself; leave it out"),
+    (("-fa", "on"), "chosen by the server"),
+    (("--hf-token", "x"), "HF_TOKEN"),
+    (("--speculative-config", "{}"), "no speculative decoding"),
+    (("--lora", "x"), "no adapters"),
+    (("--rope-scaling", "{}"), "config.json says it"),
+    (("--nnodes", "2"), "one machine"),
+    (("--mmproj", "x"), "text only"),
+    (("--gpu", "1"), "CUDA_VISIBLE_DEVICES"),
 ])  # fmt: skip
 @pytest.mark.parametrize("command", ["serve", "plan", "config"])
 def test_an_option_of_another_server_gets_ours_with_the_value(command: str, typed: tuple[str, ...], meant: str) -> None:
     said = refused(command, *typed)
     assert meant.lower() in said.lower()
     assert "Did you mean" not in said
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    (("http", "--port", "8001"), "Here it is --http 127.0.0.1:8001."),
+    (("route", "--port=8001"), "Here it is --http 127.0.0.1:8001 (--bind tcp://127.0.0.1:8001 is for"),
+    (("route", "--worker-urls", "ipc:///a"), "Here it is --replica ipc:///a."),
+    (("generate", "x", "--host", "10.0.0.5"), "Here it is --endpoint tcp://10.0.0.5:PORT."),
+    (("generate", "x", "--max-new-tokens", "5"), "Here it is --max-tokens 5."),
+    (("generate", "x", "--format", "json"), "Here it is --json-schema FILE."),
+    (("generate", "x", "--stream"), "Answers are shown as they come"),
+    (("generate", "x", "--system", "y"), "'mgpu-launch chat' takes a system message"),
+    (("generate", "x", "--min-p", "0.1"), "those of mgpu.Client and of HTTP"),
+    (("chat", "--multiline"), 'two lines of """'),
+    (("chat", "--model", "x"), "The model is chosen when the server starts"),
+    (("status", "--watch"), "'mgpu-launch top'"),
+])  # fmt: skip
+def test_other_commands_answer_too(typed: tuple[str, ...], meant: str) -> None:
+    assert meant in refused(*typed)
 
 
 @pytest.mark.parametrize(("command", "typed"), [("generate", "--json"), ("serve", "--qort"), ("status", "--port")])
