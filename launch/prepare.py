@@ -91,8 +91,6 @@ def prepare(config: ServeConfig) -> PlannedModel:
         offline=config.offline,
     )
     checkpoint = read_model(model, config.load_format, config.model_code)
-    if checkpoint.facts.borrowed is not None and config.load_format == "dummy":
-        raise ConfigError("--load-format dummy: transformers' code runs this model, and it needs weights")
     planned = plan_model(model, checkpoint, config)
     planned = replace(planned, sampling=sampling_defaults(config, model.path, model.format))
     note_missing_tokenizer(model)  # after what may be refused: an error stands alone

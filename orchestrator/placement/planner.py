@@ -244,7 +244,7 @@ def _code_note(facts: ModelFacts) -> list[str]:
         return []
     return [
         f"mgpu runs this {facts.architecture} model through transformers' modelling code: slower than a family of its "
-        "own, and without CUDA graphs"
+        "own"
     ]
 
 

@@ -106,6 +106,9 @@ def active_bytes(facts: ModelFacts, dtype_bytes: int, quant: Quant) -> tuple[int
     total = layers_bytes(facts, layers, 1, dtype_bytes, quant) + edges
     if facts.experts is None:
         return total, total
+    if facts.borrowed is not None and facts.borrowed.layer_elements:
+        idle = sum(facts.experts.sparse_layers) * (facts.experts.count - facts.experts.active)
+        return total, total - idle * 3 * facts.experts.width * facts.hidden_size * dtype_bytes
     few = replace(facts, experts=replace(facts.experts, count=facts.experts.active))
     routers = sum(facts.experts.sparse_layers) * (facts.experts.count - facts.experts.active) * facts.hidden_size
     return total, layers_bytes(few, layers, 1, dtype_bytes, quant) + routers * dtype_bytes + edges

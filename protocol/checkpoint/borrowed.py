@@ -6,6 +6,7 @@ files that transformers wrote have them.
 
 import math
 
+from mgpu.protocol.checkpoint.borrowed_experts import borrowed_experts
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit
 from mgpu.protocol.model.facts import BorrowedCode, Dtype, ModelCode, ModelFacts
@@ -15,19 +16,30 @@ BORROWED = {
     "CohereForCausalLM": "cohere",
     "Cohere2ForCausalLM": "cohere2",
     "CwmForCausalLM": "cwm",
+    "Dots1ForCausalLM": "dots1",
     "Ernie4_5ForCausalLM": "ernie4_5",
+    "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
     "Exaone4ForCausalLM": "exaone4",
+    "ExaoneMoeForCausalLM": "exaone_moe",
+    "FlexOlmoForCausalLM": "flex_olmo",
     "GemmaForCausalLM": "gemma",
     "GlmForCausalLM": "glm",
     "Glm4ForCausalLM": "glm4",
+    "Glm4MoeForCausalLM": "glm4_moe",
     "HeliumForCausalLM": "helium",
+    "HunYuanMoEV1ForCausalLM": "hunyuan_v1_moe",
     "HyperCLOVAXForCausalLM": "hyperclovax",
     "Jais2ForCausalLM": "jais2",
+    "MellumForCausalLM": "mellum",
+    "MiniMaxM2ForCausalLM": "minimax_m2",
     "NemotronForCausalLM": "nemotron",
     "OlmoForCausalLM": "olmo",
+    "OlmoeForCausalLM": "olmoe",
     "PersimmonForCausalLM": "persimmon",
     "PhiForCausalLM": "phi",
+    "PhimoeForCausalLM": "phimoe",
     "SeedOssForCausalLM": "seed_oss",
+    "SolarOpenForCausalLM": "solar_open",
     "StableLmForCausalLM": "stablelm",
     "Starcoder2ForCausalLM": "starcoder2",
     "VaultGemmaForCausalLM": "vaultgemma",
@@ -44,8 +56,9 @@ OWN_TOO = {
 }
 """Families of mgpu's own that transformers' code runs if it is asked for."""
 
-UNSPLIT = ("persimmon", "stablelm")
-"""Families for which transformers has no plan to split attention: one worker, or layers mapped to workers."""
+UNSPLIT = ("flex_olmo", "minimax_m2", "olmoe", "persimmon", "stablelm")
+"""Families whose attention is not split, for transformers has no plan to do it, or norms go over all heads: one worker,
+or layers mapped to workers."""
 
 
 def borrowed_type(fields: Fields, code: ModelCode) -> str:
@@ -87,10 +100,13 @@ def borrowed_facts(
     if not fields.has("head_dim") and hidden % num_q:
         raise fields.error("hidden_size", f"is {hidden}, not a multiple of the {num_q} attention heads")
     head_dim = fields.integer("head_dim", hidden // num_q, high=Limit.HEAD_DIM)
+    experts = borrowed_experts(fields, kind, layers)
     return ModelFacts(
         architecture=kind,
         hidden_size=hidden,
-        intermediate_size=fields.integer("intermediate_size", high=8 * Limit.HIDDEN),
+        intermediate_size=fields.integer(
+            "intermediate_size", None if experts is None else experts.width, high=8 * Limit.HIDDEN
+        ),
         num_layers=layers,
         num_q_heads=num_q,
         num_kv_heads=num_kv,
@@ -114,8 +130,17 @@ def borrowed_facts(
         bos_token_id=bos_token_id,
         eos_token_ids=eos_token_ids,
         checkpoint_dtype=dtype,
-        borrowed=BorrowedCode((), kind not in UNSPLIT),
+        experts=experts,
+        borrowed=BorrowedCode((), kind not in UNSPLIT, fields.integer("num_nextn_predict_layers", 0, low=0, high=64)),
     )
+
+
+def without_ignored(facts: ModelFacts, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Leave out what transformers does not use: the layers that predict further tokens, which follow the others."""
+    assert facts.borrowed is not None
+    first = facts.num_layers
+    ignored = tuple(f"model.layers.{layer}." for layer in range(first, first + facts.borrowed.ignored_layers))
+    return {name: entry for name, entry in tensors.items() if not name.startswith(ignored)}
 
 
 def layer_elements(source: str, num_layers: int, tensors: dict[str, TensorEntry]) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from mgpu.protocol.checkpoint.borrowed import layer_elements
+from mgpu.protocol.checkpoint.borrowed import layer_elements, without_ignored
+from mgpu.protocol.checkpoint.borrowed_experts import with_stored_experts
 from mgpu.protocol.checkpoint.files.safetensors_file import read_safetensors
 from mgpu.protocol.checkpoint.files.tensors import (
     TensorEntry,
@@ -29,7 +30,7 @@ from mgpu.protocol.checkpoint.gguf_model import read_gguf_checkpoint
 from mgpu.protocol.checkpoint.huggingface import read_config_facts, read_config_schemes
 from mgpu.protocol.checkpoint.quantized.formats import layer_formats
 from mgpu.protocol.checkpoint.quantized.join import join_packed
-from mgpu.protocol.checkpoint.stacked import separate_tensors, stored_name
+from mgpu.protocol.checkpoint.stacked import borrowed_tensors, separate_tensors, stored_name
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelCode, ModelFacts, ModelSource
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorEntry", "expected_tensors", "read_checkpoint"]
@@ -106,10 +107,11 @@ def _join_quantized(folder: Path, facts: ModelFacts, stored: dict[str, TensorEnt
 def _borrowed(path: Path, facts: ModelFacts, load_format: LoadFormat, code: ModelCode) -> Checkpoint:
     """Read a model that transformers' code runs: which tensors it needs, only that code knows."""
     source = ModelSource(str(path.absolute()), "safetensors", load_format, code)
-    assert facts.borrowed is not None
     if load_format == "dummy":
         return Checkpoint(source, facts, dummy_tensors(facts))
-    stored = _read_folder(path)
+    stored = without_ignored(facts, borrowed_tensors(facts, _read_folder(path)))
+    facts = with_stored_experts(str(path), facts, stored)
+    assert facts.borrowed is not None
     elements = layer_elements(str(path), facts.num_layers, stored)
     tied = facts.tie_embeddings and "lm_head.weight" not in stored
     facts = replace(facts, tie_embeddings=tied, borrowed=replace(facts.borrowed, layer_elements=elements))

@@ -24,9 +24,15 @@ _GRANITE = (
     (".shared_mlp.input_linear.", ".mlp.shared_expert.gate_up_proj."),
     (".shared_mlp.output_linear.", ".mlp.shared_expert.down_proj."),
 )
+_MIXTRAL = (
+    (".block_sparse_moe.", ".mlp."), (".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj."),
+)  # fmt: skip
 _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
-    "mixtral": ((".block_sparse_moe.", ".mlp."), (".w1.", ".gate_proj."), (".w2.", ".down_proj."),
-                (".w3.", ".up_proj.")),
+    "mixtral": _MIXTRAL,
+    "minimax_m2": _MIXTRAL,
+    "phimoe": (*_MIXTRAL, (".mlp.gate.", ".mlp.router.")),
+    "ernie4_5_moe": ((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
+    "exaone_moe": ((".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
     "gpt_oss": ((".mlp.router.", ".mlp.gate."),),
@@ -50,6 +56,18 @@ def separate_tensors(facts: ModelFacts, stored: Mapping[str, TensorEntry]) -> di
         parts = _parts(facts, name, entry, renamed) if name.startswith(_LAYERS) else None
         for part, piece in ({name: entry} if parts is None else parts).items():
             tensors[part] = replace(piece, name=part)
+    return tensors
+
+
+def borrowed_tensors(facts: ModelFacts, stored: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return entries under the names of transformers' modules, but each expert's matrices as separate tensors."""
+    tensors: dict[str, TensorEntry] = {}
+    for name, entry in stored.items():
+        own = _own_name(facts.architecture, name)
+        head, _, last = own.rpartition(_EXPERTS)
+        is_stack = facts.experts is not None and head.startswith(_LAYERS) and last in ("gate_up_proj", "down_proj")
+        parts = _experts(facts, entry, f"{head}.mlp.experts", last) if is_stack else {own: entry}
+        tensors |= {part: replace(piece, name=part) for part, piece in parts.items()}
     return tensors
 
 

@@ -95,7 +95,9 @@ class BorrowedCode:
     layer_elements: tuple[int, ...]
     """Elements of each layer's tensors; empty if the weights are not there."""
     can_split: bool
-    """True if transformers has a plan to split the family's attention over ranks."""
+    """True if the family's attention can be split over ranks."""
+    ignored_layers: int = 0
+    """Layers after the others that the checkpoint may have, and that are not used."""
 
 
 @dataclass(frozen=True, slots=True)

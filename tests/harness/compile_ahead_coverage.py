@@ -49,8 +49,8 @@ def record(self: Any, *args: Any, grid: object, warmup: bool, **options: Any) ->
 class FakePool:
     """Launches a graph's step twice, as a capture does, without a GPU."""
 
-    def __init__(self, device: torch.device, most: int) -> None:
-        del device, most
+    def __init__(self, device: torch.device, most: int, tries: bool = False) -> None:
+        del device, most, tries
 
     def capture(self, length: int, forward: Any) -> None:
         for _ in range(2):

@@ -163,7 +163,39 @@ def tiny_config(family: str) -> object:
     return configs[family]()
 
 
+_SHARES = {"n_shared_experts": 1, "routed_scaling_factor": 1.5, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
+_WIDTH = {"moe_intermediate_size": 30, "num_experts_per_tok": 2}
 _PECULIAR: dict[str, dict[str, object]] = {
+    "dots1": {**_WIDTH, **_SHARES, "n_routed_experts": 6, "first_k_dense_replace": 1},
+    "ernie4_5_moe": {
+        "moe_intermediate_size": 30,
+        "moe_k": 2,
+        "moe_num_experts": 6,
+        "moe_num_shared_experts": 1,
+        "tie_word_embeddings": False,
+    },
+    "exaone_moe": {
+        **_WIDTH,
+        **_SHARES,
+        "num_experts": 6,
+        "num_shared_experts": 1,
+        "sliding_window": 7,
+        "sliding_window_pattern": 2,
+    },
+    "flex_olmo": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 30},
+    "glm4_moe": {**_WIDTH, **_SHARES, "n_routed_experts": 6, "use_qk_norm": True, "head_dim": 32},
+    "hunyuan_v1_moe": {"num_experts": 6, "moe_topk": 2, "intermediate_size": 30, "head_dim": 32},
+    "mellum": {
+        **_WIDTH,
+        "num_local_experts": 6,
+        "head_dim": 32,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "minimax_m2": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 30, "head_dim": 32},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 30},
+    "phimoe": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 30},
+    "solar_open": {**_WIDTH, **_SHARES, "n_routed_experts": 6, "head_dim": 32},
     "helium": {"head_dim": 16},
     "persimmon": {"num_key_value_heads": 4},
 }

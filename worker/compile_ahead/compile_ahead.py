@@ -132,7 +132,7 @@ class CompileAhead:
         dtype: torch.dtype = getattr(torch, spec.layout.dtype)
         where = self.place, layers, self.group, dtype, self.device
         layout = spec.layout
-        how = layout.quant, layout.kv_cache_dtype, layout.expert_split
+        how = layout.quant, layout.kv_cache_dtype, layout.expert_split, spec.model.path
         stage = build_stage(short, *where, *how, ends=layout.placement.ends_of(self.place.stage_index))
         stage.max_positions = spec.limits.max_seq_len + 1
         stage.assume_kernels()

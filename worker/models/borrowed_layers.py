@@ -18,6 +18,13 @@ from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.stage import BuildContext
 
+_ATTENTION_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise", "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise", "layers.*.self_attn.o_proj": "rowwise",
+}  # fmt: skip
+PLANNED_HERE = ("hunyuan_v1_moe", "phimoe")
+"""Families whose attention is split in the usual way, although the library's plan does not say so."""
+
 
 class SkippedLayer(nn.Module):
     """A layer of another stage."""
@@ -43,26 +50,9 @@ class NormInput(nn.Module):
     x_1SD: Tensor
 
     def forward(self, *args: object, **kwargs: object) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=self.x_1SD)
-
-
-class Norm(nn.Module):
-    """The library's last norm."""
-
-    def __init__(self, norm: nn.Module, name: str, device: torch.device) -> None:
-        super().__init__()
-        self.norm = norm.to_empty(device=device)
-        self._name = name
-
-    def forward(self, x_SD: Tensor) -> Tensor:
-        normalized_SD: Tensor = self.norm(x_SD)
-        return normalized_SD
-
-    def load(self, reader: WeightReader) -> None:
-        for name, parameter in self.norm.named_parameters():
-            reader.fill_rows(parameter.data, f"{self._name}.{name}")
+        return MoeModelOutputWithPast(last_hidden_state=self.x_1SD)  # the plain one lacks attributes of this
 
 
 class HeadProduct(nn.Module):
@@ -89,6 +79,11 @@ class Product(nn.Module):
     def __init__(self, linear: Linear) -> None:
         super().__init__()
         self._linear = linear
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight: some code asks for its type."""
+        return self._linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
         y_TO = self._linear(x.reshape(-1, x.shape[-1]))
@@ -117,7 +112,7 @@ def replace_linears(base: Any, context: BuildContext) -> list[NamedLinear]:
     split = _Split(base.config, context)
     parts: list[NamedLinear] = []
     for name, module in list(base.named_modules()):
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:  # a subclass may compute something else
             part = NamedLinear(split.linear_of(name, module), f"model.{name}")
             parts.append(part)
             parent, _, last = name.rpartition(".")
@@ -135,6 +130,8 @@ class _Split:
         self._context = context
         self._group = context.group
         self._plan: dict[str, str] = config.base_model_tp_plan or {}
+        if config.model_type in PLANNED_HERE:
+            self._plan = _ATTENTION_PLAN | self._plan
         self._of = config.model_type
         facts = context.facts
         self._heads: HeadShard = head_shard(facts.num_q_heads, facts.num_kv_heads, self._group.rank, self._group.size)

@@ -91,4 +91,6 @@ def init_dummy_weights(stage: DecoderStage, seed: int) -> None:
             # The CPU generator uses only 32 bits of a seed, so name and seed must both be mixed into those.
             generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             module.init_dummy(generator)
+    if isinstance(stage, BorrowedStage):
+        stage.draw_others(torch.Generator(stage.device).manual_seed(seed & 0xFFFFFFFF))
     stage.finalize()

@@ -1,7 +1,9 @@
 """What all CUDA graphs of a worker share: one memory pool, since one runs at a time, their inputs, and the sampling."""
 
+import warnings
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,10 @@ HEAD = 4
 whether the graph's own choice holds for all of its rows, and padding."""
 _BUFFERS = 4
 """Pinned buffers, used in turn: two steps may be in flight."""
+
+
+class NotCapturable(RuntimeError):
+    """A step makes the host wait for the GPU, so no graph can be made of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +55,14 @@ Forward = Callable[[Tensor], StepOutput | None]
 
 
 class GraphPool:
-    """Captures graphs and replays them with new inputs. ``most`` is the longest vector of inputs."""
+    """Captures graphs and replays them with new inputs. ``most`` is the longest vector of inputs.
 
-    def __init__(self, device: torch.device, most: int) -> None:
+    With ``tries``, steps run code of another library: whether it lets the host wait is tried before it is captured.
+    """
+
+    def __init__(self, device: torch.device, most: int, tries: bool = False) -> None:
         self._device = device
+        self._tries = tries
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pinned = [torch.zeros(most, dtype=torch.int32, pin_memory=True) for _ in range(_BUFFERS)]
@@ -61,9 +71,13 @@ class GraphPool:
 
     @torch.inference_mode()
     def capture(self, length: int, forward: Forward) -> StepGraph:
-        """Capture a step over ``length`` staged numbers. With zeros only, the step must change nothing."""
+        """Capture a step over ``length`` staged numbers. With zeros only, the step must change nothing.
+
+        NotCapturable, before anything is captured.
+        """
         staged = torch.zeros(length, dtype=torch.int32, device=self._device)
-        forward(staged)  # compiles and loads kernels, which a capture cannot
+        with _refusing_waits() if self._tries else nullcontext():
+            forward(staged)  # compiles and loads kernels, which a capture cannot
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
@@ -85,6 +99,22 @@ class GraphPool:
         copied.record()
         graph.graph.replay()
         return graph.output
+
+
+@contextmanager
+def _refusing_waits() -> Iterator[None]:
+    """Raise NotCapturable when an operation of torch would let the host wait for the GPU."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it does not see every operation that waits; those fail in the capture
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        raise NotCapturable(str(error)) from error
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class Uncaptured(GraphPool):

@@ -1,5 +1,6 @@
 """Which steps run as CUDA graphs, and which graphs are made before the first request."""
 
+import logging
 from typing import TYPE_CHECKING, Optional
 
 import torch
@@ -14,6 +15,8 @@ from mgpu.worker.state.rows import RowTable
 if TYPE_CHECKING:
     from mgpu.worker.ranks.relay import Relay
     from mgpu.worker.steps.graph_pool import StepOutput
+
+log = logging.getLogger(__name__)
 
 _FIRST_DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _FIRST_PROMPTS = ((512, 8, False), (256, 8, False), (128, 8, False), (64, 8, False))
@@ -39,6 +42,18 @@ def _on_all_ranks(value: bool, group: TensorParallelGroup, device: torch.device)
     if group.size == 1:
         return value
     return bool(group.all_gather(torch.tensor([value], dtype=torch.uint8, device=device)).all())
+
+
+def prepared(graphs: "Graphs") -> Optional["Graphs"]:
+    """Make the first graphs; return None if code of another library cannot be captured. All ranks run the same code."""
+    from mgpu.worker.steps.graph_pool import NotCapturable
+
+    try:
+        graphs.prepare()
+        return graphs
+    except NotCapturable as reason:
+        log.warning("steps are launched kernel by kernel, which is slower: %s", reason)
+        return None
 
 
 def prepare_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
@@ -69,7 +84,8 @@ class Graphs:
         if peers is not None:
             self._first_decode = [size for size in self._first_decode if size <= peers.most_rows]
         most_staged = max(MOST_STAGED, staged_length(graph_size(rows.max_rows)))
-        pool = (GraphPool if capture else Uncaptured)(rows.device, most_staged)
+        tries = stage.facts.borrowed is not None
+        pool = GraphPool(rows.device, most_staged, tries) if capture else Uncaptured(rows.device, most_staged)
         parts = GraphParts(pool, stage, cache, rows, peers, relay)
         self._decode, self._prompts = DecodeGraphs(parts), PromptGraphs(parts)
 
@@ -88,7 +104,7 @@ class Graphs:
         return self._prompts.run(plan, tag, self._posts and rows.are_simple(plan))
 
     def prepare(self) -> None:
-        """Make the first graphs, the largest first, so that smaller ones fit into its memory."""
+        """Make the first graphs, the largest first, so that smaller ones fit into its memory. NotCapturable."""
         for size in reversed(self._first_decode):
             self._decode.prepare(size)
         for prompts in _FIRST_PROMPTS:

@@ -19,7 +19,7 @@ from mgpu.worker.ranks.relay import Relay, tag_of
 from mgpu.worker.sampling.sampler import Sampled, Sampler
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable, SampleRequest
-from mgpu.worker.steps.graphs import make_graphs
+from mgpu.worker.steps.graphs import make_graphs, prepared
 
 if TYPE_CHECKING:
     from mgpu.worker.steps.graph_pool import StepOutput
@@ -195,7 +195,5 @@ class ModelRunner:
                 self.run(StepPlan(epoch, step, [], [] if index else [row], [], [], [0], [start], [count], [1]))
                 step += self._num_stages
         self.run(StepPlan(epoch, 0, [0], [], [], [], [], [], [], []))
-        self._graphs = graphs
-        if graphs is not None:
-            graphs.prepare()
+        self._graphs = graphs if graphs is None else prepared(graphs)
         self.check_peers()

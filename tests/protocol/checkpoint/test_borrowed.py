@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mgpu.protocol.checkpoint.borrowed import BORROWED, UNSPLIT, layer_elements
+from mgpu.protocol.checkpoint.borrowed import BORROWED, UNSPLIT, layer_elements, without_ignored
+from mgpu.protocol.checkpoint.borrowed_experts import EXPERT_KEYS, with_stored_experts
 from mgpu.protocol.checkpoint.families import CLASSES
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
@@ -61,9 +62,70 @@ def test_a_tensor_of_a_layer_too_many_and_a_layer_without_tensors_are_refused() 
         layer_elements("here", 2, entry(0))
 
 
+MOE = {
+    "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "n_routed_experts": 2,
+    "num_experts_per_tok": 1, "moe_intermediate_size": 24,
+}  # fmt: skip
+EXPERT = "model.layers.1.mlp.experts.{}.{}_proj.weight"
+
+
+def experts_of(count: int, **changes: tuple[int, ...]) -> dict[str, TensorEntry]:
+    names = [EXPERT.format(expert, part) for expert in range(count) for part in ("gate", "up", "down")]
+    shapes = {name: (64, 24) if "down" in name else (24, 64) for name in names} | changes
+    return {name: TensorEntry(name, "F32", shape, "file", 0, 64) for name, shape in shapes.items() if shape}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts_per_tok": 3}, "num_experts_per_tok is 3, more than the 2 experts of n_routed_experts"),
+        ({"n_routed_experts": 1 << 13}, "n_routed_experts is 8192"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+        ({"hidden_act": "relu2"}, "hidden_act is 'relu2'; experts are supported with silu"),
+    ],
+)
+def test_experts_that_cannot_be_borrowed_say_why(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        read_config_facts(write(tmp_path, **MOE | changes))
+    assert words in str(refused.value)
+
+
+def test_the_stored_tensors_say_which_layers_have_experts(tmp_path: Path) -> None:
+    facts = read_config_facts(write(tmp_path, **MOE))
+    experts = with_stored_experts("here", facts, experts_of(2)).experts
+    assert experts is not None
+    assert experts.sparse_layers == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (experts_of(1), "tensor 'model.layers.1.mlp.experts.1.gate_proj.weight' is missing"),
+        (experts_of(2, **{EXPERT.format(0, "up"): ()}), "tensor 'model.layers.1.mlp.experts.0.up_proj.weight' is miss"),
+        (experts_of(3), "experts.2.gate_proj.weight': the configuration says 2 experts"),
+        (experts_of(2, **{EXPERT.format(1, "down"): (24, 64)}), "has shape [24, 64], the configuration asks for [64, "),
+        ({}, "no layer has experts, and the configuration says 2"),
+    ],
+)
+def test_missing_and_odd_experts_are_refused(tmp_path: Path, tensors: dict[str, TensorEntry], words: str) -> None:
+    facts = read_config_facts(write(tmp_path, **MOE))
+    with pytest.raises(CheckpointError) as refused:
+        with_stored_experts("here", facts, tensors)
+    assert words in str(refused.value)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    facts = read_config_facts(write(tmp_path, **MOE, num_nextn_predict_layers=1))
+    names = [f"model.layers.{layer}.norm.weight" for layer in range(4)]
+    entries = {name: TensorEntry(name, "F32", (8,), "file", 0, 32) for name in names}
+    assert [*without_ignored(facts, entries)] == [names[0], names[1], names[3]]
+
+
 def test_the_page_lists_all_borrowed_families() -> None:
     page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
     section = page.split("## Through transformers' code")[1]
     for name, kind in BORROWED.items():
-        assert f"| `{name}` | `{kind}` |{' no' if kind in UNSPLIT else ''}" in section
+        experts = "experts" if kind in EXPERT_KEYS else "dense"
+        assert f"| `{name}` | `{kind}` | {experts} |{' no' if kind in UNSPLIT else ''}" in section
     assert not set(BORROWED) & set(CLASSES)

@@ -12,7 +12,7 @@ from mgpu.protocol.checkpoint.read import CheckpointError, expected_tensors, rea
 from mgpu.protocol.model.facts import ARCHITECTURES, ModelFacts
 
 ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").split("## Through transformers' code")[0]
 ROWS = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (dense|experts) \|", PAGE, re.MULTILINE)
 
 

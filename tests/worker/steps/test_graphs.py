@@ -22,14 +22,14 @@ pytestmark = [
 ]
 
 
-def make_runner(model: TinyModel) -> ModelRunner:
+def make_runner(model: TinyModel, dtype: torch.dtype = torch.float32) -> ModelRunner:
     checkpoint = read_checkpoint(model.folder)
     facts, device, place = checkpoint.facts, torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0)
     links = Links(MeasurableGroup(SingleRank()))
-    stage = build_stage(facts, place, range(facts.num_layers), links.group, torch.float32, device)
+    stage = build_stage(facts, place, range(facts.num_layers), links.group, dtype, device, folder=str(model.folder))
     load_weights(stage, checkpoint, lambda count: None)
     blocks = ROWS * BLOCKS_OF_ROW
-    cache = KvCache(facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim, torch.float32, device)
+    cache = KvCache(facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim, dtype, device)
     for layer in cache.layers:
         layer.k_NBJK.fill_(torch.nan)
         layer.v_NBJK.fill_(torch.nan)
@@ -37,9 +37,21 @@ def make_runner(model: TinyModel) -> ModelRunner:
     return ModelRunner(stage, cache, rows, links, facts, place, 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_graphs_choose_the_same_tokens(tiny_model: Callable[[str], TinyModel], family: str) -> None:
-    with_graphs, without = make_runner(tiny_model(family)), make_runner(tiny_model(family))
+EXPERTS = ["mixtral-window", "qwen3-moe", "qwen2-moe", "granite-moe-shared"]
+BORROWED = ["arcee", "cohere2"]
+"""Families that transformers' code runs."""
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((each, torch.float32) for each in ("llama", "qwen3", "gemma3", *EXPERTS, *BORROWED)),
+        ("qwen3-moe", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_graphs_choose_the_same_tokens(tiny_model: Callable[[str], TinyModel], family: str, dtype: torch.dtype) -> None:
+    with_graphs, without = (make_runner(tiny_model(family), dtype) for _ in range(2))
     assert with_graphs._graphs is not None
     with_graphs._graphs.prepare()
     without._graphs = None
