@@ -1,5 +1,6 @@
 """Prepare a server before its first process: turn options into parts, find the model, read its headers, place it."""
 
+import contextlib
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -11,11 +12,12 @@ from mgpu.launch.settings.config import ServeConfig
 from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.host.listening import NONE
-from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_model, resolve_model
+from mgpu.orchestrator.models.find import ResolvedModel, cache_root, check_loadable, read_model, resolve_model
 from mgpu.orchestrator.placement.control_groups import usable_cpus
 from mgpu.orchestrator.placement.described import described_machine
 from mgpu.orchestrator.placement.devices import Machine, find_machine
 from mgpu.orchestrator.placement.options import LayoutOptions, implied_workers
+from mgpu.orchestrator.placement.pair_check import PAIR_RECORD, checked, read_record, with_verdicts
 from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.orchestrator.placement.topology.file import read_topology
 from mgpu.orchestrator.processes.task_limits import check_task_limit, tasks_of_server
@@ -91,7 +93,7 @@ def prepare(config: ServeConfig) -> PlannedModel:
         offline=config.offline,
     )
     checkpoint = read_model(model, config.load_format, config.model_code)
-    planned = plan_model(model, checkpoint, config)
+    planned = plan_model(model, checkpoint, config, tries_pairs=True)
     planned = replace(planned, sampling=sampling_defaults(config, model.path, model.format))
     note_missing_tokenizer(model)  # after what may be refused: an error stands alone
     return planned
@@ -114,14 +116,32 @@ def note_missing_tokenizer(model: ResolvedModel) -> None:
         click.echo(f"{model.path} has no tokenizer.json: only requests with prompt_ids will work", err=True)
 
 
-def plan_model(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, gpus: str = "") -> PlannedModel:
-    """Place a model as the options say, on this machine or the one that ``gpus`` describes. UserError as `prepare`."""
+def plan_model(
+    model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, gpus: str = "", tries_pairs: bool = False
+) -> PlannedModel:
+    """Place a model as the options say, on this machine or the one that ``gpus`` describes. UserError as `prepare`.
+
+    With ``tries_pairs``, peer access between its GPUs is tried if it never was; else what was found before counts.
+    """
     check_loadable(checkpoint)
     machine, options = ground(model, config, gpus)
     planned = plan(checkpoint.facts, machine, options)
     if not gpus:
         _check_tasks(config, planned)
+        found = _with_tried_pairs(planned, tries_pairs)
+        planned = planned if found is machine else plan(checkpoint.facts, found, options)
     return PlannedModel(model, checkpoint, planned)
+
+
+def _with_tried_pairs(planned: Plan, tries: bool) -> Machine:
+    """Return the machine of a plan with pairs that only seem to be peers marked."""
+    machine, record = planned.machine, cache_root() / PAIR_RECORD
+    ordinals = [device for stage in planned.layout.placement.stages for device in stage.devices]
+    if not tries:
+        return with_verdicts(machine, read_record(record, machine))
+    with contextlib.suppress(OSError):
+        record.parent.mkdir(parents=True, exist_ok=True)
+    return checked(machine, ordinals, record)
 
 
 def _check_tasks(config: ServeConfig, planned: Plan) -> None:

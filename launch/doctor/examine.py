@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mgpu.launch.doctor.finding import Finding, fail
-from mgpu.launch.doctor.gpus import check_driver, check_links, check_pairs, check_torch
+from mgpu.launch.doctor.gpus import check_driver, check_links, check_pairs, check_peer_memory, check_torch
 from mgpu.launch.doctor.hub import check_hub
 from mgpu.launch.doctor.machine import check_folders, check_limits, check_memory, check_shared_memory, check_software
 from mgpu.launch.doctor.probes import Trial
+from mgpu.orchestrator.models.find import cache_root
 from mgpu.orchestrator.placement.nvml import Nvml
+from mgpu.orchestrator.placement.pair_check import PAIR_RECORD
 
 
 def examine(
@@ -27,6 +29,7 @@ def examine(
     yield check_hub(environ, offline)
     if machine is not None:
         yield from check_links(machine)
+        yield from check_peer_memory(machine, environ, cache_root(environ) / PAIR_RECORD)
     try:
         folder = tempfile.TemporaryDirectory(prefix="mgpu-doctor-", ignore_cleanup_errors=True)
     except OSError as error:

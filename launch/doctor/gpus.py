@@ -10,6 +10,7 @@ from mgpu.launch.pages.versions import torch_cuda, torch_nccl
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, find_machine, worker_environment
 from mgpu.orchestrator.placement.nvml import Nvml, NvmlSession
+from mgpu.orchestrator.placement.pair_check import NotTried, announced_pairs, try_pairs, write_record
 
 GIB = 1 << 30
 _USED_SHARE = 0.1
@@ -80,6 +81,28 @@ def check_links(machine: Machine) -> Iterator[Finding]:
             )
         else:
             yield ok("peer access", f"{'NVLink' if kind == 'nvlink' else 'PCIe'} between GPUs {', '.join(pairs)}")
+
+
+def check_peer_memory(machine: Machine, environ: Mapping[str, str], record: Path | None) -> Iterator[Finding]:
+    """Check that data arrives as it was sent where the driver announces peer access; servers believe ``record``."""
+    pairs = announced_pairs(machine, range(len(machine.devices)))
+    if not pairs:
+        return
+    try:
+        verdicts = try_pairs(machine, pairs, environ)
+    except NotTried as reason:
+        yield warn("peer memory", f"not tried: {reason}", "servers believe the driver then")
+        return
+    write_record(record, machine, verdicts)
+    broken = {pair: problem for pair, problem in verdicts.items() if problem}
+    for (a, b), problem in broken.items():
+        yield fail(
+            "peer memory",
+            f"peer access between GPUs {a} and {b} is announced and does not work: {problem}",
+            "servers send their data through host memory, which is slower; turn off the IOMMU or ACS",
+        )
+    if good := [f"{a}-{b}" for a, b in pairs if (a, b) not in broken]:
+        yield ok("peer memory", f"data arrives as sent, both ways under load, between GPUs {', '.join(good)}")
 
 
 def check_torch(machine: Machine | None, trial: Trial) -> Iterator[Finding]:

@@ -30,6 +30,7 @@ OTHER_VARIABLES = frozenset(
         "MGPU_KERNELS",
         "MGPU_NO_NCCL",
         "MGPU_NO_P2P",
+        "MGPU_PAIR_CHECK",
         "MGPU_PEER_REDUCE",
         "MGPU_STAGE_RELAY",
         "MGPU_COPY",

@@ -76,7 +76,12 @@ class Machine:
 
     def peers(self, first: int, second: int) -> bool:
         """Return True if two devices, by ordinal, can reach each other's memory."""
-        return self.links[first][second] != "none" and self.links[second][first] != "none"
+        return not {self.links[first][second], self.links[second][first]} & {"none", "broken"}
+
+    @property
+    def has_broken_pairs(self) -> bool:
+        """True if a trial has shown that peer access between some devices does not work although it is announced."""
+        return any("broken" in row for row in self.links)
 
 
 def find_machine(
@@ -292,6 +297,8 @@ def worker_environment(machine: Machine, ordinal: int) -> tuple[dict[str, str], 
     if device.uuid.startswith("MIG-"):
         uuids = [device.uuid]
     environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
+    if machine.has_broken_pairs:
+        environment["NCCL_P2P_DISABLE"] = "1"  # it knows no single pairs
     return environment, f"cuda:{uuids.index(device.uuid)}"
 
 

@@ -8,8 +8,9 @@ from typing import Literal, Protocol, cast
 
 from mgpu.orchestrator.errors import DeviceError
 
-Link = Literal["self", "nvlink", "pcie", "none"]
-"""How one GPU reaches another's memory; ``none``: only through the host."""
+Link = Literal["self", "nvlink", "pcie", "none", "broken"]
+"""How one GPU reaches another's memory. ``none``: only through the host. ``broken``: so the driver says, but a trial
+has shown that it does not (pair_check.py)."""
 
 _P2P_READ, _P2P_WRITE, _P2P_NVLINK = 0, 1, 2
 _P2P_OK = 0

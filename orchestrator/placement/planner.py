@@ -137,6 +137,7 @@ def _layout(facts: ModelFacts, machine: Machine, placement: PlacementPlan, optio
         stage_transport=stage_transport,
         staged=staged_ranks(placement, machine) if stage_transport in ("peer", "pinned") else (),
         cpu_ranks=cpu_ranks(placement, machine),
+        broken=broken_ranks(placement, machine),
         quant=options.quant,
         kv_cache_dtype=options.kv_cache_dtype,
         expert_split=options.experts or expert_split(facts, ranks, options.quant),
@@ -217,6 +218,13 @@ def staged_ranks(placement: PlacementPlan, machine: Machine) -> tuple[tuple[int,
     """List the boundary ranks whose devices cannot reach each other's memory."""
     pairs = boundary_ranks(placement)
     return tuple(pair for pair in pairs if not machine.peers(*(placement.place_of(rank).device for rank in pair)))
+
+
+def broken_ranks(placement: PlacementPlan, machine: Machine) -> tuple[tuple[int, int], ...]:
+    """List the pairs of ranks, in both orders, whose devices are announced as peers and are none."""
+    ranks = range(placement.world_size if machine.has_broken_pairs else 0)
+    devices = {rank: placement.place_of(rank).device for rank in ranks}
+    return tuple((a, b) for a in ranks for b in ranks if machine.links[devices[a]][devices[b]] == "broken")
 
 
 def _notes(machine: Machine, layout: Layout, rows: tuple[RankRow, ...]) -> list[str]:

@@ -18,7 +18,7 @@ _TITLES: dict[Mode, str] = {
     "hybrid": "layer-mapped stages, tensor-parallel inside",
 }
 _COLUMNS = ("rank", "device", "memory free/total", "layers", "q heads", "KV heads", "weights", "KV cache", "KV tokens")
-_LINK_NAMES = {"self": "-", "nvlink": "NVL", "pcie": "PCI", "none": "no"}
+_LINK_NAMES = {"self": "-", "nvlink": "NVL", "pcie": "PCI", "none": "no", "broken": "bad"}
 
 
 def layout_text(plan: Plan) -> str:

@@ -28,6 +28,8 @@ class Layout:
     """Sending and receiving ranks without peer access: their activations go through pinned host memory."""
     cpu_ranks: tuple[int, ...] = ()
     """Ranks on CPU workers beside others on GPUs. They add up in shared memory, whatever ``transport`` is."""
+    broken: tuple[tuple[int, int], ...] = ()
+    """Ranks, in both orders, between whose GPUs the driver announces peer access that does not work."""
     quant: Quant = "none"
     """What linear layers are quantized to while they are loaded."""
     kv_cache_dtype: KvCacheDtype = "auto"

@@ -123,7 +123,8 @@ class RelaySetup:
 
     def _map(self, rank: int, status: RankStatus) -> None:
         place = self._plan.place_of
-        if not status.handle or (self._place.rank, rank) in self._spec.layout.staged:
+        pair, layout = (self._place.rank, rank), self._spec.layout
+        if not status.handle or pair in layout.staged or pair in layout.broken:
             raise CannotUse(f"no peer access between GPUs {self._place.device} and {place(rank).device}")
         is_other = status.gpu != gpu_of(self._device)
         is_visible = status.index != self._device.index and status.index < torch.cuda.device_count()

@@ -12,9 +12,10 @@ from harness.assertions import assert_has_all
 from harness.machines import GIB, FakeGpu, FakeMemory, FakeNvml
 from mgpu.launch.doctor import gpus
 from mgpu.launch.doctor.finding import Finding
-from mgpu.launch.doctor.gpus import check_driver, check_links, check_pairs, check_torch, rounds
+from mgpu.launch.doctor.gpus import check_driver, check_links, check_pairs, check_peer_memory, check_torch, rounds
 from mgpu.launch.doctor.probes import Answer, Probe, Trial, run_groups
 from mgpu.orchestrator.placement.devices import Machine
+from mgpu.orchestrator.placement.pair_check import NotTried, read_record
 
 
 def driver(count: int, **facts: Any) -> FakeNvml:
@@ -85,6 +86,29 @@ def test_pairs_without_peer_access_are_named() -> None:
     assert [(each.level, each.text.split(":")[0]) for each in found] == [
         ("ok", "NVLink between GPUs 0-1, 1-2"), ("warn", "none between GPUs 0-2"),
     ]  # fmt: skip
+
+
+def test_peer_memory_that_damages_data_or_hangs_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    verdicts = {(0, 1): "", (0, 2): "it hangs", (1, 2): "reading damages messages"}
+    monkeypatch.setattr(gpus, "try_pairs", lambda machine, pairs, environ: {pair: verdicts[pair] for pair in pairs})
+    machine = machine_of(3)
+    found = list(check_peer_memory(machine, {}, tmp_path / "record"))
+    assert [each.level for each in found] == ["FAIL", "FAIL", "ok"]
+    assert_has_all(found[0].text, "GPUs 0 and 2", "it hangs")
+    assert_has_all(found[1].text, "GPUs 1 and 2", "reading damages messages")
+    assert_has_all(found[2].text, "between GPUs 0-1")
+    assert read_record(tmp_path / "record", machine) == verdicts, "servers know it, too"
+
+
+def test_peer_memory_is_not_tried_without_announced_pairs_or_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> dict[tuple[int, int], str]:
+        raise NotTried("libcuda.so.1: no such file")
+
+    monkeypatch.setattr(gpus, "try_pairs", refuse)
+    assert list(check_peer_memory(machine_of(1), {}, None)) == []
+    (found,) = check_peer_memory(machine_of(2), {}, None)
+    assert found.level == "warn"
+    assert_has_all(found.text, "not tried", "libcuda")
 
 
 @pytest.mark.parametrize("count", range(1, 10))
