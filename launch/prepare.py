@@ -128,15 +128,16 @@ def plan_model(
     planned = plan(checkpoint.facts, machine, options)
     if not gpus:
         _check_tasks(config, planned)
-        found = _with_tried_pairs(planned, tries_pairs)
+        found = _with_tried_pairs(machine, planned, tries_pairs)
         planned = planned if found is machine else plan(checkpoint.facts, found, options)
     return PlannedModel(model, checkpoint, planned)
 
 
-def _with_tried_pairs(planned: Plan, tries: bool) -> Machine:
-    """Return the machine of a plan with pairs that only seem to be peers marked."""
-    machine, record = planned.machine, cache_root() / PAIR_RECORD
-    ordinals = [device for stage in planned.layout.placement.stages for device in stage.devices]
+def _with_tried_pairs(machine: Machine, planned: Plan, tries: bool) -> Machine:
+    """Return the machine with pairs marked that only seem to be peers; tried are those that the plan uses."""
+    record, count = cache_root() / PAIR_RECORD, len(machine.devices)
+    used = [device for stage in planned.layout.placement.stages for device in stage.devices]
+    ordinals = [device for device in used if device < count]  # CPU workers of a plan come after the GPUs
     if not tries:
         return with_verdicts(machine, read_record(record, machine))
     with contextlib.suppress(OSError):

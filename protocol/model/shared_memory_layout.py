@@ -23,6 +23,11 @@ HANDLE_BYTES = 1024
 """Room for one CUDA IPC handle."""
 RELAY_ROWS = 2048
 """Most rows of a step whose activations kernels pass on. Longer steps go through the channels."""
+SUM_ROWS = 512
+"""Most rows that kernels of the ranks of a stage add up: as many as the largest graph with prompts has."""
+_SUM_BYTES = 8 << 20
+"""Most bytes of a message of all ranks through host memory: beyond it a library is faster."""
+_SUM_HALVES, _SUM_ALIGNMENT = 2, 256
 _LETTER_BYTES = 8
 
 
@@ -55,7 +60,7 @@ class ChannelRegion:
 
 
 @dataclass(frozen=True, slots=True)
-class RelayRegion:
+class HostRegion:
     """Host memory that stands in for a rank's GPU memory where the GPUs that write to it cannot reach that."""
 
     start: int
@@ -89,8 +94,10 @@ class SharedLayout:
     """Sampled tokens, to rank j of stage 0; empty for a single stage."""
     world: ReduceRegion
     """Where all ranks of the plan meet before they have any other way to talk."""
-    relay: tuple[RelayRegion, ...]
+    relay: tuple[HostRegion, ...]
     """One per rank; empty for a single stage."""
+    sums: tuple[tuple[HostRegion, ...], ...]
+    """``sums[s][j]``: of rank j of stage s, for partial sums by kernels. Empty where no GPUs share a stage's layers."""
     total_bytes: int
 
 
@@ -124,7 +131,25 @@ def shared_layout(layout: Layout, limits: StepLimits, hidden_size: int) -> Share
     world = ReduceRegion(space.take(LINE * plan.world_size), space.take(2 * plan.world_size * PAGE, PAGE), PAGE,
                          plan.world_size)  # fmt: skip
     relay = _relay_regions(space, plan, relay_sizes(layout, limits, hidden_size)) if plan.num_stages > 1 else ()
-    return SharedLayout(failed, barrier, reduce, activations, feedback, world, relay, space.take(0, PAGE))
+    sums = tuple(_sum_regions(space, len(stage.devices), layout, hidden_size) for stage in plan.stages)
+    return SharedLayout(failed, barrier, reduce, activations, feedback, world, relay, sums, space.take(0, PAGE))
+
+
+def host_sum_rows(ranks: int, hidden_size: int, element_bytes: int) -> int:
+    """Return how many rows kernels can add up through host memory."""
+    return max(1, min(SUM_ROWS, _SUM_BYTES // (ranks * hidden_size * element_bytes)))
+
+
+def _sum_regions(space: _Allocator, ranks: int, layout: Layout, hidden_size: int) -> tuple[HostRegion, ...]:
+    """Return a region per rank, for the areas of worker/kernels/peers/memory.py: pairs of score and id, and sums."""
+    if ranks == 1 or layout.transport not in ("nccl", "gloo"):
+        return ()
+    element_bytes = DTYPE_BYTES[layout.dtype]
+    rows = host_sum_rows(ranks, hidden_size, element_bytes)
+    areas = _SUM_HALVES * ranks * 2 * SUM_ROWS * 4, _SUM_HALVES * ranks * rows * hidden_size * element_bytes
+    nbytes = sum(-(-area // _SUM_ALIGNMENT) * _SUM_ALIGNMENT for area in areas)
+    nbytes = -(-nbytes // PAGE) * PAGE
+    return tuple(HostRegion(space.take(nbytes, PAGE), nbytes) for _ in range(ranks))
 
 
 def relay_sizes(layout: Layout, limits: StepLimits, hidden_size: int) -> RelaySizes:
@@ -134,12 +159,12 @@ def relay_sizes(layout: Layout, limits: StepLimits, hidden_size: int) -> RelaySi
     return RelaySizes(rows, depth, inbox_bytes, _LETTER_BYTES * limits.max_rows)
 
 
-def _relay_regions(space: _Allocator, plan: PlacementPlan, sizes: RelaySizes) -> tuple[RelayRegion, ...]:
+def _relay_regions(space: _Allocator, plan: PlacementPlan, sizes: RelaySizes) -> tuple[HostRegion, ...]:
     regions = []
     for rank in range(plan.world_size):
         is_first = plan.place_of(rank).stage_index == 0
         nbytes = -(-(sizes.mailbox_bytes if is_first else sizes.inbox_bytes) // PAGE) * PAGE
-        regions.append(RelayRegion(space.take(nbytes, PAGE), nbytes))
+        regions.append(HostRegion(space.take(nbytes, PAGE), nbytes))
     return tuple(regions)
 
 

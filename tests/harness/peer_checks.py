@@ -66,14 +66,16 @@ class Rank:
     mine: Tensor
     addresses: list[int]
     alarm: PeerAlarm
+    device: torch.device | None = None
+    """Where the kernels run, if ``mine`` is pinned memory of the host."""
     turns: list[Turn] = field(init=False)
 
     def __post_init__(self) -> None:
-        one, parts, sums, pairs = cut(self.mine, self.addresses, shapes(self.ranks, self.dtype))
+        one, parts, sums, pairs = cut(self.mine, self.addresses, shapes(self.ranks, self.dtype), self.device)
         self.one_shot = OneShot(one, self.alarm, self.rank, ROWS, DIM)
         self.two_shot = TwoShot(parts, sums, self.alarm, self.rank, ROWS, DIM)
         self.exchange = Exchange(pairs, self.alarm, self.rank, MOST_CHOICES)
-        self.turns = [draw_turn(turn, self.ranks, self.dtype, self.mine.device) for turn in range(TURNS)]
+        self.turns = [draw_turn(turn, self.ranks, self.dtype, self.device or self.mine.device) for turn in range(TURNS)]
 
     def launch(self) -> list[Tensor]:
         """Launch all kinds in turns, with fewer and more rows; `expected` is what they must give."""

@@ -71,6 +71,8 @@ class DistGroup:
     def __init__(self, group: dist.ProcessGroup, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+        self.is_capturable = False
+        """True once a trial has shown that calls on CUDA tensors can be part of a CUDA graph (capture_check.py)."""
         self._group = group
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -172,6 +174,8 @@ def start_process_group(
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")  # one machine: nothing may listen on a network
         os.environ.setdefault("NCCL_RAS_ENABLE", "0")
+    if os.environ.get("MGPU_NO_P2P") == "1":
+        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
     with _peer_errors("all ranks to start"):
         meeting = meet(rendezvous or "env://", rank, world_size, timeout=timedelta(seconds=start_s))
         store, _, _ = next(meeting)

@@ -9,13 +9,14 @@ left with the activations of long steps.
 Inside a stage of several GPUs, `Links.group` is a stack. Each group passes on what it does not do itself:
 
     MeasurableGroup     nothing itself, except while start-up runs this rank alone
-      PeerGroup         sums of up to `most_rows` tokens by own kernels; absent where GPUs do not reach each other
+      PeerGroup         sums of up to `most_rows` tokens by own kernels over peer memory, or through pinned host
+                        memory where that is quicker than NCCL; else absent
         DistGroup       NCCL; without NCCL, a ThroughHost around a DistGroup that uses gloo
 
     embedding           all_reduce of the stack: PeerGroup's kernel up to `most_rows` tokens, else NCCL
     layers              `peers_of` takes the PeerGroup out of the stack; its kernel adds up within the next norm
     long prompts        more tokens than `most_rows`: all_reduce of the stack, which NCCL does
-    choice of tokens    `PeerGroup.exchange` in a CUDA graph; without a graph all_gather of the stack, always by NCCL
+    choice of tokens    `PeerGroup.exchange` in a CUDA graph; without a PeerGroup or a graph all_gather, by NCCL
 
 On one GPU the stack is a MeasurableGroup around a SingleRank; on the CPU, around a SharedMemoryGroup or a DistGroup.
 """
@@ -32,6 +33,7 @@ from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import Transport
 from mgpu.protocol.model.shared_memory_layout import ChannelRegion, SharedLayout, shared_layout
 from mgpu.worker.kernels.use import uses_kernels
+from mgpu.worker.ranks.capture_check import capture_problem
 from mgpu.worker.ranks.collectives import (
     Channel,
     DistChannel,
@@ -47,7 +49,7 @@ from mgpu.worker.ranks.collectives import (
 from mgpu.worker.ranks.gpu_channel import GpuReceiver, GpuSender
 from mgpu.worker.ranks.host_channel import HostChannel
 from mgpu.worker.ranks.peer_group import MOST_RANKS, ReduceLimits
-from mgpu.worker.ranks.peer_setup import PeerSetup
+from mgpu.worker.ranks.peer_setup import HostMemory, PeerSetup
 from mgpu.worker.ranks.shared_memory import SharedMemoryGroup, SharedSegment
 
 if TYPE_CHECKING:
@@ -210,15 +212,43 @@ class _Connector:
         """Let own kernels make the sums that they can, if all ranks of the stage reach each other's memory."""
         spec = self.spec
         if group.size > MOST_RANKS:
+            self._prepare_library(group)
             return group
-        self.peer_setup = PeerSetup(group, host_group, self.device)
+        self.peer_setup = setup = PeerSetup(group, host_group, self.device, self._host_memory(), self._broken_peers())
         limits = ReduceLimits.of(group.size, spec.facts.hidden_size, getattr(torch, spec.layout.dtype))
-        opened = self.peer_setup.open(limits, spec.worker_timeout_s)
-        if self.place.tp_rank == 0:
-            self.notes.append(self.peer_setup.note)
-        if spec.layout.transport == "nccl":
-            self._warm_up(group)
+        opened = setup.open(limits, spec.worker_timeout_s)
+        self._prepare_library(group, is_all=opened is group)
+        if opened is group:
+            opened = setup.open_on_host(limits, spec.worker_timeout_s)
+        self._note(setup.note)
         return opened
+
+    def _prepare_library(self, group: TensorParallelGroup, is_all: bool = True) -> None:
+        """Let NCCL open its connections, and find out whether graphs can have its sums if it makes them all."""
+        if not isinstance(group, DistGroup):
+            return
+        self._warm_up(group)
+        if is_all:
+            problem = capture_problem(group, self.device, self.spec.worker_timeout_s)
+            group.is_capturable = not problem
+            if problem:
+                self._note(f"sums of NCCL are not captured: {problem}")
+
+    def _broken_peers(self) -> frozenset[int]:
+        """Return the ranks of this stage whose memory must not be mapped, as numbers within the stage."""
+        ranks = self.placement.ranks_of_stage(self.place.stage_index)
+        broken = self.spec.layout.broken
+        return frozenset(index for index, rank in enumerate(ranks) if (self.place.rank, rank) in broken)
+
+    def _host_memory(self) -> HostMemory | None:
+        """Return where kernels of this stage can add up if GPUs do not reach each other."""
+        if self.segment is None or self.shared is None or not self.shared.sums[self.place.stage_index]:
+            return None
+        return HostMemory(self.segment, self.shared.sums[self.place.stage_index])
+
+    def _note(self, text: str) -> None:
+        if self.place.tp_rank == 0:
+            self.notes.append(text)
 
     def _warm_up(self, group: TensorParallelGroup) -> None:
         """Let NCCL open its connections now: its first use may otherwise be in a user's long prompt."""

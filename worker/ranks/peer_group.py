@@ -1,4 +1,4 @@
-"""A tensor-parallel group on GPUs that reach each other's memory: small sums by own kernels, large ones by NCCL.
+"""A tensor-parallel group on GPUs: small sums by own kernels over peer or host memory, large ones by NCCL.
 
 The kernels wait for peers on the device, so that a whole step can be a CUDA graph. A kernel cannot raise: when it has
 waited too long it sets a flag in host memory, and `PeerGroup.check` raises PeerLost for it.
@@ -6,6 +6,7 @@ waited too long it sets a flag in host memory, and `PeerGroup.check` raises Peer
 
 # T tokens, D model dim, S rows that sample
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mgpu.protocol.model.shared_memory_layout import SUM_ROWS, host_sum_rows
 from mgpu.worker.errors import PeerLost
 from mgpu.worker.kernels.peers.memory import Area, AreaShape, PeerAlarm
-from mgpu.worker.ranks.collectives import MeasurableGroup, TensorParallelGroup
+from mgpu.worker.ranks.collectives import DistGroup, MeasurableGroup, TensorParallelGroup
 
 if TYPE_CHECKING:
     from mgpu.worker.kernels.peers.all_reduce import OneShot
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 ONE_SHOT_BYTES = {2: 8 << 20, 3: 512 << 10, 4: 384 << 10, 5: 256 << 10, 6: 192 << 10, 7: 192 << 10, 8: 160 << 10}
 """Largest message of one shot by number of ranks. For 2 ranks measured on H100s (docs/kernels.md): nothing is faster up
 to that size. For more ranks not measured with these kernels; the sizes are those where SGLang changes on H200s."""
-MOST_ROWS = 512
-"""Largest message of two shots, in rows, as many as the largest graph with prompts has. NCCL adds up larger ones."""
+MOST_ROWS = SUM_ROWS
+"""Largest message of two shots, in rows. NCCL adds up larger ones."""
 MOST_RANKS = max(ONE_SHOT_BYTES)
 
 
@@ -38,12 +40,24 @@ class ReduceLimits:
     dtype: torch.dtype
     one_shot_rows: int
     two_shot_rows: int
+    has_two_shots: bool = True
 
     @staticmethod
     def of(ranks: int, dim: int, dtype: torch.dtype) -> "ReduceLimits":
         """Return the limits by message size."""
         one_shot_rows = max(1, min(MOST_ROWS, ONE_SHOT_BYTES[ranks] // (dim * dtype.itemsize)))
         return ReduceLimits(ranks, dim, dtype, one_shot_rows, MOST_ROWS)
+
+    @staticmethod
+    def through_host(ranks: int, dim: int, dtype: torch.dtype) -> "ReduceLimits":
+        """Return the limits of sums through host memory, which has room for one shot only."""
+        rows = host_sum_rows(ranks, dim, dtype.itemsize)
+        return ReduceLimits(ranks, dim, dtype, rows, rows, has_two_shots=False)
+
+    @property
+    def choices(self) -> int:
+        """Most rows that tokens are chosen for."""
+        return max(MOST_ROWS, self.two_shot_rows)
 
 
 def area_shapes(limits: ReduceLimits) -> list[AreaShape]:
@@ -52,9 +66,9 @@ def area_shapes(limits: ReduceLimits) -> list[AreaShape]:
     from mgpu.worker.kernels.peers.exchange import Exchange
     from mgpu.worker.kernels.peers.two_shot import TwoShot, two_shot_divides
 
-    shapes = Exchange.shapes(limits.ranks, limits.two_shot_rows)
+    shapes = Exchange.shapes(limits.ranks, limits.choices)
     shapes += OneShot.shapes(limits.ranks, limits.one_shot_rows, limits.dim, limits.dtype)
-    if two_shot_divides(limits.ranks, limits.dim, limits.dtype):
+    if limits.has_two_shots and two_shot_divides(limits.ranks, limits.dim, limits.dtype):
         shapes += TwoShot.shapes(limits.ranks, limits.two_shot_rows, limits.dim, limits.dtype)
     return shapes
 
@@ -66,8 +80,14 @@ class PeerGroup:
     """
 
     def __init__(
-        self, inner: TensorParallelGroup, areas: Sequence[Area], alarm: PeerAlarm, limits: ReduceLimits
+        self,
+        inner: TensorParallelGroup,
+        areas: Sequence[Area],
+        alarm: PeerAlarm,
+        limits: ReduceLimits,
+        most_rows: int | None = None,
     ) -> None:
+        """``most_rows``: let ``inner`` add up larger messages, although kernels could."""
         from mgpu.worker.kernels.peers.all_reduce import OneShot
         from mgpu.worker.kernels.peers.exchange import Exchange
         from mgpu.worker.kernels.peers.two_shot import TwoShot
@@ -78,10 +98,11 @@ class PeerGroup:
         self._alarm = alarm
         self.limits = limits
         pairs, one, *two = areas
-        self.exchange = Exchange(pairs, alarm, self.rank, limits.two_shot_rows)
+        self.exchange = Exchange(pairs, alarm, self.rank, limits.choices)
         self.one_shot = OneShot(one, alarm, self.rank, limits.one_shot_rows, limits.dim)
         self.two_shot = TwoShot(two[0], two[1], alarm, self.rank, limits.two_shot_rows, limits.dim) if two else None
-        self.most_rows = limits.one_shot_rows if self.two_shot is None else limits.two_shot_rows
+        possible = limits.one_shot_rows if self.two_shot is None else limits.two_shot_rows
+        self.most_rows = possible if most_rows is None else most_rows
 
     def takes(self, x: Tensor) -> bool:
         """Return True if kernels add this up."""
@@ -129,3 +150,14 @@ def peers_of(group: TensorParallelGroup) -> PeerGroup | None:
     if isinstance(group, MeasurableGroup):
         return None if group.alone else peers_of(group.inner)
     return group if isinstance(group, PeerGroup) else None
+
+
+def captured_rows(group: TensorParallelGroup) -> int:
+    """Return the most rows that a CUDA graph of this group can add up; 0 if its sums cannot be captured at all."""
+    if isinstance(group, MeasurableGroup):
+        return captured_rows(group.inner)
+    if isinstance(group, PeerGroup):
+        return max(group.most_rows, captured_rows(group.inner))
+    if group.size == 1 or (isinstance(group, DistGroup) and group.is_capturable):
+        return sys.maxsize
+    return 0

@@ -1,5 +1,7 @@
 """Open a `PeerGroup`: allocate, exchange handles, map, empty, try. All ranks of a stage use it, or none does.
 
+Where ranks cannot reach each other's memory, they try again with memory of the host, which all of them map and pin.
+
 A rank that used the kernels while another did not would wait on the GPU for sums that never come. So every step ends
 with `_agree`: all ranks tell each other, over the group that they already have, whether it went well. As soon as one
 reports a problem, all see it at the same step, and all keep that group. With two ranks, of which GPU 1 cannot reach
@@ -14,17 +16,23 @@ Without that problem the steps left are: empty the areas (no rank writes before 
 """
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mgpu.worker.kernels.peers.memory import AreaShape, PeerAlarm, buffer_bytes, cut
+from mgpu.protocol.model.shared_memory_layout import HostRegion
+from mgpu.worker.kernels.peers.memory import Area, AreaShape, PeerAlarm, buffer_bytes, cut
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.ranks.agreement import CannotUse, RankStatus, exchange, gpu_of, leave_in_order, this_machine
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.cuda_ipc import export, map_exported
+from mgpu.worker.ranks.host_channel import pin
 from mgpu.worker.ranks.peer_check import peer_problem
-from mgpu.worker.ranks.peer_group import PeerGroup, ReduceLimits, area_shapes
+from mgpu.worker.ranks.peer_group import PeerGroup, ReduceLimits, area_shapes, captured_rows
+from mgpu.worker.ranks.shared_memory import SharedSegment
+from mgpu.worker.ranks.sum_times import quickest_rows
 
 SWITCH = "MGPU_PEER_REDUCE"
 """0: never use the kernels. 1: use them also if ranks share a GPU; there waiting kernels take turns: for tests only."""
@@ -32,16 +40,42 @@ _CHECK_S = 30.0
 """Longest wait of a kernel while the group is tried: ranks compile the same kernels, but not equally fast."""
 
 
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Where the ranks of a stage have areas in the file that all ranks share."""
+
+    segment: SharedSegment
+    regions: Sequence[HostRegion]
+    """By rank of the stage."""
+
+    def view(self, rank: int) -> Tensor:
+        region = self.regions[rank]
+        return self.segment.view(region.start, region.nbytes, torch.uint8)
+
+
 class PeerSetup:
     """Opens a group and owns its memory: this rank's buffer and the mappings of the others'."""
 
-    def __init__(self, group: TensorParallelGroup, host_group: TensorParallelGroup, device: torch.device) -> None:
-        """``group`` makes the sums that kernels do not; ``host_group`` is the same ranks for CPU tensors."""
+    def __init__(
+        self,
+        group: TensorParallelGroup,
+        host_group: TensorParallelGroup,
+        device: torch.device,
+        host_memory: HostMemory | None = None,
+        broken: frozenset[int] = frozenset(),
+    ) -> None:
+        """``group`` makes the sums that kernels do not; ``host_group`` is the same ranks for CPU tensors.
+
+        ``broken``: ranks whose memory a trial has found unusable, although the driver maps it.
+        """
         self._group = group
         self._host_group = host_group
+        self._host_memory = host_memory
+        self._broken = broken
         self._device = device
         self._mine: Tensor | None = None
         self._mapped: list[Tensor] = []
+        self._reason = ""
         self.note = ""
         """A line for the start-up log: what is used, or why not."""
 
@@ -51,23 +85,70 @@ class PeerSetup:
             opened = self._open(limits, timeout_s)
         except CannotUse as reason:
             self._mapped, self._mine = [], None
+            self._reason = str(reason)
             self.note = f"partial sums do not go by own kernels: {reason}"
             return self._group
         self.note = f"partial sums of up to {opened.most_rows} tokens go by own kernels over peer memory"
         return opened
 
-    def _open(self, limits: ReduceLimits, timeout_s: float) -> PeerGroup:
+    def open_on_host(self, limits: ReduceLimits, timeout_s: float) -> TensorParallelGroup:
+        """After `open` in vain, return a group whose kernels add up through host memory, as far as they are quicker."""
+        if self._host_memory is None:
+            return self._group
+        through_host = ReduceLimits.through_host(limits.ranks, limits.dim, limits.dtype)
+        try:
+            opened = self._try_host(self._host_memory, through_host, timeout_s)
+        except CannotUse as second:
+            self.note += "" if str(second) == self._reason else f"; through host memory: {second}"
+            return self._group
+        if not opened.most_rows:
+            self.note += "; NCCL is quicker than host memory"
+            return self._group
+        self.note = (
+            f"partial sums of up to {opened.most_rows} tokens go by own kernels through pinned host memory: "
+            f"{self._reason}"
+        )
+        return opened
+
+    def _try_host(self, memory: HostMemory, limits: ReduceLimits, timeout_s: float) -> PeerGroup:
         problem = refusal(limits, self._device)
         shapes = [] if problem else area_shapes(limits)
+        if not problem:
+            try:
+                for rank in range(self._group.size):
+                    pin(memory.view(rank))
+            except RuntimeError as error:
+                problem = f"host memory cannot be pinned: {str(error).splitlines()[0]}"
+        gpus = [status.gpu for status in self._agree(problem)]
+        if len(set(gpus)) < len(gpus) and os.environ.get(SWITCH) != "1":
+            raise CannotUse("ranks share a GPU")
+        views = [memory.view(rank) for rank in range(self._group.size)]
+        areas = cut(views[self._group.rank], [view.data_ptr() for view in views], shapes, self._device)
+        make = self._checked(areas, limits, timeout_s)
+        if not captured_rows(self._group):
+            return make(None)
+        times = quickest_rows(make(None), self._group, self._host_group, self._device)
+        return make(times)
+
+    def _open(self, limits: ReduceLimits, timeout_s: float) -> PeerGroup:
+        problem = refusal(limits, self._device) or peer_refusal()
+        shapes = [] if problem else area_shapes(limits)
         buffer, peers = self._allocate(shapes, problem)
-        areas = cut(buffer, self._map_all(buffer, peers), shapes)
+        areas = cut(buffer, self._map_all(buffer, peers), shapes, self._device)
+        return self._checked(areas, limits, timeout_s)(None)
+
+    def _checked(
+        self, areas: Sequence[Area], limits: ReduceLimits, timeout_s: float
+    ) -> Callable[[int | None], PeerGroup]:
+        """Try kernels over these areas; return what makes a group of them, for so many rows."""
         torch.cuda.synchronize(self._device)
         self._agree("")  # no rank writes before all areas are empty
         failed = torch.zeros(1, dtype=torch.int32, device=self._device)
         seen = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         alarm = PeerAlarm(failed, seen, int(min(timeout_s, _CHECK_S) * 1e6))
         self._agree(peer_problem(PeerGroup(self._group, areas, alarm, limits), self._device))
-        return PeerGroup(self._group, areas, PeerAlarm(failed, seen, int(timeout_s * 1e6)), limits)
+        alarm = PeerAlarm(failed, seen, int(timeout_s * 1e6))
+        return lambda most_rows: PeerGroup(self._group, areas, alarm, limits, most_rows)
 
     def _allocate(self, shapes: list[AreaShape], problem: str) -> tuple[Tensor, list[RankStatus]]:
         """Return this rank's buffer, and what the ranks say of theirs."""
@@ -87,18 +168,20 @@ class PeerSetup:
         addresses, problem = [], ""
         for rank, peer in enumerate(peers):
             try:
-                addresses.append(buffer.data_ptr() if rank == self._group.rank else self._map(peer))
+                addresses.append(buffer.data_ptr() if rank == self._group.rank else self._map(rank, peer))
             except (CannotUse, RuntimeError) as error:
                 problem = problem or f"rank {rank}'s memory cannot be mapped: {str(error).splitlines()[0]}"
         self._agree(problem)
         return addresses
 
-    def _map(self, peer: RankStatus) -> int:
+    def _map(self, rank: int, peer: RankStatus) -> int:
         index, this_gpu = peer.index, gpu_of(self._device)
         if peer.machine != this_machine():
             raise CannotUse("it is on another machine")
         if peer.gpu == this_gpu and os.environ.get(SWITCH) != "1":
             raise CannotUse("it shares this GPU")
+        if rank in self._broken:
+            raise CannotUse("peer access failed its trial")
         is_other = peer.gpu != this_gpu and index != self._device.index and index < torch.cuda.device_count()
         if is_other and not torch.cuda.can_device_access_peer(self._device, index):
             raise CannotUse(f"no peer access between GPUs {self._device.index} and {index}")
@@ -124,10 +207,13 @@ def refusal(limits: ReduceLimits, device: torch.device) -> str:
     """Return why this rank does not try the kernels; empty if it does."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
-    if os.environ.get("MGPU_NO_P2P") == "1":
-        return "MGPU_NO_P2P=1"
     if not uses_kernels(device):
         return "kernels are not used"
     if limits.dim * limits.dtype.itemsize % 16:
         return f"a row of {limits.dim} values is not a multiple of 16 bytes"
     return ""
+
+
+def peer_refusal() -> str:
+    """Return why this rank does not try memory of other GPUs; empty if it does."""
+    return "MGPU_NO_P2P=1" if os.environ.get("MGPU_NO_P2P") == "1" else ""

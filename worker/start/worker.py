@@ -89,6 +89,7 @@ class Worker:
         self.control.send(Ready(spec.epoch, rank, self.phase_s, loaded_bytes, links.notes, tokens))
         self.phase = "steps"
         StepLoop(runner, self.control, self.device, reports=rank == spec.layout.placement.output_rank).run()
+        runner.close()
         links.close()
 
     def _wait_for_allocation(self) -> int | None:

@@ -22,7 +22,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 class DecodeGraphs:
     """One graph per batch size, for steps in which every row computes and samples one token.
 
-    A rank has whole layers, or slices of them that a `PeerGroup` adds up. A `Relay` connects it with other stages.
+    A rank has whole layers, or slices of them that a group adds up. A `Relay` connects it with other stages.
     """
 
     def __init__(self, parts: GraphParts) -> None:
@@ -32,8 +32,8 @@ class DecodeGraphs:
         self._inputs = DecodeInputs.create(graph_size(rows.max_rows), rows.blocks.shape[1], rows.device)
 
     def takes(self, plan: StepPlan) -> bool:
-        """Return True if every row of a plan computes and samples one token, and kernels can add up so many rows."""
-        if self._parts.peers is not None and graph_size(len(plan.rows)) > self._parts.peers.most_rows:
+        """Return True if every row of a plan computes and samples one token, and graphs can add up so many rows."""
+        if graph_size(len(plan.rows)) > self._parts.most_rows:
             return False
         return bool(plan.rows) and max(plan.counts) == 1 and min(plan.samples) == 1
 

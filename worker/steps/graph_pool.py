@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mgpu.worker.kernels.peers.exchange import best_of_ranks
 from mgpu.worker.kernels.sample import sample
 from mgpu.worker.models.build import DecoderStage
-from mgpu.worker.ranks.peer_group import PeerGroup
+from mgpu.worker.ranks.collectives import TensorParallelGroup
+from mgpu.worker.ranks.peer_group import PeerGroup, captured_rows, peers_of
 from mgpu.worker.ranks.relay import Relay
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
@@ -68,6 +70,7 @@ class GraphPool:
         self._pinned = [torch.zeros(most, dtype=torch.int32, pin_memory=True) for _ in range(_BUFFERS)]
         self._copied = [torch.cuda.Event() for _ in range(_BUFFERS)]  # type: ignore[no-untyped-call]
         self._turn = 0
+        self._captured: list[torch.cuda.CUDAGraph] = []
 
     @torch.inference_mode()
     def capture(self, length: int, forward: Forward) -> StepGraph:
@@ -87,6 +90,7 @@ class GraphPool:
                 output = forward(staged)
             finally:
                 graph.capture_end()
+        self._captured.append(graph)
         return StepGraph(graph, staged, output)
 
     def replay(self, graph: StepGraph, values: "array[int]") -> StepOutput | None:
@@ -99,6 +103,11 @@ class GraphPool:
         copied.record()
         graph.graph.replay()
         return graph.output
+
+    def release(self) -> None:
+        """Destroy all captured graphs; none may run, and none may be replayed any more."""
+        for graph in self._captured:
+            graph.reset()
 
 
 @contextmanager
@@ -140,16 +149,24 @@ def whole_lines(length: int) -> int:
 class GraphParts:
     """What all graphs of a rank are made from.
 
-    ``peers`` add up its slice of the layers; None: it has them whole. ``relay`` connects it with the other stages;
-    None: there is one stage.
+    ``group`` adds up its slice of the layers. ``relay`` connects it with the other stages; None: there is one stage.
     """
 
     pool: GraphPool
     stage: DecoderStage
     cache: KvCache
     rows: RowTable
-    peers: PeerGroup | None
+    group: TensorParallelGroup
     relay: Relay | None
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows that a graph may add up."""
+        return captured_rows(self.group)
+
+    @property
+    def peers(self) -> PeerGroup | None:
+        return peers_of(self.group)
 
     def fetch_tokens(self, rows_N: Tensor, positions_N: Tensor, staged: Tensor) -> None:
         """On the first of several stages: wait for the tokens that the last stage chose for these positions."""
@@ -182,6 +199,7 @@ class GraphParts:
         """
         logits_RV = self.stage.raw_logits(x_RD)
         assert self.stage.head is not None, "only the last stage chooses"
+        is_whole = self.group.size == 1
         scores_R, ids_R = sample(
             logits_RV,
             first_id=self.stage.head.start,
@@ -189,11 +207,21 @@ class GraphParts:
             positions_S=positions_R,
             temperatures=self.rows.temperatures,
             seeds=self.rows.seeds,
-            tokens=self.rows.tokens if self.peers is None else None,
+            tokens=self.rows.tokens if is_whole else None,
         )
-        if self.peers is not None:
+        if not is_whole:
             last_id = self.stage.head.padded_size - 1
-            ids_R = self.peers.exchange(scores_R, ids_R, last_id, rows_R, positions_R, self.rows.tokens)
+            ids_R = self._best_of_ranks(scores_R, ids_R, last_id, rows_R, positions_R)
         if self.relay is not None and self.relay.post is not None:
             self.relay.post(ids_R, rows_R, positions_R, staged[1:2], staged[2:3])
         return StepOutput(logits_RV, ids_R)
+
+    def _best_of_ranks(
+        self, scores_R: Tensor, ids_R: Tensor, last_id: int, rows_R: Tensor, positions_R: Tensor
+    ) -> Tensor:
+        """Return the best tokens that any rank has found, and write them to the rows."""
+        peers, tokens = self.peers, self.rows.tokens
+        if peers is not None and len(ids_R) <= peers.limits.choices:
+            return peers.exchange(scores_R, ids_R, last_id, rows_R, positions_R, tokens)
+        pairs_R2 = torch.stack([scores_R.view(torch.int32), ids_R], dim=-1)
+        return best_of_ranks(self.group.all_gather(pairs_R2), self.group.size, last_id, rows_R, positions_R, tokens)

@@ -7,8 +7,8 @@ import torch
 
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.models.build import DecoderStage
-from mgpu.worker.ranks.collectives import TensorParallelGroup
-from mgpu.worker.ranks.peer_group import PeerGroup, peers_of
+from mgpu.worker.ranks.collectives import SingleRank, TensorParallelGroup
+from mgpu.worker.ranks.peer_group import captured_rows
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
 
@@ -28,13 +28,13 @@ def make_graphs(
 ) -> Optional["Graphs"]:
     """Return the graphs of a rank; None if its steps cannot be captured. Several stages need a relay between them.
 
-    Sums over ranks can be captured if own kernels make them, because those wait for peers on the GPU. All ranks get the
-    same plans, so they make and replay the same graphs in the same order.
+    Sums over ranks can be captured if own kernels make them, because those wait for peers on the GPU, or NCCL. All
+    ranks get the same plans, so they make and replay the same graphs in the same order.
     """
-    peers, is_whole = peers_of(group), stage.is_first and stage.is_last
-    if (group.size > 1 and peers is None) or (relay is None and not is_whole):
+    is_whole = stage.is_first and stage.is_last
+    if not captured_rows(group) or (relay is None and not is_whole):
         return None
-    return Graphs(stage, cache, rows, peers, relay) if _on_all_ranks(stage.has_kernels, group, rows.device) else None
+    return Graphs(stage, cache, rows, group, relay) if _on_all_ranks(stage.has_kernels, group, rows.device) else None
 
 
 def _on_all_ranks(value: bool, group: TensorParallelGroup, device: torch.device) -> bool:
@@ -58,7 +58,7 @@ def prepared(graphs: "Graphs") -> Optional["Graphs"]:
 
 def prepare_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
     """Launch all kernels of the first graphs, but capture none."""
-    Graphs(stage, cache, rows, None, None, capture=False).prepare()
+    Graphs(stage, cache, rows, SingleRank(), None, capture=False).prepare()
 
 
 class Graphs:
@@ -69,7 +69,7 @@ class Graphs:
         stage: DecoderStage,
         cache: KvCache,
         rows: RowTable,
-        peers: PeerGroup | None,
+        group: TensorParallelGroup,
         relay: Optional["Relay"],
         capture: bool = True,
     ) -> None:
@@ -81,12 +81,11 @@ class Graphs:
         self._posts = relay is not None and relay.post is not None
         # Sizes double, so the least that holds `max_rows` rows is below twice that. Larger ones would never be used.
         self._first_decode = [size for size in _FIRST_DECODE if size < 2 * rows.max_rows]
-        if peers is not None:
-            self._first_decode = [size for size in self._first_decode if size <= peers.most_rows]
+        self._first_decode = [size for size in self._first_decode if size <= captured_rows(group)]
         most_staged = max(MOST_STAGED, staged_length(graph_size(rows.max_rows)))
         tries = stage.facts.borrowed is not None
-        pool = GraphPool(rows.device, most_staged, tries) if capture else Uncaptured(rows.device, most_staged)
-        parts = GraphParts(pool, stage, cache, rows, peers, relay)
+        self._pool = GraphPool(rows.device, most_staged, tries) if capture else Uncaptured(rows.device, most_staged)
+        parts = GraphParts(self._pool, stage, cache, rows, group, relay)
         self._decode, self._prompts = DecodeGraphs(parts), PromptGraphs(parts)
 
     def take(self, plan: StepPlan) -> bool:
@@ -110,3 +109,8 @@ class Graphs:
         for prompts in _FIRST_PROMPTS:
             if prompts[0] <= self._prompts.most_tokens:
                 self._prompts.prepare(prompts)
+
+    def release(self) -> None:
+        """Destroy all graphs: NCCL cannot leave its group while a graph has calls of it."""
+        torch.cuda.synchronize(self._rows.device)
+        self._pool.release()

@@ -74,6 +74,12 @@ class ModelRunner:
         if self._relay is not None:
             self._relay.check()
 
+    def close(self) -> None:
+        """Let go of what must end before the links to other ranks do."""
+        if self._graphs is not None:
+            self._graphs.release()
+            self._graphs = None
+
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Prepare for rows with a grammar, on the ranks that choose tokens."""
         if self._is_last:

@@ -33,8 +33,8 @@ class PromptGraphs:
 
     def __init__(self, parts: GraphParts) -> None:
         self._parts = parts
-        self._rows, peers = parts.rows, parts.peers
-        self.most_tokens = TOKENS[-1] if peers is None else min(TOKENS[-1], peers.most_rows)
+        self._rows = parts.rows
+        self.most_tokens = min(TOKENS[-1], parts.most_rows)
         self._graphs: dict[Size, StepGraph] = {}
 
     def takes(self, plan: StepPlan) -> bool:

@@ -3,19 +3,19 @@
 from itertools import pairwise
 
 from mgpu.protocol.model.layout import Layout, StepLimits
-from mgpu.protocol.model.placement import PlacementPlan, Stage
+from mgpu.protocol.model.placement import PlacementPlan, Stage, Transport
 from mgpu.protocol.model.shared_memory_layout import PAGE, RELAY_ROWS, relay_sizes, shared_layout
 
 LIMITS = StepLimits(block_size=16, max_rows=256, max_batch_tokens=8192, max_seq_len=4096)
 
 
-def layout_of(*stages: int) -> Layout:
+def layout_of(*stages: int, transport: Transport = "nccl") -> Layout:
     """Return a layout of two layers a stage on so many devices each."""
     devices = iter(range(sum(stages)))
     plan = PlacementPlan(
         tuple(Stage(2 * i, 2 * i + 2, tuple(next(devices) for _ in range(n))) for i, n in enumerate(stages))
     )
-    return Layout(plan, "bfloat16", "nccl", "nccl")
+    return Layout(plan, "bfloat16", transport, transport)
 
 
 def test_a_single_stage_needs_no_relay() -> None:
@@ -36,3 +36,11 @@ def test_an_inbox_has_a_place_for_every_step_in_flight_and_one_more() -> None:
     assert (sizes.rows, sizes.depth) == (RELAY_ROWS, 5)
     assert sizes.inbox_bytes == 5 * RELAY_ROWS * 4096 * 2
     assert sizes.mailbox_bytes == 8 * 256
+
+
+def test_gpus_that_share_layers_have_room_for_their_sums() -> None:
+    shared = shared_layout(layout_of(2, 1), LIMITS, 4096)
+    assert [len(regions) for regions in shared.sums] == [2, 0]
+    first, second = shared.sums[0]
+    assert first.start + first.nbytes <= second.start < second.start + second.nbytes <= shared.total_bytes
+    assert shared_layout(layout_of(2, transport="shared-memory"), LIMITS, 4096).sums == ((),), "CPU workers"

@@ -10,9 +10,12 @@ from harness.random_model import write_random_model
 from harness.rank_threads import ThreadGroup, run_ranks
 from harness.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import read_checkpoint
-from mgpu.worker.kernels.peers.memory import buffer_bytes
-from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
-from mgpu.worker.ranks.peer_group import MOST_ROWS, ReduceLimits, area_shapes, peers_of
+from mgpu.protocol.model.layout import Layout, StepLimits
+from mgpu.protocol.model.placement import PlacementPlan, Stage
+from mgpu.protocol.model.shared_memory_layout import PAGE, shared_layout
+from mgpu.worker.kernels.peers.memory import PeerAlarm, buffer_bytes, cut
+from mgpu.worker.ranks.collectives import DistGroup, MeasurableGroup, SingleRank, ThroughHost
+from mgpu.worker.ranks.peer_group import MOST_ROWS, PeerGroup, ReduceLimits, area_shapes, captured_rows, peers_of
 from mgpu.worker.ranks.peer_setup import SWITCH, PeerSetup, refusal
 
 CPU = torch.device("cpu")
@@ -32,6 +35,39 @@ def test_there_is_memory_for_two_shots_where_every_rank_has_a_part(ranks: int, d
     shapes = area_shapes(ReduceLimits.of(ranks, dim, torch.bfloat16))
     assert len(shapes) == areas
     assert buffer_bytes(shapes) < 64 << 20
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("dim", [64, 4096, 8192])
+def test_the_shared_file_has_room_for_the_areas_of_every_rank(ranks: int, dim: int) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    plan = PlacementPlan((Stage(0, 2, tuple(range(ranks))),))
+    shared = shared_layout(Layout(plan, "bfloat16", "nccl", "none"), StepLimits(16, 256, 2048, 4096), dim)
+    needed = buffer_bytes(area_shapes(ReduceLimits.through_host(ranks, dim, torch.bfloat16)))
+    assert all(needed <= region.nbytes < needed + PAGE for region in shared.sums[0])
+
+
+def test_sums_are_captured_as_far_as_kernels_or_the_library_can() -> None:
+    library = DistGroup(None, 0, 2)  # type: ignore[arg-type]
+    assert captured_rows(MeasurableGroup(library)) == 0
+    assert captured_rows(ThroughHost(library)) == 0
+    library.is_capturable = True
+    assert captured_rows(MeasurableGroup(library)) > 1 << 20
+    assert captured_rows(ThroughHost(library)) == 0, "copies to the host are no part of a graph"
+    assert captured_rows(SingleRank()) > 1 << 20
+
+
+def test_kernels_that_add_up_a_few_rows_leave_the_rest_to_the_library() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    limits, library = ReduceLimits.through_host(2, 64, torch.float32), DistGroup(None, 0, 2)  # type: ignore[arg-type]
+    shapes = area_shapes(limits)
+    areas = cut(torch.zeros(buffer_bytes(shapes), dtype=torch.uint8), [0, 0], shapes)
+    alarm = PeerAlarm(torch.zeros(1), torch.zeros(1), 1)
+    group = PeerGroup(library, areas, alarm, limits, most_rows=16)
+    assert (group.takes(torch.zeros(16, 64)), group.takes(torch.zeros(17, 64))) == (True, False)
+    assert captured_rows(group) == 16
+    library.is_capturable = True
+    assert captured_rows(group) > 1 << 20
 
 
 def test_a_rank_that_cannot_makes_all_keep_their_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,23 @@ _BLOCK = 64
 """Rows per program, at least as many as a warp has threads: see `receive`."""
 
 
+@triton.jit
+def _store_best(
+    scores, ids, exists, s, mask, last_id, rows_ptr, positions_ptr, out_ptr, tokens_ptr, tokens_stride,
+):  # fmt: skip
+    """Store the token with the best score of each column, and write it to the rows."""
+    scores = tl.where(exists, scores, float("-inf"))
+    best = tl.max(scores, 0)
+    chosen = tl.min(tl.where(exists & (scores == best[None, :]), ids, 2147483647), 0)
+    chosen = tl.maximum(tl.minimum(chosen, last_id), 0)  # scores that are all NaN: some token that exists
+    tl.store(out_ptr + s, chosen, mask=mask)
+    if tokens_ptr is not None:
+        owner = tl.load(rows_ptr + s, mask=mask, other=0).to(tl.int64)
+        position = tl.load(positions_ptr + s, mask=mask, other=0)
+        # No token is ever chosen for position 0: such rows only fill up a graph's batch.
+        tl.store(tokens_ptr + owner * tokens_stride + position, chosen, mask=mask & (position > 0))
+
+
 @triton.jit(do_not_specialize=["rank", "timeout_us", "S", "last_id"])
 def _exchange_kernel(
     scores_ptr, ids_ptr, rows_ptr, positions_ptr, out_ptr, tokens_ptr,
@@ -44,17 +61,8 @@ def _exchange_kernel(
     arrives = (source < RANKS) & mask[None, :]
     places = inbox_ptr + (turn * RANKS + source) * 2 * ROWS + s[None, :]
     scores = receive(places, arrives, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED).to(tl.float32, bitcast=True)
-    scores = tl.where(arrives, scores, float("-inf"))
     ids = receive(places + ROWS, arrives, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
-    best = tl.max(scores, 0)
-    chosen = tl.min(tl.where(arrives & (scores == best[None, :]), ids, 2147483647), 0)
-    chosen = tl.maximum(tl.minimum(chosen, last_id), 0)  # scores that are all NaN: some token that exists
-    tl.store(out_ptr + s, chosen, mask=mask)
-    if tokens_ptr is not None:
-        owner = tl.load(rows_ptr + s, mask=mask, other=0).to(tl.int64)
-        position = tl.load(positions_ptr + s, mask=mask, other=0)
-        # No token is ever chosen for position 0: such rows only fill up a graph's batch.
-        tl.store(tokens_ptr + owner * tokens_stride + position, chosen, mask=mask & (position > 0))
+    _store_best(scores, ids, arrives, s, mask, last_id, rows_ptr, positions_ptr, out_ptr, tokens_ptr, tokens_stride)
     tl.store(turns_ptr + block, 1 - turn)
 
 
@@ -98,3 +106,35 @@ class Exchange:
             **launch_options(device, 1),
         )  # fmt: skip
         return out_S
+
+
+@triton.jit(do_not_specialize=["S", "last_id"])
+def _best_kernel(
+    pairs_ptr, rows_ptr, positions_ptr, out_ptr, tokens_ptr, tokens_stride, S, last_id,
+    RANKS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = s < S
+    wait_for_inputs(OVERLAP)
+    source = tl.arange(0, PADDED)[:, None]
+    exists = (source < RANKS) & mask[None, :]
+    places = pairs_ptr + (s[None, :] * RANKS + source) * 2
+    scores = tl.load(places, mask=exists, other=0).to(tl.float32, bitcast=True)
+    ids = tl.load(places + 1, mask=exists, other=0)
+    _store_best(scores, ids, exists, s, mask, last_id, rows_ptr, positions_ptr, out_ptr, tokens_ptr, tokens_stride)
+
+
+def best_of_ranks(
+    pairs_SP: Tensor, ranks: int, last_id: int, rows_S: Tensor, positions_S: Tensor, tokens: Tensor
+) -> Tensor:
+    """Do what `Exchange` does with pairs of score (its bits) and id that another way has gathered, int32 [S, 2 ranks].
+
+    For groups whose sums are NCCL's.
+    """
+    count, device = len(pairs_SP), pairs_SP.device
+    out_S = torch.empty(count, dtype=torch.int32, device=device)
+    _best_kernel[(ceil_div(count, _BLOCK),)](
+        pairs_SP, rows_S, positions_S, out_S, tokens, tokens.stride(0), count, last_id,
+        ranks, power_of_2(ranks), _BLOCK, overlaps_launches(device), **launch_options(device, 1),
+    )  # fmt: skip
+    return out_S

@@ -1,6 +1,7 @@
 """Memory on each rank's GPU that the other ranks of a stage write to, and the protocol that makes this safe.
 
-Every rank owns one buffer, cut into areas in the same way, and maps the buffers of its peers. An area has a slot for
+Every rank owns one buffer, cut into areas in the same way, and maps the buffers of its peers. Where GPUs cannot reach
+each other's memory, the buffers are pinned memory of the host, and the rest is the same. An area has a slot for
 every element of one kind of message from every rank, and all of that twice: two halves.
 
 - **Empty slots.** A slot that holds the bits of -0.0 is empty. Writers never send -0.0 (they send 0.0 instead), so any
@@ -82,13 +83,18 @@ def buffer_bytes(shapes: Sequence[AreaShape]) -> int:
     return sum(shape.nbytes for shape in shapes)
 
 
-def cut(mine: Tensor, addresses: Sequence[int], shapes: Sequence[AreaShape]) -> list[Area]:
-    """Cut this rank's buffer (uint8) into empty areas; ``addresses`` are where each rank's buffer begins, as mapped."""
+def cut(
+    mine: Tensor, addresses: Sequence[int], shapes: Sequence[AreaShape], device: torch.device | None = None
+) -> list[Area]:
+    """Cut this rank's buffer (uint8) into empty areas; ``addresses`` are where each rank's buffer begins, as mapped.
+
+    ``device``: whose kernels use the areas, if the buffer is pinned memory of the host.
+    """
     areas, offset = [], 0
     for shape in shapes:
         inbox = mine[offset : offset + HALVES * shape.count * shape.dtype.itemsize].view(bits_of(shape.dtype))
         inbox.fill_(empty_bits(shape.dtype))
-        turns = torch.zeros(shape.programs, dtype=torch.int32, device=mine.device)
+        turns = torch.zeros(shape.programs, dtype=torch.int32, device=device or mine.device)
         areas.append(Area(inbox, tuple(address + offset for address in addresses), turns))
         offset += shape.nbytes
     return areas

@@ -5,6 +5,7 @@ import torch
 
 from harness.peer_checks import Rank, compare, region_bytes
 from harness.rank_processes import outputs, rank_processes
+from mgpu.worker.kernels.peers.exchange import best_of_ranks
 from mgpu.worker.kernels.peers.memory import PeerAlarm
 
 RANKS = 2 if not torch.cuda.is_available() else 3
@@ -37,16 +38,19 @@ def test_a_peer_that_never_writes_is_noticed_once(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def make_ranks(device: torch.device, dtype: torch.dtype, ranks: int, timeout_us: int) -> list[Rank]:
-    """Return all ranks of a group in this process, each with its own buffer on one device."""
-    buffers = [torch.zeros(region_bytes(ranks, dtype), dtype=torch.uint8, device=device) for _ in range(ranks)]
+def make_ranks(
+    device: torch.device, dtype: torch.dtype, ranks: int, timeout_us: int, on_host: bool = False
+) -> list[Rank]:
+    """Return all ranks of a group in this process, each with its own buffer on one device, or pinned on the host."""
+    where = {"pin_memory": True} if on_host else {"device": device}
+    buffers = [torch.zeros(region_bytes(ranks, dtype), dtype=torch.uint8, **where) for _ in range(ranks)]
     addresses = [buffer.data_ptr() for buffer in buffers]
 
     def alarm() -> PeerAlarm:
         seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         return PeerAlarm(torch.zeros(1, dtype=torch.int32, device=device), seen, timeout_us)
 
-    members = [Rank(rank, ranks, dtype, buffers[rank], addresses, alarm()) for rank in range(ranks)]
+    members = [Rank(rank, ranks, dtype, buffers[rank], addresses, alarm(), device) for rank in range(ranks)]
     if device.type == "cuda":
         torch.cuda.synchronize()
     return members
@@ -54,11 +58,12 @@ def make_ranks(device: torch.device, dtype: torch.dtype, ranks: int, timeout_us:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("on_host", [False, True], ids=["peer memory", "host memory"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_ranks_as_streams_of_one_gpu_compute_the_same_bits_in_graphs(dtype: torch.dtype) -> None:
+def test_ranks_as_streams_of_one_gpu_compute_the_same_bits_in_graphs(dtype: torch.dtype, on_host: bool) -> None:
     device = torch.device("cuda:0")
-    make_ranks(device, dtype, RANKS, timeout_us=1)[0].launch()  # compiles, for nobody answers
-    members = make_ranks(device, dtype, RANKS, timeout_us=5_000_000)
+    make_ranks(device, dtype, RANKS, timeout_us=1, on_host=on_host)[0].launch()  # compiles, for nobody answers
+    members = make_ranks(device, dtype, RANKS, timeout_us=5_000_000, on_host=on_host)
     streams = [torch.cuda.Stream() for _ in members]
     graphs = [torch.cuda.CUDAGraph() for _ in members]
     found = []
@@ -74,3 +79,15 @@ def test_ranks_as_streams_of_one_gpu_compute_the_same_bits_in_graphs(dtype: torc
         for own, tensors in zip(members, found, strict=True):
             compare(tensors, own.expected())
             assert all(torch.equal(one, other) for one, other in zip(tensors, found[0], strict=True))
+
+
+def test_the_best_of_gathered_pairs_is_chosen_and_written_to_the_rows(device: torch.device) -> None:
+    scores_SR = torch.tensor([[0.5, 2.0], [1.0, 1.0], [-1.0, float("-inf")], [3.0, 4.0]])
+    ids_SR = torch.tensor([[3, 12], [7, 11], [5, 10], [1, 13]], dtype=torch.int32)
+    pairs_SP = torch.stack([scores_SR.view(torch.int32), ids_SR], dim=-1).view(4, 4).to(device)
+    rows_S, positions_S = (torch.tensor(each, device=device) for each in ([2, 0, 1, 0], [4, 1, 3, 0]))
+    tokens = torch.full((3, 5), -7, dtype=torch.int32, device=device)
+    assert best_of_ranks(pairs_SP, 2, 13, rows_S, positions_S, tokens).tolist() == [12, 7, 5, 13]
+    wanted = torch.full((3, 5), -7, dtype=torch.int32)
+    wanted[2, 4], wanted[0, 1], wanted[1, 3] = 12, 7, 5  # the last row only fills up a graph's batch
+    assert tokens.tolist() == wanted.tolist()

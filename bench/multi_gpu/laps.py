@@ -1,0 +1,303 @@
+"""Break the laps of several stages down on GPUs, without a server: time per lap, and what each GPU does and waits for.
+
+    python -m bench.multi_gpu.laps [--shape 8B] [--map 17,15] [--rows 1,64,256] [--context 128] [--top 8] [--tp]
+
+One process per rank runs the steps that the orchestrator would plan: lanes take turns, and a step is launched when all
+steps more than one lap before it are done. ``--tp`` makes one stage of two ranks instead. Random weights.
+"""
+
+import argparse
+import faulthandler
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import torch
+
+from bench.kernels.gpu_spans import Span, busy_us
+from bench.options import numbers
+from bench.step import record
+from mgpu.launch.bench.shapes import SHAPES, write_config
+from mgpu.protocol.checkpoint.read import read_checkpoint
+from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan, WorkerSpec
+from mgpu.protocol.model.layout import Layout, StepLimits
+from mgpu.protocol.model.placement import PlacementPlan, Stage
+from mgpu.worker.compile_ahead.compile_ahead import start_triton
+from mgpu.worker.ranks.links import connect, layout_of
+from mgpu.worker.ranks.relay import Relay
+from mgpu.worker.ranks.relay_check import _pass_on, _return_tokens
+from mgpu.worker.start.startup import StartUp
+
+BLOCK, MOST_ROWS, STEP_TOKENS = 64, 256, 2048
+PROMPTS, PROMPT = 16, 2048
+REPEAT, PROFILED_LAPS = 3, 6
+WAITING = ("_receive_kernel", "_fetch_kernel", "_one_shot_kernel", "_two_shot_kernel", "_exchange_kernel", "nccl")
+HANG_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What every rank is told."""
+
+    spec: WorkerSpec
+    rows: list[int]
+    context: int
+    top: int
+    laps: int
+    stress: int
+
+
+def make_spec(shape: str, layers: list[int], is_tp: bool, transport: str, device: str, fd: int) -> WorkerSpec:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = read_checkpoint(write_config(Path(folder), SHAPES[shape]), "dummy")
+    num_layers = checkpoint.facts.num_layers
+    if is_tp:
+        stages = [Stage(0, num_layers, (0, 1))]
+    else:
+        counts = layers or [num_layers - num_layers // 2, num_layers // 2]
+        ends = [sum(counts[: index + 1]) for index in range(len(counts))]
+        stages = [
+            Stage(end - count, end, (index,)) for index, (count, end) in enumerate(zip(counts, ends, strict=True))
+        ]
+    on_gpu = device == "cuda"
+    between = ("peer" if on_gpu else "shared-memory") if transport == "kernels" else transport
+    inside = ("nccl" if on_gpu else "shared-memory") if is_tp else ("nccl" if transport == "nccl" else "none")
+    spec = WorkerSpec(
+        epoch=0,
+        model=replace(checkpoint.source, load_format="dummy"),
+        facts=checkpoint.facts,
+        layout=Layout(
+            PlacementPlan(tuple(stages)),
+            "bfloat16" if on_gpu else "float32",
+            inside,  # type: ignore[arg-type]
+            between,  # type: ignore[arg-type]
+        ),
+        limits=StepLimits(BLOCK, MOST_ROWS, STEP_TOKENS, 4096),
+        device=device,
+        endpoint="",
+        rendezvous=f"file://{tempfile.mkdtemp()}/group",
+        shared_fd=fd,
+        shared_bytes=0,
+        num_threads=1,
+        memory_fraction=0.9,
+        kv_memory=0,
+        seed=0,
+        worker_timeout_s=40.0,
+    )
+    return replace(spec, shared_bytes=layout_of(spec).total_bytes)
+
+
+class Rank:
+    """One rank's runner, and the pace that all ranks keep."""
+
+    def __init__(self, settings: Settings, rank: int, done: "Synchronized[int]") -> None:
+        spec = settings.spec
+        self.place = spec.layout.placement.place_of(rank)
+        self.device = torch.device("cuda", self.place.device) if spec.device == "cuda" else torch.device("cpu")
+        start_triton(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.links = connect(spec, rank, self.device)
+        if rank == 0:
+            print("   ", "; ".join(self.links.notes), flush=True)
+        start_up = StartUp(spec, self.place, self.device, self.links)
+        stage, _ = start_up.load(lambda done, total: None)
+        self.row_blocks = -(-(settings.context + 2 * settings.laps * REPEAT + BLOCK) // BLOCK)
+        self.runner = start_up.allocate(stage, MOST_ROWS * self.row_blocks)
+        self.stages = spec.layout.placement.num_stages
+        self.reports = rank == spec.layout.placement.output_rank
+        self.done, self.step = done, 0
+        self.launched: list[int] = []
+        self.events: deque[tuple[int, torch.cuda.Event | None]] = deque()
+
+    def run(self, plan: StepPlan, gap: int = 1) -> None:
+        """Run a step when all steps more than a lap before it are done; the next one is ``gap`` steps later."""
+        began_s = time.monotonic()
+        self._collect(plan.step - self.stages - 1)
+        while self.done.value < self.last_before(plan.step):
+            os.sched_yield()
+            if time.monotonic() - began_s > HANG_S:
+                raise TimeoutError(f"step {plan.step}: the last stage has done step {self.done.value}")
+        self.runner.run(plan)
+        self.launched.append(plan.step)
+        if self.reports:
+            event = None
+            if self.device.type == "cuda":
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record()
+            self.events.append((plan.step, event))
+        self.step = plan.step + gap
+        self._collect(self.step - self.stages - 1)
+
+    def last_before(self, step: int) -> int:
+        """Return the last step that must be done before this one is launched."""
+        for earlier in reversed(self.launched):
+            if earlier < step - self.stages:
+                return earlier
+        return -1
+
+    def _collect(self, until: int) -> None:
+        while self.events and self.events[0][0] <= until:
+            step, event = self.events.popleft()
+            if event is not None:
+                event.synchronize()
+            self.done.value = step
+
+    def finish(self) -> None:
+        """Wait until everything is done."""
+        self._collect(1 << 60)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.runner.check_peers()
+        while self.launched and self.done.value < self.launched[-1]:
+            os.sched_yield()
+
+    def fill(self, batch: int, context: int) -> None:
+        """Compute the prompts of a batch, in steps of as many tokens as there may be."""
+        together = max(1, STEP_TOKENS // context)
+        for first in range(0, batch, together):
+            rows = [*range(first, min(batch, first + together))]
+            new = []
+            for row in rows:
+                ids = torch.randint(3, 1000, (context,), dtype=torch.int32).numpy().tobytes()
+                blocks = [*range(row * self.row_blocks, (row + 1) * self.row_blocks)]
+                new.append(NewRow(row, ids, context, blocks, RowSampling()))
+            ones, zeros = [1] * len(rows), [0] * len(rows)
+            self.run(StepPlan(0, self.step, rows, new, [], [], rows, zeros, [context] * len(rows), ones), self.stages)
+        self.finish()
+
+    def decode(self, batch: int, start: int, laps: int) -> float:
+        """Return microseconds per lap, in which every row gets a token."""
+        lanes = [[*range(lane, batch, self.stages)] for lane in range(self.stages)]
+        self.step = -(-self.step // self.stages) * self.stages + self.stages
+        torch.cuda.synchronize() if self.device.type == "cuda" else None
+        began_s = time.perf_counter()
+        for lap in range(laps):
+            for lane in lanes:
+                if lane:
+                    ones, at = [1] * len(lane), [start + lap] * len(lane)
+                    self.run(StepPlan(0, self.step, [], [], [], [], lane, at, ones, ones))
+                else:
+                    self.step += 1
+        self.finish()
+        return (time.perf_counter() - began_s) * 1e6 / laps
+
+    def prefill(self) -> float:
+        """Return tokens per second of prompts that come at once."""
+        blocks = PROMPT // BLOCK + 1
+        began_s = time.perf_counter()
+        for prompt in range(PROMPTS):
+            ids = torch.randint(3, 1000, (PROMPT,), dtype=torch.int32).numpy().tobytes()
+            new = NewRow(prompt, ids, PROMPT, [*range(prompt * blocks, (prompt + 1) * blocks)], RowSampling())
+            self.run(StepPlan(0, self.step, [prompt], [new], [], [], [prompt], [0], [PROMPT], [1]))
+        self.finish()
+        return PROMPTS * PROMPT / (time.perf_counter() - began_s)
+
+
+def show(spans: Sequence[Span], laps: int, top: int, name: str) -> str:
+    """Say what a GPU did in ``laps`` laps; kernels that wait for other GPUs are counted apart."""
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for span in spans:
+        by_name[span.name].append(span.end_us - span.start_us)
+    busy, whole = busy_us(spans), max(span.end_us for span in spans) - spans[0].start_us
+    waits = busy_us([span for span in spans if any(each in span.name for each in WAITING)])
+    lines = [f"    {name}: of {whole / laps:.0f} us per lap busy {busy / laps:.0f}, waiting kernels {waits / laps:.0f}"]
+    for kernel, us in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]:
+        middle = statistics.median(us)
+        lines.append(
+            f"      {sum(us) / laps:8.0f} us {len(us) / laps:6.1f} x {middle:7.1f} (to {max(us):.0f})  {kernel[:80]}"
+        )
+    return "\n".join(lines)
+
+
+def stress(relay: Relay, rounds: int, device: torch.device) -> str:
+    """Pass rows and tokens on many times; return what is wrong."""
+    for turn in range(rounds):
+        for rows in (1, 5, 64, 527, 528, 529, relay.most_rows):
+            rows = min(rows, relay.most_rows)
+            if problem := _pass_on(relay, turn, rows, device) or _return_tokens(relay, turn, rows, device):
+                return f"round {turn}: {problem}"
+    return ""
+
+
+@torch.inference_mode()
+def run_rank(settings: Settings, rank: int, parent_fd: str, done: "Synchronized[int]") -> None:
+    faulthandler.dump_traceback_later(HANG_S, exit=True)
+    fd = os.open(parent_fd, os.O_RDWR)
+    began_s = time.perf_counter()
+    each = Rank(replace(settings, spec=replace(settings.spec, shared_fd=fd)), rank, done)
+    say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
+    if settings.stress and each.links.relay is not None:
+        found = stress(each.links.relay, settings.stress, each.device)
+        say(f"    {settings.stress} rounds of a relay: {found or 'right'}")
+    say(f"    loaded after {time.perf_counter() - began_s:.1f} s, graphs: {each.runner._graphs is not None}")
+    each.runner.warm_up(16, 0)
+    say(f"    warm after {time.perf_counter() - began_s:.1f} s")
+    for batch in settings.rows:
+        faulthandler.dump_traceback_later(HANG_S, exit=True)
+        each.fill(batch, settings.context)
+        each.decode(batch, settings.context, 10)
+        times = [
+            each.decode(batch, settings.context + 10 + settings.laps * turn, settings.laps) for turn in range(REPEAT)
+        ]
+        rates = sorted(batch / us * 1e6 for us in times)
+        spread = f"{rates[0]:.0f} to {rates[-1]:.0f}"
+        say(f"    batch {batch}: {rates[1]:.0f} tok/s ({spread}), lap {sorted(times)[1]:.0f} us")
+        if each.device.type == "cuda" and settings.top:
+            start = settings.context + 20 + settings.laps * REPEAT
+            spans = record(partial(each.decode, batch, start, PROFILED_LAPS))
+            print(show(spans, PROFILED_LAPS, settings.top, f"rank {rank}"), flush=True)
+    if each.device.type == "cuda" and len(settings.rows) > 1:  # a CPU would take minutes
+        rates = sorted(each.prefill() for _ in range(REPEAT + 1))[-REPEAT:]
+        say(f"    prefill {PROMPTS} x {PROMPT}: {rates[1]:.0f} tok/s ({rates[0]:.0f} to {rates[-1]:.0f})")
+    faulthandler.cancel_dump_traceback_later()
+    each.links.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8B")
+    parser.add_argument("--map", type=numbers, default=[], help="layers of each stage (default: two halves)")
+    parser.add_argument("--tp", action="store_true", help="one stage of two ranks")
+    parser.add_argument("--transport", choices=("kernels", "nccl"), default="kernels")
+    parser.add_argument("--rows", type=numbers, default=[1, 64, 256])
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--top", type=int, default=8, help="kernels to show of each rank; 0: no profile")
+    parser.add_argument("--laps", type=int, default=100)
+    parser.add_argument("--stress", type=int, default=0, help="rounds of checked messages before all else")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    arguments = parser.parse_args()
+    fd = os.memfd_create("mgpu-bench")
+    spec = make_spec(arguments.shape, arguments.map, arguments.tp, arguments.transport, arguments.device, fd)
+    os.ftruncate(fd, spec.shared_bytes)
+    settings = Settings(spec, arguments.rows, arguments.context, arguments.top, arguments.laps, arguments.stress)
+    context = multiprocessing.get_context("spawn")
+    done = context.Value("q", -1, lock=False)
+    path = f"/proc/{os.getpid()}/fd/{fd}"
+    ranks = [
+        context.Process(target=run_rank, args=(settings, rank, path, done))
+        for rank in range(spec.layout.placement.world_size)
+    ]
+    for each in ranks:
+        each.start()
+    try:
+        while any(each.is_alive() for each in ranks) and not any(each.exitcode for each in ranks):
+            time.sleep(0.1)
+        failed = [rank for rank, each in enumerate(ranks) if each.exitcode]
+    finally:
+        for each in ranks:
+            each.kill()
+    sys.exit(f"ranks {failed} failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
