@@ -55,14 +55,23 @@ class Answer:
         choice = self._choices[message.index]
         choice.token_ids += message.token_ids
         choice.logprobs += logprobs or ()
-        piece = self._piece(choice, message.index, message.text, message.finish_reason)
-        piece = replace(piece, token_ids=tuple(message.token_ids), logprobs=logprobs)
+        piece = self._piece(
+            choice, message.index, message.text, message.finish_reason, tuple(message.token_ids), logprobs
+        )
         if message.finish_reason is None:
             self.pieces.append(piece)
         else:
             self._last = piece
 
-    def _piece(self, choice: _Choice, index: int, text: str, reason: str | None) -> Piece:
+    def _piece(
+        self,
+        choice: _Choice,
+        index: int,
+        text: str,
+        reason: str | None,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+    ) -> Piece:
         """Return what a part of the text brings; with ``reason`` it is the last of its choice."""
         if choice.text is None:
             choice.text = ParsedText(parser_for(self._request, self.accepted))
@@ -70,7 +79,7 @@ class Answer:
         if reason is not None:
             reason = "tool_calls" if reason == "stop" and choice.text.has_calls else reason
             choice.has_ended, choice.finish_reason = True, reason
-        return Piece(index, part.text, (), None, reason, None, part.reasoning, part.tool_calls)
+        return Piece(index, part.text, token_ids, logprobs, reason, None, part.reasoning, part.tool_calls)
 
     def finish(self, message: Finished) -> None:
         """End the answer. A choice without a last piece was cancelled before its first token."""
@@ -80,9 +89,7 @@ class Answer:
             choice = self._choices[index]
             if not choice.has_ended:
                 self.release()
-                self._last = replace(
-                    self._piece(choice, index, "", reason), logprobs=() if self._wants_logprobs else None
-                )
+                self._last = self._piece(choice, index, "", reason, (), () if self._wants_logprobs else None)
         self.release(_usage(message))
         self._finished = message
 

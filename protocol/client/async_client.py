@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
 
 from mgpu.protocol.client import timeouts
-from mgpu.protocol.client.async_connection import AsyncConnection, wait_until
+from mgpu.protocol.client.async_connection import AsyncConnection
 from mgpu.protocol.client.many import (
     MAX_IN_FLIGHT,
     Answers,
@@ -42,6 +42,7 @@ from mgpu.protocol.client.text_queries import (
     tokenize_message,
     wait_before_retry_s,
 )
+from mgpu.protocol.client.wake import Wake
 from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.fields import int32_array
@@ -60,7 +61,7 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
         self._request = request
         self._timeout_s = timeout_s
         self._deadline_s: float | None = None
-        self._event = asyncio.Event()
+        self._event = Wake()
         self._request.notify = self._event.set
 
     async def __anext__(self) -> Piece:
@@ -144,7 +145,7 @@ class AsyncCompletionStream(AsyncIterator[Piece]):
         try:
             for seconds in self._connection.waits_for(self._request, self._deadline_s):
                 self._event.clear()
-                await wait_until(self._event, min(seconds, longest_s))
+                await self._event.wait(min(seconds, longest_s))
                 if self._request.is_interrupted or not self._event.is_set():
                     self._connection.read()
                 if enough():

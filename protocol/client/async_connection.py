@@ -1,7 +1,6 @@
 """The connection of one `AsyncClient`: a session with the server, read by the event loop that uses it."""
 
 import asyncio
-import contextlib
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ import zmq
 from mgpu.protocol.client import timeouts
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply, Session
+from mgpu.protocol.client.wake import Wake
 from mgpu.protocol.discovery import ServerFinder
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.keys import ClientKeys
@@ -31,7 +31,7 @@ class AsyncConnection:
         self._open: Session | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
-        self._progress = asyncio.Event()
+        self._progress = Wake()
 
     @property
     def endpoint(self) -> str | None:
@@ -96,7 +96,7 @@ class AsyncConnection:
             self._leave_loop()
         if self._open is None:
             self._open, self._loop, self._pid = Session(self._server.endpoint(), self._keys), loop, os.getpid()
-            self._progress = asyncio.Event()
+            self._progress = Wake()
             for fd in self._fds(self._open):
                 loop.add_reader(fd, self.read)
             self.read()
@@ -134,12 +134,5 @@ class AsyncConnection:
         """Wait until ``waits`` ends. It yields how long to poll next; see timeouts.py."""
         for seconds in waits:
             self._progress.clear()
-            await wait_until(self._progress, seconds)
+            await self._progress.wait(seconds)
             self.read()
-
-
-async def wait_until(event: asyncio.Event, seconds: float) -> None:
-    """Wait for the event, so many seconds at most."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

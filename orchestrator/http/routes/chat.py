@@ -13,7 +13,7 @@ from mgpu.orchestrator.http.requests.forms import ResponseFormat
 from mgpu.orchestrator.http.requests.logprobs import chat_logprobs
 from mgpu.orchestrator.http.requests.rules import Messages, StreamOptions
 from mgpu.orchestrator.http.requests.tool_rules import ToolChoiceField, call_body, call_delta
-from mgpu.orchestrator.http.routes.call import Call, event, to_json
+from mgpu.orchestrator.http.routes.call import Call, event, text_json, to_json
 from mgpu.protocol.client.async_client import AsyncCompletionStream
 from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, Usage
@@ -142,7 +142,10 @@ class _Chunks:
         text = b""
         if piece.reasoning:
             text = self._chunk(piece.index, {"reasoning_content": piece.reasoning}, None, None)
-        if piece.text or piece.logprobs:
+        if piece.text and piece.logprobs is None:
+            delta = b'"delta":{"content":%b},"logprobs":null,"finish_reason":null' % text_json(piece.text)
+            text += self._prefix + b"%d,%b}]}\n\n" % (piece.index, delta)
+        elif piece.text or piece.logprobs:
             text += self._chunk(piece.index, {"content": piece.text}, chat_logprobs(piece.logprobs), None)
         if calls := [call_delta(part) for part in piece.tool_calls if not part.is_broken]:
             text += self._chunk(piece.index, {"tool_calls": calls}, None, None)

@@ -19,7 +19,7 @@ from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Fields, Unsu
 from mgpu.orchestrator.http.requests.forms import ResponseFormat
 from mgpu.orchestrator.http.requests.logprobs import text_logprobs
 from mgpu.orchestrator.http.requests.rules import Maybe, Prompt, StreamOptions
-from mgpu.orchestrator.http.routes.call import Call, event
+from mgpu.orchestrator.http.routes.call import Call, event, text_json, to_json
 from mgpu.protocol.client.async_client import AsyncCompletionStream
 from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.client.results import Completion, Piece, Usage
@@ -112,34 +112,38 @@ async def _events(
         "model": model,
         "system_fingerprint": None,
     }
-    n = fields.values.get("n", 1)
     wants_usage = fields.values.get("stream_options", {}).get("include_usage", False)
-    common = {**head, "usage": None} if wants_usage else head
-    offsets: dict[int, int] = {}
+    chunks = _Chunks({**head, "usage": None} if wants_usage else head, fields)
     usages: list[Usage] = []
-
-    def chunk(at: int, piece: Piece) -> bytes:
-        index = at * n + piece.index
-        echoed = "" if index in offsets else _echoed(fields, at)
-        offset = offsets.get(index, 0)
-        offsets[index] = offset + len(piece.text)
-        choice = {
-            "index": index,
-            "text": echoed + piece.text,
-            "logprobs": text_logprobs(piece.logprobs, offset),
-            "finish_reason": piece.finish_reason,
-        }
-        return event({**common, "choices": [choice]})
-
     try:
         async for batch in batches(streams):
             if not batch:
                 yield KEEPALIVE
                 continue
-            yield b"".join(chunk(at, piece) for at, piece in batch)
+            yield b"".join(chunks.of(at, piece) for at, piece in batch)
             usages += [piece.usage for _, piece in batch if piece.usage is not None]
         if wants_usage:
             yield event({**head, "choices": [], "usage": usage_body(total(usages))})
         yield b"data: [DONE]\n\n"
     except MgpuError as error:
         yield event(error_of(error).body())
+
+
+class _Chunks:
+    """Builds the chunks of one stream. What is the same in all of them is encoded once."""
+
+    def __init__(self, head: dict[str, Any], fields: Fields) -> None:
+        self._prefix = b"data: " + to_json(head)[:-1] + b',"choices":[{"index":'
+        self._fields = fields
+        self._offsets: dict[int, int] = {}
+        """Length of the text of each choice so far."""
+
+    def of(self, at: int, piece: Piece) -> bytes:
+        """Return the chunk of a piece of the answer to prompt ``at``."""
+        index = at * self._fields.values.get("n", 1) + piece.index
+        offset = self._offsets.get(index)
+        text = piece.text if offset is not None else _echoed(self._fields, at) + piece.text
+        self._offsets[index] = (offset or 0) + len(piece.text)
+        logprobs = b"null" if piece.logprobs is None else to_json(text_logprobs(piece.logprobs, offset or 0))
+        rest = (text_json(text), logprobs, to_json(piece.finish_reason))
+        return self._prefix + b'%d,"text":%b,"logprobs":%b,"finish_reason":%b}]}\n\n' % (index, *rest)
