@@ -156,6 +156,7 @@ def window_batch(ids: list[int]) -> StepBatch:
     count = len(ids)
     places = torch.arange(count)
     return StepBatch(
+        rows=torch.zeros(1, dtype=torch.int64),
         token_ids=torch.tensor(ids),
         positions=places,
         slots=places,

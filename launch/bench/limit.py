@@ -32,10 +32,12 @@ class Limit:
     kv_token_bytes: int
     bytes_per_s: float
     """Of all devices that read at the same time, together; 0: not known."""
+    state_bytes: int = 0
+    """Of the states of a row, which are read and written."""
 
     def step_bytes(self, batch: int, context: float) -> float:
         """Return the bytes of one step in which ``batch`` rows have ``context`` tokens behind them on average."""
-        return self.weight_bytes + self.kv_token_bytes * batch * context
+        return self.weight_bytes + batch * (self.kv_token_bytes * context + 2 * self.state_bytes)
 
     def tokens_per_s(self, batch: int, context: float) -> float | None:
         """Return the most tokens per second of a whole batch; None where the bandwidth is not known."""
@@ -52,7 +54,8 @@ def limit_of(plan: Plan, bytes_per_s: float) -> Limit:
     """
     readers = len(plan.layout.placement.stages[0].devices) if plan.machine.kind == "cuda" else 1
     weights = weight_bytes(plan.facts, DTYPE_BYTES[plan.layout.dtype], plan.layout.quant)
-    return Limit(weights, sum(row.kv_token_bytes for row in plan.rows), bytes_per_s * readers)
+    per_token, per_row = sum(row.kv_token_bytes for row in plan.rows), sum(row.state_bytes for row in plan.rows)
+    return Limit(weights, per_token, bytes_per_s * readers, per_row)
 
 
 def weight_bytes(facts: ModelFacts, dtype_bytes: int, quant: Quant = "none") -> int:

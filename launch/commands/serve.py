@@ -169,9 +169,10 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         kv_memory=plan.kv_memory,
         # CPU workers measure nothing, and would take a pool that suits a machine without GPUs.
         worker_kv_memory=tuple(
-            row.kv_bytes if row.device.kind == "cpu" and not plan.kv_memory else plan.kv_memory for row in plan.rows
+            row.kv_bytes + row.all_state_bytes if row.device.kind == "cpu" and not plan.kv_memory else plan.kv_memory
+            for row in plan.rows
         ),
-        prefix_cache=config.prefix_cache,
+        prefix_cache=config.prefix_cache and (plan.facts.linear is None or plan.limits.num_snapshots > 0),
         seed=config.seed,
         sampling=planned.sampling,
         tool_format=config.tool_format,

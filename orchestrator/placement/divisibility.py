@@ -34,6 +34,9 @@ def split_problems(
         problems.append(f"{kv_heads} KV heads % {size} = {kv_heads % size}")
     if size > kv_heads and size % kv_heads:
         problems.append(f"{size} ranks % {kv_heads} KV heads = {size % kv_heads}")
+    if facts.linear is not None and facts.linear.key_heads % size:
+        heads = facts.linear.key_heads
+        problems.append(f"{heads} key heads of linear attention % {size} = {heads % size}")
     if facts.has_dense_layers and facts.intermediate_size < size:
         problems.append(f"MLP width {facts.intermediate_size} < {size} ranks")
     split = experts or expert_split(facts, [size], quant)

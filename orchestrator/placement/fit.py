@@ -7,6 +7,7 @@ from mgpu.orchestrator.placement import sizes
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.divisibility import compatible_sizes, expert_split, split_problems
 from mgpu.orchestrator.placement.options import LayoutOptions, step_tokens
+from mgpu.orchestrator.placement.states import held_states, kept_states
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.layout import Layout, StepLimits, cpu_pool_bytes
 from mgpu.protocol.model.placement import HeadShard, PlacementPlan, RankPlace, Stage
@@ -49,14 +50,24 @@ class RankRow:
     kv_token_bytes: int
     kv_tokens: int
     """Tokens that this rank alone could hold, in whole blocks."""
+    state_bytes: int = 0
+    """Of one sequence, in its linear layers."""
+    states: int = 0
+    """Running sequences whose states the rank holds; all ranks hold the same number."""
+    snapshots: int = 0
+    """States that it keeps beside them; all ranks keep the same number."""
+
+    @property
+    def all_state_bytes(self) -> int:
+        return (self.states + self.snapshots) * self.state_bytes
 
     @property
     def kv_bytes(self) -> int:
         return self.kv_tokens * self.kv_token_bytes
 
     def needs(self, tokens: int) -> int:
-        """Return all bytes that the rank needs for a KV pool of ``tokens``."""
-        return self.weight_bytes + self.reserve_bytes + tokens * self.kv_token_bytes
+        """Return all bytes that the rank needs for a KV pool of ``tokens``, and the states of one sequence."""
+        return self.weight_bytes + self.reserve_bytes + tokens * self.kv_token_bytes + self.state_bytes
 
 
 def device_budget(device: DeviceInfo, options: LayoutOptions) -> int:
@@ -74,10 +85,14 @@ def weight_capacity(device: DeviceInfo, options: LayoutOptions) -> int:
 
 def rank_rows(sizing: Sizing) -> tuple[RankRow, ...]:
     """Compute what every rank holds, whether it fits or not."""
-    return tuple(_row(sizing, rank) for rank in range(sizing.layout.placement.world_size))
+    ranks = range(sizing.layout.placement.world_size)
+    alone = [_row(sizing, rank) for rank in ranks]
+    states = min(row.states for row in alone), min(row.snapshots for row in alone)
+    return tuple(row if (row.states, row.snapshots) == states else _row(sizing, row.rank, states) for row in alone)
 
 
-def _row(sizing: Sizing, rank: int) -> RankRow:
+def _row(sizing: Sizing, rank: int, most_states: tuple[int, int] | None = None) -> RankRow:
+    """Compute what a rank holds, with states of at most so many running sequences, and so many beside them."""
     facts = whole = sizing.facts
     layout, options = sizing.layout, sizing.options
     place = layout.placement.place_of(rank)
@@ -90,12 +105,18 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
     weights = sizes.rank_weight_bytes(facts, layout.placement, place, *types)
     reserve = _reserve_bytes(sizing, place)
     budget = device_budget(device, options) - _edges_on(sizing, place)
-    per_token = sizes.kv_token_bytes(
-        facts, stage.num_layers, place.tp_size, kv_element_bytes(layout.kv_cache_dtype, layout.dtype)
-    )
+    layers = range(stage.first_layer, stage.end_layer)
+    element_bytes = kv_element_bytes(layout.kv_cache_dtype, layout.dtype)
+    per_token = sizes.kv_token_bytes(facts, layers, place.tp_size, element_bytes)
+    per_state = sizes.state_bytes(facts, layers, place.tp_size, sizing.dtype_bytes)
     pool = options.kv_memory or _pool_bytes(device, budget - weights - reserve, is_offload=sizing.machine.kind != "cpu")
+    left = pool - _least_tokens(options, facts) * per_token
+    states = held_states(most_states[0] if most_states else options.max_rows, pool, left, per_state)
+    snapshots = kept_states(states, pool, left, per_state) if facts.linear and options.prefix_cache else 0
+    snapshots = min(snapshots, most_states[1]) if most_states else snapshots
     # All rows at full length cannot use more.
-    most = options.max_rows * _up_to_blocks((options.max_seq_len or facts.max_position) + 1, options)
+    most = states * _up_to_blocks((options.max_seq_len or facts.max_position) + 1, options)
+    room = max(0, pool - (states + snapshots) * per_state) // per_token if per_token else most
     return RankRow(
         rank=rank,
         device=device,
@@ -107,8 +128,10 @@ def _row(sizing: Sizing, rank: int) -> RankRow:
         reserve_bytes=reserve,
         budget_bytes=budget,
         kv_token_bytes=per_token,
-        # A stage of the embedding or the head alone stores nothing.
-        kv_tokens=min(pool // per_token // options.block_size * options.block_size, most) if per_token else most,
+        kv_tokens=min(room // options.block_size * options.block_size, most) if per_token else most,
+        state_bytes=per_state,
+        states=states,
+        snapshots=snapshots,
     )
 
 
@@ -163,14 +186,24 @@ def fit_tokens(sizing: Sizing, rows: tuple[RankRow, ...]) -> tuple[int, int]:
     asked, context = sizing.options.max_seq_len, sizing.facts.max_position
     if asked is not None and not 1 <= asked <= context:
         raise PlacementError(f"--max-seq-len {asked}: the context of this model is 1 to {context} tokens")
-    least = _up_to_blocks(asked or min(LEAST_TOKENS, context), sizing.options)
-    tight = max(rows, key=lambda row: row.needs(0) + sizing.options.kv_memory - row.budget_bytes)
-    if tight.needs(0) + sizing.options.kv_memory > tight.budget_bytes:
+    least = _least_tokens(sizing.options, sizing.facts)
+    tight = max(rows, key=lambda row: _least_bytes(row, sizing.options) - row.budget_bytes)
+    if _least_bytes(tight, sizing.options) > tight.budget_bytes:
         raise _too_big(sizing, tight, least)
     tokens = min(row.kv_tokens for row in rows)
     if tokens < least:
         raise _too_long(sizing, min(rows, key=lambda row: row.kv_tokens), least)
     return tokens, asked or min(context, tokens)
+
+
+def _least_bytes(row: RankRow, options: LayoutOptions) -> int:
+    """Return what a rank needs without keys and values; --kv-memory counts whole, and the states are part of it."""
+    return row.needs(0) - row.state_bytes + max(options.kv_memory, row.state_bytes)
+
+
+def _least_tokens(options: LayoutOptions, facts: ModelFacts) -> int:
+    """Return the tokens that a KV pool must hold."""
+    return _up_to_blocks(options.max_seq_len or min(LEAST_TOKENS, facts.max_position), options)
 
 
 def _up_to_blocks(tokens: int, options: LayoutOptions) -> int:
@@ -179,8 +212,10 @@ def _up_to_blocks(tokens: int, options: LayoutOptions) -> int:
 
 def _too_big(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
     """Return the error that weights, or weights and --kv-memory, exceed a device."""
-    needed = row.needs(0) + sizing.options.kv_memory
+    needed = _least_bytes(row, sizing.options)
     pool = f" + {gib(sizing.options.kv_memory)} of --kv-memory" if sizing.options.kv_memory else ""
+    if row.state_bytes and not pool:
+        pool = f" + {gib(row.state_bytes)} for the states of one sequence"
     return PlacementError(
         f"the model does not fit: {_where(row)} has {gib(row.budget_bytes)} to use, and rank {row.rank} needs "
         f"{gib(needed)} ({gib(row.weight_bytes)} of weights + {gib(row.reserve_bytes)} to compute{pool}). "
@@ -195,11 +230,21 @@ def _too_long(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
     text = (
         f"{tokens} tokens of KV cache{f' (--max-seq-len {asked})' if asked else ''} do not fit: {_where(row)} has "
         f"{left} left beside {gib(row.weight_bytes)} of weights, which is {row.kv_tokens} tokens of "
-        f"{row.kv_token_bytes / 1024:.1f} KiB; {gib(tokens * row.kv_token_bytes)} are needed. "
+        f"{row.kv_token_bytes / 1024:.1f} KiB{_beside_states(row)}; "
+        f"{gib(tokens * row.kv_token_bytes + row.state_bytes)} are needed. "
     )
     shorter = f"Use --max-seq-len {row.kv_tokens} or less. " if asked and row.kv_tokens else ""
-    out = "Raise --kv-memory, or leave it out" if sizing.options.kv_memory else _ways_out(sizing, tokens)
+    least = -(-(tokens * row.kv_token_bytes + row.state_bytes) // (1 << 20))
+    out = (
+        f"Raise --kv-memory to {least}MiB or more, or leave it out"
+        if sizing.options.kv_memory
+        else _ways_out(sizing, tokens)
+    )
     return PlacementError(text + shorter + _narrower_cache(sizing, tokens) + out)
+
+
+def _beside_states(row: RankRow) -> str:
+    return f" beside the states of one sequence, {gib(row.state_bytes)}" if row.state_bytes else ""
 
 
 def _narrower_cache(sizing: Sizing, tokens: int) -> str:

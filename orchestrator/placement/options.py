@@ -50,6 +50,8 @@ class LayoutOptions:
     """Share of each device's memory that weights, activations and KV cache may take together."""
     kv_memory: int = 0
     """KV bytes per worker; 0: what fits."""
+    prefix_cache: bool = True
+    """True: states of linear layers are kept for prompts that begin alike."""
     fewer_devices: bool = False
     """True: where the model does not split over all devices, take as many as it does. Only the demo does that."""
 

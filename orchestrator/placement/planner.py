@@ -9,7 +9,7 @@ from mgpu.orchestrator.placement.costs import cost_notes
 from mgpu.orchestrator.placement.cpu_workers import added_workers, mixed_stage, with_cpu_workers
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.divisibility import expert_split
-from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_float8, fit_tokens, rank_rows
+from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_float8, fit_tokens, gib, rank_rows
 from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions, step_tokens
 from mgpu.orchestrator.placement.topology.select import check_rules, chosen_formats
 from mgpu.protocol.model.facts import ModelFacts
@@ -71,20 +71,27 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     sizing = Sizing(facts, machine, layout, options)
     rows = rank_rows(sizing)
     kv_tokens, max_seq_len = fit_tokens(sizing, rows)
-    # The rank with most bytes per token bounds the pool, and reaches ``kv_tokens`` with exactly this.
-    kv_memory = kv_tokens * max(row.kv_token_bytes for row in rows)
+    # The rank with most bytes bounds the pool, and reaches ``kv_tokens`` with exactly this.
+    kv_memory = max(kv_tokens * row.kv_token_bytes + row.all_state_bytes for row in rows)
+    max_rows, snapshots = min(row.states for row in rows), min(row.snapshots for row in rows)
     return Plan(
         facts=facts,
         machine=machine,
         layout=replace(layout, placement=_on_real_devices(placement, machine)),
-        limits=StepLimits(options.block_size, options.max_rows, max_batch_tokens, max_seq_len),
+        limits=StepLimits(options.block_size, max_rows, max_batch_tokens, max_seq_len, snapshots),
         mode=_mode(placement, machine),
         reason=reason,
         rows=rows,
         kv_tokens=kv_tokens,
         kv_memory=0 if _is_measured(machine, placement, options) else kv_memory,
         expert_reason=_expert_reason(layout, options),
-        notes=(*machine.notes, *_code_note(facts), *_notes(machine, layout, rows), *_rope_note(facts, max_seq_len)),
+        notes=(
+            *machine.notes,
+            *_code_note(facts),
+            *_notes(machine, layout, rows),
+            *_rope_note(facts, max_seq_len),
+            *_states_note(options, rows),
+        ),
     )
 
 
@@ -253,6 +260,17 @@ def _code_note(facts: ModelFacts) -> list[str]:
     return [
         f"mgpu runs this {facts.architecture} model through transformers' modelling code: slower than a family of its "
         "own"
+    ]
+
+
+def _states_note(options: LayoutOptions, rows: tuple[RankRow, ...]) -> list[str]:
+    """Say that fewer requests run at once than were asked for, because their states would leave no room."""
+    largest = max(rows, key=lambda row: row.state_bytes)
+    if not largest.state_bytes or largest.states == options.max_rows:
+        return []
+    return [
+        f"{largest.states} requests at once instead of {options.max_rows} (--max-rows): the states of each take "
+        f"{gib(largest.state_bytes)}, and of all at most half of the cache. A larger --kv-memory has room for more"
     ]
 
 

@@ -22,8 +22,10 @@ CUDA_FIXED_BYTES = 700 << 20
 NCCL_BYTES = 300 << 20
 """Estimate of NCCL's channel buffers for the communicators of one worker."""
 
-_MATRICES = tuple(f"{kind}_proj.weight" for kind in ("q", "k", "v", "o", "gate", "up", "down"))
+_MATRICES = tuple(f"{kind}_proj.weight" for kind in ("q", "k", "v", "o", "gate", "up", "down", "out"))
 """Ends of the names of linear layers, which `rank_matrices` counts."""
+_HEAD_MATRICES = re.compile(r"\.(q_proj|q_gate|query|key|value|gate)\.\d+\.weight$")
+"""The same where each head has a tensor of its own."""
 
 
 def _share(facts: ModelFacts, name: str, elements: int, tp_size: int, split: ExpertSplit) -> int:
@@ -33,6 +35,8 @@ def _share(facts: ModelFacts, name: str, elements: int, tp_size: int, split: Exp
     on every rank.
     """
     module, kind = name.split(".")[-2:]
+    if ".linear_attn." in name:
+        return elements if module == "norm" else elements // tp_size
     if facts.experts is not None and ".experts." in name and split == "parallel":
         return elements * largest_expert_shard(facts.experts, split, tp_size)[0] // facts.experts.count
     if kind == "sinks" or (kind == "bias" and module == "q_proj"):
@@ -51,7 +55,7 @@ def _other_elements(facts: ModelFacts, layer: int, tp_size: int, split: ExpertSp
     """Return the elements on a rank of all tensors of a layer that are no linear layers."""
     sums: dict[str, int] = {}
     for name, shape in layer_tensors(facts, layer).items():
-        if not name.endswith(_MATRICES):
+        if not name.endswith(_MATRICES) and not _HEAD_MATRICES.search(name):
             kind = re.sub(r"\.experts\.\d+\.", ".experts.", name)
             sums[kind] = sums.get(kind, 0) + math.prod(shape)
     count = facts.experts.count if facts.experts is not None else 1
@@ -89,11 +93,13 @@ def layer_bytes(
 def layers_bytes(
     facts: ModelFacts, layers: range, tp_size: int, dtype_bytes: int, quant: Quant, split: ExpertSplit = "tensor"
 ) -> int:
-    """Return the bytes of some layers on a rank. Those with experts are alike, and those without, in equal formats."""
+    """Return the bytes of some layers on a rank. Those of one kind are alike, in equal formats."""
     if facts.borrowed is not None:
         return sum(layer_bytes(facts, layer, tp_size, dtype_bytes, quant, split) for layer in layers)
     stored = facts.formats if quant == "none" else ()
-    kinds = [(facts.experts_of(layer) is not None, stored[layer : layer + 1]) for layer in layers]
+    kinds = [
+        (facts.experts_of(layer) is not None, facts.is_linear(layer), stored[layer : layer + 1]) for layer in layers
+    ]
     return sum(
         kinds.count(kind) * layer_bytes(facts, layers[kinds.index(kind)], tp_size, dtype_bytes, quant, split)
         for kind in set(kinds)
@@ -116,7 +122,7 @@ def active_bytes(facts: ModelFacts, dtype_bytes: int, quant: Quant) -> tuple[int
 
 def largest_matrix_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int, split: ExpertSplit = "tensor") -> int:
     """Return the bytes of a rank's largest linear weight while it is dense."""
-    kinds = {facts.experts_of(layer) is not None: layer for layer in range(facts.num_layers)}
+    kinds = {(facts.experts_of(layer) is not None, facts.is_linear(layer)): layer for layer in range(facts.num_layers)}
     shapes = {shape for layer in kinds.values() for shape in rank_matrices(facts, tp_size, layer, split)}
     return max(map(math.prod, shapes)) * dtype_bytes
 
@@ -162,10 +168,17 @@ def rank_weight_bytes(
     return layers_bytes(facts, layers, place.tp_size, dtype_bytes, quant, split) + edges
 
 
-def kv_token_bytes(facts: ModelFacts, num_layers: int, tp_size: int, element_bytes: int) -> int:
-    """Return the KV-cache bytes of one token on a rank of ``num_layers`` layers."""
+def kv_token_bytes(facts: ModelFacts, layers: range, tp_size: int, element_bytes: int) -> int:
+    """Return the KV-cache bytes of one token on a rank of some layers, of which linear ones have none."""
     held = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size).num_kv
-    return 2 * num_layers * held * facts.head_dim * element_bytes
+    return 2 * (len(layers) - facts.count_linear(layers)) * held * facts.head_dim * element_bytes
+
+
+def state_bytes(facts: ModelFacts, layers: range, tp_size: int, dtype_bytes: int) -> int:
+    """Return the bytes of the states of one sequence on a rank of some layers; 0 if none is linear."""
+    if facts.linear is None:
+        return 0
+    return facts.linear.state_bytes(facts.count_linear(layers), tp_size, dtype_bytes)
 
 
 def step_bytes(
@@ -177,6 +190,9 @@ def step_bytes(
     of a token with their outputs; on the last stage float32 logits of every row, three times over for sampling.
     """
     qkv = (2 * facts.num_q_heads + 2 * max(facts.num_kv_heads, tp_size)) * facts.head_dim // tp_size
+    if facts.linear is not None:  # projections, the convolution's result, and heads in float32
+        linear = 2 * facts.linear.channels(tp_size) + 2 * facts.linear.value_heads * facts.linear.value_dim // tp_size
+        qkv = max(qkv, 4 * linear)
     width = 4 * facts.hidden_size + qkv + _mlp_elements(facts, tp_size)
     logits = 3 * 4 * max_rows * padded_vocab(facts.vocab_size, tp_size) // tp_size if last else 0
     return max_batch_tokens * width * dtype_bytes + logits

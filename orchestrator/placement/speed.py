@@ -173,6 +173,7 @@ def _stage_s(plan: Plan, stage: Stage, device: _Device, rows: int, behind: int) 
             products_s += _OVERLAP * has_many * 2 * elements * rows / rate
     head_s = _head_bytes(plan, stage) / (reads * _PRODUCTS["none"])
     kv_bytes = rows * _kv_tokens(facts, layers, behind) * _kv_bytes_per_layer(plan, stage)
+    kv_bytes += 2 * min(rows, plan.limits.max_rows) * _state_bytes(plan, stage)
     graph_s = products_s + head_s + kv_bytes / reads + len(layers) * (_LAYER_S + has_many * _LAYER_MANY_S)
     work_s = graph_s + len(layers) * _sums_s(plan, stage, device, rows)
     launch_s = len(layers) * _launch_s(plan, stage, device)
@@ -222,13 +223,20 @@ def _head_bytes(plan: Plan, stage: Stage) -> float:
 def _kv_tokens(facts: ModelFacts, layers: range, behind: int) -> float:
     """Return the tokens that attention reads, summed over the layers; a window bounds those of its layers."""
     window = facts.sliding_window
-    return sum(min(behind, window) if window and facts.sliding_layers[layer] else behind for layer in layers)
+    full = [layer for layer in layers if not facts.is_linear(layer)]
+    return sum(min(behind, window) if window and facts.sliding_layers[layer] else behind for layer in full)
 
 
 def _kv_bytes_per_layer(plan: Plan, stage: Stage) -> float:
     ranks = plan.layout.placement.ranks_of_stage(plan.layout.placement.stages.index(stage))
     rank = max(ranks, key=lambda rank: plan.rows[rank].kv_token_bytes)
-    return plan.rows[rank].kv_token_bytes / stage.num_layers if stage.num_layers else 0.0
+    linear = plan.facts.count_linear(range(stage.first_layer, stage.end_layer))
+    return plan.rows[rank].kv_token_bytes / max(1, stage.num_layers - linear)
+
+
+def _state_bytes(plan: Plan, stage: Stage) -> int:
+    """Return the bytes of one stream's states, which each step reads and writes."""
+    return plan.rows[plan.layout.placement.ranks_of_stage(plan.layout.placement.stages.index(stage))[0]].state_bytes
 
 
 def _has_own_sums(plan: Plan, stage: Stage) -> bool:

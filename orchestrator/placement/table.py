@@ -33,6 +33,7 @@ def layout_text(plan: Plan) -> str:
         f"KV cache{narrow}: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
         f"{plan.limits.max_seq_len:,}{_shortened(plan)}"
     )
+    lines += _states_lines(plan)
     if plan.layout.placement.world_size > 1:
         lines.append(_transport_line(plan))
     if len(plan.machine.gpus) > 1:
@@ -96,6 +97,19 @@ def _experts_line(plan: Plan, experts: ExpertFacts) -> str:
         return f"{line}; each rank has {width} of {experts.width} columns of every expert ({plan.expert_reason})"
     count = -(-experts.count // most)
     return f"{line}; each rank has up to {count} whole experts ({plan.expert_reason})"
+
+
+def _states_lines(plan: Plan) -> list[str]:
+    """Return what sequences keep in linear layers; nothing if there are none."""
+    facts, largest = plan.facts, max(plan.rows, key=lambda row: row.state_bytes)
+    if facts.linear is None:
+        return []
+    room = f"room for {largest.states} requests and {largest.snapshots} prefixes: {gib(largest.all_state_bytes)}"
+    held = "in all" if len(plan.rows) == 1 else f"on rank {largest.rank}"
+    return [
+        f"states: {gib(largest.state_bytes)} per request {held}, in {sum(facts.linear.layers)} linear layers of "
+        f"{facts.num_layers}; {room}"
+    ]
 
 
 def _shortened(plan: Plan) -> str:
@@ -214,4 +228,7 @@ def _rank_json(row: RankRow) -> dict[str, object]:
         "kv_bytes": row.kv_bytes,
         "kv_token_bytes": row.kv_token_bytes,
         "kv_tokens": row.kv_tokens,
+        "state_bytes": row.state_bytes,
+        "states": row.states if row.state_bytes else 0,
+        "snapshots": row.snapshots,
     }

@@ -2,13 +2,18 @@
 
 from mgpu.orchestrator.scheduler.block_pool import BlockPool, extend_block_keys
 from mgpu.orchestrator.scheduler.sequence import Sequence
+from mgpu.orchestrator.scheduler.snapshots import Snapshots
 
 
 class BlockTables:
     """The block tables of all sequences on top of one pool."""
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, prefix_cache: bool, snapshots: Snapshots | None = None
+    ) -> None:
         self.pool = BlockPool(num_blocks)
+        self.snapshots = snapshots if prefix_cache else None
+        """Of models with linear layers."""
         self.changes = 0
         """Counts releases and registrations: a sequence that got no blocks waits for the next one."""
         self._block_size = block_size
@@ -27,7 +32,13 @@ class BlockTables:
         num_reusable = (num_tokens - 1) // size if self._prefix_cache else 0
         extend_block_keys(seq.block_keys, seq.tokens, size, num_reusable, seq.cache_salt)
         reused = self.pool.find(seq.block_keys[:num_reusable])
-        if len(reused) < num_reusable and seq.block_keys[len(reused)] in self._promised:
+        found, slot = len(reused), -1
+        if self.snapshots is not None:
+            depth, slot = self.snapshots.find(seq.block_keys[:found])
+            reused = reused[:depth]
+            if self.snapshots.expects(seq.block_keys[depth:num_reusable]):
+                return False
+        elif found < num_reusable and seq.block_keys[found] in self._promised:
             return False
         needed = -(-num_tokens // size) - len(reused)
         if needed + reserve > self.pool.num_free - self.pool.num_idle(reused):
@@ -36,8 +47,29 @@ class BlockTables:
         seq.blocks = reused + self.pool.allocate(needed)
         seq.num_computed = len(reused) * size
         seq.num_registered = len(reused)
-        self._promised.update(seq.block_keys[len(reused) : num_reusable])
+        seq.state_slot = slot
+        if self.snapshots is not None:
+            self.snapshots.begin(seq, len(reused), found, num_reusable)
+        else:
+            self._promised.update(seq.block_keys[len(reused) : num_reusable])
         return True
+
+    def tokens_to_save(self, seq: Sequence) -> int:
+        """Return how many tokens of a prompt one step may compute: it must end where the state is saved."""
+        if not seq.save_points:
+            return len(seq.tokens)
+        return seq.save_points[-1] * self._block_size - seq.num_computed
+
+    def save_prompt(self, seq: Sequence) -> int | None:
+        """Return the slot to copy a prompt's state to before its next tokens are computed; None if it is not to be."""
+        if self.snapshots is None or seq.num_computed % self._block_size:
+            return None
+        self.changes += 1
+        return self.snapshots.save_prompt(seq, seq.num_computed // self._block_size)
+
+    def save_answer(self, seq: Sequence) -> int | None:
+        """Return the slot to copy the state at the end of a sequence's blocks to; None if it is not to be."""
+        return None if self.snapshots is None else self.snapshots.save_answer(seq, len(seq.blocks))
 
     def grow(self, seq: Sequence) -> int | None:
         """Append one block to a sequence's table and return it; None when none is free."""
@@ -59,12 +91,16 @@ class BlockTables:
             self.pool.register(seq.blocks[index], seq.block_keys[index])
         self._promised.difference_update(seq.block_keys[seq.num_registered : num_full])
         seq.num_registered = num_full
+        if self.snapshots is not None:
+            self.snapshots.name(seq, num_full)
         self.changes += 1
 
     def release(self, seq: Sequence) -> None:
         """Take a sequence's blocks away. Registered ones stay reusable until their space is needed."""
         self.register(seq, seq.num_computed)
         self._promised.difference_update(seq.block_keys[seq.num_registered : len(seq.blocks)])
+        if self.snapshots is not None:
+            self.snapshots.end(seq)
         self.pool.release(seq.blocks)
         seq.blocks = []
         self.changes += 1

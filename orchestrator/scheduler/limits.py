@@ -13,7 +13,7 @@ class RequestRefused(ValueError):
     """The request can never run on this server; the text tells the client why, and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits(StepLimits):
     """What the scheduler may use: in one step, and in all."""
 

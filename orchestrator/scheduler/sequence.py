@@ -45,6 +45,14 @@ class Sequence:
     """How many of its first blocks are registered for reuse under their keys."""
     num_computed: int = 0
     """Tokens whose keys and values a published plan computes; out of date while it is in a decode batch."""
+    state_slot: int = -1
+    """Slot of the state that it starts from; -1: it starts from its first token."""
+    save_points: list[int] = field(default_factory=list)
+    """Ends of blocks at which its state will be copied, counted in blocks, the last one first; see snapshots.py."""
+    saved_blocks: int = 0
+    """Where the newest copy of its answer's state is whose key is not known yet; 0: there is none."""
+    answer_key: bytes = b""
+    """Key of the copy of its answer's state."""
     batch: int = -1
     """Index of its decode batch; -1 outside of one."""
     slot: int = -1
@@ -80,11 +88,14 @@ class Sequence:
         """Reset what mirrors the workers, as if it had never run; its tokens stay."""
         self.row = self.batch = self.slot = self.due_tick = -1
         self.blocks = []
-        self.num_registered = self.num_computed = 0
+        self.num_registered = self.num_computed = self.saved_blocks = 0
+        self.save_points, self.answer_key = [], b""
 
     def to_new_row(self) -> NewRow:
         """Describe the sequence to the workers as it stands now."""
-        return NewRow(self.row, self.tokens.tobytes(), self.prompt_len, list(self.blocks), self.sampling)
+        return NewRow(
+            self.row, self.tokens.tobytes(), self.prompt_len, list(self.blocks), self.sampling, self.state_slot
+        )
 
 
 def token_cost_of(sampling: RowSampling) -> int:

@@ -22,6 +22,7 @@ from mgpu.orchestrator.scheduler.outputs import StepCounters
 from mgpu.orchestrator.scheduler.rows import RowPool
 from mgpu.orchestrator.scheduler.running_shares import RunningShares
 from mgpu.orchestrator.scheduler.sequence import Sequence
+from mgpu.orchestrator.scheduler.snapshots import Snapshots
 from mgpu.orchestrator.scheduler.waiting import WaitingLine
 from mgpu.protocol.internal.worker_messages import StepPlan, StepResult
 
@@ -48,7 +49,8 @@ class StepPlanner:
     ) -> None:
         self.epoch = epoch
         self.next_step = next_step
-        self.blocks = BlockTables(limits.num_blocks, limits.block_size, limits.prefix_cache)
+        snapshots = Snapshots(limits.max_rows, limits.num_snapshots) if limits.num_snapshots else None
+        self.blocks = BlockTables(limits.num_blocks, limits.block_size, limits.prefix_cache, snapshots)
         self.admitted: dict[int, Sequence] = {}
         self.in_flight: deque[StepRecord] = deque()
         self._limits = limits
@@ -118,6 +120,8 @@ class StepPlanner:
     def check_integrity(self) -> None:
         """Prove that blocks and rows add up. AssertionError if not."""
         self.blocks.pool.check_integrity(seq.blocks for seq in self.admitted.values())
+        if self.blocks.snapshots is not None:
+            self.blocks.snapshots.check_integrity()
         self._rows.check_integrity(seq.row for seq in self.admitted.values())
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -153,6 +157,7 @@ class StepPlanner:
         for seq in due:
             if batch.holds(seq) and batch.needs_block(seq):
                 self.blocks.register(seq, batch.starts[seq.slot])
+                self._save(seq, self.blocks.save_answer(seq), plan)
                 self._grow(seq, plan)
         count = len(batch.members)
         if not count:
@@ -170,6 +175,12 @@ class StepPlanner:
                 else:
                     batch.remind(seq)
         return sampled
+
+    def _save(self, seq: Sequence, slot: int | None, plan: StepPlan) -> None:
+        """Have the state of a sequence copied to a slot, as it is before this step; None: not at all."""
+        if slot is not None:
+            plan.save_rows.append(seq.row)
+            plan.save_slots.append(slot)
 
     def _grow(self, seq: Sequence, plan: StepPlan) -> None:
         """Append a block to a decoding sequence; while none is free, preempt the sequence that began last."""
@@ -215,8 +226,9 @@ class StepPlanner:
 
     def _plan_chunk(self, seq: Sequence, budget: int, plan: StepPlan) -> int:
         """Plan the next tokens of a prompt and return how many."""
+        self._save(seq, self.blocks.save_prompt(seq), plan)
         start = seq.num_computed
-        count = min(budget, len(seq.tokens) - start)
+        count = min(budget, len(seq.tokens) - start, self.blocks.tokens_to_save(seq))
         seq.num_computed = start + count
         plan.rows.append(seq.row)
         plan.starts.append(start)

@@ -14,10 +14,20 @@ _ALL_SPARSE = {
 }
 """Families with experts in every layer: default width, number and active ones."""
 
+_QWEN = {
+    "qwen2_moe": (1408, 60, 4, 5632),
+    "qwen3_moe": (768, 128, 8, 0),
+    "qwen3_next": (512, 512, 10, 512),
+    "qwen3_5_moe": (512, 256, 8, 512),
+}
+"""Default width, number and active ones, and width of the network that all tokens go through."""
+
 
 def expert_facts(fields: Fields, family: str, num_layers: int) -> ExpertFacts | None:
     """Return the experts of a family that has some, with the defaults of transformers; None for the others."""
-    if family in ("qwen2_moe", "qwen3_moe"):
+    if family == "qwen3_next" and fields.raw("num_experts") == 0:
+        return None
+    if family in _QWEN:
         return _qwen(fields, family, num_layers)
     if family not in _ALL_SPARSE:
         return None
@@ -35,14 +45,18 @@ def expert_facts(fields: Fields, family: str, num_layers: int) -> ExpertFacts | 
 
 
 def _qwen(fields: Fields, family: str, num_layers: int) -> ExpertFacts:
-    width, count, active = (1408, 60, 4) if family == "qwen2_moe" else (768, 128, 8)
+    width, count, active, shared = _QWEN[family]
     width = fields.integer("moe_intermediate_size", width, high=8 * Limit.HIDDEN)
     count, active = _counts(fields, _first_of(fields, "num_experts", "num_local_experts"), count, active)
-    normalizes = fields.boolean("norm_topk_prob", False)
-    experts = ExpertFacts(count, active, width, _sparse_layers(fields, num_layers), normalizes)
-    if family == "qwen3_moe":
+    if family == "qwen3_5_moe":  # its configuration has neither of the two keys
+        normalizes, sparse = True, (True,) * num_layers
+    else:
+        normalizes = fields.boolean("norm_topk_prob", family == "qwen3_next")
+        sparse = _sparse_layers(fields, num_layers)
+    experts = ExpertFacts(count, active, width, sparse, normalizes)
+    if not shared:
         return experts
-    shared = fields.integer("shared_expert_intermediate_size", 5632, high=8 * Limit.HIDDEN)
+    shared = fields.integer("shared_expert_intermediate_size", shared, high=8 * Limit.HIDDEN)
     return replace(experts, shared_width=shared, shared_gate=True)
 
 

@@ -59,6 +59,9 @@ FAMILIES = {
     "granitemoe": Family(None, None, 2048, False, 1, (2,), is_granite=True),
     "granitemoeshared": Family(None, None, 2048, False, 1, (2,), is_granite=True),
     "gpt_oss": Family(8, 64, 131072, False, None, (), theta=1.5e5, eps=1e-5, has_bias=True),
+    "qwen3_next": Family(2, 256, 32768, False, None, (), 2048, 5632, 48, 16, 151936, biases="none", qk_norm=True),
+    "qwen3_5": Family(4, 256, 32768, False, None, (), 4096, 12288, 32, 16, 248320, biases="none", qk_norm=True),
+    "qwen3_5_moe": Family(2, 256, 32768, False, None, (), 2048, 512, 40, 16, 248320, biases="none", qk_norm=True),
 }
 CLASSES = {
     "LlamaForCausalLM": "llama",
@@ -83,8 +86,14 @@ CLASSES = {
     "GraniteMoeForCausalLM": "granitemoe",
     "GraniteMoeSharedForCausalLM": "granitemoeshared",
     "GptOssForCausalLM": "gpt_oss",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3_5ForCausalLM": "qwen3_5",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_moe",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
 }
 MODEL_TYPES = {name: name for name in ARCHITECTURES} | {
     "gemma3_text": "gemma3", "mistral3": "mistral", "qwen2_5_vl_text": "qwen2_5_vl",
+    "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe",
 }  # fmt: skip
 """Models that only name their type."""

@@ -8,10 +8,11 @@ from mgpu.protocol.checkpoint.borrowed import BORROWED, borrowed_facts, borrowed
 from mgpu.protocol.checkpoint.experts import expert_facts
 from mgpu.protocol.checkpoint.families import CLASSES, FAMILIES, MODEL_TYPES, Family
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit, checked_file, read_json_object
+from mgpu.protocol.checkpoint.linear import linear_facts
 from mgpu.protocol.checkpoint.quantized.config import SchemeOf, read_schemes, refusal
 from mgpu.protocol.checkpoint.rope.huggingface import read_rope, rotated_size
 from mgpu.protocol.checkpoint.sliding import read_sliding
-from mgpu.protocol.model.facts import Activation, Dtype, ModelCode, ModelFacts
+from mgpu.protocol.model.facts import HYBRID, Activation, Dtype, ModelCode, ModelFacts
 
 
 def read_config_facts(folder: Path, is_plain: bool = False, code: ModelCode = "auto") -> ModelFacts:
@@ -163,6 +164,8 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         residual_scale=_multiplier(fields, base, "residual_multiplier"),
         logit_scale=1.0 / _multiplier(fields, base, "logits_scaling"),
         logit_softcap=_softcap(fields, family, "final_logit_softcapping", 30.0),
+        attention_gate=family in HYBRID,
+        linear=linear_facts(fields, family, num_layers),
     )
 
 
@@ -201,6 +204,8 @@ def _refuse_unsupported(fields: Fields, family: str) -> None:
     for key in ("final_logit_softcapping", "attn_logit_softcapping"):
         if fields.has(key) and family != "gemma2":
             raise fields.error(key, "is set, which is not supported")
+    if family in HYBRID and fields.boolean("attention_bias", False):
+        raise fields.error("attention_bias", f"is true, which is not supported for {family}")
     if fields.boolean("use_bidirectional_attention", False):
         raise fields.error("use_bidirectional_attention", "is true: not a model that generates text")
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry, check_shape, rows_of
 from mgpu.protocol.checkpoint.gpt_oss import gpt_oss_tensors
-from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.checkpoint.hybrid_tensors import hybrid_stored_name, hybrid_tensors
+from mgpu.protocol.model.facts import HYBRID, ModelFacts
 
 _LAYERS = "model.layers."
 _EXPERTS = ".mlp.experts."
@@ -42,6 +43,8 @@ _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
 
 def stored_name(architecture: str, name: str) -> str:
     """Return what checkpoints of a family call a tensor, for messages."""
+    if architecture in HYBRID:
+        name = hybrid_stored_name(architecture, name)
     for stored, own in _RENAMED.get(architecture, ()):
         if name.startswith(_LAYERS):
             name = name.replace(own, stored)
@@ -84,6 +87,8 @@ def _parts(
     """Return the tensors that a stacked one consists of; None if it is not stacked."""
     if facts.architecture == "gpt_oss" and _EXPERTS in name:
         return gpt_oss_tensors(facts, name, entry, tensors)
+    if facts.linear is not None and (parts := hybrid_tensors(facts, name, entry)) is not None:
+        return parts
     head, _, last = name.rpartition(".mlp.experts.")
     if facts.experts is not None and last in ("gate_up_proj", "down_proj"):
         return _experts(facts, entry, f"{head}.mlp.experts", last)

@@ -7,7 +7,7 @@ how much memory is left (`Loaded`), receives the size of the KV pool (`AllocateC
 Every message carries the epoch of the worker group; messages of another epoch are ignored.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mgpu.protocol.internal.codec import Codec
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
@@ -181,15 +181,17 @@ class NewRow:
     """How many of them are prompt. Penalties on presence and frequency count only the others."""
     block_ids: list[int]
     sampling: RowSampling
+    state_slot: int = -1
+    """The state of linear layers that it starts from; -1: none, its first token is computed first."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step, the same bytes to every worker. Workers keep rows between steps, so only changes are sent.
 
-    Order of effects: ``free_rows``, ``new_rows``, appended blocks, then compute. ``rows``, ``starts``, ``counts`` and
-    ``samples`` are columns of one table: row r computes positions [start, start + count) and, where its ``samples``
-    is 1, chooses the token at position start + count, which the worker writes into the row itself (the next
+    Order of effects: states saved, ``free_rows``, ``new_rows``, appended blocks, then compute. ``rows``, ``starts``,
+    ``counts`` and ``samples`` are columns of one table: row r computes positions [start, start + count) and, where its
+    ``samples`` is 1, chooses the token at position start + count, which the worker writes into the row itself (the next
     plan may use it before the orchestrator has seen it). Steps run in order; a block freed by one plan may be given
     to another row by the next.
     With S pipeline stages, a row that sampled in step n is not planned again before step n + S.
@@ -206,6 +208,10 @@ class StepPlan:
     starts: list[int]
     counts: list[int]
     samples: list[int]
+    save_rows: list[int] = field(default_factory=list)
+    save_slots: list[int] = field(default_factory=list)
+    """Before this step the state of row ``save_rows[i]`` in linear layers is copied to slot ``save_slots[i]``,
+    one after the other."""
 
 
 @dataclass(frozen=True, slots=True)

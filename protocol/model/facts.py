@@ -24,9 +24,12 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 ARCHITECTURES = (
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen2_5_vl", "qwen3", "gemma2", "gemma3", "phi3",
     "granite", "olmo2", "olmo3", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared",
-    "gpt_oss",
+    "gpt_oss", "qwen3_next", "qwen3_5", "qwen3_5_moe",
 )  # fmt: skip
 """Family names used inside mgpu; protocol/checkpoint maps Hugging Face and GGUF names to them."""
+
+HYBRID = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+"""Families with layers of linear attention among those of attention."""
 
 
 def kv_element_bytes(stored: KvCacheDtype, dtype: Dtype) -> int:
@@ -86,6 +89,33 @@ class Clamp:
 
     alpha: float
     limit: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinearFacts:
+    """Layers of linear attention (gated delta rule): each sequence has a state of fixed size in each of them.
+
+    The state of a value head is a matrix [key_dim, value_dim] in float32. Queries, keys and values go through a
+    convolution over the last ``conv_width`` tokens first, of which the inputs of all but the newest are kept.
+    """
+
+    layers: tuple[bool, ...]
+    """One flag per layer: True if it is linear, False if it has keys and values of all tokens."""
+    key_heads: int
+    """Of queries and keys; ``value_heads / key_heads`` consecutive value heads share one."""
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+
+    def channels(self, tp_size: int = 1) -> int:
+        """Return the inputs of the convolution on one of ``tp_size`` ranks: queries, keys and values."""
+        return (2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim) // tp_size
+
+    def state_bytes(self, num_layers: int, tp_size: int, dtype_bytes: int) -> int:
+        """Return what one sequence keeps in ``num_layers`` linear layers on a rank: states, and inputs to convolve."""
+        state = 4 * self.value_heads * self.key_dim * self.value_dim // tp_size
+        return num_layers * (state + (self.conv_width - 1) * self.channels(tp_size) * dtype_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +181,10 @@ class ModelFacts:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     """Logits become ``cap * tanh(logit / cap)`` (Gemma 2); 0: they stay."""
+    attention_gate: bool = False
+    """The output of each query head is multiplied by the sigmoid of a gate, projected beside the query (Qwen3.5)."""
+    linear: LinearFacts | None = None
+    """Layers of linear attention among the others; None: there are none."""
     formats: tuple[LayerFormats, ...] = ()
     """How the matrices of each layer are quantized in the checkpoint; empty: they are not."""
     borrowed: BorrowedCode | None = None
@@ -165,6 +199,14 @@ class ModelFacts:
         """Return the experts of a layer; None if its feed-forward network is dense."""
         return self.experts if self.experts is not None and self.experts.sparse_layers[layer] else None
 
+    def is_linear(self, layer: int) -> bool:
+        """Return True if a layer has states instead of keys and values."""
+        return self.linear is not None and self.linear.layers[layer]
+
+    def count_linear(self, layers: range) -> int:
+        """Return how many of some layers have states instead of keys and values."""
+        return sum(map(self.is_linear, layers))
+
     def with_layers(self, layers: Sequence[int]) -> "ModelFacts":
         """Return the facts of a model that consists of these layers of this one."""
         experts = self.experts
@@ -173,6 +215,9 @@ class ModelFacts:
         sliding = tuple(self.sliding_layers[layer] for layer in layers)
         unrotated = tuple(place for place, layer in enumerate(layers) if layer in self.unrotated_layers)
         formats = tuple(self.formats[layer] for layer in layers) if self.formats else ()
+        linear = self.linear
+        if linear is not None:
+            linear = replace(linear, layers=tuple(linear.layers[layer] for layer in layers))
         borrowed = self.borrowed
         if borrowed is not None and borrowed.layer_elements:
             borrowed = replace(borrowed, layer_elements=tuple(borrowed.layer_elements[layer] for layer in layers))
@@ -183,6 +228,7 @@ class ModelFacts:
             experts=experts,
             unrotated_layers=unrotated,
             formats=formats,
+            linear=linear,
             borrowed=borrowed,
         )
 

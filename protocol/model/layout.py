@@ -50,6 +50,8 @@ class StepLimits:
     """Most tokens in one step."""
     max_seq_len: int
     """Most tokens (prompt and output) of one request."""
+    num_snapshots: int = 0
+    """States of linear layers that are kept beside those of the rows, for prompts that begin alike."""
 
 
 def cpu_pool_bytes(free_bytes: float) -> int:

@@ -7,7 +7,7 @@ each, a hybrid is both. Ranks are numbered stage by stage.
 from dataclasses import dataclass
 from typing import Literal
 
-from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit
+from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit, LinearFacts
 
 Mode = Literal["cpu", "single", "tensor-parallel", "layer-mapped", "hybrid"]
 Transport = Literal["none", "nccl", "gloo", "shared-memory", "peer", "pinned"]
@@ -121,6 +121,12 @@ def head_shard(num_q_heads: int, num_kv_heads: int, tp_rank: int, tp_size: int) 
     num_kv = max(1, num_kv_heads // tp_size)
     kv_start = tp_rank // replicas * num_kv
     return HeadShard(tp_rank * num_q, (tp_rank + 1) * num_q, kv_start, kv_start + num_kv, replicas)
+
+
+def key_head_range(linear: LinearFacts, tp_rank: int, tp_size: int) -> range:
+    """Return the key heads of linear attention of one rank, which has their value heads too. They divide evenly."""
+    count = linear.key_heads // tp_size
+    return range(tp_rank * count, (tp_rank + 1) * count)
 
 
 def padded_vocab(vocab_size: int, tp_size: int) -> int:

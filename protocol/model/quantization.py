@@ -59,7 +59,10 @@ def group_problems(quant: Quant, facts: ModelFacts, tp_size: int, split: ExpertS
         return []
     found: dict[str, None] = {}
     stored = facts.formats if quant == "none" else ()
-    kinds = {(facts.experts_of(layer) is None, stored[layer : layer + 1]): layer for layer in range(facts.num_layers)}
+    kinds = {
+        (facts.experts_of(layer) is None, facts.is_linear(layer), stored[layer : layer + 1]): layer
+        for layer in range(facts.num_layers)
+    }
     for layer in kinds.values():
         for name, inputs, form in _split_inputs(facts, layer, formats_of(facts, layer, quant), split):
             step = form.splits_at
@@ -74,7 +77,10 @@ def _split_inputs(
     facts: ModelFacts, layer: int, formats: LayerFormats, split: ExpertSplit
 ) -> list[tuple[str, int, WeightFormat]]:
     """Return the inputs that ranks share out, what they are called, and the format of the matrix."""
-    found = [("attention output", facts.num_q_heads * facts.head_dim, formats.out)]
+    inputs, linear = facts.num_q_heads * facts.head_dim, facts.linear
+    if linear is not None and linear.layers[layer]:
+        inputs = linear.value_heads * linear.value_dim
+    found = [("attention output", inputs, formats.out)]
     experts = facts.experts_of(layer)
     if experts is None:
         return [*found, ("MLP width", facts.intermediate_size, formats.down)]
@@ -89,16 +95,13 @@ def matrices_of(
     facts: ModelFacts, tp_size: int, layer: int = 0, split: ExpertSplit = "tensor"
 ) -> tuple[tuple[RankMatrix, int], ...]:
     """Return the matrices of one decoder layer on one rank, the largest of its stage, each with its number."""
-    heads = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size)
-    q_size, kv_size = heads.num_q * facts.head_dim, heads.num_kv * facts.head_dim
     hidden, count, width = facts.hidden_size, 1, -(-facts.intermediate_size // tp_size)
     whole_width = facts.intermediate_size
     if (experts := facts.experts_of(layer)) is not None:
         count, width = largest_expert_shard(experts, split, tp_size)
         whole_width = experts.width
     found = [
-        (RankMatrix("qkv", (q_size, kv_size, kv_size), hidden, 0), 1),
-        (RankMatrix("out", (hidden,), q_size, facts.num_q_heads * facts.head_dim), 1),
+        *((matrix, 1) for matrix in _attention_matrices(facts, tp_size, layer)),
         (RankMatrix("gate_up", (width, width), hidden, 0), count),
         (RankMatrix("down", (hidden,), width, whole_width), count),
     ]
@@ -109,6 +112,22 @@ def matrices_of(
             (RankMatrix("shared_down", (hidden,), shared, experts.shared_width), 1),
         ]
     return tuple(found)
+
+
+def _attention_matrices(facts: ModelFacts, tp_size: int, layer: int) -> tuple[RankMatrix, RankMatrix]:
+    """Return the input and the output projection of attention, or of linear attention, on one rank."""
+    hidden, linear = facts.hidden_size, facts.linear
+    if linear is not None and linear.layers[layer]:
+        heads = linear.key_heads // tp_size
+        value = linear.value_heads // linear.key_heads * linear.value_dim
+        parts = (linear.key_dim,) * 2 * heads + (value,) * 2 * heads
+        whole = linear.value_heads * linear.value_dim
+        return RankMatrix("qkv", parts, hidden, 0), RankMatrix("out", (hidden,), whole // tp_size, whole)
+    shard = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size)
+    q_size, kv_size = shard.num_q * facts.head_dim, shard.num_kv * facts.head_dim
+    queries = (facts.head_dim,) * 2 * shard.num_q if facts.attention_gate else (q_size,)
+    out = RankMatrix("out", (hidden,), q_size, facts.num_q_heads * facts.head_dim)
+    return RankMatrix("qkv", (*queries, kv_size, kv_size), hidden, 0), out
 
 
 def rank_matrices(

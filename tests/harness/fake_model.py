@@ -33,10 +33,15 @@ class _Row:
     tokens: list[int]
     blocks: list[int]
     sampled_at: int = -(10**9)
+    state: tuple[int, int] = (0, _EMPTY)
+    """Of a model with linear layers: how many tokens it stands for, and their hash."""
 
 
 class FakeModel:
-    def __init__(self, num_blocks: int, block_size: int, num_stages: int = 1) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_stages: int = 1, has_states: bool = False) -> None:
+        self.has_states = has_states
+        self.slots: dict[int, tuple[int, int]] = {}
+        """States that were copied."""
         self.rows: dict[int, _Row] = {}
         self.computed_tokens = 0
         self._kv: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
@@ -48,6 +53,8 @@ class FakeModel:
         """Run one step and give the tokens of the rows that sample."""
         assert plan.step > self._last_step, "steps must be in order"
         self._last_step = plan.step
+        for row, slot in zip(plan.save_rows, plan.save_slots, strict=True):
+            self.slots[slot] = self.rows[row].state
         for row in plan.free_rows:
             del self.rows[row]
         for new in plan.new_rows:
@@ -71,6 +78,8 @@ class FakeModel:
         tokens.frombytes(new.token_ids)
         assert 0 < new.prompt_len <= len(tokens)
         self.rows[new.row] = _Row(list(tokens), list(new.block_ids))
+        if new.state_slot >= 0:
+            self.rows[new.row].state = self.slots[new.state_slot]
 
     def _compute(self, row: _Row, start: int, count: int, step: int) -> int:
         assert count > 0
@@ -80,6 +89,10 @@ class FakeModel:
         for position in range(start, start + count):
             state = mix(state, row.tokens[position])
             self._kv[row.blocks[position // self._size]][position % self._size] = state
+        if self.has_states:
+            known = (0, _EMPTY) if start == 0 else row.state
+            assert known == (start, _EMPTY if start == 0 else self._read(row, start - 1)), "a state of other tokens"
+            row.state = start + count, state
         self.computed_tokens += count
         return state % VOCAB
 

@@ -45,6 +45,7 @@ def make_batch(
     tables = [row.blocks + [0] * (width - len(row.blocks)) for row, _ in rows]
     ends = [start - 1 for start in starts[1:]]
     return StepBatch(
+        rows=torch.tensor([row.blocks[0] for row, _ in rows], device=device),  # no two rows share a block here
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
         slots=torch.tensor(slots, device=device),
@@ -82,7 +83,6 @@ class Stages:
     def __post_init__(self) -> None:
         facts = self.checkpoint.facts
         part = TensorPart(self.group.rank, self.group.size, self.shares)
-        heads = part.heads(facts.num_q_heads, facts.num_kv_heads)
         self.vocabulary = tuple(map(len, part.vocabulary(facts.vocab_size)))
         self.stages, self.caches = [], []
         for index, layers in enumerate(self.splits):
@@ -91,13 +91,20 @@ class Stages:
             how = self.quant, self.kv_cache_dtype, self.expert_split
             stage = build_stage(facts, *where, *how, folder=self.checkpoint.source.path)
             self._fill(stage)
-            shape = (len(layers), self.num_blocks, self.block_size, heads.num_kv, facts.head_dim)
-            cache = KvCache(*shape, stored_dtype(self.kv_cache_dtype, self.dtype), self.device)
+            sizes, types = (self.num_blocks, self.block_size, self.num_blocks), (self.dtype, self._kv_dtype)
+            cache = KvCache.of_layers(facts, layers, part, sizes, types, self.device)
             for layer in cache.layers:
                 layer.k_NBJK.fill_(torch.nan)
                 layer.v_NBJK.fill_(torch.nan)
+                if layer.states is not None:
+                    layer.states.state_NHKV.fill_(torch.nan)
+                    layer.states.tail_NWC.fill_(torch.nan)
             self.stages.append(stage)
             self.caches.append(cache)
+
+    @property
+    def _kv_dtype(self) -> torch.dtype:
+        return stored_dtype(self.kv_cache_dtype, self.dtype)
 
     def _fill(self, stage: DecoderStage) -> None:
         if self.dummy_seed is None:

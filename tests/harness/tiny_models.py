@@ -64,6 +64,15 @@ def tiny_config(family: str) -> object:
         "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
     }  # fmt: skip
     experts = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
+    linear_heads = {
+        "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 16,
+        "head_dim": 32, "tie_word_embeddings": False,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    }  # fmt: skip
+    hybrid = TINY | linear_heads
+    hybrid_experts = {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 30, "shared_expert_intermediate_size": 46,
+    }  # fmt: skip
     pattern = ["sliding_attention", "sliding_attention", "full_attention"]
     configs = {
         "llama": lambda: hf.LlamaConfig(**TINY, tie_word_embeddings=False),
@@ -154,6 +163,13 @@ def tiny_config(family: str) -> object:
             vision_config=pixtral,
             tie_word_embeddings=False,
         ),
+        "qwen3-next": lambda: hf.Qwen3NextConfig(**hybrid, **hybrid_experts, mlp_only_layers=[1]),
+        "qwen3.5": lambda: hf.Qwen3_5TextConfig(**hybrid),
+        "qwen3.5-moe": lambda: hf.Qwen3_5MoeTextConfig(**hybrid, **hybrid_experts),
+        "qwen3.5-vl": lambda: hf.Qwen3_5Config(
+            text_config=dict(hybrid, rope_parameters=mrope | {"partial_rotary_factor": 0.5}),
+            vision_config=qwen_vision,
+        ),
         "qwen2.5-vl": lambda: hf.Qwen2_5_VLConfig(
             text_config=dict(TINY, rope_parameters=mrope), vision_config=qwen_vision
         ),
@@ -200,7 +216,8 @@ _PECULIAR: dict[str, dict[str, object]] = {
     "persimmon": {"num_key_value_heads": 4},
 }
 """What the tiny model of a borrowed family has beside `TINY`."""
-MULTIMODAL = ("mistral3", "qwen2.5-vl")
+HYBRID_MODELS = ("qwen3-next", "qwen3.5", "qwen3.5-moe", "qwen3.5-vl")
+MULTIMODAL = ("mistral3", "qwen2.5-vl", "qwen3.5-vl")
 
 
 @dataclass(frozen=True)
@@ -227,7 +244,8 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
         # The defaults, zero biases and unit norms, would hide mistakes; larger weights tell tokens apart.
         is_wide = name.endswith(("norm.weight", "bias", "gate.weight", "router.weight", "layer.weight", "sinks"))
         parameter.normal_(0.0, 0.3 if is_wide else 0.1)
-        if name.endswith("norm.weight") and family not in ("gemma2", "gemma3"):
+        is_zero_centred = family in ("gemma2", "gemma3", *HYBRID_MODELS) and "linear_attn" not in name
+        if name.endswith("norm.weight") and not is_zero_centred:
             parameter.add_(1.0)
     model.save_pretrained(folder, max_shard_size="100KB")
     prompt_ids = torch.randint(3, TINY["vocab_size"], (24,)).tolist()

@@ -104,6 +104,7 @@ def _batch(device: torch.device, pages: int) -> StepBatch:
         slots.append(tables_RP[row].long()[places // _BLOCK_SIZE] * _BLOCK_SIZE + places % _BLOCK_SIZE)
     starts = torch.tensor((0, *_NEW_TOKENS), device=device).cumsum(0)
     return StepBatch(
+        rows=torch.arange(rows, device=device),
         token_ids=torch.cat(positions),
         positions=torch.cat(positions),
         slots=torch.cat(slots),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import KvCacheDtype
-from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache
 
 
@@ -70,6 +70,11 @@ class PackedAttention(Protocol):
 
 class StepAttention(Protocol):
     """Attention of one step, for all of its layers."""
+
+    @property
+    def rows(self) -> StepRows | None:
+        """The rows of the step, for layers that have states. None in CUDA graphs."""
+        ...
 
     @property
     def packed(self) -> PackedAttention | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mgpu.worker.attention.cpu_decode import MAX_BYTES, CpuDecodeStep, TransposedKeys
 from mgpu.worker.attention.interface import AttentionSpec
 from mgpu.worker.attention.plain_attention import attend
-from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache, widen
 
 _SHORT_CONTEXT = 256
@@ -95,6 +95,7 @@ class PlainStep:
     def __init__(self, backend: PlainBackend, batch: StepBatch, block_size: int) -> None:
         self._backend = backend
         self._batch = batch
+        self.rows: StepRows | None = batch.step_rows
         self._block_size = block_size
         self._device = batch.slots.device
         self._longest = max(batch.context_lens_host)

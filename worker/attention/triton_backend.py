@@ -21,7 +21,7 @@ from mgpu.worker.kernels.attention.inputs import PackedHeads, PagedCache
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.use import aligned
-from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache
 
 
@@ -55,7 +55,7 @@ class TritonBackend:
         if decoding < len(batch.query_lens_host):
             starts = aligned(batch.query_starts[decoding:])
             prompts = PagedRows(aligned(tables[decoding:]), aligned(lens[decoding:]), starts)
-        return TritonStep(aligned(batch.positions), aligned(batch.slots), decode, prompts)
+        return TritonStep(aligned(batch.positions), aligned(batch.slots), decode, prompts, batch.step_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ class TritonStep:
     slots_T: Tensor
     decode: PagedRows | None
     prompts: PagedRows | None
+    rows: StepRows | None
+    """None in CUDA graphs."""
 
     @property
     def packed(self) -> "TritonStep":

@@ -9,7 +9,7 @@ private functions of `triton_internals`, a worker starts as usual, and each kern
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -49,8 +49,8 @@ class CompileAhead:
     place: RankPlace
     device: torch.device
     group: MeasurableGroup
-    make_state: Callable[[int], tuple[RowTable, KvCache]]
-    """Returns rows and a cache of so many blocks, as the worker will have them."""
+    make_state: Callable[[int, Sequence[int], int], tuple[RowTable, KvCache]]
+    """Returns rows, and a cache of so many blocks and states for some layers, as the worker will have them."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -109,25 +109,36 @@ class CompileAhead:
         """Launch every kernel that a start launches."""
         from mgpu.worker.attention.check import launch_check
 
-        stage = self._short_stage()
+        kinds = self._one_of_each_kind()
+        stage = self._short_stage(kinds)
         launch_check(self.device, stage.attention_shape)
-        rows, cache = self.make_state(-(-(_PROMPTS[0] + 1) // self.spec.limits.block_size))
-        del cache.layers[len(stage.layers) :]
+        num_states = min(self.spec.limits.max_rows, 2)
+        rows, cache = self.make_state(-(-(_PROMPTS[0] + 1) // self.spec.limits.block_size), kinds, num_states)
         self._run_steps(stage, rows, cache)
         if self.place.tp_size == self.spec.layout.placement.num_stages == 1:
             prepare_graphs(stage, cache, rows)
 
-    def _short_stage(self) -> DecoderStage:
+    def _one_of_each_kind(self) -> list[int]:
+        """Return a layer of each kind that this rank has."""
+        facts, own = self.spec.facts, self.spec.layout.placement.stages[self.place.stage_index]
+        kinds = {
+            (
+                facts.sliding_layers[layer],
+                facts.is_linear(layer),
+                facts.experts_of(layer) is not None,
+                facts.formats[layer : layer + 1],
+            ): layer
+            for layer in range(own.first_layer, own.end_layer)
+        }
+        return [*kinds.values()]
+
+    def _short_stage(self, kinds: list[int]) -> DecoderStage:
         """Build this rank's stage with one layer of each kind and undefined weights."""
         spec, facts = self.spec, self.spec.facts
         own = spec.layout.placement.stages[self.place.stage_index]
-        kinds = {
-            (facts.sliding_layers[layer], facts.experts_of(layer) is not None, facts.formats[layer : layer + 1]): layer
-            for layer in range(own.first_layer, own.end_layer)
-        }
         # A layer before and one after stand for those of other stages: what they are does not matter.
         before, after = own.first_layer > 0, own.end_layer < facts.num_layers
-        short = facts.with_layers([*[0] * before, *kinds.values(), *[0] * after])
+        short = facts.with_layers([*[0] * before, *kinds, *[0] * after])
         layers = range(int(before), int(before) + len(kinds))
         dtype: torch.dtype = getattr(torch, spec.layout.dtype)
         where = self.place, layers, self.group, dtype, self.device

@@ -6,6 +6,7 @@ consecutive ranks hold copies of one. Ranks may have unequal numbers of KV heads
 
 # T tokens, D model dim, H query heads of this rank, J KV heads of this rank, K head dim
 
+import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import ModelFacts
@@ -13,7 +14,7 @@ from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.layers.activations import Activations, Product, scaled, values_and_scale
 from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
-from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, Storage, qkv_slices
+from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, Storage, gated_slices, qkv_slices
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta
@@ -39,9 +40,11 @@ class Attention(Module):
         heads = part.heads(facts.num_q_heads, facts.num_kv_heads)
         self.head_dim = facts.head_dim
         self.num_q, self.num_kv = heads.num_q, heads.num_kv
-        slices = qkv_slices(heads, facts.head_dim)
+        self.has_gates = facts.attention_gate
+        slices = (gated_slices if facts.attention_gate else qkv_slices)(heads, facts.head_dim)
         self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, storage.of_qkv())
-        self.out = RowParallelLinear(slices[0].rows, facts.hidden_size, facts.output_bias, group, storage.of_out())
+        columns = range(heads.q_start * facts.head_dim, heads.q_stop * facts.head_dim)
+        self.out = RowParallelLinear(columns, facts.hidden_size, facts.output_bias, group, storage.of_out())
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         self.whole_norm: WholeHeadsNorm | None = None
@@ -61,12 +64,24 @@ class Attention(Module):
             qkv = self.whole_norm(self._heads(scaled(qkv))[0]).flatten(1)
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables of angles are for packed attention"
-            qkv_TAK, scale_T = self._heads(qkv)
+            packed_TAK, scale_T = self._heads(qkv)
+            qkv_TAK, gates_THK = self._without_gates(packed_TAK, scale_T)
             heads_THK = attention.packed.attend_packed(qkv_TAK, scale_T, angles, cache, self.spec)
         else:
-            q_THK, k_TJK, v_TJK = self._rotated(self._heads(scaled(qkv))[0], angles)
+            qkv_TAK, gates_THK = self._without_gates(self._heads(scaled(qkv))[0], None)
+            q_THK, k_TJK, v_TJK = self._rotated(qkv_TAK, angles)
             heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
+        if gates_THK is not None:
+            heads_THK = heads_THK * torch.sigmoid(gates_THK)
         return self.out.partial(heads_THK.flatten(1))
+
+    def _without_gates(self, heads_TAK: Tensor, scale_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the heads of queries, keys and values, and the gates of the outputs, which lie behind them."""
+        if not self.has_gates:
+            return heads_TAK, None
+        count = self.num_q + 2 * self.num_kv
+        gates_THK = heads_TAK[:, count:]
+        return heads_TAK[:, :count], gates_THK if scale_T is None else gates_THK * scale_T.view(-1, 1, 1)
 
     def _heads(self, qkv: Product) -> tuple[Tensor, Tensor | None]:
         """Return the stacked heads [T, A, K], and the scale that each token's heads still lack."""

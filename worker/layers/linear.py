@@ -178,6 +178,14 @@ def qkv_slices(heads: HeadShard, head_dim: int) -> tuple[RowSlice, ...]:
     return RowSlice("q_proj", q_rows), RowSlice("k_proj", kv_rows), RowSlice("v_proj", kv_rows)
 
 
+def gated_slices(heads: HeadShard, head_dim: int) -> tuple[RowSlice, ...]:
+    """Rows of q, k, v and the gates, where checkpoints have queries and gates of each head apart."""
+    whole, q_heads = range(head_dim), range(heads.q_start, heads.q_stop)
+    queries = tuple(RowSlice(f"q_proj.{head}", whole) for head in q_heads)
+    gates = tuple(RowSlice(f"q_gate.{head}", whole) for head in q_heads)
+    return *queries, *qkv_slices(heads, head_dim)[1:], *gates
+
+
 class RowParallelLinear(Linear):
     """Multiply this rank's inputs by its columns and sum over the ranks; the bias is added once, after the sum."""
 

@@ -218,8 +218,8 @@ class WeightReader:
 
 
 def _has_heads(name: str) -> bool:
-    """Return True for queries and keys, whose rows are in the order in which heads are rotated."""
-    return "q_proj." in name or "k_proj." in name
+    """Return True for queries and keys, and their norms, whose rows are in the order in which heads are rotated."""
+    return any(part in name for part in (".q_proj.", ".k_proj.", ".q_norm.", ".k_norm."))
 
 
 def _deinterleave(rows: Tensor, head_dim: int) -> None:

@@ -16,6 +16,7 @@ from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.borrowed import BorrowedStage
 from mgpu.worker.models.gemma3 import Gemma3Layer
 from mgpu.worker.models.granite import GraniteLayer
+from mgpu.worker.models.hybrid import HybridLayer
 from mgpu.worker.models.llama import LlamaLayer
 from mgpu.worker.models.olmo import OlmoLayer
 from mgpu.worker.models.stage import WEIGHT_HOLDERS, BuildContext, DecoderStage, Ends, LayerFactory
@@ -26,6 +27,8 @@ __all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "init_linear", "
 _LAYERS: dict[str, LayerFactory] = {
     "granite": GraniteLayer, "granitemoe": GraniteLayer, "granitemoeshared": GraniteLayer,
     "olmo2": OlmoLayer, "olmo3": OlmoLayer,
+    "gemma2": Gemma3Layer, "gemma3": Gemma3Layer,
+    "qwen3_next": HybridLayer, "qwen3_5": HybridLayer, "qwen3_5_moe": HybridLayer,
 }  # fmt: skip
 """Families that are wired in another way than Llama's."""
 
@@ -55,9 +58,8 @@ def build_stage(
     context = BuildContext(facts, group, storage, kv_cache_dtype, expert_split, place.shares, ends)
     if facts.borrowed is not None:
         return BorrowedStage(context, layers, folder)
-    if facts.architecture in ("gemma2", "gemma3"):
-        return DecoderStage(context, layers, Gemma3Layer, norms_unit_offset=True)
-    return DecoderStage(context, layers, _LAYERS.get(facts.architecture, LlamaLayer))
+    make_layer = _LAYERS.get(facts.architecture, LlamaLayer)
+    return DecoderStage(context, layers, make_layer, norms_unit_offset=make_layer in (Gemma3Layer, HybridLayer))
 
 
 @torch.inference_mode()

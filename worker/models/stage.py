@@ -17,6 +17,7 @@ from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.experts import ExpertMatrices
 from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
 from mgpu.worker.layers.linear import Linear, Storage
+from mgpu.worker.layers.linear_attention import LinearConstants
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
@@ -29,7 +30,7 @@ from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, LayerCache
 
-WEIGHT_HOLDERS = (Linear, ExpertMatrices, RMSNorm, HeadSinks, WholeHeadsNorm, VocabParallel)
+WEIGHT_HOLDERS = (Linear, ExpertMatrices, LinearConstants, RMSNorm, HeadSinks, WholeHeadsNorm, VocabParallel)
 """The modules that own weights; all others are wiring."""
 
 
@@ -175,9 +176,11 @@ class DecoderStage(Module):
     def has_kernels(self) -> bool:
         """True if a step can be captured as a CUDA graph: its kernels read lengths and tables on the device.
 
-        Norms over all heads add up numbers of the ranks in a way that cannot be captured.
+        Norms over all heads add up numbers of the ranks in a way that cannot be captured, and linear layers run on
+        plain torch.
         """
-        return self._attention_backend.takes_packed and not (self._is_split and self.facts.norms_whole_heads)
+        is_captured = self.facts.linear is None and not (self._is_split and self.facts.norms_whole_heads)
+        return self._attention_backend.takes_packed and is_captured
 
     def _angles(self, positions_T: Tensor) -> dict[AngleKind, Angles]:
         """Return the angles for each kind of layer that the stage has."""

@@ -12,13 +12,11 @@ from mgpu.worker.errors import OutOfMemory
 def pool_blocks(spec: WorkerSpec, pool_bytes: int, block_bytes: int) -> int:
     """Return how many blocks fit, at most as many as all rows at full length need. OutOfMemory if none fits.
 
-    A stage without layers stores nothing, so any number fits.
+    A stage without layers, or of linear ones, stores no keys and values: any number fits.
     """
     limits = spec.limits
     most = limits.max_rows * -(-(limits.max_seq_len + 1) // limits.block_size)
-    if block_bytes == 0:
-        return most
-    blocks = min(most, pool_bytes // block_bytes)
+    blocks = min(most, pool_bytes // block_bytes) if block_bytes else most * (pool_bytes >= 0)
     if blocks < 1:
         raise OutOfMemory(
             f"{pool_bytes / 2**20:.0f} MiB are left for the KV cache and one block of {limits.block_size} "

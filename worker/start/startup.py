@@ -1,6 +1,6 @@
 """What a worker does before its first step: load the weights, measure the memory that is left, allocate the cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class StartUp:
         self._kv_dtype = stored_dtype(spec.layout.kv_cache_dtype, self._dtype)
         self._own = spec.layout.placement.stages[place.stage_index]
         facts = spec.facts
+        self._layers = range(self._own.first_layer, self._own.end_layer)
         self._kv_heads = place.part.heads(facts.num_q_heads, facts.num_kv_heads).num_kv
         self._vocabulary = tuple(map(len, place.part.vocabulary(facts.vocab_size)))
 
@@ -49,8 +50,8 @@ class StartUp:
         return stage, loaded_bytes
 
     def _load(self, progress: Progress) -> tuple[DecoderStage, int]:
-        spec, layers = self._spec, range(self._own.first_layer, self._own.end_layer)
-        where = self._place, layers, self._links.group, self._dtype, self._device
+        spec = self._spec
+        where = self._place, self._layers, self._links.group, self._dtype, self._device
         layout = spec.layout
         how = layout.quant, layout.kv_cache_dtype, layout.expert_split
         ends = spec.layout.placement.ends_of(self._place.stage_index)
@@ -73,7 +74,8 @@ class StartUp:
     def measure(self, stage: DecoderStage) -> Loaded:
         """Return how many blocks this rank could hold, and its other sizes. OutOfMemory if it could hold none."""
         spec = self._spec
-        sizes = self._own.num_layers, spec.limits.block_size, self._kv_heads, spec.facts.head_dim
+        linear, facts = spec.facts.count_linear(self._layers), spec.facts
+        sizes = self._own.num_layers - linear, spec.limits.block_size, self._kv_heads, facts.head_dim
         per_block = block_bytes(*sizes, self._kv_dtype)
         if self._device.type == "cuda":
             pool = cuda_pool_bytes(spec, self._device, self._place.device, lambda: self.run_largest_step(stage))
@@ -81,6 +83,9 @@ class StartUp:
                 pool -= self._graph_bytes()
         else:
             pool = cpu_pool_bytes(spec)
+        if facts.linear is not None:
+            per_row = facts.linear.state_bytes(linear, self._place.tp_size, self._dtype.itemsize)
+            pool -= (spec.limits.max_rows + spec.limits.num_snapshots) * per_row
         blocks = pool_blocks(spec, pool, per_block)
         return Loaded(spec.epoch, self._place.rank, blocks, per_block, stage.weight_bytes(), pool)
 
@@ -92,21 +97,23 @@ class StartUp:
 
     def allocate(self, stage: DecoderStage, num_blocks: int) -> ModelRunner:
         """Allocate the pool and the rows."""
-        rows, cache = self._state(num_blocks)
+        limits = self._spec.limits
+        rows, cache = self._state(num_blocks, self._layers, limits.max_rows + limits.num_snapshots)
         num_stages = self._spec.layout.placement.num_stages
         return ModelRunner(stage, cache, rows, self._links, self._spec.facts, self._place, num_stages)
 
-    def _state(self, num_blocks: int) -> tuple[RowTable, KvCache]:
-        limits, head_dim = self._spec.limits, self._spec.facts.head_dim
+    def _state(self, num_blocks: int, layers: Sequence[int], num_states: int) -> tuple[RowTable, KvCache]:
+        """Allocate rows, and what some layers keep of them."""
+        limits, types = self._spec.limits, (self._dtype, self._kv_dtype)
         rows = RowTable(limits.max_rows, limits.max_seq_len, limits.block_size, num_blocks, self._device)
-        sizes = self._own.num_layers, num_blocks, limits.block_size, self._kv_heads, head_dim
-        return rows, KvCache(*sizes, self._kv_dtype, self._device)
+        sizes = num_blocks, limits.block_size, num_states
+        return rows, KvCache.of_layers(self._spec.facts, layers, self._place.part, sizes, types, self._device)
 
     @torch.inference_mode()
     def run_largest_step(self, stage: DecoderStage) -> None:
         """Run the largest step there can be, without the other ranks, on a pool of one block."""
         self._links.group.alone = True
-        rows, cache = self._state(1)
+        rows, cache = self._state(1, self._layers, 1)
         batch = self._largest_batch()
         if stage.is_first:
             x_TD = stage.embed(batch.token_ids)
@@ -137,6 +144,7 @@ class StartUp:
         ends = torch.tensor([0, *counts], device=device).cumsum(0)
         contexts = [longest] * len(counts)
         return StepBatch(
+            rows=torch.zeros(len(counts), dtype=torch.int64, device=device),
             token_ids=torch.zeros_like(positions),
             positions=positions,
             slots=positions % limits.block_size,

@@ -7,6 +7,21 @@ from torch import Tensor
 # T tokens of the step, R rows (requests) in it, S rows that sample, B blocks of the longest table
 
 
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of a step, as layers with states see them."""
+
+    rows_R: Tensor
+    """Which row of the worker each one is. int64."""
+    starts: Tensor
+    """int32 [R + 1]: the first token of each."""
+    context_lens: Tensor
+    """int32 [R]: the tokens of each after this step."""
+    counts_host: list[int]
+    """Tokens of each in this step."""
+    contexts_host: list[int]
+
+
 @dataclass(slots=True)
 class StepBatch:
     """R rows whose tokens of this step are concatenated; all tensors are on the worker's device.
@@ -15,6 +30,8 @@ class StepBatch:
     ``context_lens[r]`` tokens, the new ones included.
     """
 
+    rows: Tensor
+    """int64 [R]: which row of the worker each one is."""
     token_ids: Tensor
     """int64 [T]; has a meaning on the first stage only."""
     positions: Tensor
@@ -33,3 +50,7 @@ class StepBatch:
     """Tokens per row, on the host."""
     context_lens_host: list[int]
     """``context_lens`` on the host, so that the host need not wait for the device."""
+
+    @property
+    def step_rows(self) -> StepRows:
+        return StepRows(self.rows, self.query_starts, self.context_lens, self.query_lens_host, self.context_lens_host)

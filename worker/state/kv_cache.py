@@ -1,4 +1,4 @@
-"""Paged storage of keys and values.
+"""Paged storage of keys and values, and beside it the states of layers that have no keys and values.
 
 A block holds ``block_size`` consecutive tokens of one request; slot ``block * block_size + offset`` is one token. The
 orchestrator decides which request a block belongs to.
@@ -6,19 +6,27 @@ orchestrator decides which request a block belongs to.
 
 # N blocks, B tokens per block, J KV heads of this rank, K head dim
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.facts import KvCacheDtype
+from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
+from mgpu.protocol.model.placement import TensorPart
+from mgpu.worker.state.recurrent import LayerStates, StatePool
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
 
 class LayerCache:
-    """Keys and values of one layer, [N, B, J, K] each. Entries that were never written are arbitrary and may be NaN."""
+    """Keys and values of one layer, [N, B, J, K] each. Entries that were never written are arbitrary and may be NaN.
 
-    def __init__(self, k_NBJK: Tensor, v_NBJK: Tensor) -> None:
+    A linear layer has none of them (N is 0), and ``states`` instead.
+    """
+
+    def __init__(self, k_NBJK: Tensor, v_NBJK: Tensor, states: LayerStates | None = None) -> None:
+        self.states = states
         self.k_NBJK = k_NBJK
         self.v_NBJK = v_NBJK
         self.k_NJK = k_NBJK.flatten(0, 1)
@@ -76,10 +84,47 @@ class KvCache:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.states: StatePool | None = None
+        """Of linear layers, if there are any."""
         self.layers = [
             LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
             for _ in range(num_layers)
         ]
+
+    @classmethod
+    def of_layers(
+        cls,
+        facts: ModelFacts,
+        layers: Iterable[int],
+        part: TensorPart,
+        sizes: tuple[int, int, int],
+        types: tuple[torch.dtype, torch.dtype],
+        device: torch.device,
+    ) -> "KvCache":
+        """Allocate what some layers of a model need on a rank.
+
+        ``sizes``: blocks, tokens of a block, and rows that have states. ``types``: of activations, and of keys and
+        values.
+        """
+        num_blocks, block_size, num_states = sizes
+        num_kv = part.heads(facts.num_q_heads, facts.num_kv_heads).num_kv
+        cache = cls(0, num_blocks, block_size, num_kv, facts.head_dim, types[1], device)
+        are_linear = [facts.is_linear(layer) for layer in layers]
+        for is_linear in are_linear:
+            blocks = 0 if is_linear else num_blocks
+            cache.layers += cls(1, blocks, block_size, num_kv, facts.head_dim, types[1], device).layers
+        if facts.linear is not None and any(are_linear):
+            pool = StatePool(facts.linear, sum(are_linear), part.size, num_states, types[0], device)
+            cache.states = pool
+            linear = [layer for layer, is_linear in zip(cache.layers, are_linear, strict=True) if is_linear]
+            for place, layer in enumerate(linear):
+                layer.states = pool.layer(place)
+        return cache
+
+    def copy_states(self, sources: list[int], targets: list[int]) -> None:
+        """Copy what linear layers keep of some rows to others."""
+        if sources and self.states is not None:
+            self.states.copy(sources, targets)
 
 
 def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

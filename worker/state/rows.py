@@ -170,6 +170,7 @@ class RowTable:
         blocks_T = self.blocks[token_rows_T, positions_T // self.block_size].long()
         longest = -(-max(contexts) // self.block_size)
         batch = StepBatch(
+            rows=rows_R,
             token_ids=self.tokens[token_rows_T, positions_T].long(),
             positions=positions_T,
             slots=blocks_T * self.block_size + positions_T % self.block_size,

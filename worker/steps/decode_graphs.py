@@ -65,7 +65,8 @@ class DecodeGraphs:
         prepare_decode(rows_R, starts_R, staged[:1], rows.tokens, rows.blocks, rows.block_size, inputs, appended_R)
         parts.expect_tokens(rows_R, inputs.context_lens, staged)
         x_RD = stage.embed(inputs.token_ids) if stage.is_first else parts.receive(size, staged)
-        step = TritonStep(inputs.positions, inputs.slots, PagedRows(inputs.block_tables, inputs.context_lens), None)
+        paged = PagedRows(inputs.block_tables, inputs.context_lens)
+        step = TritonStep(inputs.positions, inputs.slots, paged, None, None)
         x_RD = stage.run_layers_with(x_RD, step, inputs.positions, parts.cache)
         if not stage.is_last:
             parts.send(x_RD, staged)

@@ -89,6 +89,7 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> Sampled | None:
         """Execute one step. Return the chosen tokens on the last stage, None if no row samples. BadPlan, PeerLost."""
         self.check_peers()
+        self._copy_states(plan)
         self._receive_tokens(plan.step - self._num_stages)
         tag = tag_of(plan.step)
         if self._is_last:
@@ -109,6 +110,12 @@ class ModelRunner:
             self._send(x_TD)
             return None
         return self._choose(x_TD[batch.logit_rows], request, tag) if request is not None else None
+
+    def _copy_states(self, plan: StepPlan) -> None:
+        """Save the states of rows as they are before the step, then give new rows the states that they start from."""
+        self._cache.copy_states(plan.save_rows, plan.save_slots)
+        starting = [new for new in plan.new_rows if new.state_slot >= 0]
+        self._cache.copy_states([new.state_slot for new in starting], [new.row for new in starting])
 
     def _sampled_by_graph(self, output: "StepOutput", plan: StepPlan, tag: int) -> Sampled | None:
         """Return the tokens that a graph chose, or choose all of them again if that was not enough for some row.

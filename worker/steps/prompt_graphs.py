@@ -92,6 +92,7 @@ class PromptGraphs:
             slots_T.where(is_token_T, -1),
             PagedRows(tables_RP, decode_lens_R) if decodes else None,
             PagedRows(tables_RP, prompt_lens_R, starts[: num_rows + 1]),
+            None,
         )
         if stage.is_first:
             x_TD = stage.embed(rows.tokens[token_rows_T, positions_T].long())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
-from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.facts import LinearFacts, ModelFacts
 from mgpu.protocol.model.weight_format import WeightFormat
 
 BLOCKS: dict[str, tuple[int, int]] = {
@@ -110,16 +110,30 @@ def expected_tensors(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
 
 def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
     """Return the tensors of one decoder layer."""
-    head = f"model.layers.{layer}."
-    attention = head + "self_attn."
+    head, hidden = f"model.layers.{layer}.", facts.hidden_size
+    linear = facts.linear
+    if linear is not None and linear.layers[layer]:
+        shapes = _linear_tensors(linear, hidden, head + "linear_attn.")
+    else:
+        shapes = _attention_tensors(facts, head + "self_attn.")
+    shapes |= _mlp_tensors(facts, layer, head + "mlp.")
+    return shapes | {head + name + ".weight": (hidden,) for name in layer_norms(facts)}
+
+
+def _attention_tensors(facts: ModelFacts, attention: str) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of attention. Where heads have gates, each head's query and gate are tensors of their own."""
     hidden = facts.hidden_size
     q_size, kv_size = facts.num_q_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
     shapes: dict[str, tuple[int, ...]] = {
-        attention + "q_proj.weight": (q_size, hidden),
         attention + "k_proj.weight": (kv_size, hidden),
         attention + "v_proj.weight": (kv_size, hidden),
         attention + "o_proj.weight": (hidden, q_size),
     }
+    if facts.attention_gate:
+        heads = [f"{part}.{index}" for index in range(facts.num_q_heads) for part in ("q_proj", "q_gate")]
+        shapes |= {f"{attention}{name}.weight": (facts.head_dim, hidden) for name in heads}
+    else:
+        shapes[attention + "q_proj.weight"] = (q_size, hidden)
     if facts.qkv_bias:
         shapes[attention + "q_proj.bias"] = (q_size,)
         shapes[attention + "k_proj.bias"] = shapes[attention + "v_proj.bias"] = (kv_size,)
@@ -131,8 +145,28 @@ def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
         shapes[attention + "k_norm.weight"] = (kv_size if whole else facts.head_dim,)
     if facts.attention_sinks:
         shapes[attention + "sinks"] = (facts.num_q_heads,)
-    shapes |= _mlp_tensors(facts, layer, head + "mlp.")
-    return shapes | {head + name + ".weight": (hidden,) for name in layer_norms(facts)}
+    return shapes
+
+
+def _linear_tensors(linear: LinearFacts, hidden: int, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of linear attention: one for each head of queries and keys, see hybrid_tensors.py."""
+    shared = linear.value_heads // linear.key_heads
+    value = shared * linear.value_dim
+    rows = {
+        "query": linear.key_dim, "key": linear.key_dim, "value": value, "gate": value, "beta": shared, "decay": shared,
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{prefix}{part}.{head}.weight": (count, hidden)
+        for part, count in rows.items()
+        for head in range(linear.key_heads)
+    }
+    return shapes | {
+        prefix + "conv1d.weight": (linear.channels(), linear.conv_width),
+        prefix + "dt_bias": (linear.value_heads,),
+        prefix + "A_log": (linear.value_heads,),
+        prefix + "norm.weight": (linear.value_dim,),
+        prefix + "out_proj.weight": (hidden, linear.value_heads * linear.value_dim),
+    }
 
 
 def _mlp_tensors(facts: ModelFacts, layer: int, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -199,7 +233,7 @@ def check_tensors(
     ``called`` turns mgpu's name of a tensor into the one that its file has.
     """
     expected = expected_tensors(facts)
-    missing = [called(name) for name in expected if name not in tensors]
+    missing = [*dict.fromkeys(called(name) for name in expected if name not in tensors)]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(

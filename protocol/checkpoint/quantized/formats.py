@@ -22,7 +22,7 @@ def _formats(facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]) 
     def common(*modules: str) -> WeightFormat:
         return _common(tensors[f"model.layers.{layer}.{module}_proj.weight"] for module in modules)
 
-    attention = common("self_attn.q", "self_attn.k", "self_attn.v"), common("self_attn.o")
+    attention = _attention_formats(facts, layer, tensors)
     experts = facts.experts_of(layer)
     if experts is None:
         return LayerFormats(*attention, common("mlp.gate", "mlp.up"), common("mlp.down"))
@@ -33,6 +33,22 @@ def _formats(facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]) 
         return LayerFormats(*attention, *sparse)
     shared = "mlp.shared_expert."
     return LayerFormats(*attention, *sparse, common(f"{shared}gate", f"{shared}up"), common(f"{shared}down"))
+
+
+def _attention_formats(
+    facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]
+) -> tuple[WeightFormat, WeightFormat]:
+    """Return the formats of the input and the output projection of attention, of either kind."""
+    head = f"model.layers.{layer}."
+    if facts.linear is not None and facts.linear.layers[layer]:
+        parts = [f"{part}.{key}" for key in range(facts.linear.key_heads) for part in ("query", "key", "value", "gate")]
+        names, out = [f"linear_attn.{part}" for part in parts], "linear_attn.out_proj"
+    else:
+        queries = ["q_proj"]
+        if facts.attention_gate:
+            queries = [f"{part}.{index}" for index in range(facts.num_q_heads) for part in ("q_proj", "q_gate")]
+        names, out = [f"self_attn.{part}" for part in (*queries, "k_proj", "v_proj")], "self_attn.o_proj"
+    return _common(tensors[f"{head}{name}.weight"] for name in names), _common([tensors[f"{head}{out}.weight"]])
 
 
 def _common(entries: Iterable[TensorEntry]) -> WeightFormat:

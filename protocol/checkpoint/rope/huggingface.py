@@ -10,9 +10,11 @@ from mgpu.protocol.checkpoint.rope.rules import (
     yarn_attention,
     yarn_divisors,
 )
-from mgpu.protocol.model.facts import RopeScaling
+from mgpu.protocol.model.facts import HYBRID, RopeScaling
 
 _PARTIAL = "partial_rotary_factor"
+_HYBRID_PARTIAL = 0.25
+"""Of hybrid families whose configuration does not say."""
 _KINDS = "default, linear, dynamic, llama3, yarn, longrope"
 
 
@@ -40,10 +42,11 @@ def rotated_size(fields: Fields, family: str, head_dim: int) -> int:
     """Return how many components of a head are rotated: all, or the first of them. Else CheckpointError."""
     holders = (fields.nested("rope_parameters"), fields.nested("rope_scaling"), fields)
     holder = next((each for each in holders if each is not None and each.has(_PARTIAL)), None)
-    if holder is None or (factor := holder.number(_PARTIAL)) == 1.0:
+    default = _HYBRID_PARTIAL if family in HYBRID else 1.0
+    if (factor := default if holder is None else holder.number(_PARTIAL)) == 1.0:
         return head_dim
-    size = int(head_dim * factor)
-    if family != "phi3":
+    holder, size = holder or fields, int(head_dim * factor)
+    if family != "phi3" and family not in HYBRID:
         raise holder.error(_PARTIAL, f"is not 1, which is not supported for {family}")
     if factor > 1 or size < 2 or size % 2:
         raise holder.error(_PARTIAL, f"is {factor:g}: {head_dim * factor:g} of {head_dim} components cannot be rotated")
@@ -62,7 +65,7 @@ def read_rope(fields: Fields, family: str, default_theta: float, max_position: i
         full, sliding = parameters.nested("full_attention"), parameters.nested("sliding_attention")
     # transformers lets a `rope_scaling` of the old style win where both are present.
     scaling = fields.nested("rope_scaling") or full
-    if family == "qwen2_5_vl" and scaling is not None and _kind(scaling) == "mrope":
+    if family in ("qwen2_5_vl", *HYBRID) and scaling is not None and _kind(scaling) == "mrope":
         scaling = None  # positions of text are the same in all three dimensions
     inside = scaling if scaling is not None and scaling.has("rope_theta") else full
     theta = _theta(inside, fields, "rope_theta", default_theta)

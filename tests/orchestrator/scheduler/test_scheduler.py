@@ -1,122 +1,17 @@
 """The scheduler against a model that notices every mistake in blocks, rows, positions and steps."""
 
 import random
-from array import array
-from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.fake_model import FakeModel, solo_tokens
+from harness.fake_model import solo_tokens
+from harness.scheduler_driver import Harness, limits, prompt_of
 from mgpu.orchestrator.placement.options import LimitsError
-from mgpu.orchestrator.scheduler.limits import Limits
-from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.gateway_messages import Submit
-from mgpu.protocol.internal.worker_messages import RowSampling, StepPlan, StepResult
-
-
-def limits(**changes: int | bool) -> Limits:
-    values: dict[str, int | bool] = {
-        "num_blocks": 64, "block_size": 4, "max_rows": 8, "max_batch_tokens": 32, "max_seq_len": 256, **changes,
-    }  # fmt: skip
-    return Limits(**values)  # type: ignore[arg-type]
-
-
-def submit_of(
-    sequence_id: int,
-    prompt: list[int],
-    max_tokens: int,
-    stop_ids: tuple[int, ...] = (),
-    priority: int = 0,
-    salt: bytes = b"",
-    account: int = 0,
-    weight: float = 1.0,
-    emitted: tuple[int, ...] = (),
-) -> Submit:
-    ids, stops = array("i", [*prompt, *emitted]).tobytes(), list(stop_ids)
-    row = RowSampling()
-    return Submit(sequence_id, ids, max_tokens, stops, row, salt, priority, [account], [weight], len(emitted))
-
-
-class Harness:
-    """A scheduler, the fake model behind a pipeline of ``num_stages``, and what came out per request."""
-
-    def __init__(self, **changes: int | bool) -> None:
-        self.limits = limits(**changes)
-        self.scheduler = Scheduler(self.limits)
-        self.model = FakeModel(self.limits.num_blocks, self.limits.block_size, self.limits.num_stages)
-        self.results: deque[StepResult] = deque()
-        self.plans: list[StepPlan] = []
-        self.tokens: dict[int, list[int]] = {}
-        self.finish: dict[int, str] = {}
-        self.errors: dict[int, str] = {}
-        self.cached: dict[int, int] = {}
-        self.prefilled_again = 0
-
-    def submit(self, sequence_id: int, prompt: list[int], max_tokens: int, **more: object) -> None:
-        self.scheduler.submit(submit_of(sequence_id, prompt, max_tokens, **more))  # type: ignore[arg-type]
-        self.collect()
-
-    def cancel(self, sequence_id: int, reason: str = "cancelled") -> None:
-        self.scheduler.cancel(sequence_id, reason)
-        self.collect()
-
-    def publish(self) -> bool:
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return False
-        assert sum(plan.counts) <= self.limits.max_batch_tokens
-        self.plans.append(plan)
-        self.results.append(StepResult(plan.epoch, plan.step, self.model.execute(plan), None, 0))
-        return True
-
-    def crash(self, epoch: int, num_blocks: int) -> None:
-        """Lose the workers with everything that is under way, and go on with new ones."""
-        self.prefilled_again = self.scheduler.forget_workers("boom")
-        self.model = FakeModel(num_blocks, self.limits.block_size, self.limits.num_stages)
-        self.results.clear()
-        self.scheduler.use_workers(epoch, num_blocks)
-        self.collect()
-
-    def gather(self) -> bool:
-        if not self.results:
-            return False
-        self.scheduler.apply(self.results.popleft())
-        self.collect()
-        return True
-
-    def collect(self) -> None:
-        outputs = self.scheduler.take_outputs()
-        if outputs is None:
-            return
-        columns = (outputs.sequence_ids, outputs.token_ids, outputs.finish, outputs.errors, outputs.cached_tokens)
-        for sequence_id, tokens, finish, error, cached in zip(*columns, strict=True):
-            assert sequence_id not in self.finish, "an output after the ending"
-            self.tokens.setdefault(sequence_id, []).extend(tokens)
-            self.cached.setdefault(sequence_id, cached)
-            if finish:
-                self.finish[sequence_id] = finish
-                self.errors[sequence_id] = error
-
-    def run(self, until: Callable[[], bool] = lambda: False, max_steps: int = 20_000) -> None:
-        """Keep the pipeline full until everything is finished."""
-        for _ in range(max_steps):
-            if until():
-                return
-            while self.publish():
-                pass
-            if not self.gather():
-                assert not self.scheduler.num_live, "live requests, but nothing to do"
-                self.scheduler.check_integrity()
-                return
-        raise AssertionError(f"no end after {max_steps} steps")
-
-
-def prompt_of(seed: int, length: int) -> list[int]:
-    return [random.Random(seed * 1000 + i).randrange(1000) for i in range(length)]
+from mgpu.protocol.internal.worker_messages import RowSampling, StepResult
 
 
 @pytest.fixture
@@ -529,6 +424,7 @@ request_shapes = st.tuples(
     num_blocks=st.integers(17, 40),
     max_rows=st.integers(1, 6),
     budget=st.integers(1, 20),
+    snapshots=st.sampled_from([0, 1, 2, 5, 40]),
     seed=st.integers(0, 2**32),
 )
 def test_any_schedule_gives_solo_tokens_and_returns_every_block(
@@ -537,12 +433,14 @@ def test_any_schedule_gives_solo_tokens_and_returns_every_block(
     num_blocks: int,
     max_rows: int,
     budget: int,
+    snapshots: int,
     seed: int,
 ) -> None:
     rng = random.Random(seed)
     harness = Harness(
-        num_stages=stages, num_blocks=num_blocks, max_rows=max_rows, max_batch_tokens=max_rows + budget, max_seq_len=64
-    )
+        num_stages=stages, num_blocks=num_blocks, max_rows=max_rows, max_batch_tokens=max_rows + budget,
+        max_seq_len=64, num_snapshots=snapshots,
+    )  # fmt: skip
     cancelled: set[int] = set()
     pending = list(enumerate(shapes))
     while pending or harness.scheduler.num_live:
