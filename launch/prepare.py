@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import click
 
+from mgpu.launch.measured import measured, needs_measuring
 from mgpu.launch.settings.config import ServeConfig
 from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.errors import ModelError
@@ -126,6 +127,8 @@ def plan_model(
     check_loadable(checkpoint)
     machine, options = ground(model, config, gpus)
     planned = plan(checkpoint.facts, machine, options)
+    if not gpus and needs_measuring(planned, options):
+        planned = plan(checkpoint.facts, measured(machine), options)
     if not gpus:
         _check_tasks(config, planned)
         found = _with_tried_pairs(machine, planned, tries_pairs)

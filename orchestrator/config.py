@@ -100,6 +100,8 @@ class ServerConfig:
     """Per rank: as ``kv_memory``; empty: that of all."""
     worker_devices: tuple[str, ...] = ()
     """Per rank: the device under that environment, ``cpu`` or ``cuda:N``; empty: the placement's ordinals."""
+    worker_cpus: tuple[frozenset[int], ...] = ()
+    """Per rank: the processors next to its GPU, which it runs on; empty: any."""
     gpu_uuids: Mapping[int, str] = field(default_factory=dict)
     """The GPUs in use, by ordinal; the parent asks the driver for their memory."""
     worker_command: tuple[str, ...] = WORKER_COMMAND

@@ -35,6 +35,16 @@ class Case:
     """What the layout must be on GPUs that reach each other; empty: not looked at."""
     uuids: tuple[str, ...] = ()
     """Which GPU each rank must have; empty: not looked at."""
+    topology: str = ""
+    """A topology file."""
+
+    def options(self, folder: Path) -> tuple[str, ...]:
+        """Return the arguments; the topology file is written into the folder."""
+        if not self.topology:
+            return self.arguments
+        path = folder / "topology.yaml"
+        path.write_text(self.topology)
+        return (*self.arguments, "--topology", str(path))
 
 
 def cases(box: Box) -> Iterator[Case]:
@@ -49,7 +59,29 @@ def cases(box: Box) -> Iterator[Case]:
     yield from mapped_cases(box)
     if box.size >= 4:
         yield from hybrid_cases(box)
+    yield from unequal_cases(box)
     yield from subset_cases(box)
+
+
+def unequal_cases(box: Box) -> Iterator[Case]:
+    """Unequal shares of the heads, layers on the CPU, and an embedding or a head apart from its layers."""
+    two = box.first(2)
+    shares = Case("--tp-shares 5,3", two, arguments=("--tp-shares", "5,3"), mode="tensor-parallel", transport="nccl")
+    yield shares
+    yield replace(shares, what="--tp-shares 5,3, MGPU_NO_NCCL=1", environ=NO_NCCL, transport="gloo")
+    offload = Case('-n "0:5;cpu:3"', box.first(1), arguments=("-n", "0:5;cpu:3"), mode="layer-mapped")
+    yield replace(offload, stage_transport="pinned")
+    yield replace(offload, what='-n "0:3;1:3;cpu:2"', place=two, arguments=("-n", "0:3;1:3;cpu:2"))
+    first, second = ("cpu[0]", "cpu[1]") if box.kind == "cpu" else ("cuda[0]", "cuda[1]")
+    layers = f'0-5: {{device: "{first}"}}\n5-8: {{device: "{second}"}}\n'
+    for what, edge in (
+        ("head on the first device", f'/lm_head/: {{device: "{first}"}}'),
+        ("embedding on the second device", f'/embed/: {{device: "{second}"}}'),
+        ("embedding on the CPU", "/embed/: {device: cpu}"),
+    ):
+        yield Case(what, two, topology=layers + edge, mode="layer-mapped")
+    yield Case("all on the first, head on the second", two, topology=f'0-8: {{device: "{first}"}}\n/lm_head/: '
+               f'{{device: "{second}"}}', mode="layer-mapped")  # fmt: skip
 
 
 def mapped_cases(box: Box) -> Iterator[Case]:
@@ -91,7 +123,7 @@ def subset_cases(box: Box) -> Iterator[Case]:
 
 def greedy_tokens(place: Place, model: Path, case: Case | None = None) -> list[list[int]]:
     """Serve a model and give the greedy continuations of all prompts, asked at once."""
-    arguments, environ = (case.arguments, case.environ) if case else ((), {})
+    arguments, environ = (case.options(model.parent), case.environ) if case else ((), {})
     server = serving(place, model, *FP32, *arguments, environ=environ)
     with server, Client(server.wait_ready(START_S), silence_timeout_s=60.0) as client:
         streams = [client.stream(ids, max_tokens=NEW_TOKENS, ignore_eos=True) for ids in PROMPTS]
@@ -100,7 +132,8 @@ def greedy_tokens(place: Place, model: Path, case: Case | None = None) -> list[l
 
 def layout_problems(box: Box, case: Case, model: Path) -> list[str]:
     """Say in what the chosen layout is not the one that the case is about. Only GPUs have the ways that cases name."""
-    layout = plan_of(case.place, "-m", str(model), *FP32, *case.arguments, environ=case.environ)
+    options = case.options(model.parent)
+    layout = plan_of(case.place, "-m", str(model), *FP32, *options, environ=case.environ)
     found = [str(rank["uuid"]) for rank in layout["ranks"]]  # type: ignore[attr-defined]
     problems = []
     if case.uuids and tuple(found) != case.uuids:

@@ -29,6 +29,7 @@ from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.server_keys import describe
 from mgpu.orchestrator.host.systemd import Notifier
 from mgpu.orchestrator.placement.devices import worker_environment
+from mgpu.orchestrator.placement.numa import cpus_of_node
 from mgpu.orchestrator.router.copies import COPY_VARIABLE
 from mgpu.protocol.internal.child import end_with_parent
 from mgpu.protocol.internal.client_limits import ClientLimits
@@ -185,6 +186,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         timeouts=part_of(config, Timeouts),
         restarts=part_of(config, Restarts),
         worker_envs=tuple(environment for environment, _ in placed),
+        worker_cpus=tuple(cpus_of_node(plan.machine.devices[ordinal].numa_node) for ordinal in ordinals),
         worker_devices=tuple(device for _, device in placed),
         gpu_uuids={ordinal: device.uuid for ordinal, device in devices.items() if device.kind == "cuda"},
     )

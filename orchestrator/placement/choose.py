@@ -1,12 +1,13 @@
 """Choose which devices compute which layers: as the user asked, else by what is visible and how the model splits."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.described import kinds_text
-from mgpu.orchestrator.placement.devices import Machine, selectors
+from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, selectors
 from mgpu.orchestrator.placement.divisibility import (
     advice_without_groups,
     compatible_sizes,
@@ -14,14 +15,19 @@ from mgpu.orchestrator.placement.divisibility import (
     split_problems,
 )
 from mgpu.orchestrator.placement.fit import weight_capacity
+from mgpu.orchestrator.placement.gpu_facts import find_gpu
 from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map, quick_stages
 from mgpu.orchestrator.placement.named_layers import named_stages
 from mgpu.orchestrator.placement.options import LayoutOptions
-from mgpu.orchestrator.placement.sizes import edge_elements, layers_bytes
+from mgpu.orchestrator.placement.sizes import edge_elements, kv_token_bytes, layers_bytes
+from mgpu.orchestrator.placement.stage_order import stage_order
 from mgpu.orchestrator.placement.topology.rules import Topology
 from mgpu.orchestrator.placement.uneven import example_shares, uneven_stage
-from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, ModelFacts
+from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.placement import PlacementPlan, Stage
+
+_USUAL_TOKENS = 4096
+"""Length of a request up to which more room for keys and values counts more than speed."""
 
 Choice = tuple[PlacementPlan, str]
 """A placement and the reason for it."""
@@ -156,7 +162,7 @@ def _split_error(
         f"Compatible sizes: {sizes_text(facts, options.quant, options.experts)}. "
         f"Use {_fewer_devices(machine, options, best)}"
     )
-    if size >= 2 and facts.borrowed is None and (shares := example_shares(facts, size)):
+    if size >= 2 and facts.borrowed is None and facts.linear is None and (shares := example_shares(facts, size)):
         text += f", or --tp-shares {shares}"
     if 2 <= size <= facts.num_layers:
         text += f', or give each its own layers: -n "{map_text(even_stages(facts.num_layers, range(size)))}"'
@@ -198,9 +204,9 @@ def _first_devices(machine: Machine, count: int) -> str:
 
 def _choose_balanced(facts: ModelFacts, machine: Machine, options: LayoutOptions, reason: str) -> Choice:
     count, layers = len(machine.devices), facts.num_layers
-    ordinals: Sequence[int] = range(count)
+    ordinals = stage_order(machine, range(count))
     if count > layers and options.fewer_devices:
-        ordinals = _emptiest(machine, layers)
+        ordinals = stage_order(machine, _emptiest(machine, layers))
         reason += f"; {layers} of {count} {_noun(machine, count)}, because the model has {layers} layers"
     elif count > layers:
         raise PlacementError(
@@ -214,8 +220,27 @@ def _choose_balanced(facts: ModelFacts, machine: Machine, options: LayoutOptions
     capacities = [weight_capacity(device, options) for device in devices]
     per_layer = layers_bytes(facts, range(layers), 1, dtype_bytes, options.quant) // layers
     extras = [elements * dtype_bytes for elements in edges]
-    if len({device.name for device in devices}) > 1 and machine.kind == "cuda":
+    rates = _rates(devices)
+    if machine.kind == "cuda" and not rates:
         return balanced_stages(layers, ordinals, capacities, per_layer, extras), reason
     head = edge_elements(facts, 1, first=False, last=True) * dtype_bytes
     read_extras = [head if i == last else 0 for i in range(len(ordinals))]
-    return quick_stages(layers, ordinals, capacities, per_layer, extras, read_extras), reason
+    enough = _enough_bytes(facts, machine, options) if len(set(rates)) > 1 else math.inf
+    if len(set(rates)) == 1:
+        rates = []
+    return quick_stages(layers, ordinals, capacities, per_layer, extras, read_extras, rates, enough), reason
+
+
+def _rates(devices: Sequence[DeviceInfo]) -> list[float]:
+    """Return how fast each GPU reads its memory: known or told, times what was measured of it. Empty if not known."""
+    known = [(gpu.bytes_per_s if (gpu := find_gpu(device.name)) else device.bytes_per_s) for device in devices]
+    if len({device.name for device in devices}) == 1:
+        known = [1e12] * len(devices)
+    return [rate * device.speed for rate, device in zip(known, devices, strict=True)] if all(known) else []
+
+
+def _enough_bytes(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> float:
+    """Return the KV bytes of a layer that are worth more than speed: all rows at a usual length."""
+    element = kv_element_bytes(options.kv_cache_dtype, dtype_of(machine, options))
+    tokens = options.max_rows * min(options.max_seq_len or facts.max_position, _USUAL_TOKENS)
+    return tokens * kv_token_bytes(facts, range(facts.num_layers), 1, element) / facts.num_layers

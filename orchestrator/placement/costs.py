@@ -2,8 +2,10 @@
 
 from mgpu.orchestrator.placement.devices import Machine
 from mgpu.orchestrator.placement.fit import RankRow, gib
+from mgpu.orchestrator.placement.stage_order import crossings
 from mgpu.protocol.model.layout import Layout
 
+_SLOW = 0.95
 HOST_BYTES_PER_S = 100e9
 """What the memory of a server's socket delivers: assumed, since nothing here measures it."""
 
@@ -13,6 +15,19 @@ def cost_notes(machine: Machine, layout: Layout, rows: tuple[RankRow, ...]) -> l
     if machine.kind == "cpu":
         return []
     return [*_on_the_cpu(rows), *_sharing(layout, rows)]
+
+
+def way_notes(machine: Machine, layout: Layout) -> list[str]:
+    """Return what is said of the ways between stages, and of GPUs that are slower than they could be."""
+    notes, stages = [], layout.placement.stages
+    order = [stage.devices[0] for stage in stages if len(stage.devices) == 1]
+    gpus = [ordinal for ordinal in order if machine.devices[ordinal].kind == "cuda"]
+    if len(gpus) == len(stages) > 2 and gpus != sorted(gpus):
+        text = ", ".join(map(str, gpus))
+        notes.append(f"stages in the order of GPUs {text}: {crossings(machine, gpus)} boundaries between sockets")
+    slow = [device for device in machine.gpus if device.speed < _SLOW]
+    notes += [f"GPU {each.ordinal} is busy: {each.speed:.0%} of its speed were measured" for each in slow]
+    return notes
 
 
 def _on_the_cpu(rows: tuple[RankRow, ...]) -> list[str]:

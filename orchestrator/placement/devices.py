@@ -11,6 +11,7 @@ import psutil
 
 from mgpu.orchestrator.errors import DeviceError, NoDeviceError
 from mgpu.orchestrator.placement.control_groups import memory_within_limits
+from mgpu.orchestrator.placement.numa import numa_node
 from mgpu.orchestrator.placement.nvml import Gpu, Link, Nvml, NvmlSession
 from mgpu.protocol.model.shared_memory_layout import orders_stores
 
@@ -37,6 +38,12 @@ class DeviceInfo:
     """CUDA compute capability; None: not known, or no GPU."""
     bytes_per_s: float = 0.0
     """How fast it reads its memory, by the driver's clock and bus width; 0: not known."""
+    busy: float = 0.0
+    """Share of the last second in which some process used it."""
+    speed: float = 1.0
+    """Share of its speed that was measured beside other processes; 1: not measured."""
+    numa_node: int = -1
+    """Node of its PCI slot; -1: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,8 @@ class Machine:
     """Lines for the start-up log."""
     kinds: tuple[str, ...] = ()
     """How ``--gpus`` writes each GPU of a described machine; empty for a real one."""
+    distances: tuple[tuple[int, ...], ...] = ()
+    """How far up the PCI tree each two GPUs meet, in NVML's levels; empty: not known."""
     host_bytes: tuple[int, int] = (0, 0)
     """Total and free bytes of the memory beside the GPUs, which CPU workers could use."""
 
@@ -128,12 +137,12 @@ def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine
             return None, f"CUDA_VISIBLE_DEVICES={variable} hides {len(inventory.gpus)}"
         devices = tuple(_device(ordinal, gpu) for ordinal, gpu in enumerate(gpus))
         problem = nccl_problem(environ, any(gpu.mig for gpu in gpus)) or missing_nccl()
-        links = session.links(gpus)
+        links, distances = session.links(gpus), session.distances(gpus)
         note = order_note(inventory.gpus, variable)
     if environ.get("MGPU_NO_P2P") == "1":
         links = tuple(tuple("none" for _ in row) for row in links)
     shared, notes = orders_stores(), (note,) if note else ()
-    return Machine(devices, links, problem, shared, notes, host_bytes=host_memory()), ""
+    return Machine(devices, links, problem, shared, notes, distances=distances, host_bytes=host_memory()), ""
 
 
 def check_answers(known: Sequence[Gpu], visible: Sequence[Gpu]) -> None:
@@ -148,7 +157,10 @@ def check_answers(known: Sequence[Gpu], visible: Sequence[Gpu]) -> None:
 def _device(ordinal: int, gpu: Gpu) -> DeviceInfo:
     selector = gpu.uuid if gpu.mig else str(gpu.index)
     size = gpu.total_bytes, gpu.free_bytes
-    return DeviceInfo(ordinal, "cuda", gpu.name, *size, gpu.uuid, selector, gpu.capability, gpu.bytes_per_s)
+    return DeviceInfo(
+        ordinal, "cuda", gpu.name, *size, gpu.uuid, selector, gpu.capability, gpu.bytes_per_s, gpu.busy,
+        numa_node=numa_node(gpu.pci),
+    )  # fmt: skip
 
 
 def visible_gpus(gpus: Sequence[Gpu], variable: str | None) -> list[Gpu]:
@@ -281,7 +293,15 @@ def oversubscribed(machine: Machine, workers: int) -> Machine:
         return replace(machine, devices=devices, links=links)
     note = f"{workers} workers share {count} GPU{'s' if count > 1 else ''} (--oversubscribe): expect it to be slow"
     problem = "NCCL refuses two ranks on one GPU"
-    return replace(machine, devices=devices, links=links, nccl_problem=problem, notes=(*machine.notes, note), kinds=())
+    return replace(
+        machine,
+        devices=devices,
+        links=links,
+        nccl_problem=problem,
+        notes=(*machine.notes, note),
+        kinds=(),
+        distances=(),
+    )
 
 
 def worker_environment(machine: Machine, ordinal: int) -> tuple[dict[str, str], str]:

@@ -126,12 +126,18 @@ def _stages(counts: Sequence[int], ordinals: Sequence[int]) -> PlacementPlan:
 
 
 def balanced_stages(
-    num_layers: int, ordinals: Sequence[int], capacities: Sequence[int], layer_bytes: int, extras: Sequence[int]
+    num_layers: int,
+    ordinals: Sequence[int],
+    capacities: Sequence[int],
+    layer_bytes: int,
+    extras: Sequence[int],
+    most: Sequence[int] = (),
 ) -> PlacementPlan:
     """Divide layers so that the device with the largest used share of its capacity is as empty as possible.
 
     ``capacities`` and ``extras`` (embedding, LM head) are bytes per device. Every device gets at least one layer, so
-    there must not be more devices than layers. The answer is the smallest fullness at which all layers have room; only
+    there must not be more devices than layers. ``most`` bounds the layers of each device; all layers must have room
+    within. The answer is the smallest fullness at which all layers have room; only
     the fullness of some device with some number of layers can be that, so it is found among those by bisection.
     Example: 30 layers of 1 GiB on devices of 20 and 40 GiB: 10 and 20 layers, both half full.
     """
@@ -143,7 +149,8 @@ def balanced_stages(
 
     def most_layers(device: int, ratio: float) -> int:
         # bisect, not a division: the count must agree with `fullness` to the last bit
-        return bisect.bisect_right(range(num_layers + 1), ratio, key=lambda count: fullness(device, count)) - 1
+        count = bisect.bisect_right(range(num_layers + 1), ratio, key=lambda count: fullness(device, count)) - 1
+        return min(count, most[device]) if most else count
 
     devices = range(len(ordinals))
     least = max(fullness(device, 1) for device in devices)
@@ -164,12 +171,15 @@ def quick_stages(
     layer_bytes: int,
     extras: Sequence[int],
     read_extras: Sequence[int],
+    rates: Sequence[float] = (),
+    enough: float = float("inf"),
 ) -> PlacementPlan:
-    """Divide layers over devices of one kind so that stages take equally long, if that leaves room for the KV cache.
+    """Divide layers over devices so that stages take equally long, as far as that leaves room for the KV cache.
 
     A stage of a decode step takes as long as reading its weights. Beside its layers, the last one reads the LM head,
-    but the first one reads only some rows of the embedding: ``read_extras`` (bytes per device). Where that division
-    would leave less than `ROOM_KEPT` of the KV cache, the answer is that of `balanced_stages`.
+    but the first one reads only some rows of the embedding: ``read_extras`` (bytes per device). ``rates`` are the bytes
+    per second of each device, if they differ. No device gets so many layers that less than `ROOM_KEPT` of the KV cache
+    of `balanced_stages` would be left, or less than ``enough`` bytes for each layer.
     Example: 32 layers of 436 MB and a head of 1,051 MB, as Llama 3.1 8B has: 17 and 15 layers.
     """
 
@@ -179,8 +189,20 @@ def quick_stages(
         return min(each / count for each, count in zip(left, _counts(plan), strict=True))
 
     by_room = balanced_stages(num_layers, ordinals, capacities, layer_bytes, extras)
-    by_time = balanced_stages(num_layers, ordinals, [1] * len(ordinals), layer_bytes, read_extras)
-    return by_time if room(by_time) >= max(0.0, ROOM_KEPT * room(by_room)) else by_room
+    kept = min(enough, ROOM_KEPT * room(by_room))
+    if kept <= 0:
+        return by_room
+    most = (
+        [
+            max(count, int((capacity - extra) / (layer_bytes + kept)))
+            for count, capacity, extra in zip(_counts(by_room), capacities, extras, strict=True)
+        ]
+        if rates
+        else []
+    )
+    speeds = [max(1, round(rate / 1e6)) for rate in rates] or [1] * len(ordinals)
+    by_time = balanced_stages(num_layers, ordinals, speeds, layer_bytes, read_extras, most)
+    return by_time if rates or room(by_time) >= kept else by_room
 
 
 def _counts(plan: PlacementPlan) -> list[int]:

@@ -15,6 +15,8 @@ has shown that it does not (pair_check.py)."""
 _P2P_READ, _P2P_WRITE, _P2P_NVLINK = 0, 1, 2
 _P2P_OK = 0
 _MEMORY_CLOCK = 2
+ACROSS_SOCKETS = 50
+"""NVML's level of two GPUs whose traffic crosses between processors: NVML_TOPOLOGY_SYSTEM."""
 
 
 class _Memory(Protocol):
@@ -69,6 +71,8 @@ class Gpu:
     """How fast it reads its memory at most; 0: the driver does not say."""
     problem: str = ""
     """Why it does not answer the driver; empty if it does."""
+    busy: float = 0.0
+    """Share of the last second in which some process used it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,16 @@ class NvmlSession:
         """Return the peer-access matrix of some GPUs of the inventory."""
         return tuple(tuple(self._link(first, second) for second in gpus) for first in gpus)
 
+    def distances(self, gpus: Sequence[Gpu]) -> tuple[tuple[int, ...], ...]:
+        """Return how far up the PCI tree each two GPUs meet, in NVML's levels of 0 to 50; empty if not known."""
+        ask = getattr(self._nvml, "nvmlDeviceGetTopologyCommonAncestor", None)
+        if self._nvml is None or ask is None or any(gpu.mig for gpu in gpus):
+            return ()
+        try:
+            return tuple(tuple(0 if a.uuid == b.uuid else int(ask(a.handle, b.handle)) for b in gpus) for a in gpus)
+        except self._nvml.NVMLError:
+            return ()
+
     def _link(self, first: Gpu, second: Gpu) -> Link:
         if first.uuid == second.uuid:
             return "self"
@@ -192,7 +206,17 @@ def _query(nvml: Nvml, handle: object) -> Gpu:
         handle=handle,
         capability=_capability(nvml, handle),
         bytes_per_s=_bytes_per_s(nvml, handle),
+        busy=_busy(nvml, handle),
     )
+
+
+def _busy(nvml: Nvml, handle: object) -> float:
+    """Return how much of the last second the GPU worked; 0 where driver or package do not tell."""
+    ask = getattr(nvml, "nvmlDeviceGetUtilizationRates", None)
+    try:
+        return 0.0 if ask is None else float(ask(handle).gpu) / 100
+    except nvml.NVMLError:
+        return 0.0
 
 
 def _bytes_per_s(nvml: Nvml, handle: object) -> float:

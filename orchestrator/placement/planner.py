@@ -5,7 +5,7 @@ from typing import get_args
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.choose import choose_placement, devices_text, dtype_of
-from mgpu.orchestrator.placement.costs import cost_notes
+from mgpu.orchestrator.placement.costs import cost_notes, way_notes
 from mgpu.orchestrator.placement.cpu_workers import added_workers, mixed_stage, with_cpu_workers
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.divisibility import expert_split
@@ -246,6 +246,7 @@ def _notes(machine: Machine, layout: Layout, rows: tuple[RankRow, ...]) -> list[
         problem = machine.nccl_problem or shared
         notes.append(f"partial sums go over the host (gloo), which is slow: {problem}")
     notes += cost_notes(machine, layout, rows)
+    notes += way_notes(machine, layout)
     used = {device for stage in placement.stages for device in stage.devices}
     if idle := [device for device in machine.devices if device.ordinal not in used]:
         notes.append(f"not used: {devices_text(machine, [device.ordinal for device in idle])}")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mgpu.orchestrator.placement.fit import RankRow, gib
+from mgpu.orchestrator.placement.nvml import Link
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.orchestrator.placement.sizes import active_bytes
 from mgpu.orchestrator.placement.stored_formats import stored_json, stored_lines
@@ -18,6 +19,8 @@ _TITLES: dict[Mode, str] = {
     "hybrid": "layer-mapped stages, tensor-parallel inside",
 }
 _COLUMNS = ("rank", "device", "memory free/total", "layers", "q heads", "KV heads", "weights", "KV cache", "KV tokens")
+_PCIE_NAMES = {10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
+"""One switch, several, a host bridge, a NUMA node, between sockets."""
 _LINK_NAMES = {"self": "-", "nvlink": "NVL", "pcie": "PCI", "none": "no", "broken": "bad"}
 
 
@@ -160,8 +163,18 @@ def _matrix(plan: Plan) -> list[str]:
     ordinals = [str(device.ordinal) for device in plan.machine.gpus]
     count = len(ordinals)
     links = (row[:count] for row in plan.machine.links[:count])
-    rows = [[ordinal, *map(_LINK_NAMES.__getitem__, row)] for ordinal, row in zip(ordinals, links, strict=True)]
+    rows = [
+        [ordinal, *(_link_name(plan, first, second, link) for second, link in enumerate(row))]
+        for first, (ordinal, row) in enumerate(zip(ordinals, links, strict=True))
+    ]
     return _table(["P2P", *ordinals], rows)
+
+
+def _link_name(plan: Plan, first: int, second: int, link: Link) -> str:
+    """Return a link as `nvidia-smi topo -m` names it, where it is known over what it goes."""
+    if link != "pcie" or not plan.machine.distances:
+        return _LINK_NAMES[link]
+    return _PCIE_NAMES.get(plan.machine.distances[first][second], _LINK_NAMES[link])
 
 
 def layout_json(plan: Plan) -> dict[str, object]:

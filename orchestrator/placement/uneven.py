@@ -58,6 +58,8 @@ def _share_problems(facts: ModelFacts, shares: tuple[int, ...]) -> list[str]:
     if facts.linear is not None and len(set(shares)) > 1:
         key_heads = facts.linear.key_heads
         return [f"the {key_heads} key heads of linear attention are split evenly only; use --tp {len(shares)}"]
+    if facts.linear is not None:
+        return [f"the linear attention of this {facts.architecture} model splits evenly only; use --tp"]
     if min(shares) < 1:
         return [f"each GPU needs at least 1 of the {heads} KV heads"]
     if sum(shares) != heads:

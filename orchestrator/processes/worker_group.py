@@ -105,10 +105,21 @@ class WorkerGroup:
             for rank in range(self._config.layout.placement.world_size):
                 pass_fds = (shared_fd,) if shared_fd >= 0 else ()
                 self.processes.append(ChildProcess(f"worker {rank}", command, None, self._environment(rank), pass_fds))
+                self._bind_to_processors(rank)
         finally:
             if shared_fd >= 0:
                 os.close(shared_fd)
         self._shared_fd = shared_fd
+
+    def _bind_to_processors(self, rank: int) -> None:
+        """Let a worker run only on the processors next to its GPU, of those that this process may use.
+
+        It has just begun, so the threads that it will make inherit that, and its memory is allocated there.
+        """
+        near = self._config.worker_cpus[rank] if self._config.worker_cpus else frozenset()
+        if allowed := near & os.sched_getaffinity(0):
+            with contextlib.suppress(OSError):  # a process that has ended is noticed elsewhere
+                os.sched_setaffinity(self.processes[rank].pid, allowed)
 
     def _bind(self, rank: int) -> str:
         socket = self._context.socket(zmq.DEALER)

@@ -1,0 +1,46 @@
+"""Busy GPUs are measured before layers are divided automatically, and only then."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from harness.machines import QWEN3_32B, gpus
+from mgpu.launch.measured import measured, needs_measuring
+from mgpu.orchestrator.placement.planner import LayoutOptions, plan
+
+
+def answering(text: str) -> tuple[str, ...]:
+    return sys.executable, "-c", f"print({text!r})"
+
+
+def test_only_an_automatic_map_over_a_busy_gpu_needs_measuring() -> None:
+    idle = gpus(80, 80, nccl=False)
+    busy = replace(idle, devices=(idle.devices[0], replace(idle.devices[1], busy=0.5)))
+    by_hand = LayoutOptions(device_layers="0:32;1:32")
+    assert needs_measuring(plan(QWEN3_32B, busy, LayoutOptions()), LayoutOptions())
+    assert not needs_measuring(plan(QWEN3_32B, idle, LayoutOptions()), LayoutOptions())
+    assert not needs_measuring(plan(QWEN3_32B, busy, by_hand), by_hand)
+    whole = replace(busy, nccl_problem="")
+    assert not needs_measuring(plan(QWEN3_32B, whole, LayoutOptions()), LayoutOptions())
+
+
+def test_speeds_are_shares_of_the_fastest_gpu_of_a_kind_or_of_what_is_known() -> None:
+    found = measured(gpus(80, 80), answering('{"0": 3e12, "1": 1.5e12}'))
+    assert [device.speed for device in found.devices] == [1.0, 0.5]
+    known = gpus(80, 80)
+    known = replace(known, devices=tuple(replace(each, name="NVIDIA H200") for each in known.devices))
+    found = measured(known, answering('{"0": 2.15e12, "1": 4.4e12}'))
+    assert [device.speed for device in found.devices] == [pytest.approx(0.5, rel=0.01), 1.0]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"0": null}', '{"7": 1e12}', '{"x": 1}'])
+def test_an_answer_that_cannot_be_used_changes_nothing(text: str) -> None:
+    machine = gpus(80, 80)
+    assert measured(machine, answering(text)) == machine
+
+
+def test_a_probe_that_fails_changes_nothing() -> None:
+    machine = gpus(80, 80)
+    assert measured(machine, (sys.executable, "-c", "raise SystemExit(1)")) == machine
+    assert measured(machine, ("/nowhere/probe",)) == machine
