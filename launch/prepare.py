@@ -114,7 +114,9 @@ def note_missing_tokenizer(model: ResolvedModel) -> None:
     """Say so if a folder has weights and no tokenizer: its server takes token ids only."""
     folder = Path(model.path)
     if model.format == "safetensors" and has_weights(folder) and not (folder / "tokenizer.json").exists():
-        click.echo(f"{model.path} has no tokenizer.json: only requests with prompt_ids will work", err=True)
+        more = " (tokenizer.model is not read; transformers makes tokenizer.json of it)"
+        more = more if (folder / "tokenizer.model").exists() else ""
+        click.echo(f"{model.path} has no tokenizer.json{more}: only requests with prompt_ids will work", err=True)
 
 
 def plan_model(

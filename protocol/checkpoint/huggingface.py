@@ -7,7 +7,15 @@ from typing import cast, get_args
 from mgpu.protocol.checkpoint.borrowed import BORROWED, borrowed_facts, borrowed_type
 from mgpu.protocol.checkpoint.experts import expert_facts
 from mgpu.protocol.checkpoint.families import CLASSES, FAMILIES, MODEL_TYPES, Family
-from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit, checked_file, read_json_object
+from mgpu.protocol.checkpoint.files.untrusted import (
+    CheckpointError,
+    Fields,
+    Limit,
+    checked_file,
+    read_json_object,
+    reading,
+)
+from mgpu.protocol.checkpoint.files.wrong_kind import folder_without_config
 from mgpu.protocol.checkpoint.linear import linear_facts
 from mgpu.protocol.checkpoint.quantized.config import SchemeOf, read_schemes, refusal
 from mgpu.protocol.checkpoint.rope.huggingface import read_rope, rotated_size
@@ -21,7 +29,9 @@ def read_config_facts(folder: Path, is_plain: bool = False, code: ModelCode = "a
     ``is_plain`` ignores a quantization that config.json names; else it is refused, since there are no weights.
     """
     if folder.is_dir() and not os.path.lexists(folder / "config.json"):
-        raise CheckpointError(f"{folder}: not a model folder: no config.json")
+        with reading(folder):
+            hint = folder_without_config(folder)
+        raise CheckpointError(f"{folder}: not a model folder: no config.json{f'; {hint}' if hint else ''}")
     path = checked_file(folder, "config.json")
     outer = Fields(str(path), read_json_object(path))
     if kind := borrowed_type(outer, code):

@@ -17,6 +17,7 @@ from mgpu.orchestrator.gateway.text.panics import Panic, no_panics
 from mgpu.orchestrator.gateway.text.special_tokens import add_folder_tokens
 from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
 from mgpu.protocol.checkpoint.files.untrusted import MAX_JSON_BYTES, CheckpointError, Fields, checked_file
+from mgpu.protocol.checkpoint.files.wrong_kind import HEAD_BYTES, wrong_kind
 from mgpu.protocol.checkpoint.gguf_tokens import end_tokens
 from mgpu.protocol.internal.worker_messages import Vocabulary
 from mgpu.protocol.model.facts import CheckpointFormat
@@ -190,7 +191,10 @@ def _from_folder(folder: Path, file: Path) -> TextCodec:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust side raises bare Exception for any defect of the file
-        raise TokenizerError(f"{file}: not a usable tokenizer: {str(error)[:200]}") from None
+        with file.open("rb") as opened:
+            kind = wrong_kind(opened.read(HEAD_BYTES))
+        reason = f"it {kind}" if kind else str(error)[:200]
+        raise TokenizerError(f"{file}: not a usable tokenizer: {reason}") from None
     config = _read_json(folder, "tokenizer_config.json")
     special_map = _read_json(folder, "special_tokens_map.json")
     named = add_folder_tokens(tokenizer, config, special_map, _read_json(folder, "added_tokens.json"))

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from mgpu.protocol.checkpoint.files.tensors import BLOCKS
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, file_size, reading
+from mgpu.protocol.checkpoint.files.wrong_kind import HEAD_BYTES, wrong_kind
 
 GGUF_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
@@ -79,6 +80,9 @@ def read_gguf(path: str | Path, with_arrays: bool, kept: Collection[str] = ()) -
     """
     path = Path(path)
     with reading(path), open(path, "rb") as file:
+        head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
+        if not head.startswith(b"GGUF") and (kind := wrong_kind(head)):
+            raise CheckpointError(f"{path}: not a GGUF file: it {kind}")
         return _read(_Cursor(path, file, file_size(path)), with_arrays, kept)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, file_size, parse_json_object, reading
+from mgpu.protocol.checkpoint.files.wrong_kind import HEAD_BYTES, wrong_kind
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 1 << 17
@@ -33,8 +34,11 @@ def read_safetensors(path: Path) -> dict[str, TensorEntry]:
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, object], int]:
     with reading(path), open(path, "rb") as file:
-        prefix = file.read(8)
+        head = file.read(HEAD_BYTES)
+        prefix = head[:8]
         length = int.from_bytes(prefix, "little")
+        if (len(prefix) < 8 or length > size - 8) and (kind := wrong_kind(head)):
+            raise CheckpointError(f"{path}: not a safetensors file: it {kind}")
         if len(prefix) < 8:
             raise CheckpointError(f"{path}: not a safetensors file: {size} bytes")
         if length > min(MAX_HEADER_BYTES, size - 8):
@@ -42,6 +46,7 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, object], int]:
                 f"{path}: truncated or corrupt: claims a header of {length} bytes in a file of {size} "
                 f"(at most {MAX_HEADER_BYTES} allowed)"
             )
+        file.seek(8)
         data = file.read(length)
     return parse_json_object(data, f"{path}: header"), 8 + length
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from mgpu.protocol.checkpoint.files.wrong_kind import HEAD_BYTES, wrong_kind
+
 MAX_JSON_BYTES = 16 << 20
 """Larger than any real config.json or shard index; bounds what a hostile folder makes us parse."""
 
@@ -81,7 +83,10 @@ def read_json_object(path: Path) -> dict[str, object]:
     if size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} allowed for a JSON file")
     with reading(path):
-        return parse_json_object(path.read_bytes(), str(path))
+        data = path.read_bytes()
+    if not data.lstrip().startswith(b"{") and (kind := wrong_kind(data[:HEAD_BYTES])):
+        raise CheckpointError(f"{path}: not valid JSON: it {kind}")
+    return parse_json_object(data, str(path))
 
 
 def parse_json_object(data: bytes, source: str) -> dict[str, object]:
