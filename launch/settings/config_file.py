@@ -8,7 +8,7 @@ from pathlib import Path
 from mgpu.launch.settings.config import ServeConfig, declared_options
 from mgpu.launch.settings.values import Bytes, ConfigError
 
-PATHS = ("model", "keys")
+PATHS = ("model", "keys", "topology")
 """Options that may name a file or a folder: relative to where they were typed, which a service does not know."""
 
 

@@ -1,11 +1,14 @@
 """Check that a layout fits its devices, and count the tokens of KV cache that are left."""
 
+import bisect
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement import sizes
+from mgpu.orchestrator.placement.cpu_workers import with_cpu_workers
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.divisibility import compatible_sizes, expert_split, split_problems
+from mgpu.orchestrator.placement.layer_map import map_text
 from mgpu.orchestrator.placement.options import LayoutOptions, step_tokens
 from mgpu.orchestrator.placement.states import held_states, kept_states
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, kv_element_bytes
@@ -278,11 +281,34 @@ def _ways_for(sizing: Sizing, tokens: int) -> str:
         half = "" if sizing.dtype_bytes == 2 else "; --dtype bfloat16 halves that"
         return f"It would need a machine with more memory{half}"
     size, quant = _size_that_fits(sizing, tokens), _quant_that_fits(sizing, tokens)
-    narrower = f"--quant {quant} would fit on these" if quant else ""
-    if size is None:
-        return narrower or "No number of such GPUs would hold it; use larger GPUs"
-    more = f"{size} GPUs of this size would hold it, split tensor-parallel"
-    return f"{narrower}; {more}" if narrower else more
+    ways = [f"--quant {quant} would fit on these"] * bool(quant)
+    if size is not None:
+        ways.append(f"{size} GPUs of this size would hold it, split tensor-parallel")
+    if offloaded := _offload_that_fits(sizing, tokens):
+        ways.append(f'-n "{offloaded}" would run its last layers on the CPU, slowly')
+    return "; ".join(ways) or "No number of such GPUs would hold it; use larger GPUs"
+
+
+def _offload_that_fits(sizing: Sizing, tokens: int) -> str:
+    """Return a map with as few of the last layers on a CPU worker as needed; empty if none fits."""
+    layout, machine = sizing.layout, sizing.machine
+    stages = layout.placement.stages
+    if not machine.host_bytes[0] or layout.cpu_ranks or any(len(stage.devices) > 1 for stage in stages):
+        return ""
+    count, last = len(machine.devices), stages[-1]
+
+    def offloaded(number: int) -> PlacementPlan:
+        border = last.end_layer - number
+        on_cpu = Stage(border, last.end_layer, (count,))
+        return PlacementPlan((*stages[:-1], replace(last, end_layer=border), on_cpu))
+
+    def fits(number: int) -> bool:
+        tried = replace(layout, placement=offloaded(number), transport="none", stage_transport="pinned")
+        rows = rank_rows(replace(sizing, machine=with_cpu_workers(machine, 1), layout=tried))
+        return all(row.needs(tokens) <= row.budget_bytes for row in rows)
+
+    number = bisect.bisect_left(range(1, last.num_layers), True, key=fits) + 1
+    return map_text(offloaded(number), count) if number < last.num_layers and fits(number) else ""
 
 
 def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:

@@ -21,6 +21,11 @@ _PATTERNS = {
     "shared_down": r"mlp\.shared_expert\.down_proj\.weight",
 }
 """How the file names the matrices of each field of `LayerFormats`."""
+_LINEAR_PATTERNS = {
+    "qkv": r"linear_attn\.(query|key|value|gate)\.\d+\.weight",
+    "out": r"linear_attn\.out_proj\.weight",
+}
+"""The same of linear attention."""
 _ASKED: tuple[Quant, ...] = ("4", "8", "fp8")
 
 
@@ -28,7 +33,7 @@ def topology_text(plan: Plan, heading: str) -> str:
     """Return the file. ``heading`` is its first line, a comment."""
     if any(stage.shares for stage in plan.layout.placement.stages):
         raise PlacementError("--topology-out: a topology file has no shares; --tp-shares stays an option beside it")
-    lines = [f"# {heading}"]
+    lines = ["# " + "".join(each if each.isprintable() else "?" for each in heading)]
     stages = [stage for stage in plan.layout.placement.stages if stage.num_layers]
     for stage in stages:
         for first, end, formats in _runs(plan, stage):
@@ -103,5 +108,7 @@ def _exceptions(plan: Plan) -> Iterator[str]:
     for (held, quant), layers in found.items():
         which = r"\d+" if len(layers) == facts.num_layers else f"({'|'.join(map(str, layers))})"
         pattern = _PATTERNS[held] if facts.experts is not None else _PATTERNS[held].replace(_EXPERTS, "")
+        if facts.linear is not None and held in _LINEAR_PATTERNS:
+            pattern = f"({pattern}|{_LINEAR_PATTERNS[held]})"
         yield f"/layers\\.{which}\\.{pattern}/:"
         yield f"  quant: {quant}"

@@ -1,5 +1,6 @@
 """Drive the stages of a model without an engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -89,7 +90,8 @@ class Stages:
             place = RankPlace(self.group.rank, index, self.group.rank, self.group.size, 0, self.shares)
             where = place, layers, self.group, self.dtype, self.device
             how = self.quant, self.kv_cache_dtype, self.expert_split
-            stage = build_stage(facts, *where, *how, folder=self.checkpoint.source.path)
+            ends = index == 0, index == len(self.splits) - 1
+            stage = build_stage(facts, *where, *how, folder=self.checkpoint.source.path, ends=ends)
             self._fill(stage)
             sizes, types = (self.num_blocks, self.block_size, self.num_blocks), (self.dtype, self._kv_dtype)
             cache = KvCache.of_layers(facts, layers, part, sizes, types, self.device)
@@ -135,16 +137,20 @@ def logits_in_chunks(
     kv_cache_dtype: KvCacheDtype = "auto",
     expert_split: ExpertSplit = "tensor",
     shares: tuple[int, ...] = (),
+    splits: Sequence[range] = (),
 ) -> Tensor:
-    """Return the logits of every token when one request is computed ``chunks`` tokens at a time."""
+    """Return the logits of every token when one request is computed ``chunks`` tokens at a time.
+
+    ``splits`` are the layers of each stage, if they are not even.
+    """
     assert sum(chunks) == len(token_ids)
     total = checkpoint.facts.num_layers
     bounds = [total * index // num_stages for index in range(num_stages + 1)]
+    splits = splits or [range(*pair) for pair in pairwise(bounds)]
 
     def work(group: ThreadGroup) -> Tensor:
-        splits = [range(*pair) for pair in pairwise(bounds)]
         types = {"quant": quant, "kv_cache_dtype": kv_cache_dtype, "expert_split": expert_split, "shares": shares}
-        stages = Stages(checkpoint, group, splits, dtype, device, **types)
+        stages = Stages(checkpoint, group, list(splits), dtype, device, **types)
         row = Row(list(range(stages.num_blocks))[::-1])  # a table that is not the identity
         parts, first = [], 0
         for count in chunks:

@@ -293,6 +293,28 @@ def test_plan_overwrites_nothing_and_writes_nothing_that_is_refused(
     assert (status, "cannot write none/x.toml" in said) == (78, True)
 
 
+def test_the_topology_that_plan_writes_is_read_by_plan_and_serve(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device", "cpu", "-n", "0:1;cpu:1", "--quant", "8"]
+    status, said = outcome("plan", [GOOD, *options, "--topology-out", "t.yaml"], monkeypatch, capsys)
+    assert (status, "serve --topology t.yaml uses it" in said) == (0, True)
+    text = (place / "t.yaml").read_text()
+    assert text.splitlines()[1:] == [
+        "0-1:", '  device: "cpu[0]"', "  quant: 8", "1-2:", '  device: "cpu[1]"', "  quant: 8",
+    ]  # fmt: skip
+    read = [GOOD, "--device", "cpu", "--topology", "t.yaml"]
+    assert outcome("plan", [*read, "--topology-out", "again.yaml", "--write", "s.toml"], monkeypatch, capsys)[0] == 0
+    assert (place / "again.yaml").read_text() == text
+    assert load_config({}, {}, place / "s.toml")[0].topology == str(place / "t.yaml")
+    with pytest.raises(AssertionError, match="a server was started"):
+        outcome("serve", read, monkeypatch, capsys)
+    (place / "t.yaml").write_text("0-3: {quant: 8}")
+    planned, served = (outcome(command, read, monkeypatch, capsys) for command in ("plan", "serve"))
+    assert planned == served
+    assert (served[0], "line 1, 0-3: the model has 2 layers" in served[1]) == (78, True)
+
+
 def test_a_name_of_the_hub_stays_a_name(place: Path) -> None:
     origins = {"model": "x", "max_rows": "y", "tp": "default"}
     text = config_text(ServeConfig(model="demo", max_rows=3), origins, ["a", ""])

@@ -1,5 +1,6 @@
 """Apply the rules of a topology file to a model: a device for each layer, a format for each matrix. Pure."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -12,13 +13,15 @@ from mgpu.protocol.model.quantization import LayerFormats, Quant, formats_of, we
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _STACKS: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "out": ("self_attn.o_proj",),
+    "out": ("self_attn.o_proj", "linear_attn.out_proj"),
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
     "shared_gate_up": ("shared_expert.gate_proj", "shared_expert.up_proj"),
     "shared_down": ("shared_expert.down_proj",),
 }
 """Fields of `LayerFormats`, and the matrices that each holds in one stack."""
+_LINEAR_PROJECTION = re.compile(r"\.linear_attn\.(query|key|value|gate)\.")
+"""One tensor for each head of linear attention, all in one stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +143,11 @@ def _apply_pattern(
 
 def _stacks_of(facts: ModelFacts, layer: int) -> dict[str, list[str]]:
     """Return the weights that each matrix of a layer holds."""
-    names = [name for name in layer_tensors(facts, layer) if name.endswith("_proj.weight")]
+    tensors = layer_tensors(facts, layer)
+    names = [name for name in tensors if name.endswith("_proj.weight")]
     stacks: dict[str, list[str]] = {}
+    if projections := [name for name in tensors if _LINEAR_PROJECTION.search(name)]:
+        stacks["qkv"] = projections
     for held, kinds in _STACKS.items():
         ends = tuple(f"{kind}.weight" for kind in kinds)
         is_shared = held.startswith("shared_")

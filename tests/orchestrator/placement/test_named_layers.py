@@ -1,5 +1,6 @@
 """Where a topology file puts layers, embedding and head, how it quantizes, and that a written file gives the same."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -184,3 +185,18 @@ def test_maps_that_name_the_cpu_wrongly_are_refused(text: str, parts: list[str])
 def test_a_machine_without_room_for_the_cpu_layers_is_refused() -> None:
     with pytest.raises(PlacementError, match=r"CPU worker 0 has 0.9 GiB to use"):
         mapped("0:28;cpu:4", with_host(gpus(24), gib=1))
+
+
+def test_a_model_that_is_too_big_is_offered_its_last_layers_on_the_cpu() -> None:
+    with pytest.raises(PlacementError) as caught:
+        plan(FACTS, with_host(gpus(14)), LayoutOptions(max_seq_len=4096))
+    found = re.search(r'-n "(0:\d+;cpu:\d+)" would run its last layers on the CPU', str(caught.value))
+    assert found is not None
+    placed = mapped(found[1], with_host(gpus(14)), max_seq_len=4096)
+    layers = placed.layout.placement.stages[0].num_layers
+    assert placed.kv_tokens >= 4096
+    with pytest.raises(PlacementError):
+        mapped(f"0:{layers + 1};cpu:{31 - layers}", with_host(gpus(14)), max_seq_len=4096)
+    with pytest.raises(PlacementError) as caught:
+        plan(FACTS, with_host(gpus(14), gib=1), LayoutOptions(max_seq_len=4096))
+    assert "on the CPU" not in str(caught.value)

@@ -33,6 +33,11 @@ def model(folder: Path, **changes: object) -> Checkpoint:
     return read_checkpoint(write_random_model(folder, **SIZES | changes))
 
 
+@pytest.fixture(scope="module")
+def ten_layers(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return model(tmp_path_factory.mktemp("ten"), num_hidden_layers=10, tie_word_embeddings=True)
+
+
 def assert_equal(checkpoint: Checkpoint, shares: tuple[int, ...], split: ExpertSplit = "tensor") -> None:
     alone = logits_in_chunks(checkpoint, IDS, [17, 1, 6])
     shared = logits_in_chunks(checkpoint, IDS, [17, 1, 6], len(shares), shares=shares, expert_split=split)
@@ -61,6 +66,22 @@ def test_quantized_shares_are_slices_of_the_quantized_model(tmp_path: Path, quan
     shared = logits_in_chunks(checkpoint, IDS, [len(IDS)], 3, quant=quant, shares=(3, 3, 2))
     limit = 1e-4 if quant == "4" else 0.3  # int8 scales of a down projection are those of its slice
     torch.testing.assert_close(shared, alone, atol=limit, rtol=0)
+
+
+LAYER_MAPS = {
+    "3 stages": [range(4), range(4, 5), range(5, 10)],
+    "4 stages, embedding and head alone": [range(0), range(7), range(7, 10), range(10, 10)],
+    "8 stages": [range(at, at + 1) for at in range(6)] + [range(6, 8), range(8, 10)],
+    "8 stages, head alone": [range(at, at + 1) for at in range(6)] + [range(6, 10), range(10, 10)],
+}
+
+
+@pytest.mark.parametrize("splits", LAYER_MAPS.values(), ids=LAYER_MAPS)
+def test_stages_of_any_length_compute_what_one_computes(ten_layers: Checkpoint, splits: list[range]) -> None:
+    alone = logits_in_chunks(ten_layers, IDS, [17, 1, 6])
+    assert torch.equal(logits_in_chunks(ten_layers, IDS, [17, 1, 6], splits=splits), alone)
+    shared = logits_in_chunks(ten_layers, IDS, [17, 1, 6], 2, splits=splits, shares=(5, 3))
+    torch.testing.assert_close(shared, alone, atol=1e-4, rtol=0)
 
 
 def test_slices_of_the_vocabulary_choose_what_the_whole_chooses() -> None:

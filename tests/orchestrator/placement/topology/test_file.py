@@ -1,12 +1,20 @@
 """Topology files in every right and every wrong form."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from harness.assertions import assert_has_all
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.topology.file import parse_topology, read_topology
+
+PIECES = [
+    "0-16", "5", "/lm_head/", ":", " ", "\n", "{", "}", "device", "quant", '"cuda[0]"', "cpu", "4", ",", "[", "]", "- ",
+    "&a", "*a", "<<", "!!python/name:os", "'", "\t", "---", "#", "|", "?", "\ufeff", "\0", "-", "/(/", "/.*/",
+]  # fmt: skip
 
 
 def refusal(text: str) -> str:
@@ -73,7 +81,7 @@ def test_ranges_layers_and_patterns_are_read_in_order() -> None:
     ("/(/: {device: cpu}", ["not a regular expression"]),
     ("/(a+)+b/: {device: cpu}", ["none of a group"]),
     ("/.*.*.*.*.*/: {device: cpu}", ["4 repeats"]),
-    ("[" * 5000, ["nested too deeply"]),
+    ("[" * 1500, ["nested too deeply"]),
     ("\x01: {quant: 4}", ["not YAML"]),
 ])  # fmt: skip
 def test_what_is_wrong_is_named_with_the_way_out(text: str, parts: list[str]) -> None:
@@ -92,3 +100,10 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
             read_topology(tmp_path / name)
     with pytest.raises(PlacementError, match="Is a directory"):
         read_topology(tmp_path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    with contextlib.suppress(PlacementError):
+        assert parse_topology(text, "t.yaml").rules
