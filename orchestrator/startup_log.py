@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.scheduler.limits import Limits
+from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.worker_messages import LoadProgress, Ready
 
 log = logging.getLogger(__name__)
@@ -73,13 +74,26 @@ def phase_seconds(ready: Iterable[Ready]) -> dict[str, float]:
 
 def ready_line(total_s: float, phases: dict[str, float], loaded_bytes: int) -> str:
     """Return the whole start-up in one line: seconds in all and per phase, bytes and speed of the weights."""
+    return f"ready in {total_s:.1f} s  {_phases_text(phases, loaded_bytes)}"
+
+
+def recovered_line(took_s: float, sequences: int, ready: Iterable[Ready]) -> str:
+    """Return a recovery in one line: its seconds in all and per phase, and how many sequences go on."""
+    each = list(ready)
+    phases = phase_seconds(each)
+    phases = {"spawn": max(0.0, took_s - sum(phases.values())), **phases}
+    text = _phases_text(phases, sum(one.loaded_bytes for one in each))
+    return f"recovered in {took_s:.2f} s with {counted(sequences, 'sequence')}  {text}"
+
+
+def _phases_text(phases: dict[str, float], loaded_bytes: int) -> str:
     parts = []
     for phase, seconds in phases.items():
         part = f"{phase} {seconds:.1f}"
         if phase == "weights" and loaded_bytes and seconds > 0:
             part += f" ({format_bytes(loaded_bytes)}, {loaded_bytes / seconds / 1e9:.2f} GB/s)"
         parts.append(part)
-    return f"ready in {total_s:.1f} s  [{' | '.join(parts)}]"
+    return f"[{' | '.join(parts)}]"
 
 
 def format_bytes(count: int) -> str:

@@ -34,7 +34,7 @@ from mgpu.orchestrator.processes.gateway_process import GatewayProcess
 from mgpu.orchestrator.processes.http_process import HttpProcess
 from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
-from mgpu.orchestrator.startup_log import ProgressBar, log_ready
+from mgpu.orchestrator.startup_log import ProgressBar, log_ready, recovered_line
 from mgpu.protocol.discovery import RunningServer
 from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.gateway_messages import EngineInfo
@@ -244,7 +244,8 @@ class Engine:
             self._scheduler.use_workers(self._workers.group.epoch, self._workers.num_blocks)
             if self._life.state is not ServerState.STARTING:
                 took_s = self._workers.last_recovery_s
-                log.info("recovered in %.2f s with %s", took_s, counted(self._scheduler.num_live, "sequence"))
+                ready = self._workers.group.ready.values()
+                log.info("%s", recovered_line(took_s, self._scheduler.num_live, ready))
 
     def _run_periodic_work(self) -> None:
         """Watchdog, journal, runtime folder, standby workers and systemd: each acts when its own time has come."""

@@ -7,8 +7,8 @@ import pytest
 
 from harness.server_process import config
 from mgpu.orchestrator.scheduler.limits import Limits
-from mgpu.orchestrator.startup_log import ProgressBar, log_ready
-from mgpu.protocol.internal.worker_messages import LoadProgress
+from mgpu.orchestrator.startup_log import ProgressBar, log_ready, recovered_line
+from mgpu.protocol.internal.worker_messages import LoadProgress, Ready
 
 
 @pytest.mark.parametrize(("blocks", "is_said"), [(64, False), (32, True)])
@@ -27,3 +27,10 @@ def test_a_slow_disk_has_a_speed_too(caplog: pytest.LogCaptureFixture, monkeypat
     with caplog.at_level(logging.INFO):
         ProgressBar(world_size=1).show([LoadProgress(0, 0, "weights", 1_100_000, 4_400_000, 2.0)])
     assert caplog.text.endswith("25%  1.1 MB of 4.4 MB, 0.6 MB/s\n")
+
+
+def test_a_recovery_says_where_its_time_went() -> None:
+    ready = [Ready(1, rank, {"rendezvous": 1.0, "weights": 2.0 + rank}, 8_000_000_000, [], 16) for rank in range(2)]
+    assert recovered_line(6.25, 1, ready) == (
+        "recovered in 6.25 s with 1 sequence  [spawn 2.2 | rendezvous 1.0 | weights 3.0 (16.00 GB, 5.33 GB/s)]"
+    )
