@@ -16,6 +16,7 @@ from mgpu.orchestrator.placement.stored_formats import is_stored
 from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts, ModelFacts
 from mgpu.protocol.model.placement import Stage, TensorPart, padded_vocab
 from mgpu.protocol.model.quantization import Quant
+from mgpu.protocol.model.shared_memory_layout import SUM_ROWS
 
 MANY = 64
 """Streams of the second estimate."""
@@ -43,6 +44,8 @@ _PROMPT_FLOPS: dict[Quant, float] = {"none": 0.655, "fp8": 0.565, "8": 0.62, "4"
 _ATTENTION_FLOPS = 0.55
 REQUEST_S = 3.8e-3
 """What a request costs on its way, beside its kernels."""
+_HOST_SUM_S = 9.5e-6
+"""One all-reduce of few rows through pinned host memory, where GPUs do not reach each other."""
 _LAUNCHED_S = 314e-6
 """A layer whose kernels are launched one by one, on the processors of the measured machine."""
 _NCCL_S, _GLOO_S = 590e-6, 1.56e-3
@@ -88,13 +91,19 @@ def estimate_speed(plan: Plan, context: int = CONTEXT, prompt: int = PROMPT) -> 
     def step_s(rows: int, behind: int) -> float:
         return sum(_stage_s(plan, stage, device, rows, behind) for stage, device in pairs)
 
+    def lap_s(rows: int, behind: int) -> float:
+        """Stages work on as many batches at once as there are stages, and each batch goes through all of them."""
+        count = len(pairs)
+        each = [_stage_s(plan, stage, device, -(-rows // count), behind) for stage, device in pairs]
+        return max(sum(each), count * max(each))
+
     can_compute = all(device.flops for device in known)
     first_token_s = REQUEST_S + max(step_s(prompt, 0), sum(_prompt_s(plan, *pair, prompt) for pair in pairs))
     return Speed(
         one_stream=1 / step_s(1, context),
-        many_streams=MANY / step_s(MANY, context) if can_compute else None,
+        many_streams=MANY / lap_s(MANY, context) if can_compute else None,
         first_token_s=first_token_s if can_compute else None,
-        source=_source([device for stage in stages for device in _devices_of(plan, stage)], len(stages)),
+        source=_source([device for stage in stages for device in _devices_of(plan, stage)]),
     )
 
 
@@ -134,7 +143,7 @@ def _rates(device: DeviceInfo) -> _Device | None:
     return _Device(device.bytes_per_s, 0, 0, 0, has_graphs) if device.bytes_per_s else None
 
 
-def _source(devices: list[DeviceInfo], num_stages: int) -> str:
+def _source(devices: list[DeviceInfo]) -> str:
     """Say which numbers of which GPUs count, and how well they were tried."""
     parts = []
     for name in dict.fromkeys(device.name for device in devices):
@@ -145,7 +154,7 @@ def _source(devices: list[DeviceInfo], num_stages: int) -> str:
             parts.append(f"{gpu.bytes_per_s / 1e12:.3g} TB/s and {gpu.flops / 1e12:.0f} TFLOP/s ({gpu.name})")
         else:
             parts.append(f"{device.bytes_per_s / 1e12:.3g} TB/s (the driver's memory clock and bus width; {name})")
-    tried = f"within {15 if num_stages == 1 else 35} % of measurements"
+    tried = "within 15 % of measurements"
     if not all(map(_is_measured, devices)) or len(devices) > 2:
         tried = "not measured on such a machine"
     return f"{', '.join(parts)}; {tried}"
@@ -241,8 +250,7 @@ def _state_bytes(plan: Plan, stage: Stage) -> int:
 
 def _has_own_sums(plan: Plan, stage: Stage) -> bool:
     devices = stage.devices
-    reach = all(plan.machine.peers(a, b) for a in devices for b in devices if a != b)
-    return plan.layout.transport == "nccl" and reach
+    return all(plan.machine.peers(a, b) for a in devices for b in devices if a != b)
 
 
 def _sums_s(plan: Plan, stage: Stage, device: _Device, rows: int) -> float:
@@ -250,11 +258,12 @@ def _sums_s(plan: Plan, stage: Stage, device: _Device, rows: int) -> float:
     if len(stage.devices) == 1:
         return 0.0
     nbytes = rows * plan.facts.hidden_size * DTYPE_BYTES[plan.layout.dtype]
-    return 2 * (_SUM_S + nbytes / _sum_bytes_per_s(plan, stage, device))
+    least_s = _SUM_S if _has_own_sums(plan, stage) else _HOST_SUM_S
+    return 2 * (least_s + nbytes / _sum_bytes_per_s(plan, stage, device, rows))
 
 
-def _sum_bytes_per_s(plan: Plan, stage: Stage, device: _Device) -> float:
-    if plan.layout.transport == "gloo":
+def _sum_bytes_per_s(plan: Plan, stage: Stage, device: _Device, rows: int) -> float:
+    if plan.layout.transport == "gloo" and (rows > SUM_ROWS or plan.layout.cpu_ranks):
         return 0.6e9
     links = {plan.machine.links[a][b] for a in stage.devices for b in stage.devices if a != b}
     if links == {"nvlink"} and device.link_bytes_per_s > 100e9:
@@ -264,9 +273,11 @@ def _sum_bytes_per_s(plan: Plan, stage: Stage, device: _Device) -> float:
 
 def _launch_s(plan: Plan, stage: Stage, device: _Device) -> float:
     """Return the seconds that the host needs to launch a layer's kernels; 0 for CUDA graphs."""
+    if device.has_graphs and not plan.layout.cpu_ranks:
+        return 0.0
     if len(stage.devices) > 1 and not _has_own_sums(plan, stage):
         return _GLOO_S if plan.layout.transport == "gloo" else _NCCL_S
-    return 0.0 if device.has_graphs and plan.layout.placement.num_stages == 1 else _LAUNCHED_S
+    return _LAUNCHED_S
 
 
 def _prompt_s(plan: Plan, stage: Stage, device: _Device, prompt: int) -> float:
