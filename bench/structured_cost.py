@@ -4,7 +4,7 @@
                                     [--first-tokens 20] [--save FILE] [-- SERVE OPTIONS]
 
 The weights are random, so the answers wander through the form: an array of objects that never ends. The tokenizer is
-made here: all bytes, and random pairs of tokens. Rounds with and without a form take turns.
+made here. Rounds with and without a form take turns.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import asyncio
 import json
 import random
 import statistics
+import string
 import tempfile
 import time
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ MOST_ADDED_SHARE = 0.05
 MOST_ADDED_S = 20e-3
 """To the first token, by a schema of 10 KiB that the server has not seen."""
 Form = dict[str, str] | None
+_BLANK = "\u0120"
+"""As byte-level tokenizers write it."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,30 @@ class Row:
 
 
 def write_tokenizer(folder: Path, size: int) -> None:
-    """Write a byte-level tokenizer of ``size`` tokens: all bytes, then random pairs of tokens that came before."""
+    """Write a byte-level tokenizer of ``size`` tokens, made like real ones.
+
+    All bytes come first. The others are random pairs of tokens that came before: nine of ten are pieces of words, with
+    and without a blank before them, the rest pairs of any two bytes.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     rng = random.Random(0)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     ids = {token: number for number, token in enumerate(tokens)}
     merges: list[tuple[str, str]] = []
+    letters, starts = list(string.ascii_letters), [*string.ascii_letters, _BLANK]
     while len(tokens) < size:
-        first, second = rng.choice(tokens), rng.choice(tokens)
-        if len(first) + len(second) <= 16 and first + second not in ids:
-            merges.append((first, second))
-            ids[first + second] = len(tokens)
-            tokens.append(first + second)
+        is_word = rng.random() < 0.9
+        first, second = (rng.choice(starts), rng.choice(letters)) if is_word else rng.choices(tokens[:256], k=2)
+        if len(first) + len(second) > 10 or first + second in ids:
+            continue
+        merges.append((first, second))
+        ids[first + second] = len(tokens)
+        tokens.append(first + second)
+        if is_word:
+            starts.append(tokens[-1])
+            if not first.startswith(_BLANK):
+                letters.append(tokens[-1])
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,13 +1,11 @@
-"""Follow one row's answer through its grammar: which tokens may come next, as one bit per token."""
+"""Follow one row's answer through its grammar: how far it has come, and which stop tokens may end it."""
 
-import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-MAX_MASK_S = 1.0
-"""CPU time for the tokens of one position. Ordinary grammars take some 50 µs."""
+WORD_BITS = 32
 
 
 class GrammarState:
@@ -19,49 +17,67 @@ class GrammarState:
     """
 
     def __init__(self, matcher: "LLMatcher", stop_ids: list[int], vocab_size: int) -> None:
-        self._matcher = matcher
-        self._stop_ids = stop_ids
+        self.matcher = matcher
+        self.failure = ""
+        self.is_suspect = True
+        """Whether the next mask is timed by itself."""
+        self._stop_ids = frozenset(stop_ids)
         self._vocab_size = vocab_size
         self._has_ended = False
         self._cannot_go_on = False
-        self.failure = ""
-        self._note_error()
+        self.note_error()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the matcher says what may come next."""
+        return not (self._has_ended or self._cannot_go_on or self.matcher.is_stopped())
+
+    def goes_on_by(self, token_id: int) -> bool:
+        """Return whether the matcher is to take a token of the answer. Those after a stop token have no meaning."""
+        self._has_ended = self._has_ended or token_id in self._stop_ids
+        return not (self._has_ended or self._cannot_go_on)
 
     def take(self, token_ids: list[int]) -> None:
-        """Go on by tokens of the answer. Those after a stop token have no meaning."""
+        """Go on by tokens of the answer."""
         for token_id in token_ids:
-            self._has_ended = self._has_ended or token_id in self._stop_ids
-            if self._has_ended or self._cannot_go_on:
+            if not self.goes_on_by(token_id):
                 return
-            self._matcher.consume_token(token_id)
-            self._note_error()
+            self.matcher.consume_token(token_id)
+            self.note_error()
 
-    def mask(self) -> bytes:
-        """Return the tokens that may come next, little-endian: token 9 is bit 1 of byte 1."""
-        began_s = time.thread_time()
-        allowed = self._allowed()
-        if not self.failure and (took_s := time.thread_time() - began_s) > MAX_MASK_S:
-            self.failure = f"the grammar takes {took_s:.1f} s for one token, the limit is {MAX_MASK_S:g} s"
-        return allowed.to_bytes(-(-self._vocab_size // 8), "little")
-
-    def _allowed(self) -> int:
-        stops = sum(1 << token_id for token_id in set(self._stop_ids))
-        if self._has_ended or self._cannot_go_on or self._matcher.is_stopped():
-            return stops
-        bits = int.from_bytes(self._matcher.compute_bitmask(), "little") & ((1 << self._vocab_size) - 1)
-        if self._note_error():
-            return stops
+    def complete(self, words_W: memoryview, is_open: bool) -> None:
+        """Make the matcher's mask one of the row's: uint32 [W], token 33 is bit 1 of word 1. In place."""
+        if not is_open or self.note_error():
+            self._allow_stops_only(words_W)
+            return
+        # The table has one token more than the model, which ends a text for the library.
+        _set_bit(words_W, self._vocab_size, False)
         # A stop token may have text that the grammar means too. It ends the answer all the same.
-        allowed = bits | stops if self._matcher.is_accepting() else bits & ~stops
-        if not allowed:
-            self._fail("no token of this model continues the text")
-        return allowed or stops
+        is_complete = self.matcher.is_accepting()
+        for token_id in self._stop_ids:
+            _set_bit(words_W, token_id, is_complete)
+        if words_W == memoryview(bytes(words_W.nbytes)).cast("I"):
+            self.fail("the grammar cannot go on: no token of this model continues the text")
+            self._cannot_go_on = True
+            self._allow_stops_only(words_W)
 
-    def _note_error(self) -> bool:
-        if self._matcher.is_error() and not self._cannot_go_on:
-            self._fail(self._matcher.get_error().splitlines()[0][:300])
+    def note_error(self) -> bool:
+        """Return whether the grammar cannot go on, after a look at the matcher."""
+        if not self._cannot_go_on and self.matcher.is_error():
+            self._cannot_go_on = True
+            self.fail(f"the grammar cannot go on: {self.matcher.get_error().splitlines()[0][:300]}")
         return self._cannot_go_on
 
-    def _fail(self, why: str) -> None:
-        self._cannot_go_on = True
-        self.failure = self.failure or f"the grammar cannot go on: {why}"
+    def fail(self, why: str) -> None:
+        """Note the first reason to end the row."""
+        self.failure = self.failure or why
+
+    def _allow_stops_only(self, words_W: memoryview) -> None:
+        words_W[:] = memoryview(bytes(words_W.nbytes)).cast("I")
+        for token_id in self._stop_ids:
+            _set_bit(words_W, token_id, True)
+
+
+def _set_bit(words_W: memoryview, number: int, value: bool) -> None:
+    word, bit = number // WORD_BITS, 1 << number % WORD_BITS
+    words_W[word] = words_W[word] | bit if value else words_W[word] & ~bit

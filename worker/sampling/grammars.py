@@ -2,11 +2,11 @@
 
 A row's mask for the next token is known only when its last token is. So that nobody waits for it, it is computed in
 threads beside the forward pass of the next step. Each rank that chooses tokens does all of this by itself: matchers are
-deterministic, so all ranks get the same masks without a message. For a row with a grammar, on a GPU:
+deterministic, so all ranks get the same masks without a message. For rows with a grammar, on a GPU:
 
-    host      launch 1 | launch 2's forward | wait for mask 2 | launch 2's sampling | launch 3's forward | …
+    host      launch 1 | launch 2's forward | wait for masks 2 | launch 2's sampling | launch 3's forward | …
     GPU                | step 1: forward, choose A | step 2: forward ………………………… | choose B | step 3 …
-    threads            | mask 1                    | take A, mask 2 |            | take B, mask 3 | …
+    threads            | masks 1                   | take A, masks 2 |           | take B, masks 3 | …
 
 Rows without a grammar in the same step wait with it, for less than a forward pass takes. Steps without such rows are as
 they were. The state of a row is a function of its grammar and its tokens. So a row that comes again, after preemption
@@ -29,13 +29,14 @@ from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.internal.grammars import new_matcher, token_table
 from mgpu.protocol.internal.worker_messages import NewRow, RowGrammar, StepPlan, Vocabulary
 from mgpu.worker.errors import BadPlan
-from mgpu.worker.sampling.grammar_state import GrammarState
+from mgpu.worker.sampling.grammar_masks import MaskMaker
+from mgpu.worker.sampling.grammar_state import WORD_BITS, GrammarState
 from mgpu.worker.state.rows import SampleRequest
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-_MASK_THREADS = 4
+_MOST_MASK_THREADS = 8
 _MOST_COMPILED = 64
 """Grammars that are kept for requests to come: many requests ask for the same one."""
 _WAIT_S = 60.0
@@ -44,10 +45,13 @@ _WAIT_S = 60.0
 
 @dataclass(slots=True)
 class _Row:
-    """The state after the row's last token, and what may follow it, as soon as a thread has found out."""
+    """The state after the row's last token, and what may follow it, as soon as threads have found out."""
 
     state: "Future[GrammarState]"
-    mask: "Future[bytes]"
+    masks: "Future[Tensor]"
+    """Of the rows of one step, int32 [N, W]."""
+    place: int
+    """Of this row among them."""
 
 
 class Grammars:
@@ -59,15 +63,17 @@ class Grammars:
         self._vocab_size = 0
         self._tokens: Future[LLTokenizer] | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        # One thread compiles, so that others compute masks meanwhile. It alone uses the cache.
+        # One thread compiles, another one computes masks meanwhile. Only the first uses the cache.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
-        self._maskers = ThreadPoolExecutor(min(_MASK_THREADS, os.cpu_count() or 1), thread_name_prefix="grammar-masks")
+        self._masker = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
+        self._maker: Future[MaskMaker] | None = None
         self._words: Tensor | None = None
 
     def use(self, vocabulary: Vocabulary) -> None:
         """Begin to prepare the tokens of the model."""
         self._vocab_size = len(vocabulary.tokens)
         self._tokens = self._compiler.submit(token_table, vocabulary)
+        self._maker = self._compiler.submit(_new_maker, self._vocab_size)
 
     def follow(self, plan: StepPlan) -> None:
         """Forget rows that the plan frees, and begin with those that are new."""
@@ -86,13 +92,11 @@ class Grammars:
         if not found:
             return []
         rows = [self._row(request.rows[index]) for index in found]
-        masks = [row.mask.result(_WAIT_S) for row in rows]
-        words_NW = self._packed(masks)
+        words_NW = self._words_of(rows)
         if self._words is None:
             shape = (self._max_rows, words_NW.shape[1])
             self._words = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        (found_N,) = self._to_device([found])
-        self._words[request.rows_S[found_N]] = words_NW.to(self._device, non_blocking=True)
+        self._words[self._rows_with_grammar(request, found)] = words_NW.to(self._device, non_blocking=True)
         states = [row.state.result(_WAIT_S) for row in rows]
         return [(index, state.failure) for index, state in zip(found, states, strict=True) if state.failure]
 
@@ -103,16 +107,14 @@ class Grammars:
             return
         assert self._words is not None
         first_word, end_word = first_id // 32, -(-(first_id + logits_SV.shape[1]) // 32)
-        is_all = len(found) == len(request.rows)
-        found_N = None if is_all else self._to_device([found])[0]
-        rows_N = request.rows_S if found_N is None else request.rows_S[found_N]
-        words_NW = self._words[rows_N, first_word:end_word]
+        words_NW = self._words[self._rows_with_grammar(request, found), first_word:end_word]
         bits_NW32 = (words_NW[:, :, None] >> torch.arange(32, dtype=torch.int32, device=self._device)) & 1
         start = first_id - 32 * first_word
         excluded_NV = bits_NW32.flatten(1)[:, start : start + logits_SV.shape[1]] == 0
-        if found_N is None:
+        if len(found) == len(request.rows):
             logits_SV.masked_fill_(excluded_NV, -torch.inf)
         else:
+            (found_N,) = self._to_device([found])
             logits_SV[found_N] = logits_SV[found_N].masked_fill_(excluded_NV, -torch.inf)
 
     def take(self, request: SampleRequest, ids_S: Tensor) -> None:
@@ -126,10 +128,13 @@ class Grammars:
             ids.copy_(ids_S, non_blocking=True)
             chosen = torch.cuda.Event()  # type: ignore[no-untyped-call]
             chosen.record()
-        for index in found:
-            row = self._row(request.rows[index])
-            state = row.state.result(_WAIT_S)
-            row.mask = self._maskers.submit(_advance, state, ids, index, chosen)
+        assert self._maker is not None
+        maker = self._maker.result(_WAIT_S)
+        rows = [self._row(request.rows[index]) for index in found]
+        states = [row.state.result(_WAIT_S) for row in rows]
+        masks = self._masker.submit(_advance, maker, states, ids, found, chosen)
+        for place, row in enumerate(rows):
+            row.masks, row.place = masks, place
 
     # -- in threads ----------------------------------------------------------------------------------------------------
 
@@ -138,7 +143,7 @@ class Grammars:
             raise BadPlan(f"row {new.row} has a grammar, but the vocabulary has not come")
         emitted = int32_array(new.token_ids)[new.prompt_len :].tolist()
         state = self._compiler.submit(self._state, grammar, emitted)
-        return _Row(state, self._maskers.submit(_first_mask, state))
+        return _Row(state, self._compiler.submit(self._first_mask, state), 0)
 
     def _state(self, grammar: RowGrammar, emitted: list[int]) -> GrammarState:
         assert self._tokens is not None
@@ -149,6 +154,10 @@ class Grammars:
         state = GrammarState(matcher.deep_copy(), grammar.stop_ids, self._vocab_size)
         state.take(emitted)
         return state
+
+    def _first_mask(self, state: "Future[GrammarState]") -> Tensor:
+        assert self._maker is not None
+        return self._maker.result().masks([state.result()])
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -163,23 +172,39 @@ class Grammars:
             raise BadPlan(f"row {number} samples by a grammar that has not come")
         return row
 
-    def _packed(self, masks: list[bytes]) -> Tensor:
+    def _rows_with_grammar(self, request: SampleRequest, found: list[int]) -> Tensor:
+        """Return the row numbers of those of a step that have a grammar, int64 [N]."""
+        if len(found) == len(request.rows):
+            return request.rows_S
+        return request.rows_S[self._to_device([found])[0]]
+
+    def _words_of(self, rows: list[_Row]) -> Tensor:
         """Return masks as int32 [N, W], in memory from which a copy to a GPU runs in the background."""
-        width = 4 * -(-self._padded_vocab // 32)
-        data = bytearray(b"".join(mask.ljust(width, b"\0") for mask in masks))
-        words = torch.frombuffer(data, dtype=torch.int32).view(len(masks), -1)
-        return words.pin_memory() if self._device.type == "cuda" else words
+        masks = rows[0].masks.result(_WAIT_S)
+        is_one_step = all(row.masks is rows[0].masks and row.place == place for place, row in enumerate(rows))
+        if len(masks) != len(rows) or not is_one_step:
+            masks = torch.stack([row.masks.result(_WAIT_S)[row.place] for row in rows])
+        shape = (len(rows), -(-self._padded_vocab // WORD_BITS))
+        words_NW = torch.zeros(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        width = min(shape[1], masks.shape[1])
+        words_NW[:, :width] = masks[:, :width]
+        return words_NW
 
     def _to_device(self, columns: list[list[int]]) -> tuple[Tensor, ...]:
         return tuple(torch.tensor(column, dtype=torch.int64).to(self._device) for column in columns)
 
 
-def _first_mask(state: "Future[GrammarState]") -> bytes:
-    return state.result(_WAIT_S).mask()
+def _new_maker(vocab_size: int) -> MaskMaker:
+    import llguidance
+
+    threads = max(1, min(_MOST_MASK_THREADS, (os.cpu_count() or 1) // 2))
+    return MaskMaker(llguidance.LLExecutor(num_threads=threads), vocab_size)
 
 
-def _advance(state: GrammarState, ids: Tensor, index: int, chosen: torch.cuda.Event | None) -> bytes:
+def _advance(
+    maker: MaskMaker, states: list[GrammarState], ids: Tensor, found: list[int], chosen: torch.cuda.Event | None
+) -> Tensor:
     if chosen is not None:
         chosen.synchronize()
-    state.take([int(ids[index])])
-    return state.mask()
+    chosen_ids = ids.tolist()
+    return maker.advance(states, [chosen_ids[index] for index in found])

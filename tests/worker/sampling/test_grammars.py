@@ -13,7 +13,8 @@ from harness.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.internal.grammars import new_matcher, token_table
 from mgpu.protocol.internal.worker_messages import NewRow, RowGrammar, RowSampling, StepPlan, Vocabulary
 from mgpu.worker.errors import BadPlan
-from mgpu.worker.sampling import grammar_state
+from mgpu.worker.sampling import grammar_masks
+from mgpu.worker.sampling.grammar_masks import MaskMaker
 from mgpu.worker.sampling.grammar_state import GrammarState
 from mgpu.worker.sampling.sampler import Sampler
 from mgpu.worker.state.rows import RowTable
@@ -142,19 +143,53 @@ def test_a_grammar_that_no_token_continues_is_reported() -> None:
     assert tokens[1] == [EOS]
 
 
-def test_slow_masks_are_reported_and_are_the_same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def masks() -> tuple[GrammarState, list[bytes]]:
-        state = GrammarState(new_matcher(token_table(VOCABULARY), "start: /a[b-c]+/"), [EOS], len(TOKENS))
-        first = state.mask()
-        state.take([ord("a")])
-        return state, [first, state.mask()]
+def states_of(*grammars: str) -> list[GrammarState]:
+    tokens = token_table(VOCABULARY)
+    texts = [of(each).grammar.text for each in grammars]  # type: ignore[union-attr]
+    return [GrammarState(new_matcher(tokens, text), [EOS], len(TOKENS)) for text in texts]
 
-    quick, expected = masks()
-    monkeypatch.setattr(grammar_state, "MAX_MASK_S", 0.0)
-    slow, found = masks()
-    assert found == expected
+
+def maker() -> MaskMaker:
+    import llguidance
+
+    return MaskMaker(llguidance.LLExecutor(num_threads=2), len(TOKENS))
+
+
+def allowed(words_W: Tensor) -> set[int]:
+    return {bit for bit in range(len(words_W) * 32) if int(words_W[bit // 32]) >> bit % 32 & 1}
+
+
+def test_rows_of_a_step_are_brought_forward_together() -> None:
+    states = states_of("/a[b-c]+/", '"x"', '"ab" /[^a]/', '"a" <|gone|>')
+    first = maker().masks(states)
+    ab = TOKENS.index(b"ab")
+    assert [allowed(words_W) for words_W in first] == [{ord("a"), ab}, {ord("x")}, {ord("a"), ab}, {EOS}]
+    second = maker().advance(states, [ord("a"), ord("x"), ab, ord("a")])
+    assert [allowed(words_W) for words_W in second[:2]] == [{ord("b"), ord("c")}, {EOS}]
+    assert allowed(second[2]).isdisjoint({ord("a"), ab, EOS})
+    assert allowed(second[3]) == {EOS}
+    assert [bool(state.failure) for state in states] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("tokens", [[], [ord("a")]])
+def test_slow_masks_are_reported_and_are_the_same_masks(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
+    [quick], [slow] = states_of("/a[b-c]+/"), states_of("/a[b-c]+/")
+    expected = [maker().masks([quick]), *(maker().advance([quick], [token]) for token in tokens)]
+    monkeypatch.setattr(grammar_masks, "MAX_MASK_S", 0.0)
+    found = [maker().masks([slow]), *(maker().advance([slow], [token]) for token in tokens)]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert not quick.failure
     assert "s for one token, the limit is 0 s" in slow.failure
+
+
+def test_a_slow_row_among_others_is_found_at_its_next_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = states_of("/a[b-c]+/", "/a[b-d]+/")
+    maker().masks(states)
+    monkeypatch.setattr(grammar_masks, "MAX_MASK_S", -1.0)
+    maker().advance(states, [ord("a"), ord("a")])
+    assert not any(state.failure for state in states)
+    maker().advance(states, [ord("b"), ord("b")])
+    assert all("for one token" in state.failure for state in states)
 
 
 def test_a_row_with_a_grammar_needs_the_vocabulary() -> None:
