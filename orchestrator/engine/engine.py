@@ -154,7 +154,8 @@ class Engine:
         """Take requests from now on. The gateway hears it before anybody can find the server."""
         self._progress.close()
         ready = self._workers.group.ready
-        on_cpu = self._config.device_kind == "cpu"  # on GPUs a warm-up compiles kernels: it says nothing of later steps
+        # On GPUs a warm-up compiles kernels: it says nothing of later steps.
+        on_cpu = self._config.device_kind == "cpu" or bool(self._config.layout.cpu_ranks)
         self._steps.begin(ready.values() if on_cpu else ())
         log_ready(self._config, self._scheduler.limits, ready, time.monotonic() - self._began_s)
         self._enter(ServerState.READY)

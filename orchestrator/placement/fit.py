@@ -164,7 +164,8 @@ def _pool_bytes(device: DeviceInfo, left: int, is_offload: bool) -> int:
 def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
     last = place.stage_index == sizing.layout.placement.num_stages - 1
     options, machine = sizing.options, sizing.machine
-    tokens = step_tokens(options, machine.kind, machine.least_bytes, sizing.layout.placement.num_stages)
+    kind = "cpu" if sizing.layout.cpu_ranks else machine.kind
+    tokens = step_tokens(options, kind, machine.least_bytes, sizing.layout.placement.num_stages)
     step = sizes.step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, options.max_rows)
     if sizing.layout.quant != "none" or sizing.facts.formats:
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
@@ -303,7 +304,9 @@ def _offload_that_fits(sizing: Sizing, tokens: int) -> str:
         return PlacementPlan((*stages[:-1], replace(last, end_layer=border), on_cpu))
 
     def fits(number: int) -> bool:
-        tried = replace(layout, placement=offloaded(number), transport="none", stage_transport="pinned")
+        tried = replace(
+            layout, placement=offloaded(number), transport="none", stage_transport="pinned", cpu_ranks=(len(stages),)
+        )
         rows = rank_rows(replace(sizing, machine=with_cpu_workers(machine, 1), layout=tried))
         return all(row.needs(tokens) <= row.budget_bytes for row in rows)
 

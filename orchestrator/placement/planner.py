@@ -66,7 +66,8 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
             'give each its own layers, such as -n "0:N;cpu:M"'
         )
     check_float8(machine, placement, options)
-    max_batch_tokens = step_tokens(options, machine.kind, machine.least_bytes, placement.num_stages)
+    kind = "cpu" if cpu_ranks(placement, machine) else machine.kind  # the slowest stage bounds a step
+    max_batch_tokens = step_tokens(options, kind, machine.least_bytes, placement.num_stages)
     layout = _layout(facts, machine, placement, options)
     sizing = Sizing(facts, machine, layout, options)
     rows = rank_rows(sizing)

@@ -21,7 +21,9 @@ from mgpu.protocol.model.quantization import Quant
 if TYPE_CHECKING:
     from yaml.nodes import Node
 
-MOST_BYTES = 1 << 20
+MOST_BYTES = 1 << 16
+_DEEPEST = 8
+"""Collections inside each other. PyYAML's time grows with the square of the depth."""
 _LONGEST_PATTERN = 2000
 _MOST_REPEATS = 4
 _KEYS = ("device", "quant")
@@ -39,7 +41,7 @@ def read_topology(path: Path) -> Topology:
     except OSError as error:
         raise PlacementError(f"--topology {path}: {error.strerror}") from error
     if len(data) > MOST_BYTES:
-        raise PlacementError(f"--topology {path}: larger than {MOST_BYTES >> 20} MiB, which no topology needs")
+        raise PlacementError(f"--topology {path}: larger than {MOST_BYTES >> 10} KiB, which no topology needs")
     try:
         return parse_topology(data.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
@@ -59,7 +61,12 @@ def _compose(text: str, source: str) -> "Node":
         import yaml
     except ImportError as error:
         raise PlacementError("--topology needs PyYAML; type: pip install pyyaml") from error
+    depth = 0
     try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise PlacementError(f"{source}: nested too deeply; write {_EXAMPLE}")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -67,8 +74,6 @@ def _compose(text: str, source: str) -> "Node":
         raise PlacementError(f"{source}{at}: not YAML: {error.problem or error}; write {_EXAMPLE}{quotes}") from error
     except yaml.YAMLError as error:
         raise PlacementError(f"{source}: not YAML: {str(error).splitlines()[0]}") from error
-    except RecursionError as error:
-        raise PlacementError(f"{source}: nested too deeply; write {_EXAMPLE}") from error
     if node is None:
         raise PlacementError(f"{source}: has no entries; write {_EXAMPLE}")
     return cast("Node", node)

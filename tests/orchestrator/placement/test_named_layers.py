@@ -156,6 +156,7 @@ def test_the_last_layers_go_to_the_cpu_and_the_plan_says_what_that_costs() -> No
     text = layout_text(result)
     assert_has_all(text, "layer-mapped over 1 GPU and 1 CPU worker", "CPU worker 0", "layers 28 to 31 on the CPU")
     assert "no peer access" not in text
+    assert result.limits.max_batch_tokens == 512  # as many as a CPU worker computes in good time
     assert result.rows[1].kv_tokens > 1_000_000  # a small pool there would bound that of the GPU
 
 

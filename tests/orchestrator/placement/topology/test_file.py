@@ -81,7 +81,7 @@ def test_ranges_layers_and_patterns_are_read_in_order() -> None:
     ("/(/: {device: cpu}", ["not a regular expression"]),
     ("/(a+)+b/: {device: cpu}", ["none of a group"]),
     ("/.*.*.*.*.*/: {device: cpu}", ["4 repeats"]),
-    ("[" * 1500, ["nested too deeply"]),
+    ("[" * 60_000, ["nested too deeply"]),
     ("\x01: {quant: 4}", ["not YAML"]),
 ])  # fmt: skip
 def test_what_is_wrong_is_named_with_the_way_out(text: str, parts: list[str]) -> None:
@@ -92,7 +92,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     for name, data, part in (
         ("missing", None, "No such file"),
         ("binary", b"\xff\xfe0: 1", "not UTF-8"),
-        ("large", b"#" * ((1 << 20) + 1), "larger than 1 MiB"),
+        ("large", b"#" * ((1 << 16) + 1), "larger than 64 KiB"),
     ):
         if data is not None:
             (tmp_path / name).write_bytes(data)
