@@ -36,6 +36,9 @@ class _Held:
 async def read_object(request: Request) -> dict[str, object]:
     """Return the body. HttpError for another type, too many bytes, or what is no JSON object."""
     _check_type(request.headers.get("content-type", ""))
+    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        text = f"content-encoding is {coding[:60]!a}; send the body as it is"
+        raise HttpError(415, text, code="unsupported_media_type")
     return parse_object(await _read(request))
 
 

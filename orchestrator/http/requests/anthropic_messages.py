@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mgpu.orchestrator.http.requests.rules import MAX_MESSAGES, ROLES, parse_content
+from mgpu.orchestrator.http.requests.rules import MAX_MESSAGES, ROLES, parse_content, parse_part
 from mgpu.protocol.front.chat_messages import TOOL_CHOICE, TOOLS
 from mgpu.protocol.front.fields import FieldError, shown, wrong
 
@@ -47,7 +47,7 @@ class _Block:
 def _block(field: str, block: object) -> _Block:
     kind = block.get("type", "text") if isinstance(block, Mapping) else "text"
     if not isinstance(block, Mapping) or kind not in ("tool_use", "tool_result", "thinking", "redacted_thinking"):
-        return _Block(parse_content(field, [block]))
+        return _Block(parse_part(field, block))
     if kind == "thinking":
         return _Block(reasoning=parse_content(f"{field}.thinking", block.get("thinking")))
     if kind == "tool_use":

@@ -12,6 +12,7 @@ _BIAS = Number(-100, 100)
 _MAX_BIASES = 1024
 _TOKEN_ID = Integer(0, INT32_MAX)
 _TEXT = Text(2**27 - 1)
+_PROMPT = Text(2**27 - 1, 1)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 """A tuple: what a body names may be of a type that no set can look up."""
@@ -76,7 +77,7 @@ class Prompt:
 
     def parse(self, field: str, value: object) -> list[object]:
         if isinstance(value, str):
-            return [_TEXT.parse(field, value)]
+            return [_PROMPT.parse(field, value)]
         if not isinstance(value, list) or not value:
             raise wrong(field, value, self.allowed)
         if isinstance(value[0], int):
@@ -84,7 +85,7 @@ class Prompt:
         if len(value) > MAX_PROMPTS:
             raise wrong(field, value, self.allowed)
         return [
-            _TEXT.parse(f"{field}[{at}]", one) if isinstance(one, str) else self._ids(f"{field}[{at}]", one)
+            _PROMPT.parse(f"{field}[{at}]", one) if isinstance(one, str) else self._ids(f"{field}[{at}]", one)
             for at, one in enumerate(value)
         ]
 
@@ -102,10 +103,11 @@ def parse_content(field: str, value: object) -> str:
         return _TEXT.parse(field, value)
     if not isinstance(value, list):
         raise wrong(field, value, "a string or an array of parts")
-    return "\n".join(_part_text(f"{field}[{at}]", part) for at, part in enumerate(value))
+    return "\n".join(parse_part(f"{field}[{at}]", part) for at, part in enumerate(value))
 
 
-def _part_text(field: str, part: object) -> str:
+def parse_part(field: str, part: object) -> str:
+    """Return the text of one part."""
     if isinstance(part, str):
         return _TEXT.parse(field, part)
     if not isinstance(part, Mapping):

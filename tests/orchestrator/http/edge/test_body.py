@@ -11,12 +11,12 @@ from mgpu.orchestrator.http.edge import body
 from mgpu.orchestrator.http.edge.errors import HttpError
 
 
-def request_of(pieces: Iterator[bytes]) -> Request:
+def request_of(pieces: Iterator[bytes], *more: tuple[bytes, bytes]) -> Request:
     async def receive() -> dict[str, Any]:
         piece = next(pieces, None)
         return {"type": "http.request", "body": piece or b"", "more_body": piece is not None}
 
-    headers = [(b"content-type", b"application/json")]
+    headers = [(b"content-type", b"application/json"), *more]
     return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""}, receive)
 
 
@@ -26,6 +26,14 @@ def read(*pieces: bytes) -> dict[str, object]:
 
 def test_pieces_are_put_together() -> None:
     assert read(b'{"a": ', b"1}") == {"a": 1}
+
+
+def test_a_packed_body_is_refused_by_name() -> None:
+    with pytest.raises(HttpError, match="content-encoding is 'gzip'; send the body as it is") as packed:
+        asyncio.run(body.read_object(request_of(iter((b"{}",)), (b"content-encoding", b"gzip"))))
+    assert packed.value.status == 415
+    plain = request_of(iter((b"{}",)), (b"content-encoding", b"identity"))
+    assert asyncio.run(body.read_object(plain)) == {}
 
 
 def test_json_has_one_kind_of_number() -> None:

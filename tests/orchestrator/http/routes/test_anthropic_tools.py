@@ -100,6 +100,7 @@ def test_results_of_calls_reach_the_template(client: anthropic.Anthropic, gatewa
             "no message before",
         ),
         ({"thinking": {"type": "deep"}}, "must be"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"content\[0\].type"),
     ],
 )
 def test_what_is_wrong_is_said(client: anthropic.Anthropic, more: dict[str, Any], words: str) -> None:

@@ -127,6 +127,8 @@ def test_completions_echo_and_their_short_default(http: HttpServer, gateway: Gat
         {"best_of": 3},
         {"echo": True, "logprobs": 1},
         {"prompt": []},
+        {"prompt": ""},
+        {"prompt": ["x", ""]},
         {"prompt": [[]]},
         {"prompt": {"a": 1}},
         {"prompt": ["x"] * 257},
