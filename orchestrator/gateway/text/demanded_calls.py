@@ -22,13 +22,14 @@ def call_grammar(
 ) -> str:
     """Return a grammar in Lark's syntax: calls of the tools, after the marker of the end of reasoning if there is one.
 
-    ``choice`` is `required`, or a map with the name of the one tool.
+    ``choice`` is `required`, or a map with the name of the one tool, which is then called once.
     """
     begin, before_name, before_arguments, end, between, last = _FORMS[tool_format]
     functions = [tool["function"] for tool in tools]
     if isinstance(choice, Mapping):
         functions = [each for each in functions if each["name"] == choice["name"]]
-    more = f" ({_quoted(between)} call){{0,{MOST_CALLS - 1}}}" if is_parallel else ""
+    may_repeat = is_parallel and not isinstance(choice, Mapping)
+    more = f" ({_quoted(between)} call){{0,{MOST_CALLS - 1}}}" if may_repeat else ""
     rules = [f"calls: {_quoted(begin)} call{more} {_quoted(last)}".replace(' ""', "").replace('"" ', "")]
     rules.append("call: " + " | ".join(f"call_{at}" for at in range(len(functions))))
     for at, function in enumerate(functions):

@@ -44,6 +44,13 @@ def test_a_demanded_call_is_one_that_the_parser_finds(name: str) -> None:
     assert [(call.name, call.arguments) for call in answer.calls()] == [("get_weather", '{"city": "<A>"}')]
 
 
+def test_a_named_tool_is_called_once_and_any_tool_several_times() -> None:
+    two = "\n".join([CALLS["hermes"]] * 2)
+    assert fits(call_grammar(TOOLS, "required", "hermes", True), two)
+    for choice, is_parallel in (({"name": "get_weather"}, True), ("required", False)):
+        assert not fits(call_grammar(TOOLS, choice, "hermes", is_parallel), two)
+
+
 def test_a_template_without_tools_gets_them_as_text() -> None:
     call: dict[str, Any] = {
         "id": "a",
