@@ -1,6 +1,7 @@
 """The clients that people own, unchanged, against the real small model (extra ``compat``, which `make test` brings)."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -181,6 +182,93 @@ def test_langchain_invokes_and_streams(url: str, expected: str) -> None:
     assert [each.content for each in chat.batch(["Say hello."] * 3)] == [expected] * 3
 
 
+def weather(city: Literal["Bern", "Rome"]) -> str:
+    """Return the weather of a city."""
+    return f"Sunny in {city}."
+
+
+CITY = {"type": "object", "properties": {"city": {"enum": ["Bern", "Rome"]}}, "required": ["city"]}
+TOOL = {"name": "weather", "description": "The weather of a city.", "parameters": CITY}
+ASK: list[Any] = [{"role": "user", "content": "Weather in Rome?"}]
+
+
+def test_openai_calls_a_tool_and_goes_on_with_its_result(openai: Any) -> None:
+    pytest.importorskip("llguidance")
+    ask: dict[str, Any] = {"model": NAME, "tools": [{"type": "function", "function": TOOL}], "temperature": 0}
+    demand = {"tool_choice": "required", "parallel_tool_calls": False}
+    message = openai.chat.completions.create(messages=ASK, **ask, **demand).choices[0].message
+    [call] = message.tool_calls
+    assert json.loads(call.function.arguments)["city"] in ("Bern", "Rome")
+    stream = openai.chat.completions.create(messages=ASK, **ask, **demand, stream=True)
+    parts = [part for chunk in stream for part in chunk.choices[0].delta.tool_calls or ()]
+    assert "".join(part.function.arguments or "" for part in parts) == call.function.arguments
+    result = {"role": "tool", "tool_call_id": call.id, "content": weather("Rome")}
+    last = openai.chat.completions.create(messages=[*ASK, message, result], **ask, tool_choice="none", max_tokens=8)
+    assert last.choices[0].message.content
+
+
+def test_openai_calls_a_tool_in_responses(openai: Any) -> None:
+    pytest.importorskip("llguidance")
+    ask: dict[str, Any] = {"model": NAME, "tools": [{"type": "function", **TOOL}], "temperature": 0}
+    choice = {"type": "function", "name": "weather"}
+    with openai.responses.stream(input=ASK, **ask, tool_choice=choice) as stream:
+        response = list(stream) and stream.get_final_response()
+    [call] = response.output
+    assert (call.type, json.loads(call.arguments)["city"] in ("Bern", "Rome")) == ("function_call", True)
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": weather("Rome")}
+    items = [*ASK, call, result]
+    assert openai.responses.create(input=items, **ask, tool_choice="none", max_output_tokens=8).output_text
+
+
+def test_anthropic_calls_a_tool_and_goes_on_with_its_result(anthropic: Any) -> None:
+    pytest.importorskip("llguidance")
+    tool = {"name": "weather", "description": "The weather of a city.", "input_schema": CITY}
+    ask: dict[str, Any] = {"model": NAME, "tools": [tool], "extra_body": GREEDY}
+    choice = {"type": "tool", "name": "weather"}
+    with anthropic.messages.stream(messages=ASK, max_tokens=60, **ask, tool_choice=choice) as stream:
+        message = stream.get_final_message()
+    [call] = message.content
+    assert (message.stop_reason, call.input["city"] in ("Bern", "Rome")) == ("tool_use", True)
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "Sunny."}]}
+    turns = [*ASK, {"role": "assistant", "content": message.content}, result]
+    assert anthropic.messages.create(messages=turns, max_tokens=8, **ask, tool_choice={"type": "none"}).content[0].text
+
+
+def test_a_langchain_agent_calls_its_tool_and_answers(url: str) -> None:
+    pytest.importorskip("llguidance")
+    agents = pytest.importorskip("langchain.agents", reason=REASON)
+    from langchain.agents.middleware import wrap_model_call
+    from langchain_openai import ChatOpenAI
+
+    @wrap_model_call
+    def demand_a_call_first(request: Any, handler: Any) -> Any:
+        """A small model seldom calls by itself."""
+        is_first = len(request.messages) == 1
+        return handler(request.override(tool_choice="weather" if is_first else "none"))
+
+    chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=NAME, max_tokens=40, temperature=0)
+    agent = agents.create_agent(chat, [weather], middleware=[demand_a_call_first])
+    _, calls, result, answer = agent.invoke({"messages": ASK})["messages"]
+    assert [call["name"] for call in calls.tool_calls] == ["weather"]
+    assert (calls.content, result.content) == ("", weather(calls.tool_calls[0]["args"]["city"]))
+    assert answer.content
+
+
+def test_instructor_fills_pydantic_models(openai: Any) -> None:
+    """instructor is no part of mgpu[compat]: its releases hold back those of openai and rich."""
+    pytest.importorskip("llguidance")
+    module = pytest.importorskip("instructor", reason="needs the package instructor")
+    from pydantic import BaseModel
+
+    class Colour(BaseModel):
+        name: Literal["red", "green", "blue"]
+
+    for mode in (module.Mode.TOOLS, module.Mode.JSON_SCHEMA):
+        client = module.from_openai(openai, mode=mode)
+        found = client.chat.completions.create(model=NAME, messages=HELLO, response_model=Colour, temperature=0)
+        assert isinstance(found, Colour)
+
+
 LITELLM = """
 import sys
 import litellm
@@ -193,15 +281,22 @@ pieces = litellm.completion(f"openai/{name}", api_base=f"{url}/v1", stream=True,
 print(by_openai.choices[0].message.content)
 print(by_vllm.choices[0].message.content)
 print("".join(piece.choices[0].delta.content or "" for piece in pieces))
+parameters = {"type": "object", "properties": {"to": {"const": "you"}}, "required": ["to"]}
+function = {"name": "hello", "parameters": parameters}
+ask = {**ask, "max_tokens": 40, "tools": [{"type": "function", "function": function}]}
+choice = {"type": "function", "function": {"name": "hello"}}
+called = litellm.completion(f"openai/{name}", api_base=f"{url}/v1", tool_choice=choice, **ask)
+print(called.choices[0].message.tool_calls[0].function.arguments)
 """
 
 
-def test_litellm_completes_and_streams(url: str, expected: str) -> None:
+def test_litellm_completes_streams_and_calls_a_tool(url: str, expected: str) -> None:
     pytest.importorskip("openai", reason=REASON)
+    pytest.importorskip("llguidance")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LITELLM, url, NAME],
         capture_output=True, text=True, timeout=120, env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
     )  # fmt: skip
     if "No module named 'litellm'" in done.stderr:
         pytest.skip(REASON)
-    assert done.stdout.splitlines() == expected.splitlines() * 3, done.stderr
+    assert done.stdout.splitlines() == [*expected.splitlines() * 3, '{"to": "you"}'], done.stderr
