@@ -10,6 +10,7 @@ from mgpu.orchestrator.placement.cpu_workers import added_workers, mixed_stage, 
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.divisibility import expert_split
 from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_float8, fit_tokens, gib, rank_rows
+from mgpu.orchestrator.placement.gguf import facts_as_held
 from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions, step_tokens
 from mgpu.orchestrator.placement.topology.select import check_rules, chosen_formats
 from mgpu.protocol.model.facts import ModelFacts
@@ -56,7 +57,7 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     options = replace(options, block_size=options.block_size or BLOCK_SIZE[machine.kind])
     _check_experts(facts, options)
     _check_borrowed(facts, options)
-    facts, options = with_named_formats(facts, options)
+    facts, options = with_named_formats(facts_as_held(facts, machine), options)
     added = added_workers(machine, options)
     placement, reason = choose_placement(facts, machine, options)
     machine = with_cpu_workers(machine, added)

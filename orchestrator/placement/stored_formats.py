@@ -1,13 +1,13 @@
 """Say how the matrices of a quantized checkpoint are held: in which formats, in how many bits, and which are dense."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
 
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.protocol.model.facts import DTYPE_BYTES
 from mgpu.protocol.model.quantization import matrices_of
-from mgpu.protocol.model.weight_format import LayerFormats, WeightFormat
+from mgpu.protocol.model.weight_format import DENSE, HELD, WeightFormat
 
 _DENSE = {
     "qkv": "q, k and v", "out": "attention output", "gate_up": "gate and up", "down": "down",
@@ -36,21 +36,20 @@ def stored_formats(plan: Plan) -> StoredFormats | None:
     weights = nbytes = 0
     for layer, formats in enumerate(facts.formats):
         for matrix, count in matrices_of(facts, 1, layer):
-            form: WeightFormat = getattr(formats, matrix.held)
+            forms: tuple[WeightFormat, ...] = formats.formats_of(matrix.held)
             weights += count * math.prod(matrix.shape)
             nbytes += count * matrix.nbytes(formats, DTYPE_BYTES[plan.layout.dtype])
-            if form.quant == "none":
+            if DENSE in forms:
                 dense[_DENSE[matrix.held]] = dense.get(_DENSE[matrix.held], 0) + 1
             else:
-                names[form.name] = None
+                names |= {form.name: None for form in forms}
     listed = tuple(f"{name} in {count} of {facts.num_layers} layers" for name, count in dense.items())
     return StoredFormats(tuple(names), 8 * nbytes / weights, listed)
 
 
 def is_stored(plan: Plan) -> bool:
     """Return True if some format is that of the checkpoint, False if a topology file asks for all of them."""
-    matrices = (field.name for field in fields(LayerFormats))
-    return any(getattr(formats, name).source for name in matrices for formats in plan.facts.formats)
+    return any(form.source for formats in plan.facts.formats for held in HELD for form in formats.formats_of(held))
 
 
 def format_ranges(plan: Plan) -> str:
@@ -58,7 +57,7 @@ def format_ranges(plan: Plan) -> str:
     parts, first = [], 0
     for formats, run in groupby(plan.facts.formats):
         end = first + len(list(run))
-        names = {field.name: getattr(formats, field.name).name or "dense" for field in fields(LayerFormats)}
+        names = {held: getattr(formats, held).name or "dense" for held in HELD}
         usual = max(list(names.values())[:4], key=list(names.values())[:4].count)
         others = [f"{_DENSE[held]}: {name}" for held, name in list(names.items())[:4] if name != usual]
         layers = str(first) if end == first + 1 else f"{first}-{end - 1}"

@@ -1,7 +1,6 @@
 """Write the topology file of a plan: read again, it gives the same layout and the same formats."""
 
 from collections.abc import Iterator
-from dataclasses import fields
 from itertools import groupby
 
 from mgpu.orchestrator.errors import PlacementError
@@ -10,6 +9,7 @@ from mgpu.orchestrator.placement.planner import Plan
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import Stage
 from mgpu.protocol.model.quantization import LayerFormats, Quant, WeightFormat, formats_of, weight_format
+from mgpu.protocol.model.weight_format import HELD
 
 _EXPERTS = r"(experts\.\d+\.)?"
 _PATTERNS = {
@@ -62,7 +62,7 @@ def _runs(plan: Plan, stage: Stage) -> Iterator[tuple[int, int, LayerFormats]]:
 def _held(facts: ModelFacts) -> list[str]:
     """Return the matrices that the model has."""
     has_shared = facts.experts is not None and facts.experts.shared_width > 0
-    return [field.name for field in fields(LayerFormats) if has_shared or not field.name.startswith("shared_")]
+    return [held for held in HELD if has_shared or not held.startswith("shared_")]
 
 
 def _asked(form: WeightFormat) -> Quant | None:

@@ -7,6 +7,7 @@ from mgpu.protocol.checkpoint.files.gguf_file import MAX_HEADER_BYTES, MAX_TENSO
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit, checked_file
 from mgpu.protocol.checkpoint.gguf_tokens import end_tokens
+from mgpu.protocol.checkpoint.quantized.gguf import packed_entry
 from mgpu.protocol.checkpoint.rope.gguf import Located, read_gguf_rope
 from mgpu.protocol.model.facts import Dtype, ModelFacts
 
@@ -71,7 +72,8 @@ def _entries(architecture: str, located: dict[str, tuple[Path, GgufTensor]]) -> 
     for file, tensor in located.values():
         name = hugging_face_name(architecture, tensor.name)
         if name is not None:
-            entries[name] = TensorEntry(name, tensor.dtype, tensor.shape, str(file), tensor.offset, tensor.nbytes)
+            entry = TensorEntry(name, tensor.dtype, tensor.shape, str(file), tensor.offset, tensor.nbytes)
+            entries[name] = packed_entry(entry)
     return entries
 
 

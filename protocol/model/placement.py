@@ -139,6 +139,12 @@ def even_range(total: int, rank: int, size: int) -> range:
     return range(total * rank // size, total * (rank + 1) // size)
 
 
+def block_range(total: int, rank: int, size: int, block: int) -> range:
+    """Return one rank's share of ``total`` items in whole blocks; shares differ by at most one block."""
+    blocks = even_range(-(-total // max(1, block)), rank, size)
+    return range(blocks.start * max(1, block), min(total, blocks.stop * max(1, block)))
+
+
 def shared_range(total: int, rank: int, shares: tuple[int, ...], step: int = 1) -> range:
     """Return one rank's items where shares differ, in whole steps but for the last rank's.
 
@@ -171,9 +177,14 @@ class TensorPart:
         end = first + self.shares[self.rank]
         return HeadShard(first * group, end * group, first, end, 1)
 
-    def columns(self, total: int, step: int = 1) -> range:
-        """Return the rank's columns of a feed-forward network, in whole steps if there are shares."""
-        return shared_range(total, self.rank, self.shares, step) if self.shares else self.evenly(total)
+    def columns(self, total: int, step: int = 1, block: int = 0) -> range:
+        """Return the rank's columns of a feed-forward network, in whole steps if there are shares.
+
+        Without shares they are in whole blocks of a GGUF file, if it is one.
+        """
+        if self.shares:
+            return shared_range(total, self.rank, self.shares, step)
+        return block_range(total, self.rank, self.size, block)
 
     def evenly(self, total: int) -> range:
         return even_range(total, self.rank, self.size)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
-from mgpu.protocol.model.placement import head_shard, largest_expert_shard
+from mgpu.protocol.model.placement import block_range, head_shard, largest_expert_shard
 from mgpu.protocol.model.weight_format import (
     DENSE,
     INT4_GROUP,
@@ -22,6 +22,9 @@ __all__ = [
 
 FLOAT8_CAPABILITY = (8, 9)
 """CUDA compute capability of the first GPUs with instructions for float8, conversions and products (Ada)."""
+
+
+_MLP = "MLP width"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,9 @@ class RankMatrix:
 
     def nbytes(self, formats: LayerFormats, dtype_bytes: int) -> int:
         """Return the bytes that the part takes in its format."""
+        if forms := formats.parts_of(self.held):
+            pairs = zip(forms, self.parts, strict=True)
+            return sum(form.matrix_bytes(outputs, self.inputs, dtype_bytes) for form, outputs in pairs)
         form: WeightFormat = getattr(formats, self.held)
         return form.matrix_bytes(*self.shape, dtype_bytes, self.parts, self.whole_inputs)
 
@@ -66,6 +72,8 @@ def group_problems(quant: Quant, facts: ModelFacts, tp_size: int, split: ExpertS
     for layer in kinds.values():
         for name, inputs, form in _split_inputs(facts, layer, formats_of(facts, layer, quant), split):
             step = form.splits_at
+            if form.block and name == _MLP and inputs // step >= tp_size:
+                continue  # ranks may have different numbers of whole blocks
             if step > 1 and inputs % (tp_size * step):
                 what = "int4 groups" if quant == "4" else f"groups of {form.name}"
                 share = inputs / tp_size
@@ -83,7 +91,7 @@ def _split_inputs(
     found = [("attention output", inputs, formats.out)]
     experts = facts.experts_of(layer)
     if experts is None:
-        return [*found, ("MLP width", facts.intermediate_size, formats.down)]
+        return [*found, (_MLP, facts.intermediate_size, formats.down)]
     if split == "tensor":
         found.append(("expert width", experts.width, formats.down))
     if experts.shared_width:
@@ -95,7 +103,9 @@ def matrices_of(
     facts: ModelFacts, tp_size: int, layer: int = 0, split: ExpertSplit = "tensor"
 ) -> tuple[tuple[RankMatrix, int], ...]:
     """Return the matrices of one decoder layer on one rank, the largest of its stage, each with its number."""
-    hidden, count, width = facts.hidden_size, 1, -(-facts.intermediate_size // tp_size)
+    block = facts.formats[layer].down.block if facts.formats else 0
+    widths = (len(block_range(facts.intermediate_size, rank, tp_size, block)) for rank in range(tp_size))
+    hidden, count, width = facts.hidden_size, 1, max(widths)
     whole_width = facts.intermediate_size
     if (experts := facts.experts_of(layer)) is not None:
         count, width = largest_expert_shard(experts, split, tp_size)

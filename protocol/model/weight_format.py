@@ -11,13 +11,16 @@ from typing import Literal
 
 Quant = Literal["none", "8", "4", "fp8"]
 """The values of ``--quant``: nothing, int8, group-wise int4, or float8 (e4m3)."""
-HeldQuant = Literal["none", "8", "4", "fp8", "fp4"]
-"""What the q are: integers of 8 or 4 bits, e4m3, or e2m1; ``none``: the weight is dense."""
+HeldQuant = Literal["none", "8", "4", "fp8", "fp4", "nl4", "6", "5", "3", "2"]
+"""What the q are: integers of so many bits, e4m3, e2m1, or 16 values that are not evenly spaced (``nl4``, of GGUF);
+``none``: the weight is dense."""
+_BITS: dict[HeldQuant, int] = {"8": 8, "fp8": 8, "4": 4, "fp4": 4, "nl4": 4, "6": 6, "5": 5, "3": 3, "2": 2}
 
 INT4_GROUP = 32
 """Inputs that share an int4 scale and offset with ``--quant 4``. Groups of 64 save a tenth of the bytes and cost small
 models more quality (docs/quantization.md)."""
 _WORDS_PER_BLOCK = 32
+_SUPER_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,12 @@ class WeightFormat:
     """True if any input may be in any group (GPTQ's act-order): which one it is in is stored for each."""
     source: str = ""
     """The checkpoint's own name of the format; empty: the worker quantizes dense weights while it loads them."""
+    offset_bytes: int = 0
+    """Of what is added to the weights of a group after their scale; 0: nothing is."""
+    super_bytes: int = 0
+    """Of the numbers by which the scales (and offsets) of 256 inputs are multiplied: GGUF's K-quants."""
+    block: int = 0
+    """Inputs of a block of a GGUF file; 0: the format is another file's."""
 
     def rows_sharing(self, parts: tuple[int, ...]) -> int:
         """Return the outputs that share a scale in a stack of matrices of so many rows each."""
@@ -57,20 +66,25 @@ class WeightFormat:
         if self.quant == "none":
             return outputs * inputs * dtype_bytes
         parts = parts or (outputs,)
-        blocks = -(-inputs // (self.inputs_per_word * _WORDS_PER_BLOCK))
+        padded = -(-inputs // self.padding) * self.padding
         groups = self.groups(whole_inputs or inputs) if self.is_ordered else self.groups(inputs)
         scales = outputs // self.rows_sharing(parts) * groups * self.scale_bytes
         order = 4 * inputs * len(parts) if self.is_ordered else 0
-        return outputs * (4 * _WORDS_PER_BLOCK * blocks + groups * self.zero_bytes) + scales + order
+        supers = -(-inputs // _SUPER_BLOCK) * self.super_bytes
+        by_group = groups * (self.zero_bytes + self.offset_bytes)
+        return outputs * (padded * _BITS[self.quant] // 8 + by_group + supers) + scales + order
 
     @property
-    def inputs_per_word(self) -> int:
-        return 8 if self.quant in ("4", "fp4") else 4
+    def padding(self) -> int:
+        """The multiple of inputs to which a row is filled up. Blocks of GGUF are whole runs of 32."""
+        if self.block and _BITS[self.quant] < 8:
+            return 32
+        return _WORDS_PER_BLOCK * (4 if _BITS[self.quant] == 8 else 8)
 
     @property
     def splits_at(self) -> int:
         """The multiple of inputs at which the columns of ranks must begin; 1: anywhere."""
-        return 1 if self.is_ordered else max(1, self.group)
+        return 1 if self.is_ordered else max(1, self.group, self.block)
 
     @property
     def name(self) -> str:
@@ -79,7 +93,7 @@ class WeightFormat:
             return self.source
         if self.quant == "4":
             return f"int4, groups of {self.group}"
-        return {"none": "", "8": "int8", "fp8": "fp8 (e4m3)", "fp4": "fp4 (e2m1)"}[self.quant]
+        return {"8": "int8", "fp8": "fp8 (e4m3)"}.get(self.quant, "")
 
 
 DENSE = WeightFormat()
@@ -93,6 +107,10 @@ def weight_format(quant: Quant) -> WeightFormat:
     return _ASKED[quant]
 
 
+HELD = ("qkv", "out", "gate_up", "down", "shared_gate_up", "shared_down")
+"""What a layer holds in one matrix each."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerFormats:
     """The formats of the matrices of one decoder layer. Those of experts are stacked, and alike."""
@@ -104,6 +122,18 @@ class LayerFormats:
     shared_gate_up: WeightFormat = DENSE
     """Of the network that all tokens go through beside the experts."""
     shared_down: WeightFormat = DENSE
+    qkv_parts: tuple[WeightFormat, ...] = ()
+    """The formats of q, k and v if they differ: then each is held by itself."""
+    gate_up_parts: tuple[WeightFormat, ...] = ()
+
+    def parts_of(self, held: str) -> tuple[WeightFormat, ...]:
+        """Return the formats of stacked matrices that are not all alike; none if they are."""
+        parts: tuple[WeightFormat, ...] = getattr(self, f"{held}_parts", ())
+        return parts
+
+    def formats_of(self, held: str) -> tuple[WeightFormat, ...]:
+        """Return all formats of what is called ``held``."""
+        return self.parts_of(held) or (getattr(self, held),)
 
 
 def uniform(form: WeightFormat) -> LayerFormats:

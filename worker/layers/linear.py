@@ -36,15 +36,17 @@ class Storage:
     form: WeightFormat = DENSE
     layer: LayerFormats | None = None
     """The formats of the matrices of one layer, if the checkpoint is quantized."""
+    parts: tuple[WeightFormat, ...] = ()
+    """The formats of stacked matrices if they differ: each is then held by itself."""
 
     def of_qkv(self) -> "Storage":
-        return self._holding(self.layer.qkv) if self.layer else self
+        return self._holding(self.layer.qkv, self.layer.qkv_parts) if self.layer else self
 
     def of_out(self) -> "Storage":
         return self._holding(self.layer.out) if self.layer else self
 
     def of_gate_up(self) -> "Storage":
-        return self._holding(self.layer.gate_up) if self.layer else self
+        return self._holding(self.layer.gate_up, self.layer.gate_up_parts) if self.layer else self
 
     def of_down(self) -> "Storage":
         return self._holding(self.layer.down) if self.layer else self
@@ -55,8 +57,15 @@ class Storage:
             return self
         return replace(self, layer=LayerFormats(gate_up=self.layer.shared_gate_up, down=self.layer.shared_down))
 
-    def _holding(self, form: WeightFormat) -> "Storage":
-        return replace(self, form=form, layer=None)
+    def whole_blocks(self, columns: range) -> "Storage":
+        """Return the storage for some columns of a matrix: dense if they cut blocks, which no plan does."""
+        step = self.form.splits_at
+        if self.form.source and (columns.start % step or columns.stop % step):
+            return replace(self, form=DENSE)
+        return self
+
+    def _holding(self, form: WeightFormat, parts: tuple[WeightFormat, ...] = ()) -> "Storage":
+        return replace(self, form=parts[0] if parts else form, parts=parts, layer=None)
 
 
 class Linear(Module):
@@ -72,6 +81,9 @@ class Linear(Module):
         """Outputs of each matrix, if several are stacked."""
         self._form = form
         self.packed: PackedWeight | None = None
+        self._formats = storage.parts
+        self.pieces: tuple[PackedWeight, ...] = ()
+        """The stacked matrices one by one, if their formats differ."""
         self.weight = torch.empty(self._shape if form.quant == "none" else 0, dtype=dtype, device=device)
         self.bias = torch.empty(outputs, dtype=dtype, device=device) if bias else None
         self._multiply = dense_product(device)
@@ -85,7 +97,9 @@ class Linear(Module):
 
     @property
     def held(self) -> Tensor | PackedWeight:
-        """The weight, quantized or dense."""
+        """The weight, quantized or dense; the first of several formats."""
+        if self.pieces:
+            return self.pieces[0]
         return self.weight if self.packed is None else self.packed
 
     def takes_float8(self, rows: int) -> bool:
@@ -99,7 +113,14 @@ class Linear(Module):
             return y_TO if bias_O is None else y_TO.scaled().add_(bias_O)
         if self.packed is not None:
             return self._multiply_packed(x_TI, self.packed, bias_O)
+        if self.pieces:
+            return self._multiply_pieces(x_TI, bias_O)
         return self._multiply(x_TI, self.weight, bias_O)
+
+    def _multiply_pieces(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        biases = [None] * len(self._parts) if bias_O is None else torch.split(bias_O, list(self._parts))
+        pairs = zip(self.pieces, biases, strict=True)
+        return torch.cat([self._multiply_packed(x_TI, piece, bias) for piece, bias in pairs], dim=1)
 
     def _dense_weight(self) -> Tensor:
         """Return undefined memory to load into; `_keep` keeps the result."""
@@ -116,7 +137,10 @@ class Linear(Module):
 
     def init_dummy(self, generator: torch.Generator) -> None:
         """Draw a weight that keeps the scale of its input."""
-        if self._form.source:
+        if self._formats:
+            pairs = zip(self._formats, self._parts, strict=True)
+            self.pieces = tuple(random_packed(form, (part,), self._shape[1], generator) for form, part in pairs)
+        elif self._form.source:
             self.packed = random_packed(self._form, self._parts, self._shape[1], generator)
         else:
             weight_OI = self._dense_weight()
@@ -126,13 +150,14 @@ class Linear(Module):
 
     def finalize(self) -> None:
         """Repack the loaded weight for the device; called once, after loading."""
-        if self.packed is None and (repacked := pack(self.weight)) is not self.weight:
+        if self.packed is None and not self.pieces and (repacked := pack(self.weight)) is not self.weight:
             self.weight, self._multiply = repacked, matmul_repacked
 
     def weight_bytes(self) -> int:
         """Return the memory of weight and bias."""
         dense = self.weight.numel() + (0 if self.bias is None else self.bias.numel())
-        packed = 0 if self.packed is None else self.packed.nbytes
+        held = self.pieces if self.packed is None else (self.packed,)
+        packed = sum(weight.nbytes for weight in held)
         return dense * self.weight.dtype.itemsize + packed
 
 
@@ -154,7 +179,10 @@ class ColumnParallelLinear(Linear):
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         """Read this rank's rows of each of the matrices."""
-        if self._form.source:
+        if self._formats:
+            names = [(f"{prefix}.{part.name}.weight", part.rows) for part in self.slices]
+            self.pieces = tuple(reader.packed_rows([part]) for part in names)
+        elif self._form.source:
             self.packed = reader.packed_rows([(f"{prefix}.{part.name}.weight", part.rows) for part in self.slices])
         else:
             self._load_dense(reader, prefix)
@@ -190,7 +218,7 @@ class RowParallelLinear(Linear):
     """Multiply this rank's inputs by its columns and sum over the ranks; the bias is added once, after the sum."""
 
     def __init__(self, columns: range, outputs: int, bias: bool, group: TensorParallelGroup, storage: Storage) -> None:
-        super().__init__(len(columns), outputs, bias, storage)
+        super().__init__(len(columns), outputs, bias, storage.whole_blocks(columns))
         self.columns = columns
         self.group = group
 

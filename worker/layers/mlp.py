@@ -32,7 +32,8 @@ class GatedMLP(Module):
         part: TensorPart | None = None,
     ) -> None:
         part = part or TensorPart(group.rank, group.size)
-        mine = part.columns(intermediate_size, storage.of_down().form.splits_at)
+        down = storage.of_down().form
+        mine = part.columns(intermediate_size, down.splits_at, down.block)
         self.activation = activation
         self._activate = _kernel_activation() if uses_kernels(storage.device) else _plain_activation
         self.width = len(mine)

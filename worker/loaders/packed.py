@@ -11,13 +11,12 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint.files.tensors import PackedParts
 from mgpu.protocol.model.weight_format import WeightFormat
+from mgpu.worker.loaders.gguf_blocks import unpack_blocks
 from mgpu.worker.loaders.unpack import ReadBlock, Unpacked, read_order, unpack_rows
-from mgpu.worker.quantization.packing import PackedWeight, WeightKind, nibble_words, octet_words
+from mgpu.worker.quantization.packing import KIND_OF, PackedWeight, nibble_words, octet_words
 
 CHUNK_ELEMENTS = 1 << 21
 """Weights that are unpacked at once. They take a few bytes each on the way."""
-
-_KINDS: dict[str, WeightKind] = {"8": "int8", "fp8": "fp8", "4": "int4", "fp4": "fp4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +34,8 @@ def read_packed(pieces: Sequence[Piece], read: ReadBlock, keeps_rows: bool = Fal
     ``keeps_rows``: outputs share no scales, since their order is changed later.
     """
     form, columns = pieces[0].parts.form, pieces[0].columns
+    if pieces[0].parts.packing == "gguf":
+        return _read_blocks(pieces, read)
     groups, order = _groups(pieces, read)
     edges = [edge for piece in pieces for edge in (piece.rows.start, len(piece.rows))]
     sharing = 1 if keeps_rows else math.gcd(form.rows, *edges)
@@ -54,6 +55,21 @@ def read_packed(pieces: Sequence[Piece], read: ReadBlock, keeps_rows: bool = Fal
     return PackedWeight(
         stack.kind, stack.words, stack.scales, stack.k, stack.group, sharing, stack.zeros, order, tuple(ends)
     )
+
+
+def _read_blocks(pieces: Sequence[Piece], read: ReadBlock) -> PackedWeight:
+    """Return a stack of parts of matrices of a GGUF file. Their columns are whole blocks."""
+    columns = pieces[0].columns
+    outputs, first = sum(len(piece.rows) for piece in pieces), 0
+    stack: PackedWeight | None = None
+    for piece in pieces:
+        for rows in _chunks(piece, 1):
+            chunk = unpack_blocks(piece.parts, read, rows, columns)
+            stack = stack or _empty(chunk, outputs)
+            _put(stack, first, chunk)
+            first += len(rows)
+    assert stack is not None, "a matrix has rows"
+    return stack
 
 
 def _groups(pieces: Sequence[Piece], read: ReadBlock) -> tuple[range, Tensor | None]:
@@ -92,18 +108,17 @@ def _packed(chunk: Unpacked, form: WeightFormat, k: int, sharing: int) -> Packed
     zeros = chunk.zeros
     if zeros is not None and form.zero_bytes == 1:
         zeros = zeros.to(torch.int8)
-    return PackedWeight(_KINDS[form.quant], words, scales, k, form.group, sharing, zeros)
+    return PackedWeight(KIND_OF[form.quant], words, scales, k, form.group, sharing, zeros)
 
 
 def _empty(chunk: PackedWeight, outputs: int) -> PackedWeight:
     """Return memory for as many outputs in the format of a chunk."""
 
-    def rows(tensor: Tensor, count: int) -> Tensor:
-        return torch.empty((count, tensor.shape[1]), dtype=tensor.dtype, device=tensor.device)
+    def rows(tensor: Tensor) -> Tensor:
+        count = outputs // chunk.rows if tensor is chunk.scales else outputs
+        return tensor.new_empty((count, *tensor.shape[1:]))
 
-    zeros = None if chunk.zeros is None else rows(chunk.zeros, outputs)
-    scales = rows(chunk.scales, outputs // chunk.rows)
-    return PackedWeight(chunk.kind, rows(chunk.words, outputs), scales, chunk.k, chunk.group, chunk.rows, zeros)
+    return chunk.changed(rows)
 
 
 def _put(stack: PackedWeight, first: int, chunk: PackedWeight) -> None:

@@ -108,16 +108,19 @@ class WeightReader:
     def packed_rows(self, parts: Sequence[tuple[str, range]]) -> PackedWeight:
         """Return some rows of each of several matrices of the same packed format, stacked. CheckpointError."""
         pieces = [self._piece(name, rows, None) for name, rows in parts]
-        is_reordered = self._rotated_size > 0 and any(_has_heads(name) for name, _ in parts)
+        is_reordered = any(_has_heads(name) for name, _ in parts) and self._reorders_heads
         stack = read_packed(pieces, self._read_block, keeps_rows=is_reordered)
         first = 0
         for name, rows in parts:
             if is_reordered and _has_heads(name):
-                for tensor in (stack.words, stack.scales, stack.zeros):
-                    if tensor is not None:
-                        _spread_rotated(tensor[first : first + len(rows)], self._head_dim, self._rotated_size)
+                for tensor in stack.by_output():
+                    self._arrange_heads(tensor[first : first + len(rows)])
             first += len(rows)
         return stack
+
+    @property
+    def _reorders_heads(self) -> bool:
+        return self._rotated_size > 0 or self._interleaved_head_dim > 0
 
     def packed_columns(self, name: str, columns: range) -> PackedWeight:
         """Return some columns of a packed matrix. CheckpointError."""
@@ -183,7 +186,7 @@ class WeightReader:
         return self._tensors[name]
 
     def _fill(self, dest: Tensor, entry: TensorEntry, first_row: int, first_column: int, row_width: int) -> None:
-        if entry.packed is not None:
+        if entry.packed is not None and entry.packed.packing != "gguf":
             self._fill_dequantized(dest, entry, first_row, first_column)
             return
         if entry.is_transposed:

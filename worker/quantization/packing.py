@@ -12,8 +12,9 @@ words hold neighbouring channels in the same part, so that a pair of words widen
 # N outputs, K inputs, B blocks, P parts of a word, H halves of an octet, W or T words, G groups of E inputs
 # R outputs or groups of outputs with scales of their own, S stacked matrices
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,11 +22,24 @@ from torch import Tensor
 WORDS = 32
 """Words of a block."""
 
-WeightKind = Literal["int8", "fp8", "int4", "fp4"]
-"""Integers of 8 or 4 bits, e4m3, or e2m1 (MXFP4)."""
+WeightKind = Literal["int8", "fp8", "int4", "fp4", "nl4", "int6", "int5", "int3", "int2"]
+"""Integers of so many bits, e4m3, e2m1 (MXFP4), or the 16 values of GGUF's IQ4."""
+KIND_OF: dict[str, WeightKind] = {
+    "8": "int8", "fp8": "fp8", "4": "int4", "fp4": "fp4", "nl4": "nl4", "6": "int6", "5": "int5", "3": "int3",
+    "2": "int2",
+}  # fmt: skip
+"""By the name that a `WeightFormat` has for what the q are."""
+SUPER_BLOCK = 256
+"""Inputs that share a scale of scales."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What the four bits of a kind fp4 stand for."""
+NL4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""What the four bits of a kind nl4 stand for, from ggml's table kvalues_iq4nl."""
+MIDDLES: dict[WeightKind, int] = {"int6": 32, "int5": 16, "int4": 8, "int3": 4}
+"""What is subtracted from codes to make q signed, unless the weight has offsets."""
+HIGH_BITS: dict[WeightKind, int] = {"int6": 2, "int5": 1, "int3": 1}
+"""Bits of a code that are in ``high``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +69,15 @@ class PackedWeight:
     zeros: Tensor | None = None
     order: Tensor | None = None
     ends: tuple[int, ...] = ()
+    high: Tensor | None = None
+    """Upper bits of the codes, one for kinds int5 and int3, two for int6: part i of word j has them where its lower
+    ones are in ``words``. uint8 or int16 [N, words]."""
+    offsets: Tensor | None = None
+    """Added to q * scale, [N, G]: the codes are then not moved to be signed. Bytes are multiplied by the second of
+    ``supers`` and subtracted."""
+    supers: Tensor | None = None
+    """float16 [N, blocks of 256 inputs, 1 or 2]: what multiplies ``scales``, which are integers then. The bytes of a
+    kind int2 have the scale in the lower half and the offset in the upper one."""
 
     @property
     def nbytes(self) -> int:
@@ -71,14 +94,32 @@ class PackedWeight:
         return self.has_pairs or (self.kind in ("int8", "fp8") and self.group == 0 and self.zeros is None)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor in (self.words, self.scales, self.zeros, self.order) if tensor is not None)
+        return tuple(getattr(self, name) for name in _TENSORS if getattr(self, name) is not None)
+
+    def by_output(self) -> tuple[Tensor, ...]:
+        """Return the tensors that have a row for each output, if ``rows`` is 1."""
+        return tuple(tensor for tensor in self.tensors() if tensor is not self.order)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "PackedWeight":
+        """Return the weight with each of its tensors replaced."""
+        found: dict[str, Any] = {
+            name: change(getattr(self, name)) for name in _TENSORS if getattr(self, name) is not None
+        }
+        return replace(self, **found)
 
     def outputs(self, first: int, end: int) -> "PackedWeight":
         """Return some outputs, from a border of ``rows`` on, of a single matrix; copies nothing."""
-        zeros = None if self.zeros is None else self.zeros[first:end]
-        scales = self.scales[first // self.rows : -(-end // self.rows)]
         ends = tuple(max(0, min(each, end) - first) for each in self.ends)
-        return replace(self, words=self.words[first:end], scales=scales, zeros=zeros, ends=ends)
+        cut = replace(self, scales=self.scales[first // self.rows : -(-end // self.rows)], ends=ends)
+        names = ("words", "zeros", "high", "offsets", "supers")
+        parts: dict[str, Any] = {
+            name: getattr(self, name)[first:end] for name in names if getattr(self, name) is not None
+        }
+        return replace(cut, **parts)
+
+
+_TENSORS = ("words", "scales", "zeros", "order", "high", "offsets", "supers")
+"""The fields of a `PackedWeight` that are tensors."""
 
 
 def pack_int8(q_NK: Tensor, scales_N: Tensor) -> PackedWeight:
@@ -107,6 +148,8 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     if weight.order is not None and len(weight.order) > 1:
         return torch.cat([dequantize(part, dtype) for part in ordered_parts(weight)])
     values_NK = unpack(weight)
+    if weight.supers is not None or weight.offsets is not None:
+        return _with_offsets(values_NK, weight).to(dtype)
     if weight.zeros is not None:
         values_NK.sub_(_per_input(weight.zeros.float(), weight))
     scales_RG = torch.exp2(weight.scales.float() - 127) if weight.scales.dtype == torch.uint8 else weight.scales.float()
@@ -116,15 +159,37 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 def unpack(weight: PackedWeight) -> Tensor:
     """Return what the words hold, float32 [N, K]: the q."""
-    if weight.kind in ("int4", "fp4"):
-        codes_NK = _nibbles(weight.words)[:, : weight.k]
-        if weight.kind == "int4":
-            return codes_NK.to(torch.float32).sub_(8)
-        return torch.tensor(E2M1, device=codes_NK.device)[codes_NK.int()]
+    if weight.kind in ("fp4", "nl4"):
+        table = torch.tensor(E2M1 if weight.kind == "fp4" else NL4, dtype=torch.float32, device=weight.words.device)
+        return table[_codes(weight)[:, : weight.k].int()]
+    if weight.kind not in ("int8", "fp8"):
+        values_NK = _codes(weight)[:, : weight.k].to(torch.float32)
+        return values_NK if weight.offsets is not None else values_NK.sub_(MIDDLES.get(weight.kind, 0))
     stored = weight.words.view(torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn)
     stored_NBPW = stored.view(len(stored), -1, WORDS, 4).transpose(2, 3)  # words are little-endian
     values_NK = stored_NBPW.to(torch.float32, memory_format=torch.contiguous_format).view(len(stored), -1)
     return values_NK[:, : weight.k]
+
+
+def group_factors(weight: PackedWeight) -> tuple[Tensor, Tensor | None]:
+    """Return scales and offsets of the groups of a weight of GGUF, float32 [N, G]."""
+    scales_NG, offsets_NG = weight.scales, weight.offsets
+    if weight.supers is None:
+        return scales_NG.float(), None if offsets_NG is None else offsets_NG.float()
+    if weight.kind == "int2":
+        scales_NG, offsets_NG = scales_NG & 15, scales_NG >> 4
+    supers_NG2 = weight.supers.float().repeat_interleave(SUPER_BLOCK // weight.group, 1)[:, : scales_NG.shape[1]]
+    scales_NG = scales_NG.float() * supers_NG2[:, :, 0]
+    return scales_NG, None if offsets_NG is None else offsets_NG.float().mul_(supers_NG2[:, :, 1]).neg_()
+
+
+def _with_offsets(q_NK: Tensor, weight: PackedWeight) -> Tensor:
+    """Return q * scale + offset. Rows are whole groups."""
+    scales_NG, offsets_NG = group_factors(weight)
+    values_NGE = q_NK.view(len(q_NK), -1, weight.group).mul_(scales_NG[:, :, None])
+    if offsets_NG is not None:
+        values_NGE.add_(offsets_NG[:, :, None])
+    return values_NGE.view(q_NK.shape)
 
 
 def _per_input(numbers_NG: Tensor, weight: PackedWeight) -> Tensor:
@@ -155,6 +220,31 @@ def _dequantize_int4(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     scales_NG1, offsets_NG1 = (half_NG.unsqueeze(2) for half_NG in pairs_NG2.unbind(2))
     values_NGE = values_NGE[:, : weight.scales.shape[1]].mul_(scales_NG1).add_(offsets_NG1)
     return values_NGE.reshape(len(values_NGE), -1)[:, : weight.k].to(dtype)
+
+
+def _codes(weight: PackedWeight) -> Tensor:
+    """Return the code of each channel, uint8 [N, padded K]."""
+    is_nibble = weight.words.dtype == torch.int32
+    codes_NK = _nibbles(weight.words) if is_nibble else _parts_of(weight.words, 2)
+    if weight.high is not None:
+        codes_NK |= _parts_of(weight.high, HIGH_BITS[weight.kind]) << (4 if is_nibble else 2)
+    return codes_NK
+
+
+def _parts_of(words_NW: Tensor, bits: int) -> Tensor:
+    """Return the parts of words of eight channels in the channels' order, uint8."""
+    shifts_P = torch.arange(0, 8 * bits, bits, dtype=torch.int32, device=words_NW.device)
+    parts_NWP = ((words_NW.to(torch.int32)[:, :, None] >> shifts_P) & ((1 << bits) - 1)).to(torch.uint8)
+    return parts_NWP.view(len(words_NW), -1, 4, 8).transpose(2, 3).reshape(len(words_NW), -1)
+
+
+def run_words(codes_NK: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Return words of eight channels each, of codes of so many bits. Rows are whole runs of 32."""
+    parts_NRPT = codes_NK.view(len(codes_NK), -1, 8, 4).to(torch.int32)
+    words_NRT = torch.zeros_like(parts_NRPT[:, :, 0])
+    for part in range(8):
+        words_NRT |= parts_NRPT[:, :, part] << (bits * part)
+    return words_NRT.to(dtype).view(len(codes_NK), -1)
 
 
 def _nibbles(words: Tensor) -> Tensor:

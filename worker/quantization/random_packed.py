@@ -5,16 +5,15 @@
 import torch
 
 from mgpu.protocol.model.weight_format import WeightFormat
-from mgpu.worker.quantization.packing import PackedWeight, WeightKind, nibble_words, octet_words
+from mgpu.worker.quantization.packing import KIND_OF, PackedWeight, nibble_words, octet_words
 
-_KINDS: dict[str, WeightKind] = {"8": "int8", "fp8": "fp8", "4": "int4", "fp4": "fp4"}
 _SIZES = {"int8": 74.0, "fp8": 100.0, "int4": 4.6, "fp4": 3.0}
 """The standard deviation of the random q of a kind, about."""
 
 
 def random_packed(form: WeightFormat, parts: tuple[int, ...], inputs: int, generator: torch.Generator) -> PackedWeight:
     """Return a stack of matrices of so many rows each that keeps the scale of its input."""
-    device, outputs, kind = generator.device, sum(parts), _KINDS[form.quant]
+    device, outputs, kind = generator.device, sum(parts), KIND_OF[form.quant]
     is_octet = kind in ("int8", "fp8")
     most = 120 if kind == "fp8" else 256 if is_octet else 16  # the last codes of e4m3 are large, or NaN
     codes_NK = torch.randint(most, (outputs, inputs), generator=generator, device=device, dtype=torch.int32)

@@ -1,16 +1,11 @@
 """Packed matrices of one shape in one stack, as the experts of a layer are: each tensor gets a first dimension."""
 
-from collections.abc import Callable
-from dataclasses import replace
-
-from torch import Tensor
-
 from mgpu.worker.quantization.packing import PackedWeight
 
 
 def empty_stack(like: PackedWeight, count: int) -> PackedWeight:
     """Return undefined memory for ``count`` matrices packed as ``like`` is."""
-    return _each(like, lambda tensor: tensor.new_empty((count, *tensor.shape)))
+    return like.changed(lambda tensor: tensor.new_empty((count, *tensor.shape)))
 
 
 def put_matrix(stack: PackedWeight, index: int, matrix: PackedWeight) -> None:
@@ -21,10 +16,4 @@ def put_matrix(stack: PackedWeight, index: int, matrix: PackedWeight) -> None:
 
 def matrix_of(stack: PackedWeight, index: int) -> PackedWeight:
     """Return one matrix of a stack, without copying it."""
-    return _each(stack, lambda tensor: tensor[index])
-
-
-def _each(weight: PackedWeight, change: Callable[[Tensor], Tensor]) -> PackedWeight:
-    zeros = None if weight.zeros is None else change(weight.zeros)
-    order = None if weight.order is None else change(weight.order)
-    return replace(weight, words=change(weight.words), scales=change(weight.scales), zeros=zeros, order=order)
+    return stack.changed(lambda tensor: tensor[index])

@@ -1,14 +1,16 @@
 """Apply the rules of a topology file to a model: a device for each layer, a format for each matrix. Pure."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.topology.rules import DeviceNames, Rule, Topology
 from mgpu.protocol.checkpoint.files.tensors import layer_tensors
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.quantization import LayerFormats, Quant, formats_of, weight_format
+from mgpu.protocol.model.weight_format import HELD
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _STACKS: dict[str, tuple[str, ...]] = {
@@ -109,7 +111,7 @@ def chosen_formats(topology: Topology, facts: ModelFacts, quant: Quant) -> tuple
     for rule in topology.rules:
         if rule.pattern is None and rule.quant is not None:
             for layer in rule.layers:
-                formats[layer] = _with(formats[layer], [field.name for field in fields(LayerFormats)], rule.quant)
+                formats[layer] = _with(formats[layer], HELD, rule.quant)
     for rule in topology.rules:
         if rule.pattern is not None and rule.quant is not None:
             _apply_pattern(topology, rule, facts, formats, rule.quant)
@@ -156,5 +158,8 @@ def _stacks_of(facts: ModelFacts, layer: int) -> dict[str, list[str]]:
     return stacks
 
 
-def _with(formats: LayerFormats, held: list[str], quant: Quant) -> LayerFormats:
-    return replace(formats, **dict.fromkeys(held, weight_format(quant)))
+def _with(formats: LayerFormats, held: Sequence[str], quant: Quant) -> LayerFormats:
+    """Return the formats with those of some stacks changed: their matrices are then alike."""
+    apart = dict.fromkeys((f"{name}_parts" for name in held if name in ("qkv", "gate_up")), ())
+    changed: dict[str, Any] = dict.fromkeys(held, weight_format(quant)) | apart
+    return replace(formats, **changed)

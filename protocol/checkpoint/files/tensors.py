@@ -11,7 +11,8 @@ from mgpu.protocol.model.weight_format import WeightFormat
 
 BLOCKS: dict[str, tuple[int, int]] = {
     "F64": (1, 8), "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
-    "Q5_1": (32, 24), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),
+    "Q6_K": (256, 210), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "MXFP4": (32, 17),
 }  # fmt: skip
 """Elements and bytes of a block of each type that can be loaded; for GGUF's types from ggml's ggml-common.h."""
 
@@ -48,7 +49,7 @@ class TensorEntry:
     """The stored tensors of which this one consists, if it is packed. ``offset`` then means nothing."""
 
 
-Packing = Literal["rows", "words", "gptq", "awq", "mxfp4"]
+Packing = Literal["rows", "words", "gptq", "awq", "mxfp4", "gguf"]
 """How the values of a packed matrix [outputs, inputs] lie in the file, see `worker/loaders/unpack.py`."""
 
 
@@ -61,6 +62,7 @@ class PackedParts:
     bits: int
     values: TensorEntry
     scales: TensorEntry
+    """The blocks themselves in GGUF files, whose rows are uint8."""
     zeros: TensorEntry | None = None
     order: TensorEntry | None = None
     """The group of each input."""
@@ -74,14 +76,17 @@ class PackedParts:
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
-        return tuple(part for part in (self.values, self.scales, self.zeros, self.order) if part is not None)
+        parts = self.values, None if self.packing == "gguf" else self.scales, self.zeros, self.order
+        return tuple(part for part in parts if part is not None)
 
 
 def rows_of(entry: TensorEntry, first_row: int, rows: int) -> TensorEntry:
     """Return some rows of a stored tensor, all of whose dimensions but the last count as rows, as a matrix."""
     if entry.packed is not None:
         parts = replace(entry.packed, first_row=entry.packed.first_row + first_row)
-        return replace(entry, shape=(rows, entry.shape[1]), nbytes=entry.nbytes * rows // entry.shape[0], packed=parts)
+        row_bytes = entry.nbytes // math.prod(entry.shape[:-1])
+        offset = entry.offset + first_row * row_bytes
+        return replace(entry, shape=(rows, entry.shape[-1]), offset=offset, nbytes=rows * row_bytes, packed=parts)
     row_bytes = entry.nbytes // math.prod(entry.shape[:-1])
     shape, offset = (rows, entry.shape[-1]), entry.offset + first_row * row_bytes
     return replace(entry, shape=shape, offset=offset, nbytes=rows * row_bytes)

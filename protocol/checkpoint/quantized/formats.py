@@ -1,10 +1,11 @@
 """Say in which format a rank holds each matrix of a quantized checkpoint.
 
 Matrices that are multiplied as one (q, k and v; gate and up; all experts of a layer) are held packed if all of them are
-stored in the same format. Else they are dequantized while they are read, and held dense.
+stored in the same format. Else they are dequantized while they are read, and held dense. GGUF files mix types on
+purpose, so q, k and v of a layer, and gate and up, are then held one by one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.model.facts import ModelFacts
@@ -22,17 +23,23 @@ def _formats(facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]) 
     def common(*modules: str) -> WeightFormat:
         return _common(tensors[f"model.layers.{layer}.{module}_proj.weight"] for module in modules)
 
+    def parts(*modules: str) -> tuple[WeightFormat, ...]:
+        return _parts([tensors.get(f"model.layers.{layer}.{module}_proj.weight") for module in modules])
+
     attention = _attention_formats(facts, layer, tensors)
+    qkv_parts = parts("self_attn.q", "self_attn.k", "self_attn.v")
     experts = facts.experts_of(layer)
     if experts is None:
-        return LayerFormats(*attention, common("mlp.gate", "mlp.up"), common("mlp.down"))
+        gate_up_parts = parts("mlp.gate", "mlp.up")
+        dense = common("mlp.gate", "mlp.up"), common("mlp.down")
+        return LayerFormats(*attention, *dense, qkv_parts=qkv_parts, gate_up_parts=gate_up_parts)
     each = [f"mlp.experts.{index}." for index in range(experts.count)]
     gate_up = common(*(head + part for head in each for part in ("gate", "up")))
     sparse = gate_up, common(*(head + "down" for head in each))
     if not experts.shared_width:
-        return LayerFormats(*attention, *sparse)
+        return LayerFormats(*attention, *sparse, qkv_parts=qkv_parts)
     shared = "mlp.shared_expert."
-    return LayerFormats(*attention, *sparse, common(f"{shared}gate", f"{shared}up"), common(f"{shared}down"))
+    return LayerFormats(*attention, *sparse, common(f"{shared}gate", f"{shared}up"), common(f"{shared}down"), qkv_parts)
 
 
 def _attention_formats(
@@ -54,3 +61,10 @@ def _attention_formats(
 def _common(entries: Iterable[TensorEntry]) -> WeightFormat:
     forms = {DENSE if entry.packed is None else entry.packed.form for entry in entries}
     return forms.pop() if len(forms) == 1 else DENSE
+
+
+def _parts(entries: Sequence[TensorEntry | None]) -> tuple[WeightFormat, ...]:
+    """Return the formats of matrices of a GGUF file that are all packed, but not alike."""
+    packed = [entry.packed for entry in entries if entry is not None and entry.packed is not None]
+    forms = tuple(parts.form for parts in packed if parts.packing == "gguf")
+    return forms if len(forms) == len(entries) and len(set(forms)) > 1 else ()

@@ -6,6 +6,7 @@ import pytest
 
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.placement import block_range
 from mgpu.protocol.model.quantization import WeightFormat, group_problems, rank_matrices
 
 
@@ -54,3 +55,12 @@ def test_matrices_of_a_rank_follow_heads_and_width(facts: ModelFacts) -> None:
     assert rank_matrices(facts, 1) == ((512 + 2 * 256, 512), (512, 512), (2 * 1536, 512), (512, 1536))
     # Eight ranks hold one query head and one of the four KV heads each.
     assert rank_matrices(facts, 8) == ((64 + 2 * 64, 512), (512, 64), (2 * 192, 512), (512, 192))
+
+
+def test_ranks_share_an_mlp_of_a_gguf_file_in_whole_blocks() -> None:
+    shares = [block_range(1536, rank, 9, 32) for rank in range(9)]
+    assert [share.stop for share in shares[:-1]] == [share.start for share in shares[1:]]
+    assert (shares[0].start, shares[-1].stop) == (0, 1536)
+    assert {len(share) // 32 for share in shares} == {5, 6}
+    assert all(share.start % 32 == 0 for share in shares)
+    assert [*map(len, (block_range(10, rank, 3, 0) for rank in range(3)))] == [3, 3, 4]

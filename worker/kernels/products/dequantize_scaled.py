@@ -49,7 +49,10 @@ def _dequantize_scaled_kernel(
     j = tl.arange(0, 32)
     rows = tl.minimum(n, N - 1).to(tl.int64)
     wait_for_inputs(OVERLAP)  # also keeps ``out`` alive: an earlier product may still read it
-    words = tl.load(w_ptr + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
+    words = tl.load(
+        w_ptr + rows[:, None] * words_per_row + (block * 32 + j)[None, :],
+        mask=(block * 32 + j < words_per_row)[None, :], other=0,
+    )  # fmt: skip
     PARTS: tl.constexpr = 8 if KIND >= 2 else 4
     for part in tl.static_range(PARTS):
         k = block * 256 + j // 4 * 32 + part * 4 + j % 4 if KIND >= 2 else (block * 4 + part) * 32 + j
@@ -80,7 +83,7 @@ def dequantize_scaled(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 def _launch(weight: PackedWeight, out_NK: Tensor) -> None:
     n, words_per_row = weight.words.shape
-    _dequantize_scaled_kernel[(ceil_div(n, ROWS), words_per_row // WORDS)](
+    _dequantize_scaled_kernel[(ceil_div(n, ROWS), ceil_div(words_per_row, WORDS))](
         weight.words, weight.scales, weight.zeros, weight.order, out_NK, n, weight.k, words_per_row,
         weight.scales.shape[1], KINDS[weight.kind], weight.group, weight.rows, ROWS,
         overlaps_launches(out_NK.device), **launch_options(out_NK.device, 4),

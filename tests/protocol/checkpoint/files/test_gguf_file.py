@@ -99,7 +99,7 @@ REFUSALS: dict[str, tuple[bytes, list[str]]] = {
     "an array of an unknown type": (gguf_bytes({"a": (9, struct.pack("<IQ", 99, 0))}, {}), ["type 99"]),
     **{f"tensor type {name} is not supported":
        (gguf_bytes({}, {"blk.0.attn_q": ((256, 256), number, bytes(65536))}), [name, "blk.0.attn_q", "Q4_K"])
-       for number, name in ((10, "Q2_K"), (39, "MXFP4"), (4, "number 4"), (1 << 30, str(1 << 30)))},
+       for number, name in ((19, "IQ1_S"), (40, "NVFP4"), (4, "number 4"), (1 << 30, str(1 << 30)))},
     "rows that are not whole blocks": (gguf_bytes({}, {"t": ((4, 33), 8, bytes(1000))}), ["not a multiple of 32"]),
     **{f"shape {shape}": (gguf_bytes({}, {"t": (shape, 0, bytes(64))}), [])
        for shape in ((0, 4), (1 << 62, 1 << 62), (1 << 63,), (1, 1, 1, 1 << 40))},
