@@ -16,7 +16,9 @@ def uneven_stage(facts: ModelFacts, machine: Machine, options: LayoutOptions, te
     shares = _read(facts, text)
     problems = _contradictions(options, len(shares)) or _share_problems(facts, shares)
     if not problems and len(shares) > len(machine.devices):
-        problems = [f"{len(shares)} shares, and {len(machine.devices)} devices can be used"]
+        count = len(machine.devices)
+        way_out = f"--workers {len(shares)} makes more" if machine.kind == "cpu" else f"write at most {count} shares"
+        problems = [f"{len(shares)} shares, and {count} device{'s' * (count > 1)} can be used; {way_out}"]
     is_even = len(set(shares)) == 1
     if not problems and not is_even:
         problems = _slice_problems(facts, shares, options.quant, options.experts or "tensor")

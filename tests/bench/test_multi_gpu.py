@@ -8,10 +8,11 @@ import pytest
 from bench.model_shapes import TINY, TINY_FEW_KV, write_config, write_weights
 from bench.multi_gpu.box import Box
 from bench.multi_gpu.report import Report
-from bench.multi_gpu.tokens import Case, cases
+from bench.multi_gpu.tokens import Case, cases, unequal_cases
 from harness.machines import FakeGpu, FakeNvml
 from mgpu.orchestrator.placement.devices import Machine, find_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
+from mgpu.orchestrator.placement.topology.file import parse_topology
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 MODELS = {"own KV heads": TINY, "2 KV heads": TINY_FEW_KV}
@@ -25,14 +26,17 @@ def planned(case: Case, machine: Machine, folder: Path) -> Plan:
     """Plan a case as its command would, on the devices that it sees."""
     typed = dict(zip(case.arguments[::2], case.arguments[1::2], strict=True))
     tp = int(typed["--tp"]) if "--tp" in typed else None
-    options = LayoutOptions(tp=tp, device_layers=typed.get("-n"), dtype="float32", max_seq_len=1024, kv_memory=64 << 20)
+    topology = parse_topology(case.topology, "case.yaml") if case.topology else None
+    asked = {"device_layers": typed.get("-n"), "tp_shares": typed.get("--tp-shares"), "topology": topology}
+    options = LayoutOptions(tp=tp, **asked, dtype="float32", max_seq_len=1024, kv_memory=64 << 20)
     facts = read_checkpoint(write_config(folder, MODELS[case.model]), "dummy").facts
     return plan(facts, machine, options)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_every_case_has_the_layout_that_it_is_about(count: int, tmp_path: Path) -> None:
-    every = list(cases(Box("gpus", find_machine("cuda", environ={}, nvml=driver(count)))))
+    box = Box("gpus", find_machine("cuda", environ={}, nvml=driver(count)))
+    every = [*cases(box), *unequal_cases(box)]
     assert len({case.what for case in every}) == len(every)
     for case in every:
         environ = {**case.place.environ, **case.environ}

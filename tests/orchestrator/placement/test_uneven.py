@@ -76,7 +76,7 @@ def test_experts_are_cut_by_shares_too() -> None:
     ("5.0,3", {}, ["separated by commas"]),
     ("\uff15,3", {}, ["separated by commas"]),
     ("a", {}, ["separated by commas"]),
-    ("2,2,2,2", {}, ["4 shares, and 3 devices can be used"]),
+    ("2,2,2,2", {}, ["4 shares, and 3 devices can be used", "at most 3"]),
     ("5,3", {"tp": 3}, ["2 shares, and --tp 3"]),
     ("5,3", {"device_layers": "0:16;1:16"}, ['-n "0:16;1:16" says already']),
     ("5,3", {"topology": parse_topology("0-32: {device: cpu}", "t.yaml")}, ["t.yaml says already"]),
