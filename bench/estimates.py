@@ -2,20 +2,22 @@
 
 ``python -m bench.estimates`` prints the table of docs/notes/performance.md. It needs no GPU: the measured values are
 those of docs/performance.md (8B and 32B on one GPU at 1,024 tokens of context, the first token), and of two H200s
-(NVLink, torch 2.11.0, triton 3.6, NCCL 2.28.9; ``python -m bench.multi_gpu``, 2026-11-29).
+(NVLink, torch 2.11.0, triton 3.6, NCCL 2.28.9; ``python -m bench.multi_gpu``, 2026-11-29; the layer map and the GPUs
+without peer access: ``python -m bench.multi_gpu.laps``, 2026-11-30).
 """
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.model_shapes import SHAPES, write_config
 from mgpu.orchestrator.placement.described import described_machine
 from mgpu.orchestrator.placement.options import LayoutOptions
-from mgpu.orchestrator.placement.planner import plan
+from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.orchestrator.placement.speed import MANY, PROMPT, REQUEST_S, estimate_speed
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.quantization import Quant
 
 DECODED = 48
@@ -34,6 +36,24 @@ class Measured:
     many: float | None
     prompts: float | None = None
     """16 prompts of 2,048 tokens."""
+    layers: str = ""
+    """A layer map; ``tp`` does not count then."""
+    reach: bool = True
+    """False: the GPUs do not reach each other's memory (MGPU_NO_P2P=1)."""
+
+    @property
+    def what(self) -> str:
+        name = {"none": "bf16", "8": "int8", "4": "int4"}.get(self.quant, self.quant)
+        where = f"{self.tp} GPU{'s' if self.tp > 1 else ''}"
+        where = f"layers {self.layers}" if self.layers else where
+        return f"{self.shape} {name}, {where}{'' if self.reach else ' without peer access'}"
+
+    def planned(self, facts: ModelFacts) -> Plan:
+        machine = described_machine(f"{2 if self.layers else self.tp}xH200", {})
+        if not self.reach:
+            machine = replace(machine, links=tuple(("none",) * len(machine.devices) for _ in machine.devices))
+        layout = LayoutOptions(device_layers=self.layers) if self.layers else LayoutOptions(tp=self.tp)
+        return plan(facts, machine, replace(layout, quant=self.quant, max_seq_len=16384))
 
 
 MEASURED = (
@@ -52,6 +72,8 @@ MEASURED = (
     Measured("32B", 2, "4", 128, 167, 4_076, 16_860),
     Measured("70B", 2, "none", 128, 52.5, 2_931, 8_382),
     Measured("70B", 2, "fp8", 128, 84.8, 4_586, 13_244),
+    Measured("8B", 2, "none", 128, 240, 12_881, layers="0:17;1:15"),
+    Measured("8B", 2, "none", 128, 378, 9_822, 32_643, reach=False),
     Measured("8B", 1, "none", 1024, 238, 9_426),
     Measured("8B", 1, "fp8", 1024, 371, 12_129),
     Measured("32B", 1, "none", 1024, 61.2, 2_790),
@@ -78,12 +100,9 @@ def pairs() -> Iterator[Pair]:
     with tempfile.TemporaryDirectory() as folder:
         facts = {name: read_config_facts(write_config(Path(folder) / name, SHAPES[name])) for name in SHAPES}
     for row in MEASURED:
-        options = LayoutOptions(tp=row.tp, quant=row.quant, max_seq_len=16384)
-        planned = plan(facts[row.shape], described_machine(f"{row.tp}xH200", {}), options)
-        speed = estimate_speed(planned, row.context + DECODED)
+        speed = estimate_speed(row.planned(facts[row.shape]), row.context + DECODED)
         assert speed is not None
-        name = {"none": "bf16", "8": "int8", "4": "int4"}.get(row.quant, row.quant)
-        what = f"{row.shape} {name}, {row.tp} GPU{'s' if row.tp > 1 else ''}"
+        what = row.what
         if row.one:
             yield Pair(f"{what}, 1 stream, {row.context:,} context", speed.one_stream, row.one)
         if row.many and speed.many_streams:

@@ -44,8 +44,12 @@ _PROMPT_FLOPS: dict[Quant, float] = {"none": 0.655, "fp8": 0.565, "8": 0.62, "4"
 _ATTENTION_FLOPS = 0.55
 REQUEST_S = 3.8e-3
 """What a request costs on its way, beside its kernels."""
-_HOST_SUM_S = 9.5e-6
-"""One all-reduce of few rows through pinned host memory, where GPUs do not reach each other."""
+_HOST_SUM_S, _HOST_SUM_RATE = 6.7e-6, 7e9
+"""One all-reduce by own kernels through pinned host memory, where GPUs do not reach each other; bytes per second."""
+_NCCL_SUM_S, _NCCL_SUM_RATE = 35e-6, 32e9
+"""The same by NCCL, which is quicker from about 32 rows on."""
+_PCIE_5_FROM = (9, 0)
+"""Compute capability from which GPUs have PCIe 5, as the measured ones; older ones reach the host half as fast."""
 _LAUNCHED_S = 314e-6
 """A layer whose kernels are launched one by one, on the processors of the measured machine."""
 _NCCL_S, _GLOO_S = 590e-6, 1.56e-3
@@ -75,6 +79,8 @@ class _Device:
     float8_flops: float
     link_bytes_per_s: float
     has_graphs: bool
+    host_share: float = 1.0
+    """How fast it reaches the host's memory; 1 is the measured machine."""
 
 
 def estimate_speed(plan: Plan, context: int = CONTEXT, prompt: int = PROMPT) -> Speed | None:
@@ -130,6 +136,7 @@ def _slowest(devices: list[DeviceInfo]) -> _Device | None:
         min(each.float8_flops for each in known),
         min(each.link_bytes_per_s for each in known),
         all(each.has_graphs for each in known),
+        min(each.host_share for each in known),
     )
 
 
@@ -138,9 +145,10 @@ def _rates(device: DeviceInfo) -> _Device | None:
         return _Device(HOST_BYTES_PER_S, 0, 0, 0, has_graphs=False)
     gpu = find_gpu(device.name)
     has_graphs = device.capability is None or device.capability >= _GRAPHS_FROM
+    share = 1.0 if device.capability is None or device.capability >= _PCIE_5_FROM else 0.5
     if gpu is not None:
-        return _Device(gpu.bytes_per_s, gpu.flops, gpu.float8_flops, gpu.link_bytes_per_s, has_graphs)
-    return _Device(device.bytes_per_s, 0, 0, 0, has_graphs) if device.bytes_per_s else None
+        return _Device(gpu.bytes_per_s, gpu.flops, gpu.float8_flops, gpu.link_bytes_per_s, has_graphs, share)
+    return _Device(device.bytes_per_s, 0, 0, 0, has_graphs, share) if device.bytes_per_s else None
 
 
 def _source(devices: list[DeviceInfo]) -> str:
@@ -258,17 +266,23 @@ def _sums_s(plan: Plan, stage: Stage, device: _Device, rows: int) -> float:
     if len(stage.devices) == 1:
         return 0.0
     nbytes = rows * plan.facts.hidden_size * DTYPE_BYTES[plan.layout.dtype]
-    least_s = _SUM_S if _has_own_sums(plan, stage) else _HOST_SUM_S
-    return 2 * (least_s + nbytes / _sum_bytes_per_s(plan, stage, device, rows))
+    return 2 * (_peer_sum_s(plan, stage, device, nbytes) if _has_own_sums(plan, stage) else
+                _host_sum_s(plan, device, rows, nbytes))  # fmt: skip
 
 
-def _sum_bytes_per_s(plan: Plan, stage: Stage, device: _Device, rows: int) -> float:
-    if plan.layout.transport == "gloo" and (rows > SUM_ROWS or plan.layout.cpu_ranks):
-        return 0.6e9
+def _peer_sum_s(plan: Plan, stage: Stage, device: _Device, nbytes: float) -> float:
     links = {plan.machine.links[a][b] for a in stage.devices for b in stage.devices if a != b}
     if links == {"nvlink"} and device.link_bytes_per_s > 100e9:
-        return device.link_bytes_per_s * _LINK
-    return 10e9  # through a PCIe slot or the host, both ways
+        return _SUM_S + nbytes / (device.link_bytes_per_s * _LINK)
+    return _SUM_S + nbytes / 10e9  # through a PCIe slot, both ways
+
+
+def _host_sum_s(plan: Plan, device: _Device, rows: float, nbytes: float) -> float:
+    own_s = _HOST_SUM_S + nbytes / (_HOST_SUM_RATE * device.host_share)
+    nccl_s = _NCCL_SUM_S + nbytes / (_NCCL_SUM_RATE * device.host_share)
+    if plan.layout.transport != "gloo":
+        return min(own_s, nccl_s)
+    return _SUM_S + nbytes / 0.6e9 if rows > SUM_ROWS or plan.layout.cpu_ranks else own_s
 
 
 def _launch_s(plan: Plan, stage: Stage, device: _Device) -> float:
