@@ -3,9 +3,11 @@
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -188,7 +190,7 @@ def weather(city: Literal["Bern", "Rome"]) -> str:
 
 
 CITY = {"type": "object", "properties": {"city": {"enum": ["Bern", "Rome"]}}, "required": ["city"]}
-TOOL = {"name": "weather", "description": "The weather of a city.", "parameters": CITY}
+TOOL = {"name": "weather", "parameters": CITY}
 ASK: list[Any] = [{"role": "user", "content": "Weather in Rome?"}]
 
 
@@ -199,11 +201,8 @@ def test_openai_calls_a_tool_and_goes_on_with_its_result(openai: Any) -> None:
     message = openai.chat.completions.create(messages=ASK, **ask, **demand).choices[0].message
     [call] = message.tool_calls
     assert json.loads(call.function.arguments)["city"] in ("Bern", "Rome")
-    stream = openai.chat.completions.create(messages=ASK, **ask, **demand, stream=True)
-    parts = [part for chunk in stream for part in chunk.choices[0].delta.tool_calls or ()]
-    assert "".join(part.function.arguments or "" for part in parts) == call.function.arguments
     result = {"role": "tool", "tool_call_id": call.id, "content": weather("Rome")}
-    last = openai.chat.completions.create(messages=[*ASK, message, result], **ask, tool_choice="none", max_tokens=8)
+    last = openai.chat.completions.create(messages=[*ASK, message, result], **ask, tool_choice="none", max_tokens=1)
     assert last.choices[0].message.content
 
 
@@ -217,7 +216,7 @@ def test_openai_calls_a_tool_in_responses(openai: Any) -> None:
     assert (call.type, json.loads(call.arguments)["city"] in ("Bern", "Rome")) == ("function_call", True)
     result = {"type": "function_call_output", "call_id": call.call_id, "output": weather("Rome")}
     items = [*ASK, call, result]
-    assert openai.responses.create(input=items, **ask, tool_choice="none", max_output_tokens=8).output_text
+    assert openai.responses.create(input=items, **ask, tool_choice="none", max_output_tokens=1).output_text
 
 
 def test_anthropic_calls_a_tool_and_goes_on_with_its_result(anthropic: Any) -> None:
@@ -231,7 +230,18 @@ def test_anthropic_calls_a_tool_and_goes_on_with_its_result(anthropic: Any) -> N
     assert (message.stop_reason, call.input["city"] in ("Bern", "Rome")) == ("tool_use", True)
     result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "Sunny."}]}
     turns = [*ASK, {"role": "assistant", "content": message.content}, result]
-    assert anthropic.messages.create(messages=turns, max_tokens=8, **ask, tool_choice={"type": "none"}).content[0].text
+    assert anthropic.messages.create(messages=turns, max_tokens=1, **ask, tool_choice={"type": "none"}).content[0].text
+
+
+def test_the_loop_of_the_tools_page_asks_calls_and_answers(http_server: ServerProcess) -> None:
+    pytest.importorskip("llguidance")
+    page = (Path(__file__).parents[2] / "docs/tools.md").read_text()
+    [loop] = [code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "while answer.tool_calls" in code]
+    environment = {**os.environ, "MGPU_ENDPOINT": http_server.wait_ready()}
+    done = subprocess.run([sys.executable, "-c", loop], capture_output=True, text=True, timeout=300, env=environment)
+    called, *answer = done.stdout.splitlines()
+    assert re.fullmatch(r"get_weather\(\{'city': '(.*)'\}\) -> It is sunny in \1, 21 degrees\.", called), done.stderr
+    assert "".join(answer)
 
 
 def test_a_langchain_agent_calls_its_tool_and_answers(url: str) -> None:
@@ -246,7 +256,7 @@ def test_a_langchain_agent_calls_its_tool_and_answers(url: str) -> None:
         is_first = len(request.messages) == 1
         return handler(request.override(tool_choice="weather" if is_first else "none"))
 
-    chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=NAME, max_tokens=40, temperature=0)
+    chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=NAME, max_tokens=30, temperature=0)
     agent = agents.create_agent(chat, [weather], middleware=[demand_a_call_first])
     _, calls, result, answer = agent.invoke({"messages": ASK})["messages"]
     assert [call["name"] for call in calls.tool_calls] == ["weather"]

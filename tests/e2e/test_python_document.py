@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.gateway_process import GatewayProcess, make_model_folder, says
+from harness.tool_templates import QWEN
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
@@ -21,7 +22,7 @@ SCRIPTS = [
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with GatewayProcess(make_model_folder(tmp_path_factory.mktemp("tiny-model"))) as gateway:
+    with GatewayProcess(make_model_folder(tmp_path_factory.mktemp("tiny-model"), QWEN)) as gateway:
         yield gateway
 
 
