@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mgpu.orchestrator.http.edge.errors import HttpError
+from mgpu.orchestrator.http.edge.errors import ANTHROPIC_PATH, HttpError
 from mgpu.orchestrator.http.edge.hosts import Hosts
 from mgpu.protocol.internal.http_spec import ApiKey
 
@@ -56,9 +56,12 @@ class Guard:
         request_id = asked if _REQUEST_ID.fullmatch(asked) else f"req-{secrets.token_hex(12)}"
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
 
+        is_anthropic = scope["path"].startswith(ANTHROPIC_PATH)
+        names = (b"x-request-id", b"request-id") if is_anthropic else (b"x-request-id",)
+
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message["headers"], *((name, request_id.encode()) for name in names)]
             await send(message)
 
         try:

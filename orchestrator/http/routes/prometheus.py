@@ -30,8 +30,8 @@ _COUNTERS = {
     "vllm:prefix_cache_hits": ("prefix_hit_tokens", "Prompt tokens that were found there."),
     "vllm:num_preemptions": ("preemptions", "Sequences that had to leave and start again."),
     "mgpu:steps": ("steps", "Steps of the workers."),
-    "mgpu:worker_restarts": ("restarts", "Replacements of failed workers, within the window of --max-restarts."),
-    "mgpu:gateway_restarts": ("gateway_restarts", "Replacements of a failed gateway, within that window."),
+    "mgpu:worker_restarts": ("restarts", "Replacements of failed workers since the start."),
+    "mgpu:gateway_restarts": ("gateway_restarts", "Replacements of a failed gateway since the start."),
 }
 _HISTOGRAMS = {
     "vllm:time_to_first_token_seconds": ("first_token_s", "From a request's arrival to its first token."),

@@ -77,8 +77,9 @@ def test_messages_are_answered_in_anthropics_form(http: HttpServer, gateway: Gat
     assert body["usage"]["cache_read_input_tokens"] == 3
     counted = http.post(f"{MESSAGES}/count_tokens", {"messages": HELLO, "system": system}).json["input_tokens"]
     assert body["usage"]["input_tokens"] + 3 == counted
-    cut = http.post(MESSAGES, {"messages": HELLO, "max_tokens": 2, "stop_sequences": ["zzz"]}).json
-    assert cut["stop_reason"] == "max_tokens"
+    cut = http.post(MESSAGES, {"messages": HELLO, "max_tokens": 2, "stop_sequences": ["zzz"]}, x_request_id="a1")
+    assert cut.json["stop_reason"] == "max_tokens"
+    assert (cut.headers["request-id"], cut.headers["x-request-id"]) == ("a1", "a1")
 
 
 def test_streamed_messages_tell_anthropics_events_in_order(http: HttpServer, gateway: GatewayProcess) -> None:
