@@ -206,19 +206,6 @@ def test_openai_calls_a_tool_and_goes_on_with_its_result(openai: Any) -> None:
     assert last.choices[0].message.content
 
 
-def test_openai_calls_a_tool_in_responses(openai: Any) -> None:
-    pytest.importorskip("llguidance")
-    ask: dict[str, Any] = {"model": NAME, "tools": [{"type": "function", **TOOL}], "temperature": 0}
-    choice = {"type": "function", "name": "weather"}
-    with openai.responses.stream(input=ASK, **ask, tool_choice=choice) as stream:
-        response = list(stream) and stream.get_final_response()
-    [call] = response.output
-    assert (call.type, json.loads(call.arguments)["city"] in ("Bern", "Rome")) == ("function_call", True)
-    result = {"type": "function_call_output", "call_id": call.call_id, "output": weather("Rome")}
-    items = [*ASK, call, result]
-    assert openai.responses.create(input=items, **ask, tool_choice="none", max_output_tokens=1).output_text
-
-
 def test_anthropic_calls_a_tool_and_goes_on_with_its_result(anthropic: Any) -> None:
     pytest.importorskip("llguidance")
     tool = {"name": "weather", "description": "The weather of a city.", "input_schema": CITY}
