@@ -89,7 +89,11 @@ class ServerFinder:
     """Finds the endpoint once, and again when that server has ended: each start has another runtime directory."""
 
     def __init__(self, named: str | None) -> None:
-        """``named`` is what `find_endpoint` takes. Nothing is looked for yet."""
+        """``named`` is what `find_endpoint` takes. Nothing is looked for yet. ServerUnreachable if it is no text."""
+        if named is not None and not isinstance(named, str):
+            raise ServerUnreachable(
+                f"an endpoint is text, such as tcp://127.0.0.1:5555 or ipc:///path, not {type(named).__name__}"
+            )
         self.found: str | None = None
         self.named = named
 

@@ -77,6 +77,7 @@ class Client:
         other's keys. A request that an overloaded server refuses is sent again after its ``retry_after_s``, ``retries``
         times at most; 0 turns it off.
         """
+        self._arguments = endpoint, timeout_s, keys, connect_timeout_s, silence_timeout_s, retries
         self._timeouts = timeouts.ClientTimeouts(timeout_s, connect_timeout_s, silence_timeout_s)
         self._server = ServerFinder(endpoint)
         self._keys = keys
@@ -86,6 +87,10 @@ class Client:
         self._processes: dict[int, ProcessConnections] = {}
         """The connections of each process: this one, and its parents if it was forked."""
         self._connection(timeout_s)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Make a copy, and what a spawned process gets, a client of its own with the same arguments."""
+        return _client_of, self._arguments
 
     # ------------------------------------------------------------- requests
 
@@ -303,3 +308,21 @@ class Client:
 
     def _wait(self, waits: Iterable[float]) -> None:
         self._connection().wait(waits)
+
+
+def _client_of(
+    endpoint: str | None,
+    timeout_s: float,
+    keys: str | Path | None,
+    connect_timeout_s: float,
+    silence_timeout_s: float,
+    retries: int,
+) -> Client:
+    return Client(
+        endpoint,
+        timeout_s,
+        keys=keys,
+        connect_timeout_s=connect_timeout_s,
+        silence_timeout_s=silence_timeout_s,
+        retries=retries,
+    )

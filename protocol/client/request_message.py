@@ -1,6 +1,8 @@
 """Build the message of a request and check it before it is sent."""
 
 import json
+import numbers
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict, TypeVar, cast
 
@@ -67,7 +69,10 @@ def prompt_field(prompt: str | Sequence[int]) -> dict[str, object]:
             "bad_request", "prompt must be one prompt, got several strings; generate and map take several"
         )
     try:
-        return {"prompt_ids": TokenIds().parse("prompt", _listed("prompt", prompt, "text or a sequence of token ids"))}
+        ids: list[object] = _listed("prompt", prompt, "text or a sequence of token ids")
+        if set(map(type, ids)) != {int}:
+            ids = [plain(each) for each in ids]
+        return {"prompt_ids": TokenIds().parse("prompt", ids)}
     except FieldError as error:
         raise RequestFailed("bad_request", str(error)) from None
 
@@ -96,13 +101,16 @@ def generate_message(
     ``timeout_s`` is that of the options, or the client's if they name none.
     """
     values: dict[str, object] = {"type": "generate", "id": request_id, **what, "stream": stream}
-    values |= {**options, "timeout_s": timeout_s}
+    values |= {name: plain(value) for name, value in options.items()}
+    values["timeout_s"] = plain(timeout_s)
     _join_forms(values)
     stop, bias = values.get("stop"), values.get("logit_bias")
     if isinstance(stop, str):
         values["stop"] = [stop]
     if isinstance(bias, Mapping):
-        values["logit_bias"] = [[token_id, value] for token_id, value in bias.items()]
+        values["logit_bias"] = [[plain(token_id), plain(value)] for token_id, value in bias.items()]
+    if isinstance(banned := values.get("stop_token_ids"), (list, tuple)):
+        values["stop_token_ids"] = [plain(each) for each in banned]
     choice = values.get("tool_choice")
     if isinstance(choice, str) and choice not in TOOL_CHOICES:
         values["tool_choice"] = {"name": choice}
@@ -138,6 +146,18 @@ def _schema_text(schema: object) -> str:
         return json.dumps(value if isinstance(value, bool) else dict(value), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestFailed("bad_request", f"json_schema is no JSON: {str(error)[:200]}") from None
+
+
+def plain(value: object) -> object:
+    """Return a number of numpy or torch as Python's own; anything else as it is."""
+    if isinstance(value, (bool, str)) or type(value) in (int, float) or value is None:
+        return value
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        return float(value)
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # no integer, or a tensor of several, or one of a device that is gone
+        return value
 
 
 def checked(values: Mapping[str, object]) -> dict[str, object]:
