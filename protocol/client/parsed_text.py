@@ -3,8 +3,7 @@
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from mgpu.protocol.chat.answer_parser import AnswerParser, ParsedAnswer
 from mgpu.protocol.chat.events import CallArguments, CallBegin, CallBroken, Content, Event, Reasoning
@@ -15,8 +14,7 @@ from mgpu.protocol.front.chat_messages import MAX_CALLS
 from mgpu.protocol.front.server_messages import Accepted
 
 
-@dataclass(frozen=True, slots=True)
-class TextPart:
+class TextPart(NamedTuple):
     """What a part of the text has brought."""
 
     text: str

@@ -92,6 +92,8 @@ class Prompt:
     def _ids(self, field: str, value: object) -> list[int]:
         if not isinstance(value, list) or not value:
             raise wrong(field, value, "a string or an array of token ids")
+        if all(type(each) is int and 0 <= each <= INT32_MAX for each in value):
+            return value  # without a name for each of thousands
         return [_TOKEN_ID.parse(f"{field}[{at}]", token_id) for at, token_id in enumerate(value)]
 
 
