@@ -297,5 +297,6 @@ def _uneven_note(devices: list[DeviceInfo]) -> list[str]:
         return []
     return [
         f"GPU {least.ordinal} has {least.free_bytes / 2**30:.1f} GiB free and GPU {most.ordinal} "
-        f"{most.free_bytes / 2**30:.1f}: the smallest bounds the KV cache of all. -n maps layers unevenly"
+        f"{most.free_bytes / 2**30:.1f}: the smallest bounds the KV cache of all. -n divides layers, "
+        "and --tp-shares heads, unevenly"
     ]

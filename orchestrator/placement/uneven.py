@@ -4,7 +4,7 @@ import re
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.devices import Machine
-from mgpu.orchestrator.placement.divisibility import sizes_text
+from mgpu.orchestrator.placement.divisibility import sizes_text, split_problems
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, Stage, TensorPart
@@ -20,7 +20,9 @@ def uneven_stage(facts: ModelFacts, machine: Machine, options: LayoutOptions, te
         way_out = f"--workers {len(shares)} makes more" if machine.kind == "cpu" else f"write at most {count} shares"
         problems = [f"{len(shares)} shares, and {count} device{'s' * (count > 1)} can be used; {way_out}"]
     is_even = len(set(shares)) == 1
-    if not problems and not is_even:
+    if not problems and is_even:
+        problems = split_problems(facts, len(shares), options.quant, options.experts)
+    elif not problems:
         problems = _slice_problems(facts, shares, options.quant, options.experts or "tensor")
     if problems:
         raise PlacementError(f"--tp-shares {text[:80]}: {'; '.join(problems)}")
@@ -60,8 +62,6 @@ def _share_problems(facts: ModelFacts, shares: tuple[int, ...]) -> list[str]:
     if facts.linear is not None and len(set(shares)) > 1:
         key_heads = facts.linear.key_heads
         return [f"the {key_heads} key heads of linear attention are split evenly only; use --tp {len(shares)}"]
-    if facts.linear is not None:
-        return [f"the linear attention of this {facts.architecture} model splits evenly only; use --tp"]
     if min(shares) < 1:
         return [f"each GPU needs at least 1 of the {heads} KV heads"]
     if sum(shares) != heads:

@@ -93,6 +93,8 @@ def test_shares_that_cut_groups_or_that_borrowed_code_cannot_have_are_refused() 
         planned("2,1", cpus(2), narrow, quant="4")
     with pytest.raises(PlacementError, match=r"MLP width 24 is too narrow: 0 \+ 24 in steps of 32"):
         planned("2,1", cpus(2), replace(narrow, head_dim=16, intermediate_size=24), quant="4")
+    with pytest.raises(PlacementError, match="not a multiple of 32"):
+        planned("1,1,1", cpus(3), narrow, quant="4")
     with pytest.raises(PlacementError, match="splits evenly only"):
         planned("2,1", cpus(2), replace(narrow, borrowed=BorrowedCode((), True)))
 
