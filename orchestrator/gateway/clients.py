@@ -7,7 +7,7 @@ from mgpu.orchestrator.gateway.front.access import scope_to_key
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.inbox import GIVEN_UP, Inbox
-from mgpu.orchestrator.gateway.front.pace import Pace
+from mgpu.orchestrator.gateway.front.pace import CANCEL_S, Pace
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
@@ -87,9 +87,10 @@ class Clients:
             self._front.flush()
         if not len(self._table):
             self._inbox.serve(TURN_S)
+            self._front.take_receiving_s()
         elif self._pace.wait_s() == 0:
             self._inbox.serve(min(TURN_S, self._pace.left_s()))
-            self._pace.spend(time.monotonic() - began_s)
+            self._pace.spend(time.monotonic() - began_s + self._front.take_receiving_s())
         self.drop_lost()
 
     def _on_client(self, received: Received) -> None:
@@ -127,6 +128,7 @@ class Clients:
         elif not isinstance(message, CancelRequest):
             self._queries.on_query(connection, account, message)
         elif (request := self._table.get(connection, message.id)) is not None:
+            self._pace.spend(CANCEL_S)
             self._requests.cancel(request)
         else:
             self._resumptions.cancel(connection, account, message.id)
@@ -136,6 +138,7 @@ class Clients:
         for connection, loss in self._front.take_lost().items():
             requests = self._table.of_connection(connection)
             self._lost_log.write("client %s is %s; %d requests end", connection.hex(), loss, len(requests))
+            self._pace.spend(CANCEL_S * len(requests))
             for request in requests:
                 if not self._resumptions.keep(request):
                     self._requests.drop(request)

@@ -29,7 +29,14 @@ from typing import Any
 import zmq
 
 from mgpu.orchestrator.gateway.front.accept_gate import AcceptGate
-from mgpu.orchestrator.gateway.front.descriptors import PROCESS, Ender, inode_and_origin, received_bytes, unread_bytes
+from mgpu.orchestrator.gateway.front.descriptors import (
+    PROCESS,
+    Ender,
+    has_left,
+    inode_and_origin,
+    received_bytes,
+    unread_bytes,
+)
 from mgpu.orchestrator.gateway.front.open_connection import OpenConnection, excess
 from mgpu.orchestrator.gateway.front.pipe_room import PipeRoom
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
@@ -187,22 +194,34 @@ class Connections:
         while not self._gate.is_complete and self._clock_s() < deadline_s:
             self.update(())
 
-    def introduce(self, connection: bytes, frame: zmq.Frame, origin: str, owner: str) -> None:
-        """Note whose ``connection`` is by a ``frame`` of its message. For one that is known this costs a look-up."""
+    def introduce(self, connection: bytes, frame: zmq.Frame, origin: str, owner: str) -> bool:
+        """Note whose ``connection`` is by a ``frame`` of its message; return False if it has ended.
+
+        For one that is known this costs a look-up.
+        """
         if connection in self._by_name:
-            return
-        with suppress(zmq.ZMQError, ValueError):  # not from a descriptor
+            return True
+        try:
             fd = int(frame.get("__fd"))
-            if fd not in self._open:
-                self._read_events(self._clock_s())
-            found = self._open.get(fd)
-            if found is not None and found.origin == origin:  # else it has ended, and another has its descriptor
-                self._prove(found, owner)
-                self._by_name.pop(found.name, None)
-                found.name = connection
-                self._by_name[connection] = found
-                if self._ids.is_chosen(connection):
-                    self._judge(found)
+        except (zmq.ZMQError, ValueError):  # not from a descriptor
+            return True
+        if fd not in self._open:
+            self._read_events(self._clock_s(), sys.maxsize)
+        found = self._open.get(fd)
+        if found is None or found.origin != origin:  # else another has its descriptor now
+            return found is not None
+        self._prove(found, owner)
+        self._by_name.pop(found.name, None)
+        found.name = connection
+        self._by_name[connection] = found
+        if self._ids.is_chosen(connection):
+            self._judge(found)
+        return True
+
+    def has_left(self, connection: bytes) -> bool:
+        """Return whether the peer of a connection that has sent a message is gone."""
+        found = self._by_name.get(connection)
+        return found is not None and has_left(found.fd)
 
     def check(self, connection: bytes) -> None:
         """Raise Refusal if a connection that has sent a message may not stay; it is ended a moment later."""

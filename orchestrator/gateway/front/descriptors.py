@@ -6,6 +6,7 @@ may be of another file by then, so `Ender` compares the inode of the socket befo
 
 import fcntl
 import os
+import select
 import socket
 import struct
 import sys
@@ -43,6 +44,13 @@ def received_bytes(fd: int) -> int:
         return int.from_bytes(
             connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED.stop)[_RECEIVED], sys.byteorder
         )
+
+
+def has_left(fd: int) -> bool:
+    """Return whether the peer of a connection has closed it; libzmq may not know, if it has much of it to hand out."""
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 class Ender:

@@ -7,6 +7,10 @@ milliseconds one lap is read all the same: until a connection comes up again, wh
 message has been read once. What a flood brings along in these laps piles up, so it has a bound too: a connection whose
 account would have more than `MAX_BYTES` here is given up. One connection alone does not get there, because more is
 served between two laps than a lap brings.
+
+What a connection has sent that has ended meanwhile is dropped: nobody would hear the answers. libzmq reports the end
+only when everything before it was read, so of an owner with `FULL_BYTES` each connection is looked at. A flood of
+clients that connect, send and leave costs no more than reading it, and its connections are soon closed.
 """
 
 import time
@@ -78,9 +82,10 @@ class Inbox:
             if taken is None:
                 return
             path, received = taken
-            self._note_room(received.owner)
             began_s = time.perf_counter()
-            self._handle(received)
+            if not self._is_useless(received):
+                self._handle(received)
+            self._note_room(received.owner)
             now_s = time.perf_counter()
             self._turns.charge(path, now_s - began_s)
 
@@ -99,7 +104,12 @@ class Inbox:
                 return
             self._skipped = received.account if len(received.frames) > MAX_FRAMES else None
             self._note_lap(received, now_s - began_s)
-            self._add(received)
+            if received.is_open and not self._is_useless(received):
+                self._add(received)
+
+    def _is_useless(self, received: Received) -> bool:
+        """Return whether the sender has left, if its owner has sent so much that it is worth asking."""
+        return received.owner in self._full and self._front.connections.has_left(received.connection)
 
     def _may_read(self) -> bool:
         return not self._full or time.monotonic() >= self._next_lap_s

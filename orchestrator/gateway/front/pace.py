@@ -5,6 +5,9 @@ machine with few cores every second that goes into refusing a flood is one that 
 messages is earned, at a fifth of what passes, and what is earned and not spent is kept for a tenth of a second's worth
 of messages. Example: after a quiet while, a burst of 300 requests of 0.25 ms each is served at once. A flood is served
 for 0.1 s and then for 0.2 s of each second, in which its account gets the turns that others leave.
+
+What others do for a message is spent too, by estimates: libzmq's own thread receives it, frame by frame, and the engine
+works on requests that end before anything has come of them.
 """
 
 import time
@@ -14,6 +17,10 @@ SHARE = 0.2
 MOST_S = 0.1
 LEAST_S = 0.001
 """With less to spend, nothing is begun."""
+FRAME_S, BYTE_S = 1e-6, 0.7e-9
+"""What libzmq's thread needs: of a frame its reads, of a byte the copy, or with keys (1e-9) the deciphering."""
+CANCEL_S = 0.0005
+"""What the engine and the workers have done for a request that its client has begun and cancelled."""
 
 
 class Pace:

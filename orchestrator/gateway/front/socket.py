@@ -16,6 +16,7 @@ from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.connections import Connections
 from mgpu.orchestrator.gateway.front.endpoint import BindError, bind, is_lost, release
 from mgpu.orchestrator.gateway.front.hidden_options import set_hidden_options
+from mgpu.orchestrator.gateway.front.pace import BYTE_S, FRAME_S
 from mgpu.orchestrator.gateway.front.routing_ids import AutomaticIds, seed
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.client_messages import REQUEST_ID
@@ -49,6 +50,8 @@ class Received(NamedTuple):
     owner: str
     client: str = ""
     """The client that the message names."""
+    is_open: bool = True
+    """False: its connection has ended, and nobody waits for an answer."""
 
     @property
     def account(self) -> Account:
@@ -93,7 +96,7 @@ class FrontSocket:
         self._backlogs: dict[bytes, _Backlog] = {}
         self._backlog_bytes = 0
         self._lost: dict[bytes, Loss] = {}
-        self._frames_left = FRAMES_PER_TURN
+        self._frames_left, self._receiving_s = FRAMES_PER_TURN, 0.0
         self._is_skipping = False
         """The rest of a message with too many frames is still to be read, and dropped."""
         self._next_check_s, self._failed_binds = 0.0, 0
@@ -154,8 +157,9 @@ class FrontSocket:
         many turns as it takes.
         """
         while self._is_skipping and self._frames_left > 0:
-            self._frames_left -= 1
-            self._is_skipping = self.socket.recv(zmq.NOBLOCK, copy=False).more
+            skipped = self.socket.recv(zmq.NOBLOCK, copy=False)
+            self._note_received(1, len(skipped))
+            self._is_skipping = skipped.more
         if self._frames_left <= 0:
             return None
         try:
@@ -163,7 +167,7 @@ class FrontSocket:
         except zmq.Again:
             return None
         frames: list[bytes] = []
-        identity = owner = ""
+        identity, owner, is_open = "", "", True
         has_more = bool(self.socket.getsockopt(zmq.RCVMORE))
         while has_more and len(frames) <= framing.MAX_FRAMES:
             frame = self.socket.recv(zmq.NOBLOCK, copy=False)
@@ -171,12 +175,22 @@ class FrontSocket:
                 identity = _property_of(frame, "User-Id")
                 origin = origin_of(_property_of(frame, "Peer-Address"))
                 owner = owner_of(identity, origin)
-                self.connections.introduce(connection, frame, origin, owner)
+                is_open = self.connections.introduce(connection, frame, origin, owner)
             frames.append(frame.bytes)
             has_more = frame.more
-        self._frames_left -= 1 + len(frames)
         self._is_skipping = has_more
-        return Received(connection, frames, identity, owner)
+        received = Received(connection, frames, identity, owner, is_open=is_open)
+        self._note_received(1 + len(frames), received.nbytes)
+        return received
+
+    def _note_received(self, num_frames: int, nbytes: int) -> None:
+        self._frames_left -= num_frames
+        self._receiving_s += FRAME_S * num_frames + BYTE_S * nbytes
+
+    def take_receiving_s(self) -> float:
+        """Return about how long libzmq's thread has worked on what was received since the last call."""
+        seconds, self._receiving_s = self._receiving_s, 0.0
+        return seconds
 
     def unpack(self, frames: list[bytes]) -> dict[object, object]:
         """Decode the frames of a message. WireError for anything else."""

@@ -99,7 +99,19 @@ def test_every_message_tells_its_owner_also_after_its_connection_has_ended(front
     front.run_until(0, reads=False)
     front.socket.begin_turn()
     received = [front.socket.receive() for _ in range(20)]
-    assert [each and each.owner for each in received] == [owner] * 20
+    assert [each and (each.owner, each.is_open) for each in received] == [(owner, False)] * 20
+
+
+def test_a_peer_that_has_left_is_seen_before_its_messages_are_read(front: Front) -> None:
+    peer = front.dealer()
+    eventually(lambda: front.turn() and front.received)
+    [name] = front.received
+    assert not front.connections.has_left(name)
+    for _ in range(300):  # more than libzmq reads ahead, so that the end of the connection lies behind them
+        peer.send_multipart([framing.VERSION, b"x" * 10])
+    peer.close(linger=30_000)
+    eventually(lambda: front.turn_without_reading() and front.connections.has_left(name))
+    assert front.connections.owner_of(name), "libzmq has not reported it"
 
 
 def test_who_fills_the_memory_by_many_connections_is_found(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,9 @@ class FakeFront:
     def __init__(self) -> None:
         self.pipes: dict[bytes, deque[Received]] = {}
         self.dropped: list[bytes] = []
+        self.left: set[bytes] = set()
         self.num_read = 0
+        self.connections = self
 
     def send(self, connection: bytes, nbytes: int = 10, count: int = 1, identity: str = KEY, owner: str = "") -> None:
         message = Received(connection, [b"x" * nbytes], identity, owner or identity)
@@ -38,6 +40,9 @@ class FakeFront:
 
     def begin_turn(self) -> None:
         pass
+
+    def has_left(self, connection: bytes) -> bool:
+        return connection in self.left
 
     def drop_sender(self, connection: bytes) -> None:
         self.dropped.append(connection)
@@ -196,3 +201,21 @@ def test_skipping_the_frames_of_a_message_is_charged_to_its_sender(front: FakeFr
     for name in (b"bad", b"honest"):
         front.send(name, count=3, identity="key:bad" if name == b"bad" else "key:other")
     assert [message.connection for message in reader.serve(3)] == [b"honest"] * 3
+
+
+def test_what_a_flood_has_left_behind_is_read_and_dropped(front: FakeFront, reader: Reader) -> None:
+    for number in range(50):
+        front.send(b"gone %d" % number, FULL_BYTES, owner="pid:1")
+        front.left.add(b"gone %d" % number)
+    front.send(b"here", owner="pid:1")
+    front.send(b"other", owner="pid:2")
+    front.left.add(b"other")
+    served = [each.connection for each in reader.serve(60)]
+    assert {b"here", b"other"} <= set(served), "a little of an owner is served without asking"
+    assert sum(each.startswith(b"gone") for each in served) <= 1
+
+
+def test_what_comes_from_an_ended_connection_is_not_served(front: FakeFront, reader: Reader) -> None:
+    front.send(b"a", count=3)
+    front.pipes[b"a"][1] = front.pipes[b"a"][1]._replace(is_open=False)
+    assert len(reader.serve(4)) == 2

@@ -96,6 +96,26 @@ def test_a_message_of_many_frames_is_read_in_bounded_turns(tmp_path: Path) -> No
     context.destroy(0)
 
 
+def test_what_libzmq_does_for_frames_and_bytes_is_estimated(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    front = FrontSocket(context, f"ipc://{tmp_path}/front", 1 << 20)
+    peer = context.socket(zmq.DEALER)
+    peer.connect(front.endpoint)
+    costs = []
+    for frames in ([b"x"], [b"x" * 10**6], [b""] * 1500):
+        peer.send_multipart(frames)
+        deadline_s, received = time.monotonic() + 20, None
+        while (received is None or front._is_skipping) and time.monotonic() < deadline_s:
+            front.access.answer_requests()
+            front.begin_turn()
+            received = front.receive() or received
+        costs.append(front.take_receiving_s())
+    assert costs == pytest.approx([2e-6, 2e-6 + 0.7e-3, 1501e-6], rel=0.01)
+    assert front.take_receiving_s() == 0
+    front.close()
+    context.destroy(0)
+
+
 def test_messages_of_several_frames_share_the_frames_of_a_turn(tmp_path: Path) -> None:
     deadline_s, num_read = time.monotonic() + 20, 0
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
