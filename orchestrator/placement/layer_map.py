@@ -154,7 +154,7 @@ def balanced_stages(
 
     devices = range(len(ordinals))
     least = max(fullness(device, 1) for device in devices)
-    ratios = sorted({least} | {fullness(d, c) for d in devices for c in range(2, num_layers + 1)} - {0.0})
+    ratios = sorted({least} | {fullness(d, c) for d in devices for c in range(2, num_layers + 1)})
     ratios = [ratio for ratio in ratios if ratio >= least]
     index = bisect.bisect_left(ratios, num_layers, key=lambda ratio: sum(most_layers(d, ratio) for d in devices))
     counts = [most_layers(device, ratios[index]) for device in devices]

@@ -50,6 +50,12 @@ def test_without_tools_markers_are_text() -> None:
     assert joined([*parser.push(text), *parser.finish()]) == text
 
 
+def test_a_second_call_is_told_as_soon_as_it_is_there() -> None:
+    parser = AnswerParser(ChatFormat("pythonic"), OfferedTools(TOOLS))
+    events = parser.push("[get_weather(city='Paris'), get_weather(city='Rome')]")
+    assert [type(event).__name__ for event in events].count("CallEnd") == 2
+
+
 @pytest.mark.parametrize("name", ["hermes", "qwen3-coder", "mistral", "harmony", "llama", "pythonic"])
 def test_nothing_of_a_long_odd_answer_is_lost(name: str) -> None:
     markers = ChatFormat(name).markers()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgpu.protocol.front.framing import FROM_CLIENT, VERSION, WireError, pack, unpack
+from mgpu.protocol.front.framing import FROM_CLIENT, FROM_SERVER, VERSION, WireError, pack, unpack
 
 MAX_FRAME_BYTES = FROM_CLIENT.frame_bytes
 
@@ -19,6 +19,14 @@ def test_a_message_survives_packing() -> None:
         "type": "generate", "id": 1, "prompt": "é€😀", "prompt_ids": b"\x01\x00", "nothing": None, "x": [1.5, True],
     }  # fmt: skip
     assert unpack(pack(values)) == values
+
+
+def test_a_message_of_the_server_may_have_16_mib() -> None:
+    whole = pack({"x": b"x" * ((16 << 20) - 8)})
+    assert len(whole[1]) == 16 << 20
+    assert len(unpack(whole, FROM_SERVER)) == 1
+    with pytest.raises(WireError, match=f"{(16 << 20) + 1} bytes"):
+        unpack([VERSION, whole[1] + b"x"], FROM_SERVER)
 
 
 @pytest.mark.parametrize("value", ["\ud800", 2**64, object()])

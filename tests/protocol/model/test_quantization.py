@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mgpu.protocol.checkpoint.gpt_oss import MXFP4
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import block_range
@@ -64,3 +65,7 @@ def test_ranks_share_an_mlp_of_a_gguf_file_in_whole_blocks() -> None:
     assert {len(share) // 32 for share in shares} == {5, 6}
     assert all(share.start % 32 == 0 for share in shares)
     assert [*map(len, (block_range(10, rank, 3, 0) for rank in range(3)))] == [3, 3, 4]
+
+
+def test_mxfp4_takes_17_bytes_for_32_weights() -> None:
+    assert MXFP4.matrix_bytes(outputs=2, inputs=256, dtype_bytes=2) == 2 * 256 // 32 * 17

@@ -8,6 +8,8 @@ import pytest
 from harness.gateway_process import GatewayProcess, says
 from harness.http_process import HttpServer
 from mgpu import __version__
+from mgpu.orchestrator.http.routes.text import DETOKENIZE_RULES
+from mgpu.protocol.front.fields import FieldError
 
 RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
@@ -150,6 +152,10 @@ def test_texts_become_tokens_and_back(http: HttpServer, gateway: GatewayProcess)
     for wrong in ({}, {"prompt": "a", "content": "b"}, {"prompt": 5}):
         assert http.post("/tokenize", wrong).status == 400
     assert http.post("/detokenize", {"tokens": [-1]}).status == 400
+    million = [1] * (1 << 20)
+    assert len(DETOKENIZE_RULES["tokens"].parse("tokens", million)) == 1 << 20  # type: ignore[arg-type]
+    with pytest.raises(FieldError):
+        DETOKENIZE_RULES["tokens"].parse("tokens", [*million, 1])
 
 
 def test_the_document_has_every_path_with_its_fields(http: HttpServer) -> None:
