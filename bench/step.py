@@ -51,8 +51,8 @@ def make_runner(shape: str, context: int, quant: Quant, kept: KvCacheDtype) -> M
     stage.max_positions = longest = context + 4 * STEPS + BLOCK
     init_dummy_weights(stage, 0)
     blocks = MOST_ROWS * -(-(longest + 1) // BLOCK)
-    sizes = facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim
-    cache = KvCache(*sizes, stored_dtype(kept, torch.bfloat16), device)
+    sizes, types = (blocks, BLOCK, MOST_ROWS), (torch.bfloat16, stored_dtype(kept, torch.bfloat16))
+    cache = KvCache.of_layers(facts, layers, place.part, sizes, types, device)
     rows = RowTable(MOST_ROWS, longest, BLOCK, blocks, device)
     links = Links(group)
     return ModelRunner(stage, cache, rows, links, facts, place, 1)

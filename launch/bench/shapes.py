@@ -56,6 +56,22 @@ QWEN3_30B_A3B: Config = {
     "num_experts_per_tok": 8,
     "norm_topk_prob": True,
 }
+QWEN3_5_35B_A3B: Config = {
+    **QWEN3_30B_A3B,
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "model_type": "qwen3_5_moe_text",
+    "head_dim": 256,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "num_experts": 256,
+    "vocab_size": 248320,
+    "max_position_embeddings": 262144,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
 SMOLLM2_135M: Config = {
     **LLAMA_8B,
     "hidden_size": 576,
@@ -85,6 +101,7 @@ SHAPES: dict[str, Config] = {
     "8B": LLAMA_8B,
     "32B": QWEN3_32B,
     "30B-A3B": QWEN3_30B_A3B,
+    "35B-A3B": QWEN3_5_35B_A3B,
     "70B": LLAMA_70B,
     "135M": SMOLLM2_135M,
     "tiny": TINY,

@@ -65,7 +65,7 @@ def tiny_config(family: str) -> object:
     }  # fmt: skip
     experts = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
     linear_heads = {
-        "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 16,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
         "head_dim": 32, "tie_word_embeddings": False,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     }  # fmt: skip

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from mgpu.worker.attention.interface import AttentionShape, AttentionSpec
+from mgpu.worker.attention.rule_check import launch_rule
 from mgpu.worker.attention.triton_backend import TritonBackend
 from mgpu.worker.kernels.reference import paged_attention, rotate
 from mgpu.worker.kernels.runtime import power_of_2
@@ -53,6 +54,8 @@ def launch_check(device: torch.device, shape: AttentionShape) -> None:
     """Launch the kernels of the check and ignore their results, so that they are compiled."""
     for window in shape.windows:
         _error(device, shape, window)
+    if shape.linear is not None:
+        launch_rule(device, shape.linear, shape.dtype)
 
 
 @torch.inference_mode()

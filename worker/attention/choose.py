@@ -19,6 +19,18 @@ def select_backend(device: torch.device, shape: AttentionShape) -> AttentionBack
 
         problem = attention_problem(device, shape)
         if problem is None:
-            return TritonBackend()
+            return TritonBackend(_has_rule_kernels(device, shape))
         log.warning("attention runs on plain torch, many times slower: %s", problem)
     return PlainBackend()
+
+
+def _has_rule_kernels(device: torch.device, shape: AttentionShape) -> bool:
+    """Return True if the stage has linear layers, and their kernels pass a check."""
+    if shape.linear is None:
+        return False
+    from mgpu.worker.attention.rule_check import rule_problem
+
+    if (problem := rule_problem(device, shape.linear, shape.dtype)) is None:
+        return True
+    log.warning("linear layers run on plain torch, many times slower and without CUDA graphs: %s", problem)
+    return False

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.facts import KvCacheDtype
+from mgpu.protocol.model.facts import KvCacheDtype, LinearFacts
+from mgpu.worker.kernels.linear.inputs import StepStates
 from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache
 
@@ -53,6 +54,8 @@ class AttentionShape:
     kv_cache_dtype: KvCacheDtype = "auto"
     has_plain_scores: bool = True
     """False if scores are capped, or have sinks beside them."""
+    linear: LinearFacts | None = None
+    """The linear layers of the stage, if it has any."""
 
 
 class PackedAttention(Protocol):
@@ -77,6 +80,11 @@ class StepAttention(Protocol):
         ...
 
     @property
+    def states(self) -> StepStates | None:
+        """The rows as kernels of linear layers take them; None: those layers run on plain torch."""
+        ...
+
+    @property
     def packed(self) -> PackedAttention | None:
         """The fused form, if the backend has one; layers then do not call `attend`."""
         ...
@@ -92,6 +100,11 @@ class AttentionBackend(Protocol):
     @property
     def takes_packed(self) -> bool:
         """True if its steps have a fused form; layers then get tables of angles."""
+        ...
+
+    @property
+    def has_states(self) -> bool:
+        """True if kernels compute linear layers."""
         ...
 
     def begin_step(self, batch: StepBatch, block_size: int) -> StepAttention:

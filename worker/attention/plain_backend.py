@@ -27,6 +27,7 @@ class PlainBackend:
     """Keeps the memory that contexts are gathered into: fresh memory for each layer costs more than the gathering."""
 
     takes_packed = False
+    has_states = False
 
     def __init__(self) -> None:
         self._scratch: dict[str, Tensor] = {}
@@ -91,6 +92,7 @@ class PlainStep:
     """One step. Views depend on the window only: the first layer of each window makes them for the others."""
 
     packed = None
+    states = None
 
     def __init__(self, backend: PlainBackend, batch: StepBatch, block_size: int) -> None:
         self._backend = backend

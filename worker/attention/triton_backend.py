@@ -20,6 +20,7 @@ from mgpu.worker.kernels.attention.decode import decode_attention
 from mgpu.worker.kernels.attention.inputs import PackedHeads, PagedCache
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
+from mgpu.worker.kernels.linear.inputs import StateRows, StepStates, owners_of
 from mgpu.worker.kernels.use import aligned
 from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache
@@ -42,20 +43,29 @@ class PagedRows:
 
 
 class TritonBackend:
-    """Stateless: kernels keep their scratch themselves, one per device."""
+    """Keeps nothing between steps: kernels keep their scratch themselves, one per device."""
 
     takes_packed = True
+
+    def __init__(self, has_states: bool = False) -> None:
+        self.has_states = has_states
 
     def begin_step(self, batch: StepBatch, block_size: int) -> "TritonStep":
         del block_size  # the cache's shape says it
         decoding = sum(1 for _ in takewhile(lambda count: count == 1, batch.query_lens_host))
         tables, lens = batch.block_tables, batch.context_lens
         decode = PagedRows(aligned(tables[:decoding]), aligned(lens[:decoding])) if decoding else None
-        prompts = None
+        prompts, states = None, StepStates(None, None) if self.has_states else None
+        if decode is not None and states is not None:
+            states = states._replace(decode=StateRows(aligned(batch.rows[:decoding]), decode.lens_R))
         if decoding < len(batch.query_lens_host):
             starts = aligned(batch.query_starts[decoding:])
             prompts = PagedRows(aligned(tables[decoding:]), aligned(lens[decoding:]), starts)
-        return TritonStep(aligned(batch.positions), aligned(batch.slots), decode, prompts, batch.step_rows)
+            if states is not None:
+                owners_T = owners_of(starts, len(batch.positions))
+                rows = StateRows(aligned(batch.rows[decoding:]), prompts.lens_R, starts, owners_T)
+                states = states._replace(prompts=rows)
+        return TritonStep(aligned(batch.positions), aligned(batch.slots), decode, prompts, batch.step_rows, states)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,7 @@ class TritonStep:
     prompts: PagedRows | None
     rows: StepRows | None
     """None in CUDA graphs."""
+    states: StepStates | None = None
 
     @property
     def packed(self) -> "TritonStep":

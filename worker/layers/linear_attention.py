@@ -13,7 +13,9 @@ from torch import Tensor
 
 from mgpu.protocol.model.facts import LinearFacts, ModelFacts
 from mgpu.protocol.model.placement import key_head_range
-from mgpu.worker.layers import delta_rule
+from mgpu.worker.attention.interface import StepAttention
+from mgpu.worker.kernels.linear import rule
+from mgpu.worker.kernels.linear.inputs import RuleInputs, RuleWeights, StepStates
 from mgpu.worker.layers.activations import Activations, scaled
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, Storage
 from mgpu.worker.layers.module import Module
@@ -90,16 +92,34 @@ class LinearAttention(Module):
         columns = range(heads.start * value_rows, heads.stop * value_rows)
         self.out = RowParallelLinear(columns, facts.hidden_size, False, group, storage.of_out())
 
-    def __call__(self, x_TD: Activations, rows: StepRows, states: LayerStates) -> Delta:
+    def __call__(self, x_TD: Activations, step: StepAttention, states: LayerStates) -> Delta:
         assert isinstance(x_TD, Tensor), "the norm before linear attention does not quantize"
         projected = scaled(self.project(x_TD))
         rates = projected if self.rates is None else scaled(self.rates(x_TD))
         inputs_TC, gate_THV = self._inputs_and_gates(projected)
-        beta_TH, fading_TH = rates[:, -2 * self.num_values :].chunk(2, dim=-1)
-        out_THV = self._plain(inputs_TC, beta_TH.float().sigmoid(), self.constants.log_fading(fading_TH), rows, states)
+        rates = rates[:, -2 * self.num_values :]
+        if step.states is not None:
+            inputs = RuleInputs(inputs_TC, rates, gate_THV)
+            return self.out.partial(self._by_kernels(inputs, step.states, states).flatten(1))
+        assert step.rows is not None, "only kernels are captured"
+        beta_TH, fading_TH = rates.chunk(2, dim=-1)
+        fadings = beta_TH.float().sigmoid(), self.constants.log_fading(fading_TH)
+        out_THV = self._plain(inputs_TC, *fadings, step.rows, states)
         normed_THV = F.rms_norm(out_THV, (self.value_dim,), self.constants.norm.float(), self.eps)
         gated_THV = normed_THV * F.silu(gate_THV.float())
         return self.out.partial(gated_THV.flatten(1).to(x_TD.dtype))
+
+    def _by_kernels(self, inputs: RuleInputs, step: StepStates, states: LayerStates) -> Tensor:
+        """Return gated outputs [T, H, V] and bring the states of the rows up to date."""
+        from mgpu.worker.kernels.linear.compute import compute  # imports triton, which machines without a GPU may lack
+
+        own = self.constants
+        sizes = self.num_keys, self.key_dim, self.value_dim
+        weights = RuleWeights(own.weight, own.norm, own.bias_H, own.log_rate_H, self.eps, *sizes)
+        # Tokens that only pad a step get zeros: what is undefined could be anything to the layers behind.
+        out_THV = torch.zeros(inputs.gates_THV.shape, dtype=own.weight.dtype, device=own.weight.device)
+        compute(inputs, states.state_NHKV, states.tail_NWC, weights, step, out_THV)
+        return out_THV
 
     def _inputs_and_gates(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inputs of the convolution [T, C], and the gates of the outputs."""
@@ -132,7 +152,7 @@ class LinearAttention(Module):
         states.tail_NWC[rows_R] = window[:, 1:]
         mixed_RC = F.silu((window * self.constants.weight.T).sum(1))
         state_RHKV = states.state_NHKV[rows_R]
-        out_RHV = delta_rule.step(*self._heads(mixed_RC), g_RH, beta_RH, state_RHKV)
+        out_RHV = rule.step(*self._heads(mixed_RC), g_RH, beta_RH, state_RHKV)
         states.state_NHKV[rows_R] = state_RHKV
         return out_RHV
 
@@ -147,7 +167,7 @@ class LinearAttention(Module):
         states.tail_NWC[row] = window[len(inputs_TC) :]
         weight = self.constants.weight.unsqueeze(1)
         mixed_CT = F.conv1d(window.T.unsqueeze(0), weight, groups=len(weight))[0]
-        out_THV, states.state_NHKV[row] = delta_rule.scan(*self._heads(F.silu(mixed_CT).T), g_TH, beta_TH, state_HKV)
+        out_THV, states.state_NHKV[row] = rule.scan(*self._heads(F.silu(mixed_CT).T), g_TH, beta_TH, state_HKV)
         return out_THV
 
     def _heads(self, mixed_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +176,7 @@ class LinearAttention(Module):
         q, k, v = torch.split(mixed_TC, [keys, keys, self.num_values * self.value_dim], dim=1)
         q_TGK, k_TGK = (each.reshape(-1, self.num_keys, self.key_dim) for each in (q, k))
         v_THV = v.reshape(-1, self.num_values, self.value_dim).float()
-        return *delta_rule.queries_and_keys(q_TGK, k_TGK, self.num_values), v_THV
+        return *rule.queries_and_keys(q_TGK, k_TGK, self.num_values), v_THV
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         self.project.load(reader, prefix)

@@ -34,8 +34,7 @@ class HybridLayer(Module):
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
         if self.linear is not None:
             assert cache.states is not None, "a linear layer has states"
-            assert attention.rows is not None, "linear layers are not captured"
-            delta_TD = self.linear(x_TD, attention.rows, cache.states)
+            delta_TD = self.linear(x_TD, attention, cache.states)
         else:
             delta_TD = self.attention(x_TD, angles, attention, cache)
         x_TD = self.mlp_norm.add_and_norm(residual_TD, delta_TD)

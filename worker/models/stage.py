@@ -13,6 +13,7 @@ from mgpu.protocol.model.facts import ExpertSplit, KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention
+from mgpu.worker.kernels.linear.inputs import has_kernels_for
 from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.experts import ExpertMatrices
 from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
@@ -162,7 +163,8 @@ class DecoderStage(Module):
         """Use the kernels without checking them."""
         from mgpu.worker.attention.triton_backend import TritonBackend
 
-        self._attention_backend = TritonBackend()
+        linear = self.facts.linear
+        self._attention_backend = TritonBackend(linear is not None and has_kernels_for(linear))
 
     def _shape_of_attention(self, context: BuildContext) -> AttentionShape:
         facts = self.facts
@@ -170,17 +172,19 @@ class DecoderStage(Module):
         windows = tuple({context.window_of(index): None for index in self.layer_range})
         sizes = heads.num_q, heads.num_kv, facts.head_dim
         is_plain = not facts.attention_softcap and not facts.attention_sinks
-        return AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype, is_plain)
+        linear = facts.linear if facts.count_linear(self.layer_range) else None
+        return AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype, is_plain, linear)
 
     @property
     def has_kernels(self) -> bool:
         """True if a step can be captured as a CUDA graph: its kernels read lengths and tables on the device.
 
-        Norms over all heads add up numbers of the ranks in a way that cannot be captured, and linear layers run on
-        plain torch.
+        Norms over all heads add up numbers of the ranks in a way that cannot be captured.
         """
-        is_captured = self.facts.linear is None and not (self._is_split and self.facts.norms_whole_heads)
-        return self._attention_backend.takes_packed and is_captured
+        backend = self._attention_backend
+        if self.attention_shape.linear is not None and not backend.has_states:
+            return False
+        return backend.takes_packed and not (self._is_split and self.facts.norms_whole_heads)
 
     def _angles(self, positions_T: Tensor) -> dict[AngleKind, Angles]:
         """Return the angles for each kind of layer that the stage has."""

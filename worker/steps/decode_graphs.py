@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.attention.triton_backend import PagedRows, TritonStep
+from mgpu.worker.kernels.linear.inputs import StateRows, StepStates
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
 from mgpu.worker.steps.graph_pool import HEAD, GraphParts, StepGraph, StepOutput, padded, whole_lines
 
@@ -66,7 +67,8 @@ class DecodeGraphs:
         parts.expect_tokens(rows_R, inputs.context_lens, staged)
         x_RD = stage.embed(inputs.token_ids) if stage.is_first else parts.receive(size, staged)
         paged = PagedRows(inputs.block_tables, inputs.context_lens)
-        step = TritonStep(inputs.positions, inputs.slots, paged, None, None)
+        states = StepStates(StateRows(rows_R, inputs.context_lens), None) if stage.facts.linear is not None else None
+        step = TritonStep(inputs.positions, inputs.slots, paged, None, None, states)
         x_RD = stage.run_layers_with(x_RD, step, inputs.positions, parts.cache)
         if not stage.is_last:
             parts.send(x_RD, staged)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.attention.triton_backend import PagedRows, TritonStep
+from mgpu.worker.kernels.linear.inputs import StateRows, StepStates, owners_of
 from mgpu.worker.steps.graph_pool import HEAD, GraphParts, StepGraph, StepOutput, padded
 
 TOKENS = (64, 128, 192, 256, 384, 512)
@@ -87,12 +88,18 @@ class PromptGraphs:
         slots_T = blocks_T * rows.block_size + positions_T % rows.block_size
         is_token_T = torch.arange(tokens, device=rows.device) < head[:1]
         tables_RP = rows.blocks[rows_R.long()]
+        starts = starts[: num_rows + 1]
+        states = None
+        if stage.facts.linear is not None:
+            prompts = StateRows(rows_R, prompt_lens_R, starts, owners_of(starts, tokens))
+            states = StepStates(StateRows(rows_R, decode_lens_R) if decodes else None, prompts)
         step = TritonStep(
             positions_T,
             slots_T.where(is_token_T, -1),
             PagedRows(tables_RP, decode_lens_R) if decodes else None,
-            PagedRows(tables_RP, prompt_lens_R, starts[: num_rows + 1]),
+            PagedRows(tables_RP, prompt_lens_R, starts),
             None,
+            states,
         )
         if stage.is_first:
             x_TD = stage.embed(rows.tokens[token_rows_T, positions_T].long())

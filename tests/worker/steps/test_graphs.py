@@ -29,15 +29,19 @@ def make_runner(model: TinyModel, dtype: torch.dtype = torch.float32) -> ModelRu
     stage = build_stage(facts, place, range(facts.num_layers), links.group, dtype, device, folder=str(model.folder))
     load_weights(stage, checkpoint, lambda count: None)
     blocks = ROWS * BLOCKS_OF_ROW
-    cache = KvCache(facts.num_layers, blocks, BLOCK, facts.num_kv_heads, facts.head_dim, dtype, device)
+    cache = KvCache.of_layers(facts, stage.layer_range, place.part, (blocks, BLOCK, ROWS), (dtype, dtype), device)
     for layer in cache.layers:
         layer.k_NBJK.fill_(torch.nan)
         layer.v_NBJK.fill_(torch.nan)
+        if layer.states is not None:
+            layer.states.state_NHKV.fill_(torch.nan)
+            layer.states.tail_NWC.fill_(torch.nan)
     rows = RowTable(ROWS, BLOCKS_OF_ROW * BLOCK - 1, BLOCK, blocks, device)
     return ModelRunner(stage, cache, rows, links, facts, place, 1)
 
 
 EXPERTS = ["mixtral-window", "qwen3-moe", "qwen2-moe", "granite-moe-shared"]
+LINEAR = ["qwen3.5", "qwen3-next"]
 BORROWED = ["arcee", "cohere2"]
 """Families that transformers' code runs."""
 
@@ -45,7 +49,7 @@ BORROWED = ["arcee", "cohere2"]
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
-        *((each, torch.float32) for each in ("llama", "qwen3", "gemma3", *EXPERTS, *BORROWED)),
+        *((each, torch.float32) for each in ("llama", "qwen3", "gemma3", *EXPERTS, *LINEAR, *BORROWED)),
         ("qwen3-moe", torch.bfloat16),
     ],
     ids=str,

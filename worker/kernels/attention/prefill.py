@@ -46,7 +46,7 @@ class PrefillTiling:
 
 
 @triton.jit
-def _find_row(tile, starts_ptr, num_rows, BLOCK_M: tl.constexpr, AT_ONCE: tl.constexpr):
+def find_row(tile, starts_ptr, num_rows, BLOCK_M: tl.constexpr, AT_ONCE: tl.constexpr):
     """Return the row that owns a tile. Row r's tiles begin at (start_r - start_0) // BLOCK_M + r: enough for each.
 
     Example: rows of 100 and 10 queries, BLOCK_M 64. Tiles 0 and 1 are row 0's, tile 100 // 64 + 1 = 2 is row 1's.
@@ -147,7 +147,7 @@ def _prefill_kernel(
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     wait_for_inputs(OVERLAP)
-    row = _find_row(tile, starts_ptr, num_rows, BLOCK_M, AT_ONCE)
+    row = find_row(tile, starts_ptr, num_rows, BLOCK_M, AT_ONCE)
     start = tl.load(starts_ptr + row)
     count = tl.load(starts_ptr + row + 1) - start
     first = (tile - ((start - tl.load(starts_ptr)) // BLOCK_M + row)) * BLOCK_M

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mgpu.worker.layers import delta_rule
+from mgpu.worker.kernels.linear import rule
 
 HEADS, KEYS, VALUES = 3, 8, 16
 
@@ -38,10 +38,10 @@ def recurrence(row: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
 def test_chunks_equal_the_recurrence(tokens: int, strength: float) -> None:
     row, state = drawn(tokens, strength), torch.randn(HEADS, KEYS, VALUES, dtype=torch.float64)
     expected, after = recurrence(row, state)
-    out, new = delta_rule.scan(*row, state)
+    out, new = rule.scan(*row, state)
     torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(new, after, atol=1e-9, rtol=1e-9)
-    single, changed = delta_rule.scan(*(each.float() for each in row), state.float())
+    single, changed = rule.scan(*(each.float() for each in row), state.float())
     torch.testing.assert_close(single.double(), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(changed.double(), after, atol=1e-4, rtol=1e-4)
 
@@ -51,13 +51,13 @@ def test_keys_that_are_all_alike_do_not_overflow() -> None:
     k = q[:1].expand(128, -1, -1)
     row = q, k, v, torch.zeros(128, HEADS, dtype=torch.float64), torch.ones(128, HEADS, dtype=torch.float64)
     expected, _ = recurrence(row, torch.zeros(HEADS, KEYS, VALUES, dtype=torch.float64))
-    out, _ = delta_rule.scan(*(each.float() for each in row), torch.zeros(HEADS, KEYS, VALUES))
+    out, _ = rule.scan(*(each.float() for each in row), torch.zeros(HEADS, KEYS, VALUES))
     torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_step_of_many_rows_equals_the_recurrence_of_each() -> None:
     row, states = drawn(5), torch.randn(5, HEADS, KEYS, VALUES, dtype=torch.float64)
     expected = [recurrence(tuple(each[at : at + 1] for each in row), states[at]) for at in range(5)]
-    out = delta_rule.step(*row, states)
+    out = rule.step(*row, states)
     torch.testing.assert_close(out, torch.cat([each for each, _ in expected]), atol=1e-9, rtol=0)
     torch.testing.assert_close(states, torch.stack([after for _, after in expected]), atol=1e-9, rtol=0)
