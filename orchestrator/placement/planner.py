@@ -93,6 +93,7 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
             *_notes(machine, layout, rows),
             *_rope_note(facts, max_seq_len),
             *_states_note(options, rows),
+            *(f"{part} is left out: tokens come one at a time" for part in facts.left_out),
         ),
     )
 

@@ -176,7 +176,15 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         logit_softcap=_softcap(fields, family, "final_logit_softcapping", 30.0),
         attention_gate=family in HYBRID,
         linear=linear_facts(fields, family, num_layers),
+        left_out=_left_out(fields, family),
     )
+
+
+def _left_out(fields: Fields, family: str) -> tuple[str, ...]:
+    """Return the parts of a hybrid model that are not used: its head for several tokens at once."""
+    key = "mtp_num_hidden_layers"
+    has_head = family in HYBRID and fields.has(key) and fields.integer(key, low=0, high=Limit.LAYERS) > 0
+    return ("its multi-token head",) if has_head else ()
 
 
 def _biases(fields: Fields, base: Family) -> tuple[bool, bool]:

@@ -183,6 +183,8 @@ class ModelFacts:
     """Logits become ``cap * tanh(logit / cap)`` (Gemma 2); 0: they stay."""
     attention_gate: bool = False
     """The output of each query head is multiplied by the sigmoid of a gate, projected beside the query (Qwen3.5)."""
+    left_out: tuple[str, ...] = ()
+    """Parts of the model that are not used, in words."""
     linear: LinearFacts | None = None
     """Layers of linear attention among the others; None: there are none."""
     formats: tuple[LayerFormats, ...] = ()

@@ -39,6 +39,8 @@ def test_answers_are_those_of_transformers_in_a_crowd_and_after_a_killed_worker(
     with ServerProcess(*arguments) as server, Client(server.wait_ready(), silence_timeout_s=60) as client:
         alone = client.generate(model.prompt_ids, max_tokens=8, ignore_eos=True)
         assert list(alone.token_ids) == model.output_ids
+        further = client.generate(model.prompt_ids + model.output_ids[:7], max_tokens=1, ignore_eos=True)
+        assert (list(further.token_ids), further.usage.cached_tokens) == (model.output_ids[7:], 16)
         together = answers(client, prompts)
         assert together[0] == model.output_ids[:6]
         workers = [each for each in psutil.Process(server.process.pid).children() if "mgpu.worker" in each.cmdline()]

@@ -6,12 +6,15 @@ consecutive ranks hold copies of one. Ranks may have unequal numbers of KV heads
 
 # T tokens, D model dim, H query heads of this rank, J KV heads of this rank, K head dim
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
+from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, Product, scaled, values_and_scale
 from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, Storage, gated_slices, qkv_slices
@@ -41,6 +44,7 @@ class Attention(Module):
         self.head_dim = facts.head_dim
         self.num_q, self.num_kv = heads.num_q, heads.num_kv
         self.has_gates = facts.attention_gate
+        self._gate_heads = _kernel_gates() if uses_kernels(storage.device) else _plain_gates
         slices = (gated_slices if facts.attention_gate else qkv_slices)(heads, facts.head_dim)
         self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, storage.of_qkv())
         columns = range(heads.q_start * facts.head_dim, heads.q_stop * facts.head_dim)
@@ -65,23 +69,24 @@ class Attention(Module):
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables of angles are for packed attention"
             packed_TAK, scale_T = self._heads(qkv)
-            qkv_TAK, gates_THK = self._without_gates(packed_TAK, scale_T)
+            qkv_TAK, gates_THK = self._without_gates(packed_TAK)
             heads_THK = attention.packed.attend_packed(qkv_TAK, scale_T, angles, cache, self.spec)
         else:
-            qkv_TAK, gates_THK = self._without_gates(self._heads(scaled(qkv))[0], None)
+            scale_T = None
+            qkv_TAK, gates_THK = self._without_gates(self._heads(scaled(qkv))[0])
             q_THK, k_TJK, v_TJK = self._rotated(qkv_TAK, angles)
             heads_THK = attention.attend(q_THK, k_TJK, v_TJK, cache, self.spec)
+        heads_TN = heads_THK.flatten(1)
         if gates_THK is not None:
-            heads_THK = heads_THK * torch.sigmoid(gates_THK)
-        return self.out.partial(heads_THK.flatten(1))
+            heads_TN = self._gate_heads(heads_TN, gates_THK.flatten(1), scale_T)
+        return self.out.partial(heads_TN)
 
-    def _without_gates(self, heads_TAK: Tensor, scale_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _without_gates(self, heads_TAK: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the heads of queries, keys and values, and the gates of the outputs, which lie behind them."""
         if not self.has_gates:
             return heads_TAK, None
         count = self.num_q + 2 * self.num_kv
-        gates_THK = heads_TAK[:, count:]
-        return heads_TAK[:, :count], gates_THK if scale_T is None else gates_THK * scale_T.view(-1, 1, 1)
+        return heads_TAK[:, :count], heads_TAK[:, count:]
 
     def _heads(self, qkv: Product) -> tuple[Tensor, Tensor | None]:
         """Return the stacked heads [T, A, K], and the scale that each token's heads still lack."""
@@ -115,3 +120,17 @@ class Attention(Module):
             self.whole_norm.load(reader, prefix)
         if self.sinks is not None:
             self.sinks.load(reader, f"{prefix}.sinks")
+
+
+GateHeads = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(heads [T, N], gates [T, N], what the gates of each token lack) -> heads times the sigmoids of their gates."""
+
+
+def _plain_gates(heads_TN: Tensor, gates_TN: Tensor, scale_T: Tensor | None) -> Tensor:
+    return heads_TN * torch.sigmoid(gates_TN if scale_T is None else gates_TN * scale_T.unsqueeze(1))
+
+
+def _kernel_gates() -> GateHeads:
+    from mgpu.worker.kernels.layers.gates import gate_heads
+
+    return gate_heads

@@ -48,6 +48,7 @@ class SparseMLP(Module):
         forms = storage.of_gate_up().form, storage.of_down().form
         has_kernels = has_kernels and all(map(_is_for_kernels, forms)) and len({form.quant for form in forms}) == 1
         self._compute = _kernel_mlp() if has_kernels else _plain_mlp
+        self._add_share = _kernel_share() if uses_kernels(storage.device) else _plain_share
         shard = part.experts(experts, split, storage.of_down().form.splits_at)
         self.router = Router(experts, facts.hidden_size, storage)
         self.experts = Experts(experts, facts.hidden_size, facts.activation, shard, storage)
@@ -65,8 +66,9 @@ class SparseMLP(Module):
         if self.shared is not None:
             shared_TD = self.shared.part(x_TD)
             if self.shared_gate is not None:
-                shared_TD = shared_TD * torch.sigmoid(scaled(self.shared_gate(x_TD)))
-            y_TD = y_TD.add_(shared_TD)
+                y_TD = self._add_share(self.shared_gate, y_TD, shared_TD, x_TD)
+            else:
+                y_TD = y_TD.add_(shared_TD)
         return sum_of_parts(y_TD, None, self._group)
 
     def load(self, reader: WeightReader, prefix: str) -> None:
@@ -81,6 +83,16 @@ class SparseMLP(Module):
 def _is_for_kernels(form: WeightFormat) -> bool:
     """Return True for formats of which grouped products have kernels: dense, of `--quant`, or a scale per output."""
     return not form.source or (form.quant in ("8", "fp8") and form.group == 0 and form.zero_bytes == 0)
+
+
+def _plain_share(gate: SharedGate, y_TD: Tensor, shared_TD: Tensor, x_TD: Tensor) -> Tensor:
+    return y_TD.add_(shared_TD * torch.sigmoid(scaled(gate(x_TD))))
+
+
+def _kernel_share() -> Callable[[SharedGate, Tensor, Tensor, Tensor], Tensor]:
+    from mgpu.worker.kernels.layers.gates import add_share
+
+    return lambda gate, y_TD, shared_TD, x_TD: add_share(y_TD, shared_TD, x_TD, gate.weight)
 
 
 def _plain_mlp(mlp: SparseMLP, x_TD: Tensor) -> Tensor:

@@ -41,6 +41,11 @@ def test_without_a_prefix_cache_no_states_are_kept_beside_those_of_the_rows() ->
     assert (planned.rows[0].snapshots, planned.limits.num_snapshots) == (0, 0)
 
 
+def test_what_is_left_out_is_noted() -> None:
+    planned = plan(replace(QWEN3_5_35B, left_out=("its multi-token head",)), gpus(141), LayoutOptions())
+    assert "its multi-token head is left out: tokens come one at a time" in planned.notes
+
+
 def test_ranks_share_states_by_heads() -> None:
     planned = plan(QWEN3_5_35B, gpus(80, 80), LayoutOptions())
     assert [row.state_bytes for row in planned.rows] == [STATE // 2] * 2

@@ -41,6 +41,11 @@ def test_the_text_model_of_a_multimodal_folder_is_read(tmp_path: Path) -> None:
     assert (facts.architecture, facts.rope_theta, facts.rotated_size) == ("qwen3_5", 1e7, 4)
 
 
+def test_the_multi_token_head_is_left_out_with_a_word(tmp_path: Path) -> None:
+    assert facts_of(tmp_path, mtp_num_hidden_layers=1).left_out == ("its multi-token head",)
+    assert facts_of(tmp_path, mtp_num_hidden_layers=0).left_out == facts_of(tmp_path).left_out == ()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
