@@ -1,11 +1,15 @@
 """Tiny models with linear attention equal transformers, on every layout and however a prompt is cut."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from harness.quantized_folders import float8_blocks
 from harness.rank_threads import ThreadGroup, run_ranks
 from harness.stage_driver import Row, Stages, logits_in_chunks, make_batch
 from harness.tiny_models import HYBRID_MODELS, TinyModel
@@ -109,3 +113,31 @@ def test_dummy_weights_give_finite_logits(tiny_model: MakeModel) -> None:
         return stages.step(make_batch([(Row([3, 4]), [5, 6, 7, 8, 9])], 4))
 
     assert torch.isfinite(run_ranks(2, work)[0]).all()
+
+
+@pytest.mark.parametrize("family", ["qwen3.5", "qwen3-next"])
+def test_quantized_projections_stay_packed(tiny_model: MakeModel, tmp_path: Path, family: str) -> None:
+    """FP8 in blocks of 16, of everything but what gates and fades the states."""
+    source, generator = tiny_model(family).folder, torch.Generator().manual_seed(0)
+    stored, dense = {}, {}
+    for file in sorted(source.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            stored[name] = dense[name] = tensor
+            is_matrix = tensor.dim() == 2 and ".layers." in name and tensor.shape[0] % 16 == tensor.shape[1] % 16 == 0
+            if is_matrix and "in_proj_b" not in name and "in_proj_a" not in name and not name.endswith("gate.weight"):
+                parts, dense[name] = float8_blocks(16)(generator, *tensor.shape)
+                del stored[name]
+                stored |= {name.removesuffix("weight") + end: part for end, part in parts.items()}
+    config = json.loads((source / "config.json").read_text())
+    scheme = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    logits = []
+    for tensors, more in ((dense, {}), (stored, {"quantization_config": scheme})):
+        folder = tmp_path / str(len(logits))
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config | more))
+        logits += [logits_in_chunks(read_checkpoint(folder), list(range(3, 20)), [15, 1, 1], size) for size in (1, 2)]
+    for each in logits[1:]:
+        torch.testing.assert_close(each, logits[0], atol=1e-4 * float(logits[0].abs().max()), rtol=0)
+    formats = read_checkpoint(folder).facts.formats
+    assert {form.qkv.quant for form in formats} == {form.out.quant for form in formats} == {"fp8"}
