@@ -164,7 +164,7 @@ class DecoderStage(Module):
         from mgpu.worker.attention.triton_backend import TritonBackend
 
         linear = self.facts.linear
-        self._attention_backend = TritonBackend(linear is not None and has_kernels_for(linear))
+        self._attention_backend = TritonBackend(linear is not None and has_kernels_for(linear, self.dtype))
 
     def _shape_of_attention(self, context: BuildContext) -> AttentionShape:
         facts = self.facts

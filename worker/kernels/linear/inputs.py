@@ -57,10 +57,13 @@ class StepStates(NamedTuple):
     prompts: StateRows | None
 
 
-def has_kernels_for(linear: LinearFacts) -> bool:
-    """Return True if a head's state fits into the registers of a program, and its sizes into products of tiles."""
-    sizes = linear.key_dim, linear.value_dim
-    return all(size >= 16 and size & (size - 1) == 0 for size in sizes) and sizes[0] * sizes[1] <= 1 << 14
+def has_kernels_for(linear: LinearFacts, dtype: torch.dtype) -> bool:
+    """Return True if a head's state fits into the registers of a program, and its sizes into products of tiles.
+
+    Products of prompts in two bytes were wrong on an H200 where keys had 16 components and values 32.
+    """
+    sizes, least = (linear.key_dim, linear.value_dim), 16 if dtype == torch.float32 else 64
+    return all(size >= least and size & (size - 1) == 0 for size in sizes) and sizes[0] * sizes[1] <= 1 << 14
 
 
 def owners_of(starts: Tensor, num_tokens: int) -> Tensor:

@@ -22,7 +22,8 @@ from mgpu.worker.kernels.linear.inputs import RuleInputs, RuleWeights, StateRows
 from mgpu.worker.kernels.linear.scan import rule_scan
 from mgpu.worker.kernels.linear.step import rule_step
 
-KEYS, SHARED, K, V, WIDTH = 2, 2, 16, 32, 4
+KEYS, SHARED, WIDTH = 2, 2, 4
+K, V = (128, 128) if torch.cuda.is_available() else (16, 32)
 HEADS, CHANNELS = KEYS * SHARED, 2 * KEYS * K + KEYS * SHARED * V
 SLOTS = 6
 
