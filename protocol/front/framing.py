@@ -31,7 +31,7 @@ FROM_CLIENT = MessageLimits(frame_bytes=1 << 20, array_items=1 << 16, map_items=
 FROM_SERVER = MessageLimits(frame_bytes=16 << 20, array_items=1 << 16, map_items=1 << 12, containers=1 << 18)
 """Larger, for log-probabilities of 20 candidates of hundreds of tokens."""
 
-UNREAD_MESSAGES = 64
+UNREAD_MESSAGES = 16
 """Per connection to the server; each may have the size of the largest frame. With more, the peer has to wait."""
 HEARTBEAT_INTERVAL_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000

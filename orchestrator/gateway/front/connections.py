@@ -210,7 +210,7 @@ class Connections:
         found = self._open.get(fd)
         if found is None or found.origin != origin:  # else another has its descriptor now
             return found is not None
-        self._prove(found, owner)
+        self._prove(found, owner, is_bounded=not found.name)  # else it may be named by what another has left behind
         self._by_name.pop(found.name, None)
         found.name = connection
         self._by_name[connection] = found
@@ -274,7 +274,7 @@ class Connections:
             self._prove(found, owner or found.origin)
             return
 
-    def _prove(self, found: OpenConnection, owner: str) -> None:
+    def _prove(self, found: OpenConnection, owner: str, is_bounded: bool = True) -> None:
         """Note that a connection has proven to be ``owner``'s; if that is one too many, it has to go."""
         found.is_proven = True
         self._leave_unproven(found)
@@ -282,7 +282,7 @@ class Connections:
             self._uncount(found)
             found.owner = owner
             self._counts[owner] += 1
-        if self._counts[owner] > self._most_of(owner):
+        if is_bounded and self._counts[owner] > self._most_of(owner):
             self._end_soon(found)
 
     def _most_of(self, owner: str) -> int:

@@ -11,7 +11,7 @@ without. An engine that reads no more than `READ_BYTES` at once has nothing left
 PING has at least seven. Bodies of frames are not cut: libzmq reads whatever is longer than its buffer straight into the
 message. So a short frame costs two reads and a long one three, some microseconds in a thread of libzmq's own.
 
-*Routing ids.* A ROUTER (router.cpp) ignores a peer that has chosen a routing id in use, but takes in 64 messages of it,
+*Routing ids.* A ROUTER (router.cpp) ignores a peer that has chosen a routing id in use, but takes in 16 messages of it,
 which nobody reads and nothing frees, and if it has sent more when it leaves, keeps its descriptor too. An id may be a
 megabyte long, and a copy comes with each message. So connections do not look for an id. Each begins with an empty
 message instead, and for the ROUTER that is a peer without an id, whom it gives one.

@@ -102,6 +102,21 @@ def test_every_message_tells_its_owner_also_after_its_connection_has_ended(front
     assert [each and (each.owner, each.is_open) for each in received] == [(owner, False)] * 20
 
 
+def test_what_another_has_left_behind_under_the_same_descriptor_ends_no_connection(front: Front) -> None:
+    """libzmq hands out the rest of a connection after its descriptor was given to the next one."""
+
+    class Frame:
+        def get(self, _name: str) -> str:
+            return str(found.fd)
+
+    front.dealer()
+    eventually(lambda: front.turn() and front.received)
+    [found] = front.connections._by_name.values()
+    front.connections.max_of_key = 0
+    assert front.connections.introduce(b"before", Frame(), found.origin, "key:flood")  # type: ignore[arg-type]
+    assert found.end_at_s is None
+
+
 def test_a_peer_that_has_left_is_seen_before_its_messages_are_read(front: Front) -> None:
     peer = front.dealer()
     eventually(lambda: front.turn() and front.received)
