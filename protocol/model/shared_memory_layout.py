@@ -146,8 +146,8 @@ def _sum_regions(space: _Allocator, ranks: int, layout: Layout, hidden_size: int
         return ()
     element_bytes = DTYPE_BYTES[layout.dtype]
     rows = host_sum_rows(ranks, hidden_size, element_bytes)
-    areas = _SUM_HALVES * ranks * 2 * SUM_ROWS * 4, _SUM_HALVES * ranks * rows * hidden_size * element_bytes
-    nbytes = sum(-(-area // _SUM_ALIGNMENT) * _SUM_ALIGNMENT for area in areas)
+    areas = ranks * 2 * SUM_ROWS * 4, ranks * rows * hidden_size * element_bytes
+    nbytes = sum(-(-_SUM_HALVES * area // _SUM_ALIGNMENT) * _SUM_ALIGNMENT for area in areas)
     nbytes = -(-nbytes // PAGE) * PAGE
     return tuple(HostRegion(space.take(nbytes, PAGE), nbytes) for _ in range(ranks))
 

@@ -14,7 +14,8 @@ ROWS, DIM, TURNS, VOCAB, MOST_CHOICES = 2, 80, 3, 100, 70
 
 
 def shapes(ranks: int, dtype: torch.dtype) -> list[AreaShape]:
-    reduce = OneShot.shapes(ranks, ROWS, DIM, dtype) + TwoShot.shapes(ranks, ROWS, DIM, dtype)
+    sizes = ranks, ROWS, DIM, dtype
+    reduce = OneShot.shapes(*sizes) + TwoShot.shapes(*sizes) + OneShot.shapes(*sizes)
     return reduce + Exchange.shapes(ranks, MOST_CHOICES)
 
 
@@ -71,9 +72,10 @@ class Rank:
     turns: list[Turn] = field(init=False)
 
     def __post_init__(self) -> None:
-        one, parts, sums, pairs = cut(self.mine, self.addresses, shapes(self.ranks, self.dtype), self.device)
+        one, parts, sums, host, pairs = cut(self.mine, self.addresses, shapes(self.ranks, self.dtype), self.device)
         self.one_shot = OneShot(one, self.alarm, self.rank, ROWS, DIM)
         self.two_shot = TwoShot(parts, sums, self.alarm, self.rank, ROWS, DIM)
+        self.host_sum = OneShot(host, self.alarm, self.rank, ROWS, DIM, sends_self=False)
         self.exchange = Exchange(pairs, self.alarm, self.rank, MOST_CHOICES)
         self.turns = [draw_turn(turn, self.ranks, self.dtype, self.device or self.mine.device) for turn in range(TURNS)]
 
@@ -82,7 +84,7 @@ class Rank:
         found = []
         for turn in self.turns:
             part_TD = turn.parts[self.rank]
-            for reduce in (self.one_shot, self.two_shot):
+            for reduce in (self.one_shot, self.two_shot, self.host_sum):
                 found.append(reduce(part_TD, torch.empty_like(part_TD), None, turn.bias_D))
                 stream_TD = turn.stream_TD.clone()
                 fused = Residual(stream_TD, turn.weight_D, 1e-5)
@@ -100,7 +102,7 @@ class Rank:
             stream_TD = turn.stream_TD + total_TD
             x_TD = stream_TD.float()
             normed_TD = x_TD * (x_TD.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * turn.weight_D.float()
-            wanted += [total_TD, normed_TD.to(self.dtype), stream_TD] * 2
+            wanted += [total_TD, normed_TD.to(self.dtype), stream_TD] * 3
             wanted.append(turn.ids_SR.gather(1, turn.scores_SR.argmax(1, keepdim=True))[:, 0])
         return wanted
 

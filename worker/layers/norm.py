@@ -56,7 +56,7 @@ class RMSNorm(Module):
         if delta_TD is None:
             return self._arithmetic.norm(residual_TD, self.weight)
         if isinstance(delta_TD, PartialSum):
-            return delta_TD.add_and_norm(residual_TD, self.weight, self.eps)
+            return delta_TD.add_and_norm(residual_TD, self.weight, self.eps, self.takes_float8(len(residual_TD)))
         return self._arithmetic.add_and_norm(residual_TD, delta_TD, self.weight, self.takes_float8)
 
     def load(self, reader: WeightReader, name: str) -> None:

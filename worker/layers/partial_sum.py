@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mgpu.worker.layers.activations import Product, scaled
+from mgpu.worker.layers.activations import Activations, Product, scaled
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.peer_group import PeerGroup, peers_of
 
@@ -27,8 +27,10 @@ class PartialSum:
         y_TD = self.group.all_reduce(self.part_TD)
         return y_TD if self.bias_D is None else y_TD.add_(self.bias_D)
 
-    def add_and_norm(self, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """Add the sum to ``residual`` in place and return the normalized stream."""
+    def add_and_norm(self, residual_TD: Tensor, weight_D: Tensor, eps: float, in_float8: bool) -> Activations:
+        """Add the sum to ``residual`` in place and return the normalized stream, quantized if ``in_float8``."""
+        if in_float8 and self.group.in_float8:
+            return self.group.add_and_norm_float8(residual_TD, self.part_TD, self.bias_D, weight_D, eps)
         return self.group.add_and_norm(residual_TD, self.part_TD, self.bias_D, weight_D, eps)
 
 

@@ -214,7 +214,10 @@ class _Connector:
         if group.size > MOST_RANKS:
             self._prepare_library(group)
             return group
-        self.peer_setup = setup = PeerSetup(group, host_group, self.device, self._host_memory(), self._broken_peers())
+        memory, broken = self._host_memory(), self._broken_peers()
+        self.peer_setup = setup = PeerSetup(
+            group, host_group, self.device, memory, broken, wants_float8=spec.layout.quant == "fp8"
+        )
         limits = ReduceLimits.of(group.size, spec.facts.hidden_size, getattr(torch, spec.layout.dtype))
         opened = setup.open(limits, spec.worker_timeout_s)
         self._prepare_library(group, is_all=opened is group)

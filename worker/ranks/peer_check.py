@@ -10,6 +10,7 @@ from mgpu.worker.ranks.peer_group import PeerGroup
 _ROUNDS = 3
 """Each kind of message alternates between two halves of its area: the third round reuses the half of the first."""
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_FLOAT8_ROWS = 3
 _EPS = 1e-5
 
 
@@ -52,6 +53,25 @@ def _check_sums(group: PeerGroup, turn: int, rows: int, device: torch.device) ->
         _error(found, wanted) for found, wanted in ((sum_TD, total_TD), (stream_TD, x_TD), (fused_TD, normed_TD))
     )
     return "" if worst <= _TOLERANCE[dtype] else f"sums of {rows} rows are off by {worst:.1e} of their norm"
+
+
+@torch.inference_mode()
+def float8_problem(group: PeerGroup, device: torch.device) -> str:
+    """Return why norms within sums cannot be quantized; empty if they come out right. All ranks call this alike."""
+    from mgpu.worker.kernels.layers.norm import add_rms_norm_float8
+
+    dim, dtype = group.limits.dim, group.limits.dtype
+    generator = torch.Generator(device).manual_seed(7)
+    draws = torch.randn((group.size + 2, _FLOAT8_ROWS, dim), generator=generator, device=device).to(dtype)
+    *parts, stream_TD, weights = draws
+    total_TD = torch.stack(parts).float().sum(0).to(dtype)
+    try:
+        wanted = add_rms_norm_float8(stream_TD.clone(), total_TD, weights[0], _EPS)
+        found = group.add_and_norm_float8(stream_TD.clone(), parts[group.rank].clone(), None, weights[0], _EPS)
+        distance = _error(*(each.values.float() * each.scale_T[:, None] for each in (found, wanted)))
+    except Exception as error:  # as above
+        return f"the kernels failed: {type(error).__name__}: {error}"
+    return "" if distance <= _TOLERANCE[dtype] else f"they are off by {distance:.1e} of their norm"
 
 
 def _error(found_TD: Tensor, wanted_TD: Tensor) -> float:

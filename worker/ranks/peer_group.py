@@ -17,6 +17,7 @@ from torch import Tensor
 from mgpu.protocol.model.shared_memory_layout import SUM_ROWS, host_sum_rows
 from mgpu.worker.errors import PeerLost
 from mgpu.worker.kernels.peers.memory import Area, AreaShape, PeerAlarm
+from mgpu.worker.quantization.float8_rows import Float8Rows
 from mgpu.worker.ranks.collectives import DistGroup, MeasurableGroup, TensorParallelGroup
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class ReduceLimits:
     dtype: torch.dtype
     one_shot_rows: int
     two_shot_rows: int
-    has_two_shots: bool = True
+    is_on_host: bool = False
+    """Through host memory, in one shot only."""
 
     @staticmethod
     def of(ranks: int, dim: int, dtype: torch.dtype) -> "ReduceLimits":
@@ -52,7 +54,7 @@ class ReduceLimits:
     def through_host(ranks: int, dim: int, dtype: torch.dtype) -> "ReduceLimits":
         """Return the limits of sums through host memory, which has room for one shot only."""
         rows = host_sum_rows(ranks, dim, dtype.itemsize)
-        return ReduceLimits(ranks, dim, dtype, rows, rows, has_two_shots=False)
+        return ReduceLimits(ranks, dim, dtype, rows, rows, is_on_host=True)
 
     @property
     def choices(self) -> int:
@@ -68,7 +70,7 @@ def area_shapes(limits: ReduceLimits) -> list[AreaShape]:
 
     shapes = Exchange.shapes(limits.ranks, limits.choices)
     shapes += OneShot.shapes(limits.ranks, limits.one_shot_rows, limits.dim, limits.dtype)
-    if limits.has_two_shots and two_shot_divides(limits.ranks, limits.dim, limits.dtype):
+    if not limits.is_on_host and two_shot_divides(limits.ranks, limits.dim, limits.dtype):
         shapes += TwoShot.shapes(limits.ranks, limits.two_shot_rows, limits.dim, limits.dtype)
     return shapes
 
@@ -86,8 +88,10 @@ class PeerGroup:
         alarm: PeerAlarm,
         limits: ReduceLimits,
         most_rows: int | None = None,
+        in_float8: bool = False,
     ) -> None:
-        """``most_rows``: let ``inner`` add up larger messages, although kernels could."""
+        """``most_rows``: let ``inner`` add up larger messages, although kernels could. ``in_float8``: norms within sums
+        may be quantized, as a trial has shown."""
         from mgpu.worker.kernels.peers.all_reduce import OneShot
         from mgpu.worker.kernels.peers.exchange import Exchange
         from mgpu.worker.kernels.peers.two_shot import TwoShot
@@ -97,9 +101,11 @@ class PeerGroup:
         self.inner = inner
         self._alarm = alarm
         self.limits = limits
+        self.in_float8 = in_float8
         pairs, one, *two = areas
         self.exchange = Exchange(pairs, alarm, self.rank, limits.choices)
-        self.one_shot = OneShot(one, alarm, self.rank, limits.one_shot_rows, limits.dim)
+        sizes = limits.one_shot_rows, limits.dim
+        self.one_shot = OneShot(one, alarm, self.rank, *sizes, sends_self=not limits.is_on_host)
         self.two_shot = TwoShot(two[0], two[1], alarm, self.rank, limits.two_shot_rows, limits.dim) if two else None
         possible = limits.one_shot_rows if self.two_shot is None else limits.two_shot_rows
         self.most_rows = possible if most_rows is None else most_rows
@@ -130,6 +136,17 @@ class PeerGroup:
 
         residual = Residual(residual_TD, weight_D, eps)
         return self._kernel(part_TD)(part_TD, torch.empty_like(residual_TD), residual, bias_D)
+
+    def add_and_norm_float8(
+        self, residual_TD: Tensor, part_TD: Tensor, bias_D: Tensor | None, weight_D: Tensor, eps: float
+    ) -> Float8Rows:
+        """Like `add_and_norm`, with the result quantized for a float8 product."""
+        from mgpu.worker.kernels.layers.float8_quantize import as_rows, empty_words
+        from mgpu.worker.kernels.peers.all_reduce import Residual
+
+        words, scale_T = empty_words(len(residual_TD), residual_TD.shape[1], residual_TD.device)
+        self._kernel(part_TD)(part_TD, words, Residual(residual_TD, weight_D, eps), bias_D, scale_T)
+        return as_rows(words, scale_T)
 
     def _kernel(self, x_TD: Tensor) -> "OneShot | TwoShot":
         return self.one_shot if self.two_shot is None or x_TD.shape[0] <= self.one_shot.rows else self.two_shot

@@ -29,7 +29,7 @@ from mgpu.worker.ranks.agreement import CannotUse, RankStatus, exchange, gpu_of,
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.cuda_ipc import export, map_exported
 from mgpu.worker.ranks.host_channel import pin
-from mgpu.worker.ranks.peer_check import peer_problem
+from mgpu.worker.ranks.peer_check import float8_problem, peer_problem
 from mgpu.worker.ranks.peer_group import PeerGroup, ReduceLimits, area_shapes, captured_rows
 from mgpu.worker.ranks.shared_memory import SharedSegment
 from mgpu.worker.ranks.sum_times import quickest_rows
@@ -63,15 +63,18 @@ class PeerSetup:
         device: torch.device,
         host_memory: HostMemory | None = None,
         broken: frozenset[int] = frozenset(),
+        wants_float8: bool = False,
     ) -> None:
         """``group`` makes the sums that kernels do not; ``host_group`` is the same ranks for CPU tensors.
 
-        ``broken``: ranks whose memory a trial has found unusable, although the driver maps it.
+        ``broken``: ranks whose memory a trial has found unusable, although the driver maps it. ``wants_float8``: layers
+        take norms that are quantized.
         """
         self._group = group
         self._host_group = host_group
         self._host_memory = host_memory
         self._broken = broken
+        self._wants_float8 = wants_float8
         self._device = device
         self._mine: Tensor | None = None
         self._mapped: list[Tensor] = []
@@ -146,9 +149,22 @@ class PeerSetup:
         failed = torch.zeros(1, dtype=torch.int32, device=self._device)
         seen = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         alarm = PeerAlarm(failed, seen, int(min(timeout_s, _CHECK_S) * 1e6))
-        self._agree(peer_problem(PeerGroup(self._group, areas, alarm, limits), self._device))
+        trial = PeerGroup(self._group, areas, alarm, limits)
+        self._agree(peer_problem(trial, self._device))
+        in_float8 = self._can_quantize(trial)
         alarm = PeerAlarm(failed, seen, int(timeout_s * 1e6))
-        return lambda most_rows: PeerGroup(self._group, areas, alarm, limits, most_rows)
+        return lambda most_rows: PeerGroup(self._group, areas, alarm, limits, most_rows, in_float8)
+
+    def _can_quantize(self, trial: PeerGroup) -> bool:
+        """Return whether norms within sums may be quantized, the same on all ranks. CannotUse after a vain wait."""
+        if not self._wants_float8 or self._any_problem("" if can_quantize(trial.limits, self._device) else "no float8"):
+            return False
+        has_problem = self._any_problem(float8_problem(trial, self._device))
+        self._agree("a rank waited in vain" if trial.has_failed else "")
+        return not has_problem
+
+    def _any_problem(self, problem: str) -> bool:
+        return any(each.problem for each in exchange(self._host_group, self._device, problem))
 
     def _allocate(self, shapes: list[AreaShape], problem: str) -> tuple[Tensor, list[RankStatus]]:
         """Return this rank's buffer, and what the ranks say of theirs."""
@@ -217,3 +233,10 @@ def refusal(limits: ReduceLimits, device: torch.device) -> str:
 def peer_refusal() -> str:
     """Return why this rank does not try memory of other GPUs; empty if it does."""
     return "MGPU_NO_P2P=1" if os.environ.get("MGPU_NO_P2P") == "1" else ""
+
+
+def can_quantize(limits: ReduceLimits, device: torch.device) -> bool:
+    """Return whether this rank's kernels could quantize norms."""
+    from mgpu.worker.kernels.runtime import has_float8
+
+    return limits.dtype is torch.bfloat16 and has_float8(device)

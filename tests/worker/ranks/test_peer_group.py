@@ -95,6 +95,8 @@ def test_a_rank_that_works_alone_waits_for_no_peers() -> None:
 class FusedThreads:
     """Does by threads what `PeerGroup` does by kernels."""
 
+    in_float8 = False
+
     def __init__(self, group: ThreadGroup) -> None:
         self._group = group
 

@@ -21,7 +21,7 @@ from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, power
 
 @triton.jit(do_not_specialize=["rank", "timeout_us"])
 def _two_shot_kernel(
-    x_ptr, residual_ptr, bias_ptr, weight_ptr, out_ptr,
+    x_ptr, residual_ptr, bias_ptr, weight_ptr, out_ptr, scale_ptr,
     parts_ptr, part_peers, sums_ptr, sum_peers, turns_ptr, failed_ptr, seen_ptr,
     x_stride, residual_stride, out_stride, rank, timeout_us, eps,
     D: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, PADDED: tl.constexpr,
@@ -47,14 +47,17 @@ def _two_shot_kernel(
     mine = (c < PART) & (rank * PART + c < D)
     places = parts_ptr + (line * RANKS + source) * PART + c[None, :]
     bits = receive(places, (source < RANKS) & mine[None, :], failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
-    dtype = out_ptr.dtype.element_ty
+    dtype = x_ptr.dtype.element_ty
     part = tl.sum(bits.to(dtype, bitcast=True).to(tl.float32), 0).to(dtype)
     own = clean_bits(part, BITS, EMPTY)
     for peer in tl.static_range(RANKS):
         send(sum_peers[peer], line * D + rank * PART + c, own, mine, BITS)
     bits = receive(sums_ptr + line * D + d[None, :], mask[None, :], failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
     total = tl.sum(bits.to(dtype, bitcast=True).to(tl.float32), 0)
-    finish(total, stream, row, d, mask, residual_ptr, residual_stride, bias_ptr, weight, out_ptr, out_stride, eps, D)
+    finish(
+        total, stream, row, d, mask, dtype, residual_ptr, residual_stride, bias_ptr, weight,
+        out_ptr, scale_ptr, out_stride, eps, D, BLOCK,
+    )  # fmt: skip
     tl.store(turns_ptr + row, 1 - turn)
 
 
@@ -75,14 +78,24 @@ class TwoShot:
         columns = ranks * part_columns(ranks, dim, dtype)
         return [AreaShape(dtype, rows * columns, rows), AreaShape(dtype, rows * dim, rows)]
 
-    def __call__(self, x_TD: Tensor, out_TD: Tensor, residual: Residual | None, bias_D: Tensor | None) -> Tensor:
-        """Add up over the ranks into ``out``, which may be ``x``. With a residual, ``out`` is its norm."""
+    def __call__(
+        self,
+        x_TD: Tensor,
+        out_TD: Tensor,
+        residual: Residual | None,
+        bias_D: Tensor | None,
+        scale_T: Tensor | None = None,
+    ) -> Tensor:
+        """Add up over the ranks into ``out``, which may be ``x``. With a residual, ``out`` is its norm.
+
+        With ``scale_T`` the norm is quantized, as by `OneShot`.
+        """
         ranks, device = len(self.parts.peers), x_TD.device
         part = part_columns(ranks, self.dim, x_TD.dtype)
         blocks = [max(LEAST_BLOCK, power_of_2(columns)) for columns in (self.dim, part)]
         stream_TD, weight_D, stream_stride, eps = stream_and_norm(residual)
         _two_shot_kernel[(x_TD.shape[0],)](
-            x_TD, stream_TD, bias_D, weight_D, out_TD,
+            x_TD, stream_TD, bias_D, weight_D, out_TD, scale_T,
             self.parts.inbox, self.parts.peers, self.sums.inbox, self.sums.peers, self.parts.turns,
             self.alarm.failed, self.alarm.seen,
             x_TD.stride(0), stream_stride, out_TD.stride(0), self.rank, self.alarm.timeout_us, eps,

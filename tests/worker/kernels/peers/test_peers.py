@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from harness.peer_checks import Rank, compare, region_bytes
+from harness.peer_checks import DIM, ROWS, Rank, compare, region_bytes
 from harness.rank_processes import outputs, rank_processes
+from mgpu.worker.kernels.layers.float8_quantize import as_rows, empty_words
+from mgpu.worker.kernels.layers.norm import add_rms_norm_float8
+from mgpu.worker.kernels.peers.all_reduce import Residual
 from mgpu.worker.kernels.peers.exchange import best_of_ranks
 from mgpu.worker.kernels.peers.memory import PeerAlarm
 
@@ -91,3 +94,18 @@ def test_the_best_of_gathered_pairs_is_chosen_and_written_to_the_rows(device: to
     wanted = torch.full((3, 5), -7, dtype=torch.int32)
     wanted[2, 4], wanted[0, 1], wanted[1, 3] = 12, 7, 5  # the last row only fills up a graph's batch
     assert tokens.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("kernel", ["one_shot", "two_shot", "host_sum"])
+def test_a_norm_that_is_quantized_in_the_sum_is_the_quantized_norm(device: torch.device, kernel: str) -> None:
+    (alone,) = make_ranks(device, torch.bfloat16, 1, timeout_us=5_000_000 if device.type == "cuda" else 1000)
+    part_TD, stream_TD, bias_D, weight_D = (
+        torch.randn(size, device=device).bfloat16() for size in ((ROWS, DIM), (ROWS, DIM), (DIM,), (DIM,))
+    )
+    streams = stream_TD.clone(), stream_TD.clone()
+    words, scale_T = empty_words(ROWS, DIM, device)
+    getattr(alone, kernel)(part_TD, words, Residual(streams[0], weight_D, 1e-5), bias_D, scale_T)
+    wanted = add_rms_norm_float8(streams[1], part_TD + bias_D, weight_D, 1e-5)
+    assert torch.equal(*streams)
+    assert torch.equal(scale_T, wanted.scale_T)
+    assert torch.equal(as_rows(words, scale_T).values.view(torch.uint8), wanted.values.view(torch.uint8))
