@@ -19,6 +19,7 @@ from mgpu.orchestrator.gateway.memory_limit import MemoryFull, prefer_as_oom_vic
 from mgpu.orchestrator.gateway.text.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
+from mgpu.orchestrator.host.driver_files import read_records, remove_driver_files
 from mgpu.protocol.discovery import COPY_FOLDER, LOCK_NAME, is_locked
 from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.gateway_messages import LINK, GatewayFailure, GatewaySpec
@@ -27,6 +28,8 @@ from mgpu.protocol.internal.work_record import WorkRecord
 
 _PARENT_DEATH_S = 0.5
 """The death signal comes when the parent's first thread has ended, shortly before the parent itself has."""
+_WORKERS_DEATH_S = 10.0
+"""Longest wait for workers that end with the parent: their GPU memory is freed first."""
 LINK_LINGER_MS = 1000
 
 
@@ -67,12 +70,17 @@ def main() -> int:
 
 
 def _remove_folders(own: Path) -> None:
-    """Remove the server's folder, and that of the router whose copy it was, if the router has ended too."""
+    """Remove the server's folder, and that of the router whose copy it was, if the router has ended too.
+
+    The workers end with the parent. What the driver leaves of them goes when they have.
+    """
+    workers = read_records(own)
     shutil.rmtree(own, ignore_errors=True)
     of_router = own.parent.parent
     is_copy = own.parent.name.startswith(COPY_FOLDER) and (of_router / LOCK_NAME).is_file()
     if is_copy and not is_locked(of_router):
         shutil.rmtree(of_router, ignore_errors=True)
+    remove_driver_files(workers, _WORKERS_DEATH_S)
 
 
 def _serve(

@@ -13,12 +13,13 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import zmq
 
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.host.driver_files import read_records, remove_driver_files, write_record
 from mgpu.protocol import discovery
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class RuntimeDir:
         self.path = self.base / secrets.token_hex(4)
         self._lock_fd = _made(self.path)
         self._announced: discovery.RunningServer | None = None
+        self._workers: set[int] = set()
         self._check_at_s = 0.0
         self._is_missed = False
 
@@ -91,6 +93,17 @@ class RuntimeDir:
             raise _error("cannot write to", self.path, error) from error
         self._announced = server
 
+    def add_worker(self, process_id: int) -> None:
+        """Note a worker's process for whoever has to clean up after it (driver_files.py)."""
+        self._workers.add(process_id)
+        write_record(self.path, self._workers)
+
+    def remove_workers(self, process_ids: Collection[int]) -> None:
+        """Remove what the driver has left of workers that have ended, and forget them."""
+        remove_driver_files(process_ids)
+        self._workers -= set(process_ids)
+        write_record(self.path, self._workers)
+
     def restore_if_removed(self) -> None:
         """Make the folder again if something has removed it; log once if that fails. Cheap: call it often."""
         now_s = time.monotonic()
@@ -120,6 +133,7 @@ class RuntimeDir:
         lock_fd = _made(self.path)
         os.close(self._lock_fd)
         self._lock_fd, self._is_missed = lock_fd, False
+        write_record(self.path, self._workers)
         if self._announced is not None:
             self.announce(self._announced)
         log.warning(
@@ -205,10 +219,14 @@ def _problem_of(base: Path) -> str | None:
 
 
 def sweep(base: Path) -> list[Path]:
-    """Remove the folders of servers that no longer live, and return them. Nobody holds the lock of such a folder."""
+    """Remove the folders of servers that no longer live, and what the driver left of their workers; return the folders.
+
+    Nobody holds the lock of such a folder.
+    """
     removed: list[Path] = []
     for folder in discovery.server_dirs(base):
         if not discovery.is_locked(folder):
+            remove_driver_files(read_records(folder))
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)
     return removed

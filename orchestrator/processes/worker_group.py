@@ -105,6 +105,7 @@ class WorkerGroup:
             for rank in range(self._config.layout.placement.world_size):
                 pass_fds = (shared_fd,) if shared_fd >= 0 else ()
                 self.processes.append(ChildProcess(f"worker {rank}", command, None, self._environment(rank), pass_fds))
+                self._runtime.add_worker(self.processes[-1].pid)
                 self._bind_to_processors(rank)
         finally:
             if shared_fd >= 0:
@@ -330,6 +331,7 @@ class WorkerGroup:
         """Kill the processes that are left, and close the sockets. A second call does nothing."""
         for process in self.processes:
             process.kill()
+        self._runtime.remove_workers([process.pid for process in self.processes])
         for socket in self.sockets:
             self._runtime.close_socket(socket)
         self.processes, self.sockets = [], []
