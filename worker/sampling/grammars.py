@@ -197,7 +197,7 @@ class Grammars:
 def _new_maker(vocab_size: int) -> MaskMaker:
     import llguidance
 
-    threads = max(1, min(_MOST_MASK_THREADS, (os.cpu_count() or 1) // 2))
+    threads = max(1, min(_MOST_MASK_THREADS, len(os.sched_getaffinity(0)) // 2))
     return MaskMaker(llguidance.LLExecutor(num_threads=threads), vocab_size)
 
 

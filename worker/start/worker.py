@@ -86,6 +86,10 @@ class Worker:
             runner.warm_up(tokens, spec.epoch)
             gc.collect()
             gc.freeze()  # all of these objects stay: no collection between steps need visit them
+            if self.device.type == "cuda":
+                # A step has little to do on the host. Threads for it would cost more than they save, and keep cores
+                # busy that compute the masks of grammars.
+                torch.set_num_threads(1)
         self.control.send(Ready(spec.epoch, rank, self.phase_s, loaded_bytes, links.notes, tokens))
         self.phase = "steps"
         StepLoop(runner, self.control, self.device, reports=rank == spec.layout.placement.output_rank).run()
