@@ -110,7 +110,8 @@ def test_what_libzmq_does_for_frames_and_bytes_is_estimated(tmp_path: Path) -> N
             front.begin_turn()
             received = front.receive() or received
         costs.append(front.take_receiving_s())
-    assert costs == pytest.approx([2e-6, 2e-6 + 0.7e-3, 1501e-6], rel=0.01)
+    most = framing.MAX_FRAMES + 2
+    assert costs == pytest.approx([2e-6, 2e-6 + 0.7e-3, most * 1e-6], rel=0.01), "others wait until frames are skipped"
     assert front.take_receiving_s() == 0
     front.close()
     context.destroy(0)
