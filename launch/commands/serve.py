@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Mapping, MutableMapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from mgpu.orchestrator.host.listening import HttpListener, listening
 from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.server_keys import describe
 from mgpu.orchestrator.host.systemd import Notifier
-from mgpu.orchestrator.placement.devices import worker_environment
+from mgpu.orchestrator.placement.devices import Machine, worker_environment
 from mgpu.orchestrator.placement.numa import cpus_of_node
 from mgpu.orchestrator.router.copies import COPY_VARIABLE
 from mgpu.protocol.internal.child import end_with_parent
@@ -75,10 +75,18 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
     with listening(http_address(config, origins["http"] != "default"), for_all_users) as listener:
         if config.replicas > 1:
             end_process(serve_copies(config, origins, keys, notifier, listener))
-        described = server_config(config, prepare(config), keys)
+        planned = prepare(config)
+        described = server_config(config, planned, keys)
+        if wants_standby(config, origins, planned.plan.machine):
+            described = replace(described, restarts=replace(described.restarts, standby=True))
         server = Server(described, notifier, lambda: read_again(config, config_file, flags), listener)
         status = server.run()
     end_process(status)
+
+
+def wants_standby(config: ServeConfig, origins: Mapping[str, str], machine: Machine) -> bool:
+    """Return whether processes wait for the next epoch: as asked, else where workers use GPUs."""
+    return config.standby if origins["standby"] != "default" else machine.kind == "cuda"
 
 
 def end_with_router(environ: MutableMapping[str, str]) -> str:

@@ -185,7 +185,8 @@ class ServeConfig:
         _RESTARTS.max_restarts, "Restarts of failed processes within ten minutes before the server gives up.", 0
     )
     standby: bool = _option(
-        _RESTARTS.standby, "Keep a second process per worker that has imported torch, to recover sooner (0.2 GB each)."
+        _RESTARTS.standby,
+        "Keep a second process per worker that has imported torch, to recover sooner (0.2 GB each; default with GPUs).",
     )
     log_level: LogLevel = _option("info", "Least weight of lines in the log.", group="Log")  # noqa: RUF009
     log_format: LogFormat = _option(  # noqa: RUF009
