@@ -61,6 +61,11 @@ UNSPLIT = ("flex_olmo", "minimax_m2", "olmoe", "persimmon", "stablelm")
 or layers mapped to workers."""
 
 
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+"""Rotary embeddings may differ by kind of layer."""
+
+
 def borrowed_type(fields: Fields, code: ModelCode) -> str:
     """Return the `model_type` of a model that transformers' code is to run; '' if mgpu's own code is.
 
@@ -91,6 +96,7 @@ def borrowed_facts(
         raise fields.error(
             "quantization_config", "says that weights are quantized already, which transformers' code cannot run here"
         )
+    _check_rope(fields)
     hidden = fields.integer("hidden_size", high=Limit.HIDDEN)
     layers = fields.integer("num_hidden_layers", high=Limit.LAYERS)
     num_q = fields.integer("num_attention_heads", high=Limit.HEADS)
@@ -133,6 +139,18 @@ def borrowed_facts(
         experts=experts,
         borrowed=BorrowedCode((), kind not in UNSPLIT, fields.integer("num_nextn_predict_layers", 0, low=0, high=64)),
     )
+
+
+def _check_rope(fields: Fields) -> None:
+    """Raise CheckpointError for a rotary embedding that the library does not know."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if (outer := fields.nested(key)) is None:
+            continue
+        inner = (outer.nested(kind) for kind in _LAYER_KINDS if outer.has(kind))
+        for rope in (outer, *(each for each in inner if each is not None)):
+            name = rope.text("rope_type", rope.text("type", "default"))
+            if name not in _ROPE_TYPES:
+                raise fields.error(key, f"rope_type is {name[:40]!r}; supported: {', '.join(_ROPE_TYPES)}")
 
 
 def without_ignored(facts: ModelFacts, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -15,26 +15,36 @@ from mgpu.protocol.model.facts import ExpertFacts, ModelFacts
 
 @dataclass(frozen=True, slots=True)
 class ExpertKeys:
-    """What config.json of a family calls the number of experts, of active ones, and the width of one."""
+    """What config.json of a family calls the sizes of its experts, and what its modules are called."""
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts")
     active: tuple[str, ...] = ("num_experts_per_tok",)
     width: str = "moe_intermediate_size"
+    router: str = "gate"
+    shared: str = "shared_experts"
+    """The network that all tokens go through beside the experts."""
+    shared_count: str = ""
+    """How many experts wide that network is; empty: the family has none."""
 
 
 _WIDE = ExpertKeys(width="intermediate_size")
+_SHARING = ExpertKeys(shared_count="n_shared_experts")
 EXPERT_KEYS = {
-    "dots1": ExpertKeys(),
-    "ernie4_5_moe": ExpertKeys(("moe_num_experts", "num_experts"), ("moe_k", "num_experts_per_tok")),
-    "exaone_moe": ExpertKeys(),
+    "dots1": _SHARING,
+    "ernie4_5_moe": ExpertKeys(
+        ("moe_num_experts", "num_experts"), ("moe_k", "num_experts_per_tok"), shared_count="moe_num_shared_experts"
+    ),
+    "exaone_moe": ExpertKeys(shared_count="num_shared_experts"),
     "flex_olmo": _WIDE,
-    "glm4_moe": ExpertKeys(),
-    "hunyuan_v1_moe": ExpertKeys(active=("moe_topk", "num_experts_per_tok"), width="intermediate_size"),
+    "glm4_moe": _SHARING,
+    "hunyuan_v1_moe": ExpertKeys(
+        active=("moe_topk", "num_experts_per_tok"), width="intermediate_size", router="gate.wg", shared="shared_mlp"
+    ),
     "mellum": ExpertKeys(),
     "minimax_m2": _WIDE,
     "olmoe": _WIDE,
-    "phimoe": _WIDE,
-    "solar_open": ExpertKeys(),
+    "phimoe": ExpertKeys(width="intermediate_size", router="router"),
+    "solar_open": _SHARING,
 }
 """Borrowed families with experts, by `model_type`."""
 _ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
@@ -55,7 +65,24 @@ def borrowed_experts(fields: Fields, kind: str, num_layers: int) -> ExpertFacts 
     if (name := fields.text("hidden_act", "silu")) not in _ACTIVATIONS:
         raise fields.error("hidden_act", f"is {name[:40]!r}; experts are supported with {', '.join(_ACTIVATIONS)}")
     width = fields.integer(keys.width, high=8 * Limit.HIDDEN)
-    return ExpertFacts(count, active, width, (True,) * num_layers, normalizes=True)
+    _check_groups(fields, count, active)
+    shared = fields.integer(keys.shared_count, 0, low=0, high=MOST_EXPERTS) if keys.shared_count else 0
+    shared = 1 if keys.shared == "shared_mlp" else shared  # always there, and as wide as an expert
+    return ExpertFacts(count, active, width, (True,) * num_layers, normalizes=True, shared_width=shared * width)
+
+
+def _check_groups(fields: Fields, count: int, active: int) -> None:
+    """Raise CheckpointError for groups of experts that cannot be, or hold fewer experts than a token needs."""
+    groups = fields.integer("n_group", 1, high=MOST_EXPERTS)
+    chosen = fields.integer("topk_group", 1, high=MOST_EXPERTS)
+    if count % groups:
+        raise fields.error("n_group", f"is {groups}, which does not divide {count} experts")
+    if chosen > groups:
+        raise fields.error("topk_group", f"is {chosen}, more than the {groups} groups of n_group")
+    if active > chosen * (count // groups):
+        raise fields.error(
+            "topk_group", f"is {chosen}: so many groups have {chosen * (count // groups)} experts, and a token {active}"
+        )
 
 
 def _first_of(fields: Fields, keys: tuple[str, ...]) -> str:
@@ -86,5 +113,21 @@ def with_stored_experts(source: str, facts: ModelFacts, stored: Mapping[str, Ten
                     raise CheckpointError(f"{source}: tensor {name!r} is missing")
     if not found:
         raise CheckpointError(f"{source}: no layer has experts, and the configuration says {experts.count}")
+    for layer in sorted(found):
+        for name, wanted in _beside_experts(facts, experts, layer).items():
+            if name not in stored:
+                raise CheckpointError(f"{source}: tensor {name!r} is missing")
+            check_shape(stored[name], wanted)
     sparse = tuple(layer in found for layer in range(facts.num_layers))
     return replace(facts, experts=replace(experts, sparse_layers=sparse))
+
+
+def _beside_experts(facts: ModelFacts, experts: ExpertFacts, layer: int) -> dict[str, tuple[int, ...]]:
+    """Return the router's tensor of a layer, and those of the network that all tokens go through."""
+    keys, hidden = EXPERT_KEYS[facts.architecture], facts.hidden_size
+    mlp = f"model.layers.{layer}.mlp"
+    shapes: dict[str, tuple[int, ...]] = {f"{mlp}.{keys.router}.weight": (experts.count, hidden)}
+    if width := experts.shared_width:
+        shapes |= {f"{mlp}.{keys.shared}.{part}_proj.weight": (width, hidden) for part in ("gate", "up")}
+        shapes[f"{mlp}.{keys.shared}.down_proj.weight"] = (hidden, width)
+    return shapes

@@ -69,9 +69,13 @@ MOE = {
 EXPERT = "model.layers.1.mlp.experts.{}.{}_proj.weight"
 
 
+ROUTER = "model.layers.1.mlp.gate.weight"
+SHARED = "model.layers.1.mlp.shared_experts.{}_proj.weight"
+
+
 def experts_of(count: int, **changes: tuple[int, ...]) -> dict[str, TensorEntry]:
     names = [EXPERT.format(expert, part) for expert in range(count) for part in ("gate", "up", "down")]
-    shapes = {name: (64, 24) if "down" in name else (24, 64) for name in names} | changes
+    shapes = {name: (64, 24) if "down" in name else (24, 64) for name in names} | {ROUTER: (2, 64)} | changes
     return {name: TensorEntry(name, "F32", shape, "file", 0, 64) for name, shape in shapes.items() if shape}
 
 
@@ -83,6 +87,11 @@ def experts_of(count: int, **changes: tuple[int, ...]) -> dict[str, TensorEntry]
         ({"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
         ({"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
         ({"hidden_act": "relu2"}, "hidden_act is 'relu2'; experts are supported with silu"),
+        ({"n_group": 3}, "n_group is 3, which does not divide 2 experts"),
+        ({"n_group": 2, "topk_group": 3}, "topk_group is 3, more than the 2 groups of n_group"),
+        ({"n_group": 2, "num_experts_per_tok": 2}, "topk_group is 1: so many groups have 1 experts, and a token 2"),
+        ({"rope_scaling": {"type": "spiral"}}, "rope_scaling rope_type is 'spiral'; supported: default, linear"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "x"}}}, "rope_parameters rope_type is 'x'; supported"),
     ],
 )
 def test_experts_that_cannot_be_borrowed_say_why(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -106,10 +115,14 @@ def test_the_stored_tensors_say_which_layers_have_experts(tmp_path: Path) -> Non
         (experts_of(3), "experts.2.gate_proj.weight': the configuration says 2 experts"),
         (experts_of(2, **{EXPERT.format(1, "down"): (24, 64)}), "has shape [24, 64], the configuration asks for [64, "),
         ({}, "no layer has experts, and the configuration says 2"),
+        (experts_of(2, **{ROUTER: ()}), "tensor 'model.layers.1.mlp.gate.weight' is missing"),
+        (experts_of(2, **{ROUTER: (3, 64)}), "has shape [3, 64], the configuration asks for [2, 64]"),
+        (experts_of(2), "tensor 'model.layers.1.mlp.shared_experts.gate_proj.weight' is missing"),
+        (experts_of(2, **{SHARED.format("gate"): (9, 64)}), "has shape [9, 64], the configuration asks for [24, 64]"),
     ],
 )
 def test_missing_and_odd_experts_are_refused(tmp_path: Path, tensors: dict[str, TensorEntry], words: str) -> None:
-    facts = read_config_facts(write(tmp_path, **MOE))
+    facts = read_config_facts(write(tmp_path, **MOE, n_shared_experts=1))
     with pytest.raises(CheckpointError) as refused:
         with_stored_experts("here", facts, tensors)
     assert words in str(refused.value)
