@@ -17,11 +17,14 @@ from torch import Tensor
 
 from bench.kernels.timing import Job, Row, compile_all, graph_us, relative_error, set_overlap
 from mgpu.protocol.model.quantization import Quant, weight_format
-from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, sparse_mlp
+from mgpu.worker.kernels.experts.choose import FEW_TOKENS, ExpertStacks, RouterWeights, sparse_mlp
+from mgpu.worker.kernels.experts.combine import PairRows
 from mgpu.worker.kernels.experts.few import FewTiling, few_tokens
-from mgpu.worker.kernels.experts.grouped import GroupedTiling, combine, grouped_down, grouped_gate_up
-from mgpu.worker.kernels.experts.route import route
+from mgpu.worker.kernels.experts.grouped import GroupedTiling, grouped_down, grouped_gate_up
+from mgpu.worker.kernels.experts.route import route_few
+from mgpu.worker.kernels.experts.route_and_sort import Choice, route_and_sort
 from mgpu.worker.kernels.experts.sort import SortedPairs, sort_pairs
+from mgpu.worker.layers.partial_sum import summed_tensor
 from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.quantization.stacks import empty_stack, put_matrix
 
@@ -73,7 +76,11 @@ class Case:
         self.x = torch.empty(tokens, DIM, dtype=BF16, device=device).normal_()
         self.router = torch.empty(COUNT, DIM, dtype=BF16, device=device).normal_(0, DIM**-0.5)
         self.gate_up, self.down = stacks or new_stacks(device)
-        self.experts, self.weights = route(self.x, self.router, ACTIVE, True)
+        (self.experts, self.weights), _ = self.route(16)
+
+    def route(self, rows: int) -> tuple[tuple[Tensor, Tensor], SortedPairs]:
+        """Choose and sort, as more than a few tokens do."""
+        return route_and_sort(self.x, self.router, Choice(ACTIVE, True, None, 0, COUNT), rows)
 
     @property
     def chooser(self) -> RouterWeights:
@@ -107,9 +114,13 @@ def new_stacks(device: torch.device) -> tuple[Tensor, Tensor]:
     return gate_up, torch.empty(COUNT, DIM, WIDTH, dtype=BF16, device=device).normal_(0, WIDTH**-0.5)
 
 
+def whole(case: Case) -> Tensor:
+    """Compute a layer's experts with the sum over each token's."""
+    return summed_tensor(sparse_mlp(case.x, case.chooser, case.stacks))
+
+
 def run_all(device: torch.device, tokens: int) -> None:
-    case = Case(device, tokens)
-    sparse_mlp(case.x, case.chooser, case.stacks)
+    whole(Case(device, tokens))
 
 
 def run_few(device: torch.device, tiling: FewTiling) -> None:
@@ -122,7 +133,7 @@ def run_grouped(device: torch.device, tokens: int, rows: int, tiling: GroupedTil
     pairs = sort_pairs(case.experts, 0, COUNT, rows)
     if is_down:
         h = torch.empty(tokens * ACTIVE, WIDTH, dtype=BF16, device=device)
-        combine(grouped_down(h, case.down, pairs, case.weights, tiling), case.experts, 0, COUNT)
+        PairRows(grouped_down(h, case.down, pairs, case.weights, tiling), case.experts, 0, COUNT).total()
     else:
         grouped_gate_up(case.x, case.gate_up, pairs, case.weights, 1, tiling)
 
@@ -158,17 +169,23 @@ def time_whole(results: Results, stacks: tuple[Tensor, Tensor]) -> None:
         moved = sum(case.hit for case in cases) / len(cases) * 3 * DIM * WIDTH * 2
         flops = 6.0 * tokens * ACTIVE * DIM * WIDTH
         case = cases[0]
-        got = sparse_mlp(case.x, case.chooser, case.stacks)
+        got = summed_tensor(sparse_mlp(case.x, case.chooser, case.stacks))
         reference = case.reference()
         error = relative_error(got[: len(reference)], reference)
-        results.measure(f"route T{tokens}", [lambda c=c: route(c.x, c.router, ACTIVE, True) for c in cases])
-        if tokens > 2:
-            results.measure(f"sort T{tokens}", [lambda c=c: c.pairs(16) for c in cases])
-        launches: list[Callable[[], object]] = [lambda c=c: sparse_mlp(c.x, c.chooser, c.stacks) for c in cases]
+        if tokens <= FEW_TOKENS:
+            results.measure(f"route T{tokens}", [lambda c=c: route_few(c.x, c.router, ACTIVE, True) for c in cases])
+        else:
+            results.measure(f"route and sort T{tokens}", [lambda c=c: c.route(16) for c in cases])
+        launches: list[Callable[[], object]] = [lambda c=c: whole(c) for c in cases]
         results.measure(f"whole T{tokens}", launches, bytes=moved, flops=flops, error=error)
-        if tokens > 2:
-            y = torch.randn(tokens * ACTIVE, DIM, device=device).to(BF16)
-            results.measure(f"combine T{tokens}", [lambda c=c: combine(y, c.experts, 0, COUNT) for c in cases])
+        if tokens > FEW_TOKENS:
+            y, weight = torch.randn(tokens * ACTIVE, DIM, device=device).to(BF16), torch.ones(DIM, device=device)
+            sums = [PairRows(y, c.experts, 0, COUNT) for c in cases]
+            results.measure(f"sum T{tokens}", [lambda s=s: s.total() for s in sums])
+            results.measure(
+                f"sum in norm T{tokens}",
+                [lambda s=s, c=c: s.add_and_norm(c.x, weight, 1e-6) for s, c in zip(sums, cases, strict=True)],
+            )
 
 
 def time_packed(results: Results, stacks: tuple[Tensor, Tensor]) -> None:
@@ -186,7 +203,7 @@ def time_packed(results: Results, stacks: tuple[Tensor, Tensor]) -> None:
         for tokens in (1, 64, 256, 8192):
             cases = [Case(stacks[0].device, tokens, stacks) for _ in range(8)]
             case, held = cases[0], ExpertStacks(packed[0], packed[1], 0, "silu")
-            got = sparse_mlp(case.x, case.chooser, held)
+            got = summed_tensor(sparse_mlp(case.x, case.chooser, held))
             reference = case.reference()
             results.measure(
                 f"experts {quant} T{tokens}",

@@ -123,6 +123,8 @@ KERNEL_MODULES = tuple(
         "experts.grouped",
         "experts.grouped_packed",
         "experts.route",
+        "experts.route_and_sort",
+        "experts.combine",
         "experts.sort",
         "layers.float8_quantize",
         "products.gemv",

@@ -1,7 +1,7 @@
 """Compile a model's kernels side by side while its weights are still being read.
 
 What a kernel is compiled for (types, strides, which arguments are multiples of 16) follows from the code that launches
-it. So that code is run: one layer of each kind, over undefined weights, with launches that compile and do not run.
+it. So that code is run: two layers of each kind, over undefined weights, with launches that compile and do not run.
 
 This is the whole interface of the wing: `CompileAhead` and `start_triton`. Without Triton, or with one that lacks the
 private functions of `triton_internals`, a worker starts as usual, and each kernel is compiled at its first launch.
@@ -109,7 +109,7 @@ class CompileAhead:
         """Launch every kernel that a start launches."""
         from mgpu.worker.attention.check import launch_check
 
-        kinds = self._one_of_each_kind()
+        kinds = self._two_of_each_kind()
         stage = self._short_stage(kinds)
         launch_check(self.device, stage.attention_shape)
         num_states = min(self.spec.limits.max_rows, 2)
@@ -118,8 +118,11 @@ class CompileAhead:
         if self.place.tp_size == self.spec.layout.placement.num_stages == 1:
             prepare_graphs(stage, cache, rows)
 
-    def _one_of_each_kind(self) -> list[int]:
-        """Return a layer of each kind that this rank has."""
+    def _two_of_each_kind(self) -> list[int]:
+        """Return two layers of each kind that this rank has, or one.
+
+        The first norm of a layer adds up what the experts of the layer before have computed.
+        """
         facts, own = self.spec.facts, self.spec.layout.placement.stages[self.place.stage_index]
         kinds = {
             (
@@ -130,10 +133,10 @@ class CompileAhead:
             ): layer
             for layer in range(own.first_layer, own.end_layer)
         }
-        return [*kinds.values()]
+        return ([*kinds.values()] * 2)[: own.num_layers]
 
     def _short_stage(self, kinds: list[int]) -> DecoderStage:
-        """Build this rank's stage with one layer of each kind and undefined weights."""
+        """Build this rank's stage with some layers of this rank and undefined weights."""
         spec, facts = self.spec, self.spec.facts
         own = spec.layout.placement.stages[self.place.stage_index]
         # A layer before and one after stand for those of other stages: what they are does not matter.

@@ -13,8 +13,9 @@ from torch import Tensor
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, Product, scaled, values_and_scale
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.partial_sum import Delta, PartialSum
+from mgpu.worker.layers.partial_sum import Delta
 from mgpu.worker.loaders.reader import WeightReader
+from mgpu.worker.quantization.float8_rows import UnscaledProduct
 
 TakesFloat8 = Callable[[int], bool]
 
@@ -55,7 +56,7 @@ class RMSNorm(Module):
         """Add ``delta`` to ``residual`` in place and return the normalized sum."""
         if delta_TD is None:
             return self._arithmetic.norm(residual_TD, self.weight)
-        if isinstance(delta_TD, PartialSum):
+        if not isinstance(delta_TD, (Tensor, UnscaledProduct)):
             return delta_TD.add_and_norm(residual_TD, self.weight, self.eps, self.takes_float8(len(residual_TD)))
         return self._arithmetic.add_and_norm(residual_TD, delta_TD, self.weight, self.takes_float8)
 

@@ -6,12 +6,24 @@ If the ranks reach each other's memory, one kernel adds up, adds to the residual
 # T tokens, D model dim
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from mgpu.worker.layers.activations import Activations, Product, scaled
+from mgpu.worker.quantization.float8_rows import UnscaledProduct
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.peer_group import PeerGroup, peers_of
+
+
+class Sum(Protocol):
+    """A sum that the next norm may compute: over ranks (`PartialSum`), or over experts on one rank."""
+
+    def total(self) -> Tensor: ...
+
+    def add_and_norm(self, residual_TD: Tensor, weight_D: Tensor, eps: float, in_float8: bool) -> Activations:
+        """Add the sum to ``residual`` in place and return the normalized stream, which may be quantized."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +46,8 @@ class PartialSum:
         return self.group.add_and_norm(residual_TD, self.part_TD, self.bias_D, weight_D, eps)
 
 
-Delta = Product | PartialSum
-"""What a layer adds to the residual stream: the whole product, or one rank's part of it."""
+Delta = Product | Sum
+"""What a layer adds to the residual stream: the whole product, or a sum that is not computed yet."""
 
 
 def sum_of_parts(part_TD: Tensor, bias_D: Tensor | None, group: TensorParallelGroup) -> Delta:
@@ -53,7 +65,7 @@ def sum_of_parts(part_TD: Tensor, bias_D: Tensor | None, group: TensorParallelGr
 
 def summed(delta: Delta) -> Product:
     """Return the whole product. For a `PartialSum` the ranks add up their parts now, so every rank must call this."""
-    return delta.total() if isinstance(delta, PartialSum) else delta
+    return delta if isinstance(delta, (Tensor, UnscaledProduct)) else delta.total()
 
 
 def summed_tensor(delta: Delta) -> Tensor:

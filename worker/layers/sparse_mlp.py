@@ -16,7 +16,7 @@ from mgpu.worker.layers.experts import Experts
 from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.partial_sum import Delta, sum_of_parts
+from mgpu.worker.layers.partial_sum import Delta, sum_of_parts, summed_tensor
 from mgpu.worker.layers.router import Router
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
@@ -62,7 +62,10 @@ class SparseMLP(Module):
 
     def __call__(self, x_TD: Activations) -> Delta:
         assert isinstance(x_TD, Tensor), "the norm before a router does not quantize"
-        y_TD = self._compute(self, x_TD)
+        computed = self._compute(self, x_TD)
+        if not isinstance(computed, Tensor) and self.shared is None and self._group.size == 1:
+            return computed
+        y_TD = summed_tensor(computed)
         if self.shared is not None:
             shared_TD = self.shared.part(x_TD)
             if self.shared_gate is not None:
@@ -95,14 +98,14 @@ def _kernel_share() -> Callable[[SharedGate, Tensor, Tensor, Tensor], Tensor]:
     return lambda gate, y_TD, shared_TD, x_TD: add_share(y_TD, shared_TD, x_TD, gate.weight)
 
 
-def _plain_mlp(mlp: SparseMLP, x_TD: Tensor) -> Tensor:
+def _plain_mlp(mlp: SparseMLP, x_TD: Tensor) -> Delta:
     return mlp.experts(x_TD, mlp.router.route(x_TD))
 
 
-def _kernel_mlp() -> Callable[[SparseMLP, Tensor], Tensor]:
+def _kernel_mlp() -> Callable[[SparseMLP, Tensor], Delta]:
     from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, sparse_mlp
 
-    def compute(mlp: SparseMLP, x_TD: Tensor) -> Tensor:
+    def compute(mlp: SparseMLP, x_TD: Tensor) -> Delta:
         router, experts = mlp.router, mlp.experts
         weights = RouterWeights(router.weight, router.facts.active, router.facts.normalizes, router.bias)
         held = experts.gate_up.held, experts.down.held

@@ -17,7 +17,7 @@ from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.experts import Experts
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.partial_sum import sum_of_parts, summed_tensor
+from mgpu.worker.layers.partial_sum import Delta, sum_of_parts, summed_tensor
 from mgpu.worker.layers.router import Routing
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.stage import BuildContext
@@ -38,12 +38,12 @@ class CalledExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, experts_TA: Tensor, weights_TA: Tensor) -> Tensor:
         if self._has_kernels:
-            y_TD = self._grouped(x_TD, experts_TA, weights_TA)
+            y_TD = summed_tensor(self._grouped(x_TD, experts_TA, weights_TA))
         else:
             y_TD = self._experts(x_TD, Routing(experts_TA, weights_TA.float()))
         return summed_tensor(sum_of_parts(y_TD, None, self._group))
 
-    def _grouped(self, x_TD: Tensor, experts_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    def _grouped(self, x_TD: Tensor, experts_TA: Tensor, weights_TA: Tensor) -> Delta:
         from mgpu.worker.kernels.experts.choose import ExpertStacks, routed_experts
 
         held = self._experts

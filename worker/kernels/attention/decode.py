@@ -41,6 +41,8 @@ from mgpu.worker.kernels.runtime import (
 
 _OTHER_SHARED = 20 << 10
 """Most shared memory beside the tiles: four of keys and values with five stages, two with three."""
+_MANY_PAIRS = 1024
+"""From so many (row, KV head) pairs on each SM has more programs than it holds, and smaller ones are faster."""
 COMBINE = 8
 """Stretches that the last program loads at once."""
 _READY = (None, None, None, None, None, 0.0)
@@ -184,9 +186,11 @@ def _fastest_tiling(rows: int, kv_heads: int, dim: int, cache_dtype: torch.dtype
         splits *= 2
     if dim > 128 or cache_dtype.itemsize > 2:
         return DecodeTiling(splits, 32)
-    if pairs <= HOPPER_SMS or cache_dtype.itemsize == 1:
+    if cache_dtype.itemsize == 1:
         return DecodeTiling(splits, 128)
-    return DecodeTiling(splits, 64, num_stages=3)
+    if pairs <= HOPPER_SMS:  # merging two short stretches takes longer than one program with both
+        return DecodeTiling(splits, 128, stretch=256)
+    return DecodeTiling(splits, 64, num_warps=4 if pairs < _MANY_PAIRS else 2, num_stages=3)
 
 
 def decode_attention(

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation
+from mgpu.worker.kernels.experts.combine import PairRows
 from mgpu.worker.kernels.experts.few import few_tokens
-from mgpu.worker.kernels.experts.grouped import GroupedTiling, combine, grouped_down, grouped_gate_up
+from mgpu.worker.kernels.experts.grouped import GroupedTiling, grouped_down, grouped_gate_up
 from mgpu.worker.kernels.experts.grouped_packed import PackedTiling, grouped_packed
-from mgpu.worker.kernels.experts.route import route
-from mgpu.worker.kernels.experts.sort import sort_pairs
+from mgpu.worker.kernels.experts.route import route_few
+from mgpu.worker.kernels.experts.route_and_sort import Choice, route_and_sort
+from mgpu.worker.kernels.experts.sort import SortedPairs, sort_pairs
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.gemv import GATES
 from mgpu.worker.quantization.packing import PackedWeight
@@ -72,32 +74,48 @@ def choose_tiles(pairs_per_expert: float, dtype: torch.dtype) -> Tiles:
     return Tiles(128, GroupedTiling(128, 64, 8, 3, bulk=False), GroupedTiling(256, 64, 8, 4))
 
 
-def sparse_mlp(x_TD: Tensor, router: RouterWeights, stacks: ExpertStacks) -> Tensor:
-    """Return this rank's part of the weighted sum over each token's experts, [T, D]."""
-    routing = route(x_TD, router.weight_ED, router.active, router.normalizes, router.bias_E)
+def sparse_mlp(x_TD: Tensor, router: RouterWeights, stacks: ExpertStacks) -> Tensor | PairRows:
+    """Return this rank's part of the weighted sum over each token's experts, [T, D], or the rows to be added up."""
+    if len(x_TD) <= FEW_TOKENS:
+        routing = route_few(x_TD, router.weight_ED, router.active, router.normalizes, router.bias_E)
+        return routed_experts(x_TD, stacks, routing)
     if len(x_TD) > PACKED_TOKENS:
         stacks = replace(stacks, gate_up=_dense(stacks.gate_up, x_TD.dtype), down=_dense(stacks.down, x_TD.dtype))
-    return routed_experts(x_TD, stacks, routing)
+    choice = Choice(router.active, router.normalizes, router.bias_E, stacks.first, stacks.count)
+    tiles = _tiles(len(x_TD) * router.active, stacks, x_TD.dtype)
+    routing, pairs = route_and_sort(x_TD, router.weight_ED, choice, tiles.block_m)
+    return _grouped(x_TD, stacks, routing, pairs, tiles)
 
 
-def routed_experts(x_TD: Tensor, stacks: ExpertStacks, routing: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the weighted sum over experts that `route` has chosen."""
+def routed_experts(x_TD: Tensor, stacks: ExpertStacks, routing: tuple[Tensor, Tensor]) -> Tensor | PairRows:
+    """Return the weighted sum over experts that are chosen already, or the rows to be added up."""
+    if len(x_TD) <= FEW_TOKENS and isinstance(stacks.gate_up, Tensor):
+        assert isinstance(stacks.down, Tensor), "no stack is packed"
+        return few_tokens(x_TD, stacks.gate_up, stacks.down, routing, stacks.first, GATES[stacks.activation])
+    tiles = _tiles(routing[0].numel(), stacks, x_TD.dtype)
+    pairs = sort_pairs(routing[0], stacks.first, stacks.count, tiles.block_m)
+    return _grouped(x_TD, stacks, routing, pairs, tiles)
+
+
+def _tiles(pairs: int, stacks: ExpertStacks, dtype: torch.dtype) -> Tiles:
+    tiles = choose_tiles(pairs / stacks.count, dtype)
+    return replace(tiles, block_m=min(32, tiles.block_m)) if isinstance(stacks.gate_up, PackedWeight) else tiles
+
+
+def _grouped(
+    x_TD: Tensor, stacks: ExpertStacks, routing: tuple[Tensor, Tensor], pairs: SortedPairs, tiles: Tiles
+) -> PairRows:
     experts_TA, weights_TA = routing
-    gate_up, down, gate, count = stacks.gate_up, stacks.down, GATES[stacks.activation], stacks.count
-    tiles = choose_tiles(experts_TA.numel() / count, x_TD.dtype)
+    gate_up, down, gate = stacks.gate_up, stacks.down, GATES[stacks.activation]
     if isinstance(gate_up, PackedWeight):
         assert isinstance(down, PackedWeight), "both stacks are packed"
-        pairs = sort_pairs(experts_TA, stacks.first, count, min(32, tiles.block_m))
         h_PF = grouped_packed(x_TD, gate_up, pairs, weights_TA, gate, PackedTiling())
         y_PD = grouped_packed(h_PF, down, pairs, weights_TA, 0, PackedTiling())
     else:
         assert isinstance(down, Tensor), "no stack is packed"
-        if len(x_TD) <= FEW_TOKENS:
-            return few_tokens(x_TD, gate_up, down, routing, stacks.first, gate)
-        pairs = sort_pairs(experts_TA, stacks.first, count, tiles.block_m)
         h_PF = grouped_gate_up(x_TD, gate_up, pairs, weights_TA, gate, tiles.gate_up)
         y_PD = grouped_down(h_PF, down, pairs, weights_TA, tiles.down)
-    return combine(y_PD, experts_TA, stacks.first, count)
+    return PairRows(y_PD, experts_TA, stacks.first, stacks.count)
 
 
 def _dense(stack: Stack, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@
 The rows are pairs of token and expert in the order that `sort_pairs` made, so that a tile has rows of one expert and no
 row is padding but the last ones of an expert. The product with gate and up gathers its rows from the tokens and
 applies the activation. The product with `down` scatters its rows to the places of their pairs, multiplied by the
-router's weights, and `combine` adds up the rows of each token.
+router's weights; `PairRows` adds up the rows of each token.
 
 Tiles of few rows are the narrow operand of the tensor core and the weights the tall one; tiles of many rows are the
 tall one themselves.
@@ -84,7 +84,7 @@ def _grouped_kernel(
     x_ptr, w, out_ptr, order_ptr, tiles_ptr, num_tiles_ptr, weights_ptr,
     N, K, blocks_n, x_stride,
     A: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    NARROW: tl.constexpr, BULK: tl.constexpr, OVERLAP: tl.constexpr,
+    NARROW: tl.constexpr, BULK: tl.constexpr, HAS_GAPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     FACTOR: tl.constexpr = 2 if GATE > 0 else 1
     tile = tl.program_id(0) // blocks_n
@@ -98,7 +98,8 @@ def _grouped_kernel(
     pair = tl.load(order_ptr + row, mask=is_row, other=0)
     n = n0 + tl.arange(0, BLOCK_N)
     # The product with gate and up reads a token's row, that with down the row of the one before.
-    x_row = (pair // A if GATE > 0 else row).to(tl.int64) * x_stride
+    kept = pair if HAS_GAPS else row
+    x_row = (pair // A if GATE > 0 else kept).to(tl.int64) * x_stride
     first = expert * N * FACTOR
     SHAPE_0: tl.constexpr = BLOCK_N if NARROW else BLOCK_M
     SHAPE_1: tl.constexpr = BLOCK_M if NARROW else BLOCK_N
@@ -112,7 +113,7 @@ def _grouped_kernel(
             acc_up = _product(_weights(w, first + N, n, k, N, K, NARROW, BULK), rows, acc_up, NARROW)
     if GATE > 0:
         acc = gated(acc, acc_up, GATE)
-        out_row = row.to(tl.int64) * N
+        out_row = kept.to(tl.int64) * N
     else:
         weight = tl.load(weights_ptr + pair, mask=is_row, other=0.0)
         acc *= weight[None, :] if NARROW else weight[:, None]
@@ -122,22 +123,6 @@ def _grouped_kernel(
         tl.store(out_ptr + out_row[None, :] + n[:, None], acc, mask=is_row[None, :] & (n < N)[:, None])
     else:
         tl.store(out_ptr + out_row[:, None] + n[None, :], acc, mask=is_row[:, None] & (n < N)[None, :])
-
-
-@triton.jit(do_not_specialize=["first_expert"])
-def _combine_kernel(
-    y_ptr, experts_ptr, out_ptr, first_expert, N, D,
-    A: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wait_for_inputs(OVERLAP)
-    total = tl.zeros([BLOCK], tl.float32)
-    for a in tl.static_range(A):
-        expert = tl.load(experts_ptr + token * A + a) - first_expert
-        is_here = (expert >= 0) & (expert < N)
-        total += tl.load(y_ptr + (token * A + a) * D + d, mask=(d < D) & is_here, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * D + d, total.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def _is_bulk(matrix: Tensor, tiling: GroupedTiling) -> bool:
@@ -166,7 +151,7 @@ def _launch(
         x, w, out, pairs.order_P, pairs.tiles_M4, pairs.num_tiles, weights_TA,
         n, k, blocks_n, x.stride(0),
         weights_TA.shape[1], gate, pairs.block_m, block_n, block_k,
-        narrow, bulk, overlaps_launches(x.device),
+        narrow, bulk, pairs.has_gaps, overlaps_launches(x.device),
         **launch_options(x.device, tiling.num_warps, tiling.num_stages),
     )  # fmt: skip
 
@@ -184,18 +169,4 @@ def grouped_down(h_PF: Tensor, weight: Tensor, pairs: SortedPairs, weights_TA: T
     """Return each pair's output times its weight, at the pair's place, [P, D]; undefined for other ranks' pairs."""
     out = torch.empty(weights_TA.numel(), weight.shape[1], dtype=h_PF.dtype, device=h_PF.device)
     _launch(h_PF, weight, out, pairs, weights_TA, 0, tiling)
-    return out
-
-
-def combine(y_PD: Tensor, experts_TA: Tensor, first_expert: int, count: int) -> Tensor:
-    """Return the sum of each token's rows, [T, D], without those of other ranks' experts."""
-    tokens, active = experts_TA.shape
-    dim = y_PD.shape[1]
-    out = torch.empty(tokens, dim, dtype=y_PD.dtype, device=y_PD.device)
-    block = min(1024, power_of_2(dim))
-    _combine_kernel[(tokens, ceil_div(dim, block))](
-        y_PD, experts_TA, out, first_expert, count, dim,
-        active, block, overlaps_launches(out.device),
-        **launch_options(out.device, 4),
-    )  # fmt: skip
     return out

@@ -55,7 +55,8 @@ def _packed_kernel(
     x_ptr, w_ptr, scale_ptr, out_ptr, order_ptr, tiles_ptr, num_tiles_ptr, weights_ptr,
     N, K, words_per_row, blocks_n, x_stride,
     A: tl.constexpr, GATE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr, OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr, HAS_GAPS: tl.constexpr,
+    OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // blocks_n
     n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -68,7 +69,8 @@ def _packed_kernel(
     row = tl.load(tiles_ptr + 4 * tile + 1) + tl.arange(0, BLOCK_M)
     is_row = row < tl.load(tiles_ptr + 4 * tile + 2)
     pair = tl.load(order_ptr + row, mask=is_row, other=0)
-    x_row = (pair // A if GATE > 0 else row).to(tl.int64) * x_stride
+    kept = pair if HAS_GAPS else row
+    x_row = (pair // A if GATE > 0 else kept).to(tl.int64) * x_stride
     groups = tl.cdiv(K, GROUP) if KIND == 2 else 1
     first = expert * N * (2 if GATE > 0 else 1)
     rows = first + tl.minimum(n, N - 1)
@@ -95,7 +97,7 @@ def _packed_kernel(
             acc_up *= tl.load(scale_ptr + rows + N)[:, None]
     if GATE > 0:
         acc = gated(acc, acc_up, GATE)
-        out_row = row.to(tl.int64) * N
+        out_row = kept.to(tl.int64) * N
     else:
         acc *= tl.load(weights_ptr + pair, mask=is_row, other=0.0)[None, :]
         out_row = pair.to(tl.int64) * N
@@ -120,7 +122,7 @@ def grouped_packed(
         x, stack.words, stack.scales, out, pairs.order_P, pairs.tiles_M4, pairs.num_tiles, weights_TA,
         n, stack.k, words_per_row, blocks_n, x.stride(0),
         weights_TA.shape[1], gate, KINDS[stack.kind], stack.group,
-        pairs.block_m, block_n, is_even, overlaps_launches(x.device), not INTERPRETED,
+        pairs.block_m, block_n, is_even, pairs.has_gaps, overlaps_launches(x.device), not INTERPRETED,
         **launch_options(x.device, tiling.num_warps, tiling.num_stages),
     )  # fmt: skip
     return out

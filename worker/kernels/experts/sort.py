@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""Sort the chosen (token, expert) pairs by expert, and cut each expert's pairs into tiles of rows, on the device.
+"""Sort (token, expert) pairs that are chosen already by expert, and cut each expert's pairs into tiles of rows.
 
 One program per expert looks for its pairs. The last program to finish makes the list of tiles, of which the grid of a
 grouped product takes as many as there could be: programs past the end of the list leave at once. So no count is read
@@ -42,6 +42,23 @@ class SortedPairs(NamedTuple):
     num_tiles: Tensor
     """int32, the first of several."""
     block_m: int
+    has_gaps: bool = False
+    """Each expert has as many places as there are tokens. Then what is computed of a pair is kept at the pair's place,
+    not at its place in ``order_P``."""
+
+
+@triton.jit
+def write_tiles(tiles_ptr, num_tiles_ptr, begins, counts, n, block_m):
+    """Write the list of tiles of the experts ``n``, whose rows begin at ``begins``, and its length."""
+    tiles = (counts + block_m - 1) // block_m
+    firsts = tl.cumsum(tiles, 0) - tiles
+    tl.store(num_tiles_ptr, tl.sum(tiles, 0))
+    for at in range(tl.max(tiles, 0)):
+        entry = tiles_ptr + (firsts + at) * 4
+        is_there = at < tiles
+        tl.store(entry, n, mask=is_there)
+        tl.store(entry + 1, begins + at * block_m, mask=is_there)
+        tl.store(entry + 2, begins + counts, mask=is_there)
 
 
 @triton.jit(do_not_specialize=["pairs", "first_expert", "block_m"])
@@ -76,15 +93,7 @@ def _sort_kernel(
         n = tl.arange(0, N_PAD)
         begins = tl.load(bounds_ptr + 2 * n, mask=n < N, other=0, cache_modifier=".cg")
         counts = tl.load(bounds_ptr + 2 * n + 1, mask=n < N, other=0, cache_modifier=".cg")
-        tiles = (counts + block_m - 1) // block_m
-        firsts = tl.cumsum(tiles, 0) - tiles
-        tl.store(num_tiles_ptr, tl.sum(tiles, 0))
-        for at in range(tl.max(tiles, 0)):
-            entry = tiles_ptr + (firsts + at) * 4
-            is_there = at < tiles
-            tl.store(entry, n, mask=is_there)
-            tl.store(entry + 1, begins + at * block_m, mask=is_there)
-            tl.store(entry + 2, begins + counts, mask=is_there)
+        write_tiles(tiles_ptr, num_tiles_ptr, begins, counts, n, block_m)
         tl.store(counter_ptr, 0)
 
 

@@ -8,11 +8,23 @@ from torch import Tensor
 from harness.kernel_checks import relative_error, tolerance
 from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.worker.kernels.experts import choose
-from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, Tiles, routed_experts, sparse_mlp
+from mgpu.worker.kernels.experts import route_and_sort as route_and_sort_module
+from mgpu.worker.kernels.experts.choose import (
+    FEW_TOKENS,
+    ExpertStacks,
+    RouterWeights,
+    Tiles,
+    routed_experts,
+    sparse_mlp,
+)
+from mgpu.worker.kernels.experts.combine import PairRows
 from mgpu.worker.kernels.experts.few import FewTiling, few_tokens
-from mgpu.worker.kernels.experts.grouped import GroupedTiling, combine, grouped_down, grouped_gate_up
-from mgpu.worker.kernels.experts.route import route
-from mgpu.worker.kernels.experts.sort import most_tiles, sort_pairs
+from mgpu.worker.kernels.experts.grouped import GroupedTiling, grouped_down, grouped_gate_up
+from mgpu.worker.kernels.experts.route import route_few
+from mgpu.worker.kernels.experts.route_and_sort import Choice, route_and_sort
+from mgpu.worker.kernels.experts.sort import SortedPairs, most_tiles, sort_pairs
+from mgpu.worker.kernels.reference import rms_norm
+from mgpu.worker.layers.partial_sum import summed_tensor
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.quantization.stacks import empty_stack, matrix_of, put_matrix
@@ -40,26 +52,67 @@ def reference_experts(x: Tensor, gate_up: Tensor, down: Tensor, routing: tuple[T
     return out
 
 
-@pytest.mark.parametrize("normalizes", [True, False])
 @pytest.mark.parametrize(
-    ("tokens", "k", "count", "active"),
-    [(1, 64, 8, 2), (5, 48, 6, 3), (20, 160, 60, 4), (3, 300, 128, 8), (520, 32, 8, 2)],
-)
+    ("tokens", "k", "count", "active", "normalizes", "is_many"),
+    [(1, 64, 8, 2, True, False), (4, 48, 6, 3, False, False), (6, 160, 60, 4, True, False),
+     (5, 300, 128, 8, False, False), (20, 32, 8, 2, True, True), (35, 48, 6, 3, False, True)],
+)  # fmt: skip
 def test_routing_chooses_the_best_and_weighs_them(
-    device: torch.device, tokens: int, k: int, count: int, active: int, normalizes: bool
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    k: int,
+    count: int,
+    active: int,
+    normalizes: bool,
+    is_many: bool,
 ) -> None:
+    monkeypatch.setattr(route_and_sort_module, "MANY_TOKENS", 0 if is_many else 512)
     x, w, bias = draw(tokens, k, device=device), draw(count, k, device=device), draw(count, device=device)
     for given in (None, bias):
-        experts, weights = route(x, w, active, normalizes, given)
         expected, expected_weights = reference_routing(F.linear(x, w, given), active, normalizes)
-        assert torch.equal(experts.long(), expected)
-        torch.testing.assert_close(weights, expected_weights, atol=1e-5, rtol=1e-4)
+        (experts, weights), pairs = route_and_sort(x, w, Choice(active, normalizes, given, 1, count - 2), 16)
+        check_tiles(pairs, experts, 1, count - 2)
+        found = [(experts, weights)]
+        if tokens <= FEW_TOKENS:
+            found.append(route_few(x, w, active, normalizes, given))
+        for chosen, weighed in found:
+            assert torch.equal(chosen.long(), expected)
+            torch.testing.assert_close(weighed, expected_weights, atol=1e-5, rtol=1e-4)
 
 
-def test_equal_scores_choose_the_first_experts(device: torch.device) -> None:
-    experts, weights = route(torch.zeros(2, 32, device=device), torch.ones(8, 32, device=device), 3, True)
-    assert experts.tolist() == [[0, 1, 2]] * 2
-    torch.testing.assert_close(weights, torch.full((2, 3), 1 / 3, device=device))
+def check_tiles(pairs: SortedPairs, experts_TA: Tensor, first: int, count: int) -> None:
+    """Every pair of an expert of this rank is in one tile of that expert, and tiles have no more rows than they may."""
+    flat, found = experts_TA.flatten().tolist(), []
+    rows = int(pairs.num_tiles[0])
+    assert rows <= len(pairs.tiles_M4) == most_tiles(len(flat), count, pairs.block_m)
+    for expert, begin, end, _ in pairs.tiles_M4[:rows].tolist():
+        mine = pairs.order_P[begin : min(end, begin + pairs.block_m)].tolist()
+        assert mine
+        assert {flat[pair] for pair in mine} == {expert + first}
+        found += mine
+    assert sorted(found) == [pair for pair, expert in enumerate(flat) if first <= expert < first + count]
+
+
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_equal_scores_choose_the_first_experts(device: torch.device, tokens: int) -> None:
+    x, w = torch.zeros(tokens, 32, device=device), torch.ones(8, 32, device=device)
+    routing, _ = route_and_sort(x, w, Choice(3, True, None, 0, 8), 16)
+    for experts, weights in (routing, route_few(x, w, 3, True)):
+        assert experts.tolist() == [[0, 1, 2]] * tokens
+        torch.testing.assert_close(weights, torch.full((tokens, 3), 1 / 3, device=device))
+
+
+@pytest.mark.parametrize("most", [512, 0])
+def test_lists_of_experts_that_all_or_no_tokens_choose(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(route_and_sort_module, "MANY_TOKENS", most)
+    x, w = torch.ones(20, 16, device=device), torch.zeros(6, 16, device=device)
+    for _ in range(2):  # counters are left as they were found
+        w[5] += 1.0
+        (experts, _), pairs = route_and_sort(x, w, Choice(1, True, None, 0, 6), 16)
+        check_tiles(pairs, experts, 0, 6)
 
 
 @pytest.mark.parametrize("block_m", [16, 64])
@@ -69,22 +122,16 @@ def test_sorting_groups_pairs_by_expert_in_order(
     device: torch.device, tokens: int, first: int, count: int, block_m: int
 ) -> None:
     experts = torch.rand(tokens, 6, device=device).argsort(-1)[:, :2].to(torch.int32)
-    order, tiles, number, _ = sort_pairs(experts, first, count, block_m)
+    pairs = sort_pairs(experts, first, count, block_m)
     flat = experts.flatten().tolist()
     expected = [pair for expert in range(first, first + count) for pair, each in enumerate(flat) if each == expert]
-    assert order[: len(expected)].tolist() == expected
-    rows, covered = int(number[0]), 0
-    assert rows <= len(tiles) == most_tiles(2 * tokens, count, block_m)
-    for expert, begin, end, _ in tiles[:rows].tolist():
-        assert begin == covered
-        covered = min(begin + block_m, end)
-        assert {flat[pair] for pair in expected[begin:covered]} == {expert + first}
-    assert covered == len(expected)
+    assert pairs.order_P[: len(expected)].tolist() == expected
+    check_tiles(pairs, experts, first, count)
 
 
 def test_the_first_expert_may_take_all_or_nothing(device: torch.device) -> None:
     for chosen in (0, 5):
-        order, tiles, number, _ = sort_pairs(torch.full((40, 1), chosen, dtype=torch.int32, device=device), 0, 6, 16)
+        order, tiles, number, *_ = sort_pairs(torch.full((40, 1), chosen, dtype=torch.int32, device=device), 0, 6, 16)
         assert order.tolist() == [*range(40)]
         assert tiles[: int(number[0])].tolist()[-1][:3] == [chosen, 32, 40]
 
@@ -113,7 +160,7 @@ def test_experts_equal_one_pair_after_the_other(
     device: torch.device, shape: tuple[int, int, int, int], first: int, part: int, tokens: int, dtype: torch.dtype
 ) -> None:
     x, gate_up, down, routing = case(device, tokens, shape, dtype, first, shape[2] // part)
-    got = routed_experts(x, ExpertStacks(gate_up, down, first, "silu"), routing)
+    got = summed_tensor(routed_experts(x, ExpertStacks(gate_up, down, first, "silu"), routing))
     assert relative_error(got, reference_experts(x, gate_up, down, routing, first)) < 2 * tolerance(dtype)
 
 
@@ -124,7 +171,7 @@ def test_tiles_of_any_height_give_the_same(device: torch.device, tokens: int, bl
     tiles = Tiles(block_m, GroupedTiling(16, 32, 4, 2), GroupedTiling(64, 16, 4, 2))
     pairs = sort_pairs(experts, 0, 6, block_m)
     h = grouped_gate_up(x, gate_up, pairs, weights, 1, tiles.gate_up)
-    got = combine(grouped_down(h, down, pairs, weights, tiles.down), experts, 0, 6)
+    got = PairRows(grouped_down(h, down, pairs, weights, tiles.down), experts, 0, 6).total()
     assert relative_error(got, reference_experts(x, gate_up, down, (experts, weights), 0)) < tolerance(torch.float32)
 
 
@@ -140,7 +187,7 @@ def test_few_tokens_with_any_tiles(device: torch.device, tiling: FewTiling, firs
 def test_a_whole_layer_chooses_and_computes(device: torch.device, tokens: int) -> None:
     x, gate_up, down, _ = case(device, tokens, (24, 12, 6, 2), torch.float32, 0, 6)
     w = draw(6, 24, device=device)
-    got = sparse_mlp(x, RouterWeights(w, 2, True), ExpertStacks(gate_up, down, 0, "silu"))
+    got = summed_tensor(sparse_mlp(x, RouterWeights(w, 2, True), ExpertStacks(gate_up, down, 0, "silu")))
     routing = reference_routing(F.linear(x, w), 2, True)
     assert relative_error(got, reference_experts(x, gate_up, down, routing, 0)) < tolerance(torch.float32)
 
@@ -155,11 +202,27 @@ def test_quantized_experts_equal_dequantized_ones(
     dense = [torch.stack([dequantize(matrix_of(stack, at), torch.float32) for at in range(4)]) for stack in stacks]
     expected = reference_experts(x, dense[0], dense[1], routing, 0)
     held = ExpertStacks(stacks[0], stacks[1], 0, "silu")
-    assert relative_error(routed_experts(x, held, routing), expected) < 3e-5
+    assert relative_error(summed_tensor(routed_experts(x, held, routing)), expected) < 3e-5
     router = RouterWeights(draw(4, 32, device=device), 2, True)
-    few = sparse_mlp(x, router, held)
+    packed_sum = summed_tensor(sparse_mlp(x, router, held))
     monkeypatch.setattr(choose, "PACKED_TOKENS", 0)
-    assert relative_error(sparse_mlp(x, router, held), few) < 3e-5
+    monkeypatch.setattr(choose, "FEW_TOKENS", 0)
+    assert relative_error(summed_tensor(sparse_mlp(x, router, held)), packed_sum) < 3e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_adds_up_the_rows_of_experts(device: torch.device, dtype: torch.dtype) -> None:
+    experts = torch.tensor([[0, 3], [2, 1], [1, 3]], dtype=torch.int32, device=device)
+    y, residual = draw(6, 40, device=device, dtype=dtype), draw(3, 40, device=device, dtype=dtype)
+    weight = draw(40, device=device, dtype=dtype)
+    is_here = ((experts >= 1) & (experts < 3)).unsqueeze(-1)
+    rows = PairRows(y.masked_fill(~is_here.view(6, 1), torch.nan), experts, 1, 2)
+    total = (y.view(3, 2, 40).float() * is_here).sum(1).to(dtype)
+    assert torch.equal(rows.total(), total)
+    expected = residual + total
+    normalized = rows.add_and_norm(residual, weight, 1e-6)
+    assert torch.equal(residual, expected)
+    assert relative_error(normalized, rms_norm(expected, weight, 1e-6)) < tolerance(dtype)
 
 
 def packed(stack: Tensor, quant: Quant) -> PackedWeight:
