@@ -109,7 +109,7 @@ def estimate_speed(plan: Plan, context: int = CONTEXT, prompt: int = PROMPT) -> 
         one_stream=1 / step_s(1, context),
         many_streams=MANY / lap_s(MANY, context) if can_compute else None,
         first_token_s=first_token_s if can_compute else None,
-        source=_source([device for stage in stages for device in _devices_of(plan, stage)]),
+        source=_source([device for stage in stages for device in _devices_of(plan, stage)], plan.facts),
     )
 
 
@@ -151,7 +151,7 @@ def _rates(device: DeviceInfo) -> _Device | None:
     return _Device(device.bytes_per_s, 0, 0, 0, has_graphs, share) if device.bytes_per_s else None
 
 
-def _source(devices: list[DeviceInfo]) -> str:
+def _source(devices: list[DeviceInfo], facts: ModelFacts) -> str:
     """Say which numbers of which GPUs count, and how well they were tried."""
     parts = []
     for name in dict.fromkeys(device.name for device in devices):
@@ -165,6 +165,8 @@ def _source(devices: list[DeviceInfo]) -> str:
     tried = "within 15 % of measurements"
     if not all(map(_is_measured, devices)) or len(devices) > 2:
         tried = "not measured on such a machine"
+    elif facts.linear is not None:
+        tried = "one stream of such a model was a third slower where it was measured"
     return f"{', '.join(parts)}; {tried}"
 
 

@@ -8,7 +8,9 @@ import pytest
 from harness.machines import gpus
 from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
+from mgpu.orchestrator.placement.described import described_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
+from mgpu.orchestrator.placement.speed import estimate_speed
 from mgpu.orchestrator.placement.table import layout_json, layout_text
 from mgpu.protocol.model.facts import ExpertFacts, LinearFacts
 
@@ -39,6 +41,12 @@ def test_states_and_tokens_are_counted_per_layer_of_their_kind() -> None:
 def test_without_a_prefix_cache_no_states_are_kept_beside_those_of_the_rows() -> None:
     planned = plan(QWEN3_5_35B, gpus(141), LayoutOptions(prefix_cache=False))
     assert (planned.rows[0].snapshots, planned.limits.num_snapshots) == (0, 0)
+
+
+def test_the_estimate_of_speed_says_that_one_stream_was_slower() -> None:
+    speed = estimate_speed(plan(QWEN3_5_35B, described_machine("1xH200", {}), LayoutOptions()))
+    assert speed is not None
+    assert "a third slower where it was measured" in speed.source
 
 
 def test_what_is_left_out_is_noted() -> None:
