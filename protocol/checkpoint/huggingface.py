@@ -57,6 +57,15 @@ def read_config_schemes(folder: Path, family: str) -> SchemeOf | None:
     return None if family == "gpt_oss" and _is_mxfp4(holder) else read_schemes(holder)
 
 
+def is_config_quantized(folder: Path) -> bool:
+    """Return True if config.json names a quantization."""
+    path = checked_file(folder, "config.json")
+    outer = Fields(str(path), read_json_object(path))
+    inner = outer.nested("text_config")
+    holders = [holder for holder in (outer, inner) if holder is not None]
+    return any(holder.nested("quantization_config") is not None for holder in holders)
+
+
 def _is_mxfp4(fields: Fields) -> bool:
     quantization = fields.nested("quantization_config")
     return quantization is None or quantization.text("quant_method", "") == "mxfp4"

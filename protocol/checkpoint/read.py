@@ -27,7 +27,9 @@ from mgpu.protocol.checkpoint.files.untrusted import (
     reading,
 )
 from mgpu.protocol.checkpoint.gguf_model import read_gguf_checkpoint
-from mgpu.protocol.checkpoint.huggingface import read_config_facts, read_config_schemes
+from mgpu.protocol.checkpoint.gpt_oss import MXFP4
+from mgpu.protocol.checkpoint.huggingface import is_config_quantized, read_config_facts, read_config_schemes
+from mgpu.protocol.checkpoint.quantized.dummy import packed_experts, quantized_dummies
 from mgpu.protocol.checkpoint.quantized.formats import layer_formats
 from mgpu.protocol.checkpoint.quantized.join import join_packed
 from mgpu.protocol.checkpoint.stacked import borrowed_tensors, separate_tensors, stored_name
@@ -71,7 +73,7 @@ def _read(path: Path, load_format: LoadFormat, code: ModelCode) -> Checkpoint:
     stored: dict[str, TensorEntry] = {}
     if path.is_dir():
         kind: CheckpointFormat = "safetensors"
-        facts = read_config_facts(path, load_format != "dummy", code)
+        facts = read_config_facts(path, True, code)
         if facts.borrowed is not None:
             return _borrowed(path, facts, load_format, code)
         if load_format != "dummy":
@@ -87,10 +89,23 @@ def _read(path: Path, load_format: LoadFormat, code: ModelCode) -> Checkpoint:
         facts, stored = read_gguf_checkpoint(path)
     source = ModelSource(str(path.absolute()), kind, load_format, code)
     if load_format == "dummy":
-        return Checkpoint(source, facts, dummy_tensors(facts))
+        tensors = dummy_tensors(facts)
+        if kind == "safetensors":
+            tensors = _dummies(path, facts, tensors)
+        return Checkpoint(source, replace(facts, formats=layer_formats(facts, tensors)), tensors)
     check_tensors(str(path), facts, stored, partial(stored_name, facts.architecture))
     facts = replace(facts, formats=layer_formats(facts, stored))
     return Checkpoint(source, facts, {name: stored[name] for name in expected_tensors(facts)})
+
+
+def _dummies(folder: Path, facts: ModelFacts, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return the entries of random weights in the formats that config.json names."""
+    if not is_config_quantized(folder):
+        return tensors
+    if facts.architecture == "gpt_oss":
+        read_config_facts(folder)  # refuses all but MXFP4
+    schemes = read_config_schemes(folder, facts.architecture)
+    return packed_experts(tensors, MXFP4) if schemes is None else quantized_dummies(tensors, schemes)
 
 
 def _join_quantized(folder: Path, facts: ModelFacts, stored: dict[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -348,11 +348,11 @@ def test_biases_that_no_file_has_are_zero(
     assert (facts.qkv_bias, facts.output_bias, facts.mlp_bias) == expected
 
 
-def test_a_quantization_left_over_beside_plain_weights_is_ignored(tmp_path: Path) -> None:
+def test_a_quantization_left_over_beside_plain_weights_is_ignored_but_for_random_ones(tmp_path: Path) -> None:
     write_llama_folder(tmp_path)
     write_config(tmp_path, LLAMA_CONFIG | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
     assert is_complete(read_checkpoint(tmp_path))
-    assert "already quantized (gptq)" in refusal(tmp_path, "dummy")
+    assert read_checkpoint(tmp_path, "dummy").facts.formats[0].down.name == "GPTQ int4, a scale per output"
     reshaped_by_config = expected_tensors(read_checkpoint(tmp_path).facts)
     changed = {UP.replace("weight", "qweight"): {"dtype": "I32"}}
     shapes = {name.replace(UP, UP.replace("weight", "qweight")): shape for name, shape in reshaped_by_config.items()}

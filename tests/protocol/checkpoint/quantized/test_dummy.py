@@ -1,0 +1,23 @@
+"""Random weights of a quantized folder have the formats that its weights would have."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness.quantized_folders import FORMATS, write_quantized
+from mgpu.protocol.checkpoint.read import read_checkpoint
+from mgpu.protocol.model.weight_format import HELD
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_random_weights_have_the_formats_of_the_folder(tmp_path: Path, name: str) -> None:
+    quantized, _ = write_quantized(tmp_path, FORMATS[name])
+    stored = read_checkpoint(quantized).facts.formats
+    for file in quantized.glob("*.safetensors"):
+        file.unlink()
+    made = read_checkpoint(quantized, "dummy").facts.formats
+    # How wide scales are stored follows from the weights alone.
+    assert [[replace(getattr(each, held), scale_bytes=0) for held in HELD] for each in made] == [
+        [replace(getattr(each, held), scale_bytes=0) for held in HELD] for each in stored
+    ]
