@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.kernels.decode_chain import DecodeChain
-from bench.kernels.quantized import float8_layers, float8_products, many_rows, mlps, quantized_products
+from bench.kernels.quantized import (
+    float8_layers,
+    float8_products,
+    grouped_products,
+    many_rows,
+    mlps,
+    quantized_products,
+)
 from bench.kernels.timing import BF16, SHAPES, Row, graph_us, make_cache, relative_error, rotate, sdpa_row, views
 from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.attention.decode import decode_attention
@@ -179,6 +186,7 @@ PARTS = {
     for part in (
         products,
         quantized_products,
+        grouped_products,
         float8_products,
         float8_layers,
         mlps,

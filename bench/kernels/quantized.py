@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.kernels.timing import BF16, SHAPES, Row, compile_all, graph_us, random_scales, relative_error, rotate, views
+from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.quantization import WeightFormat, weight_format
 from mgpu.worker.kernels.layers.activation import gated_activation, gated_activation_float8
 from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
@@ -23,10 +24,17 @@ from mgpu.worker.layers.linear import Storage
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.quantization.packing import PackedWeight, WeightKind, dequantize
+from mgpu.worker.quantization.random_packed import random_packed
 from mgpu.worker.ranks.collectives import SingleRank
 
 QUANTIZED: tuple[tuple[WeightKind, int], ...] = (("int8", 0), ("fp8", 0), ("int4", 32), ("int4", 128))
 """Kinds and groups. Groups of 32 are what `--quant 4` makes."""
+GROUPED = {
+    "GPTQ g128": WeightFormat("4", 128, scale_bytes=2, zero_bytes=1, source="GPTQ"),
+    "FP8 128x128": WeightFormat("fp8", 128, 128, source="FP8"),
+    "MXFP4": WeightFormat("fp4", 32, scale_bytes=1, source="MXFP4"),
+    **{kind: GGUF_FORMATS[kind] for kind in ("Q4_K", "Q6_K", "Q8_0", "Q4_1")},
+}
 MANY_ROWS = [
     Tiling(block_n, splits, warps, stages, most_rows)
     for block_n, warps, stages, most_rows in (
@@ -98,6 +106,27 @@ def quantized_products() -> Iterator[Row]:
             us = graph_us(rotate(weights, lambda w: dequantize_packed(w, BF16)))
             error = relative_error(dense, dequantize(weights[0], torch.float32))
             yield Row(f"dequantize {kind} g{group} {name}", us, 4.0 * parts[0].numel() + 2.0 * n * k, error=error)
+
+
+def grouped_products() -> Iterator[Row]:
+    """Weights whose groups have scales of their own, as files have them; torch: bfloat16."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    for name, (n, k) in list(SHAPES.items())[1:4]:
+        dense = [torch.randn(n, k, device="cuda").to(BF16) for _ in range(3)]
+        rows = {count: torch.randn(count, k, device="cuda").to(BF16) for count in (1, 8, 64, 128, 256, 512)}
+        others = {count: graph_us(rotate(dense, lambda w: F.linear(x, w)), 3) for count, x in rows.items()}
+        del dense
+        for title, form in GROUPED.items():
+            weights = [random_packed(form, (n,), k, generator) for _ in range(4 if n > 8192 else 12)]
+            full = dequantize_packed(weights[0], torch.float32)
+            us = graph_us(rotate(weights, lambda w: dequantize_packed(w, BF16)), 3)
+            yield Row(f"dequantize {title} {name}", us, weights[0].nbytes + 2.0 * n * k)
+            for count, x in rows.items():
+                error = relative_error(quantized_matmul(x, weights[0]), x.float() @ full.T)
+                us = graph_us(rotate(weights, lambda w: quantized_matmul(x, w)), 3)
+                yield Row(
+                    f"grouped {title} {name} m{count}", us, weights[0].nbytes, error=error, other_us=others[count]
+                )
 
 
 def float8_products() -> Iterator[Row]:

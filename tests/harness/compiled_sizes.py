@@ -21,7 +21,8 @@ from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.attention.decode import decode_attention
 from mgpu.worker.kernels.attention.inputs import PagedCache
 from mgpu.worker.kernels.attention.prefill import prefill_attention
-from mgpu.worker.kernels.products.dequantize_scaled import dequantize_scaled
+from mgpu.worker.kernels.products.choose import quantized_matmul
+from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
 from mgpu.worker.quantization.packing import PackedWeight, WeightKind
@@ -60,7 +61,12 @@ def multiply(kind: WeightKind, rows: int, n: int, dtype: torch.dtype) -> None:
 
 
 def dequantize(form: WeightFormat) -> None:
-    dequantize_scaled(random_packed(form, (64, 64), 256, torch.Generator().manual_seed(0)), BF16)
+    dequantize_packed(random_packed(form, (64, 64), 256, torch.Generator().manual_seed(0)), BF16)
+
+
+def multiply_groups(form: WeightFormat, rows: int) -> None:
+    weight = random_packed(form, (1024,), 1024, torch.Generator().manual_seed(0))
+    quantized_matmul(torch.zeros(rows, 1024, dtype=BF16), weight)
 
 
 Case = tuple[Callable[..., None], tuple[Any, ...]]
@@ -70,12 +76,16 @@ SIZES: tuple[Case, ...] = (
     (multiply, ("int8", 64, 1024, BF16)),
     (multiply, ("int4", 64, 28672, BF16)),
     (dequantize, (WeightFormat("4", 128, 1, 2, 1, True, "act-order"),)),
+    (dequantize, (WeightFormat("4", 128, 1, 2, 1, False, "groups"),)),
+    (multiply_groups, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 64)),
+    (multiply_groups, (WeightFormat("8", 32, 1, 2, source="groups"), 64)),
 )
 """The largest tiles of each kernel."""
 FLOAT8: tuple[Case, ...] = (
     (multiply, ("fp8", 1, 1024, BF16)),
     (multiply, ("fp8", 2, 1024, torch.float16)),
     (dequantize, (WeightFormat("fp8", 128, 128, 2, source="blocks"),)),
+    (multiply_groups, (WeightFormat("fp8", 128, 128, 4, source="blocks"), 16)),
 )
 """What needs no instruction that converts float8."""
 

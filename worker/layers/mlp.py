@@ -65,12 +65,11 @@ def _plain_activation(mlp: GatedMLP, x_TD: Activations) -> Activations:
 
 def _kernel_activation() -> Activate:
     from mgpu.worker.kernels.layers.activation import gated_activation, gated_activation_float8
-    from mgpu.worker.kernels.products.choose import one_row_matmul
+    from mgpu.worker.kernels.products.choose import one_row_matmul, takes_one_row
 
     def activate(mlp: GatedMLP, x_TD: Activations) -> Activations:
         held = mlp.gate_up.held
-        is_simple = isinstance(held, Tensor) or held.is_simple
-        if isinstance(x_TD, Tensor) and len(x_TD) == 1 and is_simple:
+        if isinstance(x_TD, Tensor) and len(x_TD) == 1 and not mlp.gate_up.pieces and takes_one_row(held):
             return one_row_matmul(x_TD, held, mlp.gate_up.bias, mlp.activation)
         gate_up_TF2, scale_T = values_and_scale(mlp.gate_up(x_TD))
         gated = gated_activation_float8 if mlp.down.takes_float8(len(gate_up_TF2)) else gated_activation

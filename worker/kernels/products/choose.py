@@ -8,6 +8,9 @@ from torch import Tensor
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.gemv import gemv
+from mgpu.worker.kernels.products.group_gemm import group_gemm, most_rows
+from mgpu.worker.kernels.products.group_gemv import group_gemv
+from mgpu.worker.kernels.products.group_parts import RUN_KINDS, takes
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
 from mgpu.worker.quantization.packing import PackedWeight
@@ -27,7 +30,7 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     """Multiply by the dequantized weight's transpose; many rows dequantize it once, into temporary memory."""
     rows = x_TI.shape[0]
     if not weight.is_simple:
-        return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
+        return _group_matmul(x_TI, weight, bias_O)
     if rows == 1:
         return quantized_gemv(x_TI, weight, bias_N=bias_O)
     if rows <= GEMM_ROWS[weight.kind]:
@@ -35,10 +38,26 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
 
 
+def _group_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> Tensor:
+    """Multiply by a weight whose groups have scales of their own."""
+    rows = x_TI.shape[0]
+    if rows == 1 and takes_one_row(weight):
+        return group_gemv(x_TI, weight, bias_N=bias_O)
+    if takes(weight) and rows <= most_rows(weight):
+        return group_gemm(x_TI, weight, bias_N=bias_O)
+    return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
+
+
+def takes_one_row(w: Tensor | PackedWeight) -> bool:
+    """Return True for weights that `one_row_matmul` takes."""
+    return isinstance(w, Tensor) or w.is_simple or (w.kind in RUN_KINDS and takes(w))
+
+
 def one_row_matmul(
     x_1I: Tensor, w: Tensor | PackedWeight, bias_O: Tensor | None, gate: Activation | None = None
 ) -> Tensor:
     """Multiply a single row; ``gate`` as in `gemv`."""
     if isinstance(w, PackedWeight):
-        return quantized_gemv(x_1I, w, gate=gate, bias_N=bias_O)
+        multiply = quantized_gemv if w.is_simple else group_gemv
+        return multiply(x_1I, w, gate=gate, bias_N=bias_O)
     return gemv(x_1I, w, gate=gate, bias_N=bias_O)

@@ -6,11 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.products.dequantize_scaled import KINDS as SCALED_KINDS
+from mgpu.worker.kernels.products.dequantize_groups import dequantize_groups
 from mgpu.worker.kernels.products.dequantize_scaled import dequantize_scaled
+from mgpu.worker.kernels.products.group_parts import RUN_KINDS, takes
 from mgpu.worker.kernels.products.widen import KINDS, widen_int4, widen_octets
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
-from mgpu.worker.quantization.packing import WORDS, PackedWeight, dequantize
+from mgpu.worker.quantization.packing import WORDS, PackedWeight
 
 ROWS = 32
 """Output channels per program."""
@@ -55,10 +56,9 @@ def _dequantize_kernel(
 
 def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Return the weight [N, K] in ``dtype``; `packing.dequantize` is the reference."""
-    if weight.offsets is not None or weight.supers is not None or weight.kind not in SCALED_KINDS:
-        return dequantize(weight, dtype)
     if not weight.is_simple:
-        return dequantize_scaled(weight, dtype)
+        is_in_words = weight.kind in RUN_KINDS and takes(weight)
+        return dequantize_groups(weight, dtype) if is_in_words else dequantize_scaled(weight, dtype)
     n, words_per_row = weight.words.shape
     out_NK = torch.empty(n, weight.k, dtype=dtype, device=weight.words.device)
     _dequantize_kernel[(ceil_div(n, ROWS), words_per_row // WORDS)](

@@ -11,7 +11,9 @@ from mgpu.worker.quantization.packing import WORDS, PackedWeight, ordered_parts
 
 ROWS = 32
 """Output channels per program."""
-KINDS = {"int8": 0, "fp8": 1, "int4": 2, "fp4": 3}
+KINDS = {
+    "int8": 0, "fp8": 1, "int4": 2, "fp4": 3, "nl4": 4, "int6": 5, "int5": 6, "int3": 7, "int2": 8,
+}  # fmt: skip
 
 
 @triton.jit

@@ -79,7 +79,7 @@ def arrange_rows(x_TK: Tensor, places: int) -> Tensor:
 
 
 @triton.jit
-def _add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS: tl.constexpr, SIZE: tl.constexpr):
+def add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS: tl.constexpr, SIZE: tl.constexpr):
     """Publish this program's sums; return (sum over splits, 1) in the last program of the tile, else (own sum, 0)."""
     base = partial_ptr + tile * (SPLITS * SIZE)
     tl.store(base + split * SIZE + offsets, acc)
@@ -138,7 +138,7 @@ def _quantized_gemm_kernel(
     writes = True
     if SPLITS > 1:
         offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + slot[None, :]
-        acc, writes = _add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
+        acc, writes = add_partials(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
     if KIND != 2:
         acc *= tl.load(scale_ptr + rows)[:, None]
     if bias_ptr is not None:

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 from mgpu.worker.quantization.random_packed import random_packed
 
 pytest.importorskip("triton")
 
+from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +33,8 @@ def make(form: WeightFormat, parts: tuple[int, ...], inputs: int) -> PackedWeigh
     """Return a random weight whose scales and zero points differ from group to group."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     weight = random_packed(form, parts, inputs, generator)
+    if form.block:
+        return weight
     noise = torch.randint(0, 8, weight.scales.shape, generator=generator, device=DEVICE)
     if weight.scales.dtype == torch.uint8:
         scales = weight.scales + noise.to(torch.uint8)
@@ -46,4 +50,20 @@ def make(form: WeightFormat, parts: tuple[int, ...], inputs: int) -> PackedWeigh
 def test_dequantized_weights_equal_the_reference(name: str) -> None:
     for parts, inputs in (((48, 16), 256), ((33,), 416)):
         weight = make(FORMS[name], parts, inputs)
-        assert torch.equal(dequantize_packed(weight, torch.float32), dequantize(weight, torch.float32))
+        found, expected = (unpack(weight, torch.float32) for unpack in (dequantize_packed, dequantize))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+EVERY = {name: form for name, form in FORMS.items() if not form.is_ordered} | GGUF_FORMATS
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_products_equal_those_of_the_dequantized_weight(name: str) -> None:
+    weight = make(EVERY[name], (32,), 512)
+    dense = dequantize(weight, torch.float32)
+    torch.testing.assert_close(dequantize_packed(weight, torch.float32), dense, rtol=1e-4, atol=1e-6)
+    for rows in (1, 5):
+        x = torch.randn(rows, 512, device=DEVICE)
+        expected = x @ dense.T + 1
+        found = quantized_matmul(x, weight, torch.ones(32, device=DEVICE))
+        assert float((found - expected).norm() / expected.norm()) < 1e-5

@@ -1,0 +1,48 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Unpack words of eight codes on the device, whose groups have scales of their own: GPTQ, AWQ, MXFP4, GGUF."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mgpu.worker.kernels.products.group_parts import group_arguments, load_words, words_to_weights
+from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.quantization.packing import PackedWeight
+
+ROWS, WORDS_PER_STEP = 32, 32
+"""Outputs and words per program."""
+
+
+@triton.jit
+def _dequantize_groups_kernel(
+    w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, table_ptr, out_ptr,
+    N, K, words_per_row, groups, supers,
+    KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    wait_for_inputs(OVERLAP)  # also keeps ``out`` alive: an earlier product may still read it
+    words, high = load_words(w_ptr, high_ptr, rows, word, words_per_row, False)
+    weights = words_to_weights(
+        words, high, scale_ptr, zero_ptr, offset_ptr, super_ptr, table_ptr, rows, word, groups, supers,
+        KIND, GROUP, SHARED, ROWS, WORDS, out_ptr.dtype.element_ty,
+    )  # fmt: skip
+    by_run = tl.permute(tl.reshape(weights, [ROWS, WORDS // 4, 4, 8]), [0, 1, 3, 2])
+    k = tl.program_id(1) * (WORDS * 8) + tl.arange(0, WORDS * 8)
+    mask = (n < N)[:, None] & (k < K)[None, :]
+    tl.store(out_ptr + rows[:, None] * K + k[None, :], tl.reshape(by_run, [ROWS, WORDS * 8]), mask=mask)
+
+
+def dequantize_groups(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Return the weight [N, K] in ``dtype``; `packing.dequantize` is the reference. Inputs are in order."""
+    n, words_per_row = weight.words.shape
+    out_NK = torch.empty(n, weight.k, dtype=dtype, device=weight.words.device)
+    given = group_arguments(weight)
+    _dequantize_groups_kernel[(ceil_div(n, ROWS), ceil_div(words_per_row, WORDS_PER_STEP))](
+        weight.words, *given.tensors, out_NK, n, weight.k, words_per_row, *given.sizes,
+        *given.constants, ROWS, WORDS_PER_STEP, overlaps_launches(out_NK.device), **launch_options(out_NK.device, 4),
+    )  # fmt: skip
+    return out_NK

@@ -1,0 +1,99 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Matrix-vector products of a single decode row with words of eight codes whose groups have scales of their own."""
+
+# N output channels, K input channels
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mgpu.protocol.model.facts import Activation
+from mgpu.worker.kernels.products.gemv import GATES, store_outputs, weight_rows
+from mgpu.worker.kernels.products.group_parts import code_floats, group_arguments, group_factors, load_words
+from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.quantization.packing import PackedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class GroupGemvTiling:
+    """How a product is cut."""
+
+    block_n: int
+    """Rows of the weight per program; even where it is gated."""
+    block_w: int
+    """Words per step."""
+    num_warps: int
+
+
+@triton.jit
+def _group_gemv_kernel(
+    x_ptr, w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, table_ptr, bias_ptr, y_ptr,
+    N, K, words_per_row, groups, supers,
+    KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
+    GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Compute BLOCK_N outputs. EVEN: the words of a row fill whole steps of BLOCK_W."""
+    RUNS: tl.constexpr = BLOCK_W // 4
+    HAS_BIAS: tl.constexpr = KIND != 3 and KIND != 4
+    HALVES: tl.constexpr = 2 if GROUP == 16 else 1
+    rows = weight_rows(N, GATE, BLOCK_N)
+    column = tl.arange(0, BLOCK_W)
+    wait_for_inputs(OVERLAP)
+    acc = tl.zeros([BLOCK_N, RUNS], tl.float32)
+    for first in range(0, words_per_row, BLOCK_W):
+        c = first + column
+        words, high = load_words(w_ptr, high_ptr, rows, c, words_per_row, EVEN)
+        run = first // 4 + tl.arange(0, RUNS)
+        for half in tl.static_range(HALVES):
+            scale, bias = group_factors(
+                scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, run * 32 + half * 16, groups, supers,
+                KIND, GROUP, SHARED,
+            )  # fmt: skip
+            word_sums = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+            x_sums = tl.zeros([BLOCK_W], tl.float32)
+            for index in tl.static_range(8 // HALVES):
+                part: tl.constexpr = half * 4 + index
+                k = c // 4 * 32 + part * 4 + c % 4
+                x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+                word_sums += code_floats(words, high, table_ptr, part, KIND) * x[None, :]
+                x_sums += x
+            acc += scale * tl.sum(tl.reshape(word_sums, [BLOCK_N, RUNS, 4]), 2)
+            if HAS_BIAS:
+                acc += bias * tl.sum(tl.reshape(x_sums, [RUNS, 4]), 1)[None, :]
+    store_outputs(tl.sum(acc, 1), rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
+
+
+def choose_tiling(weight: PackedWeight, gated: bool) -> GroupGemvTiling:
+    """Pick tiles, as measured on an H200 for groups of 32 and 128 (docs/kernels.md)."""
+    if gated or len(weight.words) > weight.k:
+        return GroupGemvTiling(8 if weight.kind == "int4" else 4, 256, 2)
+    return GroupGemvTiling(4, 512, 4)
+
+
+def group_gemv(
+    x_1K: Tensor,
+    weight: PackedWeight,
+    *,
+    gate: Activation | None = None,
+    bias_N: Tensor | None = None,
+    tiling: GroupGemvTiling | None = None,
+) -> Tensor:
+    """Multiply one row by the dequantized weight's transpose in float32; ``gate`` as in `gemv`."""
+    k = x_1K.shape[-1]
+    outputs, words_per_row = weight.words.shape
+    if x_1K.shape[0] != 1 or k != weight.k:
+        raise ValueError(f"group_gemv takes 1 row of {weight.k} channels, got {x_1K.shape[0]} of {k}")
+    n = outputs // (2 if gate else 1)
+    tiling = tiling or choose_tiling(weight, gate is not None)
+    out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
+    given = group_arguments(weight)
+    _group_gemv_kernel[(ceil_div(outputs, tiling.block_n),)](
+        x_1K, weight.words, *given.tensors, bias_N, out_1N, n, k, words_per_row, *given.sizes,
+        *given.constants,
+        GATES[gate], tiling.block_n, tiling.block_w, words_per_row % tiling.block_w == 0,
+        overlaps_launches(x_1K.device), **launch_options(x_1K.device, tiling.num_warps, 1),
+    )  # fmt: skip
+    return out_1N
