@@ -115,8 +115,8 @@ class CompileAhead:
         num_states = min(self.spec.limits.max_rows, 2)
         rows, cache = self.make_state(-(-(_PROMPTS[0] + 1) // self.spec.limits.block_size), kinds, num_states)
         self._run_steps(stage, rows, cache)
-        if self.place.tp_size == self.spec.layout.placement.num_stages == 1:
-            prepare_graphs(stage, cache, rows)
+        if self.spec.layout.placement.num_stages == 1:
+            prepare_graphs(stage, cache, rows, self.group)
 
     def _two_of_each_kind(self) -> list[int]:
         """Return two layers of each kind that this rank has, or one.

@@ -7,7 +7,7 @@ import torch
 
 from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.models.build import DecoderStage
-from mgpu.worker.ranks.collectives import SingleRank, TensorParallelGroup
+from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.peer_group import captured_rows
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
@@ -56,9 +56,10 @@ def prepared(graphs: "Graphs") -> Optional["Graphs"]:
         return None
 
 
-def prepare_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable) -> None:
-    """Launch all kernels of the first graphs, but capture none."""
-    Graphs(stage, cache, rows, SingleRank(), None, capture=False).prepare()
+def prepare_graphs(stage: DecoderStage, cache: KvCache, rows: RowTable, group: TensorParallelGroup) -> None:
+    """Launch all kernels of the first graphs of a rank, if it will make any, but capture none."""
+    if captured_rows(group):
+        Graphs(stage, cache, rows, group, None, capture=False).prepare()
 
 
 class Graphs:
