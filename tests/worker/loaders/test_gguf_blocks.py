@@ -1,5 +1,6 @@
 """Blocks of every type of GGUF stay packed, and stand for the numbers that the gguf package reads from them."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.demo_model import demo_model
 from harness.odd_gguf import Kind, converted
 from harness.odd_models import IDS, make_model
 from harness.rank_threads import run_ranks
 from harness.stage_driver import Stages, logits_in_chunks
-from mgpu.orchestrator.placement.sizes import rank_weight_bytes
+from mgpu.orchestrator.placement.sizes import layers_bytes, rank_weight_bytes
 from mgpu.protocol.checkpoint.files.tensors import BLOCKS, TensorEntry
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS, packed_entry
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
@@ -101,3 +103,14 @@ def test_a_mix_of_types_stays_packed_on_every_layout(tmp_path: Path) -> None:
     [held] = run_ranks(1, lambda group: Stages(checkpoint, group, [range(facts.num_layers)]).stages[0].weight_bytes())
     assert held == rank_weight_bytes(facts, plan, plan.place_of(0), 4)
     assert held < 0.6 * rank_weight_bytes(widened.facts, plan, plan.place_of(0), 4)
+
+
+def test_a_real_file_stays_packed_and_gives_the_golden_tokens() -> None:
+    golden = json.loads((Path(__file__).parents[2] / "golden" / "smollm2-135m-instruct.json").read_text())
+    case = golden["prompts"][1]
+    ids, expected = case["prompt_ids"] + case["output_ids"], case["output_ids"]
+    checkpoint = read_checkpoint(demo_model())
+    logits = logits_in_chunks(checkpoint, ids, [len(ids)])
+    assert logits[len(case["prompt_ids"]) - 1 : -1].argmax(-1).tolist() == expected
+    stored = sum(entry.nbytes for entry in checkpoint.tensors.values() if "layers" in entry.name)
+    assert layers_bytes(checkpoint.facts, range(checkpoint.facts.num_layers), 1, 2, "none") < 1.02 * stored
