@@ -1,8 +1,8 @@
 """Pass activations to a GPU whose memory this one can reach (CUDA IPC), without a copy in host memory.
 
 The receiver owns the ring of slots, on its device, and publishes an IPC handle in the shared file. The sender maps the
-ring at its first message and copies straight into it. Only the counters are in host memory. The receiver's counter
-begins at 1, which tells the sender that the handle is there.
+ring at its first message, until its process ends, and copies straight into it. Only the counters are in host memory.
+The receiver's counter begins at 1, which tells the sender that the handle is there.
 """
 
 import torch
@@ -23,7 +23,7 @@ class GpuSender(RingChannel):
         if not len(self._slots):
             self._wait(self._region.received, self._received_base, "to open its channel")
             handle = self._segment.view(self._region.handle, HANDLE_BYTES, torch.uint8)
-            self._slots = map_exported(bytes(handle.tolist()), self._device)
+            self._slots = map_exported(bytes(handle.tolist()), self._device).memory
         super().send(x)
 
 

@@ -27,7 +27,7 @@ from mgpu.worker.kernels.peers.memory import Area, AreaShape, PeerAlarm, buffer_
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.ranks.agreement import CannotUse, RankStatus, exchange, gpu_of, leave_in_order, this_machine
 from mgpu.worker.ranks.collectives import TensorParallelGroup
-from mgpu.worker.ranks.cuda_ipc import export, map_exported
+from mgpu.worker.ranks.cuda_ipc import MappedMemory, export, map_exported
 from mgpu.worker.ranks.host_channel import pin
 from mgpu.worker.ranks.peer_check import float8_problem, peer_problem
 from mgpu.worker.ranks.peer_group import PeerGroup, ReduceLimits, area_shapes, captured_rows
@@ -77,7 +77,7 @@ class PeerSetup:
         self._wants_float8 = wants_float8
         self._device = device
         self._mine: Tensor | None = None
-        self._mapped: list[Tensor] = []
+        self._mapped: list[MappedMemory] = []
         self._reason = ""
         self.note = ""
         """A line for the start-up log: what is used, or why not."""
@@ -87,7 +87,8 @@ class PeerSetup:
         try:
             opened = self._open(limits, timeout_s)
         except CannotUse as reason:
-            self._mapped, self._mine = [], None
+            self._unmap()
+            self._mine = None
             self._reason = str(reason)
             self.note = f"partial sums do not go by own kernels: {reason}"
             return self._group
@@ -202,7 +203,7 @@ class PeerSetup:
         if is_other and not torch.cuda.can_device_access_peer(self._device, index):
             raise CannotUse(f"no peer access between GPUs {self._device.index} and {index}")
         self._mapped.append(map_exported(peer.handle, self._device))
-        return self._mapped[-1].data_ptr()
+        return self._mapped[-1].memory.data_ptr()
 
     def _agree(self, problem: str, handle: bytes = b"") -> list[RankStatus]:
         """Tell all ranks how this one is doing, and return what they say. CannotUse if one has a problem."""
@@ -215,8 +216,12 @@ class PeerSetup:
     def close(self) -> None:
         """Unmap when no rank writes any more, then free when no rank has this buffer mapped."""
         if self._mine is not None:
-            leave_in_order(self._host_group, self._device, self._mapped.clear)
+            leave_in_order(self._host_group, self._device, self._unmap)
             self._mine = None
+
+    def _unmap(self) -> None:
+        while self._mapped:
+            self._mapped.pop().unmap()
 
 
 def refusal(limits: ReduceLimits, device: torch.device) -> str:

@@ -24,7 +24,7 @@ from mgpu.worker.kernels.peers.memory import PeerAlarm
 from mgpu.worker.kernels.peers.token_mail import Mailbox, Postman
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.ranks.agreement import CannotUse, RankStatus, exchange, gpu_of, leave_in_order
-from mgpu.worker.ranks.cuda_ipc import export, map_exported
+from mgpu.worker.ranks.cuda_ipc import MappedMemory, export, map_exported
 from mgpu.worker.ranks.host_channel import pin
 from mgpu.worker.ranks.relay import Relay
 from mgpu.worker.ranks.relay_check import load_kernels, relay_problem
@@ -51,7 +51,7 @@ class RelaySetup:
         self._device = device
         self._sizes = relay_sizes(spec.layout, spec.limits, spec.facts.hidden_size)
         self._mine: Tensor | None = None
-        self._mapped: dict[int, Tensor] = {}
+        self._mapped: dict[int, MappedMemory] = {}
         self._pinned: set[int] = set()
         self.note = ""
         """A line for the start-up log: what is used, or why not."""
@@ -61,7 +61,8 @@ class RelaySetup:
         try:
             relay = self._open()
         except CannotUse as reason:
-            self._mapped, self._mine = {}, None
+            self._unmap()
+            self._mine = None
             self.note = f"activations do not go by own kernels: {reason}"
             return None
         return relay
@@ -149,7 +150,7 @@ class RelaySetup:
         if rank == self._place.rank:
             assert self._mine is not None
             return self._mine.data_ptr()
-        return self._mapped[rank].data_ptr()
+        return self._mapped[rank].memory.data_ptr()
 
     def _clear(self, in_file: set[int]) -> None:
         assert self._mine is not None
@@ -218,8 +219,12 @@ class RelaySetup:
     def close(self) -> None:
         """Unmap when no rank writes any more, then free when no rank has this memory mapped."""
         if self._mine is not None:
-            leave_in_order(self._world, self._device, self._mapped.clear)
+            leave_in_order(self._world, self._device, self._unmap)
             self._mine = None
+
+    def _unmap(self) -> None:
+        while self._mapped:
+            self._mapped.popitem()[1].unmap()
 
 
 def refusal(spec: WorkerSpec, device: torch.device) -> str:
