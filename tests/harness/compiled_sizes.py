@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from bench.kernels.timing import KERNEL_MODULES, compile_only, set_overlap
+from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.attention.decode import decode_attention
 from mgpu.worker.kernels.attention.inputs import PagedCache
@@ -77,7 +78,9 @@ SIZES: tuple[Case, ...] = (
     (multiply, ("int4", 64, 28672, BF16)),
     (dequantize, (WeightFormat("4", 128, 1, 2, 1, True, "act-order"),)),
     (dequantize, (WeightFormat("4", 128, 1, 2, 1, False, "groups"),)),
+    (multiply_groups, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 1)),
     (multiply_groups, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 64)),
+    *((multiply_groups, (GGUF_FORMATS[kind], rows)) for kind in ("Q4_K", "Q6_K") for rows in (1, 16)),
     (multiply_groups, (WeightFormat("8", 32, 1, 2, source="groups"), 64)),
 )
 """The largest tiles of each kernel."""

@@ -55,10 +55,9 @@ def _group_gemv_kernel(
             word_sums = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
             x_sums = tl.zeros([BLOCK_W], tl.float32)
             for index in tl.static_range(8 // HALVES):
-                part: tl.constexpr = half * 4 + index
-                k = c // 4 * 32 + part * 4 + c % 4
+                k = c // 4 * 32 + (half * 4 + index) * 4 + c % 4
                 x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-                word_sums += code_floats(words, high, table_ptr, part, KIND) * x[None, :]
+                word_sums += code_floats(words, high, table_ptr, half * 4 + index, KIND) * x[None, :]
                 x_sums += x
             acc += scale * tl.sum(tl.reshape(word_sums, [BLOCK_N, RUNS, 4]), 2)
             if HAS_BIAS:
