@@ -69,8 +69,8 @@ class StepPipeline:
                 self._send_vocabulary(plan)
             self._workers.group.publish(CONTROL.encode(plan))
             published_s = time.monotonic()
-            for submitted_s in self._scheduler.take_submitted_s():
-                self._stats.queue_s.add(published_s - submitted_s)
+            for waited_s in self._scheduler.note_published(published_s):
+                self._stats.queue_s.add(waited_s)
             if not self._published:
                 self._stats.note_fed(published_s)
             num_tokens = sum(plan.counts)

@@ -37,6 +37,10 @@ class StepOutputs:
         columns.errors.append(error)
         columns.cached_tokens.append(cached_tokens)
 
+    def add_waits(self, queue_s: dict[int, float]) -> None:
+        """Add how long sequences had waited until they began to run."""
+        self._columns.queue_s.update(queue_s)
+
     def add_tokens(
         self, seqs: list[Sequence], token_ids: list[int], finish: list[str], logprobs: list[list[TokenLogprobs]] | None
     ) -> None:

@@ -102,13 +102,18 @@ class Scheduler:
         for seq in list(self._live.values()):
             self._fail(seq, error)
 
-    def take_submitted_s(self) -> list[float]:
-        """Return when those sequences came that have begun to run, for the first time, since the last call."""
-        return self._planner.take_submitted_s()
-
     def schedule(self) -> StepPlan | None:
         """Plan the next step. None when the pipeline is full or there is nothing to compute."""
         return self._planner.plan_next()
+
+    def note_published(self, now_s: float) -> list[float]:
+        """Note that the planned step has gone out; return how long those sequences had waited whose first one it is."""
+        begun = self._planner.take_begun()
+        if not begun:
+            return []
+        queue_s = {seq.sequence_id: now_s - seq.submitted_s for seq in begun}
+        self._outputs.add_waits(queue_s)
+        return list(queue_s.values())
 
     def apply(self, result: StepResult) -> None:
         """Append the tokens of the oldest step in flight. ValueError when the result belongs to another step."""

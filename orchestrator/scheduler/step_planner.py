@@ -63,8 +63,8 @@ class StepPlanner:
         """By turn."""
         self._batches = [DecodeBatch(index, limits.block_size) for index in range(limits.num_stages)]
         self._solo_run = SoloRun()
-        self._submitted_s: list[float] = []
-        """Of sequences that have begun to run since `take_submitted_s`."""
+        self._begun: list[Sequence] = []
+        """Those that have begun to run since `take_begun`."""
         self._blocked: tuple[int, Sequence] | None = None
         """(changes, sequence): the first in line has to wait until the blocks change."""
 
@@ -85,9 +85,9 @@ class StepPlanner:
                 return plan
         return None
 
-    def take_submitted_s(self) -> list[float]:
-        """Return when those sequences came that have begun to run, for the first time, since the last call."""
-        taken, self._submitted_s = self._submitted_s, []
+    def take_begun(self) -> list[Sequence]:
+        """Return the sequences that have begun to run, for the first time, since the last call."""
+        taken, self._begun = self._begun, []
         return taken
 
     def take_record(self, result: StepResult) -> StepRecord:
@@ -257,7 +257,7 @@ class StepPlanner:
             seq.cached_tokens = min(seq.num_computed, seq.prompt_len)
             self._counters.prompt_tokens += seq.prompt_len
             self._counters.prefix_hit_tokens += seq.cached_tokens
-            self._submitted_s.append(seq.submitted_s)
+            self._begun.append(seq)
         self._waiting.take_first()
         self._rows.take(seq)
         self.admitted[seq.sequence_id] = seq

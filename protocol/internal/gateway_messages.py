@@ -229,6 +229,8 @@ class Outputs:
     """Per sequence: the text for the client if ``finish`` is error, else empty."""
     cached_tokens: list[int]
     """Per sequence: prompt tokens taken from the prefix cache; meaningful with the first token."""
+    queue_s: dict[int, float] = field(default_factory=dict)
+    """Sequences whose first step has gone out since the last message: how long each had waited."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,8 @@ class Request:
     began_s: float | None = None
     """When it arrived; None if another gateway took it."""
     first_token_s: float | None = None
+    queue_s: float | None = None
+    """How long its first choice to run has waited in the engine; None while all wait."""
     query: TextQuery | None = None
     """Set if only its text matters: the engine does not hear of it."""
 

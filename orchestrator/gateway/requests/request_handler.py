@@ -136,6 +136,10 @@ class RequestHandler:
     def on_outputs(self, outputs: Outputs) -> None:
         """Pass the tokens of one engine step on."""
         now = time.monotonic()
+        for sequence_id, queue_s in outputs.queue_s.items():
+            found = self.table.by_sequence(sequence_id)
+            if found is not None and found[0].queue_s is None:
+                found[0].queue_s = queue_s
         for at, sequence_id in enumerate(outputs.sequence_ids):
             found = self.table.by_sequence(sequence_id)
             if outputs.finish[at]:

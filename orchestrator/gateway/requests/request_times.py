@@ -63,7 +63,7 @@ class RequestTimes:
 
 
 def _fields(request: Request, reason: str, now_s: float) -> dict[str, str]:
-    """Return what a line says of a request; times in seconds since it arrived."""
+    """Return what a line says of a request; times in seconds since it arrived, but for the time in the queue."""
     new_tokens = sum(choice.num_tokens for choice in request.choices)
     return {
         "id": str(request.id),
@@ -71,6 +71,7 @@ def _fields(request: Request, reason: str, now_s: float) -> dict[str, str]:
         "prompt": str(request.prompt_tokens),
         "cached": str(request.cached_tokens),
         "new": str(new_tokens),
+        "queue_s": _seconds(request.queue_s, 0.0),
         "first_token_s": _seconds(request.first_token_s, request.began_s),
         "duration_s": _seconds(now_s, request.began_s),
         "reason": reason,

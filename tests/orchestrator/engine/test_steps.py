@@ -1,5 +1,6 @@
 """The steps in flight, without processes: results are applied once, and none is lost."""
 
+import time
 from array import array
 from types import SimpleNamespace
 from typing import cast
@@ -71,3 +72,23 @@ def test_each_worker_group_gets_the_vocabulary_before_its_first_row_with_a_gramm
     scheduler.use_workers(1, 16)
     group.epoch = 1
     assert run(4, structured) == [0, 1]
+
+
+def test_the_gateway_hears_once_how_long_each_sequence_has_waited_for_its_first_step() -> None:
+    scheduler = Scheduler(Limits(num_blocks=16, block_size=4, max_rows=1, max_batch_tokens=16, max_seq_len=64))
+    workers = SimpleNamespace(is_ready=True, group=FakeGroup())
+    steps = StepPipeline(scheduler, cast(WorkerProcesses, workers), spin_s=0.0, hang_timeout_s=10.0)
+    prompt, now_s = array("i", [1, 2, 3]).tobytes(), time.monotonic()
+    for sequence_id, waited_s in ((1, 3.0), (2, 5.0)):
+        scheduler.submit(Submit(sequence_id, prompt, 2, [], RowSampling(), b"", 0), now_s - waited_s)
+    heard: list[tuple[int, float]] = []
+    while scheduler.num_live:
+        steps.publish()
+        steps.apply()
+        outputs = scheduler.take_outputs()
+        heard += outputs.queue_s.items() if outputs else []
+    assert [sequence_id for sequence_id, _ in heard] == [1, 2]
+    assert heard[0][1] >= 3.0
+    assert heard[1][1] >= 5.0
+    assert steps.counters()["queue_s_le_inf"] == 2
+    assert steps.counters()["queue_s_sum"] == sum(waited_s for _, waited_s in heard)

@@ -1,12 +1,15 @@
 """What is counted of requests, and the line that the log gets of each."""
 
 import logging
+from typing import Any, cast
 
 import pytest
 
+from harness.resuming_gateway import A, ResumingGateway, record
 from mgpu.orchestrator.gateway.requests.request import Choice, Request
 from mgpu.orchestrator.gateway.requests.request_times import RequestTimes
 from mgpu.protocol.front.client_messages import Generate
+from mgpu.protocol.internal.gateway_messages import Outputs
 
 
 def make_request(began_s: float | None = 10.0) -> tuple[Request, Choice]:
@@ -42,13 +45,33 @@ def test_a_request_that_another_gateway_began_has_no_times() -> None:
 def test_the_line_of_a_request_has_numbers_and_no_text(caplog: pytest.LogCaptureFixture) -> None:
     times, (request, choice) = RequestTimes(logs_requests=True), make_request()
     with caplog.at_level(logging.INFO):
+        request.queue_s = 0.15
         times.on_tokens(request, choice, 1, 10.2)
         choice.num_tokens = 1
         times.on_end(request, 11.0)
     [line] = caplog.messages
     assert line == (
-        'id=5 account="uid:1000 70656572" prompt=0 cached=0 new=1 first_token_s=0.200 duration_s=1.000 reason=cancelled'
+        'id=5 account="uid:1000 70656572" prompt=0 cached=0 new=1 queue_s=0.150 first_token_s=0.200 duration_s=1.000 '
+        "reason=cancelled"
     )
+
+
+def test_a_request_has_the_time_in_the_queue_of_its_first_choice_to_run() -> None:
+    gateway = ResumingGateway()
+    gateway.resume(A, offsets=(0, 0))
+    gateway.answer(0, record(7), record(8))
+    for queue_s in ({9: 7.0}, {8: 0.25}, {7: 0.5}):
+        outputs = Outputs([99], [[]], [[]], ["cancelled"], [""], [0], queue_s)
+        cast("Any", gateway.resumptions)._requests.on_outputs(outputs)
+    [request] = gateway.table
+    assert request.queue_s == 0.25
+
+
+def test_a_request_that_never_ran_has_no_time_in_the_queue(caplog: pytest.LogCaptureFixture) -> None:
+    times, (request, _) = RequestTimes(logs_requests=True), make_request()
+    with caplog.at_level(logging.INFO):
+        times.on_end(request, 11.0)
+    assert " queue_s=- first_token_s=- duration_s=1.000 " in caplog.text
 
 
 def test_nothing_is_logged_unless_asked_for(caplog: pytest.LogCaptureFixture) -> None:
