@@ -21,6 +21,7 @@ class _Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     has_ended: bool = False
     finish_reason: str = "cancelled"
+    stop_string: str | None = None
 
 
 class Answer:
@@ -55,6 +56,7 @@ class Answer:
         choice = self._choices[message.index]
         choice.token_ids += message.token_ids
         choice.logprobs += logprobs or ()
+        choice.stop_string = message.stop_string
         piece = self._piece(
             choice, message.index, message.text, message.finish_reason, tuple(message.token_ids), logprobs
         )
@@ -79,7 +81,8 @@ class Answer:
         if reason is not None:
             reason = "tool_calls" if reason == "stop" and choice.text.has_calls else reason
             choice.has_ended, choice.finish_reason = True, reason
-        return Piece(index, part.text, token_ids, logprobs, reason, None, part.reasoning, part.tool_calls)
+        calls, stop = part.tool_calls, choice.stop_string
+        return Piece(index, part.text, token_ids, logprobs, reason, None, part.reasoning, calls, stop)
 
     def finish(self, message: Finished) -> None:
         """End the answer. A choice without a last piece was cancelled before its first token."""
@@ -129,7 +132,8 @@ class Answer:
             logprobs = tuple(choice.logprobs) if self._wants_logprobs else None
             text, reasoning, calls = ("", "", ()) if choice.text is None else choice.text.so_far(choice.has_ended)
             ids, reason = tuple(choice.token_ids), choice.finish_reason
-            choices.append(CompletionChoice(index, text, ids, logprobs, reason, reasoning, calls))
+            stop = choice.stop_string
+            choices.append(CompletionChoice(index, text, ids, logprobs, reason, reasoning, calls, stop))
         return tuple(choices)
 
 

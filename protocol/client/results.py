@@ -64,6 +64,8 @@ class Piece:
     reasoning: str = ""
     """Of a chat: what the model has thought before its answer. It is not part of ``text``."""
     tool_calls: tuple[ToolCallPart, ...] = ()
+    stop_string: str | None = None
+    """In the last piece of a choice that one of ``stop`` has ended: that string."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ class CompletionChoice:
     reasoning: str = ""
     """Of a chat: what the model has thought before its answer. It is not part of ``text``."""
     tool_calls: tuple[ToolCall, ...] = ()
+    stop_string: str | None = None
+    """Which of ``stop`` has ended it; None if none has."""
 
     @property
     def message(self) -> dict[str, object]:
@@ -116,6 +120,10 @@ class Completion:
     @property
     def finish_reason(self) -> str:
         return self.choices[0].finish_reason
+
+    @property
+    def stop_string(self) -> str | None:
+        return self.choices[0].stop_string
 
     @property
     def reasoning(self) -> str:

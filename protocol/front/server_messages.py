@@ -66,6 +66,8 @@ class Tokens:
     """Parallel to ``token_ids``: logprob, and top as [token id, logprob, text] triples."""
     finish_reason: str | None = None
     """Set in the last message of the choice."""
+    stop_string: str | None = None
+    """Set there too if one of ``stop`` has ended the choice: that string."""
 
 
 @dataclass(frozen=True, slots=True)

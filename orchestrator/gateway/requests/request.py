@@ -97,7 +97,8 @@ class Choice:
     def take_message(self, request_id: int) -> Tokens:
         """Return what is held as a message, and hold it no longer."""
         logprobs = self.held_logprobs or None
-        message = Tokens(request_id, self.index, self.held_text, self.held_ids, logprobs, self.finish_reason)
+        stop = self.text.stop_string if self.is_over and self.text is not None else None
+        message = Tokens(request_id, self.index, self.held_text, self.held_ids, logprobs, self.finish_reason, stop)
         self.discard_held()
         return message
 

@@ -41,17 +41,19 @@ class StopSearch:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.found = False
+        self.found: str | None = None
+        """The stop string that has ended the text."""
 
     def push(self, text: str) -> str:
         """Return the text that is safe to show; nothing more after ``found``."""
-        if not self._stops or self.found:
-            return "" if self.found else text
+        if not self._stops or self.found is not None:
+            return text if self.found is None else ""
         text = self._held + text
-        cut = self._first_complete(text)
-        if cut is not None:
-            self.found, self._held = True, ""
-            return text[:cut]
+        match = self._first_complete(text)
+        if match is not None:
+            start, end = match
+            self.found, self._held = text[start:end], ""
+            return text[:start]
         keep = self._possible_start(text)
         self._held = text[keep:]
         return text[:keep]
@@ -61,9 +63,13 @@ class StopSearch:
         held, self._held = self._held, ""
         return held
 
-    def _first_complete(self, text: str) -> int | None:
+    def _first_complete(self, text: str) -> tuple[int, int] | None:
+        """Return where the stop string begins and ends that ends first, of those the longest."""
         ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        return min(ends)[1] if ends else None
+        if not ends:
+            return None
+        end, start = min(ends)
+        return start, end
 
     def _possible_start(self, text: str) -> int:
         longest = max(map(len, self._stops)) - 1
@@ -87,6 +93,11 @@ class Detokenizer:
 
     @property
     def stopped(self) -> bool:
+        return self._search.found is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the text."""
         return self._search.found
 
     def push(self, token_id: int) -> str:

@@ -12,7 +12,7 @@ from mgpu.protocol.client.results import Usage
 from mgpu.protocol.front.chat_messages import TEMPLATE_OPTIONS
 from mgpu.protocol.front.fields import Array, FieldError, Flag, Rule, Text
 
-STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,13 @@ def add_anthropic_options(values: Mapping[str, Any], options: GenerateOptions) -
     if "tool_choice" in values:
         chat["tool_choice"], chat["parallel_tool_calls"] = values["tool_choice"]
     add_chat_options(chat, options)
+
+
+def stop_body(finish_reason: str, stop_string: str | None) -> dict[str, str | None]:
+    """Return why an answer has ended. Calls come before the stop sequence that followed them: they want results."""
+    if finish_reason == "stop" and stop_string is not None:
+        return {"stop_reason": "stop_sequence", "stop_sequence": stop_string}
+    return {"stop_reason": _STOP_REASONS.get(finish_reason, "end_turn"), "stop_sequence": None}
 
 
 def usage_body(usage: Usage) -> dict[str, int]:

@@ -12,9 +12,9 @@ from mgpu.orchestrator.http.requests.answers import all_accepted, batches, unles
 from mgpu.orchestrator.http.requests.anthropic_rules import (
     PROMPT_RULES,
     RULES,
-    STOP_REASONS,
     add_anthropic_options,
     messages_of,
+    stop_body,
     usage_body,
 )
 from mgpu.orchestrator.http.requests.fields import Fields
@@ -37,7 +37,7 @@ async def messages(call: Call) -> ASGIApp:
     completion = await unless_disconnected(call.request, call.client.chat(chat, **options))
     content = _content(completion, fields.values.get("thinking", False))
     body = _message(call, completion.model, content, usage_body(completion.usage))
-    return call.json({**body, "stop_reason": STOP_REASONS.get(completion.finish_reason, "end_turn")})
+    return call.json({**body, **stop_body(completion.finish_reason, completion.stop_string)})
 
 
 async def count_tokens(call: Call) -> ASGIApp:
@@ -87,7 +87,7 @@ async def _events(
     call: Call, stream: AsyncCompletionStream, accepted: Accepted, shows_reasoning: bool
 ) -> AsyncGenerator[bytes, None]:
     usage = Usage(accepted.prompt_tokens, 0, 0)
-    reason = "end_turn"
+    stop = stop_body("stop", None)
     message = _message(call, accepted.model, [], usage_body(usage))
     blocks = _Blocks()
     yield named_event("message_start", {"message": message})
@@ -98,10 +98,11 @@ async def _events(
             for _, piece in batch:
                 if data := blocks.of(piece, shows_reasoning):
                     yield data
-                usage, reason = piece.usage or usage, STOP_REASONS.get(piece.finish_reason or "", reason)
+                usage = piece.usage or usage
+                if piece.finish_reason is not None:
+                    stop = stop_body(piece.finish_reason, piece.stop_string)
         yield blocks.end()
-        delta = {"stop_reason": reason, "stop_sequence": None}
-        yield named_event("message_delta", {"delta": delta, "usage": usage_body(usage)})
+        yield named_event("message_delta", {"delta": stop, "usage": usage_body(usage)})
         yield named_event("message_stop", {})
     except MgpuError as error:
         yield named_event("error", {"error": error_of(error).anthropic_body()["error"]})

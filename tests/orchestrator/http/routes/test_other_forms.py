@@ -95,6 +95,23 @@ def test_streamed_messages_tell_anthropics_events_in_order(http: HttpServer, gat
     assert events[-2][1]["usage"]["output_tokens"] == 6
 
 
+@pytest.mark.parametrize(("sequences", "reason", "found", "text"), [
+    (["zzz", "ll"], "stop_sequence", "ll", "He"),
+    (["lo", "o"], "stop_sequence", "lo", "Hel"),
+    (["zzz"], "end_turn", None, "Hello"),
+    (["oo"], "end_turn", None, "Hello"),
+])  # fmt: skip
+def test_messages_say_which_stop_sequence_has_ended_them(
+    http: HttpServer, gateway: GatewayProcess, sequences: list[str], reason: str, found: str | None, text: str
+) -> None:
+    gateway.engine.script = says("Hello")
+    asked = {"messages": HELLO, "max_tokens": 9, "stop_sequences": sequences}
+    body = http.post(MESSAGES, asked).json
+    assert (body["stop_reason"], body["stop_sequence"], body["content"][0]["text"]) == (reason, found, text)
+    events = named_events(http.post(MESSAGES, {**asked, "stream": True}).body)
+    assert events[-2][1]["delta"] == {"stop_reason": reason, "stop_sequence": found}
+
+
 @pytest.mark.parametrize(
     ("body", "status", "kind"),
     [
