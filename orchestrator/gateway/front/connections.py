@@ -129,6 +129,11 @@ class Connections:
         found = self._by_name.get(connection)
         return found is None or self._pipes.take(found, nbytes)
 
+    def give_back_room(self, connection: bytes, nbytes: int) -> None:
+        """Count so many bytes less again, because libzmq did not accept them."""
+        if (found := self._by_name.get(connection)) is not None:
+            self._pipes.give_back(found, nbytes)
+
     def flooding(self) -> str:
         """Return the owner who seems to have filled the memory; empty if that cannot be seen. It takes some ms.
 

@@ -45,6 +45,11 @@ class PipeRoom:
         connection.piped_bytes = held
         return True
 
+    def give_back(self, connection: OpenConnection, nbytes: int) -> None:
+        """Take back what `take` counted last, because libzmq did not accept it."""
+        self._total -= nbytes
+        connection.piped_bytes -= nbytes
+
     def free(self, connection: OpenConnection) -> None:
         """Note that a connection has ended."""
         self._total -= connection.piped_bytes

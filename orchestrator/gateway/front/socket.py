@@ -248,6 +248,7 @@ class FrontSocket:
         try:
             self.socket.send_multipart(message, zmq.NOBLOCK, copy=True)
         except zmq.Again:
+            self.connections.give_back_room(message[0], len(message[-1]))
             return False
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
