@@ -1,7 +1,7 @@
 """Remove what NVIDIA's driver leaves in /dev/shm when a worker is killed.
 
 A process that shares GPU memory has a small file there, ``cuda.shm.<user>.<process id, hexadecimal>.<number>``. The
-driver removes it when the process ends in good order. After SIGKILL it stays, so whoever survives removes it: the
+driver removes it when the process ends in good order. After SIGKILL it stays, so a survivor removes it: the
 parent after a worker's death, the gateway after the parent's, and the next start after the death of all.
 
 Only files of processes that this server has started are touched. Their ids are noted in the runtime folder, each with
@@ -27,11 +27,16 @@ def write_record(folder: Path, process_ids: Iterable[int]) -> None:
 
 
 def read_records(folder: Path) -> list[int]:
-    """Return the processes of this PID namespace that are noted in a runtime folder, or in those of copies in it."""
+    """Return the processes of this PID namespace that are noted in a runtime folder, or in those of copies in it.
+
+    Another start may remove the folder meanwhile.
+    """
     found: list[int] = []
-    for record in folder.rglob(RECORD_NAME):
+    for parent, _, names in os.walk(folder):  # passes over what has gone; Path.rglob raises then
+        if RECORD_NAME not in names:
+            continue
         with contextlib.suppress(OSError, ValueError):
-            lines = [line.split() for line in record.read_text().splitlines()]
+            lines = [line.split() for line in (Path(parent) / RECORD_NAME).read_text().splitlines()]
             found += [int(line[1]) for line in lines if len(line) == 2 and line[0] == _namespace()]
     return found
 

@@ -1,6 +1,7 @@
 """What NVIDIA's driver leaves in /dev/shm goes with the workers that it belongs to, and nothing else does."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,24 @@ def test_a_record_counts_in_its_own_namespace_only(tmp_path: Path) -> None:
     (copy / RECORD_NAME).write_bytes(b"\xff\x00")
     assert read_records(tmp_path / "nowhere") == read_records(tmp_path) == []
     write_record(tmp_path / "nowhere", {1})
+
+
+def test_a_folder_that_another_start_removes_meanwhile_ends_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("copy0", "copy1"):
+        (tmp_path / name).mkdir()
+        write_record(tmp_path / name, {7})
+    listed, list_folder = [], os.scandir
+
+    def scandir(folder: str) -> object:
+        listed.append(folder)
+        if len(listed) == 2:  # the folders in this one are known by now
+            shutil.rmtree(folder)
+        return list_folder(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert read_records(tmp_path) == [7]
 
 
 def test_the_parent_and_the_next_start_clean_up(shared: Path, tmp_path: Path, ended: int) -> None:
