@@ -105,11 +105,17 @@ def try_pairs(
     """Return a verdict on every pair. NotTried if the driver cannot even be asked.
 
     A pair that hangs is found by its missing answer: the process ends there, and another one tries the pairs after it.
+    If it cannot, the pair before it has damaged more than itself, so the rest counts as broken too.
     """
     verdicts: Verdicts = {}
     left = list(pairs)
     while left:
-        answers = _run(machine, left, environ, command, pair_s)
+        try:
+            answers = _run(machine, left, environ, command, pair_s)
+        except NotTried as reason:
+            if not verdicts:
+                raise
+            return verdicts | dict.fromkeys(left, f"not tried any more: {reason}")
         verdicts |= dict(zip(left, answers, strict=False))
         left = left[len(answers) :]
         if list(verdicts.values()).count(HANGS) >= _MOST_HANGS:
