@@ -45,7 +45,8 @@ def _add(turns: list[Turn], call_ids: set[object], field: str, item: object) -> 
     if kind == "message":
         _add_message(turns, field, item)
     elif kind == "reasoning":
-        _turn_without(turns, "content", "tool_calls")["reasoning_content"] = _reasoning(field, item)
+        turn = _turn_without(turns, "reasoning_content", "content", "tool_calls")
+        turn["reasoning_content"] = _reasoning(field, item)
     elif kind == "function_call":
         call = _call(field, item)
         call_ids.add(call["id"])
