@@ -2,12 +2,12 @@
 
 import argparse
 import itertools
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bench.attack import hostile, small_model
+from bench.attack import hostile, sessions, small_model
 from bench.attack.__main__ import run_attacks
 from bench.attack.attacks import ATTACKS, situation_of
 from bench.attack.peers import Attacker
@@ -81,10 +81,13 @@ def test_every_token_of_the_small_model_has_a_text_and_common_words_are_one_toke
     assert all(codec.all_bytes(token_id) for token_id in range(small_model.VOCABULARY))
 
 
-def test_sessions_of_an_impatient_attacker_end_with_its_time() -> None:
+def test_sessions_of_an_impatient_attacker_end_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    passing = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(passing) / 1000, sleep=lambda _: None)
+    monkeypatch.setattr(sessions, "time", clock)
     attacker = Attacker("ipc:///nowhere/at/all", None, 1)
     seen = Seen()
-    done = run_sessions(itertools.count(), 7, [attacker], 8, time.monotonic() + 0.1, seen, finishes=False)
+    done = run_sessions(itertools.count(), 7, [attacker], 8, 1.0, seen, finishes=False)
     attacker.close()
     assert 0 < done < sum(seen.sessions.values())
 
