@@ -3,7 +3,7 @@
 Drivers have announced peer access that hangs (an IOMMU, ACS) or that damages data (patched drivers). Each pair sends
 random bytes both ways at once, by kernels that write, by kernels that read and by the copy engines, while both GPUs are
 busy with copies of their own. What arrives is compared on the host. The answer is one line of JSON for each pair, as
-soon as it is known: a pair that hangs is the first one without a line, and whoever started this process ends it.
+soon as it is known: a pair that hangs is the first one without a line, and the parent ends this process.
 
 Torch is not imported: this runs before a server's first worker, and torch alone takes longer than the trial.
 """

@@ -94,7 +94,7 @@ class RuntimeDir:
         self._announced = server
 
     def add_worker(self, process_id: int) -> None:
-        """Note a worker's process for whoever has to clean up after it (driver_files.py)."""
+        """Note a worker's process for those who clean up after it (driver_files.py)."""
         self._workers.add(process_id)
         write_record(self.path, self._workers)
 

@@ -155,7 +155,7 @@ class BorrowedStage(DecoderStage):
                 weight.fill_(float(name.endswith("weight")))
 
     def _allocate(self) -> Iterator[tuple[str, Tensor]]:
-        """Give what the library's own modules read from the checkpoint memory, one after the other."""
+        """Allocate what the library's own modules read from the checkpoint, and yield each with its name."""
         own = [(self._base, "", name) for name in self._base.state_dict()]
         if self._norm is not None:
             own += [(self._norm, f"{self._norm_name}.", name) for name in self._norm.state_dict()]

@@ -34,7 +34,7 @@ class MappedMemory:
     """Where the whole allocation begins, of which the memory is a part."""
 
     def unmap(self) -> None:
-        """Give the mapping back. Nothing may use the memory any more. On a device that has failed it ends with us."""
+        """Unmap it. Nothing may use the memory any more. On a device that has failed it ends with this process."""
         with suppress(RuntimeError), torch.cuda.device(self.memory.device):
             _call("cuIpcCloseMemHandle", ctypes.c_uint64(self.base))
 
