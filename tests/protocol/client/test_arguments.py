@@ -14,7 +14,7 @@ from mgpu.protocol.client.request_message import generate_message, prompt_field
 
 @pytest.mark.parametrize("ids", [
     np.array([1, 2]), torch.tensor([1, 2]), [np.int32(1), 2], (torch.tensor(1), np.uint8(2)), range(1, 3), iter([1, 2]),
-], ids=repr)  # fmt: skip
+])  # fmt: skip
 def test_token_ids_may_be_those_of_numpy_and_torch(ids: object) -> None:
     assert prompt_field(ids) == prompt_field([1, 2])  # type: ignore[arg-type]
 

@@ -20,8 +20,12 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 144834
     (LFS, "is a pointer of Git LFS"), (b"/annex/objects/MD5-s1--x", "git annex get"), (b"", "is empty"),
     (b"<!DOCTYPE html><html>", "is a web page"), (b"\n <HTML lang=en>", "is a web page"),
     (b"\x1f\x8b\x08" + b"..", "gzip"), (b"PK\x03\x04" + b"..", "can run code"),
-], ids=str)  # fmt: skip
-@pytest.mark.parametrize("read", [read_json_object, read_safetensors, partial(read_gguf, with_arrays=False)], ids=str)
+])  # fmt: skip
+@pytest.mark.parametrize(
+    "read",
+    [read_json_object, read_safetensors, partial(read_gguf, with_arrays=False)],
+    ids=["json", "safetensors", "gguf"],
+)
 def test_a_file_of_another_kind_is_named(tmp_path: Path, read: object, data: bytes, said: str) -> None:
     file = tmp_path / "file"
     file.write_bytes(data)
