@@ -14,7 +14,7 @@ RULES: dict[str, Rule] = {
         name: GENERATE_RULES[name]
         for name in (
             "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-            "frequency_penalty", "seed", "stop", "min_tokens", "timeout_s",
+            "frequency_penalty", "seed", "stop", "min_tokens", "timeout_s", "thinking_token_budget",
         )
     },
     **TEMPLATE_RULES,

@@ -48,6 +48,7 @@ MEANINGS = {
     "parallel_tool_calls": "false: only the first call of an answer counts",
     "documents": "texts that the chat template shows the model",
     "template_options": "variables for the chat template",
+    "thinking_token_budget": "the longest reasoning before the answer, in tokens",
 }
 DEFAULTS = {
     "model": "the one that is served",
@@ -69,6 +70,7 @@ DEFAULTS = {
     "tool_choice": "auto",
     "documents": "none",
     "template_options": "none",
+    "thinking_token_budget": "no bound of its own",
 }
 """Defaults whose value does not say what happens."""
 _PYTHON_FORMS = {

@@ -52,6 +52,7 @@ class GenerateOptions(TypedDict, total=False):
     parallel_tool_calls: bool
     documents: Sequence[Mapping[str, object]]
     template_options: Mapping[str, object]
+    thinking_token_budget: int | None
 
 
 SHORTCUTS = ("json_schema", "regex", "choice", "grammar")

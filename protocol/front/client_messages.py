@@ -64,6 +64,8 @@ class Generate:
     documents: Annotated[tuple[dict[str, object], ...] | None, DOCUMENTS] = None
     """Texts that the template shows the model, for models that know this."""
     template_options: Annotated[dict[str, object] | None, TEMPLATE_OPTIONS] = None
+    thinking_token_budget: Annotated[int | None, Integer(0, INT32_MAX)] = None
+    """None: no bound of its own. Else the longest reasoning before the answer, in tokens."""
     show_markers: Annotated[bool, Flag()] = False
     """Show the special tokens that mark tool calls and reasoning; `Accepted` says what their format is."""
     model: Annotated[str | None, Text(512, 1)] = None
@@ -211,10 +213,19 @@ def _parse_generate(data: Mapping[object, object]) -> Generate:
         raise FieldError(f"min_tokens ({request.min_tokens}) is above max_tokens ({request.max_tokens})")
     if request.emitted_ids is not None:
         _check_emitted(len(request.emitted_ids) // 4, request.n)
+    if request.thinking_token_budget is not None:
+        _check_thinking(request)
     if request.structured_outputs is not None and (request.ignore_eos or request.min_tokens):
         option = "ignore_eos" if request.ignore_eos else "min_tokens"
         raise FieldError(f"{option} does not go with structured_outputs, which alone decides when an answer may end")
     return request
+
+
+def _check_thinking(request: Generate) -> None:
+    if request.messages is None:
+        raise FieldError("thinking_token_budget only applies to messages")
+    if request.ignore_eos:
+        raise FieldError("ignore_eos does not go with thinking_token_budget; leave one of the two out")
 
 
 def _check_emitted(num_tokens: int, n: int) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -58,14 +58,18 @@ TEMPLATE = (
 Script = Callable[[Submit], Iterator[int]]
 
 
-def make_model_folder(folder: Path, template: str | None = TEMPLATE) -> Path:
-    """Write tokenizer.json and tokenizer_config.json of a byte-level tokenizer: byte b has id b."""
+def make_model_folder(folder: Path, template: str | None = TEMPLATE, markers: Sequence[str] = ()) -> Path:
+    """Write tokenizer.json and tokenizer_config.json of a byte-level tokenizer: byte b has id b.
+
+    ``markers`` are tokens from id 260 on that are not special.
+    """
     vocabulary = dict(byte_level_table())
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     names = ["<s>", "</s>", "<|start|>", "<|end|>"]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in markers])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}

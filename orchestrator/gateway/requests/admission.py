@@ -136,7 +136,8 @@ def admit(
     if grammar and not stop_ids:
         raise Refusal(
             "bad_request",
-            "structured_outputs needs a token that ends the answer, and this model has none; give stop_token_ids",
+            f"{_needs_grammar(request)} needs a token that ends the answer, and this model has none; "
+            "give stop_token_ids",
         )
     accepted = Accepted(request.id, model.spec.model_name, len(ids), max_tokens, seed)
     return accepted, [
@@ -200,6 +201,10 @@ def _no_room(prompt_tokens: int, limit: int, info: EngineInfo, is_exact: bool = 
 
 def _bottleneck(info: EngineInfo) -> str:
     return "context" if info.max_seq_len <= info.kv_tokens else "KV cache"
+
+
+def _needs_grammar(request: Generate) -> str:
+    return "thinking_token_budget" if request.structured_outputs is None else "structured_outputs"
 
 
 def _sampling(request: Generate, prompt_tokens: int, stop_ids: list[int], seed: int, grammar: str) -> RowSampling:

@@ -1,10 +1,11 @@
-"""Turn a `tool_choice` that demands a call into the form of the answer."""
+"""What a chat demands of its answer: a call, or reasoning of a bounded length."""
 
 from dataclasses import replace
 
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.text.demanded_calls import FORMATS, call_grammar
-from mgpu.protocol.chat.formats import REASONING_FORMATS, ChatFormat
+from mgpu.orchestrator.gateway.text.thinking_limit import ThinkingLimit
+from mgpu.protocol.chat.formats import HARMONY, REASONING_FORMATS, ChatFormat
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.structured_outputs import MAX_BYTES
 
@@ -42,6 +43,15 @@ def form_after_reasoning(request: Generate, chat_format: ChatFormat) -> dict[str
     if markers is None or not demands_call(request):
         return None
     return {"grammar": _grammar(request, chat_format, markers.end)}
+
+
+def thinking_limit(request: Generate, chat_format: ChatFormat) -> ThinkingLimit | None:
+    """Return how long the reasoning may be; None if nothing bounds it, or the answer cannot have any."""
+    most, reasoning = request.thinking_token_budget, chat_format.reasoning
+    is_form_only = reasoning == HARMONY and request.structured_outputs is not None
+    if most is None or not reasoning or is_form_only:
+        return None
+    return ThinkingLimit(most, reasoning, request.stop_token_ids)
 
 
 def _grammar(request: Generate, chat_format: ChatFormat, reasoning_end: str = "") -> str:

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns, Path
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
-from mgpu.orchestrator.gateway.requests.demands import form_after_reasoning
+from mgpu.orchestrator.gateway.requests.demands import form_after_reasoning, thinking_limit
 from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.text.background import NUM_THREADS, BackgroundTasks
@@ -85,11 +85,14 @@ class Prompts:
             return TextTask(longest, tokenize=query)
         if isinstance(query, Detokenize):
             return TextTask(longest, detokenize=query)
+        thinking = thinking_limit(spec, self._requests.chat_format)
+        needs_vocabulary = spec.structured_outputs is not None or thinking is not None
         return TextTask(
             longest, spec.prompt, None if spec.messages is None else chat_of(spec),
             structured_outputs=spec.structured_outputs,
             structured_after_reasoning=form_after_reasoning(spec, self._requests.chat_format),
-            wants_vocabulary=spec.structured_outputs is not None and not self._requests.has_sent_vocabulary,
+            thinking=thinking,
+            wants_vocabulary=needs_vocabulary and not self._requests.has_sent_vocabulary,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- in turns

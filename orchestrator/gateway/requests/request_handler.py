@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.socket import Received
 from mgpu.orchestrator.gateway.requests.admission import ServedModel, admit, check_length, longest_prompt
-from mgpu.orchestrator.gateway.requests.demands import demands_call, with_demanded_call
+from mgpu.orchestrator.gateway.requests.demands import with_demanded_call
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.quota import account_number, size_of
 from mgpu.orchestrator.gateway.requests.request import Choice, Request
@@ -90,13 +90,12 @@ class RequestHandler:
     def admit(self, request: Request, prompt: bytes, grammar: str = "", opens_reasoning: bool = False) -> None:
         """Send the engine one sequence per choice. Refusal when the request cannot run.
 
-        ``opens_reasoning``: the prompt ends with the marker that begins reasoning.
+        ``opens_reasoning``: the answer begins within the reasoning.
         """
         spec, share = request.spec, self._share_of(request)
         accepted, submits = admit(self._model, spec, prompt, self._next_sequence, share, grammar)
         if spec.show_markers:
-            has_reasoning = opens_reasoning and (spec.structured_outputs is None or demands_call(spec))
-            accepted = self._model.with_format(accepted, has_reasoning)  # a form has no room for reasoning
+            accepted = self._model.with_format(accepted, opens_reasoning)
         self._next_sequence += len(submits)
         request.prompt_tokens = accepted.prompt_tokens
         choices = [self.new_choice(spec, at, each.sequence_id, each.stop_token_ids) for at, each in enumerate(submits)]

@@ -4,6 +4,7 @@ import struct
 from dataclasses import dataclass
 
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
+from mgpu.orchestrator.gateway.text.thinking_limit import ThinkingLimit
 from mgpu.protocol.front.client_messages import Detokenize, Tokenize
 from mgpu.protocol.front.server_messages import Detokenized, Tokenized
 from mgpu.protocol.internal.codec import Codec
@@ -37,9 +38,11 @@ class TextTask:
     tokenize: Tokenize | None = None
     detokenize: Detokenize | None = None
     structured_outputs: dict[str, object] | None = None
+    """The form of the answer, to be made into a grammar; with it, there need be no prompt."""
     structured_after_reasoning: dict[str, object] | None = None
     """Instead of it, if the prompt has begun the reasoning."""
-    """The form of the answer, to be made into a grammar; with it, there need be no prompt."""
+    thinking: ThinkingLimit | None = None
+    """Of a chat: the grammar is to bound its reasoning."""
     wants_vocabulary: bool = False
 
 
@@ -53,11 +56,11 @@ class TextReply:
     is_exact: bool = True
     """False: there are at least ``num_tokens``."""
     opens_reasoning: bool = False
-    """The prompt ends with the marker that begins reasoning."""
+    """The prompt ends with the marker that begins reasoning, and the form of the answer has room for it."""
     tokenized: Tokenized | None = None
     detokenized: Detokenized | None = None
     grammar: str = ""
-    """What workers make of `TextTask.structured_outputs`."""
+    """For workers: the form of the answer, and how long its reasoning may be."""
     vocabulary: Vocabulary | None = None
     error: str = ""
     """For the client."""

@@ -20,7 +20,7 @@ MAX_CPU_S = 0.5
 """To compile a grammar and to find out how it begins. Ordinary ones take milliseconds, and a step waits for it."""
 _MAX_TRIALS = 500
 """Subschemas to compile when the one at fault is looked for."""
-_HEADER = '%llguidance {"no_forcing": true}\n'
+HEADER = '%llguidance {"no_forcing": true}\n'
 """Allow every way to cut a text into tokens. Else only the library's own way would be allowed, which the model does not
 choose by itself."""
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
@@ -83,18 +83,18 @@ def _of_schema(schema: object) -> str:
     if isinstance(schema, dict):
         own = schema.get("x-guidance")
         schema = {**schema, "x-guidance": {**_JSON_OPTIONS, **(own if isinstance(own, dict) else {})}}
-    return f"{_HEADER}start: %json {json.dumps(schema)}"
+    return f"{HEADER}start: %json {json.dumps(schema)}"
 
 
 def _of_regex(pattern: str) -> str:
     import llguidance
 
-    return f"{_HEADER}start: /{llguidance.regex_to_lark(pattern, '')}/"
+    return f"{HEADER}start: /{llguidance.regex_to_lark(pattern, '')}/"
 
 
 def _of_choice(texts: object) -> str:
     assert isinstance(texts, (list, tuple))
-    return f"{_HEADER}start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+    return f"{HEADER}start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
 
 
 def _of_lark(text: str) -> str:
@@ -105,7 +105,7 @@ def _of_lark(text: str) -> str:
             text = any_to_lark(text)
         except Exception as error:  # it raises bare Exception among others
             raise GrammarError(f"structured_outputs.grammar: not a GBNF grammar: {_first_line(error)}") from None
-    return f"{text}\n{_HEADER}"  # after it, so that line numbers of errors are the client's
+    return f"{text}\n{HEADER}"  # after it, so that line numbers of errors are the client's
 
 
 # -- compiling ---------------------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.encoder_messages import TextReply, TextTask
 from mgpu.orchestrator.gateway.text.grammar import checked_grammar
 from mgpu.orchestrator.gateway.text.text_queries import reply_to
+from mgpu.orchestrator.gateway.text.thinking_limit import grammar_with_reasoning
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.chat.formats import opens_reasoning
 from mgpu.protocol.front.fields import int32_bytes
@@ -24,12 +26,13 @@ def do(codec: TextCodec, task: TextTask, vocab_size: int) -> TextReply:
     if query is not None:
         reply = reply_to(codec, query, vocab_size)
         return TextReply(tokenized=reply) if isinstance(reply, Tokenized) else TextReply(detokenized=reply)
-    if task.structured_outputs is not None:
+    if task.structured_outputs is not None or task.thinking is not None:
         vocabulary = codec.vocabulary(vocab_size) if task.wants_vocabulary else None
-        plain = replace(task, structured_outputs=None)
+        plain = replace(task, structured_outputs=None, thinking=None)
         prompt = TextReply() if task.prompt is None and task.chat is None else do(codec, plain, vocab_size)
-        wanted = (prompt.opens_reasoning and task.structured_after_reasoning) or task.structured_outputs
-        return replace(prompt, grammar=_grammar(codec, wanted, vocab_size), vocabulary=vocabulary)
+        grammar, has_room = _grammar(codec, task, prompt.opens_reasoning, vocab_size)
+        opens = prompt.opens_reasoning and has_room
+        return replace(prompt, grammar=grammar, vocabulary=vocabulary, opens_reasoning=opens)
     is_chat = task.prompt is None
     text = codec.render_chat(task.chat or ChatPrompt(())) if task.prompt is None else task.prompt
     if (at_least := codec.least_tokens(text)) > task.longest:
@@ -39,5 +42,15 @@ def do(codec: TextCodec, task: TextTask, vocab_size: int) -> TextReply:
     return TextReply(int32_bytes(ids) if fits else b"", len(ids), opens_reasoning=is_chat and opens_reasoning(text))
 
 
-def _grammar(codec: TextCodec, wanted: Mapping[str, object], vocab_size: int) -> str:
-    return checked_grammar(wanted, lambda: token_table(codec.vocabulary(vocab_size)))
+def _grammar(codec: TextCodec, task: TextTask, is_open: bool, vocab_size: int) -> tuple[str, bool]:
+    """Return the grammar of an answer, empty if it may be anything, and whether it has room for reasoning."""
+
+    def checked(form: Mapping[str, object] | None) -> str:
+        return checked_grammar(form, lambda: token_table(codec.vocabulary(vocab_size))) if form else ""
+
+    if task.thinking is not None:
+        encode = partial(codec.encode, add_special_tokens=False)
+        if grammar := grammar_with_reasoning(task.thinking, is_open, checked(task.structured_outputs), encode):
+            return grammar, True
+    after = task.structured_after_reasoning if is_open else None
+    return checked(after or task.structured_outputs), after is not None or task.structured_outputs is None

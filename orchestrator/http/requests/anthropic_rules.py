@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mgpu.orchestrator.http.requests.anthropic_messages import AnthropicMessages, AnthropicToolChoice, AnthropicTools
-from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, add_chat_options
+from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, THINKING_BUDGET, add_chat_options
 from mgpu.orchestrator.http.requests.rules import parse_content
 from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.client.results import Usage
@@ -27,14 +27,19 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """Returns whether the model is to think aloud."""
+    """Returns the options of a model that is to think aloud; none if it is not to."""
 
-    allowed: str = '{"type": "enabled"}, {"type": "adaptive"} or {"type": "disabled"}'
+    allowed: str = '{"type": "enabled", "budget_tokens": 2000}, {"type": "adaptive"} or {"type": "disabled"}'
 
-    def parse(self, field: str, value: object) -> bool:
+    def parse(self, field: str, value: object) -> dict[str, object]:
         if not isinstance(value, Mapping) or value.get("type") not in ("disabled", "adaptive", "enabled"):
             raise FieldError(f"{field} must be {self.allowed}")
-        return bool(value["type"] != "disabled")
+        if value["type"] == "disabled":
+            return {}
+        thinking: dict[str, object] = {"enable_thinking": True}
+        if value["type"] == "enabled" and (budget := value.get("budget_tokens")) is not None:
+            thinking["budget"] = THINKING_BUDGET.parse(f"{field}.budget_tokens", budget)
+        return thinking
 
 
 PROMPT_RULES: dict[str, Rule] = {
@@ -64,9 +69,10 @@ def messages_of(values: Mapping[str, object]) -> list[dict[str, object]]:
 def add_anthropic_options(values: Mapping[str, Any], options: GenerateOptions) -> None:
     """Add the options of a chat. The model thinks only if it is asked to, as far as its template lets it choose."""
     chat = {name: values[name] for name in ("model", "tools", "chat_template_kwargs") if name in values}
-    chat["chat_template_kwargs"] = {"enable_thinking": values.get("thinking", False)} | chat.get(
-        "chat_template_kwargs", {}
-    )
+    thinking = values.get("thinking", {})
+    chat["chat_template_kwargs"] = {"enable_thinking": bool(thinking)} | chat.get("chat_template_kwargs", {})
+    if "budget" in thinking:
+        chat["thinking_token_budget"] = thinking["budget"]
     if "tool_choice" in values:
         chat["tool_choice"], chat["parallel_tool_calls"] = values["tool_choice"]
     add_chat_options(chat, options)

@@ -31,6 +31,7 @@ OPTION_NAMES = frozenset(SAMPLING) - {"structured_outputs", *GUIDED}
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Fields for the provider's own books: they are to have no effect, so they need no warning."""
 MODEL = Text(512, 1)
+THINKING_BUDGET = GENERATE_RULES["thinking_token_budget"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def add_chat_options(values: Mapping[str, Any], options: GenerateOptions) -> Non
             template.setdefault("enable_thinking", False)
     if template:
         options["template_options"] = template
-    for name in ("model", "parallel_tool_calls", "documents"):
+    for name in ("model", "parallel_tool_calls", "documents", "thinking_token_budget"):
         if name in values:
             options[name] = values[name]
     try:
@@ -110,4 +111,13 @@ def add_chat_options(values: Mapping[str, Any], options: GenerateOptions) -> Non
         options["tool_choice"] = choice
 
 
-__all__ = ["MODEL", "SAMPLING", "Fields", "HttpError", "Unsupported", "add_chat_options", "parse_fields"]
+__all__ = [
+    "MODEL",
+    "SAMPLING",
+    "THINKING_BUDGET",
+    "Fields",
+    "HttpError",
+    "Unsupported",
+    "add_chat_options",
+    "parse_fields",
+]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Unsupported, add_chat_options
+from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, THINKING_BUDGET, Unsupported, add_chat_options
 from mgpu.orchestrator.http.requests.forms import TextSettings
 from mgpu.orchestrator.http.requests.response_input import Input, ResponseTools
 from mgpu.orchestrator.http.requests.tool_rules import AllowedTools, ToolChoiceField
@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     "text": TextSettings(),
     "chat_template_kwargs": TEMPLATE_OPTIONS,
     "reasoning": ReasoningSettings(),
+    "thinking_token_budget": THINKING_BUDGET,
     "tools": ResponseTools(),
     "tool_choice": ToolChoiceField(),
     "parallel_tool_calls": Flag(),

@@ -8,7 +8,14 @@ from starlette.types import ASGIApp
 from mgpu.orchestrator.http.edge.errors import bad_request, error_of
 from mgpu.orchestrator.http.edge.event_stream import KEEPALIVE, EventStream
 from mgpu.orchestrator.http.requests.answers import all_accepted, batches, unless_disconnected, usage_body
-from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, Fields, Unsupported, add_chat_options
+from mgpu.orchestrator.http.requests.fields import (
+    MODEL,
+    SAMPLING,
+    THINKING_BUDGET,
+    Fields,
+    Unsupported,
+    add_chat_options,
+)
 from mgpu.orchestrator.http.requests.forms import ResponseFormat
 from mgpu.orchestrator.http.requests.logprobs import chat_logprobs
 from mgpu.orchestrator.http.requests.rules import Messages, StreamOptions
@@ -33,6 +40,7 @@ RULES: dict[str, Rule] = {
     "chat_template_kwargs": TEMPLATE_OPTIONS,
     "documents": DOCUMENTS,
     "reasoning_effort": Text(32),
+    "thinking_token_budget": THINKING_BUDGET,
     "tools": TOOLS,
     "tool_choice": ToolChoiceField(),
     "parallel_tool_calls": Flag(),

@@ -33,9 +33,9 @@ async def messages(call: Call) -> ASGIApp:
     if fields.values.get("stream"):
         stream = call.client.stream_chat(chat, **options)
         [accepted] = await unless_disconnected(call.request, all_accepted([stream]))
-        return EventStream(_events(call, stream, accepted, fields.values.get("thinking", False)), call.headers)
+        return EventStream(_events(call, stream, accepted, bool(fields.values.get("thinking"))), call.headers)
     completion = await unless_disconnected(call.request, call.client.chat(chat, **options))
-    content = _content(completion, fields.values.get("thinking", False))
+    content = _content(completion, bool(fields.values.get("thinking")))
     body = _message(call, completion.model, content, usage_body(completion.usage))
     return call.json({**body, **stop_body(completion.finish_reason, completion.stop_string)})
 
