@@ -130,7 +130,8 @@ def plan_model(
     machine, options = ground(model, config, gpus)
     planned = plan(checkpoint.facts, machine, options)
     if not gpus and needs_measuring(planned, options):
-        planned = plan(checkpoint.facts, measured(machine), options)
+        machine = measured(machine)
+        planned = plan(checkpoint.facts, machine, options)
     if not gpus:
         _check_tasks(config, planned)
         found = _with_tried_pairs(machine, planned, tries_pairs)

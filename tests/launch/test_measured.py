@@ -2,11 +2,16 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from harness.machines import QWEN3_32B, gpus
+from mgpu.launch import prepare
 from mgpu.launch.measured import measured, needs_measuring
+from mgpu.launch.settings.config import ServeConfig
+from mgpu.orchestrator.placement.pair_check import HANGS
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 
 
@@ -23,6 +28,19 @@ def test_only_an_automatic_map_over_a_busy_gpu_needs_measuring() -> None:
     assert not needs_measuring(plan(QWEN3_32B, busy, by_hand), by_hand)
     whole = replace(busy, nccl_problem="")
     assert not needs_measuring(plan(QWEN3_32B, whole, LayoutOptions()), LayoutOptions())
+
+
+def test_what_was_measured_counts_also_beside_a_broken_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    idle = gpus(80, 80, nccl=False)
+    busy = replace(idle, devices=(idle.devices[0], replace(idle.devices[1], busy=0.5)))
+    monkeypatch.setattr(prepare, "ground", lambda *_: (busy, LayoutOptions()))
+    monkeypatch.setattr(prepare, "check_loadable", lambda _: None)
+    monkeypatch.setattr(prepare, "measured", lambda machine: measured(machine, answering('{"0": 4e12, "1": 1e12}')))
+    monkeypatch.setattr(prepare, "read_record", lambda *_: {(0, 1): HANGS})
+    checkpoint: Any = SimpleNamespace(facts=QWEN3_32B)
+    found = prepare.plan_model(checkpoint, checkpoint, ServeConfig(model="")).plan
+    assert [device.speed for device in found.machine.devices] == [1.0, 0.25]
+    assert not found.machine.peers(0, 1)
 
 
 def test_speeds_are_shares_of_the_fastest_gpu_of_a_kind_or_of_what_is_known() -> None:
