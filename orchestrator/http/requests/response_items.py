@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
+from mgpu.orchestrator.http.requests.logprobs import MessageLogprobs
 from mgpu.protocol.client.results import Completion, Piece, ToolCallPart
 
 Body = dict[str, Any]
@@ -22,6 +23,8 @@ class _Item:
     call_id: str = ""
     name: str = ""
     texts: list[str] = field(default_factory=list, kw_only=True)
+    logprobs: list[Body] = field(default_factory=list, kw_only=True)
+    """Of a message, if they were asked for."""
 
     @property
     def text(self) -> str:
@@ -40,7 +43,7 @@ class _Item:
     def part(self) -> Body:
         if self.kind == "reasoning":
             return {"type": "reasoning_text", "text": self.text}
-        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": [*self.logprobs]}
 
 
 def output_of(completion: Completion, new_id: NewId) -> list[Body]:
@@ -70,16 +73,17 @@ class OutputEvents:
         self._event = event
         self._open: _Item | None = None
         self._count = 0
+        self._logprobs = MessageLogprobs()
 
     def of(self, piece: Piece) -> bytes:
         """Return the events of a piece."""
         # Parts of a call that has begun in an earlier piece come first: the call ends before the text.
         begun = list(takewhile(lambda part: not part.id, piece.tool_calls))
-        data = self._calls(begun)
+        data, logprobs = self._calls(begun), self._logprobs.of(piece)
         if piece.reasoning:
-            data += self._add("reasoning", piece.reasoning)
+            data += self._begin_unless_open("reasoning") + self._delta("reasoning_text", piece.reasoning)
         if piece.text:
-            data += self._add("message", piece.text)
+            data += self._begin_unless_open("message") + self._delta("output_text", piece.text, logprobs)
         return data + self._calls(piece.tool_calls[len(begun) :])
 
     def end(self, reason: str) -> bytes:
@@ -96,10 +100,8 @@ class OutputEvents:
         head = self._begin("function_call", part.id, part.name) if part.id else b""
         return head + (self._delta("function_call_arguments", part.arguments) if part.arguments else b"")
 
-    def _add(self, kind: str, text: str) -> bytes:
-        head = b"" if self._open is not None and self._open.kind == kind else self._begin(kind)
-        name = "reasoning_text" if kind == "reasoning" else "output_text"
-        return head + self._delta(name, text, **({} if kind == "reasoning" else {"logprobs": []}))
+    def _begin_unless_open(self, kind: str) -> bytes:
+        return b"" if self._open is not None and self._open.kind == kind else self._begin(kind)
 
     def _begin(self, kind: str, *call: str) -> bytes:
         closed = self._close("completed")
@@ -110,10 +112,13 @@ class OutputEvents:
             data += self._event("content_part.added", {**self._place(item), "part": item.part()})
         return closed + data
 
-    def _delta(self, name: str, text: str, **more: object) -> bytes:
+    def _delta(self, name: str, text: str, logprobs: list[Body] | None = None) -> bytes:
+        """Add text to the open item; ``logprobs``: those of a message, None for other items."""
         if (item := self._open) is None:
             return b""
         item.texts.append(text)
+        item.logprobs += logprobs or ()
+        more = {} if logprobs is None else {"logprobs": logprobs}
         return self._event(f"{name}.delta", {**self._place(item), "delta": text, **more})
 
     def _close(self, status: str) -> bytes:
@@ -127,7 +132,7 @@ class OutputEvents:
         elif item.kind == "reasoning":
             done = self._event("reasoning_text.done", {**place, "text": text})
         else:
-            done = self._event("output_text.done", {**place, "text": text, "logprobs": []})
+            done = self._event("output_text.done", {**place, "text": text, "logprobs": item.logprobs})
         if item.kind != "function_call":
             done += self._event("content_part.done", {**place, "part": item.part()})
         return done + self._event("output_item.done", {"output_index": item.index, "item": body})

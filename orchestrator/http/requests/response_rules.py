@@ -11,8 +11,10 @@ from mgpu.orchestrator.http.requests.tool_rules import AllowedTools, ToolChoiceF
 from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.client.results import Usage
 from mgpu.protocol.front.chat_messages import TEMPLATE_OPTIONS
-from mgpu.protocol.front.fields import INT32_MAX, Flag, Integer, Rule, Text, wrong
+from mgpu.protocol.front.fields import INT32_MAX, Array, Flag, Integer, Rule, Text, wrong
 
+LOGPROBS = "message.output_text.logprobs"
+"""What ``include`` of responses calls the log-probabilities of the text."""
 STATELESS = "this server keeps no responses; send the whole conversation in input"
 
 
@@ -49,6 +51,8 @@ RULES: dict[str, Rule] = {
     "max_output_tokens": Integer(1, INT32_MAX),
     "stream": Flag(),
     "store": Flag(),
+    "include": Array(Text(64, 1), 64),
+    "top_logprobs": Integer(0, 20),
     "metadata": Metadata(),
     "text": TextSettings(),
     "chat_template_kwargs": TEMPLATE_OPTIONS,
@@ -67,6 +71,8 @@ def response_options(values: Mapping[str, Any], options: GenerateOptions) -> Gen
     """Return the front channel's options for the checked fields of a body; ``options`` has those of the same names."""
     if "max_output_tokens" in values:
         options["max_tokens"] = values["max_output_tokens"]
+    if values.get("top_logprobs") or LOGPROBS in values.get("include", ()):
+        options["logprobs"] = values.get("top_logprobs", 0)
     add_chat_options({**values, "reasoning_effort": values.get("reasoning")}, options)
     return options
 
@@ -79,6 +85,7 @@ def echoed(values: Mapping[str, Any]) -> dict[str, object]:
         "metadata": values.get("metadata", {}),
         "temperature": values.get("temperature"),
         "top_p": values.get("top_p"),
+        "top_logprobs": values.get("top_logprobs", 0),
         "parallel_tool_calls": values.get("parallel_tool_calls", True),
         "reasoning": {"effort": values.get("reasoning"), "summary": None},
         "text": {"format": (values.get("text") or {}).get("format") or {"type": "text"}},

@@ -25,10 +25,13 @@ async def responses(call: Call) -> ASGIApp:
     chat = values["input"]
     if values.get("instructions"):
         chat = [{"role": "system", "content": values["instructions"]}, *chat]
-    if values.get("stream"):
+    if values.get("stream") or "logprobs" in options:
         stream = call.client.stream_chat(chat, **options)
         [accepted] = await unless_disconnected(call.request, all_accepted([stream]))
-        return EventStream(_events(call, _Response(call, fields, accepted.model), stream), call.headers)
+        response = _Response(call, fields, accepted.model)
+        if values.get("stream"):
+            return EventStream(_events(call, response, stream), call.headers)
+        return call.json(await unless_disconnected(call.request, _with_logprobs(call, response, stream)))
     completion = await unless_disconnected(call.request, call.client.chat(chat, **options))
     output = output_of(completion, call.new_id)
     response = _Response(call, fields, completion.model)
@@ -74,6 +77,18 @@ class _Response:
 
     def failed(self, code: str, message: str) -> dict[str, Any]:
         return {**self.begun(), "status": "failed", "error": {"code": code, "message": message}}
+
+
+async def _with_logprobs(call: Call, response: _Response, stream: AsyncCompletionStream) -> dict[str, Any]:
+    """Return a whole response. The pieces of a stream tell which tokens are text of the message."""
+    items = OutputEvents(call.new_id, lambda name, body: b"")
+    usage, reason = Usage(0, 0, 0), "stop"
+    async for batch in batches([stream]):
+        for _, piece in batch:
+            items.of(piece)
+            usage, reason = piece.usage or usage, piece.finish_reason or reason
+    items.end(reason)
+    return response.ended(items.output, reason, usage)
 
 
 async def _events(call: Call, response: _Response, stream: AsyncCompletionStream) -> AsyncGenerator[bytes, None]:

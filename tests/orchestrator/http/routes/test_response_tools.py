@@ -200,3 +200,43 @@ def test_text_after_a_call_is_a_message_of_its_own(http: HttpServer, gateway: Ga
     body = http.post(RESPONSES, {"input": "Hi", "tools": TOOLS, "stream": True}).body.decode()
     last = json.loads(body.strip().split("\n")[-1].removeprefix("data: "))["response"]
     assert [item["type"] for item in last["output"]] == ["function_call", "message"]
+
+
+@pytest.mark.parametrize(("answer", "expected"), [
+    ("Hello", "Hello"), ("Grüße 🎉", "Grüße 🎉"), ("<think>\nHm.\n</think>\n\nYes", "Yes"), (ANSWER, "I look."),
+    (BROKEN, BROKEN), (CALL, None),
+])  # fmt: skip
+def test_log_probabilities_are_those_of_the_messages_tokens(
+    openai_client: openai.OpenAI, gateway: GatewayProcess, answer: str, expected: str | None
+) -> None:
+    gateway.engine.script = says(answer)
+    options: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    response = ask(openai_client, **options)
+    assert response.top_logprobs == 2
+    with openai_client.responses.stream(model="tiny", input="Hi", tools=TOOLS, **options) as stream:  # type: ignore[arg-type]
+        events = list(stream)
+        streamed = stream.get_final_response()
+    assert told(streamed.output) == told(response.output)
+    if expected is None:
+        assert {item.type for item in response.output} == {"function_call"}
+        return
+    [part] = [item.content[0] for item in response.output if item.type == "message"]
+    [streamed_part] = [item.content[0] for item in streamed.output if item.type == "message"]
+    assert part.text == expected
+    assert streamed_part.logprobs == part.logprobs
+    assert len(part.logprobs) == len(expected.encode()), "a token of this model is a byte"
+    assert all((each.logprob, len(each.top_logprobs)) == (-0.5, 2) for each in part.logprobs)
+    sent = [each for event in events if event.type == "response.output_text.delta" for each in event.logprobs]
+    assert [each.token for each in sent] == [each.token for each in part.logprobs]
+
+
+def test_a_response_has_log_probabilities_only_if_they_are_asked_for(
+    openai_client: openai.OpenAI, gateway: GatewayProcess
+) -> None:
+    gateway.engine.script = says("Hello")
+    for options, count in (({"include": ["reasoning.encrypted_content"]}, 0), ({"top_logprobs": 1}, 5)):
+        [item] = ask(openai_client, **options).output
+        assert len(item.content[0].logprobs) == count
+    for wrong in ({"top_logprobs": 21}, {"include": "x"}):
+        with pytest.raises(openai.BadRequestError):
+            ask(openai_client, **wrong)
