@@ -28,6 +28,17 @@ def test_beyond_the_loopback_keys_or_a_flag_are_needed(text: str) -> None:
     assert http_address(ServeConfig(http=text, http_keys="file"), is_typed=True) is not None
 
 
+@pytest.mark.parametrize(
+    ("text", "certificate", "warns"), [("127.0.0.1:80", "", False), ("*:80", "", True), ("*:80", "file", False)]
+)
+def test_http_in_the_clear_is_warned_of_beyond_the_loopback_only(
+    text: str, certificate: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ServeConfig(http=text, http_keys="file", http_tls_cert=certificate, http_tls_key=certificate)
+    http_address(config, is_typed=True)
+    assert ("is not encrypted" in caplog.text) is warns
+
+
 def test_without_the_packages_the_default_is_left_out_and_a_wish_is_an_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

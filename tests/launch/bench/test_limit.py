@@ -1,10 +1,11 @@
 """What memory allows: bytes counted once."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from mgpu.launch.bench.limit import Limit, limit_of, parse_bandwidth, read_speed, weight_bytes
+from mgpu.launch.bench.limit import Limit, limit_of, machine_read_speed, parse_bandwidth, read_speed, weight_bytes
 from mgpu.launch.bench.shapes import LLAMA_8B, SMOLLM2_135M, Config, write_config
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.described import described_machine
@@ -66,5 +67,7 @@ def test_what_is_no_speed_is_refused_with_an_example(text: str) -> None:
         parse_bandwidth(text)
 
 
-def test_memory_is_read_at_some_speed() -> None:
+def test_memory_is_read_at_some_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_speed(0.0, 1 << 20) > 1e6
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    assert machine_read_speed() > 1e6

@@ -32,7 +32,8 @@ def test_percentiles_are_values_that_occurred(values: list[float], percent: floa
 
 
 def test_cells_show_shares_in_percent_and_few_digits() -> None:
-    assert [cell("tokens_per_s", value) for value in (12345.6, 234.56, 1.234, None)] == ["12,346", "234.6", "1.23", "-"]
+    values = {12345.6: "12,346", 1000.0: "1,000", 234.56: "234.6", 100.0: "100.0", 1.234: "1.23", None: "-"}
+    assert [cell("tokens_per_s", value) for value in values] == list(values.values())
     assert (cell("share", 0.816), cell("core_share_low", 0.0012)) == ("81.6%", "0.12%")
 
 

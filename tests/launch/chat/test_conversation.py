@@ -113,6 +113,14 @@ def test_an_error_ends_the_answer_and_not_the_chat(error: MgpuError, capsys: pyt
     assert "/clear starts over, /retry asks again" in told
 
 
+@pytest.mark.parametrize("answers", [("A", ""), (RequestFailed("bad_request", "no"), "A")])
+def test_starting_over_is_offered_only_after_an_error_within_a_conversation(
+    answers: tuple[str | MgpuError, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(FakeClient(*answers), "one", "two")
+    assert "/clear" not in capsys.readouterr().err
+
+
 def test_save_writes_the_conversation_again_and_again_but_no_other_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,10 +93,17 @@ def test_a_typed_but_empty_map_is_never_ignored() -> None:
         load_config({"device_layers": ""}, {}, None)
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("12", 12), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), ("64mib", 64 << 20), ("7B", 7), ("2 TiB", 2 << 40)],
-)
+def test_all_gpus_and_a_map_of_some_contradict() -> None:
+    with pytest.raises(ConfigError, match=r"--tp 0 \(command line\) .* and --device-layers \(MGPU_DEVICE_LAYERS\)"):
+        load_config({"tp": 0}, {"MGPU_DEVICE_LAYERS": "0:32;1:32"}, None)
+    load_config({"tp": 2, "device_layers": "0:32;1:32"}, {}, None)
+    load_config({"device_layers": "0:32;1:32"}, {}, None)
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("12", 12), ("7B", 7), ("3 KB", 3_000), ("1.5 MB", 1_500_000), ("2GB", 2 * 10**9), ("1tb", 10**12),
+    ("4KiB", 4 << 10), ("64mib", 64 << 20), ("2GiB", 2 << 30), ("2 TiB", 2 << 40),
+])  # fmt: skip
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
