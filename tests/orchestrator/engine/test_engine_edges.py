@@ -48,6 +48,23 @@ def test_a_reload_ends_for_systemd_even_if_the_gateway_is_gone(parts: Parts) -> 
     parts.notifier.reloaded.assert_called_once_with()
 
 
+@pytest.mark.parametrize("gateway", [True, False])
+@pytest.mark.parametrize("http", [True, False])
+def test_a_process_that_follows_after_a_pause_is_watched(parts: Parts, gateway: bool, http: bool) -> None:
+    parts.gateway.start_if_due.return_value, parts.http.start_if_due.return_value = gateway, http
+    parts.engine._make_poller = MagicMock()
+    parts.engine._run_periodic_work()
+    assert parts.engine._make_poller.call_count == (gateway or http)
+
+
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_what_the_http_process_has_reported_is_no_longer_waited_for(parts: Parts, is_ready: bool) -> None:
+    parts.http.notice.return_value, parts.workers.advance.return_value = is_ready, False
+    parts.engine._make_poller = MagicMock()
+    parts.engine._handle({})
+    assert parts.engine._make_poller.call_count == is_ready
+
+
 def test_a_reload_while_the_server_stops_does_not_hurry_it(parts: Parts) -> None:
     readable: list[bool] = []
 

@@ -85,6 +85,13 @@ def test_the_cache_is_laid_out_as_its_owner_does(look: Look, fake_hub: FakeHub) 
         assert found == str(Path(path) / name)
 
 
+def test_the_cache_may_lie_in_a_folder_that_does_not_exist_yet(
+    look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "new" / "hub"))
+    assert look().path.startswith(f"{tmp_path}/new/hub/")
+
+
 def test_what_is_there_is_not_fetched_again(look: Look, fake_hub: FakeHub) -> None:
     look()
     fake_hub.requests.clear()

@@ -56,6 +56,11 @@ def test_every_known_kind_has_an_estimate_below_its_limit(kind: str, options: di
     assert "within 15 %" in found.source if kind == "H200" else "not measured" in found.source
 
 
+def test_before_ampere_kernels_are_launched_one_by_one() -> None:
+    old, new = (speed_on(text, quant="4").one_stream for text in ("2xV100 32GB", "2xA100"))
+    assert old < 1 / (32 * 314e-6) + 1 < new
+
+
 def test_faster_memory_more_gpus_and_narrower_weights_are_faster() -> None:
     ordered = [
         speed_on(text).one_stream for text in ("1xL4", "1xA10", "1xRTX 4090", "1xA100", "1xH100", "1xH200", "2xH200")

@@ -1,6 +1,8 @@
 """Limits of processes and threads, and what is left of them."""
 
+import os
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +67,16 @@ def test_too_few_are_refused_with_the_numbers_and_the_way_out(monkeypatch: pytes
     with pytest.raises(UserError) as caught:
         check_task_limit(15)
     assert_has_all(str(caught.value), "at least 15", f"ulimit -u allows {allowed}", "30 run", "ulimit -u 4096")
+
+
+@pytest.mark.parametrize(("uid", "is_bounded"), [(1000, True), (0, False)])
+def test_without_proc_all_users_but_root_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uid: int, is_bounded: bool
+) -> None:
+    monkeypatch.setattr(task_limits, "Path", lambda _: tmp_path / "none")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (50, 50))
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    assert (least_task_limit(tmp_path) is not None) is is_bounded
 
 
 @pytest.mark.parametrize(("status", "is_told"), [(-6, True), (1, True), (-9, False), (0, False)])

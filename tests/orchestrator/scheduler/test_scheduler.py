@@ -392,6 +392,15 @@ def test_a_pool_that_was_smaller_for_a_while_has_its_old_context_again(harness: 
     assert harness.tokens[1] == solo_tokens(prompt_of(1, 60), 20)
 
 
+def test_of_a_smaller_pool_a_request_may_use_the_last_token(harness: Harness) -> None:
+    harness.submit(1, prompt_of(1, 30), 11)
+    harness.submit(2, prompt_of(2, 30), 12)
+    harness.crash(1, 10)
+    assert harness.errors == {2: "after a restart the KV cache holds only 40 tokens, this needs 41"}
+    harness.run()
+    assert harness.tokens[1] == solo_tokens(prompt_of(1, 30), 11)
+
+
 def test_batch_budget_must_exceed_rows() -> None:
     with pytest.raises(LimitsError, match="max_batch_tokens 8 must exceed max_rows 8"):
         limits(max_batch_tokens=8)

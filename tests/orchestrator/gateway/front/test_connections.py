@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,6 +195,19 @@ def test_a_held_id_that_libzmq_comes_near_is_freed(front: Front) -> None:
     assert ids.num_given < 350, "before libzmq is there"
     speaker.send_multipart(framing.pack({"id": 2}))
     eventually(lambda: front.turn() and front.received[-1] == front.received[0])
+
+
+def test_who_has_connected_a_moment_ago_may_be_silent(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    began_s = time.monotonic()
+    front.connections._clock_s = lambda: began_s
+    front.dealer(speaks=False)
+    front.run_until(1)
+    eventually(lambda: front.turn() and front.connections.num_unproven == 0, "a handshake without keys proves nothing")
+    monkeypatch.setattr(front.connections._ids, "held_ahead", lambda count: True)
+    for age_s, num_left in ((0.4, 1), (0.6, 0)):
+        front.connections._num_admitted = 1
+        front.connections._free_routing_ids(began_s + age_s)
+        assert len(front.connections) == num_left
 
 
 def test_the_owner_of_the_most_loses_its_silent_and_oldest_connections_first() -> None:

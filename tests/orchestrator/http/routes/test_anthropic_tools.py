@@ -48,6 +48,8 @@ def test_calls_and_thoughts_are_blocks(client: anthropic.Anthropic, gateway: Gat
     assert (answer.content[2].name, answer.content[2].input) == ("get_weather", {"city": "Zürich"})
     assert answer.stop_reason == "tool_use"
     assert prompt_of(gateway).endswith("assistant\n")
+    unasked = client.messages.create(**options())
+    assert [block.type for block in unasked.content] == ["text", "tool_use"]
     with client.messages.stream(**options(thinking=thinking)) as stream:
         partial = [event.partial_json for event in stream if event.type == "input_json"]
         streamed = stream.get_final_message()

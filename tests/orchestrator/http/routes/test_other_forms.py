@@ -184,6 +184,7 @@ def test_the_document_has_every_path_with_its_fields(http: HttpServer) -> None:
         "/health/live", "/version",
     }  # fmt: skip
     chat = document["paths"]["/v1/chat/completions"]["post"]
+    assert {"200", "400", "401", "429", "503", "504"} <= set(chat["responses"])
     schema = chat["requestBody"]["content"]["application/json"]["schema"]
     assert schema["required"] == ["messages"]
     assert {"temperature", "logit_bias", "min_p", "stop", "stream_options"} <= set(schema["properties"])
