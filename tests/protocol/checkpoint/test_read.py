@@ -203,7 +203,7 @@ def test_a_truncated_shard_names_the_file_and_both_sizes(tmp_path: Path, cut: in
     data = path.read_bytes()
     path.write_bytes(data[:-cut])
     message = refusal(tmp_path)
-    assert path.name in message
+    assert f"{path.name}: truncated" in message
     assert str(len(data)) in message
     assert str(len(data) - cut) in message
 

@@ -36,6 +36,14 @@ def test_products_of_any_number_of_rows_need_few_kernels() -> None:
     assert len({padded for padded in asked.values() if padded <= 2048}) <= 40
 
 
+def test_few_rows_are_padded_to_what_streams_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, multiplied = torch.ones(4, 4), []
+    monkeypatch.setattr(cpu_matmul, "_onednn", lambda x, weight, bias: multiplied.append(len(x)) or x)
+    asked = (1, 2, 3, 16, 17, 70)
+    assert [len(cpu_matmul.matmul_repacked(torch.ones(rows, 4), weight)) for rows in asked] == list(asked)
+    assert multiplied == [3, 3, 3, 16, 24, 96]
+
+
 def test_strided_inputs_give_the_product() -> None:
     x, weight = torch.randn(5, 80)[:, 10:74], torch.randn(96, 64)
     torch.testing.assert_close(cpu_matmul.matmul(x, cpu_matmul.pack(weight)), F.linear(x, weight), atol=1e-4, rtol=1e-4)
