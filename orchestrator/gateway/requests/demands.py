@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.text.demanded_calls import FORMATS, call_grammar
+from mgpu.orchestrator.gateway.text.grammar import GrammarError
 from mgpu.orchestrator.gateway.text.thinking_limit import ThinkingLimit
 from mgpu.protocol.chat.formats import HARMONY, REASONING_FORMATS, ChatFormat
 from mgpu.protocol.front.client_messages import Generate
@@ -30,7 +31,10 @@ def with_demanded_call(request: Generate, chat_format: ChatFormat) -> Generate:
     if request.ignore_eos or request.min_tokens:
         option = "ignore_eos" if request.ignore_eos else "min_tokens"
         raise Refusal("bad_request", f"{option} does not go with a tool_choice that demands a call")
-    grammar = _grammar(request, chat_format)
+    try:
+        grammar = _grammar(request, chat_format)
+    except GrammarError as error:
+        raise Refusal("bad_request", f"tool_choice cannot demand this call: {error}") from None
     if len(grammar) > MAX_BYTES:
         text = f"the tools make a form of {len(grammar)} characters, the limit is {MAX_BYTES}; offer fewer tools"
         raise Refusal("bad_request", text)

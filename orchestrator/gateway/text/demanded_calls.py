@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mgpu.orchestrator.gateway.text import demanded_qwen_coder as qwen_coder
+
 MOST_CALLS = 16
 """In an answer that must have one, so that a small model comes to an end."""
 _FORMS: dict[str, tuple[str, str, str, str, str, str]] = {
@@ -12,7 +14,8 @@ _FORMS: dict[str, tuple[str, str, str, str, str, str]] = {
     "llama": ("", '{"name": "', '", "parameters": ', "}", "; ", ""),
     "mistral": ("[TOOL_CALLS][", '{"name": "', '", "arguments": ', "}", ", ", "]"),
 }
-FORMATS = tuple(_FORMS)
+QWEN_CODER = "qwen3-coder"
+FORMATS = (*_FORMS, QWEN_CODER)
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """At most one blank after a comma or colon: small models may never end white space."""
 
@@ -22,9 +25,10 @@ def call_grammar(
 ) -> str:
     """Return a grammar in Lark's syntax: calls of the tools, after the marker of the end of reasoning if there is one.
 
-    ``choice`` is `required`, or a map with the name of the one tool, which is then called once.
+    ``choice`` is `required`, or a map with the name of the one tool, which is then called once. GrammarError for
+    parameters that cannot be enforced; of most formats `checked_grammar` finds them.
     """
-    begin, before_name, before_arguments, end, between, last = _FORMS[tool_format]
+    begin, between, last = _around(tool_format)
     functions = [tool["function"] for tool in tools]
     if isinstance(choice, Mapping):
         functions = [each for each in functions if each["name"] == choice["name"]]
@@ -33,13 +37,30 @@ def call_grammar(
     rules = [f"calls: {_quoted(begin)} call{more} {_quoted(last)}".replace(' ""', "").replace('"" ', "")]
     rules.append("call: " + " | ".join(f"call_{at}" for at in range(len(functions))))
     for at, function in enumerate(functions):
-        head = _quoted(before_name + function["name"] + before_arguments)
-        rules.append(f"call_{at}: {head} arguments_{at} {_quoted(end)}")
-        rules.append(f"arguments_{at}: %json {_without_brackets(json.dumps(_schema(function)))}")
+        rules += _call_rules(at, function, tool_format)
     if not reasoning_end:
         return "\n".join(["start: calls", *rules])
     thought = f"thought[suffix={_quoted(reasoning_end)}]: /(?s:.*)/"
     return "\n".join(["start: thought SPACE calls", thought, "SPACE: /\\s{0,2}/", *rules])
+
+
+def _around(tool_format: str) -> tuple[str, str, str]:
+    """Return what comes before the first call, between two calls, and after the last."""
+    if tool_format == QWEN_CODER:
+        return "", "\n", ""
+    begin, _, _, _, between, last = _FORMS[tool_format]
+    return begin, between, last
+
+
+def _call_rules(at: int, function: Mapping[str, Any], tool_format: str) -> list[str]:
+    if tool_format == QWEN_CODER:
+        return qwen_coder.call_rules(f"call_{at}", function, _JSON_OPTIONS)
+    _, before_name, before_arguments, end, _, _ = _FORMS[tool_format]
+    head = _quoted(before_name + function["name"] + before_arguments)
+    return [
+        f"call_{at}: {head} arguments_{at} {_quoted(end)}",
+        f"arguments_{at}: %json {_without_brackets(json.dumps(_schema(function)))}",
+    ]
 
 
 def _quoted(text: str) -> str:

@@ -1,5 +1,6 @@
 """An answer that must call a tool: each text of its grammar is a call that the parser of the format finds."""
 
+import json
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from harness.tool_templates import weather_tool
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.demanded_calls import FORMATS, call_grammar
 from mgpu.orchestrator.gateway.text.generic_tools import with_generic_tools
-from mgpu.orchestrator.gateway.text.grammar import checked_grammar
+from mgpu.orchestrator.gateway.text.grammar import GrammarError, checked_grammar
 from mgpu.protocol.chat.answer_parser import AnswerParser, ParsedAnswer
 from mgpu.protocol.chat.formats import ChatFormat
 from mgpu.protocol.chat.tools import OfferedTools
@@ -18,6 +19,9 @@ TOOLS = [weather_tool(), weather_tool("get-time")]
 CALLS = {
     "hermes": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "<A>"}}\n</tool_call>',
     "llama": '{"name": "get_weather", "parameters": {"city": "<A>"}}',
+    "qwen3-coder": (
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\n<A>\n</parameter>\n</function>\n</tool_call>"
+    ),
     "mistral": '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "<A>"}}]',
 }
 
@@ -49,6 +53,83 @@ def test_a_named_tool_is_called_once_and_any_tool_several_times() -> None:
     assert fits(call_grammar(TOOLS, "required", "hermes", True), two)
     for choice, is_parallel in (({"name": "get_weather"}, True), ("required", False)):
         assert not fits(call_grammar(TOOLS, choice, "hermes", is_parallel), two)
+
+
+def coder_calls(properties: dict[str, Any], *values: tuple[str, str], **schema: Any) -> tuple[bool, str]:
+    """Return whether a call with these values fits, and the arguments that the parser finds in it."""
+    parameters = {"type": "object", "properties": properties, **schema}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    blocks = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in values)
+    text = f"<tool_call>\n<function=f>\n{blocks}</function>\n</tool_call>"
+    parser, answer = AnswerParser(ChatFormat("qwen3-coder"), OfferedTools(tools)), ParsedAnswer()
+    answer.add([*parser.push(text), *parser.finish()])
+    found = "".join(call.arguments for call in answer.calls())
+    return fits(call_grammar(tools, "required", "qwen3-coder", True), text), found
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "found"),
+    [
+        ({"type": "string"}, 'a "b"\n</para <x> é', 'a "b"\n</para <x> é'),
+        ({"type": "string"}, "", ""),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, "abc", "abc"),
+        ({"type": "string", "enum": ["<a>", "b\n"], "description": "x"}, "b\n", "b\n"),
+        ({"type": "string", "const": "c"}, "c", "c"),
+        ({"type": "integer", "minimum": 5}, "7", 7),
+        ({"type": ["string", "null"]}, '"a"', "a"),
+        ({"type": "object", "properties": {"<b>": {}}, "additionalProperties": False}, '{"<b>": [1]}', {"<b>": [1]}),
+        ({"$ref": "#/$defs/n"}, "true", True),
+        (True, "null", None),
+    ],
+)
+def test_a_plain_value_fits_its_schema(schema: Any, value: str, found: object) -> None:
+    fit, arguments = coder_calls({"v": schema}, ("v", value), required=["v"], **{"$defs": {"n": {"type": "boolean"}}})
+    assert fit
+    assert json.loads(arguments) == {"v": found}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"type": "string"}, "a</parameter>b"),
+        ({"type": "string", "minLength": 2}, "a"),
+        ({"type": "string", "maxLength": 3}, "abcd"),
+        ({"type": "string", "enum": ["a", "b"], "maxLength": 1}, "c"),
+        ({"type": "integer", "minimum": 5}, "4"),
+        ({"type": ["string", "null"]}, "a"),
+    ],
+)
+def test_a_plain_value_that_does_not_fit_is_not_allowed(schema: Any, value: str) -> None:
+    assert not coder_calls({"v": schema}, ("v", value))[0]
+
+
+def test_only_parameters_that_are_required_must_come() -> None:
+    properties = {"a": {"type": "string"}, "b": {"type": "integer"}}
+    assert coder_calls(properties, ("b", "1"), required=["b"]) == (True, '{"b": 1}')
+    assert not coder_calls(properties, ("a", "1"), required=["b"])[0]
+    assert coder_calls({}) == (True, "{}")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"anyOf": []}, "anyOf cannot be enforced"),
+        ({"properties": {"p": {"type": "string", "pattern": "a"}}}, "'p' of f: pattern cannot be enforced"),
+        ({"properties": {"p": {"type": "string", "maxLength": "x"}}}, "must be integers"),
+        ({"properties": {"p": {"type": "string", "enum": [1]}}}, "no choice"),
+        ({"properties": {"p": {"type": "string", "enum": 1, "const": "a"}}}, "no choice"),
+        ({"properties": {"p": {"type": "string", "maxLength": None}}}, "must be integers"),
+        ({"properties": {}, "required": [["q"]]}, "which properties does not have"),
+        ({"properties": {"p": {"type": "string", "enum": ["</parameter>"]}}}, "no choice"),
+        ({"properties": {"a b": {}}}, "has a name that this format cannot write"),
+        ({"properties": {}, "required": ["q"]}, "require 'q', which properties does not have"),
+        ({"properties": []}, "are no JSON schema"),
+    ],
+)
+def test_parameters_that_plain_values_cannot_fit_are_refused(parameters: dict[str, Any], words: str) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    with pytest.raises(GrammarError, match=words):
+        call_grammar(tools, "required", "qwen3-coder", True)
 
 
 def test_a_template_without_tools_gets_them_as_text() -> None:
