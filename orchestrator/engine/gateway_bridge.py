@@ -147,6 +147,7 @@ class GatewayBridge:
         return self._steps.counters() | {
             "restarts": float(self._workers.restarts.count),
             "last_recovery_s": self._workers.last_recovery_s,
+            "loaded_bytes": float(self._workers.loaded_bytes),
             "gateway_restarts": float(self._gateway.restarts.count),
             "gateway_restarts_counted": float(self._gateway.restarts.counted),
             **self._gpu_memory.counters(),

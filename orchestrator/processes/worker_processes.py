@@ -36,6 +36,8 @@ class WorkerProcesses:
         """Size of the KV pool of this epoch, once it is allocated."""
         self.last_recovery_s = 0.0
         """From noticing the failure to workers that are ready."""
+        self.loaded_bytes = 0
+        """Weights that workers of all epochs have read from files."""
         restarts = config.restarts
         self.restarts = RestartLimit(restarts.max_restarts, restarts.restart_window_s)
         self._standby = Standby(
@@ -108,6 +110,7 @@ class WorkerProcesses:
 
     def _become_ready(self) -> None:
         self.is_ready = True
+        self.loaded_bytes += sum(each.loaded_bytes for each in self.group.ready.values())
         took_s = time.monotonic() - self._began_s
         if self._most_blocks is None:
             self._most_blocks = self.num_blocks

@@ -31,6 +31,7 @@ _COUNTERS = {
     "vllm:num_preemptions": ("preemptions", "Sequences that had to leave and start again."),
     "mgpu:steps": ("steps", "Steps of the workers."),
     "mgpu:worker_restarts": ("restarts", "Replacements of failed workers since the start."),
+    "mgpu:loaded_bytes": ("loaded_bytes", "Bytes of weights that workers have read from files, restarts included."),
     "mgpu:gateway_restarts": ("gateway_restarts", "Replacements of a failed gateway since the start."),
 }
 _HISTOGRAMS = {

@@ -16,6 +16,8 @@ from mgpu.orchestrator.engine.step_times import StepTimes
 from mgpu.orchestrator.processes.failures import RestartLimit, TooManyRestarts
 from mgpu.protocol.internal.gateway_messages import Cancel
 
+LOADED_BYTES = 100
+"""Of each fake worker."""
 FAILURES = {
     "raise": "worker 1 failed in phase steps: rank 1 was told to fail\nTraceback",
     "exit": "worker 1 failed in phase steps: the process exited with status 7",
@@ -85,6 +87,7 @@ def test_requests_go_on_after_a_worker_failed(folder: Path, how: str, num_stages
         assert counters["restarts"] == 1
         assert counters["replays"] >= 1
         assert counters["last_recovery_s"] > 0
+        assert counters["loaded_bytes"] == 2 * num_stages * ranks_per_stage * LOADED_BYTES, "by each rank of each group"
         assert counters["kv_blocks_used"] == counters["running"] == 0
         # The stacks of the ranks show where they hang. After a death they would hide its cause.
         assert ("most recent call first" in server.log) == (how == "hang")

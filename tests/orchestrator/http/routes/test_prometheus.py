@@ -8,6 +8,7 @@ from mgpu.orchestrator.http.routes.prometheus import render
 
 STATS = {
     "running": 3.0, "waiting": 2.0, "kv_blocks_used": 25.0, "kv_blocks_total": 100.0, "generated_tokens": 70.0,
+    "loaded_bytes": 16e9,
     "prompt_tokens": 40.0, "prefix_hit_tokens": 16.0, "first_token_s_le_0.005": 1.0, "first_token_s_le_inf": 4.0,
     "first_token_s_sum": 2.5, "step_ms_le_1": 1.0, "step_ms_le_inf": 2.0, "step_ms_sum": 30.0, "ended_stop": 6.0,
     "gpu0_memory_used_bytes": 5e9, "gpu0_memory_total_bytes": 8e10,
@@ -38,6 +39,7 @@ def test_counters_have_the_names_that_dashboards_know() -> None:
     assert found["mgpu:step_time_seconds_bucket{le=0.001}"] == 1
     assert found["mgpu:step_time_seconds_sum"] == 0.03
     assert found["mgpu:gpu_memory_used_bytes{gpu=0}"] == 5e9
+    assert found["mgpu:loaded_bytes_total"] == 16e9
     assert found["mgpu:ready{state=ready}"] == 1
 
 
