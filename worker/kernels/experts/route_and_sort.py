@@ -94,11 +94,12 @@ def _choose_kernel(
     mine = experts - first_expert
     is_here = (a < A) & (mine >= 0) & (mine < N)
     place = tl.atomic_add(counts_ptr + mine, 1, mask=is_here, sem="relaxed")
-    tl.store(order_ptr + mine * T + place, token * A + a, mask=is_here)
+    # Each expert has a place for each token. Where scores are infinite a token may choose an expert twice.
+    tl.store(order_ptr + mine * T + place, token * A + a, mask=is_here & (place < T))
     tl.debug_barrier()  # all threads' stores precede the release below
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == T - 1:
         n = tl.arange(0, N_PAD)
-        counts = tl.load(counts_ptr + n, mask=n < N, other=0, cache_modifier=".cg")
+        counts = tl.minimum(tl.load(counts_ptr + n, mask=n < N, other=0, cache_modifier=".cg"), T)
         tl.store(counts_ptr + n, 0, mask=n < N)
         tl.store(counter_ptr, 0)
         write_tiles(tiles_ptr, num_tiles_ptr, n * T, counts, n, block_m)

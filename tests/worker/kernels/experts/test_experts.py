@@ -103,6 +103,18 @@ def test_equal_scores_choose_the_first_experts(device: torch.device, tokens: int
         torch.testing.assert_close(weights, torch.full((tokens, 3), 1 / 3, device=device))
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_infinite_scores_give_no_expert_more_pairs_than_places(device: torch.device, sign: float) -> None:
+    """An activation that overflows leaves fewer experts above -inf than a token needs: one is then chosen twice."""
+    tokens = 5
+    x, w = torch.zeros(tokens, 32, device=device), torch.full((8, 32), -1.0, device=device)
+    x[:, 0], w[0, 0] = torch.inf, sign
+    _, pairs = route_and_sort(x, w, Choice(2, True, None, 0, 8), 16)
+    for expert, begin, end, _ in pairs.tiles_M4[: int(pairs.num_tiles[0])].tolist():
+        assert expert * tokens == begin < end <= (expert + 1) * tokens
+        assert set(pairs.order_P[begin:end].tolist()) <= set(range(2 * tokens))
+
+
 @pytest.mark.parametrize("most", [512, 0])
 def test_lists_of_experts_that_all_or_no_tokens_choose(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, most: int
