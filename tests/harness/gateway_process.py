@@ -61,7 +61,7 @@ Script = Callable[[Submit], Iterator[int]]
 def make_model_folder(folder: Path, template: str | None = TEMPLATE, markers: Sequence[str] = ()) -> Path:
     """Write tokenizer.json and tokenizer_config.json of a byte-level tokenizer: byte b has id b.
 
-    ``markers`` are tokens from id 260 on that are not special.
+    ``markers`` are tokens from id 260 on, special if they begin with `<|`.
     """
     vocabulary = dict(byte_level_table())
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -69,7 +69,8 @@ def make_model_folder(folder: Path, template: str | None = TEMPLATE, markers: Se
     tokenizer.decoder = decoders.ByteLevel()
     names = ["<s>", "</s>", "<|start|>", "<|end|>"]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in markers])
+    more = [AddedToken(name, special=name.startswith("<|"), normalized=False) for name in markers]
+    tokenizer.add_tokens(more)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}

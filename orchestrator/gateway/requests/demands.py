@@ -60,4 +60,5 @@ def thinking_limit(request: Generate, chat_format: ChatFormat) -> ThinkingLimit 
 
 def _grammar(request: Generate, chat_format: ChatFormat, reasoning_end: str = "") -> str:
     tools, choice = request.tools or (), request.tool_choice
-    return call_grammar(tools, choice, chat_format.tools, request.parallel_tool_calls, reasoning_end)
+    is_parallel, most = request.parallel_tool_calls, request.thinking_token_budget
+    return call_grammar(tools, choice, chat_format.tools, is_parallel, reasoning_end, most)

@@ -4,7 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mgpu.orchestrator.gateway.text import demanded_harmony as harmony
 from mgpu.orchestrator.gateway.text import demanded_qwen_coder as qwen_coder
+from mgpu.protocol.chat.formats import HARMONY
 
 MOST_CALLS = 16
 """In an answer that must have one, so that a small model comes to an end."""
@@ -15,29 +17,37 @@ _FORMS: dict[str, tuple[str, str, str, str, str, str]] = {
     "mistral": ("[TOOL_CALLS][", '{"name": "', '", "arguments": ', "}", ", ", "]"),
 }
 QWEN_CODER = "qwen3-coder"
-FORMATS = (*_FORMS, QWEN_CODER)
+FORMATS = (*_FORMS, QWEN_CODER, HARMONY)
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """At most one blank after a comma or colon: small models may never end white space."""
 
 
 def call_grammar(
-    tools: Sequence[Mapping[str, Any]], choice: object, tool_format: str, is_parallel: bool, reasoning_end: str = ""
+    tools: Sequence[Mapping[str, Any]],
+    choice: object,
+    tool_format: str,
+    is_parallel: bool,
+    reasoning_end: str = "",
+    most_thinking_tokens: int | None = None,
 ) -> str:
     """Return a grammar in Lark's syntax: calls of the tools, after the marker of the end of reasoning if there is one.
 
     ``choice`` is `required`, or a map with the name of the one tool, which is then called once. GrammarError for
-    parameters that cannot be enforced; of most formats `checked_grammar` finds them.
+    parameters that cannot be enforced; of most formats `checked_grammar` finds them. ``most_thinking_tokens`` is for
+    gpt-oss, whose reasoning is a message of its own before the call.
     """
-    begin, between, last = _around(tool_format)
     functions = [tool["function"] for tool in tools]
     if isinstance(choice, Mapping):
         functions = [each for each in functions if each["name"] == choice["name"]]
-    may_repeat = is_parallel and not isinstance(choice, Mapping)
-    more = f" ({_quoted(between)} call){{0,{MOST_CALLS - 1}}}" if may_repeat else ""
-    rules = [f"calls: {_quoted(begin)} call{more} {_quoted(last)}".replace(' ""', "").replace('"" ', "")]
-    rules.append("call: " + " | ".join(f"call_{at}" for at in range(len(functions))))
+    rules = ["call: " + " | ".join(f"call_{at}" for at in range(len(functions)))]
     for at, function in enumerate(functions):
         rules += _call_rules(at, function, tool_format)
+    if tool_format == HARMONY:
+        return "\n".join([*harmony.first_rules(most_thinking_tokens), *rules])
+    begin, between, last = _around(tool_format)
+    may_repeat = is_parallel and not isinstance(choice, Mapping)
+    more = f" ({_quoted(between)} call){{0,{MOST_CALLS - 1}}}" if may_repeat else ""
+    rules.insert(0, f"calls: {_quoted(begin)} call{more} {_quoted(last)}".replace(' ""', "").replace('"" ', ""))
     if not reasoning_end:
         return "\n".join(["start: calls", *rules])
     thought = f"thought[suffix={_quoted(reasoning_end)}]: /(?s:.*)/"
@@ -55,6 +65,8 @@ def _around(tool_format: str) -> tuple[str, str, str]:
 def _call_rules(at: int, function: Mapping[str, Any], tool_format: str) -> list[str]:
     if tool_format == QWEN_CODER:
         return qwen_coder.call_rules(f"call_{at}", function, _JSON_OPTIONS)
+    if tool_format == HARMONY:
+        return harmony.call_rules(at, function["name"], _schema(function))
     _, before_name, before_arguments, end, _, _ = _FORMS[tool_format]
     head = _quoted(before_name + function["name"] + before_arguments)
     return [

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.encoder_messages import TextReply, TextTask
@@ -14,6 +15,9 @@ from mgpu.protocol.chat.formats import opens_reasoning
 from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.front.server_messages import Tokenized
 from mgpu.protocol.internal.grammars import token_table
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 
 def do(codec: TextCodec, task: TextTask, vocab_size: int) -> TextReply:
@@ -42,11 +46,17 @@ def do(codec: TextCodec, task: TextTask, vocab_size: int) -> TextReply:
     return TextReply(int32_bytes(ids) if fits else b"", len(ids), opens_reasoning=is_chat and opens_reasoning(text))
 
 
+@lru_cache(maxsize=1)
+def _table(codec: TextCodec, vocab_size: int) -> "LLTokenizer":
+    """Return the library's form of the vocabulary; each process builds it once, for grammars that name tokens."""
+    return token_table(codec.vocabulary(vocab_size))
+
+
 def _grammar(codec: TextCodec, task: TextTask, is_open: bool, vocab_size: int) -> tuple[str, bool]:
     """Return the grammar of an answer, empty if it may be anything, and whether it has room for reasoning."""
 
     def checked(form: Mapping[str, object] | None) -> str:
-        return checked_grammar(form, lambda: token_table(codec.vocabulary(vocab_size))) if form else ""
+        return checked_grammar(form, lambda: _table(codec, vocab_size)) if form else ""
 
     if task.thinking is not None:
         encode = partial(codec.encode, add_special_tokens=False)

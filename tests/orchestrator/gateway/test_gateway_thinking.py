@@ -10,7 +10,7 @@ pytest.importorskip("llguidance")
 
 from harness.gateway_process import EOS, GatewayProcess, make_model_folder, says
 from harness.grammar_follower import GrammarFollower
-from harness.tool_templates import QWEN, weather_tool
+from harness.tool_templates import HARMONY, QWEN, weather_tool
 from mgpu import Client, RequestFailed
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.internal.gateway_messages import Submit
@@ -107,3 +107,17 @@ def test_what_is_wrong_is_said(thinker: GatewayProcess, client: Client, options:
         client.chat(ASKED, **options)
     with pytest.raises(RequestFailed, match="only applies to messages"):
         client.generate("x", thinking_token_budget=5)
+
+
+def test_gpt_oss_is_made_to_call_by_its_own_tokens(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path, HARMONY, ["<|channel|>", "<|message|>", "<|constrain|>", "<|call|>"])
+    with GatewayProcess(folder) as gateway, Client(gateway.endpoint) as client:
+        gateway.set_info(max_seq_len=4000)
+        call = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "A"}'
+        gateway.engine.script = says(call)
+        asked: Any = {"tools": [weather_tool()], "tool_choice": "get_weather", "thinking_token_budget": 3}
+        [found] = client.chat(ASKED, **asked).tool_calls
+        assert (found.name, found.arguments) == ("get_weather", {"city": "A"})
+        grammar = gateway.engine.submits[-1].sampling.grammar
+    assert grammar is not None
+    assert "thinking[max_tokens=3]" in grammar.text

@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 
+from harness.grammar_follower import GrammarFollower
 from harness.tool_templates import weather_tool
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
-from mgpu.orchestrator.gateway.text.demanded_calls import FORMATS, call_grammar
+from mgpu.orchestrator.gateway.text.demanded_calls import call_grammar
 from mgpu.orchestrator.gateway.text.generic_tools import with_generic_tools
 from mgpu.orchestrator.gateway.text.grammar import GrammarError, checked_grammar
 from mgpu.protocol.chat.answer_parser import AnswerParser, ParsedAnswer
 from mgpu.protocol.chat.formats import ChatFormat
 from mgpu.protocol.chat.tools import OfferedTools
+from mgpu.protocol.internal.grammars import token_table
+from mgpu.protocol.internal.worker_messages import Vocabulary
 
 llguidance = pytest.importorskip("llguidance", reason="needs mgpu[serve]")
 TOOLS = [weather_tool(), weather_tool("get-time")]
@@ -33,7 +36,7 @@ def fits(grammar: str, text: str) -> bool:
     return matcher.try_consume_tokens(ids) == len(ids) and bool(matcher.is_accepting())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", CALLS)
 def test_a_demanded_call_is_one_that_the_parser_finds(name: str) -> None:
     text = CALLS[name]
     for choice in ("required", {"name": "get_weather"}):
@@ -53,6 +56,28 @@ def test_a_named_tool_is_called_once_and_any_tool_several_times() -> None:
     assert fits(call_grammar(TOOLS, "required", "hermes", True), two)
     for choice, is_parallel in (({"name": "get_weather"}, True), ("required", False)):
         assert not fits(call_grammar(TOOLS, choice, "hermes", is_parallel), two)
+
+
+@pytest.mark.parametrize("most", [None, 0, 2])
+def test_gpt_oss_calls_once_after_reasoning_of_a_bounded_length(most: int | None) -> None:
+    names = ["<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|constrain|>", "<|call|>"]
+    channel, message, end, start, constrain, last = range(256, 256 + len(names))
+    tokens = [*(bytes([number]) for number in range(256)), *(name.encode() for name in names)]
+    vocabulary = Vocabulary(0, tokens, list(range(256, len(tokens))))
+    grammar = call_grammar(TOOLS, {"name": "get_weather"}, "harmony", True, "", most)
+    text = checked_grammar({"grammar": grammar}, lambda: token_table(vocabulary))
+    head, arguments = b"commentary to=functions.get_weather ", b'{"city": "<A>"}'
+    call = [channel, *head, constrain, *b"json", message, *arguments]
+    GrammarFollower(text, vocabulary, [last]).take([*call, last])
+    answer = GrammarFollower(text, vocabulary, [last])
+    thought = b"Hm"[:most]
+    answer.take([channel, *b"analysis", message, *thought])
+    assert (answer.allowed() == {end}) == (most is not None)
+    answer.take([end, start, *b"assistant", *call])
+    assert answer.allowed() == {last}
+    parser, found = AnswerParser(ChatFormat("harmony", "harmony"), OfferedTools(TOOLS)), ParsedAnswer()
+    found.add([*parser.push(b"".join(tokens[each] for each in call).decode()), *parser.finish()])
+    assert [(each.name, each.arguments) for each in found.calls()] == [("get_weather", '{"city": "<A>"}')]
 
 
 def coder_calls(properties: dict[str, Any], *values: tuple[str, str], **schema: Any) -> tuple[bool, str]:
