@@ -4,8 +4,6 @@ Drivers have announced peer access that hangs (an IOMMU, ACS) or that damages da
 random bytes both ways at once, by kernels that write, by kernels that read and by the copy engines, while both GPUs are
 busy with copies of their own. What arrives is compared on the host. The answer is one line of JSON for each pair, as
 soon as it is known: a pair that hangs is the first one without a line, and the parent ends this process.
-
-Torch is not imported: this runs before a server's first worker, and torch alone takes longer than the trial.
 """
 
 import argparse
@@ -17,6 +15,8 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from mgpu.worker.cuda_driver import Driver, DriverError
 
 SIZES = (4 << 10, (1 << 20) + (4 << 10), 8 << 20)
 ROUNDS = 3
@@ -59,33 +59,6 @@ done:
 }
 \0"""
 """Copies ``count`` words of 8 bytes. Its instructions are older than any GPU that is supported."""
-
-
-class DriverError(Exception):
-    """The driver refused a call."""
-
-
-class Driver:
-    """The calls that are needed of libcuda."""
-
-    def __init__(self) -> None:
-        try:
-            self._library = ctypes.CDLL("libcuda.so.1")
-        except OSError as error:
-            raise DriverError(str(error)) from None
-        self.call("cuInit", 0)
-
-    def call(self, name: str, *arguments: object) -> None:
-        if code := getattr(self._library, name)(*arguments):
-            text = ctypes.c_char_p()
-            self._library.cuGetErrorName(code, ctypes.byref(text))
-            raise DriverError(f"{name}: {(text.value or b'').decode()} ({code})")
-
-    def value(self, name: str, kind: "type[ctypes.c_void_p | ctypes.c_int | ctypes.c_uint64]", *arguments: object):  # type: ignore[no-untyped-def]
-        """Return what a call stores where its first argument points."""
-        found = kind()
-        self.call(name, ctypes.byref(found), *arguments)
-        return found
 
 
 @dataclass(frozen=True)

@@ -9,55 +9,40 @@ import ctypes
 import json
 import sys
 import time
-from typing import Any
 
-_DRIVER = "libcuda.so.1"
+from mgpu.worker.cuda_driver import Driver, DriverError
+
 _SIZES = (256 << 20, 32 << 20)
 """Bytes of a copy; the second if the GPU has no room for the first."""
 _BURST_BYTES, _BURSTS, _WARM = 2 << 30, 80, 8
 _PAUSE_S = 0.001
 
 
-class _DriverError(Exception):
-    """A call of the driver failed."""
-
-
-class _Driver:
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL(_DRIVER)
-
-    def call(self, name: str, *arguments: Any) -> None:
-        if code := getattr(self._library, name)(*arguments):
-            raise _DriverError(f"{name} returned {code}")
-
-
 def main() -> int:
     """Print the speeds; 1 without a driver."""
     try:
-        driver, count = _Driver(), ctypes.c_int()
-        driver.call("cuInit", 0)
-        driver.call("cuDeviceGetCount", ctypes.byref(count))
-    except (OSError, _DriverError) as error:
+        driver = Driver()
+        count = driver.value("cuDeviceGetCount", ctypes.c_int).value
+    except DriverError as error:
         print(error, file=sys.stderr)
         return 1
     found: dict[str, float] = {}
-    for ordinal in range(count.value):
+    for ordinal in range(count):
         try:
             found[str(ordinal)] = _measure(driver, ordinal)
-        except _DriverError as error:
+        except DriverError as error:
             print(f"GPU {ordinal}: {error}", file=sys.stderr)
     print(json.dumps(found))
     return 0
 
 
-def _measure(driver: _Driver, ordinal: int) -> float:
+def _measure(driver: Driver, ordinal: int) -> float:
     """Return the bytes per second, read and written, over all bursts."""
-    device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
-    driver.call("cuDeviceGet", ctypes.byref(device), ordinal)
-    driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    device = driver.value("cuDeviceGet", ctypes.c_int, ordinal)
+    context = driver.value("cuDevicePrimaryCtxRetain", ctypes.c_void_p, device)
     driver.call("cuCtxSetCurrent", context)
     try:
-        driver.call("cuStreamCreate", ctypes.byref(stream), 1)
+        stream = driver.value("cuStreamCreate", ctypes.c_void_p, 1)
         source, target, size = _allocate(driver)
         took_s = 0.0
         for burst in range(_WARM + _BURSTS):
@@ -72,16 +57,14 @@ def _measure(driver: _Driver, ordinal: int) -> float:
         driver.call("cuDevicePrimaryCtxRelease_v2", device)
 
 
-def _allocate(driver: _Driver) -> tuple[ctypes.c_uint64, ctypes.c_uint64, int]:
+def _allocate(driver: Driver) -> tuple[ctypes.c_uint64, ctypes.c_uint64, int]:
     for size in _SIZES:
-        source, target = ctypes.c_uint64(), ctypes.c_uint64()
         try:
-            driver.call("cuMemAlloc_v2", ctypes.byref(source), ctypes.c_size_t(size))
-            driver.call("cuMemAlloc_v2", ctypes.byref(target), ctypes.c_size_t(size))
-        except _DriverError:
+            source, target = (driver.value("cuMemAlloc_v2", ctypes.c_uint64, ctypes.c_size_t(size)) for _ in range(2))
+        except DriverError:
             continue
         return source, target, size
-    raise _DriverError("no memory is free")
+    raise DriverError("no memory is free")
 
 
 if __name__ == "__main__":
