@@ -85,9 +85,14 @@ def test_a_pair_that_hangs_is_found_and_those_after_it_are_tried() -> None:
 
 
 def test_what_was_found_counts_also_if_the_driver_answers_no_more() -> None:
-    breaks = trial("print(json.dumps({'error': 'cuInit failed'})) if b == 3 else time.sleep(600)", "break")
-    verdicts = try_pairs(FOUR, [(0, 2), (0, 3), (1, 2)], {}, breaks, 1.0)
-    assert verdicts == {(0, 2): HANGS} | dict.fromkeys([(0, 3), (1, 2)], "not tried any more: cuInit failed")
+    fails = trial(
+        "if b == 3: print(json.dumps({'error': 'cuInit failed'})); break",
+        "if b == 2: os._exit(9)",
+        "say('')",
+    )
+    verdicts = try_pairs(FOUR, [(0, 1), (0, 2), (0, 3), (1, 3)], {}, fails)
+    found = {(0, 1): "", (0, 2): "its trial ended with status 9"}
+    assert verdicts == found | dict.fromkeys([(0, 3), (1, 3)], "not tried any more: cuInit failed")
 
 
 def test_a_machine_whose_pairs_all_hang_does_not_wait_for_each_of_them() -> None:
