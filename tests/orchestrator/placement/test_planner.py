@@ -13,6 +13,7 @@ from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.devices import Machine, oversubscribed
 from mgpu.orchestrator.placement.divisibility import compatible_sizes
 from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
+from mgpu.orchestrator.placement.sizes import step_bytes
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import Mode, PlacementPlan, Stage
 
@@ -633,3 +634,10 @@ def test_the_printed_way_out_of_every_refusal_works() -> None:
 def test_a_plan_is_a_pure_function() -> None:
     assert planned(QWEN3_32B, gpus(80, 80)) == planned(QWEN3_32B, gpus(80, 80))
     assert isinstance(planned(TINY, cpus(2)).layout.placement, PlacementPlan)
+
+
+@pytest.mark.parametrize(("last", "logits"), [(True, 3 * 4 * 4 * 151936 // 2), (False, 0)])
+def test_room_for_a_step_counts_every_activation_that_lives_at_once(last: bool, logits: int) -> None:
+    queries_keys_values_and_output, gate_up_and_product = (64 + 8 + 8 + 64) * 128 // 2, 3 * 25600 // 2
+    width = 4 * 5120 + queries_keys_values_and_output + gate_up_and_product
+    assert step_bytes(QWEN3_32B, 2, last, 2, max_batch_tokens=100, max_rows=4) == 100 * width * 2 + logits

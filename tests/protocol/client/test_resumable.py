@@ -128,6 +128,12 @@ def test_log_probabilities_of_another_shape_are_refused(entry: object) -> None:
         Answer({**REQUEST, "logprobs": 1}).add(message)
 
 
+def test_before_it_is_accepted_nothing_is_known_of_an_answer() -> None:
+    partial = Answer(REQUEST).partial()
+    assert (partial.text, partial.model, partial.seed, partial.usage.prompt_tokens) == ("", "", 0, 0)
+    assert partial.finish_reason == "cancelled"
+
+
 @pytest.mark.parametrize("code", ["overloaded", "not_ready"])
 @pytest.mark.parametrize(("retry_after_s", "wait_s"), [(5.0, 5.0), (None, RETRY_S)])
 def test_a_resume_that_is_refused_for_now_is_sent_again_later(
