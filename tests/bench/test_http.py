@@ -15,5 +15,5 @@ def test_it_compares_speed_first_tokens_and_idle_connections(tmp_path: Path) -> 
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["what"] for row in rows] == ["first token, 1 stream", "1 streams", "3 streams", "20 idle connections"]
+    assert [row["what"] for row in rows] == ["first token (quartiles)", "1 streams", "3 streams", "20 idle connections"]
     assert all(row["http"] > 0 for row in rows[:3]), done.stdout

@@ -9,7 +9,7 @@ from mgpu.orchestrator.http.edge.body import parse_object
 from mgpu.orchestrator.http.edge.errors import HttpError
 from mgpu.orchestrator.http.requests import anthropic_rules, response_rules
 from mgpu.orchestrator.http.requests.fields import Fields, parse_fields
-from mgpu.orchestrator.http.routes import chat, completions, messages, responses
+from mgpu.orchestrator.http.routes import chat, completions, messages
 from mgpu.protocol.client.request_message import checked, messages_field, prompt_field
 from mgpu.protocol.errors import RequestFailed
 from mgpu.protocol.front.fields import Rule
@@ -64,7 +64,7 @@ def _text(body: bytes) -> Read:
 
 def _responses(body: bytes) -> Read:
     fields = _parsed(body, response_rules.RULES, "input")
-    return [messages_field(fields.values["input"])], responses._options(fields)
+    return [messages_field(fields.values["input"])], response_rules.response_options(fields.values, fields.options())
 
 
 def _anthropic(body: bytes) -> Read:
