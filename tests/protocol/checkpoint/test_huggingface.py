@@ -42,7 +42,7 @@ def refusal(folder: Path, config: Mapping[str, object]) -> str:
     with pytest.raises(CheckpointError) as caught:
         facts_of(folder, config)
     assert "config.json" in str(caught.value)
-    assert len(str(caught.value)) < 1000
+    assert len(str(caught.value)) < 1500
     return str(caught.value)
 
 
