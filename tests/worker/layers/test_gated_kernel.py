@@ -12,7 +12,7 @@ class Projection:
     """What the choice asks of a layer."""
 
     def __init__(self, held: Any) -> None:
-        self.held, self.bias = held, None
+        self.held, self.bias, self.pieces = held, None, ()
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         return x_TD
@@ -23,7 +23,7 @@ class Projection:
 
 class Packed:
     def __init__(self, is_simple: bool) -> None:
-        self.is_simple = is_simple
+        self.is_simple, self.kind = is_simple, ""
 
 
 @pytest.mark.parametrize(
