@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.server_process import ServerProcess, ready_server
+from harness.waiting import eventually
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 
 MOUNT = 'mount -t tmpfs -o size=1m,nr_inodes=100,mode=0700 none "$MGPU_RUNTIME_DIR" && exec "$@"'
@@ -64,7 +65,7 @@ def test_a_folder_that_cannot_be_made_again_is_told_once_and_who_is_connected_is
         server.counters()  # it serves: who tells that it is ready also has to announce it, in that folder
         shutil.rmtree(folder / "run")
         (folder / "run").touch()
-        server.wait_for_log("something has removed")
+        eventually(lambda: "something has removed" in server.log)
         server.serve(1, [1, 2, 3], 5)
         assert server.finish == {1: "length"}
         assert server.end(signal.SIGTERM) == -signal.SIGTERM
