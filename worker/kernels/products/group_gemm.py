@@ -9,7 +9,7 @@ Multiplying all parts of a step at once, brought into the order of words, took a
 
 # M rows of activations, N output channels, K input channels
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from mgpu.worker.kernels.products.group_parts import (
     group_factors,
     load_words,
 )
-from mgpu.worker.kernels.products.quantized_gemm import add_partials, arrange_rows
+from mgpu.worker.kernels.products.quantized_gemm import Tiling, add_partials, arrange_rows
 from mgpu.worker.kernels.products.widen import widen_octets
 from mgpu.worker.kernels.runtime import (
     HOPPER_SHARED_BYTES,
@@ -34,7 +34,6 @@ from mgpu.worker.kernels.runtime import (
     default_workspace,
     launch_options,
     overlaps_launches,
-    power_of_2,
     shared_bytes,
     wait_for_inputs,
 )
@@ -42,22 +41,6 @@ from mgpu.worker.quantization.packing import WORDS, PackedWeight
 
 _MANY_OUTPUTS = 8192
 """With more, tiles fill the GPU without cutting the inputs."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupTiling:
-    """How a product is cut."""
-
-    block_n: int
-    splits: int
-    num_warps: int = 4
-    num_stages: int = 3
-    most_rows: int = 64
-    """Rows of a tile at most. Tiles of other rows read the same weights again, from the L2 cache."""
-
-    def block_m(self, rows: int) -> int:
-        """Rows of the padded tile."""
-        return min(self.most_rows, max(16, power_of_2(rows)))
 
 
 @triton.jit
@@ -155,7 +138,7 @@ def most_rows(weight: PackedWeight) -> int:
 
 def choose_tiling(
     weight: PackedWeight, rows: int, dtype: torch.dtype = torch.bfloat16, shared: int = HOPPER_SHARED_BYTES
-) -> GroupTiling:
+) -> Tiling:
     """Pick tiles as measured on an H200 (docs/kernels.md), and what fits into ``shared``."""
     tiling = _fastest_tiling(weight, rows)
     if dtype.itemsize > 2:  # for correctness; weights of this type go through shared memory too
@@ -166,15 +149,19 @@ def choose_tiling(
     return replace(tiling, num_stages=max(1, min(tiling.num_stages, (shared - held) // step)))
 
 
-def _fastest_tiling(weight: PackedWeight, rows: int) -> GroupTiling:
+def _fastest_tiling(weight: PackedWeight, rows: int) -> Tiling:
     is_wide, is_fp8 = len(weight.words) > _MANY_OUTPUTS, weight.kind == "fp8"
     if rows <= 16:
-        return GroupTiling(64, 4 if is_wide else 8)
+        return Tiling(64, 4 if is_wide else 8, num_stages=3)
     if not is_wide:
-        return GroupTiling(64, 4)
+        return Tiling(64, 4, num_stages=3)
+    if rows <= 64 and is_fp8:
+        return Tiling(128, 2, num_warps=8, num_stages=3)
     if rows <= 64:
-        return GroupTiling(128, 2, 8) if is_fp8 else GroupTiling(64, 1 if weight.kind != "int8" else 4)
-    return GroupTiling(64, 1, num_stages=2, most_rows=128) if is_fp8 else GroupTiling(128, 1, 8, 2, most_rows=128)
+        return Tiling(64, 1 if weight.kind != "int8" else 4, num_stages=3)
+    if is_fp8:
+        return Tiling(64, 1, num_stages=2, most_rows=128)
+    return Tiling(128, 1, num_warps=8, num_stages=2, most_rows=128)
 
 
 def group_gemm(
@@ -182,7 +169,7 @@ def group_gemm(
     weight: PackedWeight,
     *,
     bias_N: Tensor | None = None,
-    tiling: GroupTiling | None = None,
+    tiling: Tiling | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
     """Multiply rows by the dequantized weight's transpose, accumulated in float32; see `takes`."""
