@@ -138,13 +138,16 @@ def set_client_options(socket: "zmq.Socket[Any]", endpoint: str) -> None:
     says why. Without it, libzmq keeps a message that finds no connection for the next one. So the client begins
     requests, asks queries and resumes only while its monitor says that it is connected. `cancel`, and what it sends in
     reply to a message, go out without this check: the next connection may deliver them.
+
+    Messages wait without a bound of libzmq: a client keeps each request until it ends, so it bounds what waits itself.
+    With a bound, a burst of more would fail as if the server were away, and a cancel in it would be lost.
     """
     set_common_options(socket)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
-    socket.setsockopt(zmq.SNDHWM, 1000)
+    socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 10_000)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
