@@ -1,7 +1,11 @@
 """Busy GPUs are measured before layers are divided automatically, and only then."""
 
+import os
+import signal
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,3 +66,18 @@ def test_a_probe_that_fails_changes_nothing() -> None:
     machine = gpus(80, 80)
     assert measured(machine, (sys.executable, "-c", "raise SystemExit(1)")) == machine
     assert measured(machine, ("/nowhere/probe",)) == machine
+
+
+def test_a_late_probe_is_killed_and_a_file_that_it_holds_open_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a probe that hangs in the driver does: its standard output stays open."""
+    monkeypatch.setattr("mgpu.launch.measured._DEADLINE_S", 1.0)
+    machine, holder = gpus(80, 80), tmp_path / "pid"
+    began_s = time.monotonic()
+    try:
+        assert measured(machine, ("sh", "-c", f"sleep 60 & echo $! > {holder}; wait")) == machine
+        assert time.monotonic() - began_s < 40
+    finally:
+        os.kill(int(holder.read_text()), signal.SIGKILL)
+    assert "the speed of busy GPUs is not known" in caplog.text

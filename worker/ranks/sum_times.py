@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mgpu.worker.ranks.agreement import exchange
+from mgpu.worker.errors import PeerLost
+from mgpu.worker.ranks.agreement import CannotUse, exchange
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.ranks.peer_group import PeerGroup
 
@@ -21,7 +22,7 @@ Sum = Callable[[Tensor, Tensor], Tensor]
 def quickest_rows(
     kernels: PeerGroup, library: TensorParallelGroup, host_group: TensorParallelGroup, device: torch.device
 ) -> int:
-    """Return up to how many rows the kernels are quicker, the same on all ranks; 0 if nowhere.
+    """Return up to how many rows the kernels are quicker, the same on all ranks; 0 if nowhere. CannotUse on any error.
 
     Both add up, add to a residual stream and normalize, in CUDA graphs, as layers do.
     """
@@ -33,8 +34,16 @@ def quickest_rows(
         lambda stream_TD, x_TD: kernels.add_and_norm(stream_TD, x_TD, None, weight_D, _EPS),
         lambda stream_TD, x_TD: add_rms_norm(stream_TD, library.all_reduce(x_TD), weight_D, _EPS),
     )
-    mine = [_median_us(way, rows, kernels, device) for rows in sizes for way in ways]
-    statuses = exchange(host_group, device, "", struct.pack(f"<{len(mine)}f", *mine))
+    problem, mine = "", [0.0] * (len(sizes) * len(ways))
+    try:
+        mine = [_median_us(way, rows, kernels, device) for rows in sizes for way in ways]
+    except PeerLost:
+        raise
+    except RuntimeError as error:  # such as no memory for a graph, or a library that cannot be captured
+        problem = f"sums cannot be timed: {str(error).splitlines()[0]}"
+    statuses = exchange(host_group, device, problem, struct.pack(f"<{len(mine)}f", *mine))
+    if problem := next((status.problem for status in statuses if status.problem), ""):
+        raise CannotUse(problem)
     slowest = [max(us) for us in zip(*(struct.unpack(f"<{len(mine)}f", each.handle) for each in statuses), strict=True)]
     return rows_of_kernels(sizes, slowest[::2], slowest[1::2])
 
