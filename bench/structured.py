@@ -266,7 +266,7 @@ def mask_us(count: int, seed: int) -> tuple[float, float]:
         token_id = -1
         for _ in range(40):
             began_s = time.thread_time()
-            state.take([token_id] if token_id >= 0 else [])
+            state.take([token_id] if token_id >= 0 else [], 60.0)
             state.is_suspect = True  # computed in this thread, so that its time is seen
             mask = int.from_bytes(maker.masks([state]).numpy().tobytes(), "little")
             times.append((time.thread_time() - began_s) * 1e6)

@@ -27,4 +27,4 @@ class GrammarFollower:
         """Go on by tokens, each of which must be allowed."""
         for token_id in token_ids:
             assert token_id in self.allowed(), token_id
-            self._state.take([token_id])
+            self._state.take([token_id], 60.0)

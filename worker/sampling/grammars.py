@@ -12,15 +12,22 @@ Rows without a grammar in the same step wait with it, for less than a forward pa
 they were. The state of a row is a function of its grammar and its tokens. So a row that comes again, after preemption
 or on new workers, takes its emitted tokens first (`GrammarState`); nothing else is kept. A token that was chosen in
 vain, because the row had ended, changes only the state of a row that is freed.
+
+Whatever fails ends a row and no worker: an exception or a panic of the library, a thread that cannot be started, a
+grammar that is not ready in time. `wait` is where a step finds out. It gives such a row a state in which only stop
+tokens are allowed, and reports the failure.
 """
 
 # S rows that sample, N of them with a grammar, V tokens of a vocabulary slice, W words of 32 tokens
 
+import logging
 import os
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +37,7 @@ from mgpu.protocol.internal.grammars import new_matcher, token_table
 from mgpu.protocol.internal.worker_messages import NewRow, RowGrammar, StepPlan, Vocabulary
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.sampling.grammar_masks import MaskMaker
-from mgpu.worker.sampling.grammar_state import WORD_BITS, GrammarState
+from mgpu.worker.sampling.grammar_state import WORD_BITS, GrammarState, log_error
 from mgpu.worker.state.rows import SampleRequest
 
 if TYPE_CHECKING:
@@ -39,8 +46,15 @@ if TYPE_CHECKING:
 _MOST_MASK_THREADS = 8
 _MOST_COMPILED = 64
 """Grammars that are kept for requests to come: many requests ask for the same one."""
-_WAIT_S = 60.0
-"""A grammar that passed the gateway's check takes far less."""
+_WAIT_S, _PEER_WAIT_S = 5.0, 8.0
+"""A grammar that passed the gateway's check takes far less. A step may take 10 s (`Timeouts.hang_timeout_s`). Only the
+rank that reports failures gives a row up; the others wait longer, so that they come to the same end or fail."""
+
+log = logging.getLogger(__name__)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -57,8 +71,10 @@ class _Row:
 class Grammars:
     """The grammars of one rank's rows. Threads and tensors exist from the first row with a grammar on."""
 
-    def __init__(self, max_rows: int, padded_vocab: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, padded_vocab: int, device: torch.device, reports: bool = True) -> None:
+        """``reports`` is true on the rank whose failures the orchestrator hears of."""
         self._max_rows, self._padded_vocab, self._device = max_rows, padded_vocab, device
+        self._reports, self._wait_s = reports, _WAIT_S if reports else _PEER_WAIT_S
         self._rows: dict[int, _Row] = {}
         self._vocab_size = 0
         self._tokens: Future[LLTokenizer] | None = None
@@ -72,8 +88,8 @@ class Grammars:
     def use(self, vocabulary: Vocabulary) -> None:
         """Begin to prepare the tokens of the model."""
         self._vocab_size = len(vocabulary.tokens)
-        self._tokens = self._compiler.submit(token_table, vocabulary)
-        self._maker = self._compiler.submit(_new_maker, self._vocab_size)
+        self._tokens = _started(self._compiler, token_table, vocabulary)
+        self._maker = _started(self._compiler, _new_maker, self._vocab_size)
 
     def follow(self, plan: StepPlan) -> None:
         """Forget rows that the plan frees, and begin with those that are new."""
@@ -92,12 +108,13 @@ class Grammars:
         if not found:
             return []
         rows = [self._row(request.rows[index]) for index in found]
+        self._settle(rows, [request.sampling[index].grammar for index in found])
         words_NW = self._words_of(rows)
         if self._words is None:
             shape = (self._max_rows, words_NW.shape[1])
             self._words = torch.zeros(shape, dtype=torch.int32, device=self._device)
         self._words[self._rows_with_grammar(request, found)] = words_NW.to(self._device, non_blocking=True)
-        states = [row.state.result(_WAIT_S) for row in rows]
+        states = [row.state.result() for row in rows]
         return [(index, state.failure) for index, state in zip(found, states, strict=True) if state.failure]
 
     def apply(self, logits_SV: Tensor, first_id: int, request: SampleRequest) -> None:
@@ -129,10 +146,9 @@ class Grammars:
             chosen = torch.cuda.Event()  # type: ignore[no-untyped-call]
             chosen.record()
         assert self._maker is not None
-        maker = self._maker.result(_WAIT_S)
         rows = [self._row(request.rows[index]) for index in found]
-        states = [row.state.result(_WAIT_S) for row in rows]
-        masks = self._masker.submit(_advance, maker, states, ids, found, chosen)
+        states = [row.state.result() for row in rows]
+        masks = _started(self._masker, _advance, self._maker, states, ids, found, chosen)
         for place, row in enumerate(rows):
             row.masks, row.place = masks, place
 
@@ -142,8 +158,8 @@ class Grammars:
         if self._tokens is None:
             raise BadPlan(f"row {new.row} has a grammar, but the vocabulary has not come")
         emitted = int32_array(new.token_ids)[new.prompt_len :].tolist()
-        state = self._compiler.submit(self._state, grammar, emitted)
-        return _Row(state, self._compiler.submit(self._first_mask, state), 0)
+        state = _started(self._compiler, self._state, grammar, emitted)
+        return _Row(state, _started(self._compiler, self._first_mask, state), 0)
 
     def _state(self, grammar: RowGrammar, emitted: list[int]) -> GrammarState:
         assert self._tokens is not None
@@ -151,13 +167,39 @@ class Grammars:
         self._compiled[grammar.text] = matcher
         if len(self._compiled) > _MOST_COMPILED:
             self._compiled.popitem(last=False)
-        state = GrammarState(matcher.deep_copy(), grammar.stop_ids, self._vocab_size)
-        state.take(emitted)
+        state = GrammarState(matcher, grammar.stop_ids, self._vocab_size)
+        state.take(emitted, self._wait_s)
         return state
 
     def _first_mask(self, state: "Future[GrammarState]") -> Tensor:
         assert self._maker is not None
         return self._maker.result().masks([state.result()])
+
+    # -- failures ------------------------------------------------------------------------------------------------------
+
+    def _settle(self, rows: list[_Row], grammars: list[RowGrammar | None]) -> None:
+        """Wait until the masks of a step are there. Rows for which that fails may only stop from now on."""
+        until_s = time.monotonic() + self._wait_s
+        for row, grammar in zip(rows, grammars, strict=True):
+            assert grammar is not None
+            try:
+                row.state.result(max(0.0, until_s - time.monotonic()))
+                row.masks.result(max(0.0, until_s - time.monotonic()))
+            except TimeoutError:
+                if not self._reports:
+                    raise
+                self._give_up(row, grammar, f"the grammar was not ready within {self._wait_s:g} s; ask for less")
+            except BaseException as error:  # the library panics with exceptions that are no `Exception`
+                if isinstance(error, (SystemExit, KeyboardInterrupt)):
+                    raise
+                log_error("the grammar of a row failed, and only that row ends", error)
+                self._give_up(row, grammar, f"the grammar cannot be followed: internal error ({type(error).__name__})")
+
+    def _give_up(self, row: _Row, grammar: RowGrammar, why: str) -> None:
+        state = GrammarState(None, grammar.stop_ids, self._vocab_size, why)
+        row.state, row.masks, row.place = Future(), Future(), 0
+        row.state.set_result(state)
+        row.masks.set_result(MaskMaker(None, self._vocab_size).masks([state]))
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -180,10 +222,10 @@ class Grammars:
 
     def _words_of(self, rows: list[_Row]) -> Tensor:
         """Return masks as int32 [N, W], in memory from which a copy to a GPU runs in the background."""
-        masks = rows[0].masks.result(_WAIT_S)
+        masks = rows[0].masks.result()
         is_one_step = all(row.masks is rows[0].masks and row.place == place for place, row in enumerate(rows))
         if len(masks) != len(rows) or not is_one_step:
-            masks = torch.stack([row.masks.result(_WAIT_S)[row.place] for row in rows])
+            masks = torch.stack([row.masks.result()[row.place] for row in rows])
         shape = (len(rows), -(-self._padded_vocab // WORD_BITS))
         words_NW = torch.zeros(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         width = min(shape[1], masks.shape[1])
@@ -194,17 +236,35 @@ class Grammars:
         return tuple(torch.tensor(column, dtype=torch.int64).to(self._device) for column in columns)
 
 
+def _started(pool: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+    """Return what a thread is to compute. One that cannot be started, at a limit of processes, fails like the work."""
+    try:
+        return pool.submit(work, *args, **kwargs)
+    except RuntimeError as error:
+        failed: Future[T] = Future()
+        failed.set_exception(error)
+        return failed
+
+
 def _new_maker(vocab_size: int) -> MaskMaker:
     import llguidance
 
     threads = max(1, min(_MOST_MASK_THREADS, len(os.sched_getaffinity(0)) // 2))
-    return MaskMaker(llguidance.LLExecutor(num_threads=threads), vocab_size)
+    try:
+        return MaskMaker(llguidance.LLExecutor(num_threads=threads), vocab_size)
+    except Exception as error:  # at a limit of processes
+        log.warning("masks of grammars are computed one by one, because no threads can be started: %s", error)
+        return MaskMaker(None, vocab_size)
 
 
 def _advance(
-    maker: MaskMaker, states: list[GrammarState], ids: Tensor, found: list[int], chosen: torch.cuda.Event | None
+    maker: "Future[MaskMaker]",
+    states: list[GrammarState],
+    ids: Tensor,
+    found: list[int],
+    chosen: torch.cuda.Event | None,
 ) -> Tensor:
     if chosen is not None:
         chosen.synchronize()
     chosen_ids = ids.tolist()
-    return maker.advance(states, [chosen_ids[index] for index in found])
+    return maker.result().advance(states, [chosen_ids[index] for index in found])

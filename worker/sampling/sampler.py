@@ -7,6 +7,7 @@ log-probabilities gather all logits.
 
 # S rows that sample, V tokens (of this rank's slice, or all where a comment says so), F rows that need all logits
 
+import logging
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,6 +22,8 @@ from mgpu.worker.sampling.grammars import Grammars
 from mgpu.worker.sampling.noise import add_gumbel, row_keys, token_factors
 from mgpu.worker.sampling.rules import apply_rules
 from mgpu.worker.state.rows import RowTable, SampleRequest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Sampled:
     ids_S: Tensor
     logprobs: LogprobTensors | None
     failures: list[tuple[int, str]] = field(default_factory=list)
-    """Rows whose grammar cannot go on: their index, and why."""
+    """Rows that cannot go on, by their grammar or their rules: their index, and why."""
 
     def logprob_list(self) -> list[TokenLogprobs | None] | None:
         """Read the log-probabilities back, parallel to the tokens; None if no row asked for them."""
@@ -65,14 +68,18 @@ class Sampler:
         self._slices = (slices,) * group.size if isinstance(slices, int) else slices
         self._first_id, total = sum(self._slices[: group.rank]), sum(self._slices)
         self._slice = token_factors(self._first_id, self._slices[group.rank], rows.device)
-        self.grammars = Grammars(rows.max_rows, total, rows.device)
+        self.grammars = Grammars(rows.max_rows, total, rows.device, reports=group.rank == 0)
+        self._broken_rules: dict[int, str] = {}
+        """Rows of the step whose rules could not be applied, and why."""
         self._all = self._slice if group.size == 1 else token_factors(0, total, rows.device)
 
     def sample(self, logits_SV: Tensor, request: SampleRequest) -> Sampled:
         """Choose from this rank's fp32 logits [S, V], which may be overwritten."""
         failures = self.grammars.wait(request)
+        self._broken_rules.clear()
         sampled = self._choose(logits_SV, request)
         self.grammars.take(request, sampled.ids_S)
+        failures += [(request.rows.index(number), why) for number, why in self._broken_rules.items()]
         return replace(sampled, failures=failures) if failures else sampled
 
     def _choose(self, logits_SV: Tensor, request: SampleRequest) -> Sampled:
@@ -141,7 +148,11 @@ class Sampler:
             if row.has_rules:
                 number = request.rows[i]
                 tokens_L = self._rows.tokens[number, : request.positions[i]]
-                apply_rules(logits_SV[i], first_id, row, tokens_L, self._rows.prompt_lens[number])
+                try:
+                    apply_rules(logits_SV[i], first_id, row, tokens_L, self._rows.prompt_lens[number])
+                except Exception as error:  # what one client asks for must not end the rows of others
+                    log.exception("the sampling rules of a row failed, and only that row ends")
+                    self._broken_rules[number] = f"internal error in its sampling rules ({type(error).__name__})"
         self.grammars.apply(logits_SV, first_id, request)
 
     def _with_noise(self, logits_SV: Tensor, factors_V: Tensor, request: SampleRequest, filtered: bool) -> Tensor:

@@ -144,6 +144,11 @@ class Prompts:
             self._conclude(request, future.result())
         except Refusal as refusal:
             self._requests.refuse(request.connection, request.id, refusal)
+        except Exception as bug:  # our own bug must cost one request, not the gateway
+            self._bug_log.write("a request could not be admitted", error=bug)
+            self._requests.refuse(
+                request.connection, request.id, Refusal("engine_error", "internal error in the gateway")
+            )
 
     def _conclude(self, request: Request, result: TextReply) -> None:
         """Admit the request, or answer the query. Refusal when there is no result, or one that does not fit."""

@@ -18,8 +18,8 @@ from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.protocol.chat.formats import ChatFormat
 from mgpu.protocol.front.client_messages import Generate, TextQuery
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.front.server_messages import Detokenized, FailureCode, Keepalive, Tokenized
-from mgpu.protocol.internal.gateway_messages import REFUSALS, Cancel, Outputs, Resumable
+from mgpu.protocol.front.server_messages import Accepted, Detokenized, FailureCode, Keepalive, Tokenized
+from mgpu.protocol.internal.gateway_messages import REFUSALS, Cancel, Outputs, Resumable, Submit
 from mgpu.protocol.internal.worker_messages import Vocabulary
 
 KEEPALIVE_S = 1.0
@@ -102,10 +102,17 @@ class RequestHandler:
         if spec.emitted_ids is not None:
             choices[0].begin_after(int32_array(spec.emitted_ids))
         self.table.add(request)
+        try:
+            self._submit(request, choices, accepted, submits)
+        except BaseException:  # the caller tells the client; what is in the table would be waited for without end
+            self.drop(request)
+            raise
+
+    def _submit(self, request: Request, choices: list[Choice], accepted: Accepted, submits: list[Submit]) -> None:
         self.table.start(request, choices)
-        if spec.session is not None:
+        if request.spec.session is not None:
             context = pack_context(request, accepted)
-            self._outgoing.to_engine(Resumable(spec.session, request.id, context, submits))
+            self._outgoing.to_engine(Resumable(request.spec.session, request.id, context, submits))
         else:
             for submit in submits:
                 self._outgoing.to_engine(submit)

@@ -5,26 +5,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("llguidance")
 
-from harness.rank_threads import ThreadGroup, run_ranks
-from mgpu.protocol.internal.grammars import new_matcher, token_table
-from mgpu.protocol.internal.worker_messages import NewRow, RowGrammar, RowSampling, StepPlan, Vocabulary
+from harness.grammar_rows import CPU, EOS, PADDED, TOKENS, allowed, answers, of, states_of
+from harness.rank_threads import run_ranks
+from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.errors import BadPlan
-from mgpu.worker.sampling import grammar_masks
+from mgpu.worker.sampling import grammar_masks, grammar_state
 from mgpu.worker.sampling.grammar_masks import MaskMaker
-from mgpu.worker.sampling.grammar_state import GrammarState
 from mgpu.worker.sampling.sampler import Sampler
 from mgpu.worker.state.rows import RowTable
-
-TOKENS = [bytes([each]) for each in range(256)] + [b"ab", b"</s>", b"[]"]
-EOS = 257
-PADDED = 288
-"""Logits that the ranks have together: more than tokens, and no multiple of 64 on three ranks."""
-VOCABULARY = Vocabulary(0, TOKENS, [EOS])
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -33,52 +24,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def logits_of(step: int, rows: int) -> Tensor:
-    return torch.randn(rows, PADDED, generator=torch.Generator().manual_seed(step))
-
-
-def answers(
-    sampling: list[RowSampling], steps: int, emitted: tuple[list[int], ...] = (), ranks: int = 1
-) -> tuple[list[list[int]], list[tuple[int, str]]]:
-    """Sample rows whose prompts have two tokens; return their tokens and the failures of the last step."""
-    before = list(emitted) or [[] for _ in sampling]
-
-    def work(group: ThreadGroup) -> tuple[list[list[int]], list[tuple[int, str]]]:
-        rows, width = RowTable(8, 64, 16, 8, CPU), PADDED // ranks
-        sampler = Sampler(rows, group, width)
-        sampler.grammars.use(VOCABULARY)
-        new = [
-            NewRow(row, struct.pack(f"<{2 + len(tokens)}i", 1, 2, *tokens), 2, [0, 1, 2], each)
-            for row, (each, tokens) in enumerate(zip(sampling, before, strict=True))
-        ]
-        plan = StepPlan(1, 1, [], new, [], [], [], [], [], [])
-        sampler.grammars.follow(plan)
-        rows.apply(plan)
-        tokens = [list(each) for each in before]
-        failures: list[tuple[int, str]] = []
-        numbers = list(range(len(sampling)))
-        for step in range(len(tokens[0]), steps):
-            positions = [2 + len(each) for each in tokens]
-            request = rows.request(numbers, positions, torch.tensor(numbers), torch.tensor(positions))
-            part = logits_of(step, len(sampling))[:, group.rank * width : (group.rank + 1) * width].clone()
-            sampled = sampler.sample(part, request)
-            rows.write_sampled(request, sampled.ids_S)
-            failures = sampled.failures
-            for each, token in zip(tokens, sampled.ids_S.tolist(), strict=True):
-                each.append(token)
-        return tokens, failures
-
-    results = run_ranks(ranks, work)
-    assert all(each == results[0] for each in results)
-    return results[0]
-
-
-def of(grammar: str, stop_ids: tuple[int, ...] = (EOS,), **options: object) -> RowSampling:
-    return RowSampling(
-        grammar=RowGrammar(f'%llguidance {{"no_forcing": true}}\nstart: {grammar}', [*stop_ids]), **options
-    )  # type: ignore[arg-type]
 
 
 MIXED = [
@@ -143,20 +88,10 @@ def test_a_grammar_that_no_token_continues_is_reported() -> None:
     assert tokens[1] == [EOS]
 
 
-def states_of(*grammars: str) -> list[GrammarState]:
-    tokens = token_table(VOCABULARY)
-    texts = [of(each).grammar.text for each in grammars]  # type: ignore[union-attr]
-    return [GrammarState(new_matcher(tokens, text), [EOS], len(TOKENS)) for text in texts]
-
-
 def maker() -> MaskMaker:
     import llguidance
 
     return MaskMaker(llguidance.LLExecutor(num_threads=2), len(TOKENS))
-
-
-def allowed(words_W: Tensor) -> set[int]:
-    return {bit for bit in range(len(words_W) * 32) if int(words_W[bit // 32]) >> bit % 32 & 1}
 
 
 def test_rows_of_a_step_are_brought_forward_together() -> None:
@@ -175,21 +110,22 @@ def test_rows_of_a_step_are_brought_forward_together() -> None:
 def test_slow_masks_are_reported_and_are_the_same_masks(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
     [quick], [slow] = states_of("/a[b-c]+/"), states_of("/a[b-c]+/")
     expected = [maker().masks([quick]), *(maker().advance([quick], [token]) for token in tokens)]
-    monkeypatch.setattr(grammar_masks, "MAX_MASK_S", 0.0)
+    monkeypatch.setattr(grammar_state, "MAX_AHEAD_S", -1.0)
     found = [maker().masks([slow]), *(maker().advance([slow], [token]) for token in tokens)]
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert not quick.failure
-    assert "s for one token, the limit is 0 s" in slow.failure
+    assert "its tokens have taken -1 s more than 0.005 s each" in slow.failure
 
 
 def test_a_slow_row_among_others_is_found_at_its_next_token(monkeypatch: pytest.MonkeyPatch) -> None:
     states = states_of("/a[b-c]+/", "/a[b-d]+/")
     maker().masks(states)
-    monkeypatch.setattr(grammar_masks, "MAX_MASK_S", -1.0)
+    monkeypatch.setattr(grammar_masks, "SLOW_STEP_S", -1.0)
+    monkeypatch.setattr(grammar_state, "MAX_AHEAD_S", -1.0)
     maker().advance(states, [ord("a"), ord("a")])
     assert not any(state.failure for state in states)
     maker().advance(states, [ord("b"), ord("b")])
-    assert all("for one token" in state.failure for state in states)
+    assert all("s for a token" in state.failure for state in states)
 
 
 def test_a_row_with_a_grammar_needs_the_vocabulary() -> None:

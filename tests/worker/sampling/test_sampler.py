@@ -12,7 +12,9 @@ from torch import Tensor
 from harness.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.ranks.collectives import SingleRank
+from mgpu.worker.sampling import sampler
 from mgpu.worker.sampling.noise import gumbel, row_keys, token_factors
+from mgpu.worker.sampling.rules import apply_rules
 from mgpu.worker.sampling.sampler import Sampled, Sampler
 from mgpu.worker.state.rows import RowTable, SampleRequest
 
@@ -335,3 +337,18 @@ def test_padding_of_the_vocabulary_is_never_chosen() -> None:
     logits[:, 50:] = -torch.inf
     sampling = [RowSampling(temperature=5.0, seed=seed, top_p=0.99 if seed % 2 else 1.0) for seed in range(100)]
     assert max(ids_of(logits, sampling, ranks=3)) < 50
+
+
+@pytest.mark.parametrize("others", [{}, {"top_k": 5, "temperature": 1.0}])
+def test_rules_that_raise_end_their_row_only(monkeypatch: pytest.MonkeyPatch, others: dict[str, float]) -> None:
+    def raise_for_a_bias_of_9(logits_V: Tensor, first_id: int, row: RowSampling, *rest: object) -> None:
+        if row.logit_bias == [(1, 9.0)]:
+            raise IndexError("index 1 is out of bounds")
+        apply_rules(logits_V, first_id, row, *rest)  # type: ignore[arg-type]
+
+    good = RowSampling(logit_bias=[(7, 90.0)], **others)  # type: ignore[arg-type]
+    bad = RowSampling(logit_bias=[(1, 9.0)])
+    monkeypatch.setattr(sampler, "apply_rules", raise_for_a_bias_of_9)
+    sampled = choose(torch.zeros(4, VOCAB), [good, bad, good, bad])
+    assert sampled.ids_S[[0, 2]].tolist() == [7, 7]
+    assert sampled.failures == [(row, "internal error in its sampling rules (IndexError)") for row in (1, 3)]

@@ -11,8 +11,12 @@ import pytest
 from harness.resuming_gateway import A, B, ResumingGateway, record
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.requests import request_handler
 from mgpu.orchestrator.gateway.requests.prompts import Prompts
+from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.text.encoder_process import EncoderFailed
+from mgpu.protocol.front.client_messages import Generate
+from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.internal.gateway_messages import Outputs
 
 
@@ -74,13 +78,19 @@ def test_signals_to_stop_go_on(signal: type[BaseException]) -> None:
         gateway.answer(0, record(7, tokens=(66,)))
 
 
+class Unreadable:
+    def __getattr__(self, name: str) -> object:
+        raise KeyError("bug")
+
+
 @pytest.mark.parametrize(("failure", "code", "words"), [
     (BlockingIOError(errno.EAGAIN, "x"), "overloaded", "the limit of processes is reached (ulimit -u"),
     (EncoderFailed("no process for texts could be started"), "overloaded", "no process for texts"),
     (KeyError("bug"), "engine_error", "internal error"),
+    (None, "engine_error", "internal error"),
 ])  # fmt: skip
 def test_a_failure_of_the_server_is_not_told_as_one_of_the_request(
-    failure: Exception, code: str, words: str, caplog: pytest.LogCaptureFixture
+    failure: Exception | None, code: str, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     refused: list[Refusal] = []
     prompts = object.__new__(Prompts)
@@ -92,8 +102,26 @@ def test_a_failure_of_the_server_is_not_told_as_one_of_the_request(
     for name, value in (("_requests", requests), ("_bug_log", log), ("_limit_log", log)):
         setattr(prompts, name, value)
     future: Future[Any] = Future()
-    future.set_exception(failure)
+    if failure is None:  # the text is there, and admitting the request fails
+        future.set_result(Unreadable())
+    else:
+        future.set_exception(failure)
     prompts._finish(cast("Any", SimpleNamespace(connection=A, id=1, is_encoding=True)), future)
     assert [(each.code, words in str(each)) for each in refused] == [(code, True)]
     assert (refused[0].retry_after_s is not None) == (code == "overloaded")
     assert ("KeyError: 'bug'" in caplog.text) == (code == "engine_error")
+
+
+def test_a_request_that_fails_while_it_is_submitted_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = ResumingGateway()
+    requests = cast("Any", gateway.resumptions)._requests
+
+    def fail(*_: object) -> bytes:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(request_handler, "pack_context", fail)
+    spec = Generate(1, prompt_ids=int32_bytes([1, 2]), session="s", max_tokens=3, n=2)
+    with pytest.raises(KeyError):
+        requests.admit(Request(A, spec, 0.0, None), spec.prompt_ids)
+    assert len(gateway.table) == 0
+    assert len(gateway.cancelled) == 2
