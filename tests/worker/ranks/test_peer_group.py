@@ -70,6 +70,42 @@ def test_kernels_that_add_up_a_few_rows_leave_the_rest_to_the_library() -> None:
     assert captured_rows(group) > 1 << 20
 
 
+class Adds:
+    """Stands for a kernel, or the library: adds 1, and notes how it was called."""
+
+    def __init__(self, rows: int = 0) -> None:
+        self.rows = rows
+        self.calls: list[tuple[object, ...]] = []
+
+    def __call__(self, part_TD: Tensor, sum_TD: Tensor, *rest: object) -> Tensor:
+        self.calls.append((len(part_TD), sum_TD is part_TD, *rest))
+        return sum_TD.add_(1)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self.calls.append((len(x),))
+        return x + 2
+
+
+def test_a_sum_is_made_in_place_by_the_kernel_for_its_size_or_by_the_library() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    limits = ReduceLimits(2, 64, torch.float32, one_shot_rows=4, two_shot_rows=16)
+    shapes = area_shapes(limits)
+    areas = cut(torch.zeros(buffer_bytes(shapes), dtype=torch.uint8), [0, 0], shapes)
+    alarm = PeerAlarm(torch.zeros(1), torch.zeros(1), 1)
+    group = PeerGroup(DistGroup(None, 0, 2), areas, alarm, limits)  # type: ignore[arg-type]
+    one, two, library = Adds(group.one_shot.rows), Adds(), Adds()
+    group.one_shot, group.two_shot, group.inner = one, two, library  # type: ignore[assignment]
+    for rows in (1, 4, 5, 16):
+        x_TD = torch.zeros(rows, 64)
+        assert group.all_reduce(x_TD) is x_TD
+        assert bool((x_TD == 1).all())
+    assert group.all_reduce(torch.zeros(17, 64)).max() == 2
+    assert group.all_reduce(torch.zeros(4, 32)).max() == 2
+    assert one.calls == [(1, True, None, None), (4, True, None, None)]
+    assert two.calls == [(5, True, None, None), (16, True, None, None)]
+    assert library.calls == [(17,), (4,)]
+
+
 def test_a_rank_that_cannot_makes_all_keep_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_one(group: ThreadGroup) -> tuple[bool, str, Tensor]:
         setup = PeerSetup(group, group, CPU)
