@@ -5,6 +5,7 @@ Peers are asked in their own process, without a network between: what they need 
 
 import argparse
 import asyncio
+import contextlib
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -83,7 +84,8 @@ def streamed(start: Start) -> Send:
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[int | Exception | None]()
 
         def notify(what: int | Exception | None) -> None:
-            loop.call_soon_threadsafe(arrived.put_nowait, what)
+            with contextlib.suppress(RuntimeError):  # the loop has ended: after an error nobody reads on
+                loop.call_soon_threadsafe(arrived.put_nowait, what)
 
         start(request, notify)
         while (what := await asyncio.wait_for(arrived.get(), DEADLINE_S)) is not None:

@@ -29,6 +29,17 @@ def test_what_another_thread_reports_is_streamed_until_it_ends() -> None:
     ]
 
 
+def test_a_report_that_comes_too_late_harms_nobody() -> None:
+    notifiers: list[Callable[[int | Exception | None], None]] = []
+
+    def start(_: Request, notify: Callable[[int | Exception | None], None]) -> None:
+        notifiers.append(notify)
+        notify(None)
+
+    asyncio.run(closed_loop(streamed(start), [Request([1], 1)], 1))
+    notifiers[0](7)
+
+
 def test_tokens_without_text_are_counted_at_the_end_of_an_answer_of_llama_cpp() -> None:
     told: Told = []
     answer = Answer(told.append)
