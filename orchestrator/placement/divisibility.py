@@ -30,10 +30,9 @@ def split_problems(
         problems.append(f"transformers has no plan to split {facts.architecture}")
     if q_heads % size:
         problems.append(f"{q_heads} query heads % {size} = {q_heads % size}")
-    if size <= kv_heads and kv_heads % size:
-        problems.append(f"{kv_heads} KV heads % {size} = {kv_heads % size}")
-    if size > kv_heads and size % kv_heads:
-        problems.append(f"{size} ranks % {kv_heads} KV heads = {size % kv_heads}")
+    problems += _kv_problems(kv_heads, size)
+    if facts.full_heads is not None:
+        problems += [f"{problem} in full layers" for problem in _kv_problems(facts.full_heads.num_kv, size)]
     if facts.linear is not None and facts.linear.key_heads % size:
         heads = facts.linear.key_heads
         problems.append(f"{heads} key heads of linear attention % {size} = {heads % size}")
@@ -41,6 +40,14 @@ def split_problems(
         problems.append(f"MLP width {facts.intermediate_size} < {size} ranks")
     split = experts or expert_split(facts, [size], quant)
     return problems + _expert_problems(facts, size, split) + group_problems(quant, facts, size, split)
+
+
+def _kv_problems(kv_heads: int, size: int) -> list[str]:
+    if size <= kv_heads and kv_heads % size:
+        return [f"{kv_heads} KV heads % {size} = {kv_heads % size}"]
+    if size > kv_heads and size % kv_heads:
+        return [f"{size} ranks % {kv_heads} KV heads = {size % kv_heads}"]
+    return []
 
 
 def _expert_problems(facts: ModelFacts, size: int, split: ExpertSplit) -> list[str]:

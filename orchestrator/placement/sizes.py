@@ -97,9 +97,7 @@ def layers_bytes(
     if facts.borrowed is not None:
         return sum(layer_bytes(facts, layer, tp_size, dtype_bytes, quant, split) for layer in layers)
     stored = facts.formats if quant == "none" else ()
-    kinds = [
-        (facts.experts_of(layer) is not None, facts.is_linear(layer), stored[layer : layer + 1]) for layer in layers
-    ]
+    kinds = [(facts.kind_of(layer), stored[layer : layer + 1]) for layer in layers]
     return sum(
         kinds.count(kind) * layer_bytes(facts, layers[kinds.index(kind)], tp_size, dtype_bytes, quant, split)
         for kind in set(kinds)
@@ -122,7 +120,7 @@ def active_bytes(facts: ModelFacts, dtype_bytes: int, quant: Quant) -> tuple[int
 
 def largest_matrix_bytes(facts: ModelFacts, tp_size: int, dtype_bytes: int, split: ExpertSplit = "tensor") -> int:
     """Return the bytes of a rank's largest linear weight while it is dense."""
-    kinds = {(facts.experts_of(layer) is not None, facts.is_linear(layer)): layer for layer in range(facts.num_layers)}
+    kinds = {facts.kind_of(layer): layer for layer in range(facts.num_layers)}
     shapes = {shape for layer in kinds.values() for shape in rank_matrices(facts, tp_size, layer, split)}
     return max(map(math.prod, shapes)) * dtype_bytes
 
@@ -170,8 +168,9 @@ def rank_weight_bytes(
 
 def kv_token_bytes(facts: ModelFacts, layers: range, tp_size: int, element_bytes: int) -> int:
     """Return the KV-cache bytes of one token on a rank of some layers, of which linear ones have none."""
-    held = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size).num_kv
-    return 2 * (len(layers) - facts.count_linear(layers)) * held * facts.head_dim * element_bytes
+    own = [facts.of_layer(layer) for layer in layers if not facts.is_linear(layer)]
+    heads = [(head_shard(each.num_q_heads, each.num_kv_heads, 0, tp_size).num_kv, each.head_dim) for each in own]
+    return 2 * sum(num_kv * head_dim for num_kv, head_dim in heads) * element_bytes
 
 
 def state_bytes(facts: ModelFacts, layers: range, tp_size: int, dtype_bytes: int) -> int:
@@ -189,7 +188,8 @@ def step_bytes(
     Residual stream, its norm and a partial sum; QKV and attention output; gate, up and their product, of all experts
     of a token with their outputs; on the last stage float32 logits of every row, three times over for sampling.
     """
-    qkv = (2 * facts.num_q_heads + 2 * max(facts.num_kv_heads, tp_size)) * facts.head_dim // tp_size
+    kinds = (facts, facts.of_layer(facts.num_layers - 1))  # the last layer has the widest heads, if any are wider
+    qkv = max((2 * each.num_q_heads + 2 * max(each.num_kv_heads, tp_size)) * each.head_dim // tp_size for each in kinds)
     if facts.linear is not None:  # projections, the convolution's result, and heads in float32
         linear = 2 * facts.linear.channels(tp_size) + 2 * facts.linear.value_heads * facts.linear.value_dim // tp_size
         qkv = max(qkv, 4 * linear)

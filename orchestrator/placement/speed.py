@@ -11,9 +11,9 @@ from mgpu.orchestrator.placement.costs import HOST_BYTES_PER_S
 from mgpu.orchestrator.placement.devices import DeviceInfo
 from mgpu.orchestrator.placement.gpu_facts import GpuFacts, find_gpu
 from mgpu.orchestrator.placement.planner import Plan
-from mgpu.orchestrator.placement.sizes import layers_bytes, part_facts
+from mgpu.orchestrator.placement.sizes import kv_token_bytes, layers_bytes, part_facts
 from mgpu.orchestrator.placement.stored_formats import is_stored
-from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts, ModelFacts
+from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.placement import Stage, TensorPart, padded_vocab
 from mgpu.protocol.model.quantization import Quant
 from mgpu.protocol.model.shared_memory_layout import SUM_ROWS
@@ -191,7 +191,7 @@ def _stage_s(plan: Plan, stage: Stage, device: _Device, rows: int, behind: int) 
             rate = device.float8_flops if quant == "fp8" and device.float8_flops else device.flops
             products_s += _OVERLAP * has_many * 2 * elements * rows / rate
     head_s = _head_bytes(plan, stage) / (reads * _PRODUCTS["none"])
-    kv_bytes = rows * _kv_tokens(facts, layers, behind) * _kv_bytes_per_layer(plan, stage)
+    kv_bytes = rows * _kv_read_bytes(plan, layers, size, behind)
     kv_bytes += 2 * min(rows, plan.limits.max_rows) * _state_bytes(plan, stage)
     graph_s = products_s + head_s + kv_bytes / reads + len(layers) * (_LAYER_S + has_many * _LAYER_MANY_S)
     work_s = graph_s + len(layers) * _sums_s(plan, stage, device, rows)
@@ -239,18 +239,19 @@ def _head_bytes(plan: Plan, stage: Stage) -> float:
     return padded_vocab(facts.vocab_size, size) / size * facts.hidden_size * DTYPE_BYTES[plan.layout.dtype]
 
 
-def _kv_tokens(facts: ModelFacts, layers: range, behind: int) -> float:
-    """Return the tokens that attention reads, summed over the layers; a window bounds those of its layers."""
+def _seen(facts: ModelFacts, layer: int, behind: int) -> int:
+    """Return the tokens that attention reads in a layer: none if it is linear, and no more than its window."""
+    if facts.is_linear(layer):
+        return 0
     window = facts.sliding_window
-    full = [layer for layer in layers if not facts.is_linear(layer)]
-    return sum(min(behind, window) if window and facts.sliding_layers[layer] else behind for layer in full)
+    return min(behind, window) if window and facts.sliding_layers[layer] else behind
 
 
-def _kv_bytes_per_layer(plan: Plan, stage: Stage) -> float:
-    ranks = plan.layout.placement.ranks_of_stage(plan.layout.placement.stages.index(stage))
-    rank = max(ranks, key=lambda rank: plan.rows[rank].kv_token_bytes)
-    linear = plan.facts.count_linear(range(stage.first_layer, stage.end_layer))
-    return plan.rows[rank].kv_token_bytes / max(1, stage.num_layers - linear)
+def _kv_read_bytes(plan: Plan, layers: range, size: int, behind: int) -> int:
+    """Return the bytes of keys and values that one token's attention reads on a rank."""
+    element = kv_element_bytes(plan.layout.kv_cache_dtype, plan.layout.dtype)
+    facts = plan.facts
+    return sum(_seen(facts, at, behind) * kv_token_bytes(facts, range(at, at + 1), size, element) for at in layers)
 
 
 def _state_bytes(plan: Plan, stage: Stage) -> int:
@@ -306,8 +307,8 @@ def _prompt_s(plan: Plan, stage: Stage, device: _Device, prompt: int) -> float:
     layers = range(stage.first_layer, stage.end_layer)
     rate = device.float8_flops if quant == "fp8" and device.float8_flops else device.flops
     products = 2 * _elements(facts, layers, size) * prompt / (rate * _PROMPT_FLOPS[quant])
-    seen = _kv_tokens(facts, layers, prompt // 2)
-    attention = 4 * seen * prompt * facts.num_q_heads * facts.head_dim / size / (device.flops * _ATTENTION_FLOPS)
+    seen = sum(_seen(facts, at, prompt // 2) * facts.of_layer(at).head_dim for at in layers)
+    attention = 4 * seen * prompt * facts.num_q_heads / size / (device.flops * _ATTENTION_FLOPS)
     return products + attention + len(layers) * _sums_s(plan, stage, device, prompt)
 
 

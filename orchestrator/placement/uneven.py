@@ -62,6 +62,9 @@ def _share_problems(facts: ModelFacts, shares: tuple[int, ...]) -> list[str]:
     if facts.linear is not None and len(set(shares)) > 1:
         key_heads = facts.linear.key_heads
         return [f"the {key_heads} key heads of linear attention are split evenly only; use --tp {len(shares)}"]
+    if facts.full_heads is not None and len(set(shares)) > 1:
+        full = facts.full_heads.num_kv
+        return [f"full layers have {full} KV heads, others {heads}, which split evenly only; use --tp {len(shares)}"]
     if min(shares) < 1:
         return [f"each GPU needs at least 1 of the {heads} KV heads"]
     if sum(shares) != heads:

@@ -33,7 +33,7 @@ class Family:
     """True if the configuration may ask for biases of the feed-forward network."""
     qk_norm: bool = False
     is_gemma: bool = False
-    """Weights of norms are stored minus one, embeddings scaled, and the gate is a tanh-GELU."""
+    """Embeddings are scaled, and the gate is a tanh-GELU."""
     is_granite: bool = False
     """The configuration has four multipliers."""
 
@@ -62,6 +62,9 @@ FAMILIES = {
     "qwen3_next": Family(2, 256, 32768, False, None, (), 2048, 5632, 48, 16, 151936, biases="none", qk_norm=True),
     "qwen3_5": Family(4, 256, 32768, False, None, (), 4096, 12288, 32, 16, 248320, biases="none", qk_norm=True),
     "qwen3_5_moe": Family(2, 256, 32768, False, None, (), 2048, 512, 40, 16, 248320, biases="none", qk_norm=True),
+    "gemma4": Family(
+        4, 256, 131072, True, 2, (1,), 2304, 9216, 30, 8, 262144, theta=1e6, biases="none", qk_norm=True, is_gemma=True
+    ),
 }
 CLASSES = {
     "LlamaForCausalLM": "llama",
@@ -91,9 +94,11 @@ CLASSES = {
     "Qwen3_5ForConditionalGeneration": "qwen3_5",
     "Qwen3_5MoeForCausalLM": "qwen3_5_moe",
     "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
+    "Gemma4ForCausalLM": "gemma4",
+    "Gemma4ForConditionalGeneration": "gemma4",
 }
 MODEL_TYPES = {name: name for name in ARCHITECTURES} | {
-    "gemma3_text": "gemma3", "mistral3": "mistral", "qwen2_5_vl_text": "qwen2_5_vl",
+    "gemma3_text": "gemma3", "gemma4_text": "gemma4", "mistral3": "mistral", "qwen2_5_vl_text": "qwen2_5_vl",
     "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe",
 }  # fmt: skip
 """Models that only name their type."""

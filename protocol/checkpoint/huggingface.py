@@ -16,6 +16,7 @@ from mgpu.protocol.checkpoint.files.untrusted import (
     reading,
 )
 from mgpu.protocol.checkpoint.files.wrong_kind import folder_without_config
+from mgpu.protocol.checkpoint.full_heads import full_heads
 from mgpu.protocol.checkpoint.linear import linear_facts
 from mgpu.protocol.checkpoint.quantized.config import SchemeOf, read_schemes, refusal
 from mgpu.protocol.checkpoint.rope.huggingface import read_rope, rotated_size
@@ -136,6 +137,8 @@ def _bos(base: Family, fields: Fields) -> int | None:
 def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> ModelFacts:
     for holder in (outer, fields):
         _refuse_unsupported(holder, family)
+    if family == "gemma4":
+        _refuse_unsupported_gemma4(fields)
     base = FAMILIES[family]
     tying = outer if outer.has("tie_word_embeddings") else fields
     hidden = fields.integer("hidden_size", base.hidden_size, high=Limit.HIDDEN)
@@ -144,8 +147,9 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
     head_dim = _head_dim(fields, base, hidden, num_q_heads)
     max_position = fields.integer("max_position_embeddings", base.max_position, high=Limit.POSITION)
     rotated = rotated_size(fields, family, head_dim)
-    rope = read_rope(fields, family, base.theta, max_position, rotated)
     window, sliding = read_sliding(fields, family, num_layers)
+    full = full_heads(fields, family, num_q_heads, sliding)
+    rope = read_rope(fields, family, base.theta, max_position, rotated if full is None else full.rotated_size)
     qkv_bias, output_bias = _biases(fields, base)
     return ModelFacts(
         architecture=family,
@@ -170,7 +174,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         tie_embeddings=tying.boolean("tie_word_embeddings", base.tie),
         activation=_activation(fields, family, base),
         embedding_scale=hidden**0.5 if base.is_gemma else _multiplier(fields, base, "embedding_multiplier"),
-        attention_scale=_attention_scale(fields, base, head_dim),
+        attention_scale=1.0 if family == "gemma4" else _attention_scale(fields, base, head_dim),
         bos_token_id=_bos(base, outer if outer.has("bos_token_id") else fields),
         eos_token_ids=_end_tokens(base, generation, outer if outer.has("eos_token_id") else fields),
         checkpoint_dtype=_dtype(outer, fields),
@@ -183,6 +187,9 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         residual_scale=_multiplier(fields, base, "residual_multiplier"),
         logit_scale=1.0 / _multiplier(fields, base, "logits_scaling"),
         logit_softcap=_softcap(fields, family, "final_logit_softcapping", 30.0),
+        full_heads=full,
+        value_norm=family == "gemma4",
+        layer_scale=family == "gemma4",
         attention_gate=family in HYBRID,
         linear=linear_facts(fields, family, num_layers),
         left_out=_left_out(fields, family),
@@ -210,10 +217,9 @@ def _multiplier(fields: Fields, base: Family, key: str) -> float:
 
 
 def _softcap(fields: Fields, family: str, key: str, default: float) -> float:
-    """Return Gemma 2's cap; 0 where it is null."""
-    if family != "gemma2" or (fields.declares(key) and not fields.has(key)):
-        return 0.0
-    return fields.number(key, default)
+    """Return the cap of Gemma 2 and 4; 0 where it is null, and in Gemma 4 where it is absent."""
+    is_none = not fields.has(key) and (fields.declares(key) or family == "gemma4")
+    return 0.0 if is_none or key not in _CAPS.get(family, ()) else fields.number(key, default)
 
 
 def _unrotated_layers(fields: Fields, family: str, num_layers: int) -> tuple[int, ...]:
@@ -229,12 +235,26 @@ def _unrotated_layers(fields: Fields, family: str, num_layers: int) -> tuple[int
 
 def _refuse_unsupported(fields: Fields, family: str) -> None:
     for key in ("final_logit_softcapping", "attn_logit_softcapping"):
-        if fields.has(key) and family != "gemma2":
+        if fields.has(key) and key not in _CAPS.get(family, ()):
             raise fields.error(key, "is set, which is not supported")
-    if family in HYBRID and fields.boolean("attention_bias", False):
+    if family in (*HYBRID, "gemma4") and fields.boolean("attention_bias", False):
         raise fields.error("attention_bias", f"is true, which is not supported for {family}")
-    if fields.boolean("use_bidirectional_attention", False):
+    if family != "gemma4" and fields.boolean("use_bidirectional_attention", False):
         raise fields.error("use_bidirectional_attention", "is true: not a model that generates text")
+
+
+_CAPS = {"gemma2": ("final_logit_softcapping", "attn_logit_softcapping"), "gemma4": ("final_logit_softcapping",)}
+
+
+def _refuse_unsupported_gemma4(fields: Fields) -> None:
+    whose = fields.text("use_bidirectional_attention", "vision")  # vision: of text, all attention is causal
+    if whose != "vision":
+        raise fields.error("use_bidirectional_attention", f"is {whose[:40]!r}: not a model that generates text")
+    if fields.boolean("enable_moe_block", False):
+        raise fields.error("enable_moe_block", "is true: experts of gemma4 are not supported yet")
+    for key, default in (("num_kv_shared_layers", 0), ("hidden_size_per_layer_input", 256)):
+        if count := fields.integer(key, default, low=0):
+            raise fields.error(key, f"is {count}, which is not supported yet")
 
 
 def _head_dim(fields: Fields, base: Family, hidden: int, num_q_heads: int) -> int:

@@ -10,8 +10,8 @@ _IF_GIVEN = ("mixtral", "phi3", "smollm3", "ministral3")
 """Families without a window by default."""
 _IF_ASKED = ("qwen2", "qwen2_moe", "qwen2_5_vl", "qwen3", "qwen3_moe", "smollm3")
 """Families whose window counts only with `use_sliding_window`."""
-_DEFAULT_WINDOW = {"gpt_oss": 128}
-_PERIODS = {"gemma2": 2, "gpt_oss": 2, "olmo3": 4}
+_DEFAULT_WINDOW = {"gpt_oss": 128, "gemma4": 512}
+_PERIODS = {"gemma2": 2, "gpt_oss": 2, "olmo3": 4, "gemma4": 6}
 """Every so manieth layer sees everything."""
 
 
@@ -22,14 +22,20 @@ def read_sliding(fields: Fields, family: str, num_layers: int) -> tuple[int | No
     window = fields.integer("sliding_window", _DEFAULT_WINDOW.get(family, 4096))
     types = fields.list_of("layer_types", str, num_layers) if family not in _EVERYWHERE else None
     if types is not None:
-        return window, tuple(_is_sliding(fields, kind) for kind in types)
-    return window, tuple(_slides(fields, family, layer) for layer in range(num_layers))
+        sliding = tuple(_is_sliding(fields, kind) for kind in types)
+    else:
+        sliding = tuple(_slides(fields, family, layer) for layer in range(num_layers))
+    if family == "gemma4":
+        sliding = (*sliding[:-1], False)  # whatever the configuration says of the last layer
+    return window, sliding
 
 
 def _has_window(fields: Fields, family: str) -> bool:
     if family in _NOWHERE or (family in _IF_GIVEN and not fields.has("sliding_window")):
         return False
     if fields.declares("sliding_window") and not fields.has("sliding_window"):
+        if family == "gemma4":
+            raise fields.error("sliding_window", "is null; gemma4 needs a number of tokens")
         return False
     return family not in _IF_ASKED or fields.boolean("use_sliding_window", False)
 

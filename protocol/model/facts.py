@@ -24,7 +24,7 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 ARCHITECTURES = (
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen2_5_vl", "qwen3", "gemma2", "gemma3", "phi3",
     "granite", "olmo2", "olmo3", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared",
-    "gpt_oss", "qwen3_next", "qwen3_5", "qwen3_5_moe",
+    "gpt_oss", "qwen3_next", "qwen3_5", "qwen3_5_moe", "gemma4",
 )  # fmt: skip
 """Family names used inside mgpu; protocol/checkpoint maps Hugging Face and GGUF names to them."""
 
@@ -92,6 +92,18 @@ class Clamp:
 
 
 @dataclass(frozen=True, slots=True)
+class FullHeads:
+    """Heads of the layers with full attention, where they are others than in sliding layers (Gemma 4)."""
+
+    num_kv: int
+    head_dim: int
+    rotated_size: int
+    """Components that turn: the first pairs (i, i + head_dim / 2), as fast as they would in a whole head."""
+    keys_are_values: bool
+    """True if there is no projection of values: a value is what its key is before it is normalized and rotated."""
+
+
+@dataclass(frozen=True, slots=True)
 class LinearFacts:
     """Layers of linear attention (gated delta rule): each sequence has a state of fixed size in each of them.
 
@@ -146,7 +158,7 @@ class ModelFacts:
     rms_norm_eps: float
     rope_theta: float
     rope_local_theta: float | None
-    """Theta of the sliding-window layers if it differs (Gemma 3)."""
+    """Theta of the sliding-window layers if it differs (Gemma 3 and 4)."""
     rope_scaling: RopeScaling | None
     """For full-attention layers only if ``rope_local_theta`` is set."""
     sliding_window: int | None
@@ -181,6 +193,14 @@ class ModelFacts:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     """Logits become ``cap * tanh(logit / cap)`` (Gemma 2); 0: they stay."""
+    full_heads: FullHeads | None = None
+    """Set if layers with full attention have other heads than sliding ones, for which the sizes above then are."""
+    keys_are_values: bool = False
+    """True if a layer has no projection of values; see `FullHeads`."""
+    value_norm: bool = False
+    """Each value head is normalized too, without a weight (Gemma 4)."""
+    layer_scale: bool = False
+    """The residual stream is multiplied by a learned number after each layer (Gemma 4)."""
     attention_gate: bool = False
     """The output of each query head is multiplied by the sigmoid of a gate, projected beside the query (Qwen3.5)."""
     left_out: tuple[str, ...] = ()
@@ -200,6 +220,19 @@ class ModelFacts:
     def experts_of(self, layer: int) -> ExpertFacts | None:
         """Return the experts of a layer; None if its feed-forward network is dense."""
         return self.experts if self.experts is not None and self.experts.sparse_layers[layer] else None
+
+    def of_layer(self, layer: int) -> "ModelFacts":
+        """Return the facts with the sizes of a layer's own heads."""
+        full = self.full_heads
+        if full is None or self.sliding_layers[layer]:
+            return self
+        heads = {"num_kv_heads": full.num_kv, "head_dim": full.head_dim, "keys_are_values": full.keys_are_values}
+        return replace(self, **heads, full_heads=None)  # type: ignore[arg-type]
+
+    def kind_of(self, layer: int) -> tuple[bool, bool, bool]:
+        """Return what tells layers apart whose tensors have different shapes; those of one kind are alike."""
+        has_wide_heads = self.full_heads is not None and not self.sliding_layers[layer]
+        return self.experts_of(layer) is not None, self.is_linear(layer), has_wide_heads
 
     def is_linear(self, layer: int) -> bool:
         """Return True if a layer has states instead of keys and values."""

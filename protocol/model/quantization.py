@@ -65,10 +65,7 @@ def group_problems(quant: Quant, facts: ModelFacts, tp_size: int, split: ExpertS
         return []
     found: dict[str, None] = {}
     stored = facts.formats if quant == "none" else ()
-    kinds = {
-        (facts.experts_of(layer) is None, facts.is_linear(layer), stored[layer : layer + 1]): layer
-        for layer in range(facts.num_layers)
-    }
+    kinds = {(facts.kind_of(layer), stored[layer : layer + 1]): layer for layer in range(facts.num_layers)}
     for layer in kinds.values():
         for name, inputs, form in _split_inputs(facts, layer, formats_of(facts, layer, quant), split):
             step = form.splits_at
@@ -85,7 +82,7 @@ def _split_inputs(
     facts: ModelFacts, layer: int, formats: LayerFormats, split: ExpertSplit
 ) -> list[tuple[str, int, WeightFormat]]:
     """Return the inputs that ranks share out, what they are called, and the format of the matrix."""
-    inputs, linear = facts.num_q_heads * facts.head_dim, facts.linear
+    inputs, linear = facts.num_q_heads * facts.of_layer(layer).head_dim, facts.linear
     if linear is not None and linear.layers[layer]:
         inputs = linear.value_heads * linear.value_dim
     found = [("attention output", inputs, formats.out)]
@@ -133,11 +130,13 @@ def _attention_matrices(facts: ModelFacts, tp_size: int, layer: int) -> tuple[Ra
         parts = (linear.key_dim,) * 2 * heads + (value,) * 2 * heads
         whole = linear.value_heads * linear.value_dim
         return RankMatrix("qkv", parts, hidden, 0), RankMatrix("out", (hidden,), whole // tp_size, whole)
+    facts = facts.of_layer(layer)
     shard = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size)
     q_size, kv_size = shard.num_q * facts.head_dim, shard.num_kv * facts.head_dim
     queries = (facts.head_dim,) * 2 * shard.num_q if facts.attention_gate else (q_size,)
     out = RankMatrix("out", (hidden,), q_size, facts.num_q_heads * facts.head_dim)
-    return RankMatrix("qkv", (*queries, kv_size, kv_size), hidden, 0), out
+    values = () if facts.keys_are_values else (kv_size,)
+    return RankMatrix("qkv", (*queries, kv_size, *values), hidden, 0), out
 
 
 def rank_matrices(

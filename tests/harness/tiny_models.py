@@ -42,6 +42,15 @@ def tiny_config(family: str) -> object:
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
     }
+    gemma4 = TINY | {
+        "num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 7,
+        "final_logit_softcapping": 1.5, "hidden_size_per_layer_input": 0,
+    }  # fmt: skip
+    gemma4_vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
+        "num_key_value_heads": 2, "position_embedding_size": 16,
+    }  # fmt: skip
     gpt_oss_rope = {
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
         "truncate": False, "original_max_position_embeddings": 64,
@@ -93,6 +102,12 @@ def tiny_config(family: str) -> object:
             layer_types=pattern,
             rope_parameters=gemma_rope,
             tie_word_embeddings=True,
+        ),
+        "gemma4": lambda: hf.Gemma4TextConfig(**gemma4),
+        "gemma4-vl": lambda: hf.Gemma4Config(
+            text_config=gemma4 | {"attention_k_eq_v": False, "use_bidirectional_attention": "vision"},
+            vision_config=gemma4_vision,
+            audio_config=None,
         ),
         "mixtral": lambda: hf.MixtralConfig(**TINY, **experts, num_local_experts=6),
         "mixtral-window": lambda: hf.MixtralConfig(**TINY, **experts, num_local_experts=6, sliding_window=7),
@@ -217,7 +232,7 @@ _PECULIAR: dict[str, dict[str, object]] = {
 }
 """What the tiny model of a borrowed family has beside `TINY`."""
 HYBRID_MODELS = ("qwen3-next", "qwen3.5", "qwen3.5-moe", "qwen3.5-vl")
-MULTIMODAL = ("mistral3", "qwen2.5-vl", "qwen3.5-vl")
+MULTIMODAL = ("mistral3", "qwen2.5-vl", "qwen3.5-vl", "gemma4-vl")
 
 
 @dataclass(frozen=True)
@@ -247,6 +262,9 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
         is_zero_centred = family in ("gemma2", "gemma3", *HYBRID_MODELS) and "linear_attn" not in name
         if name.endswith("norm.weight") and not is_zero_centred:
             parameter.add_(1.0)
+    for name, number in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            number.uniform_(0.5, 1.5)
     model.save_pretrained(folder, max_shard_size="100KB")
     prompt_ids = torch.randint(3, TINY["vocab_size"], (24,)).tolist()
     ids = list(prompt_ids)

@@ -28,6 +28,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 @cache
 def attention_problem(device: torch.device, shape: AttentionShape) -> str | None:
     """Return what is wrong with the kernels for these heads; None if they agree with plain torch."""
+    if shape.wide is not None and (problem := attention_problem(device, shape.wide)) is not None:
+        return problem
     if not shape.has_plain_scores:
         return "kernels have neither capped scores nor sinks"
     least = 32 if shape.kv_cache_dtype == "fp8" else 16  # even and odd halves of float8 are operands of their own
@@ -54,6 +56,8 @@ def launch_check(device: torch.device, shape: AttentionShape) -> None:
     """Launch the kernels of the check and ignore their results, so that they are compiled."""
     for window in shape.windows:
         _error(device, shape, window)
+    if shape.wide is not None:
+        launch_check(device, shape.wide)
     if shape.linear is not None:
         launch_rule(device, shape.linear, shape.dtype)
 

@@ -56,6 +56,8 @@ class AttentionShape:
     """False if scores are capped, or have sinks beside them."""
     linear: LinearFacts | None = None
     """The linear layers of the stage, if it has any."""
+    wide: "AttentionShape | None" = None
+    """That of the layers whose heads have sizes of their own (Gemma 4's full attention), if there are any."""
 
 
 class PackedAttention(Protocol):

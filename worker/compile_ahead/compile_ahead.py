@@ -127,8 +127,7 @@ class CompileAhead:
         kinds = {
             (
                 facts.sliding_layers[layer],
-                facts.is_linear(layer),
-                facts.experts_of(layer) is not None,
+                facts.kind_of(layer),
                 facts.formats[layer : layer + 1],
             ): layer
             for layer in range(own.first_layer, own.end_layer)

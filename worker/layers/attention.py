@@ -16,8 +16,15 @@ from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, Product, scaled, values_and_scale
-from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
-from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, Storage, gated_slices, qkv_slices
+from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm, with_normalized_values
+from mgpu.worker.layers.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    Storage,
+    gated_slices,
+    qkv_slices,
+    without_values,
+)
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta
@@ -46,6 +53,9 @@ class Attention(Module):
         self.has_gates = facts.attention_gate
         self._gate_heads = _kernel_gates() if uses_kernels(storage.device) else _plain_gates
         slices = (gated_slices if facts.attention_gate else qkv_slices)(heads, facts.head_dim)
+        if facts.keys_are_values:
+            slices = without_values(slices)
+        self._value_eps = facts.rms_norm_eps if facts.value_norm else None
         self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, storage.of_qkv())
         columns = range(heads.q_start * facts.head_dim, heads.q_stop * facts.head_dim)
         self.out = RowParallelLinear(columns, facts.hidden_size, facts.output_bias, group, storage.of_out())
@@ -66,6 +76,9 @@ class Attention(Module):
         qkv = self.qkv(x_TD)
         if self.whole_norm is not None:
             qkv = self.whole_norm(self._heads(scaled(qkv))[0]).flatten(1)
+        if self._value_eps is not None:
+            heads_TAK = self._heads(scaled(qkv))[0]
+            qkv = with_normalized_values(heads_TAK, self.num_q, self.num_kv, self._value_eps).flatten(1)
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables of angles are for packed attention"
             packed_TAK, scale_T = self._heads(qkv)

@@ -3,6 +3,7 @@
 # T tokens, A packed heads, H query heads of this rank, J KV heads of this rank, K head dim
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.placement import HeadShard
@@ -27,6 +28,17 @@ class HeadSinks(Module):
 
     def weight_bytes(self) -> int:
         return self.weight.nbytes
+
+
+def with_normalized_values(heads_TAK: Tensor, num_q: int, num_kv: int, eps: float) -> Tensor:
+    """Return packed heads whose values are normalized, without a weight (Gemma 4).
+
+    Heads that lack values get those of their keys.
+    """
+    num_qk = num_q + num_kv
+    stored_TJK = heads_TAK[:, -num_kv:]  # values, or keys if these are the last heads
+    values_TJK = F.rms_norm(stored_TJK.float(), stored_TJK.shape[-1:], eps=eps).to(heads_TAK.dtype)
+    return torch.cat((heads_TAK[:, :num_qk], values_TJK), dim=1)
 
 
 class WholeHeadsNorm(Module):

@@ -206,6 +206,11 @@ def qkv_slices(heads: HeadShard, head_dim: int) -> tuple[RowSlice, ...]:
     return RowSlice("q_proj", q_rows), RowSlice("k_proj", kv_rows), RowSlice("v_proj", kv_rows)
 
 
+def without_values(slices: tuple[RowSlice, ...]) -> tuple[RowSlice, ...]:
+    """Return the rows of a layer that has no projection of values."""
+    return tuple(part for part in slices if part.name != "v_proj")
+
+
 def gated_slices(heads: HeadShard, head_dim: int) -> tuple[RowSlice, ...]:
     """Rows of q, k, v and the gates, where checkpoints have queries and gates of each head apart."""
     whole, q_heads = range(head_dim), range(heads.q_start, heads.q_stop)

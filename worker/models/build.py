@@ -15,6 +15,7 @@ from mgpu.worker.loaders.copiers import reading_threads
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.borrowed import BorrowedStage
 from mgpu.worker.models.gemma3 import Gemma3Layer
+from mgpu.worker.models.gemma4 import Gemma4Layer
 from mgpu.worker.models.granite import GraniteLayer
 from mgpu.worker.models.hybrid import HybridLayer
 from mgpu.worker.models.llama import LlamaLayer
@@ -27,7 +28,7 @@ __all__ = ["DecoderStage", "build_stage", "init_dummy_weights", "init_linear", "
 _LAYERS: dict[str, LayerFactory] = {
     "granite": GraniteLayer, "granitemoe": GraniteLayer, "granitemoeshared": GraniteLayer,
     "olmo2": OlmoLayer, "olmo3": OlmoLayer,
-    "gemma2": Gemma3Layer, "gemma3": Gemma3Layer,
+    "gemma2": Gemma3Layer, "gemma3": Gemma3Layer, "gemma4": Gemma4Layer,
     "qwen3_next": HybridLayer, "qwen3_5": HybridLayer, "qwen3_5_moe": HybridLayer,
 }  # fmt: skip
 """Families that are wired in another way than Llama's."""

@@ -17,6 +17,7 @@ from mgpu.worker.kernels.linear.inputs import has_kernels_for
 from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.experts import ExpertMatrices
 from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
+from mgpu.worker.layers.layer_scale import LayerScale
 from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.layers.linear_attention import LinearConstants
 from mgpu.worker.layers.mlp import GatedMLP
@@ -31,7 +32,9 @@ from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, LayerCache
 
-WEIGHT_HOLDERS = (Linear, ExpertMatrices, LinearConstants, RMSNorm, HeadSinks, WholeHeadsNorm, VocabParallel)
+WEIGHT_HOLDERS = (
+    Linear, ExpertMatrices, LinearConstants, RMSNorm, HeadSinks, WholeHeadsNorm, LayerScale, VocabParallel,
+)  # fmt: skip
 """The modules that own weights; all others are wiring."""
 
 
@@ -77,7 +80,7 @@ class BuildContext:
 
     def attention(self, layer: int, norms_unit_offset: bool = False) -> Attention:
         how = self.window_of(layer), self.storage_of(layer), norms_unit_offset
-        return Attention(self.facts, self.group, *how, self.part)
+        return Attention(self.facts.of_layer(layer), self.group, *how, self.part)
 
     def mlp(self, layer: int) -> GatedMLP | SparseMLP:
         """Make the feed-forward network of a layer: dense, or a mixture of experts."""
@@ -107,8 +110,11 @@ class DecoderLayer(Protocol):
 
     def __call__(
         self, delta_TD: Delta | None, residual_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache
-    ) -> Delta:
-        """Add ``delta`` to ``residual``, compute the layer, and return its own delta for the next one to add."""
+    ) -> Delta | None:
+        """Add ``delta`` to ``residual``, compute the layer, and return its own delta for the next one to add.
+
+        None: the layer has added it already.
+        """
         ...
 
     def load(self, reader: WeightReader, prefix: str) -> None: ...
@@ -168,12 +174,17 @@ class DecoderStage(Module):
 
     def _shape_of_attention(self, context: BuildContext) -> AttentionShape:
         facts = self.facts
-        heads = context.part.heads(facts.num_q_heads, facts.num_kv_heads)
-        windows = tuple({context.window_of(index): None for index in self.layer_range})
-        sizes = heads.num_q, heads.num_kv, facts.head_dim
         is_plain = not facts.attention_softcap and not facts.attention_sinks
         linear = facts.linear if facts.count_linear(self.layer_range) else None
-        return AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype, is_plain, linear)
+        shapes: list[AttentionShape] = []
+        for has_wide_heads in (False, True):
+            layers = [index for index in self.layer_range if facts.kind_of(index)[2] == has_wide_heads]
+            own = facts.of_layer(layers[0]) if layers else facts
+            heads = context.part.heads(own.num_q_heads, own.num_kv_heads)
+            windows = tuple({context.window_of(index): None for index in layers})
+            sizes = heads.num_q, heads.num_kv, own.head_dim
+            shapes.append(AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype, is_plain, linear))
+        return replace(shapes[0], wide=shapes[1] if shapes[1].windows else None)
 
     @property
     def has_kernels(self) -> bool:
@@ -254,9 +265,13 @@ class DecoderStage(Module):
 
 
 def _rotary_embeddings(facts: ModelFacts, device: torch.device) -> dict[AngleKind, RotaryEmbedding]:
-    """Make the rotary embedding of each kind of layer; sliding ones differ in Gemma 3 and OLMo 3 only."""
+    """Make the rotary embedding of each kind of layer; sliding ones differ in Gemma 3 and 4 and OLMo 3 only."""
     size, rotated = facts.head_dim, facts.rotated_size or facts.head_dim
     full = RotaryEmbedding(size, facts.rope_theta, facts.rope_scaling, device, rotated)
+    if (wide := facts.full_heads) is not None:
+        # The speeds of a whole head's first pairs are those of a smaller head with this theta.
+        theta = facts.rope_theta ** (wide.rotated_size / wide.head_dim)
+        full = RotaryEmbedding(wide.head_dim, theta, facts.rope_scaling, device, wide.rotated_size)
     still = RotaryEmbedding(size, facts.rope_theta, None, device, rotated=0)
     sliding = full
     if facts.rope_local_theta is not None:

@@ -36,10 +36,8 @@ class StartUp:
         self._dtype: torch.dtype = getattr(torch, spec.layout.dtype)
         self._kv_dtype = stored_dtype(spec.layout.kv_cache_dtype, self._dtype)
         self._own = spec.layout.placement.stages[place.stage_index]
-        facts = spec.facts
         self._layers = range(self._own.first_layer, self._own.end_layer)
-        self._kv_heads = place.part.heads(facts.num_q_heads, facts.num_kv_heads).num_kv
-        self._vocabulary = tuple(map(len, place.part.vocabulary(facts.vocab_size)))
+        self._vocabulary = tuple(map(len, place.part.vocabulary(spec.facts.vocab_size)))
 
     def load(self, progress: Progress) -> tuple[DecoderStage, int]:
         """Build this rank's stage and load its weights while kernels are compiled; return it and the bytes read."""
@@ -75,8 +73,7 @@ class StartUp:
         """Return how many blocks this rank could hold, and its other sizes. OutOfMemory if it could hold none."""
         spec = self._spec
         linear, facts = spec.facts.count_linear(self._layers), spec.facts
-        sizes = self._own.num_layers - linear, spec.limits.block_size, self._kv_heads, facts.head_dim
-        per_block = block_bytes(*sizes, self._kv_dtype)
+        per_block = block_bytes(facts, self._layers, self._place.part, spec.limits.block_size, self._kv_dtype)
         if self._device.type == "cuda":
             pool = cuda_pool_bytes(spec, self._device, self._place.device, lambda: self.run_largest_step(stage))
             if not spec.kv_memory:

@@ -6,7 +6,7 @@ orchestrator decides which request a block belongs to.
 
 # N blocks, B tokens per block, J KV heads of this rank, K head dim
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class KvCache:
     def of_layers(
         cls,
         facts: ModelFacts,
-        layers: Iterable[int],
+        layers: Sequence[int],
         part: TensorPart,
         sizes: tuple[int, int, int],
         types: tuple[torch.dtype, torch.dtype],
@@ -107,18 +107,17 @@ class KvCache:
         values.
         """
         num_blocks, block_size, num_states = sizes
-        num_kv = part.heads(facts.num_q_heads, facts.num_kv_heads).num_kv
-        cache = cls(0, num_blocks, block_size, num_kv, facts.head_dim, types[1], device)
+        cache = cls(0, num_blocks, block_size, 1, facts.head_dim, types[1], device)
         are_linear = [facts.is_linear(layer) for layer in layers]
-        for is_linear in are_linear:
+        for layer, is_linear in zip(layers, are_linear, strict=True):
             blocks = 0 if is_linear else num_blocks
-            cache.layers += cls(1, blocks, block_size, num_kv, facts.head_dim, types[1], device).layers
+            cache.layers += cls(1, blocks, block_size, *heads_of(facts, layer, part), types[1], device).layers
         if facts.linear is not None and any(are_linear):
             pool = StatePool(facts.linear, sum(are_linear), part.size, num_states, types[0], device)
             cache.states = pool
-            linear = [layer for layer, is_linear in zip(cache.layers, are_linear, strict=True) if is_linear]
-            for place, layer in enumerate(linear):
-                layer.states = pool.layer(place)
+            linear = [each for each, is_linear in zip(cache.layers, are_linear, strict=True) if is_linear]
+            for place, each in enumerate(linear):
+                each.states = pool.layer(place)
         return cache
 
     def copy_states(self, sources: list[int], targets: list[int]) -> None:
@@ -127,6 +126,13 @@ class KvCache:
             self.states.copy(sources, targets)
 
 
-def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Return the memory of one block on a rank: keys and values of all its layers together."""
-    return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+def heads_of(facts: ModelFacts, layer: int, part: TensorPart) -> tuple[int, int]:
+    """Return the KV heads of a layer on a rank, and the size of one."""
+    own = facts.of_layer(layer)
+    return part.heads(own.num_q_heads, own.num_kv_heads).num_kv, own.head_dim
+
+
+def block_bytes(facts: ModelFacts, layers: Sequence[int], part: TensorPart, block_size: int, dtype: torch.dtype) -> int:
+    """Return the memory of one block on a rank: keys and values of some layers together. Linear ones have none."""
+    heads = [heads_of(facts, layer, part) for layer in layers if not facts.is_linear(layer)]
+    return 2 * sum(num_kv * head_dim for num_kv, head_dim in heads) * block_size * dtype.itemsize

@@ -120,8 +120,10 @@ def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
     if linear is not None and linear.layers[layer]:
         shapes = _linear_tensors(linear, hidden, head + "linear_attn.")
     else:
-        shapes = _attention_tensors(facts, head + "self_attn.")
+        shapes = _attention_tensors(facts.of_layer(layer), head + "self_attn.")
     shapes |= _mlp_tensors(facts, layer, head + "mlp.")
+    if facts.layer_scale:
+        shapes[head + "layer_scalar"] = (1,)
     return shapes | {head + name + ".weight": (hidden,) for name in layer_norms(facts)}
 
 
@@ -131,9 +133,10 @@ def _attention_tensors(facts: ModelFacts, attention: str) -> dict[str, tuple[int
     q_size, kv_size = facts.num_q_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         attention + "k_proj.weight": (kv_size, hidden),
-        attention + "v_proj.weight": (kv_size, hidden),
         attention + "o_proj.weight": (hidden, q_size),
     }
+    if not facts.keys_are_values:
+        shapes[attention + "v_proj.weight"] = (kv_size, hidden)
     if facts.attention_gate:
         heads = [f"{part}.{index}" for index in range(facts.num_q_heads) for part in ("q_proj", "q_gate")]
         shapes |= {f"{attention}{name}.weight": (facts.head_dim, hidden) for name in heads}
@@ -220,7 +223,7 @@ def layer_norms(facts: ModelFacts) -> tuple[str, ...]:
     """Name the norms around the two halves of a layer: before each, after each (OLMo), or both (Gemma)."""
     if facts.architecture in ("olmo2", "olmo3"):
         return "post_attention_layernorm", "post_feedforward_layernorm"
-    if facts.architecture in ("gemma2", "gemma3"):
+    if facts.architecture in ("gemma2", "gemma3", "gemma4"):
         return (
             "input_layernorm",
             "post_attention_layernorm",

@@ -27,7 +27,8 @@ def _formats(facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]) 
         return _parts([tensors.get(f"model.layers.{layer}.{module}_proj.weight") for module in modules])
 
     attention = _attention_formats(facts, layer, tensors)
-    qkv_parts = parts("self_attn.q", "self_attn.k", "self_attn.v")
+    values = () if facts.of_layer(layer).keys_are_values else ("self_attn.v",)
+    qkv_parts = parts("self_attn.q", "self_attn.k", *values)
     experts = facts.experts_of(layer)
     if experts is None:
         gate_up_parts = parts("mlp.gate", "mlp.up")
@@ -54,7 +55,8 @@ def _attention_formats(
         queries = ["q_proj"]
         if facts.attention_gate:
             queries = [f"{part}.{index}" for index in range(facts.num_q_heads) for part in ("q_proj", "q_gate")]
-        names, out = [f"self_attn.{part}" for part in (*queries, "k_proj", "v_proj")], "self_attn.o_proj"
+        keys = ["k_proj"] if facts.of_layer(layer).keys_are_values else ["k_proj", "v_proj"]
+        names, out = [f"self_attn.{part}" for part in (*queries, *keys)], "self_attn.o_proj"
     return _common(tensors[f"{head}{name}.weight"] for name in names), _common([tensors[f"{head}{out}.weight"]])
 
 

@@ -72,6 +72,8 @@ def read_rope(fields: Fields, family: str, default_theta: float, max_position: i
     local = _theta(sliding, fields, "rope_local_base_freq", 1e4)
     _check_sliding(fields, family, sliding, local, theta)
     base = _Base(fields, theta, size, max_position)
+    if family == "gemma4":
+        return Rope(theta, local, _proportional(full, base), max_position)
     longest = max_position if scaling is None else _stretched(scaling, base)
     if scaling is not None and scaling.has("llama_4_scaling_beta"):
         longest = min(longest, _original(scaling, base))  # past it, queries are scaled by their position
@@ -85,13 +87,19 @@ def _theta(holder: Fields | None, fields: Fields, key: str, default: float) -> f
 
 
 def _check_sliding(fields: Fields, family: str, sliding: Fields | None, local: float, theta: float) -> None:
-    """Refuse sliding layers that differ from the others in more than theta, which Gemma 3 alone may do."""
+    """Refuse sliding layers that differ from the others in more than theta, which Gemma 3 and 4 alone may do."""
     if sliding is None:
         return
     if _kind(sliding) != "default":
         raise fields.error("rope_parameters", "scales the sliding-attention layers, which is not supported")
-    if family != "gemma3" and sliding.has("rope_theta") and local != theta:
+    if family not in ("gemma3", "gemma4") and sliding.has("rope_theta") and local != theta:
         raise fields.error("rope_parameters", f"differ per layer type, which is not supported for {family}")
+
+
+def _proportional(holder: Fields | None, base: _Base) -> RopeScaling | None:
+    """Return the scaling of Gemma 4's full layers, of whose heads a part turns; `full_heads` has checked their kind."""
+    factor = 1.0 if holder is None or _kind(holder) == "default" else holder.number("factor", 1.0)
+    return None if factor == 1.0 else RopeScaling(linear_divisors(factor, base.size))
 
 
 def _kind(holder: Fields) -> str:

@@ -36,7 +36,13 @@ def test_the_page_lists_what_is_served() -> None:
 
 @pytest.mark.parametrize(("name", "family", "kind"), ROWS)
 def test_the_page_says_which_have_experts(tmp_path: Path, name: str, family: str, kind: str) -> None:
-    facts = facts_of(tmp_path, architectures=[name], moe_intermediate_size=32, full_attention_interval=2)
+    facts = facts_of(
+        tmp_path,
+        architectures=[name],
+        moe_intermediate_size=32,
+        full_attention_interval=2,
+        hidden_size_per_layer_input=0,
+    )
     assert (facts.architecture, facts.experts is not None) == (family, kind == "experts")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from harness.stage_driver import Row, make_batch
 from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionShape, AttentionSpec
-from mgpu.worker.state.kv_cache import KvCache, block_bytes
+from mgpu.worker.state.kv_cache import KvCache
 
 BLOCK = 4
 DIM = 16
@@ -100,9 +100,3 @@ def test_decoding_rows_of_very_different_lengths_equal_full_attention(window: in
     histories = [make_history(length, 6, 2, torch.float32) for length in lengths]
     steps = [{row: length - 1 for row, length in enumerate(lengths)}, dict.fromkeys(range(5), 1)]
     run_steps(histories, rows, steps, nan_cache(num_blocks, 2, torch.float32), AttentionSpec(0.25, window))
-
-
-def test_block_bytes_is_the_memory_of_a_block() -> None:
-    cache = KvCache(3, 5, BLOCK, 2, DIM, torch.bfloat16, torch.device("cpu"))
-    held = sum(store.nbytes for layer in cache.layers for store in (layer.k_NBJK, layer.v_NBJK))
-    assert block_bytes(3, BLOCK, 2, DIM, torch.bfloat16) * 5 == held

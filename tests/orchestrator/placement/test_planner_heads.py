@@ -1,0 +1,66 @@
+"""Plans of models whose layers have heads of two kinds: bytes by hand arithmetic, sizes that split both, refusals."""
+
+import pytest
+
+from harness.assertions import assert_has_all
+from harness.machines import gpus
+from harness.specs import make_facts
+from mgpu.orchestrator.errors import PlacementError
+from mgpu.orchestrator.placement.described import described_machine
+from mgpu.orchestrator.placement.planner import LayoutOptions, plan
+from mgpu.orchestrator.placement.speed import estimate_speed
+from mgpu.protocol.model.facts import FullHeads
+
+GEMMA4_31B = make_facts(
+    q=32, kv=16, layers=60, hidden=5376, width=21504, head_dim=256, vocab=262144, context=262144, tied=True,
+    qk_norm=True, architecture="gemma4", sliding_window=1024, value_norm=True, layer_scale=True,
+    sliding_layers=tuple(layer % 6 != 5 for layer in range(60)), full_heads=FullHeads(4, 512, 128, True),
+)  # fmt: skip
+SLIDING_KV, FULL_KV = 2 * 16 * 256, 2 * 4 * 512
+"""Elements that a token has in the cache of a layer."""
+
+
+def layer_elements(q: int, k: int, v: int, head_dim: int, size: int) -> int:
+    """Return the elements of a layer on a rank: q, k, v and the output; gate, up and down; norms and the number."""
+    attention = 5376 * (q + k + v + q) // size
+    return attention + 3 * 5376 * 21504 // size + 4 * 5376 + 2 * head_dim + 1
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_gemma4_31b_in_bf16(tp: int) -> None:
+    planned = plan(GEMMA4_31B, gpus(*[141] * tp), LayoutOptions())
+    sliding = layer_elements(32 * 256, 16 * 256, 16 * 256, 256, tp)
+    full = layer_elements(32 * 512, 4 * 512, 0, 512, tp)
+    weights = 2 * (50 * sliding + 10 * full + 262144 * 5376 // tp + 5376)
+    assert [row.weight_bytes for row in planned.rows] == [weights] * tp
+    assert [row.kv_token_bytes for row in planned.rows] == [2 * (50 * SLIDING_KV + 10 * FULL_KV) // tp] * tp
+
+
+def test_eight_ranks_hold_each_kv_head_of_full_layers_twice() -> None:
+    planned = plan(GEMMA4_31B, gpus(*[80] * 8), LayoutOptions())
+    assert planned.rows[0].kv_token_bytes == 2 * (50 * SLIDING_KV // 8 + 10 * FULL_KV // 4)
+
+
+def test_stages_count_the_layers_of_each_kind() -> None:
+    planned = plan(GEMMA4_31B, gpus(80, 80), LayoutOptions(device_layers="0:10;1:50"))
+    assert [row.kv_token_bytes for row in planned.rows] == [
+        2 * (9 * SLIDING_KV + 1 * FULL_KV), 2 * (41 * SLIDING_KV + 9 * FULL_KV)
+    ]  # fmt: skip
+
+
+def test_a_size_must_split_the_kv_heads_of_both_kinds() -> None:
+    odd = make_facts(q=12, kv=6, layers=2, full_heads=FullHeads(4, 256, 64, False), sliding_layers=(True, False))
+    with pytest.raises(PlacementError) as caught:
+        plan(odd, gpus(80, 80, 80), LayoutOptions())
+    assert_has_all(str(caught.value), "4 KV heads % 3 = 1 in full layers", "Compatible sizes: 1, 2, 12")
+
+
+def test_unequal_shares_are_refused() -> None:
+    with pytest.raises(PlacementError, match="full layers have 4 KV heads, others 16, which split evenly only"):
+        plan(GEMMA4_31B, gpus(80, 80), LayoutOptions(tp_shares="10,6"))
+
+
+def test_the_estimate_of_speed_reads_what_windows_show() -> None:
+    speed = estimate_speed(plan(GEMMA4_31B, described_machine("1xH200", {}), LayoutOptions()))
+    assert speed is not None
+    assert 40 < speed.one_stream < 4800 / 61.4
