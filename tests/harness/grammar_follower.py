@@ -1,18 +1,24 @@
 """What a worker lets an answer be: the tokens that its grammar allows, one after the other."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from mgpu.protocol.internal.grammars import new_matcher, token_table
 from mgpu.protocol.internal.worker_messages import Vocabulary
 from mgpu.worker.sampling.grammar_state import WORD_BITS, GrammarState
 
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
 
 class GrammarFollower:
     """One answer that follows a grammar, by the code and the library of the workers."""
 
-    def __init__(self, grammar: str, vocabulary: Vocabulary, stop_ids: list[int]) -> None:
+    def __init__(
+        self, grammar: str, vocabulary: Vocabulary, stop_ids: list[int], table: "LLTokenizer | None" = None
+    ) -> None:
         self._size = len(vocabulary.tokens)
-        matcher = new_matcher(token_table(vocabulary), grammar)
+        matcher = new_matcher(table or token_table(vocabulary), grammar)
         assert not matcher.is_error(), matcher.get_error()
         self._state = GrammarState(matcher, stop_ids, self._size)
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mgpu.orchestrator.gateway.text import demanded_harmony as harmony
+from mgpu.orchestrator.gateway.text import demanded_pythonic as pythonic
 from mgpu.orchestrator.gateway.text import demanded_qwen_coder as qwen_coder
+from mgpu.orchestrator.gateway.text.demanded_parts import quoted, without_brackets
 from mgpu.protocol.chat.formats import HARMONY
 
 MOST_CALLS = 16
@@ -16,8 +18,10 @@ _FORMS: dict[str, tuple[str, str, str, str, str, str]] = {
     "llama": ("", '{"name": "', '", "parameters": ', "}", "; ", ""),
     "mistral": ("[TOOL_CALLS][", '{"name": "', '", "arguments": ', "}", ", ", "]"),
 }
-QWEN_CODER = "qwen3-coder"
-FORMATS = (*_FORMS, QWEN_CODER, HARMONY)
+QWEN_CODER, PYTHONIC = "qwen3-coder", "pythonic"
+_AROUND = {QWEN_CODER: ("", "\n", ""), PYTHONIC: ("[", ", ", "]")}
+"""Before the first call, between two calls, after the last."""
+FORMATS = (*_FORMS, *_AROUND, HARMONY)
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """At most one blank after a comma or colon: small models may never end white space."""
 
@@ -46,18 +50,18 @@ def call_grammar(
         return "\n".join([*harmony.first_rules(most_thinking_tokens), *rules])
     begin, between, last = _around(tool_format)
     may_repeat = is_parallel and not isinstance(choice, Mapping)
-    more = f" ({_quoted(between)} call){{0,{MOST_CALLS - 1}}}" if may_repeat else ""
-    rules.insert(0, f"calls: {_quoted(begin)} call{more} {_quoted(last)}".replace(' ""', "").replace('"" ', ""))
+    more = f" ({quoted(between)} call){{0,{MOST_CALLS - 1}}}" if may_repeat else ""
+    rules.insert(0, f"calls: {quoted(begin)} call{more} {quoted(last)}".replace(' ""', "").replace('"" ', ""))
     if not reasoning_end:
         return "\n".join(["start: calls", *rules])
-    thought = f"thought[suffix={_quoted(reasoning_end)}]: /(?s:.*)/"
+    thought = f"thought[suffix={quoted(reasoning_end)}]: /(?s:.*)/"
     return "\n".join(["start: thought SPACE calls", thought, "SPACE: /\\s{0,2}/", *rules])
 
 
 def _around(tool_format: str) -> tuple[str, str, str]:
     """Return what comes before the first call, between two calls, and after the last."""
-    if tool_format == QWEN_CODER:
-        return "", "\n", ""
+    if tool_format in _AROUND:
+        return _AROUND[tool_format]
     begin, _, _, _, between, last = _FORMS[tool_format]
     return begin, between, last
 
@@ -65,23 +69,16 @@ def _around(tool_format: str) -> tuple[str, str, str]:
 def _call_rules(at: int, function: Mapping[str, Any], tool_format: str) -> list[str]:
     if tool_format == QWEN_CODER:
         return qwen_coder.call_rules(f"call_{at}", function, _JSON_OPTIONS)
+    if tool_format == PYTHONIC:
+        return pythonic.call_rules(f"call_{at}", function, _JSON_OPTIONS)
     if tool_format == HARMONY:
         return harmony.call_rules(at, function["name"], _schema(function))
     _, before_name, before_arguments, end, _, _ = _FORMS[tool_format]
-    head = _quoted(before_name + function["name"] + before_arguments)
+    head = quoted(before_name + function["name"] + before_arguments)
     return [
-        f"call_{at}: {head} arguments_{at} {_quoted(end)}",
-        f"arguments_{at}: %json {_without_brackets(json.dumps(_schema(function)))}",
+        f"call_{at}: {head} arguments_{at} {quoted(end)}",
+        f"arguments_{at}: %json {without_brackets(json.dumps(_schema(function)))}",
     ]
-
-
-def _quoted(text: str) -> str:
-    return _without_brackets(json.dumps(text, ensure_ascii=False))
-
-
-def _without_brackets(text: str) -> str:
-    """Return JSON without the sign that could begin the name of a special token in a grammar."""
-    return text.replace("<", "\\u003c")
 
 
 def _schema(function: Mapping[str, Any]) -> dict[str, Any]:

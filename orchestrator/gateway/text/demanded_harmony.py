@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mgpu.orchestrator.gateway.text.demanded_parts import without_brackets
 from mgpu.protocol.chat.harmony import CHANNEL, ENDS, MESSAGE, START
 
 
@@ -24,7 +25,7 @@ def first_rules(most_thinking_tokens: int | None) -> list[str]:
 
 def call_rules(at: int, name: str, schema: Mapping[str, Any]) -> list[str]:
     """Return the rules of a call of one tool."""
-    arguments = json.dumps(schema).replace("<", "\\u003c")  # it could begin the name of a token
+    arguments = without_brackets(json.dumps(schema))
     header = json.dumps(f"commentary to=functions.{name} ")
     return [
         f'call_{at}: {CHANNEL} {header} <|constrain|> "json" {MESSAGE} arguments_{at}',

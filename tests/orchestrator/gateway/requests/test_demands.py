@@ -20,7 +20,7 @@ def request(**more: Any) -> Generate:
     return found
 
 
-@pytest.mark.parametrize("name", ["hermes", "llama", "mistral", "qwen3-coder", "harmony"])
+@pytest.mark.parametrize("name", ["hermes", "llama", "mistral", "qwen3-coder", "pythonic", "harmony"])
 def test_a_demand_becomes_a_grammar(name: str) -> None:
     form = with_demanded_call(request(), ChatFormat(name)).structured_outputs
     assert form is not None
@@ -31,7 +31,6 @@ def test_a_demand_becomes_a_grammar(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "more", "words"),
     [
-        ("pythonic", {}, "that of this model is pythonic; use auto"),
         ("", {}, "that of this model is unknown; use auto"),
         ("hermes", {"ignore_eos": True}, "ignore_eos does not go with"),
         ("hermes", {"structured_outputs": {"regex": "a"}}, "structured_outputs does not go with"),

@@ -1,8 +1,10 @@
 """An answer that must call a tool: each text of its grammar is a call that the parser of the format finds."""
 
 import json
+import random
 from typing import Any
 
+import jsonschema
 import pytest
 
 from harness.grammar_follower import GrammarFollower
@@ -25,6 +27,7 @@ CALLS = {
     "qwen3-coder": (
         "<tool_call>\n<function=get_weather>\n<parameter=city>\n<A>\n</parameter>\n</function>\n</tool_call>"
     ),
+    "pythonic": '[get_weather(city="<A>")]',
     "mistral": '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "<A>"}}]',
 }
 
@@ -78,6 +81,91 @@ def test_gpt_oss_calls_once_after_reasoning_of_a_bounded_length(most: int | None
     parser, found = AnswerParser(ChatFormat("harmony", "harmony"), OfferedTools(TOOLS)), ParsedAnswer()
     found.add([*parser.push(b"".join(tokens[each] for each in call).decode()), *parser.finish()])
     assert [(each.name, each.arguments) for each in found.calls()] == [("get_weather", '{"city": "<A>"}')]
+
+
+def pythonic_tool(properties: dict[str, Any], required: list[str], **more: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": required, **more}
+    return {"type": "function", "function": {"name": "f-1", "parameters": parameters}}
+
+
+def found_in(text: str, tools: list[dict[str, Any]], cut: int, chat_format: ChatFormat) -> list[tuple[str, Any]]:
+    """Return the calls that the parser finds in a text that comes in two pieces. There must be no other text."""
+    parser, answer = AnswerParser(chat_format, OfferedTools(tools)), ParsedAnswer()
+    answer.add([*parser.push(text[:cut]), *parser.push(text[cut:]), *parser.finish()])
+    assert not answer.content
+    return [(call.name, json.loads(call.arguments)) for call in answer.calls()]
+
+
+def test_pythonic_parameters_come_in_order_and_only_those_that_are_required_must() -> None:
+    tools = [pythonic_tool({"a": {"type": "string"}, "b": {"type": "boolean"}, "c": {"type": "null"}}, ["b"])]
+    grammar = call_grammar(tools, "required", "pythonic", True)
+    for text in ('[f-1(a="x", b=True, c=null)]', "[f-1(b=False)]", "[f-1(b=True, c=null), f-1(b=True)]"):
+        assert fits(grammar, text), text
+    for text in ("[f-1()]", "[f-1(, b=True)]", "[f-1(c=null, b=True)]", '[f-1(a="x")]', "[f-1(b=True,)]", "[]"):
+        assert not fits(grammar, text), text
+    for empty in ({}, {"type": "object", "properties": {}}):
+        tool = {"type": "function", "function": {"name": "g", "parameters": empty}}
+        assert fits(call_grammar([tool], "required", "pythonic", True), "[g()]")
+
+
+@pytest.mark.parametrize("name", ["class", "None", "a-b", "a b", "*", "\ufb01", "a=1, b", "1", ""])
+def test_a_parameter_that_python_cannot_name_is_refused(name: str) -> None:
+    with pytest.raises(GrammarError, match="has a name that this format cannot write"):
+        call_grammar([pythonic_tool({name: {}}, [])], "required", "pythonic", True)
+
+
+TEXTS = ["'", '"', "\\", "a\n", "é", "<x>", "]", "f(a=1)", "\u2028", "", "None"]
+
+
+def random_schema(rng: random.Random, depth: int = 2) -> Any:
+    inner = [] if depth == 0 else ["array", "object", "any"]
+    kind = rng.choice(["text", "choice", "const", "whole", "number", "truth", "null", "defined", *inner])
+    if kind == "text":
+        return {"type": "string", "maxLength": rng.randrange(5), "description": rng.choice(TEXTS)}
+    if kind == "choice":
+        return {"enum": rng.sample([*TEXTS, True, None, -1, 2.5, [1, "'"], {"a b": "'"}], 3)}
+    if kind == "const":
+        return {"const": rng.choice([*TEXTS, False, None, [], {}])}
+    if kind == "array":
+        return {"type": "array", "items": random_schema(rng, depth - 1), "maxItems": 2}
+    if kind == "object":
+        names = rng.sample(TEXTS, 2)
+        properties = {name: random_schema(rng, depth - 1) for name in names}
+        return {"type": "object", "properties": properties, "required": names[:1], "additionalProperties": False}
+    if kind == "any":
+        return {"anyOf": [random_schema(rng, depth - 1), random_schema(rng, depth - 1)]}
+    plain = {
+        "whole": {"type": "integer", "minimum": -20, "maximum": 300},
+        "number": {"type": "number", "minimum": -1, "maximum": 1},
+        "truth": {"type": rng.choice(["boolean", ["boolean", "null"]])},
+        "null": {"type": "null"},
+        "defined": {"$ref": "#/$defs/d"},
+    }
+    return plain[kind]
+
+
+def test_whatever_a_pythonic_grammar_lets_a_model_write_is_a_call_that_fits_the_schema() -> None:
+    vocabulary = Vocabulary(0, [bytes([each]) for each in range(256)] + [b"</s>"], [256])
+    rng, table = random.Random(7), token_table(vocabulary)
+    for _ in range(40):
+        names = rng.sample(["a", "b1", "_c", "été"], rng.randrange(4))
+        shared = {"$defs": {"d": {"type": "string", "enum": ["'d'", "e"]}}}
+        tools = [pythonic_tool({name: random_schema(rng) for name in names}, names[::2], **shared)]
+        grammar = checked_grammar({"grammar": call_grammar(tools, "required", "pythonic", True)})
+        answer, written = GrammarFollower(grammar, vocabulary, [256], table), bytearray()
+        while (allowed := answer.allowed()) != {256} and len(written) < 600:
+            token = ord("]") if 256 not in allowed and len(written) > 200 and ord("]") in allowed else 0
+            token = token or rng.choice(sorted(allowed - {256}))
+            answer.take([token])
+            written.append(token)
+        assert len(written) < 600
+        text = written.decode()
+        calls = found_in(text, tools, len(text), ChatFormat("pythonic"))
+        assert calls
+        for name, arguments in calls:
+            assert name == "f-1"
+            jsonschema.validate(arguments, tools[0]["function"]["parameters"])
+        assert all(found_in(text, tools, cut, ChatFormat("pythonic")) == calls for cut in range(0, len(text), 7)), text
 
 
 def coder_calls(properties: dict[str, Any], *values: tuple[str, str], **schema: Any) -> tuple[bool, str]:
