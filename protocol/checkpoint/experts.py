@@ -29,6 +29,8 @@ def expert_facts(fields: Fields, family: str, num_layers: int) -> ExpertFacts | 
         return None
     if family in _QWEN:
         return _qwen(fields, family, num_layers)
+    if family == "gemma4":
+        return _gemma4(fields, num_layers) if fields.boolean("enable_moe_block", False) else None
     if family not in _ALL_SPARSE:
         return None
     width, count, active = _ALL_SPARSE[family]
@@ -60,16 +62,26 @@ def _qwen(fields: Fields, family: str, num_layers: int) -> ExpertFacts:
     return replace(experts, shared_width=shared, shared_gate=True)
 
 
+def _gemma4(fields: Fields, num_layers: int) -> ExpertFacts:
+    count, active = _counts(fields, "num_experts", None, None, active_key="top_k_experts")
+    width = fields.integer("moe_intermediate_size", high=8 * Limit.HIDDEN)
+    dense = fields.integer("intermediate_size", 9216, high=8 * Limit.HIDDEN)
+    return ExpertFacts(count, active, width, (True,) * num_layers, normalizes=True, shared_width=dense, is_branch=True)
+
+
 def _first_of(fields: Fields, *keys: str) -> str:
     """Return the first key that is present, or the first of all."""
     return next((key for key in keys if fields.has(key)), keys[0])
 
 
-def _counts(fields: Fields, key: str, count: int, active: int) -> tuple[int, int]:
+def _counts(
+    fields: Fields, key: str, count: int | None, active: int | None, active_key: str = "num_experts_per_tok"
+) -> tuple[int, int]:
+    """Return the number of experts and of active ones; None: there is no default."""
     count = fields.integer(key, count, high=MOST_EXPERTS)
-    active = fields.integer("num_experts_per_tok", active, high=MOST_EXPERTS)
+    active = fields.integer(active_key, active, high=MOST_EXPERTS)
     if active > count:
-        raise fields.error("num_experts_per_tok", f"is {active}, more than the {count} experts of {key}")
+        raise fields.error(active_key, f"is {active}, more than the {count} experts of {key}")
     return count, active
 
 

@@ -250,8 +250,6 @@ def _refuse_unsupported_gemma4(fields: Fields) -> None:
     whose = fields.text("use_bidirectional_attention", "vision")  # vision: of text, all attention is causal
     if whose != "vision":
         raise fields.error("use_bidirectional_attention", f"is {whose[:40]!r}: not a model that generates text")
-    if fields.boolean("enable_moe_block", False):
-        raise fields.error("enable_moe_block", "is true: experts of gemma4 are not supported yet")
     for key, default in (("num_kv_shared_layers", 0), ("hidden_size_per_layer_input", 256)):
         if count := fields.integer(key, default, low=0):
             raise fields.error(key, f"is {count}, which is not supported yet")

@@ -36,6 +36,7 @@ _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
     "exaone_moe": ((".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
+    "gemma4": ((".experts.", ".mlp.experts."), (".router.proj.", ".mlp.gate.")),
     "gpt_oss": ((".mlp.router.", ".mlp.gate."),),
 }  # fmt: skip
 """Parts of stored names, and what stands for them in mgpu, by family."""

@@ -81,6 +81,13 @@ class ExpertFacts:
     shared_gate: bool = False
     """True if that network's output is multiplied by a learned share of each token."""
     clamp: "Clamp | None" = None
+    is_branch: bool = False
+    """True if experts and the network of ``shared_width`` have norms of their own, and the router scales (Gemma 4)."""
+
+    @property
+    def shared_name(self) -> str:
+        """What the tensors of the network of ``shared_width`` are called, behind those of the layer's network."""
+        return "" if self.is_branch else "shared_expert."
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,9 @@ def tiny_config(family: str) -> object:
             tie_word_embeddings=True,
         ),
         "gemma4": lambda: hf.Gemma4TextConfig(**gemma4),
+        "gemma4-moe": lambda: hf.Gemma4TextConfig(
+            **gemma4, enable_moe_block=True, num_experts=6, top_k_experts=2, moe_intermediate_size=30
+        ),
         "gemma4-vl": lambda: hf.Gemma4Config(
             text_config=gemma4 | {"attention_k_eq_v": False, "use_bidirectional_attention": "vision"},
             vision_config=gemma4_vision,
@@ -257,10 +260,21 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
     model = kind.from_config(tiny_config(family), **ways).float().eval()
     for name, parameter in model.named_parameters():
         # The defaults, zero biases and unit norms, would hide mistakes; larger weights tell tokens apart.
-        is_wide = name.endswith(("norm.weight", "bias", "gate.weight", "router.weight", "layer.weight", "sinks"))
+        is_wide = name.endswith(
+            (
+                "norm.weight",
+                "bias",
+                "gate.weight",
+                "router.weight",
+                "layer.weight",
+                "sinks",
+                ".scale",
+                "per_expert_scale",
+            )
+        )
         parameter.normal_(0.0, 0.3 if is_wide else 0.1)
         is_zero_centred = family in ("gemma2", "gemma3", *HYBRID_MODELS) and "linear_attn" not in name
-        if name.endswith("norm.weight") and not is_zero_centred:
+        if name.endswith(("norm.weight", "norm_1.weight", "norm_2.weight")) and not is_zero_centred:
             parameter.add_(1.0)
     for name, number in model.named_buffers():
         if name.endswith("layer_scalar"):

@@ -43,11 +43,7 @@ class SparseMLP(Module):
     ) -> None:
         self._group = group
         part = part or TensorPart(group.rank, group.size)
-        # Kernels have neither biases nor clamped gates.
-        has_kernels = uses_kernels(storage.device) and not experts.bias and experts.clamp is None
-        forms = storage.of_gate_up().form, storage.of_down().form
-        has_kernels = has_kernels and all(map(_is_for_kernels, forms)) and len({form.quant for form in forms}) == 1
-        self._compute = _kernel_mlp() if has_kernels else _plain_mlp
+        self._compute = _kernel_mlp() if has_kernels_for(experts, storage) else _plain_mlp
         self._add_share = _kernel_share() if uses_kernels(storage.device) else _plain_share
         shard = part.experts(experts, split, storage.of_down().form.splits_at)
         self.router = Router(experts, facts.hidden_size, storage)
@@ -81,6 +77,13 @@ class SparseMLP(Module):
             self.shared.load(reader, f"{prefix}.shared_expert")
         if self.shared_gate is not None:
             self.shared_gate.load(reader, f"{prefix}.shared_expert_gate")
+
+
+def has_kernels_for(experts: ExpertFacts, storage: Storage) -> bool:
+    """Return True if kernels compute the experts of a layer: they have neither biases nor clamped gates."""
+    forms = storage.of_gate_up().form, storage.of_down().form
+    is_plain = uses_kernels(storage.device) and not experts.bias and experts.clamp is None
+    return is_plain and all(map(_is_for_kernels, forms)) and len({form.quant for form in forms}) == 1
 
 
 def _is_for_kernels(form: WeightFormat) -> bool:

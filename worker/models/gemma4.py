@@ -16,12 +16,13 @@ from mgpu.worker.state.kv_cache import LayerCache
 
 
 class Gemma4Layer(Module):
-    """The heads of layers with full attention are as the model's facts say."""
+    """The heads of layers with full attention, and experts beside the dense network, are as the model's facts say."""
 
     def __init__(self, context: BuildContext, layer: int) -> None:
         self.attention = context.attention(layer)
         self.attention_out_norm = context.norm()
         self.mlp = context.mlp(layer)
+        self.experts = context.expert_branch(layer)
         self.mlp_out_norm = context.norm()
         self.input_norm = context.norm(before=self.attention.qkv)
         self.mlp_norm = context.norm(before=self.mlp)
@@ -33,7 +34,10 @@ class Gemma4Layer(Module):
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
         delta_TD = self.attention_out_norm(summed(self.attention(x_TD, angles, attention, cache)))
         x_TD = self.mlp_norm.add_and_norm(residual_TD, delta_TD)
-        residual_TD.add_(scaled(self.mlp_out_norm(summed(self.mlp(x_TD)))))
+        y_TD = summed(self.mlp(x_TD))
+        if self.experts is not None:
+            y_TD = self.experts(y_TD, residual_TD)
+        residual_TD.add_(scaled(self.mlp_out_norm(y_TD)))
         self.scale(residual_TD)
 
     def load(self, reader: WeightReader, prefix: str) -> None:
@@ -42,5 +46,7 @@ class Gemma4Layer(Module):
         self.attention_out_norm.load(reader, f"{prefix}.post_attention_layernorm")
         self.mlp_norm.load(reader, f"{prefix}.pre_feedforward_layernorm")
         self.mlp.load(reader, f"{prefix}.mlp")
+        if self.experts is not None:
+            self.experts.load(reader, prefix)
         self.mlp_out_norm.load(reader, f"{prefix}.post_feedforward_layernorm")
         self.scale.load(reader, f"{prefix}.layer_scalar")

@@ -15,6 +15,7 @@ from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention
 from mgpu.worker.kernels.linear.inputs import has_kernels_for
 from mgpu.worker.layers.attention import Attention
+from mgpu.worker.layers.expert_branch import ExpertBranch, RouterScales
 from mgpu.worker.layers.experts import ExpertMatrices
 from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
 from mgpu.worker.layers.layer_scale import LayerScale
@@ -33,7 +34,8 @@ from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, LayerCache
 
 WEIGHT_HOLDERS = (
-    Linear, ExpertMatrices, LinearConstants, RMSNorm, HeadSinks, WholeHeadsNorm, LayerScale, VocabParallel,
+    Linear, ExpertMatrices, RouterScales, LinearConstants, RMSNorm, HeadSinks, WholeHeadsNorm, LayerScale,
+    VocabParallel,
 )  # fmt: skip
 """The modules that own weights; all others are wiring."""
 
@@ -83,12 +85,20 @@ class BuildContext:
         return Attention(self.facts.of_layer(layer), self.group, *how, self.part)
 
     def mlp(self, layer: int) -> GatedMLP | SparseMLP:
-        """Make the feed-forward network of a layer: dense, or a mixture of experts."""
-        facts = self.facts
+        """Make the feed-forward network of a layer: dense, or a mixture of experts that is not a branch beside it."""
+        facts, storage = self.facts, self.storage_of(layer)
         if (experts := facts.experts_of(layer)) is not None:
-            return SparseMLP(facts, experts, self.expert_split, self.group, self.storage_of(layer), self.part)
+            if not experts.is_branch:
+                return SparseMLP(facts, experts, self.expert_split, self.group, storage, self.part)
+            storage = storage.of_shared()
         sizes = facts.hidden_size, facts.intermediate_size
-        return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, self.storage_of(layer), self.part)
+        return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, storage, self.part)
+
+    def expert_branch(self, layer: int) -> ExpertBranch | None:
+        """Make the experts that a layer has beside its dense network; None if it has none."""
+        if (experts := self.facts.experts_of(layer)) is None:
+            return None
+        return ExpertBranch(self.facts, experts, self.expert_split, self.group, self.storage_of(layer), self.part)
 
     def vocab(self) -> VocabParallel:
         sizes = self.facts.vocab_size, self.facts.hidden_size

@@ -122,6 +122,8 @@ def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
     else:
         shapes = _attention_tensors(facts.of_layer(layer), head + "self_attn.")
     shapes |= _mlp_tensors(facts, layer, head + "mlp.")
+    if (experts := facts.experts_of(layer)) is not None and experts.is_branch:
+        shapes |= {head + "router.scale": (facts.hidden_size,), head + "router.per_expert_scale": (experts.count,)}
     if facts.layer_scale:
         shapes[head + "layer_scalar"] = (1,)
     return shapes | {head + name + ".weight": (hidden,) for name in layer_norms(facts)}
@@ -188,7 +190,7 @@ def _mlp_tensors(facts: ModelFacts, layer: int, prefix: str) -> dict[str, tuple[
     for index in range(experts.count):
         shapes |= _gated_tensors(f"{prefix}experts.{index}.", hidden, experts.width, experts.bias)
     if experts.shared_width:
-        shapes |= _gated_tensors(prefix + "shared_expert.", hidden, experts.shared_width, bias=False)
+        shapes |= _gated_tensors(prefix + experts.shared_name, hidden, experts.shared_width, bias=False)
     if experts.shared_gate:
         shapes[prefix + "shared_expert_gate.weight"] = (1, hidden)
     return shapes
@@ -224,12 +226,10 @@ def layer_norms(facts: ModelFacts) -> tuple[str, ...]:
     if facts.architecture in ("olmo2", "olmo3"):
         return "post_attention_layernorm", "post_feedforward_layernorm"
     if facts.architecture in ("gemma2", "gemma3", "gemma4"):
-        return (
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        )
+        names = "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+        if facts.experts is None:
+            return names
+        return *names, "post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2"
     return "input_layernorm", "post_attention_layernorm"
 
 

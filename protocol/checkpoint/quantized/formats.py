@@ -39,7 +39,7 @@ def _formats(facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]) 
     sparse = gate_up, common(*(head + "down" for head in each))
     if not experts.shared_width:
         return LayerFormats(*attention, *sparse, qkv_parts=qkv_parts)
-    shared = "mlp.shared_expert."
+    shared = f"mlp.{experts.shared_name}"
     return LayerFormats(*attention, *sparse, common(f"{shared}gate", f"{shared}up"), common(f"{shared}down"), qkv_parts)
 
 

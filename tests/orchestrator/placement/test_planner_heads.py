@@ -9,12 +9,18 @@ from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.described import described_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.orchestrator.placement.speed import estimate_speed
-from mgpu.protocol.model.facts import FullHeads
+from mgpu.protocol.model.facts import ExpertFacts, FullHeads
 
 GEMMA4_31B = make_facts(
     q=32, kv=16, layers=60, hidden=5376, width=21504, head_dim=256, vocab=262144, context=262144, tied=True,
     qk_norm=True, architecture="gemma4", sliding_window=1024, value_norm=True, layer_scale=True,
     sliding_layers=tuple(layer % 6 != 5 for layer in range(60)), full_heads=FullHeads(4, 512, 128, True),
+)  # fmt: skip
+GEMMA4_26B = make_facts(
+    q=16, kv=8, layers=30, hidden=2816, width=2112, head_dim=256, vocab=262144, context=262144, tied=True,
+    qk_norm=True, architecture="gemma4", sliding_window=1024, value_norm=True, layer_scale=True,
+    sliding_layers=tuple(layer % 6 != 5 for layer in range(30)), full_heads=FullHeads(2, 512, 128, True),
+    experts=ExpertFacts(128, 8, 704, (True,) * 30, normalizes=True, shared_width=2112, is_branch=True),
 )  # fmt: skip
 SLIDING_KV, FULL_KV = 2 * 16 * 256, 2 * 4 * 512
 """Elements that a token has in the cache of a layer."""
@@ -34,6 +40,19 @@ def test_gemma4_31b_in_bf16(tp: int) -> None:
     weights = 2 * (50 * sliding + 10 * full + 262144 * 5376 // tp + 5376)
     assert [row.weight_bytes for row in planned.rows] == [weights] * tp
     assert [row.kv_token_bytes for row in planned.rows] == [2 * (50 * SLIDING_KV + 10 * FULL_KV) // tp] * tp
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_gemma4_26b_has_a_dense_network_beside_its_experts(tp: int) -> None:
+    planned = plan(GEMMA4_26B, gpus(*[141] * tp), LayoutOptions())
+    sliding, full = (
+        2816 * (q + k + v + q) // tp + 2 * head_dim
+        for q, k, v, head_dim in ((16 * 256, 8 * 256, 8 * 256, 256), (16 * 512, 2 * 512, 0, 512))
+    )
+    mlp = 3 * 2816 * (2112 + 128 * 704) // tp
+    router_and_norms = 128 * 2816 + 2816 + 128 + 7 * 2816 + 1
+    weights = 2 * (25 * sliding + 5 * full + 30 * (mlp + router_and_norms) + 262144 * 2816 // tp + 2816)
+    assert [row.weight_bytes for row in planned.rows] == [weights] * tp
 
 
 def test_eight_ranks_hold_each_kv_head_of_full_layers_twice() -> None:

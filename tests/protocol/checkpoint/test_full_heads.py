@@ -81,6 +81,9 @@ def test_a_stretched_rotation_divides_the_speeds_that_turn(tmp_path: Path) -> No
          ("partial_rotary_factor is 1.5", "48 of 32 components")),
         ({"use_bidirectional_attention": "all"}, ("use_bidirectional_attention is 'all'",)),
         ({"attention_bias": True}, ("attention_bias",)),
+        ({"enable_moe_block": True}, ("num_experts is missing",)),
+        ({"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5, "moe_intermediate_size": 8},
+         ("top_k_experts is 5", "4 experts")),
     ],
 )  # fmt: skip
 def test_what_cannot_be_served_is_refused_with_numbers(

@@ -21,7 +21,7 @@ from mgpu.protocol.model.quantization import Quant
 
 FAMILIES = (
     "mixtral", "mixtral-window", "qwen3-moe", "qwen3-moe-plain", "qwen2-moe", "gpt-oss", "granite-moe",
-    "granite-moe-shared",
+    "granite-moe-shared", "gemma4-moe",
 )  # fmt: skip
 SPLITS: tuple[ExpertSplit, ...] = ("tensor", "parallel")
 LAYOUTS = [(1, 1, "tensor"), (1, 2, "tensor"), *((size, 2 // (size // 2), each) for size in (2, 4) for each in SPLITS)]
@@ -129,7 +129,9 @@ def test_the_planner_counts_the_bytes_that_a_rank_holds(
 
 
 @pytest.mark.parametrize(("tp_size", "split"), [(1, "tensor"), *((size, each) for size in (2, 4) for each in SPLITS)])
-@pytest.mark.parametrize("family", ["gpt-oss", "qwen2-moe", "granite-moe-shared", "olmo2", "gemma2", "granite"])
+@pytest.mark.parametrize(
+    "family", ["gpt-oss", "qwen2-moe", "granite-moe-shared", "gemma4-moe", "olmo2", "gemma2", "granite"]
+)
 def test_the_planner_counts_the_bytes_of_every_family(
     tiny_model: MakeModel, family: str, tp_size: int, split: ExpertSplit
 ) -> None:
