@@ -9,6 +9,7 @@ from typing import NoReturn
 from starlette.requests import ClientDisconnect, Request
 
 from mgpu.orchestrator.http.edge.errors import HttpError, bad_request
+from mgpu.protocol.front.fields import shown
 
 MAX_BODY_BYTES = 4 << 20
 """A request of the front channel has 1 MiB at most, and escapes make text up to three times as long in JSON."""
@@ -109,7 +110,7 @@ def parse_object(data: bytes) -> dict[str, object]:
         text = str(error) if str(error).startswith("JSON") else "the body has a number of too many digits"
         raise bad_request(text) from None
     if not isinstance(value, dict):
-        raise bad_request(f"the body must be a JSON object, got {type(value).__name__}")
+        raise bad_request(f"the body must be a JSON object, got {shown(value)}")
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH:
         _check_depth(value)
     return value

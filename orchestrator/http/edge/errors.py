@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from starlette.responses import Response
 
 from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
+from mgpu.protocol.front.client_messages import Generate
 
 CLIENT_CLOSED_STATUS = 499
 """The client has gone before its answer. Nobody reads it; it is for logs."""
@@ -40,6 +42,8 @@ _OF_CODE: dict[str, tuple[int, str, str]] = {
     "stopped": (503, "service_unavailable_error", "stopped"),
 }
 """Status, type and code of a failure on the front channel."""
+_FIELDS = frozenset(each.name for each in fields(Generate))
+_FIRST_NAME = re.compile(r"([a-z]+(?:_[a-z]+)*)(?=[\[.: ])")
 _RETRIED = frozenset({"not_ready", "draining", "overloaded", "slow_reader", "stopped"})
 
 
@@ -96,8 +100,16 @@ def _of_failure(error: RequestFailed) -> HttpError:
         return HttpError(422, text, kind, "template_refused", "messages")  # right in form, but not for this model
     if error.code == "bad_request" and " holds " in text:
         code = "context_length_exceeded"
-    found = HttpError(status, text, kind, code)
+    found = HttpError(status, text, kind, code, _param_of(error.code, text))
     return _with_retry(found, error.retry_after_s or _RETRY_S) if error.code in _RETRIED else found
+
+
+def _param_of(code: str, text: str) -> str | None:
+    """Return the field that a refusal of the front channel begins with, such as `logit_bias has token id 9`."""
+    if code == "unknown_model":
+        return "model"
+    name = _FIRST_NAME.match(text) if code == "bad_request" else None
+    return name[1] if name and name[1] in _FIELDS else None
 
 
 def _with_retry(error: HttpError, seconds: float) -> HttpError:

@@ -19,6 +19,7 @@ from mgpu.orchestrator.http.requests.anthropic_rules import (
 )
 from mgpu.orchestrator.http.requests.fields import Fields
 from mgpu.orchestrator.http.routes.call import Call, named_event
+from mgpu.orchestrator.http.routes.models import checked_model
 from mgpu.protocol.client.async_client import AsyncCompletionStream
 from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.client.results import Completion, Piece, ToolCallPart, Usage
@@ -43,6 +44,7 @@ async def messages(call: Call) -> ASGIApp:
 async def count_tokens(call: Call) -> ASGIApp:
     """Return how many tokens messages have as a prompt."""
     values = (await call.fields(PROMPT_RULES, "messages")).values
+    await checked_model(call, values.get("model"))
     options: GenerateOptions = {}
     add_anthropic_options(values, options)
     work = call.client.count_tokens(

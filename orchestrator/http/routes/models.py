@@ -15,10 +15,14 @@ async def models(call: Call) -> ASGIApp:
 
 async def model(call: Call) -> ASGIApp:
     """Describe the model, if it is the one that is served."""
-    name = call.request.path_params["name"]
+    return call.json(await checked_model(call, call.request.path_params["name"]))
+
+
+async def checked_model(call: Call, name: str | None) -> dict[str, Any]:
+    """Return the model that is served. HttpError if ``name`` is another one; None: the client has not said."""
     [described] = await _described(call)
-    if described["id"] == name:
-        return call.json(described)
+    if name is None or described["id"] == name:
+        return described
     raise HttpError(
         404, f"model {name[:80]!a} is not served here; this server has {described['id']!r}",
         code="model_not_found", param="model",

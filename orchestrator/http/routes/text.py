@@ -9,6 +9,8 @@ from mgpu.orchestrator.http.requests.answers import unless_disconnected
 from mgpu.orchestrator.http.requests.fields import MODEL
 from mgpu.orchestrator.http.requests.rules import Messages
 from mgpu.orchestrator.http.routes.call import Call
+from mgpu.orchestrator.http.routes.models import checked_model
+from mgpu.protocol.errors import RequestFailed
 from mgpu.protocol.front.chat_messages import DOCUMENTS, TEMPLATE_OPTIONS, TOOLS
 from mgpu.protocol.front.fields import INT32_MAX, Array, Flag, Integer, Rule, Text
 
@@ -45,9 +47,9 @@ async def tokenize(call: Call) -> ASGIApp:
         raise bad_request(f"give one of prompt, content and messages, got {' and '.join(given) or 'none'}", "prompt")
     if "chat_template_kwargs" in values and given != ["messages"]:
         raise bad_request("chat_template_kwargs is for messages; leave it out", "chat_template_kwargs")
+    model = await checked_model(call, values.get("model"))
     tokens = await unless_disconnected(call.request, _tokens(call, values, given[0])) if values[given[0]] else []
-    [model] = await call.client.models()
-    return call.json({"tokens": tokens, "count": len(tokens), "max_model_len": model["max_seq_len"]})
+    return call.json({"tokens": tokens, "count": len(tokens), "max_model_len": model["max_model_len"]})
 
 
 async def _tokens(call: Call, values: dict[str, Any], given: str) -> list[int]:
@@ -62,17 +64,24 @@ async def _tokens(call: Call, values: dict[str, Any], given: str) -> list[int]:
 async def detokenize(call: Call) -> ASGIApp:
     """Return the text of token ids, as `prompt` and as `content`."""
     values = (await call.fields(DETOKENIZE_RULES, "tokens")).values
+    await checked_model(call, values.get("model"))
     text = ""
     if values["tokens"]:
         skip = values.get("skip_special_tokens", False)
         work = call.client.detokenize(values["tokens"], skip_special_tokens=skip)
-        text = await unless_disconnected(call.request, work)
+        try:
+            text = await unless_disconnected(call.request, work)
+        except RequestFailed as error:
+            if not str(error).startswith("token_ids "):
+                raise
+            raise bad_request(str(error).replace("token_ids", "tokens", 1), "tokens") from None
     return call.json({"prompt": text, "content": text})
 
 
 async def apply_template(call: Call) -> ASGIApp:
     """Return the text that the model's chat template makes of messages."""
     values: dict[str, Any] = (await call.fields(TEMPLATE_RULES, "messages")).values
+    await checked_model(call, values.get("model"))
     work = call.client.apply_chat_template(
         values["messages"],
         template_options=values.get("chat_template_kwargs"),

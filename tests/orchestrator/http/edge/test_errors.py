@@ -53,6 +53,22 @@ def test_a_failure_has_its_status_and_the_form_of_its_path(
     assert "secret" not in found.message
 
 
+@pytest.mark.parametrize(
+    ("code", "text", "param"),
+    [
+        ("bad_request", "logit_bias has token id 9; the vocabulary has ids 0 to 8", "logit_bias"),
+        ("bad_request", "messages[0].tool_call_id is 'x', but no message before it has it", "messages"),
+        ("bad_request", "structured_outputs.json_schema: Unimplemented keys", "structured_outputs"),
+        ("bad_request", "the prompt has 9 tokens", None),
+        ("bad_request", "32 prompt tokens and max_tokens 9", None),
+        ("unknown_model", "model 'x' is not served here", "model"),
+        ("engine_error", "model failed", None),
+    ],
+)
+def test_the_field_at_fault_is_named(code: Any, text: str, param: str | None) -> None:
+    assert error_of(RequestFailed(code, text)).param == param
+
+
 def test_every_failure_of_the_front_channel_is_listed_here() -> None:
     assert {error.code for error, *_ in FAILURES if isinstance(error, RequestFailed)} == set(get_args(FailureCode))
 

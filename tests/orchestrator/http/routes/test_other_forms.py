@@ -168,11 +168,29 @@ def test_texts_become_tokens_and_back(http: HttpServer, gateway: GatewayProcess)
     assert "Hi" in http.post("/apply-template", {"messages": HELLO}).json["prompt"]
     for wrong in ({}, {"prompt": "a", "content": "b"}, {"prompt": 5}):
         assert http.post("/tokenize", wrong).status == 400
+    unknown = http.post("/detokenize", {"tokens": [97, 10**8]})
+    assert (unknown.status, unknown.error["param"]) == (400, "tokens")
+    assert unknown.error["message"].startswith("tokens has token id 100000000; the vocabulary has ids 0 to")
     assert http.post("/detokenize", {"tokens": [-1]}).status == 400
     million = [1] * (1 << 20)
     assert len(DETOKENIZE_RULES["tokens"].parse("tokens", million)) == 1 << 20  # type: ignore[arg-type]
     with pytest.raises(FieldError):
         DETOKENIZE_RULES["tokens"].parse("tokens", [*million, 1])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "ab"}),
+        ("/detokenize", {"tokens": [97]}),
+        ("/apply-template", {"messages": HELLO}),
+        ("/v1/messages/count_tokens", {"messages": HELLO}),
+    ],
+)
+def test_another_model_is_refused_wherever_one_can_be_named(http: HttpServer, path: str, body: dict[str, Any]) -> None:
+    name = http.get("/v1/models").json["data"][0]["id"]
+    assert http.post(path, {**body, "model": name}).status == 200
+    assert http.post(path, {**body, "model": "gpt-5"}).status == 404
 
 
 def test_the_document_has_every_path_with_its_fields(http: HttpServer) -> None:
