@@ -77,10 +77,10 @@ class ServeConfig:
         "auto",
         "Whose code runs the model: mgpu's own, the installed transformers', or own if it has the family.",
     )
-    tool_format: Literal["auto", "none", "harmony", "qwen3-coder", "mistral", "hermes", "pythonic", "llama"] = _option(
-        "auto", "How the model writes tool calls: auto is what its chat template shows."
-    )
-    reasoning_format: Literal["auto", "none", "harmony", "think", "mistral"] = _option(
+    tool_format: Literal[
+        "auto", "none", "harmony", "gemma4", "minimax", "glm", "qwen3-coder", "mistral", "hermes", "pythonic", "llama"
+    ] = _option("auto", "How the model writes tool calls: auto is what its chat template shows.")
+    reasoning_format: Literal["auto", "none", "harmony", "think", "mistral", "gemma4"] = _option(
         "auto", "How the model marks its reasoning: auto is what its chat template shows; none leaves it in the text."
     )
     quant: Quant = _option(  # noqa: RUF009 (a field like the others)

@@ -20,8 +20,10 @@ _ALIASES = {
     "kv_cache_dtype": {"fp8_e4m3": "fp8", "float8": "fp8"},
     "device": {"gpu": "cuda", "nvidia": "cuda"},
     "load_format": {"safetensors": "auto", "hf": "auto"},
-    "reasoning_format": {"deepseek": "think", "deepseek_r1": "think", "deepseek-r1": "think", "qwen3": "think"},
-    "tool_format": {"qwen3_coder": "qwen3-coder", "llama3_json": "llama", "openai": "harmony"},
+    "reasoning_format": {"deepseek": "think", "deepseek_r1": "think", "deepseek-r1": "think", "qwen3": "think",
+                         "glm45": "think", "minimax_m2": "think"},
+    "tool_format": {"qwen3_coder": "qwen3-coder", "llama3_json": "llama", "openai": "harmony", "glm45": "glm",
+                    "glm47": "glm", "minimax_m2": "minimax", "llama4_pythonic": "pythonic"},
 }  # fmt: skip
 """What other programs call the values of these options."""
 

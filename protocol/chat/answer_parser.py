@@ -41,7 +41,7 @@ class AnswerParser:
             return
         if chat_format.reasoning:
             reasoning = REASONING_FORMATS[chat_format.reasoning]
-            self._thinking = ThinkSplitter(reasoning.begin, reasoning.end, in_reasoning)
+            self._thinking = ThinkSplitter(reasoning.begin + reasoning.label, reasoning.end, in_reasoning)
         if chat_format.tools and tools:
             self._machine = TOOL_FORMATS[chat_format.tools].machine(self._found)
 

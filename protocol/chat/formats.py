@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
-from mgpu.protocol.chat import harmony, hermes, llama, mistral, pythonic, qwen_coder
+from mgpu.protocol.chat import gemma, harmony, hermes, llama, mistral, pythonic, tagged
 from mgpu.protocol.chat.machine import Found, Machine
 
 
@@ -27,6 +27,12 @@ class ReasoningFormat:
     begin: str
     end: str
     template: re.Pattern[str]
+    label: str = ""
+    """What the model writes behind ``begin`` before it thinks."""
+
+
+def _tagged(tags: tagged.Tags, template: str) -> ToolFormat:
+    return ToolFormat(partial(tagged.Tagged, tags=tags), tags.whole_tags(), re.compile(template))
 
 
 HARMONY = "harmony"
@@ -38,9 +44,10 @@ TOOL_FORMATS = {
         (harmony.START, harmony.CHANNEL, harmony.MESSAGE, *harmony.ENDS, "<|constrain|>"),
         re.compile(r"<\|channel\|>"),
     ),
-    "qwen3-coder": ToolFormat(
-        qwen_coder.QwenCoder, (qwen_coder.BEGIN, qwen_coder.END), re.compile(r"<function=[^>]*>[\s\S]*<parameter=")
-    ),
+    "gemma4": ToolFormat(gemma.Gemma, (gemma.BEGIN, gemma.END, gemma.QUOTE), re.compile(r"<\|tool_call>")),
+    "minimax": _tagged(tagged.MINIMAX, r"<minimax:tool_call>"),
+    "glm": _tagged(tagged.GLM, r"<arg_key>"),
+    "qwen3-coder": _tagged(tagged.QWEN_CODER, r"<function=[^>]*>[\s\S]*<parameter="),
     "mistral": ToolFormat(mistral.Mistral, (mistral.BEGIN, mistral.ARGS, mistral.CALL_ID), re.compile(r"\[TOOL_CALLS")),
     "hermes": ToolFormat(hermes.Hermes, (hermes.BEGIN, hermes.END), re.compile(r"<tool_call>")),
     "pythonic": ToolFormat(
@@ -53,6 +60,7 @@ TOOL_FORMATS = {
 REASONING_FORMATS = {
     "think": ReasoningFormat("<think>", "</think>", re.compile(r"</?think>")),
     "mistral": ReasoningFormat("[THINK]", "[/THINK]", re.compile(r"\[/?THINK\]")),
+    "gemma4": ReasoningFormat("<|channel>", "<channel|>", re.compile(r"<\|channel>"), "thought"),
 }
 TOOL_FORMAT_NAMES = ("auto", "none", *TOOL_FORMATS)
 REASONING_FORMAT_NAMES = ("auto", "none", HARMONY, *REASONING_FORMATS)
@@ -88,4 +96,4 @@ def detected(template: str | None, tools: str = "auto", reasoning: str = "auto")
 
 def opens_reasoning(prompt: str) -> bool:
     """Return whether a rendered prompt ends with the marker that begins reasoning."""
-    return prompt[-64:].rstrip().endswith(tuple(each.begin for each in REASONING_FORMATS.values()))
+    return prompt[-64:].rstrip().endswith(tuple(each.begin + each.label for each in REASONING_FORMATS.values()))

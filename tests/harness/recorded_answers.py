@@ -39,6 +39,9 @@ class Recorded:
 _H = ChatFormat("hermes")
 _T = ChatFormat("hermes", "think")
 _Q = ChatFormat("qwen3-coder")
+_G = ChatFormat("glm", "think")
+_X = ChatFormat("minimax", "think")
+_4 = ChatFormat("gemma4", "gemma4")
 _L = ChatFormat("llama")
 _M = ChatFormat("mistral", "mistral")
 _P = ChatFormat("pythonic")
@@ -49,7 +52,74 @@ _CODE_VALUE = 'def f():\n    return "<a>\\n"  # </par'
 _TOO_LARGE = '<tool_call>{"name": "get-time", "arguments": {"a": 1e999}}</tool_call>'
 _NEVER_ENDS = "<function=get_weather><parameter=city>" * 3
 
+_GLM_CALL = (
+    "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Zürich 🌧</arg_value>\n<arg_key>days</arg_key>\n"
+    "<arg_value>3</arg_value>\n</tool_call>"
+)
+_MINIMAX_CALL = (
+    '<invoke name="get_weather">\n<parameter name="city">Zürich 🌧</parameter>\n<parameter name="days">3</parameter>\n'
+    "</invoke>"
+)
+_GEMMA_CALL = '<|tool_call>call:get_weather{city:<|"|>Zürich 🌧<|"|>,days:3}<tool_call|>'
+_GEMMA_VALUES = (
+    '<|tool_call>call:run_code{code:<|"|>{"a": [1]}\n, }<|"|>, tags: [<|"|>x<|"|>, -1.5e3, {deep: true, <|"|>no<|"|>:'
+    "null}, []]}<tool_call|>"
+)
+_GEMMA_BROKEN = "<|tool_call>call:get_weather{city:Bern}<tool_call|>"
+_GEMMA_TWICE = "<|tool_call>call:get_weather{days:1,days:2}<tool_call|>"
+
 RECORDED = [
+    Recorded(
+        "glm reasoning, text, two calls",
+        _G,
+        f"<think>\nHm.</think>\nI look.\n{_GLM_CALL}\n{_GLM_CALL}",
+        "I look.",
+        [_WEATHER_CALL] * 2,
+        "Hm.",
+    ),
+    Recorded(
+        "glm without line breaks or arguments",
+        _G,
+        "<tool_call>get-time</tool_call><tool_call>run_code<arg_key>code</arg_key><arg_value>\na < b\n</arg_value>"
+        "<arg_key>tags</arg_key><arg_value>[1]</arg_value></tool_call>",
+        calls=[("get-time", {}), ("run_code", {"code": "\na < b\n", "tags": [1]})],
+    ),
+    Recorded("glm no such tool", _G, "<tool_call>rm\n</tool_call>", "<tool_call>rm\n</tool_call>"),
+    Recorded("glm cut in a key", _G, "<tool_call>get-time\n<arg_ke", "<tool_call>get-time\n<arg_ke"),
+    Recorded(
+        "minimax reasoning that the prompt began, two calls in a block",
+        _X,
+        f"Hm.\n</think>\n\n<minimax:tool_call>\n{_MINIMAX_CALL}\n{_MINIMAX_CALL}\n</minimax:tool_call>",
+        calls=[_WEATHER_CALL] * 2,
+        reasoning="Hm.",
+        in_reasoning=True,
+    ),
+    Recorded("minimax name without its quote", _X, '<invoke name="get-time>', '<invoke name="get-time>'),
+    Recorded(
+        "gemma4 reasoning, text, two calls",
+        _4,
+        f"<|channel>thought\nHm.\n<channel|>I look.{_GEMMA_CALL}{_GEMMA_CALL}",
+        "I look.",
+        [_WEATHER_CALL] * 2,
+        "Hm.",
+    ),
+    Recorded("gemma4 empty reasoning", _4, "<|channel>thought\n<channel|>Hello.", "Hello."),
+    Recorded(
+        "gemma4 values of all kinds",
+        _4,
+        _GEMMA_VALUES,
+        calls=[("run_code", {"code": '{"a": [1]}\n, }', "tags": ["x", -1.5e3, {"deep": True, "no": None}, []]})],
+    ),
+    Recorded("gemma4 no arguments, no end", _4, "<|tool_call>call:get-time{}", calls=[("get-time", {})]),
+    Recorded("gemma4 a string without its tokens", _4, _GEMMA_BROKEN, _GEMMA_BROKEN),
+    Recorded("gemma4 a key twice", _4, _GEMMA_TWICE, _GEMMA_TWICE),
+    Recorded("gemma4 no such tool", _4, "<|tool_call>call:rm{}<tool_call|>", "<|tool_call>call:rm{}<tool_call|>"),
+    Recorded(
+        "gemma4 cut in a string",
+        _4,
+        '<|tool_call>call:run_code{code:<|"|>x<|',
+        '<|tool_call>call:run_code{code:<|"|>x<|',
+    ),
     Recorded(
         "qwen3-coder number too large",
         _Q,

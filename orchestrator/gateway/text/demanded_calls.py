@@ -6,7 +6,7 @@ from typing import Any
 
 from mgpu.orchestrator.gateway.text import demanded_harmony as harmony
 from mgpu.orchestrator.gateway.text import demanded_pythonic as pythonic
-from mgpu.orchestrator.gateway.text import demanded_qwen_coder as qwen_coder
+from mgpu.orchestrator.gateway.text import demanded_tagged as tagged
 from mgpu.orchestrator.gateway.text.demanded_parts import quoted, without_brackets
 from mgpu.protocol.chat.formats import HARMONY
 
@@ -18,8 +18,8 @@ _FORMS: dict[str, tuple[str, str, str, str, str, str]] = {
     "llama": ("", '{"name": "', '", "parameters": ', "}", "; ", ""),
     "mistral": ("[TOOL_CALLS][", '{"name": "', '", "arguments": ', "}", ", ", "]"),
 }
-QWEN_CODER, PYTHONIC = "qwen3-coder", "pythonic"
-_AROUND = {QWEN_CODER: ("", "\n", ""), PYTHONIC: ("[", ", ", "]")}
+PYTHONIC = "pythonic"
+_AROUND = {**dict.fromkeys(tagged.TAGGED, ("", "\n", "")), PYTHONIC: ("[", ", ", "]")}
 """Before the first call, between two calls, after the last."""
 FORMATS = (*_FORMS, *_AROUND, HARMONY)
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
@@ -67,8 +67,8 @@ def _around(tool_format: str) -> tuple[str, str, str]:
 
 
 def _call_rules(at: int, function: Mapping[str, Any], tool_format: str) -> list[str]:
-    if tool_format == QWEN_CODER:
-        return qwen_coder.call_rules(f"call_{at}", function, _JSON_OPTIONS)
+    if tool_format in tagged.TAGGED:
+        return tagged.call_rules(f"call_{at}", function, _JSON_OPTIONS, tool_format)
     if tool_format == PYTHONIC:
         return pythonic.call_rules(f"call_{at}", function, _JSON_OPTIONS)
     if tool_format == HARMONY:

@@ -9,7 +9,7 @@ import pytest
 from harness.recorded_answers import RECORDED, TOOLS, Recorded
 from mgpu.protocol.chat.answer_parser import AnswerParser, ParsedAnswer
 from mgpu.protocol.chat.events import CallArguments, CallBegin, Content, Event
-from mgpu.protocol.chat.formats import ChatFormat
+from mgpu.protocol.chat.formats import TOOL_FORMATS, ChatFormat, detected, opens_reasoning
 from mgpu.protocol.chat.tools import OfferedTools
 
 
@@ -56,7 +56,7 @@ def test_a_second_call_is_told_as_soon_as_it_is_there() -> None:
     assert [type(event).__name__ for event in events].count("CallEnd") == 2
 
 
-@pytest.mark.parametrize("name", ["hermes", "qwen3-coder", "mistral", "harmony", "llama", "pythonic"])
+@pytest.mark.parametrize("name", list(TOOL_FORMATS))
 def test_nothing_of_a_long_odd_answer_is_lost(name: str) -> None:
     markers = ChatFormat(name).markers()
     text = "".join(f"{marker} {{'[(\n" for marker in markers) * 40 + "x" + " " * 5000 + "y"
@@ -81,3 +81,23 @@ def test_a_call_that_breaks_takes_no_place_of_another() -> None:
     answer.add(parser.push(f"{broken}\n{good}"))
     answer.add(parser.finish())
     assert [call.name for call in answer.calls()] == ["get-time"]
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("<tool_call>{name}\n<arg_key>{k}</arg_key> … '<think>' + text + '</think>'", ("glm", "think")),
+        ('<minimax:tool_call>\n<invoke name="tool"> … <think>', ("minimax", "think")),
+        ("<|turn>model … <|tool_call>call: … <|channel>thought\n", ("gemma4", "gemma4")),
+        ("[func_name1(params_name1=params_value1), func_name2(params)]", ("pythonic", "")),
+        ('<tool_call>{"name": "f"}</tool_call> … <think>', ("hermes", "think")),
+    ],
+)
+def test_a_template_shows_its_formats(template: str, found: tuple[str, str]) -> None:
+    chat_format = detected(template)
+    assert (chat_format.tools, chat_format.reasoning) == found
+
+
+def test_a_prompt_may_begin_the_reasoning() -> None:
+    assert opens_reasoning("<|turn>model\n<|channel>thought\n")
+    assert not opens_reasoning("<|turn>model\n<|channel>thought\n<channel|>")

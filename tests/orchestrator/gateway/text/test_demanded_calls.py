@@ -27,6 +27,11 @@ CALLS = {
     "qwen3-coder": (
         "<tool_call>\n<function=get_weather>\n<parameter=city>\n<A>\n</parameter>\n</function>\n</tool_call>"
     ),
+    "glm": "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value><A></arg_value>\n</tool_call>",
+    "minimax": (
+        '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city"><A></parameter>\n</invoke>\n'
+        "</minimax:tool_call>"
+    ),
     "pythonic": '[get_weather(city="<A>")]',
     "mistral": '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "<A>"}}]',
 }

@@ -1,4 +1,8 @@
-"""Calls as Qwen3-Coder writes them: `<tool_call><function=f><parameter=p>value</parameter></function></tool_call>`.
+"""Calls whose parameters stand between tags, as Qwen3-Coder, GLM and MiniMax write them.
+
+Qwen3-Coder: `<tool_call><function=f><parameter=p>value</parameter></function></tool_call>`
+GLM: `<tool_call>f<arg_key>p</arg_key><arg_value>value</arg_value></tool_call>`
+MiniMax: `<minimax:tool_call><invoke name="f"><parameter name="p">value</parameter></invoke></minimax:tool_call>`
 
 A value is plain text. The tool's schema says whether it is a string; anything else is read as JSON if it can be.
 """
@@ -6,20 +10,63 @@ A value is plain text. The tool's schema says whether it is a string; anything e
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from mgpu.protocol.chat.json_scanner import BrokenJson
 from mgpu.protocol.chat.machine import Found, Machine, held_chars
 
-BEGIN, END = "<tool_call>", "</tool_call>"
-_FUNCTION, _FUNCTION_END = "<function=", "</function>"
-_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 _MAX_NAME_CHARS = 256
-_NAME = re.compile(r"[^<>\s]*")
+_NAME = re.compile(r"[^<>\s\"]*")
 
 
-class QwenCoder(Machine):
-    def __init__(self, found: Found) -> None:
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """The tags of a format."""
+
+    begin: str
+    end: str
+    """After the call, or after several."""
+    function: str
+    """Before the name of the tool; empty if that follows ``begin``."""
+    function_name_end: str
+    """Empty if anything but a letter of the name ends it."""
+    function_end: str
+    parameter: str
+    parameter_name_end: str
+    value: str
+    """Between the name of a parameter and its value, if there is such a tag."""
+    value_end: str
+    has_lines: bool = False
+    """True if a line break after the beginning of a value, and one before its end, belong to the tags."""
+
+    def whole_tags(self) -> tuple[str, ...]:
+        """Return the tags that are not parted by a name."""
+        tags = (
+            self.begin,
+            self.end,
+            self.function_end,
+            self.parameter,
+            self.parameter_name_end,
+            self.value,
+            self.value_end,
+        )
+        return tuple(tag for tag in tags if re.fullmatch(r"<[^=]*>", tag))
+
+
+QWEN_CODER = Tags(
+    "<tool_call>", "</tool_call>", "<function=", ">", "</function>", "<parameter=", ">", "", "</parameter>", True
+)
+GLM = Tags("<tool_call>", "", "", "", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+MINIMAX = Tags(
+    "<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="', '">', "</invoke>", '<parameter name="', '">', "",
+    "</parameter>",
+)  # fmt: skip
+
+
+class Tagged(Machine):
+    def __init__(self, found: Found, tags: Tags) -> None:
         super().__init__(found)
+        self._tags = tags
         self._function = ""
         self._seen: set[str] = set()
         """Parameters that have come."""
@@ -28,16 +75,19 @@ class QwenCoder(Machine):
         self._is_string = False
 
     def _outside(self) -> bool:
-        return self._pass_content((BEGIN, _FUNCTION), self._begin_function)
+        markers = (self._tags.begin, self._tags.function) if self._tags.function else (self._tags.begin,)
+        return self._pass_content(markers, self._begin_function)
 
     def _begin_function(self) -> bool:
         """Read the name of the function; its marker may be the one with which the call began."""
-        if self._found.marker == _FUNCTION:
-            return self._read_name(self._begin_call)
-        return self._expect({_FUNCTION: self._read_function})
+        if not self._tags.function:
+            return self._skips_space() and self._read_function()
+        if self._found.marker == self._tags.function:
+            return self._read_function()
+        return self._expect({self._tags.function: self._read_function})
 
     def _read_function(self) -> bool:
-        return self._read_name(self._begin_call)
+        return self._read_name(self._tags.function_name_end, self._begin_call)
 
     def _begin_call(self, name: str) -> None:
         self._found.begin(name)
@@ -46,10 +96,10 @@ class QwenCoder(Machine):
         self._seen.clear()
 
     def _inside(self) -> bool:
-        return self._expect({_PARAMETER: self._read_parameter, _FUNCTION_END: self._end_call})
+        return self._expect({self._tags.parameter: self._read_parameter, self._tags.function_end: self._end_call})
 
     def _read_parameter(self) -> bool:
-        return self._read_name(self._begin_value)
+        return self._read_name(self._tags.parameter_name_end, self._begin_value)
 
     def _begin_value(self, name: str) -> None:
         if name in self._seen:
@@ -60,28 +110,32 @@ class QwenCoder(Machine):
             self._found.arguments('"')
         self._seen.add(name)
         self._value.clear()
-        self._state = self._skip_line_break
+        self._state = self._expect_value if self._tags.value else self._skip_line_break
+
+    def _expect_value(self) -> bool:
+        return self._expect({self._tags.value: self._skip_line_break})
 
     def _skip_line_break(self) -> bool:
         if not self._buffer and not self._has_ended:
             return False
-        if self._buffer.startswith("\n"):
+        if self._tags.has_lines and self._buffer.startswith("\n"):
             self._take_call(1)
         self._state = self._read_value
         return True
 
     def _read_value(self) -> bool:
-        """Pass a string on as it comes, without the line break at its end. Hold any other value."""
-        end = self._buffer.find(_PARAMETER_END)
+        """Pass a string on as it comes. Hold any other value."""
+        line, tag = "\n" * self._tags.has_lines, self._tags.value_end
+        end = self._buffer.find(tag)
         if end < 0:
             if self._has_ended:
                 return self._give_up()
-            held = held_chars(self._buffer, ("\n" + _PARAMETER_END, _PARAMETER_END))
+            held = held_chars(self._buffer, (line + tag, tag))
             self._add_value(self._buffer[: len(self._buffer) - held])
             self._take_call(len(self._buffer) - held)
             return False
-        self._add_value(self._buffer[:end].removesuffix("\n"))
-        self._take_call(end + len(_PARAMETER_END))
+        self._add_value(self._buffer[:end].removesuffix(line))
+        self._take_call(end + len(tag))
         self._found.arguments('"' if self._is_string else _json_of("".join(self._value)))
         self._state = self._inside
         return True
@@ -106,10 +160,11 @@ class QwenCoder(Machine):
         return True
 
     def _after(self) -> bool:
-        if not self._skips_space(of_call=False) or self._may_begin(END):
+        end = self._tags.end
+        if not self._skips_space(of_call=False) or (end and self._may_begin(end)):
             return False
-        if self._buffer.startswith(END):
-            self._taken(len(END))
+        if end and self._buffer.startswith(end):
+            self._taken(len(end))
         self._state = self._outside
         return True
 
@@ -126,18 +181,20 @@ class QwenCoder(Machine):
             return False
         return self._break()
 
-    def _read_name(self, then: Callable[[str], None]) -> bool:
-        """Read a name up to `>`."""
+    def _read_name(self, tag: str, then: Callable[[str], None]) -> bool:
+        """Read a name and the ``tag`` behind it."""
         name = _NAME.match(self._buffer)
         end = name.end() if name else 0
-        if end > _MAX_NAME_CHARS or (end == len(self._buffer) and self._has_ended):
+        rest = self._buffer[end : end + max(1, len(tag))]
+        is_cut = not rest or (rest != tag and tag.startswith(rest))
+        if end > _MAX_NAME_CHARS or (is_cut and self._has_ended):
             return self._break()
-        if end == len(self._buffer):
+        if is_cut:
             return False
-        if self._buffer[end] != ">" or end == 0:
+        if (tag and rest != tag) or end == 0:
             return self._break()
         text = self._buffer[:end]
-        self._take_call(end + 1)
+        self._take_call(end + len(tag))
         try:
             then(text)
         except BrokenJson:
