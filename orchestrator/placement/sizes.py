@@ -22,7 +22,8 @@ CUDA_FIXED_BYTES = 700 << 20
 NCCL_BYTES = 300 << 20
 """Estimate of NCCL's channel buffers for the communicators of one worker."""
 
-_MATRICES = tuple(f"{kind}_proj.weight" for kind in ("q", "k", "v", "o", "gate", "up", "down", "out"))
+_MATRICES = tuple(f"{kind}_proj.weight" for kind in ("q", "k", "v", "o", "gate", "up", "down", "out", "q_a", "q_b"))
+_MATRICES += ("kv_a_proj_with_mqa.weight",)
 """Ends of the names of linear layers, which `rank_matrices` counts."""
 _HEAD_MATRICES = re.compile(r"\.(q_proj|q_gate|query|key|value|gate)\.\d+\.weight$")
 """The same where each head has a tensor of its own."""
@@ -37,6 +38,8 @@ def _share(facts: ModelFacts, name: str, elements: int, tp_size: int, split: Exp
     module, kind = name.split(".")[-2:]
     if ".linear_attn." in name:
         return elements if module == "norm" else elements // tp_size
+    if module == "kv_b_proj":
+        return elements // tp_size
     if facts.experts is not None and ".experts." in name and split == "parallel":
         return elements * largest_expert_shard(facts.experts, split, tp_size)[0] // facts.experts.count
     if kind == "sinks" or (kind == "bias" and module == "q_proj"):
@@ -169,8 +172,8 @@ def rank_weight_bytes(
 def kv_token_bytes(facts: ModelFacts, layers: range, tp_size: int, element_bytes: int) -> int:
     """Return the KV-cache bytes of one token on a rank of some layers, of which linear ones have none."""
     own = [facts.of_layer(layer) for layer in layers if not facts.is_linear(layer)]
-    heads = [(head_shard(each.num_q_heads, each.num_kv_heads, 0, tp_size).num_kv, each.head_dim) for each in own]
-    return 2 * sum(num_kv * head_dim for num_kv, head_dim in heads) * element_bytes
+    held = [head_shard(each.num_q_heads, each.num_kv_heads, 0, tp_size).num_kv * each.cached_values for each in own]
+    return sum(held) * element_bytes
 
 
 def state_bytes(facts: ModelFacts, layers: range, tp_size: int, dtype_bytes: int) -> int:
@@ -190,6 +193,9 @@ def step_bytes(
     """
     kinds = (facts, facts.of_layer(facts.num_layers - 1))  # the last layer has the widest heads, if any are wider
     qkv = max((2 * each.num_q_heads + 2 * max(each.num_kv_heads, tp_size)) * each.head_dim // tp_size for each in kinds)
+    if facts.latent is not None:  # queries and attention output, both also as wide as the cache
+        heads = facts.num_q_heads // tp_size * (facts.latent.head_dim + facts.latent.value_dim + 2 * facts.head_dim)
+        qkv = heads + facts.latent.query_rank + facts.latent.width
     if facts.linear is not None:  # projections, the convolution's result, and heads in float32
         linear = 2 * facts.linear.channels(tp_size) + 2 * facts.linear.value_heads * facts.linear.value_dim // tp_size
         qkv = max(qkv, 4 * linear)

@@ -165,6 +165,8 @@ def _source(devices: list[DeviceInfo], facts: ModelFacts) -> str:
     tried = "within 15 % of measurements"
     if not all(map(_is_measured, devices)) or len(devices) > 2:
         tried = "not measured on such a machine"
+    elif facts.latent is not None:
+        tried = "latent attention was not measured"
     elif facts.linear is not None:
         tried = "one stream of such a model was a third slower where it was measured"
     return f"{', '.join(parts)}; {tried}"

@@ -12,6 +12,7 @@ from mgpu.protocol.model.weight_format import DENSE, HELD, WeightFormat
 _DENSE = {
     "qkv": "q, k and v", "out": "attention output", "gate_up": "gate and up", "down": "down",
     "shared_gate_up": "the shared expert's gate and up", "shared_down": "the shared expert's down",
+    "q_b": "the second projection of queries",
 }  # fmt: skip
 
 
@@ -73,7 +74,8 @@ def stored_lines(plan: Plan) -> list[str]:
         return []
     if not is_stored(plan):
         return [f"formats by layer: {format_ranges(plan)}; {stored.bits_per_weight:.2f} bits per weight of the layers"]
-    kept = ", ".join(("embedding, head, norms", *stored.dense))
+    latent = ("projections of latents (kv_b)",) if plan.facts.latent is not None else ()
+    kept = ", ".join(("embedding, head, norms", *latent, *stored.dense))
     return [
         f"checkpoint: layers in {'; '.join(stored.names) or 'no format that is held packed'}: "
         f"{stored.bits_per_weight:.2f} bits per weight; dense: {kept}. Scales of activations, keys and values are not "

@@ -36,7 +36,7 @@ def layout_text(plan: Plan) -> str:
         f"KV cache{narrow}: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
         f"{plan.limits.max_seq_len:,}{_shortened(plan)}"
     )
-    lines += _states_lines(plan)
+    lines += _latent_lines(plan) + _states_lines(plan)
     if plan.layout.placement.world_size > 1:
         lines.append(_transport_line(plan))
     if len(plan.machine.gpus) > 1:
@@ -100,6 +100,22 @@ def _experts_line(plan: Plan, experts: ExpertFacts) -> str:
         return f"{line}; each rank has {width} of {experts.width} columns of every expert ({plan.expert_reason})"
     count = -(-experts.count // most)
     return f"{line}; each rank has up to {count} whole experts ({plan.expert_reason})"
+
+
+def _latent_lines(plan: Plan) -> list[str]:
+    """Return what latent attention caches, and what it costs that each rank of a stage has a copy; else nothing."""
+    latent, largest = plan.facts.latent, max(plan.rows, key=lambda row: row.kv_token_bytes)
+    if latent is None:
+        return []
+    line = (
+        f"latent cache: {latent.width} values per token in each of {plan.facts.num_layers} layers, for all heads: "
+        f"{largest.kv_token_bytes / 1024:.1f} KiB per token on rank {largest.rank}"
+    )
+    everything = sum(row.kv_bytes for row in plan.rows)
+    copies = everything - sum(row.kv_bytes for row in plan.rows if row.heads.q_start == 0)
+    if copies:
+        line += f"; all ranks of a stage hold the same, so {gib(copies)} of {gib(everything)} are copies"
+    return [line]
 
 
 def _states_lines(plan: Plan) -> list[str]:

@@ -59,6 +59,8 @@ def _share_problems(facts: ModelFacts, shares: tuple[int, ...]) -> list[str]:
     heads = facts.num_kv_heads
     if facts.borrowed is not None:
         return [f"transformers' code, which runs this {facts.architecture} model, splits evenly only; use --tp"]
+    if facts.latent is not None and len(shares) > 1:
+        return [f"the {facts.num_q_heads} heads of latent attention are split evenly only; use --tp {len(shares)}"]
     if facts.linear is not None and len(set(shares)) > 1:
         key_heads = facts.linear.key_heads
         return [f"the {key_heads} key heads of linear attention are split evenly only; use --tp {len(shares)}"]

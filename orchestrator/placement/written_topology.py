@@ -14,6 +14,7 @@ from mgpu.protocol.model.weight_format import HELD
 _EXPERTS = r"(experts\.\d+\.)?"
 _PATTERNS = {
     "qkv": r"self_attn\.[qkv]_proj\.weight",
+    "q_b": r"self_attn\.q_b_proj\.weight",
     "out": r"self_attn\.o_proj\.weight",
     "gate_up": rf"mlp\.{_EXPERTS}(gate|up)_proj\.weight",
     "down": rf"mlp\.{_EXPERTS}down_proj\.weight",
@@ -26,6 +27,7 @@ _LINEAR_PATTERNS = {
     "out": r"linear_attn\.out_proj\.weight",
 }
 """The same of linear attention."""
+_LATENT_QKV = r"self_attn\.(q_proj|q_a_proj|kv_a_proj_with_mqa)\.weight"
 _ASKED: tuple[Quant, ...] = ("4", "8", "fp8")
 
 
@@ -62,7 +64,9 @@ def _runs(plan: Plan, stage: Stage) -> Iterator[tuple[int, int, LayerFormats]]:
 def _held(facts: ModelFacts) -> list[str]:
     """Return the matrices that the model has."""
     has_shared = facts.experts is not None and facts.experts.shared_width > 0
-    return [held for held in HELD if has_shared or not held.startswith("shared_")]
+    has_q_b = facts.latent is not None and facts.latent.query_rank > 0
+    absent = ("shared_",) * (not has_shared) + ("q_b",) * (not has_q_b)
+    return [held for held in HELD if not held.startswith(absent)]
 
 
 def _asked(form: WeightFormat) -> Quant | None:
@@ -108,6 +112,8 @@ def _exceptions(plan: Plan) -> Iterator[str]:
     for (held, quant), layers in found.items():
         which = r"\d+" if len(layers) == facts.num_layers else f"({'|'.join(map(str, layers))})"
         pattern = _PATTERNS[held] if facts.experts is not None else _PATTERNS[held].replace(_EXPERTS, "")
+        if facts.latent is not None and held == "qkv":
+            pattern = _LATENT_QKV
         if facts.linear is not None and held in _LINEAR_PATTERNS:
             pattern = f"({pattern}|{_LINEAR_PATTERNS[held]})"
         yield f"/layers\\.{which}\\.{pattern}/:"

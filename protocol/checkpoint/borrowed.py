@@ -137,7 +137,8 @@ def borrowed_facts(
         eos_token_ids=eos_token_ids,
         checkpoint_dtype=dtype,
         experts=experts,
-        borrowed=BorrowedCode((), kind not in UNSPLIT, fields.integer("num_nextn_predict_layers", 0, low=0, high=64)),
+        ignored_layers=fields.integer("num_nextn_predict_layers", 0, low=0, high=64),
+        borrowed=BorrowedCode((), kind not in UNSPLIT),
     )
 
 
@@ -155,9 +156,8 @@ def _check_rope(fields: Fields) -> None:
 
 def without_ignored(facts: ModelFacts, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Leave out what transformers does not use: the layers that predict further tokens, which follow the others."""
-    assert facts.borrowed is not None
     first = facts.num_layers
-    ignored = tuple(f"model.layers.{layer}." for layer in range(first, first + facts.borrowed.ignored_layers))
+    ignored = tuple(f"model.layers.{layer}." for layer in range(first, first + facts.ignored_layers))
     return {name: entry for name, entry in tensors.items() if not name.startswith(ignored)}
 
 

@@ -1,9 +1,10 @@
 """Read the mixture of experts of a Hugging Face configuration."""
 
 from dataclasses import replace
+from typing import Literal
 
 from mgpu.protocol.checkpoint.files.untrusted import Fields, Limit
-from mgpu.protocol.model.facts import Clamp, ExpertFacts
+from mgpu.protocol.model.facts import LATENT, Clamp, ExpertChoice, ExpertFacts
 
 MOST_EXPERTS = 1 << 12
 _ALL_SPARSE = {
@@ -27,6 +28,8 @@ def expert_facts(fields: Fields, family: str, num_layers: int) -> ExpertFacts | 
     """Return the experts of a family that has some, with the defaults of transformers; None for the others."""
     if family == "qwen3_next" and fields.raw("num_experts") == 0:
         return None
+    if family in LATENT:
+        return _deepseek(fields, family, num_layers)
     if family in _QWEN:
         return _qwen(fields, family, num_layers)
     if family == "gemma4":
@@ -67,6 +70,70 @@ def _gemma4(fields: Fields, num_layers: int) -> ExpertFacts:
     width = fields.integer("moe_intermediate_size", high=8 * Limit.HIDDEN)
     dense = fields.integer("intermediate_size", 9216, high=8 * Limit.HIDDEN)
     return ExpertFacts(count, active, width, (True,) * num_layers, normalizes=True, shared_width=dense, is_branch=True)
+
+
+_DEEPSEEK = {
+    "deepseek_v2": (1407, 64, None, 2, 0),
+    "deepseek_v3": (2048, 256, 8, 1, 3),
+    "mistral4": (2048, 128, 4, 1, 0),
+}
+"""Default width, number, active ones, shared ones, and layers before the first with experts."""
+
+
+def _deepseek(fields: Fields, family: str, num_layers: int) -> ExpertFacts:
+    width, count, active, shared, dense = _DEEPSEEK[family]
+    width = fields.integer("moe_intermediate_size", width, high=8 * Limit.HIDDEN)
+    count, active = _counts(fields, "n_routed_experts", count, active)
+    shared = fields.integer("n_shared_experts", shared, low=0, high=MOST_EXPERTS)
+    dense = fields.integer("first_k_dense_replace", dense, low=0, high=Limit.LAYERS)
+    if (every := fields.integer("moe_layer_freq", 1)) != 1:
+        raise fields.error(
+            "moe_layer_freq", f"is {every}; supported: 1, experts in all layers from the first with some"
+        )
+    return ExpertFacts(
+        count,
+        active,
+        width,
+        tuple(layer >= dense for layer in range(num_layers)),
+        # transformers never normalizes in version 2, whatever its configuration says.
+        normalizes=family != "deepseek_v2" and fields.boolean("norm_topk_prob", True),
+        shared_width=shared * width,
+        choice=_expert_choice(fields, family, count, active),
+    )
+
+
+_METHODS = {"deepseek_v2": ("greedy", "group_limited_greedy"), "deepseek_v3": ("noaux_tc",), "mistral4": ()}
+_DEFAULT_GROUPS = {"deepseek_v2": (None, None), "deepseek_v3": (8, 4), "mistral4": (1, 1)}
+
+
+def _expert_choice(fields: Fields, family: str, count: int, active: int) -> ExpertChoice:
+    """Return how a router of DeepSeek's kind chooses. CheckpointError for groups that it cannot choose from."""
+    is_v3 = family == "deepseek_v3"
+    expected: Literal["sigmoid", "softmax"] = "sigmoid" if is_v3 else "softmax"
+    if (scores := fields.text("scoring_func", expected)) != expected:
+        raise fields.error("scoring_func", f"is {scores[:40]!r}; {family} is supported with {expected!r}")
+    methods = _METHODS[family]
+    method = fields.text("topk_method", methods[0]) if methods else ""
+    if methods and method not in methods:
+        raise fields.error("topk_method", f"is {method[:40]!r}; {family} is supported with {', '.join(methods)}")
+    scale = fields.number("routed_scaling_factor", 2.5 if is_v3 else 1.0)
+    if method == "greedy":
+        return ExpertChoice(expected, scale=scale)
+    groups, kept = _DEFAULT_GROUPS[family]
+    groups = fields.integer("n_group", groups, high=MOST_EXPERTS)
+    kept = fields.integer("topk_group", kept, high=MOST_EXPERTS)
+    best = 1 if family == "deepseek_v2" else 2
+    if count % groups:
+        raise fields.error("n_group", f"is {groups}, which does not divide the {count} experts of n_routed_experts")
+    if kept > groups:
+        raise fields.error("topk_group", f"is {kept}, more than the {groups} groups of n_group")
+    if count // groups < best:
+        raise fields.error("n_group", f"is {groups}: groups of {count // groups} of {count} experts; {best} are needed")
+    if active > kept * (count // groups):
+        raise fields.error(
+            "num_experts_per_tok", f"is {active}, more than the {kept} * {count // groups} experts of topk_group groups"
+        )
+    return ExpertChoice(expected, groups, kept, best, is_v3, scale)
 
 
 def _first_of(fields: Fields, *keys: str) -> str:

@@ -65,6 +65,9 @@ FAMILIES = {
     "gemma4": Family(
         4, 256, 131072, True, 2, (1,), 2304, 9216, 30, 8, 262144, theta=1e6, biases="none", qk_norm=True, is_gemma=True
     ),
+    "deepseek_v2": Family(None, None, 2048, False, 1, (2,), 4096, 11008, 32, 32, 102400, biases="none"),
+    "deepseek_v3": Family(None, None, 4096, False, 0, (1,), 7168, 18432, 61, 128, 129280, biases="none"),
+    "mistral4": Family(None, None, 1048576, False, 1, (2,), 4096, 12288, 36, 32, 131072, biases="none"),
 }
 CLASSES = {
     "LlamaForCausalLM": "llama",
@@ -96,9 +99,12 @@ CLASSES = {
     "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
     "Gemma4ForCausalLM": "gemma4",
     "Gemma4ForConditionalGeneration": "gemma4",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "Mistral4ForCausalLM": "mistral4",
 }
 MODEL_TYPES = {name: name for name in ARCHITECTURES} | {
     "gemma3_text": "gemma3", "gemma4_text": "gemma4", "mistral3": "mistral", "qwen2_5_vl_text": "qwen2_5_vl",
-    "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe",
+    "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe", "kimi_k2": "deepseek_v3",
 }  # fmt: skip
 """Models that only name their type."""

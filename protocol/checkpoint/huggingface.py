@@ -17,11 +17,12 @@ from mgpu.protocol.checkpoint.files.untrusted import (
 )
 from mgpu.protocol.checkpoint.files.wrong_kind import folder_without_config
 from mgpu.protocol.checkpoint.full_heads import full_heads
+from mgpu.protocol.checkpoint.latent import latent_facts, latent_scale, with_default_rope
 from mgpu.protocol.checkpoint.linear import linear_facts
 from mgpu.protocol.checkpoint.quantized.config import SchemeOf, read_schemes, refusal
 from mgpu.protocol.checkpoint.rope.huggingface import read_rope, rotated_size
 from mgpu.protocol.checkpoint.sliding import read_sliding
-from mgpu.protocol.model.facts import HYBRID, Activation, Dtype, ModelCode, ModelFacts
+from mgpu.protocol.model.facts import HYBRID, LATENT, Activation, Dtype, LatentFacts, ModelCode, ModelFacts
 
 
 def read_config_facts(folder: Path, is_plain: bool = False, code: ModelCode = "auto") -> ModelFacts:
@@ -86,7 +87,8 @@ def _family_of(fields: Fields) -> str:
 
 
 _FOREIGN_KEYS = {
-    "kv_lora_rank": "latent attention", "is_encoder_decoder": "cross attention",
+    "index_n_heads": "sparse attention", "kv_lora_rank": "latent attention of another kind",
+    "is_encoder_decoder": "cross attention",
     "cross_attention_layers": "cross attention", "mamba_d_state": "recurrent states",
     "ssm_state_size": "recurrent states",
     "state_size": "recurrent states", "linear_num_value_heads": "recurrent states", "lru_width": "recurrent states",
@@ -106,8 +108,8 @@ def _what_is_missing(fields: Fields) -> str:
 def _text_family(fields: Fields) -> str:
     """Return the family of a multimodal Mistral's text model."""
     kind = fields.text("model_type", "mistral")
-    if kind not in ("mistral", "ministral", "ministral3"):
-        raise fields.error("model_type", f"is {kind[:40]!r}; supported: mistral, ministral, ministral3")
+    if kind not in ("mistral", "ministral", "ministral3", "mistral4"):
+        raise fields.error("model_type", f"is {kind[:40]!r}; supported: mistral, ministral, ministral3, mistral4")
     return kind
 
 
@@ -144,20 +146,22 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
     hidden = fields.integer("hidden_size", base.hidden_size, high=Limit.HIDDEN)
     num_layers = fields.integer("num_hidden_layers", base.num_layers, high=Limit.LAYERS)
     num_q_heads = fields.integer("num_attention_heads", base.num_q_heads, high=Limit.HEADS)
-    head_dim = _head_dim(fields, base, hidden, num_q_heads)
+    latent, fields = latent_facts(fields, family), with_default_rope(fields, family)
+    head_dim = _head_dim(fields, base, hidden, num_q_heads) if latent is None else latent.width
     max_position = fields.integer("max_position_embeddings", base.max_position, high=Limit.POSITION)
-    rotated = rotated_size(fields, family, head_dim)
+    rotated = rotated_size(fields, family, head_dim if latent is None else latent.rotated)
     window, sliding = read_sliding(fields, family, num_layers)
     full = full_heads(fields, family, num_q_heads, sliding)
     rope = read_rope(fields, family, base.theta, max_position, rotated if full is None else full.rotated_size)
     qkv_bias, output_bias = _biases(fields, base)
+    ignored = _multi_token_layers(fields, family)
     return ModelFacts(
         architecture=family,
         hidden_size=hidden,
         intermediate_size=fields.integer("intermediate_size", base.intermediate_size, high=8 * Limit.HIDDEN),
         num_layers=num_layers,
         num_q_heads=num_q_heads,
-        num_kv_heads=_num_kv_heads(fields, base, num_q_heads),
+        num_kv_heads=_num_kv_heads(fields, base, num_q_heads) if latent is None else 1,
         head_dim=head_dim,
         vocab_size=fields.integer("vocab_size", base.vocab_size, high=Limit.VOCAB),
         max_position=rope.max_position,
@@ -174,13 +178,13 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         tie_embeddings=tying.boolean("tie_word_embeddings", base.tie),
         activation=_activation(fields, family, base),
         embedding_scale=hidden**0.5 if base.is_gemma else _multiplier(fields, base, "embedding_multiplier"),
-        attention_scale=1.0 if family == "gemma4" else _attention_scale(fields, base, head_dim),
+        attention_scale=_attention_scale(fields, family, base, latent or head_dim),
         bos_token_id=_bos(base, outer if outer.has("bos_token_id") else fields),
         eos_token_ids=_end_tokens(base, generation, outer if outer.has("eos_token_id") else fields),
         checkpoint_dtype=_dtype(outer, fields),
         experts=expert_facts(fields, family, num_layers),
         norms_whole_heads=family in ("olmo2", "olmo3"),
-        rotated_size=0 if rotated == head_dim else rotated,
+        rotated_size=0 if latent is not None or rotated == head_dim else rotated,
         unrotated_layers=_unrotated_layers(fields, family, num_layers),
         attention_softcap=_softcap(fields, family, "attn_logit_softcapping", 50.0),
         attention_sinks=family == "gpt_oss",
@@ -192,15 +196,17 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         layer_scale=family == "gemma4",
         attention_gate=family in HYBRID,
         linear=linear_facts(fields, family, num_layers),
-        left_out=_left_out(fields, family),
+        latent=latent,
+        left_out=("its multi-token head",) if ignored else (),
+        ignored_layers=ignored if latent is not None else 0,
     )
 
 
-def _left_out(fields: Fields, family: str) -> tuple[str, ...]:
-    """Return the parts of a hybrid model that are not used: its head for several tokens at once."""
-    key = "mtp_num_hidden_layers"
-    has_head = family in HYBRID and fields.has(key) and fields.integer(key, low=0, high=Limit.LAYERS) > 0
-    return ("its multi-token head",) if has_head else ()
+def _multi_token_layers(fields: Fields, family: str) -> int:
+    """Return the layers that only predict several tokens at once, which are not used."""
+    key = "mtp_num_hidden_layers" if family in HYBRID else "num_nextn_predict_layers"
+    is_known = family in (*HYBRID, *LATENT) and fields.has(key)
+    return fields.integer(key, low=0, high=Limit.LAYERS) if is_known else 0
 
 
 def _biases(fields: Fields, base: Family) -> tuple[bool, bool]:
@@ -237,8 +243,10 @@ def _refuse_unsupported(fields: Fields, family: str) -> None:
     for key in ("final_logit_softcapping", "attn_logit_softcapping"):
         if fields.has(key) and key not in _CAPS.get(family, ()):
             raise fields.error(key, "is set, which is not supported")
-    if family in (*HYBRID, "gemma4") and fields.boolean("attention_bias", False):
-        raise fields.error("attention_bias", f"is true, which is not supported for {family}")
+    biases = ("attention_bias", "mlp_bias") if family in LATENT else ("attention_bias",)
+    for key in biases if family in (*HYBRID, *LATENT, "gemma4") else ():
+        if fields.boolean(key, False):
+            raise fields.error(key, f"is true, which is not supported for {family}")
     if family != "gemma4" and fields.boolean("use_bidirectional_attention", False):
         raise fields.error("use_bidirectional_attention", "is true: not a model that generates text")
 
@@ -284,10 +292,14 @@ def _activation(fields: Fields, family: str, base: Family) -> Activation:
     return "gelu_tanh" if base.is_gemma else "silu"
 
 
-def _attention_scale(fields: Fields, base: Family, head_dim: int) -> float:
+def _attention_scale(fields: Fields, family: str, base: Family, head: int | LatentFacts) -> float:
+    if family == "gemma4":
+        return 1.0
+    if isinstance(head, LatentFacts):
+        return latent_scale(fields, head)
     if base.is_granite:
         return fields.number("attention_multiplier", 1.0)
-    return float((fields.number("query_pre_attn_scalar", 256.0) if base.is_gemma else head_dim) ** -0.5)
+    return float((fields.number("query_pre_attn_scalar", 256.0) if base.is_gemma else head) ** -0.5)
 
 
 def _dtype(outer: Fields, fields: Fields) -> Dtype:

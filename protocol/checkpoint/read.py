@@ -79,6 +79,7 @@ def _read(path: Path, load_format: LoadFormat, code: ModelCode) -> Checkpoint:
         if load_format != "dummy":
             stored = _read_folder(path)
             stored = _join_quantized(path, facts, stored)
+            stored = without_ignored(facts, stored)
             facts = _facts_of_weights(facts, stored)
             stored = separate_tensors(facts, stored)
     else:

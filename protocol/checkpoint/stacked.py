@@ -14,7 +14,7 @@ from dataclasses import replace
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry, check_shape, rows_of
 from mgpu.protocol.checkpoint.gpt_oss import gpt_oss_tensors
 from mgpu.protocol.checkpoint.hybrid_tensors import hybrid_stored_name, hybrid_tensors
-from mgpu.protocol.model.facts import HYBRID, ModelFacts
+from mgpu.protocol.model.facts import HYBRID, LATENT, ModelFacts
 
 _LAYERS = "model.layers."
 _EXPERTS = ".mlp.experts."
@@ -38,6 +38,7 @@ _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
     "granitemoeshared": _GRANITE,
     "gemma4": ((".experts.", ".mlp.experts."), (".router.proj.", ".mlp.gate.")),
     "gpt_oss": ((".mlp.router.", ".mlp.gate."),),
+    **dict.fromkeys(LATENT, ((".mlp.shared_experts.", ".mlp.shared_expert."),)),
 }  # fmt: skip
 """Parts of stored names, and what stands for them in mgpu, by family."""
 

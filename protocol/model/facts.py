@@ -24,12 +24,15 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 ARCHITECTURES = (
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen2_5_vl", "qwen3", "gemma2", "gemma3", "phi3",
     "granite", "olmo2", "olmo3", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared",
-    "gpt_oss", "qwen3_next", "qwen3_5", "qwen3_5_moe", "gemma4",
+    "gpt_oss", "qwen3_next", "qwen3_5", "qwen3_5_moe", "gemma4", "deepseek_v2", "deepseek_v3", "mistral4",
 )  # fmt: skip
 """Family names used inside mgpu; protocol/checkpoint maps Hugging Face and GGUF names to them."""
 
 HYBRID = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 """Families with layers of linear attention among those of attention."""
+
+LATENT = ("deepseek_v2", "deepseek_v3", "mistral4")
+"""Families with latent attention in all layers."""
 
 
 def kv_element_bytes(stored: KvCacheDtype, dtype: Dtype) -> int:
@@ -83,11 +86,31 @@ class ExpertFacts:
     clamp: "Clamp | None" = None
     is_branch: bool = False
     """True if experts and the network of ``shared_width`` have norms of their own, and the router scales (Gemma 4)."""
+    choice: "ExpertChoice | None" = None
+    """How the router chooses; None: the most probable experts by a softmax over all."""
 
     @property
     def shared_name(self) -> str:
         """What the tensors of the network of ``shared_width`` are called, behind those of the layer's network."""
         return "" if self.is_branch else "shared_expert."
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertChoice:
+    """How a router of DeepSeek's kind chooses: first some groups of consecutive experts, then experts in these.
+
+    Example: 256 experts in 8 groups of 32, of which 4 are kept: a token's 8 experts are in at most 4 groups.
+    """
+
+    scores: Literal["softmax", "sigmoid"]
+    groups: int = 1
+    kept_groups: int = 1
+    group_best: int = 0
+    """The score of a group is the sum of so many best ones in it; 0: there are no groups."""
+    has_correction: bool = False
+    """True if a learned number is added to the score of each expert for the choice, but not for the weights."""
+    scale: float = 1.0
+    """Factor on the weights of the chosen experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +161,34 @@ class LinearFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentFacts:
+    """Latent attention (MLA): a token's keys and values of all heads are projections of one vector, which is cached.
+
+    The vector has ``rank`` components without position, then ``rotated`` ones that are rotated. A head's key is
+    ``plain`` components that are projected from the first part, and the second part itself.
+    """
+
+    rank: int
+    rotated: int
+    plain: int
+    value_dim: int
+    query_rank: int = 0
+    """Width between the two projections of queries; 0: they have one."""
+    is_interleaved: bool = True
+    """True if the rotated pairs are (0, 1), (2, 3), …; else they are (i, i + rotated / 2)."""
+
+    @property
+    def width(self) -> int:
+        """Components of a token in the cache."""
+        return self.rank + self.rotated
+
+    @property
+    def head_dim(self) -> int:
+        """Components of a head's query, and of its key."""
+        return self.plain + self.rotated
+
+
+@dataclass(frozen=True, slots=True)
 class BorrowedCode:
     """What is known of a model that runs through transformers' modelling code beyond its sizes."""
 
@@ -145,8 +196,6 @@ class BorrowedCode:
     """Elements of each layer's tensors; empty if the weights are not there."""
     can_split: bool
     """True if the family's attention can be split over ranks."""
-    ignored_layers: int = 0
-    """Layers after the others that the checkpoint may have, and that are not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +208,9 @@ class ModelFacts:
     num_layers: int
     num_q_heads: int
     num_kv_heads: int
+    """With latent attention one, which all query heads share and all ranks hold."""
     head_dim: int
+    """Of a key in the cache. With latent attention its width, for queries are brought to it."""
     vocab_size: int
     max_position: int
     rms_norm_eps: float
@@ -180,7 +231,7 @@ class ModelFacts:
     embedding_scale: float
     """Factor on the embedding output: sqrt(hidden_size) for Gemma, else 1."""
     attention_scale: float
-    """Factor on query-key products: head_dim ** -0.5, or query_pre_attn_scalar ** -0.5."""
+    """Factor on query-key products: head_dim ** -0.5 in most families."""
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     checkpoint_dtype: Dtype
@@ -214,10 +265,24 @@ class ModelFacts:
     """Parts of the model that are not used, in words."""
     linear: LinearFacts | None = None
     """Layers of linear attention among the others; None: there are none."""
+    latent: LatentFacts | None = None
+    """Sizes of latent attention, which then all layers have."""
+    ignored_layers: int = 0
+    """Layers after the others that the checkpoint may have, and that are not used."""
     formats: tuple[LayerFormats, ...] = ()
     """How the matrices of each layer are quantized in the checkpoint; empty: they are not."""
     borrowed: BorrowedCode | None = None
     """Set if transformers' modelling code runs the model. Then facts about arithmetic do not count, only sizes do."""
+
+    @property
+    def cached_values(self) -> int:
+        """Numbers that a layer of attention caches per token and KV head: a key and a value, or what is both."""
+        return self.head_dim if self.latent is not None else 2 * self.head_dim
+
+    @property
+    def out_inputs(self) -> int:
+        """Inputs of the output projection of attention: the values of all query heads."""
+        return self.num_q_heads * (self.head_dim if self.latent is None else self.latent.value_dim)
 
     @property
     def has_dense_layers(self) -> bool:

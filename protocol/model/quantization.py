@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
+from mgpu.protocol.model.facts import ExpertSplit, LatentFacts, ModelFacts
 from mgpu.protocol.model.placement import block_range, head_shard, largest_expert_shard
 from mgpu.protocol.model.weight_format import (
     DENSE,
@@ -31,7 +31,7 @@ _MLP = "MLP width"
 class RankMatrix:
     """One rank's part of a matrix, or of several that are stacked."""
 
-    held: Literal["qkv", "out", "gate_up", "down", "shared_gate_up", "shared_down"]
+    held: Literal["qkv", "out", "gate_up", "down", "shared_gate_up", "shared_down", "q_b"]
     parts: tuple[int, ...]
     """Outputs of each matrix of the stack."""
     inputs: int
@@ -82,7 +82,7 @@ def _split_inputs(
     facts: ModelFacts, layer: int, formats: LayerFormats, split: ExpertSplit
 ) -> list[tuple[str, int, WeightFormat]]:
     """Return the inputs that ranks share out, what they are called, and the format of the matrix."""
-    inputs, linear = facts.num_q_heads * facts.of_layer(layer).head_dim, facts.linear
+    inputs, linear = facts.of_layer(layer).out_inputs, facts.linear
     if linear is not None and linear.layers[layer]:
         inputs = linear.value_heads * linear.value_dim
     found = [("attention output", inputs, formats.out)]
@@ -121,8 +121,8 @@ def matrices_of(
     return tuple(found)
 
 
-def _attention_matrices(facts: ModelFacts, tp_size: int, layer: int) -> tuple[RankMatrix, RankMatrix]:
-    """Return the input and the output projection of attention, or of linear attention, on one rank."""
+def _attention_matrices(facts: ModelFacts, tp_size: int, layer: int) -> tuple[RankMatrix, ...]:
+    """Return the projections of attention of any kind on one rank."""
     hidden, linear = facts.hidden_size, facts.linear
     if linear is not None and linear.layers[layer]:
         heads = linear.key_heads // tp_size
@@ -130,13 +130,25 @@ def _attention_matrices(facts: ModelFacts, tp_size: int, layer: int) -> tuple[Ra
         parts = (linear.key_dim,) * 2 * heads + (value,) * 2 * heads
         whole = linear.value_heads * linear.value_dim
         return RankMatrix("qkv", parts, hidden, 0), RankMatrix("out", (hidden,), whole // tp_size, whole)
+    if facts.latent is not None:
+        return _latent_matrices(facts, facts.latent, tp_size)
     facts = facts.of_layer(layer)
     shard = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size)
     q_size, kv_size = shard.num_q * facts.head_dim, shard.num_kv * facts.head_dim
     queries = (facts.head_dim,) * 2 * shard.num_q if facts.attention_gate else (q_size,)
-    out = RankMatrix("out", (hidden,), q_size, facts.num_q_heads * facts.head_dim)
+    out = RankMatrix("out", (hidden,), q_size, facts.out_inputs)
     values = () if facts.keys_are_values else (kv_size,)
     return RankMatrix("qkv", (*queries, kv_size, *values), hidden, 0), out
+
+
+def _latent_matrices(facts: ModelFacts, latent: LatentFacts, tp_size: int) -> tuple[RankMatrix, ...]:
+    """Return the projections of latent attention. Each rank has all of those that heads share."""
+    queries = facts.num_q_heads // tp_size * latent.head_dim
+    out = RankMatrix("out", (facts.hidden_size,), facts.out_inputs // tp_size, facts.out_inputs)
+    first = RankMatrix("qkv", (latent.query_rank or queries, latent.width), facts.hidden_size, 0)
+    if not latent.query_rank:
+        return first, out
+    return first, out, RankMatrix("q_b", (queries,), latent.query_rank, 0)
 
 
 def rank_matrices(

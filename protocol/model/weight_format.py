@@ -107,7 +107,7 @@ def weight_format(quant: Quant) -> WeightFormat:
     return _ASKED[quant]
 
 
-HELD = ("qkv", "out", "gate_up", "down", "shared_gate_up", "shared_down")
+HELD = ("qkv", "out", "gate_up", "down", "shared_gate_up", "shared_down", "q_b")
 """What a layer holds in one matrix each."""
 
 
@@ -125,6 +125,8 @@ class LayerFormats:
     qkv_parts: tuple[WeightFormat, ...] = ()
     """The formats of q, k and v if they differ: then each is held by itself."""
     gate_up_parts: tuple[WeightFormat, ...] = ()
+    q_b: WeightFormat = DENSE
+    """Of the second projection of queries in latent attention."""
 
     def parts_of(self, held: str) -> tuple[WeightFormat, ...]:
         """Return the formats of stacked matrices that are not all alike; none if they are."""
@@ -138,4 +140,4 @@ class LayerFormats:
 
 def uniform(form: WeightFormat) -> LayerFormats:
     """Return the formats of a layer whose matrices are all held alike."""
-    return LayerFormats(form, form, form, form, form, form)
+    return LayerFormats(form, form, form, form, form, form, q_b=form)

@@ -1,4 +1,4 @@
-"""Mixtures of experts through whole servers, one with linear attention: many streams, layouts, and a killed worker."""
+"""Mixtures of experts through servers, with linear or latent attention too: streams, layouts, and a killed worker."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def answers(client: Client, prompts: list[list[int]], kill: psutil.Process | Non
 @pytest.mark.parametrize(
     ("family", "layout", "memory"),
     [
-        ("qwen3-moe", ["--workers", "2", "--experts", "parallel"], "16MiB"),
+        ("deepseek-v3", ["--workers", "2", "--experts", "parallel"], "256KiB"),  # 682 tokens of latents
         ("qwen3.5-moe", ["--workers", "3", "-n", "0:1;1+2:2"], "1MiB"),  # less than 64 streams need
     ],
 )

@@ -82,6 +82,13 @@ def tiny_config(family: str) -> object:
     hybrid_experts = {
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 30, "shared_expert_intermediate_size": 46,
     }  # fmt: skip
+    latent = TINY | {
+        "kv_lora_rank": 24, "q_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10,
+        "num_key_value_heads": 4, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 30,
+        "n_shared_experts": 2, "first_k_dense_replace": 1, "tie_word_embeddings": False,
+    }  # fmt: skip
+    latent_yarn = gpt_oss_rope | {"truncate": True, "mscale": 0.8, "mscale_all_dim": 0.6}
+    grouped = {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.7, "norm_topk_prob": True}
     pattern = ["sliding_attention", "sliding_attention", "full_attention"]
     configs = {
         "llama": lambda: hf.LlamaConfig(**TINY, tie_word_embeddings=False),
@@ -188,6 +195,19 @@ def tiny_config(family: str) -> object:
             text_config=dict(hybrid, rope_parameters=mrope | {"partial_rotary_factor": 0.5}),
             vision_config=qwen_vision,
         ),
+        "deepseek-v2": lambda: hf.DeepseekV2Config(
+            **latent, **grouped, topk_method="group_limited_greedy", rope_parameters=latent_yarn
+        ),
+        "deepseek-v2-lite": lambda: hf.DeepseekV2Config(
+            **(latent | {"q_lora_rank": None}), topk_method="greedy", rms_norm_eps=1e-2
+        ),
+        "deepseek-v3": lambda: hf.DeepseekV3Config(**latent, **grouped, rope_parameters=latent_yarn),
+        "deepseek-v3-plain": lambda: hf.DeepseekV3Config(
+            **(latent | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}), rope_interleave=False
+        ),
+        "mistral4": lambda: hf.Mistral4Config(
+            **latent, **grouped, rope_parameters=latent_yarn | {"llama_4_scaling_beta": 0.1}
+        ),
         "qwen2.5-vl": lambda: hf.Qwen2_5_VLConfig(
             text_config=dict(TINY, rope_parameters=mrope), vision_config=qwen_vision
         ),
@@ -257,8 +277,10 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
     hf.set_seed(0)
     ways = {"attn_implementation": "eager", "experts_implementation": "eager"}
     kind = hf.AutoModelForImageTextToText if family in MULTIMODAL else hf.AutoModelForCausalLM
-    model = kind.from_config(tiny_config(family), **ways).float().eval()
-    for name, parameter in model.named_parameters():
+    make = hf.Mistral4ForCausalLM._from_config if family == "mistral4" else kind.from_config  # no Auto class knows it
+    model = make(tiny_config(family), **ways).float().eval()
+    corrections = [each for each in model.named_buffers() if each[0].endswith("e_score_correction_bias")]
+    for name, parameter in (*model.named_parameters(), *corrections):
         # The defaults, zero biases and unit norms, would hide mistakes; larger weights tell tokens apart.
         is_wide = name.endswith(
             (

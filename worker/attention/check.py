@@ -32,6 +32,8 @@ def attention_problem(device: torch.device, shape: AttentionShape) -> str | None
         return problem
     if not shape.has_plain_scores:
         return "kernels have neither capped scores nor sinks"
+    if shape.latent is not None:
+        return "there are no kernels for latent attention yet"
     least = 32 if shape.kv_cache_dtype == "fp8" else 16  # even and odd halves of float8 are operands of their own
     if shape.head_dim < least or power_of_2(shape.head_dim) != shape.head_dim:
         return f"kernels need a head size that is a power of two from {least} on, not {shape.head_dim}"

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.facts import KvCacheDtype, LinearFacts
+from mgpu.protocol.model.facts import KvCacheDtype, LatentFacts, LinearFacts
 from mgpu.worker.kernels.linear.inputs import StepStates
 from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache
@@ -58,6 +58,8 @@ class AttentionShape:
     """The linear layers of the stage, if it has any."""
     wide: "AttentionShape | None" = None
     """That of the layers whose heads have sizes of their own (Gemma 4's full attention), if there are any."""
+    latent: LatentFacts | None = None
+    """Set for attention to latents, which are keys and values at once."""
 
 
 class PackedAttention(Protocol):

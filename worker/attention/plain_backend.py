@@ -192,6 +192,9 @@ class PlainStep:
         return out_RJGK.reshape(rows, num_q, dim)
 
     def _gather(self, stores: tuple[Tensor, Tensor], slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if stores[0] is stores[1]:
+            latents_SJK = self._backend.gather(stores[0], slots, dtype, "k")
+            return latents_SJK, latents_SJK
         k_SJK, v_SJK = (
             self._backend.gather(store, slots, dtype, kind) for store, kind in zip(stores, "kv", strict=True)
         )

@@ -42,6 +42,9 @@ class Storage:
     def of_qkv(self) -> "Storage":
         return self._holding(self.layer.qkv, self.layer.qkv_parts) if self.layer else self
 
+    def of_q_b(self) -> "Storage":
+        return self._holding(self.layer.q_b) if self.layer else self
+
     def of_out(self) -> "Storage":
         return self._holding(self.layer.out) if self.layer else self
 

@@ -43,7 +43,8 @@ class SparseMLP(Module):
     ) -> None:
         self._group = group
         part = part or TensorPart(group.rank, group.size)
-        self._compute = _kernel_mlp() if has_kernels_for(experts, storage) else _plain_mlp
+        kernel_mlp = _kernel_mlp if experts.choice is None else _routed_kernel_mlp
+        self._compute = kernel_mlp() if has_kernels_for(experts, storage) else _plain_mlp
         self._add_share = _kernel_share() if uses_kernels(storage.device) else _plain_share
         shard = part.experts(experts, split, storage.of_down().form.splits_at)
         self.router = Router(experts, facts.hidden_size, storage)
@@ -113,5 +114,17 @@ def _kernel_mlp() -> Callable[[SparseMLP, Tensor], Delta]:
         weights = RouterWeights(router.weight, router.facts.active, router.facts.normalizes, router.bias)
         held = experts.gate_up.held, experts.down.held
         return sparse_mlp(x_TD, weights, ExpertStacks(*held, experts.shard.experts.start, experts.activation))
+
+    return compute
+
+
+def _routed_kernel_mlp() -> Callable[[SparseMLP, Tensor], Delta]:
+    """Return the computation by kernels of experts that torch chooses."""
+    from mgpu.worker.kernels.experts.choose import ExpertStacks, routed_experts
+
+    def compute(mlp: SparseMLP, x_TD: Tensor) -> Delta:
+        routing, experts = mlp.router.route(x_TD), mlp.experts
+        stacks = ExpertStacks(experts.gate_up.held, experts.down.held, experts.shard.experts.start, experts.activation)
+        return routed_experts(x_TD, stacks, (routing.experts_TA.to(torch.int32), routing.weights_TA))
 
     return compute

@@ -18,6 +18,7 @@ from mgpu.worker.layers.attention import Attention
 from mgpu.worker.layers.expert_branch import ExpertBranch, RouterScales
 from mgpu.worker.layers.experts import ExpertMatrices
 from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
+from mgpu.worker.layers.latent_attention import LatentAttention, LatentHeads
 from mgpu.worker.layers.layer_scale import LayerScale
 from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.layers.linear_attention import LinearConstants
@@ -26,6 +27,7 @@ from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta, summed_tensor
 from mgpu.worker.layers.rotary import Angles, RotaryEmbedding
+from mgpu.worker.layers.router import ExpertCorrection
 from mgpu.worker.layers.sparse_mlp import SparseMLP
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
@@ -34,8 +36,8 @@ from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, LayerCache
 
 WEIGHT_HOLDERS = (
-    Linear, ExpertMatrices, RouterScales, LinearConstants, RMSNorm, HeadSinks, WholeHeadsNorm, LayerScale,
-    VocabParallel,
+    Linear, ExpertMatrices, ExpertCorrection, RouterScales, LatentHeads, LinearConstants, RMSNorm, HeadSinks,
+    WholeHeadsNorm, LayerScale, VocabParallel,
 )  # fmt: skip
 """The modules that own weights; all others are wiring."""
 
@@ -80,7 +82,10 @@ class BuildContext:
             return self.storage
         return replace(self.storage, layer=self.facts.formats[layer])
 
-    def attention(self, layer: int, norms_unit_offset: bool = False) -> Attention:
+    def attention(self, layer: int, norms_unit_offset: bool = False) -> Attention | LatentAttention:
+        """Make the attention of a layer, over keys and values of heads or over latents."""
+        if self.facts.latent is not None:
+            return LatentAttention(self.facts, self.group, self.storage_of(layer), self.part)
         how = self.window_of(layer), self.storage_of(layer), norms_unit_offset
         return Attention(self.facts.of_layer(layer), self.group, *how, self.part)
 
@@ -194,7 +199,7 @@ class DecoderStage(Module):
             windows = tuple({context.window_of(index): None for index in layers})
             sizes = heads.num_q, heads.num_kv, own.head_dim
             shapes.append(AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype, is_plain, linear))
-        return replace(shapes[0], wide=shapes[1] if shapes[1].windows else None)
+        return replace(shapes[0], wide=shapes[1] if shapes[1].windows else None, latent=facts.latent)
 
     @property
     def has_kernels(self) -> bool:
@@ -276,7 +281,8 @@ class DecoderStage(Module):
 
 def _rotary_embeddings(facts: ModelFacts, device: torch.device) -> dict[AngleKind, RotaryEmbedding]:
     """Make the rotary embedding of each kind of layer; sliding ones differ in Gemma 3 and 4 and OLMo 3 only."""
-    size, rotated = facts.head_dim, facts.rotated_size or facts.head_dim
+    size = facts.head_dim if facts.latent is None else facts.latent.rotated
+    rotated = facts.rotated_size or size
     full = RotaryEmbedding(size, facts.rope_theta, facts.rope_scaling, device, rotated)
     if (wide := facts.full_heads) is not None:
         # The speeds of a whole head's first pairs are those of a smaller head with this theta.

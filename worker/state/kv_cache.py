@@ -22,7 +22,8 @@ FP8_MAX = 448.0
 class LayerCache:
     """Keys and values of one layer, [N, B, J, K] each. Entries that were never written are arbitrary and may be NaN.
 
-    A linear layer has none of them (N is 0), and ``states`` instead.
+    With latent attention both are the same tensor: the values are the first components of the keys. A linear layer has
+    none of them (N is 0), and ``states`` instead.
     """
 
     def __init__(self, k_NBJK: Tensor, v_NBJK: Tensor, states: LayerStates | None = None) -> None:
@@ -31,10 +32,13 @@ class LayerCache:
         self.v_NBJK = v_NBJK
         self.k_NJK = k_NBJK.flatten(0, 1)
         """The same memory by slots, [N * B, J, K]."""
-        self.v_NJK = v_NBJK.flatten(0, 1)
+        self.v_NJK = self.k_NJK if v_NBJK is k_NBJK else v_NBJK.flatten(0, 1)
 
     def write(self, slots_T: Tensor, k_TJK: Tensor, v_TJK: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens; return their keys and values as rounded by the cache, in their own dtype."""
+        if self.v_NJK is self.k_NJK:
+            stored_TJK = _write(self.k_NJK, slots_T, k_TJK)
+            return stored_TJK, stored_TJK
         return _write(self.k_NJK, slots_T, k_TJK), _write(self.v_NJK, slots_T, v_TJK)
 
 
@@ -80,16 +84,17 @@ class KvCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        is_latent: bool = False,
     ) -> None:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.states: StatePool | None = None
         """Of linear layers, if there are any."""
-        self.layers = [
-            LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(num_layers)
-        ]
+        self.layers: list[LayerCache] = []
+        for _ in range(num_layers):
+            keys = torch.empty(shape, dtype=dtype, device=device)
+            self.layers.append(LayerCache(keys, keys if is_latent else torch.empty_like(keys)))
 
     @classmethod
     def of_layers(
@@ -107,11 +112,12 @@ class KvCache:
         values.
         """
         num_blocks, block_size, num_states = sizes
-        cache = cls(0, num_blocks, block_size, 1, facts.head_dim, types[1], device)
+        cache, is_latent = cls(0, num_blocks, block_size, 1, facts.head_dim, types[1], device), facts.latent is not None
         are_linear = [facts.is_linear(layer) for layer in layers]
         for layer, is_linear in zip(layers, are_linear, strict=True):
             blocks = 0 if is_linear else num_blocks
-            cache.layers += cls(1, blocks, block_size, *heads_of(facts, layer, part), types[1], device).layers
+            shape = block_size, *heads_of(facts, layer, part), types[1], device
+            cache.layers += cls(1, blocks, *shape, is_latent).layers
         if facts.linear is not None and any(are_linear):
             pool = StatePool(facts.linear, sum(are_linear), part.size, num_states, types[0], device)
             cache.states = pool
@@ -133,6 +139,7 @@ def heads_of(facts: ModelFacts, layer: int, part: TensorPart) -> tuple[int, int]
 
 
 def block_bytes(facts: ModelFacts, layers: Sequence[int], part: TensorPart, block_size: int, dtype: torch.dtype) -> int:
-    """Return the memory of one block on a rank: keys and values of some layers together. Linear ones have none."""
-    heads = [heads_of(facts, layer, part) for layer in layers if not facts.is_linear(layer)]
-    return 2 * sum(num_kv * head_dim for num_kv, head_dim in heads) * block_size * dtype.itemsize
+    """Return the memory of one block on a rank: what some layers cache together. Linear ones cache nothing."""
+    own = [facts.of_layer(layer) for layer in layers if not facts.is_linear(layer)]
+    held = [part.heads(each.num_q_heads, each.num_kv_heads).num_kv * each.cached_values for each in own]
+    return sum(held) * block_size * dtype.itemsize

@@ -14,13 +14,17 @@ from mgpu.protocol.model.weight_format import HELD
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _STACKS: dict[str, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "qkv": (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_a_proj",
+        "self_attn.kv_a_proj_with_mqa",
+    ),
+    "q_b": ("self_attn.q_b_proj",),
     "out": ("self_attn.o_proj", "linear_attn.out_proj"),
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
     "shared_gate_up": ("shared_expert.gate_proj", "shared_expert.up_proj"),
     "shared_down": ("shared_expert.down_proj",),
-}
+}  # fmt: skip
 """Fields of `LayerFormats`, and the matrices that each holds in one stack."""
 _LINEAR_PROJECTION = re.compile(r"\.linear_attn\.(query|key|value|gate)\.")
 """One tensor for each head of linear attention, all in one stack."""
@@ -146,7 +150,7 @@ def _apply_pattern(
 def _stacks_of(facts: ModelFacts, layer: int) -> dict[str, list[str]]:
     """Return the weights that each matrix of a layer holds."""
     tensors = layer_tensors(facts, layer)
-    names = [name for name in tensors if name.endswith("_proj.weight")]
+    names = [name for name in tensors if name.endswith(("_proj.weight", "_proj_with_mqa.weight"))]
     stacks: dict[str, list[str]] = {}
     if projections := [name for name in tensors if _LINEAR_PROJECTION.search(name)]:
         stacks["qkv"] = projections

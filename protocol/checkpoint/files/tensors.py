@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
-from mgpu.protocol.model.facts import LinearFacts, ModelFacts
+from mgpu.protocol.model.facts import LatentFacts, LinearFacts, ModelFacts
 from mgpu.protocol.model.weight_format import WeightFormat
 
 BLOCKS: dict[str, tuple[int, int]] = {
@@ -119,6 +119,8 @@ def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
     linear = facts.linear
     if linear is not None and linear.layers[layer]:
         shapes = _linear_tensors(linear, hidden, head + "linear_attn.")
+    elif facts.latent is not None:
+        shapes = _latent_tensors(facts, facts.latent, head + "self_attn.")
     else:
         shapes = _attention_tensors(facts.of_layer(layer), head + "self_attn.")
     shapes |= _mlp_tensors(facts, layer, head + "mlp.")
@@ -158,6 +160,24 @@ def _attention_tensors(facts: ModelFacts, attention: str) -> dict[str, tuple[int
     return shapes
 
 
+def _latent_tensors(facts: ModelFacts, latent: LatentFacts, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of latent attention."""
+    hidden, heads = facts.hidden_size, facts.num_q_heads
+    shapes: dict[str, tuple[int, ...]] = {
+        prefix + "kv_a_proj_with_mqa.weight": (latent.width, hidden),
+        prefix + "kv_a_layernorm.weight": (latent.rank,),
+        prefix + "kv_b_proj.weight": (heads * (latent.plain + latent.value_dim), latent.rank),
+        prefix + "o_proj.weight": (hidden, facts.out_inputs),
+    }
+    if not latent.query_rank:
+        return shapes | {prefix + "q_proj.weight": (heads * latent.head_dim, hidden)}
+    return shapes | {
+        prefix + "q_a_proj.weight": (latent.query_rank, hidden),
+        prefix + "q_a_layernorm.weight": (latent.query_rank,),
+        prefix + "q_b_proj.weight": (heads * latent.head_dim, latent.query_rank),
+    }
+
+
 def _linear_tensors(linear: LinearFacts, hidden: int, prefix: str) -> dict[str, tuple[int, ...]]:
     """Return the tensors of linear attention: one for each head of queries and keys, see hybrid_tensors.py."""
     shared = linear.value_heads // linear.key_heads
@@ -187,6 +207,8 @@ def _mlp_tensors(facts: ModelFacts, layer: int, prefix: str) -> dict[str, tuple[
     shapes: dict[str, tuple[int, ...]] = {prefix + "gate.weight": (experts.count, hidden)}
     if experts.router_bias:
         shapes[prefix + "gate.bias"] = (experts.count,)
+    if experts.choice is not None and experts.choice.has_correction:
+        shapes[prefix + "gate.e_score_correction_bias"] = (experts.count,)
     for index in range(experts.count):
         shapes |= _gated_tensors(f"{prefix}experts.{index}.", hidden, experts.width, experts.bias)
     if experts.shared_width:

@@ -123,6 +123,10 @@ class Fields:
     def raw(self, key: str) -> object:
         return self._values.get(self._prefix + key)
 
+    def with_value(self, key: str, value: object) -> "Fields":
+        """Return the same fields, but for one."""
+        return Fields(self.source, {**self._values, self._prefix + key: value}, self._prefix)
+
     def has(self, key: str) -> bool:
         return self.raw(key) is not None
 

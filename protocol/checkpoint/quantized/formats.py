@@ -27,20 +27,23 @@ def _formats(facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]) 
         return _parts([tensors.get(f"model.layers.{layer}.{module}_proj.weight") for module in modules])
 
     attention = _attention_formats(facts, layer, tensors)
+    is_stepwise = facts.latent is not None and facts.latent.query_rank > 0
+    q_b = common("self_attn.q_b") if is_stepwise else DENSE
     values = () if facts.of_layer(layer).keys_are_values else ("self_attn.v",)
     qkv_parts = parts("self_attn.q", "self_attn.k", *values)
     experts = facts.experts_of(layer)
     if experts is None:
         gate_up_parts = parts("mlp.gate", "mlp.up")
         dense = common("mlp.gate", "mlp.up"), common("mlp.down")
-        return LayerFormats(*attention, *dense, qkv_parts=qkv_parts, gate_up_parts=gate_up_parts)
+        return LayerFormats(*attention, *dense, qkv_parts=qkv_parts, gate_up_parts=gate_up_parts, q_b=q_b)
     each = [f"mlp.experts.{index}." for index in range(experts.count)]
     gate_up = common(*(head + part for head in each for part in ("gate", "up")))
     sparse = gate_up, common(*(head + "down" for head in each))
     if not experts.shared_width:
-        return LayerFormats(*attention, *sparse, qkv_parts=qkv_parts)
+        return LayerFormats(*attention, *sparse, qkv_parts=qkv_parts, q_b=q_b)
     shared = f"mlp.{experts.shared_name}"
-    return LayerFormats(*attention, *sparse, common(f"{shared}gate", f"{shared}up"), common(f"{shared}down"), qkv_parts)
+    pair = common(f"{shared}gate", f"{shared}up"), common(f"{shared}down")
+    return LayerFormats(*attention, *sparse, *pair, qkv_parts, q_b=q_b)
 
 
 def _attention_formats(
@@ -51,6 +54,9 @@ def _attention_formats(
     if facts.linear is not None and facts.linear.layers[layer]:
         parts = [f"{part}.{key}" for key in range(facts.linear.key_heads) for part in ("query", "key", "value", "gate")]
         names, out = [f"linear_attn.{part}" for part in parts], "linear_attn.out_proj"
+    elif facts.latent is not None:
+        queries = ["q_a_proj" if facts.latent.query_rank else "q_proj"]
+        names, out = [f"self_attn.{part}" for part in (*queries, "kv_a_proj_with_mqa")], "self_attn.o_proj"
     else:
         queries = ["q_proj"]
         if facts.attention_gate:

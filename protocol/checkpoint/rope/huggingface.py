@@ -40,6 +40,8 @@ class _Base:
 
 def rotated_size(fields: Fields, family: str, head_dim: int) -> int:
     """Return how many components of a head are rotated: all, or the first of them. Else CheckpointError."""
+    if family == "mistral4":
+        return head_dim  # its factor says the same of a head whose other components have no position
     holders = (fields.nested("rope_parameters"), fields.nested("rope_scaling"), fields)
     holder = next((each for each in holders if each is not None and each.has(_PARTIAL)), None)
     default = _HYBRID_PARTIAL if family in HYBRID else 1.0

@@ -17,7 +17,7 @@ from mgpu.orchestrator.placement.speed import estimate_speed, speed_lines
 from mgpu.orchestrator.placement.table import layout_json, layout_text
 from mgpu.orchestrator.placement.topology.file import parse_topology
 from mgpu.orchestrator.placement.written_topology import topology_text
-from mgpu.protocol.model.facts import ExpertFacts, ModelFacts
+from mgpu.protocol.model.facts import ExpertFacts, LatentFacts, ModelFacts
 
 FACTS = make_facts(q=32, kv=8, layers=32, hidden=4096, width=14336, vocab=128256, context=131072)
 EXPERTS = make_facts(
@@ -201,3 +201,16 @@ def test_a_model_that_is_too_big_is_offered_its_last_layers_on_the_cpu() -> None
     with pytest.raises(PlacementError) as caught:
         plan(FACTS, with_host(gpus(14), gib=1), LayoutOptions(max_seq_len=4096))
     assert "on the CPU" not in str(caught.value)
+
+
+@pytest.mark.parametrize("query_rank", [0, 256])
+def test_projections_of_latents_have_formats_of_their_own(query_rank: int) -> None:
+    facts = replace(EXPERTS, num_kv_heads=1, head_dim=288, latent=LatentFacts(256, 32, 96, 128, query_rank))
+    text = "/(q_a_proj|q_proj|kv_a_proj_with_mqa)/: {quant: 8}\n/o_proj/: {quant: 4}"
+    result = planned(text + "\n/q_b_proj/: {quant: fp8}" * bool(query_rank), gpus(80, 80), facts)
+    formats = result.facts.formats[0]
+    assert (formats.qkv.quant, formats.out.quant) == ("8", "4")
+    assert formats.q_b.quant == ("fp8" if query_rank else "none")
+    again = planned(topology_text(result, "heading"), gpus(80, 80), facts)
+    assert again.rows == result.rows
+    assert "kv_b_proj.weight is never quantized" in refusal("/kv_b_proj/: {quant: 8}", gpus(80), facts)

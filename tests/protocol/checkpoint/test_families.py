@@ -36,13 +36,8 @@ def test_the_page_lists_what_is_served() -> None:
 
 @pytest.mark.parametrize(("name", "family", "kind"), ROWS)
 def test_the_page_says_which_have_experts(tmp_path: Path, name: str, family: str, kind: str) -> None:
-    facts = facts_of(
-        tmp_path,
-        architectures=[name],
-        moe_intermediate_size=32,
-        full_attention_interval=2,
-        hidden_size_per_layer_input=0,
-    )
+    sizes = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "hidden_size_per_layer_input": 0}
+    facts = facts_of(tmp_path, architectures=[name], full_attention_interval=2, **sizes)
     assert (facts.architecture, facts.experts is not None) == (family, kind == "experts")
 
 
@@ -58,7 +53,8 @@ def test_every_family_is_compared_with_transformers() -> None:
 @pytest.mark.parametrize(
     ("name", "key", "value", "part"),
     [
-        ("DeepseekV3ForCausalLM", "kv_lora_rank", 512, "latent attention"),
+        ("LongcatFlashForCausalLM", "kv_lora_rank", 512, "latent attention of another kind"),
+        ("DeepseekV32ForCausalLM", "index_n_heads", 64, "sparse attention"),
         ("MambaForCausalLM", "state_size", 16, "recurrent states"),
         ("JambaForCausalLM", "mamba_d_state", 16, "recurrent states"),
         ("KimiLinearForCausalLM", "linear_num_value_heads", 32, "recurrent states"),

@@ -21,7 +21,8 @@ from mgpu.protocol.model.quantization import Quant
 
 FAMILIES = (
     "mixtral", "mixtral-window", "qwen3-moe", "qwen3-moe-plain", "qwen2-moe", "gpt-oss", "granite-moe",
-    "granite-moe-shared", "gemma4-moe",
+    "granite-moe-shared", "gemma4-moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-plain",
+    "mistral4",
 )  # fmt: skip
 SPLITS: tuple[ExpertSplit, ...] = ("tensor", "parallel")
 LAYOUTS = [(1, 1, "tensor"), (1, 2, "tensor"), *((size, 2 // (size // 2), each) for size in (2, 4) for each in SPLITS)]
@@ -130,8 +131,12 @@ def test_the_planner_counts_the_bytes_that_a_rank_holds(
 
 @pytest.mark.parametrize(("tp_size", "split"), [(1, "tensor"), *((size, each) for size in (2, 4) for each in SPLITS)])
 @pytest.mark.parametrize(
-    "family", ["gpt-oss", "qwen2-moe", "granite-moe-shared", "gemma4-moe", "olmo2", "gemma2", "granite"]
-)
+    "family",
+    [
+        "gpt-oss", "qwen2-moe", "granite-moe-shared", "gemma4-moe", "olmo2", "gemma2", "granite", "deepseek-v2-lite",
+        "deepseek-v3",
+    ],
+)  # fmt: skip
 def test_the_planner_counts_the_bytes_of_every_family(
     tiny_model: MakeModel, family: str, tp_size: int, split: ExpertSplit
 ) -> None:

@@ -58,7 +58,7 @@ def test_stages_of_uneven_layers_equal_transformers(tiny_model: MakeModel, famil
 
 
 @pytest.mark.parametrize("chunks", [[32], [5, 6, 1, 1, 13, 6], [1] * 32], ids=["whole", "mixed", "single"])
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3", "gemma4"])
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3", "gemma4", "deepseek-v3"])
 def test_any_chunking_gives_the_same_logits(tiny_model: MakeModel, family: str, chunks: list[int]) -> None:
     model = tiny_model(family)
     ids = model.prompt_ids + model.output_ids
@@ -66,7 +66,7 @@ def test_any_chunking_gives_the_same_logits(tiny_model: MakeModel, family: str, 
     torch.testing.assert_close(logits, model.logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma4"])
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma4", "deepseek-v3"])
 def test_rows_of_a_mixed_batch_do_not_see_each_other(tiny_model: MakeModel, family: str) -> None:
     model = tiny_model(family)
     ids = model.prompt_ids + model.output_ids
