@@ -49,25 +49,48 @@ def read_gguf_checkpoint(path: Path) -> tuple[ModelFacts, dict[str, TensorEntry]
             f"{path}: the architecture is {architecture[:80]!r}; "
             f"supported in GGUF files: {', '.join(_GGUF_ARCHITECTURES)}"
         )
-    located = {name: (path, tensor) for name, tensor in header.tensors.items()}
-    nbytes = header.nbytes
-    for part in others:
-        further = read_gguf(part, with_arrays=False)
-        nbytes += further.nbytes
-        if nbytes > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{part}: {nbytes} bytes of headers up to this part; at most {MAX_HEADER_BYTES}")
-        for name, tensor in further.tensors.items():
-            if name in located:
-                raise CheckpointError(f"{part}: tensor {name!r} is also in {located[name][0]}")
-            located[name] = part, tensor
-        if len(located) > MAX_TENSORS:
-            raise CheckpointError(f"{part}: {len(located)} tensors up to this part; at most {MAX_TENSORS} are allowed")
+    located = _all_tensors(path, header, others)
     tensors = {name: tensor for name, (_, tensor) in located.items()}
     facts = _facts(path, architecture, GgufHeader(header.metadata, tensors), located)
     return facts, _entries(architecture, located)
 
 
-def _entries(architecture: str, located: dict[str, tuple[Path, GgufTensor]]) -> dict[str, TensorEntry]:
+def _all_tensors(path: Path, header: GgufHeader, others: list[Path]) -> Located:
+    """Return the tensors of all parts of a model with their files. CheckpointError if the parts do not fit together."""
+    located: Located = {}
+    nbytes = 0
+    for index, part in enumerate((path, *others)):
+        found = read_gguf(part, with_arrays=False) if index else header
+        nbytes += found.nbytes
+        if nbytes > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{part}: {nbytes} bytes of headers up to this part; at most {MAX_HEADER_BYTES}")
+        _check_part(part, found, index, 1 + len(others))
+        for name, tensor in found.tensors.items():
+            if name in located:
+                raise CheckpointError(f"{part}: tensor {name!r} is also in {located[name][0]}")
+            located[name] = part, tensor
+        if len(located) > MAX_TENSORS:
+            raise CheckpointError(f"{part}: {len(located)} tensors up to this part; at most {MAX_TENSORS} are allowed")
+    claimed = Fields(str(path), header.metadata).integer("split.tensors.count", len(located), low=0, high=MAX_TENSORS)
+    if claimed != len(located):
+        raise CheckpointError(f"{path}: split.tensors.count is {claimed}, and all parts have {len(located)} tensors")
+    return located
+
+
+def _check_part(path: Path, header: GgufHeader, index: int, count: int) -> None:
+    """Raise CheckpointError for a part of another model, or one whose tensors are not all of its data."""
+    fields = Fields(str(path), header.metadata)
+    for key, expected in (("split.no", index), ("split.count", count)) if count > 1 else ():
+        if (found := fields.integer(key, expected, low=0)) != expected:
+            raise fields.error(key, f"is {found}; {expected} was expected in part {index + 1} of {count}")
+    if header.trailing_bytes:
+        raise CheckpointError(
+            f"{path}: {header.trailing_bytes} bytes follow the last tensor: its type is not what the header says, "
+            "or the file is corrupt; download it again"
+        )
+
+
+def _entries(architecture: str, located: Located) -> dict[str, TensorEntry]:
     entries = {}
     for file, tensor in located.values():
         name = hugging_face_name(architecture, tensor.name)

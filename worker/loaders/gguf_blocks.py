@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint.files.tensors import BLOCKS, PackedParts, TensorEntry
 from mgpu.protocol.checkpoint.read import CheckpointError
-from mgpu.worker.loaders.unpack import ReadBlock
+from mgpu.worker.loaders.unpack import ReadBlock, scales_fit
 from mgpu.worker.quantization.packing import HIGH_BITS, KIND_OF, PackedWeight, octet_words, run_words
 
 
@@ -49,7 +49,7 @@ def unpack_blocks(parts: PackedParts, read: ReadBlock, rows: range, columns: ran
 def _check(found: Blocks, entry: TensorEntry) -> None:
     """Refuse numbers that are not finite. CheckpointError."""
     is_exponent = found.supers is None and found.scales.dtype == torch.uint8  # 255 stands for NaN
-    is_bad = bool((found.scales == 255).any()) if is_exponent else False
+    is_bad = is_exponent and not scales_fit(found.scales)
     for numbers in (found.scales, found.offsets, found.supers):
         if numbers is not None and numbers.is_floating_point():
             is_bad = is_bad or not bool(torch.isfinite(numbers).all())

@@ -26,6 +26,9 @@ from mgpu.protocol.checkpoint.read import CheckpointError
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output that each four bits of a word of AWQ belong to, lowest bits first."""
 
+_CODE_BITS = 9
+"""Of the largest number that a code of 8 bits and a zero point, or e4m3, stand for."""
+
 ReadBlock = Callable[[TensorEntry, range, range], Tensor]
 """Returns stored rows and columns of a stored matrix; rows may have a step."""
 
@@ -49,6 +52,8 @@ def unpack_rows(parts: PackedParts, read: ReadBlock, rows: range, columns: range
     scales = _scales(parts, read, stored, groups)
     if not _is_finite(scales):
         raise _broken(parts.scales, "holds NaN or infinity")
+    if not scales_fit(scales):
+        raise _broken(parts.scales, "holds scales with which weights do not fit float32")
     values = _values(parts, read, stored, columns)
     if values.dtype == torch.float8_e4m3fn and (values.view(torch.uint8) & 0x7F == 0x7F).any():
         raise _broken(parts.values, "holds NaN")
@@ -83,6 +88,13 @@ def _is_finite(scales: Tensor) -> bool:
     if scales.dtype == torch.uint8:  # 255 stands for NaN
         return not bool((scales == 255).any())
     return bool(torch.isfinite(scales.float()).all())
+
+
+def scales_fit(scales: Tensor) -> bool:
+    """Return True if no weight can be infinite: scales times the largest number that codes can stand for."""
+    if scales.dtype == torch.uint8:
+        return not bool((scales >= 255 - _CODE_BITS).any())
+    return bool(torch.isfinite(scales.float() * (1 << _CODE_BITS)).all())
 
 
 def _values(parts: PackedParts, read: ReadBlock, rows: range, columns: range) -> Tensor:

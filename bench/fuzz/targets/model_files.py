@@ -45,7 +45,7 @@ def string(text: str) -> bytes:
 def gguf(metadata: Mapping[str, object], tensors: Sequence[tuple[str, Sequence[int]]]) -> bytes:
     """Return a GGUF file with tensors of F32 zeros."""
     out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
-    out += b"".join(string(key) + _value(value) for key, value in metadata.items())
+    out += b"".join(string(key) + metadata_value(value) for key, value in metadata.items())
     offset = 0
     for name, shape in tensors:
         count = 1
@@ -57,16 +57,18 @@ def gguf(metadata: Mapping[str, object], tensors: Sequence[tuple[str, Sequence[i
     return out + bytes(-len(out) % 32) + bytes(offset)
 
 
-def _value(value: object) -> bytes:
+def metadata_value(value: object) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<IB", 7, value)
     if isinstance(value, int):
-        return struct.pack("<II", 4, value)
+        return struct.pack("<II", 4, value) if 0 <= value < 1 << 32 else struct.pack("<Iq", 11, value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
     if isinstance(value, str):
         return struct.pack("<I", 8) + string(value)
     assert isinstance(value, list)
+    if not value:
+        return struct.pack("<IIQ", 9, 4, 0)
     if isinstance(value[0], str):
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(string, value))
     code, kind = ("f", 6) if isinstance(value[0], float) else ("i", 5)

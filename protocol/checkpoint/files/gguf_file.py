@@ -70,6 +70,8 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
     nbytes: int = 0
     """Of the header in its file."""
+    trailing_bytes: int = 0
+    """Of the file, after its last tensor."""
 
 
 def read_gguf(path: str | Path, with_arrays: bool, kept: Collection[str] = ()) -> GgufHeader:
@@ -222,8 +224,10 @@ def _read(cursor: _Cursor, with_arrays: bool, kept: Collection[str]) -> GgufHead
     metadata = _read_metadata(cursor, num_pairs, with_arrays, kept)
     cursor.check_count(num_tensors, 24, "tensors")
     infos = [_read_tensor_info(cursor) for _ in range(num_tensors)]
-    nbytes = cursor.position
-    return GgufHeader(metadata, _place_tensors(cursor, infos, _alignment(cursor, metadata)), nbytes)
+    nbytes, alignment = cursor.position, _alignment(cursor, metadata)
+    tensors = _place_tensors(cursor, infos, alignment)
+    trailing = _check_coverage(cursor, tensors, -(-nbytes // alignment) * alignment, alignment)
+    return GgufHeader(metadata, tensors, nbytes, trailing)
 
 
 def _read_metadata(cursor: _Cursor, count: int, with_arrays: bool, kept: Collection[str]) -> dict[str, object]:
@@ -327,7 +331,6 @@ def _place_tensors(
                 f"truncated: tensor {name!r} ends at byte {data_start + offset + nbytes}, the file has {cursor.size}"
             )
         tensors[name] = GgufTensor(name, dtype, shape, data_start + offset, nbytes)
-    _check_overlap(cursor, tensors)
     return tensors
 
 
@@ -345,9 +348,19 @@ def _tensor_bytes(cursor: _Cursor, name: str, shape: tuple[int, ...], type_numbe
     return dtype, math.prod(shape) // block * block_bytes
 
 
-def _check_overlap(cursor: _Cursor, tensors: dict[str, GgufTensor]) -> None:
-    end, before = 0, ""
+def _check_coverage(cursor: _Cursor, tensors: dict[str, GgufTensor], data_start: int, alignment: int) -> int:
+    """Refuse overlaps and gaps, as llama.cpp does: some tensor then is not of the type or size that it says.
+
+    Return how many bytes follow the last tensor and its padding.
+    """
+    end, before = data_start, "the header"
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
         if tensor.offset < end:
             raise cursor.error(f"tensors {before!r} and {tensor.name!r} overlap at byte {tensor.offset}")
+        if tensor.offset > (expected := -(-end // alignment) * alignment):
+            raise cursor.error(
+                f"tensor {tensor.name!r} begins at byte {tensor.offset}; {expected} was expected, since {before!r} "
+                f"ends at {end}"
+            )
         end, before = tensor.offset + tensor.nbytes, tensor.name
+    return max(0, cursor.size - -(-end // alignment) * alignment) if tensors else 0

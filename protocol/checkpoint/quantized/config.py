@@ -93,7 +93,10 @@ def _gptq(fields: Fields) -> SchemeOf:
     if overrides is None:
         return lambda module: base
     changed = [
-        (_pattern(overrides, name.removeprefix("+:")), _with_gptq(base, overrides.nested(name) or Fields("", {})))
+        (
+            _pattern(overrides, name.removeprefix("+:")),
+            _with_gptq(base, overrides.nested(name) or Fields(overrides.source, {})),
+        )
         for name in overrides.names(_MOST_GROUPS)
         if not name.startswith("-:")  # modules that are not quantized
     ]
@@ -139,7 +142,7 @@ def _compressed(fields: Fields) -> SchemeOf:
         raise fields.error("config_groups", "is missing")
     by_name: list[tuple[Sequence[str | re.Pattern[str]], Scheme]] = []
     for name in groups.names(_MOST_GROUPS):
-        group = groups.nested(name) or Fields("", {})
+        group = groups.nested(name) or Fields(f"{groups.source}: {name}", {})
         targets = [str(target) for target in group.list_of("targets", str) or ["Linear"]]
         scheme = _compressed_scheme(group, group.text("format", fields.text("format", "")))
         by_name.append(([_target(group, target) for target in targets], scheme))

@@ -67,11 +67,11 @@ class _Joiner:
 
     def joined(self, name: str) -> TensorEntry:
         scheme = self._scheme
-        if scheme.packing == "rows" and (self._values.dtype == "F8_E4M3") != scheme.is_float:
+        if scheme.packing == "rows" and self._values.dtype != ("F8_E4M3" if scheme.is_float else "I8"):
             raise _error(self._values, f"is stored as {self._values.dtype}, which is not what its scheme says")
         scales, rows, group = self._scales()
         groups = -(-self._inputs // group) if group else 1
-        zeros = self._zeros(groups) if scheme.has_zeros else None
+        zeros = self._zeros(groups)
         order = self._order()
         is_single = groups == 1 and scheme.bits == 8 and zeros is None  # held as float32, one per output
         form = WeightFormat(
@@ -129,7 +129,8 @@ class _Joiner:
             )
         return scales, rows, group
 
-    def _zeros(self, groups: int) -> TensorEntry:
+    def _zeros(self, groups: int) -> TensorEntry | None:
+        """Return the zero points. Those that are stored count, even if the configuration calls the format symmetric."""
         outputs, words = self._outputs, -(-self._outputs // self._per_word)
         name, kind, expected = "weight_zero_point", "I32", [(words, groups)]
         if self._scheme.packing == "rows":
@@ -137,8 +138,10 @@ class _Joiner:
         elif self._scheme.packing != "words":
             name, expected = "qzeros", [(groups, words)]
         zeros = self._companions.get(name)
-        if zeros is None:
+        if zeros is None and self._scheme.has_zeros:
             raise _error(self._values, f"has no {name} beside it")
+        if zeros is None or self._scheme.is_float:  # e4m3 has no zero points; old files store zeros
+            return None
         self._check(zeros, (kind,), expected)
         return zeros
 

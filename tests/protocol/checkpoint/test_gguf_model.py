@@ -165,6 +165,18 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
         read_checkpoint(paths[0])
 
 
+def test_parts_of_different_models_and_data_that_no_tensor_claims_are_refused(tmp_path: Path) -> None:
+    paths = write_parts(tmp_path)
+    paths[2].write_bytes(paths[1].read_bytes())
+    with pytest.raises(CheckpointError, match=r"00003-of-00003\.gguf: split\.no is 1; 2 was expected"):
+        read_checkpoint(paths[0])
+    paths = write_parts(tmp_path)
+    with open(paths[1], "ab") as file:
+        file.write(bytes(64))
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: 64 bytes follow the last tensor"):
+        read_checkpoint(paths[0])
+
+
 def cached(name: str) -> Path:
     root = os.environ.get("MGPU_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgpu"
     path = Path(root) / "models" / name

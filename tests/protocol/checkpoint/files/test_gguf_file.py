@@ -139,6 +139,7 @@ def test_misaligned_and_overlapping_tensors_are_refused(tmp_path: Path) -> None:
 
     assert "not a multiple" in refusal(tmp_path, two(257))
     assert "overlap" in refusal(tmp_path, two(128))
+    assert "tensor 'b' begins at byte 416; 352 was expected, since 'a' ends at 352" in refusal(tmp_path, two(320))
     assert len(read_gguf(written(tmp_path, two(256)), with_arrays=True).tensors) == 2
 
 

@@ -164,6 +164,14 @@ def test_unknown_methods_and_versions_are_refused_by_name(
     assert "quantization_config" in text or "--quant" in text
 
 
+def test_stored_zero_points_count_though_the_configuration_calls_the_format_symmetric(tmp_path: Path) -> None:
+    zeros = {"weight_zero_point": ("I32", [8, 3])}
+    checkpoint = read_checkpoint(write(tmp_path, "words", compressed(symmetric=True), **zeros))
+    assert checkpoint.tensors[f"{DOWN}.weight"].packed.zeros is not None
+    said = refusal(write(tmp_path, "words", weight_zero_point=("I32", [8, 4])))
+    assert "weight_zero_point' is I32 [8, 4]; I32 [8, 3] was expected" in said
+
+
 def test_packed_weights_without_a_configuration_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "gptq")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
