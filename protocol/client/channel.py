@@ -11,6 +11,7 @@ from zmq.utils.monitor import parse_monitor_message
 from mgpu.protocol.discovery import START_HINT, server_has_ended
 from mgpu.protocol.errors import MgpuError, RequestFailed, ServerUnreachable
 from mgpu.protocol.front import framing
+from mgpu.protocol.front.frames import receive_frames, send_message
 from mgpu.protocol.keys import KEYS_VARIABLE, ClientKeys, fingerprint, use_client_keys
 
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -71,7 +72,7 @@ class Channel:
         if size > limit:
             raise RequestFailed("bad_request", f"the request has {size} bytes, the limit is {limit}")
         try:
-            self.socket.send_multipart(frames, zmq.NOBLOCK)
+            send_message(self.socket, *frames)
         except zmq.Again:
             raise self.unreachable("does not take messages") from None
 
@@ -164,7 +165,7 @@ def _close(pid: int, context: "zmq.Context[Any]", socket: "zmq.Socket[Any]", mon
 def _drain(socket: "zmq.Socket[Any]") -> Iterator[list[bytes]]:
     while not socket.closed:
         try:
-            frames = socket.recv_multipart(zmq.NOBLOCK)
+            frames = receive_frames(socket)
         except zmq.Again:
             return
         yield frames

@@ -4,7 +4,7 @@ A message is two frames, ``b"mgpu1"`` and one MessagePack map. The version frame
 decoded. The limits below bound what a hostile peer can make the other side do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -69,6 +69,8 @@ def unpack(frames: list[bytes], limits: MessageLimits = FROM_CLIENT) -> dict[obj
 
 
 def _decode(body: bytes, limits: MessageLimits) -> object:
+    if len(body) <= limits.containers:  # each takes a byte at least: nothing has to be counted
+        return _unpackb(body, limits)
     containers = 0
 
     def count(value: Any) -> Any:
@@ -78,13 +80,17 @@ def _decode(body: bytes, limits: MessageLimits) -> object:
             raise ValueError(f"more than {limits.containers} arrays and maps")
         return value
 
+    return _unpackb(body, limits, count)
+
+
+def _unpackb(body: bytes, limits: MessageLimits, hook: Callable[[Any], Any] | None = None) -> object:
     try:
         return msgpack.unpackb(
             body,
             raw=False,
             strict_map_key=True,
-            list_hook=count,
-            object_hook=count,
+            list_hook=hook,
+            object_hook=hook,
             max_array_len=limits.array_items,
             max_map_len=limits.map_items,
             max_ext_len=0,

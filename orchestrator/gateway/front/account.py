@@ -14,6 +14,7 @@ that one begins with what is left of the other's debt, a few milliseconds. Proce
 number 0: together they are one owner.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 KEY_PREFIX = "key:"
@@ -38,6 +39,7 @@ class Account(NamedTuple):
         return self.owner, self.name
 
 
+@lru_cache(8192)
 def account_of(identity: str, connection: bytes, owner: str, client: str = "") -> Account:
     """Return the account of a connection, or of the ``client`` that it has named."""
     if client:

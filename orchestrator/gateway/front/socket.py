@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import zmq
@@ -21,6 +22,7 @@ from mgpu.orchestrator.gateway.front.routing_ids import AutomaticIds, seed
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.client_messages import REQUEST_ID
 from mgpu.protocol.front.fields import FieldError
+from mgpu.protocol.front.frames import send_message_to
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.keys import use_server_key
 
@@ -33,6 +35,9 @@ CONNECTIONS_SHARE = 0.8
 """Of the files that the process may open; the rest is for what libzmq accepts before it is counted."""
 FRAMES_PER_TURN = 2000
 """Read in one turn of the gateway's loop, of all messages: a few milliseconds."""
+
+_NOBLOCK = int(zmq.NOBLOCK)
+"""As a number: sums of pyzmq's own flags take longer than a frame."""
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +69,7 @@ class Received(NamedTuple):
 
 @dataclass(slots=True)
 class _Backlog:
-    messages: deque[list[bytes]] = field(default_factory=deque)
+    bodies: deque[bytes] = field(default_factory=deque)
     size: int = 0
 
 
@@ -162,23 +167,21 @@ class FrontSocket:
         if self._frames_left <= 0:
             return None
         try:
-            connection = self.socket.recv(zmq.NOBLOCK)
+            connection = self.socket.recv(_NOBLOCK)
         except zmq.Again:
             return None
         frames: list[bytes] = []
         identity, owner, is_open = "", "", True
-        has_more = bool(self.socket.getsockopt(zmq.RCVMORE))
+        has_more = True  # of a ROUTER: at least one frame follows that with the name of the connection
         while has_more and len(frames) <= framing.MAX_FRAMES:
-            frame = self.socket.recv(zmq.NOBLOCK, copy=False)
+            frame = self.socket.recv(_NOBLOCK, copy=False)
             if not frames:
-                identity = _property_of(frame, "User-Id")
-                origin = origin_of(_property_of(frame, "Peer-Address"))
-                owner = owner_of(identity, origin)
+                identity, origin, owner = _peer_of(_property_of(frame, "User-Id"), _property_of(frame, "Peer-Address"))
                 is_open = self.connections.introduce(connection, frame, origin, owner)
             frames.append(frame.bytes)
             has_more = frame.more
         self._is_skipping = has_more
-        received = Received(connection, frames, identity, owner, is_open=is_open)
+        received = Received(connection, frames, identity, owner, "", is_open)
         self._note_received(1 + len(frames), received.nbytes)
         return received
 
@@ -197,16 +200,19 @@ class FrontSocket:
 
     def send(self, connection: bytes, values: Mapping[str, object]) -> None:
         """Send one message or keep it for later; never waits, never raises. See `take_lost`."""
+        self.send_body(connection, framing.pack(values)[1])
+
+    def send_body(self, connection: bytes, body: bytes) -> None:
+        """Send a message, of which ``body`` is the map, as `send` does."""
         if connection in self._lost:
             return  # its backlog was thrown away: a later message would hide that something is missing
-        message = [connection, *framing.pack(values)]
         backlog = self._backlogs.get(connection)
         if backlog is None:
-            if self._try_send(message):
+            if self._try_send(connection, body):
                 return
             backlog = self._backlogs.setdefault(connection, _Backlog())
-        backlog.messages.append(message)
-        self._add(backlog, len(message[-1]))
+        backlog.bodies.append(body)
+        self._add(backlog, len(body))
         if backlog.size > MAX_BACKLOG_BYTES:
             self._give_up(connection)
         elif self._backlog_bytes > MAX_TOTAL_BACKLOG_BYTES:
@@ -230,9 +236,9 @@ class FrontSocket:
     def flush(self) -> None:
         """Try again to send the messages that wait for slow readers."""
         for connection, backlog in list(self._backlogs.items()):
-            while backlog.messages and self._try_send(backlog.messages[0]):
-                self._add(backlog, -len(backlog.messages.popleft()[-1]))
-            if not backlog.messages or self._lost.get(connection) == "gone":
+            while backlog.bodies and self._try_send(connection, backlog.bodies[0]):
+                self._add(backlog, -len(backlog.bodies.popleft()))
+            if not backlog.bodies or self._lost.get(connection) == "gone":
                 self._add(backlog, -backlog.size)
                 del self._backlogs[connection]
 
@@ -241,19 +247,19 @@ class FrontSocket:
         lost, self._lost = self._lost, {}
         return lost
 
-    def _try_send(self, message: list[bytes]) -> bool:
+    def _try_send(self, connection: bytes, body: bytes) -> bool:
         """Send without waiting; False if the peer's pipe is full. A message to a vanished peer counts as sent."""
-        if not self.connections.has_room(message[0], len(message[-1])):
+        if not self.connections.has_room(connection, len(body)):
             return False
         try:
-            self.socket.send_multipart(message, zmq.NOBLOCK, copy=True)
+            send_message_to(self.socket, connection, framing.VERSION, body)
         except zmq.Again:
-            self.connections.give_back_room(message[0], len(message[-1]))
+            self.connections.give_back_room(connection, len(body))
             return False
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self._lost[message[0]] = "gone"
+            self._lost[connection] = "gone"
         return True
 
     def close_sockets(self) -> None:
@@ -271,6 +277,13 @@ def _room_for_connections() -> int:
     """Return how many connections the limit of open files leaves room for."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, int(soft * CONNECTIONS_SHARE) - len(os.listdir("/proc/self/fd")))
+
+
+@lru_cache(4096)
+def _peer_of(identity: str, address: str) -> tuple[str, str, str]:
+    """Return identity, origin and owner of a peer by the properties of its frames."""
+    origin = origin_of(address)
+    return identity, origin, owner_of(identity, origin)
 
 
 def _property_of(frame: zmq.Frame, name: str) -> str:

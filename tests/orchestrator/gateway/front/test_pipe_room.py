@@ -8,6 +8,7 @@ import zmq
 
 from bench.waiting import wait_until
 from harness.waiting import eventually
+from mgpu.orchestrator.gateway.front import socket as socket_module
 from mgpu.orchestrator.gateway.front.open_connection import OpenConnection
 from mgpu.orchestrator.gateway.front.pipe_room import FREE_BYTES, MAX_BYTES, MAX_TOTAL_BYTES, PipeRoom, unsent_bytes_of
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received
@@ -135,15 +136,14 @@ def test_texts_of_a_megabyte_are_sent_to_who_reads_and_bounded_for_who_does_not(
 def test_what_libzmq_does_not_accept_is_not_counted(
     front: FrontSocket, peer: "zmq.Socket[bytes]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class FullPipe:
-        def send_multipart(self, *_: object, **__: object) -> None:
-            raise zmq.Again
+    def find_full(*_: object) -> None:
+        raise zmq.Again
 
     assert peer is not None
     name = introduced(front)
     found = front.connections._by_name[name]
     with monkeypatch.context() as patched:
-        patched.setattr(front, "socket", FullPipe())
+        patched.setattr(socket_module, "send_message_to", find_full)
         front.send(name, {"text": "x" * 1000})
         for _ in range(100):
             front.flush()

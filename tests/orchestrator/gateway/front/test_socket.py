@@ -19,12 +19,12 @@ def test_nothing_follows_what_was_thrown_away(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module, "MAX_BACKLOG_BYTES", 5000)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     front = FrontSocket(context, f"ipc://{tmp_path}/front", 1 << 20, None)
-    taken: list[list[bytes]] = []
+    taken: list[bytes] = []
     reads = False
 
-    def try_send(message: list[bytes]) -> bool:
+    def try_send(_connection: bytes, body: bytes) -> bool:
         if reads:
-            taken.append(message)
+            taken.append(body)
         return reads
 
     monkeypatch.setattr(front, "_try_send", try_send)
