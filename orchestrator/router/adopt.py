@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.router.dispatch import Dispatch
-from mgpu.orchestrator.router.part import Ending, Part
+from mgpu.orchestrator.router.part import Part
 from mgpu.orchestrator.router.replica import Replica
 from mgpu.orchestrator.router.routed_request import RoutedRequest
 from mgpu.orchestrator.router.table import RoutedTable
 from mgpu.protocol.client.resumable import RequestState
-from mgpu.protocol.errors import RequestFailed
+from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.server_messages import Failed, Resumed
 
 ANSWER_S = 10.0
@@ -59,21 +59,20 @@ class Adoption:
         routed = search.routed
         message = {"id": routed.upstream_id, "session": routed.session, "n": len(search.offsets)}
 
-        def on_end(part: Part, ending: Ending) -> None:
+        def on_error(part: Part, error: MgpuError) -> None:
             if part in search.parts:
-                self._on_answer(search, part, ending)
+                self._on_answer(search, part, error)
             else:
-                self._dispatch.on_end(part, ending)
+                self._dispatch.on_error(part, error)
 
-        part = Part(routed, list(range(len(search.offsets))), message, on_end, self._dispatch.on_tokens)
-        part.relay.begin_after(search.offsets)
+        part = Part(routed, list(range(len(search.offsets))), message, on_error, self._dispatch.pass_on)
         part.request.forbid_new()
         part.request.notify = lambda: self._on_progress(search, part)
         part.request.disconnect()
         assert replica.session is not None
         replica.session.requests[part.request.id] = part.request
         replica.session.channel.send(part.request.resume())
-        replica.parts[part.request.id] = part
+        replica.add(part)
         search.parts[part] = replica
 
     def _on_progress(self, search: _Search, part: Part) -> None:
@@ -82,13 +81,12 @@ class Adoption:
             self._forget(search)
             routed = search.routed
             self._dispatch.attach(part, replica)
-            part.request.notify = lambda: self._dispatch.on_progress(part)
             self._table.send(routed, Resumed(routed.id, search.offsets))
 
-    def _on_answer(self, search: _Search, part: Part, ending: Ending) -> None:
-        search.parts.pop(part).parts.pop(part.request.id, None)
-        if isinstance(ending, RequestFailed) and ending.code != "unknown_request":
-            search.other = ending
+    def _on_answer(self, search: _Search, part: Part, error: MgpuError) -> None:
+        search.parts.pop(part).forget(part)
+        if isinstance(error, RequestFailed) and error.code != "unknown_request":
+            search.other = error
         self._settle(search)
 
     def _settle(self, search: _Search) -> None:

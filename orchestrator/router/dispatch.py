@@ -3,15 +3,17 @@
 import logging
 import secrets
 import time
+from array import array
 from collections.abc import Sequence
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
-from mgpu.orchestrator.router.part import Ending, Part
+from mgpu.orchestrator.router.part import Part
+from mgpu.orchestrator.router.relay import Relay
 from mgpu.orchestrator.router.replica import SILENT_S, Replica
 from mgpu.orchestrator.router.routed_request import RoutedRequest
 from mgpu.orchestrator.router.table import RoutedTable
 from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
-from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Tokens
+from mgpu.protocol.front.server_messages import Failed, Tokens, to_map
 
 MAX_LOSSES = 3
 """A request that so many replicas were lost with may be what they die of."""
@@ -33,6 +35,7 @@ class Dispatch:
         """(until when, request, choices): no replica takes them now."""
         self._parts: dict[RoutedRequest, dict[Part, Replica]] = {}
         """Where the choices of each request are made."""
+        self.pass_on = Relay(table, self._on_begun, self._on_finished).take
         self.moved = 0
         """Requests that went on elsewhere because a replica was lost."""
 
@@ -40,21 +43,27 @@ class Dispatch:
 
     def begin(self, routed: RoutedRequest) -> None:
         """Send a new request to a replica. Refusal when none takes requests."""
-        if not any(replica.takes_requests for replica in self._replicas):
+        replica = self.choose(routed)
+        if replica is None:
             raise Refusal("not_ready", self._why_none(), RETRY_AFTER_S)
         self._table.add(routed)
-        self._place(routed, list(range(len(routed.choices))))
+        indexes = list(range(len(routed.choices)))
+        if not self._send(routed, indexes, replica):
+            self._wait_for_home(routed, indexes)
 
     def choose(self, routed: RoutedRequest, avoid: Replica | None = None) -> Replica | None:
-        """Return the replica that will probably be the first to have computed the prompt."""
-        able = [each for each in self._replicas if each.takes_requests]
-        ready = [each for each in able if each.state == "ready"] or able
-        others = [each for each in ready if each is not avoid] or ready
+        """Return the replica that will probably be the first to have computed the prompt.
 
-        def cost(replica: Replica) -> int:
-            return replica.load - replica.prefixes.matched(routed.keys)
-
-        return min(others, key=cost, default=None)
+        One that is ready comes before one that recovers, and any other before ``avoid``.
+        """
+        best, least = None, (True, True, 0)
+        for replica in self._replicas:
+            if replica.takes_requests:
+                cost = replica.load - (replica.prefixes.matched(routed.keys) if routed.keys else 0)
+                rank = (not replica.is_ready, replica is avoid, cost)
+                if best is None or rank < least:
+                    best, least = replica, rank
+        return best
 
     def _place(self, routed: RoutedRequest, indexes: list[int], avoid: Replica | None = None) -> None:
         """Begin a part for these choices, or one for each if some have begun."""
@@ -66,17 +75,19 @@ class Dispatch:
                 return
             replica = self.choose(routed, avoid)
             if replica is None or not self._send(routed, group, replica):
-                self._homeless.append((time.monotonic() + HOMELESS_S, routed, group))
+                self._wait_for_home(routed, group)
+
+    def _wait_for_home(self, routed: RoutedRequest, indexes: list[int]) -> None:
+        self._homeless.append((time.monotonic() + HOMELESS_S, routed, indexes))
 
     def _send(self, routed: RoutedRequest, indexes: list[int], replica: Replica) -> bool:
         left_s = None if routed.deadline_s is None else routed.deadline_s - time.monotonic()
         try:
-            message = {k: v for k, v in routed.message_for(indexes, left_s).items() if v is not None}
+            message = routed.message_for(indexes, left_s)
             if replica.name in routed.lost_at:
                 message["id"] = secrets.randbits(58) << 4
-            part = Part(routed, indexes, message, self.on_end, self.on_tokens)
+            part = Part(routed, indexes, message, self.on_error, self.pass_on)
             part.uncached_tokens = max(1, routed.prompt_size - replica.prefixes.matched(routed.keys))
-            part.request.notify = lambda: self.on_progress(part)
             if not replica.begin(part):
                 return False
         except RequestFailed as error:  # too large with what has been emitted
@@ -89,6 +100,7 @@ class Dispatch:
     def attach(self, part: Part, replica: Replica) -> None:
         """Note that a replica makes a part."""
         self._parts.setdefault(part.routed, {})[part] = replica
+        part.is_attached = True
 
     def _detach(self, part: Part) -> Replica | None:
         """Forget a part; return its replica, None if it was forgotten before."""
@@ -97,7 +109,8 @@ class Dispatch:
         if not parts:
             self._parts.pop(part.routed, None)
         if replica is not None:
-            replica.parts.pop(part.request.id, None)
+            replica.forget(part)
+        part.is_attached = False
         return replica
 
     def _why_none(self) -> str:
@@ -106,40 +119,29 @@ class Dispatch:
 
     # ----------------------------------------------------------- from replicas
 
-    def on_progress(self, part: Part) -> None:
-        """Tell the client that its request is accepted, once."""
-        accepted = part.relay.accepted
-        if accepted is not None and part.routed.accepted is None:
-            routed = part.routed
-            routed.accepted = Accepted(
-                routed.id, accepted.model, accepted.prompt_tokens, accepted.max_tokens, accepted.seed
-            )
-            routed.prompt_tokens = accepted.prompt_tokens
-            self._table.send(routed, routed.accepted)
+    def _on_begun(self, part: Part) -> None:
+        """Note that the first token of a part has come."""
+        self._parts[part.routed][part].note_begun(part)
 
-    def on_tokens(self, part: Part, message: Tokens) -> None:
-        """Pass tokens on."""
-        if part in self._parts.get(part.routed, ()):
-            part.has_tokens = True
-            self._table.send(part.routed, part.routed.note(part.indexes[message.index], message))
+    def _on_finished(self, part: Part, reasons: list[str], cached_tokens: int) -> None:
+        """End the request when all of its choices have ended."""
+        routed = part.routed
+        self._detach(part)
+        if 0 in part.indexes and not routed.cached_tokens:
+            routed.cached_tokens = cached_tokens
+        for index, reason in zip(part.indexes, reasons, strict=True):
+            if routed.choices[index].finish_reason is None:
+                routed.choices[index].finish_reason = reason
+        if not routed.unfinished:
+            self._table.end(routed, routed.finished())
 
-    def on_end(self, part: Part, ending: Ending) -> None:
-        """End the request when all of its choices have ended, or go on elsewhere."""
-        routed, replica = part.routed, self._detach(part)
-        if replica is None:
-            return
-        if isinstance(ending, Finished):
-            if 0 in part.indexes and not routed.cached_tokens:
-                routed.cached_tokens = ending.cached_tokens
-            for at, index in enumerate(part.indexes):
-                if routed.choices[index].finish_reason is None:
-                    routed.choices[index].finish_reason = ending.finish_reasons[at]
-            if not routed.unfinished:
-                self._table.end(routed, routed.finished())
-        else:
-            self._on_error(part, replica, ending)
+    def on_error(self, part: Part, error: MgpuError) -> None:
+        """End the request, or go on elsewhere."""
+        replica = self._detach(part)
+        if replica is not None:
+            self._handle(error, part, replica)
 
-    def _on_error(self, part: Part, replica: Replica, error: MgpuError) -> None:
+    def _handle(self, error: MgpuError, part: Part, replica: Replica) -> None:
         routed, code = part.routed, error.code if isinstance(error, RequestFailed) else ""
         if isinstance(error, ServerUnreachable) or code in _ELSEWHERE:
             self._go_on_elsewhere(part, replica, str(error))
@@ -182,14 +184,17 @@ class Dispatch:
     def withdraw(self, routed: RoutedRequest) -> None:
         """Stop a request on all replicas."""
         for part, replica in self._parts.pop(routed, {}).items():
+            part.is_attached = False
             replica.cancel(part)
-        self._homeless = [each for each in self._homeless if each[1] is not routed]
+        if self._homeless:
+            self._homeless = [each for each in self._homeless if each[1] is not routed]
 
     def cancel(self, routed: RoutedRequest) -> None:
         """End a request for its client, with the tokens so far."""
         self.withdraw(routed)
         for index in routed.unfinished:
-            self._table.send(routed, routed.note(index, Tokens(routed.id, index, "", [], None, "cancelled")))
+            last = to_map(Tokens(routed.id, index, "", [], None, "cancelled"))
+            routed.note(index, array("i"), "cancelled", self._table.send_map(routed, last))
         self._table.end(routed, routed.finished())
 
     # ------------------------------------------------------------ periodic work

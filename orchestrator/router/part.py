@@ -1,6 +1,7 @@
-"""Some choices of a request on one replica, and their answer, which is passed on as it comes."""
+"""Some choices of a request on one replica, and the state between router and replica."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from mgpu.orchestrator.router.routed_request import RoutedRequest
 from mgpu.protocol.client.answer import Answer
@@ -9,39 +10,8 @@ from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.server_messages import Finished, Tokens
 
-Ending = Finished | MgpuError
-"""How a part of a request ends."""
-
-
-class Relay(Answer):
-    """Passes on what arrives instead of keeping it for a caller."""
-
-    def __init__(
-        self, message: Mapping[str, object], on_tokens: Callable[[Tokens], None], on_end: Callable[[Ending], None]
-    ) -> None:
-        super().__init__(message)
-        self._on_tokens, self._on_end = on_tokens, on_end
-
-    def begin_after(self, offsets: list[int]) -> None:
-        """Count tokens that have arrived earlier; -1: all of them, and the finish reason."""
-        for choice, offset in zip(self._choices, offsets, strict=True):
-            choice.token_ids, choice.has_ended = [0] * max(0, offset), offset < 0
-
-    def add(self, message: Tokens) -> None:
-        super().add(message)
-        self._on_tokens(message)
-
-    def finish(self, message: Finished) -> None:
-        super().finish(message)
-        self._on_end(message)
-
-    def fail(self, error: MgpuError) -> None:
-        super().fail(error)
-        self._on_end(error)
-
-    def release(self, usage: Usage | None = None) -> None:
-        self.pieces.clear()
-        self._last = None
+Message = dict[object, object]
+"""A message of a replica as it was decoded."""
 
 
 class Part:
@@ -51,24 +21,56 @@ class Part:
         self,
         routed: RoutedRequest,
         indexes: list[int],
-        message: dict[str, object],
-        on_end: Callable[["Part", Ending], None],
-        on_tokens: Callable[["Part", Tokens], None],
+        message: Mapping[str, object],
+        on_error: Callable[["Part", MgpuError], None],
+        pass_on: Callable[["Part", Message], bool],
     ) -> None:
+        """``pass_on`` handles what is said about the request while that goes on, and returns False for the rest."""
         self.routed = routed
         self.indexes = indexes
         """Which choices of the client's request those of this part are."""
+        self.is_attached = False
+        """Its client gets what is said about it."""
         self.has_tokens = False
         self.uncached_tokens = routed.prompt_size
         """Tokens of the prompt that its replica has still to compute, before the answer begins."""
-        relay = Relay(message, lambda tokens: on_tokens(self, tokens), lambda ending: on_end(self, ending))
-        self.relay = relay
-        emitted = message.get("emitted_ids")
-        if isinstance(emitted, bytes):
-            relay.begin_after([len(emitted) // 4])
-        self.request = ResumableRequest(message, answer=relay)
+        self._on_error = on_error
+        self.request = ResumableRequest(message, answer=_Passed(self, message))
+        self.request.relay = partial(pass_on, self)
 
     @property
     def waiting_tokens(self) -> int:
         """Tokens of a prompt that its replica has still to compute; 0 once the answer has begun."""
         return 0 if self.has_tokens else self.uncached_tokens
+
+    def offsets(self) -> list[int]:
+        """Return how many tokens of each choice have come, -1 for one that has ended."""
+        return [self.routed.choices[index].offset for index in self.indexes]
+
+    def fail(self, error: MgpuError) -> None:
+        """Take note of an error that ends the part."""
+        self._on_error(self, error)
+
+
+class _Passed(Answer):
+    """An answer that has been passed on, so that nothing of it is kept here."""
+
+    def __init__(self, part: Part, message: Mapping[str, object]) -> None:
+        super().__init__(message)
+        self._part = part
+
+    def offsets(self) -> list[int]:
+        return self._part.offsets()
+
+    def add(self, message: Tokens) -> None:
+        pass
+
+    def finish(self, message: Finished) -> None:
+        pass
+
+    def fail(self, error: MgpuError) -> None:
+        super().fail(error)
+        self._part.fail(error)
+
+    def release(self, usage: Usage | None = None) -> None:
+        pass

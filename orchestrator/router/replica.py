@@ -23,6 +23,7 @@ RUNNING_TOKENS = 8
 MESSAGES_PER_TURN = 500
 """Of one replica, so that a fast one holds up neither clients nor the other replicas."""
 _FIRST_QUERY = 1 << 62
+_TAKING = ("ready", "stalled", "recovering")
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Replica:
         """It gets no new requests: it is about to be stopped."""
         self.parts: dict[int, Part] = {}
         """What it works on, by the id that it knows."""
+        self.load = 0
+        """Tokens of prompts that wait there, and something for each request that decodes."""
         self._keys = keys
         self._numbers = itertools.count(_FIRST_QUERY)
         self._asked: dict[str, int] = {}
@@ -77,13 +80,15 @@ class Replica:
         return self.health.state if self.is_connected and self.health is not None else "unreachable"
 
     @property
-    def takes_requests(self) -> bool:
-        return self.state in ("ready", "stalled", "recovering") and not self.is_held
+    def is_ready(self) -> bool:
+        return self.health is not None and self.health.state == "ready" and self.is_connected
 
     @property
-    def load(self) -> int:
-        """Tokens of prompts that wait there, and something for each request that decodes."""
-        return sum(part.waiting_tokens + RUNNING_TOKENS for part in self.parts.values())
+    def takes_requests(self) -> bool:
+        health, session = self.health, self.session  # asked for each request, so not in terms of `state`
+        if health is None or session is None or self.is_held:
+            return False
+        return session.channel.is_connected and health.state in _TAKING
 
     def is_lost(self, now_s: float) -> bool:
         """Return whether its requests should go elsewhere."""
@@ -101,12 +106,30 @@ class Replica:
             self.session.begin(part.request)
         except ServerUnreachable:
             return False
-        self.parts[part.request.id] = part
+        self.add(part)
         return True
+
+    def add(self, part: Part) -> None:
+        """Count a request to what it works on."""
+        self.forget(part)
+        self.parts[part.request.id] = part
+        self.load += part.waiting_tokens + RUNNING_TOKENS
+
+    def forget(self, part: Part) -> None:
+        """Count a request no more."""
+        if self.parts.get(part.request.id) is part:
+            del self.parts[part.request.id]
+            self.load -= part.waiting_tokens + RUNNING_TOKENS
+
+    def note_begun(self, part: Part) -> None:
+        """Note that the prompt of a request has been computed."""
+        self.forget(part)
+        part.has_tokens = True
+        self.add(part)
 
     def cancel(self, part: Part) -> None:
         """End a request there, without another word from it."""
-        self.parts.pop(part.request.id, None)
+        self.forget(part)
         if self.session is not None:
             self.session.cancel(part.request)
 

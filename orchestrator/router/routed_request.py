@@ -12,15 +12,18 @@ its own on another replica, which begins with the tokens that have been passed o
 from array import array
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.front.seeds import seed_of_choice
-from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Tokens
+from mgpu.protocol.front.server_messages import Accepted
 
 MAX_MESSAGES = 512
 """Kept of each choice: more than a client can have missed whose connection was lost."""
+
+PassedOn = tuple[bytes, int, bool]
+"""A message of tokens as its client was sent it, how many tokens it has, and whether it is the last of its choice."""
 
 
 @dataclass(slots=True)
@@ -29,22 +32,27 @@ class RoutedChoice:
 
     token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     finish_reason: str | None = None
-    messages: deque[Tokens] = field(default_factory=lambda: deque(maxlen=MAX_MESSAGES))
+    messages: deque[PassedOn] = field(default_factory=lambda: deque(maxlen=MAX_MESSAGES))
     """The last, for a client that comes back."""
     first: int = 0
     """How many tokens the client had before this router knew the request."""
 
-    def since(self, offset: int) -> list[Tokens]:
+    @property
+    def offset(self) -> int:
+        """How many tokens of it there are, -1 once it has ended; as a `resume` says it."""
+        return self.first + len(self.token_ids) if self.finish_reason is None else -1
+
+    def since(self, offset: int) -> list[bytes]:
         """Return the messages after ``offset`` tokens. Refusal if no message ends there."""
         if offset < 0:
             return []
         count = self.first + len(self.token_ids)
-        missing: list[Tokens] = []
-        for message in reversed(self.messages):
-            if count == offset and (message.token_ids or message.finish_reason is None):
+        missing: list[bytes] = []
+        for body, num_tokens, is_last in reversed(self.messages):
+            if count == offset and (num_tokens or not is_last):
                 break
-            missing.append(message)
-            count -= len(message.token_ids)
+            missing.append(body)
+            count -= num_tokens
         if count != offset:
             text = f"offset {offset} does not fit: the choice has {self.first + len(self.token_ids)} tokens so far"
             raise Refusal("bad_request", f"{text}, and the last {len(self.messages)} messages are kept")
@@ -73,7 +81,8 @@ class RoutedRequest:
     prompt_size: int = 0
     """Tokens of the prompt, or about as many."""
     accepted: Accepted | None = None
-    prompt_tokens: int = 0
+    accepted_body: bytes = b""
+    """The same as its client was sent it."""
     cached_tokens: int = 0
     losses: int = 0
     """How many replicas were lost with it."""
@@ -81,7 +90,7 @@ class RoutedRequest:
     """Their names: it may still run there, under the id that they know."""
     last_sent_s: float = 0.0
     ended_s: float | None = None
-    last: Finished | Failed | None = None
+    last: bytes = b""
     """The message that ended it."""
 
     @property
@@ -89,19 +98,24 @@ class RoutedRequest:
         """The choices that have not ended."""
         return [at for at, choice in enumerate(self.choices) if choice.finish_reason is None]
 
-    def note(self, index: int, message: Tokens) -> Tokens:
-        """Return a message of a replica as the client gets it."""
-        choice, passed_on = self.choices[index], replace(message, id=self.id, index=index)
-        choice.token_ids.extend(message.token_ids)
-        choice.finish_reason = message.finish_reason
-        choice.messages.append(passed_on)
-        return passed_on
+    def note(self, index: int, token_ids: "array[int]", finish_reason: str | None, body: bytes) -> None:
+        """Note a message of tokens that its client was sent."""
+        choice = self.choices[index]
+        choice.token_ids += token_ids
+        choice.finish_reason = finish_reason
+        if self.is_resumable:
+            choice.messages.append((body, len(token_ids), finish_reason is not None))
 
-    def finished(self) -> Finished:
+    def finished(self) -> dict[str, object]:
         """Return the last message of an answer whose choices have all ended."""
-        reasons = [choice.finish_reason or "cancelled" for choice in self.choices]
-        total = sum(choice.first + len(choice.token_ids) for choice in self.choices)
-        return Finished(self.id, reasons, self.prompt_tokens, total, self.cached_tokens)
+        return {
+            "type": "finished",
+            "id": self.id,
+            "finish_reasons": [choice.finish_reason or "cancelled" for choice in self.choices],
+            "prompt_tokens": 0 if self.accepted is None else self.accepted.prompt_tokens,
+            "completion_tokens": sum(choice.first + len(choice.token_ids) for choice in self.choices),
+            "cached_tokens": self.cached_tokens,
+        }
 
     def message_for(self, indexes: list[int], left_s: float | None) -> dict[str, object]:
         """Return the generate message for a replica that is to make these choices; ``left_s`` is the time they get."""
@@ -116,5 +130,7 @@ class RoutedRequest:
             emitted = self.choices[index].token_ids
             seed = seed_of_choice(self.accepted.seed, index)
             message |= {"id": self.upstream_id ^ index, "n": 1, "seed": seed}
-            message["emitted_ids"] = int32_bytes(list(emitted)) if emitted else None
+            message.pop("emitted_ids", None)
+            if emitted:
+                message["emitted_ids"] = int32_bytes(list(emitted))
         return message

@@ -9,21 +9,18 @@ One turn waits until something is ready, and then, in this order:
 """
 
 import logging
-import secrets
 import time
 from collections.abc import Sequence
-from hashlib import blake2b
 
 import zmq
 
-from mgpu.orchestrator.gateway.front.account import KEY_PREFIX, NAMED_PREFIX, PART_OF, Account
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.inbox import GIVEN_UP, Inbox
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.router.adopt import Adoption
-from mgpu.orchestrator.router.affinity import chunk_keys, prompt_bytes
+from mgpu.orchestrator.router.arrivals import Arrivals
 from mgpu.orchestrator.router.dispatch import Dispatch
 from mgpu.orchestrator.router.questions import Questions
 from mgpu.orchestrator.router.replica import Replica
@@ -32,23 +29,21 @@ from mgpu.orchestrator.router.table import RoutedTable
 from mgpu.protocol.front.client_messages import (
     CancelRequest,
     Detokenize,
-    Generate,
     Query,
     ResumeRequest,
     Tokenize,
     parse_client_message,
 )
-from mgpu.protocol.front.fields import FieldError, int32_array
+from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.framing import WireError
 from mgpu.protocol.front.server_messages import Failed, Keepalive, Resumed, ServerMessage, to_map
 
 TURN_S = 0.004
+QUANTUM_S = 0.0003
+"""See `Inbox`: about ten messages."""
 PERIOD_S = 0.1
 KEEPALIVE_S = 1.0
-KEEP_S = 30.0
-"""How long replicas go on with the requests of a router that is gone."""
 MAX_REQUESTS = 65536
-_ACCOUNT_CHARS = 128
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +58,9 @@ class Router:
         self.dispatch = Dispatch(replicas, self.table)
         self.questions = Questions(replicas, self.table, self.dispatch, front)
         self._front = front
-        self._names_accounts = names_accounts
+        self._arrivals = Arrivals(names_accounts)
         self._adoption = Adoption(replicas, self.table, self.dispatch)
-        self._inbox = Inbox(front, FairTurns[Received](), self._on_client)
-        self._own_session = secrets.token_hex(16)
-        """For clients that have none."""
+        self._inbox = Inbox(front, FairTurns[Received](), self._on_client, QUANTUM_S)
         self._next_period_s = 0.0
         self._bug_log = BoundedLog(log, logging.ERROR)
         self._poller, self._polled = zmq.Poller(), list[object]()
@@ -139,67 +132,37 @@ class Router:
             self._refuse(received.connection, request_id, Refusal("engine_error", "internal error in the router"))
 
     def _handle(self, received: Received, data: dict[object, object]) -> None:
+        if data.get("type") == "generate":
+            self._generate(received, data)
+            return
         message = parse_client_message(data)
-        values = {str(name): value for name, value in data.items()}
-        if isinstance(message, Generate):
-            self._generate(received, message, values)
-        elif isinstance(message, ResumeRequest):
+        if isinstance(message, ResumeRequest):
             self._resume(received, message)
         elif isinstance(message, Query):
             self.questions.answer(received.connection, message)
         elif isinstance(message, (Tokenize, Detokenize)):
             self._check_id(received.connection, message.id)
-            self.questions.ask(received.connection, message, values)
+            self.questions.ask(received.connection, message, {str(name): value for name, value in data.items()})
         elif isinstance(message, CancelRequest):
             self._cancel(received.connection, message.id)
 
-    def _generate(self, received: Received, request: Generate, values: dict[str, object]) -> None:
-        self._check_id(received.connection, request.id)
+    def _generate(self, received: Received, data: dict[object, object]) -> None:
+        fields = self._arrivals.parse(data)
+        self._check_id(received.connection, fields["id"])
         if self.questions.state:
             raise Refusal("draining", "the server is finishing its last requests before it stops", RETRY_AFTER_S)
         if len(self.table) >= MAX_REQUESTS:
             raise Refusal("overloaded", f"{len(self.table)} requests are in flight", RETRY_AFTER_S)
-        has_key = received.identity.startswith(KEY_PREFIX)
-        received = received._replace(client=self._front.access.client_of(request, received.identity))
-        session, upstream_id = self._names(received.identity, request.session, request.id)
-        known = self.table.named(session, request.id) if request.session else None
+        client = self._front.access.client_of(fields.get("account", ""), received.identity)
+        routed = self._arrivals.request(received, client, data, fields)
+        known = self.table.named(routed.session, routed.id) if routed.is_resumable else None
         if known is not None and known.ended_s is None:
             raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
-        values.pop("account", None)
-        if self._names_accounts:
-            values["account"] = _name_of(received.account)
-        if has_key:
-            values["cache_salt"] = _digest(received.identity, request.cache_salt)
-        prompt = prompt_bytes(
-            {"prompt": request.prompt, "prompt_ids": request.prompt_ids, "messages": request.messages}
-        )
-        now_s = time.monotonic()
-        routed = RoutedRequest(
-            received.connection,
-            request.id,
-            {**values, "keep_s": KEEP_S},
-            session,
-            upstream_id,
-            request.session is not None,
-            None if request.timeout_s is None else now_s + request.timeout_s,
-            [RoutedChoice(int32_array(request.emitted_ids or b"")) for _ in range(request.n)],
-            chunk_keys(prompt, str(values.get("cache_salt") or "")),
-            max(1, len(prompt) // 4),
-        )
         self.dispatch.begin(routed)
-
-    def _names(self, identity: str, session: str | None, request_id: int) -> tuple[str, int]:
-        """Return session and id by which replicas know a request: those of a client that resumes are found again."""
-        if session is None:
-            return self._own_session, secrets.randbits(62)
-        owner = identity if identity.startswith(KEY_PREFIX) else ""
-        name = _digest(owner, session)
-        number = blake2b(f"{name} {request_id}".encode(), digest_size=8).digest()
-        return name, int.from_bytes(number, "little") >> 6 << 4  # the last bits are for the choices
 
     def _resume(self, received: Received, message: ResumeRequest) -> None:
         connection = received.connection
-        session, upstream_id = self._names(received.identity, message.session, message.id)
+        session, upstream_id = self._arrivals.names(received.identity, message.session, message.id)
         routed = self.table.named(session, message.id)
         if (same := self.table.get(connection, message.id)) is not None and same is not routed:
             raise Refusal("duplicate_id", "another request with this id is in flight; choose another id")
@@ -211,13 +174,9 @@ class Router:
         missing = [choice.since(at) for choice, at in zip(routed.choices, message.offsets, strict=True)]
         self.table.move(routed, connection)
         self._send(connection, Resumed(message.id, list(message.offsets)))
-        if routed.accepted is not None:
-            self._send(connection, routed.accepted)
-        for tokens in missing:
-            for each in tokens:
-                self._send(connection, each)
-        if routed.last is not None:
-            self._send(connection, routed.last)
+        for body in (routed.accepted_body, *(each for choice in missing for each in choice), routed.last):
+            if body:
+                self._front.send_body(connection, body)
 
     def _adopt(self, received: Received, message: ResumeRequest, session: str, upstream_id: int) -> None:
         choices = [RoutedChoice(first=max(0, at), finish_reason="stop" if at < 0 else None) for at in message.offsets]
@@ -256,13 +215,3 @@ class Router:
 
     def _send(self, connection: bytes, message: ServerMessage) -> None:
         self._front.send(connection, to_map(message))
-
-
-def _name_of(account: Account) -> str:
-    """Return the name of an account for the replicas: part of its owner, who has one share there too."""
-    name = account.name.removeprefix(NAMED_PREFIX).strip()
-    return f"{account.owner}{PART_OF}{name}"[:_ACCOUNT_CHARS]
-
-
-def _digest(*parts: str) -> str:
-    return blake2b("\0".join(parts).encode(errors="replace"), digest_size=16).hexdigest()

@@ -2,11 +2,14 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import msgpack
 
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.router.routed_request import RoutedRequest
-from mgpu.protocol.front.server_messages import Failed, Finished, ServerMessage, to_map
+from mgpu.protocol.front.server_messages import Failed, ServerMessage, to_map
 
 KEEP_S = 60.0
 KEEP_REQUESTS = 4096
@@ -21,6 +24,7 @@ class RoutedTable:
 
     def __init__(self, front: FrontSocket) -> None:
         self._front = front
+        self._pack = msgpack.Packer(use_bin_type=True).pack
         self._by_connection: dict[bytes, dict[int, RoutedRequest]] = {}
         self._by_name: dict[Name, RoutedRequest] = {}
         self._ended: OrderedDict[Name, RoutedRequest] = OrderedDict()
@@ -34,7 +38,8 @@ class RoutedTable:
 
     def get(self, connection: bytes, request_id: int) -> RoutedRequest | None:
         """Return a request that goes on."""
-        return self._by_connection.get(connection, {}).get(request_id)
+        requests = self._by_connection.get(connection)
+        return None if requests is None else requests.get(request_id)
 
     def of_connection(self, connection: bytes) -> list[RoutedRequest]:
         return list(self._by_connection.get(connection, {}).values())
@@ -62,20 +67,25 @@ class RoutedTable:
 
     def send(self, routed: RoutedRequest, message: ServerMessage) -> None:
         """Send the client of a request a message about it."""
-        routed.last_sent_s = time.monotonic()
-        self._front.send(routed.connection, to_map(message))
+        self.send_map(routed, to_map(message))
 
-    def end(self, routed: RoutedRequest, last: Finished | Failed) -> None:
+    def send_map(self, routed: RoutedRequest, values: Mapping[object, object] | Mapping[str, object]) -> bytes:
+        """Send the client of a request the map of a message about it; return it as it was sent."""
+        routed.last_sent_s = time.monotonic()
+        body = cast("bytes", self._pack(values))
+        self._front.send_body(routed.connection, body)
+        return body
+
+    def end(self, routed: RoutedRequest, last: Failed | dict[str, object]) -> None:
         """Send the last message and forget the request, in a while if its client may ask again."""
         if routed.ended_s is not None:
             return
         self.drop(routed)
-        routed.last = last
         if routed.is_resumable:
             self._ended[routed.session, routed.id] = routed
             if len(self._ended) > KEEP_REQUESTS:
                 self._ended.popitem(last=False)
-        self._front.send(routed.connection, to_map(last))
+        routed.last = self.send_map(routed, to_map(last) if isinstance(last, Failed) else last)
 
     def end_unknown(self, routed: RoutedRequest, last: Failed) -> None:
         """Send the answer to a `resume` of a request that could not be found."""
@@ -93,7 +103,7 @@ class RoutedTable:
         del requests[routed.id]
         if not requests:
             del self._by_connection[routed.connection]
-        if self._by_name.get((routed.session, routed.id)) is routed:
+        if routed.is_resumable and self._by_name.get((routed.session, routed.id)) is routed:
             del self._by_name[routed.session, routed.id]
         self._count -= 1
 

@@ -97,6 +97,8 @@ class ResumableRequest:
         """When to send `resume`: at once while DISCONNECTED, after a while if BUSY, else never."""
         self.notify: Callable[[], object] = lambda: None
         """Called after each message and at the end."""
+        self.relay: Callable[[dict[object, object]], bool] | None = None
+        """Takes each message before `take`, as it was decoded; returns False for one that `take` should have."""
 
     @property
     def has_ended(self) -> bool:

@@ -59,7 +59,8 @@ class Session:
 
     def begin(self, request: ResumableRequest) -> None:
         """Send a request. Raises what `Channel.send` does."""
-        request.message = {"session": self.secret, **request.message}
+        if "session" not in request.message:
+            request.message = {"session": self.secret, **request.message}
         self.channel.send(request.message)
         self.requests[request.id] = request
 
@@ -145,9 +146,28 @@ class Session:
 
     def _on_frames(self, frames: list[bytes]) -> None:
         try:
-            self._on_message(parse_server_message(framing.unpack(frames, framing.FROM_SERVER)))
+            data = framing.unpack(frames, framing.FROM_SERVER)
+            if not self._was_relayed(data):
+                self._on_message(parse_server_message(data))
         except (framing.WireError, FieldError) as error:
             self.fail_all(self._not_our_protocol(str(error)))
+
+    def _was_relayed(self, data: dict[object, object]) -> bool:
+        """Hand a message about a request on as it came, if there is somebody for that."""
+        request_id = data.get("id")
+        request = self.requests.get(request_id) if type(request_id) is int else None
+        if request is None or request.relay is None:
+            return False
+        try:
+            if not request.relay(data):
+                return False
+        except FieldError:
+            raise
+        except Exception as error:  # what goes wrong with one answer must end no other one on this connection
+            self._end_unreadable(request, error)
+        if request.has_ended:
+            self.requests.pop(request.id, None)
+        return True
 
     def _on_message(self, message: ServerMessage) -> None:
         if message.id is None:
@@ -174,14 +194,17 @@ class Session:
         except FieldError:
             raise
         except Exception as error:  # the text of one answer must end no other one on this connection
-            request.fail(MgpuError(f"the answer could not be read: {type(error).__name__}: {error}"))
-            self.cancel(request)
+            self._end_unreadable(request, error)
             return
         if to_send is not None:
             self._try_to_send(to_send)
         self._resume_at_s = min(self._resume_at_s, request.resume_at_s)
         if request.has_ended:
             self.requests.pop(request.id, None)
+
+    def _end_unreadable(self, request: ResumableRequest, error: Exception) -> None:
+        request.fail(MgpuError(f"the answer could not be read: {type(error).__name__}: {error}"))
+        self.cancel(request)
 
     def _refuse(self, request: ResumableRequest, retry_after_s: float) -> None:
         self._refused[request.id] = time.monotonic() + retry_after_s

@@ -94,17 +94,17 @@ class AccessControl:
         if self._client_keys is not None and identity.startswith(KEY_PREFIX) and identity not in self._identities:
             raise Refusal("not_allowed", "this client's key is no longer on the server's list")
 
-    def client_of(self, message: Generate, identity: str) -> str:
-        """Return whose request a message is if it names a client; else nothing.
+    def client_of(self, account: str, identity: str) -> str:
+        """Return whose request a message is if it names an ``account``; else nothing.
 
         A peer without a key may make as many connections, and so accounts, as it likes, all within its own share: it
         may name clients too. A client's key may not, since it would escape its limits. Refusal.
         """
-        if not message.account:
+        if not account:
             return ""
         if identity.startswith(KEY_PREFIX) and identity not in map(_identity_of_key, self._own_keys):
             raise Refusal("bad_request", "account is for connections without a key: a key is an account of its own")
-        return NAMED_PREFIX + message.account
+        return NAMED_PREFIX + account
 
     def close(self) -> None:
         self.socket.close()

@@ -19,7 +19,7 @@ of its messages, or all that it has, before A's next one. Ten connections of A h
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Generic, TypeVar
 
@@ -151,14 +151,17 @@ class FairTurns(Generic[Item]):
 
     def put(self, path: Path, item: Item, nbytes: int = 0) -> None:
         """Add an item behind the others of its path."""
-        line = list(self._line(path))
-        for parent, part in pairwise(line):
-            parent.begin(part)
+        line = self._line(path)
+        is_first = not line[-1].num_waiting
+        if is_first:
+            for parent, part in pairwise(line):
+                parent.begin(part)
         line[-1].waiting.append((item, nbytes))
         for part in line:
             part.num_waiting += 1
             part.nbytes += nbytes
-        _enter(line)
+        if is_first:  # else it is in line, or being served
+            _enter(line)
 
     def take(self) -> tuple[Path, Item] | None:
         """Return the item whose turn it is, and its path; None if none waits. The path must be charged afterwards."""
@@ -177,9 +180,20 @@ class FairTurns(Generic[Item]):
         _enter(line)
         return line[-1].path, item
 
+    def take_more(self, path: Path) -> Item | None:
+        """Return one more item of a path that was taken and not charged yet; None if none waits there."""
+        line = self._line(path)
+        if not line[-1].waiting:
+            return None
+        item, nbytes = line[-1].waiting.popleft()
+        for part in line:
+            part.num_waiting -= 1
+            part.nbytes -= nbytes
+        return item
+
     def charge(self, path: Path, cost_s: float) -> None:
         """Charge a path for what was taken."""
-        line = list(self._line(path))
+        line = self._line(path)
         _charge(line, cost_s)
         for part in line:
             part.num_out -= 1
@@ -187,11 +201,11 @@ class FairTurns(Generic[Item]):
 
     def charge_beside(self, path: Path, cost_s: float) -> None:
         """Charge a path for what it cost otherwise."""
-        _charge(list(self._line(path)), cost_s)
+        _charge(self._line(path), cost_s)
 
     def remove(self, path: Path, is_meant: Callable[[Item], bool] = lambda _: True) -> list[Item]:
         """Take items of a path out of line, unserved, and return them."""
-        line = list(self._line(path))
+        line = self._line(path)
         last = line[-1]
         removed = [each for each in last.waiting if is_meant(each[0])]
         last.waiting = deque(each for each in last.waiting if not is_meant(each[0]))
@@ -200,13 +214,14 @@ class FairTurns(Generic[Item]):
             part.nbytes -= sum(nbytes for _, nbytes in removed)
         return [item for item, _ in removed]
 
-    def _line(self, path: Path) -> "Iterator[_Part[Item]]":
-        """Yield the root and every part on the way to the end of the path."""
+    def _line(self, path: Path) -> "list[_Part[Item]]":
+        """Return the root and every part on the way to the end of the path."""
         part = self._root
-        yield part
+        line = [part]
         for name in path:
-            part = part.part(name)
-            yield part
+            part = part.parts.get(name) or part.part(name)
+            line.append(part)
+        return line
 
 
 def _enter(line: "list[_Part[Item]]") -> None:

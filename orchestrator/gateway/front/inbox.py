@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 from mgpu.orchestrator.gateway.front.account import Account
-from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
+from mgpu.orchestrator.gateway.front.fair_turns import FairTurns, Path
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received
 from mgpu.protocol.front.framing import MAX_FRAMES
@@ -54,9 +54,20 @@ GIVEN_UP = {
 class Inbox:
     """Reads the front socket and has every message handled when it is its account's turn."""
 
-    def __init__(self, front: FrontSocket, turns: FairTurns[Received], handle: Callable[[Received], None]) -> None:
+    def __init__(
+        self,
+        front: FrontSocket,
+        turns: FairTurns[Received],
+        handle: Callable[[Received], None],
+        quantum_s: float = 0.0,
+    ) -> None:
+        """``quantum_s``: for so long, messages of one account are handled in a row, and nothing new is read.
+
+        Each reading and each turn has a price of its own. Where handling a message is cheap, so is a short wait.
+        """
         self._front = front
         self._handle = handle
+        self._quantum_s = quantum_s
         self._turns = turns
         self._full: set[str] = set()
         self._lap: set[bytes] = set()
@@ -74,38 +85,52 @@ class Inbox:
     def serve(self, seconds: float) -> None:
         """Read and handle messages until none is left or the time is over; the last one may take longer."""
         self._front.begin_turn()
-        now_s = time.perf_counter()
+        now_s = read_at_s = time.perf_counter()
         end_s = now_s + seconds
         while now_s < end_s:
-            self._read()
+            if now_s >= read_at_s:
+                self._read()
+                read_at_s = now_s + self._quantum_s
             taken = self._turns.take()
             if taken is None:
                 return
-            path, received = taken
-            began_s = time.perf_counter()
+            now_s = self._serve_account(*taken)
+
+    def _serve_account(self, path: Path, received: Received | None) -> float:
+        """Handle messages of one account, and charge it; return the time."""
+        owner = path[0]
+        began_s = now_s = time.perf_counter()
+        until_s = began_s + self._quantum_s
+        while received is not None:
             if not self._is_useless(received):
                 self._handle(received)
-            self._note_room(received.owner)
             now_s = time.perf_counter()
-            self._turns.charge(path, now_s - began_s)
+            received = self._turns.take_more(path) if now_s < until_s else None
+        self._note_room(owner)
+        self._turns.charge(path, now_s - began_s)
+        return now_s
 
     def _read(self) -> None:
         """Read what waits in the socket, as far as there is room or a lap is due."""
         now_s = time.perf_counter()
         end_s = now_s + READ_AT_ONCE_S
+        costs: dict[Path, float] = {}
         while now_s < end_s and self._may_read():
             received = self._front.receive()
             began_s, now_s = now_s, time.perf_counter()
-            payer = self._skipped or (None if received is None else received.account)
-            if payer is not None:
-                self._turns.charge_beside(payer.path, now_s - began_s)
+            account = self._skipped or (None if received is None else received.account)
+            if account is not None:
+                path = account.path
+                costs[path] = costs.get(path, 0.0) + now_s - began_s
             if received is None:
                 self._end_lap()
-                return
-            self._skipped = received.account if len(received.frames) > MAX_FRAMES else None
+                break
+            self._skipped = account if len(received.frames) > MAX_FRAMES else None
             self._note_lap(received, now_s - began_s)
             if received.is_open and not self._is_useless(received):
                 self._add(received)
+        for path, cost_s in costs.items():
+            self._turns.charge_beside(path, cost_s)
 
     def _is_useless(self, received: Received) -> bool:
         """Return whether the sender has left, if its owner has sent so much that it is worth asking."""
@@ -129,10 +154,11 @@ class Inbox:
 
     def _add(self, received: Received) -> None:
         account, size = received.account, received.nbytes + OVERHEAD_BYTES
-        if self._turns.bytes_of(account.path) + size > MAX_BYTES:
+        path = account.path
+        if self._turns.bytes_of(path) + size > MAX_BYTES:
             self._give_up(account, received.connection)
             return
-        self._turns.put(account.path, received, size)
+        self._turns.put(path, received, size)
         if self._turns.bytes_of((account.owner,)) >= FULL_BYTES:
             self._full.add(account.owner)
         if self._turns.nbytes > MAX_TOTAL_BYTES:
@@ -148,5 +174,5 @@ class Inbox:
         self._note_room(account.owner)
 
     def _note_room(self, owner: str) -> None:
-        if self._turns.bytes_of((owner,)) < FULL_BYTES:
+        if self._full and self._turns.bytes_of((owner,)) < FULL_BYTES:
             self._full.discard(owner)

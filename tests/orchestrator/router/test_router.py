@@ -2,8 +2,9 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
+import msgpack
 import pytest
 
 from harness.gateway_process import GatewayProcess, says
@@ -17,7 +18,6 @@ from mgpu.orchestrator.router.replica import Replica
 from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
 from mgpu.orchestrator.router.table import RoutedTable
 from mgpu.protocol.front.seeds import seed_of_choice
-from mgpu.protocol.front.server_messages import Tokens
 
 
 def test_answers_pass_through_whole(client: Client) -> None:
@@ -121,18 +121,19 @@ def test_a_router_that_is_replaced_costs_nothing(gateways: list[GatewayProcess],
 
 
 def test_a_request_ends_whose_replica_is_lost_before_its_last_message() -> None:
-    sent: list[dict[str, object]] = []
-    front = SimpleNamespace(send=lambda _connection, values: sent.append(values))
+    sent: list[dict[str, Any]] = []
+    front = SimpleNamespace(send_body=lambda _connection, body: sent.append(msgpack.unpackb(body)))
     table = RoutedTable(cast(FrontSocket, front))
     replica = Replica("replica0")
     dispatch = Dispatch([replica], table)
     choices = [RoutedChoice(finish_reason="length"), RoutedChoice()]
     routed = RoutedRequest(b"c", 7, {"prompt_ids": b"1234"}, "s", 16, True, None, choices)
     table.add(routed)
-    part = Part(routed, [0, 1], {"id": 16, "n": 2}, dispatch.on_end, dispatch.on_tokens)
-    replica.parts[16] = part
+    part = Part(routed, [0, 1], {"id": 16, "n": 2}, dispatch.on_error, dispatch.pass_on)
+    replica.add(part)
     dispatch.attach(part, replica)
-    dispatch.on_tokens(part, Tokens(16, 1, "x", [5], None, "stop"))
+    tokens = {"type": "tokens", "id": 16, "index": 1, "text": "x", "token_ids": [5], "finish_reason": "stop"}
+    assert dispatch.pass_on(part, {**tokens})
     dispatch.leave(replica, "it is lost")
     assert [values["type"] for values in sent] == ["tokens", "finished"]
     assert sent[-1]["finish_reasons"] == ["length", "stop"]

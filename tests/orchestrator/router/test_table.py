@@ -9,19 +9,18 @@ from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.router import table as module
 from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
 from mgpu.orchestrator.router.table import RoutedTable
-from mgpu.protocol.front.server_messages import Finished
 
 
 def ended(table: RoutedTable, request_id: int, is_resumable: bool = True) -> RoutedRequest:
     routed = RoutedRequest(b"c", request_id, {}, "s", request_id, is_resumable, None, [RoutedChoice()])
     table.add(routed)
-    table.end(routed, Finished(request_id, ["stop"], 1, 1, 0))
+    table.end(routed, routed.finished())
     return routed
 
 
 def test_the_last_ended_requests_are_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEEP_REQUESTS", 3)
-    table = RoutedTable(cast(FrontSocket, SimpleNamespace(send=lambda *_: None)))
+    table = RoutedTable(cast(FrontSocket, SimpleNamespace(send_body=lambda *_: None)))
     ended(table, 9, is_resumable=False)
     kept = [ended(table, at) for at in range(4)]
     assert [table.named("s", at) for at in (0, 1, 2, 3, 9)] == [None, *kept[1:], None]

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from itertools import pairwise
 
 import pytest
 
@@ -219,3 +220,17 @@ def test_what_comes_from_an_ended_connection_is_not_served(front: FakeFront, rea
     front.send(b"a", count=3)
     front.pipes[b"a"][1] = front.pipes[b"a"][1]._replace(is_open=False)
     assert len(reader.serve(4)) == 2
+
+
+def test_an_account_has_the_turn_for_a_quantum_and_pays_for_all_of_it(front: FakeFront) -> None:
+    reader = Reader(front)
+    reader.inbox._quantum_s = 0.004
+    reader.cost_s = 0.001
+    for name in (b"a", b"b"):
+        front.send(name, count=40, identity=f"key:{name.decode()}")
+    reader.inbox.serve(0.5)
+    order = [message.connection for message in reader.handled]
+    changes = sum(one != other for one, other in pairwise(order))
+    assert len(order) == 80
+    assert 2 <= changes < 40, "in a row, but in turns"
+    assert order[:40].count(b"a") < 40
