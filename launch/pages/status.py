@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.errors import RequestFailed
+from mgpu.protocol.front.replica_counters import by_replica
 from mgpu.protocol.front.server_messages import Health
 
 WIDTH = 80
@@ -44,6 +45,7 @@ def page(status: ServerStatus) -> str:
         if health.running:
             lines.append(_line("last step", f"{health.last_step_age_s:.1f} s ago"))
         lines += [_line("KV cache", _kv_cache(health, stats)), _line("prompts", _prompts(stats)), *_gpu_lines(stats)]
+        lines += _replica_lines(stats)
     else:
         lines.append(_line("", "the engine does not answer, so there are no numbers"))
     lines += [
@@ -55,7 +57,7 @@ def page(status: ServerStatus) -> str:
 
 
 def counters(status: ServerStatus) -> str:
-    """Return every counter, one a line."""
+    """Return every counter, one a line; those of replicas have their names."""
     return "\n".join(f"{name:<28} {value:,.6g}" for name, value in status.stats.items())
 
 
@@ -114,6 +116,15 @@ def _gpu_lines(stats: Mapping[str, float]) -> Iterator[str]:
     for ordinal in sorted(int(match[1]) for match in map(_GPU.fullmatch, stats) if match):
         used, total = (stats[f"gpu{ordinal}_memory_{what}_bytes"] for what in ("used", "total"))
         yield _line(f"GPU {ordinal}", f"{_bar(used / max(1, total))} {used / 2**30:.1f} of {total / 2**30:.1f} GiB")
+
+
+def _replica_lines(stats: Mapping[str, float]) -> Iterator[str]:
+    for name, own in by_replica(stats).items():
+        state = "ready" if own.get("ready") else "takes no requests"
+        used, total = own.get("kv_blocks_used", 0.0), own.get("kv_blocks_total", 0.0)
+        numbers = f"{_rate(own, 'tokens_per_s')} tokens/s, {own.get('requests', 0.0):,.0f} requests"
+        yield _line(name, f"{state}, {numbers}, {used / max(1.0, total):.0%} of its KV cache")
+        yield from (_line("", line) for line in _gpu_lines(own))
 
 
 def _bar(share: float) -> str:

@@ -110,7 +110,8 @@ class Questions:
         own = {
             f"{replica.name}_{name}": value for replica in self._replicas for name, value in replica.counters.items()
         }
-        routed = {f"{replica.name}_requests": float(len(replica.parts)) for replica in self._replicas}
+        routed = {f"{each.name}_requests": float(len(each.parts)) for each in self._replicas}
+        routed |= {f"{each.name}_ready": float(each.takes_requests) for each in self._replicas}
         mine = {
             "router_requests": float(len(self._table)),
             "router_moved": float(self._dispatch.moved),

@@ -1,16 +1,19 @@
 """The counters of a server in Prometheus' form, under the names that dashboards of this field know.
 
-Names that begin with ``vllm:`` mean what they mean there; ``mgpu:`` has what only this server counts.
+Names that begin with ``vllm:`` mean what they mean there; ``mgpu:`` has what only this server counts. Behind a router
+every number has the label ``replica``, and the sum over it is that of all replicas.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from mgpu.protocol.front.replica_counters import by_replica
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _GAUGES = {
@@ -40,6 +43,13 @@ _HISTOGRAMS = {
     "vllm:e2e_request_latency_seconds": ("request_s", "From a request's arrival to its end."),
     "vllm:request_queue_time_seconds": ("queue_s", "From a sequence's arrival to its first step."),
 }
+_OF_ROUTER = {
+    "mgpu:router_requests": (GaugeMetricFamily, "router_requests", "Requests that pass through the router."),
+    "mgpu:router_moved": (CounterMetricFamily, "router_moved", "Requests that went on at another replica."),
+    "mgpu:router_restarts": (CounterMetricFamily, "router_restarts", "Replacements of a failed router."),
+    "mgpu:replicas": (GaugeMetricFamily, "replicas", "Replicas that the router knows."),
+    "mgpu:replica_restarts": (CounterMetricFamily, "copies_restarts", "Replacements of failed copies."),
+}
 _ENDED = "ended_"
 _GPU = re.compile(r"gpu(\d+)_memory_(used|total)_bytes")
 
@@ -49,6 +59,14 @@ def render(model: str, state: str, stats: Mapping[str, float]) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Page(model, state, stats))
     return generate_latest(registry)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The counters of the server, or of one of the replicas."""
+
+    labels: list[str]
+    stats: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,54 +79,96 @@ class _Page(Collector):
         ready = GaugeMetricFamily("mgpu:ready", "1 while requests are taken.", labels=["model_name", "state"])
         ready.add_metric([self.model, self.state], float(self.state == "ready"))
         yield ready
-        if self.stats:
-            yield from self._numbers()
+        replicas = by_replica(self.stats)
+        if replicas:
+            yield from self._router(replicas)
+            sources = [_Source([self.model, name], stats) for name, stats in replicas.items()]
+            yield from _Numbers(["model_name", "replica"], sources).collect()
+        elif self.stats:
+            yield from _Numbers(["model_name"], [_Source([self.model], self.stats)]).collect()
 
-    def _numbers(self) -> Iterator[Metric]:
-        labels, stats = ["model_name"], self.stats
+    def _router(self, replicas: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:
+        for name, (family, counter, text) in _OF_ROUTER.items():
+            if counter in self.stats:
+                yield _with(family(name, text, labels=["model_name"]), [self.model], self.stats[counter])
+        labels = ["model_name", "replica"]
+        ready = GaugeMetricFamily("mgpu:replica_ready", "1 while the replica takes requests.", labels=labels)
+        own = GaugeMetricFamily("mgpu:replica_requests", "Requests that the replica has of the router.", labels=labels)
+        for replica, stats in replicas.items():
+            ready.add_metric([self.model, replica], stats.get("ready", 0.0))
+            own.add_metric([self.model, replica], stats.get("requests", 0.0))
+        yield ready
+        yield own
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """The families that every server has."""
+
+    labels: list[str]
+    sources: Sequence[_Source]
+
+    def collect(self) -> Iterator[Metric]:
         for name, (counter, text) in _GAUGES.items():
-            yield _with(GaugeMetricFamily(name, text, labels=labels), [self.model], stats.get(counter, 0.0))
+            yield self._of(GaugeMetricFamily(name, text, labels=self.labels), counter)
         for name, (counter, text) in _COUNTERS.items():
-            yield _with(CounterMetricFamily(name, text, labels=labels), [self.model], stats.get(counter, 0.0))
-        used, total = stats.get("kv_blocks_used", 0.0), stats.get("kv_blocks_total", 0.0)
-        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Used share of the KV cache, 0 to 1.", labels=labels)
-        yield _with(usage, [self.model], used / total if total else 0.0)
-        starved = CounterMetricFamily("mgpu:starved_seconds", "Time in which workers lacked a step.", labels=labels)
-        yield _with(starved, [self.model], stats.get("starved_us_sum", 0.0) / 1e6)
+            yield self._of(CounterMetricFamily(name, text, labels=self.labels), counter)
+        yield self._kv_usage()
+        starved = CounterMetricFamily(
+            "mgpu:starved_seconds", "Time in which workers lacked a step.", labels=self.labels
+        )
+        yield self._of(starved, "starved_us_sum", 1e-6)
         for name, (counter, text) in _HISTOGRAMS.items():
             yield self._histogram(name, text, counter, 1.0)
         yield self._histogram("mgpu:step_time_seconds", "From sending a step to its result.", "step_ms", 1e-3)
         yield self._ended()
         yield from self._gpus()
 
+    def _of(self, family: GaugeMetricFamily | CounterMetricFamily, counter: str, unit: float = 1.0) -> Metric:
+        for source in self.sources:
+            family.add_metric(source.labels, source.stats.get(counter, 0.0) * unit)
+        return family
+
+    def _kv_usage(self) -> Metric:
+        text = "Used share of the KV cache, 0 to 1."
+        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", text, labels=self.labels)
+        for source in self.sources:
+            used, total = (source.stats.get(f"kv_blocks_{what}", 0.0) for what in ("used", "total"))
+            usage.add_metric(source.labels, used / total if total else 0.0)
+        return usage
+
     def _histogram(self, name: str, text: str, counter: str, unit: float) -> Metric:
         """Return a histogram of counters ``<counter>_le_<bound>``, whose bounds are multiples of ``unit``."""
         prefix = f"{counter}_le_"
-        counts = {key[len(prefix) :]: value for key, value in self.stats.items() if key.startswith(prefix)}
-        found = sorted((float(bound), value) for bound, value in counts.items())
-        buckets = [(f"{bound * unit:g}" if math.isfinite(bound) else "+Inf", value) for bound, value in found]
-        family = HistogramMetricFamily(name, text, labels=["model_name"])
-        if buckets:
-            family.add_metric([self.model], buckets, self.stats.get(f"{counter}_sum", 0.0) * unit)
+        family = HistogramMetricFamily(name, text, labels=self.labels)
+        for source in self.sources:
+            stats = source.stats
+            counts = {key[len(prefix) :]: value for key, value in stats.items() if key.startswith(prefix)}
+            found = sorted((float(bound), value) for bound, value in counts.items())
+            buckets = [(f"{bound * unit:g}" if math.isfinite(bound) else "+Inf", value) for bound, value in found]
+            if buckets:
+                family.add_metric(source.labels, buckets, stats.get(f"{counter}_sum", 0.0) * unit)
         return family
 
     def _ended(self) -> Metric:
-        family = CounterMetricFamily(
-            "vllm:request_success", "Choices that have ended, by reason.", labels=["model_name", "finished_reason"]
-        )
-        for key, value in self.stats.items():
-            if key.startswith(_ENDED):
-                family.add_metric([self.model, key[len(_ENDED) :]], value)
+        labels = [*self.labels, "finished_reason"]
+        family = CounterMetricFamily("vllm:request_success", "Choices that have ended, by reason.", labels=labels)
+        for source in self.sources:
+            for key, value in source.stats.items():
+                if key.startswith(_ENDED):
+                    family.add_metric([*source.labels, key[len(_ENDED) :]], value)
         return family
 
     def _gpus(self) -> Iterator[Metric]:
+        labels = ["gpu", *self.labels[1:]]
         families = {
-            kind: GaugeMetricFamily(f"mgpu:gpu_memory_{kind}_bytes", f"Memory of a GPU, {kind}.", labels=["gpu"])
+            kind: GaugeMetricFamily(f"mgpu:gpu_memory_{kind}_bytes", f"Memory of a GPU, {kind}.", labels=labels)
             for kind in ("used", "total")
         }
-        for key, value in self.stats.items():
-            if match := _GPU.fullmatch(key):
-                families[match[2]].add_metric([match[1]], value)
+        for source in self.sources:
+            for key, value in source.stats.items():
+                if match := _GPU.fullmatch(key):
+                    families[match[2]].add_metric([match[1], *source.labels[1:]], value)
         yield from families.values()
 
 

@@ -41,6 +41,17 @@ def test_the_page_has_what_a_person_asks_for() -> None:
     ]  # fmt: skip
 
 
+def test_the_page_of_a_router_has_a_line_for_each_replica() -> None:
+    own = {"replica0_ready": 1.0, "replica0_tokens_per_s": 1234.0, "replica0_requests": 7.0}
+    own |= {"replica0_kv_blocks_used": 1.0, "replica0_kv_blocks_total": 4.0, "replica1_ready": 0.0}
+    own |= {"replica0_gpu1_memory_used_bytes": 2.0**30, "replica0_gpu1_memory_total_bytes": 2.0**31}
+    text = page(ServerStatus(health(), {**STATS, **own}))
+    assert_has_all(
+        text, "replica0       ready, 1,234 tokens/s, 7 requests, 25% of its KV cache", "1.0 of 2.0 GiB",
+        "replica1       takes no requests, 0.0 tokens/s",
+    )  # fmt: skip
+
+
 def test_lines_fit_a_terminal() -> None:
     huge = dict.fromkeys(STATS, 10.0**15)
     text = page(ServerStatus(health("recovering", "org/" + "m" * 200, restarts=10**9), huge))

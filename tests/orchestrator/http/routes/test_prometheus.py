@@ -43,6 +43,24 @@ def test_counters_have_the_names_that_dashboards_know() -> None:
     assert found["mgpu:ready{state=ready}"] == 1
 
 
+def test_behind_a_router_every_number_has_the_replica_it_is_of() -> None:
+    own = {
+        f"replica{at}_{name}": value * (at + 1)
+        for at in (0, 10)
+        for name, value in {**STATS, "ready": 1.0, "requests": 2.0}.items()
+    }
+    found = samples(render("tiny", "ready", {**STATS, **own, "router_moved": 4.0, "replicas": 2.0}).decode())
+    assert found["vllm:num_requests_running{replica=replica0}"] == 3
+    assert found["vllm:num_requests_running{replica=replica10}"] == 33
+    assert "vllm:num_requests_running" not in found, "a sum over replicas would count everything twice"
+    assert found["vllm:request_success_total{finished_reason=stop,replica=replica0}"] == 6
+    assert found["vllm:time_to_first_token_seconds_count{replica=replica10}"] == 44
+    assert found["mgpu:gpu_memory_used_bytes{gpu=0,replica=replica0}"] == 5e9
+    assert found["mgpu:replica_ready{replica=replica10}"] == 11
+    assert found["mgpu:replica_requests{replica=replica0}"] == 2
+    assert (found["mgpu:router_moved_total"], found["mgpu:replicas"]) == (4, 2)
+
+
 def test_a_server_that_cannot_be_asked_is_only_not_ready() -> None:
     assert samples(render("", "unreachable", {}).decode()) == {"mgpu:ready{state=unreachable}": 0.0}
 
