@@ -50,16 +50,23 @@ def model_argument(command: F) -> F:
     return click.argument(POSITIONAL, metavar="[MODEL]", required=False, shell_complete=complete_model)(command)
 
 
+_WIDEST_CHOICES = 60
+"""Characters of choices that fit beside an option on a help page; more are part of its text, which is wrapped."""
+
+
 def _click_option(option: Option) -> Callable[[F], F]:
     default = f" [default: {_shown(option.default)}]" if option.default not in ("", 0, False) else ""
-    text = option.help + default
+    choices = "|".join(option.choices)
+    has_many = len(choices) > _WIDEST_CHOICES
+    text = option.help + (f" One of {', '.join(option.choices)}." if has_many else "") + default
     grouped: dict[str, Any] = {"cls": GroupedOption, "group": option.group, "default": None, "help": text}
     if option.type is bool and "-no-" in option.flag:
         return click.option(option.flag, option.name, is_flag=True, **grouped)
     if option.type is bool:
         return click.option(f"{option.flag}/--no-{option.flag[2:]}", option.name, **grouped)
     names = [option.short, option.flag] if option.short else [option.flag]
-    metavar = "|".join(option.choices) or {int: "N", Tokens: "N", float: "X", Bytes: "SIZE"}.get(option.type, "TEXT")
+    kind = {int: "N", Tokens: "N", float: "X", Bytes: "SIZE"}.get(option.type, "TEXT")
+    metavar = "NAME" if has_many else choices or kind
     complete = complete_choices(option.choices) if option.choices else _COMPLETE.get(option.name)
     return click.option(*names, option.name, metavar=metavar, type=str, shell_complete=complete, **grouped)
 
