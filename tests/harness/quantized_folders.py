@@ -24,6 +24,13 @@ SIZES: dict[str, object] = {
 }  # fmt: skip
 """A llama whose slices are whole groups of 32 for 1, 2 and 4 ranks."""
 
+LATENTS: dict[str, object] = {
+    "architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
+    "topk_group": 1, "moe_intermediate_size": 128, "first_k_dense_replace": 1,
+}  # fmt: skip
+"""Of a head, 48 rows are stored of both second projections, so ranks begin within blocks of 32."""
+
 Stored = tuple[dict[str, Tensor], Tensor]
 """The tensors of one module, by the ends of their names, and the matrix that they stand for."""
 Store = Callable[[torch.Generator, int, int], Stored]
@@ -194,7 +201,7 @@ FORMATS = {
 
 
 def is_matrix(name: str) -> bool:
-    return name.endswith("_proj.weight")
+    return name.endswith(("_proj.weight", "_proj_with_mqa.weight"))
 
 
 def write_quantized(

@@ -10,7 +10,7 @@ from mgpu.protocol.checkpoint.quantized.join import join_packed
 from mgpu.protocol.model.weight_format import WeightFormat
 
 _BYTES = {"F8_E4M3": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4}
-_LINEAR = "_proj.weight"
+_LINEAR = "_proj.weight", "_proj_with_mqa.weight"
 
 
 def quantized_dummies(tensors: Mapping[str, TensorEntry], scheme_of: SchemeOf) -> dict[str, TensorEntry]:

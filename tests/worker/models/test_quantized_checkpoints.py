@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness.fake_orchestrator import running
-from harness.quantized_folders import FORMATS, Store, write_quantized
+from harness.quantized_folders import FORMATS, LATENTS, Store, write_quantized
 from harness.rank_threads import run_ranks
 from harness.specs import make_spec
 from harness.stage_driver import Stages, logits_in_chunks
@@ -124,6 +124,24 @@ def test_stacked_matrices_with_partly_rotated_heads_stay_packed(tmp_path: Path, 
     logits, expected = logits_of_both((quantized, dense), 2)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert read_checkpoint(quantized).facts.formats[0].qkv.source
+
+
+@pytest.mark.parametrize(("name", "query_rank"), [("fp8-blocks", 64), ("fp8-blocks", None), ("gptq-order", 64)])
+def test_projections_of_latents_stay_packed_but_for_those_of_heads(
+    tmp_path: Path, name: str, query_rank: int | None
+) -> None:
+    changes = LATENTS | {"q_lora_rank": query_rank}
+    folders = write_quantized(tmp_path, FORMATS[name], **changes)
+    checkpoint = read_checkpoint(folders[0])
+    for tp_size in (1, 4):
+        logits, expected = logits_of_both(folders, tp_size)
+        torch.testing.assert_close(logits, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+        plan = PlacementPlan((Stage(0, 2, tuple(range(tp_size))),))
+        held = run_ranks(tp_size, lambda group: Stages(checkpoint, group, [range(2)]).stages[0].weight_bytes())
+        assert held[0] == rank_weight_bytes(checkpoint.facts, plan, plan.place_of(0), 4)
+    form = checkpoint.facts.formats[1]
+    assert form.qkv.source == form.out.source == form.gate_up.source != ""
+    assert bool(form.q_b.source) == (query_rank is not None)
 
 
 def test_a_quantized_head_is_dequantized_and_quant_quantizes_anew(tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from harness.quantized_folders import FORMATS, write_quantized
+from harness.quantized_folders import FORMATS, LATENTS, write_quantized
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.weight_format import HELD
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_random_weights_have_the_formats_of_the_folder(tmp_path: Path, name: str) -> None:
-    quantized, _ = write_quantized(tmp_path, FORMATS[name])
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in FORMATS), ("fp8-blocks", LATENTS)])
+def test_random_weights_have_the_formats_of_the_folder(tmp_path: Path, name: str, changes: dict[str, object]) -> None:
+    quantized, _ = write_quantized(tmp_path, FORMATS[name], **changes)
     stored = read_checkpoint(quantized).facts.formats
     for file in quantized.glob("*.safetensors"):
         file.unlink()
