@@ -1,7 +1,6 @@
 """``mgpu-launch route``: one front endpoint, and HTTP, for several servers that run already."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mgpu.launch.pages.help import Command, GroupedOption
 from mgpu.launch.preflight import keys_for
 from mgpu.launch.settings.options import http_flags, read_config
 from mgpu.launch.settings.values import ConfigError
+from mgpu.protocol.keys import KeyFileError, read_client_keys
 
 _GROUP = "Router"
 
@@ -24,6 +24,7 @@ _GROUP = "Router"
     examples=(
         "mgpu-launch route --replica ipc:///run/a.sock --replica ipc:///run/b.sock",
         "mgpu-launch route --replica-file servers.txt --bind tcp://*:5555 --keys keys/",
+        "mgpu-launch route --replica dns://mgpu-servers.default.svc:5555 --replica-keys router.client",
     ),
 )
 @click.option(
@@ -34,7 +35,7 @@ _GROUP = "Router"
     multiple=True,
     metavar="ENDPOINT",
     shell_complete=complete_endpoint,
-    help="Endpoint of a server; as often as there are servers.",
+    help="Endpoint of a server, or dns://NAME:PORT for all addresses of a name; as often as there are servers.",
 )
 @click.option(
     "--replica-file",
@@ -80,9 +81,16 @@ def route_command(
     at another one.
     """
     config, origins = read_config(None, flags)
-    endpoints = _endpoints(replicas, replica_file)
+    from mgpu.orchestrator.router.discovery import Discovery
+
+    discovery = Discovery(replicas, replica_file)
     options = http_options(config)
     server_keys = keys_for(bind, keys)
+    if replica_keys is not None:
+        try:
+            read_client_keys(replica_keys)
+        except KeyFileError as error:
+            raise ConfigError(f"--replica-keys: {error}") from None
     from mgpu.launch.commands.serve import allow_open_files, begin_log
     from mgpu.orchestrator.gateway.front.endpoint import try_endpoint
     from mgpu.orchestrator.host.listening import listening
@@ -98,45 +106,7 @@ def route_command(
     for_all_users = config.http_no_auth or options.api_keys is not None
     with listening(http_address(config, origins["http"] != "default"), for_all_users) as listener:
         described = RouterConfig(
-            bind, server_keys, options, drain_timeout, endpoints=endpoints, replica_keys=replica_keys
+            bind, server_keys, options, drain_timeout, endpoints=discovery.endpoints, replica_keys=replica_keys
         )
         status = RouterServer(described, notifier, listener).run()
     end_process(status)
-
-
-def _endpoints(typed: tuple[str, ...], file: Path | None) -> Callable[[], list[str]]:
-    """Return what lists the endpoints now. ConfigError if there are none, or one is none."""
-    known: list[str] = []
-
-    def read() -> list[str]:
-        nonlocal known
-        try:
-            known = _checked([*typed, *_lines(file)])
-        except (ConfigError, OSError, UnicodeDecodeError):
-            if not known:
-                raise
-        return known
-
-    try:
-        if not read():
-            raise ConfigError("no servers: name each with --replica ENDPOINT, or list them in --replica-file FILE")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--replica-file {file} cannot be read: {error}") from None
-    return read
-
-
-def _lines(file: Path | None) -> list[str]:
-    if file is None:
-        return []
-    lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line]
-
-
-def _checked(endpoints: list[str]) -> list[str]:
-    for endpoint in endpoints:
-        if not endpoint.startswith(("ipc:///", "tcp://")):
-            raise ConfigError(f"{endpoint!r} is no endpoint of a server; write ipc:///path or tcp://ADDRESS:PORT")
-    if len(set(endpoints)) < len(endpoints):
-        twice = next(each for each in endpoints if endpoints.count(each) > 1)
-        raise ConfigError(f"{twice} is named twice")
-    return endpoints

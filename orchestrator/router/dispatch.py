@@ -114,7 +114,9 @@ class Dispatch:
         return replica
 
     def _why_none(self) -> str:
-        states = ", ".join(f"{each.name} is {'held' if each.is_held else each.state}" for each in self._replicas)
+        states = ", ".join(
+            f"{each.name} is {'held' if each.is_held else each.problem or each.state}" for each in self._replicas
+        )
         return f"no replica takes requests now ({states or 'there are none'})"
 
     # ----------------------------------------------------------- from replicas

@@ -6,7 +6,7 @@ from mgpu.protocol.internal.router_messages import ReplicaReport, RouterOrders
 
 
 class Fleet:
-    """Replicas by name. ``replicas`` is the list that the router works with; it only grows."""
+    """Replicas by name. ``replicas`` is the list that the router works with."""
 
     def __init__(self, keys: str | None = None) -> None:
         self.replicas: list[Replica] = []
@@ -15,6 +15,9 @@ class Fleet:
 
     def follow(self, orders: RouterOrders, dispatch: Dispatch | None = None) -> None:
         """Connect to what is there, and leave what is not; ``dispatch`` is None before there are any requests."""
+        ordered = {order.name for order in orders.replicas}
+        for gone in [each for each in self.replicas if each.name not in ordered]:
+            self._remove(gone, dispatch)
         known = {replica.name: replica for replica in self.replicas}
         for order in orders.replicas:
             replica = known.get(order.name)
@@ -32,9 +35,16 @@ class Fleet:
             else:
                 replica.disconnect()
 
+    def _remove(self, replica: Replica, dispatch: Dispatch | None) -> None:
+        if dispatch is not None:
+            dispatch.leave(replica, "it is named no longer")
+        replica.disconnect()
+        self.replicas.remove(replica)
+        del self._endpoints[replica.name]
+
     def reports(self) -> list[ReplicaReport]:
         """Return what the parent is told."""
-        return [ReplicaReport(each.name, each.state, len(each.parts)) for each in self.replicas]
+        return [ReplicaReport(each.name, each.state, len(each.parts), each.problem) for each in self.replicas]
 
     def close(self) -> None:
         for replica in self.replicas:

@@ -99,7 +99,8 @@ class Questions:
 
     def _described(self, replica: Replica) -> str:
         held = ", gets no new requests" if replica.is_held else ""
-        head = f"{replica.name}: {replica.state}{held}, {len(replica.parts)} requests"
+        problem = f" ({replica.problem})" if replica.problem else ""
+        head = f"{replica.name}: {replica.state}{held}, {len(replica.parts)} requests{problem}"
         return head if replica.health is None else f"{head}\n{replica.health.layout}"
 
     def _counters(self) -> dict[str, float]:

@@ -38,6 +38,8 @@ class Replica:
         self.health: Health | None = None
         """The last that it has said; None while it is not known."""
         self.models: list[dict[str, object]] = []
+        self.difference = ""
+        """In what it differs from the other replicas, so that it gets no requests."""
         self.counters: dict[str, float] = {}
         self.is_held = False
         """It gets no new requests: it is about to be stopped."""
@@ -48,6 +50,8 @@ class Replica:
         self._keys = keys
         self._numbers = itertools.count(_FIRST_QUERY)
         self._asked: dict[str, int] = {}
+        self._told_models = False
+        """On this connection."""
         self._next_ask_s = 0.0
         self._seen_s = time.monotonic()
         """When it was last connected."""
@@ -62,11 +66,16 @@ class Replica:
 
     def disconnect(self) -> None:
         """Close the connection; what runs there fails."""
-        session, self.session, self.health = self.session, None, None
+        session, self.session = self.session, None
+        self._forget_state()
         self._asked.clear()
         self.prefixes.clear()
         if session is not None:
             session.close()
+
+    def _forget_state(self) -> None:
+        """Trust nothing that it has said: what connects next may be another server."""
+        self.health, self._told_models = None, False
 
     # ------------------------------------------------------------------ state
 
@@ -86,9 +95,25 @@ class Replica:
     @property
     def takes_requests(self) -> bool:
         health, session = self.health, self.session  # asked for each request, so not in terms of `state`
-        if health is None or session is None or self.is_held:
+        if health is None or session is None or self.is_held or self.difference or not self._told_models:
             return False
         return session.channel.is_connected and health.state in _TAKING
+
+    @property
+    def served(self) -> str:
+        """Return what it serves, in words by which replicas are compared; empty if it has not told on this connection.
+
+        The name and the vocabulary: a request goes on elsewhere from its token ids.
+        """
+        if not (self._told_models and self.models and self.is_connected):
+            return ""
+        return f"{self.models[0].get('name')} (vocabulary of {self.models[0].get('vocab_size', '?')})"
+
+    @property
+    def problem(self) -> str:
+        """Return why it gets no requests, if it is known and can be helped; else nothing."""
+        refusal = None if self.session is None or self.is_connected else self.session.channel.refusal
+        return self.difference if refusal is None else str(refusal)
 
     def is_lost(self, now_s: float) -> bool:
         """Return whether its requests should go elsewhere."""
@@ -146,7 +171,7 @@ class Replica:
         if self.is_connected:
             self._seen_s = now_s
         elif self.health is not None and self.session.channel.was_connected:
-            self.health = None
+            self._forget_state()
         self._take_replies(now_s)
 
     def ask(self, now_s: float) -> None:
@@ -156,7 +181,7 @@ class Replica:
         self._next_ask_s = now_s + ASK_INTERVAL_S
         assert self.session is not None
         for kind in ("health", "models", "stats"):
-            if kind in self._asked or (kind == "models" and self.models):
+            if kind in self._asked or (kind == "models" and self._told_models):
                 continue
             try:
                 self._asked[kind] = self.session.ask({"type": kind, "id": self.new_id()})
@@ -178,6 +203,7 @@ class Replica:
                     self._note(self.session.take_reply(number, Health))
                 elif kind == "models":
                     self.models = self.session.take_reply(number, Models).models
+                    self._told_models = True
                 else:
                     self.counters = self.session.take_reply(number, Stats).counters
             except MgpuError as error:
@@ -186,5 +212,7 @@ class Replica:
     def _note(self, health: Health) -> None:
         if self.health is not None and health.restarts != self.health.restarts:
             self.prefixes.clear()
+        if self.health is not None and health.model != self.health.model:
+            self._told_models = False
         self.health = health
         self.prefixes.room_tokens = health.kv_tokens

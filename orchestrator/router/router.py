@@ -20,6 +20,7 @@ from mgpu.orchestrator.gateway.front.inbox import GIVEN_UP, Inbox
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.router.adopt import Adoption
+from mgpu.orchestrator.router.agreement import Agreement
 from mgpu.orchestrator.router.arrivals import Arrivals
 from mgpu.orchestrator.router.dispatch import Dispatch
 from mgpu.orchestrator.router.questions import Questions
@@ -61,6 +62,7 @@ class Router:
         self._arrivals = Arrivals(names_accounts)
         self._adoption = Adoption(replicas, self.table, self.dispatch)
         self._inbox = Inbox(front, FairTurns[Received](), self._on_client, QUANTUM_S)
+        self._agreement = Agreement()
         self._next_period_s = 0.0
         self._bug_log = BoundedLog(log, logging.ERROR)
         self._poller, self._polled = zmq.Poller(), list[object]()
@@ -96,6 +98,7 @@ class Router:
     def _run_periodic_work(self, now_s: float) -> None:
         for replica in self.replicas:
             replica.ask(now_s)
+        self._agreement.check(self.replicas)
         self.dispatch.run_periodic_work(now_s)
         self._adoption.run_periodic_work(now_s)
         self.table.prune(now_s)

@@ -3,6 +3,7 @@
 This process reads nothing that clients send: the router and HTTP are processes of their own, and are replaced.
 """
 
+import itertools
 import logging
 import os
 import select
@@ -25,7 +26,7 @@ from mgpu.orchestrator.router.router_process import RouterProcess
 from mgpu.protocol.discovery import COPY_FOLDER, RunningServer
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.internal.http_spec import HttpOptions
-from mgpu.protocol.internal.router_messages import KnownReplica, RouterOrders, RouterSpec
+from mgpu.protocol.internal.router_messages import KnownReplica, RouterOrders, RouterReport, RouterSpec
 from mgpu.protocol.keys import new_pair
 
 ROLL_SIGNAL = signal.SIGUSR1
@@ -34,6 +35,8 @@ STOP_S = 15.0
 """What the copies get to end once no request is left."""
 ROUTER_STOP_S = 2.0
 LIST_INTERVAL_S = 2.0
+SAY_AFTER_S, SAY_INTERVAL_S = 5.0, 60.0
+"""When it is said that no server can be found, and how often."""
 PERIOD_S = 0.1
 
 log = logging.getLogger(__name__)
@@ -68,6 +71,7 @@ class RouterServer:
         self._listed: dict[str, KnownReplica] = {}
         """Endpoints that have been named, also those that no longer are."""
         self._list_at_s = 0.0
+        self._say_at_s = time.monotonic() + SAY_AFTER_S
         self._roll_asked = False
         self._is_announced = False
         self._state = ""
@@ -145,17 +149,24 @@ class RouterServer:
             return RouterOrders(known, self._state, counters)
         if now_s >= self._list_at_s:
             self._list_at_s = now_s + LIST_INTERVAL_S
-            self._read_list()
+            self._read_list(router)
         return RouterOrders(list(self._listed.values()), self._state, counters)
 
-    def _read_list(self) -> None:
+    def _read_list(self, router: RouterProcess) -> None:
+        """Take in which servers there are. One that is named no longer goes once it has no requests."""
         wanted = self._config.endpoints()
+        busy = {each.name for each in router.report.replicas if each.requests} if router.report is not None else set()
+        for endpoint, known in list(self._listed.items()):
+            self._listed[endpoint] = KnownReplica(known.name, endpoint, endpoint not in wanted)
+            if known.is_held and endpoint not in wanted and router.is_up_to_date and known.name not in busy:
+                log.info("%s, %s, is named no longer and has no requests left", known.name, endpoint)
+                del self._listed[endpoint]
+        names = {known.name for known in self._listed.values()}
+        free = (name for at in itertools.count() if (name := f"replica{at}") not in names)
         for endpoint in wanted:
             if endpoint not in self._listed:
-                log.info("replica%d is %s", len(self._listed), endpoint)
-                self._listed[endpoint] = KnownReplica(f"replica{len(self._listed)}", endpoint)
-        for endpoint, known in self._listed.items():
-            self._listed[endpoint] = KnownReplica(known.name, endpoint, endpoint not in wanted)
+                self._listed[endpoint] = KnownReplica(next(free), endpoint)
+                log.info("%s is %s", self._listed[endpoint].name, endpoint)
 
     def _take_report(self, router: RouterProcess) -> None:
         if router.report is None:
@@ -180,16 +191,36 @@ class RouterServer:
     def _announce(self, router: RouterProcess, folder: RuntimeDir, http: HttpProcess) -> None:
         """Let clients find the server once all copies, or the first of other servers, take requests."""
         report = router.report
-        if self._is_announced or report is None or not http.is_ready:
+        if self._is_announced or report is None:
             return
-        able = [each for each in report.replicas if each.state == "ready"]
+        able = [each for each in report.replicas if each.state == "ready" and not each.problem]
         if len(able) < (len(self._copies) or 1):
+            self._say_what_is_missing(report)
+            return
+        if not http.is_ready:
             return
         self._is_announced = True
         folder.announce(RunningServer(report.endpoint, os.getpid(), report.model, __version__, http.url))
         self._notifier.ready(f"{report.model} on {len(able)} replicas")
         log.info("ready: %s on %d replicas", report.model, len(able))
         log.info("listening on %s%s", report.endpoint, f", HTTP on {http.url}" if http.url else "")
+
+    def _say_what_is_missing(self, report: RouterReport) -> None:
+        """Log now and then why clients cannot find a router whose servers are all missing."""
+        if self._copies or time.monotonic() < self._say_at_s:
+            return
+        self._say_at_s = time.monotonic() + SAY_INTERVAL_S
+        endpoints = {known.name: endpoint for endpoint, known in self._listed.items()}
+        states = [
+            f"{each.name}, {endpoints.get(each.name, 'which is named no longer')}: {each.problem or each.state}"
+            for each in report.replicas
+        ]
+        log.warning(
+            "none of %d servers takes requests; waiting for the first (%s). Start one with: mgpu-launch serve MODEL "
+            "--bind ENDPOINT, or name others with --replica or in --replica-file",
+            len(states),
+            "; ".join(states) or "no name has an address yet",
+        )
 
     def _ask_for_roll(self, _number: int, _frame: FrameType | None) -> None:
         self._roll_asked = True

@@ -50,6 +50,8 @@ class ReplicaReport:
     name: str
     state: str
     requests: int
+    problem: str = ""
+    """Why it gets no requests, and what to do about it; empty if that is not known, or it does get some."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,11 @@ def route(*arguments: str, environ: dict[str, str] | None = None) -> "subprocess
     ("arguments", "problem"),
     [
         ((), "no servers: name each with --replica ENDPOINT"),
-        (("--replica", "localhost:5555"), "no endpoint of a server; write ipc:///path or tcp://"),
+        (("--replica", "localhost:5555"), "no endpoint of a server; write ipc:///PATH, tcp://ADDRESS:PORT or dns://"),
+        (
+            ("--replica", "tcp://127.0.0.1:5", "--replica-keys", "/nowhere/me.client"),
+            "--replica-keys: cannot read the key file /nowhere",
+        ),
         (("--replica", "ipc:///a", "--replica", "ipc:///a"), "ipc:///a is named twice"),
         (("--replica-file", "/nowhere/list"), "cannot be read"),
         (("--replica", "ipc:///a", "--bind", "tcp://0.0.0.0:5555"), "keys"),
@@ -34,6 +38,18 @@ def test_mistakes_are_refused_with_the_way_out(arguments: tuple[str, ...], probl
     assert process.returncode in (1, 64, 78)
     assert problem in error
     assert "Traceback" not in error
+
+
+def test_a_router_whose_servers_are_missing_says_so_and_ends_when_told(tmp_path: Path) -> None:
+    base = {BASE_VARIABLE: str(tmp_path / "run")}
+    with route("--replica", f"ipc://{tmp_path}/nobody", "--http", "none", environ=base) as process:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "takes requests" in line)
+        process.terminate()
+        assert process.wait(30) == -15
+    assert f"none of 1 servers takes requests; waiting for the first (replica0, ipc://{tmp_path}/nobody: unre" in line
+    assert "--replica-file" in line
+    assert not running_servers(base)
 
 
 def test_a_list_of_servers_is_read_again(tmp_path: Path) -> None:
