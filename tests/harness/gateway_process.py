@@ -47,7 +47,7 @@ from mgpu.protocol.internal.worker_messages import TokenLogprobs
 BOS, EOS, START, END = 256, 257, 258, 259
 VOCAB_SIZE = 300
 MODEL_NAME = "tiny"
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'tool' %}"
     "{{ raise_exception('no tools here') }}{% endif %}"

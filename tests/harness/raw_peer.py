@@ -33,6 +33,12 @@ class RawPeer:
         message: dict[str, Any] = msgpack.unpackb(body)
         return message
 
+    def hear_answer(self) -> dict[str, Any]:
+        """Return the next message that says more than that the server is alive."""
+        while (message := self.hear())["type"] == "keepalive":
+            pass
+        return message
+
     def hear_until(self, kind: str) -> dict[str, Any]:
         """Return the first message of a kind; those before it are dropped."""
         while (message := self.hear())["type"] != kind:

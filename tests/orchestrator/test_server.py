@@ -141,7 +141,8 @@ def test_a_signal_while_loading_stops_the_start(folder: Path) -> None:
     with running_server(folder, {"fail": "hang", "fail_phase": "weights"}) as server:
         server.wait_for(lambda: bool(server.infos))
         children = server.children()
-        assert server.end(signal.SIGTERM) == -signal.SIGTERM
+        status = server.end(signal.SIGTERM)
+        assert status == -signal.SIGTERM, server.log
         assert_nothing_is_left(folder, children)
 
 

@@ -89,7 +89,7 @@ def test_other_clients_are_told_what_is_wrong_by_the_gateway(gateway: GatewayPro
         {"type": "tokenize", "prompt": "x", "model": "other"}, {"type": "detokenize", "token_ids": []},
     )):  # fmt: skip
         peer.say(id=at, **fields)
-        refused = peer.hear()
+        refused = peer.hear_answer()
         assert (refused["type"], refused["id"]) == ("failed", at)
         assert refused["code"] in ("bad_request", "unknown_model")
     peer.close()
@@ -106,12 +106,12 @@ def test_a_question_counts_to_the_limits_of_its_client_until_it_is_answered(smal
     peer.say(type="tokenize", id=1, messages=HI)  # a thread starts the process for templates
     peer.say(type="tokenize", id=2, prompt="x")
     peer.say(type="tokenize", id=1, prompt="x")
-    heard = [peer.hear() for _ in range(3)]
+    heard = [peer.hear_answer() for _ in range(3)]
     assert [(each["type"], each.get("code")) for each in heard] == [
         ("failed", "overloaded"), ("failed", "duplicate_id"), ("tokenized", None)
     ]  # fmt: skip
     peer.say(type="tokenize", id=2, prompt="x")
-    assert peer.hear()["num_tokens"] == 2
+    assert peer.hear_answer()["num_tokens"] == 2
     peer.close()
 
 
@@ -123,9 +123,9 @@ def test_a_question_ends_with_its_time_or_a_cancel(
     peer.say(type="tokenize", id=1, messages=[{"role": "user", "content": "x" * 500_000}], **fields)
     if not fields:
         peer.say(type="cancel", id=1)
-    assert peer.hear()["type"] == end
+    assert peer.hear_answer()["type"] == end
     peer.say(type="tokenize", id=2, prompt="x")
-    assert peer.hear()["id"] == 2
+    assert peer.hear_answer()["id"] == 2
     small_gateway.wait_until_idle()
     peer.close()
 

@@ -196,7 +196,7 @@ def test_a_thousand_clients_that_go_leave_nothing(http: HttpServer, gateway: Gat
         raw.close()
     began_s = time.monotonic()
     gateway.engine.wait(lambda: len(gateway.engine.cancels) == 1000)
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < 30
     gateway.engine.going.set()
     gateway.wait_until_idle()
 

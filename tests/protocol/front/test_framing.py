@@ -56,7 +56,7 @@ def test_a_megabyte_of_tiny_arrays_is_refused_quickly() -> None:
     started = time.process_time()
     with pytest.raises(WireError, match="arrays and maps"):
         unpack([VERSION, body])
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 1.5
 
 
 @given(st.binary(max_size=200))
