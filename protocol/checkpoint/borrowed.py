@@ -25,13 +25,11 @@ BORROWED = {
     "GemmaForCausalLM": "gemma",
     "GlmForCausalLM": "glm",
     "Glm4ForCausalLM": "glm4",
-    "Glm4MoeForCausalLM": "glm4_moe",
     "HeliumForCausalLM": "helium",
     "HunYuanMoEV1ForCausalLM": "hunyuan_v1_moe",
     "HyperCLOVAXForCausalLM": "hyperclovax",
     "Jais2ForCausalLM": "jais2",
     "MellumForCausalLM": "mellum",
-    "MiniMaxM2ForCausalLM": "minimax_m2",
     "NemotronForCausalLM": "nemotron",
     "OlmoForCausalLM": "olmo",
     "OlmoeForCausalLM": "olmoe",
@@ -56,7 +54,7 @@ OWN_TOO = {
 }
 """Families of mgpu's own that transformers' code runs if it is asked for."""
 
-UNSPLIT = ("flex_olmo", "minimax_m2", "olmoe", "persimmon", "stablelm")
+UNSPLIT = ("flex_olmo", "olmoe", "persimmon", "stablelm")
 """Families whose attention is not split, for transformers has no plan to do it, or norms go over all heads: one worker,
 or layers mapped to workers."""
 

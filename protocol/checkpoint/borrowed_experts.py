@@ -36,12 +36,10 @@ EXPERT_KEYS = {
     ),
     "exaone_moe": ExpertKeys(shared_count="num_shared_experts"),
     "flex_olmo": _WIDE,
-    "glm4_moe": _SHARING,
     "hunyuan_v1_moe": ExpertKeys(
         active=("moe_topk", "num_experts_per_tok"), width="intermediate_size", router="gate.wg", shared="shared_mlp"
     ),
     "mellum": ExpertKeys(),
-    "minimax_m2": _WIDE,
     "olmoe": _WIDE,
     "phimoe": ExpertKeys(width="intermediate_size", router="router"),
     "solar_open": _SHARING,

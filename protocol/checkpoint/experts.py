@@ -28,7 +28,9 @@ def expert_facts(fields: Fields, family: str, num_layers: int) -> ExpertFacts | 
     """Return the experts of a family that has some, with the defaults of transformers; None for the others."""
     if family == "qwen3_next" and fields.raw("num_experts") == 0:
         return None
-    if family in LATENT:
+    if family == "minimax_m2":
+        return _minimax(fields, num_layers)
+    if family in (*LATENT, "glm4_moe"):
         return _deepseek(fields, family, num_layers)
     if family in _QWEN:
         return _qwen(fields, family, num_layers)
@@ -76,6 +78,7 @@ _DEEPSEEK = {
     "deepseek_v2": (1407, 64, None, 2, 0),
     "deepseek_v3": (2048, 256, 8, 1, 3),
     "mistral4": (2048, 128, 4, 1, 0),
+    "glm4_moe": (1408, 128, 8, 1, 1),
 }
 """Default width, number, active ones, shared ones, and layers before the first with experts."""
 
@@ -102,21 +105,21 @@ def _deepseek(fields: Fields, family: str, num_layers: int) -> ExpertFacts:
     )
 
 
-_METHODS = {"deepseek_v2": ("greedy", "group_limited_greedy"), "deepseek_v3": ("noaux_tc",), "mistral4": ()}
-_DEFAULT_GROUPS = {"deepseek_v2": (None, None), "deepseek_v3": (8, 4), "mistral4": (1, 1)}
+_METHODS = {"deepseek_v2": ("greedy", "group_limited_greedy"), "deepseek_v3": ("noaux_tc",)}
+_DEFAULT_GROUPS = {"deepseek_v2": (None, None), "deepseek_v3": (8, 4), "mistral4": (1, 1), "glm4_moe": (1, 1)}
 
 
 def _expert_choice(fields: Fields, family: str, count: int, active: int) -> ExpertChoice:
     """Return how a router of DeepSeek's kind chooses. CheckpointError for groups that it cannot choose from."""
-    is_v3 = family == "deepseek_v3"
+    is_v3 = family in ("deepseek_v3", "glm4_moe")
     expected: Literal["sigmoid", "softmax"] = "sigmoid" if is_v3 else "softmax"
     if (scores := fields.text("scoring_func", expected)) != expected:
         raise fields.error("scoring_func", f"is {scores[:40]!r}; {family} is supported with {expected!r}")
-    methods = _METHODS[family]
+    methods = _METHODS.get(family, ())
     method = fields.text("topk_method", methods[0]) if methods else ""
     if methods and method not in methods:
         raise fields.error("topk_method", f"is {method[:40]!r}; {family} is supported with {', '.join(methods)}")
-    scale = fields.number("routed_scaling_factor", 2.5 if is_v3 else 1.0)
+    scale = fields.number("routed_scaling_factor", 2.5 if family == "deepseek_v3" else 1.0)
     if method == "greedy":
         return ExpertChoice(expected, scale=scale)
     groups, kept = _DEFAULT_GROUPS[family]
@@ -134,6 +137,16 @@ def _expert_choice(fields: Fields, family: str, count: int, active: int) -> Expe
             "num_experts_per_tok", f"is {active}, more than the {kept} * {count // groups} experts of topk_group groups"
         )
     return ExpertChoice(expected, groups, kept, best, is_v3, scale)
+
+
+def _minimax(fields: Fields, num_layers: int) -> ExpertFacts:
+    count, active = _counts(fields, _first_of(fields, "num_local_experts", "num_experts"), 256, 8)
+    width = fields.integer("intermediate_size", 1536, high=8 * Limit.HIDDEN)
+    for key, value in (("scoring_func", "sigmoid"), ("shared_intermediate_size", 0)):
+        if fields.has(key) and fields.raw(key) != value:
+            raise fields.error(key, f"is {str(fields.raw(key))[:40]!r}; minimax_m2 is supported with {value!r}")
+    choice = ExpertChoice("sigmoid", has_correction=True)
+    return ExpertFacts(count, active, width, (True,) * num_layers, normalizes=True, choice=choice)
 
 
 def _first_of(fields: Fields, *keys: str) -> str:

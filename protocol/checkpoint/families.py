@@ -5,8 +5,11 @@ from typing import Literal
 
 from mgpu.protocol.model.facts import ARCHITECTURES
 
-Biases = Literal["none", "qkv", "asked", "asked qkv"]
-"""Of attention: none, always those of q, k and v, or what the configuration asks for: all four, or q, k and v."""
+Biases = Literal["none", "qkv", "asked", "asked qkv", "asked without output"]
+"""Of attention: none, always those of q, k and v, or what the configuration asks for: all four, or q, k and v.
+
+The last two differ in the key that asks: `qkv_bias`, or `attention_bias` as for all four.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,12 @@ FAMILIES = {
     "gemma4": Family(
         4, 256, 131072, True, 2, (1,), 2304, 9216, 30, 8, 262144, theta=1e6, biases="none", qk_norm=True, is_gemma=True
     ),
+    "glm4_moe": Family(
+        8, None, 131072, False, None, (), 4096, 10944, 46, 96, 151552, 1e4, 1e-5, "asked without output"
+    ),
+    "minimax_m2": Family(
+        8, 128, 196608, False, 200034, (200020,), 3072, 1536, 62, 48, 200064, 5e6, biases="none", qk_norm=True
+    ),
     "deepseek_v2": Family(None, None, 2048, False, 1, (2,), 4096, 11008, 32, 32, 102400, biases="none"),
     "deepseek_v3": Family(None, None, 4096, False, 0, (1,), 7168, 18432, 61, 128, 129280, biases="none"),
     "mistral4": Family(None, None, 1048576, False, 1, (2,), 4096, 12288, 36, 32, 131072, biases="none"),
@@ -97,6 +106,8 @@ CLASSES = {
     "Qwen3_5ForConditionalGeneration": "qwen3_5",
     "Qwen3_5MoeForCausalLM": "qwen3_5_moe",
     "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "MiniMaxM2ForCausalLM": "minimax_m2",
     "Gemma4ForCausalLM": "gemma4",
     "Gemma4ForConditionalGeneration": "gemma4",
     "DeepseekV2ForCausalLM": "deepseek_v2",

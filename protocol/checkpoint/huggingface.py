@@ -174,7 +174,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         mlp_bias=base.mlp_bias and fields.boolean("mlp_bias", False),
-        qk_norm=base.qk_norm,
+        qk_norm=fields.boolean("use_qk_norm", False) if family == "glm4_moe" else base.qk_norm,
         tie_embeddings=tying.boolean("tie_word_embeddings", base.tie),
         activation=_activation(fields, family, base),
         embedding_scale=hidden**0.5 if base.is_gemma else _multiplier(fields, base, "embedding_multiplier"),
@@ -183,7 +183,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         eos_token_ids=_end_tokens(base, generation, outer if outer.has("eos_token_id") else fields),
         checkpoint_dtype=_dtype(outer, fields),
         experts=expert_facts(fields, family, num_layers),
-        norms_whole_heads=family in ("olmo2", "olmo3"),
+        norms_whole_heads=family in ("olmo2", "olmo3", "minimax_m2"),
         rotated_size=0 if latent is not None or rotated == head_dim else rotated,
         unrotated_layers=_unrotated_layers(fields, family, num_layers),
         attention_softcap=_softcap(fields, family, "attn_logit_softcapping", 50.0),
@@ -198,14 +198,14 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         linear=linear_facts(fields, family, num_layers),
         latent=latent,
         left_out=("its multi-token head",) if ignored else (),
-        ignored_layers=ignored if latent is not None else 0,
+        ignored_layers=0 if family in HYBRID else ignored,
     )
 
 
 def _multi_token_layers(fields: Fields, family: str) -> int:
     """Return the layers that only predict several tokens at once, which are not used."""
     key = "mtp_num_hidden_layers" if family in HYBRID else "num_nextn_predict_layers"
-    is_known = family in (*HYBRID, *LATENT) and fields.has(key)
+    is_known = family in (*HYBRID, *LATENT, "glm4_moe") and fields.has(key)
     return fields.integer(key, low=0, high=Limit.LAYERS) if is_known else 0
 
 

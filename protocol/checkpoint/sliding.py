@@ -5,7 +5,7 @@ from mgpu.protocol.model.facts import HYBRID, LATENT
 
 _EVERYWHERE = ("mistral", "mixtral", "qwen3_moe", "phi3", "ministral3")
 """Families whose layers all slide if one does."""
-_NOWHERE = ("llama", "granite", "granitemoe", "granitemoeshared", "olmo2", *HYBRID, *LATENT)
+_NOWHERE = ("llama", "granite", "granitemoe", "granitemoeshared", "olmo2", "glm4_moe", "minimax_m2", *HYBRID, *LATENT)
 _IF_GIVEN = ("mixtral", "phi3", "smollm3", "ministral3")
 """Families without a window by default."""
 _IF_ASKED = ("qwen2", "qwen2_moe", "qwen2_5_vl", "qwen3", "qwen3_moe", "smollm3")

@@ -30,7 +30,7 @@ _MIXTRAL = (
 )  # fmt: skip
 _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
     "mixtral": _MIXTRAL,
-    "minimax_m2": _MIXTRAL,
+    "minimax_m2": (*_MIXTRAL, (".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias")),
     "phimoe": (*_MIXTRAL, (".mlp.gate.", ".mlp.router.")),
     "ernie4_5_moe": ((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
     "exaone_moe": ((".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
@@ -38,7 +38,7 @@ _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
     "granitemoeshared": _GRANITE,
     "gemma4": ((".experts.", ".mlp.experts."), (".router.proj.", ".mlp.gate.")),
     "gpt_oss": ((".mlp.router.", ".mlp.gate."),),
-    **dict.fromkeys(LATENT, ((".mlp.shared_experts.", ".mlp.shared_expert."),)),
+    **dict.fromkeys((*LATENT, "glm4_moe"), ((".mlp.shared_experts.", ".mlp.shared_expert."),)),
 }  # fmt: skip
 """Parts of stored names, and what stands for them in mgpu, by family."""
 

@@ -25,6 +25,7 @@ ARCHITECTURES = (
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen2_5_vl", "qwen3", "gemma2", "gemma3", "phi3",
     "granite", "olmo2", "olmo3", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared",
     "gpt_oss", "qwen3_next", "qwen3_5", "qwen3_5_moe", "gemma4", "deepseek_v2", "deepseek_v3", "mistral4",
+    "glm4_moe", "minimax_m2",
 )  # fmt: skip
 """Family names used inside mgpu; protocol/checkpoint maps Hugging Face and GGUF names to them."""
 

@@ -208,6 +208,8 @@ def tiny_config(family: str) -> object:
         "mistral4": lambda: hf.Mistral4Config(
             **latent, **grouped, rope_parameters=latent_yarn | {"llama_4_scaling_beta": 0.1}
         ),
+        "glm4-moe": lambda: hf.Glm4MoeConfig(**TINY, **_PECULIAR["glm4_moe"], attention_bias=True),
+        "minimax-m2": lambda: hf.MiniMaxM2Config(**(TINY | _PECULIAR["minimax_m2"]), rotary_dim=16),
         "qwen2.5-vl": lambda: hf.Qwen2_5_VLConfig(
             text_config=dict(TINY, rope_parameters=mrope), vision_config=qwen_vision
         ),

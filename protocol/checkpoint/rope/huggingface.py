@@ -13,8 +13,9 @@ from mgpu.protocol.checkpoint.rope.rules import (
 from mgpu.protocol.model.facts import HYBRID, RopeScaling
 
 _PARTIAL = "partial_rotary_factor"
-_HYBRID_PARTIAL = 0.25
-"""Of hybrid families whose configuration does not say."""
+_DEFAULT_PARTIAL = {**dict.fromkeys(HYBRID, 0.25), "glm4_moe": 0.5}
+"""Of families whose configuration does not say."""
+_MAY_BE_PARTIAL = ("phi3", "minimax_m2", *_DEFAULT_PARTIAL)
 _KINDS = "default, linear, dynamic, llama3, yarn, longrope"
 
 
@@ -44,11 +45,13 @@ def rotated_size(fields: Fields, family: str, head_dim: int) -> int:
         return head_dim  # its factor says the same of a head whose other components have no position
     holders = (fields.nested("rope_parameters"), fields.nested("rope_scaling"), fields)
     holder = next((each for each in holders if each is not None and each.has(_PARTIAL)), None)
-    default = _HYBRID_PARTIAL if family in HYBRID else 1.0
+    default = _DEFAULT_PARTIAL.get(family, 1.0)
+    if family == "minimax_m2" and fields.has("rotary_dim"):
+        default = fields.integer("rotary_dim", high=Limit.HEAD_DIM) / head_dim
     if (factor := default if holder is None else holder.number(_PARTIAL)) == 1.0:
         return head_dim
     holder, size = holder or fields, int(head_dim * factor)
-    if family != "phi3" and family not in HYBRID:
+    if family not in _MAY_BE_PARTIAL:
         raise holder.error(_PARTIAL, f"is not 1, which is not supported for {family}")
     if factor > 1 or size < 2 or size % 2:
         raise holder.error(_PARTIAL, f"is {factor:g}: {head_dim * factor:g} of {head_dim} components cannot be rotated")

@@ -63,7 +63,7 @@ def test_a_tensor_of_a_layer_too_many_and_a_layer_without_tensors_are_refused() 
 
 
 MOE = {
-    "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "n_routed_experts": 2,
+    "architectures": ["Dots1ForCausalLM"], "model_type": "dots1", "n_routed_experts": 2,
     "num_experts_per_tok": 1, "moe_intermediate_size": 24,
 }  # fmt: skip
 EXPERT = "model.layers.1.mlp.experts.{}.{}_proj.weight"

@@ -40,7 +40,7 @@ def test_a_borrowed_family_equals_transformers(tiny_model: MakeModel, family: st
 
 @pytest.mark.parametrize(
     ("family", "tp_size", "split"),
-    [("glm4_moe", 4, "parallel"), ("hunyuan_v1_moe", 4, "tensor"), ("ernie4_5_moe", 2, "parallel"),
+    [("dots1", 4, "parallel"), ("hunyuan_v1_moe", 4, "tensor"), ("ernie4_5_moe", 2, "parallel"),
      ("olmoe", 1, "tensor")],
 )  # fmt: skip
 def test_borrowed_experts_are_split_both_ways(
@@ -70,7 +70,7 @@ def test_attention_that_transformers_cannot_split_is_refused(tiny_model: MakeMod
 
 
 def test_random_weights_fill_whole_models_and_parts_of_them(tiny_model: MakeModel) -> None:
-    folder, place, group = tiny_model("glm4_moe").folder, RankPlace(0, 0, 0, 1, 0), MeasurableGroup(SingleRank())
+    folder, place, group = tiny_model("dots1").folder, RankPlace(0, 0, 0, 1, 0), MeasurableGroup(SingleRank())
     facts = read_checkpoint(folder, "dummy").facts
     for part in (facts, facts.with_layers([0])):
         layers = range(part.num_layers)

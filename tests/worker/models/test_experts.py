@@ -22,7 +22,7 @@ from mgpu.protocol.model.quantization import Quant
 FAMILIES = (
     "mixtral", "mixtral-window", "qwen3-moe", "qwen3-moe-plain", "qwen2-moe", "gpt-oss", "granite-moe",
     "granite-moe-shared", "gemma4-moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-plain",
-    "mistral4",
+    "mistral4", "glm4-moe", "minimax-m2",
 )  # fmt: skip
 SPLITS: tuple[ExpertSplit, ...] = ("tensor", "parallel")
 LAYOUTS = [(1, 1, "tensor"), (1, 2, "tensor"), *((size, 2 // (size // 2), each) for size in (2, 4) for each in SPLITS)]
