@@ -99,7 +99,7 @@ def test_health_says_ready_and_live(url: str) -> None:
         ({}, 400, "messages"),
         ({"messages": []}, 400, "messages"),
         ({"messages": HELLO, "temperature": "hot"}, 400, "temperature"),
-        ({"messages": HELLO, "model": "gpt-4"}, 404, None),
+        ({"messages": HELLO, "model": "gpt-4"}, 404, "model"),
         ({"messages": HELLO, "max_tokens": 5000}, 400, None),
         ({"messages": HELLO, "top_logprobs": 3}, 400, "top_logprobs"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "messages"),
