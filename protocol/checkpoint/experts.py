@@ -6,7 +6,7 @@ from typing import Literal
 from mgpu.protocol.checkpoint.files.untrusted import Fields, Limit
 from mgpu.protocol.model.facts import LATENT, Clamp, ExpertChoice, ExpertFacts
 
-MOST_EXPERTS = 1 << 12
+MOST_EXPERTS = Limit.EXPERTS
 _ALL_SPARSE = {
     "mixtral": (14336, 8, 2),
     "granitemoe": (11008, 8, 2),

@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,18 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from harness.model_files import GgufValue, f32, gguf_bytes, string, string_array, u32
+from harness.model_files import GgufValue, bool_array, f32, gguf_bytes, string, string_array, u32
 from harness.odd_models import logits_of, make_model
 
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm",
+    "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp", "block_sparse_moe.router": "ffn_gate_inp", "self_attn.sinks": "attn_sinks",
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    **{f"mlp.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
 }  # fmt: skip
 _GEMMA_NAMES = {
     "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
@@ -62,7 +66,7 @@ _KEYS = {
     "scale_linear": "rope.scale_linear", "scaling_type": "rope.scaling.type", "factor": "rope.scaling.factor",
     "original": "rope.scaling.original_context_length", "attention_factor": "rope.scaling.attn_factor",
     "rotary": "rope.dimension_count", "window": "attention.sliding_window", "beta_fast": "rope.scaling.yarn_beta_fast",
-    "feed_forward": "feed_forward_length",
+    "feed_forward": "feed_forward_length", "pattern": "attention.sliding_window_pattern",
 }  # fmt: skip
 Change = Callable[[Parts], None]
 
@@ -105,6 +109,11 @@ def converted(model: Any, architecture: str, kind: Kind) -> Parts:
     for name, parameter in model.named_parameters():
         if name == "lm_head.weight" and tied:
             continue
+        if (stacks := _stacks(name, parameter, architecture)) is not None:
+            for stack, values in stacks.items():
+                data = values.contiguous().numpy().astype("<f4").tobytes()
+                tensors[stack] = tuple(values.shape), int(Kind.F32), data
+            continue
         stored = kind if parameter.ndim == 2 and parameter.shape[1] % 32 == 0 else Kind.F32
         shape = tuple(parameter.shape)
         if stored == Kind.F32:
@@ -122,16 +131,42 @@ def converted(model: Any, architecture: str, kind: Kind) -> Parts:
 
 def _name(name: str, architecture: str) -> str:
     stem, kind = name.rsplit(".", 1)
+    if kind == "sinks":
+        stem, kind = name, "weight"
     if stem in _TOP_NAMES:
         return f"{_TOP_NAMES[stem]}.{kind}"
     _, _, layer, part = stem.split(".", 3)
     names = _LAYER_NAMES | (_GEMMA_NAMES if "gemma" in architecture else {})
+    if architecture in ("olmo2", "gpt-oss"):
+        names |= {"post_attention_layernorm": "post_attention_norm"}
     return f"blk.{layer}.{names[part]}.{kind}"
+
+
+def _stacks(name: str, values: Tensor, architecture: str) -> dict[str, Tensor] | None:
+    """Return the stacks that the converter makes of the experts of a layer, by their names; None for others."""
+    if ".experts." not in name and "_mlp." not in name and "linear.weight" not in name and "expert_gate" not in name:
+        return None
+    head, last = f"blk.{name.split('.')[2]}.ffn_", name.removesuffix(".weight").rsplit(".", 1)[1]
+    if last == "shared_expert_gate":
+        return {f"{head}gate_inp_shexp.weight": values.squeeze()}
+    if architecture == "gpt-oss":
+        end = "bias" if last.endswith("_bias") else "weight"
+        values = values if end == "bias" else values.transpose(1, 2)
+        if last.startswith("down"):
+            return {f"{head}down_exps.{end}": values}
+        return {f"{head}gate_exps.{end}": values[:, ::2], f"{head}up_exps.{end}": values[:, 1::2]}
+    kind = "shexp" if "shared_mlp" in name else "exps"
+    if last in ("down_proj", "output_linear"):
+        return {f"{head}down_{kind}.weight": values}
+    if last not in ("gate_up_proj", "input_linear"):
+        return None
+    gate, up = values.chunk(2, dim=-2)
+    return {f"{head}gate_{kind}.weight": gate, f"{head}up_{kind}.weight": up}
 
 
 def _heads_of(name: str, config: Any, architecture: str) -> int:
     """Return the heads whose rows the converter reorders; 0: it does not."""
-    if architecture != "llama":
+    if architecture not in ("llama", "granite", "granitemoe", "smollm3"):
         return 0
     return config.num_attention_heads if "q_proj" in name else config.num_key_value_heads if "k_proj" in name else 0
 
@@ -153,13 +188,52 @@ def _metadata(config: Any, architecture: str) -> dict[str, GgufValue]:
         "attention.head_count_kv": u32(config.num_key_value_heads), "context_length": u32(256),
         "attention.layer_norm_rms_epsilon": f32(config.rms_norm_eps), "rope.freq_base": f32(10000.0),
     }  # fmt: skip
+    values |= _expert_metadata(config)
+    for key, name in _GRANITE.items() if "granite" in architecture else ():
+        values[key] = f32(getattr(config, name))
     if getattr(config, "head_dim", None):
         values |= {"attention.key_length": u32(config.head_dim), "attention.value_length": u32(config.head_dim)}
-    if "gemma" in architecture:
+    if architecture == "gemma2":
+        values |= {"attn_logit_softcapping": f32(config.attn_logit_softcapping),
+                   "final_logit_softcapping": f32(config.final_logit_softcapping)}  # fmt: skip
+    if architecture in ("gemma2", "gpt-oss", "phi3", "olmo2") and getattr(config, "sliding_window", None):
+        values |= {"attention.sliding_window": u32(config.sliding_window)}
+    elif "gemma" in architecture:
         values |= {"attention.sliding_window": u32(config.sliding_window), "rope.freq_base": f32(1e6)}
     top = {"general.architecture": string(architecture), "tokenizer.ggml.model": string("gpt2"),
            "tokenizer.ggml.tokens": string_array([f"t{number}" for number in range(config.vocab_size)])}  # fmt: skip
     return top | {f"{architecture}.{key}": value for key, value in values.items()}
+
+
+_GRANITE = {
+    "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
+}  # fmt: skip
+
+
+def _expert_metadata(config: Any) -> dict[str, GgufValue]:
+    count = getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0)
+    if not count:
+        return {}
+    values = {"expert_count": u32(count), "expert_used_count": u32(config.num_experts_per_tok)}
+    for key, name in (("", "moe"), ("shared_", "shared_expert"), ("shared_", "shared")):
+        if width := getattr(config, f"{name}_intermediate_size", None):
+            values[f"expert_{key}feed_forward_length"] = u32(width)
+    return values
+
+
+def rounded(parts: Parts, kind: Kind) -> tuple[Parts, Parts]:
+    """Return the file with its matrices stored as ``kind``, and with the same numbers in F32."""
+    packed, plain = dict(parts.tensors), dict(parts.tensors)
+    for name, (shape, _, data) in parts.tensors.items():
+        block = gguf.GGML_QUANT_SIZES[kind][0]
+        if len(shape) < 2 or shape[-1] % block or "ffn_gate_inp" in name or name.endswith("bias"):
+            continue
+        values = np.frombuffer(data, "<f4").reshape(shape)
+        rows = gguf.quants.quantize(values, kind)
+        back = np.ascontiguousarray(gguf.quants.dequantize(rows, kind), "<f4")
+        packed[name], plain[name] = (shape, int(kind), rows.tobytes()), (shape, 0, back.tobytes())
+    return replace(parts, tensors=packed), replace(parts, tensors=plain)
 
 
 # -- what is done to files --
@@ -251,6 +325,31 @@ FILES: dict[str, Case] = {
     "qwen2": Case("qwen2", "qwen2"),
     "qwen3": Case("qwen3", "qwen3"),
     "gemma3": Case("gemma3", "gemma3", fields=GEMMA | GEMMA_ROPE),
+    "gemma2": Case("gemma2", "gemma2", fields={"query_pre_attn_scalar": 32}),
+    "qwen2vl": Case("qwen2", "qwen2vl"),
+    "phi3": Case("phi3", "phi3"),
+    "phi4-mini": Case(
+        "phi4-mini", "phi3",
+        all_of(parts_set(rotary=u32(24), original=u32(256), attention_factor=f32(1.0)),
+               stored("rope_factors_short.weight", [1.0 + 0.1 * at for at in range(12)]),
+               stored("rope_factors_long.weight", [2.0 + at for at in range(12)])),
+    ),
+    "granite": Case("granite", "granite"),
+    "olmo2": Case("olmo2", "olmo2"),
+    "olmo3": Case("olmo3", "olmo2", parts_set(pattern=bool_array([True, True, False]), theta=f32(5e5))),
+    "smollm3": Case(
+        "smollm3", "smollm3", parts_set(theta=f32(2e6)),
+        fields={"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4},
+    ),
+    "mixtral": Case("mixtral", "llama", parts_set(theta=f32(1e6))),
+    "qwen2moe": Case("qwen2-moe", "qwen2moe", fields={"mlp_only_layers": []}),
+    "qwen3moe": Case("qwen3-moe", "qwen3moe"),
+    "granitemoe": Case("granite-moe", "granitemoe"),
+    "granitemoe, shared": Case("granite-moe-shared", "granitemoe"),
+    "gpt-oss": Case(
+        "gpt-oss", "gpt-oss", parts_set(scaling_type=string("yarn"), factor=f32(4.0), original=u32(64)),
+        fields={"swiglu_limit": 7.0},
+    ),
     **{f"llama in {kind.name}": Case("llama", "llama", kind=kind)
        for kind in (Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)},
     "qwen3 in Q8_0": Case("qwen3", "qwen3", kind=Kind.Q8_0),

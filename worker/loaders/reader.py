@@ -23,6 +23,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from mgpu.protocol.checkpoint.gguf.families import INTERLEAVED
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
 from mgpu.worker.loaders.block_formats import NUMBERS, BlockType, block_type
 from mgpu.worker.loaders.copiers import Progress, make_copier
@@ -45,10 +46,10 @@ class WeightReader:
     ) -> None:
         facts = checkpoint.facts
         is_gguf = checkpoint.source.format == "gguf"
-        self.norms_include_one = is_gguf and facts.architecture == "gemma3"
+        self.norms_include_one = is_gguf and facts.architecture in ("gemma2", "gemma3")
         """True where the file's Gemma norm weights already have the 1 added that the model adds."""
         # llama.cpp stores the q and k rows of llama-family models with the two rotary halves of a head interleaved.
-        self._interleaved_head_dim = facts.head_dim if is_gguf and facts.architecture in ("llama", "mistral") else 0
+        self._interleaved_head_dim = facts.head_dim if is_gguf and facts.architecture in INTERLEAVED else 0
         self._head_dim, self._rotated_size = facts.head_dim, facts.rotated_size
         self._tensors = checkpoint.tensors
         self._progress = progress

@@ -21,6 +21,7 @@ class Limit:
     """What a model may claim. Larger claims are mistakes or attacks."""
 
     HIDDEN, LAYERS, HEADS, HEAD_DIM, VOCAB, POSITION = 1 << 18, 4096, 4096, 4096, 1 << 24, 1 << 30
+    EXPERTS = 4096
 
 
 class CheckpointError(ValueError):

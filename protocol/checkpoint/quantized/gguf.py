@@ -4,6 +4,7 @@ Each type of blocks becomes words of codes, and the scales and offsets of their 
 rounded: K-quants keep the integers that scale groups of 16 or 32, and the float16 that scale those.
 """
 
+import math
 from dataclasses import replace
 
 from mgpu.protocol.checkpoint.files.tensors import PackedParts, TensorEntry
@@ -45,8 +46,8 @@ GGUF_FORMATS: dict[str, WeightFormat] = {
 def packed_entry(entry: TensorEntry) -> TensorEntry:
     """Return a stored matrix with what it takes to hold it packed; any other tensor as it is."""
     form = GGUF_FORMATS.get(entry.dtype)
-    if form is None or len(entry.shape) != 2:
+    if form is None or len(entry.shape) < 2:
         return entry
-    rows = entry.shape[0]
+    rows = math.prod(entry.shape[:-1])
     blocks = replace(entry, dtype="U8", shape=(rows, entry.nbytes // rows))
     return replace(entry, packed=PackedParts(form, "gguf", 8, blocks, blocks))

@@ -19,9 +19,11 @@ Located = dict[str, tuple[Path, GgufTensor]]
 
 
 def read_gguf_rope(
-    fields: Fields, located: Located, theta: float, size: int, context: int
+    fields: Fields, located: Located, theta: float, size: int, context: int, truncate: bool = True
 ) -> tuple[RopeScaling | None, int]:
     """Return the scaling and the context of a model; ``size`` components of a head are rotated.
+
+    ``truncate``: yarn's range between fast and slow frequencies is widened to whole indexes.
 
     CheckpointError when it cannot be computed.
     """
@@ -32,7 +34,10 @@ def read_gguf_rope(
     original = fields.integer("rope.scaling.original_context_length", context, high=Limit.POSITION)
     rule, attention = linear_divisors(factor, size), fields.number("rope.scaling.attn_factor", 1.0)
     if kind == "yarn":
-        rule, attention = _yarn(fields, factor, original, theta, size), attention * _yarn_attention(fields, factor)
+        rule, attention = (
+            _yarn(fields, factor, original, theta, size, truncate),
+            attention * _yarn_attention(fields, factor),
+        )
         context = min(Limit.POSITION, max(context, round(original * factor)))
     stored, stored_long = _stored_sets(located, size)
     divisors, long_divisors = _product(rule, stored), _product(rule, stored_long) if stored_long else ()
@@ -47,13 +52,14 @@ def _factor(fields: Fields) -> float:
     return 1.0 if fields.raw(key) == 0 else fields.number(key, 1.0)
 
 
-def _yarn(fields: Fields, factor: float, original: int, theta: float, size: int) -> tuple[float, ...]:
+def _yarn(fields: Fields, factor: float, original: int, theta: float, size: int, truncate: bool) -> tuple[float, ...]:
     if theta <= 1:
         raise fields.error("rope.freq_base", f"is {theta:g}; yarn needs more than 1")
     if fields.raw("rope.scaling.yarn_ext_factor") not in (None, 1.0, -1.0):
         raise fields.error("rope.scaling.yarn_ext_factor", "is not 1, which is not supported")
     fast = fields.number("rope.scaling.yarn_beta_fast", 32.0)
-    return yarn_divisors(factor, original, theta, size, fast, fields.number("rope.scaling.yarn_beta_slow", 1.0))
+    slow = fields.number("rope.scaling.yarn_beta_slow", 1.0)
+    return yarn_divisors(factor, original, theta, size, fast, slow, truncate)
 
 
 def _yarn_attention(fields: Fields, factor: float) -> float:

@@ -82,7 +82,7 @@ def test_gemma_norms_get_their_places(tmp_path: Path) -> None:
     assert {name: entry.shape for name, entry in checkpoint.tensors.items()} == expected_tensors(checkpoint.facts)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen2moe", ""])
+@pytest.mark.parametrize("architecture", ["gpt2", "deepseek2", ""])
 def test_unsupported_architectures_list_the_supported_ones(tmp_path: Path, architecture: str) -> None:
     with pytest.raises(CheckpointError, match="llama, qwen2, qwen3, gemma3"):
         read(tmp_path, {"general.architecture": string(architecture)})
