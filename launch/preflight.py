@@ -8,6 +8,7 @@ from mgpu.launch.http import http_address, http_options
 from mgpu.launch.prepare import LEAST_FILES, client_limits
 from mgpu.launch.settings.config import ServeConfig
 from mgpu.launch.settings.values import ConfigError
+from mgpu.launch.several_hosts import check_hosts
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.listening import check_address
 from mgpu.orchestrator.models.find import check_name
@@ -35,6 +36,7 @@ def check_options(
         if address is not None and not keys_may_come:  # the folder of a unit's socket is made when it starts
             check_address(address)
     http_options(config)
+    check_hosts(config)
     keys = keys_for(config.bind, config.keys, environ)
     if config.bind:
         from mgpu.orchestrator.gateway.front.endpoint import (

@@ -87,17 +87,34 @@ def parse_weights(text: str) -> dict[str, float]:
 
 def prepare(config: ServeConfig) -> PlannedModel:
     """Find the model that `serve` is to run, read its headers, place it. UserError when that cannot be."""
+    model, checkpoint = find_model(config)
+    planned = plan_model(model, checkpoint, config, tries_pairs=True)
+    return _completed(planned, config)
+
+
+def plan_found(model: ResolvedModel, checkpoint: Checkpoint, config: ServeConfig, machine: Machine) -> PlannedModel:
+    """Place a model that has been found on a machine that is not this one. UserError as `prepare`."""
+    check_loadable(checkpoint)
+    planned = plan(checkpoint.facts, machine, layout_options(model, config))
+    return _completed(PlannedModel(model, checkpoint, planned), config)
+
+
+def _completed(planned: PlannedModel, config: ServeConfig) -> PlannedModel:
+    model = planned.model
+    planned = replace(planned, sampling=sampling_defaults(config, model.path, model.format))
+    note_missing_tokenizer(model)  # after what may be refused: an error stands alone
+    return planned
+
+
+def find_model(config: ServeConfig) -> tuple[ResolvedModel, Checkpoint]:
+    """Find the model of the options, and read its headers. UserError."""
     model = resolve_model(
         config.model,
         part="no weights" if config.load_format == "dummy" else "all",
         report=lambda line: click.echo(line, err=True),
         offline=config.offline,
     )
-    checkpoint = read_model(model, config.load_format, config.model_code)
-    planned = plan_model(model, checkpoint, config, tries_pairs=True)
-    planned = replace(planned, sampling=sampling_defaults(config, model.path, model.format))
-    note_missing_tokenizer(model)  # after what may be refused: an error stands alone
-    return planned
+    return model, read_model(model, config.load_format, config.model_code)
 
 
 def sampling_defaults(config: ServeConfig, path: str, format: CheckpointFormat) -> SamplingDefaults:
@@ -160,9 +177,14 @@ def _check_tasks(config: ServeConfig, planned: Plan) -> None:
 
 def ground(model: ResolvedModel, config: ServeConfig, gpus: str = "") -> tuple[Machine, LayoutOptions]:
     """Return what a plan is made from beside the model. UserError when there is no such machine."""
-    topology = read_topology(Path(config.topology)) if config.topology else None
-    options = part_of(config, LayoutOptions, fewer_devices=model.is_demo, topology=topology)
+    options = layout_options(model, config)
     return described_machine(gpus) if gpus else _machine(config, options), options
+
+
+def layout_options(model: ResolvedModel, config: ServeConfig) -> LayoutOptions:
+    """Return what decides a layout beside model and machine. UserError for an unusable topology file."""
+    topology = read_topology(Path(config.topology)) if config.topology else None
+    return part_of(config, LayoutOptions, fewer_devices=model.is_demo, topology=topology)
 
 
 def _machine(config: ServeConfig, options: LayoutOptions) -> Machine:

@@ -13,6 +13,8 @@ from mgpu.orchestrator.host.reload import Reloadable, Reloader
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.host.signals import Signals
 from mgpu.orchestrator.host.systemd import Notifier
+from mgpu.orchestrator.hosts.host_group import HostGroup
+from mgpu.orchestrator.hosts.hosts import Hosts
 from mgpu.orchestrator.processes.child_process import ProcessStartError
 from mgpu.orchestrator.processes.failures import ending_of
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
@@ -34,13 +36,18 @@ class Server:
         notifier: Notifier | None = None,
         read_again: Callable[[], Reloadable] | None = None,
         listener: HttpListener | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
-        """``read_again`` returns what SIGHUP takes into use; it may raise UserError. No ``listener``: no HTTP."""
+        """``read_again`` returns what SIGHUP takes into use; it may raise UserError. No ``listener``: no HTTP.
+
+        ``hosts`` have joined and run the workers; None: they are processes of this machine.
+        """
         if config.keys is not None and listener is not None:
             config = replace(config, own_pair=new_pair())
         self._config = config
         self._notifier = notifier or Notifier()
         self._listener = listener
+        self._new_group = None if hosts is None else lambda epoch: HostGroup(hosts, config, epoch)
         used = Reloadable(
             config.keys, config.client_limits, config.timeouts.drain_timeout_s, api_keys=config.http.api_keys
         )
@@ -71,7 +78,7 @@ class Server:
                 HttpProcess(
                     self._listener, config.http, front_keys_of(config.keys, config.own_pair), config.http_command
                 ) as http,
-                WorkerProcesses(context, folder, config) as workers,
+                WorkerProcesses(context, folder, config, self._new_group) as workers,
             ):
                 engine = Engine(
                     config, self._scheduler, gateway, http, workers, signals, folder, self._notifier, self._reloader

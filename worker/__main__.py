@@ -4,6 +4,9 @@ The environment is torchrun's: RANK, LOCAL_RANK, WORLD_SIZE, and MASTER_ADDR, MA
 rendezvous file. The spec comes on standard input (4 bytes of little-endian length, then the message), which the parent
 keeps open.
 
+With ``--join`` this is the process that a launcher such as torchrun starts on another host; it starts the worker itself
+(`worker/join/agent.py`).
+
 A worker never outlives its parent. It ends when standard input does, and the kernel kills it (PR_SET_PDEATHSIG) when
 the parent's thread ends, in case another process keeps standard input open.
 """
@@ -21,6 +24,7 @@ from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.logs import configure_logging
 from mgpu.protocol.internal.worker_messages import CONTROL, WorkerSpec
 from mgpu.worker.device import start_cuda
+from mgpu.worker.join_options import add_options
 
 EXIT_FAILED = 1
 EXIT_BAD_SPEC = 2
@@ -30,6 +34,10 @@ EXIT_PARENT_GONE = 3
 def main() -> int:
     """Run one worker. The exit status is 0 after an orderly shutdown."""
     arguments = _parser().parse_args()
+    if arguments.join:
+        from mgpu.worker.join.command import run_joined
+
+        return run_joined(arguments)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # before it kills a group that failed, the orchestrator asks for its stacks
     # Ctrl-C goes to the whole foreground group; the orchestrator decides what it means.
@@ -84,6 +92,7 @@ def _import_torch() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mgpu.worker", description="One worker of mgpu.")
     parser.add_argument("--standby", action="store_true", help="import torch at once, before the spec comes")
+    add_options(parser)
     return parser
 
 

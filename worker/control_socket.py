@@ -3,7 +3,17 @@
 import zmq
 
 from mgpu.protocol.internal.codec import CodecError
-from mgpu.protocol.internal.worker_messages import CONTROL, AllocateCache, Shutdown, StaySpinning, StepPlan, Vocabulary
+from mgpu.protocol.internal.host_socket import use_host_options
+from mgpu.protocol.internal.worker_messages import (
+    CONTROL,
+    AllocateCache,
+    Joined,
+    Shutdown,
+    StaySpinning,
+    StepPlan,
+    Vocabulary,
+)
+from mgpu.protocol.keys import ClientKeys, public_of
 from mgpu.worker.errors import BadPlan
 
 _LINGER_MS = 2000
@@ -15,12 +25,16 @@ Order = AllocateCache | StepPlan | StaySpinning | Shutdown | Vocabulary
 class ControlSocket:
     """A DEALER socket for one thread. It owns its context; `close` it."""
 
-    def __init__(self, endpoint: str, epoch: int) -> None:
+    def __init__(self, endpoint: str, epoch: int, joined: Joined | None = None) -> None:
+        """``joined`` has the keys for an ``endpoint`` of tcp."""
         self._epoch = epoch
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.set_hwm(0)
+        if joined is not None:
+            keys = ClientKeys(joined.secret, public_of(joined.secret), joined.server_key)
+            use_host_options(self._socket, joined.identity, keys)
         self._socket.connect(endpoint)
 
     def send(self, message: object) -> None:

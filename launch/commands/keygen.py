@@ -8,7 +8,7 @@ import click
 
 from mgpu.launch.pages.help import Command
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.host.server_keys import CLIENTS_NAME, PUBLIC_NAME, PUBLIC_SUFFIX, SECRET_NAME
+from mgpu.orchestrator.host.server_keys import CLIENTS_NAME, PUBLIC_NAME, PUBLIC_SUFFIX, SECRET_NAME, WORKERS_NAME
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.keys import KEYS_VARIABLE, fingerprint, key_text, new_pair, read_keys
 
@@ -26,6 +26,7 @@ class KeygenError(UserError):
     examples=(
         "mgpu-launch keygen",
         "mgpu-launch keygen --client laptop",
+        "mgpu-launch keygen --worker host-b        # docs/several-hosts.md",
     ),
 )
 @click.option(
@@ -34,14 +35,22 @@ class KeygenError(UserError):
     help="Folder for the keys. [default: mgpu/keys in $XDG_CONFIG_HOME or ~/.config]",
 )
 @click.option("--client", metavar="NAME", help="Make a client's key instead, and put it on the list of the folder.")
-def keygen_command(out: Path | None, client: str | None) -> None:
+@click.option("--worker", metavar="NAME", help="Make the key of a host that joins with workers (serve --join).")
+def keygen_command(out: Path | None, client: str | None, worker: str | None) -> None:
     """Make a server's key, or a client's, for servers that are reached by tcp.
 
     First `keygen` for the server, then `keygen --client NAME` for each client. Existing keys are never changed.
     """
     folder = (out or default_folder()).absolute()
+    if client is not None and worker is not None:
+        raise KeygenError(
+            "--client and --worker are different keys: a worker sees all requests. Make one after the other"
+        )
     try:
-        lines = make_server(folder) if client is None else make_client(folder, client)
+        if worker is not None:
+            lines = make_worker(folder, worker)
+        else:
+            lines = make_server(folder) if client is None else make_client(folder, client)
     except MgpuError as error:
         raise KeygenError(str(error)) from None
     click.echo("\n".join(lines))
@@ -74,28 +83,45 @@ def make_client(folder: Path, name: str) -> list[str]:
 
     ``folder`` must hold the server's public key: it is the server's folder, or one on the client's machine.
     """
+    secret_file, made = _make_listed(folder, name, "client", CLIENTS_NAME)
+    return [
+        *made,
+        f"  move {secret_file} to the client, readable to its owner only",
+        f"  kill -HUP PID    # if the server runs: it reads {folder / CLIENTS_NAME} again",
+        f"  {KEYS_VARIABLE}={name}.client mgpu-launch status --endpoint tcp://SERVER:5555    # on the client",
+    ]
+
+
+def make_worker(folder: Path, name: str) -> list[str]:
+    """Make ``NAME.worker`` with the secret key of a host and ``workers/NAME.public``; return lines for the user."""
+    secret_file, made = _make_listed(folder, name, "worker", WORKERS_NAME)
+    return [
+        *made,
+        f"  move {secret_file} to the host, readable to its owner only",
+        f"  mgpu-launch serve -m MODEL --nodes N --join tcp://ADDRESS:5570 --keys {folder}",
+        f"  torchrun … -m mgpu.worker --join tcp://ADDRESS:5570 --keys {name}.worker -m MODEL    # on each host",
+    ]
+
+
+def _make_listed(folder: Path, name: str, kind: str, list_name: str) -> tuple[Path, list[str]]:
+    """Make a key pair, and put its public key on a list of the folder. Return the secret file, and lines on both."""
     if not _NAME.fullmatch(name):
-        raise KeygenError(f"{name!r} cannot name a client; use letters, digits, '_', '-' and '.', such as alice")
+        raise KeygenError(f"{name!r} cannot name a {kind}; use letters, digits, '_', '-' and '.', such as alice")
     if not (folder / PUBLIC_NAME).exists():
         raise KeygenError(
             f"{folder / PUBLIC_NAME} is missing: make the server's key first (mgpu-launch keygen --out {folder}), or "
             f"copy {PUBLIC_NAME} from the server's keys to {folder}"
         )
     server = read_keys(folder / PUBLIC_NAME, "public", is_secret=False)["public"]
-    secret_file, public_file = folder / f"{name}.client", folder / CLIENTS_NAME / f"{name}{PUBLIC_SUFFIX}"
+    secret_file, public_file = folder / f"{name}.{kind}", folder / list_name / f"{name}{PUBLIC_SUFFIX}"
     for file in (secret_file, public_file):
         _check_free(file, "choose another name, or remove it first")
     public, secret = new_pair()
-    _make_folder(folder / CLIENTS_NAME)
-    text = f"# Secret key of the mgpu client {name}, and its server's public key."
+    _make_folder(folder / list_name)
+    text = f"# Secret key of the mgpu {kind} {name}, and its server's public key."
     _write(secret_file, f"{text}\nsecret {key_text(secret)}\nserver {key_text(server)}\n", 0o600)
-    _write(public_file, f"# Public key of the mgpu client {name}.\npublic {key_text(public)}\n", 0o644)
-    return [
-        *_made(secret_file, public_file, public),
-        f"  move {secret_file} to the client, readable to its owner only",
-        f"  kill -HUP PID    # if the server runs: it reads {folder / CLIENTS_NAME} again",
-        f"  {KEYS_VARIABLE}={name}.client mgpu-launch status --endpoint tcp://SERVER:5555    # on the client",
-    ]
+    _write(public_file, f"# Public key of the mgpu {kind} {name}.\npublic {key_text(public)}\n", 0o644)
+    return secret_file, _made(secret_file, public_file, public)
 
 
 def _made(secret_file: Path, public_file: Path, public: bytes) -> list[str]:

@@ -22,12 +22,14 @@ from mgpu.launch.replicas import copy_commands, of_one_copy
 from mgpu.launch.settings.config import ServeConfig, declared_options
 from mgpu.launch.settings.options import config_options, model_argument, read_config
 from mgpu.launch.settings.values import ConfigError
+from mgpu.launch.several_hosts import serve_hosts
 from mgpu.orchestrator.config import Restarts, ServerConfig, Timeouts
 from mgpu.orchestrator.gateway.front.endpoint import try_endpoint
 from mgpu.orchestrator.host.listening import HttpListener, listening
 from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.server_keys import describe
 from mgpu.orchestrator.host.systemd import Notifier
+from mgpu.orchestrator.hosts.hosts import Hosts
 from mgpu.orchestrator.placement.devices import Machine, worker_environment
 from mgpu.orchestrator.placement.numa import cpus_of_node
 from mgpu.orchestrator.router.copies import COPY_VARIABLE
@@ -73,14 +75,18 @@ def serve_command(config_file: Path | None, **flags: Any) -> None:
     http = http_options(config)
     for_all_users = config.http_no_auth or http.api_keys is not None
     with listening(http_address(config, origins["http"] != "default"), for_all_users) as listener:
+
+        def make_server(planned: PlannedModel, hosts: Hosts | None = None) -> Server:
+            described = server_config(config, planned, keys)
+            if hosts is None and wants_standby(config, origins, planned.plan.machine):
+                described = replace(described, restarts=replace(described.restarts, standby=True))
+            return Server(described, notifier, lambda: read_again(config, config_file, flags), listener, hosts)
+
+        if config.nodes:
+            end_process(serve_hosts(config, make_server))
         if config.replicas > 1:
             end_process(serve_copies(config, origins, keys, notifier, listener))
-        planned = prepare(config)
-        described = server_config(config, planned, keys)
-        if wants_standby(config, origins, planned.plan.machine):
-            described = replace(described, restarts=replace(described.restarts, standby=True))
-        server = Server(described, notifier, lambda: read_again(config, config_file, flags), listener)
-        status = server.run()
+        status = make_server(prepare(config)).run()
     end_process(status)
 
 
@@ -147,7 +153,7 @@ def log_security(config: ServeConfig, keys: ServerKeys | None) -> None:
     log = logging.getLogger(__name__)
     if keys is not None:
         log.info("%s", describe(keys))
-    elif config.keys and not config.bind.startswith("tcp://"):
+    elif config.keys and not config.join and not config.bind.startswith("tcp://"):
         log.warning("--keys has no effect: only tcp needs keys, and --bind is %s", config.bind or "the default, ipc")
     elif config.bind.startswith("tcp://"):
         log.info("every user of this machine can connect to %s; --keys would change that", config.bind)
@@ -165,7 +171,8 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
     plan, checkpoint = planned.plan, planned.checkpoint
     ordinals = [device for stage in plan.layout.placement.stages for device in stage.devices]
     devices = {ordinal: plan.machine.devices[ordinal] for ordinal in ordinals}
-    placed = [worker_environment(plan.machine, ordinal) for ordinal in ordinals]
+    is_here = not plan.machine.hosts
+    placed = [worker_environment(plan.machine, ordinal) for ordinal in ordinals if is_here]
     return ServerConfig(
         model=checkpoint.source,
         facts=plan.facts,
@@ -194,7 +201,7 @@ def server_config(config: ServeConfig, planned: PlannedModel, keys: ServerKeys |
         timeouts=part_of(config, Timeouts),
         restarts=part_of(config, Restarts),
         worker_envs=tuple(environment for environment, _ in placed),
-        worker_cpus=tuple(cpus_of_node(plan.machine.devices[ordinal].numa_node) for ordinal in ordinals),
+        worker_cpus=tuple(cpus_of_node(devices[ordinal].numa_node) for ordinal in ordinals if is_here),
         worker_devices=tuple(device for _, device in placed),
-        gpu_uuids={ordinal: device.uuid for ordinal, device in devices.items() if device.kind == "cuda"},
+        gpu_uuids={ordinal: each.uuid for ordinal, each in devices.items() if each.kind == "cuda" and is_here},
     )

@@ -4,14 +4,13 @@ import importlib.metadata
 import importlib.util
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 import mgpu
 from mgpu.orchestrator.errors import DeviceError
 from mgpu.orchestrator.placement.nvml import Nvml, NvmlSession
+from mgpu.protocol.internal.commit import commit_of
 
-_GIT_S = 5.0
 _PACKAGES = ("triton", "pyzmq", "tokenizers")
 
 
@@ -64,21 +63,6 @@ def torch_nccl() -> str:
         if name.lower().startswith("nvidia-nccl"):
             return f"{distribution.version} ({name})"
     return "no package of it"
-
-
-def commit_of(folder: Path) -> str:
-    """Return the commit of the checkout that holds ``folder``, with + where files differ; empty without one."""
-    place = folder.resolve()
-    if not any((parent / ".git").exists() for parent in (place, *place.parents)):
-        return ""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(place), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            capture_output=True, text=True, timeout=_GIT_S, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown: git does not answer"
-    return done.stdout.strip() or "unknown: git does not answer"
 
 
 def _driver(nvml: Nvml | None) -> list[tuple[str, str]]:

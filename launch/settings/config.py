@@ -110,6 +110,14 @@ class ServeConfig:
     replicas: int = _option(
         1, "Whole copies of the model behind one endpoint, each on its share of the GPUs, or of the cores.", 1, 256
     )
+    nodes: int = _option(
+        0, "Hosts whose workers an outside launcher starts: wait for them at --join (docs/several-hosts.md).", 0, 1024
+    )
+    join: str = _option("", "Where these workers join: tcp://ADDRESS:PORT; needs --keys.")
+    join_timeout_s: float = _option(
+        600.0, "Seconds to wait for all of them, at the start or after one is lost.", 1, 86400
+    )
+    host_timeout_s: float = _option(10.0, "Seconds of silence after which one of these hosts counts as lost.", 2, 3600)
     max_seq_len: Tokens = _option(  # noqa: RUF009
         Tokens(0),
         "Longest prompt plus output, in tokens, such as 8192 or 8k (0: what the model allows).",

@@ -6,11 +6,11 @@ import zmq
 
 from mgpu.orchestrator.host.signals import Signals
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
+from mgpu.orchestrator.processes.group import Group
 from mgpu.orchestrator.processes.http_process import HttpProcess
-from mgpu.orchestrator.processes.worker_group import WorkerGroup
 
 
-def poller_of(signals: Signals, gateway: GatewayProcess, http: HttpProcess, workers: WorkerGroup) -> zmq.Poller:
+def poller_of(signals: Signals, gateway: GatewayProcess, http: HttpProcess, workers: Group) -> zmq.Poller:
     """Watch signals, messages and the ends of processes; make another one when a process has been replaced."""
     poller = zmq.Poller()
     processes = (*gateway.processes, *workers.processes)

@@ -8,6 +8,7 @@ A keys folder, as `mgpu-launch keygen` makes it: ``server.secret``, ``server.pub
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mgpu.orchestrator.errors import UserError
@@ -17,11 +18,20 @@ from mgpu.protocol.keys import KeyFileError, check_curve, fingerprint, public_of
 SECRET_NAME = "server.secret"
 PUBLIC_NAME = "server.public"
 CLIENTS_NAME = "clients"
+WORKERS_NAME = "workers"
 PUBLIC_SUFFIX = ".public"
 CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"
 CREDENTIAL = "keys"
 MAX_CLIENTS = 1000
 """All of them are part of a gateway's spec, which must fit into a pipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKeys:
+    """The server's secret key, and the public keys of the hosts that may join it with workers."""
+
+    secret: bytes = field(repr=False)
+    workers: tuple[bytes, ...]
 
 
 class KeysError(UserError):
@@ -44,6 +54,18 @@ def load_server_keys(folder: str, environ: Mapping[str, str], needs_clients: boo
     return None
 
 
+def load_worker_keys(folder: str) -> WorkerKeys:
+    """Load the keys of ``folder`` for hosts that join. They are a list of their own: a worker sees all requests.
+
+    KeysError as `load_server_keys`, also when no worker has a key.
+    """
+    try:
+        own, listed = _listed_keys(Path(folder), WORKERS_NAME, "worker", True)
+    except KeyFileError as error:
+        raise KeysError(str(error)) from None
+    return WorkerKeys(own, tuple(listed))
+
+
 def describe(keys: ServerKeys) -> str:
     """Return, for the log, whose keys these are; nothing in it is secret."""
     clients = ", ".join(map(fingerprint, keys.clients[:8])) + (", …" if len(keys.clients) > 8 else "")
@@ -51,27 +73,38 @@ def describe(keys: ServerKeys) -> str:
 
 
 def _from_folder(folder: Path, needs_clients: bool) -> ServerKeys:
-    secret, clients = folder / SECRET_NAME, folder / CLIENTS_NAME
+    return ServerKeys(*_listed_keys(folder, CLIENTS_NAME, "client", needs_clients))
+
+
+def _listed_keys(folder: Path, list_name: str, kind: str, needs_any: bool) -> tuple[bytes, list[bytes]]:
+    """Return the secret key of a folder, and the public keys of one of its lists."""
+    secret, clients = folder / SECRET_NAME, folder / list_name
     if folder.is_file():
         raise KeysError(f"{folder} is a file, such as a client has; a server needs its folder of keys: --keys FOLDER")
     if not folder.is_dir():
         raise KeysError(f"{folder} is no folder of keys; make one with: mgpu-launch keygen --out {folder}")
     if not os.path.lexists(secret):
         raise KeysError(f"{secret} is missing; make it with: mgpu-launch keygen --out {folder}")
+    if kind != "client" and not clients.is_dir():
+        raise KeysError(_no_keys(folder, clients, kind))
     for place in (folder, clients):
         _check_writers(place)
     try:
         listed = sorted(path for path in clients.iterdir() if path.suffix == PUBLIC_SUFFIX)
     except OSError as error:
-        raise KeysError(f"cannot list the client keys in {clients}: {error.strerror}") from None
-    if needs_clients and not listed:
-        raise KeysError(
-            f"{clients} has no *{PUBLIC_SUFFIX} file, so nobody could connect; make a client's key with: "
-            f"mgpu-launch keygen --out {folder} --client NAME"
-        )
+        raise KeysError(f"cannot list the {kind} keys in {clients}: {error.strerror}") from None
+    if needs_any and not listed:
+        raise KeysError(_no_keys(folder, clients, kind))
     for file in listed:
         _check_writers(file)
     return _load(secret, listed, check_mode=True)
+
+
+def _no_keys(folder: Path, listed: Path, kind: str) -> str:
+    return (
+        f"{listed} has no *{PUBLIC_SUFFIX} file, so nobody could connect; make a {kind}'s key with: "
+        f"mgpu-launch keygen --out {folder} --{kind} NAME"
+    )
 
 
 def _check_writers(path: Path) -> None:
@@ -109,7 +142,7 @@ def _from_credentials(folder: Path) -> ServerKeys | None:
             f"the service's keys have no {CLIENTS_NAME}/NAME{PUBLIC_SUFFIX}, so nobody could connect; make a client's "
             "key with: mgpu-launch keygen --out /etc/mgpu/INSTANCE.keys --client NAME"
         )
-    return _load(secret, listed, check_mode=False)
+    return ServerKeys(*_load(secret, listed, check_mode=False))
 
 
 def _check_plain_credential(file: Path) -> None:
@@ -121,10 +154,10 @@ def _check_plain_credential(file: Path) -> None:
         )
 
 
-def _load(secret: Path, listed: list[Path], check_mode: bool) -> ServerKeys:
+def _load(secret: Path, listed: list[Path], check_mode: bool) -> tuple[bytes, list[bytes]]:
     check_curve()
     if len(listed) > MAX_CLIENTS:
         raise KeysError(f"{len(listed)} client keys beside {secret}; at most {MAX_CLIENTS} may connect to one server")
     own = read_keys(secret, "secret", is_secret=True, check_mode=check_mode)["secret"]
     clients = [read_keys(path, "public", is_secret=False)["public"] for path in listed]
-    return ServerKeys(own, list(dict.fromkeys(clients)))
+    return own, list(dict.fromkeys(clients))

@@ -64,6 +64,8 @@ class Machine:
     """How far up the PCI tree each two GPUs meet, in NVML's levels; empty: not known."""
     host_bytes: tuple[int, int] = (0, 0)
     """Total and free bytes of the memory beside the GPUs, which CPU workers could use."""
+    hosts: tuple[str, ...] = ()
+    """The host of each device, if they are of hosts that have joined; empty: all are of this machine."""
 
     @property
     def kind(self) -> Literal["cpu", "cuda"]:

@@ -196,6 +196,8 @@ def _transports(placement: PlacementPlan, machine: Machine) -> tuple[Transport, 
         return way if splits else "none", way if crosses else "none"
     if machine.nccl and not has_shared_devices(placement) and not on_cpu:
         return "nccl" if splits else "none", "nccl" if crosses else "none"
+    if machine.hosts:
+        return "gloo" if splits else "none", "gloo" if crosses else "none"
     all_staged = len(staged_ranks(placement, machine)) == len(boundary_ranks(placement))
     boundary: Transport = "pinned" if all_staged else "peer"
     return "gloo" if splits else "none", boundary if crosses else "none"

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from mgpu.orchestrator.processes.worker_group import WorkerGroup
+from mgpu.orchestrator.processes.group import Group
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Standby:
 
     def __init__(
         self,
-        new_group: Callable[[int], WorkerGroup],
+        new_group: Callable[[int], Group],
         enabled: bool,
         delay_s: float,
         clock_s: Callable[[], float] = time.monotonic,
@@ -35,7 +35,7 @@ class Standby:
         self._enabled = enabled
         self._delay_s = delay_s
         self._clock_s = clock_s
-        self._parked: WorkerGroup | None = None
+        self._parked: Group | None = None
         self._due_s: float | None = None
 
     def prepare(self, epoch: int) -> None:
@@ -61,7 +61,7 @@ class Standby:
             self.kill()
             self._due_s = now_s + RETRY_S
 
-    def start_group(self, epoch: int) -> WorkerGroup:
+    def start_group(self, epoch: int) -> Group:
         """Start the group of ``epoch``, from the standby if that has this epoch and all its processes live.
 
         A group that cannot be started leaves nothing behind.

@@ -67,6 +67,8 @@ class WorkerGroup:
         self._runtime = runtime
         self._config = config
         self.epoch = epoch
+        self.world_size = config.layout.placement.world_size
+        self.is_waiting = False
         self._rendezvous = runtime.path / f"rendezvous-{epoch}"
         self._shared_fd = -1
         """Number of the shared memory's descriptor in the workers."""

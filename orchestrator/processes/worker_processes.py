@@ -7,11 +7,12 @@ start of the server is epoch 0, and uses the same code.
 
 import logging
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.processes.failures import ProcessFailure, RestartLimit, WorkersHung
+from mgpu.orchestrator.processes.group import Group
 from mgpu.orchestrator.processes.standby import Standby
 from mgpu.orchestrator.processes.worker_group import WorkerGroup, ZmqContext
 
@@ -28,8 +29,16 @@ class WorkerProcesses:
     Use it as a context manager; leaving it kills the processes.
     """
 
-    def __init__(self, context: ZmqContext, runtime: RuntimeDir, config: ServerConfig) -> None:
-        self.group = WorkerGroup(context, runtime, config, epoch=0)
+    def __init__(
+        self,
+        context: ZmqContext,
+        runtime: RuntimeDir,
+        config: ServerConfig,
+        new_group: Callable[[int], Group] | None = None,
+    ) -> None:
+        """``new_group`` makes the group of an epoch, not started; None: of processes of this machine."""
+        new_group = new_group or (lambda epoch: WorkerGroup(context, runtime, config, epoch))
+        self.group = new_group(0)
         """Of the current epoch; not started before `start`."""
         self.is_ready = False
         self.num_blocks = 0
@@ -40,9 +49,7 @@ class WorkerProcesses:
         """Weights that workers of all epochs have read from files."""
         restarts = config.restarts
         self.restarts = RestartLimit(restarts.max_restarts, restarts.restart_window_s)
-        self._standby = Standby(
-            lambda epoch: WorkerGroup(context, runtime, config, epoch), restarts.standby, restarts.standby_delay_s
-        )
+        self._standby = Standby(new_group, restarts.standby, restarts.standby_delay_s)
         self._most_blocks: int | None = None
         """Size of the first pool: later ones are never larger."""
         self._longest_silence_s = self._start_timeout_s = config.timeouts.start_timeout_s
@@ -71,10 +78,10 @@ class WorkerProcesses:
         group.take_in(events)
         if self.is_ready:
             return False
-        if not self._is_allocated and len(group.loaded) == len(group.processes):
+        if not self._is_allocated and len(group.loaded) == group.world_size:
             self.num_blocks = group.allocate_cache(self._most_blocks)
             self._is_allocated = True
-        if len(group.ready) < len(group.processes):
+        if len(group.ready) < group.world_size:
             self._check_silence()
             return False
         self._become_ready()
@@ -121,7 +128,7 @@ class WorkerProcesses:
     def _check_silence(self) -> None:
         group = self.group
         seen = (len(group.loaded), len(group.ready), list(group.progress.values()))
-        if seen != self._seen:
+        if seen != self._seen or group.is_waiting:
             self._seen, self._moved_s = seen, time.monotonic()
         elif time.monotonic() - self._moved_s > self._longest_silence_s:
             raise WorkersHung(f"the new workers have said nothing for {self._longest_silence_s:g} s")

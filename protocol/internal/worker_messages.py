@@ -15,6 +15,23 @@ from mgpu.protocol.model.layout import Layout, StepLimits
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """How a worker that joins over tcp finds the orchestrator and the other ranks; see host_messages.py."""
+
+    hosts: tuple[int, ...]
+    """The number of each rank's host. Ranks of different hosts share no memory."""
+    meeting: str
+    """Name of the meeting of this epoch's ranks in the store at MASTER_ADDR, which may outlive an epoch."""
+    opens_store: bool
+    """This rank opens that store, unless the launcher has."""
+    identity: bytes = b""
+    """Routing id of the worker's socket."""
+    secret: bytes = field(default=b"", repr=False)
+    """Keys of the host's key file, as of `ClientKeys`."""
+    server_key: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """The configuration of one worker. Its rank comes from RANK, LOCAL_RANK and WORLD_SIZE (torchrun's contract)."""
 
@@ -26,7 +43,7 @@ class WorkerSpec:
     device: str
     """``cpu``, ``cuda`` (LOCAL_RANK picks the visible device) or ``cuda:N``."""
     endpoint: str
-    """ipc endpoint of this worker's DEALER pair; the orchestrator binds, the worker connects."""
+    """ipc endpoint of this worker's DEALER pair; tcp if it is ``joined``. The worker connects."""
     rendezvous: str
     """``file://…`` for one machine; empty: MASTER_ADDR and MASTER_PORT of an outside launcher."""
     shared_fd: int
@@ -42,6 +59,15 @@ class WorkerSpec:
     """Seed of the random weights of ``load_format`` dummy."""
     worker_timeout_s: float
     """Longest wait for a peer rank before the worker gives up."""
+    joined: Joined | None = None
+    """Set if an outside launcher has started the ranks, on one host or several."""
+
+    @property
+    def ranks_here(self) -> int:
+        """Most ranks that any one machine has."""
+        if self.joined is None:
+            return self.layout.placement.world_size
+        return max(map(self.joined.hosts.count, self.joined.hosts))
 
 
 @dataclass(frozen=True, slots=True)

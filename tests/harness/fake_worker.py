@@ -21,6 +21,7 @@ from typing import Any
 import zmq
 
 from harness.fake_model import FakeModel
+from mgpu.protocol.internal.host_socket import use_host_options
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
@@ -35,6 +36,7 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerFailure,
     WorkerSpec,
 )
+from mgpu.protocol.keys import ClientKeys, public_of
 
 OPTIONS: dict[str, Any] = json.loads(os.environ.get("FAKE_WORKER", "{}"))
 RANK = int(os.environ["RANK"])
@@ -91,6 +93,10 @@ class FakeWorker:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 1000)
+        if (joined := spec.joined) is not None:
+            use_host_options(
+                self.socket, joined.identity, ClientKeys(joined.secret, public_of(joined.secret), joined.server_key)
+            )
         self.socket.connect(spec.endpoint)
         if spec.shared_fd >= 0:
             assert os.fstat(spec.shared_fd).st_size == spec.shared_bytes

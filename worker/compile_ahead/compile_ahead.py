@@ -61,7 +61,7 @@ class CompileAhead:
             return
         from mgpu.worker.compile_ahead import triton_internals
 
-        with triton_internals.compiling(self.device, self.spec.layout.placement.world_size) as outcome:
+        with triton_internals.compiling(self.device, self.spec.ranks_here) as outcome:
             with triton_internals.compile_only():
                 has_launched_all = self._try_launching()
             yield

@@ -163,13 +163,23 @@ def _peer_errors(what: str) -> Iterator[None]:
 
 
 def start_process_group(
-    rendezvous: str, rank: int, world_size: int, *, nccl_device: torch.device | None, start_s: float, timeout_s: float
+    rendezvous: str,
+    rank: int,
+    world_size: int,
+    *,
+    nccl_device: torch.device | None,
+    start_s: float,
+    timeout_s: float,
+    meeting: str = "ranks",
+    opens_store: bool | None = None,
 ) -> None:
     """Join the default group once all ranks are there, within ``start_s``; later operations may take ``timeout_s``.
 
-    ``rendezvous`` is a ``file://`` URL, or empty for MASTER_ADDR and MASTER_PORT. With ``nccl_device``, CUDA tensors go
-    by NCCL; CPU tensors always go by gloo.
+    ``rendezvous`` is a ``file://`` URL, or empty for MASTER_ADDR and MASTER_PORT. The store there is opened by rank 0,
+    or as ``opens_store`` says, and may have served an earlier ``meeting``. With ``nccl_device``, CUDA tensors go by
+    NCCL; CPU tensors always go by gloo.
     """
+    opens_store = rank == 0 if opens_store is None else opens_store
     if rendezvous:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")  # one machine: nothing may listen on a network
@@ -177,9 +187,10 @@ def start_process_group(
     if os.environ.get("MGPU_NO_P2P") == "1":
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
     with _peer_errors("all ranks to start"):
-        meeting = meet(rendezvous or "env://", rank, world_size, timeout=timedelta(seconds=start_s))
-        store, _, _ = next(meeting)
-        store.set(f"here/{rank}", b"1")
+        place = meet(rendezvous or "env://", 0 if opens_store else 1, world_size, timeout=timedelta(seconds=start_s))
+        whole, _, _ = next(place)
+        store = dist.PrefixStore(meeting, whole)  # type: ignore[attr-defined]
+        store.set(f"here/{rank}", "1")
         store.wait([f"here/{peer}" for peer in range(world_size)], timedelta(seconds=start_s))
         dist.init_process_group(
             "gloo" if nccl_device is None else "cpu:gloo,cuda:nccl",

@@ -175,7 +175,7 @@ class _Connector:
 
     def _join_process_group(self, start_s: float) -> None:
         """Join torch.distributed if any transport needs it."""
-        spec = self.spec
+        spec, joined = self.spec, self.spec.joined
         transports = {spec.layout.transport, spec.layout.stage_transport}
         if transports & {"gloo", "nccl"}:
             start_process_group(
@@ -185,6 +185,8 @@ class _Connector:
                 nccl_device=self.device if "nccl" in transports else None,
                 start_s=start_s,
                 timeout_s=spec.worker_timeout_s,
+                meeting="ranks" if joined is None else joined.meeting,
+                opens_store=None if joined is None else joined.opens_store,
             )
 
     def _stage_group(self) -> TensorParallelGroup:
@@ -211,7 +213,7 @@ class _Connector:
     def _with_kernels(self, group: TensorParallelGroup, host_group: TensorParallelGroup) -> TensorParallelGroup:
         """Let own kernels make the sums that they can, if all ranks of the stage reach each other's memory."""
         spec = self.spec
-        if group.size > MOST_RANKS:
+        if group.size > MOST_RANKS or not self._is_on_one_host():
             self._prepare_library(group)
             return group
         memory, broken = self._host_memory(), self._broken_peers()
@@ -225,6 +227,11 @@ class _Connector:
             opened = setup.open_on_host(limits, spec.worker_timeout_s)
         self._note(setup.note)
         return opened
+
+    def _is_on_one_host(self) -> bool:
+        """Return True if no rank of this stage is on another host, whose memory no kernel reaches."""
+        joined, ranks = self.spec.joined, self.placement.ranks_of_stage(self.place.stage_index)
+        return joined is None or len({joined.hosts[rank] for rank in ranks}) == 1
 
     def _prepare_library(self, group: TensorParallelGroup, is_all: bool = True) -> None:
         """Let NCCL open its connections, and find out whether graphs can have its sums if it makes them all."""

@@ -27,7 +27,7 @@ def pool_blocks(spec: WorkerSpec, pool_bytes: int, block_bytes: int) -> int:
 
 def cpu_pool_bytes(spec: WorkerSpec) -> int:
     """Return the bytes of this worker's pool in a machine's memory, which all workers share."""
-    return spec.kv_memory or layout.cpu_pool_bytes(_available_bytes() / spec.layout.placement.world_size)
+    return spec.kv_memory or layout.cpu_pool_bytes(_available_bytes() / spec.ranks_here)
 
 
 def _available_bytes() -> int:

@@ -67,7 +67,7 @@ class StartUp:
             done += nbytes
             progress(min(done, total), total)
 
-        return stage, load_weights(stage, checkpoint, add, ranks_here=spec.layout.placement.world_size)
+        return stage, load_weights(stage, checkpoint, add, ranks_here=spec.ranks_here)
 
     def measure(self, stage: DecoderStage) -> Loaded:
         """Return how many blocks this rank could hold, and its other sizes. OutOfMemory if it could hold none."""

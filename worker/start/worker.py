@@ -56,7 +56,7 @@ class Worker:
         self.device = torch.device("cpu")
         self.phase = "spawn"
         self.phase_s: dict[str, float] = {}
-        self.control = ControlSocket(spec.endpoint, spec.epoch)
+        self.control = ControlSocket(spec.endpoint, spec.epoch, spec.joined)
         self._links: Links | None = None
         self._phase_began_s = 0.0
         self._reported_s = 0.0
