@@ -45,10 +45,12 @@ def read_launcher(environ: Mapping[str, str], host: str) -> Launched:
         raise LauncherError(f"WORLD_SIZE={world_size}: it must be between 1 and {_MOST_RANKS}")
     if not 0 <= rank < world_size:
         raise LauncherError(
-            f"RANK={rank} is out of range: with WORLD_SIZE={world_size} ranks are 0 to {world_size - 1}"
+            f"RANK={rank} is out of range: WORLD_SIZE={world_size} has ranks 0 to {world_size - 1}"
         )
     local_size = _number(environ, "LOCAL_WORLD_SIZE") or _first_count(environ.get("SLURM_STEP_TASKS_PER_NODE", "")) or 1
     local_rank = _number(environ, "LOCAL_RANK", "SLURM_LOCALID") or 0
+    if local_rank < 0:
+        raise LauncherError(f"LOCAL_RANK={local_rank} is out of range: ranks of a host count from 0")
     local_size = max(local_size, local_rank + 1)
     node = next((environ[name] for name in ("GROUP_RANK", "SLURM_NODEID") if environ.get(name)), host)
     return Launched(rank, world_size, local_rank, local_size, node, _master(environ))
