@@ -44,9 +44,7 @@ def read_launcher(environ: Mapping[str, str], host: str) -> Launched:
     if not 0 < world_size <= _MOST_RANKS:
         raise LauncherError(f"WORLD_SIZE={world_size}: it must be between 1 and {_MOST_RANKS}")
     if not 0 <= rank < world_size:
-        raise LauncherError(
-            f"RANK={rank} is out of range: WORLD_SIZE={world_size} has ranks 0 to {world_size - 1}"
-        )
+        raise LauncherError(f"RANK={rank} is out of range: WORLD_SIZE={world_size} has ranks 0 to {world_size - 1}")
     local_size = _number(environ, "LOCAL_WORLD_SIZE") or _first_count(environ.get("SLURM_STEP_TASKS_PER_NODE", "")) or 1
     local_rank = _number(environ, "LOCAL_RANK", "SLURM_LOCALID") or 0
     if local_rank < 0:
