@@ -117,7 +117,8 @@ def serve_copies(
 
     planned = prepare(of_one_copy(config))
     copies = copy_commands(config, origins, planned)
-    described = RouterConfig(config.bind, keys, http_options(config), config.drain_timeout_s, copies)
+    limits = replace(client_limits(config), max_sequences=config.max_sequences * len(copies))
+    described = RouterConfig(config.bind, keys, http_options(config), config.drain_timeout_s, copies, limits=limits)
     return RouterServer(described, notifier, listener).run()
 
 

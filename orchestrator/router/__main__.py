@@ -47,7 +47,9 @@ def main() -> int:
     _wait_for(fleet)
     with zmq.Context() as context:
         front = FrontSocket(context, spec.bind, MAX_REQUEST_BYTES, spec.keys, spec.own_key)
-        router = Router(front, fleet.replicas, names_accounts=not spec.replica_keys)
+        if spec.limits is not None:
+            front.connections.max_of_key = spec.limits.max_client_connections
+        router = Router(front, fleet.replicas, names_accounts=not spec.replica_keys, limits=spec.limits)
         try:
             _serve(router, fleet, orders, front.endpoint, spec.report_fd)
         finally:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
-from mgpu.orchestrator.gateway.front.account import KEY_PREFIX, NAMED_PREFIX, PART_OF, Account, account_of
+from mgpu.orchestrator.gateway.front.account import KEY_PREFIX, NAMED_PREFIX, PART_OF, Account
 from mgpu.orchestrator.gateway.front.socket import Received
 from mgpu.orchestrator.router.affinity import chunk_keys, prompt_bytes
 from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
@@ -43,13 +43,12 @@ class Arrivals:
         return fields
 
     def request(
-        self, received: Received, client: str, data: dict[object, object], fields: Mapping[str, Any]
+        self, received: Received, account: Account, data: dict[object, object], fields: Mapping[str, Any]
     ) -> RoutedRequest:
-        """Return the request of a message; ``client`` is whom its sender speaks for, by access control."""
+        """Return the request of a message, which counts to ``account``."""
         values = {str(name): value for name, value in data.items() if value is not None}
         values.pop("account", None)
         if self._names_accounts:
-            account = account_of(received.identity, received.connection, received.owner, client)
             values["account"] = _name_of(account)
         salt = fields.get("cache_salt", "")
         if received.identity.startswith(KEY_PREFIX):
@@ -61,6 +60,7 @@ class Arrivals:
         emitted = fields.get("emitted_ids", b"")
         return RoutedRequest(
             received.connection,
+            account,
             request_id,
             values,
             name,

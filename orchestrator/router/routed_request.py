@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.front.seeds import seed_of_choice
@@ -64,6 +65,8 @@ class RoutedRequest:
     """A generate request from arrival to its last message."""
 
     connection: bytes
+    account: Account
+    """Whose request it is."""
     id: int
     """The client's own."""
     message: Mapping[str, object]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import zmq
 
+from mgpu.orchestrator.gateway.front.account import account_of
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.inbox import GIVEN_UP, Inbox
@@ -23,6 +24,7 @@ from mgpu.orchestrator.router.adopt import Adoption
 from mgpu.orchestrator.router.agreement import Agreement
 from mgpu.orchestrator.router.arrivals import Arrivals
 from mgpu.orchestrator.router.dispatch import Dispatch
+from mgpu.orchestrator.router.in_flight import InFlight
 from mgpu.orchestrator.router.questions import Questions
 from mgpu.orchestrator.router.replica import Replica
 from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
@@ -38,6 +40,7 @@ from mgpu.protocol.front.client_messages import (
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.framing import WireError
 from mgpu.protocol.front.server_messages import Failed, Keepalive, Resumed, ServerMessage, to_map
+from mgpu.protocol.internal.client_limits import ClientLimits
 
 TURN_S = 0.004
 QUANTUM_S = 0.0003
@@ -52,10 +55,19 @@ log = logging.getLogger(__name__)
 class Router:
     """Owns the front socket and the connections to the replicas; one thread."""
 
-    def __init__(self, front: FrontSocket, replicas: Sequence[Replica], names_accounts: bool = True) -> None:
-        """``names_accounts``: the replicas are told whose request it is, which a key does not allow."""
+    def __init__(
+        self,
+        front: FrontSocket,
+        replicas: Sequence[Replica],
+        names_accounts: bool = True,
+        limits: ClientLimits | None = None,
+    ) -> None:
+        """``names_accounts``: the replicas are told whose request it is, which a key does not allow.
+
+        ``limits`` hold for all replicas together; None: only each replica's own.
+        """
         self.replicas = replicas
-        self.table = RoutedTable(front)
+        self.table = RoutedTable(front, InFlight(limits))
         self.dispatch = Dispatch(replicas, self.table)
         self.questions = Questions(replicas, self.table, self.dispatch, front)
         self._front = front
@@ -157,7 +169,9 @@ class Router:
         if len(self.table) >= MAX_REQUESTS:
             raise Refusal("overloaded", f"{len(self.table)} requests are in flight", RETRY_AFTER_S)
         client = self._front.access.client_of(fields.get("account", ""), received.identity)
-        routed = self._arrivals.request(received, client, data, fields)
+        account = account_of(received.identity, received.connection, received.owner, client)
+        self.table.in_flight.check(account, fields.get("n", 1))
+        routed = self._arrivals.request(received, account, data, fields)
         known = self.table.named(routed.session, routed.id) if routed.is_resumable else None
         if known is not None and known.ended_s is None:
             raise Refusal("duplicate_id", "a request with this id is in flight; choose another id")
@@ -183,7 +197,9 @@ class Router:
 
     def _adopt(self, received: Received, message: ResumeRequest, session: str, upstream_id: int) -> None:
         choices = [RoutedChoice(first=max(0, at), finish_reason="stop" if at < 0 else None) for at in message.offsets]
-        routed = RoutedRequest(received.connection, message.id, {}, session, upstream_id, True, None, choices)
+        routed = RoutedRequest(
+            received.connection, received.account, message.id, {}, session, upstream_id, True, None, choices
+        )
         self._adoption.begin(routed, list(message.offsets))
 
     def _cancel(self, connection: bytes, request_id: int) -> None:

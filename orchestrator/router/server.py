@@ -24,6 +24,7 @@ from mgpu.orchestrator.router.copies import Copy, CopyCommand, CopyFailed
 from mgpu.orchestrator.router.roll import Roll
 from mgpu.orchestrator.router.router_process import RouterProcess
 from mgpu.protocol.discovery import COPY_FOLDER, RunningServer
+from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.internal.http_spec import HttpOptions
 from mgpu.protocol.internal.router_messages import KnownReplica, RouterOrders, RouterReport, RouterSpec
@@ -57,6 +58,8 @@ class RouterConfig:
     """Servers that run already; asked again every few seconds."""
     replica_keys: str | None = None
     """Key file for endpoints on tcp."""
+    limits: ClientLimits | None = None
+    """Of the whole server; None: each replica has its own."""
 
 
 class RouterServer:
@@ -103,7 +106,9 @@ class RouterServer:
     def _spec(self, folder: RuntimeDir, report_fd: int) -> RouterSpec:
         own_key = b"" if self._own_pair is None else self._own_pair[0]
         bind = self._config.bind or folder.ipc("front.sock")
-        return RouterSpec(bind, self._config.keys, own_key, self._config.replica_keys or "", report_fd)
+        return RouterSpec(
+            bind, self._config.keys, own_key, self._config.replica_keys or "", report_fd, self._config.limits
+        )
 
     def _serve(self, signals: Signals, folder: RuntimeDir, router: RouterProcess, http: HttpProcess) -> None:
         """Look after everything until the time to stop has come."""

@@ -8,6 +8,7 @@ from typing import cast
 import msgpack
 
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
+from mgpu.orchestrator.router.in_flight import InFlight
 from mgpu.orchestrator.router.routed_request import RoutedRequest
 from mgpu.protocol.front.server_messages import Failed, ServerMessage, to_map
 
@@ -22,8 +23,9 @@ Name = tuple[str, int]
 class RoutedTable:
     """Requests by connection and id, and by name. Sends their clients what is said about them."""
 
-    def __init__(self, front: FrontSocket) -> None:
+    def __init__(self, front: FrontSocket, in_flight: InFlight | None = None) -> None:
         self._front = front
+        self.in_flight = InFlight() if in_flight is None else in_flight
         self._pack = msgpack.Packer(use_bin_type=True).pack
         self._by_connection: dict[bytes, dict[int, RoutedRequest]] = {}
         self._by_name: dict[Name, RoutedRequest] = {}
@@ -54,6 +56,7 @@ class RoutedTable:
             self._ended.pop((routed.session, routed.id), None)
             self._by_name[routed.session, routed.id] = routed
         routed.last_sent_s = time.monotonic()
+        self.in_flight.add(routed.account, len(routed.choices))
         self._count += 1
 
     def move(self, routed: RoutedRequest, connection: bytes) -> None:
@@ -105,6 +108,7 @@ class RoutedTable:
             del self._by_connection[routed.connection]
         if routed.is_resumable and self._by_name.get((routed.session, routed.id)) is routed:
             del self._by_name[routed.session, routed.id]
+        self.in_flight.remove(routed.account, len(routed.choices))
         self._count -= 1
 
     def prune(self, now_s: float) -> None:

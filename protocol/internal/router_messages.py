@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.codec import Codec
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 
@@ -18,6 +19,8 @@ class RouterSpec:
     """Key file for replicas on tcp; empty: they need none, or there are none."""
     report_fd: int
     """Inherited descriptor of the pipe for `RouterReport`."""
+    limits: ClientLimits | None = None
+    """Of each account, on all replicas together; None: the replicas alone have limits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,19 @@ from harness.waiting import eventually
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.router.replica import Replica
 from mgpu.orchestrator.router.router import Router
+from mgpu.protocol.internal.client_limits import ClientLimits
 
 
 class RouterThread:
     """A router that runs until `end`, which is like a death: nobody is told anything."""
 
-    def __init__(self, endpoint: str, endpoints: list[str], names_accounts: bool = True) -> None:
+    def __init__(
+        self, endpoint: str, endpoints: list[str], names_accounts: bool = True, limits: ClientLimits | None = None
+    ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._front = FrontSocket(self._context, endpoint, 1 << 20)
         self.replicas = [Replica(f"replica{at}") for at in range(len(endpoints))]
-        self.router = Router(self._front, self.replicas, names_accounts)
+        self.router = Router(self._front, self.replicas, names_accounts, limits)
         self.endpoint = endpoint
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(endpoints,), daemon=True)

@@ -5,6 +5,7 @@ from typing import Any, cast
 import msgpack
 import pytest
 
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.router.dispatch import Dispatch
 from mgpu.orchestrator.router.part import Part
@@ -12,6 +13,8 @@ from mgpu.orchestrator.router.replica import RUNNING_TOKENS, Replica
 from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
 from mgpu.orchestrator.router.table import RoutedTable
 from mgpu.protocol.front.fields import FieldError
+
+ACCOUNT = Account("pid:1", "uid:0 01")
 
 UPSTREAM = 1 << 40
 ACCEPTED = {"type": "accepted", "id": UPSTREAM, "model": "m", "prompt_tokens": 3, "max_tokens": 9, "seed": 5}
@@ -44,7 +47,9 @@ class Way:
         self.replica = Replica("replica0")
         self.dispatch = Dispatch([self.replica], self.table)
         choices = [RoutedChoice(), RoutedChoice()]
-        self.routed = RoutedRequest(b"client", 7, {"n": 2}, "s", UPSTREAM, True, None, choices, prompt_size=100)
+        self.routed = RoutedRequest(
+            b"client", ACCOUNT, 7, {"n": 2}, "s", UPSTREAM, True, None, choices, prompt_size=100
+        )
         self.table.add(self.routed)
         message = {"id": UPSTREAM, "n": 2, "session": "s"}
         self.part = Part(self.routed, [0, 1], message, self.dispatch.on_error, self.dispatch.pass_on)

@@ -11,6 +11,7 @@ from harness.gateway_process import GatewayProcess, says
 from harness.router_thread import RouterThread
 from harness.waiting import eventually
 from mgpu import Client, RequestFailed
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.router.dispatch import Dispatch
 from mgpu.orchestrator.router.part import Part
@@ -18,6 +19,8 @@ from mgpu.orchestrator.router.replica import Replica
 from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
 from mgpu.orchestrator.router.table import RoutedTable
 from mgpu.protocol.front.seeds import seed_of_choice
+
+ACCOUNT = Account("pid:1", "uid:0 01")
 
 
 def test_answers_pass_through_whole(client: Client) -> None:
@@ -127,7 +130,7 @@ def test_a_request_ends_whose_replica_is_lost_before_its_last_message() -> None:
     replica = Replica("replica0")
     dispatch = Dispatch([replica], table)
     choices = [RoutedChoice(finish_reason="length"), RoutedChoice()]
-    routed = RoutedRequest(b"c", 7, {"prompt_ids": b"1234"}, "s", 16, True, None, choices)
+    routed = RoutedRequest(b"c", ACCOUNT, 7, {"prompt_ids": b"1234"}, "s", 16, True, None, choices)
     table.add(routed)
     part = Part(routed, [0, 1], {"id": 16, "n": 2}, dispatch.on_error, dispatch.pass_on)
     replica.add(part)

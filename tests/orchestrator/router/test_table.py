@@ -5,14 +5,17 @@ from typing import cast
 
 import pytest
 
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.router import table as module
 from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
 from mgpu.orchestrator.router.table import RoutedTable
 
+ACCOUNT = Account("pid:1", "uid:0 01")
+
 
 def ended(table: RoutedTable, request_id: int, is_resumable: bool = True) -> RoutedRequest:
-    routed = RoutedRequest(b"c", request_id, {}, "s", request_id, is_resumable, None, [RoutedChoice()])
+    routed = RoutedRequest(b"c", ACCOUNT, request_id, {}, "s", request_id, is_resumable, None, [RoutedChoice()])
     table.add(routed)
     table.end(routed, routed.finished())
     return routed
