@@ -7,7 +7,7 @@ import zmq
 
 from mgpu.protocol.front import framing
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class ScriptedServer:

@@ -45,7 +45,7 @@ from mgpu.protocol.model.facts import ModelSource
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 FACTS = make_facts(

@@ -4,7 +4,7 @@ import contextlib
 import socket
 from collections.abc import Iterator
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 _READY = b"\x05READY" + b"\x0bSocket-Type" + b"\0\0\0\x06DEALER"
 _IDENTITY = b"\x08Identity"
