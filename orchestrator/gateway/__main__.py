@@ -48,8 +48,9 @@ def main() -> int:
         spec = read_spec(LINK, GatewaySpec)
     except BadSpec as error:
         sys.exit(f"gateway: {error}")
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    link = context.socket(zmq.DEALER)
+    # Each context has threads of its own: what clients send does not hold up the engine.
+    context, own_context = zmq.Context[zmq.Socket[bytes]](), zmq.Context[zmq.Socket[bytes]]()
+    link = own_context.socket(zmq.DEALER)
     link.setsockopt(zmq.LINGER, LINK_LINGER_MS)
     link.set_hwm(0)
     link.connect(spec.link)
@@ -64,6 +65,7 @@ def main() -> int:
         return 1
     finally:
         context.destroy()  # closes all sockets: after an exception the front channel is still open
+        own_context.destroy()
         if select.select(parent_fds, [], [], _PARENT_DEATH_S)[0]:  # the parent is gone and cannot clean up
             _remove_folders(Path(spec.runtime_dir))
     return 0

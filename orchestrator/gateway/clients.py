@@ -7,7 +7,7 @@ from mgpu.orchestrator.gateway.front.access import scope_to_key
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.inbox import GIVEN_UP, Inbox
-from mgpu.orchestrator.gateway.front.pace import CANCEL_S, Pace
+from mgpu.orchestrator.gateway.front.pace import CANCEL_S, CONNECTION_S, Modest, Pace
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
@@ -63,7 +63,8 @@ class Clients:
         self._resumptions = resumptions
         self._outgoing = outgoing
         self._suspects = suspects
-        self._inbox, self._pace = Inbox(front, turns, self._on_client), Pace()
+        self._pace, self._modest = Pace(), Modest()
+        self._inbox = Inbox(front, turns, self._on_client, charge=self._modest.charge)
         self._next_flush_s = 0.0
         self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)
 
@@ -74,7 +75,8 @@ class Clients:
 
     def wait_s(self) -> float:
         """Return how long messages have to wait for the sake of the requests that run; 0 if they need not."""
-        return self._pace.wait_s() if len(self._table) else 0.0
+        wait_s = self._pace.wait_s() if len(self._table) else 0.0
+        return min(wait_s, self._modest.wait_s()) if wait_s else 0.0
 
     def serve(self) -> None:
         """Handle messages, the account that has cost the least first, until the time of this turn is over.
@@ -87,11 +89,22 @@ class Clients:
             self._front.flush()
         if not len(self._table):
             self._inbox.serve(TURN_S)
-            self._front.take_receiving_s()
+            self._take_cost_s()
         elif self._pace.wait_s() == 0:
             self._inbox.serve(min(TURN_S, self._pace.left_s()))
-            self._pace.spend(time.monotonic() - began_s + self._front.take_receiving_s())
+            self._pace.spend(time.monotonic() - began_s + self._take_cost_s())
+        elif self._modest.wait_s() == 0:
+            self._inbox.serve(TURN_S, self._modest.has)
+            self._modest.spend(time.monotonic() - began_s + self._take_cost_s())
+        else:
+            self.drop_lost()
+            return
+        self._front.connections.accept_more(self._inbox.is_behind)
         self.drop_lost()
+
+    def _take_cost_s(self) -> float:
+        """Return what libzmq has done for what was read and for new connections since the last call."""
+        return self._front.take_receiving_s() + CONNECTION_S * self._front.connections.take_accepted()
 
     def _on_client(self, received: Received) -> None:
         """Handle a client's message; if something is wrong with it, its client is told and nothing else happens."""
@@ -129,6 +142,7 @@ class Clients:
             self._queries.on_query(connection, account, message)
         elif (request := self._table.get(connection, message.id)) is not None:
             self._pace.spend(CANCEL_S)
+            self._modest.charge(account.owner, CANCEL_S)
             self._requests.cancel(request)
         else:
             self._resumptions.cancel(connection, account, message.id)

@@ -7,8 +7,8 @@ One turn of the loop waits until something is ready or the clock is due, and the
     connections         answer all handshakes that wait, end connections that are too many
     threads             take all results: the loaded tokenizer, prompts encoded by other processes
     engine              handle up to 8 messages
-    clients             send what slow readers now take, handle messages in turns by account for 4 ms, unless the
-                        pace asks for a pause, drop lost connections (`clients.py`)
+    clients             send what slow readers now take, handle messages in turns by account for 4 ms, during a pause
+                        that the pace asks for only those of modest owners, drop lost connections (`clients.py`)
     clock               every 0.25 s: keepalives, deadlines, memory, a removed socket file
 
 What a request goes through is in `requests/request_handler.py`.
@@ -109,7 +109,8 @@ class Gateway:
             self._suspects,
         )
         self._memory = MemoryLimit(spec.memory_bytes)
-        front.access.shut_out = {owner: time.monotonic() + seconds for owner, seconds in spec.shut_out.items()}
+        for owner, seconds in spec.shut_out.items():
+            front.access.shut_out.add(owner, seconds)
         front.connections.max_of_key = spec.limits.max_client_connections
         self._next_period_s = self._next_alive_s = 0.0
         self._encoders_due_s = math.inf

@@ -87,6 +87,7 @@ class Router:
         self._front.admit()
         self._front.flush()
         self._inbox.serve(TURN_S)
+        self._front.connections.accept_more(self._inbox.is_behind)
         for replica in self.replicas:
             replica.receive()
         now_s = time.monotonic()

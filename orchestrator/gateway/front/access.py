@@ -9,7 +9,6 @@ peer must prove (CURVE) that it has a key of the allow-list; without one, only t
 
 import logging
 import os
-import time
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from mgpu.orchestrator.gateway.front.account import KEY_PREFIX, NAMED_PREFIX
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.descriptors import PROCESS
 from mgpu.orchestrator.gateway.front.refusal import Refusal
+from mgpu.orchestrator.gateway.front.strikes import ShutOut
 from mgpu.protocol.front.client_messages import ClientMessage, Generate, ResumeRequest
 from mgpu.protocol.keys import KEY_BYTES, fingerprint
 
@@ -44,8 +44,7 @@ class AccessControl:
         """
         self._own_keys = {own_key} if own_key else set()
         self.set_client_keys(client_keys)
-        self.shut_out: dict[str, float] = {}
-        """Owner, and until when (CLOCK_MONOTONIC) it is not let in."""
+        self.shut_out = ShutOut()
         self._admitted: list[tuple[str, str]] = []
         self._refusals = BoundedLog(log, logging.WARNING)
         self.socket = context.socket(zmq.ROUTER)
@@ -78,7 +77,7 @@ class AccessControl:
             return [b"400", b"refused"]
         origin = origin_of(question[3].decode("latin-1"))
         owner = owner_of(identity, origin)
-        if self.shut_out.get(owner, 0.0) > time.monotonic():
+        if self.shut_out.has(owner):
             self._refusals.write("%s is shut out for a while", owner)
             return [b"300", b"shut out for a while"]
         self._admitted.append((origin, owner))

@@ -10,8 +10,8 @@ says whose it is and ends it. Ended are
 - connections beyond what the limit of open files leaves: at the limit libzmq aborts the process. The owner with the
   most goes first, and of its connections those that have never said anything. `accept_gate.py` keeps libzmq from
   accepting more than can be ended in time.
+- connections that send a message without an end (`endless.py`).
 - connections of an owner beyond its own number, after they were told (`check`).
-- holders of a routing id that libzmq may be about to give to another (`routing_ids.py`).
 
 An *origin* is what is known at once: ``pid:N`` on ipc, an address on tcp. The *owner* is the origin, until the
 transport has proven a key. libzmq does not say which connection has just completed its handshake. The oldest that has
@@ -37,10 +37,11 @@ from mgpu.orchestrator.gateway.front.descriptors import (
     received_bytes,
     unread_bytes,
 )
+from mgpu.orchestrator.gateway.front.endless import EndlessMessages
+from mgpu.orchestrator.gateway.front.io_threads import IoThreads
 from mgpu.orchestrator.gateway.front.open_connection import OpenConnection, excess
 from mgpu.orchestrator.gateway.front.pipe_room import PipeRoom
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
-from mgpu.orchestrator.gateway.front.routing_ids import AutomaticIds
 from mgpu.protocol.front.framing import HANDSHAKE_TIMEOUT_MS
 
 MAX_UNPROVEN_OF_ADDRESS = 256
@@ -50,10 +51,7 @@ HANDSHAKE_S = HANDSHAKE_TIMEOUT_MS / 1000
 """A connection that is open for longer has proven itself: else libzmq would have ended it."""
 GOODBYE_S = 1.0
 """Time for the answer that says why a connection ends."""
-SILENCE_S = 0.5
-"""Who says nothing for so long may hold a routing id for no good purpose."""
 CHECK_INTERVAL_S = 0.25
-IDS_AHEAD, MAX_IDS_AHEAD = 128, 4000
 EVENTS_PER_TURN = 2000
 KEPT_SHARE, MOST_SHARE = 0.95, 1.1
 """Of the connections that are possible: so many stay when there are more, and so many are accepted at all."""
@@ -74,15 +72,14 @@ class Connections:
         self,
         context: "zmq.Context[Any]",
         router: "zmq.Socket[Any]",
-        automatic_ids: AutomaticIds,
         max_open: int,
         has_keys: bool,
+        io_threads: IoThreads | None = None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make it before ``router`` is bound. ``max_open``: all that the process has descriptors for."""
         self.max_of_key = self.max_open = max_open
         self._router = router
-        self._ids = automatic_ids
         self._clock_s = clock_s
         self._open: dict[int, OpenConnection] = {}
         self._by_name: dict[bytes, OpenConnection] = {}
@@ -97,11 +94,13 @@ class Connections:
         self._closing: set[int] = set()
         """Descriptors of ended connections that libzmq has not closed yet."""
         self._gate = AcceptGate()
-        self._num_admitted = 0
-        """Since routing ids were last looked at."""
+        self.is_shut_out: Callable[[str], bool] = lambda _origin: False
+        """Such a connection is ended before libzmq reads of it."""
+        self._num_accepted = 0
+        """Since `take_accepted` was called."""
         self._next_check_s = 0.0
         self._random = random.Random()
-        self._ender, self._pipes = Ender(), PipeRoom()
+        self._ender, self._pipes, self._endless = Ender(), PipeRoom(None, io_threads), EndlessMessages()
         self.monitor = context.socket(zmq.PAIR)
         self.monitor.setsockopt(zmq.LINGER, 0)
         self.monitor.setsockopt(zmq.RCVHWM, 0)  # at a limit libzmq's own thread would wait for this one
@@ -180,11 +179,9 @@ class Connections:
                 self._prove_oldest(self._unproven.get(origin, {}), owner)
         self._bound_unproven(now_s)
         self._bound_open()
-        self._accept_more()
         if now_s >= self._next_check_s:
             self._next_check_s = now_s + CHECK_INTERVAL_S
             self._end_due(now_s)
-            self._free_routing_ids(now_s)
 
     def end_slow_handshakes(self) -> None:
         """End what has been open for a while and has not proven anything: libzmq may hold a megabyte of each."""
@@ -195,16 +192,19 @@ class Connections:
     def on_bound(self) -> None:
         """Begin to bound what is accepted; call it when the socket was bound."""
         deadline_s = self._clock_s() + _GATE_S
-        self.update(())
+        self.accept_more()
         while not self._gate.is_complete and self._clock_s() < deadline_s:
             self.update(())
+            self.accept_more()
 
     def introduce(self, connection: bytes, frame: zmq.Frame, origin: str, owner: str) -> bool:
         """Note whose ``connection`` is by a ``frame`` of its message; return False if it has ended.
 
         For one that is known this costs a look-up.
         """
-        if connection in self._by_name:
+        known = self._by_name.get(connection)
+        if known is not None:
+            known.is_heard = True
             return True
         try:
             fd = int(frame.get("__fd"))
@@ -217,11 +217,25 @@ class Connections:
             return found is not None
         self._prove(found, owner, is_bounded=not found.name)  # else it may be named by what another has left behind
         self._by_name.pop(found.name, None)
-        found.name = connection
+        found.name, found.is_heard = connection, True
         self._by_name[connection] = found
-        if self._ids.is_chosen(connection):
-            self._judge(found)
         return True
+
+    def end(self, connection: bytes) -> bool:
+        """End a connection that has sent a message; return False if it has ended already."""
+        if (found := self._by_name.get(connection)) is not None:
+            self._end(found)
+        return found is not None
+
+    def end_endless(self, worked_s: float) -> list[str]:
+        """End the connections that send a message without an end, and return their owners.
+
+        ``worked_s`` is the CPU time of libzmq's threads so far.
+        """
+        found = self._endless.look(worked_s, self._open.values())
+        for each in found:
+            self._end(each)
+        return [each.owner for each in found]
 
     def has_left(self, connection: bytes) -> bool:
         """Return whether the peer of a connection that has sent a message is gone."""
@@ -231,20 +245,10 @@ class Connections:
     def check(self, connection: bytes) -> None:
         """Raise Refusal if a connection that has sent a message may not stay; it is ended a moment later."""
         found = self._by_name.get(connection)
-        if found is not None and found.has_chosen_id:
-            text = "a routing id of five bytes that begins with zero is the server's own; choose another, or none"
-            raise Refusal("bad_request", text)
         if found is not None and found.end_at_s is not None:
             most, count = self._most_of(found.owner), self._counts[found.owner]
             text = f"this client has {count} connections, the limit is {most}; close some, or let programs share one"
             raise Refusal("overloaded", text, RETRY_AFTER_S)
-
-    def _judge(self, found: OpenConnection) -> None:
-        """End a connection that has chosen its id. libzmq reports each handshake before the first message after it."""
-        self._read_events(self._clock_s(), sys.maxsize)
-        if self._ids.is_chosen(found.name):
-            found.has_chosen_id = True
-            self._end_soon(found)
 
     def _read_events(self, now_s: float, most: int = EVENTS_PER_TURN) -> None:
         for _ in range(most):
@@ -254,8 +258,6 @@ class Connections:
                 return
             event, fd = int.from_bytes(data[:2], "little"), int.from_bytes(data[2:6], "little")
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._num_admitted += 1
-                self._ids.num_given += 1
                 if not self._has_keys:
                     self._prove_oldest(self._in_handshake)
                 continue
@@ -268,11 +270,19 @@ class Connections:
                 with suppress(OSError):  # it has ended already
                     self._add(fd, now_s)
 
+    def take_accepted(self) -> int:
+        """Return how many connections were accepted since the last call."""
+        count, self._num_accepted = self._num_accepted, 0
+        return count
+
     def _add(self, fd: int, now_s: float) -> None:
+        self._num_accepted += 1
         inode, origin = inode_and_origin(fd)
         found = OpenConnection(fd, inode, origin, origin, now_s)
         self._open[fd] = self._unproven[origin][fd] = self._in_handshake[fd] = found
         self._counts[origin] += 1
+        if self.is_shut_out(origin):
+            self._end(found)
 
     def _prove_oldest(self, waiting: dict[int, OpenConnection], owner: str = "") -> None:
         for found in waiting.values():
@@ -336,10 +346,15 @@ class Connections:
             for found in excess(self._open.values(), int(self.max_open * KEPT_SHARE)):
                 self._end(found)
 
-    def _accept_more(self) -> None:
+    def accept_more(self, is_behind: bool = False) -> None:
+        """Let libzmq accept one more connection, or as many as come. Call it whenever messages were read.
+
+        While the gateway ``is_behind`` with reading, it is one. What a new connection brings can be read until the next
+        is accepted, however many come, and those that are open are heard as before.
+        """
         num_open = len(self._open) + len(self._closing)
         free = self.max_open * FREE_SHARE
-        if num_open <= free and free >= LEAST_FREE:
+        if num_open <= free and free >= LEAST_FREE and not is_behind:
             self._gate.set(one_at_a_time=False)
         elif num_open < int(self.max_open * MOST_SHARE):
             self._gate.set(one_at_a_time=True)
@@ -349,14 +364,6 @@ class Connections:
         self._ending = self._ending[len(due) :]  # all have waited equally long
         for found in due:
             self._end(found)
-
-    def _free_routing_ids(self, now_s: float) -> None:
-        """End the silent connections if an id that is about to be given away is held."""
-        admitted, self._num_admitted = self._num_admitted, 0
-        if admitted and self._ids.held_ahead(min(IDS_AHEAD + 4 * admitted, MAX_IDS_AHEAD)):
-            for found in list(self._open.values()):
-                if found.is_proven and not found.name and now_s - found.since_s > SILENCE_S:
-                    self._end(found)
 
     def _end_soon(self, found: OpenConnection) -> None:
         if found.end_at_s is None:

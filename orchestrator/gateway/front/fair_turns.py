@@ -95,6 +95,13 @@ class _Part(Generic[Item]):
                 self._push(part)
         return None
 
+    def leave_out(self, may: Callable[[str], bool]) -> "list[tuple[float, int, _Part[Item]]]":
+        """Take the entries out of the heap that come before the first owner who ``may`` have a turn. Put them back."""
+        entries = []
+        while (part := self.head()) is not None and not may(part.path[0]):
+            entries.append(heapq.heappop(self.heap))
+        return entries
+
     def begin(self, part: "_Part[Item]") -> None:
         """Let a part that had nothing here start at the present at least."""
         if not (part.num_waiting or part.num_out):
@@ -163,15 +170,21 @@ class FairTurns(Generic[Item]):
         if is_first:  # else it is in line, or being served
             _enter(line)
 
-    def take(self) -> tuple[Path, Item] | None:
-        """Return the item whose turn it is, and its path; None if none waits. The path must be charged afterwards."""
-        if self._root.head() is None:
-            return None
+    def take(self, may: Callable[[str], bool] | None = None) -> tuple[Path, Item] | None:
+        """Return the item whose turn it is, and its path; None if none waits. The path must be charged afterwards.
+
+        With ``may``, owners for whom it is false are left out.
+        """
+        left_out = [] if may is None else self._root.leave_out(may)
         line = [self._root]
         while (head := line[-1].head()) is not None:
             line[-1].leave(head)
             line[-1].now_s = max(line[-1].now_s, head.tag_s)
             line.append(head)
+        for entry in left_out:
+            heapq.heappush(self._root.heap, entry)
+        if len(line) == 1:
+            return None
         item, nbytes = line[-1].waiting.popleft()
         for part in line:
             part.num_waiting -= 1

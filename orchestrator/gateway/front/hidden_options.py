@@ -7,9 +7,10 @@ When the ROUTER has as many messages of a connection as it may have, the engine 
 If the peer closes its connection now, the engine notes an error and goes on only when the ROUTER has been read: with
 the rest of these bytes. If a PING is among them, it is answered at once, and the engine asserts that there was no
 error. So a peer that sends messages and PINGs in turn and then leaves would end the process, with keys (CURVE) as
-without. An engine that reads no more than `READ_BYTES` at once has nothing left when it stops, or a single byte, and a
-PING has at least seven. Bodies of frames are not cut: libzmq reads whatever is longer than its buffer straight into the
-message. So a short frame costs two reads and a long one three, some microseconds in a thread of libzmq's own.
+without. An engine that reads no more than `READ_BYTES` at once has at most six bytes left when it stops, since at least
+one belongs to the frame that it stops at, and a PING has seven. Bodies of frames are not cut: libzmq reads whatever is
+longer than its buffer straight into the message. So a short frame costs one or two reads and a long one three, some
+microseconds in a thread of libzmq's own.
 
 *Routing ids.* A ROUTER (router.cpp) ignores a peer that has chosen a routing id in use, but takes in 16 messages of it,
 which nobody reads and nothing frees, and if it has sent more when it leaves, keeps its descriptor too. An id may be a
@@ -19,19 +20,21 @@ message instead, and for the ROUTER that is a peer without an id, whom it gives 
 The options lie in the socket object, and all connections inherit them. `in_batch_size`, `out_batch_size`, `zero_copy`
 and `router_notify` lie side by side and have known values. `recv_routing_id` is the one byte that ZMQ_ROUTER_RAW turns
 from 1 to 0, which is tried on other sockets. Where that is not found, nothing is changed: the gateway is replaced when
-it aborts, uncounted.
+it aborts, uncounted. Peers may choose ids then. libzmq aborts when one has chosen the number that it is about to give
+to another, and the numbers start at rand(), which nobody seeds: `seed_routing_ids` keeps anybody from knowing them.
 """
 
 import ctypes
 import logging
+import os
 import re
 import struct
 from typing import Any
 
 import zmq
 
-READ_BYTES = 2
-"""The flags and the length of a short frame. Less than a PING needs in any case."""
+READ_BYTES = 7
+"""The shortest PING. Three empty frames, or a whole version frame."""
 _VERSION = (4, 3)
 _SOCKET_BYTES = 1536
 """Of a ROUTER, which has over 2000, so many are searched."""
@@ -45,6 +48,11 @@ _HARDENED = struct.pack("=ii?3xi", READ_BYTES, 8192, False, _NOTIFY_CONNECT)
 """Without ``zero_copy``, which needs room for nine bytes in the buffer."""
 
 log = logging.getLogger(__name__)
+
+
+def seed_routing_ids() -> None:
+    """Let the ROUTERs that this process makes from now on number their peers from an unpredictable start."""
+    ctypes.CDLL(None).srand(ctypes.c_uint(int.from_bytes(os.urandom(4), "little")))
 
 
 def set_hidden_options(context: "zmq.Context[Any]", router: "zmq.Socket[Any]") -> bool:

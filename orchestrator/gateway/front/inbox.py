@@ -60,12 +60,15 @@ class Inbox:
         turns: FairTurns[Received],
         handle: Callable[[Received], None],
         quantum_s: float = 0.0,
+        charge: Callable[[str, float], None] = lambda _owner, _seconds: None,
     ) -> None:
         """``quantum_s``: for so long, messages of one account are handled in a row, and nothing new is read.
 
         Each reading and each turn has a price of its own. Where handling a message is cheap, so is a short wait.
+        ``charge`` is told what each owner has cost.
         """
         self._front = front
+        self._charge_owner = charge
         self._handle = handle
         self._quantum_s = quantum_s
         self._turns = turns
@@ -75,6 +78,8 @@ class Inbox:
         self._lap_s, self._lap_bytes = 0.0, 0
         """What this lap has cost so far."""
         self._next_lap_s = 0.0
+        self.is_behind = False
+        """The last turn has left messages unread."""
         self._skipped: Account | None = None
         """Whose message has too many frames: the socket skips the rest of it before the next message."""
 
@@ -82,8 +87,11 @@ class Inbox:
         """Return whether a message waits here."""
         return bool(self._turns)
 
-    def serve(self, seconds: float) -> None:
-        """Read and handle messages until none is left or the time is over; the last one may take longer."""
+    def serve(self, seconds: float, may: Callable[[str], bool] | None = None) -> None:
+        """Read and handle messages until none is left or the time is over; the last one may take longer.
+
+        With ``may``, those of owners for whom it is false are read but not handled.
+        """
         self._front.begin_turn()
         now_s = read_at_s = time.perf_counter()
         end_s = now_s + seconds
@@ -91,10 +99,12 @@ class Inbox:
             if now_s >= read_at_s:
                 self._read()
                 read_at_s = now_s + self._quantum_s
-            taken = self._turns.take()
+            taken = self._turns.take(may)
             if taken is None:
+                self.is_behind = may is not None or self._front.is_skipping
                 return
             now_s = self._serve_account(*taken)
+        self.is_behind = True
 
     def _serve_account(self, path: Path, received: Received | None) -> float:
         """Handle messages of one account, and charge it; return the time."""
@@ -108,6 +118,7 @@ class Inbox:
             received = self._turns.take_more(path) if now_s < until_s else None
         self._note_room(owner)
         self._turns.charge(path, now_s - began_s)
+        self._charge_owner(owner, now_s - began_s)
         return now_s
 
     def _read(self) -> None:
@@ -131,6 +142,7 @@ class Inbox:
                 self._add(received)
         for path, cost_s in costs.items():
             self._turns.charge_beside(path, cost_s)
+            self._charge_owner(path[0], cost_s)
 
     def _is_useless(self, received: Received) -> bool:
         """Return whether the sender has left, if its owner has sent so much that it is worth asking."""

@@ -17,11 +17,15 @@ class OpenConnection:
     is_proven: bool = False
     name: bytes = b""
     """The ROUTER's id, once it has sent a message."""
-    has_chosen_id: bool = False
-    """``name`` is one that the ROUTER has yet to give to another."""
     end_at_s: float | None = None
+    is_heard: bool = False
+    """A message has come since endless.py has last looked."""
+    endless_s: float = 0.0
+    """For how much of libzmq's time it has had unread bytes since then; see endless.py."""
     piped_bytes: int = 0
     """Handed to libzmq since it was last seen that the peer has taken everything; see pipe_room.py."""
+    piped_at_s: float = 0.0
+    """How long libzmq had worked when the bytes were last looked at; see pipe_room.py."""
 
 
 def excess(connections: Iterable[OpenConnection], kept: int) -> list[OpenConnection]:

@@ -6,8 +6,11 @@ messages is earned, at a fifth of what passes, and what is earned and not spent 
 of messages. Example: after a quiet while, a burst of 300 requests of 0.25 ms each is served at once. A flood is served
 for 0.1 s and then for 0.2 s of each second, in which its account gets the turns that others leave.
 
+While nothing may be spent, those who have cost little are served all the same (`Modest`): who floods has to wait for
+what the flood has cost, and who asks a question beside it does not. That is a tenth of the time at most.
+
 What others do for a message is spent too, by estimates: libzmq's own thread receives it, frame by frame, and the engine
-works on requests that end before anything has come of them.
+works on requests that end before anything has come of them. So is a new connection: its handshake, and the table of it.
 """
 
 import time
@@ -17,8 +20,16 @@ SHARE = 0.2
 MOST_S = 0.1
 LEAST_S = 0.001
 """With less to spend, nothing is begun."""
+MODEST_SHARE = 0.1
+"""Of the time, for those who have cost little, while the others wait."""
+MODEST_PAUSE_S = 0.01
+"""Between two looks for messages of theirs: each reads what floods send too."""
+OWN_SHARE, MOST_OWN_S = 0.05, 0.05
+"""Who costs less than this share of the time, or has been quiet and costs so much, has cost little."""
 FRAME_S, BYTE_S = 1e-6, 0.7e-9
 """What libzmq's thread needs: of a frame its reads, of a byte the copy, or with keys (1e-9) the deciphering."""
+CONNECTION_S = 0.0005
+"""What it needs, and the gateway itself, for a new connection. With keys about 0.7 ms."""
 CANCEL_S = 0.0005
 """What the engine and the workers have done for a request that its client has begun and cancelled."""
 
@@ -26,21 +37,60 @@ CANCEL_S = 0.0005
 class Pace:
     """The time that is earned and not spent."""
 
-    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock_s: Callable[[], float] = time.monotonic, share: float = SHARE, most_s: float = MOST_S
+    ) -> None:
+        self._share, self._most_s = share, most_s
         self._clock_s = clock_s
-        self._left_s, self._earned_s = MOST_S, clock_s()
+        self._left_s, self._earned_s = most_s, clock_s()
 
     def left_s(self) -> float:
         """Return the time that may be spent now; negative after more was spent than there was."""
         now_s = self._clock_s()
-        self._left_s = min(MOST_S, self._left_s + (now_s - self._earned_s) * SHARE)
+        self._left_s = min(self._most_s, self._left_s + (now_s - self._earned_s) * self._share)
         self._earned_s = now_s
         return self._left_s
 
     def wait_s(self) -> float:
         """Return how long to wait until something may be begun; 0 if that is now."""
-        return max(0.0, LEAST_S - self.left_s()) / SHARE
+        return max(0.0, LEAST_S - self.left_s()) / self._share
 
     def spend(self, seconds: float) -> None:
         """Note what was spent. A debt is at most as large as the credit, and so a pause at most about half a second."""
-        self._left_s = max(-MOST_S, self._left_s - seconds)
+        self._left_s = max(-self._most_s, self._left_s - seconds)
+
+
+class Modest:
+    """Who has cost little, and when they are served although the others have to wait."""
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._pace = Pace(clock_s, MODEST_SHARE)
+        self._costs: dict[str, Pace] = {}
+        """Of each owner who has cost anything lately."""
+        self._next_s = self._next_sweep_s = 0.0
+
+    def wait_s(self) -> float:
+        """Return how long to wait until their messages are looked for; 0 if that is now."""
+        return max(self._next_s - self._clock_s(), self._pace.wait_s(), 0.0)
+
+    def spend(self, seconds: float) -> None:
+        """Note what a look at their messages has cost."""
+        self._next_s = self._clock_s() + MODEST_PAUSE_S
+        self._pace.spend(seconds)
+
+    def charge(self, owner: str, seconds: float) -> None:
+        """Note what an owner has cost, at any time."""
+        found = self._costs.get(owner)
+        if found is None:
+            found = self._costs[owner] = Pace(self._clock_s, OWN_SHARE, MOST_OWN_S)
+        found.left_s()
+        found.spend(seconds)
+        if (now_s := self._clock_s()) >= self._next_sweep_s:
+            self._next_sweep_s = now_s + MOST_OWN_S / OWN_SHARE
+            self._costs = {name: each for name, each in self._costs.items() if each.left_s() < MOST_OWN_S}
+
+    def has(self, owner: str) -> bool:
+        """Return whether an owner has cost little."""
+        found = self._costs.get(owner)
+        return found is None or found.left_s() > 0

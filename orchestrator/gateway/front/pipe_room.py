@@ -2,7 +2,8 @@
 
 libzmq does not tell how much of a pipe it has sent. The kernel tells whether bytes of a connection wait there for a
 peer that does not take them. So bytes are counted as they are handed to libzmq, and when they have become many the
-kernel is asked: if nothing waits, the peer reads, and the count begins again.
+kernel is asked: if nothing waits, the peer reads, and the count begins again. What was handed over a moment ago may not
+be in the kernel yet, so that counts only when libzmq's thread has done what it was told until then (`io_threads.py`).
 
 Example: a client asks for texts of 1 MiB and reads none of them. The first fills the kernel's buffer and the pipe. The
 second finds bytes waiting and stays with the gateway, which gives the connection up when 4 MiB wait.
@@ -14,6 +15,7 @@ import termios
 from collections.abc import Callable
 
 from mgpu.orchestrator.gateway.front.descriptors import PROCESS
+from mgpu.orchestrator.gateway.front.io_threads import IoThreads
 from mgpu.orchestrator.gateway.front.open_connection import OpenConnection
 
 FREE_BYTES = 64 << 10
@@ -29,21 +31,29 @@ _SIOCOUTQNSD = 0x894B
 class PipeRoom:
     """What all connections have been handed."""
 
-    def __init__(self, unsent_bytes: Callable[[OpenConnection], int] | None = None) -> None:
+    def __init__(
+        self, unsent_bytes: Callable[[OpenConnection], int] | None = None, threads: IoThreads | None = None
+    ) -> None:
         self._unsent_bytes = unsent_bytes or unsent_bytes_of
+        self._threads = threads or IoThreads()
         self._total = 0
 
     def take(self, connection: OpenConnection, nbytes: int) -> bool:
         """Count so many bytes more for a connection; False if it has to read first. An idle one may have any number."""
         held = connection.piped_bytes + nbytes
-        if held > FREE_BYTES and connection.piped_bytes:
-            if self._unsent_bytes(connection) == 0:
-                held = nbytes
-            elif held > (MAX_BYTES if self._total < MAX_TOTAL_BYTES else FREE_BYTES):
-                return False
+        if held > FREE_BYTES:
+            if connection.piped_bytes:
+                if self._has_taken_all(connection):
+                    held = nbytes
+                elif held > (MAX_BYTES if self._total < MAX_TOTAL_BYTES else FREE_BYTES):
+                    return False
+            connection.piped_at_s = self._threads.worked_s()
         self._total += held - connection.piped_bytes
         connection.piped_bytes = held
         return True
+
+    def _has_taken_all(self, connection: OpenConnection) -> bool:
+        return self._unsent_bytes(connection) == 0 and self._threads.have_caught_up(connection.piped_at_s)
 
     def give_back(self, connection: OpenConnection, nbytes: int) -> None:
         """Take back what `take` counted last, because libzmq did not accept it."""

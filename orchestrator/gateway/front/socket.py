@@ -16,9 +16,9 @@ from mgpu.orchestrator.gateway.front.access import DOMAIN, AccessControl, origin
 from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.connections import Connections
 from mgpu.orchestrator.gateway.front.endpoint import BindError, bind, is_lost, release
-from mgpu.orchestrator.gateway.front.hidden_options import set_hidden_options
+from mgpu.orchestrator.gateway.front.hidden_options import seed_routing_ids, set_hidden_options
+from mgpu.orchestrator.gateway.front.io_threads import IoThreads, threads_of_process
 from mgpu.orchestrator.gateway.front.pace import BYTE_S, FRAME_S
-from mgpu.orchestrator.gateway.front.routing_ids import AutomaticIds, seed
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.client_messages import REQUEST_ID
 from mgpu.protocol.front.fields import FieldError
@@ -85,8 +85,10 @@ class FrontSocket:
         own_key: bytes = b"",
     ) -> None:
         """Bind ``endpoint``; BindError when that is impossible or not allowed. With ``keys``, tcp is encrypted."""
+        others = threads_of_process()
         self.access = AccessControl(context, None if keys is None else keys.clients, own_key)
-        seed()
+        self.io_threads = IoThreads(threads_of_process() - others)
+        seed_routing_ids()
         self.socket = context.socket(zmq.ROUTER)
         has_keys = keys is not None and endpoint.startswith("tcp://")
         if keys is not None and has_keys:
@@ -94,15 +96,17 @@ class FrontSocket:
         framing.set_server_options(self.socket, max_bytes)
         self.socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
-        automatic_ids = AutomaticIds(context, self.socket)
         set_hidden_options(context, self.socket)
-        self.connections = Connections(context, self.socket, automatic_ids, _room_for_connections(), has_keys)
+        self.connections = Connections(context, self.socket, _room_for_connections(), has_keys, self.io_threads)
+        self.connections.is_shut_out = self.access.shut_out.has
         self._limits = replace(framing.FROM_CLIENT, frame_bytes=max_bytes)
         self._backlogs: dict[bytes, _Backlog] = {}
         self._backlog_bytes = 0
         self._lost: dict[bytes, Loss] = {}
+        self._skipped_from = (b"", "")
+        """Connection and owner of the message that is skipped."""
         self._frames_left, self._receiving_s = FRAMES_PER_TURN, 0.0
-        self._is_skipping = False
+        self.is_skipping = False
         """The rest of a message with too many frames is still to be read, and dropped."""
         self._next_check_s, self._failed_binds = 0.0, 0
         try:
@@ -144,6 +148,8 @@ class FrontSocket:
         """Answer the handshakes that wait, take in who has connected or left, and end what is too much."""
         self.access.answer_requests()
         self.connections.update(self.access.take_admitted())
+        for owner in self.connections.end_endless(self.io_threads.worked_s()):
+            self.access.shut_out.strike(owner)
 
     def begin_turn(self) -> None:
         """Let `receive` read another `FRAMES_PER_TURN` frames."""
@@ -161,9 +167,7 @@ class FrontSocket:
         socket has all of its frames, and gives no other message before they are read. The next calls drop them, in as
         many turns as it takes.
         """
-        while self._is_skipping and self._frames_left > 0:
-            self._frames_left -= 1  # not charged beyond its time: everybody waits behind it
-            self._is_skipping = self.socket.recv(zmq.NOBLOCK, copy=False).more
+        self._skip()
         if self._frames_left <= 0:
             return None
         try:
@@ -180,10 +184,21 @@ class FrontSocket:
                 is_open = self.connections.introduce(connection, frame, origin, owner)
             frames.append(frame.bytes)
             has_more = frame.more
-        self._is_skipping = has_more
+        if has_more:
+            self.is_skipping, self._skipped_from = True, (connection, owner)
         received = Received(connection, frames, identity, owner, "", is_open)
         self._note_received(1 + len(frames), received.nbytes)
         return received
+
+    def _skip(self) -> None:
+        """Drop the rest of a message, and end its connection if its owner has sent too many such frames."""
+        before, (connection, owner) = self._frames_left, self._skipped_from
+        while self.is_skipping and self._frames_left > 0:
+            self._frames_left -= 1  # not charged beyond its time: everybody waits behind it
+            self.is_skipping = self.socket.recv(zmq.NOBLOCK, copy=False).more
+        num_skipped, shut_out = before - self._frames_left, self.access.shut_out
+        if num_skipped and not shut_out.tolerates(owner, num_skipped) and self.connections.end(connection):
+            shut_out.strike(owner)
 
     def _note_received(self, num_frames: int, nbytes: int) -> None:
         self._frames_left -= num_frames

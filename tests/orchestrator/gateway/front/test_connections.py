@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from harness.raw_peer import RawPeer
 from harness.waiting import eventually
 from harness.zmtp_flood import GREETING, raw_connection
 from mgpu.orchestrator.gateway.front import connections as module
-from mgpu.orchestrator.gateway.front import socket as socket_module
 from mgpu.orchestrator.gateway.front.open_connection import OpenConnection, excess
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.protocol.front import framing
@@ -31,10 +29,12 @@ class Front:
         self.socket = FrontSocket(self.context, endpoint, 1 << 20)
         self.connections = self.socket.connections
         self.received: list[bytes] = []
+        self.num_accepted = 0
         self.peers: list[zmq.Socket[bytes]] = []
 
     def turn_without_reading(self) -> bool:
         self.socket.admit()
+        self.num_accepted += self.connections.take_accepted()
         return True
 
     def turn(self) -> bool:
@@ -60,12 +60,6 @@ class Front:
         if speaks:
             peer.send_multipart(framing.pack({"id": 1}))
         return peer
-
-
-@pytest.fixture
-def _other_libzmq(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let peers choose routing ids, as where the options of libzmq are not found."""
-    monkeypatch.setattr(socket_module, "set_hidden_options", lambda *_: False)
 
 
 @pytest.fixture(params=["ipc", "tcp"])
@@ -96,7 +90,7 @@ def test_every_message_tells_its_owner_also_after_its_connection_has_ended(front
     owner = f"pid:{os.getpid()}" if front.socket.endpoint.startswith("ipc") else "127.0.0.1"
     for _ in range(20):
         front.dealer().close(linger=30_000)
-    eventually(lambda: front.turn_without_reading() and front.connections._ids.num_given == 21)
+    eventually(lambda: front.turn_without_reading() and front.num_accepted == 20)
     front.run_until(0, reads=False)
     front.socket.begin_turn()
     received = [front.socket.receive() for _ in range(20)]
@@ -163,51 +157,34 @@ def endpoint_address(endpoint: str) -> tuple[socket.AddressFamily, str | tuple[s
     return socket.AF_INET, (host, int(port))
 
 
-@pytest.mark.usefixtures("_other_libzmq")
-def test_a_chosen_id_of_the_kind_that_libzmq_gives_is_refused_and_ended(front: Front) -> None:
-    front.dealer(b"\0mine")  # chosen: 4.3 billion to one that it was not given yet
-    front.dealer(b"\0of another kind")
-    eventually(lambda: front.turn() and len(front.received) == 2)
-    chosen = front.received.index(b"\0mine")
-    with pytest.raises(module.Refusal, match="routing id"):
-        front.connections.check(front.received[chosen])
-    front.connections.check(front.received[1 - chosen])
-    front.run_until(1)
-
-
-@pytest.mark.usefixtures("_other_libzmq")
-def test_a_held_id_that_libzmq_comes_near_is_freed(front: Front) -> None:
-    """Holders that say nothing: libzmq would abort the process when it gives their id to another."""
-    speaker, ids = front.dealer(), front.connections._ids
+def test_while_messages_are_unread_connections_are_accepted_one_by_one(front: Front) -> None:
+    family, address = endpoint_address(front.socket.endpoint)
+    first = front.dealer()
     eventually(lambda: front.turn() and front.received)
-    for distance in range(350, 390):
-        front.dealer(b"\0" + ((ids._first + distance) % 2**32).to_bytes(4, "big"), speaks=False)
-    eventually(lambda: front.turn() and ids.held_ahead(350))
-
-    def connect_once() -> bool:
-        count = len(front.received)
-        peer = front.dealer()
-        eventually(lambda: front.turn() and len(front.received) > count)
-        peer.close()
-        return True
-
-    eventually(lambda: connect_once() and not ids.held_ahead(350))
-    assert ids.num_given < 350, "before libzmq is there"
-    speaker.send_multipart(framing.pack({"id": 2}))
-    eventually(lambda: front.turn() and front.received[-1] == front.received[0])
+    front.connections.accept_more(is_behind=True)
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            raw = stack.enter_context(socket.socket(family))
+            raw.connect(address)
+        for count in range(2, 5):
+            front.run_until(count)
+            first.send_multipart(framing.pack({"id": count}))
+            eventually(lambda count=count: front.turn() and len(front.received) == count)  # type: ignore[misc]
+            assert len(front.connections) == count, "libzmq has looked at its connections meanwhile"
+            front.connections.accept_more(is_behind=True)
+        front.connections.accept_more()
+        front.run_until(11)
 
 
-def test_who_has_connected_a_moment_ago_may_be_silent(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    began_s = time.monotonic()
-    front.connections._clock_s = lambda: began_s
-    front.dealer(speaks=False)
-    front.run_until(1)
-    eventually(lambda: front.turn() and front.connections.num_unproven == 0, "a handshake without keys proves nothing")
-    monkeypatch.setattr(front.connections._ids, "held_ahead", lambda count: True)
-    for age_s, num_left in ((0.4, 1), (0.6, 0)):
-        front.connections._num_admitted = 1
-        front.connections._free_routing_ids(began_s + age_s)
-        assert len(front.connections) == num_left
+def test_who_is_shut_out_is_not_let_in_until_its_time_is_over(front: Front) -> None:
+    shut_out = front.socket.access.shut_out
+    owner = f"pid:{os.getpid()}" if front.socket.endpoint.startswith("ipc") else "127.0.0.1"
+    shut_out.add(owner, 1000.0)
+    front.dealer()
+    eventually(lambda: front.turn_without_reading() and front.num_accepted and not len(front.connections))
+    shut_out.add(owner, 0.0)
+    front.dealer()
+    eventually(lambda: front.turn() and len(front.received) == 1)
 
 
 def test_the_owner_of_the_most_loses_its_silent_and_oldest_connections_first() -> None:

@@ -169,3 +169,20 @@ def test_parts_that_come_and_go_are_forgotten() -> None:
         assert taken is not None
         turns.charge(taken[0], 0.001)
     assert len(turns._root.parts["owner"].parts) < 10_000
+
+
+def test_owners_that_may_not_have_a_turn_are_passed_over_and_keep_their_place() -> None:
+    turns: FairTurns[float] = FairTurns()
+    for owner in ("flood", "other flood", "modest"):
+        turns.put((owner, "connection"), 1.0)
+        turns.put((owner, "connection"), 2.0)
+    for cost_s in (1.0, 2.0):
+        assert turns.take(lambda owner: owner == "modest") == (("modest", "connection"), cost_s)
+        turns.charge(("modest", "connection"), 1.0)
+    assert turns.take(lambda owner: owner == "modest") is None
+    left = []
+    while (taken := turns.take()) is not None:
+        left.append(taken)
+        turns.charge(taken[0], 0.1)
+    assert [path[0] for path, _ in left] == ["flood", "other flood"] * 2
+    assert not turns

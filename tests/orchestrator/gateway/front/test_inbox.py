@@ -25,6 +25,7 @@ class FakeFront:
         self.left: set[bytes] = set()
         self.num_read = 0
         self.connections = self
+        self.is_skipping = False
 
     def send(self, connection: bytes, nbytes: int = 10, count: int = 1, identity: str = KEY, owner: str = "") -> None:
         message = Received(connection, [b"x" * nbytes], identity, owner or identity)
@@ -234,3 +235,38 @@ def test_an_account_has_the_turn_for_a_quantum_and_pays_for_all_of_it(front: Fak
     assert len(order) == 80
     assert 2 <= changes < 40, "in a row, but in turns"
     assert order[:40].count(b"a") < 40
+
+
+def test_while_others_wait_only_those_who_may_are_handled(front: FakeFront, reader: Reader) -> None:
+    front.send(b"flood", count=20, identity="key:flood")
+    front.send(b"modest", count=3, identity="key:modest")
+    reader.inbox.serve(10.0, lambda owner: owner == "key:modest")
+    assert [each.connection for each in reader.handled] == [b"modest"] * 3
+    assert reader.inbox, "the others wait here"
+    reader.inbox.serve(10.0)
+    assert len(reader.handled) == 23
+
+
+def test_what_each_owner_has_cost_is_told(front: FakeFront) -> None:
+    costs: dict[str, float] = {}
+
+    def charge(owner: str, seconds: float) -> None:
+        costs[owner] = costs.get(owner, 0.0) + seconds
+
+    inbox = Inbox(front, FairTurns(), lambda _received: None, charge=charge)  # type: ignore[arg-type]
+    front.send(b"many", count=1000, identity="key:many")
+    front.send(b"one", identity="key:one")
+    inbox.serve(10.0)
+    assert costs["key:many"] > costs["key:one"] > 0
+
+
+def test_the_inbox_is_behind_while_messages_are_left(front: FakeFront, reader: Reader) -> None:
+    reader.cost_s = 0.002
+    front.send(b"a", count=20)
+    reader.inbox.serve(0.003)
+    assert reader.inbox.is_behind
+    reader.inbox.serve(10.0)
+    assert not reader.inbox.is_behind
+    front.is_skipping = True
+    reader.inbox.serve(10.0)
+    assert reader.inbox.is_behind, "nobody is heard before the rest of a message is skipped"

@@ -2,7 +2,17 @@
 
 import pytest
 
-from mgpu.orchestrator.gateway.front.pace import LEAST_S, MOST_S, SHARE, Pace
+from mgpu.orchestrator.gateway.front.pace import (
+    LEAST_S,
+    MODEST_PAUSE_S,
+    MODEST_SHARE,
+    MOST_OWN_S,
+    MOST_S,
+    OWN_SHARE,
+    SHARE,
+    Modest,
+    Pace,
+)
 
 
 class Clock:
@@ -41,3 +51,48 @@ def test_no_pause_is_long_whatever_was_spent() -> None:
     pace = Pace(Clock())
     pace.spend(60.0)
     assert pace.wait_s() <= (MOST_S + LEAST_S) / SHARE + 1e-9
+
+
+def test_who_floods_is_not_modest_until_it_has_been_quiet() -> None:
+    clock = Clock()
+    modest = Modest(clock)
+    assert modest.has("key:new")
+    for _ in range(20):
+        modest.charge("key:flood", 0.004)
+        clock.now_s += 0.02
+    assert not modest.has("key:flood")
+    assert modest.has("key:new")
+    clock.now_s += 2 * MOST_OWN_S / OWN_SHARE
+    assert modest.has("key:flood")
+
+
+def test_who_costs_less_than_its_share_stays_modest() -> None:
+    clock = Clock()
+    modest = Modest(clock)
+    for _ in range(1000):
+        modest.charge("pid:1", 0.9 * OWN_SHARE * 0.01)
+        clock.now_s += 0.01
+        assert modest.has("pid:1")
+
+
+def test_looks_for_the_messages_of_the_modest_have_a_bound_too() -> None:
+    clock = Clock()
+    modest, spent_s, num_looks = Modest(clock), 0.0, 0
+    while clock.now_s < 110.0:
+        if modest.wait_s() == 0:
+            modest.spend(0.004)
+            clock.now_s += 0.004
+            spent_s, num_looks = spent_s + 0.004, num_looks + 1
+        else:
+            clock.now_s += modest.wait_s() + 1e-9
+    assert spent_s == pytest.approx(10 * MODEST_SHARE + MOST_S, rel=0.05)
+    assert num_looks <= 10 / MODEST_PAUSE_S
+
+
+def test_owners_that_have_cost_something_are_forgotten() -> None:
+    clock = Clock()
+    modest = Modest(clock)
+    for number in range(1000):
+        modest.charge(f"pid:{number}", 0.001)
+        clock.now_s += 0.1
+    assert len(modest._costs) < 50

@@ -9,6 +9,7 @@ import zmq
 from bench.waiting import wait_until
 from harness.waiting import eventually
 from mgpu.orchestrator.gateway.front import socket as socket_module
+from mgpu.orchestrator.gateway.front.io_threads import IoThreads
 from mgpu.orchestrator.gateway.front.open_connection import OpenConnection
 from mgpu.orchestrator.gateway.front.pipe_room import FREE_BYTES, MAX_BYTES, MAX_TOTAL_BYTES, PipeRoom, unsent_bytes_of
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received
@@ -48,6 +49,32 @@ def test_who_does_not_read_may_have_a_megabyte(nbytes: int) -> None:
     assert MAX_BYTES - nbytes <= rooms.fill(found, nbytes) <= MAX_BYTES
     rooms.unsent = 0
     assert rooms.room.take(found, nbytes), "it reads again"
+
+
+class Threads(IoThreads):
+    """libzmq's threads, which have worked for a while and are asleep, or wait for a core."""
+
+    caught_up = True
+
+    def worked_s(self) -> float:
+        return 7.0
+
+    def have_caught_up(self, worked_s: float) -> bool:
+        assert worked_s in (0.0, 7.0)
+        return self.caught_up
+
+
+@pytest.mark.parametrize("nbytes", [100, 5000, 100_000])
+def test_a_burst_that_libzmq_has_not_written_yet_counts_until_it_has(nbytes: int) -> None:
+    """The kernel holds nothing of it, as if the peer had read all."""
+    threads, rooms, found = Threads(), Rooms(), connection()
+    rooms.unsent, rooms.room = 0, PipeRoom(lambda _: rooms.unsent, threads)
+    threads.caught_up = False
+    assert MAX_BYTES - nbytes <= rooms.fill(found, nbytes) <= MAX_BYTES
+    threads.caught_up = True
+    assert rooms.room.take(found, nbytes)
+    rooms.unsent = 1
+    assert rooms.fill(found, nbytes) <= MAX_BYTES
 
 
 def test_one_message_of_any_size_finds_room_in_an_empty_pipe() -> None:

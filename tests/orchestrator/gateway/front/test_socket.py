@@ -1,5 +1,6 @@
 """The front channel: one slow reader, too many frames, and the numbers of connections."""
 
+import os
 import subprocess
 import sys
 import time
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import zmq
 
+from harness.waiting import eventually
 from mgpu.orchestrator.gateway.front import socket as module
+from mgpu.orchestrator.gateway.front import strikes
 from mgpu.orchestrator.gateway.front.socket import FRAMES_PER_TURN, FrontSocket, Received
 from mgpu.protocol.front import framing
 
@@ -96,6 +99,38 @@ def test_a_message_of_many_frames_is_read_in_bounded_turns(tmp_path: Path) -> No
     context.destroy(0)
 
 
+def test_who_sends_too_many_frames_again_and_again_is_cut_off_and_shut_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strikes, "TOLERATED_FRAMES", 1000)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    front = FrontSocket(context, f"ipc://{tmp_path}/front", 1 << 20)
+    peers: list[zmq.Socket[bytes]] = []
+
+    def send(num_frames: int) -> int:
+        """Send a message; return how many connections are left when it has been read and skipped."""
+        peer = context.socket(zmq.DEALER)
+        peer.setsockopt(zmq.RECONNECT_IVL, -1)
+        peer.connect(front.endpoint)
+        peer.send_multipart([framing.VERSION, *[b""] * num_frames])
+        received: list[Received] = []
+
+        def turn() -> bool:
+            front.admit()
+            front.begin_turn()
+            received.extend(each for each in [front.receive()] if each is not None)
+            return bool(received) and not front.is_skipping
+
+        eventually(turn)
+        peers.append(peer)
+        return len(front.connections)
+
+    assert [send(900) for _ in range(3)] == [1, 1, 1], "the second and the third connection are ended"
+    assert front.access.shut_out.has(f"pid:{os.getpid()}")
+    front.close()
+    context.destroy(0)
+
+
 def test_what_libzmq_does_for_frames_and_bytes_is_estimated(tmp_path: Path) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     front = FrontSocket(context, f"ipc://{tmp_path}/front", 1 << 20)
@@ -105,7 +140,7 @@ def test_what_libzmq_does_for_frames_and_bytes_is_estimated(tmp_path: Path) -> N
     for frames in ([b"x"], [b"x" * 10**6], [b""] * 1500):
         peer.send_multipart(frames)
         deadline_s, received = time.monotonic() + 20, None
-        while (received is None or front._is_skipping) and time.monotonic() < deadline_s:
+        while (received is None or front.is_skipping) and time.monotonic() < deadline_s:
             front.access.answer_requests()
             front.begin_turn()
             received = front.receive() or received
