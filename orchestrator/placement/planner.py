@@ -66,6 +66,7 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
             f"{reason}: layers {mixed.first_layer} to {mixed.end_layer - 1} cannot be split over GPUs and CPU workers; "
             'give each its own layers, such as -n "0:N;cpu:M"'
         )
+    _check_one_stage(facts, placement)
     check_float8(machine, placement, options)
     kind = "cpu" if cpu_ranks(placement, machine) else machine.kind  # the slowest stage bounds a step
     max_batch_tokens = step_tokens(options, kind, machine.least_bytes, placement.num_stages)
@@ -95,6 +96,20 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
             *_states_note(options, rows),
             *(f"{part} is left out: tokens come one at a time" for part in facts.left_out),
         ),
+    )
+
+
+def _check_one_stage(facts: ModelFacts, placement: PlacementPlan) -> None:
+    """Raise PlacementError for several stages of a model whose layers need what the first ones have."""
+    sharing = [layer for layer in range(facts.num_layers) if facts.cache_source(layer) != layer]
+    if placement.num_stages == 1 or not (sharing or facts.per_layer):
+        return
+    why = [f"each of {facts.num_layers} layers has inputs from the token itself"] * (facts.per_layer is not None)
+    if sharing:
+        sources = " and ".join(map(str, sorted({facts.cache_source(layer) for layer in sharing})))
+        why.append(f"layers {sharing[0]} to {sharing[-1]} read the keys and values of layers {sources}")
+    raise PlacementError(
+        f"this model cannot be split into {placement.num_stages} stages: {'; '.join(why)}. Use one GPU, or --tp"
     )
 
 

@@ -77,7 +77,11 @@ def edge_elements(facts: ModelFacts, tp_size: int, first: bool, last: bool) -> i
     """
     table = padded_vocab(facts.vocab_size, tp_size) // tp_size * facts.hidden_size
     tables = int(first) + int(last) - int(first and last and facts.tie_embeddings)
-    return tables * table + (facts.hidden_size if last else 0)
+    per_layer = 0
+    if first and (per := facts.per_layer) is not None:  # the table is split as the vocabulary is, the rest is whole
+        width = facts.num_layers * per.size
+        per_layer = width * (padded_vocab(per.vocab_size, tp_size) // tp_size + facts.hidden_size) + per.size
+    return tables * table + (facts.hidden_size if last else 0) + per_layer
 
 
 @cache
@@ -172,6 +176,7 @@ def rank_weight_bytes(
 def kv_token_bytes(facts: ModelFacts, layers: range, tp_size: int, element_bytes: int) -> int:
     """Return the KV-cache bytes of one token on a rank of some layers, of which linear ones have none."""
     own = [facts.of_layer(layer) for layer in layers if not facts.is_linear(layer)]
+    own = [each for each in own if each.has_own_keys]
     held = [head_shard(each.num_q_heads, each.num_kv_heads, 0, tp_size).num_kv * each.cached_values for each in own]
     return sum(held) * element_bytes
 
@@ -200,13 +205,15 @@ def step_bytes(
         linear = 2 * facts.linear.channels(tp_size) + 2 * facts.linear.value_heads * facts.linear.value_dim // tp_size
         qkv = max(qkv, 4 * linear)
     width = 4 * facts.hidden_size + qkv + _mlp_elements(facts, tp_size)
+    if facts.per_layer is not None:  # from the table, from the embedding, and their sum
+        width += 3 * facts.num_layers * facts.per_layer.size
     logits = 3 * 4 * max_rows * padded_vocab(facts.vocab_size, tp_size) // tp_size if last else 0
     return max_batch_tokens * width * dtype_bytes + logits
 
 
 def _mlp_elements(facts: ModelFacts, tp_size: int) -> int:
     """Return the largest activations of one token in a feed-forward network, where each rank has its share."""
-    dense, experts = 3 * facts.intermediate_size // tp_size, facts.experts
+    dense, experts = 3 * facts.intermediate_size * facts.sharing_width // tp_size, facts.experts
     if experts is None:
         return dense
     sparse = experts.active * (3 * experts.width // tp_size + facts.hidden_size)

@@ -67,6 +67,8 @@ def _share_problems(facts: ModelFacts, shares: tuple[int, ...]) -> list[str]:
     if facts.full_heads is not None and len(set(shares)) > 1:
         full = facts.full_heads.num_kv
         return [f"full layers have {full} KV heads, others {heads}, which split evenly only; use --tp {len(shares)}"]
+    if facts.per_layer is not None and len(set(shares)) > 1:
+        return [f"the table of inputs of each layer is split evenly only; use --tp {len(shares)}"]
     if min(shares) < 1:
         return [f"each GPU needs at least 1 of the {heads} KV heads"]
     if sum(shares) != heads:

@@ -152,10 +152,16 @@ def _check_rope(fields: Fields) -> None:
                 raise fields.error(key, f"rope_type is {name[:40]!r}; supported: {', '.join(_ROPE_TYPES)}")
 
 
+_OF_KEYS = ("k_proj", "v_proj", "k_norm")
+"""What a checkpoint may have of layers that read the cache of another."""
+
+
 def without_ignored(facts: ModelFacts, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Leave out what transformers does not use: the layers that predict further tokens, which follow the others."""
+    """Leave out what transformers does not use: layers that predict further tokens, and keys that no layer computes."""
     first = facts.num_layers
     ignored = tuple(f"model.layers.{layer}." for layer in range(first, first + facts.ignored_layers))
+    sharing = [layer for layer in range(first) if facts.cache_source(layer) != layer]
+    ignored += tuple(f"model.layers.{layer}.self_attn.{part}." for layer in sharing for part in _OF_KEYS)
     return {name: entry for name, entry in tensors.items() if not name.startswith(ignored)}
 
 

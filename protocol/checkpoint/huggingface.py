@@ -22,6 +22,7 @@ from mgpu.protocol.checkpoint.linear import linear_facts
 from mgpu.protocol.checkpoint.quantized.config import SchemeOf, read_schemes, refusal
 from mgpu.protocol.checkpoint.rope.huggingface import read_rope, rotated_size
 from mgpu.protocol.checkpoint.sliding import read_sliding
+from mgpu.protocol.checkpoint.small_gemma import cache_sources, per_layer_inputs, sharing_width
 from mgpu.protocol.model.facts import HYBRID, LATENT, Activation, Dtype, LatentFacts, ModelCode, ModelFacts
 
 
@@ -144,6 +145,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
     base = FAMILIES[family]
     tying = outer if outer.has("tie_word_embeddings") else fields
     hidden = fields.integer("hidden_size", base.hidden_size, high=Limit.HIDDEN)
+    vocab_size = fields.integer("vocab_size", base.vocab_size, high=Limit.VOCAB)
     num_layers = fields.integer("num_hidden_layers", base.num_layers, high=Limit.LAYERS)
     num_q_heads = fields.integer("num_attention_heads", base.num_q_heads, high=Limit.HEADS)
     latent, fields = latent_facts(fields, family), with_default_rope(fields, family)
@@ -163,7 +165,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         num_q_heads=num_q_heads,
         num_kv_heads=_num_kv_heads(fields, base, num_q_heads) if latent is None else 1,
         head_dim=head_dim,
-        vocab_size=fields.integer("vocab_size", base.vocab_size, high=Limit.VOCAB),
+        vocab_size=vocab_size,
         max_position=rope.max_position,
         rms_norm_eps=fields.number("rms_norm_eps", base.eps),
         rope_theta=rope.theta,
@@ -192,6 +194,9 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         logit_scale=1.0 / _multiplier(fields, base, "logits_scaling"),
         logit_softcap=_softcap(fields, family, "final_logit_softcapping", 30.0),
         full_heads=full,
+        cache_sources=cache_sources(fields, family, sliding),
+        sharing_width=sharing_width(fields, family),
+        per_layer=per_layer_inputs(fields, family, vocab_size),
         value_norm=family == "gemma4",
         layer_scale=family == "gemma4",
         attention_gate=family in HYBRID,
@@ -258,9 +263,6 @@ def _refuse_unsupported_gemma4(fields: Fields) -> None:
     whose = fields.text("use_bidirectional_attention", "vision")  # vision: of text, all attention is causal
     if whose != "vision":
         raise fields.error("use_bidirectional_attention", f"is {whose[:40]!r}: not a model that generates text")
-    for key, default in (("num_kv_shared_layers", 0), ("hidden_size_per_layer_input", 256)):
-        if count := fields.integer(key, default, low=0):
-            raise fields.error(key, f"is {count}, which is not supported yet")
 
 
 def _head_dim(fields: Fields, base: Family, hidden: int, num_q_heads: int) -> int:

@@ -166,6 +166,9 @@ def _read_folder(folder: Path) -> dict[str, TensorEntry]:
     return tensors
 
 
+_WITHOUT_MODEL = ("embed_tokens.", "embed_tokens_per_layer.", "per_layer_", "layers.", "norm.")
+
+
 def _text_name(name: str) -> str:
     """Return the name that a text-only model with a head would use.
 
@@ -175,7 +178,7 @@ def _text_name(name: str) -> str:
         if name.startswith(prefix):
             name = plain + name[len(prefix) :]
             break
-    return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+    return f"model.{name}" if name.startswith(_WITHOUT_MODEL) else name
 
 
 def _read_index(folder: Path) -> list[str]:

@@ -135,6 +135,17 @@ class FullHeads:
 
 
 @dataclass(frozen=True, slots=True)
+class PerLayerInputs:
+    """What each layer adds beside its two halves: from a table of tokens, and from their embedding (Gemma 4 E2B, E4B).
+
+    For each token and layer there are ``size`` components. The table has those of all layers side by side.
+    """
+
+    vocab_size: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class LinearFacts:
     """Layers of linear attention (gated delta rule): each sequence has a state of fixed size in each of them.
 
@@ -256,6 +267,13 @@ class ModelFacts:
     """Set if layers with full attention have other heads than sliding ones, for which the sizes above then are."""
     keys_are_values: bool = False
     """True if a layer has no projection of values; see `FullHeads`."""
+    cache_sources: tuple[int, ...] = ()
+    """The layer whose keys and values each layer reads: itself, or an earlier one of its kind; empty: all their own."""
+    sharing_width: int = 1
+    """Width of the feed-forward networks of layers that read another's cache, in ``intermediate_size``."""
+    has_own_keys: bool = True
+    """False for a layer that reads another's cache: it projects queries only."""
+    per_layer: PerLayerInputs | None = None
     value_norm: bool = False
     """Each value head is normalized too, without a weight (Gemma 4)."""
     layer_scale: bool = False
@@ -286,6 +304,13 @@ class ModelFacts:
         return self.num_q_heads * (self.head_dim if self.latent is None else self.latent.value_dim)
 
     @property
+    def kv_parts(self) -> tuple[str, ...]:
+        """Of a layer's own facts (`of_layer`): its projections beside that of queries."""
+        if not self.has_own_keys:
+            return ()
+        return ("k",) if self.keys_are_values else ("k", "v")
+
+    @property
     def has_dense_layers(self) -> bool:
         """True if the feed-forward network of some layer is dense."""
         return self.experts is None or not all(self.experts.sparse_layers)
@@ -295,17 +320,33 @@ class ModelFacts:
         return self.experts if self.experts is not None and self.experts.sparse_layers[layer] else None
 
     def of_layer(self, layer: int) -> "ModelFacts":
-        """Return the facts with the sizes of a layer's own heads."""
-        full = self.full_heads
-        if full is None or self.sliding_layers[layer]:
-            return self
-        heads = {"num_kv_heads": full.num_kv, "head_dim": full.head_dim, "keys_are_values": full.keys_are_values}
-        return replace(self, **heads, full_heads=None)  # type: ignore[arg-type]
+        """Return the facts with the sizes of a layer's own heads and feed-forward network."""
+        own, full = self, self.full_heads
+        if full is not None and not self.sliding_layers[layer]:
+            own = replace(own, num_kv_heads=full.num_kv, head_dim=full.head_dim, keys_are_values=full.keys_are_values)
+        if self.cache_source(layer) != layer:
+            own = replace(own, has_own_keys=False, intermediate_size=self.intermediate_size * self.sharing_width)
+        return own if own is self else replace(own, full_heads=None, cache_sources=())
 
-    def kind_of(self, layer: int) -> tuple[bool, bool, bool]:
+    def kind_of(self, layer: int) -> tuple[bool, bool, bool, bool]:
         """Return what tells layers apart whose tensors have different shapes; those of one kind are alike."""
         has_wide_heads = self.full_heads is not None and not self.sliding_layers[layer]
-        return self.experts_of(layer) is not None, self.is_linear(layer), has_wide_heads
+        is_sharing = self.cache_source(layer) != layer
+        return self.experts_of(layer) is not None, self.is_linear(layer), has_wide_heads, is_sharing
+
+    def cache_source(self, layer: int) -> int:
+        """Return the layer whose keys and values a layer reads."""
+        return self.cache_sources[layer] if self.cache_sources else layer
+
+    def _sources_among(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return the cache sources of a model of these layers: the last one before that has a cache of its kind."""
+        found: list[int] = []
+        for place, layer in enumerate(layers):
+            own = [
+                at for at in range(place) if found[at] == at and self.kind_of(layers[at])[2] == self.kind_of(layer)[2]
+            ]
+            found.append(own[-1] if own and self.cache_source(layer) != layer else place)
+        return tuple(found) if self.cache_sources else ()
 
     def is_linear(self, layer: int) -> bool:
         """Return True if a layer has states instead of keys and values."""
@@ -338,6 +379,7 @@ class ModelFacts:
             formats=formats,
             linear=linear,
             borrowed=borrowed,
+            cache_sources=self._sources_among(layers),
         )
 
 

@@ -88,7 +88,7 @@ def _split_inputs(
     found = [("attention output", inputs, formats.out)]
     experts = facts.experts_of(layer)
     if experts is None:
-        return [*found, (_MLP, facts.intermediate_size, formats.down)]
+        return [*found, (_MLP, facts.of_layer(layer).intermediate_size, formats.down)]
     if split == "tensor":
         found.append(("expert width", experts.width, formats.down))
     if experts.shared_width:
@@ -100,10 +100,11 @@ def matrices_of(
     facts: ModelFacts, tp_size: int, layer: int = 0, split: ExpertSplit = "tensor"
 ) -> tuple[tuple[RankMatrix, int], ...]:
     """Return the matrices of one decoder layer on one rank, the largest of its stage, each with its number."""
+    intermediate = facts.of_layer(layer).intermediate_size
     block = facts.formats[layer].down.block if facts.formats else 0
-    widths = (len(block_range(facts.intermediate_size, rank, tp_size, block)) for rank in range(tp_size))
+    widths = (len(block_range(intermediate, rank, tp_size, block)) for rank in range(tp_size))
     hidden, count, width = facts.hidden_size, 1, max(widths)
-    whole_width = facts.intermediate_size
+    whole_width = intermediate
     if (experts := facts.experts_of(layer)) is not None:
         count, width = largest_expert_shard(experts, split, tp_size)
         whole_width = experts.width
@@ -137,8 +138,7 @@ def _attention_matrices(facts: ModelFacts, tp_size: int, layer: int) -> tuple[Ra
     q_size, kv_size = shard.num_q * facts.head_dim, shard.num_kv * facts.head_dim
     queries = (facts.head_dim,) * 2 * shard.num_q if facts.attention_gate else (q_size,)
     out = RankMatrix("out", (hidden,), q_size, facts.out_inputs)
-    values = () if facts.keys_are_values else (kv_size,)
-    return RankMatrix("qkv", (*queries, kv_size, *values), hidden, 0), out
+    return RankMatrix("qkv", (*queries, *[kv_size] * len(facts.kv_parts)), hidden, 0), out
 
 
 def _latent_matrices(facts: ModelFacts, latent: LatentFacts, tp_size: int) -> tuple[RankMatrix, ...]:

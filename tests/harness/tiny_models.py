@@ -47,6 +47,12 @@ def tiny_config(family: str) -> object:
         "attention_k_eq_v": True, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 7,
         "final_logit_softcapping": 1.5, "hidden_size_per_layer_input": 0,
     }  # fmt: skip
+    small = {
+        "num_hidden_layers": 6, "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "attention_k_eq_v": False,
+        "hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": 103,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"] + ["sliding_attention"] * 2
+        + ["full_attention"],
+    }  # fmt: skip
     gemma4_vision = {
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
         "num_key_value_heads": 2, "position_embedding_size": 16,
@@ -114,6 +120,7 @@ def tiny_config(family: str) -> object:
         "gemma4-moe": lambda: hf.Gemma4TextConfig(
             **gemma4, enable_moe_block=True, num_experts=6, top_k_experts=2, moe_intermediate_size=30
         ),
+        "gemma4-small": lambda: hf.Gemma4TextConfig(**(gemma4 | small)),
         "gemma4-vl": lambda: hf.Gemma4Config(
             text_config=gemma4 | {"attention_k_eq_v": False, "use_bidirectional_attention": "vision"},
             vision_config=gemma4_vision,

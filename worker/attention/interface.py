@@ -74,6 +74,12 @@ class PackedAttention(Protocol):
         """
         ...
 
+    def attend_shared_packed(
+        self, q_THK: Tensor, scale_T: Tensor | None, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
+    ) -> Tensor:
+        """Return the attention output of queries alone: an earlier layer has written the step's keys and values."""
+        ...
+
 
 class StepAttention(Protocol):
     """Attention of one step, for all of its layers."""
@@ -95,6 +101,10 @@ class StepAttention(Protocol):
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
         """Write the new keys and values to their slots, then return the attention output [T, H, K]."""
+        ...
+
+    def attend_shared(self, q_THK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
+        """Return the attention output over a cache to which an earlier layer has written the step's tokens."""
         ...
 
 

@@ -160,9 +160,19 @@ class PlainStep:
         ]
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
-        stores = cache.k_NJK, cache.v_NJK
         # Attend to keys and values as they are stored, so that no answer depends on how a prompt was cut into steps.
-        k_TJK, v_TJK = cache.write(self._batch.slots, k_TJK, v_TJK)
+        return self._attend_stored(q_THK, *cache.write(self._batch.slots, k_TJK, v_TJK), cache, spec)
+
+    def attend_shared(self, q_THK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
+        stored, slots = ((cache.k_NJK, "new k"), (cache.v_NJK, "new v")), self._batch.slots
+        new = [self._backend.gather(store, slots, q_THK.dtype, purpose) for store, purpose in stored]
+        return self._attend_stored(q_THK, new[0], new[1], cache, spec)
+
+    def _attend_stored(
+        self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec
+    ) -> Tensor:
+        """Attend over a cache that has the keys and values of the step's tokens already."""
+        stores = cache.k_NJK, cache.v_NJK
         if self._cpu_decode is not None and self._decodes_on_cpu(k_TJK, cache, spec):
             return self._cpu_decode.attend(q_THK, k_TJK, cache, spec.scale)
         if self._is_plain_decode():

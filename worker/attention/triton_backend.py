@@ -92,6 +92,21 @@ class TritonStep:
         if self.decode is not None and self.prompts is None:
             return decode_attention(heads, self.decode.of(cache), scale=spec.scale, window=spec.window)
         q_THK = rope_and_cache(heads, self.positions_T, self.slots_T, cache.k_NBJK, cache.v_NBJK)
+        return self._attend_queries(q_THK, cache, spec)
+
+    def attend_shared_packed(
+        self, q_THK: Tensor, scale_T: Tensor | None, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
+    ) -> Tensor:
+        # The kernel that rotates takes keys and values too: zeros, which slot -1 keeps out of the cache.
+        tokens, _, dim = q_THK.shape
+        heads_TAK = torch.cat((q_THK, q_THK.new_zeros(tokens, 2 * cache.k_NBJK.shape[2], dim)), dim=1)
+        norms = (spec.norms.q_weight, spec.norms.k_weight, spec.norms.eps) if spec.norms is not None else ()
+        heads, nowhere_T = PackedHeads(heads_TAK, table_PK, scale_T, *norms), torch.full_like(self.slots_T, -1)
+        q_THK = rope_and_cache(heads, self.positions_T, nowhere_T, cache.k_NBJK, cache.v_NBJK)
+        return self._attend_queries(q_THK, cache, spec)
+
+    def _attend_queries(self, q_THK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
+        """Attend from rotated queries over a cache that has the step's tokens already."""
         out_THK = torch.empty_like(q_THK)
         if self.decode is not None:
             count = len(self.decode.lens_R)
@@ -105,3 +120,6 @@ class TritonStep:
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
         raise NotImplementedError("layers pass the packed product to kernels")
+
+    def attend_shared(self, q_THK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
+        raise NotImplementedError("layers pass the product of queries to kernels")

@@ -19,13 +19,14 @@ class Gemma4Layer(Module):
     """The heads of layers with full attention, and experts beside the dense network, are as the model's facts say."""
 
     def __init__(self, context: BuildContext, layer: int) -> None:
-        self.attention = context.attention(layer)
+        self.attention = context.shared_attention(layer) or context.attention(layer)
         self.attention_out_norm = context.norm()
         self.mlp = context.mlp(layer)
         self.experts = context.expert_branch(layer)
         self.mlp_out_norm = context.norm()
         self.input_norm = context.norm(before=self.attention.qkv)
         self.mlp_norm = context.norm(before=self.mlp)
+        self.layer_input = context.layer_input(layer)
         self.scale = LayerScale(context.storage)
 
     def __call__(
@@ -38,6 +39,8 @@ class Gemma4Layer(Module):
         if self.experts is not None:
             y_TD = self.experts(y_TD, residual_TD)
         residual_TD.add_(scaled(self.mlp_out_norm(y_TD)))
+        if self.layer_input is not None:
+            self.layer_input(residual_TD)
         self.scale(residual_TD)
 
     def load(self, reader: WeightReader, prefix: str) -> None:
@@ -49,4 +52,6 @@ class Gemma4Layer(Module):
         if self.experts is not None:
             self.experts.load(reader, prefix)
         self.mlp_out_norm.load(reader, f"{prefix}.post_feedforward_layernorm")
+        if self.layer_input is not None:
+            self.layer_input.load(reader, prefix)
         self.scale.load(reader, f"{prefix}.layer_scalar")

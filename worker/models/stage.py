@@ -26,8 +26,10 @@ from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta, summed_tensor
+from mgpu.worker.layers.per_layer_inputs import LayerInput, PerLayerInputs
 from mgpu.worker.layers.rotary import Angles, RotaryEmbedding
 from mgpu.worker.layers.router import ExpertCorrection
+from mgpu.worker.layers.shared_attention import SharedAttention
 from mgpu.worker.layers.sparse_mlp import SparseMLP
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
@@ -64,6 +66,14 @@ class BuildContext:
     ends: Ends | None = None
     """None: the stage of the first layer embeds, that of the last has the head."""
 
+    per_layer: PerLayerInputs | None = None
+
+    def with_per_layer(self) -> "BuildContext":
+        """Return the context of a stage whose layers have inputs of their own, if the model has them."""
+        if (per := self.facts.per_layer) is None:
+            return self
+        return replace(self, per_layer=PerLayerInputs(self.facts, per, self.group, self.storage, self.part))
+
     def ends_of(self, layers: range) -> Ends:
         """Return whether the stage of these layers embeds tokens, and whether it has the head."""
         return self.ends or (layers.start == 0, layers.stop == self.facts.num_layers)
@@ -91,13 +101,26 @@ class BuildContext:
 
     def mlp(self, layer: int) -> GatedMLP | SparseMLP:
         """Make the feed-forward network of a layer: dense, or a mixture of experts that is not a branch beside it."""
-        facts, storage = self.facts, self.storage_of(layer)
+        facts, storage = self.facts.of_layer(layer), self.storage_of(layer)
         if (experts := facts.experts_of(layer)) is not None:
             if not experts.is_branch:
                 return SparseMLP(facts, experts, self.expert_split, self.group, storage, self.part)
             storage = storage.of_shared()
         sizes = facts.hidden_size, facts.intermediate_size
         return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, storage, self.part)
+
+    def shared_attention(self, layer: int) -> SharedAttention | None:
+        """Make the attention of a layer that reads the cache of another; None if it has its own."""
+        if self.facts.cache_source(layer) == layer:
+            return None
+        where = self.group, self.window_of(layer), self.storage_of(layer), self.part
+        return SharedAttention(self.facts.of_layer(layer), *where)
+
+    def layer_input(self, layer: int) -> LayerInput | None:
+        """Make what a layer does with its own input; None if layers have none."""
+        if self.facts.per_layer is None or self.per_layer is None:
+            return None
+        return LayerInput(self.per_layer, self.facts, self.facts.per_layer, layer, self.storage)
 
     def expert_branch(self, layer: int) -> ExpertBranch | None:
         """Make the experts that a layer has beside its dense network; None if it has none."""
@@ -148,8 +171,9 @@ class DecoderStage(Module):
     def __init__(
         self, context: BuildContext, layers: range, make_layer: LayerFactory, norms_unit_offset: bool = False
     ) -> None:
-        facts = context.facts
+        facts, context = context.facts, context.with_per_layer()
         self.facts = facts
+        self.per_layer = context.per_layer
         self.layer_range = layers
         self._is_split = context.group.size > 1
         self.dtype = context.storage.dtype
@@ -223,7 +247,10 @@ class DecoderStage(Module):
         """Return the first layer's input [T, D]."""
         assert self.embedding is not None, "only the first stage has the embedding"
         x_TD = self.embedding.embed(token_ids_T)
-        return x_TD if self.embedding_scale == 1.0 else x_TD.mul_(self.embedding_scale)
+        x_TD = x_TD if self.embedding_scale == 1.0 else x_TD.mul_(self.embedding_scale)
+        if self.per_layer is not None:
+            self.per_layer.prepare(token_ids_T, x_TD)
+        return x_TD
 
     def run_layers(self, x_TD: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
         """Run this stage's layers over ``x``, which is overwritten; return what the next stage or `logits` takes."""
@@ -259,6 +286,8 @@ class DecoderStage(Module):
         """Fill every weight from the checkpoint, in the order of the files."""
         if self.embedding is not None:
             self.embedding.load(reader, "model.embed_tokens")
+        if self.per_layer is not None:
+            self.per_layer.load(reader)
         for index, layer in zip(self.layer_range, self.layers, strict=True):
             layer.load(reader, f"model.layers.{index}")
         if self.norm is not None and self.head is not None:

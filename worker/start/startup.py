@@ -158,7 +158,7 @@ def bytes_to_read(checkpoint: Checkpoint, stage: DecoderStage, tp_size: int) -> 
     """Estimate what one rank reads, for a progress bar: its layers' bytes over the ranks of its stage."""
     prefixes = [f"model.layers.{index}." for index in stage.layer_range]
     if stage.is_first or stage.facts.tie_embeddings:
-        prefixes.append("model.embed_tokens.")
+        prefixes += ["model.embed_tokens.", "model.embed_tokens_per_layer.", "model.per_layer_"]
     if stage.is_last:
         prefixes += ["model.norm.", "lm_head."]
     wanted = tuple(prefixes)

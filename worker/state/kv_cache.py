@@ -115,6 +115,9 @@ class KvCache:
         cache, is_latent = cls(0, num_blocks, block_size, 1, facts.head_dim, types[1], device), facts.latent is not None
         are_linear = [facts.is_linear(layer) for layer in layers]
         for layer, is_linear in zip(layers, are_linear, strict=True):
+            if (source := facts.cache_source(layer)) != layer:
+                cache.layers.append(cache.layers[layers.index(source)])
+                continue
             blocks = 0 if is_linear else num_blocks
             shape = block_size, *heads_of(facts, layer, part), types[1], device
             cache.layers += cls(1, blocks, *shape, is_latent).layers
@@ -141,5 +144,6 @@ def heads_of(facts: ModelFacts, layer: int, part: TensorPart) -> tuple[int, int]
 def block_bytes(facts: ModelFacts, layers: Sequence[int], part: TensorPart, block_size: int, dtype: torch.dtype) -> int:
     """Return the memory of one block on a rank: what some layers cache together. Linear ones cache nothing."""
     own = [facts.of_layer(layer) for layer in layers if not facts.is_linear(layer)]
+    own = [each for each in own if each.has_own_keys]
     held = [part.heads(each.num_q_heads, each.num_kv_heads).num_kv * each.cached_values for each in own]
     return sum(held) * block_size * dtype.itemsize

@@ -107,6 +107,11 @@ def expected_tensors(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (facts.vocab_size, hidden)}
     for layer in range(facts.num_layers):
         shapes |= layer_tensors(facts, layer)
+    if (per := facts.per_layer) is not None:
+        width = facts.num_layers * per.size
+        shapes["model.embed_tokens_per_layer.weight"] = (per.vocab_size, width)
+        shapes["model.per_layer_model_projection.weight"] = (width, hidden)
+        shapes["model.per_layer_projection_norm.weight"] = (per.size,)
     shapes["model.norm.weight"] = (hidden,)
     if not facts.tie_embeddings:
         shapes["lm_head.weight"] = (facts.vocab_size, hidden)
@@ -126,6 +131,10 @@ def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
     shapes |= _mlp_tensors(facts, layer, head + "mlp.")
     if (experts := facts.experts_of(layer)) is not None and experts.is_branch:
         shapes |= {head + "router.scale": (facts.hidden_size,), head + "router.per_expert_scale": (experts.count,)}
+    if (per := facts.per_layer) is not None:
+        shapes[head + "per_layer_input_gate.weight"] = (per.size, hidden)
+        shapes[head + "per_layer_projection.weight"] = (hidden, per.size)
+        shapes[head + "post_per_layer_input_norm.weight"] = (hidden,)
     if facts.layer_scale:
         shapes[head + "layer_scalar"] = (1,)
     return shapes | {head + name + ".weight": (hidden,) for name in layer_norms(facts)}
@@ -135,11 +144,10 @@ def _attention_tensors(facts: ModelFacts, attention: str) -> dict[str, tuple[int
     """Return the tensors of attention. Where heads have gates, each head's query and gate are tensors of their own."""
     hidden = facts.hidden_size
     q_size, kv_size = facts.num_q_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        attention + "k_proj.weight": (kv_size, hidden),
-        attention + "o_proj.weight": (hidden, q_size),
-    }
-    if not facts.keys_are_values:
+    shapes: dict[str, tuple[int, ...]] = {attention + "o_proj.weight": (hidden, q_size)}
+    if facts.has_own_keys:
+        shapes[attention + "k_proj.weight"] = (kv_size, hidden)
+    if facts.has_own_keys and not facts.keys_are_values:
         shapes[attention + "v_proj.weight"] = (kv_size, hidden)
     if facts.attention_gate:
         heads = [f"{part}.{index}" for index in range(facts.num_q_heads) for part in ("q_proj", "q_gate")]
@@ -154,7 +162,8 @@ def _attention_tensors(facts: ModelFacts, attention: str) -> dict[str, tuple[int
     if facts.qk_norm:
         whole = facts.norms_whole_heads
         shapes[attention + "q_norm.weight"] = (q_size if whole else facts.head_dim,)
-        shapes[attention + "k_norm.weight"] = (kv_size if whole else facts.head_dim,)
+        if facts.has_own_keys:
+            shapes[attention + "k_norm.weight"] = (kv_size if whole else facts.head_dim,)
     if facts.attention_sinks:
         shapes[attention + "sinks"] = (facts.num_q_heads,)
     return shapes
@@ -203,7 +212,7 @@ def _mlp_tensors(facts: ModelFacts, layer: int, prefix: str) -> dict[str, tuple[
     """Return the tensors of a layer's feed-forward network, or of its router and experts."""
     hidden, experts = facts.hidden_size, facts.experts_of(layer)
     if experts is None:
-        return _gated_tensors(prefix, hidden, facts.intermediate_size, facts.mlp_bias)
+        return _gated_tensors(prefix, hidden, facts.of_layer(layer).intermediate_size, facts.mlp_bias)
     shapes: dict[str, tuple[int, ...]] = {prefix + "gate.weight": (experts.count, hidden)}
     if experts.router_bias:
         shapes[prefix + "gate.bias"] = (experts.count,)

@@ -29,8 +29,7 @@ def _formats(facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]) 
     attention = _attention_formats(facts, layer, tensors)
     is_stepwise = facts.latent is not None and facts.latent.query_rank > 0
     q_b = common("self_attn.q_b") if is_stepwise else DENSE
-    values = () if facts.of_layer(layer).keys_are_values else ("self_attn.v",)
-    qkv_parts = parts("self_attn.q", "self_attn.k", *values)
+    qkv_parts = parts("self_attn.q", *(f"self_attn.{part}" for part in facts.of_layer(layer).kv_parts))
     experts = facts.experts_of(layer)
     if experts is None:
         gate_up_parts = parts("mlp.gate", "mlp.up")
@@ -61,7 +60,7 @@ def _attention_formats(
         queries = ["q_proj"]
         if facts.attention_gate:
             queries = [f"{part}.{index}" for index in range(facts.num_q_heads) for part in ("q_proj", "q_gate")]
-        keys = ["k_proj"] if facts.of_layer(layer).keys_are_values else ["k_proj", "v_proj"]
+        keys = [f"{part}_proj" for part in facts.of_layer(layer).kv_parts]
         names, out = [f"self_attn.{part}" for part in (*queries, *keys)], "self_attn.o_proj"
     return _common(tensors[f"{head}{name}.weight"] for name in names), _common([tensors[f"{head}{out}.weight"]])
 

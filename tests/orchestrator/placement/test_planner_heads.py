@@ -9,7 +9,7 @@ from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.described import described_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.orchestrator.placement.speed import estimate_speed
-from mgpu.protocol.model.facts import ExpertFacts, FullHeads
+from mgpu.protocol.model.facts import ExpertFacts, FullHeads, PerLayerInputs
 
 GEMMA4_31B = make_facts(
     q=32, kv=16, layers=60, hidden=5376, width=21504, head_dim=256, vocab=262144, context=262144, tied=True,
@@ -21,6 +21,13 @@ GEMMA4_26B = make_facts(
     qk_norm=True, architecture="gemma4", sliding_window=1024, value_norm=True, layer_scale=True,
     sliding_layers=tuple(layer % 6 != 5 for layer in range(30)), full_heads=FullHeads(2, 512, 128, True),
     experts=ExpertFacts(128, 8, 704, (True,) * 30, normalizes=True, shared_width=2112, is_branch=True),
+)  # fmt: skip
+SLIDES = tuple(layer % 5 != 4 for layer in range(35))
+GEMMA4_E2B = make_facts(
+    q=8, kv=1, layers=35, hidden=1536, width=6144, head_dim=256, vocab=262144, context=131072, tied=True,
+    qk_norm=True, architecture="gemma4", sliding_window=512, value_norm=True, layer_scale=True, sliding_layers=SLIDES,
+    full_heads=FullHeads(1, 512, 128, False), per_layer=PerLayerInputs(262144, 256), sharing_width=2,
+    cache_sources=(*range(15), *(13 if slides else 14 for slides in SLIDES[15:])),
 )  # fmt: skip
 SLIDING_KV, FULL_KV = 2 * 16 * 256, 2 * 4 * 512
 """Elements that a token has in the cache of a layer."""
@@ -53,6 +60,26 @@ def test_gemma4_26b_has_a_dense_network_beside_its_experts(tp: int) -> None:
     router_and_norms = 128 * 2816 + 2816 + 128 + 7 * 2816 + 1
     weights = 2 * (25 * sliding + 5 * full + 30 * (mlp + router_and_norms) + 262144 * 2816 // tp + 2816)
     assert [row.weight_bytes for row in planned.rows] == [weights] * tp
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_gemma4_e2b_shares_caches_and_has_inputs_of_each_layer(tp: int) -> None:
+    planned = plan(GEMMA4_E2B, gpus(*[80] * tp), LayoutOptions())
+    weights = 35 * 256 * (262144 // tp + 1536) + 256 + 262144 // tp * 1536 + 1536  # tables, projection, norms
+    for layer, slides in enumerate(SLIDES):
+        dim, own = (256 if slides else 512), layer < 15
+        weights += 1536 * (8 + 8) * dim // tp + own * 1536 * 2 * dim + (1 + own) * dim
+        weights += 3 * 1536 * 6144 * (1 if own else 2) // tp
+        weights += 2 * 1536 * 256 + 5 * 1536 + 1
+    assert [row.weight_bytes for row in planned.rows] == [2 * weights] * tp
+    assert [row.kv_token_bytes for row in planned.rows] == [2 * 2 * (12 * 256 + 3 * 512)] * tp
+
+
+def test_layers_that_share_caches_stay_on_one_stage() -> None:
+    with pytest.raises(PlacementError) as caught:
+        plan(GEMMA4_E2B, gpus(80, 80), LayoutOptions(device_layers="0:20;1:15"))
+    words = "2 stages", "each of 35 layers has inputs", "layers 15 to 34 read the keys and values of layers 13 and 14"
+    assert_has_all(str(caught.value), *words, "Use one GPU, or --tp")
 
 
 def test_eight_ranks_hold_each_kv_head_of_full_layers_twice() -> None:

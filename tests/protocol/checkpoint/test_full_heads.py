@@ -63,6 +63,18 @@ def test_a_stretched_rotation_divides_the_speeds_that_turn(tmp_path: Path) -> No
     assert facts.rope_scaling.divisors == (4.0,) * 8
 
 
+def test_the_last_layers_read_the_cache_of_the_last_one_of_their_kind(tmp_path: Path) -> None:
+    types = ["full_attention", "sliding_attention", "sliding_attention"] * 2
+    facts = facts_of(tmp_path, layer_types=types, num_kv_shared_layers=3, use_double_wide_mlp=True)
+    assert facts.cache_sources == (0, 1, 2, 0, 2, 0)
+    shapes = expected_tensors(facts)
+    assert shapes["model.layers.4.mlp.up_proj.weight"] == (2 * 96, 64)
+    assert shapes["model.layers.2.mlp.up_proj.weight"] == (96, 64)
+    assert not [
+        name for name in shapes if name.startswith(("model.layers.4.self_attn.k", "model.layers.5.self_attn.v"))
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -82,6 +94,11 @@ def test_a_stretched_rotation_divides_the_speeds_that_turn(tmp_path: Path) -> No
         ({"use_bidirectional_attention": "all"}, ("use_bidirectional_attention is 'all'",)),
         ({"attention_bias": True}, ("attention_bias",)),
         ({"enable_moe_block": True}, ("num_experts is missing",)),
+        ({"num_kv_shared_layers": 1, "layer_types": ["sliding_attention"] * 6},
+         ("num_kv_shared_layers is 1", "of 6 layers 5 have caches", "full_attention")),
+        ({"num_kv_shared_layers": 7}, ("num_kv_shared_layers is 7", "0 have caches")),
+        ({"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99},
+         ("vocab_size_per_layer_input is 99", "100 of vocab_size")),
         ({"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5, "moe_intermediate_size": 8},
          ("top_k_experts is 5", "4 experts")),
     ],
