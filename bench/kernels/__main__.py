@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.kernels.decode_chain import DecodeChain
+from bench.kernels.latent import latent_attentions
 from bench.kernels.quantized import (
     float8_layers,
     float8_products,
@@ -194,6 +195,7 @@ PARTS = {
         decode_attentions,
         prefill_attentions,
         fp8_prefill_attentions,
+        latent_attentions,
         layers,
         sampling,
         steps,

@@ -117,6 +117,8 @@ KERNEL_MODULES = tuple(
         "layers.activation",
         "peers.all_reduce",
         "attention.decode",
+        "attention.latent",
+        "attention.latent_cache",
         "products.dequantize",
         "peers.exchange",
         "experts.few",

@@ -20,7 +20,9 @@ from bench.kernels.timing import KERNEL_MODULES, compile_only, set_overlap
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.attention.decode import decode_attention
-from mgpu.worker.kernels.attention.inputs import PagedCache
+from mgpu.worker.kernels.attention.inputs import LatentRows, NewLatents, PagedCache
+from mgpu.worker.kernels.attention.latent import latent_attention
+from mgpu.worker.kernels.attention.latent_cache import store_latents
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
@@ -53,6 +55,15 @@ def attend(name: str, dim: int, block_size: int, dtype: torch.dtype) -> None:
         prefill_attention(q, PagedCache(cache, cache, tables, lens), starts, scale=1.0)
 
 
+def attend_latents(rank: int, dtype: torch.dtype) -> None:
+    cache, q = torch.zeros(4, 64, rank + 64, dtype=dtype), torch.zeros(2, 128, rank, dtype=dtype)
+    new = NewLatents(cache[0, :2], torch.zeros(2, 128, 64, dtype=dtype), torch.zeros(rank, dtype=dtype), 1e-6, True)
+    places = torch.zeros(2, dtype=torch.int64)
+    rotated = store_latents(new, torch.zeros(4, 64), places, places, cache)
+    rows = LatentRows(torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
+    latent_attention(q, rotated, cache, rows, scale=1.0, out_THC=torch.zeros_like(q))
+
+
 def multiply(kind: WeightKind, rows: int, n: int, dtype: torch.dtype) -> None:
     k, per_word = 1024, 8 if kind == "int4" else 4
     scales = torch.zeros(n, k // GROUP, dtype=torch.int32) if kind == "int4" else torch.zeros(n, 1)
@@ -74,6 +85,8 @@ Case = tuple[Callable[..., None], tuple[Any, ...]]
 SIZES: tuple[Case, ...] = (
     (attend, ("decode", 128, 64, BF16)),
     (attend, ("prefill", 256, 64, BF16)),
+    (attend_latents, (512, BF16)),
+    (attend_latents, (512, torch.float32)),
     (multiply, ("int8", 64, 1024, BF16)),
     (multiply, ("int4", 64, 28672, BF16)),
     (dequantize, (WeightFormat("4", 128, 1, 2, 1, True, "act-order"),)),

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from mgpu.worker.attention.interface import AttentionShape, AttentionSpec
+from mgpu.worker.attention.latent_check import latent_error, latent_obstacle
 from mgpu.worker.attention.rule_check import launch_rule
 from mgpu.worker.attention.triton_backend import TritonBackend
 from mgpu.worker.kernels.reference import paged_attention, rotate
@@ -32,10 +33,10 @@ def attention_problem(device: torch.device, shape: AttentionShape) -> str | None
         return problem
     if not shape.has_plain_scores:
         return "kernels have neither capped scores nor sinks"
-    if shape.latent is not None:
-        return "there are no kernels for latent attention yet"
+    if shape.latent is not None and (problem := latent_obstacle(shape, shape.latent)) is not None:
+        return problem
     least = 32 if shape.kv_cache_dtype == "fp8" else 16  # even and odd halves of float8 are operands of their own
-    if shape.head_dim < least or power_of_2(shape.head_dim) != shape.head_dim:
+    if shape.latent is None and (shape.head_dim < least or power_of_2(shape.head_dim) != shape.head_dim):
         return f"kernels need a head size that is a power of two from {least} on, not {shape.head_dim}"
     try:
         errors = [_error(device, shape, window) for window in shape.windows]
@@ -67,6 +68,8 @@ def launch_check(device: torch.device, shape: AttentionShape) -> None:
 @torch.inference_mode()
 def _error(device: torch.device, shape: AttentionShape, window: int | None) -> float:
     """Return the distance to plain torch, relative to the norm of the result; infinity if it is not finite."""
+    if shape.latent is not None:
+        return latent_error(device, shape, shape.latent, _batch(device, -(-max(_CONTEXTS) // _BLOCK_SIZE)))
     generator = torch.Generator(device).manual_seed(0)
     num_qk = shape.num_q + shape.num_kv
     tokens, dim = sum(_NEW_TOKENS), shape.head_dim

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.model.facts import KvCacheDtype, LatentFacts, LinearFacts
+from mgpu.worker.kernels.attention.inputs import NewLatents
 from mgpu.worker.kernels.linear.inputs import StepStates
 from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache
@@ -81,6 +82,19 @@ class PackedAttention(Protocol):
         ...
 
 
+class LatentAttentionKernels(Protocol):
+    """Attention to latents, as kernels compute it."""
+
+    def attend_latents(
+        self, q_THC: Tensor, new: NewLatents, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
+    ) -> Tensor:
+        """Return the sums of latents [T, H, C] that queries attend to, and write the new latents to their slots.
+
+        Queries are brought to the width of latents, but for their rotated components, which are in ``new``.
+        """
+        ...
+
+
 class StepAttention(Protocol):
     """Attention of one step, for all of its layers."""
 
@@ -97,6 +111,11 @@ class StepAttention(Protocol):
     @property
     def packed(self) -> PackedAttention | None:
         """The fused form, if the backend has one; layers then do not call `attend`."""
+        ...
+
+    @property
+    def latents(self) -> LatentAttentionKernels | None:
+        """The form for latents, if the backend has one; layers of latent attention then do not call `attend`."""
         ...
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:

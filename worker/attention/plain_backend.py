@@ -92,6 +92,7 @@ class PlainStep:
     """One step. Views depend on the window only: the first layer of each window makes them for the others."""
 
     packed = None
+    latents = None
     states = None
 
     def __init__(self, backend: PlainBackend, batch: StepBatch, block_size: int) -> None:

@@ -1,7 +1,7 @@
 """Attention by Triton kernels.
 
 If all rows of a step decode, one kernel does everything. Otherwise one kernel rotates and writes the cache, one serves
-the rows that decode, and one the others.
+the rows that decode, and one the others. Attention to latents has kernels of its own, one token each.
 
 The scheduler plans decoding before prefill, so the rows with one new token come first. A row of one token behind a
 longer one is left to the prefill kernel, which takes any length.
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from mgpu.worker.attention.interface import AttentionSpec
 from mgpu.worker.kernels.attention.decode import decode_attention
-from mgpu.worker.kernels.attention.inputs import PackedHeads, PagedCache
+from mgpu.worker.kernels.attention.inputs import LatentRows, NewLatents, PackedHeads, PagedCache
+from mgpu.worker.kernels.attention.latent import latent_attention
+from mgpu.worker.kernels.attention.latent_cache import store_latents
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.linear.inputs import StateRows, StepStates, owners_of
@@ -36,6 +38,8 @@ class PagedRows:
     """int32; 0: the row is left out."""
     starts: Tensor | None = None
     """int32 [R + 1]: the rows' queries; None: row r has token r."""
+    owners_T: Tensor | None = None
+    """int32: which row each token of the step is of, -1: none. With ``starts``, for attention to latents."""
 
     def of(self, cache: LayerCache) -> PagedCache:
         """Return these rows of one layer's cache, as kernels take them."""
@@ -47,8 +51,9 @@ class TritonBackend:
 
     takes_packed = True
 
-    def __init__(self, has_states: bool = False) -> None:
+    def __init__(self, has_states: bool = False, has_latents: bool = False) -> None:
         self.has_states = has_states
+        self._has_owners = has_states or has_latents
 
     def begin_step(self, batch: StepBatch, block_size: int) -> "TritonStep":
         del block_size  # the cache's shape says it
@@ -60,9 +65,9 @@ class TritonBackend:
             states = states._replace(decode=StateRows(aligned(batch.rows[:decoding]), decode.lens_R))
         if decoding < len(batch.query_lens_host):
             starts = aligned(batch.query_starts[decoding:])
-            prompts = PagedRows(aligned(tables[decoding:]), aligned(lens[decoding:]), starts)
+            owners_T = owners_of(starts, len(batch.positions)) if self._has_owners else None
+            prompts = PagedRows(aligned(tables[decoding:]), aligned(lens[decoding:]), starts, owners_T)
             if states is not None:
-                owners_T = owners_of(starts, len(batch.positions))
                 rows = StateRows(aligned(batch.rows[decoding:]), prompts.lens_R, starts, owners_T)
                 states = states._replace(prompts=rows)
         return TritonStep(aligned(batch.positions), aligned(batch.slots), decode, prompts, batch.step_rows, states)
@@ -117,6 +122,26 @@ class TritonStep:
             rows, starts = self.prompts.of(cache), self.prompts.starts
             prefill_attention(q_THK, rows, starts, scale=spec.scale, window=spec.window, out_THK=out_THK)
         return out_THK
+
+    @property
+    def latents(self) -> "TritonStep":
+        return self
+
+    def attend_latents(
+        self, q_THC: Tensor, new: NewLatents, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
+    ) -> Tensor:
+        latents = cache.k_NBJK[:, :, 0]
+        rotated_THK = store_latents(new, table_PK, self.positions_T, self.slots_T, latents)
+        # Tokens that only pad a step get zeros: what is undefined could be anything to the layers behind.
+        out_THC = torch.zeros(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
+        if self.decode is not None:
+            count = len(self.decode.lens_R)
+            rows, heads = LatentRows(self.decode.tables_RP, self.decode.lens_R), (q_THC[:count], rotated_THK[:count])
+            latent_attention(*heads, latents, rows, scale=spec.scale, out_THC=out_THC[:count])
+        if self.prompts is not None:
+            rows = LatentRows(self.prompts.tables_RP, self.positions_T, self.prompts.owners_T)
+            latent_attention(q_THC, rotated_THK, latents, rows, scale=spec.scale, out_THC=out_THC)
+        return out_THC
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
         raise NotImplementedError("layers pass the packed product to kernels")

@@ -9,7 +9,8 @@ out is brought to the width of values. Example: DeepSeek's cache has 512 + 64 nu
 Split by heads: a rank has some query heads, their projections, and the whole latent, of which every rank has a copy.
 """
 
-# T tokens, H query heads of this rank, C components of a latent, R rotated ones, P plain ones of a query, V value dim
+# T tokens, H query heads of this rank, C components of a latent without position (with them in kv_TC), R rotated ones,
+# P plain ones of a query, V value dim, K = C + R
 
 import torch
 from torch import Tensor
@@ -17,12 +18,13 @@ from torch import Tensor
 from mgpu.protocol.model.facts import LatentFacts, ModelFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, StepAttention
+from mgpu.worker.kernels.attention.inputs import NewLatents
 from mgpu.worker.layers.activations import Activations, scaled
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, Storage
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta
-from mgpu.worker.layers.rotary import Angles, rotate
+from mgpu.worker.layers.rotary import Angles, Rotation, rotate
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.state.kv_cache import LayerCache
@@ -89,19 +91,37 @@ class LatentAttention(Module):
         self.spec = AttentionSpec(facts.attention_scale, None)
 
     def __call__(self, x_TD: Activations, angles: Angles, attention: StepAttention, cache: LayerCache) -> Delta:
-        assert not isinstance(angles, Tensor), "latent attention takes the angles of its tokens"
         latent = self._latent
-        widths = [self._first_width, latent.rank, latent.rotated]
-        first, c_TC, key_TR = torch.split(scaled(self.qkv(x_TD)), widths, dim=1)
+        first, kv_TC = torch.split(scaled(self.qkv(x_TD)), [self._first_width, latent.width], dim=1)
         if self.q_b is not None and self.q_norm is not None:
             first = scaled(self.q_b(self.q_norm(first)))
         q_THP, q_THR = torch.split(first.view(len(first), -1, latent.head_dim), [latent.plain, latent.rotated], dim=2)
+        query_THC = self.heads.absorb(q_THP)
+        if isinstance(angles, Tensor):
+            assert attention.latents is not None, "tables of angles are for kernels"
+            new = NewLatents(kv_TC, q_THR, self.kv_norm.weight, _EPS, latent.is_interleaved)
+            attended_THC = attention.latents.attend_latents(query_THC, new, angles, cache, self.spec)
+        else:
+            attended_THC = self._plain(query_THC, q_THR, kv_TC, angles, attention, cache)
+        return self.out.partial(self.heads.values(attended_THC).flatten(1))
+
+    def _plain(
+        self,
+        query_THC: Tensor,
+        q_THR: Tensor,
+        kv_TC: Tensor,
+        angles: Rotation,
+        attention: StepAttention,
+        cache: LayerCache,
+    ) -> Tensor:
+        """Return the sums of latents that queries attend to, [T, H, C], in plain torch."""
+        latent = self._latent
+        c_TC, key_TR = torch.split(kv_TC, [latent.rank, latent.rotated], dim=1)
         rotated_THR = rotate(self._in_halves(q_THR), angles)
         key_T1R = rotate(self._in_halves(key_TR.unsqueeze(1)), angles)
-        query_THK = torch.cat((self.heads.absorb(q_THP), rotated_THR), dim=2)
+        query_THK = torch.cat((query_THC, rotated_THR), dim=2)
         key_T1K = torch.cat((self.kv_norm(c_TC).unsqueeze(1), key_T1R), dim=2)
-        attended_THK = attention.attend(query_THK, key_T1K, key_T1K, cache, self.spec)
-        return self.out.partial(self.heads.values(attended_THK[..., : latent.rank]).flatten(1))
+        return attention.attend(query_THK, key_T1K, key_T1K, cache, self.spec)[..., : latent.rank]
 
     def _in_halves(self, x_THR: Tensor) -> Tensor:
         """Return rotated components with the first of each pair in the first half, as `rotate` takes them.

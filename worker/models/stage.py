@@ -205,11 +205,16 @@ class DecoderStage(Module):
         return self._attention_backend
 
     def assume_kernels(self) -> None:
-        """Use the kernels without checking them."""
+        """Use the kernels without checking them, if there are any for the sizes of latents."""
+        from mgpu.worker.attention.latent_check import latent_obstacle
         from mgpu.worker.attention.triton_backend import TritonBackend
 
-        linear = self.facts.linear
-        self._attention_backend = TritonBackend(linear is not None and has_kernels_for(linear, self.dtype))
+        linear, latent = self.facts.linear, self.facts.latent
+        if latent is not None and latent_obstacle(self.attention_shape, latent) is not None:
+            return
+        self._attention_backend = TritonBackend(
+            linear is not None and has_kernels_for(linear, self.dtype), latent is not None
+        )
 
     def _shape_of_attention(self, context: BuildContext) -> AttentionShape:
         facts = self.facts
@@ -224,6 +229,11 @@ class DecoderStage(Module):
             sizes = heads.num_q, heads.num_kv, own.head_dim
             shapes.append(AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype, is_plain, linear))
         return replace(shapes[0], wide=shapes[1] if shapes[1].windows else None, latent=facts.latent)
+
+    @property
+    def has_owners(self) -> bool:
+        """True if kernels of some layers ask for the row of each token of a prompt."""
+        return self.facts.linear is not None or self.facts.latent is not None
 
     @property
     def has_kernels(self) -> bool:

@@ -89,15 +89,15 @@ class PromptGraphs:
         is_token_T = torch.arange(tokens, device=rows.device) < head[:1]
         tables_RP = rows.blocks[rows_R.long()]
         starts = starts[: num_rows + 1]
-        states = None
+        states, owners_T = None, owners_of(starts, tokens) if stage.has_owners else None
         if stage.facts.linear is not None:
-            prompts = StateRows(rows_R, prompt_lens_R, starts, owners_of(starts, tokens))
+            prompts = StateRows(rows_R, prompt_lens_R, starts, owners_T)
             states = StepStates(StateRows(rows_R, decode_lens_R) if decodes else None, prompts)
         step = TritonStep(
             positions_T,
             slots_T.where(is_token_T, -1),
             PagedRows(tables_RP, decode_lens_R) if decodes else None,
-            PagedRows(tables_RP, prompt_lens_R, starts),
+            PagedRows(tables_RP, prompt_lens_R, starts, owners_T),
             None,
             states,
         )

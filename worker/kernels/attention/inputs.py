@@ -42,6 +42,36 @@ class PagedCache(NamedTuple):
         return self.k_NBJK.dtype == torch.float8_e4m3fn
 
 
+class LatentRows(NamedTuple):
+    """Tokens that attend to latents, and the pages that their rows have in the cache."""
+
+    tables_RP: Tensor
+    """int32: the blocks of each row."""
+    lens: Tensor
+    """[R], tokens of each row in the cache, for token r; with ``owners_T`` the position of each token. Integers."""
+    owners_T: Tensor | None = None
+    """int32: which row each token is of, -1: none."""
+
+
+def has_latent_kernels(rank: int, rotated: int) -> bool:
+    """Return True if kernels take latents of so many components without position, and so many rotated ones."""
+    return all(size >= 16 and size & (size - 1) == 0 for size in (rank, rotated))
+
+
+class NewLatents(NamedTuple):
+    """What the projections of latent attention make of new tokens, before it is normalized and rotated."""
+
+    kv_TC: Tensor
+    """A latent and its rotated components, contiguous within a token."""
+    q_THK: Tensor
+    """The rotated components of queries, contiguous within a head."""
+    norm_C: Tensor
+    """Weight of the norm of latents, which their rotated components have not."""
+    eps: float
+    is_interleaved: bool
+    """True if pairs that are rotated together lie side by side; else they are half of the components apart."""
+
+
 class PackedHeads(NamedTuple):
     """The packed product of queries, keys and values, and how its heads become those that attention takes."""
 

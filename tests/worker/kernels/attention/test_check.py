@@ -1,14 +1,16 @@
 """The check that kernels must pass before a worker uses them: it passes here, and finds what is wrong."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from mgpu.protocol.model.facts import KvCacheDtype
+from mgpu.protocol.model.facts import KvCacheDtype, LatentFacts
 from mgpu.worker.attention import check as kernel_check
 from mgpu.worker.attention import triton_backend as triton_attention
 from mgpu.worker.attention.interface import AttentionShape
+from mgpu.worker.kernels.attention import latent as latent_kernel
 from mgpu.worker.kernels.attention.decode import decode_attention
 
 
@@ -16,6 +18,33 @@ from mgpu.worker.kernels.attention.decode import decode_attention
 def test_kernels_pass_the_check(device: torch.device, window: int | None, kept: KvCacheDtype) -> None:
     shape = AttentionShape(4, 2, 32, torch.float32, (window,), kept)
     assert kernel_check.attention_problem(device, shape) is None
+
+
+LATENT = LatentFacts(rank=32, rotated=16, plain=8, value_dim=8)
+
+
+def test_kernels_of_latents_pass_the_check(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_check, "_NEW_TOKENS", (1, 1, 7, 9))
+    monkeypatch.setattr(kernel_check, "_CONTEXTS", (1, 150, 7, 20))
+    monkeypatch.setattr(latent_kernel, "choose_splits", lambda pairs: 2)
+    shape = AttentionShape(4, 1, 48, torch.float32, (None,), latent=LATENT)
+    assert kernel_check.attention_problem(device, shape) is None
+    monkeypatch.setattr(triton_attention, "latent_attention", lambda *args, **options: None)
+    problem = kernel_check.attention_problem(device, replace(shape, num_q=2))
+    assert problem is not None
+    assert "off by" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept", "words"),
+    [({"rank": 48}, "auto", "not 48 and 16"), ({"rotated": 8}, "auto", "not 32 and 8"), ({}, "fp8", "no float8 cache")],
+)
+def test_latents_that_kernels_cannot_have_are_named(
+    device: torch.device, changes: dict[str, int], kept: KvCacheDtype, words: str
+) -> None:
+    latent = replace(LATENT, **changes)
+    shape = AttentionShape(4, 1, latent.width, torch.float32, (None,), kept, latent=latent)
+    assert words in (kernel_check.attention_problem(device, shape) or "")
 
 
 @pytest.mark.parametrize(("dim", "kept"), [(96, "auto"), (16, "fp8")])
