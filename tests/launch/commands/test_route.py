@@ -1,5 +1,6 @@
 """`mgpu-launch route`: several servers behind one endpoint, and what it refuses."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from harness.gateway_process import GatewayProcess, make_model_folder
 from harness.waiting import eventually
 from mgpu import Client
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
+from mgpu.protocol.internal.gateway_messages import ServerKeys
+from mgpu.protocol.keys import fingerprint, key_text, new_pair
 
 
 def route(*arguments: str, environ: dict[str, str] | None = None) -> "subprocess.Popen[str]":
@@ -72,3 +75,38 @@ def test_a_list_of_servers_is_read_again(tmp_path: Path) -> None:
                 assert not running_servers(base)
             finally:
                 process.kill()
+
+
+def key_file(folder: Path, name: str, secret: bytes, server: bytes) -> Path:
+    path = folder / f"{name}.client"
+    path.touch(0o600)
+    path.write_text(f"secret {key_text(secret)}\nserver {key_text(server)}\n")
+    return path
+
+
+def test_servers_on_tcp_with_keys_are_found_by_address_and_name(tmp_path: Path) -> None:
+    """One does not list the router's key: the router says so, and goes on with the others."""
+    server_public, server_secret = new_pair()
+    (public, secret), stranger = new_pair(), new_pair()
+    file = key_file(tmp_path, "router", secret, server_public)
+    others_file = key_file(tmp_path, "stranger", stranger[1], server_public)
+    model, base = make_model_folder(tmp_path), {BASE_VARIABLE: str(tmp_path / "run")}
+    clients = [(public, file), (stranger[0], others_file)]
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(
+                GatewayProcess(model, bind="tcp://127.0.0.1:0", keys=ServerKeys(server_secret, [key]), client_keys=path)
+            )
+            for key, path in clients
+        ]
+        port = servers[0].endpoint.rpartition(":")[2]
+        named = ["--replica", f"dns://localhost:{port}", "--replica", servers[1].endpoint]
+        process = stack.enter_context(route(*named, "--replica-keys", str(file), "--http", "none", environ=base))
+        stack.callback(process.kill)
+        eventually(lambda: bool(running_servers(base)), "it is not ready")
+        client = stack.enter_context(Client(running_servers(base)[0].endpoint))
+        eventually(lambda: client.stats()["replicas_ready"] == 1, client.stats)
+        refused = f"refuses this client's key {fingerprint(public)}: it is not on the server's list"
+        eventually(lambda: refused in client.health().layout, client.health)
+        assert client.generate([5], max_tokens=3).token_ids == (5, 5, 5)
+        assert [len(each.engine.submits) for each in servers] == [1, 0]
