@@ -61,8 +61,6 @@ MANY_HANDSHAKES = 32
 """At the same time; fewer cannot fill the memory."""
 STEPS_PER_TURN = 8
 """Messages of the engine handled before clients are looked at."""
-LOAD_AGAIN_AFTER_S = 30.0
-"""After the server is ready, the processes for text load the tokenizer too, unless they have been needed before."""
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +111,6 @@ class Gateway:
             front.access.shut_out.add(owner, seconds)
         front.connections.max_of_key = spec.limits.max_client_connections
         self._next_period_s = self._next_alive_s = 0.0
-        self._encoders_due_s = math.inf
         self._has_sent_wake_up = False
         """True from a `WakeUp` until the engine next sends anything."""
         self._running = True
@@ -154,6 +151,12 @@ class Gateway:
         self._model.codec, self._model.is_loaded = codec, True
         self._memory.set_baseline()
         self._outgoing.to_engine(GatewayReady(self._front.endpoint))
+        self._prepare_text()
+
+    def _prepare_text(self) -> None:
+        """Load the tokenizer for the processes of text once the server is ready: no first chat waits for it."""
+        if self._spec.prepares_text and self._model.codec is not None and self._model.public_info.state == "ready":
+            self._encoders.start()
 
     def _on_loaded(self, future: "Future[TextCodec | None]") -> None:
         self._failure = future.exception()
@@ -217,8 +220,7 @@ class Gateway:
 
     def _on_info(self, info: EngineInfo) -> None:
         self._model.info = info
-        if info.state == "ready":
-            self._encoders_due_s = time.monotonic() + LOAD_AGAIN_AFTER_S
+        self._prepare_text()
         if info.state == "stopped":
             self._requests.fail_all()
         self._outgoing.to_engine(StateKnown(info.state))
@@ -255,9 +257,6 @@ class Gateway:
         if now < self._next_period_s:
             return
         self._next_period_s = now + PERIOD_S
-        if now >= self._encoders_due_s and self._model.codec is not None:
-            self._encoders_due_s = math.inf
-            self._encoders.start()
         self._check_memory()
         self._front.restore_endpoint()
         self._requests.run_periodic_work(now)

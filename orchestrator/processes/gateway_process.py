@@ -165,6 +165,7 @@ class GatewayProcess:
             tool_format=config.tool_format,
             reasoning_format=config.reasoning_format,
             sends_wake_up=config.spin_s > 0,
+            prepares_text=True,
             logs_requests=config.logs_requests,
             record_fd=self._culprits.fd,
             shut_out=self._culprits.shut_out(),

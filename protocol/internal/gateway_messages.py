@@ -53,6 +53,8 @@ class GatewaySpec:
     reasoning_format: str = "auto"
     sends_wake_up: bool = False
     """True if the engine wants `WakeUp`."""
+    prepares_text: bool = False
+    """Load the tokenizer in the processes for text as soon as the server is ready, not when they are first needed."""
     logs_requests: bool = False
     """Log a line for each request that ends."""
     record_fd: int = -1

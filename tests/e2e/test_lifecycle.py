@@ -93,7 +93,7 @@ def test_a_second_sigint_stops_at_once(smollm2: str) -> None:
 def test_sigkill_of_the_parent_leaves_nothing(smollm2: str) -> None:
     with start(smollm2, "--workers", "3") as server, Client(server.wait_ready()) as client:
         family = family_of(server)
-        assert len(family) == 4  # three workers and the gateway
+        assert 4 <= len(family) <= 5  # three workers, the gateway, and soon its process for text
         assert [path for process in family for path in shared_files(process)] == []  # nobody would remove them
         of_driver = [Path(f"/dev/shm/cuda.shm.{os.geteuid()}.{each.pid:x}.1") for each in workers_of(server)]
         for file in of_driver:  # as NVIDIA's driver leaves them

@@ -81,7 +81,7 @@ def test_the_default_server_has_private_unix_sockets_and_nothing_else(smollm2: s
         stream = client.stream("Hello", max_tokens=40, ignore_eos=True)
         next(stream)
         family = family_of(server)
-        assert len(family) == WORKERS + 2
+        assert WORKERS + 2 <= len(family) <= WORKERS + 3  # the parent, the gateway, and soon its process for text
         assert listening_endpoints(family) == []
         assert_private(unix_names(family), server.runtime_base)
 

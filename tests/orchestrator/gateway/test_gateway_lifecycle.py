@@ -9,11 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 
 from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
 from harness.raw_peer import RawPeer, read_until_closed
+from harness.waiting import eventually
 from mgpu import Client, RequestFailed
 from mgpu.protocol.front.framing import pack, unpack
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewayFailure, GatewayReady, Outputs, Ping
@@ -35,6 +37,20 @@ def test_whatever_the_gateway_reads_makes_it_say_that_it_lives(model_folder: Pat
     with GatewayProcess(model_folder, ready=False) as gateway:
         gateway.engine.tell(message)
         gateway.engine.wait(lambda: gateway.engine.signs_of_life >= 1)
+
+
+def test_the_process_for_text_loads_the_tokenizer_once_the_server_is_ready(model_folder: Path) -> None:
+    with GatewayProcess(model_folder, ready=False, prepares_text=True) as gateway:
+
+        def helpers() -> list[psutil.Process]:
+            return psutil.Process(gateway.process.pid).children(recursive=True)
+
+        assert not helpers(), "the start of the workers comes first"
+        gateway.set_info()
+        [loader] = eventually(helpers, lambda: "no process for text")
+        with Client(gateway.endpoint) as client:
+            client.chat([{"role": "user", "content": "x"}], max_tokens=1)
+        assert loader.pid in {each.pid for each in helpers()}, "the first chat needs no other"
 
 
 def test_the_socket_is_private(model_folder: Path) -> None:
