@@ -103,6 +103,11 @@ def says(text: str | bytes, then: int | None = EOS) -> Script:
     return script
 
 
+def text_of(submit: Submit) -> str:
+    """Return a prompt as text, without special tokens."""
+    return bytes(token for token in int32_array(submit.token_ids) if token < 256).decode()
+
+
 @dataclass(slots=True)
 class _Running:
     submit: Submit

@@ -166,3 +166,10 @@ def conversation() -> list[dict[str, Any]]:
         {"role": "assistant", "content": "Sunny."},
         {"role": "user", "content": "And then?"},
     ]
+
+
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+"""A call as `QWEN` shows it, of `weather_tool`."""
+TIME_CALL = '\n<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+BROKEN = '<tool_call>{"name": "get_weather", "arguments": {city}}</tool_call>'
+THOUGHT = "<think>\nIt may rain.\n</think>\n\n"

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mgpu.orchestrator.http.requests.rules import MAX_MESSAGES, ROLES, parse_content, parse_part
-from mgpu.protocol.front.chat_messages import TOOL_CHOICE, TOOLS
+from mgpu.orchestrator.http.requests.tool_rules import parse_tools
+from mgpu.protocol.front.chat_messages import TOOL_CHOICE
 from mgpu.protocol.front.fields import FieldError, shown, wrong
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -90,9 +91,7 @@ class AnthropicTools:
     allowed: str = 'an array of tools such as {"name": "f", "description": "…", "input_schema": {JSON schema}}'
 
     def parse(self, field: str, value: object) -> object:
-        if not isinstance(value, list):
-            raise wrong(field, value, self.allowed)
-        return TOOLS.parse(field, [_tool(f"{field}[{at}]", tool) for at, tool in enumerate(value)])
+        return parse_tools(field, value, self.allowed, _tool)
 
 
 def _tool(field: str, tool: object) -> dict[str, object]:

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mgpu.orchestrator.http.requests.rules import MAX_MESSAGES, ROLES, parse_content
-from mgpu.orchestrator.http.requests.tool_rules import parse_arguments
-from mgpu.protocol.front.chat_messages import TOOLS
+from mgpu.orchestrator.http.requests.tool_rules import parse_arguments, parse_tools
 from mgpu.protocol.front.fields import FieldError, shown, wrong
 
 Turn = dict[str, object]
@@ -120,9 +119,7 @@ class ResponseTools:
     allowed: str = 'an array of tools such as {"type": "function", "name": "f", "parameters": {JSON schema}}'
 
     def parse(self, field: str, value: object) -> object:
-        if not isinstance(value, list):
-            raise wrong(field, value, self.allowed)
-        return TOOLS.parse(field, [_tool(f"{field}[{at}]", tool) for at, tool in enumerate(value)])
+        return parse_tools(field, value, self.allowed, _tool)
 
 
 def _tool(field: str, tool: object) -> dict[str, object]:

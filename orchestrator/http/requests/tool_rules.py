@@ -1,12 +1,12 @@
 """Rules for tools and their calls, in the form of OpenAI's chats, and what the front channel gets of them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mgpu.protocol.client.results import ToolCall, ToolCallPart
-from mgpu.protocol.front.chat_messages import TOOL_CHOICE, TOOL_CHOICES
+from mgpu.protocol.front.chat_messages import TOOL_CHOICE, TOOL_CHOICES, TOOLS
 from mgpu.protocol.front.fields import FieldError, shown, wrong
 
 
@@ -54,6 +54,15 @@ class ToolChoiceField:
         return AllowedTools(
             value["mode"], tuple(self._name(f"{field}.tools[{at}]", each) for at, each in enumerate(tools))
         )
+
+
+def parse_tools(
+    field: str, value: object, allowed: str, in_chat_form: Callable[[str, object], dict[str, object]]
+) -> object:
+    """Return the checked tools of another form than that of chats, which ``in_chat_form`` makes of each."""
+    if not isinstance(value, list):
+        raise wrong(field, value, allowed)
+    return TOOLS.parse(field, [in_chat_form(f"{field}[{at}]", tool) for at, tool in enumerate(value)])
 
 
 Choice = str | Mapping[str, object] | None

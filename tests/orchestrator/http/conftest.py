@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
 from harness.gateway_process import GatewayProcess, make_model_folder
@@ -42,3 +43,11 @@ def http(shared_http: HttpServer, gateway: GatewayProcess) -> Iterator[HttpServe
     """An HTTP server without keys that others have used; it must still be alive afterwards."""
     yield shared_http
     assert shared_http.process.exit_status() is None
+
+
+@pytest.fixture
+def openai_client(http: HttpServer, gateway: GatewayProcess) -> Iterator[openai.OpenAI]:
+    """OpenAI's client, of a server with room for descriptions of tools."""
+    gateway.set_info(max_seq_len=4000)
+    with openai.OpenAI(base_url=f"{http.url}/v1", api_key="none", max_retries=0) as client:
+        yield client

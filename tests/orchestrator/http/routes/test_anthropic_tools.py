@@ -6,14 +6,11 @@ from typing import Any
 import anthropic
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says
+from harness.gateway_process import GatewayProcess, make_model_folder, says, text_of
 from harness.http_process import HttpServer
-from harness.tool_templates import QWEN, weather_tool
-from mgpu.protocol.front.fields import int32_array
+from harness.tool_templates import CALL, QWEN, THOUGHT, weather_tool
 
 HELLO = [{"role": "user", "content": "Hi"}]
-CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
-THOUGHT = "<think>\nIt may rain.\n</think>\n\n"
 _FUNCTION = weather_tool()["function"]
 TOOLS = [{"name": "get_weather", "description": "Weather.", "input_schema": _FUNCTION["parameters"]}]
 
@@ -35,10 +32,6 @@ def options(**more: Any) -> Any:
     return {"model": "tiny", "max_tokens": 1000, "messages": HELLO, "tools": TOOLS, **more}
 
 
-def prompt_of(gateway: GatewayProcess) -> str:
-    return bytes(id for id in int32_array(gateway.engine.submits[-1].token_ids) if id < 256).decode()
-
-
 def test_calls_and_thoughts_are_blocks(client: anthropic.Anthropic, gateway: GatewayProcess) -> None:
     gateway.engine.script = says(THOUGHT + "I look.\n" + CALL)
     thinking = {"type": "enabled", "budget_tokens": 1024}
@@ -47,7 +40,7 @@ def test_calls_and_thoughts_are_blocks(client: anthropic.Anthropic, gateway: Gat
     assert answer.content[0].thinking == "It may rain."
     assert (answer.content[2].name, answer.content[2].input) == ("get_weather", {"city": "Zürich"})
     assert answer.stop_reason == "tool_use"
-    assert prompt_of(gateway).endswith("assistant\n")
+    assert text_of(gateway.engine.submits[-1]).endswith("assistant\n")
     unasked = client.messages.create(**options())
     assert [block.type for block in unasked.content] == ["text", "tool_use"]
     with client.messages.stream(**options(thinking=thinking)) as stream:
@@ -75,7 +68,7 @@ def test_a_model_thinks_only_if_it_is_asked_to(client: anthropic.Anthropic, gate
     gateway.engine.script = says(THOUGHT + "A")
     [block] = client.messages.create(**options()).content
     assert block.text == "A"
-    assert prompt_of(gateway).endswith("<think>\n\n</think>\n\n")
+    assert text_of(gateway.engine.submits[-1]).endswith("<think>\n\n</think>\n\n")
 
 
 def test_results_of_calls_reach_the_template(client: anthropic.Anthropic, gateway: GatewayProcess) -> None:
@@ -85,8 +78,8 @@ def test_results_of_calls_reach_the_template(client: anthropic.Anthropic, gatewa
     results = [{"type": "tool_result", "tool_use_id": answer.content[0].id, "content": [{"type": "text", "text": "☀"}]}]
     turns = [*HELLO, {"role": "assistant", "content": answer.content}, {"role": "user", "content": results}]
     assert client.messages.create(**options(messages=turns)).content[0].text == "Sunny."
-    assert '{"name": "get_weather", "arguments": {"city": "Zürich"}}' in prompt_of(gateway)
-    assert "<tool_response>\n☀\n</tool_response>" in prompt_of(gateway)
+    assert '{"name": "get_weather", "arguments": {"city": "Zürich"}}' in text_of(gateway.engine.submits[-1])
+    assert "<tool_response>\n☀\n</tool_response>" in text_of(gateway.engine.submits[-1])
     assert client.messages.count_tokens(model="tiny", messages=turns, tools=TOOLS).input_tokens > 100  # type: ignore[arg-type]
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says
+from harness.gateway_process import GatewayProcess, make_model_folder, says, text_of
 from harness.http_process import HttpServer
 from harness.tool_templates import QWEN, weather_tool
-from mgpu.protocol.front.fields import int32_array
 
 HEADERS = {
     "content-type": "application/json", "authorization": "Bearer sk-none", "accept": "*/*",
@@ -95,7 +94,7 @@ def test_a_tool_loop_sends_its_history_with_the_fields_of_a_stream(http: HttpSer
             )
         else:
             assert answer.json["choices"][0]["message"]["content"] == "Sunny."
-    prompt = bytes(each for each in int32_array(gateway.engine.submits[-1].token_ids) if each < 256).decode()
+    prompt = text_of(gateway.engine.submits[-1])
     assert "<tool_response>\nSunny\n</tool_response>" in prompt
 
 

@@ -7,17 +7,13 @@ from typing import Any
 import openai
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says
+from harness.gateway_process import GatewayProcess, make_model_folder, says, text_of
 from harness.http_process import HttpServer
-from harness.tool_templates import QWEN, weather_tool
-from mgpu.protocol.front.fields import int32_array
+from harness.tool_templates import BROKEN, CALL, QWEN, THOUGHT, TIME_CALL, weather_tool
 
 RESPONSES = "/v1/responses"
 TOOLS = [{"type": "function", "strict": True, **weather_tool(name)["function"]} for name in ("get_weather", "get_time")]
-CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
-TIME_CALL = '\n<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
-ANSWER = "<think>\nIt may rain.\n</think>\n\nI look.\n" + CALL + TIME_CALL
-BROKEN = '<tool_call>{"name": "get_weather", "arguments": {city}}</tool_call>'
+ANSWER = THOUGHT + "I look.\n" + CALL + TIME_CALL
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +22,8 @@ def shared_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway
         yield gateway
 
 
-@pytest.fixture
-def openai_client(http: HttpServer, gateway: GatewayProcess) -> Iterator[openai.OpenAI]:
-    gateway.set_info(max_seq_len=4000)
-    with openai.OpenAI(base_url=f"{http.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def ask(client: openai.OpenAI, **options: Any) -> Any:
     return client.responses.create(**{"model": "tiny", "input": "Hi", "tools": TOOLS, **options})
-
-
-def prompt_of(gateway: GatewayProcess) -> str:
-    return bytes(id for id in int32_array(gateway.engine.submits[-1].token_ids) if id < 256).decode()
 
 
 def told(items: Any) -> list[tuple[str, str]]:
@@ -96,7 +81,7 @@ def test_the_output_is_the_input_of_the_next_turn(openai_client: openai.OpenAI, 
     gateway.engine.script = says("<think>\n\n</think>\n\nIt is sunny.")
     items = [{"role": "user", "content": "Rain?"}, *(item.model_dump() for item in first.output), *results]
     assert ask(openai_client, input=items).output_text == "It is sunny."
-    prompt = prompt_of(gateway)
+    prompt = text_of(gateway.engine.submits[-1])
     assert prompt.count("<|im_start|>assistant") == 2, "one turn for all items of the first answer"
     assert '{"name": "get_weather", "arguments": {"city": "Zürich"}}' in prompt
     assert "<tool_response>\nResult of get_weather.\n</tool_response>" in prompt
@@ -142,14 +127,15 @@ def test_a_cut_answer_is_incomplete_and_reasoning_alone_is_no_message(
 def test_choices_of_tools(openai_client: openai.OpenAI, gateway: GatewayProcess) -> None:
     gateway.engine.script = says(CALL + TIME_CALL)
     assert told(ask(openai_client, tool_choice="none").output) == [("message", CALL + TIME_CALL)]
-    assert "get_weather" not in prompt_of(gateway)
+    assert "get_weather" not in text_of(gateway.engine.submits[-1])
     assert [kind for kind, _ in told(ask(openai_client, parallel_tool_calls=False).output)] == [
         "function_call get_weather"
     ]
     some = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "get_time"}]}
     response = ask(openai_client, tool_choice=some)
     assert response.tool_choice.tools == [{"type": "function", "name": "get_time"}]
-    assert ("get_time" in prompt_of(gateway), '"name": "get_weather", "desc' in prompt_of(gateway)) == (True, False)
+    prompt = text_of(gateway.engine.submits[-1])
+    assert ("get_time" in prompt, '"name": "get_weather", "desc' in prompt) == (True, False)
     assert [kind for kind, _ in told(response.output)] == ["message", "function_call get_time"]
 
 
@@ -173,10 +159,10 @@ def test_some_of_the_tools_can_be_chosen_in_chats_too(http: HttpServer, gateway:
     [
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools", "1 to 64 letters"),
         ({"tools": [{"type": "custom", "name": "a"}]}, "tools", "no tools of its own"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "f"}}, None, "not among the tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "not among the tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "file_search"}}, "tool_choice", "must be auto, none, required"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "mode": "x"}}, "tool_choice", "must have a mode"),
-        ({"tool_choice": "required"}, None, "offers no tools"),
+        ({"tool_choice": "required"}, "tool_choice", "offers no tools"),
         ({"reasoning": "much"}, "reasoning", "must be an object such as"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input", "input[0] lacks call_id"),
         (

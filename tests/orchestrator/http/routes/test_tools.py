@@ -7,18 +7,13 @@ from typing import Any
 import openai
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says
+from harness.gateway_process import GatewayProcess, make_model_folder, says, text_of
 from harness.http_process import HttpServer
-from harness.tool_templates import QWEN, weather_tool
-from mgpu.protocol.front.fields import int32_array
+from harness.tool_templates import BROKEN, CALL, QWEN, THOUGHT, TIME_CALL, weather_tool
 
 CHAT = "/v1/chat/completions"
 TOOLS = [weather_tool(), weather_tool("get_time")]
 HELLO = [{"role": "user", "content": "Hi"}]
-CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
-TIME_CALL = '\n<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
-THOUGHT = "<think>\nIt may rain.\n</think>\n\n"
-BROKEN = '<tool_call>{"name": "get_weather", "arguments": {city}}</tool_call>'
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +22,8 @@ def shared_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway
         yield gateway
 
 
-@pytest.fixture
-def openai_client(http: HttpServer, gateway: GatewayProcess) -> Iterator[openai.OpenAI]:
-    gateway.set_info(max_seq_len=4000)
-    with openai.OpenAI(base_url=f"{http.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def ask(client: openai.OpenAI, **options: Any) -> Any:
     return client.chat.completions.create(model="tiny", messages=HELLO, tools=TOOLS, **options)  # type: ignore[call-overload]
-
-
-def prompt_of(gateway: GatewayProcess) -> str:
-    return bytes(id for id in int32_array(gateway.engine.submits[-1].token_ids) if id < 256).decode()
 
 
 def test_calls_and_reasoning_come_apart(openai_client: openai.OpenAI, gateway: GatewayProcess) -> None:
@@ -50,7 +34,7 @@ def test_calls_and_reasoning_come_apart(openai_client: openai.OpenAI, gateway: G
     calls = [(call.type, call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls]
     assert calls == [("function", "get_weather", {"city": "Zürich"}), ("function", "get_time", {})]
     assert len({call.id for call in choice.message.tool_calls}) == 2
-    assert '"description": "Größe <b>"' in prompt_of(gateway)
+    assert '"description": "Größe <b>"' in text_of(gateway.engine.submits[-1])
 
 
 def test_a_stream_brings_the_same_in_parts(openai_client: openai.OpenAI, gateway: GatewayProcess) -> None:
@@ -108,7 +92,7 @@ def test_choices_none_and_one_call(openai_client: openai.OpenAI, gateway: Gatewa
     gateway.engine.script = says(CALL + TIME_CALL)
     [choice] = ask(openai_client, tool_choice="none").choices
     assert (choice.message.content, choice.message.tool_calls) == (CALL + TIME_CALL, None)
-    assert "get_weather" not in prompt_of(gateway)
+    assert "get_weather" not in text_of(gateway.engine.submits[-1])
     [choice] = ask(openai_client, parallel_tool_calls=False).choices
     assert [call.function.name for call in choice.message.tool_calls] == ["get_weather"]
 
@@ -120,7 +104,7 @@ def test_a_whole_conversation_reaches_the_template(openai_client: openai.OpenAI,
     gateway.engine.script = says("It is sunny.")
     answer = openai_client.chat.completions.create(model="tiny", messages=[*HELLO, message, result], tools=TOOLS)  # type: ignore[list-item,arg-type]
     assert answer.choices[0].message.content == "It is sunny."
-    prompt = prompt_of(gateway)
+    prompt = text_of(gateway.engine.submits[-1])
     assert '{"name": "get_weather", "arguments": {"city": "Zürich"}}' in prompt
     assert "<tool_response>\nSunny.\n</tool_response>" in prompt
 
@@ -128,11 +112,11 @@ def test_a_whole_conversation_reaches_the_template(openai_client: openai.OpenAI,
 def test_thinking_is_switched_by_the_template(openai_client: openai.OpenAI, gateway: GatewayProcess) -> None:
     gateway.engine.script = says("A")
     ask(openai_client, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
-    assert prompt_of(gateway).endswith("<think>\n\n</think>\n\n")
+    assert text_of(gateway.engine.submits[-1]).endswith("<think>\n\n</think>\n\n")
     ask(openai_client, reasoning_effort="none")
-    assert prompt_of(gateway).endswith("<think>\n\n</think>\n\n")
+    assert text_of(gateway.engine.submits[-1]).endswith("<think>\n\n</think>\n\n")
     ask(openai_client, reasoning_effort="high")
-    assert prompt_of(gateway).endswith("assistant\n")
+    assert text_of(gateway.engine.submits[-1]).endswith("assistant\n")
 
 
 @pytest.mark.parametrize(
@@ -143,9 +127,9 @@ def test_thinking_is_switched_by_the_template(openai_client: openai.OpenAI, gate
         ({"tools": [weather_tool("a b")]}, "tools", "1 to 64 letters"),
         ({"tools": [{"type": "web_search"}]}, "tools", "functions only"),
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice", "must be auto, none, required, or"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, None, "not among the tools"),
-        ({"tool_choice": "required"}, None, "offers no tools"),
-        ({"messages": [{"role": "tool", "tool_call_id": "a", "content": "x"}]}, None, "no message before it"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "not among"),
+        ({"tool_choice": "required"}, "tool_choice", "offers no tools"),
+        ({"messages": [{"role": "tool", "tool_call_id": "a", "content": "x"}]}, "messages", "no message before it"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
             "messages", "must be a string with a JSON object",
