@@ -1,47 +1,69 @@
-"""Workers that an outside launcher starts on several hosts, with a real model: the same tokens as of one worker."""
+"""One model on three hosts under a real torchrun: the tokens of one worker, whatever is lost and comes back.
+
+The hosts are network namespaces. Where these cannot be made they are processes side by side, and no link is cut.
+"""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from harness.joined_hosts import WORKER, JoinedServer, joined_server
-from harness.random_model import write_random_model
+from bench.hosts.cluster import Cluster
+from bench.hosts.network import Loopback, Network, why_not
+from harness.tiny_models import TinyModel, make_tiny_model
+from harness.waiting import eventually
 from mgpu import Client
-from mgpu.launch.server_process import ServerProcess
 
-PROMPT = [*range(3, 23)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_model(tmp_path_factory.mktemp("model"))
+LONG = 120
+LAST = 2
 
 
 @pytest.fixture(scope="module")
-def joined(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JoinedServer]:
-    """Three hosts: the first two share layers, and their sums go by gloo; the third has the last layer."""
-    with joined_server(
-        tmp_path_factory.mktemp("hosts"), model, "-n", "0+1:2;2:1", "--max-seq-len", "128", nodes=3, module=WORKER
-    ) as server:
-        for rank in range(3):
-            server.start(rank, 3, MASTER_PORT="29533")
-        server.server.wait_ready()
-        yield server
+def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def cluster(model: TinyModel) -> Iterator[Cluster]:
+    """The first two hosts share layers, and add up by gloo; the third has the last layer."""
+    options = ("-n", "0+1:2;2:1", "--device", "cpu", "--host-timeout", "4", "--max-restarts", "99")
+    with Loopback() if why_not() else Network(3) as network, Cluster(network, 3, str(model.folder), *options) as hosts:
+        hosts.start()
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Cluster) -> Iterator[Client]:
+    with Client(cluster.endpoint, silence_timeout_s=240) as client:
+        yield client
+
+
+def test_ranks_of_three_hosts_choose_the_tokens_of_one(cluster: Cluster, client: Client, model: TinyModel) -> None:
+    answer = client.generate(model.prompt_ids, max_tokens=8, ignore_eos=True)
+    assert list(answer.token_ids) == model.output_ids
+    assert "partial sums by gloo, activations between stages by gloo" in cluster.log()
 
 
 @pytest.mark.timeout(300)
-def test_ranks_of_three_hosts_choose_the_tokens_of_one_worker(joined: JoinedServer, model: Path) -> None:
-    with Client(joined.server.wait_ready()) as client:
-        answer = client.generate(PROMPT, max_tokens=24, ignore_eos=True).token_ids
-    with (
-        ServerProcess("-m", str(model), "--device", "cpu", "--max-seq-len", "128") as alone,
-        Client(alone.wait_ready()) as client,
-    ):
-        assert client.generate(PROMPT, max_tokens=24, ignore_eos=True).token_ids == answer
-    assert "partial sums by gloo, activations between stages by gloo" in joined.server.output()
+def test_requests_finish_when_a_link_is_cut_and_a_rank_is_killed(
+    cluster: Cluster, client: Client, model: TinyModel
+) -> None:
+    """The link comes back, and torchrun starts the rank again: the next epoch waits for both."""
+    has_links = isinstance(cluster.network, Network)
+    whole = client.generate(model.prompt_ids, max_tokens=LONG, ignore_eos=True).token_ids
+    stream = client.stream(model.prompt_ids, max_tokens=LONG, ignore_eos=True)
+    next(stream)
+    if has_links:
+        cluster.network.cut(LAST)
+    try:
+        cluster.processes(1, "--join")[-1].kill()
+        if has_links:
+            eventually(lambda: "nothing was heard of it for 4 s" in cluster.log(), cluster.logs)
+    finally:
+        if has_links:
+            cluster.network.mend(LAST)
+    assert stream.completion().token_ids == whole
+    assert cluster.recoveries(), cluster.logs()
 
 
-def test_hosts_end_with_the_server(joined: JoinedServer) -> None:
-    joined.server.stop()
-    assert [host.status() for host in joined.hosts] == [0, 0, 0], joined.hosts[0].log()
+def test_the_launchers_end_with_the_server(cluster: Cluster) -> None:
+    assert cluster.stop() == [0, 0, 0], cluster.logs()
