@@ -34,6 +34,8 @@ EXIT_PARENT_GONE = 3
 def main() -> int:
     """Run one worker. The exit status is 0 after an orderly shutdown."""
     arguments = _parser().parse_args()
+    if not arguments.join and (arguments.keys or arguments.model):
+        _parser().error("--keys and -m are for a worker that joins a server: --join tcp://HEAD:PORT is missing")
     if arguments.join:
         from mgpu.worker.join.command import run_joined
 

@@ -6,6 +6,7 @@ another process says that it is rank 1. The first says hello at 20.7 s: the seco
 at 19 s, its connection would be gone by 20.5 s, and the second's next hello, at 21.0 s, is taken.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -182,6 +183,7 @@ class Roster:
 def missing_text(roster: Roster, endpoint: str, waited_s: float) -> str:
     """Return the error for ranks that have not come in time: who is missing, and what to type on their hosts."""
     ranks, missing = roster.world_size, roster.missing()
+    address = re.sub(r"//(0\.0\.0\.0|\[::\]|\*)", "//HEAD", endpoint)
     verb, them, place = ("has", "it", "its host") if len(missing) == 1 else ("have", "them", "their hosts")
     who = f"{_ranks(missing)} of {ranks} {verb} not joined" if ranks else "no rank has joined"
     joined = ", ".join(roster.members[rank].hello.name for rank in sorted(roster.members))
@@ -189,7 +191,7 @@ def missing_text(roster: Roster, endpoint: str, waited_s: float) -> str:
     per_node = max(1, ranks // roster.nodes) if ranks else 1
     start = (
         f"torchrun --nnodes {roster.nodes} --nproc-per-node {per_node} --node-rank N --master-addr HOST "
-        f"--master-port 29500 -m mgpu.worker --join {endpoint} --keys NAME.worker -m MODEL"
+        f"--master-port 29500 -m mgpu.worker --join {address} --keys NAME.worker -m MODEL"
     )
     refused = "".join(f"\nrefused: {text}" for text in roster.refusals)
     return (

@@ -123,4 +123,5 @@ def test_the_error_of_the_deadline_says_who_is_missing_and_what_to_type() -> Non
         "1000)). Start it on its host, such as: torchrun --nnodes 2 --nproc-per-node 1 "
     )
     assert "-m mgpu.worker --join tcp://h:1 --keys NAME.worker -m MODEL" in text
+    assert "--join tcp://HEAD:1 --keys" in missing_text(ranks, "tcp://0.0.0.0:1", 5)
     assert "\nrefused: rank 1 on host host-1 (process 1001): it has mgpu 0.9" in text
