@@ -44,7 +44,7 @@ def decode_rate(answer: Callable[[list[list[int]], int], None], streams: int) ->
 def measure_mgpu(streams: list[int], rounds: int) -> dict[int, list[float]]:
     from mgpu import Client
 
-    with running_server("-m", "demo", "--device", "cpu", "--no-prefix-cache") as endpoint:
+    with running_server("-m", "demo", "--device", "cpu", "--dtype", "float32", "--no-prefix-cache") as endpoint:
 
         def answer(batch: list[list[int]], new_tokens: int) -> None:
             def one(ids: list[int]) -> None:

@@ -19,6 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Servers of tests run side by side: the default port of HTTP is for one of them only, and none needs it unless it asks.
 os.environ.setdefault("MGPU_HTTP", "none")
 
+# The type of servers on the CPU would be the processor's choice. In float32 the answers of tests are exact everywhere.
+os.environ.setdefault("MGPU_DTYPE", "float32")
+
 
 def ignore_without_inheritance() -> None:
     """Replace ignored signals by a handler that does nothing.

@@ -57,6 +57,8 @@ class Victim:
             *self._model_options(Path(self._folder.name) / "model"),
             "--device",
             "cpu",
+            "--dtype",
+            "float32",
             "--max-seq-len",
             "512",
             "--kv-memory",

@@ -118,7 +118,7 @@ def run(server_options: ServerOptions, options: argparse.Namespace, free_bytes: 
 
 def server_options_of(options: argparse.Namespace, folder: Path) -> ServerOptions:
     (folder / "config.json").write_text(json.dumps(TINY if options.cpu else LLAMA_8B))
-    where = ("--device", "cpu") if options.cpu else ("--oversubscribe",)
+    where = ("--device", "cpu", "--dtype", "float32") if options.cpu else ("--oversubscribe",)
     load = () if options.model else ("--load-format", "dummy")
     return ServerOptions(
         options.model or str(folder), options.workers, 30.0, "8GiB", (*where, *load, "--max-seq-len", "2048")

@@ -25,7 +25,7 @@ class ServerOptions:
     hang_timeout_s: float = 10.0
     kv_memory: str = "128MiB"
     """Per worker, and little, so that the whole pool has been used after a few minutes and its pages count."""
-    more: tuple[str, ...] = ("--device", "cpu", "--max-seq-len", "512")
+    more: tuple[str, ...] = ("--device", "cpu", "--dtype", "float32", "--max-seq-len", "512")
     environ: Mapping[str, str] | None = None
     """Variables beside those of this process."""
 

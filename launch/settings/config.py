@@ -87,7 +87,7 @@ class ServeConfig:
         _LAYOUT.quant, "Quantize linear layers while loading: int8 (8), group-wise int4 (4), or float8 (fp8) weights."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "Arithmetic: auto is bfloat16 on GPUs and float32 on the CPU."
+        "auto", "Arithmetic: auto is bfloat16 on GPUs and on CPUs that multiply it, else float32."
     )
     kv_cache_dtype: KvCacheDtype = _option(  # noqa: RUF009
         _LAYOUT.kv_cache_dtype, "Keys and values in the cache: auto is the type of --dtype; fp8 takes a byte each."

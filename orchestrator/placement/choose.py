@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mgpu.orchestrator.errors import PlacementError
+from mgpu.orchestrator.placement.cpu_features import multiplies_bfloat16
 from mgpu.orchestrator.placement.described import kinds_text
 from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, selectors
 from mgpu.orchestrator.placement.divisibility import (
@@ -35,7 +36,9 @@ Choice = tuple[PlacementPlan, str]
 
 def dtype_of(machine: Machine, options: LayoutOptions) -> Dtype:
     """Return the type that a model computes in: as asked, else the machine's usual one."""
-    return options.dtype or ("bfloat16" if machine.kind == "cuda" else "float32")
+    if options.dtype:
+        return options.dtype
+    return "bfloat16" if machine.kind == "cuda" or multiplies_bfloat16(machine.cpu_flags) else "float32"
 
 
 def choose_placement(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Choice:

@@ -11,6 +11,7 @@ import psutil
 
 from mgpu.orchestrator.errors import DeviceError, NoDeviceError
 from mgpu.orchestrator.placement.control_groups import memory_within_limits
+from mgpu.orchestrator.placement.cpu_features import cpu_flags
 from mgpu.orchestrator.placement.numa import numa_node
 from mgpu.orchestrator.placement.nvml import Gpu, Link, Nvml, NvmlSession
 from mgpu.protocol.model.shared_memory_layout import orders_stores
@@ -66,6 +67,8 @@ class Machine:
     """Total and free bytes of the memory beside the GPUs, which CPU workers could use."""
     hosts: tuple[str, ...] = ()
     """The host of each device, if they are of hosts that have joined; empty: all are of this machine."""
+    cpu_flags: frozenset[str] = frozenset()
+    """What the processor can do, if workers run on it; none of a described machine."""
 
     @property
     def kind(self) -> Literal["cpu", "cuda"]:
@@ -263,7 +266,9 @@ def cpu_machine(workers: int, notes: tuple[str, ...] = ()) -> Machine:
         DeviceInfo(ordinal, "cpu", f"CPU worker {ordinal}", total // workers, free // workers)
         for ordinal in range(workers)
     )
-    return Machine(devices, uniform_links(workers, "none"), "NCCL needs GPUs", orders_stores(), notes)
+    return Machine(
+        devices, uniform_links(workers, "none"), "NCCL needs GPUs", orders_stores(), notes, cpu_flags=cpu_flags()
+    )
 
 
 def uniform_links(count: int, between: Link) -> tuple[tuple[Link, ...], ...]:

@@ -1,15 +1,43 @@
 """Decide where the matrices of a GGUF file stay packed."""
 
 from dataclasses import replace
+from typing import Any
 
+from mgpu.orchestrator.placement.cpu_features import multiplies_packed
 from mgpu.orchestrator.placement.devices import Machine
-from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.facts import Dtype, ModelFacts
+from mgpu.protocol.model.weight_format import DENSE, HELD, LayerFormats, WeightFormat
 
 
-def facts_as_held(facts: ModelFacts, machine: Machine) -> ModelFacts:
-    """Return the facts without formats if a GGUF file is widened while it is read: on the CPU.
+def facts_as_held(facts: ModelFacts, machine: Machine, dtype: Dtype) -> ModelFacts:
+    """Return the facts with the formats in which a GGUF file is held; on GPUs that are the file's.
 
-    A packed product there takes three to five times as long as a dense one.
+    On the CPU matrices stay packed where torch multiplies them so: 4 bits, in bfloat16. Others are widened while they
+    are read, since a product with them would take three to five times as long packed as dense. float32 widens all: its
+    answers are exact.
     """
     is_gguf = any(form.block for layer in facts.formats for form in layer.formats_of("down"))
-    return replace(facts, formats=()) if is_gguf and machine.kind == "cpu" else facts
+    if not is_gguf or machine.kind != "cpu":
+        return facts
+    if dtype != "bfloat16" or not multiplies_packed(machine.cpu_flags):
+        return replace(facts, formats=())
+    formats = tuple(_multiplied(facts, layer, form) for layer, form in enumerate(facts.formats))
+    is_dense = all(form == LayerFormats() for form in formats)
+    return replace(facts, formats=() if is_dense else formats)
+
+
+def _multiplied(facts: ModelFacts, layer: int, formats: LayerFormats) -> LayerFormats:
+    """Return the formats of a layer with all that torch does not multiply packed made dense: so are all experts."""
+    has_experts = facts.experts_of(layer) is not None
+    changes: dict[str, Any] = {}
+    for held in HELD:
+        is_expert = has_experts and held in ("gate_up", "down")
+        if is_expert or not all(_is_multiplied(form) for form in formats.formats_of(held)):
+            changes[held] = DENSE
+            if formats.parts_of(held):
+                changes[f"{held}_parts"] = ()
+    return replace(formats, **changes)
+
+
+def _is_multiplied(form: WeightFormat) -> bool:
+    return form.quant == "4" and form.group == 32

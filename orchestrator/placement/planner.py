@@ -57,7 +57,7 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     options = replace(options, block_size=options.block_size or BLOCK_SIZE[machine.kind])
     _check_experts(facts, options)
     _check_borrowed(facts, options)
-    facts, options = with_named_formats(facts_as_held(facts, machine), options)
+    facts, options = with_named_formats(facts_as_held(facts, machine, dtype_of(machine, options)), options)
     added = added_workers(machine, options)
     placement, reason = choose_placement(facts, machine, options)
     machine = with_cpu_workers(machine, added)

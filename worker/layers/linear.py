@@ -16,6 +16,7 @@ from mgpu.protocol.model.placement import HeadShard
 from mgpu.protocol.model.weight_format import DENSE, LayerFormats, WeightFormat
 from mgpu.worker.layers.activations import Activations, Product, scaled
 from mgpu.worker.layers.cpu_matmul import matmul_repacked, pack
+from mgpu.worker.layers.cpu_packed import CpuWeight, Held, multiply, repack
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, sum_of_parts, summed_tensor
 from mgpu.worker.layers.product import dense_product, matmul_float8, multiplies_float8, packed_product
@@ -83,9 +84,9 @@ class Linear(Module):
         self._parts: tuple[int, ...] = (outputs,)
         """Outputs of each matrix, if several are stacked."""
         self._form = form
-        self.packed: PackedWeight | None = None
+        self.packed: Held | None = None
         self._formats = storage.parts
-        self.pieces: tuple[PackedWeight, ...] = ()
+        self.pieces: tuple[Held, ...] = ()
         """The stacked matrices one by one, if their formats differ."""
         self.weight = torch.empty(self._shape if form.quant == "none" else 0, dtype=dtype, device=device)
         self.bias = torch.empty(outputs, dtype=dtype, device=device) if bias else None
@@ -100,10 +101,10 @@ class Linear(Module):
 
     @property
     def held(self) -> Tensor | PackedWeight:
-        """The weight, quantized or dense; the first of several formats."""
-        if self.pieces:
-            return self.pieces[0]
-        return self.weight if self.packed is None else self.packed
+        """The weight as kernels of GPUs take it, quantized or dense; the first of several formats."""
+        held = self.pieces[0] if self.pieces else self.packed
+        assert not isinstance(held, CpuWeight), "kernels of GPUs read no weight that was repacked for the CPU"
+        return self.weight if held is None else held
 
     def takes_float8(self, rows: int) -> bool:
         """Return whether so many rows are multiplied in float8: the layer before may then quantize them."""
@@ -111,11 +112,11 @@ class Linear(Module):
 
     def _product(self, x_TI: Activations, bias_O: Tensor | None) -> Product:
         if isinstance(x_TI, Float8Rows) or self.takes_float8(len(x_TI)):
-            assert self.packed is not None, "only quantized layers take float8"
+            assert isinstance(self.packed, PackedWeight), "only quantized layers take float8"
             y_TO = matmul_float8(x_TI, self.packed)
             return y_TO if bias_O is None else y_TO.scaled().add_(bias_O)
         if self.packed is not None:
-            return self._multiply_packed(x_TI, self.packed, bias_O)
+            return self._multiply_held(x_TI, self.packed, bias_O)
         if self.pieces:
             return self._multiply_pieces(x_TI, bias_O)
         return self._multiply(x_TI, self.weight, bias_O)
@@ -123,7 +124,12 @@ class Linear(Module):
     def _multiply_pieces(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         biases = [None] * len(self._parts) if bias_O is None else torch.split(bias_O, list(self._parts))
         pairs = zip(self.pieces, biases, strict=True)
-        return torch.cat([self._multiply_packed(x_TI, piece, bias) for piece, bias in pairs], dim=1)
+        return torch.cat([self._multiply_held(x_TI, piece, bias) for piece, bias in pairs], dim=1)
+
+    def _multiply_held(self, x_TI: Tensor, weight: Held, bias_O: Tensor | None) -> Tensor:
+        if isinstance(weight, CpuWeight):
+            return multiply(x_TI, weight, bias_O)
+        return self._multiply_packed(x_TI, weight, bias_O)
 
     def _dense_weight(self) -> Tensor:
         """Return undefined memory to load into; `_keep` keeps the result."""
@@ -153,7 +159,12 @@ class Linear(Module):
 
     def finalize(self) -> None:
         """Repack the loaded weight for the device; called once, after loading."""
-        if self.packed is None and not self.pieces and (repacked := pack(self.weight)) is not self.weight:
+        dtype = self.weight.dtype
+        if isinstance(self.packed, PackedWeight):
+            self.packed = repack(self.packed, dtype)
+        elif self.pieces:
+            self.pieces = tuple(repack(each, dtype) if isinstance(each, PackedWeight) else each for each in self.pieces)
+        elif (repacked := pack(self.weight)) is not self.weight:
             self.weight, self._multiply = repacked, matmul_repacked
 
     def weight_bytes(self) -> int:

@@ -161,9 +161,9 @@ def unpack(weight: PackedWeight) -> Tensor:
     """Return what the words hold, float32 [N, K]: the q."""
     if weight.kind in ("fp4", "nl4"):
         table = torch.tensor(E2M1 if weight.kind == "fp4" else NL4, dtype=torch.float32, device=weight.words.device)
-        return table[_codes(weight)[:, : weight.k].int()]
+        return table[codes(weight)[:, : weight.k].int()]
     if weight.kind not in ("int8", "fp8"):
-        values_NK = _codes(weight)[:, : weight.k].to(torch.float32)
+        values_NK = codes(weight)[:, : weight.k].to(torch.float32)
         return values_NK if weight.offsets is not None else values_NK.sub_(MIDDLES.get(weight.kind, 0))
     stored = weight.words.view(torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn)
     stored_NBPW = stored.view(len(stored), -1, WORDS, 4).transpose(2, 3)  # words are little-endian
@@ -222,7 +222,7 @@ def _dequantize_int4(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return values_NGE.reshape(len(values_NGE), -1)[:, : weight.k].to(dtype)
 
 
-def _codes(weight: PackedWeight) -> Tensor:
+def codes(weight: PackedWeight) -> Tensor:
     """Return the code of each channel, uint8 [N, padded K]."""
     is_nibble = weight.words.dtype == torch.int32
     codes_NK = _nibbles(weight.words) if is_nibble else _parts_of(weight.words, 2)

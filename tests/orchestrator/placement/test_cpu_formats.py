@@ -1,0 +1,84 @@
+"""What a CPU computes in, and which matrices of a GGUF file stay packed on it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness.machines import QWEN3_32B, cpus, gpus
+from mgpu.orchestrator.placement.cpu_features import cpu_flags, multiplies_bfloat16, multiplies_packed
+from mgpu.orchestrator.placement.devices import Machine
+from mgpu.orchestrator.placement.planner import LayoutOptions, plan
+from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
+from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.weight_format import DENSE, LayerFormats, uniform
+
+Q4_K, Q6_K, Q4_1 = GGUF_FORMATS["Q4_K"], GGUF_FORMATS["Q6_K"], GGUF_FORMATS["Q4_1"]
+NEW = frozenset({"avx2", "avx512f", "avx512_bf16"})
+OLD = frozenset({"avx2"})
+
+
+def machine(flags: frozenset[str]) -> Machine:
+    return replace(cpus(1, 512), cpu_flags=flags)
+
+
+def with_formats(layer: LayerFormats) -> ModelFacts:
+    return replace(QWEN3_32B, formats=(layer,) * QWEN3_32B.num_layers)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"), [(NEW, "bfloat16"), (frozenset({"amx_bf16"}), "bfloat16"), (OLD, "float32")]
+)
+def test_a_cpu_computes_in_bfloat16_if_it_multiplies_it(flags: frozenset[str], dtype: str) -> None:
+    assert plan(QWEN3_32B, machine(flags), LayoutOptions()).layout.dtype == dtype
+    assert plan(QWEN3_32B, machine(flags), LayoutOptions(dtype="float32")).layout.dtype == "float32"
+
+
+def test_the_flags_of_the_host_change_nothing_for_gpus() -> None:
+    box = replace(gpus(80), cpu_flags=OLD)
+    assert plan(QWEN3_32B, box, LayoutOptions()).layout.dtype == "bfloat16"
+    assert plan(with_formats(uniform(Q6_K)), box, LayoutOptions()).facts.formats[0].down == Q6_K
+
+
+def test_matrices_of_4_bits_stay_packed_and_others_are_widened() -> None:
+    mixed = LayerFormats(Q4_K, Q4_K, Q4_1, Q6_K, qkv_parts=(Q4_K, Q4_K, Q6_K))
+    made = plan(with_formats(mixed), machine(NEW), LayoutOptions())
+    assert made.facts.formats[0] == LayerFormats(out=Q4_K, gate_up=Q4_1)
+    parts = LayerFormats(qkv_parts=(Q4_K, Q4_K, Q4_1))
+    assert plan(with_formats(parts), machine(NEW), LayoutOptions()).facts.formats[0] != LayerFormats()
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "layer"),
+    [
+        (NEW, "float32", uniform(Q4_K)),
+        (NEW, "float16", uniform(Q4_K)),
+        (frozenset[str](), "bfloat16", uniform(Q4_K)),
+        (NEW, "bfloat16", uniform(Q6_K)),
+    ],
+    ids=["exact", "float16", "no vectors", "6 bits"],
+)
+def test_a_file_is_widened_where_torch_multiplies_nothing_of_it(
+    flags: frozenset[str], dtype: str, layer: LayerFormats
+) -> None:
+    made = plan(with_formats(layer), machine(flags), LayoutOptions(dtype=dtype))
+    assert made.facts.formats == ()
+
+
+def test_a_file_in_bfloat16_takes_its_own_bytes_on_a_cpu() -> None:
+    made = plan(with_formats(uniform(Q4_1)), machine(OLD), LayoutOptions(dtype="bfloat16"))
+    dense = plan(QWEN3_32B, machine(OLD), LayoutOptions(dtype="bfloat16"))
+    assert made.rows[0].weight_bytes < 0.4 * dense.rows[0].weight_bytes
+    assert DENSE not in (made.facts.formats[0].down, made.facts.formats[0].qkv)
+
+
+def test_flags_are_read_from_the_kernels_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    listed = tmp_path / "cpuinfo"
+    listed.write_text("model name : x\nflags\t\t: fpu avx2 avx512_bf16\nprocessor : 1\nflags\t: none\n")
+    flags = cpu_flags(listed)
+    assert multiplies_bfloat16(flags)
+    assert multiplies_packed(flags)
+    assert cpu_flags(tmp_path / "missing") == frozenset()
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert cpu_flags(tmp_path / "other") == frozenset()
