@@ -12,6 +12,9 @@ every group has halves of two blocks. "4-shuffled" permutes them at random, whic
 as `--kv-cache-dtype fp8` does. "q8_0" rounds the linear layers as llama.cpp's format of that name; a GGUF file of
 Q4_K_M is that format already, so that its "float32" is llama.cpp's quality.
 
+"packed" is a GGUF file as a CPU server holds it in bfloat16: 4-bit matrices by torch's kernels for them, others dense.
+"8-bfloat16" and "4-bfloat16" are `--quant` with these kernels. All other formats widen the file to dense weights first.
+
 "fp8" is weight-only, as on the CPU; "fp8-w8a8" rounds the activations of linear layers too, as GPUs with float8
 products do for many rows.
 """
@@ -23,7 +26,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +34,9 @@ from torch import Tensor
 
 from mgpu.launch.bench.report import describe, heading
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
-from mgpu.orchestrator.models.find import cache_root, read_model, resolve_model
+from mgpu.orchestrator.models.find import ResolvedModel, cache_root, read_model, resolve_model
+from mgpu.orchestrator.placement.devices import cpu_machine
+from mgpu.orchestrator.placement.gguf import facts_as_held
 from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace
@@ -106,11 +111,16 @@ class Format:
     rounding: Rounding | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
     rounds_inputs: bool = False
+    is_packed: bool = False
+    """True if matrices are held as a CPU server does."""
 
 
 FORMATS = {
     "float32": Format(),
     "bfloat16": Format(torch.bfloat16),
+    "packed": Format(torch.bfloat16, is_packed=True),
+    "8-bfloat16": Format(torch.bfloat16, "8"),
+    "4-bfloat16": Format(torch.bfloat16, "4"),
     "kv-fp8": Format(kv_cache_dtype="fp8"),
     "8": Format(quant="8"),
     "q8_0": Format(rounding=q8_0),
@@ -136,8 +146,11 @@ class RoundedInputs:
 
 
 def load(checkpoint: Checkpoint, form: Format) -> DecoderStage:
-    place, layers = RankPlace(0, 0, 0, 1, 0), range(checkpoint.facts.num_layers)
-    stage = build_stage(checkpoint.facts, place, layers, SingleRank(), form.dtype, torch.device("cpu"), form.quant)
+    facts = replace(checkpoint.facts, formats=())
+    if form.is_packed:
+        facts = facts_as_held(checkpoint.facts, cpu_machine(1), "bfloat16")
+    place, layers = RankPlace(0, 0, 0, 1, 0), range(facts.num_layers)
+    stage = build_stage(facts, place, layers, SingleRank(), form.dtype, torch.device("cpu"), form.quant)
     with WeightReader(checkpoint, lambda count: None) as reader:
         stage.load(reader)
     if form.rounding is not None:
@@ -184,9 +197,23 @@ def negative_log_likelihoods(stage: DecoderStage, ids: list[int], kept: torch.dt
     return torch.cat(parts)
 
 
+def text_windows(model: ResolvedModel, text: Path, tokens: int, window: int) -> list[list[int]]:
+    """Return the token ids of a text, cut into windows that each begin as a prompt of the model does."""
+    codec = load_codec(model.path, model.format)
+    if codec is None:
+        raise SystemExit(f"{model.path} has no tokenizer")
+    return cut(codec.encode(""), codec.encode(text.read_text(), add_special_tokens=False)[:tokens], window)
+
+
+def cut(first_ids: list[int], ids: list[int], window: int) -> list[list[int]]:
+    """Return whole windows, each of which begins with ``first_ids``."""
+    size = window - len(first_ids)
+    return [first_ids + ids[first : first + size] for first in range(0, len(ids) - size + 1, size)]
+
+
 @torch.inference_mode()
-def measure(checkpoint: Checkpoint, ids: list[int], first_ids: list[int], window: int, name: str) -> dict[str, object]:
-    """Load the model in one format and score all windows, each of which begins with ``first_ids``."""
+def measure(checkpoint: Checkpoint, windows: list[list[int]], name: str) -> dict[str, object]:
+    """Load the model in one format and score all windows."""
     form = FORMATS[name]
     began_s = time.monotonic()
     stage = load(checkpoint, form)
@@ -194,8 +221,6 @@ def measure(checkpoint: Checkpoint, ids: list[int], first_ids: list[int], window
         for layer in linear_layers(stage):
             layer._multiply = RoundedInputs(layer)
     loaded_s = time.monotonic()
-    size = window - len(first_ids)
-    windows = [first_ids + ids[first : first + size] for first in range(0, len(ids) - size + 1, size)]
     kept = stored_dtype(form.kv_cache_dtype, form.dtype)
     nll = torch.cat([negative_log_likelihoods(stage, each, kept) for each in windows])
     return {
@@ -230,14 +255,10 @@ def main() -> None:
     print(heading(describe()), flush=True)
     for name in options.model:
         model = resolve_model(find(name))
-        codec = load_codec(model.path, model.format)
-        if codec is None:
-            raise SystemExit(f"{model.path} has no tokenizer")
-        first_ids = codec.encode("")
-        ids = codec.encode(options.text.read_text(), add_special_tokens=False)[: options.tokens]
+        windows = text_windows(model, options.text, options.tokens, options.window)
         checkpoint, baseline = read_model(model), 0.0
         for form in options.formats:
-            result = measure(checkpoint, ids, first_ids, options.window, form)
+            result = measure(checkpoint, windows, form)
             baseline = baseline or float(str(result["perplexity"]))
             if options.json:
                 print(json.dumps({"model": model.name} | result), flush=True)

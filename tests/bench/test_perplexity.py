@@ -26,7 +26,7 @@ def test_likelihoods_are_those_of_the_model(tmp_path: Path, monkeypatch: pytest.
 
 def test_windows_begin_with_the_first_ids_and_do_not_overlap(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(write_random_model(tmp_path))
-    result = perplexity.measure(checkpoint, IDS, [1], 4, "float32")
+    result = perplexity.measure(checkpoint, perplexity.cut([1], IDS, 4), "float32")
     assert result["tokens"] == 3 * 3  # three windows of three new tokens, each scored after the first id
 
 
