@@ -148,7 +148,8 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
     vocab_size = fields.integer("vocab_size", base.vocab_size, high=Limit.VOCAB)
     num_layers = fields.integer("num_hidden_layers", base.num_layers, high=Limit.LAYERS)
     num_q_heads = fields.integer("num_attention_heads", base.num_q_heads, high=Limit.HEADS)
-    latent, fields = latent_facts(fields, family), with_default_rope(fields, family)
+    fields = with_default_rope(fields, family)
+    latent = latent_facts(fields, family)
     head_dim = _head_dim(fields, base, hidden, num_q_heads) if latent is None else latent.width
     max_position = fields.integer("max_position_embeddings", base.max_position, high=Limit.POSITION)
     rotated = rotated_size(fields, family, head_dim if latent is None else latent.rotated)

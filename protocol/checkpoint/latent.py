@@ -24,6 +24,7 @@ def latent_facts(fields: Fields, family: str) -> LatentFacts | None:
     rotated = fields.integer("qk_rope_head_dim", rotated, low=2, high=Limit.HEAD_DIM)
     if rotated % 2:
         raise fields.error("qk_rope_head_dim", f"is {rotated}; rotary embeddings need an even number")
+    growth, growth_from = _query_growth(fields) if family == "mistral4" else (0.0, 1)
     return LatentFacts(
         rank=fields.integer("kv_lora_rank", rank, high=Limit.HEAD_DIM),
         rotated=rotated,
@@ -31,7 +32,17 @@ def latent_facts(fields: Fields, family: str) -> LatentFacts | None:
         value_dim=fields.integer("v_head_dim", 128, high=Limit.HEAD_DIM),
         query_rank=query_rank,
         is_interleaved=family == "deepseek_v2" or fields.boolean("rope_interleave", True),
+        query_growth=growth,
+        growth_from=growth_from,
     )
+
+
+def _query_growth(fields: Fields) -> tuple[float, int]:
+    """Return how queries grow with their positions, and the context from which on they do."""
+    rope = fields.nested("rope_scaling") or fields.nested("rope_parameters")
+    if rope is None or not rope.has("llama_4_scaling_beta") or rope.raw("llama_4_scaling_beta") == 0:
+        return 0.0, 1
+    return rope.number("llama_4_scaling_beta"), rope.integer("original_max_position_embeddings", high=Limit.POSITION)
 
 
 def with_default_rope(fields: Fields, family: str) -> Fields:

@@ -188,6 +188,9 @@ class LatentFacts:
     """Width between the two projections of queries; 0: they have one."""
     is_interleaved: bool = True
     """True if the rotated pairs are (0, 1), (2, 3), …; else they are (i, i + rotated / 2)."""
+    query_growth: float = 0.0
+    """Queries at position p are multiplied by ``1 + growth * log(1 + p // growth_from)`` (Mistral 4); 0: by 1."""
+    growth_from: int = 1
 
     @property
     def width(self) -> int:

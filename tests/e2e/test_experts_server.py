@@ -26,7 +26,7 @@ def answers(client: Client, prompts: list[list[int]], kill: psutil.Process | Non
 @pytest.mark.parametrize(
     ("family", "layout", "memory"),
     [
-        ("deepseek-v3", ["--workers", "2", "--experts", "parallel"], "256KiB"),  # 682 tokens of latents
+        ("deepseek-v3", ["--workers", "2", "--experts", "parallel"], "320KiB"),  # 568 tokens of latents
         ("qwen3.5-moe", ["--workers", "3", "-n", "0:1;1+2:2"], "1MiB"),  # less than 64 streams need
     ],
 )

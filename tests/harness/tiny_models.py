@@ -89,7 +89,7 @@ def tiny_config(family: str) -> object:
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 30, "shared_expert_intermediate_size": 46,
     }  # fmt: skip
     latent = TINY | {
-        "kv_lora_rank": 24, "q_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10,
+        "kv_lora_rank": 32, "q_lora_rank": 20, "qk_rope_head_dim": 16, "qk_nope_head_dim": 12, "v_head_dim": 10,
         "num_key_value_heads": 4, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 30,
         "n_shared_experts": 2, "first_k_dense_replace": 1, "tie_word_embeddings": False,
     }  # fmt: skip
@@ -206,14 +206,14 @@ def tiny_config(family: str) -> object:
             **latent, **grouped, topk_method="group_limited_greedy", rope_parameters=latent_yarn
         ),
         "deepseek-v2-lite": lambda: hf.DeepseekV2Config(
-            **(latent | {"q_lora_rank": None}), topk_method="greedy", rms_norm_eps=1e-2
+            **(latent | {"q_lora_rank": None, "kv_lora_rank": 24}), topk_method="greedy", rms_norm_eps=1e-2
         ),
         "deepseek-v3": lambda: hf.DeepseekV3Config(**latent, **grouped, rope_parameters=latent_yarn),
-        "deepseek-v3-plain": lambda: hf.DeepseekV3Config(
-            **(latent | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}), rope_interleave=False
-        ),
         "mistral4": lambda: hf.Mistral4Config(
-            **latent, **grouped, rope_parameters=latent_yarn | {"llama_4_scaling_beta": 0.1}
+            **latent,
+            rope_interleave=False,
+            rope_parameters=latent_yarn
+            | {"llama_4_scaling_beta": 0.4, "original_max_position_embeddings": 8, "factor": 32.0},
         ),
         "glm4-moe": lambda: hf.Glm4MoeConfig(**TINY, **_PECULIAR["glm4_moe"], attention_bias=True),
         "minimax-m2": lambda: hf.MiniMaxM2Config(**(TINY | _PECULIAR["minimax_m2"]), rotary_dim=16),

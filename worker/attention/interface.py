@@ -104,6 +104,11 @@ class StepAttention(Protocol):
         ...
 
     @property
+    def positions_T(self) -> Tensor:
+        """The position of each token of the step in its request."""
+        ...
+
+    @property
     def states(self) -> StepStates | None:
         """The rows as kernels of linear layers take them; None: those layers run on plain torch."""
         ...

@@ -99,6 +99,7 @@ class PlainStep:
         self._backend = backend
         self._batch = batch
         self.rows: StepRows | None = batch.step_rows
+        self.positions_T = batch.positions
         self._block_size = block_size
         self._device = batch.slots.device
         self._longest = max(batch.context_lens_host)

@@ -95,6 +95,8 @@ class LatentAttention(Module):
         first, kv_TC = torch.split(scaled(self.qkv(x_TD)), [self._first_width, latent.width], dim=1)
         if self.q_b is not None and self.q_norm is not None:
             first = scaled(self.q_b(self.q_norm(first)))
+        if latent.query_growth:
+            first = first * self._growth(attention.positions_T).to(first.dtype)
         q_THP, q_THR = torch.split(first.view(len(first), -1, latent.head_dim), [latent.plain, latent.rotated], dim=2)
         query_THC = self.heads.absorb(q_THP)
         if isinstance(angles, Tensor):
@@ -122,6 +124,11 @@ class LatentAttention(Module):
         query_THK = torch.cat((query_THC, rotated_THR), dim=2)
         key_T1K = torch.cat((self.kv_norm(c_TC).unsqueeze(1), key_T1R), dim=2)
         return attention.attend(query_THK, key_T1K, key_T1K, cache, self.spec)[..., : latent.rank]
+
+    def _growth(self, positions_T: Tensor) -> Tensor:
+        """Return the factor [T, 1] on each token's queries."""
+        grown_T = torch.log1p((positions_T // self._latent.growth_from).float())
+        return (1.0 + self._latent.query_growth * grown_T).unsqueeze(1)
 
     def _in_halves(self, x_THR: Tensor) -> Tensor:
         """Return rotated components with the first of each pair in the first half, as `rotate` takes them.

@@ -80,7 +80,7 @@ def read_rope(fields: Fields, family: str, default_theta: float, max_position: i
     if family == "gemma4":
         return Rope(theta, local, _proportional(full, base), max_position)
     longest = max_position if scaling is None else _stretched(scaling, base)
-    if scaling is not None and scaling.has("llama_4_scaling_beta"):
+    if scaling is not None and scaling.has("llama_4_scaling_beta") and family != "mistral4":
         longest = min(longest, _original(scaling, base))  # past it, queries are scaled by their position
     return Rope(theta, local if family == "gemma3" else None, _scaling(scaling, base), longest)
 

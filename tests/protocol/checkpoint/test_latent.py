@@ -39,7 +39,8 @@ def test_defaults_are_those_of_transformers(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [name], "num_experts_per_tok": 6}))
     facts = read_config_facts(tmp_path)
-    assert facts.latent == LatentFacts(*latent)
+    growth = (0.1, 8192) if name.startswith("Mistral") else (0.0, 1)
+    assert facts.latent == LatentFacts(*latent, *growth)
     assert (facts.num_kv_heads, facts.head_dim, facts.rotated_size) == (1, latent[0] + 64, 0)
     assert facts.experts is not None
     assert facts.experts.choice == ExpertChoice(*choice)
@@ -74,7 +75,9 @@ def test_the_text_model_of_a_multimodal_mistral_is_read(tmp_path: Path) -> None:
     outer = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": SMALL | {"model_type": "mistral4"}}
     (tmp_path / "config.json").write_text(json.dumps(outer))
     facts = read_config_facts(tmp_path)
-    assert (facts.architecture, facts.max_position) == ("mistral4", 8192)  # further queries would be scaled
+    assert (facts.architecture, facts.max_position) == ("mistral4", 1048576)
+    assert facts.latent is not None
+    assert (facts.latent.query_growth, facts.latent.growth_from) == (0.1, 8192)
 
 
 @pytest.mark.parametrize(

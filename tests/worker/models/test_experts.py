@@ -21,7 +21,7 @@ from mgpu.protocol.model.quantization import Quant
 
 FAMILIES = (
     "mixtral", "mixtral-window", "qwen3-moe", "qwen3-moe-plain", "qwen2-moe", "gpt-oss", "granite-moe",
-    "granite-moe-shared", "gemma4-moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-plain",
+    "granite-moe-shared", "gemma4-moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3",
     "mistral4", "glm4-moe", "minimax-m2",
 )  # fmt: skip
 SPLITS: tuple[ExpertSplit, ...] = ("tensor", "parallel")
