@@ -18,7 +18,7 @@ from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.hosts.hosts import Departed, Hosts
 from mgpu.orchestrator.hosts.roster import HostsMissing, missing_text
 from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
-from mgpu.orchestrator.processes.failures import WorkerLost
+from mgpu.orchestrator.processes.failures import HostLost, WorkerLost
 from mgpu.protocol.internal.host_messages import StartWorker, WorkerEnded
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
@@ -179,7 +179,7 @@ class HostGroup:
 
     def _take(self, rank: int, message: object) -> None:
         if isinstance(message, Departed):
-            self._note(rank, _LOST, message.text)
+            self._note(rank, _LOST, message.text, HostLost)
         elif getattr(message, "epoch", -1) != self.epoch:
             return
         elif isinstance(message, StepResult):
@@ -204,14 +204,14 @@ class HostGroup:
         """Return the failure of the output rank that sent an impossible result."""
         return self._lost(self._output_rank, message)
 
-    def _lost(self, rank: int, message: str) -> WorkerLost:
+    def _lost(self, rank: int, message: str, failure: type[WorkerLost] = WorkerLost) -> WorkerLost:
         progress = self.progress.get(rank)
         phase = "steps" if rank in self.ready else progress.phase if progress else "spawn"
-        return WorkerLost(rank, phase, message, time.monotonic())
+        return failure(rank, phase, message, time.monotonic())
 
-    def _note(self, rank: int, kind: int, message: str) -> None:
+    def _note(self, rank: int, kind: int, message: str, failure: type[WorkerLost] = WorkerLost) -> None:
         if rank not in self._failures or self._failures[rank][0] > kind:
-            self._failures[rank] = kind, self._lost(rank, message)
+            self._failures[rank] = kind, self._lost(rank, message, failure)
 
     def _note_failure(self, rank: int, failure: WorkerFailure) -> None:
         misses_peer = failure.message.startswith("PeerLost")

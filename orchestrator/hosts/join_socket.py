@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 
 import zmq
 
-from mgpu.orchestrator.gateway.front.endpoint import bind
+from mgpu.orchestrator.gateway.front.endpoint import BindError, bind
 from mgpu.orchestrator.host.server_keys import WorkerKeys
 from mgpu.protocol.internal.host_messages import DOMAIN
 from mgpu.protocol.internal.host_socket import use_link_options
@@ -41,8 +41,10 @@ class JoinSocket:
         use_server_key(self.socket, keys.secret)
         try:
             self.endpoint, _ = bind(self.socket, endpoint, has_keys=True)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, BindError):  # its words are those for --bind
+                raise type(error)(str(error).replace("--bind", "--join")) from None
             raise
 
     @property

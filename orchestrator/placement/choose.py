@@ -175,6 +175,8 @@ def _split_error(
 def _more_devices(machine: Machine, sizes: Sequence[int], size: int) -> str:
     """Return what else to type for a size above the number of devices: the size itself, or the nearest that splits."""
     count = len(machine.devices)
+    if machine.hosts:
+        return ""
     if machine.kind == "cpu":
         larger = [fitting for fitting in sizes if fitting > count]
         if not larger or size <= count:
@@ -188,6 +190,8 @@ def _more_devices(machine: Machine, sizes: Sequence[int], size: int) -> str:
 
 def _fewer_devices(machine: Machine, options: LayoutOptions, count: int) -> str:
     """Return what to type, instead of what was typed, to split over ``count`` devices."""
+    if machine.hosts:
+        return _first_devices(machine, count)
     if options.tp is not None:
         return f"--tp {count}"
     # CPU workers are as many as --workers says: --tp alone would find one.
@@ -198,6 +202,8 @@ def _fewer_devices(machine: Machine, options: LayoutOptions, count: int) -> str:
 
 def _first_devices(machine: Machine, count: int) -> str:
     """Return what to type to use only the first ``count`` devices."""
+    if machine.hosts:
+        return f"a launcher with {count} {'process' if count == 1 else 'processes'} in all (WORLD_SIZE={count})"
     if machine.kinds:
         return f"--gpus {shlex.quote(kinds_text(machine.kinds[:count]))}"
     if machine.kind == "cpu" or len({device.uuid for device in machine.devices}) < len(machine.devices):

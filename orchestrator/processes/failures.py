@@ -54,6 +54,10 @@ class WorkerLost(ProcessFailure):
         """CLOCK_MONOTONIC of the failure."""
 
 
+class HostLost(WorkerLost):
+    """The host of a worker is lost, or its launcher has ended it."""
+
+
 class WorkersHung(ProcessFailure):
     """The workers live but do nothing."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container
 
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
-from mgpu.orchestrator.processes.failures import ProcessFailure, RestartLimit, WorkersHung
+from mgpu.orchestrator.processes.failures import HostLost, ProcessFailure, RestartLimit, WorkersHung
 from mgpu.orchestrator.processes.group import Group
 from mgpu.orchestrator.processes.standby import Standby
 from mgpu.orchestrator.processes.worker_group import WorkerGroup, ZmqContext
@@ -91,13 +91,16 @@ class WorkerProcesses:
         """Kill what is left of the group and start the next epoch. TooManyRestarts when that happened too often."""
         if self.is_ready:
             self._began_s = time.monotonic()
+        # A launcher that starts ranks again, one after the other, ends several epochs that never were ready.
+        is_part = not self.is_ready and isinstance(failure, HostLost)
+        is_free = is_part and time.monotonic() - self._began_s < self._start_timeout_s
         self.is_ready = False
         log.error("%s", failure.report)
         if isinstance(failure, WorkersHung) or log.isEnabledFor(logging.DEBUG):
             self.group.kill_with_stacks()  # they show where a rank hangs; after a death they would hide its cause
         else:
             self.group.kill_at_once()
-        self.restarts.note(failure)
+        self.restarts.note(failure, is_free)
         self._start_epoch(self.group.epoch + 1)
         log.warning("restart %d: starting the workers again as epoch %d", self.restarts.count, self.group.epoch)
 

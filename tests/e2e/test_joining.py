@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.joined_hosts import JoinedServer, joined_server
+from harness.joined_hosts import JoinedServer, joined_server, make_keys
 from harness.model_files import LLAMA_CONFIG, write_llama_folder
 from harness.waiting import eventually
 from mgpu import Client
@@ -41,6 +41,19 @@ def test_a_host_whose_key_is_not_on_the_list_is_refused(joined: JoinedServer) ->
     assert "refuses this host's key" in host.log()
     assert "keygen --worker NAME" in host.log()
     eventually(lambda: "is not in workers/ of --keys" in joined.server.output(), joined.server.output)
+
+
+def test_a_host_with_the_keys_of_another_server_says_so(joined: JoinedServer, tmp_path: Path) -> None:
+    host = joined.start(0, 2, "--keys", str(make_keys(tmp_path / "keys") / "host.worker"), "--join-timeout", "2")
+    assert host.status() == 1
+    assert "something accepts connections there, but it is no server with the key" in host.log()
+
+
+def test_a_host_whose_head_does_not_run_says_so(joined: JoinedServer) -> None:
+    host = joined.start(0, 2, "--join", "tcp://127.0.0.1:1", "--join-timeout", "1")
+    assert host.status() == 1
+    assert "no answer from tcp://127.0.0.1:1" in host.log()
+    assert "nothing accepts connections there" in host.log()
 
 
 def test_a_host_with_another_model_is_refused_by_its_name(joined: JoinedServer, tmp_path: Path) -> None:

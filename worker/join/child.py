@@ -1,5 +1,7 @@
 """The worker that an agent runs: one process an epoch. It ends with the agent, as any worker with its parent."""
 
+import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from mgpu.protocol.keys import ClientKeys
 from mgpu.worker.join.launcher import Launched
 
 WORKER_COMMAND = (sys.executable, "-m", "mgpu.worker")
+_PIPE_BYTES = 1 << 20
 _STACKS_S = 0.2
 """Time for a worker to write its stacks before it is killed."""
 
@@ -26,6 +29,10 @@ class Worker:
         self._process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE)
         assert self._process.stdin is not None
         self.pidfd = os.pidfd_open(self._process.pid)
+        with contextlib.suppress(
+            OSError
+        ):  # writing must not wait until the worker reads: the agent says hello meanwhile
+            fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._process.stdin.write(frame_spec(CONTROL.encode(spec)))
         self._process.stdin.flush()
 
