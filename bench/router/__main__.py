@@ -127,16 +127,21 @@ def _tokens_per_second(endpoints: list[str], seconds: float) -> float:
     floods = [flood, *(Flood(each, 1 << 20) for each in endpoints[1:])]
     for at in range(NUM_STREAMS):
         floods[at % len(floods)].send(PROMPT)
-    for each in floods:
-        each.count(1.0)
-    before, began_s = sum(each.tokens for each in floods), time.perf_counter()
-    while (now_s := time.perf_counter()) < began_s + seconds:
-        for each in floods:
-            each.count(0.01)
-    found = (sum(each.tokens for each in floods) - before) / (now_s - began_s)
+    _count(floods, 1.0)
+    before, took_s = sum(each.tokens for each in floods), _count(floods, seconds)
+    found = (sum(each.tokens for each in floods) - before) / took_s
     for each in floods:
         each.close()
     return found
+
+
+def _count(floods: Sequence[Flood], seconds: float) -> float:
+    """Count the tokens of all in short turns, so that none are left waiting; return how long that took."""
+    began_s = time.perf_counter()
+    while time.perf_counter() < began_s + seconds:
+        for each in floods:
+            each.count(0.01)
+    return time.perf_counter() - began_s
 
 
 def measure_hits(endpoint: str, rounds: int, say: Say) -> None:
