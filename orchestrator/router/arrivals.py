@@ -21,7 +21,9 @@ from mgpu.protocol.front.fields import FieldError, int32_array, parse_fields
 KEEP_S = 30.0
 """How long replicas go on with the requests of a router that is gone."""
 _ACCOUNT_CHARS = 128
-_USED = ("id", "session", "account", "prompt_ids", "cache_salt", "n", "timeout_s", "emitted_ids")
+_USED = (
+    "id", "session", "account", "prompt", "prompt_ids", "messages", "cache_salt", "n", "timeout_s", "emitted_ids"
+)  # fmt: skip
 _RULES = {name: GENERATE_RULES[name] for name in _USED}
 
 
@@ -56,7 +58,7 @@ class Arrivals:
         values["keep_s"] = KEEP_S
         request_id, session, timeout_s = fields["id"], fields.get("session"), fields.get("timeout_s")
         name, upstream_id = self.names(received.identity, session, request_id)
-        prompt = prompt_bytes({**values, "prompt_ids": fields.get("prompt_ids")})
+        prompt = prompt_bytes(fields)
         emitted = fields.get("emitted_ids", b"")
         return RoutedRequest(
             received.connection,

@@ -90,8 +90,10 @@ class Dispatch:
             part.uncached_tokens = max(1, routed.prompt_size - replica.prefixes.matched(routed.keys))
             if not replica.begin(part):
                 return False
-        except RequestFailed as error:  # too large with what has been emitted
-            self.fail(routed, Refusal("engine_error", f"cannot go on elsewhere: {error}"))
+        except RequestFailed as error:  # too large with what the router adds, or with what has been emitted
+            is_new = routed.accepted is None
+            how = Refusal("bad_request", str(error)) if is_new else None
+            self.fail(routed, how or Refusal("engine_error", f"cannot go on elsewhere: {error}"))
             return True
         self.attach(part, replica)
         replica.prefixes.add(routed.keys)

@@ -1,11 +1,13 @@
 """What clients see of a router: one server, also while a replica or the router itself is lost."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import msgpack
 import pytest
+import zmq
 
 from harness.gateway_process import GatewayProcess, says
 from harness.router_thread import RouterThread
@@ -18,6 +20,7 @@ from mgpu.orchestrator.router.part import Part
 from mgpu.orchestrator.router.replica import Replica
 from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
 from mgpu.orchestrator.router.table import RoutedTable
+from mgpu.protocol.front import framing
 from mgpu.protocol.front.seeds import seed_of_choice
 
 ACCOUNT = Account("pid:1", "uid:0 01")
@@ -52,6 +55,30 @@ def test_a_mistake_is_answered_once_and_costs_nothing(client: Client, gateways: 
         client.generate([300], max_tokens=2)
     with pytest.raises(RequestFailed, match="use max_tokens"):
         client.generate([5], max_tokens=100_000)
+    assert client.generate([5], max_tokens=2).token_ids == (5, 5)
+
+
+def test_what_cannot_be_sent_on_is_refused_as_the_mistake_that_it_is(router: RouterThread, client: Client) -> None:
+    body = msgpack.packb({"type": "generate", "id": 1, "prompt": "a", "stream": True})
+    hole = msgpack.packb("template_options") + b"\x91" * 600 + b"\x01"
+    bodies = {
+        "template_options must be a map": bytes([body[0] + 1]) + body[1:] + hole,
+        "bytes, the limit is": msgpack.packb({"type": "generate", "id": 1, "prompt": "a" * ((1 << 20) - 60)}),
+        "messages must be": msgpack.packb({"type": "generate", "id": 1, "messages": "hi"}),
+        "exactly one of prompt": msgpack.packb({"type": "generate", "id": 1}),
+        "unknown field 'x'": msgpack.packb({"type": "generate", "id": 1, "prompt": "a", "x": 1}),
+    }
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with context, context.socket(zmq.DEALER) as socket:
+        framing.set_client_options(socket, router.endpoint)
+        socket.connect(router.endpoint)
+        for problem, sent in bodies.items():
+            socket.send_multipart([framing.VERSION, sent])
+            assert socket.poll(20_000), problem
+            answer = msgpack.unpackb(socket.recv_multipart()[1])
+            assert (answer["type"], answer["code"]) == ("failed", "bad_request"), answer
+            assert re.search(problem, answer["message"]), answer
+    assert len(router.router.table) == 0
     assert client.generate([5], max_tokens=2).token_ids == (5, 5)
 
 
