@@ -20,7 +20,7 @@ from mgpu.orchestrator.placement.gpu_facts import find_gpu
 from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map, quick_stages
 from mgpu.orchestrator.placement.named_layers import named_stages
 from mgpu.orchestrator.placement.options import LayoutOptions
-from mgpu.orchestrator.placement.sizes import edge_elements, kv_token_bytes, layers_bytes
+from mgpu.orchestrator.placement.sizes import edge_bytes, kv_token_bytes, layers_bytes
 from mgpu.orchestrator.placement.stage_order import stage_order
 from mgpu.orchestrator.placement.topology.rules import Topology
 from mgpu.orchestrator.placement.uneven import example_shares, uneven_stage
@@ -223,16 +223,15 @@ def _choose_balanced(facts: ModelFacts, machine: Machine, options: LayoutOptions
             f"Use at most {layers}: {_first_devices(machine, layers)}"
         )
     last = len(ordinals) - 1
-    edges = [edge_elements(facts, 1, i == 0, i == last) for i in range(len(ordinals))]
     dtype_bytes = DTYPE_BYTES[dtype_of(machine, options)]
     devices = [machine.devices[ordinal] for ordinal in ordinals]
     capacities = [weight_capacity(device, options) for device in devices]
     per_layer = layers_bytes(facts, range(layers), 1, dtype_bytes, options.quant) // layers
-    extras = [elements * dtype_bytes for elements in edges]
+    extras = [edge_bytes(facts, 1, i == 0, i == last, dtype_bytes, options.quant) for i in range(len(ordinals))]
     rates = _rates(devices)
     if machine.kind == "cuda" and not rates:
         return balanced_stages(layers, ordinals, capacities, per_layer, extras), reason
-    head = edge_elements(facts, 1, first=False, last=True) * dtype_bytes
+    head = edge_bytes(facts, 1, False, True, dtype_bytes, options.quant)
     read_extras = [head if i == last else 0 for i in range(len(ordinals))]
     enough = _enough_bytes(facts, machine, options) if len(set(rates)) > 1 else math.inf
     if len(set(rates)) == 1:

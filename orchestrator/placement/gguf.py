@@ -16,9 +16,11 @@ def facts_as_held(facts: ModelFacts, machine: Machine, dtype: Dtype) -> ModelFac
     are read, since a product with them would take three to five times as long packed as dense. float32 widens all: its
     answers are exact.
     """
-    is_gguf = any(form.block for layer in facts.formats for form in layer.formats_of("down"))
-    if not is_gguf or machine.kind != "cpu":
+    edges = facts.embedding_format, facts.head_format
+    stored = (*edges, *(form for layer in facts.formats for form in layer.formats_of("down")))
+    if machine.kind != "cpu" or not any(form.block for form in stored):
         return facts
+    facts = replace(facts, embedding_format=DENSE, head_format=DENSE)
     if dtype != "bfloat16" or not multiplies_packed(machine.cpu_flags):
         return replace(facts, formats=())
     formats = tuple(_multiplied(facts, layer, form) for layer, form in enumerate(facts.formats))

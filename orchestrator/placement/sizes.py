@@ -15,7 +15,7 @@ from mgpu.protocol.model.placement import (
     largest_expert_shard,
     padded_vocab,
 )
-from mgpu.protocol.model.quantization import Quant, formats_of, matrices_of, rank_matrices
+from mgpu.protocol.model.quantization import Quant, formats_of, matrices_of, rank_matrices, vocab_formats
 
 CUDA_FIXED_BYTES = 700 << 20
 """Estimate of a worker's CUDA context, cuBLAS workspaces and allocator slack; the worker measures the real value."""
@@ -70,18 +70,22 @@ def _other_elements(facts: ModelFacts, layer: int, tp_size: int, split: ExpertSp
     )
 
 
-def edge_elements(facts: ModelFacts, tp_size: int, first: bool, last: bool) -> int:
-    """Count the elements of a stage outside of its layers: embedding on the first, final norm and LM head on the last.
+def edge_bytes(
+    facts: ModelFacts, tp_size: int, first: bool, last: bool, dtype_bytes: int, quant: Quant = "none"
+) -> int:
+    """Return the bytes of a stage outside of its layers: embedding on the first, final norm and LM head on the last.
 
     A tied LM head is the embedding itself if one stage has both, else a copy. Their rows are padded.
     """
-    table = padded_vocab(facts.vocab_size, tp_size) // tp_size * facts.hidden_size
-    tables = int(first) + int(last) - int(first and last and facts.tie_embeddings)
+    rows = padded_vocab(facts.vocab_size, tp_size) // tp_size
+    embedding, head = (form.matrix_bytes(rows, facts.hidden_size, dtype_bytes) for form in vocab_formats(facts, quant))
+    needs_head = last and not (first and facts.tie_embeddings)
     per_layer = 0
     if first and (per := facts.per_layer) is not None:  # the table is split as the vocabulary is, the rest is whole
         width = facts.num_layers * per.size
         per_layer = width * (padded_vocab(per.vocab_size, tp_size) // tp_size + facts.hidden_size) + per.size
-    return tables * table + (facts.hidden_size if last else 0) + per_layer
+    others = (facts.hidden_size if last else 0) + per_layer
+    return first * embedding + needs_head * head + others * dtype_bytes
 
 
 @cache
@@ -113,7 +117,7 @@ def layers_bytes(
 
 def active_bytes(facts: ModelFacts, dtype_bytes: int, quant: Quant) -> tuple[int, int]:
     """Return the bytes of all weights, and of those that the computation of one token uses."""
-    layers, edges = range(facts.num_layers), edge_elements(facts, 1, first=True, last=True) * dtype_bytes
+    layers, edges = range(facts.num_layers), edge_bytes(facts, 1, True, True, dtype_bytes, quant)
     total = layers_bytes(facts, layers, 1, dtype_bytes, quant) + edges
     if facts.experts is None:
         return total, total
@@ -169,7 +173,7 @@ def rank_weight_bytes(
     stage = plan.stages[place.stage_index]
     layers = range(stage.first_layer, stage.end_layer)
     first, last = place.stage_index == 0, place.stage_index == plan.num_stages - 1
-    edges = edge_elements(facts, place.tp_size, first, last) * dtype_bytes
+    edges = edge_bytes(facts, place.tp_size, first, last, dtype_bytes, quant)
     return layers_bytes(facts, layers, place.tp_size, dtype_bytes, quant, split) + edges
 
 

@@ -11,10 +11,10 @@ from mgpu.orchestrator.placement.costs import HOST_BYTES_PER_S
 from mgpu.orchestrator.placement.devices import DeviceInfo
 from mgpu.orchestrator.placement.gpu_facts import GpuFacts, find_gpu
 from mgpu.orchestrator.placement.planner import Plan
-from mgpu.orchestrator.placement.sizes import kv_token_bytes, layers_bytes, part_facts
+from mgpu.orchestrator.placement.sizes import edge_bytes, kv_token_bytes, layers_bytes, part_facts
 from mgpu.orchestrator.placement.stored_formats import is_stored
 from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts, ModelFacts, kv_element_bytes
-from mgpu.protocol.model.placement import Stage, TensorPart, padded_vocab
+from mgpu.protocol.model.placement import Stage, TensorPart
 from mgpu.protocol.model.quantization import Quant
 from mgpu.protocol.model.shared_memory_layout import SUM_ROWS
 
@@ -238,7 +238,7 @@ def _head_bytes(plan: Plan, stage: Stage) -> float:
     if stage is not plan.layout.placement.stages[-1]:
         return 0
     size, facts = 1 if stage.shares else len(stage.devices), plan.facts
-    return padded_vocab(facts.vocab_size, size) / size * facts.hidden_size * DTYPE_BYTES[plan.layout.dtype]
+    return edge_bytes(facts, size, False, True, DTYPE_BYTES[plan.layout.dtype], plan.layout.quant)
 
 
 def _seen(facts: ModelFacts, layer: int, behind: int) -> int:

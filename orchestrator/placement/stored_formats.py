@@ -75,12 +75,19 @@ def stored_lines(plan: Plan) -> list[str]:
     if not is_stored(plan):
         return [f"formats by layer: {format_ranges(plan)}; {stored.bits_per_weight:.2f} bits per weight of the layers"]
     latent = ("projections of latents (kv_b)",) if plan.facts.latent is not None else ()
-    kept = ", ".join(("embedding, head, norms", *latent, *stored.dense))
+    edges = _edges(plan)
+    packed = "".join(f"; {name} in {form.name}" for name, form in edges.items() if form != DENSE)
+    kept = ", ".join((*(name for name, form in edges.items() if form == DENSE), "norms", *latent, *stored.dense))
     return [
         f"checkpoint: layers in {'; '.join(stored.names) or 'no format that is held packed'}: "
-        f"{stored.bits_per_weight:.2f} bits per weight; dense: {kept}. Scales of activations, keys and values are not "
-        "used"
+        f"{stored.bits_per_weight:.2f} bits per weight{packed}; dense: {kept}. Scales of activations, keys and values "
+        "are not used"
     ]
+
+
+def _edges(plan: Plan) -> dict[str, WeightFormat]:
+    """Return the formats of what is outside of the layers."""
+    return {"embedding": plan.facts.embedding_format, "head": plan.facts.head_format}
 
 
 def stored_json(plan: Plan) -> dict[str, object] | None:
@@ -90,4 +97,5 @@ def stored_json(plan: Plan) -> dict[str, object] | None:
         return None
     return {
         "formats": list(stored.names), "bits_per_weight": round(stored.bits_per_weight, 3), "dense": list(stored.dense),
+        **{name: form.name or "dense" for name, form in _edges(plan).items()},
     }  # fmt: skip

@@ -30,7 +30,7 @@ from mgpu.protocol.checkpoint.gguf_model import read_gguf_checkpoint
 from mgpu.protocol.checkpoint.gpt_oss import MXFP4
 from mgpu.protocol.checkpoint.huggingface import is_config_quantized, read_config_facts, read_config_schemes
 from mgpu.protocol.checkpoint.quantized.dummy import packed_experts, quantized_dummies
-from mgpu.protocol.checkpoint.quantized.formats import layer_formats
+from mgpu.protocol.checkpoint.quantized.formats import with_formats
 from mgpu.protocol.checkpoint.quantized.join import join_packed
 from mgpu.protocol.checkpoint.stacked import borrowed_tensors, separate_tensors, stored_name
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelCode, ModelFacts, ModelSource
@@ -93,9 +93,9 @@ def _read(path: Path, load_format: LoadFormat, code: ModelCode) -> Checkpoint:
         tensors = dummy_tensors(facts)
         if kind == "safetensors":
             tensors = _dummies(path, facts, tensors)
-        return Checkpoint(source, replace(facts, formats=layer_formats(facts, tensors)), tensors)
+        return Checkpoint(source, with_formats(facts, tensors), tensors)
     check_tensors(str(path), facts, stored, partial(stored_name, facts.architecture))
-    facts = replace(facts, formats=layer_formats(facts, stored))
+    facts = with_formats(facts, stored)
     return Checkpoint(source, facts, {name: stored[name] for name in expected_tensors(facts)})
 
 

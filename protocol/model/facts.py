@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mgpu.protocol.model.weight_format import LayerFormats
+from mgpu.protocol.model.weight_format import DENSE, LayerFormats, WeightFormat
 
 CheckpointFormat = Literal["safetensors", "gguf"]
 LoadFormat = Literal["auto", "dummy"]
@@ -293,6 +293,10 @@ class ModelFacts:
     """Layers after the others that the checkpoint may have, and that are not used."""
     formats: tuple[LayerFormats, ...] = ()
     """How the matrices of each layer are quantized in the checkpoint; empty: they are not."""
+    embedding_format: WeightFormat = DENSE
+    """How the embedding is held, if no ``--quant`` is asked for; as a GGUF file has it."""
+    head_format: WeightFormat = DENSE
+    """The same of the head; that of the embedding if they are tied."""
     borrowed: BorrowedCode | None = None
     """Set if transformers' modelling code runs the model. Then facts about arithmetic do not count, only sizes do."""
 

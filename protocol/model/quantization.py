@@ -59,6 +59,11 @@ def formats_of(facts: ModelFacts, layer: int, quant: Quant) -> LayerFormats:
     return facts.formats[layer]
 
 
+def vocab_formats(facts: ModelFacts, quant: Quant) -> tuple[WeightFormat, WeightFormat]:
+    """Return the formats of embedding and head: packed as in a GGUF file, dense if ``--quant`` reads it anew."""
+    return (facts.embedding_format, facts.head_format) if quant == "none" else (DENSE, DENSE)
+
+
 def group_problems(quant: Quant, facts: ModelFacts, tp_size: int, split: ExpertSplit = "tensor") -> list[str]:
     """Return a line for each kind of layer whose slices on ``tp_size`` ranks are not whole groups."""
     if tp_size == 1 or (quant == "none" and not facts.formats):

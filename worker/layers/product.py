@@ -45,6 +45,32 @@ def packed_product(device: torch.device) -> PackedProduct:
     return quantized_matmul
 
 
+def packed_rows(device: torch.device) -> Callable[[PackedWeight, torch.dtype], Tensor]:
+    """Return the function that widens a few rows of a packed weight."""
+    if uses_kernels(device):
+        from mgpu.worker.kernels.products.dequantize import dequantize_packed
+
+        return dequantize_packed
+    return dequantize
+
+
+def packed_head_product(device: torch.device) -> PackedProduct:
+    """Return the product with a packed head, which is never widened as a whole: it may be the largest matrix."""
+    if not uses_kernels(device):
+        return quantized_matmul
+    from mgpu.worker.kernels.products.choose import quantized_matmul as multiply
+    from mgpu.worker.kernels.products.group_gemm import most_rows
+
+    def product(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
+        step = most_rows(weight)
+        if len(x_TI) <= step:
+            return multiply(x_TI, weight, bias_O)
+        parts = [x_TI[first : first + step] for first in range(0, len(x_TI), step)]
+        return torch.cat([multiply(part, weight, bias_O) for part in parts])
+
+    return product
+
+
 def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
     """Return ``x @ w.T + bias`` with the weight dequantized to the activations' type, a block of outputs at a time."""
     outputs = len(weight.words)

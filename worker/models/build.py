@@ -11,6 +11,7 @@ from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.worker.layers.experts import ExpertMatrices
 from mgpu.worker.layers.linear import Linear, Storage
+from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.copiers import reading_threads
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.borrowed import BorrowedStage
@@ -79,9 +80,9 @@ def load_weights(
 
 
 def init_linear(stage: DecoderStage) -> None:
-    """Draw weights of linear layers and experts, which have no memory until they are quantized."""
+    """Draw weights of linear layers, experts and packed rows of the vocabulary: they have no memory until then."""
     for _, module in stage.named_modules():
-        if isinstance(module, (Linear, ExpertMatrices)):
+        if isinstance(module, (Linear, ExpertMatrices)) or (isinstance(module, VocabParallel) and module.is_packed):
             module.init_dummy(torch.Generator(module.weight.device))
 
 

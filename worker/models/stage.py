@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgpu.protocol.model.facts import ExpertSplit, KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import TensorPart
+from mgpu.protocol.model.weight_format import DENSE
 from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention
 from mgpu.worker.kernels.linear.inputs import has_kernels_for
@@ -128,9 +129,12 @@ class BuildContext:
             return None
         return ExpertBranch(self.facts, experts, self.expert_split, self.group, self.storage_of(layer), self.part)
 
-    def vocab(self) -> VocabParallel:
+    def vocab(self, is_head: bool = False) -> VocabParallel:
+        """Make the embedding, or a head of its own."""
         sizes = self.facts.vocab_size, self.facts.hidden_size
-        return VocabParallel(*sizes, self.group, self.storage.dtype, self.storage.device, self.part)
+        form = self.facts.head_format if is_head else self.facts.embedding_format
+        form = form if self.storage.form.quant == "none" else DENSE
+        return VocabParallel(*sizes, self.group, self.storage.dtype, self.storage.device, self.part, form)
 
     def norm(self, unit_offset: bool = False, before: Linear | GatedMLP | SparseMLP | None = None) -> RMSNorm:
         """Make a norm over the model dimension. ``before``: the only layer that its result goes into."""
@@ -188,7 +192,7 @@ class DecoderStage(Module):
         self.head: VocabParallel | None = None
         if self.is_last:
             is_tied = self.embedding is not None and facts.tie_embeddings
-            self.head = self.embedding if is_tied else context.vocab()
+            self.head = self.embedding if is_tied else context.vocab(is_head=True)
         self._angle_kinds: list[AngleKind] = [
             (facts.sliding_layers[index], index not in facts.unrotated_layers) for index in layers
         ]

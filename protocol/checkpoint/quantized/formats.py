@@ -6,6 +6,7 @@ purpose, so q, k and v of a layer, and gate and up, are then held one by one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.model.facts import ModelFacts
@@ -17,6 +18,18 @@ def layer_formats(facts: ModelFacts, tensors: Mapping[str, TensorEntry]) -> tupl
     if not any(entry.packed for entry in tensors.values()):
         return ()
     return tuple(_formats(facts, layer, tensors) for layer in range(facts.num_layers))
+
+
+def with_formats(facts: ModelFacts, tensors: Mapping[str, TensorEntry]) -> ModelFacts:
+    """Return the facts with the formats of all layers; and of embedding and head, which a GGUF file may have packed."""
+
+    def edge(name: str) -> WeightFormat:
+        packed = tensors[name].packed
+        return DENSE if packed is None or packed.packing != "gguf" else packed.form
+
+    embedding = edge("model.embed_tokens.weight")
+    head = embedding if facts.tie_embeddings else edge("lm_head.weight")
+    return replace(facts, formats=layer_formats(facts, tensors), embedding_format=embedding, head_format=head)
 
 
 def _formats(facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]) -> LayerFormats:

@@ -1,15 +1,20 @@
 """Plans of quantized checkpoints: bits, what is dense, and sizes that cut groups."""
 
+import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from bench.broken.models import HIDDEN, MODELS, VOCAB, write_model
+from bench.broken.models import made as made_tensor
 from harness.machines import QWEN3_32B, cpus, gpus
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.divisibility import compatible_sizes
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.orchestrator.placement.speed import estimate_speed, speed_lines
 from mgpu.orchestrator.placement.table import layout_json, layout_text
+from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.weight_format import DENSE, LayerFormats, WeightFormat, uniform
 
@@ -52,3 +57,17 @@ def test_speed_is_not_estimated_and_quant_quantizes_anew() -> None:
     assert anew.rows[0].weight_bytes == plan(QWEN3_32B, gpus(80), LayoutOptions(quant="8")).rows[0].weight_bytes
     assert "checkpoint:" not in layout_text(anew)
     assert plan(facts, cpus(1, 64), LayoutOptions()).rows[0].weight_bytes > 0
+
+
+def test_formats_of_embedding_and_head_of_a_gguf_file_are_said(tmp_path: Path) -> None:
+    head = made_tensor(random.Random(0), "Q6_K", VOCAB, HIDDEN)
+    embedding = made_tensor(random.Random(0), "F16", VOCAB, HIDDEN)
+    model = MODELS["GGUF Q4_K"].with_tensor("output.weight", head).with_tensor("token_embd.weight", embedding)
+    facts = read_checkpoint(write_model(model, tmp_path)).facts
+    made = plan(facts, gpus(8), LayoutOptions())
+    said = "layers in GGUF Q4_K: 4.62 bits per weight; head in GGUF Q6_K; dense: embedding, norms."
+    assert said in layout_text(made)
+    assert layout_json(made)["checkpoint_formats"] == {
+        "formats": ["GGUF Q4_K"], "bits_per_weight": 4.625, "dense": [], "embedding": "dense", "head": "GGUF Q6_K",
+    }  # fmt: skip
+    assert "checkpoint:" not in layout_text(plan(facts, cpus(1), LayoutOptions())), "a CPU widens it"
