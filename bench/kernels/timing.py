@@ -124,6 +124,7 @@ KERNEL_MODULES = tuple(
         "experts.few",
         "experts.grouped",
         "experts.grouped_packed",
+        "experts.grouped_scaled",
         "experts.route",
         "experts.route_and_sort",
         "experts.combine",

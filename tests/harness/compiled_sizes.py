@@ -24,12 +24,14 @@ from mgpu.worker.kernels.attention.inputs import LatentRows, NewLatents, PagedCa
 from mgpu.worker.kernels.attention.latent import latent_attention
 from mgpu.worker.kernels.attention.latent_cache import store_latents
 from mgpu.worker.kernels.attention.prefill import prefill_attention
+from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, sparse_mlp
 from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
 from mgpu.worker.quantization.packing import PackedWeight, WeightKind
 from mgpu.worker.quantization.random_packed import random_packed
+from mgpu.worker.quantization.stacks import empty_stack
 
 BF16 = torch.bfloat16
 HEADS, GROUP = 8, 32
@@ -81,6 +83,15 @@ def multiply_groups(form: WeightFormat, rows: int) -> None:
     quantized_matmul(torch.zeros(rows, 1024, dtype=BF16), weight)
 
 
+def multiply_experts(form: WeightFormat) -> None:
+    generator, rows, count = torch.Generator().manual_seed(0), 128, 2
+    stacks = []
+    for parts, inputs in (((256, 256), 256), ((256,), 256)):
+        stacks.append(empty_stack(random_packed(form, parts, inputs, generator), count))
+    router = RouterWeights(torch.zeros(count, 256, dtype=BF16), 1, True)
+    sparse_mlp(torch.zeros(rows, 256, dtype=BF16), router, ExpertStacks(stacks[0], stacks[1], 0, "silu"))
+
+
 Case = tuple[Callable[..., None], tuple[Any, ...]]
 SIZES: tuple[Case, ...] = (
     (attend, ("decode", 128, 64, BF16)),
@@ -95,6 +106,7 @@ SIZES: tuple[Case, ...] = (
     (multiply_groups, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 64)),
     *((multiply_groups, (GGUF_FORMATS[kind], rows)) for kind in ("Q4_K", "Q6_K") for rows in (1, 16)),
     (multiply_groups, (WeightFormat("8", 32, 1, 2, source="groups"), 64)),
+    (multiply_experts, (GGUF_FORMATS["Q6_K"],)),
 )
 """The largest tiles of each kernel."""
 FLOAT8: tuple[Case, ...] = (

@@ -84,12 +84,12 @@ def has_kernels_for(experts: ExpertFacts, storage: Storage) -> bool:
     """Return True if kernels compute the experts of a layer: they have neither biases nor clamped gates."""
     forms = storage.of_gate_up().form, storage.of_down().form
     is_plain = uses_kernels(storage.device) and not experts.bias and experts.clamp is None
-    return is_plain and all(map(_is_for_kernels, forms)) and len({form.quant for form in forms}) == 1
+    return is_plain and all(map(_is_for_kernels, forms)) and len({form.quant == "none" for form in forms}) == 1
 
 
 def _is_for_kernels(form: WeightFormat) -> bool:
-    """Return True for formats of which grouped products have kernels: dense, of `--quant`, or a scale per output."""
-    return not form.source or (form.quant in ("8", "fp8") and form.group == 0 and form.zero_bytes == 0)
+    """Return True for formats of which grouped products have kernels: all but act-order and odd groups."""
+    return not form.is_ordered and (form.group % 32 == 0 or (form.group == 16 and form.super_bytes > 0))
 
 
 def _plain_share(gate: SharedGate, y_TD: Tensor, shared_TD: Tensor, x_TD: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from mgpu.worker.kernels.experts.combine import PairRows
 from mgpu.worker.kernels.experts.few import few_tokens
 from mgpu.worker.kernels.experts.grouped import GroupedTiling, grouped_down, grouped_gate_up
 from mgpu.worker.kernels.experts.grouped_packed import PackedTiling, grouped_packed
+from mgpu.worker.kernels.experts.grouped_scaled import flat_stack, grouped_scaled
 from mgpu.worker.kernels.experts.route import route_few
 from mgpu.worker.kernels.experts.route_and_sort import Choice, route_and_sort
 from mgpu.worker.kernels.experts.sort import SortedPairs, sort_pairs
@@ -109,8 +110,8 @@ def _grouped(
     gate_up, down, gate = stacks.gate_up, stacks.down, GATES[stacks.activation]
     if isinstance(gate_up, PackedWeight):
         assert isinstance(down, PackedWeight), "both stacks are packed"
-        h_PF = grouped_packed(x_TD, gate_up, pairs, weights_TA, gate, PackedTiling())
-        y_PD = grouped_packed(h_PF, down, pairs, weights_TA, 0, PackedTiling())
+        h_PF = _packed_product(x_TD, gate_up, pairs, weights_TA, gate)
+        y_PD = _packed_product(h_PF, down, pairs, weights_TA, 0)
     else:
         assert isinstance(down, Tensor), "no stack is packed"
         h_PF = grouped_gate_up(x_TD, gate_up, pairs, weights_TA, gate, tiles.gate_up)
@@ -118,10 +119,18 @@ def _grouped(
     return PairRows(y_PD, experts_TA, stacks.first, stacks.count)
 
 
-def _dense(stack: Stack, dtype: torch.dtype) -> Tensor:
-    """Return a stack as it is, or dequantized into temporary memory."""
-    if isinstance(stack, Tensor):
+def _packed_product(x: Tensor, stack: PackedWeight, pairs: SortedPairs, weights_TA: Tensor, gate: int) -> Tensor:
+    if stack.is_simple:
+        return grouped_packed(x, stack, pairs, weights_TA, gate, PackedTiling())
+    return grouped_scaled(x, stack, pairs, weights_TA, gate)
+
+
+def _dense(stack: Stack, dtype: torch.dtype) -> Stack:
+    """Return a stack as it is, or dequantized into temporary memory.
+
+    Stacks with groups stay packed: the plan reserves no memory for all experts of a layer.
+    """
+    if isinstance(stack, Tensor) or not stack.is_simple:
         return stack
     count, outputs, _ = stack.words.shape
-    rows = replace(stack, words=stack.words.flatten(0, 1), scales=stack.scales.flatten(0, 1))
-    return dequantize_packed(rows, dtype).view(count, outputs, stack.k)
+    return dequantize_packed(flat_stack(stack), dtype).view(count, outputs, stack.k)

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.kernel_checks import relative_error, tolerance
+from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.quantization import Quant, weight_format
+from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.experts import choose
 from mgpu.worker.kernels.experts import route_and_sort as route_and_sort_module
 from mgpu.worker.kernels.experts.choose import (
@@ -27,6 +29,7 @@ from mgpu.worker.kernels.reference import rms_norm
 from mgpu.worker.layers.partial_sum import summed_tensor
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 from mgpu.worker.quantization.quantize import quantize
+from mgpu.worker.quantization.random_packed import random_packed
 from mgpu.worker.quantization.stacks import empty_stack, matrix_of, put_matrix
 
 
@@ -220,6 +223,35 @@ def test_quantized_experts_equal_dequantized_ones(
     monkeypatch.setattr(choose, "PACKED_TOKENS", 0)
     monkeypatch.setattr(choose, "FEW_TOKENS", 0)
     assert relative_error(summed_tensor(sparse_mlp(x, router, held)), packed_sum) < 3e-5
+
+
+GROUPED = {
+    "fp8-blocks": WeightFormat("fp8", 32, 16, 2, source="x"), "int8-groups": WeightFormat("8", 32, 1, 2, source="x"),
+    "int4-zeros": WeightFormat("4", 32, 1, 2, 1, source="x"), "mxfp4": WeightFormat("fp4", 32, 1, 1, source="x"),
+    **{kind: GGUF_FORMATS[kind] for kind in ("Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q6_K")},
+}  # fmt: skip
+"""Each way in which scales and codes are held; `test_scaled.py` has all types."""
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_experts_whose_groups_have_scales_equal_dequantized_ones(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(choose, "PACKED_TOKENS", 2)
+    form, (tokens, count) = GROUPED[name], (3, 2)
+    dim = width = max(32, form.block)
+    generator = torch.Generator(device).manual_seed(0)
+    stacks = []
+    for parts, inputs in (((width, width), dim), ((dim,), width)):
+        matrices = [random_packed(form, parts, inputs, generator) for _ in range(count)]
+        stacks.append(empty_stack(matrices[0], count))
+        for index, matrix in enumerate(matrices):
+            put_matrix(stacks[-1], index, matrix)
+    dense = [torch.stack([dequantize(matrix_of(stack, at), torch.float32) for at in range(count)]) for stack in stacks]
+    x, w = draw(tokens, dim, device=device), draw(count, dim, device=device)
+    expected = reference_experts(x, dense[0], dense[1], reference_routing(F.linear(x, w), 1, False), 0)
+    got = summed_tensor(sparse_mlp(x, RouterWeights(w, 1, False), ExpertStacks(stacks[0], stacks[1], 0, "silu")))
+    assert relative_error(got, expected) < 3e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
