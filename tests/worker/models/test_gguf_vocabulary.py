@@ -45,10 +45,11 @@ def test_logits_are_those_of_a_widened_embedding_and_head(tmp_path: Path, kind: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_holds_at_most_a_tenth_more_than_its_share_of_the_file(tmp_path: Path, kind: str) -> None:
+    """In float16, in which no CPU arranges words anew: what a GPU holds."""
     checkpoint = read(tmp_path, kind)
     size = 2 if kind in SMALL_BLOCKS else 1
     plan = PlacementPlan((Stage(0, 1, tuple(range(size))),))
-    held = run_ranks(size, lambda group: Stages(checkpoint, group, [range(1)], torch.bfloat16).stages[0].weight_bytes())
+    held = run_ranks(size, lambda group: Stages(checkpoint, group, [range(1)], torch.float16).stages[0].weight_bytes())
     stored = sum(entry.nbytes for entry in checkpoint.tensors.values())
     assert max(held) <= 1.10 * stored / size
     assert held == [rank_weight_bytes(checkpoint.facts, plan, plan.place_of(rank), 2) for rank in range(size)]
