@@ -18,7 +18,7 @@ from bench.hosts.network import Network, why_not
 from bench.random_model import write_random_model
 from mgpu import Client
 from mgpu.launch.bench.report import describe, heading
-from mgpu.launch.server_process import ServerProcess
+from mgpu.launch.server_process import ServerProcess, orderly_end
 
 PROMPT = [*range(3, 23)]
 STREAMS, TOKENS = 8, 96
@@ -30,7 +30,7 @@ def main() -> None:
     options = _parser().parse_args()
     if problem := why_not():
         sys.exit(f"error: {problem}")
-    with tempfile.TemporaryDirectory() as folder:
+    with orderly_end(), tempfile.TemporaryDirectory() as folder:
         model = options.model or str(write_random_model(Path(folder)))
         whole = _alone(model)
         print(heading(describe("torch")))
