@@ -96,6 +96,7 @@ Case = tuple[Callable[..., None], tuple[Any, ...]]
 SIZES: tuple[Case, ...] = (
     (attend, ("decode", 128, 64, BF16)),
     (attend, ("prefill", 256, 64, BF16)),
+    (attend, ("prefill", 512, 64, BF16)),
     (attend_latents, (512, BF16)),
     (attend_latents, (512, torch.float32)),
     (multiply, ("int8", 64, 1024, BF16)),

@@ -41,6 +41,11 @@ def test_prefill_attention_has_smaller_tiles_for_wide_heads_where_memory_is_smal
     assert prefill_attention.choose_tiling(256, 64, torch.bfloat16, shared).block_m == block_m
 
 
+@pytest.mark.parametrize(("shared", "block_m"), [(HOPPER_BYTES, 64), (AMPERE_BYTES, 32), (ADA_BYTES, 32)], ids=str)
+def test_prefill_attention_has_smaller_tiles_for_heads_of_512(shared: int, block_m: int) -> None:
+    assert prefill_attention.choose_tiling(512, 64, torch.bfloat16, shared).block_m == block_m
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("rows", [2, 32, 64, 256])
 def test_products_are_cut_for_an_h200_as_they_were_measured_there(kind: WeightKind, rows: int) -> None:

@@ -29,6 +29,8 @@ from mgpu.worker.kernels.runtime import (
 ROWS_AT_ONCE = 256
 _LARGE_TILES_BYTES = 160 << 10
 """Shared memory from which on large tiles of heads of 256 fit."""
+_WIDEST_TILES_BYTES = 200 << 10
+"""The same for heads of 512, of which a tile of 64 queries and two tiles of 32 keys and values take 192 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,8 @@ def choose_tiling(
         return PrefillTiling(32, 16, 4, 2)
     if dim <= 64:
         return PrefillTiling(64, 64, 4, 3)
+    if dim > 256:
+        return PrefillTiling(64, 32, 8, 2) if shared >= _WIDEST_TILES_BYTES else PrefillTiling(32, 32, 4, 2)
     if dim > 128:
         is_large = block_size % 64 == 0 and shared >= _LARGE_TILES_BYTES
         return PrefillTiling(128, 64, 8, 2) if is_large else PrefillTiling(64, 32, 4, 3)

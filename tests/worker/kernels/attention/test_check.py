@@ -14,9 +14,9 @@ from mgpu.worker.kernels.attention import latent as latent_kernel
 from mgpu.worker.kernels.attention.decode import decode_attention
 
 
-@pytest.mark.parametrize(("window", "kept"), [(None, "auto"), (40, "fp8")])
-def test_kernels_pass_the_check(device: torch.device, window: int | None, kept: KvCacheDtype) -> None:
-    shape = AttentionShape(4, 2, 32, torch.float32, (window,), kept)
+@pytest.mark.parametrize(("dim", "window", "kept"), [(32, None, "auto"), (32, 40, "fp8"), (512, None, "auto")])
+def test_kernels_pass_the_check(device: torch.device, dim: int, window: int | None, kept: KvCacheDtype) -> None:
+    shape = AttentionShape(4, 2, dim, torch.float32, (window,), kept)
     assert kernel_check.attention_problem(device, shape) is None
 
 
