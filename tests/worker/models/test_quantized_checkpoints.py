@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.fake_orchestrator import running
 from harness.quantized_folders import FORMATS, LATENTS, Store, write_quantized
+from harness.random_model import write_random_model
 from harness.rank_threads import run_ranks
 from harness.specs import make_spec
 from harness.stage_driver import Stages, logits_in_chunks
@@ -142,6 +143,16 @@ def test_projections_of_latents_stay_packed_but_for_those_of_heads(
     form = checkpoint.facts.formats[1]
     assert form.qkv.source == form.out.source == form.gate_up.source != ""
     assert bool(form.q_b.source) == (query_rank is not None)
+
+
+@pytest.mark.parametrize(
+    ("types", "error"), [({"kv_cache_dtype": "fp8"}, 0.04), ({"quant": "8"}, 0.02), ({"quant": "4"}, 0.2)], ids=str
+)
+def test_latents_in_fewer_bits_stay_near(tmp_path: Path, types: dict[str, object], error: float) -> None:
+    checkpoint = read_checkpoint(write_random_model(tmp_path, **LATENTS))
+    expected = logits_in_chunks(checkpoint, IDS, [6, 1, 3])
+    logits = logits_in_chunks(checkpoint, IDS, [6, 1, 3], 2, **types)
+    assert 0 < float((logits - expected).abs().mean() / expected.std()) < error
 
 
 def test_a_quantized_head_is_dequantized_and_quant_quantizes_anew(tmp_path: Path) -> None:
