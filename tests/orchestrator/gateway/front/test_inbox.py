@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from itertools import pairwise
+from itertools import groupby
+from types import SimpleNamespace
 
 import pytest
 
@@ -223,18 +224,23 @@ def test_what_comes_from_an_ended_connection_is_not_served(front: FakeFront, rea
     assert len(reader.serve(4)) == 2
 
 
-def test_an_account_has_the_turn_for_a_quantum_and_pays_for_all_of_it(front: FakeFront) -> None:
-    reader = Reader(front)
-    reader.inbox._quantum_s = 0.004
-    reader.cost_s = 0.001
+def test_an_account_has_the_turn_for_a_quantum_and_pays_for_all_of_it(
+    front: FakeFront, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, order = 1.0, list[bytes]()
+
+    def handle(received: Received) -> None:
+        nonlocal now_s
+        now_s += 0.001
+        order.append(received.connection)
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now_s, monotonic=lambda: now_s))
+    inbox = Inbox(front, FairTurns(), handle, quantum_s=0.0035)  # type: ignore[arg-type]
     for name in (b"a", b"b"):
         front.send(name, count=40, identity=f"key:{name.decode()}")
-    reader.inbox.serve(0.5)
-    order = [message.connection for message in reader.handled]
-    changes = sum(one != other for one, other in pairwise(order))
-    assert len(order) == 80
-    assert 2 <= changes < 40, "in a row, but in turns"
-    assert order[:40].count(b"a") < 40
+    inbox.serve(1.0)
+    rows = [len(list(row)) for _, row in groupby(order)]
+    assert rows == [4] * 20
 
 
 def test_while_others_wait_only_those_who_may_are_handled(front: FakeFront, reader: Reader) -> None:
