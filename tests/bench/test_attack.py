@@ -31,7 +31,7 @@ def options() -> argparse.Namespace:
         strengths=[1],
         seed=1,
         settle_s=0.5,
-        minutes=1.0,
+        minutes=3.0,
         processes=1,
         width=64,
     )  # fmt: skip
