@@ -16,7 +16,7 @@ from mgpu.orchestrator.host.reload import Reloader
 def test_limits_and_clients_are_read_again_and_what_needs_a_restart_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MGPU_KEYS", "MGPU_HTTP"):
+    for name in ("MGPU_KEYS", "MGPU_HTTP", "MGPU_DTYPE"):
         monkeypatch.delenv(name, raising=False)
     keys, file = tmp_path / "keys", tmp_path / "x.toml"
     make_server(keys)
