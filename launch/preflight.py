@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from mgpu.launch.http import http_address, http_options
 from mgpu.launch.prepare import LEAST_FILES, client_limits
 from mgpu.launch.settings.config import ServeConfig
+from mgpu.launch.settings.hosts import check_hosts
 from mgpu.launch.settings.values import ConfigError
-from mgpu.launch.several_hosts import check_hosts
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.listening import check_address
 from mgpu.orchestrator.models.find import check_name

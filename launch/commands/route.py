@@ -24,7 +24,7 @@ _GROUP = "Router"
     examples=(
         "mgpu-launch route --replica ipc:///run/a.sock --replica ipc:///run/b.sock",
         "mgpu-launch route --replica-file servers.txt --bind tcp://*:5555 --keys keys/",
-        "mgpu-launch route --replica dns://mgpu-servers.default.svc:5555 --replica-keys router.client",
+        "mgpu-launch route --replica dns://mgpu.prod.svc:5555 --replica-keys me.client",
     ),
 )
 @click.option(
