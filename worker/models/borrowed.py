@@ -60,6 +60,7 @@ class BorrowedStage(DecoderStage):
         scale = getattr(base.embed_tokens, "scalar_embed_scale", 1.0)
         self.embedding_scale = float(torch.tensor(scale, dtype=self.dtype))
         self.embedding = context.vocab() if self.is_first else None
+        self.per_layer = None
         self.head = None
         if self.is_last:
             is_tied = self.embedding is not None and facts.tie_embeddings
