@@ -30,7 +30,7 @@ def logits(checkpoint: Checkpoint, quant: Quant, tp_size: int = 1, num_stages: i
     return logits_in_chunks(checkpoint, IDS, [6, 1, 1, 1, 1], tp_size, num_stages, quant=quant)
 
 
-@pytest.mark.parametrize(("quant", "error"), [("8", 0.02), ("fp8", 0.06), ("4", 0.18)])
+@pytest.mark.parametrize(("quant", "error"), [("8", 0.02), ("fp8", 0.08), ("4", 0.18)])
 def test_logits_stay_near_those_of_the_dense_model(checkpoint: Checkpoint, quant: Quant, error: float) -> None:
     dense = logits(checkpoint, "none")
     assert 0 < (logits(checkpoint, quant) - dense).norm() < error * dense.norm()
