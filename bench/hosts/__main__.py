@@ -22,7 +22,7 @@ from mgpu.launch.server_process import ServerProcess, orderly_end
 
 PROMPT = [*range(3, 23)]
 STREAMS, TOKENS = 8, 96
-USUAL = ("--device", "cpu", "--max-seq-len", "256", "--max-restarts", "99")
+USUAL = ("--device", "cpu", "--dtype", "float32", "--max-seq-len", "256", "--max-restarts", "99")
 
 
 def main() -> None:
