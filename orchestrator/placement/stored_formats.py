@@ -78,10 +78,11 @@ def stored_lines(plan: Plan) -> list[str]:
     edges = _edges(plan)
     packed = "".join(f"; {name} in {form.name}" for name, form in edges.items() if form != DENSE)
     kept = ", ".join((*(name for name, form in edges.items() if form == DENSE), "norms", *latent, *stored.dense))
+    has_scales = not all(name.startswith("GGUF") for name in stored.names)
     return [
         f"checkpoint: layers in {'; '.join(stored.names) or 'no format that is held packed'}: "
-        f"{stored.bits_per_weight:.2f} bits per weight{packed}; dense: {kept}. Scales of activations, keys and values "
-        "are not used"
+        f"{stored.bits_per_weight:.2f} bits per weight{packed}; dense: {kept}"
+        + (". Scales of activations, keys and values are not used" if has_scales else "")
     ]
 
 

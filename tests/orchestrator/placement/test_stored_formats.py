@@ -31,7 +31,7 @@ def test_the_layout_says_formats_bits_and_what_is_dense() -> None:
     made = plan(stored(uniform(INT4), LayerFormats(EIGHT, EIGHT, DENSE, EIGHT)), gpus(80), LayoutOptions())
     text = layout_text(made)
     assert "layers in GPTQ int4, groups of 128; FP8, a scale per output: " in text
-    assert "dense: embedding, head, norms, gate and up in 32 of 64 layers" in text
+    assert "dense: embedding, head, norms, gate and up in 32 of 64 layers. Scales of activations, keys and" in text
     assert layout_json(made)["checkpoint_formats"]["dense"] == ["gate and up in 32 of 64 layers"]
     only = plan(stored(uniform(INT4)), gpus(80), LayoutOptions())
     assert "4.19 bits per weight; dense: embedding, head, norms." in layout_text(only)
@@ -65,8 +65,9 @@ def test_formats_of_embedding_and_head_of_a_gguf_file_are_said(tmp_path: Path) -
     model = MODELS["GGUF Q4_K"].with_tensor("output.weight", head).with_tensor("token_embd.weight", embedding)
     facts = read_checkpoint(write_model(model, tmp_path)).facts
     made = plan(facts, gpus(8), LayoutOptions())
-    said = "layers in GGUF Q4_K: 4.62 bits per weight; head in GGUF Q6_K; dense: embedding, norms."
+    said = "layers in GGUF Q4_K: 4.62 bits per weight; head in GGUF Q6_K; dense: embedding, norms"
     assert said in layout_text(made)
+    assert "Scales of activations" not in layout_text(made), "a GGUF file has none"
     assert layout_json(made)["checkpoint_formats"] == {
         "formats": ["GGUF Q4_K"], "bits_per_weight": 4.625, "dense": [], "embedding": "dense", "head": "GGUF Q6_K",
     }  # fmt: skip
