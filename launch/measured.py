@@ -1,22 +1,19 @@
 """Measure GPUs that other processes keep busy, before layers are divided by their speed."""
 
-import contextlib
 import json
 import logging
 import math
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 from mgpu.orchestrator.placement.devices import Machine, worker_environment
 from mgpu.orchestrator.placement.gpu_facts import find_gpu
 from mgpu.orchestrator.placement.options import LayoutOptions
+from mgpu.orchestrator.placement.pair_check import end_trial, start_trial
 from mgpu.orchestrator.placement.planner import Plan
-from mgpu.protocol.internal.child import end_with_parent
 
 PROBE = (sys.executable, "-m", "mgpu.worker.speed_probe")
 LEAST_BUSY = 0.1
@@ -24,8 +21,6 @@ LEAST_BUSY = 0.1
 _COPIES_AT = 0.896
 """Share of the data sheet's bandwidth that a copy on an idle GPU reaches (docs/performance.md)."""
 _DEADLINE_S = 30.0
-_KILLED_S = 2.0
-"""How long a killed probe may take to end. In a GPU's driver it may never end."""
 
 log = logging.getLogger(__name__)
 
@@ -61,18 +56,11 @@ def measured(machine: Machine, command: tuple[str, ...] = PROBE) -> Machine:
 
 def _said_by(command: tuple[str, ...], environment: Mapping[str, str]) -> bytes:
     """Return what a probe writes. subprocess.SubprocessError if it fails or is late; then it is killed."""
-    process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGKILL),
-    )  # fmt: skip
+    process = start_trial(command, environment)
     try:
         said, _ = process.communicate(timeout=_DEADLINE_S)
     finally:
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_KILLED_S)
-        if process.stdout is not None:
-            process.stdout.close()
+        end_trial(process)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return said

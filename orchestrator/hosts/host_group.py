@@ -19,14 +19,12 @@ from mgpu.orchestrator.hosts.hosts import Departed, Hosts
 from mgpu.orchestrator.hosts.roster import HostsMissing, missing_text
 from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
 from mgpu.orchestrator.processes.failures import HostLost, WorkerLost
+from mgpu.orchestrator.processes.rank_reports import RankReports
 from mgpu.protocol.internal.host_messages import StartWorker, WorkerEnded
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
     Joined,
-    Loaded,
-    LoadProgress,
-    Ready,
     Shutdown,
     StepResult,
     WorkerFailure,
@@ -43,15 +41,13 @@ DEFAULT_PORT = 29500
 _MISTAKE, _LOST, _REPORTED, _ENDED, _MISSES_PEER = range(5)
 
 
-class HostGroup:
+class HostGroup(RankReports):
     """All workers of one epoch. Use from the main thread only."""
 
     def __init__(self, hosts: Hosts, config: ServerConfig, epoch: int = 0) -> None:
+        super().__init__()
         self.epoch = epoch
         self.world_size = config.layout.placement.world_size
-        self.loaded: dict[int, Loaded] = {}
-        self.ready: dict[int, Ready] = {}
-        self.progress: dict[int, LoadProgress] = {}
         self.processes: list[ChildProcess] = []
         """None: they run on other hosts."""
         self._hosts = hosts
@@ -141,8 +137,7 @@ class HostGroup:
 
     def allocate_cache(self, at_most: int | None = None) -> int:
         """Have all ranks allocate the smallest pool that any of them reported; return its number of blocks."""
-        num_blocks = min(loaded.num_blocks for loaded in self.loaded.values())
-        num_blocks = num_blocks if at_most is None else min(num_blocks, at_most)
+        num_blocks = self.fewest_blocks(at_most)
         self.publish(CONTROL.encode(AllocateCache(self.epoch, num_blocks)))
         return num_blocks
 
@@ -191,12 +186,8 @@ class HostGroup:
             self._note(rank, kind, f"the process {describe_exit(message.status)}")
         elif isinstance(message, WorkerFailure):
             self._note_failure(rank, message)
-        elif isinstance(message, LoadProgress):
-            self.progress[rank] = message
-        elif isinstance(message, Loaded):
-            self.loaded[rank] = message
-        elif isinstance(message, Ready):
-            self.ready[rank] = message
+        else:
+            self.keep(rank, message)
 
     # -- failure -------------------------------------------------------------------------------------------------------
 
@@ -205,9 +196,7 @@ class HostGroup:
         return self._lost(self._output_rank, message)
 
     def _lost(self, rank: int, message: str, failure: type[WorkerLost] = WorkerLost) -> WorkerLost:
-        progress = self.progress.get(rank)
-        phase = "steps" if rank in self.ready else progress.phase if progress else "spawn"
-        return failure(rank, phase, message, time.monotonic())
+        return failure(rank, self.phase_of(rank), message, time.monotonic())
 
     def _note(self, rank: int, kind: int, message: str, failure: type[WorkerLost] = WorkerLost) -> None:
         if rank not in self._failures or self._failures[rank][0] > kind:

@@ -130,11 +130,7 @@ def _run(
     """Return the verdicts of one process, in order; it may end early, and then the last one says so. NotTried."""
     added, _ = worker_environment(machine, pairs[0][0])
     try:
-        process = subprocess.Popen(
-            [*command, *(f"{a}-{b}" for a, b in pairs)],
-            env={**environ, **added}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGKILL),
-        )  # fmt: skip
+        process = start_trial([*command, *(f"{a}-{b}" for a, b in pairs)], {**environ, **added})
     except OSError as error:
         raise NotTried(str(error)) from None
     answers: list[str] = []
@@ -143,7 +139,7 @@ def _run(
             answers.append(_problem_in(line))
     finally:
         was_running = process.poll() is None
-        _end(process)
+        end_trial(process)
     if len(answers) == len(pairs):
         return answers
     if not was_running and not answers:
@@ -176,7 +172,15 @@ def _lines(process: "subprocess.Popen[bytes]", pair_s: float) -> Iterator[bytes]
         yield from lines
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def start_trial(command: Sequence[str], environ: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Start a process that tries what may hang, and ends with this one. OSError if it cannot be started."""
+    return subprocess.Popen(
+        command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGKILL),
+    )  # fmt: skip
+
+
+def end_trial(process: "subprocess.Popen[bytes]") -> None:
     """Kill the process. One that hangs in the driver outlives even that, and is left behind."""
     process.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -23,13 +23,11 @@ from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.processes.child_process import ChildProcess, describe_exit
 from mgpu.orchestrator.processes.failures import WorkerLost
+from mgpu.orchestrator.processes.rank_reports import RankReports
 from mgpu.protocol.internal.codec import CodecError
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
-    Loaded,
-    LoadProgress,
-    Ready,
     Shutdown,
     StepResult,
     WorkerFailure,
@@ -54,13 +52,11 @@ DUMP_S = 0.2
 """Time for the ranks to write their stacks. A signal handler in C does it at once, unless the process is stopped."""
 
 
-class WorkerGroup:
+class WorkerGroup(RankReports):
     """All workers of one epoch, from `start` to `stop`. Use from the main thread only."""
 
     def __init__(self, context: ZmqContext, runtime: RuntimeDir, config: ServerConfig, epoch: int = 0) -> None:
-        self.loaded: dict[int, Loaded] = {}
-        self.ready: dict[int, Ready] = {}
-        self.progress: dict[int, LoadProgress] = {}
+        super().__init__()
         self.sockets: list[ZmqSocket] = []
         self.processes: list[ChildProcess] = []
         self._context = context
@@ -181,8 +177,7 @@ class WorkerGroup:
 
     def allocate_cache(self, at_most: int | None = None) -> int:
         """Have all ranks allocate the smallest pool that any of them reported; return its number of blocks."""
-        num_blocks = min(loaded.num_blocks for loaded in self.loaded.values())
-        num_blocks = num_blocks if at_most is None else min(num_blocks, at_most)
+        num_blocks = self.fewest_blocks(at_most)
         self.publish(CONTROL.encode(AllocateCache(self.epoch, num_blocks)))
         return num_blocks
 
@@ -191,7 +186,7 @@ class WorkerGroup:
         message = self._receive(self._output_rank)
         if message is None or isinstance(message, StepResult):
             return message
-        self._take(message)
+        self._take(self._output_rank, message)
         return None
 
     def take_in(self, events: Container[object]) -> None:
@@ -205,7 +200,7 @@ class WorkerGroup:
         for rank, socket in enumerate(self.sockets):
             if socket in events and not (rank == self._output_rank and rank in self.ready):
                 while (message := self._receive(rank)) is not None:
-                    self._take(message)
+                    self._take(rank, message)
 
     def _receive(self, rank: int) -> object | None:
         """Return the next message of this epoch. What is no message, or of another epoch, is dropped.
@@ -226,16 +221,11 @@ class WorkerGroup:
                 return cast("object", message)
         return None
 
-    def _take(self, message: object) -> None:
+    def _take(self, rank: int, message: object) -> None:
         if isinstance(message, WorkerFailure):
             self._note_failure(message)
             raise self._earliest_failure()
-        if isinstance(message, LoadProgress):
-            self.progress[message.rank] = message
-        elif isinstance(message, Loaded):
-            self.loaded[message.rank] = message
-        elif isinstance(message, Ready):
-            self.ready[message.rank] = message
+        self.keep(rank, message)
 
     # -- failure -------------------------------------------------------------------------------------------------------
 
@@ -244,9 +234,7 @@ class WorkerGroup:
         return self._lost(self._output_rank, message)
 
     def _lost(self, rank: int, message: str, earlier_s: float = 0.0) -> WorkerLost:
-        progress = self.progress.get(rank)
-        phase = "steps" if rank in self.ready else progress.phase if progress else "spawn"
-        return WorkerLost(rank, phase, message, time.monotonic() - earlier_s)
+        return WorkerLost(rank, self.phase_of(rank), message, time.monotonic() - earlier_s)
 
     def _note_failure(self, failure: WorkerFailure) -> None:
         self._failures[failure.rank] = WorkerLost(

@@ -144,13 +144,7 @@ class Gemma(Machine):
         return True
 
     def _after(self) -> bool:
-        """Skip the end marker, which may be missing."""
-        if not self._skips_space(of_call=False) or self._may_begin(END):
-            return False
-        if self._buffer.startswith(END):
-            self._taken(len(END))
-        self._state = self._outside
-        return True
+        return self._skip_end(END, self._outside)
 
     # ------------------------------------------------------------------ parts
 

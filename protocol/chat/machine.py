@@ -208,6 +208,15 @@ class Machine:
         (self._found.raw if of_call else self._found.content)(space)
         return bool(rest) or self._has_ended
 
+    def _skip_end(self, marker: str, then: Callable[[], bool]) -> bool:
+        """Skip spaces and the marker behind a call, which may be missing; go on with ``then``."""
+        if not self._skips_space(of_call=False) or self._may_begin(marker):
+            return False
+        if self._buffer.startswith(marker):
+            self._taken(len(marker))
+        self._state = then
+        return True
+
     def _may_begin(self, marker: str) -> bool:
         """Return True if the buffer is the beginning of a marker, which may go on."""
         return not self._has_ended and len(self._buffer) < len(marker) and marker.startswith(self._buffer)

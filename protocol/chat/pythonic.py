@@ -96,12 +96,7 @@ class Pythonic(Machine):
         return True
 
     def _after_list(self) -> bool:
-        if not self._skips_space(of_call=False) or self._may_begin(END):
-            return False
-        if self._buffer.startswith(END):
-            self._taken(len(END))
-        self._state = self._outside
-        return True
+        return self._skip_end(END, self._outside)
 
 
 class _CallScan:
