@@ -50,6 +50,19 @@ def _parts(
     return parts
 
 
+@triton.jit
+def store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, GATE: tl.constexpr):
+    """Store a tile: gated at the places of sorted pairs, else weighted by the router at those of the pairs."""
+    if GATE > 0:
+        acc = gated(acc, acc_up, GATE)
+        out_row = kept.to(tl.int64) * N
+    else:
+        acc *= tl.load(weights_ptr + pair, mask=is_row, other=0.0)[None, :]
+        out_row = pair.to(tl.int64) * N
+    mask = is_row[None, :] & (n < N)[:, None]
+    tl.store(out_ptr + out_row[None, :] + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["blocks_n"])
 def _packed_kernel(
     x_ptr, w_ptr, scale_ptr, out_ptr, order_ptr, tiles_ptr, num_tiles_ptr, weights_ptr,
@@ -95,14 +108,7 @@ def _packed_kernel(
         acc *= tl.load(scale_ptr + rows)[:, None]
         if GATE > 0:
             acc_up *= tl.load(scale_ptr + rows + N)[:, None]
-    if GATE > 0:
-        acc = gated(acc, acc_up, GATE)
-        out_row = kept.to(tl.int64) * N
-    else:
-        acc *= tl.load(weights_ptr + pair, mask=is_row, other=0.0)[None, :]
-        out_row = pair.to(tl.int64) * N
-    mask = is_row[None, :] & (n < N)[:, None]
-    tl.store(out_ptr + out_row[None, :] + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, GATE)
 
 
 def grouped_packed(

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.experts.gate import gated
-from mgpu.worker.kernels.experts.grouped_packed import PackedTiling
+from mgpu.worker.kernels.experts.grouped_packed import PackedTiling, store_outputs
 from mgpu.worker.kernels.experts.sort import SortedPairs
 from mgpu.worker.kernels.products.dequantize_scaled import load_scale
 from mgpu.worker.kernels.products.group_parts import (
@@ -22,6 +21,7 @@ from mgpu.worker.kernels.products.group_parts import (
     group_arguments,
     group_factors,
     load_words,
+    of_words,
 )
 from mgpu.worker.kernels.products.quantized_gemm import arrange_rows
 from mgpu.worker.kernels.products.widen import widen_octets
@@ -57,15 +57,13 @@ def _runs(
     scale, bias = group_factors(
         scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, k, groups, supers, KIND, GROUP, SHARED
     )
-    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [ROWS, 8, 4]), [ROWS, 32])
-    bias = tl.reshape(tl.broadcast_to(bias[:, :, None], [ROWS, 8, 4]), [ROWS, 32])
+    scale, bias = of_words(scale, ROWS), of_words(bias, ROWS)
     for part in tl.static_range(8):
         if GROUP == 16 and part == 4:
             scale, bias = group_factors(
                 scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, k + 16, groups, supers, KIND, GROUP, SHARED
             )
-            scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [ROWS, 8, 4]), [ROWS, 32])
-            bias = tl.reshape(tl.broadcast_to(bias[:, :, None], [ROWS, 8, 4]), [ROWS, 32])
+            scale, bias = of_words(scale, ROWS), of_words(bias, ROWS)
         w = (code_floats(words, high, table_ptr, part, KIND) * scale + bias).to(dtype)
         x = tl.load(x_ptr + x_row[None, :] + ((block * 8 + part) * 32 + j)[:, None], mask=is_row[None, :], other=0.0)
         acc = tl.dot(w, x, acc, input_precision="ieee")
@@ -141,14 +139,7 @@ def _scaled_kernel(
                     acc_up, x_ptr, w_ptr, scale_ptr, zero_ptr, rows + N, x_row, is_row, block, K, words_per_row, groups,
                     KIND, GROUP, SHARED, EVEN_K, ASSEMBLY,
                 )  # fmt: skip
-    if GATE > 0:
-        acc = gated(acc, acc_up, GATE)
-        out_row = kept.to(tl.int64) * N
-    else:
-        acc *= tl.load(weights_ptr + pair, mask=is_row, other=0.0)[None, :]
-        out_row = pair.to(tl.int64) * N
-    mask = is_row[None, :] & (n < N)[:, None]
-    tl.store(out_ptr + out_row[None, :] + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, GATE)
 
 
 def grouped_scaled(

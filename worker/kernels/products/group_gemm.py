@@ -23,6 +23,7 @@ from mgpu.worker.kernels.products.group_parts import (
     group_arguments,
     group_factors,
     load_words,
+    of_words,
 )
 from mgpu.worker.kernels.products.quantized_gemm import Tiling, add_partials, arrange_rows
 from mgpu.worker.kernels.products.widen import widen_octets
@@ -41,12 +42,6 @@ from mgpu.worker.quantization.packing import WORDS, PackedWeight
 
 _MANY_OUTPUTS = 8192
 """With more, tiles fill the GPU without cutting the inputs."""
-
-
-@triton.jit
-def _of_words(per_run, ROWS: tl.constexpr):
-    """Return what each of 32 words has, [ROWS, 32], of numbers of runs of four words, [ROWS, 8]."""
-    return tl.reshape(tl.broadcast_to(per_run[:, :, None], [ROWS, 8, 4]), [ROWS, 32])
 
 
 @triton.jit
@@ -89,13 +84,13 @@ def _group_gemm_kernel(
             scale, bias = group_factors(
                 scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, k, groups, supers, KIND, GROUP, SHARED
             )
-            scale, bias = _of_words(scale, BLOCK_N), _of_words(bias, BLOCK_N)
+            scale, bias = of_words(scale, BLOCK_N), of_words(bias, BLOCK_N)
             for part in tl.static_range(8):
                 if GROUP == 16 and part == 4:
                     scale, bias = group_factors(
                         scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, k + 16, groups, supers, KIND, GROUP, SHARED
                     )
-                    scale, bias = _of_words(scale, BLOCK_N), _of_words(bias, BLOCK_N)
+                    scale, bias = of_words(scale, BLOCK_N), of_words(bias, BLOCK_N)
                 w = (code_floats(words, high, table_ptr, part, KIND) * scale + bias).to(dtype)
                 x = _load_rows(x_ptr, m, M, (block * 8 + part) * 32 + j, K, x_stride, True)
                 acc = tl.dot(w, x, acc, input_precision="ieee")

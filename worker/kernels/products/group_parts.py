@@ -54,6 +54,12 @@ def _values(device: torch.device) -> Tensor:
 
 
 @triton.jit
+def of_words(per_run, ROWS: tl.constexpr):
+    """Return what each of 32 words has, [ROWS, 32], of numbers of runs of four words, [ROWS, 8]."""
+    return tl.reshape(tl.broadcast_to(per_run[:, :, None], [ROWS, 8, 4]), [ROWS, 32])
+
+
+@triton.jit
 def group_factors(
     scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, k, groups, supers,
     KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
