@@ -9,10 +9,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mgpu.orchestrator.placement.devices import Machine, worker_environment
-from mgpu.orchestrator.placement.gpu_facts import find_gpu
+from mgpu.orchestrator.placement.machine.devices import Machine, worker_environment
+from mgpu.orchestrator.placement.machine.gpu_facts import find_gpu
+from mgpu.orchestrator.placement.machine.pair_check import end_trial, start_trial
 from mgpu.orchestrator.placement.options import LayoutOptions
-from mgpu.orchestrator.placement.pair_check import end_trial, start_trial
 from mgpu.orchestrator.placement.planner import Plan
 
 PROBE = (sys.executable, "-m", "mgpu.worker.speed_probe")

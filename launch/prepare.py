@@ -14,11 +14,11 @@ from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.host.listening import NONE
 from mgpu.orchestrator.models.find import ResolvedModel, cache_root, check_loadable, read_model, resolve_model
-from mgpu.orchestrator.placement.control_groups import usable_cpus
-from mgpu.orchestrator.placement.described import described_machine
-from mgpu.orchestrator.placement.devices import Machine, find_machine
+from mgpu.orchestrator.placement.machine.control_groups import usable_cpus
+from mgpu.orchestrator.placement.machine.described import described_machine
+from mgpu.orchestrator.placement.machine.devices import Machine, find_machine
+from mgpu.orchestrator.placement.machine.pair_check import PAIR_RECORD, checked, read_record, with_verdicts
 from mgpu.orchestrator.placement.options import LayoutOptions, implied_workers
-from mgpu.orchestrator.placement.pair_check import PAIR_RECORD, checked, read_record, with_verdicts
 from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.orchestrator.placement.topology.file import read_topology
 from mgpu.orchestrator.processes.task_limits import check_task_limit, tasks_of_server

@@ -8,7 +8,7 @@ from dataclasses import replace
 from mgpu.launch.prepare import PlannedModel
 from mgpu.launch.settings.config import ServeConfig, declared_options
 from mgpu.launch.settings.values import ConfigError
-from mgpu.orchestrator.placement.devices import Machine, find_machine, selectors
+from mgpu.orchestrator.placement.machine.devices import Machine, find_machine, selectors
 from mgpu.orchestrator.router.copies import CopyCommand
 from mgpu.protocol.internal.counted import counted
 

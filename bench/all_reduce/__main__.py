@@ -21,7 +21,7 @@ from bench.all_reduce.rank import BACKENDS, shared_bytes
 from bench.options import numbers, words
 from bench.waiting import wait_until
 from mgpu.launch.bench.report import describe, heading
-from mgpu.orchestrator.placement.devices import Machine, find_machine, worker_environment
+from mgpu.orchestrator.placement.machine.devices import Machine, find_machine, worker_environment
 
 DEADLINE_S = 180.0
 

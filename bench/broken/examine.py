@@ -12,7 +12,7 @@ import torch
 from bench.broken.breakages import Breakage
 from bench.broken.models import Model, write_model
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
+from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, read_checkpoint
 from mgpu.protocol.model.placement import RankPlace

@@ -24,7 +24,7 @@ from bench.model_shapes import LLAMA_8B
 from bench.waiting import wait_until
 from mgpu import Client
 from mgpu.launch.bench.report import describe, heading
-from mgpu.orchestrator.placement.nvml import NvmlSession
+from mgpu.orchestrator.placement.machine.nvml import NvmlSession
 
 TINY = {
     **LLAMA_8B,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from mgpu.launch.server_process import ServerProcess
-from mgpu.orchestrator.placement.devices import Machine, find_machine, selectors
-from mgpu.orchestrator.placement.nvml import NvmlSession
+from mgpu.orchestrator.placement.machine.devices import Machine, find_machine, selectors
+from mgpu.orchestrator.placement.machine.nvml import NvmlSession
 
 Kind = Literal["gpus", "shared", "cpu"]
 START_S = 150.0

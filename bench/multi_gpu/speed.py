@@ -15,7 +15,7 @@ from bench.multi_gpu.box import START_S, Box, Place, plan_of, serving
 from bench.multi_gpu.report import Report
 from mgpu import Client
 from mgpu.launch.bench.probe import Probe
-from mgpu.orchestrator.placement.layer_map import even_stages, map_text
+from mgpu.orchestrator.placement.split.layer_map import even_stages, map_text
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 SECTION = "speed"

@@ -9,7 +9,7 @@ from bench.model_shapes import TINY, TINY_FEW_KV, write_weights
 from bench.multi_gpu.box import START_S, Box, Place, plan_of, run_command, serving
 from bench.multi_gpu.report import Report
 from mgpu import Client
-from mgpu.orchestrator.placement.layer_map import even_stages, map_text
+from mgpu.orchestrator.placement.split.layer_map import even_stages, map_text
 
 SECTION = "tokens"
 LAYERS = 8

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.planner import Plan
-from mgpu.orchestrator.placement.sizes import layers_bytes
+from mgpu.orchestrator.placement.split.sizes import layers_bytes
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts
 from mgpu.protocol.model.quantization import Quant
 

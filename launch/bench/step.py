@@ -12,7 +12,7 @@ from mgpu.launch.bench.probe import Decoded, NotMeasured, Probe
 from mgpu.launch.bench.report import Report, Row, spread
 from mgpu.launch.bench.target import prepared, probing
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.placement.devices import find_machine
+from mgpu.orchestrator.placement.machine.devices import find_machine
 
 PARTS = ("schedule", "publish", "apply")
 SHOWN = ("batch", "wall_us", *(f"{part}_us" for part in PARTS), "worker_us", "starved_us", "occupancy_share")

@@ -18,7 +18,7 @@ from mgpu.launch.server_process import ServerDied, ServerProcess
 from mgpu.launch.settings.config import ServeConfig
 from mgpu.launch.settings.options import read_config
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.placement.devices import find_machine
+from mgpu.orchestrator.placement.machine.devices import find_machine
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.protocol.checkpoint.read import has_weights
 from mgpu.protocol.client.client import Client

@@ -9,7 +9,7 @@ from mgpu.launch.commands.talk import ServerError, print_pieces, server_errors
 from mgpu.launch.pages.help import Command
 from mgpu.launch.server_process import ServerDied, ServerProcess, orderly_end
 from mgpu.orchestrator.models.find import BUILT_IN_DEMO, resolve_model
-from mgpu.orchestrator.placement.devices import find_machine
+from mgpu.orchestrator.placement.machine.devices import find_machine
 from mgpu.protocol.client.client import Client
 
 QUESTION = "Give me three tips for writing clear code."

@@ -17,10 +17,15 @@ from mgpu.launch.settings.config_file import config_text, write_new
 from mgpu.launch.settings.options import config_options, model_argument, read_config
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.models.find import read_model_to_plan, resolve_model
-from mgpu.orchestrator.placement.recommend import recommend, recommendation_json, recommendation_lines, stored_bits
-from mgpu.orchestrator.placement.speed import estimate_speed, speed_json, speed_lines
-from mgpu.orchestrator.placement.table import layout_json, layout_text
-from mgpu.orchestrator.placement.written_topology import topology_text
+from mgpu.orchestrator.placement.reports.recommend import (
+    recommend,
+    recommendation_json,
+    recommendation_lines,
+    stored_bits,
+)
+from mgpu.orchestrator.placement.reports.speed import estimate_speed, speed_json, speed_lines
+from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
+from mgpu.orchestrator.placement.reports.written_topology import topology_text
 
 _RECOMMENDED = ("tp", "tp_shares", "device_layers", "topology", "quant", "kv_cache_dtype")
 """Options that the table of layouts chooses."""

@@ -30,8 +30,8 @@ from mgpu.orchestrator.host.reload import Reloadable
 from mgpu.orchestrator.host.server_keys import describe
 from mgpu.orchestrator.host.systemd import Notifier
 from mgpu.orchestrator.hosts.hosts import Hosts
-from mgpu.orchestrator.placement.devices import Machine, worker_environment
-from mgpu.orchestrator.placement.numa import cpus_of_node
+from mgpu.orchestrator.placement.machine.devices import Machine, worker_environment
+from mgpu.orchestrator.placement.machine.numa import cpus_of_node
 from mgpu.orchestrator.router.copies import COPY_VARIABLE
 from mgpu.protocol.internal.child import end_with_parent
 from mgpu.protocol.internal.client_limits import ClientLimits

@@ -11,8 +11,8 @@ from mgpu.launch.doctor.hub import check_hub
 from mgpu.launch.doctor.machine import check_folders, check_limits, check_memory, check_shared_memory, check_software
 from mgpu.launch.doctor.probes import Trial
 from mgpu.orchestrator.models.find import cache_root
-from mgpu.orchestrator.placement.nvml import Nvml
-from mgpu.orchestrator.placement.pair_check import PAIR_RECORD
+from mgpu.orchestrator.placement.machine.nvml import Nvml
+from mgpu.orchestrator.placement.machine.pair_check import PAIR_RECORD
 
 
 def examine(

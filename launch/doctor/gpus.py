@@ -8,9 +8,9 @@ from mgpu.launch.doctor.finding import Finding, fail, ok, warn
 from mgpu.launch.doctor.probes import Answer, Probe, Trial, run_groups
 from mgpu.launch.pages.versions import torch_cuda, torch_nccl
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, find_machine, worker_environment
-from mgpu.orchestrator.placement.nvml import Nvml, NvmlSession
-from mgpu.orchestrator.placement.pair_check import NotTried, announced_pairs, try_pairs, write_record
+from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine, find_machine, worker_environment
+from mgpu.orchestrator.placement.machine.nvml import Nvml, NvmlSession
+from mgpu.orchestrator.placement.machine.pair_check import NotTried, announced_pairs, try_pairs, write_record
 
 GIB = 1 << 30
 _USED_SHARE = 0.1

@@ -17,7 +17,7 @@ from mgpu.launch.prepare import LEAST_FILES
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.models.find import cache_root
-from mgpu.orchestrator.placement.control_groups import cpu_quota, memory_limits
+from mgpu.orchestrator.placement.machine.control_groups import cpu_quota, memory_limits
 from mgpu.orchestrator.processes.task_limits import TASKS_NEEDED, least_task_limit
 
 GIB = 1 << 30

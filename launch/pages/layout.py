@@ -1,12 +1,12 @@
-"""The layout of a plan in 80 columns. `orchestrator/placement/table.py` has the wide form, for logs."""
+"""The layout of a plan in 80 columns. `orchestrator/placement/reports/table.py` has the wide form, for logs."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from mgpu.orchestrator.placement.devices import DeviceInfo
 from mgpu.orchestrator.placement.fit import RankRow
+from mgpu.orchestrator.placement.machine.devices import DeviceInfo
 from mgpu.orchestrator.placement.planner import Plan
-from mgpu.orchestrator.placement.table import layers_text, layout_text
+from mgpu.orchestrator.placement.reports.table import layers_text, layout_text
 
 WIDTH = 80
 _LOG_TIME = 9

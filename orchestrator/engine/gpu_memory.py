@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 
 from mgpu.orchestrator.errors import DeviceError
-from mgpu.orchestrator.placement.nvml import Nvml, NvmlSession
+from mgpu.orchestrator.placement.machine.nvml import Nvml, NvmlSession
 
 FRESH_S = 1.0
 """Readings are made again when somebody asks for older ones."""

@@ -2,7 +2,7 @@
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.hosts.roster import Roster
-from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, nccl_problem, uniform_links
+from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine, nccl_problem, uniform_links
 from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.host_messages import Hello
 from mgpu.protocol.model.layout import Layout

@@ -6,22 +6,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.cpu_features import multiplies_bfloat16
-from mgpu.orchestrator.placement.described import kinds_text
-from mgpu.orchestrator.placement.devices import DeviceInfo, Machine, selectors
-from mgpu.orchestrator.placement.divisibility import (
+from mgpu.orchestrator.placement.fit import weight_capacity
+from mgpu.orchestrator.placement.machine.cpu_features import multiplies_bfloat16
+from mgpu.orchestrator.placement.machine.described import kinds_text
+from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine, selectors
+from mgpu.orchestrator.placement.machine.gpu_facts import find_gpu
+from mgpu.orchestrator.placement.named_layers import named_stages
+from mgpu.orchestrator.placement.options import LayoutOptions
+from mgpu.orchestrator.placement.split.divisibility import (
     advice_without_groups,
     compatible_sizes,
     sizes_text,
     split_problems,
 )
-from mgpu.orchestrator.placement.fit import weight_capacity
-from mgpu.orchestrator.placement.gpu_facts import find_gpu
-from mgpu.orchestrator.placement.layer_map import balanced_stages, even_stages, map_text, parse_layer_map, quick_stages
-from mgpu.orchestrator.placement.named_layers import named_stages
-from mgpu.orchestrator.placement.options import LayoutOptions
-from mgpu.orchestrator.placement.sizes import edge_bytes, kv_token_bytes, layers_bytes
-from mgpu.orchestrator.placement.stage_order import stage_order
+from mgpu.orchestrator.placement.split.layer_map import (
+    balanced_stages,
+    even_stages,
+    map_text,
+    parse_layer_map,
+    quick_stages,
+)
+from mgpu.orchestrator.placement.split.sizes import edge_bytes, kv_token_bytes, layers_bytes
+from mgpu.orchestrator.placement.split.stage_order import stage_order
 from mgpu.orchestrator.placement.topology.rules import Topology
 from mgpu.orchestrator.placement.uneven import example_shares, uneven_stage
 from mgpu.protocol.model.facts import DTYPE_BYTES, Dtype, ModelFacts, kv_element_bytes

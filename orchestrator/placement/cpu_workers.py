@@ -8,8 +8,8 @@ import re
 from dataclasses import replace
 
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
-from mgpu.orchestrator.placement.nvml import Link
+from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine
+from mgpu.orchestrator.placement.machine.nvml import Link
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 

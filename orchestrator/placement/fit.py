@@ -4,12 +4,12 @@ import bisect
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement import sizes
 from mgpu.orchestrator.placement.cpu_workers import with_cpu_workers
-from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
-from mgpu.orchestrator.placement.divisibility import compatible_sizes, expert_split, split_problems
-from mgpu.orchestrator.placement.layer_map import map_text
+from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.options import LayoutOptions, step_tokens
+from mgpu.orchestrator.placement.split import sizes
+from mgpu.orchestrator.placement.split.divisibility import compatible_sizes, expert_split, split_problems
+from mgpu.orchestrator.placement.split.layer_map import map_text
 from mgpu.orchestrator.placement.states import held_states, kept_states
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.layout import Layout, StepLimits, cpu_pool_bytes

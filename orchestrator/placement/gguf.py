@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from mgpu.orchestrator.placement.cpu_features import multiplies_packed
-from mgpu.orchestrator.placement.devices import Machine
+from mgpu.orchestrator.placement.machine.cpu_features import multiplies_packed
+from mgpu.orchestrator.placement.machine.devices import Machine
 from mgpu.protocol.model.facts import Dtype, ModelFacts
 from mgpu.protocol.model.weight_format import DENSE, HELD, LayerFormats, WeightFormat
 

@@ -5,9 +5,9 @@ from itertools import groupby
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.cpu_workers import ordinal_of
-from mgpu.orchestrator.placement.devices import Machine
-from mgpu.orchestrator.placement.divisibility import sizes_text, split_problems
+from mgpu.orchestrator.placement.machine.devices import Machine
 from mgpu.orchestrator.placement.options import LayoutOptions
+from mgpu.orchestrator.placement.split.divisibility import sizes_text, split_problems
 from mgpu.orchestrator.placement.topology.rules import DeviceNames, Topology
 from mgpu.orchestrator.placement.topology.select import named_places
 from mgpu.protocol.model.facts import ModelFacts

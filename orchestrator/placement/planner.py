@@ -7,11 +7,11 @@ from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.choose import choose_placement, devices_text, dtype_of
 from mgpu.orchestrator.placement.costs import cost_notes, way_notes
 from mgpu.orchestrator.placement.cpu_workers import added_workers, mixed_stage, with_cpu_workers
-from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
-from mgpu.orchestrator.placement.divisibility import expert_split
 from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_float8, fit_tokens, gib, rank_rows
 from mgpu.orchestrator.placement.gguf import facts_as_held
+from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions, step_tokens
+from mgpu.orchestrator.placement.split.divisibility import expert_split
 from mgpu.orchestrator.placement.topology.select import check_rules, chosen_formats
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.layout import Layout, StepLimits

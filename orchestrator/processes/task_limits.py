@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.placement.control_groups import tasks_limits
+from mgpu.orchestrator.placement.machine.control_groups import tasks_limits
 
 TASKS_NEEDED = 200
 """Processes and threads of a small server: torch, the tokenizer and libzmq start several threads a process each."""

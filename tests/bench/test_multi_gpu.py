@@ -10,7 +10,7 @@ from bench.multi_gpu.box import Box
 from bench.multi_gpu.report import Report
 from bench.multi_gpu.tokens import Case, cases, unequal_cases
 from harness.machines import FakeGpu, FakeNvml
-from mgpu.orchestrator.placement.devices import Machine, find_machine
+from mgpu.orchestrator.placement.machine.devices import Machine, find_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
 from mgpu.orchestrator.placement.topology.file import parse_topology
 from mgpu.protocol.checkpoint.read import read_checkpoint

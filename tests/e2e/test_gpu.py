@@ -7,7 +7,7 @@ import pytest
 from bench.model_shapes import LLAMA_8B, write_config
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
-from mgpu.orchestrator.placement.devices import find_machine
+from mgpu.orchestrator.placement.machine.devices import find_machine
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,7 @@ import pytest
 
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
-from mgpu.orchestrator.placement.devices import find_machine
+from mgpu.orchestrator.placement.machine.devices import find_machine
 
 PROMPTS = [[1 + (37 * i + 11 * n) % 97 for i in range(length)] for n, length in enumerate((3, 20, 65, 200))]
 DRAWN = {"temperature": 0.9, "seed": 5}

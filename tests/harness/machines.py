@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from harness.specs import make_facts
-from mgpu.orchestrator.placement.devices import DeviceInfo, Machine
-from mgpu.orchestrator.placement.nvml import Link
+from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine
+from mgpu.orchestrator.placement.machine.nvml import Link
 
 GIB = 1 << 30
 

@@ -15,7 +15,7 @@ from harness.machines import QWEN3_32B, gpus
 from mgpu.launch import prepare
 from mgpu.launch.measured import measured, needs_measuring
 from mgpu.launch.settings.config import ServeConfig
-from mgpu.orchestrator.placement.pair_check import HANGS
+from mgpu.orchestrator.placement.machine.pair_check import HANGS
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 
 

@@ -12,7 +12,7 @@ from mgpu.launch.prepare import PlannedModel
 from mgpu.launch.replicas import copy_commands, devices_per_copy, of_one_copy
 from mgpu.launch.settings.config import ServeConfig, load_config
 from mgpu.launch.settings.values import ConfigError
-from mgpu.orchestrator.placement.devices import Machine
+from mgpu.orchestrator.placement.machine.devices import Machine
 
 
 def planned() -> PlannedModel:

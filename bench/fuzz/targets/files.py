@@ -14,7 +14,7 @@ from mgpu.launch.settings.config import ConfigError, load_config
 from mgpu.orchestrator.errors import PlacementError, UserError
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
-from mgpu.orchestrator.placement.layer_map import parse_layer_map
+from mgpu.orchestrator.placement.split.layer_map import parse_layer_map
 from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
 from mgpu.protocol.checkpoint.files.safetensors_file import read_safetensors
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError

@@ -8,8 +8,8 @@ import pytest
 from mgpu.launch.bench.limit import Limit, limit_of, machine_read_speed, parse_bandwidth, read_speed, weight_bytes
 from mgpu.launch.bench.shapes import LLAMA_8B, SMOLLM2_135M, Config, write_config
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.placement.described import described_machine
-from mgpu.orchestrator.placement.devices import find_machine
+from mgpu.orchestrator.placement.machine.described import described_machine
+from mgpu.orchestrator.placement.machine.devices import find_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.facts import ModelFacts

@@ -5,7 +5,7 @@ import pytest
 from harness.machines import cpus, gpus
 from mgpu.launch.commands.serve import wants_standby
 from mgpu.launch.settings.config import load_config
-from mgpu.orchestrator.placement.devices import Machine
+from mgpu.orchestrator.placement.machine.devices import Machine
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from mgpu.launch.doctor import gpus
 from mgpu.launch.doctor.finding import Finding
 from mgpu.launch.doctor.gpus import check_driver, check_links, check_pairs, check_peer_memory, check_torch, rounds
 from mgpu.launch.doctor.probes import Answer, Probe, Trial, run_groups
-from mgpu.orchestrator.placement.devices import Machine
-from mgpu.orchestrator.placement.pair_check import NotTried, read_record
+from mgpu.orchestrator.placement.machine.devices import Machine
+from mgpu.orchestrator.placement.machine.pair_check import NotTried, read_record
 
 
 def driver(count: int, **facts: Any) -> FakeNvml:

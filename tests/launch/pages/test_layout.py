@@ -8,10 +8,10 @@ from harness.assertions import assert_has_all
 from harness.machines import QWEN3_32B, SMOLLM2, cpus, gpus
 from harness.specs import make_facts
 from mgpu.launch.pages.layout import WIDTH, layout_for, narrow_layout
-from mgpu.orchestrator.placement.devices import Machine
-from mgpu.orchestrator.placement.nvml import Link
+from mgpu.orchestrator.placement.machine.devices import Machine
+from mgpu.orchestrator.placement.machine.nvml import Link
 from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
-from mgpu.orchestrator.placement.table import layout_text
+from mgpu.orchestrator.placement.reports.table import layout_text
 
 LONG = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition with a name that goes on and on, MIG 1g.24gb"
 LARGE = make_facts(q=128, kv=16, layers=126, hidden=16384, width=53248, vocab=256000, context=1 << 20)

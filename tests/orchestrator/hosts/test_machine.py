@@ -7,7 +7,7 @@ from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.hosts.machine import check_layout, machine_of
 from mgpu.orchestrator.hosts.roster import Roster
-from mgpu.orchestrator.placement.devices import Machine
+from mgpu.orchestrator.placement.machine.devices import Machine
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.protocol.internal.host_messages import RankDevice

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from harness.machines import QWEN3_32B, cpus, gpus
-from mgpu.orchestrator.placement.cpu_features import cpu_flags, multiplies_bfloat16, multiplies_packed
-from mgpu.orchestrator.placement.devices import Machine
+from mgpu.orchestrator.placement.machine.cpu_features import cpu_flags, multiplies_bfloat16, multiplies_packed
+from mgpu.orchestrator.placement.machine.devices import Machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.facts import ModelFacts

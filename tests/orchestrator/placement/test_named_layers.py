@@ -11,12 +11,12 @@ from harness.machines import cpus, gpus
 from harness.specs import make_facts
 from mgpu.launch.pages.layout import narrow_layout
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.devices import Machine, worker_environment
+from mgpu.orchestrator.placement.machine.devices import Machine, worker_environment
 from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
-from mgpu.orchestrator.placement.speed import estimate_speed, speed_lines
-from mgpu.orchestrator.placement.table import layout_json, layout_text
+from mgpu.orchestrator.placement.reports.speed import estimate_speed, speed_lines
+from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
+from mgpu.orchestrator.placement.reports.written_topology import topology_text
 from mgpu.orchestrator.placement.topology.file import parse_topology
-from mgpu.orchestrator.placement.written_topology import topology_text
 from mgpu.protocol.model.facts import ExpertFacts, LatentFacts, ModelFacts
 
 FACTS = make_facts(q=32, kv=8, layers=32, hidden=4096, width=14336, vocab=128256, context=131072)

@@ -10,10 +10,10 @@ from harness.assertions import assert_has_all
 from harness.machines import GIB, QWEN3_32B, SMOLLM2, TINY, cpus, gpus
 from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.devices import Machine, oversubscribed
-from mgpu.orchestrator.placement.divisibility import compatible_sizes
+from mgpu.orchestrator.placement.machine.devices import Machine, oversubscribed
 from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
-from mgpu.orchestrator.placement.sizes import step_bytes
+from mgpu.orchestrator.placement.split.divisibility import compatible_sizes
+from mgpu.orchestrator.placement.split.sizes import step_bytes
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import Mode, PlacementPlan, Stage
 

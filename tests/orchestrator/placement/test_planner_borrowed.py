@@ -8,7 +8,7 @@ from harness.machines import gpus
 from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
-from mgpu.orchestrator.placement.sizes import layers_bytes
+from mgpu.orchestrator.placement.split.sizes import layers_bytes
 from mgpu.protocol.model.facts import BorrowedCode, ModelFacts
 
 MACHINE = gpus(80, 80)

@@ -10,7 +10,7 @@ from harness.machines import GIB, QWEN3_32B, cpus, gpus
 from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
-from mgpu.orchestrator.placement.table import layout_json, layout_text
+from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
 from mgpu.protocol.model.facts import ExpertFacts
 
 QWEN3_235B = make_facts(

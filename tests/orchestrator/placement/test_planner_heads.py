@@ -6,9 +6,9 @@ from harness.assertions import assert_has_all
 from harness.machines import gpus
 from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.described import described_machine
+from mgpu.orchestrator.placement.machine.described import described_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
-from mgpu.orchestrator.placement.speed import estimate_speed
+from mgpu.orchestrator.placement.reports.speed import estimate_speed
 from mgpu.protocol.model.facts import ExpertFacts, FullHeads, PerLayerInputs
 
 GEMMA4_31B = make_facts(

@@ -6,9 +6,9 @@ import pytest
 
 from harness.machines import QWEN3_32B, TINY, cpus, gpus
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.devices import Machine
+from mgpu.orchestrator.placement.machine.devices import Machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
-from mgpu.orchestrator.placement.table import layout_json, layout_text
+from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
 
 FP8 = LayoutOptions(kv_cache_dtype="fp8")
 

@@ -6,10 +6,10 @@ import pytest
 
 from harness.machines import QWEN3_32B, SMOLLM2, TINY, cpus, gpus
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.divisibility import compatible_sizes
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
-from mgpu.orchestrator.placement.sizes import largest_matrix_bytes
-from mgpu.orchestrator.placement.table import layout_json, layout_text
+from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
+from mgpu.orchestrator.placement.split.divisibility import compatible_sizes
+from mgpu.orchestrator.placement.split.sizes import largest_matrix_bytes
 from mgpu.protocol.model.quantization import Quant
 
 EMBEDDING, NORMS = 2 * 151936 * 5120, 2 * (64 * 2 * 5120 + 5120)

@@ -8,10 +8,10 @@ import pytest
 from harness.machines import gpus
 from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.described import described_machine
+from mgpu.orchestrator.placement.machine.described import described_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
-from mgpu.orchestrator.placement.speed import estimate_speed
-from mgpu.orchestrator.placement.table import layout_json, layout_text
+from mgpu.orchestrator.placement.reports.speed import estimate_speed
+from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
 from mgpu.protocol.model.facts import ExpertFacts, LinearFacts
 
 LAYERS = tuple(layer % 4 != 3 for layer in range(40))

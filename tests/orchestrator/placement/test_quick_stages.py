@@ -2,7 +2,7 @@
 
 import pytest
 
-from mgpu.orchestrator.placement.layer_map import balanced_stages, map_text, quick_stages
+from mgpu.orchestrator.placement.split.layer_map import balanced_stages, map_text, quick_stages
 
 GB = 10**9
 LAYER, TABLE = 436_000_000, 1_051_000_000

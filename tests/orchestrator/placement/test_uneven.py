@@ -9,13 +9,13 @@ from harness.assertions import assert_has_all
 from harness.machines import QWEN3_32B, SMOLLM2, cpus, gpus
 from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.devices import Machine
+from mgpu.orchestrator.placement.machine.devices import Machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
-from mgpu.orchestrator.placement.sizes import layers_bytes
-from mgpu.orchestrator.placement.speed import estimate_speed
-from mgpu.orchestrator.placement.table import layout_json, layout_text
+from mgpu.orchestrator.placement.reports.speed import estimate_speed
+from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
+from mgpu.orchestrator.placement.reports.written_topology import topology_text
+from mgpu.orchestrator.placement.split.sizes import layers_bytes
 from mgpu.orchestrator.placement.topology.file import parse_topology
-from mgpu.orchestrator.placement.written_topology import topology_text
 from mgpu.protocol.model.facts import BorrowedCode, ExpertFacts, ModelFacts
 
 LLAMA_8B = make_facts(q=32, kv=8, layers=32, hidden=4096, width=14336, vocab=128256, context=131072)

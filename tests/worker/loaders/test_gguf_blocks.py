@@ -15,7 +15,7 @@ from harness.odd_gguf import Kind, converted
 from harness.odd_models import IDS, make_model
 from harness.rank_threads import run_ranks
 from harness.stage_driver import Stages, logits_in_chunks
-from mgpu.orchestrator.placement.sizes import layers_bytes, rank_weight_bytes
+from mgpu.orchestrator.placement.split.sizes import layers_bytes, rank_weight_bytes
 from mgpu.protocol.checkpoint.files.tensors import BLOCKS, TensorEntry
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS, packed_entry
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint

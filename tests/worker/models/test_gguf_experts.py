@@ -12,7 +12,7 @@ from harness.odd_gguf import converted, rounded
 from harness.odd_models import IDS, make_model
 from harness.rank_threads import run_ranks
 from harness.stage_driver import Stages, logits_in_chunks
-from mgpu.orchestrator.placement.sizes import rank_weight_bytes
+from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, read_checkpoint
 from mgpu.protocol.model.facts import ExpertSplit
 from mgpu.protocol.model.placement import PlacementPlan, Stage

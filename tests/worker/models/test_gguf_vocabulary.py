@@ -10,7 +10,7 @@ import torch
 from bench.broken.models import HIDDEN, MODELS, VOCAB, made, write_model
 from harness.rank_threads import run_ranks
 from harness.stage_driver import Stages, logits_in_chunks
-from mgpu.orchestrator.placement.sizes import rank_weight_bytes
+from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.protocol.model.weight_format import DENSE

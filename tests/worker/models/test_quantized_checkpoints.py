@@ -15,7 +15,7 @@ from harness.random_model import write_random_model
 from harness.rank_threads import run_ranks
 from harness.specs import make_spec
 from harness.stage_driver import Stages, logits_in_chunks
-from mgpu.orchestrator.placement.sizes import rank_weight_bytes
+from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
 from mgpu.protocol.model.facts import ExpertSplit
 from mgpu.protocol.model.placement import PlacementPlan, Stage

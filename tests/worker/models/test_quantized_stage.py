@@ -13,7 +13,7 @@ from harness.random_model import write_random_model
 from harness.rank_threads import ThreadGroup, run_ranks
 from harness.specs import make_spec
 from harness.stage_driver import CPU, Stages, logits_in_chunks
-from mgpu.orchestrator.placement.sizes import largest_matrix_bytes, rank_weight_bytes
+from mgpu.orchestrator.placement.split.sizes import largest_matrix_bytes, rank_weight_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded
 from mgpu.protocol.model.facts import ModelFacts

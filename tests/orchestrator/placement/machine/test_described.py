@@ -6,7 +6,7 @@ import pytest
 
 from harness.machines import GIB, TINY
 from mgpu.orchestrator.errors import PlacementError, UserError
-from mgpu.orchestrator.placement.described import DESCRIBED_BYTES, described_machine
+from mgpu.orchestrator.placement.machine.described import DESCRIBED_BYTES, described_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 
 

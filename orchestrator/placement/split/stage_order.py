@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from mgpu.orchestrator.placement.devices import Machine
-from mgpu.orchestrator.placement.nvml import ACROSS_SOCKETS
+from mgpu.orchestrator.placement.machine.devices import Machine
+from mgpu.orchestrator.placement.machine.nvml import ACROSS_SOCKETS
 
 _MOST = 12
 """More devices stay in their order: all paths of 12 are found in a second."""

@@ -7,12 +7,12 @@ import pytest
 from bench.estimates import Pair, pairs
 from harness.machines import GIB, FakeGpu, FakeMemory, FakeNvml, cpus
 from harness.specs import make_facts
-from mgpu.orchestrator.placement.described import described_machine
-from mgpu.orchestrator.placement.devices import find_machine
-from mgpu.orchestrator.placement.gpu_facts import GPUS, find_gpu
+from mgpu.orchestrator.placement.machine.described import described_machine
+from mgpu.orchestrator.placement.machine.devices import find_machine
+from mgpu.orchestrator.placement.machine.gpu_facts import GPUS, find_gpu
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.planner import Plan, plan
-from mgpu.orchestrator.placement.speed import Speed, estimate_speed, number, seconds, speed_lines
+from mgpu.orchestrator.placement.reports.speed import Speed, estimate_speed, number, seconds, speed_lines
 from mgpu.protocol.model.facts import ExpertFacts
 
 LLAMA_8B = make_facts(q=32, kv=8, layers=32, hidden=4096, width=14336, vocab=128256, context=131072)

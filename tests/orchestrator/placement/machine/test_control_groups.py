@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.orchestrator.placement.control_groups import cpu_quota, memory_within_limits, tasks_limits, usable_cpus
+from mgpu.orchestrator.placement.machine.control_groups import (
+    cpu_quota,
+    memory_within_limits,
+    tasks_limits,
+    usable_cpus,
+)
 
 GIB = 1 << 30
 NO_LIMIT_V1 = 9223372036854771712

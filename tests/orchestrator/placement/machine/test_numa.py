@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.orchestrator.placement.numa import cpus_of_node, numa_node, read_cpus
+from mgpu.orchestrator.placement.machine.numa import cpus_of_node, numa_node, read_cpus
 
 
 def imitate(system: Path, nodes: dict[int, str], devices: dict[str, str]) -> Path:

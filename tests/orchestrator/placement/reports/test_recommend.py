@@ -4,9 +4,9 @@ import pytest
 
 from harness.machines import QWEN3_32B, cpus, gpus
 from harness.specs import make_facts
-from mgpu.orchestrator.placement.described import described_machine
+from mgpu.orchestrator.placement.machine.described import described_machine
 from mgpu.orchestrator.placement.options import LayoutOptions
-from mgpu.orchestrator.placement.recommend import (
+from mgpu.orchestrator.placement.reports.recommend import (
     Recommendation,
     recommend,
     recommendation_json,

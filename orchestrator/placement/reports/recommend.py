@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.errors import UserError
-from mgpu.orchestrator.placement.devices import Machine
-from mgpu.orchestrator.placement.divisibility import compatible_sizes
-from mgpu.orchestrator.placement.layer_map import even_stages, map_text
+from mgpu.orchestrator.placement.machine.devices import Machine
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.planner import Plan, plan
-from mgpu.orchestrator.placement.speed import MANY, PROMPT, Speed, estimate_speed, number, seconds, speed_json
+from mgpu.orchestrator.placement.reports.speed import MANY, PROMPT, Speed, estimate_speed, number, seconds, speed_json
+from mgpu.orchestrator.placement.split.divisibility import compatible_sizes
+from mgpu.orchestrator.placement.split.layer_map import even_stages, map_text
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.model.facts import DTYPE_BYTES, KvCacheDtype, ModelFacts
 from mgpu.protocol.model.quantization import FLOAT8_CAPABILITY, Quant

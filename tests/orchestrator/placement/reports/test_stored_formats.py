@@ -10,10 +10,10 @@ from bench.broken.models import HIDDEN, MODELS, VOCAB, write_model
 from bench.broken.models import made as made_tensor
 from harness.machines import QWEN3_32B, cpus, gpus
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.divisibility import compatible_sizes
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
-from mgpu.orchestrator.placement.speed import estimate_speed, speed_lines
-from mgpu.orchestrator.placement.table import layout_json, layout_text
+from mgpu.orchestrator.placement.reports.speed import estimate_speed, speed_lines
+from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
+from mgpu.orchestrator.placement.split.divisibility import compatible_sizes
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.weight_format import DENSE, LayerFormats, WeightFormat, uniform

@@ -8,9 +8,8 @@ import pytest
 
 from harness.assertions import assert_has_all
 from harness.machines import QWEN3_32B, cpus, gpus
-from mgpu.orchestrator.placement.devices import worker_environment
-from mgpu.orchestrator.placement.options import LayoutOptions
-from mgpu.orchestrator.placement.pair_check import (
+from mgpu.orchestrator.placement.machine.devices import worker_environment
+from mgpu.orchestrator.placement.machine.pair_check import (
     HANGS,
     NotTried,
     announced_pairs,
@@ -19,8 +18,9 @@ from mgpu.orchestrator.placement.pair_check import (
     try_pairs,
     write_record,
 )
+from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.planner import plan
-from mgpu.orchestrator.placement.table import layout_text
+from mgpu.orchestrator.placement.reports.table import layout_text
 
 FOUR = gpus(80, 80, 80, 80)
 PAIR_S = 2.0

@@ -8,11 +8,11 @@ import pytest
 from harness.assertions import assert_has_all
 from harness.machines import FakeGpu, FakeNvml, gpus
 from harness.specs import make_facts
-from mgpu.orchestrator.placement.devices import Machine, find_machine
-from mgpu.orchestrator.placement.nvml import Link
+from mgpu.orchestrator.placement.machine.devices import Machine, find_machine
+from mgpu.orchestrator.placement.machine.nvml import Link
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
-from mgpu.orchestrator.placement.stage_order import crossings, stage_order
-from mgpu.orchestrator.placement.table import layout_text
+from mgpu.orchestrator.placement.reports.table import layout_text
+from mgpu.orchestrator.placement.split.stage_order import crossings, stage_order
 
 LLAMA_8B = make_facts(q=32, kv=8, layers=32, hidden=4096, width=14336, vocab=128256, context=131072)
 SWITCH, BRIDGE, NODE, SOCKETS = 10, 30, 40, 50

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from mgpu.orchestrator.placement.nvml import Link
+from mgpu.orchestrator.placement.machine.nvml import Link
 
 GIB = 1 << 30
 

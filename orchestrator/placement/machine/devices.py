@@ -10,10 +10,10 @@ from typing import Literal
 import psutil
 
 from mgpu.orchestrator.errors import DeviceError, NoDeviceError
-from mgpu.orchestrator.placement.control_groups import memory_within_limits
-from mgpu.orchestrator.placement.cpu_features import cpu_flags
-from mgpu.orchestrator.placement.numa import numa_node
-from mgpu.orchestrator.placement.nvml import Gpu, Link, Nvml, NvmlSession
+from mgpu.orchestrator.placement.machine.control_groups import memory_within_limits
+from mgpu.orchestrator.placement.machine.cpu_features import cpu_flags
+from mgpu.orchestrator.placement.machine.numa import numa_node
+from mgpu.orchestrator.placement.machine.nvml import Gpu, Link, Nvml, NvmlSession
 from mgpu.protocol.model.shared_memory_layout import orders_stores
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]

@@ -8,11 +8,11 @@ estimates meet within 15 %. Other GPUs are scaled by their data sheets and were 
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.placement.costs import HOST_BYTES_PER_S
-from mgpu.orchestrator.placement.devices import DeviceInfo
-from mgpu.orchestrator.placement.gpu_facts import GpuFacts, find_gpu
+from mgpu.orchestrator.placement.machine.devices import DeviceInfo
+from mgpu.orchestrator.placement.machine.gpu_facts import GpuFacts, find_gpu
 from mgpu.orchestrator.placement.planner import Plan
-from mgpu.orchestrator.placement.sizes import edge_bytes, kv_token_bytes, layers_bytes, part_facts
-from mgpu.orchestrator.placement.stored_formats import is_stored
+from mgpu.orchestrator.placement.reports.stored_formats import is_stored
+from mgpu.orchestrator.placement.split.sizes import edge_bytes, kv_token_bytes, layers_bytes, part_facts
 from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.placement import Stage, TensorPart
 from mgpu.protocol.model.quantization import Quant

@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mgpu.orchestrator.placement.devices import Machine, worker_environment
+from mgpu.orchestrator.placement.machine.devices import Machine, worker_environment
 from mgpu.protocol.internal.child import end_with_parent
 
 SWITCH = "MGPU_PAIR_CHECK"

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from mgpu.orchestrator.placement.fit import RankRow, gib
-from mgpu.orchestrator.placement.nvml import Link
+from mgpu.orchestrator.placement.machine.nvml import Link
 from mgpu.orchestrator.placement.planner import Plan
-from mgpu.orchestrator.placement.sizes import active_bytes
-from mgpu.orchestrator.placement.stored_formats import stored_json, stored_lines
+from mgpu.orchestrator.placement.reports.stored_formats import stored_json, stored_lines
+from mgpu.orchestrator.placement.split.sizes import active_bytes
 from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts
 from mgpu.protocol.model.placement import Mode, TensorPart
 from mgpu.protocol.model.quantization import formats_of, weight_format

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from harness.machines import QWEN3_32B, SMOLLM2, cpus, gpus
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
-from mgpu.orchestrator.placement.table import layout_json, layout_text
+from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
 
 
 def test_the_table_has_a_row_per_gpu_with_all_numbers() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from mgpu.orchestrator.errors import DeviceError
-from mgpu.orchestrator.placement.devices import (
+from mgpu.orchestrator.placement.machine.devices import (
     MAX_WORKERS,
     DeviceInfo,
     Machine,
@@ -15,8 +15,8 @@ from mgpu.orchestrator.placement.devices import (
     nccl_problem,
     uniform_links,
 )
-from mgpu.orchestrator.placement.gpu_facts import GPUS, GpuFacts, find_gpu
-from mgpu.orchestrator.placement.nvml import Link
+from mgpu.orchestrator.placement.machine.gpu_facts import GPUS, GpuFacts, find_gpu
+from mgpu.orchestrator.placement.machine.nvml import Link
 
 DESCRIBED_BYTES = 80 << 30
 """Memory of each GPU of a machine described by a count alone."""

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.placement.divisibility import advice_without_groups, sizes_text, split_problems
+from mgpu.orchestrator.placement.split.divisibility import advice_without_groups, sizes_text, split_problems
 from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.protocol.model.quantization import Quant

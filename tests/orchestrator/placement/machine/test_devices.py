@@ -9,7 +9,7 @@ import pytest
 from harness.assertions import assert_has_all
 from harness.machines import GIB, FakeGpu, FakeMemory, FakeNvml, cpus, gpus
 from mgpu.orchestrator.errors import DeviceError
-from mgpu.orchestrator.placement.devices import (
+from mgpu.orchestrator.placement.machine.devices import (
     Machine,
     cpu_machine,
     find_machine,
@@ -252,7 +252,7 @@ def test_absurd_worker_counts_are_refused(workers: int) -> None:
 def test_planning_leaves_torch_and_the_driver_unimported() -> None:
     code = (
         "import sys, mgpu.orchestrator.models.find\n"
-        "import mgpu.orchestrator.placement.planner, mgpu.orchestrator.placement.table\n"
+        "import mgpu.orchestrator.placement.planner, mgpu.orchestrator.placement.reports.table\n"
         "print([name for name in ('torch', 'pynvml', 'numpy', 'tokenizers', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
