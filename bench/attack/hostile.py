@@ -149,7 +149,7 @@ def _look_back(row: Row, victim: Victim, held: Footprint) -> None:
     if not victim.lives:
         row.problems.append(f"the server has ended: {victim.log.read_text(errors='replace')[-400:]}")
         return
-    after = victim.settled(held, GROWTH_BYTES)
+    after = victim.settled(held, GROWTH_BYTES, GROWTH_DESCRIPTORS)
     row.gateways, row.counted_restarts = victim.restarts()
     row.grown_bytes = max(0, after.rss_bytes - held.rss_bytes)
     row.grown_descriptors = max(0, after.descriptors - held.descriptors)

@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack
 
 from bench.attack.honest import Honest, Window
-from bench.attack.row import GROWTH_BYTES, Row
+from bench.attack.row import GROWTH_BYTES, GROWTH_DESCRIPTORS, Row
 from bench.attack.situations import Situation
 from bench.attack.victim import HOSTILE, Footprint, Transport, Victim, undisturbed
 
@@ -98,7 +98,7 @@ def _compare(
         row.problems.append(f"the server has ended with status {victim.server.process.returncode}: {tail}")
         return
     (before, during), (footprint, restarts) = windows, held
-    after = victim.settled(footprint, GROWTH_BYTES)
+    after = victim.settled(footprint, GROWTH_BYTES, GROWTH_DESCRIPTORS)
     row.gateways, row.counted_restarts = (now - then for now, then in zip(victim.restarts(), restarts, strict=True))
     row.first_token_ratio = _ratio(during.median_first_token_s, before.median_first_token_s)
     row.worst_first_token_ratio = _ratio(during.worst_first_token_s, before.worst_first_token_s)

@@ -129,13 +129,13 @@ class Victim:
             counters = wait_until(client.stats, ANSWER_S) or client.stats()
         return int(counters["gateway_restarts"]), int(counters["restarts"] + counters["gateway_restarts_counted"])
 
-    def settled(self, before: Footprint, growth_bytes: int) -> Footprint:
+    def settled(self, before: Footprint, growth_bytes: int, growth_descriptors: int) -> Footprint:
         """Return what the server holds once that is little more than before, or after `BACK_S`."""
         deadline_s = time.monotonic() + BACK_S
         while True:
             with suppress(psutil.Error, StopIteration):
                 found = self.footprint()
-                is_back = found.descriptors <= before.descriptors
+                is_back = found.descriptors <= before.descriptors + growth_descriptors
                 if (is_back and found.rss_bytes <= before.rss_bytes + growth_bytes) or time.monotonic() > deadline_s:
                     return found
             if not self.lives:
