@@ -1,9 +1,9 @@
 """Kill copies, their parts and the router under compared streams: ``python -m bench.router.kills [--kills 50]``.
 
-A small model with random weights runs in copies behind `serve --replicas`. Streams go on all the time, and each answer
-is compared, token for token, with that of the same request before anything was killed. In turns the parent of a copy,
-its worker, its gateway and the router are killed with SIGKILL. At the end the copies are started again one by one
-(`roll`) twice.
+A small model with random weights runs in copies behind `serve --replicas`, on CPU workers or, with `--device cuda`,
+each on GPUs of its own. Streams go on all the time, and each answer is compared, token for token, with that of the
+same request before anything was killed. In turns the parent of a copy, its worker, its gateway and the router are
+killed with SIGKILL. At the end the copies are started again one by one (`roll`) twice.
 """
 
 import argparse
@@ -132,13 +132,23 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--rolls", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
     rng, is_good = random.Random(options.seed), True
     with tempfile.TemporaryDirectory(prefix="mgpu-kills-") as folder:
         model = make_model(Path(folder) / "model", Situation(split="."))
-        words = ["-m", str(model), "--load-format", "dummy", "--device", "cpu", "--replicas", str(options.replicas)]
+        words = [
+            "-m",
+            str(model),
+            "--load-format",
+            "dummy",
+            "--device",
+            options.device,
+            "--replicas",
+            str(options.replicas),
+        ]
         words += ["--dtype", "float32"]  # answers are compared, and in bfloat16 the other rows of a step change them
         with ServerProcess(*words, "--kv-memory", "128MiB", "--max-restarts", "1000") as server:
             endpoint = server.wait_ready()
