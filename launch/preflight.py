@@ -20,12 +20,14 @@ def check_options(
     origins: Mapping[str, str],
     environ: Mapping[str, str] = os.environ,
     keys_may_come: bool = False,
+    only_plans: bool = False,
 ) -> ServerKeys | None:
     """Return the keys of a server with these options. UserError for names, limits, keys or addresses that are wrong.
 
     The model's name comes before addresses: a port that another program has must not hide a typo.
 
-    ``keys_may_come``: a unit gets them as a credential, of which a plan knows nothing.
+    ``keys_may_come``: a unit gets them as a credential, of which a plan knows nothing. ``only_plans``: no worker of
+    another host joins.
     """
     if any("\ud800" <= character <= "\udfff" for character in config.served_name):  # bytes that are not UTF-8
         raise ConfigError("--served-name must be UTF-8 text")
@@ -36,7 +38,7 @@ def check_options(
         if address is not None and not keys_may_come:  # the folder of a unit's socket is made when it starts
             check_address(address)
     http_options(config)
-    check_hosts(config)
+    check_hosts(config, only_plans)
     keys = keys_for(config.bind, config.keys, environ)
     if config.bind:
         from mgpu.orchestrator.gateway.front.endpoint import (

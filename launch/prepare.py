@@ -13,6 +13,7 @@ from mgpu.launch.settings.config import ServeConfig
 from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.host.listening import NONE
+from mgpu.orchestrator.hosts.machine import repeated
 from mgpu.orchestrator.models.find import ResolvedModel, cache_root, check_loadable, read_model, resolve_model
 from mgpu.orchestrator.placement.machine.control_groups import usable_cpus
 from mgpu.orchestrator.placement.machine.described import described_machine
@@ -146,10 +147,11 @@ def plan_model(
     check_loadable(checkpoint)
     machine, options = ground(model, config, gpus)
     planned = plan(checkpoint.facts, machine, options)
-    if not gpus and needs_measuring(planned, options):
+    is_here = not gpus and not config.nodes
+    if is_here and needs_measuring(planned, options):
         machine = measured(machine)
         planned = plan(checkpoint.facts, machine, options)
-    if not gpus:
+    if is_here:
         _check_tasks(config, planned)
         found = _with_tried_pairs(machine, planned, tries_pairs)
         planned = planned if found is machine else plan(checkpoint.facts, found, options)
@@ -176,9 +178,13 @@ def _check_tasks(config: ServeConfig, planned: Plan) -> None:
 
 
 def ground(model: ResolvedModel, config: ServeConfig, gpus: str = "") -> tuple[Machine, LayoutOptions]:
-    """Return what a plan is made from beside the model. UserError when there is no such machine."""
+    """Return what a plan is made from beside the model. UserError when there is no such machine.
+
+    With ``--nodes`` it is as many hosts like that machine; a server plans with those that join instead.
+    """
     options = layout_options(model, config)
-    return described_machine(gpus) if gpus else _machine(config, options), options
+    machine = described_machine(gpus) if gpus else _machine(config, options)
+    return repeated(machine, config.nodes) if config.nodes else machine, options
 
 
 def layout_options(model: ResolvedModel, config: ServeConfig) -> LayoutOptions:

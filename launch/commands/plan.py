@@ -39,6 +39,7 @@ _RECOMMENDED = ("tp", "tp_shares", "device_layers", "topology", "quant", "kv_cac
         "mgpu-launch plan ./model                      # on this machine",
         "mgpu-launch plan ./model --gpus 2xH200        # on others, with their speed",
         "mgpu-launch plan ./model --gpus 24GiB,24GiB --quant 4",
+        "mgpu-launch plan ./model --gpus 8xH200 --nodes 2 # two hosts",
         "mgpu-launch plan ./model --write server.toml  # for serve --config",
     ),
 )
@@ -93,7 +94,7 @@ def plan_command(
         raise UserError("--gpus describes GPUs; drop --device cpu, --workers and --oversubscribe")
     if not gpus:
         check_open_files()
-    check_options(config, origins, keys_may_come=config_file is not None)
+    check_options(config, origins, keys_may_come=config_file is not None, only_plans=True)
     if config.replicas > 1 and not gpus:
         from mgpu.launch.replicas import of_one_copy  # imports zmq, which most plans can do without
 
@@ -106,7 +107,7 @@ def plan_command(
     planned = plan_model(model, checkpoint, config, gpus)
     note_missing_tokenizer(model)
     machine, options = ground(model, config, gpus)
-    fitting = recommend(checkpoint.facts, machine, options, stored_bits(checkpoint.tensors))
+    fitting = [] if machine.hosts else recommend(checkpoint.facts, machine, options, stored_bits(checkpoint.tensors))
     speed = estimate_speed(planned.plan)
     if as_json:
         also = {"speed": speed_json(speed), "recommended": recommendation_json(fitting)}

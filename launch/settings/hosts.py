@@ -7,17 +7,20 @@ _OF_ONE_MACHINE = ("replicas", "workers", "oversubscribe", "topology")
 """Options that say how this machine's processes are made."""
 
 
-def check_hosts(config: ServeConfig) -> None:
-    """Raise ConfigError if options for several hosts are incomplete, or contradict others."""
+def check_hosts(config: ServeConfig, only_plans: bool = False) -> None:
+    """Raise ConfigError if options for several hosts are incomplete, or contradict others.
+
+    A plan needs no address and no keys: nobody joins it.
+    """
     if not config.nodes and not config.join:
         return
     if not config.nodes:
         raise ConfigError("--join waits for workers on other hosts: say on how many, such as --nodes 2")
-    if not config.join:
+    if not config.join and not only_plans:
         raise ConfigError(f"--nodes {config.nodes} needs the address where workers join: --join tcp://ADDRESS:5570")
-    if not config.join.startswith("tcp://"):
+    if config.join and not config.join.startswith("tcp://"):
         raise ConfigError(f"--join {config.join}: write tcp://ADDRESS:PORT, with an address of this host or * for all")
-    if not config.keys:
+    if not config.keys and not only_plans:
         raise ConfigError(
             "--join needs --keys FOLDER, since workers see all requests: `mgpu-launch keygen` makes the folder, and "
             "`mgpu-launch keygen --worker NAME` the key of a host"

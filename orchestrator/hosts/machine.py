@@ -1,11 +1,15 @@
 """The devices of all hosts that have joined, as one machine to plan on. The ordinal of a device is its rank."""
 
+from dataclasses import replace
+
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.hosts.roster import Roster
 from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine, nccl_problem, uniform_links
 from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.host_messages import Hello
 from mgpu.protocol.model.layout import Layout
+
+_NO_GPUS = "NCCL needs GPUs"
 
 
 def machine_of(roster: Roster, environ: dict[str, str]) -> Machine:
@@ -16,9 +20,24 @@ def machine_of(roster: Roster, environ: dict[str, str]) -> Machine:
     """
     hellos = [roster.members[rank].hello for rank in range(roster.world_size)]
     devices = tuple(_device(hello) for hello in hellos)
-    problem = nccl_problem(environ) if devices[0].kind == "cuda" else "NCCL needs GPUs"
+    problem = nccl_problem(environ) if devices[0].kind == "cuda" else _NO_GPUS
     hosts = tuple(hello.host for hello in hellos)
     return Machine(devices, uniform_links(len(devices), "none"), problem, hosts=hosts)
+
+
+def repeated(machine: Machine, nodes: int) -> Machine:
+    """Return the machine that so many hosts like ``machine`` will make together once they have joined."""
+    count = len(machine.devices)
+    devices = tuple(
+        replace(device, ordinal=node * count + device.ordinal) for node in range(nodes) for device in machine.devices
+    )
+    hosts = tuple(f"host {node}" for node in range(nodes) for _ in range(count))
+    note = f"{counted(nodes, 'host')} with {counted(count, 'device')} each; serve plans with those that join"
+    problem = machine.nccl_problem if machine.kind == "cuda" else _NO_GPUS
+    return replace(
+        machine, devices=devices, links=uniform_links(len(devices), "none"), nccl_problem=problem, shared_memory=False,
+        kinds=machine.kinds * nodes, distances=(), hosts=hosts, notes=(note,),
+    )  # fmt: skip
 
 
 def check_layout(layout: Layout, roster: Roster) -> None:

@@ -84,8 +84,11 @@ class _Device:
 
 
 def estimate_speed(plan: Plan, context: int = CONTEXT, prompt: int = PROMPT) -> Speed | None:
-    """Return the speed of a plan. None on the CPU, for quantized checkpoints, and for GPUs of unknown bandwidth."""
-    if plan.machine.kind == "cpu" or _is_stored_quantized(plan):
+    """Return the speed of a plan. None where it cannot be told.
+
+    That is on the CPU, on several hosts, for quantized checkpoints, and for GPUs of unknown bandwidth.
+    """
+    if plan.machine.kind == "cpu" or plan.machine.hosts or _is_stored_quantized(plan):
         return None
     stages = plan.layout.placement.stages
     devices = [_slowest([_by_ordinal(plan, ordinal) for ordinal in stage.devices]) for stage in stages]
@@ -318,6 +321,8 @@ def speed_lines(plan: Plan, speed: Speed | None) -> list[str]:
     """Return the estimate in words, or why there is none; nothing on the CPU."""
     if plan.machine.kind == "cpu":
         return []
+    if plan.machine.hosts:
+        return ["speed: not estimated, nothing is known of the network between the hosts"]
     if _is_stored_quantized(plan):
         whose = "quantized checkpoints" if is_stored(plan) else "several formats"
         return [f"speed: not estimated, products with weights of {whose} have not been measured"]

@@ -39,7 +39,9 @@ def layout_text(plan: Plan) -> str:
     lines += _latent_lines(plan) + _states_lines(plan)
     if plan.layout.placement.world_size > 1:
         lines.append(_transport_line(plan))
-    if len(plan.machine.gpus) > 1:
+    if plan.machine.hosts:
+        lines.append(_hosts_line(plan.machine.hosts))
+    elif len(plan.machine.gpus) > 1:
         lines += _matrix(plan)
     return "\n".join(lines + [f"note: {note}" for note in plan.notes])
 
@@ -173,6 +175,13 @@ def _transport_line(plan: Plan) -> str:
             pairs = ", ".join(f"{a} to {b}" for a, b in plan.layout.staged)
             parts.append(f"through pinned host memory from rank {pairs}")
     return "transport: " + ", ".join(parts)
+
+
+def _hosts_line(hosts: Sequence[str]) -> str:
+    """Return which ranks are where."""
+    ranks = {host: [str(rank) for rank, its in enumerate(hosts) if its == host] for host in hosts}
+    parts = [f"{host} has rank{'s' * (len(each) > 1)} {', '.join(each)}" for host, each in ranks.items()]
+    return f"hosts: {'; '.join(parts)}"
 
 
 def _matrix(plan: Plan) -> list[str]:

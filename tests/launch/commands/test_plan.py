@@ -46,6 +46,13 @@ def test_described_machines(model: str, count: int, title: str) -> None:
     assert done.stderr == ""
 
 
+def test_several_hosts_are_planned_without_an_address_to_join(model: str) -> None:
+    done = launch(model, "--gpus", "4xH200", "--nodes", "2", "-n", "0+1+2+3:32;4+5+6+7:32")
+    assert done.returncode == 0, done.stderr
+    assert_has_all(done.stdout, "host 1 has ranks 4, 5, 6, 7", "partial sums by nccl", "speed: not estimated")
+    assert "peer access" not in done.stdout
+
+
 @pytest.mark.parametrize(("count", "taken"), [(1, "one GPU"), (2, "GPU 0 of 2"), (4, "0, 1, 2 of 4"), (8, "1, 2 of 8")])
 def test_the_demo_runs_on_any_number_of_gpus_and_says_on_which(count: int, taken: str) -> None:
     done = launch("demo", "--gpus", str(count), MGPU_CACHE=str(Path(demo_model()).parent.parent))

@@ -1,13 +1,16 @@
 """The devices of hosts that have joined, as a machine to plan on: no memory is shared, and every rank takes part."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 
 from harness.hellos import hello, roster
 from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
-from mgpu.orchestrator.hosts.machine import check_layout, machine_of
+from mgpu.orchestrator.hosts.machine import check_layout, machine_of, repeated
 from mgpu.orchestrator.hosts.roster import Roster
-from mgpu.orchestrator.placement.machine.devices import Machine
+from mgpu.orchestrator.placement.machine.devices import Machine, cpu_machine, uniform_links
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.protocol.internal.host_messages import RankDevice
@@ -57,3 +60,15 @@ def test_what_to_type_for_a_model_that_does_not_split_is_said_in_words_of_the_la
         planned(machine)
     assert "Use a launcher with 2 processes in all (WORLD_SIZE=2)" in str(caught.value)
     assert "--workers" not in str(caught.value)
+
+
+def test_a_plan_for_hosts_that_have_not_joined_is_that_of_the_joined_ones() -> None:
+    _, joined = whole(4, GPU)
+    one = replace(joined, devices=joined.devices[:2], hosts=(), links=uniform_links(2, "nvlink"))
+    assumed = repeated(one, 2)
+    assert assumed.hosts == ("host 0", "host 0", "host 1", "host 1")
+    assert not any(assumed.peers(first, second) for first, second in itertools.combinations(range(4), 2))
+    assert planned(assumed).layout == planned(joined).layout
+    on_cpus = repeated(cpu_machine(1), 2)
+    assert on_cpus.nccl_problem
+    assert not on_cpus.shared_memory
