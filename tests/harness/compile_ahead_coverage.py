@@ -25,7 +25,8 @@ from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.kernels.products import choose as products
-from mgpu.worker.layers import linear, mlp, norm, sparse_mlp, vocab
+from mgpu.worker.layers import linear, mlp, norm, vocab
+from mgpu.worker.layers.experts import sparse_mlp
 from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.sampling import sampler

@@ -15,11 +15,11 @@ from torch import Tensor
 from mgpu.protocol.model.placement import HeadShard
 from mgpu.protocol.model.weight_format import DENSE, LayerFormats, WeightFormat
 from mgpu.worker.layers.activations import Activations, Product, scaled
-from mgpu.worker.layers.cpu_matmul import matmul_repacked, pack
-from mgpu.worker.layers.cpu_packed import CpuWeight, Held, multiply, repack
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, sum_of_parts, summed_tensor
-from mgpu.worker.layers.product import dense_product, matmul_float8, multiplies_float8, packed_product
+from mgpu.worker.layers.products.choose import dense_product, matmul_float8, multiplies_float8, packed_product
+from mgpu.worker.layers.products.cpu_matmul import matmul_repacked, pack
+from mgpu.worker.layers.products.cpu_packed import CpuWeight, Held, multiply, repack
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows
 from mgpu.worker.quantization.packing import PackedWeight

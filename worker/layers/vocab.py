@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.protocol.model.weight_format import DENSE, WeightFormat
-from mgpu.worker.layers.cpu_matmul import pack
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.product import dense_product, packed_head_product, packed_rows
+from mgpu.worker.layers.products.choose import dense_product, packed_head_product, packed_rows
+from mgpu.worker.layers.products.cpu_matmul import pack
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.packing import PackedWeight
 from mgpu.worker.quantization.random_packed import random_packed

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.use import uses_kernels
-from mgpu.worker.layers.experts import Experts
+from mgpu.worker.layers.experts.experts import Experts
+from mgpu.worker.layers.experts.router import Routing
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, sum_of_parts, summed_tensor
-from mgpu.worker.layers.router import Routing
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.stage import BuildContext
 from mgpu.worker.ranks.collectives import TensorParallelGroup

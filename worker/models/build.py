@@ -9,7 +9,7 @@ from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import ExpertSplit, KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant, weight_format
-from mgpu.worker.layers.experts import ExpertMatrices
+from mgpu.worker.layers.experts.experts import ExpertMatrices
 from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.copiers import reading_threads

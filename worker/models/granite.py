@@ -5,8 +5,8 @@
 from torch import Tensor
 
 from mgpu.worker.attention.interface import StepAttention
+from mgpu.worker.layers.attention.rotary import Angles
 from mgpu.worker.layers.partial_sum import Delta, summed_tensor
-from mgpu.worker.layers.rotary import Angles
 from mgpu.worker.models.llama import LlamaLayer
 from mgpu.worker.models.stage import BuildContext
 from mgpu.worker.state.kv_cache import LayerCache

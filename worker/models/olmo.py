@@ -6,9 +6,9 @@ from torch import Tensor
 
 from mgpu.worker.attention.interface import StepAttention
 from mgpu.worker.layers.activations import Product, scaled
+from mgpu.worker.layers.attention.rotary import Angles
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, summed, summed_tensor
-from mgpu.worker.layers.rotary import Angles
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.stage import BuildContext
 from mgpu.worker.state.kv_cache import LayerCache

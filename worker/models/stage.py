@@ -15,23 +15,23 @@ from mgpu.protocol.model.weight_format import DENSE
 from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionBackend, AttentionShape, StepAttention
 from mgpu.worker.kernels.linear.inputs import has_kernels_for
-from mgpu.worker.layers.attention import Attention
-from mgpu.worker.layers.expert_branch import ExpertBranch, RouterScales
-from mgpu.worker.layers.experts import ExpertMatrices
-from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm
-from mgpu.worker.layers.latent_attention import LatentAttention, LatentHeads
+from mgpu.worker.layers.attention.heads import HeadSinks, WholeHeadsNorm
+from mgpu.worker.layers.attention.latent_attention import LatentAttention, LatentHeads
+from mgpu.worker.layers.attention.linear_attention import LinearConstants
+from mgpu.worker.layers.attention.rotary import Angles, RotaryEmbedding
+from mgpu.worker.layers.attention.self_attention import Attention
+from mgpu.worker.layers.attention.shared_attention import SharedAttention
+from mgpu.worker.layers.experts.expert_branch import ExpertBranch, RouterScales
+from mgpu.worker.layers.experts.experts import ExpertMatrices
+from mgpu.worker.layers.experts.router import ExpertCorrection
+from mgpu.worker.layers.experts.sparse_mlp import SparseMLP
 from mgpu.worker.layers.layer_scale import LayerScale
 from mgpu.worker.layers.linear import Linear, Storage
-from mgpu.worker.layers.linear_attention import LinearConstants
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta, summed_tensor
 from mgpu.worker.layers.per_layer_inputs import LayerInput, PerLayerInputs
-from mgpu.worker.layers.rotary import Angles, RotaryEmbedding
-from mgpu.worker.layers.router import ExpertCorrection
-from mgpu.worker.layers.shared_attention import SharedAttention
-from mgpu.worker.layers.sparse_mlp import SparseMLP
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup

@@ -11,10 +11,11 @@ from harness.model_files import LLAMA_CONFIG, write_config
 from harness.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.checkpoint.huggingface import read_config_facts
 from mgpu.protocol.model.placement import even_range, head_shard, padded_vocab
-from mgpu.worker.layers import cpu_matmul, product
-from mgpu.worker.layers.attention import Attention
+from mgpu.worker.layers.attention.self_attention import Attention
 from mgpu.worker.layers.linear import Linear, Storage, qkv_slices
 from mgpu.worker.layers.norm import RMSNorm, _FewOperations, _Torch
+from mgpu.worker.layers.products import choose as product
+from mgpu.worker.layers.products import cpu_matmul
 from mgpu.worker.layers.vocab import VocabParallel
 from mgpu.worker.ranks.collectives import SingleRank
 

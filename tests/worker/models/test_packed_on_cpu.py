@@ -9,7 +9,7 @@ from harness.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.layers import linear
-from mgpu.worker.layers.cpu_packed import CpuWeight, has_kernel, multiply
+from mgpu.worker.layers.products.cpu_packed import CpuWeight, has_kernel, multiply
 
 IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]
 pytestmark = pytest.mark.skipif(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.quantization import WeightFormat, weight_format
-from mgpu.worker.layers.product import packed_product
+from mgpu.worker.layers.products.choose import packed_product
 from mgpu.worker.quantization.packing import dequantize
 from mgpu.worker.quantization.quantize import quantize, search_int4
 

@@ -7,8 +7,8 @@ from harness.stage_driver import Row, make_batch
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms
 from mgpu.worker.attention.plain_backend import PlainBackend
 from mgpu.worker.attention.triton_backend import TritonBackend
+from mgpu.worker.layers.attention.rotary import RotaryEmbedding, rotate
 from mgpu.worker.layers.norm import RMSNorm
-from mgpu.worker.layers.rotary import RotaryEmbedding, rotate
 from mgpu.worker.state.kv_cache import LayerCache
 
 NUM_Q, NUM_KV, DIM, BLOCK = 4, 2, 32, 16

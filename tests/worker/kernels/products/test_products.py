@@ -14,7 +14,7 @@ from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.products.quantized_gemm import Tiling, quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import QuantizedGemvTiling, quantized_gemv
 from mgpu.worker.kernels.reference import gated_activation
-from mgpu.worker.layers.product import quantized_matmul as plain_quantized_matmul
+from mgpu.worker.layers.products.choose import quantized_matmul as plain_quantized_matmul
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_fp8, pack_int4, pack_int8
 from mgpu.worker.quantization.quantize import quantize
 

@@ -16,7 +16,8 @@ from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, Product, scaled, values_and_scale
-from mgpu.worker.layers.heads import HeadSinks, WholeHeadsNorm, with_normalized_values
+from mgpu.worker.layers.attention.heads import HeadSinks, WholeHeadsNorm, with_normalized_values
+from mgpu.worker.layers.attention.rotary import Angles, Rotation, rotate
 from mgpu.worker.layers.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -28,7 +29,6 @@ from mgpu.worker.layers.linear import (
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta
-from mgpu.worker.layers.rotary import Angles, Rotation, rotate
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.state.kv_cache import LayerCache

@@ -20,11 +20,11 @@ from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, StepAttention
 from mgpu.worker.kernels.attention.inputs import NewLatents
 from mgpu.worker.layers.activations import Activations, scaled
+from mgpu.worker.layers.attention.rotary import Angles, Rotation, rotate
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, Storage
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta
-from mgpu.worker.layers.rotary import Angles, Rotation, rotate
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.state.kv_cache import LayerCache

@@ -12,12 +12,12 @@ from mgpu.protocol.model.placement import TensorPart
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, scaled
-from mgpu.worker.layers.experts import Experts
+from mgpu.worker.layers.experts.experts import Experts
+from mgpu.worker.layers.experts.router import Router
 from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.layers.mlp import GatedMLP
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, sum_of_parts, summed_tensor
-from mgpu.worker.layers.router import Router
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation, Clamp, ExpertFacts
 from mgpu.protocol.model.placement import ExpertShard
-from mgpu.worker.layers.cpu_matmul import matmul
+from mgpu.worker.layers.experts.router import Routing
 from mgpu.worker.layers.linear import Storage
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.product import quantized_matmul
-from mgpu.worker.layers.router import Routing
+from mgpu.worker.layers.products.choose import quantized_matmul
+from mgpu.worker.layers.products.cpu_matmul import matmul
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.packing import PackedWeight
 from mgpu.worker.quantization.quantize import quantize

@@ -8,11 +8,11 @@ from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.layers.activations import Activations, scaled, values_and_scale
+from mgpu.worker.layers.attention.rotary import Angles, rotate
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, Storage, qkv_slices
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta
-from mgpu.worker.layers.rotary import Angles, rotate
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 from mgpu.worker.state.kv_cache import LayerCache

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint.rope.rules import linear_divisors, llama3_divisors, yarn_attention, yarn_divisors
 from mgpu.protocol.model.facts import RopeScaling
-from mgpu.worker.layers.rotary import RotaryEmbedding
+from mgpu.worker.layers.attention.rotary import RotaryEmbedding
 
 CPU = torch.device("cpu")
 LENGTH = 131072

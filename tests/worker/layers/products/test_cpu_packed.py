@@ -7,7 +7,7 @@ from torch import Tensor
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.quantization import weight_format
 from mgpu.protocol.model.weight_format import WeightFormat
-from mgpu.worker.layers.cpu_packed import CpuWeight, has_kernel, multiply, repack
+from mgpu.worker.layers.products.cpu_packed import CpuWeight, has_kernel, multiply, repack
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.quantization.random_packed import random_packed

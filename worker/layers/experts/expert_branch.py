@@ -11,13 +11,13 @@ from torch import Tensor
 from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit, ModelFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.layers.activations import Product
-from mgpu.worker.layers.experts import Experts
+from mgpu.worker.layers.experts.experts import Experts
+from mgpu.worker.layers.experts.router import Router, Routing
+from mgpu.worker.layers.experts.sparse_mlp import has_kernels_for
 from mgpu.worker.layers.linear import Storage
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta, sum_of_parts, summed, summed_tensor
-from mgpu.worker.layers.router import Router, Routing
-from mgpu.worker.layers.sparse_mlp import has_kernels_for
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernels.use import uses_kernels
-from mgpu.worker.layers import cpu_matmul
+from mgpu.worker.layers.products import cpu_matmul
 from mgpu.worker.quantization.float8_rows import Float8Rows, UnscaledProduct
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
