@@ -15,7 +15,7 @@ from mgpu.orchestrator.placement.machine.pair_check import end_trial, start_tria
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.planner import Plan
 
-PROBE = (sys.executable, "-m", "mgpu.worker.speed_probe")
+PROBE = (sys.executable, "-m", "mgpu.worker.probes.speed")
 LEAST_BUSY = 0.1
 """Share of the last second; what is less hardly slows a stage."""
 _COPIES_AT = 0.896

@@ -31,7 +31,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The command line of ``python -m mgpu.worker.probe``, and its environment."""
+    """The command line of ``python -m mgpu.worker.probes.torch_support``, and its environment."""
 
     arguments: tuple[str, ...]
     environ: Mapping[str, str]
@@ -77,7 +77,7 @@ class _Group:
         out, err = (Path(f"{self._stem}-{len(self._members)}.{kind}") for kind in ("out", "err"))
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "mgpu.worker.probe", *probe.arguments],
+                [sys.executable, "-m", "mgpu.worker.probes.torch_support", *probe.arguments],
                 env=dict(probe.environ), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
                 start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGKILL),
             )  # fmt: skip

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from mgpu.worker import cuda_driver, pair_probe, speed_probe
+from mgpu.worker import cuda_driver
 from mgpu.worker.cuda_driver import Driver, DriverError
+from mgpu.worker.probes import pairs, speed
 
 
 def imitate(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
@@ -40,9 +41,9 @@ def test_probes_say_that_there_is_no_driver(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cuda_driver, "_LIBRARY", "libnowhere.so.1")
-    pair_probe.run([(0, 1)])
+    pairs.run([(0, 1)])
     assert "libnowhere" in json.loads(capsys.readouterr().out)["error"]
-    assert speed_probe.main() == 1
+    assert speed.main() == 1
     assert "libnowhere" in capsys.readouterr().err
 
 
@@ -62,8 +63,8 @@ def test_speeds_are_those_of_the_gpus_that_could_be_measured(
         found._obj.value = ordinal
         return 7 if ordinal == 1 else 0
 
-    monkeypatch.setattr(speed_probe, "_BURSTS", 2)
-    monkeypatch.setattr(speed_probe, "_PAUSE_S", 0)
+    monkeypatch.setattr(speed, "_BURSTS", 2)
+    monkeypatch.setattr(speed, "_PAUSE_S", 0)
     imitate(
         monkeypatch,
         cuDeviceGetCount=stores(2),
@@ -76,9 +77,9 @@ def test_speeds_are_those_of_the_gpus_that_could_be_measured(
         cuMemAlloc_v2=stores(4096),
         cuMemcpyDtoDAsync_v2=lambda to, source, size, stream: copied.append(size.value) or 0,
     )
-    assert speed_probe.main() == 0
+    assert speed.main() == 0
     out, err = capsys.readouterr()
     assert (*json.loads(out),) == ("0",)
     assert json.loads(out)["0"] > 0
     assert "GPU 1: cuDeviceGet: CUDA_ERROR_IMITATED" in err
-    assert sum(copied) * 2 == speed_probe._BURST_BYTES * (2 + speed_probe._WARM)
+    assert sum(copied) * 2 == speed._BURST_BYTES * (2 + speed._WARM)

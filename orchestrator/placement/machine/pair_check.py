@@ -1,6 +1,6 @@
 """Try peer access before workers rely on it: drivers have announced pairs of GPUs that hang, or that damage data.
 
-A process of its own does it (`mgpu.worker.pair_probe`), which is killed when a pair takes too long. A pair that fails
+A process of its own does it (`mgpu.worker.probes.pairs`), which is killed when a pair takes too long. A pair that fails
 counts as one without peer access, and is named. What was found is kept until the machine boots again or gets another
 driver, so only the first start pays for the trial.
 """
@@ -31,7 +31,7 @@ PAIR_S = 10.0
 _MOST_HANGS = 2
 """Pairs that may hang before the rest is not tried any more."""
 _KILLED_S = 2.0
-_COMMAND = (sys.executable, "-m", "mgpu.worker.pair_probe")
+_COMMAND = (sys.executable, "-m", "mgpu.worker.probes.pairs")
 HANGS = "it hangs"
 Pair = tuple[int, int]
 Verdicts = dict[Pair, str]

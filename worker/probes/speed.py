@@ -1,4 +1,4 @@
-"""Measure how fast each visible GPU copies its memory just now: ``python -m mgpu.worker.speed_probe``.
+"""Measure how fast each visible GPU copies its memory just now: ``python -m mgpu.worker.probes.speed``.
 
 Another process may keep a GPU busy, and nothing but a measurement shows what is left. Work comes in short bursts, as
 steps of a stage do: between two bursts the other process gets the GPU. One line of JSON on standard output: bytes per

@@ -1,4 +1,4 @@
-"""Try what workers need of torch, for ``mgpu-launch doctor``: ``python -m mgpu.worker.probe``.
+"""Try what workers need of torch, for ``mgpu-launch doctor``: ``python -m mgpu.worker.probes.torch_support``.
 
 The answer is one JSON object on standard output. What goes wrong in torch or in the driver ends or hangs this process,
 so doctor gives it a deadline and reads what it says on standard error.
@@ -23,7 +23,9 @@ _TIMED_RUNS = 5
 
 def main() -> None:
     """Run one probe, print its answer, and leave without the clean-up, which may wait for a lost peer."""
-    parser = argparse.ArgumentParser(prog="python -m mgpu.worker.probe", description="A check of mgpu-launch doctor.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mgpu.worker.probes.torch_support", description="A check of mgpu-launch doctor."
+    )
     parser.add_argument("probe", choices=("devices", "pair"))
     parser.add_argument("--backend", default="gloo", choices=("gloo", "nccl"))
     parser.add_argument("--device", default="cpu")

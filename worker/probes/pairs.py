@@ -1,4 +1,4 @@
-"""Try the memory of every pair of GPUs in both directions, by the driver alone: ``python -m mgpu.worker.pair_probe``.
+"""Try the memory of every pair of GPUs in both directions, by the driver alone: ``python -m mgpu.worker.probes.pairs``.
 
 Drivers have announced peer access that hangs (an IOMMU, ACS) or that damages data (patched drivers). Each pair sends
 random bytes both ways at once, by kernels that write, by kernels that read and by the copy engines, while both GPUs are
@@ -185,7 +185,7 @@ def _message_problem(first: Gpu, second: Gpu, nbytes: int, draw: random.Random) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mgpu.worker.pair_probe", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mgpu.worker.probes.pairs", description=__doc__)
     parser.add_argument("pairs", nargs="+", help="A-B, ordinals of visible GPUs")
     pairs = [tuple(map(int, pair.split("-"))) for pair in parser.parse_args().pairs]
     run(pairs)
