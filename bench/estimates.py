@@ -16,7 +16,7 @@ from mgpu.orchestrator.placement.machine.described import described_machine
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.orchestrator.placement.reports.speed import MANY, PROMPT, REQUEST_S, estimate_speed
-from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.quantization import Quant
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import expected_tensors
 
 

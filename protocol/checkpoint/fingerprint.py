@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, reading
-from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import TensorEntry, has_weights, read_checkpoint
 from mgpu.protocol.model.fingerprint import ModelPrint
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from mgpu.protocol.checkpoint.borrowed import layer_elements, without_ignored
-from mgpu.protocol.checkpoint.borrowed_experts import with_stored_experts
 from mgpu.protocol.checkpoint.files.safetensors_file import read_safetensors
 from mgpu.protocol.checkpoint.files.tensors import (
     TensorEntry,
@@ -26,13 +24,15 @@ from mgpu.protocol.checkpoint.files.untrusted import (
     read_json_object,
     reading,
 )
-from mgpu.protocol.checkpoint.gguf_model import read_gguf_checkpoint
-from mgpu.protocol.checkpoint.gpt_oss import MXFP4
-from mgpu.protocol.checkpoint.huggingface import is_config_quantized, read_config_facts, read_config_schemes
+from mgpu.protocol.checkpoint.gguf.model import read_gguf_checkpoint
+from mgpu.protocol.checkpoint.huggingface.borrowed import layer_elements, without_ignored
+from mgpu.protocol.checkpoint.huggingface.borrowed_experts import with_stored_experts
+from mgpu.protocol.checkpoint.huggingface.config import is_config_quantized, read_config_facts, read_config_schemes
 from mgpu.protocol.checkpoint.quantized.dummy import packed_experts, quantized_dummies
 from mgpu.protocol.checkpoint.quantized.formats import with_formats
 from mgpu.protocol.checkpoint.quantized.join import join_packed
-from mgpu.protocol.checkpoint.stacked import borrowed_tensors, separate_tensors, stored_name
+from mgpu.protocol.checkpoint.tensor_layout.gpt_oss import MXFP4
+from mgpu.protocol.checkpoint.tensor_layout.stacked import borrowed_tensors, separate_tensors, stored_name
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelCode, ModelFacts, ModelSource
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorEntry", "expected_tensors", "read_checkpoint"]

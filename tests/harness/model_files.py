@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mgpu.protocol.checkpoint.files.safetensors_file import DTYPE_BYTES
-from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import expected_tensors
 
 Shapes = Mapping[str, Sequence[int]]

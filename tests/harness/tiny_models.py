@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mgpu.protocol.checkpoint.borrowed import BORROWED
+from mgpu.protocol.checkpoint.huggingface.borrowed import BORROWED
 
 TINY = {
     "vocab_size": 101,  # divides by no number of ranks

@@ -18,7 +18,7 @@ from mgpu.orchestrator.placement.split.layer_map import parse_layer_map
 from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
 from mgpu.protocol.checkpoint.files.safetensors_file import read_safetensors
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
-from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.discovery import INFO_NAME, LOCK_NAME, running_servers
 from mgpu.protocol.keys import KeyFileError, read_keys

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from mgpu.protocol.checkpoint.gguf_tokens import SENTENCE_PIECE_IDS, hidden_texts, shown_texts
+from mgpu.protocol.checkpoint.gguf.tokens import SENTENCE_PIECE_IDS, hidden_texts, shown_texts
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """``tokenizer.ggml.token_type``."""

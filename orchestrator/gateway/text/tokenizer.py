@@ -18,7 +18,7 @@ from mgpu.orchestrator.gateway.text.special_tokens import add_folder_tokens
 from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
 from mgpu.protocol.checkpoint.files.untrusted import MAX_JSON_BYTES, CheckpointError, Fields, checked_file
 from mgpu.protocol.checkpoint.files.wrong_kind import HEAD_BYTES, wrong_kind
-from mgpu.protocol.checkpoint.gguf_tokens import end_tokens
+from mgpu.protocol.checkpoint.gguf.tokens import end_tokens
 from mgpu.protocol.internal.worker_messages import Vocabulary
 from mgpu.protocol.model.facts import CheckpointFormat
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from mgpu.protocol.checkpoint.gpt_oss import MXFP4
-from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
+from mgpu.protocol.checkpoint.tensor_layout.gpt_oss import MXFP4
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import block_range
 from mgpu.protocol.model.quantization import WeightFormat, group_problems, rank_matrices

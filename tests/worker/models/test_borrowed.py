@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness.stage_driver import Row, logits_in_chunks, make_batch
 from harness.tiny_models import TinyModel
-from mgpu.protocol.checkpoint.borrowed import BORROWED, UNSPLIT
+from mgpu.protocol.checkpoint.huggingface.borrowed import BORROWED, UNSPLIT
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
 from mgpu.protocol.model.facts import ExpertSplit
 from mgpu.protocol.model.placement import RankPlace

@@ -13,11 +13,11 @@ import pytest
 
 from harness.assertions import assert_has_all
 from harness.model_files import gguf_bytes, gguf_string, safetensors_bytes, string, string_array, u32
-from mgpu.protocol.checkpoint import gguf_model
 from mgpu.protocol.checkpoint.files import gguf_file, safetensors_file, untrusted
 from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
 from mgpu.protocol.checkpoint.files.safetensors_file import read_safetensors
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, read_json_object
+from mgpu.protocol.checkpoint.gguf import model as gguf_model
 
 MIB = 1 << 20
 READ = """

@@ -18,7 +18,7 @@ from harness.model_files import (
     u32,
     write_config,
 )
-from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
 from mgpu.protocol.checkpoint.rope.rules import llama3_divisors, yarn_divisors
 from mgpu.protocol.model.facts import ModelFacts, RopeScaling

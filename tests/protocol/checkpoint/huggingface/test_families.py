@@ -7,11 +7,11 @@ import pytest
 
 from harness.assertions import assert_has_all
 from harness.model_files import LLAMA_CONFIG, safetensors_bytes, write_config
-from mgpu.protocol.checkpoint.families import CLASSES, FAMILIES, MODEL_TYPES
+from mgpu.protocol.checkpoint.huggingface.families import CLASSES, FAMILIES, MODEL_TYPES
 from mgpu.protocol.checkpoint.read import CheckpointError, expected_tensors, read_checkpoint
 from mgpu.protocol.model.facts import ARCHITECTURES, ModelFacts
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").split("## Through transformers' code")[0]
 ROWS = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (dense|experts) \|", PAGE, re.MULTILINE)
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry, check_shape, rows_of
-from mgpu.protocol.checkpoint.gpt_oss import gpt_oss_tensors
-from mgpu.protocol.checkpoint.hybrid_tensors import hybrid_stored_name, hybrid_tensors
+from mgpu.protocol.checkpoint.tensor_layout.gpt_oss import gpt_oss_tensors
+from mgpu.protocol.checkpoint.tensor_layout.hybrid_tensors import hybrid_stored_name, hybrid_tensors
 from mgpu.protocol.model.facts import HYBRID, LATENT, ModelFacts
 
 _LAYERS = "model.layers."

@@ -9,9 +9,9 @@ from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, ch
 from mgpu.protocol.checkpoint.gguf.facts import gguf_facts
 from mgpu.protocol.checkpoint.gguf.families import ARCHITECTURES
 from mgpu.protocol.checkpoint.gguf.names import stored_entries
-from mgpu.protocol.checkpoint.gguf_tokens import end_tokens
+from mgpu.protocol.checkpoint.gguf.tokens import end_tokens
 from mgpu.protocol.checkpoint.rope.gguf import Located
-from mgpu.protocol.checkpoint.stacked import separate_tensors
+from mgpu.protocol.checkpoint.tensor_layout.stacked import separate_tensors
 from mgpu.protocol.model.facts import ModelFacts
 
 _TOKENS = "tokenizer.ggml.tokens"

@@ -6,9 +6,9 @@ files that transformers wrote have them.
 
 import math
 
-from mgpu.protocol.checkpoint.borrowed_experts import borrowed_experts
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit
+from mgpu.protocol.checkpoint.huggingface.borrowed_experts import borrowed_experts
 from mgpu.protocol.model.facts import BorrowedCode, Dtype, ModelCode, ModelFacts
 
 BORROWED = {

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from mgpu.protocol.checkpoint.borrowed import BORROWED, UNSPLIT, layer_elements, without_ignored
-from mgpu.protocol.checkpoint.borrowed_experts import EXPERT_KEYS, with_stored_experts
-from mgpu.protocol.checkpoint.families import CLASSES
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry
-from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.huggingface.borrowed import BORROWED, UNSPLIT, layer_elements, without_ignored
+from mgpu.protocol.checkpoint.huggingface.borrowed_experts import EXPERT_KEYS, with_stored_experts
+from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
+from mgpu.protocol.checkpoint.huggingface.families import CLASSES
 from mgpu.protocol.checkpoint.read import CheckpointError
 
 CONFIG = {
@@ -136,7 +136,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
 
 
 def test_the_page_lists_all_borrowed_families() -> None:
-    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+    page = (Path(__file__).parents[4] / "docs" / "models.md").read_text()
     section = page.split("## Through transformers' code")[1]
     for name, kind in BORROWED.items():
         experts = "experts" if kind in EXPERT_KEYS else "dense"

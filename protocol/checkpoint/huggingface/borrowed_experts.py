@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from mgpu.protocol.checkpoint.experts import MOST_EXPERTS
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry, check_shape
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit
+from mgpu.protocol.checkpoint.huggingface.experts import MOST_EXPERTS
 from mgpu.protocol.model.facts import ExpertFacts, ModelFacts
 
 

@@ -4,9 +4,6 @@ import os
 from pathlib import Path
 from typing import cast, get_args
 
-from mgpu.protocol.checkpoint.borrowed import BORROWED, borrowed_facts, borrowed_type
-from mgpu.protocol.checkpoint.experts import expert_facts
-from mgpu.protocol.checkpoint.families import CLASSES, FAMILIES, MODEL_TYPES, Family
 from mgpu.protocol.checkpoint.files.untrusted import (
     CheckpointError,
     Fields,
@@ -16,13 +13,16 @@ from mgpu.protocol.checkpoint.files.untrusted import (
     reading,
 )
 from mgpu.protocol.checkpoint.files.wrong_kind import folder_without_config
-from mgpu.protocol.checkpoint.full_heads import full_heads
-from mgpu.protocol.checkpoint.latent import latent_facts, latent_scale, with_default_rope
-from mgpu.protocol.checkpoint.linear import linear_facts
+from mgpu.protocol.checkpoint.huggingface.borrowed import BORROWED, borrowed_facts, borrowed_type
+from mgpu.protocol.checkpoint.huggingface.experts import expert_facts
+from mgpu.protocol.checkpoint.huggingface.families import CLASSES, FAMILIES, MODEL_TYPES, Family
+from mgpu.protocol.checkpoint.huggingface.full_heads import full_heads
+from mgpu.protocol.checkpoint.huggingface.latent import latent_facts, latent_scale, with_default_rope
+from mgpu.protocol.checkpoint.huggingface.linear import linear_facts
+from mgpu.protocol.checkpoint.huggingface.sliding import read_sliding
+from mgpu.protocol.checkpoint.huggingface.small_gemma import cache_sources, per_layer_inputs, sharing_width
 from mgpu.protocol.checkpoint.quantized.config import SchemeOf, read_schemes, refusal
 from mgpu.protocol.checkpoint.rope.huggingface import read_rope, rotated_size
-from mgpu.protocol.checkpoint.sliding import read_sliding
-from mgpu.protocol.checkpoint.small_gemma import cache_sources, per_layer_inputs, sharing_width
 from mgpu.protocol.model.facts import HYBRID, LATENT, Activation, Dtype, LatentFacts, ModelCode, ModelFacts
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mgpu.protocol.checkpoint.huggingface import read_config_facts
+from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
 from mgpu.protocol.model.facts import LinearFacts, ModelFacts
 

@@ -10,7 +10,7 @@ from harness.assertions import assert_has_all
 from harness.model_files import LLAMA_CONFIG, safetensors_bytes, write_config
 from mgpu.protocol.checkpoint.files.tensors import expected_tensors
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
-from mgpu.protocol.checkpoint.stacked import stored_name
+from mgpu.protocol.checkpoint.tensor_layout.stacked import stored_name
 from mgpu.protocol.model.facts import ExpertFacts
 
 QWEN3_MOE = LLAMA_CONFIG | {
