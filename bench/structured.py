@@ -248,7 +248,7 @@ def mask_us(count: int, seed: int) -> tuple[float, float]:
     """Return mean and largest CPU time of a token in the threads of a worker, in µs, for answers drawn at random."""
     import llguidance
 
-    from mgpu.orchestrator.gateway.text.grammar import checked_grammar
+    from mgpu.orchestrator.gateway.text.grammars.grammar import checked_grammar
     from mgpu.orchestrator.gateway.text.tokenizer import load_codec
     from mgpu.orchestrator.models.find import read_model, resolve_model
     from mgpu.protocol.internal.grammars import new_matcher, token_table

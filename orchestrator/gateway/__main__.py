@@ -16,8 +16,8 @@ from mgpu.orchestrator.gateway.front.open_files import allow_many_connections
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.gateway.gateway import Gateway
 from mgpu.orchestrator.gateway.memory_limit import MemoryFull, prefer_as_oom_victim
-from mgpu.orchestrator.gateway.text.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
+from mgpu.orchestrator.gateway.text.processes.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
 from mgpu.orchestrator.host.driver_files import read_records, remove_driver_files
 from mgpu.protocol.discovery import COPY_FOLDER, LOCK_NAME, is_locked

@@ -37,8 +37,8 @@ from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.requests.resume import Resumptions
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.suspects import Suspects
-from mgpu.orchestrator.gateway.text.background import BackgroundTasks
-from mgpu.orchestrator.gateway.text.encoder_process import EncoderProcesses
+from mgpu.orchestrator.gateway.text.processes.background import BackgroundTasks
+from mgpu.orchestrator.gateway.text.processes.encoder_process import EncoderProcesses
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
 from mgpu.protocol.internal.gateway_messages import (
     ALIVE_INTERVAL_S,

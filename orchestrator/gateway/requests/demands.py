@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from mgpu.orchestrator.gateway.front.refusal import Refusal
-from mgpu.orchestrator.gateway.text.demanded_calls import FORMATS, call_grammar
-from mgpu.orchestrator.gateway.text.grammar import GrammarError
-from mgpu.orchestrator.gateway.text.thinking_limit import ThinkingLimit
+from mgpu.orchestrator.gateway.text.grammars.demanded_calls import FORMATS, call_grammar
+from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError
+from mgpu.orchestrator.gateway.text.grammars.thinking_limit import ThinkingLimit
 from mgpu.protocol.chat.formats import HARMONY, REASONING_FORMATS, ChatFormat
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.structured_outputs import MAX_BYTES

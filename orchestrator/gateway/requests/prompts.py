@@ -15,11 +15,11 @@ from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests.demands import form_after_reasoning, thinking_limit
 from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
-from mgpu.orchestrator.gateway.text.background import NUM_THREADS, BackgroundTasks
-from mgpu.orchestrator.gateway.text.encoder_messages import TextReply, TextTask
-from mgpu.orchestrator.gateway.text.encoder_process import EncoderFailed, EncoderProcesses, reason_of
+from mgpu.orchestrator.gateway.text.processes.background import NUM_THREADS, BackgroundTasks
+from mgpu.orchestrator.gateway.text.processes.encoder_messages import TextReply, TextTask
+from mgpu.orchestrator.gateway.text.processes.encoder_process import EncoderFailed, EncoderProcesses, reason_of
+from mgpu.orchestrator.gateway.text.processes.text_tasks import do
 from mgpu.orchestrator.gateway.text.text_queries import chat_of
-from mgpu.orchestrator.gateway.text.text_tasks import do
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.client_messages import Detokenize, Generate, Tokenize
 

@@ -14,7 +14,7 @@ from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests import request_handler
 from mgpu.orchestrator.gateway.requests.prompts import Prompts
 from mgpu.orchestrator.gateway.requests.request import Request
-from mgpu.orchestrator.gateway.text.encoder_process import EncoderFailed
+from mgpu.orchestrator.gateway.text.processes.encoder_process import EncoderFailed
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_bytes
 from mgpu.protocol.internal.gateway_messages import Outputs

@@ -10,9 +10,9 @@ import pytest
 from harness.grammar_follower import GrammarFollower
 from harness.tool_templates import weather_tool
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
-from mgpu.orchestrator.gateway.text.demanded_calls import call_grammar
 from mgpu.orchestrator.gateway.text.generic_tools import with_generic_tools
-from mgpu.orchestrator.gateway.text.grammar import GrammarError, checked_grammar
+from mgpu.orchestrator.gateway.text.grammars.demanded_calls import call_grammar
+from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError, checked_grammar
 from mgpu.protocol.chat.answer_parser import AnswerParser, ParsedAnswer
 from mgpu.protocol.chat.formats import ChatFormat
 from mgpu.protocol.chat.tools import OfferedTools

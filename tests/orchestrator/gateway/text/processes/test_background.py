@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from harness.waiting import eventually
-from mgpu.orchestrator.gateway.text.background import NUM_THREADS, BackgroundTasks
+from mgpu.orchestrator.gateway.text.processes.background import NUM_THREADS, BackgroundTasks
 
 
 def gateway_threads() -> int:

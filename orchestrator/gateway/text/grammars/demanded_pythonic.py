@@ -8,14 +8,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mgpu.orchestrator.gateway.text.demanded_parts import (
+from mgpu.orchestrator.gateway.text.grammars.demanded_parts import (
     REMARKS,
     Parameter,
     parameters_of,
     quoted,
     without_brackets,
 )
-from mgpu.orchestrator.gateway.text.grammar import GrammarError
+from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError
 from mgpu.protocol.chat.json_scanner import BrokenJson
 from mgpu.protocol.chat.pythonic import parse_call
 

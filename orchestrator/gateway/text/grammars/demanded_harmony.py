@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mgpu.orchestrator.gateway.text.demanded_parts import without_brackets
+from mgpu.orchestrator.gateway.text.grammars.demanded_parts import without_brackets
 from mgpu.protocol.chat.harmony import CHANNEL, ENDS, MESSAGE, START
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mgpu.orchestrator.gateway.text.grammar import HEADER, GrammarError
+from mgpu.orchestrator.gateway.text.grammars.grammar import HEADER, GrammarError
 from mgpu.protocol.chat import harmony
 from mgpu.protocol.chat.formats import HARMONY, REASONING_FORMATS
 

@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("llguidance", reason="needs mgpu[serve]")
 
 from harness.grammar_follower import GrammarFollower
-from mgpu.orchestrator.gateway.text.grammar import GrammarError, checked_grammar
-from mgpu.orchestrator.gateway.text.thinking_limit import ThinkingLimit, grammar_with_reasoning
+from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError, checked_grammar
+from mgpu.orchestrator.gateway.text.grammars.thinking_limit import ThinkingLimit, grammar_with_reasoning
 from mgpu.protocol.front.fields import INT32_MAX
 from mgpu.protocol.internal.worker_messages import Vocabulary
 

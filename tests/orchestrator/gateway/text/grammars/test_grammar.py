@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("llguidance")
 
-from mgpu.orchestrator.gateway.text import grammar as module
-from mgpu.orchestrator.gateway.text.grammar import GrammarError, checked_grammar
+from mgpu.orchestrator.gateway.text.grammars import grammar as module
+from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError, checked_grammar
 from mgpu.protocol.internal.grammars import new_matcher, token_table
 from mgpu.protocol.internal.worker_messages import Vocabulary
 

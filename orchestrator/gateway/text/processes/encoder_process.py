@@ -17,7 +17,7 @@ import weakref
 from contextlib import suppress
 from signal import SIGKILL, pidfd_send_signal
 
-from mgpu.orchestrator.gateway.text.encoder_messages import (
+from mgpu.orchestrator.gateway.text.processes.encoder_messages import (
     ENCODER,
     LENGTH,
     MAX_MESSAGE_BYTES,
@@ -28,7 +28,7 @@ from mgpu.orchestrator.gateway.text.encoder_messages import (
 from mgpu.protocol.internal.codec import CodecError
 from mgpu.protocol.model.facts import CheckpointFormat
 
-COMMAND = (sys.executable, "-m", "mgpu.orchestrator.gateway.text.encoder")
+COMMAND = (sys.executable, "-m", "mgpu.orchestrator.gateway.text.processes.encoder")
 CPU_LIMIT_S = 4.0
 """Of one task; a megabyte of text takes about half a second."""
 WALL_LIMIT_S = 20.0

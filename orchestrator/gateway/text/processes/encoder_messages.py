@@ -4,7 +4,7 @@ import struct
 from dataclasses import dataclass
 
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
-from mgpu.orchestrator.gateway.text.thinking_limit import ThinkingLimit
+from mgpu.orchestrator.gateway.text.grammars.thinking_limit import ThinkingLimit
 from mgpu.protocol.front.client_messages import Detokenize, Tokenize
 from mgpu.protocol.front.server_messages import Detokenized, Tokenized
 from mgpu.protocol.internal.codec import Codec

@@ -6,10 +6,10 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
-from mgpu.orchestrator.gateway.text.encoder_messages import TextReply, TextTask
-from mgpu.orchestrator.gateway.text.grammar import checked_grammar
+from mgpu.orchestrator.gateway.text.grammars.grammar import checked_grammar
+from mgpu.orchestrator.gateway.text.grammars.thinking_limit import grammar_with_reasoning
+from mgpu.orchestrator.gateway.text.processes.encoder_messages import TextReply, TextTask
 from mgpu.orchestrator.gateway.text.text_queries import reply_to
-from mgpu.orchestrator.gateway.text.thinking_limit import grammar_with_reasoning
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.chat.formats import opens_reasoning
 from mgpu.protocol.front.fields import int32_bytes

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mgpu.orchestrator.gateway.text.grammar import GrammarError
+from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError
 
 _SHARED = ("$defs", "definitions")
 REMARKS = ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema")

@@ -1,4 +1,4 @@
-"""`python -m mgpu.orchestrator.gateway.text.encoder`: load the tokenizer once, then fork a process for each that asks.
+"""`python -m mgpu.orchestrator.gateway.text.processes.encoder`: load the tokenizer once, fork a process for each use.
 
 Standard input is a socket. Its first packet is the `EncoderSpec`; each later one brings the end of a socket for a new
 process, and is answered with the pidfd of it. This process has one thread and runs no library code after loading, so
@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
-from mgpu.orchestrator.gateway.text.encoder_messages import ENCODER, LENGTH, EncoderSpec, TextReply, TextTask
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
-from mgpu.orchestrator.gateway.text.grammar import GrammarError
-from mgpu.orchestrator.gateway.text.text_tasks import do
+from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError
+from mgpu.orchestrator.gateway.text.processes.encoder_messages import ENCODER, LENGTH, EncoderSpec, TextReply, TextTask
+from mgpu.orchestrator.gateway.text.processes.text_tasks import do
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
 from mgpu.protocol.internal.child import end_with_parent
 from mgpu.protocol.internal.logs import configure_logging

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mgpu.orchestrator.gateway.text.demanded_parts import (
+from mgpu.orchestrator.gateway.text.grammars.demanded_parts import (
     REMARKS,
     Parameter,
     check_keys,
@@ -18,7 +18,7 @@ from mgpu.orchestrator.gateway.text.demanded_parts import (
     quoted,
     without_brackets,
 )
-from mgpu.orchestrator.gateway.text.grammar import GrammarError
+from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ import pytest
 
 from harness.gateway_process import BOS, VOCAB_SIZE, make_model_folder
 from harness.waiting import eventually
-from mgpu.orchestrator.gateway.text import encoder_process as module
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
-from mgpu.orchestrator.gateway.text.encoder_messages import TextTask
-from mgpu.orchestrator.gateway.text.encoder_process import EncoderFailed, EncoderProcesses, reason_of
+from mgpu.orchestrator.gateway.text.processes import encoder_process as module
+from mgpu.orchestrator.gateway.text.processes.encoder_messages import TextTask
+from mgpu.orchestrator.gateway.text.processes.encoder_process import EncoderFailed, EncoderProcesses, reason_of
 from mgpu.protocol.front.client_messages import Detokenize, Tokenize
 
 CPU_LIMIT_S, MEMORY_BYTES = 1.0, 256 << 20

@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mgpu.orchestrator.gateway.text import demanded_harmony as harmony
-from mgpu.orchestrator.gateway.text import demanded_pythonic as pythonic
-from mgpu.orchestrator.gateway.text import demanded_tagged as tagged
-from mgpu.orchestrator.gateway.text.demanded_parts import quoted, without_brackets
+from mgpu.orchestrator.gateway.text.grammars import demanded_harmony as harmony
+from mgpu.orchestrator.gateway.text.grammars import demanded_pythonic as pythonic
+from mgpu.orchestrator.gateway.text.grammars import demanded_tagged as tagged
+from mgpu.orchestrator.gateway.text.grammars.demanded_parts import quoted, without_brackets
 from mgpu.protocol.chat.formats import HARMONY
 
 MOST_CALLS = 16
