@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ TINY = {
 }
 
 
-def tiny_config(family: str) -> object:
+def tiny_config(family: str) -> Any:
     """Return a transformers configuration of a family, small but with all of the family's peculiarities."""
     import transformers as hf
 
@@ -221,6 +222,10 @@ def tiny_config(family: str) -> object:
             text_config=dict(TINY, rope_parameters=mrope), vision_config=qwen_vision
         ),
     }
+    if family in WIDE_HYBRIDS:
+        config: Any = configs[family.removesuffix("-wide")]()
+        config.linear_key_head_dim = config.linear_value_head_dim = 64
+        return config
     if family in BORROWED.values():
         return hf.CONFIG_MAPPING[family](**(TINY | _PECULIAR.get(family, {})))
     return configs[family]()
@@ -264,6 +269,8 @@ _PECULIAR: dict[str, dict[str, object]] = {
 }
 """What the tiny model of a borrowed family has beside `TINY`."""
 HYBRID_MODELS = ("qwen3-next", "qwen3.5", "qwen3.5-moe", "qwen3.5-vl")
+WIDE_HYBRIDS = ("qwen3-next-wide", "qwen3.5-wide", "qwen3.5-moe-wide")
+"""The same with heads that the kernels of GPUs take in two bytes."""
 MULTIMODAL = ("mistral3", "qwen2.5-vl", "qwen3.5-vl", "gemma4-vl")
 
 
@@ -304,7 +311,7 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
             )
         )
         parameter.normal_(0.0, 0.3 if is_wide else 0.1)
-        is_zero_centred = family in ("gemma2", "gemma3", *HYBRID_MODELS) and "linear_attn" not in name
+        is_zero_centred = family in ("gemma2", "gemma3", *HYBRID_MODELS, *WIDE_HYBRIDS) and "linear_attn" not in name
         if name.endswith(("norm.weight", "norm_1.weight", "norm_2.weight")) and not is_zero_centred:
             parameter.add_(1.0)
     for name, number in model.named_buffers():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harness.families import BORROWED
 from harness.stage_driver import Row, logits_in_chunks, make_batch
 from harness.tiny_models import TinyModel
-from mgpu.protocol.checkpoint.huggingface.borrowed import BORROWED, UNSPLIT
+from mgpu.protocol.checkpoint.huggingface.borrowed import UNSPLIT
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
 from mgpu.protocol.model.facts import ExpertSplit
 from mgpu.protocol.model.placement import RankPlace
@@ -22,9 +23,8 @@ from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.state.kv_cache import KvCache
 
 MakeModel = Callable[[str], TinyModel]
-FAMILIES = sorted(BORROWED.values())
 LAYOUTS = [(family, 1, 1) for family in ("cohere", "stablelm", "starcoder2")]
-LAYOUTS += [(family, 1 if family in UNSPLIT else 2, 2) for family in FAMILIES]
+LAYOUTS += [(family, 1 if family in UNSPLIT else 2, 2) for family in BORROWED]
 LAYOUTS += [(family, 4, 1) for family in ("cohere2", "glm4", "phi")]
 
 
