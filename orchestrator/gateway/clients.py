@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections.abc import Mapping
 
 from mgpu.orchestrator.gateway.front.access import scope_to_key
+from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.inbox import GIVEN_UP, Inbox
@@ -55,6 +57,7 @@ class Clients:
         suspects: Suspects,
     ) -> None:
         self._front = front
+        self._turns = turns
         self._requests = requests
         self._table = requests.table
         self._model = model
@@ -101,6 +104,14 @@ class Clients:
             return
         self._front.connections.accept_more(self._inbox.is_behind)
         self.drop_lost()
+
+    def charge(self, costs: Mapping[Account, float]) -> None:
+        """Charge accounts for work that their messages have brought about later: seconds of this process."""
+        for account, cost_s in costs.items():
+            self._turns.charge_beside(account.path, cost_s)
+            self._modest.charge(account.owner, cost_s)
+            if len(self._table):
+                self._pace.spend(cost_s)
 
     def _take_cost_s(self) -> float:
         """Return what libzmq has done for what was read and for new connections since the last call."""

@@ -6,7 +6,7 @@ One turn of the loop waits until something is ready or the clock is due, and the
     parent              if its descriptors are readable it is gone, and this turn is the last
     connections         answer all handshakes that wait, end connections that are too many
     threads             take all results: the loaded tokenizer, prompts encoded by other processes
-    engine              handle up to 8 messages
+    engine              handle up to 8 messages, answer questions for 2 ms, ask for those that wait
     clients             send what slow readers now take, handle messages in turns by account for 4 ms, during a pause
                         that the pace asks for only those of modest owners, drop lost connections (`clients.py`)
     clock               every 0.25 s: keepalives, deadlines, memory, a removed socket file
@@ -131,6 +131,7 @@ class Gateway:
             self._front.admit()
             self._background.deliver_results()
             self._read_link()
+            self._clients.charge(self._queries.advance())
             self._clients.serve()
             self._bound_handshakes()
             self._run_periodic_work()
@@ -175,7 +176,7 @@ class Gateway:
         return poller
 
     def _wait_ms(self) -> int:
-        wait_s = self._next_period_s - time.monotonic()
+        wait_s = min(self._next_period_s - time.monotonic(), self._queries.wait_s())
         if self._front.has_backlog:
             wait_s = min(wait_s, BACKLOG_RETRY_S)
         if (pause_s := self._clients.wait_s()) or self._clients.has_messages:

@@ -1,6 +1,12 @@
-"""Answer health, stats and models. For two of them the engine is asked, which may not answer."""
+"""Answer health, stats and models. For two of them the engine is asked, which may not answer.
 
+The engine has one question at a time, and some each second, whatever clients ask: an answer costs it a millisecond in
+which it plans no step. All that wait share the next answer. They are answered some at a time, and charged for it.
+"""
+
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +22,10 @@ from mgpu.protocol.front.server_messages import Health, Models, Stats
 from mgpu.protocol.internal.gateway_messages import StatsQuery, StatsReply
 
 ENGINE_TIMEOUT_S = 2.0
+ASK_PAUSE_S = 0.03
+"""Between two questions to the engine. Who asks after a quiet while does not wait."""
+ANSWER_AT_ONCE_S = 0.002
+"""Spent on answers in one turn of the gateway's loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +60,13 @@ class Queries:
         self._next_query = 1
         self._asked: int | None = None
         """The query for which the engine has been asked last, and has not answered."""
+        self._next_ask_s = 0.0
+        self._answerable: deque[_Question] = deque()
+        """The engine has answered since they came."""
         self._counters: dict[str, float] = {}
         """The engine's last ones."""
+        self._all_counters: dict[str, float] = {}
+        """With those of this process."""
         self._started_s = time.monotonic()
 
     def on_query(self, connection: bytes, account: Account, query: Query) -> None:
@@ -65,31 +80,57 @@ class Queries:
             self._quota.count_question(account)
             number, self._next_query = self._next_query, self._next_query + 1
             self._waiting[number] = _Question(connection, account, query, time.monotonic() + ENGINE_TIMEOUT_S)
-            if self._asked is None:
-                self._ask(number)
+            self._ask()
 
-    def _ask(self, number: int | None) -> None:
-        """Ask the engine for its counters, for the queries up to ``number``; None: nobody waits for them."""
-        self._asked = number
-        if number is not None:
-            self._outgoing.to_engine(StatsQuery(number))
+    def _ask(self) -> None:
+        """Ask the engine for its counters, for all that wait, unless it has been asked a moment ago."""
+        now_s = time.monotonic()
+        if self._asked is None and self._waiting and now_s >= self._next_ask_s:
+            self._next_ask_s = now_s + ASK_PAUSE_S
+            self._asked = max(self._waiting)
+            self._outgoing.to_engine(StatsQuery(self._asked))
 
     def on_stats(self, reply: StatsReply) -> None:
-        """Answer the queries that were there when the engine was asked. Then ask it for those that have come since.
-
-        So the engine has one question at a time, whatever clients ask, and no answer is older than its query.
-        """
+        """Have the queries answered that were there when the engine was asked: no answer is older than its query."""
         self._counters = reply.counters
+        self._all_counters = {**reply.counters, **self._own_counters()}
         for number in [number for number in self._waiting if number <= reply.query_id]:
-            question = self._waiting.pop(number)
-            self._quota.count_question(question.account, -1)
-            connection, query = question.connection, question.query
-            is_health = query.kind == "health"
-            counters = reply.counters
-            answer = self._health(connection, query, counters) if is_health else self._stats(query, counters)
-            self._outgoing.to_client(connection, answer)
+            self._answerable.append(self._waiting.pop(number))
         if reply.query_id == self._asked:
-            self._ask(max(self._waiting, default=None))
+            self._asked = None
+
+    def wait_s(self) -> float:
+        """Return how long `advance` has nothing to do."""
+        if self._answerable:
+            return 0.0
+        if self._asked is not None or not self._waiting:
+            return math.inf
+        return max(0.0, self._next_ask_s - time.monotonic())
+
+    def advance(self) -> dict[Account, float]:
+        """Answer for a moment, and ask the engine again if it is time. Return the seconds that each account has cost.
+
+        Call it in every turn.
+        """
+        costs: dict[Account, float] = {}
+        began_s = now_s = time.perf_counter()
+        while self._answerable and now_s - began_s < ANSWER_AT_ONCE_S:
+            question, since_s = self._answerable.popleft(), now_s
+            self._answer(question)
+            now_s = time.perf_counter()
+            costs[question.account] = costs.get(question.account, 0.0) + now_s - since_s
+        self._ask()
+        return costs
+
+    def _answer(self, question: _Question) -> None:
+        self._quota.count_question(question.account, -1)
+        connection, query = question.connection, question.query
+        answer: Health | Stats
+        if query.kind == "health":
+            answer = self._health(connection, query, self._counters)
+        else:
+            answer = Stats(query.id, self._all_counters)
+        self._outgoing.to_client(connection, answer)
 
     def give_up_overdue(self, now: float) -> None:
         """Answer in place of an engine that does not: it is stalled."""
@@ -106,7 +147,8 @@ class Queries:
                 refusal = Refusal("not_ready", text, RETRY_AFTER_S)
                 self._outgoing.to_client(question.connection, refusal.answer(query.id))
         if self._asked in overdue:
-            self._ask(max(self._waiting, default=None))
+            self._asked, self._next_ask_s = None, 0.0
+            self._ask()
 
     def _health(self, connection: bytes, query: Query, counters: Mapping[str, float]) -> Health:
         info = self._model.public_info
@@ -130,15 +172,14 @@ class Queries:
             own_connections=own_connections,
         )
 
-    def _stats(self, query: Query, counters: Mapping[str, float]) -> Stats:
+    def _own_counters(self) -> dict[str, float]:
         own = {
             "gateway_clients": self._quota.num_clients,
             "gateway_requests": len(self._table),
             "gateway_sequences": self._quota.num_sequences,
             "gateway_queued_bytes": self._quota.queued_bytes,
         }
-        sums = {name: float(value) for name, value in own.items()}
-        return Stats(query.id, {**counters, **sums, **self._times.counters()})
+        return {**{name: float(value) for name, value in own.items()}, **self._times.counters()}
 
     def _models(self, query: Query) -> Models:
         """List the one model that is served."""
