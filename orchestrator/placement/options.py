@@ -5,7 +5,8 @@ from typing import Literal
 
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.topology.rules import Topology
-from mgpu.protocol.model.facts import Dtype, ExpertSplit, KvCacheDtype
+from mgpu.protocol.model.expert_facts import ExpertSplit
+from mgpu.protocol.model.facts import Dtype, KvCacheDtype
 from mgpu.protocol.model.quantization import Quant
 
 BLOCK_SIZE = {"cuda": 64, "cpu": 16}

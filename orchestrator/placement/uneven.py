@@ -6,7 +6,8 @@ from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.machine.devices import Machine
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.split.divisibility import sizes_text, split_problems
-from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
+from mgpu.protocol.model.expert_facts import ExpertSplit
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, Stage, TensorPart
 from mgpu.protocol.model.quantization import Quant, formats_of
 

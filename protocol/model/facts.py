@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mgpu.protocol.model.attention_facts import FullHeads, LatentFacts, LinearFacts, RopeScaling
+from mgpu.protocol.model.expert_facts import ExpertFacts
 from mgpu.protocol.model.weight_format import DENSE, LayerFormats, WeightFormat
 
 CheckpointFormat = Literal["safetensors", "gguf"]
@@ -42,99 +44,6 @@ def kv_element_bytes(stored: KvCacheDtype, dtype: Dtype) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """Scaling of rotary frequencies, by any rule.
-
-    Each of the K / 2 frequencies is divided by its own number of ``divisors``, then cos and sin are multiplied by
-    ``attention_factor``. With ``long_divisors`` (LongRoPE) these count instead on a server whose longest request
-    exceeds ``original_max_position``: all keys of a cache must be rotated alike.
-    """
-
-    divisors: tuple[float, ...]
-    attention_factor: float = 1.0
-    long_divisors: tuple[float, ...] = ()
-    original_max_position: int = 0
-
-    def divisors_for(self, longest: int) -> tuple[float, ...]:
-        """Return the divisors on a server whose longest request has so many tokens."""
-        return self.long_divisors if self.long_divisors and longest > self.original_max_position else self.divisors
-
-
-ExpertSplit = Literal["tensor", "parallel"]
-"""How the ranks of a stage share experts: each has a slice of every expert, or some experts whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertFacts:
-    """The feed-forward networks of a mixture of experts, of which a router chooses a few for each token."""
-
-    count: int
-    active: int
-    """Experts that the router chooses for a token."""
-    width: int
-    """Feed-forward width of one expert."""
-    sparse_layers: tuple[bool, ...]
-    """One flag per layer: True if it has experts, False if its feed-forward network is dense."""
-    normalizes: bool
-    """True if the weights of a token's chosen experts are divided by their sum."""
-    router_bias: bool = False
-    bias: bool = False
-    """True if every projection of an expert has a bias."""
-    shared_width: int = 0
-    """Width of the network that every token goes through beside its experts; 0: there is none."""
-    shared_gate: bool = False
-    """True if that network's output is multiplied by a learned share of each token."""
-    clamp: "Clamp | None" = None
-    is_branch: bool = False
-    """True if experts and the network of ``shared_width`` have norms of their own, and the router scales (Gemma 4)."""
-    choice: "ExpertChoice | None" = None
-    """How the router chooses; None: the most probable experts by a softmax over all."""
-
-    @property
-    def shared_name(self) -> str:
-        """What the tensors of the network of ``shared_width`` are called, behind those of the layer's network."""
-        return "" if self.is_branch else "shared_expert."
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertChoice:
-    """How a router of DeepSeek's kind chooses: first some groups of consecutive experts, then experts in these.
-
-    Example: 256 experts in 8 groups of 32, of which 4 are kept: a token's 8 experts are in at most 4 groups.
-    """
-
-    scores: Literal["softmax", "sigmoid"]
-    groups: int = 1
-    kept_groups: int = 1
-    group_best: int = 0
-    """The score of a group is the sum of so many best ones in it; 0: there are no groups."""
-    has_correction: bool = False
-    """True if a learned number is added to the score of each expert for the choice, but not for the weights."""
-    scale: float = 1.0
-    """Factor on the weights of the chosen experts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Clamp:
-    """gpt-oss' gate: ``(up + 1) * gate * sigmoid(alpha * gate)``, gate and up clamped to ``limit`` before."""
-
-    alpha: float
-    limit: float
-
-
-@dataclass(frozen=True, slots=True)
-class FullHeads:
-    """Heads of the layers with full attention, where they are others than in sliding layers (Gemma 4)."""
-
-    num_kv: int
-    head_dim: int
-    rotated_size: int
-    """Components that turn: the first pairs (i, i + head_dim / 2), as fast as they would in a whole head."""
-    keys_are_values: bool
-    """True if there is no projection of values: a value is what its key is before it is normalized and rotated."""
-
-
-@dataclass(frozen=True, slots=True)
 class PerLayerInputs:
     """What each layer adds beside its two halves: from a table of tokens, and from their embedding (Gemma 4 E2B, E4B).
 
@@ -143,64 +52,6 @@ class PerLayerInputs:
 
     vocab_size: int
     size: int
-
-
-@dataclass(frozen=True, slots=True)
-class LinearFacts:
-    """Layers of linear attention (gated delta rule): each sequence has a state of fixed size in each of them.
-
-    The state of a value head is a matrix [key_dim, value_dim] in float32. Queries, keys and values go through a
-    convolution over the last ``conv_width`` tokens first, of which the inputs of all but the newest are kept.
-    """
-
-    layers: tuple[bool, ...]
-    """One flag per layer: True if it is linear, False if it has keys and values of all tokens."""
-    key_heads: int
-    """Of queries and keys; ``value_heads / key_heads`` consecutive value heads share one."""
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    conv_width: int
-
-    def channels(self, tp_size: int = 1) -> int:
-        """Return the inputs of the convolution on one of ``tp_size`` ranks: queries, keys and values."""
-        return (2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim) // tp_size
-
-    def state_bytes(self, num_layers: int, tp_size: int, dtype_bytes: int) -> int:
-        """Return what one sequence keeps in ``num_layers`` linear layers on a rank: states, and inputs to convolve."""
-        state = 4 * self.value_heads * self.key_dim * self.value_dim // tp_size
-        return num_layers * (state + (self.conv_width - 1) * self.channels(tp_size) * dtype_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class LatentFacts:
-    """Latent attention (MLA): a token's keys and values of all heads are projections of one vector, which is cached.
-
-    The vector has ``rank`` components without position, then ``rotated`` ones that are rotated. A head's key is
-    ``plain`` components that are projected from the first part, and the second part itself.
-    """
-
-    rank: int
-    rotated: int
-    plain: int
-    value_dim: int
-    query_rank: int = 0
-    """Width between the two projections of queries; 0: they have one."""
-    is_interleaved: bool = True
-    """True if the rotated pairs are (0, 1), (2, 3), …; else they are (i, i + rotated / 2)."""
-    query_growth: float = 0.0
-    """Queries at position p are multiplied by ``1 + growth * log(1 + p // growth_from)`` (Mistral 4); 0: by 1."""
-    growth_from: int = 1
-
-    @property
-    def width(self) -> int:
-        """Components of a token in the cache."""
-        return self.rank + self.rotated
-
-    @property
-    def head_dim(self) -> int:
-        """Components of a head's query, and of its key."""
-        return self.plain + self.rotated
 
 
 @dataclass(frozen=True, slots=True)

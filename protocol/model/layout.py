@@ -6,7 +6,8 @@ the scheduler and every worker read them.
 
 from dataclasses import dataclass
 
-from mgpu.protocol.model.facts import Dtype, ExpertSplit, KvCacheDtype
+from mgpu.protocol.model.expert_facts import ExpertSplit
+from mgpu.protocol.model.facts import Dtype, KvCacheDtype
 from mgpu.protocol.model.placement import PlacementPlan, Transport
 from mgpu.protocol.model.quantization import Quant
 

@@ -7,7 +7,8 @@ each, a hybrid is both. Ranks are numbered stage by stage.
 from dataclasses import dataclass
 from typing import Literal
 
-from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit, LinearFacts
+from mgpu.protocol.model.attention_facts import LinearFacts
+from mgpu.protocol.model.expert_facts import ExpertFacts, ExpertSplit
 
 Mode = Literal["cpu", "single", "tensor-parallel", "layer-mapped", "hybrid"]
 Transport = Literal["none", "nccl", "gloo", "shared-memory", "peer", "pinned"]

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mgpu.protocol.model.facts import ExpertSplit, LatentFacts, ModelFacts
+from mgpu.protocol.model.attention_facts import LatentFacts
+from mgpu.protocol.model.expert_facts import ExpertSplit
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import block_range, head_shard, largest_expert_shard
 from mgpu.protocol.model.weight_format import (
     DENSE,

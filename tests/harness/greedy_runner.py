@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
-from mgpu.protocol.model.facts import ExpertSplit
+from mgpu.protocol.model.expert_facts import ExpertSplit
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.models.build import build_stage, load_weights
 from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank

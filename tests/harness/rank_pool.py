@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from harness.greedy_runner import Rows
-from mgpu.protocol.model.facts import ExpertSplit
+from mgpu.protocol.model.expert_facts import ExpertSplit
 
 DEADLINE_S = 90.0
 """Of one model, kernels compiled."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from harness.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.checkpoint.read import Checkpoint
-from mgpu.protocol.model.facts import ExpertSplit, KvCacheDtype
+from mgpu.protocol.model.expert_facts import ExpertSplit
+from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace, TensorPart
 from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.models.build import DecoderStage, build_stage, init_dummy_weights, load_weights

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.facts import KvCacheDtype, LatentFacts, LinearFacts
+from mgpu.protocol.model.attention_facts import LatentFacts, LinearFacts
+from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.worker.kernels.attention.inputs import NewLatents
 from mgpu.worker.kernels.linear.inputs import StepStates
 from mgpu.worker.state.batch import StepBatch, StepRows

@@ -4,7 +4,7 @@
 
 import torch
 
-from mgpu.protocol.model.facts import LatentFacts
+from mgpu.protocol.model.attention_facts import LatentFacts
 from mgpu.worker.attention.interface import AttentionShape, AttentionSpec
 from mgpu.worker.attention.triton_backend import TritonBackend
 from mgpu.worker.kernels.attention.inputs import NewLatents, has_latent_kernels

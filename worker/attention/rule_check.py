@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.protocol.model.facts import LinearFacts
+from mgpu.protocol.model.attention_facts import LinearFacts
 from mgpu.worker.kernels.linear import rule
 from mgpu.worker.kernels.linear.compute import compute
 from mgpu.worker.kernels.linear.inputs import RuleInputs, RuleWeights, StateRows, StepStates, has_kernels_for, owners_of

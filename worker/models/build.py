@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 
 from mgpu.protocol.checkpoint.read import Checkpoint
-from mgpu.protocol.model.facts import ExpertSplit, KvCacheDtype, ModelFacts
+from mgpu.protocol.model.expert_facts import ExpertSplit
+from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.worker.layers.experts.experts import ExpertMatrices

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.facts import ExpertSplit, KvCacheDtype, ModelFacts
+from mgpu.protocol.model.expert_facts import ExpertSplit
+from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.protocol.model.weight_format import DENSE
 from mgpu.worker.attention.choose import select_backend

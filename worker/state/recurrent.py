@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.facts import LinearFacts
+from mgpu.protocol.model.attention_facts import LinearFacts
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from mgpu.orchestrator.placement.machine.gpu_facts import GpuFacts, find_gpu
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.orchestrator.placement.reports.stored_formats import is_stored
 from mgpu.orchestrator.placement.split.sizes import edge_bytes, kv_token_bytes, layers_bytes, part_facts
-from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts, ModelFacts, kv_element_bytes
+from mgpu.protocol.model.expert_facts import ExpertFacts
+from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.placement import Stage, TensorPart
 from mgpu.protocol.model.quantization import Quant
 from mgpu.protocol.model.shared_memory_layout import SUM_ROWS

@@ -7,7 +7,8 @@ from mgpu.orchestrator.placement.machine.nvml import Link
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.orchestrator.placement.reports.stored_formats import stored_json, stored_lines
 from mgpu.orchestrator.placement.split.sizes import active_bytes
-from mgpu.protocol.model.facts import DTYPE_BYTES, ExpertFacts
+from mgpu.protocol.model.expert_facts import ExpertFacts
+from mgpu.protocol.model.facts import DTYPE_BYTES
 from mgpu.protocol.model.placement import Mode, TensorPart
 from mgpu.protocol.model.quantization import formats_of, weight_format
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
+from mgpu.protocol.model.expert_facts import ExpertSplit
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.quantization import Quant, group_problems
 
 _SPLITS: tuple[ExpertSplit, ...] = ("tensor", "parallel")

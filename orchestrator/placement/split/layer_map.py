@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.split.divisibility import advice_without_groups, sizes_text, split_problems
-from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
+from mgpu.protocol.model.expert_facts import ExpertSplit
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.protocol.model.quantization import Quant
 

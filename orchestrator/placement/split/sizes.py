@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import cache
 
 from mgpu.protocol.checkpoint.files.tensors import layer_tensors
-from mgpu.protocol.model.facts import ExpertSplit, ModelFacts
+from mgpu.protocol.model.expert_facts import ExpertSplit
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import (
     PlacementPlan,
     RankPlace,

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
-from mgpu.protocol.model.facts import LatentFacts, LinearFacts, ModelFacts
+from mgpu.protocol.model.attention_facts import LatentFacts, LinearFacts
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.weight_format import WeightFormat
 
 BLOCKS: dict[str, tuple[int, int]] = {

@@ -7,7 +7,8 @@ from mgpu.protocol.checkpoint.files.gguf_file import GgufTensor
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit
 from mgpu.protocol.checkpoint.gguf.families import ARCHITECTURES, GgufFamily, family_of
 from mgpu.protocol.checkpoint.rope.gguf import Located, read_gguf_rope
-from mgpu.protocol.model.facts import Clamp, Dtype, ExpertFacts, ModelFacts
+from mgpu.protocol.model.expert_facts import Clamp, ExpertFacts
+from mgpu.protocol.model.facts import Dtype, ModelFacts
 
 Tensors = Mapping[str, GgufTensor]
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry, check_shape
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit
 from mgpu.protocol.checkpoint.huggingface.experts import MOST_EXPERTS
-from mgpu.protocol.model.facts import ExpertFacts, ModelFacts
+from mgpu.protocol.model.expert_facts import ExpertFacts
+from mgpu.protocol.model.facts import ModelFacts
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ from mgpu.protocol.checkpoint.huggingface.sliding import read_sliding
 from mgpu.protocol.checkpoint.huggingface.small_gemma import cache_sources, per_layer_inputs, sharing_width
 from mgpu.protocol.checkpoint.quantized.config import SchemeOf, read_schemes, refusal
 from mgpu.protocol.checkpoint.rope.huggingface import read_rope, rotated_size
-from mgpu.protocol.model.facts import HYBRID, LATENT, Activation, Dtype, LatentFacts, ModelCode, ModelFacts
+from mgpu.protocol.model.attention_facts import LatentFacts
+from mgpu.protocol.model.facts import HYBRID, LATENT, Activation, Dtype, ModelCode, ModelFacts
 
 
 def read_config_facts(folder: Path, is_plain: bool = False, code: ModelCode = "auto") -> ModelFacts:

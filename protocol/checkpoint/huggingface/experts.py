@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Literal
 
 from mgpu.protocol.checkpoint.files.untrusted import Fields, Limit
-from mgpu.protocol.model.facts import LATENT, Clamp, ExpertChoice, ExpertFacts
+from mgpu.protocol.model.expert_facts import Clamp, ExpertChoice, ExpertFacts
+from mgpu.protocol.model.facts import LATENT
 
 MOST_EXPERTS = Limit.EXPERTS
 _ALL_SPARSE = {

@@ -5,7 +5,7 @@ Published folders say `global_head_dim` and `num_global_key_value_heads`. Folder
 """
 
 from mgpu.protocol.checkpoint.files.untrusted import Fields, Limit
-from mgpu.protocol.model.facts import FullHeads
+from mgpu.protocol.model.attention_facts import FullHeads
 
 _NUM_KV, _HEAD_DIM, _GLOBAL_HEAD_DIM, _ROTATED_SHARE = 4, 256, 512, 0.25
 """Defaults of transformers."""

@@ -2,7 +2,8 @@
 
 from mgpu.protocol.checkpoint.files.untrusted import Fields, Limit
 from mgpu.protocol.checkpoint.rope.rules import yarn_attention
-from mgpu.protocol.model.facts import LATENT, LatentFacts
+from mgpu.protocol.model.attention_facts import LatentFacts
+from mgpu.protocol.model.facts import LATENT
 
 _DEFAULTS = {"deepseek_v2": (512, 64, 128, 1536), "deepseek_v3": (512, 64, 128, 1536), "mistral4": (256, 64, 64, 1024)}
 """Rank, rotated and plain components of a head, and rank of queries."""

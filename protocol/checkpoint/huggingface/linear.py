@@ -1,7 +1,8 @@
 """Read from config.json which layers have linear attention, and the sizes of its states."""
 
 from mgpu.protocol.checkpoint.files.untrusted import Fields, Limit
-from mgpu.protocol.model.facts import HYBRID, LinearFacts
+from mgpu.protocol.model.attention_facts import LinearFacts
+from mgpu.protocol.model.facts import HYBRID
 
 _MOST_WIDTH = 64
 

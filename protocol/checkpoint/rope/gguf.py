@@ -11,7 +11,7 @@ from pathlib import Path
 from mgpu.protocol.checkpoint.files.gguf_file import GgufTensor
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit
 from mgpu.protocol.checkpoint.rope.rules import linear_divisors, yarn_attention, yarn_divisors
-from mgpu.protocol.model.facts import RopeScaling
+from mgpu.protocol.model.attention_facts import RopeScaling
 
 ONE_SET, SHORT_SET, LONG_SET = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 _KINDS = ("none", "linear", "yarn", "longrope")

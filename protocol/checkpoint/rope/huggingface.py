@@ -10,7 +10,8 @@ from mgpu.protocol.checkpoint.rope.rules import (
     yarn_attention,
     yarn_divisors,
 )
-from mgpu.protocol.model.facts import HYBRID, RopeScaling
+from mgpu.protocol.model.attention_facts import RopeScaling
+from mgpu.protocol.model.facts import HYBRID
 
 _PARTIAL = "partial_rotary_factor"
 _DEFAULT_PARTIAL = {**dict.fromkeys(HYBRID, 0.25), "glm4_moe": 0.5}

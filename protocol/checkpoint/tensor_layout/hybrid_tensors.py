@@ -10,7 +10,8 @@ are a tensor of their own here: rows of the stored one.
 import re
 
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry, check_shape, rows_of
-from mgpu.protocol.model.facts import LinearFacts, ModelFacts
+from mgpu.protocol.model.attention_facts import LinearFacts
+from mgpu.protocol.model.facts import ModelFacts
 
 _STORED_NAMES = (
     (r"self_attn\.q_(proj|gate)\.\d+\.", "self_attn.q_proj."),

@@ -11,7 +11,7 @@ from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
-from mgpu.protocol.model.facts import ExpertFacts
+from mgpu.protocol.model.expert_facts import ExpertFacts
 
 QWEN3_235B = make_facts(
     q=64, kv=4, layers=94, hidden=4096, width=12288, vocab=151936, architecture="qwen3_moe", qk_norm=True,

@@ -9,7 +9,9 @@ from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.machine.described import described_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.orchestrator.placement.reports.speed import estimate_speed
-from mgpu.protocol.model.facts import ExpertFacts, FullHeads, PerLayerInputs
+from mgpu.protocol.model.attention_facts import FullHeads
+from mgpu.protocol.model.expert_facts import ExpertFacts
+from mgpu.protocol.model.facts import PerLayerInputs
 
 GEMMA4_31B = make_facts(
     q=32, kv=16, layers=60, hidden=5376, width=21504, head_dim=256, vocab=262144, context=262144, tied=True,

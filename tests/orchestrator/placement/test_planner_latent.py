@@ -11,7 +11,8 @@ from mgpu.orchestrator.placement.machine.described import described_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.orchestrator.placement.reports.speed import estimate_speed
 from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
-from mgpu.protocol.model.facts import ExpertChoice, ExpertFacts, LatentFacts
+from mgpu.protocol.model.attention_facts import LatentFacts
+from mgpu.protocol.model.expert_facts import ExpertChoice, ExpertFacts
 
 DEEPSEEK_V3 = make_facts(
     q=128, kv=1, layers=61, hidden=7168, width=18432, head_dim=576, vocab=129280, context=163840,

@@ -5,7 +5,7 @@ import pytest
 from harness.machines import cpus
 from harness.specs import make_facts
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
-from mgpu.protocol.model.facts import RopeScaling
+from mgpu.protocol.model.attention_facts import RopeScaling
 
 LONGROPE = RopeScaling((1.0,) * 64, 1.19, (2.0,) * 64, 4096)
 

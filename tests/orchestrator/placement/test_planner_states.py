@@ -12,7 +12,8 @@ from mgpu.orchestrator.placement.machine.described import described_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.orchestrator.placement.reports.speed import estimate_speed
 from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
-from mgpu.protocol.model.facts import ExpertFacts, LinearFacts
+from mgpu.protocol.model.attention_facts import LinearFacts
+from mgpu.protocol.model.expert_facts import ExpertFacts
 
 LAYERS = tuple(layer % 4 != 3 for layer in range(40))
 MIB = 1 << 20

@@ -16,7 +16,8 @@ from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
 from mgpu.orchestrator.placement.reports.written_topology import topology_text
 from mgpu.orchestrator.placement.split.sizes import layers_bytes
 from mgpu.orchestrator.placement.topology.file import parse_topology
-from mgpu.protocol.model.facts import BorrowedCode, ExpertFacts, ModelFacts
+from mgpu.protocol.model.expert_facts import ExpertFacts
+from mgpu.protocol.model.facts import BorrowedCode, ModelFacts
 
 LLAMA_8B = make_facts(q=32, kv=8, layers=32, hidden=4096, width=14336, vocab=128256, context=131072)
 EXPERTS = make_facts(

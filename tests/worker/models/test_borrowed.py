@@ -13,7 +13,7 @@ from harness.stage_driver import Row, logits_in_chunks, make_batch
 from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.huggingface.borrowed import UNSPLIT
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
-from mgpu.protocol.model.facts import ExpertSplit
+from mgpu.protocol.model.expert_facts import ExpertSplit
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.models.borrowed_attention import CurrentStep, LayerPlace, attend
 from mgpu.worker.models.borrowed_experts import activation_of

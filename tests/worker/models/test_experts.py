@@ -16,7 +16,7 @@ from harness.stage_driver import Stages, logits_in_chunks
 from harness.tiny_models import TinyModel
 from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
-from mgpu.protocol.model.facts import ExpertSplit
+from mgpu.protocol.model.expert_facts import ExpertSplit
 from mgpu.protocol.model.placement import PlacementPlan, Stage, padded_vocab
 from mgpu.protocol.model.quantization import Quant
 

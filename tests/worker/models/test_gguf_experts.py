@@ -14,7 +14,7 @@ from harness.rank_threads import run_ranks
 from harness.stage_driver import Stages, logits_in_chunks
 from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, read_checkpoint
-from mgpu.protocol.model.facts import ExpertSplit
+from mgpu.protocol.model.expert_facts import ExpertSplit
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.protocol.model.quantization import group_problems
 

@@ -17,7 +17,7 @@ from harness.specs import make_spec
 from harness.stage_driver import Stages, logits_in_chunks
 from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
-from mgpu.protocol.model.facts import ExpertSplit
+from mgpu.protocol.model.expert_facts import ExpertSplit
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 
 IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]

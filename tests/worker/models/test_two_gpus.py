@@ -14,7 +14,7 @@ from harness.stored_models import PLAIN_ON_GPUS, STORED, Stored, cuts_blocks
 from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.huggingface.borrowed import UNSPLIT
 from mgpu.protocol.checkpoint.read import read_checkpoint
-from mgpu.protocol.model.facts import ExpertSplit
+from mgpu.protocol.model.expert_facts import ExpertSplit
 
 pytestmark = [
     pytest.mark.multigpu,

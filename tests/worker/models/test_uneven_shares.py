@@ -10,7 +10,7 @@ from harness.rank_threads import ThreadGroup, run_ranks
 from harness.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
-from mgpu.protocol.model.facts import ExpertSplit
+from mgpu.protocol.model.expert_facts import ExpertSplit
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.sampling.sampler import Sampled, Sampler

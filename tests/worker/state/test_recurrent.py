@@ -3,7 +3,7 @@
 import torch
 
 from harness.specs import make_facts
-from mgpu.protocol.model.facts import LinearFacts
+from mgpu.protocol.model.attention_facts import LinearFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.state.kv_cache import KvCache
 

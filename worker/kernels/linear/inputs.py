@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.facts import LinearFacts
+from mgpu.protocol.model.attention_facts import LinearFacts
 
 
 class RuleWeights(NamedTuple):

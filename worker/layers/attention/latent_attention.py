@@ -15,7 +15,8 @@ Split by heads: a rank has some query heads, their projections, and the whole la
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.facts import LatentFacts, ModelFacts
+from mgpu.protocol.model.attention_facts import LatentFacts
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, StepAttention
 from mgpu.worker.kernels.attention.inputs import NewLatents

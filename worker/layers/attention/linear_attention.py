@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.protocol.model.facts import LinearFacts, ModelFacts
+from mgpu.protocol.model.attention_facts import LinearFacts
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import key_head_range
 from mgpu.worker.attention.interface import StepAttention
 from mgpu.worker.kernels.linear import rule

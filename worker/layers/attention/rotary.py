@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.protocol.model.facts import RopeScaling
+from mgpu.protocol.model.attention_facts import RopeScaling
 
 Rotation = tuple[Tensor, Tensor]
 """cos and signed sin, [T, 1, K] each; the first half of sin is negative, so that rotating takes one roll."""

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit, ModelFacts
+from mgpu.protocol.model.expert_facts import ExpertFacts, ExpertSplit
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.layers.activations import Product
 from mgpu.worker.layers.experts.experts import Experts

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgpu.protocol.model.facts import Activation, Clamp, ExpertFacts
+from mgpu.protocol.model.expert_facts import Clamp, ExpertFacts
+from mgpu.protocol.model.facts import Activation
 from mgpu.protocol.model.placement import ExpertShard
 from mgpu.worker.layers.experts.router import Routing
 from mgpu.worker.layers.linear import Storage

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.facts import ExpertChoice, ExpertFacts
+from mgpu.protocol.model.expert_facts import ExpertChoice, ExpertFacts
 from mgpu.worker.layers.activations import scaled
 from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.layers.module import Module

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.facts import ExpertFacts, ExpertSplit, ModelFacts
+from mgpu.protocol.model.expert_facts import ExpertFacts, ExpertSplit
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.use import uses_kernels

@@ -13,7 +13,7 @@ from mgpu.orchestrator.placement.machine.gpu_facts import GPUS, find_gpu
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.orchestrator.placement.reports.speed import Speed, estimate_speed, number, seconds, speed_lines
-from mgpu.protocol.model.facts import ExpertFacts
+from mgpu.protocol.model.expert_facts import ExpertFacts
 
 LLAMA_8B = make_facts(q=32, kv=8, layers=32, hidden=4096, width=14336, vocab=128256, context=131072)
 

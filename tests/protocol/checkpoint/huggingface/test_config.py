@@ -10,7 +10,8 @@ from harness.model_files import LLAMA_CONFIG, write_config
 from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import CheckpointError
 from mgpu.protocol.checkpoint.rope.rules import llama3_divisors
-from mgpu.protocol.model.facts import ModelFacts, RopeScaling
+from mgpu.protocol.model.attention_facts import RopeScaling
+from mgpu.protocol.model.facts import ModelFacts
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"], "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,

@@ -11,7 +11,7 @@ from harness.model_files import LLAMA_CONFIG, safetensors_bytes, write_config
 from mgpu.protocol.checkpoint.files.tensors import expected_tensors
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
 from mgpu.protocol.checkpoint.tensor_layout.stacked import stored_name
-from mgpu.protocol.model.facts import ExpertFacts
+from mgpu.protocol.model.expert_facts import ExpertFacts
 
 QWEN3_MOE = LLAMA_CONFIG | {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,

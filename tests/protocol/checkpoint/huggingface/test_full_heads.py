@@ -7,7 +7,8 @@ import pytest
 
 from harness.assertions import assert_has_all
 from mgpu.protocol.checkpoint.read import CheckpointError, expected_tensors, read_checkpoint
-from mgpu.protocol.model.facts import FullHeads, ModelFacts
+from mgpu.protocol.model.attention_facts import FullHeads
+from mgpu.protocol.model.facts import ModelFacts
 
 CONFIG: dict[str, object] = {
     "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "hidden_size": 64, "intermediate_size": 96,

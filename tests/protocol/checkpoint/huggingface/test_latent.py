@@ -10,7 +10,9 @@ from harness.model_files import safetensors_bytes
 from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import CheckpointError, expected_tensors, read_checkpoint
 from mgpu.protocol.checkpoint.tensor_layout.stacked import stored_name
-from mgpu.protocol.model.facts import ExpertChoice, LatentFacts, ModelFacts
+from mgpu.protocol.model.attention_facts import LatentFacts
+from mgpu.protocol.model.expert_facts import ExpertChoice
+from mgpu.protocol.model.facts import ModelFacts
 
 SMALL = {
     "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
-from mgpu.protocol.model.facts import LinearFacts, ModelFacts
+from mgpu.protocol.model.attention_facts import LinearFacts
+from mgpu.protocol.model.facts import ModelFacts
 
 SMALL = {
     "architectures": ["Qwen3_5ForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,

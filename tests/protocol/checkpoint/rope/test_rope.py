@@ -21,7 +21,8 @@ from harness.model_files import (
 from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
 from mgpu.protocol.checkpoint.rope.rules import llama3_divisors, yarn_divisors
-from mgpu.protocol.model.facts import ModelFacts, RopeScaling
+from mgpu.protocol.model.attention_facts import RopeScaling
+from mgpu.protocol.model.facts import ModelFacts
 
 ORIGINAL = "original_max_position_embeddings"
 YARN = {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 32768}

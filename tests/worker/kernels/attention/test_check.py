@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from mgpu.protocol.model.facts import KvCacheDtype, LatentFacts
+from mgpu.protocol.model.attention_facts import LatentFacts
+from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.worker.attention import check as kernel_check
 from mgpu.worker.attention import triton_backend as triton_attention
 from mgpu.worker.attention.interface import AttentionShape

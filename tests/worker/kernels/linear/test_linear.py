@@ -13,7 +13,7 @@ from harness.rank_threads import ThreadGroup, run_ranks
 from harness.stage_driver import Row, Stages, make_batch
 from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.read import read_checkpoint
-from mgpu.protocol.model.facts import LinearFacts
+from mgpu.protocol.model.attention_facts import LinearFacts
 from mgpu.worker.attention import rule_check
 from mgpu.worker.attention.rule_check import rule_problem
 from mgpu.worker.kernels.linear import rule

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.rope.rules import linear_divisors, llama3_divisors, yarn_attention, yarn_divisors
-from mgpu.protocol.model.facts import RopeScaling
+from mgpu.protocol.model.attention_facts import RopeScaling
 from mgpu.worker.layers.attention.rotary import RotaryEmbedding
 
 CPU = torch.device("cpu")
