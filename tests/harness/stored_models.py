@@ -23,11 +23,18 @@ EXPERTS: dict[str, object] = {
     "head_dim": 32,
 }  # fmt: skip
 """Their slices are whole groups of 32 for 1, 2 and 4 ranks."""
+IDS = [5, 30, 17, 3, 14, 21, 8, 29, 20, 11]
+"""A prompt for all of them."""
 GGUF_ROWS = VOCAB - 3
 """No multiple of 2 or 4: the last rank has padding."""
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
-LARGE_BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
-"""Types whose blocks of 256 ranks would cut here."""
+_BLOCK = 256
+_WIDE = {
+    "attn_q": (4 * _BLOCK, HIDDEN), "attn_k": (_BLOCK, HIDDEN), "attn_v": (_BLOCK, HIDDEN),
+    "attn_output": (HIDDEN, 4 * _BLOCK), "ffn_gate": (4 * _BLOCK, HIDDEN), "ffn_up": (4 * _BLOCK, HIDDEN),
+    "ffn_down": (HIDDEN, 4 * _BLOCK),
+}  # fmt: skip
+"""Matrices whose slices are whole blocks of every type for 1, 2 and 4 ranks: 16 heads of 64, 4 of them for keys."""
 GGUF_EXPERTS = {
     "mixtral": ("llama", Kind.Q4_1), "qwen2-moe": ("qwen2moe", Kind.Q8_0), "qwen3-moe": ("qwen3moe", Kind.Q4_0),
     "granite-moe-shared": ("granitemoe", Kind.Q5_0), "gpt-oss": ("gpt-oss", Kind.MXFP4),
@@ -62,6 +69,12 @@ def widened(checkpoint: Checkpoint) -> Checkpoint:
 def read_gguf(folder: Path, kind: str, tied: bool = False) -> Checkpoint:
     """Write and read a GGUF file all of whose matrices, embedding and head among them, have one type."""
     model = MODELS[f"GGUF {kind}"]
+    heads = {"attention.head_count": 16, "attention.head_count_kv": 4, "attention.key_length": 64}
+    sizes = heads | {"attention.value_length": 64, "feed_forward_length": 4 * _BLOCK}
+    model = replace(model, metadata={**model.metadata, **{f"llama.{key}": size for key, size in sizes.items()}})
+    for part, shape in _WIDE.items():
+        name = f"blk.0.{part}.weight"
+        model = model.with_tensor(name, made(random.Random(name), kind, *shape))
     for name in ("token_embd.weight", "output.weight"):
         is_left_out = tied and name == "output.weight"
         model = model.with_tensor(name, None if is_left_out else made(random.Random(name), kind, GGUF_ROWS, HIDDEN))
@@ -147,8 +160,3 @@ STORED = FOLDERS | GGUF_FILES
 """By name, what writes a model into an empty folder."""
 PLAIN_ON_GPUS = ("mxfp4 experts", "GGUF gpt-oss experts")
 """Attention with sinks: without CUDA graphs."""
-
-
-def cuts_blocks(name: str) -> bool:
-    """Return True if ranks would cut blocks of the model."""
-    return name.removeprefix("GGUF ") in LARGE_BLOCKS

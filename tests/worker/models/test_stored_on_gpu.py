@@ -8,14 +8,13 @@ import torch
 
 from harness.greedy_checks import Reference, assert_equal, assert_near, on_the_cpu
 from harness.greedy_runner import alone, make_runner, run_greedily
-from harness.stored_models import PLAIN_ON_GPUS, STORED, Stored
+from harness.stored_models import IDS, PLAIN_ON_GPUS, STORED, Stored
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DEVICE = torch.device("cuda:0")
-IDS = [5, 30, 17, 3, 14, 21, 8, 29, 20, 11]
 Make = Callable[[str], tuple[Stored, Reference]]
 
 

@@ -10,7 +10,7 @@ import torch
 from harness.families import EVERY, PLAIN_ATTENTION, SHARED_CACHES, has_experts
 from harness.greedy_checks import Reference, assert_equal, on_the_cpu
 from harness.rank_pool import Job, RankPool
-from harness.stored_models import PLAIN_ON_GPUS, STORED, Stored, cuts_blocks
+from harness.stored_models import IDS, PLAIN_ON_GPUS, STORED, Stored
 from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.huggingface.borrowed import UNSPLIT
 from mgpu.protocol.checkpoint.read import read_checkpoint
@@ -22,7 +22,6 @@ pytestmark = [
 ]
 MakeModel = Callable[[str], TinyModel]
 Make = Callable[[str], tuple[Stored, Reference]]
-IDS = [5, 30, 17, 3, 14, 21, 8, 29, 20, 11]
 LAYOUTS: dict[str, tuple[list[int], ExpertSplit]] = {
     "tensors": ([2], "tensor"), "whole experts": ([2], "parallel"), "layers": ([1, 1], "tensor"),
 }  # fmt: skip
@@ -71,22 +70,12 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return make
 
 
-def has_layers_to_share(name: str) -> bool:
-    """Return True if a model has more than one layer."""
-    return "experts" in name or not name.startswith("GGUF")
-
-
-def stored_cases() -> Iterator[tuple[str, str]]:
+def stored_layouts() -> Iterator[tuple[str, str]]:
     for name in STORED:
-        if not cuts_blocks(name):
-            yield name, "tensors"
-        if has_layers_to_share(name):
-            yield name, "layers"
-        if "experts" in name:
-            yield name, "whole experts"
+        yield from ((name, layout) for layout in LAYOUTS if layout != "whole experts" or "experts" in name)
 
 
-@pytest.mark.parametrize(("name", "layout"), list(stored_cases()))
+@pytest.mark.parametrize(("name", "layout"), list(stored_layouts()))
 def test_a_packed_model_equals_its_numbers(
     stored: Make, pool: RankPool, tmp_path: Path, name: str, layout: str
 ) -> None:

@@ -1,0 +1,25 @@
+"""Small models in every stored format give the logits and tokens of their numbers, on 1, 2 and 4 ranks and stages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.stage_driver import logits_in_chunks
+from harness.stored_models import IDS, STORED
+from mgpu.protocol.model.expert_facts import ExpertSplit
+
+DENSE: list[tuple[int, int, ExpertSplit]] = [(1, 1, "tensor"), (2, 1, "tensor"), (1, 2, "tensor"), (4, 1, "tensor")]
+EXPERTS: list[tuple[int, int, ExpertSplit]] = [*DENSE, (4, 1, "parallel"), (2, 2, "parallel")]
+"""Ranks of a stage, stages, and how ranks share experts."""
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_logits_and_tokens_are_those_of_the_same_numbers_on_every_layout(tmp_path: Path, name: str) -> None:
+    model = STORED[name](tmp_path)
+    expected = logits_in_chunks(model.plain, IDS, [len(IDS)])
+    for size, stages, split in EXPERTS if "experts" in name else DENSE:
+        chunks = [len(IDS) - 2, 1, 1] if size == stages == 1 else [len(IDS)]
+        logits = logits_in_chunks(model.packed, IDS, chunks, size, stages, expert_split=split)
+        torch.testing.assert_close(logits, expected, atol=1e-4 * max(1.0, float(expected.abs().max())), rtol=0)
+        assert logits.argmax(-1).tolist() == expected.argmax(-1).tolist()
