@@ -1,22 +1,28 @@
-"""Bounds of a connection that uvicorn's protocols lack: the size and time of a request's head, and their number.
+"""Bounds of a connection that uvicorn's protocols lack: sizes and times of all parts of a request, and their number.
 
 Theory. A connection without a deadline is what slow attacks use: they open thousands and send a byte now and then. So
 one timer runs whenever the server waits for a client's bytes: `head_timeout_s` from the first byte of a head (or from
 the beginning of the connection) to its end, then `REST_TIMEOUT_S` to the end of the body. Between two requests
-uvicorn's own keep-alive timer runs. Past the most connections, the one that has waited longest without a request ends.
+uvicorn's own keep-alive timer runs, until a byte comes. Past the most connections, the one that has waited longest
+without a request ends.
+
+What follows a head and is not its body has a bound too: sizes and extensions of chunks, trailers, and empty lines
+before the next request. Trailers are dropped; uvicorn would keep them all.
 """
 
 import asyncio
 from typing import Any, ClassVar
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from mgpu.orchestrator.http.edge.body import BODY_TIMEOUT_S
+from mgpu.orchestrator.http.edge.body import BODY_TIMEOUT_S, MAX_BODY_BYTES
 from mgpu.orchestrator.http.edge.errors import HttpError
 
 REST_TIMEOUT_S = BODY_TIMEOUT_S + 5.0
 """Past the body's own deadline, which gets an answer."""
 MAX_HEAD_BYTES = 64 << 10
+MAX_FRAMING_BYTES = MAX_BODY_BYTES
+"""Beside the body: enough for chunks of six bytes."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -32,6 +38,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._is_in_head = True
+        self._framing_bytes = 0
+        """Since the last head, but for the body."""
+        self._answered: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -43,14 +52,50 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._idle.pop(self, None)
         self._disarm()
+        if self._answered is not None:  # uvicorn tells the last of pipelined requests alone
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         if self._is_in_head:
             self._head_bytes += len(data)
+        else:
+            self._framing_bytes += len(data)
         super().data_received(data)
-        if self._is_in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes")
+        if self.transport.is_closing():
+            return
+        if self._is_in_head and self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse_head()
+        elif self._framing_bytes > MAX_FRAMING_BYTES:
+            self._refuse(413, f"chunk sizes, trailers and empty lines may have {MAX_FRAMING_BYTES} bytes")
+        elif self._is_unwatched:
+            self._arm(self.head_timeout_s)
+
+    def _head_size(self) -> int:
+        """Return the bytes of a head that is complete, without the spaces in it: it may have come with what follows."""
+        return len(self.url) + sum(len(name) + len(value) + 3 for name, value in self.headers)
+
+    def _refuse_head(self) -> None:
+        self._refuse(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes")
+
+    @property
+    def _is_unwatched(self) -> bool:
+        """True between two requests after some bytes that begin none: they have ended uvicorn's timer."""
+        is_between = self.cycle is None or self.cycle.response_complete
+        return is_between and self._timer is None and self.timeout_keep_alive_task is None
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._framing_bytes -= len(body)
+        super().on_body(body)
 
     def on_message_begin(self) -> None:
         self._is_in_head = True
@@ -59,7 +104,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._is_in_head, self._head_bytes = False, 0
+        if self._head_size() > MAX_HEAD_BYTES:
+            self._refuse_head()
+            raise ValueError("too large")  # so that nothing behind it is read
+        self._is_in_head, self._head_bytes, self._framing_bytes = False, 0, 0
         self._idle.pop(self, None)
         self._arm(REST_TIMEOUT_S)
         super().on_headers_complete()
@@ -74,13 +122,18 @@ class BoundedProtocol(HttpToolsProtocol):
             self._idle[self] = None
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "this is no HTTP request")
+        if not self.transport.is_closing():
+            self._refuse(400, "this is no HTTP request")
 
     def _end_one(self) -> None:
         """End the connection that has been open longest without a request. If all have one, end this one."""
         next(iter(self._idle), self).transport.abort()
 
     def _refuse(self, status: int, text: str) -> None:
+        """Answer, if no answer has begun, and end the connection."""
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.abort()
+            return
         body = HttpError(status, text, code="bad_http").json()
         head = f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)

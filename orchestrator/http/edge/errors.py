@@ -44,6 +44,8 @@ _OF_CODE: dict[str, tuple[int, str, str]] = {
 """Status, type and code of a failure on the front channel."""
 _FIELDS = frozenset(each.name for each in fields(Generate))
 _FIRST_NAME = re.compile(r"([a-z]+(?:_[a-z]+)*)(?=[\[.: ])")
+_TOO_LONG = re.compile(r" holds \d+(; use max_tokens |: at most )")
+"""What context or KV cache hold, and what a shorter request may have."""
 _RETRIED = frozenset({"not_ready", "draining", "overloaded", "slow_reader", "stopped"})
 
 
@@ -98,7 +100,7 @@ def _of_failure(error: RequestFailed) -> HttpError:
         return HttpError(413, text, kind, "request_too_large")
     if error.code == "bad_request" and text.startswith("the chat template refuses "):
         return HttpError(422, text, kind, "template_refused", "messages")  # right in form, but not for this model
-    if error.code == "bad_request" and " holds " in text:
+    if error.code == "bad_request" and _TOO_LONG.search(text):
         code = "context_length_exceeded"
     found = HttpError(status, text, kind, code, _param_of(error.code, text))
     return _with_retry(found, error.retry_after_s or _RETRY_S) if error.code in _RETRIED else found

@@ -1,7 +1,6 @@
 """One HTTP request on its way through a route: its body, the front channel, and the headers of its answer."""
 
 import json
-import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,15 +15,12 @@ from starlette.types import ASGIApp
 
 from mgpu.orchestrator.http.edge.body import read_object
 from mgpu.orchestrator.http.requests.fields import Fields, parse_fields
+from mgpu.orchestrator.http.routes.field_log import NAME_CHARS, FieldLog
 from mgpu.protocol.client.async_client import AsyncClient
 from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.front.fields import Rule
 
-log = logging.getLogger(__name__)
-
 _MOST_NAMES = 20
-_NAME_CHARS = 40
-_MOST_LOGGED = 200
 
 
 @dataclass(slots=True)
@@ -35,8 +31,7 @@ class Served:
     names_accounts: bool = True
     """Tell the server whose each request is. Refused on a connection with a client's key, which is one account."""
     started_s: int = field(default_factory=lambda: int(time.time()))
-    logged_fields: set[str] = field(default_factory=set)
-    """Names of fields without effect that the log has already named."""
+    field_log: FieldLog = field(default_factory=FieldLog)
 
 
 class Call:
@@ -71,14 +66,10 @@ class Call:
         return fields
 
     def _warn(self, names: list[str]) -> None:
-        shown = ", ".join(ascii(name[:_NAME_CHARS])[1:-1].replace('"', "'") for name in names[:_MOST_NAMES])
+        shown = ", ".join(ascii(name[:NAME_CHARS])[1:-1].replace('"', "'") for name in names[:_MOST_NAMES])
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         self.headers["warning"] = f'299 mgpu "fields without effect: {shown}{more}"'
-        logged = self.served.logged_fields
-        for name in names:
-            if name not in logged and len(logged) < _MOST_LOGGED:
-                logged.add(name)
-                log.warning("%s: the field %s has no effect", self.request.url.path, ascii(name[:_NAME_CHARS]))
+        self.served.field_log.note(self.request.url.path, names)
 
     def json(self, body: Mapping[str, Any], status: int = 200) -> Response:
         """Return an answer in JSON."""

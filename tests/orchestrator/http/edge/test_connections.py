@@ -1,20 +1,27 @@
 """Hostile connections: big and slow heads, smuggling, thousands of them. The next request is served."""
 
+import asyncio
 import resource
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from unittest.mock import Mock
 
 import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from harness.gateway_process import GatewayProcess
 from harness.http_process import HttpServer
+from mgpu.orchestrator.http.edge.connections import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, BoundedProtocol
 
 HEAD_TIMEOUT_S = 0.5
 DEADLINE_S = 30.0
 MOST = 50
 REQUEST = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+WHOLE = REQUEST + b"\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,37 @@ def test_a_large_head_is_refused(impatient: HttpServer, head: bytes) -> None:
     assert exchange(impatient, REQUEST + head).startswith(b"HTTP/1.1 431 ")
 
 
+@pytest.mark.parametrize("size", [MAX_HEAD_BYTES, MAX_HEAD_BYTES + 3000])
+def test_a_head_that_comes_at_once_has_the_same_bound(impatient: HttpServer, size: int) -> None:
+    assert exchange(impatient, REQUEST + b"x: " + b"y" * size + b"\r\n\r\n").startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_head_just_below_the_bound_is_taken(impatient: HttpServer) -> None:
+    last = b"connection: close\r\nx: " + b"y" * (MAX_HEAD_BYTES - 200)
+    assert exchange(impatient, REQUEST + last + b"\r\n\r\n").startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 503 "))
+
+
+def test_all_of_pipelined_requests_hear_that_their_client_has_left() -> None:
+    """Else what writes the first answer meets a closed connection, which is an error of the server in the log."""
+    heard: list[str] = []
+
+    async def app(_scope: Scope, receive: Receive, _send: Send) -> None:
+        while (kind := (await receive())["type"]) != "http.disconnect":
+            pass
+        heard.append(kind)
+
+    async def pipeline() -> None:
+        protocol = BoundedProtocol(uvicorn.Config(app, log_config=None), ServerState(), {})
+        protocol.connection_made(Mock(is_closing=lambda: False))
+        protocol.data_received(WHOLE * 3)
+        await asyncio.sleep(0)
+        protocol.connection_lost(None)
+        await asyncio.wait_for(asyncio.gather(*protocol.tasks), DEADLINE_S)
+
+    asyncio.run(pipeline())
+    assert heard == ["http.disconnect"], "and the others are not begun"
+
+
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
@@ -87,6 +125,55 @@ def test_what_is_no_plain_request_is_refused_once(impatient: HttpServer, data: b
     answer = exchange(impatient, data)
     assert answer.count(b"HTTP/1.1 ") <= 1, "a second request was smuggled in"
     assert answer == b"" or answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 408 ")), answer
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [
+        (CHUNKED + b"0\r\n", b"t: x\r\n" * 10_000),
+        (REQUEST + b"transfer-encoding: chunked\r\n\r\n0\r\n", b"t: x\r\n" * 10_000),
+        (CHUNKED + b"0\r\nt: ", b"x" * 60_000),
+        (CHUNKED + b"1;", b"x" * 60_000),
+        (WHOLE, b"\r\n" * 30_000),
+    ],
+    ids=["trailers", "trailers after the answer", "one trailer", "an extension", "empty lines"],
+)
+def test_what_is_neither_head_nor_body_has_a_bound(impatient: HttpServer, begin: bytes, more: bytes) -> None:
+    with connect(impatient) as raw:
+        raw.sendall(begin)
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            send_without_end(raw, more)
+
+
+def send_without_end(raw: socket.socket, more: bytes) -> None:
+    for _ in range(16 * MAX_FRAMING_BYTES // len(more)):
+        raw.sendall(more)
+
+
+def test_trailers_are_not_kept() -> None:
+    protocol = object.__new__(BoundedProtocol)
+    protocol.headers, protocol._is_in_head = [], False
+    protocol.on_header(b"name", b"value")
+    assert protocol.headers == []
+
+
+def test_chunks_of_some_bytes_are_a_body(impatient: HttpServer) -> None:
+    chunks = b"".join(b"8\r\n" + b" " * 8 + b"\r\n" for _ in range(50_000))
+    answer = exchange(impatient, CHUNKED.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n") + chunks + b"0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 415 ")
+
+
+def test_a_byte_between_two_requests_does_not_keep_a_connection_for_ever(impatient: HttpServer) -> None:
+    with connect(impatient) as raw:
+        raw.sendall(WHOLE)
+        assert raw.recv(65536).startswith(b"HTTP/1.1 ")
+        raw.sendall(b"\r\n")
+        raw.settimeout(HEAD_TIMEOUT_S + DEADLINE_S)
+        while raw.recv(65536):
+            pass
 
 
 def test_past_the_most_connections_idle_ones_make_room(impatient: HttpServer) -> None:

@@ -69,6 +69,22 @@ def test_the_field_at_fault_is_named(code: Any, text: str, param: str | None) ->
     assert error_of(RequestFailed(code, text)).param == param
 
 
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("5 prompt tokens and max_tokens 600 make 605, but the context holds 512; use max_tokens 507 or less",
+         "context_length_exceeded"),
+        ("the prompt has 600 tokens, but the KV cache holds 512: at most 511 for the prompt and one new token",
+         "context_length_exceeded"),
+        ("messages[0].name holds a lone surrogate (U+D83D) at character 0", "invalid_value"),
+        ("prompt_ids holds -5; token ids are not negative", "invalid_value"),
+    ],
+)  # fmt: skip
+def test_only_what_is_too_long_says_so(text: str, code: str) -> None:
+    """Clients shorten their chat then."""
+    assert error_of(RequestFailed("bad_request", text)).code == code
+
+
 def test_every_failure_of_the_front_channel_is_listed_here() -> None:
     assert {error.code for error, *_ in FAILURES if isinstance(error, RequestFailed)} == set(get_args(FailureCode))
 
