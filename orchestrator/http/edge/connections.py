@@ -6,6 +6,9 @@ the beginning of the connection) to its end, then `REST_TIMEOUT_S` to the end of
 uvicorn's own keep-alive timer runs, until a byte comes. Past the most connections, the one that has waited longest
 without a request ends.
 
+Requests that come before the answer to an earlier one wait, at most `MOST_IN_LINE`, and nothing more is read meanwhile.
+A connection with more of them ends after the last answer.
+
 What follows a head and is not its body has a bound too: sizes and extensions of chunks, trailers, and empty lines
 before the next request. Trailers are dropped; uvicorn would keep them all.
 """
@@ -23,6 +26,7 @@ REST_TIMEOUT_S = BODY_TIMEOUT_S + 5.0
 MAX_HEAD_BYTES = 64 << 10
 MAX_FRAMING_BYTES = MAX_BODY_BYTES
 """Beside the body: enough for chunks of six bytes."""
+MOST_IN_LINE = 16
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -41,6 +45,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._framing_bytes = 0
         """Since the last head, but for the body."""
         self._answered: RequestResponseCycle | None = None
+        self._is_full = False
+        """So many requests wait that no more are read from this connection."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -62,12 +68,14 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_full:
+            return
         if self._is_in_head:
             self._head_bytes += len(data)
         else:
             self._framing_bytes += len(data)
         super().data_received(data)
-        if self.transport.is_closing():
+        if self._is_full or self.transport.is_closing():
             return
         if self._is_in_head and self._head_bytes > MAX_HEAD_BYTES:
             self._refuse_head()
@@ -98,6 +106,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MOST_IN_LINE:
+            self._is_full, self.cycle.keep_alive = True, False
+            raise ValueError("too many in line")  # so that nothing more is parsed
         self._is_in_head = True
         if self._timer is None:
             self._arm(self.head_timeout_s)
@@ -118,11 +129,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.pipeline or self._is_full:
+            self.flow.pause_reading()
         if not self.transport.is_closing() and self.cycle.response_complete:
             self._idle[self] = None
 
     def send_400_response(self, msg: str) -> None:
-        if not self.transport.is_closing():
+        if not (self._is_full or self.transport.is_closing()):
             self._refuse(400, "this is no HTTP request")
 
     def _end_one(self) -> None:

@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 
 from harness.gateway_process import GatewayProcess
 from harness.http_process import HttpServer
-from mgpu.orchestrator.http.edge.connections import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, BoundedProtocol
+from mgpu.orchestrator.http.edge.connections import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MOST_IN_LINE, BoundedProtocol
 
 HEAD_TIMEOUT_S = 0.5
 DEADLINE_S = 30.0
@@ -101,6 +101,14 @@ def test_all_of_pipelined_requests_hear_that_their_client_has_left() -> None:
 
     asyncio.run(pipeline())
     assert heard == ["http.disconnect"], "and the others are not begun"
+
+
+def test_requests_in_line_have_a_bound_and_those_within_are_answered(impatient: HttpServer) -> None:
+    within = exchange(impatient, WHOLE * MOST_IN_LINE + REQUEST + b"connection: close\r\n\r\n")
+    assert within.count(b"HTTP/1.1 ") == MOST_IN_LINE + 1
+    beyond = exchange(impatient, WHOLE * 1000)
+    assert beyond.count(b"HTTP/1.1 ") == MOST_IN_LINE + 1
+    assert b" 400 " not in beyond
 
 
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
