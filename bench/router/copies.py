@@ -23,7 +23,7 @@ from bench.model_shapes import SHAPES, SMALL_SHAPES, write_config
 from bench.multi_gpu.box import find_box, serving
 from bench.router.load_process import LoadProcesses, Share, rate_while_all_run, seconds_of
 from mgpu import Client
-from mgpu.launch.bench.load import Request, random_requests
+from mgpu.launch.bench.load import Outcome, Request, random_requests
 from mgpu.launch.bench.report import Report
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
@@ -46,7 +46,7 @@ class Effort:
     requests_per_prefix: int
 
 
-REAL = Effort(128, 128, 384, 2048, 64, 16, 10)
+REAL = Effort(128, 128, 512, 2048, 64, 16, 10)
 REHEARSED = Effort(4, 16, 400, 48, 8, 4, 1)
 
 
@@ -69,24 +69,22 @@ class Comparison:
     def decoding(self) -> tuple[list[float], list[float]]:
         """Return tokens per second of all devices, through the router and without it."""
         routed, direct = [], []
-        for at in range(self._rounds + 1):
-            found = [
-                self._decode([self._servers.routed] * len(self._servers.single)),
-                self._decode(self._servers.single),
-            ]
-            if at:  # the first use of a batch size makes its graph
-                routed.append(found[0])
-                direct.append(found[1])
+        all_of_it, alone = [self._servers.routed] * len(self._servers.single), self._servers.single
+        for endpoints in (all_of_it, alone):
+            self._decode(endpoints)  # the first use of a batch size makes its graph
+        for _ in range(self._rounds):
+            routed.append(rate_while_all_run(self._decode(all_of_it)))
+            direct.append(rate_while_all_run(self._decode(alone)))
         return routed, direct
 
-    def _decode(self, endpoints: Sequence[str]) -> float:
+    def _decode(self, endpoints: Sequence[str]) -> list[Outcome]:
         effort, share = self._effort, self._effort.streams // PROCESSES_PER_DEVICE
         shares = [
             Share(endpoint, self._random(share, effort.prompt_tokens, effort.new_tokens), share)
             for endpoint in endpoints
             for _ in range(PROCESSES_PER_DEVICE)
         ]
-        return rate_while_all_run(self._processes.run(shares))
+        return self._processes.run(shares)
 
     def prefixes(self) -> tuple[list[float], list[float], list[float]]:
         """Return requests per second of all copies and of one single server, and the share of hits of the copies."""

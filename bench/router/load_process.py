@@ -69,7 +69,9 @@ def rate_while_all_run(outcomes: Sequence[Outcome]) -> float:
     begin_s = max(each.pieces[0][0] for each in outcomes)
     end_s = min(each.pieces[-1][0] for each in outcomes)
     if end_s <= begin_s:
-        raise SystemExit("the first answer ended before the last one began; ask for more tokens")
+        raise SystemExit(
+            f"the first answer ended {begin_s - end_s:.1f} s before the last one began; ask for more tokens"
+        )
     return sum(n for each in outcomes for at_s, n in each.pieces if begin_s < at_s <= end_s) / (end_s - begin_s)
 
 
