@@ -31,21 +31,26 @@ def write_small_model(folder: Path) -> Path:
     """Write configuration, tokenizer and chat template into a new folder and return it."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config()))
-    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer()))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    write_tokenizer(folder, VOCABULARY)
     return folder
 
 
-def _tokenizer() -> dict[str, object]:
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Write tokenizer and chat template of a model with so many tokens into its folder."""
+    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer(vocabulary)))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+
+
+def _tokenizer(size: int) -> dict[str, object]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=LEARNT, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=min(size, LEARNT), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator([TEXT.read_text(), "hello world hello there " * 100], trainer)
     found: dict[str, object] = json.loads(tokenizer.to_str())
     vocabulary: dict[str, int] = found["model"]["vocab"]  # type: ignore[index]
-    for token_id in range(len(vocabulary), VOCABULARY):
+    for token_id in range(len(vocabulary), size):
         vocabulary["Ġ" * (1 + token_id % 20) + f"{token_id:x}~"] = token_id
     return found

@@ -1,4 +1,7 @@
-"""Real servers on the real model. Every server has a runtime directory of its own and ends with its fixture."""
+"""Real servers, on the real model or on a random one. Every server has a runtime directory of its own.
+
+Tests of what a model says take the real one; tests of processes, sockets and streams take the random one.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.demo_model import demo_model
+from harness.text_model import write_text_model
 from mgpu.launch.server_process import ServerProcess
 
 
@@ -22,6 +26,25 @@ def gemma3() -> str:
     if not path.exists():
         pytest.skip(f"{path.name} is not in the cache folder; tests/golden/gemma-3-270m.json says how to obtain it")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a small random model that reads and writes text."""
+    return str(write_text_model(tmp_path_factory.mktemp("text-model")))
+
+
+@pytest.fixture(scope="module")
+def random_server(text_model: str) -> Iterator[ServerProcess]:
+    """One worker with the random model."""
+    with ServerProcess("-m", text_model, "--device", "cpu", "--max-seq-len", "1024") as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.fixture(scope="module")
+def random_endpoint(random_server: ServerProcess) -> str:
+    return random_server.wait_ready()
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,11 @@ from harness.terminal import TURN_S, Terminal
 from mgpu.launch.server_process import ServerProcess
 
 
-def test_lines_are_edited_and_commands_are_not_sent(server: ServerProcess, endpoint: str, tmp_path: Path) -> None:
+def test_lines_are_edited_and_commands_are_not_sent(
+    random_server: ServerProcess, random_endpoint: str, tmp_path: Path
+) -> None:
     file = tmp_path / "talk.json"
-    terminal = Terminal(server.environ, "chat", "--max-tokens", "600", TERM="xterm")
+    terminal = Terminal(random_server.environ, "chat", "--max-tokens", "600", TERM="xterm")
     try:
         place = terminal.turn("/set max_tokens 4\n")
         place = terminal.turn("/system Be short.\n", place)
@@ -40,19 +42,19 @@ NO_READLINE = "import sys; sys.modules['readline'] = None; from mgpu.launch.cli 
 
 
 def test_without_readline_escape_codes_do_not_reach_the_model(
-    server: ServerProcess, endpoint: str, tmp_path: Path
+    random_server: ServerProcess, random_endpoint: str, tmp_path: Path
 ) -> None:
     typed = f"/set max_tokens 2\nx\x1b[Dy\x1b[A\n/save {tmp_path / 'talk.json'}\n/clear\n/retry\n/bye\n"
     done = subprocess.run(
-        [sys.executable, "-c", NO_READLINE, "chat"], env=server.environ, input=typed, capture_output=True, text=True,
-        timeout=TURN_S, check=True,
+        [sys.executable, "-c", NO_READLINE, "chat"], env=random_server.environ, input=typed, capture_output=True,
+        text=True, timeout=TURN_S, check=True,
     )  # fmt: skip
     assert "there is no message to answer again" in done.stderr
     assert json.loads((tmp_path / "talk.json").read_text())[0]["content"] == "xy"
 
 
-def test_ctrl_c_ends_the_answer_and_the_next_turn_works(server: ServerProcess, endpoint: str) -> None:
-    terminal = Terminal(server.environ, "chat", "--max-tokens", "600")
+def test_ctrl_c_ends_the_answer_and_the_next_turn_works(random_server: ServerProcess, random_endpoint: str) -> None:
+    terminal = Terminal(random_server.environ, "chat", "--max-tokens", "600")
     try:
         terminal.wait_for(b"> ")
         terminal.type("Write a very long story about a lighthouse.\n")

@@ -18,8 +18,8 @@ from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 
-OPTIONS = ("--device", "cpu", "--max-seq-len", "1024")
-LONG = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
+OPTIONS = ("--device", "cpu", "--max-seq-len", "2048")
+LONG = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 
 
 def processes(server: ServerProcess, module: str) -> list[psutil.Process]:
@@ -33,8 +33,8 @@ def serve(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.fixture(scope="module")
-def http_server(smollm2: str) -> Iterator[ServerProcess]:
-    with ServerProcess("-m", smollm2, *OPTIONS, "--http", "127.0.0.1:0") as server:
+def http_server(text_model: str) -> Iterator[ServerProcess]:
+    with ServerProcess("-m", text_model, *OPTIONS, "--http", "127.0.0.1:0") as server:
         server.wait_ready()
         yield server
 
@@ -70,7 +70,10 @@ def test_a_client_that_goes_frees_its_blocks_within_a_second(http_server: Server
 
 @pytest.mark.parametrize("module", ["mgpu.worker", "mgpu.orchestrator.gateway"])
 def test_a_killed_worker_or_gateway_costs_a_stream_nothing(http_server: ServerProcess, module: str) -> None:
-    url, body = http_server.http_url(), {"prompt": "Once upon a time", "max_tokens": 60, "stream": True}
+    url, body = (
+        http_server.http_url(),
+        {"prompt": "Once upon a time", "max_tokens": 200, "temperature": 1, "seed": 3, "stream": True},
+    )
     expected = text_of(post(url, "/v1/completions", body).body)
     with opened(url, "POST", "/v1/completions", body) as response:
         first = response.readline()
@@ -88,7 +91,9 @@ def text_of(stream: bytes) -> str:
     return "".join(event["choices"][0]["text"] for event in events[:-1])
 
 
-def test_a_unix_socket_with_keys_takes_new_ones_on_sighup_and_is_gone_afterwards(smollm2: str, tmp_path: Path) -> None:
+def test_a_unix_socket_with_keys_takes_new_ones_on_sighup_and_is_gone_afterwards(
+    text_model: str, tmp_path: Path
+) -> None:
     path, keys = tmp_path / "http.sock", tmp_path / "keys"
     url = f"unix:{path}"
 
@@ -97,7 +102,7 @@ def test_a_unix_socket_with_keys_takes_new_ones_on_sighup_and_is_gone_afterwards
 
     keys.touch(0o600)
     keys.write_text("alice sk-0123456789-alice\n")
-    with ServerProcess("-m", smollm2, *OPTIONS, "--http", url, "--http-keys", str(keys)) as server:
+    with ServerProcess("-m", text_model, *OPTIONS, "--http", url, "--http-keys", str(keys)) as server:
         server.wait_ready()
         assert server.http_url() == url
         assert path.stat().st_mode & 0o777 == 0o666, "a key is asked for, so any user may connect"

@@ -1,4 +1,4 @@
-"""Several copies of a real model behind one endpoint: a death, a roll and the end cost no client anything."""
+"""Several copies of a model behind one endpoint: a death, a roll and the end cost no client anything."""
 
 import os
 import signal
@@ -14,11 +14,12 @@ from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 
 PROMPT = "Once upon a time"
+SAMPLED = {"max_tokens": 200, "ignore_eos": True, "temperature": 1, "seed": 7}
 
 
 @pytest.fixture(scope="module")
-def replicas(smollm2: str) -> Iterator[ServerProcess]:
-    with ServerProcess("-m", smollm2, "--device", "cpu", "--max-seq-len", "512", "--replicas", "2") as server:
+def replicas(text_model: str) -> Iterator[ServerProcess]:
+    with ServerProcess("-m", text_model, "--device", "cpu", "--max-seq-len", "1024", "--replicas", "2") as server:
         server.wait_ready()
         yield server
 
@@ -38,8 +39,8 @@ def copies_of(server: ServerProcess) -> list[psutil.Process]:
 @pytest.mark.timeout(240)
 def test_a_copy_that_is_killed_costs_no_token_and_comes_back(replicas: ServerProcess) -> None:
     with Client(replicas.wait_ready()) as client:
-        whole = client.generate(PROMPT, max_tokens=60, ignore_eos=True).token_ids
-        streams = [client.stream(PROMPT, max_tokens=60, ignore_eos=True) for _ in range(4)]
+        whole = client.generate(PROMPT, **SAMPLED).token_ids
+        streams = [client.stream(PROMPT, **SAMPLED) for _ in range(4)]
         for stream in streams:
             next(stream)
         copies_of(replicas)[0].kill()
@@ -52,8 +53,8 @@ def test_a_copy_that_is_killed_costs_no_token_and_comes_back(replicas: ServerPro
 @pytest.mark.timeout(240)
 def test_a_router_that_is_killed_costs_no_token(replicas: ServerProcess) -> None:
     with Client(replicas.wait_ready()) as client:
-        whole = client.generate(PROMPT, max_tokens=40, ignore_eos=True).token_ids
-        streams = [client.stream(PROMPT, max_tokens=40, ignore_eos=True) for _ in range(4)]
+        whole = client.generate(PROMPT, **SAMPLED).token_ids
+        streams = [client.stream(PROMPT, **SAMPLED) for _ in range(4)]
         for stream in streams:
             next(stream)
         children = psutil.Process(replicas.process.pid).children()

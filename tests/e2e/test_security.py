@@ -15,7 +15,7 @@ from mgpu import Client
 from mgpu.launch.server_process import ServerDied, ServerProcess
 from mgpu.protocol.errors import RequestFailed, ServerUnreachable
 
-WORKERS = 3
+WORKERS = 2
 DEADLINE_S = 60.0
 
 
@@ -32,7 +32,7 @@ def make_keys(folder: Path, *clients: str) -> Path:
 
 
 def start(model: str, *arguments: str) -> ServerProcess:
-    options = ("--device", "cpu", "--workers", str(WORKERS), "--max-seq-len", "512")
+    options = ("--device", "cpu", "--workers", str(WORKERS), "--max-seq-len", "2048")
     return ServerProcess("-m", model, *options, *arguments)
 
 
@@ -76,9 +76,9 @@ def wait_for_line(server: ServerProcess, words: str) -> None:
     eventually(lambda: words in server.output(), server.output)
 
 
-def test_the_default_server_has_private_unix_sockets_and_nothing_else(smollm2: str) -> None:
-    with start(smollm2) as server, Client(server.wait_ready()) as client:
-        stream = client.stream("Hello", max_tokens=40, ignore_eos=True)
+def test_the_default_server_has_private_unix_sockets_and_nothing_else(text_model: str) -> None:
+    with start(text_model) as server, Client(server.wait_ready()) as client:
+        stream = client.stream("Hello", max_tokens=400, ignore_eos=True)
         next(stream)
         family = family_of(server)
         assert WORKERS + 2 <= len(family) <= WORKERS + 3  # the parent, the gateway, and soon its process for text
@@ -87,14 +87,14 @@ def test_the_default_server_has_private_unix_sockets_and_nothing_else(smollm2: s
 
 
 def test_a_server_with_keys_has_one_tcp_socket_for_listed_keys_which_sighup_changes(
-    smollm2: str, tmp_path: Path
+    text_model: str, tmp_path: Path
 ) -> None:
     keys = make_keys(tmp_path / "keys", "alice", "bob")
     alice, bob = keys / "alice.client", keys / "bob.client"
-    with start(smollm2, "--bind", "tcp://127.0.0.1:0", "--keys", str(keys)) as server:
+    with start(text_model, "--bind", "tcp://127.0.0.1:0", "--keys", str(keys)) as server:
         endpoint = server.wait_ready()
         with Client(endpoint, keys=alice) as client:
-            stream = client.stream("Hello", max_tokens=400, ignore_eos=True)
+            stream = client.stream("Hello", max_tokens=2000, ignore_eos=True)
             next(stream)
             family = family_of(server)
             assert listening_endpoints(family) == [endpoint]
@@ -144,7 +144,7 @@ def check_commands(endpoint: str, key_file: Path) -> None:
     assert "Traceback" not in without.stderr
 
 
-def test_beyond_the_loopback_a_server_without_keys_does_not_start(smollm2: str, tmp_path: Path) -> None:
+def test_beyond_the_loopback_a_server_without_keys_does_not_start(text_model: str, tmp_path: Path) -> None:
     keys = make_keys(tmp_path / "keys", "alice")
     (keys / "server.secret").chmod(0o640)
     for arguments, words in (
@@ -152,7 +152,7 @@ def test_beyond_the_loopback_a_server_without_keys_does_not_start(smollm2: str, 
         (("--bind", "tcp://*:0", "--keys", str(tmp_path / "none")), ("mgpu-launch keygen --out",)),
         (("--bind", "tcp://*:0", "--keys", str(keys)), (f"chmod 600 {keys / 'server.secret'}",)),
     ):
-        with start(smollm2, *arguments) as server:
+        with start(text_model, *arguments) as server:
             with pytest.raises(ServerDied) as ended:
                 server.wait_ready(60)
             assert server.process.returncode == 78
