@@ -13,7 +13,8 @@ from torch import Tensor
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.products.gemv import GATES, store_outputs, weight_rows
 from mgpu.worker.kernels.products.group_parts import code_floats, group_arguments, group_factors, load_words
-from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.products.widen import widen_to_floats
+from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
 from mgpu.worker.quantization.packing import PackedWeight
 
 
@@ -33,19 +34,24 @@ def _group_gemv_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, table_ptr, bias_ptr, y_ptr,
     N, K, words_per_row, groups, supers,
     KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
-    GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
+    OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Compute BLOCK_N outputs. EVEN: the words of a row fill whole steps of BLOCK_W."""
+    """Compute BLOCK_N outputs. EVEN: the words of a row fill whole steps of BLOCK_W; EVEN_K: and K fills the words."""
     RUNS: tl.constexpr = BLOCK_W // 4
     HAS_BIAS: tl.constexpr = KIND != 3 and KIND != 4
     HALVES: tl.constexpr = 2 if GROUP == 16 else 1
     rows = weight_rows(N, GATE, BLOCK_N)
     column = tl.arange(0, BLOCK_W)
+    words, high = load_words(w_ptr, high_ptr, rows, column, words_per_row, EVEN)
     wait_for_inputs(OVERLAP)
     acc = tl.zeros([BLOCK_N, RUNS], tl.float32)
     for first in range(0, words_per_row, BLOCK_W):
         c = first + column
-        words, high = load_words(w_ptr, high_ptr, rows, c, words_per_row, EVEN)
+        if first > 0:
+            words, high = load_words(w_ptr, high_ptr, rows, c, words_per_row, EVEN)
+        if KIND == 2:
+            floats = widen_to_floats(words, KIND, ASSEMBLY)
         run = first // 4 + tl.arange(0, RUNS)
         for half in tl.static_range(HALVES):
             scale, bias = group_factors(
@@ -56,8 +62,14 @@ def _group_gemv_kernel(
             x_sums = tl.zeros([BLOCK_W], tl.float32)
             for index in tl.static_range(8 // HALVES):
                 k = c // 4 * 32 + (half * 4 + index) * 4 + c % 4
-                x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-                word_sums += code_floats(words, high, table_ptr, half * 4 + index, KIND) * x[None, :]
+                if EVEN_K:
+                    x = tl.load(x_ptr + k).to(tl.float32)
+                else:
+                    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+                if KIND == 2:
+                    word_sums += floats[half * 4 + index] * x[None, :]
+                else:
+                    word_sums += code_floats(words, high, table_ptr, half * 4 + index, KIND) * x[None, :]
                 x_sums += x
             acc += scale * tl.sum(tl.reshape(word_sums, [BLOCK_N, RUNS, 4]), 2)
             if HAS_BIAS:
@@ -89,10 +101,11 @@ def group_gemv(
     tiling = tiling or choose_tiling(weight, gate is not None)
     out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
     given = group_arguments(weight)
+    even = words_per_row % tiling.block_w == 0
     _group_gemv_kernel[(ceil_div(outputs, tiling.block_n),)](
         x_1K, weight.words, *given.tensors, bias_N, out_1N, n, k, words_per_row, *given.sizes,
         *given.constants,
-        GATES[gate], tiling.block_n, tiling.block_w, words_per_row % tiling.block_w == 0,
-        overlaps_launches(x_1K.device), **launch_options(x_1K.device, tiling.num_warps, 1),
+        GATES[gate], tiling.block_n, tiling.block_w, even, even and k == words_per_row * 8,
+        overlaps_launches(x_1K.device), not INTERPRETED, **launch_options(x_1K.device, tiling.num_warps, 1),
     )  # fmt: skip
     return out_1N
