@@ -64,7 +64,7 @@ def use_kernels_on_the_cpu() -> None:
     for module in (mlp, norm, sparse_mlp, sampler, attention):
         module.uses_kernels = lambda device: True
     linear.dense_product = vocab.dense_product = lambda device: products.matmul
-    linear.packed_product = lambda device: products.quantized_matmul
+    linear.packed_product = lambda device, form: products.quantized_matmul
     linear.pack = vocab.pack = lambda weight: weight
     linear.repack = lambda weight, dtype: weight
     products.F = type("Shapes", (), {"linear": staticmethod(lambda x, w, b=None: x.new_zeros(len(x), len(w)))})

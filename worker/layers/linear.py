@@ -91,7 +91,7 @@ class Linear(Module):
         self.weight = torch.empty(self._shape if form.quant == "none" else 0, dtype=dtype, device=device)
         self.bias = torch.empty(outputs, dtype=dtype, device=device) if bias else None
         self._multiply = dense_product(device)
-        self._multiply_packed = packed_product(device)
+        self._multiply_packed = packed_product(device, form)
         # The library takes multiples of 16 only.
         is_asked = form.quant == "fp8" and not form.source  # of a checkpoint, outputs have scales of their own
         self._is_float8 = is_asked and outputs % 16 == 0 and multiplies_float8(device, dtype)

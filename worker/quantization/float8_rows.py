@@ -5,7 +5,7 @@ largest value becomes 448. Scales that are powers of two would make rescaling ex
 save: most results are rescaled in float32 by the kernel that reads them.
 """
 
-# T tokens, K input channels, N output channels, B blocks, P parts of a word, W words
+# T tokens, K input channels, N output channels, B blocks of K, P parts of a word, W words
 
 from dataclasses import dataclass
 
@@ -36,6 +36,18 @@ class Float8Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Float8Blocks:
+    """Quantized activations whose blocks of 128 channels have scales of their own, channels in the order of words.
+
+    ``values``: float8_e4m3fn [T, K padded to blocks], zeros where padded. ``scale_TB``: float32, where the scales of a
+    block of all rows are neighbours in memory, as the library wants them.
+    """
+
+    values: Tensor
+    scale_TB: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class UnscaledProduct:
     """A float8 product [T, N]: its rows still have to be multiplied by ``scale_T`` (float32).
 
@@ -61,6 +73,21 @@ def round_rows(x_TK: Tensor) -> Tensor:
     """Return the rows as rounded by quantization, in float32 and in their own order."""
     values_TK, scale_T = _quantized(x_TK)
     return values_TK.to(torch.float8_e4m3fn).float() * scale_T[:, None]
+
+
+def quantize_blocks(x_TK: Tensor) -> Float8Blocks:
+    """Return the rows quantized block by block, by the same arithmetic as the kernel."""
+    blocks = F.pad(x_TK, (0, -x_TK.shape[1] % BLOCK)).view(-1, BLOCK)
+    values, scales = _quantized(blocks)
+    values_TBPW = values.view(len(x_TK), -1, 4, WORDS)
+    octets_TK = values_TBPW.transpose(2, 3).flatten(1).to(torch.float8_e4m3fn)
+    return Float8Blocks(octets_TK, scales.view(len(x_TK), -1).t().contiguous().t())
+
+
+def round_blocks(x_TK: Tensor) -> Tensor:
+    """Return the rows as rounded by `quantize_blocks`, in float32 and in their own order."""
+    padded_TK = F.pad(x_TK, (0, -x_TK.shape[1] % BLOCK))
+    return round_rows(padded_TK.view(-1, BLOCK)).view(padded_TK.shape)[:, : x_TK.shape[1]]
 
 
 def _quantized(x_TK: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,7 @@ def test_the_product_is_that_of_the_dequantized_weight(form: WeightFormat, dtype
     packed = quantize(draw(700, 480), form)  # several blocks, a last one that is not full, padded words
     x, bias = draw(rows, 480, seed=1).to(dtype), draw(700, seed=2).to(dtype)
     expected = F.linear(x, dequantize(packed, dtype), bias)
-    multiply = packed_product(torch.device("cpu"))
+    multiply = packed_product(torch.device("cpu"), form)
     torch.testing.assert_close(multiply(x, packed, bias), expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(multiply(x, packed, None), F.linear(x, dequantize(packed, dtype)), atol=1e-4, rtol=1e-5)
 

@@ -5,7 +5,7 @@ A tile is [words of the row, 4 parts]: words lie along threads, so that loads ar
 one thread.
 """
 
-# T tokens, K input channels
+# T tokens, K input channels, B blocks of K
 
 import torch
 import triton
@@ -13,7 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
-from mgpu.worker.quantization.float8_rows import BLOCK, Float8Rows
+from mgpu.worker.quantization.float8_rows import BLOCK, Float8Blocks, Float8Rows
+from mgpu.worker.quantization.packing import WORDS
+
+BLOCKS_PER_PROGRAM = 32
+"""Blocks of 128 channels that a program of `_quantize_blocks_kernel` has."""
 
 
 @triton.jit
@@ -51,6 +55,27 @@ def _quantize_kernel(
     store_words(x, words_ptr, scale_ptr, row, words_per_row, WIDTH)
 
 
+@triton.jit
+def _quantize_blocks_kernel(
+    x_ptr, words_ptr, scale_ptr, K, words_per_row, tokens, x_stride, BLOCKS: tl.constexpr, OVERLAP: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    WIDTH: tl.constexpr = BLOCKS * 32
+    first = tl.program_id(1) * WIDTH
+    word = first + tl.arange(0, WIDTH)
+    k = first * 4 + word_channels(WIDTH)
+    wait_for_inputs(OVERLAP)
+    x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
+    most = tl.max(tl.reshape(tl.max(tl.abs(x), 1), [BLOCKS, 32]), 1)
+    most = tl.maximum(most, 1e-30)
+    factors = tl.broadcast_to(tl.math.div_rn(448.0, most)[:, None], [BLOCKS, 32])
+    octets = (x * tl.reshape(factors, [WIDTH])[:, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    words = tl.sum(octets << (8 * tl.arange(0, 4))[None, :], 1)
+    tl.store(words_ptr + row * words_per_row + word, words, mask=word < words_per_row)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    tl.store(scale_ptr + block * tokens + row, tl.math.div_rn(most, 448.0), mask=block < words_per_row // 32)
+
+
 def empty_words(tokens: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Allocate words int32 [T, padded K / 4] and scales [T] for kernels to fill."""
     words = torch.empty(tokens, ceil_div(k, BLOCK) * BLOCK // 4, dtype=torch.int32, device=device)
@@ -77,3 +102,16 @@ def quantize_rows(x_TK: Tensor) -> Float8Rows:
         **launch_options(x_TK.device, warps),
     )  # fmt: skip
     return as_rows(words, scale_T)
+
+
+def quantize_blocks(x_TK: Tensor) -> Float8Blocks:
+    """Quantize rows block by block; `float8_rows.quantize_blocks` is the reference."""
+    tokens, k = x_TK.shape
+    words, _ = empty_words(tokens, k, x_TK.device)
+    scale_BT = torch.empty(words.shape[1] // WORDS, tokens, dtype=torch.float32, device=x_TK.device)
+    blocks = min(BLOCKS_PER_PROGRAM, power_of_2(len(scale_BT)))
+    _quantize_blocks_kernel[(tokens, ceil_div(len(scale_BT), blocks))](
+        x_TK, words, scale_BT, k, words.shape[1], tokens, x_TK.stride(0), blocks, overlaps_launches(x_TK.device),
+        **launch_options(x_TK.device, width_and_warps(blocks * WORDS)[1]),
+    )  # fmt: skip
+    return Float8Blocks(words.view(torch.float8_e4m3fn), scale_BT.t())

@@ -2,21 +2,32 @@
 
 # T tokens, I inputs, O outputs
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation
+from mgpu.protocol.model.weight_format import WeightFormat
+from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
+from mgpu.worker.kernels.products.float8_blocks import LEAST_ROWS, block_product, multiplies_blocks, takes_blocks
 from mgpu.worker.kernels.products.gemv import gemv
 from mgpu.worker.kernels.products.group_gemm import group_gemm, most_rows
 from mgpu.worker.kernels.products.group_gemv import group_gemv
 from mgpu.worker.kernels.products.group_parts import RUN_KINDS, takes
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
+from mgpu.worker.quantization.float8_rows import BLOCK
 from mgpu.worker.quantization.packing import PackedWeight
 
 GEMM_ROWS = {"int8": 256, "fp8": 256, "int4": 64}
 """Rows up to which `quantized_gemm` is faster than dequantizing once and a library product."""
+
+
+def try_products(device: torch.device, form: WeightFormat) -> None:
+    """Try the products that a form may use and that not every machine has; later calls remember the outcome."""
+    if form.quant == "fp8" and form.group == BLOCK:
+        multiplies_blocks(device)
 
 
 def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -43,6 +54,8 @@ def _group_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> 
     rows = x_TI.shape[0]
     if rows == 1 and takes_one_row(weight):
         return group_gemv(x_TI, weight, bias_N=bias_O)
+    if rows >= LEAST_ROWS and takes_blocks(weight, x_TI.dtype) and multiplies_blocks(x_TI.device):
+        return block_product(quantize_blocks(x_TI), weight, bias_O)
     if takes(weight) and rows <= most_rows(weight):
         return group_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.products import cpu_matmul
 from mgpu.worker.quantization.float8_rows import Float8Rows, UnscaledProduct
@@ -36,11 +37,12 @@ def dense_product(device: torch.device) -> DenseProduct:
     return F.linear
 
 
-def packed_product(device: torch.device) -> PackedProduct:
-    """Return the product with quantized weights."""
+def packed_product(device: torch.device, form: WeightFormat) -> PackedProduct:
+    """Return the product with quantized weights. What a form is tried for is tried now, before graphs are captured."""
     if uses_kernels(device):
         from mgpu.worker.kernels.products import choose
 
+        choose.try_products(device, form)
         return choose.quantized_matmul
     return quantized_matmul
 

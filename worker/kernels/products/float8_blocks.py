@@ -1,0 +1,84 @@
+"""Products of float8 rows with float8 weights in blocks of 128 x 128 (W8A8), by the library's tensor-core kernels.
+
+As in `float8_product`, the words of the weight are read as float8 with the channels of each block in another order. A
+block of 128 channels of a row has a scale of its own, as the checkpoints' own code quantizes activations.
+"""
+
+# T tokens, K input channels, N output channels
+
+import logging
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks
+from mgpu.worker.kernels.runtime import LAUNCH_MODE
+from mgpu.worker.quantization.float8_rows import BLOCK, Float8Blocks, round_blocks
+from mgpu.worker.quantization.packing import PackedWeight, dequantize, octet_words
+
+log = logging.getLogger(__name__)
+
+LEAST_ROWS = 17
+"""Rows from which it is faster than `group_gemm`, which reads as many bytes and rounds no activations."""
+_TOLERANCE = 2e-2
+
+
+def takes_blocks(weight: PackedWeight, dtype: torch.dtype) -> bool:
+    """Return True for weights that `block_product` takes: whole blocks, four of which fill a row of scales."""
+    if weight.kind != "fp8" or dtype != torch.bfloat16 or (weight.group, weight.rows) != (BLOCK, BLOCK):
+        return False
+    return weight.scales.dtype == torch.float32 and len(weight.words) % BLOCK == 0 and weight.k % (4 * BLOCK) == 0
+
+
+def block_product(rows: Float8Blocks, weight: PackedWeight, bias_N: Tensor | None = None) -> Tensor:
+    """Multiply by the weight's transpose, in bfloat16; see `takes_blocks`."""
+    kind = F.ScalingType
+    product_TN = F.scaled_mm(
+        rows.values,
+        weight.words.view(torch.float8_e4m3fn).t(),
+        rows.scale_TB,
+        kind.BlockWise1x128,
+        weight.scales.t(),
+        kind.BlockWise128x128,
+        output_dtype=torch.bfloat16,
+    )
+    return product_TN if bias_N is None else product_TN.add_(bias_N)
+
+
+def multiplies_blocks(device: torch.device) -> bool:
+    """Return whether products in blocks work here. The first call must not be within the capture of a graph."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return False  # the library has them for Hopper and later
+    return LAUNCH_MODE.compiles_only or _passes_trial(device)
+
+
+@cache
+def _passes_trial(device: torch.device) -> bool:
+    try:
+        error = trial_error(device)
+    except Exception as failure:  # a version without such products fails in its own way; weight-only ones still serve
+        log.warning("FP8 blocks stay weight-only: scaled_mm failed: %s: %s", type(failure).__name__, failure)
+        return False
+    if error > _TOLERANCE:
+        log.warning("FP8 blocks stay weight-only: float8 products are off by %.1e of their norm", error)
+        return False
+    log.info("FP8 blocks round the activations of %d rows and more to float8 too (W8A8)", LEAST_ROWS)
+    return True
+
+
+@torch.inference_mode()
+def trial_error(device: torch.device) -> float:
+    """Return the distance of a small product to plain torch, relative to its norm; infinity if it is not finite."""
+    generator = torch.Generator(device).manual_seed(0)
+    x_TK, w_NK = (torch.randn(shape, generator=generator, device=device) for shape in ((17, 512), (256, 512)))
+    x_TK = (x_TK * torch.logspace(-3, 3, 17, device=device)[:, None]).bfloat16()
+    scales = torch.rand(2, 4, generator=generator, device=device) + 0.5
+    words = octet_words(w_NK.to(torch.float8_e4m3fn).view(torch.uint8))
+    weight = PackedWeight("fp8", words, scales, 512, BLOCK, BLOCK)
+    got_TN = block_product(quantize_blocks(x_TK), weight).float()
+    expected_TN = round_blocks(x_TK) @ dequantize(weight, torch.float32).T
+    errors_T = (got_TN - expected_TN).norm(dim=1) / expected_TN.norm(dim=1)
+    error = float(errors_T.max())
+    return error if error == error else torch.inf
