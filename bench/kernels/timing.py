@@ -143,6 +143,7 @@ KERNEL_MODULES = tuple(
         "sample",
         "step_inputs",
         "peers.two_shot",
+        "products.warpgroup.gemm",
     )
 )
 

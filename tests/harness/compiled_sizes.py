@@ -29,11 +29,13 @@ from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
+from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.quantization.packing import PackedWeight, WeightKind
 from mgpu.worker.quantization.random_packed import random_packed
 from mgpu.worker.quantization.stacks import empty_stack
 
 BF16 = torch.bfloat16
+CPU = torch.device("cpu")
 HEADS, GROUP = 8, 32
 
 
@@ -72,6 +74,16 @@ def multiply(kind: WeightKind, rows: int, n: int, dtype: torch.dtype) -> None:
     weight = PackedWeight(kind, torch.zeros(n, k // per_word, dtype=torch.int32), scales, k, GROUP * (kind == "int4"))
     product: Callable[[Tensor, PackedWeight], Tensor] = quantized_gemv if rows == 1 else quantized_gemm
     product(torch.zeros(rows, k, dtype=dtype), weight)
+
+
+def multiply_words(form: WeightFormat, rows: int, outputs: int) -> None:
+    from mgpu.worker.kernels.products.warpgroup.gemm import warpgroup_gemm
+
+    weight = random_packed(form, (outputs,), 1024, torch.Generator().manual_seed(0))
+    if not form.source:
+        scales = torch.zeros(outputs, 1024 // GROUP, dtype=torch.int32)
+        weight = PackedWeight("int4", weight.words, scales, 1024, GROUP)
+    warpgroup_gemm(torch.zeros(rows, 1024, dtype=BF16), weight, workspace=Workspace.create(CPU))
 
 
 def dequantize(form: WeightFormat) -> None:
@@ -117,6 +129,12 @@ FLOAT8: tuple[Case, ...] = (
     (multiply_groups, (WeightFormat("fp8", 128, 128, 4, source="blocks"), 16)),
 )
 """What needs no instruction that converts float8."""
+WARPGROUPS: tuple[Case, ...] = (
+    (multiply_words, (WeightFormat("4", 32), 1, 128)),
+    (multiply_words, (WeightFormat("4", 32), 64, 128)),
+    (multiply_words, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 128, 128)),
+    (multiply_words, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 256, 128)),
+)
 
 
 def main() -> None:
@@ -130,7 +148,7 @@ def main() -> None:
         return kernel
 
     JITFunction.run = report
-    for function, arguments in {"sizes": SIZES, "float8": FLOAT8}[sys.argv[3]]:
+    for function, arguments in {"sizes": SIZES, "float8": FLOAT8, "warpgroups": WARPGROUPS}[sys.argv[3]]:
         case = str(arguments)
         function(*arguments)
 

@@ -17,9 +17,12 @@ from mgpu.worker.kernels.products.group_gemv import group_gemv
 from mgpu.worker.kernels.products.group_parts import RUN_KINDS, takes
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
+from mgpu.worker.kernels.products.warpgroup.trial import takes_words, words_product
 from mgpu.worker.quantization.float8_rows import BLOCK
 from mgpu.worker.quantization.packing import PackedWeight
 
+WORDS_ROWS = 256
+"""Rows up to which products by warpgroups are faster than dequantizing once and a library product."""
 GEMM_ROWS = {"int8": 256, "fp8": 256, "int4": 64}
 """Rows up to which `quantized_gemm` is faster than dequantizing once and a library product."""
 
@@ -28,6 +31,8 @@ def try_products(device: torch.device, form: WeightFormat) -> None:
     """Try the products that a form may use and that not every machine has; later calls remember the outcome."""
     if form.quant == "fp8" and form.group == BLOCK:
         multiplies_blocks(device)
+    if form.quant == "4":
+        words_product(device)
 
 
 def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -40,6 +45,8 @@ def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
 def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
     """Multiply by the dequantized weight's transpose; many rows dequantize it once, into temporary memory."""
     rows = x_TI.shape[0]
+    if 1 < rows <= WORDS_ROWS and takes_words(weight, x_TI.dtype) and (product := words_product(x_TI.device)):
+        return product(x_TI, weight, bias_O)
     if not weight.is_simple:
         return _group_matmul(x_TI, weight, bias_O)
     if rows == 1:

@@ -1,0 +1,50 @@
+"""Run the few PTX instructions that kernels have inline, on numbers: what the interpreter of Triton cannot do."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+_HALVES = torch.bfloat16
+_ALL = 0xFFFFFFFF
+
+
+def run_ptx(text: str, registers: Mapping[str, int]) -> dict[str, int]:
+    """Return the 32-bit registers after the instructions of one thread; ``$0`` and so on are operands."""
+    found = dict(registers)
+
+    def value(name: str) -> int:
+        return int(name, 16) if name.startswith("0x") else int(name) if name.isdigit() else found[name]
+
+    body = re.sub(r"\.reg [^;]*;|[{}]", "", text)
+    for line in filter(None, (part.strip() for part in body.split(";"))):
+        name, _, rest = line.partition(" ")
+        target, *given = (part.strip() for part in rest.split(","))
+        found[target] = _result(name, [value(each) for each in given])
+    return found
+
+
+def _result(name: str, given: list[int]) -> int:
+    if name == "mov.b32":
+        return given[0]
+    if name == "shr.u32":
+        return given[0] >> given[1]
+    if name == "prmt.b32":
+        octets = (given[0] | given[1] << 32).to_bytes(8, "little")
+        return int.from_bytes(bytes(octets[given[2] >> 4 * place & 7] for place in range(4)), "little")
+    if name == "lop3.b32":
+        assert given[3] == 0xEA, "a & b | c"
+        return (given[0] & given[1] | given[2]) & _ALL
+    if name == "fma.rn.bf16x2":
+        a, b, c = (_pair(each) for each in given)
+        return _bits((a.double() * b.double() + c.double()).to(_HALVES))
+    raise AssertionError(f"unknown instruction {name}")
+
+
+def _pair(bits: int) -> torch.Tensor:
+    return torch.tensor([bits & 0xFFFF, bits >> 16], dtype=torch.int32).to(torch.uint16).view(_HALVES)
+
+
+def _bits(pair: torch.Tensor) -> int:
+    low, high = pair.view(torch.uint16).tolist()
+    return int(low) | int(high) << 16

@@ -1,0 +1,213 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Products of rows with 4-bit weights on Hopper, where a warpgroup widens the next weights while it multiplies.
+
+The weights are the tall operand, read from registers; the activations are the narrow one, in shared memory. One tile
+has all rows of activations up to 256, so that no weight is widened twice. While the tensor core multiplies two parts
+of a block of words, the next two are widened; `quantized_gemm`, in plain Triton, must wait in between. A ring of tiles
+of words and one of activations are filled ahead by asynchronous copies.
+
+The loop has quarters of a block: a byte of each word, 64 of 256 inputs. A step, the unit of copies and barriers, is
+one, two or four of them. Its theory, for D = STAGES - 1 steps ahead: before step s, the copies that were begun before
+step s - D + 1 are done. Those are the activations of step s, and, since words are begun earlier than activations, the
+words that are read at the end of step s for the next block. A slot is filled again only after a barrier that all warps
+reach after their last read of it.
+"""
+
+# M rows of activations, N output channels, K input channels
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from mgpu.worker.kernels.products.quantized_gemm import arrange_rows
+from mgpu.worker.kernels.products.warpgroup.widen import GROUPS, PAIRS, load_factors, widen, word_layouts
+from mgpu.worker.kernels.runtime import (
+    Workspace,
+    ceil_div,
+    default_workspace,
+    launch_options,
+    overlaps_launches,
+    power_of_2,
+)
+from mgpu.worker.quantization.packing import WORDS, PackedWeight
+
+MAX_ROWS = 256
+"""Rows of the largest tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class WarpgroupTiling:
+    """How a product is cut."""
+
+    block_n: int
+    """Outputs of a tile: 16 a warp, or twice as many."""
+    block_m: int
+    """Rows of activations of a tile."""
+    splits: int
+    """Programs among which K is divided."""
+    num_warps: int
+    stages: int
+    """Steps in the ring of activations."""
+    quarters: int
+    """Quarters of a block of words per step: 1, 2 or 4."""
+
+
+@gluon.jit
+def _copy_rows(xs, x_ptrs, mask, slot, step, QUARTERS: gl.constexpr):
+    for quarter in gl.static_range(QUARTERS):
+        source = x_ptrs + (step * QUARTERS + quarter) * 64
+        async_copy.async_copy_global_to_shared(xs.index(slot * QUARTERS + quarter), source, mask=mask)
+
+
+@gluon.jit
+def _add_splits(out, partial_ptr, counter_ptr, tile, split, offsets, SPLITS: gl.constexpr, SIZE: gl.constexpr):
+    """As `quantized_gemm.add_partials`: return (sum over splits, 1) in a tile's last program, else (own sum, 0)."""
+    base = partial_ptr + tile * (SPLITS * SIZE)
+    gl.store(base + split * SIZE + offsets, out)
+    gl.thread_barrier()
+    arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
+    is_last = (arrived == SPLITS - 1).to(gl.int32)
+    if is_last:
+        out = gl.load(base + offsets, cache_modifier=".cg")
+        for other in gl.static_range(1, SPLITS):
+            out += gl.load(base + other * SIZE + offsets, cache_modifier=".cg")
+        gl.store(counter_ptr + tile, 0)
+    return out, is_last
+
+
+@gluon.jit(do_not_specialize=["M", "groups", "blocks", "blocks_per_split", "row_tiles"])
+def _warpgroup_gemm_kernel(
+    x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
+    M, N, groups, blocks, blocks_per_split, row_tiles, x_stride, y_stride,
+    KIND: gl.constexpr, GROUP: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, QUARTERS: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr, OVERLAP: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    WORD_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
+    ROW_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    AHEAD: gl.constexpr = STAGES - 1
+    WORD_SLOTS: gl.constexpr = STAGES if QUARTERS == 4 else 2
+    STEPS: gl.constexpr = 4 // QUARTERS
+    tile, split = gl.program_id(0), gl.program_id(1)
+    first_n = tile // row_tiles * BLOCK_N
+    first_m = tile % row_tiles * BLOCK_M
+    begin = split * blocks_per_split
+    end = gl.minimum(begin + blocks_per_split, blocks)
+    ws = gl.allocate_shared_memory(gl.int32, [WORD_SLOTS, BLOCK_N, 32], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+    xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * QUARTERS, BLOCK_M, 64], gl.NVMMASharedLayout(128, 16, rank=2))
+    copied_n = gl.minimum(first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, WORD_COPY)), N - 1)
+    word = gl.arange(0, 32, layout=gl.SliceLayout(0, WORD_COPY))
+    w_ptrs = w_ptr + gl.expand_dims(copied_n.to(gl.int64) * (blocks * 32), 1) + gl.expand_dims(word, 0)
+    copied_m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, ROW_COPY))
+    place = gl.arange(0, 64, layout=gl.SliceLayout(0, ROW_COPY))
+    x_ptrs = x_ptr + gl.expand_dims(copied_m * x_stride, 1) + gl.expand_dims(place, 0)
+    x_mask = gl.expand_dims(copied_m < M, 1)
+    first_step, last_step = begin * STEPS, end * STEPS
+
+    for slot in gl.static_range(WORD_SLOTS):  # weights are no other kernel's results
+        if begin + slot < end:
+            async_copy.async_copy_global_to_shared(ws.index(slot), w_ptrs + (begin + slot) * 32)
+    if OVERLAP:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1
+        )
+    for step in gl.static_range(AHEAD):
+        if first_step + step < last_step:
+            _copy_rows(xs, x_ptrs, x_mask, step, first_step + step, QUARTERS)
+        async_copy.commit_group()
+    factors, middles = load_factors(scale_ptr, zero_ptr, first_n, N, groups, begin, KIND, GROUP, BLOCK_N, WORDS, RUNS)
+    async_copy.wait_group(AHEAD - 1)
+    gl.thread_barrier()
+    words = ws.index(0).load(WORDS)
+    low, high = widen(words, factors, middles, 0, KIND, OPERAND)
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
+    for block in range(begin, end):
+        i = block - begin
+        next_factors, next_middles = load_factors(
+            scale_ptr, zero_ptr, first_n, N, groups, block + 1, KIND, GROUP, BLOCK_N, WORDS, RUNS
+        )
+        for quarter in gl.static_range(4):
+            if quarter % QUARTERS == 0:
+                async_copy.wait_group(AHEAD - 1)
+                fence_async_shared()  # what copies have written is read by the tensor core
+                gl.thread_barrier()
+                ahead = i * STEPS + quarter // QUARTERS + AHEAD
+                if first_step + ahead < last_step:
+                    _copy_rows(xs, x_ptrs, x_mask, ahead % STAGES, first_step + ahead, QUARTERS)
+                if quarter == 0:  # noqa: SIM102 - known while compiling
+                    if block + WORD_SLOTS < end:
+                        source = w_ptrs + (block + WORD_SLOTS) * 32
+                        async_copy.async_copy_global_to_shared(ws.index(i % WORD_SLOTS), source)
+                async_copy.commit_group()
+            x = xs.index((i * 4 + quarter) % (STAGES * QUARTERS)).permute((1, 0))
+            acc = warpgroup_mma(low, x.slice(0, 32, dim=0), acc, is_async=True)
+            acc = warpgroup_mma(high, x.slice(32, 32, dim=0), acc, is_async=True)
+            if quarter == 3:
+                words = ws.index((i + 1) % WORD_SLOTS).load(WORDS)
+                factors, middles = next_factors, next_middles
+            next_low, next_high = widen(words, factors, middles, (quarter + 1) % 4, KIND, OPERAND)
+            acc, _, _ = warpgroup_mma_wait(0, deps=[acc, low, high])
+            low, high = next_low, next_high
+
+    async_copy.wait_group(0)
+    n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
+    m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
+    is_done = 1
+    if SPLITS > 1:
+        offsets = gl.expand_dims((n - first_n) * BLOCK_M, 1) + gl.expand_dims(m - first_m, 0)
+        acc, is_done = _add_splits(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
+    if is_done:
+        if bias_ptr is not None:
+            acc += gl.expand_dims(gl.load(bias_ptr + gl.minimum(n, N - 1)).to(gl.float32), 1)
+        mask = gl.expand_dims(m < M, 0) & gl.expand_dims(n < N, 1)
+        y_ptrs = y_ptr + gl.expand_dims(m * y_stride, 0) + gl.expand_dims(n, 1)
+        gl.store(y_ptrs, acc.to(gl.bfloat16), mask=mask)
+
+
+def choose_tiling(rows: int, n: int) -> WarpgroupTiling:
+    """Pick tiles as measured on an H200 (docs/kernels.md)."""
+    block_m = max(8, power_of_2(rows))
+    if rows <= 16:
+        return WarpgroupTiling(64, block_m, 1 if n > 8192 else 4, 4, 3, 4)
+    if rows <= 64:
+        return WarpgroupTiling(64, block_m, 1 if n > 8192 else 4, 4, 2, 4)
+    if rows <= 128:
+        return WarpgroupTiling(128, block_m, 1 if n > 8192 else 4, 8, 3, 2)
+    return WarpgroupTiling(128, 256, 1 if n > 8192 else 4, 8, 5, 1)
+
+
+def warpgroup_gemm(
+    x_MK: Tensor,
+    weight: PackedWeight,
+    *,
+    bias_N: Tensor | None = None,
+    tiling: WarpgroupTiling | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """Multiply rows (bfloat16) by the dequantized weight's transpose, in float32; see `trial.takes_words`."""
+    rows, n, words_per_row = len(x_MK), *weight.words.shape
+    tiling = tiling or choose_tiling(rows, n)
+    blocks = words_per_row // WORDS
+    out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
+    x_MK = arrange_rows(x_MK, words_per_row * 8)
+    row_tiles = ceil_div(rows, tiling.block_m)
+    tiles = ceil_div(n, tiling.block_n) * row_tiles
+    workspace = workspace or default_workspace(x_MK.device)
+    if tiling.splits > 1:
+        workspace.require(tiles * tiling.splits * tiling.block_n * tiling.block_m, tiles)
+    _warpgroup_gemm_kernel[(tiles, tiling.splits)](
+        x_MK, weight.words, weight.scales, weight.zeros, bias_N, out_MN, workspace.partials, workspace.counters,
+        rows, n, weight.scales.shape[1], blocks, ceil_div(blocks, tiling.splits), row_tiles,
+        x_MK.stride(0), out_MN.stride(0),
+        (PAIRS if weight.has_pairs else GROUPS).value, weight.group, tiling.splits, tiling.block_m, tiling.block_n,
+        tiling.stages, tiling.quarters, *word_layouts(tiling.block_n, tiling.num_warps),
+        overlaps_launches(x_MK.device), **launch_options(x_MK.device, tiling.num_warps, 1),
+    )  # fmt: skip
+    return out_MN
