@@ -1,8 +1,9 @@
 """Break one worker's step down on a GPU, without a server: time per step, kernels, and what the GPU waits.
 
-    python -m bench.step [--shape 8B] [--rows 1,8,64] [--context 128] [--quant fp8] [--top 12] [--save FILE]
+    python -m bench.step [--shape 8B] [--rows 1,8,64] [--quant fp8] [--format GPTQ] [--repeat 3] [--top 12]
 
-Llama-3.1-8B or another shape in bfloat16 (or quantized) with random weights. ``step`` is the time per decode step with
+Llama-3.1-8B or another shape with random weights in bfloat16, quantized, or in the format of a checkpoint.
+``step`` is the time per decode step with
 two in flight, as the worker runs them; ``busy`` is the part of it in which some kernel ran; ``launch`` is what the host
 does for one step. A step begins with the kernel that makes its inputs; ``idle before a step`` is from the end of the
 kernel before.
@@ -10,7 +11,6 @@ kernel before.
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ from typing import get_args
 
 import torch
 
+from bench.formats import FORMATS, facts_in
 from bench.kernels.gpu_spans import Span, busy_us, idle_before_steps
 from bench.options import numbers
 from bench.performance.rows import BENCH, GAP, OCCUPANCY, SHOWN
 from bench.performance.rows import row as make_row
 from mgpu.launch.bench.report import Report, describe, heading
-from mgpu.launch.bench.shapes import SHAPES, write_config
-from mgpu.protocol.checkpoint.read import read_checkpoint
+from mgpu.launch.bench.shapes import SHAPES
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
-from mgpu.protocol.model.facts import KvCacheDtype
+from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.models.build import build_stage, init_dummy_weights
@@ -42,9 +42,7 @@ BLOCK, STEPS, MOST_ROWS = 64, 60, 256
 PROFILED_STEPS = 12
 
 
-def make_runner(shape: str, context: int, quant: Quant, kept: KvCacheDtype) -> ModelRunner:
-    with tempfile.TemporaryDirectory() as folder:
-        facts = read_checkpoint(write_config(Path(folder), SHAPES[shape]), "dummy").facts
+def make_runner(facts: ModelFacts, context: int, quant: Quant, kept: KvCacheDtype) -> ModelRunner:
     device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), MeasurableGroup(SingleRank())
     layers = range(facts.num_layers)
     stage = build_stage(facts, place, layers, group, torch.bfloat16, device, quant, kv_cache_dtype=kept)
@@ -117,12 +115,15 @@ def main() -> None:
     parser.add_argument("--rows", type=numbers, default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--quant", choices=["none", "8", "4", "fp8"], default="none")
+    parser.add_argument("--format", choices=FORMATS, default="", help="of a quantized checkpoint")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of so many steps; the median is shown")
     parser.add_argument("--top", type=int, default=12)
     parser.add_argument("--kv-cache-dtype", choices=get_args(KvCacheDtype), default="auto")
     parser.add_argument("--save", type=Path, help="where idle times go, as rows of bench/performance")
     arguments = parser.parse_args()
     print(heading(describe("triton")))
-    runner = make_runner(arguments.shape, arguments.context, arguments.quant, arguments.kv_cache_dtype)
+    facts = facts_in(SHAPES[arguments.shape], arguments.format)
+    runner = make_runner(facts, arguments.context, arguments.quant, arguments.kv_cache_dtype)
     began_s = time.perf_counter()
     runner.warm_up(16, 0)
     torch.cuda.synchronize()
@@ -132,16 +133,21 @@ def main() -> None:
         fill(runner, min(rows, 3), arguments.context)
         prompt_ms = fill(runner, rows, arguments.context)
         decode(runner, rows, arguments.context, 10)
-        step_us, launch_us = decode(runner, rows, arguments.context + 10, STEPS)
-        speed = rows / step_us * 1e6
+        runs = sorted(decode(runner, rows, arguments.context + 10, STEPS) for _ in range(arguments.repeat))
+        step_us, launch_us = runs[len(runs) // 2]
+        fastest, slowest = (rows / us * 1e6 for us in (runs[0][0], runs[-1][0]))
         print(f"rows {rows}: last prompt {prompt_ms:.2f} ms, launching a step {launch_us:.0f} us")
-        print(f"   step {step_us:.0f} us, {speed:.0f} tok/s")
+        print(f"   step {step_us:.0f} us, {rows / step_us * 1e6:.0f} tok/s ({slowest:.0f} to {fastest:.0f})")
+        if not arguments.top:
+            continue
         spans = record(partial(decode, runner, rows, arguments.context + 80, PROFILED_STEPS))
         share = show(spans, PROFILED_STEPS, arguments.top)
         if idle := idle_before_steps(spans):
             print(f"   idle before a step: {statistics.median(idle):.1f} us, at most {max(idle):.1f}")
             report.add(make_row(GAP, rows, arguments.context, "us", idle))
         report.add(make_row(OCCUPANCY, rows, arguments.context, "share", [share]))
+    if not arguments.top:
+        return
     print("one prompt:")
     show(record(partial(fill, runner, 1, arguments.context)), 1, arguments.top)
 

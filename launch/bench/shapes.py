@@ -72,6 +72,39 @@ QWEN3_5_35B_A3B: Config = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
 }
+GPT_OSS_20B: Config = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 201088,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "attention_bias": True,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "lm_head"]},
+}  # fmt: skip
+GPT_OSS_120B: Config = {
+    **GPT_OSS_20B,
+    "num_hidden_layers": 36,
+    "num_local_experts": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+}
 SMOLLM2_135M: Config = {
     **LLAMA_8B,
     "hidden_size": 576,
@@ -103,6 +136,8 @@ SHAPES: dict[str, Config] = {
     "30B-A3B": QWEN3_30B_A3B,
     "35B-A3B": QWEN3_5_35B_A3B,
     "70B": LLAMA_70B,
+    "gpt-oss-20b": GPT_OSS_20B,
+    "gpt-oss-120b": GPT_OSS_120B,
     "135M": SMOLLM2_135M,
     "tiny": TINY,
 }

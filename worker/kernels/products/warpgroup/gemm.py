@@ -38,6 +38,8 @@ from mgpu.worker.quantization.packing import WORDS, PackedWeight
 
 MAX_ROWS = 256
 """Rows of the largest tile."""
+FEW_ROWS = 16
+"""Rows up to which activations are copied in runs of 4 channels, so that no kernel has to arrange them first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,11 @@ class WarpgroupTiling:
 
 
 @gluon.jit
-def _copy_rows(xs, x_ptrs, mask, slot, step, QUARTERS: gl.constexpr):
+def _copy_rows(xs, x_ptrs, mask, slot, step, QUARTERS: gl.constexpr, ARRANGED: gl.constexpr):
+    """Begin to copy what a step's quarters are multiplied by: 64 places in a row, or 16 runs of 4 channels."""
     for quarter in gl.static_range(QUARTERS):
-        source = x_ptrs + (step * QUARTERS + quarter) * 64
+        at = step * QUARTERS + quarter
+        source = x_ptrs + (at * 64 if ARRANGED else at // 4 * 256 + at % 4 * 8)
         async_copy.async_copy_global_to_shared(xs.index(slot * QUARTERS + quarter), source, mask=mask)
 
 
@@ -85,13 +89,15 @@ def _warpgroup_gemm_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
     M, N, groups, blocks, blocks_per_split, row_tiles, x_stride, y_stride,
     KIND: gl.constexpr, GROUP: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, QUARTERS: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr, OVERLAP: gl.constexpr,
-    num_warps: gl.constexpr,
+    STAGES: gl.constexpr, QUARTERS: gl.constexpr, ARRANGED: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr,
+    OVERLAP: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     WORD_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
-    ROW_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    WIDE_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    NARROW_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [num_warps, 1], [1, 0])
+    ROW_COPY: gl.constexpr = WIDE_COPY if ARRANGED else NARROW_COPY
     AHEAD: gl.constexpr = STAGES - 1
     WORD_SLOTS: gl.constexpr = STAGES if QUARTERS == 4 else 2
     STEPS: gl.constexpr = 4 // QUARTERS
@@ -107,6 +113,8 @@ def _warpgroup_gemm_kernel(
     w_ptrs = w_ptr + gl.expand_dims(copied_n.to(gl.int64) * (blocks * 32), 1) + gl.expand_dims(word, 0)
     copied_m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, ROW_COPY))
     place = gl.arange(0, 64, layout=gl.SliceLayout(0, ROW_COPY))
+    if not ARRANGED:  # where the channels of two parts are
+        place = gl.max_contiguous(gl.multiple_of(place // 32 * 4 + place % 32 // 4 * 32 + place % 4, [4]), [4])
     x_ptrs = x_ptr + gl.expand_dims(copied_m * x_stride, 1) + gl.expand_dims(place, 0)
     x_mask = gl.expand_dims(copied_m < M, 1)
     first_step, last_step = begin * STEPS, end * STEPS
@@ -120,7 +128,7 @@ def _warpgroup_gemm_kernel(
         )
     for step in gl.static_range(AHEAD):
         if first_step + step < last_step:
-            _copy_rows(xs, x_ptrs, x_mask, step, first_step + step, QUARTERS)
+            _copy_rows(xs, x_ptrs, x_mask, step, first_step + step, QUARTERS, ARRANGED)
         async_copy.commit_group()
     factors, middles = load_factors(scale_ptr, zero_ptr, first_n, N, groups, begin, KIND, GROUP, BLOCK_N, WORDS, RUNS)
     async_copy.wait_group(AHEAD - 1)
@@ -140,7 +148,7 @@ def _warpgroup_gemm_kernel(
                 gl.thread_barrier()
                 ahead = i * STEPS + quarter // QUARTERS + AHEAD
                 if first_step + ahead < last_step:
-                    _copy_rows(xs, x_ptrs, x_mask, ahead % STAGES, first_step + ahead, QUARTERS)
+                    _copy_rows(xs, x_ptrs, x_mask, ahead % STAGES, first_step + ahead, QUARTERS, ARRANGED)
                 if quarter == 0:  # noqa: SIM102 - known while compiling
                     if block + WORD_SLOTS < end:
                         source = w_ptrs + (block + WORD_SLOTS) * 32
@@ -196,7 +204,9 @@ def warpgroup_gemm(
     tiling = tiling or choose_tiling(rows, n)
     blocks = words_per_row // WORDS
     out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
-    x_MK = arrange_rows(x_MK, words_per_row * 8)
+    is_arranged = rows > FEW_ROWS or x_MK.shape[1] != words_per_row * 8
+    if is_arranged:
+        x_MK = arrange_rows(x_MK, words_per_row * 8)
     row_tiles = ceil_div(rows, tiling.block_m)
     tiles = ceil_div(n, tiling.block_n) * row_tiles
     workspace = workspace or default_workspace(x_MK.device)
@@ -207,7 +217,7 @@ def warpgroup_gemm(
         rows, n, weight.scales.shape[1], blocks, ceil_div(blocks, tiling.splits), row_tiles,
         x_MK.stride(0), out_MN.stride(0),
         (PAIRS if weight.has_pairs else GROUPS).value, weight.group, tiling.splits, tiling.block_m, tiling.block_n,
-        tiling.stages, tiling.quarters, *word_layouts(tiling.block_n, tiling.num_warps),
+        tiling.stages, tiling.quarters, is_arranged, *word_layouts(tiling.block_n, tiling.num_warps),
         overlaps_launches(x_MK.device), **launch_options(x_MK.device, tiling.num_warps, 1),
     )  # fmt: skip
     return out_MN
