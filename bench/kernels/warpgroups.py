@@ -20,7 +20,6 @@ from bench.kernels.timing import BF16, SHAPES, compile_all, graph_us, random_sca
 from bench.options import numbers
 from mgpu.launch.bench.report import describe, heading
 from mgpu.protocol.model.weight_format import WeightFormat
-from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks
 from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.float8_blocks import block_product
@@ -68,7 +67,7 @@ def compile_tiling(device: torch.device, form: str, rows: int, tiling: Warpgroup
 def ways(form: str, rows: int, n: int, sweep: bool) -> Iterator[tuple[str, Callable[[Tensor, PackedWeight], Tensor]]]:
     yield "chosen", quantized_matmul
     if form == "FP8":
-        yield "in blocks", lambda x, w: block_product(quantize_blocks(x), w)
+        yield "in blocks", block_product
         return
     for tiling in tilings(rows) if sweep else [choose_tiling(rows, n)]:
         name = ",".join(map(str, astuple(tiling)))

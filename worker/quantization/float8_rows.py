@@ -19,6 +19,8 @@ LEAST_ROWS = 9
 """Rows from which a float8 product is faster than a weight-only one; fewer are bound by reading the weight."""
 BLOCK = 4 * WORDS
 """Channels of a block of words."""
+ROWS_AT_ONCE = 16
+"""The scales of a block of 128 channels fill whole units of 16 bytes and more, as the library wants them."""
 LARGEST = 448.0
 SMALLEST = 1e-30
 """Least value that a row's largest counts as, so that its scale has an inverse."""
@@ -40,7 +42,8 @@ class Float8Blocks:
     """Quantized activations whose blocks of 128 channels have scales of their own, channels in the order of words.
 
     ``values``: float8_e4m3fn [T, K padded to blocks], zeros where padded. ``scale_TB``: float32, where the scales of a
-    block of all rows are neighbours in memory, as the library wants them.
+    block of all rows are neighbours in memory, as the library wants them. T is padded to a multiple of `ROWS_AT_ONCE`
+    by rows of any values.
     """
 
     values: Tensor
@@ -77,11 +80,11 @@ def round_rows(x_TK: Tensor) -> Tensor:
 
 def quantize_blocks(x_TK: Tensor) -> Float8Blocks:
     """Return the rows quantized block by block, by the same arithmetic as the kernel."""
-    blocks = F.pad(x_TK, (0, -x_TK.shape[1] % BLOCK)).view(-1, BLOCK)
-    values, scales = _quantized(blocks)
-    values_TBPW = values.view(len(x_TK), -1, 4, WORDS)
+    padded_TK = F.pad(x_TK, (0, -x_TK.shape[1] % BLOCK, 0, -len(x_TK) % ROWS_AT_ONCE))
+    values, scales = _quantized(padded_TK.view(-1, BLOCK))
+    values_TBPW = values.view(len(padded_TK), -1, 4, WORDS)
     octets_TK = values_TBPW.transpose(2, 3).flatten(1).to(torch.float8_e4m3fn)
-    return Float8Blocks(octets_TK, scales.view(len(x_TK), -1).t().contiguous().t())
+    return Float8Blocks(octets_TK, scales.view(len(padded_TK), -1).t().contiguous().t())
 
 
 def round_blocks(x_TK: Tensor) -> Tensor:

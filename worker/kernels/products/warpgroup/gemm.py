@@ -181,14 +181,14 @@ def _warpgroup_gemm_kernel(
 
 def choose_tiling(rows: int, n: int) -> WarpgroupTiling:
     """Pick tiles as measured on an H200 (docs/kernels.md)."""
-    block_m = max(8, power_of_2(rows))
+    block_m, splits = min(MAX_ROWS, max(8, power_of_2(rows))), 1 if n > 8192 else 4
     if rows <= 16:
-        return WarpgroupTiling(64, block_m, 1 if n > 8192 else 4, 4, 3, 4)
+        return WarpgroupTiling(64, block_m, splits, 4, 3, 4)
     if rows <= 64:
-        return WarpgroupTiling(64, block_m, 1 if n > 8192 else 4, 4, 2, 4)
+        return WarpgroupTiling(64, block_m, splits, 4, 2, 4)
     if rows <= 128:
-        return WarpgroupTiling(128, block_m, 1 if n > 8192 else 4, 8, 3, 2)
-    return WarpgroupTiling(128, 256, 1 if n > 8192 else 4, 8, 5, 1)
+        return WarpgroupTiling(64, block_m, splits, 4, 3, 2)
+    return WarpgroupTiling(128, block_m, splits, 8, 5, 1)
 
 
 def warpgroup_gemm(

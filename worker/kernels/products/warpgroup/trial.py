@@ -5,6 +5,7 @@ It needs Hopper, and a part of Triton that is experimental.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -67,12 +68,17 @@ def _tried(device: torch.device) -> WordsProduct | None:
 
 @torch.inference_mode()
 def trial_error(device: torch.device, product: WordsProduct) -> float:
-    """Return the distance of a small product to plain torch, relative to its norm; infinity if it is not finite."""
+    """Return the distance of small products to plain torch, relative to their norm; infinity if one is not finite."""
     generator = torch.Generator(device).manual_seed(0)
     q_NK = torch.randint(-8, 8, (192, 768), generator=generator, device=device)
     scales_NG, offsets_NG = (torch.rand(192, 24, generator=generator, device=device) for _ in range(2))
-    weight = pack_int4(q_NK, scales_NG, offsets_NG, 32)
+    pairs = pack_int4(q_NK, scales_NG, offsets_NG, 32)
+    zeros_NG = torch.randint(-8, 9, (192, 24), generator=generator, device=device, dtype=torch.int8)
+    groups = replace(pairs, scales=scales_NG.half(), zeros=zeros_NG)
     x_TK = torch.randn(9, 768, generator=generator, device=device).bfloat16()
-    expected_TN = x_TK.float() @ dequantize(weight, torch.float32).T
-    error = float((product(x_TK, weight, None).float() - expected_TN).norm() / expected_TN.norm())
-    return error if error == error else torch.inf
+    worst = 0.0
+    for weight in (pairs, groups):
+        expected_TN = x_TK.float() @ dequantize(weight, torch.float32).T
+        error = float((product(x_TK, weight, None).float() - expected_TN).norm() / expected_TN.norm())
+        worst = max(worst, error if error == error else torch.inf)
+    return worst
