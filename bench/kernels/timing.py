@@ -115,6 +115,7 @@ KERNEL_MODULES = tuple(
     f"mgpu.worker.kernels.{name}"
     for name in (
         "layers.activation",
+        "layers.arrange",
         "peers.all_reduce",
         "attention.decode",
         "attention.latent",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.experts.gate import gated
 from mgpu.worker.kernels.experts.sort import SortedPairs
-from mgpu.worker.kernels.products.quantized_gemm import arrange_rows
+from mgpu.worker.kernels.layers.arrange import arrange_rows
 from mgpu.worker.kernels.products.widen import KINDS, widen_int4, widen_octets
 from mgpu.worker.kernels.runtime import (
     INTERPRETED,

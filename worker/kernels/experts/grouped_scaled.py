@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.experts.grouped_packed import PackedTiling, store_outputs
 from mgpu.worker.kernels.experts.sort import SortedPairs
+from mgpu.worker.kernels.layers.arrange import arrange_rows
 from mgpu.worker.kernels.products.dequantize_scaled import load_scale
 from mgpu.worker.kernels.products.group_parts import (
     RUN_KINDS,
@@ -23,7 +24,6 @@ from mgpu.worker.kernels.products.group_parts import (
     load_words,
     of_words,
 )
-from mgpu.worker.kernels.products.quantized_gemm import arrange_rows
 from mgpu.worker.kernels.products.widen import widen_octets
 from mgpu.worker.kernels.runtime import (
     INTERPRETED,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.worker.kernels.layers.arrange import arrange_rows
 from mgpu.worker.kernels.products.dequantize_scaled import load_scale
 from mgpu.worker.kernels.products.group_parts import (
     RUN_KINDS,
@@ -25,7 +26,7 @@ from mgpu.worker.kernels.products.group_parts import (
     load_words,
     of_words,
 )
-from mgpu.worker.kernels.products.quantized_gemm import Tiling, add_partials, arrange_rows
+from mgpu.worker.kernels.products.quantized_gemm import Tiling, add_partials
 from mgpu.worker.kernels.products.widen import widen_octets
 from mgpu.worker.kernels.runtime import (
     HOPPER_SHARED_BYTES,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.worker.kernels.layers.arrange import arrange_rows
 from mgpu.worker.kernels.products.widen import KINDS, widen_int4, widen_octets
 from mgpu.worker.kernels.runtime import (
     HOPPER_SHARED_BYTES,
@@ -36,8 +37,6 @@ from mgpu.worker.quantization.packing import WORDS, PackedWeight, WeightKind
 
 MAX_ROWS = 256
 """Most rows that it takes. `choose.GEMM_ROWS` says up to how many it is the fastest product."""
-ARRANGE_BLOCK = 1024
-"""Places per program of `_arrange_kernel`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,28 +53,6 @@ class Tiling:
     def block_m(self, rows: int) -> int:
         """Rows of the padded tile."""
         return min(self.most_rows, max(16, power_of_2(rows)))
-
-
-@triton.jit
-def _arrange_kernel(x_ptr, out_ptr, K, places, x_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    part, word = place % 256 // 32, place % 32
-    k = place // 256 * 256 + word // 4 * 32 + part * 4 + word % 4
-    wait_for_inputs(OVERLAP)
-    x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0)
-    tl.store(out_ptr + row * places + place, x, mask=place < places)
-
-
-def arrange_rows(x_TK: Tensor, places: int) -> Tensor:
-    """Return rows [T, places], zeros past K: place ``i * 32 + j`` of 256 is what part i of word j is multiplied by."""
-    tokens, k = x_TK.shape
-    out = torch.empty(tokens, places, dtype=x_TK.dtype, device=x_TK.device)
-    _arrange_kernel[(tokens, ceil_div(places, ARRANGE_BLOCK))](
-        x_TK, out, k, places, x_TK.stride(0), ARRANGE_BLOCK, overlaps_launches(x_TK.device),
-        **launch_options(x_TK.device, 4),
-    )  # fmt: skip
-    return out
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from mgpu.worker.kernels.products.quantized_gemm import arrange_rows
+from mgpu.worker.kernels.layers.arrange import arrange_rows
 from mgpu.worker.kernels.products.warpgroup.widen import GROUPS, PAIRS, load_factors, widen, word_layouts
 from mgpu.worker.kernels.runtime import (
     Workspace,
