@@ -1,12 +1,12 @@
-"""The tiny models of all families, by name (`tiny_models.tiny_config`), and what differs between families on GPUs."""
+"""The tiny models of all families, by name (`tiny_configs.tiny_config`), and what differs between families on GPUs."""
 
-from harness.tiny_models import HYBRID_MODELS, WIDE_HYBRIDS
+from harness.tiny_configs import HYBRID_MODELS, WIDE_HYBRIDS
 from mgpu.protocol.checkpoint.huggingface.borrowed import BORROWED as BORROWED_TYPES
 
 DENSE = (
     "llama", "llama3-rope", "llama-linear-bias", "llama-longrope", "mistral-window", "mistral3", "ministral",
-    "ministral3", "qwen2", "qwen2-yarn", "qwen2.5-vl", "qwen3", "gemma2", "gemma3", "phi3", "phi4-mini", "granite",
-    "olmo2", "olmo3", "smollm3", "gemma4", "gemma4-vl",
+    "ministral3", "qwen2", "qwen2-yarn", "qwen2.5-vl", "qwen3", "gemma2", "gemma3", "gemma3-vl", "phi3", "phi4-mini",
+    "granite", "olmo2", "olmo3", "smollm3", "gemma4", "gemma4-vl",
 )  # fmt: skip
 EXPERTS = (
     "mixtral", "mixtral-window", "qwen3-moe", "qwen3-moe-plain", "qwen2-moe", "gpt-oss", "granite-moe",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from harness.odd_models import INDEX, WHOLE, Case, Change, Folder, Tensors
-from harness.tiny_models import TINY
+from harness.tiny_configs import TINY
 
 
 def untie(folder: Folder) -> None:
