@@ -26,6 +26,9 @@ from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launc
 
 CHUNK = 64
 _ROWS_AT_ONCE = 256
+_PRECISION = "tf32x3"
+"""Of products of float32: three of tf32, which lose the last two bits or so. GPUs have no others in their tensor cores,
+and a program of single multiplications took minutes to compile for heads of 128."""
 _VALUES = 32
 """Values of a head that one program goes through a row with."""
 
@@ -90,10 +93,10 @@ def _prepare_kernel(
     before = n[:, None] > n[None, :]
     left = tl.exp(tl.where(before, sums[:, None] - sums[None, :], 0.0))
     rounded = k.to(dtype)
-    a = tl.dot(rounded, tl.trans(rounded), input_precision="ieee") * left * beta[:, None]
+    a = tl.dot(rounded, tl.trans(rounded), input_precision=PRECISION) * left * beta[:, None]
     inverse = _inverse(tl.where(before, a, 0.0), PRECISION, C).to(dtype)
-    u = tl.dot(inverse, (v.to(tl.float32) * beta[:, None]).to(dtype), input_precision="ieee")
-    w = tl.dot(inverse, (k * (beta * tl.exp(sums))[:, None]).to(dtype), input_precision="ieee")
+    u = tl.dot(inverse, (v.to(tl.float32) * beta[:, None]).to(dtype), input_precision=PRECISION)
+    w = tl.dot(inverse, (k * (beta * tl.exp(sums))[:, None]).to(dtype), input_precision=PRECISION)
     places = (t * HEADS + head)[:, None]
     tl.store(u_ptr + places * V + value[None, :], u.to(u_ptr.dtype.element_ty), mask=exists[:, None])
     tl.store(w_ptr + places * K + key[None, :], w.to(w_ptr.dtype.element_ty), mask=exists[:, None])
@@ -104,7 +107,7 @@ def _scan_kernel(
     mixed_ptr, u_ptr, w_ptr, sums_ptr, state_ptr, out_ptr, rows_ptr, lens_ptr, starts_ptr,
     mixed_stride, state_stride, HEADS, KEYS, scale,
     SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VALUES: tl.constexpr, C: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     part = tl.program_id(1)
@@ -136,14 +139,14 @@ def _scan_kernel(
         sums = tl.load(sums_ptr + t * HEADS + head, mask=exists, other=0.0)
         sums = tl.where(exists, sums, whole)
         held = state.to(dtype)
-        change = (u.to(tl.float32) - tl.dot(w, held, input_precision="ieee")).to(dtype)
-        out = tl.dot((q * tl.exp(sums)[:, None]).to(dtype), held, input_precision="ieee")
-        scores = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision="ieee")
+        change = (u.to(tl.float32) - tl.dot(w, held, input_precision=PRECISION)).to(dtype)
+        out = tl.dot((q * tl.exp(sums)[:, None]).to(dtype), held, input_precision=PRECISION)
+        scores = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision=PRECISION)
         scores *= tl.exp(tl.where(causal, sums[:, None] - sums[None, :], 0.0))
-        out = tl.dot(tl.where(causal, scores, 0.0).to(dtype), change, out, input_precision="ieee")
+        out = tl.dot(tl.where(causal, scores, 0.0).to(dtype), change, out, input_precision=PRECISION)
         tl.store(out_ptr + at * V + value[None, :], out.to(out_ptr.dtype.element_ty), mask=exists[:, None])
         faded = (k * tl.exp(whole - sums)[:, None]).to(dtype)
-        state = tl.dot(tl.trans(faded), change, state * tl.exp(whole), input_precision="ieee")
+        state = tl.dot(tl.trans(faded), change, state * tl.exp(whole), input_precision=PRECISION)
     tl.store(state_ptr + places, state)
 
 
@@ -183,15 +186,16 @@ def rule_scan(
     _prepare_kernel[(ceil_div(tokens, CHUNK) + num_rows, heads)](
         mixed_TC, inputs.rates_T2H, weights.bias_H, weights.log_rate_H, starts, u_THV, w_THK, sums_TH, num_rows,
         mixed_TC.stride(0), inputs.rates_T2H.stride(0), heads, keys,
-        shared, key_dim, value_dim, CHUNK, _ROWS_AT_ONCE, "ieee" if dtype == torch.float32 else "tf32x3", overlap,
+        shared, key_dim, value_dim, CHUNK, _ROWS_AT_ONCE, _PRECISION, overlap,
         **launch_options(device, 4),
     )  # fmt: skip
     values = min(_VALUES, value_dim)
+    stages = 2 if dtype.itemsize == 2 else 1  # a chunk of 128 x 128 in float32 has no room for the next one
     _scan_kernel[(heads, value_dim // values, num_rows)](
         mixed_TC, u_THV, w_THK, sums_TH, state_NHKV, rule_THV, rows.rows_R, rows.lens_R, starts,
         mixed_TC.stride(0), state_NHKV.stride(0), heads, keys, key_dim**-0.5,
-        shared, key_dim, value_dim, values, CHUNK, overlap,
-        **launch_options(device, 4),
+        shared, key_dim, value_dim, values, CHUNK, _PRECISION, overlap,
+        **launch_options(device, 4, stages),
     )  # fmt: skip
     block = max(1, 1024 // value_dim)
     _gate_kernel[(tokens, ceil_div(heads, block))](
