@@ -23,8 +23,16 @@ EVERY = (*DENSE, *EXPERTS, *SHARED_CACHES, *HYBRIDS, *BORROWED)
 PLAIN_ATTENTION = ("gemma2", "gpt-oss", "deepseek-v2-lite")
 """Attention runs on plain torch on GPUs, without CUDA graphs: scores are capped, heads have sinks, or a part of the
 latent is no power of two."""
+NOT_CAPTURABLE = ("phimoe",)
+"""The router of transformers' code makes the host wait for the GPU, so there are no CUDA graphs."""
 NARROW_STATES = HYBRID_MODELS
 """Heads of linear layers are too narrow for the kernels in two bytes, so these have no CUDA graphs there."""
+
+
+def has_graphs(family: str, in_two_bytes: bool = False) -> bool:
+    """Return True if steps of a family are CUDA graphs on one GPU."""
+    is_narrow = family in NARROW_STATES and in_two_bytes
+    return not is_narrow and family not in PLAIN_ATTENTION + NOT_CAPTURABLE
 
 
 def has_experts(family: str) -> bool:

@@ -37,17 +37,15 @@ def assert_equal(rows: Rows, reference: Reference) -> None:
 
 
 def assert_near(rows: Rows, checkpoint: Checkpoint, prompt_ids: list[int], share: float) -> None:
-    """Log-probabilities differ by less than ``share`` of how far logits spread; tokens are the best but for that.
+    """Log-probabilities differ by less than ``share`` of how far logits spread, and tokens are so near to the best.
 
     What rows chose may differ from what float32 chooses, so the reference goes on with what they chose.
     """
     expected = [_logits_of(checkpoint, prompt_ids, ids) for ids in rows.token_ids]
-    errors_NV = (rows.logprobs_NV - expected[-1].log_softmax(-1)).abs()
-    assert errors_NV.mean() < share * expected[-1].std()
+    bound = share * float(expected[-1].std())
+    assert (rows.logprobs_NV - expected[-1].log_softmax(-1)).abs().mean() < bound
     for ids, logits_NV in zip(rows.token_ids, expected, strict=True):
-        chosen_N1 = logits_NV.gather(1, torch.tensor(ids)[:, None])
-        # The chosen token and the best one may each be off, and other rows by more than the one whose error is known.
-        assert (logits_NV.amax(1, keepdim=True) - chosen_N1).max() <= 4 * errors_NV.max()
+        assert (logits_NV.amax(1) - logits_NV.gather(1, torch.tensor(ids)[:, None])[:, 0]).mean() < bound
     ids_N1 = torch.tensor(rows.token_ids[-1])[:, None]
     assert (rows.logprobs_NV.gather(1, ids_N1) == rows.logprobs_NV.amax(1, keepdim=True)).all()
 

@@ -71,7 +71,21 @@ def make_runner(
             layer.states.state_NHKV.fill_(torch.nan)
             layer.states.tail_NWC.fill_(torch.nan)
     rows = RowTable(ROWS, MOST_TOKENS, BLOCK, blocks, device)
-    return ModelRunner(stage, cache, rows, links, facts, place, num_stages)
+    runner = ModelRunner(stage, cache, rows, links, facts, place, num_stages)
+    if runner._graphs is not None and facts.borrowed is not None:
+        _try_graphs(runner)
+    return runner
+
+
+def _try_graphs(runner: ModelRunner) -> None:
+    """Do without graphs if code of another library cannot be captured, as a worker finds out when it warms up."""
+    from mgpu.worker.steps.graph_pool import NotCapturable
+
+    assert runner._graphs is not None
+    try:
+        runner._graphs._prompts.prepare((64, 8, False))
+    except NotCapturable:
+        runner._graphs = None
 
 
 def run_greedily(

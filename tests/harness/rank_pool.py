@@ -39,13 +39,18 @@ class RankPool:
 
     def __init__(self, devices: Sequence[str]) -> None:
         self._devices = devices
-        self._ranks: list[subprocess.Popen[str]] = []
         self._threads = ThreadPoolExecutor(len(devices))
+        self._ranks: list[subprocess.Popen[str]] = []
+        self._is_ready = False
+        self._start()  # while the first model is made
 
     def run(self, job: Job, folder: Path) -> tuple[Rows, list[str]]:
         """Return what the rows got and the notes of all ranks. AssertionError if a rank fails. ``folder`` is empty."""
         if not self._ranks:
             self._start()
+        if not self._is_ready:
+            assert self._read() == ["ready"] * len(self._ranks)
+            self._is_ready = True
         shared = folder / "shared"
         shared.touch()
         line = json.dumps(asdict(job) | {"shared": str(shared)})
@@ -67,7 +72,6 @@ class RankPool:
             command = [sys.executable, "-m", "harness.rank_server", str(rank), device]
             pipe = subprocess.PIPE
             self._ranks.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
-        assert self._read() == ["ready"] * len(self._ranks)
 
     def _read(self) -> list[Any]:
         """Wait for a line of each rank."""
@@ -84,4 +88,4 @@ class RankPool:
         for rank in self._ranks:
             rank.kill()
             rank.communicate()
-        self._ranks = []
+        self._ranks, self._is_ready = [], False

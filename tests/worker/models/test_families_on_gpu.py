@@ -5,14 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from harness.families import (
-    BORROWED,
-    EVERY,
-    NARROW_STATES,
-    PLAIN_ATTENTION,
-    SHARED_CACHES,
-    has_experts,
-)
+from harness.families import BORROWED, EVERY, SHARED_CACHES, has_experts, has_graphs
 from harness.greedy_checks import Reference, assert_equal, assert_near
 from harness.greedy_runner import Rows, alone, make_runner, run_greedily
 from harness.stage_driver import logits_in_chunks
@@ -67,8 +60,7 @@ def test_a_family_equals_transformers(tiny_model: MakeModel, family: str, dtype:
         assert_equal(rows, reference_of(model))
     else:
         assert_near(rows, checkpoint, model.prompt_ids, noise_of(family))
-    is_narrow = family in NARROW_STATES and dtype == torch.bfloat16
-    assert rows.has_graphs == (family not in PLAIN_ATTENTION and not is_narrow)
+    assert rows.has_graphs == has_graphs(family, dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "smollm3", "qwen3"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.families import EVERY, PLAIN_ATTENTION, SHARED_CACHES, has_experts
+from harness.families import EVERY, SHARED_CACHES, has_experts, has_graphs
 from harness.greedy_checks import Reference, assert_equal, on_the_cpu
 from harness.rank_pool import Job, RankPool
 from harness.stored_models import IDS, PLAIN_ON_GPUS, STORED, Stored
@@ -55,7 +55,7 @@ def test_a_family_equals_transformers(
     assert_equal(rows, Reference(model.prompt_ids, model.output_ids, logits))
     assert not any("do not go by own kernels" in note for note in notes), notes
     norms_over_ranks = layout != "layers" and read_checkpoint(model.folder).facts.norms_whole_heads
-    assert rows.has_graphs == (family not in PLAIN_ATTENTION and not norms_over_ranks)
+    assert rows.has_graphs == (has_graphs(family) and not norms_over_ranks)
 
 
 @pytest.fixture(scope="module")
