@@ -1,13 +1,16 @@
 """Break the laps of several stages down on GPUs, without a server: time per lap, and what each GPU does and waits for.
 
     python -m bench.multi_gpu.laps [--shape 8B] [--map 17,15] [--rows 1,64,256] [--context 128] [--top 8] [--tp]
+    python -m bench.multi_gpu.laps --tp --step-tokens 8192 --prefill --save FILE
 
 One process per rank runs the steps that the orchestrator would plan: lanes take turns, and a step is launched when all
-steps more than one lap before it are done. ``--tp`` makes one stage of two ranks instead. Random weights.
+steps more than one lap before it are done. ``--tp`` makes one stage of two ranks instead. Random weights. Rates go to
+the file of ``--save`` too, one row for each number of rows.
 """
 
 import argparse
 import faulthandler
+import json
 import multiprocessing
 import os
 import statistics
@@ -18,6 +21,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.queues import Queue
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
@@ -25,7 +29,10 @@ import torch
 
 from bench.kernels.gpu_spans import Span, busy_us
 from bench.options import numbers
+from bench.performance.rows import DECODE, PREFILL, TOKENS_PER_S
+from bench.performance.rows import row as make_row
 from bench.step import record
+from mgpu.launch.bench.report import Row, describe, save_json
 from mgpu.launch.bench.shapes import SHAPES, write_config
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan, WorkerSpec
@@ -37,7 +44,7 @@ from mgpu.worker.ranks.relay import Relay
 from mgpu.worker.ranks.relay_check import _pass_on, _return_tokens
 from mgpu.worker.start.startup import StartUp
 
-BLOCK, MOST_ROWS, STEP_TOKENS = 64, 256, 2048
+BLOCK, MOST_ROWS = 64, 256
 PROMPTS, PROMPT = 16, 2048
 REPEAT, PROFILED_LAPS = 3, 6
 WAITING = ("_receive_kernel", "_fetch_kernel", "_one_shot_kernel", "_two_shot_kernel", "_exchange_kernel", "nccl")
@@ -54,9 +61,11 @@ class Settings:
     top: int
     laps: int
     stress: int
+    prefill: bool
 
 
-def make_spec(shape: str, layers: list[int], is_tp: bool, transport: str, device: str, fd: int) -> WorkerSpec:
+def make_spec(arguments: argparse.Namespace, fd: int) -> WorkerSpec:
+    shape, layers, is_tp, transport = arguments.shape, arguments.map, arguments.tp, arguments.transport
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = read_checkpoint(write_config(Path(folder), SHAPES[shape]), "dummy")
     num_layers = checkpoint.facts.num_layers
@@ -68,7 +77,7 @@ def make_spec(shape: str, layers: list[int], is_tp: bool, transport: str, device
         stages = [
             Stage(end - count, end, (index,)) for index, (count, end) in enumerate(zip(counts, ends, strict=True))
         ]
-    on_gpu = device == "cuda"
+    on_gpu = arguments.device == "cuda"
     between = ("peer" if on_gpu else "shared-memory") if transport == "kernels" else transport
     inside = ("nccl" if on_gpu else "shared-memory") if is_tp else ("nccl" if transport == "nccl" else "none")
     spec = WorkerSpec(
@@ -80,9 +89,10 @@ def make_spec(shape: str, layers: list[int], is_tp: bool, transport: str, device
             "bfloat16" if on_gpu else "float32",
             inside,  # type: ignore[arg-type]
             between,  # type: ignore[arg-type]
+            quant=arguments.quant,
         ),
-        limits=StepLimits(BLOCK, MOST_ROWS, STEP_TOKENS, 4096),
-        device=device,
+        limits=StepLimits(BLOCK, MOST_ROWS, arguments.step_tokens, 4096),
+        device=arguments.device,
         endpoint="",
         rendezvous=f"file://{tempfile.mkdtemp()}/group",
         shared_fd=fd,
@@ -116,6 +126,7 @@ class Rank:
         self.stages = spec.layout.placement.num_stages
         self.reports = rank == spec.layout.placement.output_rank
         self.done, self.step = done, 0
+        self.step_tokens = spec.limits.max_batch_tokens
         self.launched: list[int] = []
         self.events: deque[tuple[int, torch.cuda.Event | None]] = deque()
 
@@ -163,7 +174,7 @@ class Rank:
 
     def fill(self, batch: int, context: int) -> None:
         """Compute the prompts of a batch, in steps of as many tokens as there may be."""
-        together = max(1, STEP_TOKENS // context)
+        together = max(1, self.step_tokens // context)
         for first in range(0, batch, together):
             rows = [*range(first, min(batch, first + together))]
             new = []
@@ -193,12 +204,16 @@ class Rank:
 
     def prefill(self) -> float:
         """Return tokens per second of prompts that come at once."""
-        blocks = PROMPT // BLOCK + 1
+        blocks, together = PROMPT // BLOCK + 1, max(1, self.step_tokens // PROMPT)
         began_s = time.perf_counter()
-        for prompt in range(PROMPTS):
-            ids = torch.randint(3, 1000, (PROMPT,), dtype=torch.int32).numpy().tobytes()
-            new = NewRow(prompt, ids, PROMPT, [*range(prompt * blocks, (prompt + 1) * blocks)], RowSampling())
-            self.run(StepPlan(0, self.step, [prompt], [new], [], [], [prompt], [0], [PROMPT], [1]))
+        for first in range(0, PROMPTS, together):
+            rows = [*range(first, min(first + together, PROMPTS))]
+            new = []
+            for row in rows:
+                ids = torch.randint(3, 1000, (PROMPT,), dtype=torch.int32).numpy().tobytes()
+                new.append(NewRow(row, ids, PROMPT, [*range(row * blocks, (row + 1) * blocks)], RowSampling()))
+            zeros, ones = [0] * len(rows), [1] * len(rows)
+            self.run(StepPlan(0, self.step, rows, new, [], [], rows, zeros, [PROMPT] * len(rows), ones))
         self.finish()
         return PROMPTS * PROMPT / (time.perf_counter() - began_s)
 
@@ -230,18 +245,25 @@ def stress(relay: Relay, rounds: int, device: torch.device) -> str:
 
 
 @torch.inference_mode()
-def run_rank(settings: Settings, rank: int, parent_fd: str, done: "Synchronized[int]") -> None:
+def run_rank(
+    settings: Settings,
+    rank: int,
+    parent_fd: str,
+    done: "Synchronized[int]",
+    found: "Queue[tuple[list[Row], list[str]]]",
+) -> None:
     faulthandler.dump_traceback_later(HANG_S, exit=True)
     fd = os.open(parent_fd, os.O_RDWR)
     began_s = time.perf_counter()
     each = Rank(replace(settings, spec=replace(settings.spec, shared_fd=fd)), rank, done)
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
     if settings.stress and each.links.relay is not None:
-        found = stress(each.links.relay, settings.stress, each.device)
-        say(f"    {settings.stress} rounds of a relay: {found or 'right'}")
+        problem = stress(each.links.relay, settings.stress, each.device)
+        say(f"    {settings.stress} rounds of a relay: {problem or 'right'}")
     say(f"    loaded after {time.perf_counter() - began_s:.1f} s, graphs: {each.runner._graphs is not None}")
     each.runner.warm_up(16, 0)
     say(f"    warm after {time.perf_counter() - began_s:.1f} s")
+    rows: list[Row] = []
     for batch in settings.rows:
         faulthandler.dump_traceback_later(HANG_S, exit=True)
         each.fill(batch, settings.context)
@@ -252,15 +274,34 @@ def run_rank(settings: Settings, rank: int, parent_fd: str, done: "Synchronized[
         rates = sorted(batch / us * 1e6 for us in times)
         spread = f"{rates[0]:.0f} to {rates[-1]:.0f}"
         say(f"    batch {batch}: {rates[1]:.0f} tok/s ({spread}), lap {sorted(times)[1]:.0f} us")
+        rows.append(make_row(DECODE, batch, settings.context, TOKENS_PER_S, rates))
         if each.device.type == "cuda" and settings.top:
             start = settings.context + 20 + settings.laps * REPEAT
             spans = record(partial(each.decode, batch, start, PROFILED_LAPS))
             print(show(spans, PROFILED_LAPS, settings.top, f"rank {rank}"), flush=True)
-    if each.device.type == "cuda" and len(settings.rows) > 1:  # a CPU would take minutes
-        rates = sorted(each.prefill() for _ in range(REPEAT + 1))[-REPEAT:]
+    if settings.prefill:
+        each.prefill()
+        rates = sorted(each.prefill() for _ in range(REPEAT))
         say(f"    prefill {PROMPTS} x {PROMPT}: {rates[1]:.0f} tok/s ({rates[0]:.0f} to {rates[-1]:.0f})")
+        rows.append(make_row(PREFILL, PROMPTS, PROMPT, TOKENS_PER_S, rates))
+        if each.device.type == "cuda" and settings.top:
+            print(show(record(each.prefill), PROMPTS, settings.top, f"rank {rank}, by prompt"), flush=True)
+    if rank == 0:
+        found.put((rows, each.links.notes))
     faulthandler.cancel_dump_traceback_later()
     each.links.close()
+
+
+def save(arguments: argparse.Namespace, rows: list[Row], notes: list[str]) -> None:
+    """Add the rows of this run to the file of ``--save``, if there is one, beside what was asked and how sums went."""
+    if arguments.save is None:
+        return
+    before = json.loads(arguments.save.read_text()) if arguments.save.exists() else {"bench": "laps", "runs": []}
+    switches = {name: value for name, value in os.environ.items() if name.startswith("MGPU_")}
+    asked = {name: getattr(arguments, name) for name in ("shape", "map", "tp", "transport", "quant", "step_tokens")}
+    before["machine"] = describe("triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+    before["runs"].append({**asked, "environ": switches, "notes": notes, "rows": rows})
+    save_json(arguments.save, before)
 
 
 def main() -> None:
@@ -274,17 +315,24 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=8, help="kernels to show of each rank; 0: no profile")
     parser.add_argument("--laps", type=int, default=100)
     parser.add_argument("--stress", type=int, default=0, help="rounds of checked messages before all else")
+    parser.add_argument("--prefill", action="store_true", help=f"measure {PROMPTS} prompts of {PROMPT} tokens, too")
+    parser.add_argument("--step-tokens", type=int, default=2048, help="most tokens in one step")
+    parser.add_argument("--quant", choices=("none", "8", "4", "fp8"), default="none")
+    parser.add_argument("--save", type=Path, help="where rates are added as JSON")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
     fd = os.memfd_create("mgpu-bench")
-    spec = make_spec(arguments.shape, arguments.map, arguments.tp, arguments.transport, arguments.device, fd)
+    spec = make_spec(arguments, fd)
     os.ftruncate(fd, spec.shared_bytes)
-    settings = Settings(spec, arguments.rows, arguments.context, arguments.top, arguments.laps, arguments.stress)
+    settings = Settings(
+        spec, arguments.rows, arguments.context, arguments.top, arguments.laps, arguments.stress, arguments.prefill
+    )
     context = multiprocessing.get_context("spawn")
     done = context.Value("q", -1, lock=False)
+    found: Queue[tuple[list[Row], list[str]]] = context.Queue()
     path = f"/proc/{os.getpid()}/fd/{fd}"
     ranks = [
-        context.Process(target=run_rank, args=(settings, rank, path, done))
+        context.Process(target=run_rank, args=(settings, rank, path, done, found))
         for rank in range(spec.layout.placement.world_size)
     ]
     for each in ranks:
@@ -293,6 +341,8 @@ def main() -> None:
         while any(each.is_alive() for each in ranks) and not any(each.exitcode for each in ranks):
             time.sleep(0.1)
         failed = [rank for rank, each in enumerate(ranks) if each.exitcode]
+        if not failed:
+            save(arguments, *found.get(timeout=10.0))
     finally:
         for each in ranks:
             each.kill()

@@ -1,7 +1,9 @@
 """Correctness: every layout gives the tokens of one device in fp32, and what cannot be is refused with a way out."""
 
 import re
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,7 +44,7 @@ class Case:
         """Return the arguments; the topology file is written into the folder."""
         if not self.topology:
             return self.arguments
-        path = folder / "topology.yaml"
+        path = folder / f"topology-{zlib.crc32(self.topology.encode()):08x}.yaml"
         path.write_text(self.topology)
         return (*self.arguments, "--topology", str(path))
 
@@ -96,6 +98,23 @@ def mapped_cases(box: Box) -> Iterator[Case]:
     yield replace(uneven, what='-n "0:5;1:3", uneven, P2P', stage_transport="peer")
     tp = Case("--tp 2, MGPU_NO_NCCL=1: partial sums by gloo", box.first(2), arguments=("--tp", "2"), environ=NO_NCCL)
     yield replace(tp, mode="tensor-parallel", transport="gloo")
+
+
+def sum_cases(box: Box) -> Iterator[Case]:
+    """The ways of partial sums and of activations that are not the first choice, on two GPUs."""
+    if box.kind != "gpus":
+        return
+    tp = Case("", box.first(2), arguments=("--tp", "2"), mode="tensor-parallel", transport="nccl")
+    yield replace(tp, what="--tp 2, MGPU_PEER_REDUCE=0: NCCL alone", environ={"MGPU_PEER_REDUCE": "0"})
+    yield replace(tp, what="--tp 2, MGPU_NO_P2P=1: host memory and NCCL", environ={"MGPU_NO_P2P": "1"})
+    yield replace(tp, what="--tp 2, MGPU_NO_P2P=1, MGPU_NO_NCCL=1", environ=NO_P2P, transport="gloo")
+    stages = Case("", box.first(2), arguments=("-n", "0:4;1:4"), mode="layer-mapped")
+    channels = {"MGPU_STAGE_RELAY": "0"}
+    yield replace(stages, what="2 stages, MGPU_STAGE_RELAY=0: NCCL", environ=channels, stage_transport="nccl")
+    by_ipc = replace(stages, environ=channels | NO_NCCL, stage_transport="peer")
+    yield replace(by_ipc, what="2 stages, MGPU_STAGE_RELAY=0, MGPU_NO_NCCL=1: CUDA IPC")
+    by_host = replace(stages, environ=channels | NO_P2P, stage_transport="pinned")
+    yield replace(by_host, what="2 stages, MGPU_STAGE_RELAY=0, MGPU_NO_P2P=1: pinned")
 
 
 def hybrid_cases(box: Box) -> Iterator[Case]:
@@ -154,26 +173,45 @@ def differing(expected: list[list[int]], found: list[list[int]]) -> list[str]:
     return texts
 
 
-def run(box: Box, report: Report, folder: Path) -> None:
-    """Compare every layout with one device, then ask for what must be refused."""
+def run(box: Box, report: Report, folder: Path, at_once: int = 1) -> None:
+    """Compare every layout with one device, ``at_once`` servers side by side; then ask for what must be refused."""
     models = {
         "own KV heads": write_weights(folder / "own", TINY),
         "2 KV heads": write_weights(folder / "few", TINY_FEW_KV),
     }
-    expected: dict[str, list[list[int]]] = {}
     if box.size < 2:
         report.skip(SECTION, "every layout", "one device: nothing to compare")
-    for case in [*cases(box), *unequal_cases(box)] if box.size >= 2 else ():
-        if not report.has_time(SECTION, case.what):
-            continue
-        wanted = f"{len(PROMPTS)} x {NEW_TOKENS} tokens of one device"
-        with report.guard(SECTION, case.what, wanted):
-            if case.model not in expected:
-                expected[case.model] = greedy_tokens(box.first(1), models[case.model])
-            problems = layout_problems(box, case, models[case.model])
-            problems += differing(expected[case.model], greedy_tokens(case.place, models[case.model], case))
-            report.check(SECTION, case.what, wanted, "; ".join(problems) or "equal", not problems)
+    chosen = [*cases(box), *sum_cases(box), *unequal_cases(box)] if box.size >= 2 else []
+    with ThreadPoolExecutor(at_once) as pool:
+        expected = {
+            name: pool.submit(greedy_tokens, box.first(1), models[name])
+            for name in dict.fromkeys(case.model for case in chosen)
+        }
+        for first in range(0, len(chosen), at_once):
+            some = [case for case in chosen[first : first + at_once] if report.has_time(SECTION, case.what)]
+            answers = [(case, pool.submit(examine, box, case, models[case.model])) for case in some]
+            for case, answer in answers:
+                compare(report, case, expected[case.model], answer)
     refusals(box, report, models["own KV heads"])
+
+
+def examine(box: Box, case: Case, model: Path) -> tuple[list[str], list[list[int]]]:
+    """Return what is wrong with the layout of a case, and its tokens."""
+    return layout_problems(box, case, model), greedy_tokens(case.place, model, case)
+
+
+def compare(
+    report: Report,
+    case: Case,
+    expected: "Future[list[list[int]]]",
+    answer: "Future[tuple[list[str], list[list[int]]]]",
+) -> None:
+    """Report whether a case gave the tokens of one device."""
+    wanted = f"{len(PROMPTS)} x {NEW_TOKENS} tokens of one device"
+    with report.guard(SECTION, case.what, wanted):
+        problems, found = answer.result()
+        problems += differing(expected.result(), found)
+        report.check(SECTION, case.what, wanted, "; ".join(problems) or "equal", not problems)
 
 
 def refusals(box: Box, report: Report, model: Path) -> None:

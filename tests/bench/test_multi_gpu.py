@@ -8,7 +8,7 @@ import pytest
 from bench.model_shapes import TINY, TINY_FEW_KV, write_config, write_weights
 from bench.multi_gpu.box import Box
 from bench.multi_gpu.report import Report
-from bench.multi_gpu.tokens import Case, cases, unequal_cases
+from bench.multi_gpu.tokens import Case, cases, sum_cases, unequal_cases
 from harness.machines import FakeGpu, FakeNvml
 from mgpu.orchestrator.placement.machine.devices import Machine, find_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
@@ -36,15 +36,14 @@ def planned(case: Case, machine: Machine, folder: Path) -> Plan:
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_every_case_has_the_layout_that_it_is_about(count: int, tmp_path: Path) -> None:
     box = Box("gpus", find_machine("cuda", environ={}, nvml=driver(count)))
-    every = [*cases(box), *unequal_cases(box)]
+    every = [*cases(box), *sum_cases(box), *unequal_cases(box)]
     assert len({case.what for case in every}) == len(every)
     for case in every:
         environ = {**case.place.environ, **case.environ}
         machine = find_machine("cuda", environ=environ, nvml=driver(count))
         # Whether NCCL is installed here does not matter.
-        found = planned(
-            case, replace(machine, nccl_problem="MGPU_NO_NCCL=1" if case.environ else ""), tmp_path / case.model
-        )
+        problem = "MGPU_NO_NCCL=1" if "MGPU_NO_NCCL" in environ else ""
+        found = planned(case, replace(machine, nccl_problem=problem), tmp_path / case.model)
         assert case.mode in ("", found.mode), case.what
         assert case.transport in ("", found.layout.transport), case.what
         assert case.stage_transport in ("", found.layout.stage_transport), case.what
