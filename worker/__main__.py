@@ -23,7 +23,7 @@ from threading import Thread
 from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.logs import configure_logging
 from mgpu.protocol.internal.worker_messages import CONTROL, WorkerSpec
-from mgpu.worker.device import start_cuda
+from mgpu.worker.device import prepare_cuda, start_cuda
 from mgpu.worker.join_options import add_options
 
 EXIT_FAILED = 1
@@ -48,7 +48,8 @@ def main() -> int:
         _die_with_parent()
         if arguments.standby:
             _import_torch()
-        spec = read_spec(CONTROL, WorkerSpec)
+            prepare_cuda(arguments.standby)
+        spec = read_spec(CONTROL, WorkerSpec, lambda: _open_early(arguments.standby))
         rank = _rank(spec.layout.placement.world_size)
         configure_logging(f"worker {rank}")
     except BadSpec as error:
@@ -91,9 +92,18 @@ def _import_torch() -> None:
     gc.enable()
 
 
+def _open_early(device: str) -> None:
+    """Open the device and start Triton, in threads, before the spec comes."""
+    from mgpu.worker.compile_ahead.compile_ahead import start_triton
+    from mgpu.worker.start.worker import torch_device
+
+    start_cuda(device)
+    start_triton(torch_device(device))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mgpu.worker", description="One worker of mgpu.")
-    parser.add_argument("--standby", action="store_true", help="import torch at once, before the spec comes")
+    parser.add_argument("--standby", metavar="DEVICE", help="import torch at once, before the spec comes")
     add_options(parser)
     return parser
 

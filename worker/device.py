@@ -21,6 +21,18 @@ def cuda_ordinal(device: str) -> int:
     return int(number or os.environ.get("LOCAL_RANK", "0"))
 
 
+def prepare_cuda(device: str) -> None:
+    """Start the driver in a process that waits for its spec, but open no GPU, which would take memory of it.
+
+    Does nothing for a CPU. A failure is only logged, as in `start_cuda`.
+    """
+    if not device.startswith("cuda"):
+        return
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+    if (driver := _open_driver()) is not None and (code := driver.cuInit(0)):
+        log.info("CUDA did not start early: cuInit returned %d", code)
+
+
 def start_cuda(device: str) -> Thread | None:
     """Initialize CUDA in a thread on the device that a `WorkerSpec` names; return None for a CPU.
 
@@ -36,10 +48,7 @@ def start_cuda(device: str) -> Thread | None:
 
 def _retain_context(ordinal: int) -> None:
     """Make the device's primary context, which lives as long as the process."""
-    try:
-        driver = ctypes.CDLL(_DRIVER)
-    except OSError as error:
-        log.info("%s cannot be opened: %s", _DRIVER, error)
+    if (driver := _open_driver()) is None:
         return
     handle, context = ctypes.c_int(), ctypes.c_void_p()
     for call, arguments in (
@@ -50,3 +59,11 @@ def _retain_context(ordinal: int) -> None:
         if code := call(*arguments):
             log.info("CUDA did not start early: %s returned %d", call.__name__, code)
             return
+
+
+def _open_driver() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(_DRIVER)
+    except OSError as error:
+        log.info("%s cannot be opened: %s", _DRIVER, error)
+        return None

@@ -82,6 +82,9 @@ class HostGroup(RankReports):
     def park(self) -> None:
         """Do nothing: processes in waiting would hold memory of other hosts."""
 
+    def wake_up(self) -> None:
+        """Do nothing: no process waits."""
+
     def start(self) -> None:
         """Have every rank start its worker as soon as all are there."""
         self._waits_since_s = time.monotonic()

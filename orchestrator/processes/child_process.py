@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from mgpu.orchestrator.processes.task_limits import task_limit_hint
-from mgpu.protocol.internal.child import frame_spec
+from mgpu.protocol.internal.child import WAKE_UP, frame_spec
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,13 @@ class ChildProcess:
             raise ValueError(f"the spec of {self.name} has {len(spec)} bytes, at most {room} fit")
         with contextlib.suppress(BrokenPipeError):  # died already; its pidfd says so
             self._process.stdin.write(frame_spec(spec))
+            self._process.stdin.flush()
+
+    def wake_up(self) -> None:
+        """Tell a process that waits for its spec that this comes soon."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # as above
+            self._process.stdin.write(WAKE_UP)
             self._process.stdin.flush()
 
     def exit_status(self) -> int | None:

@@ -1,7 +1,8 @@
 """Start every worker group, from standby workers if there are any.
 
 Standby workers are processes of the next epoch that have imported torch, most of the start of a small model. They wait
-on standard input for their spec and hold no GPU memory and no weights; each costs what a process with torch costs. If
+on standard input for their spec and hold no GPU memory and no weights; each costs what a process with torch costs. When
+the workers fail, they open their GPUs while the system takes back what the dead ones held, which takes a second. If
 anything goes wrong with them, the next recovery is only slower.
 """
 
@@ -60,6 +61,11 @@ class Standby:
             log.warning("standby workers cannot be started (%s); the next try is in %g s", error, RETRY_S)
             self.kill()
             self._due_s = now_s + RETRY_S
+
+    def wake_up(self) -> None:
+        """Have the standby workers open their GPUs, if there are any: they are started soon."""
+        if self._parked is not None and self._parked.is_whole:
+            self._parked.wake_up()
 
     def start_group(self, epoch: int) -> Group:
         """Start the group of ``epoch``, from the standby if that has this epoch and all its processes live.

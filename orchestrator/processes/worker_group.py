@@ -79,12 +79,17 @@ class WorkerGroup(RankReports):
 
         OSError when one cannot be spawned; `kill` the group then.
         """
-        self._spawn((*self._config.worker_command, "--standby"))
+        self._spawn(is_parked=True)
+
+    def wake_up(self) -> None:
+        """Have parked processes open their GPUs: `start` comes soon."""
+        for process in self.processes:
+            process.wake_up()
 
     def start(self) -> None:
         """Spawn the ranks unless `park` has, and send every rank its spec."""
         if not self.processes:
-            self._spawn(self._config.worker_command)
+            self._spawn()
         for rank, process in enumerate(self.processes):
             process.tell(CONTROL.encode(self._spec(self._bind(rank), rank)))
 
@@ -93,7 +98,7 @@ class WorkerGroup(RankReports):
         """Whether every process lives."""
         return all(status is None for status in self._exit_statuses())
 
-    def _spawn(self, command: tuple[str, ...]) -> None:
+    def _spawn(self, is_parked: bool = False) -> None:
         """Start the processes. The shared memory has no name: it vanishes with the last of them."""
         shared_bytes = self._config.shared_bytes
         shared_fd = os.memfd_create(f"mgpu-{self.epoch}") if shared_bytes else -1
@@ -102,6 +107,8 @@ class WorkerGroup(RankReports):
                 os.ftruncate(shared_fd, shared_bytes)
             for rank in range(self._config.layout.placement.world_size):
                 pass_fds = (shared_fd,) if shared_fd >= 0 else ()
+                waiting = ("--standby", self._config.device_of(rank)) if is_parked else ()
+                command = (*self._config.worker_command, *waiting)
                 self.processes.append(ChildProcess(f"worker {rank}", command, None, self._environment(rank), pass_fds))
                 self._runtime.add_worker(self.processes[-1].pid)
                 self._bind_to_processors(rank)

@@ -96,6 +96,7 @@ class WorkerProcesses:
         is_free = is_part and time.monotonic() - self._began_s < self._start_timeout_s
         self.is_ready = False
         log.error("%s", failure.report)
+        self._standby.wake_up()
         if isinstance(failure, WorkersHung) or log.isEnabledFor(logging.DEBUG):
             self.group.kill_with_stacks()  # they show where a rank hangs; after a death they would hide its cause
         else:

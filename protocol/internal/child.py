@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Callable
 from typing import TypeVar
 
 from mgpu.protocol.internal.codec import Codec, CodecError
@@ -11,6 +12,8 @@ T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
 _STDIN = 0
 _MAX_SPEC_BYTES = 16 << 20
+WAKE_UP = bytes(4)
+"""Tells a process in waiting that its spec comes soon: the frame of an empty spec, which no spec is."""
 
 
 class BadSpec(ValueError):
@@ -28,9 +31,15 @@ def frame_spec(data: bytes) -> bytes:
     return len(data).to_bytes(4, "little") + data
 
 
-def read_spec(codec: Codec, kind: type[T]) -> T:
-    """Read a spec of class ``kind`` from standard input, as `frame_spec` wrote it. BadSpec for anything else."""
-    length = int.from_bytes(_read_exactly(4), "little")
+def read_spec(codec: Codec, kind: type[T], on_wake_up: Callable[[], object] | None = None) -> T:
+    """Read a spec of class ``kind`` from standard input, as `frame_spec` wrote it. BadSpec for anything else.
+
+    ``on_wake_up`` is called once if `WAKE_UP` comes before the spec.
+    """
+    length = int.from_bytes(header := _read_exactly(4), "little")
+    if header == WAKE_UP and on_wake_up is not None:
+        on_wake_up()
+        length = int.from_bytes(_read_exactly(4), "little")
     if length > _MAX_SPEC_BYTES:
         raise BadSpec(f"standard input announces a spec of {length} bytes; the limit is {_MAX_SPEC_BYTES}")
     name = kind.__name__.removesuffix("Spec").lower()

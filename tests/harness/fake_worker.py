@@ -48,7 +48,8 @@ class InjectedFailure(Exception):
 
 
 def read_spec() -> WorkerSpec:
-    size = int.from_bytes(sys.stdin.buffer.read(4), "little")
+    while (size := int.from_bytes(sys.stdin.buffer.read(4), "little")) == 0:
+        print("woken up", file=sys.stderr, flush=True)
     spec = CONTROL.decode(sys.stdin.buffer.read(size))
     assert isinstance(spec, WorkerSpec)
     return spec

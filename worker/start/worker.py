@@ -148,8 +148,13 @@ class Worker:
         self.control.send(WorkerFailure(self.spec.epoch, self.place.rank, self.phase, message, text, at_s, is_mistake))
 
 
+def torch_device(name: str) -> torch.device:
+    """Return the device that a spec names."""
+    return torch.device(name) if name == "cpu" else torch.device("cuda", cuda_ordinal(name))
+
+
 def _open_device(name: str) -> torch.device:
-    device = torch.device(name) if name == "cpu" else torch.device("cuda", cuda_ordinal(name))
+    device = torch_device(name)
     start_triton(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

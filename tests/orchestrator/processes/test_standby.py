@@ -28,6 +28,9 @@ class FakeGroup:
     def park(self) -> None:
         self._spawn("park")
 
+    def wake_up(self) -> None:
+        self.calls.append("wake up")
+
     def start(self) -> None:
         self._spawn("start")
 
@@ -107,6 +110,17 @@ def test_a_standby_that_cannot_be_spawned_is_tried_again_after_a_minute() -> Non
     assert fakes.groups[1].calls == ["park"]
 
 
+def test_a_standby_that_is_whole_opens_its_gpus_when_the_workers_fail() -> None:
+    fakes = Fakes()
+    fakes.standby.wake_up()
+    fakes.prepare(1)
+    fakes.prepare(1, DELAY_S)
+    fakes.standby.wake_up()
+    fakes.groups[0].is_whole = False
+    fakes.standby.wake_up()
+    assert fakes.groups[0].calls == ["park", "wake up"]
+
+
 def test_nothing_is_left_of_a_group_that_cannot_be_started() -> None:
     fakes = Fakes()
     fakes.error = OSError(errno.EMFILE, "Too many open files")
@@ -125,7 +139,7 @@ def test_without_standby_groups_are_made_when_they_are_needed() -> None:
 
 
 def parked(server: ServerProcess) -> set[int]:
-    return {each.pid for each in server.children_like("harness.fake_worker") if each.cmdline()[-1] == "--standby"}
+    return {each.pid for each in server.children_like("harness.fake_worker") if each.cmdline()[-2] == "--standby"}
 
 
 def wait_for_parked(server: ServerProcess, known: set[int]) -> set[int]:
@@ -145,6 +159,8 @@ def test_a_real_standby_serves_after_a_kill_and_ends_with_the_server(folder: Pat
         server.wait_for(lambda: [info.state for info in server.infos][-2:] == ["recovering", "ready"])
         family = server.children_like("harness.fake_worker")
         assert (spares <= {worker.pid for worker in family}) is not harm
+        if not harm:
+            assert server.log.count("woken up") == 2
         server.serve(0, [1, 2, 3], 5)
         assert server.end(signal.SIGTERM) == -signal.SIGTERM
         assert not any(worker.is_running() for worker in family)

@@ -18,7 +18,7 @@ from harness.fake_orchestrator import DEADLINE_S, Workers, launch, running
 from harness.specs import make_spec
 from harness.tiny_models import TinyModel
 from harness.waiting import eventually
-from mgpu.protocol.internal.child import frame_spec
+from mgpu.protocol.internal.child import WAKE_UP, frame_spec
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,
@@ -161,11 +161,14 @@ def test_a_worker_ends_when_standard_input_does(tiny_model: MakeModel, tmp_path:
 
 
 def test_a_standby_has_torch_before_its_spec_and_ends_with_standard_input() -> None:
-    process = subprocess.Popen([sys.executable, "-m", "mgpu.worker", "--standby"], stdin=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "mgpu.worker", "--standby", "cpu"], stdin=subprocess.PIPE)
     assert process.stdin is not None
     try:
         eventually(lambda: reads_stdin(process.pid), "it does not read its spec")
         assert "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+        process.stdin.write(WAKE_UP)
+        process.stdin.flush()
+        eventually(lambda: reads_stdin(process.pid), "it does not read its spec after it was woken up")
         process.stdin.close()
         assert process.wait(DEADLINE_S) == 2
     finally:
