@@ -286,7 +286,7 @@ class Engine:
 
     def _replace_workers(self, failure: ProcessFailure) -> None:
         """Throw the worker group away and start another one; sequences that ran wait until it is ready."""
-        if self._life.state is ServerState.STARTING:
+        if self._life.state is ServerState.STARTING and not self._workers.may_avoid(failure):
             if isinstance(failure, WorkersHung):
                 self._workers.group.kill_with_stacks()
             raise failure

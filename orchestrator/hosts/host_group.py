@@ -62,6 +62,7 @@ class HostGroup(RankReports):
         self._failures: dict[int, tuple[int, WorkerLost]] = {}
         self._ended: set[int] = set()
         self._waits_since_s = self._started_s = 0.0
+        self._captures_library = True
 
     @property
     def sockets(self) -> tuple["zmq.Socket[bytes]", ...]:
@@ -85,8 +86,9 @@ class HostGroup(RankReports):
     def wake_up(self) -> None:
         """Do nothing: no process waits."""
 
-    def start(self) -> None:
+    def start(self, captures_library: bool = True) -> None:
         """Have every rank start its worker as soon as all are there."""
+        self._captures_library = captures_library
         self._waits_since_s = time.monotonic()
         self._start_if_whole()
 
@@ -126,6 +128,7 @@ class HostGroup(RankReports):
             seed=config.seed,
             worker_timeout_s=config.timeouts.worker_timeout_s,
             joined=Joined(hosts, meeting, opens_store=self._launched[rank] == 0),
+            captures_library=self._captures_library,
         )
 
     # -- messages ------------------------------------------------------------------------------------------------------

@@ -47,11 +47,20 @@ class WorkerLost(ProcessFailure):
     """A worker failed or died; this is the earliest failure of the group."""
 
     def __init__(
-        self, rank: int, phase: str, message: str, at_s: float, traceback: str = "", is_mistake: bool = False
+        self,
+        rank: int,
+        phase: str,
+        message: str,
+        at_s: float,
+        traceback: str = "",
+        is_mistake: bool = False,
+        in_capture: bool = False,
     ) -> None:
         super().__init__(f"worker {rank} failed in phase {phase}: {message}", traceback, is_mistake)
         self.at_s = at_s
         """CLOCK_MONOTONIC of the failure."""
+        self.in_capture = in_capture
+        """A sum of NCCL in a CUDA graph did not end."""
 
 
 class HostLost(WorkerLost):

@@ -67,8 +67,10 @@ class Standby:
         if self._parked is not None and self._parked.is_whole:
             self._parked.wake_up()
 
-    def start_group(self, epoch: int) -> Group:
+    def start_group(self, epoch: int, captures_library: bool = True) -> Group:
         """Start the group of ``epoch``, from the standby if that has this epoch and all its processes live.
+
+        ``captures_library`` is as for `Group.start`.
 
         A group that cannot be started leaves nothing behind.
         """
@@ -78,7 +80,7 @@ class Standby:
             group = None
         group = group or self._new_group(epoch)
         try:
-            group.start()
+            group.start(captures_library)
         except BaseException:
             group.kill()
             raise

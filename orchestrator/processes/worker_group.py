@@ -15,6 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Container
+from dataclasses import replace
 from typing import cast
 
 import zmq
@@ -86,12 +87,12 @@ class WorkerGroup(RankReports):
         for process in self.processes:
             process.wake_up()
 
-    def start(self) -> None:
+    def start(self, captures_library: bool = True) -> None:
         """Spawn the ranks unless `park` has, and send every rank its spec."""
         if not self.processes:
             self._spawn()
         for rank, process in enumerate(self.processes):
-            process.tell(CONTROL.encode(self._spec(self._bind(rank), rank)))
+            process.tell(CONTROL.encode(replace(self._spec(self._bind(rank), rank), captures_library=captures_library)))
 
     @property
     def is_whole(self) -> bool:
@@ -245,7 +246,13 @@ class WorkerGroup(RankReports):
 
     def _note_failure(self, failure: WorkerFailure) -> None:
         self._failures[failure.rank] = WorkerLost(
-            failure.rank, failure.phase, failure.message, failure.at_s, failure.traceback, failure.is_mistake
+            failure.rank,
+            failure.phase,
+            failure.message,
+            failure.at_s,
+            failure.traceback,
+            failure.is_mistake,
+            failure.in_capture,
         )
 
     def _unreachable(self, rank: int) -> WorkerLost:

@@ -11,7 +11,13 @@ from collections.abc import Callable, Container
 
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
-from mgpu.orchestrator.processes.failures import HostLost, ProcessFailure, RestartLimit, WorkersHung
+from mgpu.orchestrator.processes.failures import (
+    HostLost,
+    ProcessFailure,
+    RestartLimit,
+    WorkerLost,
+    WorkersHung,
+)
 from mgpu.orchestrator.processes.group import Group
 from mgpu.orchestrator.processes.standby import Standby
 from mgpu.orchestrator.processes.worker_group import WorkerGroup, ZmqContext
@@ -47,6 +53,9 @@ class WorkerProcesses:
         """From noticing the failure to workers that are ready."""
         self.loaded_bytes = 0
         """Weights that workers of all epochs have read from files."""
+        self.captures_library = True
+        """Whether sums of NCCL may be part of CUDA graphs: until workers hang that may have such graphs."""
+        self._has_library = config.device_kind == "cuda" and config.layout.transport == "nccl"
         restarts = config.restarts
         self.restarts = RestartLimit(restarts.max_restarts, restarts.restart_window_s)
         self._standby = Standby(new_group, restarts.standby, restarts.standby_delay_s)
@@ -96,6 +105,9 @@ class WorkerProcesses:
         is_free = is_part and time.monotonic() - self._began_s < self._start_timeout_s
         self.is_ready = False
         log.error("%s", failure.report)
+        if self.may_avoid(failure):
+            self.captures_library = False
+            log.warning("from now on sums of NCCL are not part of CUDA graphs, where nothing ends a sum that hangs")
         self._standby.wake_up()
         if isinstance(failure, WorkersHung) or log.isEnabledFor(logging.DEBUG):
             self.group.kill_with_stacks()  # they show where a rank hangs; after a death they would hide its cause
@@ -104,6 +116,11 @@ class WorkerProcesses:
         self.restarts.note(failure, is_free)
         self._start_epoch(self.group.epoch + 1)
         log.warning("restart %d: starting the workers again as epoch %d", self.restarts.count, self.group.epoch)
+
+    def may_avoid(self, failure: ProcessFailure) -> bool:
+        """Return True if the workers of the next epoch, which capture no sums of NCCL, need not fail like this."""
+        hangs = isinstance(failure, WorkersHung) or (isinstance(failure, WorkerLost) and failure.in_capture)
+        return hangs and self._has_library and self.captures_library
 
     def prepare_standby(self) -> None:
         """Prepare for the next failure; call it often while the workers are ready."""
@@ -115,7 +132,7 @@ class WorkerProcesses:
         self._standby.kill()
 
     def _start_epoch(self, epoch: int) -> None:
-        self.group = self._standby.start_group(epoch)
+        self.group = self._standby.start_group(epoch, self.captures_library)
         self._is_allocated = False
         self._moved_s = time.monotonic()
 

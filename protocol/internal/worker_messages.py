@@ -61,6 +61,8 @@ class WorkerSpec:
     """Longest wait for a peer rank before the worker gives up."""
     joined: Joined | None = None
     """Set if an outside launcher has started the ranks, on one host or several."""
+    captures_library: bool = True
+    """Whether sums of NCCL may be part of CUDA graphs. Not after workers have hung: NCCL's kernels have no deadline."""
 
     @property
     def ranks_here(self) -> int:
@@ -295,6 +297,8 @@ class WorkerFailure:
     """CLOCK_MONOTONIC of the failure, to order failures of several ranks."""
     is_mistake: bool = False
     """The model's files or the options are at fault, not mgpu: no traceback, and starting again does not help."""
+    in_capture: bool = False
+    """A sum of NCCL in a CUDA graph did not end: workers without such graphs may live."""
 
 
 CONTROL = Codec(

@@ -1,11 +1,12 @@
 """A worker process without torch: speaks CONTROL, executes plans on the fake model, fails on demand.
 
 FAKE_WORKER in the environment is a JSON map: ``num_blocks`` per rank; ``step_s``: seconds per step; ``fail``: "exit",
-"sigkill", "raise", "garbage" or "hang", at ``fail_rank`` in ``fail_phase`` ("weights" or "steps", there at step
-``fail_step``) of every epoch in ``fail_epochs`` (all); ``peers_fail``: the other ranks raise at that step, 50 ms later,
-as if a collective had lost its peer; ``peers_end``: they end silently instead, by "abort" or "exit"; ``poison``: a
-token that no worker survives; ``stale``: send results of the epoch before too; ``late_blocks``: ``num_blocks`` of every
-later epoch; ``load_s``: seconds that weights take.
+"sigkill", "raise", "garbage", "capture" (a sum in a graph did not end) or "hang", at ``fail_rank`` in ``fail_phase``
+("rendezvous", "weights" or "steps", there at step ``fail_step``) of every epoch in ``fail_epochs`` (all);
+``peers_fail``: the other ranks raise at that step, 50 ms later, as if a collective had lost its peer; ``peers_end``:
+they end silently instead, by "abort" or "exit"; ``poison``: a token that no worker survives; ``stale``: send results
+of the epoch before too; ``late_blocks``: ``num_blocks`` of every later epoch; ``load_s``: seconds that weights take;
+``fail_captured``: fail only while sums of NCCL may be captured.
 """
 
 import faulthandler
@@ -41,6 +42,7 @@ from mgpu.protocol.keys import ClientKeys, public_of
 OPTIONS: dict[str, Any] = json.loads(os.environ.get("FAKE_WORKER", "{}"))
 RANK = int(os.environ["RANK"])
 EPOCH = 0
+CAPTURES = True
 
 
 class InjectedFailure(Exception):
@@ -64,7 +66,7 @@ def leave_at_end_of_stdin() -> None:
 def fail_if_asked(phase: str, step: int = 0) -> None:
     if OPTIONS.get("fail_phase") != phase or step < OPTIONS.get("fail_step", 0):
         return
-    if EPOCH not in OPTIONS.get("fail_epochs", [EPOCH]):
+    if EPOCH not in OPTIONS.get("fail_epochs", [EPOCH]) or (OPTIONS.get("fail_captured") and not CAPTURES):
         return
     if OPTIONS.get("fail_rank", 0) != RANK:
         if how := OPTIONS.get("peers_end"):
@@ -149,7 +151,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1)
     spec = read_spec()
-    globals()["EPOCH"] = spec.epoch
+    globals().update(EPOCH=spec.epoch, CAPTURES=spec.captures_library)
     threading.Thread(target=leave_at_end_of_stdin, daemon=True).start()
     worker = FakeWorker(spec)
     try:
@@ -158,7 +160,8 @@ def main() -> int:
         at_s = time.monotonic()
         is_mistake = OPTIONS["fail"] == "mistake"
         text = "" if is_mistake else "Traceback (most recent call last):\n  InjectedFailure"
-        worker.send(WorkerFailure(spec.epoch, RANK, worker.phase, str(error), text, at_s, is_mistake))
+        in_capture = OPTIONS["fail"] == "capture"
+        worker.send(WorkerFailure(spec.epoch, RANK, worker.phase, str(error), text, at_s, is_mistake, in_capture))
         return 1
     finally:
         worker.socket.close()

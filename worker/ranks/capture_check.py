@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from mgpu.worker.errors import PeerLost
+from mgpu.worker.errors import CaptureHung, PeerLost
 from mgpu.worker.ranks.agreement import exchange
 from mgpu.worker.ranks.collectives import DistGroup
 
@@ -18,9 +18,9 @@ _SIZE = 4096
 
 @torch.inference_mode()
 def capture_problem(group: DistGroup, device: torch.device, timeout_s: float) -> str:
-    """Return why sums cannot be captured, the same text on all ranks; empty if they can. PeerLost after ``timeout_s``.
+    """Return why sums cannot be captured, the same text on all ranks; empty if they can.
 
-    The group has been used before, so its connections are open.
+    CaptureHung after ``timeout_s``. The group has been used before, so its connections are open.
     """
     x = torch.zeros(_SIZE, device=device)
     graph = torch.cuda.CUDAGraph()
@@ -61,10 +61,10 @@ def _reasons(group: DistGroup, device: torch.device, problem: str) -> str:
 
 
 def _wait(device: torch.device, timeout_s: float) -> None:
-    """Wait for the device. PeerLost if it is not done in time: NCCL's kernels of a graph have no deadline."""
+    """Wait for the device. CaptureHung if it is not done in time: NCCL's kernels of a graph have no deadline."""
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     done.record(torch.cuda.current_stream(device))
     deadline_s = time.monotonic() + timeout_s
     while not done.query():  # type: ignore[no-untyped-call]
         if time.monotonic() > deadline_s:
-            raise PeerLost(f"a captured sum of NCCL did not end within {timeout_s:g} s")
+            raise CaptureHung(f"a captured sum of NCCL did not end within {timeout_s:g} s")

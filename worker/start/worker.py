@@ -22,7 +22,7 @@ from mgpu.protocol.internal.worker_messages import (
 from mgpu.worker.compile_ahead.compile_ahead import start_triton
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.device import cuda_ordinal
-from mgpu.worker.errors import BadPlan, OutOfMemory
+from mgpu.worker.errors import BadPlan, CaptureHung, OutOfMemory
 from mgpu.worker.ranks.links import Links, connect
 from mgpu.worker.start.startup import StartUp
 from mgpu.worker.steps.step_loop import StepLoop
@@ -145,7 +145,9 @@ class Worker:
         text = "" if is_explained else "".join(traceback.format_exception(error))
         if text:
             print(text, file=sys.stderr, flush=True)
-        self.control.send(WorkerFailure(self.spec.epoch, self.place.rank, self.phase, message, text, at_s, is_mistake))
+        where = self.spec.epoch, self.place.rank, self.phase
+        in_capture = isinstance(error, CaptureHung)
+        self.control.send(WorkerFailure(*where, message, text, at_s, is_mistake, in_capture))
 
 
 def torch_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 class Quiet(WorkerGroup):
     """A group without processes."""
 
-    def start(self) -> None:
+    def start(self, captures_library: bool = True) -> None:
         pass
 
 

@@ -31,7 +31,7 @@ class FakeGroup:
     def wake_up(self) -> None:
         self.calls.append("wake up")
 
-    def start(self) -> None:
+    def start(self, captures_library: bool = True) -> None:
         self._spawn("start")
 
     def _spawn(self, how: str) -> None:

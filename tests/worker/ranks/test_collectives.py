@@ -3,6 +3,7 @@
 import subprocess
 import time
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from harness.rank_processes import outputs, rank_processes
 from mgpu.protocol.internal.child import BadSpec
 from mgpu.protocol.internal.worker_messages import CONTROL
 from mgpu.protocol.model.placement import Transport
-from mgpu.worker.ranks import collectives
-from mgpu.worker.ranks.collectives import UNREAD_SENDS, DistChannel, MeasurableGroup, SingleRank, ThroughHost
-from mgpu.worker.ranks.links import connect, layout_of, pair_transport
+from mgpu.worker.ranks import collectives, links
+from mgpu.worker.ranks.collectives import UNREAD_SENDS, DistChannel, DistGroup, MeasurableGroup, SingleRank, ThroughHost
+from mgpu.worker.ranks.links import _Connector, connect, layout_of, pair_transport
 
 DEADLINE_S = 90.0
 
@@ -143,3 +144,18 @@ def test_a_sender_waits_only_for_the_message_of_some_sends_ago(monkeypatch: pyte
     channel.send(torch.ones(2))
     assert waited == [0, 1]
     assert UNREAD_SENDS == 4, "an idle first stage leaves the feedback of so many steps unread"
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_sums_of_the_library_are_tried_in_a_graph_unless_workers_have_hung(
+    captures: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = with_changes(spec_of([2], "gloo", 0, tmp_path, 60.0), captures_library=captures)
+    group = DistGroup(None, 0, 2)  # type: ignore[arg-type]
+    tried: list[float] = []
+    monkeypatch.setattr(_Connector, "_warm_up", lambda self, group: None)
+    monkeypatch.setattr(links, "capture_problem", lambda group, device, timeout_s: tried.append(timeout_s) or "")
+    connector = _Connector(replace(spec, shared_fd=-1), 0, torch.device("cpu"))
+    connector._prepare_library(group)
+    assert (group.is_capturable, tried) == ((True, [60.0]) if captures else (False, []))
+    assert connector.notes == ([] if captures else ["sums of NCCL are not captured: workers have hung before"])
