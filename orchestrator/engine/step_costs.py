@@ -5,16 +5,16 @@ reason of its own, such as the first of a size, for which kernels are compiled, 
 sizes is interpolated. Steps that only decode are kept apart from those that also compute prompts: a token of a prompt
 may cost much less than one that is decoded, because nothing has to be chosen after it.
 
-Example: steps of 8 tokens take 20 ms, and steps of 40 take 60 ms. Beside 8 tokens there is room for 5 more, because a
-step of 13.3 is expected to take 27 ms, a third longer.
+Example: steps of 8 tokens take 20 ms, and steps of 40 take 60 ms. Beside 8 tokens there is room for 8 more, because a
+step of 16 is expected to take 30 ms, half as long again.
 """
 
 import statistics
 from collections import deque
 from itertools import pairwise
 
-SLOWER = 4 / 3
-"""How much longer a step may take for the sake of other owners."""
+SLOWER, SLOWER_BY_PROMPTS = 3 / 2, 4 / 3
+"""How much longer a step may take for what another owner decodes, and for its prompts."""
 LAST_STEPS = 9
 """Of each size, whose median counts."""
 LEAST_STEPS = 3
@@ -40,15 +40,15 @@ class StepCosts:
         At least one. Where nothing larger was measured, time grows with tokens. Where the largest that was measured is
         quick enough, twice as many are tried.
         """
-        return _room(self._decoding.points(), num_tokens)
+        return _room(self._decoding.points(), num_tokens, SLOWER)
 
     def prompt_room_beside(self, num_tokens: int) -> int:
-        """Return how many tokens of prompts may be computed beside so many that are decoded; likewise."""
+        """Return how many tokens of prompts may be computed beside so many that are decoded, by `SLOWER_BY_PROMPTS`."""
         decoding = self._decoding.points()
         larger = [each for each in self._with_prompts.points() if each[0] > num_tokens]
         if not larger or not decoding:
-            return _room(decoding or larger, num_tokens)
-        return _room([(float(num_tokens), _time_at(decoding, num_tokens)), *larger], num_tokens)
+            return _room(decoding or larger, num_tokens, SLOWER_BY_PROMPTS)
+        return _room([(float(num_tokens), _time_at(decoding, num_tokens)), *larger], num_tokens, SLOWER_BY_PROMPTS)
 
 
 class _Usual:
@@ -71,15 +71,15 @@ class _Usual:
         return [self._points[size] for size in sorted(self._points)]
 
 
-def _room(points: Points, num_tokens: int) -> int:
+def _room(points: Points, num_tokens: int, slower: float) -> int:
     points = _never_quicker(points)
-    most_s = SLOWER * _time_at(points, num_tokens)
+    most_s = slower * _time_at(points, num_tokens)
     for (tokens, usual_s), (next_tokens, next_s) in pairwise(points):
         if next_s > most_s and next_tokens > num_tokens:
             at = tokens + (next_tokens - tokens) * (most_s - usual_s) / (next_s - usual_s)
             return max(1, int(at) - num_tokens)
     largest = points[-1][0] if points else 0.0
-    return max(1, int(2 * largest if largest > num_tokens else SLOWER * num_tokens + 1e-9) - num_tokens)
+    return max(1, int(2 * largest if largest > num_tokens else slower * num_tokens + 1e-9) - num_tokens)
 
 
 def _never_quicker(points: Points) -> Points:

@@ -2,7 +2,7 @@
 
 Owners are the first numbers of accounts (fair_queue.py). While sequences of several owners run,
 
-- an owner may decode so many tokens in a step that it takes a third longer than with those of the others alone
+- an owner may decode so many tokens in a step that it takes half as long again as with those of the others alone
   (`room_beside`, measured in engine/step_costs.py), and at least as many as the smallest of the others. If its running
   sequences fill that room, it is held: its next sequences wait in line, in nobody's way.
 - an owner beside others that decode has its prompts computed in portions, so that a step takes a third longer than

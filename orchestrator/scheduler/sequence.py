@@ -101,7 +101,14 @@ class Sequence:
 def token_cost_of(sampling: RowSampling) -> int:
     """Return what choosing a token costs a step, in tokens that are chosen simply. An estimate.
 
-    On a CPU, rules and filters take about as long as computing the token. Log-probabilities have to travel too.
+    On a CPU, each of these takes about as long as computing the token. Log-probabilities have to travel too.
     """
-    has_grammar = sampling.grammar is not None
-    return 1 + sampling.has_rules + has_grammar + sampling.needs_all_logits + (sampling.num_logprobs > 0)
+    costs = (
+        sampling.has_penalties,
+        bool(sampling.logit_bias or sampling.banned_ids),
+        sampling.grammar is not None,
+        sampling.has_filters and not sampling.is_greedy,
+        sampling.num_logprobs >= 0,
+        sampling.num_logprobs > 0,
+    )
+    return 1 + sum(costs)

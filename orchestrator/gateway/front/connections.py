@@ -237,10 +237,16 @@ class Connections:
             self._end(each)
         return [each.owner for each in found]
 
-    def has_left(self, connection: bytes) -> bool:
-        """Return whether the peer of a connection that has sent a message is gone."""
+    def end_if_left(self, connection: bytes) -> bool:
+        """End a connection that has sent a message if its peer is gone; return whether that is so.
+
+        libzmq would hand out all that has come before, on tcp some megabytes of short messages.
+        """
         found = self._by_name.get(connection)
-        return found is not None and has_left(found.fd)
+        if found is None or not has_left(found.fd):
+            return False
+        self._end(found)
+        return True
 
     def check(self, connection: bytes) -> None:
         """Raise Refusal if a connection that has sent a message may not stay; it is ended a moment later."""

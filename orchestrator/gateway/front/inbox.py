@@ -9,8 +9,8 @@ account would have more than `MAX_BYTES` here is given up. One connection alone 
 served between two laps than a lap brings.
 
 What a connection has sent that has ended meanwhile is dropped: nobody would hear the answers. libzmq reports the end
-only when everything before it was read, so of an owner with `FULL_BYTES` each connection is looked at. A flood of
-clients that connect, send and leave costs no more than reading it, and its connections are soon closed.
+only when everything before it was read, so of an owner with `FULL_BYTES` each connection is looked at, and ended if its
+peer is gone. A flood of clients that connect, send and leave costs no more than reading a little of it.
 """
 
 import time
@@ -146,7 +146,7 @@ class Inbox:
 
     def _is_useless(self, received: Received) -> bool:
         """Return whether the sender has left, if its owner has sent so much that it is worth asking."""
-        return received.owner in self._full and self._front.connections.has_left(received.connection)
+        return received.owner in self._full and self._front.connections.end_if_left(received.connection)
 
     def _may_read(self) -> bool:
         return not self._full or time.monotonic() >= self._next_lap_s

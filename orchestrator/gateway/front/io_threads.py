@@ -12,8 +12,8 @@ import os
 import time
 from contextlib import suppress
 
-NICENESS = 5
-"""More than that of the process, and so a third of the weight of its own thread."""
+NICENESS = 10
+"""More than that of the process, and so a tenth of the weight of its own thread."""
 
 
 def threads_of_process() -> frozenset[int]:

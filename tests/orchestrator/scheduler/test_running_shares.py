@@ -2,6 +2,7 @@
 
 import random
 from array import array
+from dataclasses import replace
 
 import pytest
 
@@ -189,4 +190,5 @@ def test_what_is_costly_to_choose_counts_for_more() -> None:
     assert token_cost_of(RowSampling(num_logprobs=0)) == 2
     assert token_cost_of(RowSampling(repetition_penalty=1.1)) == 2
     assert token_cost_of(RowSampling(grammar=RowGrammar("x", [2]))) == 2
-    assert token_cost_of(COSTLY) == 4
+    assert token_cost_of(COSTLY) == 5
+    assert token_cost_of(replace(COSTLY, presence_penalty=1.0)) == 6

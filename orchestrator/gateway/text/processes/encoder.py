@@ -23,7 +23,7 @@ from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
 from mgpu.protocol.internal.child import end_with_parent
 from mgpu.protocol.internal.logs import configure_logging
 
-NICENESS = 5
+NICENESS = 10
 """Streams come first where there are too few cores for both."""
 _MAX_SPEC_BYTES = 1 << 16
 

@@ -44,7 +44,7 @@ class FakeFront:
     def begin_turn(self) -> None:
         pass
 
-    def has_left(self, connection: bytes) -> bool:
+    def end_if_left(self, connection: bytes) -> bool:
         return connection in self.left
 
     def drop_sender(self, connection: bytes) -> None:
