@@ -192,18 +192,18 @@ def table(results: Results) -> str:
     return f"{HEAD}\n{lines}\n\n{notes}\n\nMeasured on:\n\n{machines}\n"
 
 
-def insert(page: str, text: str) -> str:
+def insert(page: str, text: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """Put text between the markers of a page. ValueError when it has not both."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not (begin and end):
-        raise ValueError(f"the page needs the two lines {BEGIN} and {END}")
+        raise ValueError(f"the page needs the two lines {markers[0]} and {markers[1]}")
     return f"{before}{begin}\n{text}{end}{after}"
 
 
-def write_between(page: Path, text: str) -> None:
+def write_between(page: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Put text between the markers of a file. SystemExit when it cannot be."""
     try:
-        page.write_text(insert(page.read_text(), text))
+        page.write_text(insert(page.read_text(), text, markers))
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {page}: {error}") from error
