@@ -42,13 +42,16 @@ BLOCK, STEPS, MOST_ROWS = 64, 60, 256
 PROFILED_STEPS = 12
 
 
-def make_runner(facts: ModelFacts, context: int, quant: Quant, kept: KvCacheDtype) -> ModelRunner:
+def make_runner(
+    facts: ModelFacts, context: int, quant: Quant, kept: KvCacheDtype, most_tokens: int | None = None
+) -> ModelRunner:
+    """Make a worker's runner with random weights. ``most_tokens``: of the cache; left out: all rows at full length."""
     device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), MeasurableGroup(SingleRank())
     layers = range(facts.num_layers)
     stage = build_stage(facts, place, layers, group, torch.bfloat16, device, quant, kv_cache_dtype=kept)
     stage.max_positions = longest = context + 4 * STEPS + BLOCK
     init_dummy_weights(stage, 0)
-    blocks = MOST_ROWS * -(-(longest + 1) // BLOCK)
+    blocks = MOST_ROWS * -(-(longest + 1) // BLOCK) if most_tokens is None else -(-most_tokens // BLOCK)
     sizes, types = (blocks, BLOCK, MOST_ROWS), (torch.bfloat16, stored_dtype(kept, torch.bfloat16))
     cache = KvCache.of_layers(facts, layers, place.part, sizes, types, device)
     rows = RowTable(MOST_ROWS, longest, BLOCK, blocks, device)
