@@ -110,8 +110,11 @@ _METHODS = {"deepseek_v2": ("greedy", "group_limited_greedy"), "deepseek_v3": ("
 _DEFAULT_GROUPS = {"deepseek_v2": (None, None), "deepseek_v3": (8, 4), "mistral4": (1, 1), "glm4_moe": (1, 1)}
 
 
-def _expert_choice(fields: Fields, family: str, count: int, active: int) -> ExpertChoice:
-    """Return how a router of DeepSeek's kind chooses. CheckpointError for groups that it cannot choose from."""
+def _expert_choice(fields: Fields, family: str, count: int, active: int) -> ExpertChoice | None:
+    """Return how a router of DeepSeek's kind chooses. CheckpointError for groups that it cannot choose from.
+
+    None: by a softmax over all, as routers of other families do (V2-Lite).
+    """
     is_v3 = family in ("deepseek_v3", "glm4_moe")
     expected: Literal["sigmoid", "softmax"] = "sigmoid" if is_v3 else "softmax"
     if (scores := fields.text("scoring_func", expected)) != expected:
@@ -122,7 +125,7 @@ def _expert_choice(fields: Fields, family: str, count: int, active: int) -> Expe
         raise fields.error("topk_method", f"is {method[:40]!r}; {family} is supported with {', '.join(methods)}")
     scale = fields.number("routed_scaling_factor", 2.5 if family == "deepseek_v3" else 1.0)
     if method == "greedy":
-        return ExpertChoice(expected, scale=scale)
+        return None if scale == 1.0 else ExpertChoice(expected, scale=scale)
     groups, kept = _DEFAULT_GROUPS[family]
     groups = fields.integer("n_group", groups, high=MOST_EXPERTS)
     kept = fields.integer("topk_group", kept, high=MOST_EXPERTS)

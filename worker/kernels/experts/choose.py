@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.experts.combine import PairRows
-from mgpu.worker.kernels.experts.few import few_tokens
+from mgpu.worker.kernels.experts.few import SharedNetwork, few_tokens
 from mgpu.worker.kernels.experts.grouped import GroupedTiling, grouped_down, grouped_gate_up
 from mgpu.worker.kernels.experts.grouped_packed import PackedTiling, grouped_packed
 from mgpu.worker.kernels.experts.grouped_scaled import flat_stack, grouped_scaled
@@ -46,6 +46,12 @@ class ExpertStacks:
     down: Stack
     first: int
     activation: Activation
+    shared: SharedNetwork | None = None
+    """What may be computed with the experts of a few tokens."""
+
+    def includes_shared(self, tokens: int) -> bool:
+        """Return True if the output of the shared network is part of what is computed for so many tokens."""
+        return self.shared is not None and tokens <= FEW_TOKENS and isinstance(self.gate_up, Tensor)
 
     @property
     def count(self) -> int:
@@ -92,7 +98,8 @@ def routed_experts(x_TD: Tensor, stacks: ExpertStacks, routing: tuple[Tensor, Te
     """Return the weighted sum over experts that are chosen already, or the rows to be added up."""
     if len(x_TD) <= FEW_TOKENS and isinstance(stacks.gate_up, Tensor):
         assert isinstance(stacks.down, Tensor), "no stack is packed"
-        return few_tokens(x_TD, stacks.gate_up, stacks.down, routing, stacks.first, GATES[stacks.activation])
+        matrices, gate = (stacks.gate_up, stacks.down), GATES[stacks.activation]
+        return few_tokens(x_TD, *matrices, routing, stacks.first, gate, shared=stacks.shared)
     tiles = _tiles(routing[0].numel(), stacks, x_TD.dtype)
     pairs = sort_pairs(routing[0], stacks.first, stacks.count, tiles.block_m)
     return _grouped(x_TD, stacks, routing, pairs, tiles)

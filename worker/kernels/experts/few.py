@@ -3,10 +3,12 @@
 
 Two kernels, as matrix-vector products of single rows have them (`products/gemv.py`). The first computes gate, up and
 the activation of each pair of token and expert. The second multiplies by the rows of `down` of all of a token's experts
-at once, so that the weighted sum over experts costs nothing.
+at once, so that the weighted sum over experts costs nothing. A network that all tokens share is computed by further
+programs of the first kernel, and added in the second: alone it would take three more kernels.
 """
 
-# T tokens, D model dim, A active experts of a token, N experts of this rank, F width of an expert on this rank
+# T tokens, D model dim, A active experts of a token, N experts of this rank, F width of an expert on this rank,
+# S width of the shared network on this rank
 
 from dataclasses import dataclass
 
@@ -32,37 +34,96 @@ class FewTiling:
     down_warps: int = 2
 
 
-@triton.jit(do_not_specialize=["first_expert"])
-def _gate_up_kernel(
-    x_ptr, w_ptr, experts_ptr, h_ptr,
-    first_expert, N, F, K, x_stride,
-    A: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    pair = tl.program_id(1)
+@dataclass(frozen=True, slots=True)
+class SharedNetwork:
+    """The network that all tokens go through beside their experts, as one rank has it."""
+
+    gate_up: Tensor
+    """[2 S, D]: gate, then up."""
+    down: Tensor
+    """[D, S]."""
+    share_D: Tensor | None = None
+    """Its product with a token is the logit of what the token takes of the network's output; None: all."""
+
+
+@triton.jit
+def _rows_in_turn(width, ROWS: tl.constexpr):
+    """Return this program's rows of a matrix that stacks gate and up: both in turn; those past the last repeat it."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(row // 2, F - 1) + row % 2 * F
+    return tl.minimum(row // 2, width - 1) + row % 2 * width
+
+
+@triton.jit
+def _store_gated(sums, h_ptr, width, GATE: tl.constexpr, ROWS: tl.constexpr, share):
+    gate, up = tl.split(tl.reshape(sums, [ROWS // 2, 2]))
+    f = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    tl.store(h_ptr + f, (gated(gate, up, GATE) * share).to(h_ptr.dtype.element_ty), mask=f < width)
+
+
+@triton.jit
+def _expert_rows(
+    x_ptr, w_ptr, h_ptr, expert, F, K, GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    rows_ptr = w_ptr + (expert.to(tl.int64) * 2 * F + _rows_in_turn(F, ROWS))[:, None] * K
     k = tl.arange(0, BLOCK_K)
-    wait_for_inputs(OVERLAP)
-    expert = tl.load(experts_ptr + pair) - first_expert
-    if (expert < 0) | (expert >= N):
-        return
-    rows_ptr = w_ptr + (expert.to(tl.int64) * 2 * F + row)[:, None] * K
-    x_ptr += (pair // A).to(tl.int64) * x_stride
     acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         ks = k0 + k
         w = tl.load(rows_ptr + ks[None, :], mask=(ks < K)[None, :], other=0.0)
         x = tl.load(x_ptr + ks, mask=ks < K, other=0.0)
         acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
-    gate, up = tl.split(tl.reshape(tl.sum(acc, 1), [ROWS // 2, 2]))
-    f = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
-    tl.store(h_ptr + pair.to(tl.int64) * F + f, gated(gate, up, GATE).to(h_ptr.dtype.element_ty), mask=f < F)
+    _store_gated(tl.sum(acc, 1), h_ptr, F, GATE, ROWS, 1.0)
+
+
+@triton.jit
+def _shared_rows(
+    x_ptr, w_ptr, share_ptr, h_ptr, S, K, GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    rows_ptr = w_ptr + _rows_in_turn(S, ROWS).to(tl.int64)[:, None] * K
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    logit = tl.zeros([BLOCK_K], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        ks = k0 + k
+        w = tl.load(rows_ptr + ks[None, :], mask=(ks < K)[None, :], other=0.0)
+        x = tl.load(x_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
+        acc += w.to(tl.float32) * x[None, :]
+        if share_ptr is not None:
+            logit += tl.load(share_ptr + ks, mask=ks < K, other=0.0).to(tl.float32) * x
+    share = 1.0
+    if share_ptr is not None:
+        share = tl.sigmoid(tl.sum(logit, 0))
+    _store_gated(tl.sum(acc, 1), h_ptr, S, GATE, ROWS, share)
+
+
+@triton.jit(do_not_specialize=["first_expert", "T"])
+def _gate_up_kernel(
+    x_ptr, w_ptr, experts_ptr, h_ptr, shared_ptr, share_ptr, shared_h_ptr,
+    first_expert, T, N, F, S, K, x_stride,
+    A: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    first_row = tl.program_id(0) * ROWS
+    pair = tl.program_id(1)
+    wait_for_inputs(OVERLAP)
+    if shared_ptr is not None:
+        pair -= T  # the first programs have the shared network
+        if (pair < 0) & (first_row < 2 * S):
+            token = (pair + T).to(tl.int64)
+            _shared_rows(
+                x_ptr + token * x_stride, shared_ptr, share_ptr, shared_h_ptr + token * S, S, K, GATE, ROWS, BLOCK_K
+            )
+    expert = tl.load(experts_ptr + pair, mask=pair >= 0, other=-1) - first_expert
+    if (pair >= 0) & (expert >= 0) & (expert < N) & (first_row < 2 * F):
+        token = (pair // A).to(tl.int64)
+        _expert_rows(
+            x_ptr + token * x_stride, w_ptr, h_ptr + pair.to(tl.int64) * F, expert, F, K, GATE, ROWS, BLOCK_K
+        )
 
 
 @triton.jit(do_not_specialize=["first_expert"])
 def _down_kernel(
-    h_ptr, w_ptr, experts_ptr, weights_ptr, y_ptr,
-    first_expert, N, F, D,
+    h_ptr, w_ptr, experts_ptr, weights_ptr, shared_h_ptr, shared_ptr, y_ptr,
+    first_expert, N, F, S, D,
     A: tl.constexpr, A_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1)
@@ -85,6 +146,15 @@ def _down_kernel(
         acc += w.to(tl.float32) * h.to(tl.float32)
     y = tl.sum(tl.reshape(tl.sum(acc, 1) * weight, [ROWS, A_PAD]), 1)
     d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if shared_ptr is not None:
+        shared_rows_ptr = shared_ptr + tl.minimum(d, D - 1).to(tl.int64)[:, None] * S
+        shared = tl.zeros([ROWS, BLOCK_K], tl.float32)
+        for k0 in range(0, S, BLOCK_K):
+            ks = k0 + k
+            w = tl.load(shared_rows_ptr + ks[None, :], mask=(ks < S)[None, :], other=0.0)
+            h = tl.load(shared_h_ptr + token * S + ks, mask=ks < S, other=0.0)
+            shared += w.to(tl.float32) * h.to(tl.float32)[None, :]
+        y += tl.sum(shared, 1)
     tl.store(y_ptr + token.to(tl.int64) * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -96,23 +166,33 @@ def few_tokens(
     first_expert: int,
     gate: int,
     tiling: FewTiling = FewTiling(),
+    shared: SharedNetwork | None = None,
 ) -> Tensor:
-    """Return the weighted sum over each token's experts, [T, D]; experts of other ranks are left out."""
+    """Return the weighted sum over each token's experts, and the shared network's output, [T, D].
+
+    Experts of other ranks are left out.
+    """
     experts_TA, weights_TA = routing
     tokens, dim = x_TD.shape
     count, width, active = len(down_NDF), down_NDF.shape[2], experts_TA.shape[1]
     overlap = overlaps_launches(x_TD.device)
     h = torch.empty(tokens * active, width, dtype=x_TD.dtype, device=x_TD.device)
-    _gate_up_kernel[(ceil_div(2 * width, tiling.gate_rows), tokens * active)](
+    shared_h, shared_width = None, 0
+    if shared is not None:
+        shared_width = shared.down.shape[1]
+        shared_h = torch.empty(tokens, shared_width, dtype=x_TD.dtype, device=x_TD.device)
+    rows, pairs = 2 * max(width, shared_width), tokens * (active + (shared is not None))
+    _gate_up_kernel[(ceil_div(rows, tiling.gate_rows), pairs)](
         x_TD, gate_up_NFD, experts_TA, h,
-        first_expert, count, width, dim, x_TD.stride(0),
+        None if shared is None else shared.gate_up, None if shared is None else shared.share_D, shared_h,
+        first_expert, tokens, count, width, shared_width, dim, x_TD.stride(0),
         active, gate, tiling.gate_rows, min(tiling.gate_k, power_of_2(dim)), overlap,
         **launch_options(x_TD.device, tiling.gate_warps, 1),
     )  # fmt: skip
     y_TD = torch.empty(tokens, dim, dtype=x_TD.dtype, device=x_TD.device)
     _down_kernel[(ceil_div(dim, tiling.down_rows), tokens)](
-        h, down_NDF, experts_TA, weights_TA, y_TD,
-        first_expert, count, width, dim,
+        h, down_NDF, experts_TA, weights_TA, shared_h, None if shared is None else shared.down, y_TD,
+        first_expert, count, width, shared_width, dim,
         active, power_of_2(active), tiling.down_rows, min(tiling.down_k, power_of_2(width)), overlap,
         **launch_options(x_TD.device, tiling.down_warps, 1),
     )  # fmt: skip

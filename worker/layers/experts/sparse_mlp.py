@@ -3,6 +3,7 @@
 # T tokens, D model dim
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, sum_of_parts, summed_tensor
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
+
+if TYPE_CHECKING:
+    from mgpu.worker.kernels.experts.choose import ExpertStacks
 
 
 class SharedGate(Linear):
@@ -60,11 +64,11 @@ class SparseMLP(Module):
 
     def __call__(self, x_TD: Activations) -> Delta:
         assert isinstance(x_TD, Tensor), "the norm before a router does not quantize"
-        computed = self._compute(self, x_TD)
+        computed, is_complete = self._compute(self, x_TD)
         if not isinstance(computed, Tensor) and self.shared is None and self._group.size == 1:
             return computed
         y_TD = summed_tensor(computed)
-        if self.shared is not None:
+        if self.shared is not None and not is_complete:
             shared_TD = self.shared.part(x_TD)
             if self.shared_gate is not None:
                 y_TD = self._add_share(self.shared_gate, y_TD, shared_TD, x_TD)
@@ -103,29 +107,46 @@ def _kernel_share() -> Callable[[SharedGate, Tensor, Tensor, Tensor], Tensor]:
     return lambda gate, y_TD, shared_TD, x_TD: add_share(y_TD, shared_TD, x_TD, gate.weight)
 
 
-def _plain_mlp(mlp: SparseMLP, x_TD: Tensor) -> Delta:
-    return mlp.experts(x_TD, mlp.router.route(x_TD))
+Compute = Callable[[SparseMLP, Tensor], tuple[Delta, bool]]
+"""Returns the sum over each token's experts, and whether the shared network's output is in it."""
 
 
-def _kernel_mlp() -> Callable[[SparseMLP, Tensor], Delta]:
-    from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, sparse_mlp
+def _plain_mlp(mlp: SparseMLP, x_TD: Tensor) -> tuple[Delta, bool]:
+    return mlp.experts(x_TD, mlp.router.route(x_TD)), False
 
-    def compute(mlp: SparseMLP, x_TD: Tensor) -> Delta:
-        router, experts = mlp.router, mlp.experts
+
+def _stacks(mlp: SparseMLP) -> "ExpertStacks":
+    """Return the experts as kernels take them."""
+    from mgpu.worker.kernels.experts.choose import ExpertStacks
+    from mgpu.worker.kernels.experts.few import SharedNetwork
+
+    experts, network = mlp.experts, None
+    if (shared := mlp.shared) is not None and not shared.gate_up.pieces and not shared.down.pieces:
+        held = shared.gate_up.held, shared.down.held
+        if isinstance(held[0], Tensor) and isinstance(held[1], Tensor):
+            network = SharedNetwork(*held, None if mlp.shared_gate is None else mlp.shared_gate.weight)
+    first = experts.shard.experts.start
+    return ExpertStacks(experts.gate_up.held, experts.down.held, first, experts.activation, network)
+
+
+def _kernel_mlp() -> Compute:
+    from mgpu.worker.kernels.experts.choose import RouterWeights, sparse_mlp
+
+    def compute(mlp: SparseMLP, x_TD: Tensor) -> tuple[Delta, bool]:
+        router, stacks = mlp.router, _stacks(mlp)
         weights = RouterWeights(router.weight, router.facts.active, router.facts.normalizes, router.bias)
-        held = experts.gate_up.held, experts.down.held
-        return sparse_mlp(x_TD, weights, ExpertStacks(*held, experts.shard.experts.start, experts.activation))
+        return sparse_mlp(x_TD, weights, stacks), stacks.includes_shared(len(x_TD))
 
     return compute
 
 
-def _routed_kernel_mlp() -> Callable[[SparseMLP, Tensor], Delta]:
+def _routed_kernel_mlp() -> Compute:
     """Return the computation by kernels of experts that torch chooses."""
-    from mgpu.worker.kernels.experts.choose import ExpertStacks, routed_experts
+    from mgpu.worker.kernels.experts.choose import routed_experts
 
-    def compute(mlp: SparseMLP, x_TD: Tensor) -> Delta:
-        routing, experts = mlp.router.route(x_TD), mlp.experts
-        stacks = ExpertStacks(experts.gate_up.held, experts.down.held, experts.shard.experts.start, experts.activation)
-        return routed_experts(x_TD, stacks, (routing.experts_TA.to(torch.int32), routing.weights_TA))
+    def compute(mlp: SparseMLP, x_TD: Tensor) -> tuple[Delta, bool]:
+        routing, stacks = mlp.router.route(x_TD), _stacks(mlp)
+        chosen = routing.experts_TA.to(torch.int32), routing.weights_TA
+        return routed_experts(x_TD, stacks, chosen), stacks.includes_shared(len(x_TD))
 
     return compute

@@ -32,12 +32,12 @@ def facts_of(folder: Path, **changes: object) -> ModelFacts:
     ("name", "latent", "choice", "layers"),
     [
         ("DeepseekV3ForCausalLM", (512, 64, 128, 128, 1536, True), ("sigmoid", 8, 4, 2, True, 2.5), (61, 58)),
-        ("DeepseekV2ForCausalLM", (512, 64, 128, 128, 1536, True), ("softmax", 1, 1, 0, False, 1.0), (32, 32)),
+        ("DeepseekV2ForCausalLM", (512, 64, 128, 128, 1536, True), None, (32, 32)),
         ("Mistral4ForCausalLM", (256, 64, 64, 128, 1024, True), ("softmax", 1, 1, 2, False, 1.0), (36, 36)),
     ],
 )
 def test_defaults_are_those_of_transformers(
-    tmp_path: Path, name: str, latent: tuple[int, ...], choice: tuple[object, ...], layers: tuple[int, int]
+    tmp_path: Path, name: str, latent: tuple[int, ...], choice: tuple[object, ...] | None, layers: tuple[int, int]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [name], "num_experts_per_tok": 6}))
     facts = read_config_facts(tmp_path)
@@ -45,7 +45,7 @@ def test_defaults_are_those_of_transformers(
     assert facts.latent == LatentFacts(*latent, *growth)
     assert (facts.num_kv_heads, facts.head_dim, facts.rotated_size) == (1, latent[0] + 64, 0)
     assert facts.experts is not None
-    assert facts.experts.choice == ExpertChoice(*choice)
+    assert facts.experts.choice == (None if choice is None else ExpertChoice(*choice))
     assert (facts.num_layers, sum(facts.experts.sparse_layers)) == layers
 
 

@@ -20,7 +20,7 @@ from mgpu.worker.kernels.experts.choose import (
     sparse_mlp,
 )
 from mgpu.worker.kernels.experts.combine import PairRows
-from mgpu.worker.kernels.experts.few import FewTiling, few_tokens
+from mgpu.worker.kernels.experts.few import FewTiling, SharedNetwork, few_tokens
 from mgpu.worker.kernels.experts.grouped import GroupedTiling, grouped_down, grouped_gate_up
 from mgpu.worker.kernels.experts.route import route_few
 from mgpu.worker.kernels.experts.route_and_sort import Choice, route_and_sort
@@ -196,6 +196,27 @@ def test_few_tokens_with_any_tiles(device: torch.device, tiling: FewTiling, firs
     x, gate_up, down, routing = case(device, 2, (24, 12, 7, 3), torch.float32, first, held)
     got = few_tokens(x, gate_up, down, routing, first, 1, tiling)
     assert relative_error(got, reference_experts(x, gate_up, down, routing, first)) < tolerance(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "is_shared_out", "first", "dtype"),
+    [(1, 12, True, 0, torch.float32), (2, 30, False, 3, torch.float32), (3, 5, True, 0, torch.bfloat16)],
+)
+def test_few_tokens_take_what_they_share_along(
+    device: torch.device, tokens: int, width: int, is_shared_out: bool, first: int, dtype: torch.dtype
+) -> None:
+    """The shared network may be wider or narrower than an expert, and a token may take a share of it only."""
+    x, gate_up, down, routing = case(device, tokens, (24, 12, 7, 3), dtype, first, 4)
+    _, both, shared_down, _ = case(device, tokens, (24, width, 1, 1), dtype, 0, 1)
+    share = draw(1, 24, device=device, dtype=dtype) if is_shared_out else None
+    shared = SharedNetwork(both[0], shared_down[0], share)
+    stacks = ExpertStacks(gate_up, down, first, "silu", shared)
+    assert stacks.includes_shared(tokens)
+    assert not stacks.includes_shared(FEW_TOKENS + 1)
+    got = summed_tensor(routed_experts(x, stacks, routing))
+    taken = torch.ones(tokens, 1, device=device) if share is None else (x.float() @ share.float().T).sigmoid()
+    of_all = reference_experts(x, both, shared_down, (torch.zeros_like(routing[0][:, :1]), taken), 0)
+    assert relative_error(got, reference_experts(x, gate_up, down, routing, first) + of_all) < 2 * tolerance(dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
